@@ -1,0 +1,218 @@
+//! The pool manager's API, and what a pool tells the orchestrator.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::ModelRef;
+use crate::worker::{Backend, Device, ModelFile, WorkerInfo};
+
+/// Body of `POST /workers/spawn`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WorkerSpawnRequest {
+    /// The model.
+    pub model: ModelRef,
+    /// Where to compute.
+    pub backend: Backend,
+    /// GPU to use, with `cuda` and `metal`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<u32>,
+    /// Tokens of context of each sequence; the smaller of the model's and 4,096 where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_length: Option<u32>,
+    /// Sequences at once; 1 where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slots: Option<u32>,
+    /// The port to use; a free one of the configured range where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+}
+
+/// Body of `POST /workers/{id}/stop`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WorkerStopRequest {
+    /// End it at once instead of letting it finish what runs.
+    pub force: bool,
+}
+
+/// Codes of the pool manager's error envelopes, beside those that every daemon has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum PoolErrorCode {
+    /// The request breaks the API's rules, or asks for what the model can't do.
+    InvalidRequest,
+    /// No catalogue entry, or no file, has this name.
+    ModelNotFound,
+    /// The catalogue knows the model, and this host does not have its file.
+    ModelNotDownloaded,
+    /// The path is outside the folders from which models may be taken.
+    ModelNotAllowed,
+    /// No worker program for the backend is installed.
+    BackendUnavailable,
+    /// The host has no such device.
+    NoDevice,
+    /// The device has too little memory left.
+    OutOfMemory,
+    /// All ports are given away, or the port asked for is.
+    NoPort,
+    /// The process could not be started.
+    SpawnFailed,
+    /// The pool takes no new workers.
+    PoolDraining,
+    /// There is no such worker.
+    WorkerNotFound,
+    /// The caller is not the worker it says it is, or no longer.
+    NotThisWorker,
+}
+
+impl PoolErrorCode {
+    /// The name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InvalidRequest => "INVALID_REQUEST",
+            Self::ModelNotFound => "MODEL_NOT_FOUND",
+            Self::ModelNotDownloaded => "MODEL_NOT_DOWNLOADED",
+            Self::ModelNotAllowed => "MODEL_NOT_ALLOWED",
+            Self::BackendUnavailable => "BACKEND_UNAVAILABLE",
+            Self::NoDevice => "NO_DEVICE",
+            Self::OutOfMemory => "OUT_OF_MEMORY",
+            Self::NoPort => "NO_PORT",
+            Self::SpawnFailed => "SPAWN_FAILED",
+            Self::PoolDraining => "POOL_DRAINING",
+            Self::WorkerNotFound => "WORKER_NOT_FOUND",
+            Self::NotThisWorker => "NOT_THIS_WORKER",
+        }
+    }
+}
+
+/// Answer of `GET /workers`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerList {
+    /// All workers of the registry, oldest first.
+    pub workers: Vec<WorkerInfo>,
+}
+
+/// A device and its memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Which one.
+    pub device: Device,
+    /// Name for people.
+    pub name: String,
+    /// Memory in all, bytes.
+    pub memory_total_bytes: u64,
+    /// Memory that a further worker could take, bytes: the smaller of what the device reports free and what is
+    /// not reserved.
+    pub memory_free_bytes: u64,
+    /// Sum of the live workers' reservations, bytes.
+    pub memory_reserved_bytes: u64,
+}
+
+/// A model file that the pool has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelOnDisk {
+    /// How tasks name it.
+    pub model_ref: ModelRef,
+    /// The file's identity.
+    pub file: ModelFile,
+    /// Memory that a worker with default settings needs, bytes.
+    pub needed_bytes: u64,
+}
+
+/// Answer of `GET /models`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelList {
+    /// Models on disk that tasks can name.
+    pub models: Vec<ModelOnDisk>,
+}
+
+/// Space of the disk that holds the models.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskInfo {
+    /// Bytes in all.
+    pub total_bytes: u64,
+    /// Bytes that can be used.
+    pub free_bytes: u64,
+}
+
+/// Answer of the pool's `GET /status`, and the public part of a heartbeat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// Name of the pool.
+    pub pool_id: String,
+    /// New at each start of the daemon.
+    pub instance_id: String,
+    /// Version of the program.
+    pub version: String,
+    /// When this instance started.
+    pub started_at: Timestamp,
+    /// Whether it refuses new workers.
+    pub draining: bool,
+    /// Backends that a worker can be started with here.
+    pub backends: Vec<Backend>,
+    /// Devices; the CPU always is one.
+    pub devices: Vec<DeviceInfo>,
+    /// Workers, failed ones included.
+    pub workers: Vec<WorkerInfo>,
+    /// Models on disk.
+    pub models: Vec<ModelOnDisk>,
+    /// The disk that holds the models.
+    pub disk: DiskInfo,
+}
+
+/// Body of `POST /v2/pools/register`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RegisterRequest {
+    /// Name of the pool.
+    pub pool_id: String,
+    /// New at each start of the daemon.
+    pub instance_id: String,
+    /// Where the orchestrator reaches the pool.
+    pub url: String,
+    /// The pool API's version that the pool speaks.
+    pub api_version: u32,
+    /// Milliseconds between heartbeats.
+    pub heartbeat_interval_ms: u64,
+}
+
+/// Where the orchestrator reaches a worker, and the secret that opens it. Travels in heartbeats alone.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerEndpoint {
+    /// The worker.
+    pub worker_id: String,
+    /// Its address.
+    pub url: String,
+    /// Its bearer token.
+    pub secret: String,
+}
+
+impl std::fmt::Debug for WorkerEndpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("WorkerEndpoint")
+            .field("worker_id", &self.worker_id)
+            .field("url", &self.url)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a pool is at one moment, with what only the orchestrator may know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolSnapshot {
+    /// The public part.
+    pub status: PoolStatus,
+    /// Addresses and secrets of the ready workers.
+    pub endpoints: Vec<WorkerEndpoint>,
+}
+
+/// Body of `POST /v2/pools/{id}/heartbeat`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heartbeat {
+    /// The instance that speaks.
+    pub instance_id: String,
+    /// Grows with every heartbeat of the instance; an old one is refused.
+    pub seq: u64,
+    /// What the pool is now.
+    pub snapshot: PoolSnapshot,
+}

@@ -1,0 +1,475 @@
+use super::*;
+use proptest::prelude::*;
+
+/// A file under construction.
+#[derive(Clone, Default)]
+struct Build {
+    version: u32,
+    metadata: Vec<(Vec<u8>, Vec<u8>)>,
+    tensors: Vec<Vec<u8>>,
+    tensor_count: Option<u64>,
+    metadata_count: Option<u64>,
+    data: usize,
+}
+
+fn text(text: &str) -> Vec<u8> {
+    let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(text.as_bytes());
+    bytes
+}
+
+fn concat(parts: &[&[u8]]) -> Vec<u8> {
+    parts.concat()
+}
+
+fn u32_value(value: u32) -> Vec<u8> {
+    concat(&[&4u32.to_le_bytes(), &value.to_le_bytes()])
+}
+
+fn text_value(value: &str) -> Vec<u8> {
+    concat(&[&8u32.to_le_bytes(), &text(value)])
+}
+
+fn array(ty: u32, count: u64, content: &[u8]) -> Vec<u8> {
+    concat(&[
+        &9u32.to_le_bytes(),
+        &ty.to_le_bytes(),
+        &count.to_le_bytes(),
+        content,
+    ])
+}
+
+fn tensor(name: &str, dims: &[u64], ty: u32, offset: u64) -> Vec<u8> {
+    let mut bytes = text(name);
+    bytes.extend((dims.len() as u32).to_le_bytes());
+    dims.iter().for_each(|d| bytes.extend(d.to_le_bytes()));
+    bytes.extend(ty.to_le_bytes());
+    bytes.extend(offset.to_le_bytes());
+    bytes
+}
+
+impl Build {
+    /// A small llama: two Q8_0 rows of 64, a norm, and a vocabulary.
+    fn model() -> Self {
+        let arch = |suffix: &str, value: u32| (text(&format!("llama.{suffix}")), u32_value(value));
+        Self {
+            version: 3,
+            metadata: vec![
+                (text("general.architecture"), text_value("llama")),
+                (text("general.file_type"), u32_value(7)),
+                arch("context_length", 2048),
+                arch("block_count", 30),
+                arch("embedding_length", 64),
+                arch("attention.head_count", 8),
+                arch("attention.head_count_kv", 2),
+                (text("tokenizer.ggml.model"), text_value("gpt2")),
+                (
+                    text("tokenizer.ggml.tokens"),
+                    array(8, 2, &concat(&[&text("a"), &text("b")])),
+                ),
+                (
+                    text("tokenizer.chat_template"),
+                    text_value("{{ messages }}"),
+                ),
+            ],
+            tensors: vec![
+                tensor("token_embd.weight", &[64, 2], 8, 0),
+                tensor("norm.weight", &[64], 0, 160),
+            ],
+            tensor_count: None,
+            metadata_count: None,
+            data: 160 + 256,
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = b"GGUF".to_vec();
+        bytes.extend(self.version.to_le_bytes());
+        bytes.extend(
+            self.tensor_count
+                .unwrap_or(self.tensors.len() as u64)
+                .to_le_bytes(),
+        );
+        bytes.extend(
+            self.metadata_count
+                .unwrap_or(self.metadata.len() as u64)
+                .to_le_bytes(),
+        );
+        for (key, value) in &self.metadata {
+            bytes.extend(key);
+            bytes.extend(value);
+        }
+        self.tensors.iter().for_each(|t| bytes.extend(t));
+        let start = bytes.len().next_multiple_of(32);
+        bytes.resize(start + self.data, 0);
+        bytes
+    }
+
+    fn with(mut self, key: &str, value: Vec<u8>) -> Self {
+        self.metadata.retain(|(k, _)| *k != text(key));
+        self.metadata.push((text(key), value));
+        self
+    }
+
+    fn error(&self) -> String {
+        read(&self.bytes()).unwrap_err().to_string()
+    }
+}
+
+fn read(bytes: &[u8]) -> Result<GgufFile, GgufError> {
+    GgufFile::read(bytes, bytes.len() as u64)
+}
+
+#[test] // [GGUF-001]
+fn a_good_file_tells_what_it_is() {
+    for version in [2, 3] {
+        let file = read(
+            &Build {
+                version,
+                ..Build::model()
+            }
+            .bytes(),
+        )
+        .unwrap();
+        assert_eq!(file.version(), version);
+        assert_eq!(file.architecture().unwrap(), "llama");
+        assert_eq!(
+            (file.context_length().unwrap(), file.block_count().unwrap()),
+            (2048, 30)
+        );
+        assert_eq!(
+            (file.head_count().unwrap(), file.head_count_kv().unwrap()),
+            (8, 2)
+        );
+        assert_eq!(
+            (file.head_dim().unwrap(), file.vocab_size().unwrap()),
+            (8, 2)
+        );
+        assert_eq!(
+            (file.quantization().as_str(), file.parameter_count()),
+            ("Q8_0", 192)
+        );
+        assert_eq!(
+            (file.tokenizer_kind().unwrap(), file.has_chat_template()),
+            ("gpt2", true)
+        );
+        // 30 blocks, 2 heads, keys and values of 8, 4 bytes.
+        assert_eq!(
+            file.kv_cache_bytes(1000, 4).unwrap(),
+            30 * 2 * 16 * 4 * 1000
+        );
+        let norm = file.tensor("norm.weight").unwrap();
+        assert_eq!(
+            (norm.offset, norm.size_bytes, norm.ty.name()),
+            (160, 256, "F32")
+        );
+        assert_eq!(file.data_offset() % 32, 0);
+        let tokens: &StringArray = file.require("tokenizer.ggml.tokens").unwrap();
+        assert_eq!(tokens.iter().collect::<Vec<_>>(), ["a", "b"]);
+    }
+}
+
+#[test] // [GGUF-001]
+fn heads_may_differ_from_block_to_block() {
+    let heads = concat(&[
+        &1u32.to_le_bytes(),
+        &0u32.to_le_bytes(),
+        &3u32.to_le_bytes(),
+    ]);
+    let file = read(
+        &Build::model()
+            .with("llama.attention.head_count_kv", array(4, 3, &heads))
+            .bytes(),
+    )
+    .unwrap();
+    assert_eq!(file.kv_cache_bytes(1, 2).unwrap(), 4 * 16 * 2);
+}
+
+#[test] // [GGUF-002]
+fn a_missing_or_wrong_value_names_its_key() {
+    let file = read(
+        &Build::model()
+            .with("llama.context_length", text_value("long"))
+            .bytes(),
+    )
+    .unwrap();
+    assert_eq!(
+        file.context_length().unwrap_err().to_string(),
+        "metadata `llama.context_length` is a text, expected a whole number of 0 or more"
+    );
+    assert_eq!(
+        file.require::<u64>("x.y").unwrap_err().to_string(),
+        "the metadata has no `x.y`"
+    );
+    let zero = read(
+        &Build::model()
+            .with("llama.attention.head_count", u32_value(0))
+            .bytes(),
+    )
+    .unwrap();
+    assert!(
+        zero.head_dim()
+            .unwrap_err()
+            .to_string()
+            .contains("is the number 0, expected more than 0")
+    );
+    let odd = read(
+        &Build::model()
+            .with("llama.attention.head_count", u32_value(7))
+            .bytes(),
+    )
+    .unwrap();
+    assert!(
+        odd.head_dim()
+            .unwrap_err()
+            .to_string()
+            .contains("a divisor of the embedding length 64")
+    );
+    let huge = read(
+        &Build::model()
+            .with("llama.block_count", u32_value(u32::MAX))
+            .bytes(),
+    )
+    .unwrap();
+    assert!(matches!(
+        huge.kv_cache_bytes(u64::MAX, 4),
+        Err(GgufError::SizeOverflow { .. })
+    ));
+}
+
+#[test] // [GGUF-003]
+fn other_files_are_told_apart() {
+    assert!(matches!(read(b"").unwrap_err(), GgufError::BadMagic { .. }));
+    assert!(matches!(
+        read(b"GG").unwrap_err(),
+        GgufError::BadMagic { .. }
+    ));
+    assert!(matches!(
+        read(b"PK\x03\x04rest of an archive").unwrap_err(),
+        GgufError::BadMagic { .. }
+    ));
+    for (version, says) in [
+        (0, "version 0"),
+        (1, "version 1"),
+        (4, "version 4"),
+        (0x0300_0000, "big-endian"),
+    ] {
+        let error = Build {
+            version,
+            ..Build::model()
+        }
+        .error();
+        assert!(error.contains(says), "{version}: {error}");
+    }
+}
+
+#[test] // [GGUF-004]
+fn a_file_cut_anywhere_says_how_many_bytes_are_missing() {
+    let whole = Build::model().bytes();
+    for length in 4..whole.len() {
+        let error = read(&whole[..length]).unwrap_err();
+        let GgufError::Truncated { needed, actual, .. } = &error else {
+            panic!("{length}: {error}")
+        };
+        assert!(
+            *actual == length as u64 && *needed > *actual && *needed <= whole.len() as u64,
+            "{length}: {error}"
+        );
+    }
+    let error = read(&whole[..whole.len() - 1]).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "truncated: tensor data says {} bytes are needed, the file has {}",
+            whole.len(),
+            whole.len() - 1
+        )
+    );
+    assert!(error.hint().unwrap().contains("fetch it again"));
+}
+
+/// Values that arithmetic goes wrong with.
+const NASTY: [u64; 6] = [0, 1, 1 << 31, 1 << 32, 1 << 63, u64::MAX];
+
+#[test] // [GGUF-005]
+fn counts_and_lengths_are_compared_with_the_file() {
+    for nasty in NASTY.into_iter().skip(2) {
+        for build in [
+            Build {
+                tensor_count: Some(nasty),
+                ..Build::model()
+            },
+            Build {
+                metadata_count: Some(nasty),
+                ..Build::model()
+            },
+        ] {
+            assert!(matches!(
+                read(&build.bytes()).unwrap_err(),
+                GgufError::TooLarge { .. }
+            ));
+        }
+        let mut key = text("x");
+        key[..8].copy_from_slice(&nasty.to_le_bytes());
+        let mut build = Build::model();
+        build.metadata.insert(3, (key.clone(), u32_value(1)));
+        assert!(
+            build.error().contains("metadata entry 3 says"),
+            "{}",
+            build.error()
+        );
+        for ty in [0, 4, 8, 12] {
+            let error = Build::model().with("x", array(ty, nasty, &[])).error();
+            assert!(
+                error.starts_with("truncated: metadata entry 10 (`x`) says"),
+                "{error}"
+            );
+        }
+    }
+    // Counts within the limits that the file can't hold.
+    for build in [
+        Build {
+            tensor_count: Some(MAX_TENSORS),
+            ..Build::model()
+        },
+        Build {
+            metadata_count: Some(MAX_METADATA),
+            ..Build::model()
+        },
+    ] {
+        assert!(
+            build.error().starts_with("truncated: header says"),
+            "{}",
+            build.error()
+        );
+    }
+    let long = Build {
+        data: 100_000,
+        ..Build::model()
+    };
+    let mut key = text(&"k".repeat(65_536));
+    key[0] = 0;
+    let long = Build {
+        metadata: vec![(key, u32_value(1))],
+        ..long
+    };
+    assert!(
+        long.error().contains("key is 65536, the limit is 65535"),
+        "{}",
+        long.error()
+    );
+}
+
+#[test] // [GGUF-006]
+fn metadata_of_unknown_or_wrong_form_is_refused() {
+    let value = |value: Vec<u8>| Build::model().with("x", value).error();
+    assert!(value(13u32.to_le_bytes().to_vec()).contains("13 is not a type"));
+    assert!(value(array(13, 0, &[])).contains("13 is not a type"));
+    assert!(value(array(9, 0, &[])).contains("array of arrays"));
+    assert!(value(concat(&[&7u32.to_le_bytes(), &[2]])).contains("stored as 2"));
+    assert!(value(array(7, 2, &[1, 3])).contains("stored as 3"));
+    assert!(
+        value(concat(&[&8u32.to_le_bytes(), &1u64.to_le_bytes(), &[0xff]])).contains("not UTF-8")
+    );
+    let mut twice = Build::model();
+    twice.metadata.push(twice.metadata[0].clone());
+    assert!(
+        twice.error().contains("(`general.architecture`)")
+            && twice.error().contains("appears twice")
+    );
+}
+
+#[test] // [GGUF-007]
+fn alignments_other_than_powers_of_two_are_refused() {
+    let aligned = |alignment: u32| Build::model().with("general.alignment", u32_value(alignment));
+    for bad in [0, 3, 48, u32::MAX] {
+        let error = aligned(bad).error();
+        assert!(error.contains("alignment"), "{bad}: {error}");
+    }
+    assert!(
+        aligned(64).error().contains("not a multiple of 64"),
+        "a tensor at 160"
+    );
+    read(
+        &Build {
+            data: 1000,
+            ..aligned(1)
+        }
+        .bytes(),
+    )
+    .unwrap();
+}
+
+#[test] // [GGUF-008]
+fn tensors_lie_inside_the_file_side_by_side() {
+    let tensors = |tensors: Vec<Vec<u8>>| Build {
+        tensors,
+        ..Build::model()
+    };
+    let one = |dims: &[u64], ty, offset| tensors(vec![tensor("t", dims, ty, offset)]);
+    for nasty in NASTY {
+        let error = one(&[nasty, nasty], 0, 0).bytes();
+        assert!(nasty == 1 || read(&error).is_err(), "dimensions of {nasty}");
+        assert!(
+            nasty == 0 || read(&one(&[64], 0, nasty).bytes()).is_err(),
+            "an offset of {nasty}"
+        );
+    }
+    assert!(one(&[0], 0, 0).error().contains("dimension 0 is 0"));
+    assert!(one(&[], 0, 0).error().contains("it has 0 dimensions"));
+    assert!(
+        one(&[1, 1, 1, 1, 1], 0, 0)
+            .error()
+            .contains("it has 5 dimensions")
+    );
+    assert!(one(&[1 << 40, 1 << 40], 0, 0).error().contains("overflow"));
+    assert!(
+        one(&[33], 8, 0)
+            .error()
+            .contains("a row has 33 elements, Q8_0 stores them in blocks of 32")
+    );
+    assert!(
+        one(&[64], 4, 0)
+            .error()
+            .contains("its element type 4 is not known"),
+        "a type that was removed"
+    );
+    assert!(one(&[64], 0, 33).error().contains("not a multiple of 32"));
+    assert!(
+        one(&[64], 0, u64::MAX - 31)
+            .error()
+            .starts_with("truncated: tensor data")
+    );
+    let overlap = tensors(vec![tensor("b", &[64], 0, 64), tensor("a", &[64], 0, 0)]);
+    assert_eq!(
+        overlap.error(),
+        "tensors `a` and `b` overlap: one ends at byte 256, the other begins at 64 of the tensor data"
+    );
+    let twice = tensors(vec![tensor("a", &[8], 0, 0), tensor("a", &[8], 0, 32)]);
+    assert!(twice.error().contains("the name appears twice"));
+    let long = tensors(vec![tensor(&"n".repeat(257), &[8], 0, 0)]);
+    assert!(long.error().contains("name is 257, the limit is 256"));
+}
+
+proptest! {
+    // [GGUF-009]
+    #[test]
+    fn no_change_of_bytes_makes_it_panic(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let mut bytes = Build::model().bytes();
+        for (at, value) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        for file in [&bytes[..], &bytes[..cut.index(bytes.len())]] {
+            if let Ok(file) = read(file) {
+                // What a file says may still be nonsense: asking must be safe.
+                let _ = (file.context_length(), file.head_dim(), file.head_count_kv(), file.vocab_size());
+                let _ = (file.kv_cache_bytes(u64::MAX, 4), file.parameter_count(), file.quantization());
+                prop_assert!(file.tensors().iter().all(|t| file.data_offset() + t.offset + t.size_bytes <= file.file_size()));
+            }
+        }
+    }
+}

@@ -1,0 +1,383 @@
+use super::*;
+use std::os::unix::fs::symlink;
+
+/// The smallest GGUF file: a header that names an architecture, and no tensors.
+fn tiny_gguf() -> Vec<u8> {
+    let mut bytes = b"GGUF".to_vec();
+    bytes.extend(3u32.to_le_bytes());
+    bytes.extend(0u64.to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
+    let mut text = |text: &str, kind: Option<u32>| {
+        bytes.extend((text.len() as u64).to_le_bytes());
+        bytes.extend(text.as_bytes());
+        bytes.extend(kind.into_iter().flat_map(u32::to_le_bytes));
+    };
+    text("general.architecture", Some(8));
+    text("llama", None);
+    bytes.resize(bytes.len().next_multiple_of(32), 0);
+    bytes
+}
+
+fn sha256_of(bytes: &[u8]) -> String {
+    Sha256::digest(bytes)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+struct Setup {
+    root: tempfile::TempDir,
+    store: Store,
+    catalog: Catalog,
+}
+
+impl Setup {
+    /// A catalogue whose entry `m` has two sources and, with `checked`, the tiny file's size and hash.
+    fn new(checked: bool) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        let bytes = tiny_gguf();
+        let facts = match checked {
+            true => format!(
+                "size_bytes = {}\nsha256 = \"{}\"\n",
+                bytes.len(),
+                sha256_of(&bytes)
+            ),
+            false => String::new(),
+        };
+        let text = format!(
+            "[[models]]\nid = \"m\"\n{facts}\
+             [[models.sources]]\nkind = \"hf\"\nrepo = \"a/b\"\nfile = \"sub/m.gguf\"\n\
+             [[models.sources]]\nkind = \"pypi\"\npackage = \"m==1\"\nmember = \"m/m.gguf\"\n"
+        );
+        let mut catalog = Catalog::embedded();
+        catalog.overlay(&text, Path::new("own.toml")).unwrap();
+        let store = Store::new(root.path().canonicalize().unwrap().join("models"));
+        Self {
+            root,
+            store,
+            catalog,
+        }
+    }
+
+    fn entry(&self) -> &CatalogEntry {
+        self.catalog.get("m").unwrap()
+    }
+
+    fn resolve(&self, model: &str) -> Result<ResolvedModel, ResolveError> {
+        self.store
+            .resolve(&model.parse().unwrap(), &self.catalog, &[])
+    }
+
+    /// Downloads `bytes` as the first source would.
+    fn place(&self, bytes: &[u8]) -> Result<Record, CheckError> {
+        let mut download = self.store.try_begin(self.entry()).unwrap().unwrap();
+        let source = download.next_source().unwrap().unwrap();
+        let file = download.folder().join("fetched");
+        fs::write(&file, bytes).unwrap();
+        download.place(&file, &source, &mut on)
+    }
+
+    fn files_below_models(&self) -> Vec<String> {
+        let mut names: Vec<String> = Vec::new();
+        let mut todo = vec![self.store.dir().to_path_buf()];
+        while let Some(dir) = todo.pop() {
+            for entry in fs::read_dir(dir).unwrap().map(Result::unwrap) {
+                match entry.file_type().unwrap().is_dir() {
+                    true => todo.push(entry.path()),
+                    false => names.push(
+                        entry
+                            .path()
+                            .strip_prefix(self.store.dir())
+                            .unwrap()
+                            .display()
+                            .to_string(),
+                    ),
+                }
+            }
+        }
+        names.sort();
+        names
+    }
+}
+
+fn on(_: u64) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+#[test] // [STORE-001]
+fn a_good_file_is_placed_recorded_and_found() {
+    let setup = Setup::new(true);
+    let error = setup.resolve("m").unwrap_err();
+    assert!(
+        matches!(error, ResolveError::NotDownloaded { .. }),
+        "{error}"
+    );
+    assert_eq!(error.hint().unwrap(), "llorch-pool models download m");
+    assert_eq!(setup.store.presence(setup.entry()), Presence::Missing);
+
+    let record = setup.place(&tiny_gguf()).unwrap();
+    assert_eq!(
+        setup.store.presence(setup.entry()),
+        Presence::Checked(record.clone())
+    );
+    assert_eq!(
+        setup.files_below_models(),
+        [".locks/m", "m/m.gguf", "m/model.json"]
+    );
+    for name in ["m", "hf:a/b", "hf:a/b::file=sub/m.gguf"] {
+        let model = setup.resolve(name).unwrap();
+        assert_eq!(model.path, setup.store.dir().join("m/m.gguf"));
+        assert_eq!(
+            model.file.sha256.as_deref(),
+            Some(sha256_of(&tiny_gguf()).as_str())
+        );
+        assert_eq!(model.model_ref.to_string(), name);
+    }
+    assert_eq!(record.source, Some(setup.entry().sources[0].clone()));
+}
+
+#[test] // [STORE-002]
+fn wrong_bytes_never_get_the_final_name() {
+    let mut longer = tiny_gguf();
+    longer.push(0);
+    let mut other = tiny_gguf();
+    *other.last_mut().unwrap() ^= 1;
+    let half = tiny_gguf()[..20].to_vec();
+    let setup = Setup::new(true);
+    assert!(matches!(setup.place(&longer), Err(CheckError::Size { .. })));
+    assert!(matches!(setup.place(&half), Err(CheckError::Size { .. })));
+    assert!(matches!(
+        setup.place(&other),
+        Err(CheckError::Hash {
+            against: Against::Catalogue,
+            ..
+        })
+    ));
+    assert_eq!(setup.files_below_models(), [".locks/m"]);
+
+    let unverified = Setup::new(false);
+    assert!(matches!(
+        unverified.place(&half),
+        Err(CheckError::Header(_))
+    ));
+    assert!(matches!(
+        unverified.place(b"<html>not found</html>"),
+        Err(CheckError::Header(_))
+    ));
+    assert_eq!(unverified.files_below_models(), [".locks/m"]);
+}
+
+#[test] // [STORE-002]
+fn a_failed_download_leaves_the_old_file() {
+    let setup = Setup::new(true);
+    setup.place(&tiny_gguf()).unwrap();
+    setup.place(b"rubbish").unwrap_err();
+    assert!(matches!(
+        setup.store.presence(setup.entry()),
+        Presence::Checked(_)
+    ));
+}
+
+#[test] // [STORE-003]
+fn an_unverified_entry_keeps_to_the_first_hash_seen() {
+    let setup = Setup::new(false);
+    assert_eq!(setup.store.verify(setup.entry(), &mut on).unwrap(), None);
+    fs::create_dir_all(setup.store.dir().join("m")).unwrap();
+    let path = setup.store.path_of(setup.entry());
+    fs::write(&path, tiny_gguf()).unwrap();
+    assert_eq!(setup.store.presence(setup.entry()), Presence::Unchecked);
+    let (first, against) = setup.store.verify(setup.entry(), &mut on).unwrap().unwrap();
+    assert_eq!((against, first.source), (Against::Nothing, None));
+    assert_eq!(
+        setup
+            .store
+            .verify(setup.entry(), &mut on)
+            .unwrap()
+            .unwrap()
+            .1,
+        Against::Record
+    );
+
+    let mut other = tiny_gguf();
+    *other.last_mut().unwrap() ^= 1;
+    fs::write(&path, other).unwrap();
+    assert_eq!(setup.store.presence(setup.entry()), Presence::Unchecked);
+    assert_eq!(
+        setup.resolve("m").unwrap().file.sha256,
+        None,
+        "a hash of older bytes is not passed on"
+    );
+    let error = setup.store.verify(setup.entry(), &mut on).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            CheckError::Hash {
+                against: Against::Record,
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[test] // [STORE-003]
+fn a_check_can_be_broken_off() {
+    let setup = Setup::new(true);
+    setup.place(&tiny_gguf()).unwrap();
+    let stopped = setup
+        .store
+        .verify(setup.entry(), &mut |_| ControlFlow::Break(()));
+    assert!(matches!(stopped, Err(CheckError::Stopped)));
+}
+
+#[test] // [STORE-004]
+fn one_download_of_a_model_at_a_time_and_leftovers_go() {
+    let setup = Setup::new(true);
+    let mut first = setup.store.try_begin(setup.entry()).unwrap().unwrap();
+    assert!(setup.store.try_begin(setup.entry()).unwrap().is_none());
+    assert!(
+        setup
+            .store
+            .try_begin(setup.catalog.get("tinyllama").unwrap())
+            .unwrap()
+            .is_some()
+    );
+    let source = first.next_source().unwrap().unwrap();
+    assert!(matches!(source, Source::Hf { .. }));
+    let folder = first.folder().to_path_buf();
+    fs::write(folder.join("half"), "x").unwrap();
+    assert!(matches!(
+        first.next_source().unwrap(),
+        Some(Source::Pypi { .. })
+    ));
+    assert_eq!(
+        fs::read_dir(&folder).unwrap().count(),
+        0,
+        "each source begins with an empty folder"
+    );
+    assert_eq!(first.next_source().unwrap(), None);
+    drop(first);
+    assert!(!folder.exists());
+
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("left by a killed process"), "x").unwrap();
+    let again = setup.store.try_begin(setup.entry()).unwrap();
+    assert!(again.is_some() && !folder.exists());
+}
+
+#[test] // [STORE-005]
+fn a_full_disk_is_noticed_before_the_download() {
+    let setup = Setup::new(true);
+    let download = setup.store.try_begin(setup.entry()).unwrap().unwrap();
+    let size = tiny_gguf().len() as u64;
+    let disk = |free_bytes| DiskInfo {
+        total_bytes: 1 << 40,
+        free_bytes,
+    };
+    let [hub, wheel] = &setup.entry().sources[..] else {
+        panic!("two sources")
+    };
+    let enough = size + DISK_RESERVE_BYTES;
+    assert_eq!(download.check_space(hub, disk(enough)), Ok(()));
+    assert_eq!(
+        download.check_space(wheel, disk(enough)),
+        Err(NoSpace {
+            needed_bytes: enough + size,
+            free_bytes: enough
+        })
+    );
+    assert!(setup.store.disk().unwrap().free_bytes > 0);
+}
+
+#[test] // [STORE-006]
+fn files_are_taken_from_allowed_folders_only() {
+    let setup = Setup::new(true);
+    setup.place(&tiny_gguf()).unwrap();
+    let models = setup.store.dir().to_path_buf();
+    let outside = setup.root.path().canonicalize().unwrap().join("outside");
+    fs::create_dir(&outside).unwrap();
+    fs::write(outside.join("x.gguf"), tiny_gguf()).unwrap();
+    symlink(outside.join("x.gguf"), models.join("link.gguf")).unwrap();
+    symlink(&outside, models.join("folder")).unwrap();
+    symlink(models.join("m/m.gguf"), models.join("inner.gguf")).unwrap();
+    let file = |path: PathBuf| format!("file:{}", path.display());
+
+    let good = setup.resolve(&file(models.join("m/m.gguf"))).unwrap();
+    assert!(good.file.sha256.is_some());
+    assert_eq!(
+        setup
+            .resolve(&file(models.join("inner.gguf")))
+            .unwrap()
+            .path,
+        good.path
+    );
+    for path in [
+        "/etc/passwd".into(),
+        outside.join("x.gguf"),
+        outside.join("none"),
+        models.join("link.gguf"),
+        models.join("folder/x.gguf"),
+    ] {
+        let error = setup.resolve(&file(path.clone())).unwrap_err();
+        assert!(
+            matches!(error, ResolveError::Forbidden { .. }),
+            "{}: {error}",
+            path.display()
+        );
+    }
+    assert!(matches!(
+        setup.resolve(&file(models.join("none.gguf"))),
+        Err(ResolveError::Missing { .. })
+    ));
+    assert!(matches!(
+        setup.resolve(&file(models.join("m"))),
+        Err(ResolveError::NotAFile { .. })
+    ));
+    let model = file(outside.join("x.gguf")).parse().unwrap();
+    assert!(
+        setup
+            .store
+            .resolve(&model, &setup.catalog, &[outside])
+            .is_ok()
+    );
+}
+
+#[test] // [STORE-007]
+fn an_unknown_name_says_what_was_meant() {
+    let setup = Setup::new(true);
+    let error = setup.resolve("tinylama").unwrap_err();
+    assert!(
+        matches!(&error, ResolveError::Unknown { nearest: Some(near), .. } if near == "tinyllama")
+    );
+    assert!(matches!(
+        setup.resolve("hf:some/where").unwrap_err(),
+        ResolveError::NotCatalogued { .. }
+    ));
+}
+
+#[test] // [STORE-008]
+fn the_list_has_catalogue_models_and_other_files() {
+    let setup = Setup::new(true);
+    assert_eq!(setup.store.list(&setup.catalog).unwrap(), []);
+    setup.place(&tiny_gguf()).unwrap();
+    let models = setup.store.dir();
+    fs::write(models.join("own.gguf"), tiny_gguf()).unwrap();
+    fs::write(models.join("notes.txt"), "x").unwrap();
+    fs::create_dir_all(models.join(".partial/m")).unwrap();
+    fs::write(models.join(".partial/m/half.gguf"), "x").unwrap();
+    symlink("/etc/passwd", models.join("evil.gguf")).unwrap();
+    let names: Vec<String> = setup
+        .store
+        .list(&setup.catalog)
+        .unwrap()
+        .iter()
+        .map(|model| model.model_ref.to_string())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "m".to_owned(),
+            format!("file:{}", models.join("own.gguf").display())
+        ]
+    );
+}

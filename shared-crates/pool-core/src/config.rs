@@ -1,0 +1,424 @@
+//! Settings of a pool host, read by `pool-managerd` and by `llorch-pool` when it works without the daemon.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroU32;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::home::Home;
+use crate::settings::{self, SettingsError};
+
+/// The port of the pool manager where nothing else is said.
+pub const DEFAULT_PORT: u16 = 9200;
+
+/// `pool-managerd.toml`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PoolConfig {
+    /// Name of this pool in the fleet. Default: the host's short name.
+    pub pool_id: String,
+    /// Address to listen on; port 0 takes a free one. Default `127.0.0.1:9200`. Any other than a loopback address
+    /// needs a token.
+    pub bind: SocketAddr,
+    /// Where the orchestrator reaches this pool. Default: the address it listens on.
+    pub advertise_url: Option<String>,
+    /// The orchestrator to register with; none by default.
+    pub orchestrator_url: Option<String>,
+    /// File (mode 0600) with the pool's token; the variable `LLORCH_POOL_TOKEN` goes before it.
+    pub token_file: Option<PathBuf>,
+    /// Milliseconds between heartbeats when nothing changes. Default 15000.
+    pub heartbeat_interval_ms: u64,
+    /// How workers are started, watched and stopped.
+    pub workers: WorkersConfig,
+    /// How much memory workers may take.
+    pub memory: MemoryConfig,
+    /// Which models may be used.
+    pub models: ModelsConfig,
+    /// Limits of the HTTP server.
+    pub service: ServiceConfig,
+}
+
+/// `[workers]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WorkersConfig {
+    /// First port given to workers. Default 8001.
+    pub port_min: u16,
+    /// Last port given to workers. Default 8999.
+    pub port_max: u16,
+    /// Seconds that a worker may take to load. Default 120; a file of over 12 GB gets a second for each 100 MB.
+    pub start_timeout_s: u64,
+    /// Seconds that a worker has to finish what runs when it is told to stop, before it is killed. Default 10.
+    pub stop_timeout_s: u64,
+    /// Compute threads of a worker on the CPU. Default: the host's processors.
+    pub threads: Option<NonZeroU32>,
+    /// How many ended workers are remembered, with their logs. Default 20.
+    pub keep_ended: usize,
+    /// Folder that is searched first for `llorch-candled`. Default: beside the running program, then the PATH.
+    pub programs_dir: Option<PathBuf>,
+}
+
+/// `[memory]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MemoryConfig {
+    /// Bytes of main memory that all workers together may take. Default: what the host has.
+    pub cpu_limit_bytes: Option<u64>,
+    /// Bytes of each GPU's memory that the workers on it may take. Default: what the GPU has.
+    pub gpu_limit_bytes: Option<u64>,
+}
+
+/// `[models]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ModelsConfig {
+    /// The models folder. Default: `models` of the home.
+    pub dir: Option<PathBuf>,
+    /// Folders below which a `file:` reference may point. Default: the models folder alone.
+    pub allow_paths: Vec<PathBuf>,
+    /// Whether `hf:` references that no catalogue entry covers may be downloaded. Default: no.
+    pub allow_hub: bool,
+}
+
+/// `[service]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServiceConfig {
+    /// Connections at once. Default 256.
+    pub max_connections: usize,
+    /// Bytes of a request's body. Default 65536.
+    pub body_limit_bytes: usize,
+    /// Milliseconds that a client has to send its request's head. Default 10000.
+    pub header_timeout_ms: u64,
+    /// Milliseconds that open requests have to end after SIGTERM. Default 2000.
+    pub shutdown_grace_ms: u64,
+    /// Host names, besides loopback names and the address listened on, that requests without a token may be made to.
+    pub allowed_hosts: Vec<String>,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self {
+            pool_id: short_host_name(),
+            bind: SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_PORT)),
+            advertise_url: None,
+            orchestrator_url: None,
+            token_file: None,
+            heartbeat_interval_ms: 15_000,
+            workers: WorkersConfig::default(),
+            memory: MemoryConfig::default(),
+            models: ModelsConfig::default(),
+            service: ServiceConfig::default(),
+        }
+    }
+}
+
+impl Default for WorkersConfig {
+    fn default() -> Self {
+        Self {
+            port_min: 8001,
+            port_max: 8999,
+            start_timeout_s: 120,
+            stop_timeout_s: 10,
+            threads: None,
+            keep_ended: 20,
+            programs_dir: None,
+        }
+    }
+}
+
+impl Default for ServiceConfig {
+    fn default() -> Self {
+        Self {
+            max_connections: 256,
+            body_limit_bytes: 64 * 1024,
+            header_timeout_ms: 10_000,
+            shutdown_grace_ms: 2_000,
+            allowed_hosts: Vec::new(),
+        }
+    }
+}
+
+/// Why the pool's settings can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// They can't be read.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// A value that the type allows makes no sense.
+    #[error("`{key}`: {reason}")]
+    Invalid {
+        /// The key with its section.
+        key: &'static str,
+        /// What is wrong with its value.
+        reason: String,
+    },
+}
+
+impl ConfigError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Settings(error) => error.hint(),
+            Self::Invalid { .. } => None,
+        }
+    }
+}
+
+impl PoolConfig {
+    /// The settings in force: the `LLORCH_*` variables over the file over the defaults. `explicit` is the file the
+    /// user named; without it `pool-managerd.toml` of the configuration folder counts, if there is one.
+    pub fn load(home: &Home, explicit: Option<&Path>) -> Result<Self, ConfigError> {
+        Self::load_with(home, explicit, &|name| std::env::var(name).ok())
+    }
+
+    /// As [`PoolConfig::load`], with the environment passed in.
+    pub fn load_with(
+        home: &Home,
+        explicit: Option<&Path>,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Self, ConfigError> {
+        // The other documented names (LLORCH_POOL_ID, LLORCH_ORCHESTRATOR_URL, LLORCH_MODELS_DIR) are those that
+        // the keys have anyway.
+        let aliases = [("LLORCH_POOL_BIND", "bind")];
+        let config: Self = settings::load(
+            explicit,
+            &home.config_file("pool-managerd.toml"),
+            env,
+            &aliases,
+        )?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Refuses values that fit their type and make no sense.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let refuse = |key, reason: &str| {
+            Err(ConfigError::Invalid {
+                key,
+                reason: reason.to_owned(),
+            })
+        };
+        let id_ok = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if !(1..=64).contains(&self.pool_id.len())
+            || !self.pool_id.chars().all(id_ok)
+            || !self
+                .pool_id
+                .starts_with(|c: char| c.is_ascii_alphanumeric())
+            || self.pool_id.contains("..")
+        {
+            return refuse(
+                "pool_id",
+                "must be 1 to 64 letters, digits, `.`, `_` or `-`, and begin with a letter or digit",
+            );
+        }
+        for (key, url) in [
+            ("advertise_url", &self.advertise_url),
+            ("orchestrator_url", &self.orchestrator_url),
+        ] {
+            if url
+                .as_ref()
+                .is_some_and(|url| !(url.starts_with("http://") || url.starts_with("https://")))
+            {
+                return refuse(key, "must begin with http:// or https://");
+            }
+        }
+        if self.advertise_url.is_none()
+            && self.orchestrator_url.is_some()
+            && self.bind.ip().is_unspecified()
+        {
+            return refuse(
+                "advertise_url",
+                "is needed because `bind` is every address of the host and names none of them",
+            );
+        }
+        if self.heartbeat_interval_ms < 10 {
+            return refuse("heartbeat_interval_ms", "must be at least 10");
+        }
+        let WorkersConfig {
+            port_min,
+            port_max,
+            start_timeout_s,
+            ..
+        } = self.workers;
+        if port_min == 0 || port_min > port_max {
+            return refuse(
+                "workers.port_min",
+                "must be at least 1 and at most `workers.port_max`",
+            );
+        }
+        if start_timeout_s == 0 {
+            return refuse("workers.start_timeout_s", "must be at least 1");
+        }
+        let folders = self
+            .models
+            .allow_paths
+            .iter()
+            .map(|path| ("models.allow_paths", path));
+        let folders = folders.chain(self.models.dir.iter().map(|path| ("models.dir", path)));
+        for (key, path) in folders.chain(
+            self.workers
+                .programs_dir
+                .iter()
+                .map(|path| ("workers.programs_dir", path)),
+        ) {
+            if !path.is_absolute() {
+                return refuse(key, "must be an absolute path");
+            }
+        }
+        if self.service.max_connections == 0 {
+            return refuse("service.max_connections", "must be at least 1");
+        }
+        Ok(())
+    }
+
+    /// The models folder in force.
+    pub fn models_dir(&self, home: &Home) -> PathBuf {
+        self.models.dir.clone().unwrap_or_else(|| home.models_dir())
+    }
+
+    /// Folders below which a `file:` reference may point.
+    pub fn allow_paths(&self, home: &Home) -> Vec<PathBuf> {
+        if self.models.allow_paths.is_empty() {
+            vec![self.models_dir(home)]
+        } else {
+            self.models.allow_paths.clone()
+        }
+    }
+}
+
+impl WorkersConfig {
+    /// How long a worker with a model file of this size may take to load. A disk or network share that gives less
+    /// than 100 MB/s is taken for stuck.
+    pub fn start_timeout(&self, file_bytes: u64) -> Duration {
+        Duration::from_secs(self.start_timeout_s.max(file_bytes / 100_000_000))
+    }
+
+    /// How long a worker may take to stop by itself.
+    pub fn stop_timeout(&self) -> Duration {
+        Duration::from_secs(self.stop_timeout_s)
+    }
+}
+
+/// The host's name up to its first dot, in the characters that a pool's name may have.
+fn short_host_name() -> String {
+    let name = rustix::system::uname()
+        .nodename()
+        .to_string_lossy()
+        .into_owned();
+    let short: String = name
+        .split('.')
+        .next()
+        .unwrap_or_default()
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || matches!(c, '_' | '-') {
+                c
+            } else {
+                '-'
+            }
+        })
+        .take(64)
+        .collect();
+    let short = short.trim_start_matches(['-', '_']);
+    if short.is_empty() {
+        "pool".to_owned()
+    } else {
+        short.to_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(file: &str, vars: &[(&str, &str)]) -> Result<PoolConfig, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::at(dir.path());
+        std::fs::create_dir_all(home.config_dir()).unwrap();
+        std::fs::write(home.config_file("pool-managerd.toml"), file).unwrap();
+        let env = |name: &str| {
+            vars.iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| (*value).to_owned())
+        };
+        PoolConfig::load_with(&home, None, &env).map_err(|error| error.to_string())
+    }
+
+    #[test] // [POOLD-001]
+    fn variables_go_over_the_file_over_the_defaults() {
+        let file = "pool_id = \"mac\"\nheartbeat_interval_ms = 500\n[workers]\nport_min = 8100\n";
+        let vars = [
+            ("LLORCH_POOL_BIND", "127.0.0.1:0"),
+            ("LLORCH_POOL_ID", "blep"),
+            ("LLORCH_ORCHESTRATOR_URL", "http://127.0.0.1:8080"),
+            ("LLORCH_MODELS_DIR", "/srv/models"),
+            ("LLORCH_MEMORY_CPU_LIMIT_BYTES", "1000"),
+            ("LLORCH_WORKERS_THREADS", "3"),
+        ];
+        let config = load(file, &vars).unwrap();
+        assert_eq!((config.pool_id.as_str(), config.bind.port()), ("blep", 0));
+        assert_eq!(
+            (
+                config.heartbeat_interval_ms,
+                config.workers.port_min,
+                config.workers.port_max
+            ),
+            (500, 8100, 8999)
+        );
+        assert_eq!(
+            config.orchestrator_url.as_deref(),
+            Some("http://127.0.0.1:8080")
+        );
+        assert_eq!(config.models_dir(&Home::at("/h")), Path::new("/srv/models"));
+        assert_eq!(
+            config.allow_paths(&Home::at("/h")),
+            [Path::new("/srv/models")]
+        );
+        assert_eq!(
+            (config.memory.cpu_limit_bytes, config.workers.threads),
+            (Some(1000), NonZeroU32::new(3))
+        );
+    }
+
+    #[test] // [POOLD-001]
+    fn senseless_values_are_refused_by_name() {
+        for (file, key) in [
+            ("pool_id = \"\"", "pool_id"),
+            ("pool_id = \"../a\"", "pool_id"),
+            ("orchestrator_url = \"blep:8080\"", "orchestrator_url"),
+            (
+                "bind = \"0.0.0.0:1\"\norchestrator_url = \"http://a\"",
+                "advertise_url",
+            ),
+            ("heartbeat_interval_ms = 0", "heartbeat_interval_ms"),
+            (
+                "[workers]\nport_min = 9000\nport_max = 8000",
+                "workers.port_min",
+            ),
+            ("[workers]\nthreads = 0", "workers.threads"),
+            ("[models]\nallow_paths = [\"models\"]", "models.allow_paths"),
+            ("[workers]\nport_mim = 1", "workers.port_mim"),
+        ] {
+            let error = load(file, &[]).unwrap_err();
+            assert!(error.contains(&format!("`{key}`")), "{file}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_default_is_valid_whatever_the_host_is_called() {
+        PoolConfig::default().validate().unwrap();
+    }
+
+    #[test]
+    fn large_files_get_longer_to_load() {
+        let workers = WorkersConfig::default();
+        assert_eq!(workers.start_timeout(98_362_432), Duration::from_secs(120));
+        assert_eq!(
+            workers.start_timeout(40_000_000_000),
+            Duration::from_secs(400)
+        );
+    }
+}

@@ -1,0 +1,100 @@
+//! Files that survive a crash, and locks between processes.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+/// Replaces `path` by `bytes` with the permission bits `mode`: a reader sees the old content or the new, never a
+/// part, and after a return of `Ok` the new content survives a power loss.
+pub fn write_atomic(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>, mode: u32) -> io::Result<()> {
+    let path = path.as_ref();
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut temp = tempfile::Builder::new()
+        .prefix(".write-")
+        .tempfile_in(folder)?;
+    temp.write_all(bytes.as_ref())?;
+    // Set on the open file, because the mode given at creation is subject to the umask.
+    temp.as_file()
+        .set_permissions(fs::Permissions::from_mode(mode))?;
+    temp.as_file().sync_all()?;
+    temp.persist(path).map_err(|error| error.error)?;
+    File::open(folder)?.sync_all()
+}
+
+/// A lock on a file, held until dropped. The kernel lets go of it when the process dies, however it dies.
+#[derive(Debug)]
+pub struct LockGuard {
+    _file: File,
+}
+
+/// Waits for the exclusive lock on `path`, which is made (0600) if missing. The file is never removed: a lock on a
+/// name that another process has just unlinked would exclude nobody.
+pub fn lock_exclusive(path: impl AsRef<Path>) -> io::Result<LockGuard> {
+    let file = open_lock(path.as_ref())?;
+    file.lock()?;
+    Ok(LockGuard { _file: file })
+}
+
+/// As [`lock_exclusive`], but returns `None` at once when another process holds the lock.
+pub fn try_lock_exclusive(path: impl AsRef<Path>) -> io::Result<Option<LockGuard>> {
+    let file = open_lock(path.as_ref())?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(LockGuard { _file: file })),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLCORE-010]
+    fn a_write_replaces_the_whole_file_and_leaves_nothing_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("record.json");
+        write_atomic(&path, "a long first version", 0o644).unwrap();
+        write_atomic(&path, "second", 0o600).unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "second");
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test] // [POOLCORE-010]
+    fn a_write_that_fails_leaves_the_old_content() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("taken");
+        fs::create_dir(&path).unwrap();
+        fs::write(path.join("inside"), "kept").unwrap();
+        assert!(write_atomic(&path, "new", 0o600).is_err());
+        assert_eq!(fs::read_to_string(path.join("inside")).unwrap(), "kept");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test] // [POOLCORE-011]
+    fn a_lock_excludes_until_it_is_dropped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let held = lock_exclusive(&path).unwrap();
+        assert!(try_lock_exclusive(&path).unwrap().is_none());
+        drop(held);
+        assert!(try_lock_exclusive(&path).unwrap().is_some());
+    }
+}

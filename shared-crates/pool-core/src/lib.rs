@@ -1,0 +1,36 @@
+//! What a pool host is: model references, the catalogue, workers and their registry, and the wire types that
+//! `pool-managerd`, `llorch-pool`, the worker and the orchestrator exchange.
+//!
+//! It is also the ground floor of every llama-orch binary. What several of them would write again stands here once,
+//! behind features that are off by default: `cli` (the worker's argument list), `client` (a client of our HTTP APIs),
+//! `service` (what every daemon is) and `terminal` (what both command line programs are).
+
+pub mod api;
+pub mod catalog;
+#[cfg(feature = "client")]
+pub mod client;
+pub mod config;
+pub mod fsio;
+pub mod home;
+pub mod lifecycle;
+pub mod model_ref;
+pub mod process;
+pub mod registry;
+pub mod run_files;
+pub mod secret;
+#[cfg(feature = "service")]
+pub mod service;
+pub mod settings;
+#[cfg(feature = "terminal")]
+pub mod terminal;
+pub mod worker;
+pub mod worker_args;
+
+pub use model_ref::ModelRef;
+
+/// Version of the orchestrator's HTTP API that this build speaks; `/version` tells it.
+pub const ORCHESTRATOR_API_VERSION: u32 = 2;
+/// Version of the pool manager's HTTP API that this build speaks.
+pub const POOL_API_VERSION: u32 = 1;
+/// Version of the worker's HTTP API that this build speaks.
+pub const WORKER_API_VERSION: u32 = 1;

@@ -1,0 +1,186 @@
+//! Why a worker can't be started or stopped.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::ModelRef;
+use crate::catalog::store::ResolveError;
+use crate::registry::RegistryError;
+use crate::worker::{Backend, Device};
+
+/// Why a worker was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// No usable file stands behind the model reference.
+    #[error(transparent)]
+    Model(#[from] ResolveError),
+    /// A number of sequences that makes no sense.
+    #[error("`slots` is {asked}, it must be 1 to {most}")]
+    Slots {
+        /// Slots asked for.
+        asked: u32,
+        /// The most there may be.
+        most: u32,
+    },
+    /// A context that the model was not made for.
+    #[error("`context_length` is {asked}, the model `{model_ref}` takes 1 to {most}")]
+    Context {
+        /// Tokens asked for.
+        asked: u32,
+        /// Tokens the model was made for.
+        most: u64,
+        /// The model.
+        model_ref: ModelRef,
+    },
+    /// A GPU was named for work on the CPU.
+    #[error("`gpu` has no meaning with the backend `cpu`")]
+    GpuWithCpu,
+    /// The host has no such device.
+    #[error("this host has no device {device}")]
+    NoDevice {
+        /// The device asked for.
+        device: Device,
+    },
+    /// No worker program for the backend is installed.
+    #[error("no worker is built for the backend `{backend}`: there is no `{program}`")]
+    NoProgram {
+        /// The backend asked for.
+        backend: Backend,
+        /// The program that would serve it.
+        program: &'static str,
+    },
+    /// The device has too little memory left.
+    #[error("{device} has {free_bytes} bytes free, `{model_ref}` needs {needed_bytes}")]
+    MemoryShort {
+        /// The device.
+        device: Device,
+        /// The model asked for.
+        model_ref: ModelRef,
+        /// Bytes the worker would need.
+        needed_bytes: u64,
+        /// Bytes that are free.
+        free_bytes: u64,
+        /// Bytes that workers may take in all.
+        total_bytes: u64,
+    },
+    /// The system does not say how much memory there is.
+    #[error("could not find out how much memory is free")]
+    MemoryUnknown(#[source] io::Error),
+    /// All ports are given away.
+    #[error("no port is left between {first} and {last}")]
+    NoPort {
+        /// First port of the range.
+        first: u16,
+        /// Last port of the range.
+        last: u16,
+    },
+    /// The port asked for belongs to another worker.
+    #[error("port {port} can't be used: it is 0 or another worker's")]
+    PortTaken {
+        /// The port asked for.
+        port: u16,
+    },
+    /// The process could not be started.
+    #[error("could not start `{}`", program.display())]
+    Exec {
+        /// The program.
+        program: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The registry can't be used.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+}
+
+impl SpawnError {
+    /// What to try next: printed under the error as `hint: ...`, and sent as `hint`.
+    pub fn hint(&self) -> Option<String> {
+        let hint = match self {
+            Self::Model(source) => return source.hint(),
+            Self::GpuWithCpu => "leave `gpu` out, or choose the backend of the GPU",
+            Self::NoDevice { .. } => {
+                "`llorch-pool daemon status` lists the devices; the backend `cpu` always works"
+            }
+            Self::NoProgram {
+                backend: Backend::Cpu,
+                ..
+            } => "build it with `cargo build --release -p llorch-candled`",
+            Self::NoProgram {
+                backend: Backend::Metal,
+                ..
+            } => "build it with `cargo build --release -p llorch-candled --features metal`",
+            Self::NoProgram {
+                backend: Backend::Cuda,
+                ..
+            } => {
+                "build it with `cargo build --release -p llorch-candled --features cuda` and install it as `llorch-candled-cuda`"
+            }
+            Self::MemoryShort {
+                needed_bytes,
+                total_bytes,
+                ..
+            } if needed_bytes > total_bytes => {
+                "it never fits here: choose a smaller model, `context_length` or `slots`, or another host"
+            }
+            Self::MemoryShort { .. } => {
+                "stop a worker (`llorch-pool worker list`), or ask for a smaller `context_length` or `slots`"
+            }
+            Self::NoPort { .. } => {
+                "stop a worker, or widen `workers.port_min` to `workers.port_max`"
+            }
+            Self::PortTaken { .. } => "leave `port` out to take a free one",
+            Self::Slots { .. }
+            | Self::Context { .. }
+            | Self::MemoryUnknown(_)
+            | Self::Exec { .. }
+            | Self::Registry(_) => {
+                return None;
+            }
+        };
+        Some(hint.to_owned())
+    }
+}
+
+/// Why a worker was not stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// There is no such worker.
+    #[error("there is no worker `{}`", id.escape_debug())]
+    Unknown {
+        /// The id asked for.
+        id: String,
+    },
+    /// The system refused to pass the signal on.
+    #[error("could not signal {id}")]
+    Signal {
+        /// The worker.
+        id: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The process survives being killed, as one that waits for a device in the kernel does.
+    #[error("{id} (pid {pid}) does not end although it was killed")]
+    Unstoppable {
+        /// The worker.
+        id: String,
+        /// Its process.
+        pid: u32,
+    },
+    /// The registry can't be used.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+}
+
+impl StopError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Unknown { .. } => Some("`llorch-pool worker list` shows the workers"),
+            Self::Unstoppable { .. } => {
+                Some("look into the kernel's log for the device that it waits for")
+            }
+            Self::Signal { .. } | Self::Registry(_) => None,
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! What a worker says of itself, and what of it goes into its record.
+
+use jiff::Timestamp;
+
+use crate::api::worker::{HealthState, WorkerHealth};
+use crate::registry::WorkerRecord;
+use crate::worker::WorkerEvent;
+
+/// Why an account was not taken over.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HealthRefused {
+    /// Another program, or another start of a worker, answers in this one's place.
+    #[error("the answer is not {id}'s: {what} is another")]
+    Stranger {
+        /// The worker meant.
+        id: String,
+        /// What gives the stranger away.
+        what: &'static str,
+    },
+    /// The worker has ended already.
+    #[error("{id} has ended")]
+    Over {
+        /// The worker.
+        id: String,
+    },
+}
+
+/// Takes over what the worker says. A worker becomes ready or busy by this alone.
+pub fn apply_health(
+    record: &mut WorkerRecord,
+    health: &WorkerHealth,
+    now: Timestamp,
+) -> Result<(), HealthRefused> {
+    let stranger = |what| HealthRefused::Stranger {
+        id: record.info.id.clone(),
+        what,
+    };
+    if health.nonce != record.nonce {
+        return Err(stranger("the nonce"));
+    }
+    if health.worker_id != record.info.id {
+        return Err(stranger("the id"));
+    }
+    if !record.info.status.is_live() {
+        return Err(HealthRefused::Over {
+            id: record.info.id.clone(),
+        });
+    }
+    let info = &mut record.info;
+    info.load_percent = health.load_percent.min(100);
+    info.active = health.active;
+    info.context_length = health.context_length.or(info.context_length);
+    info.memory.measured_bytes = health.measured_bytes.or(info.memory.measured_bytes);
+    // Of the other two states, loading is where a worker begins, and the process of a failed one is about to end,
+    // which says more than it can say itself.
+    if health.state == HealthState::Ready {
+        info.ready_at = info.ready_at.or(Some(now));
+        let event = if health.active >= health.slots {
+            WorkerEvent::BecameBusy
+        } else {
+            WorkerEvent::BecameReady
+        };
+        // Every live state may see both.
+        let _ = record.apply(event);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lifecycle::tests::record;
+    use crate::worker::WorkerStatus;
+
+    fn health(record: &WorkerRecord) -> WorkerHealth {
+        WorkerHealth {
+            worker_id: record.info.id.clone(),
+            nonce: record.nonce.clone(),
+            state: HealthState::Ready,
+            load_percent: 100,
+            reason: None,
+            model_ref: None,
+            context_length: Some(4096),
+            slots: 2,
+            active: 0,
+            measured_bytes: Some(77),
+            progress: 1,
+        }
+    }
+
+    #[test] // [POOLD-013]
+    fn ready_busy_and_ready_again() {
+        let mut record = record(0);
+        let first = Timestamp::UNIX_EPOCH;
+        let mut says = health(&record);
+        apply_health(
+            &mut record,
+            &WorkerHealth {
+                state: HealthState::Loading,
+                load_percent: 40,
+                ..says.clone()
+            },
+            first,
+        )
+        .unwrap();
+        assert_eq!(
+            (
+                record.info.status,
+                record.info.load_percent,
+                record.info.ready_at
+            ),
+            (WorkerStatus::Starting, 40, None)
+        );
+        apply_health(&mut record, &says, first).unwrap();
+        assert_eq!(
+            (record.info.status, record.info.ready_at),
+            (WorkerStatus::Ready, Some(first))
+        );
+        assert_eq!(
+            (
+                record.info.context_length,
+                record.info.memory.measured_bytes
+            ),
+            (Some(4096), Some(77))
+        );
+        says.active = 2;
+        apply_health(&mut record, &says, Timestamp::MAX).unwrap();
+        assert_eq!(
+            (record.info.status, record.info.active, record.info.ready_at),
+            (WorkerStatus::Busy, 2, Some(first))
+        );
+        says.active = 1;
+        apply_health(&mut record, &says, Timestamp::MAX).unwrap();
+        assert_eq!(record.info.status, WorkerStatus::Ready);
+    }
+
+    #[test] // [POOLD-013]
+    fn a_stranger_and_a_late_answer_change_nothing() {
+        let mut record = record(0);
+        let good = health(&record);
+        for (says, what) in [
+            (
+                WorkerHealth {
+                    nonce: "other".into(),
+                    ..good.clone()
+                },
+                "nonce",
+            ),
+            (
+                WorkerHealth {
+                    worker_id: "worker-cpu-7".into(),
+                    ..good.clone()
+                },
+                "id",
+            ),
+        ] {
+            let error = apply_health(&mut record, &says, Timestamp::UNIX_EPOCH).unwrap_err();
+            assert!(error.to_string().contains(what), "{error}");
+            assert_eq!(record.info.status, WorkerStatus::Starting);
+        }
+        record.apply(WorkerEvent::Died).unwrap();
+        assert!(matches!(
+            apply_health(&mut record, &good, Timestamp::UNIX_EPOCH),
+            Err(HealthRefused::Over { .. })
+        ));
+        assert_eq!(record.info.status, WorkerStatus::Failed);
+    }
+}

@@ -1,0 +1,628 @@
+//! The life of a worker's process: started against reserved memory, watched, stopped, and explained when it ends.
+//!
+//! `pool-managerd` and `llorch-pool` without a daemon use the same functions on the same registry. What is decided
+//! (port, memory, kind of end) stands in plain functions of the submodules; [`Lifecycle`] carries the decisions out.
+
+mod error;
+mod exit;
+mod health;
+mod logs;
+mod memory;
+mod ports;
+mod program;
+mod spawner;
+
+use std::collections::HashSet;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::process::Child;
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+pub use error::{SpawnError, StopError};
+pub use exit::{ExitFacts, classify_exit};
+pub use health::{HealthRefused, apply_health};
+pub use logs::log_tail;
+pub use memory::{
+    DeviceMemory, MemoryEstimate, MemoryEstimator, cpu_memory, free_bytes, reserved_bytes,
+};
+pub use ports::choose_port;
+pub use program::{find_program, program_name};
+pub use spawner::{Launched, OsSpawner, Spawner, WorkerCommand};
+
+use crate::ModelRef;
+use crate::api::pool::{DeviceInfo, WorkerSpawnRequest};
+use crate::api::worker::WorkerHealth;
+use crate::catalog::store::{ResolvedModel, Store};
+use crate::catalog::{Catalog, CatalogError};
+use crate::config::PoolConfig;
+use crate::home::Home;
+use crate::process::{ProcessIdentity, Signal, SignalOutcome};
+use crate::registry::{Damaged, Registry, RegistryError, WorkerRecord, ports_in_use};
+use crate::secret::Secret;
+use crate::worker::{Backend, Device, WorkerEvent, WorkerInfo, WorkerMemory, WorkerStatus};
+use crate::worker_args::{EXIT_PORT_TAKEN, WorkerArgs};
+
+/// How many ports a worker tries before it gives up: enough for the workers of a few neighbours on one host.
+const PORT_ATTEMPTS: usize = 64;
+/// How many lines of its log an ended worker's record keeps.
+const EXIT_LOG_LINES: usize = 20;
+/// How much of each: the record travels in every heartbeat.
+const EXIT_LOG_LINE_CHARS: usize = 500;
+/// The most slots a worker may be asked for.
+const MAX_SLOTS: u32 = 256;
+
+/// Starts and ends the workers of one home.
+#[derive(Clone)]
+pub struct Lifecycle {
+    home: Home,
+    config: PoolConfig,
+    catalog: Catalog,
+    store: Store,
+    registry: Registry,
+    spawner: Arc<dyn Spawner>,
+    estimator: Arc<MemoryEstimator>,
+    pool_url: Option<String>,
+}
+
+/// A worker that was just started.
+#[derive(Debug)]
+pub struct Started {
+    /// The worker.
+    pub info: WorkerInfo,
+    /// Its process, for the caller to wait for: nobody else learns how it exits.
+    pub child: Option<Child>,
+}
+
+/// What became of a worker whose process ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// Its port was taken, and it was started again on another one.
+    Restarted(Started),
+    /// It is over.
+    Over(WorkerInfo),
+}
+
+/// What [`Lifecycle::reconcile`] found.
+#[derive(Debug, Default)]
+pub struct Reconciled {
+    /// Live workers.
+    pub live: Vec<WorkerRecord>,
+    /// Workers whose process was found to have ended.
+    pub ended: Vec<WorkerInfo>,
+    /// Record files that hold no record; they were renamed.
+    pub damaged: Vec<Damaged>,
+}
+
+impl Lifecycle {
+    /// The lifecycle of `home`, whose folders must exist ([`Home::ensure`]).
+    pub fn new(home: Home, config: PoolConfig) -> Result<Self, CatalogError> {
+        Ok(Self {
+            catalog: Catalog::load(&home)?,
+            store: Store::new(config.models_dir(&home)),
+            registry: Registry::new(&home),
+            spawner: Arc::new(OsSpawner),
+            estimator: Arc::default(),
+            pool_url: None,
+            home,
+            config,
+        })
+    }
+
+    /// Tells workers to report to the pool manager at `url` when they are ready.
+    #[must_use]
+    pub fn with_pool_url(mut self, url: impl Into<String>) -> Self {
+        self.pool_url = Some(url.into());
+        self
+    }
+
+    /// Starts processes through `spawner`.
+    #[must_use]
+    pub fn with_spawner(mut self, spawner: impl Spawner + 'static) -> Self {
+        self.spawner = Arc::new(spawner);
+        self
+    }
+
+    /// The registry of workers.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// The settings in force.
+    pub fn config(&self) -> &PoolConfig {
+        &self.config
+    }
+
+    /// The models folder.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The models known by name.
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// What memory a worker with this model needs.
+    pub fn estimator(&self) -> &MemoryEstimator {
+        &self.estimator
+    }
+
+    /// Where a worker's output goes.
+    pub fn log_file(&self, id: &str) -> PathBuf {
+        self.home
+            .logs_dir()
+            .join("workers")
+            .join(format!("{id}.log"))
+    }
+
+    /// The file behind a model reference, as far as this pool's settings allow it.
+    pub fn resolve(&self, model: &ModelRef) -> Result<ResolvedModel, SpawnError> {
+        let allowed = self.config.allow_paths(&self.home);
+        Ok(self.store.resolve(model, &self.catalog, &allowed)?)
+    }
+
+    /// Backends that a worker can be started with here.
+    pub fn backends(&self) -> Vec<Backend> {
+        let built = |backend: &Backend| {
+            self.device(*backend, None).is_ok() && self.program(*backend).is_ok()
+        };
+        [Backend::Cpu, Backend::Cuda, Backend::Metal]
+            .into_iter()
+            .filter(built)
+            .collect()
+    }
+
+    /// The CPU as a device, with the memory that a further worker could take beside `records`.
+    pub fn cpu_device(&self, records: &[WorkerRecord]) -> io::Result<DeviceInfo> {
+        let memory = cpu_memory()?.limited(self.config.memory.cpu_limit_bytes);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(DeviceInfo {
+            device: Device::CPU,
+            name: format!("CPU ({threads} threads)"),
+            memory_total_bytes: memory.total_bytes,
+            memory_free_bytes: free_bytes(memory, Device::CPU, records),
+            memory_reserved_bytes: reserved_bytes(Device::CPU, records),
+        })
+    }
+
+    /// Starts a worker: checks model, backend and device, reserves its memory, records the intent, starts the
+    /// process and records that too. It returns while the worker still loads.
+    pub fn spawn(&self, request: &WorkerSpawnRequest) -> Result<Started, SpawnError> {
+        let slots = request.slots.unwrap_or(1);
+        if !(1..=MAX_SLOTS).contains(&slots) {
+            return Err(SpawnError::Slots {
+                asked: slots,
+                most: MAX_SLOTS,
+            });
+        }
+        let model = self.resolve(&request.model)?;
+        let device = self.device(request.backend, request.gpu)?;
+        let program = self.program(request.backend)?;
+        let estimate = self
+            .estimator
+            .estimate(&model, request.context_length, slots);
+        if let (Some(asked), Some(most)) = (request.context_length, estimate.model_context)
+            && (asked == 0 || u64::from(asked) > most)
+        {
+            return Err(SpawnError::Context {
+                asked,
+                most,
+                model_ref: request.model.clone(),
+            });
+        }
+
+        let locked = self.registry.lock()?;
+        let records = locked.load()?.records;
+        let memory = cpu_memory()
+            .map_err(SpawnError::MemoryUnknown)?
+            .limited(self.config.memory.cpu_limit_bytes);
+        let free = free_bytes(memory, device, &records);
+        if estimate.needed_bytes > free {
+            return Err(SpawnError::MemoryShort {
+                device,
+                model_ref: request.model.clone(),
+                needed_bytes: estimate.needed_bytes,
+                free_bytes: free,
+                total_bytes: memory.total_bytes,
+            });
+        }
+        let in_use = ports_in_use(&records);
+        let port = match request.port {
+            Some(port) if port == 0 || in_use.contains(&port) => {
+                return Err(SpawnError::PortTaken { port });
+            }
+            Some(port) => port,
+            None => self.next_port(&in_use, &[])?,
+        };
+        let id = format!(
+            "worker-{}-{}",
+            request.backend,
+            locked.take_number(&records)?
+        );
+        let mut record = WorkerRecord {
+            info: WorkerInfo {
+                id: id.clone(),
+                model_ref: request.model.clone(),
+                model_file: model.file.clone(),
+                device,
+                status: WorkerStatus::Starting,
+                pid: None,
+                port,
+                context_length: None,
+                slots,
+                active: 0,
+                load_percent: 0,
+                memory: WorkerMemory {
+                    predicted_bytes: estimate.needed_bytes,
+                    measured_bytes: None,
+                },
+                created_at: Timestamp::now(),
+                ready_at: None,
+                exit: None,
+            },
+            identity: None,
+            nonce: uuid::Uuid::new_v4().simple().to_string(),
+            secret: Secret::random(),
+            program,
+            args: WorkerArgs {
+                worker_id: id,
+                model: model.path,
+                model_ref: Some(request.model.clone()),
+                sha256: model.file.sha256,
+                backend: device.backend,
+                gpu: device.index,
+                bind: IpAddr::V4(Ipv4Addr::LOCALHOST),
+                port,
+                pool_url: self.pool_url.clone(),
+                context_length: request.context_length,
+                slots,
+                threads: self.config.workers.threads.map(Into::into),
+            },
+            port_fixed: request.port.is_some(),
+            ports_tried: Vec::new(),
+            stop_requested: false,
+        };
+        // The intent comes first: whatever happens from here on, a record says that this process may exist.
+        locked.save(&record)?;
+        for id in locked.prune(&records, self.config.workers.keep_ended)? {
+            // Best effort: the worker is forgotten either way.
+            let _ = fs::remove_file(self.log_file(&id));
+        }
+        let child = match self.launch(&mut record) {
+            Ok(child) => child,
+            Err(error) => {
+                self.finish(&mut record, ExitFacts::not_started(&error));
+                locked.save(&record)?;
+                return Err(error);
+            }
+        };
+        locked.save(&record)?;
+        Ok(Started {
+            info: record.info,
+            child,
+        })
+    }
+
+    /// Records that a worker's process ended. One that found its port taken is started again on the next.
+    pub fn process_ended(
+        &self,
+        id: &str,
+        facts: ExitFacts,
+    ) -> Result<Option<Ended>, RegistryError> {
+        let locked = self.registry.lock()?;
+        let Some(mut record) = self.registry.get(id) else {
+            return Ok(None);
+        };
+        if !record.info.status.is_live() {
+            return Ok(Some(Ended::Over(record.info)));
+        }
+        let try_next = facts == ExitFacts::Exited(EXIT_PORT_TAKEN)
+            && !record.port_fixed
+            && !record.stop_requested
+            && record.info.status == WorkerStatus::Starting
+            && record.ports_tried.len() + 1 < PORT_ATTEMPTS;
+        if try_next {
+            record.ports_tried.push(record.info.port);
+            let others = locked.load()?.records;
+            if let Ok(port) = self.next_port(&ports_in_use(&others), &record.ports_tried) {
+                record.info.port = port;
+                record.args.port = port;
+                record.identity = None;
+                locked.save(&record)?;
+                match self.launch(&mut record) {
+                    Ok(child) => {
+                        locked.save(&record)?;
+                        return Ok(Some(Ended::Restarted(Started {
+                            info: record.info,
+                            child,
+                        })));
+                    }
+                    Err(error) => self.finish(&mut record, ExitFacts::not_started(&error)),
+                }
+                locked.save(&record)?;
+                return Ok(Some(Ended::Over(record.info)));
+            }
+        }
+        self.finish(&mut record, facts);
+        locked.save(&record)?;
+        Ok(Some(Ended::Over(record.info)))
+    }
+
+    /// Takes over what a worker says of itself, and returns what it was before and is now. `None` if there is no such
+    /// worker, or nothing changed.
+    pub fn observe(
+        &self,
+        id: &str,
+        health: &WorkerHealth,
+    ) -> Result<Option<(WorkerInfo, WorkerInfo)>, ObserveError> {
+        let (mut outcome, mut before) = (Ok(()), None);
+        let updated = self.registry.update(id, |record| {
+            before = Some(record.info.clone());
+            outcome = apply_health(record, health, Timestamp::now());
+        })?;
+        outcome?;
+        Ok(before.zip(
+            updated
+                .filter(|updated| updated.changed)
+                .map(|updated| updated.record.info),
+        ))
+    }
+
+    /// Tells a worker to stop: to finish what runs and end, or with `force` to end at once. It returns before the
+    /// process has ended, unless that had happened already.
+    pub fn request_stop(&self, id: &str, force: bool) -> Result<WorkerRecord, StopError> {
+        let unknown = || StopError::Unknown { id: id.to_owned() };
+        let updated = self
+            .registry
+            .update(id, |record| {
+                if record.info.status.is_live() {
+                    record.stop_requested = true;
+                    // Every live state may drain, so this can't fail.
+                    let _ = record.apply(WorkerEvent::Drain);
+                }
+            })?
+            .ok_or_else(unknown)?;
+        let record = updated.record;
+        if record.info.status.is_live() {
+            self.signal(&record, if force { Signal::KILL } else { Signal::TERM })
+                .map_err(|source| StopError::Signal {
+                    id: id.to_owned(),
+                    source,
+                })?;
+        }
+        Ok(record)
+    }
+
+    /// Sends `signal` to a worker's process if it still is the one that was recorded.
+    pub fn signal(&self, record: &WorkerRecord, signal: Signal) -> io::Result<SignalOutcome> {
+        match &record.identity {
+            Some(identity) if spawner::carries_nonce(identity.pid, &record.nonce) => {
+                identity.signal(signal)
+            }
+            _ => Ok(SignalOutcome::Gone),
+        }
+    }
+
+    /// Makes the registry true to the processes: live workers whose process has ended are marked so, and a process
+    /// that was started just before its starter was killed gets its record completed. Workers that are `watched` are
+    /// left alone: whoever waits for them knows better how they end.
+    pub fn reconcile(&self, watched: &dyn Fn(&str) -> bool) -> Result<Reconciled, RegistryError> {
+        let locked = self.registry.lock()?;
+        let contents = locked.load()?;
+        let mut found = Reconciled {
+            damaged: contents.damaged,
+            ..Reconciled::default()
+        };
+        for mut record in contents
+            .records
+            .into_iter()
+            .filter(|record| record.info.status.is_live())
+        {
+            if watched(&record.info.id) {
+                found.live.push(record);
+                continue;
+            }
+            // The lock is held, so nobody is about to record this process.
+            if record.identity.is_none()
+                && let Some(identity) = spawner::find_by_nonce(&record.nonce)
+            {
+                record.info.pid = Some(identity.pid);
+                record.identity = Some(identity);
+                locked.save(&record)?;
+            }
+            if record
+                .identity
+                .as_ref()
+                .is_some_and(ProcessIdentity::is_alive)
+            {
+                found.live.push(record);
+            } else {
+                self.finish(&mut record, ExitFacts::Unknown);
+                locked.save(&record)?;
+                found.ended.push(record.info);
+            }
+        }
+        Ok(found)
+    }
+
+    fn device(&self, backend: Backend, gpu: Option<u32>) -> Result<Device, SpawnError> {
+        match (backend, gpu) {
+            (Backend::Cpu, None) => Ok(Device::CPU),
+            (Backend::Cpu, Some(_)) => Err(SpawnError::GpuWithCpu),
+            // No GPU is in the inventory yet, so no memory could be reserved on one.
+            (backend, gpu) => Err(SpawnError::NoDevice {
+                device: Device {
+                    backend,
+                    index: gpu.unwrap_or(0),
+                },
+            }),
+        }
+    }
+
+    fn program(&self, backend: Backend) -> Result<PathBuf, SpawnError> {
+        find_program(backend, self.config.workers.programs_dir.as_deref()).ok_or(
+            SpawnError::NoProgram {
+                backend,
+                program: program_name(backend),
+            },
+        )
+    }
+
+    fn next_port(&self, in_use: &HashSet<u16>, tried: &[u16]) -> Result<u16, SpawnError> {
+        let (first, last) = (self.config.workers.port_min, self.config.workers.port_max);
+        choose_port(first..=last, in_use, tried).ok_or(SpawnError::NoPort { first, last })
+    }
+
+    /// Starts the process that `record` describes and notes which one it is.
+    fn launch(&self, record: &mut WorkerRecord) -> Result<Option<Child>, SpawnError> {
+        let failed = |source| SpawnError::Exec {
+            program: record.program.clone(),
+            source,
+        };
+        let log = self.open_log(&record.info.id).map_err(failed)?;
+        let command = WorkerCommand {
+            program: record.program.clone(),
+            args: record.args.to_args(),
+            secret: record.secret.clone(),
+            nonce: record.nonce.clone(),
+            log,
+        };
+        let launched = self.spawner.spawn(command).map_err(failed)?;
+        // The child is not waited for yet, so that its pid can't have gone to another process.
+        record.identity = ProcessIdentity::of(launched.pid).map_err(failed)?;
+        record.info.pid = Some(launched.pid);
+        Ok(launched.child)
+    }
+
+    fn open_log(&self, id: &str) -> io::Result<File> {
+        let path = self.log_file(id);
+        if let Some(folder) = path.parent() {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(folder)?;
+        }
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(path)
+    }
+
+    fn finish(&self, record: &mut WorkerRecord, facts: ExitFacts) {
+        let event = if record.stop_requested {
+            WorkerEvent::StopFinished
+        } else {
+            WorkerEvent::Died
+        };
+        // Both ends may follow any state.
+        let _ = record.apply(event);
+        let tail = log_tail(&self.log_file(&record.info.id), EXIT_LOG_LINES).unwrap_or_default();
+        let tail = tail
+            .into_iter()
+            .map(|line| line.chars().take(EXIT_LOG_LINE_CHARS).collect())
+            .collect();
+        record.info.active = 0;
+        record.info.exit = Some(classify_exit(
+            facts,
+            record.stop_requested,
+            record.info.ready_at.is_some(),
+            tail,
+            Timestamp::now(),
+        ));
+    }
+}
+
+impl std::fmt::Debug for Lifecycle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lifecycle")
+            .field("home", &self.home)
+            .field("pool_url", &self.pool_url)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why a worker's own account was not taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum ObserveError {
+    /// It is not the account of that worker.
+    #[error(transparent)]
+    Refused(#[from] HealthRefused),
+    /// The registry can't be used.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+}
+
+/// Starts a worker without a daemon and returns once it listens or has ended. Its caller soon exits, so the worker
+/// is nobody's child afterwards and its exit code can't be asked for.
+pub fn spawn_worker(
+    request: &WorkerSpawnRequest,
+    lifecycle: &Lifecycle,
+) -> Result<WorkerInfo, SpawnError> {
+    let mut started = lifecycle.spawn(request)?;
+    loop {
+        let (Some(child), Some(record)) = (
+            started.child.as_mut(),
+            lifecycle.registry.get(&started.info.id),
+        ) else {
+            return Ok(started.info);
+        };
+        let address = SocketAddr::new(record.args.bind, record.info.port);
+        let Some(status) =
+            spawner::ended_before_listening(child, address, &record.nonce).map_err(|source| {
+                SpawnError::Exec {
+                    program: record.program,
+                    source,
+                }
+            })?
+        else {
+            return Ok(started.info);
+        };
+        match lifecycle.process_ended(&started.info.id, ExitFacts::of(status))? {
+            Some(Ended::Restarted(next)) => started = next,
+            Some(Ended::Over(info)) => return Ok(info),
+            None => return Ok(started.info),
+        }
+    }
+}
+
+/// Stops a worker and waits until its process has ended: it may finish what runs within the stop timeout, after
+/// which, or at once with `force`, it is killed.
+pub fn stop_worker(id: &str, force: bool, lifecycle: &Lifecycle) -> Result<WorkerInfo, StopError> {
+    let signal_error = |source| StopError::Signal {
+        id: id.to_owned(),
+        source,
+    };
+    let record = lifecycle.request_stop(id, force)?;
+    if !record.info.status.is_live() {
+        return Ok(record.info);
+    }
+    if let Some(identity) = &record.identity {
+        let timeout = lifecycle.config.workers.stop_timeout();
+        if !identity.wait_gone(timeout).map_err(signal_error)? {
+            lifecycle
+                .signal(&record, Signal::KILL)
+                .map_err(signal_error)?;
+            if !identity.wait_gone(timeout).map_err(signal_error)? {
+                return Err(StopError::Unstoppable {
+                    id: id.to_owned(),
+                    pid: identity.pid,
+                });
+            }
+        }
+    }
+    // A daemon that watches the worker may have recorded its end already; the record then stays as it is.
+    match lifecycle.process_ended(id, ExitFacts::Unknown)? {
+        Some(Ended::Over(info)) => Ok(info),
+        Some(Ended::Restarted(started)) => Ok(started.info),
+        None => Err(StopError::Unknown { id: id.to_owned() }),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

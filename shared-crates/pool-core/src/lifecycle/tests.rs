@@ -1,0 +1,383 @@
+use super::*;
+
+/// The record of a worker that was just started.
+pub(crate) fn record(number: u64) -> WorkerRecord {
+    let id = format!("worker-cpu-{number}");
+    let model_ref: ModelRef = "smollm2-135m".parse().unwrap();
+    WorkerRecord {
+        info: WorkerInfo {
+            id: id.clone(),
+            model_ref: model_ref.clone(),
+            model_file: crate::worker::ModelFile {
+                size_bytes: 1,
+                modified_ns: 2,
+                sha256: None,
+            },
+            device: Device::CPU,
+            status: WorkerStatus::Starting,
+            pid: None,
+            port: 8001,
+            context_length: None,
+            slots: 2,
+            active: 0,
+            load_percent: 0,
+            memory: WorkerMemory::default(),
+            created_at: Timestamp::UNIX_EPOCH,
+            ready_at: None,
+            exit: None,
+        },
+        identity: None,
+        nonce: "nonce".into(),
+        secret: Secret::new("secret"),
+        program: "/bin/false".into(),
+        args: WorkerArgs {
+            worker_id: id,
+            model: "/models/a.gguf".into(),
+            model_ref: Some(model_ref),
+            sha256: None,
+            backend: Backend::Cpu,
+            gpu: 0,
+            bind: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            port: 8001,
+            pool_url: None,
+            context_length: None,
+            slots: 2,
+            threads: None,
+        },
+        port_fixed: false,
+        ports_tried: Vec::new(),
+        stop_requested: false,
+    }
+}
+
+/// Starts nothing: every process it pretends to start is this one.
+struct FakeSpawner;
+
+impl Spawner for FakeSpawner {
+    fn spawn(&self, _: WorkerCommand) -> io::Result<Launched> {
+        Ok(Launched {
+            pid: std::process::id(),
+            child: None,
+        })
+    }
+}
+
+struct FailingSpawner;
+
+impl Spawner for FailingSpawner {
+    fn spawn(&self, _: WorkerCommand) -> io::Result<Launched> {
+        Err(io::Error::other("out of processes"))
+    }
+}
+
+/// A home with a worker program and a file that stands in for a model.
+struct Host {
+    dir: tempfile::TempDir,
+    config: PoolConfig,
+}
+
+impl Host {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::at(dir.path());
+        home.ensure().unwrap();
+        let program = dir.path().join(program_name(Backend::Cpu));
+        fs::write(&program, "#!/bin/sh\nexec sleep 60\n").unwrap();
+        fs::set_permissions(
+            &program,
+            std::os::unix::fs::PermissionsExt::from_mode(0o755),
+        )
+        .unwrap();
+        fs::write(home.models_dir().join("a.gguf"), "not a model").unwrap();
+        let mut config = PoolConfig::default();
+        config.workers.programs_dir = Some(dir.path().to_path_buf());
+        Self { dir, config }
+    }
+
+    fn lifecycle(&self) -> Lifecycle {
+        Lifecycle::new(Home::at(self.dir.path()), self.config.clone()).unwrap()
+    }
+
+    fn request(&self) -> WorkerSpawnRequest {
+        WorkerSpawnRequest {
+            model: format!("file:{}", self.dir.path().join("models/a.gguf").display())
+                .parse()
+                .unwrap(),
+            backend: Backend::Cpu,
+            gpu: None,
+            context_length: None,
+            slots: None,
+            port: None,
+        }
+    }
+}
+
+#[test] // [POOLD-014] P14
+fn spawns_at_once_never_promise_the_same_memory_port_or_id() {
+    let mut host = Host::new();
+    let each = host.lifecycle().estimator().estimate(
+        &host.lifecycle().resolve(&host.request().model).unwrap(),
+        None,
+        1,
+    );
+    host.config.memory.cpu_limit_bytes = Some(each.needed_bytes * 3 + 1);
+    let outcomes: Vec<_> = std::thread::scope(|scope| {
+        // Each with a lifecycle of its own, as a daemon and several command lines have.
+        let spawn = || {
+            host.lifecycle()
+                .with_spawner(FakeSpawner)
+                .spawn(&host.request())
+        };
+        let threads: Vec<_> = (0..8).map(|_| scope.spawn(spawn)).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
+    });
+    let started: Vec<_> = outcomes
+        .iter()
+        .filter_map(|outcome| outcome.as_ref().ok())
+        .map(|started| &started.info)
+        .collect();
+    assert_eq!(started.len(), 3);
+    let refused = |error: &SpawnError| matches!(error, SpawnError::MemoryShort { .. });
+    assert!(
+        outcomes
+            .iter()
+            .filter_map(|outcome| outcome.as_ref().err())
+            .all(refused)
+    );
+    assert_eq!(
+        started
+            .iter()
+            .map(|info| info.port)
+            .collect::<HashSet<_>>()
+            .len(),
+        3
+    );
+    assert_eq!(
+        started
+            .iter()
+            .map(|info| &info.id)
+            .collect::<HashSet<_>>()
+            .len(),
+        3
+    );
+}
+
+#[test] // [POOLD-010]
+fn numbers_are_never_used_again_and_old_records_go() {
+    let mut host = Host::new();
+    host.config.workers.keep_ended = 1;
+    let lifecycle = host.lifecycle().with_spawner(FailingSpawner);
+    for _ in 0..4 {
+        let error = lifecycle.spawn(&host.request()).unwrap_err();
+        assert!(matches!(error, SpawnError::Exec { .. }), "{error}");
+    }
+    let records = lifecycle.registry().load().unwrap().records;
+    let ids: Vec<_> = records
+        .iter()
+        .map(|record| record.info.id.as_str())
+        .collect();
+    // One is kept when a new worker comes, which then fails as well.
+    assert_eq!(ids, ["worker-cpu-2", "worker-cpu-3"]);
+    let exit = records[1].info.exit.as_ref().unwrap();
+    assert_eq!(
+        (records[1].info.status, exit.reason.to_string().as_str()),
+        (WorkerStatus::Failed, "spawn_failed")
+    );
+    assert!(
+        exit.message.contains("out of processes"),
+        "{}",
+        exit.message
+    );
+    assert!(!lifecycle.log_file("worker-cpu-0").exists());
+}
+
+#[test] // [POOLD-012]
+fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
+    let host = Host::new();
+    let lifecycle = host.lifecycle().with_spawner(FakeSpawner);
+    let first = lifecycle.spawn(&host.request()).unwrap().info;
+    let second = lifecycle.spawn(&host.request()).unwrap().info;
+    assert_eq!((first.port, second.port), (8001, 8002));
+    let Some(Ended::Restarted(again)) = lifecycle
+        .process_ended(&first.id, ExitFacts::Exited(EXIT_PORT_TAKEN))
+        .unwrap()
+    else {
+        panic!("it gave up")
+    };
+    assert_eq!(
+        (again.info.id, again.info.port, again.info.status),
+        (first.id, 8003, WorkerStatus::Starting)
+    );
+    let fixed = WorkerSpawnRequest {
+        port: Some(8500),
+        ..host.request()
+    };
+    let third = lifecycle.spawn(&fixed).unwrap().info;
+    assert!(matches!(
+        lifecycle.spawn(&fixed),
+        Err(SpawnError::PortTaken { port: 8500 })
+    ));
+    let Some(Ended::Over(over)) = lifecycle
+        .process_ended(&third.id, ExitFacts::Exited(EXIT_PORT_TAKEN))
+        .unwrap()
+    else {
+        panic!("it took another port")
+    };
+    assert_eq!(over.status, WorkerStatus::Failed);
+}
+
+#[test] // [POOLD-016] P15
+fn a_stranger_with_the_recorded_pid_is_not_signalled() {
+    let host = Host::new();
+    let lifecycle = host.lifecycle().with_spawner(FakeSpawner);
+    // The record names this very process, which was not started with the worker's nonce.
+    let started = lifecycle.spawn(&host.request()).unwrap();
+    let record = lifecycle.request_stop(&started.info.id, true).unwrap();
+    assert_eq!(record.info.status, WorkerStatus::Draining);
+    assert_eq!(
+        lifecycle.signal(&record, Signal::KILL).unwrap(),
+        SignalOutcome::Gone
+    );
+}
+
+#[cfg(target_os = "linux")]
+#[test] // [POOLD-015] [POOLD-016]
+fn a_process_whose_starter_was_killed_is_found_again_and_can_be_stopped() {
+    let host = Host::new();
+    let lifecycle = host.lifecycle();
+    let mut started = lifecycle.spawn(&host.request()).unwrap();
+    let id = started.info.id.clone();
+    // As if the starter had been killed between starting the process and recording it.
+    lifecycle
+        .registry()
+        .update(&id, |record| {
+            (record.identity, record.info.pid) = (None, None);
+        })
+        .unwrap();
+    let found = lifecycle.reconcile(&|_| false).unwrap();
+    assert_eq!(found.live[0].info.pid, started.info.pid);
+
+    // Nobody waits for the child of a process that is gone; here the test stands in for the system.
+    let mut child = started.child.take().unwrap();
+    let reaper = std::thread::spawn(move || child.wait());
+    let stopped = stop_worker(&id, false, &lifecycle).unwrap();
+    assert_eq!(
+        (
+            stopped.status,
+            stopped.exit.unwrap().reason.to_string().as_str()
+        ),
+        (WorkerStatus::Stopped, "stopped")
+    );
+    assert_eq!(
+        ExitFacts::of(reaper.join().unwrap().unwrap()),
+        ExitFacts::Signalled(15)
+    );
+    assert!(matches!(
+        stop_worker("worker-cpu-99", false, &lifecycle),
+        Err(StopError::Unknown { .. })
+    ));
+    assert!(matches!(
+        stop_worker("../lock", false, &lifecycle),
+        Err(StopError::Unknown { .. })
+    ));
+}
+
+#[test] // [POOLD-015]
+fn a_worker_that_is_gone_is_marked_so_unless_somebody_watches_it() {
+    let host = Host::new();
+    let lifecycle = host.lifecycle();
+    let mut started = lifecycle.spawn(&host.request()).unwrap();
+    let mut child = started.child.take().unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(lifecycle.reconcile(&|_| true).unwrap().live.len(), 1);
+    let found = lifecycle.reconcile(&|_| false).unwrap();
+    assert_eq!(
+        found.ended[0].exit.as_ref().unwrap().reason.to_string(),
+        "exited(unknown)"
+    );
+    assert!(found.live.is_empty());
+}
+
+#[test] // [POOLD-019]
+fn what_cannot_be_started_is_refused_with_a_hint_and_leaves_no_record() {
+    let mut host = Host::new();
+    host.config.memory.cpu_limit_bytes = Some(1000);
+    let good = host.request();
+    let refuse = |request: WorkerSpawnRequest| {
+        let error = host
+            .lifecycle()
+            .with_spawner(FakeSpawner)
+            .spawn(&request)
+            .unwrap_err();
+        (error.to_string(), error.hint().unwrap_or_default())
+    };
+    for (request, message, hint) in [
+        (
+            WorkerSpawnRequest {
+                model: "unknown".parse().unwrap(),
+                ..good.clone()
+            },
+            "no model",
+            "models catalog",
+        ),
+        (
+            WorkerSpawnRequest {
+                model: "tinyllama".parse().unwrap(),
+                ..good.clone()
+            },
+            "not downloaded",
+            "models download",
+        ),
+        (
+            WorkerSpawnRequest {
+                model: "file:/etc/passwd".parse().unwrap(),
+                ..good.clone()
+            },
+            "not below",
+            "allow_paths",
+        ),
+        (
+            WorkerSpawnRequest {
+                backend: Backend::Cuda,
+                ..good.clone()
+            },
+            "no device cuda:0",
+            "cpu",
+        ),
+        (
+            WorkerSpawnRequest {
+                gpu: Some(0),
+                ..good.clone()
+            },
+            "`gpu`",
+            "leave",
+        ),
+        (
+            WorkerSpawnRequest {
+                slots: Some(0),
+                ..good.clone()
+            },
+            "`slots`",
+            "",
+        ),
+        (good, "1000 bytes free", "never fits"),
+    ] {
+        let (said, hinted) = refuse(request);
+        assert!(
+            said.contains(message) && hinted.contains(hint),
+            "{said} / {hinted}"
+        );
+    }
+    assert!(
+        host.lifecycle()
+            .registry()
+            .load()
+            .unwrap()
+            .records
+            .is_empty()
+    );
+}

@@ -1,0 +1,220 @@
+//! Tokens: kept out of logs, compared in constant time, read only from private files.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use subtle::ConstantTimeEq;
+
+/// A token. Printing it shows its fingerprint only; it is serialised in the clear, so the types that hold one belong
+/// in 0600 files and authenticated requests alone.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+/// Why a token can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretError {
+    /// The file can't be read.
+    #[error("could not read the token file {}", path.display())]
+    Read {
+        /// The file in question.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Other users may read the file.
+    #[error("the token file {} has mode {mode:04o}: others than its owner can use it", path.display())]
+    Exposed {
+        /// The file in question.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// The token can't be sent in a header.
+    #[error("the token from {origin} is empty or has characters other than visible ASCII")]
+    Malformed {
+        /// Where it came from.
+        origin: String,
+    },
+}
+
+impl SecretError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Read { .. } => None,
+            Self::Exposed { .. } => Some(
+                "make it private with `chmod 600`, and change the token if others may have read it",
+            ),
+            Self::Malformed { .. } => Some("make a token with `openssl rand -hex 32`"),
+        }
+    }
+}
+
+/// Longer than any sensible token, shorter than what a header may hold.
+const MAX_BYTES: u64 = 4096;
+
+impl Secret {
+    /// A token from its text.
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(text.into())
+    }
+
+    /// A fresh token: 256 bits from the operating system as 64 hexadecimal digits.
+    pub fn random() -> Self {
+        let mut bytes = [0u8; 32];
+        // Without randomness from the system no secret of ours means anything; there is no way to go on.
+        getrandom::fill(&mut bytes).expect("the operating system gives random bytes");
+        Self(hex(&bytes))
+    }
+
+    /// The token of an environment variable, else that of a file, else none. An empty variable counts as unset;
+    /// surrounding white space is dropped.
+    pub fn load(
+        env_value: Option<String>,
+        file: Option<&Path>,
+    ) -> Result<Option<Self>, SecretError> {
+        if let Some(value) = env_value.filter(|value| !value.trim().is_empty()) {
+            return Self::checked(&value, || "the environment".to_owned()).map(Some);
+        }
+        file.map(Self::from_file).transpose()
+    }
+
+    fn from_file(path: &Path) -> Result<Self, SecretError> {
+        let read = |source| SecretError::Read {
+            path: path.to_path_buf(),
+            source,
+        };
+        let file = File::open(path).map_err(read)?;
+        let mode = file.metadata().map_err(read)?.permissions().mode() & 0o7777;
+        if mode & 0o077 != 0 {
+            return Err(SecretError::Exposed {
+                path: path.to_path_buf(),
+                mode,
+            });
+        }
+        let mut text = String::new();
+        file.take(MAX_BYTES + 1)
+            .read_to_string(&mut text)
+            .map_err(read)?;
+        Self::checked(&text, || path.display().to_string())
+    }
+
+    fn checked(text: &str, origin: impl Fn() -> String) -> Result<Self, SecretError> {
+        let text = text.trim();
+        let sendable = !text.is_empty()
+            && text.len() as u64 <= MAX_BYTES
+            && text.bytes().all(|byte| byte.is_ascii_graphic());
+        if sendable {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(SecretError::Malformed { origin: origin() })
+        }
+    }
+
+    /// The token itself, for a header or a child's environment.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether `candidate` is this token. Takes as long for a near miss as for any other of that length.
+    pub fn matches(&self, candidate: &str) -> bool {
+        // Digests have one length, so not even the token's length shows.
+        Sha256::digest(&self.0)
+            .as_slice()
+            .ct_eq(Sha256::digest(candidate).as_slice())
+            .into()
+    }
+
+    /// The first 8 hexadecimal digits of the token's SHA-256: what a log may show.
+    pub fn fingerprint(&self) -> String {
+        hex(&Sha256::digest(&self.0)[..4])
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Secret({}...)", self.fingerprint())
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use fmt::Write as _;
+    bytes
+        .iter()
+        .fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test] // [POOLCORE-020]
+    fn printing_shows_only_the_fingerprint() {
+        let secret = Secret::new("correct horse");
+        assert_eq!(
+            format!("{secret:?}"),
+            format!("Secret({}...)", secret.fingerprint())
+        );
+        assert_eq!(secret.fingerprint().len(), 8);
+        assert!(secret.matches("correct horse"));
+        assert!(!secret.matches("correct horsf") && !secret.matches(""));
+    }
+
+    #[test] // [POOLCORE-020]
+    fn random_tokens_are_long_and_differ() {
+        let (a, b) = (Secret::random(), Secret::random());
+        assert_eq!(a.expose().len(), 64);
+        assert!(!a.matches(b.expose()));
+    }
+
+    #[test] // [POOLCORE-021]
+    fn a_token_file_that_others_can_read_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("token");
+        fs::write(&path, "s3cret\n").unwrap();
+        for mode in [0o644, 0o640, 0o620, 0o604] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            let error = Secret::load(None, Some(&path)).unwrap_err();
+            assert!(
+                matches!(error, SecretError::Exposed { mode: seen, .. } if seen == mode),
+                "{error}"
+            );
+        }
+        for mode in [0o600, 0o400] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(
+                Secret::load(None, Some(&path)).unwrap().unwrap().expose(),
+                "s3cret"
+            );
+        }
+    }
+
+    #[test] // [POOLCORE-021]
+    fn the_variable_wins_over_the_file_and_must_fit_a_header() {
+        let load = |value: &str| Secret::load(Some(value.to_owned()), None);
+        assert_eq!(
+            Secret::load(Some("abc".into()), Some(Path::new("/missing")))
+                .unwrap()
+                .unwrap()
+                .expose(),
+            "abc"
+        );
+        assert!(load("").unwrap().is_none());
+        assert!(matches!(load("a b"), Err(SecretError::Malformed { .. })));
+        assert!(matches!(load("é"), Err(SecretError::Malformed { .. })));
+        assert!(matches!(
+            Secret::load(None, Some(Path::new("/missing"))),
+            Err(SecretError::Read { .. })
+        ));
+    }
+}

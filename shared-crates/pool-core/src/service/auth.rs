@@ -1,0 +1,208 @@
+//! Who may call what: tokens, and for callers without one the `Host` and `Origin` that keep a browser's pages out.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
+use axum::http::uri::Authority;
+use axum::http::{HeaderMap, HeaderName, Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+
+use super::{ServiceError, ServiceOptions, codes};
+use crate::secret::Secret;
+
+/// A token that opens the paths it is meant for and nothing else.
+#[derive(Debug, Clone)]
+pub struct ScopedToken {
+    /// Who holds it, as [`Caller`] tells handlers.
+    pub caller: &'static str,
+    /// The token.
+    pub secret: Secret,
+    /// Whether it opens this method and path.
+    pub opens: fn(&Method, &str) -> bool,
+}
+
+/// Who made a request, as its token says; an extension of every request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Caller {
+    /// Nobody in particular: the path or the whole daemon needs no token.
+    Anonymous,
+    /// The holder of the daemon's own token.
+    Operator,
+    /// The holder of a [`ScopedToken`].
+    Scoped(&'static str),
+}
+
+/// The rules of one daemon.
+#[derive(Debug, Clone)]
+pub(super) struct Guard(Arc<Rules>);
+
+#[derive(Debug)]
+struct Rules {
+    token: Option<Secret>,
+    scoped: Vec<ScopedToken>,
+    open_paths: Vec<&'static str>,
+    bound: IpAddr,
+    hosts: Vec<String>,
+}
+
+impl Guard {
+    pub(super) fn new(local_addr: SocketAddr, options: &ServiceOptions) -> Self {
+        let machine = rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .to_lowercase();
+        let short = machine.split('.').next().unwrap_or_default().to_owned();
+        let mut hosts = vec![
+            "localhost".to_owned(),
+            format!("{short}.local"),
+            short,
+            machine,
+        ];
+        hosts.extend(options.allowed_hosts.iter().map(|host| host.to_lowercase()));
+        Self(Arc::new(Rules {
+            token: options.token.clone(),
+            scoped: options.scoped_tokens.clone(),
+            open_paths: options.open_paths.clone(),
+            bound: local_addr.ip(),
+            hosts,
+        }))
+    }
+}
+
+/// Lets a request through with its [`Caller`], or answers why not.
+pub(super) async fn check(
+    State(guard): State<Guard>,
+    mut request: Request,
+    next: Next,
+) -> Response {
+    match guard
+        .0
+        .judge(request.method(), request.uri().path(), request.headers())
+    {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(error) => error.into_response(),
+    }
+}
+
+impl Rules {
+    fn judge(
+        &self,
+        method: &Method,
+        path: &str,
+        headers: &HeaderMap,
+    ) -> Result<Caller, ServiceError> {
+        let given = bearer(headers);
+        let scoped = || {
+            self.scoped
+                .iter()
+                .filter(|token| (token.opens)(method, path))
+        };
+        if let Some(given) = given {
+            if self
+                .token
+                .as_ref()
+                .is_some_and(|token| token.matches(given))
+            {
+                return Ok(Caller::Operator);
+            }
+            if let Some(token) = scoped().find(|token| token.secret.matches(given)) {
+                return Ok(Caller::Scoped(token.caller));
+            }
+        }
+        self.check_host(headers)?;
+        self.check_origin(headers)?;
+        // A path that some token opens needs one of those; any other needs none.
+        let needs_token = self.token.is_some() || scoped().next().is_some();
+        if !needs_token || self.open_paths.contains(&path) {
+            return Ok(Caller::Anonymous);
+        }
+        let unauthorized = |message: &str| {
+            ServiceError::new(StatusCode::UNAUTHORIZED, codes::UNAUTHORIZED, message)
+        };
+        Err(match given {
+            None => unauthorized("this daemon asks for a token")
+                .hint("send `Authorization: Bearer TOKEN`; our command line programs take it from LLORCH_API_TOKEN or LLORCH_POOL_TOKEN"),
+            Some(given) => {
+                tracing::warn!(token = Secret::new(given).fingerprint(), "a wrong token");
+                unauthorized("the token is not valid here").hint("compare it with the one that the daemon was started with")
+            }
+        })
+    }
+
+    /// A page that made its own name point to this machine (DNS rebinding) still sends its own name.
+    fn check_host(&self, headers: &HeaderMap) -> Result<(), ServiceError> {
+        let host = headers
+            .get(HOST)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default();
+        if host
+            .parse::<Authority>()
+            .is_ok_and(|authority| self.is_ours(authority.host()))
+        {
+            return Ok(());
+        }
+        let message = if host.is_empty() {
+            "the request has no usable Host header".to_owned()
+        } else {
+            format!("`{host}` is not a name of this daemon")
+        };
+        Err(
+            ServiceError::new(StatusCode::FORBIDDEN, codes::UNKNOWN_HOST, message)
+                .hint("use its address, or list the name among the daemon's allowed hosts"),
+        )
+    }
+
+    /// A browser says which page a request comes from; pages of this daemon alone may call it without a token.
+    fn check_origin(&self, headers: &HeaderMap) -> Result<(), ServiceError> {
+        const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
+        let foreign_site = headers
+            .get(FETCH_SITE)
+            .is_some_and(|site| site == "cross-site");
+        let same_origin = match (headers.get(ORIGIN), headers.get(HOST)) {
+            (None, _) => true,
+            (Some(origin), Some(host)) => {
+                let origin = origin.to_str().unwrap_or_default();
+                let authority = origin
+                    .strip_prefix("http://")
+                    .or_else(|| origin.strip_prefix("https://"));
+                authority.is_some_and(|authority| {
+                    host.to_str()
+                        .is_ok_and(|host| authority.eq_ignore_ascii_case(host))
+                })
+            }
+            (Some(_), None) => false,
+        };
+        if same_origin && !foreign_site {
+            return Ok(());
+        }
+        Err(ServiceError::new(
+            StatusCode::FORBIDDEN,
+            codes::FOREIGN_ORIGIN,
+            "a page of another origin may not call this daemon without a token",
+        ))
+    }
+
+    fn is_ours(&self, host: &str) -> bool {
+        let host = host
+            .trim_start_matches('[')
+            .trim_end_matches(']')
+            .trim_end_matches('.')
+            .to_lowercase();
+        match host.parse::<IpAddr>() {
+            // Who listens on every address can't list them, and a numeric address can't be rebound to another.
+            Ok(ip) => ip.is_loopback() || self.bound.is_unspecified() || ip == self.bound,
+            Err(_) => self.hosts.contains(&host),
+        }
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, token) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}

@@ -1,0 +1,186 @@
+//! What every daemon of ours is: an accept loop with limits, token and `Host` check, correlation id, error envelope,
+//! `/version`, orderly stop, and the files that tell others where it runs. A daemon adds its routes.
+
+mod accept;
+mod auth;
+mod correlation;
+mod error;
+mod extract;
+mod shutdown;
+pub mod state_files;
+pub mod telemetry;
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::middleware;
+use axum::routing::get;
+use tokio::net::TcpListener;
+use tower_http::catch_panic::CatchPanicLayer;
+
+pub use accept::Stopped;
+pub use auth::{Caller, ScopedToken};
+pub use correlation::CorrelationId;
+pub use error::{ServiceError, ServiceResult, codes};
+pub use extract::{Json, Path, Query};
+pub use shutdown::Shutdown;
+
+use crate::api::version::VersionInfo;
+use crate::secret::Secret;
+
+/// What a daemon chooses about its service.
+#[derive(Debug, Clone)]
+pub struct ServiceOptions {
+    /// The program's name, as `/version` tells it.
+    pub name: &'static str,
+    /// The program's version.
+    pub version: &'static str,
+    /// The version of its API.
+    pub api_version: u32,
+    /// The token that opens every path. Without one, loopback callers need none.
+    pub token: Option<Secret>,
+    /// Tokens that open some paths only.
+    pub scoped_tokens: Vec<ScopedToken>,
+    /// Paths that need no token. Default `/health` and `/metrics`.
+    pub open_paths: Vec<&'static str>,
+    /// Names, beside the loopback names, the bound address and the machine's own name, that a `Host` header may give.
+    pub allowed_hosts: Vec<String>,
+    /// The largest body in bytes. Default 4 MiB.
+    pub body_limit: usize,
+    /// How long the headers of a request may take, and how long a kept connection may idle. Default 10 seconds.
+    pub header_timeout: Duration,
+    /// How many connections may be open; further ones are answered with 503 and closed. Default 1024.
+    pub max_connections: usize,
+}
+
+impl ServiceOptions {
+    /// The defaults, for a program of this name and version.
+    pub fn new(name: &'static str, version: &'static str, api_version: u32) -> Self {
+        Self {
+            name,
+            version,
+            api_version,
+            token: None,
+            scoped_tokens: Vec::new(),
+            open_paths: vec!["/health", "/metrics"],
+            allowed_hosts: Vec::new(),
+            body_limit: 4 * 1024 * 1024,
+            header_timeout: Duration::from_secs(10),
+            max_connections: 1024,
+        }
+    }
+}
+
+/// Why a service can't listen.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Everybody in the network could use it.
+    #[error("refusing to listen on {addr} without a token: it can be reached from other machines")]
+    Exposed {
+        /// The address asked for.
+        addr: SocketAddr,
+    },
+    /// Another program listens there.
+    #[error("another program already listens on {addr}")]
+    InUse {
+        /// The address asked for.
+        addr: SocketAddr,
+    },
+    /// The system refused.
+    #[error("could not listen on {addr}")]
+    Listen {
+        /// The address asked for.
+        addr: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl BindError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Exposed { .. } => {
+                Some("set a token (a variable or `token_file`, mode 0600), or bind to 127.0.0.1")
+            }
+            Self::InUse { .. } => Some("stop it, or choose another port; port 0 takes a free one"),
+            Self::Listen { .. } => None,
+        }
+    }
+}
+
+/// A service that listens but does not answer yet.
+#[derive(Debug)]
+pub struct Service {
+    listener: TcpListener,
+    local_addr: SocketAddr,
+    options: ServiceOptions,
+}
+
+impl Service {
+    /// Listens on `addr`. An address that other machines can reach needs a token.
+    pub async fn bind(addr: SocketAddr, options: ServiceOptions) -> Result<Self, BindError> {
+        if !addr.ip().is_loopback() && options.token.is_none() {
+            return Err(BindError::Exposed { addr });
+        }
+        let listen = |source: io::Error| match source.kind() {
+            io::ErrorKind::AddrInUse => BindError::InUse { addr },
+            _ => BindError::Listen { addr, source },
+        };
+        let listener = TcpListener::bind(addr).await.map_err(listen)?;
+        let local_addr = listener.local_addr().map_err(listen)?;
+        Ok(Self {
+            listener,
+            local_addr,
+            options,
+        })
+    }
+
+    /// The address in use, with the port that port 0 became.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// The address as a client on this machine writes it.
+    pub fn url(&self) -> String {
+        state_files::url_of(self.local_addr)
+    }
+
+    /// Answers requests until `shutdown` is requested. Then it takes no more connections, lets the open ones finish
+    /// for at most `grace`, and cuts those that are left.
+    pub fn serve(
+        self,
+        router: Router,
+        shutdown: Shutdown,
+        grace: Duration,
+    ) -> impl Future<Output = Stopped> + Send {
+        let app = app(router, self.local_addr, &self.options);
+        accept::run(self.listener, app, self.options, shutdown, grace)
+    }
+}
+
+/// The daemon's routes inside everything that is the same for all daemons.
+fn app(router: Router, local_addr: SocketAddr, options: &ServiceOptions) -> Router {
+    let version = VersionInfo {
+        name: options.name.to_owned(),
+        version: options.version.to_owned(),
+        api_version: options.api_version,
+    };
+    let guard = auth::Guard::new(local_addr, options);
+    // The outermost layer stands last: the correlation id is known wherever an error is made.
+    router
+        .route("/version", get(async move || axum::Json(version)))
+        .fallback(error::no_such_path)
+        .method_not_allowed_fallback(error::no_such_method)
+        .layer(DefaultBodyLimit::max(options.body_limit))
+        .layer(CatchPanicLayer::custom(error::from_panic))
+        .layer(middleware::from_fn_with_state(guard, auth::check))
+        .layer(middleware::from_fn(correlation::scope))
+}
+
+#[cfg(test)]
+mod tests;

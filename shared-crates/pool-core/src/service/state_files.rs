@@ -1,0 +1,109 @@
+//! The files by which others find a running daemon: `lock`, `pid.json` and `addr` in its state folder.
+
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use crate::fsio::{self, LockGuard};
+use crate::process::ProcessIdentity;
+use crate::run_files::{ADDR, LOCK, PID, PidRecord};
+
+/// Why a daemon can't claim its state folder.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// Another process runs on the same folder.
+    #[error("{name} already runs on {}{}", dir.display(), pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default())]
+    Held {
+        /// The daemon's name.
+        name: &'static str,
+        /// The state folder.
+        dir: PathBuf,
+        /// The holder's pid, if it has written one already.
+        pid: Option<u32>,
+    },
+    /// The folder can't be used.
+    #[error("could not use the state folder {}", dir.display())]
+    Io {
+        /// The state folder.
+        dir: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+impl ClaimError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Held { .. } => {
+                Some("stop that one, or give this one a home of its own with LLORCH_HOME")
+            }
+            Self::Io { .. } => None,
+        }
+    }
+}
+
+/// A claim on a state folder. Dropping it removes `addr` and `pid.json`; the lock file stays, because a lock on a name
+/// that was unlinked excludes nobody.
+#[derive(Debug)]
+pub struct RunFiles {
+    dir: PathBuf,
+    _lock: LockGuard,
+}
+
+impl RunFiles {
+    /// Claims `dir` for this process, or says who holds it.
+    pub fn claim(dir: &Path, name: &'static str, version: &str) -> Result<Self, ClaimError> {
+        let failed = |source| ClaimError::Io {
+            dir: dir.to_path_buf(),
+            source,
+        };
+        fs::create_dir_all(dir).map_err(failed)?;
+        let Some(lock) = fsio::try_lock_exclusive(dir.join(LOCK)).map_err(failed)? else {
+            let pid = PidRecord::read(dir).map(|record| record.process.pid);
+            return Err(ClaimError::Held {
+                name,
+                dir: dir.to_path_buf(),
+                pid,
+            });
+        };
+        // What a killed predecessor left would send clients to a dead or, worse, a foreign port.
+        let _ = fs::remove_file(dir.join(ADDR));
+        let record = PidRecord {
+            process: ProcessIdentity::current().map_err(failed)?,
+            version: version.to_owned(),
+        };
+        let json = serde_json::to_vec_pretty(&record).map_err(|error| failed(error.into()))?;
+        fsio::write_atomic(dir.join(PID), json, 0o600).map_err(failed)?;
+        Ok(Self {
+            dir: dir.to_path_buf(),
+            _lock: lock,
+        })
+    }
+
+    /// Tells clients on this machine where to call.
+    pub fn write_addr(&self, addr: SocketAddr) -> io::Result<()> {
+        fsio::write_atomic(self.dir.join(ADDR), url_of(addr) + "\n", 0o600)
+    }
+}
+
+impl Drop for RunFiles {
+    fn drop(&mut self) {
+        for name in [ADDR, PID] {
+            let _ = fs::remove_file(self.dir.join(name));
+        }
+    }
+}
+
+/// `http://...` for a client on this machine: who listens on every address listens on the loopback one.
+pub fn url_of(mut addr: SocketAddr) -> String {
+    if addr.ip().is_unspecified() {
+        addr.set_ip(if addr.is_ipv4() {
+            Ipv4Addr::LOCALHOST.into()
+        } else {
+            Ipv6Addr::LOCALHOST.into()
+        });
+    }
+    format!("http://{addr}")
+}

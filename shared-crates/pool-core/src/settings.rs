@@ -1,0 +1,518 @@
+//! One way to configure every binary: `LLORCH_*` variables over a TOML file over `Default`.
+//!
+//! The settings type itself says which keys exist: its serialised `Default` is the tree of keys. A field that is
+//! `None` by default must be serialised as null (no `skip_serializing_if`), or nobody could set it. A table that is
+//! empty by default takes any key, as a map does.
+
+use std::io;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use toml::de::{DeTable, DeValue};
+
+/// Why the settings can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The file can't be read.
+    #[error("could not read the settings file {}", path.display())]
+    Read {
+        /// The file in question.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The file is not TOML.
+    #[error("{}:{line}: {message}", path.display())]
+    Syntax {
+        /// The file in question.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// What is wrong there.
+        message: String,
+    },
+    /// A key that no setting has.
+    #[error("{}:{line}: there is no setting `{key}`", path.display())]
+    UnknownKey {
+        /// The file in question.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// The key with its section.
+        key: String,
+        /// The known key nearest to it.
+        nearest: Option<String>,
+    },
+    /// A value of the wrong type or outside its range.
+    #[error("{origin}: `{key}`: {message}")]
+    Invalid {
+        /// `FILE:LINE`, or the name of the variable.
+        origin: String,
+        /// The key with its section.
+        key: String,
+        /// What is wrong with the value.
+        message: String,
+    },
+    /// The defaults don't describe a tree of keys: a mistake in the program.
+    #[error("the default settings can't be serialised")]
+    Defaults(#[source] serde_json::Error),
+}
+
+impl SettingsError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::UnknownKey {
+                nearest: Some(nearest),
+                ..
+            } => Some(format!("did you mean `{nearest}`?")),
+            Self::Read { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                Some("check the path given with --config".into())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Loads settings: `env` over the TOML file over `T::default()`.
+///
+/// `file` is what the user named and must exist; without it `default_file` is read if it exists. Every key has the
+/// variable `LLORCH_SECTION_KEY`; `aliases` adds shorter ones as (variable, dotted key), which yield to the long
+/// form. An empty variable counts as unset. A list is written with commas, or as TOML when it begins with `[`.
+pub fn load<T: Serialize + DeserializeOwned + Default>(
+    file: Option<&Path>,
+    default_file: &Path,
+    env: &dyn Fn(&str) -> Option<String>,
+    aliases: &[(&str, &str)],
+) -> Result<T, SettingsError> {
+    let defaults = serde_json::to_value(T::default()).map_err(SettingsError::Defaults)?;
+    let mut merged = defaults.clone();
+    let mut origins = Vec::new();
+
+    if let Some((path, text)) = read(file, default_file)? {
+        let source = Source {
+            path: &path,
+            text: &text,
+        };
+        let table = DeTable::parse(&text).map_err(|error| source.syntax(&error))?;
+        source.merge(table.get_ref(), &defaults, &mut merged, "", &mut origins)?;
+    }
+
+    for (key, default) in leaves(&defaults) {
+        let long = format!("LLORCH_{}", key.replace('.', "_").to_uppercase());
+        let short = aliases
+            .iter()
+            .filter(|(_, aliased)| *aliased == key)
+            .map(|(name, _)| *name);
+        let set = std::iter::once(long.as_str())
+            .chain(short)
+            .find_map(|name| {
+                env(name)
+                    .filter(|value| !value.is_empty())
+                    .map(|value| (name.to_owned(), value))
+            });
+        let Some((name, text)) = set else { continue };
+        let candidates = readings(&text, default);
+        // An optional setting does not show its type in the defaults, so the text is read in every way it could be
+        // meant and the settings type decides.
+        let fitting = candidates.iter().find(|value| {
+            let mut trial = merged.clone();
+            put(&mut trial, &key, (*value).clone());
+            match serde_path_to_error::deserialize::<_, T>(trial) {
+                Ok(_) => true,
+                Err(error) => !path_covers(&error.path().to_string(), &key),
+            }
+        });
+        let value = fitting
+            .or(candidates.first())
+            .cloned()
+            .unwrap_or(Value::String(text));
+        put(&mut merged, &key, value);
+        origins.push((key, name));
+    }
+
+    serde_path_to_error::deserialize(merged).map_err(|error| {
+        let key = error.path().to_string();
+        let origin = origins
+            .iter()
+            .rev()
+            .find(|(set, _)| path_covers(&key, set) || path_covers(set, &key));
+        SettingsError::Invalid {
+            origin: origin.map_or_else(|| "settings".to_owned(), |(_, origin)| origin.clone()),
+            key,
+            message: error.into_inner().to_string(),
+        }
+    })
+}
+
+fn read(
+    file: Option<&Path>,
+    default_file: &Path,
+) -> Result<Option<(PathBuf, String)>, SettingsError> {
+    let path = file.unwrap_or(default_file);
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some((path.to_path_buf(), text))),
+        Err(error) if file.is_none() && error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(SettingsError::Read {
+            path: path.to_path_buf(),
+            source,
+        }),
+    }
+}
+
+/// The file being read, for errors that name a line.
+struct Source<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl Source<'_> {
+    fn line(&self, span: Range<usize>) -> usize {
+        self.text.as_bytes()[..span.start.min(self.text.len())]
+            .iter()
+            .filter(|byte| **byte == b'\n')
+            .count()
+            + 1
+    }
+
+    fn syntax(&self, error: &toml::de::Error) -> SettingsError {
+        SettingsError::Syntax {
+            path: self.path.to_path_buf(),
+            line: self.line(error.span().unwrap_or_default()),
+            message: error.message().to_owned(),
+        }
+    }
+
+    fn merge(
+        &self,
+        table: &DeTable<'_>,
+        known: &Value,
+        into: &mut Value,
+        prefix: &str,
+        origins: &mut Vec<(String, String)>,
+    ) -> Result<(), SettingsError> {
+        for (name, value) in table {
+            let key = if prefix.is_empty() {
+                name.get_ref().to_string()
+            } else {
+                format!("{prefix}.{}", name.get_ref())
+            };
+            let line = self.line(name.span());
+            let Some(expected) = known.get(name.get_ref().as_ref()) else {
+                return Err(SettingsError::UnknownKey {
+                    path: self.path.to_path_buf(),
+                    line,
+                    nearest: nearest(known, name.get_ref(), prefix),
+                    key,
+                });
+            };
+            match (value.get_ref(), expected) {
+                (DeValue::Table(inner), Value::Object(fields)) if !fields.is_empty() => {
+                    self.merge(
+                        inner,
+                        expected,
+                        &mut into[name.get_ref().as_ref()],
+                        &key,
+                        origins,
+                    )?;
+                }
+                (_, Value::Object(fields)) if !fields.is_empty() => {
+                    return Err(SettingsError::Invalid {
+                        origin: format!("{}:{line}", self.path.display()),
+                        message: format!("is a section: write `[{key}]` and its keys below"),
+                        key,
+                    });
+                }
+                (value, _) => {
+                    into[name.get_ref().as_ref()] = json(value);
+                    origins.push((key, format!("{}:{line}", self.path.display())));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The known key that a mistyped one is nearest to; sections count as keys as well.
+fn nearest(known: &Value, typed: &str, prefix: &str) -> Option<String> {
+    let candidates = known.as_object()?.keys();
+    let (distance, best) = candidates
+        .map(|key| (strsim::damerau_levenshtein(key, typed), key))
+        .min()?;
+    // Further than half of the word away is a guess, not a suggestion.
+    (distance * 2 <= typed.chars().count().max(2)).then(|| {
+        if prefix.is_empty() {
+            best.clone()
+        } else {
+            format!("{prefix}.{best}")
+        }
+    })
+}
+
+fn json(value: &DeValue<'_>) -> Value {
+    match value {
+        DeValue::String(text) => Value::String(text.to_string()),
+        DeValue::Boolean(value) => Value::Bool(*value),
+        DeValue::Datetime(value) => Value::String(value.to_string()),
+        DeValue::Integer(number) => i128::from_str_radix(number.as_str(), number.radix())
+            .ok()
+            .and_then(serde_json::Number::from_i128)
+            .map_or_else(|| Value::String(number.to_string()), Value::Number),
+        DeValue::Float(number) => number
+            .as_str()
+            .parse()
+            .ok()
+            .and_then(serde_json::Number::from_f64)
+            .map_or_else(|| Value::String(number.to_string()), Value::Number),
+        DeValue::Array(items) => items.iter().map(|item| json(item.get_ref())).collect(),
+        DeValue::Table(table) => {
+            let fields = table
+                .iter()
+                .map(|(key, value)| (key.get_ref().to_string(), json(value.get_ref())));
+            Value::Object(fields.collect::<Map<_, _>>())
+        }
+    }
+}
+
+/// Every key of the tree with its dotted path and default.
+fn leaves(tree: &Value) -> Vec<(String, &Value)> {
+    fn walk<'a>(prefix: &str, value: &'a Value, out: &mut Vec<(String, &'a Value)>) {
+        match value {
+            Value::Object(fields) if !fields.is_empty() => {
+                for (key, value) in fields {
+                    walk(
+                        &if prefix.is_empty() {
+                            key.clone()
+                        } else {
+                            format!("{prefix}.{key}")
+                        },
+                        value,
+                        out,
+                    );
+                }
+            }
+            _ => out.push((prefix.to_owned(), value)),
+        }
+    }
+    let mut out = Vec::new();
+    if tree.as_object().is_some_and(|fields| !fields.is_empty()) {
+        walk("", tree, &mut out);
+    }
+    out
+}
+
+/// What a variable's text may mean for a setting with this default, the likeliest first.
+fn readings(text: &str, default: &Value) -> Vec<Value> {
+    let string = Value::String(text.to_owned());
+    // TOML knows how to write every kind of value, so a variable can be written as the file would have it.
+    let as_toml = || {
+        let document = format!("value = {text}");
+        let table = DeTable::parse(&document).ok()?;
+        // One value, not a smuggled second line.
+        (table.get_ref().len() == 1).then(|| {
+            table
+                .get_ref()
+                .get("value")
+                .map(|value| json(value.get_ref()))
+        })?
+    };
+    match default {
+        Value::String(_) => vec![string],
+        Value::Array(_) if !text.trim_start().starts_with('[') => {
+            vec![
+                text.split(',')
+                    .map(|item| item.trim().to_owned())
+                    .filter(|item| !item.is_empty())
+                    .collect(),
+            ]
+        }
+        Value::Null => std::iter::once(string).chain(as_toml()).collect(),
+        _ => as_toml()
+            .into_iter()
+            .chain(std::iter::once(string))
+            .collect(),
+    }
+}
+
+fn put(tree: &mut Value, key: &str, value: Value) {
+    let mut place = tree;
+    for part in key.split('.') {
+        place = &mut place[part];
+    }
+    *place = value;
+}
+
+/// Whether `path` is `key` or lies inside it (`a.b`, `a.b.c` and `a.b[0]` for the key `a.b`).
+fn path_covers(path: &str, key: &str) -> bool {
+    path.strip_prefix(key)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+    use std::fs;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct Settings {
+        bind: String,
+        pool_id: Option<String>,
+        limit: Option<u64>,
+        hosts: Vec<String>,
+        queue: Queue,
+    }
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    #[serde(default, deny_unknown_fields)]
+    struct Queue {
+        capacity: i64,
+        fair: bool,
+        ratio: f64,
+    }
+
+    impl Default for Settings {
+        fn default() -> Self {
+            Self {
+                bind: "127.0.0.1:8080".into(),
+                pool_id: None,
+                limit: None,
+                hosts: vec![],
+                queue: Queue::default(),
+            }
+        }
+    }
+
+    impl Default for Queue {
+        fn default() -> Self {
+            Self {
+                capacity: 100,
+                fair: true,
+                ratio: 0.5,
+            }
+        }
+    }
+
+    const ALIASES: &[(&str, &str)] = &[("LLORCH_POOL_BIND", "bind")];
+
+    fn load_with(file: Option<&str>, vars: &[(&str, &str)]) -> Result<Settings, SettingsError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("settings.toml");
+        if let Some(text) = file {
+            fs::write(&path, text).unwrap();
+        }
+        let env = |name: &str| {
+            vars.iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| (*value).to_owned())
+        };
+        load(None, &path, &env, ALIASES)
+    }
+
+    /// The error's text without the folder, which differs from run to run.
+    fn message(error: &SettingsError) -> String {
+        let text = error.to_string();
+        text.split_once("settings.toml")
+            .map_or(text.clone(), |(_, rest)| format!("settings.toml{rest}"))
+    }
+
+    #[test] // [POOLCORE-040]
+    fn variables_win_over_the_file_and_the_file_over_defaults() {
+        assert_eq!(load_with(None, &[]).unwrap(), Settings::default());
+        let settings = load_with(
+            Some("bind = '0.0.0.0:1'\nhosts = ['a']\n[queue]\ncapacity = 7\nratio = 1.0\n"),
+            &[
+                ("LLORCH_QUEUE_CAPACITY", "-1"),
+                ("LLORCH_QUEUE_FAIR", "false"),
+                ("LLORCH_HOSTS", "b, c"),
+                ("LLORCH_BIND", ""),
+            ],
+        )
+        .unwrap();
+        assert_eq!(settings.bind, "0.0.0.0:1");
+        assert_eq!(settings.hosts, ["b", "c"]);
+        assert_eq!(
+            settings.queue,
+            Queue {
+                capacity: -1,
+                fair: false,
+                ratio: 1.0
+            }
+        );
+    }
+
+    #[test] // [POOLCORE-040]
+    fn aliases_and_optional_settings_are_read_as_their_type_needs() {
+        let settings = load_with(
+            None,
+            &[
+                ("LLORCH_POOL_BIND", "127.0.0.1:0"),
+                ("LLORCH_POOL_ID", "1234"),
+                ("LLORCH_LIMIT", "1234"),
+                ("LLORCH_QUEUE_RATIO", "2"),
+            ],
+        )
+        .unwrap();
+        assert_eq!(settings.bind, "127.0.0.1:0");
+        assert_eq!(settings.pool_id.as_deref(), Some("1234"));
+        assert_eq!(settings.limit, Some(1234));
+        assert_eq!(settings.queue.ratio, 2.0);
+    }
+
+    #[test] // [POOLCORE-041]
+    fn an_unknown_key_is_refused_with_its_line_and_the_nearest_one() {
+        let error = load_with(Some("\n[queue]\ncapcity = 3\n"), &[]).unwrap_err();
+        assert_eq!(
+            message(&error),
+            "settings.toml:3: there is no setting `queue.capcity`"
+        );
+        assert_eq!(error.hint().unwrap(), "did you mean `queue.capacity`?");
+
+        let error = load_with(Some("[queu]\n"), &[]).unwrap_err();
+        assert_eq!(error.hint().unwrap(), "did you mean `queue`?");
+        let error = load_with(Some("entirely_different = 1\n"), &[]).unwrap_err();
+        assert_eq!(error.hint(), None);
+    }
+
+    #[test] // [POOLCORE-041]
+    fn a_wrong_value_names_where_it_was_set() {
+        let error = load_with(Some("\n[queue]\ncapacity = 'many'\n"), &[]).unwrap_err();
+        assert_eq!(
+            message(&error),
+            "settings.toml:3: `queue.capacity`: invalid type: string \"many\", expected i64"
+        );
+        let error = load_with(None, &[("LLORCH_QUEUE_CAPACITY", "many")]).unwrap_err();
+        assert_eq!(
+            message(&error),
+            "LLORCH_QUEUE_CAPACITY: `queue.capacity`: invalid type: string \"many\", expected i64"
+        );
+        let error = load_with(None, &[("LLORCH_LIMIT", "-1")]).unwrap_err();
+        assert!(
+            message(&error).starts_with("LLORCH_LIMIT: `limit`: "),
+            "{error}"
+        );
+        let error = load_with(Some("queue = 3\n"), &[]).unwrap_err();
+        assert!(
+            message(&error).starts_with("settings.toml:1: `queue`: "),
+            "{error}"
+        );
+        let error = load_with(Some("bind = \n"), &[]).unwrap_err();
+        assert!(message(&error).starts_with("settings.toml:1: "), "{error}");
+    }
+
+    #[test] // [POOLCORE-042]
+    fn a_file_that_the_user_named_must_exist() {
+        let error = load::<Settings>(
+            Some(Path::new("/no/such.toml")),
+            Path::new("/unused"),
+            &|_| None,
+            &[],
+        )
+        .unwrap_err();
+        assert!(matches!(error, SettingsError::Read { .. }) && error.hint().is_some());
+    }
+}

@@ -1,0 +1,521 @@
+//! Starting, stopping and watching a daemon of ours on this machine.
+
+use std::ffi::OsString;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use super::{CliError, Exit};
+use crate::client::ApiClient;
+use crate::process::{ProcessIdentity, Signal, SignalOutcome};
+use crate::run_files::{self, PidRecord};
+
+/// How often a start looks whether the daemon has come up.
+const POLL: Duration = Duration::from_millis(25);
+/// How long one look at `/health` may take.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
+/// Lines of a log that explain a failed start.
+const FAILURE_LINES: usize = 20;
+/// How far back from its end a log is read for its last lines.
+const TAIL_BYTES: u64 = 1 << 20;
+/// How long a process has to end after SIGKILL: the kernel may have to write its memory out first.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A daemon to start.
+#[derive(Debug, Clone)]
+pub struct DaemonSpec {
+    /// The binary.
+    pub program: PathBuf,
+    /// The daemon's name, for messages.
+    pub name: &'static str,
+    /// Where it writes `pid.json` and `addr`.
+    pub state_dir: PathBuf,
+    /// Where its output is appended to.
+    pub log_file: PathBuf,
+    /// Its arguments. Secrets belong into `env`.
+    pub args: Vec<OsString>,
+    /// Variables beside those of this process.
+    pub env: Vec<(OsString, OsString)>,
+    /// How long it may take until `/health` answers.
+    pub start_timeout: Duration,
+}
+
+/// A daemon that runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Running {
+    /// Its process.
+    pub process: ProcessIdentity,
+    /// Its version.
+    pub version: String,
+    /// Where it answers.
+    pub url: String,
+    /// Whether it ran before [`start`] was called.
+    pub already_running: bool,
+}
+
+/// How a daemon was stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stopped {
+    /// It did not run.
+    NotRunning,
+    /// It ended by itself when it was asked to.
+    Orderly {
+        /// The pid it had.
+        pid: u32,
+    },
+    /// It did not end in time and was killed.
+    Killed {
+        /// The pid it had.
+        pid: u32,
+    },
+}
+
+/// Starts a daemon in a session of its own, so that neither Ctrl-C nor a closed terminal reaches it, and returns when
+/// its `/health` answers. A daemon that runs already is not started again. One that fails to come up is ended, and
+/// the error shows the last lines of its log.
+pub async fn start(spec: &DaemonSpec) -> Result<Running, CliError> {
+    if let Some(running) = status(&spec.state_dir) {
+        return Ok(Running {
+            already_running: true,
+            ..running
+        });
+    }
+    let could_not = |what: &str, error: &io::Error| {
+        CliError::caused(Exit::Failed, format!("could not {what}"), error)
+    };
+    let log = open_log(&spec.log_file)
+        .map_err(|error| could_not(&format!("open the log {}", spec.log_file.display()), &error))?;
+    // Earlier starts have left lines here; only those of this one explain how it went.
+    let log_start = log.metadata()?.len();
+    let mut child = spawn(spec, log)
+        .map_err(|error| could_not(&format!("start {}", spec.program.display()), &error))?;
+
+    let deadline = Instant::now() + spec.start_timeout;
+    loop {
+        if let Some(exit) = child.try_wait()? {
+            // Another start may have won the race for the state folder; then all is as the user wants it.
+            if let Some(running) = status(&spec.state_dir) {
+                return Ok(Running {
+                    already_running: true,
+                    ..running
+                });
+            }
+            let message = format!("{} ended while it started ({exit})", spec.name);
+            return Err(with_log(
+                CliError::new(Exit::Failed, message),
+                &spec.log_file,
+                log_start,
+            ));
+        }
+        if let Some(running) =
+            status(&spec.state_dir).filter(|running| running.process.pid == child.id())
+            && answers(&running.url).await
+        {
+            return Ok(running);
+        }
+        if Instant::now() >= deadline {
+            end(&mut child);
+            let message = format!(
+                "{} did not answer within {} s",
+                spec.name,
+                spec.start_timeout.as_secs()
+            );
+            return Err(with_log(
+                CliError::new(Exit::Failed, message),
+                &spec.log_file,
+                log_start,
+            ));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Asks the daemon of a state folder to end, waits for at most `timeout`, and kills it if that was not enough.
+pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<Stopped, CliError> {
+    let Some(process) = PidRecord::read(state_dir).map(|record| record.process) else {
+        return Ok(Stopped::NotRunning);
+    };
+    let pid = process.pid;
+    let failed = |error: io::Error| {
+        CliError::caused(
+            Exit::Failed,
+            format!("could not stop {name} (pid {pid})"),
+            &error,
+        )
+    };
+    if process.signal(Signal::TERM).map_err(failed)? == SignalOutcome::Gone {
+        return Ok(Stopped::NotRunning);
+    }
+    if gone(&process, timeout).await.map_err(failed)? {
+        return Ok(Stopped::Orderly { pid });
+    }
+    process.signal(Signal::KILL).map_err(failed)?;
+    if gone(&process, KILL_TIMEOUT).await.map_err(failed)? {
+        return Ok(Stopped::Killed { pid });
+    }
+    Err(CliError::new(
+        Exit::Failed,
+        format!("{name} (pid {pid}) does not end, not even with SIGKILL"),
+    )
+    .hint(
+        "it waits for a device or a network disk; only that, or a restart of the machine, ends it",
+    ))
+}
+
+/// The daemon of a state folder, if one runs and has said where it answers.
+pub fn status(state_dir: &Path) -> Option<Running> {
+    let record = PidRecord::read(state_dir)?;
+    let url = run_files::local_url(state_dir)?;
+    Some(Running {
+        process: record.process,
+        version: record.version,
+        url,
+        already_running: false,
+    })
+}
+
+/// One of our binaries: beside this one, else on the `PATH`.
+pub fn find_sibling(name: &str) -> Result<PathBuf, CliError> {
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|program| Some(program.parent()?.to_path_buf()));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    find_in(name, beside.into_iter().chain(std::env::split_paths(&path)))
+}
+
+fn find_in(name: &str, mut folders: impl Iterator<Item = PathBuf>) -> Result<PathBuf, CliError> {
+    use std::os::unix::fs::PermissionsExt;
+    let runs = |path: &Path| {
+        fs::metadata(path)
+            .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+    };
+    folders
+        .find_map(|folder| Some(folder.join(name)).filter(|path| runs(path)))
+        .ok_or_else(|| {
+            let package = match name {
+                "llorch" => "llorch-ctl",
+                "llorch-pool" => "pool-ctl",
+                "llorch-candled-cuda" => "llorch-candled --features cuda",
+                other => other,
+            };
+            CliError::new(
+                Exit::Failed,
+                format!("there is no `{name}` beside this program or on the PATH"),
+            )
+            .hint(format!("in a checkout: cargo build --release -p {package}"))
+        })
+}
+
+/// The last `lines` lines of a file; an incomplete last line counts.
+pub fn tail(path: &Path, lines: usize) -> io::Result<String> {
+    tail_from(path, lines, 0)
+}
+
+/// Prints the last `lines` lines of a log, then what is appended to it, until `print` fails or the future is dropped.
+pub async fn follow(
+    path: &Path,
+    lines: usize,
+    mut print: impl FnMut(&str) -> Result<(), CliError>,
+) -> Result<(), CliError> {
+    let mut file = File::open(path)?;
+    let mut seen = file.metadata()?.len();
+    print(&tail(path, lines)?)?;
+    let mut pending = Vec::new();
+    loop {
+        let length = file.metadata()?.len();
+        if length < seen {
+            // Somebody emptied the log: what is in it now is new.
+            seen = 0;
+        }
+        file.seek(SeekFrom::Start(seen))?;
+        seen += (&mut file).take(TAIL_BYTES).read_to_end(&mut pending)? as u64;
+        // Up to the last line's end, so that no character is printed by halves.
+        if let Some(end) = pending.iter().rposition(|byte| *byte == b'\n') {
+            let complete: Vec<u8> = pending.drain(..=end).collect();
+            print(&String::from_utf8_lossy(&complete))?;
+        } else {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+}
+
+fn open_log(path: &Path) -> io::Result<File> {
+    if let Some(folder) = path.parent() {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder)?;
+    }
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+}
+
+fn spawn(spec: &DaemonSpec, log: File) -> io::Result<Child> {
+    let mut command = Command::new(&spec.program);
+    command
+        .args(&spec.args)
+        .envs(absolute_folders()?)
+        .envs(spec.env.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log);
+    // SAFETY: between fork and exec only async-signal-safe calls are allowed. `setsid` is a bare system call, and
+    // making an `io::Error` of its error number allocates nothing.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(|| rustix::process::setsid().map(|_| ()).map_err(Into::into));
+    }
+    command.spawn()
+}
+
+async fn answers(url: &str) -> bool {
+    match ApiClient::new(url, None) {
+        Ok(client) => client
+            .with_answer_timeout(HEALTH_TIMEOUT)
+            .get_text("/health")
+            .await
+            .is_ok(),
+        Err(_) => false,
+    }
+}
+
+/// Ends a daemon that did not come up: politely for a moment, then not.
+fn end(child: &mut Child) {
+    if let Ok(Some(process)) = ProcessIdentity::of(child.id()) {
+        let _ = process.signal(Signal::TERM);
+        let _ = process.wait_gone(Duration::from_secs(2));
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+async fn gone(process: &ProcessIdentity, timeout: Duration) -> io::Result<bool> {
+    let process = process.clone();
+    tokio::task::spawn_blocking(move || process.wait_gone(timeout))
+        .await
+        .map_err(io::Error::other)?
+}
+
+fn with_log(error: CliError, log: &Path, start: u64) -> CliError {
+    let hint = format!("the whole log is {}", log.display());
+    match tail_from(log, FAILURE_LINES, start) {
+        Ok(lines) if lines.trim().is_empty() => error.cause("it wrote nothing to its log"),
+        Ok(lines) => error
+            .cause(format!("its log ends with:\n{}", lines.trim_end()))
+            .hint(hint),
+        Err(_) => error,
+    }
+}
+
+fn tail_from(path: &Path, lines: usize, start: u64) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(
+        start.max(length.saturating_sub(TAIL_BYTES)).min(length),
+    ))?;
+    let mut bytes = Vec::new();
+    file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let kept: Vec<&str> = text.split_inclusive('\n').collect();
+    Ok(kept[kept.len().saturating_sub(lines)..].concat())
+}
+
+/// The variables that name folders, made absolute: the daemon stands in another folder than its user.
+fn absolute_folders() -> io::Result<Vec<(&'static str, PathBuf)>> {
+    ["LLORCH_HOME", "LLORCH_MODELS_DIR"]
+        .into_iter()
+        .filter_map(|name| Some((name, std::env::var_os(name)?)))
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(name, value)| Ok((name, std::path::absolute(value)?)))
+        .collect()
+}
+
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A daemon that is a shell script, in a folder of its own.
+    fn script(dir: &Path, body: &str) -> DaemonSpec {
+        DaemonSpec {
+            program: "/bin/sh".into(),
+            name: "testd",
+            state_dir: dir.join("state"),
+            log_file: dir.join("logs/testd.log"),
+            args: vec!["-c".into(), body.into()],
+            env: vec![("STATE".into(), dir.join("state").into())],
+            start_timeout: Duration::from_secs(20),
+        }
+    }
+
+    #[tokio::test] // [POOLCORE-120]
+    async fn a_daemon_that_fails_to_start_shows_the_end_of_its_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = script(dir.path(), "seq 1 30; echo 'the port is taken' >&2; exit 7");
+        fs::create_dir(dir.path().join("logs")).unwrap();
+        fs::write(&spec.log_file, "a line of an earlier start\n").unwrap();
+
+        let error = start(&spec).await.unwrap_err();
+        assert_eq!(
+            error.message,
+            "testd ended while it started (exit status: 7)"
+        );
+        let shown: Vec<_> = error.causes[0].lines().collect();
+        assert_eq!(shown.len(), 1 + FAILURE_LINES);
+        assert_eq!((shown[1], shown[20]), ("12", "the port is taken"));
+        assert!(error.hint.unwrap().contains("testd.log"));
+
+        let silent = start(&script(dir.path(), "exit 1")).await.unwrap_err();
+        assert_eq!(silent.causes, ["it wrote nothing to its log"]);
+        let missing = DaemonSpec {
+            program: "/no/such/daemon".into(),
+            ..spec
+        };
+        assert_eq!(
+            start(&missing).await.unwrap_err().message,
+            "could not start /no/such/daemon"
+        );
+    }
+
+    #[tokio::test] // [POOLCORE-121]
+    async fn a_daemon_that_does_not_answer_in_time_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("state")).unwrap();
+        let mut spec = script(
+            dir.path(),
+            "echo $$ > $STATE/pid; echo waiting; exec sleep 60",
+        );
+        spec.start_timeout = Duration::from_millis(500);
+        let error = start(&spec).await.unwrap_err();
+        assert!(
+            error.message.starts_with("testd did not answer within"),
+            "{}",
+            error.message
+        );
+        assert_eq!(error.causes, ["its log ends with:\nwaiting"]);
+        let pid = fs::read_to_string(dir.path().join("state/pid")).unwrap();
+        assert!(!Path::new("/proc").join(pid.trim()).exists());
+    }
+
+    #[tokio::test] // [POOLCORE-122]
+    async fn stop_asks_first_and_kills_what_does_not_listen() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        fs::create_dir(&state).unwrap();
+        assert_eq!(
+            stop(&state, "testd", Duration::ZERO).await.unwrap(),
+            Stopped::NotRunning
+        );
+
+        for (body, stubborn) in [
+            ("exec sleep 60", false),
+            ("trap '' TERM; echo $$ > $STATE/pid; exec sleep 60", true),
+        ] {
+            let mut child = spawn(
+                &script(dir.path(), body),
+                open_log(&dir.path().join("log")).unwrap(),
+            )
+            .unwrap();
+            let pid = child.id();
+            while stubborn && fs::read_to_string(state.join("pid")).is_err() {
+                tokio::time::sleep(POLL).await;
+            }
+            let record = PidRecord {
+                process: ProcessIdentity::of(pid).unwrap().unwrap(),
+                version: "1".into(),
+            };
+            fs::write(
+                state.join(run_files::PID),
+                serde_json::to_vec(&record).unwrap(),
+            )
+            .unwrap();
+            fs::write(state.join(run_files::ADDR), "http://127.0.0.1:1\n").unwrap();
+            assert_eq!(status(&state).unwrap().url, "http://127.0.0.1:1");
+            // Its session is its own: a signal to our terminal's group does not reach it.
+            let session = rustix::process::getsid(rustix::process::Pid::from_raw(
+                i32::try_from(pid).unwrap(),
+            ))
+            .unwrap();
+            assert_eq!(session.as_raw_nonzero().get().unsigned_abs(), pid);
+
+            let outcome = stop(
+                &state,
+                "testd",
+                Duration::from_millis(if stubborn { 200 } else { 10_000 }),
+            )
+            .await
+            .unwrap();
+            assert_eq!(
+                outcome,
+                if stubborn {
+                    Stopped::Killed { pid }
+                } else {
+                    Stopped::Orderly { pid }
+                }
+            );
+            assert_eq!(status(&state), None);
+            child.wait().unwrap();
+        }
+        // The record of a process that is gone stops nobody.
+        assert_eq!(
+            stop(&state, "testd", Duration::ZERO).await.unwrap(),
+            Stopped::NotRunning
+        );
+    }
+
+    #[test]
+    fn a_sibling_is_a_program_that_can_run() {
+        let dir = tempfile::tempdir().unwrap();
+        let folders = || [dir.path().join("missing"), dir.path().to_path_buf()].into_iter();
+        fs::write(dir.path().join("llorch-pool"), "").unwrap();
+        let error = find_in("llorch-pool", folders()).unwrap_err();
+        assert_eq!(
+            error.hint.unwrap(),
+            "in a checkout: cargo build --release -p pool-ctl"
+        );
+        fs::set_permissions(
+            dir.path().join("llorch-pool"),
+            fs::Permissions::from_mode(0o755),
+        )
+        .unwrap();
+        assert_eq!(
+            find_in("llorch-pool", folders()).unwrap(),
+            dir.path().join("llorch-pool")
+        );
+    }
+
+    #[tokio::test] // [POOLCORE-123]
+    async fn a_log_is_shown_from_its_end_and_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        fs::write(&path, "one\ntwo\nthree\n").unwrap();
+        assert_eq!(tail(&path, 2).unwrap(), "two\nthree\n");
+        assert_eq!(tail(&path, 9).unwrap(), "one\ntwo\nthree\n");
+
+        let mut shown = String::new();
+        let mut appended = false;
+        let result = follow(&path, 1, |text| {
+            shown.push_str(text);
+            if !appended {
+                appended = true;
+                OpenOptions::new()
+                    .append(true)
+                    .open(&path)?
+                    .write_all("vier é\nhalf".as_bytes())?;
+                return Ok(());
+            }
+            Err(CliError::new(Exit::Interrupted, "enough"))
+        });
+        assert_eq!(result.await.unwrap_err().exit, Exit::Interrupted);
+        assert_eq!(shown, "three\nvier é\n");
+    }
+}

@@ -1,0 +1,109 @@
+//! What a doctor found on a host, and how it is shown.
+
+use serde::Serialize;
+
+use super::paint::{self, Cell, Style};
+use super::{CliError, Exit, Format, print_json, render_table, say};
+
+/// How a check came out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Works, with a loss.
+    Warn,
+    /// Something required is missing.
+    Fail,
+}
+
+/// What one check found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub check: &'static str,
+    /// How it came out.
+    pub status: Verdict,
+    /// What was seen.
+    pub message: String,
+    /// The command, or the sentence, that mends it.
+    pub fix: Option<String>,
+}
+
+impl Finding {
+    /// All is well.
+    pub fn ok(check: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            check,
+            status: Verdict::Ok,
+            message: message.into(),
+            fix: None,
+        }
+    }
+
+    /// Something is not as it should be, and can be lived with.
+    pub fn warn(check: &'static str, message: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self {
+            check,
+            status: Verdict::Warn,
+            message: message.into(),
+            fix: Some(fix.into()),
+        }
+    }
+
+    /// Something required is missing.
+    pub fn fail(check: &'static str, message: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self {
+            status: Verdict::Fail,
+            ..Self::warn(check, message, fix)
+        }
+    }
+}
+
+/// Prints findings and says how the doctor's command ends: with 1 if something required is missing.
+pub fn report(findings: &[Finding], format: Format) -> Result<Exit, CliError> {
+    match format {
+        Format::Json => print_json(findings)?,
+        Format::Table => say(render(findings, paint::on_stdout()))?,
+    }
+    let failed = findings
+        .iter()
+        .any(|finding| finding.status == Verdict::Fail);
+    Ok(if failed { Exit::Failed } else { Exit::Done })
+}
+
+fn render(findings: &[Finding], colour: bool) -> String {
+    let rows = findings.iter().map(|finding| {
+        let status = match finding.status {
+            Verdict::Ok => Cell::new("ok", Style::Good),
+            Verdict::Warn => Cell::new("warn", Style::Warn),
+            Verdict::Fail => Cell::new("fail", Style::Bad),
+        };
+        let fix = finding.fix.clone().unwrap_or_default();
+        vec![
+            finding.check.into(),
+            status,
+            finding.message.clone().into(),
+            fix.into(),
+        ]
+    });
+    render_table(&["CHECK", "STATUS", "FINDING", "FIX"], rows, colour)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLCORE-130]
+    fn each_finding_has_a_line_with_its_cure() {
+        let findings = [
+            Finding::ok("disk", "98.0 GB free"),
+            Finding::fail("port", "taken", "take another"),
+        ];
+        insta::assert_snapshot!(render(&findings, false), @r"
+        CHECK  STATUS  FINDING       FIX
+        disk   ok      98.0 GB free
+        port   fail    taken         take another
+        ");
+    }
+}

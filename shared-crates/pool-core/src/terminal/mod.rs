@@ -1,0 +1,16 @@
+//! What both command line programs are: arguments, exit codes, errors with hints, tables and JSON, progress, and the
+//! starting and stopping of a daemon. Results go to standard output, everything else to standard error.
+
+pub mod daemon;
+pub mod doctor;
+mod exit;
+pub mod interrupt;
+mod output;
+pub mod progress;
+pub mod sanitize;
+
+pub use exit::{CliError, Exit, parse, run_cli};
+pub use output::{
+    Format, age, human_bytes, human_duration, note, paint, print_json, print_table, render_table,
+    say, write,
+};

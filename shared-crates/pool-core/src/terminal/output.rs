@@ -1,0 +1,292 @@
+//! Results on standard output, remarks on standard error. `println!` panics when the reader has gone; these don't.
+
+use std::io::{self, Write};
+use std::time::Duration;
+
+use clap::ValueEnum;
+use comfy_table::{Attribute, Color, Table, presets};
+use serde::Serialize;
+
+use super::{CliError, sanitize};
+
+/// How a command that reads prints what it read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Format {
+    /// Columns for people.
+    #[default]
+    Table,
+    /// JSON for programs; stable and documented.
+    Json,
+}
+
+/// Writes `text` to standard output as it is, and flushes it: the way a streamed answer is printed.
+pub fn write(text: impl AsRef<str>) -> Result<(), CliError> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_ref().as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|error| CliError::output(&error))
+}
+
+/// Writes `text` and a newline to standard output.
+pub fn say(text: impl AsRef<str>) -> Result<(), CliError> {
+    writeln!(io::stdout().lock(), "{}", text.as_ref()).map_err(|error| CliError::output(&error))
+}
+
+/// Writes a remark to standard error. Nobody reading it is no reason to fail.
+pub fn note(text: impl AsRef<str>) {
+    let _ = writeln!(io::stderr().lock(), "{}", text.as_ref());
+}
+
+/// Prints a value as indented JSON.
+pub fn print_json(value: &(impl Serialize + ?Sized)) -> Result<(), CliError> {
+    let text = serde_json::to_string_pretty(value).map_err(io::Error::from)?;
+    say(text)
+}
+
+/// Prints rows in plain columns under their headers, without borders, so that `awk` and people can read them.
+pub fn print_table(
+    headers: &[&str],
+    rows: impl IntoIterator<Item = Vec<paint::Cell>>,
+) -> Result<(), CliError> {
+    say(render_table(headers, rows, paint::on_stdout()))
+}
+
+/// The text that [`print_table`] prints, with or without colour.
+pub fn render_table(
+    headers: &[&str],
+    rows: impl IntoIterator<Item = Vec<paint::Cell>>,
+    colour: bool,
+) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    if colour {
+        table.enforce_styling();
+        table.style_text_only();
+    } else {
+        table.force_no_tty();
+    }
+    table.set_header(
+        headers
+            .iter()
+            .map(|header| comfy_table::Cell::new(header).add_attribute(Attribute::Bold)),
+    );
+    for row in rows {
+        table.add_row(row.into_iter().map(|cell| {
+            let shown = comfy_table::Cell::new(sanitize::clean(&cell.text));
+            match cell.style {
+                paint::Style::Plain => shown,
+                paint::Style::Good => shown.fg(Color::Green),
+                paint::Style::Warn => shown.fg(Color::Yellow),
+                paint::Style::Bad => shown.fg(Color::Red),
+                paint::Style::Dim => shown.add_attribute(Attribute::Dim),
+            }
+        }));
+    }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    table.trim_fmt()
+}
+
+/// Colour, used by meaning. Only on a terminal, and never with `NO_COLOR`.
+pub mod paint {
+    use std::io::{self, IsTerminal};
+
+    use colored::Colorize;
+
+    /// What a text means.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+    pub enum Style {
+        /// Nothing in particular.
+        #[default]
+        Plain,
+        /// As it should be.
+        Good,
+        /// Needs attention.
+        Warn,
+        /// Failed.
+        Bad,
+        /// Less important.
+        Dim,
+    }
+
+    /// A cell of a table.
+    #[derive(Debug, Clone, PartialEq, Eq)]
+    pub struct Cell {
+        pub(super) text: String,
+        pub(super) style: Style,
+    }
+
+    impl Cell {
+        /// A cell in a style.
+        pub fn new(text: impl Into<String>, style: Style) -> Self {
+            Self {
+                text: text.into(),
+                style,
+            }
+        }
+
+        /// A state of a job, worker or pool, coloured by what it means.
+        pub fn status(name: impl Into<String>) -> Self {
+            let name = name.into();
+            let style = match name.as_str() {
+                "ready" | "running" | "completed" | "online" | "busy" => Style::Good,
+                "failed" | "offline" | "expired" => Style::Bad,
+                "queued" | "dispatched" | "starting" | "draining" => Style::Warn,
+                "cancelled" | "stopped" => Style::Dim,
+                _ => Style::Plain,
+            };
+            Self { text: name, style }
+        }
+    }
+
+    impl<T: Into<String>> From<T> for Cell {
+        fn from(text: T) -> Self {
+            Self {
+                text: text.into(),
+                style: Style::Plain,
+            }
+        }
+    }
+
+    /// A text for standard output that says all is well.
+    pub fn ok(text: &str) -> String {
+        apply(Style::Good, text, on_stdout())
+    }
+
+    /// A text for standard output that asks for attention.
+    pub fn warn(text: &str) -> String {
+        apply(Style::Warn, text, on_stdout())
+    }
+
+    /// A text for standard output that says what failed.
+    pub fn bad(text: &str) -> String {
+        apply(Style::Bad, text, on_stdout())
+    }
+
+    /// A text for standard output that may be overlooked.
+    pub fn dim(text: &str) -> String {
+        apply(Style::Dim, text, on_stdout())
+    }
+
+    /// A text for standard error.
+    pub fn on_stderr(style: Style, text: &str) -> String {
+        apply(style, text, wanted(io::stderr().is_terminal()))
+    }
+
+    /// Whether standard output gets colour.
+    pub fn on_stdout() -> bool {
+        wanted(io::stdout().is_terminal())
+    }
+
+    /// The rule of no-color.org: any value but an empty one switches colour off.
+    fn wanted(terminal: bool) -> bool {
+        terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    }
+
+    fn apply(style: Style, text: &str, colour: bool) -> String {
+        if !colour {
+            return text.to_owned();
+        }
+        match style {
+            Style::Plain => text.to_owned(),
+            Style::Good => text.green().to_string(),
+            Style::Warn => text.yellow().to_string(),
+            Style::Bad => text.red().bold().to_string(),
+            Style::Dim => text.dimmed().to_string(),
+        }
+    }
+}
+
+/// Bytes as people read them: `98.4 MB`, by powers of 1000 as disks and downloads are measured.
+pub fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["kB", "MB", "GB", "TB", "PB", "EB"];
+    if bytes < 1000 {
+        return format!("{bytes} B");
+    }
+    let mut value = bytes as f64 / 1000.0;
+    let mut unit = 0;
+    // 999.95 would be shown as 1000.0.
+    while value >= 999.95 && unit < UNITS.len() - 1 {
+        value /= 1000.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+/// A duration as people read it, in its two largest units: `850ms`, `3.2s`, `1m15s`, `2h05m`, `3d04h`.
+pub fn human_duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    match seconds {
+        0 => format!("{}ms", duration.as_millis()),
+        1..=9 => format!("{seconds}.{}s", duration.subsec_millis() / 100),
+        10..=59 => format!("{seconds}s"),
+        60..=3599 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3600..=86_399 => format!("{}h{:02}m", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{}d{:02}h", seconds / 86_400, seconds / 3600 % 24),
+    }
+}
+
+/// How long ago `then` was at `now`; a clock that went back makes that nothing.
+pub fn age(then: jiff::Timestamp, now: jiff::Timestamp) -> String {
+    let seconds = now.duration_since(then).as_secs();
+    human_duration(Duration::from_secs(u64::try_from(seconds).unwrap_or(0))).replace("0ms", "0s")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::paint::{Cell, Style};
+    use super::*;
+
+    fn rows() -> Vec<Vec<Cell>> {
+        vec![
+            vec!["job-1".into(), Cell::status("running"), "tinyllama".into()],
+            vec![
+                "job-22".into(),
+                Cell::status("failed"),
+                Cell::new("a\x1b[2Jb", Style::Dim),
+            ],
+        ]
+    }
+
+    #[test] // [POOLCORE-110]
+    fn a_table_has_plain_columns() {
+        insta::assert_snapshot!(render_table(&["JOB", "STATUS", "MODEL"], rows(), false), @r"
+        JOB     STATUS   MODEL
+        job-1   running  tinyllama
+        job-22  failed   ab
+        ");
+        assert_eq!(render_table(&["JOB"], Vec::new(), false), "JOB");
+    }
+
+    #[test] // [POOLCORE-110]
+    fn colour_does_not_move_columns() {
+        let plain = render_table(&["JOB", "STATUS", "MODEL"], rows(), false);
+        let coloured = render_table(&["JOB", "STATUS", "MODEL"], rows(), true);
+        assert!(coloured.contains("\x1b["));
+        let stripped = sanitize::clean(&coloured)
+            .lines()
+            .map(str::trim_end)
+            .collect::<Vec<_>>()
+            .join("\n");
+        assert_eq!(stripped, plain);
+    }
+
+    #[test]
+    fn sizes_and_durations_are_short() {
+        let sizes = [0, 999, 1000, 98_362_432, 999_950_000, u64::MAX].map(human_bytes);
+        assert_eq!(
+            sizes,
+            ["0 B", "999 B", "1.0 kB", "98.4 MB", "1.0 GB", "18.4 EB"]
+        );
+        let durations = [850, 3_250, 59_900, 75_000, 7_500_000, 273_600_000]
+            .map(|ms| human_duration(Duration::from_millis(ms)));
+        assert_eq!(
+            durations,
+            ["850ms", "3.2s", "59s", "1m15s", "2h05m", "3d04h"]
+        );
+        let then = jiff::Timestamp::UNIX_EPOCH;
+        assert_eq!(age(then, then + Duration::from_secs(75)), "1m15s");
+        assert_eq!(age(then + Duration::from_secs(75), then), "0s");
+    }
+}

@@ -1,0 +1,131 @@
+//! Progress of long work, on standard error: a live line on a terminal, else a plain line every few seconds.
+
+use std::io::{self, IsTerminal};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::{human_bytes, note};
+
+/// How often a log gets a line.
+const PLAIN_EVERY: Duration = Duration::from_secs(3);
+/// How often a spinner turns.
+const TICK: Duration = Duration::from_millis(100);
+
+/// A bar for work of `total` bytes. A total of 0 means that it isn't known.
+pub fn bar(total: u64, label: impl Into<String>) -> Progress {
+    if total == 0 {
+        return Progress::turning(
+            "{spinner} {msg} {decimal_bytes} {decimal_bytes_per_sec}",
+            label.into(),
+        );
+    }
+    Progress::new(
+        ProgressBar::new(total),
+        "{msg} [{bar:30}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
+        label.into(),
+    )
+}
+
+/// A spinner for work that can't be measured.
+pub fn spinner(label: impl Into<String>) -> Progress {
+    Progress::turning("{spinner} {msg} {elapsed}", label.into())
+}
+
+/// Work under way. Dropped without [`Progress::finish`], its live line disappears.
+#[derive(Debug)]
+pub struct Progress {
+    bar: ProgressBar,
+    live: bool,
+    last_line: Mutex<Instant>,
+}
+
+impl Progress {
+    fn new(bar: ProgressBar, template: &str, label: String) -> Self {
+        let live = io::stderr().is_terminal();
+        // Without a terminal the bar only counts; the lines are ours.
+        bar.set_draw_target(if live {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        });
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        if !live {
+            note(&label);
+        }
+        bar.set_message(label);
+        Self {
+            bar,
+            live,
+            last_line: Mutex::new(Instant::now()),
+        }
+    }
+
+    fn turning(template: &str, label: String) -> Self {
+        let progress = Self::new(ProgressBar::new_spinner(), template, label);
+        if progress.live {
+            progress.bar.enable_steady_tick(TICK);
+        }
+        progress
+    }
+
+    /// Says how many bytes are done.
+    pub fn set(&self, done: u64) {
+        self.bar.set_position(done);
+        self.plain(|| match self.bar.length() {
+            Some(total) => format!(
+                "{}: {} of {}",
+                self.bar.message(),
+                human_bytes(done),
+                human_bytes(total)
+            ),
+            None => format!("{}: {}", self.bar.message(), human_bytes(done)),
+        });
+    }
+
+    /// Says that `bytes` more are done.
+    pub fn add(&self, bytes: u64) {
+        self.set(self.bar.position().saturating_add(bytes));
+    }
+
+    /// Says what is being done now.
+    pub fn message(&self, text: impl Into<String>) {
+        let text = text.into();
+        self.plain(|| text.clone());
+        self.bar.set_message(text);
+    }
+
+    /// Prints a line without disturbing the live one.
+    pub fn println(&self, text: impl AsRef<str>) {
+        self.bar.suspend(|| note(text));
+    }
+
+    /// Ends the work with a last line.
+    pub fn finish(self, text: impl AsRef<str>) {
+        self.bar.finish_and_clear();
+        note(text);
+    }
+
+    fn plain(&self, line: impl FnOnce() -> String) {
+        if self.live {
+            return;
+        }
+        let mut last = self
+            .last_line
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if last.elapsed() >= PLAIN_EVERY {
+            *last = Instant::now();
+            note(line());
+        }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
