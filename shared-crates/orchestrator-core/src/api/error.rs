@@ -1,0 +1,51 @@
+//! The codes of the orchestrator's error envelopes.
+
+/// Every `code` that `orchestratord`'s own handlers answer with. What all daemons share (`UNAUTHORIZED`,
+/// `PAYLOAD_TOO_LARGE`, ...) stands with the service that they run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ApiErrorCode {
+    /// A field is missing, out of range or unknown.
+    InvalidRequest,
+    /// The model is in no catalogue, or may not be named by a task.
+    ModelNotFound,
+    /// No job has this id.
+    JobNotFound,
+    /// No pool has this id.
+    PoolNotFound,
+    /// The queue is full.
+    QueueFull,
+    /// The idempotency key was used for another request.
+    IdempotencyMismatch,
+    /// `Last-Event-ID` is malformed or was never given to a reader of this job.
+    InvalidEventId,
+    /// The instance or sequence number is older than what is known.
+    StaleHeartbeat,
+    /// The pool speaks another version of the API.
+    VersionMismatch,
+    /// The store can't take writes now.
+    StoreUnavailable,
+    /// The daemon is stopping.
+    ShuttingDown,
+    /// The pool did not answer, or refused what was passed on to it.
+    PoolUnavailable,
+}
+
+impl ApiErrorCode {
+    /// The name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InvalidRequest => "INVALID_REQUEST",
+            Self::ModelNotFound => "MODEL_NOT_FOUND",
+            Self::JobNotFound => "JOB_NOT_FOUND",
+            Self::PoolNotFound => "POOL_NOT_FOUND",
+            Self::QueueFull => "QUEUE_FULL",
+            Self::IdempotencyMismatch => "IDEMPOTENCY_MISMATCH",
+            Self::InvalidEventId => "INVALID_EVENT_ID",
+            Self::StaleHeartbeat => "STALE_HEARTBEAT",
+            Self::VersionMismatch => "VERSION_MISMATCH",
+            Self::StoreUnavailable => "STORE_UNAVAILABLE",
+            Self::ShuttingDown => "SHUTTING_DOWN",
+            Self::PoolUnavailable => "POOL_UNAVAILABLE",
+        }
+    }
+}

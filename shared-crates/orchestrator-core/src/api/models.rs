@@ -1,0 +1,51 @@
+//! The models as the orchestrator shows them.
+
+use pool_core::ModelRef;
+use serde::{Deserialize, Serialize};
+
+/// A model as `GET /v2/models` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelView {
+    /// How tasks name it.
+    pub model_ref: ModelRef,
+    /// Name for people.
+    pub name: Option<String>,
+    /// Architecture as GGUF files spell it.
+    pub architecture: Option<String>,
+    /// Quantization for people.
+    pub quantization: Option<String>,
+    /// Exact size of the file.
+    pub size_bytes: Option<u64>,
+    /// Tokens of context that the model was trained for.
+    pub context_length: Option<u32>,
+    /// Licence for people.
+    pub license: Option<String>,
+    /// Whether commands that name no model mean this one.
+    pub default: bool,
+    /// The pools that have it on their disks.
+    pub pools: Vec<String>,
+}
+
+impl ModelView {
+    /// A model of which no catalogue says anything.
+    pub fn uncatalogued(model_ref: ModelRef, pools: Vec<String>) -> Self {
+        Self {
+            model_ref,
+            name: None,
+            architecture: None,
+            quantization: None,
+            size_bytes: None,
+            context_length: None,
+            license: None,
+            default: false,
+            pools,
+        }
+    }
+}
+
+/// Answer of `GET /v2/models`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelList {
+    /// The catalogue in its order, then what else pools have.
+    pub models: Vec<ModelView>,
+}

@@ -1,0 +1,567 @@
+//! `POST /v2/tasks` and the shapes in which jobs are shown.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use pool_core::ModelRef;
+use pool_core::api::worker::{Message, Sampling};
+use serde::{Deserialize, Serialize};
+
+use crate::job::{
+    Attempt, Input, Job, JobError, JobId, JobSpec, JobStatus, Placement, Priority, Usage,
+};
+use crate::scheduler::Explanation;
+
+/// Most tokens that are generated where a request does not say.
+pub const DEFAULT_MAX_TOKENS: u32 = 256;
+/// Attempts where a request does not say.
+pub const DEFAULT_MAX_ATTEMPTS: u32 = 3;
+/// Most `max_attempts` that a request may ask for.
+pub const MOST_ATTEMPTS: u32 = 10;
+/// Longest `timeout_ms`: 30 days.
+pub const MOST_TIMEOUT_MS: u64 = 30 * 24 * 3600 * 1000;
+/// Most `stop` texts.
+pub const MOST_STOPS: usize = 4;
+/// Longest `stop` text in bytes.
+pub const MOST_STOP_BYTES: usize = 256;
+/// Most labels.
+pub const MOST_LABELS: usize = 16;
+/// Longest label key, label value or session id in bytes.
+pub const MOST_LABEL_BYTES: usize = 128;
+/// Most messages of a conversation.
+pub const MOST_MESSAGES: usize = 4096;
+
+/// Body of `POST /v2/tasks`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TaskSubmitRequest {
+    /// The model: catalogue id, `hf:...` or `file:...`.
+    pub model: String,
+    /// A text; wrapped with the model's chat template as one user message, unless `raw`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prompt: Option<String>,
+    /// A conversation, instead of `prompt`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub messages: Option<Vec<Message>>,
+    /// Give `prompt` to the model as it is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub raw: bool,
+    /// A system message before the others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system: Option<String>,
+    /// Most tokens to generate (256).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_tokens: Option<u32>,
+    /// 0 to 2 (0.7); 0 is greedy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<f32>,
+    /// (0, 1] (1).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_p: Option<f32>,
+    /// 0 is off (0).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top_k: Option<u32>,
+    /// [0, 1) (0).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_p: Option<f32>,
+    /// (0, 2] (1).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repetition_penalty: Option<f32>,
+    /// At most 4 texts that end the generation and are not part of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stop: Vec<String>,
+    /// Drawn and reported where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// `interactive` or `batch`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub priority: Option<Priority>,
+    /// Jobs of one session share their turns in the queue.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_id: Option<String>,
+    /// Milliseconds from submit after which the job expires.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// 1 to 10 (3).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_attempts: Option<u32>,
+    /// Where it must run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
+    /// At most 16 short pairs.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Why a request is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{field}` {reason}")]
+pub struct ValidationError {
+    /// The field.
+    pub field: &'static str,
+    /// What is wrong with it.
+    pub reason: String,
+    /// What to write instead.
+    pub hint: &'static str,
+}
+
+fn refuse<T>(
+    field: &'static str,
+    reason: impl Into<String>,
+    hint: &'static str,
+) -> Result<T, ValidationError> {
+    Err(ValidationError {
+        field,
+        reason: reason.into(),
+        hint,
+    })
+}
+
+/// Checks a short text that is shown in lists: no control characters, no marks that change how text around is shown.
+fn check_short(field: &'static str, text: &str) -> Result<(), ValidationError> {
+    if text.is_empty() || text.len() > MOST_LABEL_BYTES {
+        return refuse(
+            field,
+            format!("has a text of {} bytes", text.len()),
+            "use 1 to 128 bytes",
+        );
+    }
+    let hidden = |c: char| c.is_control() || pool_core::model_ref::is_invisible(c);
+    if text.chars().any(hidden) {
+        return refuse(
+            field,
+            "contains a control or invisible character",
+            "use printable characters",
+        );
+    }
+    Ok(())
+}
+
+fn in_range(
+    field: &'static str,
+    value: Option<f32>,
+    default: f32,
+    allowed: impl Fn(f32) -> bool,
+    hint: &'static str,
+) -> Result<f32, ValidationError> {
+    let value = value.unwrap_or(default);
+    // Written so that NaN, which compares with nothing, is refused.
+    if allowed(value) {
+        Ok(value)
+    } else {
+        refuse(field, format!("is {value}, out of range"), hint)
+    }
+}
+
+impl TaskSubmitRequest {
+    /// The job that the request asks for, with a drawn seed where it names none; or the first field that is wrong.
+    pub fn validate(self) -> Result<JobSpec, ValidationError> {
+        let model: ModelRef = match self.model.parse() {
+            Ok(model) => model,
+            Err(error) => {
+                let hint = pool_core::model_ref::ModelRefError::hint(&error);
+                return refuse("model", format!("is not a model reference: {error}"), hint);
+            }
+        };
+        let input = match (self.prompt, self.messages) {
+            (Some(prompt), None) if prompt.is_empty() => {
+                return refuse(
+                    "prompt",
+                    "is empty",
+                    "give the model some text to go on from",
+                );
+            }
+            (Some(prompt), None) => Input::Prompt(prompt),
+            (None, Some(messages)) if messages.is_empty() => {
+                return refuse("messages", "is empty", "give at least one message");
+            }
+            (None, Some(messages)) if messages.len() > MOST_MESSAGES => {
+                return refuse(
+                    "messages",
+                    format!("has {} messages", messages.len()),
+                    "use at most 4096 messages",
+                );
+            }
+            (None, Some(_)) if self.raw => {
+                return refuse(
+                    "raw",
+                    "goes with `prompt` only",
+                    "leave out `raw`, or send `prompt`",
+                );
+            }
+            (None, Some(messages)) => Input::Messages(messages),
+            (Some(_), Some(_)) => {
+                return refuse(
+                    "messages",
+                    "and `prompt` are both given",
+                    "send one of the two",
+                );
+            }
+            (None, None) => return refuse("prompt", "is missing", "send `prompt` or `messages`"),
+        };
+        if self.raw && self.system.is_some() {
+            return refuse(
+                "system",
+                "goes with the chat template only",
+                "leave out `system` or `raw`",
+            );
+        }
+        let default = Sampling::default();
+        let sampling = Sampling {
+            temperature: in_range(
+                "temperature",
+                self.temperature,
+                default.temperature,
+                |v| (0.0..=2.0).contains(&v),
+                "use 0 (greedy) to 2",
+            )?,
+            top_p: in_range(
+                "top_p",
+                self.top_p,
+                default.top_p,
+                |v| v > 0.0 && v <= 1.0,
+                "use more than 0, at most 1",
+            )?,
+            top_k: self.top_k.unwrap_or(default.top_k),
+            min_p: in_range(
+                "min_p",
+                self.min_p,
+                default.min_p,
+                |v| (0.0..1.0).contains(&v),
+                "use 0 to less than 1",
+            )?,
+            repetition_penalty: in_range(
+                "repetition_penalty",
+                self.repetition_penalty,
+                default.repetition_penalty,
+                |v| v > 0.0 && v <= 2.0,
+                "use more than 0, at most 2; 1 changes nothing",
+            )?,
+        };
+        let max_tokens = self.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
+        if max_tokens == 0 {
+            return refuse("max_tokens", "is 0", "use 1 or more");
+        }
+        if self.stop.len() > MOST_STOPS {
+            return refuse(
+                "stop",
+                format!("has {} texts", self.stop.len()),
+                "use at most 4 texts",
+            );
+        }
+        if self
+            .stop
+            .iter()
+            .any(|text| text.is_empty() || text.len() > MOST_STOP_BYTES)
+        {
+            return refuse(
+                "stop",
+                "has a text that is empty or over 256 bytes",
+                "use 1 to 256 bytes a text",
+            );
+        }
+        if let Some(session) = &self.session_id {
+            check_short("session_id", session)?;
+        }
+        if self
+            .timeout_ms
+            .is_some_and(|ms| ms == 0 || ms > MOST_TIMEOUT_MS)
+        {
+            return refuse(
+                "timeout_ms",
+                "is out of range",
+                "use 1 to 2592000000 (30 days)",
+            );
+        }
+        let max_attempts = self.max_attempts.unwrap_or(DEFAULT_MAX_ATTEMPTS);
+        if !(1..=MOST_ATTEMPTS).contains(&max_attempts) {
+            return refuse("max_attempts", format!("is {max_attempts}"), "use 1 to 10");
+        }
+        if self.labels.len() > MOST_LABELS {
+            return refuse(
+                "labels",
+                format!("has {} pairs", self.labels.len()),
+                "use at most 16 pairs",
+            );
+        }
+        for (key, value) in &self.labels {
+            check_short("labels", key)?;
+            check_short("labels", value)?;
+        }
+        let placement = self.placement.unwrap_or_default();
+        if let Some(pool) = &placement.pool {
+            check_short("placement", pool)?;
+        }
+        Ok(JobSpec {
+            model,
+            input,
+            raw: self.raw,
+            system: self.system,
+            sampling,
+            max_tokens,
+            stop: self.stop,
+            seed: self.seed.unwrap_or_else(rand::random),
+            priority: self.priority.unwrap_or_default(),
+            session_id: self.session_id,
+            timeout_ms: self.timeout_ms,
+            max_attempts,
+            placement,
+            labels: self.labels,
+        })
+    }
+}
+
+/// Answer of `POST /v2/tasks`: the job is stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskAccepted {
+    /// The job.
+    pub job_id: JobId,
+    /// Its state when it was stored, or its state now where the idempotency key named a job of before.
+    pub status: JobStatus,
+    /// How many jobs are before it, where it waits.
+    pub queue_position: Option<u64>,
+    /// Path of its event stream.
+    pub events_url: String,
+}
+
+/// Why a job waits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskWaiting {
+    /// How many jobs are before it.
+    pub queue_position: u64,
+    /// What the last scheduling pass found.
+    pub explanation: Explanation,
+}
+
+/// A job as `GET /v2/tasks` lists it: without its texts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskSummary {
+    /// Id.
+    pub id: JobId,
+    /// State.
+    pub status: JobStatus,
+    /// The model.
+    pub model: ModelRef,
+    /// Who goes first.
+    pub priority: Priority,
+    /// The session, where it has one.
+    pub session_id: Option<String>,
+    /// The client's own marks.
+    pub labels: BTreeMap<String, String>,
+    /// When it was accepted.
+    pub created_at: Timestamp,
+    /// When the first attempt started.
+    pub started_at: Option<Timestamp>,
+    /// When it reached its terminal state.
+    pub ended_at: Option<Timestamp>,
+    /// Number of the latest attempt; 0 before the first.
+    pub attempt: u32,
+    /// Pool of the latest attempt.
+    pub pool_id: Option<String>,
+    /// Worker of the latest attempt.
+    pub worker_id: Option<String>,
+    /// Tokens generated, once completed.
+    pub tokens_out: Option<u32>,
+    /// Why it did not complete.
+    pub error: Option<JobError>,
+}
+
+impl From<&Job> for TaskSummary {
+    fn from(job: &Job) -> Self {
+        let latest = job.attempts.last();
+        Self {
+            id: job.id,
+            status: job.status,
+            model: job.spec.model.clone(),
+            priority: job.spec.priority,
+            session_id: job.spec.session_id.clone(),
+            labels: job.spec.labels.clone(),
+            created_at: job.created_at,
+            started_at: job.started_at,
+            ended_at: job.ended_at,
+            attempt: latest.map_or(0, |a| a.number),
+            pool_id: latest.map(|a| a.pool_id.clone()),
+            worker_id: latest.map(|a| a.worker_id.clone()),
+            tokens_out: job.usage.as_ref().map(|u| u.tokens_out),
+            error: job.error.clone(),
+        }
+    }
+}
+
+/// Answer of `GET /v2/tasks`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskList {
+    /// Newest first.
+    pub jobs: Vec<TaskSummary>,
+    /// Where the next page begins; `None` on the last.
+    pub next_cursor: Option<String>,
+}
+
+/// Answer of `GET /v2/tasks/{id}`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TaskView {
+    /// Id.
+    pub id: JobId,
+    /// State.
+    pub status: JobStatus,
+    /// What was asked for, with the defaults and the seed in place.
+    pub request: JobSpec,
+    /// When it was accepted.
+    pub created_at: Timestamp,
+    /// When the first attempt started.
+    pub started_at: Option<Timestamp>,
+    /// When it reached its terminal state.
+    pub ended_at: Option<Timestamp>,
+    /// All attempts, in order.
+    pub attempts: Vec<Attempt>,
+    /// Why it waits, while it does.
+    pub waiting: Option<TaskWaiting>,
+    /// The text so far, or the whole.
+    pub text: String,
+    /// Figures of a completed job.
+    pub usage: Option<Usage>,
+    /// Why it did not complete.
+    pub error: Option<JobError>,
+    /// Path of its event stream.
+    pub events_url: String,
+}
+
+impl TaskView {
+    /// The job as the API shows it.
+    pub fn new(job: Job, waiting: Option<TaskWaiting>) -> Self {
+        Self {
+            id: job.id,
+            status: job.status,
+            request: job.spec,
+            created_at: job.created_at,
+            started_at: job.started_at,
+            ended_at: job.ended_at,
+            attempts: job.attempts,
+            waiting,
+            text: job.text,
+            usage: job.usage,
+            error: job.error,
+            events_url: events_url(job.id),
+        }
+    }
+}
+
+/// Path of a job's event stream.
+pub fn events_url(id: JobId) -> String {
+    format!("/v2/tasks/{id}/events")
+}
+
+/// Answer of `POST /v2/tasks/{id}/cancel`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CancelResponse {
+    /// The job.
+    pub job_id: JobId,
+    /// The state that won: `cancelled`, or the terminal state that it had reached before.
+    pub status: JobStatus,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(json: &str) -> Result<JobSpec, String> {
+        let request: TaskSubmitRequest = serde_json::from_str(json).map_err(|e| e.to_string())?;
+        request.validate().map_err(|e| e.to_string())
+    }
+
+    // [ORCHCORE-010]
+    #[test]
+    fn defaults_are_those_of_the_contract() {
+        let spec = request(r#"{"model": "smollm2-135m", "prompt": "hi", "seed": 7}"#).unwrap();
+        assert_eq!(
+            spec.sampling,
+            Sampling {
+                temperature: 0.7,
+                top_p: 1.0,
+                top_k: 0,
+                min_p: 0.0,
+                repetition_penalty: 1.0
+            }
+        );
+        assert_eq!((spec.max_tokens, spec.max_attempts, spec.seed), (256, 3, 7));
+        assert_eq!(
+            (spec.priority, spec.raw, spec.timeout_ms),
+            (Priority::Interactive, false, None)
+        );
+    }
+
+    // [ORCHCORE-011]
+    #[test]
+    fn a_seed_is_drawn_where_none_is_given() {
+        let draw = || request(r#"{"model": "m", "prompt": "hi"}"#).unwrap().seed;
+        assert_ne!(draw(), draw());
+    }
+
+    // [ORCHCORE-012]
+    #[test]
+    fn wrong_fields_are_named() {
+        for (fields, part) in [
+            (r#""prompt": """#, "`prompt` is empty"),
+            (r#""raw": true"#, "`prompt` is missing"),
+            (
+                r#""prompt": "a", "messages": [{"role": "user", "content": "b"}]"#,
+                "both given",
+            ),
+            (r#""messages": []"#, "`messages` is empty"),
+            (
+                r#""messages": [{"role": "robot", "content": "b"}]"#,
+                "unknown variant `robot`",
+            ),
+            (r#""prompt": "a", "temperature": 3"#, "`temperature` is 3"),
+            (r#""prompt": "a", "temperature": -0.1"#, "`temperature`"),
+            (r#""prompt": "a", "temperature": 1e99"#, "`temperature`"),
+            (r#""prompt": "a", "top_p": 0"#, "`top_p`"),
+            (r#""prompt": "a", "min_p": 1"#, "`min_p`"),
+            (
+                r#""prompt": "a", "repetition_penalty": 0"#,
+                "`repetition_penalty`",
+            ),
+            (r#""prompt": "a", "max_tokens": 0"#, "`max_tokens`"),
+            (r#""prompt": "a", "max_tokens": -1"#, "invalid value"),
+            (r#""prompt": "a", "stop": ["a","b","c","d","e"]"#, "`stop`"),
+            (r#""prompt": "a", "stop": [""]"#, "`stop`"),
+            (r#""prompt": "a", "max_attempts": 0"#, "`max_attempts`"),
+            (r#""prompt": "a", "timeout_ms": 0"#, "`timeout_ms`"),
+            (r#""prompt": "a", "session_id": "a\u0000b""#, "`session_id`"),
+            (r#""prompt": "a", "labels": {"k": "\u202e"}"#, "`labels`"),
+            (
+                r#""prompt": "a", "placement": {"host": "x"}"#,
+                "unknown field `host`",
+            ),
+            (r#""prompt": "a", "top_q": 1"#, "unknown field `top_q`"),
+            (
+                r#""prompt": "a", "prompt": "b""#,
+                "duplicate field `prompt`",
+            ),
+        ] {
+            let error = request(&format!(r#"{{"model": "m", {fields}}}"#)).expect_err(fields);
+            assert!(error.contains(part), "{fields}: {error}");
+        }
+    }
+
+    // [ORCHCORE-013]
+    #[test]
+    fn a_request_reads_back_as_written() {
+        let request = TaskSubmitRequest {
+            model: "m".into(),
+            prompt: Some("p".into()),
+            temperature: Some(0.0),
+            stop: vec!["x".into()],
+            ..Default::default()
+        };
+        let json = serde_json::to_string(&request).unwrap();
+        assert_eq!(
+            json,
+            r#"{"model":"m","prompt":"p","temperature":0.0,"stop":["x"]}"#
+        );
+        assert_eq!(
+            serde_json::from_str::<TaskSubmitRequest>(&json).unwrap(),
+            request
+        );
+    }
+}

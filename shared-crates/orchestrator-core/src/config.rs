@@ -1,0 +1,129 @@
+//! Configuration of `orchestratord`.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use jiff::SignedDuration;
+use pool_core::home::Home;
+use pool_core::settings::{self, SettingsError};
+use serde::{Deserialize, Serialize};
+
+/// `orchestratord.toml`. Flags win over `LLORCH_*` variables, those over the file, the file over these defaults.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OrchestratorConfig {
+    /// Address to listen on. Default `127.0.0.1:8080`; port 0 takes a free one. Elsewhere than on loopback a token
+    /// must be set.
+    pub bind: SocketAddr,
+    /// File with the token of clients and operators, mode 0600; `LLORCH_API_TOKEN` goes before it. Default: none.
+    pub token_file: Option<PathBuf>,
+    /// File with the token of the pools, mode 0600; `LLORCH_POOL_TOKEN` goes before it. Default: none.
+    pub pool_token_file: Option<PathBuf>,
+    /// The queue of waiting jobs.
+    pub queue: QueueConfig,
+    /// Bounds of the HTTP server.
+    pub service: ServiceConfig,
+}
+
+impl Default for OrchestratorConfig {
+    fn default() -> Self {
+        Self {
+            bind: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            token_file: None,
+            pool_token_file: None,
+            queue: QueueConfig::default(),
+            service: ServiceConfig::default(),
+        }
+    }
+}
+
+/// `[queue]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QueueConfig {
+    /// Most jobs that wait; further submits get 429. Default 100; -1 is unbounded.
+    pub capacity: i64,
+    /// Seconds after which a waiting batch job counts as interactive. Default 300.
+    pub promote_after_s: u64,
+}
+
+impl Default for QueueConfig {
+    fn default() -> Self {
+        Self {
+            capacity: 100,
+            promote_after_s: 300,
+        }
+    }
+}
+
+impl QueueConfig {
+    /// Most jobs that wait; `None` is any number.
+    pub fn capacity(&self) -> Option<usize> {
+        usize::try_from(self.capacity).ok()
+    }
+
+    /// How long a batch job waits until it counts as interactive.
+    pub fn promote_after(&self) -> SignedDuration {
+        SignedDuration::from_secs(i64::try_from(self.promote_after_s).unwrap_or(i64::MAX))
+    }
+}
+
+/// `[service]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServiceConfig {
+    /// Most connections at once. Default 1024.
+    pub max_connections: usize,
+    /// Seconds that open connections have to end after SIGTERM. Default 5.
+    pub stop_timeout_s: u64,
+}
+
+impl Default for ServiceConfig {
+    fn default() -> Self {
+        Self {
+            max_connections: 1024,
+            stop_timeout_s: 5,
+        }
+    }
+}
+
+/// Why a configuration can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// A file or variable can't be read.
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    /// `queue.capacity` is neither -1 nor positive.
+    #[error("`queue.capacity` is {0}: use -1 for an unbounded queue, or 1 and more")]
+    Capacity(i64),
+    /// `service.max_connections` is 0.
+    #[error("`service.max_connections` is 0: nobody could connect")]
+    MaxConnections,
+}
+
+impl OrchestratorConfig {
+    /// Loads `explicit`, or `orchestratord.toml` of the configuration folder where it exists, with the environment over it.
+    pub fn load(home: &Home, explicit: Option<&Path>) -> Result<Self, ConfigError> {
+        let aliases = [("LLORCH_ORCHESTRATOR_BIND", "bind")];
+        let environment = |name: &str| std::env::var(name).ok();
+        let config: Self = settings::load(
+            explicit,
+            &home.config_file("orchestratord.toml"),
+            &environment,
+            &aliases,
+        )?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Refuses values that are readable and make no sense.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.queue.capacity < -1 || self.queue.capacity == 0 {
+            return Err(ConfigError::Capacity(self.queue.capacity));
+        }
+        if self.service.max_connections == 0 {
+            return Err(ConfigError::MaxConnections);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,15 @@
+//! What the orchestrator decides: jobs and their life, the queue's order, scheduling, and the wire types of its API.
+//!
+//! Everything here is types, pure decisions and validation. `orchestratord` adds HTTP, SQLite and background work;
+//! `llorch` adds a command line.
+
+pub mod api;
+pub mod config;
+pub mod job;
+pub mod pool;
+pub mod queue;
+pub mod scheduler;
+
+pub use api::tasks::TaskSubmitRequest;
+pub use job::{Job, JobId, JobStatus};
+pub use queue::JobQueue;

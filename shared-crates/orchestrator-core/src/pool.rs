@@ -1,0 +1,82 @@
+//! Pools as the orchestrator knows them: from what they say, and how long ago they said it.
+
+use std::fmt;
+
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+
+/// Whether a pool is heard from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PoolLiveness {
+    /// Heartbeats arrive.
+    Online,
+    /// One heartbeat is missing: no new work.
+    Suspect,
+    /// Three heartbeats are missing.
+    Offline,
+}
+
+impl PoolLiveness {
+    /// The name on the wire and in tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Online => "online",
+            Self::Suspect => "suspect",
+            Self::Offline => "offline",
+        }
+    }
+
+    /// Judges a pool by the age of its latest heartbeat. A heartbeat counts as missing half an interval after it was
+    /// due, so that one that is merely late changes nothing.
+    pub fn judge(last_heartbeat: Timestamp, interval: SignedDuration, now: Timestamp) -> Self {
+        let missed_after = |count: i32| interval * count + interval / 2;
+        let age = now.duration_since(last_heartbeat);
+        if age > missed_after(3) {
+            Self::Offline
+        } else if age > missed_after(1) {
+            Self::Suspect
+        } else {
+            Self::Online
+        }
+    }
+
+    /// The moments after a heartbeat at which [`PoolLiveness::judge`] changes its mind.
+    pub fn deadlines(last_heartbeat: Timestamp, interval: SignedDuration) -> [Timestamp; 2] {
+        let just_past = SignedDuration::from_millis(1);
+        [1, 3].map(|count| {
+            last_heartbeat
+                .saturating_add(interval * count + interval / 2 + just_past)
+                .unwrap_or(Timestamp::MAX)
+        })
+    }
+}
+
+impl fmt::Display for PoolLiveness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // [ORCHCORE-030]
+    #[test]
+    fn one_missed_heartbeat_is_suspect_and_three_are_offline() {
+        let start = Timestamp::from_second(1_000).unwrap();
+        let interval = SignedDuration::from_secs(10);
+        let after = |s: i64| {
+            PoolLiveness::judge(start, interval, Timestamp::from_second(1_000 + s).unwrap())
+        };
+        assert_eq!([after(0), after(15)], [PoolLiveness::Online; 2]);
+        assert_eq!([after(16), after(35)], [PoolLiveness::Suspect; 2]);
+        assert_eq!(after(36), PoolLiveness::Offline);
+        // A clock that was set back makes nobody offline.
+        assert_eq!(after(-100), PoolLiveness::Online);
+        let states = PoolLiveness::deadlines(start, interval)
+            .map(|at| PoolLiveness::judge(start, interval, at));
+        assert_eq!(states, [PoolLiveness::Suspect, PoolLiveness::Offline]);
+    }
+}
