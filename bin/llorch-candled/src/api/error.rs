@@ -1,0 +1,79 @@
+//! What the worker answers when it can't do what was asked: the only place that picks status codes.
+
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use pool_core::api::worker::WorkerErrorCode;
+use pool_core::service::ServiceError;
+
+use crate::executions::Refusal;
+
+/// When to ask a worker again that is busy or loading.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// An execution that can't start, or be cancelled.
+pub fn refused(refusal: Refusal) -> ServiceError {
+    match refusal {
+        Refusal::Busy { active } => error(
+            StatusCode::TOO_MANY_REQUESTS,
+            WorkerErrorCode::Busy,
+            format!("no free slot: {active} in use"),
+        )
+        .retry_after(RETRY_AFTER),
+        Refusal::StaleFence { current } => error(
+            StatusCode::CONFLICT,
+            WorkerErrorCode::StaleFence,
+            format!("a newer attempt is here, with fence {current}"),
+        )
+        .details(serde_json::json!({ "current_fence": current })),
+        Refusal::ShuttingDown => error(
+            StatusCode::SERVICE_UNAVAILABLE,
+            WorkerErrorCode::ShuttingDown,
+            "the worker is stopping",
+        ),
+    }
+}
+
+/// The model isn't there yet.
+pub fn loading() -> ServiceError {
+    error(
+        StatusCode::SERVICE_UNAVAILABLE,
+        WorkerErrorCode::Loading,
+        "the model is still being loaded",
+    )
+    .hint("`GET /health` tells how far it is")
+    .retry_after(RETRY_AFTER)
+}
+
+/// The request breaks a rule.
+pub fn invalid(message: impl Into<String>) -> ServiceError {
+    error(
+        StatusCode::BAD_REQUEST,
+        WorkerErrorCode::InvalidRequest,
+        message,
+    )
+}
+
+/// No such execution.
+pub fn not_found(job_id: &str) -> ServiceError {
+    error(
+        StatusCode::NOT_FOUND,
+        WorkerErrorCode::NotFound,
+        format!("no execution of `{job_id}` is here"),
+    )
+    .hint("its buffer was deleted or has outlived its time")
+}
+
+/// The execution still runs.
+pub fn still_running(job_id: &str) -> ServiceError {
+    error(
+        StatusCode::CONFLICT,
+        WorkerErrorCode::Busy,
+        format!("the execution of `{job_id}` still runs"),
+    )
+    .hint("`POST /cancel` ends it")
+}
+
+fn error(status: StatusCode, code: WorkerErrorCode, message: impl Into<String>) -> ServiceError {
+    ServiceError::new(status, code.as_str(), message)
+}

@@ -1,0 +1,139 @@
+//! `POST /execute`.
+
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::IntoResponse;
+use pool_core::api::worker::ExecuteRequest;
+use pool_core::service::{Json, ServiceResult};
+
+use super::App;
+use super::error::{invalid, loading, refused};
+use super::executions::{last_event_id, stream};
+
+/// Most stop texts of a request.
+const MAX_STOPS: usize = 4;
+
+/// Starts an execution, or attaches to it where it runs already, and streams its events.
+pub async fn execute(
+    State(app): State<App>,
+    headers: HeaderMap,
+    Json(request): Json<ExecuteRequest>,
+) -> ServiceResult<impl IntoResponse> {
+    validate(&request).map_err(invalid)?;
+    let position = last_event_id(&headers)?;
+    if !app.status.is_ready() {
+        return Err(loading());
+    }
+    let execution = app.executions.submit(request).map_err(refused)?;
+    stream(execution, position)
+}
+
+/// The rules that no type expresses.
+fn validate(request: &ExecuteRequest) -> Result<(), String> {
+    let sampling = &request.sampling;
+    if request.job_id.is_empty() || request.job_id.len() > 128 {
+        return Err("`job_id` must have 1 to 128 bytes".to_owned());
+    }
+    match (&request.prompt, &request.messages) {
+        (Some(_), Some(_)) | (None, None) => {
+            return Err("give either `prompt` or `messages`".to_owned());
+        }
+        (None, Some(_)) if request.raw => {
+            return Err("`raw` goes with `prompt`, not with `messages`".to_owned());
+        }
+        (None, Some(messages)) if messages.is_empty() => {
+            return Err("`messages` is empty".to_owned());
+        }
+        _ => {}
+    }
+    if request.raw && request.system.is_some() {
+        return Err("`raw` leaves no place for `system`".to_owned());
+    }
+    if request.max_tokens == 0 {
+        return Err("`max_tokens` must be at least 1".to_owned());
+    }
+    if request.stop.len() > MAX_STOPS || request.stop.iter().any(String::is_empty) {
+        return Err(format!(
+            "`stop` takes at most {MAX_STOPS} texts, none of them empty"
+        ));
+    }
+    let ranges = [
+        (
+            "temperature",
+            (0.0..=2.0).contains(&sampling.temperature),
+            "from 0 to 2",
+        ),
+        (
+            "top_p",
+            sampling.top_p > 0.0 && sampling.top_p <= 1.0,
+            "above 0 and at most 1",
+        ),
+        (
+            "min_p",
+            (0.0..1.0).contains(&sampling.min_p),
+            "from 0 to below 1",
+        ),
+        (
+            "repetition_penalty",
+            sampling.repetition_penalty > 0.0 && sampling.repetition_penalty <= 2.0,
+            "above 0 and at most 2",
+        ),
+    ];
+    match ranges.into_iter().find(|(_, fits, _)| !fits) {
+        Some((name, _, range)) => Err(format!("`{name}` must be {range}")),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(change: serde_json::Value) -> Result<(), String> {
+        let mut body = serde_json::json!({
+            "job_id": "job-1", "attempt": 1, "fence": 1, "prompt": "x", "seed": 1, "max_tokens": 1
+        });
+        for (key, value) in change.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        validate(&serde_json::from_value(body).unwrap())
+    }
+
+    // [CAND-055]
+    #[test]
+    fn rules_name_the_field_that_breaks_them() {
+        use serde_json::json;
+        assert_eq!(request(json!({})), Ok(()));
+        assert_eq!(
+            request(
+                json!({"sampling": {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 2.0}})
+            ),
+            Ok(())
+        );
+        for (change, field) in [
+            (json!({"messages": []}), "messages"),
+            (json!({"prompt": null}), "prompt"),
+            (json!({"prompt": null, "messages": []}), "messages"),
+            (
+                json!({"prompt": null, "raw": true, "messages": [{"role": "user", "content": "x"}]}),
+                "raw",
+            ),
+            (json!({"raw": true, "system": "x"}), "system"),
+            (json!({"job_id": ""}), "job_id"),
+            (json!({"max_tokens": 0}), "max_tokens"),
+            (json!({"stop": [""]}), "stop"),
+            (json!({"stop": ["a", "b", "c", "d", "e"]}), "stop"),
+            (json!({"sampling": {"temperature": 2.1}}), "temperature"),
+            (json!({"sampling": {"temperature": -0.1}}), "temperature"),
+            (json!({"sampling": {"top_p": 0.0}}), "top_p"),
+            (json!({"sampling": {"min_p": 1.0}}), "min_p"),
+            (
+                json!({"sampling": {"repetition_penalty": 0.0}}),
+                "repetition_penalty",
+            ),
+        ] {
+            let error = request(change.clone()).unwrap_err();
+            assert!(error.contains(&format!("`{field}`")), "{change}: {error}");
+        }
+    }
+}

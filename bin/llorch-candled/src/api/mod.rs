@@ -1,0 +1,48 @@
+//! The worker's HTTP API: thin handlers over the executions and the status.
+
+mod cancel;
+mod error;
+mod execute;
+mod executions;
+mod health;
+mod metrics;
+mod shutdown;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::routing::{get, post};
+use pool_core::service::Shutdown;
+
+use crate::executions::Executions;
+use crate::metrics::Metrics;
+use crate::status::Status;
+
+/// What handlers work with.
+#[derive(Clone)]
+pub struct App {
+    /// The worker's account of itself.
+    pub status: Arc<Status>,
+    /// Its jobs.
+    pub executions: Arc<Executions>,
+    /// Its figures.
+    pub metrics: Arc<Metrics>,
+    /// Ends the worker.
+    pub shutdown: Shutdown,
+}
+
+/// All routes.
+pub fn router(app: App) -> Router {
+    Router::new()
+        .route("/health", get(health::health))
+        .route("/execute", post(execute::execute))
+        .route(
+            "/executions/{job_id}",
+            axum::routing::delete(executions::delete),
+        )
+        .route("/executions/{job_id}/events", get(executions::events))
+        .route("/cancel", post(cancel::cancel))
+        .route("/metrics", get(metrics::metrics))
+        .route("/shutdown", post(shutdown::shutdown))
+        .with_state(app)
+}

@@ -1,0 +1,206 @@
+//! The compute thread: loads the model, then runs one execution after the other. Nothing here ever runs on the async
+//! runtime, so `/health` answers however busy the processors are.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+
+use candle_core::Device;
+use pool_core::api::worker::{ExecuteRequest, WorkerEnd, WorkerError, WorkerEvent};
+use tokio::sync::oneshot;
+
+use crate::backend::cpu::private_bytes;
+use crate::engine::{Control, Engine, Failure, Halted, LoadError};
+use crate::executions::{Execution, Executions};
+use crate::metrics::Metrics;
+use crate::status::{Loaded, Status};
+
+/// What the thread works with.
+pub struct Compute {
+    /// The model file.
+    pub model: PathBuf,
+    /// Where to compute.
+    pub device: Device,
+    /// Tokens of context asked for.
+    pub context_length: Option<usize>,
+    /// Sequences that may hold a cache at once.
+    pub slots: usize,
+    /// The worker's account of itself.
+    pub status: Arc<Status>,
+    /// Where events go.
+    pub executions: Arc<Executions>,
+    /// Figures.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Compute {
+    /// Starts the thread. `loaded` hears how loading went.
+    pub fn start(
+        self,
+        queue: Receiver<Arc<Execution>>,
+        loaded: oneshot::Sender<Result<(), LoadError>>,
+    ) -> std::io::Result<()> {
+        std::thread::Builder::new()
+            .name("compute".to_owned())
+            .spawn(move || self.run(&queue, loaded))
+            .map(|_| ())
+    }
+
+    fn run(
+        &self,
+        queue: &Receiver<Arc<Execution>>,
+        loaded: oneshot::Sender<Result<(), LoadError>>,
+    ) {
+        let engine = match self.load() {
+            Ok(engine) => engine,
+            Err(error) => {
+                self.status.failed(error.to_string());
+                // Nobody listens only when the process ends anyway.
+                let _ = loaded.send(Err(error));
+                return;
+            }
+        };
+        let _ = loaded.send(Ok(()));
+        while let Ok(execution) = queue.recv() {
+            self.execute(&engine, &execution);
+        }
+    }
+
+    fn load(&self) -> Result<Engine, LoadError> {
+        let load = || {
+            let engine = Engine::load(
+                &self.model,
+                &self.device,
+                self.context_length,
+                &mut |done, total| {
+                    self.status.loading(done, total);
+                },
+            )?;
+            engine.warm_up()?;
+            Ok(engine)
+        };
+        // A file that passes every check of ours may still break an assumption inside candle.
+        let engine = catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(|panic| {
+            Err(LoadError::Compute(candle_core::Error::Msg(panic_text(
+                panic.as_ref(),
+            ))))
+        })?;
+        let caches = engine.kv_cache_bytes() * self.slots as u64;
+        self.status.ready(Loaded {
+            context_length: engine.context_length() as u32,
+            measured_bytes: private_bytes().map(|bytes| bytes + caches),
+        });
+        Ok(engine)
+    }
+
+    fn execute(&self, engine: &Engine, execution: &Arc<Execution>) {
+        // A queue hands every execution out once.
+        let Some(request) = execution.take_request() else {
+            return;
+        };
+        let (job_id, attempt) = (execution.job_id(), execution.attempt());
+        tracing::info!(job_id, attempt, "execution started");
+        let mut control = Running {
+            compute: self,
+            execution,
+            drawn: 0,
+        };
+        let run = AssertUnwindSafe(|| run_request(engine, execution, request, &mut control));
+        let outcome = catch_unwind(run).unwrap_or_else(|panic| {
+            Err(Failure::Compute(candle_core::Error::Msg(panic_text(
+                panic.as_ref(),
+            ))))
+        });
+        let drawn = control.drawn;
+        let last = match outcome {
+            Ok(end) => {
+                let WorkerEnd {
+                    tokens_in,
+                    tokens_out,
+                    stop_reason,
+                    ttft_ms,
+                    decode_time_ms,
+                    ..
+                } = end;
+                tracing::info!(
+                    job_id,
+                    attempt,
+                    tokens_in,
+                    tokens_out,
+                    ?stop_reason,
+                    ttft_ms,
+                    decode_time_ms,
+                    "execution ended"
+                );
+                self.metrics.ended(&end, drawn);
+                WorkerEvent::End(end)
+            }
+            Err(failure) => {
+                let code = failure.code();
+                // What a template or a request says may quote a prompt; it goes to the reader alone.
+                match &failure {
+                    Failure::Compute(error) => {
+                        tracing::error!(job_id, attempt, %error, "the computation failed");
+                    }
+                    _ => {
+                        let code = code.as_str();
+                        tracing::info!(job_id, attempt, code, "execution ended without an answer");
+                    }
+                }
+                self.metrics.failed(code.as_str());
+                WorkerEvent::Error(WorkerError {
+                    code,
+                    message: failure.to_string(),
+                    retriable: failure.retriable(),
+                })
+            }
+        };
+        self.executions.push(execution, &last);
+    }
+}
+
+fn run_request(
+    engine: &Engine,
+    execution: &Execution,
+    request: ExecuteRequest,
+    control: &mut dyn Control,
+) -> Result<WorkerEnd, Failure> {
+    control.check()?;
+    let generation = engine.prepare(request, execution.accepted())?;
+    engine.generate(&generation, control)
+}
+
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("candle gave up: {}", text.unwrap_or("no message"))
+}
+
+/// An execution that runs.
+struct Running<'a> {
+    compute: &'a Compute,
+    execution: &'a Arc<Execution>,
+    drawn: u64,
+}
+
+impl Control for Running<'_> {
+    fn check(&self) -> Result<(), Halted> {
+        self.execution.check()
+    }
+
+    fn event(&mut self, event: WorkerEvent) {
+        self.compute.executions.push(self.execution, &event);
+    }
+
+    fn progress(&mut self) {
+        self.compute.status.advance();
+    }
+
+    fn drawn(&mut self) {
+        self.drawn += 1;
+        self.compute.metrics.token();
+    }
+}

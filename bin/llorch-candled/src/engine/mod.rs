@@ -1,0 +1,288 @@
+//! The engine: a loaded model, and generations on it one after the other. It knows nothing of HTTP.
+
+mod decode;
+pub mod model;
+mod output;
+pub mod prefill;
+pub mod sampling;
+pub mod stop;
+
+use std::path::Path;
+use std::time::Instant;
+
+use candle_core::Device;
+use pool_core::api::worker::{
+    ExecuteRequest, Message, Role, WorkerEnd, WorkerErrorCode, WorkerEvent,
+};
+use pool_core::catalog::gguf::{GgufError, GgufFile};
+
+use crate::chat_template::{ChatTemplate, TemplateError};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+use model::config::{ConfigError, ModelConfig};
+use model::{Decoder, DecoderError};
+
+/// Why a model file can't be served.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Its header.
+    #[error(transparent)]
+    Header(#[from] GgufError),
+    /// Its numbers or features.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Its tensors.
+    #[error(transparent)]
+    Decoder(#[from] DecoderError),
+    /// Its vocabulary.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// Its chat template.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// It can't be computed with.
+    #[error("the model can't be computed: {0}")]
+    Compute(#[from] candle_core::Error),
+}
+
+impl LoadError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Header(error) => error.hint(),
+            _ => None,
+        }
+    }
+
+    /// Whether it is the command line that asks for what the model doesn't have, rather than the file that is bad.
+    pub fn is_usage(&self) -> bool {
+        matches!(self, Self::Config(ConfigError::ContextTooLong { .. }))
+    }
+}
+
+/// Why a generation that runs is to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Halted {
+    /// Somebody cancelled it.
+    Cancelled,
+    /// A higher fence took over.
+    Replaced,
+    /// The worker is stopping.
+    ShuttingDown,
+}
+
+/// Why a generation did not come to a good end.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The request can't be run.
+    #[error("{0}")]
+    Request(String),
+    /// Prompt and context do not fit.
+    #[error("the prompt has {prompt} tokens, the context {context}: no room for an answer")]
+    ContextOverflow {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Tokens of the context.
+        context: usize,
+    },
+    /// The chat template.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// It was told to end.
+    #[error("{}", match .0 {
+        Halted::Cancelled => "the execution was cancelled",
+        Halted::Replaced => "a newer attempt took over",
+        Halted::ShuttingDown => "the worker is stopping",
+    })]
+    Halted(Halted),
+    /// The computation.
+    #[error("the computation failed: {0}")]
+    Compute(#[from] candle_core::Error),
+}
+
+impl From<Halted> for Failure {
+    fn from(halted: Halted) -> Self {
+        Self::Halted(halted)
+    }
+}
+
+impl Failure {
+    /// The code on the wire.
+    pub fn code(&self) -> WorkerErrorCode {
+        match self {
+            Self::Request(_) => WorkerErrorCode::InvalidRequest,
+            Self::ContextOverflow { .. } => WorkerErrorCode::ContextOverflow,
+            Self::Template(_) => WorkerErrorCode::TemplateFailed,
+            Self::Halted(Halted::Cancelled) => WorkerErrorCode::Cancelled,
+            Self::Halted(Halted::Replaced) => WorkerErrorCode::Replaced,
+            Self::Halted(Halted::ShuttingDown) => WorkerErrorCode::ShuttingDown,
+            Self::Compute(_) => WorkerErrorCode::InferenceFailed,
+        }
+    }
+
+    /// Whether another attempt, on this worker or another, may succeed.
+    pub fn retriable(&self) -> bool {
+        matches!(self, Self::Compute(_) | Self::Halted(Halted::ShuttingDown))
+    }
+}
+
+/// What a generation asks and tells while it runs.
+pub trait Control {
+    /// Whether to go on. Asked before every chunk of prefill and every token of decode.
+    fn check(&self) -> Result<(), Halted>;
+    /// Something to tell the readers.
+    fn event(&mut self, event: WorkerEvent);
+    /// A chunk or a token was computed.
+    fn progress(&mut self);
+    /// A token was drawn.
+    fn drawn(&mut self);
+}
+
+/// A request with its prompt as tokens.
+pub struct Generation {
+    request: ExecuteRequest,
+    prompt: Vec<u32>,
+    accepted: Instant,
+}
+
+/// A loaded model with its tokenizer and chat template.
+pub struct Engine {
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    context_length: usize,
+}
+
+impl Engine {
+    /// Loads a model file. `progress` hears the bytes of weights read, and how many there are.
+    pub fn load(
+        path: &Path,
+        device: &Device,
+        context_length: Option<usize>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, LoadError> {
+        let header = GgufFile::open(path)?;
+        // Everything that can be refused without reading the weights is refused before.
+        let context_length = ModelConfig::from_header(&header)?.context_length(context_length)?;
+        let tokenizer = Tokenizer::from_header(&header)?;
+        let template = match header.get::<&str>("tokenizer.chat_template")? {
+            Some(source) => Some(ChatTemplate::new(
+                source,
+                tokenizer.bos_text(),
+                tokenizer.eos_text(),
+            )?),
+            None => None,
+        };
+        let total: u64 = header.tensors().iter().map(|t| t.size_bytes).sum();
+        let decoder = Decoder::load(path, &header, device, &mut |bytes| progress(bytes, total))?;
+        Ok(Self {
+            decoder,
+            tokenizer,
+            template,
+            context_length,
+        })
+    }
+
+    /// Computes two tokens, so that what candle prepares at first use is in memory before anybody measures it, and a
+    /// model that computes nothing sensible is refused before it gets a job.
+    pub fn warm_up(&self) -> candle_core::Result<()> {
+        let mut cache = self.decoder.new_cache(3)?;
+        self.decoder.advance(&[0, 0], &mut cache)?;
+        let logits = self.decoder.logits(&[0], &mut cache)?;
+        match logits.iter().all(|logit| logit.is_finite()) {
+            true => Ok(()),
+            false => candle_core::bail!("its logits are not finite numbers"),
+        }
+    }
+
+    /// Bytes of the KV cache of a sequence that fills the context.
+    pub fn kv_cache_bytes(&self) -> u64 {
+        let config = self.decoder.config();
+        let elements = 2 * config.blocks * config.kv_heads * config.head_dim * self.context_length;
+        elements as u64 * model::cache::ELEMENT_BYTES
+    }
+
+    /// Tokens of context of a sequence.
+    pub fn context_length(&self) -> usize {
+        self.context_length
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The decoder.
+    pub fn decoder(&self) -> &Decoder {
+        &self.decoder
+    }
+
+    /// Renders and tokenises a request's prompt.
+    pub fn prepare(
+        &self,
+        request: ExecuteRequest,
+        accepted: Instant,
+    ) -> Result<Generation, Failure> {
+        let text = self.prompt_text(&request)?;
+        let prompt = self
+            .tokenizer
+            .encode_prompt(&text)
+            .map_err(|error| Failure::Request(error.to_string()))?;
+        if prompt.is_empty() {
+            return Err(Failure::Request("the prompt has no tokens".to_owned()));
+        }
+        if prompt.len() >= self.context_length {
+            return Err(Failure::ContextOverflow {
+                prompt: prompt.len(),
+                context: self.context_length,
+            });
+        }
+        let vocab = self.tokenizer.vocab_size();
+        let resumed = request.resume.iter().flat_map(|resume| &resume.token_ids);
+        if let Some(id) = resumed.copied().find(|id| *id as usize >= vocab) {
+            return Err(Failure::Request(format!(
+                "token id {id} to resume from is outside the vocabulary of {vocab}"
+            )));
+        }
+        Ok(Generation {
+            request,
+            prompt,
+            accepted,
+        })
+    }
+
+    /// Runs a generation to its end.
+    pub fn generate(
+        &self,
+        generation: &Generation,
+        control: &mut dyn Control,
+    ) -> Result<WorkerEnd, Failure> {
+        decode::generate(self, generation, control)
+    }
+
+    fn prompt_text(&self, request: &ExecuteRequest) -> Result<String, Failure> {
+        if request.raw {
+            return request
+                .prompt
+                .clone()
+                .ok_or_else(|| Failure::Request("`raw` goes with `prompt`".to_owned()));
+        }
+        let template = self.template.as_ref().ok_or(TemplateError::Missing)?;
+        Ok(template.render(&conversation(request))?)
+    }
+}
+
+/// The messages of a request: `system` first, then `messages`, or `prompt` as what the user says.
+fn conversation(request: &ExecuteRequest) -> Vec<Message> {
+    let message = |role, content: &String| Message {
+        role,
+        content: content.clone(),
+    };
+    let mut messages: Vec<Message> = request
+        .system
+        .iter()
+        .map(|text| message(Role::System, text))
+        .collect();
+    messages.extend(request.messages.iter().flatten().cloned());
+    messages.extend(request.prompt.iter().map(|text| message(Role::User, text)));
+    messages
+}

@@ -1,0 +1,388 @@
+//! How the next token is drawn from logits.
+//!
+//! In this order, each step as its definition says:
+//!
+//! 1. **repetition penalty** θ (Keskar et al. 2019): the logit of every token in the prompt or the text so far is divided
+//!    by θ where it is positive and multiplied by θ where it is negative;
+//! 2. **temperature** T: 0 takes the largest logit (of equals the lowest id) and ends here, else logits are divided by T;
+//! 3. **top_k**: the k largest logits stay;
+//! 4. **top_p** (Holtzman et al. 2020): of the probabilities of those that stay, the fewest largest whose sum is at
+//!    least p stay;
+//! 5. **min_p** (Nguyen et al. 2024): those at least p times as likely as the likeliest stay;
+//! 6. one of those that stay is **drawn** by its probability.
+//!
+//! Of equal logits the lower id counts as larger, everywhere. The random number of a token depends on the seed and the
+//! token's place in the answer alone, so a resumed job draws what it would have drawn.
+
+use std::cmp::Ordering;
+
+use candle_core::bail;
+use pool_core::api::worker::Sampling;
+use rand::rngs::ChaCha8Rng;
+use rand::{Rng, SeedableRng};
+
+/// How many of the likeliest candidates are put in order first when only the likeliest part is wanted.
+const FIRST_PART: usize = 64;
+
+/// A candidate: its id and its logit after penalty and temperature.
+type Candidate = (u32, f32);
+
+/// Draws the token at `position` of the answer (counted from 0). `seen` are all tokens of the prompt and the answer so
+/// far, in any order. Fails where the logits have a value that is not a number.
+pub fn sample(
+    logits: &mut [f32],
+    seen: impl IntoIterator<Item = u32>,
+    sampling: &Sampling,
+    seed: u64,
+    position: u64,
+) -> candle_core::Result<u32> {
+    if let Some(id) = logits.iter().position(|logit| logit.is_nan()) {
+        bail!("the logit of token {id} is not a number");
+    }
+    penalise(logits, seen, sampling.repetition_penalty);
+    let Some(likeliest) = argmax(logits) else {
+        bail!("there are no logits")
+    };
+    if sampling.temperature == 0.0 {
+        return Ok(likeliest);
+    }
+    let inverse = 1.0 / sampling.temperature;
+    let mut candidates: Vec<Candidate> = (0u32..)
+        .zip(logits.iter().map(|logit| logit * inverse))
+        .collect();
+    let largest = logits[likeliest as usize] * inverse;
+    keep_top_k(&mut candidates, sampling.top_k as usize);
+    keep_top_p(&mut candidates, largest, f64::from(sampling.top_p));
+    keep_min_p(&mut candidates, largest, f64::from(sampling.min_p));
+    // Drawing in order of ids makes a filter that removes nothing change nothing.
+    candidates.sort_unstable_by_key(|(id, _)| *id);
+    Ok(draw(&candidates, largest, uniform(seed, position)).unwrap_or(likeliest))
+}
+
+/// A number in [0, 1) that depends on the seed and the position alone.
+fn uniform(seed: u64, position: u64) -> f64 {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(position);
+    // The 53 highest bits: as many as a double holds exactly.
+    (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+}
+
+fn penalise(logits: &mut [f32], seen: impl IntoIterator<Item = u32>, penalty: f32) {
+    if penalty == 1.0 {
+        return;
+    }
+    let mut done = vec![false; logits.len()];
+    for id in seen {
+        let index = id as usize;
+        // Each token once, however often it came up.
+        if done.get(index).is_none_or(|done| *done) {
+            continue;
+        }
+        done[index] = true;
+        let logit = &mut logits[index];
+        *logit = if *logit > 0.0 {
+            *logit / penalty
+        } else {
+            *logit * penalty
+        };
+    }
+}
+
+fn argmax(logits: &[f32]) -> Option<u32> {
+    let best = (0u32..)
+        .zip(logits)
+        .min_by(|a, b| larger_first(&(a.0, *a.1), &(b.0, *b.1)));
+    best.map(|(id, _)| id)
+}
+
+/// Larger logits first, of equals the lower id.
+fn larger_first(a: &Candidate, b: &Candidate) -> Ordering {
+    b.1.partial_cmp(&a.1)
+        .unwrap_or(Ordering::Equal)
+        .then(a.0.cmp(&b.0))
+}
+
+fn keep_top_k(candidates: &mut Vec<Candidate>, k: usize) {
+    if k == 0 || k >= candidates.len() {
+        return;
+    }
+    candidates.select_nth_unstable_by(k - 1, larger_first);
+    candidates.truncate(k);
+}
+
+/// Weight of a logit; the likeliest token's is 1.
+fn weight(logit: f32, largest: f32) -> f64 {
+    f64::from(logit - largest).exp()
+}
+
+fn keep_top_p(candidates: &mut Vec<Candidate>, largest: f32, p: f64) {
+    if p >= 1.0 {
+        return;
+    }
+    // Summed in order of ids, so that the sum doesn't depend on how the candidates were selected.
+    candidates.sort_unstable_by_key(|(id, _)| *id);
+    let goal = p * candidates
+        .iter()
+        .map(|(_, logit)| weight(*logit, largest))
+        .sum::<f64>();
+    let mut sum = 0.0;
+    let mut ordered = 0;
+    let mut part = FIRST_PART;
+    // The likeliest few usually carry the sum: put in order only as many as are needed.
+    while ordered < candidates.len() {
+        let end = candidates.len().min(ordered + part);
+        let rest = &mut candidates[ordered..];
+        if end - ordered < rest.len() {
+            rest.select_nth_unstable_by(end - ordered - 1, larger_first);
+        }
+        rest[..end - ordered].sort_unstable_by(larger_first);
+        for index in ordered..end {
+            sum += weight(candidates[index].1, largest);
+            if sum >= goal {
+                candidates.truncate(index + 1);
+                return;
+            }
+        }
+        ordered = end;
+        part *= 4;
+    }
+}
+
+fn keep_min_p(candidates: &mut Vec<Candidate>, largest: f32, p: f64) {
+    if p > 0.0 {
+        candidates.retain(|(_, logit)| weight(*logit, largest) >= p);
+    }
+}
+
+fn draw(candidates: &[Candidate], largest: f32, uniform: f64) -> Option<u32> {
+    let total: f64 = candidates
+        .iter()
+        .map(|(_, logit)| weight(*logit, largest))
+        .sum();
+    let goal = uniform * total;
+    let mut sum = 0.0;
+    for (id, logit) in candidates {
+        sum += weight(*logit, largest);
+        if sum > goal {
+            return Some(*id);
+        }
+    }
+    // Rounding kept the sum at the goal: the last one it is.
+    candidates.last().map(|(id, _)| *id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    const LOGITS: [f32; 5] = [1.0, 3.0, -1.0, 2.0, 0.0];
+
+    fn plain() -> Sampling {
+        Sampling {
+            temperature: 1.0,
+            ..Sampling::default()
+        }
+    }
+
+    fn draw_with(
+        logits: &[f32],
+        seen: &[u32],
+        sampling: &Sampling,
+        seed: u64,
+        position: u64,
+    ) -> u32 {
+        sample(
+            &mut logits.to_vec(),
+            seen.iter().copied(),
+            sampling,
+            seed,
+            position,
+        )
+        .unwrap()
+    }
+
+    /// How often each token is drawn over many positions.
+    fn shares(logits: &[f32], seen: &[u32], sampling: &Sampling) -> BTreeMap<u32, f64> {
+        const DRAWS: u64 = 20_000;
+        let mut counts = BTreeMap::new();
+        for position in 0..DRAWS {
+            *counts
+                .entry(draw_with(logits, seen, sampling, 7, position))
+                .or_insert(0.0) += 1.0 / DRAWS as f64;
+        }
+        counts
+    }
+
+    fn expected(logits: &[f32], keep: &[u32]) -> BTreeMap<u32, f64> {
+        let total: f64 = keep
+            .iter()
+            .map(|id| f64::from(logits[*id as usize]).exp())
+            .sum();
+        keep.iter()
+            .map(|id| (*id, f64::from(logits[*id as usize]).exp() / total))
+            .collect()
+    }
+
+    fn assert_close(found: &BTreeMap<u32, f64>, expected: &BTreeMap<u32, f64>) {
+        assert!(
+            found.keys().eq(expected.keys()),
+            "{found:?} instead of {expected:?}"
+        );
+        for (id, share) in expected {
+            assert!(
+                (found[id] - share).abs() < 0.015,
+                "{found:?} instead of {expected:?}"
+            );
+        }
+    }
+
+    // [CAND-040]
+    #[test]
+    fn tokens_are_drawn_by_their_probability() {
+        assert_close(
+            &shares(&LOGITS, &[], &plain()),
+            &expected(&LOGITS, &[0, 1, 2, 3, 4]),
+        );
+    }
+
+    // [CAND-041]
+    #[test]
+    fn temperature_divides_logits_and_0_takes_the_largest() {
+        let half = Sampling {
+            temperature: 0.5,
+            ..plain()
+        };
+        let doubled = LOGITS.map(|l| l * 2.0);
+        assert_close(
+            &shares(&LOGITS, &[], &half),
+            &expected(&doubled, &[0, 1, 2, 3, 4]),
+        );
+        let greedy = Sampling {
+            temperature: 0.0,
+            ..plain()
+        };
+        assert_eq!(draw_with(&LOGITS, &[], &greedy, 1, 1), 1);
+        assert_eq!(
+            draw_with(&[0.0, 5.0, 5.0], &[], &greedy, 1, 1),
+            1,
+            "of equals the lowest id"
+        );
+    }
+
+    // [CAND-042]
+    #[test]
+    fn top_k_keeps_exactly_k() {
+        let two = Sampling {
+            top_k: 2,
+            ..plain()
+        };
+        assert_close(&shares(&LOGITS, &[], &two), &expected(&LOGITS, &[1, 3]));
+        assert_close(
+            &shares(&[1.0, 1.0, 1.0], &[], &two),
+            &BTreeMap::from([(0, 0.5), (1, 0.5)]),
+        );
+    }
+
+    // [CAND-043]
+    #[test]
+    fn top_p_keeps_the_fewest_that_reach_the_sum() {
+        // 3, 2 and 1 have 0.64, 0.23 and 0.09.
+        for (p, keep) in [(0.6, &[1][..]), (0.7, &[1, 3]), (0.9, &[0, 1, 3])] {
+            let sampling = Sampling {
+                top_p: p,
+                ..plain()
+            };
+            assert_close(&shares(&LOGITS, &[], &sampling), &expected(&LOGITS, keep));
+        }
+    }
+
+    // [CAND-043]
+    #[test]
+    fn top_p_over_a_flat_vocabulary_keeps_its_share() {
+        let mut candidates: Vec<Candidate> = (0..1000).map(|id| (id, 0.0)).collect();
+        keep_top_p(&mut candidates, 0.0, 0.5);
+        let mut ids: Vec<u32> = candidates.iter().map(|(id, _)| *id).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, (0..500).collect::<Vec<_>>());
+    }
+
+    // [CAND-044]
+    #[test]
+    fn min_p_compares_with_the_likeliest() {
+        // Relative to 3: 2 has e^-1 = 0.37, 1 has 0.14.
+        for (p, keep) in [(0.4, &[1][..]), (0.3, &[1, 3]), (0.1, &[0, 1, 3])] {
+            let sampling = Sampling {
+                min_p: p,
+                ..plain()
+            };
+            assert_close(&shares(&LOGITS, &[], &sampling), &expected(&LOGITS, keep));
+        }
+    }
+
+    // [CAND-045]
+    #[test]
+    fn the_penalty_divides_positive_and_multiplies_negative_logits_once() {
+        let sampling = Sampling {
+            repetition_penalty: 2.0,
+            ..plain()
+        };
+        let penalised = [1.0, 1.5, -2.0, 2.0, 0.0];
+        assert_close(
+            &shares(&LOGITS, &[1, 2, 1, 4, 1], &sampling),
+            &expected(&penalised, &[0, 1, 2, 3, 4]),
+        );
+        let greedy = Sampling {
+            temperature: 0.0,
+            ..sampling
+        };
+        assert_eq!(
+            draw_with(&LOGITS, &[1], &greedy, 1, 1),
+            3,
+            "the penalty counts without a temperature too"
+        );
+        assert_eq!(
+            draw_with(&LOGITS, &[99], &greedy, 1, 1),
+            1,
+            "ids beyond the vocabulary change nothing"
+        );
+    }
+
+    // [CAND-046]
+    #[test]
+    fn the_draw_depends_on_seed_and_position_alone() {
+        let flat = [0.0; 50];
+        let draws = |seed: u64| {
+            (0..64)
+                .map(|p| draw_with(&flat, &[], &plain(), seed, p))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(draws(1), draws(1));
+        assert_ne!(draws(1), draws(2));
+        assert!(draws(1).windows(2).any(|pair| pair[0] != pair[1]));
+    }
+
+    // [CAND-047]
+    #[test]
+    fn filters_that_remove_nothing_change_nothing() {
+        let logits: Vec<f32> = (0..300).map(|i| ((i * 37) % 101) as f32 / 20.0).collect();
+        let nothing = Sampling {
+            top_k: 300,
+            top_p: 0.999_999_94,
+            min_p: 1e-9,
+            ..plain()
+        };
+        for position in 0..200 {
+            assert_eq!(
+                draw_with(&logits, &[], &plain(), 3, position),
+                draw_with(&logits, &[], &nothing, 3, position)
+            );
+        }
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_are_an_error() {
+        assert!(sample(&mut [0.0, f32::NAN], [], &plain(), 1, 1).is_err());
+        assert!(sample(&mut [], [], &plain(), 1, 1).is_err());
+    }
+}

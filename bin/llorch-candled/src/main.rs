@@ -1,0 +1,86 @@
+//! `llorch-candled`: the worker's command line.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{CommandFactory, Parser, error::ErrorKind};
+use llorch_candled::{Config, RunError, backend, handed_over, run};
+use pool_core::service::{Shutdown, telemetry};
+use pool_core::worker_args::WorkerArgs;
+
+/// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which hand over
+/// LLORCH_WORKER_SECRET and LLORCH_WORKER_NONCE in the environment. It runs one sequence at a time: `--slots` takes 1 only.
+#[derive(Debug, Parser)]
+#[command(name = "llorch-candled", version)]
+struct Cli {
+    #[command(flatten)]
+    worker: WorkerArgs,
+    /// Seconds that a running execution may take to finish once the worker is told to stop.
+    #[arg(long, default_value_t = 10)]
+    stop_grace_s: u64,
+    /// Seconds that an execution's events stay available after its end.
+    #[arg(long, default_value_t = 600)]
+    execution_ttl_s: u64,
+    /// MiB that the events of all executions may take; the oldest finished ones go first.
+    #[arg(long, default_value_t = 64)]
+    buffer_mib: usize,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if cli.worker.slots != 1 {
+        Cli::command()
+            .error(
+                ErrorKind::InvalidValue,
+                "this version runs one sequence at a time: `--slots` must be 1",
+            )
+            .exit();
+    }
+    if let Some(threads) = cli.worker.threads {
+        // SAFETY: this is the process's first thread, and it has started no other yet.
+        #[allow(unsafe_code)]
+        unsafe {
+            backend::cpu::limit_threads(threads);
+        }
+    }
+    match start(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let known = error.downcast_ref::<RunError>();
+            let hint = known
+                .and_then(RunError::hint)
+                .map(|hint| format!(" ({hint})"))
+                .unwrap_or_default();
+            // The pool shows the last line that begins like this as the reason of the worker's end, so it is one line.
+            eprintln!("error: {}{hint}", format!("{error:#}").replace('\n', " "));
+            let code = known.map_or(1, RunError::exit_code);
+            ExitCode::from(u8::try_from(code).unwrap_or(1))
+        }
+    }
+}
+
+fn start(cli: Cli) -> anyhow::Result<()> {
+    telemetry::init("info").context("`LLORCH_LOG` is not a log filter")?;
+    let (secret, nonce) = handed_over()?;
+    let config = Config {
+        args: cli.worker,
+        secret,
+        nonce,
+        stop_grace: Duration::from_secs(cli.stop_grace_s),
+        execution_ttl: Duration::from_secs(cli.execution_ttl_s),
+        buffer_bytes: cli.buffer_mib << 20,
+    };
+    // Two threads are plenty for the events of one computation, and leave the processors to it.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
+    let outcome = runtime.block_on(async {
+        let shutdown = Shutdown::on_signals().map_err(RunError::System)?;
+        run(config, shutdown, |_| ()).await
+    });
+    // A model that is still being read, or a client that doesn't read its events, must not hold the process up.
+    runtime.shutdown_background();
+    Ok(outcome?)
+}

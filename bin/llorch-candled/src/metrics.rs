@@ -1,0 +1,110 @@
+//! Figures for Prometheus.
+
+use pool_core::api::worker::WorkerEnd;
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+};
+
+/// Every figure of the worker. Names and labels carry nothing of a job.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    executions: IntCounterVec,
+    prompt_tokens: IntCounter,
+    generated_tokens: IntCounter,
+    ttft: Histogram,
+    tpot: Histogram,
+    active: IntGauge,
+    buffer_bytes: IntGauge,
+}
+
+impl Metrics {
+    /// Figures that all stand at zero.
+    pub fn new() -> prometheus::Result<Self> {
+        let seconds = |name: &str, help: &str, first: f64| {
+            let buckets = prometheus::exponential_buckets(first, 2.0, 14)?;
+            Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))
+        };
+        let metrics = Self {
+            registry: Registry::new(),
+            executions: IntCounterVec::new(
+                Opts::new(
+                    "candled_executions_total",
+                    "Executions that ended, by how they ended.",
+                ),
+                &["outcome"],
+            )?,
+            prompt_tokens: IntCounter::new(
+                "candled_prompt_tokens_total",
+                "Prompt tokens of executions that ended well.",
+            )?,
+            generated_tokens: IntCounter::new(
+                "candled_generated_tokens_total",
+                "Tokens generated.",
+            )?,
+            ttft: seconds(
+                "candled_ttft_seconds",
+                "From the request to the first token.",
+                0.01,
+            )?,
+            tpot: seconds(
+                "candled_tpot_seconds",
+                "Mean time of a token after the first.",
+                0.001,
+            )?,
+            active: IntGauge::new(
+                "candled_active_executions",
+                "Executions that run or are about to.",
+            )?,
+            buffer_bytes: IntGauge::new("candled_buffer_bytes", "Bytes of event buffers.")?,
+        };
+        metrics
+            .registry
+            .register(Box::new(metrics.executions.clone()))?;
+        metrics
+            .registry
+            .register(Box::new(metrics.prompt_tokens.clone()))?;
+        metrics
+            .registry
+            .register(Box::new(metrics.generated_tokens.clone()))?;
+        metrics.registry.register(Box::new(metrics.ttft.clone()))?;
+        metrics.registry.register(Box::new(metrics.tpot.clone()))?;
+        metrics
+            .registry
+            .register(Box::new(metrics.active.clone()))?;
+        metrics
+            .registry
+            .register(Box::new(metrics.buffer_bytes.clone()))?;
+        Ok(metrics)
+    }
+
+    /// A token was generated.
+    pub fn token(&self) {
+        self.generated_tokens.inc();
+    }
+
+    /// An execution came to a good end after `drawn` tokens of its own.
+    pub fn ended(&self, end: &WorkerEnd, drawn: u64) {
+        self.executions.with_label_values(&["end"]).inc();
+        self.prompt_tokens.inc_by(u64::from(end.tokens_in));
+        if drawn > 0 {
+            self.ttft.observe(end.ttft_ms as f64 / 1000.0);
+        }
+        if drawn > 1 {
+            self.tpot
+                .observe(end.decode_time_ms as f64 / 1000.0 / (drawn - 1) as f64);
+        }
+    }
+
+    /// An execution ended with this error code.
+    pub fn failed(&self, code: &str) {
+        self.executions.with_label_values(&[code]).inc();
+    }
+
+    /// All figures as text.
+    pub fn render(&self, active: usize, buffer_bytes: usize) -> prometheus::Result<String> {
+        self.active.set(active as i64);
+        self.buffer_bytes.set(buffer_bytes as i64);
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}

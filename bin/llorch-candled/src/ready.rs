@@ -1,0 +1,45 @@
+//! Telling the pool manager that the worker is ready. It only hastens what the pool finds out by `/health` anyway.
+
+use std::time::Duration;
+
+use pool_core::api::worker::WorkerHealth;
+use pool_core::client::{ApiClient, ClientError};
+use pool_core::secret::Secret;
+use serde::de::IgnoredAny;
+
+const TRIES: u32 = 5;
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+
+/// Posts `health` to the pool's `/workers/ready`, a few times if need be. A pool that can't be told is logged, no more.
+pub async fn report(pool_url: &str, secret: Secret, health: WorkerHealth) {
+    let client = match ApiClient::new(pool_url, Some(secret)) {
+        Ok(client) => client,
+        Err(error) => {
+            tracing::warn!(%error, "can't tell the pool that the model is loaded");
+            return;
+        }
+    };
+    let mut pause = FIRST_PAUSE;
+    for attempt in 1..=TRIES {
+        match client
+            .post::<_, IgnoredAny>("/workers/ready", &health)
+            .await
+        {
+            Ok(_) => return,
+            // The pool understood and refused: it won't change its mind.
+            Err(
+                error @ ClientError::Api {
+                    status: 400..=499, ..
+                },
+            ) => {
+                tracing::warn!(%error, "the pool refused the report that the model is loaded");
+                return;
+            }
+            Err(error) => {
+                tracing::warn!(%error, attempt, "could not tell the pool that the model is loaded");
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+    }
+}

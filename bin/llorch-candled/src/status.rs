@@ -1,0 +1,114 @@
+//! How ready the worker is, for anybody who asks: plain memory that no computation ever holds up.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use pool_core::api::worker::{HealthState, WorkerHealth};
+use pool_core::worker_args::WorkerArgs;
+
+/// What is known once the model is loaded.
+#[derive(Debug, Clone, Copy)]
+pub struct Loaded {
+    /// Tokens of context of a sequence.
+    pub context_length: u32,
+    /// What the process needs: its private bytes, and the KV caches that its slots may fill. `None` where the system
+    /// doesn't tell.
+    pub measured_bytes: Option<u64>,
+}
+
+#[derive(Debug, Clone)]
+enum Phase {
+    Loading,
+    Ready(Loaded),
+    Failed(String),
+}
+
+/// The worker's own account of itself.
+#[derive(Debug)]
+pub struct Status {
+    args: WorkerArgs,
+    nonce: String,
+    phase: Mutex<Phase>,
+    load_percent: AtomicU8,
+    progress: AtomicU64,
+}
+
+impl Status {
+    /// A worker that begins to load.
+    pub fn new(args: WorkerArgs, nonce: String) -> Self {
+        Self {
+            args,
+            nonce,
+            phase: Mutex::new(Phase::Loading),
+            load_percent: AtomicU8::new(0),
+            progress: AtomicU64::new(0),
+        }
+    }
+
+    /// Loading got this far.
+    pub fn loading(&self, done: u64, total: u64) {
+        // 100 is for a model that is ready.
+        let percent = done
+            .saturating_mul(100)
+            .checked_div(total)
+            .unwrap_or(0)
+            .min(99);
+        self.load_percent.store(percent as u8, Ordering::Relaxed);
+        self.advance();
+    }
+
+    /// The model is loaded.
+    pub fn ready(&self, loaded: Loaded) {
+        self.load_percent.store(100, Ordering::Relaxed);
+        self.set(Phase::Ready(loaded));
+    }
+
+    /// The model can't be loaded.
+    pub fn failed(&self, reason: String) {
+        self.set(Phase::Failed(reason));
+    }
+
+    /// Something was computed: a chunk, a token, a step of loading.
+    pub fn advance(&self) {
+        self.progress.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether the model is loaded.
+    pub fn is_ready(&self) -> bool {
+        matches!(self.get(), Phase::Ready(_))
+    }
+
+    /// The account, with `active` executions.
+    pub fn health(&self, active: usize) -> WorkerHealth {
+        let (state, reason, loaded) = match self.get() {
+            Phase::Loading => (HealthState::Loading, None, None),
+            Phase::Ready(loaded) => (HealthState::Ready, None, Some(loaded)),
+            Phase::Failed(reason) => (HealthState::Failed, Some(reason), None),
+        };
+        WorkerHealth {
+            worker_id: self.args.worker_id.clone(),
+            nonce: self.nonce.clone(),
+            state,
+            load_percent: self.load_percent.load(Ordering::Relaxed),
+            reason,
+            model_ref: self.args.model_ref.clone(),
+            context_length: loaded.map(|loaded| loaded.context_length),
+            slots: self.args.slots,
+            active: active as u32,
+            measured_bytes: loaded.and_then(|loaded| loaded.measured_bytes),
+            progress: self.progress.load(Ordering::Relaxed),
+        }
+    }
+
+    fn get(&self) -> Phase {
+        self.phase
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn set(&self, phase: Phase) {
+        *self.phase.lock().unwrap_or_else(PoisonError::into_inner) = phase;
+        self.advance();
+    }
+}

@@ -1,0 +1,260 @@
+//! Builds the `tokenizers` pipeline from a file's own fields.
+//!
+//! candle-core has a reader of its own; it puts a space before texts that should have none and refuses SentencePiece.
+
+use std::collections::HashMap;
+
+use pool_core::catalog::gguf::{GgufFile, StringArray};
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::unicode::NFC;
+use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::tokenizer::SplitDelimiterBehavior;
+use tokenizers::{AddedToken, Tokenizer};
+
+use super::{TokenKind, TokenizerError, Vocabulary};
+
+/// Ways of splitting text before merging that are known, by the names GGUF files give them.
+pub(super) const SUPPORTED_PRE: [&str; 5] = ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"];
+
+/// A tokenizer with what else its kind decides.
+pub(super) struct Built {
+    pub(super) tokenizer: Tokenizer,
+    pub(super) pieces: Vec<Box<[u8]>>,
+    pub(super) adds_bos_by_default: bool,
+}
+
+const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+const LLAMA3: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN2: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const SINGLE_DIGIT: &str = r"\p{N}";
+/// What llama.cpp does for a file that names no way of splitting.
+const DEFAULT: [&str; 4] = [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"];
+
+/// How a byte-level vocabulary wants its text split.
+struct PreRules {
+    patterns: &'static [&'static str],
+    /// Whole words of the vocabulary are taken without asking the merge rules.
+    ignore_merges: bool,
+    /// Characters are composed first.
+    compose: bool,
+    adds_bos: bool,
+}
+
+fn pre_rules(name: &str) -> Result<PreRules, TokenizerError> {
+    let plain = |patterns| PreRules {
+        patterns,
+        ignore_merges: false,
+        compose: false,
+        adds_bos: false,
+    };
+    Ok(match name {
+        "default" => plain(&DEFAULT),
+        "gpt-2" => plain(&[GPT2]),
+        "smollm" => plain(&[SINGLE_DIGIT, GPT2]),
+        "llama-bpe" => PreRules {
+            ignore_merges: true,
+            adds_bos: true,
+            ..plain(&[LLAMA3])
+        },
+        "qwen2" => PreRules {
+            compose: true,
+            ..plain(&[QWEN2])
+        },
+        other => {
+            return Err(TokenizerError::PreTokenizer {
+                found: other.to_owned(),
+            });
+        }
+    })
+}
+
+/// A byte-level BPE vocabulary (`gpt2`): each byte has a printable character, merge rules are in the file.
+pub(super) fn byte_level(
+    header: &GgufFile,
+    vocabulary: &Vocabulary,
+) -> Result<Built, TokenizerError> {
+    let rules = pre_rules(header.get("tokenizer.ggml.pre")?.unwrap_or("default"))?;
+    let merges = header
+        .require::<&StringArray>("tokenizer.ggml.merges")?
+        .iter()
+        .enumerate()
+        .map(|(index, rule)| match rule.split_once(' ') {
+            Some((left, right)) => Ok((left.to_owned(), right.to_owned())),
+            None => Err(TokenizerError::Merge { index }),
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let model = BPE::builder()
+        .vocab_and_merges(ids_by_text(vocabulary), merges)
+        .ignore_merges(rules.ignore_merges)
+        // The library's cache would keep words of one job's prompt for the next.
+        .cache_capacity(0)
+        .build()?;
+    let mut splits: Vec<PreTokenizerWrapper> = Vec::new();
+    for pattern in rules.patterns {
+        let pattern = SplitPattern::Regex((*pattern).to_owned());
+        splits.push(Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?.into());
+    }
+    splits.push(ByteLevel::new(false, false, false).into());
+    let mut tokenizer = Tokenizer::new(model);
+    tokenizer.with_pre_tokenizer(Some(PreTokenizers::new(splits)));
+    if rules.compose {
+        tokenizer.with_normalizer(Some(NFC))?;
+    }
+    add_special_tokens(&mut tokenizer, vocabulary)?;
+    let bytes = byte_of_char();
+    let piece = |text: &str| {
+        text.chars()
+            .map(|c| bytes.get(&c).copied())
+            .collect::<Option<Vec<u8>>>()
+    };
+    let pieces = pieces(vocabulary, |text| {
+        piece(text).unwrap_or_else(|| text.as_bytes().to_vec())
+    });
+    Ok(Built {
+        tokenizer,
+        pieces,
+        adds_bos_by_default: rules.adds_bos,
+    })
+}
+
+/// The space of SentencePiece.
+const SPACE: char = '\u{2581}';
+
+/// A SentencePiece vocabulary (`llama`): pieces with scores, bytes as tokens where no piece fits.
+pub(super) fn sentence_piece(
+    header: &GgufFile,
+    vocabulary: &Vocabulary,
+) -> Result<Built, TokenizerError> {
+    let key = "tokenizer.ggml.scores";
+    let scores: &[f32] = header.require(key)?;
+    if scores.len() != vocabulary.texts.len() {
+        return Err(TokenizerError::Length {
+            key,
+            found: scores.len(),
+            tokens: vocabulary.texts.len(),
+        });
+    }
+    let ids = ids_by_text(vocabulary);
+    let mut model = BPE::builder()
+        .byte_fallback(true)
+        .fuse_unk(true)
+        .cache_capacity(0);
+    let unknown = vocabulary
+        .kinds
+        .iter()
+        .position(|kind| *kind == TokenKind::Unknown);
+    if let Some(unknown) = unknown {
+        model = model.unk_token(vocabulary.texts[unknown].clone());
+    }
+    let merges = merges_by_score(vocabulary, &ids, scores);
+    let mut tokenizer = Tokenizer::new(model.vocab_and_merges(ids, merges).build()?);
+    let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
+    if header
+        .get("tokenizer.ggml.add_space_prefix")?
+        .unwrap_or(true)
+    {
+        normalizers.push(Prepend::new(SPACE.to_string()).into());
+    }
+    normalizers.push(Replace::new(" ", SPACE.to_string())?.into());
+    tokenizer.with_normalizer(Some(Normalizers::new(normalizers)))?;
+    add_special_tokens(&mut tokenizer, vocabulary)?;
+    let pieces = pieces(vocabulary, |text| match byte_token(text) {
+        Some(byte) => vec![byte],
+        None => text.replace(SPACE, " ").into_bytes(),
+    });
+    Ok(Built {
+        tokenizer,
+        pieces,
+        adds_bos_by_default: true,
+    })
+}
+
+/// SentencePiece joins the pair whose joined piece scores best; as merge rules these are all pairs of pieces that form
+/// a piece, the best first.
+fn merges_by_score(vocabulary: &Vocabulary, ids: &Vocab, scores: &[f32]) -> Vec<(String, String)> {
+    let mut rules: Vec<(f32, [u32; 2], (&str, &str))> = Vec::new();
+    for (text, score) in vocabulary.texts.iter().zip(scores) {
+        for (border, _) in text.char_indices().skip(1) {
+            let (left, right) = text.split_at(border);
+            if let (Some(l), Some(r)) = (ids.get(left), ids.get(right)) {
+                rules.push((*score, [*l, *r], (left, right)));
+            }
+        }
+    }
+    rules.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    rules
+        .into_iter()
+        .map(|(_, _, (left, right))| (left.to_owned(), right.to_owned()))
+        .collect()
+}
+
+fn ids_by_text(vocabulary: &Vocabulary) -> Vocab {
+    vocabulary.texts.iter().cloned().zip(0..).collect()
+}
+
+/// Tokens that are found in a text before anything splits it.
+fn add_special_tokens(
+    tokenizer: &mut Tokenizer,
+    vocabulary: &Vocabulary,
+) -> Result<(), TokenizerError> {
+    let added = vocabulary
+        .texts
+        .iter()
+        .zip(&vocabulary.kinds)
+        .filter_map(|(text, kind)| {
+            let special = match kind {
+                TokenKind::Control | TokenKind::Unknown => true,
+                TokenKind::UserDefined => false,
+                TokenKind::Normal | TokenKind::Unused | TokenKind::Byte => return None,
+            };
+            (!text.is_empty()).then(|| AddedToken::from(text.as_str(), special).normalized(false))
+        });
+    tokenizer.add_tokens(added.collect::<Vec<_>>())?;
+    Ok(())
+}
+
+fn pieces(vocabulary: &Vocabulary, bytes: impl Fn(&str) -> Vec<u8>) -> Vec<Box<[u8]>> {
+    vocabulary
+        .texts
+        .iter()
+        .zip(&vocabulary.kinds)
+        .map(|(text, kind)| match kind {
+            TokenKind::Normal | TokenKind::Byte => bytes(text).into_boxed_slice(),
+            // Stored as the text it stands for, not as characters for bytes.
+            TokenKind::UserDefined => text.as_bytes().into(),
+            TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Box::default(),
+        })
+        .collect()
+}
+
+/// `<0x0A>` is the byte 10.
+fn byte_token(text: &str) -> Option<u8> {
+    let hex = text.strip_prefix("<0x")?.strip_suffix('>')?;
+    (hex.len() == 2)
+        .then(|| u8::from_str_radix(hex, 16).ok())
+        .flatten()
+}
+
+/// GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on.
+fn byte_of_char() -> HashMap<char, u8> {
+    let mut next = 0x100u32;
+    let mut table = HashMap::new();
+    for byte in 0..=u8::MAX {
+        let printable = matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+        let code = if printable {
+            u32::from(byte)
+        } else {
+            next += 1;
+            next - 1
+        };
+        table.extend(char::from_u32(code).map(|c| (c, byte)));
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests;

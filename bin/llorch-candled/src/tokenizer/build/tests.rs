@@ -1,0 +1,158 @@
+use pool_core::catalog::gguf::GgufFile;
+
+use crate::tokenizer::{Tokenizer, TokenizerError};
+
+/// Text, score, kind.
+type Token = (&'static str, f32, u32);
+
+/// The header of a file with this vocabulary and these further entries.
+fn header(kind: &str, pre: Option<&str>, merges: &[&str], vocabulary: &[Token]) -> GgufFile {
+    fn text(text: &str) -> Vec<u8> {
+        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+    }
+    fn array(ty: u32, elements: Vec<Vec<u8>>) -> Vec<u8> {
+        let head = [
+            9u32.to_le_bytes().to_vec(),
+            ty.to_le_bytes().to_vec(),
+            (elements.len() as u64).to_le_bytes().to_vec(),
+        ];
+        [head.concat(), elements.concat()].concat()
+    }
+    let text_value = |value: &str| [8u32.to_le_bytes().to_vec(), text(value)].concat();
+    let column = |ty: u32, element: &dyn Fn(&Token) -> Vec<u8>| {
+        array(ty, vocabulary.iter().map(element).collect())
+    };
+    let mut entries = vec![
+        ("tokenizer.ggml.model", text_value(kind)),
+        ("tokenizer.ggml.tokens", column(8, &|token| text(token.0))),
+        (
+            "tokenizer.ggml.scores",
+            column(6, &|token| token.1.to_le_bytes().to_vec()),
+        ),
+        (
+            "tokenizer.ggml.token_type",
+            column(5, &|token| token.2.to_le_bytes().to_vec()),
+        ),
+        (
+            "tokenizer.ggml.merges",
+            array(8, merges.iter().map(|rule| text(rule)).collect()),
+        ),
+        (
+            "tokenizer.ggml.bos_token_id",
+            [4u32.to_le_bytes(), 1u32.to_le_bytes()].concat(),
+        ),
+    ];
+    entries.extend(pre.map(|pre| ("tokenizer.ggml.pre", text_value(pre))));
+    let mut bytes = b"GGUF".to_vec();
+    bytes.extend(3u32.to_le_bytes());
+    bytes.extend(0u64.to_le_bytes());
+    bytes.extend((entries.len() as u64).to_le_bytes());
+    for (key, value) in entries {
+        bytes.extend(text(key));
+        bytes.extend(value);
+    }
+    bytes.resize(bytes.len().next_multiple_of(32), 0);
+    GgufFile::read(&bytes[..], bytes.len() as u64).expect("a good header")
+}
+
+const NORMAL: u32 = 1;
+const CONTROL: u32 = 3;
+
+fn sentence_piece() -> Tokenizer {
+    let mut vocabulary = vec![
+        ("<unk>", 0.0, 2),
+        ("<s>", 0.0, CONTROL),
+        ("</s>", 0.0, CONTROL),
+    ];
+    vocabulary.extend([("<0xC3>", 0.0, 6), ("<0xA9>", 0.0, 6)]);
+    vocabulary.extend([
+        ("\u{2581}", -20.0, NORMAL),
+        ("a", -21.0, NORMAL),
+        ("b", -22.0, NORMAL),
+        ("c", -23.0, NORMAL),
+    ]);
+    // "bc" scores better than "ab", so "abc" is a + bc.
+    vocabulary.extend([
+        ("ab", -5.0, NORMAL),
+        ("bc", -4.0, NORMAL),
+        ("\u{2581}a", -6.0, NORMAL),
+    ]);
+    Tokenizer::from_header(&header("llama", None, &[], &vocabulary)).expect("a good vocabulary")
+}
+
+// [CAND-032]
+#[test]
+fn sentence_piece_joins_the_best_scored_pair_first() {
+    let tokenizer = sentence_piece();
+    let read = |ids: &[u32]| {
+        let mut reader = tokenizer.detokenizer();
+        ids.iter().map(|id| reader.push(*id)).collect::<String>()
+    };
+    let ids = tokenizer.encode("abc").unwrap();
+    assert_eq!(
+        ids,
+        [11, 10],
+        "a space goes before the text, then bc is joined before ab"
+    );
+    assert_eq!(read(&ids), " abc");
+    let bytes = tokenizer.encode("aé").unwrap();
+    assert_eq!(bytes, [11, 3, 4], "what no piece covers is spelt in bytes");
+    assert_eq!(read(&bytes), " aé");
+    assert_eq!(tokenizer.encode("a</s>a").unwrap(), [11, 2, 11]);
+    assert_eq!(
+        tokenizer.encode_prompt("a").unwrap(),
+        [1, 11],
+        "these models want their first token"
+    );
+    assert_eq!(
+        tokenizer.encode_prompt("<s>a").unwrap(),
+        [1, 11],
+        "but once"
+    );
+    assert!(tokenizer.is_end(2) && !tokenizer.is_end(11));
+}
+
+// [CAND-033]
+#[test]
+fn vocabularies_that_are_not_understood_are_refused_by_name() {
+    let error = |header: &GgufFile| match Tokenizer::from_header(header) {
+        Err(error) => error.to_string(),
+        Ok(_) => panic!("it was accepted"),
+    };
+    let vocabulary = [("a", 0.0, NORMAL), ("b", 0.0, NORMAL)];
+    assert!(error(&header("bert", None, &[], &vocabulary)).contains("tokenizer kind `bert`"));
+    assert!(
+        error(&header("gpt2", Some("tekken"), &[], &vocabulary)).contains("pre-tokenizer `tekken`")
+    );
+    assert!(error(&header("gpt2", Some("gpt-2"), &["ab"], &vocabulary)).contains("merge rule 0"));
+    let outside = Tokenizer::from_header(&header("gpt2", Some("gpt-2"), &[], &vocabulary[..1]));
+    assert!(matches!(
+        outside,
+        Err(TokenizerError::Id { id: 1, last: 0, .. })
+    ));
+}
+
+// [CAND-030]
+#[test]
+fn each_way_of_splitting_has_its_own_rules_for_digits() {
+    let vocabulary: Vec<Token> = ["1", "x", "11", "111", "1111"]
+        .into_iter()
+        .map(|text| (text, 0.0, NORMAL))
+        .collect();
+    let merges = ["1 1", "11 1", "11 11"];
+    let lengths = |pre: &str| {
+        let tokenizer =
+            Tokenizer::from_header(&header("gpt2", Some(pre), &merges, &vocabulary)).unwrap();
+        tokenizer
+            .encode("1111")
+            .unwrap()
+            .into_iter()
+            .map(|id| vocabulary[id as usize].0.len())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(lengths("gpt-2"), [4]);
+    assert_eq!(lengths("llama-bpe"), [3, 1]);
+    assert_eq!(lengths("default"), [3, 1]);
+    assert_eq!(lengths("qwen2"), [1, 1, 1, 1]);
+    assert_eq!(lengths("smollm"), [1, 1, 1, 1]);
+}

@@ -1,0 +1,434 @@
+//! The engine on tiny models: what each request field does, and what never changes.
+
+mod support;
+
+use std::cell::Cell;
+use std::time::Instant;
+
+use llorch_candled::engine::{Control, Engine, Failure, Halted};
+use pool_core::api::worker::{
+    ExecuteRequest, Resume, Sampling, StopReason, WorkerErrorCode, WorkerEvent,
+};
+use support::tiny_model::{END, TinyModel};
+use support::{Answer, greedy, run, tiny};
+
+fn engine() -> Engine {
+    tiny(&TinyModel::default()).expect("the tiny model loads")
+}
+
+fn sampled(seed: u64, sampling: Sampling) -> ExecuteRequest {
+    ExecuteRequest {
+        seed,
+        sampling,
+        max_tokens: 60,
+        ..greedy("hello")
+    }
+}
+
+fn warm() -> Sampling {
+    Sampling {
+        temperature: 0.8,
+        ..Sampling::default()
+    }
+}
+
+fn answer(engine: &Engine, request: ExecuteRequest) -> Answer {
+    run(engine, request).expect("the request runs")
+}
+
+fn assert_contiguous(answer: &Answer) {
+    let indices: Vec<u32> = answer.pieces.iter().map(|p| p.i).collect();
+    assert_eq!(indices, (0..answer.pieces.len() as u32).collect::<Vec<_>>());
+    assert!(answer.pieces.iter().all(|p| !p.t.is_empty()));
+}
+
+// [CAND-011]
+#[test]
+fn every_architecture_computes_the_same_in_chunks_and_token_by_token() {
+    for architecture in ["llama", "qwen2", "qwen3"] {
+        let engine = tiny(&TinyModel {
+            architecture,
+            ..TinyModel::default()
+        })
+        .unwrap();
+        let decoder = engine.decoder();
+        let tokens: Vec<u32> = (0..150).map(|i| (i * 7) % 200).collect();
+        let mut whole = decoder.new_cache(tokens.len()).unwrap();
+        let at_once = decoder.logits(&tokens, &mut whole).unwrap();
+        let mut chunked = decoder.new_cache(tokens.len()).unwrap();
+        let in_chunks =
+            llorch_candled::engine::prefill::prefill(decoder, &mut chunked, &tokens, &mut |_| {
+                Ok(())
+            })
+            .unwrap();
+        let mut single = decoder.new_cache(tokens.len()).unwrap();
+        let one_by_one = tokens
+            .iter()
+            .map(|t| decoder.logits(&[*t], &mut single).unwrap())
+            .last()
+            .unwrap();
+        for other in [in_chunks, one_by_one] {
+            let worst = at_once
+                .iter()
+                .zip(&other)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
+            assert!(worst < 2e-3, "{architecture}: logits differ by {worst}");
+        }
+    }
+}
+
+// [CAND-010]
+#[test]
+fn other_architectures_are_refused_by_name() {
+    let Err(error) = tiny(&TinyModel {
+        architecture: "mamba",
+        ..TinyModel::default()
+    }) else {
+        panic!("it loaded")
+    };
+    let text = error.to_string();
+    assert!(
+        text.contains("`mamba`") && text.contains("llama, qwen2, qwen3"),
+        "{text}"
+    );
+}
+
+// [CAND-046]
+#[test]
+fn the_same_seed_gives_the_same_text_and_another_seed_another() {
+    let engine = engine();
+    let first = answer(&engine, sampled(1, warm()));
+    assert_eq!(first.end.stop_reason, StopReason::MaxTokens);
+    assert_eq!((first.end.tokens_out, first.end.seed), (60, 1));
+    assert_contiguous(&first);
+    assert_eq!(first.text, answer(&engine, sampled(1, warm())).text);
+    assert_ne!(first.text, answer(&engine, sampled(2, warm())).text);
+}
+
+// [CAND-041] [CAND-042] [CAND-043] [CAND-044] [CAND-045]
+#[test]
+fn every_sampling_field_changes_the_outcome() {
+    let engine = engine();
+    let text = |sampling| answer(&engine, sampled(3, sampling)).text;
+    let greedy_text = text(Sampling {
+        temperature: 0.0,
+        ..warm()
+    });
+    let plain = text(warm());
+    assert_ne!(plain, greedy_text);
+    assert_ne!(
+        plain,
+        text(Sampling {
+            temperature: 1.6,
+            ..warm()
+        })
+    );
+    for (name, sampling) in [
+        ("top_k", Sampling { top_k: 1, ..warm() }),
+        (
+            "top_p",
+            Sampling {
+                top_p: 1e-6,
+                ..warm()
+            },
+        ),
+        (
+            "min_p",
+            Sampling {
+                min_p: 0.999_999,
+                ..warm()
+            },
+        ),
+    ] {
+        assert_eq!(
+            text(sampling),
+            greedy_text,
+            "{name} so narrow that only the likeliest token is left"
+        );
+    }
+    assert_ne!(plain, text(Sampling { top_k: 3, ..warm() }));
+    assert_ne!(
+        plain,
+        text(Sampling {
+            top_p: 0.5,
+            ..warm()
+        })
+    );
+    assert_ne!(
+        plain,
+        text(Sampling {
+            min_p: 0.3,
+            ..warm()
+        })
+    );
+    let penalised = text(Sampling {
+        temperature: 0.0,
+        repetition_penalty: 2.0,
+        ..warm()
+    });
+    let distinct = |text: &str| {
+        text.chars()
+            .collect::<std::collections::BTreeSet<_>>()
+            .len()
+    };
+    assert!(
+        distinct(&penalised) > distinct(&greedy_text),
+        "{penalised:?} repeats no less than {greedy_text:?}"
+    );
+}
+
+// [CAND-048]
+#[test]
+fn a_resumed_answer_goes_on_as_the_undisturbed_one() {
+    let engine = engine();
+    let sampling = Sampling {
+        repetition_penalty: 1.2,
+        top_p: 0.95,
+        ..warm()
+    };
+    let whole = answer(&engine, sampled(5, sampling));
+    for pieces in [1, 7, 33] {
+        let logged: Vec<u32> = whole.pieces[..pieces]
+            .iter()
+            .flat_map(|p| p.ids.clone())
+            .collect();
+        let resume = Some(Resume { token_ids: logged });
+        let rest = answer(
+            &engine,
+            ExecuteRequest {
+                resume,
+                attempt: 2,
+                fence: 2,
+                ..sampled(5, sampling)
+            },
+        );
+        assert_eq!(rest.pieces, whole.pieces[pieces..]);
+        assert_eq!(
+            (rest.end.tokens_out, rest.end.stop_reason),
+            (whole.end.tokens_out, whole.end.stop_reason)
+        );
+    }
+}
+
+// [CAND-048]
+#[test]
+fn resuming_an_answer_that_is_complete_ends_it_at_once() {
+    let engine = engine();
+    let whole = answer(&engine, sampled(5, warm()));
+    let resume = |token_ids: Vec<u32>, stop: Vec<String>| {
+        answer(
+            &engine,
+            ExecuteRequest {
+                resume: Some(Resume { token_ids }),
+                stop,
+                ..sampled(5, warm())
+            },
+        )
+    };
+    let done = resume(whole.ids.clone(), Vec::new());
+    assert_eq!(
+        (done.end.stop_reason, done.end.tokens_out, done.pieces.len()),
+        (StopReason::MaxTokens, 60, 0)
+    );
+    let ended = resume(vec![whole.ids[0], END], Vec::new());
+    assert_eq!(
+        (ended.end.stop_reason, ended.end.tokens_out),
+        (StopReason::Eos, 1)
+    );
+    let stopped = resume(whole.ids[..9].to_vec(), vec![whole.text[2..5].to_owned()]);
+    assert_eq!(stopped.end.stop_reason, StopReason::StopSequence);
+    let outside = run(
+        &engine,
+        ExecuteRequest {
+            resume: Some(Resume {
+                token_ids: vec![9999],
+            }),
+            ..greedy("x")
+        },
+    );
+    assert_eq!(
+        outside.map(|_| ()).unwrap_err().code(),
+        WorkerErrorCode::InvalidRequest
+    );
+}
+
+// [CAND-050]
+#[test]
+fn a_stop_text_across_tokens_ends_the_answer_before_it() {
+    let engine = engine();
+    let whole = answer(&engine, sampled(5, warm()));
+    let stop = whole.text[20..24].to_owned();
+    let until = whole.text.find(&stop).unwrap();
+    let stopped = answer(
+        &engine,
+        ExecuteRequest {
+            stop: vec!["\u{7f}never".into(), stop],
+            ..sampled(5, warm())
+        },
+    );
+    assert_eq!(stopped.text, whole.text[..until]);
+    assert_eq!(stopped.end.stop_reason, StopReason::StopSequence);
+    assert_eq!(
+        stopped.end.tokens_out as usize,
+        until + 4,
+        "tokens of the stop text were generated too"
+    );
+    assert_contiguous(&stopped);
+}
+
+// [CAND-051]
+#[test]
+fn held_back_text_comes_out_at_the_end() {
+    let engine = engine();
+    let whole = answer(&engine, sampled(5, warm()));
+    let begins = format!("{}\u{7f}", &whole.text[57..]);
+    let held = answer(
+        &engine,
+        ExecuteRequest {
+            stop: vec![begins],
+            ..sampled(5, warm())
+        },
+    );
+    assert_eq!(
+        (held.text, held.end.stop_reason),
+        (whole.text, StopReason::MaxTokens)
+    );
+    assert_eq!(held.pieces.last().unwrap().ids.len(), 3);
+}
+
+// [CAND-052]
+#[test]
+fn the_context_bounds_prompt_and_answer() {
+    let engine = tiny(&TinyModel {
+        context: 64,
+        ..TinyModel::default()
+    })
+    .unwrap();
+    let request = |bytes: usize| ExecuteRequest {
+        raw: true,
+        max_tokens: 1000,
+        ..greedy(&"x".repeat(bytes))
+    };
+    let full = answer(&engine, request(60));
+    assert_eq!(
+        (
+            full.end.tokens_in,
+            full.end.tokens_out,
+            full.end.stop_reason
+        ),
+        (60, 4, StopReason::MaxTokens)
+    );
+    assert_eq!(answer(&engine, request(63)).end.tokens_out, 1);
+    let failure = run(&engine, request(64)).map(|_| ()).unwrap_err();
+    assert_eq!(
+        (failure.code(), failure.retriable()),
+        (WorkerErrorCode::ContextOverflow, false)
+    );
+}
+
+// [CAND-013]
+#[test]
+fn jobs_share_nothing() {
+    let engine = engine();
+    let request = |prompt: &str| ExecuteRequest {
+        prompt: Some(prompt.into()),
+        ..sampled(4, warm())
+    };
+    let alone = answer(&engine, request("first")).text;
+    let other = answer(&engine, request("a second, longer prompt")).text;
+    assert_eq!(answer(&engine, request("first")).text, alone);
+    let fresh = tiny(&TinyModel::default()).unwrap();
+    assert_eq!(
+        answer(&fresh, request("a second, longer prompt")).text,
+        other
+    );
+}
+
+// [CAND-020] [CAND-022]
+#[test]
+fn prompts_are_conversations_unless_raw() {
+    let engine = engine();
+    let tokens_in = |request: ExecuteRequest| answer(&engine, request).end.tokens_in;
+    assert_eq!(
+        tokens_in(ExecuteRequest {
+            raw: true,
+            ..greedy("abc")
+        }),
+        3
+    );
+    // <|im_start|>user:abc<|im_end|>
+    assert_eq!(tokens_in(greedy("abc")), 10);
+    assert_eq!(
+        tokens_in(ExecuteRequest {
+            system: Some("xy".into()),
+            ..greedy("abc")
+        }),
+        21
+    );
+    let bare = tiny(&TinyModel {
+        chat_template: None,
+        ..TinyModel::default()
+    })
+    .unwrap();
+    let failure = run(&bare, greedy("abc")).map(|_| ()).unwrap_err();
+    assert!(failure.to_string().contains("raw"), "{failure}");
+    assert_eq!(failure.code(), WorkerErrorCode::TemplateFailed);
+}
+
+/// Halts at the nth question.
+struct HaltAt {
+    asked: Cell<usize>,
+    at: usize,
+    tokens: usize,
+    chunks: usize,
+}
+
+impl Control for HaltAt {
+    fn check(&self) -> Result<(), Halted> {
+        self.asked.set(self.asked.get() + 1);
+        if self.asked.get() > self.at {
+            Err(Halted::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+    fn event(&mut self, event: WorkerEvent) {
+        match event {
+            WorkerEvent::Token(token) => self.tokens += token.ids.len(),
+            WorkerEvent::Metrics(metrics) if metrics.tokens_out == 0 => self.chunks += 1,
+            _ => {}
+        }
+    }
+    fn progress(&mut self) {}
+    fn drawn(&mut self) {}
+}
+
+// [CAND-053]
+#[test]
+fn a_halt_takes_effect_within_a_chunk_or_a_token() {
+    let engine = engine();
+    let halt = |bytes: usize, at: usize| {
+        let request = ExecuteRequest {
+            raw: true,
+            max_tokens: 50,
+            ..greedy(&"x".repeat(bytes))
+        };
+        let generation = engine.prepare(request, Instant::now()).unwrap();
+        let mut control = HaltAt {
+            asked: Cell::new(0),
+            at,
+            tokens: 0,
+            chunks: 0,
+        };
+        let failure = engine.generate(&generation, &mut control).unwrap_err();
+        assert!(matches!(failure, Failure::Halted(Halted::Cancelled)));
+        (control.chunks, control.tokens)
+    };
+    assert_eq!(
+        halt(640, 4),
+        (3, 0),
+        "4 of 10 chunks were let through, the fourth begun after 3 were done"
+    );
+    assert_eq!(halt(10, 6), (0, 5), "1 chunk and 5 tokens were let through");
+}

@@ -1,0 +1,523 @@
+//! The worker's HTTP API, in this process, on tiny models.
+
+#![allow(clippy::unwrap_used)] // What the tests share may fail as a test does.
+
+mod support;
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use llorch_candled::{Config, RunError, run};
+use pool_core::api::worker::{
+    CancelRequest, CancelResponse, ExecuteRequest, HealthState, Sampling, StopReason,
+    WorkerErrorCode, WorkerEvent, WorkerHealth,
+};
+use pool_core::client::{ApiClient, ClientError, EventStream, Method};
+use pool_core::secret::Secret;
+use pool_core::service::Shutdown;
+use pool_core::worker::Backend;
+use pool_core::worker_args::WorkerArgs;
+use serde::de::IgnoredAny;
+use support::greedy;
+use support::tiny_model::TinyModel;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+/// Longer than anything here takes; reached only where something hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A context in which a generation goes on for longer than any test.
+const LONG: u32 = 60_000;
+
+struct Worker {
+    client: ApiClient,
+    url: String,
+    shutdown: Shutdown,
+    task: JoinHandle<Result<(), RunError>>,
+    _folder: tempfile::TempDir,
+}
+
+fn config(model: PathBuf) -> Config {
+    Config {
+        args: WorkerArgs {
+            worker_id: "worker-cpu-0".into(),
+            model,
+            model_ref: Some("tiny".parse().unwrap()),
+            sha256: None,
+            backend: Backend::Cpu,
+            gpu: 0,
+            bind: Ipv4Addr::LOCALHOST.into(),
+            port: 0,
+            pool_url: None,
+            context_length: Some(LONG),
+            slots: 1,
+            threads: None,
+        },
+        secret: Secret::new("s3cret"),
+        nonce: "nonce-7".into(),
+        stop_grace: PATIENCE,
+        execution_ttl: PATIENCE,
+        buffer_bytes: 16 << 20,
+    }
+}
+
+impl Worker {
+    async fn start() -> Self {
+        Self::with(|_| ()).await
+    }
+
+    async fn with(change: impl FnOnce(&mut Config)) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("tiny.gguf");
+        TinyModel {
+            context: LONG,
+            ..TinyModel::default()
+        }
+        .write(&model)
+        .unwrap();
+        let mut config = config(model);
+        change(&mut config);
+        let (listening, address) = oneshot::channel();
+        let shutdown = Shutdown::manual();
+        let task = tokio::spawn(run(config, shutdown.clone(), move |addr| {
+            let _ = listening.send(addr);
+        }));
+        let url = format!("http://{}", address.await.expect("the worker listens"));
+        let client = ApiClient::new(&url, Some(Secret::new("s3cret"))).unwrap();
+        let worker = Self {
+            client,
+            url,
+            shutdown,
+            task,
+            _folder: folder,
+        };
+        worker
+            .until(|health| health.state == HealthState::Ready)
+            .await;
+        worker
+    }
+
+    async fn health(&self) -> WorkerHealth {
+        self.client.get("/health").await.unwrap()
+    }
+
+    async fn until(&self, condition: impl Fn(&WorkerHealth) -> bool) -> WorkerHealth {
+        let wait = async {
+            loop {
+                let health = self.health().await;
+                if condition(&health) {
+                    return health;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, wait)
+            .await
+            .expect("the worker gets there")
+    }
+
+    async fn execute(&self, request: &ExecuteRequest) -> Result<EventStream, ClientError> {
+        self.client
+            .events(self.client.request(Method::POST, "/execute").json(request))
+            .await
+    }
+
+    async fn events_after(
+        &self,
+        job_id: &str,
+        position: usize,
+    ) -> Result<EventStream, ClientError> {
+        let request = self
+            .client
+            .request(Method::GET, &format!("/executions/{job_id}/events"));
+        self.client
+            .events(request.header("Last-Event-ID", &position.to_string()))
+            .await
+    }
+
+    async fn cancel(&self, job_id: &str, fence: u64) -> Result<CancelResponse, ClientError> {
+        self.client
+            .post(
+                "/cancel",
+                &CancelRequest {
+                    job_id: job_id.into(),
+                    fence,
+                },
+            )
+            .await
+    }
+
+    async fn stop(self) {
+        self.shutdown.trigger();
+        timeout(PATIENCE, self.task)
+            .await
+            .expect("it stops")
+            .unwrap()
+            .unwrap();
+    }
+}
+
+/// The next event that isn't a momentary figure, with its number.
+async fn next(stream: &mut EventStream) -> Option<(usize, WorkerEvent)> {
+    loop {
+        let event = timeout(PATIENCE, stream.next())
+            .await
+            .expect("an event comes")?
+            .unwrap();
+        let parsed = WorkerEvent::parse(&event.event, &event.data).unwrap();
+        match event.id {
+            Some(id) => return Some((id.parse().unwrap(), parsed)),
+            None => assert!(matches!(parsed, WorkerEvent::Metrics(_))),
+        }
+    }
+}
+
+async fn rest(mut stream: EventStream) -> Vec<(usize, WorkerEvent)> {
+    let mut events = Vec::new();
+    while let Some(event) = next(&mut stream).await {
+        events.push(event);
+    }
+    events
+}
+
+fn short(job_id: &str, fence: u64) -> ExecuteRequest {
+    let sampling = Sampling {
+        temperature: 0.8,
+        ..Sampling::default()
+    };
+    ExecuteRequest {
+        job_id: job_id.into(),
+        fence,
+        sampling,
+        max_tokens: 20,
+        ..greedy("hello")
+    }
+}
+
+fn endless(job_id: &str, fence: u64) -> ExecuteRequest {
+    ExecuteRequest {
+        max_tokens: LONG,
+        ..short(job_id, fence)
+    }
+}
+
+fn api_code(error: &ClientError) -> (u16, &str) {
+    (
+        error.status().unwrap(),
+        error.api().map_or("", |error| error.code.as_str()),
+    )
+}
+
+fn last_error(events: &[(usize, WorkerEvent)]) -> WorkerErrorCode {
+    match events.last() {
+        Some((_, WorkerEvent::Error(error))) => error.code,
+        other => panic!("it ended with {other:?}"),
+    }
+}
+
+// [CAND-001] [CAND-054]
+#[tokio::test]
+async fn an_execution_streams_started_tokens_and_end_in_order() {
+    let worker = Worker::start().await;
+    let events = rest(worker.execute(&short("job-1", 1)).await.unwrap()).await;
+    let ids: Vec<usize> = events.iter().map(|(id, _)| *id).collect();
+    assert_eq!(ids, (1..=events.len()).collect::<Vec<_>>());
+    assert!(
+        matches!(&events[0].1, WorkerEvent::Started(started) if started.tokens_in == 12 && started.fence == 1)
+    );
+    assert!(
+        events[1..events.len() - 1]
+            .iter()
+            .all(|(_, event)| matches!(event, WorkerEvent::Token(_)))
+    );
+    let WorkerEvent::End(end) = &events[events.len() - 1].1 else {
+        panic!("no end")
+    };
+    assert_eq!(
+        (end.tokens_in, end.tokens_out, end.stop_reason),
+        (12, 20, StopReason::MaxTokens)
+    );
+    worker.stop().await;
+}
+
+// [CAND-002]
+#[tokio::test]
+async fn health_answers_while_it_computes() {
+    let worker = Worker::start().await;
+    let idle = worker.health().await;
+    assert_eq!(
+        (idle.worker_id.as_str(), idle.nonce.as_str(), idle.active),
+        ("worker-cpu-0", "nonce-7", 0)
+    );
+    assert_eq!(
+        (idle.context_length, idle.load_percent, idle.slots),
+        (Some(LONG), 100, 1)
+    );
+    assert!(idle.measured_bytes.is_some_and(|bytes| bytes > 1 << 20));
+
+    let long_prompt = ExecuteRequest {
+        prompt: Some("x".repeat(50_000)),
+        ..endless("job-1", 1)
+    };
+    let _stream = worker.execute(&long_prompt).await.unwrap();
+    let mut seen = idle.progress;
+    for _ in 0..5 {
+        let asked = std::time::Instant::now();
+        let health = worker
+            .until(|health| health.active == 1 && health.progress > seen)
+            .await;
+        assert!(asked.elapsed() < Duration::from_secs(20));
+        seen = health.progress;
+    }
+    worker.cancel("job-1", 1).await.unwrap();
+    worker.stop().await;
+}
+
+// [CAND-053]
+#[tokio::test]
+async fn a_cancel_ends_prompt_and_answer_alike() {
+    let worker = Worker::start().await;
+    let mut stream = worker.execute(&endless("job-1", 3)).await.unwrap();
+    while !matches!(next(&mut stream).await, Some((_, WorkerEvent::Token(_)))) {}
+    let stale = worker.cancel("job-1", 2).await.unwrap_err();
+    assert_eq!(api_code(&stale), (409, "STALE_FENCE"));
+    assert!(worker.cancel("job-1", 3).await.unwrap().cancelled);
+    assert_eq!(last_error(&rest(stream).await), WorkerErrorCode::Cancelled);
+    assert!(!worker.cancel("job-1", 3).await.unwrap().cancelled);
+
+    let long_prompt = ExecuteRequest {
+        prompt: Some("x".repeat(50_000)),
+        ..short("job-2", 1)
+    };
+    let mut stream = worker.execute(&long_prompt).await.unwrap();
+    assert!(matches!(
+        next(&mut stream).await,
+        Some((1, WorkerEvent::Started(_)))
+    ));
+    assert!(worker.cancel("job-2", 1).await.unwrap().cancelled);
+    let events = rest(stream).await;
+    assert_eq!(
+        (events.len(), last_error(&events)),
+        (1, WorkerErrorCode::Cancelled)
+    );
+    worker.stop().await;
+}
+
+// [CAND-060]
+#[tokio::test]
+async fn fences_attach_replace_and_refuse() {
+    let worker = Worker::start().await;
+    let mut first = worker.execute(&endless("job-1", 5)).await.unwrap();
+    let started = next(&mut first).await;
+    let mut attached = worker.execute(&endless("job-1", 5)).await.unwrap();
+    assert_eq!(
+        next(&mut attached).await,
+        started,
+        "the same execution, from its start"
+    );
+    assert_eq!(worker.health().await.active, 1);
+    assert_eq!(
+        api_code(&worker.execute(&endless("job-1", 4)).await.unwrap_err()),
+        (409, "STALE_FENCE")
+    );
+    assert_eq!(
+        api_code(&worker.execute(&short("job-2", 1)).await.unwrap_err()),
+        (429, "BUSY")
+    );
+
+    let newer = rest(worker.execute(&short("job-1", 6)).await.unwrap()).await;
+    assert!(matches!(newer.last(), Some((_, WorkerEvent::End(_)))));
+    assert_eq!(last_error(&rest(first).await), WorkerErrorCode::Replaced);
+    assert_eq!(last_error(&rest(attached).await), WorkerErrorCode::Replaced);
+    worker.stop().await;
+}
+
+// [CAND-063]
+#[tokio::test]
+async fn a_reader_that_lost_its_connection_misses_nothing() {
+    let worker = Worker::start().await;
+    let request = ExecuteRequest {
+        max_tokens: 300,
+        ..short("job-1", 1)
+    };
+    let mut stream = worker.execute(&request).await.unwrap();
+    let mut events = vec![
+        next(&mut stream).await.unwrap(),
+        next(&mut stream).await.unwrap(),
+    ];
+    drop(stream);
+    events.extend(rest(worker.events_after("job-1", 2).await.unwrap()).await);
+    let again = rest(worker.events_after("job-1", 0).await.unwrap()).await;
+    assert_eq!(events, again);
+    assert!(matches!(again.last(), Some((_, WorkerEvent::End(end))) if end.tokens_out == 300));
+    assert_eq!(
+        rest(worker.execute(&request).await.unwrap()).await,
+        again,
+        "posting it again runs nothing again"
+    );
+
+    assert_eq!(
+        api_code(&worker.events_after("job-1", 999).await.unwrap_err()),
+        (400, "INVALID_REQUEST")
+    );
+    assert_eq!(
+        api_code(&worker.events_after("job-2", 0).await.unwrap_err()),
+        (404, "NOT_FOUND")
+    );
+    worker
+        .client
+        .delete::<()>("/executions/job-1")
+        .await
+        .unwrap();
+    assert_eq!(
+        api_code(&worker.events_after("job-1", 0).await.unwrap_err()),
+        (404, "NOT_FOUND")
+    );
+    worker.stop().await;
+}
+
+// [CAND-052] [CAND-055]
+#[tokio::test]
+async fn what_can_not_run_says_why() {
+    let worker = Worker::start().await;
+    let too_long = ExecuteRequest {
+        prompt: Some("x".repeat(LONG as usize)),
+        ..short("job-1", 1)
+    };
+    let events = rest(worker.execute(&too_long).await.unwrap()).await;
+    let [(1, WorkerEvent::Error(error))] = events.as_slice() else {
+        panic!("{events:?}")
+    };
+    assert_eq!(
+        (error.code, error.retriable),
+        (WorkerErrorCode::ContextOverflow, false)
+    );
+    let none = ExecuteRequest {
+        max_tokens: 0,
+        ..short("job-2", 1)
+    };
+    assert_eq!(
+        api_code(&worker.execute(&none).await.unwrap_err()),
+        (400, "INVALID_REQUEST")
+    );
+    worker.stop().await;
+}
+
+// [CAND-003]
+#[tokio::test]
+async fn nothing_but_health_opens_without_the_secret() {
+    let worker = Worker::start().await;
+    for secret in [None, Some(Secret::new("s3cres"))] {
+        let stranger = ApiClient::new(&worker.url, secret).unwrap();
+        let health: WorkerHealth = stranger.get("/health").await.unwrap();
+        assert_eq!(health.state, HealthState::Ready);
+        for path in ["/metrics", "/version", "/executions/job-1/events"] {
+            assert_eq!(
+                stranger.get::<IgnoredAny>(path).await.unwrap_err().status(),
+                Some(401),
+                "{path}"
+            );
+        }
+        assert_eq!(
+            stranger
+                .delete::<IgnoredAny>("/executions/job-1")
+                .await
+                .unwrap_err()
+                .status(),
+            Some(401)
+        );
+        for path in ["/execute", "/cancel", "/shutdown"] {
+            let refused = stranger
+                .post::<_, IgnoredAny>(path, &short("job-1", 1))
+                .await
+                .unwrap_err();
+            assert_eq!(refused.status(), Some(401), "{path}");
+        }
+    }
+    assert_eq!(worker.health().await.active, 0);
+    worker.stop().await;
+}
+
+// [CAND-004]
+#[tokio::test]
+async fn the_pool_is_told_once_the_model_is_loaded() {
+    use axum::{Json, Router, http::HeaderMap, routing::post};
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let ready = move |headers: HeaderMap, Json(health): Json<WorkerHealth>| async move {
+        let _ = tell.send((
+            headers["authorization"].to_str().unwrap().to_owned(),
+            health,
+        ));
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let pool_url = format!("http://{}", listener.local_addr().unwrap());
+    let pool = tokio::spawn(async move {
+        axum::serve(listener, Router::new().route("/workers/ready", post(ready))).await
+    });
+    let worker = Worker::with(|config| config.args.pool_url = Some(pool_url)).await;
+    let (authorization, health) = timeout(PATIENCE, told.recv()).await.unwrap().unwrap();
+    assert_eq!(authorization, "Bearer s3cret");
+    assert_eq!(
+        (health.state, health.nonce.as_str()),
+        (HealthState::Ready, "nonce-7")
+    );
+    worker.stop().await;
+    pool.abort();
+}
+
+// [CAND-005]
+#[tokio::test]
+async fn figures_count_what_was_done() {
+    let worker = Worker::start().await;
+    rest(worker.execute(&short("job-1", 1)).await.unwrap()).await;
+    let text = worker.client.get_text("/metrics").await.unwrap();
+    for line in [
+        "candled_executions_total{outcome=\"end\"} 1",
+        "candled_generated_tokens_total 20",
+        "candled_prompt_tokens_total 12",
+        "candled_ttft_seconds_count 1",
+        "candled_active_executions 0",
+    ] {
+        assert!(
+            text.lines().any(|found| found == line),
+            "no `{line}` in\n{text}"
+        );
+    }
+    worker.stop().await;
+}
+
+// [CAND-070]
+#[tokio::test]
+async fn a_stop_lets_running_work_finish_within_the_grace() {
+    let worker = Worker::start().await;
+    let request = ExecuteRequest {
+        max_tokens: 2000,
+        ..short("job-1", 1)
+    };
+    let mut stream = worker.execute(&request).await.unwrap();
+    next(&mut stream).await;
+    worker.client.post::<_, ()>("/shutdown", &()).await.unwrap();
+    let events = rest(stream).await;
+    assert!(matches!(events.last(), Some((_, WorkerEvent::End(end))) if end.tokens_out == 2000));
+    timeout(PATIENCE, worker.task)
+        .await
+        .expect("it stops")
+        .unwrap()
+        .unwrap();
+
+    let worker = Worker::with(|config| config.stop_grace = Duration::from_millis(100)).await;
+    let mut stream = worker.execute(&endless("job-1", 1)).await.unwrap();
+    next(&mut stream).await;
+    worker.shutdown.trigger();
+    let events = rest(stream).await;
+    assert_eq!(last_error(&events), WorkerErrorCode::ShuttingDown);
+    assert!(matches!(events.last(), Some((_, WorkerEvent::Error(error))) if error.retriable));
+    timeout(PATIENCE, worker.task)
+        .await
+        .expect("it stops")
+        .unwrap()
+        .unwrap();
+}

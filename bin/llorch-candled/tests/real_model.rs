@@ -1,0 +1,165 @@
+//! The real model, SmolLM2-135M-Instruct Q4_1, against what llama.cpp makes of the same file.
+
+mod support;
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use candle_core::Device;
+use llorch_candled::engine::Engine;
+use pool_core::api::worker::{ExecuteRequest, StopReason};
+use serde::Deserialize;
+use support::{greedy, run};
+
+/// Where the reference's best token leads the second by less than this, rounding may choose the other.
+const MARGIN: f32 = 0.25;
+
+fn model_path() -> PathBuf {
+    std::env::var_os("LLORCH_TEST_MODEL").map(PathBuf::from).expect(
+        "LLORCH_TEST_MODEL must be the path of SmolLM2-135M-Instruct.Q4_1.gguf; `scripts/test` fetches the file and sets it",
+    )
+}
+
+static ENGINE: LazyLock<Engine> = LazyLock::new(|| {
+    Engine::load(&model_path(), &Device::Cpu, None, &mut |_, _| ()).expect("the model loads")
+});
+
+#[derive(Deserialize)]
+struct Vector {
+    text: String,
+    ids: Vec<u32>,
+}
+
+#[derive(Deserialize)]
+struct Vectors {
+    vectors: Vec<Vector>,
+}
+
+// [CAND-030]
+#[test]
+fn token_ids_equal_the_references_and_read_back_as_the_text() {
+    let data: Vectors = serde_json::from_str(include_str!("data/tokenizer-vectors.json")).unwrap();
+    assert_eq!(data.vectors.len(), 67);
+    let tokenizer = ENGINE.tokenizer();
+    for Vector { text, ids } in data.vectors {
+        assert_eq!(tokenizer.encode(&text).unwrap(), ids, "{text:?}");
+        if text.contains("<|") {
+            continue;
+        }
+        let mut reader = tokenizer.detokenizer();
+        let mut back: String = ids.iter().map(|id| reader.push(*id)).collect();
+        back.push_str(&reader.finish());
+        assert_eq!(back, text);
+    }
+}
+
+#[derive(Deserialize)]
+struct Prompt {
+    prompt: String,
+    text: String,
+    ids: Vec<u32>,
+    margin: Vec<f32>,
+}
+
+#[derive(Deserialize)]
+struct Reference {
+    prompts: Vec<Prompt>,
+}
+
+// [CAND-012]
+#[test]
+fn greedy_text_equals_the_reference_up_to_the_first_near_tie() {
+    let data: Reference = serde_json::from_str(include_str!("data/reference-greedy.json")).unwrap();
+    assert_eq!(data.prompts.len(), 8);
+    for Prompt {
+        prompt,
+        text,
+        ids,
+        margin,
+    } in data.prompts
+    {
+        let clear = margin
+            .iter()
+            .position(|m| *m < MARGIN)
+            .unwrap_or(margin.len());
+        if clear == 0 {
+            continue; // Covered by the test below.
+        }
+        let answer = run(
+            &ENGINE,
+            ExecuteRequest {
+                max_tokens: clear as u32,
+                raw: true,
+                ..greedy(&prompt)
+            },
+        )
+        .unwrap();
+        assert_eq!(answer.ids, ids[..clear], "{prompt:?}");
+        assert!(
+            text.starts_with(&answer.text),
+            "{prompt:?}: {:?} instead of {text:?}",
+            answer.text
+        );
+    }
+}
+
+// [CAND-012]
+#[test]
+fn along_the_reference_the_likeliest_token_is_the_references() {
+    let data: Reference = serde_json::from_str(include_str!("data/reference-greedy.json")).unwrap();
+    for Prompt {
+        prompt,
+        ids,
+        margin,
+        ..
+    } in data.prompts
+    {
+        let (decoder, tokens) = (
+            ENGINE.decoder(),
+            ENGINE.tokenizer().encode(&prompt).unwrap(),
+        );
+        let mut cache = decoder.new_cache(tokens.len() + ids.len()).unwrap();
+        let mut logits = decoder.logits(&tokens, &mut cache).unwrap();
+        for (at, (id, margin)) in ids.iter().zip(margin).enumerate().take(24) {
+            let best = (0u32..)
+                .zip(&logits)
+                .max_by(|a, b| a.1.total_cmp(b.1))
+                .unwrap()
+                .0;
+            assert!(
+                best == *id || margin < MARGIN,
+                "{prompt:?}, token {at}: {best} instead of {id}"
+            );
+            logits = decoder.logits(&[*id], &mut cache).unwrap();
+        }
+    }
+}
+
+// [CAND-012]
+#[test]
+fn well_known_prompts_are_answered_as_by_the_reference() {
+    let raw = |prompt: &str, tokens| {
+        run(
+            &ENGINE,
+            ExecuteRequest {
+                max_tokens: tokens,
+                raw: true,
+                ..greedy(prompt)
+            },
+        )
+        .unwrap()
+        .text
+    };
+    assert_eq!(raw("The capital of France is", 2), " Paris.");
+    assert_eq!(raw("1, 2, 3, 4, 5,", 8), " 6, 7, 8");
+    let chat = run(
+        &ENGINE,
+        ExecuteRequest {
+            max_tokens: 64,
+            ..greedy("What is 2+2?")
+        },
+    )
+    .unwrap();
+    assert_eq!(chat.text, "The answer to this classic math problem is 4.");
+    assert_eq!(chat.end.stop_reason, StopReason::Eos);
+}

@@ -1,0 +1,86 @@
+//! What the integration tests share: running a request on an engine, and making tiny models.
+
+#![allow(dead_code)] // Every test binary uses its own part of this.
+
+pub mod tiny_model;
+
+use std::time::Instant;
+
+use candle_core::Device;
+use llorch_candled::engine::{Control, Engine, Failure, Halted, LoadError};
+use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEnd, WorkerEvent};
+
+/// What came out of a request.
+pub struct Answer {
+    pub text: String,
+    pub ids: Vec<u32>,
+    pub pieces: Vec<pool_core::api::worker::WorkerToken>,
+    pub end: WorkerEnd,
+}
+
+/// Loads a tiny model.
+pub fn tiny(model: &tiny_model::TinyModel) -> Result<Engine, LoadError> {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("tiny.gguf");
+    model.write(&path).expect("the model is written");
+    Engine::load(&path, &Device::Cpu, None, &mut |_, _| ())
+}
+
+/// Collects events; never halts.
+#[derive(Default)]
+pub struct Collect {
+    pub events: Vec<WorkerEvent>,
+}
+
+impl Control for Collect {
+    fn check(&self) -> Result<(), Halted> {
+        Ok(())
+    }
+    fn event(&mut self, event: WorkerEvent) {
+        self.events.push(event);
+    }
+    fn progress(&mut self) {}
+    fn drawn(&mut self) {}
+}
+
+/// A request for the likeliest answer to `prompt`.
+pub fn greedy(prompt: &str) -> ExecuteRequest {
+    ExecuteRequest {
+        job_id: "job-1".into(),
+        attempt: 1,
+        fence: 1,
+        prompt: Some(prompt.into()),
+        messages: None,
+        raw: false,
+        system: None,
+        sampling: Sampling {
+            temperature: 0.0,
+            ..Sampling::default()
+        },
+        seed: 1,
+        max_tokens: 16,
+        stop: Vec::new(),
+        resume: None,
+    }
+}
+
+/// Runs a request to its end.
+pub fn run(engine: &Engine, request: ExecuteRequest) -> Result<Answer, Failure> {
+    let generation = engine.prepare(request, Instant::now())?;
+    let mut control = Collect::default();
+    let end = engine.generate(&generation, &mut control)?;
+    let pieces: Vec<_> = control
+        .events
+        .into_iter()
+        .filter_map(|event| match event {
+            WorkerEvent::Token(token) => Some(token),
+            _ => None,
+        })
+        .collect();
+    Ok(Answer {
+        text: pieces.iter().map(|p| p.t.as_str()).collect(),
+        ids: pieces.iter().flat_map(|p| p.ids.iter().copied()).collect(),
+        pieces,
+        end,
+    })
+}

@@ -1,0 +1,261 @@
+//! Makes tiny models with random weights: real GGUF files of any supported architecture, a few hundred kilobytes, fast
+//! enough to generate thousands of tokens a second. It needs nothing but the standard library, so other test crates
+//! can include this file.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+/// What a tiny model is like.
+#[derive(Debug, Clone)]
+pub struct TinyModel {
+    /// `llama`, `qwen2` or `qwen3`; any other name makes a file that is refused.
+    pub architecture: &'static str,
+    /// Other seeds make other models.
+    pub seed: u64,
+    /// Longest context.
+    pub context: u32,
+    /// Written as `tokenizer.chat_template`.
+    pub chat_template: Option<&'static str>,
+}
+
+impl Default for TinyModel {
+    fn default() -> Self {
+        Self {
+            architecture: "llama",
+            seed: 1,
+            context: 1024,
+            chat_template: Some(
+                "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}",
+            ),
+        }
+    }
+}
+
+const WIDTH: usize = 32;
+const HEADS: usize = 4;
+const KV_HEADS: usize = 2;
+const HEAD_DIM: usize = 8;
+const INNER: usize = 64;
+const BLOCKS: usize = 2;
+
+/// Tokens 0 to 255 are the bytes in GPT-2's order of characters; these follow.
+const CONTROL: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
+/// Id of the token that ends an answer.
+pub const END: u32 = 257;
+const VOCAB: usize = 256 + CONTROL.len();
+
+/// Name, dimensions (the contiguous one first) and values.
+type Tensor = (String, Vec<usize>, Vec<f32>);
+
+impl TinyModel {
+    /// Writes the model to `path`.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        fs::write(path, self.bytes())
+    }
+
+    /// The model as a file's content.
+    pub fn bytes(&self) -> Vec<u8> {
+        let tensors = self.tensors();
+        let mut file = Writer(Vec::new());
+        file.0.extend_from_slice(b"GGUF");
+        file.u32(3);
+        file.u64(tensors.len() as u64);
+        let metadata = self.metadata();
+        file.u64(metadata.len() as u64);
+        for (key, value) in metadata {
+            file.text(&key);
+            file.0.extend_from_slice(&value.0);
+        }
+        let mut offset = 0u64;
+        for (name, dims, values) in &tensors {
+            file.text(name);
+            file.u32(dims.len() as u32);
+            for dim in dims {
+                file.u64(*dim as u64);
+            }
+            file.u32(0); // 32-bit floats
+            file.u64(offset);
+            offset += (values.len() as u64 * 4).next_multiple_of(32);
+        }
+        for (_, _, values) in &tensors {
+            file.pad();
+            for value in values {
+                file.0.extend_from_slice(&value.to_le_bytes());
+            }
+        }
+        file.pad();
+        file.0
+    }
+
+    fn metadata(&self) -> Vec<(String, Writer)> {
+        let own = |suffix: &str| format!("{}.{suffix}", self.architecture);
+        let number = |key: String, value: u32| (key, Writer::value(4, |w| w.u32(value)));
+        let float = |key: String, value: f32| {
+            (
+                key,
+                Writer::value(6, |w| w.0.extend_from_slice(&value.to_le_bytes())),
+            )
+        };
+        let text = |key: &str, value: &str| (key.to_owned(), Writer::value(8, |w| w.text(value)));
+        let mut metadata = vec![
+            text("general.architecture", self.architecture),
+            number(own("block_count"), BLOCKS as u32),
+            number(own("context_length"), self.context),
+            number(own("embedding_length"), WIDTH as u32),
+            number(own("feed_forward_length"), INNER as u32),
+            number(own("attention.head_count"), HEADS as u32),
+            number(own("attention.head_count_kv"), KV_HEADS as u32),
+            float(own("attention.layer_norm_rms_epsilon"), 1e-5),
+            float(own("rope.freq_base"), 10_000.0),
+            text("tokenizer.ggml.model", "gpt2"),
+            text("tokenizer.ggml.pre", "gpt-2"),
+            (
+                "tokenizer.ggml.tokens".to_owned(),
+                Writer::texts(&vocabulary()),
+            ),
+            ("tokenizer.ggml.merges".to_owned(), Writer::texts(&[])),
+            (
+                "tokenizer.ggml.token_type".to_owned(),
+                Writer::value(9, |w| {
+                    w.u32(5);
+                    w.u64(VOCAB as u64);
+                    (0..VOCAB).for_each(|id| w.u32(if id < 256 { 1 } else { 3 }));
+                }),
+            ),
+            number("tokenizer.ggml.eos_token_id".to_owned(), END),
+        ];
+        metadata.extend(
+            self.chat_template
+                .map(|template| text("tokenizer.chat_template", template)),
+        );
+        metadata
+    }
+
+    fn tensors(&self) -> Vec<Tensor> {
+        let mut random = Random(self.seed);
+        let mut tensors: Vec<Tensor> = Vec::new();
+        let mut matrix = |name: String, columns: usize, rows: usize, scale: f32| {
+            let values = (0..rows * columns)
+                .map(|_| random.number() * scale)
+                .collect();
+            tensors.push((name, vec![columns, rows], values));
+        };
+        let (query, kv) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
+        matrix("token_embd.weight".into(), WIDTH, VOCAB, 1.0);
+        matrix("output.weight".into(), WIDTH, VOCAB, 0.9);
+        for block in 0..BLOCKS {
+            for (part, columns, rows) in [
+                ("attn_q", WIDTH, query),
+                ("attn_k", WIDTH, kv),
+                ("attn_v", WIDTH, kv),
+                ("attn_output", query, WIDTH),
+                ("ffn_gate", WIDTH, INNER),
+                ("ffn_up", WIDTH, INNER),
+                ("ffn_down", INNER, WIDTH),
+            ] {
+                matrix(format!("blk.{block}.{part}.weight"), columns, rows, 0.4);
+            }
+        }
+        silence_unprintable(&mut tensors[1].2);
+        let mut vector =
+            |name: String, values: Vec<f32>| tensors.push((name, vec![values.len()], values));
+        vector("output_norm.weight".into(), vec![1.0; WIDTH]);
+        for block in 0..BLOCKS {
+            vector(format!("blk.{block}.attn_norm.weight"), vec![1.0; WIDTH]);
+            vector(format!("blk.{block}.ffn_norm.weight"), vec![1.0; WIDTH]);
+            if self.architecture == "qwen2" {
+                for (part, rows) in [("attn_q", query), ("attn_k", kv), ("attn_v", kv)] {
+                    let values = (0..rows).map(|_| random.number()).collect();
+                    vector(format!("blk.{block}.{part}.bias"), values);
+                }
+            }
+            if self.architecture == "qwen3" {
+                for part in ["attn_q_norm", "attn_k_norm"] {
+                    let values = (0..HEAD_DIM).map(|_| 1.0 + random.number() * 0.3).collect();
+                    vector(format!("blk.{block}.{part}.weight"), values);
+                }
+            }
+        }
+        tensors
+    }
+}
+
+/// Only printable ASCII has a likelihood to speak of, so answers are readable and don't end by chance.
+fn silence_unprintable(output: &mut [f32]) {
+    for (id, text) in vocabulary().iter().enumerate() {
+        let printable =
+            id < 256 && (text.chars().all(|c| c.is_ascii_graphic()) || text == "\u{120}");
+        if !printable {
+            output[id * WIDTH..(id + 1) * WIDTH].fill(0.0);
+        }
+    }
+}
+
+fn vocabulary() -> Vec<String> {
+    let printable = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let own = (0..=255u8)
+        .filter(printable)
+        .map(|byte| char::from(byte).to_string());
+    let others = (0..(0..=255u8).filter(|byte| !printable(byte)).count() as u32)
+        .filter_map(|n| char::from_u32(0x100 + n))
+        .map(|c| c.to_string());
+    own.chain(others)
+        .chain(CONTROL.map(str::to_owned))
+        .collect()
+}
+
+struct Writer(Vec<u8>);
+
+impl Writer {
+    fn value(ty: u32, write: impl FnOnce(&mut Self)) -> Self {
+        let mut writer = Self(Vec::new());
+        writer.u32(ty);
+        write(&mut writer);
+        writer
+    }
+
+    fn texts(texts: &[String]) -> Self {
+        Self::value(9, |w| {
+            w.u32(8);
+            w.u64(texts.len() as u64);
+            texts.iter().for_each(|text| w.text(text));
+        })
+    }
+
+    fn u32(&mut self, value: u32) {
+        self.0.extend_from_slice(&value.to_le_bytes());
+    }
+
+    fn u64(&mut self, value: u64) {
+        self.0.extend_from_slice(&value.to_le_bytes());
+    }
+
+    fn text(&mut self, text: &str) {
+        self.u64(text.len() as u64);
+        self.0.extend_from_slice(text.as_bytes());
+    }
+
+    fn pad(&mut self) {
+        self.0.resize(self.0.len().next_multiple_of(32), 0);
+    }
+}
+
+/// SplitMix64: small, and the same everywhere.
+struct Random(u64);
+
+impl Random {
+    /// Roughly normal, of mean 0 and variance 1.
+    fn number(&mut self) -> f32 {
+        let sum: f32 = (0..4).map(|_| self.uniform()).sum();
+        (sum - 2.0) * 1.732
+    }
+
+    fn uniform(&mut self) -> f32 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 24) as f32
+    }
+}
