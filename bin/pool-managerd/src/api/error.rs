@@ -1,0 +1,153 @@
+//! How errors of the domain become answers: status codes are picked here alone.
+
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use pool_core::api::pool::PoolErrorCode;
+use pool_core::catalog::store::ResolveError;
+use pool_core::lifecycle::{HealthRefused, ObserveError, SpawnError, StopError};
+use pool_core::registry::RegistryError;
+use pool_core::service::{ServiceError, codes};
+use serde_json::json;
+
+/// An error on its way to the client.
+pub struct ApiError(ServiceError);
+
+/// What handlers return.
+pub type ApiResult<T> = Result<T, ApiError>;
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        self.0.into_response()
+    }
+}
+
+fn error(code: PoolErrorCode, message: impl Into<String>) -> ServiceError {
+    use PoolErrorCode as C;
+    let status = match code {
+        C::InvalidRequest | C::ModelNotAllowed => StatusCode::BAD_REQUEST,
+        C::ModelNotFound | C::ModelNotDownloaded | C::WorkerNotFound => StatusCode::NOT_FOUND,
+        C::BackendUnavailable | C::NoDevice | C::NotThisWorker => StatusCode::CONFLICT,
+        C::OutOfMemory | C::NoPort | C::PoolDraining => StatusCode::SERVICE_UNAVAILABLE,
+        C::SpawnFailed => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    ServiceError::new(status, code.as_str(), message)
+}
+
+impl ApiError {
+    /// There is no worker with this id.
+    pub fn no_worker(id: &str) -> Self {
+        StopError::Unknown {
+            id: id.chars().take(80).collect(),
+        }
+        .into()
+    }
+
+    /// The pool takes no new workers.
+    pub fn draining() -> Self {
+        Self(
+            error(
+                PoolErrorCode::PoolDraining,
+                "this pool takes no new workers",
+            )
+            .hint("`POST /resume` makes it take them again"),
+        )
+    }
+
+    /// A worker reports itself without its secret.
+    pub fn not_a_worker() -> Self {
+        Self(
+            ServiceError::new(
+                StatusCode::UNAUTHORIZED,
+                codes::UNAUTHORIZED,
+                "only a worker of this pool may report itself",
+            )
+            .hint("a worker sends the secret of its environment as bearer token"),
+        )
+    }
+
+    /// A number of the query is outside its range.
+    pub fn out_of_range(message: String) -> Self {
+        Self(error(PoolErrorCode::InvalidRequest, message))
+    }
+
+    /// A fault of ours.
+    pub fn internal(cause: &(dyn std::error::Error + 'static)) -> Self {
+        Self(ServiceError::internal(cause))
+    }
+}
+
+impl From<SpawnError> for ApiError {
+    fn from(spawn: SpawnError) -> Self {
+        use {PoolErrorCode as C, ResolveError as R, SpawnError as S};
+        let code = match &spawn {
+            S::Registry(cause) => return Self::internal(cause),
+            S::MemoryUnknown(_) | S::Model(R::Io { .. }) => return Self::internal(&spawn),
+            S::Model(R::Unknown { .. } | R::NotCatalogued { .. } | R::Missing { .. }) => {
+                C::ModelNotFound
+            }
+            S::Model(R::NotDownloaded { .. }) => C::ModelNotDownloaded,
+            S::Model(R::Forbidden { .. }) => C::ModelNotAllowed,
+            S::Model(R::NotAFile { .. }) | S::Slots { .. } | S::Context { .. } | S::GpuWithCpu => {
+                C::InvalidRequest
+            }
+            S::NoDevice { .. } => C::NoDevice,
+            S::NoProgram { .. } => C::BackendUnavailable,
+            S::MemoryShort { .. } => C::OutOfMemory,
+            S::NoPort { .. } | S::PortTaken { .. } => C::NoPort,
+            S::Exec { .. } => C::SpawnFailed,
+        };
+        let cause = std::error::Error::source(&spawn)
+            .filter(|_| code == C::SpawnFailed)
+            .map(|cause| format!(": {cause}"));
+        let mut answer = error(code, format!("{spawn}{}", cause.unwrap_or_default()));
+        if let S::MemoryShort {
+            device,
+            needed_bytes,
+            free_bytes,
+            total_bytes,
+            ..
+        } = &spawn
+        {
+            answer = answer.retriable(needed_bytes <= total_bytes).details(json!({
+                "device": device, "needed_bytes": needed_bytes, "free_bytes": free_bytes, "total_bytes": total_bytes,
+            }));
+        }
+        Self(match spawn.hint() {
+            Some(hint) => answer.hint(hint),
+            None => answer,
+        })
+    }
+}
+
+impl From<StopError> for ApiError {
+    fn from(stop: StopError) -> Self {
+        let answer = match &stop {
+            StopError::Unknown { .. } => error(PoolErrorCode::WorkerNotFound, stop.to_string()),
+            StopError::Registry(cause) => return Self::internal(cause),
+            StopError::Signal { .. } | StopError::Unstoppable { .. } => {
+                return Self::internal(&stop);
+            }
+        };
+        Self(match stop.hint() {
+            Some(hint) => answer.hint(hint),
+            None => answer,
+        })
+    }
+}
+
+impl From<ObserveError> for ApiError {
+    fn from(observe: ObserveError) -> Self {
+        match &observe {
+            ObserveError::Refused(HealthRefused::Stranger { .. } | HealthRefused::Over { .. }) => {
+                Self(error(PoolErrorCode::NotThisWorker, observe.to_string()))
+            }
+            ObserveError::Registry(cause) => Self::internal(cause),
+        }
+    }
+}
+
+impl From<RegistryError> for ApiError {
+    fn from(cause: RegistryError) -> Self {
+        Self::internal(&cause)
+    }
+}

@@ -1,0 +1,195 @@
+//! What the orchestrator hears, told by one that only listens.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::routing::post;
+use axum::{Json, Router};
+use pool_core::api::pool::{Heartbeat, RegisterRequest};
+use pool_core::process::Signal;
+use pool_core::worker::WorkerStatus;
+use tokio::net::TcpListener;
+
+use crate::support::{Daemon, Host, until};
+
+/// An orchestrator that notes what it is told.
+#[derive(Clone, Default)]
+struct Ear(Arc<Mutex<Heard>>);
+
+#[derive(Default)]
+struct Heard {
+    known: bool,
+    registrations: Vec<RegisterRequest>,
+    heartbeats: Vec<Heartbeat>,
+}
+
+impl Ear {
+    async fn listen(&self, listener: TcpListener) {
+        let register = async |State(ear): State<Ear>, Json(request): Json<RegisterRequest>| {
+            let mut heard = ear.0.lock().unwrap();
+            heard.known = true;
+            heard.registrations.push(request);
+        };
+        let heartbeat = async |State(ear): State<Ear>,
+                               Path(id): Path<String>,
+                               Json(heartbeat): Json<Heartbeat>| {
+            let mut heard = ear.0.lock().unwrap();
+            if !heard.known {
+                return StatusCode::NOT_FOUND;
+            }
+            assert_eq!(heartbeat.snapshot.status.pool_id, id);
+            heard.heartbeats.push(heartbeat);
+            StatusCode::NO_CONTENT
+        };
+        let router = Router::new()
+            .route("/v2/pools/register", post(register))
+            .route("/v2/pools/{id}/heartbeat", post(heartbeat));
+        axum::serve(listener, router.with_state(self.clone()))
+            .await
+            .unwrap();
+    }
+
+    async fn until_last(&self, what: &str, condition: impl Fn(&Heartbeat) -> bool) -> Heartbeat {
+        until(what, async || {
+            self.0
+                .lock()
+                .unwrap()
+                .heartbeats
+                .last()
+                .filter(|last| condition(last))
+                .cloned()
+        })
+        .await
+    }
+}
+
+async fn start(
+    host: &mut Host,
+    interval_ms: u64,
+) -> (
+    Ear,
+    Daemon,
+    tokio::task::JoinHandle<()>,
+    std::net::SocketAddr,
+) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    host.config.orchestrator_url = Some(format!("http://{addr}"));
+    host.config.heartbeat_interval_ms = interval_ms;
+    let ear = Ear::default();
+    let serving = tokio::spawn({
+        let ear = ear.clone();
+        async move { ear.listen(listener).await }
+    });
+    let daemon = host.start().await;
+    (ear, daemon, serving, addr)
+}
+
+#[tokio::test] // [POOLD-030] [POOLD-032] P7
+async fn every_change_is_told_at_once_and_only_here_the_secrets() {
+    let mut host = Host::new();
+    // The interval is far longer than the test: what is heard, is heard because something changed.
+    let (ear, daemon, _serving, _) = start(&mut host, 600_000).await;
+    let first = ear.until_last("a first heartbeat", |_| true).await;
+    assert_eq!((first.seq, first.snapshot.endpoints.len()), (1, 0));
+    {
+        let heard = ear.0.lock().unwrap();
+        let [registration] = heard.registrations.as_slice() else {
+            panic!("{:?}", heard.registrations)
+        };
+        assert_eq!(registration.url, daemon.client.base_url());
+        assert_eq!(
+            (registration.api_version, &registration.instance_id),
+            (1, &first.instance_id)
+        );
+    }
+
+    let id = daemon.spawn(&host.request("serve")).await.unwrap().id;
+    let ready = ear
+        .until_last("a ready worker", |beat| !beat.snapshot.endpoints.is_empty())
+        .await;
+    let (endpoint, record) = (&ready.snapshot.endpoints[0], host.record(&id));
+    assert_eq!(
+        (&endpoint.worker_id, endpoint.url.as_str()),
+        (
+            &id,
+            format!("http://127.0.0.1:{}", record.info.port).as_str()
+        )
+    );
+    assert_eq!(endpoint.secret, record.secret.expose());
+    assert_eq!(ready.snapshot.status.workers[0].status, WorkerStatus::Ready);
+
+    let killed_at = Instant::now();
+    record.identity.unwrap().signal(Signal::KILL).unwrap();
+    let failed = ear
+        .until_last("its death", |beat| {
+            beat.snapshot.status.workers[0].status == WorkerStatus::Failed
+        })
+        .await;
+    assert!(
+        killed_at.elapsed() < Duration::from_secs(2),
+        "{:?}",
+        killed_at.elapsed()
+    );
+    assert!(failed.snapshot.endpoints.is_empty());
+    let seqs: Vec<u64> = ear
+        .0
+        .lock()
+        .unwrap()
+        .heartbeats
+        .iter()
+        .map(|beat| beat.seq)
+        .collect();
+    assert!(seqs.is_sorted_by(|a, b| a < b), "{seqs:?}");
+    daemon.shut_down().await;
+}
+
+#[tokio::test] // [POOLD-031]
+async fn an_orchestrator_that_forgot_the_pool_or_was_away_hears_of_it_again() {
+    let mut host = Host::new();
+    let (ear, daemon, serving, addr) = start(&mut host, 50).await;
+    ear.until_last("heartbeats without a change", |beat| beat.seq >= 3)
+        .await;
+    ear.0.lock().unwrap().known = false;
+    until("a second registration", async || {
+        (ear.0.lock().unwrap().registrations.len() == 2).then_some(())
+    })
+    .await;
+
+    serving.abort();
+    let _ = serving.await;
+    // Without an orchestrator the pool serves on.
+    let id = daemon.spawn(&host.request("serve")).await.unwrap().id;
+    daemon.until_status(&id, WorkerStatus::Ready).await;
+    let metrics = until("a failed heartbeat", async || {
+        let metrics = daemon.client.get_text("/metrics").await.unwrap();
+        metrics
+            .contains("pool_mgr_heartbeats_total{outcome=\"unreachable\"}")
+            .then_some(metrics)
+    })
+    .await;
+    assert!(metrics.contains("pool_mgr_heartbeats_total{outcome=\"ok\"}"));
+
+    ear.0.lock().unwrap().known = false;
+    let listener = until("the address is free", async || {
+        TcpListener::bind(addr).await.ok()
+    })
+    .await;
+    let again = tokio::spawn({
+        let ear = ear.clone();
+        async move { ear.listen(listener).await }
+    });
+    ear.until_last("the worker", |beat| {
+        beat.snapshot
+            .status
+            .workers
+            .iter()
+            .any(|worker| worker.status == WorkerStatus::Ready)
+    })
+    .await;
+    assert_eq!(ear.0.lock().unwrap().registrations.len(), 3);
+    again.abort();
+    daemon.shut_down().await;
+}

@@ -1,0 +1,8 @@
+//! The daemon in this process, with a fake worker program: what a user of its API and the orchestrator rely on. The
+//! real worker is bdd-runner's matter.
+
+#![allow(clippy::unwrap_used)]
+
+mod heartbeat;
+mod support;
+mod workers;
