@@ -1,0 +1,50 @@
+//! The commands, one file each.
+
+mod daemon;
+mod dev;
+mod models;
+mod status;
+mod worker;
+
+use clap::Subcommand;
+use pool_core::terminal::{CliError, Exit};
+
+/// A command with its arguments.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Models: what the catalogue knows, what is on disk, downloads.
+    Models {
+        #[command(subcommand)]
+        command: models::Command,
+    },
+    /// Workers: start, stop, list them, read their logs.
+    Worker {
+        #[command(subcommand)]
+        command: worker::Command,
+    },
+    /// The pool manager (`pool-managerd`): start it, stop it, look at it.
+    Daemon {
+        #[command(subcommand)]
+        command: daemon::Command,
+    },
+    /// Set this host up, and find out what it lacks.
+    Dev {
+        #[command(subcommand)]
+        command: dev::Command,
+    },
+    /// Show this pool at a glance: daemon, memory, workers, models, disk.
+    Status(status::Args),
+}
+
+impl Command {
+    /// Does what was asked for.
+    pub async fn run(self) -> Result<Exit, CliError> {
+        match self {
+            Self::Models { command } => command.run().await,
+            Self::Worker { command } => command.run().await,
+            Self::Daemon { command } => command.run().await,
+            Self::Dev { command } => command.run().await,
+            Self::Status(args) => args.run().await,
+        }
+    }
+}

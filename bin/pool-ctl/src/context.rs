@@ -1,0 +1,90 @@
+//! What every command works with: the home, the pool's settings, the catalogue and the models folder.
+
+use std::error::Error;
+use std::path::Path;
+
+use pool_core::catalog::store::{ResolveError, Store};
+use pool_core::catalog::{Catalog, CatalogError};
+use pool_core::config::{ConfigError, PoolConfig};
+use pool_core::home::Home;
+use pool_core::terminal::{CliError, Exit};
+
+/// Home and settings of this pool host.
+#[derive(Debug, Clone)]
+pub struct Context {
+    /// Where files are.
+    pub home: Home,
+    /// The settings in force.
+    pub config: PoolConfig,
+}
+
+impl Context {
+    /// From the environment and `pool-managerd.toml`. Makes nothing: a command that only looks must not fail for want
+    /// of a folder.
+    pub fn load(config: Option<&Path>) -> Result<Self, CliError> {
+        let home = Home::from_env()?;
+        let config = PoolConfig::load(&home, config).map_err(config_error)?;
+        Ok(Self { home, config })
+    }
+
+    /// As [`Context::load`], for commands that work with the registry: the folders exist afterwards.
+    pub fn open(config: Option<&Path>) -> Result<Self, CliError> {
+        let context = Self::load(config)?;
+        context.home.ensure()?;
+        Ok(context)
+    }
+
+    /// The models known by name.
+    pub fn catalog(&self) -> Result<Catalog, CliError> {
+        Catalog::load(&self.home).map_err(catalog_error)
+    }
+
+    /// The models folder.
+    pub fn store(&self) -> Store {
+        Store::new(self.config.models_dir(&self.home))
+    }
+}
+
+/// A broken settings file is wrong usage.
+pub fn config_error(error: ConfigError) -> CliError {
+    match error {
+        ConfigError::Settings(error) => error.into(),
+        error => CliError::of(Exit::Usage, &error, error.hint()),
+    }
+}
+
+/// So is a broken catalogue.
+pub fn catalog_error(error: CatalogError) -> CliError {
+    CliError::of(Exit::Usage, &error, Some(error.hint().to_owned()))
+}
+
+/// A model that can't be used: not there, or not allowed.
+pub fn resolve_error(error: &ResolveError) -> CliError {
+    let exit = match error {
+        ResolveError::Unknown { .. }
+        | ResolveError::NotCatalogued { .. }
+        | ResolveError::NotDownloaded { .. }
+        | ResolveError::Missing { .. } => Exit::NotFound,
+        ResolveError::Forbidden { .. } => Exit::Refused,
+        ResolveError::NotAFile { .. } | ResolveError::Io { .. } => Exit::Failed,
+    };
+    CliError::of(exit, error, error.hint())
+}
+
+/// What stands behind an error, the nearest cause first.
+pub fn causes(error: &dyn Error) -> Vec<String> {
+    let mut causes = Vec::new();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        causes.push(error.to_string());
+        cause = error.source();
+    }
+    causes
+}
+
+/// An error and its causes in one line.
+pub fn with_causes(error: &dyn Error) -> String {
+    causes(error)
+        .into_iter()
+        .fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}

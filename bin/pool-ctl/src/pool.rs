@@ -1,0 +1,268 @@
+//! This host's workers, through the pool manager when it runs, else directly on the same registry.
+
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use pool_core::POOL_API_VERSION;
+use pool_core::api::pool::{WorkerList, WorkerSpawnRequest, WorkerStopRequest};
+use pool_core::api::worker::WorkerHealth;
+use pool_core::client::ApiClient;
+use pool_core::lifecycle::{self, ExitFacts, Lifecycle, ObserveError, SpawnError, StopError};
+use pool_core::registry::{RegistryError, WorkerRecord};
+use pool_core::run_files;
+use pool_core::secret::Secret;
+use pool_core::terminal::{CliError, Exit, note};
+use pool_core::worker::WorkerInfo;
+use rustix::process::{Pid, WaitOptions, waitpid};
+use tokio::task::block_in_place;
+
+use crate::context::{Context, catalog_error, resolve_error};
+
+/// How long the pool manager, or a worker, may take to say how it is. Both answer that while they compute.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a worker that is to end is looked at.
+const STOP_POLL: Duration = Duration::from_millis(50);
+
+/// The workers of this host.
+pub enum Pool {
+    /// The pool manager has them.
+    Daemon(ApiClient),
+    /// Nobody else looks after them.
+    Direct(Box<Lifecycle>),
+}
+
+impl Pool {
+    /// The pool manager named by `LLORCH_POOL_URL`, else the one that runs with this home, else none.
+    pub async fn reach(context: &Context) -> Result<Self, CliError> {
+        let token = Secret::load(
+            std::env::var("LLORCH_POOL_TOKEN").ok(),
+            context.config.token_file.as_deref(),
+        )?;
+        if let Some(url) = std::env::var("LLORCH_POOL_URL")
+            .ok()
+            .filter(|url| !url.is_empty())
+        {
+            let client = ApiClient::new(&url, token)?;
+            client.check_version(POOL_API_VERSION).await?;
+            return Ok(Self::Daemon(client));
+        }
+        if let Some(url) = run_files::local_url(&context.home.pool_state()) {
+            let client = ApiClient::new(&url, token)?;
+            if client
+                .clone()
+                .with_answer_timeout(HEALTH_TIMEOUT)
+                .get_text("/health")
+                .await
+                .is_ok()
+            {
+                client.check_version(POOL_API_VERSION).await?;
+                return Ok(Self::Daemon(client));
+            }
+            note(format!(
+                "pool-managerd at {url} does not answer: going on without it"
+            ));
+        }
+        Self::direct(context)
+    }
+
+    /// This host's workers without the pool manager, whether it runs or not.
+    pub fn direct(context: &Context) -> Result<Self, CliError> {
+        let lifecycle =
+            Lifecycle::new(context.home.clone(), context.config.clone()).map_err(catalog_error)?;
+        Ok(Self::Direct(Box::new(lifecycle)))
+    }
+
+    /// Starts a worker, which may still load when this returns.
+    pub async fn spawn(&self, request: &WorkerSpawnRequest) -> Result<WorkerInfo, CliError> {
+        match self {
+            Self::Daemon(client) => Ok(client.post("/workers/spawn", request).await?),
+            Self::Direct(lifecycle) => {
+                block_in_place(|| lifecycle::spawn_worker(request, lifecycle))
+                    .map_err(|error| spawn_error(&error))
+            }
+        }
+    }
+
+    /// All workers, ended ones included, as they are now.
+    pub async fn list(&self) -> Result<Vec<WorkerInfo>, CliError> {
+        match self {
+            Self::Daemon(client) => Ok(client.get::<WorkerList>("/workers").await?.workers),
+            Self::Direct(lifecycle) => {
+                collect_children(lifecycle).map_err(|error| registry_error(&error))?;
+                let found = lifecycle
+                    .reconcile(&|_| false)
+                    .map_err(|error| registry_error(&error))?;
+                for damaged in found.damaged {
+                    note(format!(
+                        "{} held no worker's record ({}) and was set aside",
+                        damaged.path.display(),
+                        damaged.reason
+                    ));
+                }
+                for record in found.live {
+                    ask(lifecycle, &record).await?;
+                }
+                let contents = lifecycle
+                    .registry()
+                    .load()
+                    .map_err(|error| registry_error(&error))?;
+                Ok(contents
+                    .records
+                    .into_iter()
+                    .map(|record| record.info)
+                    .collect())
+            }
+        }
+    }
+
+    /// One worker as it is now.
+    pub async fn get(&self, id: &str) -> Result<WorkerInfo, CliError> {
+        match self {
+            Self::Daemon(client) => {
+                check_id(id)?;
+                Ok(client.get(&format!("/workers/{id}")).await?)
+            }
+            Self::Direct(_) => self
+                .list()
+                .await?
+                .into_iter()
+                .find(|worker| worker.id == id)
+                .ok_or_else(|| no_worker(id)),
+        }
+    }
+
+    /// Stops a worker and returns when it has ended; a worker that ended before stays as it was.
+    pub async fn stop(&self, id: &str, force: bool) -> Result<WorkerInfo, CliError> {
+        match self {
+            Self::Daemon(client) => {
+                check_id(id)?;
+                let mut worker: WorkerInfo = client
+                    .post(&format!("/workers/{id}/stop"), &WorkerStopRequest { force })
+                    .await?;
+                // The pool kills a worker that does not end in time, so this comes to an end.
+                while worker.status.is_live() {
+                    tokio::time::sleep(STOP_POLL).await;
+                    worker = self.get(id).await?;
+                }
+                Ok(worker)
+            }
+            Self::Direct(lifecycle) => {
+                // What became of the others is recorded first: one that has ended can't be stopped.
+                lifecycle
+                    .reconcile(&|_| false)
+                    .map_err(|error| registry_error(&error))?;
+                block_in_place(|| lifecycle::stop_worker(id, force, lifecycle)).map_err(|error| {
+                    match error {
+                        StopError::Unknown { .. } => no_worker(id),
+                        error => {
+                            CliError::of(Exit::Failed, &error, error.hint().map(str::to_owned))
+                        }
+                    }
+                })
+            }
+        }
+    }
+
+    /// The last lines of a worker's log.
+    pub async fn log(&self, id: &str, lines: usize) -> Result<String, CliError> {
+        match self {
+            Self::Daemon(client) => {
+                check_id(id)?;
+                Ok(client
+                    .get_text(&format!("/workers/{id}/logs?lines={lines}"))
+                    .await?)
+            }
+            Self::Direct(lifecycle) => {
+                // Only the id of a record becomes part of a path.
+                let record = lifecycle.registry().get(id).ok_or_else(|| no_worker(id))?;
+                let lines = lifecycle::log_tail(&lifecycle.log_file(&record.info.id), lines)?;
+                Ok(lines
+                    .into_iter()
+                    .flat_map(|line| [line, "\n".to_owned()])
+                    .collect())
+            }
+        }
+    }
+}
+
+/// Records how workers ended that this very command started: nobody but their parent learns it.
+fn collect_children(lifecycle: &Lifecycle) -> Result<(), RegistryError> {
+    let records = lifecycle.registry().load()?.records;
+    for record in records.iter().filter(|record| record.info.status.is_live()) {
+        let pid = record
+            .info
+            .pid
+            .and_then(|pid| i32::try_from(pid).ok())
+            .and_then(Pid::from_raw);
+        // A worker that another process started is no child of this one, which the system says at once.
+        if let Some(Ok(Some((_, status)))) = pid.map(|pid| waitpid(Some(pid), WaitOptions::NOHANG))
+        {
+            let status = ExitStatus::from_raw(status.as_raw());
+            lifecycle.process_ended(&record.info.id, ExitFacts::of(status))?;
+        }
+    }
+    Ok(())
+}
+
+/// Asks a worker how it is and records the answer. One that does not answer is still starting, or busy ending: its
+/// record says enough.
+async fn ask(lifecycle: &Lifecycle, record: &WorkerRecord) -> Result<(), CliError> {
+    let Ok(client) = ApiClient::new(&record.url(), None) else {
+        return Ok(());
+    };
+    let Ok(health) = client
+        .with_answer_timeout(HEALTH_TIMEOUT)
+        .get::<WorkerHealth>("/health")
+        .await
+    else {
+        return Ok(());
+    };
+    match lifecycle.observe(&record.info.id, &health) {
+        // A stranger on the worker's port has said nothing about the worker.
+        Ok(_) | Err(ObserveError::Refused(_)) => Ok(()),
+        Err(ObserveError::Registry(error)) => Err(registry_error(&error)),
+    }
+}
+
+/// An id is a step of a path in a request, so it can only be one that a worker may have.
+fn check_id(id: &str) -> Result<(), CliError> {
+    let plain = !id.is_empty()
+        && id.len() <= 64
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    if plain { Ok(()) } else { Err(no_worker(id)) }
+}
+
+fn no_worker(id: &str) -> CliError {
+    CliError::new(
+        Exit::NotFound,
+        format!("there is no worker `{}`", id.escape_debug()),
+    )
+    .hint("llorch-pool worker list")
+}
+
+fn registry_error(error: &RegistryError) -> CliError {
+    CliError::of(
+        Exit::Failed,
+        error,
+        Some("`llorch-pool dev doctor` checks the folders".into()),
+    )
+}
+
+fn spawn_error(error: &SpawnError) -> CliError {
+    let exit = match error {
+        SpawnError::Model(source) => return resolve_error(source),
+        SpawnError::Slots { .. } | SpawnError::Context { .. } | SpawnError::GpuWithCpu => {
+            Exit::Usage
+        }
+        SpawnError::NoDevice { .. }
+        | SpawnError::NoProgram { .. }
+        | SpawnError::MemoryShort { .. }
+        | SpawnError::NoPort { .. }
+        | SpawnError::PortTaken { .. } => Exit::Refused,
+        SpawnError::MemoryUnknown(_) | SpawnError::Exec { .. } | SpawnError::Registry(_) => {
+            Exit::Failed
+        }
+    };
+    CliError::of(exit, error, error.hint())
+}
