@@ -1,0 +1,195 @@
+//! The one place that chooses status codes.
+
+use std::time::Duration;
+
+use axum::http::StatusCode;
+use orchestrator_core::JobId;
+use orchestrator_core::api::error::ApiErrorCode as Code;
+use orchestrator_core::api::events::EventIdError;
+use orchestrator_core::api::tasks::ValidationError;
+use orchestrator_core::queue::QueueError;
+use pool_core::client::ClientError;
+use pool_core::service::ServiceError;
+use serde_json::json;
+
+use crate::fleet::FleetError;
+use crate::life::SubmitError;
+use crate::state::StoreError;
+
+/// When a client may come back that found the queue full: a job takes about this long.
+const QUEUE_RETRY: Duration = Duration::from_secs(2);
+/// When a client may come back that found the database unusable.
+const STORE_RETRY: Duration = Duration::from_secs(5);
+
+fn refuse(status: StatusCode, code: Code, message: impl Into<String>) -> ServiceError {
+    ServiceError::new(status, code.as_str(), message)
+}
+
+/// 400: a value is malformed or out of range.
+pub(super) fn invalid(message: impl Into<String>) -> ServiceError {
+    refuse(StatusCode::BAD_REQUEST, Code::InvalidRequest, message)
+}
+
+/// 400: a validated request.
+pub(super) fn validation(error: &ValidationError) -> ServiceError {
+    invalid(error.to_string())
+        .hint(error.hint)
+        .details(json!({"field": error.field}))
+}
+
+/// 404: no such job. An id that none could have is one that none has.
+pub(super) fn no_job(id: &str) -> ServiceError {
+    let shown: String = id.chars().take(80).collect();
+    refuse(StatusCode::NOT_FOUND, Code::JobNotFound, format!("there is no job `{shown}`"))
+        .hint("ids are `job-` and a UUID, as `POST /v2/tasks` answers them; `GET /v2/tasks` lists the jobs")
+}
+
+/// 404: no such pool.
+pub(super) fn no_pool(id: &str) -> ServiceError {
+    let shown: String = id.chars().take(80).collect();
+    refuse(
+        StatusCode::NOT_FOUND,
+        Code::PoolNotFound,
+        format!("pool `{shown}` has not registered"),
+    )
+    .hint("`GET /v2/pools` lists the pools; a pool registers by itself when its daemon runs")
+}
+
+/// 400: a `Last-Event-ID` that is none.
+pub(super) fn malformed_event_id(error: EventIdError) -> ServiceError {
+    refuse(
+        StatusCode::BAD_REQUEST,
+        Code::InvalidEventId,
+        format!("`Last-Event-ID` can't be read: {error}"),
+    )
+    .hint("leave it out to get all events from the start")
+}
+
+/// 400: a `Last-Event-ID` after the last event of a job that is over.
+pub(super) fn event_id_ahead(job: JobId) -> ServiceError {
+    refuse(
+        StatusCode::BAD_REQUEST,
+        Code::InvalidEventId,
+        format!("`Last-Event-ID` is after the last event of {job}, which is over"),
+    )
+    .hint("leave it out to get all events from the start, or read the job itself")
+}
+
+/// 503: the daemon stops.
+pub(super) fn stopping() -> ServiceError {
+    refuse(
+        StatusCode::SERVICE_UNAVAILABLE,
+        Code::ShuttingDown,
+        "orchestratord is stopping",
+    )
+    .hint("try again when it is back")
+    .retry_after(Duration::from_secs(1))
+}
+
+/// 502 and the like: what a pool, or the way to it, said to a call that was passed on.
+pub(super) fn from_pool(pool: &str, error: &ClientError) -> ServiceError {
+    if let ClientError::Api { status, error } = error {
+        // The pool's own word, under its own status: it knows what it refused, and why.
+        let status = StatusCode::from_u16(*status).unwrap_or(StatusCode::BAD_GATEWAY);
+        let mut answer = refuse(
+            status,
+            Code::PoolUnavailable,
+            format!("pool `{pool}` refused: {}", error.message),
+        )
+        .details(json!({"pool_code": error.code, "pool_details": error.details}))
+        .retriable(error.retriable);
+        if let Some(hint) = &error.hint {
+            answer = answer.hint(hint.clone());
+        }
+        return answer;
+    }
+    let answer = refuse(
+        StatusCode::BAD_GATEWAY,
+        Code::PoolUnavailable,
+        format!("pool `{pool}` did not answer: {error}"),
+    );
+    answer
+        .hint("see `llorch-pool daemon status` on its host")
+        .retriable(true)
+}
+
+impl From<StoreError> for ServiceError {
+    fn from(error: StoreError) -> Self {
+        match &error {
+            StoreError::Unavailable(_) => {
+                tracing::error!(%error, "the store is unavailable");
+                refuse(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    Code::StoreUnavailable,
+                    "the job database can't be used now",
+                )
+                .hint(error.hint().unwrap_or_default())
+                .retry_after(STORE_RETRY)
+            }
+            StoreError::Closed => stopping(),
+            StoreError::NotFound(id) => no_job(&id.to_string()),
+            StoreError::KeyMismatch(_) => refuse(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                Code::IdempotencyMismatch,
+                error.to_string(),
+            )
+            .hint(error.hint().unwrap_or_default()),
+            _ => Self::internal(&error),
+        }
+    }
+}
+
+impl From<SubmitError> for ServiceError {
+    fn from(error: SubmitError) -> Self {
+        match error {
+            SubmitError::UnknownModel { ref hint, .. } => {
+                let hint = hint.clone();
+                refuse(
+                    StatusCode::NOT_FOUND,
+                    Code::ModelNotFound,
+                    error.to_string(),
+                )
+                .hint(hint)
+            }
+            SubmitError::TooManyTokens { context_length, .. } => invalid(error.to_string())
+                .hint(format!(
+                    "use at most {context_length}, less what the prompt takes"
+                ))
+                .details(json!({"field": "max_tokens"})),
+            SubmitError::Queue(QueueError::Full { capacity }) => refuse(
+                StatusCode::TOO_MANY_REQUESTS,
+                Code::QueueFull,
+                error.to_string(),
+            )
+            .hint("try again later, or raise `queue.capacity`")
+            .details(json!({"capacity": capacity}))
+            .retry_after(QUEUE_RETRY),
+            SubmitError::Queue(QueueError::Duplicate(_)) => ServiceError::internal(&error),
+            SubmitError::Stopping => stopping(),
+            SubmitError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<FleetError> for ServiceError {
+    fn from(error: FleetError) -> Self {
+        let message = error.to_string();
+        match error {
+            FleetError::Unknown(pool) => no_pool(&pool).hint("register first"),
+            FleetError::Version { theirs, ours, .. } => {
+                refuse(StatusCode::CONFLICT, Code::VersionMismatch, message)
+                    .hint("install the same release on the orchestrator and on its pools")
+                    .details(json!({"theirs": theirs, "ours": ours}))
+            }
+            FleetError::Stale { .. } => refuse(StatusCode::CONFLICT, Code::StaleHeartbeat, message)
+                .hint("register again if this is the newest instance"),
+            FleetError::Invalid { field, .. } => invalid(message).details(json!({"field": field})),
+            FleetError::Url(cause) => {
+                let hint = cause.hint().unwrap_or_default();
+                invalid(format!("{message}: {cause}"))
+                    .hint(hint)
+                    .details(json!({"field": "url"}))
+            }
+        }
+    }
+}

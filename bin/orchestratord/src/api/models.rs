@@ -1,0 +1,40 @@
+//! `/v2/models`.
+
+use std::collections::BTreeMap;
+
+use axum::extract::State;
+use orchestrator_core::api::models::{ModelList, ModelView};
+use pool_core::service::Json;
+
+use crate::app::App;
+use crate::clock;
+
+/// `GET /v2/models`: the catalogue and what else pools offer, each with the pools that have it.
+pub(super) async fn list(State(app): State<App>) -> Json<ModelList> {
+    let mut on_pools: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for pool in app.fleet.views(clock::now()) {
+        for model in pool.status.iter().flat_map(|status| &status.models) {
+            on_pools
+                .entry(model.model_ref.to_string())
+                .or_default()
+                .push(pool.id.clone());
+        }
+    }
+    let known = app.catalog.iter().map(|entry| ModelView {
+        pools: on_pools.remove(&entry.id).unwrap_or_default(),
+        model_ref: entry.model_ref(),
+        name: Some(entry.name.clone()),
+        architecture: entry.architecture.clone(),
+        quantization: entry.quantization.clone(),
+        size_bytes: entry.size_bytes,
+        context_length: entry.context_length,
+        license: entry.license.clone(),
+        default: entry.default,
+    });
+    let mut models: Vec<_> = known.collect();
+    let others = on_pools
+        .into_iter()
+        .filter_map(|(name, pools)| Some(ModelView::uncatalogued(name.parse().ok()?, pools)));
+    models.extend(others);
+    Json(ModelList { models })
+}

@@ -1,0 +1,284 @@
+//! `/v2/tasks`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Extension;
+use axum::extract::State;
+use axum::http::header::{ACCEPT, LOCATION};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response, sse};
+use orchestrator_core::api::events::EventId;
+use orchestrator_core::api::tasks::{
+    CancelResponse, TaskAccepted, TaskList, TaskSubmitRequest, TaskView, TaskWaiting, events_url,
+};
+use orchestrator_core::job::{JobSpec, Priority};
+use orchestrator_core::{JobId, JobStatus};
+use pool_core::ModelRef;
+use pool_core::service::{Caller, Json, Path, Query, ServiceError, ServiceResult};
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256};
+
+use super::error;
+use crate::app::App;
+use crate::clock;
+use crate::life::{self, Accepted};
+use crate::state::{IdempotencyKey, ListFilter, apply_to_text};
+use crate::streams;
+
+/// How often a silent stream shows that it is alive.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// Jobs of a list where the request does not say, and the most that it may ask for.
+const LIST: (u32, u32) = (50, 500);
+
+/// `POST /v2/tasks`: `202` once stored, or `200` and the event stream where that is what the client accepts; `400` bad
+/// request, `404` unknown model, `422` another request's idempotency key, `429` queue full, `503` no usable database.
+pub(super) async fn submit(
+    State(app): State<App>,
+    Extension(caller): Extension<Caller>,
+    headers: HeaderMap,
+    body: ServiceResult<Json<TaskSubmitRequest>>,
+) -> ServiceResult<Response> {
+    let result = accept(&app, caller, &headers, body).await;
+    let outcome = match &result {
+        Ok(_) => "accepted",
+        Err(error) if error.status() == StatusCode::TOO_MANY_REQUESTS => "queue_full",
+        Err(error) if error.status().is_server_error() => "unavailable",
+        Err(_) => "refused",
+    };
+    app.metrics.enqueued.with_label_values(&[outcome]).inc();
+    let Accepted {
+        id,
+        status,
+        position,
+    } = result?;
+    let location = HeaderValue::try_from(format!("/v2/tasks/{id}"))
+        .map_err(|error| ServiceError::internal(&error))?;
+    if accepts_events(&headers) {
+        let mut response = stream(&app, id, EventId { attempt: 0, seq: 0 });
+        response.headers_mut().insert(LOCATION, location);
+        return Ok(response);
+    }
+    let accepted = TaskAccepted {
+        job_id: id,
+        status,
+        queue_position: position,
+        events_url: events_url(id),
+    };
+    Ok((StatusCode::ACCEPTED, [(LOCATION, location)], Json(accepted)).into_response())
+}
+
+async fn accept(
+    app: &App,
+    caller: Caller,
+    headers: &HeaderMap,
+    body: ServiceResult<Json<TaskSubmitRequest>>,
+) -> ServiceResult<Accepted> {
+    let Json(request) = body.map_err(|error| match error.body().hint {
+        Some(_) => error,
+        None => error.hint(
+            r#"send a task such as {"model": "smollm2-135m", "prompt": "Hello"}, of at most 4 MiB"#,
+        ),
+    })?;
+    let seed_given = request.seed.is_some();
+    let spec = request
+        .validate()
+        .map_err(|refusal| error::validation(&refusal))?;
+    let key = idempotency_key(caller, headers, &spec, seed_given)?;
+    let submitted = app.complete(life::submit(Arc::clone(app), spec, key)).await;
+    Ok(submitted.map_err(|error| ServiceError::internal(&error))??)
+}
+
+/// The request's `Idempotency-Key`, with the digest of what was asked for: the validated request, without a seed that
+/// was drawn for it.
+fn idempotency_key(
+    caller: Caller,
+    headers: &HeaderMap,
+    spec: &JobSpec,
+    seed_given: bool,
+) -> ServiceResult<Option<IdempotencyKey>> {
+    let Some(value) = headers.get("idempotency-key") else {
+        return Ok(None);
+    };
+    let fits = |key: &&str| {
+        (1..=255).contains(&key.len()) && key.bytes().all(|b| (b' '..=b'~').contains(&b))
+    };
+    let key = value.to_str().ok().filter(fits).ok_or_else(|| {
+        error::invalid("`Idempotency-Key` must be 1 to 255 printable ASCII characters")
+            .hint("a UUID does well")
+    })?;
+    let mut asked = serde_json::to_value(spec).map_err(|error| ServiceError::internal(&error))?;
+    if !seed_given {
+        asked["seed"] = serde_json::Value::Null;
+    }
+    let digest = Sha256::digest(asked.to_string());
+    let fingerprint = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let caller = match caller {
+        Caller::Anonymous => "anonymous",
+        Caller::Operator => "operator",
+        Caller::Scoped(name) => name,
+    };
+    Ok(Some(IdempotencyKey {
+        caller: caller.to_owned(),
+        key: key.to_owned(),
+        fingerprint,
+    }))
+}
+
+fn accepts_events(headers: &HeaderMap) -> bool {
+    let accepted = headers
+        .get_all(ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    accepted
+        .flat_map(|value| value.split(','))
+        .any(|kind| kind.trim().starts_with("text/event-stream"))
+}
+
+fn stream(app: &App, id: JobId, after: EventId) -> Response {
+    let live = app.jobs.get(id);
+    let events = streams::follow(Arc::clone(app), id, live, after);
+    let mut response = sse::Sse::new(events)
+        .keep_alive(sse::KeepAlive::new().interval(KEEP_ALIVE))
+        .into_response();
+    // Proxies that collect an answer before they pass it on would undo the streaming.
+    response
+        .headers_mut()
+        .insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+fn parse_id(id: &str) -> ServiceResult<JobId> {
+    id.parse().map_err(|_| error::no_job(id))
+}
+
+/// Parameters of `GET /v2/tasks`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ListQuery {
+    status: Option<String>,
+    model: Option<String>,
+    priority: Option<String>,
+    limit: Option<u32>,
+    cursor: Option<String>,
+}
+
+/// `GET /v2/tasks`: jobs, newest first.
+pub(super) async fn list(
+    State(app): State<App>,
+    Query(query): Query<ListQuery>,
+) -> ServiceResult<Json<TaskList>> {
+    let limit = query.limit.unwrap_or(LIST.0);
+    if !(1..=LIST.1).contains(&limit) {
+        return Err(error::invalid(format!("`limit` is {limit}")).hint("use 1 to 500"));
+    }
+    let before = query.cursor.as_deref().map(str::parse::<JobId>).transpose();
+    let before = before.map_err(|_| {
+        error::invalid("`cursor` can't be read").hint("use the `next_cursor` of the page before")
+    })?;
+    let status = query
+        .status
+        .as_deref()
+        .map(str::parse::<JobStatus>)
+        .transpose();
+    let priority = query
+        .priority
+        .as_deref()
+        .map(str::parse::<Priority>)
+        .transpose();
+    let model = query
+        .model
+        .as_deref()
+        .map(str::parse::<ModelRef>)
+        .transpose();
+    let model = model.map_err(|error| error::invalid(error.to_string()).hint(error.hint()))?;
+    let filter = ListFilter {
+        status: status.map_err(|error| error::invalid(error.to_string()))?,
+        priority: priority.map_err(|error| error::invalid(error.to_string()))?,
+        model: model.map(|model| model.to_string()),
+        before,
+        // One more than is shown tells whether another page follows.
+        limit: limit + 1,
+    };
+    let mut jobs = app.store.list(&filter).await?;
+    let more = jobs.len() > limit as usize;
+    jobs.truncate(limit as usize);
+    let next_cursor = jobs.last().filter(|_| more).map(|job| job.id.to_string());
+    Ok(Json(TaskList { jobs, next_cursor }))
+}
+
+/// `GET /v2/tasks/{id}`: the job with its text so far.
+pub(super) async fn show(
+    State(app): State<App>,
+    Path(id): Path<String>,
+) -> ServiceResult<Json<TaskView>> {
+    let id = parse_id(&id)?;
+    // Taken before the database is read: what is not written down by then is here.
+    let recent = app
+        .jobs
+        .get(id)
+        .map(|live| live.hub.recent())
+        .unwrap_or_default();
+    let (mut job, last) = app
+        .store
+        .job(id)
+        .await?
+        .ok_or_else(|| error::no_job(&id.to_string()))?;
+    recent
+        .iter()
+        .filter(|entry| entry.id > last)
+        .for_each(|entry| apply_to_text(&mut job.text, &entry.event));
+    let waiting = app
+        .jobs
+        .waiting(id, clock::now())
+        .map(|(queue_position, explanation)| TaskWaiting {
+            queue_position,
+            explanation: (*explanation).clone(),
+        });
+    Ok(Json(TaskView::new(job, waiting)))
+}
+
+/// `GET /v2/tasks/{id}/events`: the job's events from the start, or after `Last-Event-ID`.
+pub(super) async fn events(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+) -> ServiceResult<Response> {
+    let id = parse_id(&id)?;
+    let after = match headers.get("last-event-id") {
+        None => EventId { attempt: 0, seq: 0 },
+        Some(value) => value
+            .to_str()
+            .unwrap_or_default()
+            .parse()
+            .map_err(error::malformed_event_id)?,
+    };
+    if app.jobs.get(id).is_none() {
+        let last = app
+            .store
+            .last_event(id)
+            .await?
+            .ok_or_else(|| error::no_job(&id.to_string()))?;
+        let over = app
+            .store
+            .status(id)
+            .await?
+            .is_some_and(JobStatus::is_terminal);
+        if over && after > last {
+            return Err(error::event_id_ahead(id));
+        }
+    }
+    Ok(stream(&app, id, after))
+}
+
+/// `POST /v2/tasks/{id}/cancel` and `DELETE /v2/tasks/{id}`: the state that won, committed before the answer.
+pub(super) async fn cancel(
+    State(app): State<App>,
+    Path(id): Path<String>,
+) -> ServiceResult<Json<CancelResponse>> {
+    let id = parse_id(&id)?;
+    let cancelled = app.complete(life::cancel(Arc::clone(&app), id)).await;
+    let status = cancelled.map_err(|error| ServiceError::internal(&error))??;
+    let status = status.ok_or_else(|| error::no_job(&id.to_string()))?;
+    Ok(Json(CancelResponse { job_id: id, status }))
+}

@@ -1,0 +1,91 @@
+//! What every part of the daemon shares.
+
+use std::future::Future;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use orchestrator_core::config::OrchestratorConfig;
+use pool_core::catalog::Catalog;
+use pool_core::service::Shutdown;
+use tokio::sync::Notify;
+use tokio::task::JoinSet;
+
+use crate::fleet::Fleet;
+use crate::metrics::Metrics;
+use crate::queue::Jobs;
+use crate::state::Store;
+
+/// Shared by handlers, scheduler and attempts.
+pub type App = Arc<Orchestrator>;
+
+/// The daemon's parts.
+pub struct Orchestrator {
+    /// Its configuration.
+    pub config: OrchestratorConfig,
+    /// The models known by name.
+    pub catalog: Catalog,
+    /// The record of all jobs.
+    pub store: Store,
+    /// The jobs that are not over.
+    pub jobs: Jobs,
+    /// The pools.
+    pub fleet: Fleet,
+    /// Its figures.
+    pub metrics: Metrics,
+    /// The request to stop.
+    pub shutdown: Shutdown,
+    /// Wakes the scheduler; any number of calls make one pass.
+    pub changed: Notify,
+    tasks: Mutex<JoinSet<()>>,
+}
+
+impl Orchestrator {
+    /// Puts the parts together.
+    pub fn new(
+        config: OrchestratorConfig,
+        catalog: Catalog,
+        store: Store,
+        fleet: Fleet,
+        metrics: Metrics,
+        shutdown: Shutdown,
+    ) -> App {
+        Arc::new(Self {
+            jobs: Jobs::new(&config.queue),
+            config,
+            catalog,
+            store,
+            fleet,
+            metrics,
+            shutdown,
+            changed: Notify::new(),
+            tasks: Mutex::default(),
+        })
+    }
+
+    /// Runs something that outlives the request that caused it.
+    pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn(work);
+    }
+
+    /// Runs something to its end, even where the request that waits for it is dropped half-way: a commit must be
+    /// followed by what it means for the memory.
+    pub async fn complete<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Result<T, tokio::task::JoinError> {
+        tokio::spawn(work).await
+    }
+
+    /// Waits for what [`Orchestrator::spawn`] started, and cuts it off after `grace`.
+    pub async fn finish_tasks(&self, grace: Duration) {
+        let mut tasks =
+            std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        let all = async { while tasks.join_next().await.is_some() {} };
+        if tokio::time::timeout(grace, all).await.is_err() {
+            tracing::warn!(tasks = tasks.len(), "the grace is over, cutting work off");
+            tasks.shutdown().await;
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! What a worker's word means for the attempt and its job.
+
+use orchestrator_core::api::events::End;
+use orchestrator_core::job::{JobError, JobErrorCode};
+use pool_core::api::worker::{WorkerError, WorkerErrorCode};
+use pool_core::client::ClientError;
+
+/// How an attempt ends.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Verdict {
+    /// The text is whole.
+    Finished(End),
+    /// The job fails with it.
+    Failed(JobError),
+    /// Another attempt may follow.
+    Lost(String),
+    /// The worker had no room; the attempt does not count.
+    Refused(String),
+    /// The job ended meanwhile, or belongs to another attempt.
+    Over,
+    /// The daemon ends; the worker goes on.
+    Stopping,
+}
+
+impl Verdict {
+    /// The name in the metrics.
+    pub(super) fn label(&self) -> &'static str {
+        match self {
+            Self::Finished(_) => "completed",
+            Self::Failed(_) => "failed",
+            Self::Lost(_) => "lost",
+            Self::Refused(_) => "refused",
+            Self::Over => "over",
+            Self::Stopping => "stopping",
+        }
+    }
+}
+
+fn of_code(code: WorkerErrorCode, message: &str, retriable: bool) -> Verdict {
+    use WorkerErrorCode as W;
+    let failed = |code| {
+        Verdict::Failed(JobError {
+            code,
+            message: message.to_owned(),
+            retriable: false,
+        })
+    };
+    let lost = || Verdict::Lost(format!("{}: {message}", code.as_str()));
+    match code {
+        W::InvalidRequest => failed(JobErrorCode::InvalidRequest),
+        W::ContextOverflow => failed(JobErrorCode::ContextOverflow),
+        W::TemplateFailed => failed(JobErrorCode::TemplateFailed),
+        W::InferenceFailed if !retriable => failed(JobErrorCode::InferenceFailed),
+        W::Busy | W::Loading => Verdict::Refused(format!("{}: {message}", code.as_str())),
+        W::InferenceFailed
+        | W::Cancelled
+        | W::Replaced
+        | W::ShuttingDown
+        | W::StaleFence
+        | W::NotFound => lost(),
+    }
+}
+
+/// What an `error` event means.
+pub(super) fn of_error(error: &WorkerError) -> Verdict {
+    of_code(error.code, &error.message, error.retriable)
+}
+
+/// What a refused `/execute` means; `None` where the worker may have heard it all the same.
+pub(super) fn of_refusal(error: &ClientError) -> Option<Verdict> {
+    let ClientError::Api { status, error } = error else {
+        return None;
+    };
+    let code = serde_json::from_value(serde_json::Value::from(error.code.clone()));
+    Some(match (code, status) {
+        // A worker that is about to stop was a bad choice and no loss.
+        (Ok(WorkerErrorCode::ShuttingDown), _) => {
+            Verdict::Refused(format!("SHUTTING_DOWN: {}", error.message))
+        }
+        (Ok(code), _) => of_code(code, &error.message, error.retriable),
+        (Err(_), 400 | 413 | 415 | 422) => {
+            of_code(WorkerErrorCode::InvalidRequest, &error.message, false)
+        }
+        (Err(_), 503) => Verdict::Refused(error.message.clone()),
+        (Err(_), _) => Verdict::Lost(format!("{}: {}", error.code, error.message)),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // [ORCHD-034] P6: the whole table.
+    #[test]
+    fn an_error_of_the_request_is_never_retried_and_a_full_worker_never_counted() {
+        use WorkerErrorCode as W;
+        let label = |code, retriable| of_code(code, "m", retriable).label();
+        for code in [W::InvalidRequest, W::ContextOverflow, W::TemplateFailed] {
+            assert_eq!(label(code, true), "failed", "{code:?}");
+        }
+        assert_eq!(
+            (
+                label(W::InferenceFailed, false),
+                label(W::InferenceFailed, true)
+            ),
+            ("failed", "lost")
+        );
+        for code in [W::Busy, W::Loading] {
+            assert_eq!(label(code, true), "refused", "{code:?}");
+        }
+        for code in [
+            W::Cancelled,
+            W::Replaced,
+            W::ShuttingDown,
+            W::StaleFence,
+            W::NotFound,
+        ] {
+            assert_eq!(label(code, true), "lost", "{code:?}");
+        }
+    }
+}

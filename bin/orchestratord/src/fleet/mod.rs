@@ -1,0 +1,405 @@
+//! The pools as they describe themselves. They live in memory only: after a restart of the orchestrator they get 404 for
+//! their heartbeats and register again.
+
+mod overlay;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use jiff::{SignedDuration, Timestamp};
+use orchestrator_core::api::pools::PoolView;
+use orchestrator_core::pool::PoolLiveness;
+use orchestrator_core::scheduler::PoolState;
+use pool_core::api::pool::{Heartbeat, PoolStatus, RegisterRequest, WorkerEndpoint};
+use pool_core::client::{ApiClient, ClientError};
+use pool_core::secret::Secret;
+use pool_core::worker::{Device, WorkerInfo};
+use pool_core::{ModelRef, POOL_API_VERSION};
+
+use overlay::Overlay;
+
+/// Heartbeat intervals that make sense, milliseconds.
+const INTERVALS_MS: std::ops::RangeInclusive<u64> = 20..=600_000;
+
+/// Why a pool's call is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum FleetError {
+    /// It has not registered with this process.
+    #[error("pool `{0}` has not registered")]
+    Unknown(String),
+    /// It speaks another version of the API.
+    #[error(
+        "pool `{pool}` speaks version {theirs} of the pool API; this orchestrator speaks version {ours}"
+    )]
+    Version {
+        /// The pool.
+        pool: String,
+        /// Its version.
+        theirs: u32,
+        /// Ours.
+        ours: u32,
+    },
+    /// Something newer was heard from the pool.
+    #[error("this heartbeat of pool `{pool}` is stale: {detail}")]
+    Stale {
+        /// The pool.
+        pool: String,
+        /// What is newer.
+        detail: String,
+    },
+    /// A field makes no sense.
+    #[error("`{field}` {reason}")]
+    Invalid {
+        /// The field.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Its address can't be used.
+    #[error("`url` can't be used")]
+    Url(#[source] ClientError),
+}
+
+/// What became of a worker, as its pool says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fate {
+    /// It lives, or nothing newer is known.
+    Alive,
+    /// It ended, and why.
+    Gone(String),
+    /// Its pool is away.
+    PoolAway(String),
+}
+
+/// The registered pools.
+#[derive(Debug)]
+pub struct Fleet {
+    inner: Mutex<Inner>,
+    token: Option<Secret>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    pools: BTreeMap<String, Pool>,
+    overlay: Overlay,
+}
+
+#[derive(Debug)]
+struct Pool {
+    url: String,
+    instance_id: String,
+    client: ApiClient,
+    interval: SignedDuration,
+    registered_at: Timestamp,
+    last_heartbeat: Timestamp,
+    seq: u64,
+    status: Option<PoolStatus>,
+    endpoints: HashMap<String, WorkerEndpoint>,
+}
+
+impl Pool {
+    fn liveness(&self, now: Timestamp) -> PoolLiveness {
+        PoolLiveness::judge(self.last_heartbeat, self.interval, now)
+    }
+
+    fn worker(&self, id: &str) -> Option<&WorkerInfo> {
+        self.status
+            .as_ref()?
+            .workers
+            .iter()
+            .find(|worker| worker.id == id)
+    }
+
+    fn view(&self, id: &str, now: Timestamp) -> PoolView {
+        let age = now.duration_since(self.last_heartbeat).as_millis();
+        PoolView {
+            id: id.to_owned(),
+            url: self.url.clone(),
+            liveness: self.liveness(now),
+            registered_at: self.registered_at,
+            heartbeat_age_ms: u64::try_from(age).unwrap_or(0),
+            status: self.status.clone(),
+        }
+    }
+}
+
+impl Fleet {
+    /// No pool yet. `token` opens the pools.
+    pub fn new(token: Option<Secret>) -> Self {
+        Self {
+            inner: Mutex::default(),
+            token,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a pool in, or a new instance of it. What it has is known with its first heartbeat.
+    pub fn register(&self, request: RegisterRequest, now: Timestamp) -> Result<(), FleetError> {
+        let RegisterRequest {
+            pool_id,
+            instance_id,
+            url,
+            api_version,
+            heartbeat_interval_ms,
+        } = request;
+        check_name("pool_id", &pool_id)?;
+        check_name("instance_id", &instance_id)?;
+        if api_version != POOL_API_VERSION {
+            return Err(FleetError::Version {
+                pool: pool_id,
+                theirs: api_version,
+                ours: POOL_API_VERSION,
+            });
+        }
+        if !INTERVALS_MS.contains(&heartbeat_interval_ms) {
+            let reason = format!(
+                "is {heartbeat_interval_ms}; use {} to {}",
+                INTERVALS_MS.start(),
+                INTERVALS_MS.end()
+            );
+            return Err(FleetError::Invalid {
+                field: "heartbeat_interval_ms",
+                reason,
+            });
+        }
+        let client = ApiClient::new(&url, self.token.clone()).map_err(FleetError::Url)?;
+        let interval =
+            SignedDuration::from_millis(i64::try_from(heartbeat_interval_ms).unwrap_or(i64::MAX));
+        let mut inner = self.lock();
+        inner.overlay.forget_pool(&pool_id);
+        tracing::info!(pool = pool_id, url, "pool registered");
+        let pool = Pool {
+            url,
+            instance_id,
+            client,
+            interval,
+            registered_at: now,
+            last_heartbeat: now,
+            seq: 0,
+            status: None,
+            endpoints: HashMap::new(),
+        };
+        inner.pools.insert(pool_id, pool);
+        Ok(())
+    }
+
+    /// Takes in what a pool says of itself.
+    pub fn heartbeat(
+        &self,
+        id: &str,
+        heartbeat: Heartbeat,
+        now: Timestamp,
+    ) -> Result<(), FleetError> {
+        let Heartbeat {
+            instance_id,
+            seq,
+            snapshot,
+        } = heartbeat;
+        let mut inner = self.lock();
+        let Inner { pools, overlay } = &mut *inner;
+        let pool = pools
+            .get_mut(id)
+            .ok_or_else(|| FleetError::Unknown(id.to_owned()))?;
+        if snapshot.status.pool_id != id {
+            let reason = format!(
+                "is `{}` in a heartbeat of pool `{id}`",
+                snapshot.status.pool_id
+            );
+            return Err(FleetError::Invalid {
+                field: "snapshot.status.pool_id",
+                reason,
+            });
+        }
+        if instance_id != pool.instance_id {
+            let detail = format!("instance `{}` has registered since", pool.instance_id);
+            return Err(FleetError::Stale {
+                pool: id.to_owned(),
+                detail,
+            });
+        }
+        if pool.status.is_some() && seq <= pool.seq {
+            let detail = format!("it has number {seq}, and {} was heard already", pool.seq);
+            return Err(FleetError::Stale {
+                pool: id.to_owned(),
+                detail,
+            });
+        }
+        pool.seq = seq;
+        pool.last_heartbeat = now;
+        pool.endpoints = snapshot
+            .endpoints
+            .into_iter()
+            .map(|e| (e.worker_id.clone(), e))
+            .collect();
+        overlay.heard(id, &snapshot.status);
+        pool.status = Some(snapshot.status);
+        Ok(())
+    }
+
+    /// Forgets a pool that said goodbye; false where it was unknown.
+    pub fn remove(&self, id: &str) -> bool {
+        let mut inner = self.lock();
+        inner.overlay.forget_pool(id);
+        inner.pools.remove(id).is_some()
+    }
+
+    /// All pools, by name.
+    pub fn views(&self, now: Timestamp) -> Vec<PoolView> {
+        self.lock()
+            .pools
+            .iter()
+            .map(|(id, pool)| pool.view(id, now))
+            .collect()
+    }
+
+    /// One pool.
+    pub fn view(&self, id: &str, now: Timestamp) -> Option<PoolView> {
+        self.lock().pools.get(id).map(|pool| pool.view(id, now))
+    }
+
+    /// A client of a pool's API.
+    pub fn client(&self, id: &str) -> Option<ApiClient> {
+        self.lock().pools.get(id).map(|pool| pool.client.clone())
+    }
+
+    /// Where a worker is reached.
+    pub fn endpoint(&self, pool: &str, worker: &str) -> Option<WorkerEndpoint> {
+        self.lock().pools.get(pool)?.endpoints.get(worker).cloned()
+    }
+
+    /// Whether a pool has this model on its disk.
+    pub fn offers(&self, model: &ModelRef) -> bool {
+        let inner = self.lock();
+        let mut models = inner
+            .pools
+            .values()
+            .filter_map(|pool| pool.status.as_ref())
+            .flat_map(|status| &status.models);
+        models.any(|on_disk| on_disk.model_ref == *model)
+    }
+
+    /// What became of a worker.
+    pub fn fate(&self, pool_id: &str, worker: &str, now: Timestamp) -> Fate {
+        let inner = self.lock();
+        let Some(pool) = inner.pools.get(pool_id) else {
+            return Fate::PoolAway(format!("pool `{pool_id}` has left"));
+        };
+        if pool.liveness(now) == PoolLiveness::Offline {
+            return Fate::PoolAway(format!("pool `{pool_id}` is not heard from"));
+        }
+        match pool.worker(worker) {
+            Some(worker) if worker.status.is_live() => Fate::Alive,
+            Some(worker) => {
+                let why = worker
+                    .exit
+                    .as_ref()
+                    .map_or_else(|| worker.status.to_string(), |exit| exit.message.clone());
+                Fate::Gone(format!(
+                    "worker `{}` on pool `{pool_id}` ended: {why}",
+                    worker.id
+                ))
+            }
+            // A new instance says with its first heartbeat what it has.
+            None if pool.status.is_none() => Fate::Alive,
+            None => Fate::Gone(format!(
+                "pool `{pool_id}` has no worker `{worker}` any more"
+            )),
+        }
+    }
+
+    /// The pools as the scheduler shall see them: what they said, and what was done since.
+    pub fn states(
+        &self,
+        now: Timestamp,
+        leases: &HashMap<(String, String), u32>,
+    ) -> Vec<PoolState> {
+        let mut inner = self.lock();
+        inner.overlay.expire(now);
+        let Inner { pools, overlay } = &*inner;
+        let heard = pools
+            .iter()
+            .filter_map(|(id, pool)| Some((id, pool, pool.status.as_ref()?)));
+        heard
+            .map(|(id, pool, status)| {
+                let active = |worker: &WorkerInfo| {
+                    leases
+                        .get(&(id.clone(), worker.id.clone()))
+                        .copied()
+                        .unwrap_or(0)
+                };
+                let mut state = PoolState::new(status, pool.liveness(now), active);
+                overlay.apply(&mut state, now, |worker| {
+                    pool.endpoints.contains_key(worker)
+                });
+                state
+            })
+            .collect()
+    }
+
+    /// The next moment after `now` at which [`Fleet::states`] changes by time alone.
+    pub fn next_change(&self, now: Timestamp) -> Option<Timestamp> {
+        let inner = self.lock();
+        let liveness = inner
+            .pools
+            .values()
+            .flat_map(|pool| PoolLiveness::deadlines(pool.last_heartbeat, pool.interval));
+        liveness
+            .chain(inner.overlay.deadlines())
+            .filter(|at| *at > now)
+            .min()
+    }
+
+    /// Notes that a pool is being asked to start a worker, and returns the number under which that is remembered.
+    pub fn begin_start(
+        &self,
+        pool: &str,
+        model: &ModelRef,
+        device: Device,
+        now: Timestamp,
+    ) -> Option<(u64, ApiClient)> {
+        let mut inner = self.lock();
+        let client = inner.pools.get(pool)?.client.clone();
+        Some((inner.overlay.begin_start(pool, model, device, now), client))
+    }
+
+    /// Notes that the pool starts a worker.
+    pub fn start_accepted(&self, start: u64, worker: &str) {
+        let mut inner = self.lock();
+        let Inner { pools, overlay } = &mut *inner;
+        overlay.start_accepted(start, worker, |pool| {
+            pools
+                .get(pool)
+                .is_some_and(|pool| pool.worker(worker).is_some())
+        });
+    }
+
+    /// Notes that the pool refused to; it is not asked again for a moment.
+    pub fn start_refused(&self, start: u64, message: &str, now: Timestamp) {
+        self.lock().overlay.start_refused(start, message, now);
+    }
+
+    /// Notes that a worker had no room, whatever is known of it.
+    pub fn mark_full(&self, pool: &str, worker: &str, now: Timestamp) {
+        self.lock().overlay.mark_full(pool, worker, now);
+    }
+}
+
+/// Names come from other machines and are shown to people and put into paths.
+fn check_name(field: &'static str, name: &str) -> Result<(), FleetError> {
+    let fits = (1..=128).contains(&name.len())
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+    let reason = || "must be 1 to 128 letters, digits, `.`, `_` or `-`".to_owned();
+    if fits {
+        Ok(())
+    } else {
+        Err(FleetError::Invalid {
+            field,
+            reason: reason(),
+        })
+    }
+}

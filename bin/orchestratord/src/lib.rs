@@ -1,0 +1,219 @@
+//! `orchestratord`: the durable job queue, its scheduler, and the event streams of its jobs.
+//!
+//! A task comes in through `api`, is stored by `state`, waits in `queue`, is placed by `scheduler`, run by
+//! `dispatch`, and followed through `streams`. `life` is where jobs begin and end.
+
+mod api;
+mod app;
+mod clock;
+mod dispatch;
+mod fleet;
+mod life;
+mod metrics;
+mod queue;
+mod scheduler;
+mod state;
+mod streams;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use axum::http::Method;
+use orchestrator_core::config::OrchestratorConfig;
+use pool_core::ORCHESTRATOR_API_VERSION;
+use pool_core::catalog::Catalog;
+use pool_core::home::Home;
+use pool_core::secret::Secret;
+use pool_core::service::state_files::RunFiles;
+use pool_core::service::{ScopedToken, Service, ServiceOptions, Shutdown};
+use tokio::task::JoinHandle;
+
+use app::{App, Orchestrator};
+use fleet::Fleet;
+use metrics::Metrics;
+use queue::LiveJob;
+use state::Store;
+
+const NAME: &str = "orchestratord";
+/// What is left after the connections ended has this long, and the database as long again.
+const WIND_UP: Duration = Duration::from_secs(1);
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+/// Runs the daemon until `shutdown` is requested.
+pub async fn run(config: OrchestratorConfig, home: Home, shutdown: Shutdown) -> anyhow::Result<()> {
+    Daemon::start(config, home, shutdown)
+        .await?
+        .finished()
+        .await
+}
+
+/// The tokens of a daemon.
+#[derive(Debug, Clone, Default)]
+struct Tokens {
+    api: Option<Secret>,
+    pool: Option<Secret>,
+}
+
+impl Tokens {
+    fn load(config: &OrchestratorConfig) -> anyhow::Result<Self> {
+        let token = |variable: &str, file: Option<&std::path::PathBuf>| {
+            let loaded = Secret::load(
+                std::env::var(variable).ok(),
+                file.map(std::path::PathBuf::as_path),
+            );
+            loaded.map_err(|error| hinted(error.hint(), error))
+        };
+        Ok(Self {
+            api: token("LLORCH_API_TOKEN", config.token_file.as_ref())?,
+            pool: token("LLORCH_POOL_TOKEN", config.pool_token_file.as_ref())?,
+        })
+    }
+}
+
+/// An error with its hint as the last line: a daemon's start has no other place for one.
+fn hinted(
+    hint: Option<&str>,
+    error: impl std::error::Error + Send + Sync + 'static,
+) -> anyhow::Error {
+    let error = anyhow::Error::new(error);
+    match hint {
+        Some(hint) => {
+            let message = format!("{error}\nhint: {hint}");
+            error.context(message)
+        }
+        None => error,
+    }
+}
+
+/// A daemon that runs.
+#[derive(Debug)]
+pub struct Daemon {
+    addr: SocketAddr,
+    served: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Daemon {
+    /// Claims the state folder, opens the database, puts interrupted jobs back, and listens.
+    pub async fn start(
+        config: OrchestratorConfig,
+        home: Home,
+        shutdown: Shutdown,
+    ) -> anyhow::Result<Self> {
+        home.ensure().map_err(|error| hinted(error.hint(), error))?;
+        let state_dir = home.orchestratord_state();
+        let run_files = RunFiles::claim(&state_dir, NAME, VERSION)
+            .map_err(|error| hinted(error.hint(), error))?;
+        let tokens = Tokens::load(&config)?;
+        let catalog = Catalog::load(&home).map_err(|error| hinted(Some(error.hint()), error))?;
+        let store = Store::open(&state_dir.join("jobs.db"))
+            .await
+            .map_err(|error| hinted(error.hint(), error))?;
+
+        let service = Service::bind(config.bind, service_options(&config, &tokens)).await;
+        let service = service.map_err(|error| hinted(error.hint(), error))?;
+        let metrics = Metrics::new().context("could not make the metrics")?;
+        let fleet = Fleet::new(tokens.pool);
+        let app = Orchestrator::new(config, catalog, store, fleet, metrics, shutdown);
+        recover(&app).await?;
+        let addr = service.local_addr();
+        run_files
+            .write_addr(addr)
+            .context("could not write the address to the state folder")?;
+        tracing::info!(%addr, version = VERSION, "listening");
+        let served = tokio::spawn(serve(app, service, run_files));
+        Ok(Self { addr, served })
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// Returns when it has stopped.
+    pub async fn finished(self) -> anyhow::Result<()> {
+        self.served.await.context("the daemon panicked")?
+    }
+}
+
+fn service_options(config: &OrchestratorConfig, tokens: &Tokens) -> ServiceOptions {
+    let mut options = ServiceOptions::new(NAME, VERSION, ORCHESTRATOR_API_VERSION);
+    options.token.clone_from(&tokens.api);
+    options.max_connections = config.service.max_connections;
+    options.scoped_tokens = tokens
+        .pool
+        .clone()
+        .map(|secret| ScopedToken {
+            caller: "pool",
+            secret,
+            opens: is_pools_own,
+        })
+        .into_iter()
+        .collect();
+    options
+}
+
+/// Whether a call is one that pools make about themselves.
+fn is_pools_own(method: &Method, path: &str) -> bool {
+    let Some(rest) = path.strip_prefix("/v2/pools/") else {
+        return false;
+    };
+    match (method, rest.split_once('/')) {
+        (&Method::POST, None) => rest == "register",
+        (&Method::POST, Some((_, rest))) => rest == "heartbeat",
+        (&Method::DELETE, None) => true,
+        _ => false,
+    }
+}
+
+/// Puts every job that is not over where it belongs.
+async fn recover(app: &App) -> anyhow::Result<()> {
+    let recovered = app
+        .store
+        .recover(clock::now())
+        .await
+        .context("could not read the jobs that are not over")?;
+    let interrupted = recovered.iter().filter(|job| job.interrupted).count();
+    let count = recovered.len();
+    for job in recovered {
+        let (id, created_at) = (job.queued.id, job.queued.created_at);
+        app.jobs.insert(Arc::new(LiveJob::new(
+            id,
+            created_at,
+            job.deadline,
+            job.last_event,
+            job.attempt,
+        )));
+        app.jobs.put(job.queued);
+    }
+    if count > 0 {
+        tracing::info!(jobs = count, interrupted, "jobs are waiting from before");
+    }
+    Ok(())
+}
+
+async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Result<()> {
+    let grace = Duration::from_secs(app.config.service.stop_timeout_s);
+    let scheduler = tokio::spawn({
+        let app = Arc::clone(&app);
+        async move {
+            let result = tokio::spawn(scheduler::run(Arc::clone(&app))).await;
+            // A daemon that takes jobs and runs none is worse than one that ends and is started again.
+            app.shutdown.trigger();
+            result
+        }
+    });
+    service
+        .serve(api::router(Arc::clone(&app)), app.shutdown.clone(), grace)
+        .await;
+    let scheduled = scheduler.await.context("the scheduler's guard panicked")?;
+    // Streams are closed; what is left are attempts that write down their last tokens. Their workers go on.
+    app.finish_tasks(WIND_UP).await;
+    let store = app.store.clone();
+    drop(app);
+    store.close(WIND_UP).await;
+    tracing::info!("stopped");
+    drop(run_files);
+    scheduled.context("the scheduler panicked")
+}

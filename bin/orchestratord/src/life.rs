@@ -1,0 +1,267 @@
+//! How jobs begin and end: the one place that commits, then tells.
+
+use std::sync::Arc;
+
+use orchestrator_core::api::events::{EventId, Queued, TaskEvent};
+use orchestrator_core::job::{
+    AttemptOutcome, Job, JobError, JobErrorCode, JobEvent, JobSpec, Usage,
+};
+use orchestrator_core::queue::{QueueError, QueuedJob};
+use orchestrator_core::{JobId, JobStatus};
+use pool_core::ModelRef;
+
+use crate::app::App;
+use crate::clock;
+use crate::queue::LiveJob;
+use crate::state::{Ending, IdempotencyKey, Progress, StoreError, Submitted};
+
+/// Why a task is not accepted.
+#[derive(Debug, thiserror::Error)]
+pub enum SubmitError {
+    /// No catalogue entry and no pool's file.
+    #[error("there is no model `{model}`")]
+    UnknownModel {
+        /// What was asked for.
+        model: ModelRef,
+        /// What to ask for instead.
+        hint: String,
+    },
+    /// The model's context can't hold so many tokens.
+    #[error("`max_tokens` is {max_tokens}; `{model}` has a context of {context_length} tokens")]
+    TooManyTokens {
+        /// The model.
+        model: ModelRef,
+        /// What was asked for.
+        max_tokens: u32,
+        /// What it can do.
+        context_length: u32,
+    },
+    /// Too many jobs wait.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The daemon is stopping.
+    #[error("orchestratord is stopping")]
+    Stopping,
+    /// The store refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// A task that is stored.
+#[derive(Debug)]
+pub struct Accepted {
+    /// The job.
+    pub id: JobId,
+    /// Its state.
+    pub status: JobStatus,
+    /// How many jobs are before it, where it waits.
+    pub position: Option<u64>,
+}
+
+/// The model as pools name it, where a task may ask for it and for so many tokens of it.
+fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef, SubmitError> {
+    if let Some(entry) = app.catalog.find(model) {
+        let model = entry.model_ref();
+        return match entry.context_length {
+            Some(context_length) if max_tokens > context_length => {
+                Err(SubmitError::TooManyTokens {
+                    model,
+                    max_tokens,
+                    context_length,
+                })
+            }
+            _ => Ok(model),
+        };
+    }
+    let hint = match model {
+        ModelRef::Alias(id) => match app.catalog.nearest(id) {
+            Some(near) => format!("did you mean `{near}`? `GET /v2/models` lists all"),
+            None => "`GET /v2/models` lists the models that tasks may name".to_owned(),
+        },
+        ModelRef::Hub { .. } => "no catalogue entry has this file: tasks name catalogue ids, see `GET /v2/models`".to_owned(),
+        ModelRef::File(_) if app.fleet.offers(model) => return Ok(model.clone()),
+        ModelRef::File(_) => {
+            "no pool offers this file: it must be a model below `models.allow_paths` of a registered pool".to_owned()
+        }
+    };
+    Err(SubmitError::UnknownModel {
+        model: model.clone(),
+        hint,
+    })
+}
+
+/// Stores a job and lets it wait, unless `key` names one that is stored already.
+pub async fn submit(
+    app: App,
+    mut spec: JobSpec,
+    key: Option<IdempotencyKey>,
+) -> Result<Accepted, SubmitError> {
+    if app.shutdown.is_requested() {
+        return Err(SubmitError::Stopping);
+    }
+    spec.model = known_model(&app, &spec.model, spec.max_tokens)?;
+    // Asked before the queue is: a repeated request is answered even when the queue is full.
+    if let Some(key) = &key
+        && let Some((id, status)) = app.store.known_key(key).await?
+    {
+        return Ok(known(&app, id, status));
+    }
+    let now = clock::now();
+    let job = Job::new(JobId::random(), spec, now);
+    let queued = QueuedJob::new(&job, None);
+    let (promise, position) = app.jobs.promise(&queued, now)?;
+
+    let id = job.id;
+    let live = Arc::new(LiveJob::new(
+        id,
+        now,
+        job.deadline(),
+        EventId { attempt: 0, seq: 0 },
+        0,
+    ));
+    let event = Queued {
+        job_id: id,
+        model: job.spec.model.clone(),
+        queue_position: position,
+    };
+    let first = live.hub.entry(TaskEvent::Queued(event), Vec::new());
+    let submitted = app.store.submit(job, key, Arc::clone(&first)).await?;
+    if let Submitted::Known(id, status) = submitted {
+        return Ok(known(&app, id, status));
+    }
+    live.hub.publish(first);
+    live.hub.written(1);
+    // Nobody knows the id yet, so nobody can have missed the job between the commit and this.
+    app.jobs.insert(live);
+    app.jobs.put(queued);
+    drop(promise);
+    app.changed.notify_one();
+    Ok(Accepted {
+        id,
+        status: JobStatus::Queued,
+        position: Some(position),
+    })
+}
+
+fn known(app: &App, id: JobId, status: JobStatus) -> Accepted {
+    Accepted {
+        id,
+        status,
+        position: app
+            .jobs
+            .waiting(id, clock::now())
+            .map(|(position, _)| position),
+    }
+}
+
+/// How a job ends.
+#[derive(Debug, Clone)]
+pub enum End {
+    /// Its text is whole.
+    Completed(orchestrator_core::api::events::End),
+    /// It did not complete.
+    Error(JobError),
+}
+
+impl End {
+    /// Somebody cancelled it.
+    pub fn cancelled() -> Self {
+        Self::error(JobErrorCode::Cancelled, "the job was cancelled", false)
+    }
+
+    /// Its time ran out.
+    pub fn timeout() -> Self {
+        Self::error(
+            JobErrorCode::Timeout,
+            "the job's `timeout_ms` ran out",
+            true,
+        )
+    }
+
+    /// It failed.
+    pub fn error(code: JobErrorCode, message: impl Into<String>, retriable: bool) -> Self {
+        Self::Error(JobError {
+            code,
+            message: message.into(),
+            retriable,
+        })
+    }
+}
+
+/// Ends a job on behalf of the attempt with `fence`, or of nobody's: commits, then tells readers and the attempt.
+/// Returns the state that won.
+pub async fn end(
+    app: &App,
+    live: &LiveJob,
+    fence: Option<u64>,
+    end: End,
+) -> Result<JobStatus, StoreError> {
+    let _gate = live.gate.lock().await;
+    if let Some(status) = live.ended() {
+        return Ok(status);
+    }
+    let (event, outcome) = match &end {
+        End::Completed(_) => (JobEvent::Finished, AttemptOutcome::Completed),
+        End::Error(error) => match error.code {
+            JobErrorCode::Cancelled => (JobEvent::Cancel, AttemptOutcome::Cancelled),
+            JobErrorCode::Timeout => (JobEvent::DeadlinePassed, AttemptOutcome::Expired),
+            JobErrorCode::WorkerLost => (JobEvent::Errored, AttemptOutcome::WorkerLost),
+            _ => (JobEvent::Errored, AttemptOutcome::Failed),
+        },
+    };
+    let (usage, error) = match &end {
+        End::Completed(end) => {
+            let usage = Usage {
+                tokens_in: end.tokens_in,
+                tokens_out: end.tokens_out,
+                stop_reason: end.stop_reason,
+                ttft_ms: end.ttft_ms,
+                decode_time_ms: end.decode_time_ms,
+            };
+            (Some(usage), None)
+        }
+        End::Error(error) => (None, Some(error.clone())),
+    };
+    let last = live.hub.entry(
+        match end {
+            End::Completed(end) => TaskEvent::End(end),
+            End::Error(error) => TaskEvent::Error(error),
+        },
+        Vec::new(),
+    );
+    let mut events = live.hub.unwritten();
+    events.push(Arc::clone(&last));
+    let progress = Progress {
+        started_at: None,
+        events,
+    };
+    let ending = Ending {
+        event,
+        fence,
+        at: clock::now(),
+        progress,
+        usage,
+        error,
+        outcome,
+    };
+    let status = app.store.end(live.id, ending).await?;
+    live.hub.written(last.id.seq);
+    live.hub.publish(last);
+    live.end(status);
+    app.jobs.forget(live.id);
+    app.metrics
+        .finished
+        .with_label_values(&[status.as_str()])
+        .inc();
+    app.changed.notify_one();
+    tracing::info!(job = %live.id, %status, "job over");
+    Ok(status)
+}
+
+/// Cancels a job. `None`: there is no such job.
+pub async fn cancel(app: App, id: JobId) -> Result<Option<JobStatus>, StoreError> {
+    match app.jobs.get(id) {
+        Some(live) => end(&app, &live, None, End::cancelled()).await.map(Some),
+        None => app.store.status(id).await,
+    }
+}

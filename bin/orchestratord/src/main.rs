@@ -1,0 +1,43 @@
+//! The `orchestratord` program.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use orchestrator_core::config::OrchestratorConfig;
+use pool_core::home::Home;
+use pool_core::service::{Shutdown, telemetry};
+
+/// Daemon of llama-orch: durable job queue, scheduling, event streams.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// Configuration file [default: `orchestratord.toml` in the configuration folder, where it exists].
+    #[arg(long, value_name = "PATH")]
+    config: Option<PathBuf>,
+    /// Address to listen on; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR:PORT")]
+    bind: Option<SocketAddr>,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match start(Args::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn start(args: Args) -> anyhow::Result<()> {
+    telemetry::init("info")?;
+    let home = Home::from_env()?;
+    let mut config = OrchestratorConfig::load(&home, args.config.as_deref())?;
+    if let Some(bind) = args.bind {
+        config.bind = bind;
+    }
+    orchestratord::run(config, home, Shutdown::on_signals()?).await
+}

@@ -1,0 +1,138 @@
+//! One job that is not over.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use jiff::Timestamp;
+use orchestrator_core::api::events::EventId;
+use orchestrator_core::{JobId, JobStatus};
+use tokio::sync::watch;
+
+use crate::streams::Hub;
+
+/// A job that is not over, or ended a moment ago.
+#[derive(Debug)]
+pub struct LiveJob {
+    /// Id.
+    pub id: JobId,
+    /// Its events.
+    pub hub: Hub,
+    /// When it was accepted.
+    pub created_at: Timestamp,
+    /// When it expires.
+    pub deadline: Option<Timestamp>,
+    /// Held by whoever changes the job's state or adds to its log, over the commit: what readers see has one order, and
+    /// nothing is relayed after an end that is being committed.
+    pub gate: tokio::sync::Mutex<()>,
+    ended: OnceLock<JobStatus>,
+    attempt: Mutex<Option<Arc<ActiveAttempt>>>,
+}
+
+impl LiveJob {
+    /// A job whose log ends at `last`.
+    pub fn new(
+        id: JobId,
+        created_at: Timestamp,
+        deadline: Option<Timestamp>,
+        last: EventId,
+        attempt: u32,
+    ) -> Self {
+        Self {
+            id,
+            hub: Hub::new(last, attempt),
+            created_at,
+            deadline,
+            gate: tokio::sync::Mutex::new(()),
+            ended: OnceLock::new(),
+            attempt: Mutex::new(None),
+        }
+    }
+
+    /// The state in which it ended. To be asked while the gate is held.
+    pub fn ended(&self) -> Option<JobStatus> {
+        self.ended.get().copied()
+    }
+
+    /// Notes the end, and tells the running attempt to stop.
+    pub fn end(&self, status: JobStatus) {
+        let _ = self.ended.set(status);
+        if let Some(attempt) = self.attempt() {
+            attempt.order(Order::Stop);
+        }
+    }
+
+    /// The attempt that holds it.
+    pub fn attempt(&self) -> Option<Arc<ActiveAttempt>> {
+        self.attempt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Gives it to an attempt, or takes it back.
+    pub fn set_attempt(&self, attempt: Option<Arc<ActiveAttempt>>) {
+        *self.attempt.lock().unwrap_or_else(PoisonError::into_inner) = attempt;
+    }
+}
+
+/// What an attempt is told from outside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Order {
+    /// Go on.
+    Go,
+    /// The pool says that the worker is gone, and why.
+    WorkerGone(String),
+    /// The job is over.
+    Stop,
+}
+
+/// An attempt that holds a slot of a worker.
+#[derive(Debug)]
+pub struct ActiveAttempt {
+    /// The pool.
+    pub pool_id: String,
+    /// The worker.
+    pub worker_id: String,
+    /// The lease's fence; 0 until it is committed.
+    pub fence: AtomicU64,
+    /// Whether the worker's stream is open.
+    pub attached: AtomicBool,
+    orders: watch::Sender<Order>,
+}
+
+impl ActiveAttempt {
+    /// An attempt on this worker.
+    pub fn new(pool_id: String, worker_id: String) -> Self {
+        Self {
+            pool_id,
+            worker_id,
+            fence: AtomicU64::new(0),
+            attached: AtomicBool::new(false),
+            orders: watch::Sender::new(Order::Go),
+        }
+    }
+
+    /// Gives an order. Nothing follows a stop, and the first reason for which a worker is gone is the one that counts.
+    pub fn order(&self, order: Order) {
+        self.orders.send_if_modified(|current| {
+            let heed = matches!(
+                (&*current, &order),
+                (Order::Go, _) | (Order::WorkerGone(_), Order::Stop)
+            );
+            if heed {
+                *current = order;
+            }
+            heed
+        });
+    }
+
+    /// Hears orders.
+    pub fn orders(&self) -> watch::Receiver<Order> {
+        self.orders.subscribe()
+    }
+
+    /// Whether the worker's stream is open.
+    pub fn is_attached(&self) -> bool {
+        self.attached.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,450 @@
+//! The record of all jobs: one SQLite file. No other module knows SQL.
+//!
+//! One task writes (see [`writer`]); readers use connections of their own that can't. Every change of a job's state goes
+//! through [`JobStatus::transition`], and every change on behalf of an attempt compares its fence in the same
+//! transaction.
+
+mod commands;
+mod queries;
+mod schema;
+mod writer;
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use orchestrator_core::api::events::{EventId, TaskEvent};
+use orchestrator_core::api::tasks::TaskSummary;
+use orchestrator_core::job::{
+    AttemptOutcome, IllegalTransition, Job, JobError, JobEvent, JobSpec, Priority, Usage,
+};
+use orchestrator_core::queue::QueuedJob;
+use orchestrator_core::{JobId, JobStatus};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{ConnectOptions as _, SqlitePool};
+use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
+
+use writer::Writer;
+
+/// Connections for reading.
+const READERS: u32 = 4;
+/// How long a statement waits for a lock; only a program other than ours could hold one.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why the store did not do it.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoreError {
+    /// The disk is full or broken, or the file can't be written.
+    #[error("the job database can't be used now: {0}")]
+    Unavailable(Arc<sqlx::Error>),
+    /// The store is stopping.
+    #[error("the job database is closed")]
+    Closed,
+    /// No such job.
+    #[error("there is no {0}")]
+    NotFound(JobId),
+    /// The report comes from a lease that is over.
+    #[error("fence {given} of {job} is stale: the current one is {current}")]
+    StaleFence {
+        /// The job.
+        job: JobId,
+        /// The report's fence.
+        given: u64,
+        /// The fence of the latest lease.
+        current: u64,
+    },
+    /// The job is in a state in which this can't happen.
+    #[error(transparent)]
+    Illegal(#[from] IllegalTransition),
+    /// The idempotency key was used for another request.
+    #[error("this Idempotency-Key was used for another request, {0}")]
+    KeyMismatch(JobId),
+    /// A newer build has written this file.
+    #[error(
+        "the job database has version {found}; this build of orchestratord knows up to version {known}"
+    )]
+    NewerDatabase {
+        /// The file's version.
+        found: i64,
+        /// The newest that this build knows.
+        known: i64,
+    },
+    /// The linked SQLite has a known bug in its write-ahead log.
+    #[error("this build contains SQLite {version}; 3.51.3 or later is needed")]
+    OldLibrary {
+        /// What is linked.
+        version: String,
+    },
+    /// A row or a statement is not what this build expects.
+    #[error("the job database holds something unexpected: {0}")]
+    Corrupt(String),
+}
+
+impl StoreError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Unavailable(_) => {
+                Some("check the free space and the health of the disk that holds the state folder")
+            }
+            Self::NewerDatabase { .. } => {
+                Some("install the newer release again, or move the state folder away")
+            }
+            Self::KeyMismatch(_) => Some("use a new key for a new request"),
+            _ => None,
+        }
+    }
+
+    fn unavailable(error: sqlx::Error) -> Self {
+        Self::Unavailable(Arc::new(error))
+    }
+
+    fn corrupt(what: impl ToString) -> Self {
+        Self::Corrupt(what.to_string())
+    }
+}
+
+impl From<sqlx::Error> for StoreError {
+    fn from(error: sqlx::Error) -> Self {
+        // A statement that broke a rule of the schema is a mistake of ours and fails alone; anything else is the disk.
+        let broke_a_rule = error.as_database_error().is_some_and(|database| {
+            database.is_unique_violation()
+                || database.is_check_violation()
+                || database.is_foreign_key_violation()
+        });
+        if broke_a_rule
+            || matches!(
+                error,
+                sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_)
+            )
+        {
+            Self::corrupt(error)
+        } else {
+            Self::unavailable(error)
+        }
+    }
+}
+
+/// One event of a job's log.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LogEntry {
+    /// Its id.
+    pub id: EventId,
+    /// The event.
+    pub event: TaskEvent,
+    /// The token ids that a `token` event came from.
+    pub token_ids: Vec<u32>,
+}
+
+/// An `Idempotency-Key` with what it stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdempotencyKey {
+    /// Whose key it is.
+    pub caller: String,
+    /// The key.
+    pub key: String,
+    /// Digest of the request.
+    pub fingerprint: String,
+}
+
+/// What a submit came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Submitted {
+    /// The job is stored.
+    New,
+    /// The key names a job of before.
+    Known(JobId, JobStatus),
+}
+
+/// A lease that is committed.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    /// Number of the attempt.
+    pub attempt: u32,
+    /// Its fence.
+    pub fence: u64,
+    /// What to do.
+    pub spec: JobSpec,
+    /// Attempts so far that count against `max_attempts`.
+    pub lost: u32,
+    /// Whether an earlier attempt has told readers that it started.
+    pub started_before: bool,
+    /// Why the attempt before is over.
+    pub last_reason: Option<String>,
+}
+
+/// What an attempt has done since it was last written down. Writing it twice changes nothing.
+#[derive(Debug, Clone, Default)]
+pub struct Progress {
+    /// When the worker sent its first event.
+    pub started_at: Option<Timestamp>,
+    /// Events after those in the log; ones that are there already are left out.
+    pub events: Vec<Arc<LogEntry>>,
+}
+
+/// The end of a job.
+#[derive(Debug, Clone)]
+pub struct Ending {
+    /// What happened.
+    pub event: JobEvent,
+    /// The fence on whose behalf; `None` where it is not an attempt that ends the job.
+    pub fence: Option<u64>,
+    /// When.
+    pub at: Timestamp,
+    /// What was not yet written down, the last event included.
+    pub progress: Progress,
+    /// Figures of a completed job.
+    pub usage: Option<Usage>,
+    /// Why it did not complete.
+    pub error: Option<JobError>,
+    /// How the running attempt ends, where there is one.
+    pub outcome: AttemptOutcome,
+}
+
+/// The end of an attempt that another may follow.
+#[derive(Debug, Clone)]
+pub struct Requeue {
+    /// The attempt's fence.
+    pub fence: u64,
+    /// When.
+    pub at: Timestamp,
+    /// What was not yet written down.
+    pub progress: Progress,
+    /// How it ended.
+    pub outcome: AttemptOutcome,
+    /// Why, for people.
+    pub reason: String,
+    /// Not leased again before this.
+    pub not_before: Option<Timestamp>,
+}
+
+/// A job that waits when the daemon starts.
+#[derive(Debug, Clone)]
+pub struct Recovered {
+    /// The queue's view of it.
+    pub queued: QueuedJob,
+    /// When it expires.
+    pub deadline: Option<Timestamp>,
+    /// Number of its latest attempt.
+    pub attempt: u32,
+    /// The end of its log.
+    pub last_event: EventId,
+    /// Whether an attempt was running when the daemon ended.
+    pub interrupted: bool,
+}
+
+/// Which jobs a list shows.
+#[derive(Debug, Clone, Default)]
+pub struct ListFilter {
+    /// In this state.
+    pub status: Option<JobStatus>,
+    /// Of this model.
+    pub model: Option<String>,
+    /// Of this class.
+    pub priority: Option<Priority>,
+    /// Older than this one.
+    pub before: Option<JobId>,
+    /// At most this many.
+    pub limit: u32,
+}
+
+/// The store. Cheap to clone.
+#[derive(Clone)]
+pub struct Store {
+    writer: Writer,
+    readers: SqlitePool,
+    task: Arc<Mutex<Option<JoinHandle<()>>>>,
+}
+
+impl Store {
+    /// Opens the database at `path`, makes it if there is none (mode 0600), and brings it to this build's version.
+    pub async fn open(path: &Path) -> Result<Self, StoreError> {
+        let io = |error: std::io::Error| StoreError::unavailable(sqlx::Error::Io(error));
+        // Made here for its mode; SQLite gives its side files the same.
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)
+            .map_err(io)?;
+        let options = SqliteConnectOptions::new()
+            .filename(path)
+            .busy_timeout(BUSY_TIMEOUT)
+            .foreign_keys(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .disable_statement_logging();
+        let mut conn = options.connect().await?;
+        schema::check_library(&mut conn).await?;
+        schema::migrate(&mut conn).await?;
+        let read_only = SqliteConnectOptions::new()
+            .filename(path)
+            .busy_timeout(BUSY_TIMEOUT)
+            .read_only(true)
+            .disable_statement_logging();
+        let readers = SqlitePoolOptions::new()
+            .max_connections(READERS)
+            .connect_with(read_only)
+            .await?;
+        let (writer, task) = Writer::start(conn);
+        Ok(Self {
+            writer,
+            readers,
+            task: Arc::new(Mutex::new(Some(task))),
+        })
+    }
+
+    /// Closes the database once all its other users are gone, and waits for that at most `grace`.
+    pub async fn close(self, grace: Duration) {
+        let Self {
+            writer,
+            readers,
+            task,
+        } = self;
+        let task = task.lock().await.take();
+        let closed = async {
+            // The last connection to close writes the log back and removes it, and a reader can't.
+            readers.close().await;
+            drop(writer);
+            if let Some(task) = task {
+                let _ = task.await;
+            }
+        };
+        if tokio::time::timeout(grace, closed).await.is_err() {
+            tracing::warn!(
+                "the database is still in use; its log is written back at the next start"
+            );
+        }
+    }
+
+    /// Stores a new job with its first event, unless `key` names one that is stored already.
+    pub async fn submit(
+        &self,
+        job: Job,
+        key: Option<IdempotencyKey>,
+        first: Arc<LogEntry>,
+    ) -> Result<Submitted, StoreError> {
+        self.writer
+            .run(move |conn| {
+                Box::pin(async move { commands::submit(conn, &job, key.as_ref(), &first).await })
+            })
+            .await
+    }
+
+    /// Leases a waiting job to a worker.
+    pub async fn lease(
+        &self,
+        job: JobId,
+        pool: &str,
+        worker: &str,
+        at: Timestamp,
+    ) -> Result<Lease, StoreError> {
+        let (pool, worker) = (pool.to_owned(), worker.to_owned());
+        self.writer
+            .run(move |conn| {
+                Box::pin(async move { commands::lease(conn, job, &pool, &worker, at).await })
+            })
+            .await
+    }
+
+    /// Writes down what the attempt with `fence` has done.
+    pub async fn progress(
+        &self,
+        job: JobId,
+        fence: u64,
+        progress: Progress,
+    ) -> Result<(), StoreError> {
+        self.writer
+            .run(move |conn| {
+                Box::pin(async move { commands::progress(conn, job, fence, &progress).await })
+            })
+            .await
+    }
+
+    /// Ends a job, and returns the state that it is in: a job that is over stays as it ended.
+    pub async fn end(&self, job: JobId, ending: Ending) -> Result<JobStatus, StoreError> {
+        self.writer
+            .run(move |conn| Box::pin(async move { commands::end(conn, job, &ending).await }))
+            .await
+    }
+
+    /// Ends an attempt and puts its job back to wait.
+    pub async fn requeue(&self, job: JobId, requeue: Requeue) -> Result<(), StoreError> {
+        self.writer
+            .run(move |conn| Box::pin(async move { commands::requeue(conn, job, &requeue).await }))
+            .await
+    }
+
+    /// Puts the jobs that were running when the daemon ended back to wait, and returns all that wait.
+    pub async fn recover(&self, at: Timestamp) -> Result<Vec<Recovered>, StoreError> {
+        self.writer
+            .run(move |conn| Box::pin(async move { commands::recover(conn, at).await }))
+            .await
+    }
+
+    /// The job with its attempts and the text that its log gives, and the end of that log.
+    pub async fn job(&self, id: JobId) -> Result<Option<(Job, EventId)>, StoreError> {
+        queries::job(&self.readers, id).await
+    }
+
+    /// The job's state.
+    pub async fn status(&self, id: JobId) -> Result<Option<JobStatus>, StoreError> {
+        queries::status(&self.readers, id).await
+    }
+
+    /// The job that a key names.
+    pub async fn known_key(
+        &self,
+        key: &IdempotencyKey,
+    ) -> Result<Option<(JobId, JobStatus)>, StoreError> {
+        let mut conn = self.readers.acquire().await?;
+        commands::known_key(&mut conn, key).await
+    }
+
+    /// Jobs, newest first.
+    pub async fn list(&self, filter: &ListFilter) -> Result<Vec<TaskSummary>, StoreError> {
+        queries::list(&self.readers, filter).await
+    }
+
+    /// At least one event after `after` where there is any, in order, and about `limit` of them.
+    pub async fn events_after(
+        &self,
+        job: JobId,
+        after: EventId,
+        limit: usize,
+    ) -> Result<Vec<LogEntry>, StoreError> {
+        queries::events_after(&self.readers, job, after, limit).await
+    }
+
+    /// The last event of the job's log.
+    pub async fn last_event(&self, job: JobId) -> Result<Option<EventId>, StoreError> {
+        let mut conn = self.readers.acquire().await?;
+        commands::last_event(&mut conn, job).await
+    }
+
+    /// Fails unless the database can be read.
+    pub async fn check(&self) -> Result<(), StoreError> {
+        sqlx::query("SELECT 1 FROM jobs LIMIT 1")
+            .fetch_optional(&self.readers)
+            .await?;
+        Ok(())
+    }
+}
+
+/// What a reader who kept everything has after `event`.
+pub fn apply_to_text(text: &mut String, event: &TaskEvent) {
+    match event {
+        TaskEvent::Attempt(attempt) if !attempt.continues => text.clear(),
+        TaskEvent::Token(token) => text.push_str(&token.t),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,194 @@
+//! What only reads.
+
+use orchestrator_core::api::events::{EventId, TaskEvent};
+use orchestrator_core::api::tasks::TaskSummary;
+use orchestrator_core::job::{Attempt, Job, Usage};
+use orchestrator_core::{JobId, JobStatus};
+use sqlx::sqlite::SqliteRow;
+use sqlx::{QueryBuilder, Row as _, Sqlite, SqlitePool};
+
+use super::commands::{StoredEvent, from_json, number, optional_time, parse, parse_outcome, time};
+use super::{ListFilter, LogEntry, StoreError, apply_to_text};
+
+/// Log rows of one page of a replay. A row holds up to about thirty tokens.
+const PAGE_ROWS: i64 = 64;
+
+pub(super) async fn status(pool: &SqlitePool, id: JobId) -> Result<Option<JobStatus>, StoreError> {
+    let row = sqlx::query("SELECT status FROM jobs WHERE id = ?")
+        .bind(id.to_string())
+        .fetch_optional(pool)
+        .await?;
+    row.map(|row| parse(row.try_get("status")?)).transpose()
+}
+
+pub(super) async fn job(
+    pool: &SqlitePool,
+    id: JobId,
+) -> Result<Option<(Job, EventId)>, StoreError> {
+    // One transaction, so that state, attempts and text are of one moment.
+    let mut transaction = pool.begin().await?;
+    let sql = "SELECT status, spec, created_us, started_us, ended_us, fence, usage, error FROM jobs WHERE id = ?";
+    let Some(row) = sqlx::query(sql)
+        .bind(id.to_string())
+        .fetch_optional(&mut *transaction)
+        .await?
+    else {
+        return Ok(None);
+    };
+    let sql = "SELECT number, fence, pool_id, worker_id, leased_us, started_us, ended_us, outcome, reason \
+               FROM attempts WHERE job_id = ? ORDER BY number";
+    let attempts = sqlx::query(sql)
+        .bind(id.to_string())
+        .fetch_all(&mut *transaction)
+        .await?;
+    let sql = "SELECT attempt, last_seq, payload FROM events WHERE job_id = ? ORDER BY first_seq";
+    let log = sqlx::query(sql)
+        .bind(id.to_string())
+        .fetch_all(&mut *transaction)
+        .await?;
+    transaction.commit().await?;
+
+    let mut text = String::new();
+    let mut last = EventId { attempt: 0, seq: 0 };
+    for row in &log {
+        last = EventId {
+            attempt: number(row.try_get("attempt")?)?,
+            seq: number(row.try_get("last_seq")?)?,
+        };
+        let events: Vec<StoredEvent<TaskEvent>> = from_json(row.try_get("payload")?)?;
+        events
+            .iter()
+            .for_each(|stored| apply_to_text(&mut text, &stored.e));
+    }
+    let job = Job {
+        id,
+        spec: from_json(row.try_get("spec")?)?,
+        status: parse(row.try_get("status")?)?,
+        created_at: time(row.try_get("created_us")?)?,
+        started_at: optional_time(row.try_get("started_us")?)?,
+        ended_at: optional_time(row.try_get("ended_us")?)?,
+        fence: number(row.try_get("fence")?)?,
+        attempts: attempts.iter().map(attempt).collect::<Result<_, _>>()?,
+        text,
+        usage: row
+            .try_get::<Option<&str>, _>("usage")?
+            .map(from_json)
+            .transpose()?,
+        error: row
+            .try_get::<Option<&str>, _>("error")?
+            .map(from_json)
+            .transpose()?,
+    };
+    Ok(Some((job, last)))
+}
+
+fn attempt(row: &SqliteRow) -> Result<Attempt, StoreError> {
+    Ok(Attempt {
+        number: number(row.try_get("number")?)?,
+        fence: number(row.try_get("fence")?)?,
+        pool_id: row.try_get("pool_id")?,
+        worker_id: row.try_get("worker_id")?,
+        leased_at: time(row.try_get("leased_us")?)?,
+        started_at: optional_time(row.try_get("started_us")?)?,
+        ended_at: optional_time(row.try_get("ended_us")?)?,
+        outcome: row
+            .try_get::<Option<&str>, _>("outcome")?
+            .map(parse_outcome)
+            .transpose()?,
+        reason: row.try_get("reason")?,
+    })
+}
+
+pub(super) async fn list(
+    pool: &SqlitePool,
+    filter: &ListFilter,
+) -> Result<Vec<TaskSummary>, StoreError> {
+    let mut query = QueryBuilder::<Sqlite>::new(
+        "SELECT j.id, j.status, j.model, j.priority, j.session_id, j.labels, j.created_us, j.started_us, j.ended_us, \
+         j.usage, j.error, a.number, a.pool_id, a.worker_id FROM jobs j LEFT JOIN attempts a ON a.job_id = j.id \
+         AND a.number = (SELECT MAX(number) FROM attempts WHERE job_id = j.id) WHERE 1 = 1",
+    );
+    if let Some(status) = filter.status {
+        query.push(" AND j.status = ").push_bind(status.as_str());
+    }
+    if let Some(model) = &filter.model {
+        query.push(" AND j.model = ").push_bind(model.clone());
+    }
+    if let Some(priority) = filter.priority {
+        query
+            .push(" AND j.priority = ")
+            .push_bind(priority.as_str());
+    }
+    if let Some(before) = filter.before {
+        query.push(" AND j.id < ").push_bind(before.to_string());
+    }
+    query
+        .push(" ORDER BY j.id DESC LIMIT ")
+        .push_bind(i64::from(filter.limit));
+    let rows = query.build().fetch_all(pool).await?;
+    rows.iter().map(summary).collect()
+}
+
+fn summary(row: &SqliteRow) -> Result<TaskSummary, StoreError> {
+    let usage: Option<Usage> = row
+        .try_get::<Option<&str>, _>("usage")?
+        .map(from_json)
+        .transpose()?;
+    Ok(TaskSummary {
+        id: parse(row.try_get("id")?)?,
+        status: parse(row.try_get("status")?)?,
+        model: parse(row.try_get("model")?)?,
+        priority: parse(row.try_get("priority")?)?,
+        session_id: row.try_get("session_id")?,
+        labels: from_json(row.try_get("labels")?)?,
+        created_at: time(row.try_get("created_us")?)?,
+        started_at: optional_time(row.try_get("started_us")?)?,
+        ended_at: optional_time(row.try_get("ended_us")?)?,
+        attempt: number(row.try_get::<Option<i64>, _>("number")?.unwrap_or(0))?,
+        pool_id: row.try_get("pool_id")?,
+        worker_id: row.try_get("worker_id")?,
+        tokens_out: usage.map(|usage| usage.tokens_out),
+        error: row
+            .try_get::<Option<&str>, _>("error")?
+            .map(from_json)
+            .transpose()?,
+    })
+}
+
+pub(super) async fn events_after(
+    pool: &SqlitePool,
+    job: JobId,
+    after: EventId,
+    limit: usize,
+) -> Result<Vec<LogEntry>, StoreError> {
+    // The numbers rise together, so comparing the pairs is comparing places in the log; and an id that a reader got
+    // from an attempt whose last tokens were never logged still stands before the attempt that voids them.
+    let sql = "SELECT attempt, first_seq, payload FROM events WHERE job_id = ? AND (attempt, last_seq) > (?, ?) \
+               ORDER BY first_seq LIMIT ?";
+    let rows = sqlx::query(sql)
+        .bind(job.to_string())
+        .bind(i64::from(after.attempt))
+        .bind(i64::try_from(after.seq).unwrap_or(i64::MAX))
+        .bind(PAGE_ROWS)
+        .fetch_all(pool)
+        .await?;
+    let mut entries = Vec::new();
+    for row in rows {
+        let attempt = number(row.try_get("attempt")?)?;
+        let first: u64 = number(row.try_get("first_seq")?)?;
+        let events: Vec<StoredEvent<TaskEvent>> = from_json(row.try_get("payload")?)?;
+        let read = events
+            .into_iter()
+            .zip(first..)
+            .map(|(stored, seq)| LogEntry {
+                id: EventId { attempt, seq },
+                event: stored.e,
+                token_ids: stored.ids,
+            });
+        entries.extend(read.filter(|entry| entry.id > after));
+        if entries.len() >= limit {
+            break;
+        }
+    }
+    Ok(entries)
+}

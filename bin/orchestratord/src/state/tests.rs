@@ -1,0 +1,450 @@
+use super::*;
+use orchestrator_core::api::events::{Queued, Token};
+use orchestrator_core::api::tasks::TaskSubmitRequest;
+use orchestrator_core::job::JobErrorCode;
+use proptest::prelude::*;
+use sqlx::Row as _;
+use std::os::unix::fs::PermissionsExt as _;
+
+fn entry(attempt: u32, seq: u64, event: TaskEvent) -> Arc<LogEntry> {
+    Arc::new(LogEntry {
+        id: EventId { attempt, seq },
+        event,
+        token_ids: vec![1, 2],
+    })
+}
+
+fn token(attempt: u32, seq: u64) -> Arc<LogEntry> {
+    entry(
+        attempt,
+        seq,
+        TaskEvent::Token(Token {
+            t: format!("{seq},"),
+            i: 0,
+        }),
+    )
+}
+
+fn events(events: impl IntoIterator<Item = Arc<LogEntry>>) -> Progress {
+    Progress {
+        started_at: None,
+        events: events.into_iter().collect(),
+    }
+}
+
+async fn store(dir: &tempfile::TempDir) -> Store {
+    Store::open(&dir.path().join("jobs.db")).await.unwrap()
+}
+
+/// Runs a statement on the writer's connection.
+async fn sql(store: &Store, statement: String) {
+    let statement = sqlx::AssertSqlSafe(statement);
+    store
+        .writer
+        .run(move |conn| {
+            Box::pin(async move { Ok(sqlx::raw_sql(statement).execute(conn).await.map(drop)?) })
+        })
+        .await
+        .unwrap();
+}
+
+async fn submitted(store: &Store) -> JobId {
+    let request = TaskSubmitRequest {
+        model: "m".into(),
+        prompt: Some("hi".into()),
+        ..Default::default()
+    };
+    let job = Job::new(
+        JobId::random(),
+        request.validate().unwrap(),
+        crate::clock::now(),
+    );
+    let id = job.id;
+    let queued = Queued {
+        job_id: id,
+        model: job.spec.model.clone(),
+        queue_position: 0,
+    };
+    store
+        .submit(job, None, entry(0, 1, TaskEvent::Queued(queued)))
+        .await
+        .unwrap();
+    id
+}
+
+fn ending(event: JobEvent, fence: Option<u64>, last: Arc<LogEntry>) -> Ending {
+    Ending {
+        event,
+        fence,
+        at: crate::clock::now(),
+        progress: events([last]),
+        usage: None,
+        error: None,
+        outcome: AttemptOutcome::Failed,
+    }
+}
+
+fn error_event() -> TaskEvent {
+    TaskEvent::Error(JobError {
+        code: JobErrorCode::Cancelled,
+        message: String::new(),
+        retriable: false,
+    })
+}
+
+// [ORCHD-003] P4
+#[tokio::test]
+async fn a_stale_fence_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    let id = submitted(&store).await;
+    let now = crate::clock::now();
+    let first = store.lease(id, "p", "w", now).await.unwrap();
+    let requeue = Requeue {
+        fence: first.fence,
+        at: now,
+        progress: Progress {
+            started_at: Some(now),
+            events: vec![token(1, 2)],
+        },
+        outcome: AttemptOutcome::WorkerLost,
+        reason: "gone".into(),
+        not_before: None,
+    };
+    store.requeue(id, requeue.clone()).await.unwrap();
+    let second = store.lease(id, "p", "w", now).await.unwrap();
+    assert_eq!(
+        (
+            second.fence,
+            second.attempt,
+            second.lost,
+            second.started_before
+        ),
+        (2, 2, 1, true)
+    );
+    assert_eq!(second.last_reason.as_deref(), Some("gone"));
+
+    let before = store.job(id).await.unwrap();
+    let is_stale = |result: Result<(), StoreError>| {
+        matches!(
+            result,
+            Err(StoreError::StaleFence {
+                given: 1,
+                current: 2,
+                ..
+            })
+        )
+    };
+    assert!(is_stale(store.progress(id, 1, events([token(1, 3)])).await));
+    assert!(is_stale(store.requeue(id, requeue).await));
+    let end = ending(JobEvent::Errored, Some(1), entry(1, 3, error_event()));
+    assert!(is_stale(store.end(id, end).await.map(drop)));
+    assert_eq!(store.job(id).await.unwrap(), before);
+}
+
+// [ORCHD-003] P5: repeated writes change nothing, gaps are refused with all that came with them.
+#[tokio::test]
+async fn the_log_takes_every_event_once_and_no_gap() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    let id = submitted(&store).await;
+    let now = crate::clock::now();
+    let fence = store.lease(id, "p", "w", now).await.unwrap().fence;
+    store
+        .progress(id, fence, events([token(1, 2), token(1, 3)]))
+        .await
+        .unwrap();
+    store
+        .progress(id, fence, events([token(1, 3), token(1, 4)]))
+        .await
+        .unwrap();
+    let gap = Progress {
+        started_at: Some(now),
+        events: vec![token(1, 6)],
+    };
+    assert!(matches!(
+        store.progress(id, fence, gap).await,
+        Err(StoreError::Corrupt(_))
+    ));
+    let (job, last) = store.job(id).await.unwrap().unwrap();
+    assert_eq!(
+        (job.status, job.text.as_str(), last.seq),
+        (JobStatus::Dispatched, "2,3,4,", 4)
+    );
+    let start = EventId { attempt: 0, seq: 0 };
+    let log = store.events_after(id, start, 100).await.unwrap();
+    assert_eq!(
+        log.iter().map(|entry| entry.id.seq).collect::<Vec<_>>(),
+        [1, 2, 3, 4]
+    );
+    assert_eq!(log[1].token_ids, [1, 2]);
+    let from_inside_a_row = store
+        .events_after(id, EventId { attempt: 1, seq: 2 }, 100)
+        .await
+        .unwrap();
+    assert_eq!(from_inside_a_row[0].id, EventId { attempt: 1, seq: 3 });
+}
+
+// [ORCHD-004] P17
+#[tokio::test]
+async fn a_newer_database_is_refused_with_both_versions_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let opened = store(&dir).await;
+    let id = submitted(&opened).await;
+    let newer = schema::VERSION + 6;
+    sql(&opened, format!("PRAGMA user_version = {newer}")).await;
+    opened.close(Duration::from_secs(5)).await;
+
+    // Closed in order, it is one file that can be moved.
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    let path = dir.path().join("jobs.db");
+    let error = Store::open(&path).await.err().unwrap();
+    assert!(matches!(error, StoreError::NewerDatabase { .. }));
+    let text = error.to_string();
+    assert!(
+        text.contains(&format!("version {newer};"))
+            && text.contains(&format!("version {}", schema::VERSION)),
+        "{text}"
+    );
+    let mut conn = SqliteConnectOptions::new()
+        .filename(&path)
+        .connect()
+        .await
+        .unwrap();
+    let count: i64 = sqlx::query("SELECT COUNT(*) FROM jobs WHERE id = ?")
+        .bind(id.to_string())
+        .fetch_one(&mut conn)
+        .await
+        .unwrap()
+        .get(0);
+    assert_eq!(count, 1);
+}
+
+// [ORCHD-005]
+#[tokio::test]
+async fn the_files_are_private_and_writes_are_synced() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    submitted(&store).await;
+    for file in std::fs::read_dir(dir.path()).unwrap() {
+        let file = file.unwrap();
+        assert_eq!(
+            file.metadata().unwrap().permissions().mode() & 0o777,
+            0o600,
+            "{:?}",
+            file.file_name()
+        );
+    }
+    let pragmas = store.writer.run(|conn| {
+        Box::pin(async move {
+            let journal: String = sqlx::query("PRAGMA journal_mode")
+                .fetch_one(&mut *conn)
+                .await?
+                .get(0);
+            let sync: i64 = sqlx::query("PRAGMA synchronous")
+                .fetch_one(&mut *conn)
+                .await?
+                .get(0);
+            let keys: i64 = sqlx::query("PRAGMA foreign_keys")
+                .fetch_one(&mut *conn)
+                .await?
+                .get(0);
+            Ok((journal, sync, keys))
+        })
+    });
+    assert_eq!(pragmas.await.unwrap(), ("wal".to_owned(), 2, 1));
+}
+
+// [ORCHD-006] P16: refused while the disk is full, healed by itself; nothing of a refused batch stays.
+#[tokio::test]
+async fn a_full_disk_refuses_and_heals() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    let kept = submitted(&store).await;
+    // SQLite takes the present size for a limit below it: from now on the file can't grow, as on a full disk.
+    sql(&store, "PRAGMA max_page_count = 1".into()).await;
+    let big = || {
+        let prompt = Some("x".repeat(100_000));
+        let request = TaskSubmitRequest {
+            model: "m".into(),
+            prompt,
+            ..Default::default()
+        };
+        Job::new(
+            JobId::random(),
+            request.validate().unwrap(),
+            crate::clock::now(),
+        )
+    };
+    let submit = async |job: Job| {
+        let queued = Queued {
+            job_id: job.id,
+            model: job.spec.model.clone(),
+            queue_position: 0,
+        };
+        store
+            .submit(job, None, entry(0, 1, TaskEvent::Queued(queued)))
+            .await
+    };
+    let (a, b) = (big(), big());
+    let ids = [a.id, b.id];
+    let results = futures_util::future::join(submit(a), submit(b)).await;
+    for result in [results.0, results.1] {
+        assert!(
+            matches!(result, Err(StoreError::Unavailable(_))),
+            "{result:?}"
+        );
+    }
+    assert_eq!(store.status(kept).await.unwrap(), Some(JobStatus::Queued));
+    for id in ids {
+        assert_eq!(store.status(id).await.unwrap(), None);
+    }
+    sql(&store, "PRAGMA max_page_count = 1000000".into()).await;
+    submit(big()).await.unwrap();
+}
+
+// [ORCHD-007] A command that is refused takes nothing of those with it that share its transaction.
+#[tokio::test]
+async fn commands_of_one_commit_fail_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    let id = submitted(&store).await;
+    let now = crate::clock::now();
+    let leases = (0..20).map(|_| store.lease(id, "p", "w", now));
+    let results = futures_util::future::join_all(leases).await;
+    assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1);
+    let (job, _) = store.job(id).await.unwrap().unwrap();
+    assert_eq!((job.fence, job.attempts.len()), (1, 1));
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Lease,
+    Start(u64),
+    Tokens(u64, u64),
+    End(JobEvent, Option<u64>),
+    Requeue(u64),
+    Recover,
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let behind = || prop_oneof![4 => Just(0u64), 1 => Just(1)];
+    let event = prop_oneof![
+        Just(JobEvent::Finished),
+        Just(JobEvent::Errored),
+        Just(JobEvent::Cancel),
+        Just(JobEvent::DeadlinePassed)
+    ];
+    let op = prop_oneof![
+        4 => Just(Op::Lease),
+        4 => behind().prop_map(Op::Start),
+        4 => (behind(), 1..4u64).prop_map(|(behind, count)| Op::Tokens(behind, count)),
+        1 => (event, proptest::option::of(behind())).prop_map(|(event, behind)| Op::End(event, behind)),
+        2 => behind().prop_map(Op::Requeue),
+        1 => Just(Op::Recover),
+    ];
+    proptest::collection::vec(op, 1..25)
+}
+
+/// What the database must agree with, by `JobStatus::transition` and the rule of the fence alone.
+struct Model {
+    status: JobStatus,
+    fence: u64,
+    attempt: u32,
+    last: u64,
+}
+
+impl Model {
+    fn fence_ok(&self, behind: u64) -> bool {
+        behind == 0
+    }
+
+    fn step(&mut self, event: JobEvent) -> bool {
+        let next = self.status.transition(event);
+        next.inspect(|status| self.status = *status).is_ok()
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    // [ORCHD-008] P3, P4: whatever comes in whatever order, the database agrees with the pure state machine.
+    #[test]
+    fn the_database_follows_the_state_machine(ops in ops()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let store = store(&dir).await;
+            let id = submitted(&store).await;
+            let mut model = Model { status: JobStatus::Queued, fence: 0, attempt: 0, last: 1 };
+            for op in ops {
+                let given = |behind: u64| model.fence.wrapping_sub(behind);
+                let next = token(model.attempt, model.last + 1);
+                let held = matches!(model.status, JobStatus::Dispatched | JobStatus::Running);
+                match op.clone() {
+                    Op::Lease => {
+                        let ok = store.lease(id, "p", "w", crate::clock::now()).await.is_ok();
+                        assert_eq!(ok, model.step(JobEvent::Leased), "{op:?}");
+                        if ok {
+                            model.fence += 1;
+                            model.attempt += 1;
+                        }
+                    }
+                    Op::Start(behind) => {
+                        let progress = Progress { started_at: Some(crate::clock::now()), events: vec![next] };
+                        let ok = store.progress(id, given(behind), progress).await.is_ok();
+                        assert_eq!(ok, held && model.fence_ok(behind), "{op:?}");
+                        if ok {
+                            model.step(JobEvent::Started);
+                            model.last += 1;
+                        }
+                    }
+                    Op::Tokens(behind, count) => {
+                        let tokens = (1..=count).map(|n| token(model.attempt, model.last + n));
+                        let ok = store.progress(id, given(behind), events(tokens)).await.is_ok();
+                        assert_eq!(ok, held && model.fence_ok(behind), "{op:?}");
+                        if ok {
+                            model.last += count;
+                        }
+                    }
+                    Op::End(event, behind) => {
+                        let last = entry(model.attempt, model.last + 1, error_event());
+                        let was_over = model.status.is_terminal();
+                        let result = store.end(id, ending(event, behind.map(given), last)).await;
+                        let expected = behind.is_none_or(|behind| model.fence_ok(behind)) && model.step(event);
+                        assert_eq!(result.is_ok(), expected, "{op:?}");
+                        if let Ok(status) = result {
+                            assert_eq!(status, model.status);
+                            model.last += u64::from(!was_over);
+                        }
+                    }
+                    Op::Requeue(behind) => {
+                        let requeue = Requeue {
+                            fence: given(behind),
+                            at: crate::clock::now(),
+                            progress: Progress::default(),
+                            outcome: AttemptOutcome::WorkerLost,
+                            reason: String::new(),
+                            not_before: None,
+                        };
+                        let ok = store.requeue(id, requeue).await.is_ok();
+                        assert_eq!(ok, model.fence_ok(behind) && model.step(JobEvent::AttemptLost), "{op:?}");
+                    }
+                    Op::Recover => {
+                        let found = store.recover(crate::clock::now()).await.unwrap();
+                        assert_eq!(found.len(), usize::from(!model.status.is_terminal()));
+                        if held {
+                            model.step(JobEvent::AttemptLost);
+                        }
+                    }
+                }
+                let (job, last) = store.job(id).await.unwrap().unwrap();
+                assert_eq!((job.status, job.fence, last.seq), (model.status, model.fence, model.last), "{op:?}");
+                let fences: Vec<_> = job.attempts.iter().map(|attempt| attempt.fence).collect();
+                assert!(fences.is_sorted_by(|a, b| a < b), "{fences:?}");
+                let open = job.attempts.iter().filter(|attempt| attempt.ended_at.is_none()).count();
+                assert_eq!(open, usize::from(matches!(job.status, JobStatus::Dispatched | JobStatus::Running)));
+            }
+        });
+    }
+}

@@ -1,0 +1,162 @@
+//! The one task that writes. Commands that arrived together share a transaction, each in a savepoint of its own, and one
+//! COMMIT; none is answered before it. So a hundred submits cost about as many syncs as one.
+
+use std::pin::Pin;
+
+use sqlx::SqliteConnection;
+use tokio::sync::{mpsc, oneshot};
+
+use super::StoreError;
+
+/// Most commands of one transaction: bounds how long the first of them waits for the last.
+const BATCH: usize = 256;
+/// Commands that may wait for the writer; senders beyond wait for room.
+const BACKLOG: usize = 1024;
+
+pub(super) type Future<'a, T> = Pin<Box<dyn std::future::Future<Output = T> + Send + 'a>>;
+
+/// A command with its answer, whatever type that has.
+trait Command: Send {
+    /// Runs it; the error of a broken database ends the whole batch.
+    fn run<'a>(&'a mut self, conn: &'a mut SqliteConnection) -> Future<'a, Ran>;
+    /// Tells the sender what became of it.
+    fn answer(self: Box<Self>, broken: Option<StoreError>);
+}
+
+enum Ran {
+    Keep,
+    Undo,
+    Broken(StoreError),
+}
+
+struct Typed<T, F> {
+    work: Option<F>,
+    result: Option<Result<T, StoreError>>,
+    reply: oneshot::Sender<Result<T, StoreError>>,
+}
+
+impl<T, F> Command for Typed<T, F>
+where
+    T: Send,
+    F: for<'c> FnOnce(&'c mut SqliteConnection) -> Future<'c, Result<T, StoreError>> + Send,
+{
+    fn run<'a>(&'a mut self, conn: &'a mut SqliteConnection) -> Future<'a, Ran> {
+        Box::pin(async move {
+            let Some(work) = self.work.take() else {
+                return Ran::Undo;
+            };
+            match work(conn).await {
+                Err(error @ StoreError::Unavailable(_)) => Ran::Broken(error),
+                result => {
+                    let ran = if result.is_ok() { Ran::Keep } else { Ran::Undo };
+                    self.result = Some(result);
+                    ran
+                }
+            }
+        })
+    }
+
+    fn answer(self: Box<Self>, broken: Option<StoreError>) {
+        let result = match broken {
+            Some(error) => Err(error),
+            None => self.result.unwrap_or(Err(StoreError::Closed)),
+        };
+        // A sender that went away has nothing to do with whether the command counts.
+        let _ = self.reply.send(result);
+    }
+}
+
+/// Sends commands to the writer.
+#[derive(Clone)]
+pub(super) struct Writer {
+    commands: mpsc::Sender<Box<dyn Command>>,
+}
+
+impl Writer {
+    /// Starts the writer on `conn`. It ends, and closes the connection, when every `Writer` is dropped.
+    pub(super) fn start(conn: SqliteConnection) -> (Self, tokio::task::JoinHandle<()>) {
+        let (commands, inbox) = mpsc::channel(BACKLOG);
+        (Self { commands }, tokio::spawn(write(conn, inbox)))
+    }
+
+    /// Runs `work` in a transaction and returns once that is committed.
+    pub(super) async fn run<T, F>(&self, work: F) -> Result<T, StoreError>
+    where
+        T: Send + 'static,
+        F: for<'c> FnOnce(&'c mut SqliteConnection) -> Future<'c, Result<T, StoreError>>
+            + Send
+            + 'static,
+    {
+        let (reply, answer) = oneshot::channel();
+        let command = Box::new(Typed {
+            work: Some(work),
+            result: None,
+            reply,
+        });
+        self.commands
+            .send(command)
+            .await
+            .map_err(|_| StoreError::Closed)?;
+        answer.await.map_err(|_| StoreError::Closed)?
+    }
+}
+
+async fn write(mut conn: SqliteConnection, mut inbox: mpsc::Receiver<Box<dyn Command>>) {
+    let mut batch = Vec::new();
+    while inbox.recv_many(&mut batch, BATCH).await > 0 {
+        let broken = transact(&mut conn, &mut batch).await.err();
+        if let Some(error) = &broken {
+            end_if_sync_failed(error);
+            tracing::error!(%error, commands = batch.len(), "could not write to the database");
+            // SQLite may have rolled back by itself already; then this one has nothing to do.
+            let _ = execute(&mut conn, "ROLLBACK").await;
+        }
+        for command in batch.drain(..) {
+            command.answer(broken.clone());
+        }
+    }
+    if let Err(error) = sqlx::Connection::close(conn).await {
+        tracing::warn!(%error, "the database did not close in order");
+    }
+}
+
+async fn transact(
+    conn: &mut SqliteConnection,
+    batch: &mut [Box<dyn Command>],
+) -> Result<(), StoreError> {
+    execute(conn, "BEGIN IMMEDIATE").await?;
+    for command in batch {
+        execute(conn, "SAVEPOINT command").await?;
+        match command.run(conn).await {
+            Ran::Keep => {}
+            Ran::Undo => execute(conn, "ROLLBACK TO command").await?,
+            Ran::Broken(error) => return Err(error),
+        }
+        execute(conn, "RELEASE command").await?;
+    }
+    execute(conn, "COMMIT").await
+}
+
+async fn execute(conn: &mut SqliteConnection, sql: &'static str) -> Result<(), StoreError> {
+    sqlx::query(sql)
+        .execute(conn)
+        .await
+        .map_err(StoreError::unavailable)?;
+    Ok(())
+}
+
+/// After a failed sync the kernel may have dropped the pages and would call the next sync a success: what is on disk is
+/// only known again after the database was opened anew.
+fn end_if_sync_failed(error: &StoreError) {
+    const IOERR_FSYNC: &str = "1034";
+    const IOERR_DIR_FSYNC: &str = "1290";
+    if let StoreError::Unavailable(cause) = error
+        && let Some(code) = cause
+            .as_database_error()
+            .and_then(|database| database.code())
+        && [IOERR_FSYNC, IOERR_DIR_FSYNC].contains(&code.as_ref())
+    {
+        tracing::error!(%error, "the disk failed to sync; ending, so that nothing is answered that may be lost");
+        std::process::abort();
+    }
+}

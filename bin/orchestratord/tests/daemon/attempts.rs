@@ -1,0 +1,241 @@
+//! Attempts: cancel, loss, refusal, fences.
+
+use orchestrator_core::JobStatus;
+use orchestrator_core::api::events::TaskEvent;
+use orchestrator_core::job::{AttemptOutcome, JobErrorCode};
+use pool_core::api::worker::WorkerErrorCode;
+use pool_core::worker::WorkerStatus;
+use serde_json::json;
+
+use crate::support::{
+    FakePool, FakeWorker, MODEL, Orchestrator, ended, eventually, kept_text, one_worker, outline,
+};
+
+// [ORCHD-030] P9
+#[tokio::test(flavor = "multi_thread")]
+async fn a_waiting_job_can_be_cancelled() {
+    let orchestrator = Orchestrator::start().await;
+    let job = orchestrator.job().await;
+    let reader = orchestrator.follow(job, None).await.unwrap();
+    assert_eq!(orchestrator.cancel(job).await, JobStatus::Cancelled);
+    assert_eq!(orchestrator.cancel(job).await, JobStatus::Cancelled);
+    assert_eq!(outline(&reader.rest().await), ["queued 0.1", "error 0.2"]);
+    let view = orchestrator.show(job).await;
+    assert_eq!(
+        (view.status, view.error.unwrap().code),
+        (JobStatus::Cancelled, JobErrorCode::Cancelled)
+    );
+}
+
+// [ORCHD-030] P9: nothing follows the cancel, although the worker goes on for a while.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_cancel_no_token_is_seen() {
+    let (orchestrator, _pool, worker) = one_worker().await;
+    let job = orchestrator.job().await;
+    let reader = orchestrator.follow(job, None).await.unwrap();
+    worker.request(1).await;
+    worker.started(job);
+    worker.tokens(job, 0..5);
+    orchestrator.until(job, JobStatus::Running).await;
+    assert_eq!(orchestrator.cancel(job).await, JobStatus::Cancelled);
+    let after_answer = orchestrator.follow(job, None).await.unwrap().rest().await;
+    eventually("the worker's cancel", async || {
+        worker.cancels().first().cloned()
+    })
+    .await;
+    let seen = reader.rest().await;
+    assert_eq!(seen, after_answer);
+    let TaskEvent::Error(error) = &seen.last().unwrap().event else {
+        panic!("{seen:?}")
+    };
+    assert_eq!(error.code, JobErrorCode::Cancelled);
+    let view = orchestrator.show(job).await;
+    assert_eq!(view.text, kept_text(&seen));
+    assert_eq!(view.attempts[0].outcome, Some(AttemptOutcome::Cancelled));
+    assert_eq!((worker.cancels()[0].fence, worker.cancels().len()), (1, 1));
+}
+
+// [ORCHD-031]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_time_runs_out_expires() {
+    let (orchestrator, _pool, worker) = one_worker().await;
+    let running = orchestrator
+        .submit(json!({"model": MODEL, "prompt": "hi", "timeout_ms": 300}))
+        .await
+        .unwrap()
+        .job_id;
+    let waiting = orchestrator
+        .submit(json!({"model": MODEL, "prompt": "hi", "timeout_ms": 300}))
+        .await
+        .unwrap()
+        .job_id;
+    worker.request(1).await;
+    worker.started(running);
+    for job in [running, waiting] {
+        let view = orchestrator.until(job, JobStatus::Expired).await;
+        assert_eq!(view.error.unwrap().code, JobErrorCode::Timeout);
+    }
+}
+
+// [ORCHD-032] P5, P6: a second attempt voids the first one's text, and a third loss is the last.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_worker_is_not_a_lost_job_until_the_third_time() {
+    let orchestrator = Orchestrator::start().await;
+    let job = orchestrator.job().await;
+    let reader = orchestrator.follow(job, None).await.unwrap();
+    let mut pool = FakePool::start("pool-a").await;
+    pool.register(&orchestrator).await;
+    for attempt in 1..=3u32 {
+        let worker = FakeWorker::start(&format!("worker-cpu-{attempt}")).await;
+        pool.workers = vec![worker.info(WorkerStatus::Ready)];
+        pool.endpoints = vec![worker.endpoint()];
+        pool.beat(&orchestrator).await;
+        let request = worker.request(1).await;
+        assert_eq!(
+            (request.attempt, request.fence),
+            (attempt, u64::from(attempt))
+        );
+        worker.started(job);
+        worker.tokens(job, 0..attempt);
+        let text: String = (0..attempt).map(|i| format!("<{i}>")).collect();
+        eventually("the attempt's text", async || {
+            (orchestrator.show(job).await.text == text).then_some(())
+        })
+        .await;
+        worker.kill().await;
+        pool.workers = vec![ended(
+            worker.info(WorkerStatus::Failed),
+            "killed by signal 9",
+            false,
+        )];
+        pool.endpoints.clear();
+        pool.beat(&orchestrator).await;
+    }
+    let seen = reader.rest().await;
+    assert_eq!(
+        outline(&seen),
+        [
+            "queued 0.1",
+            "started 1.2",
+            "token 1.3",
+            "attempt 2.4",
+            "token 2.5",
+            "token 2.6",
+            "attempt 3.7",
+            "token 3.8",
+            "token 3.9",
+            "token 3.10",
+            "error 3.11"
+        ]
+    );
+    let TaskEvent::Attempt(second) = &seen[3].event else {
+        panic!()
+    };
+    assert!(
+        !second.continues && second.reason.contains("killed by signal 9"),
+        "{second:?}"
+    );
+    let view = orchestrator.until(job, JobStatus::Failed).await;
+    assert_eq!(view.text, kept_text(&seen));
+    let error = view.error.unwrap();
+    assert_eq!(error.code, JobErrorCode::WorkerLost);
+    assert!(error.message.contains("killed by signal 9"), "{error:?}");
+    assert_eq!(
+        view.attempts.iter().map(|a| a.fence).collect::<Vec<_>>(),
+        [1, 2, 3]
+    );
+    assert!(
+        view.attempts
+            .iter()
+            .all(|a| a.outcome == Some(AttemptOutcome::WorkerLost))
+    );
+}
+
+// [ORCHD-033] P5: a broken connection to a worker that lives costs nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broken_stream_is_opened_again_where_it_broke() {
+    let (orchestrator, _pool, worker) = one_worker().await;
+    let job = orchestrator.job().await;
+    let reader = orchestrator.follow(job, None).await.unwrap();
+    worker.request(1).await;
+    worker.started(job);
+    for round in 0..4 {
+        worker.tokens(job, round * 3..(round + 1) * 3);
+        worker.cut_streams(job);
+    }
+    worker.end(job, 12);
+    let seen = reader.rest().await;
+    assert_eq!(seen.len(), 15, "{:?}", outline(&seen));
+    assert_eq!(
+        kept_text(&seen),
+        (0..12).map(|i| format!("<{i}>")).collect::<String>()
+    );
+    assert_eq!(orchestrator.show(job).await.attempts.len(), 1);
+}
+
+// [ORCHD-034] P6
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_of_the_request_is_not_retried() {
+    let (orchestrator, _pool, worker) = one_worker().await;
+    let refused = orchestrator.job().await;
+    worker.request(1).await;
+    worker.error(refused, WorkerErrorCode::ContextOverflow);
+    let view = orchestrator.until(refused, JobStatus::Failed).await;
+    assert_eq!(
+        (view.error.unwrap().code, view.attempts.len()),
+        (JobErrorCode::ContextOverflow, 1)
+    );
+
+    worker.refuse(&[WorkerErrorCode::InvalidRequest]);
+    let refused = orchestrator.job().await;
+    let view = orchestrator.until(refused, JobStatus::Failed).await;
+    assert_eq!(
+        (view.error.unwrap().code, view.attempts.len()),
+        (JobErrorCode::InvalidRequest, 1)
+    );
+}
+
+// [ORCHD-035]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_is_full_after_all_costs_no_attempt() {
+    let (orchestrator, _pool, worker) = one_worker().await;
+    worker.refuse(&[
+        WorkerErrorCode::Busy,
+        WorkerErrorCode::Busy,
+        WorkerErrorCode::Loading,
+        WorkerErrorCode::Busy,
+    ]);
+    let job = orchestrator.job().await;
+    let request = worker.request(1).await;
+    assert_eq!((request.attempt, request.fence), (5, 5));
+    worker.started(job);
+    worker.end(job, 0);
+    let view = orchestrator.until(job, JobStatus::Completed).await;
+    assert!(
+        view.attempts[..4]
+            .iter()
+            .all(|a| a.outcome == Some(AttemptOutcome::Refused)),
+        "{:?}",
+        view.attempts
+    );
+    let events = orchestrator.follow(job, None).await.unwrap().rest().await;
+    assert_eq!(outline(&events), ["queued 0.1", "started 5.2", "end 5.3"]);
+}
+
+// [ORCHD-036] One slot runs one job; the next follows when it is free.
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_wait_for_a_slot_in_their_order() {
+    let (orchestrator, _pool, worker) = one_worker().await;
+    let jobs = [
+        orchestrator.job().await,
+        orchestrator.job().await,
+        orchestrator.job().await,
+    ];
+    for (count, job) in jobs.iter().enumerate() {
+        assert_eq!(worker.request(count + 1).await.job_id, job.to_string());
+        assert_eq!(worker.requests().len(), count + 1);
+        worker.started(*job);
+        worker.end(*job, 0);
+    }
+    orchestrator.until(jobs[2], JobStatus::Completed).await;
+}

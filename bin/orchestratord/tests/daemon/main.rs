@@ -1,0 +1,12 @@
+//! The daemon in-process, over real HTTP, with a fake pool and fake workers that speak the real contract.
+
+// A helper that fails is a test that fails.
+#![allow(clippy::unwrap_used)]
+
+mod attempts;
+mod crash;
+mod events;
+mod pools;
+mod restart;
+mod submit;
+mod support;

@@ -1,0 +1,409 @@
+//! `POST /v2/tasks` and lists: what is accepted, what is refused, and with which words.
+
+use orchestrator_core::api::tasks::TaskList;
+use orchestrator_core::{JobId, JobStatus};
+use pool_core::client::Method;
+use serde_json::{Value, json};
+
+use crate::support::{MODEL, Orchestrator};
+
+async fn jobs(orchestrator: &Orchestrator, query: &str) -> TaskList {
+    orchestrator
+        .client
+        .get(&format!("/v2/tasks{query}"))
+        .await
+        .unwrap()
+}
+
+/// Sends a body as it is.
+async fn raw(
+    orchestrator: &Orchestrator,
+    content_type: &str,
+    body: impl Into<reqwest::Body>,
+) -> (u16, Value) {
+    let call = reqwest::Client::new().post(format!("{}/v2/tasks", orchestrator.url()));
+    let answer = call
+        .header("content-type", content_type)
+        .body(body)
+        .send()
+        .await
+        .unwrap();
+    let status = answer.status().as_u16();
+    (status, answer.json().await.unwrap())
+}
+
+// [ORCHD-010] Each wrong input has its status, code and hint, and leaves nothing behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_input_is_refused_with_an_envelope_and_nothing_is_stored() {
+    let orchestrator = Orchestrator::start().await;
+    let task = |change: Value| {
+        let mut task = json!({"model": MODEL, "prompt": "hi"});
+        task.as_object_mut()
+            .unwrap()
+            .extend(change.as_object().unwrap().clone());
+        task.to_string()
+    };
+    let huge = json!({"model": MODEL, "prompt": "x".repeat(10_000_000)}).to_string();
+    let cases = [
+        (
+            "unknown field",
+            task(json!({"promt": "x"})),
+            400,
+            "INVALID_REQUEST",
+            "promt",
+        ),
+        (
+            "temperature 3",
+            task(json!({"temperature": 3})),
+            400,
+            "INVALID_REQUEST",
+            "temperature",
+        ),
+        (
+            "empty prompt",
+            task(json!({"prompt": ""})),
+            400,
+            "INVALID_REQUEST",
+            "prompt",
+        ),
+        (
+            "more than the context",
+            task(json!({"max_tokens": 8193})),
+            400,
+            "INVALID_REQUEST",
+            "context of 8192",
+        ),
+        (
+            "wrong type",
+            task(json!({"max_tokens": "many"})),
+            400,
+            "INVALID_REQUEST",
+            "max_tokens",
+        ),
+        (
+            "unknown model",
+            task(json!({"model": "smollm2-135"})),
+            404,
+            "MODEL_NOT_FOUND",
+            "smollm2-135",
+        ),
+        (
+            "hub file",
+            task(json!({"model": "hf:a/b::file=c.gguf"})),
+            404,
+            "MODEL_NOT_FOUND",
+            "hf:a/b",
+        ),
+        (
+            "a file of the host",
+            task(json!({"model": "file:/etc/passwd"})),
+            404,
+            "MODEL_NOT_FOUND",
+            "/etc/passwd",
+        ),
+        (
+            "traversal",
+            task(json!({"model": "file:/models/../etc/passwd"})),
+            400,
+            "INVALID_REQUEST",
+            "..",
+        ),
+        ("10 MB", huge, 413, "TOO_LARGE", "large"),
+        (
+            "not JSON",
+            "{\"model\": ".to_owned(),
+            400,
+            "BAD_JSON",
+            "JSON",
+        ),
+        ("empty", String::new(), 400, "BAD_JSON", "JSON"),
+        ("deeply nested", "[".repeat(100_000), 400, "BAD", ""),
+    ];
+    for (name, body, status, code, part) in cases {
+        let (got, answer) = raw(&orchestrator, "application/json", body).await;
+        let error = &answer["error"];
+        assert_eq!(got, status, "{name}: {answer}");
+        assert!(
+            error["code"].as_str().unwrap().starts_with(code),
+            "{name}: {answer}"
+        );
+        assert!(
+            error["message"].as_str().unwrap().contains(part),
+            "{name}: {answer}"
+        );
+        assert!(
+            !error["hint"].as_str().unwrap_or_default().is_empty(),
+            "{name} has no hint: {answer}"
+        );
+        assert!(
+            !error["correlation_id"].as_str().unwrap().is_empty(),
+            "{name}"
+        );
+    }
+    let (status, answer) = raw(&orchestrator, "text/plain", task(json!({}))).await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (415, &json!("UNSUPPORTED_MEDIA_TYPE"))
+    );
+    let (status, _) = raw(&orchestrator, "application/json", vec![b'"', 0xff, b'"']).await;
+    assert_eq!(status, 400);
+    assert_eq!(jobs(&orchestrator, "").await.jobs, []);
+}
+
+// [ORCHD-011]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_near_miss_is_named() {
+    let orchestrator = Orchestrator::start().await;
+    let error = orchestrator
+        .submit(json!({"model": "smollm2-135", "prompt": "x"}))
+        .await
+        .unwrap_err();
+    assert!(
+        error.hint().unwrap().contains("`smollm2-135m`"),
+        "{error:?}"
+    );
+}
+
+// [ORCHD-012]
+#[tokio::test(flavor = "multi_thread")]
+async fn ids_that_name_nothing_are_not_found() {
+    let orchestrator = Orchestrator::start().await;
+    let unknown = JobId::random().to_string();
+    for id in [
+        "job-1",
+        "..%2f..%2fetc",
+        "job-%00",
+        unknown.as_str(),
+        &"x".repeat(5000),
+    ] {
+        for (method, path) in [
+            (Method::GET, format!("/v2/tasks/{id}")),
+            (Method::GET, format!("/v2/tasks/{id}/events")),
+            (Method::POST, format!("/v2/tasks/{id}/cancel")),
+            (Method::DELETE, format!("/v2/tasks/{id}")),
+        ] {
+            let error = orchestrator
+                .client
+                .fetch::<Value>(orchestrator.client.request(method, &path))
+                .await
+                .unwrap_err();
+            assert_eq!(
+                (error.status(), error.api().unwrap().code.as_str()),
+                (Some(404), "JOB_NOT_FOUND"),
+                "{path}"
+            );
+            assert!(error.hint().is_some());
+        }
+    }
+}
+
+// [ORCHD-013] P19
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_refuses_and_takes_again() {
+    let orchestrator = Orchestrator::start_with(|config| config.queue.capacity = 2).await;
+    let first = orchestrator.job().await;
+    orchestrator.job().await;
+    let refused = reqwest::Client::new()
+        .post(format!("{}/v2/tasks", orchestrator.url()))
+        .json(&json!({"model": MODEL, "prompt": "hi"}))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(refused.status(), 429);
+    assert!(
+        refused.headers()["retry-after"]
+            .to_str()
+            .unwrap()
+            .parse::<u32>()
+            .unwrap()
+            >= 1
+    );
+    let error: Value = refused.json().await.unwrap();
+    assert_eq!(
+        (&error["error"]["code"], &error["error"]["retriable"]),
+        (&json!("QUEUE_FULL"), &json!(true))
+    );
+    orchestrator.cancel(first).await;
+    orchestrator.job().await;
+}
+
+// [ORCHD-013] P19: submits at one time don't squeeze past the bound.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bound_holds_for_submits_at_one_time() {
+    let orchestrator = Orchestrator::start_with(|config| config.queue.capacity = 10).await;
+    let submits = (0..50).map(|_| orchestrator.submit(json!({"model": MODEL, "prompt": "hi"})));
+    let results = futures_util::future::join_all(submits).await;
+    let accepted = results.iter().filter(|result| result.is_ok()).count();
+    assert_eq!(accepted, 10);
+    assert!(
+        results
+            .iter()
+            .filter_map(|result| result.as_ref().err())
+            .all(|error| error.status() == Some(429))
+    );
+}
+
+// [ORCHD-014] P2
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_names_one_job_however_often_and_after_a_restart() {
+    let orchestrator = Orchestrator::start_with(|config| config.queue.capacity = 1).await;
+    async fn submit(
+        orchestrator: &Orchestrator,
+        key: &str,
+        body: Value,
+    ) -> Result<Value, pool_core::client::ClientError> {
+        let call = orchestrator
+            .client
+            .request(Method::POST, "/v2/tasks")
+            .header("idempotency-key", key)
+            .json(&body);
+        orchestrator.client.fetch(call).await
+    }
+    let body = json!({"model": MODEL, "prompt": "hi"});
+    let both = futures_util::future::join(
+        submit(&orchestrator, "k", body.clone()),
+        submit(&orchestrator, "k", body.clone()),
+    )
+    .await;
+    // Either may find the one place taken by the other before that one's commit; then it was told to come back.
+    let ids: Vec<_> = [both.0, both.1]
+        .into_iter()
+        .flatten()
+        .map(|answer| answer["job_id"].clone())
+        .collect();
+    assert!(
+        !ids.is_empty() && ids.iter().all(|id| *id == ids[0]),
+        "{ids:?}"
+    );
+    // The same in other words: the queue is full, and the job is known.
+    let spelled = json!({"prompt": "hi", "model": MODEL, "temperature": 0.7, "max_tokens": 256});
+    assert_eq!(
+        submit(&orchestrator, "k", spelled).await.unwrap()["job_id"],
+        ids[0]
+    );
+    let orchestrator = orchestrator.restart().await;
+    assert_eq!(
+        submit(&orchestrator, "k", body.clone()).await.unwrap()["job_id"],
+        ids[0]
+    );
+    for other in [
+        json!({"model": MODEL, "prompt": "ho"}),
+        json!({"model": MODEL, "prompt": "hi", "seed": 4}),
+    ] {
+        let error = submit(&orchestrator, "k", other).await.unwrap_err();
+        assert_eq!(
+            (error.status(), error.api().unwrap().code.as_str()),
+            (Some(422), "IDEMPOTENCY_MISMATCH")
+        );
+    }
+    assert_eq!(
+        submit(&orchestrator, "", body).await.unwrap_err().status(),
+        Some(400)
+    );
+    assert_eq!(jobs(&orchestrator, "").await.jobs.len(), 1);
+}
+
+// [ORCHD-015]
+#[tokio::test(flavor = "multi_thread")]
+async fn lists_are_newest_first_in_pages_and_filtered() {
+    let orchestrator = Orchestrator::start().await;
+    let mut ids = Vec::new();
+    for i in 0..5 {
+        let priority = if i % 2 == 0 { "interactive" } else { "batch" };
+        let body = json!({"model": MODEL, "prompt": "hi", "priority": priority, "labels": {"n": i.to_string()}});
+        ids.push(orchestrator.submit(body).await.unwrap().job_id);
+    }
+    orchestrator.cancel(ids[0]).await;
+    ids.reverse();
+    let mut seen = Vec::new();
+    let mut query = "?limit=2".to_owned();
+    loop {
+        let page = jobs(&orchestrator, &query).await;
+        assert!(page.jobs.len() <= 2);
+        seen.extend(page.jobs.iter().map(|job| job.id));
+        let Some(cursor) = page.next_cursor else {
+            break;
+        };
+        query = format!("?limit=2&cursor={cursor}");
+    }
+    assert_eq!(seen, ids);
+    let of = async |query: &str| {
+        jobs(&orchestrator, query)
+            .await
+            .jobs
+            .iter()
+            .map(|job| job.id)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(of("?status=cancelled").await, [ids[4]]);
+    assert_eq!(of("?priority=batch").await, [ids[1], ids[3]]);
+    assert_eq!(of("?model=tinyllama").await, []);
+    assert_eq!(
+        jobs(&orchestrator, "?limit=1").await.jobs[0].labels["n"],
+        "4"
+    );
+    for query in [
+        "?status=lost",
+        "?limit=0",
+        "?limit=501",
+        "?cursor=x",
+        "?model=-x",
+        "?priority=high",
+        "?sort=up",
+    ] {
+        let error = orchestrator
+            .client
+            .get::<Value>(&format!("/v2/tasks{query}"))
+            .await
+            .unwrap_err();
+        assert_eq!(error.status(), Some(400), "{query}");
+    }
+    assert_eq!(orchestrator.show(ids[4]).await.status, JobStatus::Cancelled);
+}
+
+// [ORCHD-016]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drawn_seed_is_reported() {
+    let orchestrator = Orchestrator::start().await;
+    let id = orchestrator
+        .submit(json!({"model": MODEL, "prompt": "hi"}))
+        .await
+        .unwrap()
+        .job_id;
+    let seed = orchestrator.show(id).await.request.seed;
+    assert_eq!(
+        orchestrator.restart().await.show(id).await.request.seed,
+        seed
+    );
+}
+
+// [ORCHD-017] P16: a database that can't be written refuses with the right words, and reads go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_can_not_write_is_a_503_and_heals() {
+    use sqlx::ConnectOptions as _;
+    let orchestrator = Orchestrator::start().await;
+    let kept = orchestrator.job().await;
+    let path = orchestrator.home.path().join("state/orchestratord/jobs.db");
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
+    let mut holder = options.connect().await.unwrap();
+    sqlx::query("BEGIN IMMEDIATE")
+        .execute(&mut holder)
+        .await
+        .unwrap();
+
+    let call = reqwest::Client::new().post(format!("{}/v2/tasks", orchestrator.url()));
+    let refused = call
+        .json(&json!({"model": MODEL, "prompt": "hi"}))
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(refused.status(), 503);
+    assert!(refused.headers().contains_key("retry-after"));
+    let error: Value = refused.json().await.unwrap();
+    assert_eq!(error["error"]["code"], "STORE_UNAVAILABLE");
+    assert_eq!(orchestrator.show(kept).await.status, JobStatus::Queued);
+
+    sqlx::query("ROLLBACK").execute(&mut holder).await.unwrap();
+    assert_eq!(jobs(&orchestrator, "").await.jobs.len(), 1);
+    orchestrator.job().await;
+}

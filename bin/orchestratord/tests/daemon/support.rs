@@ -1,0 +1,773 @@
+//! A daemon under test, and the FAKE pool and FAKE workers that it talks to. The fakes compute nothing: a test says
+//! which events a worker sends and when. They speak the wire types of `pool-core` over real connections.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::sse::{Event, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use futures_util::{Stream, StreamExt};
+use jiff::Timestamp;
+use orchestrator_core::api::events::{EventId, TaskEvent};
+use orchestrator_core::api::tasks::{TaskAccepted, TaskView};
+use orchestrator_core::config::OrchestratorConfig;
+use orchestrator_core::{JobId, JobStatus};
+use orchestratord::Daemon;
+use pool_core::api::pool::{
+    DeviceInfo, DiskInfo, Heartbeat, ModelOnDisk, PoolSnapshot, PoolStatus, RegisterRequest,
+    WorkerEndpoint, WorkerSpawnRequest,
+};
+use pool_core::api::worker::{
+    CancelRequest, CancelResponse, ExecuteRequest, StopReason, WorkerEnd, WorkerError,
+    WorkerErrorCode, WorkerEvent, WorkerStarted, WorkerToken,
+};
+use pool_core::client::{ApiClient, ClientError, EventStream, Method};
+use pool_core::home::Home;
+use pool_core::service::{Json, ServiceError, Shutdown};
+use pool_core::worker::{
+    Backend, Device, ExitReason, ModelFile, WorkerExit, WorkerInfo, WorkerMemory, WorkerStatus,
+};
+use serde::de::IgnoredAny;
+use serde_json::json;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+pub const MODEL: &str = "smollm2-135m";
+/// Longer than anything here takes; only a failing test waits for it.
+pub const LONG: Duration = Duration::from_secs(20);
+
+/// Waits for `condition`, and fails with `what` when it does not come.
+pub async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
+    let end = tokio::time::Instant::now() + LONG;
+    loop {
+        if let Some(value) = condition().await {
+            return value;
+        }
+        assert!(
+            tokio::time::Instant::now() < end,
+            "{what} did not come about"
+        );
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// `work`, unless it takes suspiciously long.
+pub async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(LONG, work).await {
+        Ok(value) => value,
+        Err(_) => panic!("{what} takes too long"),
+    }
+}
+
+/// A daemon under test with a home of its own.
+pub struct Orchestrator {
+    pub home: Arc<tempfile::TempDir>,
+    pub config: OrchestratorConfig,
+    pub addr: SocketAddr,
+    pub client: ApiClient,
+    shutdown: Shutdown,
+    daemon: Daemon,
+}
+
+impl Orchestrator {
+    pub async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    pub async fn start_with(change: impl FnOnce(&mut OrchestratorConfig)) -> Self {
+        let mut config = OrchestratorConfig {
+            bind: ([127, 0, 0, 1], 0).into(),
+            ..Default::default()
+        };
+        change(&mut config);
+        Self::start_in(Arc::new(tempfile::tempdir().unwrap()), config)
+            .await
+            .unwrap()
+    }
+
+    pub async fn start_in(
+        home: Arc<tempfile::TempDir>,
+        config: OrchestratorConfig,
+    ) -> anyhow::Result<Self> {
+        let shutdown = Shutdown::manual();
+        let daemon = Daemon::start(config.clone(), Home::at(home.path()), shutdown.clone()).await?;
+        let addr = daemon.addr();
+        let client = ApiClient::new(&format!("http://{addr}"), None)?;
+        Ok(Self {
+            home,
+            config,
+            addr,
+            client,
+            shutdown,
+            daemon,
+        })
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.addr)
+    }
+
+    pub fn begin_stop(&self) {
+        self.shutdown.trigger();
+    }
+
+    pub async fn stop(self) -> (Arc<tempfile::TempDir>, OrchestratorConfig) {
+        self.shutdown.trigger();
+        soon("stopping", self.daemon.finished()).await.unwrap();
+        (self.home, self.config)
+    }
+
+    pub async fn restart(self) -> Self {
+        let (home, config) = self.stop().await;
+        Self::start_in(home, config).await.unwrap()
+    }
+
+    pub async fn submit(&self, body: serde_json::Value) -> Result<TaskAccepted, ClientError> {
+        self.client.post("/v2/tasks", &body).await
+    }
+
+    /// Submits a prompt with the default model.
+    pub async fn job(&self) -> JobId {
+        self.submit(json!({"model": MODEL, "prompt": "hi", "seed": 1}))
+            .await
+            .unwrap()
+            .job_id
+    }
+
+    pub async fn show(&self, job: JobId) -> TaskView {
+        self.client.get(&format!("/v2/tasks/{job}")).await.unwrap()
+    }
+
+    pub async fn until(&self, job: JobId, status: JobStatus) -> TaskView {
+        let what = format!("{job} being {status}");
+        eventually(&what, async || {
+            Some(self.show(job).await).filter(|view| view.status == status)
+        })
+        .await
+    }
+
+    pub async fn cancel(&self, job: JobId) -> JobStatus {
+        let answer: orchestrator_core::api::tasks::CancelResponse = self
+            .client
+            .post(&format!("/v2/tasks/{job}/cancel"), &json!({}))
+            .await
+            .unwrap();
+        answer.status
+    }
+
+    pub async fn follow(&self, job: JobId, after: Option<&str>) -> Result<Reader, ClientError> {
+        let mut request = self
+            .client
+            .request(Method::GET, &format!("/v2/tasks/{job}/events"));
+        if let Some(after) = after {
+            request = request.header("last-event-id", after);
+        }
+        Ok(Reader {
+            stream: self.client.events(request).await?,
+        })
+    }
+}
+
+/// One event as a reader got it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Got {
+    pub id: Option<EventId>,
+    pub event: TaskEvent,
+}
+
+/// A reader of a job's events.
+pub struct Reader {
+    pub stream: EventStream,
+}
+
+impl Reader {
+    /// The next event that is logged; momentary ones are skipped.
+    pub async fn logged(&mut self) -> Option<Got> {
+        loop {
+            let got = self.any().await?;
+            if got.event.is_logged() {
+                return Some(got);
+            }
+        }
+    }
+
+    pub async fn any(&mut self) -> Option<Got> {
+        let event = soon("an event", self.stream.next()).await?.ok()?;
+        let id = event.id.map(|id| id.parse().unwrap());
+        Some(Got {
+            id,
+            event: TaskEvent::parse(&event.event, &event.data).unwrap(),
+        })
+    }
+
+    /// All logged events until the stream ends.
+    pub async fn rest(mut self) -> Vec<Got> {
+        let mut all = Vec::new();
+        while let Some(got) = self.logged().await {
+            all.push(got);
+        }
+        all
+    }
+}
+
+/// Names with ids, as `started 1.2`.
+pub fn outline(events: &[Got]) -> Vec<String> {
+    let line = |got: &Got| match got.id {
+        Some(id) => format!("{} {id}", got.event.name()),
+        None => got.event.name().to_owned(),
+    };
+    events.iter().map(line).collect()
+}
+
+/// The text that a reader keeps.
+pub fn kept_text(events: &[Got]) -> String {
+    let mut text = String::new();
+    for got in events {
+        match &got.event {
+            TaskEvent::Attempt(attempt) if !attempt.continues => text.clear(),
+            TaskEvent::Token(token) => text.push_str(&token.t),
+            _ => {}
+        }
+    }
+    text
+}
+
+#[derive(Default)]
+struct Execution {
+    fence: u64,
+    events: Vec<WorkerEvent>,
+    /// Streams opened before this many breaks are cut.
+    breaks: u64,
+}
+
+#[derive(Default)]
+struct WorkerInner {
+    executions: HashMap<String, Execution>,
+    requests: Vec<ExecuteRequest>,
+    cancels: Vec<CancelRequest>,
+    deleted: Vec<String>,
+    /// Answers to the next `/execute` calls.
+    refusals: Vec<WorkerErrorCode>,
+}
+
+/// A FAKE worker.
+pub struct FakeWorker {
+    pub id: String,
+    pub secret: String,
+    pub addr: SocketAddr,
+    inner: Arc<Mutex<WorkerInner>>,
+    changed: watch::Sender<()>,
+    server: JoinHandle<()>,
+    alive: watch::Sender<bool>,
+}
+
+#[derive(Clone)]
+struct WorkerState {
+    inner: Arc<Mutex<WorkerInner>>,
+    changed: watch::Sender<()>,
+    alive: watch::Receiver<bool>,
+    secret: String,
+}
+
+impl FakeWorker {
+    pub async fn start(id: &str) -> Self {
+        let (inner, changed) = (Arc::<Mutex<WorkerInner>>::default(), watch::Sender::new(()));
+        let alive = watch::Sender::new(true);
+        let secret = format!("secret-of-{id}");
+        let state = WorkerState {
+            inner: Arc::clone(&inner),
+            changed: changed.clone(),
+            alive: alive.subscribe(),
+            secret: secret.clone(),
+        };
+        let app = Router::new()
+            .route("/execute", post(execute))
+            .route("/executions/{id}/events", get(reattach))
+            .route("/executions/{id}", axum::routing::delete(forget))
+            .route("/cancel", post(cancel))
+            .with_state(state);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        Self {
+            id: id.to_owned(),
+            secret,
+            addr,
+            inner,
+            changed,
+            server,
+            alive,
+        }
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut WorkerInner) -> T) -> T {
+        let result = change(&mut self.inner.lock().unwrap());
+        self.changed.send_replace(());
+        result
+    }
+
+    /// Refuses the next `/execute` calls with these codes.
+    pub fn refuse(&self, codes: &[WorkerErrorCode]) {
+        self.change(|inner| inner.refusals.extend(codes));
+    }
+
+    /// The request of the `count`th execution that it accepted.
+    pub async fn request(&self, count: usize) -> ExecuteRequest {
+        let what = format!("execution {count} on {}", self.id);
+        eventually(&what, async || {
+            self.inner.lock().unwrap().requests.get(count - 1).cloned()
+        })
+        .await
+    }
+
+    pub fn requests(&self) -> Vec<ExecuteRequest> {
+        self.inner.lock().unwrap().requests.clone()
+    }
+
+    pub fn cancels(&self) -> Vec<CancelRequest> {
+        self.inner.lock().unwrap().cancels.clone()
+    }
+
+    pub fn deleted(&self) -> Vec<String> {
+        self.inner.lock().unwrap().deleted.clone()
+    }
+
+    pub fn send(&self, job: JobId, event: WorkerEvent) {
+        self.change(|inner| {
+            inner
+                .executions
+                .get_mut(&job.to_string())
+                .unwrap()
+                .events
+                .push(event);
+        });
+    }
+
+    /// Sends `started` as a real one does.
+    pub fn started(&self, job: JobId) {
+        let fence = self.inner.lock().unwrap().executions[&job.to_string()].fence;
+        let attempt = self
+            .requests()
+            .iter()
+            .rfind(|r| r.job_id == job.to_string())
+            .unwrap()
+            .attempt;
+        self.send(
+            job,
+            WorkerEvent::Started(WorkerStarted {
+                job_id: job.to_string(),
+                attempt,
+                fence,
+                tokens_in: 3,
+            }),
+        );
+    }
+
+    /// Sends tokens `from..to`, each of which says its index.
+    pub fn tokens(&self, job: JobId, range: std::ops::Range<u32>) {
+        for i in range {
+            self.send(
+                job,
+                WorkerEvent::Token(WorkerToken {
+                    i,
+                    t: format!("<{i}>"),
+                    ids: vec![i + 100],
+                }),
+            );
+        }
+    }
+
+    pub fn end(&self, job: JobId, tokens_out: u32) {
+        let end = WorkerEnd {
+            tokens_in: 3,
+            tokens_out,
+            stop_reason: StopReason::Eos,
+            seed: 1,
+            ttft_ms: 2,
+            decode_time_ms: 5,
+        };
+        self.send(job, WorkerEvent::End(end));
+    }
+
+    pub fn error(&self, job: JobId, code: WorkerErrorCode) {
+        let error = WorkerError {
+            code,
+            message: "as the test wants".into(),
+            retriable: true,
+        };
+        self.send(job, WorkerEvent::Error(error));
+    }
+
+    /// Cuts the open streams of the execution, which goes on.
+    pub fn cut_streams(&self, job: JobId) {
+        self.change(|inner| inner.executions.get_mut(&job.to_string()).unwrap().breaks += 1);
+    }
+
+    /// Dies: every connection breaks and nothing listens any more.
+    pub async fn kill(&self) {
+        self.server.abort();
+        self.alive.send_replace(false);
+        eventually("the fake worker's end", async || {
+            tokio::net::TcpStream::connect(self.addr)
+                .await
+                .is_err()
+                .then_some(())
+        })
+        .await;
+    }
+
+    pub fn info(&self, status: WorkerStatus) -> WorkerInfo {
+        WorkerInfo {
+            port: self.addr.port(),
+            ..worker_info(&self.id, status)
+        }
+    }
+
+    pub fn endpoint(&self) -> WorkerEndpoint {
+        WorkerEndpoint {
+            worker_id: self.id.clone(),
+            url: format!("http://{}", self.addr),
+            secret: self.secret.clone(),
+        }
+    }
+}
+
+impl Drop for FakeWorker {
+    fn drop(&mut self) {
+        self.server.abort();
+        self.alive.send_replace(false);
+    }
+}
+
+fn refusal(code: WorkerErrorCode) -> Response {
+    let status = match code {
+        WorkerErrorCode::Busy => StatusCode::TOO_MANY_REQUESTS,
+        WorkerErrorCode::StaleFence => StatusCode::CONFLICT,
+        WorkerErrorCode::NotFound => StatusCode::NOT_FOUND,
+        WorkerErrorCode::Loading | WorkerErrorCode::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
+        _ => StatusCode::BAD_REQUEST,
+    };
+    ServiceError::new(status, code.as_str(), "as the test wants").into_response()
+}
+
+fn authorised(state: &WorkerState, headers: &HeaderMap) -> Result<(), Box<Response>> {
+    let given = headers
+        .get("authorization")
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    if given == format!("Bearer {}", state.secret) {
+        Ok(())
+    } else {
+        Err(Box::new(
+            ServiceError::new(StatusCode::UNAUTHORIZED, "UNAUTHORIZED", "wrong secret")
+                .into_response(),
+        ))
+    }
+}
+
+async fn execute(
+    State(state): State<WorkerState>,
+    headers: HeaderMap,
+    Json(request): Json<ExecuteRequest>,
+) -> Response {
+    if let Err(response) = authorised(&state, &headers) {
+        return *response;
+    }
+    let job = request.job_id.clone();
+    {
+        let mut inner = state.inner.lock().unwrap();
+        if !inner.refusals.is_empty() {
+            return refusal(inner.refusals.remove(0));
+        }
+        let current = inner.executions.get(&job).map(|execution| execution.fence);
+        match current {
+            Some(fence) if request.fence < fence => return refusal(WorkerErrorCode::StaleFence),
+            Some(fence) if request.fence == fence => {}
+            _ => {
+                inner.executions.insert(
+                    job.clone(),
+                    Execution {
+                        fence: request.fence,
+                        ..Default::default()
+                    },
+                );
+                inner.requests.push(request);
+            }
+        }
+    }
+    state.changed.send_replace(());
+    Sse::new(stream(state, job, 0)).into_response()
+}
+
+async fn reattach(
+    State(state): State<WorkerState>,
+    Path(job): Path<String>,
+    headers: HeaderMap,
+) -> Response {
+    if let Err(response) = authorised(&state, &headers) {
+        return *response;
+    }
+    if !state.inner.lock().unwrap().executions.contains_key(&job) {
+        return refusal(WorkerErrorCode::NotFound);
+    }
+    let after = headers
+        .get("last-event-id")
+        .map_or(0, |id| id.to_str().unwrap().parse().unwrap());
+    Sse::new(stream(state, job, after)).into_response()
+}
+
+fn stream(
+    state: WorkerState,
+    job: String,
+    mut after: usize,
+) -> impl Stream<Item = Result<Event, std::io::Error>> {
+    let (mut changed, mut alive) = (state.changed.subscribe(), state.alive.clone());
+    let breaks = state.inner.lock().unwrap().executions[&job].breaks;
+    async_stream::stream! {
+        loop {
+            changed.borrow_and_update();
+            let (events, cut) = {
+                let inner = state.inner.lock().unwrap();
+                let Some(execution) = inner.executions.get(&job) else { return };
+                (execution.events.get(after..).unwrap_or_default().to_vec(), execution.breaks > breaks)
+            };
+            for event in events {
+                after += 1;
+                let last = event.is_last();
+                yield Ok(Event::default().event(event.name()).data(event.data()).id(after.to_string()));
+                if last {
+                    return;
+                }
+            }
+            if cut || !*alive.borrow() {
+                yield Err(std::io::Error::other("cut by the test"));
+                return;
+            }
+            tokio::select! {
+                _ = changed.changed() => {}
+                _ = alive.changed() => {}
+            }
+        }
+    }
+}
+
+async fn forget(State(state): State<WorkerState>, Path(job): Path<String>) -> StatusCode {
+    let mut inner = state.inner.lock().unwrap();
+    inner.executions.remove(&job);
+    inner.deleted.push(job);
+    StatusCode::NO_CONTENT
+}
+
+async fn cancel(State(state): State<WorkerState>, Json(request): Json<CancelRequest>) -> Response {
+    let mut inner = state.inner.lock().unwrap();
+    inner.cancels.push(request.clone());
+    let current = inner
+        .executions
+        .get(&request.job_id)
+        .map(|execution| execution.fence);
+    match current {
+        Some(fence) if request.fence < fence => refusal(WorkerErrorCode::StaleFence),
+        current => Json(CancelResponse {
+            cancelled: current.is_some(),
+        })
+        .into_response(),
+    }
+}
+
+pub fn model_file() -> ModelFile {
+    ModelFile {
+        size_bytes: 1000,
+        modified_ns: 1,
+        sha256: None,
+    }
+}
+
+pub fn worker_info(id: &str, status: WorkerStatus) -> WorkerInfo {
+    WorkerInfo {
+        id: id.to_owned(),
+        model_ref: MODEL.parse().unwrap(),
+        model_file: model_file(),
+        device: Device::CPU,
+        status,
+        pid: Some(1),
+        port: 0,
+        context_length: Some(4096),
+        slots: 1,
+        active: 0,
+        load_percent: 100,
+        memory: WorkerMemory::default(),
+        created_at: Timestamp::UNIX_EPOCH,
+        ready_at: None,
+        exit: None,
+    }
+}
+
+/// The record of a worker that ended.
+pub fn ended(mut info: WorkerInfo, message: &str, during_start: bool) -> WorkerInfo {
+    info.status = WorkerStatus::Failed;
+    info.exit = Some(WorkerExit {
+        reason: ExitReason::Signal(9),
+        message: message.to_owned(),
+        during_start,
+        at: Timestamp::UNIX_EPOCH,
+        log_tail: Vec::new(),
+    });
+    info
+}
+
+type Spawned = Arc<Mutex<Vec<WorkerSpawnRequest>>>;
+
+/// A FAKE pool: it says what a test wants, when a test wants.
+pub struct FakePool {
+    pub id: String,
+    pub instance: String,
+    pub workers: Vec<WorkerInfo>,
+    pub endpoints: Vec<WorkerEndpoint>,
+    pub models: Vec<ModelOnDisk>,
+    pub interval_ms: u64,
+    pub spawned: Spawned,
+    /// The message with which spawns are refused.
+    pub refusal: Arc<Mutex<Option<String>>>,
+    addr: SocketAddr,
+    server: JoinHandle<()>,
+    seq: AtomicU64,
+}
+
+impl FakePool {
+    /// A pool with the default model on its disk and no worker.
+    pub async fn start(id: &str) -> Self {
+        let (spawned, refusal) = (Spawned::default(), Arc::<Mutex<Option<String>>>::default());
+        let app = Router::new()
+            .route("/workers/spawn", post(spawn))
+            .with_state((Arc::clone(&spawned), Arc::clone(&refusal)));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let server = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        let model = ModelOnDisk {
+            model_ref: MODEL.parse().unwrap(),
+            file: model_file(),
+            needed_bytes: 1000,
+        };
+        Self {
+            id: id.to_owned(),
+            instance: "instance-1".to_owned(),
+            workers: Vec::new(),
+            endpoints: Vec::new(),
+            models: vec![model],
+            interval_ms: 60_000,
+            spawned,
+            refusal,
+            addr,
+            server,
+            seq: AtomicU64::new(0),
+        }
+    }
+
+    /// Puts a ready worker into what the pool says.
+    pub fn has(mut self, worker: &FakeWorker) -> Self {
+        self.workers.push(worker.info(WorkerStatus::Ready));
+        self.endpoints.push(worker.endpoint());
+        self
+    }
+
+    pub fn registration(&self) -> RegisterRequest {
+        RegisterRequest {
+            pool_id: self.id.clone(),
+            instance_id: self.instance.clone(),
+            url: format!("http://{}", self.addr),
+            api_version: pool_core::POOL_API_VERSION,
+            heartbeat_interval_ms: self.interval_ms,
+        }
+    }
+
+    pub fn next_heartbeat(&self) -> Heartbeat {
+        let device = DeviceInfo {
+            device: Device::CPU,
+            name: "fake".into(),
+            memory_total_bytes: 1 << 30,
+            memory_free_bytes: 1 << 29,
+            memory_reserved_bytes: 0,
+        };
+        let status = PoolStatus {
+            pool_id: self.id.clone(),
+            instance_id: self.instance.clone(),
+            version: "0.0.0".into(),
+            started_at: Timestamp::UNIX_EPOCH,
+            draining: false,
+            backends: vec![Backend::Cpu],
+            devices: vec![device],
+            workers: self.workers.clone(),
+            models: self.models.clone(),
+            disk: DiskInfo::default(),
+        };
+        let snapshot = PoolSnapshot {
+            status,
+            endpoints: self.endpoints.clone(),
+        };
+        Heartbeat {
+            instance_id: self.instance.clone(),
+            seq: self.seq.fetch_add(1, Ordering::Relaxed) + 1,
+            snapshot,
+        }
+    }
+
+    pub async fn register(&self, orchestrator: &Orchestrator) {
+        let _: IgnoredAny = orchestrator
+            .client
+            .post("/v2/pools/register", &self.registration())
+            .await
+            .unwrap();
+        self.beat(orchestrator).await;
+    }
+
+    pub async fn beat(&self, orchestrator: &Orchestrator) {
+        let path = format!("/v2/pools/{}/heartbeat", self.id);
+        let _: IgnoredAny = orchestrator
+            .client
+            .post(&path, &self.next_heartbeat())
+            .await
+            .unwrap();
+    }
+}
+
+impl Drop for FakePool {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
+async fn spawn(
+    State((spawned, refusal)): State<(Spawned, Arc<Mutex<Option<String>>>)>,
+    Json(request): Json<WorkerSpawnRequest>,
+) -> Response {
+    let mut spawned = spawned.lock().unwrap();
+    spawned.push(request);
+    match &*refusal.lock().unwrap() {
+        Some(message) => {
+            ServiceError::new(StatusCode::CONFLICT, "NO_PORT", message.clone()).into_response()
+        }
+        None => {
+            let info = worker_info(
+                &format!("worker-cpu-{}", spawned.len() - 1),
+                WorkerStatus::Starting,
+            );
+            (StatusCode::ACCEPTED, Json(info)).into_response()
+        }
+    }
+}
+
+/// A daemon with one pool that has one ready worker.
+pub async fn one_worker() -> (Orchestrator, FakePool, FakeWorker) {
+    let orchestrator = Orchestrator::start().await;
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    let pool = FakePool::start("pool-a").await.has(&worker);
+    pool.register(&orchestrator).await;
+    (orchestrator, pool, worker)
+}
