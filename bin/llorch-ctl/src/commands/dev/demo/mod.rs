@@ -1,0 +1,421 @@
+//! `llorch dev demo`: a real job through all the daemons.
+
+mod programs;
+mod stage;
+mod verdict;
+
+use std::time::Duration;
+
+use clap::Args;
+use orchestrator_core::api::events::TaskEvent;
+use orchestrator_core::api::tasks::TaskSubmitRequest;
+use orchestrator_core::job::JobId;
+use orchestrator_core::pool::PoolLiveness;
+use pool_core::ModelRef;
+use pool_core::catalog::Catalog;
+use pool_core::client::ClientError;
+use pool_core::home::Home;
+use pool_core::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::terminal::progress::{Progress, spinner};
+use pool_core::terminal::{CliError, Exit, note};
+use pool_core::worker::WorkerStatus;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout_at};
+
+use self::stage::{Actor, Stage};
+use self::verdict::Facts;
+use crate::commands::jobs::{Reader, Transcript};
+use crate::http_client::{Item, Orchestrator, shown};
+
+/// A question that the default model answers rightly and shortly, the same way every time.
+const PROMPT: &str = "What is 2+2?";
+/// Most tokens of the answer where nothing is said.
+const MAX_TOKENS: u32 = 128;
+/// After this long the job expires: no machine that can run the default model needs it.
+const JOB_TIMEOUT_MS: u64 = 10 * 60 * 1000;
+/// How long the pool may take to register.
+const ONLINE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often the daemons are looked at while the job runs.
+const WATCH_EVERY: Duration = Duration::from_millis(200);
+/// How long a job may take to end once it is cancelled because its pool has ended.
+const AFTERMATH: Duration = Duration::from_secs(10);
+
+/// Run a real job through all the daemons, on this machine, and print its answer.
+///
+/// In a checkout it first builds every program. It fetches the model if it is not there, starts the pool manager and
+/// the orchestrator on free ports in a folder of their own, submits the prompt through the HTTP API, prints the answer
+/// on standard output, checks that a model's tokens came through all the daemons, and stops what it started.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Demo {
+    /// What to ask
+    #[arg(long, value_name = "TEXT", default_value = PROMPT, allow_hyphen_values = true)]
+    prompt: String,
+    /// The model, an id of the catalogue [default: the catalogue's default]
+    #[arg(long)]
+    model: Option<ModelRef>,
+    /// Most tokens to generate
+    #[arg(long, value_name = "N", default_value_t = MAX_TOKENS)]
+    max_tokens: u32,
+    /// Leave everything running, and say how to use it
+    #[arg(long)]
+    keep: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  llorch dev demo
+  llorch dev demo --prompt 'Write a haiku about rain.' --keep";
+
+impl Demo {
+    /// Builds, fetches, starts, submits, checks, stops.
+    pub async fn run(self) -> Result<Exit, CliError> {
+        let interrupt = Interrupt::catch()?;
+        let user = Home::from_env()?;
+        let model = match self.model {
+            Some(model) => model,
+            None => {
+                let catalog = Catalog::load(&user).map_err(|error| {
+                    CliError::caused(Exit::Failed, "could not read the catalogue", &error)
+                        .hint(error.hint())
+                })?;
+                catalog.default_entry().model_ref()
+            }
+        };
+        let request = TaskSubmitRequest {
+            model: model.to_string(),
+            prompt: Some(self.prompt),
+            max_tokens: Some(self.max_tokens),
+            temperature: Some(0.0),
+            timeout_ms: Some(JOB_TIMEOUT_MS),
+            // A worker that is lost is a demo that failed.
+            max_attempts: Some(1),
+            ..TaskSubmitRequest::default()
+        };
+        request
+            .clone()
+            .validate()
+            .map_err(|error| CliError::new(Exit::Usage, error.to_string()).hint(error.hint))?;
+
+        programs::build(&interrupt).await?;
+        programs::fetch_model(&request.model, &interrupt).await?;
+        let stage = Stage::set(&user)?;
+        let outcome = perform(&stage, &request, &interrupt).await;
+        if let Ok(summary) = &outcome {
+            note(summary);
+        }
+        let outcome = outcome.map(|_| Exit::Done);
+        if self.keep {
+            how_to_go_on(&stage);
+            return outcome;
+        }
+        conclude(&stage, outcome).await
+    }
+}
+
+/// Stops everything, and removes the demo's folder unless its logs are needed.
+async fn conclude(stage: &Stage, outcome: Result<Exit, CliError>) -> Result<Exit, CliError> {
+    let needed = outcome
+        .as_ref()
+        .is_err_and(|error| error.exit != Exit::Interrupted);
+    let mut problems = stage.strike(outcome.is_err()).await;
+    if !needed && problems.is_empty() {
+        problems.extend(stage.clear());
+    }
+    let logs = format!("the logs are in {}", stage.logs_dir().display());
+    match outcome {
+        Ok(_) if !problems.is_empty() => {
+            let error = CliError::new(
+                Exit::Failed,
+                "the job is done, but not everything could be stopped",
+            )
+            .hint(logs);
+            Err(problems.into_iter().fold(error, CliError::cause))
+        }
+        Err(error) => {
+            let error = problems.into_iter().fold(error, CliError::cause);
+            Err(if needed { error.hint(logs) } else { error })
+        }
+        outcome => outcome,
+    }
+}
+
+fn how_to_go_on(stage: &Stage) {
+    let folder = std::env::current_exe()
+        .ok()
+        .and_then(|program| Some(program.parent()?.display().to_string()));
+    note("everything was left running; to use it:");
+    if let Some(folder) = folder {
+        note(format!("  export PATH='{folder}':\"$PATH\""));
+    }
+    note(format!(
+        "  export LLORCH_HOME='{}' LLORCH_MODELS_DIR='{}'",
+        stage.root().display(),
+        stage.models_dir().display()
+    ));
+    note("  llorch jobs list");
+    note("  llorch pool list");
+    note("and to stop it:");
+    note("  llorch orchestrator stop; llorch-pool daemon stop --workers");
+}
+
+/// Starts both daemons, runs the job, and checks what came of it. Returns the summary.
+async fn perform(
+    stage: &Stage,
+    request: &TaskSubmitRequest,
+    interrupt: &Interrupt,
+) -> Result<String, CliError> {
+    let progress = spinner("starting orchestratord");
+    // A start is not broken off in the middle: what it started would not be known.
+    let orchestrator = stage.start_orchestrator().await?;
+    progress.message("starting pool-managerd");
+    let pool = stage.start_pool(orchestrator.url()).await?;
+    tokio::select! {
+        facts = play(stage, &orchestrator, &pool, request, progress) => {
+            let facts = facts?;
+            let problems = verdict::problems(&facts);
+            match (&facts.job, problems.split_first()) {
+                (Ok(job), None) => Ok(verdict::summary(job)),
+                (_, first) => {
+                    verdict::held(&facts).iter().for_each(note);
+                    let (first, rest) = first.map_or(("the job is not shown", &[][..]), |(first, rest)| (first, rest));
+                    let error = CliError::new(Exit::Failed, format!("the demo failed: {first}"));
+                    Err(rest.iter().fold(error, |error, problem| error.cause(problem)))
+                }
+            }
+        }
+        () = interrupt.wait() => Err(interrupted("the demo is broken off")),
+    }
+}
+
+/// Submits the job, prints its text, and looks up what is known of it afterwards.
+async fn play(
+    stage: &Stage,
+    orchestrator: &Actor,
+    pool: &Actor,
+    request: &TaskSubmitRequest,
+    progress: Progress,
+) -> Result<Facts, CliError> {
+    let mut client = Orchestrator::at(orchestrator.url(), None)?;
+    progress.message("waiting for the pool to register");
+    until_online(&client, pool).await?;
+    let key = uuid::Uuid::now_v7().to_string();
+    let task = client
+        .submit(request, &key, |error| progress.println(error.to_string()))
+        .await
+        .map_err(shown)?;
+    progress.message("waiting for a worker");
+    let mut watched = watch(&client, task.job_id, orchestrator, pool, progress).await?;
+
+    // The last look, after everything is said: a pool that died while the worker's stream went on is found here.
+    for actor in [orchestrator, pool] {
+        if !watched
+            .troubles
+            .iter()
+            .any(|trouble| trouble.starts_with(actor.name()))
+        {
+            watched.troubles.extend(actor.trouble().await);
+        }
+    }
+    let worker_alive = watched
+        .started
+        .as_ref()
+        .is_some_and(|started| stage.worker_is_alive(&started.worker_id));
+    Ok(Facts {
+        id: task.job_id,
+        printed: watched.transcript.text().to_owned(),
+        started: watched.started,
+        troubles: watched.troubles,
+        job: client
+            .job(task.job_id)
+            .await
+            .map_err(|error| error.to_string()),
+        pool: stage.pool_status(pool).await,
+        worker_alive,
+    })
+}
+
+async fn until_online(client: &Orchestrator, pool: &Actor) -> Result<(), CliError> {
+    let deadline = Instant::now() + ONLINE_TIMEOUT;
+    loop {
+        let pools = client.pools().await.map_err(shown)?;
+        if pools
+            .iter()
+            .any(|pool| pool.liveness == PoolLiveness::Online)
+        {
+            return Ok(());
+        }
+        if let Some(trouble) = pool.trouble().await {
+            return Err(CliError::new(
+                Exit::Failed,
+                format!("the demo failed: {trouble}"),
+            ));
+        }
+        if Instant::now() >= deadline {
+            let message = format!(
+                "the demo failed: the pool did not register within {} s",
+                ONLINE_TIMEOUT.as_secs()
+            );
+            return Err(CliError::new(Exit::Failed, message));
+        }
+        sleep(Duration::from_millis(25)).await;
+    }
+}
+
+/// What can happen while the job runs.
+enum Happening {
+    /// An event of the job, or a break of its stream.
+    Item(Item),
+    /// The stream can't be had any more.
+    Broken(ClientError),
+    /// The worker loads its model.
+    Loading(String),
+    /// A daemon is not well.
+    Trouble {
+        /// What is wrong.
+        what: String,
+        /// Whether the job's stream may go on without it.
+        bearable: bool,
+    },
+}
+
+/// What was seen of the job until it was over.
+struct Watched {
+    transcript: Transcript,
+    started: Option<orchestrator_core::api::events::Started>,
+    troubles: Vec<String>,
+}
+
+/// Prints the job's text while others watch the daemons and the loading of the model. Each watches on its own, so
+/// that a look that takes long delays no token.
+async fn watch(
+    client: &Orchestrator,
+    id: JobId,
+    orchestrator: &Actor,
+    pool: &Actor,
+    progress: Progress,
+) -> Result<Watched, CliError> {
+    let (tell, mut happenings) = mpsc::channel(64);
+    let mut watchers = JoinSet::new();
+    watchers.spawn(watch_job(client.clone(), id, tell.clone()));
+    watchers.spawn(watch_loading(client.clone(), tell.clone()));
+    watchers.spawn(watch_daemon(orchestrator.clone(), false, tell.clone()));
+    watchers.spawn(watch_daemon(pool.clone(), true, tell));
+
+    let mut progress = Some(progress);
+    let mut seen = Watched {
+        transcript: Transcript::new(false),
+        started: None,
+        troubles: Vec::new(),
+    };
+    let mut deadline = None;
+    loop {
+        let next = happenings.recv();
+        let happening = match deadline {
+            None => next.await,
+            Some(deadline) => match timeout_at(deadline, next).await {
+                Ok(happening) => happening,
+                Err(_) => {
+                    seen.troubles.push(format!(
+                        "the job did not end within {} s after that",
+                        AFTERMATH.as_secs()
+                    ));
+                    return Ok(seen);
+                }
+            },
+        };
+        match happening {
+            Some(Happening::Loading(message)) => {
+                if let Some(progress) = &progress {
+                    progress.message(message);
+                }
+            }
+            Some(Happening::Trouble { what, bearable }) => {
+                let goes_on = bearable && seen.started.is_some();
+                seen.troubles.push(what);
+                // The worker's stream goes on without its pool. The demo has failed all the same: the job is ended, and
+                // its last event awaited, so that what was printed can be compared with what the API holds.
+                if !goes_on || client.cancel(id).await.is_err() {
+                    return Ok(seen);
+                }
+                deadline = Some(Instant::now() + AFTERMATH);
+            }
+            Some(Happening::Broken(error)) => {
+                seen.troubles.push(format!(
+                    "the stream of events ended before the job did: {error}"
+                ));
+                return Ok(seen);
+            }
+            Some(Happening::Item(item)) => {
+                match &item {
+                    Item::Event(_, TaskEvent::Started(started)) => {
+                        seen.started = Some(started.clone());
+                        if let Some(progress) = &progress {
+                            progress.message(format!("{} reads the prompt", started.worker_id));
+                        }
+                    }
+                    Item::Event(
+                        _,
+                        TaskEvent::Token(_) | TaskEvent::End(_) | TaskEvent::Error(_),
+                    ) => progress = None,
+                    _ => {}
+                }
+                let last = matches!(&item, Item::Event(_, event) if event.is_last());
+                // A job without a text has no line to end.
+                if !last || !seen.transcript.text().is_empty() {
+                    seen.transcript.take(&item)?;
+                }
+                if last {
+                    return Ok(seen);
+                }
+            }
+            None => return Ok(seen),
+        }
+    }
+}
+
+async fn watch_job(client: Orchestrator, id: JobId, tell: mpsc::Sender<Happening>) {
+    let mut feed = client.events(id, None).with_patience(Duration::ZERO);
+    loop {
+        let happening = match feed.next().await {
+            Ok(Some(item)) => Happening::Item(item),
+            Ok(None) => return,
+            Err(error) => Happening::Broken(error),
+        };
+        let over = matches!(happening, Happening::Broken(_));
+        if tell.send(happening).await.is_err() || over {
+            return;
+        }
+    }
+}
+
+async fn watch_loading(client: Orchestrator, tell: mpsc::Sender<Happening>) {
+    loop {
+        let pools = client.pools().await.unwrap_or_default();
+        let mut workers = pools
+            .iter()
+            .filter_map(|pool| pool.status.as_ref())
+            .flat_map(|status| &status.workers);
+        if let Some(worker) = workers.find(|worker| worker.status == WorkerStatus::Starting) {
+            let message = format!(
+                "{} loads {}: {} %",
+                worker.id, worker.model_ref, worker.load_percent
+            );
+            if tell.send(Happening::Loading(message)).await.is_err() {
+                return;
+            }
+        }
+        sleep(WATCH_EVERY).await;
+    }
+}
+
+async fn watch_daemon(daemon: Actor, bearable: bool, tell: mpsc::Sender<Happening>) {
+    loop {
+        if let Some(what) = daemon.trouble().await {
+            let _ = tell.send(Happening::Trouble { what, bearable }).await;
+            return;
+        }
+        sleep(WATCH_EVERY).await;
+    }
+}

@@ -1,0 +1,24 @@
+//! `llorch dev`: seeing it work, and finding what is wrong.
+
+mod demo;
+mod doctor;
+
+use clap::Subcommand;
+use pool_core::terminal::{CliError, Exit};
+
+/// `llorch dev`; each command's own type says what it does.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    Demo(demo::Demo),
+    Doctor(doctor::Doctor),
+}
+
+impl Command {
+    /// Runs the command.
+    pub async fn run(self) -> Result<Exit, CliError> {
+        match self {
+            Self::Demo(command) => command.run().await,
+            Self::Doctor(command) => command.run().await,
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! Following a job: its text on standard output as it is written, what else happens on standard error.
+
+use std::io::{self, IsTerminal};
+
+use orchestrator_core::api::events::{End, EventId, TaskEvent};
+use orchestrator_core::job::{JobError, JobId, Usage};
+use pool_core::client::ClientError;
+use pool_core::terminal::interrupt::Interrupt;
+use pool_core::terminal::sanitize::TerminalFilter;
+use pool_core::terminal::{CliError, Exit, note, paint, say, write};
+use serde::Serialize;
+
+use super::{job_failed, speed};
+use crate::http_client::{Feed, Item, shown};
+
+/// How a job ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ending {
+    /// Its text is whole.
+    Completed(End),
+    /// It did not complete.
+    Failed(JobError),
+}
+
+/// What a follower does with the items of a feed.
+pub trait Reader {
+    /// Takes the next one.
+    fn take(&mut self, item: &Item) -> Result<(), CliError>;
+}
+
+/// Follows a job to its end. Ctrl-C ends the command, not the job.
+pub async fn follow(
+    mut feed: Feed,
+    reader: &mut impl Reader,
+    interrupt: &Interrupt,
+) -> Result<Ending, CliError> {
+    let id = feed.job();
+    loop {
+        let item = tokio::select! {
+            item = feed.next() => item.map_err(|error| lost_sight(id, error))?,
+            () = interrupt.wait() => return Err(goes_on(id)),
+        };
+        let Some(item) = item else {
+            return Err(CliError::new(
+                Exit::Failed,
+                format!("the events of {id} ended without an end"),
+            ));
+        };
+        reader.take(&item)?;
+        match item {
+            Item::Event(_, TaskEvent::End(end)) => return Ok(Ending::Completed(end)),
+            Item::Event(_, TaskEvent::Error(error)) => return Ok(Ending::Failed(error)),
+            _ => {}
+        }
+    }
+}
+
+/// The error of a command that was interrupted while its job runs.
+pub fn goes_on(id: JobId) -> CliError {
+    if io::stdout().is_terminal() {
+        // Off the line of the unfinished text.
+        note("");
+    }
+    CliError::new(Exit::Interrupted, "interrupted")
+        .hint(format!("job {id} goes on; follow it with: llorch jobs events {id}, or end it with: llorch jobs cancel {id}"))
+}
+
+/// The error of a command whose orchestrator is gone for good.
+fn lost_sight(id: JobId, error: ClientError) -> CliError {
+    let lost = matches!(
+        error,
+        ClientError::Unreachable { .. } | ClientError::Broken { .. } | ClientError::Timeout { .. }
+    );
+    let error = shown(error);
+    if !lost {
+        return error;
+    }
+    let hint = error
+        .hint
+        .clone()
+        .map_or(String::new(), |hint| format!("{hint}; "));
+    error.hint(format!(
+        "{hint}{id} is stored and goes on when the orchestrator is back: llorch jobs events {id}"
+    ))
+}
+
+/// Prints the text of a job, and keeps it.
+#[derive(Debug)]
+pub struct Transcript {
+    filter: TerminalFilter,
+    text: String,
+    next_index: u32,
+    notices: bool,
+    last_wait: String,
+}
+
+impl Transcript {
+    /// A transcript on standard output, with remarks on standard error if `notices`.
+    pub fn new(notices: bool) -> Self {
+        let filter = TerminalFilter::for_stdout();
+        Self {
+            filter,
+            text: String::new(),
+            next_index: 0,
+            notices,
+            last_wait: String::new(),
+        }
+    }
+
+    /// The text that was printed and still counts.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    fn notice(&self, text: impl AsRef<str>) {
+        if self.notices {
+            remark(text);
+        }
+    }
+
+    fn event(&mut self, event: &TaskEvent) -> Result<(), CliError> {
+        match event {
+            TaskEvent::Token(token) => {
+                // An index that was printed is not printed again, whatever way it came twice.
+                if token.i >= self.next_index {
+                    self.next_index = token.i.saturating_add(1);
+                    self.text.push_str(&token.t);
+                    write(self.filter.push(&token.t))?;
+                }
+            }
+            TaskEvent::Waiting(waiting) => {
+                let text = format!(
+                    "waits: {} ({})",
+                    waiting.explanation.message, waiting.explanation.hint
+                );
+                if text != self.last_wait {
+                    self.notice(&text);
+                    self.last_wait = text;
+                }
+            }
+            TaskEvent::Queued(queued) => self.notice(format!("{} is stored", queued.job_id)),
+            TaskEvent::Started(started) => {
+                self.notice(format!(
+                    "attempt {} runs on {} of {}",
+                    started.attempt, started.worker_id, started.pool_id
+                ));
+            }
+            TaskEvent::Attempt(attempt) if attempt.continues => {
+                let (number, worker) = (attempt.attempt, &attempt.worker_id);
+                self.notice(format!(
+                    "attempt {number} goes on with the text on {worker}: {}",
+                    attempt.reason
+                ));
+            }
+            TaskEvent::Attempt(attempt) => {
+                let (number, worker) = (attempt.attempt, &attempt.worker_id);
+                if self.text.is_empty() {
+                    self.notice(format!(
+                        "attempt {number} runs on {worker}: {}",
+                        attempt.reason
+                    ));
+                } else {
+                    // What was printed can't be taken back: a reader must know it, terminal or not.
+                    write("\n")?;
+                    remark(format!(
+                        "the text above is void ({}); attempt {number} on {worker} begins anew",
+                        attempt.reason
+                    ));
+                }
+                self.text.clear();
+                self.next_index = 0;
+            }
+            TaskEvent::End(_) | TaskEvent::Error(_) => write("\n")?,
+            TaskEvent::Metrics(_) | TaskEvent::Lagged(_) | TaskEvent::Shutdown(_) => {}
+        }
+        Ok(())
+    }
+}
+
+impl Reader for Transcript {
+    fn take(&mut self, item: &Item) -> Result<(), CliError> {
+        match item {
+            Item::Event(_, event) => self.event(event)?,
+            // Said with or without a terminal: it explains why nothing comes.
+            Item::Lost(why) => remark(format!("{why}; waiting for the orchestrator")),
+            Item::Back => remark("the orchestrator is back; the text goes on"),
+        }
+        Ok(())
+    }
+}
+
+/// Prints events as JSON, one a line.
+#[derive(Debug)]
+pub struct JsonLines;
+
+#[derive(Serialize)]
+struct Line<'a> {
+    id: Option<String>,
+    #[serde(flatten)]
+    event: &'a TaskEvent,
+}
+
+fn json_line(id: Option<EventId>, event: &TaskEvent) -> Result<String, CliError> {
+    let line = Line {
+        id: id.map(|id| id.to_string()),
+        event,
+    };
+    serde_json::to_string(&line)
+        .map_err(|error| CliError::caused(Exit::Failed, "could not write an event as JSON", &error))
+}
+
+impl Reader for JsonLines {
+    fn take(&mut self, item: &Item) -> Result<(), CliError> {
+        match item {
+            Item::Event(id, event) => write(json_line(*id, event)? + "\n")?,
+            Item::Lost(why) => remark(format!("{why}; waiting for the orchestrator")),
+            Item::Back => remark("the orchestrator is back; the events go on"),
+        }
+        Ok(())
+    }
+}
+
+/// Prints nothing.
+#[derive(Debug)]
+pub struct Silent;
+
+impl Reader for Silent {
+    fn take(&mut self, _: &Item) -> Result<(), CliError> {
+        Ok(())
+    }
+}
+
+/// Ends a command that showed a job's text: a summary on a terminal, or the error that the job ended with.
+pub fn conclude(id: JobId, ending: &Ending, notices: bool) -> Result<Exit, CliError> {
+    match ending {
+        Ending::Completed(end) => {
+            if notices {
+                remark(summary(id, end));
+            }
+            Ok(Exit::Done)
+        }
+        Ending::Failed(error) => Err(job_failed(id, error)),
+    }
+}
+
+fn summary(id: JobId, end: &End) -> String {
+    let usage = Usage {
+        tokens_in: end.tokens_in,
+        tokens_out: end.tokens_out,
+        stop_reason: end.stop_reason,
+        ttft_ms: end.ttft_ms,
+        decode_time_ms: end.decode_time_ms,
+    };
+    let tokens = if end.tokens_out == 1 {
+        "token"
+    } else {
+        "tokens"
+    };
+    format!(
+        "{id}: {} {tokens} by {}, {}, seed {}",
+        end.tokens_out,
+        end.worker_id,
+        speed(&usage),
+        end.seed
+    )
+}
+
+/// Whether remarks are wanted: where somebody looks on, or asked for them.
+pub fn wants_notices(verbose: bool) -> bool {
+    verbose || io::stderr().is_terminal()
+}
+
+/// A remark on standard error, told apart from the text.
+fn remark(text: impl AsRef<str>) {
+    let text = pool_core::terminal::sanitize::clean(text.as_ref());
+    note(paint::on_stderr(paint::Style::Dim, &text));
+}
+
+/// Prints a job's text as it is, and a newline.
+pub fn print_text(text: &str) -> Result<(), CliError> {
+    say(pool_core::terminal::sanitize::for_terminal(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use orchestrator_core::api::events::Token;
+    use pool_core::api::worker::StopReason;
+
+    #[test] // [LLORCH-024]
+    fn a_line_has_id_event_and_data() {
+        let token = TaskEvent::Token(Token {
+            t: "a\n".into(),
+            i: 0,
+        });
+        let id = Some(EventId { attempt: 1, seq: 3 });
+        assert_eq!(
+            json_line(id, &token).unwrap(),
+            r#"{"id":"1.3","event":"token","data":{"t":"a\n","i":0}}"#
+        );
+        assert!(
+            json_line(None, &token)
+                .unwrap()
+                .starts_with(r#"{"id":null,"event":"token""#)
+        );
+    }
+
+    #[test] // [LLORCH-026]
+    fn the_summary_is_one_line() {
+        let id: JobId = "job-01900000-0000-7000-8000-000000000000".parse().unwrap();
+        let end = End {
+            tokens_in: 9,
+            tokens_out: 11,
+            stop_reason: StopReason::Eos,
+            seed: 7,
+            ttft_ms: 812,
+            decode_time_ms: 500,
+            worker_id: "worker-cpu-0".into(),
+        };
+        insta::assert_snapshot!(summary(id, &end), @"job-01900000-0000-7000-8000-000000000000: 11 tokens by worker-cpu-0, TTFT 812 ms, 20.0 tokens/s, seed 7");
+    }
+}

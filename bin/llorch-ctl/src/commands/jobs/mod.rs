@@ -1,0 +1,162 @@
+//! `llorch jobs`: what becomes of prompts.
+
+mod cancel;
+mod events;
+mod follow;
+mod list;
+mod output;
+mod status;
+mod submit;
+mod wait;
+
+use clap::{Args, Subcommand};
+use orchestrator_core::job::{JobError, JobErrorCode, JobId, JobStatus, Usage};
+use pool_core::terminal::{CliError, Exit};
+
+pub use follow::{Reader, Transcript};
+
+use crate::http_client::ConnectArgs;
+
+/// `llorch jobs`.
+#[derive(Debug, Args)]
+pub struct Jobs {
+    #[command(flatten)]
+    connect: ConnectArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+// Each command's own type says what it does.
+#[derive(Debug, Subcommand)]
+enum Command {
+    Submit(Box<submit::Submit>),
+    List(list::List),
+    Status(status::Status),
+    Cancel(cancel::Cancel),
+    Events(events::Events),
+    Wait(wait::Wait),
+    Output(output::Output),
+}
+
+impl Jobs {
+    /// Runs the command.
+    pub async fn run(self) -> Result<Exit, CliError> {
+        let connect = &self.connect;
+        match self.command {
+            Command::Submit(command) => command.run(connect).await,
+            Command::List(command) => command.run(connect).await,
+            Command::Status(command) => command.run(connect).await,
+            Command::Cancel(command) => command.run(connect).await,
+            Command::Events(command) => command.run(connect).await,
+            Command::Wait(command) => command.run(connect).await,
+            Command::Output(command) => command.run(connect).await,
+        }
+    }
+}
+
+/// The error with which a command ends whose job did not complete.
+pub fn job_failed(id: JobId, error: &JobError) -> CliError {
+    let (what, hint) = match error.code {
+        JobErrorCode::Cancelled => ("was cancelled", None),
+        JobErrorCode::Timeout => ("expired", Some("give it more time with --timeout")),
+        JobErrorCode::ContextOverflow => (
+            "failed",
+            Some("shorten the prompt, or ask for fewer tokens with --max-tokens"),
+        ),
+        JobErrorCode::TemplateFailed => (
+            "failed",
+            Some("--raw gives the model the prompt without its chat template"),
+        ),
+        JobErrorCode::InvalidRequest => ("failed", None),
+        JobErrorCode::InferenceFailed => (
+            "failed",
+            Some("the worker's log on the pool's host says more"),
+        ),
+        JobErrorCode::WorkerLost => (
+            "failed",
+            Some("submit it again, or allow more attempts with --max-attempts"),
+        ),
+        JobErrorCode::ModelFailed => (
+            "failed",
+            Some("check the file on the pool's host with `llorch-pool models verify MODEL`"),
+        ),
+    };
+    let shown = CliError::new(Exit::JobFailed, format!("{id} {what}: {}", error.message))
+        .cause(error.code.as_str());
+    match hint {
+        Some(hint) => shown.hint(hint),
+        None => shown,
+    }
+}
+
+/// The exit code that a job's terminal state means.
+pub fn exit_of(status: JobStatus) -> Exit {
+    if status == JobStatus::Completed {
+        Exit::Done
+    } else {
+        Exit::JobFailed
+    }
+}
+
+/// Tokens per second after the first; `None` where there are too few to tell.
+pub fn tokens_per_second(tokens_out: u32, decode_time_ms: u64) -> Option<f64> {
+    (tokens_out > 1 && decode_time_ms > 0).then(|| {
+        #[allow(clippy::cast_precision_loss)] // Milliseconds of one job.
+        let seconds = decode_time_ms as f64 / 1000.0;
+        f64::from(tokens_out - 1) / seconds
+    })
+}
+
+/// `TTFT 812 ms, 31.4 tokens/s`.
+fn speed(usage: &Usage) -> String {
+    let rate = tokens_per_second(usage.tokens_out, usage.decode_time_ms);
+    let rate = rate.map_or(String::new(), |rate| format!(", {rate:.1} tokens/s"));
+    format!("TTFT {} ms{rate}", usage.ttft_ms)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [LLORCH-026]
+    fn speed_counts_the_tokens_after_the_first() {
+        assert_eq!(tokens_per_second(11, 500), Some(20.0));
+        assert_eq!(
+            (
+                tokens_per_second(1, 0),
+                tokens_per_second(0, 0),
+                tokens_per_second(5, 0)
+            ),
+            (None, None, None)
+        );
+    }
+
+    #[test] // [LLORCH-025]
+    fn every_way_a_job_can_end_badly_exits_with_6() {
+        use JobErrorCode as C;
+        let codes = [
+            C::Cancelled,
+            C::Timeout,
+            C::ContextOverflow,
+            C::TemplateFailed,
+            C::InvalidRequest,
+            C::InferenceFailed,
+            C::WorkerLost,
+            C::ModelFailed,
+        ];
+        for code in codes {
+            let error = job_failed(
+                JobId::random(),
+                &JobError {
+                    code,
+                    message: "m".into(),
+                    retriable: false,
+                },
+            );
+            assert_eq!(
+                (error.exit, error.causes),
+                (Exit::JobFailed, vec![code.as_str().to_owned()])
+            );
+        }
+    }
+}

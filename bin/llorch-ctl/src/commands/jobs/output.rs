@@ -1,0 +1,43 @@
+//! `llorch jobs output`.
+
+use clap::Args;
+use orchestrator_core::job::{JobId, JobStatus};
+use pool_core::terminal::{CliError, Exit};
+
+use super::follow::print_text;
+use super::job_failed;
+use crate::http_client::{ConnectArgs, Orchestrator, shown};
+
+/// Print the text of a job that is over.
+///
+/// Of a job that did not complete it prints what there is, and exits with 6.
+#[derive(Debug, Args)]
+pub struct Output {
+    /// The job's id
+    id: JobId,
+}
+
+impl Output {
+    /// Prints.
+    pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
+        let orchestrator = Orchestrator::connect(connect).await?;
+        let job = orchestrator.job(self.id).await.map_err(shown)?;
+        if !job.status.is_terminal() {
+            let (id, status) = (job.id, job.status);
+            return Err(CliError::new(
+                Exit::Refused,
+                format!("{id} is {status}: its text is not whole yet"),
+            )
+            .hint(format!(
+                "follow it with `llorch jobs events {id}`, or wait with `llorch jobs wait {id}`"
+            )));
+        }
+        if job.status == JobStatus::Completed || !job.text.is_empty() {
+            print_text(&job.text)?;
+        }
+        match &job.error {
+            Some(error) => Err(job_failed(job.id, error)),
+            None => Ok(super::exit_of(job.status)),
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! `llorch jobs status`.
+
+use std::fmt::Write as _;
+
+use clap::Args;
+use jiff::Timestamp;
+use orchestrator_core::api::tasks::TaskView;
+use orchestrator_core::job::{Attempt, JobId};
+use pool_core::terminal::paint::Cell;
+use pool_core::terminal::sanitize::clean;
+use pool_core::terminal::{
+    CliError, Exit, Format, age, human_duration, paint, print_json, render_table, say,
+};
+
+use super::speed;
+use crate::http_client::{ConnectArgs, Orchestrator, shown};
+
+/// Show one job: its state, its attempts, and why it waits.
+#[derive(Debug, Args)]
+pub struct Status {
+    /// The job's id
+    id: JobId,
+    /// Lines for people, or the job as JSON with its request and its text
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+impl Status {
+    /// Shows it.
+    pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
+        let orchestrator = Orchestrator::connect(connect).await?;
+        let job = orchestrator.job(self.id).await.map_err(shown)?;
+        match self.format {
+            Format::Json => print_json(&job)?,
+            Format::Table => say(render(&job, Timestamp::now(), paint::on_stdout()))?,
+        }
+        Ok(Exit::Done)
+    }
+}
+
+fn render(job: &TaskView, now: Timestamp, colour: bool) -> String {
+    let mut lines = vec![
+        ("job", job.id.to_string()),
+        ("status", job.status.to_string()),
+        ("model", job.request.model.to_string()),
+        ("priority", job.request.priority.to_string()),
+        ("submitted", format!("{} ago", age(job.created_at, now))),
+    ];
+    if let Some(waiting) = &job.waiting {
+        let before = match waiting.queue_position {
+            0 => "first in the queue".to_owned(),
+            1 => "1 job before it".to_owned(),
+            count => format!("{count} jobs before it"),
+        };
+        lines.push((
+            "waits",
+            format!("{} ({before})", waiting.explanation.message),
+        ));
+        lines.push(("to mend", waiting.explanation.hint.clone()));
+    }
+    if let Some(usage) = &job.usage {
+        let stop = serde_json::to_value(usage.stop_reason)
+            .ok()
+            .and_then(|name| name.as_str().map(str::to_owned));
+        let tokens = format!(
+            "{} in, {} out, {}",
+            usage.tokens_in,
+            usage.tokens_out,
+            stop.unwrap_or_default()
+        );
+        lines.push(("tokens", tokens));
+        lines.push(("speed", speed(usage)));
+    }
+    if let Some(error) = &job.error {
+        lines.push((
+            "error",
+            format!("{}: {}", error.code.as_str(), error.message),
+        ));
+    }
+    if !job.text.is_empty() {
+        let command = if job.status.is_terminal() {
+            "output"
+        } else {
+            "events"
+        };
+        lines.push((
+            "text",
+            format!(
+                "{} characters: llorch jobs {command} {}",
+                job.text.chars().count(),
+                job.id
+            ),
+        ));
+    }
+    let mut shown = String::new();
+    for (name, value) in lines {
+        // Writing to a text never fails.
+        let _ = writeln!(shown, "{name:<11}{}", clean(&value));
+    }
+    if !job.attempts.is_empty() {
+        shown.push('\n');
+        shown.push_str(&render_attempts(&job.attempts, now, colour));
+    }
+    shown.trim_end().to_owned()
+}
+
+fn render_attempts(attempts: &[Attempt], now: Timestamp, colour: bool) -> String {
+    let rows = attempts.iter().map(|attempt| {
+        let ran = attempt
+            .ended_at
+            .unwrap_or(now)
+            .duration_since(attempt.leased_at);
+        let outcome = attempt
+            .outcome
+            .and_then(|outcome| serde_json::to_value(outcome).ok());
+        let outcome = outcome.and_then(|name| name.as_str().map(str::to_owned));
+        vec![
+            Cell::from(attempt.number.to_string()),
+            Cell::from(attempt.pool_id.clone()),
+            Cell::from(attempt.worker_id.clone()),
+            Cell::from(human_duration(ran.unsigned_abs())),
+            Cell::status(outcome.unwrap_or_else(|| "running".to_owned())),
+            Cell::from(attempt.reason.clone().unwrap_or_default()),
+        ]
+    });
+    render_table(
+        &["ATTEMPT", "POOL", "WORKER", "TIME", "OUTCOME", "REASON"],
+        rows,
+        colour,
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use orchestrator_core::api::tasks::{TaskSubmitRequest, TaskWaiting};
+    use orchestrator_core::job::{AttemptOutcome, Job, JobStatus, Usage};
+    use orchestrator_core::scheduler::{Explanation, WaitReason};
+    use pool_core::api::worker::StopReason;
+
+    const NOW: i64 = 1_000_000;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).unwrap()
+    }
+
+    fn job() -> Job {
+        let request = TaskSubmitRequest {
+            model: "tinyllama".into(),
+            prompt: Some("p".into()),
+            ..Default::default()
+        };
+        let id = "job-01900000-0000-7000-8000-000000000001".parse().unwrap();
+        Job::new(id, request.validate().unwrap(), at(NOW - 75))
+    }
+
+    #[test] // [LLORCH-031]
+    fn a_waiting_job_says_why_and_what_would_help() {
+        let explanation = Explanation {
+            reason: WaitReason::ModelMissing,
+            message: "no pool has `tinyllama` on its disk".into(),
+            hint: "llorch-pool models download tinyllama".into(),
+            filters: Vec::new(),
+        };
+        let view = TaskView::new(
+            job(),
+            Some(TaskWaiting {
+                queue_position: 1,
+                explanation,
+            }),
+        );
+        insta::assert_snapshot!(render(&view, at(NOW), false), @r"
+        job        job-01900000-0000-7000-8000-000000000001
+        status     queued
+        model      tinyllama
+        priority   interactive
+        submitted  1m15s ago
+        waits      no pool has `tinyllama` on its disk (1 job before it)
+        to mend    llorch-pool models download tinyllama
+        ");
+    }
+
+    #[test] // [LLORCH-031]
+    fn a_finished_job_shows_its_attempts_and_figures() {
+        let mut job = job();
+        let attempt = |number, worker: &str, outcome, reason: Option<&str>| Attempt {
+            number,
+            fence: u64::from(number),
+            pool_id: "mac".into(),
+            worker_id: worker.into(),
+            leased_at: at(NOW - 70),
+            started_at: Some(at(NOW - 69)),
+            ended_at: Some(at(NOW - 65)),
+            outcome: Some(outcome),
+            reason: reason.map(str::to_owned),
+        };
+        job.status = JobStatus::Completed;
+        job.attempts = vec![
+            attempt(
+                1,
+                "worker-cpu-0",
+                AttemptOutcome::WorkerLost,
+                Some("signal(9)"),
+            ),
+            attempt(2, "worker-cpu-1", AttemptOutcome::Completed, None),
+        ];
+        job.text = "four".into();
+        job.usage = Some(Usage {
+            tokens_in: 9,
+            tokens_out: 3,
+            stop_reason: StopReason::Eos,
+            ttft_ms: 812,
+            decode_time_ms: 100,
+        });
+        insta::assert_snapshot!(render(&TaskView::new(job, None), at(NOW), false), @r"
+        job        job-01900000-0000-7000-8000-000000000001
+        status     completed
+        model      tinyllama
+        priority   interactive
+        submitted  1m15s ago
+        tokens     9 in, 3 out, EOS
+        speed      TTFT 812 ms, 20.0 tokens/s
+        text       4 characters: llorch jobs output job-01900000-0000-7000-8000-000000000001
+
+        ATTEMPT  POOL  WORKER        TIME  OUTCOME      REASON
+        1        mac   worker-cpu-0  5.0s  worker_lost  signal(9)
+        2        mac   worker-cpu-1  5.0s  completed
+        ");
+    }
+}

@@ -1,0 +1,366 @@
+//! `llorch jobs submit`.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, IsTerminal, Read};
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use orchestrator_core::api::tasks::{TaskAccepted, TaskSubmitRequest, ValidationError};
+use orchestrator_core::job::{Placement, Priority};
+use pool_core::terminal::interrupt::Interrupt;
+use pool_core::terminal::{CliError, Exit, note, print_json, say};
+use pool_core::worker::Device;
+
+use super::follow::{JsonLines, Silent, Transcript, conclude, follow, wants_notices};
+use crate::http_client::{ConnectArgs, Orchestrator, shown};
+
+/// The orchestrator takes bodies of up to 4 MiB; a longer prompt could not be sent.
+const MOST_PROMPT_BYTES: u64 = 4 << 20;
+
+/// Submit a prompt and print the answer as it is written.
+///
+/// The job belongs to the orchestrator: Ctrl-C, a closed terminal or a broken connection end this command and not the
+/// job, and `llorch jobs events JOB` comes back to it.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Submit {
+    /// The model: an id of the catalogue, `hf:ORG/REPO::file=PATH` or `file:/PATH.gguf`
+    #[arg(long, short)]
+    model: String,
+    #[command(flatten)]
+    prompt: PromptArgs,
+    /// Give the prompt to the model as it is, without its chat template
+    #[arg(long)]
+    raw: bool,
+    /// A system message before the prompt
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    system: Option<String>,
+    /// Print the job's id and leave
+    #[arg(long)]
+    detach: bool,
+    /// Submitting the same request under the same key again names the same job [default: a new key]
+    #[arg(long, value_name = "KEY", value_parser = idempotency_key)]
+    idempotency_key: Option<String>,
+    /// What to print: the text as it is written, the finished job, or every event
+    #[arg(long, value_enum, default_value_t)]
+    format: OutputFormat,
+    /// Tell on standard error what happens, also where that is no terminal
+    #[arg(long, short)]
+    verbose: bool,
+    // Last, because their headings hold for everything that follows.
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    #[command(flatten)]
+    scheduling: SchedulingArgs,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  llorch jobs submit --model smollm2-135m --prompt 'What is 2+2?'
+  llorch jobs submit --model smollm2-135m --raw --prompt 'The capital of France is' --temperature 0
+  git diff | llorch jobs submit --model llama3 --system 'Review this change.' --prompt -
+  JOB=$(llorch jobs submit --model llama3 --file report.txt --priority batch --detach)";
+
+/// Where the prompt comes from.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct PromptArgs {
+    /// The prompt, or `-` to read it from standard input, exactly as it comes
+    #[arg(long, short, value_name = "TEXT", allow_hyphen_values = true)]
+    prompt: Option<String>,
+    /// Read the prompt from a file, exactly as it is
+    #[arg(long, short, value_name = "PATH")]
+    file: Option<PathBuf>,
+}
+
+/// How tokens are drawn and when the generation ends.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Generation")]
+struct SamplingArgs {
+    /// Most tokens to generate [default: 256]
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<u32>,
+    /// 0 (always the likeliest token) to 2 [default: 0.7]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Draw from the likeliest tokens that together have this probability, above 0 to 1 [default: 1]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Draw from this many of the likeliest tokens; 0 is all [default: 0]
+    #[arg(long, value_name = "N")]
+    top_k: Option<u32>,
+    /// Draw from tokens at least this likely relative to the likeliest, 0 to below 1 [default: 0]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    min_p: Option<f32>,
+    /// Make tokens that were there before less likely, above 0 to 2; 1 changes nothing [default: 1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    repetition_penalty: Option<f32>,
+    /// End before this text; may be given up to 4 times
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    stop: Vec<String>,
+    /// Seed of the random numbers: the same seed and settings give the same text [default: drawn]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+/// When and where the job runs.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Scheduling")]
+struct SchedulingArgs {
+    /// `interactive` or `batch`, which goes after it [default: interactive]
+    #[arg(long)]
+    priority: Option<Priority>,
+    /// Jobs of one session share their turns in the queue
+    #[arg(long, value_name = "ID")]
+    session_id: Option<String>,
+    /// Seconds from now after which the job expires, wherever it is then [default: never]
+    #[arg(long, value_name = "SECONDS", value_parser = milliseconds)]
+    timeout: Option<u64>,
+    /// How many times its worker may be lost before the job fails, 1 to 10 [default: 3]
+    #[arg(long, value_name = "N")]
+    max_attempts: Option<u32>,
+    /// A mark of your own, as `KEY=VALUE`; may be given up to 16 times
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    labels: Vec<(String, String)>,
+    /// Run on this pool only
+    #[arg(long, value_name = "ID")]
+    pool: Option<String>,
+    /// Run on this device only: `cpu`, `cuda:N` or `metal:N`
+    #[arg(long)]
+    device: Option<Device>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+enum OutputFormat {
+    /// The text, as it is written
+    #[default]
+    Text,
+    /// The job as JSON, when it is over; with --detach, the answer to the submit
+    Json,
+    /// Every event as JSON, one a line
+    Jsonl,
+}
+
+impl Submit {
+    /// Submits, and follows unless told to leave.
+    pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
+        let (detach, format) = (self.detach, self.format);
+        let notices = wants_notices(self.verbose);
+        let key = self
+            .idempotency_key
+            .clone()
+            .unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
+        let request = self.request()?;
+        // The orchestrator's own check, before anything is sent.
+        request.clone().validate().map_err(refused)?;
+
+        let interrupt = Interrupt::catch()?;
+        let accepted = tokio::select! {
+            accepted = submit(connect, &request, &key) => accepted?,
+            () = interrupt.wait() => {
+                let hint = format!("the job may be stored; --idempotency-key {key} with the same request names it");
+                return Err(CliError::new(Exit::Interrupted, "interrupted before the orchestrator answered").hint(hint));
+            }
+        };
+        let Accepted { orchestrator, task } = accepted;
+        let id = task.job_id;
+        if detach {
+            match format {
+                OutputFormat::Text => say(id.to_string())?,
+                OutputFormat::Json => print_json(&task)?,
+                OutputFormat::Jsonl => say(serde_json::to_string(&task).map_err(io::Error::from)?)?,
+            }
+            return Ok(Exit::Done);
+        }
+        let feed = orchestrator.events(id, None);
+        match format {
+            OutputFormat::Text => {
+                let ending = follow(feed, &mut Transcript::new(notices), &interrupt).await?;
+                conclude(id, &ending, notices)
+            }
+            OutputFormat::Json => {
+                let ending = follow(feed, &mut Silent, &interrupt).await?;
+                print_json(&orchestrator.job(id).await.map_err(shown)?)?;
+                conclude(id, &ending, false)
+            }
+            OutputFormat::Jsonl => {
+                let ending = follow(feed, &mut JsonLines, &interrupt).await?;
+                conclude(id, &ending, false)
+            }
+        }
+    }
+
+    fn request(self) -> Result<TaskSubmitRequest, CliError> {
+        let SchedulingArgs {
+            priority,
+            session_id,
+            timeout,
+            max_attempts,
+            labels,
+            pool,
+            device,
+        } = self.scheduling;
+        let placement = (pool.is_some() || device.is_some()).then_some(Placement { pool, device });
+        let mut pairs = BTreeMap::new();
+        for (key, value) in labels {
+            if pairs.insert(key.clone(), value).is_some() {
+                return Err(CliError::new(
+                    Exit::Usage,
+                    format!("the label `{key}` is given twice"),
+                ));
+            }
+        }
+        Ok(TaskSubmitRequest {
+            model: self.model,
+            prompt: Some(self.prompt.read()?),
+            messages: None,
+            raw: self.raw,
+            system: self.system,
+            max_tokens: self.sampling.max_tokens,
+            temperature: self.sampling.temperature,
+            top_p: self.sampling.top_p,
+            top_k: self.sampling.top_k,
+            min_p: self.sampling.min_p,
+            repetition_penalty: self.sampling.repetition_penalty,
+            stop: self.sampling.stop,
+            seed: self.sampling.seed,
+            priority,
+            session_id,
+            timeout_ms: timeout,
+            max_attempts,
+            placement,
+            labels: pairs,
+        })
+    }
+}
+
+struct Accepted {
+    orchestrator: Orchestrator,
+    task: TaskAccepted,
+}
+
+async fn submit(
+    connect: &ConnectArgs,
+    request: &TaskSubmitRequest,
+    key: &str,
+) -> Result<Accepted, CliError> {
+    let mut orchestrator = Orchestrator::connect(connect).await?;
+    let on_retry = |error: &pool_core::client::ClientError| {
+        note(format!("{error}; submitting again under the same key"));
+    };
+    let task = orchestrator
+        .submit(request, key, on_retry)
+        .await
+        .map_err(shown)?;
+    Ok(Accepted { orchestrator, task })
+}
+
+fn refused(error: ValidationError) -> CliError {
+    CliError::new(Exit::Usage, error.to_string()).hint(error.hint)
+}
+
+impl PromptArgs {
+    fn read(self) -> Result<String, CliError> {
+        match (self.prompt, self.file) {
+            (Some(text), _) if text == "-" => {
+                let stdin = io::stdin();
+                if stdin.is_terminal() {
+                    note("reading the prompt from the terminal; Ctrl-D ends it");
+                }
+                read_text(stdin.lock(), "standard input")
+            }
+            (Some(text), _) => Ok(text),
+            (None, path) => {
+                let path = path.unwrap_or_default();
+                let name = path.display().to_string();
+                let unreadable =
+                    |error| CliError::caused(Exit::Usage, format!("could not read {name}"), &error);
+                read_text(File::open(&path).map_err(unreadable)?, &name)
+            }
+        }
+    }
+}
+
+fn read_text(source: impl Read, name: &str) -> Result<String, CliError> {
+    let mut bytes = Vec::new();
+    source
+        .take(MOST_PROMPT_BYTES + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|error| CliError::caused(Exit::Usage, format!("could not read {name}"), &error))?;
+    if bytes.len() as u64 > MOST_PROMPT_BYTES {
+        return Err(CliError::new(
+            Exit::Usage,
+            format!("{name} holds more than the 4 MiB that a request may have"),
+        ));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        CliError::new(
+            Exit::Usage,
+            format!("{name} is not text: byte {at} is not UTF-8"),
+        )
+    })
+}
+
+fn milliseconds(text: &str) -> Result<u64, String> {
+    let seconds: f64 = text
+        .parse()
+        .map_err(|_| "it is a number of seconds, as 90 or 0.5".to_owned())?;
+    let millis = (seconds * 1000.0).round();
+    // Within these bounds the conversion is exact; what the orchestrator allows is narrower.
+    if !(0.0..=9e15).contains(&millis) {
+        return Err("it is a positive number of seconds".to_owned());
+    }
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    Ok(millis as u64)
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("write it as KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+fn idempotency_key(text: &str) -> Result<String, String> {
+    let fits = (1..=255).contains(&text.len())
+        && text
+            .bytes()
+            .all(|byte| byte == b' ' || byte.is_ascii_graphic());
+    if fits {
+        Ok(text.to_owned())
+    } else {
+        Err("a key is 1 to 255 printable ASCII characters".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [LLORCH-022]
+    fn a_prompt_is_read_exactly_and_within_bounds() {
+        assert_eq!(read_text(&b" a\r\n\n"[..], "x").unwrap(), " a\r\n\n");
+        assert_eq!(
+            read_text(&b"ab\xff"[..], "the file").unwrap_err().message,
+            "the file is not text: byte 2 is not UTF-8"
+        );
+        let endless = read_text(io::repeat(b'a'), "the file").unwrap_err();
+        assert_eq!(endless.exit, Exit::Usage);
+    }
+
+    #[test] // [LLORCH-021]
+    fn seconds_labels_and_keys_are_checked_where_they_are_given() {
+        assert_eq!(
+            (milliseconds("90"), milliseconds("0.5")),
+            (Ok(90_000), Ok(500))
+        );
+        for text in ["", "a", "-1", "NaN", "inf", "1e300"] {
+            assert!(milliseconds(text).is_err(), "{text}");
+        }
+        assert_eq!(label("a=b=c"), Ok(("a".into(), "b=c".into())));
+        assert!(
+            label("a").is_err() && idempotency_key("").is_err() && idempotency_key("a\nb").is_err()
+        );
+        assert!(idempotency_key(&"k".repeat(256)).is_err() && idempotency_key("nightly 7").is_ok());
+    }
+}

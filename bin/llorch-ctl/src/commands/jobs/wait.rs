@@ -1,0 +1,71 @@
+//! `llorch jobs wait`.
+
+use std::time::Duration;
+
+use clap::Args;
+use orchestrator_core::job::{JobErrorCode, JobId, JobStatus};
+use pool_core::terminal::interrupt::Interrupt;
+use pool_core::terminal::{CliError, Exit, say};
+
+use super::exit_of;
+use super::follow::{Ending, Silent, follow};
+use crate::http_client::{ConnectArgs, Orchestrator};
+
+/// Wait until jobs are over and print how each of them ended.
+///
+/// The exit code is 0 when all completed, 6 when one did not, and 124 when the wait timed out; the jobs go on then.
+#[derive(Debug, Args)]
+pub struct Wait {
+    /// The jobs' ids
+    #[arg(required = true, value_name = "ID")]
+    ids: Vec<JobId>,
+    /// Give up after this many seconds [default: never]
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u32>,
+}
+
+impl Wait {
+    /// Waits.
+    pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
+        let timeout = self.timeout;
+        let Some(seconds) = timeout else {
+            return wait(connect, &self.ids).await;
+        };
+        let limit = Duration::from_secs(seconds.into());
+        match tokio::time::timeout(limit, wait(connect, &self.ids)).await {
+            Ok(result) => result,
+            Err(_) => {
+                let message = format!("not all jobs were over after {seconds} s");
+                Err(CliError::new(Exit::WaitTimedOut, message)
+                    .hint("they go on; see `llorch jobs list`"))
+            }
+        }
+    }
+}
+
+async fn wait(connect: &ConnectArgs, ids: &[JobId]) -> Result<Exit, CliError> {
+    let orchestrator = Orchestrator::connect(connect).await?;
+    let interrupt = Interrupt::catch()?;
+    let mut exit = Exit::Done;
+    // One after the other: the last to end decides how long it takes either way.
+    for id in ids {
+        let status =
+            status_of(&follow(orchestrator.events(*id, None), &mut Silent, &interrupt).await?);
+        say(format!("{id} {status}"))?;
+        if exit == Exit::Done {
+            exit = exit_of(status);
+        }
+    }
+    Ok(exit)
+}
+
+fn status_of(ending: &Ending) -> JobStatus {
+    match ending {
+        Ending::Completed(_) => JobStatus::Completed,
+        Ending::Failed(error) => match error.code {
+            JobErrorCode::Cancelled => JobStatus::Cancelled,
+            JobErrorCode::Timeout => JobStatus::Expired,
+            _ => JobStatus::Failed,
+        },
+    }
+}

@@ -1,0 +1,36 @@
+//! One file a command. Each parses nothing but its own arguments, calls one function that does the work, and prints.
+
+pub mod dev;
+pub mod jobs;
+pub mod orchestrator;
+pub mod pools;
+
+use clap::Subcommand;
+use pool_core::terminal::{CliError, Exit};
+
+/// What `llorch` can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start, stop and look after the orchestrator on this machine
+    #[command(subcommand)]
+    Orchestrator(orchestrator::Command),
+    /// Submit, follow, list and cancel jobs
+    Jobs(jobs::Jobs),
+    /// Show the pools and their workers
+    Pool(pools::Pool),
+    /// See it work, and find what is wrong
+    #[command(subcommand)]
+    Dev(dev::Command),
+}
+
+impl Command {
+    /// Runs the command to its exit code.
+    pub async fn run(self) -> Result<Exit, CliError> {
+        match self {
+            Self::Orchestrator(command) => command.run().await,
+            Self::Jobs(jobs) => jobs.run().await,
+            Self::Pool(pool) => pool.run().await,
+            Self::Dev(command) => command.run().await,
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! `llorch orchestrator`: `orchestratord` as a process of this machine.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Subcommand;
+use orchestrator_core::config::OrchestratorConfig;
+use orchestrator_core::job::JobStatus;
+use pool_core::home::Home;
+use pool_core::terminal::daemon::{self, DaemonSpec, Stopped};
+use pool_core::terminal::interrupt::Interrupt;
+use pool_core::terminal::{CliError, Exit, Format, note, print_json, sanitize, say, write};
+use serde::Serialize;
+
+use crate::http_client::{ConnectArgs, JobFilter, Orchestrator};
+
+/// The daemon's name, and that of its binary.
+pub const NAME: &str = "orchestratord";
+/// How long it may take until it answers: a large database of jobs may have to be recovered.
+pub const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long it has to end beyond the time that its open connections are given.
+const STOP_SLACK: Duration = Duration::from_secs(10);
+
+/// `llorch orchestrator`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Start the orchestrator in the background and return when it answers; one that runs already is left alone
+    Start {
+        /// Settings file [default: `orchestratord.toml` in the configuration folder, if there is one]
+        #[arg(long, value_name = "PATH")]
+        config: Option<PathBuf>,
+    },
+    /// Stop the orchestrator; its jobs are stored and go on when it is back
+    Stop,
+    /// Show whether the orchestrator runs, and where it answers; exits with 3 if it does not run
+    Status {
+        /// Lines for people, or an object with `running`, `pid`, `version`, `url`, `jobs` and `pools`
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
+    /// Show the end of the orchestrator's log
+    Logs {
+        /// Go on with what is written, until Ctrl-C
+        #[arg(short, long)]
+        follow: bool,
+        /// Lines to show at first
+        #[arg(long, short = 'n', value_name = "N", default_value_t = 100)]
+        lines: usize,
+    },
+}
+
+impl Command {
+    /// Runs the command.
+    pub async fn run(self) -> Result<Exit, CliError> {
+        let home = Home::from_env()?;
+        match self {
+            Self::Start { config } => start(&home, config).await,
+            Self::Stop => stop(&home).await,
+            Self::Status { format } => status(&home, format).await,
+            Self::Logs { follow, lines } => logs(&home, follow, lines).await,
+        }
+    }
+}
+
+/// Where the daemon's output goes.
+pub fn log_file(home: &Home) -> PathBuf {
+    home.logs_dir().join(format!("{NAME}.log"))
+}
+
+async fn start(home: &Home, config: Option<PathBuf>) -> Result<Exit, CliError> {
+    // Reading the settings here as well finds a mistake before there is a process to fail on it.
+    OrchestratorConfig::load(home, config.as_deref()).map_err(|error| {
+        CliError::caused(
+            Exit::Usage,
+            format!("{NAME} can't use its settings"),
+            &error,
+        )
+    })?;
+    home.ensure()?;
+    let args = match config {
+        // The daemon stands in another folder.
+        Some(path) => vec!["--config".into(), std::path::absolute(path)?.into()],
+        None => Vec::new(),
+    };
+    let running = daemon::start(&DaemonSpec {
+        program: daemon::find_sibling(NAME)?,
+        name: NAME,
+        state_dir: home.orchestratord_state(),
+        log_file: log_file(home),
+        args,
+        env: Vec::new(),
+        start_timeout: START_TIMEOUT,
+    })
+    .await?;
+    let verb = if running.already_running {
+        "runs already"
+    } else {
+        "runs"
+    };
+    say(format!(
+        "{NAME} {} {verb} at {} (pid {})",
+        running.version, running.url, running.process.pid
+    ))?;
+    Ok(Exit::Done)
+}
+
+async fn stop(home: &Home) -> Result<Exit, CliError> {
+    // A daemon with settings of its own, or with spoilt ones, is stopped all the same.
+    let grace = OrchestratorConfig::load(home, None)
+        .unwrap_or_default()
+        .service
+        .stop_timeout_s;
+    let timeout = Duration::from_secs(grace).saturating_add(STOP_SLACK);
+    match daemon::stop(&home.orchestratord_state(), NAME, timeout).await? {
+        Stopped::NotRunning => say(format!("{NAME} does not run"))?,
+        Stopped::Orderly { pid } => say(format!("{NAME} stopped (pid {pid})"))?,
+        Stopped::Killed { pid } => say(format!(
+            "{NAME} did not end within {} s and was killed (pid {pid})",
+            timeout.as_secs()
+        ))?,
+    }
+    Ok(Exit::Done)
+}
+
+#[derive(Serialize)]
+struct Status {
+    running: bool,
+    pid: Option<u32>,
+    version: Option<String>,
+    url: Option<String>,
+    /// Jobs that are not over; null where the daemon does not answer.
+    jobs: Option<JobCounts>,
+    /// Pools that it knows; null where the daemon does not answer.
+    pools: Option<usize>,
+}
+
+#[derive(Serialize)]
+struct JobCounts {
+    queued: usize,
+    dispatched: usize,
+    running: usize,
+}
+
+async fn status(home: &Home, format: Format) -> Result<Exit, CliError> {
+    let running = daemon::status(&home.orchestratord_state());
+    // One that hangs, or that does not take our token, is shown all the same.
+    let activity = match &running {
+        Some(running) => activity(&running.url).await,
+        None => None,
+    };
+    let pid = running.as_ref().map(|running| running.process.pid);
+    let (version, url) = running
+        .map(|running| (running.version, running.url))
+        .unzip();
+    let (jobs, pools) = activity.unzip();
+    let status = Status {
+        running: pid.is_some(),
+        pid,
+        version,
+        url,
+        jobs,
+        pools,
+    };
+    match (format, &status) {
+        (Format::Json, status) => print_json(status)?,
+        (
+            Format::Table,
+            Status {
+                pid: Some(pid),
+                version: Some(version),
+                url: Some(url),
+                jobs,
+                pools,
+                ..
+            },
+        ) => {
+            say(format!("{NAME} {version} runs at {url} (pid {pid})"))?;
+            match (jobs, pools) {
+                (Some(jobs), Some(pools)) => {
+                    let JobCounts {
+                        queued,
+                        dispatched,
+                        running,
+                    } = jobs;
+                    say(format!(
+                        "jobs: {queued} queued, {dispatched} dispatched, {running} running"
+                    ))?;
+                    say(format!("pools: {pools}"))?;
+                }
+                _ => note(
+                    "it does not say what it does; `llorch orchestrator logs` and `llorch dev doctor` may tell why",
+                ),
+            }
+        }
+        (Format::Table, _) => say(format!(
+            "{NAME} does not run; `llorch orchestrator start` starts it"
+        ))?,
+    }
+    Ok(if status.running {
+        Exit::Done
+    } else {
+        Exit::NotFound
+    })
+}
+
+async fn activity(url: &str) -> Option<(JobCounts, usize)> {
+    // The token comes from where every command takes it; the address is the local daemon's, whatever the variables say.
+    let local = Orchestrator::find_local(&ConnectArgs::default(), url).ok()?;
+    let count = async |status: JobStatus| {
+        let filter = JobFilter {
+            status: Some(status.to_string()),
+            ..JobFilter::default()
+        };
+        local.jobs(&filter, None).await.map(|jobs| jobs.len()).ok()
+    };
+    let jobs = JobCounts {
+        queued: count(JobStatus::Queued).await?,
+        dispatched: count(JobStatus::Dispatched).await?,
+        running: count(JobStatus::Running).await?,
+    };
+    Some((jobs, local.pools().await.ok()?.len()))
+}
+
+async fn logs(home: &Home, follow: bool, lines: usize) -> Result<Exit, CliError> {
+    let path = log_file(home);
+    let print = |text: &str| write(sanitize::for_terminal(text));
+    let missing = |error: std::io::Error| {
+        CliError::caused(
+            Exit::NotFound,
+            format!("could not read {}", path.display()),
+            &error,
+        )
+        .hint("it is written by `llorch orchestrator start`")
+    };
+    let shown = daemon::tail(&path, lines).map_err(missing)?;
+    if !follow {
+        print(&shown)?;
+        return Ok(Exit::Done);
+    }
+    let interrupt = Interrupt::catch()?;
+    tokio::select! {
+        result = daemon::follow(&path, lines, print) => result.map(|()| Exit::Done),
+        () = interrupt.wait() => Ok(Exit::Interrupted),
+    }
+}

@@ -1,0 +1,204 @@
+//! `llorch pool`.
+
+use clap::{Args, Subcommand};
+use orchestrator_core::api::pools::PoolView;
+use pool_core::terminal::paint::{Cell, Style};
+use pool_core::terminal::{
+    CliError, Exit, Format, human_bytes, human_duration, note, paint, print_json, render_table, say,
+};
+use std::time::Duration;
+
+use crate::http_client::{ConnectArgs, Orchestrator, shown};
+
+/// `llorch pool`.
+#[derive(Debug, Args)]
+pub struct Pool {
+    #[command(flatten)]
+    connect: ConnectArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List the pools as the orchestrator sees them, with their devices, workers and models
+    List(List),
+}
+
+#[derive(Debug, Args)]
+struct List {
+    /// Columns, or a JSON array of pools
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+impl Pool {
+    /// Runs the command.
+    pub async fn run(self) -> Result<Exit, CliError> {
+        let Command::List(list) = self.command;
+        let orchestrator = Orchestrator::connect(&self.connect).await?;
+        let pools = orchestrator.pools().await.map_err(shown)?;
+        match list.format {
+            Format::Json => print_json(&pools)?,
+            Format::Table => say(render(&pools, paint::on_stdout()))?,
+        }
+        if pools.is_empty() && list.format == Format::Table {
+            note(
+                "no pool has registered; on its host: `llorch-pool daemon start`, with LLORCH_ORCHESTRATOR_URL set",
+            );
+        }
+        Ok(Exit::Done)
+    }
+}
+
+fn render(pools: &[PoolView], colour: bool) -> String {
+    let rows = pools.iter().map(|pool| {
+        let status = pool.status.as_ref();
+        let devices = status.map_or(Vec::new(), |status| {
+            let free =
+                |device: &pool_core::api::pool::DeviceInfo| human_bytes(device.memory_free_bytes);
+            status
+                .devices
+                .iter()
+                .map(|device| format!("{} {} free", device.device, free(device)))
+                .collect()
+        });
+        let workers = status.map_or(Vec::new(), |status| {
+            let live = status
+                .workers
+                .iter()
+                .filter(|worker| worker.status.is_live());
+            live.map(|worker| format!("{} {}", worker.id, worker.status))
+                .collect()
+        });
+        let models = status.map_or(Vec::new(), |status| {
+            status
+                .models
+                .iter()
+                .map(|model| model.model_ref.to_string())
+                .collect()
+        });
+        vec![
+            Cell::from(pool.id.clone()),
+            Cell::status(pool.liveness.as_str()),
+            Cell::new(
+                format!(
+                    "{} ago",
+                    human_duration(Duration::from_millis(pool.heartbeat_age_ms))
+                ),
+                Style::Plain,
+            ),
+            lines(&devices),
+            lines(&workers),
+            lines(&models),
+        ]
+    });
+    render_table(
+        &[
+            "POOL",
+            "LIVENESS",
+            "HEARTBEAT",
+            "DEVICES",
+            "WORKERS",
+            "MODELS",
+        ],
+        rows,
+        colour,
+    )
+}
+
+/// One thing a line; a dash for none.
+fn lines(things: &[String]) -> Cell {
+    if things.is_empty() {
+        Cell::from("-")
+    } else {
+        Cell::from(things.join("\n"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use jiff::Timestamp;
+    use orchestrator_core::pool::PoolLiveness;
+    use pool_core::api::pool::{DeviceInfo, DiskInfo, ModelOnDisk, PoolStatus};
+    use pool_core::worker::{Device, ModelFile, WorkerInfo, WorkerMemory, WorkerStatus};
+
+    fn worker(id: &str, status: WorkerStatus) -> WorkerInfo {
+        WorkerInfo {
+            id: id.into(),
+            model_ref: "tinyllama".parse().unwrap(),
+            model_file: ModelFile {
+                size_bytes: 1,
+                modified_ns: 0,
+                sha256: None,
+            },
+            device: Device::CPU,
+            status,
+            pid: None,
+            port: 0,
+            context_length: None,
+            slots: 1,
+            active: 0,
+            load_percent: 0,
+            memory: WorkerMemory::default(),
+            created_at: Timestamp::UNIX_EPOCH,
+            ready_at: None,
+            exit: None,
+        }
+    }
+
+    #[test] // [LLORCH-040]
+    fn the_fleet_fits_a_table() {
+        let device = DeviceInfo {
+            device: Device::CPU,
+            name: "CPU".into(),
+            memory_total_bytes: 16_000_000_000,
+            memory_free_bytes: 12_300_000_000,
+            memory_reserved_bytes: 0,
+        };
+        let model = ModelOnDisk {
+            model_ref: "tinyllama".parse().unwrap(),
+            file: ModelFile {
+                size_bytes: 1,
+                modified_ns: 0,
+                sha256: None,
+            },
+            needed_bytes: 1,
+        };
+        let status = PoolStatus {
+            pool_id: "mac".into(),
+            instance_id: "i".into(),
+            version: "0.1.0".into(),
+            started_at: Timestamp::UNIX_EPOCH,
+            draining: false,
+            backends: Vec::new(),
+            devices: vec![device],
+            workers: vec![
+                worker("worker-cpu-0", WorkerStatus::Failed),
+                worker("worker-cpu-1", WorkerStatus::Ready),
+                worker("worker-cpu-2", WorkerStatus::Busy),
+            ],
+            models: vec![model],
+            disk: DiskInfo::default(),
+        };
+        let view = |id: &str, liveness, age, status| PoolView {
+            id: id.into(),
+            url: "http://127.0.0.1:9200".into(),
+            liveness,
+            registered_at: Timestamp::UNIX_EPOCH,
+            heartbeat_age_ms: age,
+            status,
+        };
+        let pools = [
+            view("mac", PoolLiveness::Online, 3_200, Some(status)),
+            view("new", PoolLiveness::Offline, 75_000, None),
+        ];
+        insta::assert_snapshot!(render(&pools, false), @r"
+        POOL  LIVENESS  HEARTBEAT  DEVICES           WORKERS             MODELS
+        mac   online    3.2s ago   cpu 12.3 GB free  worker-cpu-1 ready  tinyllama
+                                                     worker-cpu-2 busy
+        new   offline   1m15s ago  -                 -                   -
+        ");
+    }
+}

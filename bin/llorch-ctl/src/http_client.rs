@@ -1,0 +1,301 @@
+//! What `llorch` asks of `orchestratord`: where it is, and its API in types.
+
+mod feed;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use orchestrator_core::api::events::EventId;
+use orchestrator_core::api::pools::{PoolList, PoolView};
+use orchestrator_core::api::tasks::{
+    CancelResponse, TaskAccepted, TaskList, TaskSubmitRequest, TaskSummary, TaskView,
+};
+use orchestrator_core::config::OrchestratorConfig;
+use orchestrator_core::job::JobId;
+use pool_core::ORCHESTRATOR_API_VERSION;
+use pool_core::api::version::VersionInfo;
+use pool_core::client::{ApiClient, ClientError, EventStream, Method};
+use pool_core::home::Home;
+use pool_core::run_files;
+use pool_core::secret::Secret;
+use pool_core::terminal::{CliError, Exit};
+
+pub use feed::{Feed, Item};
+
+/// Where `orchestratord` listens unless something else is said.
+const STANDARD_URL: &str = "http://127.0.0.1:8080";
+/// Pauses before a submit is sent again whose answer did not arrive.
+const SUBMIT_PAUSES_MS: [u64; 6] = [100, 250, 500, 1000, 2000, 4000];
+/// Jobs that one page of a list asks for.
+const PAGE: usize = 100;
+
+/// Which orchestrator is meant, and the token for it.
+#[derive(Debug, Clone, Default, Args)]
+#[command(next_help_heading = "Connection")]
+pub struct ConnectArgs {
+    /// Address of the orchestrator [default: the one that runs on this machine, else http://127.0.0.1:8080]
+    #[arg(
+        long,
+        global = true,
+        value_name = "URL",
+        env = "LLORCH_ORCHESTRATOR_URL"
+    )]
+    pub url: Option<String>,
+    /// File (mode 0600) with the API token; without it LLORCH_API_TOKEN counts, then the file that
+    /// orchestratord.toml names
+    #[arg(long, global = true, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+}
+
+impl ConnectArgs {
+    /// The address that was asked for; an empty variable asks for none.
+    fn explicit_url(&self) -> Option<&str> {
+        self.url.as_deref().filter(|url| !url.is_empty())
+    }
+
+    /// The token to send. The local daemon's own settings are asked only where the local daemon is meant: its token
+    /// is nobody else's business.
+    fn token(&self, home: &Home) -> Result<Option<Secret>, CliError> {
+        if let Some(file) = &self.token_file {
+            return Ok(Secret::load(None, Some(file))?);
+        }
+        let variable = std::env::var("LLORCH_API_TOKEN").ok();
+        if variable
+            .as_ref()
+            .is_some_and(|value| !value.trim().is_empty())
+            || self.explicit_url().is_some()
+        {
+            return Ok(Secret::load(variable, None)?);
+        }
+        let config = OrchestratorConfig::load(home, None).map_err(|error| {
+            CliError::caused(
+                Exit::Usage,
+                "could not look up the token file in the settings",
+                &error,
+            )
+        })?;
+        Ok(Secret::load(None, config.token_file.as_deref())?)
+    }
+}
+
+/// A client of one orchestrator. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Orchestrator {
+    client: ApiClient,
+    token: Option<Secret>,
+    /// The state folder of the local daemon, where nobody named an address: it may come back at another one.
+    local: Option<PathBuf>,
+}
+
+impl Orchestrator {
+    /// Finds the orchestrator and makes sure that it speaks our version of the API.
+    pub async fn connect(args: &ConnectArgs) -> Result<Self, CliError> {
+        let orchestrator = Self::find(args)?;
+        orchestrator.version().await.map_err(shown)?;
+        Ok(orchestrator)
+    }
+
+    /// Finds the orchestrator without calling it.
+    pub fn find(args: &ConnectArgs) -> Result<Self, CliError> {
+        let home = Home::from_env()?;
+        let token = args.token(&home)?;
+        let Some(url) = args.explicit_url() else {
+            let state = home.orchestratord_state();
+            let url = run_files::local_url(&state).unwrap_or_else(|| STANDARD_URL.to_owned());
+            return Ok(Self {
+                client: ApiClient::new(&url, token.clone())?,
+                token,
+                local: Some(state),
+            });
+        };
+        Self::at(url, token).map_err(CliError::from)
+    }
+
+    /// The local orchestrator, known to be at `url`.
+    pub fn find_local(args: &ConnectArgs, url: &str) -> Result<Self, CliError> {
+        Ok(Self::at(url, args.token(&Home::from_env()?)?)?)
+    }
+
+    /// The orchestrator at an address.
+    pub fn at(url: &str, token: Option<Secret>) -> Result<Self, ClientError> {
+        Ok(Self {
+            client: ApiClient::new(url, token.clone())?,
+            token,
+            local: None,
+        })
+    }
+
+    /// Its address.
+    pub fn url(&self) -> &str {
+        self.client.base_url()
+    }
+
+    /// Its version, or an error where it does not speak ours of the API.
+    pub async fn version(&self) -> Result<VersionInfo, ClientError> {
+        self.client.check_version(ORCHESTRATOR_API_VERSION).await
+    }
+
+    /// Follows a local daemon that was restarted and took another port.
+    fn relocate(&mut self) {
+        let found = self.local.as_deref().and_then(run_files::local_url);
+        if let Some(url) = found.filter(|url| url != self.url())
+            && let Ok(client) = ApiClient::new(&url, self.token.clone())
+        {
+            self.client = client;
+        }
+    }
+
+    /// Submits a task. The key makes it safe to send the same request again when the connection broke before the
+    /// answer came: the orchestrator then names the job that it has stored already.
+    pub async fn submit(
+        &mut self,
+        request: &TaskSubmitRequest,
+        key: &str,
+        on_retry: impl Fn(&ClientError),
+    ) -> Result<TaskAccepted, ClientError> {
+        let mut pauses = SUBMIT_PAUSES_MS.into_iter();
+        loop {
+            let post = self
+                .client
+                .request(Method::POST, "/v2/tasks")
+                .header("Idempotency-Key", key)
+                .json(request);
+            let error = match self.client.fetch(post).await {
+                Ok(accepted) => return Ok(accepted),
+                Err(error) => error,
+            };
+            let pause = pauses.next().filter(|_| is_passing(&error));
+            let Some(pause) = pause else {
+                return Err(error);
+            };
+            on_retry(&error);
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+            self.relocate();
+        }
+    }
+
+    /// A job.
+    pub async fn job(&self, id: JobId) -> Result<TaskView, ClientError> {
+        self.client.get(&format!("/v2/tasks/{id}")).await
+    }
+
+    /// Jobs that match, newest first; `None` is all of them.
+    pub async fn jobs(
+        &self,
+        filter: &JobFilter,
+        limit: Option<usize>,
+    ) -> Result<Vec<TaskSummary>, ClientError> {
+        let mut jobs = Vec::new();
+        let mut cursor: Option<String> = None;
+        loop {
+            let left = limit.map_or(PAGE, |limit| limit.saturating_sub(jobs.len()).min(PAGE));
+            if left == 0 {
+                return Ok(jobs);
+            }
+            let mut query = filter.query();
+            query.push(("limit", left.to_string()));
+            query.extend(cursor.take().map(|cursor| ("cursor", cursor)));
+            let page: TaskList = self
+                .client
+                .fetch(self.client.request(Method::GET, "/v2/tasks").query(&query))
+                .await?;
+            jobs.extend(page.jobs);
+            cursor = page.next_cursor;
+            if cursor.is_none() {
+                return Ok(jobs);
+            }
+        }
+    }
+
+    /// Cancels a job; the answer is the state that won.
+    pub async fn cancel(&self, id: JobId) -> Result<CancelResponse, ClientError> {
+        self.client
+            .fetch(
+                self.client
+                    .request(Method::POST, &format!("/v2/tasks/{id}/cancel")),
+            )
+            .await
+    }
+
+    /// All registered pools.
+    pub async fn pools(&self) -> Result<Vec<PoolView>, ClientError> {
+        Ok(self.client.get::<PoolList>("/v2/pools").await?.pools)
+    }
+
+    /// A job's events, from the start or after one, through every break of the connection.
+    pub fn events(&self, id: JobId, after: Option<EventId>) -> Feed {
+        Feed::new(self.clone(), id, after)
+    }
+
+    async fn open_events(
+        &self,
+        id: JobId,
+        after: Option<EventId>,
+    ) -> Result<EventStream, ClientError> {
+        let mut request = self
+            .client
+            .request(Method::GET, &format!("/v2/tasks/{id}/events"));
+        if let Some(after) = after {
+            request = request.header("Last-Event-ID", &after.to_string());
+        }
+        self.client.events(request).await
+    }
+}
+
+/// Which jobs a list shows.
+#[derive(Debug, Clone, Default)]
+pub struct JobFilter {
+    /// Only in this state.
+    pub status: Option<String>,
+    /// Only of this model.
+    pub model: Option<String>,
+    /// Only of this priority.
+    pub priority: Option<String>,
+}
+
+impl JobFilter {
+    fn query(&self) -> Vec<(&'static str, String)> {
+        let parts = [
+            ("status", &self.status),
+            ("model", &self.model),
+            ("priority", &self.priority),
+        ];
+        parts
+            .into_iter()
+            .filter_map(|(name, value)| Some((name, value.clone()?)))
+            .collect()
+    }
+}
+
+/// Whether the same call may succeed in a moment: the daemon is being restarted, or the connection broke.
+fn is_passing(error: &ClientError) -> bool {
+    match error {
+        ClientError::Unreachable { .. }
+        | ClientError::Broken { .. }
+        | ClientError::Timeout { .. } => true,
+        ClientError::Api { status, error } => *status == 503 && error.retriable,
+        ClientError::NotOurs { .. }
+        | ClientError::BadUrl { .. }
+        | ClientError::VersionMismatch { .. } => false,
+    }
+}
+
+/// A failed call as the terminal shows it, with the command that mends it.
+pub fn shown(error: ClientError) -> CliError {
+    match &error {
+        ClientError::Unreachable { url, .. } => {
+            let hint = if url.starts_with("http://127.0.0.1:")
+                || url.starts_with("http://localhost:")
+            {
+                "start it with `llorch orchestrator start`, or name another one with LLORCH_ORCHESTRATOR_URL"
+            } else {
+                "check the address (--url, LLORCH_ORCHESTRATOR_URL) and that orchestratord runs there"
+            };
+            CliError::from(error).hint(hint)
+        }
+        ClientError::Api { status: 401, .. } => CliError::from(error)
+            .hint("put the API token into LLORCH_API_TOKEN, or name its file with --token-file"),
+        _ => error.into(),
+    }
+}

@@ -1,0 +1,342 @@
+//! A fake orchestrator that plays back scripts, and the real `llorch` run against it.
+
+// Each test file uses its own part of this, and a helper may fail a test as the test itself may.
+#![allow(dead_code, clippy::unwrap_used)]
+
+use std::convert::Infallible;
+use std::io;
+use std::path::Path;
+use std::process::{Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Json;
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Path as UrlPath, Query, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use orchestrator_core::api::events::{End, Started, TaskEvent, Token};
+use orchestrator_core::api::tasks::TaskView;
+use orchestrator_core::job::{Job, JobError, JobErrorCode, JobStatus};
+use orchestrator_core::{JobId, TaskSubmitRequest};
+use pool_core::api::worker::StopReason;
+use serde_json::{Value, json};
+use tokio::process::{Child, Command};
+
+/// The job that the fake has.
+pub const JOB: &str = "job-01900000-0000-7000-8000-000000000001";
+/// Nothing in a test takes this long unless it hangs.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// What one connection to the event stream gets.
+#[derive(Debug, Clone)]
+pub enum Step {
+    /// An event, with its id.
+    Send(&'static str, TaskEvent),
+    /// The connection breaks in the middle.
+    Break,
+    /// Nothing more comes, and the connection stays.
+    Hang,
+}
+
+/// A fake orchestrator: real wire types, scripted behaviour.
+#[derive(Debug, Default)]
+pub struct Fake {
+    /// What the first, second, ... connection to the events gets; the last one again for all that follow.
+    pub streams: Vec<Vec<Step>>,
+    /// How many submits break off without an answer before one is answered.
+    pub broken_submits: usize,
+    /// The state that a cancel answers.
+    pub cancel_answers: Option<JobStatus>,
+    /// The text that `GET /v2/tasks/{id}` shows; the job is running where it is `None`.
+    pub text: Option<&'static str>,
+}
+
+/// What the fake was asked.
+#[derive(Debug, Default, Clone)]
+pub struct Asked {
+    /// Bodies of submits with their idempotency keys.
+    pub submits: Vec<(String, TaskSubmitRequest)>,
+    /// `Last-Event-ID` of each connection to the events.
+    pub resumed_after: Vec<Option<String>>,
+    /// Queries of lists.
+    pub lists: Vec<Vec<(String, String)>>,
+    /// All requests.
+    pub requests: usize,
+}
+
+#[derive(Clone)]
+struct Shared {
+    fake: Arc<Fake>,
+    asked: Arc<Mutex<Asked>>,
+}
+
+/// A fake that listens.
+pub struct Running {
+    /// Its address.
+    pub url: String,
+    asked: Arc<Mutex<Asked>>,
+}
+
+impl Running {
+    /// What it was asked so far.
+    pub fn asked(&self) -> Asked {
+        self.asked.lock().unwrap().clone()
+    }
+
+    /// `llorch` with these arguments and this orchestrator.
+    pub fn llorch(&self, args: &[&str]) -> Command {
+        let mut command = llorch(args);
+        command.env("LLORCH_ORCHESTRATOR_URL", &self.url);
+        command
+    }
+
+    /// Runs `llorch` to its end.
+    pub async fn run(&self, args: &[&str]) -> Ran {
+        ran(self.llorch(args)).await
+    }
+}
+
+impl Fake {
+    /// Listens on a free port, for as long as the test's runtime lives.
+    pub async fn start(self) -> Running {
+        let asked = Arc::new(Mutex::new(Asked::default()));
+        let shared = Shared {
+            fake: Arc::new(self),
+            asked: asked.clone(),
+        };
+        let router = Router::new()
+            .route("/version", get(version))
+            .route("/v2/tasks", post(submit).get(list))
+            .route("/v2/tasks/{id}", get(job))
+            .route("/v2/tasks/{id}/events", get(events))
+            .route("/v2/tasks/{id}/cancel", post(cancel))
+            .route("/v2/pools", get(async || Json(json!({"pools": []}))))
+            .with_state(shared);
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        tokio::spawn(async move { axum::serve(listener, router).await });
+        Running { url, asked }
+    }
+}
+
+async fn version(State(shared): State<Shared>) -> Json<Value> {
+    shared.asked.lock().unwrap().requests += 1;
+    Json(json!({"name": "orchestratord", "version": "0.0.0-fake", "api_version": 2}))
+}
+
+async fn submit(
+    State(shared): State<Shared>,
+    headers: HeaderMap,
+    Json(request): Json<TaskSubmitRequest>,
+) -> Response {
+    let mut asked = shared.asked.lock().unwrap();
+    asked.submits.push((
+        headers["idempotency-key"].to_str().unwrap().to_owned(),
+        request,
+    ));
+    if asked.submits.len() <= shared.fake.broken_submits {
+        // The length says that more comes, and then the connection is gone.
+        let cut = async_stream::stream! { yield Err::<&str, io::Error>(io::Error::other("cut")) };
+        return ([(header::CONTENT_LENGTH, "100")], Body::from_stream(cut)).into_response();
+    }
+    let answer = json!({"job_id": JOB, "status": "queued", "queue_position": 0, "events_url": format!("/v2/tasks/{JOB}/events")});
+    (StatusCode::ACCEPTED, Json(answer)).into_response()
+}
+
+async fn list(
+    State(shared): State<Shared>,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Json<Value> {
+    let second = query.iter().any(|(name, _)| name == "cursor");
+    shared.asked.lock().unwrap().lists.push(query);
+    let summary =
+        serde_json::to_value(orchestrator_core::api::tasks::TaskSummary::from(&a_job())).unwrap();
+    Json(
+        json!({"jobs": [summary], "next_cursor": if second { Value::Null } else { json!("next") }}),
+    )
+}
+
+fn a_job() -> Job {
+    let request = TaskSubmitRequest {
+        model: "smollm2-135m".into(),
+        prompt: Some("p".into()),
+        ..Default::default()
+    };
+    Job::new(
+        JOB.parse().unwrap(),
+        request.validate().unwrap(),
+        jiff::Timestamp::now(),
+    )
+}
+
+async fn job(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) -> Response {
+    if id != JOB {
+        let error = json!({"error": {"code": "JOB_NOT_FOUND", "message": format!("there is no job {id}"), "correlation_id": "c", "retriable": false}});
+        return (StatusCode::NOT_FOUND, Json(error)).into_response();
+    }
+    let mut job = a_job();
+    job.status = JobStatus::Running;
+    if let Some(text) = shared.fake.text {
+        job.status = JobStatus::Completed;
+        job.text = text.to_owned();
+    }
+    Json(TaskView::new(job, None)).into_response()
+}
+
+async fn events(State(shared): State<Shared>, headers: HeaderMap) -> Response {
+    let number = {
+        let mut asked = shared.asked.lock().unwrap();
+        let after = headers
+            .get("last-event-id")
+            .map(|id| id.to_str().unwrap().to_owned());
+        asked.resumed_after.push(after);
+        asked.resumed_after.len() - 1
+    };
+    let steps = shared.fake.streams[number.min(shared.fake.streams.len() - 1)].clone();
+    let body = async_stream::stream! {
+        for step in steps {
+            match step {
+                Step::Send(id, event) => {
+                    let id = if event.is_logged() { format!("id: {id}\n") } else { String::new() };
+                    yield Ok(format!("event: {}\n{id}data: {}\n\n", event.name(), event.data()));
+                }
+                Step::Break => {
+                    // What was sent is on its way before the connection is reset.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    yield Err(io::Error::other("broken on purpose"));
+                }
+                Step::Hang => std::future::pending::<()>().await,
+            }
+        }
+    };
+    (
+        [(header::CONTENT_TYPE, "text/event-stream")],
+        Body::from_stream(body),
+    )
+        .into_response()
+}
+
+async fn cancel(
+    State(shared): State<Shared>,
+    UrlPath(id): UrlPath<JobId>,
+) -> Result<Json<Value>, Infallible> {
+    let status = shared.fake.cancel_answers.unwrap_or(JobStatus::Cancelled);
+    Ok(Json(json!({"job_id": id, "status": status})))
+}
+
+/// The first attempt runs.
+pub fn started() -> TaskEvent {
+    TaskEvent::Started(Started {
+        attempt: 1,
+        pool_id: "mac".into(),
+        worker_id: "worker-cpu-0".into(),
+        tokens_in: 5,
+    })
+}
+
+/// A piece of text.
+pub fn token(i: u32, text: &str) -> TaskEvent {
+    TaskEvent::Token(Token { t: text.into(), i })
+}
+
+/// The job is completed.
+pub fn end() -> TaskEvent {
+    TaskEvent::End(End {
+        tokens_in: 5,
+        tokens_out: 3,
+        stop_reason: StopReason::Eos,
+        seed: 7,
+        ttft_ms: 12,
+        decode_time_ms: 100,
+        worker_id: "worker-cpu-0".into(),
+    })
+}
+
+/// The job failed.
+pub fn failed(code: JobErrorCode) -> TaskEvent {
+    TaskEvent::Error(JobError {
+        code,
+        message: "it went wrong".into(),
+        retriable: false,
+    })
+}
+
+/// The real program, with a home and an environment of its own.
+pub fn llorch(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_llorch"));
+    for (name, _) in std::env::vars_os() {
+        if name.as_encoded_bytes().starts_with(b"LLORCH_") {
+            command.env_remove(name);
+        }
+    }
+    command
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    command.env("LLORCH_HOME", "/nonexistent/llorch-test");
+    command
+}
+
+/// How a run of `llorch` ended.
+#[derive(Debug, PartialEq)]
+pub struct Ran {
+    /// Its exit code.
+    pub code: i32,
+    /// Its standard output.
+    pub out: String,
+    /// Its standard error.
+    pub err: String,
+}
+
+/// Runs a command to its end.
+pub async fn ran(mut command: Command) -> Ran {
+    finish(command.spawn().unwrap()).await
+}
+
+/// Waits for a command that runs.
+pub async fn finish(child: Child) -> Ran {
+    let output = tokio::time::timeout(LIMIT, child.wait_with_output())
+        .await
+        .expect("llorch hangs")
+        .unwrap();
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = output;
+    Ran {
+        code: status.code().expect("it exits by itself"),
+        out: String::from_utf8(stdout).unwrap(),
+        err: String::from_utf8(stderr).unwrap(),
+    }
+}
+
+/// Waits until `condition` holds.
+pub async fn until(what: &str, condition: impl Fn() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, wait)
+        .await
+        .unwrap_or_else(|_| panic!("it never happened: {what}"));
+}
+
+/// An address that nothing listens at.
+pub fn nobody() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    format!("http://{}", listener.local_addr().unwrap())
+}
+
+/// Writes a file and returns its path as an argument.
+pub fn file(dir: &Path, name: &str, content: &[u8]) -> String {
+    let path = dir.join(name);
+    std::fs::write(&path, content).unwrap();
+    path.to_str().unwrap().to_owned()
+}

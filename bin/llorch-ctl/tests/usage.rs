@@ -1,0 +1,234 @@
+//! What a user meets before any daemon is called: help, exit codes, refused arguments, an orchestrator that isn't there.
+
+mod support;
+
+use support::{Fake, JOB, llorch, nobody, ran};
+
+#[tokio::test] // [LLORCH-005]
+async fn without_a_subcommand_every_level_prints_its_help_and_exits_with_2() {
+    for args in [&[][..], &["orchestrator"], &["jobs"], &["pool"], &["dev"]] {
+        let run = ran(llorch(args)).await;
+        assert_eq!(run.code, 2, "{args:?}");
+        assert!(
+            run.err.contains("Usage:") && run.err.contains("Commands:"),
+            "{args:?}: {}",
+            run.err
+        );
+    }
+}
+
+#[tokio::test] // [RULE-001] [LLORCH-002]
+async fn there_is_no_conversation() {
+    for word in ["chat", "repl", "interactive"] {
+        let run = ran(llorch(&[word])).await;
+        assert_eq!(run.code, 2, "{word}");
+        assert!(
+            run.err.contains("unrecognized subcommand"),
+            "{word}: {}",
+            run.err
+        );
+    }
+}
+
+#[tokio::test] // [LLORCH-006]
+async fn help_and_version_are_results() {
+    let run = ran(llorch(&["--version"])).await;
+    assert_eq!(
+        (run.code, run.out.as_str()),
+        (0, concat!("llorch ", env!("CARGO_PKG_VERSION"), "\n"))
+    );
+    for args in [
+        &["--help"][..],
+        &["jobs", "submit", "--help"],
+        &["dev", "demo", "--help"],
+        &["jobs", "list", "--help"],
+    ] {
+        let run = ran(llorch(args)).await;
+        assert_eq!((run.code, run.err.as_str()), (0, ""), "{args:?}");
+        assert!(run.out.contains("Usage:"), "{args:?}");
+    }
+}
+
+#[tokio::test] // [LLORCH-007]
+async fn an_orchestrator_that_is_not_there_exits_with_5_and_says_how_to_start_it() {
+    let url = nobody();
+    let commands: [&[&str]; 5] = [
+        &["jobs", "list"],
+        &["jobs", "status", JOB],
+        &["jobs", "submit", "--model", "m", "--prompt", "p"],
+        &["jobs", "events", JOB],
+        &["pool", "list"],
+    ];
+    for args in commands {
+        let mut command = llorch(args);
+        let run = ran({
+            command.env("LLORCH_ORCHESTRATOR_URL", &url);
+            command
+        })
+        .await;
+        assert_eq!(
+            (run.code, run.out.as_str()),
+            (5, ""),
+            "{args:?}: {}",
+            run.err
+        );
+        assert!(
+            run.err.contains("error: could not reach")
+                && run.err.contains("llorch orchestrator start"),
+            "{}",
+            run.err
+        );
+    }
+}
+
+#[tokio::test] // [LLORCH-020]
+async fn a_wrong_request_is_refused_before_anything_is_sent() {
+    let fake = Fake::default().start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let binary = support::file(dir.path(), "binary", b"\xff\xfe");
+    let cases: [(&[&str], &str); 14] = [
+        (&["--model", "m"], "--prompt"),
+        (
+            &["--model", "m", "--prompt", "p", "--file", "f"],
+            "cannot be used with",
+        ),
+        (&["--prompt", "p"], "--model"),
+        (&["--model", "m", "--prompt", ""], "`prompt` is empty"),
+        (&["--model", "-rf", "--prompt", "p"], "--model"),
+        (&["--model", "../etc", "--prompt", "p"], "`model`"),
+        (
+            &["--model", "m", "--prompt", "p", "--temperature", "3"],
+            "`temperature` is 3",
+        ),
+        (
+            &["--model", "m", "--prompt", "p", "--temperature", "-1"],
+            "`temperature` is -1",
+        ),
+        (
+            &["--model", "m", "--prompt", "p", "--top-p", "0"],
+            "`top_p`",
+        ),
+        (
+            &["--model", "m", "--prompt", "p", "--max-attempts", "0"],
+            "`max_attempts`",
+        ),
+        (
+            &["--model", "m", "--prompt", "p", "--raw", "--system", "s"],
+            "`system`",
+        ),
+        (
+            &["--model", "m", "--prompt", "p", "--label", "no-pair"],
+            "KEY=VALUE",
+        ),
+        (
+            &["--model", "m", "--prompt", "p", "--device", "gpu"],
+            "names no device",
+        ),
+        (&["--model", "m", "--file", &binary], "not UTF-8"),
+    ];
+    for (args, part) in cases {
+        let run = fake.run(&[&["jobs", "submit"], args].concat()).await;
+        assert_eq!(
+            (run.code, run.out.as_str()),
+            (2, ""),
+            "{args:?}: {}",
+            run.err
+        );
+        assert!(run.err.contains(part), "{args:?}: {}", run.err);
+    }
+    for args in [
+        &["status", "job-1"][..],
+        &["cancel", "../x"],
+        &["events", JOB, "--after", "1"],
+        &["list", "--status", "lost"],
+    ] {
+        let run = fake.run(&[&["jobs"], args].concat()).await;
+        assert_eq!(run.code, 2, "{args:?}: {}", run.err);
+    }
+    assert_eq!(fake.asked().requests, 0);
+}
+
+#[tokio::test] // [LLORCH-008]
+async fn a_token_file_that_others_can_read_is_refused() {
+    use std::os::unix::fs::PermissionsExt;
+    let fake = Fake::default().start().await;
+    let dir = tempfile::tempdir().unwrap();
+    let path = support::file(dir.path(), "token", b"secret\n");
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let run = fake.run(&["jobs", "list", "--token-file", &path]).await;
+    assert_eq!(run.code, 2);
+    assert!(
+        run.err.contains("others than its owner") && !run.err.contains("secret"),
+        "{}",
+        run.err
+    );
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    assert_eq!(
+        fake.run(&["jobs", "list", "--token-file", &path])
+            .await
+            .code,
+        0
+    );
+}
+
+#[tokio::test] // [LLORCH-010]
+async fn stopping_what_does_not_run_is_done_and_its_status_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let at_home = |args: &[&str]| {
+        let mut command = llorch(args);
+        command.env("LLORCH_HOME", dir.path());
+        ran(command)
+    };
+    let run = at_home(&["orchestrator", "stop"]).await;
+    assert_eq!(
+        (run.code, run.out.as_str()),
+        (0, "orchestratord does not run\n")
+    );
+    let run = at_home(&["orchestrator", "status"]).await;
+    assert_eq!(run.code, 3);
+    let run = at_home(&["orchestrator", "status", "--format", "json"]).await;
+    let status: serde_json::Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!(
+        (run.code, &status["running"], &status["pid"]),
+        (3, &false.into(), &serde_json::Value::Null)
+    );
+    let run = at_home(&["orchestrator", "logs"]).await;
+    assert_eq!(run.code, 3, "{}", run.err);
+    let run = at_home(&["orchestrator", "start", "--config", "missing.toml"]).await;
+    assert_eq!(run.code, 2);
+    assert!(run.err.contains("missing.toml"), "{}", run.err);
+}
+
+#[tokio::test] // [LLORCH-050]
+async fn the_doctor_names_the_cure_of_each_finding() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = llorch(&["dev", "doctor", "--format", "json"]);
+    command
+        .env("LLORCH_HOME", dir.path())
+        .env("LLORCH_ORCHESTRATOR_URL", nobody());
+    let run = ran(command).await;
+    let findings: Vec<serde_json::Value> = serde_json::from_str(&run.out).unwrap();
+    for finding in &findings {
+        let fine = finding["status"] == "ok";
+        assert_eq!(fine, finding["fix"].is_null(), "{finding}");
+    }
+    let of = |check: &str| {
+        findings
+            .iter()
+            .find(|finding| finding["check"] == check)
+            .unwrap()
+    };
+    assert_eq!(of("state folder")["status"], "ok");
+    let orchestrator = of("orchestrator");
+    assert!(
+        orchestrator["fix"]
+            .as_str()
+            .unwrap()
+            .contains("llorch orchestrator start"),
+        "{orchestrator}"
+    );
+    assert_eq!(
+        run.code,
+        i32::from(findings.iter().any(|finding| finding["status"] == "fail"))
+    );
+}
