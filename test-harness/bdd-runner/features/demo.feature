@@ -1,0 +1,28 @@
+Feature: The front door
+  One command shows a real model answering through all three daemons, and tells the truth when it did not.
+
+  # [BDD-001]
+  Scenario: A new user runs the demo
+    Given the default model is on disk
+    When I run `llorch dev demo`
+    Then it exits with 0
+    And standard output contains "4"
+    And standard error tells all of:
+      | job-      |
+      | attempt 1 |
+      | worker-   |
+      | TTFT      |
+      | tokens/s  |
+    And nothing is left running
+
+  # [BDD-002]
+  Scenario Outline: The demo fails when a part of the chain dies in it
+    Given the default model is on disk
+    When I run `llorch dev demo --max-tokens 400 --prompt "Write a long story about a lighthouse."` and kill the <part> after the first words
+    Then it fails
+    And nothing is left running
+
+    Examples:
+      | part   |
+      | worker |
+      | pool   |

@@ -1,0 +1,222 @@
+//! The state of a scenario: a home of its own and what runs in it.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use orchestrator_core::api::tasks::TaskView;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+
+use crate::process::{self, Finished};
+use crate::stream::Received;
+
+/// Longest that a command of a scenario may take.
+pub const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+/// Longest that a condition may take to come true.
+pub const WAIT_LIMIT: Duration = Duration::from_secs(60);
+
+/// A home folder, the last command and its answer, and the job that the scenario is about.
+#[derive(Debug, cucumber::World)]
+#[world(init = Self::build)]
+pub struct House {
+    folder: TempDir,
+    /// The last command that ended.
+    pub finished: Option<Finished>,
+    /// A command that is still running.
+    pub running: Option<Child>,
+    /// The last answer to a plain HTTP request: status and body.
+    pub answer: Option<(u16, Value)>,
+    /// The job.
+    pub job: Option<String>,
+    /// Events of the job, as received.
+    pub events: Vec<Received>,
+    /// `LLORCH_ORCHESTRATOR_BIND`.
+    pub orchestrator_bind: String,
+    /// Jobs that were answered with 202.
+    pub acknowledged: Vec<String>,
+}
+
+impl House {
+    /// A new, empty home.
+    pub fn build() -> Self {
+        let folder = tempfile::Builder::new()
+            .prefix("llorch-bdd-")
+            .tempdir()
+            .expect("a temporary folder can be made");
+        Self {
+            folder,
+            finished: None,
+            running: None,
+            answer: None,
+            job: None,
+            events: Vec::new(),
+            orchestrator_bind: "127.0.0.1:0".to_owned(),
+            acknowledged: Vec::new(),
+        }
+    }
+
+    /// `LLORCH_HOME`.
+    pub fn home(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Puts the real model where `llorch-pool models` keeps it.
+    pub fn place_model(&self) {
+        let source = test_model();
+        let name = source.file_name().expect("a file has a name");
+        self.place_file(
+            "smollm2-135m",
+            name.to_str().expect("a plain name"),
+            |target| {
+                // A hard link where it can be had: the file has 98 MB.
+                std::fs::hard_link(&source, target)
+                    .or_else(|_| std::fs::copy(&source, target).map(drop))
+            },
+        );
+    }
+
+    /// Puts a file into the models folder.
+    pub fn place_file(
+        &self,
+        id: &str,
+        name: &str,
+        make: impl FnOnce(&Path) -> std::io::Result<()>,
+    ) {
+        let folder = self.home().join("models").join(id);
+        std::fs::create_dir_all(&folder).expect("the models folder can be made");
+        make(&folder.join(name)).expect("the model can be placed");
+    }
+
+    /// A command in this home.
+    pub fn command(&self, line: &str) -> Command {
+        let words = process::split(line);
+        let (name, arguments) = words.split_first().expect("a command line names a program");
+        let mut command = process::clean(process::program(name));
+        command.args(arguments);
+        command.env("LLORCH_HOME", self.home());
+        command
+            .env("LLORCH_ORCHESTRATOR_BIND", &self.orchestrator_bind)
+            .env("LLORCH_POOL_BIND", "127.0.0.1:0");
+        command.env("LLORCH_POOL_ID", "bdd");
+        if let Some(url) = self.address("orchestratord") {
+            command.env("LLORCH_ORCHESTRATOR_URL", url);
+        }
+        command
+    }
+
+    /// Runs a command to its end and keeps what it printed.
+    pub async fn run(&mut self, line: &str) -> &Finished {
+        let line = self.fill(line);
+        let finished = process::run(self.command(&line), COMMAND_LIMIT).await;
+        self.finished.insert(finished)
+    }
+
+    /// Runs a command that must succeed.
+    pub async fn succeed(&mut self, line: &str) -> &Finished {
+        let finished = self.run(line).await;
+        assert!(
+            finished.status.success(),
+            "{line}: {}\n{}{}",
+            finished.status,
+            finished.stdout,
+            finished.stderr
+        );
+        finished
+    }
+
+    /// Replaces `JOB` by the id of the scenario's job.
+    pub fn fill(&self, text: &str) -> String {
+        match &self.job {
+            Some(job) => text.replace("JOB", job),
+            None => text.to_owned(),
+        }
+    }
+
+    /// What a daemon wrote as its address.
+    pub fn address(&self, daemon: &str) -> Option<String> {
+        let folder = if daemon == "orchestratord" {
+            "orchestratord"
+        } else {
+            "pool"
+        };
+        let text =
+            std::fs::read_to_string(self.home().join("state").join(folder).join("addr")).ok()?;
+        Some(text.trim().to_owned())
+    }
+
+    /// Address of a path of the orchestrator's API.
+    pub fn url(&self, path: &str) -> String {
+        let base = self
+            .address("orchestratord")
+            .expect("the orchestrator wrote its address");
+        format!("{base}{}", self.fill(path))
+    }
+
+    /// The job as the API shows it.
+    pub async fn task(&self) -> TaskView {
+        let job = self.job.as_deref().expect("the scenario has a job");
+        let response = reqwest::get(self.url(&format!("/v2/tasks/{job}")))
+            .await
+            .expect("the orchestrator answers");
+        response.json().await.expect("a job of the contract")
+    }
+
+    /// The last command's result.
+    pub fn last(&self) -> &Finished {
+        self.finished.as_ref().expect("a command ran before")
+    }
+
+    /// Stops everything that runs in this home, and fails where something is left.
+    pub async fn close(&mut self) {
+        if let Some(mut child) = self.running.take() {
+            child.kill().await.ok();
+        }
+        for line in [
+            "llorch-pool worker stop --all --force",
+            "llorch-pool daemon stop --workers",
+            "llorch orchestrator stop",
+        ] {
+            // What is not running can't be stopped: the check below is the one that counts.
+            process::run(self.command(line), COMMAND_LIMIT).await;
+        }
+        let home = self.home().to_owned();
+        let gone = until(Duration::from_secs(15), || {
+            process::left_running(&home).is_empty()
+        })
+        .await;
+        let left = process::left_running(&home);
+        for (pid, _) in &left {
+            let mut kill = Command::new("kill");
+            process::run(
+                {
+                    kill.args(["-KILL", &pid.to_string()]);
+                    kill
+                },
+                COMMAND_LIMIT,
+            )
+            .await;
+        }
+        assert!(gone, "left running: {left:?}");
+    }
+}
+
+/// The real model's file.
+pub fn test_model() -> PathBuf {
+    let path = std::env::var_os("LLORCH_TEST_MODEL").expect(
+        "LLORCH_TEST_MODEL must name the file of `smollm2-135m`: run `scripts/test`, or `llorch-pool models download smollm2-135m` and set it",
+    );
+    PathBuf::from(path)
+}
+
+/// Waits until `condition` holds; false when it does not in time.
+pub async fn until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let start = Instant::now();
+    while !condition() {
+        if start.elapsed() > limit {
+            return false;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    true
+}

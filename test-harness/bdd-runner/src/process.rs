@@ -1,0 +1,130 @@
+//! Commands of a scenario, and what is left running of them.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use tokio::process::Command;
+
+/// What a command printed, and how it ended.
+#[derive(Debug, Clone)]
+pub struct Finished {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+/// A program that lies beside this one.
+pub fn program(name: &str) -> PathBuf {
+    let own = std::env::current_exe().expect("a running program has a path");
+    let folder = own.parent().expect("a program lies in a folder");
+    // Measurements are built into `deps`, one step below the programs.
+    let folder = if folder.ends_with("deps") {
+        folder.parent().expect("`deps` lies in a folder")
+    } else {
+        folder
+    };
+    let program = folder.join(name);
+    assert!(
+        program.exists(),
+        "{} is missing: run `cargo build --workspace` first",
+        program.display()
+    );
+    program
+}
+
+/// Runs a command to its end; panics when it takes longer than `limit`.
+pub async fn run(mut command: Command, limit: Duration) -> Finished {
+    let shown = format!("{:?}", command.as_std());
+    let child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    let child = child
+        .spawn()
+        .unwrap_or_else(|error| panic!("{shown}: {error}"));
+    let output = tokio::time::timeout(limit, child.wait_with_output())
+        .await
+        .unwrap_or_else(|_| panic!("{shown} took longer than {limit:?}"))
+        .unwrap_or_else(|error| panic!("{shown}: {error}"));
+    Finished {
+        status: output.status,
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+/// Running processes that belong to the home folder: its path stands in their environment, or one of their files lies in it.
+pub fn left_running(home: &Path) -> Vec<(u32, String)> {
+    let own = std::process::id();
+    let entries = std::fs::read_dir("/proc").expect("Linux has /proc");
+    let pids = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter(|&pid| pid != own && belongs(pid, home))
+        .map(|pid| (pid, name_of(pid)))
+        .collect()
+}
+
+fn belongs(pid: u32, home: &Path) -> bool {
+    let proc = PathBuf::from(format!("/proc/{pid}"));
+    let status = std::fs::read_to_string(proc.join("status")).unwrap_or_default();
+    if status.lines().any(|line| line.starts_with("State:\tZ")) {
+        return false;
+    }
+    let environment = std::fs::read(proc.join("environ")).unwrap_or_default();
+    let wanted = home.as_os_str().as_encoded_bytes();
+    if environment.windows(wanted.len()).any(|part| part == wanted) {
+        return true;
+    }
+    let files = std::fs::read_dir(proc.join("fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    files
+        .filter_map(|file| std::fs::read_link(file.path()).ok())
+        .any(|target| target.starts_with(home))
+}
+
+fn name_of(pid: u32) -> String {
+    std::fs::read_to_string(format!("/proc/{pid}/comm"))
+        .unwrap_or_default()
+        .trim()
+        .to_owned()
+}
+
+/// Splits a command line of a scenario as a shell would split plain words and double quotes.
+pub fn split(line: &str) -> Vec<String> {
+    let mut words = Vec::new();
+    let mut word: Option<String> = None;
+    let mut quoted = false;
+    for c in line.chars() {
+        match c {
+            '"' => {
+                quoted = !quoted;
+                word.get_or_insert_default();
+            }
+            c if c.is_whitespace() && !quoted => words.extend(word.take()),
+            c => word.get_or_insert_default().push(c),
+        }
+    }
+    words.extend(word);
+    words
+}
+
+/// A command with nothing of the caller's llama-orch settings.
+pub fn clean(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    for (name, _) in
+        std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"LLORCH_"))
+    {
+        command.env_remove(name);
+    }
+    command.env("NO_COLOR", "1");
+    command
+}

@@ -1,0 +1,68 @@
+//! The front door, disturbed in the middle.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use cucumber::{then, when};
+use tokio::io::AsyncReadExt as _;
+
+use crate::house::{House, WAIT_LIMIT};
+use crate::process::{self, Finished};
+
+#[when(expr = "I run `{}` and kill the {word} after the first words")]
+async fn kill_in_the_middle(house: &mut House, line: String, victim: String) {
+    let name = match victim.as_str() {
+        "worker" => "llorch-candled",
+        "pool" => "pool-managerd",
+        other => panic!("what is the `{other}`?"),
+    };
+    let mut command = house.command(&line);
+    // The demo's own home is made in this folder, so that the scenario finds its processes and cleans up after it.
+    command
+        .env("TMPDIR", house.home())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.kill_on_drop(true).spawn().expect("the demo starts");
+    let mut stdout = child.stdout.take().expect("piped");
+    let mut stderr = child.stderr.take().expect("piped");
+    let errors = tokio::spawn(async move {
+        let mut text = String::new();
+        stderr.read_to_string(&mut text).await.map(|_| text)
+    });
+    let mut printed = vec![0; 1];
+    let first =
+        tokio::time::timeout(Duration::from_secs(300), stdout.read_exact(&mut printed)).await;
+    first
+        .expect("words within five minutes")
+        .expect("the demo prints words");
+    let processes = process::left_running(house.home());
+    let (pid, _) = processes
+        .iter()
+        .find(|(_, found)| found == name)
+        .expect("the victim runs");
+    let killed = std::process::Command::new("kill")
+        .args(["-KILL", &pid.to_string()])
+        .status();
+    assert!(killed.expect("kill runs").success());
+    let rest = tokio::time::timeout(WAIT_LIMIT, stdout.read_to_end(&mut printed)).await;
+    rest.expect("the demo notices within a minute")
+        .expect("its output can be read");
+    let status = child.wait().await.expect("the demo ends");
+    let stderr = errors
+        .await
+        .expect("the reader lives")
+        .expect("its messages can be read");
+    house.finished = Some(Finished {
+        status,
+        stdout: String::from_utf8_lossy(&printed).into_owned(),
+        stderr,
+    });
+}
+
+#[then("it fails")]
+fn fails(house: &mut House) {
+    let last = house.last();
+    assert!(last.status.code().is_some_and(|code| code != 0), "{last:?}");
+    assert!(last.stderr.contains("error:"), "{last:?}");
+}

@@ -1,0 +1,124 @@
+//! What survives when the orchestrator is killed.
+
+use std::time::{Duration, Instant};
+
+use cucumber::{given, then, when};
+use futures_util::future::join_all;
+use orchestrator_core::api::tasks::TaskView;
+use serde_json::json;
+
+use crate::house::{House, WAIT_LIMIT, until};
+use crate::process;
+
+#[given("a running orchestrator without a bound on its queue and a running pool")]
+async fn unbounded(house: &mut House) {
+    let folder = house.home().join("config");
+    std::fs::create_dir_all(&folder).expect("the configuration folder can be made");
+    // The port stays the same over restarts, so that the pool finds the orchestrator again.
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .and_then(|l| l.local_addr())
+        .expect("a free port")
+        .port();
+    house.orchestrator_bind = format!("127.0.0.1:{port}");
+    std::fs::write(
+        folder.join("orchestratord.toml"),
+        "[queue]\ncapacity = -1\n",
+    )
+    .expect("it can be written");
+    super::setting::both_daemons(house).await;
+}
+
+#[when(
+    expr = "{int} agents submit at once and the orchestrator is killed in between, {int} time(s)"
+)]
+async fn submit_and_kill(house: &mut House, agents: usize, rounds: usize) {
+    for round in 0..rounds {
+        let url = house.url("/v2/tasks");
+        let client = reqwest::Client::new();
+        let submits = (0..agents).map(|agent| {
+            let body = json!({"model": "smollm2-135m", "prompt": format!("{round} {agent}"), "raw": true, "max_tokens": 1});
+            let request = client.post(&url).json(&body);
+            async move {
+                let response = request.send().await.ok()?;
+                let accepted = response.status() == 202;
+                let answer: serde_json::Value = response.json().await.ok()?;
+                // A 202 whose body was cut off is no answer: the agent asks again.
+                accepted.then(|| answer["job_id"].as_str().expect("a 202 names the job").to_owned())
+            }
+        });
+        let pid = orchestrator_pid(house);
+        let instant = Duration::from_micros(u64::from(random()) % 400_000);
+        let kill = async {
+            tokio::time::sleep(instant).await;
+            let killed = std::process::Command::new("kill")
+                .args(["-KILL", &pid.to_string()])
+                .status();
+            assert!(killed.expect("kill runs").success());
+        };
+        let (answers, ()) = tokio::join!(join_all(submits), kill);
+        let acknowledged: Vec<String> = answers.into_iter().flatten().collect();
+        println!(
+            "round {round}: killed after {instant:?}, {} of {agents} acknowledged",
+            acknowledged.len()
+        );
+        house.acknowledged.extend(acknowledged);
+        let home = house.home().to_owned();
+        let dead = || {
+            !process::left_running(&home)
+                .iter()
+                .any(|(found, _)| *found == pid)
+        };
+        assert!(
+            until(WAIT_LIMIT, dead).await,
+            "the killed orchestrator is still there"
+        );
+        house.succeed("llorch orchestrator start").await;
+    }
+}
+
+#[then("every acknowledged job completes")]
+async fn all_complete(house: &mut House) {
+    let mut open: Vec<String> = house.acknowledged.clone();
+    let started = Instant::now();
+    // A job takes about a fifth of a second; a minute more for the restarts.
+    let limit = Duration::from_secs(60)
+        + Duration::from_millis(400) * u32::try_from(open.len()).expect("few jobs");
+    let client = reqwest::Client::new();
+    while let Some(job) = open.last() {
+        let response = client
+            .get(house.url(&format!("/v2/tasks/{job}")))
+            .send()
+            .await
+            .expect("the orchestrator answers");
+        assert_eq!(response.status(), 200, "{job} was acknowledged and is gone");
+        let task: TaskView = response.json().await.expect("a job of the contract");
+        if task.status.is_terminal() {
+            assert_eq!(task.status.as_str(), "completed", "{task:#?}");
+            open.pop();
+        } else {
+            assert!(
+                started.elapsed() < limit,
+                "{} jobs are not done after {limit:?}: {task:#?}",
+                open.len()
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+fn orchestrator_pid(house: &House) -> u32 {
+    let text = std::fs::read_to_string(house.home().join("state/orchestratord/pid.json"))
+        .expect("pid.json is there");
+    let pid: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    pid["pid"]
+        .as_u64()
+        .and_then(|pid| u32::try_from(pid).ok())
+        .expect("a process id")
+}
+
+/// A number that differs from run to run; the standard library's hash keys are drawn by the system.
+fn random() -> u32 {
+    use std::hash::{BuildHasher as _, Hasher as _};
+    let drawn = std::hash::RandomState::new().build_hasher().finish();
+    (drawn >> 32) as u32
+}

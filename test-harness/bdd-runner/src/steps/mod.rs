@@ -1,0 +1,8 @@
+//! What the sentences of the scenarios do.
+
+mod api;
+mod commands;
+mod demo;
+mod durability;
+mod jobs;
+mod setting;

@@ -1,0 +1,76 @@
+//! Event streams as a reader sees them.
+
+use std::time::{Duration, Instant};
+
+use eventsource_stream::Eventsource as _;
+use futures_util::StreamExt as _;
+use orchestrator_core::api::events::TaskEvent;
+
+/// One event, with the moment it arrived.
+#[derive(Debug, Clone)]
+pub struct Received {
+    /// `id:`, where the event carried one.
+    pub id: Option<String>,
+    /// `event:` and `data:`.
+    pub event: TaskEvent,
+    /// When it arrived.
+    pub at: Instant,
+}
+
+/// Follows a stream until `enough` says so, or it ends.
+pub async fn follow(
+    url: &str,
+    last_event_id: Option<&str>,
+    limit: Duration,
+    mut enough: impl FnMut(&Received) -> bool,
+) -> Vec<Received> {
+    let mut request = reqwest::Client::new()
+        .get(url)
+        .header("Accept", "text/event-stream");
+    if let Some(id) = last_event_id {
+        request = request.header("Last-Event-ID", id);
+    }
+    let response = request.send().await.expect("the orchestrator answers");
+    assert!(
+        response.status().is_success(),
+        "{url}: {}",
+        response.status()
+    );
+    let mut events = response.bytes_stream().eventsource();
+    let mut received = Vec::new();
+    let reading = async {
+        while let Some(event) = events.next().await {
+            let event = event.expect("the stream is whole");
+            let id = Some(event.id).filter(|id| !id.is_empty());
+            let parsed =
+                TaskEvent::parse(&event.event, &event.data).expect("an event of the contract");
+            // The parser repeats the last id for events without one.
+            let id = id.filter(|_| parsed.is_logged());
+            received.push(Received {
+                id,
+                event: parsed,
+                at: Instant::now(),
+            });
+            if enough(received.last().expect("one was just pushed")) {
+                break;
+            }
+        }
+    };
+    tokio::time::timeout(limit, reading)
+        .await
+        .unwrap_or_else(|_| panic!("{url} went on for longer than {limit:?}"));
+    received
+}
+
+/// The text that a reader kept: what came after the last event that voided it.
+pub fn text(events: &[Received]) -> String {
+    let mut text = String::new();
+    for received in events {
+        match &received.event {
+            TaskEvent::Attempt(attempt) if !attempt.continues => text.clear(),
+            TaskEvent::Token(token) => text.push_str(&token.t),
+            _ => {}
+        }
+    }
+    text
+}
