@@ -52,8 +52,8 @@ Feature: Jobs
       | {"model": "smollm2-135m", "prompt": ""}                            | 400    | INVALID_REQUEST   |
       | {"model": "no-such-model", "prompt": "a"}                          | 404    | MODEL_NOT_FOUND   |
       | {"model": "file:/etc/passwd", "prompt": "a"}                       | 404    | MODEL_NOT_FOUND   |
-      | {"model": "smollm2-135m", "prompt"                                 | 400    | INVALID_REQUEST   |
-      | (10 MB)                                                            | 413    | PAYLOAD_TOO_LARGE |
+      | {"model": "smollm2-135m", "prompt"                                 | 400    | BAD_JSON          |
+      | (10 MB)                                                            | 413    | TOO_LARGE         |
     Then no job is stored
     When an agent gets "/v2/tasks/job-1"
     Then the answer is 404

@@ -117,7 +117,13 @@ async fn wrong_input_is_refused_with_an_envelope_and_nothing_is_stored() {
             "JSON",
         ),
         ("empty", String::new(), 400, "BAD_JSON", "JSON"),
-        ("deeply nested", "[".repeat(100_000), 400, "BAD", ""),
+        (
+            "deeply nested",
+            "[".repeat(100_000),
+            400,
+            "INVALID_REQUEST",
+            "",
+        ),
     ];
     for (name, body, status, code, part) in cases {
         let (got, answer) = raw(&orchestrator, "application/json", body).await;

@@ -4,10 +4,15 @@ use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::fsio::{self, LockGuard};
 use crate::process::ProcessIdentity;
 use crate::run_files::{ADDR, LOCK, PID, PidRecord};
+
+/// How long a process that was killed may take to be gone.
+const DYING: Duration = Duration::from_secs(1);
 
 /// Why a daemon can't claim its state folder.
 #[derive(Debug, thiserror::Error)]
@@ -60,7 +65,7 @@ impl RunFiles {
             source,
         };
         fs::create_dir_all(dir).map_err(failed)?;
-        let Some(lock) = fsio::try_lock_exclusive(dir.join(LOCK)).map_err(failed)? else {
+        let Some(lock) = lock_soon(&dir.join(LOCK)).map_err(failed)? else {
             let pid = PidRecord::read(dir).map(|record| record.process.pid);
             return Err(ClaimError::Held {
                 name,
@@ -85,6 +90,19 @@ impl RunFiles {
     /// Tells clients on this machine where to call.
     pub fn write_addr(&self, addr: SocketAddr) -> io::Result<()> {
         fsio::write_atomic(self.dir.join(ADDR), url_of(addr) + "\n", 0o600)
+    }
+}
+
+/// Takes the lock. A holder that was killed a moment ago has it until the system has closed its files, so one that does not
+/// let go at once is given a moment.
+fn lock_soon(path: &Path) -> io::Result<Option<LockGuard>> {
+    let deadline = Instant::now() + DYING;
+    loop {
+        let lock = fsio::try_lock_exclusive(path)?;
+        if lock.is_some() || Instant::now() >= deadline {
+            return Ok(lock);
+        }
+        thread::sleep(DYING / 50);
     }
 }
 
