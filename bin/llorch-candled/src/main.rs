@@ -37,12 +37,14 @@ fn main() -> ExitCode {
             )
             .exit();
     }
-    if let Some(threads) = cli.worker.threads {
-        // SAFETY: this is the process's first thread, and it has started no other yet.
-        #[allow(unsafe_code)]
-        unsafe {
-            backend::cpu::limit_threads(threads);
-        }
+    let threads = cli
+        .worker
+        .threads
+        .unwrap_or_else(backend::cpu::default_threads);
+    // SAFETY: this is the process's first thread, and it has started no other yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        backend::cpu::limit_threads(threads);
     }
     match start(cli) {
         Ok(()) => ExitCode::SUCCESS,

@@ -92,6 +92,7 @@ impl Status {
             load_percent: self.load_percent.load(Ordering::Relaxed),
             reason,
             model_ref: self.args.model_ref.clone(),
+            sha256: self.args.sha256.clone(),
             context_length: loaded.map(|loaded| loaded.context_length),
             slots: self.args.slots,
             active: active as u32,

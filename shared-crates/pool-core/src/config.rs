@@ -52,7 +52,7 @@ pub struct WorkersConfig {
     pub start_timeout_s: u64,
     /// Seconds that a worker has to finish what runs when it is told to stop, before it is killed. Default 10.
     pub stop_timeout_s: u64,
-    /// Compute threads of a worker on the CPU. Default: the host's processors.
+    /// Compute threads of a worker on the CPU. Default: one less than the host's processors.
     pub threads: Option<NonZeroU32>,
     /// How many ended workers are remembered, with their logs. Default 20.
     pub keep_ended: usize,

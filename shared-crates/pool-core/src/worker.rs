@@ -251,7 +251,7 @@ pub struct WorkerExit {
 pub struct WorkerMemory {
     /// Estimate from the model file: weights, KV cache for context × slots, working memory.
     pub predicted_bytes: u64,
-    /// Private bytes that the worker itself measured after loading; `None` until then.
+    /// What the worker itself measured after loading, the KV caches that its slots may fill included; `None` until then.
     pub measured_bytes: Option<u64>,
 }
 

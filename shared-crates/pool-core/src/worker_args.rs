@@ -57,7 +57,7 @@ pub struct WorkerArgs {
     /// Sequences that run at once.
     #[cfg_attr(feature = "cli", arg(long, default_value_t = 1))]
     pub slots: u32,
-    /// Compute threads [default: the host's processors].
+    /// Compute threads [default: one less than the host's processors].
     #[cfg_attr(feature = "cli", arg(long))]
     pub threads: Option<u32>,
 }

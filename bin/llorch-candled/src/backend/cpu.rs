@@ -2,6 +2,19 @@
 
 use std::fs;
 
+/// Compute threads where nobody says how many: one less than the host's processors, and at least one.
+///
+/// candle's threads spin at a barrier after every operation, some 200 times a token. As soon as one of them has to share
+/// its processor, all of them wait for it: on two processors, one of them busy, two threads make 3 tokens in the time in
+/// which one makes 18.
+pub fn default_threads() -> u32 {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    u32::try_from(processors)
+        .unwrap_or(u32::MAX)
+        .saturating_sub(1)
+        .max(1)
+}
+
 /// Bounds the threads that candle and rayon compute with. Both read their number once, from these variables, when they
 /// first compute.
 ///

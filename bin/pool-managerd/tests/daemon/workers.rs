@@ -365,6 +365,7 @@ async fn only_the_worker_itself_can_say_that_it_is_ready() {
         load_percent: 100,
         reason: None,
         model_ref: None,
+        sha256: None,
         context_length: Some(64),
         slots: 1,
         active: 0,

@@ -240,7 +240,7 @@ impl WorkerErrorCode {
 /// the content is `data:`, and `id:` is the position in the execution's buffer, from 1 (`metrics` carries none).
 #[derive(Debug, Clone, PartialEq)]
 pub enum WorkerEvent {
-    /// First event of every execution.
+    /// First event of an execution whose prompt could be read; one that can't be is a lone `error`.
     Started(WorkerStarted),
     /// Text.
     Token(WorkerToken),
@@ -340,6 +340,9 @@ pub struct WorkerHealth {
     /// The model as users name it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_ref: Option<ModelRef>,
+    /// SHA-256 of the model file as the pool knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
     /// Tokens of context of a sequence; `None` while loading.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
@@ -347,7 +350,8 @@ pub struct WorkerHealth {
     pub slots: u32,
     /// Sequences that run now.
     pub active: u32,
-    /// Private bytes of the process after loading; `None` while loading.
+    /// What the process needs: its private bytes after loading, and the KV caches that its slots may fill. `None` while
+    /// loading.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured_bytes: Option<u64>,
     /// Grows with every prefill chunk, token and step of loading: a worker that works and stands still is stuck.

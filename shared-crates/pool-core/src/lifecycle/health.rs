@@ -80,6 +80,7 @@ mod tests {
             load_percent: 100,
             reason: None,
             model_ref: None,
+            sha256: None,
             context_length: Some(4096),
             slots: 2,
             active: 0,
