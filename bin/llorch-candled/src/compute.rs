@@ -1,7 +1,6 @@
 //! The compute thread: loads the model, then runs one execution after the other. Nothing here ever runs on the async
 //! runtime, so `/health` answers however busy the processors are.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -14,6 +13,7 @@ use crate::backend::cpu::private_bytes;
 use crate::engine::{Control, Engine, Failure, Halted, LoadError};
 use crate::executions::{Execution, Executions};
 use crate::metrics::Metrics;
+use crate::panics::caught;
 use crate::status::{Loaded, Status};
 
 /// What the thread works with.
@@ -81,11 +81,8 @@ impl Compute {
             Ok(engine)
         };
         // A file that passes every check of ours may still break an assumption inside candle.
-        let engine = catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(|panic| {
-            Err(LoadError::Compute(candle_core::Error::Msg(panic_text(
-                panic.as_ref(),
-            ))))
-        })?;
+        let engine =
+            caught(load).unwrap_or_else(|panicked| Err(LoadError::Compute(panicked.into())))?;
         let caches = engine.kv_cache_bytes() * self.slots as u64;
         self.status.ready(Loaded {
             context_length: engine.context_length() as u32,
@@ -106,12 +103,8 @@ impl Compute {
             execution,
             drawn: 0,
         };
-        let run = AssertUnwindSafe(|| run_request(engine, execution, request, &mut control));
-        let outcome = catch_unwind(run).unwrap_or_else(|panic| {
-            Err(Failure::Compute(candle_core::Error::Msg(panic_text(
-                panic.as_ref(),
-            ))))
-        });
+        let outcome = caught(|| run_request(engine, execution, request, &mut control))
+            .unwrap_or_else(|panicked| Err(Failure::Compute(panicked.into())));
         let drawn = control.drawn;
         let last = match outcome {
             Ok(end) => {
@@ -169,14 +162,6 @@ fn run_request(
     control.check()?;
     let generation = engine.prepare(request, execution.accepted())?;
     engine.generate(&generation, control)
-}
-
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    format!("candle gave up: {}", text.unwrap_or("no message"))
 }
 
 /// An execution that runs.

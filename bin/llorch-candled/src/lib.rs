@@ -10,6 +10,7 @@ pub mod compute;
 pub mod engine;
 pub mod executions;
 pub mod metrics;
+pub mod panics;
 mod ready;
 pub mod status;
 pub mod tokenizer;
@@ -22,7 +23,7 @@ use pool_core::WORKER_API_VERSION;
 use pool_core::secret::Secret;
 use pool_core::service::{BindError, Service, ServiceOptions, Shutdown};
 use pool_core::worker_args::{
-    EXIT_MODEL_INVALID, EXIT_PORT_TAKEN, NONCE_VAR, SECRET_VAR, WorkerArgs,
+    EXIT_MODEL_INVALID, EXIT_PORT_TAKEN, NONCE_VAR, SECRET_VAR, STOP_FLUSH, WorkerArgs,
 };
 use tokio::sync::oneshot;
 
@@ -35,8 +36,6 @@ use status::Status;
 
 /// A task of the largest size with the ids to resume from, as JSON.
 const BODY_LIMIT: usize = 16 << 20;
-/// How long readers have to fetch the last events once every execution has ended.
-const FLUSH: Duration = Duration::from_secs(2);
 /// How often buffers that have outlived their time are looked for.
 const SWEEP: Duration = Duration::from_secs(10);
 
@@ -49,8 +48,6 @@ pub struct Config {
     pub secret: Secret,
     /// Tells this start of the worker from others.
     pub nonce: String,
-    /// How long running executions may take to finish once the worker is told to stop.
-    pub stop_grace: Duration,
     /// How long an execution's buffer lives after its end.
     pub execution_ttl: Duration,
     /// Bytes of all buffers together.
@@ -94,6 +91,8 @@ impl RunError {
         match self {
             Self::NoSecret => 2,
             Self::Model { source, .. } if source.is_usage() => 2,
+            // The system's trouble may pass, and the orchestrator gives a refused file no second chance.
+            Self::Model { source, .. } if source.is_io() => 1,
             Self::Bind(BindError::InUse { .. }) => EXIT_PORT_TAKEN,
             Self::Model { .. } => EXIT_MODEL_INVALID,
             _ => 1,
@@ -135,7 +134,6 @@ pub async fn run(
         args,
         secret,
         nonce,
-        stop_grace,
         execution_ttl,
         buffer_bytes,
     } = config;
@@ -181,17 +179,8 @@ pub async fn run(
         shutdown: shutdown.clone(),
     };
     let closing = Shutdown::manual();
-    let server = tokio::spawn(service.serve(api::router(app), closing.clone(), FLUSH));
-    let outcome = serve(
-        &args,
-        secret,
-        &status,
-        &executions,
-        &shutdown,
-        loaded,
-        stop_grace,
-    )
-    .await;
+    let server = tokio::spawn(service.serve(api::router(app), closing.clone(), STOP_FLUSH));
+    let outcome = serve(&args, secret, &status, &executions, &shutdown, loaded).await;
     closing.trigger();
     if outcome.is_ok() {
         // A panic in the server has been reported already.
@@ -207,7 +196,6 @@ async fn serve(
     executions: &Executions,
     shutdown: &Shutdown,
     loaded: oneshot::Receiver<Result<(), LoadError>>,
-    stop_grace: Duration,
 ) -> Result<(), RunError> {
     tokio::select! {
         () = shutdown.requested() => return Ok(()),
@@ -242,6 +230,6 @@ async fn serve(
         () = swept => {}
     }
     // The port stays open meanwhile: readers that lost their connection can come back for the end.
-    executions.drain(stop_grace).await;
+    executions.drain(args.stop_grace()).await;
     Ok(())
 }

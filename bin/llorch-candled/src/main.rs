@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{CommandFactory, Parser, error::ErrorKind};
-use llorch_candled::{Config, RunError, backend, handed_over, run};
+use llorch_candled::{Config, RunError, backend, handed_over, panics, run};
 use pool_core::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
 
@@ -16,9 +16,6 @@ use pool_core::worker_args::WorkerArgs;
 struct Cli {
     #[command(flatten)]
     worker: WorkerArgs,
-    /// Seconds that a running execution may take to finish once the worker is told to stop.
-    #[arg(long, default_value_t = 10)]
-    stop_grace_s: u64,
     /// Seconds that an execution's events stay available after its end.
     #[arg(long, default_value_t = 600)]
     execution_ttl_s: u64,
@@ -28,6 +25,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
+    panics::report_place_only();
     let cli = Cli::parse();
     if cli.worker.slots != 1 {
         Cli::command()
@@ -69,7 +67,6 @@ fn start(cli: Cli) -> anyhow::Result<()> {
         args: cli.worker,
         secret,
         nonce,
-        stop_grace: Duration::from_secs(cli.stop_grace_s),
         execution_ttl: Duration::from_secs(cli.execution_ttl_s),
         buffer_bytes: cli.buffer_mib << 20,
     };

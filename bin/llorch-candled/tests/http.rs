@@ -55,10 +55,10 @@ fn config(model: PathBuf) -> Config {
             context_length: Some(LONG),
             slots: 1,
             threads: None,
+            stop_grace_s: PATIENCE.as_secs(),
         },
         secret: Secret::new("s3cret"),
         nonce: "nonce-7".into(),
-        stop_grace: PATIENCE,
         execution_ttl: PATIENCE,
         buffer_bytes: 16 << 20,
     }
@@ -508,7 +508,7 @@ async fn a_stop_lets_running_work_finish_within_the_grace() {
         .unwrap()
         .unwrap();
 
-    let worker = Worker::with(|config| config.stop_grace = Duration::from_millis(100)).await;
+    let worker = Worker::with(|config| config.args.stop_grace_s = 0).await;
     let mut stream = worker.execute(&endless("job-1", 1)).await.unwrap();
     next(&mut stream).await;
     worker.shutdown.trigger();

@@ -1,15 +1,18 @@
 //! What every part of the daemon shares.
 
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use orchestrator_core::config::OrchestratorConfig;
 use pool_core::catalog::Catalog;
 use pool_core::service::Shutdown;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
+use crate::dispatch::Orphans;
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
 use crate::queue::Jobs;
@@ -30,6 +33,8 @@ pub struct Orchestrator {
     pub jobs: Jobs,
     /// The pools.
     pub fleet: Fleet,
+    /// What an earlier run of the daemon left at workers.
+    pub orphans: Orphans,
     /// Its figures.
     pub metrics: Metrics,
     /// The request to stop.
@@ -55,6 +60,7 @@ impl Orchestrator {
             catalog,
             store,
             fleet,
+            orphans: Orphans::default(),
             metrics,
             shutdown,
             changed: Notify::new(),
@@ -66,7 +72,12 @@ impl Orchestrator {
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         while tasks.try_join_next().is_some() {}
-        tasks.spawn(work);
+        let work = AssertUnwindSafe(work).catch_unwind();
+        tasks.spawn(async move {
+            if work.await.is_err() {
+                tracing::error!("a task panicked; standard error says where");
+            }
+        });
     }
 
     /// Runs something to its end, even where the request that waits for it is dropped half-way: a commit must be

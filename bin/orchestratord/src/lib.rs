@@ -185,6 +185,7 @@ async fn recover(app: &App) -> anyhow::Result<()> {
             job.last_event,
             job.attempt,
         )));
+        app.orphans.add(job.orphan);
         app.jobs.put(job.queued);
     }
     if count > 0 {

@@ -12,8 +12,8 @@ use pool_core::ModelRef;
 
 use crate::app::App;
 use crate::clock;
-use crate::queue::LiveJob;
-use crate::state::{Ending, IdempotencyKey, Progress, StoreError, Submitted};
+use crate::queue::{LiveJob, Order};
+use crate::state::{Ending, IdempotencyKey, LogEntry, Progress, StoreError, Submitted};
 
 /// Why a task is not accepted.
 #[derive(Debug, thiserror::Error)]
@@ -73,13 +73,15 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
             _ => Ok(model),
         };
     }
+    if app.fleet.offers(model) {
+        return Ok(model.clone());
+    }
     let hint = match model {
         ModelRef::Alias(id) => match app.catalog.nearest(id) {
             Some(near) => format!("did you mean `{near}`? `GET /v2/models` lists all"),
             None => "`GET /v2/models` lists the models that tasks may name".to_owned(),
         },
         ModelRef::Hub { .. } => "no catalogue entry has this file: tasks name catalogue ids, see `GET /v2/models`".to_owned(),
-        ModelRef::File(_) if app.fleet.offers(model) => return Ok(model.clone()),
         ModelRef::File(_) => {
             "no pool offers this file: it must be a model below `models.allow_paths` of a registered pool".to_owned()
         }
@@ -99,13 +101,13 @@ pub async fn submit(
     if app.shutdown.is_requested() {
         return Err(SubmitError::Stopping);
     }
-    spec.model = known_model(&app, &spec.model, spec.max_tokens)?;
-    // Asked before the queue is: a repeated request is answered even when the queue is full.
+    // Asked first: a repeated request is answered even when the queue is full, or the model has gone.
     if let Some(key) = &key
         && let Some((id, status)) = app.store.known_key(key).await?
     {
         return Ok(known(&app, id, status));
     }
+    spec.model = known_model(&app, &spec.model, spec.max_tokens)?;
     let now = clock::now();
     let job = Job::new(JobId::random(), spec, now);
     let queued = QueuedJob::new(&job, None);
@@ -125,15 +127,24 @@ pub async fn submit(
         queue_position: position,
     };
     let first = live.hub.entry(TaskEvent::Queued(event), Vec::new());
-    let submitted = app.store.submit(job, key, Arc::clone(&first)).await?;
-    if let Submitted::Known(id, status) = submitted {
-        return Ok(known(&app, id, status));
+    // Live before the commit shows it to lists and to others with the same key. Whoever finds it there waits at the gate.
+    let gate = live.gate.lock().await;
+    app.jobs.insert(Arc::clone(&live));
+    match app.store.submit(job, key, Arc::clone(&first)).await {
+        Ok(Submitted::New) => {}
+        Ok(Submitted::Known(known_id, status)) => {
+            app.jobs.forget(id);
+            return Ok(known(&app, known_id, status));
+        }
+        Err(error) => {
+            app.jobs.forget(id);
+            return Err(error.into());
+        }
     }
     live.hub.publish(first);
     live.hub.written(1);
-    // Nobody knows the id yet, so nobody can have missed the job between the commit and this.
-    app.jobs.insert(live);
     app.jobs.put(queued);
+    drop(gate);
     drop(promise);
     app.changed.notify_one();
     Ok(Accepted {
@@ -176,6 +187,17 @@ impl End {
             "the job's `timeout_ms` ran out",
             true,
         )
+    }
+
+    /// The daemon can't go on with it. The cause is for the log: it may name what clients must not see.
+    pub fn internal() -> Self {
+        let message = "the orchestrator could not go on with the job; its log says why";
+        Self::error(JobErrorCode::Internal, message, true)
+    }
+
+    /// Whether it is [`End::internal`].
+    pub fn is_internal(&self) -> bool {
+        matches!(self, Self::Error(error) if error.code == JobErrorCode::Internal)
     }
 
     /// It failed.
@@ -222,13 +244,7 @@ pub async fn end(
         }
         End::Error(error) => (None, Some(error.clone())),
     };
-    let last = live.hub.entry(
-        match end {
-            End::Completed(end) => TaskEvent::End(end),
-            End::Error(error) => TaskEvent::Error(error),
-        },
-        Vec::new(),
-    );
+    let last = last_event(live, end);
     let mut events = live.hub.unwritten();
     events.push(Arc::clone(&last));
     let progress = Progress {
@@ -246,16 +262,42 @@ pub async fn end(
     };
     let status = app.store.end(live.id, ending).await?;
     live.hub.written(last.id.seq);
+    tell(app, live, last, status);
+    tracing::info!(job = %live.id, %status, "job over");
+    Ok(status)
+}
+
+/// Lets go of a job that the database does not even let fail. Readers are told; what the record says of it stays as it
+/// is, and the next start reads it again.
+pub async fn abandon(app: &App, live: &LiveJob) {
+    let _gate = live.gate.lock().await;
+    if live.ended().is_none() {
+        let last = last_event(live, End::internal());
+        tell(app, live, last, JobStatus::Failed);
+    }
+}
+
+fn last_event(live: &LiveJob, end: End) -> Arc<LogEntry> {
+    let event = match end {
+        End::Completed(end) => TaskEvent::End(end),
+        End::Error(error) => TaskEvent::Error(error),
+    };
+    live.hub.entry(event, Vec::new())
+}
+
+/// Tells readers, the running attempt and the scheduler of an end. The caller holds the job's gate.
+fn tell(app: &App, live: &LiveJob, last: Arc<LogEntry>, status: JobStatus) {
     live.hub.publish(last);
     live.end(status);
+    if let Some(attempt) = app.jobs.attempt(live.id) {
+        attempt.order(Order::Stop);
+    }
     app.jobs.forget(live.id);
     app.metrics
         .finished
         .with_label_values(&[status.as_str()])
         .inc();
     app.changed.notify_one();
-    tracing::info!(job = %live.id, %status, "job over");
-    Ok(status)
 }
 
 /// Cancels a job. `None`: there is no such job.

@@ -1,6 +1,5 @@
 //! What every command works with: the home, the pool's settings, the catalogue and the models folder.
 
-use std::error::Error;
 use std::path::Path;
 
 use pool_core::catalog::store::{ResolveError, Store};
@@ -69,22 +68,4 @@ pub fn resolve_error(error: &ResolveError) -> CliError {
         ResolveError::NotAFile { .. } | ResolveError::Io { .. } => Exit::Failed,
     };
     CliError::of(exit, error, error.hint())
-}
-
-/// What stands behind an error, the nearest cause first.
-pub fn causes(error: &dyn Error) -> Vec<String> {
-    let mut causes = Vec::new();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        causes.push(error.to_string());
-        cause = error.source();
-    }
-    causes
-}
-
-/// An error and its causes in one line.
-pub fn with_causes(error: &dyn Error) -> String {
-    causes(error)
-        .into_iter()
-        .fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

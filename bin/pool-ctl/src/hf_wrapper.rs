@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use pool_core::programs::find_on_path;
 use tokio::process::Command;
 
 use crate::tool::{self, ToolError};
@@ -11,7 +12,7 @@ use pool_core::terminal::interrupt::Interrupt;
 /// Where `hf` is: in the PATH, else in the private environment that `llorch-pool dev setup` makes.
 pub fn find(venv: &Path) -> Option<PathBuf> {
     let private = venv.join("bin/hf");
-    tool::find_in_path("hf").or_else(|| private.is_file().then_some(private))
+    find_on_path("hf").or_else(|| private.is_file().then_some(private))
 }
 
 /// Fetches `file` of a repository into `folder` and returns where it lies. The parts of a source were checked when the

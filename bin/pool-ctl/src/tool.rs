@@ -193,20 +193,6 @@ pub fn bytes_below(dir: &Path) -> (u64, u64) {
     })
 }
 
-/// The program `name` in the PATH.
-pub fn find_in_path(name: &str) -> Option<PathBuf> {
-    use std::os::unix::fs::PermissionsExt;
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .filter(|dir| dir.is_absolute())
-        .map(|dir| dir.join(name))
-        .find(|file| {
-            file.metadata().is_ok_and(|metadata| {
-                metadata.is_file() && metadata.permissions().mode() & 0o111 != 0
-            })
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

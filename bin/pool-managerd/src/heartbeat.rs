@@ -3,13 +3,16 @@
 //! The pool serves on while the orchestrator is away. One call follows another, so `seq` grows in the order of the
 //! snapshots.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pool_core::POOL_API_VERSION;
 use pool_core::api::pool::{Heartbeat, RegisterRequest};
 use pool_core::client::{ApiClient, ClientError};
+use pool_core::config::STANDARD_ORCHESTRATOR_URL;
 use pool_core::registry::RegistryError;
+use pool_core::run_files;
 use pool_core::secret::Secret;
 use serde::de::IgnoredAny;
 
@@ -24,19 +27,51 @@ const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// The longest pause while the orchestrator is away.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
+/// Which orchestrator is reported to.
+#[derive(Debug, Clone)]
+pub enum Goal {
+    /// The one at this address, whether it answers or not.
+    Named(String),
+    /// The one of this home, which may come, go and change its address.
+    Local {
+        /// Where it writes its address.
+        state: PathBuf,
+        /// Whether one at the standard address will do while none runs on this home.
+        or_standard: bool,
+    },
+}
+
+impl Goal {
+    /// Its address at this moment. Reads files.
+    fn url(&self) -> Option<String> {
+        match self {
+            Self::Named(url) => Some(url.clone()),
+            Self::Local { state, or_standard } => run_files::local_url(state)
+                .or_else(|| or_standard.then(|| STANDARD_ORCHESTRATOR_URL.to_owned())),
+        }
+    }
+}
+
 /// The task that reports to the orchestrator.
 pub struct Heart {
     pool: Arc<Pool>,
-    client: ApiClient,
-    advertised_url: String,
+    goal: Goal,
+    token: Option<Secret>,
+    /// Of the orchestrator that was spoken to last.
+    client: Option<ApiClient>,
     interval: Duration,
     registered: bool,
     seq: u64,
+    /// What was said of the last failure, until a heartbeat succeeds.
+    trouble: Option<String>,
 }
 
 /// Why the orchestrator did not take a heartbeat.
 #[derive(Debug, thiserror::Error)]
 enum BeatError {
+    /// There is none.
+    #[error("no orchestrator runs on this home")]
+    Nobody,
     /// The call failed.
     #[error(transparent)]
     Call(#[from] ClientError),
@@ -49,12 +84,13 @@ impl BeatError {
     fn status(&self) -> Option<u16> {
         match self {
             Self::Call(error) => error.status(),
-            Self::Registry(_) => None,
+            Self::Nobody | Self::Registry(_) => None,
         }
     }
 
     fn outcome(&self) -> &'static str {
         match (self, self.status()) {
+            (Self::Nobody, _) => "nobody",
             (Self::Registry(_), _) => "no_snapshot",
             (_, Some(404)) => "unknown_pool",
             (_, Some(409)) => "superseded",
@@ -65,22 +101,21 @@ impl BeatError {
 }
 
 impl Heart {
-    /// Reports to the orchestrator at `url` that this pool is to be reached at `advertised_url`.
-    pub fn new(
-        pool: Arc<Pool>,
-        url: &str,
-        advertised_url: String,
-        token: Option<Secret>,
-    ) -> Result<Self, ClientError> {
-        let client = ApiClient::new(url, token)?.with_answer_timeout(ANSWER_TIMEOUT);
+    /// Reports to the orchestrator that is the `goal`. An address that can't be one is refused here.
+    pub fn new(pool: Arc<Pool>, goal: Goal, token: Option<Secret>) -> Result<Self, ClientError> {
+        if let Goal::Named(url) = &goal {
+            ApiClient::new(url, None)?;
+        }
         let interval = Duration::from_millis(pool.lifecycle.config().heartbeat_interval_ms);
         Ok(Self {
             pool,
-            client,
-            advertised_url,
+            goal,
+            token,
+            client: None,
             interval,
             registered: false,
             seq: 0,
+            trouble: None,
         })
     }
 
@@ -97,11 +132,11 @@ impl Heart {
                 .heartbeat(outcome.as_ref().map_or_else(BeatError::outcome, |()| "ok"));
             match outcome {
                 Ok(()) => {
-                    if failures > 0 {
+                    if self.trouble.take().is_some() {
                         tracing::info!(
-                            orchestrator = self.client.base_url(),
+                            orchestrator = self.orchestrator(),
                             failures,
-                            "the orchestrator takes heartbeats again"
+                            "the orchestrator takes heartbeats"
                         );
                     }
                     failures = 0;
@@ -113,7 +148,7 @@ impl Heart {
                 }
                 Err(error) => {
                     failures = failures.saturating_add(1);
-                    self.complain(&error, failures);
+                    self.complain(&error);
                     let superseded = error.status() == Some(409);
                     let pause = if superseded {
                         self.interval
@@ -128,8 +163,9 @@ impl Heart {
 
     /// One heartbeat, after a registration where one is due.
     async fn report(&mut self) -> Result<(), BeatError> {
+        let client = self.find().await?;
         if self.registered {
-            match self.send().await {
+            match self.send(&client).await {
                 // The orchestrator forgot us, as one with a new database does.
                 Err(error) if error.status() == Some(404) => self.registered = false,
                 other => {
@@ -142,24 +178,40 @@ impl Heart {
         let request = RegisterRequest {
             pool_id: config.pool_id.clone(),
             instance_id: self.pool.instance_id.clone(),
-            url: self.advertised_url.clone(),
+            url: self.pool.url.clone(),
             api_version: POOL_API_VERSION,
             heartbeat_interval_ms: config.heartbeat_interval_ms,
         };
-        let _: IgnoredAny = self.client.post("/v2/pools/register", &request).await?;
+        let _: IgnoredAny = client.post("/v2/pools/register", &request).await?;
         self.registered = true;
         tracing::info!(
-            orchestrator = self.client.base_url(),
+            orchestrator = client.base_url(),
             pool_id = request.pool_id,
             url = request.url,
             "registered"
         );
-        self.send()
+        self.send(&client)
             .await
             .inspect_err(|error| self.registered &= !matches!(error.status(), Some(404 | 409)))
     }
 
-    async fn send(&mut self) -> Result<(), BeatError> {
+    /// The orchestrator as it is to be reached now: one that has moved is another, which does not know this pool yet.
+    async fn find(&mut self) -> Result<ApiClient, BeatError> {
+        let goal = self.goal.clone();
+        let url = self.pool.blocking(move |_| goal.url()).await;
+        let url = url.ok_or(BeatError::Nobody)?;
+        match &self.client {
+            Some(client) if client.base_url() == url.trim_end_matches('/') => Ok(client.clone()),
+            _ => {
+                let client =
+                    ApiClient::new(&url, self.token.clone())?.with_answer_timeout(ANSWER_TIMEOUT);
+                self.registered = false;
+                Ok(self.client.insert(client).clone())
+            }
+        }
+    }
+
+    async fn send(&mut self, client: &ApiClient) -> Result<(), BeatError> {
         let snapshot = self.pool.blocking(|pool| pool.snapshot()).await?;
         self.seq += 1;
         let path = format!(
@@ -171,15 +223,23 @@ impl Heart {
             seq: self.seq,
             snapshot,
         };
-        let _: IgnoredAny = self.client.post(&path, &heartbeat).await?;
+        let _: IgnoredAny = client.post(&path, &heartbeat).await?;
         Ok(())
     }
 
-    /// Says what is wrong once, and again where somebody has to do something about it.
-    fn complain(&self, error: &BeatError, failures: u32) {
-        let orchestrator = self.client.base_url();
-        match error {
-            BeatError::Call(call) if error.status().is_some() => {
+    fn orchestrator(&self) -> Option<&str> {
+        self.client.as_ref().map(ApiClient::base_url)
+    }
+
+    /// Says what is wrong, once for as long as it is the same.
+    fn complain(&mut self, error: &BeatError) {
+        let trouble = format!("{error} {:?}", self.orchestrator());
+        if self.trouble.as_ref() == Some(&trouble) {
+            return;
+        }
+        let orchestrator = self.orchestrator();
+        match (error, &self.goal) {
+            (BeatError::Call(call), _) if error.status().is_some() => {
                 let hint = match error.status() {
                     Some(409) => Some(
                         "another daemon with this pool_id reports to the same orchestrator"
@@ -189,11 +249,18 @@ impl Heart {
                 };
                 tracing::error!(orchestrator, %error, hint, "the orchestrator refuses this pool");
             }
-            _ if failures == 1 => {
+            // Nobody said that there is one.
+            (_, Goal::Local { .. }) if !self.registered => {
+                tracing::info!(
+                    orchestrator,
+                    "no orchestrator on this host; looking out for one"
+                );
+            }
+            _ => {
                 tracing::warn!(orchestrator, %error, "the orchestrator is away; trying again");
             }
-            _ => tracing::debug!(orchestrator, %error, failures, "the orchestrator is still away"),
         }
+        self.trouble = Some(trouble);
     }
 }
 

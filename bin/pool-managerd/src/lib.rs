@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use pool_core::POOL_API_VERSION;
 use pool_core::catalog::CatalogError;
-use pool_core::config::{ConfigError, PoolConfig};
+use pool_core::config::{ConfigError, Orchestrator, PoolConfig};
 use pool_core::home::{Home, HomeError};
 use pool_core::lifecycle::Lifecycle;
 use pool_core::registry::RegistryError;
@@ -24,6 +24,7 @@ use pool_core::secret::{Secret, SecretError};
 use pool_core::service::state_files::{ClaimError, RunFiles};
 use pool_core::service::{BindError, Service, ServiceOptions, Shutdown};
 
+use crate::heartbeat::{Goal, Heart};
 use crate::pool::Pool;
 
 const NAME: &str = "pool-managerd";
@@ -105,20 +106,31 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     let grace = Duration::from_millis(config.service.shutdown_grace_ms);
     let service = Service::bind(config.bind, options).await?;
 
+    let orchestrator_state = home.orchestratord_state();
     let pool = Arc::new(Pool::new(
         Lifecycle::new(home, config.clone())?.with_pool_url(service.url()),
+        service.url(),
     ));
+    if !config.bind.ip().is_loopback() && config.workers.bind.is_loopback() {
+        tracing::warn!(
+            "workers listen on this host alone; for an orchestrator on another, set `workers.bind`"
+        );
+    }
     worker_lifecycle::adopt(&pool).await?;
     let mut background = tokio::task::JoinSet::new();
     background.spawn(worker_lifecycle::keep_adopting(Arc::clone(&pool)));
-    if let Some(url) = &config.orchestrator_url {
-        let advertised = config
-            .advertise_url
-            .clone()
-            .unwrap_or_else(|| service.url());
-        let heartbeat = heartbeat::Heart::new(Arc::clone(&pool), url, advertised, token)
-            .map_err(RunError::Orchestrator)?;
-        background.spawn(heartbeat.beat());
+    let goal = match config.orchestrator() {
+        Orchestrator::At(url) => Some(Goal::Named(url.to_owned())),
+        // A token and the workers' secrets are not for whoever happens to listen at the standard port.
+        Orchestrator::Local => Some(Goal::Local {
+            state: orchestrator_state,
+            or_standard: token.is_none(),
+        }),
+        Orchestrator::None => None,
+    };
+    if let Some(goal) = goal {
+        let heart = Heart::new(Arc::clone(&pool), goal, token).map_err(RunError::Orchestrator)?;
+        background.spawn(heart.beat());
     }
 
     files

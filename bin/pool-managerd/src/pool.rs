@@ -1,10 +1,12 @@
 //! What all parts of the daemon share.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::panic;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use axum::http::Uri;
 use jiff::Timestamp;
 use pool_core::ModelRef;
 use pool_core::api::pool::{ModelOnDisk, PoolSnapshot, PoolStatus, WorkerEndpoint};
@@ -22,6 +24,8 @@ pub struct Pool {
     /// New at each start, so that the orchestrator can tell this instance from the one before.
     pub instance_id: String,
     pub metrics: Metrics,
+    /// Where others reach the pool.
+    pub url: String,
     started_at: Timestamp,
     draining: AtomicBool,
     changes: watch::Sender<u64>,
@@ -40,8 +44,11 @@ pub struct Watcher {
 }
 
 impl Pool {
-    pub fn new(lifecycle: Lifecycle) -> Self {
+    /// The pool of `lifecycle`, which listens at `listens_at`.
+    pub fn new(lifecycle: Lifecycle, listens_at: String) -> Self {
+        let advertised = lifecycle.config().advertise_url.clone();
         Self {
+            url: advertised.unwrap_or(listens_at),
             lifecycle,
             instance_id: uuid::Uuid::new_v4().to_string(),
             metrics: Metrics::new(),
@@ -129,7 +136,7 @@ impl Pool {
         let endpoints = serving
             .map(|record| WorkerEndpoint {
                 worker_id: record.info.id.clone(),
-                url: record.url(),
+                url: endpoint_url(record, &self.url),
                 secret: record.secret.expose().to_owned(),
             })
             .collect();
@@ -177,6 +184,62 @@ impl Pool {
             workers: records.iter().map(|record| record.info.clone()).collect(),
             models: self.models(),
             disk: self.lifecycle.store().disk().unwrap_or_default(),
+        }
+    }
+}
+
+/// Where the orchestrator reaches a worker: on this host where it listens for nobody else, else on the host that the
+/// pool itself is reached at. A worker that listens on one address of several is taken by its word where the pool
+/// names none but this host.
+fn endpoint_url(record: &WorkerRecord, pool_url: &str) -> String {
+    let bound = record.args.bind;
+    let uri = pool_url.parse::<Uri>().unwrap_or_default();
+    match uri.host() {
+        Some(host) if !bound.is_loopback() && (bound.is_unspecified() || !is_loopback(host)) => {
+            format!("http://{host}:{}", record.info.port)
+        }
+        _ => record.url(),
+    }
+}
+
+/// Whether the host of a URL is this one, whoever reads it.
+pub fn is_loopback(host: &str) -> bool {
+    let ip = host.trim_start_matches('[').trim_end_matches(']');
+    host.eq_ignore_ascii_case("localhost") || ip.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLD-034]
+    fn workers_are_reached_where_the_pool_is_unless_they_listen_for_this_host_alone() {
+        let url = |bind: &str, pool_url: &str| {
+            let record = serde_json::from_value::<WorkerRecord>(serde_json::json!({
+                "id": "worker-cpu-0", "model_ref": "tiny", "model_file": {"size_bytes": 1, "modified_ns": 1},
+                "device": "cpu", "status": "ready", "port": 8001, "slots": 1, "active": 0, "load_percent": 100,
+                "memory": {"predicted_bytes": 1}, "created_at": "2026-01-01T00:00:00Z",
+                "identity": null, "nonce": "n", "secret": "s", "program": "/p", "port_fixed": false,
+                "ports_tried": [], "stop_requested": false,
+                "args": {"worker_id": "worker-cpu-0", "model": "/m", "backend": "cpu", "gpu": 0, "bind": bind,
+                         "port": 8001, "slots": 1},
+            }));
+            endpoint_url(&record.unwrap(), pool_url)
+        };
+        for (bind, pool_url, endpoint) in [
+            (
+                "127.0.0.1",
+                "http://127.0.0.1:9200",
+                "http://127.0.0.1:8001",
+            ),
+            ("127.0.0.1", "http://mac.lan:9200", "http://127.0.0.1:8001"),
+            ("0.0.0.0", "http://mac.lan:9200", "http://mac.lan:8001"),
+            ("::", "https://[fd00::7]:9200/pool", "http://[fd00::7]:8001"),
+            ("0.0.0.0", "http://127.0.0.1:9200", "http://127.0.0.1:8001"),
+            ("10.0.0.5", "http://mac.lan:9200", "http://mac.lan:8001"),
+            ("10.0.0.5", "http://127.0.0.1:9200", "http://10.0.0.5:8001"),
+        ] {
+            assert_eq!(url(bind, pool_url), endpoint, "{bind} {pool_url}");
         }
     }
 }

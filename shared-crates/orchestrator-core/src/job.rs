@@ -359,6 +359,8 @@ pub enum JobErrorCode {
     WorkerLost,
     /// No pool can load the model's file.
     ModelFailed,
+    /// The orchestrator could not go on with it.
+    Internal,
 }
 
 impl JobErrorCode {
@@ -373,6 +375,7 @@ impl JobErrorCode {
             Self::InferenceFailed => "INFERENCE_FAILED",
             Self::WorkerLost => "WORKER_LOST",
             Self::ModelFailed => "MODEL_FAILED",
+            Self::Internal => "INTERNAL",
         }
     }
 }

@@ -28,6 +28,8 @@ pub struct QueuedJob {
     pub not_before: Option<Timestamp>,
     /// Where it must run.
     pub placement: Placement,
+    /// Its turn, once the queue has given it one: a job that comes back keeps it.
+    pub turn: Option<u64>,
 }
 
 impl QueuedJob {
@@ -41,6 +43,7 @@ impl QueuedJob {
             created_at: job.created_at,
             not_before,
             placement: job.spec.placement.clone(),
+            turn: None,
         }
     }
 }
@@ -123,14 +126,18 @@ impl FairQueue {
         }
     }
 
-    /// Puts a job in whatever the capacity says: it was accepted before.
-    pub fn put_back(&mut self, job: QueuedJob) {
+    /// Puts a job in whatever the capacity says: it was accepted before. One that had its turn has it again.
+    pub fn put_back(&mut self, mut job: QueuedJob) {
         self.remove(job.id);
-        let tag = self.next_tag(&job);
-        if let Some(session) = &job.session_id {
-            self.next_tags
-                .insert((job.priority, session.clone()), tag + 1);
-        }
+        let tag = job.turn.unwrap_or_else(|| {
+            let tag = self.next_tag(&job);
+            if let Some(session) = &job.session_id {
+                self.next_tags
+                    .insert((job.priority, session.clone()), tag + 1);
+            }
+            tag
+        });
+        job.turn = Some(tag);
         self.arrivals.insert(job.id, job.created_at);
         self.waiting
             .insert((job.created_at, job.id), Entry { job, tag });
@@ -253,6 +260,7 @@ mod tests {
             created_at: at(second),
             not_before: None,
             placement: Placement::default(),
+            turn: None,
         }
     }
 
@@ -311,5 +319,23 @@ mod tests {
         let back = job(1, Priority::Interactive, None);
         queue.put_back(back.clone());
         assert_eq!(drain(&mut queue, at(7)), [back.id, first.id]);
+    }
+
+    // [ORCHCORE-043]
+    #[test]
+    fn a_job_that_comes_back_keeps_its_place() {
+        let mut queue = queue();
+        let jobs: Vec<_> = (0..3)
+            .map(|s| job(s, Priority::Interactive, Some("a")))
+            .collect();
+        for job in &jobs {
+            queue.enqueue(job.clone()).unwrap();
+        }
+        let first = queue.dequeue(at(5)).unwrap();
+        let second = queue.dequeue(at(5)).unwrap();
+        queue.put_back(first);
+        queue.put_back(second);
+        let order: Vec<_> = jobs.iter().map(|job| job.id).collect();
+        assert_eq!(drain(&mut queue, at(5)), order);
     }
 }

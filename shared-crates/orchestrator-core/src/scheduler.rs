@@ -8,21 +8,27 @@ use std::cmp::{Ordering, Reverse};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use pool_core::api::pool::PoolStatus;
-use pool_core::worker::{Device, ModelFile, WorkerInfo, WorkerStatus};
+use pool_core::worker::{Device, ExitReason, ModelFile, WorkerInfo, WorkerStatus};
 use serde::{Deserialize, Serialize};
 
 use crate::job::{JobErrorCode, JobId, Placement};
 use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
 
+/// How long pools have to register after a restart of the orchestrator: a little more than the default interval of their
+/// heartbeats.
+pub const REGISTRATION: SignedDuration = SignedDuration::from_secs(20);
+
 /// Everything a plan depends on.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
     /// The time.
     pub now: Timestamp,
+    /// When this orchestrator started: until its pools had time to register, no job of before is rejected.
+    pub started_at: Timestamp,
     /// Waiting jobs in the order of their turns.
     pub jobs: Vec<QueuedJob>,
     /// Registered pools.
@@ -96,7 +102,7 @@ pub struct WorkerState {
     pub slots: u32,
     /// Sequences that it runs now.
     pub active: u32,
-    /// Why it never came up, where it did not.
+    /// Why it refused its model's file, where it did. Another end while it started says nothing of the file.
     pub start_failure: Option<String>,
 }
 
@@ -123,7 +129,7 @@ impl PoolState {
             start_failure: worker
                 .exit
                 .as_ref()
-                .filter(|exit| exit.during_start)
+                .filter(|exit| exit.during_start && exit.reason == ExitReason::ModelInvalid)
                 .map(|exit| exit.message.clone()),
         };
         Self {
@@ -401,6 +407,10 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
                 plan.waiting.insert(job.id, Arc::clone(&wait));
                 settled.insert(class, Ok(wait));
             }
+            Verdict::Reject { message, .. } if awaits_pools(job, snapshot) => {
+                plan.waiting
+                    .insert(job.id, Arc::new(pools_may_come(message)));
+            }
             Verdict::Reject { code, message } => {
                 settled.insert(class, Err((code, message.clone())));
                 plan.actions.push(Action::Reject {
@@ -476,7 +486,7 @@ fn judge(
         return wait(
             WaitReason::NoPool,
             message,
-            "start `llorch-pool daemon start` on a pool host",
+            "run `llorch-pool daemon start` on a pool host; on another machine, `orchestrator_url` in its settings tells it where to register",
             &filters,
         );
     }
@@ -524,8 +534,20 @@ fn judge(
         let failure = before
             .iter()
             .find_map(|&index| failed(&pools[index]).map(|why| (&pools[index].id, why)));
+        // A pool that is away now may have a good copy.
+        let elsewhere = pools.iter().find(|p| {
+            placement.pool.as_ref().is_none_or(|wanted| *wanted == p.id)
+                && (p.liveness != PoolLiveness::Online || p.draining)
+                && on_disk(p)
+                && failed(p).is_none()
+        });
         if let Some((pool, why)) = failure {
             let message = format!("`{model}` can't be started on pool `{pool}`: {why}");
+            if let Some(elsewhere) = elsewhere {
+                let message = format!("{message}; pool `{}` has it and is away", elsewhere.id);
+                let hint = "see `llorch-pool daemon status` on that host";
+                return wait(WaitReason::PoolsAway, message, hint, &filters);
+            }
             return Verdict::Reject {
                 code: JobErrorCode::ModelFailed,
                 message,
@@ -676,6 +698,21 @@ fn judge(
             "it starts when memory for another worker is free",
             &filters,
         ),
+    }
+}
+
+/// Whether the job is of before a restart, and pools that could do it may not have registered since.
+fn awaits_pools(job: &QueuedJob, snapshot: &Snapshot) -> bool {
+    let since_start = snapshot.now.duration_since(snapshot.started_at);
+    job.created_at < snapshot.started_at && since_start < REGISTRATION
+}
+
+fn pools_may_come(why: String) -> Explanation {
+    Explanation {
+        reason: WaitReason::PoolsAway,
+        message: format!("{why}; other pools may still register after the restart"),
+        hint: "it is decided soon".to_owned(),
+        filters: Vec::new(),
     }
 }
 

@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 
 use crate::api::error::{ErrorBody, ErrorEnvelope};
 use crate::api::version::VersionInfo;
+use crate::errors::with_causes;
 use crate::secret::Secret;
 
 /// How long a connection may take: our daemons stand on the same host or in the next room.
@@ -483,7 +484,7 @@ where
         match tokio::time::timeout(idle, bytes.next()).await {
             Ok(None) => None,
             Ok(Some(Ok(chunk))) => Some((Ok(chunk.as_ref().to_vec()), Some(bytes))),
-            Ok(Some(Err(error))) => Some((Err(Fault::Transport(chain(&error))), None)),
+            Ok(Some(Err(error))) => Some((Err(Fault::Transport(with_causes(&error))), None)),
             Err(_) => Some((Err(Fault::Silent), None)),
         }
     });
@@ -526,12 +527,6 @@ where
         let ended = std::mem::replace(broken, item.is_err());
         std::future::ready((!ended).then_some(item))
     }))
-}
-
-/// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 fn beginning(text: &str) -> String {

@@ -1,17 +1,23 @@
 //! Settings of a pool host, read by `pool-managerd` and by `llorch-pool` when it works without the daemon.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::api::pool::HEARTBEAT_INTERVAL_MS;
 use crate::home::Home;
 use crate::settings::{self, SettingsError};
+use crate::worker_args::DEFAULT_STOP_GRACE_S;
 
 /// The port of the pool manager where nothing else is said.
 pub const DEFAULT_PORT: u16 = 9200;
+/// Where an orchestrator listens where nothing else is said.
+pub const STANDARD_ORCHESTRATOR_URL: &str = "http://127.0.0.1:8080";
+/// The `orchestrator_url` of a pool that reports to nobody.
+const NO_ORCHESTRATOR: &str = "none";
 
 /// `pool-managerd.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,11 +30,12 @@ pub struct PoolConfig {
     pub bind: SocketAddr,
     /// Where the orchestrator reaches this pool. Default: the address it listens on.
     pub advertise_url: Option<String>,
-    /// The orchestrator to register with; none by default.
+    /// The orchestrator to register with; `none` for none. Default: the one that runs on this home, else, for a pool
+    /// without a token, one at the standard address `http://127.0.0.1:8080`.
     pub orchestrator_url: Option<String>,
     /// File (mode 0600) with the pool's token; the variable `LLORCH_POOL_TOKEN` goes before it.
     pub token_file: Option<PathBuf>,
-    /// Milliseconds between heartbeats when nothing changes. Default 15000.
+    /// Milliseconds between heartbeats when nothing changes, 20 to 600000. Default 15000.
     pub heartbeat_interval_ms: u64,
     /// How workers are started, watched and stopped.
     pub workers: WorkersConfig,
@@ -50,7 +57,11 @@ pub struct WorkersConfig {
     pub port_max: u16,
     /// Seconds that a worker may take to load. Default 120; a file of over 12 GB gets a second for each 100 MB.
     pub start_timeout_s: u64,
-    /// Seconds that a worker has to finish what runs when it is told to stop, before it is killed. Default 10.
+    /// Address that workers listen on. Default `127.0.0.1`, which serves an orchestrator on this host alone. An
+    /// orchestrator elsewhere calls them at the host of `advertise_url`, with the secret that every worker has.
+    pub bind: IpAddr,
+    /// Seconds that a worker has to finish what runs when it is told to stop; it is killed where it is still there
+    /// 5 seconds later. Default 10.
     pub stop_timeout_s: u64,
     /// Compute threads of a worker on the CPU. Default: one less than the host's processors.
     pub threads: Option<NonZeroU32>,
@@ -66,8 +77,6 @@ pub struct WorkersConfig {
 pub struct MemoryConfig {
     /// Bytes of main memory that all workers together may take. Default: what the host has.
     pub cpu_limit_bytes: Option<u64>,
-    /// Bytes of each GPU's memory that the workers on it may take. Default: what the GPU has.
-    pub gpu_limit_bytes: Option<u64>,
 }
 
 /// `[models]`.
@@ -78,8 +87,6 @@ pub struct ModelsConfig {
     pub dir: Option<PathBuf>,
     /// Folders below which a `file:` reference may point. Default: the models folder alone.
     pub allow_paths: Vec<PathBuf>,
-    /// Whether `hf:` references that no catalogue entry covers may be downloaded. Default: no.
-    pub allow_hub: bool,
 }
 
 /// `[service]`.
@@ -121,7 +128,8 @@ impl Default for WorkersConfig {
             port_min: 8001,
             port_max: 8999,
             start_timeout_s: 120,
-            stop_timeout_s: 10,
+            bind: Ipv4Addr::LOCALHOST.into(),
+            stop_timeout_s: DEFAULT_STOP_GRACE_S,
             threads: None,
             keep_ended: 20,
             programs_dir: None,
@@ -139,6 +147,17 @@ impl Default for ServiceConfig {
             allowed_hosts: Vec::new(),
         }
     }
+}
+
+/// Which orchestrator a pool reports to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Orchestrator<'a> {
+    /// The one of this host, wherever it listens.
+    Local,
+    /// The one at this address.
+    At(&'a str),
+    /// None.
+    None,
 }
 
 /// Why the pool's settings can't be used.
@@ -214,19 +233,20 @@ impl PoolConfig {
                 "must be 1 to 64 letters, digits, `.`, `_` or `-`, and begin with a letter or digit",
             );
         }
+        let orchestrator_url = match self.orchestrator() {
+            Orchestrator::At(url) => Some(url),
+            Orchestrator::Local | Orchestrator::None => None,
+        };
         for (key, url) in [
-            ("advertise_url", &self.advertise_url),
-            ("orchestrator_url", &self.orchestrator_url),
+            ("advertise_url", self.advertise_url.as_deref()),
+            ("orchestrator_url", orchestrator_url),
         ] {
-            if url
-                .as_ref()
-                .is_some_and(|url| !(url.starts_with("http://") || url.starts_with("https://")))
-            {
+            if url.is_some_and(|url| !(url.starts_with("http://") || url.starts_with("https://"))) {
                 return refuse(key, "must begin with http:// or https://");
             }
         }
         if self.advertise_url.is_none()
-            && self.orchestrator_url.is_some()
+            && orchestrator_url.is_some()
             && self.bind.ip().is_unspecified()
         {
             return refuse(
@@ -234,8 +254,12 @@ impl PoolConfig {
                 "is needed because `bind` is every address of the host and names none of them",
             );
         }
-        if self.heartbeat_interval_ms < 10 {
-            return refuse("heartbeat_interval_ms", "must be at least 10");
+        if !HEARTBEAT_INTERVAL_MS.contains(&self.heartbeat_interval_ms) {
+            let (least, most) = HEARTBEAT_INTERVAL_MS.into_inner();
+            return refuse(
+                "heartbeat_interval_ms",
+                &format!("must be {least} to {most}"),
+            );
         }
         let WorkersConfig {
             port_min,
@@ -274,6 +298,15 @@ impl PoolConfig {
         Ok(())
     }
 
+    /// Which orchestrator to report to.
+    pub fn orchestrator(&self) -> Orchestrator<'_> {
+        match self.orchestrator_url.as_deref() {
+            None => Orchestrator::Local,
+            Some("" | NO_ORCHESTRATOR) => Orchestrator::None,
+            Some(url) => Orchestrator::At(url),
+        }
+    }
+
     /// The models folder in force.
     pub fn models_dir(&self, home: &Home) -> PathBuf {
         self.models.dir.clone().unwrap_or_else(|| home.models_dir())
@@ -294,11 +327,6 @@ impl WorkersConfig {
     /// than 100 MB/s is taken for stuck.
     pub fn start_timeout(&self, file_bytes: u64) -> Duration {
         Duration::from_secs(self.start_timeout_s.max(file_bytes / 100_000_000))
-    }
-
-    /// How long a worker may take to stop by itself.
-    pub fn stop_timeout(&self) -> Duration {
-        Duration::from_secs(self.stop_timeout_s)
     }
 }
 
@@ -393,7 +421,11 @@ mod tests {
                 "bind = \"0.0.0.0:1\"\norchestrator_url = \"http://a\"",
                 "advertise_url",
             ),
-            ("heartbeat_interval_ms = 0", "heartbeat_interval_ms"),
+            ("heartbeat_interval_ms = 19", "heartbeat_interval_ms"),
+            ("heartbeat_interval_ms = 600001", "heartbeat_interval_ms"),
+            ("[models]\nallow_hub = true", "models.allow_hub"),
+            ("[memory]\ngpu_limit_bytes = 1", "memory.gpu_limit_bytes"),
+            ("[workers]\nbind = \"blep\"", "workers.bind"),
             (
                 "[workers]\nport_min = 9000\nport_max = 8000",
                 "workers.port_min",
@@ -404,6 +436,23 @@ mod tests {
         ] {
             let error = load(file, &[]).unwrap_err();
             assert!(error.contains(&format!("`{key}`")), "{file}: {error}");
+        }
+    }
+
+    #[test] // [POOLD-033]
+    fn the_orchestrator_is_the_local_one_unless_another_or_none_is_named() {
+        let none = load("orchestrator_url = \"\"", &[]).unwrap();
+        assert_eq!(none.orchestrator(), Orchestrator::None);
+        let none = load("", &[("LLORCH_ORCHESTRATOR_URL", "none")]).unwrap();
+        assert_eq!(none.orchestrator(), Orchestrator::None);
+        // An empty variable is one that is not set.
+        let local = load("", &[("LLORCH_ORCHESTRATOR_URL", "")]).unwrap();
+        assert_eq!(local.orchestrator(), Orchestrator::Local);
+        let named = load("orchestrator_url = \"http://blep:8080\"", &[]).unwrap();
+        assert_eq!(named.orchestrator(), Orchestrator::At("http://blep:8080"));
+        // Reporting to nobody, or to a neighbour on the same host, needs no address that others can use.
+        for url in ["", "orchestrator_url = \"none\""] {
+            load(&format!("bind = \"0.0.0.0:1\"\n{url}"), &[]).unwrap();
         }
     }
 

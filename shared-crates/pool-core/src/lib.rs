@@ -10,11 +10,13 @@ pub mod catalog;
 #[cfg(feature = "client")]
 pub mod client;
 pub mod config;
+pub mod errors;
 pub mod fsio;
 pub mod home;
 pub mod lifecycle;
 pub mod model_ref;
 pub mod process;
+pub mod programs;
 pub mod registry;
 pub mod run_files;
 pub mod secret;

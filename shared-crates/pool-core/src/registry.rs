@@ -8,6 +8,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -50,12 +51,19 @@ impl WorkerRecord {
         Ok(())
     }
 
-    /// Where it listens.
+    /// Where it answers a caller on this host: who listens on every address listens on the loopback one.
+    pub fn local_addr(&self) -> SocketAddr {
+        let ip = match self.args.bind {
+            IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+            ip => ip,
+        };
+        SocketAddr::new(ip, self.info.port)
+    }
+
+    /// [`WorkerRecord::local_addr`] as a URL.
     pub fn url(&self) -> String {
-        format!(
-            "http://{}",
-            std::net::SocketAddr::new(self.args.bind, self.info.port)
-        )
+        format!("http://{}", self.local_addr())
     }
 
     /// Memory that is set aside for it, bytes: the estimate until it has measured itself, nothing once it has ended.

@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,13 @@ pub const NONCE_VAR: &str = "LLORCH_WORKER_NONCE";
 pub const EXIT_PORT_TAKEN: i32 = 75;
 /// Exit code of a worker that refuses its model file; the last log line that begins with `error: ` says why.
 pub const EXIT_MODEL_INVALID: i32 = 65;
+
+/// Seconds that what runs may take to finish once a worker is told to stop, where nothing else is said.
+pub const DEFAULT_STOP_GRACE_S: u64 = 10;
+/// How long readers have to fetch the last events once everything has ended.
+pub const STOP_FLUSH: Duration = Duration::from_secs(2);
+/// How long a worker has, beyond its grace and the flush, to notice that its time is up and be gone.
+const STOP_MARGIN: Duration = Duration::from_secs(3);
 
 /// Arguments of `llorch-candled`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,15 +62,34 @@ pub struct WorkerArgs {
     /// Tokens of context [default: the smaller of the model's and 4096].
     #[cfg_attr(feature = "cli", arg(long, value_name = "TOKENS"))]
     pub context_length: Option<u32>,
-    /// Sequences that run at once.
+    /// Sequences that run at once; this version runs 1.
     #[cfg_attr(feature = "cli", arg(long, default_value_t = 1))]
     pub slots: u32,
     /// Compute threads [default: one less than the host's processors].
     #[cfg_attr(feature = "cli", arg(long))]
     pub threads: Option<u32>,
+    /// Seconds that a running execution may take to finish once the worker is told to stop.
+    #[cfg_attr(feature = "cli", arg(long, value_name = "SECONDS", default_value_t = DEFAULT_STOP_GRACE_S))]
+    #[serde(default = "default_stop_grace_s")]
+    pub stop_grace_s: u64,
+}
+
+/// Of records that an earlier version wrote.
+fn default_stop_grace_s() -> u64 {
+    DEFAULT_STOP_GRACE_S
 }
 
 impl WorkerArgs {
+    /// How long what runs may take to finish once the worker is told to stop.
+    pub fn stop_grace(&self) -> Duration {
+        Duration::from_secs(self.stop_grace_s)
+    }
+
+    /// How long after it was told to stop a worker is taken for stuck: what it was promised itself, and a margin.
+    pub fn stop_timeout(&self) -> Duration {
+        self.stop_grace() + STOP_FLUSH + STOP_MARGIN
+    }
+
     /// The argument list that [`WorkerArgs`] parses back to the same value.
     pub fn to_args(&self) -> Vec<OsString> {
         let mut args: Vec<OsString> = Vec::new();
@@ -74,6 +101,7 @@ impl WorkerArgs {
         push("--bind", self.bind.to_string().into());
         push("--port", self.port.to_string().into());
         push("--slots", self.slots.to_string().into());
+        push("--stop-grace-s", self.stop_grace_s.to_string().into());
         let optional = [
             (
                 "--model-ref",
@@ -123,6 +151,7 @@ mod tests {
             context_length: Some(2048),
             slots: 2,
             threads: Some(4),
+            stop_grace_s: 30,
         };
         let bare = WorkerArgs {
             model_ref: None,

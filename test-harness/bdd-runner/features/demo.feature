@@ -18,9 +18,9 @@ Feature: The front door
   # [BDD-002]
   Scenario Outline: The demo fails when a part of the chain dies in it
     Given the default model is on disk
-    When I run `llorch dev demo --max-tokens 400 --prompt "Write a long story about a lighthouse."` and kill the <part> after the first words
+    When I run `llorch dev demo --keep --max-tokens 400 --prompt "Write a long story about a lighthouse."` and kill the <part> after the first words
     Then it fails
-    And nothing is left running
+    And the API still shows one job of one attempt on "worker-cpu-0" whose text is what was printed
 
     Examples:
       | part   |

@@ -99,8 +99,9 @@ impl House {
             .env("LLORCH_ORCHESTRATOR_BIND", &self.orchestrator_bind)
             .env("LLORCH_POOL_BIND", "127.0.0.1:0");
         command.env("LLORCH_POOL_ID", "bdd");
-        if let Some(url) = self.address("orchestratord") {
-            command.env("LLORCH_ORCHESTRATOR_URL", url);
+        // A pool finds the orchestrator of its home; without one it must not knock at the standard port.
+        if name == "llorch-pool" && self.address("orchestratord").is_none() {
+            command.env("LLORCH_ORCHESTRATOR_URL", "none");
         }
         command
     }
@@ -167,19 +168,35 @@ impl House {
         self.finished.as_ref().expect("a command ran before")
     }
 
-    /// Stops everything that runs in this home, and fails where something is left.
-    pub async fn close(&mut self) {
-        if let Some(mut child) = self.running.take() {
-            child.kill().await.ok();
-        }
+    /// The home of a demo that was told to keep it: a folder in this one.
+    pub fn demo_home(&self) -> PathBuf {
+        let entries = std::fs::read_dir(self.home()).expect("the home is there");
+        let mut folders = entries.flatten().map(|entry| entry.path());
+        folders
+            .find(|folder| folder.join("state/orchestratord/jobs.db").exists())
+            .expect("the demo made a home in the scenario's folder")
+    }
+
+    /// Stops everything that runs in `home`.
+    pub async fn stop_all(&self, home: &Path) {
         for line in [
             "llorch-pool worker stop --all --force",
             "llorch-pool daemon stop --workers",
             "llorch orchestrator stop",
         ] {
-            // What is not running can't be stopped: the check below is the one that counts.
-            process::run(self.command(line), COMMAND_LIMIT).await;
+            let mut command = self.command(line);
+            command.env("LLORCH_HOME", home);
+            // What is not running can't be stopped: what is left afterwards is what counts.
+            process::run(command, COMMAND_LIMIT).await;
         }
+    }
+
+    /// Stops everything that runs in this home, and fails where something is left.
+    pub async fn close(&mut self) {
+        if let Some(mut child) = self.running.take() {
+            child.kill().await.ok();
+        }
+        self.stop_all(self.home()).await;
         let home = self.home().to_owned();
         let gone = until(Duration::from_secs(15), || {
             process::left_running(&home).is_empty()

@@ -7,6 +7,7 @@ pub mod prefill;
 pub mod sampling;
 pub mod stop;
 
+use std::error::Error;
 use std::path::Path;
 use std::time::Instant;
 
@@ -56,6 +57,12 @@ impl LoadError {
     /// Whether it is the command line that asks for what the model doesn't have, rather than the file that is bad.
     pub fn is_usage(&self) -> bool {
         matches!(self, Self::Config(ConfigError::ContextTooLong { .. }))
+    }
+
+    /// Whether the system could not read the file, which says nothing about what is in it.
+    pub fn is_io(&self) -> bool {
+        let mut causes = std::iter::successors(self.source(), |cause| (*cause).source());
+        causes.any(<dyn Error>::is::<std::io::Error>)
     }
 }
 

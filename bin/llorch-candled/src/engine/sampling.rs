@@ -4,7 +4,8 @@
 //!
 //! 1. **repetition penalty** θ (Keskar et al. 2019): the logit of every token in the prompt or the text so far is divided
 //!    by θ where it is positive and multiplied by θ where it is negative;
-//! 2. **temperature** T: 0 takes the largest logit (of equals the lowest id) and ends here, else logits are divided by T;
+//! 2. **temperature** T: 0 takes the largest logit (of equals the lowest id) and ends here, else logits are divided by T.
+//!    So does a penalty so small that the largest logit is no finite number any more, and no probabilities are left;
 //! 3. **top_k**: the k largest logits stay;
 //! 4. **top_p** (Holtzman et al. 2020): of the probabilities of those that stay, the fewest largest whose sum is at
 //!    least p stay;
@@ -24,7 +25,7 @@ use rand::{Rng, SeedableRng};
 /// How many of the likeliest candidates are put in order first when only the likeliest part is wanted.
 const FIRST_PART: usize = 64;
 
-/// A candidate: its id and its logit after penalty and temperature.
+/// A candidate: its id and its logit after penalty and temperature, less the largest one, which makes that 0.
 type Candidate = (u32, f32);
 
 /// Draws the token at `position` of the answer (counted from 0). `seen` are all tokens of the prompt and the answer so
@@ -43,20 +44,22 @@ pub fn sample(
     let Some(likeliest) = argmax(logits) else {
         bail!("there are no logits")
     };
-    if sampling.temperature == 0.0 {
+    let largest = logits[likeliest as usize];
+    if sampling.temperature == 0.0 || !largest.is_finite() {
         return Ok(likeliest);
     }
-    let inverse = 1.0 / sampling.temperature;
-    let mut candidates: Vec<Candidate> = (0u32..)
-        .zip(logits.iter().map(|logit| logit * inverse))
-        .collect();
-    let largest = logits[likeliest as usize] * inverse;
+    // Less the largest one before the division: however small the temperature, the largest stays 0 and the others
+    // become negative, at worst without a bound.
+    let scaled = logits
+        .iter()
+        .map(|logit| (logit - largest) / sampling.temperature);
+    let mut candidates: Vec<Candidate> = (0u32..).zip(scaled).collect();
     keep_top_k(&mut candidates, sampling.top_k as usize);
-    keep_top_p(&mut candidates, largest, f64::from(sampling.top_p));
-    keep_min_p(&mut candidates, largest, f64::from(sampling.min_p));
+    keep_top_p(&mut candidates, f64::from(sampling.top_p));
+    keep_min_p(&mut candidates, f64::from(sampling.min_p));
     // Drawing in order of ids makes a filter that removes nothing change nothing.
     candidates.sort_unstable_by_key(|(id, _)| *id);
-    Ok(draw(&candidates, largest, uniform(seed, position)).unwrap_or(likeliest))
+    Ok(draw(&candidates, uniform(seed, position)).unwrap_or(likeliest))
 }
 
 /// A number in [0, 1) that depends on the seed and the position alone.
@@ -110,12 +113,12 @@ fn keep_top_k(candidates: &mut Vec<Candidate>, k: usize) {
     candidates.truncate(k);
 }
 
-/// Weight of a logit; the likeliest token's is 1.
-fn weight(logit: f32, largest: f32) -> f64 {
-    f64::from(logit - largest).exp()
+/// Weight of a candidate's logit; the likeliest token's is 1.
+fn weight(logit: f32) -> f64 {
+    f64::from(logit).exp()
 }
 
-fn keep_top_p(candidates: &mut Vec<Candidate>, largest: f32, p: f64) {
+fn keep_top_p(candidates: &mut Vec<Candidate>, p: f64) {
     if p >= 1.0 {
         return;
     }
@@ -123,7 +126,7 @@ fn keep_top_p(candidates: &mut Vec<Candidate>, largest: f32, p: f64) {
     candidates.sort_unstable_by_key(|(id, _)| *id);
     let goal = p * candidates
         .iter()
-        .map(|(_, logit)| weight(*logit, largest))
+        .map(|(_, logit)| weight(*logit))
         .sum::<f64>();
     let mut sum = 0.0;
     let mut ordered = 0;
@@ -137,7 +140,7 @@ fn keep_top_p(candidates: &mut Vec<Candidate>, largest: f32, p: f64) {
         }
         rest[..end - ordered].sort_unstable_by(larger_first);
         for index in ordered..end {
-            sum += weight(candidates[index].1, largest);
+            sum += weight(candidates[index].1);
             if sum >= goal {
                 candidates.truncate(index + 1);
                 return;
@@ -148,21 +151,18 @@ fn keep_top_p(candidates: &mut Vec<Candidate>, largest: f32, p: f64) {
     }
 }
 
-fn keep_min_p(candidates: &mut Vec<Candidate>, largest: f32, p: f64) {
+fn keep_min_p(candidates: &mut Vec<Candidate>, p: f64) {
     if p > 0.0 {
-        candidates.retain(|(_, logit)| weight(*logit, largest) >= p);
+        candidates.retain(|(_, logit)| weight(*logit) >= p);
     }
 }
 
-fn draw(candidates: &[Candidate], largest: f32, uniform: f64) -> Option<u32> {
-    let total: f64 = candidates
-        .iter()
-        .map(|(_, logit)| weight(*logit, largest))
-        .sum();
+fn draw(candidates: &[Candidate], uniform: f64) -> Option<u32> {
+    let total: f64 = candidates.iter().map(|(_, logit)| weight(*logit)).sum();
     let goal = uniform * total;
     let mut sum = 0.0;
     for (id, logit) in candidates {
-        sum += weight(*logit, largest);
+        sum += weight(*logit);
         if sum > goal {
             return Some(*id);
         }
@@ -270,6 +270,43 @@ mod tests {
         );
     }
 
+    // [CAND-041]
+    #[test]
+    fn a_tiny_temperature_is_as_good_as_0() {
+        for temperature in [f32::MIN_POSITIVE, 1e-38, 1e-45, 1e-20] {
+            for (top_k, top_p, min_p) in [(0, 1.0, 0.0), (2, 0.9, 0.1)] {
+                let cold = Sampling {
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    ..plain()
+                };
+                for logits in [LOGITS, LOGITS.map(|l| l - 5.0), LOGITS.map(|l| l * 1e30)] {
+                    for position in 0..20 {
+                        let drawn = draw_with(&logits, &[], &cold, 7, position);
+                        assert_eq!(drawn, 1, "{cold:?} {logits:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    // [CAND-045]
+    #[test]
+    fn a_penalty_that_leaves_no_finite_number_takes_the_largest() {
+        let tiny = Sampling {
+            repetition_penalty: f32::MIN_POSITIVE,
+            ..plain()
+        };
+        let logits = [1.0, 30.0, -1.0, 2.0, 0.0];
+        for position in 0..20 {
+            assert_eq!(draw_with(&logits, &[1, 2], &tiny, 7, position), 1);
+        }
+        let nothing_left = [f32::NEG_INFINITY; 3];
+        assert_eq!(draw_with(&nothing_left, &[], &plain(), 7, 0), 0);
+    }
+
     // [CAND-042]
     #[test]
     fn top_k_keeps_exactly_k() {
@@ -301,7 +338,7 @@ mod tests {
     #[test]
     fn top_p_over_a_flat_vocabulary_keeps_its_share() {
         let mut candidates: Vec<Candidate> = (0..1000).map(|id| (id, 0.0)).collect();
-        keep_top_p(&mut candidates, 0.0, 0.5);
+        keep_top_p(&mut candidates, 0.5);
         let mut ids: Vec<u32> = candidates.iter().map(|(id, _)| *id).collect();
         ids.sort_unstable();
         assert_eq!(ids, (0..500).collect::<Vec<_>>());

@@ -44,7 +44,7 @@ impl Pool {
         }
         if pools.is_empty() && list.format == Format::Table {
             note(
-                "no pool has registered; on its host: `llorch-pool daemon start`, with LLORCH_ORCHESTRATOR_URL set",
+                "no pool has registered; on its host: `llorch-pool daemon start`, where that is another machine, with LLORCH_ORCHESTRATOR_URL set",
             );
         }
         Ok(Exit::Done)

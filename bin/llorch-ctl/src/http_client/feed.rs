@@ -159,12 +159,46 @@ impl Feed {
             .map(str::parse)
             .transpose()
             .map_err(|error| unreadable(&error))?;
-        // A stream that was opened after an event does not repeat it. This costs nothing and makes it certain.
-        if id.is_some() && id <= self.after {
+        // A stream that was opened after an event does not repeat it. This costs nothing and makes it certain. The last
+        // event is taken whatever its id: without it the feed would wait for ever.
+        if id.is_some() && id <= self.after && !content.is_last() {
             return Ok(None);
         }
-        self.after = id.or(self.after);
+        self.after = id.max(self.after);
         self.ended = content.is_last();
         Ok(Some(Item::Event(id, content)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use orchestrator_core::job::{JobError, JobErrorCode};
+
+    use super::*;
+
+    #[test]
+    fn what_was_seen_is_left_out_but_never_the_last_event() {
+        let after = Some("2.41".parse().unwrap());
+        let orchestrator = Orchestrator::at("http://127.0.0.1:1", None).unwrap();
+        let mut feed = Feed::new(orchestrator, JobId::random(), after);
+        let event = |id: &str, event: &TaskEvent| ServerEvent {
+            event: event.name().to_owned(),
+            data: event.data(),
+            id: Some(id.to_owned()),
+            retry: None,
+        };
+        let token = TaskEvent::Token(orchestrator_core::api::events::Token {
+            t: "x".into(),
+            i: 0,
+        });
+        assert_eq!(feed.read(&event("2.41", &token)).unwrap(), None);
+        assert!(feed.read(&event("2.42", &token)).unwrap().is_some());
+        let last = TaskEvent::Error(JobError {
+            code: JobErrorCode::Cancelled,
+            message: "cancelled".into(),
+            retriable: false,
+        });
+        assert!(feed.read(&event("2.42", &last)).unwrap().is_some());
+        assert!(feed.ended);
     }
 }

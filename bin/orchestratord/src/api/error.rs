@@ -10,6 +10,7 @@ use orchestrator_core::api::tasks::ValidationError;
 use orchestrator_core::queue::QueueError;
 use pool_core::client::ClientError;
 use pool_core::service::ServiceError;
+use pool_core::service::codes;
 use serde_json::json;
 
 use crate::fleet::FleetError;
@@ -89,8 +90,14 @@ pub(super) fn stopping() -> ServiceError {
 /// 502 and the like: what a pool, or the way to it, said to a call that was passed on.
 pub(super) fn from_pool(pool: &str, error: &ClientError) -> ServiceError {
     if let ClientError::Api { status, error } = error {
-        // The pool's own word, under its own status: it knows what it refused, and why.
-        let status = StatusCode::from_u16(*status).unwrap_or(StatusCode::BAD_GATEWAY);
+        // The pool's own word, under its own status: it knows what it refused, and why. But where it does not let this
+        // orchestrator in, the caller can't mend that with a token of its own.
+        let status = match StatusCode::from_u16(*status) {
+            Ok(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) | Err(_) => {
+                StatusCode::BAD_GATEWAY
+            }
+            Ok(status) => status,
+        };
         let mut answer = refuse(
             status,
             Code::PoolUnavailable,
@@ -98,7 +105,9 @@ pub(super) fn from_pool(pool: &str, error: &ClientError) -> ServiceError {
         )
         .details(json!({"pool_code": error.code, "pool_details": error.details}))
         .retriable(error.retriable);
-        if let Some(hint) = &error.hint {
+        if error.code == codes::UNAUTHORIZED {
+            answer = answer.hint("give orchestratord and the pool the same LLORCH_POOL_TOKEN");
+        } else if let Some(hint) = &error.hint {
             answer = answer.hint(hint.clone());
         }
         return answer;
@@ -190,6 +199,26 @@ impl From<FleetError> for ServiceError {
                     .hint(hint)
                     .details(json!({"field": "url"}))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // [ORCHD-056]
+    #[test]
+    fn a_pool_that_does_not_let_us_in_is_no_fault_of_the_caller() {
+        for (status, code) in [(401, codes::UNAUTHORIZED), (403, codes::UNKNOWN_HOST)] {
+            let refusal =
+                ServiceError::new(StatusCode::UNAUTHORIZED, code, "no").hint("of the pool");
+            let error = Box::new(refusal.body().clone());
+            let answer = from_pool("pool-a", &ClientError::Api { status, error });
+            assert_eq!(answer.status(), StatusCode::BAD_GATEWAY);
+            assert_eq!(answer.body().code, "POOL_UNAVAILABLE");
+            let hint = answer.body().hint.as_deref().unwrap();
+            assert_eq!(hint.contains("LLORCH_POOL_TOKEN"), status == 401, "{hint}");
         }
     }
 }

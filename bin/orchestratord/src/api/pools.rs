@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use super::error;
 use crate::app::App;
 use crate::clock;
+use crate::dispatch;
 use crate::scheduler;
 
 /// `GET /v2/pools`: all registered pools.
@@ -58,6 +59,7 @@ pub(super) async fn heartbeat(
     app.metrics.heartbeats.with_label_values(&[outcome]).inc();
     result?;
     scheduler::tell_attempts(&app);
+    dispatch::cancel_orphans(&app, &id);
     app.changed.notify_one();
     Ok(Json(json!({})))
 }

@@ -2,19 +2,23 @@
 //!
 //! Tokens go to readers at once and to the database in batches. Everything else is committed first and told after.
 
+mod orphans;
 mod verdict;
 mod worker;
 
-use std::sync::Arc;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use jiff::SignedDuration;
 use orchestrator_core::api::events::{End as EndEvent, FurtherAttempt, Started, TaskEvent, Token};
 use orchestrator_core::job::{AttemptOutcome, JobErrorCode, backoff_ms};
 use orchestrator_core::queue::QueuedJob;
 use pool_core::api::pool::WorkerEndpoint;
 use pool_core::api::worker::{WorkerEvent, WorkerStarted, WorkerToken};
+use pool_core::errors::with_causes;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -24,6 +28,7 @@ use crate::life::{self, End};
 use crate::queue::{ActiveAttempt, LiveJob, Order};
 use crate::state::{Lease, Progress, Requeue, StoreError};
 
+pub use orphans::{Orphans, cancel_orphans};
 use verdict::Verdict;
 use worker::Connection;
 
@@ -50,24 +55,54 @@ pub struct Dispatch {
     pub endpoint: WorkerEndpoint,
 }
 
-/// Leases the job, runs the attempt, and draws the conclusion.
+/// Runs an attempt, and does not leave its job behind whatever happens.
 pub async fn run(app: App, dispatch: Dispatch) {
+    let fence = OnceLock::new();
+    let work = AssertUnwindSafe(perform(&app, &dispatch, &fence)).catch_unwind();
+    if work.await.is_err() {
+        let Dispatch {
+            live,
+            attempt,
+            endpoint,
+            ..
+        } = &dispatch;
+        tracing::error!(job = %live.id, "an attempt panicked; standard error says where");
+        end_surely(&app, live, attempt, None, End::internal()).await;
+        if let Some(fence) = fence.get() {
+            worker::cancel(endpoint, live.id, *fence).await;
+        }
+    }
+    // A daemon that stops leaves the slot to the execution, which goes on.
+    if !app.shutdown.is_requested() {
+        release(&app, &dispatch.live, &dispatch.attempt);
+    }
+}
+
+/// Leases the job, runs the attempt, and draws the conclusion.
+async fn perform(app: &App, dispatch: &Dispatch, fence: &OnceLock<u64>) {
     let Dispatch {
         live,
         queued,
         attempt,
         endpoint,
     } = dispatch;
-    if let Some(lease) = lease(&app, &live, &queued, &attempt).await {
-        let verdict = Running::new(&app, &live, &attempt, &lease)
-            .drive(&endpoint)
-            .await;
-        app.metrics
-            .dispatched
-            .with_label_values(&[verdict.label()])
-            .inc();
-        conclude(&app, &live, queued, &attempt, &lease, &endpoint, verdict).await;
-    }
+    let Some(lease) = lease(app, live, queued, attempt).await else {
+        return;
+    };
+    let _ = fence.set(lease.fence);
+    let verdict = Running::new(app, live, attempt, &lease)
+        .drive(endpoint)
+        .await;
+    app.metrics
+        .dispatched
+        .with_label_values(&[verdict.label()])
+        .inc();
+    conclude(app, live, queued, attempt, &lease, endpoint, verdict).await;
+}
+
+/// Gives the attempt's slot to others.
+fn release(app: &App, live: &LiveJob, attempt: &ActiveAttempt) {
+    app.jobs.end_attempt(live.id, attempt);
     app.changed.notify_one();
 }
 
@@ -78,9 +113,8 @@ async fn lease(
     queued: &QueuedJob,
     attempt: &ActiveAttempt,
 ) -> Option<Lease> {
-    let _gate = live.gate.lock().await;
+    let gate = live.gate.lock().await;
     if live.ended().is_some() {
-        live.set_attempt(None);
         return None;
     }
     match app
@@ -89,7 +123,6 @@ async fn lease(
         .await
     {
         Ok(lease) => {
-            attempt.fence.store(lease.fence, Ordering::Relaxed);
             live.hub.begin_attempt(lease.attempt);
             if lease.attempt == 1 {
                 app.metrics
@@ -100,17 +133,21 @@ async fn lease(
                 worker = attempt.worker_id, "leased");
             Some(lease)
         }
-        Err(error) => {
+        Err(StoreError::Closed) => None,
+        Err(error @ StoreError::Unavailable(_)) => {
             tracing::warn!(job = %live.id, %error, "could not lease");
-            live.set_attempt(None);
-            if !matches!(error, StoreError::Unavailable(_)) {
-                return None;
-            }
+            app.jobs.end_attempt(live.id, attempt);
             let pause = SignedDuration::try_from(STORE_PAUSE).unwrap_or_default();
             app.jobs.put(QueuedJob {
                 not_before: clock::now().checked_add(pause).ok(),
                 ..queued.clone()
             });
+            None
+        }
+        Err(error) => {
+            tracing::error!(job = %live.id, %error, "could not lease");
+            drop(gate);
+            end_surely(app, live, attempt, None, End::internal()).await;
             None
         }
     }
@@ -124,7 +161,7 @@ fn seconds_since(at: jiff::Timestamp) -> f64 {
 async fn conclude(
     app: &App,
     live: &Arc<LiveJob>,
-    queued: QueuedJob,
+    queued: &QueuedJob,
     attempt: &ActiveAttempt,
     lease: &Lease,
     endpoint: &WorkerEndpoint,
@@ -134,19 +171,21 @@ async fn conclude(
     match verdict {
         Verdict::Finished(end) => {
             end_surely(app, live, attempt, fence, End::Completed(end)).await;
-            live.set_attempt(None);
+            release(app, live, attempt);
             worker::forget(endpoint, live.id).await;
         }
         Verdict::Failed(error) => {
             end_surely(app, live, attempt, fence, End::Error(error)).await;
-            live.set_attempt(None);
+            release(app, live, attempt);
             worker::forget(endpoint, live.id).await;
         }
-        Verdict::Over => {
+        Verdict::Broken | Verdict::Over => {
+            if verdict == Verdict::Broken {
+                end_surely(app, live, attempt, fence, End::internal()).await;
+            }
             // The slot is free for others once the worker has let go of it.
             worker::cancel(endpoint, live.id, lease.fence).await;
-            live.set_attempt(None);
-            app.changed.notify_one();
+            release(app, live, attempt);
             worker::forget(endpoint, live.id).await;
         }
         Verdict::Lost(reason) => {
@@ -165,7 +204,7 @@ async fn conclude(
                     End::error(JobErrorCode::WorkerLost, message, true),
                 )
                 .await;
-                live.set_attempt(None);
+                release(app, live, attempt);
             } else {
                 let pause = i64::try_from(backoff_ms(lost, rand::random())).unwrap_or(i64::MAX);
                 let not_before = clock::now()
@@ -173,7 +212,7 @@ async fn conclude(
                     .ok();
                 let queued = QueuedJob {
                     not_before,
-                    ..queued
+                    ..queued.clone()
                 };
                 requeue_surely(
                     app,
@@ -186,7 +225,6 @@ async fn conclude(
                 )
                 .await;
             }
-            app.changed.notify_one();
             // Where it lives after all it shall not go on for nobody. Its buffer is not deleted: by now it may be
             // that of the next attempt, which the fence of this one does not end.
             worker::cancel(endpoint, live.id, lease.fence).await;
@@ -196,7 +234,7 @@ async fn conclude(
                 .mark_full(&attempt.pool_id, &attempt.worker_id, clock::now());
             let queued = QueuedJob {
                 not_before: None,
-                ..queued
+                ..queued.clone()
             };
             requeue_surely(
                 app,
@@ -224,21 +262,31 @@ async fn pause_for_store(app: &App, attempt: &ActiveAttempt) -> bool {
     }
 }
 
-/// Ends the job, however long the database needs.
+/// Ends the job, however long the database needs. Where the record does not allow this end the job fails with that, and
+/// where it does not allow even that the job is let go: none stays that nobody works on.
 async fn end_surely(
     app: &App,
     live: &LiveJob,
     attempt: &ActiveAttempt,
-    fence: Option<u64>,
-    end: End,
+    mut fence: Option<u64>,
+    mut end: End,
 ) {
     loop {
         match life::end(app, live, fence, end.clone()).await {
-            Ok(_) => return,
-            Err(StoreError::Unavailable(_)) if !pause_for_store(app, attempt).await => {}
+            Ok(_) | Err(StoreError::Closed) => return,
+            Err(StoreError::Unavailable(error)) => {
+                if pause_for_store(app, attempt).await {
+                    return;
+                }
+                tracing::warn!(job = %live.id, %error, "could not end the job yet");
+            }
+            Err(error) if end.is_internal() && fence.is_none() => {
+                tracing::error!(job = %live.id, %error, "could not fail the job");
+                return life::abandon(app, live).await;
+            }
             Err(error) => {
                 tracing::error!(job = %live.id, %error, "could not end the job");
-                return;
+                (fence, end) = (None, End::internal());
             }
         }
     }
@@ -277,17 +325,23 @@ async fn requeue_surely(
             if result.is_ok() {
                 last.inspect(|seq| live.hub.written(*seq));
                 // The slot is given back in the same breath: a pass between the two would start the job twice over.
-                live.set_attempt(None);
+                app.jobs.end_attempt(live.id, attempt);
                 app.jobs.put(queued.clone());
+                app.changed.notify_one();
             }
             result
         };
         match result {
-            Ok(()) => return,
-            Err(StoreError::Unavailable(_)) if !pause_for_store(app, attempt).await => {}
+            Ok(()) | Err(StoreError::Closed) => return,
+            Err(StoreError::Unavailable(error)) => {
+                if pause_for_store(app, attempt).await {
+                    return;
+                }
+                tracing::warn!(job = %live.id, %error, "could not put the job back yet");
+            }
             Err(error) => {
                 tracing::error!(job = %live.id, %error, "could not put the job back");
-                return;
+                return end_surely(app, live, attempt, None, End::internal()).await;
             }
         }
     }
@@ -397,9 +451,8 @@ impl<'a> Running<'a> {
         tokio::select! {
             cut = cut(self.app, &mut self.orders, true) => Err(cut.into()),
             () = tokio::time::sleep(POOL_EXPLAINS) => {
-                let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
-                let text = causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
-                Err(Verdict::Lost(format!("worker `{}` on pool `{}`: {text}", self.attempt.worker_id, self.attempt.pool_id)))
+                let (worker, pool, text) = (&self.attempt.worker_id, &self.attempt.pool_id, with_causes(&error));
+                Err(Verdict::Lost(format!("worker `{worker}` on pool `{pool}`: {text}")))
             }
         }
     }
@@ -558,12 +611,17 @@ impl<'a> Running<'a> {
                         self.live.hub.publish(entry);
                         self.live.hub.written(seq);
                         self.started = true;
+                        self.app
+                            .fleet
+                            .mark_open(&self.attempt.pool_id, &self.attempt.worker_id);
                         return None;
                     }
                     Err(StoreError::Unavailable(_)) => {}
+                    Err(StoreError::Closed) => return Some(Verdict::Stopping),
+                    // The job is not over and no other attempt holds it: the record is not what it should be.
                     Err(error) => {
-                        tracing::warn!(job = %self.live.id, %error, "the attempt may not start");
-                        return Some(Verdict::Over);
+                        tracing::error!(job = %self.live.id, %error, "the attempt may not start");
+                        return Some(Verdict::Broken);
                     }
                 }
             }

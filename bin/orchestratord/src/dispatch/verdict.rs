@@ -16,6 +16,8 @@ pub(super) enum Verdict {
     Lost(String),
     /// The worker had no room; the attempt does not count.
     Refused(String),
+    /// The record does not let the job go on.
+    Broken,
     /// The job ended meanwhile, or belongs to another attempt.
     Over,
     /// The daemon ends; the worker goes on.
@@ -30,6 +32,7 @@ impl Verdict {
             Self::Failed(_) => "failed",
             Self::Lost(_) => "lost",
             Self::Refused(_) => "refused",
+            Self::Broken => "broken",
             Self::Over => "over",
             Self::Stopping => "stopping",
         }

@@ -10,16 +10,15 @@ use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::api::pools::PoolView;
 use orchestrator_core::pool::PoolLiveness;
 use orchestrator_core::scheduler::PoolState;
-use pool_core::api::pool::{Heartbeat, PoolStatus, RegisterRequest, WorkerEndpoint};
+use pool_core::api::pool::{
+    HEARTBEAT_INTERVAL_MS, Heartbeat, PoolStatus, RegisterRequest, WorkerEndpoint,
+};
 use pool_core::client::{ApiClient, ClientError};
 use pool_core::secret::Secret;
 use pool_core::worker::{Device, WorkerInfo};
 use pool_core::{ModelRef, POOL_API_VERSION};
 
-use overlay::Overlay;
-
-/// Heartbeat intervals that make sense, milliseconds.
-const INTERVALS_MS: std::ops::RangeInclusive<u64> = 20..=600_000;
+use overlay::{Load, Overlay};
 
 /// Why a pool's call is refused.
 #[derive(Debug, thiserror::Error)]
@@ -154,11 +153,11 @@ impl Fleet {
                 ours: POOL_API_VERSION,
             });
         }
-        if !INTERVALS_MS.contains(&heartbeat_interval_ms) {
+        if !HEARTBEAT_INTERVAL_MS.contains(&heartbeat_interval_ms) {
             let reason = format!(
                 "is {heartbeat_interval_ms}; use {} to {}",
-                INTERVALS_MS.start(),
-                INTERVALS_MS.end()
+                HEARTBEAT_INTERVAL_MS.start(),
+                HEARTBEAT_INTERVAL_MS.end()
             );
             return Err(FleetError::Invalid {
                 field: "heartbeat_interval_ms",
@@ -234,7 +233,7 @@ impl Fleet {
             .into_iter()
             .map(|e| (e.worker_id.clone(), e))
             .collect();
-        overlay.heard(id, &snapshot.status);
+        overlay.heard(id, &snapshot.status, now);
         pool.status = Some(snapshot.status);
         Ok(())
     }
@@ -366,7 +365,7 @@ impl Fleet {
     }
 
     /// Notes that the pool starts a worker.
-    pub fn start_accepted(&self, start: u64, worker: &str) {
+    pub fn start_accepted(&self, start: u64, pool: &str, worker: &str, now: Timestamp) {
         let mut inner = self.lock();
         let Inner { pools, overlay } = &mut *inner;
         overlay.start_accepted(start, worker, |pool| {
@@ -374,6 +373,10 @@ impl Fleet {
                 .get(pool)
                 .is_some_and(|pool| pool.worker(worker).is_some())
         });
+        // The pool may have told what became of it before it answered.
+        if let Some(status) = pools.get(pool).and_then(|pool| pool.status.as_ref()) {
+            overlay.settle(pool, status, now);
+        }
     }
 
     /// Notes that the pool refused to; it is not asked again for a moment.
@@ -381,9 +384,18 @@ impl Fleet {
         self.lock().overlay.start_refused(start, message, now);
     }
 
-    /// Notes that a worker had no room, whatever is known of it.
+    /// Notes that a worker had no room, whatever is known of it. It is left alone for a moment, and for a longer one each
+    /// time in a row, until its pool says something else of it.
     pub fn mark_full(&self, pool: &str, worker: &str, now: Timestamp) {
-        self.lock().overlay.mark_full(pool, worker, now);
+        let mut inner = self.lock();
+        let Inner { pools, overlay } = &mut *inner;
+        let said = pools.get(pool).and_then(|pool| pool.worker(worker));
+        overlay.mark_full(pool, worker, said.map(Load::of), now);
+    }
+
+    /// Notes that a worker had room after all.
+    pub fn mark_open(&self, pool: &str, worker: &str) {
+        self.lock().overlay.mark_open(pool, worker);
     }
 }
 

@@ -1,7 +1,7 @@
 //! One job that is not over.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use jiff::Timestamp;
 use orchestrator_core::api::events::EventId;
@@ -25,11 +25,10 @@ pub struct LiveJob {
     /// nothing is relayed after an end that is being committed.
     pub gate: tokio::sync::Mutex<()>,
     ended: OnceLock<JobStatus>,
-    attempt: Mutex<Option<Arc<ActiveAttempt>>>,
 }
 
 impl LiveJob {
-    /// A job whose log ends at `last`.
+    /// A job whose log ends at `last`, and whose next events belong to `attempt`.
     pub fn new(
         id: JobId,
         created_at: Timestamp,
@@ -44,7 +43,6 @@ impl LiveJob {
             deadline,
             gate: tokio::sync::Mutex::new(()),
             ended: OnceLock::new(),
-            attempt: Mutex::new(None),
         }
     }
 
@@ -53,25 +51,9 @@ impl LiveJob {
         self.ended.get().copied()
     }
 
-    /// Notes the end, and tells the running attempt to stop.
+    /// Notes the end.
     pub fn end(&self, status: JobStatus) {
         let _ = self.ended.set(status);
-        if let Some(attempt) = self.attempt() {
-            attempt.order(Order::Stop);
-        }
-    }
-
-    /// The attempt that holds it.
-    pub fn attempt(&self) -> Option<Arc<ActiveAttempt>> {
-        self.attempt
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-
-    /// Gives it to an attempt, or takes it back.
-    pub fn set_attempt(&self, attempt: Option<Arc<ActiveAttempt>>) {
-        *self.attempt.lock().unwrap_or_else(PoisonError::into_inner) = attempt;
     }
 }
 
@@ -93,8 +75,6 @@ pub struct ActiveAttempt {
     pub pool_id: String,
     /// The worker.
     pub worker_id: String,
-    /// The lease's fence; 0 until it is committed.
-    pub fence: AtomicU64,
     /// Whether the worker's stream is open.
     pub attached: AtomicBool,
     orders: watch::Sender<Order>,
@@ -106,7 +86,6 @@ impl ActiveAttempt {
         Self {
             pool_id,
             worker_id,
-            fence: AtomicU64::new(0),
             attached: AtomicBool::new(false),
             orders: watch::Sender::new(Order::Go),
         }

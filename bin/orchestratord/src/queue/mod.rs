@@ -28,6 +28,8 @@ struct Inner {
     /// Places promised to submits whose commit is under way.
     promised: usize,
     live: HashMap<JobId, Arc<LiveJob>>,
+    /// Outlive their jobs: a slot is held until the worker has let go of it.
+    attempts: HashMap<JobId, Arc<ActiveAttempt>>,
     explanations: HashMap<JobId, Arc<Explanation>>,
 }
 
@@ -38,6 +40,7 @@ impl Jobs {
             waiting: FairQueue::new(config.capacity(), config.promote_after()),
             promised: 0,
             live: HashMap::new(),
+            attempts: HashMap::new(),
             explanations: HashMap::new(),
         };
         Self {
@@ -83,6 +86,30 @@ impl Jobs {
         inner.live.remove(&id);
         inner.waiting.remove(id);
         inner.explanations.remove(&id);
+    }
+
+    /// Notes that an attempt at the job holds a slot.
+    pub fn begin_attempt(&self, id: JobId, attempt: Arc<ActiveAttempt>) {
+        self.lock().attempts.insert(id, attempt);
+    }
+
+    /// Notes that the attempt holds its slot no more. An attempt that follows it is left alone.
+    pub fn end_attempt(&self, id: JobId, attempt: &ActiveAttempt) {
+        let mut inner = self.lock();
+        let holds = |held: &Arc<ActiveAttempt>| std::ptr::eq(Arc::as_ptr(held), attempt);
+        if inner.attempts.get(&id).is_some_and(holds) {
+            inner.attempts.remove(&id);
+        }
+    }
+
+    /// The attempt at the job that holds a slot.
+    pub fn attempt(&self, id: JobId) -> Option<Arc<ActiveAttempt>> {
+        self.lock().attempts.get(&id).cloned()
+    }
+
+    /// All attempts that hold slots, those at jobs included that ended a moment ago.
+    pub fn attempts(&self) -> Vec<Arc<ActiveAttempt>> {
+        self.lock().attempts.values().cloned().collect()
     }
 
     /// Lets a job wait for its turn.

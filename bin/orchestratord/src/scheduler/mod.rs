@@ -12,7 +12,7 @@ use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::tasks::TaskWaiting;
 use orchestrator_core::job::JobErrorCode;
 use orchestrator_core::queue::QueuedJob;
-use orchestrator_core::scheduler::{Action, LeastLoaded, Snapshot, schedule};
+use orchestrator_core::scheduler::{Action, LeastLoaded, REGISTRATION, Snapshot, schedule};
 use pool_core::ModelRef;
 use pool_core::api::pool::WorkerSpawnRequest;
 use pool_core::worker::{Backend, Device, WorkerInfo};
@@ -29,8 +29,9 @@ const RETRY: SignedDuration = SignedDuration::from_secs(1);
 
 /// Schedules until the daemon stops.
 pub async fn run(app: App) {
+    let started_at = clock::now();
     loop {
-        let wake = pass(&app);
+        let wake = pass(&app, started_at);
         let sleep = async {
             match wake {
                 Some(at) => tokio::time::sleep(clock::until(at)).await,
@@ -46,21 +47,29 @@ pub async fn run(app: App) {
 }
 
 /// One pass. Returns when time alone makes the next one due.
-fn pass(app: &App) -> Option<Timestamp> {
+fn pass(app: &App, started_at: Timestamp) -> Option<Timestamp> {
     let now = clock::now();
     let live = app.jobs.all();
     let mut wake = expire(app, &live, now);
-    tell_attempts_of(app, &live, now);
+    let attempts = app.jobs.attempts();
+    tell(app, &attempts, now);
 
     let jobs = app.jobs.ordered(now);
     let pauses = jobs
         .iter()
         .filter_map(|job| job.not_before)
         .filter(|at| *at > now);
-    wake = wake.into_iter().chain(pauses).min();
+    let registered = Some(started_at + REGISTRATION).filter(|at| *at > now);
+    wake = wake.into_iter().chain(pauses).chain(registered).min();
 
-    let pools = app.fleet.states(now, &leases(&live));
-    let plan = schedule(&Snapshot { now, jobs, pools }, &LeastLoaded);
+    let pools = app.fleet.states(now, &leases(&attempts));
+    let snapshot = Snapshot {
+        now,
+        started_at,
+        jobs,
+        pools,
+    };
+    let plan = schedule(&snapshot, &LeastLoaded);
     for action in plan.actions {
         act(app, action, now);
     }
@@ -104,12 +113,12 @@ fn expire(app: &App, live: &[Arc<LiveJob>], now: Timestamp) -> Option<Timestamp>
 /// Tells attempts what their pools say of their workers. Called for every heartbeat, because a pass may come only after
 /// the next one has replaced it, and with it the reason why a worker ended.
 pub fn tell_attempts(app: &App) {
-    tell_attempts_of(app, &app.jobs.all(), clock::now());
+    tell(app, &app.jobs.attempts(), clock::now());
 }
 
 /// An open stream knows better than a pool that is silent.
-fn tell_attempts_of(app: &App, live: &[Arc<LiveJob>], now: Timestamp) {
-    for attempt in live.iter().filter_map(|job| job.attempt()) {
+fn tell(app: &App, attempts: &[Arc<ActiveAttempt>], now: Timestamp) {
+    for attempt in attempts {
         match app.fleet.fate(&attempt.pool_id, &attempt.worker_id, now) {
             Fate::Gone(reason) => attempt.order(Order::WorkerGone(reason)),
             Fate::PoolAway(reason) if !attempt.is_attached() => {
@@ -121,9 +130,9 @@ fn tell_attempts_of(app: &App, live: &[Arc<LiveJob>], now: Timestamp) {
 }
 
 /// How many slots of each worker our own attempts hold: newer than any heartbeat.
-fn leases(live: &[Arc<LiveJob>]) -> HashMap<(String, String), u32> {
+fn leases(attempts: &[Arc<ActiveAttempt>]) -> HashMap<(String, String), u32> {
     let mut leases = HashMap::new();
-    for attempt in live.iter().filter_map(|job| job.attempt()) {
+    for attempt in attempts {
         *leases
             .entry((attempt.pool_id.clone(), attempt.worker_id.clone()))
             .or_default() += 1;
@@ -152,7 +161,7 @@ fn dispatch(app: &App, job: JobId, pool: &str, worker: &str) {
         return;
     };
     let attempt = Arc::new(ActiveAttempt::new(pool.to_owned(), worker.to_owned()));
-    live.set_attempt(Some(Arc::clone(&attempt)));
+    app.jobs.begin_attempt(job, Arc::clone(&attempt));
     let dispatch = Dispatch {
         live,
         queued: QueuedJob {
@@ -197,7 +206,10 @@ fn start_worker(app: &App, pool: String, model: ModelRef, device: Device, now: T
             () = app_.shutdown.requested() => return,
         };
         match answer {
-            Ok(worker) => app_.fleet.start_accepted(start, &worker.id),
+            Ok(worker) => {
+                app_.fleet
+                    .start_accepted(start, &pool, &worker.id, clock::now());
+            }
             Err(error) => {
                 tracing::warn!(pool, model = %request.model, %error, "the pool did not start a worker");
                 app_.fleet.start_refused(start, &error.to_string(), clock::now());

@@ -13,7 +13,8 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Row as _, SqliteConnection};
 
 use super::{
-    Ending, IdempotencyKey, Lease, LogEntry, Progress, Recovered, Requeue, StoreError, Submitted,
+    Ending, IdempotencyKey, Lease, LogEntry, Orphan, Progress, Recovered, Requeue, StoreError,
+    Submitted,
 };
 
 /// An event as a log row holds it; its id follows from the row.
@@ -418,8 +419,9 @@ pub(super) async fn recover(
     at: Timestamp,
 ) -> Result<Vec<Recovered>, StoreError> {
     let sql = "SELECT j.id, j.status, j.model, j.priority, j.session_id, j.placement, j.created_us, j.not_before_us, \
-               j.deadline_us, (SELECT COALESCE(MAX(number), 0) FROM attempts a WHERE a.job_id = j.id) AS attempt \
-               FROM jobs j WHERE j.status IN ('queued', 'dispatched', 'running') ORDER BY j.id";
+               j.deadline_us, a.number, a.fence, a.pool_id, a.worker_id, a.outcome FROM jobs j \
+               LEFT JOIN attempts a ON a.job_id = j.id \
+               AND a.number = (SELECT MAX(number) FROM attempts WHERE job_id = j.id) WHERE j.status IN ('queued', 'dispatched', 'running') ORDER BY j.id";
     let rows = sqlx::query(sql).fetch_all(&mut *conn).await?;
     let mut recovered = Vec::with_capacity(rows.len());
     for row in rows {
@@ -448,6 +450,12 @@ async fn recover_one(
         )
         .await?;
     }
+    // Not only just now: the job may have waited for a pool over several restarts.
+    let outcome: Option<&str> = row.try_get("outcome")?;
+    let orphaned = interrupted
+        || outcome.map(parse_outcome).transpose()? == Some(AttemptOutcome::OrchestratorRestarted);
+    let orphan = orphaned.then(|| orphan(row, job)).transpose()?;
+    let latest: u32 = number(row.try_get::<Option<i64>, _>("number")?.unwrap_or(0))?;
     let last_event = last_event(conn, job)
         .await?
         .ok_or_else(|| StoreError::corrupt(format!("{job} has no log")))?;
@@ -460,10 +468,21 @@ async fn recover_one(
             created_at: time(row.try_get("created_us")?)?,
             not_before: optional_time(row.try_get("not_before_us")?)?,
             placement: from_json(row.try_get("placement")?)?,
+            turn: None,
         },
         deadline: optional_time(row.try_get("deadline_us")?)?,
-        attempt: number(row.try_get("attempt")?)?,
+        attempt: latest + u32::from(orphaned),
         last_event,
         interrupted,
+        orphan,
+    })
+}
+
+fn orphan(row: &SqliteRow, job: JobId) -> Result<Orphan, StoreError> {
+    Ok(Orphan {
+        job,
+        fence: number(row.try_get("fence")?)?,
+        pool_id: row.try_get("pool_id")?,
+        worker_id: row.try_get("worker_id")?,
     })
 }

@@ -229,12 +229,28 @@ pub struct Recovered {
     pub queued: QueuedJob,
     /// When it expires.
     pub deadline: Option<Timestamp>,
-    /// Number of its latest attempt.
+    /// The attempt that its next events belong to: its latest, or the one after that where the latest was interrupted.
+    /// Readers may have seen more of an interrupted one than the log has, under ids that must not come twice.
     pub attempt: u32,
     /// The end of its log.
     pub last_event: EventId,
     /// Whether an attempt was running when the daemon ended.
     pub interrupted: bool,
+    /// What may still run of it.
+    pub orphan: Option<Orphan>,
+}
+
+/// An execution that nobody waits for: its attempt was interrupted by the daemon's end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Orphan {
+    /// The job.
+    pub job: JobId,
+    /// The attempt's fence.
+    pub fence: u64,
+    /// The pool.
+    pub pool_id: String,
+    /// The worker.
+    pub worker_id: String,
 }
 
 /// Which jobs a list shows.

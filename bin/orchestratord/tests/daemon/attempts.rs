@@ -2,6 +2,7 @@
 
 use orchestrator_core::JobStatus;
 use orchestrator_core::api::events::TaskEvent;
+use orchestrator_core::api::tasks::TaskList;
 use orchestrator_core::job::{AttemptOutcome, JobErrorCode};
 use pool_core::api::worker::WorkerErrorCode;
 use pool_core::worker::WorkerStatus;
@@ -199,27 +200,22 @@ async fn an_error_of_the_request_is_not_retried() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_is_full_after_all_costs_no_attempt() {
     let (orchestrator, _pool, worker) = one_worker().await;
-    worker.refuse(&[
-        WorkerErrorCode::Busy,
-        WorkerErrorCode::Busy,
-        WorkerErrorCode::Loading,
-        WorkerErrorCode::Busy,
-    ]);
+    worker.refuse(&[WorkerErrorCode::Busy, WorkerErrorCode::Loading]);
     let job = orchestrator.job().await;
     let request = worker.request(1).await;
-    assert_eq!((request.attempt, request.fence), (5, 5));
+    assert_eq!((request.attempt, request.fence), (3, 3));
     worker.started(job);
     worker.end(job, 0);
     let view = orchestrator.until(job, JobStatus::Completed).await;
     assert!(
-        view.attempts[..4]
+        view.attempts[..2]
             .iter()
             .all(|a| a.outcome == Some(AttemptOutcome::Refused)),
         "{:?}",
         view.attempts
     );
     let events = orchestrator.follow(job, None).await.unwrap().rest().await;
-    assert_eq!(outline(&events), ["queued 0.1", "started 5.2", "end 5.3"]);
+    assert_eq!(outline(&events), ["queued 0.1", "started 3.2", "end 3.3"]);
 }
 
 // [ORCHD-036] One slot runs one job; the next follows when it is free.
@@ -238,4 +234,60 @@ async fn jobs_wait_for_a_slot_in_their_order() {
         worker.end(*job, 0);
     }
     orchestrator.until(jobs[2], JobStatus::Completed).await;
+}
+
+// [ORCHD-036] A cancelled job holds its slot until the worker knows.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_is_free_when_the_worker_has_heard_the_cancel() {
+    let (orchestrator, pool, worker) = one_worker().await;
+    worker.slow_cancels(true);
+    let cancelled = orchestrator.job().await;
+    worker.request(1).await;
+    worker.started(cancelled);
+    let next = orchestrator.job().await;
+    orchestrator.cancel(cancelled).await;
+    eventually("the worker's cancel", async || {
+        worker.cancels().first().cloned()
+    })
+    .await;
+    pool.beat(&orchestrator).await;
+    // A refused attempt would show as well.
+    let view = orchestrator.show(next).await;
+    assert_eq!((view.status, view.attempts.len()), (JobStatus::Queued, 0));
+    worker.slow_cancels(false);
+    assert_eq!(worker.request(2).await.job_id, next.to_string());
+}
+
+// [ORCHD-037] A job that can't be leased fails for all to see, and the next one runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_whose_record_is_broken_fails_and_is_not_left_behind() {
+    use sqlx::ConnectOptions as _;
+    let orchestrator = Orchestrator::start().await;
+    let broken = orchestrator.job().await;
+    let next = orchestrator.job().await;
+    let reader = orchestrator.follow(broken, None).await.unwrap();
+    let path = orchestrator.home.path().join("state/orchestratord/jobs.db");
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
+    let mut conn = options.connect().await.unwrap();
+    sqlx::query("UPDATE jobs SET spec = '{}' WHERE id = ?")
+        .bind(broken.to_string())
+        .execute(&mut conn)
+        .await
+        .unwrap();
+
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    let pool = FakePool::start("pool-a").await.has(&worker);
+    pool.register(&orchestrator).await;
+    let events = reader.rest().await;
+    let TaskEvent::Error(error) = &events.last().unwrap().event else {
+        panic!("{events:?}")
+    };
+    assert_eq!(error.code, JobErrorCode::Internal);
+    let failed: TaskList = orchestrator
+        .client
+        .get("/v2/tasks?status=failed")
+        .await
+        .unwrap();
+    assert_eq!(failed.jobs[0].id, broken);
+    assert_eq!(worker.request(1).await.job_id, next.to_string());
 }

@@ -108,3 +108,32 @@ async fn finished_jobs_read_the_same_after_a_restart() {
     );
     assert_eq!(orchestrator.cancel(done).await, JobStatus::Completed);
 }
+
+// [ORCHD-022] [ORCHD-042] P5: an id that a reader may have seen before a crash is never that of another event.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_ends_an_interrupted_job_follows_everything_that_was_shown_of_it() {
+    let (orchestrator, pool, worker) = one_worker().await;
+    let job = orchestrator.job().await;
+    worker.request(1).await;
+    worker.started(job);
+    worker.tokens(job, 0..4);
+    eventually("the text", async || {
+        (orchestrator.show(job).await.text.len() == 12).then_some(())
+    })
+    .await;
+    // The second time nothing was running any more, and still no attempt has followed.
+    let orchestrator = orchestrator.restart().await.restart().await;
+    let ahead = orchestrator.follow(job, Some("1.57")).await.unwrap();
+    assert_eq!(orchestrator.cancel(job).await, JobStatus::Cancelled);
+    assert_eq!(outline(&ahead.rest().await), ["error 2.7"]);
+    let late = orchestrator.follow(job, Some("1.57")).await.unwrap();
+    assert_eq!(outline(&late.rest().await), ["error 2.7"]);
+
+    // The worker still computes for nobody, until its pool says where it is.
+    pool.register(&orchestrator).await;
+    let cancel = eventually("the orphan's cancel", async || {
+        worker.cancels().first().cloned()
+    })
+    .await;
+    assert_eq!((cancel.job_id, cancel.fence), (job.to_string(), 1));
+}

@@ -1,11 +1,12 @@
 //! `POST /v2/tasks` and lists: what is accepted, what is refused, and with which words.
 
-use orchestrator_core::api::tasks::TaskList;
+use orchestrator_core::api::models::{ModelList, ModelView};
+use orchestrator_core::api::tasks::{TaskAccepted, TaskList};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::client::Method;
 use serde_json::{Value, json};
 
-use crate::support::{MODEL, Orchestrator};
+use crate::support::{FakePool, MODEL, Orchestrator, outline};
 
 async fn jobs(orchestrator: &Orchestrator, query: &str) -> TaskList {
     orchestrator
@@ -412,4 +413,61 @@ async fn a_store_that_can_not_write_is_a_503_and_heals() {
     sqlx::query("ROLLBACK").execute(&mut holder).await.unwrap();
     assert_eq!(jobs(&orchestrator, "").await.jobs.len(), 1);
     orchestrator.job().await;
+}
+
+// [ORCHD-011] [ORCHD-014] What `GET /v2/models` lists can be asked for; a repeated key gets its job when it is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_only_a_pool_has_can_be_asked_for_while_it_is_there() {
+    let orchestrator = Orchestrator::start().await;
+    let mut pool = FakePool::start("pool-a").await;
+    pool.models[0].model_ref = "our-own-model".parse().unwrap();
+    let submit = async |key: &str| {
+        let call = orchestrator
+            .client
+            .request(Method::POST, "/v2/tasks")
+            .header("idempotency-key", key)
+            .json(&json!({"model": "our-own-model", "prompt": "hi"}));
+        orchestrator.client.fetch::<TaskAccepted>(call).await
+    };
+    let refused = submit("a").await.unwrap_err();
+    assert_eq!(refused.api().unwrap().code, "MODEL_NOT_FOUND");
+    assert!(refused.hint().is_some());
+
+    pool.register(&orchestrator).await;
+    let models: ModelList = orchestrator.client.get("/v2/models").await.unwrap();
+    let listed = |model: &ModelView| model.model_ref.to_string() == "our-own-model";
+    assert!(models.models.iter().any(listed));
+    let job = submit("a").await.unwrap().job_id;
+
+    orchestrator
+        .client
+        .delete::<()>("/v2/pools/pool-a")
+        .await
+        .unwrap();
+    assert_eq!(submit("a").await.unwrap().job_id, job);
+    let refused = submit("b").await.unwrap_err();
+    assert_eq!(refused.api().unwrap().code, "MODEL_NOT_FOUND");
+}
+
+// [ORCHD-014] [ORCHD-030] Whoever has the id of a job can cancel it, however early.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_can_be_cancelled_as_soon_as_anybody_knows_it() {
+    let orchestrator = Orchestrator::start().await;
+    for key in 0..30 {
+        let submit_and_cancel = async || {
+            let call = orchestrator
+                .client
+                .request(Method::POST, "/v2/tasks")
+                .header("idempotency-key", &format!("key {key}"))
+                .json(&json!({"model": MODEL, "prompt": "hi"}));
+            let accepted: TaskAccepted = orchestrator.client.fetch(call).await.unwrap();
+            let status = orchestrator.cancel(accepted.job_id).await;
+            (accepted.job_id, status)
+        };
+        let all = futures_util::future::join_all((0..4).map(|_| submit_and_cancel())).await;
+        let (id, _) = all[0];
+        assert_eq!(all, [(id, JobStatus::Cancelled); 4]);
+        let events = orchestrator.follow(id, None).await.unwrap().rest().await;
+        assert_eq!(outline(&events), ["queued 0.1", "error 0.2"]);
+    }
 }

@@ -255,6 +255,8 @@ struct WorkerInner {
     deleted: Vec<String>,
     /// Answers to the next `/execute` calls.
     refusals: Vec<WorkerErrorCode>,
+    /// Whether cancels wait for their answers.
+    slow_cancels: bool,
 }
 
 /// A FAKE worker.
@@ -316,6 +318,11 @@ impl FakeWorker {
     /// Refuses the next `/execute` calls with these codes.
     pub fn refuse(&self, codes: &[WorkerErrorCode]) {
         self.change(|inner| inner.refusals.extend(codes));
+    }
+
+    /// Lets cancels wait for their answers, or go on.
+    pub fn slow_cancels(&self, slow: bool) {
+        self.change(|inner| inner.slow_cancels = slow);
     }
 
     /// The request of the `count`th execution that it accepted.
@@ -566,8 +573,12 @@ async fn forget(State(state): State<WorkerState>, Path(job): Path<String>) -> St
 }
 
 async fn cancel(State(state): State<WorkerState>, Json(request): Json<CancelRequest>) -> Response {
-    let mut inner = state.inner.lock().unwrap();
-    inner.cancels.push(request.clone());
+    let mut changed = state.changed.subscribe();
+    state.inner.lock().unwrap().cancels.push(request.clone());
+    let _ = changed
+        .wait_for(|()| !state.inner.lock().unwrap().slow_cancels)
+        .await;
+    let inner = state.inner.lock().unwrap();
     let current = inner
         .executions
         .get(&request.job_id)
@@ -609,11 +620,15 @@ pub fn worker_info(id: &str, status: WorkerStatus) -> WorkerInfo {
     }
 }
 
-/// The record of a worker that ended.
+/// The record of a worker that refused its model's file, or was killed later.
 pub fn ended(mut info: WorkerInfo, message: &str, during_start: bool) -> WorkerInfo {
     info.status = WorkerStatus::Failed;
     info.exit = Some(WorkerExit {
-        reason: ExitReason::Signal(9),
+        reason: if during_start {
+            ExitReason::ModelInvalid
+        } else {
+            ExitReason::Signal(9)
+        },
         message: message.to_owned(),
         during_start,
         at: Timestamp::UNIX_EPOCH,

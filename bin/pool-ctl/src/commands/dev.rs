@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use pool_core::config::PoolConfig;
+use pool_core::errors::with_causes;
 use pool_core::lifecycle::find_program;
+use pool_core::programs::find_on_path;
 use pool_core::terminal::doctor::{Finding, report};
 use pool_core::terminal::progress;
 use pool_core::terminal::{CliError, Exit, Format, daemon, human_bytes, say};
@@ -16,9 +18,9 @@ use pool_core::worker::Backend;
 use tokio::process::Command as Program;
 use tokio::time::timeout;
 
-use crate::context::{Context, with_causes};
+use crate::context::Context;
 use crate::hf_wrapper;
-use crate::tool::{self, ToolError, find_in_path};
+use crate::tool::{self, ToolError};
 use pool_core::terminal::interrupt::{Interrupt, interrupted};
 
 /// Free bytes of the models' disk below which a host is warned: a mid-sized model.
@@ -62,7 +64,7 @@ async fn setup(context: &Context) -> Result<Exit, CliError> {
         say(format!("hf {version} is already at {}", hf.display()))?;
         return Ok(Exit::Done);
     }
-    let python = find_in_path("python3").ok_or_else(|| {
+    let python = find_on_path("python3").ok_or_else(|| {
         CliError::new(Exit::Failed, "`python3` is not installed")
             .hint("install Python 3 with pip, as with `apt install python3-pip`")
     })?;
@@ -144,7 +146,7 @@ fn setup_error(error: &ToolError, hint: &str) -> CliError {
 }
 
 async fn doctor(context: &Context, format: Format) -> Result<Exit, CliError> {
-    let python = find_in_path("python3");
+    let python = find_on_path("python3");
     let pip = match &python {
         Some(python) => first_line(python, &["-m", "pip", "--version"]).await,
         None => None,
@@ -347,7 +349,7 @@ fn ssh_server() -> Finding {
     // Administrators' programs are often not in a user's PATH.
     let places =
         ["/usr/sbin", "/usr/local/sbin", "/sbin"].map(|dir| PathBuf::from(dir).join("sshd"));
-    match find_in_path("sshd").or_else(|| places.into_iter().find(|path| path.is_file())) {
+    match find_on_path("sshd").or_else(|| places.into_iter().find(|path| path.is_file())) {
         Some(sshd) => Finding::ok("ssh server", sshd.display().to_string()),
         None => Finding::warn(
             "ssh server",
@@ -358,7 +360,7 @@ fn ssh_server() -> Finding {
 }
 
 async fn optional(program: &'static str, why: &str, fix: &str) -> Finding {
-    match find_in_path(program) {
+    match find_on_path(program) {
         Some(path) => match first_line(&path, &["--version"]).await {
             Some(version) => Finding::ok(program, version),
             None => Finding::warn(

@@ -9,13 +9,14 @@ use pool_core::catalog::store::{
     Against, CheckError, Presence, Record, ResolveError, ResolvedModel, Store,
 };
 use pool_core::catalog::{Catalog, CatalogEntry};
+use pool_core::errors::with_causes;
 use pool_core::terminal::paint::{Cell, Style};
 use pool_core::terminal::{
     CliError, Exit, Format, human_bytes, note, print_json, print_table, say,
 };
 use serde::Serialize;
 
-use crate::context::{Context, resolve_error, with_causes};
+use crate::context::{Context, resolve_error};
 use crate::download::{self, with_bar};
 use pool_core::terminal::interrupt::{Interrupt, interrupted};
 

@@ -47,7 +47,7 @@ pub enum Command {
         /// Tokens of context of each sequence [default: the smaller of the model's and 4096].
         #[arg(long, value_name = "TOKENS")]
         context_length: Option<u32>,
-        /// Sequences at once [default: 1].
+        /// Sequences at once; this version runs 1.
         #[arg(long, value_name = "N")]
         slots: Option<u32>,
         /// Port to listen on [default: a free one of the pool's range].

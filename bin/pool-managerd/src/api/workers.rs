@@ -1,13 +1,13 @@
 //! `/workers`.
 
 use axum::extract::State;
-use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::IntoResponse;
 use pool_core::api::pool::{WorkerList, WorkerSpawnRequest, WorkerStopRequest};
 use pool_core::api::worker::WorkerHealth;
 use pool_core::lifecycle::log_tail;
-use pool_core::service::{Json, Path, Query};
+use pool_core::service::{Json, Path, Query, bearer};
 use pool_core::worker::WorkerInfo;
 use serde::Deserialize;
 
@@ -133,9 +133,4 @@ pub async fn ready(
         .ok_or_else(ApiError::not_a_worker)?;
     let changed = worker_lifecycle::observe(&pool, &record.info.id, health).await?;
     Ok(Json(changed.unwrap_or(record.info)))
-}
-
-fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let (scheme, token) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use pool_core::api::worker::WorkerHealth;
 use pool_core::client::ApiClient;
 use pool_core::lifecycle::{Ended, ExitFacts, ObserveError};
-use pool_core::process::Signal;
+use pool_core::process::{Signal, SignalOutcome};
 use pool_core::registry::WorkerRecord;
 use pool_core::worker::{WorkerInfo, WorkerStatus};
 use tokio::sync::Notify;
@@ -55,8 +55,8 @@ struct Watched {
     since: Instant,
     /// When it is killed if it hasn't stopped by then.
     kill_at: Option<Instant>,
-    /// Why we killed it, if we did.
-    killed_for: Option<ExitFacts>,
+    /// The start timeout that it was killed for.
+    start_timeout: Option<Duration>,
 }
 
 impl Watched {
@@ -67,7 +67,7 @@ impl Watched {
             client: client.ok(),
             since: Instant::now(),
             kill_at: None,
-            killed_for: None,
+            start_timeout: None,
             record,
         }
     }
@@ -91,20 +91,24 @@ impl Watched {
         let now = Instant::now();
         let workers = &pool.lifecycle.config().workers;
         if self.record.stop_requested {
-            let kill_at = *self.kill_at.get_or_insert(now + workers.stop_timeout());
+            let timeout = self.record.args.stop_timeout();
+            let kill_at = *self.kill_at.get_or_insert(now + timeout);
             if now >= kill_at {
                 tracing::warn!(
                     worker = self.record.info.id,
                     "a worker did not stop in time and is killed"
                 );
-                self.kill_at = Some(now + workers.stop_timeout());
+                self.kill_at = Some(now + timeout);
                 self.kill(pool).await;
             }
         } else if self.record.info.status == WorkerStatus::Starting {
             let timeout = workers.start_timeout(self.record.info.model_file.size_bytes);
-            if now.duration_since(self.since) >= timeout && self.killed_for.is_none() {
-                self.killed_for = Some(ExitFacts::StartTimeout(timeout));
-                self.kill(pool).await;
+            if now.duration_since(self.since) >= timeout && self.start_timeout.is_none() {
+                // Noted before, because the end may be heard of before the kill returns.
+                self.start_timeout = Some(timeout);
+                if !self.kill(pool).await {
+                    self.start_timeout = None;
+                }
             }
         }
         self.ask(pool).await;
@@ -140,13 +144,18 @@ impl Watched {
         }
     }
 
-    async fn kill(&self, pool: &Arc<Pool>) {
+    /// Kills it; `false` where the signal did not reach it.
+    async fn kill(&self, pool: &Arc<Pool>) -> bool {
         let record = self.record.clone();
         let outcome = pool
             .blocking(move |pool| pool.lifecycle.signal(&record, Signal::KILL))
             .await;
-        if let Err(error) = outcome {
-            tracing::error!(worker = self.record.info.id, %error, "could not kill a worker");
+        match outcome {
+            Ok(outcome) => outcome == SignalOutcome::Sent,
+            Err(error) => {
+                tracing::error!(worker = self.record.info.id, %error, "could not kill a worker");
+                false
+            }
         }
     }
 
@@ -156,7 +165,7 @@ impl Watched {
         pool: &Arc<Pool>,
         facts: ExitFacts,
     ) -> Option<(WorkerRecord, Option<Child>)> {
-        let facts = self.killed_for.take().unwrap_or(facts);
+        let facts = end_of(facts, self.start_timeout.take());
         let id = self.record.info.id.clone();
         let recorded = loop {
             let (id, facts) = (id.clone(), facts.clone());
@@ -196,6 +205,16 @@ impl Watched {
     }
 }
 
+/// What is known of the end of a worker that was killed for `start_timeout`: that, unless it ended another way first.
+fn end_of(facts: ExitFacts, start_timeout: Option<Duration>) -> ExitFacts {
+    let by_kill =
+        facts == ExitFacts::Signalled(Signal::KILL.as_raw()) || facts == ExitFacts::Unknown;
+    match start_timeout {
+        Some(timeout) if by_kill => ExitFacts::StartTimeout(timeout),
+        _ => facts,
+    }
+}
+
 /// Takes over what a worker says of itself, and tells everybody if that makes a difference.
 pub async fn observe(
     pool: &Arc<Pool>,
@@ -223,4 +242,26 @@ pub async fn observe(
         Ok(changed.map(|(_, info)| info))
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLD-020]
+    fn only_a_kill_of_ours_is_a_start_timeout() {
+        let timeout = Duration::from_secs(120);
+        for by_kill in [ExitFacts::Signalled(9), ExitFacts::Unknown] {
+            assert_eq!(
+                end_of(by_kill.clone(), Some(timeout)),
+                ExitFacts::StartTimeout(timeout)
+            );
+            assert_eq!(end_of(by_kill.clone(), None), by_kill);
+        }
+        // It was faster than the kill.
+        assert_eq!(
+            end_of(ExitFacts::Exited(65), Some(timeout)),
+            ExitFacts::Exited(65)
+        );
+    }
 }

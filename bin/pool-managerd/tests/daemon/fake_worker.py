@@ -19,6 +19,7 @@ for name in ("worker-id", "model", "model-ref", "sha256", "backend", "gpu", "bin
     parser.add_argument(f"--{name}")
 parser.add_argument("--port", type=int)
 parser.add_argument("--slots", type=int, default=1)
+parser.add_argument("--stop-grace-s", type=int)
 args = parser.parse_args()
 behaviour = open(args.model).read().split()[0]
 

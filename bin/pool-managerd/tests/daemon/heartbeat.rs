@@ -9,6 +9,7 @@ use axum::routing::post;
 use axum::{Json, Router};
 use pool_core::api::pool::{Heartbeat, RegisterRequest};
 use pool_core::process::Signal;
+use pool_core::service::state_files::RunFiles;
 use pool_core::worker::WorkerStatus;
 use tokio::net::TcpListener;
 
@@ -63,6 +64,47 @@ impl Ear {
         })
         .await
     }
+}
+
+/// What a local orchestrator writes for others to find it, and its ear. Dropping the files is its end.
+async fn local_orchestrator(host: &Host) -> (Ear, RunFiles, tokio::task::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let files = RunFiles::claim(&host.home().orchestratord_state(), "orchestratord", "1").unwrap();
+    files.write_addr(listener.local_addr().unwrap()).unwrap();
+    let ear = Ear::default();
+    let serving = tokio::spawn({
+        let ear = ear.clone();
+        async move { ear.listen(listener).await }
+    });
+    (ear, files, serving)
+}
+
+#[tokio::test] // [POOLD-033]
+async fn the_orchestrator_of_the_same_home_is_found_wherever_and_whenever_it_starts() {
+    let mut host = Host::new();
+    // With a token nobody at the standard port is asked, so this test meets nobody there either.
+    host.require_token();
+    host.config.orchestrator_url = None;
+    host.config.heartbeat_interval_ms = 50;
+    let daemon = host.start().await;
+    until("it has looked in vain", async || {
+        let metrics = daemon.client.get_text("/metrics").await.unwrap();
+        metrics
+            .contains("pool_mgr_heartbeats_total{outcome=\"nobody\"}")
+            .then_some(())
+    })
+    .await;
+
+    let (first, files, serving) = local_orchestrator(&host).await;
+    first.until_last("heartbeats", |beat| beat.seq >= 2).await;
+    drop(files);
+    serving.abort();
+    let _ = serving.await;
+    let (second, _files, serving) = local_orchestrator(&host).await;
+    second.until_last("heartbeats", |beat| beat.seq >= 4).await;
+    assert_eq!(second.0.lock().unwrap().registrations.len(), 1);
+    serving.abort();
+    daemon.shut_down().await;
 }
 
 async fn start(

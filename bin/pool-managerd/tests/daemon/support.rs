@@ -46,6 +46,8 @@ impl Host {
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
         let mut config = PoolConfig {
             bind: "127.0.0.1:0".parse().unwrap(),
+            // A test is no business of an orchestrator that this machine may have.
+            orchestrator_url: Some("none".into()),
             ..PoolConfig::default()
         };
         config.workers.programs_dir = Some(dir.path().to_path_buf());

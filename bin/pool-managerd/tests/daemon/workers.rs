@@ -295,6 +295,10 @@ async fn wrong_requests_get_the_envelope_and_leave_nothing() {
             (400, "INVALID_REQUEST"),
         ),
         (
+            json!({"model": host.request("serve").model, "backend": "cpu", "slots": 2}),
+            (400, "INVALID_REQUEST"),
+        ),
+        (
             json!({"model": "a".repeat(100_000), "backend": "cpu"}),
             (413, "TOO_LARGE"),
         ),

@@ -63,6 +63,7 @@ fn job_for(model: &str, placement: Placement) -> QueuedJob {
         created_at: Timestamp::UNIX_EPOCH,
         not_before: None,
         placement,
+        turn: None,
     }
 }
 
@@ -70,6 +71,7 @@ fn plan(jobs: &[QueuedJob], pools: Vec<PoolState>) -> Plan {
     schedule(
         &Snapshot {
             now: Timestamp::UNIX_EPOCH,
+            started_at: Timestamp::UNIX_EPOCH,
             jobs: jobs.to_vec(),
             pools,
         },
@@ -291,5 +293,39 @@ fn an_explanation_counts_what_each_filter_left() {
             (Filter::Backend, 1),
             (Filter::ModelPresent, 0)
         ]
+    );
+}
+
+// [ORCHCORE-053] P18
+#[test]
+fn nothing_is_rejected_while_a_pool_that_may_do_it_is_away() {
+    let waiting = job();
+    let away = PoolState {
+        liveness: PoolLiveness::Suspect,
+        ..pool("b", vec![])
+    };
+    let pools = vec![pool("a", vec![failed("w0")]), away];
+    assert_eq!(reason(&waiting, pools), WaitReason::PoolsAway);
+}
+
+// [ORCHCORE-056]
+#[test]
+fn a_job_of_before_a_restart_is_not_rejected_until_pools_could_register() {
+    let waiting = job();
+    let pools = vec![pool("a", vec![failed("w0")])];
+    let start = Timestamp::from_second(100).unwrap();
+    let after = |pause| Snapshot {
+        now: start + pause,
+        started_at: start,
+        jobs: vec![waiting.clone()],
+        pools: pools.clone(),
+    };
+    let soon = schedule(&after(SignedDuration::from_secs(1)), &LeastLoaded);
+    assert_eq!(soon.actions, []);
+    assert_eq!(soon.waiting[&waiting.id].reason, WaitReason::PoolsAway);
+    let late = schedule(&after(REGISTRATION), &LeastLoaded);
+    assert!(
+        matches!(late.actions[..], [Action::Reject { .. }]),
+        "{late:?}"
     );
 }

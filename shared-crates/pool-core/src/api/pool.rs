@@ -1,10 +1,15 @@
 //! The pool manager's API, and what a pool tells the orchestrator.
 
+use std::ops::RangeInclusive;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::ModelRef;
 use crate::worker::{Backend, Device, ModelFile, WorkerInfo};
+
+/// Milliseconds between heartbeats that pools may choose and the orchestrator takes.
+pub const HEARTBEAT_INTERVAL_MS: RangeInclusive<u64> = 20..=600_000;
 
 /// Body of `POST /workers/spawn`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,7 +25,7 @@ pub struct WorkerSpawnRequest {
     /// Tokens of context of each sequence; the smaller of the model's and 4,096 where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
-    /// Sequences at once; 1 where absent.
+    /// Sequences at once; 1 where absent, and this version runs no more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slots: Option<u32>,
     /// The port to use; a free one of the configured range where absent.

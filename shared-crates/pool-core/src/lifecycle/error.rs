@@ -14,8 +14,8 @@ pub enum SpawnError {
     /// No usable file stands behind the model reference.
     #[error(transparent)]
     Model(#[from] ResolveError),
-    /// A number of sequences that makes no sense.
-    #[error("`slots` is {asked}, it must be 1 to {most}")]
+    /// A number of sequences that the worker does not run.
+    #[error("`slots` is {asked}, and a worker of this version runs {most} sequence at a time")]
     Slots {
         /// Slots asked for.
         asked: u32,
@@ -121,17 +121,17 @@ impl SpawnError {
                 total_bytes,
                 ..
             } if needed_bytes > total_bytes => {
-                "it never fits here: choose a smaller model, `context_length` or `slots`, or another host"
+                "it never fits here: choose a smaller model or `context_length`, or another host"
             }
             Self::MemoryShort { .. } => {
-                "stop a worker (`llorch-pool worker list`), or ask for a smaller `context_length` or `slots`"
+                "stop a worker (`llorch-pool worker list`), or ask for a smaller `context_length`"
             }
             Self::NoPort { .. } => {
                 "stop a worker, or widen `workers.port_min` to `workers.port_max`"
             }
             Self::PortTaken { .. } => "leave `port` out to take a free one",
-            Self::Slots { .. }
-            | Self::Context { .. }
+            Self::Slots { .. } => "leave `slots` out; a second worker runs a second sequence",
+            Self::Context { .. }
             | Self::MemoryUnknown(_)
             | Self::Exec { .. }
             | Self::Registry(_) => {

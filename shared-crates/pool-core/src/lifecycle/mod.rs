@@ -15,7 +15,6 @@ mod spawner;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::process::Child;
@@ -53,8 +52,8 @@ const PORT_ATTEMPTS: usize = 64;
 const EXIT_LOG_LINES: usize = 20;
 /// How much of each: the record travels in every heartbeat.
 const EXIT_LOG_LINE_CHARS: usize = 500;
-/// The most slots a worker may be asked for.
-const MAX_SLOTS: u32 = 256;
+/// The most slots a worker may be asked for: the engine runs one sequence at a time.
+const MAX_SLOTS: u32 = 1;
 
 /// Starts and ends the workers of one home.
 #[derive(Clone)]
@@ -276,12 +275,13 @@ impl Lifecycle {
                 sha256: model.file.sha256,
                 backend: device.backend,
                 gpu: device.index,
-                bind: IpAddr::V4(Ipv4Addr::LOCALHOST),
+                bind: self.config.workers.bind,
                 port,
                 pool_url: self.pool_url.clone(),
                 context_length: request.context_length,
                 slots,
                 threads: self.config.workers.threads.map(Into::into),
+                stop_grace_s: self.config.workers.stop_timeout_s,
             },
             port_fixed: request.port.is_some(),
             ports_tried: Vec::new(),
@@ -493,8 +493,8 @@ impl Lifecycle {
             log,
         };
         let launched = self.spawner.spawn(command).map_err(failed)?;
-        // The child is not waited for yet, so that its pid can't have gone to another process.
-        record.identity = ProcessIdentity::of(launched.pid).map_err(failed)?;
+        let (launched, identity) = identified(launched, ProcessIdentity::of).map_err(failed)?;
+        record.identity = identity;
         record.info.pid = Some(launched.pid);
         Ok(launched.child)
     }
@@ -538,6 +538,25 @@ impl Lifecycle {
     }
 }
 
+/// Reads which process was started, while it is not waited for yet, so that its pid can't have gone to another. Where
+/// that fails the process ends: nobody could ever recognise it, and stop it.
+fn identified(
+    mut launched: Launched,
+    identify: impl Fn(u32) -> io::Result<Option<ProcessIdentity>>,
+) -> io::Result<(Launched, Option<ProcessIdentity>)> {
+    match identify(launched.pid) {
+        Ok(identity) => Ok((launched, identity)),
+        Err(error) => {
+            if let Some(child) = &mut launched.child {
+                // It fails only for a child that has ended already.
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Err(error)
+        }
+    }
+}
+
 impl std::fmt::Debug for Lifecycle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Lifecycle")
@@ -572,14 +591,13 @@ pub fn spawn_worker(
         ) else {
             return Ok(started.info);
         };
-        let address = SocketAddr::new(record.args.bind, record.info.port);
         let Some(status) =
-            spawner::ended_before_listening(child, address, &record.nonce).map_err(|source| {
-                SpawnError::Exec {
+            spawner::ended_before_listening(child, record.local_addr(), &record.nonce).map_err(
+                |source| SpawnError::Exec {
                     program: record.program,
                     source,
-                }
-            })?
+                },
+            )?
         else {
             return Ok(started.info);
         };
@@ -603,7 +621,7 @@ pub fn stop_worker(id: &str, force: bool, lifecycle: &Lifecycle) -> Result<Worke
         return Ok(record.info);
     }
     if let Some(identity) = &record.identity {
-        let timeout = lifecycle.config.workers.stop_timeout();
+        let timeout = record.args.stop_timeout();
         if !identity.wait_gone(timeout).map_err(signal_error)? {
             lifecycle
                 .signal(&record, Signal::KILL)

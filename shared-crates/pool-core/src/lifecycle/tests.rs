@@ -1,3 +1,5 @@
+use std::net::{IpAddr, Ipv4Addr};
+
 use super::*;
 
 /// The record of a worker that was just started.
@@ -43,6 +45,7 @@ pub(crate) fn record(number: u64) -> WorkerRecord {
             context_length: None,
             slots: 2,
             threads: None,
+            stop_grace_s: 10,
         },
         port_fixed: false,
         ports_tried: Vec::new(),
@@ -229,6 +232,44 @@ fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
     assert_eq!(over.status, WorkerStatus::Failed);
 }
 
+#[test] // [POOLD-016]
+fn a_process_that_cannot_be_recognised_later_does_not_stay() {
+    let child = std::process::Command::new("sleep")
+        .arg("600")
+        .spawn()
+        .unwrap();
+    let pid = child.id();
+    let launched = Launched {
+        pid,
+        child: Some(child),
+    };
+    let error = identified(launched, |_| Err(io::Error::other("no /proc"))).unwrap_err();
+    assert_eq!(error.to_string(), "no /proc");
+    // It was waited for as well: not even a zombie has the pid.
+    assert_eq!(ProcessIdentity::of(pid).unwrap(), None);
+}
+
+#[test] // [POOLD-034]
+fn a_worker_gets_the_address_and_the_grace_of_the_settings() {
+    let mut host = Host::new();
+    host.config.workers.bind = "0.0.0.0".parse().unwrap();
+    host.config.workers.stop_timeout_s = 7;
+    let lifecycle = host.lifecycle().with_spawner(FakeSpawner);
+    let id = lifecycle.spawn(&host.request()).unwrap().info.id;
+    let record = lifecycle.registry().get(&id).unwrap();
+    let args = record.args.to_args();
+    for pair in [["--bind", "0.0.0.0"], ["--stop-grace-s", "7"]] {
+        assert!(args.windows(2).any(|found| found == pair), "{args:?}");
+    }
+    assert_eq!(
+        record.url(),
+        format!("http://127.0.0.1:{}", record.info.port)
+    );
+    // The worker ends orderly before anybody takes it for stuck.
+    let orderly = record.args.stop_grace() + crate::worker_args::STOP_FLUSH;
+    assert!(record.args.stop_timeout() > orderly);
+}
+
 #[test] // [POOLD-016] P15
 fn a_stranger_with_the_recorded_pid_is_not_signalled() {
     let host = Host::new();
@@ -361,8 +402,16 @@ fn what_cannot_be_started_is_refused_with_a_hint_and_leaves_no_record() {
                 slots: Some(0),
                 ..good.clone()
             },
-            "`slots`",
-            "",
+            "`slots` is 0",
+            "leave",
+        ),
+        (
+            WorkerSpawnRequest {
+                slots: Some(2),
+                ..good.clone()
+            },
+            "runs 1 sequence",
+            "second worker",
         ),
         (good, "1000 bytes free", "never fits"),
     ] {

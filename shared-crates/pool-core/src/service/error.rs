@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::CorrelationId;
 use crate::api::error::{ErrorBody, ErrorEnvelope};
+use crate::errors::with_causes;
 
 /// The codes of errors that any daemon can give.
 pub mod codes {
@@ -71,9 +72,7 @@ impl ServiceError {
 
     /// A fault of ours. The cause goes to the log, not to the client: it may name paths or hold what somebody wrote.
     pub fn internal(cause: &(dyn std::error::Error + 'static)) -> Self {
-        let causes = std::iter::successors(cause.source(), |cause| cause.source());
-        let text = causes.fold(cause.to_string(), |text, cause| format!("{text}: {cause}"));
-        tracing::error!(error = text, "internal error");
+        tracing::error!(error = with_causes(cause), "internal error");
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             codes::INTERNAL,

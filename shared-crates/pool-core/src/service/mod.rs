@@ -23,7 +23,7 @@ use tokio::net::TcpListener;
 use tower_http::catch_panic::CatchPanicLayer;
 
 pub use accept::Stopped;
-pub use auth::{Caller, ScopedToken};
+pub use auth::{Caller, ScopedToken, bearer};
 pub use correlation::CorrelationId;
 pub use error::{ServiceError, ServiceResult, codes};
 pub use extract::{Json, Path, Query};

@@ -1,7 +1,7 @@
 //! Starting, stopping and watching a daemon of ours on this machine.
 
 use std::ffi::OsString;
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use super::{CliError, Exit};
 use crate::client::ApiClient;
 use crate::process::{ProcessIdentity, Signal, SignalOutcome};
+use crate::programs;
 use crate::run_files::{self, PidRecord};
 
 /// How often a start looks whether the daemon has come up.
@@ -180,34 +181,19 @@ pub fn status(state_dir: &Path) -> Option<Running> {
 
 /// One of our binaries: beside this one, else on the `PATH`.
 pub fn find_sibling(name: &str) -> Result<PathBuf, CliError> {
-    let beside = std::env::current_exe()
-        .ok()
-        .and_then(|program| Some(program.parent()?.to_path_buf()));
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    find_in(name, beside.into_iter().chain(std::env::split_paths(&path)))
-}
-
-fn find_in(name: &str, mut folders: impl Iterator<Item = PathBuf>) -> Result<PathBuf, CliError> {
-    use std::os::unix::fs::PermissionsExt;
-    let runs = |path: &Path| {
-        fs::metadata(path)
-            .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
-    };
-    folders
-        .find_map(|folder| Some(folder.join(name)).filter(|path| runs(path)))
-        .ok_or_else(|| {
-            let package = match name {
-                "llorch" => "llorch-ctl",
-                "llorch-pool" => "pool-ctl",
-                "llorch-candled-cuda" => "llorch-candled --features cuda",
-                other => other,
-            };
-            CliError::new(
-                Exit::Failed,
-                format!("there is no `{name}` beside this program or on the PATH"),
-            )
-            .hint(format!("in a checkout: cargo build --release -p {package}"))
-        })
+    programs::find_beside_or_on_path(name).ok_or_else(|| {
+        let package = match name {
+            "llorch" => "llorch-ctl",
+            "llorch-pool" => "pool-ctl",
+            "llorch-candled-cuda" => "llorch-candled --features cuda",
+            other => other,
+        };
+        CliError::new(
+            Exit::Failed,
+            format!("there is no `{name}` beside this program or on the PATH"),
+        )
+        .hint(format!("in a checkout: cargo build --release -p {package}"))
+    })
 }
 
 /// The last `lines` lines of a file; an incomplete last line counts.
@@ -341,8 +327,8 @@ fn absolute_folders() -> io::Result<Vec<(&'static str, PathBuf)>> {
 #[cfg(target_os = "linux")]
 mod tests {
     use super::*;
+    use std::fs;
     use std::io::Write;
-    use std::os::unix::fs::PermissionsExt;
 
     /// A daemon that is a shell script, in a folder of its own.
     fn script(dir: &Path, body: &str) -> DaemonSpec {
@@ -473,23 +459,11 @@ mod tests {
     }
 
     #[test]
-    fn a_sibling_is_a_program_that_can_run() {
-        let dir = tempfile::tempdir().unwrap();
-        let folders = || [dir.path().join("missing"), dir.path().to_path_buf()].into_iter();
-        fs::write(dir.path().join("llorch-pool"), "").unwrap();
-        let error = find_in("llorch-pool", folders()).unwrap_err();
+    fn a_sibling_that_is_missing_comes_with_the_command_that_builds_it() {
+        let error = find_sibling("llorch-candled-cuda").unwrap_err();
         assert_eq!(
             error.hint.unwrap(),
-            "in a checkout: cargo build --release -p pool-ctl"
-        );
-        fs::set_permissions(
-            dir.path().join("llorch-pool"),
-            fs::Permissions::from_mode(0o755),
-        )
-        .unwrap();
-        assert_eq!(
-            find_in("llorch-pool", folders()).unwrap(),
-            dir.path().join("llorch-pool")
+            "in a checkout: cargo build --release -p llorch-candled --features cuda"
         );
     }
 

@@ -9,6 +9,7 @@ use clap::{Command, Parser};
 
 use super::{note, paint, sanitize};
 use crate::client::ClientError;
+use crate::errors::causes;
 use crate::home::HomeError;
 use crate::secret::SecretError;
 use crate::settings::SettingsError;
@@ -77,7 +78,9 @@ impl CliError {
         cause: &(dyn std::error::Error + 'static),
     ) -> Self {
         Self {
-            causes: chain(Some(cause)),
+            causes: std::iter::once(cause.to_string())
+                .chain(causes(cause))
+                .collect(),
             ..Self::new(exit, message)
         }
     }
@@ -109,7 +112,7 @@ impl CliError {
     /// An error of the cores as it is: its text, its causes, and its hint.
     pub fn of(exit: Exit, error: &(dyn std::error::Error + 'static), hint: Option<String>) -> Self {
         Self {
-            causes: chain(error.source()),
+            causes: causes(error).collect(),
             hint,
             ..Self::new(exit, error.to_string())
         }
@@ -129,12 +132,6 @@ impl CliError {
             show(&paint::on_stderr(paint::Style::Good, "hint"), hint);
         }
     }
-}
-
-fn chain(first: Option<&(dyn std::error::Error + 'static)>) -> Vec<String> {
-    std::iter::successors(first, |cause| cause.source())
-        .map(ToString::to_string)
-        .collect()
 }
 
 impl fmt::Display for CliError {
@@ -169,7 +166,8 @@ impl From<ClientError> for CliError {
             ClientError::Unreachable { source, .. } => {
                 // Between the two stand only the layers of the HTTP client.
                 let mut error = Self::of(Exit::Unreachable, &error, hint);
-                error.causes = chain(Some(source)).pop().into_iter().collect();
+                let root = causes(source).last();
+                error.causes = vec![root.unwrap_or_else(|| source.to_string())];
                 error
             }
             ClientError::BadUrl { .. } => Self::of(Exit::Usage, &error, hint),

@@ -4,6 +4,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use cucumber::{then, when};
+use orchestrator_core::api::tasks::{TaskList, TaskView};
 use tokio::io::AsyncReadExt as _;
 
 use crate::house::{House, WAIT_LIMIT};
@@ -58,6 +59,32 @@ async fn kill_in_the_middle(house: &mut House, line: String, victim: String) {
         stdout: String::from_utf8_lossy(&printed).into_owned(),
         stderr,
     });
+}
+
+#[then(
+    expr = "the API still shows one job of one attempt on {string} whose text is what was printed"
+)]
+async fn kept(house: &mut House, worker: String) {
+    let stage = house.demo_home();
+    let address = std::fs::read_to_string(stage.join("state/orchestratord/addr"));
+    let url = address.expect("`--keep` leaves the orchestrator running");
+    let url = url.trim();
+    let list: TaskList = get(&format!("{url}/v2/tasks")).await;
+    let [job] = &list.jobs[..] else {
+        panic!("one job: {list:#?}");
+    };
+    let task: TaskView = get(&format!("{url}/v2/tasks/{}", job.id)).await;
+    assert!(task.status.is_terminal(), "{task:#?}");
+    assert_eq!(task.attempts.len(), 1, "{task:#?}");
+    assert_eq!(task.attempts[0].worker_id, worker);
+    let printed = house.last().stdout.trim_end_matches('\n');
+    assert_eq!(task.text.trim_end_matches('\n'), printed);
+    house.stop_all(&stage).await;
+}
+
+async fn get<T: serde::de::DeserializeOwned>(url: &str) -> T {
+    let response = reqwest::get(url).await.expect("the orchestrator answers");
+    response.json().await.expect("an answer of the contract")
 }
 
 #[then("it fails")]

@@ -6,6 +6,7 @@ use cucumber::{given, then, when};
 use futures_util::future::join_all;
 use orchestrator_core::api::tasks::TaskView;
 use serde_json::json;
+use tokio::sync::watch;
 
 use crate::house::{House, WAIT_LIMIT, until};
 use crate::process;
@@ -35,21 +36,29 @@ async fn submit_and_kill(house: &mut House, agents: usize, rounds: usize) {
     for round in 0..rounds {
         let url = house.url("/v2/tasks");
         let client = reqwest::Client::new();
+        let answered = watch::Sender::new(0);
+        let mut answers_so_far = answered.subscribe();
         let submits = (0..agents).map(|agent| {
             let body = json!({"model": "smollm2-135m", "prompt": format!("{round} {agent}"), "raw": true, "max_tokens": 1});
             let request = client.post(&url).json(&body);
+            let answered = &answered;
             async move {
                 let response = request.send().await.ok()?;
                 let accepted = response.status() == 202;
+                answered.send_modify(|count| *count += 1);
                 let answer: serde_json::Value = response.json().await.ok()?;
                 // A 202 whose body was cut off is no answer: the agent asks again.
                 accepted.then(|| answer["job_id"].as_str().expect("a 202 names the job").to_owned())
             }
         });
         let pid = orchestrator_pid(house);
-        let instant = Duration::from_micros(u64::from(random()) % 400_000);
+        // In the middle of the answers, at another place each time.
+        let place = 1 + random() as usize % agents;
         let kill = async {
-            tokio::time::sleep(instant).await;
+            answers_so_far
+                .wait_for(|count| *count >= place)
+                .await
+                .expect("the sender outlives this");
             let killed = std::process::Command::new("kill")
                 .args(["-KILL", &pid.to_string()])
                 .status();
@@ -58,7 +67,7 @@ async fn submit_and_kill(house: &mut House, agents: usize, rounds: usize) {
         let (answers, ()) = tokio::join!(join_all(submits), kill);
         let acknowledged: Vec<String> = answers.into_iter().flatten().collect();
         println!(
-            "round {round}: killed after {instant:?}, {} of {agents} acknowledged",
+            "round {round}: killed after {place} answers, {} of {agents} acknowledged",
             acknowledged.len()
         );
         house.acknowledged.extend(acknowledged);

@@ -80,6 +80,7 @@ pub fn job_failed(id: JobId, error: &JobError) -> CliError {
             "failed",
             Some("check the file on the pool's host with `llorch-pool models verify MODEL`"),
         ),
+        JobErrorCode::Internal => ("failed", Some("the log of orchestratord says more")),
     };
     let shown = CliError::new(Exit::JobFailed, format!("{id} {what}: {}", error.message))
         .cause(error.code.as_str());

@@ -1,0 +1,63 @@
+//! What is said of a panic. Its message may quote a prompt, as that of a slice that splits a character does, so nobody
+//! hears it: the place tells a developer where to look.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
+
+/// A panic, as users hear of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the worker broke off because of a fault of its own; its log says where")]
+pub struct Panicked;
+
+impl From<Panicked> for candle_core::Error {
+    fn from(panicked: Panicked) -> Self {
+        Self::wrap(panicked)
+    }
+}
+
+/// Runs `work`, and makes a panic in it an error without its message. What `work` changed is for the caller to judge.
+pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, Panicked> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|_: Box<dyn Any + Send>| Panicked)
+}
+
+/// Makes panics of this process print where they happened, and nothing else.
+pub fn report_place_only() {
+    std::panic::set_hook(Box::new(|info| eprintln!("{}", place(info))));
+}
+
+fn place(info: &PanicHookInfo<'_>) -> String {
+    let thread = std::thread::current();
+    let name = thread.name().unwrap_or("without a name");
+    match info.location() {
+        Some(location) => format!("thread {name} panicked at {location}"),
+        None => format!("thread {name} panicked"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    #[test] // [CAND-064]
+    fn a_panic_tells_its_place_and_never_its_message() {
+        let printed = Arc::new(Mutex::new(String::new()));
+        let hook = Arc::clone(&printed);
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| *hook.lock().unwrap() = place(info)));
+        let prompt = "my secret: \u{e9}";
+        let outcome = caught(|| prompt[..prompt.len() - 1].len());
+        std::panic::set_hook(usual);
+
+        let printed = printed.lock().unwrap();
+        assert!(
+            printed.contains("panics.rs") && printed.starts_with("thread "),
+            "{printed}"
+        );
+        let said = candle_core::Error::from(outcome.unwrap_err()).to_string();
+        for text in [printed.as_str(), said.as_str()] {
+            assert!(!text.contains("secret"), "{text}");
+        }
+        assert!(said.contains("a fault of its own"), "{said}");
+    }
+}
