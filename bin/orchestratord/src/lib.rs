@@ -72,18 +72,36 @@ impl Tokens {
     }
 }
 
-/// An error with its hint as the last line: a daemon's start has no other place for one.
+/// Why the daemon can't start, with what to try.
+#[derive(Debug)]
+pub struct Hinted {
+    error: Box<dyn std::error::Error + Send + Sync>,
+    /// What to try next.
+    pub hint: String,
+}
+
+impl std::fmt::Display for Hinted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for Hinted {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
 fn hinted(
     hint: Option<&str>,
     error: impl std::error::Error + Send + Sync + 'static,
 ) -> anyhow::Error {
-    let error = anyhow::Error::new(error);
     match hint {
-        Some(hint) => {
-            let message = format!("{error}\nhint: {hint}");
-            error.context(message)
-        }
-        None => error,
+        Some(hint) => anyhow::Error::new(Hinted {
+            error: error.into(),
+            hint: hint.to_owned(),
+        }),
+        None => anyhow::Error::new(error),
     }
 }
 

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use orchestrator_core::config::OrchestratorConfig;
+use orchestratord::Hinted;
 use pool_core::home::Home;
 use pool_core::service::{Shutdown, telemetry};
 
@@ -26,7 +27,13 @@ async fn main() -> ExitCode {
     match start(Args::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {error}");
+            for cause in error.chain().skip(1) {
+                eprintln!("caused by: {cause}");
+            }
+            if let Some(hinted) = error.downcast_ref::<Hinted>() {
+                eprintln!("hint: {}", hinted.hint);
+            }
             ExitCode::FAILURE
         }
     }

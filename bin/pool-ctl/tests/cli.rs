@@ -837,6 +837,11 @@ class Api(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/version":
             self.answer({"name": "pool-managerd", "version": "0", "api_version": 1})
+        elif self.path == "/status":
+            self.answer({
+                "pool_id": "fake", "instance_id": "1", "version": "9.9", "started_at": "2026-01-01T00:00:00Z", "draining": False,
+                "backends": [], "devices": [], "workers": [worker()], "models": [], "disk": {"total_bytes": 2, "free_bytes": 1},
+            })
         else:
             self.answer({"workers": [worker()]} if self.path == "/workers" else {})
     def do_POST(self):

@@ -196,10 +196,10 @@ async fn status(home: &Home, format: Format) -> Result<Exit, CliError> {
             "{NAME} does not run; `llorch orchestrator start` starts it"
         ))?,
     }
-    Ok(if status.running {
-        Exit::Done
-    } else {
-        Exit::NotFound
+    Ok(match (status.running, status.pools) {
+        (true, Some(_)) => Exit::Done,
+        (true, None) => Exit::Unreachable,
+        (false, _) => Exit::NotFound,
     })
 }
 

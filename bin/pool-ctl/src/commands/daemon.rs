@@ -194,9 +194,9 @@ async fn status(context: &Context, format: Format) -> Result<Exit, CliError> {
             "{NAME} does not run; `llorch-pool daemon start` starts it"
         ))?,
     }
-    Ok(if status.running {
-        Exit::Done
-    } else {
-        Exit::NotFound
+    Ok(match (status.running, status.pool) {
+        (true, Some(_)) => Exit::Done,
+        (true, None) => Exit::Unreachable,
+        (false, _) => Exit::NotFound,
     })
 }

@@ -185,7 +185,8 @@ impl Rules {
             StatusCode::FORBIDDEN,
             codes::FOREIGN_ORIGIN,
             "a page of another origin may not call this daemon without a token",
-        ))
+        )
+        .hint("send a valid token, or call it from a program instead of a page"))
     }
 
     fn is_ours(&self, host: &str) -> bool {

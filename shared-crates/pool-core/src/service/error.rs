@@ -172,6 +172,7 @@ pub(super) async fn no_such_path(request: Request) -> ServiceError {
         codes::NO_SUCH_PATH,
         format!("there is no path {path}"),
     )
+    .hint("`GET /version` tells which daemon this is and which API it speaks")
 }
 
 pub(super) async fn no_such_method(request: Request) -> ServiceError {

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 
+use axum::body::Bytes;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request};
 use axum::http::request::Parts;
@@ -34,8 +35,23 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = ServiceError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ServiceError> {
+        let (parts, body) = request.into_parts();
+        let whole = Request::from_parts(parts.clone(), body);
+        let bytes = Bytes::from_request(whole, state)
+            .await
+            .map_err(JsonRejection::from)?;
+        // serde would take an array for a structure and assign its values by position.
+        if bytes.trim_ascii_start().starts_with(b"[") {
+            return Err(ServiceError::new(
+                StatusCode::BAD_REQUEST,
+                codes::INVALID_REQUEST,
+                "the body is an array, not an object",
+            )
+            .hint("send one JSON object with named fields"));
+        }
+        let whole = Request::from_parts(parts, bytes.into());
         let axum::Json(value) =
-            <axum::Json<T> as FromRequest<S>>::from_request(request, state).await?;
+            <axum::Json<T> as FromRequest<S>>::from_request(whole, state).await?;
         Ok(Self(value))
     }
 }
@@ -120,6 +136,7 @@ impl From<QueryRejection> for ServiceError {
             codes::INVALID_REQUEST,
             format!("the query does not fit: {}", cause(&rejection)),
         )
+        .hint("use each parameter once, by its documented name and within its range")
     }
 }
 
@@ -130,6 +147,7 @@ impl From<PathRejection> for ServiceError {
             codes::INVALID_REQUEST,
             format!("the path does not fit: {}", cause(&rejection)),
         )
+        .hint("write ids as they were answered")
     }
 }
 

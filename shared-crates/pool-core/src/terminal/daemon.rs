@@ -79,11 +79,8 @@ pub enum Stopped {
 /// its `/health` answers. A daemon that runs already is not started again. One that fails to come up is ended, and
 /// the error shows the last lines of its log.
 pub async fn start(spec: &DaemonSpec) -> Result<Running, CliError> {
-    if let Some(running) = status(&spec.state_dir) {
-        return Ok(Running {
-            already_running: true,
-            ..running
-        });
+    if let Some(running) = running_already(spec).await? {
+        return Ok(running);
     }
     let could_not = |what: &str, error: &io::Error| {
         CliError::caused(Exit::Failed, format!("could not {what}"), error)
@@ -133,6 +130,30 @@ pub async fn start(spec: &DaemonSpec) -> Result<Running, CliError> {
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// The daemon of the state folder, where one runs and answers. One that was just killed is on its way out and gives way; one
+/// that lives and is silent is an error, because another could not start beside it.
+async fn running_already(spec: &DaemonSpec) -> Result<Option<Running>, CliError> {
+    let Some(running) = status(&spec.state_dir) else {
+        return Ok(None);
+    };
+    if answers(&running.url).await {
+        return Ok(Some(Running {
+            already_running: true,
+            ..running
+        }));
+    }
+    let pid = running.process.pid;
+    if gone(&running.process, HEALTH_TIMEOUT).await? {
+        return Ok(None);
+    }
+    let message = format!(
+        "{} runs (pid {pid}) and does not answer at {}",
+        spec.name, running.url
+    );
+    Err(CliError::new(Exit::Unreachable, message)
+        .hint("its log may say why; stop it, then start it again"))
 }
 
 /// Asks the daemon of a state folder to end, waits for at most `timeout`, and kills it if that was not enough.
