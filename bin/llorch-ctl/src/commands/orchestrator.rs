@@ -7,9 +7,9 @@ use clap::Subcommand;
 use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::job::JobStatus;
 use pool_core::home::Home;
-use pool_core::terminal::daemon::{self, DaemonSpec, Stopped};
-use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::{CliError, Exit, Format, note, print_json, sanitize, say, write};
+use pool_core::terminal::daemon::{self, DaemonSpec};
+use pool_core::terminal::daemon_commands::{self, LogArgs};
+use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
 use crate::http_client::{ConnectArgs, JobFilter, Orchestrator};
@@ -39,14 +39,7 @@ pub enum Command {
         format: Format,
     },
     /// Show the end of the orchestrator's log
-    Logs {
-        /// Go on with what is written, until Ctrl-C
-        #[arg(short, long)]
-        follow: bool,
-        /// Lines to show at first
-        #[arg(long, short = 'n', value_name = "N", default_value_t = 100)]
-        lines: usize,
-    },
+    Logs(LogArgs),
 }
 
 impl Command {
@@ -57,7 +50,7 @@ impl Command {
             Self::Start { config } => start(&home, config).await,
             Self::Stop => stop(&home).await,
             Self::Status { format } => status(&home, format).await,
-            Self::Logs { follow, lines } => logs(&home, follow, lines).await,
+            Self::Logs(args) => daemon_commands::show_log(&log_file(&home), args).await,
         }
     }
 }
@@ -77,30 +70,16 @@ async fn start(home: &Home, config: Option<PathBuf>) -> Result<Exit, CliError> {
         )
     })?;
     home.ensure()?;
-    let args = match config {
-        // The daemon stands in another folder.
-        Some(path) => vec!["--config".into(), std::path::absolute(path)?.into()],
-        None => Vec::new(),
-    };
-    let running = daemon::start(&DaemonSpec {
+    daemon_commands::start(&DaemonSpec {
         program: daemon::find_sibling(NAME)?,
         name: NAME,
         state_dir: home.orchestratord_state(),
         log_file: log_file(home),
-        args,
+        args: daemon_commands::config_args(config.as_deref())?,
         env: Vec::new(),
         start_timeout: START_TIMEOUT,
     })
     .await?;
-    let verb = if running.already_running {
-        "runs already"
-    } else {
-        "runs"
-    };
-    say(format!(
-        "{NAME} {} {verb} at {} (pid {})",
-        running.version, running.url, running.process.pid
-    ))?;
     Ok(Exit::Done)
 }
 
@@ -111,14 +90,7 @@ async fn stop(home: &Home) -> Result<Exit, CliError> {
         .service
         .stop_timeout_s;
     let timeout = Duration::from_secs(grace).saturating_add(STOP_SLACK);
-    match daemon::stop(&home.orchestratord_state(), NAME, timeout).await? {
-        Stopped::NotRunning => say(format!("{NAME} does not run"))?,
-        Stopped::Orderly { pid } => say(format!("{NAME} stopped (pid {pid})"))?,
-        Stopped::Killed { pid } => say(format!(
-            "{NAME} did not end within {} s and was killed (pid {pid})",
-            timeout.as_secs()
-        ))?,
-    }
+    daemon_commands::stop(&home.orchestratord_state(), NAME, timeout).await?;
     Ok(Exit::Done)
 }
 
@@ -219,27 +191,4 @@ async fn activity(url: &str) -> Option<(JobCounts, usize)> {
         running: count(JobStatus::Running).await?,
     };
     Some((jobs, local.pools().await.ok()?.len()))
-}
-
-async fn logs(home: &Home, follow: bool, lines: usize) -> Result<Exit, CliError> {
-    let path = log_file(home);
-    let print = |text: &str| write(sanitize::for_terminal(text));
-    let missing = |error: std::io::Error| {
-        CliError::caused(
-            Exit::NotFound,
-            format!("could not read {}", path.display()),
-            &error,
-        )
-        .hint("it is written by `llorch orchestrator start`")
-    };
-    let shown = daemon::tail(&path, lines).map_err(missing)?;
-    if !follow {
-        print(&shown)?;
-        return Ok(Exit::Done);
-    }
-    let interrupt = Interrupt::catch()?;
-    tokio::select! {
-        result = daemon::follow(&path, lines, print) => result.map(|()| Exit::Done),
-        () = interrupt.wait() => Ok(Exit::Interrupted),
-    }
 }

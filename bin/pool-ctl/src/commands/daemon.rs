@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use pool_core::api::pool::PoolStatus;
-use pool_core::terminal::daemon::{self, DaemonSpec, Stopped};
+use pool_core::terminal::daemon::{self, DaemonSpec};
+use pool_core::terminal::daemon_commands::{self, LogArgs};
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
-use super::worker::{show_log, stop_all};
+use super::worker::stop_all;
 use crate::context::Context;
 use crate::pool::Pool;
 
@@ -41,14 +42,7 @@ pub enum Command {
         format: Format,
     },
     /// Show the end of the pool manager's log.
-    Logs {
-        /// Go on with what is written, until Ctrl-C.
-        #[arg(short, long)]
-        follow: bool,
-        /// Lines to show at first.
-        #[arg(long, short = 'n', value_name = "N", default_value_t = 100)]
-        lines: usize,
-    },
+    Logs(LogArgs),
 }
 
 impl Command {
@@ -58,8 +52,8 @@ impl Command {
             Self::Start { config } => start(config).await,
             Self::Stop { workers } => stop(&Context::open(None)?, workers).await,
             Self::Status { format } => status(&Context::open(None)?, format).await,
-            Self::Logs { follow, lines } => {
-                show_log(&log_file(&Context::open(None)?), follow, lines).await
+            Self::Logs(args) => {
+                daemon_commands::show_log(&log_file(&Context::open(None)?), args).await
             }
         }
     }
@@ -72,30 +66,16 @@ fn log_file(context: &Context) -> PathBuf {
 async fn start(config: Option<PathBuf>) -> Result<Exit, CliError> {
     // Reading the settings here as well finds a mistake before there is a process to fail on it.
     let context = Context::open(config.as_deref())?;
-    let args = match config {
-        // The daemon stands in another folder.
-        Some(path) => vec!["--config".into(), std::path::absolute(path)?.into()],
-        None => Vec::new(),
-    };
-    let running = daemon::start(&DaemonSpec {
+    daemon_commands::start(&DaemonSpec {
         program: daemon::find_sibling(NAME)?,
         name: NAME,
         state_dir: context.home.pool_state(),
         log_file: log_file(&context),
-        args,
+        args: daemon_commands::config_args(config.as_deref())?,
         env: Vec::new(),
         start_timeout: START_TIMEOUT,
     })
     .await?;
-    let verb = if running.already_running {
-        "runs already"
-    } else {
-        "runs"
-    };
-    say(format!(
-        "{NAME} {} {verb} at {} (pid {})",
-        running.version, running.url, running.process.pid
-    ))?;
     Ok(Exit::Done)
 }
 
@@ -104,14 +84,7 @@ async fn stop(context: &Context, workers: bool) -> Result<Exit, CliError> {
         stop_all(&Pool::reach(context).await?, false).await?;
     }
     let timeout = Duration::from_millis(context.config.service.shutdown_grace_ms) + STOP_SLACK;
-    match daemon::stop(&context.home.pool_state(), NAME, timeout).await? {
-        Stopped::NotRunning => say(format!("{NAME} does not run"))?,
-        Stopped::Orderly { pid } => say(format!("{NAME} stopped (pid {pid})"))?,
-        Stopped::Killed { pid } => say(format!(
-            "{NAME} did not end within {} s and was killed (pid {pid})",
-            timeout.as_secs()
-        ))?,
-    }
+    daemon_commands::stop(&context.home.pool_state(), NAME, timeout).await?;
     if !workers {
         let live: Vec<String> = Pool::direct(context)?
             .list()

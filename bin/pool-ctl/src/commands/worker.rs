@@ -1,6 +1,5 @@
 //! `llorch-pool worker`: start, stop and list workers, read their logs.
 
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::Subcommand;
@@ -8,22 +7,21 @@ use jiff::Timestamp;
 use pool_core::ModelRef;
 use pool_core::api::pool::WorkerSpawnRequest;
 use pool_core::lifecycle::Lifecycle;
+use pool_core::terminal::daemon_commands::{self, LogArgs};
+use pool_core::terminal::interrupt::{Interrupt, interrupted};
 use pool_core::terminal::paint::{Cell, Style};
 use pool_core::terminal::progress;
 use pool_core::terminal::{
-    CliError, Exit, Format, age, daemon, human_bytes, human_duration, note, print_json,
-    print_table, sanitize, say, write,
+    CliError, Exit, Format, age, human_bytes, human_duration, note, print_json, print_table,
+    sanitize, say, write,
 };
 use pool_core::worker::{Backend, ExitReason, WorkerInfo, WorkerStatus};
 
 use crate::context::{Context, catalog_error};
 use crate::pool::Pool;
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
 
 /// How often a loading worker is looked at.
 const LOAD_POLL: Duration = Duration::from_millis(100);
-/// How many lines of a log are shown at first.
-const LOG_LINES: usize = 100;
 /// How long the pool's own verdict on a worker that does not come up is waited for, after its time is over.
 const VERDICT: Duration = Duration::from_secs(10);
 
@@ -88,12 +86,8 @@ pub enum Command {
         /// The worker.
         #[arg(value_name = "ID")]
         id: String,
-        /// Go on with what is written, until Ctrl-C.
-        #[arg(short, long)]
-        follow: bool,
-        /// Lines to show at first.
-        #[arg(long, short = 'n', value_name = "N", default_value_t = LOG_LINES)]
-        lines: usize,
+        #[command(flatten)]
+        log: LogArgs,
     },
 }
 
@@ -139,7 +133,7 @@ impl Command {
                 Ok(Exit::Done)
             }
             Self::List { format } => list(&Pool::reach(&context).await?.list().await?, format),
-            Self::Logs { id, follow, lines } => logs(&context, &id, follow, lines).await,
+            Self::Logs { id, log } => logs(&context, &id, log).await,
         }
     }
 }
@@ -328,9 +322,11 @@ fn cells(worker: &WorkerInfo, now: Timestamp) -> Vec<Cell> {
     ]
 }
 
-async fn logs(context: &Context, id: &str, follow: bool, lines: usize) -> Result<Exit, CliError> {
-    if !follow {
-        return show(&Pool::reach(context).await?.log(id, lines).await?);
+async fn logs(context: &Context, id: &str, log: LogArgs) -> Result<Exit, CliError> {
+    if !log.follow {
+        let text = Pool::reach(context).await?.log(id, log.lines).await?;
+        write(sanitize::for_terminal(&text))?;
+        return Ok(Exit::Done);
     }
     let lifecycle =
         Lifecycle::new(context.home.clone(), context.config.clone()).map_err(catalog_error)?;
@@ -341,33 +337,5 @@ async fn logs(context: &Context, id: &str, follow: bool, lines: usize) -> Result
         )
         .hint("llorch-pool worker list"));
     }
-    follow_log(&lifecycle.log_file(id), lines).await
-}
-
-fn show(log: &str) -> Result<Exit, CliError> {
-    write(sanitize::for_terminal(log))?;
-    Ok(Exit::Done)
-}
-
-/// Prints the end of a log of this host, and with `follow` what comes after it until Ctrl-C.
-pub async fn show_log(path: &Path, follow: bool, lines: usize) -> Result<Exit, CliError> {
-    if !path.exists() {
-        return Err(CliError::new(
-            Exit::NotFound,
-            format!("there is no log {} yet", path.display()),
-        ));
-    }
-    if follow {
-        follow_log(path, lines).await
-    } else {
-        show(&daemon::tail(path, lines)?)
-    }
-}
-
-async fn follow_log(path: &Path, lines: usize) -> Result<Exit, CliError> {
-    let interrupt = Interrupt::catch()?;
-    tokio::select! {
-        ended = daemon::follow(path, lines, |text| write(sanitize::for_terminal(text))) => ended.map(|()| Exit::Done),
-        () = interrupt.wait() => Ok(Exit::Interrupted),
-    }
+    daemon_commands::show_log(&lifecycle.log_file(id), log).await
 }

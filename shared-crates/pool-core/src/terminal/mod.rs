@@ -2,6 +2,7 @@
 //! starting and stopping of a daemon. Results go to standard output, everything else to standard error.
 
 pub mod daemon;
+pub mod daemon_commands;
 pub mod doctor;
 mod exit;
 pub mod interrupt;

@@ -1,0 +1,72 @@
+//! The commands that both programs have for their daemon, on top of [`super::daemon`].
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::time::Duration;
+
+use super::daemon::{self, DaemonSpec, Stopped};
+use super::interrupt::Interrupt;
+use super::{CliError, Exit, sanitize, say, write};
+
+/// Which part of a log is shown.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct LogArgs {
+    /// Go on with what is written, until Ctrl-C
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Lines to show at first
+    #[arg(long, short = 'n', value_name = "N", default_value_t = 100)]
+    pub lines: usize,
+}
+
+/// A daemon's arguments for a settings file. The path is made absolute: the daemon stands in another folder.
+pub fn config_args(config: Option<&Path>) -> Result<Vec<OsString>, CliError> {
+    match config {
+        Some(path) => Ok(vec!["--config".into(), std::path::absolute(path)?.into()]),
+        None => Ok(Vec::new()),
+    }
+}
+
+/// Starts the daemon and says where it runs.
+pub async fn start(spec: &DaemonSpec) -> Result<(), CliError> {
+    let running = daemon::start(spec).await?;
+    let verb = if running.already_running {
+        "runs already"
+    } else {
+        "runs"
+    };
+    say(format!(
+        "{} {} {verb} at {} (pid {})",
+        spec.name, running.version, running.url, running.process.pid
+    ))
+}
+
+/// Stops the daemon and says how it ended.
+pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<(), CliError> {
+    match daemon::stop(state_dir, name, timeout).await? {
+        Stopped::NotRunning => say(format!("{name} does not run")),
+        Stopped::Orderly { pid } => say(format!("{name} stopped (pid {pid})")),
+        Stopped::Killed { pid } => say(format!(
+            "{name} did not end within {} s and was killed (pid {pid})",
+            timeout.as_secs()
+        )),
+    }
+}
+
+/// Prints the end of a log of this host, and with `follow` what comes after it until Ctrl-C.
+pub async fn show_log(path: &Path, args: LogArgs) -> Result<Exit, CliError> {
+    if !path.exists() {
+        let message = format!("there is no log {} yet", path.display());
+        return Err(CliError::new(Exit::NotFound, message));
+    }
+    let print = |text: &str| write(sanitize::for_terminal(text));
+    if !args.follow {
+        print(&daemon::tail(path, args.lines)?)?;
+        return Ok(Exit::Done);
+    }
+    let interrupt = Interrupt::catch()?;
+    tokio::select! {
+        ended = daemon::follow(path, args.lines, print) => ended.map(|()| Exit::Done),
+        () = interrupt.wait() => Ok(Exit::Interrupted),
+    }
+}
