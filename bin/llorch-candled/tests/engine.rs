@@ -432,3 +432,18 @@ fn a_halt_takes_effect_within_a_chunk_or_a_token() {
     );
     assert_eq!(halt(10, 6), (0, 5), "1 chunk and 5 tokens were let through");
 }
+
+// [CAND-049]
+#[test]
+fn damaged_weights_are_an_error_and_not_an_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("damaged.gguf");
+    let mut bytes = TinyModel::default().bytes();
+    // The second half of the file is weights; all bits set is no number in any float format.
+    let weights = bytes.len() / 2;
+    bytes[weights..].fill(0xff);
+    std::fs::write(&path, bytes).unwrap();
+    let engine = Engine::load(&path, &candle_core::Device::Cpu, None, &mut |_, _| ()).unwrap();
+    let code = run(&engine, greedy("hello")).map_err(|failure| failure.code());
+    assert_eq!(code.err(), Some(WorkerErrorCode::InferenceFailed));
+}

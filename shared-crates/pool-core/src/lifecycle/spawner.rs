@@ -13,7 +13,8 @@ use crate::process::ProcessIdentity;
 use crate::secret::Secret;
 use crate::worker_args::{NONCE_VAR, SECRET_VAR};
 
-/// The only variables that a worker gets of its starter's: tokens of ours are none of its business.
+/// The only variables that a worker gets of its starter's: tokens of ours are none of its business. RUST_BACKTRACE stays out:
+/// candle writes backtraces into its messages, and those are shown as the reason of a worker's end.
 const PASSED_ON: &[&str] = &[
     "PATH",
     "HOME",
@@ -26,7 +27,6 @@ const PASSED_ON: &[&str] = &[
     "CUDA_VISIBLE_DEVICES",
     "CUDA_CACHE_PATH",
     "LLORCH_LOG",
-    "RUST_BACKTRACE",
 ];
 
 /// How long a worker that was started without a daemon is watched while it begins to listen.

@@ -148,6 +148,11 @@ impl Decoder {
         let hidden = self.hidden(tokens, cache)?;
         let last = hidden.narrow(0, hidden.dim(0)? - 1, 1)?.contiguous()?;
         let normed = candle_nn::ops::rms_norm(&last, &self.output_norm, self.config.rms_epsilon)?;
+        // Quantising for the product below would turn what is no number into zeros, and zeros into a plausible token.
+        let row: Vec<f32> = normed.flatten_all()?.to_vec1()?;
+        if row.iter().any(|value| !value.is_finite()) {
+            candle_core::bail!("the last layer's values are no numbers: the file may be damaged");
+        }
         self.output.forward(&normed)?.squeeze(0)?.to_vec1()
     }
 
