@@ -151,7 +151,9 @@ impl Decoder {
         // Quantising for the product below would turn what is no number into zeros, and zeros into a plausible token.
         let row: Vec<f32> = normed.flatten_all()?.to_vec1()?;
         if row.iter().any(|value| !value.is_finite()) {
-            candle_core::bail!("the last layer's values are no numbers: the file may be damaged");
+            // Without the backtrace that `bail!` would put into the message.
+            let reason = "the last layer's values are not finite: the file may be damaged";
+            return Err(candle_core::Error::Msg(reason.to_owned()));
         }
         self.output.forward(&normed)?.squeeze(0)?.to_vec1()
     }
