@@ -26,3 +26,15 @@ Feature: The front door
       | part   |
       | worker |
       | pool   |
+
+  # [BDD-003]
+  Scenario Outline: A demo that failed leaves nothing running
+    Given the default model is on disk
+    When I run `llorch dev demo --max-tokens 400 --prompt "Write a long story about a lighthouse."` and kill the <part> after the first words
+    Then it fails
+    And nothing is left running
+
+    Examples:
+      | part   |
+      | worker |
+      | pool   |
