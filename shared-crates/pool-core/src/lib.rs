@@ -7,9 +7,11 @@
 
 pub mod api;
 pub mod catalog;
+pub mod cgroup;
 #[cfg(feature = "client")]
 pub mod client;
 pub mod config;
+pub mod crash;
 pub mod errors;
 pub mod fsio;
 pub mod home;

@@ -1,0 +1,283 @@
+//! The memory cgroup of a process: what it may use, what it uses, and how often the kernel killed for it.
+//!
+//! Both versions of cgroups are read, also where a host mounts version 2 beside the memory controller of version 1.
+//! On systems without cgroups, and for processes in none, there is nothing to say.
+
+use std::fs;
+use std::path::{Component, Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// A limit of version 1 from which on it is none: the kernel writes "no limit" as the largest number of pages.
+const V1_UNLIMITED: u64 = 1 << 62;
+
+/// Which files tell about a cgroup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Version {
+    V1,
+    V2,
+}
+
+/// The memory cgroup of a process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryCgroup {
+    version: Version,
+    /// Where the hierarchy is mounted; the folders between here and `path` limit it too.
+    root: PathBuf,
+    path: PathBuf,
+}
+
+/// How many processes of a cgroup the kernel had killed for want of memory at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OomMark {
+    /// The cgroup's folder.
+    pub path: PathBuf,
+    /// Its counter.
+    pub kills: u64,
+}
+
+impl MemoryCgroup {
+    /// The memory cgroup that the process with this pid is in now.
+    pub fn of(pid: u32) -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        find(&mounts, &groups)
+    }
+
+    /// The memory cgroup that this process is in.
+    pub fn current() -> Option<Self> {
+        Self::of(std::process::id())
+    }
+
+    /// Its folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The most bytes that its processes may use together: the smallest limit on the way up. `None` without a limit.
+    pub fn limit_bytes(&self) -> Option<u64> {
+        let file = match self.version {
+            Version::V1 => "memory.limit_in_bytes",
+            Version::V2 => "memory.max",
+        };
+        let inside = |folder: &&Path| folder.starts_with(&self.root);
+        let folders = self.path.ancestors().take_while(inside);
+        folders
+            .filter_map(|folder| number_in(&folder.join(file)))
+            .filter(|limit| *limit < V1_UNLIMITED)
+            .min()
+    }
+
+    /// Bytes that its processes use together, without file contents that the kernel drops when memory gets short.
+    pub fn usage_bytes(&self) -> Option<u64> {
+        let (usage, inactive) = match self.version {
+            Version::V1 => ("memory.usage_in_bytes", "total_inactive_file"),
+            Version::V2 => ("memory.current", "inactive_file"),
+        };
+        let used = number_in(&self.path.join(usage))?;
+        let droppable = field_in(&self.path.join("memory.stat"), inactive).unwrap_or(0);
+        Some(used.saturating_sub(droppable))
+    }
+
+    /// How many of its processes the kernel has killed for want of memory, those of its subgroups not counted where
+    /// the kernel can tell them apart.
+    pub fn oom_kills(&self) -> Option<u64> {
+        let files: &[&str] = match self.version {
+            Version::V1 => &["memory.oom_control"],
+            Version::V2 => &["memory.events.local", "memory.events"],
+        };
+        files
+            .iter()
+            .find_map(|file| field_in(&self.path.join(file), "oom_kill"))
+    }
+
+    /// The counter of [`MemoryCgroup::oom_kills`] now, to be compared later.
+    pub fn oom_mark(&self) -> Option<OomMark> {
+        Some(OomMark {
+            path: self.path.clone(),
+            kills: self.oom_kills()?,
+        })
+    }
+}
+
+impl OomMark {
+    /// The mark of the process with this pid, if it is in a memory cgroup that counts.
+    pub fn of(pid: u32) -> Option<Self> {
+        MemoryCgroup::of(pid)?.oom_mark()
+    }
+
+    /// Whether the kernel has killed in this cgroup since. `false` where that can't be read any more.
+    pub fn has_risen(&self) -> bool {
+        let now = ["memory.oom_control", "memory.events.local", "memory.events"]
+            .iter()
+            .find_map(|file| field_in(&self.path.join(file), "oom_kill"));
+        now.is_some_and(|now| now > self.kills)
+    }
+}
+
+/// Bytes of main memory that the cgroup of this process allows it and its workers; `None` without a limit.
+pub fn memory_limit() -> Option<u64> {
+    MemoryCgroup::current()?.limit_bytes()
+}
+
+/// Bytes of main memory that the cgroup of this process uses.
+pub fn memory_usage() -> Option<u64> {
+    MemoryCgroup::current()?.usage_bytes()
+}
+
+/// The memory cgroup among those of a process (`/proc/PID/cgroup`), found through the mounts (`/proc/self/mountinfo`).
+fn find(mounts: &str, groups: &str) -> Option<MemoryCgroup> {
+    let group = |wanted: &dyn Fn(&str) -> bool| {
+        groups.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            wanted(controllers).then_some(path)
+        })
+    };
+    let memory = |list: &str| list.split(',').any(|name| name == "memory");
+    // Where version 1 has the memory controller, version 2 has none.
+    let (version, path) = match group(&memory) {
+        Some(path) => (Version::V1, path),
+        None => (Version::V2, group(&str::is_empty)?),
+    };
+    mounts.lines().find_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let mut fields = before.split(' ');
+        let (mounted_part, mount_point) = (fields.nth(3)?, fields.next()?);
+        let mut fields = after.split(' ');
+        let (kind, options) = (fields.next()?, fields.nth(1)?);
+        let fits = match version {
+            Version::V1 => kind == "cgroup" && memory(options),
+            Version::V2 => kind == "cgroup2",
+        };
+        if !fits {
+            return None;
+        }
+        let root = PathBuf::from(unescape(mount_point));
+        // A container may see only its own part of the hierarchy, under the name that it has outside.
+        let inside = Path::new(path)
+            .strip_prefix(unescape(mounted_part))
+            .or_else(|_| Path::new(path).strip_prefix("/"))
+            .ok()?;
+        if inside.components().any(|step| step == Component::ParentDir) {
+            return None;
+        }
+        Some(MemoryCgroup {
+            version,
+            path: root.join(inside),
+            root,
+        })
+    })
+}
+
+/// Spaces and the like in a path of mountinfo are octal.
+fn unescape(path: &str) -> String {
+    [
+        ("\\040", " "),
+        ("\\011", "\t"),
+        ("\\012", "\n"),
+        ("\\134", "\\"),
+    ]
+    .iter()
+    .fold(path.to_owned(), |path, (code, text)| {
+        path.replace(code, text)
+    })
+}
+
+fn number_in(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// The number after `name` in a file of lines `name number`.
+fn field_in(path: &Path, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(path).ok()?;
+    text.lines()
+        .filter_map(|line| line.split_once(' '))
+        .find_map(|(key, value)| (key == name).then(|| value.trim().parse().ok())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V1: &str = "11 32 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
+        14 35 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n\
+        20 41 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n";
+
+    fn path_of(mounts: &str, groups: &str) -> Option<(Version, String)> {
+        find(mounts, groups).map(|found| (found.version, found.path.display().to_string()))
+    }
+
+    #[test] // [POOLCORE-130]
+    fn the_memory_cgroup_is_found_in_either_version_and_in_containers() {
+        let found = |version, path: &str| Some((version, path.to_owned()));
+        assert_eq!(
+            path_of(V1, "8:pids:/\n4:memory:/a/b\n0::/c\n"),
+            found(Version::V1, "/sys/fs/cgroup/memory/a/b")
+        );
+        let v2 = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
+        assert_eq!(
+            path_of(v2, "0::/system.slice/with:colon\n"),
+            found(Version::V2, "/sys/fs/cgroup/system.slice/with:colon")
+        );
+        let container =
+            "14 35 0:32 /docker/1f /sys/fs/cgroup/memory ro - cgroup cgroup rw,memory\n";
+        assert_eq!(
+            path_of(container, "4:memory:/docker/1f/mine\n"),
+            found(Version::V1, "/sys/fs/cgroup/memory/mine")
+        );
+        assert_eq!(
+            path_of(v2, "0::/../other\n"),
+            None,
+            "outside of what is seen"
+        );
+        assert_eq!(path_of("", "0::/\n"), None);
+        assert_eq!(path_of(v2, ""), None);
+    }
+
+    #[test] // [POOLCORE-130]
+    fn limit_usage_and_kills_are_read_with_the_folders_above() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("outer/inner");
+        fs::create_dir_all(&inner).unwrap();
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+        let cgroup = |version| MemoryCgroup {
+            version,
+            root: dir.path().to_path_buf(),
+            path: inner.clone(),
+        };
+        let v2 = cgroup(Version::V2);
+        assert_eq!(
+            (v2.limit_bytes(), v2.usage_bytes(), v2.oom_mark()),
+            (None, None, None)
+        );
+        write("outer/memory.max", "1000\n");
+        write("outer/inner/memory.max", "max\n");
+        write("outer/inner/memory.current", "700\n");
+        write("outer/inner/memory.stat", "anon 1\ninactive_file 200\n");
+        write("outer/inner/memory.events", "oom 9\noom_kill 4\n");
+        assert_eq!(
+            (v2.limit_bytes(), v2.usage_bytes(), v2.oom_kills()),
+            (Some(1000), Some(500), Some(4))
+        );
+        let mark = v2.oom_mark().unwrap();
+        assert!(!mark.has_risen());
+        write("outer/inner/memory.events", "oom 9\noom_kill 5\n");
+        assert!(mark.has_risen());
+        // The cgroup's own counter goes before the one that counts its subgroups as well.
+        write("outer/inner/memory.events.local", "oom_kill 1\n");
+        assert_eq!(v2.oom_kills(), Some(1));
+        fs::remove_dir_all(&inner).unwrap();
+        assert!(!mark.has_risen(), "what can't be read is no evidence");
+
+        fs::create_dir_all(&inner).unwrap();
+        let v1 = cgroup(Version::V1);
+        write("outer/inner/memory.limit_in_bytes", "9223372036854771712\n");
+        assert_eq!(v1.limit_bytes(), None);
+        write("outer/memory.limit_in_bytes", "4096\n");
+        write(
+            "outer/inner/memory.oom_control",
+            "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n",
+        );
+        assert_eq!((v1.limit_bytes(), v1.oom_kills()), (Some(4096), Some(3)));
+    }
+}
