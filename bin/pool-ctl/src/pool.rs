@@ -90,9 +90,7 @@ impl Pool {
             Self::Daemon(client) => Ok(client.get::<WorkerList>("/workers").await?.workers),
             Self::Direct(lifecycle) => {
                 collect_children(lifecycle).map_err(|error| registry_error(&error))?;
-                let found = lifecycle
-                    .reconcile(&|_| false)
-                    .map_err(|error| registry_error(&error))?;
+                let found = lifecycle.tend().map_err(|error| registry_error(&error))?;
                 for damaged in found.damaged {
                     note(format!(
                         "{} held no worker's record ({}) and was set aside",

@@ -95,6 +95,8 @@ fn reason_label(reason: &ExitReason) -> &'static str {
     match reason {
         ExitReason::Exited(_) => "exited",
         ExitReason::Signal(_) => "signal",
+        ExitReason::OomKilled => "oom_killed",
+        ExitReason::Stalled => "stalled",
         ExitReason::StartTimeout => "start_timeout",
         ExitReason::ModelInvalid => "model_invalid",
         ExitReason::SpawnFailed => "spawn_failed",

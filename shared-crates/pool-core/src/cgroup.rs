@@ -82,13 +82,7 @@ impl MemoryCgroup {
     /// How many of its processes the kernel has killed for want of memory, those of its subgroups not counted where
     /// the kernel can tell them apart.
     pub fn oom_kills(&self) -> Option<u64> {
-        let files: &[&str] = match self.version {
-            Version::V1 => &["memory.oom_control"],
-            Version::V2 => &["memory.events.local", "memory.events"],
-        };
-        files
-            .iter()
-            .find_map(|file| field_in(&self.path.join(file), "oom_kill"))
+        kills_in(&self.path)
     }
 
     /// The counter of [`MemoryCgroup::oom_kills`] now, to be compared later.
@@ -108,10 +102,7 @@ impl OomMark {
 
     /// Whether the kernel has killed in this cgroup since. `false` where that can't be read any more.
     pub fn has_risen(&self) -> bool {
-        let now = ["memory.oom_control", "memory.events.local", "memory.events"]
-            .iter()
-            .find_map(|file| field_in(&self.path.join(file), "oom_kill"));
-        now.is_some_and(|now| now > self.kills)
+        kills_in(&self.path).is_some_and(|now| now > self.kills)
     }
 }
 
@@ -181,6 +172,13 @@ fn unescape(path: &str) -> String {
     .fold(path.to_owned(), |path, (code, text)| {
         path.replace(code, text)
     })
+}
+
+/// The counter of kills of the cgroup in this folder: version 1's, else version 2's.
+fn kills_in(folder: &Path) -> Option<u64> {
+    ["memory.oom_control", "memory.events.local", "memory.events"]
+        .iter()
+        .find_map(|file| field_in(&folder.join(file), "oom_kill"))
 }
 
 fn number_in(path: &Path) -> Option<u64> {

@@ -9,7 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::pool::HEARTBEAT_INTERVAL_MS;
 use crate::home::Home;
+use crate::lifecycle::Deadlines;
 use crate::settings::{self, SettingsError};
+use crate::worker::Backend;
 use crate::worker_args::DEFAULT_STOP_GRACE_S;
 
 /// The port of the pool manager where nothing else is said.
@@ -63,6 +65,10 @@ pub struct WorkersConfig {
     /// Seconds that a worker has to finish what runs when it is told to stop; it is killed where it is still there
     /// 5 seconds later. Default 10.
     pub stop_timeout_s: u64,
+    /// Seconds that a worker may stand still, 1 to 86400: without a step of loading, without a token or a part of a
+    /// prompt while it has work, without an answer while it has none. It is taken for stuck and ended after that.
+    /// Default 30; a model of over 1 GB gets longer for its work, a second for each 32 MB (on a GPU 320 MB).
+    pub stall_timeout_s: u64,
     /// Compute threads of a worker on the CPU. Default: one less than the host's processors.
     pub threads: Option<NonZeroU32>,
     /// How many ended workers are remembered, with their logs. Default 20.
@@ -130,6 +136,7 @@ impl Default for WorkersConfig {
             start_timeout_s: 120,
             bind: Ipv4Addr::LOCALHOST.into(),
             stop_timeout_s: DEFAULT_STOP_GRACE_S,
+            stall_timeout_s: 30,
             threads: None,
             keep_ended: 20,
             programs_dir: None,
@@ -265,6 +272,7 @@ impl PoolConfig {
             port_min,
             port_max,
             start_timeout_s,
+            stall_timeout_s,
             ..
         } = self.workers;
         if port_min == 0 || port_min > port_max {
@@ -275,6 +283,9 @@ impl PoolConfig {
         }
         if start_timeout_s == 0 {
             return refuse("workers.start_timeout_s", "must be at least 1");
+        }
+        if !(1..=86_400).contains(&stall_timeout_s) {
+            return refuse("workers.stall_timeout_s", "must be 1 to 86400");
         }
         let folders = self
             .models
@@ -327,6 +338,15 @@ impl WorkersConfig {
     /// than 100 MB/s is taken for stuck.
     pub fn start_timeout(&self, file_bytes: u64) -> Duration {
         Duration::from_secs(self.start_timeout_s.max(file_bytes / 100_000_000))
+    }
+
+    /// How long a worker with a model file of this size may stand still.
+    pub fn deadlines(&self, file_bytes: u64, backend: Backend) -> Deadlines {
+        Deadlines::of(
+            file_bytes,
+            backend,
+            Duration::from_secs(self.stall_timeout_s),
+        )
     }
 }
 
@@ -431,6 +451,11 @@ mod tests {
                 "workers.port_min",
             ),
             ("[workers]\nthreads = 0", "workers.threads"),
+            ("[workers]\nstall_timeout_s = 0", "workers.stall_timeout_s"),
+            (
+                "[workers]\nstall_timeout_s = 86401",
+                "workers.stall_timeout_s",
+            ),
             ("[models]\nallow_paths = [\"models\"]", "models.allow_paths"),
             ("[workers]\nport_mim = 1", "workers.port_mim"),
         ] {

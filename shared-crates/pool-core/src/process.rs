@@ -17,6 +17,13 @@ pub struct ProcessIdentity {
     pub boot_id: String,
 }
 
+/// Time since the machine started, without what it spent asleep. Steps of the wall clock don't touch it, and two
+/// processes of one start of the machine read the same clock.
+pub fn uptime() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Duration::try_from(now).unwrap_or_default()
+}
+
 /// What became of a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SignalOutcome {
@@ -53,8 +60,17 @@ impl ProcessIdentity {
 
     /// Whether the process still runs. One that has ended and only waits for its parent does not.
     pub fn is_alive(&self) -> bool {
-        self.observe()
-            .is_ok_and(|seen| seen.is_some_and(|seen| !seen.zombie))
+        self.runs().unwrap_or(false)
+    }
+
+    /// Whether the process still runs, or why that can't be told: what must not be taken for an end.
+    pub fn runs(&self) -> io::Result<bool> {
+        Ok(self.observe()?.is_some_and(|seen| !seen.zombie))
+    }
+
+    /// Kills this process, and with it the group that it leads, if it leads one. No other process or group is hit.
+    pub fn kill_group(&self) -> io::Result<SignalOutcome> {
+        platform::kill_group(self)
     }
 
     /// Sends `signal` to this process and to no other.
@@ -85,7 +101,9 @@ mod platform {
 
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     use rustix::io::Errno;
-    use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+    use rustix::process::{
+        Pid, PidfdFlags, Signal, getpgid, kill_process_group, pidfd_open, pidfd_send_signal,
+    };
 
     use super::{Observed, ProcessIdentity, SignalOutcome};
 
@@ -146,6 +164,29 @@ mod platform {
         }
     }
 
+    /// A group is named by a number, which is safe only while the leader has it. So the leader is stopped first,
+    /// after which it can't end by itself, and looked at again before the group is killed.
+    pub fn kill_group(identity: &ProcessIdentity) -> io::Result<SignalOutcome> {
+        let Some(handle) = open(identity)? else {
+            return Ok(SignalOutcome::Gone);
+        };
+        let send = |signal| match pidfd_send_signal(&handle, signal) {
+            Ok(()) => Ok(SignalOutcome::Sent),
+            Err(Errno::SRCH) => Ok(SignalOutcome::Gone),
+            Err(error) => Err(io::Error::from(error)),
+        };
+        let pid = i32::try_from(identity.pid).ok().and_then(Pid::from_raw);
+        if let Some(pid) = pid
+            && send(Signal::STOP)? == SignalOutcome::Sent
+            && identity.runs()?
+            && getpgid(Some(pid)) == Ok(pid)
+        {
+            // What is not of ours to signal in there stays; the leader is killed below in any case.
+            let _ = kill_process_group(pid, Signal::KILL);
+        }
+        send(Signal::KILL)
+    }
+
     pub fn wait_gone(identity: &ProcessIdentity, timeout: Duration) -> io::Result<bool> {
         let Some(handle) = open(identity)? else {
             return Ok(true);
@@ -172,7 +213,7 @@ mod platform {
     use std::process::Command;
     use std::time::{Duration, Instant};
 
-    use rustix::process::{Pid, Signal, kill_process};
+    use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
 
     use super::{Observed, ProcessIdentity, SignalOutcome};
 
@@ -215,6 +256,17 @@ mod platform {
             },
             _ => Ok(SignalOutcome::Gone),
         }
+    }
+
+    pub fn kill_group(identity: &ProcessIdentity) -> io::Result<SignalOutcome> {
+        let pid = i32::try_from(identity.pid).ok().and_then(Pid::from_raw);
+        if let Some(pid) = pid
+            && identity.runs()?
+            && getpgid(Some(pid)) == Ok(pid)
+        {
+            let _ = kill_process_group(pid, Signal::KILL);
+        }
+        signal(identity, Signal::KILL)
     }
 
     pub fn wait_gone(identity: &ProcessIdentity, timeout: Duration) -> io::Result<bool> {

@@ -10,14 +10,17 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup::OomMark;
 use crate::fsio::{self, LockGuard};
 use crate::home::Home;
-use crate::process::ProcessIdentity;
+use crate::lifecycle::spawner::LISTEN_TIMEOUT;
+use crate::process::{self, ProcessIdentity};
 use crate::secret::Secret;
-use crate::worker::{IllegalWorkerTransition, WorkerEvent, WorkerInfo};
+use crate::worker::{IllegalWorkerTransition, WorkerEvent, WorkerInfo, WorkerStatus};
 use crate::worker_args::WorkerArgs;
 
 /// All that is known of a worker, its secret included: the file has mode 0600.
@@ -42,6 +45,35 @@ pub struct WorkerRecord {
     pub ports_tried: Vec<u16>,
     /// Whether somebody told it to stop.
     pub stop_requested: bool,
+    /// Why the pool ends it although nobody told it to stop: written down before anything is signalled, so that the
+    /// cause outlives the daemon that found it.
+    #[serde(default)]
+    pub verdict: Option<Verdict>,
+    /// What the memory cgroup that it was last seen in had counted then.
+    #[serde(default)]
+    pub oom_mark: Option<OomMark>,
+    /// Who started the process, and watches it while it begins to listen.
+    #[serde(default)]
+    pub starter: Option<ProcessIdentity>,
+    /// When the process was started, on the clock of [`process::uptime`].
+    #[serde(default)]
+    pub launched_at: Option<Duration>,
+}
+
+/// Why the pool itself ends a worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Verdict {
+    /// It was not ready in time.
+    StartTimeout {
+        /// The time that it had, in seconds.
+        after_s: u64,
+    },
+    /// It stood still.
+    Stalled {
+        /// What stood still, for how long, and where.
+        message: String,
+    },
 }
 
 impl WorkerRecord {
@@ -75,6 +107,22 @@ impl WorkerRecord {
             .memory
             .measured_bytes
             .unwrap_or(self.info.memory.predicted_bytes)
+    }
+
+    /// How long its process has run, without time in which the host was asleep. Nothing for a record without one.
+    pub fn age(&self) -> Duration {
+        let since = |launched_at| process::uptime().saturating_sub(launched_at);
+        self.launched_at.map_or(Duration::ZERO, since)
+    }
+
+    /// Whether another process, which is still there, started the worker a moment ago: it waits until the worker
+    /// listens, and knows better how it ends, or starts it again on another port.
+    pub fn is_with_its_starter(&self) -> bool {
+        let another =
+            |starter: &ProcessIdentity| starter.pid != std::process::id() && starter.is_alive();
+        self.info.status == WorkerStatus::Starting
+            && self.age() < LISTEN_TIMEOUT
+            && self.starter.as_ref().is_some_and(another)
     }
 
     fn number(&self) -> u64 {

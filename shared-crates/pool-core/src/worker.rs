@@ -207,6 +207,10 @@ pub enum ExitReason {
     Exited(Option<i32>),
     /// A signal ended it.
     Signal(i32),
+    /// The kernel killed it for want of memory: the counter of its cgroup says so.
+    OomKilled,
+    /// It had work and stood still, or did not even answer, and was killed.
+    Stalled,
     /// It was not ready within the start timeout.
     StartTimeout,
     /// It refused its model file.
@@ -223,6 +227,8 @@ impl fmt::Display for ExitReason {
             Self::Exited(Some(code)) => write!(f, "exited({code})"),
             Self::Exited(None) => f.write_str("exited(unknown)"),
             Self::Signal(number) => write!(f, "signal({number})"),
+            Self::OomKilled => f.write_str("oom_killed"),
+            Self::Stalled => f.write_str("stalled"),
             Self::StartTimeout => f.write_str("start_timeout"),
             Self::ModelInvalid => f.write_str("model_invalid"),
             Self::SpawnFailed => f.write_str("spawn_failed"),

@@ -75,7 +75,7 @@ pub async fn adopt(pool: &Arc<Pool>) -> Result<(), RegistryError> {
             report_end(pool, &info);
         }
         for record in found.live {
-            if !pool.watched().contains_key(&record.info.id) {
+            if !pool.watched().contains_key(&record.info.id) && !record.is_with_its_starter() {
                 tracing::info!(worker = record.info.id, status = %record.info.status, pid = record.info.pid, "took over a worker");
                 let _runtime = runtime.enter();
                 watch(pool, record, None);

@@ -6,10 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pool_core::api::worker::WorkerHealth;
+use pool_core::cgroup::OomMark;
 use pool_core::client::ApiClient;
-use pool_core::lifecycle::{Ended, ExitFacts, ObserveError};
-use pool_core::process::{Signal, SignalOutcome};
-use pool_core::registry::WorkerRecord;
+use pool_core::crash::crash_point;
+use pool_core::lifecycle::{Ended, ExitFacts, ObserveError, ProgressWatch, Stall};
+use pool_core::process::Signal;
+use pool_core::registry::{Verdict, WorkerRecord};
 use pool_core::worker::{WorkerInfo, WorkerStatus};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -23,6 +25,10 @@ const LOADING_INTERVAL: Duration = Duration::from_millis(250);
 const SERVING_INTERVAL: Duration = Duration::from_secs(1);
 /// How long it may take to answer: `/health` never waits for inference.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a worker that has to end may take before it is killed.
+const CONDEMNED_GRACE: Duration = Duration::from_secs(2);
+/// How long a worker is watched at least before it is taken for one that never got ready.
+const HEARING: Duration = Duration::from_secs(5);
 
 /// Watches the worker until its process has ended and that is recorded.
 pub async fn watch(
@@ -36,7 +42,7 @@ pub async fn watch(
     // Once, or more often where a port was found taken: each process is watched by itself.
     while let Some((record, child)) = next {
         let ending = ending::of(record.identity.clone(), child);
-        let mut watched = Watched::new(record);
+        let mut watched = Watched::new(&pool, record);
         let facts = tokio::select! {
             // Whatever else is going on, the end comes first.
             biased;
@@ -52,27 +58,30 @@ pub async fn watch(
 struct Watched {
     record: WorkerRecord,
     client: Option<ApiClient>,
-    since: Instant,
-    /// When it is killed if it hasn't stopped by then.
+    progress: ProgressWatch,
+    /// How old the process was when it was first watched.
+    age: Duration,
+    /// When it is killed if it hasn't ended by then.
     kill_at: Option<Instant>,
-    /// The start timeout that it was killed for.
-    start_timeout: Option<Duration>,
 }
 
 impl Watched {
-    fn new(record: WorkerRecord) -> Self {
+    fn new(pool: &Pool, record: WorkerRecord) -> Self {
         let client = ApiClient::new(&record.url(), None)
             .map(|client| client.with_answer_timeout(ANSWER_TIMEOUT));
+        let workers = &pool.lifecycle.config().workers;
+        let size = record.info.model_file.size_bytes;
+        let deadlines = workers.deadlines(size, record.info.device.backend);
         Self {
             client: client.ok(),
-            since: Instant::now(),
+            progress: ProgressWatch::new(deadlines, std::time::Instant::now()),
+            age: record.age(),
             kill_at: None,
-            start_timeout: None,
             record,
         }
     }
 
-    /// Enforces the timeouts and takes over the worker's health, until it is dropped, which may be at any point.
+    /// Enforces the deadlines and takes over the worker's health, until it is dropped, which may be at any point.
     async fn look_after(&mut self, pool: &Arc<Pool>, nudge: &Notify) -> Infallible {
         loop {
             self.look(pool, nudge).await;
@@ -88,30 +97,21 @@ impl Watched {
         {
             self.record = record;
         }
-        let now = Instant::now();
-        let workers = &pool.lifecycle.config().workers;
-        if self.record.stop_requested {
-            let timeout = self.record.args.stop_timeout();
-            let kill_at = *self.kill_at.get_or_insert(now + timeout);
-            if now >= kill_at {
-                tracing::warn!(
-                    worker = self.record.info.id,
-                    "a worker did not stop in time and is killed"
-                );
-                self.kill_at = Some(now + timeout);
-                self.kill(pool).await;
-            }
-        } else if self.record.info.status == WorkerStatus::Starting {
-            let timeout = workers.start_timeout(self.record.info.model_file.size_bytes);
-            if now.duration_since(self.since) >= timeout && self.start_timeout.is_none() {
-                // Noted before, because the end may be heard of before the kill returns.
-                self.start_timeout = Some(timeout);
-                if !self.kill(pool).await {
-                    self.start_timeout = None;
-                }
-            }
+        let begun = Instant::now();
+        // Before the question, so that an answer proves that nothing counted here was this worker's own end.
+        let mark = self.record.info.pid.and_then(OomMark::of);
+        let answer = self.ask(pool).await;
+        if answer.is_some() {
+            self.remember(pool, mark).await;
         }
-        self.ask(pool).await;
+        let stall = self
+            .progress
+            .look(std::time::Instant::now(), answer.as_ref());
+        if self.record.stop_requested || self.record.verdict.is_some() {
+            self.see_it_end(pool).await;
+        } else if let Some(verdict) = self.verdict(pool, stall) {
+            self.condemn(pool, verdict).await;
+        }
         let interval = if self.record.info.status == WorkerStatus::Starting {
             LOADING_INTERVAL
         } else {
@@ -119,43 +119,129 @@ impl Watched {
         };
         let wake_at = self
             .kill_at
-            .map_or(now + interval, |kill_at| kill_at.min(now + interval));
+            .map_or(begun + interval, |kill_at| kill_at.min(begun + interval));
         tokio::select! {
             () = tokio::time::sleep_until(wake_at) => {}
             () = nudge.notified() => {}
         }
     }
 
-    /// Asks the worker how it is, and takes over what it says. A worker that doesn't answer is none yet, or none any
-    /// more, or too busy: its process says the rest.
-    async fn ask(&mut self, pool: &Arc<Pool>) {
-        let Some(client) = &self.client else { return };
-        match client.get::<WorkerHealth>("/health").await {
-            Ok(health) => match observe(pool, &self.record.info.id, health).await {
-                Ok(Some(info)) => self.record.info = info,
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::debug!(worker = self.record.info.id, %error, "an account was not taken over");
-                }
-            },
+    /// Why the worker has to end, if it has to.
+    fn verdict(&self, pool: &Pool, stall: Option<Stall>) -> Option<Verdict> {
+        let timeout = pool
+            .lifecycle
+            .config()
+            .workers
+            .start_timeout(self.record.info.model_file.size_bytes);
+        let watched = self.progress.watched_for();
+        // A worker that loaded while no daemon ran gets the time to say so.
+        if self.record.info.status == WorkerStatus::Starting
+            && self.age + watched >= timeout
+            && watched >= timeout.min(HEARING)
+        {
+            return Some(Verdict::StartTimeout {
+                after_s: timeout.as_secs(),
+            });
+        }
+        stall.map(|stall| Verdict::Stalled {
+            message: stall.to_string(),
+        })
+    }
+
+    /// Writes the verdict down and begins to carry it out.
+    async fn condemn(&mut self, pool: &Arc<Pool>, verdict: Verdict) {
+        let id = self.record.info.id.clone();
+        tracing::warn!(worker = id, ?verdict, "a worker has to end");
+        let condemned = pool
+            .blocking(move |pool| pool.lifecycle.condemn(&id, &verdict))
+            .await;
+        match condemned {
+            Ok(Some(record)) => {
+                self.record = record;
+                // It takes no more work, which the orchestrator has to hear.
+                pool.changed();
+                self.see_it_end(pool).await;
+            }
+            Ok(None) => {}
             Err(error) => {
-                tracing::trace!(worker = self.record.info.id, %error, "no answer from a worker");
+                tracing::error!(worker = self.record.info.id, %error, "could not record why a worker has to end; trying again");
             }
         }
     }
 
-    /// Kills it; `false` where the signal did not reach it.
-    async fn kill(&self, pool: &Arc<Pool>) -> bool {
+    /// Sees to it that a worker ends that was told to, or has to: it is told once more, since whoever told it may have
+    /// died before the signal was sent, and killed when its time is over.
+    async fn see_it_end(&mut self, pool: &Arc<Pool>) {
+        let grace = match self.record.verdict {
+            Some(_) => CONDEMNED_GRACE,
+            None => self.record.args.stop_timeout(),
+        };
+        let now = Instant::now();
+        match self.kill_at {
+            None => {
+                self.kill_at = Some(now + grace);
+                self.signal(pool, Signal::TERM).await;
+            }
+            Some(kill_at) if now >= kill_at => {
+                tracing::warn!(
+                    worker = self.record.info.id,
+                    "a worker did not end in time and is killed"
+                );
+                self.kill_at = Some(now + grace);
+                crash_point("stop.kill");
+                self.signal(pool, Signal::KILL).await;
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Asks the worker how it is, and takes over what it says. A worker that doesn't answer is none yet, or none any
+    /// more, or too busy: its process says the rest.
+    async fn ask(&mut self, pool: &Arc<Pool>) -> Option<WorkerHealth> {
+        let health = match self.client.as_ref()?.get::<WorkerHealth>("/health").await {
+            Ok(health) => health,
+            Err(error) => {
+                tracing::trace!(worker = self.record.info.id, %error, "no answer from a worker");
+                return None;
+            }
+        };
+        match observe(pool, &self.record.info.id, health.clone()).await {
+            Ok(Some(info)) => self.record.info = info,
+            Ok(None) => {}
+            Err(error) => {
+                tracing::debug!(worker = self.record.info.id, %error, "an account was not taken over");
+                // A stranger on the port is no sign of life.
+                return matches!(error, ObserveError::Registry(_)).then_some(health);
+            }
+        }
+        Some(health)
+    }
+
+    /// Remembers the memory cgroup that the worker is in, and its counter.
+    async fn remember(&mut self, pool: &Arc<Pool>, mark: Option<OomMark>) {
+        let Some(mark) = mark.filter(|mark| self.record.oom_mark.as_ref() != Some(mark)) else {
+            return;
+        };
+        let (id, marked) = (self.record.info.id.clone(), mark.clone());
+        match pool
+            .blocking(move |pool| pool.lifecycle.mark_memory(&id, &marked))
+            .await
+        {
+            Ok(()) => self.record.oom_mark = Some(mark),
+            Err(error) => {
+                tracing::error!(worker = self.record.info.id, %error, "could not record a worker's cgroup");
+            }
+        }
+    }
+
+    /// Sends it a signal; one that can't be sent is tried again when the next is due.
+    async fn signal(&self, pool: &Arc<Pool>, signal: Signal) {
         let record = self.record.clone();
         let outcome = pool
-            .blocking(move |pool| pool.lifecycle.signal(&record, Signal::KILL))
+            .blocking(move |pool| pool.lifecycle.signal(&record, signal))
             .await;
-        match outcome {
-            Ok(outcome) => outcome == SignalOutcome::Sent,
-            Err(error) => {
-                tracing::error!(worker = self.record.info.id, %error, "could not kill a worker");
-                false
-            }
+        if let Err(error) = outcome {
+            tracing::error!(worker = self.record.info.id, %error, ?signal, "could not signal a worker");
         }
     }
 
@@ -165,7 +251,6 @@ impl Watched {
         pool: &Arc<Pool>,
         facts: ExitFacts,
     ) -> Option<(WorkerRecord, Option<Child>)> {
-        let facts = end_of(facts, self.start_timeout.take());
         let id = self.record.info.id.clone();
         let recorded = loop {
             let (id, facts) = (id.clone(), facts.clone());
@@ -205,16 +290,6 @@ impl Watched {
     }
 }
 
-/// What is known of the end of a worker that was killed for `start_timeout`: that, unless it ended another way first.
-fn end_of(facts: ExitFacts, start_timeout: Option<Duration>) -> ExitFacts {
-    let by_kill =
-        facts == ExitFacts::Signalled(Signal::KILL.as_raw()) || facts == ExitFacts::Unknown;
-    match start_timeout {
-        Some(timeout) if by_kill => ExitFacts::StartTimeout(timeout),
-        _ => facts,
-    }
-}
-
 /// Takes over what a worker says of itself, and tells everybody if that makes a difference.
 pub async fn observe(
     pool: &Arc<Pool>,
@@ -226,6 +301,7 @@ pub async fn observe(
         let changed = pool.lifecycle.observe(&id, &health)?;
         if let Some((before, info)) = &changed {
             if before.ready_at.is_none() && info.ready_at.is_some() {
+                crash_point("ready.unreported");
                 pool.metrics.started("ready");
                 let load_s = info
                     .ready_at
@@ -242,26 +318,4 @@ pub async fn observe(
         Ok(changed.map(|(_, info)| info))
     })
     .await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test] // [POOLD-020]
-    fn only_a_kill_of_ours_is_a_start_timeout() {
-        let timeout = Duration::from_secs(120);
-        for by_kill in [ExitFacts::Signalled(9), ExitFacts::Unknown] {
-            assert_eq!(
-                end_of(by_kill.clone(), Some(timeout)),
-                ExitFacts::StartTimeout(timeout)
-            );
-            assert_eq!(end_of(by_kill.clone(), None), by_kill);
-        }
-        // It was faster than the kill.
-        assert_eq!(
-            end_of(ExitFacts::Exited(65), Some(timeout)),
-            ExitFacts::Exited(65)
-        );
-    }
 }

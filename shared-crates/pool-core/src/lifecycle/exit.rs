@@ -2,11 +2,11 @@
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::time::Duration;
 
 use jiff::Timestamp;
 
 use super::SpawnError;
+use crate::registry::Verdict;
 use crate::worker::{ExitReason, WorkerExit};
 use crate::worker_args::{EXIT_MODEL_INVALID, EXIT_PORT_TAKEN};
 
@@ -22,8 +22,6 @@ pub enum ExitFacts {
     Signalled(i32),
     /// It has ended; it was not our child, so nobody can say how.
     Unknown,
-    /// We killed it because it was not ready after this long.
-    StartTimeout(Duration),
     /// It never came to be, for this reason.
     NotStarted(String),
 }
@@ -38,6 +36,14 @@ impl ExitFacts {
         }
     }
 
+    /// Whether a process that we told to end, and then killed, may end like this.
+    fn may_be_ours(&self) -> bool {
+        matches!(
+            self,
+            Self::Exited(0) | Self::Signalled(9 | 15) | Self::Unknown
+        )
+    }
+
     pub(super) fn not_started(error: &SpawnError) -> Self {
         let cause = std::error::Error::source(error)
             .map(|cause| format!(": {cause}"))
@@ -46,15 +52,36 @@ impl ExitFacts {
     }
 }
 
-/// The account of a worker's end. A worker that was told to stop has stopped, however its process ended; otherwise
-/// the last line of its log that begins with `error: ` explains an end that the system can't.
+/// What else than its process is known of the end of a worker.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Circumstances<'a> {
+    /// Somebody told it to stop.
+    pub stop_requested: bool,
+    /// The pool was ending it.
+    pub verdict: Option<&'a Verdict>,
+    /// The kernel has killed in its memory cgroup since it was last seen well.
+    pub oom_evidence: bool,
+    /// It was ready once.
+    pub was_ready: bool,
+}
+
+/// The account of a worker's end. What the pool ended it for, or the stop it was told, goes before how its process
+/// ended; the last line of its log that begins with `error: ` explains an end that the system can't.
 pub fn classify_exit(
     facts: ExitFacts,
-    stop_requested: bool,
-    was_ready: bool,
+    circumstances: Circumstances<'_>,
     log_tail: Vec<String>,
     at: Timestamp,
 ) -> WorkerExit {
+    let Circumstances {
+        stop_requested,
+        verdict,
+        oom_evidence,
+        was_ready,
+    } = circumstances;
+    // One that ended by itself, before our signal came, has its own reason.
+    let verdict = verdict.filter(|_| facts.may_be_ours());
+    let by_kill = matches!(facts, ExitFacts::Signalled(9) | ExitFacts::Unknown);
     let own_words = || {
         log_tail
             .iter()
@@ -62,16 +89,20 @@ pub fn classify_exit(
             .find_map(|line| line.strip_prefix(ERROR_PREFIX))
             .map(str::to_owned)
     };
-    let (reason, message) = match facts {
-        _ if stop_requested => (ExitReason::Stopped, "it was told to stop".to_owned()),
-        ExitFacts::NotStarted(why) => (ExitReason::SpawnFailed, why),
-        ExitFacts::StartTimeout(after) => (
+    let ours = verdict.map(|verdict| match verdict {
+        Verdict::StartTimeout { after_s } => (
             ExitReason::StartTimeout,
-            format!(
-                "it was not ready after {} s and was killed",
-                after.as_secs()
-            ),
+            format!("it was not ready after {after_s} s and was ended"),
         ),
+        Verdict::Stalled { message } => (ExitReason::Stalled, format!("{message}; it was ended")),
+    });
+    let (reason, message) = ours.unwrap_or_else(|| match facts {
+        _ if stop_requested => (ExitReason::Stopped, "it was told to stop".to_owned()),
+        _ if by_kill && oom_evidence => (
+            ExitReason::OomKilled,
+            "the kernel killed it because its cgroup or the host ran out of memory".to_owned(),
+        ),
+        ExitFacts::NotStarted(why) => (ExitReason::SpawnFailed, why),
         ExitFacts::Exited(EXIT_MODEL_INVALID) => (
             ExitReason::ModelInvalid,
             own_words().unwrap_or_else(|| "it refused its model file".to_owned()),
@@ -87,7 +118,7 @@ pub fn classify_exit(
         ),
         ExitFacts::Signalled(9) => (
             ExitReason::Signal(9),
-            "it was killed (signal 9), perhaps because the host ran out of memory".to_owned(),
+            "it was killed (signal 9); the system counts no kill for want of memory".to_owned(),
         ),
         ExitFacts::Signalled(signal) => (
             ExitReason::Signal(signal),
@@ -99,7 +130,7 @@ pub fn classify_exit(
                 "its process is gone, and nobody was there to see how it ended".to_owned()
             }),
         ),
-    };
+    });
     WorkerExit {
         reason,
         message,
@@ -114,38 +145,63 @@ mod tests {
     use super::*;
     use std::fmt::Write as _;
 
-    #[test] // [POOLD-017] [POOLD-018]
+    #[test] // [POOLD-017] [POOLD-018] [POOLD-062] [POOLD-063]
     fn every_kind_of_end_has_its_reason_and_a_sentence() {
         let log = vec![
             "error: an older one".into(),
             "error: tensor 3 lies outside the file".into(),
             "bye".into(),
         ];
+        let plain = Circumstances::default();
+        let stop = Circumstances {
+            stop_requested: true,
+            ..plain
+        };
+        let oom = Circumstances {
+            oom_evidence: true,
+            ..plain
+        };
+        let late = Verdict::StartTimeout { after_s: 120 };
+        let stuck = Verdict::Stalled {
+            message: "no token for 31 s".into(),
+        };
+        let [late, stuck] = [&late, &stuck].map(|verdict| Circumstances {
+            verdict: Some(verdict),
+            ..plain
+        });
+        let stuck_then_stop = Circumstances {
+            stop_requested: true,
+            oom_evidence: true,
+            ..stuck
+        };
         let mut table = String::new();
-        for (facts, stop_requested, log) in [
-            (ExitFacts::Exited(65), false, log.clone()),
-            (ExitFacts::Exited(65), false, vec![]),
-            (ExitFacts::Exited(75), false, vec![]),
-            (ExitFacts::Exited(1), false, log.clone()),
-            (ExitFacts::Exited(0), false, vec![]),
-            (ExitFacts::Exited(0), true, log.clone()),
-            (ExitFacts::Signalled(9), false, log.clone()),
-            (ExitFacts::Signalled(9), true, vec![]),
-            (ExitFacts::Signalled(11), false, vec![]),
-            (ExitFacts::Unknown, false, log),
-            (ExitFacts::Unknown, false, vec![]),
-            (
-                ExitFacts::StartTimeout(Duration::from_secs(120)),
-                false,
-                vec![],
-            ),
+        for (facts, circumstances, log) in [
+            (ExitFacts::Exited(65), plain, log.clone()),
+            (ExitFacts::Exited(65), plain, vec![]),
+            (ExitFacts::Exited(75), plain, vec![]),
+            (ExitFacts::Exited(1), plain, log.clone()),
+            (ExitFacts::Exited(0), plain, vec![]),
+            (ExitFacts::Exited(0), stop, log.clone()),
+            (ExitFacts::Signalled(9), plain, log.clone()),
+            (ExitFacts::Signalled(9), stop, vec![]),
+            (ExitFacts::Signalled(9), oom, vec![]),
+            (ExitFacts::Signalled(11), oom, vec![]),
+            (ExitFacts::Exited(3), oom, vec![]),
+            (ExitFacts::Unknown, plain, log.clone()),
+            (ExitFacts::Unknown, plain, vec![]),
+            (ExitFacts::Unknown, oom, vec![]),
+            (ExitFacts::Signalled(9), late, vec![]),
+            (ExitFacts::Exited(0), late, vec![]),
+            (ExitFacts::Exited(65), late, log.clone()),
+            (ExitFacts::Signalled(15), stuck, vec![]),
+            (ExitFacts::Unknown, stuck_then_stop, vec![]),
             (
                 ExitFacts::NotStarted("could not start `x`: no such file".into()),
-                false,
+                plain,
                 vec![],
             ),
         ] {
-            let exit = classify_exit(facts, stop_requested, false, log, Timestamp::UNIX_EPOCH);
+            let exit = classify_exit(facts, circumstances, log, Timestamp::UNIX_EPOCH);
             writeln!(table, "{:<16} {}", exit.reason.to_string(), exit.message).unwrap();
         }
         insta::assert_snapshot!(table, @"
@@ -155,12 +211,19 @@ mod tests {
         exited(1)        tensor 3 lies outside the file
         exited(0)        it exited with code 0
         stopped          it was told to stop
-        signal(9)        it was killed (signal 9), perhaps because the host ran out of memory
+        signal(9)        it was killed (signal 9); the system counts no kill for want of memory
         stopped          it was told to stop
+        oom_killed       the kernel killed it because its cgroup or the host ran out of memory
         signal(11)       signal 11 ended it
+        exited(3)        it exited with code 3
         exited(unknown)  tensor 3 lies outside the file
         exited(unknown)  its process is gone, and nobody was there to see how it ended
-        start_timeout    it was not ready after 120 s and was killed
+        oom_killed       the kernel killed it because its cgroup or the host ran out of memory
+        start_timeout    it was not ready after 120 s and was ended
+        start_timeout    it was not ready after 120 s and was ended
+        model_invalid    tensor 3 lies outside the file
+        stalled          no token for 31 s; it was ended
+        stalled          no token for 31 s; it was ended
         spawn_failed     could not start `x`: no such file
         ");
     }
@@ -168,10 +231,13 @@ mod tests {
     #[test]
     fn an_end_after_readiness_is_not_one_during_start() {
         let exit = |was_ready| {
+            let circumstances = Circumstances {
+                was_ready,
+                ..Circumstances::default()
+            };
             classify_exit(
                 ExitFacts::Unknown,
-                false,
-                was_ready,
+                circumstances,
                 vec![],
                 Timestamp::UNIX_EPOCH,
             )

@@ -10,7 +10,8 @@ mod logs;
 mod memory;
 mod ports;
 mod program;
-mod spawner;
+mod progress;
+pub(crate) mod spawner;
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -19,11 +20,12 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::process::Child;
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 
 pub use error::{SpawnError, StopError};
-pub use exit::{ExitFacts, classify_exit};
+pub use exit::{Circumstances, ExitFacts, classify_exit};
 pub use health::{HealthRefused, apply_health};
 pub use logs::log_tail;
 pub use memory::{
@@ -31,6 +33,7 @@ pub use memory::{
 };
 pub use ports::choose_port;
 pub use program::{find_program, program_name};
+pub use progress::{Deadlines, ProgressWatch, Stall};
 pub use spawner::{Launched, OsSpawner, Spawner, WorkerCommand};
 
 use crate::ModelRef;
@@ -38,10 +41,12 @@ use crate::api::pool::{DeviceInfo, WorkerSpawnRequest};
 use crate::api::worker::WorkerHealth;
 use crate::catalog::store::{ResolvedModel, Store};
 use crate::catalog::{Catalog, CatalogError};
+use crate::cgroup::OomMark;
 use crate::config::PoolConfig;
+use crate::crash::crash_point;
 use crate::home::Home;
-use crate::process::{ProcessIdentity, Signal, SignalOutcome};
-use crate::registry::{Damaged, Registry, RegistryError, WorkerRecord, ports_in_use};
+use crate::process::{self, ProcessIdentity, Signal, SignalOutcome};
+use crate::registry::{Damaged, Registry, RegistryError, Verdict, WorkerRecord, ports_in_use};
 use crate::secret::Secret;
 use crate::worker::{Backend, Device, WorkerEvent, WorkerInfo, WorkerMemory, WorkerStatus};
 use crate::worker_args::{EXIT_PORT_TAKEN, WorkerArgs};
@@ -54,6 +59,8 @@ const EXIT_LOG_LINES: usize = 20;
 const EXIT_LOG_LINE_CHARS: usize = 500;
 /// The most slots a worker may be asked for: the engine runs one sequence at a time.
 const MAX_SLOTS: u32 = 1;
+/// How long a process that was killed may take to be gone; one that waits for a device in the kernel takes longer.
+const DYING: Duration = Duration::from_secs(5);
 
 /// Starts and ends the workers of one home.
 #[derive(Clone)]
@@ -192,6 +199,7 @@ impl Lifecycle {
     /// Starts a worker: checks model, backend and device, reserves its memory, records the intent, starts the
     /// process and records that too. It returns while the worker still loads.
     pub fn spawn(&self, request: &WorkerSpawnRequest) -> Result<Started, SpawnError> {
+        crash_point("spawn.received");
         let slots = request.slots.unwrap_or(1);
         if !(1..=MAX_SLOTS).contains(&slots) {
             return Err(SpawnError::Slots {
@@ -286,9 +294,14 @@ impl Lifecycle {
             port_fixed: request.port.is_some(),
             ports_tried: Vec::new(),
             stop_requested: false,
+            verdict: None,
+            oom_mark: None,
+            starter: None,
+            launched_at: None,
         };
         // The intent comes first: whatever happens from here on, a record says that this process may exist.
         locked.save(&record)?;
+        crash_point("spawn.intended");
         for id in locked.prune(&records, self.config.workers.keep_ended)? {
             // Best effort: the worker is forgotten either way.
             let _ = fs::remove_file(self.log_file(&id));
@@ -301,7 +314,9 @@ impl Lifecycle {
                 return Err(error);
             }
         };
+        crash_point("spawn.started");
         locked.save(&record)?;
+        crash_point("spawn.recorded");
         Ok(Started {
             info: record.info,
             child,
@@ -314,6 +329,7 @@ impl Lifecycle {
         id: &str,
         facts: ExitFacts,
     ) -> Result<Option<Ended>, RegistryError> {
+        crash_point("exit.unrecorded");
         let locked = self.registry.lock()?;
         let Some(mut record) = self.registry.get(id) else {
             return Ok(None);
@@ -324,6 +340,7 @@ impl Lifecycle {
         let try_next = facts == ExitFacts::Exited(EXIT_PORT_TAKEN)
             && !record.port_fixed
             && !record.stop_requested
+            && record.verdict.is_none()
             && record.info.status == WorkerStatus::Starting
             && record.ports_tried.len() + 1 < PORT_ATTEMPTS;
         if try_next {
@@ -394,17 +411,107 @@ impl Lifecycle {
                     id: id.to_owned(),
                     source,
                 })?;
+            crash_point("stop.signalled");
         }
         Ok(record)
     }
 
-    /// Sends `signal` to a worker's process if it still is the one that was recorded.
+    /// Writes down why a worker has to end, from when on it takes no work. Returns its record with the verdict that
+    /// counts, which is the first; `None` where there is nothing to end: somebody else told it to stop, or it is over.
+    pub fn condemn(
+        &self,
+        id: &str,
+        verdict: &Verdict,
+    ) -> Result<Option<WorkerRecord>, RegistryError> {
+        let updated = self.registry.update(id, |record| {
+            if record.info.status.is_live() && !record.stop_requested {
+                record.verdict.get_or_insert_with(|| verdict.clone());
+                // Every live state may drain, so this can't fail.
+                let _ = record.apply(WorkerEvent::Drain);
+            }
+        })?;
+        let record = updated.map(|updated| updated.record);
+        Ok(record.filter(|record| record.verdict.is_some() && record.info.status.is_live()))
+    }
+
+    /// Remembers what the worker's memory cgroup had counted while the worker was seen to be well.
+    pub fn mark_memory(&self, id: &str, mark: &OomMark) -> Result<(), RegistryError> {
+        let mark = Some(mark.clone());
+        self.registry.update(id, |record| record.oom_mark = mark)?;
+        Ok(())
+    }
+
+    /// Sends `signal` to a worker's process if it still is the one that was recorded. A kill takes along what the
+    /// process has started.
     pub fn signal(&self, record: &WorkerRecord, signal: Signal) -> io::Result<SignalOutcome> {
         match &record.identity {
             Some(identity) if spawner::carries_nonce(identity.pid, &record.nonce) => {
-                identity.signal(signal)
+                if signal == Signal::KILL {
+                    identity.kill_group()
+                } else {
+                    identity.signal(signal)
+                }
             }
             _ => Ok(SignalOutcome::Gone),
+        }
+    }
+
+    /// What a daemon goes on doing, done once, for those who work without one: after [`Lifecycle::reconcile`], workers
+    /// that are not ready in time are ended, and so are those whose end a daemon began and did not live to see. That a
+    /// worker stands still is seen only by who watches it for longer.
+    pub fn tend(&self) -> Result<Reconciled, RegistryError> {
+        let mut found = self.reconcile(&|_| false)?;
+        let mut live = Vec::new();
+        for record in std::mem::take(&mut found.live) {
+            match self.overdue(&record)? {
+                Some(condemned) => match self.end_now(&condemned)? {
+                    Some(info) => found.ended.push(info),
+                    None => live.push(condemned),
+                },
+                None => live.push(record),
+            }
+        }
+        found.live = live;
+        Ok(found)
+    }
+
+    /// The record of a worker that has to end, if this one has to.
+    fn overdue(&self, record: &WorkerRecord) -> Result<Option<WorkerRecord>, RegistryError> {
+        if record.verdict.is_some() {
+            return Ok(Some(record.clone()));
+        }
+        let workers = &self.config.workers;
+        let timeout = workers.start_timeout(record.info.model_file.size_bytes);
+        if record.stop_requested
+            || record.info.status != WorkerStatus::Starting
+            || record.age() < timeout
+        {
+            return Ok(None);
+        }
+        // Perhaps it has been ready for long, and nobody came to see it.
+        if let Some(health) = health::ask(record.local_addr())
+            && let Ok(Some((_, now))) = self.observe(&record.info.id, &health)
+            && now.status != WorkerStatus::Starting
+        {
+            return Ok(None);
+        }
+        let after_s = timeout.as_secs();
+        self.condemn(&record.info.id, &Verdict::StartTimeout { after_s })
+    }
+
+    /// Kills a condemned worker and records its end; `None` while its process is still there.
+    fn end_now(&self, record: &WorkerRecord) -> Result<Option<WorkerInfo>, RegistryError> {
+        let Some(identity) = &record.identity else {
+            return Ok(None);
+        };
+        // Where the signal or the wait fails the worker stays as it is, memory and all, until the next time.
+        let killed = self.signal(record, Signal::KILL);
+        if killed.is_err() || !identity.wait_gone(DYING).unwrap_or(false) {
+            return Ok(None);
+        }
+        match self.process_ended(&record.info.id, ExitFacts::Unknown)? {
+            Some(Ended::Over(info)) => Ok(Some(info)),
+            _ => Ok(None),
         }
     }
 
@@ -427,6 +534,7 @@ impl Lifecycle {
                 found.live.push(record);
                 continue;
             }
+            crash_point("adopt");
             // The lock is held, so nobody is about to record this process.
             if record.identity.is_none()
                 && let Some(identity) = spawner::find_by_nonce(&record.nonce)
@@ -435,13 +543,11 @@ impl Lifecycle {
                 record.identity = Some(identity);
                 locked.save(&record)?;
             }
-            if record
-                .identity
-                .as_ref()
-                .is_some_and(ProcessIdentity::is_alive)
-            {
+            // What can't be told is no end: memory that was still in use would be promised again.
+            let runs = |identity: &ProcessIdentity| identity.runs().unwrap_or(true);
+            if record.identity.as_ref().is_some_and(runs) {
                 found.live.push(record);
-            } else {
+            } else if !record.is_with_its_starter() {
                 self.finish(&mut record, ExitFacts::Unknown);
                 locked.save(&record)?;
                 found.ended.push(record.info);
@@ -492,10 +598,13 @@ impl Lifecycle {
             nonce: record.nonce.clone(),
             log,
         };
+        record.starter = ProcessIdentity::current().ok();
+        record.launched_at = Some(process::uptime());
         let launched = self.spawner.spawn(command).map_err(failed)?;
         let (launched, identity) = identified(launched, ProcessIdentity::of).map_err(failed)?;
         record.identity = identity;
         record.info.pid = Some(launched.pid);
+        record.oom_mark = OomMark::of(launched.pid);
         Ok(launched.child)
     }
 
@@ -515,7 +624,8 @@ impl Lifecycle {
     }
 
     fn finish(&self, record: &mut WorkerRecord, facts: ExitFacts) {
-        let event = if record.stop_requested {
+        // A worker that the pool ended has failed, also where somebody told it to stop after that.
+        let event = if record.stop_requested && record.verdict.is_none() {
             WorkerEvent::StopFinished
         } else {
             WorkerEvent::Died
@@ -528,13 +638,13 @@ impl Lifecycle {
             .map(|line| line.chars().take(EXIT_LOG_LINE_CHARS).collect())
             .collect();
         record.info.active = 0;
-        record.info.exit = Some(classify_exit(
-            facts,
-            record.stop_requested,
-            record.info.ready_at.is_some(),
-            tail,
-            Timestamp::now(),
-        ));
+        let circumstances = Circumstances {
+            stop_requested: record.stop_requested,
+            verdict: record.verdict.as_ref(),
+            oom_evidence: record.oom_mark.as_ref().is_some_and(OomMark::has_risen),
+            was_ready: record.info.ready_at.is_some(),
+        };
+        record.info.exit = Some(classify_exit(facts, circumstances, tail, Timestamp::now()));
     }
 }
 
@@ -583,6 +693,8 @@ pub fn spawn_worker(
     request: &WorkerSpawnRequest,
     lifecycle: &Lifecycle,
 ) -> Result<WorkerInfo, SpawnError> {
+    // Memory of workers that ended, or should have, while nobody watched is free for this one.
+    lifecycle.tend()?;
     let mut started = lifecycle.spawn(request)?;
     loop {
         let (Some(child), Some(record)) = (

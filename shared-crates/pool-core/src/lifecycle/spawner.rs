@@ -30,7 +30,7 @@ const PASSED_ON: &[&str] = &[
 ];
 
 /// How long a worker that was started without a daemon is watched while it begins to listen.
-const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// All that starting a worker takes.
 #[derive(Debug)]
@@ -136,6 +136,11 @@ pub(super) fn ended_before_listening(
 
 /// Whether the worker with this nonce answers at `address`, and not somebody who had the port before it.
 fn answers_with(address: SocketAddr, nonce: &str) -> io::Result<bool> {
+    Ok(ask_health(address)?.contains(nonce))
+}
+
+/// Asks whoever listens at `address` for its `/health`; returns the whole answer, head and body.
+pub(super) fn ask_health(address: SocketAddr) -> io::Result<String> {
     let patience = Duration::from_millis(500);
     let mut stream = TcpStream::connect_timeout(&address, patience)?;
     stream.set_read_timeout(Some(patience))?;
@@ -146,5 +151,5 @@ fn answers_with(address: SocketAddr, nonce: &str) -> io::Result<bool> {
     let mut answer = String::new();
     // Whatever listens there may send without end.
     let _ = stream.take(16 << 10).read_to_string(&mut answer);
-    Ok(answer.contains(nonce))
+    Ok(answer)
 }

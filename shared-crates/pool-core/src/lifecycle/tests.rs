@@ -50,6 +50,10 @@ pub(crate) fn record(number: u64) -> WorkerRecord {
         port_fixed: false,
         ports_tried: Vec::new(),
         stop_requested: false,
+        verdict: None,
+        oom_mark: None,
+        starter: None,
+        launched_at: None,
     }
 }
 

@@ -1,0 +1,384 @@
+//! Whether a worker moves. An answering `/health` proves that a process can answer, not that anything comes out of it,
+//! so what counts is that its counter grows while it has work.
+//!
+//! Time is counted in looks: a look that comes late, because the watcher itself or the whole host stood still, counts
+//! no more than one in time. So neither a suspended host nor a stopped daemon makes a worker that could not be
+//! watched look stuck.
+
+use std::time::{Duration, Instant};
+
+use crate::api::worker::{HealthState, WorkerHealth};
+use crate::worker::Backend;
+
+/// The longest that the time between two looks can count.
+const LONGEST_STEP: Duration = Duration::from_secs(3);
+/// How many looks in a row must have found the worker where it was: one alone may have come at a bad moment.
+const LEAST_LOOKS: u32 = 3;
+/// Slowest source of a model that is still taken for alive, bytes a second, and the part of a file that its largest
+/// tensor, the longest step of loading, is taken for.
+const LOAD_BYTES_PER_S: u64 = 100_000_000;
+const LARGEST_TENSOR_PART: u64 = 4;
+/// Bytes of weights that a device works through in a second of its longest step, the 64 tokens of a prefill chunk: a
+/// slow processor with one thread, and a slow GPU.
+const CPU_CHUNK_BYTES_PER_S: u64 = 32_000_000;
+const GPU_CHUNK_BYTES_PER_S: u64 = 320_000_000;
+
+/// How long a worker may stand still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deadlines {
+    /// Between two steps of loading.
+    pub load: Duration,
+    /// Between two tokens, or chunks of a prompt.
+    pub compute: Duration,
+    /// Without an answer while it has nothing to do.
+    pub answer: Duration,
+}
+
+impl Deadlines {
+    /// The deadlines of a worker with a model file of this size: at least `floor`, and longer where the size asks for
+    /// it.
+    pub fn of(file_bytes: u64, backend: Backend, floor: Duration) -> Self {
+        let rate = match backend {
+            Backend::Cpu => CPU_CHUNK_BYTES_PER_S,
+            Backend::Cuda | Backend::Metal => GPU_CHUNK_BYTES_PER_S,
+        };
+        let at_least_floor = |seconds| floor.max(Duration::from_secs(seconds));
+        Self {
+            load: at_least_floor(file_bytes / LARGEST_TENSOR_PART / LOAD_BYTES_PER_S),
+            compute: at_least_floor(file_bytes / rate),
+            answer: floor,
+        }
+    }
+}
+
+/// What a worker was at, going by its last answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    /// It has not answered yet, or loads.
+    Loading,
+    /// It runs this many sequences.
+    Work(u32),
+    /// It has nothing to do.
+    Rest,
+    /// It has said that it can't serve, after which it should end.
+    Ending,
+}
+
+/// A worker that stands still.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stall {
+    at: At,
+    /// Whether it still answers.
+    answers: bool,
+    /// How long it has stood still, as far as it was watched.
+    pub stood_for: Duration,
+    /// How long it may.
+    pub limit: Duration,
+    /// Where its counter stands; `None` if it never told.
+    pub progress: Option<u64>,
+}
+
+impl std::fmt::Display for Stall {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let what = match (self.at, self.answers) {
+            (At::Loading, _) => "no step of loading".to_owned(),
+            (At::Work(1), _) => {
+                "no token and no part of a prompt with 1 sequence running".to_owned()
+            }
+            (At::Work(active), _) => {
+                format!("no token and no part of a prompt with {active} sequences running")
+            }
+            (At::Rest, _) => "no answer with nothing to do".to_owned(),
+            (At::Ending, _) => "it gave up and did not end".to_owned(),
+        };
+        write!(
+            f,
+            "{what} for {} s (limit {} s)",
+            self.stood_for.as_secs(),
+            self.limit.as_secs()
+        )?;
+        if let Some(progress) = self.progress {
+            write!(f, ", at progress {progress}")?;
+        }
+        // Which of the two it was tells a stopped process from a stuck computation.
+        match (self.at, self.answers) {
+            (At::Rest, _) => Ok(()),
+            (_, true) => f.write_str("; /health still answers"),
+            (_, false) => f.write_str("; /health does not answer"),
+        }
+    }
+}
+
+/// What is seen of one process of a worker, look by look.
+#[derive(Debug, Clone)]
+pub struct ProgressWatch {
+    deadlines: Deadlines,
+    at: At,
+    progress: Option<u64>,
+    looked_at: Instant,
+    watched_for: Duration,
+    stood_for: Duration,
+    looks: u32,
+}
+
+impl ProgressWatch {
+    /// Begins to watch at `now`.
+    pub fn new(deadlines: Deadlines, now: Instant) -> Self {
+        Self {
+            deadlines,
+            at: At::Loading,
+            progress: None,
+            looked_at: now,
+            watched_for: Duration::ZERO,
+            stood_for: Duration::ZERO,
+            looks: 0,
+        }
+    }
+
+    /// How long the worker was watched, without the time in which the watcher itself did not run.
+    pub fn watched_for(&self) -> Duration {
+        self.watched_for
+    }
+
+    /// Takes note of a look that ended at `now`: what the worker answered, or that it did not. Returns how it stands
+    /// still, if it does for too long.
+    pub fn look(&mut self, now: Instant, answer: Option<&WorkerHealth>) -> Option<Stall> {
+        let step = now
+            .saturating_duration_since(self.looked_at)
+            .min(LONGEST_STEP);
+        self.looked_at = now;
+        self.watched_for += step;
+        let moved = answer.is_some_and(|health| {
+            let at = match health.state {
+                HealthState::Loading => At::Loading,
+                HealthState::Ready if health.active == 0 => At::Rest,
+                HealthState::Ready => At::Work(health.active),
+                HealthState::Failed => At::Ending,
+            };
+            let moved = at == At::Rest
+                || self.progress != Some(health.progress)
+                || std::mem::discriminant(&at) != std::mem::discriminant(&self.at);
+            (self.at, self.progress) = (at, Some(health.progress));
+            moved
+        });
+        if moved {
+            (self.stood_for, self.looks) = (Duration::ZERO, 0);
+            return None;
+        }
+        self.stood_for += step;
+        self.looks += 1;
+        let limit = match self.at {
+            At::Loading => self.deadlines.load,
+            At::Work(_) => self.deadlines.compute,
+            At::Rest | At::Ending => self.deadlines.answer,
+        };
+        (self.stood_for >= limit && self.looks >= LEAST_LOOKS).then_some(Stall {
+            at: self.at,
+            answers: answer.is_some(),
+            stood_for: self.stood_for,
+            limit,
+            progress: self.progress,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const LIMITS: Deadlines = Deadlines {
+        load: Duration::from_secs(20),
+        compute: Duration::from_secs(10),
+        answer: Duration::from_secs(5),
+    };
+
+    fn health(state: HealthState, active: u32, progress: u64) -> WorkerHealth {
+        WorkerHealth {
+            worker_id: "worker-cpu-0".into(),
+            nonce: "nonce".into(),
+            state,
+            load_percent: 0,
+            reason: None,
+            model_ref: None,
+            sha256: None,
+            context_length: None,
+            slots: 1,
+            active,
+            measured_bytes: None,
+            progress,
+        }
+    }
+
+    /// Looks once a second from the start on; an answer is given until it changes.
+    struct Clock(ProgressWatch, Instant);
+
+    impl Clock {
+        fn new() -> Self {
+            let now = Instant::now();
+            Self(ProgressWatch::new(LIMITS, now), now)
+        }
+
+        fn after(&mut self, pause_s: u64, answer: Option<&WorkerHealth>) -> Option<Stall> {
+            self.1 += Duration::from_secs(pause_s);
+            self.0.look(self.1, answer)
+        }
+
+        /// The seconds until it counts as stuck.
+        fn until_stalled(&mut self, answer: Option<&WorkerHealth>) -> Option<(u64, String)> {
+            (1..=60).find_map(|s| Some((s, self.after(1, answer)?.to_string())))
+        }
+    }
+
+    #[test] // [POOLD-060]
+    fn standing_still_is_told_from_moving_in_every_phase() {
+        let stalled_after = |first: Option<WorkerHealth>, then: Option<WorkerHealth>| {
+            let mut clock = Clock::new();
+            if first.is_some() {
+                assert_eq!(clock.after(1, first.as_ref()), None);
+            }
+            clock.until_stalled(then.as_ref())
+        };
+        let loading = health(HealthState::Loading, 0, 7);
+        let busy = health(HealthState::Ready, 1, 90);
+        let idle = health(HealthState::Ready, 0, 90);
+        let failed = health(HealthState::Failed, 0, 8);
+        for (first, then, seconds, message) in [
+            (
+                None,
+                None,
+                20,
+                "no step of loading for 20 s (limit 20 s); /health does not answer",
+            ),
+            (
+                Some(&loading),
+                Some(&loading),
+                20,
+                "no step of loading for 20 s (limit 20 s), at progress 7; /health still answers",
+            ),
+            (
+                Some(&loading),
+                None,
+                20,
+                "no step of loading for 20 s (limit 20 s), at progress 7; /health does not answer",
+            ),
+            (
+                Some(&busy),
+                Some(&busy),
+                10,
+                "no token and no part of a prompt with 1 sequence running for 10 s (limit 10 s), at progress 90; /health still answers",
+            ),
+            (
+                Some(&busy),
+                None,
+                10,
+                "no token and no part of a prompt with 1 sequence running for 10 s (limit 10 s), at progress 90; /health does not answer",
+            ),
+            (
+                Some(&idle),
+                None,
+                5,
+                "no answer with nothing to do for 5 s (limit 5 s), at progress 90",
+            ),
+            (
+                Some(&failed),
+                Some(&failed),
+                5,
+                "it gave up and did not end for 5 s (limit 5 s), at progress 8; /health still answers",
+            ),
+        ] {
+            assert_eq!(
+                stalled_after(first.cloned(), then.cloned()),
+                Some((seconds, message.to_owned()))
+            );
+        }
+        assert_eq!(
+            stalled_after(None, Some(idle)),
+            None,
+            "who has no work need not move"
+        );
+    }
+
+    #[test] // [POOLD-060]
+    fn one_step_in_time_is_enough() {
+        let mut clock = Clock::new();
+        for progress in 0..20 {
+            for _ in 0..9 {
+                assert_eq!(
+                    clock.after(1, Some(&health(HealthState::Ready, 1, progress))),
+                    None
+                );
+            }
+        }
+        // Work that begins after a long rest has its whole time.
+        assert_eq!(
+            clock.after(1, Some(&health(HealthState::Ready, 0, 20))),
+            None
+        );
+        let begun = health(HealthState::Ready, 1, 20);
+        assert_eq!(clock.after(1, Some(&begun)), None);
+        assert_eq!(clock.until_stalled(Some(&begun)).map(|(s, _)| s), Some(10));
+    }
+
+    #[test] // [POOLD-061]
+    fn time_in_which_nobody_watched_does_not_count() {
+        let mut clock = Clock::new();
+        let busy = health(HealthState::Ready, 1, 90);
+        assert_eq!(clock.after(1, Some(&busy)), None);
+        // The host was asleep, or the daemon was stopped, for a day, and the worker has not had its turn yet.
+        for _ in 0..3 {
+            assert_eq!(clock.after(86_400, None), None);
+        }
+        assert_eq!(clock.0.watched_for(), Duration::from_secs(10));
+        // It is stuck all the same if it goes on like that.
+        assert!(clock.after(86_400, None).is_some());
+    }
+
+    #[test] // [POOLD-061]
+    fn one_look_alone_never_decides() {
+        let now = Instant::now();
+        let short = Duration::from_secs(1);
+        let limits = Deadlines {
+            load: short,
+            compute: short,
+            answer: short,
+        };
+        let mut watch = ProgressWatch::new(limits, now);
+        assert_eq!(watch.look(now + Duration::from_secs(9), None), None);
+        assert_eq!(watch.look(now + Duration::from_secs(18), None), None);
+        assert!(watch.look(now + Duration::from_secs(27), None).is_some());
+    }
+
+    #[test] // [POOLD-060]
+    fn deadlines_grow_with_the_model_and_have_a_floor() {
+        let floor = Duration::from_secs(30);
+        let seconds = |bytes, backend| {
+            let of = Deadlines::of(bytes, backend, floor);
+            (of.load.as_secs(), of.compute.as_secs(), of.answer.as_secs())
+        };
+        assert_eq!(seconds(98_362_432, Backend::Cpu), (30, 30, 30));
+        assert_eq!(seconds(4_000_000_000, Backend::Cpu), (30, 125, 30));
+        assert_eq!(seconds(40_000_000_000, Backend::Cpu), (100, 1250, 30));
+        assert_eq!(seconds(40_000_000_000, Backend::Cuda), (100, 125, 30));
+        assert_eq!(seconds(u64::MAX, Backend::Metal).2, 30);
+    }
+
+    proptest! {
+        // [POOLD-060] Whatever comes before: who moves within each limit is never stuck, and who never moves again is.
+        #[test]
+        fn movers_live_and_the_stuck_are_found(steps in proptest::collection::vec((0u64..3, any::<bool>()), 0..60)) {
+            let mut clock = Clock::new();
+            let mut progress = 0;
+            for (pause, answers) in steps {
+                progress += 1;
+                let busy = health(HealthState::Ready, 1, progress);
+                // At most two seconds without an answer, then a step.
+                prop_assert_eq!(clock.after(pause, answers.then_some(&busy)), None);
+                prop_assert_eq!(clock.after(1, Some(&busy)), None);
+            }
+            let stuck = health(HealthState::Ready, 1, progress);
+            prop_assert!(clock.until_stalled(Some(&stuck)).is_some());
+            prop_assert!(Clock::new().until_stalled(None).is_some());
+        }
+    }
+}
