@@ -141,18 +141,22 @@ impl Ran {
     }
 }
 
-/// A GGUF file of a few bytes: a header that names an architecture, and no tensors.
+/// A GGUF file of a few bytes: a header that names an architecture, and a tensor of one element.
 fn tiny_gguf() -> Vec<u8> {
     let mut bytes = b"GGUF".to_vec();
     bytes.extend(3u32.to_le_bytes());
-    bytes.extend(0u64.to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
     bytes.extend(1u64.to_le_bytes());
     for (text, kind) in [("general.architecture", Some(8u32)), ("llama", None)] {
         bytes.extend((text.len() as u64).to_le_bytes());
         bytes.extend(text.as_bytes());
         bytes.extend(kind.into_iter().flat_map(u32::to_le_bytes));
     }
-    bytes.resize(bytes.len().next_multiple_of(32), 0);
+    // One tensor: a name, one dimension of 1, 32-bit floats, at the start of the data.
+    bytes.extend(1u64.to_le_bytes());
+    bytes.extend(b"t\x01\0\0\0\x01\0\0\0\0\0\0\0");
+    bytes.extend([0; 4 + 8]);
+    bytes.resize(bytes.len().next_multiple_of(32) + 32, 0);
     bytes
 }
 

@@ -2,12 +2,14 @@
 //!
 //! A model file comes from the network or from a user's disk, so nothing in it is trusted: every count, length,
 //! dimension, offset and alignment is compared with the file's size before memory is taken for it, tensors have to
-//! lie inside the file without overlapping, and a file that breaks a rule is a [`GgufError`] that names the place
-//! and the numbers. Metadata is kept as compactly as it is stored, so a header takes memory in proportion to the
-//! bytes that are really there (plus a fixed allowance for at most [`MAX_TENSORS`] tensors and [`MAX_METADATA`]
-//! keys), whatever it announces.
+//! fill the file side by side, and a file that breaks a rule is a [`GgufError`] that names the place and the numbers.
+//! Metadata is kept as compactly as it is stored, and a header ends within [`MAX_HEADER_BYTES`], so no file takes
+//! more than about 45 MiB, whatever it announces and however large it is (a sparse file is large for nothing).
 //!
-//! The tensors themselves are not read here: [`TensorInfo`] says where each one lies.
+//! The tensors themselves are not read here: [`TensorInfo`] says where each one lies. Keys are those of the
+//! [specification](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), where `ARCH` stands for the value of
+//! `general.architecture`. Whether a model can be served is the worker's to say: it refuses a header without a
+//! tokenizer, and a chat template that doesn't end.
 
 mod error;
 mod read;
@@ -15,8 +17,8 @@ mod tensor;
 mod value;
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufReader, Read};
+use std::fs::{self, File};
+use std::io::{self, BufReader, Read};
 use std::path::Path;
 
 use read::{Input, alignment_of, check_layout, read_metadata, read_preamble, read_tensor_infos};
@@ -25,10 +27,13 @@ pub use error::{GgufError, Section};
 pub use tensor::{GgmlType, TensorInfo};
 pub use value::{Array, FromValue, StringArray, Value};
 
+/// Most bytes from the start of a file to the end of its tensor descriptions. The largest published headers, with
+/// vocabularies of 260,000 tokens and twice as many merges, have 16 MiB.
+pub const MAX_HEADER_BYTES: u64 = 32 << 20;
 /// Most tensors a file may declare. The largest published models have a few thousand.
-pub const MAX_TENSORS: u64 = 1 << 16;
-/// Most metadata entries a file may declare.
-pub const MAX_METADATA: u64 = 1 << 16;
+pub const MAX_TENSORS: u64 = 1 << 15;
+/// Most metadata entries a file may declare. Published models have a few dozen.
+pub const MAX_METADATA: u64 = 1 << 14;
 /// Longest metadata key in bytes (the format's own limit).
 pub const MAX_KEY_BYTES: u64 = (1 << 16) - 1;
 /// Longest tensor name in bytes. ggml itself stops at 64.
@@ -55,6 +60,11 @@ pub struct GgufFile {
 impl GgufFile {
     /// Reads the header of the file at `path`.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
+        // Asked before it is opened: opening a named pipe waits for somebody to write into it.
+        if !fs::metadata(path)?.is_file() {
+            let error = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
+            return Err(error.into());
+        }
         let file = File::open(path)?;
         let size = file.metadata()?.len();
         Self::read(BufReader::with_capacity(1 << 16, file), size)
@@ -72,7 +82,7 @@ impl GgufFile {
         let alignment = alignment_of(&metadata, input.position)?;
         let tensors = read_tensor_infos(&mut input, tensor_count, alignment)?;
         let data_offset = input.position.next_multiple_of(alignment);
-        check_layout(&tensors, data_offset, file_size)?;
+        check_layout(&tensors, data_offset, alignment, file_size)?;
         Ok(Self {
             version,
             file_size,
@@ -130,42 +140,63 @@ impl GgufFile {
         })
     }
 
-    /// `general.architecture`, such as `llama`.
+    /// `general.architecture`: `llama`, `qwen2`, `gemma3`, ...
     pub fn architecture(&self) -> Result<&str, GgufError> {
         self.require("general.architecture")
     }
 
-    /// The value of `ARCHITECTURE.suffix`.
+    /// `general.name`: what its makers call the model.
+    pub fn name(&self) -> Result<Option<&str>, GgufError> {
+        self.get("general.name")
+    }
+
+    /// `general.license`: an SPDX expression, as a rule.
+    pub fn license(&self) -> Result<Option<&str>, GgufError> {
+        self.get("general.license")
+    }
+
+    /// The value of `ARCH.suffix`.
     pub fn get_arch<'a, T: FromValue<'a>>(&'a self, suffix: &str) -> Result<Option<T>, GgufError> {
         self.get(&format!("{}.{suffix}", self.architecture()?))
     }
 
-    /// The value of `ARCHITECTURE.suffix`; an error where the file has none.
+    /// The value of `ARCH.suffix`; an error where the file has none.
     pub fn require_arch<'a, T: FromValue<'a>>(&'a self, suffix: &str) -> Result<T, GgufError> {
         self.require(&format!("{}.{suffix}", self.architecture()?))
     }
 
-    /// Longest context the model was made for, in tokens.
+    /// `ARCH.context_length`: longest context the model was made for, in tokens.
     pub fn context_length(&self) -> Result<u64, GgufError> {
         self.positive("context_length")
     }
 
-    /// Number of transformer blocks.
+    /// `ARCH.block_count`: number of transformer blocks, which are the layers.
     pub fn block_count(&self) -> Result<u64, GgufError> {
         self.positive("block_count")
     }
 
-    /// Width of the hidden state.
+    /// `ARCH.embedding_length`: width of the hidden state.
     pub fn embedding_length(&self) -> Result<u64, GgufError> {
         self.positive("embedding_length")
     }
 
-    /// Number of query heads of a block.
+    /// `ARCH.feed_forward_length`: width inside a feed-forward layer.
+    pub fn feed_forward_length(&self) -> Result<u64, GgufError> {
+        self.positive("feed_forward_length")
+    }
+
+    /// `ARCH.expert_count`: number of experts of a mixture; 0 for a dense model.
+    pub fn expert_count(&self) -> Result<u64, GgufError> {
+        Ok(self.get_arch("expert_count")?.unwrap_or(0))
+    }
+
+    /// `ARCH.attention.head_count`: number of query heads of a block.
     pub fn head_count(&self) -> Result<u64, GgufError> {
         self.positive("attention.head_count")
     }
 
-    /// Number of key and value heads of a block; that of query heads where the file names none.
+    /// `ARCH.attention.head_count_kv`: number of key and value heads of a block; that of query heads where the file
+    /// names none. An error where it differs from block to block: see [`head_counts_kv`](Self::head_counts_kv).
     pub fn head_count_kv(&self) -> Result<u64, GgufError> {
         match self.get_arch::<u64>("attention.head_count_kv")? {
             Some(_) => self.positive("attention.head_count_kv"),
@@ -173,7 +204,31 @@ impl GgufFile {
         }
     }
 
-    /// Width of a key head: `attention.key_length`, else the hidden width divided by the number of heads.
+    /// `ARCH.attention.head_count_kv` for each block: some architectures give an array with one number a block, 0 for
+    /// blocks without attention.
+    pub fn head_counts_kv(&self) -> Result<Vec<u64>, GgufError> {
+        let key = format!("{}.attention.head_count_kv", self.architecture()?);
+        let blocks = self.block_count()?;
+        let Some(Value::Array(_)) = self.metadata.get(&key) else {
+            let heads = self.head_count_kv()?;
+            // One number for all blocks: nothing in the file backs their count, which may be anything.
+            if blocks > MAX_TENSORS {
+                let found = format!("the number {blocks}");
+                let key = format!("{}.block_count", self.architecture()?);
+                return Err(wrong_value(&key, &format!("at most {MAX_TENSORS}"), found));
+            }
+            return Ok(vec![heads; blocks as usize]);
+        };
+        let heads: Vec<u64> = self.require(&key)?;
+        if heads.len() as u64 != blocks {
+            let found = format!("an array of {} elements", heads.len());
+            let expected = format!("one number for each of {blocks} blocks");
+            return Err(wrong_value(&key, &expected, found));
+        }
+        Ok(heads)
+    }
+
+    /// Width of a key head: `ARCH.attention.key_length`, else the hidden width divided by the number of heads.
     pub fn head_dim(&self) -> Result<u64, GgufError> {
         match self.get_arch::<u64>("attention.key_length")? {
             Some(_) => self.positive("attention.key_length"),
@@ -191,7 +246,7 @@ impl GgufFile {
         }
     }
 
-    /// Width of a value head; that of a key head where the file names none.
+    /// Width of a value head: `ARCH.attention.value_length`, else that of a key head.
     pub fn value_head_dim(&self) -> Result<u64, GgufError> {
         match self.get_arch::<u64>("attention.value_length")? {
             Some(_) => self.positive("attention.value_length"),
@@ -199,7 +254,7 @@ impl GgufFile {
         }
     }
 
-    /// Number of tokens in the vocabulary.
+    /// Number of tokens in the vocabulary: the length of `tokenizer.ggml.tokens`, else `ARCH.vocab_size`.
     pub fn vocab_size(&self) -> Result<u64, GgufError> {
         match self.get::<&StringArray>("tokenizer.ggml.tokens")? {
             Some(tokens) => Ok(tokens.len() as u64),
@@ -207,7 +262,8 @@ impl GgufFile {
         }
     }
 
-    /// The quantisation as people name it, such as `Q4_K_M`: what the file says, else the type most bytes have.
+    /// The quantisation as people name it, such as `Q4_K_M`: what `general.file_type` says, else the element type
+    /// that most bytes have.
     pub fn quantization(&self) -> String {
         self.get::<u32>("general.file_type")
             .ok()
@@ -218,23 +274,34 @@ impl GgufFile {
             .to_owned()
     }
 
-    /// Number of weights.
+    /// Number of weights, counted over all tensors.
     pub fn parameter_count(&self) -> u64 {
-        // Each count is below eight times the file's size, so the sum of them fits.
+        // No two tensors share a byte, so the sum fits for every file that a disk can hold.
         self.tensors
             .iter()
             .map(TensorInfo::elements)
             .fold(0, u64::saturating_add)
     }
 
-    /// Whether the file carries a chat template.
-    pub fn has_chat_template(&self) -> bool {
-        matches!(self.get::<&str>("tokenizer.chat_template"), Ok(Some(t)) if !t.is_empty())
+    /// `tokenizer.chat_template`: the Jinja template of conversations; `None` where the file has none or an empty one.
+    pub fn chat_template(&self) -> Result<Option<&str>, GgufError> {
+        let template = self.get::<&str>("tokenizer.chat_template")?;
+        Ok(template.filter(|text| !text.is_empty()))
     }
 
-    /// The tokenizer's kind as the file names it: `gpt2` (byte-level BPE), `llama` (SentencePiece), ...
+    /// Whether the file carries a chat template.
+    pub fn has_chat_template(&self) -> bool {
+        matches!(self.chat_template(), Ok(Some(_)))
+    }
+
+    /// `tokenizer.ggml.model`: the tokenizer's kind, `gpt2` (byte-level BPE), `llama` (SentencePiece), ...
     pub fn tokenizer_kind(&self) -> Result<&str, GgufError> {
         self.require("tokenizer.ggml.model")
+    }
+
+    /// `tokenizer.ggml.pre`: how a byte-level BPE splits text before merging, such as `llama-bpe`.
+    pub fn tokenizer_pre(&self) -> Result<Option<&str>, GgufError> {
+        self.get("tokenizer.ggml.pre")
     }
 
     /// Bytes of KV cache for `tokens` positions of one sequence, in `bytes_per_element` wide elements:
@@ -244,18 +311,12 @@ impl GgufFile {
     /// corrupt header.
     pub fn kv_cache_bytes(&self, tokens: u64, bytes_per_element: u64) -> Result<u64, GgufError> {
         let key = format!("{}.attention.head_count_kv", self.architecture()?);
-        let heads: u64 = match self.metadata.get(&key) {
-            // Some architectures vary the number from block to block.
-            Some(Value::Array(per_block)) => per_block
-                .to_u64s()
-                .and_then(|v| v.iter().try_fold(0u64, |sum, n| sum.checked_add(*n)))
-                .ok_or_else(|| {
-                    wrong_value(
-                        &key,
-                        Vec::<u64>::EXPECTED,
-                        "an array of something else".to_owned(),
-                    )
-                })?,
+        let heads = match self.metadata.get(&key) {
+            Some(Value::Array(_)) => self
+                .head_counts_kv()?
+                .into_iter()
+                .try_fold(0, u64::checked_add)
+                .ok_or(GgufError::SizeOverflow { what: "KV cache" })?,
             _ => product("KV cache", [self.block_count()?, self.head_count_kv()?])?,
         };
         let width = self

@@ -45,13 +45,17 @@ fn header(kind: &str, pre: Option<&str>, merges: &[&str], vocabulary: &[Token]) 
     entries.extend(pre.map(|pre| ("tokenizer.ggml.pre", text_value(pre))));
     let mut bytes = b"GGUF".to_vec();
     bytes.extend(3u32.to_le_bytes());
-    bytes.extend(0u64.to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
     bytes.extend((entries.len() as u64).to_le_bytes());
     for (key, value) in entries {
         bytes.extend(text(key));
         bytes.extend(value);
     }
-    bytes.resize(bytes.len().next_multiple_of(32), 0);
+    // One tensor: a name, one dimension of 1, 32-bit floats, at the start of the data.
+    bytes.extend(1u64.to_le_bytes());
+    bytes.extend(b"t\x01\0\0\0\x01\0\0\0\0\0\0\0");
+    bytes.extend([0; 4 + 8]);
+    bytes.resize(bytes.len().next_multiple_of(32) + 32, 0);
     GgufFile::read(&bytes[..], bytes.len() as u64).expect("a good header")
 }
 

@@ -1,6 +1,6 @@
 //! Reads the parts of a header, each within the bytes that are left.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::io::Read;
 
 use super::error::{GgufError, Section};
@@ -8,8 +8,8 @@ use super::tensor::{GgmlType, TensorInfo};
 use super::value::{Array, FromValue, StringArray, Value};
 use super::wrong_value;
 use super::{
-    DEFAULT_ALIGNMENT, MAGIC, MAX_ALIGNMENT, MAX_DIMS, MAX_KEY_BYTES, MAX_METADATA,
-    MAX_TENSOR_NAME_BYTES, MAX_TENSORS,
+    DEFAULT_ALIGNMENT, MAGIC, MAX_ALIGNMENT, MAX_DIMS, MAX_HEADER_BYTES, MAX_KEY_BYTES,
+    MAX_METADATA, MAX_TENSOR_NAME_BYTES, MAX_TENSORS,
 };
 
 /// The bytes of a file in order, with how many are left.
@@ -20,7 +20,8 @@ pub(super) struct Input<R> {
 }
 
 impl<R: Read> Input<R> {
-    /// Fails unless `bytes` more bytes are in the file: called before anything is allocated for them.
+    /// Fails unless `bytes` more bytes are in the file and belong to a header of believable size: called before
+    /// anything is allocated for them.
     fn ensure(&self, bytes: u64, section: &Section) -> Result<(), GgufError> {
         let needed = self.position.saturating_add(bytes);
         if needed > self.size {
@@ -28,6 +29,15 @@ impl<R: Read> Input<R> {
                 section: section.clone(),
                 needed,
                 actual: self.size,
+            });
+        }
+        if needed > MAX_HEADER_BYTES {
+            return Err(GgufError::TooLarge {
+                section: section.clone(),
+                offset: self.position,
+                what: "the end of the header",
+                found: needed,
+                limit: MAX_HEADER_BYTES,
             });
         }
         Ok(())
@@ -120,6 +130,9 @@ pub(super) fn read_preamble<R: Read>(input: &mut Input<R>) -> Result<(u32, u64, 
         found => return Err(GgufError::UnsupportedVersion { found }),
     }
     let tensors = read_count(input, "the number of tensors", MAX_TENSORS)?;
+    if tensors == 0 {
+        return Err(input.invalid(&section, "it has no tensors, so it is no model".to_owned()));
+    }
     let metadata = read_count(input, "the number of metadata entries", MAX_METADATA)?;
     // The least a metadata entry (empty key, one byte) and a tensor (empty name, one dimension) can take.
     input.ensure(
@@ -307,8 +320,8 @@ pub(super) fn read_tensor_infos<R: Read>(
     count: u64,
     alignment: u64,
 ) -> Result<Vec<TensorInfo>, GgufError> {
-    let mut tensors = Vec::new();
-    let mut names = HashSet::new();
+    // The preamble saw to it that the file is long enough for so many.
+    let mut tensors: Vec<TensorInfo> = Vec::with_capacity(count as usize);
     for index in 0..count {
         let mut section = Section::TensorInfo {
             index,
@@ -319,10 +332,13 @@ pub(super) fn read_tensor_infos<R: Read>(
             index,
             name: name.clone(),
         };
-        if !names.insert(name.clone()) {
-            return Err(input.invalid(&section, "the name appears twice".to_owned()));
-        }
         tensors.push(read_tensor_info(input, name, alignment, &section)?);
+    }
+    let mut names: Vec<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
+    names.sort_unstable();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        let what = format!("two tensors have the name `{}`", pair[0]);
+        return Err(input.invalid(&Section::Header, what));
     }
     Ok(tensors)
 }
@@ -382,31 +398,27 @@ fn read_tensor_info<R: Read>(
     })
 }
 
-/// Every tensor lies inside the file, and no two share a byte.
+/// The tensors fill the file from `data_offset` to its end, one after the other, with no more between and behind them
+/// than the alignment asks for: what all writers do and ggml insists on. A count or a dimension that is too small
+/// shows in the bytes that nobody owns.
 pub(super) fn check_layout(
     tensors: &[TensorInfo],
     data_offset: u64,
+    alignment: u64,
     file_size: u64,
 ) -> Result<(), GgufError> {
+    let end = |t: &TensorInfo| t.offset.saturating_add(t.size_bytes);
     let mut order: Vec<&TensorInfo> = tensors.iter().collect();
     order.sort_by_key(|t| t.offset);
-    let mut needed = 0u64;
-    let mut previous: Option<(&TensorInfo, u64)> = None;
-    for tensor in order {
-        let end = tensor.offset.saturating_add(tensor.size_bytes);
-        if let Some((first, first_end)) = previous
-            && tensor.offset < first_end
-        {
-            return Err(GgufError::Overlap {
-                first: first.name.clone(),
-                second: tensor.name.clone(),
-                first_end,
-                second_start: tensor.offset,
-            });
-        }
-        needed = data_offset.saturating_add(end);
-        previous = Some((tensor, end));
+    if let Some(pair) = order.windows(2).find(|p| p[1].offset < end(p[0])) {
+        return Err(GgufError::Overlap {
+            first: pair[0].name.clone(),
+            second: pair[1].name.clone(),
+            first_end: end(pair[0]),
+            second_start: pair[1].offset,
+        });
     }
+    let needed = data_offset.saturating_add(order.last().map_or(0, |t| end(t)));
     if needed > file_size {
         return Err(GgufError::Truncated {
             section: Section::TensorData,
@@ -414,5 +426,22 @@ pub(super) fn check_layout(
             actual: file_size,
         });
     }
-    Ok(())
+    let unowned = |offset: u64, bytes: u64, what: &str| GgufError::Invalid {
+        section: Section::TensorData,
+        offset: data_offset + offset,
+        what: format!("{bytes} bytes {what} belong to no tensor"),
+    };
+    let padded = |end: u64| end.checked_next_multiple_of(alignment).unwrap_or(u64::MAX);
+    let mut free = 0;
+    for tensor in order {
+        if tensor.offset > free {
+            let what = format!("before `{}`", tensor.name);
+            return Err(unowned(free, tensor.offset - free, &what));
+        }
+        free = padded(end(tensor));
+    }
+    match (file_size - data_offset).checked_sub(free) {
+        None | Some(0) => Ok(()),
+        Some(bytes) => Err(unowned(free, bytes, "at the end of the file")),
+    }
 }

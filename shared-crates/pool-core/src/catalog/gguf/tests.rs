@@ -57,12 +57,15 @@ impl Build {
             metadata: vec![
                 (text("general.architecture"), text_value("llama")),
                 (text("general.file_type"), u32_value(7)),
+                (text("general.name"), text_value("Tiny")),
                 arch("context_length", 2048),
+                arch("feed_forward_length", 256),
                 arch("block_count", 30),
                 arch("embedding_length", 64),
                 arch("attention.head_count", 8),
                 arch("attention.head_count_kv", 2),
                 (text("tokenizer.ggml.model"), text_value("gpt2")),
+                (text("tokenizer.ggml.pre"), text_value("smollm")),
                 (
                     text("tokenizer.ggml.tokens"),
                     array(8, 2, &concat(&[&text("a"), &text("b")])),
@@ -82,7 +85,8 @@ impl Build {
         }
     }
 
-    fn bytes(&self) -> Vec<u8> {
+    /// All but the tensors' bytes.
+    fn header(&self) -> Vec<u8> {
         let mut bytes = b"GGUF".to_vec();
         bytes.extend(self.version.to_le_bytes());
         bytes.extend(
@@ -100,6 +104,11 @@ impl Build {
             bytes.extend(value);
         }
         self.tensors.iter().for_each(|t| bytes.extend(t));
+        bytes
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut bytes = self.header();
         let start = bytes.len().next_multiple_of(32);
         bytes.resize(start + self.data, 0);
         bytes
@@ -158,6 +167,21 @@ fn a_good_file_tells_what_it_is() {
             file.kv_cache_bytes(1000, 4).unwrap(),
             30 * 2 * 16 * 4 * 1000
         );
+        assert_eq!(
+            (file.name().unwrap(), file.license().unwrap()),
+            (Some("Tiny"), None)
+        );
+        assert_eq!(
+            (
+                file.feed_forward_length().unwrap(),
+                file.expert_count().unwrap()
+            ),
+            (256, 0)
+        );
+        assert_eq!(
+            (file.chat_template().unwrap(), file.tokenizer_pre().unwrap()),
+            (Some("{{ messages }}"), Some("smollm"))
+        );
         let norm = file.tensor("norm.weight").unwrap();
         assert_eq!(
             (norm.offset, norm.size_bytes, norm.ty.name()),
@@ -179,10 +203,32 @@ fn heads_may_differ_from_block_to_block() {
     let file = read(
         &Build::model()
             .with("llama.attention.head_count_kv", array(4, 3, &heads))
+            .with("llama.block_count", u32_value(3))
             .bytes(),
     )
     .unwrap();
+    assert_eq!(file.head_counts_kv().unwrap(), [1, 0, 3]);
     assert_eq!(file.kv_cache_bytes(1, 2).unwrap(), 4 * 16 * 2);
+    let short = Build::model().with("llama.attention.head_count_kv", array(4, 3, &heads));
+    assert_eq!(
+        read(&short.bytes())
+            .unwrap()
+            .kv_cache_bytes(1, 2)
+            .unwrap_err()
+            .to_string(),
+        "metadata `llama.attention.head_count_kv` is an array of 3 elements, expected one number for each of 30 blocks"
+    );
+    let same = read(&Build::model().bytes()).unwrap();
+    assert_eq!(same.head_counts_kv().unwrap(), [2; 30]);
+    let many = Build::model().with("llama.block_count", u32_value(u32::MAX));
+    assert!(
+        read(&many.bytes())
+            .unwrap()
+            .head_counts_kv()
+            .unwrap_err()
+            .to_string()
+            .contains("expected at most 32768")
+    );
 }
 
 #[test] // [GGUF-002]
@@ -321,7 +367,7 @@ fn counts_and_lengths_are_compared_with_the_file() {
         for ty in [0, 4, 8, 12] {
             let error = Build::model().with("x", array(ty, nasty, &[])).error();
             assert!(
-                error.starts_with("truncated: metadata entry 10 (`x`) says"),
+                error.starts_with("truncated: metadata entry 13 (`x`) says"),
                 "{error}"
             );
         }
@@ -375,7 +421,7 @@ fn metadata_of_unknown_or_wrong_form_is_refused() {
     twice.metadata.push(twice.metadata[0].clone());
     assert!(
         twice.error().contains("(`general.architecture`)")
-            && twice.error().contains("appears twice")
+            && twice.error().contains("the key appears twice")
     );
 }
 
@@ -390,14 +436,10 @@ fn alignments_other_than_powers_of_two_are_refused() {
         aligned(64).error().contains("not a multiple of 64"),
         "a tensor at 160"
     );
-    read(
-        &Build {
-            data: 1000,
-            ..aligned(1)
-        }
-        .bytes(),
-    )
-    .unwrap();
+    // Without alignment the data begins right after the descriptions.
+    let mut packed = aligned(1);
+    packed.tensors[1] = tensor("norm.weight", &[64], 0, 136);
+    read(&concat(&[&packed.header(), &[0; 136 + 256]])).unwrap();
 }
 
 #[test] // [GGUF-008]
@@ -441,14 +483,71 @@ fn tensors_lie_inside_the_file_side_by_side() {
             .starts_with("truncated: tensor data")
     );
     let overlap = tensors(vec![tensor("b", &[64], 0, 64), tensor("a", &[64], 0, 0)]);
+    for (built, says) in [
+        (one(&[64], 0, 32), "32 bytes before `t` belong to no tensor"),
+        (one(&[32], 0, 0), "288 bytes at the end of the file belong"),
+        (
+            tensors(vec![tensor("a", &[8], 0, 0), tensor("b", &[88], 0, 64)]),
+            "32 bytes before `b` belong to no tensor",
+        ),
+        (tensors(vec![]), "it has no tensors"),
+    ] {
+        assert!(built.error().contains(says), "{}", built.error());
+    }
     assert_eq!(
         overlap.error(),
         "tensors `a` and `b` overlap: one ends at byte 256, the other begins at 64 of the tensor data"
     );
     let twice = tensors(vec![tensor("a", &[8], 0, 0), tensor("a", &[8], 0, 32)]);
-    assert!(twice.error().contains("the name appears twice"));
+    assert!(twice.error().contains("two tensors have the name `a`"));
     let long = tensors(vec![tensor(&"n".repeat(257), &[8], 0, 0)]);
     assert!(long.error().contains("name is 257, the limit is 256"));
+}
+
+/// A file of so many zeros that nobody has to hold.
+fn sparse(header: &[u8], size: u64) -> Result<GgufFile, GgufError> {
+    let rest = std::io::repeat(0).take(size - header.len() as u64);
+    GgufFile::read(header.chain(rest), size)
+}
+
+#[test] // [GGUF-010]
+fn a_header_ends_within_its_limit_however_large_the_file_is() {
+    for (ty, count) in [(0, 1 << 31), (8, 1 << 29), (12, 1 << 30)] {
+        let built = Build::model().with("x", array(ty, count, &[]));
+        let error = sparse(&built.bytes(), 1 << 40).unwrap_err().to_string();
+        assert!(
+            error.contains("(`x`)") && error.contains("the end of the header is"),
+            "{error}"
+        );
+    }
+    let mut texts = Build::model();
+    let value = concat(&[&8u32.to_le_bytes(), &(1u64 << 33).to_le_bytes()]);
+    texts.metadata.insert(0, (text("x"), value));
+    let error = sparse(&texts.bytes(), 1 << 40).unwrap_err().to_string();
+    assert!(error.contains("the limit is 33554432"), "{error}");
+}
+
+#[test] // [GGUF-011]
+fn only_regular_files_are_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder_error = GgufFile::open(folder.path()).unwrap_err();
+    assert!(matches!(folder_error, GgufError::Io(_)));
+    let missing = GgufFile::open(&folder.path().join("none.gguf")).unwrap_err();
+    assert!(missing.hint().is_none());
+    let pipe = folder.path().join("pipe.gguf");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &pipe,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    )
+    .unwrap();
+    let error = GgufFile::open(&pipe).unwrap_err();
+    assert_eq!(
+        crate::errors::with_causes(&error),
+        "could not read the file: it is not a regular file"
+    );
 }
 
 proptest! {

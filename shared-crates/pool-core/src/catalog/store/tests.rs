@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 fn tiny_gguf() -> Vec<u8> {
     let mut bytes = b"GGUF".to_vec();
     bytes.extend(3u32.to_le_bytes());
-    bytes.extend(0u64.to_le_bytes());
+    bytes.extend(1u64.to_le_bytes());
     bytes.extend(1u64.to_le_bytes());
     let mut text = |text: &str, kind: Option<u32>| {
         bytes.extend((text.len() as u64).to_le_bytes());
@@ -14,7 +14,11 @@ fn tiny_gguf() -> Vec<u8> {
     };
     text("general.architecture", Some(8));
     text("llama", None);
-    bytes.resize(bytes.len().next_multiple_of(32), 0);
+    // One tensor: a name, one dimension of 1, 32-bit floats, at the start of the data.
+    bytes.extend(1u64.to_le_bytes());
+    bytes.extend(b"t\x01\0\0\0\x01\0\0\0\0\0\0\0");
+    bytes.extend([0; 4 + 8]);
+    bytes.resize(bytes.len().next_multiple_of(32) + 32, 0);
     bytes
 }
 
