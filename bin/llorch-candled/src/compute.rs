@@ -83,10 +83,11 @@ impl Compute {
         // A file that passes every check of ours may still break an assumption inside candle.
         let engine =
             caught(load).unwrap_or_else(|panicked| Err(LoadError::Compute(panicked.into())))?;
-        let caches = engine.kv_cache_bytes() * self.slots as u64;
+        // What is not taken yet: the caches, and what attention takes while a prompt fills them.
+        let to_come = engine.kv_cache_bytes() * self.slots as u64 + engine.scratch_bytes();
         self.status.ready(Loaded {
             context_length: engine.context_length() as u32,
-            measured_bytes: private_bytes().map(|bytes| bytes + caches),
+            measured_bytes: private_bytes().map(|bytes| bytes + to_come),
         });
         Ok(engine)
     }

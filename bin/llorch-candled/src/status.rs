@@ -11,8 +11,8 @@ use pool_core::worker_args::WorkerArgs;
 pub struct Loaded {
     /// Tokens of context of a sequence.
     pub context_length: u32,
-    /// What the process needs: its private bytes, and the KV caches that its slots may fill. `None` where the system
-    /// doesn't tell.
+    /// What the process needs: its private bytes, the KV caches that its slots may fill, and what computing takes then.
+    /// `None` where the system doesn't tell.
     pub measured_bytes: Option<u64>,
 }
 

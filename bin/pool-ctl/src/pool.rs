@@ -254,6 +254,7 @@ fn spawn_error(error: &SpawnError) -> CliError {
             Exit::Usage
         }
         SpawnError::NoDevice { .. }
+        | SpawnError::DeviceDown { .. }
         | SpawnError::NoProgram { .. }
         | SpawnError::MemoryShort { .. }
         | SpawnError::NoPort { .. }

@@ -119,6 +119,7 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     worker_lifecycle::adopt(&pool).await?;
     let mut background = tokio::task::JoinSet::new();
     background.spawn(worker_lifecycle::keep_adopting(Arc::clone(&pool)));
+    background.spawn(gpu_inventory::watch(Arc::clone(&pool)));
     let goal = match config.orchestrator() {
         Orchestrator::At(url) => Some(Goal::Named(url.to_owned())),
         // A token and the workers' secrets are not for whoever happens to listen at the standard port.

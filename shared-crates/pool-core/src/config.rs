@@ -43,6 +43,8 @@ pub struct PoolConfig {
     pub workers: WorkersConfig,
     /// How much memory workers may take.
     pub memory: MemoryConfig,
+    /// How GPUs are asked for.
+    pub gpu: GpuConfig,
     /// Which models may be used.
     pub models: ModelsConfig,
     /// Limits of the HTTP server.
@@ -81,8 +83,23 @@ pub struct WorkersConfig {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MemoryConfig {
-    /// Bytes of main memory that all workers together may take. Default: what the host has.
+    /// Bytes of main memory that all workers together may take. Default: what the host, or the memory cgroup that the
+    /// pool runs in, has.
     pub cpu_limit_bytes: Option<u64>,
+    /// Bytes of its own memory that the workers on one GPU together may take. Default: what the GPU has.
+    pub gpu_limit_bytes: Option<u64>,
+}
+
+/// `[gpu]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GpuConfig {
+    /// NVIDIA's management library. Default: `libnvidia-ml.so.1` where the system finds it.
+    pub nvml_library: Option<PathBuf>,
+    /// Milliseconds between two readings of a GPU, 100 to 600000. Default 2000.
+    pub poll_interval_ms: u64,
+    /// Milliseconds after which a GPU whose driver has not answered counts as unresponsive, 10 to 60000. Default 2000.
+    pub deadline_ms: u64,
 }
 
 /// `[models]`.
@@ -122,6 +139,7 @@ impl Default for PoolConfig {
             heartbeat_interval_ms: 15_000,
             workers: WorkersConfig::default(),
             memory: MemoryConfig::default(),
+            gpu: GpuConfig::default(),
             models: ModelsConfig::default(),
             service: ServiceConfig::default(),
         }
@@ -140,6 +158,16 @@ impl Default for WorkersConfig {
             threads: None,
             keep_ended: 20,
             programs_dir: None,
+        }
+    }
+}
+
+impl Default for GpuConfig {
+    fn default() -> Self {
+        Self {
+            nvml_library: None,
+            poll_interval_ms: 2_000,
+            deadline_ms: 2_000,
         }
     }
 }
@@ -287,6 +315,19 @@ impl PoolConfig {
         if !(1..=86_400).contains(&stall_timeout_s) {
             return refuse("workers.stall_timeout_s", "must be 1 to 86400");
         }
+        for (key, value, range) in [
+            (
+                "gpu.poll_interval_ms",
+                self.gpu.poll_interval_ms,
+                100..=600_000,
+            ),
+            ("gpu.deadline_ms", self.gpu.deadline_ms, 10..=60_000),
+        ] {
+            if !range.contains(&value) {
+                let (least, most) = range.into_inner();
+                return refuse(key, &format!("must be {least} to {most}"));
+            }
+        }
         let folders = self
             .models
             .allow_paths
@@ -297,7 +338,13 @@ impl PoolConfig {
             self.workers
                 .programs_dir
                 .iter()
-                .map(|path| ("workers.programs_dir", path)),
+                .map(|path| ("workers.programs_dir", path))
+                .chain(
+                    self.gpu
+                        .nvml_library
+                        .iter()
+                        .map(|path| ("gpu.nvml_library", path)),
+                ),
         ) {
             if !path.is_absolute() {
                 return refuse(key, "must be an absolute path");

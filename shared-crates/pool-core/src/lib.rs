@@ -14,9 +14,14 @@ pub mod config;
 pub mod crash;
 pub mod errors;
 pub mod fsio;
+pub mod gpu;
 pub mod home;
 pub mod lifecycle;
+#[cfg(any(target_os = "macos", test))]
+mod macos;
 pub mod model_ref;
+#[cfg(feature = "nvml")]
+mod nvml;
 pub mod process;
 pub mod programs;
 pub mod registry;

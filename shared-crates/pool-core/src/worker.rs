@@ -261,6 +261,22 @@ pub struct WorkerMemory {
     pub measured_bytes: Option<u64>,
 }
 
+impl fmt::Display for WorkerMemory {
+    /// `predicted 312 MiB, measured 298 MiB`, or the first half of it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "predicted {}", mebibytes(self.predicted_bytes))?;
+        match self.measured_bytes {
+            Some(measured) => write!(f, ", measured {}", mebibytes(measured)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Memory as people compare it: whole MiB, rounded up so that nothing that is there is 0.
+pub fn mebibytes(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
+}
+
 /// A worker as `GET /workers`, `llorch-pool worker list` and heartbeats show it: everything but its secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerInfo {
@@ -292,6 +308,9 @@ pub struct WorkerInfo {
     pub created_at: Timestamp,
     /// When it was ready for the first time.
     pub ready_at: Option<Timestamp>,
+    /// Since when it has had nothing to do; `None` while it computes, and before it was ready.
+    #[serde(default)]
+    pub idle_since: Option<Timestamp>,
     /// How it ended, once it has.
     pub exit: Option<WorkerExit>,
 }

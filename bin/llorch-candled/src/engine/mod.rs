@@ -16,6 +16,7 @@ use pool_core::api::worker::{
     ExecuteRequest, Message, Role, WorkerEnd, WorkerErrorCode, WorkerEvent,
 };
 use pool_core::catalog::gguf::{GgufError, GgufFile};
+use pool_core::lifecycle::attention_scratch_bytes;
 
 use crate::chat_template::{ChatTemplate, TemplateError};
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -206,6 +207,12 @@ impl Engine {
         let config = self.decoder.config();
         let elements = 2 * config.blocks * config.kv_heads * config.head_dim * self.context_length;
         elements as u64 * model::cache::ELEMENT_BYTES
+    }
+
+    /// Bytes that computing takes at most while a prompt fills the context, beside the KV cache.
+    pub fn scratch_bytes(&self) -> u64 {
+        let heads = self.decoder.config().heads;
+        attention_scratch_bytes(heads as u64, self.context_length as u64)
     }
 
     /// Tokens of context of a sequence.

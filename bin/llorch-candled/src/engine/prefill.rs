@@ -5,7 +5,7 @@ use super::model::cache::KvCache;
 use super::{Failure, Halted};
 
 /// Tokens of the prompt that are computed together. A cancel waits for one such chunk at most.
-pub const CHUNK: usize = 64;
+pub const CHUNK: usize = pool_core::lifecycle::PREFILL_CHUNK as usize;
 
 /// Runs `prompt` into an empty `cache`; gives the logits of what follows. `between` is called before each chunk with the
 /// number of tokens done; it may end the run. Only the last position's logits are computed.

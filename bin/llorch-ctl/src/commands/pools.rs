@@ -144,6 +144,7 @@ mod tests {
             memory: WorkerMemory::default(),
             created_at: Timestamp::UNIX_EPOCH,
             ready_at: None,
+            idle_since: None,
             exit: None,
         }
     }
@@ -156,6 +157,7 @@ mod tests {
             memory_total_bytes: 16_000_000_000,
             memory_free_bytes: 12_300_000_000,
             memory_reserved_bytes: 0,
+            gpu: None,
         };
         let model = ModelOnDisk {
             model_ref: "tinyllama".parse().unwrap(),

@@ -616,6 +616,7 @@ pub fn worker_info(id: &str, status: WorkerStatus) -> WorkerInfo {
         memory: WorkerMemory::default(),
         created_at: Timestamp::UNIX_EPOCH,
         ready_at: None,
+        idle_since: None,
         exit: None,
     }
 }
@@ -709,6 +710,7 @@ impl FakePool {
             memory_total_bytes: 1 << 30,
             memory_free_bytes: 1 << 29,
             memory_reserved_bytes: 0,
+            gpu: None,
         };
         let status = PoolStatus {
             pool_id: self.id.clone(),

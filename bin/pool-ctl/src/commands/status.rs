@@ -75,6 +75,8 @@ fn of_host(
     lifecycle: &Lifecycle,
     workers: Vec<WorkerInfo>,
 ) -> Result<Status, CliError> {
+    // Asked for here, because nobody has asked before: this waits at most for the deadline.
+    lifecycle.gpus().settled();
     let records = lifecycle
         .registry()
         .load()
@@ -88,7 +90,7 @@ fn of_host(
         pool_id: context.config.pool_id.clone(),
         daemon_url: None,
         backends: lifecycle.backends(),
-        devices: vec![lifecycle.cpu_device(&records)?],
+        devices: lifecycle.devices(&records)?,
         workers,
         models: models
             .iter()

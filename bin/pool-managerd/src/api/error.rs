@@ -90,7 +90,7 @@ impl From<SpawnError> for ApiError {
             S::Model(R::NotAFile { .. }) | S::Slots { .. } | S::Context { .. } | S::GpuWithCpu => {
                 C::InvalidRequest
             }
-            S::NoDevice { .. } => C::NoDevice,
+            S::NoDevice { .. } | S::DeviceDown { .. } => C::NoDevice,
             S::NoProgram { .. } => C::BackendUnavailable,
             S::MemoryShort { .. } => C::OutOfMemory,
             S::NoPort { .. } | S::PortTaken { .. } => C::NoPort,
@@ -105,11 +105,12 @@ impl From<SpawnError> for ApiError {
             needed_bytes,
             free_bytes,
             total_bytes,
+            stop,
             ..
         } = &spawn
         {
             answer = answer.retriable(needed_bytes <= total_bytes).details(json!({
-                "device": device, "needed_bytes": needed_bytes, "free_bytes": free_bytes, "total_bytes": total_bytes,
+                "device": device, "needed_bytes": needed_bytes, "free_bytes": free_bytes, "total_bytes": total_bytes, "stop": stop,
             }));
         }
         Self(match spawn.hint() {

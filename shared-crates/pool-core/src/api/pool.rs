@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::ModelRef;
+use crate::gpu::GpuInfo;
 use crate::worker::{Backend, Device, ModelFile, WorkerInfo};
 
 /// Milliseconds between heartbeats that pools may choose and the orchestrator takes.
@@ -112,6 +113,9 @@ pub struct DeviceInfo {
     pub memory_free_bytes: u64,
     /// Sum of the live workers' reservations, bytes.
     pub memory_reserved_bytes: u64,
+    /// What a GPU has to tell besides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuInfo>,
 }
 
 /// A model file that the pool has.

@@ -350,7 +350,8 @@ pub struct WorkerHealth {
     pub slots: u32,
     /// Sequences that run now.
     pub active: u32,
-    /// What the process needs: its private bytes after loading, and the KV caches that its slots may fill. `None` while
+    /// What the process needs: its private bytes after loading (its own memory, no mapped files), and what is still to
+    /// come: the KV caches that its slots may fill, and what computing takes while a prompt fills one. `None` while
     /// loading.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured_bytes: Option<u64>,

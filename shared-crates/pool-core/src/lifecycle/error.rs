@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use crate::ModelRef;
 use crate::catalog::store::ResolveError;
+use crate::gpu::GpuState;
+use crate::lifecycle::StopCandidate;
 use crate::registry::RegistryError;
-use crate::worker::{Backend, Device};
+use crate::worker::{Backend, Device, WorkerStatus, mebibytes};
 
 /// Why a worker was not started.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +43,14 @@ pub enum SpawnError {
         /// The device asked for.
         device: Device,
     },
+    /// The device is there and can't be used.
+    #[error("{device} is {}: its driver does not answer for it", state.as_str())]
+    DeviceDown {
+        /// The device asked for.
+        device: Device,
+        /// What is wrong with it.
+        state: GpuState,
+    },
     /// No worker program for the backend is installed.
     #[error("no worker is built for the backend `{backend}`: there is no `{program}`")]
     NoProgram {
@@ -62,6 +72,8 @@ pub enum SpawnError {
         free_bytes: u64,
         /// Bytes that workers may take in all.
         total_bytes: u64,
+        /// Workers whose end would make room; empty where that would not do.
+        stop: Vec<StopCandidate>,
     },
     /// The system does not say how much memory there is.
     #[error("could not find out how much memory is free")]
@@ -100,7 +112,10 @@ impl SpawnError {
             Self::Model(source) => return source.hint(),
             Self::GpuWithCpu => "leave `gpu` out, or choose the backend of the GPU",
             Self::NoDevice { .. } => {
-                "`llorch-pool daemon status` lists the devices; the backend `cpu` always works"
+                "`llorch-pool status` lists the devices; the backend `cpu` always works"
+            }
+            Self::DeviceDown { .. } => {
+                "look into the kernel's log (`dmesg`) and at `nvidia-smi`; another GPU or the backend `cpu` works meanwhile"
             }
             Self::NoProgram {
                 backend: Backend::Cpu,
@@ -123,9 +138,10 @@ impl SpawnError {
             } if needed_bytes > total_bytes => {
                 "it never fits here: choose a smaller model or `context_length`, or another host"
             }
-            Self::MemoryShort { .. } => {
-                "stop a worker (`llorch-pool worker list`), or ask for a smaller `context_length`"
+            Self::MemoryShort { stop, .. } if stop.is_empty() => {
+                "other programs use the memory: end one of them, or ask for a smaller `context_length`"
             }
+            Self::MemoryShort { stop, .. } => return Some(stop_hint(stop)),
             Self::NoPort { .. } => {
                 "stop a worker, or widen `workers.port_min` to `workers.port_max`"
             }
@@ -140,6 +156,24 @@ impl SpawnError {
         };
         Some(hint.to_owned())
     }
+}
+
+/// Names the workers to stop, with what each gives back.
+fn stop_hint(stop: &[StopCandidate]) -> String {
+    let described = |candidate: &StopCandidate| {
+        let state = match candidate.status {
+            WorkerStatus::Ready => "idle",
+            status => status.as_str(),
+        };
+        let bytes = mebibytes(candidate.memory_bytes);
+        format!("{} ({bytes}, {state})", candidate.id)
+    };
+    let workers: Vec<_> = stop.iter().map(described).collect();
+    let first = stop.first().map_or("ID", |candidate| &candidate.id);
+    format!(
+        "stop {} with `llorch-pool worker stop {first}`, or ask for a smaller `context_length`",
+        workers.join(" and ")
+    )
 }
 
 /// Why a worker was not stopped.

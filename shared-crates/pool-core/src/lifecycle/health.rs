@@ -63,6 +63,10 @@ pub fn apply_health(
         } else {
             WorkerEvent::BecameReady
         };
+        info.idle_since = match health.active {
+            0 => info.idle_since.or(Some(now)),
+            _ => None,
+        };
         // Every live state may see both.
         let _ = record.apply(event);
     }

@@ -1,29 +1,23 @@
-//! Memory: what a device has, what workers may still take of it, and what a model will need.
+//! Memory: what a device has, and what workers may still take of it.
 
-use std::collections::HashMap;
 use std::io;
-use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 
-use crate::catalog::gguf::{GgufError, GgufFile};
-use crate::catalog::store::ResolvedModel;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::gpu::{Gpu, GpuState};
 use crate::registry::WorkerRecord;
-use crate::worker::{Device, ModelFile, WorkerStatus};
-
-/// Context of a sequence where nobody asks for another and the model takes as much.
-const DEFAULT_CONTEXT: u64 = 4096;
-/// The worker holds its KV cache as 32-bit floats.
-const KV_ELEMENT_BYTES: u64 = 4;
-/// The program itself, its threads' stacks, and the buffers of a prefill chunk.
-const WORKING_BYTES: u64 = 96 << 20;
+use crate::worker::{Backend, Device, WorkerStatus};
 
 /// What a device says of its memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
     /// Bytes that workers may take in all.
     pub total_bytes: u64,
-    /// Bytes that nobody uses now.
+    /// Bytes that nobody used then.
     pub available_bytes: u64,
+    /// When that was; `None` for just now.
+    pub as_of: Option<Timestamp>,
 }
 
 impl DeviceMemory {
@@ -35,23 +29,141 @@ impl DeviceMemory {
             ..self
         }
     }
+
+    /// The same memory inside a cgroup that may use `limit` bytes and uses `used` of them.
+    #[must_use]
+    pub fn inside(self, limit: Option<u64>, used: Option<u64>) -> Self {
+        let Some(limit) = limit else { return self };
+        let left = limit.saturating_sub(used.unwrap_or(0));
+        Self {
+            total_bytes: self.total_bytes.min(limit),
+            available_bytes: self.available_bytes.min(left),
+            ..self
+        }
+    }
+
+    /// What workers may take of a GPU: nothing while nobody knows how it is.
+    pub fn of_gpu(gpu: &Gpu) -> Self {
+        match gpu.reading.memory {
+            Some(memory) if gpu.state == GpuState::Ok => Self {
+                total_bytes: memory.total_bytes,
+                available_bytes: memory.free_bytes,
+                as_of: gpu.measured_at,
+            },
+            _ => Self::default(),
+        }
+    }
+
+    /// Whether a worker has taken its memory after this was read, or is still going to.
+    fn is_before(&self, record: &WorkerRecord) -> bool {
+        let seen = |ready_at: Timestamp| self.as_of.is_none_or(|as_of| ready_at < as_of);
+        record.info.status == WorkerStatus::Starting || !record.info.ready_at.is_none_or(seen)
+    }
 }
 
-/// Memory set aside for the live workers on `device`.
+/// Whether two devices take from the same memory, as the processors and the GPU of a Mac do.
+pub fn shares_memory(a: Device, b: Device) -> bool {
+    let unified = |device: Device| matches!(device.backend, Backend::Cpu | Backend::Metal);
+    a == b || (unified(a) && unified(b))
+}
+
+/// Memory set aside for the live workers that take from the memory of `device`.
 pub fn reserved_bytes(device: Device, records: &[WorkerRecord]) -> u64 {
-    sum(records.iter().filter(|record| record.info.device == device))
+    sum(beside(device, records))
 }
 
-/// Memory that a further worker on `device` may take: the smaller of what is not reserved, and what nobody uses now
-/// and no worker that still loads is going to use.
+/// Memory that a further worker on `device` may take: the smaller of what is not reserved, and what nobody uses and no
+/// worker is going to use that has not taken all of its memory when that was read.
 pub fn free_bytes(memory: DeviceMemory, device: Device, records: &[WorkerRecord]) -> u64 {
-    let on_device = || records.iter().filter(|record| record.info.device == device);
-    let loading = sum(on_device().filter(|record| record.info.status == WorkerStatus::Starting));
-    let unreserved = memory.total_bytes.saturating_sub(sum(on_device()));
+    let to_come = sum(beside(device, records).filter(|record| memory.is_before(record)));
+    let unreserved = memory
+        .total_bytes
+        .saturating_sub(reserved_bytes(device, records));
     memory
         .available_bytes
-        .saturating_sub(loading)
+        .saturating_sub(to_come)
         .min(unreserved)
+}
+
+/// The device with the most memory for a further worker; of several the first.
+pub fn roomiest(
+    devices: impl IntoIterator<Item = (Device, DeviceMemory)>,
+    records: &[WorkerRecord],
+) -> Option<(Device, DeviceMemory)> {
+    let free = |(device, memory): &(Device, DeviceMemory)| free_bytes(*memory, *device, records);
+    devices.into_iter().reduce(|best, next| {
+        if free(&next) > free(&best) {
+            next
+        } else {
+            best
+        }
+    })
+}
+
+/// A worker whose end would make room.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopCandidate {
+    /// The worker.
+    pub id: String,
+    /// Its state.
+    pub status: WorkerStatus,
+    /// Bytes that are set aside for it.
+    pub memory_bytes: u64,
+}
+
+/// Which workers to stop so that `missing_bytes` more are free on `device`: idle ones before those that load or
+/// compute, then those first that have been idle for longest, and none in vain. Empty where stopping all of them would
+/// not do.
+pub fn what_to_stop(
+    missing_bytes: u64,
+    device: Device,
+    records: &[WorkerRecord],
+) -> Vec<StopCandidate> {
+    let mut candidates: Vec<_> = beside(device, records)
+        // One that is stopping already makes its room without being told.
+        .filter(|record| record.info.status != WorkerStatus::Draining)
+        .collect();
+    candidates.sort_by_key(|record| {
+        let info = &record.info;
+        let idle = info.status == WorkerStatus::Ready && info.active == 0;
+        (
+            !idle,
+            info.idle_since.or(info.ready_at).unwrap_or(info.created_at),
+        )
+    });
+    let (mut chosen, mut freed) = (Vec::new(), 0u64);
+    for record in candidates {
+        if freed >= missing_bytes {
+            break;
+        }
+        freed = freed.saturating_add(record.reserved_bytes());
+        chosen.push(record);
+    }
+    if freed < missing_bytes {
+        return Vec::new();
+    }
+    // A large one that was added last may make small ones before it needless.
+    chosen.retain(|record| {
+        let without = freed - record.reserved_bytes();
+        let needed = without < missing_bytes;
+        if !needed {
+            freed = without;
+        }
+        needed
+    });
+    let candidate = |record: &WorkerRecord| StopCandidate {
+        id: record.info.id.clone(),
+        status: record.info.status,
+        memory_bytes: record.reserved_bytes(),
+    };
+    chosen.into_iter().map(candidate).collect()
+}
+
+/// The live workers that take from the memory of `device`.
+fn beside(device: Device, records: &[WorkerRecord]) -> impl Iterator<Item = &WorkerRecord> {
+    records.iter().filter(move |record| {
+        record.info.status.is_live() && shares_memory(record.info.device, device)
+    })
 }
 
 fn sum<'a>(records: impl Iterator<Item = &'a WorkerRecord>) -> u64 {
@@ -60,11 +172,13 @@ fn sum<'a>(records: impl Iterator<Item = &'a WorkerRecord>) -> u64 {
         .fold(0, u64::saturating_add)
 }
 
-/// Main memory of this host.
+/// Main memory that this process and its workers may use: the host's, or what the memory cgroup leaves of it.
 #[cfg(target_os = "linux")]
 pub fn cpu_memory() -> io::Result<DeviceMemory> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
-    parse_meminfo(&text).ok_or_else(|| io::Error::other("/proc/meminfo has an unknown form"))
+    let host = parse_meminfo(&text)
+        .ok_or_else(|| io::Error::other("/proc/meminfo has an unknown form"))?;
+    Ok(host.inside(crate::cgroup::memory_limit(), crate::cgroup::memory_usage()))
 }
 
 #[cfg(target_os = "linux")]
@@ -77,128 +191,14 @@ fn parse_meminfo(text: &str) -> Option<DeviceMemory> {
     Some(DeviceMemory {
         total_bytes: field("MemTotal:")?,
         available_bytes: field("MemAvailable:")?,
+        as_of: None,
     })
 }
 
-/// Main memory of this host. Compiled on macOS only, and not run by this project's tests.
+/// Main memory of this host. Compiled on macOS only, and not run by this project's tests; what it reads is.
 #[cfg(target_os = "macos")]
 pub fn cpu_memory() -> io::Result<DeviceMemory> {
-    let output = |program: &str, args: &[&str]| -> io::Result<String> {
-        let output = std::process::Command::new(program).args(args).output()?;
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    let total_bytes = output("/usr/sbin/sysctl", &["-n", "hw.memsize"])?
-        .parse()
-        .map_err(io::Error::other)?;
-    let pages = output("/usr/bin/vm_stat", &[])?;
-    let page_bytes: u64 = output("/usr/sbin/sysctl", &["-n", "hw.pagesize"])?
-        .parse()
-        .map_err(io::Error::other)?;
-    let count = |name: &str| -> u64 {
-        let line = pages
-            .lines()
-            .find_map(|line| line.strip_prefix(name))
-            .unwrap_or_default();
-        line.trim().trim_end_matches('.').parse().unwrap_or(0)
-    };
-    let idle = count("Pages free:") + count("Pages inactive:") + count("Pages speculative:");
-    Ok(DeviceMemory {
-        total_bytes,
-        available_bytes: idle.saturating_mul(page_bytes).min(total_bytes),
-    })
-}
-
-/// What a worker will need.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemoryEstimate {
-    /// Bytes.
-    pub needed_bytes: u64,
-    /// Tokens of context the model was made for; `None` where the file doesn't say.
-    pub model_context: Option<u64>,
-}
-
-/// What of a model file decides about memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Shape {
-    file_bytes: u64,
-    kv_bytes_per_token: u64,
-    embedding_bytes: u64,
-    context: u64,
-}
-
-impl Shape {
-    fn of(file: &GgufFile) -> Result<Self, GgufError> {
-        Ok(Self {
-            file_bytes: file.file_size(),
-            kv_bytes_per_token: file.kv_cache_bytes(1, KV_ELEMENT_BYTES)?,
-            // The embedding table is unpacked to 32-bit floats, so that single rows of it can be taken.
-            embedding_bytes: file
-                .vocab_size()?
-                .saturating_mul(file.embedding_length()?)
-                .saturating_mul(4),
-            context: file.context_length()?,
-        })
-    }
-
-    fn needed_bytes(self, context: Option<u32>, slots: u32) -> u64 {
-        let tokens = context
-            .map_or(self.context.min(DEFAULT_CONTEXT), u64::from)
-            .saturating_mul(slots.into());
-        [
-            self.file_bytes,
-            self.kv_bytes_per_token.saturating_mul(tokens),
-            self.embedding_bytes,
-            WORKING_BYTES,
-        ]
-        .into_iter()
-        .fold(0, u64::saturating_add)
-    }
-}
-
-/// Estimates memory from the headers of model files, and remembers them for as long as the files stay as they are.
-#[derive(Debug, Default)]
-pub struct MemoryEstimator {
-    shapes: Mutex<HashMap<PathBuf, (ModelFile, Option<Shape>)>>,
-}
-
-impl MemoryEstimator {
-    /// What a worker with this model needs. A file whose header can't be read gets a rough guess: it is the worker
-    /// that refuses it, with the reason, like any other bad file.
-    pub fn estimate(
-        &self,
-        model: &ResolvedModel,
-        context: Option<u32>,
-        slots: u32,
-    ) -> MemoryEstimate {
-        match self.shape(model) {
-            Some(shape) => MemoryEstimate {
-                needed_bytes: shape.needed_bytes(context, slots),
-                model_context: Some(shape.context),
-            },
-            None => {
-                let size = model.file.size_bytes;
-                MemoryEstimate {
-                    needed_bytes: size.saturating_add(size / 4).saturating_add(WORKING_BYTES),
-                    model_context: None,
-                }
-            }
-        }
-    }
-
-    fn shape(&self, model: &ResolvedModel) -> Option<Shape> {
-        // A panic while the lock was held can't have left half an entry.
-        let known = || self.shapes.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((file, shape)) = known().get(&model.path)
-            && *file == model.file
-        {
-            return *shape;
-        }
-        let shape = GgufFile::open(&model.path)
-            .and_then(|file| Shape::of(&file))
-            .ok();
-        known().insert(model.path.clone(), (model.file.clone(), shape));
-        shape
-    }
+    crate::macos::memory()
 }
 
 #[cfg(test)]
@@ -225,6 +225,7 @@ mod tests {
         let memory = DeviceMemory {
             total_bytes: 16 * GB,
             available_bytes: 10 * GB,
+            as_of: None,
         };
         let free = |memory, records: &[WorkerRecord]| free_bytes(memory, Device::CPU, records) / GB;
         assert_eq!(free(memory, &[]), 10, "what others use is not free");
@@ -256,36 +257,6 @@ mod tests {
         let mut ended = worker(9 * GB, None);
         ended.apply(WorkerEvent::Died).unwrap();
         assert_eq!(free(memory, &[ended]), 10);
-    }
-
-    #[test] // [POOLD-014]
-    fn the_estimate_counts_weights_cache_and_working_memory() {
-        // SmolLM2 135M: 30 blocks, 3 KV heads of 64, keys and values, 4 bytes: 46,080 bytes a token.
-        let shape = Shape {
-            file_bytes: 98_362_432,
-            kv_bytes_per_token: 46_080,
-            embedding_bytes: 49_152 * 576 * 4,
-            context: 8192,
-        };
-        let fixed = 98_362_432 + 49_152 * 576 * 4 + WORKING_BYTES;
-        assert_eq!(shape.needed_bytes(None, 1), fixed + 4096 * 46_080);
-        assert_eq!(shape.needed_bytes(Some(100), 3), fixed + 300 * 46_080);
-        assert_eq!(
-            Shape {
-                context: 512,
-                ..shape
-            }
-            .needed_bytes(None, 1),
-            fixed + 512 * 46_080
-        );
-        assert_eq!(
-            Shape {
-                kv_bytes_per_token: u64::MAX,
-                ..shape
-            }
-            .needed_bytes(Some(u32::MAX), 256),
-            u64::MAX
-        );
     }
 
     #[cfg(target_os = "linux")]

@@ -4,6 +4,7 @@
 //! (port, memory, kind of end) stands in plain functions of the submodules; [`Lifecycle`] carries the decisions out.
 
 mod error;
+mod estimate;
 mod exit;
 mod health;
 mod logs;
@@ -25,11 +26,13 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 pub use error::{SpawnError, StopError};
+pub use estimate::{MemoryEstimate, MemoryEstimator, PREFILL_CHUNK, attention_scratch_bytes};
 pub use exit::{Circumstances, ExitFacts, classify_exit};
 pub use health::{HealthRefused, apply_health};
 pub use logs::log_tail;
 pub use memory::{
-    DeviceMemory, MemoryEstimate, MemoryEstimator, cpu_memory, free_bytes, reserved_bytes,
+    DeviceMemory, StopCandidate, cpu_memory, free_bytes, reserved_bytes, roomiest, shares_memory,
+    what_to_stop,
 };
 pub use ports::choose_port;
 pub use program::{find_program, program_name};
@@ -44,6 +47,7 @@ use crate::catalog::{Catalog, CatalogError};
 use crate::cgroup::OomMark;
 use crate::config::PoolConfig;
 use crate::crash::crash_point;
+use crate::gpu::{Gpu, GpuInventory, GpuState};
 use crate::home::Home;
 use crate::process::{self, ProcessIdentity, Signal, SignalOutcome};
 use crate::registry::{Damaged, Registry, RegistryError, Verdict, WorkerRecord, ports_in_use};
@@ -72,6 +76,7 @@ pub struct Lifecycle {
     registry: Registry,
     spawner: Arc<dyn Spawner>,
     estimator: Arc<MemoryEstimator>,
+    gpus: Arc<GpuInventory>,
     pool_url: Option<String>,
 }
 
@@ -113,6 +118,7 @@ impl Lifecycle {
             registry: Registry::new(&home),
             spawner: Arc::new(OsSpawner),
             estimator: Arc::default(),
+            gpus: Arc::new(GpuInventory::new(&config.gpu)),
             pool_url: None,
             home,
             config,
@@ -131,6 +137,18 @@ impl Lifecycle {
     pub fn with_spawner(mut self, spawner: impl Spawner + 'static) -> Self {
         self.spawner = Arc::new(spawner);
         self
+    }
+
+    /// Takes the GPUs from `gpus`.
+    #[must_use]
+    pub fn with_gpus(mut self, gpus: GpuInventory) -> Self {
+        self.gpus = Arc::new(gpus);
+        self
+    }
+
+    /// The GPUs of this host.
+    pub fn gpus(&self) -> &GpuInventory {
+        &self.gpus
     }
 
     /// The registry of workers.
@@ -172,20 +190,46 @@ impl Lifecycle {
         Ok(self.store.resolve(model, &self.catalog, &allowed)?)
     }
 
-    /// Backends that a worker can be started with here.
+    /// Backends that a worker can be started with here: those with a program and a device.
     pub fn backends(&self) -> Vec<Backend> {
-        let built = |backend: &Backend| {
-            self.device(*backend, None).is_ok() && self.program(*backend).is_ok()
+        let gpus = self.gpus.now();
+        let usable = |backend: &Backend| {
+            let on = |gpu: &Gpu| gpu.device.backend == *backend && gpu.state == GpuState::Ok;
+            *backend == Backend::Cpu || gpus.iter().any(on)
         };
         [Backend::Cpu, Backend::Cuda, Backend::Metal]
             .into_iter()
-            .filter(built)
+            .filter(|backend| usable(backend) && self.program(*backend).is_ok())
             .collect()
     }
 
-    /// The CPU as a device, with the memory that a further worker could take beside `records`.
-    pub fn cpu_device(&self, records: &[WorkerRecord]) -> io::Result<DeviceInfo> {
-        let memory = cpu_memory()?.limited(self.config.memory.cpu_limit_bytes);
+    /// The CPU and the GPUs, as far as they are known now, with the memory that a further worker could take beside
+    /// `records`.
+    pub fn devices(&self, records: &[WorkerRecord]) -> io::Result<Vec<DeviceInfo>> {
+        let ours = records
+            .iter()
+            .filter(|record| record.info.status.is_live())
+            .filter_map(|record| record.info.pid)
+            .collect();
+        let gpu = |gpu: Gpu| {
+            let memory = self.gpu_memory(&gpu);
+            DeviceInfo {
+                device: gpu.device,
+                name: gpu.name(),
+                memory_total_bytes: memory.total_bytes,
+                memory_free_bytes: free_bytes(memory, gpu.device, records),
+                memory_reserved_bytes: reserved_bytes(gpu.device, records),
+                gpu: Some(gpu.info(&ours)),
+            }
+        };
+        let cpu = self.cpu_device(records)?;
+        Ok(std::iter::once(cpu)
+            .chain(self.gpus.now().into_iter().map(gpu))
+            .collect())
+    }
+
+    fn cpu_device(&self, records: &[WorkerRecord]) -> io::Result<DeviceInfo> {
+        let memory = self.cpu_memory()?;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(DeviceInfo {
             device: Device::CPU,
@@ -193,7 +237,16 @@ impl Lifecycle {
             memory_total_bytes: memory.total_bytes,
             memory_free_bytes: free_bytes(memory, Device::CPU, records),
             memory_reserved_bytes: reserved_bytes(Device::CPU, records),
+            gpu: None,
         })
+    }
+
+    fn cpu_memory(&self) -> io::Result<DeviceMemory> {
+        Ok(cpu_memory()?.limited(self.config.memory.cpu_limit_bytes))
+    }
+
+    fn gpu_memory(&self, gpu: &Gpu) -> DeviceMemory {
+        DeviceMemory::of_gpu(gpu).limited(self.config.memory.gpu_limit_bytes)
     }
 
     /// Starts a worker: checks model, backend and device, reserves its memory, records the intent, starts the
@@ -208,7 +261,7 @@ impl Lifecycle {
             });
         }
         let model = self.resolve(&request.model)?;
-        let device = self.device(request.backend, request.gpu)?;
+        let gpus = self.usable_gpus(request.backend, request.gpu)?;
         let program = self.program(request.backend)?;
         let estimate = self
             .estimator
@@ -225,9 +278,15 @@ impl Lifecycle {
 
         let locked = self.registry.lock()?;
         let records = locked.load()?.records;
-        let memory = cpu_memory()
-            .map_err(SpawnError::MemoryUnknown)?
-            .limited(self.config.memory.cpu_limit_bytes);
+        let on_gpu = gpus.iter().map(|gpu| (gpu.device, self.gpu_memory(gpu)));
+        let (device, memory) = match roomiest(on_gpu, &records) {
+            Some(found) => found,
+            // The CPU: a backend of GPUs without one was refused above.
+            None => {
+                let memory = self.cpu_memory().map_err(SpawnError::MemoryUnknown)?;
+                (Device::CPU, memory)
+            }
+        };
         let free = free_bytes(memory, device, &records);
         if estimate.needed_bytes > free {
             return Err(SpawnError::MemoryShort {
@@ -236,6 +295,7 @@ impl Lifecycle {
                 needed_bytes: estimate.needed_bytes,
                 free_bytes: free,
                 total_bytes: memory.total_bytes,
+                stop: what_to_stop(estimate.needed_bytes - free, device, &records),
             });
         }
         let in_use = ports_in_use(&records);
@@ -270,6 +330,7 @@ impl Lifecycle {
                 },
                 created_at: Timestamp::now(),
                 ready_at: None,
+                idle_since: None,
                 exit: None,
             },
             identity: None,
@@ -556,15 +617,34 @@ impl Lifecycle {
         Ok(found)
     }
 
-    fn device(&self, backend: Backend, gpu: Option<u32>) -> Result<Device, SpawnError> {
-        match (backend, gpu) {
-            (Backend::Cpu, None) => Ok(Device::CPU),
-            (Backend::Cpu, Some(_)) => Err(SpawnError::GpuWithCpu),
-            // No GPU is in the inventory yet, so no memory could be reserved on one.
-            (backend, gpu) => Err(SpawnError::NoDevice {
+    /// The GPUs that a worker of this backend may be started on: the one asked for, or all that work. None for the CPU,
+    /// which waits for no driver.
+    fn usable_gpus(&self, backend: Backend, asked: Option<u32>) -> Result<Vec<Gpu>, SpawnError> {
+        if backend == Backend::Cpu {
+            return match asked {
+                None => Ok(Vec::new()),
+                Some(_) => Err(SpawnError::GpuWithCpu),
+            };
+        }
+        let wanted = |gpu: &Gpu| {
+            gpu.device.backend == backend && asked.is_none_or(|index| gpu.device.index == index)
+        };
+        let (usable, other): (Vec<_>, Vec<_>) = self
+            .gpus
+            .settled()
+            .into_iter()
+            .filter(wanted)
+            .partition(|gpu| gpu.state == GpuState::Ok);
+        match other.first() {
+            _ if !usable.is_empty() => Ok(usable),
+            Some(gpu) => Err(SpawnError::DeviceDown {
+                device: gpu.device,
+                state: gpu.state,
+            }),
+            None => Err(SpawnError::NoDevice {
                 device: Device {
                     backend,
-                    index: gpu.unwrap_or(0),
+                    index: asked.unwrap_or(0),
                 },
             }),
         }

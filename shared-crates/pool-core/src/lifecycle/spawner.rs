@@ -24,7 +24,6 @@ const PASSED_ON: &[&str] = &[
     "TZ",
     "LD_LIBRARY_PATH",
     "DYLD_LIBRARY_PATH",
-    "CUDA_VISIBLE_DEVICES",
     "CUDA_CACHE_PATH",
     "LLORCH_LOG",
 ];
@@ -77,6 +76,9 @@ impl Spawner for OsSpawner {
             .envs(passed_on)
             .env(SECRET_VAR, command.secret.expose())
             .env(NONCE_VAR, &command.nonce)
+            // A GPU's number means the same to the worker as to the inventory. Left to itself CUDA numbers by speed, and
+            // by what CUDA_VISIBLE_DEVICES leaves over, which is therefore not passed on.
+            .env("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(command.log.try_clone()?)

@@ -26,6 +26,7 @@ pub(crate) fn record(number: u64) -> WorkerRecord {
             memory: WorkerMemory::default(),
             created_at: Timestamp::UNIX_EPOCH,
             ready_at: None,
+            idle_since: None,
             exit: None,
         },
         identity: None,

@@ -232,6 +232,7 @@ mod tests {
                 memory: WorkerMemory::default(),
                 created_at: Timestamp::UNIX_EPOCH,
                 ready_at: None,
+                idle_since: None,
                 exit: None,
             }],
             models: Vec::new(),

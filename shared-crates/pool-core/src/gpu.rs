@@ -1,0 +1,578 @@
+//! The GPUs of this host: what a driver says of them, bounded, and how it is asked without anybody waiting for it.
+//!
+//! A driver may lie, fail or hang. Each GPU is asked on a thread of its own, so that one that hangs holds up nobody
+//! who only wants to know: a [`GpuInventory`] answers from memory, with the last figures and how old they are.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::config::GpuConfig;
+use crate::worker::{Backend, Device};
+
+/// More GPUs than one host has; the rest of a longer list is left out.
+const MOST_GPUS: u32 = 64;
+/// More processes than one GPU is shared by.
+const MOST_PROCESSES: usize = 256;
+/// More memory than one GPU has: whoever says more is not believed.
+const MOST_MEMORY_BYTES: u64 = 4 << 40;
+const MOST_CELSIUS: u32 = 200;
+const MOST_MILLIWATTS: u32 = 100_000_000;
+const MOST_NAME_CHARS: usize = 80;
+/// How often a driver is looked for that was not there. One that is loaded later, as at boot, is found so.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// Whether a GPU can be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GpuState {
+    /// Its figures are current.
+    Ok,
+    /// The driver does not answer for it in time, or only with errors; the figures are the last known ones.
+    Unresponsive,
+    /// The driver says that it is gone, as one that fell off the bus.
+    Lost,
+}
+
+impl GpuState {
+    /// The name on the wire and in tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Unresponsive => "unresponsive",
+            Self::Lost => "lost",
+        }
+    }
+}
+
+/// What only GPUs have to tell, beside what every device does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuInfo {
+    /// Whether it can be used.
+    pub state: GpuState,
+    /// When these figures were read; `None` where it has never answered.
+    pub measured_at: Option<Timestamp>,
+    /// Its identity, which stays when its number changes.
+    pub uuid: Option<String>,
+    /// Memory of the card in all, bytes; `None` where it doesn't say, or says what can't be.
+    pub memory_total_bytes: Option<u64>,
+    /// Memory in use by anybody, bytes.
+    pub memory_used_bytes: Option<u64>,
+    /// Memory that nobody uses, bytes.
+    pub memory_free_bytes: Option<u64>,
+    /// Share of the last moments in which it computed.
+    pub utilization_percent: Option<u32>,
+    /// Temperature of the chip, degrees Celsius.
+    pub temperature_c: Option<u32>,
+    /// Power that it draws, thousandths of a watt.
+    pub power_milliwatts: Option<u32>,
+    /// CUDA compute capability, like `9.0`.
+    pub compute_capability: Option<String>,
+    /// Version of the driver.
+    pub driver_version: Option<String>,
+    /// Processes on it that are not workers of this pool.
+    pub foreign_processes: Vec<GpuProcess>,
+}
+
+/// A process that uses a GPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuProcess {
+    /// Its process id.
+    pub pid: u32,
+    /// Its program's name, where it can be read.
+    pub name: Option<String>,
+    /// Memory of the GPU that it uses, bytes, where the driver tells.
+    pub memory_bytes: Option<u64>,
+}
+
+/// Memory of a GPU, bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// In all.
+    pub total_bytes: u64,
+    /// In use by anybody.
+    pub used_bytes: u64,
+    /// In use by nobody.
+    pub free_bytes: u64,
+}
+
+/// What a driver says of a GPU at one moment. A figure that it can't give is `None`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct GpuReading {
+    /// Name for people.
+    pub name: Option<String>,
+    /// Its identity.
+    pub uuid: Option<String>,
+    /// Its memory.
+    pub memory: Option<GpuMemory>,
+    /// Share of the last moments in which it computed.
+    pub utilization_percent: Option<u32>,
+    /// Degrees Celsius.
+    pub temperature_c: Option<u32>,
+    /// Thousandths of a watt.
+    pub power_milliwatts: Option<u32>,
+    /// CUDA compute capability.
+    pub compute_capability: Option<(i32, i32)>,
+    /// Version of the driver.
+    pub driver_version: Option<String>,
+    /// Processes on it, ours included; those that compute and draw may be listed twice.
+    pub processes: Vec<GpuProcess>,
+}
+
+impl GpuReading {
+    /// The same with everything left out that can't be, and the more careful of two figures that contradict each
+    /// other. A total that differs from `total_before` is believed once two readings agree; until then the smaller counts.
+    #[must_use]
+    pub fn bounded(self, total_before: Option<u64>) -> Self {
+        let memory = self
+            .memory
+            .filter(|memory| (1..=MOST_MEMORY_BYTES).contains(&memory.total_bytes))
+            .map(|memory| {
+                let total_bytes = total_before
+                    .map_or(memory.total_bytes, |before| before.min(memory.total_bytes));
+                let used_bytes = memory.used_bytes.min(total_bytes);
+                GpuMemory {
+                    total_bytes,
+                    used_bytes,
+                    free_bytes: memory.free_bytes.min(total_bytes - used_bytes),
+                }
+            });
+        let total_bytes = memory.map(|memory| memory.total_bytes);
+        let mut processes: Vec<GpuProcess> = Vec::new();
+        for process in self.processes {
+            let bytes = process
+                .memory_bytes
+                .filter(|bytes| total_bytes.is_some_and(|total| *bytes <= total));
+            let known = processes.iter().position(|known| known.pid == process.pid);
+            match known {
+                Some(place) => {
+                    processes[place].memory_bytes = processes[place].memory_bytes.max(bytes);
+                }
+                None if process.pid == 0 || processes.len() == MOST_PROCESSES => {}
+                None => processes.push(GpuProcess {
+                    pid: process.pid,
+                    name: process.name.and_then(|name| plain(&name)),
+                    memory_bytes: bytes,
+                }),
+            }
+        }
+        Self {
+            name: self.name.and_then(|name| plain(&name)),
+            uuid: self.uuid.filter(|uuid| is_uuid(uuid)),
+            memory,
+            utilization_percent: self.utilization_percent.filter(|percent| *percent <= 100),
+            temperature_c: self
+                .temperature_c
+                .filter(|degrees| *degrees <= MOST_CELSIUS),
+            power_milliwatts: self.power_milliwatts.filter(|mw| *mw <= MOST_MILLIWATTS),
+            compute_capability: self
+                .compute_capability
+                .filter(|(major, minor)| (1..=99).contains(major) && (0..=9).contains(minor)),
+            driver_version: self.driver_version.and_then(|version| plain(&version)),
+            processes,
+        }
+    }
+}
+
+/// A name without what would move a terminal's cursor; `None` where nothing is left of it.
+fn plain(text: &str) -> Option<String> {
+    let kept: String = text
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(MOST_NAME_CHARS)
+        .collect();
+    let kept = kept.trim();
+    (!kept.is_empty()).then(|| kept.to_owned())
+}
+
+fn is_uuid(text: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '/');
+    (1..=MOST_NAME_CHARS).contains(&text.len()) && text.chars().all(plain)
+}
+
+/// A GPU as it is known now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gpu {
+    /// Which one: numbers are those of the driver, in the order of the bus.
+    pub device: Device,
+    /// Whether it can be used.
+    pub state: GpuState,
+    /// When the figures were read; `None` where it has never answered.
+    pub measured_at: Option<Timestamp>,
+    /// The last figures, bounded.
+    pub reading: GpuReading,
+}
+
+impl Gpu {
+    /// Name for people.
+    pub fn name(&self) -> String {
+        let nameless = || format!("GPU {}", self.device.index);
+        self.reading.name.clone().unwrap_or_else(nameless)
+    }
+
+    /// What is told of it beside its memory for workers; `ours` are the processes of this pool's workers.
+    pub fn info(&self, ours: &HashSet<u32>) -> GpuInfo {
+        let reading = &self.reading;
+        let foreign = reading
+            .processes
+            .iter()
+            .filter(|process| !ours.contains(&process.pid));
+        GpuInfo {
+            state: self.state,
+            measured_at: self.measured_at,
+            uuid: reading.uuid.clone(),
+            memory_total_bytes: reading.memory.map(|memory| memory.total_bytes),
+            memory_used_bytes: reading.memory.map(|memory| memory.used_bytes),
+            memory_free_bytes: reading.memory.map(|memory| memory.free_bytes),
+            utilization_percent: reading.utilization_percent,
+            temperature_c: reading.temperature_c,
+            power_milliwatts: reading.power_milliwatts,
+            compute_capability: reading
+                .compute_capability
+                .map(|(major, minor)| format!("{major}.{minor}")),
+            driver_version: reading.driver_version.clone(),
+            foreign_processes: foreign.cloned().collect(),
+        }
+    }
+}
+
+/// Takes an identity that two GPUs claim from both: neither can be told by it.
+fn without_doubles(mut gpus: Vec<Gpu>) -> Vec<Gpu> {
+    let (mut seen, mut doubled) = (HashSet::new(), HashSet::new());
+    for uuid in gpus.iter().filter_map(|gpu| gpu.reading.uuid.clone()) {
+        if !seen.insert(uuid.clone()) {
+            doubled.insert(uuid);
+        }
+    }
+    for gpu in &mut gpus {
+        gpu.reading.uuid = gpu
+            .reading
+            .uuid
+            .take()
+            .filter(|uuid| !doubled.contains(uuid));
+    }
+    gpus
+}
+
+/// Why a GPU could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// The driver says that it is gone.
+    #[error("the driver has lost the GPU")]
+    Lost,
+    /// The driver can't say anything of it now.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// What tells of GPUs: a driver's library. Its functions may take for ever, and are called from several threads.
+pub trait GpuSource: Send + Sync {
+    /// The backend that computes on these GPUs.
+    fn backend(&self) -> Backend;
+    /// How many there are.
+    fn count(&self) -> Result<u32, String>;
+    /// What one of them is now.
+    fn read(&self, index: u32) -> Result<GpuReading, ReadError>;
+}
+
+/// Finds what tells of the GPUs, or says why there is nothing that does.
+type Open = dyn Fn() -> Result<Arc<dyn GpuSource>, String> + Send + Sync;
+
+/// The GPUs of this host, asked in the background from the first question on.
+pub struct GpuInventory {
+    open: Arc<Open>,
+    interval: Duration,
+    deadline: Duration,
+    running: OnceLock<Running>,
+}
+
+impl GpuInventory {
+    /// The GPUs that this build can ask for: NVIDIA's with the feature `nvml`, and a Mac's own.
+    pub fn new(config: &GpuConfig) -> Self {
+        let library: Option<PathBuf> = config.nvml_library.clone();
+        Self::of(config, move || open(library.as_deref()))
+    }
+
+    /// The GPUs that `open` finds.
+    pub fn of(
+        config: &GpuConfig,
+        open: impl Fn() -> Result<Arc<dyn GpuSource>, String> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            open: Arc::new(open),
+            interval: Duration::from_millis(config.poll_interval_ms),
+            deadline: Duration::from_millis(config.deadline_ms),
+            running: OnceLock::new(),
+        }
+    }
+
+    /// What is known now, by number. It waits for nothing.
+    pub fn now(&self) -> Vec<Gpu> {
+        let Some(found) = self.running().found() else {
+            return Vec::new();
+        };
+        let now = Instant::now();
+        let gpus = found.slots.iter().zip(0..).map(|(slot, index)| {
+            let slot = lock(slot);
+            Gpu {
+                device: Device {
+                    backend: found.backend,
+                    index,
+                },
+                state: slot.state(now, self.deadline),
+                measured_at: slot.last.as_ref().map(|(_, at)| *at),
+                reading: slot
+                    .last
+                    .as_ref()
+                    .map(|(reading, _)| reading.clone())
+                    .unwrap_or_default(),
+            }
+        });
+        without_doubles(gpus.collect())
+    }
+
+    /// As [`GpuInventory::now`], once every GPU has answered a first time or the deadline has passed.
+    pub fn settled(&self) -> Vec<Gpu> {
+        let until = Instant::now() + self.deadline;
+        let shared = &self.running().shared;
+        let mut board = lock(&shared.board);
+        while !board.is_settled() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = shared.news.wait_timeout(board, left);
+            board = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(board);
+        self.now()
+    }
+
+    fn running(&self) -> &Running {
+        self.running
+            .get_or_init(|| Running::start(Arc::clone(&self.open), self.interval))
+    }
+}
+
+impl std::fmt::Debug for GpuInventory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GpuInventory").finish_non_exhaustive()
+    }
+}
+
+/// The library of the driver, where this build and this host have one.
+fn open(library: Option<&std::path::Path>) -> Result<Arc<dyn GpuSource>, String> {
+    #[cfg(feature = "nvml")]
+    if library.is_some() || !cfg!(target_os = "macos") {
+        return crate::nvml::NvmlSource::open(library)
+            .map(|source| Arc::new(source) as Arc<dyn GpuSource>);
+    }
+    let _ = library;
+    #[cfg(target_os = "macos")]
+    return Ok(Arc::new(crate::macos::MetalSource));
+    #[cfg(not(target_os = "macos"))]
+    Err("this build asks no driver".to_owned())
+}
+
+/// The threads that ask. Dropping it ends them as soon as the driver lets them go.
+struct Running {
+    shared: Arc<Shared>,
+}
+
+#[derive(Default)]
+struct Shared {
+    board: Mutex<Board>,
+    news: Condvar,
+}
+
+/// What the threads have found so far.
+#[derive(Default)]
+struct Board {
+    stop: bool,
+    /// Whether it is known if there is a driver.
+    looked: bool,
+    found: Option<Found>,
+    /// How many GPUs have answered, or failed to, at least once.
+    answered: usize,
+}
+
+#[derive(Clone)]
+struct Found {
+    backend: Backend,
+    slots: Arc<[Mutex<Slot>]>,
+}
+
+/// One GPU.
+#[derive(Debug, Default)]
+struct Slot {
+    /// The last figures and when they were read.
+    last: Option<(GpuReading, Timestamp)>,
+    /// The total of the last reading as the driver said it.
+    total_said: Option<u64>,
+    /// Since when an answer is waited for.
+    asked_at: Option<Instant>,
+    /// What the last answer was, where it was no figures.
+    failed: Option<GpuState>,
+}
+
+impl Slot {
+    fn state(&self, now: Instant, deadline: Duration) -> GpuState {
+        let overdue = |at: Instant| now.saturating_duration_since(at) >= deadline;
+        if self.asked_at.is_some_and(overdue) {
+            return GpuState::Unresponsive;
+        }
+        self.failed.unwrap_or(GpuState::Ok)
+    }
+
+    fn answer(&mut self, outcome: Result<GpuReading, ReadError>, at: Timestamp) {
+        self.asked_at = None;
+        match outcome {
+            Ok(reading) => {
+                let total_before = self.total_said;
+                self.total_said = reading.memory.map(|memory| memory.total_bytes);
+                self.last = Some((reading.bounded(total_before), at));
+                self.failed = None;
+            }
+            Err(ReadError::Lost) => self.failed = Some(GpuState::Lost),
+            Err(ReadError::Failed(_)) => self.failed = Some(GpuState::Unresponsive),
+        }
+    }
+}
+
+impl Board {
+    fn is_settled(&self) -> bool {
+        self.looked
+            && self
+                .found
+                .as_ref()
+                .is_none_or(|found| self.answered >= found.slots.len())
+    }
+}
+
+impl Running {
+    fn start(open: Arc<Open>, interval: Duration) -> Self {
+        let shared = Arc::<Shared>::default();
+        let theirs = Arc::clone(&shared);
+        spawn("gpus", move || find(&open, interval, &theirs));
+        Self { shared }
+    }
+
+    fn found(&self) -> Option<Found> {
+        lock(&self.shared.board).found.clone()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        lock(&self.shared.board).stop = true;
+        self.shared.news.notify_all();
+    }
+}
+
+impl Shared {
+    /// Waits; true where everything is to end.
+    fn pause(&self, how_long: Duration) -> bool {
+        let board = lock(&self.board);
+        let waited = self
+            .news
+            .wait_timeout_while(board, how_long, |board| !board.stop);
+        waited.unwrap_or_else(PoisonError::into_inner).0.stop
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut Board)) {
+        change(&mut lock(&self.board));
+        self.news.notify_all();
+    }
+}
+
+/// Looks for the driver until there is one, then starts a thread for each of its GPUs.
+fn find(open: &Arc<Open>, interval: Duration, shared: &Arc<Shared>) {
+    let mut said = None;
+    let (count, source) = loop {
+        let found = open().and_then(|source| Ok((source.count()?, source)));
+        match found {
+            Ok(found) => break found,
+            Err(reason) => {
+                if said.as_ref() != Some(&reason) {
+                    tracing::info!(reason, "no GPUs: there is no driver that tells of any");
+                    said = Some(reason);
+                }
+                shared.tell(|board| board.looked = true);
+            }
+        }
+        if shared.pause(LOOK_AGAIN) {
+            return;
+        }
+    };
+    if count > MOST_GPUS {
+        tracing::warn!(
+            count,
+            "the driver tells of more GPUs than a host has; the first {MOST_GPUS} are looked at"
+        );
+    }
+    let slots: Arc<[Mutex<Slot>]> = (0..count.min(MOST_GPUS))
+        .map(|_| Mutex::default())
+        .collect();
+    let found = Found {
+        backend: source.backend(),
+        slots: Arc::clone(&slots),
+    };
+    shared.tell(|board| {
+        board.found = Some(found);
+        board.looked = true;
+    });
+    for index in 0..slots.len() {
+        let (source, slots, shared) = (Arc::clone(&source), Arc::clone(&slots), Arc::clone(shared));
+        spawn(&format!("gpu-{index}"), move || {
+            ask(&*source, index, &slots[index], interval, &shared);
+        });
+    }
+}
+
+/// Asks for one GPU, again and again.
+fn ask(
+    source: &dyn GpuSource,
+    index: usize,
+    slot: &Mutex<Slot>,
+    interval: Duration,
+    shared: &Shared,
+) {
+    let mut first = true;
+    let mut said = None;
+    loop {
+        lock(slot).asked_at = Some(Instant::now());
+        let outcome = source.read(u32::try_from(index).unwrap_or(u32::MAX));
+        let trouble = outcome.as_ref().err().cloned();
+        lock(slot).answer(outcome, Timestamp::now());
+        if trouble != said {
+            match &trouble {
+                Some(error) => tracing::warn!(gpu = index, %error, "a GPU can't be read"),
+                None => tracing::info!(gpu = index, "a GPU can be read again"),
+            }
+            said = trouble;
+        }
+        if std::mem::take(&mut first) {
+            shared.tell(|board| board.answered += 1);
+        }
+        if shared.pause(interval) {
+            return;
+        }
+    }
+}
+
+/// Starts a thread. Without it there are no GPUs, which is what a host without threads to spare should have.
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
+    if let Err(error) = thread::Builder::new().name(name.to_owned()).spawn(work) {
+        tracing::error!(%error, "could not start a thread that asks for GPUs");
+    }
+}
+
+/// A panic of a thread leaves a whole value behind: every change is one assignment after what may panic.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

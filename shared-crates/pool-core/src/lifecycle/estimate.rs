@@ -1,0 +1,187 @@
+//! How much memory a worker will need, from its model's header.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use crate::catalog::gguf::{GgufError, GgufFile, TensorInfo};
+use crate::catalog::store::ResolvedModel;
+use crate::worker::ModelFile;
+
+/// Context of a sequence where nobody asks for another and the model takes as much.
+const DEFAULT_CONTEXT: u64 = 4096;
+/// The worker holds its KV cache, and computes, in 32-bit floats.
+const ELEMENT_BYTES: u64 = 4;
+/// Tokens of a prompt that the worker computes together.
+pub const PREFILL_CHUNK: u64 = 64;
+/// The program itself, its threads' stacks and their buffers.
+const PROGRAM_BYTES: u64 = 10 << 20;
+/// A text of the vocabulary with its places in the tokenizer's tables, and the merge rule that made it. SmolLM2's 49,152
+/// take 11 MB.
+const TOKENIZER_BYTES_PER_TEXT: u64 = 256;
+/// A row of logits, the probabilities made of it, and the order that sampling sorts them into.
+const SAMPLING_BYTES_PER_TEXT: u64 = 32;
+/// For a file whose header can't be read.
+const ROUGH_BYTES: u64 = 96 << 20;
+
+/// Bytes that the attention over `tokens` positions takes while a chunk of a prompt runs, beside the KV cache: scores of
+/// all heads before and after their mask and as shares, and the mask.
+pub fn attention_scratch_bytes(heads: u64, tokens: u64) -> u64 {
+    heads
+        .saturating_mul(3)
+        .saturating_add(1)
+        .saturating_mul(PREFILL_CHUNK * ELEMENT_BYTES)
+        .saturating_mul(tokens)
+}
+
+/// What a worker will need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryEstimate {
+    /// Bytes.
+    pub needed_bytes: u64,
+    /// Tokens of context the model was made for; `None` where the file doesn't say.
+    pub model_context: Option<u64>,
+}
+
+/// What of a model file decides about memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Shape {
+    /// The weights as the worker holds them.
+    weights_bytes: u64,
+    /// What loading takes for a moment besides.
+    loading_bytes: u64,
+    kv_bytes_per_token: u64,
+    heads: u64,
+    /// Widest row of a layer.
+    feed_forward: u64,
+    vocab: u64,
+    context: u64,
+}
+
+impl Shape {
+    fn of(file: &GgufFile) -> Result<Self, GgufError> {
+        Ok(Self {
+            weights_bytes: file
+                .tensors()
+                .iter()
+                .map(held_bytes)
+                .fold(unpacked_output_bytes(file), u64::saturating_add),
+            loading_bytes: file.tensors().iter().map(loading_bytes).max().unwrap_or(0),
+            kv_bytes_per_token: file.kv_cache_bytes(1, ELEMENT_BYTES)?,
+            heads: file.head_count()?,
+            feed_forward: file
+                .get_arch("feed_forward_length")
+                .ok()
+                .flatten()
+                .unwrap_or(file.embedding_length()?.saturating_mul(4)),
+            vocab: file.vocab_size()?,
+            context: file.context_length()?,
+        })
+    }
+
+    fn needed_bytes(self, context: Option<u32>, slots: u32) -> u64 {
+        let tokens = context.map_or(self.context.min(DEFAULT_CONTEXT), u64::from);
+        let caches = self
+            .kv_bytes_per_token
+            .saturating_mul(tokens)
+            .saturating_mul(slots.into());
+        // One sequence computes at a time, however many slots there are. Gate, rise and their product.
+        let working = attention_scratch_bytes(self.heads, tokens)
+            .saturating_add(
+                self.feed_forward
+                    .saturating_mul(3 * PREFILL_CHUNK * ELEMENT_BYTES),
+            )
+            .saturating_add(self.vocab.saturating_mul(SAMPLING_BYTES_PER_TEXT));
+        [
+            PROGRAM_BYTES,
+            self.vocab.saturating_mul(TOKENIZER_BYTES_PER_TEXT),
+            self.weights_bytes,
+            // What loading took for a moment is free again when the first sequence begins.
+            caches.saturating_add(working).max(self.loading_bytes),
+        ]
+        .into_iter()
+        .fold(0, u64::saturating_add)
+    }
+}
+
+/// Whether the worker unpacks a tensor to 32-bit floats: vectors always, matrices where they are floats already.
+fn is_unpacked(tensor: &TensorInfo) -> bool {
+    tensor.dims.len() < 2 || is_float(tensor)
+}
+
+fn is_float(tensor: &TensorInfo) -> bool {
+    matches!(tensor.ty.name(), "F32" | "F16" | "BF16")
+}
+
+/// The embedding table is held as it is stored, so that single rows of it can be taken.
+const EMBEDDING: &str = "token_embd.weight";
+
+fn held_bytes(tensor: &TensorInfo) -> u64 {
+    if is_unpacked(tensor) && tensor.name != EMBEDDING {
+        tensor.elements().saturating_mul(ELEMENT_BYTES)
+    } else {
+        tensor.size_bytes
+    }
+}
+
+/// Where the embedding is the output matrix as well, and floats, a copy of it is unpacked for that.
+fn unpacked_output_bytes(file: &GgufFile) -> u64 {
+    match file.tensor(EMBEDDING) {
+        Some(embedding) if file.tensor("output.weight").is_none() && is_float(embedding) => {
+            embedding.elements().saturating_mul(ELEMENT_BYTES)
+        }
+        _ => 0,
+    }
+}
+
+/// A tensor is read as a whole, and one that is unpacked is there twice until that is done.
+fn loading_bytes(tensor: &TensorInfo) -> u64 {
+    let copies = if is_unpacked(tensor) { 2 } else { 1 };
+    tensor.size_bytes.saturating_mul(copies)
+}
+
+/// Estimates memory from the headers of model files, and remembers them for as long as the files stay as they are.
+#[derive(Debug, Default)]
+pub struct MemoryEstimator {
+    shapes: Mutex<HashMap<PathBuf, (ModelFile, Option<Shape>)>>,
+}
+
+impl MemoryEstimator {
+    /// What a worker with this model needs. A file whose header can't be read gets a rough guess: it is the worker
+    /// that refuses it, with the reason, like any other bad file.
+    pub fn estimate(
+        &self,
+        model: &ResolvedModel,
+        context: Option<u32>,
+        slots: u32,
+    ) -> MemoryEstimate {
+        match self.shape(model) {
+            Some(shape) => MemoryEstimate {
+                needed_bytes: shape.needed_bytes(context, slots),
+                model_context: Some(shape.context),
+            },
+            None => {
+                let size = model.file.size_bytes;
+                MemoryEstimate {
+                    needed_bytes: size.saturating_add(size / 4).saturating_add(ROUGH_BYTES),
+                    model_context: None,
+                }
+            }
+        }
+    }
+
+    fn shape(&self, model: &ResolvedModel) -> Option<Shape> {
+        // A panic while the lock was held can't have left half an entry.
+        let known = || self.shapes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((file, shape)) = known().get(&model.path)
+            && *file == model.file
+        {
+            return *shape;
+        }
+        let shape = GgufFile::open(&model.path)
+            .and_then(|file| Shape::of(&file))
+            .ok();
+        known().insert(model.path.clone(), (model.file.clone(), shape));
+        shape
+    }
+}
