@@ -7,6 +7,7 @@ use std::sync::mpsc::Receiver;
 
 use candle_core::Device;
 use pool_core::api::worker::{ExecuteRequest, WorkerEnd, WorkerError, WorkerEvent};
+use pool_core::crash::crash_point;
 use tokio::sync::oneshot;
 
 use crate::backend::cpu::private_bytes;
@@ -83,6 +84,7 @@ impl Compute {
         // A file that passes every check of ours may still break an assumption inside candle.
         let engine =
             caught(load).unwrap_or_else(|panicked| Err(LoadError::Compute(panicked.into())))?;
+        crash_point("load.done");
         // What is not taken yet: the caches, and what attention takes while a prompt fills them.
         let to_come = engine.kv_cache_bytes() * self.slots as u64 + engine.scratch_bytes();
         self.status.ready(Loaded {
@@ -107,6 +109,7 @@ impl Compute {
         let outcome = caught(|| run_request(engine, execution, request, &mut control))
             .unwrap_or_else(|panicked| Err(Failure::Compute(panicked.into())));
         let drawn = control.drawn;
+        crash_point("execute.ending");
         let last = match outcome {
             Ok(end) => {
                 let WorkerEnd {
@@ -187,6 +190,7 @@ impl Control for Running<'_> {
 
     fn drawn(&mut self) {
         self.drawn += 1;
+        crash_point("execute.token");
         self.compute.metrics.token();
     }
 }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pool_core::api::worker::{ExecuteRequest, WorkerEvent};
+use pool_core::crash::crash_point;
 use tokio::sync::watch;
 
 use crate::engine::Halted;
@@ -306,6 +307,7 @@ impl Executions {
             .insert(execution.job_id.clone(), Arc::clone(&execution));
         table.active.push(Arc::clone(&execution));
         self.idle.send_replace(false);
+        crash_point("execute.accepted");
         Ok(execution)
     }
 
@@ -331,6 +333,7 @@ impl Executions {
             return Ok(false);
         }
         execution.halt(Halted::Cancelled);
+        crash_point("execute.cancelled");
         Ok(true)
     }
 

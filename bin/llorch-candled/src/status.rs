@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use pool_core::api::worker::{HealthState, WorkerHealth};
+use pool_core::crash::crash_point;
 use pool_core::worker_args::WorkerArgs;
 
 /// What is known once the model is loaded.
@@ -55,6 +56,7 @@ impl Status {
             .min(99);
         self.load_percent.store(percent as u8, Ordering::Relaxed);
         self.advance();
+        crash_point("load.step");
     }
 
     /// The model is loaded.

@@ -161,7 +161,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads a model file. `progress` hears the bytes of weights read, and how many there are.
+    /// Loads a model file. `progress` hears the bytes of weights read, and how many there are, at every step of it.
     pub fn load(
         path: &Path,
         device: &Device,
@@ -181,6 +181,8 @@ impl Engine {
             None => None,
         };
         let total: u64 = header.tensors().iter().map(|t| t.size_bytes).sum();
+        // The tokenizer was a step too.
+        progress(0, total);
         let decoder = Decoder::load(path, &header, device, &mut |bytes| progress(bytes, total))?;
         Ok(Self {
             decoder,

@@ -101,7 +101,7 @@ impl Watched {
         // Before the question, so that an answer proves that nothing counted here was this worker's own end.
         let mark = self.record.info.pid.and_then(OomMark::of);
         let answer = self.ask(pool).await;
-        if answer.is_some() {
+        if answer.is_some() || self.has_moved_to(mark.as_ref()) {
             self.remember(pool, mark).await;
         }
         let stall = self
@@ -215,6 +215,18 @@ impl Watched {
             }
         }
         Some(health)
+    }
+
+    /// Whether the worker has been put into another cgroup, and still ran when that was read.
+    fn has_moved_to(&self, mark: Option<&OomMark>) -> bool {
+        let path = |mark: &OomMark| mark.path.clone();
+        let runs = || {
+            self.record
+                .identity
+                .as_ref()
+                .is_some_and(|process| process.is_alive())
+        };
+        mark.is_some() && mark.map(path) != self.record.oom_mark.as_ref().map(path) && runs()
     }
 
     /// Remembers the memory cgroup that the worker is in, and its counter.

@@ -2,7 +2,8 @@
 """A fake worker: it speaks `/health` as llorch-candled does and computes nothing.
 
 The model file's first word says how it behaves: `serve`, `load` (stays loading for ever), `refuse` (refuses the file),
-`crash` (ends soon after it began to load), `deaf` (serves, and ignores SIGTERM).
+`crash` (ends soon after it began to load), `deaf` (serves, and ignores SIGTERM), `stuck` (says that it works, and never
+gets on).
 """
 
 import argparse
@@ -38,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "state": "loading" if loading else "ready",
             "load_percent": 40 if loading else 100,
             "slots": args.slots,
-            "active": 0,
+            "active": int(behaviour == "stuck"),
             "context_length": None if loading else 2048,
             "measured_bytes": None if loading else 1000000,
             "progress": 1,

@@ -605,7 +605,10 @@ impl Lifecycle {
                 locked.save(&record)?;
             }
             // What can't be told is no end: memory that was still in use would be promised again.
-            let runs = |identity: &ProcessIdentity| identity.runs().unwrap_or(true);
+            let runs = |identity: &ProcessIdentity| {
+                identity.runs().unwrap_or(true)
+                    && !spawner::is_anothers(identity.pid, &record.nonce)
+            };
             if record.identity.as_ref().is_some_and(runs) {
                 found.live.push(record);
             } else if !record.is_with_its_starter() {

@@ -99,11 +99,26 @@ pub(super) fn carries_nonce(pid: u32, nonce: &str) -> bool {
     if cfg!(not(target_os = "linux")) {
         return true;
     }
+    environment_of(pid).is_some_and(|environment| holds(&environment, nonce))
+}
+
+/// Whether the process with this pid is known to have been started with another nonce, or none. Nothing is known of a
+/// process whose environment can't be read.
+pub(super) fn is_anothers(pid: u32, nonce: &str) -> bool {
+    environment_of(pid).is_some_and(|environment| !holds(&environment, nonce))
+}
+
+fn holds(environment: &[u8], nonce: &str) -> bool {
     let wanted = format!("{NONCE_VAR}={nonce}");
-    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
     environment
         .split(|byte| *byte == 0)
         .any(|variable| variable == wanted.as_bytes())
+}
+
+/// The environment that a process was started with; that of one that has ended is empty.
+fn environment_of(pid: u32) -> Option<Vec<u8>> {
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
+    (!environment.is_empty()).then_some(environment)
 }
 
 /// The process that was started with this nonce, if it lives and the system lets us look for it.

@@ -12,6 +12,9 @@ use pool_core::catalog::gguf::{GgmlType, GgufFile, TensorInfo};
 /// Strictest alignment of any block type: candle looks at the bytes as blocks, so they must begin on such a border.
 const BLOCK_ALIGNMENT: usize = 16;
 
+/// Bytes that are read before loading tells that it moves: a large tensor on a slow disk takes minutes.
+const STEP: usize = 16 << 20;
+
 /// Why a tensor can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightError {
@@ -69,7 +72,8 @@ pub struct Weights<'a> {
 }
 
 impl<'a> Weights<'a> {
-    /// Opens the file that `header` was read from. `progress` hears the bytes read so far after each tensor.
+    /// Opens the file that `header` was read from. `progress` hears the bytes read so far after each tensor, and
+    /// several times within a large one.
     pub fn open(
         path: &Path,
         header: &'a GgufFile,
@@ -174,7 +178,12 @@ impl<'a> Weights<'a> {
         let shift = self.buffer.as_ptr().align_offset(BLOCK_ALIGNMENT);
         let bytes = &mut self.buffer[shift..shift + length];
         self.file.seek(SeekFrom::Start(start))?;
-        self.file.read_exact(bytes)?;
+        let mut done = self.loaded_bytes;
+        for step in bytes.chunks_mut(STEP) {
+            self.file.read_exact(step)?;
+            done += step.len() as u64;
+            (self.progress)(done);
+        }
         Ok(bytes)
     }
 }

@@ -1,0 +1,306 @@
+//! How workers end, and how soon that is known: the real worker with the real model, unless it has to lie.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use pool_core::client::ApiClient;
+use pool_core::process::Signal;
+use pool_core::worker::{ExitReason, WorkerExit, WorkerInfo, WorkerStatus};
+
+use crate::house::{House, PATIENCE, generate, reserved, spawn, until, until_status};
+
+/// A worker's death is known within this time.
+const KNOWN_WITHIN: Duration = Duration::from_secs(2);
+
+async fn ready(client: &ApiClient, house: &House) -> WorkerInfo {
+    let id = spawn(client, house).await.id;
+    until_status(client, &id, WorkerStatus::Ready).await
+}
+
+/// A long answer in the background; what becomes of it is not the point.
+fn work(house: &House, id: &str) -> tokio::task::JoinHandle<Result<u32, String>> {
+    let record = house.record(id);
+    tokio::spawn(async move { generate(&record, 1, 3000).await })
+}
+
+async fn busy(client: &ApiClient, id: &str) {
+    until_status(client, id, WorkerStatus::Busy).await;
+}
+
+/// The end of the worker, which gave its memory back and is gone.
+async fn ended(client: &ApiClient, house: &House, id: &str) -> WorkerExit {
+    let info = until(client, id, |info| !info.status.is_live()).await;
+    assert_eq!(info.status, WorkerStatus::Failed);
+    assert_eq!(reserved(client).await, 0);
+    assert!(!house.record(id).identity.unwrap().is_alive());
+    info.exit.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [POOLD-017] P7
+async fn a_kill_is_known_within_two_seconds_idle_and_at_work() {
+    let mut house = House::real();
+    let client = house.start().await;
+    for at_work in [false, true] {
+        let id = ready(&client, &house).await.id;
+        let reader = at_work.then(|| work(&house, &id));
+        if at_work {
+            busy(&client, &id).await;
+        }
+        let killed_at = Timestamp::now();
+        house
+            .record(&id)
+            .identity
+            .unwrap()
+            .signal(Signal::KILL)
+            .unwrap();
+        let exit = ended(&client, &house, &id).await;
+        let after = Duration::try_from(exit.at.duration_since(killed_at)).unwrap_or_default();
+        assert!(after < KNOWN_WITHIN, "known after {after:?}");
+        println!(
+            "killed {}: known after {after:?}",
+            if at_work { "at work" } else { "idle" }
+        );
+        assert_eq!(exit.reason, ExitReason::Signal(9), "{}", exit.message);
+        assert!(
+            exit.log_tail
+                .iter()
+                .any(|line| line.contains("the model is loaded"))
+        );
+        assert!(exit.log_tail.len() <= 20);
+        if let Some(reader) = reader {
+            assert!(reader.await.unwrap().is_err());
+        }
+    }
+}
+
+/// Stops the worker's process and waits for the verdict: it takes no work from then on, keeps its memory as long as it
+/// is there, and is failed when it is gone.
+async fn freeze(client: &ApiClient, house: &House, id: &str) -> WorkerExit {
+    let stopped_at = Timestamp::now();
+    house
+        .record(id)
+        .identity
+        .unwrap()
+        .signal(Signal::STOP)
+        .unwrap();
+    until(client, id, |info| {
+        info.status == WorkerStatus::Draining || info.exit.is_some()
+    })
+    .await;
+    // It does not react to SIGTERM, so for two seconds it is neither alive nor gone.
+    let record = house.record(id);
+    if record.info.exit.is_none() {
+        assert!(record.verdict.is_some() && record.reserved_bytes() > 0);
+    }
+    let exit = ended(client, house, id).await;
+    let after = exit.at.duration_since(stopped_at);
+    println!("{id}: {} after {after:.1}", exit.message);
+    assert_eq!(exit.reason, ExitReason::Stalled, "{}", exit.message);
+    exit
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [POOLD-060] [POOLD-062] P7
+async fn a_stopped_worker_is_stalled_idle_loading_and_at_work() {
+    let mut house = House::real();
+    house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 3);
+    let client = house.start().await;
+
+    let id = ready(&client, &house).await.id;
+    let exit = freeze(&client, &house, &id).await;
+    assert!(
+        exit.message.starts_with("no answer with nothing to do for"),
+        "{}",
+        exit.message
+    );
+    assert!(
+        exit.log_tail
+            .iter()
+            .any(|line| line.contains("the model is loaded"))
+    );
+
+    let id = spawn(&client, &house).await.id;
+    let exit = freeze(&client, &house, &id).await;
+    assert!(
+        exit.message.starts_with("no step of loading for"),
+        "{}",
+        exit.message
+    );
+    assert!(exit.during_start);
+
+    let id = ready(&client, &house).await.id;
+    let reader = work(&house, &id);
+    busy(&client, &id).await;
+    let exit = freeze(&client, &house, &id).await;
+    assert!(
+        exit.message.starts_with("no token and no part of a prompt"),
+        "{}",
+        exit.message
+    );
+    assert!(
+        exit.message.contains("/health does not answer"),
+        "{}",
+        exit.message
+    );
+    assert!(reader.await.unwrap().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [POOLD-061]
+async fn long_work_in_time_and_a_stopped_daemon_are_no_stall() {
+    let mut house = House::real();
+    house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 2);
+    let client = house.start().await;
+    let id = ready(&client, &house).await.id;
+    let reader = work(&house, &id);
+    busy(&client, &id).await;
+    // The whole host stands still, as far as the two can tell, for longer than the deadline: the worker is woken last.
+    let worker = house.record(&id).identity.unwrap();
+    house.signal_daemon(Signal::STOP);
+    worker.signal(Signal::STOP).unwrap();
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    house.signal_daemon(Signal::CONT);
+    worker.signal(Signal::CONT).unwrap();
+    let tokens = tokio::time::timeout(PATIENCE, reader)
+        .await
+        .unwrap()
+        .unwrap()
+        .unwrap();
+    assert!(tokens > 0);
+    let info = until_status(&client, &id, WorkerStatus::Ready).await;
+    assert_eq!(info.exit, None);
+}
+
+#[tokio::test] // [POOLD-060] [POOLD-062]
+async fn a_worker_that_answers_and_gets_nowhere_is_stalled() {
+    for (behaviour, what) in [
+        (
+            "stuck",
+            "no token and no part of a prompt with 1 sequence running for",
+        ),
+        ("load", "no step of loading for"),
+    ] {
+        let mut house = House::fake(behaviour);
+        house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 1);
+        let client = house.start().await;
+        let id = spawn(&client, &house).await.id;
+        let exit = ended(&client, &house, &id).await;
+        assert_eq!(exit.reason, ExitReason::Stalled, "{}", exit.message);
+        assert!(exit.message.starts_with(what), "{}", exit.message);
+        assert!(
+            exit.message
+                .contains("at progress 1; /health still answers"),
+            "{}",
+            exit.message
+        );
+        assert!(
+            exit.log_tail
+                .iter()
+                .any(|line| line.starts_with("variables:"))
+        );
+        let metrics = client.get_text("/metrics").await.unwrap();
+        let counted = "pool_mgr_worker_stops_total{reason=\"stalled\"} 1";
+        assert!(metrics.contains(counted), "{metrics}");
+    }
+}
+
+/// A memory cgroup of its own, removed with the test.
+struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// `None` where this user or system has none to give.
+    fn make(limit_bytes: u64) -> Option<Self> {
+        let (root, limit) = [
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            ("/sys/fs/cgroup", "memory.max"),
+        ]
+        .into_iter()
+        .find(|(root, _)| {
+            ["memory.oom_control", "cgroup.controllers"]
+                .iter()
+                .any(|file| PathBuf::from(root).join(file).exists())
+        })?;
+        let path = PathBuf::from(root).join(format!("llorch-test-{}", std::process::id()));
+        fs::create_dir(&path).ok()?;
+        let cgroup = Self(path);
+        // Without swap, so that the limit means something; not every kernel counts swap.
+        let _ = fs::write(cgroup.0.join("memory.swappiness"), "0");
+        let _ = fs::write(cgroup.0.join("memory.swap.max"), "0");
+        fs::write(cgroup.0.join(limit), limit_bytes.to_string()).ok()?;
+        Some(cgroup)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // Possible once the last process in it is gone.
+        for _ in 0..100 {
+            if fs::remove_dir(&self.0).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [POOLD-063] P7
+async fn a_worker_that_the_kernel_killed_for_memory_is_told_from_a_killed_one() {
+    let Some(cgroup) = Cgroup::make(64 << 20) else {
+        println!("skipped: no memory cgroup can be made here (it takes root)");
+        return;
+    };
+    let mut house = House::real();
+    let client = house.start().await;
+    let id = spawn(&client, &house).await.id;
+    let worker = house.record(&id).identity.unwrap();
+    // Held still while it is moved: it must not have loaded before.
+    worker.signal(Signal::STOP).unwrap();
+    fs::write(cgroup.0.join("cgroup.procs"), worker.pid.to_string()).unwrap();
+    until(&client, &id, |info| {
+        assert!(info.status.is_live(), "{info:?}");
+        house
+            .record(&id)
+            .oom_mark
+            .is_some_and(|mark| mark.path == cgroup.0)
+    })
+    .await;
+    worker.signal(Signal::CONT).unwrap();
+    let exit = ended(&client, &house, &id).await;
+    assert_eq!(exit.reason, ExitReason::OomKilled, "{}", exit.message);
+    assert!(exit.during_start);
+
+    // The counter is no evidence for a worker that came later and was killed by somebody.
+    let id = spawn(&client, &house).await.id;
+    let worker = house.record(&id).identity.unwrap();
+    worker.signal(Signal::STOP).unwrap();
+    fs::write(cgroup.0.join("cgroup.procs"), worker.pid.to_string()).unwrap();
+    until(&client, &id, |_| {
+        house
+            .record(&id)
+            .oom_mark
+            .is_some_and(|mark| mark.path == cgroup.0)
+    })
+    .await;
+    worker.signal(Signal::KILL).unwrap();
+    let exit = ended(&client, &house, &id).await;
+    assert_eq!(exit.reason, ExitReason::Signal(9), "{}", exit.message);
+
+    // Killed for memory while nobody watched: nobody can ask how it ended, and the counter still tells.
+    let id = spawn(&client, &house).await.id;
+    let worker = house.record(&id).identity.unwrap();
+    worker.signal(Signal::STOP).unwrap();
+    fs::write(cgroup.0.join("cgroup.procs"), worker.pid.to_string()).unwrap();
+    until(&client, &id, |_| {
+        house
+            .record(&id)
+            .oom_mark
+            .is_some_and(|mark| mark.path == cgroup.0)
+    })
+    .await;
+    house.kill_daemon();
+    worker.signal(Signal::CONT).unwrap();
+    assert!(worker.wait_gone(PATIENCE).unwrap());
+    let client = house.start().await;
+    let exit = ended(&client, &house, &id).await;
+    assert_eq!(exit.reason, ExitReason::OomKilled, "{}", exit.message);
+}

@@ -1,0 +1,178 @@
+//! Records that name a process which is not the worker's any more.
+
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use pool_core::config::PoolConfig;
+use pool_core::lifecycle::{Lifecycle, stop_worker};
+use pool_core::process::{ProcessIdentity, Signal, SignalOutcome};
+use pool_core::registry::{Verdict, WorkerRecord};
+use pool_core::worker::WorkerStatus;
+
+use crate::house::{House, reserved, spawn, stop, until, until_status};
+
+/// A process that has nothing to do with any of this.
+struct Innocent(Child);
+
+impl Innocent {
+    fn start() -> Self {
+        Self(Command::new("sleep").arg("600").spawn().unwrap())
+    }
+
+    fn identity(&self) -> ProcessIdentity {
+        ProcessIdentity::of(self.0.id()).unwrap().unwrap()
+    }
+
+    /// It runs, and was not even stopped.
+    fn assert_untouched(&mut self, what: &str) {
+        // A signal that is under way arrives before the process is looked at.
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(
+            self.0.try_wait().unwrap().is_none(),
+            "{what}: it was killed"
+        );
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
+        let state = stat.rsplit_once(") ").unwrap().1.chars().next();
+        assert_eq!(state, Some('S'), "{what}: it was stopped");
+    }
+
+    /// What a record may hold once the worker's pid has gone to this process: three lies, of which the last is the
+    /// whole identity of this process, without the worker's nonce in its environment.
+    fn mistaken_for(&self) -> [(&'static str, ProcessIdentity); 3] {
+        let real = self.identity();
+        let earlier = ProcessIdentity {
+            start_time: real.start_time - 1,
+            ..real.clone()
+        };
+        let before_reboot = ProcessIdentity {
+            boot_id: "another-boot".into(),
+            ..real.clone()
+        };
+        [
+            ("another start", earlier),
+            ("another boot", before_reboot),
+            ("no nonce", real),
+        ]
+    }
+}
+
+impl Drop for Innocent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The record of a worker that is long gone, whose pid is now another's.
+fn forge(house: &House, template: &WorkerRecord, id: u32, identity: &ProcessIdentity) -> String {
+    let mut record = template.clone();
+    record.info.id = format!("worker-cpu-{id}");
+    record.args.worker_id.clone_from(&record.info.id);
+    record.info.status = WorkerStatus::Starting;
+    (record.info.exit, record.info.ready_at) = (None, None);
+    (record.stop_requested, record.verdict, record.starter) = (false, None, None);
+    record.info.pid = Some(identity.pid);
+    record.identity = Some(identity.clone());
+    // Long overdue.
+    record.launched_at = Some(Duration::ZERO);
+    house.registry().lock().unwrap().save(&record).unwrap();
+    record.info.id
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [POOLD-016] P15
+async fn an_innocent_process_is_never_signalled() {
+    let mut house = House::fake("serve");
+    house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 1);
+    house.set("LLORCH_WORKERS_START_TIMEOUT_S", 1);
+    let client = house.start().await;
+    let worker = spawn(&client, &house).await;
+    until_status(&client, &worker.id, WorkerStatus::Ready).await;
+    let template = house.record(&worker.id);
+    let mut innocent = Innocent::start();
+
+    // Through the functions that the command line uses without a daemon. The daemon is stopped meanwhile.
+    house.kill_daemon();
+    let config = PoolConfig::load_with(&house.home(), None, &|name| {
+        (name == "LLORCH_WORKERS_START_TIMEOUT_S").then(|| "1".to_owned())
+    })
+    .unwrap();
+    let lifecycle = Lifecycle::new(house.home(), config).unwrap();
+    for (number, (lie, identity)) in innocent.mistaken_for().into_iter().enumerate() {
+        let mut number = 100 + 10 * number as u32;
+        let mut forged = || {
+            number += 1;
+            forge(&house, &template, number, &identity)
+        };
+        let id = forged();
+        let record = house.record(&id);
+        for signal in [Signal::TERM, Signal::KILL] {
+            assert_eq!(
+                lifecycle.signal(&record, signal).unwrap(),
+                SignalOutcome::Gone,
+                "{lie}"
+            );
+        }
+        for force in [false, true] {
+            lifecycle.request_stop(&forged(), force).unwrap();
+            innocent.assert_untouched(&format!("{lie}, stop, force {force}"));
+        }
+        let verdict = Verdict::Stalled {
+            message: "no token".into(),
+        };
+        let condemned = lifecycle.condemn(&forged(), &verdict).unwrap().unwrap();
+        for signal in [Signal::TERM, Signal::KILL] {
+            assert_eq!(
+                lifecycle.signal(&condemned, signal).unwrap(),
+                SignalOutcome::Gone,
+                "{lie}"
+            );
+        }
+        // Overdue, condemned and told to stop: cleaned up without a signal, and each gives its memory back.
+        let found = lifecycle.tend().unwrap();
+        assert_eq!(found.ended.len(), 4, "{lie}: {found:#?}");
+        assert_eq!(found.live.len(), 1, "{lie}: the worker itself");
+        innocent.assert_untouched(&format!("{lie}, clean-up"));
+        // The daemon adopts none of them either.
+        forged();
+        let client = house.start().await;
+        assert_eq!(reserved(&client).await, template.reserved_bytes(), "{lie}");
+        innocent.assert_untouched(&format!("{lie}, adoption"));
+        house.kill_daemon();
+    }
+    // A forced stop waits for nobody who is not the worker.
+    let (_, identity) = innocent.mistaken_for().into_iter().next().unwrap();
+    let id = forge(&house, &template, 200, &identity);
+    let stopped = tokio::task::block_in_place(|| stop_worker(&id, true, &lifecycle)).unwrap();
+    assert_eq!(stopped.status, WorkerStatus::Stopped);
+    innocent.assert_untouched("stop_worker");
+
+    // Through a daemon that watches the worker when its record begins to lie: it stalls, and whom the record names is
+    // not hit by the verdict, nor by a stop.
+    for (lie, identity) in innocent.mistaken_for() {
+        let client = house.start().await;
+        let worker = spawn(&client, &house).await;
+        until_status(&client, &worker.id, WorkerStatus::Ready).await;
+        let real = house.record(&worker.id).identity.unwrap();
+        house
+            .registry()
+            .update(&worker.id, |record| {
+                record.identity = Some(identity.clone())
+            })
+            .unwrap();
+        real.signal(Signal::STOP).unwrap();
+        until(&client, &worker.id, |info| {
+            info.status == WorkerStatus::Draining
+        })
+        .await;
+        // Longer than the grace after which the kill is due.
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        innocent.assert_untouched(&format!("{lie}, stall"));
+        for force in [false, true] {
+            stop(&client, &worker.id, force).await;
+            innocent.assert_untouched(&format!("{lie}, daemon's stop, force {force}"));
+        }
+        real.signal(Signal::KILL).unwrap();
+        until(&client, &worker.id, |info| !info.status.is_live()).await;
+        house.kill_daemon();
+    }
+}
