@@ -1,0 +1,345 @@
+//! Model files that only the worker can refuse: without a usable tokenizer, or with a chat template that never ends. Each
+//! is loaded in a process of its own that is measured; so are templates that turn hostile in a job.
+
+#[path = "../../../shared-crates/pool-core/tests/support/gguf_mutants.rs"]
+mod gguf_mutants;
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use candle_core::Device;
+use gguf_mutants::{with_text, without};
+use llorch_candled::engine::Engine;
+use pool_core::api::worker::{ExecuteRequest, Message, Role};
+
+const TIME_LIMIT: Duration = Duration::from_millis(100);
+const MEMORY_LIMIT_BYTES: u64 = 50 << 20;
+/// Set for a child process: the model it shall load.
+const FILE_VAR: &str = "CANDLED_TEST_LOAD_MODEL";
+
+/// What the template engine has no price for: 33 additions make a list of 2^33 elements.
+const RUNAWAY: &str = "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|length }}";
+
+/// Templates that never end, or that take memory without end. Each a way of its own.
+const ENDLESS: [(&str, &str); 16] = [
+    (
+        "loops within loops",
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    ),
+    (
+        "a macro that calls itself twice",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(18) }}",
+    ),
+    (
+        "a text that doubles",
+        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    ),
+    (
+        "a text that doubles by addition",
+        "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    ),
+    (
+        "a list that nests itself",
+        "{% set ns = namespace(x=[1]) %}{% for a in range(9999) %}{% for b in range(99) %}{% set ns.x = [ns.x] %}{% endfor %}{% endfor %}",
+    ),
+    (
+        "output without end",
+        "{% for a in range(9999) %}{{ 'x' * 9999 }}{% endfor %}",
+    ),
+    ("a repeated text", "{% set n = 90000000 %}{{ 'x' * n }}"),
+    ("a repeated list", "{{ ([1] * 10000000)|join }}"),
+    (
+        "a replacement that multiplies",
+        "{% set n = 300000 %}{% set x = 'x' * n %}{{ x.replace('x', x) }}",
+    ),
+    (
+        "a joint that multiplies",
+        "{% set n = 300000 %}{% set x = 'x' * n %}{{ x.join(['y'] * n) }}",
+    ),
+    (
+        "a filter that multiplies",
+        "{% set n = 300000 %}{% set x = 'x' * n %}{{ x|replace('x', x) }}",
+    ),
+    (
+        "an indent that multiplies",
+        "{% set n = 300000 %}{% set x = '\\n' * n %}{{ x|indent(n) }}",
+    ),
+    ("a wide format", "{{ '%99999999d'|format(1) }}"),
+    (
+        "a text that is split to pieces",
+        "{% set n = 3000000 %}{% set ns = namespace(x='x' * n) %}{{ ns.x.split('x')|length }}{{ ns.x|list|length }}",
+    ),
+    (
+        "a search through endless candidates",
+        "{% set n = 9000000 %}{{ 'x'.startswith(['y'] * n) }}",
+    ),
+    (
+        "each character against each other",
+        "{% set n = 500000 %}{% set x = 'x' * n %}{{ x.strip('y' * n ~ 'x') }}",
+    ),
+];
+
+#[derive(Debug)]
+struct Cost {
+    time: Duration,
+    peak_bytes: u64,
+}
+
+/// Set, with a second message in the job, for a child that shall run one as well.
+const JOB_VAR: &str = "CANDLED_TEST_RUN_JOB";
+/// A child that takes longer will never end.
+const CHILD_LIMIT: Duration = Duration::from_secs(30);
+
+/// The other side of [`in_a_child`]: in a usual run there is nothing to do.
+#[test]
+fn a_child_loads_a_model_and_measures_itself() {
+    let Some(path) = std::env::var_os(FILE_VAR) else {
+        return;
+    };
+    let mut start = Instant::now();
+    let engine = Engine::load(Path::new(&path), &Device::Cpu, None, &mut |_, _| ());
+    let verdict = match (engine, std::env::var_os(JOB_VAR)) {
+        (Err(error), _) => format!("refused {error}"),
+        (Ok(_), None) => "accepted".to_owned(),
+        (Ok(engine), Some(_)) => {
+            let job = |messages: &[&str]| {
+                let message = |content: &&str| Message {
+                    role: Role::User,
+                    content: (*content).to_owned(),
+                };
+                let request = ExecuteRequest {
+                    messages: Some(messages.iter().map(message).collect()),
+                    prompt: None,
+                    ..support::greedy("")
+                };
+                engine.prepare(request, Instant::now()).map(|_| ())
+            };
+            job(&["Hello!"]).expect("one message is harmless");
+            start = Instant::now();
+            let failure = job(&["Hello!", "now"]).expect_err("two messages are not");
+            let again = job(&["Hello!"]).map_err(|failure| failure.to_string());
+            let ran_away = failure.to_string().contains("not tried again");
+            assert_eq!(
+                again.is_ok(),
+                !ran_away,
+                "the model is as good as before: {again:?}"
+            );
+            format!("failed {:?} {failure}", failure.code())
+        }
+    };
+    let micros = start.elapsed().as_micros();
+    let status = fs::read_to_string("/proc/self/status").expect("Linux has /proc");
+    let peak = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let peak: u64 = peak
+        .and_then(|line| line.split_whitespace().nth(1)?.parse().ok())
+        .expect("a peak");
+    println!("COST {micros} {} {verdict}", peak << 10);
+}
+
+/// Runs this program again, as a child that loads `path`.
+fn run_child(path: &Path, job: bool) -> (Cost, String) {
+    let mut command = Command::new(std::env::current_exe().expect("a running program has a path"));
+    command
+        .args([
+            "--exact",
+            "a_child_loads_a_model_and_measures_itself",
+            "--nocapture",
+        ])
+        .env(FILE_VAR, path)
+        .stdout(Stdio::piped());
+    if job {
+        command.env(JOB_VAR, "1");
+    }
+    let mut child = command.spawn().expect("this program can be started again");
+    let start = Instant::now();
+    while child.try_wait().expect("a child can be asked").is_none() {
+        if start.elapsed() > CHILD_LIMIT {
+            child.kill().expect("a child can be ended");
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let output = child.wait_with_output().expect("a child that ended");
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    let Some((_, line)) = shown.lines().find_map(|line| line.split_once("COST ")) else {
+        let cost = Cost {
+            time: start.elapsed(),
+            peak_bytes: u64::MAX,
+        };
+        return (cost, format!("ended with {}", output.status));
+    };
+    let mut words = line.splitn(3, ' ');
+    let mut number = || {
+        words
+            .next()
+            .and_then(|w| w.parse::<u64>().ok())
+            .expect("a number")
+    };
+    let cost = Cost {
+        time: Duration::from_micros(number()),
+        peak_bytes: number(),
+    };
+    (cost, words.next().expect("a verdict").to_owned())
+}
+
+fn in_a_child(path: &Path, job: bool) -> (Cost, String) {
+    let mut best = run_child(path, job);
+    // A machine that is busy with other things makes a run late; it does not do so five times.
+    for _ in 0..4 {
+        if best.0.time < TIME_LIMIT || best.0.time > CHILD_LIMIT {
+            break;
+        }
+        let again = run_child(path, job);
+        if again.0.time < best.0.time {
+            best = again;
+        }
+    }
+    best
+}
+
+/// Each of `files` ends as `begins` and says what it says, within the limits.
+fn all_end(files: &[(&str, Vec<u8>, &str)], job: bool, begins: &str) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hostile.gguf");
+    let mut wrong = Vec::new();
+    for (change, bytes, says) in files {
+        fs::write(&path, bytes).unwrap();
+        let (cost, verdict) = in_a_child(&path, job);
+        let line = format!("{change}: {cost:?} {verdict}");
+        println!("{line}");
+        let ended = cost.peak_bytes < u64::MAX;
+        let right = ended && verdict.starts_with(begins) && verdict.contains(says);
+        if !right || cost.time > TIME_LIMIT || cost.peak_bytes > MEMORY_LIMIT_BYTES {
+            wrong.push(line);
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+fn valid() -> Vec<u8> {
+    support::tiny_model::TinyModel::default().bytes()
+}
+
+// [CAND-074]
+#[cfg(target_os = "linux")]
+#[test]
+fn a_model_without_a_usable_tokenizer_is_refused() {
+    let file = valid();
+    let files = [
+        (
+            "no kind",
+            without(&file, "tokenizer.ggml.model"),
+            "has no `tokenizer.ggml.model`",
+        ),
+        (
+            "no vocabulary",
+            without(&file, "tokenizer.ggml.tokens"),
+            "has no `llama.vocab_size`",
+        ),
+        (
+            "no merges",
+            without(&file, "tokenizer.ggml.merges"),
+            "has no `tokenizer.ggml.merges`",
+        ),
+        (
+            "an unknown kind",
+            with_text(&file, "tokenizer.ggml.model", "abacus"),
+            "abacus",
+        ),
+    ];
+    all_end(&files, false, "refused");
+}
+
+// [CAND-021] [CAND-074]
+#[cfg(target_os = "linux")]
+#[test]
+fn a_model_with_a_template_that_never_ends_is_refused() {
+    let file = valid();
+    let files: Vec<_> = ENDLESS
+        .iter()
+        .map(|(change, template)| {
+            let bytes = with_text(&file, "tokenizer.chat_template", template);
+            (*change, bytes, "the model's chat template")
+        })
+        .collect();
+    all_end(&files, false, "refused");
+}
+
+// [CAND-021]
+#[cfg(target_os = "linux")]
+#[test]
+fn a_template_that_turns_hostile_in_a_job_fails_that_job() {
+    let file = valid();
+    let files: Vec<_> = ENDLESS
+        .iter()
+        .map(|(change, hostile)| {
+            let source = format!("{{% if messages|length > 1 %}}{hostile}{{% endif %}}fine");
+            let bytes = with_text(&file, "tokenizer.chat_template", &source);
+            (*change, bytes, "the model's chat template")
+        })
+        .collect();
+    all_end(&files, true, "failed TemplateFailed");
+}
+
+// [CAND-021]
+#[cfg(target_os = "linux")]
+#[test]
+fn a_template_that_runs_away_is_stopped_by_its_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("hostile.gguf");
+    let later = format!("{{% if messages|length > 1 %}}{RUNAWAY}{{% endif %}}fine");
+    for (template, job, begins) in [
+        (RUNAWAY, false, "refused"),
+        (&later, true, "failed TemplateFailed"),
+    ] {
+        fs::write(
+            &path,
+            with_text(&valid(), "tokenizer.chat_template", template),
+        )
+        .unwrap();
+        let (cost, verdict) = run_child(&path, job);
+        println!("{cost:?} {verdict}");
+        assert!(
+            verdict.starts_with(begins) && verdict.contains("not tried again"),
+            "{verdict}"
+        );
+        // It takes the time that a budget of memory takes to fill.
+        assert!(cost.peak_bytes < MEMORY_LIMIT_BYTES, "{cost:?}");
+    }
+}
+
+// [CAND-021] [CAND-074]
+#[cfg(target_os = "linux")]
+#[test]
+fn a_template_that_nests_deeply_costs_little() {
+    let file = valid();
+    let expression = |text: String| format!("{{{{ {text}x }}}}");
+    let files = [
+        ("parentheses", expression("(".repeat(60_000))),
+        ("lists", expression("[".repeat(60_000))),
+        ("negations", expression("not ".repeat(16_000))),
+        ("signs", expression("-".repeat(60_000))),
+        ("operators", expression("x~".repeat(30_000))),
+        ("filters", format!("{{{{ x{} }}}}", "|e".repeat(30_000))),
+        ("attributes", format!("{{{{ x{} }}}}", ".x".repeat(30_000))),
+        ("conditions", "{%if x%}".repeat(8_000)),
+        (
+            "choices",
+            format!("{{% if x %}}{}{{% endif %}}", "{%elif x%}".repeat(6_000)),
+        ),
+        (
+            "conditional values",
+            expression("x if x else ".repeat(5_000)),
+        ),
+        ("powers", expression("2**".repeat(20_000))),
+    ]
+    .map(|(change, source)| {
+        let bytes = with_text(&file, "tokenizer.chat_template", &source);
+        (change, bytes, "")
+    });
+    // Whether it is refused or not: it ends.
+    all_end(&files, false, "");
+}
