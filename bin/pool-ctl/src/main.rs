@@ -3,6 +3,7 @@
 mod commands;
 mod context;
 mod download;
+mod git_wrapper;
 mod hf_wrapper;
 mod pip_wrapper;
 mod pool;

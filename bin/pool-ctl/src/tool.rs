@@ -159,7 +159,7 @@ async fn last_lines(stream: impl tokio::io::AsyncRead + Unpin) -> VecDeque<Strin
 }
 
 /// Ends the program and all it started: politely, then not.
-async fn end(child: &mut Child) {
+pub async fn end(child: &mut Child) {
     for signal in [Signal::TERM, Signal::KILL] {
         // While it has not been waited for, its id can belong to nobody else.
         let Some(group) = child

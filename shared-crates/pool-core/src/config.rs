@@ -37,6 +37,8 @@ pub struct PoolConfig {
     pub orchestrator_url: Option<String>,
     /// File (mode 0600) with the pool's token; the variable `LLORCH_POOL_TOKEN` goes before it.
     pub token_file: Option<PathBuf>,
+    /// The checkout that `llorch-pool git` works on. Default: the one that the command runs in.
+    pub repo_path: Option<PathBuf>,
     /// Milliseconds between heartbeats when nothing changes, 20 to 600000. Default 15000.
     pub heartbeat_interval_ms: u64,
     /// How workers are started, watched and stopped.
@@ -136,6 +138,7 @@ impl Default for PoolConfig {
             advertise_url: None,
             orchestrator_url: None,
             token_file: None,
+            repo_path: None,
             heartbeat_interval_ms: 15_000,
             workers: WorkersConfig::default(),
             memory: MemoryConfig::default(),
@@ -334,6 +337,7 @@ impl PoolConfig {
             .iter()
             .map(|path| ("models.allow_paths", path));
         let folders = folders.chain(self.models.dir.iter().map(|path| ("models.dir", path)));
+        let folders = folders.chain(self.repo_path.iter().map(|path| ("repo_path", path)));
         for (key, path) in folders.chain(
             self.workers
                 .programs_dir
@@ -505,6 +509,7 @@ mod tests {
             ),
             ("[models]\nallow_paths = [\"models\"]", "models.allow_paths"),
             ("[workers]\nport_mim = 1", "workers.port_mim"),
+            ("repo_path = \"llama-orch\"", "repo_path"),
         ] {
             let error = load(file, &[]).unwrap_err();
             assert!(error.contains(&format!("`{key}`")), "{file}: {error}");

@@ -2,6 +2,7 @@
 
 mod daemon;
 mod dev;
+mod git;
 mod models;
 mod status;
 mod worker;
@@ -27,6 +28,8 @@ pub enum Command {
         #[command(subcommand)]
         command: daemon::Command,
     },
+    /// The checkout that this host runs from, and its submodules.
+    Git(git::Args),
     /// Set this host up, and find out what it lacks.
     Dev {
         #[command(subcommand)]
@@ -43,6 +46,7 @@ impl Command {
             Self::Models { command } => command.run().await,
             Self::Worker { command } => command.run().await,
             Self::Daemon { command } => command.run().await,
+            Self::Git(args) => args.run().await,
             Self::Dev { command } => command.run().await,
             Self::Status(args) => args.run().await,
         }

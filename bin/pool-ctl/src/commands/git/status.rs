@@ -1,0 +1,172 @@
+//! `llorch-pool git status`.
+
+use pool_core::terminal::paint::{self, Cell, Style};
+use pool_core::terminal::progress;
+use pool_core::terminal::{CliError, Exit, Format, print_json, print_table, say};
+use serde::Serialize;
+
+use super::submodules::{Row, rows};
+use super::{Printed, counted};
+use crate::git_wrapper::repo::{Changes, Repo, State, Upstream, short, shown};
+
+/// Names of one kind that the table shows; JSON has all.
+const SHOWN_NAMES: usize = 20;
+
+/// Arguments of `llorch-pool git status`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Ask the remote first, so that `ahead` and `behind` are of now and not of the last time.
+    #[arg(long)]
+    fetch: bool,
+    #[command(flatten)]
+    printed: Printed,
+}
+
+#[derive(Serialize)]
+struct Report {
+    path: String,
+    branch: Option<String>,
+    commit: Option<String>,
+    upstream: Option<String>,
+    ahead: Option<u64>,
+    behind: Option<u64>,
+    operation: Option<&'static str>,
+    clean: bool,
+    #[serde(flatten)]
+    changes: Changes,
+    submodules: Vec<Row>,
+}
+
+impl Args {
+    /// Does what was asked for.
+    pub async fn run(self, repo: &Repo) -> Result<Exit, CliError> {
+        let mut status = repo.status().await?;
+        let upstream = match &status.branch {
+            Some(branch) => repo.upstream(branch).await?,
+            None => None,
+        };
+        if let (true, Some(upstream)) = (self.fetch, &upstream) {
+            let transports = repo.transports(Some(upstream)).await?;
+            let spinner = progress::spinner(format!("fetching {}", upstream.shown()));
+            repo.fetch(upstream, &transports, &spinner).await?;
+            drop(spinner);
+            status = repo.status().await?;
+        }
+        let submodules = rows(repo, &repo.submodules().await?).await?;
+        let changes = status.changes;
+        let report = Report {
+            path: repo.root().to_string_lossy().into_owned(),
+            branch: status.branch,
+            commit: status.commit,
+            upstream: upstream.as_ref().map(Upstream::shown),
+            ahead: status.ahead_behind.map(|(ahead, _)| ahead),
+            behind: status.ahead_behind.map(|(_, behind)| behind),
+            operation: repo.operation().await?,
+            clean: changes.tracked().is_empty() && changes.untracked.is_empty(),
+            changes,
+            submodules,
+        };
+        match self.printed.format {
+            Format::Json => print_json(&report)?,
+            Format::Table => show(&report)?,
+        }
+        Ok(Exit::Done)
+    }
+}
+
+fn show(report: &Report) -> Result<(), CliError> {
+    say(format!("checkout {}", shown(&report.path)))?;
+    let commit = report.commit.as_deref().map(short);
+    say(match (&report.branch, commit) {
+        (Some(branch), Some(commit)) => format!("branch   {} at {commit}", shown(branch)),
+        (Some(branch), None) => format!("branch   {} without commits", shown(branch)),
+        (None, commit) => format!("detached at {}", commit.unwrap_or("nothing")),
+    })?;
+    if let Some(upstream) = &report.upstream {
+        say(format!(
+            "upstream {upstream}, {}",
+            distance(report.ahead, report.behind)
+        ))?;
+    } else if report.branch.is_some() {
+        say("upstream none")?;
+    }
+    if let Some(operation) = report.operation {
+        say(paint::warn(&format!(
+            "a {operation} was begun and is not ended"
+        )))?;
+    }
+    let changes = &report.changes;
+    if report.clean {
+        say(paint::ok("no local changes"))?;
+    }
+    for (kind, names) in [
+        ("conflicted", &changes.conflicted),
+        ("staged", &changes.staged),
+        ("modified", &changes.modified),
+        ("untracked", &changes.untracked),
+    ] {
+        if names.is_empty() {
+            continue;
+        }
+        say(format!("\n{} {kind}:", names.len()))?;
+        for name in names.iter().take(SHOWN_NAMES) {
+            say(format!("  {}", shown(name)))?;
+        }
+        if names.len() > SHOWN_NAMES {
+            let rest = names.len() - SHOWN_NAMES;
+            say(format!("  and {rest} more: `--format json` has all"))?;
+        }
+    }
+    let (even, odd): (Vec<_>, Vec<_>) = report
+        .submodules
+        .iter()
+        .partition(|row| row.state == State::InStep);
+    if !report.submodules.is_empty() {
+        say(format!(
+            "\n{}, {} in step",
+            counted(report.submodules.len() as u64, "submodule"),
+            even.len()
+        ))?;
+    }
+    if odd.is_empty() {
+        return Ok(());
+    }
+    print_table(
+        &["SUBMODULE", "STATE", "RECORDED", "CHECKED OUT", "NOTE"],
+        odd.iter().map(|row| row.cells()),
+    )
+}
+
+fn distance(ahead: Option<u64>, behind: Option<u64>) -> String {
+    match (ahead, behind) {
+        (Some(0), Some(0)) => "up to date as of the last fetch".to_owned(),
+        (Some(ahead), Some(behind)) => {
+            format!("{ahead} ahead, {behind} behind as of the last fetch")
+        }
+        _ => "not fetched yet, or gone".to_owned(),
+    }
+}
+
+impl Row {
+    /// The row of a table.
+    pub fn cells(&self) -> Vec<Cell> {
+        let style = match self.state {
+            State::InStep => Style::Good,
+            State::OnBranch => Style::Plain,
+            State::OutOfStep | State::Modified | State::Missing => Style::Warn,
+            State::Refused => Style::Bad,
+        };
+        let checked_out = match (&self.branch, &self.commit) {
+            (Some(branch), Some(commit)) => format!("{} ({})", short(commit), shown(branch)),
+            (_, Some(commit)) => short(commit).to_owned(),
+            (_, None) => String::new(),
+        };
+        vec![
+            shown(&self.path).into(),
+            Cell::new(self.state.as_str(), style),
+            short(&self.recorded).into(),
+            checked_out.into(),
+            self.note().into(),
+        ]
+    }
+}

@@ -1,0 +1,693 @@
+//! `llorch-pool git submodules`.
+
+use clap::Subcommand;
+use pool_core::terminal::progress::{self, Progress};
+use pool_core::terminal::{CliError, Exit, Format, print_json, print_table, say};
+use serde::Serialize;
+
+use super::loss::{self, not_without_yes};
+use super::pull::{fast_forward, followed, warn_of_ssh};
+use super::sync::set_one;
+use super::{Action, Moved, Printed, counted, end_of, say_moved, some};
+use crate::git_wrapper::repo::{
+    Changes, Inspected, MAX_DEPTH, Repo, State, Submodule, Upstream, short, shown,
+};
+use crate::git_wrapper::trust::{self, Transport};
+
+/// `llorch-pool git submodules`.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// List the submodules: where they go, where they come from.
+    ///
+    /// JSON: an array of `name`, `path`, `url` (null if there is none), `follows` (the branch set for it, or null),
+    /// `recorded` (commit), `problem` (why it may not be used, or null).
+    List {
+        #[command(flatten)]
+        printed: Printed,
+    },
+    /// Show how the submodules compare with what is recorded.
+    ///
+    /// States: `in_step`; `out_of_step`, at another commit; `on_branch`; `modified`; `missing`, not fetched; `refused`.
+    ///
+    /// JSON: an array of `name`, `path`, `state`, `recorded`, `commit` and `branch` (null if there is none), `staged`,
+    /// `modified`, `conflicted`, `untracked` (lists of names), `problem` (why it is refused, or null).
+    Status {
+        /// Names or paths [default: all].
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        #[command(flatten)]
+        printed: Printed,
+    },
+    /// Fetch submodules that are missing, and bring the others to the recorded commit.
+    ///
+    /// One that is on a branch goes forward on that branch. Refuses (exit code 4) before anything is changed if one of
+    /// them has changes, or commits of its own. Submodules inside of submodules come along.
+    ///
+    /// JSON: an array as `submodules` of `git pull`.
+    Update {
+        /// Names or paths [default: all].
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        #[command(flatten)]
+        printed: Printed,
+    },
+    /// Set submodules to the recorded commit, on no branch. Their changes are lost.
+    ///
+    /// Without `--yes` nothing is changed, what would be lost is shown, and the exit code is 4.
+    ///
+    /// JSON: an array as `submodules` of `git pull`.
+    Reset {
+        /// Names or paths [default: all].
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+        /// Do it.
+        #[arg(long)]
+        yes: bool,
+        /// Also remove files that git does not know, save ignored ones.
+        #[arg(long)]
+        clean: bool,
+        #[command(flatten)]
+        printed: Printed,
+    },
+    /// Show the branch that a submodule follows, or check out another one and follow it from now on.
+    ///
+    /// With BRANCH: fetches it, checks it out, and writes it into the settings of this checkout, where `git submodules
+    /// update` and git itself find it; `git submodules reset` goes back to the recorded commit. Refuses (exit code 4)
+    /// if the submodule has changes, or commits that would be lost from sight.
+    ///
+    /// JSON: an object with `name`, `path`, `follows`, `branch` (checked out) and `commit`, null if there is none.
+    Branch {
+        /// Name or path of the submodule.
+        name: String,
+        /// The branch to follow.
+        branch: Option<String>,
+        #[command(flatten)]
+        printed: Printed,
+    },
+}
+
+/// What `list` shows of one.
+#[derive(Serialize)]
+struct Listed {
+    name: String,
+    path: String,
+    url: Option<String>,
+    follows: Option<String>,
+    recorded: String,
+    problem: Option<String>,
+}
+
+/// What `status` shows of one.
+#[derive(Debug, Serialize)]
+pub(super) struct Row {
+    pub name: String,
+    pub path: String,
+    pub state: State,
+    pub recorded: String,
+    pub commit: Option<String>,
+    pub branch: Option<String>,
+    #[serde(flatten)]
+    pub changes: Changes,
+    pub problem: Option<String>,
+}
+
+impl Row {
+    /// What is worth knowing beyond the state.
+    pub fn note(&self) -> String {
+        let name = shown(&self.path);
+        match self.state {
+            State::Refused => self.problem.clone().unwrap_or_default(),
+            State::Missing | State::OutOfStep => {
+                format!("llorch-pool git submodules update {name}")
+            }
+            State::Modified => {
+                let files = self.changes.tracked();
+                format!("{}: {}", counted(files.len() as u64, "file"), some(&files))
+            }
+            State::OnBranch if self.commit.as_deref() == Some(&self.recorded) => String::new(),
+            State::OnBranch => "not at the recorded commit".to_owned(),
+            State::InStep => String::new(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Followed {
+    name: String,
+    path: String,
+    follows: Option<String>,
+    branch: Option<String>,
+    commit: Option<String>,
+}
+
+impl Command {
+    /// Does what was asked for.
+    pub async fn run(self, repo: &Repo) -> Result<Exit, CliError> {
+        match self {
+            Self::List { printed } => list(repo, printed).await,
+            Self::Status { names, printed } => status(repo, &names, printed).await,
+            Self::Update { names, printed } => update(repo, &names, printed).await,
+            Self::Reset {
+                names,
+                yes,
+                clean,
+                printed,
+            } => reset(repo, &names, (yes, clean), printed).await,
+            Self::Branch {
+                name,
+                branch: None,
+                printed,
+            } => show_branch(repo, &name, printed).await,
+            Self::Branch {
+                name,
+                branch: Some(branch),
+                printed,
+            } => set_branch(repo, &name, &branch, printed).await,
+        }
+    }
+}
+
+/// The submodules that `names` mean: all, where there are none.
+async fn chosen(repo: &Repo, names: &[String]) -> Result<Vec<Submodule>, CliError> {
+    let all = repo.submodules().await?;
+    if names.is_empty() {
+        return Ok(all);
+    }
+    let mut found: Vec<Submodule> = Vec::new();
+    for name in names {
+        let is = |one: &&Submodule| one.name == *name || one.path == name.trim_end_matches('/');
+        let Some(one) = all.iter().find(is) else {
+            let hint = match all.len() {
+                0 => "this checkout has none".to_owned(),
+                _ => {
+                    let paths: Vec<_> = all.iter().map(|one| one.path.as_str()).collect();
+                    format!("there are: {}", some(&paths))
+                }
+            };
+            let message = format!("there is no submodule {}", shown(name));
+            return Err(CliError::new(Exit::NotFound, message).hint(hint));
+        };
+        if !found.contains(one) {
+            found.push(one.clone());
+        }
+    }
+    Ok(found)
+}
+
+async fn list(repo: &Repo, printed: Printed) -> Result<Exit, CliError> {
+    let all = repo.submodules().await?;
+    let listed: Vec<_> = all
+        .into_iter()
+        .map(|one| Listed {
+            name: one.name,
+            path: one.path,
+            url: one.url,
+            follows: one.follows,
+            recorded: one.recorded,
+            problem: one.problem,
+        })
+        .collect();
+    match printed.format {
+        Format::Json => print_json(&listed)?,
+        Format::Table if listed.is_empty() => say("this checkout has no submodules")?,
+        Format::Table => print_table(
+            &["NAME", "PATH", "ADDRESS", "FOLLOWS", "RECORDED", "PROBLEM"],
+            listed.iter().map(|one| {
+                let or_none =
+                    |text: &Option<String>| text.as_deref().map(shown).unwrap_or_default();
+                vec![
+                    shown(&one.name).into(),
+                    shown(&one.path).into(),
+                    or_none(&one.url).into(),
+                    or_none(&one.follows).into(),
+                    short(&one.recorded).into(),
+                    or_none(&one.problem).into(),
+                ]
+            }),
+        )?,
+    }
+    Ok(Exit::Done)
+}
+
+/// What `status` shows of submodules.
+pub(super) async fn rows(repo: &Repo, submodules: &[Submodule]) -> Result<Vec<Row>, CliError> {
+    let mut rows = Vec::new();
+    for one in submodules {
+        let found = repo.inspect(one).await?;
+        rows.push(Row {
+            name: one.name.clone(),
+            path: one.path.clone(),
+            state: found.state,
+            recorded: one.recorded.clone(),
+            commit: found.status.commit,
+            branch: found.status.branch,
+            changes: found.status.changes,
+            problem: found.problem,
+        });
+    }
+    Ok(rows)
+}
+
+async fn status(repo: &Repo, names: &[String], printed: Printed) -> Result<Exit, CliError> {
+    let rows = rows(repo, &chosen(repo, names).await?).await?;
+    match printed.format {
+        Format::Json => print_json(&rows)?,
+        Format::Table if rows.is_empty() => say("this checkout has no submodules")?,
+        Format::Table => print_table(
+            &["SUBMODULE", "STATE", "RECORDED", "CHECKED OUT", "NOTE"],
+            rows.iter().map(Row::cells),
+        )?,
+    }
+    Ok(Exit::Done)
+}
+
+/// Moves submodules, and keeps account of it.
+pub(super) struct Mover<'a> {
+    transports: &'a [Transport],
+    progress: &'a Progress,
+    /// What became of them.
+    pub moved: Vec<Moved>,
+}
+
+impl<'a> Mover<'a> {
+    pub fn new(transports: &'a [Transport], progress: &'a Progress) -> Self {
+        Self {
+            transports,
+            progress,
+            moved: Vec::new(),
+        }
+    }
+
+    /// Notes one that may not be used.
+    pub fn refuse(&mut self, submodule: &Submodule, problem: Option<&str>) {
+        self.moved.push(Moved {
+            reason: problem.map(str::to_owned),
+            ..Moved::of(submodule, Action::Refused)
+        });
+    }
+
+    /// Notes one that stays as it is.
+    pub fn leave(&mut self, submodule: &Submodule, found: &Inspected, state: State) {
+        let path = shown(&submodule.path);
+        let reason = match (state, &found.status.branch) {
+            (State::Modified, _) => {
+                format!("it has changes; `llorch-pool git submodules status {path}` shows them")
+            }
+            (State::OnBranch, Some(branch)) => format!(
+                "it is on the branch {}; `llorch-pool git submodules update {path}` takes it forward",
+                shown(branch)
+            ),
+            _ => format!(
+                "it was at another commit than the recorded one; `llorch-pool git submodules update {path}` moves it"
+            ),
+        };
+        self.moved.push(Moved {
+            from: found.status.commit.clone(),
+            to: Some(submodule.recorded.clone()),
+            reason: Some(reason),
+            ..Moved::of(submodule, Action::Left)
+        });
+    }
+
+    /// Brings one without changes to the recorded commit, with all inside it.
+    pub async fn check_out(
+        &mut self,
+        repo: &Repo,
+        submodule: &Submodule,
+        found: &Inspected,
+    ) -> Result<(), CliError> {
+        self.progress
+            .message(format!("updating the submodule {}", shown(&submodule.path)));
+        repo.check_out(submodule, false, self.transports, self.progress)
+            .await
+            .map_err(|error| error.told(&unfinished(submodule)))?;
+        self.note_move(submodule, found);
+        let now = repo.inspect(submodule).await?;
+        nested(self, &now, 1).await
+    }
+
+    /// Sets one to the recorded commit, whatever is in it.
+    pub async fn set(
+        &mut self,
+        repo: &Repo,
+        submodule: &Submodule,
+        found: &Inspected,
+        clean: bool,
+    ) -> Result<(), CliError> {
+        self.progress
+            .message(format!("setting the submodule {}", shown(&submodule.path)));
+        let told = |error: crate::git_wrapper::GitError| error.told(&unfinished(submodule));
+        if let Some(inside) = &found.repo {
+            // After this a checkout without force does: it can't overwrite what was not listed.
+            inside
+                .change(&["reset", "--hard", "--quiet"])
+                .await
+                .map_err(told)?;
+            if clean {
+                inside
+                    .change(&["clean", "-d", "--force", "--quiet"])
+                    .await
+                    .map_err(told)?;
+            }
+            repo.renew_address(submodule).await.map_err(told)?;
+        }
+        let key = format!("submodule.{}.branch", submodule.name);
+        if repo.setting(&key).is_some() {
+            repo.change(&["config", "--local", "--unset-all", &key])
+                .await
+                .map_err(told)?;
+        }
+        repo.check_out(submodule, false, self.transports, self.progress)
+            .await
+            .map_err(told)?;
+        let changed = found.state != State::InStep;
+        if changed {
+            self.note_move(submodule, found);
+        }
+        Ok(())
+    }
+
+    fn note_move(&mut self, submodule: &Submodule, found: &Inspected) {
+        let action = match found.state {
+            State::Missing => Action::Fetched,
+            _ => Action::Updated,
+        };
+        self.moved.push(Moved {
+            from: found.status.commit.clone(),
+            to: Some(submodule.recorded.clone()),
+            ..Moved::of(submodule, action)
+        });
+    }
+}
+
+fn unfinished(submodule: &Submodule) -> String {
+    let path = shown(&submodule.path);
+    format!(
+        "the submodule {path} may be half way; `llorch-pool git submodules status {path}` says, and the same command goes on"
+    )
+}
+
+/// Brings the submodules inside a submodule to their recorded commits; one with work of its own stays.
+pub(super) async fn nested(
+    mover: &mut Mover<'_>,
+    outer: &Inspected,
+    depth: usize,
+) -> Result<(), CliError> {
+    let (Some(repo), true) = (&outer.repo, depth < MAX_DEPTH) else {
+        return Ok(());
+    };
+    for submodule in repo.submodules().await? {
+        let found = repo.inspect(&submodule).await?;
+        let stray = match &found.repo {
+            Some(inside) => !inside.stray_commits(&found.status).await?.is_empty(),
+            None => false,
+        };
+        match found.state {
+            State::Refused => mover.refuse(&submodule, found.problem.as_deref()),
+            State::Modified | State::OnBranch => mover.leave(&submodule, &found, found.state),
+            State::OutOfStep if stray => mover.leave(&submodule, &found, found.state),
+            State::Missing | State::OutOfStep => {
+                Box::pin(mover.check_out(repo, &submodule, &found)).await?;
+            }
+            State::InStep => Box::pin(nested(mover, &found, depth + 1)).await?,
+        }
+    }
+    Ok(())
+}
+
+/// How the checkout's own remote is reached: its submodules may be reached the same way.
+async fn transports_of(repo: &Repo) -> Result<Vec<Transport>, CliError> {
+    let upstream = match repo.status().await?.branch {
+        Some(branch) => repo.upstream(&branch).await?,
+        None => None,
+    };
+    Ok(repo.transports(upstream.as_ref()).await?)
+}
+
+async fn update(repo: &Repo, names: &[String], printed: Printed) -> Result<Exit, CliError> {
+    let mut todo = Vec::new();
+    for submodule in chosen(repo, names).await? {
+        let found = repo.inspect(&submodule).await?;
+        not_with_work_in_it(&submodule, &found).await?;
+        todo.push((submodule, found));
+    }
+    let transports = transports_of(repo).await?;
+    warn_of_ssh(repo);
+    let spinner = progress::spinner("updating submodules");
+    let mut mover = Mover::new(&transports, &spinner);
+    for (submodule, found) in &todo {
+        match (found.state, &found.repo) {
+            (State::Refused, _) => mover.refuse(submodule, found.problem.as_deref()),
+            (State::InStep, _) => nested(&mut mover, found, 1).await?,
+            (State::OnBranch, Some(inside)) => {
+                let (branch, upstream) = followed(inside, &found.status).await?;
+                let forward = fast_forward(
+                    inside,
+                    &found.status,
+                    &branch,
+                    &upstream,
+                    &transports,
+                    &spinner,
+                )
+                .await
+                .map_err(|error| in_submodule(error, submodule))?;
+                if forward.commits > 0 {
+                    mover.moved.push(Moved {
+                        from: forward.from,
+                        to: Some(forward.to),
+                        ..Moved::of(submodule, Action::Updated)
+                    });
+                }
+                nested(&mut mover, &repo.inspect(submodule).await?, 1).await?;
+            }
+            _ => mover.check_out(repo, submodule, found).await?,
+        }
+    }
+    let moved = mover.moved;
+    drop(spinner);
+    print_moved(&moved, printed, "all submodules are in step already")
+}
+
+fn print_moved(moved: &[Moved], printed: Printed, nothing: &str) -> Result<Exit, CliError> {
+    match printed.format {
+        Format::Json => print_json(moved)?,
+        Format::Table if moved.is_empty() => say(nothing)?,
+        Format::Table => say_moved(moved)?,
+    }
+    end_of(moved)
+}
+
+fn in_submodule(mut error: CliError, submodule: &Submodule) -> CliError {
+    error.message = format!("submodule {}: {}", shown(&submodule.path), error.message);
+    error
+}
+
+/// Refuses to move a submodule in which there is something to lose.
+async fn not_with_work_in_it(submodule: &Submodule, found: &Inspected) -> Result<(), CliError> {
+    let path = shown(&submodule.path);
+    if found.state == State::Modified {
+        let files = found.status.changes.tracked();
+        let count = counted(files.len() as u64, "file");
+        return Err(CliError::new(
+            Exit::Refused,
+            format!("submodule {path}: {count} changed here: {}", some(&files)),
+        )
+        .hint(format!(
+            "commit them or put them aside there; `llorch-pool git submodules reset {path} --yes` throws them away"
+        )));
+    }
+    let (Some(inside), State::OutOfStep) = (&found.repo, found.state) else {
+        return Ok(());
+    };
+    let stray = inside.stray_commits(&found.status).await?;
+    if stray.is_empty() {
+        return Ok(());
+    }
+    Err(CliError::new(
+        Exit::Refused,
+        format!(
+            "submodule {path}: {} there on no branch: {}",
+            counted(stray.len() as u64, "commit"),
+            some(&stray)
+        ),
+    )
+    .hint(format!(
+        "give them a branch there with `git switch -c NAME`; `llorch-pool git submodules reset {path} --yes` leaves them behind"
+    )))
+}
+
+async fn reset(
+    repo: &Repo,
+    names: &[String],
+    (yes, clean): (bool, bool),
+    printed: Printed,
+) -> Result<Exit, CliError> {
+    let todo = chosen(repo, names).await?;
+    let mut lost = Vec::new();
+    let mut moved = Vec::new();
+    let mut usable = Vec::new();
+    for submodule in &todo {
+        let found = repo.inspect(submodule).await?;
+        if found.state == State::Refused {
+            moved.push(Moved {
+                reason: found.problem,
+                ..Moved::of(submodule, Action::Refused)
+            });
+            continue;
+        }
+        loss::in_submodule(submodule, &found, clean, ".", &mut lost).await?;
+        usable.push(submodule);
+    }
+    if !yes {
+        let what = format!(
+            "{} would be set to what is recorded",
+            counted(usable.len() as u64, "submodule")
+        );
+        let command = match clean {
+            true => "llorch-pool git submodules reset --clean",
+            false => "llorch-pool git submodules reset",
+        };
+        let named = std::iter::once(command.to_owned()).chain(names.iter().map(|name| shown(name)));
+        let command = named.collect::<Vec<_>>().join(" ");
+        return Err(not_without_yes(&what, &command, &lost));
+    }
+    let transports = transports_of(repo).await?;
+    warn_of_ssh(repo);
+    let spinner = progress::spinner("setting submodules");
+    let mut mover = Mover::new(&transports, &spinner);
+    for submodule in usable {
+        set_one(repo, submodule, clean, &mut mover).await?;
+    }
+    moved.extend(mover.moved);
+    drop(spinner);
+    print_moved(&moved, printed, "all submodules were as recorded")
+}
+
+async fn one(repo: &Repo, name: &str) -> Result<(Submodule, Inspected), CliError> {
+    let mut found = chosen(repo, &[name.to_owned()]).await?;
+    let submodule = found.remove(0);
+    let inspected = repo.inspect(&submodule).await?;
+    Ok((submodule, inspected))
+}
+
+fn print_followed(
+    submodule: &Submodule,
+    follows: Option<&str>,
+    found: &Inspected,
+    printed: Printed,
+) -> Result<Exit, CliError> {
+    let status = &found.status;
+    let followed = Followed {
+        name: submodule.name.clone(),
+        path: submodule.path.clone(),
+        follows: follows.map(str::to_owned),
+        branch: status.branch.clone(),
+        commit: status.commit.clone(),
+    };
+    if printed.format == Format::Json {
+        print_json(&followed)?;
+        return Ok(Exit::Done);
+    }
+    let path = shown(&submodule.path);
+    let at = status.commit.as_deref().map_or("nothing", short);
+    let follows = follows.map_or_else(|| "no branch".to_owned(), shown);
+    say(match &status.branch {
+        Some(branch) => format!(
+            "{path} follows {follows}; {} is checked out, at {at}",
+            shown(branch)
+        ),
+        None if found.state == State::Missing => {
+            format!("{path} follows {follows}; it is not fetched yet")
+        }
+        None => format!("{path} follows {follows}; no branch is checked out, it is at {at}"),
+    })?;
+    Ok(Exit::Done)
+}
+
+async fn show_branch(repo: &Repo, name: &str, printed: Printed) -> Result<Exit, CliError> {
+    let (submodule, found) = one(repo, name).await?;
+    print_followed(&submodule, submodule.follows.as_deref(), &found, printed)
+}
+
+async fn set_branch(
+    repo: &Repo,
+    name: &str,
+    branch: &str,
+    printed: Printed,
+) -> Result<Exit, CliError> {
+    if let Err(reason) = trust::check_branch(branch) {
+        let message = format!("the branch {} {reason}", shown(branch));
+        return Err(CliError::new(Exit::Usage, message));
+    }
+    let (submodule, found) = one(repo, name).await?;
+    let path = shown(&submodule.path);
+    let Some(inside) = &found.repo else {
+        let problem = found.problem.as_deref().unwrap_or("is not fetched yet");
+        return Err(
+            CliError::new(Exit::Refused, format!("submodule {path} {problem}"))
+                .hint(format!("llorch-pool git submodules update {path}")),
+        );
+    };
+    not_with_work_in_it(&submodule, &found).await?;
+    let transports = transports_of(repo).await?;
+    warn_of_ssh(repo);
+    let upstream = Upstream {
+        remote: "origin".to_owned(),
+        branch: format!("refs/heads/{branch}"),
+        tracking: format!("refs/remotes/origin/{branch}"),
+    };
+    let spinner = progress::spinner(format!("fetching {branch} of the submodule {path}"));
+    let tip = inside
+        .fetch(&upstream, &transports, &spinner)
+        .await
+        .map_err(|error| error.told("nothing was changed"))?;
+    drop(spinner);
+    let told = |error: crate::git_wrapper::GitError| error.told(&unfinished(&submodule));
+    match inside.commit_of(&upstream.branch).await? {
+        None => {
+            let args = [
+                "switch",
+                "--quiet",
+                "--no-guess",
+                "--create",
+                branch,
+                "--track",
+            ];
+            inside
+                .change(&[&args[..], &[upstream.tracking.as_str()]].concat())
+                .await
+                .map_err(told)?;
+        }
+        Some(local) => {
+            let (ahead, behind) = inside.ahead_behind(&local, &tip).await?;
+            if ahead > 0 && behind > 0 {
+                return Err(CliError::new(
+                    Exit::Refused,
+                    format!(
+                        "{} and {} in {path} went different ways: {} only here, {} only there",
+                        shown(branch),
+                        upstream.shown(),
+                        counted(ahead, "commit"),
+                        counted(behind, "commit")
+                    ),
+                )
+                .hint("settle it there with `git rebase` or `git merge`"));
+            }
+            inside
+                .change(&["switch", "--quiet", "--no-guess", branch])
+                .await
+                .map_err(told)?;
+            if behind > 0 {
+                inside
+                    .change(&["merge", "--ff-only", "--no-autostash", "--quiet", &tip])
+                    .await
+                    .map_err(told)?;
+            }
+        }
+    }
+    let key = format!("submodule.{}.branch", submodule.name);
+    repo.change(&["config", "--local", "--replace-all", &key, branch])
+        .await?;
+    let now = repo.inspect(&submodule).await?;
+    print_followed(&submodule, Some(branch), &now, printed)
+}

@@ -1,0 +1,316 @@
+//! Reads what git prints for programs. Pure: bytes in, values out.
+
+use serde::Serialize;
+
+/// What `git status --porcelain=v2 --branch -z` says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Status {
+    /// The commit checked out; none on a branch without commits.
+    pub commit: Option<String>,
+    /// The branch; none with a detached HEAD.
+    pub branch: Option<String>,
+    /// The remote's branch that it follows.
+    pub upstream: Option<String>,
+    /// Commits that only this side has, and that only the other has; none where one of them isn't there.
+    pub ahead_behind: Option<(u64, u64)>,
+    /// What differs from the commit.
+    pub changes: Changes,
+}
+
+/// Files that differ from the commit, by what happened to them. Names are as in the checkout; what is not UTF-8 in them
+/// shows as `�`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Changes {
+    /// Put into the index, as by `git add`.
+    pub staged: Vec<String>,
+    /// Changed, removed, or of another kind, in the working tree.
+    pub modified: Vec<String>,
+    /// Left in conflict by a merge.
+    pub conflicted: Vec<String>,
+    /// Not known to git, and not ignored. A folder of such files is one entry, with a `/` at its end.
+    pub untracked: Vec<String>,
+}
+
+impl Changes {
+    /// Files that git knows and that differ, each once.
+    pub fn tracked(&self) -> Vec<&str> {
+        let mut files: Vec<&str> = [&self.conflicted, &self.staged, &self.modified]
+            .into_iter()
+            .flatten()
+            .map(String::as_str)
+            .collect();
+        files.sort_unstable();
+        files.dedup();
+        files
+    }
+}
+
+/// An entry of a tree or index that is a submodule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gitlink {
+    /// Its path in the checkout; none if that is not UTF-8.
+    pub path: Option<String>,
+    /// The commit recorded.
+    pub commit: String,
+}
+
+/// Fields that each end with a NUL.
+pub fn fields(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    let whole = bytes.strip_suffix(b"\0").unwrap_or(bytes);
+    let nothing = bytes.is_empty();
+    whole.split(|byte| *byte == 0).filter(move |_| !nothing)
+}
+
+/// Fields as text.
+pub fn texts(bytes: &[u8]) -> Vec<String> {
+    fields(bytes).map(text).collect()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// Reads `git status --porcelain=v2 --branch -z`; none if it says something else.
+pub fn status(bytes: &[u8]) -> Option<Status> {
+    let mut status = Status::default();
+    let mut entries = fields(bytes);
+    while let Some(entry) = entries.next() {
+        let line = text(entry);
+        let (kind, rest) = line.split_once(' ')?;
+        match kind {
+            "#" => header(&mut status, rest)?,
+            "1" | "2" => {
+                // XY sub mH mI mW hH hI [score] path
+                let parts = if kind == "1" { 8 } else { 9 };
+                let parts: Vec<&str> = rest.splitn(parts, ' ').collect();
+                let (states, path) = (*parts.first()?, *parts.last()?);
+                if kind == "2" {
+                    // The name that it had before.
+                    entries.next()?;
+                }
+                let submodule = parts.get(1)?.starts_with('S');
+                let mut states = states.chars();
+                if states.next()? != '.' {
+                    status.changes.staged.push(path.to_owned());
+                }
+                // A submodule at another commit is shown among the submodules.
+                if states.next()? != '.' && !submodule {
+                    status.changes.modified.push(path.to_owned());
+                }
+            }
+            "u" => {
+                // XY sub m1 m2 m3 mW h1 h2 h3 path
+                let path = rest.splitn(10, ' ').nth(9)?;
+                status.changes.conflicted.push(path.to_owned());
+            }
+            "?" => status.changes.untracked.push(rest.to_owned()),
+            "!" => {}
+            _ => return None,
+        }
+    }
+    Some(status)
+}
+
+fn header(status: &mut Status, line: &str) -> Option<()> {
+    let (name, value) = line.split_once(' ')?;
+    match name {
+        "branch.oid" => status.commit = (value != "(initial)").then(|| value.to_owned()),
+        "branch.head" => status.branch = (value != "(detached)").then(|| value.to_owned()),
+        "branch.upstream" => status.upstream = Some(value.to_owned()),
+        "branch.ab" => {
+            let (ahead, behind) = value.split_once(' ')?;
+            let count = |text: &str, sign| text.strip_prefix(sign)?.parse().ok();
+            status.ahead_behind = Some((count(ahead, '+')?, count(behind, '-')?));
+        }
+        _ => {}
+    }
+    Some(())
+}
+
+/// The submodules among the entries of `git ls-files --stage -z`. One in conflict has several; the first counts.
+pub fn gitlinks(bytes: &[u8]) -> Vec<Gitlink> {
+    let mut links: Vec<Gitlink> = Vec::new();
+    for entry in fields(bytes) {
+        let Some(tab) = entry.iter().position(|byte| *byte == b'\t') else {
+            continue;
+        };
+        let head = text(&entry[..tab]);
+        let Some(rest) = head.strip_prefix("160000 ") else {
+            continue;
+        };
+        let link = Gitlink {
+            path: String::from_utf8(entry[tab + 1..].to_vec()).ok(),
+            commit: rest.split(' ').next().unwrap_or_default().to_owned(),
+        };
+        if links.last().is_none_or(|last| last.path != link.path) {
+            links.push(link);
+        }
+    }
+    links
+}
+
+/// A setting, as `git config --list -z` prints it: the key, and the value where there is one.
+pub fn setting(field: &[u8]) -> (String, String) {
+    let line = text(field);
+    match line.split_once('\n') {
+        Some((key, value)) => (key.to_owned(), value.to_owned()),
+        // `[a] b` alone means that b is true.
+        None => (line, "true".to_owned()),
+    }
+}
+
+/// What `.gitmodules` says of one submodule.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Module {
+    /// Its name, the middle of its settings' keys.
+    pub name: String,
+    /// Where it goes.
+    pub path: String,
+    /// Where it comes from.
+    pub url: Option<String>,
+    /// The branch that it follows.
+    pub branch: Option<String>,
+}
+
+/// The submodules that settings describe, in their order; the last value of a setting counts.
+pub fn modules(settings: impl IntoIterator<Item = (String, String)>) -> Vec<Module> {
+    let mut modules: Vec<Module> = Vec::new();
+    for (key, value) in settings {
+        let Some((name, variable)) = key
+            .strip_prefix("submodule.")
+            .and_then(|rest| rest.rsplit_once('.'))
+        else {
+            continue;
+        };
+        let at = modules.iter().position(|module| module.name == name);
+        let at = at.unwrap_or_else(|| {
+            modules.push(Module {
+                name: name.to_owned(),
+                ..Module::default()
+            });
+            modules.len() - 1
+        });
+        match variable {
+            "path" => modules[at].path = value,
+            "url" => modules[at].url = Some(value),
+            "branch" => modules[at].branch = Some(value),
+            _ => {}
+        }
+    }
+    modules
+}
+
+/// A name that others chose, for one line of a terminal: control characters and those that reverse the reading are
+/// written out.
+pub fn shown(name: &str) -> String {
+    let hidden = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+    };
+    if !name.contains(hidden) && !name.starts_with(['"', ' ']) && !name.ends_with(' ') {
+        return name.to_owned();
+    }
+    let mut out = String::from("\"");
+    for c in name.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            c if hidden(c) => out.extend(c.escape_default()),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLCTL-040]
+    fn a_status_is_read_field_by_field() {
+        let hash = "1234567890123456789012345678901234567890";
+        let text = format!(
+            "# branch.oid {hash}\0# branch.head main\0# branch.upstream origin/main\0# branch.ab +1 -2\0\
+             1 M. N... 100644 100644 100644 {hash} {hash} a file\0\
+             1 .D N... 100644 100644 000000 {hash} {hash} gone\nline\0\
+             1 .M S.M. 160000 160000 160000 {hash} {hash} sub\0\
+             2 RM N... 100644 100644 100644 {hash} {hash} R100 new name\0old name\0\
+             u UU N... 100644 100644 100644 100644 {hash} {hash} {hash} both sides\0\
+             ? new \u{e9}\0"
+        );
+        let status = status(text.as_bytes()).unwrap();
+        assert_eq!(status.ahead_behind, Some((1, 2)));
+        assert_eq!(
+            (status.branch.as_deref(), status.upstream.as_deref()),
+            (Some("main"), Some("origin/main"))
+        );
+        let changes = status.changes;
+        assert_eq!(changes.staged, ["a file", "new name"]);
+        assert_eq!(changes.modified, ["gone\nline", "new name"]);
+        assert_eq!(changes.conflicted, ["both sides"]);
+        assert_eq!(changes.untracked, ["new \u{e9}"]);
+        assert_eq!(
+            changes.tracked(),
+            ["a file", "both sides", "gone\nline", "new name"]
+        );
+    }
+
+    #[test] // [POOLCTL-040]
+    fn a_new_repository_and_a_detached_head_have_less() {
+        let unborn = status(b"# branch.oid (initial)\0# branch.head main\0").unwrap();
+        assert_eq!(
+            (unborn.commit, unborn.branch.as_deref()),
+            (None, Some("main"))
+        );
+        let detached = status(b"# branch.oid 12\0# branch.head (detached)\0").unwrap();
+        assert_eq!(
+            (detached.commit.as_deref(), detached.branch),
+            (Some("12"), None)
+        );
+        assert_eq!(status(b""), Some(Status::default()));
+        for rubbish in [
+            &b"fatal: no"[..],
+            b"1 M.",
+            b"2 R. N... 1 2 3 4 5 R100 a",
+            b"\xff\0",
+        ] {
+            assert_eq!(status(rubbish), None, "{rubbish:?}");
+        }
+    }
+
+    #[test] // [POOLCTL-045]
+    fn submodules_are_the_links_among_the_entries() {
+        let links = gitlinks(b"100644 aa 0\tfile\0160000 bb 0\tsub a\0160000 cc 2\tx\0160000 dd 3\tx\0160000 ee 0\t\xff\0");
+        let found: Vec<_> = links
+            .iter()
+            .map(|link| (link.path.as_deref(), link.commit.as_str()))
+            .collect();
+        assert_eq!(
+            found,
+            [(Some("sub a"), "bb"), (Some("x"), "cc"), (None, "ee")]
+        );
+    }
+
+    #[test] // [POOLCTL-045]
+    fn a_submodule_is_what_its_settings_say() {
+        let list = b"submodule.a.b.path\nlib\0submodule.a.b.url\nhttps://x/a\0core.bare\nfalse\0submodule.a.b.url\n../a\0submodule.c.active\0";
+        let found = modules(fields(list).map(setting));
+        assert_eq!(found.len(), 2);
+        assert_eq!(
+            (
+                found[0].name.as_str(),
+                found[0].path.as_str(),
+                found[0].url.as_deref()
+            ),
+            ("a.b", "lib", Some("../a"))
+        );
+    }
+
+    #[test] // [POOLCTL-043]
+    fn names_stay_on_their_line() {
+        assert_eq!(shown("plain name-é.rs"), "plain name-é.rs");
+        assert_eq!(shown("a\nb\x1b[2J"), r#""a\nb\u{1b}[2J""#);
+        assert_eq!(shown("a\"\u{202e}b"), r#""a\"\u{202e}b""#);
+        assert_eq!(shown(" a"), "\" a\"");
+    }
+}

@@ -1,0 +1,615 @@
+//! A checkout: what is in it, what it follows, and its submodules.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use pool_core::terminal::progress::Progress;
+use serde::Serialize;
+
+use super::parse::{self, Module};
+use super::trust::{self, Transport};
+use super::{Git, GitError};
+
+pub use super::parse::{Changes, Status, shown};
+
+/// Bytes of a `.gitmodules` that are read.
+const MODULES_BYTES: u64 = 1 << 20;
+/// How deep submodules may lie in each other.
+pub const MAX_DEPTH: usize = 8;
+/// How many commits are listed by name.
+const LISTED_COMMITS: &str = "--max-count=1000";
+
+/// A checkout whose settings were looked at.
+#[derive(Debug, Clone)]
+pub struct Repo {
+    git: Git,
+    root: PathBuf,
+    settings: Vec<(String, String)>,
+}
+
+/// The branch of a remote that a local branch follows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Upstream {
+    /// The remote's name; `.` for this repository itself.
+    pub remote: String,
+    /// The branch's full name there.
+    pub branch: String,
+    /// Where its last known commit is kept here, as a full name.
+    pub tracking: String,
+}
+
+impl Upstream {
+    /// As people write it: `origin/main`.
+    pub fn shown(&self) -> String {
+        let short = self.tracking.strip_prefix("refs/remotes/");
+        let short = short.or(self.tracking.strip_prefix("refs/heads/"));
+        shown(short.unwrap_or(&self.tracking))
+    }
+}
+
+/// A submodule as the checkout records it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Submodule {
+    /// Its name.
+    pub name: String,
+    /// Its path in the checkout.
+    pub path: String,
+    /// Where it comes from.
+    pub url: Option<String>,
+    /// The branch that it is said to follow.
+    pub follows: Option<String>,
+    /// The commit recorded.
+    pub recorded: String,
+    /// Why it may not be used.
+    pub problem: Option<String>,
+}
+
+/// How a submodule's own checkout compares with what is recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// At the recorded commit, unchanged.
+    InStep,
+    /// At another commit.
+    OutOfStep,
+    /// On a branch, at whatever commit.
+    OnBranch,
+    /// Files in it differ from its commit.
+    Modified,
+    /// Not fetched yet.
+    Missing,
+    /// Its name, path, address or settings may not be used.
+    Refused,
+}
+
+impl State {
+    /// Its name, as in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InStep => "in_step",
+            Self::OutOfStep => "out_of_step",
+            Self::OnBranch => "on_branch",
+            Self::Modified => "modified",
+            Self::Missing => "missing",
+            Self::Refused => "refused",
+        }
+    }
+
+    /// Judges a checkout that is there. Changes weigh most: they are what can be lost.
+    fn of(status: &Status, recorded: &str) -> Self {
+        if !status.changes.tracked().is_empty() {
+            Self::Modified
+        } else if status.branch.is_some() {
+            Self::OnBranch
+        } else if status.commit.as_deref() == Some(recorded) {
+            Self::InStep
+        } else {
+            Self::OutOfStep
+        }
+    }
+}
+
+/// A submodule and its own checkout.
+#[derive(Debug, Clone)]
+pub struct Inspected {
+    /// How they compare.
+    pub state: State,
+    /// Why it is refused.
+    pub problem: Option<String>,
+    /// What its checkout says; nothing where it is missing or refused.
+    pub status: Status,
+    /// The checkout itself.
+    pub repo: Option<Repo>,
+}
+
+impl Repo {
+    /// The checkout that `at` is in. Refuses one whose settings would run programs here, or whose files are elsewhere.
+    pub async fn open(git: &Git, at: &Path) -> Result<Self, GitError> {
+        let not = || GitError::NotACheckout {
+            path: at.to_path_buf(),
+        };
+        if !at.is_dir() {
+            return Err(not());
+        }
+        let root = match git.read(at, &["rev-parse", "--show-toplevel"]).await {
+            Ok(answer) => path_of(&answer),
+            Err(GitError::Failed { reason, .. })
+                if ["not a git repository", "work tree", "bare repository"]
+                    .iter()
+                    .any(|words| reason.contains(words)) =>
+            {
+                return Err(not());
+            }
+            Err(error) => return Err(error),
+        };
+        let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        if !real(at).starts_with(real(&root)) {
+            return Err(GitError::Elsewhere {
+                path: at.to_path_buf(),
+                root,
+            });
+        }
+        let listed = git
+            .read(&root, &["config", "--list", "--show-scope", "-z"])
+            .await?;
+        let mut settings = Vec::new();
+        let mut fields = parse::fields(&listed);
+        while let (Some(scope), Some(field)) = (fields.next(), fields.next()) {
+            if matches!(scope, b"local" | b"worktree") {
+                settings.push(parse::setting(field));
+            }
+        }
+        let keys: Vec<_> = settings
+            .iter()
+            .filter(|(key, value)| trust::runs_program(key, value))
+            .map(|(key, _)| shown(key))
+            .collect();
+        if keys.is_empty() {
+            Ok(Self {
+                git: git.clone(),
+                root,
+                settings,
+            })
+        } else {
+            Err(GitError::RunsPrograms { path: root, keys })
+        }
+    }
+
+    /// The checkout's folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The last value of one of the repository's own settings.
+    pub fn setting(&self, key: &str) -> Option<&str> {
+        let found = self.settings.iter().rev().find(|(name, _)| name == key);
+        found.map(|(_, value)| value.as_str())
+    }
+
+    /// Runs a command that prints something and changes nothing.
+    pub async fn read(&self, args: &[&str]) -> Result<Vec<u8>, GitError> {
+        self.git.read(&self.root, args).await
+    }
+
+    /// Runs a command that changes the checkout.
+    pub async fn change(&self, args: &[&str]) -> Result<(), GitError> {
+        self.git.change(&self.root, args).await
+    }
+
+    /// Branch, commit and changes.
+    pub async fn status(&self) -> Result<Status, GitError> {
+        // What is changed inside a submodule is asked of the submodule itself, after its settings were looked at.
+        let args = [
+            "status",
+            "--porcelain=v2",
+            "--branch",
+            "-z",
+            "--untracked-files=normal",
+            "--ignore-submodules=dirty",
+            "--renames",
+            "--ahead-behind",
+        ];
+        let answer = self.read(&args).await?;
+        parse::status(&answer).ok_or_else(|| strange("status", &answer))
+    }
+
+    /// What was begun and not ended, as a merge or a rebase.
+    pub async fn operation(&self) -> Result<Option<&'static str>, GitError> {
+        let folder = path_of(&self.read(&["rev-parse", "--absolute-git-dir"]).await?);
+        let marks = [
+            ("MERGE_HEAD", "merge"),
+            ("rebase-merge", "rebase"),
+            ("rebase-apply", "rebase"),
+            ("CHERRY_PICK_HEAD", "cherry-pick"),
+            ("REVERT_HEAD", "revert"),
+        ];
+        let begun = marks
+            .into_iter()
+            .find(|(mark, _)| folder.join(mark).symlink_metadata().is_ok());
+        Ok(begun.map(|(_, name)| name))
+    }
+
+    /// What `branch` follows, if it follows anything.
+    pub async fn upstream(&self, branch: &str) -> Result<Option<Upstream>, GitError> {
+        let of = |variable: &str| self.setting(&format!("branch.{branch}.{variable}"));
+        let (Some(remote), Some(merge)) = (of("remote"), of("merge")) else {
+            return Ok(None);
+        };
+        let short = merge.strip_prefix("refs/heads/");
+        let Some(short) = short.filter(|short| trust::check_branch(short).is_ok()) else {
+            return Err(GitError::Untrusted {
+                what: format!("`branch.{}.merge`", shown(branch)),
+                reason: "names no branch".to_owned(),
+            });
+        };
+        let tracking = if remote == "." {
+            merge.to_owned()
+        } else {
+            let local = format!("refs/heads/{branch}");
+            let args = ["for-each-ref", "--format=%(upstream)", &local];
+            let known = String::from_utf8_lossy(&self.read(&args).await?)
+                .trim()
+                .to_owned();
+            match known.is_empty() {
+                // A branch without commits isn't listed.
+                true => format!("refs/remotes/{remote}/{short}"),
+                false => known,
+            }
+        };
+        Ok(Some(Upstream {
+            remote: remote.to_owned(),
+            branch: merge.to_owned(),
+            tracking,
+        }))
+    }
+
+    /// How this checkout's own remote is reached: that of its branch, else `origin`.
+    pub async fn transports(
+        &self,
+        upstream: Option<&Upstream>,
+    ) -> Result<Vec<Transport>, GitError> {
+        let remote = match upstream {
+            Some(upstream) => upstream.remote.as_str(),
+            None if self.setting("remote.origin.url").is_some() => "origin",
+            None => return Ok(Vec::new()),
+        };
+        if remote == "." {
+            return Ok(Vec::new());
+        }
+        let what = || format!("remote `{}`", shown(remote));
+        let untrusted = |reason: &str| GitError::Untrusted {
+            what: what(),
+            reason: reason.to_owned(),
+        };
+        trust::check_name(remote.trim_start_matches('/')).map_err(untrusted)?;
+        let args = ["ls-remote", "--get-url", "--end-of-options", remote];
+        let answer = self.read(&args).await?;
+        let url = String::from_utf8_lossy(&answer);
+        match trust::transport_of(url.trim_end_matches('\n')).map_err(untrusted)? {
+            // Relative to the checkout.
+            Transport::Relative => Ok(vec![Transport::File]),
+            transport => Ok(vec![transport]),
+        }
+    }
+
+    /// Brings the last commit of `upstream` here, and says which it is. Nothing of the checkout changes.
+    pub async fn fetch(
+        &self,
+        upstream: &Upstream,
+        transports: &[Transport],
+        progress: &Progress,
+    ) -> Result<String, GitError> {
+        if upstream.remote != "." {
+            let what = format!("+{}:{}", upstream.branch, upstream.tracking);
+            let args = [
+                "fetch",
+                "--progress",
+                "--no-recurse-submodules",
+                "--end-of-options",
+                &upstream.remote,
+                &what,
+            ];
+            self.git
+                .remote(&self.root, &args, transports, progress)
+                .await?;
+        }
+        let found = self.commit_of(&upstream.tracking).await?;
+        found.ok_or_else(|| GitError::Untrusted {
+            what: upstream.shown(),
+            reason: "has no commit".to_owned(),
+        })
+    }
+
+    /// The commit that a full name stands for.
+    pub async fn commit_of(&self, name: &str) -> Result<Option<String>, GitError> {
+        let commit = format!("{name}^{{commit}}");
+        let args = [
+            "rev-parse",
+            "--verify",
+            "--quiet",
+            "--end-of-options",
+            &commit,
+        ];
+        match self.read(&args).await {
+            Ok(answer) => Ok(Some(String::from_utf8_lossy(&answer).trim().to_owned())),
+            Err(GitError::Failed { status, .. }) if status.code() == Some(1) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Commits that only `ours` has, and that only `theirs` has.
+    pub async fn ahead_behind(&self, ours: &str, theirs: &str) -> Result<(u64, u64), GitError> {
+        let range = format!("{ours}...{theirs}");
+        let args = ["rev-list", "--left-right", "--count", &range, "--"];
+        let answer = self.read(&args).await?;
+        let text = String::from_utf8_lossy(&answer);
+        let mut counts = text.split_whitespace().map(str::parse);
+        match (counts.next(), counts.next()) {
+            (Some(Ok(ahead)), Some(Ok(behind))) => Ok((ahead, behind)),
+            _ => Err(strange("rev-list", &answer)),
+        }
+    }
+
+    /// The commits of `range`, as `1a2b3c4 subject`, the latest first.
+    pub async fn commits(&self, range: &[&str]) -> Result<Vec<String>, GitError> {
+        let mut args = vec!["log", "-z", "--format=%h %s", LISTED_COMMITS];
+        args.extend(range);
+        args.push("--");
+        Ok(parse::texts(&self.read(&args).await?))
+    }
+
+    /// Commits checked out here that no branch, tag or remote has: moving away from them leaves them to the reflog.
+    pub async fn stray_commits(&self, status: &Status) -> Result<Vec<String>, GitError> {
+        match (&status.branch, &status.commit) {
+            (None, Some(commit)) => {
+                self.commits(&[commit, "--not", "--branches", "--tags", "--remotes"])
+                    .await
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
+    /// How many files differ between two commits.
+    pub async fn files_between(&self, from: &str, to: &str) -> Result<usize, GitError> {
+        let args = ["diff-tree", "-r", "-z", "--name-only", from, to, "--"];
+        Ok(parse::fields(&self.read(&args).await?).count())
+    }
+
+    /// Files that `commit` brings, that git does not know yet, and that lie in the way.
+    pub async fn in_the_way_of(&self, commit: &str) -> Result<Vec<String>, GitError> {
+        let args = [
+            "diff-index",
+            "--cached",
+            "-z",
+            "--name-only",
+            "--diff-filter=D",
+            "--ignore-submodules=all",
+            commit,
+            "--",
+        ];
+        let new = self.read(&args).await?;
+        let mut found = Vec::new();
+        for name in parse::fields(&new) {
+            let name = Path::new(OsStr::from_bytes(name));
+            // The file itself, or a file where it needs a folder.
+            let steps: Vec<_> = name
+                .ancestors()
+                .filter(|step| *step != Path::new(""))
+                .collect();
+            for (depth, step) in steps.iter().enumerate() {
+                let there = self.root.join(step).symlink_metadata();
+                if there.is_ok_and(|there| depth == 0 || !there.is_dir()) {
+                    found.push(step.to_string_lossy().into_owned());
+                    break;
+                }
+            }
+        }
+        found.sort();
+        found.dedup();
+        Ok(found)
+    }
+
+    /// The submodules recorded in the index, in the order of their paths.
+    pub async fn submodules(&self) -> Result<Vec<Submodule>, GitError> {
+        let links = parse::gitlinks(&self.read(&["ls-files", "--stage", "-z"]).await?);
+        if links.is_empty() {
+            return Ok(Vec::new());
+        }
+        let modules = self.modules().await?;
+        Ok(links
+            .into_iter()
+            .map(|link| {
+                let path = link.path.unwrap_or_default();
+                let known = modules
+                    .iter()
+                    .find(|module| module.path.trim_end_matches('/') == path);
+                self.submodule(path, link.commit, known)
+            })
+            .collect())
+    }
+
+    fn submodule(&self, path: String, recorded: String, known: Option<&Module>) -> Submodule {
+        let Some(module) = known else {
+            let problem = match path.is_empty() {
+                true => "has a path that is not UTF-8",
+                false => "has no entry in .gitmodules",
+            };
+            return Submodule {
+                name: path.clone(),
+                path,
+                url: None,
+                follows: None,
+                recorded,
+                problem: Some(problem.to_owned()),
+            };
+        };
+        let own = |variable: &str| self.setting(&format!("submodule.{}.{variable}", module.name));
+        let follows = own("branch").map(str::to_owned).or(module.branch.clone());
+        // Both addresses can be used: the first one by `update`, the other one when it is fetched or reset.
+        let urls = [module.url.as_deref(), own("url")];
+        let bad_url = match urls {
+            [None, None] => Some("has no address"),
+            _ => urls
+                .into_iter()
+                .flatten()
+                .find_map(|url| trust::transport_of(url).err()),
+        };
+        let problem = trust::check_name(&module.name)
+            .and_then(|()| trust::check_path(&path))
+            .err()
+            .or(bad_url)
+            .or_else(|| {
+                self.through_a_link(&path)
+                    .then_some("has a path that leads through a symbolic link")
+            });
+        Submodule {
+            url: module.url.clone().or(own("url").map(str::to_owned)),
+            name: module.name.clone(),
+            path,
+            follows,
+            recorded,
+            problem: problem.map(str::to_owned),
+        }
+    }
+
+    /// Whether a step of `path` is a symbolic link, which could lead anywhere.
+    fn through_a_link(&self, path: &str) -> bool {
+        Path::new(path)
+            .ancestors()
+            .filter(|step| *step != Path::new(""))
+            .any(|step| self.root.join(step).is_symlink())
+    }
+
+    async fn modules(&self) -> Result<Vec<Module>, GitError> {
+        let file = self.root.join(".gitmodules");
+        let untrusted = |reason: &str| GitError::Untrusted {
+            what: format!("{}", file.display()),
+            reason: reason.to_owned(),
+        };
+        match file.symlink_metadata() {
+            Err(_) => return Ok(Vec::new()),
+            Ok(found) if !found.is_file() => return Err(untrusted("is not a plain file")),
+            Ok(found) if found.len() > MODULES_BYTES => return Err(untrusted("is over 1 MiB")),
+            Ok(_) => {}
+        }
+        let args = [
+            "config",
+            "--file",
+            ".gitmodules",
+            "--no-includes",
+            "--list",
+            "-z",
+        ];
+        let listed = self.read(&args).await?;
+        Ok(parse::modules(parse::fields(&listed).map(parse::setting)))
+    }
+
+    /// Looks at a submodule's own checkout.
+    pub async fn inspect(&self, submodule: &Submodule) -> Result<Inspected, GitError> {
+        let without = |state, problem| Inspected {
+            state,
+            problem,
+            status: Status::default(),
+            repo: None,
+        };
+        if let Some(problem) = &submodule.problem {
+            return Ok(without(State::Refused, Some(problem.clone())));
+        }
+        let place = self.root.join(&submodule.path);
+        if place.join(".git").symlink_metadata().is_err() {
+            return Ok(without(State::Missing, None));
+        }
+        let repo = match Self::open(&self.git, &place).await {
+            Ok(repo) => repo,
+            Err(
+                error @ (GitError::RunsPrograms { .. }
+                | GitError::Elsewhere { .. }
+                | GitError::NotACheckout { .. }),
+            ) => return Ok(without(State::Refused, Some(error.to_string()))),
+            Err(error) => return Err(error),
+        };
+        let same = |path: &Path| fs::canonicalize(path).ok();
+        if same(repo.root()) != same(&place) {
+            let problem = format!("has its files in {}", repo.root().display());
+            return Ok(without(State::Refused, Some(problem)));
+        }
+        let index = path_of(&repo.read(&["rev-parse", "--git-path", "index"]).await?);
+        if !repo.root.join(index).exists() {
+            // It was being fetched when somebody interrupted that: there is nothing of it to lose.
+            return Ok(without(State::Missing, None));
+        }
+        let status = repo.status().await?;
+        Ok(Inspected {
+            state: State::of(&status, &submodule.recorded),
+            problem: None,
+            status,
+            repo: Some(repo),
+        })
+    }
+
+    /// Fetches a submodule if need be, and checks out the recorded commit. Without `force` git refuses to overwrite
+    /// files; with it, what is changed in the submodule is gone.
+    pub async fn check_out(
+        &self,
+        submodule: &Submodule,
+        force: bool,
+        transports: &[Transport],
+        progress: &Progress,
+    ) -> Result<(), GitError> {
+        let mut args = vec!["submodule", "update", "--init", "--checkout", "--progress"];
+        if force {
+            args.push("--force");
+        }
+        args.extend(["--", &submodule.path]);
+        self.git
+            .remote(&self.root, &args, transports, progress)
+            .await
+    }
+
+    /// Takes the submodule's address from `.gitmodules` again, where it may have changed.
+    pub async fn renew_address(&self, submodule: &Submodule) -> Result<(), GitError> {
+        self.change(&["submodule", "sync", "--quiet", "--", &submodule.path])
+            .await
+    }
+}
+
+/// The first characters of a commit's id, as people read it.
+pub fn short(commit: &str) -> &str {
+    commit.get(..10).unwrap_or(commit)
+}
+
+fn path_of(answer: &[u8]) -> PathBuf {
+    PathBuf::from(OsStr::from_bytes(
+        answer.strip_suffix(b"\n").unwrap_or(answer),
+    ))
+}
+
+fn strange(action: &str, answer: &[u8]) -> GitError {
+    GitError::Strange {
+        action: action.to_owned(),
+        answer: String::from_utf8_lossy(answer).chars().take(80).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLCTL-045]
+    fn changes_weigh_more_than_a_branch_and_that_more_than_the_commit() {
+        let mut status = Status {
+            commit: Some("aa".into()),
+            ..Status::default()
+        };
+        assert_eq!(State::of(&status, "aa"), State::InStep);
+        assert_eq!(State::of(&status, "bb"), State::OutOfStep);
+        status.branch = Some("main".into());
+        assert_eq!(State::of(&status, "aa"), State::OnBranch);
+        status.changes.untracked = vec!["new".into()];
+        assert_eq!(State::of(&status, "aa"), State::OnBranch);
+        status.changes.modified = vec!["old".into()];
+        assert_eq!(State::of(&status, "aa"), State::Modified);
+    }
+}
