@@ -1072,7 +1072,7 @@ fn a_remote_that_is_away_or_dies_half_way_changes_nothing() {
     );
     // The branch is gone on the remote.
     url(world.path("remote.git").to_str().unwrap());
-    world.git("author", &["push", "-q", "origin", "main:other", ":main"]);
+    world.git("remote.git", &["update-ref", "-d", "refs/heads/main"]);
     world
         .run(&["pull"])
         .exits(3)
