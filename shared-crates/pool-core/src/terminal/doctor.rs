@@ -1,5 +1,7 @@
 //! What a doctor found on a host, and how it is shown.
 
+pub mod host;
+
 use serde::Serialize;
 
 use super::paint::{self, Cell, Style};
@@ -94,7 +96,7 @@ fn render(findings: &[Finding], colour: bool) -> String {
 mod tests {
     use super::*;
 
-    #[test] // [POOLCORE-130]
+    #[test] // [POOLCORE-150]
     fn each_finding_has_a_line_with_its_cure() {
         let findings = [
             Finding::ok("disk", "98.0 GB free"),

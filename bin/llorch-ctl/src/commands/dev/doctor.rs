@@ -1,26 +1,25 @@
 //! `llorch dev doctor`.
 
-use std::fs;
-use std::io;
-use std::net::{SocketAddr, TcpListener};
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::error::Error;
+use std::net::SocketAddr;
 
 use clap::Args;
-use orchestrator_core::config::OrchestratorConfig;
+use orchestrator_core::config::{ConfigError, OrchestratorConfig};
 use orchestrator_core::pool::PoolLiveness;
 use pool_core::home::Home;
 use pool_core::terminal::daemon::{find_sibling, status};
+use pool_core::terminal::doctor::host::{self, Room};
 use pool_core::terminal::doctor::{Finding, report};
-use pool_core::terminal::{CliError, Exit, Format, human_bytes};
+use pool_core::terminal::{CliError, Exit, Format};
 
 use crate::commands::orchestrator::NAME;
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
-/// Free bytes of the database's disk below which it is time to make room: a day of many long answers.
-const DISK_WARN_BYTES: u64 = 1_000_000_000;
-/// Free bytes below which a submit may fail any moment.
-const DISK_FAIL_BYTES: u64 = 50_000_000;
+/// Below the first it is time to make room: a day of many long answers. Below the second a submit may fail any moment.
+const ROOM: Room = Room {
+    warn_bytes: 1_000_000_000,
+    fail_bytes: 50_000_000,
+};
 
 /// Check what this machine has and lacks as the orchestrator's host, with the command that mends each finding.
 ///
@@ -40,31 +39,27 @@ impl Doctor {
         let home = Home::from_env()?;
         let mut findings = vec![program()];
         let config = OrchestratorConfig::load(&home, None);
-        findings.push(match &config {
-            Ok(_) => Finding::ok(
-                "settings",
-                format!(
-                    "usable ({})",
-                    home.config_file("orchestratord.toml").display()
-                ),
-            ),
-            Err(error) => {
-                let message =
-                    std::iter::successors(std::error::Error::source(error), |cause| cause.source())
-                        .fold(error.to_string(), |text, cause| format!("{text}: {cause}"));
-                Finding::fail(
-                    "settings",
-                    message,
-                    format!("edit {}", home.config_file("orchestratord.toml").display()),
-                )
-            }
-        });
-        findings.push(folder("state folder", &home.orchestratord_state()));
-        findings.push(folder("log folder", &home.logs_dir()));
-        findings.push(disk(&home.orchestratord_state()));
+        let file = home.config_file("orchestratord.toml");
+        let broken = config.as_ref().err();
+        findings.push(host::settings(
+            &file,
+            broken.map(|error| (error as &dyn Error, hint_of(error))),
+        ));
+        let state = home.orchestratord_state();
+        findings.push(host::private_folder("state folder", &state));
+        findings.push(host::private_folder("log folder", &home.logs_dir()));
+        let fix = "make room, or set LLORCH_HOME to a folder on another disk";
+        findings.push(host::disk(&state, "jobs", ROOM, fix));
         findings.push(port(&home, config.unwrap_or_default().bind));
         findings.extend(daemon(&self.connect).await);
         report(&findings, self.format)
+    }
+}
+
+fn hint_of(error: &ConfigError) -> Option<String> {
+    match error {
+        ConfigError::Settings(error) => error.hint(),
+        _ => None,
     }
 }
 
@@ -79,72 +74,6 @@ fn program() -> Finding {
     }
 }
 
-/// A folder of ours must be writable for us and closed to others: it holds prompts and answers.
-fn folder(check: &'static str, path: &Path) -> Finding {
-    match fs::metadata(path) {
-        Ok(found) if !found.is_dir() => Finding::fail(
-            check,
-            format!("{} is no folder", path.display()),
-            format!("mv {0} {0}.old", path.display()),
-        ),
-        Ok(_) if tempfile::tempfile_in(path).is_err() => Finding::fail(
-            check,
-            format!("{} can't be written to", path.display()),
-            format!("sudo chown $USER {}", path.display()),
-        ),
-        Ok(found) if found.permissions().mode() & 0o077 != 0 => {
-            let mode = found.permissions().mode() & 0o777;
-            Finding::warn(
-                check,
-                format!("{} is open to others ({mode:o})", path.display()),
-                format!("chmod 700 {}", path.display()),
-            )
-        }
-        Ok(_) => Finding::ok(check, path.display().to_string()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Finding::ok(
-            check,
-            format!("{} is made by the first start", path.display()),
-        ),
-        Err(error) => Finding::fail(
-            check,
-            format!("{}: {error}", path.display()),
-            "check its owner and mode, or set LLORCH_HOME",
-        ),
-    }
-}
-
-/// The disk that holds the jobs, or will once the folder is made.
-fn disk(path: &Path) -> Finding {
-    let Some(existing) = path.ancestors().find(|path| path.exists()) else {
-        return Finding::warn(
-            "disk",
-            format!("nothing of {} exists", path.display()),
-            "set LLORCH_HOME to a folder that may be used",
-        );
-    };
-    let free = match rustix::fs::statvfs(existing) {
-        Ok(stat) => stat.f_bavail.saturating_mul(stat.f_frsize),
-        Err(error) => {
-            return Finding::warn(
-                "disk",
-                format!("{}: {error}", existing.display()),
-                "check the disk",
-            );
-        }
-    };
-    let message = format!(
-        "{} free for jobs at {}",
-        human_bytes(free),
-        existing.display()
-    );
-    let fix = "make room, or set LLORCH_HOME to a folder on another disk";
-    match free {
-        0..DISK_FAIL_BYTES => Finding::fail("disk", message, fix),
-        DISK_FAIL_BYTES..DISK_WARN_BYTES => Finding::warn("disk", message, fix),
-        _ => Finding::ok("disk", message),
-    }
-}
-
 fn port(home: &Home, bind: SocketAddr) -> Finding {
     if let Some(running) = status(&home.orchestratord_state()) {
         return Finding::ok(
@@ -155,17 +84,12 @@ fn port(home: &Home, bind: SocketAddr) -> Finding {
             ),
         );
     }
-    match TcpListener::bind(bind) {
-        Ok(_) => Finding::ok("port", format!("{bind} is free")),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Finding::fail(
+    match host::port_free(bind) {
+        Ok(()) => Finding::ok("port", format!("{bind} is free")),
+        Err(reason) => Finding::fail(
             "port",
-            format!("{bind} is taken by another program"),
+            reason,
             "LLORCH_ORCHESTRATOR_BIND=127.0.0.1:8081 llorch orchestrator start",
-        ),
-        Err(error) => Finding::fail(
-            "port",
-            format!("{bind} can't be listened on: {error}"),
-            "set `bind` in orchestratord.toml",
         ),
     }
 }
@@ -245,28 +169,10 @@ async fn daemon(connect: &ConnectArgs) -> Vec<Finding> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
     use pool_core::terminal::doctor::Verdict;
-
-    #[test] // [LLORCH-051]
-    fn a_folder_that_others_can_read_is_found() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        assert_eq!(folder("f", dir.path()).status, Verdict::Ok);
-        assert_eq!(folder("f", &dir.path().join("missing")).status, Verdict::Ok);
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let open = folder("f", dir.path());
-        assert_eq!(
-            (open.status, open.fix),
-            (
-                Verdict::Warn,
-                Some(format!("chmod 700 {}", dir.path().display()))
-            )
-        );
-        let file = dir.path().join("file");
-        fs::write(&file, "").unwrap();
-        assert_eq!(folder("f", &file).status, Verdict::Fail);
-    }
 
     #[test] // [LLORCH-051]
     fn a_taken_port_is_found() {
@@ -275,11 +181,7 @@ mod tests {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let found = port(&home, taken.local_addr().unwrap());
         assert_eq!(found.status, Verdict::Fail);
-        assert!(
-            found.message.contains("taken by another program"),
-            "{}",
-            found.message
-        );
+        assert!(found.message.contains("is taken by"), "{}", found.message);
         assert_eq!(
             port(&home, "127.0.0.1:0".parse().unwrap()).status,
             Verdict::Ok

@@ -1,249 +1,213 @@
-//! `llorch-pool dev`: sets a host up, and finds out what it lacks.
+//! `llorch-pool dev doctor`: what this host has and lacks. It looks, and changes nothing.
 
 use std::fs;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::Subcommand;
-use pool_core::config::PoolConfig;
+use pool_core::catalog::Catalog;
+use pool_core::config::{ConfigError, PoolConfig};
 use pool_core::errors::with_causes;
+use pool_core::gpu::{Gpu, GpuInventory, GpuState};
+use pool_core::home::Home;
 use pool_core::lifecycle::find_program;
 use pool_core::programs::find_on_path;
+use pool_core::secret::{Secret, SecretError};
+use pool_core::terminal::doctor::host::{self, Room, quoted};
 use pool_core::terminal::doctor::{Finding, report};
-use pool_core::terminal::progress;
-use pool_core::terminal::{CliError, Exit, Format, daemon, human_bytes, say};
+use pool_core::terminal::{CliError, Exit, Format, daemon};
 use pool_core::worker::Backend;
-use tokio::process::Command as Program;
-use tokio::time::timeout;
 
-use crate::context::Context;
+use super::{first_line, version_of};
+use crate::git_wrapper::repo::{Repo, State, shown};
+use crate::git_wrapper::{Git, GitError};
 use crate::hf_wrapper;
-use crate::tool::{self, ToolError};
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
 
-/// Free bytes of the models' disk below which a host is warned: a mid-sized model.
-const DISK_WARN_BYTES: u64 = 10_000_000_000;
-/// Free bytes below which not even the default model fits with its wheel.
-const DISK_FAIL_BYTES: u64 = 300_000_000;
-/// How long a program may take to tell its version.
-const VERSION_TIMEOUT: Duration = Duration::from_secs(20);
+/// The disk of the models: below the first no mid-sized model fits, below the second not even the default one with its
+/// wheel.
+const ROOM: Room = Room {
+    warn_bytes: 10_000_000_000,
+    fail_bytes: 300_000_000,
+};
+/// How long the ssh server of this host may take to answer.
+const SSH_TIMEOUT: Duration = Duration::from_secs(2);
+/// The oldest git that is safe with submodules from elsewhere.
+const SAFE_GIT: (u32, u32, u32) = (2, 38, 1);
+/// The Rust that this workspace is built with.
+const RUST: &str = env!("CARGO_PKG_RUST_VERSION");
 
-/// `llorch-pool dev`.
-#[derive(Debug, Subcommand)]
-pub enum Command {
-    /// Make the folders and a private Python environment with the hub's program `hf`. Needs no root; may be repeated.
-    Setup,
-    /// Check what this host has and lacks, with the command that mends each finding.
-    ///
-    /// Exits with 1 if something required is missing.
-    Doctor {
-        /// How to print it. JSON: an array of findings with `check`, `status` (ok, warn, fail), `message` and `fix`.
-        #[arg(long, value_enum, default_value_t)]
-        format: Format,
-    },
+/// Arguments of `llorch-pool dev doctor`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// How to print it. JSON: an array of findings with `check`, `status` (ok, warn, fail), `message` and `fix` (null
+    /// where all is well).
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
 }
 
-impl Command {
+impl Args {
     /// Does what was asked for.
     pub async fn run(self) -> Result<Exit, CliError> {
-        match self {
-            Self::Setup => setup(&Context::open(None)?).await,
-            Self::Doctor { format } => doctor(&Context::load(None)?, format).await,
-        }
+        report(&examine().await?, self.format)
     }
 }
 
-async fn setup(context: &Context) -> Result<Exit, CliError> {
-    say(format!("models go to {}", context.store().dir().display()))?;
-    let venv = context.home.venv_dir();
-    let hf = venv.join("bin/hf");
-    // A program that starts, not just a file: an upgrade of Python leaves environments behind that don't work.
-    if let Some(version) = version_of(&hf).await {
-        say(format!("hf {version} is already at {}", hf.display()))?;
-        return Ok(Exit::Done);
+/// Looks at everything.
+pub(super) async fn examine() -> Result<Vec<Finding>, CliError> {
+    let home = Home::from_env()?;
+    let loaded = PoolConfig::load(&home, None);
+    let mut findings = vec![settings(&home, loaded.as_ref().err()), catalogue(&home)];
+    // Where the settings can't be used, the rest is judged by the defaults.
+    let config = loaded.unwrap_or_default();
+    findings.push(folders(&home, &config));
+    for (check, folder) in [
+        ("permissions of settings", home.config_dir()),
+        ("permissions of state", home.pool_state()),
+        ("permissions of logs", home.logs_dir()),
+    ] {
+        findings.push(permissions(check, &folder));
     }
-    let python = find_on_path("python3").ok_or_else(|| {
-        CliError::new(Exit::Failed, "`python3` is not installed")
-            .hint("install Python 3 with pip, as with `apt install python3-pip`")
-    })?;
-    let interrupt = Interrupt::catch()?;
-    let spinner = progress::spinner("installing huggingface_hub into a private Python environment");
-    if version_of(&venv.join("bin/python")).await.is_none() {
-        // Without pip in it, because Debian's python3 lacks `ensurepip`, which would put it there. The host's pip
-        // can install into another environment.
-        let mut make = Program::new(&python);
-        make.args(["-m", "venv", "--clear", "--without-pip"])
-            .arg(&venv);
-        tool::run("python3 -m venv", make, &interrupt, on)
-            .await
-            .map_err(|error| {
-                setup_error(
-                    &error,
-                    "install Python's `venv` module, as with `apt install python3-venv`",
-                )
-            })?;
-    }
-    let mut install = Program::new(&python);
-    install
-        .args([
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "--no-input",
-            "--python",
-        ])
-        .arg(venv.join("bin/python"));
-    install
-        .args([
-            "install",
-            "--progress-bar",
-            "off",
-            "--upgrade",
-            "huggingface_hub",
-        ])
-        .current_dir(&venv);
-    tool::run("pip install", install, &interrupt, on)
-        .await
-        .map_err(|error| {
-            setup_error(
-                &error,
-                "install pip, as with `apt install python3-pip`, and check the network",
-            )
-        })?;
-    drop(spinner);
-    let version = version_of(&hf).await.ok_or_else(|| {
-        CliError::new(
-            Exit::Failed,
-            format!(
-                "huggingface_hub is installed, but {} does not start",
-                hf.display()
-            ),
-        )
-        .hint(format!(
-            "remove {} and run `llorch-pool dev setup` again",
-            venv.display()
-        ))
-    })?;
-    say(format!("hf {version} is at {}", hf.display()))?;
-    Ok(Exit::Done)
-}
-
-fn on() -> std::ops::ControlFlow<String> {
-    std::ops::ControlFlow::Continue(())
-}
-
-fn setup_error(error: &ToolError, hint: &str) -> CliError {
-    match error {
-        ToolError::Interrupted => interrupted("the private Python environment is not complete")
-            .hint("llorch-pool dev setup"),
-        ToolError::Failed { tail, .. } => {
-            CliError::of(Exit::Failed, error, Some(hint.to_owned())).cause(tail.join("\n"))
-        }
-        error => CliError::of(Exit::Failed, error, Some(hint.to_owned())),
-    }
-}
-
-async fn doctor(context: &Context, format: Format) -> Result<Exit, CliError> {
+    findings.push(token(
+        &home,
+        &config,
+        std::env::var("LLORCH_POOL_TOKEN").ok(),
+    ));
+    let fix = "free some space, or set LLORCH_MODELS_DIR to a folder of a larger disk";
+    findings.push(host::disk(&config.models_dir(&home), "models", ROOM, fix));
+    findings.push(worker_program(&config));
+    findings.push(manager_program());
+    let gpu_config = config.gpu.clone();
+    let gpus = tokio::task::spawn_blocking(move || GpuInventory::new(&gpu_config).settled());
+    findings.push(gpu(
+        &gpus.await.unwrap_or_default(),
+        has_nvidia_card(Path::new("/sys/bus/pci/devices")),
+        find_program(Backend::Cuda, config.workers.programs_dir.as_deref()).as_deref(),
+    ));
     let python = find_on_path("python3");
     let pip = match &python {
         Some(python) => first_line(python, &["-m", "pip", "--version"]).await,
         None => None,
     };
-    let hf = hf_wrapper::find(&context.home.venv_dir());
-    let mut findings = vec![
-        folders(context),
-        disk(context),
-        worker_program(&context.config),
-        manager_program(),
-        pip_finding(python.as_deref(), pip.as_deref(), hf.is_some()),
-        hf_finding(hf.as_deref(), pip.is_some()).await,
-    ];
-    findings.extend(ports(context));
+    let hf = hf_wrapper::find(&home.venv_dir());
+    findings.push(pip_finding(python.as_deref(), pip.as_deref(), hf.is_some()));
+    findings.push(hf_finding(hf.as_deref(), pip.is_some()).await);
+    findings.extend(ports(&home, &config));
     findings.push(ssh_server());
-    findings.push(
-        optional(
-            "git",
-            "needed to update a checkout",
-            "install git, as with `apt install git`",
-        )
-        .await,
-    );
-    findings.push(
-        optional(
-            "rustc",
-            "needed to build from source",
-            "install Rust with rustup (https://rustup.rs)",
-        )
-        .await,
-    );
-    report(&findings, format)
+    findings.push(git_finding().await);
+    findings.extend(checkout(&config).await);
+    findings.push(rust_finding().await);
+    findings.push(clock(jiff::Timestamp::now()));
+    Ok(findings)
+}
+
+fn settings(home: &Home, broken: Option<&ConfigError>) -> Finding {
+    let broken = broken.map(|error| (error as &dyn std::error::Error, error.hint()));
+    host::settings(&home.config_file("pool-managerd.toml"), broken)
+}
+
+fn catalogue(home: &Home) -> Finding {
+    let file = home.config_file("catalog.toml");
+    match Catalog::load(home) {
+        Ok(catalog) => Finding::ok(
+            "catalogue",
+            format!("{} models are known by name", catalog.iter().len()),
+        ),
+        Err(error) => Finding::fail(
+            "catalogue",
+            with_causes(&error),
+            format!("edit {}: {}", quoted(&file), error.hint()),
+        ),
+    }
 }
 
 /// Writes into each folder: modes say too little where a disk is mounted read-only, or is full.
-fn folders(context: &Context) -> Finding {
-    let home = &context.home;
-    if let Err(error) = home.ensure() {
-        let fix = error
-            .hint()
-            .unwrap_or("set LLORCH_HOME to a folder of yours");
-        return Finding::fail("folders", with_causes(&error), fix);
-    }
+fn folders(home: &Home, config: &PoolConfig) -> Finding {
+    let models = config.models_dir(home);
     let dirs = [
         home.config_dir(),
-        context.config.models_dir(home),
+        models.clone(),
         home.logs_dir(),
         home.pool_state(),
-        home.workers_dir(),
     ];
     for dir in &dirs {
-        if let Err(error) = writable(dir) {
-            let fix = format!(
-                "chown -R \"$USER\" '{0}' && chmod u+rwx '{0}'",
-                dir.display()
-            );
-            return Finding::fail(
-                "folders",
-                format!("{} can't be written: {error}", dir.display()),
-                fix,
-            );
-        }
+        let Err((place, error)) = writable(dir) else {
+            continue;
+        };
+        let fix = match place == *dir {
+            true => format!(
+                "sudo chown -R \"$USER\" {0} && chmod u+rwx {0}",
+                quoted(dir)
+            ),
+            false => format!(
+                "make {} with an owner and mode that let you in, or set LLORCH_HOME to a folder of yours",
+                quoted(dir)
+            ),
+        };
+        return Finding::fail(
+            "folders",
+            format!("{} can't be written: {error}", place.display()),
+            fix,
+        );
     }
     Finding::ok(
         "folders",
-        format!("{} and the others can be written", dirs[1].display()),
+        format!("{} and the others can be written", models.display()),
     )
 }
 
-fn writable(dir: &Path) -> io::Result<()> {
-    fs::create_dir_all(dir)?;
+/// Writes to `dir`, or to the nearest folder above it where it isn't made yet; the error names which.
+fn writable(dir: &Path) -> Result<(), (PathBuf, io::Error)> {
+    let there = dir
+        .ancestors()
+        .find(|path| path.symlink_metadata().is_ok())
+        .unwrap_or(dir);
     tempfile::Builder::new()
         .prefix(".doctor-")
-        .tempfile_in(dir)
+        .tempfile_in(there)
         .map(drop)
+        .map_err(|error| (there.to_path_buf(), error))
 }
 
-fn disk(context: &Context) -> Finding {
-    let store = context.store();
-    let fix = "free some space, or set LLORCH_MODELS_DIR to a folder of a larger disk";
-    match store.disk() {
-        Err(error) => Finding::fail(
-            "disk",
-            format!("its space can't be asked for: {error}"),
-            fix,
+/// A folder of ours and the files in it: ours, and closed to others.
+fn permissions(check: &'static str, folder: &Path) -> Finding {
+    let of_folder = host::private_folder(check, folder);
+    if of_folder.fix.is_some() || !folder.exists() {
+        return of_folder;
+    }
+    host::private_files(check, folder)
+}
+
+/// The token, without which a pool may only listen on this host.
+fn token(home: &Home, config: &PoolConfig, variable: Option<String>) -> Finding {
+    let file = config.token_file.as_deref();
+    let new = |path: &Path| format!("(umask 077; openssl rand -hex 32 > {})", quoted(path));
+    match Secret::load(variable, file) {
+        Ok(Some(secret)) => Finding::ok(
+            "token",
+            format!("usable (fingerprint {})", secret.fingerprint()),
         ),
-        Ok(disk) => {
-            let message = format!(
-                "{} free for models in {}",
-                human_bytes(disk.free_bytes),
-                store.dir().display()
-            );
-            match disk.free_bytes {
-                free if free < DISK_FAIL_BYTES => Finding::fail("disk", message, fix),
-                free if free < DISK_WARN_BYTES => Finding::warn("disk", message, fix),
-                _ => Finding::ok("disk", message),
-            }
+        Ok(None) if config.bind.ip().is_loopback() => {
+            Finding::ok("token", "none, and none is needed on a loopback address")
+        }
+        Ok(None) => {
+            let path = home.config_dir().join("pool-token");
+            Finding::fail(
+                "token",
+                format!("none, and {} is not a loopback address", config.bind),
+                format!(
+                    "{}, then set LLORCH_TOKEN_FILE or `token_file` to it",
+                    new(&path)
+                ),
+            )
+        }
+        Err(error) => {
+            let fix = match (&error, file) {
+                (SecretError::Exposed { path, .. }, _) => format!("chmod 600 {}", quoted(path)),
+                (_, Some(path)) => new(path),
+                (_, None) => "set LLORCH_POOL_TOKEN to a token, or unset it".to_owned(),
+            };
+            Finding::fail("token", with_causes(&error), fix)
         }
     }
 }
@@ -267,6 +231,53 @@ fn manager_program() -> Finding {
             "not beside this program or on the PATH; workers can be started without it",
             "cargo build --release -p pool-managerd",
         ),
+    }
+}
+
+/// Whether the kernel sees a card of NVIDIA's: a driver may be missing for it.
+fn has_nvidia_card(devices: &Path) -> bool {
+    let says = |path: PathBuf, words: &str| {
+        fs::read_to_string(path).is_ok_and(|text| text.trim().starts_with(words))
+    };
+    let cards = fs::read_dir(devices).into_iter().flatten().flatten();
+    // Class 3 are displays and 3D controllers.
+    cards
+        .map(|card| card.path())
+        .any(|card| says(card.join("vendor"), "0x10de") && says(card.join("class"), "0x03"))
+}
+
+/// GPUs that workers could use, and whether there is a worker program for them.
+fn gpu(gpus: &[Gpu], card: bool, cuda: Option<&Path>) -> Finding {
+    if gpus.is_empty() {
+        return match card {
+            true => Finding::warn(
+                "gpu",
+                "there is an NVIDIA card, and no driver that answers",
+                "install the driver, as with `sudo apt install nvidia-driver`, and start again",
+            ),
+            false => Finding::ok("gpu", "none; workers run on the CPU"),
+        };
+    }
+    let names: Vec<_> = gpus
+        .iter()
+        .map(|gpu| format!("{} {}", gpu.device, gpu.name()))
+        .collect();
+    let names = names.join(", ");
+    if let Some(silent) = gpus.iter().find(|gpu| gpu.state != GpuState::Ok) {
+        return Finding::warn(
+            "gpu",
+            format!("{names}: {} does not answer", silent.device),
+            "see what `nvidia-smi` and `sudo dmesg` say; often only a restart of the host helps",
+        );
+    }
+    let for_cuda = gpus.iter().any(|gpu| gpu.device.backend == Backend::Cuda);
+    match cuda {
+        None if for_cuda => Finding::warn(
+            "gpu",
+            format!("{names}; no `llorch-candled-cuda` to use it with"),
+            "in a checkout: cargo build --release -p llorch-candled --features cuda, and install it as llorch-candled-cuda",
+        ),
+        _ => Finding::ok("gpu", names),
     }
 }
 
@@ -309,93 +320,215 @@ async fn hf_finding(hf: Option<&Path>, has_pip: bool) -> Finding {
 }
 
 /// The port of the pool manager, and the first free one for a worker.
-fn ports(context: &Context) -> [Finding; 2] {
-    let config = &context.config;
+fn ports(home: &Home, config: &PoolConfig) -> [Finding; 2] {
     let bind = config.bind;
-    let running = daemon::status(&context.home.pool_state());
-    let manager = match running {
+    let manager = match daemon::status(&home.pool_state()) {
         Some(running) => Finding::ok(
             "port of the pool manager",
             format!("it runs at {} (pid {})", running.url, running.process.pid),
         ),
-        None if is_free(bind) => Finding::ok("port of the pool manager", format!("{bind} is free")),
-        None => Finding::warn(
-            "port of the pool manager",
-            format!("{bind} is taken by another program"),
-            "set LLORCH_POOL_BIND, as to 127.0.0.1:0 for any free port",
-        ),
+        None => match host::port_free(bind) {
+            Ok(()) => Finding::ok("port of the pool manager", format!("{bind} is free")),
+            Err(reason) => Finding::warn(
+                "port of the pool manager",
+                reason,
+                "set LLORCH_POOL_BIND, as to 127.0.0.1:0 for any free port",
+            ),
+        },
     };
     let (first, last) = (config.workers.port_min, config.workers.port_max);
-    let workers =
-        match (first..=last).find(|port| is_free(SocketAddr::from(([127, 0, 0, 1], *port)))) {
-            Some(port) => Finding::ok(
+    let at = |port| SocketAddr::from((config.workers.bind, port));
+    let workers = match (first..=last).find(|port| TcpListener::bind(at(*port)).is_ok()) {
+        Some(port) => Finding::ok(
+            "ports of workers",
+            format!("{port} is the first free one of {first} to {last}"),
+        ),
+        None => {
+            let why = host::port_free(at(first)).err().unwrap_or_default();
+            Finding::fail(
                 "ports of workers",
-                format!("{port} is the first free one of {first} to {last}"),
-            ),
-            None => Finding::fail(
-                "ports of workers",
-                format!("all of {first} to {last} are taken"),
+                format!("none of {first} to {last} is free: {why}"),
                 "set LLORCH_WORKERS_PORT_MIN and LLORCH_WORKERS_PORT_MAX to another range",
-            ),
-        };
+            )
+        }
+    };
     [manager, workers]
 }
 
-fn is_free(address: SocketAddr) -> bool {
-    TcpListener::bind(address).is_ok()
-}
-
+/// The way in for `llorch` from another host.
 fn ssh_server() -> Finding {
     // Administrators' programs are often not in a user's PATH.
     let places =
         ["/usr/sbin", "/usr/local/sbin", "/sbin"].map(|dir| PathBuf::from(dir).join("sshd"));
-    match find_on_path("sshd").or_else(|| places.into_iter().find(|path| path.is_file())) {
-        Some(sshd) => Finding::ok("ssh server", sshd.display().to_string()),
-        None => Finding::warn(
+    let sshd = find_on_path("sshd").or_else(|| places.into_iter().find(|path| path.is_file()));
+    let port = fs::read_to_string("/etc/ssh/sshd_config")
+        .ok()
+        .and_then(|text| port_of(&text))
+        .unwrap_or(22);
+    let answers =
+        TcpStream::connect_timeout(&SocketAddr::from(([127, 0, 0, 1], port)), SSH_TIMEOUT).is_ok();
+    ssh_finding(sshd.as_deref(), port, answers)
+}
+
+/// The port that an ssh server's settings name.
+fn port_of(settings: &str) -> Option<u16> {
+    settings.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        let named = words.next()?.eq_ignore_ascii_case("port");
+        named.then(|| words.next()?.parse().ok())?
+    })
+}
+
+fn ssh_finding(sshd: Option<&Path>, port: u16, answers: bool) -> Finding {
+    let loss = "`llorch` can't control this pool from another host without a pool manager";
+    let (install, start) = match cfg!(target_os = "macos") {
+        true => (
+            "sudo systemsetup -setremotelogin on",
+            "sudo systemsetup -setremotelogin on",
+        ),
+        false => (
+            "sudo apt install openssh-server",
+            "sudo systemctl enable --now ssh",
+        ),
+    };
+    match (sshd, answers) {
+        (_, true) => Finding::ok("ssh server", format!("answers on port {port}")),
+        (Some(sshd), false) => Finding::warn(
             "ssh server",
-            "not installed: `llorch` can't control this pool from another host without a pool manager",
-            "install an ssh server, as with `apt install openssh-server`",
+            format!(
+                "{} is installed, and nothing answers on port {port}; {loss}",
+                sshd.display()
+            ),
+            start,
+        ),
+        (None, false) => Finding::warn("ssh server", format!("not installed; {loss}"), install),
+    }
+}
+
+async fn git_finding() -> Finding {
+    let fix = "install git, as with `sudo apt install git`";
+    let Some(git) = find_on_path("git") else {
+        return Finding::warn("git", "not installed; needed to update a checkout", fix);
+    };
+    match first_line(&git, &["--version"]).await {
+        None => Finding::warn("git", format!("{} does not start", git.display()), fix),
+        Some(line) if version_in(&line).is_some_and(|version| version < SAFE_GIT) => Finding::warn(
+            "git",
+            format!("{line} is older than 2.38.1, which closed holes in submodules"),
+            "bring the system up to date, as with `sudo apt install git`",
+        ),
+        Some(line) => Finding::ok("git", line),
+    }
+}
+
+/// The first version in a program's words.
+fn version_in(line: &str) -> Option<(u32, u32, u32)> {
+    let word = line
+        .split_whitespace()
+        .find(|word| word.starts_with(|c: char| c.is_ascii_digit()))?;
+    let mut parts = word
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|part| part.parse().ok());
+    let major = parts.next()??;
+    let mut next = || parts.next().flatten().unwrap_or(0);
+    Some((major, next(), next()))
+}
+
+/// The checkout at hand, if there is one, and its submodules.
+async fn checkout(config: &PoolConfig) -> Option<Finding> {
+    let git = Git::find().ok()?;
+    let at = match &config.repo_path {
+        Some(path) => path.clone(),
+        None => std::env::current_dir().ok()?,
+    };
+    let found = match Repo::open(&git, &at).await {
+        Ok(repo) => submodules(&repo).await,
+        // Without a checkout there is nothing to say, unless one was promised.
+        Err(GitError::NotACheckout { .. }) if config.repo_path.is_none() => return None,
+        Err(error) => Err(error),
+    };
+    Some(found.unwrap_or_else(|error| {
+        let error = error.told("");
+        let fix = error
+            .hint
+            .unwrap_or_else(|| "llorch-pool git status".to_owned());
+        Finding::warn("checkout", error.message, fix)
+    }))
+}
+
+async fn submodules(repo: &Repo) -> Result<Finding, GitError> {
+    let all = repo.submodules().await?;
+    let place = repo.root().display();
+    for one in &all {
+        let found = repo.inspect(one).await?;
+        let path = shown(&one.path);
+        let fix = match found.state {
+            State::InStep | State::OnBranch => continue,
+            State::Missing | State::OutOfStep => "llorch-pool git submodules update",
+            State::Modified | State::Refused => "llorch-pool git submodules status",
+        };
+        return Ok(Finding::warn(
+            "checkout",
+            format!(
+                "{place}: submodule {path} is {}",
+                found.state.as_str().replace('_', " ")
+            ),
+            fix,
+        ));
+    }
+    let message = match all.len() {
+        0 => format!("{place}, without submodules"),
+        count => format!("{place}, submodules as recorded ({count})"),
+    };
+    Ok(Finding::ok("checkout", message))
+}
+
+async fn rust_finding() -> Finding {
+    let rustc = find_on_path("rustc");
+    let line = match &rustc {
+        Some(rustc) => first_line(rustc, &["--version"]).await,
+        None => None,
+    };
+    rust(line.as_deref(), rustc.is_some())
+}
+
+/// Only needed to build: with rustup an older one is no obstacle, because a checkout names its own.
+fn rust(line: Option<&str>, installed: bool) -> Finding {
+    let needed = version_in(RUST).unwrap_or_default();
+    match line {
+        Some(line) if version_in(line).is_some_and(|version| version >= needed) => {
+            Finding::ok("rustc", line)
+        }
+        Some(line) => Finding::warn(
+            "rustc",
+            format!("{line}; building from source needs {RUST}"),
+            "rustup update",
+        ),
+        None if installed => Finding::warn(
+            "rustc",
+            "does not start; needed to build from source",
+            "rustup default stable",
+        ),
+        None => Finding::warn(
+            "rustc",
+            "not installed; needed to build from source",
+            "install Rust with rustup (https://rustup.rs)",
         ),
     }
 }
 
-async fn optional(program: &'static str, why: &str, fix: &str) -> Finding {
-    match find_on_path(program) {
-        Some(path) => match first_line(&path, &["--version"]).await {
-            Some(version) => Finding::ok(program, version),
-            None => Finding::warn(
-                program,
-                format!("{} does not start; {why}", path.display()),
-                fix,
-            ),
-        },
-        None => Finding::warn(program, format!("not installed; {why}"), fix),
+/// A clock that stands before this program was written makes every certificate invalid.
+fn clock(now: jiff::Timestamp) -> Finding {
+    // 2025-01-01.
+    const EARLIEST: i64 = 1_735_689_600;
+    if now.as_second() >= EARLIEST {
+        return Finding::ok("clock", now.strftime("%Y-%m-%d %H:%M UTC").to_string());
     }
-}
-
-/// The version that a program gives of itself; `None` if it does not start or does not say.
-async fn version_of(program: &Path) -> Option<String> {
-    let line = first_line(program, &["--version"]).await?;
-    Some(line.rsplit(' ').next().unwrap_or(&line).to_owned())
-}
-
-async fn first_line(program: &Path, args: &[&str]) -> Option<String> {
-    let mut command = Program::new(program);
-    // Not from here: Python would take modules from the current folder.
-    command
-        .args(args)
-        .current_dir("/")
-        .stdin(std::process::Stdio::null())
-        .kill_on_drop(true);
-    let output = timeout(VERSION_TIMEOUT, command.output())
-        .await
-        .ok()?
-        .ok()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().next()?.trim();
-    // pip adds the folder that it is in, which says little.
-    let line = line.split(" from ").next().unwrap_or(line);
-    (output.status.success() && !line.is_empty()).then(|| line.chars().take(80).collect())
+    Finding::warn(
+        "clock",
+        format!("says {}: downloads will fail", now.strftime("%Y-%m-%d")),
+        "sudo timedatectl set-ntp true",
+    )
 }
 
 #[cfg(test)]
@@ -416,9 +549,64 @@ mod tests {
         assert_eq!(pip_finding(None, None, false).status, Verdict::Fail);
     }
 
-    #[tokio::test] // [POOLCTL-031]
-    async fn a_program_that_does_not_start_has_no_version() {
-        assert_eq!(version_of(Path::new("/no/such/program")).await, None);
-        assert_eq!(version_of(Path::new("/bin/false")).await, None);
+    #[test] // [POOLCTL-033]
+    fn versions_are_compared_by_number() {
+        assert_eq!(version_in("git version 2.47.3"), Some((2, 47, 3)));
+        assert_eq!(
+            version_in("git version 2.39.3 (Apple Git-146)"),
+            Some((2, 39, 3))
+        );
+        assert_eq!(
+            version_in("rustc 1.95.0 (59807616e 2026-04-14)"),
+            Some((1, 95, 0))
+        );
+        assert_eq!(version_in("rustc 1.98.0-nightly"), Some((1, 98, 0)));
+        assert_eq!(version_in("no version"), None);
+        assert_eq!(rust(Some("rustc 1.100.0"), true).status, Verdict::Ok);
+        let old = rust(Some("rustc 1.63.0"), true);
+        assert_eq!(
+            (old.status, old.fix.as_deref()),
+            (Verdict::Warn, Some("rustup update"))
+        );
+        assert_eq!(rust(None, false).status, Verdict::Warn);
+    }
+
+    #[test] // [POOLCTL-033]
+    fn a_card_without_a_driver_is_told_and_no_card_is_fine() {
+        let dir = tempfile::tempdir().unwrap();
+        let card = dir.path().join("0000:01:00.0");
+        fs::create_dir(&card).unwrap();
+        fs::write(card.join("vendor"), "0x10de\n").unwrap();
+        fs::write(card.join("class"), "0x040300\n").unwrap();
+        // Its sound is no GPU.
+        assert!(!has_nvidia_card(dir.path()));
+        fs::write(card.join("class"), "0x030000\n").unwrap();
+        assert!(has_nvidia_card(dir.path()));
+        assert_eq!(gpu(&[], false, None).status, Verdict::Ok);
+        let found = gpu(&[], true, None);
+        assert_eq!(found.status, Verdict::Warn);
+        assert!(found.fix.unwrap().contains("nvidia-driver"));
+    }
+
+    #[test] // [POOLCTL-033]
+    fn an_ssh_server_must_answer() {
+        assert_eq!(port_of("#Port 22\nport 2222\nPort 3\n"), Some(2222));
+        assert_eq!(port_of("#Port 22\n"), None);
+        let sshd = Path::new("/usr/sbin/sshd");
+        assert_eq!(ssh_finding(Some(sshd), 22, true).status, Verdict::Ok);
+        let silent = ssh_finding(Some(sshd), 2222, false);
+        assert!(silent.message.contains("nothing answers on port 2222"));
+        assert_eq!(silent.status, Verdict::Warn);
+        assert!(
+            ssh_finding(None, 22, false)
+                .message
+                .contains("not installed")
+        );
+    }
+
+    #[test] // [POOLCTL-033]
+    fn a_clock_in_the_past_is_told() {
+        assert_eq!(clock(jiff::Timestamp::UNIX_EPOCH).status, Verdict::Warn);
+        assert_eq!(clock(jiff::Timestamp::now()).status, Verdict::Ok);
     }
 }

@@ -1,0 +1,213 @@
+//! `llorch-pool dev setup`: what can be done on a host without root.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use pool_core::programs::find_on_path;
+use pool_core::terminal::doctor::Verdict;
+use pool_core::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::terminal::progress;
+use pool_core::terminal::{CliError, Exit, say};
+use tokio::process::Command as Program;
+
+use super::{doctor, version_of};
+use crate::context::Context;
+use crate::tool::{self, ToolError};
+
+/// The settings file that `--config` writes: every line a comment, so that it changes nothing.
+const STARTER: &str = include_str!("starter.toml");
+
+/// Arguments of `llorch-pool dev setup`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Also write a settings file with every default explained, if there is none yet.
+    #[arg(long)]
+    config: bool,
+}
+
+impl Args {
+    /// Does what was asked for.
+    pub async fn run(self) -> Result<Exit, CliError> {
+        let context = Context::open(None)?;
+        say(format!("models go to {}", context.store().dir().display()))?;
+        if self.config {
+            starter(&context.home.config_file("pool-managerd.toml"))?;
+        }
+        hf(&context).await?;
+        left_to_do().await?;
+        Ok(Exit::Done)
+    }
+}
+
+/// Writes the settings file, unless there is one.
+fn starter(path: &Path) -> Result<(), CliError> {
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    match options.open(path) {
+        Ok(mut file) => {
+            file.write_all(STARTER.as_bytes())?;
+            say(format!(
+                "settings with their defaults are at {}",
+                path.display()
+            ))
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            say(format!("settings are already at {}", path.display()))
+        }
+        Err(error) => Err(CliError::caused(
+            Exit::Failed,
+            format!("could not write {}", path.display()),
+            &error,
+        )),
+    }
+}
+
+/// Installs the hub's program into an environment of its own.
+async fn hf(context: &Context) -> Result<(), CliError> {
+    let venv = context.home.venv_dir();
+    let hf = venv.join("bin/hf");
+    // A program that starts, not just a file: an upgrade of Python leaves environments behind that don't work.
+    if let Some(version) = version_of(&hf).await {
+        return say(format!("hf {version} is already at {}", hf.display()));
+    }
+    let python = find_on_path("python3").ok_or_else(|| {
+        CliError::new(Exit::Failed, "`python3` is not installed")
+            .hint("install Python 3 with pip, as with `apt install python3-pip`")
+    })?;
+    let interrupt = Interrupt::catch()?;
+    let spinner = progress::spinner("installing huggingface_hub into a private Python environment");
+    if version_of(&venv.join("bin/python")).await.is_none() {
+        // Without pip in it, because Debian's python3 lacks `ensurepip`, which would put it there. The host's pip
+        // can install into another environment.
+        let mut make = Program::new(&python);
+        make.args(["-m", "venv", "--clear", "--without-pip"])
+            .arg(&venv);
+        tool::run("python3 -m venv", make, &interrupt, on)
+            .await
+            .map_err(|error| {
+                failed(
+                    &error,
+                    "install Python's `venv` module, as with `apt install python3-venv`",
+                )
+            })?;
+    }
+    let mut install = Program::new(&python);
+    install
+        .args([
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "--no-input",
+            "--python",
+        ])
+        .arg(venv.join("bin/python"));
+    install
+        .args([
+            "install",
+            "--progress-bar",
+            "off",
+            "--upgrade",
+            "huggingface_hub",
+        ])
+        .current_dir(&venv);
+    tool::run("pip install", install, &interrupt, on)
+        .await
+        .map_err(|error| {
+            failed(
+                &error,
+                "install pip, as with `apt install python3-pip`, and check the network",
+            )
+        })?;
+    drop(spinner);
+    let version = version_of(&hf).await.ok_or_else(|| {
+        CliError::new(
+            Exit::Failed,
+            format!(
+                "huggingface_hub is installed, but {} does not start",
+                hf.display()
+            ),
+        )
+        .hint(format!(
+            "remove {} and run `llorch-pool dev setup` again",
+            venv.display()
+        ))
+    })?;
+    say(format!("hf {version} is at {}", hf.display()))
+}
+
+/// Names what the doctor finds and this command can't mend.
+async fn left_to_do() -> Result<(), CliError> {
+    let findings = doctor::examine().await?;
+    let open: Vec<_> = findings
+        .iter()
+        .filter(|finding| finding.status != Verdict::Ok)
+        .collect();
+    if open.is_empty() {
+        return say("this host has all it needs");
+    }
+    say("left to do:")?;
+    for finding in open {
+        say(format!("  {}: {}", finding.check, finding.message))?;
+        if let Some(fix) = &finding.fix {
+            say(format!("    {fix}"))?;
+        }
+    }
+    Ok(())
+}
+
+fn on() -> ControlFlow<String> {
+    ControlFlow::Continue(())
+}
+
+fn failed(error: &ToolError, hint: &str) -> CliError {
+    match error {
+        ToolError::Interrupted => interrupted("the private Python environment is not complete")
+            .hint("llorch-pool dev setup"),
+        ToolError::Failed { tail, .. } => {
+            CliError::of(Exit::Failed, error, Some(hint.to_owned())).cause(tail.join("\n"))
+        }
+        error => CliError::of(Exit::Failed, error, Some(hint.to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pool_core::config::PoolConfig;
+    use pool_core::home::Home;
+
+    #[test] // [POOLCTL-034]
+    fn the_starter_changes_nothing_and_each_of_its_lines_can_be_used() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::at(dir.path());
+        let path = dir.path().join("config/pool-managerd.toml");
+        std::fs::create_dir(path.parent().unwrap()).unwrap();
+        let none = |_: &str| None;
+        starter(&path).unwrap();
+        assert_eq!(
+            PoolConfig::load_with(&home, None, &none).unwrap(),
+            PoolConfig::default()
+        );
+        let used: String = STARTER
+            .lines()
+            .filter_map(|line| line.strip_prefix("# "))
+            .filter(|line| {
+                line.starts_with('[')
+                    || line
+                        .split_once(" = ")
+                        .is_some_and(|(key, _)| !key.contains(' '))
+            })
+            .map(|line| format!("{line}\n"))
+            .collect();
+        std::fs::write(&path, &used).unwrap();
+        let config = PoolConfig::load_with(&home, None, &none).unwrap();
+        assert_eq!(config.workers, PoolConfig::default().workers, "{used}");
+        assert_eq!(config.memory.cpu_limit_bytes, Some(16_000_000_000));
+        // A second time it leaves what is there.
+        starter(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), used);
+    }
+}
