@@ -280,7 +280,7 @@ mod tests {
 
     #[test] // [POOLCTL-045]
     fn submodules_are_the_links_among_the_entries() {
-        let links = gitlinks(b"100644 aa 0\tfile\0160000 bb 0\tsub a\0160000 cc 2\tx\0160000 dd 3\tx\0160000 ee 0\t\xff\0");
+        let links = gitlinks(b"100644 aa 0\tfile\x00160000 bb 0\tsub a\x00160000 cc 2\tx\x00160000 dd 3\tx\x00160000 ee 0\t\xff\x00");
         let found: Vec<_> = links
             .iter()
             .map(|link| (link.path.as_deref(), link.commit.as_str()))
