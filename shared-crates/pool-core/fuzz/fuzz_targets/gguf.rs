@@ -1,4 +1,4 @@
-//! What must hold for any bytes that the GGUF reader gets. See `.specs/00_fuzz.md` beside this crate.
+//! What must hold for any bytes that the GGUF reader gets. See "Fuzzing and coverage" in `.specs/02_gguf.md` of pool-core.
 
 #![no_main]
 
