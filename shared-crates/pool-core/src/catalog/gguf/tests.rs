@@ -504,6 +504,162 @@ fn tensors_lie_inside_the_file_side_by_side() {
     assert!(long.error().contains("name is 257, the limit is 256"));
 }
 
+#[test] // [GGUF-001]
+fn whole_numbers_are_read_from_arrays_of_every_width() {
+    let heads = |ty: u32, content: &[u8]| {
+        let built = Build::model()
+            .with("llama.attention.head_count_kv", array(ty, 3, content))
+            .with("llama.block_count", u32_value(3));
+        read(&built.bytes()).unwrap().head_counts_kv()
+    };
+    for (ty, width) in [
+        (0, 1),
+        (1, 1),
+        (2, 2),
+        (3, 2),
+        (4, 4),
+        (5, 4),
+        (10, 8),
+        (11, 8),
+    ] {
+        let content: Vec<u8> = [1u64, 0, 3]
+            .iter()
+            .flat_map(|n| n.to_le_bytes()[..width].to_vec())
+            .collect();
+        assert_eq!(heads(ty, &content).unwrap(), [1, 0, 3], "type {ty}");
+    }
+    let texts = concat(&[&text("1"), &text("0"), &text("3")]);
+    for (ty, content) in [
+        (1, &[255; 3][..]),
+        (6, &[0; 12]),
+        (7, &[0; 3]),
+        (8, &texts),
+        (12, &[0; 24]),
+    ] {
+        let error = heads(ty, content).unwrap_err().to_string();
+        assert!(
+            error.contains(
+                "is an array of 3 elements, expected an array of whole numbers of 0 or more"
+            ),
+            "type {ty}: {error}"
+        );
+    }
+}
+
+#[test] // [GGUF-002]
+fn values_are_what_they_were_asked_for_or_an_error() {
+    let value = |ty: u32, bytes: &[u8]| {
+        let built = Build::model().with("x", concat(&[&ty.to_le_bytes(), bytes]));
+        read(&built.bytes()).unwrap()
+    };
+    let (float, double) = (
+        value(6, &1.5f32.to_le_bytes()),
+        value(12, &1.5f64.to_le_bytes()),
+    );
+    assert_eq!(
+        (float.get("x").unwrap(), double.get("x").unwrap()),
+        (Some(1.5), Some(1.5))
+    );
+    assert_eq!(value(7, &[1]).get("x").unwrap(), Some(true));
+    assert_eq!(value(5, &7u32.to_le_bytes()).get("x").unwrap(), Some(7u32));
+    let said = |file: &GgufFile| file.require::<u32>("x").unwrap_err().to_string();
+    for (file, found) in [
+        (&float, "the number 1.5"),
+        (&double, "the number 1.5"),
+        (&value(7, &[0]), "false"),
+        (&value(1, &[255]), "the number -1"),
+        (
+            &value(10, &u64::MAX.to_le_bytes()),
+            "the number 18446744073709551615",
+        ),
+        (&value(8, &text("a")), "a text"),
+    ] {
+        assert!(
+            said(file).contains(&format!("`x` is {found}, expected")),
+            "{}",
+            said(file)
+        );
+        assert!(file.get::<&[f32]>("x").is_err() && file.get::<&StringArray>("x").is_err());
+        assert!(file.get::<Vec<u64>>("x").is_err());
+    }
+    assert!(value(8, &text("a")).get::<f64>("x").is_err() && float.get::<bool>("x").is_err());
+    assert!(float.get::<&str>("x").is_err() && float.get::<u64>("y").unwrap().is_none());
+    let floats = read(
+        &Build::model()
+            .with("x", array(6, 1, &2f32.to_le_bytes()))
+            .bytes(),
+    )
+    .unwrap();
+    assert_eq!(floats.get::<&[f32]>("x").unwrap(), Some(&[2.0][..]));
+    let none = read(&Build::model().with("x", array(8, 0, &[])).bytes()).unwrap();
+    let texts: &StringArray = none.require("x").unwrap();
+    assert!(texts.is_empty() && texts.get(0).is_none());
+    assert!(matches!(none.metadata().get("x"), Some(Value::Array(a)) if a.is_empty()));
+}
+
+#[test] // [GGUF-001]
+fn widths_and_names_come_from_what_the_file_gives() {
+    let built = Build::model()
+        .with("llama.attention.key_length", u32_value(16))
+        .with("llama.attention.value_length", u32_value(4))
+        .with("llama.expert_count", u32_value(8));
+    let file = read(&built.bytes()).unwrap();
+    assert_eq!(
+        (file.head_dim().unwrap(), file.value_head_dim().unwrap()),
+        (16, 4)
+    );
+    assert_eq!(file.expert_count().unwrap(), 8);
+    assert_eq!(file.require_arch::<u32>("block_count").unwrap(), 30);
+    let mut bare = Build::model();
+    let dropped = [
+        text("general.file_type"),
+        text("tokenizer.ggml.tokens"),
+        text("llama.attention.head_count_kv"),
+    ];
+    bare.metadata.retain(|(key, _)| !dropped.contains(key));
+    let file = read(&bare.with("llama.vocab_size", u32_value(9)).bytes()).unwrap();
+    // Most bytes are those of the norm.
+    assert_eq!(
+        (file.quantization().as_str(), file.vocab_size().unwrap()),
+        ("F32", 9)
+    );
+    assert_eq!(file.head_count_kv().unwrap(), 8);
+    for (id, name) in [
+        (0, "F32"),
+        (1, "F16"),
+        (15, "Q4_K_M"),
+        (18, "Q6_K"),
+        (38, "MXFP4"),
+        (4, "F32"),
+    ] {
+        let named = Build::model().with("general.file_type", u32_value(id));
+        assert_eq!(read(&named.bytes()).unwrap().quantization(), name);
+    }
+    // Numbers that were given up, or don't exist yet, are named after the weights.
+    for id in 0..64 {
+        let named = Build::model().with("general.file_type", u32_value(id));
+        assert_ne!(read(&named.bytes()).unwrap().quantization(), "unknown", "{id}");
+    }
+    let q4 = GgmlType::from_id(12).unwrap();
+    assert_eq!(
+        (q4.id(), q4.name(), q4.block_elements(), q4.block_bytes()),
+        (12, "Q4_K", 256, 144)
+    );
+}
+
+#[test] // [GGUF-003]
+fn every_refusal_says_what_to_try() {
+    let hint = |bytes: &[u8]| read(bytes).unwrap_err().hint().unwrap();
+    assert!(hint(b"PK\x03\x04").contains(".gguf"));
+    let version = Build {
+        version: 1,
+        ..Build::model()
+    };
+    assert!(hint(&version.bytes()).contains("convert the model again"));
+    let damaged = Build::model().with("general.alignment", u32_value(3));
+    assert!(hint(&damaged.bytes()).contains("damaged"));
+}
+
 /// A file of so many zeros that nobody has to hold.
 fn sparse(header: &[u8], size: u64) -> Result<GgufFile, GgufError> {
     let rest = std::io::repeat(0).take(size - header.len() as u64);
