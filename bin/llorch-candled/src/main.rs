@@ -8,6 +8,7 @@ use clap::{CommandFactory, Parser, error::ErrorKind};
 use llorch_candled::{Config, RunError, backend, handed_over, panics, run};
 use pool_core::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which hand over
 /// LLORCH_WORKER_SECRET and LLORCH_WORKER_NONCE in the environment. It runs one sequence at a time: `--slots` takes 1 only.
@@ -76,6 +77,9 @@ fn start(cli: Cli) -> anyhow::Result<()> {
         .enable_all()
         .build()?;
     let outcome = runtime.block_on(async {
+        // A daemon that dies leaves the worker's process group without a parent in its session, upon which the kernel
+        // hangs up a worker that somebody had stopped for a moment. Asking for the signal is enough to survive it.
+        let _hangups = signal(SignalKind::hangup()).map_err(RunError::System)?;
         let shutdown = Shutdown::on_signals().map_err(RunError::System)?;
         run(config, shutdown, |_| ()).await
     });

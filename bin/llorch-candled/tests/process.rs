@@ -2,15 +2,23 @@
 
 mod support;
 
+use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use pool_core::api::worker::{
+    CancelRequest, CancelResponse, ExecuteRequest, HealthState, WorkerHealth,
+};
+use pool_core::client::{ApiClient, Method};
+use pool_core::secret::Secret;
 use pool_core::worker::Backend;
 use pool_core::worker_args::{
     EXIT_MODEL_INVALID, EXIT_PORT_TAKEN, NONCE_VAR, SECRET_VAR, WorkerArgs,
 };
+use support::greedy;
 use support::tiny_model::TinyModel;
 
 fn args(model: &Path, port: u16) -> WorkerArgs {
@@ -172,4 +180,122 @@ fn sigterm_ends_an_idle_worker_at_once() {
     let begun = Instant::now();
     assert_eq!(child.wait().unwrap().code(), Some(0));
     assert!(begun.elapsed() < Duration::from_secs(5));
+}
+
+// [CAND-076]
+#[test]
+fn a_hang_up_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = tiny_file(folder.path(), &TinyModel::default());
+    let mut child = Running(command(&args(&model, 0)).spawn().unwrap());
+    let mut lines = BufReader::new(child.0.stderr.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("the model is loaded")));
+    let pid = rustix::process::Pid::from_child(&child.0);
+    for signal in [rustix::process::Signal::HUP, rustix::process::Signal::TERM] {
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+    // The first would have ended it with a signal.
+    assert_eq!(child.0.wait().unwrap().code(), Some(0));
+}
+
+/// A worker that is killed when the test is over.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Longer than anything here takes; reached only where something hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Drives the worker at `port` as far as it goes: load, a long job, some tokens, a cancel.
+async fn drive(port: u16) -> Option<()> {
+    let url = format!("http://127.0.0.1:{port}");
+    let client = ApiClient::new(&url, Some(Secret::new("s3cret"))).expect("the address is one");
+    loop {
+        match client.get::<WorkerHealth>("/health").await {
+            Ok(health) if health.state == HealthState::Ready => break,
+            // Not there yet, or not any more: the caller knows when to give up.
+            _ => tokio::time::sleep(Duration::from_millis(5)).await,
+        }
+    }
+    for (job_id, max_tokens) in [("short", 3), ("long", 60_000)] {
+        let request = ExecuteRequest {
+            job_id: job_id.into(),
+            max_tokens,
+            ..greedy("hello")
+        };
+        let request = client.request(Method::POST, "/execute").json(&request);
+        let mut events = client.events(request).await.ok()?;
+        let mut seen = 0;
+        while seen < 5 && futures_util::StreamExt::next(&mut events).await?.is_ok() {
+            seen += 1;
+        }
+    }
+    let cancel = CancelRequest {
+        job_id: "long".into(),
+        fence: 1,
+    };
+    client
+        .post::<_, CancelResponse>("/cancel", &cancel)
+        .await
+        .ok()?;
+    Some(())
+}
+
+// [CAND-075]
+#[tokio::test]
+async fn a_crash_anywhere_leaves_nothing_in_the_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = TinyModel {
+        context: 60_100,
+        ..TinyModel::default()
+    };
+    let model = tiny_file(folder.path(), &tiny);
+    let port = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let args = WorkerArgs {
+        context_length: Some(60_100),
+        ..args(&model, port)
+    };
+    for point in [
+        "load.step@3",
+        "load.done",
+        "execute.accepted",
+        "execute.token@2",
+        "execute.ending",
+        "execute.cancelled",
+    ] {
+        let mut child = command(&args);
+        child.env("LLORCH_CRASH_AT", point).stderr(Stdio::null());
+        let mut child = Running(child.spawn().unwrap());
+        let crashed = async {
+            loop {
+                if let Some(status) = child.0.try_wait().unwrap() {
+                    return status;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let driven = async {
+            drive(port).await;
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            status = crashed => assert_eq!(status.signal(), Some(9), "{point}: {status}"),
+            () = driven => {}
+            () = tokio::time::sleep(PATIENCE) => panic!("{point} was never reached"),
+        }
+    }
+    // The next one on the same port does all of it.
+    let mut child = command(&args);
+    let _child = Running(child.stderr(Stdio::null()).spawn().unwrap());
+    let driven = tokio::time::timeout(PATIENCE, drive(port)).await;
+    assert_eq!(driven.expect("it gets there"), Some(()));
 }

@@ -163,3 +163,18 @@ fn well_known_prompts_are_answered_as_by_the_reference() {
     assert_eq!(chat.text, "The answer to this classic math problem is 4.");
     assert_eq!(chat.end.stop_reason, StopReason::Eos);
 }
+
+// [CAND-074]
+#[test]
+fn loading_tells_every_few_mebibytes_that_it_moves() {
+    let mut told = Vec::new();
+    let mut progress = |done, total| told.push((done, total));
+    Engine::load(&model_path(), &Device::Cpu, None, &mut progress).expect("the model loads");
+    // Its largest tensor has 27 MiB.
+    for pair in told.windows(2) {
+        let step = pair[1].0.checked_sub(pair[0].0);
+        assert!(step.is_some_and(|step| step <= 16 << 20), "{pair:?}");
+    }
+    assert_eq!(told.first().map(|first| first.0), Some(0));
+    assert!(told.last().is_some_and(|(done, total)| done == total));
+}

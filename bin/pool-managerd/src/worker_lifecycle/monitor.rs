@@ -104,6 +104,9 @@ impl Watched {
         if answer.is_some() || self.has_moved_to(mark.as_ref()) {
             self.remember(pool, mark).await;
         }
+        if self.record.info.ready_at.is_some() {
+            self.progress.heard_ready();
+        }
         let stall = self
             .progress
             .look(std::time::Instant::now(), answer.as_ref());

@@ -22,7 +22,7 @@ async fn ready(client: &ApiClient, house: &House) -> WorkerInfo {
 /// A long answer in the background; what becomes of it is not the point.
 fn work(house: &House, id: &str) -> tokio::task::JoinHandle<Result<u32, String>> {
     let record = house.record(id);
-    tokio::spawn(async move { generate(&record, 1, 3000).await })
+    tokio::spawn(async move { generate(&record, 1, 400).await })
 }
 
 async fn busy(client: &ApiClient, id: &str) {
@@ -149,7 +149,7 @@ async fn a_stopped_worker_is_stalled_idle_loading_and_at_work() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [POOLD-061]
 async fn long_work_in_time_and_a_stopped_daemon_are_no_stall() {
     let mut house = House::real();
-    house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 2);
+    house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 8);
     let client = house.start().await;
     let id = ready(&client, &house).await.id;
     let reader = work(&house, &id);
@@ -158,7 +158,7 @@ async fn long_work_in_time_and_a_stopped_daemon_are_no_stall() {
     let worker = house.record(&id).identity.unwrap();
     house.signal_daemon(Signal::STOP);
     worker.signal(Signal::STOP).unwrap();
-    tokio::time::sleep(Duration::from_secs(6)).await;
+    tokio::time::sleep(Duration::from_secs(12)).await;
     house.signal_daemon(Signal::CONT);
     worker.signal(Signal::CONT).unwrap();
     let tokens = tokio::time::timeout(PATIENCE, reader)

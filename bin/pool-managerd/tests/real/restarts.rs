@@ -41,7 +41,7 @@ async fn twenty_kills_of_the_daemon_cost_no_worker_and_no_token() {
             tokio::spawn(async move {
                 let mut job = 0;
                 while !over.load(Ordering::Relaxed) {
-                    let tokens = generate(&record, job, 400).await?;
+                    let tokens = generate(&record, job, 200).await?;
                     total.fetch_add(tokens.into(), Ordering::Relaxed);
                     job += 1;
                 }

@@ -1,16 +1,16 @@
 //! Whether a worker moves. An answering `/health` proves that a process can answer, not that anything comes out of it,
 //! so what counts is that its counter grows while it has work.
 //!
-//! Time is counted in looks: a look that comes late, because the watcher itself or the whole host stood still, counts
-//! no more than one in time. So neither a suspended host nor a stopped daemon makes a worker that could not be
-//! watched look stuck.
+//! Time is counted in looks. A look that comes late, because the watcher itself or the whole host stood still, counts
+//! nothing, so that neither a suspended host nor a stopped daemon makes a worker look stuck that could not be watched.
+//! Where one look after the other is late the host is merely slow, and they count as long as one can take.
 
 use std::time::{Duration, Instant};
 
 use crate::api::worker::{HealthState, WorkerHealth};
 use crate::worker::Backend;
 
-/// The longest that the time between two looks can count.
+/// The longest time between two looks of a watcher that has its turn.
 const LONGEST_STEP: Duration = Duration::from_secs(3);
 /// How many looks in a row must have found the worker where it was: one alone may have come at a bad moment.
 const LEAST_LOOKS: u32 = 3;
@@ -116,6 +116,7 @@ pub struct ProgressWatch {
     at: At,
     progress: Option<u64>,
     looked_at: Instant,
+    late: bool,
     watched_for: Duration,
     stood_for: Duration,
     looks: u32,
@@ -129,6 +130,7 @@ impl ProgressWatch {
             at: At::Loading,
             progress: None,
             looked_at: now,
+            late: false,
             watched_for: Duration::ZERO,
             stood_for: Duration::ZERO,
             looks: 0,
@@ -140,12 +142,24 @@ impl ProgressWatch {
         self.watched_for
     }
 
+    /// Takes note that the worker has told, perhaps before it was watched, that its model is loaded.
+    pub fn heard_ready(&mut self) {
+        if self.at == At::Loading {
+            self.at = At::Rest;
+            (self.stood_for, self.looks) = (Duration::ZERO, 0);
+        }
+    }
+
     /// Takes note of a look that ended at `now`: what the worker answered, or that it did not. Returns how it stands
     /// still, if it does for too long.
     pub fn look(&mut self, now: Instant, answer: Option<&WorkerHealth>) -> Option<Stall> {
-        let step = now
-            .saturating_duration_since(self.looked_at)
-            .min(LONGEST_STEP);
+        let passed = now.saturating_duration_since(self.looked_at);
+        let late_before = std::mem::replace(&mut self.late, passed > LONGEST_STEP);
+        let step = if self.late && !late_before {
+            Duration::ZERO
+        } else {
+            passed.min(LONGEST_STEP)
+        };
         self.looked_at = now;
         self.watched_for += step;
         let moved = answer.is_some_and(|health| {
@@ -326,12 +340,30 @@ mod tests {
         let busy = health(HealthState::Ready, 1, 90);
         assert_eq!(clock.after(1, Some(&busy)), None);
         // The host was asleep, or the daemon was stopped, for a day, and the worker has not had its turn yet.
-        for _ in 0..3 {
-            assert_eq!(clock.after(86_400, None), None);
+        assert_eq!(clock.after(86_400, None), None);
+        assert_eq!(clock.0.watched_for(), Duration::from_secs(1));
+        for _ in 0..9 {
+            assert_eq!(clock.after(1, None), None);
         }
-        assert_eq!(clock.0.watched_for(), Duration::from_secs(10));
-        // It is stuck all the same if it goes on like that.
-        assert!(clock.after(86_400, None).is_some());
+        assert!(clock.after(1, None).is_some());
+        // A host on which every look is late still finds the stuck, with a count of three seconds a look.
+        let mut clock = Clock::new();
+        assert_eq!(clock.after(1, Some(&busy)), None);
+        let looks = (1..).find(|_| clock.after(60, Some(&busy)).is_some());
+        assert_eq!(looks, Some(5));
+    }
+
+    #[test] // [POOLD-060]
+    fn what_is_heard_of_a_worker_between_two_looks_counts() {
+        let mut clock = Clock::new();
+        let loading = health(HealthState::Loading, 0, 7);
+        assert_eq!(clock.after(1, Some(&loading)), None);
+        clock.0.heard_ready();
+        let (seconds, message) = clock.until_stalled(None).unwrap();
+        assert!(
+            seconds == 5 && message.starts_with("no answer"),
+            "{message}"
+        );
     }
 
     #[test] // [POOLD-061]
@@ -344,8 +376,9 @@ mod tests {
             answer: short,
         };
         let mut watch = ProgressWatch::new(limits, now);
-        assert_eq!(watch.look(now + Duration::from_secs(9), None), None);
-        assert_eq!(watch.look(now + Duration::from_secs(18), None), None);
+        for late in [9, 18] {
+            assert_eq!(watch.look(now + Duration::from_secs(late), None), None);
+        }
         assert!(watch.look(now + Duration::from_secs(27), None).is_some());
     }
 
