@@ -8,7 +8,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
+use crate::memory::Watch;
 use crate::process::{self, Finished};
+use crate::steps::memory::Asked;
 use crate::stream::Received;
 
 /// Longest that a command of a scenario may take.
@@ -35,6 +37,12 @@ pub struct House {
     pub orchestrator_bind: String,
     /// Jobs that were answered with 202.
     pub acknowledged: Vec<String>,
+    /// What became of the workers that were asked for at once.
+    pub asked: Vec<Asked>,
+    /// `memory.cpu_limit_bytes`.
+    pub memory_limit: u64,
+    /// Watches what the workers hold.
+    pub watch: Option<Watch>,
 }
 
 impl House {
@@ -53,6 +61,9 @@ impl House {
             events: Vec::new(),
             orchestrator_bind: "127.0.0.1:0".to_owned(),
             acknowledged: Vec::new(),
+            asked: Vec::new(),
+            memory_limit: 0,
+            watch: None,
         }
     }
 

@@ -1,6 +1,7 @@
 //! The real binaries as a scenario or a measurement sees them: a home of its own, commands, requests and streams.
 
 pub mod house;
+pub mod memory;
 pub mod process;
 pub mod steps;
 pub mod stream;

@@ -5,4 +5,5 @@ mod commands;
 mod demo;
 mod durability;
 mod jobs;
+pub mod memory;
 mod setting;

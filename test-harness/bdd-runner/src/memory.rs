@@ -1,0 +1,87 @@
+//! Watches what workers hold and what is set aside for them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use pool_core::home::Home;
+use pool_core::registry::Registry;
+
+/// How often it is looked.
+const INTERVAL: Duration = Duration::from_millis(20);
+
+/// The most that was seen at any moment, bytes.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Most {
+    /// Set aside for live workers.
+    pub reserved: u64,
+    /// Private memory of their processes.
+    pub private: u64,
+    /// How often it was looked.
+    pub samples: u64,
+}
+
+/// Looks again and again until it is told to end.
+#[derive(Debug)]
+pub struct Watch {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Most>>,
+}
+
+impl Watch {
+    /// Watches the workers of this home.
+    pub fn start(home: &Path) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (theirs, home) = (Arc::clone(&stop), home.to_owned());
+        let thread = std::thread::spawn(move || look(&home, &theirs));
+        Self {
+            stop,
+            thread: Some(thread),
+        }
+    }
+
+    /// Ends it, and tells what it saw.
+    pub fn end(&mut self) -> Most {
+        self.stop.store(true, Ordering::Relaxed);
+        let thread = self.thread.take().expect("it is ended once");
+        thread.join().expect("it saw what there was")
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+fn look(home: &Path, stop: &AtomicBool) -> Most {
+    let registry = Registry::new(&Home::at(home));
+    let mut most = Most::default();
+    while !stop.load(Ordering::Relaxed) {
+        // Before the first worker there may be no folder yet.
+        let records = registry.load().map(|contents| contents.records);
+        let records = records.unwrap_or_default();
+        let reserved = records.iter().map(|record| record.reserved_bytes()).sum();
+        let processes = records.iter().filter_map(|record| record.info.pid);
+        let private = processes.map(private_bytes).sum();
+        most.reserved = most.reserved.max(reserved);
+        most.private = most.private.max(private);
+        most.samples += 1;
+        std::thread::sleep(INTERVAL);
+    }
+    most
+}
+
+/// Memory that no other process shares, the clean pages of files included; 0 for a process that is gone.
+fn private_bytes(pid: u32) -> u64 {
+    let path = PathBuf::from(format!("/proc/{pid}/smaps_rollup"));
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let kibibytes = text
+        .lines()
+        .filter(|line| line.starts_with("Private_"))
+        .filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    kibibytes.sum::<u64>() * 1024
+}
