@@ -741,7 +741,7 @@ fn workers_live_without_a_pool_manager() {
     );
     let table = pool(&["worker", "list"]).exits(0).out;
     assert!(
-        table.starts_with("WORKER") && table.contains(id) && table.contains("5.0 MB"),
+        table.starts_with("WORKER") && table.contains(id) && table.contains("5 MiB"),
         "{table}"
     );
     assert_eq!(
@@ -927,4 +927,77 @@ fn the_pool_manager_is_started_asked_and_stopped() {
         "{log}"
     );
     run(&["daemon", "status"]).exits(3);
+}
+
+/// A fake of NVIDIA's library in this home, which says what `script` does.
+fn fake_nvml(home: &Home, script: &Value) -> PathBuf {
+    let programs = Path::new(env!("CARGO_BIN_EXE_llorch-pool"))
+        .parent()
+        .unwrap();
+    let built = programs.join("examples").join(format!(
+        "{}fake_nvml{}",
+        std::env::consts::DLL_PREFIX,
+        std::env::consts::DLL_SUFFIX
+    ));
+    assert!(
+        built.exists(),
+        "{} is missing: run `cargo build -p pool-core --examples` first",
+        built.display()
+    );
+    let library = home.path("libfake_nvml.so");
+    fs::copy(built, &library).unwrap();
+    fs::write(format!("{}.json", library.display()), script.to_string()).unwrap();
+    library
+}
+
+#[test] // [POOLD-060] [POOLD-061]
+fn status_shows_gpus_without_a_daemon_and_waits_for_no_driver_that_hangs() {
+    let home = Home::new();
+    let gpu = serde_json::json!({
+        "name": "Fake H100", "uuid": "GPU-1", "total": 80_000_000_000_u64, "used": 10_000_000_000_u64,
+        "free": 70_000_000_000_u64, "utilization": 40, "temperature": 51, "power": 299_500, "capability": [9, 0],
+        "processes": [[std::process::id(), 5_000_000_000_u64]],
+    });
+    let hung = serde_json::json!({"total": 1, "used": 0, "free": 1, "hang": true});
+    let script = serde_json::json!({"driver": "580.95.05", "gpus": [gpu, hung]});
+    let library = fake_nvml(&home, &script);
+    let run = |args: &[&str]| -> Ran {
+        home.command(args)
+            .env("LLORCH_GPU_NVML_LIBRARY", &library)
+            .env("LLORCH_GPU_DEADLINE_MS", "200")
+            .output()
+            .unwrap()
+            .into()
+    };
+    let shown = run(&["status"]).exits(0).out;
+    for part in [
+        "cuda:0",
+        "Fake H100",
+        "80.0 GB",
+        "70.0 GB",
+        "10.0 GB of 80.0 GB",
+        "40 %",
+        "51 °C",
+        "300 W",
+        "9.0",
+        "580.95.05",
+        "5.0 GB",
+        "cuda:1",
+        "unresponsive",
+    ] {
+        assert!(shown.contains(part), "{part}\n{shown}");
+    }
+    let status = run(&["status", "--format", "json"]).exits(0).json();
+    assert_eq!(status["devices"][2]["gpu"]["state"], "unresponsive");
+    let pid = &status["devices"][1]["gpu"]["foreign_processes"][0]["pid"];
+    assert_eq!(*pid, std::process::id());
+
+    // What needs no GPU asks no driver.
+    let begun = Instant::now();
+    home.command(&["worker", "list"])
+        .env("LLORCH_GPU_NVML_LIBRARY", &library)
+        .env("LLORCH_GPU_DEADLINE_MS", "60000")
+        .output()
+        .unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(30));
 }

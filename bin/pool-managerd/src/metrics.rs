@@ -1,8 +1,8 @@
 //! What `GET /metrics` tells, in Prometheus' text format.
 
-use pool_core::api::pool::WorkerList;
+use pool_core::api::pool::{DeviceInfo, WorkerList};
 use pool_core::worker::{ExitReason, WorkerStatus};
-use prometheus::{IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 /// The counters of one daemon.
 pub struct Metrics {
@@ -11,6 +11,11 @@ pub struct Metrics {
     starts: IntCounterVec,
     stops: IntCounterVec,
     heartbeats: IntCounterVec,
+    gpus: IntGauge,
+    gpu_total: IntGaugeVec,
+    gpu_allocated: IntGaugeVec,
+    gpu_utilization: IntGaugeVec,
+    gpu_temperature: IntGaugeVec,
 }
 
 impl Metrics {
@@ -25,16 +30,45 @@ impl Metrics {
                 .expect("the name is used once");
             counter
         };
-        let workers = IntGaugeVec::new(
-            Opts::new("pool_mgr_workers", "Workers of the registry by status."),
-            &["status"],
-        )
-        .expect("the name is valid");
+        let gauge = |name: &str, help: &str, label: &str| {
+            let gauge =
+                IntGaugeVec::new(Opts::new(name, help), &[label]).expect("the name is valid");
+            registry
+                .register(Box::new(gauge.clone()))
+                .expect("the name is used once");
+            gauge
+        };
+        let gpus = IntGauge::new("pool_mgr_gpus", "GPUs of the host.").expect("the name is valid");
         registry
-            .register(Box::new(workers.clone()))
+            .register(Box::new(gpus.clone()))
             .expect("the name is used once");
         Self {
-            workers,
+            workers: gauge(
+                "pool_mgr_workers",
+                "Workers of the registry by status.",
+                "status",
+            ),
+            gpus,
+            gpu_total: gauge(
+                "pool_mgr_gpu_vram_total_bytes",
+                "Memory of a GPU that workers may take.",
+                "gpu",
+            ),
+            gpu_allocated: gauge(
+                "pool_mgr_gpu_vram_allocated_bytes",
+                "Memory of a GPU that is set aside for workers.",
+                "gpu",
+            ),
+            gpu_utilization: gauge(
+                "pool_mgr_gpu_utilization_percent",
+                "Share of the last moments in which a GPU computed.",
+                "gpu",
+            ),
+            gpu_temperature: gauge(
+                "pool_mgr_gpu_temperature_celsius",
+                "Temperature of a GPU.",
+                "gpu",
+            ),
             starts: counter(
                 "pool_mgr_worker_starts_total",
                 "Starts of workers by outcome.",
@@ -74,7 +108,7 @@ impl Metrics {
     }
 
     /// Everything as text.
-    pub fn render(&self, list: &WorkerList) -> prometheus::Result<String> {
+    pub fn render(&self, list: &WorkerList, devices: &[DeviceInfo]) -> prometheus::Result<String> {
         use WorkerStatus::{Busy, Draining, Failed, Ready, Starting, Stopped};
         for status in [Starting, Ready, Busy, Draining, Failed, Stopped] {
             let count = list
@@ -86,7 +120,42 @@ impl Metrics {
                 .with_label_values(&[status.as_str()])
                 .set(i64::try_from(count).unwrap_or(i64::MAX));
         }
+        self.set_gpus(devices);
         TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+impl Metrics {
+    /// Only what is known now: a GPU that is gone leaves no series behind.
+    fn set_gpus(&self, devices: &[DeviceInfo]) {
+        let figure = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        for gauge in [
+            &self.gpu_total,
+            &self.gpu_allocated,
+            &self.gpu_utilization,
+            &self.gpu_temperature,
+        ] {
+            gauge.reset();
+        }
+        let mut count = 0;
+        for device in devices {
+            let Some(gpu) = &device.gpu else { continue };
+            count += 1;
+            let label = &[device.device.index.to_string()];
+            let set = |gauge: &IntGaugeVec, value: Option<u64>| {
+                if let Some(value) = value {
+                    gauge.with_label_values(label).set(figure(value));
+                }
+            };
+            set(&self.gpu_total, Some(device.memory_total_bytes));
+            set(&self.gpu_allocated, Some(device.memory_reserved_bytes));
+            set(
+                &self.gpu_utilization,
+                gpu.utilization_percent.map(u64::from),
+            );
+            set(&self.gpu_temperature, gpu.temperature_c.map(u64::from));
+        }
+        self.gpus.set(count);
     }
 }
 

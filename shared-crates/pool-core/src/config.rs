@@ -456,6 +456,7 @@ mod tests {
             ("LLORCH_MODELS_DIR", "/srv/models"),
             ("LLORCH_MEMORY_CPU_LIMIT_BYTES", "1000"),
             ("LLORCH_WORKERS_THREADS", "3"),
+            ("LLORCH_GPU_NVML_LIBRARY", "/opt/driver/libnvidia-ml.so.1"),
         ];
         let config = load(file, &vars).unwrap();
         assert_eq!((config.pool_id.as_str(), config.bind.port()), ("blep", 0));
@@ -480,12 +481,19 @@ mod tests {
             (config.memory.cpu_limit_bytes, config.workers.threads),
             (Some(1000), NonZeroU32::new(3))
         );
+        assert_eq!(
+            config.gpu.nvml_library.as_deref(),
+            Some(Path::new("/opt/driver/libnvidia-ml.so.1"))
+        );
     }
 
     #[test] // [POOLD-001]
     fn senseless_values_are_refused_by_name() {
         for (file, key) in [
             ("pool_id = \"\"", "pool_id"),
+            ("[gpu]\ndeadline_ms = 0", "gpu.deadline_ms"),
+            ("[gpu]\npoll_interval_ms = 1", "gpu.poll_interval_ms"),
+            ("[gpu]\nnvml_library = \"lib.so\"", "gpu.nvml_library"),
             ("pool_id = \"../a\"", "pool_id"),
             ("orchestrator_url = \"blep:8080\"", "orchestrator_url"),
             (
@@ -495,7 +503,7 @@ mod tests {
             ("heartbeat_interval_ms = 19", "heartbeat_interval_ms"),
             ("heartbeat_interval_ms = 600001", "heartbeat_interval_ms"),
             ("[models]\nallow_hub = true", "models.allow_hub"),
-            ("[memory]\ngpu_limit_bytes = 1", "memory.gpu_limit_bytes"),
+            ("[memory]\ngpu_limit_byte = 1", "memory.gpu_limit_byte"),
             ("[workers]\nbind = \"blep\"", "workers.bind"),
             (
                 "[workers]\nport_min = 9000\nport_max = 8000",

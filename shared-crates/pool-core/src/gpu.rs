@@ -426,7 +426,12 @@ impl Slot {
         if self.asked_at.is_some_and(overdue) {
             return GpuState::Unresponsive;
         }
-        self.failed.unwrap_or(GpuState::Ok)
+        // One that has never answered has no figures that could be current.
+        let so_far = match self.last {
+            Some(_) => GpuState::Ok,
+            None => GpuState::Unresponsive,
+        };
+        self.failed.unwrap_or(so_far)
     }
 
     fn answer(&mut self, outcome: Result<GpuReading, ReadError>, at: Timestamp) {
@@ -575,4 +580,150 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
 /// A panic of a thread leaves a whole value behind: every change is one assignment after what may panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    fn memory(total: u64, used: u64, free: u64) -> Option<GpuMemory> {
+        Some(GpuMemory {
+            total_bytes: total,
+            used_bytes: used,
+            free_bytes: free,
+        })
+    }
+
+    fn reading(total: u64, used: u64, free: u64) -> GpuReading {
+        GpuReading {
+            memory: memory(total, used, free),
+            ..GpuReading::default()
+        }
+    }
+
+    #[test] // [POOLD-062]
+    fn of_figures_that_contradict_each_other_the_careful_one_counts() {
+        for (said, before, believed) in [
+            ((80, 10, 70), None, memory(80, 10, 70)),
+            ((80, 10, 60), None, memory(80, 10, 60)),
+            ((80, 90, 70), None, memory(80, 80, 0)),
+            ((80, 10, 90), None, memory(80, 10, 70)),
+            ((0, 0, 0), None, None),
+            ((u64::MAX, 1, 1), None, None),
+            // A total that grows, or shrinks, is believed once two readings agree.
+            ((80, 10, 70), Some(40), memory(40, 10, 30)),
+            ((40, 10, 30), Some(80), memory(40, 10, 30)),
+        ] {
+            let (total, used, free) = said;
+            assert_eq!(
+                reading(total, used, free).bounded(before).memory,
+                believed,
+                "{said:?}"
+            );
+        }
+    }
+
+    #[test] // [POOLD-062]
+    fn texts_counts_and_processes_are_bounded() {
+        let process = |pid, memory_bytes| GpuProcess {
+            pid,
+            name: Some(format!("p{pid}\n")),
+            memory_bytes,
+        };
+        let mut said = reading(80, 10, 70);
+        said.name = Some(format!("\u{1b}]0;x\u{7} {}", "n".repeat(500)));
+        said.uuid = Some("GPU-\u{1b}[2J".into());
+        said.driver_version = Some("\n\t".into());
+        said.compute_capability = Some((-1, 0));
+        said.processes = vec![process(0, None), process(7, Some(5)), process(7, Some(9))];
+        said.processes
+            .extend((10..1000).map(|pid| process(pid, Some(81))));
+        let kept = said.bounded(None);
+        let name = kept.name.unwrap();
+        assert!(name.chars().count() <= MOST_NAME_CHARS && !name.contains(char::is_control));
+        assert_eq!(
+            (kept.uuid, kept.driver_version, kept.compute_capability),
+            (None, None, None)
+        );
+        assert_eq!(kept.processes.len(), MOST_PROCESSES);
+        assert_eq!(
+            kept.processes[0],
+            GpuProcess {
+                pid: 7,
+                name: Some("p7".into()),
+                memory_bytes: Some(9)
+            }
+        );
+        assert_eq!(kept.processes[1].memory_bytes, None, "more than there is");
+    }
+
+    #[test] // [POOLD-061]
+    fn a_gpu_is_unresponsive_from_the_deadline_until_it_answers() {
+        let (deadline, now) = (Duration::from_millis(500), Instant::now());
+        let mut slot = Slot {
+            asked_at: Some(now),
+            ..Slot::default()
+        };
+        assert_eq!(slot.state(now, deadline), GpuState::Unresponsive);
+        slot.last = Some((reading(80, 10, 70), Timestamp::UNIX_EPOCH));
+        let later = |ms| now + Duration::from_millis(ms);
+        assert_eq!(slot.state(later(499), deadline), GpuState::Ok);
+        assert_eq!(slot.state(later(500), deadline), GpuState::Unresponsive);
+        slot.answer(Ok(reading(80, 10, 70)), Timestamp::UNIX_EPOCH);
+        assert_eq!(slot.state(later(9000), deadline), GpuState::Ok);
+        slot.answer(Err(ReadError::Lost), Timestamp::UNIX_EPOCH);
+        assert_eq!(slot.state(now, deadline), GpuState::Lost);
+        assert!(slot.last.is_some(), "its last figures stay");
+        slot.answer(Err(ReadError::Failed("?".into())), Timestamp::UNIX_EPOCH);
+        assert_eq!(slot.state(now, deadline), GpuState::Unresponsive);
+    }
+
+    /// Answers for one GPU, and counts how often it was asked.
+    struct Source(Arc<AtomicU32>);
+
+    impl GpuSource for Source {
+        fn backend(&self) -> Backend {
+            Backend::Cuda
+        }
+
+        fn count(&self) -> Result<u32, String> {
+            Ok(1)
+        }
+
+        fn read(&self, _: u32) -> Result<GpuReading, ReadError> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(reading(80, 10, 70))
+        }
+    }
+
+    #[test] // [POOLD-060]
+    fn nobody_asks_a_driver_until_somebody_wants_to_know() {
+        let asked = Arc::new(AtomicU32::new(0));
+        let theirs = Arc::clone(&asked);
+        let inventory = GpuInventory::of(&GpuConfig::default(), move || {
+            Ok(Arc::new(Source(Arc::clone(&theirs))) as Arc<dyn GpuSource>)
+        });
+        assert_eq!(asked.load(Ordering::Relaxed), 0);
+        let gpus = inventory.settled();
+        assert_eq!((gpus.len(), gpus[0].name().as_str()), (1, "GPU 0"));
+        assert!(gpus[0].measured_at.is_some());
+        assert_eq!(asked.load(Ordering::Relaxed), 1);
+    }
+
+    #[test] // [POOLD-061]
+    fn a_driver_that_hangs_while_it_is_loaded_is_not_waited_for() {
+        let config = GpuConfig {
+            deadline_ms: 50,
+            ..GpuConfig::default()
+        };
+        let (_never, waits) = std::sync::mpsc::channel::<()>();
+        let waits = Mutex::new(waits);
+        let inventory = GpuInventory::of(&config, move || {
+            let _ = lock(&waits).recv();
+            Err("the test is over".to_owned())
+        });
+        assert!(inventory.settled().is_empty());
+        assert!(inventory.now().is_empty());
+    }
 }

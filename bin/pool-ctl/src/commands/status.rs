@@ -1,9 +1,11 @@
 //! `llorch-pool status`: this pool at a glance.
 
+use jiff::Timestamp;
 use pool_core::api::pool::{DeviceInfo, DiskInfo, PoolStatus};
+use pool_core::gpu::{GpuInfo, GpuState};
 use pool_core::lifecycle::Lifecycle;
-use pool_core::terminal::paint::Cell;
-use pool_core::terminal::{CliError, Exit, Format, human_bytes, print_json, print_table, say};
+use pool_core::terminal::paint::{Cell, Style};
+use pool_core::terminal::{CliError, Exit, Format, age, human_bytes, print_json, print_table, say};
 use pool_core::worker::{Backend, WorkerInfo};
 use serde::Serialize;
 
@@ -137,6 +139,7 @@ fn show(status: &Status) -> Result<(), CliError> {
             cells.into_iter().map(Cell::from).collect()
         }),
     )?;
+    show_gpus(&status.devices)?;
     say("")?;
     if status.workers.is_empty() {
         say("no workers; `llorch-pool worker spawn cpu --model MODEL` starts one\n")?;
@@ -154,4 +157,64 @@ fn show(status: &Status) -> Result<(), CliError> {
         ]
     });
     print_table(&["MODEL", "SIZE"], rows)
+}
+
+/// What only GPUs have to tell. Nothing on a host without one.
+fn show_gpus(devices: &[DeviceInfo]) -> Result<(), CliError> {
+    let now = Timestamp::now();
+    let rows: Vec<_> = devices
+        .iter()
+        .filter_map(|device| Some(gpu_cells(device, device.gpu.as_ref()?, now)))
+        .collect();
+    if rows.is_empty() {
+        return Ok(());
+    }
+    say("")?;
+    let columns = [
+        "GPU", "STATE", "USED", "BUSY", "TEMP", "POWER", "CUDA", "DRIVER", "OTHERS",
+    ];
+    print_table(&columns, rows)
+}
+
+fn gpu_cells(device: &DeviceInfo, gpu: &GpuInfo, now: Timestamp) -> Vec<Cell> {
+    let or_dash = |text: Option<String>| Cell::from(text.unwrap_or_else(|| "-".to_owned()));
+    let state = match (gpu.state, gpu.measured_at) {
+        (GpuState::Ok, _) => Cell::new("ok", Style::Good),
+        // The figures beside it are old, and how old says how long it has been silent.
+        (state, Some(at)) => {
+            let text = format!("{}, figures {} old", state.as_str(), age(at, now));
+            Cell::new(text, Style::Bad)
+        }
+        (state, None) => Cell::new(state.as_str(), Style::Bad),
+    };
+    let used = gpu.memory_used_bytes.zip(gpu.memory_total_bytes);
+    let others: Vec<_> = gpu
+        .foreign_processes
+        .iter()
+        .map(|process| {
+            let name = process.name.as_deref().unwrap_or("?");
+            let bytes = process.memory_bytes.map(human_bytes);
+            let bytes = bytes.map_or_else(String::new, |bytes| format!(" {bytes}"));
+            format!("{name} ({}){bytes}", process.pid)
+        })
+        .collect();
+    vec![
+        device.device.to_string().into(),
+        state,
+        or_dash(
+            used.map(|(used, total)| format!("{} of {}", human_bytes(used), human_bytes(total))),
+        ),
+        or_dash(
+            gpu.utilization_percent
+                .map(|percent| format!("{percent} %")),
+        ),
+        or_dash(gpu.temperature_c.map(|degrees| format!("{degrees} °C"))),
+        or_dash(
+            gpu.power_milliwatts
+                .map(|power| format!("{} W", power.div_ceil(1000))),
+        ),
+        or_dash(gpu.compute_capability.clone()),
+        or_dash(gpu.driver_version.clone()),
+        or_dash(Some(others.join(", ")).filter(|text| !text.is_empty())),
+    ]
 }

@@ -12,10 +12,10 @@ use pool_core::terminal::interrupt::{Interrupt, interrupted};
 use pool_core::terminal::paint::{Cell, Style};
 use pool_core::terminal::progress;
 use pool_core::terminal::{
-    CliError, Exit, Format, age, human_bytes, human_duration, note, print_json, print_table,
-    sanitize, say, write,
+    CliError, Exit, Format, age, human_duration, note, print_json, print_table, sanitize, say,
+    write,
 };
-use pool_core::worker::{Backend, ExitReason, WorkerInfo, WorkerStatus};
+use pool_core::worker::{Backend, ExitReason, WorkerInfo, WorkerStatus, mebibytes};
 
 use crate::context::{Context, catalog_error};
 use crate::pool::Pool;
@@ -159,8 +159,13 @@ async fn spawn(
                 .pid
                 .map_or_else(String::new, |pid| format!(", pid {pid}"));
             say(format!(
-                "{} is {} on port {} ({} on {}{pid})",
-                worker.id, worker.status, worker.port, worker.model_ref, worker.device
+                "{} is {} on port {} ({} on {}{pid}; {})",
+                worker.id,
+                worker.status,
+                worker.port,
+                worker.model_ref,
+                worker.device,
+                worker.memory
             ))?;
         }
     }
@@ -273,7 +278,17 @@ pub fn print_workers(workers: &[WorkerInfo]) -> Result<(), CliError> {
     let now = Timestamp::now();
     print_table(
         &[
-            "WORKER", "STATUS", "MODEL", "DEVICE", "PORT", "PID", "CTX", "MEMORY", "AGE", "REASON",
+            "WORKER",
+            "STATUS",
+            "MODEL",
+            "DEVICE",
+            "PORT",
+            "PID",
+            "CTX",
+            "PREDICTED",
+            "MEASURED",
+            "AGE",
+            "REASON",
         ],
         workers.iter().map(|worker| cells(worker, now)),
     )
@@ -287,11 +302,10 @@ fn cells(worker: &WorkerInfo, now: Timestamp) -> Vec<Cell> {
         status => Cell::status(status.as_str()),
     };
     let live = worker.status.is_live();
-    let memory = match worker.memory.measured_bytes {
-        _ if !live => "-".to_owned(),
-        Some(bytes) => human_bytes(bytes),
-        // An estimate, until the worker has measured itself.
-        None => format!("~{}", human_bytes(worker.memory.predicted_bytes)),
+    let memory = |bytes: Option<u64>| {
+        bytes
+            .filter(|_| live)
+            .map_or_else(|| "-".to_owned(), mebibytes)
     };
     let reason = worker
         .exit
@@ -312,7 +326,8 @@ fn cells(worker: &WorkerInfo, now: Timestamp) -> Vec<Cell> {
             .context_length
             .map_or_else(|| "-".to_owned(), |length| length.to_string())
             .into(),
-        memory.into(),
+        memory(Some(worker.memory.predicted_bytes)).into(),
+        memory(worker.memory.measured_bytes).into(),
         age(worker.created_at, now).into(),
         reason
             .map_or_else(String::new, |exit| {

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::App;
 use super::error::{ApiError, ApiResult};
+use crate::gpu_inventory;
 
 /// Answer of `/health` and `/ready`.
 #[derive(Serialize)]
@@ -62,12 +63,13 @@ pub async fn metrics(State(pool): App) -> ApiResult<impl IntoResponse> {
         .blocking(|pool| pool.lifecycle.registry().load())
         .await?
         .records;
+    let devices = gpu_inventory::devices(&pool.lifecycle, &records);
     let list = WorkerList {
         workers: records.into_iter().map(|record| record.info).collect(),
     };
     let text = pool
         .metrics
-        .render(&list)
+        .render(&list, &devices)
         .map_err(|cause| ApiError::internal(&cause))?;
     Ok((
         [(CONTENT_TYPE, HeaderValue::from_static(TEXT_FORMAT))],

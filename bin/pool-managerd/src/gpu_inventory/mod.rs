@@ -25,6 +25,8 @@ pub fn devices(lifecycle: &Lifecycle, records: &[WorkerRecord]) -> Vec<DeviceInf
 /// Tells log and orchestrator at once when a GPU comes, goes, falls silent or answers again.
 pub async fn watch(pool: Arc<Pool>) {
     let mut known: Vec<(Device, GpuState)> = Vec::new();
+    // Before it has answered a first time, every GPU looks silent.
+    pool.blocking(|pool| pool.lifecycle.gpus().settled()).await;
     loop {
         let now: Vec<_> = pool
             .lifecycle

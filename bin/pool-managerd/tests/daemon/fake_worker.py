@@ -3,7 +3,7 @@
 
 The model file's first word says how it behaves: `serve`, `load` (stays loading for ever), `refuse` (refuses the file),
 `crash` (ends soon after it began to load), `deaf` (serves, and ignores SIGTERM), `stuck` (says that it works, and never
-gets on).
+gets on), `greedy` (serves, and takes far more memory than anybody has).
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "slots": args.slots,
             "active": int(behaviour == "stuck"),
             "context_length": None if loading else 2048,
-            "measured_bytes": None if loading else 1000000,
+            "measured_bytes": None if loading else 1 << 60 if behaviour == "greedy" else 1000000,
             "progress": 1,
         }).encode()
         self.send_response(200)

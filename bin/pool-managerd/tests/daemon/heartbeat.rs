@@ -17,10 +17,10 @@ use crate::support::{Daemon, Host, until};
 
 /// An orchestrator that notes what it is told.
 #[derive(Clone, Default)]
-struct Ear(Arc<Mutex<Heard>>);
+pub struct Ear(Arc<Mutex<Heard>>);
 
 #[derive(Default)]
-struct Heard {
+pub struct Heard {
     known: bool,
     registrations: Vec<RegisterRequest>,
     heartbeats: Vec<Heartbeat>,
@@ -52,7 +52,11 @@ impl Ear {
             .unwrap();
     }
 
-    async fn until_last(&self, what: &str, condition: impl Fn(&Heartbeat) -> bool) -> Heartbeat {
+    pub async fn until_last(
+        &self,
+        what: &str,
+        condition: impl Fn(&Heartbeat) -> bool,
+    ) -> Heartbeat {
         until(what, async || {
             self.0
                 .lock()
@@ -107,7 +111,7 @@ async fn the_orchestrator_of_the_same_home_is_found_wherever_and_whenever_it_sta
     daemon.shut_down().await;
 }
 
-async fn start(
+pub async fn start(
     host: &mut Host,
     interval_ms: u64,
 ) -> (

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod gpus;
 mod heartbeat;
 mod support;
 mod workers;

@@ -41,9 +41,7 @@ impl Host {
         let dir = tempfile::tempdir().unwrap();
         let home = Home::at(dir.path());
         home.ensure().unwrap();
-        let program = dir.path().join("llorch-candled");
-        fs::write(&program, include_str!("fake_worker.py")).unwrap();
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        install_worker(&dir.path().join("llorch-candled"));
         let mut config = PoolConfig {
             bind: "127.0.0.1:0".parse().unwrap(),
             // A test is no business of an orchestrator that this machine may have.
@@ -59,6 +57,11 @@ impl Host {
             config,
             token: None,
         }
+    }
+
+    /// Puts the fake worker where one for CUDA is looked for.
+    pub fn install_cuda_worker(&self) {
+        install_worker(&self.dir.path().join("llorch-candled-cuda"));
     }
 
     /// Makes the daemon ask for a token, which its client then sends.
@@ -113,6 +116,11 @@ impl Host {
             task,
         }
     }
+}
+
+fn install_worker(program: &std::path::Path) {
+    fs::write(program, include_str!("fake_worker.py")).unwrap();
+    fs::set_permissions(program, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 impl Drop for Host {

@@ -244,7 +244,12 @@ async fn spawns_at_once_never_promise_the_same_memory() {
         ("OUT_OF_MEMORY", true)
     );
     assert!(error.details.unwrap()["needed_bytes"].as_u64().unwrap() > 96 << 20);
-    assert!(error.hint.unwrap().contains("worker list"));
+    assert!(
+        error
+            .hint
+            .unwrap()
+            .contains("llorch-pool worker stop worker-cpu-")
+    );
     daemon.until_status(&started.id, WorkerStatus::Ready).await;
     daemon.shut_down().await;
 }
@@ -458,5 +463,24 @@ async fn a_worker_started_beside_the_daemon_is_watched_too() {
         (daemon.worker(&info.id).await.status == WorkerStatus::Stopped).then_some(())
     })
     .await;
+    daemon.shut_down().await;
+}
+
+#[tokio::test] // [POOLD-014] P14
+async fn a_worker_that_takes_more_than_was_predicted_blocks_further_ones() {
+    let host = Host::new();
+    let daemon = host.start().await;
+    let greedy = daemon.spawn(&host.request("greedy")).await.unwrap();
+    let ready = daemon.until_status(&greedy.id, WorkerStatus::Ready).await;
+    assert!(ready.memory.measured_bytes > Some(ready.memory.predicted_bytes));
+    let outcome = daemon.spawn(&host.request("serve")).await;
+    let Err(ClientError::Api { status, error }) = outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!((status, error.code.as_str()), (503, "OUT_OF_MEMORY"));
+    assert_eq!(error.details.unwrap()["stop"][0]["id"], greedy.id);
+    daemon.stop_worker(&greedy.id, false).await.unwrap();
+    daemon.until_status(&greedy.id, WorkerStatus::Stopped).await;
+    daemon.spawn(&host.request("serve")).await.unwrap();
     daemon.shut_down().await;
 }

@@ -185,3 +185,77 @@ impl MemoryEstimator {
         shape
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLD-014]
+    fn the_estimate_counts_program_tokenizer_weights_cache_and_working_memory() {
+        // SmolLM2 135M: 30 blocks, 3 KV heads of 64, keys and values, 4 bytes: 46,080 bytes a token.
+        let shape = Shape {
+            weights_bytes: 96_500_000,
+            loading_bytes: 30_000_000,
+            kv_bytes_per_token: 46_080,
+            heads: 9,
+            feed_forward: 1536,
+            vocab: 49_152,
+            context: 8192,
+        };
+        let fixed = PROGRAM_BYTES + 49_152 * TOKENIZER_BYTES_PER_TEXT + 96_500_000;
+        // 28 rows (9 heads three times, and the mask) of 64 positions by all.
+        let working = |tokens: u64| {
+            28 * 64 * 4 * tokens + 1536 * 3 * 64 * 4 + 49_152 * SAMPLING_BYTES_PER_TEXT
+        };
+        assert_eq!(
+            shape.needed_bytes(None, 1),
+            fixed + 4096 * 46_080 + working(4096)
+        );
+        assert_eq!(
+            shape.needed_bytes(Some(1000), 3),
+            fixed + 3000 * 46_080 + working(1000),
+            "each slot has a cache, and one computes at a time"
+        );
+        assert_eq!(
+            shape.needed_bytes(Some(10), 1),
+            fixed + 30_000_000,
+            "with a short context it is loading that takes most"
+        );
+        let short = Shape {
+            context: 512,
+            ..shape
+        };
+        assert_eq!(
+            short.needed_bytes(None, 1),
+            shape.needed_bytes(Some(512), 1)
+        );
+        let huge = Shape {
+            kv_bytes_per_token: u64::MAX,
+            ..shape
+        };
+        assert_eq!(huge.needed_bytes(Some(u32::MAX), 256), u64::MAX);
+    }
+
+    #[test] // [POOLD-014]
+    fn tensors_count_as_the_worker_holds_them() {
+        let tensor = |name: &str, dims: &[u64], ty: &str, size_bytes| TensorInfo {
+            name: name.to_owned(),
+            dims: dims.to_vec(),
+            ty: (0..40)
+                .filter_map(crate::catalog::gguf::GgmlType::from_id)
+                .find(|found| found.name() == ty)
+                .unwrap(),
+            offset: 0,
+            size_bytes,
+        };
+        let quantized = tensor("blk.0.attn_q.weight", &[32, 10], "Q8_0", 340);
+        assert_eq!(
+            (held_bytes(&quantized), loading_bytes(&quantized)),
+            (340, 340)
+        );
+        let half = tensor("blk.0.attn_q.weight", &[32, 10], "F16", 640);
+        assert_eq!((held_bytes(&half), loading_bytes(&half)), (1280, 1280));
+        let embedding = tensor(EMBEDDING, &[32, 10], "F16", 640);
+        assert_eq!(held_bytes(&embedding), 640);
+    }
+}

@@ -42,15 +42,14 @@ impl DeviceMemory {
         }
     }
 
-    /// What workers may take of a GPU: nothing while nobody knows how it is.
+    /// What workers may take of a GPU: nothing of one whose memory nobody knows, or that does not answer.
     pub fn of_gpu(gpu: &Gpu) -> Self {
-        match gpu.reading.memory {
-            Some(memory) if gpu.state == GpuState::Ok => Self {
-                total_bytes: memory.total_bytes,
-                available_bytes: memory.free_bytes,
-                as_of: gpu.measured_at,
-            },
-            _ => Self::default(),
+        let memory = gpu.reading.memory.unwrap_or_default();
+        let available = gpu.state == GpuState::Ok;
+        Self {
+            total_bytes: memory.total_bytes,
+            available_bytes: if available { memory.free_bytes } else { 0 },
+            as_of: gpu.measured_at,
         }
     }
 
@@ -257,6 +256,122 @@ mod tests {
         let mut ended = worker(9 * GB, None);
         ended.apply(WorkerEvent::Died).unwrap();
         assert_eq!(free(memory, &[ended]), 10);
+    }
+
+    #[test] // [POOLD-014]
+    fn what_a_worker_took_after_the_reading_is_not_free() {
+        // A driver was asked at 10 s; one worker was ready before, the other has taken its memory since.
+        let at = |seconds| Timestamp::from_second(seconds).unwrap();
+        let memory = DeviceMemory {
+            total_bytes: 16 * GB,
+            available_bytes: 10 * GB,
+            as_of: Some(at(10)),
+        };
+        let mut records = [worker(GB, Some(GB)), worker(3 * GB, Some(3 * GB))];
+        records[0].info.ready_at = Some(at(9));
+        records[1].info.ready_at = Some(at(10));
+        assert_eq!(free_bytes(memory, Device::CPU, &records), 7 * GB);
+    }
+
+    #[test] // [POOLD-014]
+    fn a_cgroup_lowers_what_the_host_has() {
+        let host = DeviceMemory {
+            total_bytes: 16 * GB,
+            available_bytes: 10 * GB,
+            as_of: None,
+        };
+        assert_eq!(host.inside(None, Some(GB)), host);
+        let inside = host.inside(Some(4 * GB), Some(GB));
+        assert_eq!(
+            (inside.total_bytes, inside.available_bytes),
+            (4 * GB, 3 * GB)
+        );
+        let full = host.inside(Some(4 * GB), Some(5 * GB));
+        assert_eq!(full.available_bytes, 0);
+        assert_eq!(host.inside(Some(64 * GB), Some(GB)), host);
+    }
+
+    #[test] // [POOLD-063]
+    fn the_gpu_of_a_mac_and_its_processors_share_one_memory() {
+        let device = |text: &str| text.parse::<Device>().unwrap();
+        let (metal, cuda) = (device("metal:0"), device("cuda:0"));
+        assert!(shares_memory(metal, Device::CPU) && shares_memory(Device::CPU, metal));
+        assert!(!shares_memory(cuda, Device::CPU) && !shares_memory(cuda, device("cuda:1")));
+        let memory = DeviceMemory {
+            total_bytes: 16 * GB,
+            available_bytes: 16 * GB,
+            as_of: None,
+        };
+        let mut records = [worker(3 * GB, Some(3 * GB)), worker(4 * GB, Some(4 * GB))];
+        records[1].info.device = metal;
+        for device in [Device::CPU, metal] {
+            assert_eq!(reserved_bytes(device, &records), 7 * GB);
+            assert_eq!(free_bytes(memory, device, &records), 9 * GB);
+        }
+        assert_eq!(free_bytes(memory, cuda, &records), 16 * GB);
+    }
+
+    #[test] // [POOLD-060]
+    fn the_roomiest_device_is_taken_and_of_equal_ones_the_first() {
+        let device = |index| Device {
+            backend: Backend::Cuda,
+            index,
+        };
+        let with = |free: u64| DeviceMemory {
+            total_bytes: free,
+            available_bytes: free,
+            as_of: None,
+        };
+        let devices = [
+            (device(0), with(4)),
+            (device(1), with(9)),
+            (device(2), with(9)),
+        ];
+        assert_eq!(roomiest(devices, &[]), Some(devices[1]));
+        let mut taken = worker(6, Some(6));
+        taken.info.device = device(1);
+        assert_eq!(roomiest(devices, &[taken]), Some(devices[2]));
+        assert_eq!(roomiest([], &[]), None);
+    }
+
+    #[test] // [POOLD-064]
+    fn idle_workers_are_to_stop_before_others_the_longest_idle_first_and_none_in_vain() {
+        let at = |seconds| Some(Timestamp::from_second(seconds).unwrap());
+        let named = |number, bytes, idle_since| {
+            let mut record = record(number);
+            record.info.memory.measured_bytes = Some(bytes);
+            record.apply(WorkerEvent::BecameReady).unwrap();
+            (record.info.ready_at, record.info.idle_since) = (at(1), idle_since);
+            record
+        };
+        let mut busy = named(0, 50 * GB, None);
+        busy.info.active = 1;
+        busy.apply(WorkerEvent::BecameBusy).unwrap();
+        let mut draining = named(4, 90 * GB, at(1));
+        draining.apply(WorkerEvent::Drain).unwrap();
+        let records = [
+            busy,
+            named(1, 3 * GB, at(30)),
+            named(2, 2 * GB, at(10)),
+            named(3, 6 * GB, at(40)),
+            draining,
+        ];
+        let stop = |missing| -> Vec<String> {
+            what_to_stop(missing, Device::CPU, &records)
+                .into_iter()
+                .map(|candidate| candidate.id.replace("worker-cpu-", ""))
+                .collect()
+        };
+        assert_eq!(stop(GB), ["2"], "the longest idle");
+        assert_eq!(stop(5 * GB), ["2", "1"]);
+        assert_eq!(stop(6 * GB), ["3"], "the small ones before it are needless");
+        assert_eq!(
+            stop(12 * GB),
+            ["0"],
+            "a busy one, where the idle ones do not do"
+        );
+        assert_eq!(stop(61 * GB), ["2", "1", "3", "0"]);
+        assert!(stop(62 * GB).is_empty(), "all of them would not do");
     }
 
     #[cfg(target_os = "linux")]
