@@ -23,12 +23,14 @@ const NO_ORCHESTRATOR: &str = "none";
 
 /// `pool-managerd.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct PoolConfig {
     /// Name of this pool in the fleet. Default: the host's short name.
     pub pool_id: String,
     /// Address to listen on; port 0 takes a free one. Default `127.0.0.1:9200`. Any other than a loopback address
     /// needs a token.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub bind: SocketAddr,
     /// Where the orchestrator reaches this pool. Default: the address it listens on.
     pub advertise_url: Option<String>,
@@ -36,6 +38,7 @@ pub struct PoolConfig {
     /// without a token, one at the standard address `http://127.0.0.1:8080`.
     pub orchestrator_url: Option<String>,
     /// File (mode 0600) with the pool's token; the variable `LLORCH_POOL_TOKEN` goes before it.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub token_file: Option<PathBuf>,
     /// The checkout that `llorch-pool git` works on. Default: the one that the command runs in.
     pub repo_path: Option<PathBuf>,
@@ -55,6 +58,7 @@ pub struct PoolConfig {
 
 /// `[workers]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkersConfig {
     /// First port given to workers. Default 8001.
@@ -65,6 +69,7 @@ pub struct WorkersConfig {
     pub start_timeout_s: u64,
     /// Address that workers listen on. Default `127.0.0.1`, which serves an orchestrator on this host alone. An
     /// orchestrator elsewhere calls them at the host of `advertise_url`, with the secret that every worker has.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub bind: IpAddr,
     /// Seconds that a worker has to finish what runs when it is told to stop; it is killed where it is still there
     /// 5 seconds later. Default 10.
@@ -74,15 +79,18 @@ pub struct WorkersConfig {
     /// Default 30; a model of over 1 GB gets longer for its work, a second for each 32 MB (on a GPU 320 MB).
     pub stall_timeout_s: u64,
     /// Compute threads of a worker on the CPU. Default: one less than the host's processors.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<u32>))]
     pub threads: Option<NonZeroU32>,
     /// How many ended workers are remembered, with their logs. Default 20.
     pub keep_ended: usize,
     /// Folder that is searched first for `llorch-candled`. Default: beside the running program, then the PATH.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub programs_dir: Option<PathBuf>,
 }
 
 /// `[memory]`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct MemoryConfig {
     /// Bytes of main memory that all workers together may take. Default: what the host, or the memory cgroup that the
@@ -106,16 +114,20 @@ pub struct GpuConfig {
 
 /// `[models]`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ModelsConfig {
     /// The models folder. Default: `models` of the home.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub dir: Option<PathBuf>,
     /// Folders below which a `file:` reference may point. Default: the models folder alone.
+    #[cfg_attr(feature = "openapi", schema(value_type = Vec<String>))]
     pub allow_paths: Vec<PathBuf>,
 }
 
 /// `[service]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ServiceConfig {
     /// Connections at once. Default 256.

@@ -22,6 +22,8 @@ mod macos;
 pub mod model_ref;
 #[cfg(feature = "nvml")]
 mod nvml;
+#[cfg(feature = "openapi")]
+mod openapi;
 pub mod process;
 pub mod programs;
 pub mod registry;

@@ -19,6 +19,7 @@ use crate::ModelRef;
 
 /// What computes: the part of `llorch-candled` that a worker uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Backend {
@@ -115,6 +116,7 @@ impl<'de> Deserialize<'de> for Device {
 
 /// The state of a worker. It changes only through [`WorkerStatus::transition`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum WorkerStatus {
     /// The process is being started or loads its model.
@@ -201,6 +203,7 @@ impl fmt::Display for WorkerStatus {
 
 /// Why a worker ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case", tag = "kind", content = "value")]
 pub enum ExitReason {
     /// It exited by itself with this code; `None` where an adopted process can't be asked.
@@ -239,6 +242,7 @@ impl fmt::Display for ExitReason {
 
 /// The end of a worker: reason, the sentence that explains it, and the last lines of its log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerExit {
     /// The kind of end.
     pub reason: ExitReason,
@@ -254,6 +258,7 @@ pub struct WorkerExit {
 
 /// Memory of a worker, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerMemory {
     /// Estimate from the model file: weights, KV cache for context × slots, working memory.
     pub predicted_bytes: u64,
@@ -279,6 +284,7 @@ pub fn mebibytes(bytes: u64) -> String {
 
 /// A worker as `GET /workers`, `llorch-pool worker list` and heartbeats show it: everything but its secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerInfo {
     /// `worker-BACKEND-N`; N is never used again on this pool.
     pub id: String,
@@ -317,6 +323,7 @@ pub struct WorkerInfo {
 
 /// Identity of a model file: enough to see that it was replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ModelFile {
     /// Size in bytes.
     pub size_bytes: u64,

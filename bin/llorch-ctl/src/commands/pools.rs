@@ -174,6 +174,7 @@ mod tests {
             version: "0.1.0".into(),
             started_at: Timestamp::UNIX_EPOCH,
             draining: false,
+            drain: None,
             backends: Vec::new(),
             devices: vec![device],
             workers: vec![

@@ -718,6 +718,7 @@ impl FakePool {
             version: "0.0.0".into(),
             started_at: Timestamp::UNIX_EPOCH,
             draining: false,
+            drain: None,
             backends: vec![Backend::Cpu],
             devices: vec![device],
             workers: self.workers.clone(),

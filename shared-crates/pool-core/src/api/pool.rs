@@ -14,6 +14,7 @@ pub const HEARTBEAT_INTERVAL_MS: RangeInclusive<u64> = 20..=600_000;
 
 /// Body of `POST /workers/spawn`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct WorkerSpawnRequest {
     /// The model.
@@ -36,14 +37,60 @@ pub struct WorkerSpawnRequest {
 
 /// Body of `POST /workers/{id}/stop`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerStopRequest {
     /// End it at once instead of letting it finish what runs.
     pub force: bool,
 }
 
+/// Body of `POST /drain`. Without one, the pool takes no new workers and nothing else happens to those it has.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct DrainRequest {
+    /// Milliseconds, at most a week, after which the workers that still run something are told to stop. Without it they
+    /// have all the time they need.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
+    /// Whether workers are told to stop as soon as they run nothing, so that none is left in the end. Otherwise those
+    /// that run nothing stay, and serve again after `POST /resume`.
+    pub stop_workers: bool,
+}
+
+/// How far a pool that drains has come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct DrainStatus {
+    /// Since when it drains.
+    pub since: Timestamp,
+    /// When the workers that are left are told to stop; `None` for never.
+    pub deadline: Option<Timestamp>,
+    /// Whether workers are stopped once they run nothing.
+    pub stop_workers: bool,
+    /// The workers that the drain waits for, oldest first: those that run something, or with `stop_workers` all that
+    /// live. Empty when the drain is done.
+    pub remaining: Vec<String>,
+}
+
+/// Answer of `POST /workers/cleanup`: what was cleared away.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct CleanupReport {
+    /// Workers that were on record as running and whose process is gone.
+    pub reaped: Vec<String>,
+    /// Ended workers that were forgotten, with their logs; those of `reaped` are among them.
+    pub forgotten: Vec<String>,
+    /// Names of other files that were removed: logs of workers that nobody remembers, records that could not be read,
+    /// and what a killed program left half-written.
+    pub files: Vec<String>,
+    /// Bytes that all this took.
+    pub freed_bytes: u64,
+}
+
 /// Codes of the pool manager's error envelopes, beside those that every daemon has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum PoolErrorCode {
     /// The request breaks the API's rules, or asks for what the model can't do.
@@ -60,14 +107,18 @@ pub enum PoolErrorCode {
     NoDevice,
     /// The device has too little memory left.
     OutOfMemory,
-    /// All ports are given away, or the port asked for is.
+    /// All ports of the pool's range are given away.
     NoPort,
+    /// The port asked for is somebody's.
+    PortTaken,
     /// The process could not be started.
     SpawnFailed,
     /// The pool takes no new workers.
     PoolDraining,
     /// There is no such worker.
     WorkerNotFound,
+    /// The worker has ended, or does not answer.
+    WorkerUnreachable,
     /// The caller is not the worker it says it is, or no longer.
     NotThisWorker,
 }
@@ -84,9 +135,11 @@ impl PoolErrorCode {
             Self::NoDevice => "NO_DEVICE",
             Self::OutOfMemory => "OUT_OF_MEMORY",
             Self::NoPort => "NO_PORT",
+            Self::PortTaken => "PORT_TAKEN",
             Self::SpawnFailed => "SPAWN_FAILED",
             Self::PoolDraining => "POOL_DRAINING",
             Self::WorkerNotFound => "WORKER_NOT_FOUND",
+            Self::WorkerUnreachable => "WORKER_UNREACHABLE",
             Self::NotThisWorker => "NOT_THIS_WORKER",
         }
     }
@@ -94,6 +147,7 @@ impl PoolErrorCode {
 
 /// Answer of `GET /workers`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerList {
     /// All workers of the registry, oldest first.
     pub workers: Vec<WorkerInfo>,
@@ -101,6 +155,7 @@ pub struct WorkerList {
 
 /// A device and its memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct DeviceInfo {
     /// Which one.
     pub device: Device,
@@ -120,6 +175,7 @@ pub struct DeviceInfo {
 
 /// A model file that the pool has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ModelOnDisk {
     /// How tasks name it.
     pub model_ref: ModelRef,
@@ -131,6 +187,7 @@ pub struct ModelOnDisk {
 
 /// Answer of `GET /models`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ModelList {
     /// Models on disk that tasks can name.
     pub models: Vec<ModelOnDisk>,
@@ -138,6 +195,7 @@ pub struct ModelList {
 
 /// Space of the disk that holds the models.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct DiskInfo {
     /// Bytes in all.
     pub total_bytes: u64,
@@ -147,6 +205,7 @@ pub struct DiskInfo {
 
 /// Answer of the pool's `GET /status`, and the public part of a heartbeat.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolStatus {
     /// Name of the pool.
     pub pool_id: String,
@@ -158,6 +217,9 @@ pub struct PoolStatus {
     pub started_at: Timestamp,
     /// Whether it refuses new workers.
     pub draining: bool,
+    /// How far draining has come, where it drains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainStatus>,
     /// Backends that a worker can be started with here.
     pub backends: Vec<Backend>,
     /// Devices; the CPU always is one.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Which program answers, and which API it speaks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct VersionInfo {
     /// The program's name.
     pub name: String,

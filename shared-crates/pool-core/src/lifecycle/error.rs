@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use jiff::Timestamp;
+
 use crate::ModelRef;
 use crate::catalog::store::ResolveError;
 use crate::gpu::GpuState;
@@ -86,11 +88,22 @@ pub enum SpawnError {
         /// Last port of the range.
         last: u16,
     },
-    /// The port asked for belongs to another worker.
-    #[error("port {port} can't be used: it is 0 or another worker's")]
+    /// Port 0 was asked for, which is none.
+    #[error("`port` is 0, it must be 1 to 65535")]
+    PortZero,
+    /// The port asked for is somebody's.
+    #[error("port {port} is taken by {holder}")]
     PortTaken {
         /// The port asked for.
         port: u16,
+        /// Who has it: a worker, or a program that nothing is known of.
+        holder: String,
+    },
+    /// The pool takes no new workers.
+    #[error("this pool is being drained since {since} and takes no new workers")]
+    Draining {
+        /// Since when.
+        since: Timestamp,
     },
     /// The process could not be started.
     #[error("could not start `{}`", program.display())]
@@ -145,7 +158,8 @@ impl SpawnError {
             Self::NoPort { .. } => {
                 "stop a worker, or widen `workers.port_min` to `workers.port_max`"
             }
-            Self::PortTaken { .. } => "leave `port` out to take a free one",
+            Self::PortZero | Self::PortTaken { .. } => "leave `port` out to take a free one",
+            Self::Draining { .. } => "`llorch-pool daemon resume` makes it take them again",
             Self::Slots { .. } => "leave `slots` out; a second worker runs a second sequence",
             Self::Context { .. }
             | Self::MemoryUnknown(_)

@@ -3,6 +3,8 @@
 //! `pool-managerd` and `llorch-pool` without a daemon use the same functions on the same registry. What is decided
 //! (port, memory, kind of end) stands in plain functions of the submodules; [`Lifecycle`] carries the decisions out.
 
+mod cleanup;
+mod drain;
 mod error;
 mod estimate;
 mod exit;
@@ -25,6 +27,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+pub use drain::Drain;
 pub use error::{SpawnError, StopError};
 pub use estimate::{MemoryEstimate, MemoryEstimator, PREFILL_CHUNK, attention_scratch_bytes};
 pub use exit::{Circumstances, ExitFacts, classify_exit};
@@ -277,6 +280,10 @@ impl Lifecycle {
         }
 
         let locked = self.registry.lock()?;
+        // A drain begins under the same lock: no worker slips in behind it.
+        if let Some(drain) = self.drain()? {
+            return Err(SpawnError::Draining { since: drain.since });
+        }
         let records = locked.load()?.records;
         let on_gpu = gpus.iter().map(|gpu| (gpu.device, self.gpu_memory(gpu)));
         let (device, memory) = match roomiest(on_gpu, &records) {
@@ -300,10 +307,7 @@ impl Lifecycle {
         }
         let in_use = ports_in_use(&records);
         let port = match request.port {
-            Some(port) if port == 0 || in_use.contains(&port) => {
-                return Err(SpawnError::PortTaken { port });
-            }
-            Some(port) => port,
+            Some(port) => ports::claimable(port, &records, self.config.workers.bind)?,
             None => self.next_port(&in_use, &[])?,
         };
         let id = format!(

@@ -1,7 +1,12 @@
 //! Which port a worker gets.
 
 use std::collections::HashSet;
+use std::io::ErrorKind;
+use std::net::{IpAddr, TcpListener};
 use std::ops::RangeInclusive;
+
+use super::SpawnError;
+use crate::registry::WorkerRecord;
 
 /// The lowest port of `range` that no live worker has and that this worker has not found taken; `None` when there is
 /// none left.
@@ -15,9 +20,56 @@ pub fn choose_port(
         .find(|port| !in_use.contains(port) && !tried.contains(port))
 }
 
+/// `port`, which was asked for by number, if nobody has it. A program that takes it after this look is found by the
+/// worker itself.
+pub(super) fn claimable(
+    port: u16,
+    records: &[WorkerRecord],
+    bind: IpAddr,
+) -> Result<u16, SpawnError> {
+    if port == 0 {
+        return Err(SpawnError::PortZero);
+    }
+    let mut live = records.iter().filter(|record| record.info.status.is_live());
+    if let Some(owner) = live.find(|record| record.info.port == port) {
+        let holder = owner.info.id.clone();
+        return Err(SpawnError::PortTaken { port, holder });
+    }
+    match TcpListener::bind((bind, port)) {
+        Err(error) if error.kind() == ErrorKind::AddrInUse => Err(SpawnError::PortTaken {
+            port,
+            holder: "another program".to_owned(),
+        }),
+        _ => Ok(port),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test] // [POOLD-012]
+    fn a_port_that_somebody_has_is_refused_by_the_holders_name() {
+        let here = IpAddr::from([127, 0, 0, 1]);
+        let worker = crate::lifecycle::tests::record(3);
+        let refusal = |port, records: &[WorkerRecord]| {
+            claimable(port, records, here).unwrap_err().to_string()
+        };
+        assert_eq!(refusal(0, &[]), "`port` is 0, it must be 1 to 65535");
+        let port = worker.info.port;
+        assert_eq!(
+            refusal(port, &[worker]),
+            format!("port {port} is taken by worker-cpu-3")
+        );
+        let squatter = TcpListener::bind((here, 0)).unwrap();
+        let port = squatter.local_addr().unwrap().port();
+        assert_eq!(
+            refusal(port, &[]),
+            format!("port {port} is taken by another program")
+        );
+        drop(squatter);
+        assert_eq!(claimable(port, &[], here).unwrap(), port);
+    }
 
     #[test] // [POOLD-012]
     fn the_lowest_port_nobody_has_or_found_taken() {

@@ -226,7 +226,7 @@ fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
     let third = lifecycle.spawn(&fixed).unwrap().info;
     assert!(matches!(
         lifecycle.spawn(&fixed),
-        Err(SpawnError::PortTaken { port: 8500 })
+        Err(SpawnError::PortTaken { port: 8500, .. })
     ));
     let Some(Ended::Over(over)) = lifecycle
         .process_ended(&third.id, ExitFacts::Exited(EXIT_PORT_TAKEN))

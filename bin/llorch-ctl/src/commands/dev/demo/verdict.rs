@@ -211,6 +211,7 @@ mod tests {
             version: "0.1.0".into(),
             started_at: Timestamp::UNIX_EPOCH,
             draining: false,
+            drain: None,
             backends: Vec::new(),
             devices: Vec::new(),
             workers: vec![WorkerInfo {

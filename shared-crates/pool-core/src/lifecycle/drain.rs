@@ -1,0 +1,179 @@
+//! Draining: a pool that takes no new workers, and lets those it has come to an end.
+//!
+//! That a pool drains is a file beside the registry, written under the registry's lock: it survives restarts of the
+//! daemon, and holds as well for a worker that is started without one.
+
+use std::fs;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::Lifecycle;
+use crate::api::pool::{DrainRequest, DrainStatus};
+use crate::fsio;
+use crate::registry::RegistryError;
+use crate::worker::{WorkerInfo, WorkerStatus};
+
+/// What the operator asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drain {
+    /// Since when the pool drains.
+    pub since: Timestamp,
+    /// When the workers that are left are told to stop.
+    pub deadline: Option<Timestamp>,
+    /// Whether workers are stopped once they run nothing.
+    pub stop_workers: bool,
+}
+
+impl Drain {
+    /// Whether `worker` is to be told to stop now.
+    pub fn is_due(&self, worker: &WorkerInfo, now: Timestamp) -> bool {
+        let told = worker.status == WorkerStatus::Draining;
+        let over = self.deadline.is_some_and(|deadline| now >= deadline);
+        worker.status.is_live()
+            && !told
+            && if is_working(worker) {
+                over
+            } else {
+                self.stop_workers
+            }
+    }
+
+    /// Whether the drain waits for `worker`.
+    pub fn waits_for(&self, worker: &WorkerInfo) -> bool {
+        let told = worker.status == WorkerStatus::Draining;
+        worker.status.is_live() && (self.stop_workers || told || is_working(worker))
+    }
+
+    /// How far it has come with these workers.
+    pub fn status(&self, workers: &[WorkerInfo]) -> DrainStatus {
+        let remaining = workers.iter().filter(|worker| self.waits_for(worker));
+        DrainStatus {
+            since: self.since,
+            deadline: self.deadline,
+            stop_workers: self.stop_workers,
+            remaining: remaining.map(|worker| worker.id.clone()).collect(),
+        }
+    }
+}
+
+/// A worker that loads runs nothing that could be finished.
+fn is_working(worker: &WorkerInfo) -> bool {
+    worker.active > 0 || worker.status == WorkerStatus::Busy
+}
+
+impl Lifecycle {
+    /// The drain under way. A file that can't be understood still says that nothing may be started.
+    pub fn drain(&self) -> Result<Option<Drain>, RegistryError> {
+        let path = self.drain_file();
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(failed("read", path, source)),
+        };
+        Ok(Some(serde_json::from_slice(&bytes).unwrap_or_else(
+            |error| {
+                tracing::warn!(path = %path.display(), %error, "the drain's file is damaged; the pool drains without a deadline");
+                Drain {
+                    since: Timestamp::UNIX_EPOCH,
+                    deadline: None,
+                    stop_workers: false,
+                }
+            },
+        )))
+    }
+
+    /// Takes no new workers from now on. Where the pool drains already, the new request replaces the old one.
+    pub fn start_drain(&self, request: &DrainRequest) -> Result<Drain, RegistryError> {
+        let _locked = self.registry.lock()?;
+        let now = Timestamp::now();
+        let deadline = request
+            .deadline_ms
+            .and_then(|ms| now.checked_add(Duration::from_millis(ms)).ok());
+        let drain = Drain {
+            since: self.drain()?.map_or(now, |before| before.since),
+            deadline,
+            stop_workers: request.stop_workers,
+        };
+        let path = self.drain_file();
+        serde_json::to_vec_pretty(&drain)
+            .map_err(io::Error::from)
+            .and_then(|json| fsio::write_atomic(&path, json, 0o600))
+            .map_err(|source| failed("write", path, source))?;
+        Ok(drain)
+    }
+
+    /// Takes new workers again; says whether it did not before.
+    pub fn end_drain(&self) -> Result<bool, RegistryError> {
+        let _locked = self.registry.lock()?;
+        let path = self.drain_file();
+        match fs::remove_file(&path) {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(source) => Err(failed("remove", path, source)),
+        }
+    }
+
+    fn drain_file(&self) -> PathBuf {
+        self.home.pool_state().join("drain.json")
+    }
+}
+
+fn failed(action: &'static str, path: PathBuf, source: io::Error) -> RegistryError {
+    RegistryError::Io {
+        action,
+        path,
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lifecycle::tests::record;
+
+    fn worker(status: WorkerStatus, active: u32) -> WorkerInfo {
+        WorkerInfo {
+            status,
+            active,
+            ..record(0).info
+        }
+    }
+
+    #[test] // [POOLD-060]
+    fn what_runs_may_finish_until_the_deadline() {
+        use WorkerStatus::{Busy, Draining, Failed, Ready, Starting};
+        let at = |second| Timestamp::from_second(second).unwrap();
+        let drain = |deadline: Option<i64>, stop_workers| Drain {
+            since: at(0),
+            deadline: deadline.map(at),
+            stop_workers,
+        };
+        // (deadline, stop_workers, now, worker) -> (told to stop, waited for)
+        for (deadline, stop_workers, now, status, active, due, waits) in [
+            (None, false, 9, Ready, 0, false, false),
+            (None, false, 9, Ready, 1, false, true),
+            (None, true, 9, Ready, 0, true, true),
+            (None, true, 9, Ready, 1, false, true),
+            (None, true, 9, Starting, 0, true, true),
+            (Some(10), false, 9, Busy, 1, false, true),
+            (Some(10), false, 10, Busy, 1, true, true),
+            (Some(10), false, 10, Ready, 0, false, false),
+            (Some(10), false, 10, Starting, 0, false, false),
+            (Some(10), true, 9, Busy, 1, false, true),
+            (Some(10), true, 10, Busy, 1, true, true),
+            (Some(10), false, 11, Draining, 1, false, true),
+            (Some(10), true, 11, Failed, 0, false, false),
+        ] {
+            let (drain, worker) = (drain(deadline, stop_workers), worker(status, active));
+            assert_eq!(
+                (drain.is_due(&worker, at(now)), drain.waits_for(&worker)),
+                (due, waits),
+                "{drain:?} at {now}: {status} with {active}"
+            );
+        }
+    }
+}
