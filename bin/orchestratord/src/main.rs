@@ -8,7 +8,7 @@ use clap::Parser;
 use orchestrator_core::config::OrchestratorConfig;
 use orchestratord::Hinted;
 use pool_core::home::Home;
-use pool_core::service::{Shutdown, telemetry};
+use pool_core::service::{Shutdown, report_failure, telemetry};
 
 /// Daemon of llama-orch: durable job queue, scheduling, event streams.
 #[derive(Debug, Parser)]
@@ -27,14 +27,8 @@ async fn main() -> ExitCode {
     match start(Args::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
-            for cause in error.chain().skip(1) {
-                eprintln!("caused by: {cause}");
-            }
-            if let Some(hinted) = error.downcast_ref::<Hinted>() {
-                eprintln!("hint: {}", hinted.hint);
-            }
-            ExitCode::FAILURE
+            let hint = error.downcast_ref::<Hinted>();
+            report_failure(error.as_ref(), hint.map(|hinted| &*hinted.hint))
         }
     }
 }

@@ -4,6 +4,7 @@
 //! world: an HTTP API, one task a worker that watches it, and heartbeats to the orchestrator.
 
 mod api;
+mod drain;
 mod gpu_inventory;
 mod heartbeat;
 mod metrics;
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use pool_core::POOL_API_VERSION;
 use pool_core::catalog::CatalogError;
+use pool_core::client::ApiClient;
 use pool_core::config::{ConfigError, Orchestrator, PoolConfig};
 use pool_core::home::{Home, HomeError};
 use pool_core::lifecycle::Lifecycle;
@@ -59,6 +61,9 @@ pub enum RunError {
     /// The orchestrator's address is none.
     #[error("`orchestrator_url` can't be used")]
     Orchestrator(#[source] pool_core::client::ClientError),
+    /// The relay to the workers can't be set up.
+    #[error("could not set up connections to workers")]
+    Client(#[source] pool_core::client::ClientError),
     /// Logging can't be set up.
     #[error("LLORCH_LOG can't be used")]
     Log(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -82,7 +87,7 @@ impl RunError {
             Self::Bind(error) => error.hint().map(str::to_owned),
             Self::Orchestrator(error) => error.hint(),
             Self::Log(_) => Some("write it like `info,pool_managerd=debug`".to_owned()),
-            Self::Registry(_) | Self::Address(_) | Self::Signals(_) => None,
+            Self::Client(_) | Self::Registry(_) | Self::Address(_) | Self::Signals(_) => None,
         }
     }
 }
@@ -102,6 +107,7 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
         .clone_from(&config.service.allowed_hosts);
     options.body_limit = config.service.body_limit_bytes;
     options.header_timeout = Duration::from_millis(config.service.header_timeout_ms);
+    options.body_timeout = Duration::from_millis(config.service.body_timeout_ms);
     options.max_connections = config.service.max_connections;
     let grace = Duration::from_millis(config.service.shutdown_grace_ms);
     let service = Service::bind(config.bind, options).await?;
@@ -110,6 +116,8 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     let pool = Arc::new(Pool::new(
         Lifecycle::new(home, config.clone())?.with_pool_url(service.url()),
         service.url(),
+        ApiClient::new(&service.url(), None).map_err(RunError::Client)?,
+        shutdown.clone(),
     ));
     if !config.bind.ip().is_loopback() && config.workers.bind.is_loopback() {
         tracing::warn!(
@@ -120,6 +128,7 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     let mut background = tokio::task::JoinSet::new();
     background.spawn(worker_lifecycle::keep_adopting(Arc::clone(&pool)));
     background.spawn(gpu_inventory::watch(Arc::clone(&pool)));
+    background.spawn(drain::keep(Arc::clone(&pool)));
     let goal = match config.orchestrator() {
         Orchestrator::At(url) => Some(Goal::Named(url.to_owned())),
         // A token and the workers' secrets are not for whoever happens to listen at the standard port.

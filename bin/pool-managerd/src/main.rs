@@ -1,6 +1,5 @@
 //! The program: reads its arguments and settings, and runs the daemon until it is told to stop.
 
-use std::error::Error;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -8,7 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use pool_core::config::PoolConfig;
 use pool_core::home::Home;
-use pool_core::service::{Shutdown, telemetry};
+use pool_core::service::{Shutdown, report_failure, telemetry};
 use pool_managerd::RunError;
 
 /// Daemon of one pool host: starts, watches and stops workers, and reports to the orchestrator.
@@ -32,16 +31,7 @@ struct Args {
 async fn main() -> ExitCode {
     match start(Args::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            for cause in std::iter::successors(error.source(), |cause| (*cause).source()) {
-                eprintln!("caused by: {cause}");
-            }
-            if let Some(hint) = error.hint() {
-                eprintln!("hint: {hint}");
-            }
-            ExitCode::FAILURE
-        }
+        Err(error) => report_failure(&error, error.hint().as_deref()),
     }
 }
 

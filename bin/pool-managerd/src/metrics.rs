@@ -4,6 +4,44 @@ use pool_core::api::pool::{DeviceInfo, WorkerList};
 use pool_core::worker::{ExitReason, WorkerStatus};
 use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
+/// How a start of a worker may turn out: it came up, was refused, could not be started, or ended before it was up (the
+/// reasons of an end).
+const START_OUTCOMES: [&str; 11] = [
+    "ready",
+    "refused",
+    "port_taken",
+    "spawn_failed",
+    "exited",
+    "signal",
+    "oom_killed",
+    "stalled",
+    "start_timeout",
+    "model_invalid",
+    "stopped",
+];
+/// Why a worker may end.
+const STOP_REASONS: [&str; 8] = [
+    "exited",
+    "signal",
+    "oom_killed",
+    "stalled",
+    "start_timeout",
+    "model_invalid",
+    "spawn_failed",
+    "stopped",
+];
+
+/// How a call to the orchestrator may turn out.
+const HEARTBEAT_OUTCOMES: [&str; 7] = [
+    "ok",
+    "unreachable",
+    "refused",
+    "unknown_pool",
+    "superseded",
+    "nobody",
+    "no_snapshot",
+];
+
 /// The counters of one daemon.
 pub struct Metrics {
     registry: Registry,
@@ -42,7 +80,7 @@ impl Metrics {
         registry
             .register(Box::new(gpus.clone()))
             .expect("the name is used once");
-        Self {
+        let metrics = Self {
             workers: gauge(
                 "pool_mgr_workers",
                 "Workers of the registry by status.",
@@ -71,7 +109,7 @@ impl Metrics {
             ),
             starts: counter(
                 "pool_mgr_worker_starts_total",
-                "Starts of workers by outcome.",
+                "Starts of workers by outcome: ready, refused, or why it did not come up.",
                 "outcome",
             ),
             stops: counter(
@@ -85,7 +123,18 @@ impl Metrics {
                 "outcome",
             ),
             registry,
+        };
+        // A series that only begins with the first event makes rates and alerts miss it.
+        for outcome in START_OUTCOMES {
+            metrics.starts.with_label_values(&[outcome]);
         }
+        for reason in STOP_REASONS {
+            metrics.stops.with_label_values(&[reason]);
+        }
+        for outcome in HEARTBEAT_OUTCOMES {
+            metrics.heartbeats.with_label_values(&[outcome]);
+        }
+        metrics
     }
 
     /// A worker came up (`ready`), could not (the reason of its end), or was refused.

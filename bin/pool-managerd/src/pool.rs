@@ -3,15 +3,16 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::panic;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use axum::http::Uri;
 use jiff::Timestamp;
 use pool_core::ModelRef;
 use pool_core::api::pool::{ModelOnDisk, PoolSnapshot, PoolStatus, WorkerEndpoint};
+use pool_core::client::ApiClient;
 use pool_core::lifecycle::Lifecycle;
 use pool_core::registry::{RegistryError, WorkerRecord};
+use pool_core::service::Shutdown;
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 
@@ -26,8 +27,11 @@ pub struct Pool {
     pub metrics: Metrics,
     /// Where others reach the pool.
     pub url: String,
+    /// Its connections are those to the workers of callers who can't reach them.
+    pub relay: ApiClient,
+    /// Asks the daemon to stop.
+    pub shutdown: Shutdown,
     started_at: Timestamp,
-    draining: AtomicBool,
     changes: watch::Sender<u64>,
     watched: Mutex<HashMap<String, Watcher>>,
     /// Held for reading from the start of a worker's process until it is watched, and for writing while workers that
@@ -45,15 +49,21 @@ pub struct Watcher {
 
 impl Pool {
     /// The pool of `lifecycle`, which listens at `listens_at`.
-    pub fn new(lifecycle: Lifecycle, listens_at: String) -> Self {
+    pub fn new(
+        lifecycle: Lifecycle,
+        listens_at: String,
+        relay: ApiClient,
+        shutdown: Shutdown,
+    ) -> Self {
         let advertised = lifecycle.config().advertise_url.clone();
         Self {
             url: advertised.unwrap_or(listens_at),
             lifecycle,
             instance_id: uuid::Uuid::new_v4().to_string(),
             metrics: Metrics::new(),
+            relay,
+            shutdown,
             started_at: Timestamp::now(),
-            draining: AtomicBool::new(false),
             changes: watch::Sender::new(0),
             watched: Mutex::default(),
             starting: RwLock::default(),
@@ -82,22 +92,6 @@ impl Pool {
         self.changes.subscribe()
     }
 
-    /// Whether new workers are refused.
-    pub fn is_draining(&self) -> bool {
-        self.draining.load(Ordering::Acquire)
-    }
-
-    /// Refuses new workers, or takes them again.
-    pub fn set_draining(&self, draining: bool) {
-        if self.draining.swap(draining, Ordering::AcqRel) != draining {
-            tracing::info!(
-                draining,
-                "the operator changed whether new workers are taken"
-            );
-            self.changed();
-        }
-    }
-
     /// The tasks that watch workers, by worker.
     pub fn watched(&self) -> MutexGuard<'_, HashMap<String, Watcher>> {
         // A panic can't leave half an entry.
@@ -123,7 +117,7 @@ impl Pool {
     /// What the pool is now, for everybody. Reads files.
     pub fn status(&self) -> Result<PoolStatus, RegistryError> {
         let records = self.lifecycle.registry().load()?.records;
-        Ok(self.status_of(&records))
+        self.status_of(&records)
     }
 
     /// What the pool is now, with the secrets of its workers: for the orchestrator alone. Reads files.
@@ -141,7 +135,7 @@ impl Pool {
             })
             .collect();
         Ok(PoolSnapshot {
-            status: self.status_of(&records),
+            status: self.status_of(&records)?,
             endpoints,
         })
     }
@@ -172,19 +166,22 @@ impl Pool {
             .collect()
     }
 
-    fn status_of(&self, records: &[WorkerRecord]) -> PoolStatus {
-        PoolStatus {
+    fn status_of(&self, records: &[WorkerRecord]) -> Result<PoolStatus, RegistryError> {
+        let workers: Vec<_> = records.iter().map(|record| record.info.clone()).collect();
+        let drain = self.lifecycle.drain()?;
+        Ok(PoolStatus {
             pool_id: self.lifecycle.config().pool_id.clone(),
             instance_id: self.instance_id.clone(),
             version: crate::VERSION.to_owned(),
             started_at: self.started_at,
-            draining: self.is_draining(),
+            draining: drain.is_some(),
+            drain: drain.map(|drain| drain.status(&workers)),
             backends: self.lifecycle.backends(),
             devices: gpu_inventory::devices(&self.lifecycle, records),
-            workers: records.iter().map(|record| record.info.clone()).collect(),
+            workers,
             models: self.models(),
             disk: self.lifecycle.store().disk().unwrap_or_default(),
-        }
+        })
     }
 }
 

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use eventsource_stream::{EventStreamError, Eventsource};
 use futures_util::{Stream, StreamExt, stream};
 pub use reqwest::Method;
@@ -173,6 +174,15 @@ impl ApiClient {
         })
     }
 
+    /// A client of another daemon that shares this one's connections.
+    pub fn at(&self, base_url: impl Into<String>, token: Option<Secret>) -> Self {
+        Self {
+            base: base_url.into(),
+            token,
+            ..self.clone()
+        }
+    }
+
     /// Sends `id` as `X-Correlation-Id` with every request.
     #[must_use]
     pub fn with_correlation_id(mut self, id: impl Into<String>) -> Self {
@@ -305,6 +315,24 @@ impl ApiClient {
         })
     }
 
+    /// Sends a request for somebody else, who gets the answer as it is and as it comes, whatever its status.
+    pub async fn relay(&self, request: Request) -> Result<RelayedAnswer, ClientError> {
+        let url = request.url;
+        let sent = request.builder.send();
+        let response = tokio::time::timeout(self.answer_timeout, sent)
+            .await
+            .map_err(|_| ClientError::Timeout {
+                url: url.clone(),
+                after: self.answer_timeout,
+            })?
+            .map_err(|error| self.failed(&url, error))?;
+        Ok(RelayedAnswer {
+            url,
+            idle_timeout: self.idle_timeout,
+            response,
+        })
+    }
+
     async fn answer(&self, request: Request) -> Result<Answer, ClientError> {
         let response = request
             .builder
@@ -376,6 +404,41 @@ struct Answer {
     body: String,
 }
 
+/// An answer on its way to somebody else. Dropping it lets go of the connection.
+#[derive(Debug)]
+pub struct RelayedAnswer {
+    url: String,
+    idle_timeout: Duration,
+    response: reqwest::Response,
+}
+
+impl RelayedAnswer {
+    /// The HTTP status.
+    pub fn status(&self) -> StatusCode {
+        self.response.status()
+    }
+
+    /// The answer's headers.
+    pub fn headers(&self) -> &HeaderMap {
+        self.response.headers()
+    }
+
+    /// The next piece of the body, as soon as there is one; `None` after the last.
+    pub async fn chunk(&mut self) -> Result<Option<Bytes>, ClientError> {
+        match tokio::time::timeout(self.idle_timeout, self.response.chunk()).await {
+            Ok(Ok(chunk)) => Ok(chunk),
+            Ok(Err(error)) => Err(ClientError::Broken {
+                url: self.url.clone(),
+                detail: with_causes(&error.without_url()),
+            }),
+            Err(_) => Err(ClientError::Timeout {
+                url: self.url.clone(),
+                after: self.idle_timeout,
+            }),
+        }
+    }
+}
+
 /// A request that is being put together.
 #[derive(Debug)]
 pub struct Request {
@@ -395,6 +458,13 @@ impl Request {
     #[must_use]
     pub fn query<Q: Serialize + ?Sized>(mut self, parameters: &Q) -> Self {
         self.builder = self.builder.query(parameters);
+        self
+    }
+
+    /// Sets a body that is somebody else's.
+    #[must_use]
+    pub fn body(mut self, bytes: Bytes) -> Self {
+        self.builder = self.builder.body(bytes);
         self
     }
 

@@ -136,6 +136,8 @@ pub struct ServiceConfig {
     pub body_limit_bytes: usize,
     /// Milliseconds that a client has to send its request's head. Default 10000.
     pub header_timeout_ms: u64,
+    /// Milliseconds that it has for the body after that. Default 30000.
+    pub body_timeout_ms: u64,
     /// Milliseconds that open requests have to end after SIGTERM. Default 2000.
     pub shutdown_grace_ms: u64,
     /// Host names, besides loopback names and the address listened on, that requests without a token may be made to.
@@ -193,6 +195,7 @@ impl Default for ServiceConfig {
             max_connections: 256,
             body_limit_bytes: 64 * 1024,
             header_timeout_ms: 10_000,
+            body_timeout_ms: 30_000,
             shutdown_grace_ms: 2_000,
             allowed_hosts: Vec::new(),
         }

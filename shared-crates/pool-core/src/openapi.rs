@@ -29,7 +29,10 @@ impl ToSchema for ModelRef {}
 
 impl PartialSchema for Device {
     fn schema() -> RefOr<Schema> {
-        text("Where a worker computes: `cpu`, `cuda:N` or `metal:N`.", "cuda:0")
+        text(
+            "Where a worker computes: `cpu`, `cuda:N` or `metal:N`.",
+            "cuda:0",
+        )
     }
 }
 

@@ -3,10 +3,13 @@
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use pool_core::api::pool::PoolErrorCode;
+use pool_core::api::worker::WorkerErrorCode;
 use pool_core::catalog::store::ResolveError;
+use pool_core::client::ClientError;
 use pool_core::lifecycle::{HealthRefused, ObserveError, SpawnError, StopError};
 use pool_core::registry::RegistryError;
 use pool_core::service::{ServiceError, codes};
+use pool_core::worker::WorkerInfo;
 use serde_json::json;
 
 /// An error on its way to the client.
@@ -26,7 +29,10 @@ fn error(code: PoolErrorCode, message: impl Into<String>) -> ServiceError {
     let status = match code {
         C::InvalidRequest | C::ModelNotAllowed => StatusCode::BAD_REQUEST,
         C::ModelNotFound | C::ModelNotDownloaded | C::WorkerNotFound => StatusCode::NOT_FOUND,
-        C::BackendUnavailable | C::NoDevice | C::NotThisWorker => StatusCode::CONFLICT,
+        C::BackendUnavailable | C::NoDevice | C::NotThisWorker | C::PortTaken | C::WorkerEnded => {
+            StatusCode::CONFLICT
+        }
+        C::WorkerUnreachable => StatusCode::BAD_GATEWAY,
         C::OutOfMemory | C::NoPort | C::PoolDraining => StatusCode::SERVICE_UNAVAILABLE,
         C::SpawnFailed => StatusCode::INTERNAL_SERVER_ERROR,
     };
@@ -42,14 +48,39 @@ impl ApiError {
         .into()
     }
 
-    /// The pool takes no new workers.
-    pub fn draining() -> Self {
+    /// There is no execution with this id, and can be none.
+    pub fn no_execution(job_id: &str) -> Self {
+        let shown: String = job_id.chars().take(80).collect();
+        Self(ServiceError::new(
+            StatusCode::NOT_FOUND,
+            WorkerErrorCode::NotFound.as_str(),
+            format!("there is no execution of `{}`", shown.escape_debug()),
+        ))
+    }
+
+    /// A worker that executes nothing any more.
+    pub fn worker_ended(worker: &WorkerInfo) -> Self {
         Self(
             error(
-                PoolErrorCode::PoolDraining,
-                "this pool takes no new workers",
+                PoolErrorCode::WorkerEnded,
+                format!("{} has ended", worker.id),
             )
-            .hint("`POST /resume` makes it take them again"),
+            .hint("`GET /workers` lists those that run"),
+        )
+    }
+
+    /// A worker that a request can't be passed on to.
+    pub fn worker_unreachable(id: &str, cause: &ClientError) -> Self {
+        tracing::warn!(worker = id, error = %cause, "could not pass a request on");
+        Self(
+            error(
+                PoolErrorCode::WorkerUnreachable,
+                format!("{id} does not answer"),
+            )
+            .retriable(true)
+            .hint(
+                "`GET /workers` tells how it is; while it is being started it may not listen yet",
+            ),
         )
     }
 
@@ -87,13 +118,17 @@ impl From<SpawnError> for ApiError {
             }
             S::Model(R::NotDownloaded { .. }) => C::ModelNotDownloaded,
             S::Model(R::Forbidden { .. }) => C::ModelNotAllowed,
-            S::Model(R::NotAFile { .. }) | S::Slots { .. } | S::Context { .. } | S::GpuWithCpu => {
-                C::InvalidRequest
-            }
+            S::Model(R::NotAFile { .. })
+            | S::Slots { .. }
+            | S::Context { .. }
+            | S::GpuWithCpu
+            | S::PortZero => C::InvalidRequest,
             S::NoDevice { .. } | S::DeviceDown { .. } => C::NoDevice,
             S::NoProgram { .. } => C::BackendUnavailable,
             S::MemoryShort { .. } => C::OutOfMemory,
-            S::NoPort { .. } | S::PortTaken { .. } => C::NoPort,
+            S::NoPort { .. } => C::NoPort,
+            S::PortTaken { .. } => C::PortTaken,
+            S::Draining { .. } => C::PoolDraining,
             S::Exec { .. } => C::SpawnFailed,
         };
         let cause = std::error::Error::source(&spawn)

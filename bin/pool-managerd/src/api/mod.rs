@@ -1,14 +1,17 @@
 //! The HTTP API: who may call is decided by `pool_core::service`, what happens by the rest of this crate.
 
+mod document;
 mod error;
+mod relay;
 mod status;
 mod workers;
 
 use std::sync::Arc;
 
 use axum::Router;
-use axum::extract::State;
-use axum::routing::{get, post};
+use axum::extract::{DefaultBodyLimit, State};
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
+use utoipa_axum::routes;
 
 use crate::pool::Pool;
 
@@ -18,21 +21,32 @@ type App = State<Arc<Pool>>;
 /// Where workers report themselves: opened by a worker's own secret rather than by the pool's token.
 pub const READY_PATH: &str = "/workers/ready";
 
-/// All routes.
+/// All routes. Each is made from the description that `/openapi.json` shows, so that none can lack one.
 pub fn router(pool: Arc<Pool>) -> Router {
-    Router::new()
-        .route("/workers/spawn", post(workers::spawn))
-        .route("/workers", get(workers::list))
-        .route(READY_PATH, post(workers::ready))
-        .route("/workers/{id}", get(workers::show))
-        .route("/workers/{id}/stop", post(workers::stop))
-        .route("/workers/{id}/logs", get(workers::logs))
-        .route("/status", get(status::status))
-        .route("/models", get(status::models))
-        .route("/drain", post(status::drain))
-        .route("/resume", post(status::resume))
-        .route("/health", get(status::health))
-        .route("/ready", get(status::ready))
-        .route("/metrics", get(status::metrics))
-        .with_state(pool)
+    let (router, description) = routes().split_for_parts();
+    router.layer(document::layer(description)).with_state(pool)
+}
+
+fn routes() -> OpenApiRouter<Arc<Pool>> {
+    let large = DefaultBodyLimit::max(relay::BODY_LIMIT);
+    OpenApiRouter::with_openapi(document::frame())
+        .routes(routes!(workers::spawn))
+        .routes(routes!(workers::list))
+        .routes(routes!(workers::ready))
+        .routes(routes!(workers::cleanup))
+        .routes(routes!(workers::show))
+        .routes(routes!(workers::stop))
+        .routes(routes!(workers::logs))
+        .routes(routes!(relay::execute).layer(large))
+        .routes(routes!(relay::events))
+        .routes(routes!(relay::delete))
+        .routes(routes!(relay::cancel))
+        .routes(routes!(status::status))
+        .routes(routes!(status::models))
+        .routes(routes!(status::drain))
+        .routes(routes!(status::resume))
+        .routes(routes!(status::health))
+        .routes(routes!(status::ready))
+        .routes(routes!(status::metrics))
+        .routes(routes!(document::openapi))
 }

@@ -4,7 +4,9 @@ use axum::extract::State;
 use axum::http::HeaderValue;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
-use pool_core::api::pool::{ModelList, PoolStatus, WorkerList};
+use pool_core::api::error::ErrorEnvelope;
+use pool_core::api::pool::{DrainRequest, ModelList, PoolStatus, WorkerList};
+use pool_core::lifecycle::SpawnError;
 use pool_core::service::Json;
 use prometheus::TEXT_FORMAT;
 use serde::Serialize;
@@ -14,50 +16,94 @@ use super::error::{ApiError, ApiResult};
 use crate::gpu_inventory;
 
 /// Answer of `/health` and `/ready`.
-#[derive(Serialize)]
+#[derive(Serialize, utoipa::ToSchema)]
 pub struct Health {
+    /// `ok` or `ready`.
     status: &'static str,
 }
 
-/// `GET /status`: devices, workers, models and disk. Never a worker's secret.
+/// The longest deadline of a drain: beyond a week somebody mistook the unit.
+const MAX_DEADLINE_MS: u64 = 7 * 24 * 3_600_000;
+
+/// Devices, workers, models and disk. Never a worker's secret.
+#[utoipa::path(get, path = "/status", tag = "pool", responses((status = 200, body = PoolStatus)))]
 pub async fn status(State(pool): App) -> ApiResult<Json<PoolStatus>> {
     Ok(Json(pool.blocking(|pool| pool.status()).await?))
 }
 
-/// `GET /models`: the models on disk that tasks can name.
+/// The models on disk that tasks can name.
+#[utoipa::path(get, path = "/models", tag = "pool", responses((status = 200, body = ModelList)))]
 pub async fn models(State(pool): App) -> Json<ModelList> {
     Json(ModelList {
         models: pool.blocking(|pool| pool.models()).await,
     })
 }
 
-/// `POST /drain`: no new workers until `/resume`, or until the daemon starts again. Workers stay.
-pub async fn drain(State(pool): App) -> ApiResult<Json<PoolStatus>> {
-    pool.set_draining(true);
+/// Takes no new workers until `POST /resume`, also across restarts of the daemon.
+///
+/// What runs on the pool's workers goes on. At the deadline the workers that still run something are told to stop, oldest
+/// first, and have `workers.stop_timeout_s` to finish before they are killed. With `stop_workers` those that run nothing
+/// stop at once, and the others as soon as they run nothing. A further request replaces deadline and `stop_workers`. The
+/// answer, and `GET /status` from then on, tells in `drain` which workers are waited for.
+#[utoipa::path(
+    post, path = "/drain", tag = "pool",
+    request_body(content = Option<DrainRequest>),
+    responses((status = 200, body = PoolStatus))
+)]
+pub async fn drain(
+    State(pool): App,
+    body: Option<Json<Option<DrainRequest>>>,
+) -> ApiResult<Json<PoolStatus>> {
+    let request = body.and_then(|Json(request)| request).unwrap_or_default();
+    if request.deadline_ms.is_some_and(|ms| ms > MAX_DEADLINE_MS) {
+        return Err(ApiError::out_of_range(format!(
+            "`deadline_ms` must be at most {MAX_DEADLINE_MS}, a week"
+        )));
+    }
+    let drain = pool
+        .blocking(move |pool| pool.lifecycle.start_drain(&request))
+        .await?;
+    tracing::info!(deadline = ?drain.deadline, stop_workers = drain.stop_workers, "draining");
+    pool.changed();
     status(State(pool)).await
 }
 
-/// `POST /resume`: new workers again.
+/// Takes new workers again, and stops no more of those that are left.
+#[utoipa::path(post, path = "/resume", tag = "pool", responses((status = 200, body = PoolStatus)))]
 pub async fn resume(State(pool): App) -> ApiResult<Json<PoolStatus>> {
-    pool.set_draining(false);
+    if pool.blocking(|pool| pool.lifecycle.end_drain()).await? {
+        tracing::info!("takes new workers again");
+        pool.changed();
+    }
     status(State(pool)).await
 }
 
-/// `GET /health`: the daemon lives.
+/// The daemon lives.
+#[utoipa::path(get, path = "/health", tag = "daemon", security(()), responses((status = 200, body = Health)))]
 pub async fn health() -> Json<Health> {
     Json(Health { status: "ok" })
 }
 
-/// `GET /ready`: `200` if the daemon takes new workers, else `503`.
+/// Whether the daemon takes new workers.
+#[utoipa::path(
+    get, path = "/ready", tag = "daemon",
+    responses(
+        (status = 200, body = Health),
+        (status = 503, description = "It is being drained.", body = ErrorEnvelope),
+    )
+)]
 pub async fn ready(State(pool): App) -> ApiResult<Json<Health>> {
-    if pool.is_draining() {
-        Err(ApiError::draining())
-    } else {
-        Ok(Json(Health { status: "ready" }))
+    match pool.blocking(|pool| pool.lifecycle.drain()).await? {
+        Some(drain) => Err(SpawnError::Draining { since: drain.since }.into()),
+        None => Ok(Json(Health { status: "ready" })),
     }
 }
 
-/// `GET /metrics`, in Prometheus' text format.
+/// Figures in Prometheus' text format.
+#[utoipa::path(
+    get, path = "/metrics", tag = "daemon", security(()),
+    responses((status = 200, body = String, content_type = "text/plain"))
+)]
 pub async fn metrics(State(pool): App) -> ApiResult<impl IntoResponse> {
     let records = pool
         .blocking(|pool| pool.lifecycle.registry().load())

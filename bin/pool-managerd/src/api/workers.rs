@@ -1,10 +1,13 @@
 //! `/workers`.
 
+use std::sync::PoisonError;
+
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::IntoResponse;
-use pool_core::api::pool::{WorkerList, WorkerSpawnRequest, WorkerStopRequest};
+use pool_core::api::error::ErrorEnvelope;
+use pool_core::api::pool::{CleanupReport, WorkerList, WorkerSpawnRequest, WorkerStopRequest};
 use pool_core::api::worker::WorkerHealth;
 use pool_core::lifecycle::log_tail;
 use pool_core::service::{Json, Path, Query, bearer};
@@ -18,22 +21,30 @@ use crate::worker_lifecycle;
 /// The most lines of a log that one request gets.
 const MAX_LOG_LINES: usize = 10_000;
 
-/// `POST /workers/spawn`: `202` and the worker, which still loads; `404` for a model that isn't here, `503` without
-/// the memory for it.
+/// Starts a worker, which still loads when this is answered.
+#[utoipa::path(
+    post, path = "/workers/spawn", tag = "workers",
+    request_body = WorkerSpawnRequest,
+    responses(
+        (status = 202, description = "It is being started.", body = WorkerInfo),
+        (status = 400, description = "What can't be asked for, or a model that may not be used.", body = ErrorEnvelope),
+        (status = 404, description = "A model that nobody knows, or that is not here.", body = ErrorEnvelope),
+        (status = 409, description = "No such device or worker program, or the port is somebody's.", body = ErrorEnvelope),
+        (status = 503, description = "No memory or no port is left, or the pool is being drained.", body = ErrorEnvelope),
+    )
+)]
 pub async fn spawn(
     State(pool): App,
     Json(request): Json<WorkerSpawnRequest>,
 ) -> ApiResult<(StatusCode, Json<WorkerInfo>)> {
-    if pool.is_draining() {
-        return Err(ApiError::draining());
-    }
     Ok((
         StatusCode::ACCEPTED,
         Json(worker_lifecycle::start(&pool, request).await?),
     ))
 }
 
-/// `GET /workers`: all of them, the ended ones included.
+/// All workers, the ended ones included.
+#[utoipa::path(get, path = "/workers", tag = "workers", responses((status = 200, body = WorkerList)))]
 pub async fn list(State(pool): App) -> ApiResult<Json<WorkerList>> {
     let records = pool
         .blocking(|pool| pool.lifecycle.registry().load())
@@ -44,7 +55,11 @@ pub async fn list(State(pool): App) -> ApiResult<Json<WorkerList>> {
     }))
 }
 
-/// `GET /workers/{id}`.
+/// One worker.
+#[utoipa::path(
+    get, path = "/workers/{id}", tag = "workers", params(("id" = String, Path, description = "The worker.")),
+    responses((status = 200, body = WorkerInfo), (status = 404, description = "There is no such worker.", body = ErrorEnvelope))
+)]
 pub async fn show(State(pool): App, Path(id): Path<String>) -> ApiResult<Json<WorkerInfo>> {
     let unknown = ApiError::no_worker(&id);
     let record = pool
@@ -53,7 +68,12 @@ pub async fn show(State(pool): App, Path(id): Path<String>) -> ApiResult<Json<Wo
     Ok(Json(record.ok_or(unknown)?.info))
 }
 
-/// `POST /workers/{id}/stop`: the worker as it is now. Repeating it is harmless.
+/// Tells a worker to stop, and answers what it is now. Repeating it is harmless.
+#[utoipa::path(
+    post, path = "/workers/{id}/stop", tag = "workers", params(("id" = String, Path, description = "The worker.")),
+    request_body(content = Option<WorkerStopRequest>),
+    responses((status = 200, body = WorkerInfo), (status = 404, description = "There is no such worker.", body = ErrorEnvelope))
+)]
 pub async fn stop(
     State(pool): App,
     Path(id): Path<String>,
@@ -65,10 +85,36 @@ pub async fn stop(
     ))
 }
 
+/// Forgets the workers that have ended, with their logs, and removes what no worker owns. Live ones are not touched.
+#[utoipa::path(post, path = "/workers/cleanup", tag = "workers", responses((status = 200, body = CleanupReport)))]
+pub async fn cleanup(State(pool): App) -> ApiResult<Json<CleanupReport>> {
+    let report = pool
+        .blocking(|pool| {
+            let _none_starting = pool
+                .starting
+                .write()
+                .unwrap_or_else(PoisonError::into_inner);
+            pool.lifecycle
+                .cleanup(&|id| pool.watched().contains_key(id))
+        })
+        .await?;
+    tracing::info!(
+        forgotten = report.forgotten.len(),
+        files = report.files.len(),
+        freed_bytes = report.freed_bytes,
+        "cleaned up"
+    );
+    pool.changed();
+    Ok(Json(report))
+}
+
 /// Query of `GET /workers/{id}/logs`.
-#[derive(Deserialize)]
+#[derive(Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
 pub struct LogsQuery {
+    /// How many lines at most, 1 to 10000.
+    #[param(default = 100, minimum = 1, maximum = 10000)]
     lines: usize,
 }
 
@@ -78,7 +124,15 @@ impl Default for LogsQuery {
     }
 }
 
-/// `GET /workers/{id}/logs?lines=`: the end of the worker's log as text.
+/// The end of a worker's log as text.
+#[utoipa::path(
+    get, path = "/workers/{id}/logs", tag = "workers",
+    params(("id" = String, Path, description = "The worker."), LogsQuery),
+    responses(
+        (status = 200, body = String, content_type = "text/plain"),
+        (status = 404, description = "There is no such worker.", body = ErrorEnvelope),
+    )
+)]
 pub async fn logs(
     State(pool): App,
     Path(id): Path<String>,
@@ -116,8 +170,17 @@ pub async fn logs(
     ))
 }
 
-/// `POST /workers/ready`: a worker's own call once its model is loaded, with its secret as bearer token. It only
-/// saves the wait until the worker is asked again.
+/// A worker's own call once its model is loaded, with its secret as bearer token. It only saves the wait until the worker
+/// is asked again.
+#[utoipa::path(
+    post, path = "/workers/ready", tag = "workers",
+    request_body = WorkerHealth,
+    responses(
+        (status = 200, body = WorkerInfo),
+        (status = 401, description = "Not this worker's secret.", body = ErrorEnvelope),
+        (status = 409, description = "An earlier start of the worker, or one that is over.", body = ErrorEnvelope),
+    )
+)]
 pub async fn ready(
     State(pool): App,
     headers: HeaderMap,

@@ -3,7 +3,11 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod cleanup;
+mod drain;
 mod gpus;
 mod heartbeat;
+mod openapi;
+mod relay;
 mod support;
 mod workers;

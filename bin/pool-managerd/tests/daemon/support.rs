@@ -64,6 +64,21 @@ impl Host {
         install_worker(&self.dir.path().join("llorch-candled-cuda"));
     }
 
+    /// Puts the fake worker in place that executes jobs.
+    pub fn executing(self) -> Self {
+        let program = self.dir.path().join("llorch-candled");
+        fs::write(program, include_str!("executing_worker.py")).unwrap();
+        self
+    }
+
+    /// Lets the executing worker give out its first `tokens` tokens.
+    pub fn let_out(&self, tokens: usize) {
+        // Replaced as a whole: the worker may be reading it.
+        let (next, go) = (self.dir.path().join("next"), self.dir.path().join("go"));
+        fs::write(&next, tokens.to_string()).unwrap();
+        fs::rename(next, go).unwrap();
+    }
+
     /// Makes the daemon ask for a token, which its client then sends.
     pub fn require_token(&mut self) {
         let (path, token) = (self.dir.path().join("token"), Secret::random());
@@ -151,6 +166,12 @@ impl Daemon {
         self.client
             .post(&format!("/workers/{id}/stop"), &WorkerStopRequest { force })
             .await
+    }
+
+    /// A worker that has come up.
+    pub async fn ready(&self, host: &Host) -> WorkerInfo {
+        let id = self.spawn(&host.request("serve")).await.unwrap().id;
+        self.until_status(&id, WorkerStatus::Ready).await
     }
 
     pub async fn until_status(&self, id: &str, status: WorkerStatus) -> WorkerInfo {

@@ -117,7 +117,9 @@ pub enum PoolErrorCode {
     PoolDraining,
     /// There is no such worker.
     WorkerNotFound,
-    /// The worker has ended, or does not answer.
+    /// The worker has ended.
+    WorkerEnded,
+    /// The worker does not answer.
     WorkerUnreachable,
     /// The caller is not the worker it says it is, or no longer.
     NotThisWorker,
@@ -139,6 +141,7 @@ impl PoolErrorCode {
             Self::SpawnFailed => "SPAWN_FAILED",
             Self::PoolDraining => "POOL_DRAINING",
             Self::WorkerNotFound => "WORKER_NOT_FOUND",
+            Self::WorkerEnded => "WORKER_ENDED",
             Self::WorkerUnreachable => "WORKER_UNREACHABLE",
             Self::NotThisWorker => "NOT_THIS_WORKER",
         }

@@ -27,7 +27,14 @@ impl Lifecycle {
             .iter()
             .filter(|record| !record.info.status.is_live());
         report.freed_bytes += ended
-            .map(|record| size(&self.home.workers_dir().join(format!("{}.json", record.info.id))))
+            .map(|record| {
+                size(
+                    &self
+                        .home
+                        .workers_dir()
+                        .join(format!("{}.json", record.info.id)),
+                )
+            })
             .sum::<u64>();
         report.forgotten = locked.prune(&records, 0)?;
         for id in &report.forgotten {
@@ -45,7 +52,12 @@ impl Lifecycle {
             Some(self.home.workers_dir()),
             logs.parent().map(Path::to_path_buf),
         ];
-        for entry in folders.into_iter().flatten().filter_map(|folder| fs::read_dir(folder).ok()).flatten() {
+        for entry in folders
+            .into_iter()
+            .flatten()
+            .filter_map(|folder| fs::read_dir(folder).ok())
+            .flatten()
+        {
             let Ok(entry) = entry else { continue };
             let (path, name) = (entry.path(), entry.file_name());
             let name = name.to_string_lossy();
@@ -116,7 +128,11 @@ mod tests {
         assert_eq!(report.forgotten, ["worker-cpu-1", "worker-cpu-2"]);
         assert_eq!(
             report.files,
-            [".write-abc", "worker-cpu-77.log", "worker-cpu-9.json.damaged"]
+            [
+                ".write-abc",
+                "worker-cpu-77.log",
+                "worker-cpu-9.json.damaged"
+            ]
         );
         assert!(report.freed_bytes > 100, "{report:?}");
         let left = |folder: &Path| -> Vec<_> {

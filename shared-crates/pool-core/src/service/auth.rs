@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::http::header::{AUTHORIZATION, HOST, ORIGIN};
 use axum::http::uri::Authority;
-use axum::http::{HeaderMap, HeaderName, Method, StatusCode};
+use axum::http::{HeaderMap, HeaderName, Method, StatusCode, Uri};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
@@ -78,16 +78,43 @@ pub(super) async fn check(
     mut request: Request,
     next: Next,
 ) -> Response {
-    match guard
-        .0
-        .judge(request.method(), request.uri().path(), request.headers())
-    {
+    let judged = check_target(request.uri(), request.headers()).and_then(|()| {
+        guard
+            .0
+            .judge(request.method(), request.uri().path(), request.headers())
+    });
+    match judged {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
             next.run(request).await
         }
         Err(error) => error.into_response(),
     }
+}
+
+/// A request says once which server it is meant for. One that says it twice could mean one thing to whoever passed it
+/// on, and another to us.
+fn check_target(uri: &Uri, headers: &HeaderMap) -> Result<(), ServiceError> {
+    let refuse = |message: &str| {
+        Err(ServiceError::new(
+            StatusCode::BAD_REQUEST,
+            codes::INVALID_REQUEST,
+            message,
+        ))
+    };
+    let mut hosts = headers.get_all(HOST).iter();
+    let host = hosts.next();
+    if hosts.next().is_some() {
+        return refuse("the request has more than one Host header");
+    }
+    let agrees = |authority: &Authority| {
+        host.and_then(|host| host.to_str().ok())
+            .is_some_and(|host| host.eq_ignore_ascii_case(authority.as_str()))
+    };
+    if uri.authority().is_some_and(|authority| !agrees(authority)) {
+        return refuse("the request's address and its Host header name different servers");
+    }
+    Ok(())
 }
 
 impl Rules {

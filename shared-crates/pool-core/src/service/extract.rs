@@ -11,11 +11,16 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::body::BodyTimeout;
 use super::{ServiceError, codes};
 
 /// A JSON body; as an answer the same as `axum::Json`. `Option<Json<T>>` is `None` for a request without a body.
 #[derive(Debug, Clone, Copy)]
 pub struct Json<T>(pub T);
+
+/// A body as it came, within the limits on its size and time.
+#[derive(Debug, Clone)]
+pub struct RawBody(pub Bytes);
 
 /// The parameters of a query.
 #[derive(Debug, Clone, Copy)]
@@ -53,6 +58,17 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
         let axum::Json(value) =
             <axum::Json<T> as FromRequest<S>>::from_request(whole, state).await?;
         Ok(Self(value))
+    }
+}
+
+impl<S: Send + Sync> FromRequest<S> for RawBody {
+    type Rejection = ServiceError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ServiceError> {
+        let bytes = Bytes::from_request(request, state)
+            .await
+            .map_err(JsonRejection::from)?;
+        Ok(Self(bytes))
     }
 }
 
@@ -97,6 +113,15 @@ impl<T: DeserializeOwned + Send, S: Send + Sync> FromRequestParts<S> for Path<T>
 impl From<JsonRejection> for ServiceError {
     fn from(rejection: JsonRejection) -> Self {
         let status = rejection.status();
+        if let Some(late) = BodyTimeout::among(&rejection) {
+            return Self::new(
+                StatusCode::REQUEST_TIMEOUT,
+                codes::REQUEST_TIMEOUT,
+                late.to_string(),
+            )
+            .retriable(true)
+            .hint("send the whole body at once");
+        }
         match &rejection {
             // The innermost cause names the field and the place; what wraps it says only that JSON failed.
             JsonRejection::JsonDataError(error) => Self::new(

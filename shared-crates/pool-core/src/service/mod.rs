@@ -3,9 +3,11 @@
 
 mod accept;
 mod auth;
+mod body;
 mod correlation;
 mod error;
 mod extract;
+mod failure;
 mod shutdown;
 pub mod state_files;
 pub mod telemetry;
@@ -26,7 +28,8 @@ pub use accept::Stopped;
 pub use auth::{Caller, ScopedToken, bearer};
 pub use correlation::CorrelationId;
 pub use error::{ServiceError, ServiceResult, codes};
-pub use extract::{Json, Path, Query};
+pub use extract::{Json, Path, Query, RawBody};
+pub use failure::report_failure;
 pub use shutdown::Shutdown;
 
 use crate::api::version::VersionInfo;
@@ -53,6 +56,8 @@ pub struct ServiceOptions {
     pub body_limit: usize,
     /// How long the headers of a request may take, and how long a kept connection may idle. Default 10 seconds.
     pub header_timeout: Duration,
+    /// How long the body of a request may take, from the end of its headers. Default 30 seconds.
+    pub body_timeout: Duration,
     /// How many connections may be open; further ones are answered with 503 and closed. Default 1024.
     pub max_connections: usize,
 }
@@ -70,6 +75,7 @@ impl ServiceOptions {
             allowed_hosts: Vec::new(),
             body_limit: 4 * 1024 * 1024,
             header_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(30),
             max_connections: 1024,
         }
     }
@@ -177,6 +183,10 @@ fn app(router: Router, local_addr: SocketAddr, options: &ServiceOptions) -> Rout
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(options.body_limit))
+        .layer(middleware::from_fn_with_state(
+            options.body_timeout,
+            body::limit_time,
+        ))
         .layer(CatchPanicLayer::custom(error::from_panic))
         .layer(middleware::from_fn_with_state(guard, auth::check))
         .layer(middleware::from_fn(correlation::scope))

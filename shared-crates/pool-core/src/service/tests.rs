@@ -506,6 +506,77 @@ async fn slow_headers_are_cut_off() {
     );
 }
 
+#[tokio::test] // [POOLCORE-069]
+async fn a_body_that_trickles_is_cut_off_and_an_answer_that_does_is_not() {
+    let server = Server::start(ServiceOptions {
+        body_timeout: Duration::from_millis(300),
+        ..options()
+    })
+    .await;
+    let mut events = open_stream(&server).await;
+    let mut stream = TcpStream::connect(server.addr).await.unwrap();
+    let head = format!(
+        "POST /sum HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n",
+        server.addr
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let (mut reading, mut writing) = stream.into_split();
+    // More often than any pause that a timeout between bytes would notice.
+    let trickle = tokio::spawn(async move {
+        while writing.write_all(b" ").await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    let mut text = Vec::new();
+    let _ = timeout(Duration::from_secs(20), reading.read_to_end(&mut text))
+        .await
+        .expect("it is cut off");
+    trickle.abort();
+    let answer = Answer::parse(&String::from_utf8(text).unwrap());
+    assert_eq!(
+        answer.refusal(),
+        (
+            408,
+            "REQUEST_TIMEOUT".into(),
+            "the body did not arrive within 0.3 s".into()
+        )
+    );
+    // The stream is older than that, and open.
+    let more = timeout(Duration::from_millis(50), events.read_u8()).await;
+    assert!(more.is_err(), "{more:?}");
+}
+
+#[tokio::test] // [POOLCORE-070]
+async fn a_request_names_its_server_once() {
+    let token = Secret::new("right");
+    let server = Server::start(ServiceOptions {
+        token: Some(token),
+        ..options()
+    })
+    .await;
+    let addr = server.addr;
+    for (line, headers) in [
+        ("GET /version", format!("Host: {addr}\r\nHost: {addr}")),
+        (
+            "GET /version",
+            format!("Host: {addr}\r\nHost: evil.example"),
+        ),
+        ("GET http://evil.example/version", format!("Host: {addr}")),
+    ] {
+        let request = format!(
+            "{line} HTTP/1.1\r\n{headers}\r\nAuthorization: Bearer right\r\nConnection: close\r\n\r\n"
+        );
+        let (status, code, _) = server.raw(&request).await.refusal();
+        assert_eq!(
+            (status, code.as_str()),
+            (400, "INVALID_REQUEST"),
+            "{request}"
+        );
+    }
+    let same = format!("GET http://{addr}/version\nAuthorization: Bearer right");
+    assert_eq!(server.send(same, "").await.status, 200);
+}
+
 #[tokio::test] // [POOLCORE-065]
 async fn a_connection_too_many_is_refused_and_the_place_comes_back() {
     let server = Server::start(ServiceOptions {

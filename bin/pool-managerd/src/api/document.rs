@@ -1,0 +1,96 @@
+//! `GET /openapi.json`: the API described by the routes themselves.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::http::HeaderValue;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::IntoResponse;
+use pool_core::api::error::ErrorEnvelope;
+use pool_core::api::pool::PoolErrorCode;
+use pool_core::api::version::VersionInfo;
+use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::openapi::{Content, OpenApi, Ref, ResponseBuilder};
+use utoipa::{Modify, OpenApi as _};
+
+use super::error::ApiResult;
+
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(
+        title = "pool-managerd",
+        description = "The workers of one pool host. Every error has the same envelope; a pool with a token asks for it everywhere but on `/health` and `/metrics`.",
+        contact(),
+    ),
+    paths(version),
+    components(schemas(ErrorEnvelope, PoolErrorCode)),
+    modifiers(&Token),
+    security(("pool_token" = []), ()),
+    tags(
+        (name = "workers", description = "Start, watch and stop workers."),
+        (name = "relay", description = "A worker's own API, for callers that can't reach it."),
+        (name = "pool", description = "What the pool is, and whether it takes work."),
+        (name = "daemon", description = "What every daemon has."),
+    )
+)]
+struct Frame;
+
+struct Token;
+
+impl Modify for Token {
+    fn modify(&self, openapi: &mut OpenApi) {
+        let bearer = HttpBuilder::new()
+            .scheme(HttpAuthScheme::Bearer)
+            .description(Some("The pool's token, LLORCH_POOL_TOKEN."))
+            .build();
+        openapi
+            .components
+            .get_or_insert_default()
+            .add_security_scheme("pool_token", SecurityScheme::Http(bearer));
+    }
+}
+
+/// Which program answers, and which API it speaks. Answered by the service that all daemons share.
+#[utoipa::path(get, path = "/version", tag = "daemon", responses((status = 200, body = VersionInfo)))]
+#[expect(dead_code, reason = "only its description is used")]
+fn version() {}
+
+/// All of the document that is not about a route.
+pub fn frame() -> OpenApi {
+    Frame::openapi()
+}
+
+/// The finished document.
+#[derive(Clone)]
+pub struct Document(Arc<Result<Vec<u8>, serde_json::Error>>);
+
+/// Completes the document of the routes and hands it to [`openapi`].
+pub fn layer(mut description: OpenApi) -> Extension<Document> {
+    let envelope = ResponseBuilder::new()
+        .description("Anything else: refused, with the reason.")
+        .content(
+            "application/json",
+            Content::new(Some(Ref::from_schema_name("ErrorEnvelope"))),
+        )
+        .build();
+    for item in description.paths.paths.values_mut() {
+        let operations = [&mut item.get, &mut item.post, &mut item.delete];
+        for operation in operations.into_iter().flatten() {
+            let responses = &mut operation.responses.responses;
+            responses.insert("default".to_owned(), envelope.clone().into());
+        }
+    }
+    Extension(Document(Arc::new(serde_json::to_vec(&description))))
+}
+
+/// This description.
+#[utoipa::path(get, path = "/openapi.json", tag = "daemon", responses((status = 200, description = "An OpenAPI 3.1 document.")))]
+pub async fn openapi(Extension(document): Extension<Document>) -> ApiResult<impl IntoResponse> {
+    match document.0.as_ref() {
+        Ok(json) => Ok((
+            [(CONTENT_TYPE, HeaderValue::from_static("application/json"))],
+            json.clone(),
+        )),
+        Err(cause) => Err(super::error::ApiError::internal(cause)),
+    }
+}

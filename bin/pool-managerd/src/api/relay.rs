@@ -1,0 +1,284 @@
+//! A worker's own API, passed on for callers that can't reach the worker: the same requests, answers, events and
+//! positions to resume from. The caller shows the pool's token; the worker's secret is added here.
+
+use std::sync::Arc;
+
+use async_stream::stream;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header::{ACCEPT, CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use axum::http::{HeaderMap, HeaderName, Method};
+use axum::response::Response;
+use bytes::{Bytes, BytesMut};
+use futures_util::Stream;
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use pool_core::api::error::ErrorEnvelope;
+use pool_core::api::worker::{CancelRequest, CancelResponse, ExecuteRequest};
+use pool_core::client::{ClientError, RelayedAnswer};
+use pool_core::service::{CorrelationId, Path, RawBody, Shutdown};
+use serde_json::json;
+
+use super::App;
+use super::error::{ApiError, ApiResult};
+use crate::pool::Pool;
+
+/// The largest body of a request that is passed on: what the orchestrator takes, and so does the worker.
+pub const BODY_LIMIT: usize = 4 << 20;
+/// An event of a worker is a few hundred bytes; what grows beyond this without an end is no event.
+const LONGEST_EVENT: usize = 1 << 20;
+const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+/// What of a request concerns the worker.
+const TOLD: [HeaderName; 3] = [CONTENT_TYPE, ACCEPT, LAST_EVENT_ID];
+/// What of its answer concerns the caller.
+const ANSWERED: [HeaderName; 3] = [CONTENT_TYPE, CACHE_CONTROL, RETRY_AFTER];
+
+/// Starts an execution on a worker, or attaches to it, and streams its events.
+///
+/// As the worker's own `POST /execute`. A caller that goes away cancels nothing, and resumes with `Last-Event-ID`. When
+/// the pool manager stops, the stream ends with a `shutdown` event and the execution goes on.
+#[utoipa::path(
+    post, path = "/workers/{id}/execute", tag = "relay",
+    params(("id" = String, Path, description = "The worker.")),
+    request_body = ExecuteRequest,
+    responses(
+        (status = 200, description = "The events `started`, `token`, `metrics`, `end` or `error`.", body = String, content_type = "text/event-stream"),
+        (status = 404, description = "There is no such worker.", body = ErrorEnvelope),
+        (status = 409, description = "`STALE_FENCE` from the worker, or `WORKER_ENDED`.", body = ErrorEnvelope),
+        (status = 429, description = "`BUSY`: no free slot.", body = ErrorEnvelope),
+        (status = 502, description = "The worker does not answer.", body = ErrorEnvelope),
+    )
+)]
+pub async fn execute(
+    State(pool): App,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+    RawBody(body): RawBody,
+) -> ApiResult<Response> {
+    relay(&pool, id, Method::POST, "/execute", &headers, body).await
+}
+
+/// Streams the events of an execution on a worker, from the start or after `Last-Event-ID`.
+#[utoipa::path(
+    get, path = "/workers/{id}/executions/{job_id}/events", tag = "relay",
+    params(
+        ("id" = String, Path, description = "The worker."),
+        ("job_id" = String, Path, description = "The job."),
+        ("Last-Event-ID" = Option<u64>, Header, description = "The last event that was seen."),
+    ),
+    responses(
+        (status = 200, description = "The events, as of `POST /workers/{id}/execute`.", body = String, content_type = "text/event-stream"),
+        (status = 404, description = "There is no such worker or execution.", body = ErrorEnvelope),
+    )
+)]
+pub async fn events(
+    State(pool): App,
+    Path((id, job_id)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> ApiResult<Response> {
+    let path = format!("{}/events", execution(&job_id)?);
+    relay(&pool, id, Method::GET, &path, &headers, Bytes::new()).await
+}
+
+/// Drops the buffer of an execution that has ended.
+#[utoipa::path(
+    delete, path = "/workers/{id}/executions/{job_id}", tag = "relay",
+    params(
+        ("id" = String, Path, description = "The worker."),
+        ("job_id" = String, Path, description = "The job."),
+    ),
+    responses(
+        (status = 204, description = "It is gone."),
+        (status = 404, description = "There is no such worker or execution.", body = ErrorEnvelope),
+        (status = 409, description = "It still runs.", body = ErrorEnvelope),
+    )
+)]
+pub async fn delete(
+    State(pool): App,
+    Path((id, job_id)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> ApiResult<Response> {
+    let path = execution(&job_id)?;
+    relay(&pool, id, Method::DELETE, &path, &headers, Bytes::new()).await
+}
+
+/// Ends a running execution on a worker.
+#[utoipa::path(
+    post, path = "/workers/{id}/cancel", tag = "relay",
+    params(("id" = String, Path, description = "The worker.")),
+    request_body = CancelRequest,
+    responses(
+        (status = 200, description = "Whether something was ended.", body = CancelResponse),
+        (status = 404, description = "There is no such worker.", body = ErrorEnvelope),
+        (status = 409, description = "`STALE_FENCE`: a later attempt runs.", body = ErrorEnvelope),
+    )
+)]
+pub async fn cancel(
+    State(pool): App,
+    Path(id): Path<String>,
+    headers: HeaderMap,
+    RawBody(body): RawBody,
+) -> ApiResult<Response> {
+    relay(&pool, id, Method::POST, "/cancel", &headers, body).await
+}
+
+/// The worker's path of a job. A step of dots would lead elsewhere, however it is written.
+fn execution(job_id: &str) -> ApiResult<String> {
+    if matches!(job_id, "" | "." | "..") {
+        return Err(ApiError::no_execution(job_id));
+    }
+    let step = utf8_percent_encode(job_id, NON_ALPHANUMERIC);
+    Ok(format!("/executions/{step}"))
+}
+
+async fn relay(
+    pool: &Arc<Pool>,
+    id: String,
+    method: Method,
+    path: &str,
+    headers: &HeaderMap,
+    body: Bytes,
+) -> ApiResult<Response> {
+    let unknown = ApiError::no_worker(&id);
+    let record = pool
+        .blocking(move |pool| pool.lifecycle.registry().get(&id))
+        .await
+        .ok_or(unknown)?;
+    // Its port may be a stranger's by now, who must not get its secret.
+    let lives = record.info.status.is_live()
+        && record
+            .identity
+            .as_ref()
+            .is_some_and(|identity| identity.is_alive());
+    if !lives {
+        return Err(ApiError::worker_ended(&record.info));
+    }
+    let mut client = pool.relay.at(record.url(), Some(record.secret.clone()));
+    if let Some(id) = CorrelationId::current() {
+        client = client.with_correlation_id(id.as_str());
+    }
+    let mut request = client.request(method, path);
+    for name in TOLD {
+        let Some(value) = headers.get(&name) else {
+            continue;
+        };
+        let value = value
+            .to_str()
+            .map_err(|_| ApiError::out_of_range(format!("`{name}` is not plain text")))?;
+        request = request.header(name.as_str(), value);
+    }
+    if !body.is_empty() {
+        request = request.body(body);
+    }
+    let answer = client
+        .relay(request)
+        .await
+        .map_err(|error| ApiError::worker_unreachable(&record.info.id, &error))?;
+    Ok(pass_on(answer, pool.shutdown.clone()))
+}
+
+fn pass_on(answer: RelayedAnswer, shutdown: Shutdown) -> Response {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = answer.status();
+    for name in ANSWERED {
+        if let Some(value) = answer.headers().get(&name) {
+            response.headers_mut().insert(name, value.clone());
+        }
+    }
+    let is_events = answer
+        .headers()
+        .get(CONTENT_TYPE)
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+    *response.body_mut() = if is_events {
+        Body::from_stream(whole_events(answer, shutdown))
+    } else {
+        Body::from_stream(pieces(answer))
+    };
+    response
+}
+
+fn pieces(mut answer: RelayedAnswer) -> impl Stream<Item = Result<Bytes, ClientError>> {
+    stream! {
+        while let Some(piece) = answer.chunk().await.transpose() {
+            let broken = piece.is_err();
+            yield piece;
+            if broken {
+                return;
+            }
+        }
+    }
+}
+
+/// Passes on whole events, as soon as they are whole: so that the notice of a stop can stand between two of them. The
+/// worker is read only as fast as the caller reads. A worker that dies breaks the stream off, as it does for those who
+/// call it directly.
+fn whole_events(
+    mut answer: RelayedAnswer,
+    shutdown: Shutdown,
+) -> impl Stream<Item = Result<Bytes, ClientError>> {
+    stream! {
+        let mut held = BytesMut::new();
+        loop {
+            let piece = tokio::select! {
+                // A worker that always has something to say must not drown the stop.
+                biased;
+                () = shutdown.requested() => {
+                    yield Ok(shutdown_notice());
+                    return;
+                }
+                piece = answer.chunk() => piece,
+            };
+            match piece {
+                Ok(Some(piece)) => held.extend_from_slice(&piece),
+                Ok(None) => {
+                    if !held.is_empty() {
+                        yield Ok(held.freeze());
+                    }
+                    return;
+                }
+                Err(error) => {
+                    yield Err(error);
+                    return;
+                }
+            }
+            if let Some(end) = end_of_events(&held) {
+                yield Ok(held.split_to(end).freeze());
+            } else if held.len() > LONGEST_EVENT {
+                // Handed on as it comes: it is the caller's to make sense of.
+                yield Ok(held.split().freeze());
+            }
+        }
+    }
+}
+
+/// Where the last whole event ends.
+fn end_of_events(bytes: &[u8]) -> Option<usize> {
+    let at = bytes.windows(2).rposition(|pair| pair == b"\n\n")?;
+    Some(at + 2)
+}
+
+fn shutdown_notice() -> Bytes {
+    let data = json!({"message": "pool-managerd stops; the execution goes on, and its events follow when it is back"});
+    Bytes::from(format!("event: shutdown\nretry: 1000\ndata: {data}\n\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLD-071]
+    fn a_jobs_id_stays_one_step_of_the_path() {
+        let path = |id| execution(id).ok();
+        assert_eq!(path("job-1").as_deref(), Some("/executions/job%2D1"));
+        assert_eq!(
+            path("a/../b").as_deref(),
+            Some("/executions/a%2F%2E%2E%2Fb")
+        );
+        assert_eq!([path(""), path("."), path("..")], [None, None, None]);
+    }
+
+    #[test] // [POOLD-072]
+    fn events_are_cut_where_one_ends() {
+        assert_eq!(end_of_events(b"data: 1\n\ndata: 2\n\ndat"), Some(18));
+        assert_eq!(end_of_events(b"data: 1\n"), None);
+    }
+}
