@@ -37,11 +37,8 @@ async fn main() -> ExitCode {
 
 async fn start(args: Args) -> Result<(), RunError> {
     let home = Home::from_env()?;
-    let mut config = PoolConfig::load(&home, args.config.as_deref())?;
-    if let Some(bind) = args.bind {
-        config.bind = bind;
-        config.validate()?;
-    }
+    let env = |name: &str| std::env::var(name).ok();
+    let config = PoolConfig::load_traced(&home, args.config.as_deref(), args.bind, &env)?.value;
     telemetry::init("info").map_err(|error| RunError::Log(error.into()))?;
     pool_managerd::run(
         home,

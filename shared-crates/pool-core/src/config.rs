@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::api::pool::HEARTBEAT_INTERVAL_MS;
 use crate::home::Home;
 use crate::lifecycle::Deadlines;
-use crate::settings::{self, SettingsError};
+use crate::settings::{self, Loaded, Origin, SettingsError};
 use crate::worker::Backend;
 use crate::worker_args::DEFAULT_STOP_GRACE_S;
 
@@ -18,6 +18,11 @@ use crate::worker_args::DEFAULT_STOP_GRACE_S;
 pub const DEFAULT_PORT: u16 = 9200;
 /// Where an orchestrator listens where nothing else is said.
 pub const STANDARD_ORCHESTRATOR_URL: &str = "http://127.0.0.1:8080";
+/// The settings file in the configuration folder.
+pub const FILE_NAME: &str = "pool-managerd.toml";
+/// Variables beside those that every key has: (variable, key). The other documented names (LLORCH_POOL_ID,
+/// LLORCH_ORCHESTRATOR_URL, LLORCH_MODELS_DIR) are those that the keys have anyway.
+pub const ALIASES: [(&str, &str); 1] = [("LLORCH_POOL_BIND", "bind")];
 /// The `orchestrator_url` of a pool that reports to nobody.
 const NO_ORCHESTRATOR: &str = "none";
 
@@ -220,8 +225,10 @@ pub enum ConfigError {
     #[error(transparent)]
     Settings(#[from] SettingsError),
     /// A value that the type allows makes no sense.
-    #[error("`{key}`: {reason}")]
+    #[error("{}`{key}`: {reason}", origin.as_ref().map(|origin| format!("{origin}: ")).unwrap_or_default())]
     Invalid {
+        /// Where the value was set, if that is known.
+        origin: Option<String>,
         /// The key with its section.
         key: &'static str,
         /// What is wrong with its value.
@@ -252,23 +259,41 @@ impl PoolConfig {
         explicit: Option<&Path>,
         env: &dyn Fn(&str) -> Option<String>,
     ) -> Result<Self, ConfigError> {
-        // The other documented names (LLORCH_POOL_ID, LLORCH_ORCHESTRATOR_URL, LLORCH_MODELS_DIR) are those that
-        // the keys have anyway.
-        let aliases = [("LLORCH_POOL_BIND", "bind")];
-        let config: Self = settings::load(
-            explicit,
-            &home.config_file("pool-managerd.toml"),
-            env,
-            &aliases,
-        )?;
-        config.validate()?;
-        Ok(config)
+        Self::load_traced(home, explicit, None, env).map(|loaded| loaded.value)
+    }
+
+    /// As [`PoolConfig::load_with`], with where each setting comes from, and the address of the flag `--bind` over all.
+    pub fn load_traced(
+        home: &Home,
+        explicit: Option<&Path>,
+        bind: Option<SocketAddr>,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Loaded<Self>, ConfigError> {
+        let mut loaded: Loaded<Self> =
+            settings::load_traced(explicit, &home.config_file(FILE_NAME), env, &ALIASES)?;
+        if let Some(bind) = bind {
+            loaded.value.bind = bind;
+            loaded.origins.push(("bind".into(), Origin::Flag("--bind")));
+        }
+        match loaded.value.validate() {
+            Ok(()) => Ok(loaded),
+            Err(ConfigError::Invalid { key, reason, .. }) => {
+                let origin = loaded.origin(key);
+                Err(ConfigError::Invalid {
+                    origin: (origin != Origin::Default).then(|| origin.to_string()),
+                    key,
+                    reason,
+                })
+            }
+            Err(other) => Err(other),
+        }
     }
 
     /// Refuses values that fit their type and make no sense.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let refuse = |key, reason: &str| {
             Err(ConfigError::Invalid {
+                origin: None,
                 key,
                 reason: reason.to_owned(),
             })

@@ -4,6 +4,13 @@
 //! `None` by default must be serialised as null (no `skip_serializing_if`), or nobody could set it. A table that is
 //! empty by default takes any key, as a map does.
 
+#[cfg(feature = "openapi")]
+mod annotated;
+
+#[cfg(feature = "openapi")]
+pub use annotated::annotated;
+
+use std::fmt;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -77,6 +84,106 @@ impl SettingsError {
     }
 }
 
+/// Where a setting comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// The settings file.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+    },
+    /// A variable.
+    Variable(String),
+    /// An option of the command.
+    Flag(&'static str),
+    /// Nobody said anything else.
+    Default,
+}
+
+impl Origin {
+    /// `file`, `variable`, `flag` or `default`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::File { .. } => "file",
+            Self::Variable(_) => "variable",
+            Self::Flag(_) => "flag",
+            Self::Default => "default",
+        }
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Self::Variable(name) => f.write_str(name),
+            Self::Flag(name) => f.write_str(name),
+            Self::Default => f.write_str("default"),
+        }
+    }
+}
+
+/// Settings, and where they come from.
+#[derive(Debug, Clone)]
+pub struct Loaded<T> {
+    /// The settings.
+    pub value: T,
+    /// The keys that something else than the defaults decided, a later entry over an earlier one.
+    pub origins: Vec<(String, Origin)>,
+}
+
+impl<T> Loaded<T> {
+    /// Where the value of `key` comes from.
+    pub fn origin(&self, key: &str) -> Origin {
+        let found = self
+            .origins
+            .iter()
+            .rev()
+            .find(|(set, _)| path_covers(key, set));
+        found.map_or(Origin::Default, |(_, origin)| origin.clone())
+    }
+}
+
+/// One setting.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Setting {
+    /// Its key with its section.
+    pub key: String,
+    /// Its value; null for none.
+    pub value: Value,
+    /// `flag`, `variable`, `file` or `default`.
+    pub source: &'static str,
+    /// Which one: the variable's name, or the file and the line.
+    pub origin: Option<String>,
+}
+
+/// Every setting in force, by key.
+pub fn list<T: Serialize>(loaded: &Loaded<T>) -> Result<Vec<Setting>, SettingsError> {
+    let tree = serde_json::to_value(&loaded.value).map_err(SettingsError::Defaults)?;
+    let mut settings: Vec<Setting> = leaves(&tree)
+        .into_iter()
+        .map(|(key, value)| {
+            let origin = loaded.origin(&key);
+            Setting {
+                source: origin.kind(),
+                origin: (origin != Origin::Default).then(|| origin.to_string()),
+                value: value.clone(),
+                key,
+            }
+        })
+        .collect();
+    // By section, the keys outside of any first.
+    settings.sort_by(|a, b| place(&a.key).cmp(&place(&b.key)));
+    Ok(settings)
+}
+
+/// The section of a key, and its name.
+fn place(key: &str) -> (&str, &str) {
+    key.rsplit_once('.').unwrap_or(("", key))
+}
+
 /// Loads settings: `env` over the TOML file over `T::default()`.
 ///
 /// `file` is what the user named and must exist; without it `default_file` is read if it exists. Every key has the
@@ -88,6 +195,16 @@ pub fn load<T: Serialize + DeserializeOwned + Default>(
     env: &dyn Fn(&str) -> Option<String>,
     aliases: &[(&str, &str)],
 ) -> Result<T, SettingsError> {
+    load_traced(file, default_file, env, aliases).map(|loaded| loaded.value)
+}
+
+/// As [`load`], and remembers where each setting comes from.
+pub fn load_traced<T: Serialize + DeserializeOwned + Default>(
+    file: Option<&Path>,
+    default_file: &Path,
+    env: &dyn Fn(&str) -> Option<String>,
+    aliases: &[(&str, &str)],
+) -> Result<Loaded<T>, SettingsError> {
     let defaults = serde_json::to_value(T::default()).map_err(SettingsError::Defaults)?;
     let mut merged = defaults.clone();
     let mut origins = Vec::new();
@@ -131,21 +248,22 @@ pub fn load<T: Serialize + DeserializeOwned + Default>(
             .cloned()
             .unwrap_or(Value::String(text));
         put(&mut merged, &key, value);
-        origins.push((key, name));
+        origins.push((key, Origin::Variable(name)));
     }
 
-    serde_path_to_error::deserialize(merged).map_err(|error| {
+    let value = serde_path_to_error::deserialize(merged).map_err(|error| {
         let key = error.path().to_string();
         let origin = origins
             .iter()
             .rev()
             .find(|(set, _)| path_covers(&key, set) || path_covers(set, &key));
         SettingsError::Invalid {
-            origin: origin.map_or_else(|| "settings".to_owned(), |(_, origin)| origin.clone()),
+            origin: origin.map_or_else(|| "settings".to_owned(), |(_, origin)| origin.to_string()),
             key,
             message: error.into_inner().to_string(),
         }
-    })
+    })?;
+    Ok(Loaded { value, origins })
 }
 
 fn read(
@@ -192,7 +310,7 @@ impl Source<'_> {
         known: &Value,
         into: &mut Value,
         prefix: &str,
-        origins: &mut Vec<(String, String)>,
+        origins: &mut Vec<(String, Origin)>,
     ) -> Result<(), SettingsError> {
         for (name, value) in table {
             let key = if prefix.is_empty() {
@@ -228,7 +346,8 @@ impl Source<'_> {
                 }
                 (value, _) => {
                     into[name.get_ref().as_ref()] = json(value);
-                    origins.push((key, format!("{}:{line}", self.path.display())));
+                    let path = self.path.to_path_buf();
+                    origins.push((key, Origin::File { path, line }));
                 }
             }
         }

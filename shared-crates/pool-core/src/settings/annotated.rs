@@ -1,0 +1,171 @@
+//! A settings file that explains itself. Keys, defaults and meanings come from the settings type: its serialised value and
+//! the doc comments of its fields.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use serde::Serialize;
+use serde_json::Value;
+use utoipa::ToSchema;
+use utoipa::openapi::{RefOr, Schema};
+
+use super::{Loaded, Origin, SettingsError, list, place};
+
+/// How wide a comment becomes.
+const WIDTH: usize = 100;
+
+/// The settings as a TOML file with every key and what it means. A key that is at its default stands in a comment, so
+/// that a later release may choose a better one.
+pub fn annotated<T: Serialize + ToSchema>(
+    loaded: &Loaded<T>,
+    aliases: &[(&str, &str)],
+) -> Result<String, SettingsError> {
+    let meanings = meanings::<T>();
+    let mut text = String::new();
+    let mut section = "";
+    let settings = list(loaded)?;
+    for setting in &settings {
+        let (inside, name) = place(&setting.key);
+        if inside != section {
+            section = inside;
+            let _ = write!(text, "[{section}]\n\n");
+        }
+        if let Some(meaning) = meanings.get(&setting.key) {
+            comment(&mut text, meaning);
+        }
+        let long = format!("LLORCH_{}", setting.key.replace('.', "_").to_uppercase());
+        let short = aliases.iter().find(|(_, key)| *key == setting.key);
+        let also = short.map_or_else(String::new, |(name, _)| format!(" or {name}"));
+        comment(&mut text, &format!("Variable: {long}{also}"));
+        let origin = loaded.origin(&setting.key);
+        if !matches!(origin, Origin::Default | Origin::File { .. }) {
+            comment(&mut text, &format!("Set by {origin}"));
+        }
+        let mark = if origin == Origin::Default { "#" } else { "" };
+        let value = toml_text(&setting.value);
+        // TOML has no word for nothing: such a key is left out.
+        let line = match value {
+            Some(value) => format!("{mark}{name} = {value}"),
+            None => format!("#{name} ="),
+        };
+        let _ = write!(text, "{line}\n\n");
+    }
+    Ok(text)
+}
+
+fn toml_text(value: &Value) -> Option<String> {
+    match value {
+        Value::Null => None,
+        // JSON's numbers, truth values and lists of texts are written alike.
+        Value::Object(fields) if fields.is_empty() => Some("{}".to_owned()),
+        value => toml::Value::try_from(value)
+            .ok()
+            .map(|value| value.to_string()),
+    }
+}
+
+fn comment(text: &mut String, words: &str) {
+    let mut line = String::from("#");
+    for word in words.split_whitespace() {
+        if line.len() + 1 + word.len() > WIDTH {
+            let _ = writeln!(text, "{line}");
+            line = String::from("#");
+        }
+        let _ = write!(line, " {word}");
+    }
+    let _ = writeln!(text, "{line}");
+}
+
+/// The doc comment of every key.
+fn meanings<T: ToSchema>() -> BTreeMap<String, String> {
+    let mut known = Vec::new();
+    T::schemas(&mut known);
+    let known: BTreeMap<String, Value> = known
+        .into_iter()
+        .filter_map(|(name, schema)| Some((name, to_json(&schema)?)))
+        .collect();
+    let mut found = BTreeMap::new();
+    if let Some(schema) = to_json(&T::schema()) {
+        walk(&schema, "", &known, &mut found);
+    }
+    found
+}
+
+fn to_json(schema: &RefOr<Schema>) -> Option<Value> {
+    serde_json::to_value(schema).ok()
+}
+
+fn walk(
+    schema: &Value,
+    prefix: &str,
+    known: &BTreeMap<String, Value>,
+    found: &mut BTreeMap<String, String>,
+) {
+    let fields = schema["properties"].as_object();
+    for (name, field) in fields.into_iter().flatten() {
+        let key = if prefix.is_empty() {
+            name.clone()
+        } else {
+            format!("{prefix}.{name}")
+        };
+        if let Some(text) = field["description"].as_str() {
+            found.insert(key.clone(), text.to_owned());
+        }
+        // A section is named; its description, where it has one of its own, stands beside the name.
+        let parts = ["allOf", "oneOf", "anyOf"]
+            .into_iter()
+            .filter_map(|how| field[how].as_array())
+            .flatten();
+        for part in std::iter::once(field).chain(parts) {
+            let inner = part["$ref"]
+                .as_str()
+                .and_then(|path| path.rsplit('/').next())
+                .and_then(|name| known.get(name));
+            walk(inner.unwrap_or(part), &key, known, found);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::PoolConfig;
+
+    #[test] // [POOLCORE-046]
+    fn every_key_is_explained_and_what_is_commented_out_is_the_default() {
+        let defaults = Loaded {
+            value: PoolConfig::default(),
+            origins: Vec::new(),
+        };
+        let text = annotated(&defaults, &[("LLORCH_POOL_BIND", "bind")]).unwrap();
+        let meanings = meanings::<PoolConfig>();
+        for setting in list(&defaults).unwrap() {
+            assert!(
+                meanings.contains_key(&setting.key),
+                "{} has no meaning",
+                setting.key
+            );
+            let name = place(&setting.key).1;
+            assert!(text.contains(&format!("\n#{name} =")), "{name}:\n{text}");
+        }
+        assert!(text.contains("# Variable: LLORCH_BIND or LLORCH_POOL_BIND\n#bind = "));
+        // As somebody would who wants everything in sight.
+        let uncommented: String = text
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(rest) if !rest.starts_with(' ') && !rest.ends_with('=') => rest,
+                _ => line,
+            })
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        assert_eq!(
+            toml::from_str::<PoolConfig>(&uncommented).unwrap(),
+            PoolConfig::default(),
+            "{uncommented}"
+        );
+        assert_eq!(
+            toml::from_str::<PoolConfig>(&text).unwrap(),
+            PoolConfig::default()
+        );
+    }
+}
