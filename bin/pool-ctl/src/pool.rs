@@ -2,15 +2,15 @@
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pool_core::POOL_API_VERSION;
-use pool_core::api::pool::{WorkerList, WorkerSpawnRequest, WorkerStopRequest};
+use pool_core::api::pool::{CleanupReport, WorkerList, WorkerSpawnRequest, WorkerStopRequest};
 use pool_core::api::worker::WorkerHealth;
 use pool_core::client::ApiClient;
 use pool_core::lifecycle::{self, ExitFacts, Lifecycle, ObserveError, SpawnError, StopError};
 use pool_core::registry::{RegistryError, WorkerRecord};
-use pool_core::run_files;
+use pool_core::run_files::{self, Owner};
 use pool_core::secret::Secret;
 use pool_core::terminal::{CliError, Exit, note};
 use pool_core::worker::WorkerInfo;
@@ -21,6 +21,10 @@ use crate::context::{Context, catalog_error, resolve_error};
 
 /// How long the pool manager, or a worker, may take to say how it is. Both answer that while they compute.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a pool manager that has this host's workers is waited for: it may just be starting, or be busy.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is tried in that time.
+const ANSWER_POLL: Duration = Duration::from_millis(100);
 /// How often a worker that is to end is looked at.
 const STOP_POLL: Duration = Duration::from_millis(50);
 
@@ -47,23 +51,60 @@ impl Pool {
             client.check_version(POOL_API_VERSION).await?;
             return Ok(Self::Daemon(client));
         }
-        if let Some(url) = run_files::local_url(&context.home.pool_state()) {
-            let client = ApiClient::new(&url, token)?;
-            if client
-                .clone()
-                .with_answer_timeout(HEALTH_TIMEOUT)
-                .get_text("/health")
-                .await
-                .is_ok()
-            {
-                client.check_version(POOL_API_VERSION).await?;
-                return Ok(Self::Daemon(client));
-            }
-            note(format!(
-                "pool-managerd at {url} does not answer: going on without it"
-            ));
+        match Self::local_daemon(context, token).await? {
+            Some(client) => Ok(Self::Daemon(client)),
+            None => Self::direct(context),
         }
-        Self::direct(context)
+    }
+
+    /// The pool manager that runs with this home, once it answers. One that does not answer may be about to start or
+    /// stop workers, so nothing is done behind its back.
+    async fn local_daemon(
+        context: &Context,
+        token: Option<Secret>,
+    ) -> Result<Option<ApiClient>, CliError> {
+        let state = context.home.pool_state();
+        let deadline = Instant::now() + ANSWER_PATIENCE;
+        loop {
+            let url = run_files::local_url(&state);
+            let owner = match url {
+                Some(_) => None,
+                None => match run_files::owner(&state)? {
+                    Some(owner) => Some(owner),
+                    None => return Ok(None),
+                },
+            };
+            if let Some(url) = &url {
+                let client = ApiClient::new(url, token.clone())?;
+                let health = client.clone().with_answer_timeout(HEALTH_TIMEOUT);
+                if health.get_text("/health").await.is_ok() {
+                    client.check_version(POOL_API_VERSION).await?;
+                    return Ok(Some(client));
+                }
+            }
+            if Instant::now() >= deadline {
+                let owner = owner.or(run_files::owner(&state)?);
+                let place = url.map_or_else(String::new, |url| format!(" at {url}"));
+                return Err(CliError::new(
+                    Exit::Unreachable,
+                    format!("{} and does not answer{place}", runs(owner)),
+                )
+                .hint("`llorch-pool daemon logs` may say why; `llorch-pool daemon stop` ends it, and its workers stay"));
+            }
+            tokio::time::sleep(ANSWER_POLL).await;
+        }
+    }
+
+    /// This host's workers without the pool manager, which must not run.
+    pub fn direct_alone(context: &Context) -> Result<Self, CliError> {
+        match run_files::owner(&context.home.pool_state())? {
+            None => Self::direct(context),
+            owner => Err(CliError::new(
+                Exit::Refused,
+                format!("{} and looks after the workers of this host", runs(owner)),
+            )
+            .hint("leave `--direct` out, or stop it first: `llorch-pool daemon stop`")),
+        }
     }
 
     /// This host's workers without the pool manager, whether it runs or not.
@@ -162,6 +203,19 @@ impl Pool {
         }
     }
 
+    /// Forgets the workers that have ended, and removes what no worker owns.
+    pub async fn cleanup(&self) -> Result<CleanupReport, CliError> {
+        match self {
+            Self::Daemon(client) => Ok(client.post("/workers/cleanup", &()).await?),
+            Self::Direct(lifecycle) => {
+                collect_children(lifecycle).map_err(|error| registry_error(&error))?;
+                lifecycle
+                    .cleanup(&|_| false)
+                    .map_err(|error| registry_error(&error))
+            }
+        }
+    }
+
     /// The last lines of a worker's log.
     pub async fn log(&self, id: &str, lines: usize) -> Result<String, CliError> {
         match self {
@@ -181,6 +235,14 @@ impl Pool {
                     .collect())
             }
         }
+    }
+}
+
+/// Which pool manager it is that runs.
+fn runs(owner: Option<Owner>) -> String {
+    match owner.and_then(|owner| owner.pid) {
+        Some(pid) => format!("pool-managerd runs (pid {pid})"),
+        None => "pool-managerd runs".to_owned(),
     }
 }
 
@@ -239,7 +301,7 @@ fn no_worker(id: &str) -> CliError {
     .hint("llorch-pool worker list")
 }
 
-fn registry_error(error: &RegistryError) -> CliError {
+pub fn registry_error(error: &RegistryError) -> CliError {
     CliError::of(
         Exit::Failed,
         error,
@@ -250,14 +312,16 @@ fn registry_error(error: &RegistryError) -> CliError {
 fn spawn_error(error: &SpawnError) -> CliError {
     let exit = match error {
         SpawnError::Model(source) => return resolve_error(source),
-        SpawnError::Slots { .. } | SpawnError::Context { .. } | SpawnError::GpuWithCpu => {
-            Exit::Usage
-        }
+        SpawnError::Slots { .. }
+        | SpawnError::Context { .. }
+        | SpawnError::PortZero
+        | SpawnError::GpuWithCpu => Exit::Usage,
         SpawnError::NoDevice { .. }
         | SpawnError::DeviceDown { .. }
         | SpawnError::NoProgram { .. }
         | SpawnError::MemoryShort { .. }
         | SpawnError::NoPort { .. }
+        | SpawnError::Draining { .. }
         | SpawnError::PortTaken { .. } => Exit::Refused,
         SpawnError::MemoryUnknown(_) | SpawnError::Exec { .. } | SpawnError::Registry(_) => {
             Exit::Failed

@@ -46,6 +46,7 @@ pub struct PoolConfig {
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub token_file: Option<PathBuf>,
     /// The checkout that `llorch-pool git` works on. Default: the one that the command runs in.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub repo_path: Option<PathBuf>,
     /// Milliseconds between heartbeats when nothing changes, 20 to 600000. Default 15000.
     pub heartbeat_interval_ms: u64,
@@ -107,9 +108,11 @@ pub struct MemoryConfig {
 
 /// `[gpu]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct GpuConfig {
     /// NVIDIA's management library. Default: `libnvidia-ml.so.1` where the system finds it.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub nvml_library: Option<PathBuf>,
     /// Milliseconds between two readings of a GPU, 100 to 600000. Default 2000.
     pub poll_interval_ms: u64,

@@ -49,6 +49,21 @@ pub fn try_lock_exclusive(path: impl AsRef<Path>) -> io::Result<Option<LockGuard
     }
 }
 
+/// Whether a process holds the lock on `path` that [`lock_exclusive`] takes. Looking holds nobody up for longer than the
+/// look takes.
+pub fn is_locked(path: impl AsRef<Path>) -> io::Result<bool> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error),
+    };
+    match file.try_lock_shared() {
+        Ok(()) => Ok(false),
+        Err(TryLockError::WouldBlock) => Ok(true),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
 fn open_lock(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)
@@ -94,7 +109,10 @@ mod tests {
         let path = dir.path().join("lock");
         let held = lock_exclusive(&path).unwrap();
         assert!(try_lock_exclusive(&path).unwrap().is_none());
+        assert!(is_locked(&path).unwrap());
         drop(held);
+        assert!(!is_locked(&path).unwrap());
+        assert!(!is_locked(dir.path().join("none")).unwrap());
         assert!(try_lock_exclusive(&path).unwrap().is_some());
     }
 }

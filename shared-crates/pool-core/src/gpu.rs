@@ -29,6 +29,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 /// Whether a GPU can be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum GpuState {
     /// Its figures are current.
@@ -52,6 +53,7 @@ impl GpuState {
 
 /// What only GPUs have to tell, beside what every device does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct GpuInfo {
     /// Whether it can be used.
     pub state: GpuState,
@@ -81,6 +83,7 @@ pub struct GpuInfo {
 
 /// A process that uses a GPU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct GpuProcess {
     /// Its process id.
     pub pid: u32,
@@ -602,7 +605,7 @@ mod tests {
         }
     }
 
-    #[test] // [POOLD-062]
+    #[test] // [POOLD-092]
     fn of_figures_that_contradict_each_other_the_careful_one_counts() {
         for (said, before, believed) in [
             ((80, 10, 70), None, memory(80, 10, 70)),
@@ -624,7 +627,7 @@ mod tests {
         }
     }
 
-    #[test] // [POOLD-062]
+    #[test] // [POOLD-092]
     fn texts_counts_and_processes_are_bounded() {
         let process = |pid, memory_bytes| GpuProcess {
             pid,
@@ -658,7 +661,7 @@ mod tests {
         assert_eq!(kept.processes[1].memory_bytes, None, "more than there is");
     }
 
-    #[test] // [POOLD-061]
+    #[test] // [POOLD-091]
     fn a_gpu_is_unresponsive_from_the_deadline_until_it_answers() {
         let (deadline, now) = (Duration::from_millis(500), Instant::now());
         let mut slot = Slot {
@@ -697,7 +700,7 @@ mod tests {
         }
     }
 
-    #[test] // [POOLD-060]
+    #[test] // [POOLD-090]
     fn nobody_asks_a_driver_until_somebody_wants_to_know() {
         let asked = Arc::new(AtomicU32::new(0));
         let theirs = Arc::clone(&asked);
@@ -711,7 +714,7 @@ mod tests {
         assert_eq!(asked.load(Ordering::Relaxed), 1);
     }
 
-    #[test] // [POOLD-061]
+    #[test] // [POOLD-091]
     fn a_driver_that_hangs_while_it_is_loaded_is_not_waited_for() {
         let config = GpuConfig {
             deadline_ms: 50,

@@ -3,7 +3,7 @@
 //!
 //! It is also the ground floor of every llama-orch binary. What several of them would write again stands here once,
 //! behind features that are off by default: `cli` (the worker's argument list), `client` (a client of our HTTP APIs),
-//! `service` (what every daemon is) and `terminal` (what both command line programs are).
+//! `openapi` (schemas of the wire types and settings), `service` (what every daemon is) and `terminal` (what both command line programs are).
 
 pub mod api;
 pub mod catalog;

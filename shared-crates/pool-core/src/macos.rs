@@ -105,7 +105,7 @@ mod run {
 mod tests {
     use super::*;
 
-    #[test] // [POOLD-063]
+    #[test] // [POOLD-093]
     fn the_gpu_of_a_mac_gets_its_share_of_the_memory() {
         let gib = |bytes: u64| bytes as f64 / GIB as f64;
         for (memory, limit, share) in [
@@ -121,7 +121,7 @@ mod tests {
         }
     }
 
-    #[test] // [POOLD-063]
+    #[test] // [POOLD-093]
     fn free_memory_is_read_from_vm_stat() {
         let text = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n\
             Pages free:                               24105.\n\

@@ -1,10 +1,12 @@
 //! What a running daemon leaves in its state folder, as the daemon writes it and its clients read it.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fsio;
 use crate::process::ProcessIdentity;
 
 /// Held by the daemon as long as it runs.
@@ -29,6 +31,22 @@ impl PidRecord {
     pub fn read(dir: &Path) -> Option<Self> {
         serde_json::from_slice(&fs::read(dir.join(PID)).ok()?).ok()
     }
+}
+
+/// The daemon that has the state folder `dir` for itself, whether it answers or not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owner {
+    /// Its pid, if it has written one already.
+    pub pid: Option<u32>,
+}
+
+/// Who has the state folder `dir` for itself; `None` where no daemon runs on it.
+pub fn owner(dir: &Path) -> io::Result<Option<Owner>> {
+    let pid = PidRecord::read(dir)
+        .filter(|record| record.process.is_alive())
+        .map(|record| record.process.pid);
+    let owned = pid.is_some() || fsio::is_locked(dir.join(LOCK))?;
+    Ok(owned.then_some(Owner { pid }))
 }
 
 /// The address of the daemon whose state folder is `dir`, if one runs and listens. An address that a killed daemon

@@ -8,7 +8,7 @@ use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::job::JobStatus;
 use pool_core::home::Home;
 use pool_core::terminal::daemon::{self, DaemonSpec};
-use pool_core::terminal::daemon_commands::{self, LogArgs};
+use pool_core::terminal::daemon_commands::{self, ConfigArgs, LogArgs};
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
@@ -25,11 +25,7 @@ const STOP_SLACK: Duration = Duration::from_secs(10);
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start the orchestrator in the background and return when it answers; one that runs already is left alone
-    Start {
-        /// Settings file [default: `orchestratord.toml` in the configuration folder, if there is one]
-        #[arg(long, value_name = "PATH")]
-        config: Option<PathBuf>,
-    },
+    Start(ConfigArgs),
     /// Stop the orchestrator; its jobs are stored and go on when it is back
     Stop,
     /// Show whether the orchestrator runs, and where it answers; exits with 3 if it does not run
@@ -47,7 +43,7 @@ impl Command {
     pub async fn run(self) -> Result<Exit, CliError> {
         let home = Home::from_env()?;
         match self {
-            Self::Start { config } => start(&home, config).await,
+            Self::Start(ConfigArgs { config }) => start(&home, config).await,
             Self::Stop => stop(&home).await,
             Self::Status { format } => status(&home, format).await,
             Self::Logs(args) => daemon_commands::show_log(&log_file(&home), args).await,

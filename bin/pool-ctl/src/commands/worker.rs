@@ -1,19 +1,21 @@
 //! `llorch-pool worker`: start, stop and list workers, read their logs.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Subcommand;
 use jiff::Timestamp;
 use pool_core::ModelRef;
-use pool_core::api::pool::WorkerSpawnRequest;
+use pool_core::api::pool::{CleanupReport, WorkerSpawnRequest};
 use pool_core::lifecycle::Lifecycle;
 use pool_core::terminal::daemon_commands::{self, LogArgs};
 use pool_core::terminal::interrupt::{Interrupt, interrupted};
 use pool_core::terminal::paint::{Cell, Style};
 use pool_core::terminal::progress;
 use pool_core::terminal::{
-    CliError, Exit, Format, age, human_duration, note, print_json, print_table, sanitize, say,
-    write,
+    CliError, Exit, Format, age, human_bytes, human_duration, note, parse_duration, print_json,
+    print_table, sanitize, say, write,
 };
 use pool_core::worker::{Backend, ExitReason, WorkerInfo, WorkerStatus, mebibytes};
 
@@ -22,6 +24,8 @@ use crate::pool::Pool;
 
 /// How often a loading worker is looked at.
 const LOAD_POLL: Duration = Duration::from_millis(100);
+/// How often a worker whose log is followed is looked at.
+const LIFE_POLL: Duration = Duration::from_millis(500);
 /// How long the pool's own verdict on a worker that does not come up is waited for, after its time is over.
 const VERDICT: Duration = Duration::from_secs(10);
 
@@ -51,9 +55,14 @@ pub enum Command {
         /// Port to listen on [default: a free one of the pool's range].
         #[arg(long, value_name = "PORT")]
         port: Option<u16>,
-        /// Return when the worker is ready; fail if it fails to load.
+        /// Return when the worker is ready; fail if it fails to load. Ctrl-C leaves it loading.
         #[arg(long)]
         wait: bool,
+        /// How long to wait at most, as `90s` or `5m`; the worker goes on loading [default: what the pool gives it].
+        #[arg(long, value_name = "DURATION", requires = "wait", value_parser = parse_duration)]
+        timeout: Option<Duration>,
+        #[command(flatten)]
+        reach: ReachArgs,
         /// How to print the worker. JSON: an object as in `worker list`.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
@@ -73,22 +82,60 @@ pub enum Command {
         /// End it at once, with what it runs.
         #[arg(long)]
         force: bool,
+        #[command(flatten)]
+        reach: ReachArgs,
     },
-    /// List the workers, those that ended lately included.
+    /// List the workers, those that ended lately included until `worker cleanup` forgets them.
     List {
+        /// Leave out those that have ended.
+        #[arg(long)]
+        live: bool,
+        #[command(flatten)]
+        reach: ReachArgs,
         /// How to print it. JSON: an array of workers with `id`, `status`, `model_ref`, `device`, `port`, `pid`,
         /// `context_length`, `slots`, `active`, `load_percent`, `memory`, `created_at`, `ready_at` and `exit`.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
-    /// Show the end of a worker's log. Following it works on the worker's own host only.
+    /// Forget the workers that have ended, with their logs.
+    ///
+    /// A worker whose process has gone counts as ended. Removes as well logs of workers that nobody remembers, records that
+    /// can't be read, and what a killed program left half-written. Nothing live is touched.
+    Cleanup {
+        #[command(flatten)]
+        reach: ReachArgs,
+        /// How to print it. JSON: an object with `reaped`, `forgotten`, `files` and `freed_bytes`.
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
+    /// Show the end of a worker's log. Following it works on the worker's own host only, and ends with the worker.
     Logs {
         /// The worker.
         #[arg(value_name = "ID")]
         id: String,
         #[command(flatten)]
         log: LogArgs,
+        #[command(flatten)]
+        reach: ReachArgs,
     },
+}
+
+/// Through whom the workers are reached.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct ReachArgs {
+    /// Work on this host's registry without asking a pool manager; refused while one runs.
+    #[arg(long)]
+    direct: bool,
+}
+
+impl ReachArgs {
+    async fn pool(self, context: &Context) -> Result<Pool, CliError> {
+        if self.direct {
+            Pool::direct_alone(context)
+        } else {
+            Pool::reach(context).await
+        }
+    }
 }
 
 impl Command {
@@ -104,6 +151,8 @@ impl Command {
                 slots,
                 port,
                 wait,
+                timeout,
+                reach,
                 format,
             } => {
                 let request = WorkerSpawnRequest {
@@ -114,52 +163,67 @@ impl Command {
                     slots,
                     port,
                 };
-                spawn(&context, &request, wait, format).await
+                let pool = reach.pool(&context).await?;
+                let mut worker = pool.spawn(&request).await?;
+                if wait {
+                    let limit = timeout.unwrap_or_else(|| {
+                        let workers = &context.config.workers;
+                        workers.start_timeout(worker.model_file.size_bytes) + VERDICT
+                    });
+                    worker = until_ready(&pool, worker, limit).await?;
+                }
+                started(&worker, format)
             }
             Self::Stop {
                 id: Some(id),
                 force,
+                reach,
                 ..
             } => {
-                stopped(&Pool::reach(&context).await?.stop(&id, force).await?)?;
+                stopped(&reach.pool(&context).await?.stop(&id, force).await?)?;
                 Ok(Exit::Done)
             }
             Self::Stop {
-                id: None, force, ..
+                id: None,
+                force,
+                reach,
+                ..
             } => {
-                if stop_all(&Pool::reach(&context).await?, force).await? == 0 {
+                if stop_all(&reach.pool(&context).await?, force).await? == 0 {
                     say("no worker runs")?;
                 }
                 Ok(Exit::Done)
             }
-            Self::List { format } => list(&Pool::reach(&context).await?.list().await?, format),
-            Self::Logs { id, log } => logs(&context, &id, log).await,
+            Self::List {
+                live,
+                reach,
+                format,
+            } => {
+                let mut workers = reach.pool(&context).await?.list().await?;
+                workers.retain(|worker| !live || worker.status.is_live());
+                list(&workers, format)
+            }
+            Self::Cleanup { reach, format } => {
+                cleaned(&reach.pool(&context).await?.cleanup().await?, format)
+            }
+            Self::Logs { id, log, reach } => logs(&context, &id, log, reach).await,
         }
     }
 }
 
-async fn spawn(
-    context: &Context,
-    request: &WorkerSpawnRequest,
-    wait: bool,
-    format: Format,
-) -> Result<Exit, CliError> {
-    let pool = Pool::reach(context).await?;
-    let mut worker = pool.spawn(request).await?;
-    if wait {
-        worker = until_ready(&pool, worker, context).await?;
-    }
+/// Says what became of a worker that was started.
+fn started(worker: &WorkerInfo, format: Format) -> Result<Exit, CliError> {
     if worker.status == WorkerStatus::Failed {
-        return Err(start_failed(&worker));
+        return Err(start_failed(worker));
     }
     match format {
-        Format::Json => print_json(&worker)?,
+        Format::Json => print_json(worker)?,
         Format::Table => {
             let pid = worker
                 .pid
                 .map_or_else(String::new, |pid| format!(", pid {pid}"));
             say(format!(
-                "{} is {} on port {} ({} on {}{pid}; {})",
+                "{} is {} on port {} ({} on {}{pid}; memory: {})",
                 worker.id,
                 worker.status,
                 worker.port,
@@ -172,32 +236,27 @@ async fn spawn(
     Ok(Exit::Done)
 }
 
-/// Waits until the worker is ready or has ended.
+/// Waits until the worker is ready or has ended, for at most `limit`.
 async fn until_ready(
     pool: &Pool,
     mut worker: WorkerInfo,
-    context: &Context,
+    limit: Duration,
 ) -> Result<WorkerInfo, CliError> {
     let interrupt = Interrupt::catch()?;
-    let limit = context
-        .config
-        .workers
-        .start_timeout(worker.model_file.size_bytes)
-        + VERDICT;
     let started = Instant::now();
-    let spinner = progress::spinner(format!("{} is starting", worker.id));
+    let bar = progress::percent(format!(
+        "{} loads {} ({})",
+        worker.id, worker.model_ref, worker.memory
+    ));
     while worker.status == WorkerStatus::Starting {
-        spinner.message(format!(
-            "{} loads {}: {} %",
-            worker.id, worker.model_ref, worker.load_percent
-        ));
-        let log = format!("llorch-pool worker logs {}", worker.id);
-        if started.elapsed() > limit {
+        bar.set_percent(worker.load_percent);
+        if started.elapsed() >= limit {
             let message = format!(
                 "{} was not ready within {}, and goes on loading",
                 worker.id,
                 human_duration(limit)
             );
+            let log = format!("llorch-pool worker logs {}", worker.id);
             return Err(CliError::new(Exit::WaitTimedOut, message).hint(log));
         }
         tokio::select! {
@@ -273,6 +332,30 @@ fn list(workers: &[WorkerInfo], format: Format) -> Result<Exit, CliError> {
     Ok(Exit::Done)
 }
 
+/// Says what was cleared away.
+fn cleaned(report: &CleanupReport, format: Format) -> Result<Exit, CliError> {
+    if format == Format::Json {
+        print_json(report)?;
+        return Ok(Exit::Done);
+    }
+    for id in &report.forgotten {
+        let gone = report.reaped.contains(id);
+        say(format!(
+            "forgot {id}{}",
+            if gone { ", whose process was gone" } else { "" }
+        ))?;
+    }
+    for name in &report.files {
+        say(format!("removed {name}"))?;
+    }
+    if report.forgotten.is_empty() && report.files.is_empty() {
+        say("nothing to clean up")?;
+    } else {
+        say(format!("{} freed", human_bytes(report.freed_bytes)))?;
+    }
+    Ok(Exit::Done)
+}
+
 /// The table of workers, as `worker list` and `status` show it.
 pub fn print_workers(workers: &[WorkerInfo]) -> Result<(), CliError> {
     let now = Timestamp::now();
@@ -302,7 +385,7 @@ fn cells(worker: &WorkerInfo, now: Timestamp) -> Vec<Cell> {
         status => Cell::status(status.as_str()),
     };
     let live = worker.status.is_live();
-    let memory = |bytes: Option<u64>| {
+    let of_live = |bytes: Option<u64>| {
         bytes
             .filter(|_| live)
             .map_or_else(|| "-".to_owned(), mebibytes)
@@ -326,8 +409,8 @@ fn cells(worker: &WorkerInfo, now: Timestamp) -> Vec<Cell> {
             .context_length
             .map_or_else(|| "-".to_owned(), |length| length.to_string())
             .into(),
-        memory(Some(worker.memory.predicted_bytes)).into(),
-        memory(worker.memory.measured_bytes).into(),
+        of_live(Some(worker.memory.predicted_bytes)).into(),
+        of_live(worker.memory.measured_bytes).into(),
         age(worker.created_at, now).into(),
         reason
             .map_or_else(String::new, |exit| {
@@ -337,10 +420,15 @@ fn cells(worker: &WorkerInfo, now: Timestamp) -> Vec<Cell> {
     ]
 }
 
-async fn logs(context: &Context, id: &str, log: LogArgs) -> Result<Exit, CliError> {
+async fn logs(
+    context: &Context,
+    id: &str,
+    log: LogArgs,
+    reach: ReachArgs,
+) -> Result<Exit, CliError> {
+    let pool = reach.pool(context).await?;
     if !log.follow {
-        let text = Pool::reach(context).await?.log(id, log.lines).await?;
-        write(sanitize::for_terminal(&text))?;
+        write(sanitize::for_terminal(&pool.log(id, log.lines).await?))?;
         return Ok(Exit::Done);
     }
     let lifecycle =
@@ -352,5 +440,23 @@ async fn logs(context: &Context, id: &str, log: LogArgs) -> Result<Exit, CliErro
         )
         .hint("llorch-pool worker list"));
     }
-    daemon_commands::show_log(&lifecycle.log_file(id), log).await
+    let over = Arc::new(AtomicBool::new(false));
+    let (watch, seen) = (Arc::clone(&over), id.to_owned());
+    let watching = tokio::spawn(async move {
+        loop {
+            match pool.get(&seen).await {
+                Ok(worker) if worker.status.is_live() => {}
+                Err(error) if error.exit != Exit::NotFound => {}
+                // It has ended, or was forgotten since.
+                _ => break watch.store(true, Ordering::Release),
+            }
+            tokio::time::sleep(LIFE_POLL).await;
+        }
+    });
+    let shown = daemon_commands::show_log_until(&lifecycle.log_file(id), log, || {
+        over.load(Ordering::Acquire)
+    })
+    .await;
+    watching.abort();
+    shown
 }

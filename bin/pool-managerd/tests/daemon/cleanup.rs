@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::support::{Host, refusal};
 
-#[tokio::test] // [POOLD-064]
+#[tokio::test] // [POOLD-084]
 async fn ended_workers_are_forgotten_and_live_ones_stay() {
     let host = Host::new();
     let daemon = host.start().await;

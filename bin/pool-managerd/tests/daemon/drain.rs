@@ -22,7 +22,7 @@ pub async fn job(client: &ApiClient, worker: &str) -> pool_core::client::EventSt
     client.events(request).await.unwrap()
 }
 
-#[tokio::test] // [POOLD-060]
+#[tokio::test] // [POOLD-080]
 async fn a_drained_pool_takes_no_workers_and_leaves_those_it_has() {
     let host = Host::new();
     let daemon = host.start().await;
@@ -51,7 +51,7 @@ async fn a_drained_pool_takes_no_workers_and_leaves_those_it_has() {
     daemon.shut_down().await;
 }
 
-#[tokio::test] // [POOLD-061]
+#[tokio::test] // [POOLD-081]
 async fn with_stop_workers_each_ends_when_it_has_finished() {
     let host = Host::new().executing();
     let daemon = host.start().await;
@@ -84,7 +84,7 @@ async fn with_stop_workers_each_ends_when_it_has_finished() {
     daemon.shut_down().await;
 }
 
-#[tokio::test] // [POOLD-062]
+#[tokio::test] // [POOLD-082]
 async fn at_the_deadline_what_still_runs_is_stopped_oldest_first() {
     let host = Host::new().executing();
     let daemon = host.start().await;
@@ -120,7 +120,7 @@ async fn at_the_deadline_what_still_runs_is_stopped_oldest_first() {
     daemon.shut_down().await;
 }
 
-#[tokio::test] // [POOLD-063]
+#[tokio::test] // [POOLD-083]
 async fn a_drain_survives_the_daemon() {
     let host = Host::new().executing();
     let daemon = host.start().await;

@@ -103,7 +103,7 @@ fn state(device: &DeviceInfo) -> GpuState {
     device.gpu.as_ref().unwrap().state
 }
 
-#[tokio::test] // [POOLD-060]
+#[tokio::test] // [POOLD-090]
 async fn status_and_metrics_tell_of_every_gpu_by_number() {
     let mut host = Host::new();
     let mine = std::process::id();
@@ -168,7 +168,7 @@ async fn status_and_metrics_tell_of_every_gpu_by_number() {
     daemon.shut_down().await;
 }
 
-#[tokio::test] // [POOLD-061]
+#[tokio::test] // [POOLD-091]
 async fn a_driver_that_hangs_holds_up_nothing_else() {
     let mut host = Host::new();
     let fake = FakeNvml::install(&mut host, json!([gpu(0, 70 * GB), gpu(1, 60 * GB)]));
@@ -231,7 +231,7 @@ async fn a_driver_that_hangs_holds_up_nothing_else() {
     daemon.shut_down().await;
 }
 
-#[tokio::test] // [POOLD-061]
+#[tokio::test] // [POOLD-091]
 async fn a_driver_that_hangs_from_the_start_does_not_keep_the_daemon_from_starting() {
     let mut host = Host::new();
     let fake = FakeNvml::install(&mut host, json!([]));
@@ -252,7 +252,7 @@ async fn a_driver_that_hangs_from_the_start_does_not_keep_the_daemon_from_starti
     assert!(daemon.shut_down().await < Duration::from_secs(5));
 }
 
-#[tokio::test] // [POOLD-062]
+#[tokio::test] // [POOLD-092]
 async fn lies_of_a_driver_are_bounded() {
     let mut host = Host::new();
     let lies = json!([
@@ -320,7 +320,7 @@ async fn lies_of_a_driver_are_bounded() {
     daemon.shut_down().await;
 }
 
-#[tokio::test] // [POOLD-014] [POOLD-060]
+#[tokio::test] // [POOLD-014] [POOLD-090]
 async fn workers_on_gpus_reserve_their_memory_like_those_on_the_cpu() {
     let mut host = Host::new();
     let _fake = FakeNvml::install(&mut host, json!([gpu(0, 60 * GB), gpu(1, 70 * GB)]));
@@ -378,7 +378,7 @@ async fn workers_on_gpus_reserve_their_memory_like_those_on_the_cpu() {
     daemon.shut_down().await;
 }
 
-#[tokio::test] // [POOLD-060]
+#[tokio::test] // [POOLD-090]
 async fn a_host_without_a_driver_has_no_gpus_and_no_trouble() {
     let mut host = Host::new();
     host.config.gpu.nvml_library = Some("/nowhere/libnvidia-ml.so.1".into());

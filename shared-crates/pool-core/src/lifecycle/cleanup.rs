@@ -99,7 +99,7 @@ mod tests {
     use crate::process::ProcessIdentity;
     use crate::worker::WorkerStatus;
 
-    #[test] // [POOLD-064]
+    #[test] // [POOLD-084]
     fn only_what_nothing_live_needs_is_removed() {
         let dir = tempfile::tempdir().unwrap();
         let home = Home::at(dir.path());

@@ -143,7 +143,7 @@ mod tests {
         }
     }
 
-    #[test] // [POOLD-060]
+    #[test] // [POOLD-080]
     fn what_runs_may_finish_until_the_deadline() {
         use WorkerStatus::{Busy, Draining, Failed, Ready, Starting};
         let at = |second| Timestamp::from_second(second).unwrap();

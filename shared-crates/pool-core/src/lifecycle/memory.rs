@@ -291,7 +291,7 @@ mod tests {
         assert_eq!(host.inside(Some(64 * GB), Some(GB)), host);
     }
 
-    #[test] // [POOLD-063]
+    #[test] // [POOLD-093]
     fn the_gpu_of_a_mac_and_its_processors_share_one_memory() {
         let device = |text: &str| text.parse::<Device>().unwrap();
         let (metal, cuda) = (device("metal:0"), device("cuda:0"));
@@ -311,7 +311,7 @@ mod tests {
         assert_eq!(free_bytes(memory, cuda, &records), 16 * GB);
     }
 
-    #[test] // [POOLD-060]
+    #[test] // [POOLD-090]
     fn the_roomiest_device_is_taken_and_of_equal_ones_the_first() {
         let device = |index| Device {
             backend: Backend::Cuda,
@@ -334,7 +334,7 @@ mod tests {
         assert_eq!(roomiest([], &[]), None);
     }
 
-    #[test] // [POOLD-064]
+    #[test] // [POOLD-094]
     fn idle_workers_are_to_stop_before_others_the_longest_idle_first_and_none_in_vain() {
         let at = |seconds| Some(Timestamp::from_second(seconds).unwrap());
         let named = |number, bytes, idle_since| {

@@ -222,10 +222,12 @@ pub fn tail(path: &Path, lines: usize) -> io::Result<String> {
     tail_from(path, lines, 0)
 }
 
-/// Prints the last `lines` lines of a log, then what is appended to it, until `print` fails or the future is dropped.
+/// Prints the last `lines` lines of a log, then what is appended to it, until nothing more comes because `is_over`, `print`
+/// fails, or the future is dropped.
 pub async fn follow(
     path: &Path,
     lines: usize,
+    is_over: impl Fn() -> bool,
     mut print: impl FnMut(&str) -> Result<(), CliError>,
 ) -> Result<(), CliError> {
     let mut file = File::open(path)?;
@@ -233,6 +235,8 @@ pub async fn follow(
     print(&tail(path, lines)?)?;
     let mut pending = Vec::new();
     loop {
+        // Asked before the file is read: what was written until then is in it.
+        let over = is_over();
         let length = file.metadata()?.len();
         if length < seen {
             // Somebody emptied the log: what is in it now is new.
@@ -244,6 +248,11 @@ pub async fn follow(
         if let Some(end) = pending.iter().rposition(|byte| *byte == b'\n') {
             let complete: Vec<u8> = pending.drain(..=end).collect();
             print(&String::from_utf8_lossy(&complete))?;
+        } else if over {
+            return match pending.is_empty() {
+                true => Ok(()),
+                false => print(&(String::from_utf8_lossy(&pending) + "\n")),
+            };
         } else {
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
@@ -498,18 +507,23 @@ mod tests {
 
         let mut shown = String::new();
         let mut appended = false;
-        let result = follow(&path, 1, |text| {
-            shown.push_str(text);
-            if !appended {
-                appended = true;
-                OpenOptions::new()
-                    .append(true)
-                    .open(&path)?
-                    .write_all("vier é\nhalf".as_bytes())?;
-                return Ok(());
-            }
-            Err(CliError::new(Exit::Interrupted, "enough"))
-        });
+        let result = follow(
+            &path,
+            1,
+            || false,
+            |text| {
+                shown.push_str(text);
+                if !appended {
+                    appended = true;
+                    OpenOptions::new()
+                        .append(true)
+                        .open(&path)?
+                        .write_all("vier é\nhalf".as_bytes())?;
+                    return Ok(());
+                }
+                Err(CliError::new(Exit::Interrupted, "enough"))
+            },
+        );
         assert_eq!(result.await.unwrap_err().exit, Exit::Interrupted);
         assert_eq!(shown, "three\nvier é\n");
     }

@@ -1,7 +1,7 @@
 //! The commands that both programs have for their daemon, on top of [`super::daemon`].
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::daemon::{self, DaemonSpec, Stopped};
@@ -53,8 +53,25 @@ pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<(),
     }
 }
 
+/// The option of a command that starts a daemon, or looks at its settings.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ConfigArgs {
+    /// Settings file [default: the daemon's own in the configuration folder, if there is one]
+    #[arg(long, value_name = "PATH")]
+    pub config: Option<PathBuf>,
+}
+
 /// Prints the end of a log of this host, and with `follow` what comes after it until Ctrl-C.
 pub async fn show_log(path: &Path, args: LogArgs) -> Result<Exit, CliError> {
+    show_log_until(path, args, || false).await
+}
+
+/// As [`show_log`], but following ends as well when nobody writes to the log any more.
+pub async fn show_log_until(
+    path: &Path,
+    args: LogArgs,
+    is_over: impl Fn() -> bool,
+) -> Result<Exit, CliError> {
     if !path.exists() {
         let message = format!("there is no log {} yet", path.display());
         return Err(CliError::new(Exit::NotFound, message));
@@ -66,7 +83,7 @@ pub async fn show_log(path: &Path, args: LogArgs) -> Result<Exit, CliError> {
     }
     let interrupt = Interrupt::catch()?;
     tokio::select! {
-        ended = daemon::follow(path, args.lines, print) => ended.map(|()| Exit::Done),
+        ended = daemon::follow(path, args.lines, is_over, print) => ended.map(|()| Exit::Done),
         () = interrupt.wait() => Ok(Exit::Interrupted),
     }
 }

@@ -4,12 +4,14 @@
 pub mod daemon;
 pub mod daemon_commands;
 pub mod doctor;
+mod duration;
 mod exit;
 pub mod interrupt;
 mod output;
 pub mod progress;
 pub mod sanitize;
 
+pub use duration::parse_duration;
 pub use exit::{CliError, Exit, parse, run_cli};
 pub use output::{
     Format, age, human_bytes, human_duration, note, paint, print_json, print_table, render_table,

@@ -28,6 +28,15 @@ pub fn bar(total: u64, label: impl Into<String>) -> Progress {
     )
 }
 
+/// A bar for work that is done by percent.
+pub fn percent(label: impl Into<String>) -> Progress {
+    Progress::new(
+        ProgressBar::new(100),
+        "{msg} [{bar:30}] {pos} % {elapsed}",
+        label.into(),
+    )
+}
+
 /// A spinner for work that can't be measured.
 pub fn spinner(label: impl Into<String>) -> Progress {
     Progress::turning("{spinner} {msg} {elapsed}", label.into())
@@ -84,6 +93,12 @@ impl Progress {
             ),
             None => format!("{}: {}", self.bar.message(), human_bytes(done)),
         });
+    }
+
+    /// Says how many percent of a [`percent`] bar are done.
+    pub fn set_percent(&self, done: u8) {
+        self.bar.set_position(done.into());
+        self.plain(|| format!("{}: {done} %", self.bar.message()));
     }
 
     /// Says that `bytes` more are done.

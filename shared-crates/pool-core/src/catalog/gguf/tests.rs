@@ -638,7 +638,11 @@ fn widths_and_names_come_from_what_the_file_gives() {
     // Numbers that were given up, or don't exist yet, are named after the weights.
     for id in 0..64 {
         let named = Build::model().with("general.file_type", u32_value(id));
-        assert_ne!(read(&named.bytes()).unwrap().quantization(), "unknown", "{id}");
+        assert_ne!(
+            read(&named.bytes()).unwrap().quantization(),
+            "unknown",
+            "{id}"
+        );
     }
     let q4 = GgmlType::from_id(12).unwrap();
     assert_eq!(

@@ -5,10 +5,14 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use pool_core::api::pool::PoolStatus;
+use pool_core::run_files;
 use pool_core::terminal::daemon::{self, DaemonSpec};
-use pool_core::terminal::daemon_commands::{self, LogArgs};
+use pool_core::terminal::daemon_commands::{self, ConfigArgs, LogArgs};
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
+
+mod config;
+mod drain;
 
 use super::worker::stop_all;
 use crate::context::Context;
@@ -24,11 +28,7 @@ const STOP_SLACK: Duration = Duration::from_secs(8);
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start the pool manager in the background and return when it answers. One that runs already is left alone.
-    Start {
-        /// Settings file [default: `pool-managerd.toml` in the configuration folder, if there is one].
-        #[arg(long, value_name = "PATH")]
-        config: Option<PathBuf>,
-    },
+    Start(ConfigArgs),
     /// Stop the pool manager. Its workers go on, and the next pool manager takes them over.
     Stop {
         /// Stop the workers first, oldest first.
@@ -41,6 +41,18 @@ pub enum Command {
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
+    /// Take no new workers, and let those that run come to an end; `resume` takes them again.
+    ///
+    /// Holds across restarts of the pool manager. Without options, all that runs goes on for as long as it needs. At the
+    /// deadline, workers that still run something are told to stop, oldest first, and killed where they do not.
+    Drain(drain::Args),
+    /// Take new workers again after `drain`.
+    Resume,
+    /// The pool manager's settings: check them, or see them all with what they mean.
+    Config {
+        #[command(subcommand)]
+        command: config::Command,
+    },
     /// Show the end of the pool manager's log.
     Logs(LogArgs),
 }
@@ -49,9 +61,12 @@ impl Command {
     /// Does what was asked for.
     pub async fn run(self) -> Result<Exit, CliError> {
         match self {
-            Self::Start { config } => start(config).await,
+            Self::Start(ConfigArgs { config }) => start(config).await,
             Self::Stop { workers } => stop(&Context::open(None)?, workers).await,
             Self::Status { format } => status(&Context::open(None)?, format).await,
+            Self::Drain(args) => args.run(&Context::open(None)?).await,
+            Self::Resume => drain::resume(&Context::open(None)?).await,
+            Self::Config { command } => command.run(),
             Self::Logs(args) => {
                 daemon_commands::show_log(&log_file(&Context::open(None)?), args).await
             }
@@ -80,11 +95,23 @@ async fn start(config: Option<PathBuf>) -> Result<Exit, CliError> {
 }
 
 async fn stop(context: &Context, workers: bool) -> Result<Exit, CliError> {
+    let mut workers_left = false;
     if workers {
-        stop_all(&Pool::reach(context).await?, false).await?;
+        match Pool::reach(context).await {
+            Ok(pool) => drop(stop_all(&pool, false).await?),
+            // One that hangs is ended first; then nobody stands between this command and the workers.
+            Err(error) if error.exit == Exit::Unreachable && owns_this_home(context)? => {
+                note(format!("{error}; it is ended before its workers"));
+                workers_left = true;
+            }
+            Err(error) => return Err(error),
+        }
     }
     let timeout = Duration::from_millis(context.config.service.shutdown_grace_ms) + STOP_SLACK;
     daemon_commands::stop(&context.home.pool_state(), NAME, timeout).await?;
+    if workers_left {
+        stop_all(&Pool::direct(context)?, false).await?;
+    }
     if !workers {
         let live: Vec<String> = Pool::direct(context)?
             .list()
@@ -103,6 +130,10 @@ async fn stop(context: &Context, workers: bool) -> Result<Exit, CliError> {
     Ok(Exit::Done)
 }
 
+fn owns_this_home(context: &Context) -> Result<bool, CliError> {
+    Ok(run_files::owner(&context.home.pool_state())?.is_some())
+}
+
 #[derive(Serialize)]
 struct Status {
     running: bool,
@@ -116,9 +147,11 @@ async fn status(context: &Context, format: Format) -> Result<Exit, CliError> {
     let running = daemon::status(&context.home.pool_state());
     let pool = match &running {
         // One that hangs is shown all the same.
-        Some(_) => match Pool::reach(context).await? {
-            Pool::Daemon(client) => client.get("/status").await.ok(),
-            Pool::Direct(_) => None,
+        Some(_) => match Pool::reach(context).await {
+            Ok(Pool::Daemon(client)) => client.get("/status").await.ok(),
+            Ok(Pool::Direct(_)) => None,
+            Err(error) if error.exit == Exit::Unreachable => None,
+            Err(error) => return Err(error),
         },
         None => None,
     };
@@ -149,14 +182,12 @@ async fn status(context: &Context, format: Format) -> Result<Exit, CliError> {
                         .iter()
                         .filter(|worker| worker.status.is_live())
                         .count();
-                    let state = if pool.draining {
-                        "drains"
-                    } else {
-                        "takes work"
-                    };
                     say(format!(
-                        "pool {} {state}: {live} workers, {} models",
+                        "pool {} {}: {live} workers, {} models",
                         pool.pool_id,
+                        pool.drain
+                            .as_ref()
+                            .map_or_else(|| "takes work".to_owned(), drain::describe),
                         pool.models.len()
                     ))?;
                 }

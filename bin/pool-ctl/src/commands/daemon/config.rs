@@ -1,0 +1,128 @@
+//! `llorch-pool daemon config`: the pool manager's settings.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use pool_core::config::{ALIASES, FILE_NAME, PoolConfig};
+use pool_core::home::Home;
+use pool_core::secret::Secret;
+use pool_core::settings::{self, Loaded, Setting};
+use pool_core::terminal::daemon_commands::ConfigArgs;
+use pool_core::terminal::{CliError, Exit, Format, print_json, print_table, say, write};
+use serde::Serialize;
+
+use crate::context::config_error;
+
+/// `llorch-pool daemon config`.
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Check the settings, and list each with its value and where that comes from. Exits with 2 if they can't be used.
+    Check {
+        #[command(flatten)]
+        file: ConfigArgs,
+        /// Address to listen on, as the pool manager's own option.
+        #[arg(long, value_name = "ADDRESS:PORT")]
+        bind: Option<SocketAddr>,
+        /// How to print it. JSON: an object with `file` (null without one), `token` (whether there is one) and `settings`,
+        /// an array of objects with `key`, `value`, `source` (`flag`, `variable`, `file` or `default`) and `origin`.
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
+    /// Print a settings file with every key, its value and what it means. Keys at their default stand in comments.
+    Show {
+        #[command(flatten)]
+        file: ConfigArgs,
+        /// Print the defaults, whatever this host has set.
+        #[arg(long, visible_alias = "print-default", conflicts_with = "config")]
+        defaults: bool,
+    },
+}
+
+#[derive(Serialize)]
+struct Checked {
+    file: Option<PathBuf>,
+    token: bool,
+    settings: Vec<Setting>,
+}
+
+impl Command {
+    /// Does what was asked for.
+    pub fn run(self) -> Result<Exit, CliError> {
+        match self {
+            Self::Check { file, bind, format } => check(&file, bind, format),
+            Self::Show { defaults: true, .. } => show(&Loaded {
+                value: PoolConfig::default(),
+                origins: Vec::new(),
+            }),
+            Self::Show { file, .. } => show(&load(&Home::from_env()?, &file, None)?),
+        }
+    }
+}
+
+fn load(
+    home: &Home,
+    file: &ConfigArgs,
+    bind: Option<SocketAddr>,
+) -> Result<Loaded<PoolConfig>, CliError> {
+    let env = |name: &str| std::env::var(name).ok();
+    PoolConfig::load_traced(home, file.config.as_deref(), bind, &env).map_err(config_error)
+}
+
+fn show(loaded: &Loaded<PoolConfig>) -> Result<Exit, CliError> {
+    write(settings::annotated(loaded, &ALIASES)?)?;
+    Ok(Exit::Done)
+}
+
+fn check(file: &ConfigArgs, bind: Option<SocketAddr>, format: Format) -> Result<Exit, CliError> {
+    let home = Home::from_env()?;
+    let loaded = load(&home, file, bind)?;
+    let config = &loaded.value;
+    let variable = std::env::var("LLORCH_POOL_TOKEN").ok();
+    let token = Secret::load(variable, config.token_file.as_deref())
+        .map_err(|error| CliError::of(Exit::Usage, &error, error.hint().map(str::to_owned)))?;
+    if !config.bind.ip().is_loopback() && token.is_none() {
+        return Err(CliError::new(
+            Exit::Usage,
+            format!(
+                "{}: `bind` is {}, which other machines can reach, and there is no token",
+                loaded.origin("bind"),
+                config.bind
+            ),
+        )
+        .hint("set `token_file` (mode 0600) or LLORCH_POOL_TOKEN, or bind to 127.0.0.1"));
+    }
+    let own = home.config_file(FILE_NAME);
+    let checked = Checked {
+        file: file.config.clone().or_else(|| own.exists().then_some(own)),
+        token: token.is_some(),
+        settings: settings::list(&loaded)?,
+    };
+    match format {
+        Format::Json => print_json(&checked)?,
+        Format::Table => {
+            print_table(
+                &["KEY", "VALUE", "SOURCE"],
+                checked.settings.iter().map(|setting| {
+                    let value = match &setting.value {
+                        serde_json::Value::Null => "-".to_owned(),
+                        serde_json::Value::String(text) => text.clone(),
+                        value => value.to_string(),
+                    };
+                    let source = setting.origin.clone();
+                    vec![
+                        setting.key.clone().into(),
+                        value.into(),
+                        source.unwrap_or_else(|| setting.source.to_owned()).into(),
+                    ]
+                }),
+            )?;
+            let file = checked.file.map_or_else(
+                || "no settings file".to_owned(),
+                |file| file.display().to_string(),
+            );
+            let token = if checked.token { "a token" } else { "no token" };
+            say(format!("\nthe settings are good ({file}, {token})"))?;
+        }
+    }
+    Ok(Exit::Done)
+}

@@ -1,0 +1,119 @@
+//! `llorch-pool daemon drain` and `resume`.
+
+use std::time::Duration;
+
+use pool_core::api::pool::{DrainRequest, DrainStatus, PoolStatus};
+use pool_core::client::ApiClient;
+use pool_core::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::terminal::progress;
+use pool_core::terminal::{CliError, Exit, Format, note, parse_duration, print_json, say};
+
+use crate::context::Context;
+use crate::pool::{Pool, registry_error};
+
+/// How often a drain is looked at.
+const POLL: Duration = Duration::from_millis(250);
+
+/// Arguments of `llorch-pool daemon drain`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// How long what runs may go on, as `90s` or `1h` [default: as long as it needs].
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    deadline: Option<Duration>,
+    /// Stop each worker once it runs nothing, so that none is left in the end.
+    #[arg(long)]
+    stop_workers: bool,
+    /// Return when the drain is done. Ctrl-C leaves the pool draining.
+    #[arg(long)]
+    wait: bool,
+    /// How to print it. JSON: an object with `since`, `deadline`, `stop_workers` and `remaining`.
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+impl Args {
+    /// Does what was asked for.
+    pub async fn run(self, context: &Context) -> Result<Exit, CliError> {
+        let Pool::Daemon(client) = Pool::reach(context).await? else {
+            return Err(CliError::new(
+                Exit::NotFound,
+                "pool-managerd does not run, so nobody could see a drain through",
+            )
+            .hint("`llorch-pool daemon start` starts it; `llorch-pool worker stop --all` stops workers without it"));
+        };
+        let request = DrainRequest {
+            deadline_ms: self
+                .deadline
+                .map(|deadline| u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX)),
+            stop_workers: self.stop_workers,
+        };
+        let mut drain = drain_of(client.post("/drain", &request).await?)?;
+        if self.wait {
+            drain = until_done(&client, drain).await?;
+        }
+        match self.format {
+            Format::Json => print_json(&drain)?,
+            Format::Table => {
+                say(format!("the pool {}", describe(&drain)))?;
+                note("`llorch-pool daemon resume` makes it take new workers again");
+            }
+        }
+        Ok(Exit::Done)
+    }
+}
+
+/// Takes new workers again.
+pub async fn resume(context: &Context) -> Result<Exit, CliError> {
+    match Pool::reach(context).await? {
+        Pool::Daemon(client) => drop(client.post::<_, PoolStatus>("/resume", &()).await?),
+        // The drain is on disk, and would hold for workers that are started directly.
+        Pool::Direct(lifecycle) => drop(
+            lifecycle
+                .end_drain()
+                .map_err(|error| registry_error(&error))?,
+        ),
+    }
+    say("the pool takes new workers")?;
+    Ok(Exit::Done)
+}
+
+/// How far a drain has come, in words.
+pub fn describe(drain: &DrainStatus) -> String {
+    if drain.remaining.is_empty() {
+        return "is drained".to_owned();
+    }
+    let deadline = drain.deadline.map_or_else(String::new, |deadline| {
+        // Whole seconds are enough for people.
+        let at = deadline.round(jiff::Unit::Second).unwrap_or(deadline);
+        format!(", until {at} at the latest")
+    });
+    format!(
+        "drains: waiting for {}{deadline}",
+        drain.remaining.join(", ")
+    )
+}
+
+fn drain_of(status: PoolStatus) -> Result<DrainStatus, CliError> {
+    status.drain.ok_or_else(|| {
+        CliError::new(
+            Exit::Refused,
+            "the drain was ended by somebody else: the pool takes new workers",
+        )
+    })
+}
+
+async fn until_done(client: &ApiClient, mut drain: DrainStatus) -> Result<DrainStatus, CliError> {
+    let interrupt = Interrupt::catch()?;
+    let spinner = progress::spinner(describe(&drain));
+    while !drain.remaining.is_empty() {
+        spinner.message(describe(&drain));
+        tokio::select! {
+            () = tokio::time::sleep(POLL) => {}
+            () = interrupt.wait() => {
+                return Err(interrupted("the pool goes on draining").hint("llorch-pool daemon resume"));
+            }
+        }
+        drain = drain_of(client.get("/status").await?)?;
+    }
+    Ok(drain)
+}

@@ -1,0 +1,246 @@
+//! `llorch-pool daemon` as a user runs it, with a stand-in for the pool manager.
+
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod host;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use pool_core::process::{ProcessIdentity, Signal};
+use serde_json::{Value, json};
+
+use host::{Host, Ran, tiny_gguf, until};
+
+#[test] // [POOLCTL-030]
+fn the_pool_manager_is_started_asked_and_stopped() {
+    let host = Host::with_manager();
+    let run = |args: &[&str]| host.run(args);
+
+    let settings = host.path("settings.toml");
+    fs::write(&settings, "pool_id = \"fail\"\n").unwrap();
+    let ran = run(&["daemon", "start", "--config", settings.to_str().unwrap()]).exits(1);
+    assert!(
+        ran.err
+            .contains("its log ends with:\nerror: the settings are not to my liking"),
+        "{}",
+        ran.err
+    );
+
+    let started = run(&["daemon", "start"]).exits(0).out;
+    assert!(
+        started.starts_with("pool-managerd 9.9 runs at http://127.0.0.1:"),
+        "{started}"
+    );
+    assert!(
+        run(&["daemon", "start"])
+            .exits(0)
+            .out
+            .starts_with("pool-managerd 9.9 runs already at")
+    );
+    assert_eq!(
+        run(&["daemon", "status", "--format", "json"])
+            .exits(0)
+            .json()["running"],
+        true
+    );
+    let workers = run(&["worker", "list", "--format", "json"]).exits(0).json();
+    assert_eq!(
+        workers[0]["id"], "worker-cpu-4",
+        "it is the manager who is asked"
+    );
+
+    let stopped = run(&["daemon", "stop", "--workers"]).exits(0).out;
+    assert!(
+        stopped.starts_with("worker-cpu-4 stopped\npool-managerd stopped (pid "),
+        "{stopped}"
+    );
+    let log = run(&["daemon", "logs"]).exits(0).out;
+    assert!(
+        log.ends_with("told to stop the worker\ntold to end\n"),
+        "{log}"
+    );
+    run(&["daemon", "status"]).exits(3);
+}
+
+#[test] // [POOLCTL-036] [P14]
+fn a_pool_manager_that_hangs_is_named_and_can_still_be_stopped_with_its_workers() {
+    let host = Host::with_manager();
+    let model = host.model(&tiny_gguf());
+    host.run(&["worker", "spawn", "cpu", "--model", &model, "--wait"])
+        .exits(0);
+    host.run(&["daemon", "start"]).exits(0);
+    let manager = host.manager().unwrap();
+    let pid = manager.pid;
+    manager.signal(Signal::STOP).unwrap();
+
+    let begun = Instant::now();
+    let ran = host.run(&["worker", "list"]).exits(5);
+    assert!(
+        ran.err.contains(&format!(
+            "pool-managerd runs (pid {pid}) and does not answer at http://"
+        )),
+        "{}",
+        ran.err
+    );
+    assert!(
+        begun.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        begun.elapsed()
+    );
+    let ran = host.run(&["worker", "list", "--direct"]).exits(4);
+    assert!(ran.err.contains(&format!("(pid {pid})")), "{}", ran.err);
+    host.run(&["daemon", "status"]).exits(5);
+
+    let ran = host.run(&["daemon", "stop", "--workers"]).exits(0);
+    assert!(
+        ran.err.contains("it is ended before its workers"),
+        "{}",
+        ran.err
+    );
+    assert!(
+        ran.out.contains(&format!("was killed (pid {pid})"))
+            && ran.out.ends_with("worker-cpu-0 stopped\n"),
+        "{}",
+        ran.out
+    );
+    assert!(!manager.is_alive());
+}
+
+#[test] // [POOLCTL-037]
+fn a_drain_is_asked_for_watched_and_ended() {
+    let host = Host::with_manager();
+    host.run(&["daemon", "drain"]).exits(3);
+    host.run(&["daemon", "start"]).exits(0);
+    let ran = host
+        .run(&[
+            "daemon",
+            "drain",
+            "--deadline",
+            "1m",
+            "--stop-workers",
+            "--wait",
+        ])
+        .exits(0);
+    assert!(
+        ran.err
+            .contains("drains: waiting for worker-cpu-4, until 2026-01-01T00:01:00Z at the latest"),
+        "{}",
+        ran.err
+    );
+    assert_eq!(ran.out, "the pool is drained\n");
+    let log = host.run(&["daemon", "logs"]).exits(0).out;
+    assert!(
+        log.contains("told to drain {\"deadline_ms\": 60000, \"stop_workers\": true}"),
+        "{log}"
+    );
+    assert!(
+        host.run(&["daemon", "status"])
+            .exits(0)
+            .out
+            .contains("is drained")
+    );
+    host.run(&["daemon", "resume"]).exits(0);
+    assert!(
+        host.run(&["daemon", "status"])
+            .exits(0)
+            .out
+            .contains("takes work")
+    );
+}
+
+#[test] // [POOLCTL-038]
+fn the_settings_are_checked_and_shown_with_where_they_come_from() {
+    let host = Host::new();
+    let file = host.path("home/config/pool-managerd.toml");
+    fs::write(
+        &file,
+        "pool_id = \"mac\"\n\n[workers]\nport_min = 9001\nport_max = 9002\n",
+    )
+    .unwrap();
+    let mut command = host.command(&[
+        "daemon",
+        "config",
+        "check",
+        "--bind",
+        "127.0.0.1:9",
+        "--format",
+        "json",
+    ]);
+    let checked = Ran::from(
+        command
+            .env("LLORCH_HEARTBEAT_INTERVAL_MS", "500")
+            .output()
+            .unwrap(),
+    )
+    .exits(0)
+    .json();
+    let setting = |key: &str| -> Value {
+        let found = checked["settings"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|setting| setting["key"] == key);
+        let found = found.unwrap();
+        json!([found["value"], found["source"], found["origin"]])
+    };
+    let line = |line: u8| format!("{}:{line}", file.display());
+    assert_eq!(setting("pool_id"), json!(["mac", "file", line(1)]));
+    assert_eq!(setting("workers.port_max"), json!([9002, "file", line(5)]));
+    assert_eq!(
+        setting("heartbeat_interval_ms"),
+        json!([500, "variable", "LLORCH_HEARTBEAT_INTERVAL_MS"])
+    );
+    assert_eq!(setting("bind"), json!(["127.0.0.1:9", "flag", "--bind"]));
+    assert_eq!(setting("workers.threads"), json!([null, "default", null]));
+
+    let shown = host.run(&["daemon", "config", "show"]).exits(0).out;
+    assert!(
+        shown.contains("\npool_id = \"mac\"\n") && shown.contains("\n#keep_ended = 20\n"),
+        "{shown}"
+    );
+    // It is a settings file.
+    fs::write(&file, &shown).unwrap();
+    host.run(&["daemon", "config", "check"]).exits(0);
+    let defaults = host
+        .run(&["daemon", "config", "show", "--print-default"])
+        .exits(0)
+        .out;
+    assert!(defaults.contains("\n#port_min = 8001\n"), "{defaults}");
+
+    for (text, message, hint) in [
+        (
+            "[workers]\nport_mn = 1\n",
+            ":2: there is no setting `workers.port_mn`",
+            "`workers.port_min`",
+        ),
+        (
+            "[workers]\nport_min = 9\nport_max = 8\n",
+            ":2: `workers.port_min`: must be",
+            "",
+        ),
+        (
+            "bind = \"0.0.0.0:9200\"\n",
+            ":1: `bind` is 0.0.0.0:9200, which other machines can reach",
+            "token_file",
+        ),
+    ] {
+        fs::write(&file, text).unwrap();
+        let ran = host.run(&["daemon", "config", "check"]).exits(2);
+        assert!(
+            ran.err.contains(message) && ran.err.contains(hint),
+            "{}",
+            ran.err
+        );
+    }
+    let token = host.path("token");
+    fs::write(&token, "secret").unwrap();
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o644)).unwrap();
+    fs::write(&file, format!("token_file = \"{}\"\n", token.display())).unwrap();
+    host.run(&["daemon", "config", "check"]).exits(2);
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
+    host.run(&["daemon", "config", "check"]).exits(0);
+}
