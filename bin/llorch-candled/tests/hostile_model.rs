@@ -202,11 +202,11 @@ fn in_a_child(path: &Path, job: bool) -> (Cost, String) {
 
 /// Each of `files` ends as `begins` and says what it says, within the limits.
 fn all_end(files: &[(&str, Vec<u8>, &str)], job: bool, begins: &str) {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("hostile.gguf");
     let mut wrong = Vec::new();
     for (change, bytes, says) in files {
-        fs::write(&path, bytes).unwrap();
+        fs::write(&path, bytes).expect("the file is written");
         let (cost, verdict) = in_a_child(&path, job);
         let line = format!("{change}: {cost:?} {verdict}");
         println!("{line}");

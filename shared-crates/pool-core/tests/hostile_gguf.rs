@@ -290,7 +290,7 @@ fn heaviest(folder: &Path, name: &str, bad_end: bool) -> std::path::PathBuf {
     let start = file.len().next_multiple_of(32);
     file.resize(start + 32 * MAX_TENSORS as usize, 0);
     let path = folder.join(name);
-    fs::write(&path, file).unwrap();
+    fs::write(&path, file).expect("the file is written");
     path
 }
 

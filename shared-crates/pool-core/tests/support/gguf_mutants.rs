@@ -283,7 +283,7 @@ pub fn hostile(valid: &[u8]) -> Vec<Mutant> {
             kind,
             change,
             bytes,
-        })
+        });
     };
     let patched = |place: &Place, bytes: &[u8]| {
         let mut file = valid.to_vec();
