@@ -64,6 +64,7 @@ pub fn resolve_error(error: &ResolveError) -> CliError {
         | ResolveError::NotCatalogued { .. }
         | ResolveError::NotDownloaded { .. }
         | ResolveError::Missing { .. } => Exit::NotFound,
+        ResolveError::Ambiguous { .. } => Exit::Usage,
         ResolveError::Forbidden { .. } => Exit::Refused,
         ResolveError::NotAFile { .. } | ResolveError::Io { .. } => Exit::Failed,
     };

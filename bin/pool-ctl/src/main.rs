@@ -5,8 +5,10 @@ mod context;
 mod download;
 mod git_wrapper;
 mod hf_wrapper;
+mod hub;
 mod pip_wrapper;
 mod pool;
+mod report;
 mod tool;
 
 use std::process::ExitCode;

@@ -32,7 +32,7 @@ pub async fn download(
         .args(arguments(package, &wheels))
         .current_dir(folder)
         .env("TMPDIR", &scratch);
-    tool::run("pip", command, interrupt, tick).await?;
+    tool::run("pip", command, interrupt, |_| {}, tick).await?;
     let found = fs::read_dir(&wheels).map_err(|source| WheelError::Write {
         path: wheels.clone(),
         source,

@@ -62,11 +62,12 @@ pub enum ToolError {
 }
 
 /// Runs `command`, whose standard input is empty and whose standard output is dropped. `tick` is called several
-/// times a second and may have the program stopped, with the reason.
+/// times a second and may have the program stopped, with the reason; `started` learns the process id.
 pub async fn run(
     name: &'static str,
     mut command: Command,
     interrupt: &Interrupt,
+    started: impl FnOnce(u32),
     mut tick: impl FnMut() -> ControlFlow<String>,
 ) -> Result<(), ToolError> {
     // A group of its own: a Ctrl-C at the terminal reaches us alone, and what we then end is the program with all
@@ -81,6 +82,9 @@ pub async fn run(
         program: command.as_std().get_program().into(),
         source,
     })?;
+    if let Some(pid) = child.id() {
+        started(pid);
+    }
     let stderr = child.stderr.take();
     let tail = tokio::spawn(async move {
         match stderr {
@@ -216,7 +220,7 @@ mod tests {
             dir.path(),
             "printf '\\033[31mERROR: no such thing\\033[0m\\n' >&2; echo 'see the manual' >&2; exit 3",
         );
-        let error = run("tool", command, &Interrupt::catch().unwrap(), on)
+        let error = run("tool", command, &Interrupt::catch().unwrap(), |_| {}, on)
             .await
             .unwrap_err();
         assert_eq!(
@@ -238,18 +242,18 @@ mod tests {
             ),
         );
         let ready = pid_file.clone();
-        let error =
-            run(
-                "tool",
-                command,
-                &Interrupt::catch().unwrap(),
-                move || match std::fs::read_to_string(&ready) {
-                    Ok(text) if text.ends_with('\n') => ControlFlow::Break("enough".into()),
-                    _ => ControlFlow::Continue(()),
-                },
-            )
-            .await
-            .unwrap_err();
+        let error = run(
+            "tool",
+            command,
+            &Interrupt::catch().unwrap(),
+            |_| {},
+            move || match std::fs::read_to_string(&ready) {
+                Ok(text) if text.ends_with('\n') => ControlFlow::Break("enough".into()),
+                _ => ControlFlow::Continue(()),
+            },
+        )
+        .await
+        .unwrap_err();
         assert!(matches!(error, ToolError::Stopped { .. }), "{error}");
         let pid: u32 = std::fs::read_to_string(pid_file)
             .unwrap()

@@ -4,6 +4,7 @@
 //! world: an HTTP API, one task a worker that watches it, and heartbeats to the orchestrator.
 
 mod api;
+mod downloads;
 mod drain;
 mod gpu_inventory;
 mod heartbeat;
@@ -152,10 +153,20 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
         instance_id = pool.instance_id,
         "listening"
     );
+    background.spawn({
+        let (pool, shutdown) = (Arc::clone(&pool), shutdown.clone());
+        async move {
+            // At once, so that those who follow a download hear how it ended.
+            shutdown.requested().await;
+            pool.downloads.end();
+        }
+    });
     let stopped = service
         .serve(api::router(Arc::clone(&pool)), shutdown, grace)
         .await;
     background.shutdown().await;
+    pool.downloads.end();
+    pool.downloads.ended().await;
     pool.stop_watching();
     tracing::info!(cut_connections = stopped.cut, "stopped; workers stay");
     Ok(())

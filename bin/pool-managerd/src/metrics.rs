@@ -49,6 +49,7 @@ pub struct Metrics {
     starts: IntCounterVec,
     stops: IntCounterVec,
     heartbeats: IntCounterVec,
+    downloads: IntCounterVec,
     gpus: IntGauge,
     gpu_total: IntGaugeVec,
     gpu_allocated: IntGaugeVec,
@@ -122,6 +123,11 @@ impl Metrics {
                 "Calls to the orchestrator by outcome.",
                 "outcome",
             ),
+            downloads: counter(
+                "pool_mgr_model_downloads_total",
+                "Downloads of models by outcome.",
+                "outcome",
+            ),
             registry,
         };
         // A series that only begins with the first event makes rates and alerts miss it.
@@ -135,6 +141,11 @@ impl Metrics {
             metrics.heartbeats.with_label_values(&[outcome]);
         }
         metrics
+    }
+
+    /// A download ended: `completed`, `present` (it was there already), or the code of its failure.
+    pub fn downloaded(&self, outcome: &str) {
+        self.downloads.with_label_values(&[outcome]).inc();
     }
 
     /// A worker came up (`ready`), could not (the reason of its end), or was refused.

@@ -16,6 +16,7 @@ use pool_core::service::Shutdown;
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 
+use crate::downloads::Downloads;
 use crate::gpu_inventory;
 use crate::metrics::Metrics;
 
@@ -25,6 +26,8 @@ pub struct Pool {
     /// New at each start, so that the orchestrator can tell this instance from the one before.
     pub instance_id: String,
     pub metrics: Metrics,
+    /// The downloads under way.
+    pub downloads: Downloads,
     /// Where others reach the pool.
     pub url: String,
     /// Its connections are those to the workers of callers who can't reach them.
@@ -63,6 +66,7 @@ impl Pool {
             metrics: Metrics::new(),
             relay,
             shutdown,
+            downloads: Downloads::default(),
             started_at: Timestamp::now(),
             changes: watch::Sender::new(0),
             watched: Mutex::default(),
@@ -152,7 +156,7 @@ impl Pool {
             });
         let named = found
             .into_iter()
-            .filter(|model| matches!(model.model_ref, ModelRef::Alias(_)));
+            .filter(|model| !matches!(model.model_ref, ModelRef::File(_)));
         named
             .map(|model| ModelOnDisk {
                 needed_bytes: self

@@ -131,6 +131,9 @@ pub struct ModelsConfig {
     /// Folders below which a `file:` reference may point. Default: the models folder alone.
     #[cfg_attr(feature = "openapi", schema(value_type = Vec<String>))]
     pub allow_paths: Vec<PathBuf>,
+    /// Whether a client of the pool manager may have it download `hf:` references that no catalogue entry covers.
+    /// Default: no, because it would let anybody with the pool's token fill the disk.
+    pub allow_hub: bool,
 }
 
 /// `[service]`.
@@ -545,7 +548,7 @@ mod tests {
             ),
             ("heartbeat_interval_ms = 19", "heartbeat_interval_ms"),
             ("heartbeat_interval_ms = 600001", "heartbeat_interval_ms"),
-            ("[models]\nallow_hub = true", "models.allow_hub"),
+            ("[models]\nallow_hop = true", "models.allow_hop"),
             ("[memory]\ngpu_limit_byte = 1", "memory.gpu_limit_byte"),
             ("[workers]\nbind = \"blep\"", "workers.bind"),
             (

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 /// The folders of one installation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Home {
+    root: Option<PathBuf>,
     config: PathBuf,
     models: PathBuf,
     venv: PathBuf,
@@ -68,6 +69,7 @@ impl Home {
                 };
                 let state = base("XDG_STATE_HOME", ".local/state")?;
                 Self {
+                    root: None,
                     config: base("XDG_CONFIG_HOME", ".config")?,
                     models: base("XDG_DATA_HOME", ".local/share")?.join("models"),
                     venv: base("XDG_DATA_HOME", ".local/share")?.join("venv"),
@@ -93,7 +95,13 @@ impl Home {
             logs: root.join("logs"),
             orchestratord: root.join("state/orchestratord"),
             pool: root.join("state/pool"),
+            root: Some(root),
         }
+    }
+
+    /// The one folder that everything is under: the `LLORCH_HOME` of a program that is to work with this home.
+    pub fn root(&self) -> Option<&Path> {
+        self.root.as_deref()
     }
 
     /// Configuration files, and the user's own `catalog.toml`.

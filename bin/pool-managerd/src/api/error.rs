@@ -12,6 +12,8 @@ use pool_core::service::{ServiceError, codes};
 use pool_core::worker::WorkerInfo;
 use serde_json::json;
 
+use crate::downloads::DownloadRefused;
+
 /// An error on its way to the client.
 pub struct ApiError(ServiceError);
 
@@ -33,7 +35,9 @@ fn error(code: PoolErrorCode, message: impl Into<String>) -> ServiceError {
             StatusCode::CONFLICT
         }
         C::WorkerUnreachable => StatusCode::BAD_GATEWAY,
-        C::OutOfMemory | C::NoPort | C::PoolDraining => StatusCode::SERVICE_UNAVAILABLE,
+        C::OutOfMemory | C::NoPort | C::PoolDraining | C::NoDownloader => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
         C::SpawnFailed => StatusCode::INTERNAL_SERVER_ERROR,
     };
     ServiceError::new(status, code.as_str(), message)
@@ -118,7 +122,7 @@ impl From<SpawnError> for ApiError {
             }
             S::Model(R::NotDownloaded { .. }) => C::ModelNotDownloaded,
             S::Model(R::Forbidden { .. }) => C::ModelNotAllowed,
-            S::Model(R::NotAFile { .. })
+            S::Model(R::NotAFile { .. } | R::Ambiguous { .. })
             | S::Slots { .. }
             | S::Context { .. }
             | S::GpuWithCpu
@@ -149,6 +153,24 @@ impl From<SpawnError> for ApiError {
             }));
         }
         Self(match spawn.hint() {
+            Some(hint) => answer.hint(hint),
+            None => answer,
+        })
+    }
+}
+
+impl From<DownloadRefused> for ApiError {
+    fn from(refused: DownloadRefused) -> Self {
+        use {DownloadRefused as D, PoolErrorCode as C, ResolveError as R};
+        let code = match &refused {
+            D::Model(R::Io { .. }) => return Self::internal(&refused),
+            D::Model(R::Unknown { .. } | R::NotCatalogued { .. }) => C::ModelNotFound,
+            D::HubNotAllowed { .. } => C::ModelNotAllowed,
+            D::Model(_) | D::NowhereFrom { .. } => C::InvalidRequest,
+            D::NoProgram => C::NoDownloader,
+        };
+        let answer = error(code, refused.to_string());
+        Self(match refused.hint() {
             Some(hint) => answer.hint(hint),
             None => answer,
         })

@@ -2,6 +2,7 @@
 
 mod document;
 mod error;
+mod models;
 mod relay;
 mod status;
 mod workers;
@@ -43,6 +44,7 @@ fn routes() -> OpenApiRouter<Arc<Pool>> {
         .routes(routes!(relay::cancel))
         .routes(routes!(status::status))
         .routes(routes!(status::models))
+        .routes(routes!(models::download))
         .routes(routes!(status::drain))
         .routes(routes!(status::resume))
         .routes(routes!(status::health))

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod cleanup;
+mod downloads;
 mod drain;
 mod gpus;
 mod heartbeat;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::support::Host;
 
 /// The methods and paths that the design names.
-const DESIGNED: [&str; 20] = [
+const DESIGNED: [&str; 21] = [
     "DELETE /workers/{id}/executions/{job_id}",
     "GET /health",
     "GET /metrics",
@@ -23,6 +23,7 @@ const DESIGNED: [&str; 20] = [
     "GET /workers/{id}/executions/{job_id}/events",
     "GET /workers/{id}/logs",
     "POST /drain",
+    "POST /models/download",
     "POST /resume",
     "POST /workers/cleanup",
     "POST /workers/ready",

@@ -123,6 +123,8 @@ pub enum PoolErrorCode {
     WorkerUnreachable,
     /// The caller is not the worker it says it is, or no longer.
     NotThisWorker,
+    /// The program that downloads is not installed.
+    NoDownloader,
 }
 
 impl PoolErrorCode {
@@ -144,6 +146,7 @@ impl PoolErrorCode {
             Self::WorkerEnded => "WORKER_ENDED",
             Self::WorkerUnreachable => "WORKER_UNREACHABLE",
             Self::NotThisWorker => "NOT_THIS_WORKER",
+            Self::NoDownloader => "NO_DOWNLOADER",
         }
     }
 }

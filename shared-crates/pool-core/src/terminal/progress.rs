@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::{human_bytes, note};
+use super::{human_bytes, human_duration, note};
 
 /// How often a log gets a line.
 const PLAIN_EVERY: Duration = Duration::from_secs(3);
@@ -81,17 +81,28 @@ impl Progress {
         progress
     }
 
+    /// Says that `done` bytes were there before the work began: they count for nothing in its speed.
+    pub fn begin_at(&self, done: u64) {
+        self.bar.set_position(done);
+        self.bar.reset_eta();
+    }
+
     /// Says how many bytes are done.
     pub fn set(&self, done: u64) {
         self.bar.set_position(done);
-        self.plain(|| match self.bar.length() {
-            Some(total) => format!(
-                "{}: {} of {}",
-                self.bar.message(),
-                human_bytes(done),
-                human_bytes(total)
-            ),
-            None => format!("{}: {}", self.bar.message(), human_bytes(done)),
+        self.plain(|| {
+            let (message, speed) = (self.bar.message(), self.bar.per_sec());
+            // A float becomes the nearest whole number, or the largest.
+            let speed = human_bytes(speed as u64);
+            match self.bar.length() {
+                Some(total) => format!(
+                    "{message}: {} of {}, {speed}/s, {} left",
+                    human_bytes(done),
+                    human_bytes(total),
+                    human_duration(self.bar.eta())
+                ),
+                None => format!("{message}: {}, {speed}/s", human_bytes(done)),
+            }
         });
     }
 

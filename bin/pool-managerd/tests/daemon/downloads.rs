@@ -1,0 +1,207 @@
+//! `POST /models/download`, with a stand-in for `llorch-pool` that says what its file tells it to.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use pool_core::api::models::ModelDownloadRequest;
+use pool_core::client::{ClientError, EventStream, Method};
+use pool_core::process::ProcessIdentity;
+use serde_json::{Value, json};
+
+use crate::support::{Daemon, Host, refusal, until};
+
+/// Writes its pid and arguments, prints the lines of `before`, waits for `go`, prints `last`, and ends. SIGTERM makes
+/// it end as an interrupted download does.
+const DOWNLOADER: &str = r#"#!/bin/sh
+here=$(dirname "$0")
+echo "$@" >> "$here/args"
+echo "$LLORCH_MODELS_DIR" > "$here/models_dir"
+trap 'echo "{\"event\":\"error\",\"code\":\"INTERRUPTED\",\"message\":\"interrupted\",\"retriable\":true}"; exit 130' TERM
+echo '{"event":"progress","phase":"downloading","done_bytes":5,"total_bytes":9,"bytes_per_s":2}'
+echo "a remark" >&2
+echo $$ > "$here/pid"
+until [ -e "$here/go" ]; do sleep 0.02; done
+cat "$here/last"
+"#;
+
+fn downloader(host: &Host) -> PathBuf {
+    let folder = host.config.workers.programs_dir.clone().unwrap();
+    let program = folder.join("llorch-pool");
+    fs::write(&program, DOWNLOADER).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let end = json!({"event": "end", "model_ref": "smollm2-135m", "path": "/m", "size_bytes": 9, "sha256": "ab", "already_there": false});
+    fs::write(folder.join("last"), format!("{end}\n")).unwrap();
+    folder
+}
+
+async fn download(daemon: &Daemon, model: &str) -> Result<EventStream, ClientError> {
+    let request = ModelDownloadRequest {
+        model: model.parse().unwrap(),
+    };
+    let request = daemon
+        .client
+        .request(Method::POST, "/models/download")
+        .json(&request);
+    daemon.client.events(request).await
+}
+
+/// The next event's name and data.
+async fn next(stream: &mut EventStream) -> Option<(String, Value)> {
+    let event = stream.next().await?.unwrap();
+    Some((event.event, serde_json::from_str(&event.data).unwrap()))
+}
+
+async fn pid_of(folder: &std::path::Path) -> ProcessIdentity {
+    until("the downloader runs", async || {
+        let text = fs::read_to_string(folder.join("pid")).ok()?;
+        let pid = text.strip_suffix('\n')?.parse().ok()?;
+        ProcessIdentity::of(pid).unwrap()
+    })
+    .await
+}
+
+#[tokio::test] // [POOLD-100] [POOLD-101]
+async fn one_download_serves_all_who_ask_and_outlives_them() {
+    let host = Host::new();
+    let folder = downloader(&host);
+    let daemon = host.start().await;
+    let mut first = download(&daemon, "smollm2-135m").await.unwrap();
+    let (name, data) = next(&mut first).await.unwrap();
+    assert_eq!(name, "progress");
+    assert_eq!(
+        data,
+        json!({"phase": "downloading", "done_bytes": 5, "total_bytes": 9, "bytes_per_s": 2})
+    );
+    // Who goes away ends nothing.
+    drop(first);
+    let process = pid_of(&folder).await;
+    let mut second = download(&daemon, "smollm2-135m").await.unwrap();
+    let mut third = download(&daemon, "smollm2-135m").await.unwrap();
+    assert!(process.is_alive());
+    fs::write(folder.join("go"), "").unwrap();
+    for stream in [&mut second, &mut third] {
+        let mut names = Vec::new();
+        while let Some((name, data)) = next(stream).await {
+            if name == "end" {
+                assert_eq!(
+                    (&data["model_ref"], &data["sha256"]),
+                    (&"smollm2-135m".into(), &"ab".into())
+                );
+                assert!(data.get("event").is_none());
+            }
+            names.push(name);
+        }
+        assert_eq!(names.last().unwrap(), "end");
+        assert_eq!(names.iter().filter(|name| *name != "progress").count(), 1);
+    }
+    assert_eq!(
+        fs::read_to_string(folder.join("args")).unwrap(),
+        "models download --progress json -- smollm2-135m\n",
+        "it ran once"
+    );
+    assert_eq!(
+        fs::read_to_string(folder.join("models_dir"))
+            .unwrap()
+            .trim(),
+        host.home().models_dir().display().to_string()
+    );
+    let metrics = daemon.client.get_text("/metrics").await.unwrap();
+    assert!(
+        metrics.contains("pool_mgr_model_downloads_total{outcome=\"completed\"} 1"),
+        "{metrics}"
+    );
+    daemon.shut_down().await;
+}
+
+#[tokio::test] // [POOLD-102]
+async fn a_downloader_that_fails_or_dies_is_an_error_event() {
+    let host = Host::new();
+    let folder = downloader(&host);
+    let daemon = host.start().await;
+    fs::write(folder.join("go"), "").unwrap();
+    let last = async || {
+        let mut stream = download(&daemon, "smollm2-135m").await.unwrap();
+        let mut last = None;
+        while let Some(event) = next(&mut stream).await {
+            last = Some(event);
+        }
+        last.unwrap()
+    };
+    let failure = json!({"event": "error", "code": "NO_SPACE", "message": "full", "hint": "delete", "retriable": false});
+    fs::write(folder.join("last"), format!("{failure}\n")).unwrap();
+    assert_eq!(
+        last().await,
+        (
+            "error".to_owned(),
+            json!({"code": "NO_SPACE", "message": "full", "hint": "delete", "retriable": false})
+        )
+    );
+    fs::write(folder.join("last"), "no event\n").unwrap();
+    let (name, data) = last().await;
+    assert_eq!(
+        (name.as_str(), &data["code"]),
+        ("error", &"DOWNLOAD_FAILED".into())
+    );
+    assert!(
+        data["message"].as_str().unwrap().contains("a remark"),
+        "{data}"
+    );
+    let metrics = daemon.client.get_text("/metrics").await.unwrap();
+    for outcome in ["no_space", "failed"] {
+        let line = format!("pool_mgr_model_downloads_total{{outcome=\"{outcome}\"}} 1");
+        assert!(metrics.contains(&line), "{metrics}");
+    }
+    daemon.shut_down().await;
+}
+
+#[tokio::test] // [POOLD-103]
+async fn a_daemon_that_ends_takes_its_downloads_with_it() {
+    let host = Host::new();
+    let folder = downloader(&host);
+    let daemon = host.start().await;
+    let mut stream = download(&daemon, "smollm2-135m").await.unwrap();
+    let process = pid_of(&folder).await;
+    let told = tokio::spawn(async move {
+        let mut last = None;
+        while let Some(event) = next(&mut stream).await {
+            last = Some(event);
+        }
+        last.unwrap()
+    });
+    let took = daemon.shut_down().await;
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    assert!(!process.is_alive());
+    let (name, data) = told.await.unwrap();
+    assert_eq!(
+        (name.as_str(), &data["code"]),
+        ("error", &"INTERRUPTED".into())
+    );
+}
+
+#[tokio::test] // [POOLD-104]
+async fn what_may_not_be_downloaded_is_refused_before_anything_runs() {
+    let mut host = Host::new();
+    let folder = downloader(&host);
+    let daemon = host.start().await;
+    for (model, status, code) in [
+        ("smollm-135m", 404, "MODEL_NOT_FOUND"),
+        ("hf:some/where::file=x.gguf", 400, "MODEL_NOT_ALLOWED"),
+        ("file:/etc/passwd", 400, "INVALID_REQUEST"),
+    ] {
+        let refused = download(&daemon, model).await.map(drop);
+        assert_eq!(refusal(refused), (status, code.to_owned()), "{model}");
+    }
+    daemon.shut_down().await;
+    assert!(!folder.join("args").exists());
+
+    host.config.models.allow_hub = true;
+    let daemon = host.start().await;
+    let _stream = download(&daemon, "hf:some/where::file=x.gguf")
+        .await
+        .unwrap();
+    pid_of(&folder).await;
+    daemon.shut_down().await;
+}

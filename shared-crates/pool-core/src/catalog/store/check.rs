@@ -1,0 +1,61 @@
+//! Whether a file is the model it should be.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use super::{Against, CheckError, Progress};
+use crate::catalog::gguf::GgufFile;
+
+/// The SHA-256 of a file that passes: right size, right hash, and a header that a worker could load.
+pub(super) fn check(
+    path: &Path,
+    size: Option<u64>,
+    hash: Option<(&str, Against)>,
+    progress: Progress,
+) -> Result<String, CheckError> {
+    let found = fs::metadata(path)
+        .map_err(CheckError::io("look at", path))?
+        .len();
+    if let Some(expected) = size.filter(|expected| *expected != found) {
+        return Err(CheckError::Size { expected, found });
+    }
+    let sha256 = hash_file(path, progress)?;
+    if let Some((expected, against)) = hash.filter(|(expected, _)| *expected != sha256) {
+        return Err(CheckError::Hash {
+            expected: expected.to_owned(),
+            found: sha256,
+            against,
+        });
+    }
+    GgufFile::open(path).map_err(CheckError::Header)?;
+    Ok(sha256)
+}
+
+fn hash_file(path: &Path, progress: Progress) -> Result<String, CheckError> {
+    let mut file = File::open(path).map_err(CheckError::io("open", path))?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut hasher = Sha256::new();
+    let mut done = 0;
+    loop {
+        let count = match file.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(CheckError::io("read", path)(error)),
+        };
+        hasher.update(&buffer[..count]);
+        done += count as u64;
+        if progress(done).is_break() {
+            return Err(CheckError::Stopped);
+        }
+    }
+    Ok(hex(&hasher.finalize()))
+}
+
+/// Lower-case hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

