@@ -15,7 +15,7 @@ const ELEMENT_BYTES: u64 = 4;
 /// Tokens of a prompt that the worker computes together.
 pub const PREFILL_CHUNK: u64 = 64;
 /// The program itself, its threads' stacks and their buffers.
-const PROGRAM_BYTES: u64 = 10 << 20;
+const PROGRAM_BYTES: u64 = 8 << 20;
 /// A text of the vocabulary with its places in the tokenizer's tables, and the merge rule that made it. SmolLM2's 49,152
 /// take 11 MB.
 const TOKENIZER_BYTES_PER_TEXT: u64 = 256;
