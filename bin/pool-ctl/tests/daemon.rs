@@ -7,13 +7,12 @@ mod host;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::process::Signal;
 use serde_json::{Value, json};
 
-use host::{Host, Ran, tiny_gguf, until};
+use host::{Host, Ran, tiny_gguf};
 
 #[test] // [POOLCTL-030]
 fn the_pool_manager_is_started_asked_and_stopped() {

@@ -96,7 +96,6 @@ mod tests {
     use crate::config::PoolConfig;
     use crate::home::Home;
     use crate::lifecycle::tests::record;
-    use crate::process::ProcessIdentity;
     use crate::worker::WorkerStatus;
 
     #[test] // [POOLD-084]
@@ -109,7 +108,6 @@ mod tests {
         fs::create_dir_all(&logs).unwrap();
         let mut live = record(0);
         live.info.status = WorkerStatus::Ready;
-        live.identity = Some(ProcessIdentity::current().unwrap());
         let mut ended = record(1);
         ended.info.status = WorkerStatus::Failed;
         // It has no process, so it counts as gone.
@@ -123,7 +121,9 @@ mod tests {
         fs::write(home.workers_dir().join(".write-abc"), "half").unwrap();
         fs::write(home.workers_dir().join("worker-cpu-9.json"), "{").unwrap();
 
-        let report = lifecycle.cleanup(&|_| false).unwrap();
+        // Somebody watches the one that lives.
+        let watched = |id: &str| id == "worker-cpu-0";
+        let report = lifecycle.cleanup(&watched).unwrap();
         assert_eq!(report.reaped, ["worker-cpu-2"]);
         assert_eq!(report.forgotten, ["worker-cpu-1", "worker-cpu-2"]);
         assert_eq!(
@@ -142,7 +142,7 @@ mod tests {
         assert_eq!(left(&home.workers_dir()), ["worker-cpu-0.json"]);
         assert_eq!(left(&logs), ["worker-cpu-0.log"]);
         assert_eq!(
-            lifecycle.cleanup(&|_| false).unwrap(),
+            lifecycle.cleanup(&watched).unwrap(),
             CleanupReport::default()
         );
     }
