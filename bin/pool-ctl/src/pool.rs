@@ -319,7 +319,7 @@ fn spawn_error(error: &SpawnError) -> CliError {
         SpawnError::NoDevice { .. }
         | SpawnError::DeviceDown { .. }
         | SpawnError::NoProgram { .. }
-        | SpawnError::MemoryShort { .. }
+        | SpawnError::MemoryShort(_)
         | SpawnError::NoPort { .. }
         | SpawnError::Draining { .. }
         | SpawnError::PortTaken { .. } => Exit::Refused,

@@ -6,12 +6,10 @@
 mod support;
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
-use pool_core::process::ProcessIdentity;
 use serde_json::Value;
 
-use support::{Home, Ran, tiny_gguf};
+use support::{Home, Ran};
 
 #[test] // [POOLCTL-002]
 fn a_missing_subcommand_shows_help_and_exits_with_2() {

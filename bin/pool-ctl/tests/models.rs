@@ -219,7 +219,7 @@ fn ctrl_c_ends_the_download_with_its_program() {
     assert_eq!(home.model_files(), Vec::<String>::new());
 }
 
-#[test] // [POOLCTL-024]
+#[test] // [POOLCTL-050]
 fn an_imported_model_is_used_by_the_name_that_was_printed() {
     let home = Home::new();
     let bytes = tiny_gguf();
@@ -286,7 +286,7 @@ fn an_imported_model_is_used_by_the_name_that_was_printed() {
     assert!(ran.err.contains("not a usable GGUF file"), "{}", ran.err);
 }
 
-#[test] // [POOLCTL-025]
+#[test] // [POOLCTL-051]
 fn verify_says_what_it_compared_with() {
     let home = Home::new();
     let bytes = tiny_gguf();
@@ -319,7 +319,7 @@ fn verify_says_what_it_compared_with() {
     assert!(ran.err.contains("1 of 2 model files"), "{}", ran.err);
 }
 
-#[test] // [POOLCTL-026]
+#[test] // [POOLCTL-052]
 fn a_model_is_deleted_only_when_that_was_meant() {
     let home = Home::new();
     let given = home.path("own.gguf");

@@ -42,6 +42,18 @@ const HEARTBEAT_OUTCOMES: [&str; 7] = [
     "no_snapshot",
 ];
 
+/// How downloads of models end: the outcomes of one that gives a file, and the codes of one that doesn't.
+const DOWNLOAD_OUTCOMES: [&str; 8] = [
+    "completed",
+    "present",
+    "model_not_found",
+    "no_space",
+    "wrong_file",
+    "source_refused",
+    "interrupted",
+    "failed",
+];
+
 /// The counters of one daemon.
 pub struct Metrics {
     registry: Registry,
@@ -136,6 +148,9 @@ impl Metrics {
         }
         for reason in STOP_REASONS {
             metrics.stops.with_label_values(&[reason]);
+        }
+        for outcome in DOWNLOAD_OUTCOMES {
+            metrics.downloads.with_label_values(&[outcome]);
         }
         for outcome in HEARTBEAT_OUTCOMES {
             metrics.heartbeats.with_label_values(&[outcome]);

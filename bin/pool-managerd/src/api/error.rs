@@ -129,7 +129,7 @@ impl From<SpawnError> for ApiError {
             | S::PortZero => C::InvalidRequest,
             S::NoDevice { .. } | S::DeviceDown { .. } => C::NoDevice,
             S::NoProgram { .. } => C::BackendUnavailable,
-            S::MemoryShort { .. } => C::OutOfMemory,
+            S::MemoryShort(_) => C::OutOfMemory,
             S::NoPort { .. } => C::NoPort,
             S::PortTaken { .. } => C::PortTaken,
             S::Draining { .. } => C::PoolDraining,
@@ -139,17 +139,10 @@ impl From<SpawnError> for ApiError {
             .filter(|_| code == C::SpawnFailed)
             .map(|cause| format!(": {cause}"));
         let mut answer = error(code, format!("{spawn}{}", cause.unwrap_or_default()));
-        if let S::MemoryShort {
-            device,
-            needed_bytes,
-            free_bytes,
-            total_bytes,
-            stop,
-            ..
-        } = &spawn
-        {
-            answer = answer.retriable(needed_bytes <= total_bytes).details(json!({
-                "device": device, "needed_bytes": needed_bytes, "free_bytes": free_bytes, "total_bytes": total_bytes, "stop": stop,
+        if let S::MemoryShort(short) = &spawn {
+            answer = answer.retriable(short.needed_bytes <= short.total_bytes).details(json!({
+                "device": short.device, "needed_bytes": short.needed_bytes, "free_bytes": short.free_bytes,
+                "total_bytes": short.total_bytes, "stop": short.stop,
             }));
         }
         Self(match spawn.hint() {

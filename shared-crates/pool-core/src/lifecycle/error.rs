@@ -12,6 +12,24 @@ use crate::lifecycle::StopCandidate;
 use crate::registry::RegistryError;
 use crate::worker::{Backend, Device, WorkerStatus, mebibytes};
 
+/// A device with too little memory left for a worker.
+#[derive(Debug, thiserror::Error)]
+#[error("{device} has {free_bytes} bytes free, `{model_ref}` needs {needed_bytes}")]
+pub struct MemoryShort {
+    /// The device.
+    pub device: Device,
+    /// The model asked for.
+    pub model_ref: ModelRef,
+    /// Bytes the worker would need.
+    pub needed_bytes: u64,
+    /// Bytes that are free.
+    pub free_bytes: u64,
+    /// Bytes that workers may take in all.
+    pub total_bytes: u64,
+    /// Workers whose end would make room; empty where that would not do.
+    pub stop: Vec<StopCandidate>,
+}
+
 /// Why a worker was not started.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
@@ -62,21 +80,8 @@ pub enum SpawnError {
         program: &'static str,
     },
     /// The device has too little memory left.
-    #[error("{device} has {free_bytes} bytes free, `{model_ref}` needs {needed_bytes}")]
-    MemoryShort {
-        /// The device.
-        device: Device,
-        /// The model asked for.
-        model_ref: ModelRef,
-        /// Bytes the worker would need.
-        needed_bytes: u64,
-        /// Bytes that are free.
-        free_bytes: u64,
-        /// Bytes that workers may take in all.
-        total_bytes: u64,
-        /// Workers whose end would make room; empty where that would not do.
-        stop: Vec<StopCandidate>,
-    },
+    #[error(transparent)]
+    MemoryShort(Box<MemoryShort>),
     /// The system does not say how much memory there is.
     #[error("could not find out how much memory is free")]
     MemoryUnknown(#[source] io::Error),
@@ -144,17 +149,13 @@ impl SpawnError {
             } => {
                 "build it with `cargo build --release -p llorch-candled --features cuda` and install it as `llorch-candled-cuda`"
             }
-            Self::MemoryShort {
-                needed_bytes,
-                total_bytes,
-                ..
-            } if needed_bytes > total_bytes => {
+            Self::MemoryShort(short) if short.needed_bytes > short.total_bytes => {
                 "it never fits here: choose a smaller model or `context_length`, or another host"
             }
-            Self::MemoryShort { stop, .. } if stop.is_empty() => {
+            Self::MemoryShort(short) if short.stop.is_empty() => {
                 "other programs use the memory: end one of them, or ask for a smaller `context_length`"
             }
-            Self::MemoryShort { stop, .. } => return Some(stop_hint(stop)),
+            Self::MemoryShort(short) => return Some(stop_hint(&short.stop)),
             Self::NoPort { .. } => {
                 "stop a worker, or widen `workers.port_min` to `workers.port_max`"
             }

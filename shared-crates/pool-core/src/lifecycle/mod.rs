@@ -28,7 +28,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 pub use drain::Drain;
-pub use error::{SpawnError, StopError};
+pub use error::{MemoryShort, SpawnError, StopError};
 pub use estimate::{MemoryEstimate, MemoryEstimator, PREFILL_CHUNK, attention_scratch_bytes};
 pub use exit::{Circumstances, ExitFacts, classify_exit};
 pub use health::{HealthRefused, apply_health};
@@ -301,14 +301,14 @@ impl Lifecycle {
         };
         let free = free_bytes(memory, device, &records);
         if estimate.needed_bytes > free {
-            return Err(SpawnError::MemoryShort {
+            return Err(SpawnError::MemoryShort(Box::new(MemoryShort {
                 device,
                 model_ref: request.model.clone(),
                 needed_bytes: estimate.needed_bytes,
                 free_bytes: free,
                 total_bytes: memory.total_bytes,
                 stop: what_to_stop(estimate.needed_bytes - free, device, &records),
-            });
+            })));
         }
         let in_use = ports_in_use(&records);
         let port = match request.port {

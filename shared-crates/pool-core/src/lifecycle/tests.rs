@@ -148,7 +148,7 @@ fn spawns_at_once_never_promise_the_same_memory_port_or_id() {
         .map(|started| &started.info)
         .collect();
     assert_eq!(started.len(), 3);
-    let refused = |error: &SpawnError| matches!(error, SpawnError::MemoryShort { .. });
+    let refused = |error: &SpawnError| matches!(error, SpawnError::MemoryShort(_));
     assert!(
         outcomes
             .iter()
