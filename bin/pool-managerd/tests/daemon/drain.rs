@@ -69,7 +69,10 @@ async fn with_stop_workers_each_ends_when_it_has_finished() {
     assert_eq!(drained.remaining, [idle.id.clone(), busy.id.clone()]);
     daemon.until_status(&idle.id, WorkerStatus::Stopped).await;
     let status: PoolStatus = daemon.client.get("/status").await.unwrap();
-    assert_eq!(status.drain.unwrap().remaining, std::slice::from_ref(&busy.id));
+    assert_eq!(
+        status.drain.unwrap().remaining,
+        std::slice::from_ref(&busy.id)
+    );
     assert_eq!(daemon.worker(&busy.id).await.active, 1);
 
     host.let_out(5);

@@ -156,7 +156,7 @@ async fn an_innocent_process_is_never_signalled() {
         house
             .registry()
             .update(&worker.id, |record| {
-                record.identity = Some(identity.clone())
+                record.identity = Some(identity.clone());
             })
             .unwrap();
         real.signal(Signal::STOP).unwrap();
