@@ -3,7 +3,7 @@
 
 The model file's first word says how it behaves: `serve`, `load` (stays loading for ever), `refuse` (refuses the file),
 `crash` (ends soon after it began to load), `deaf` (serves, and ignores SIGTERM), `stuck` (says that it works, and never
-gets on), `greedy` (serves, and takes far more memory than anybody has).
+gets on), `mule` (is stuck and deaf), `greedy` (serves, and takes far more memory than anybody has).
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "state": "loading" if loading else "ready",
             "load_percent": 40 if loading else 100,
             "slots": args.slots,
-            "active": int(behaviour == "stuck"),
+            "active": int(behaviour in ("stuck", "mule")),
             "context_length": None if loading else 2048,
             "measured_bytes": None if loading else 1 << 60 if behaviour == "greedy" else 1000000,
             "progress": 1,
@@ -58,7 +58,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_address = False
 
 
-signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour == "deaf" else lambda *_: os._exit(0))
+signal.signal(signal.SIGTERM, signal.SIG_IGN if behaviour in ("deaf", "mule") else lambda *_: os._exit(0))
 # What the pool must not have passed on, and must.
 print("variables:", " ".join(sorted(name for name in os.environ if name.startswith("LLORCH"))), file=sys.stderr, flush=True)
 try:

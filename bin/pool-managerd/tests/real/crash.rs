@@ -151,14 +151,12 @@ async fn between_sigterm_and_sigkill() {
 
 #[tokio::test] // [POOLD-065] [POOLD-062]
 async fn a_verdict_outlives_the_daemon_that_found_it() {
-    let mut house = house("stuck", "stop.kill");
+    let mut house = house("mule", "stop.kill");
     house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 1);
     let client = house.start().await;
     let worker = spawn(&client, &house).await;
-    // Stopped, so that SIGTERM does not end it and the kill has to.
     until_status(&client, &worker.id, WorkerStatus::Busy).await;
     let identity = house.record(&worker.id).identity.unwrap();
-    identity.signal(pool_core::process::Signal::STOP).unwrap();
     house.crashed().await;
     let record = house.record(&worker.id);
     assert_eq!(record.info.status, WorkerStatus::Draining);

@@ -204,30 +204,38 @@ async fn a_worker_that_answers_and_gets_nowhere_is_stalled() {
     }
 }
 
-/// A memory cgroup of its own, removed with the test.
-struct Cgroup(PathBuf);
+/// A memory cgroup of its own, removed with the test: its folder, and the file with its limit.
+struct Cgroup(PathBuf, &'static str);
 
 impl Cgroup {
     /// `None` where this user or system has none to give.
     fn make(limit_bytes: u64) -> Option<Self> {
-        let (root, limit) = [
-            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-            ("/sys/fs/cgroup", "memory.max"),
-        ]
-        .into_iter()
-        .find(|(root, _)| {
-            ["memory.oom_control", "cgroup.controllers"]
-                .iter()
-                .any(|file| PathBuf::from(root).join(file).exists())
-        })?;
+        let versions = [
+            (
+                "/sys/fs/cgroup/memory",
+                "memory.oom_control",
+                "memory.limit_in_bytes",
+            ),
+            ("/sys/fs/cgroup", "cgroup.controllers", "memory.max"),
+        ];
+        let (root, _, limit) = versions
+            .into_iter()
+            .find(|(root, sign, _)| PathBuf::from(root).join(sign).exists())?;
         let path = PathBuf::from(root).join(format!("llorch-test-{}", std::process::id()));
         fs::create_dir(&path).ok()?;
-        let cgroup = Self(path);
+        let cgroup = Self(path, limit);
+        if !cgroup.0.join(limit).exists() {
+            return None;
+        }
         // Without swap, so that the limit means something; not every kernel counts swap.
         let _ = fs::write(cgroup.0.join("memory.swappiness"), "0");
         let _ = fs::write(cgroup.0.join("memory.swap.max"), "0");
-        fs::write(cgroup.0.join(limit), limit_bytes.to_string()).ok()?;
+        cgroup.limit(limit_bytes);
         Some(cgroup)
+    }
+
+    fn limit(&self, bytes: u64) {
+        fs::write(self.0.join(self.1), bytes.to_string()).unwrap();
     }
 }
 
@@ -285,10 +293,10 @@ async fn a_worker_that_the_kernel_killed_for_memory_is_told_from_a_killed_one() 
     let exit = ended(&client, &house, &id).await;
     assert_eq!(exit.reason, ExitReason::Signal(9), "{}", exit.message);
 
-    // Killed for memory while nobody watched: nobody can ask how it ended, and the counter still tells.
-    let id = spawn(&client, &house).await.id;
+    // Killed for memory while nobody watched: nobody can ask how it ended, and the counter still tells. It has loaded
+    // outside, and its next job is what the cgroup has no room for.
+    let id = ready(&client, &house).await.id;
     let worker = house.record(&id).identity.unwrap();
-    worker.signal(Signal::STOP).unwrap();
     fs::write(cgroup.0.join("cgroup.procs"), worker.pid.to_string()).unwrap();
     until(&client, &id, |_| {
         house
@@ -298,7 +306,8 @@ async fn a_worker_that_the_kernel_killed_for_memory_is_told_from_a_killed_one() 
     })
     .await;
     house.kill_daemon();
-    worker.signal(Signal::CONT).unwrap();
+    cgroup.limit(1 << 20);
+    assert!(work(&house, &id).await.unwrap().is_err());
     assert!(worker.wait_gone(PATIENCE).unwrap());
     let client = house.start().await;
     let exit = ended(&client, &house, &id).await;
