@@ -28,7 +28,7 @@ Feature: Memory
     Given the default model is on disk
     When I run `llorch-pool worker spawn cpu --model smollm2-135m --context-length 64 --wait`
     Then it exits with 0
-    And standard output contains "; predicted "
+    And standard output contains "predicted "
     And standard output contains " MiB, measured "
     When I run `llorch-pool worker spawn cpu --model smollm2-135m --context-length 1000 --wait`
     And I run `llorch-pool worker spawn cpu --model smollm2-135m --context-length 8192 --wait`
