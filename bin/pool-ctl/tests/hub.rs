@@ -443,7 +443,12 @@ fn a_connection_that_breaks_is_taken_up_again_and_the_token_stays_at_the_hub() {
     }
     let mut command = stage.command(&["models", "download", "m"]);
     let running = Running(Some(command.env("HF_TOKEN", "hf_open").spawn().unwrap()));
-    stage.until_kept(20_000_000);
+    // The second request for a part shows that the connection has broken.
+    until("the rest is asked for again", || {
+        let asked = stage.hub.asked();
+        let parts = asked.iter().filter(|asked| asked.range.is_some());
+        (parts.count() >= 2).then_some(())
+    });
     stage.hub.behaviour().stall_at = None;
     let ran = running.ended().exits(0);
     stage.is_whole();

@@ -124,6 +124,11 @@ impl Hub {
         std::mem::take(&mut self.stand.seen.lock().unwrap().served_bytes)
     }
 
+    /// What it was asked for since the last call of [`Hub::take_asked`].
+    pub fn asked(&self) -> Vec<Asked> {
+        self.stand.seen.lock().unwrap().asked.clone()
+    }
+
     /// What it was asked for since the last call.
     pub fn take_asked(&self) -> Vec<Asked> {
         std::mem::take(&mut self.stand.seen.lock().unwrap().asked)
