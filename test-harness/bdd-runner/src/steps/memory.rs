@@ -47,7 +47,9 @@ async fn memory_for(house: &mut House, workers: u64) {
 async fn over_http(house: &mut House, count: usize) {
     house.watch = Some(Watch::start(house.home()));
     let url = house.address("pool").expect("the pool wrote its address");
-    house.asked = join_all((0..count).map(|_| post(&url))).await;
+    // Made before: a client takes some tenths of a second, and a connection that waits so long for its request is closed.
+    let client = reqwest::Client::new();
+    house.asked = join_all((0..count).map(|_| post(&client, &url))).await;
 }
 
 #[when(
@@ -67,11 +69,12 @@ async fn over_both(house: &mut House, http: usize, lines: usize) {
     };
     // Half of them begin before the daemon does; its start takes some tenths of a second.
     let by_lines = join_all((0..lines).map(|n| by_line(Duration::from_millis(20 * n as u64))));
+    let client = reqwest::Client::new();
     let by_http = join_all((0..http).map(|_| async {
         let started = Instant::now();
         loop {
             if let Some(url) = house.address("pool") {
-                return post(&url).await;
+                return post(&client, &url).await;
             }
             assert!(started.elapsed() < WAIT_LIMIT, "the pool did not start");
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -88,8 +91,8 @@ async fn over_both(house: &mut House, http: usize, lines: usize) {
     house.asked = asked;
 }
 
-async fn post(url: &str) -> Asked {
-    let request = reqwest::Client::new()
+async fn post(client: &reqwest::Client, url: &str) -> Asked {
+    let request = client
         .post(format!("{url}/workers/spawn"))
         .json(&json!({"model": MODEL, "backend": "cpu"}));
     let response = request.send().await.expect("the pool answers");
@@ -155,7 +158,7 @@ fn below_the_limit(house: &mut House) {
 #[then("one more worker is refused still")]
 async fn one_more(house: &mut House) {
     let url = house.address("pool").expect("the pool wrote its address");
-    let asked = post(&url).await;
+    let asked = post(&reqwest::Client::new(), &url).await;
     assert!(matches!(asked, Asked::Refused(_)), "{asked:?}");
 }
 
