@@ -79,6 +79,15 @@ const KEPT_VARIABLES: [&str; 13] = [
 const SSH: &str =
     "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=4";
 
+/// What is set as `GIT_SSH_COMMAND`, which alone goes over `core.sshCommand`, so that a repository's own is never run:
+/// the program that the user named in `GIT_SSH`, which would not, else ours.
+fn ssh(of_user: Option<String>) -> String {
+    match of_user {
+        Some(program) if !program.is_empty() => parse::quoted(&program),
+        _ => SSH.to_owned(),
+    }
+}
+
 /// Why git did not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum GitError {
@@ -135,9 +144,9 @@ pub enum GitError {
         /// Where it says that it is.
         root: PathBuf,
     },
-    /// The repository's own settings name programs.
-    #[error("the settings of the repository {} would run programs here: {}", path.display(), keys.join(", "))]
-    RunsPrograms {
+    /// The repository's own settings name programs, or files outside of it.
+    #[error("the settings of the repository {} would run programs or write files here: {}", path.display(), keys.join(", "))]
+    ReachesOut {
         /// The checkout.
         path: PathBuf,
         /// The settings.
@@ -184,7 +193,7 @@ impl GitError {
     fn exit(&self) -> Exit {
         match self {
             Self::NotACheckout { .. } => Exit::NotFound,
-            Self::Elsewhere { .. } | Self::RunsPrograms { .. } | Self::Untrusted { .. } => {
+            Self::Elsewhere { .. } | Self::ReachesOut { .. } | Self::Untrusted { .. } => {
                 Exit::Refused
             }
             Self::Silent { .. } => Exit::Unreachable,
@@ -205,13 +214,14 @@ impl GitError {
             Self::NotACheckout { .. } => {
                 "go to the checkout, name it with `--repo PATH`, or set `repo_path` in pool-managerd.toml".into()
             }
-            Self::RunsPrograms { .. } => {
+            Self::ReachesOut { .. } => {
                 "look at them with `git config --local --list`; what you want to keep belongs in your own settings (`git config --global`)".into()
             }
             Self::Elsewhere { .. } => "see `core.worktree` in the repository's settings".into(),
             Self::Failed { why, .. } => match why {
                 Why::Locked(path) => format!(
-                    "wait for the other git to end; if none runs (`pgrep -a git`), one was killed: rm '{path}'"
+                    "wait for the other git to end; if none runs (`pgrep -a git`), one was killed: rm {}",
+                    parse::quoted(path)
                 ),
                 Why::Foreign => {
                     "run this as the user who owns the checkout, or trust it with `git config --global --add safe.directory PATH`".into()
@@ -314,12 +324,8 @@ impl Git {
                 command.env_remove(&name);
             }
         }
-        if ["GIT_SSH", "GIT_SSH_COMMAND"]
-            .iter()
-            .all(|name| std::env::var_os(name).is_none())
-        {
-            // A variable goes over `core.sshCommand`, so that a repository's own is never run.
-            command.env("GIT_SSH_COMMAND", SSH);
+        if std::env::var_os("GIT_SSH_COMMAND").is_none() {
+            command.env("GIT_SSH_COMMAND", ssh(std::env::var("GIT_SSH").ok()));
         }
         let protocols = match mode {
             Mode::Read | Mode::Change => String::new(),

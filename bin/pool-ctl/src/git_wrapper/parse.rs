@@ -1,5 +1,8 @@
 //! Reads what git prints for programs. Pure: bytes in, values out.
 
+use std::path::Path;
+
+use pool_core::terminal::doctor::host;
 use serde::Serialize;
 
 /// What `git status --porcelain=v2 --branch -z` says.
@@ -203,18 +206,14 @@ pub fn modules(settings: impl IntoIterator<Item = (String, String)>) -> Vec<Modu
 /// A name that others chose, for one line of a terminal: control characters and those that reverse the reading are
 /// written out.
 pub fn shown(name: &str) -> String {
-    let hidden = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
-    };
-    if !name.contains(hidden) && !name.starts_with(['"', ' ']) && !name.ends_with(' ') {
+    if !name.contains(is_hidden) && !name.starts_with(['"', ' ']) && !name.ends_with(' ') {
         return name.to_owned();
     }
     let mut out = String::from("\"");
     for c in name.chars() {
         match c {
             '"' | '\\' => out.extend(['\\', c]),
-            c if hidden(c) => out.extend(c.escape_default()),
+            c if is_hidden(c) => out.extend(c.escape_default()),
             c => out.push(c),
         }
     }
@@ -222,9 +221,29 @@ pub fn shown(name: &str) -> String {
     out
 }
 
+/// A name that others chose, as one word of a command that somebody will copy into a shell. A character that can't be
+/// shown becomes `?`, so that such a word names nothing.
+pub fn quoted(name: &str) -> String {
+    host::quoted(Path::new(&name.replace(is_hidden, "?")))
+}
+
+fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test] // [POOLCTL-043]
+    fn a_name_in_a_command_is_one_word() {
+        assert_eq!(quoted("vendor/lib-1.0"), "vendor/lib-1.0");
+        assert_eq!(quoted("a; rm -r $(x)"), "'a; rm -r $(x)'");
+        assert_eq!(quoted("it's"), "'it'\\''s'");
+        assert_eq!(quoted("a\u{202e}b\n"), "'a?b?'");
+        assert_eq!(quoted(""), "''");
+    }
 
     #[test] // [POOLCTL-040]
     fn a_status_is_read_field_by_field() {

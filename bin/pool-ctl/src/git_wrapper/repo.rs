@@ -12,7 +12,7 @@ use super::parse::{self, Module};
 use super::trust::{self, Transport};
 use super::{Git, GitError};
 
-pub use super::parse::{Changes, Status, shown};
+pub use super::parse::{Changes, Status, quoted, shown};
 
 /// Bytes of a `.gitmodules` that are read.
 const MODULES_BYTES: u64 = 1 << 20;
@@ -125,7 +125,7 @@ pub struct Inspected {
 }
 
 impl Repo {
-    /// The checkout that `at` is in. Refuses one whose settings would run programs here, or whose files are elsewhere.
+    /// The checkout that `at` is in. Refuses one whose settings reach out of it, or whose files are elsewhere.
     pub async fn open(git: &Git, at: &Path) -> Result<Self, GitError> {
         let not = || GitError::NotACheckout {
             path: at.to_path_buf(),
@@ -163,7 +163,7 @@ impl Repo {
         }
         let keys: Vec<_> = settings
             .iter()
-            .filter(|(key, value)| trust::runs_program(key, value))
+            .filter(|(key, value)| trust::reaches_out(key, value))
             .map(|(key, _)| shown(key))
             .collect();
         if keys.is_empty() {
@@ -173,7 +173,7 @@ impl Repo {
                 settings,
             })
         } else {
-            Err(GitError::RunsPrograms { path: root, keys })
+            Err(GitError::ReachesOut { path: root, keys })
         }
     }
 
@@ -320,6 +320,19 @@ impl Repo {
             what: upstream.shown(),
             reason: "has no commit".to_owned(),
         })
+    }
+
+    /// Moves the branch that is checked out to `commit`, which is ahead of it.
+    pub async fn forward_to(&self, commit: &str) -> Result<(), GitError> {
+        // The branch's own `mergeOptions` might have asked for a squash, which moves nothing.
+        let args = [
+            "merge",
+            "--ff-only",
+            "--no-squash",
+            "--no-autostash",
+            "--quiet",
+        ];
+        self.change(&[&args[..], &[commit]].concat()).await
     }
 
     /// The commit that a full name stands for.
@@ -524,7 +537,7 @@ impl Repo {
         let repo = match Self::open(&self.git, &place).await {
             Ok(repo) => repo,
             Err(
-                error @ (GitError::RunsPrograms { .. }
+                error @ (GitError::ReachesOut { .. }
                 | GitError::Elsewhere { .. }
                 | GitError::NotACheckout { .. }),
             ) => return Ok(without(State::Refused, Some(error.to_string()))),

@@ -145,8 +145,9 @@ pub fn check_branch(name: &str) -> Result<(), &'static str> {
 }
 
 /// Whether the setting `key` (as git lists it: section and variable in lower case) with `value` makes git run a program
-/// in one of the commands used here, in a way that can't be switched off from outside without changing the result.
-pub fn runs_program(key: &str, value: &str) -> bool {
+/// or write a file outside the repository in one of the commands used here, in a way that can't be switched off from
+/// outside without changing the result.
+pub fn reaches_out(key: &str, value: &str) -> bool {
     let (section, rest) = key.split_once('.').unwrap_or((key, ""));
     let variable = rest.rsplit('.').next().unwrap_or(rest);
     match (section, variable) {
@@ -155,7 +156,16 @@ pub fn runs_program(key: &str, value: &str) -> bool {
         | ("core", "gitproxy" | "alternaterefscommand")
         | ("gc", "recentobjectshook")
         | ("gpg", "program" | "defaultkeycommand")
-        | ("hook", "command") => !value.is_empty(),
+        | ("hook", "command")
+        // The user's own `git-lfs` filter reads these, and starts what they name.
+        | ("lfs", "path" | "clean" | "smudge") => !value.is_empty(),
+        // Writes the file that `http.cookieFile` names. With an address in its key it goes over what we set.
+        ("http", "savecookies") => !matches!(
+            value.to_ascii_lowercase().as_str(),
+            "false" | "no" | "off" | "0" | ""
+        ),
+        // Read once another branch is checked out, which is after everything was looked at.
+        ("includeif", "path") => rest.starts_with("onbranch:"),
         // A bare word is a helper that is installed on this host; anything else goes through a shell.
         ("credential", "helper") => !value.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'),
         _ => false,
@@ -253,7 +263,7 @@ mod tests {
     }
 
     #[test] // [POOLCTL-041]
-    fn settings_that_run_programs_are_known() {
+    fn settings_that_reach_out_are_known() {
         for (key, value) in [
             ("filter.lfs.smudge", "git-lfs smudge"),
             ("filter.a.b.process", "x"),
@@ -266,8 +276,13 @@ mod tests {
             ("credential.https://a.b.helper", "/tmp/x"),
             ("credential.helper", "store; touch x"),
             ("hook.a.command", "x"),
+            ("lfs.customtransfer.a.path", "/tmp/x"),
+            ("lfs.extension.a.smudge", "x"),
+            ("http.savecookies", "true"),
+            ("http.https://a.b/.savecookies", "Yes"),
+            ("includeif.onbranch:a.path", "x"),
         ] {
-            assert!(runs_program(key, value), "{key}");
+            assert!(reaches_out(key, value), "{key}");
         }
         for (key, value) in [
             ("credential.helper", "store"),
@@ -275,8 +290,11 @@ mod tests {
             ("remote.origin.url", "ext::x"),
             ("filter.lfs.required", "true"),
             ("user.name", "x"),
+            ("lfs.url", "https://a.b/lfs"),
+            ("http.savecookies", "false"),
+            ("includeif.gitdir:/a/.path", "x"),
         ] {
-            assert!(!runs_program(key, value), "{key}");
+            assert!(!reaches_out(key, value), "{key}");
         }
     }
 }

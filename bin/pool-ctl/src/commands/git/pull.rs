@@ -219,7 +219,7 @@ pub(super) async fn fast_forward(
     }
     let files = repo.files_between(&from, &to).await?;
     progress.message(format!("moving {} to {}", shown(branch), short(&to)));
-    repo.change(&["merge", "--ff-only", "--no-autostash", "--quiet", &to])
+    repo.forward_to(&to)
         .await
         .map_err(|error| {
             error.told(&format!(

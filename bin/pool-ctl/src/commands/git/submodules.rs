@@ -10,7 +10,7 @@ use super::pull::{fast_forward, followed, warn_of_ssh};
 use super::sync::set_one;
 use super::{Action, Moved, Printed, counted, end_of, say_moved, some};
 use crate::git_wrapper::repo::{
-    Changes, Inspected, MAX_DEPTH, Repo, State, Submodule, Upstream, short, shown,
+    Changes, Inspected, MAX_DEPTH, Repo, State, Submodule, Upstream, quoted, short, shown,
 };
 use crate::git_wrapper::trust::{self, Transport};
 
@@ -114,7 +114,7 @@ pub(super) struct Row {
 impl Row {
     /// What is worth knowing beyond the state.
     pub fn note(&self) -> String {
-        let name = shown(&self.path);
+        let name = quoted(&self.path);
         match self.state {
             State::Refused => self.problem.clone().unwrap_or_default(),
             State::Missing | State::OutOfStep => {
@@ -288,7 +288,7 @@ impl<'a> Mover<'a> {
 
     /// Notes one that stays as it is.
     pub fn leave(&mut self, submodule: &Submodule, found: &Inspected, state: State) {
-        let path = shown(&submodule.path);
+        let path = quoted(&submodule.path);
         let reason = match (state, &found.status.branch) {
             (State::Modified, _) => {
                 format!("it has changes; `llorch-pool git submodules status {path}` shows them")
@@ -381,7 +381,7 @@ impl<'a> Mover<'a> {
 }
 
 fn unfinished(submodule: &Submodule) -> String {
-    let path = shown(&submodule.path);
+    let path = quoted(&submodule.path);
     format!(
         "the submodule {path} may be half way; `llorch-pool git submodules status {path}` says, and the same command goes on"
     )
@@ -493,7 +493,8 @@ async fn not_with_work_in_it(submodule: &Submodule, found: &Inspected) -> Result
             format!("submodule {path}: {count} changed here: {}", some(&files)),
         )
         .hint(format!(
-            "commit them or put them aside there; `llorch-pool git submodules reset {path} --yes` throws them away"
+            "commit them or put them aside there; `llorch-pool git submodules reset {} --yes` throws them away",
+            quoted(&submodule.path)
         )));
     }
     let (Some(inside), State::OutOfStep) = (&found.repo, found.state) else {
@@ -512,7 +513,8 @@ async fn not_with_work_in_it(submodule: &Submodule, found: &Inspected) -> Result
         ),
     )
     .hint(format!(
-        "give them a branch there with `git switch -c NAME`; `llorch-pool git submodules reset {path} --yes` leaves them behind"
+        "give them a branch there with `git switch -c NAME`; `llorch-pool git submodules reset {} --yes` leaves them behind",
+        quoted(&submodule.path)
     )))
 }
 
@@ -547,7 +549,8 @@ async fn reset(
             true => "llorch-pool git submodules reset --clean",
             false => "llorch-pool git submodules reset",
         };
-        let named = std::iter::once(command.to_owned()).chain(names.iter().map(|name| shown(name)));
+        let named =
+            std::iter::once(command.to_owned()).chain(names.iter().map(|name| quoted(name)));
         let command = named.collect::<Vec<_>>().join(" ");
         return Err(not_without_yes(&what, &command, &lost));
     }
@@ -624,8 +627,10 @@ async fn set_branch(
     let Some(inside) = &found.repo else {
         let problem = found.problem.as_deref().unwrap_or("is not fetched yet");
         return Err(
-            CliError::new(Exit::Refused, format!("submodule {path} {problem}"))
-                .hint(format!("llorch-pool git submodules update {path}")),
+            CliError::new(Exit::Refused, format!("submodule {path} {problem}")).hint(format!(
+                "llorch-pool git submodules update {}",
+                quoted(&submodule.path)
+            )),
         );
     };
     not_with_work_in_it(&submodule, &found).await?;
@@ -678,10 +683,7 @@ async fn set_branch(
                 .await
                 .map_err(told)?;
             if behind > 0 {
-                inside
-                    .change(&["merge", "--ff-only", "--no-autostash", "--quiet", &tip])
-                    .await
-                    .map_err(told)?;
+                inside.forward_to(&tip).await.map_err(told)?;
             }
         }
     }
