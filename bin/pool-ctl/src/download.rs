@@ -584,7 +584,11 @@ impl Run<'_> {
                 () = self.interrupt.wait() => return Err(Failure::Interrupted),
             }
             // The address of the bytes may hold for a while only, and the file may have become another one.
-            match hub.look(repo, revision, file).await {
+            let again = tokio::select! {
+                again = hub.look(repo, revision, file) => again,
+                () = self.interrupt.wait() => return Err(Failure::Interrupted),
+            };
+            match again {
                 Ok(again) if again.etag == remote.etag => remote = again,
                 Ok(_) => return Ok(Err("the hub has another file there now".to_owned())),
                 // The old address may still do.
