@@ -50,13 +50,26 @@ impl Command {
     pub fn run(self) -> Result<Exit, CliError> {
         match self {
             Self::Check { file, bind, format } => check(&file, bind, format),
-            Self::Show { defaults: true, .. } => show(&Loaded {
-                value: PoolConfig::default(),
-                origins: Vec::new(),
-            }),
-            Self::Show { file, .. } => show(&load(&Home::from_env()?, &file, None)?),
+            Self::Show { defaults: true, .. } => {
+                write(explained()?)?;
+                Ok(Exit::Done)
+            }
+            Self::Show { file, .. } => {
+                let loaded = load(&Home::from_env()?, &file, None)?;
+                write(settings::annotated(&loaded, &ALIASES)?)?;
+                Ok(Exit::Done)
+            }
         }
     }
+}
+
+/// A settings file that explains every key and changes nothing.
+pub fn explained() -> Result<String, CliError> {
+    let defaults = Loaded {
+        value: PoolConfig::default(),
+        origins: Vec::new(),
+    };
+    Ok(settings::annotated(&defaults, &ALIASES)?)
 }
 
 fn load(
@@ -66,11 +79,6 @@ fn load(
 ) -> Result<Loaded<PoolConfig>, CliError> {
     let env = |name: &str| std::env::var(name).ok();
     PoolConfig::load_traced(home, file.config.as_deref(), bind, &env).map_err(config_error)
-}
-
-fn show(loaded: &Loaded<PoolConfig>) -> Result<Exit, CliError> {
-    write(settings::annotated(loaded, &ALIASES)?)?;
-    Ok(Exit::Done)
 }
 
 fn check(file: &ConfigArgs, bind: Option<SocketAddr>, format: Format) -> Result<Exit, CliError> {

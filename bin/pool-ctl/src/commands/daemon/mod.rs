@@ -11,7 +11,7 @@ use pool_core::terminal::daemon_commands::{self, ConfigArgs, LogArgs};
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
-mod config;
+pub mod config;
 mod drain;
 
 use super::worker::stop_all;

@@ -14,11 +14,9 @@ use pool_core::terminal::{CliError, Exit, say};
 use tokio::process::Command as Program;
 
 use super::{doctor, version_of};
+use crate::commands::daemon::config;
 use crate::context::Context;
 use crate::tool::{self, ToolError};
-
-/// The settings file that `--config` writes: every line a comment, so that it changes nothing.
-const STARTER: &str = include_str!("starter.toml");
 
 /// Arguments of `llorch-pool dev setup`.
 #[derive(Debug, clap::Args)]
@@ -42,13 +40,13 @@ impl Args {
     }
 }
 
-/// Writes the settings file, unless there is one.
+/// Writes the settings file that `daemon config show --defaults` prints, unless there is one.
 fn starter(path: &Path) -> Result<(), CliError> {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
     match options.open(path) {
         Ok(mut file) => {
-            file.write_all(STARTER.as_bytes())?;
+            file.write_all(config::explained()?.as_bytes())?;
             say(format!(
                 "settings with their defaults are at {}",
                 path.display()
@@ -180,34 +178,23 @@ mod tests {
     use pool_core::home::Home;
 
     #[test] // [POOLCTL-034]
-    fn the_starter_changes_nothing_and_each_of_its_lines_can_be_used() {
+    fn the_starter_explains_every_key_changes_nothing_and_is_written_once() {
         let dir = tempfile::tempdir().unwrap();
-        let home = Home::at(dir.path());
         let path = dir.path().join("config/pool-managerd.toml");
         std::fs::create_dir(path.parent().unwrap()).unwrap();
-        let none = |_: &str| None;
+        starter(&path).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        for line in ["[workers]", "#port_min = 8001", "#repo_path ="] {
+            assert!(text.lines().any(|found| found == line), "{line}: {text}");
+        }
+        let loaded = PoolConfig::load_with(&Home::at(dir.path()), None, &|_| None).unwrap();
+        assert_eq!(loaded, PoolConfig::default());
+        // A second time it leaves what is there.
+        std::fs::write(&path, "pool_id = \"mine\"\n").unwrap();
         starter(&path).unwrap();
         assert_eq!(
-            PoolConfig::load_with(&home, None, &none).unwrap(),
-            PoolConfig::default()
+            std::fs::read_to_string(&path).unwrap(),
+            "pool_id = \"mine\"\n"
         );
-        let used: String = STARTER
-            .lines()
-            .filter_map(|line| line.strip_prefix("# "))
-            .filter(|line| {
-                line.starts_with('[')
-                    || line
-                        .split_once(" = ")
-                        .is_some_and(|(key, _)| !key.contains(' '))
-            })
-            .map(|line| format!("{line}\n"))
-            .collect();
-        std::fs::write(&path, &used).unwrap();
-        let config = PoolConfig::load_with(&home, None, &none).unwrap();
-        assert_eq!(config.workers, PoolConfig::default().workers, "{used}");
-        assert_eq!(config.memory.cpu_limit_bytes, Some(16_000_000_000));
-        // A second time it leaves what is there.
-        starter(&path).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), used);
     }
 }
