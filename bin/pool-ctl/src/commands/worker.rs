@@ -267,6 +267,13 @@ async fn until_ready(
         }
         worker = pool.get(&worker.id).await?;
     }
+    if matches!(
+        worker.status,
+        WorkerStatus::Draining | WorkerStatus::Stopped
+    ) {
+        let message = format!("{} was told to stop before it was ready", worker.id);
+        return Err(CliError::new(Exit::Failed, message).hint("llorch-pool worker list"));
+    }
     Ok(worker)
 }
 
@@ -290,10 +297,11 @@ fn start_failed(worker: &WorkerInfo) -> CliError {
 fn stopped(worker: &WorkerInfo) -> Result<(), CliError> {
     match &worker.exit {
         Some(exit) if exit.reason == ExitReason::Stopped => say(format!("{} stopped", worker.id)),
-        Some(exit) => say(format!(
+        // The message quotes what the worker wrote.
+        Some(exit) => say(sanitize::clean(&format!(
             "{} had {} before ({}: {})",
             worker.id, worker.status, exit.reason, exit.message
-        )),
+        ))),
         None => say(format!("{} is {}", worker.id, worker.status)),
     }
 }
@@ -313,7 +321,7 @@ pub async fn stop_all(pool: &Pool, force: bool) -> Result<usize, CliError> {
         match pool.stop(id, force).await {
             Ok(worker) => stopped(&worker)?,
             Err(error) => {
-                note(format!("{id}: {error}"));
+                note(sanitize::clean(&format!("{id}: {error}")));
                 first_failure.get_or_insert(error);
             }
         }
