@@ -3,7 +3,7 @@
 #![cfg(target_os = "linux")]
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-mod host;
+mod support;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use pool_core::process::Signal;
 use serde_json::{Value, json};
 
-use host::{Host, Ran, tiny_gguf};
+use support::host::Host;
+use support::{Ran, tiny_gguf};
 
 #[test] // [POOLCTL-030]
 fn the_pool_manager_is_started_asked_and_stopped() {

@@ -3,6 +3,8 @@
 // The helpers below are tests too; clippy knows only the functions marked so.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod support;
+
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::net::TcpListener;
@@ -12,9 +14,11 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
+use support::Home;
+
 /// A home, a folder of programs that stand for those of the host, and nothing else on the PATH.
 struct Host {
-    dir: tempfile::TempDir,
+    base: Home,
 }
 
 /// What the doctor says of one check.
@@ -27,9 +31,7 @@ struct Found {
 
 impl Host {
     fn new() -> Self {
-        let host = Self {
-            dir: tempfile::tempdir().unwrap(),
-        };
+        let host = Self { base: Home::new() };
         for folder in [
             "home/config",
             "home/state/pool",
@@ -54,7 +56,7 @@ impl Host {
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
+        self.base.path(name)
     }
 
     fn mode(&self, name: &str, mode: u32) {

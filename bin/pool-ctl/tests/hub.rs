@@ -9,21 +9,19 @@ mod support;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::http::{Method, StatusCode};
 use pool_core::process::{ProcessIdentity, Signal};
 use serde_json::Value;
 
 use support::hub::Hub;
-use support::{Home, Ran, facts, first_err_line, sha256, tiny_gguf};
+use support::{Home, PATIENCE, Ran, Running, facts, first_err_line, sha256, tiny_gguf, until};
 
-/// How long anything may take that happens by itself.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// `hf` writes 10 MB at a time: the file has several such pieces.
 const MODEL_BYTES: usize = 44_000_000;
 const HUB: &str = "kind = \"hf\"\nrepo = \"org/repo\"\nrevision = \"v1\"\nfile = \"sub/tiny.gguf\"";
@@ -125,9 +123,7 @@ impl Stage {
     }
 
     fn start(&self) -> Running {
-        Running(Some(
-            self.command(&["models", "download", "m"]).spawn().unwrap(),
-        ))
+        Running::start(&mut self.command(&["models", "download", "m"]))
     }
 
     /// Waits until so much of the file is kept.
@@ -155,11 +151,6 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
-        if let Ok(json) = fs::read(self.models.join(".partial/m/program.json"))
-            && let Ok(left) = serde_json::from_slice::<ProcessIdentity>(&json)
-        {
-            let _ = left.signal(Signal::KILL);
-        }
         if let Some(watcher) = self.watcher.take() {
             watcher.end();
         }
@@ -205,47 +196,6 @@ impl Watcher {
         if !std::thread::panicking() {
             assert_eq!(wrong, None);
         }
-    }
-}
-
-/// A download under way, ended with the test.
-struct Running(Option<Child>);
-
-impl Running {
-    fn signal(&self, signal: Signal) {
-        let pid = self.0.as_ref().unwrap().id();
-        let process = ProcessIdentity::of(pid).unwrap().unwrap();
-        process.signal(signal).unwrap();
-    }
-
-    fn kill(mut self) {
-        let mut child = self.0.take().unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
-
-    fn ended(mut self) -> Ran {
-        self.0.take().unwrap().wait_with_output().unwrap().into()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
-}
-
-fn until<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
-    loop {
-        if let Some(value) = condition() {
-            return value;
-        }
-        assert!(begun.elapsed() < PATIENCE, "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -432,7 +382,7 @@ fn a_connection_that_breaks_is_taken_up_again_and_the_token_stays_at_the_hub() {
 
     stage.hub.behaviour().stall_at = Some(13_000_000);
     let mut command = stage.command(&["models", "download", "m"]);
-    let running = Running(Some(command.env("HF_TOKEN", "hf_open").spawn().unwrap()));
+    let running = Running::start(command.env("HF_TOKEN", "hf_open"));
     stage.until_kept(10_000_000);
     running.signal(Signal::INT);
     running.ended().exits(130);
@@ -442,7 +392,7 @@ fn a_connection_that_breaks_is_taken_up_again_and_the_token_stays_at_the_hub() {
         behaviour.cut = true;
     }
     let mut command = stage.command(&["models", "download", "m"]);
-    let running = Running(Some(command.env("HF_TOKEN", "hf_open").spawn().unwrap()));
+    let running = Running::start(command.env("HF_TOKEN", "hf_open"));
     // The second request for a part shows that the connection has broken.
     until("the rest is asked for again", || {
         let asked = stage.hub.asked();
@@ -528,7 +478,7 @@ fn of_two_at_once_one_fetches() {
     stage.until_kept(10_000_000);
     let mut second = stage.start();
     assert_eq!(
-        first_err_line(second.0.as_mut().unwrap()),
+        first_err_line(second.child()),
         "waiting for another download of m\n"
     );
     stage.hub.behaviour().stall_at = None;

@@ -12,7 +12,7 @@ use std::process::Stdio;
 
 use pool_core::process::{ProcessIdentity, Signal};
 
-use support::{Home, Ran, facts, first_err_line, line_of, sha256, tiny_gguf};
+use support::{Home, Ran, Running, facts, first_err_line, line_of, sha256, tiny_gguf};
 
 const WHEEL: &str =
     "kind = \"pypi\"\npackage = \"tiny-model==1.0\"\nmember = \"tiny_model/tiny.gguf\"";
@@ -195,20 +195,12 @@ fn ctrl_c_ends_the_download_with_its_program() {
         "hf",
         "#!/bin/sh\ntouch half\necho $$ > \"$(dirname \"$0\")/pid\"\nexec sleep 600\n",
     );
-    let child = home
-        .command(&["models", "download", "m"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut command = home.command(&["models", "download", "m"]);
+    let running = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
     let hf: u32 = line_of(&home.path("bin/pid")).parse().unwrap();
     let hf = ProcessIdentity::of(hf).unwrap().unwrap();
-    ProcessIdentity::of(child.id())
-        .unwrap()
-        .unwrap()
-        .signal(Signal::INT)
-        .unwrap();
-    let ran = Ran::from(child.wait_with_output().unwrap()).exits(130);
+    running.signal(Signal::INT);
+    let ran = running.ended().exits(130);
     assert!(
         ran.err
             .contains("hint: `llorch-pool models download m` begins again"),
@@ -394,32 +386,19 @@ fn a_second_download_waits_for_the_first() {
         ),
     );
     let spawn = || {
-        home.command(&["models", "download", "m"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap()
+        let mut command = home.command(&["models", "download", "m"]);
+        Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()))
     };
     let first = spawn();
     line_of(&home.path("bin/up"));
     let mut second = spawn();
     assert_eq!(
-        first_err_line(&mut second),
+        first_err_line(second.child()),
         "waiting for another download of m\n"
     );
     File::create(home.path("bin/go")).unwrap();
-    assert!(
-        Ran::from(first.wait_with_output().unwrap())
-            .exits(0)
-            .out
-            .starts_with("m is at")
-    );
-    assert!(
-        Ran::from(second.wait_with_output().unwrap())
-            .exits(0)
-            .out
-            .starts_with("m is already at")
-    );
+    assert!(first.ended().exits(0).out.starts_with("m is at"));
+    assert!(second.ended().exits(0).out.starts_with("m is already at"));
     assert_eq!(
         fs::read_to_string(home.path("bin/args"))
             .unwrap()

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-mod host;
+mod support;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use pool_core::process::{ProcessIdentity, Signal};
 
-use host::{Host, Ran, tiny_gguf, until, worker_log};
+use support::host::{Host, worker_log};
+use support::{Running, tiny_gguf, until};
 
 #[test] // [POOLCTL-020] [POOLCTL-021] [POOLCTL-023]
 fn workers_live_without_a_pool_manager() {
@@ -140,20 +141,15 @@ fn a_wait_shows_what_the_worker_takes_and_leaves_it_when_it_is_broken_off() {
         "{}",
         ran.err
     );
-    let waiting = host
-        .command(&spawn)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let process = ProcessIdentity::of(waiting.id()).unwrap().unwrap();
+    let mut command = host.command(&spawn);
+    let waiting = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
     let registry = pool_core::registry::Registry::new(&host.home());
     until("it waits for the third", || {
         let record = registry.get("worker-cpu-2")?;
         (record.info.load_percent > 0).then_some(())
     });
-    process.signal(Signal::INT).unwrap();
-    let ran = Ran::from(waiting.wait_with_output().unwrap()).exits(130);
+    waiting.signal(Signal::INT);
+    let ran = waiting.ended().exits(130);
     assert!(
         ran.err
             .contains("interrupted: worker-cpu-2 goes on loading"),
@@ -169,6 +165,19 @@ fn a_wait_shows_what_the_worker_takes_and_leaves_it_when_it_is_broken_off() {
         .map(|worker| worker["status"].clone())
         .collect();
     assert_eq!(states, ["ready", "starting", "starting"]);
+
+    let mut command = host.command(&spawn);
+    let waiting = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    until("it waits for the fourth", || {
+        let record = registry.get("worker-cpu-3")?;
+        (record.info.load_percent > 0).then_some(())
+    });
+    host.run(&["worker", "stop", "worker-cpu-3", "--force"])
+        .exits(0);
+    waiting
+        .ended()
+        .exits(1)
+        .says(&["worker-cpu-3 was told to stop before it was ready"]);
 }
 
 #[test] // [POOLCTL-025]
@@ -177,13 +186,9 @@ fn a_followed_log_ends_with_its_worker() {
     let model = host.model(&tiny_gguf());
     host.run(&["worker", "spawn", "cpu", "--model", &model, "--wait"])
         .exits(0);
-    let mut following = host
-        .command(&["worker", "logs", "worker-cpu-0", "--follow"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut shown = BufReader::new(following.stdout.take().unwrap());
+    let mut command = host.command(&["worker", "logs", "worker-cpu-0", "--follow"]);
+    let mut following = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    let mut shown = BufReader::new(following.child().stdout.take().unwrap());
     let mut out = String::new();
     shown.read_line(&mut out).unwrap();
     let log = worker_log(&host.home(), "worker-cpu-0");
@@ -191,7 +196,7 @@ fn a_followed_log_ends_with_its_worker() {
     fs::write(&log, format!("{so_far}its last words, without an end")).unwrap();
     host.run(&["worker", "stop", "worker-cpu-0"]).exits(0);
     shown.read_to_string(&mut out).unwrap();
-    assert!(following.wait().unwrap().success());
+    following.ended().exits(0);
     assert_eq!(out, "the worker listens\nits last words, without an end\n");
 }
 

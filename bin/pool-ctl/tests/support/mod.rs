@@ -1,8 +1,10 @@
-//! What the tests of the command line share: a home of its own each, the real binary, tiny models.
+//! What the tests of the command line share: a home of its own each, the real binary, tiny models. Whatever was started
+//! in a home ends with it, also where the test fails.
 
 // Each test binary uses a part of this, and the helpers are tests too; clippy knows only the functions marked so.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+pub mod host;
 pub mod hub;
 
 use std::fs;
@@ -12,10 +14,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use pool_core::process::{ProcessIdentity, Signal};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-/// A home in a folder of its own.
+/// How long anything may take that happens by itself, on a machine with much else to do.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A home in a folder of its own. When it goes, so does every process that was started in it.
 pub struct Home {
     dir: tempfile::TempDir,
 }
@@ -116,6 +122,95 @@ impl Home {
     }
 }
 
+impl Drop for Home {
+    fn drop(&mut self) {
+        // One that is being ended may start another one.
+        for _ in 0..20 {
+            let found = processes_of(self.dir.path());
+            if found.is_empty() {
+                return;
+            }
+            for process in found {
+                let _ = process.signal(Signal::KILL);
+                let _ = process.wait_gone(Duration::from_secs(1));
+            }
+        }
+    }
+}
+
+/// The processes that have `dir` in an argument or a variable, as all have that were started in a home: commands and the
+/// pool manager by `LLORCH_HOME`, workers by their program and model, `hf` and pip by the folder that they fill.
+fn processes_of(dir: &Path) -> Vec<ProcessIdentity> {
+    let name = dir.to_string_lossy();
+    let has = |file: PathBuf| {
+        fs::read(file).is_ok_and(|bytes| String::from_utf8_lossy(&bytes).contains(&*name))
+    };
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid| *pid != std::process::id())
+        .filter(|pid| {
+            let folder = PathBuf::from(format!("/proc/{pid}"));
+            has(folder.join("cmdline")) || has(folder.join("environ"))
+        })
+        .filter_map(|pid| ProcessIdentity::of(pid).ok().flatten())
+        .filter(ProcessIdentity::is_alive)
+        .collect()
+}
+
+/// A child that does not outlive its test.
+pub struct Running(Option<Child>);
+
+impl Running {
+    pub fn start(command: &mut Command) -> Self {
+        Self(Some(command.spawn().unwrap()))
+    }
+
+    pub fn child(&mut self) -> &mut Child {
+        self.0.as_mut().unwrap()
+    }
+
+    pub fn identity(&self) -> ProcessIdentity {
+        let pid = self.0.as_ref().unwrap().id();
+        ProcessIdentity::of(pid).unwrap().unwrap()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        self.identity().signal(signal).unwrap();
+    }
+
+    pub fn kill(mut self) {
+        let mut child = self.0.take().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    pub fn ended(mut self) -> Ran {
+        self.0.take().unwrap().wait_with_output().unwrap().into()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Waits for a condition that comes true by itself.
+#[track_caller]
+pub fn until<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(begun.elapsed() < PATIENCE, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// How a command ended.
 pub struct Ran {
     pub code: i32,
@@ -144,6 +239,15 @@ impl Ran {
         self
     }
 
+    #[track_caller]
+    pub fn says(self, words: &[&str]) -> Self {
+        for word in words {
+            assert!(self.err.contains(word), "no `{word}` in:\n{}", self.err);
+        }
+        self
+    }
+
+    #[track_caller]
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.out).expect("standard output is JSON and nothing else")
     }
@@ -185,19 +289,12 @@ pub fn facts(bytes: &[u8]) -> String {
 }
 
 /// Waits until `path` has a line, and returns it.
+#[track_caller]
 pub fn line_of(path: &Path) -> String {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    loop {
-        match fs::read_to_string(path) {
-            Ok(text) if text.ends_with('\n') => return text.trim().to_owned(),
-            _ => assert!(
-                Instant::now() < deadline,
-                "{} was not written",
-                path.display()
-            ),
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    until(&format!("a line in {}", path.display()), || {
+        let text = fs::read_to_string(path).ok()?;
+        text.ends_with('\n').then(|| text.trim().to_owned())
+    })
 }
 
 pub fn first_err_line(child: &mut Child) -> String {
