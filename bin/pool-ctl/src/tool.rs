@@ -18,8 +18,9 @@ use pool_core::terminal::interrupt::Interrupt;
 
 /// How often the caller is told that the program still runs.
 const TICK: Duration = Duration::from_millis(200);
-/// How long an interrupted program may tidy up before it is killed.
-const GRACE: Duration = Duration::from_secs(2);
+/// How long an interrupted program may tidy up before it is killed. Less than `pool-managerd` gives this process when it
+/// ends itself: whoever is killed first leaves what it started behind.
+const GRACE: Duration = Duration::from_secs(1);
 /// How many last lines of standard error are kept.
 const TAIL_LINES: usize = 12;
 /// How much of a line is kept.

@@ -1,5 +1,7 @@
 //! What `GET /metrics` tells, in Prometheus' text format.
 
+use std::sync::{Mutex, PoisonError};
+
 use pool_core::api::pool::{DeviceInfo, WorkerList};
 use pool_core::worker::{ExitReason, WorkerStatus};
 use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
@@ -67,6 +69,7 @@ pub struct Metrics {
     gpu_allocated: IntGaugeVec,
     gpu_utilization: IntGaugeVec,
     gpu_temperature: IntGaugeVec,
+    rendering: Mutex<()>,
 }
 
 impl Metrics {
@@ -140,6 +143,7 @@ impl Metrics {
                 "Downloads of models by outcome.",
                 "outcome",
             ),
+            rendering: Mutex::default(),
             registry,
         };
         // A series that only begins with the first event makes rates and alerts miss it.
@@ -185,6 +189,11 @@ impl Metrics {
     /// Everything as text.
     pub fn render(&self, list: &WorkerList, devices: &[DeviceInfo]) -> prometheus::Result<String> {
         use WorkerStatus::{Busy, Draining, Failed, Ready, Starting, Stopped};
+        // Two at once would each clear what the other has just set.
+        let _one_at_a_time = self
+            .rendering
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         for status in [Starting, Ready, Busy, Draining, Failed, Stopped] {
             let count = list
                 .workers

@@ -56,6 +56,20 @@ impl MemoryCgroup {
 
     /// The most bytes that its processes may use together: the smallest limit on the way up. `None` without a limit.
     pub fn limit_bytes(&self) -> Option<u64> {
+        self.limits().map(|(_, limit)| limit).min()
+    }
+
+    /// Bytes that its processes may still take: what is left where the least is left on the way up, as a limit further up
+    /// is shared with the neighbours. `None` without a limit.
+    pub fn left_bytes(&self) -> Option<u64> {
+        let left = |(folder, limit): (&Path, u64)| {
+            limit.saturating_sub(self.usage_of(folder).unwrap_or(0))
+        };
+        self.limits().map(left).min()
+    }
+
+    /// The folders with a limit from this one on upwards, with it.
+    fn limits(&self) -> impl Iterator<Item = (&Path, u64)> {
         let file = match self.version {
             Version::V1 => "memory.limit_in_bytes",
             Version::V2 => "memory.max",
@@ -63,19 +77,19 @@ impl MemoryCgroup {
         let inside = |folder: &&Path| folder.starts_with(&self.root);
         let folders = self.path.ancestors().take_while(inside);
         folders
-            .filter_map(|folder| number_in(&folder.join(file)))
-            .filter(|limit| *limit < V1_UNLIMITED)
-            .min()
+            .filter_map(move |folder| Some((folder, number_in(&folder.join(file))?)))
+            .filter(|(_, limit)| *limit < V1_UNLIMITED)
     }
 
-    /// Bytes that its processes use together, without file contents that the kernel drops when memory gets short.
-    pub fn usage_bytes(&self) -> Option<u64> {
+    /// Bytes that the processes in a folder and below use together, without file contents that the kernel drops when
+    /// memory gets short.
+    fn usage_of(&self, folder: &Path) -> Option<u64> {
         let (usage, inactive) = match self.version {
             Version::V1 => ("memory.usage_in_bytes", "total_inactive_file"),
             Version::V2 => ("memory.current", "inactive_file"),
         };
-        let used = number_in(&self.path.join(usage))?;
-        let droppable = field_in(&self.path.join("memory.stat"), inactive).unwrap_or(0);
+        let used = number_in(&folder.join(usage))?;
+        let droppable = field_in(&folder.join("memory.stat"), inactive).unwrap_or(0);
         Some(used.saturating_sub(droppable))
     }
 
@@ -111,9 +125,9 @@ pub fn memory_limit() -> Option<u64> {
     MemoryCgroup::current()?.limit_bytes()
 }
 
-/// Bytes of main memory that the cgroup of this process uses.
-pub fn memory_usage() -> Option<u64> {
-    MemoryCgroup::current()?.usage_bytes()
+/// Bytes of main memory that the cgroup of this process leaves to it and its workers; `None` without a limit.
+pub fn memory_left() -> Option<u64> {
+    MemoryCgroup::current()?.left_bytes()
 }
 
 /// The memory cgroup among those of a process (`/proc/PID/cgroup`), found through the mounts (`/proc/self/mountinfo`).
@@ -245,7 +259,7 @@ mod tests {
         };
         let v2 = cgroup(Version::V2);
         assert_eq!(
-            (v2.limit_bytes(), v2.usage_bytes(), v2.oom_mark()),
+            (v2.limit_bytes(), v2.left_bytes(), v2.oom_mark()),
             (None, None, None)
         );
         write("outer/memory.max", "1000\n");
@@ -254,9 +268,15 @@ mod tests {
         write("outer/inner/memory.stat", "anon 1\ninactive_file 200\n");
         write("outer/inner/memory.events", "oom 9\noom_kill 4\n");
         assert_eq!(
-            (v2.limit_bytes(), v2.usage_bytes(), v2.oom_kills()),
-            (Some(1000), Some(500), Some(4))
+            (v2.limit_bytes(), v2.left_bytes(), v2.oom_kills()),
+            (Some(1000), Some(1000), Some(4)),
+            "who shares the limit does not say what it uses"
         );
+        write("outer/memory.current", "950\n");
+        write("outer/memory.stat", "inactive_file 50\n");
+        assert_eq!(v2.left_bytes(), Some(100), "the neighbours use 400");
+        write("outer/inner/memory.max", "560\n");
+        assert_eq!((v2.limit_bytes(), v2.left_bytes()), (Some(560), Some(60)));
         let mark = v2.oom_mark().unwrap();
         assert!(!mark.has_risen());
         write("outer/inner/memory.events", "oom 9\noom_kill 5\n");

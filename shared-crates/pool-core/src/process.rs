@@ -178,7 +178,8 @@ mod platform {
         let pid = i32::try_from(identity.pid).ok().and_then(Pid::from_raw);
         if let Some(pid) = pid
             && send(Signal::STOP)? == SignalOutcome::Sent
-            && identity.runs()?
+            // Where that can't be told the leader must still not be left stopped.
+            && identity.runs().unwrap_or(false)
             && getpgid(Some(pid)) == Ok(pid)
         {
             // What is not of ours to signal in there stays; the leader is killed below in any case.

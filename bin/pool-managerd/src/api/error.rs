@@ -1,5 +1,7 @@
 //! How errors of the domain become answers: status codes are picked here alone.
 
+use std::time::Duration;
+
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use pool_core::api::pool::PoolErrorCode;
@@ -73,6 +75,19 @@ impl ApiError {
         )
     }
 
+    /// A worker that has not said yet that it is ready; it would answer the same itself.
+    pub fn worker_loading(worker: &WorkerInfo) -> Self {
+        Self(
+            ServiceError::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                WorkerErrorCode::Loading.as_str(),
+                format!("{} still loads its model", worker.id),
+            )
+            .hint("`GET /workers` tells how far it is")
+            .retry_after(Duration::from_secs(1)),
+        )
+    }
+
     /// A worker that a request can't be passed on to.
     pub fn worker_unreachable(id: &str, cause: &ClientError) -> Self {
         tracing::warn!(worker = id, error = %cause, "could not pass a request on");
@@ -82,9 +97,7 @@ impl ApiError {
                 format!("{id} does not answer"),
             )
             .retriable(true)
-            .hint(
-                "`GET /workers` tells how it is; while it is being started it may not listen yet",
-            ),
+            .hint("`GET /workers` tells how it is"),
         )
     }
 

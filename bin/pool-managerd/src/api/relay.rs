@@ -15,6 +15,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::worker::{CancelRequest, CancelResponse, ExecuteRequest};
 use pool_core::client::{ClientError, RelayedAnswer};
+use pool_core::process::ProcessIdentity;
 use pool_core::service::{CorrelationId, Path, RawBody, Shutdown};
 use serde_json::json;
 
@@ -46,6 +47,7 @@ const ANSWERED: [HeaderName; 3] = [CONTENT_TYPE, CACHE_CONTROL, RETRY_AFTER];
         (status = 409, description = "`STALE_FENCE` from the worker, or `WORKER_ENDED`.", body = ErrorEnvelope),
         (status = 429, description = "`BUSY`: no free slot.", body = ErrorEnvelope),
         (status = 502, description = "The worker does not answer.", body = ErrorEnvelope),
+        (status = 503, description = "`LOADING`: it is not ready yet.", body = ErrorEnvelope),
     )
 )]
 pub async fn execute(
@@ -139,17 +141,27 @@ async fn relay(
     body: Bytes,
 ) -> ApiResult<Response> {
     let unknown = ApiError::no_worker(&id);
-    let record = pool
-        .blocking(move |pool| pool.lifecycle.registry().get(&id))
-        .await
-        .ok_or(unknown)?;
-    // Its port may be a stranger's by now, who must not get its secret.
-    let lives = record.info.status.is_live()
-        && record
-            .identity
-            .as_ref()
-            .is_some_and(|identity| identity.is_alive());
-    if !lives {
+    let found = pool
+        .blocking(move |pool| {
+            let record = pool.lifecycle.registry().get(&id)?;
+            let runs = record.identity.as_ref().map(ProcessIdentity::runs);
+            Some((record, runs))
+        })
+        .await;
+    let (record, runs) = found.ok_or(unknown)?;
+    // A port may be a stranger's, who must not get the worker's secret: it is the worker's from when the worker has shown
+    // there who it is, for as long as its process runs.
+    if !record.info.status.is_live() {
+        return Err(ApiError::worker_ended(&record.info));
+    }
+    if record.info.ready_at.is_none() {
+        return Err(ApiError::worker_loading(&record.info));
+    }
+    if !runs
+        .transpose()
+        .map_err(|cause| ApiError::internal(&cause))?
+        .unwrap_or(false)
+    {
         return Err(ApiError::worker_ended(&record.info));
     }
     let mut client = pool.relay.at(record.url(), Some(record.secret.clone()));

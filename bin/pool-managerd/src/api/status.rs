@@ -105,18 +105,17 @@ pub async fn ready(State(pool): App) -> ApiResult<Json<Health>> {
     responses((status = 200, body = String, content_type = "text/plain"))
 )]
 pub async fn metrics(State(pool): App) -> ApiResult<impl IntoResponse> {
-    let records = pool
-        .blocking(|pool| pool.lifecycle.registry().load())
-        .await?
-        .records;
-    let devices = gpu_inventory::devices(&pool.lifecycle, &records);
-    let list = WorkerList {
-        workers: records.into_iter().map(|record| record.info).collect(),
-    };
     let text = pool
-        .metrics
-        .render(&list, &devices)
-        .map_err(|cause| ApiError::internal(&cause))?;
+        .blocking(|pool| -> ApiResult<String> {
+            let records = pool.lifecycle.registry().load()?.records;
+            let devices = gpu_inventory::devices(&pool.lifecycle, &records);
+            let list = WorkerList {
+                workers: records.into_iter().map(|record| record.info).collect(),
+            };
+            let text = pool.metrics.render(&list, &devices);
+            text.map_err(|cause| ApiError::internal(&cause))
+        })
+        .await?;
     Ok((
         [(CONTENT_TYPE, HeaderValue::from_static(TEXT_FORMAT))],
         text,

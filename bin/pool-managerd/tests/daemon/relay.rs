@@ -126,6 +126,25 @@ async fn what_cannot_be_passed_on_is_refused_with_the_reason() {
     daemon.shut_down().await;
 }
 
+#[tokio::test] // [POOLD-070]
+async fn nothing_is_passed_to_a_port_before_the_worker_has_shown_itself_there() {
+    let host = Host::new();
+    let daemon = host.start().await;
+    let worker = daemon.spawn(&host.request("load")).await.unwrap();
+    // It answers there, so that what was passed on would be answered too.
+    until("the worker is heard", async || {
+        (daemon.worker(&worker.id).await.load_percent > 0).then_some(())
+    })
+    .await;
+    let path = format!("/workers/{}/execute", worker.id);
+    let answer = daemon
+        .client
+        .post::<_, Value>(&path, &body("job-1", 1, "x", 1))
+        .await;
+    assert_eq!(refusal(answer), (503, "LOADING".into()));
+    daemon.shut_down().await;
+}
+
 #[tokio::test] // [POOLD-074]
 async fn a_worker_that_dies_breaks_the_stream_off() {
     let host = Host::new().executing();

@@ -30,14 +30,13 @@ impl DeviceMemory {
         }
     }
 
-    /// The same memory inside a cgroup that may use `limit` bytes and uses `used` of them.
+    /// The same memory inside a cgroup that may use `limit` bytes and has `left` of them.
     #[must_use]
-    pub fn inside(self, limit: Option<u64>, used: Option<u64>) -> Self {
-        let Some(limit) = limit else { return self };
-        let left = limit.saturating_sub(used.unwrap_or(0));
+    pub fn inside(self, limit: Option<u64>, left: Option<u64>) -> Self {
+        let at_most = |bytes: u64, most: Option<u64>| most.map_or(bytes, |most| bytes.min(most));
         Self {
-            total_bytes: self.total_bytes.min(limit),
-            available_bytes: self.available_bytes.min(left),
+            total_bytes: at_most(self.total_bytes, limit),
+            available_bytes: at_most(self.available_bytes, left),
             ..self
         }
     }
@@ -177,7 +176,7 @@ pub fn cpu_memory() -> io::Result<DeviceMemory> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let host = parse_meminfo(&text)
         .ok_or_else(|| io::Error::other("/proc/meminfo has an unknown form"))?;
-    Ok(host.inside(crate::cgroup::memory_limit(), crate::cgroup::memory_usage()))
+    Ok(host.inside(crate::cgroup::memory_limit(), crate::cgroup::memory_left()))
 }
 
 #[cfg(target_os = "linux")]
@@ -280,15 +279,15 @@ mod tests {
             available_bytes: 10 * GB,
             as_of: None,
         };
-        assert_eq!(host.inside(None, Some(GB)), host);
-        let inside = host.inside(Some(4 * GB), Some(GB));
+        assert_eq!(host.inside(None, None), host);
+        let inside = host.inside(Some(4 * GB), Some(3 * GB));
         assert_eq!(
             (inside.total_bytes, inside.available_bytes),
             (4 * GB, 3 * GB)
         );
-        let full = host.inside(Some(4 * GB), Some(5 * GB));
+        let full = host.inside(Some(4 * GB), Some(0));
         assert_eq!(full.available_bytes, 0);
-        assert_eq!(host.inside(Some(64 * GB), Some(GB)), host);
+        assert_eq!(host.inside(Some(64 * GB), Some(63 * GB)), host);
     }
 
     #[test] // [POOLD-093]

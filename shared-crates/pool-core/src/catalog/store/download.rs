@@ -22,7 +22,7 @@ use super::{
 };
 use crate::api::pool::DiskInfo;
 use crate::fsio::{self, LockGuard};
-use crate::process::{ProcessIdentity, Signal};
+use crate::process::ProcessIdentity;
 
 /// Bytes that a download leaves free on the disk.
 pub(super) const DISK_RESERVE_BYTES: u64 = 64 << 20;
@@ -190,7 +190,7 @@ impl Download {
         };
         if let Ok(identity) = serde_json::from_slice::<ProcessIdentity>(&json) {
             identity
-                .signal(Signal::KILL)
+                .kill_group()
                 .and_then(|_| identity.wait_gone(KILL_WAIT))
                 .map_err(CheckError::io("end the program that fills", &self.fetch))?;
         }
