@@ -70,7 +70,7 @@ impl Compute {
 
     fn load(&self) -> Result<Engine, LoadError> {
         let load = || {
-            let engine = Engine::load(
+            let mut engine = Engine::load(
                 &self.model,
                 &self.device,
                 self.context_length,
@@ -78,6 +78,8 @@ impl Compute {
                     self.status.loading(done, total);
                 },
             )?;
+            let status = Arc::clone(&self.status);
+            engine.on_layer(move || status.advance());
             engine.warm_up()?;
             Ok(engine)
         };

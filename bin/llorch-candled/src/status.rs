@@ -70,7 +70,7 @@ impl Status {
         self.set(Phase::Failed(reason));
     }
 
-    /// Something was computed: a chunk, a token, a step of loading.
+    /// Something was computed: a layer, a chunk, a token, a step of loading.
     pub fn advance(&self) {
         self.progress.fetch_add(1, Ordering::Relaxed);
     }

@@ -3,13 +3,15 @@
 mod support;
 
 use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use llorch_candled::engine::{Control, Engine, Failure, Halted};
 use pool_core::api::worker::{
     ExecuteRequest, Resume, Sampling, StopReason, WorkerErrorCode, WorkerEvent,
 };
-use support::tiny_model::{END, TinyModel};
+use support::tiny_model::{BLOCKS, END, TinyModel};
 use support::{Answer, greedy, run, tiny};
 
 fn engine() -> Engine {
@@ -446,4 +448,18 @@ fn damaged_weights_are_an_error_and_not_an_answer() {
     let engine = Engine::load(&path, &candle_core::Device::Cpu, None, &mut |_, _| ()).unwrap();
     let code = run(&engine, greedy("hello")).map_err(|failure| failure.code());
     assert_eq!(code.err(), Some(WorkerErrorCode::InferenceFailed));
+}
+
+// [CAND-002] A prompt's chunk of a large model takes minutes: who waits for it to move hears of each layer.
+#[test]
+fn every_layer_is_told() {
+    let mut engine = tiny(&TinyModel::default()).unwrap();
+    let told = Arc::new(AtomicUsize::new(0));
+    let theirs = Arc::clone(&told);
+    engine.on_layer(move || {
+        theirs.fetch_add(1, Ordering::Relaxed);
+    });
+    // It runs the layers twice.
+    engine.warm_up().unwrap();
+    assert_eq!(told.load(Ordering::Relaxed), 2 * BLOCKS);
 }

@@ -192,6 +192,11 @@ impl Engine {
         })
     }
 
+    /// Calls `told` whenever a layer was computed, from now on.
+    pub fn on_layer(&mut self, told: impl Fn() + Send + Sync + 'static) {
+        self.decoder.on_layer(told);
+    }
+
     /// Computes two tokens, so that what candle prepares at first use is in memory before anybody measures it, and a
     /// model that computes nothing sensible is refused before it gets a job.
     pub fn warm_up(&self) -> candle_core::Result<()> {

@@ -37,7 +37,8 @@ const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const HEAD_DIM: usize = 8;
 const INNER: usize = 64;
-const BLOCKS: usize = 2;
+/// Layers of the model.
+pub const BLOCKS: usize = 2;
 
 /// Tokens 0 to 255 are the bytes in GPT-2's order of characters; these follow.
 const CONTROL: [&str; 2] = ["<|im_start|>", "<|im_end|>"];

@@ -18,8 +18,9 @@ const LEAST_LOOKS: u32 = 3;
 /// tensor, the longest step of loading, is taken for.
 const LOAD_BYTES_PER_S: u64 = 100_000_000;
 const LARGEST_TENSOR_PART: u64 = 4;
-/// Bytes of weights that a device works through in a second of its longest step, the 64 tokens of a prefill chunk: a
-/// slow processor with one thread, and a slow GPU.
+/// Bytes of weights that a device works through in a second with the 64 tokens of a prefill chunk: a slow processor with
+/// one thread, and a slow GPU. A worker moves with every layer of it: what the whole chunk may take leaves room for
+/// neighbours that compute on the same processor.
 const CPU_CHUNK_BYTES_PER_S: u64 = 32_000_000;
 const GPU_CHUNK_BYTES_PER_S: u64 = 320_000_000;
 

@@ -88,6 +88,7 @@ pub struct Decoder {
     output_norm: Tensor,
     output: QMatMul,
     rope: Rope,
+    on_layer: Option<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Decoder {
@@ -125,7 +126,13 @@ impl Decoder {
             output_norm,
             output,
             rope,
+            on_layer: None,
         })
+    }
+
+    /// Calls `told` whenever a layer was computed: a chunk of a prompt takes a large model minutes on a crowded processor.
+    pub fn on_layer(&mut self, told: impl Fn() + Send + Sync + 'static) {
+        self.on_layer = Some(Box::new(told));
     }
 
     /// The model's sizes and features.
@@ -189,6 +196,9 @@ impl Decoder {
             let normed =
                 candle_nn::ops::rms_norm(&x, &block.feed_forward_norm, self.config.rms_epsilon)?;
             x = (x + block.feed_forward.forward(&normed)?)?;
+            if let Some(told) = &self.on_layer {
+                told();
+            }
         }
         cache.advance(count);
         Ok(x)
