@@ -82,8 +82,7 @@ fn forge(house: &House, template: &WorkerRecord, id: u32, identity: &ProcessIden
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [POOLD-016] P15
 async fn an_innocent_process_is_never_signalled() {
     let mut house = House::fake("serve");
-    house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 1);
-    house.set("LLORCH_WORKERS_START_TIMEOUT_S", 1);
+    house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 4);
     let client = house.start().await;
     let worker = spawn(&client, &house).await;
     until_status(&client, &worker.id, WorkerStatus::Ready).await;
