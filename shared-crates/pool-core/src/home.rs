@@ -38,6 +38,14 @@ impl HomeError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Unknown => Some("set LLORCH_HOME to a folder that llama-orch may use"),
+            Self::Prepare { source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                Some("something that is no folder has its name: move that away, or set LLORCH_HOME")
+            }
             Self::Prepare { .. } => {
                 Some("check its owner and mode, or set LLORCH_HOME to another folder")
             }

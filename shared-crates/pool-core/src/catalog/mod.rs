@@ -157,7 +157,7 @@ impl CatalogError {
         match self {
             Self::Read { .. } => "check the file's owner and mode",
             Self::Invalid { .. } => {
-                "`llorch-pool models catalog` shows the embedded entries to write your own after; correct or remove this one"
+                "correct this entry or remove it; without the file `llorch-pool models catalog` shows the embedded ones"
             }
         }
     }

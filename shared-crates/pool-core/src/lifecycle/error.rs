@@ -13,8 +13,9 @@ use crate::registry::RegistryError;
 use crate::worker::{Backend, Device, WorkerStatus, mebibytes};
 
 /// A device with too little memory left for a worker.
+// What is free is rounded down and what is needed up, so that the sentence never contradicts itself.
 #[derive(Debug, thiserror::Error)]
-#[error("{device} has {free_bytes} bytes free, `{model_ref}` needs {needed_bytes}")]
+#[error("{device} has {} MiB free, `{model_ref}` needs {}", free_bytes >> 20, mebibytes(*needed_bytes))]
 pub struct MemoryShort {
     /// The device.
     pub device: Device,
@@ -184,10 +185,14 @@ fn stop_hint(stop: &[StopCandidate]) -> String {
         format!("{} ({bytes}, {state})", candidate.id)
     };
     let workers: Vec<_> = stop.iter().map(described).collect();
-    let first = stop.first().map_or("ID", |candidate| &candidate.id);
+    let commands: Vec<_> = stop
+        .iter()
+        .map(|candidate| format!("`llorch-pool worker stop {}`", candidate.id))
+        .collect();
     format!(
-        "stop {} with `llorch-pool worker stop {first}`, or ask for a smaller `context_length`",
-        workers.join(" and ")
+        "stop {} ({}), or ask for a smaller `context_length`",
+        workers.join(" and "),
+        commands.join(", ")
     )
 }
 

@@ -418,7 +418,7 @@ fn what_cannot_be_started_is_refused_with_a_hint_and_leaves_no_record() {
             "runs 1 sequence",
             "second worker",
         ),
-        (good, "1000 bytes free", "never fits"),
+        (good, "0 MiB free", "never fits"),
     ] {
         let (said, hinted) = refuse(request);
         assert!(

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::{human_bytes, human_duration, note};
+use super::{human_bytes, human_duration, note, sanitize};
 
 /// How often a log gets a line.
 const PLAIN_EVERY: Duration = Duration::from_secs(3);
@@ -52,6 +52,7 @@ pub struct Progress {
 
 impl Progress {
     fn new(bar: ProgressBar, template: &str, label: String) -> Self {
+        let label = one_line(&label);
         let live = io::stderr().is_terminal();
         // Without a terminal the bar only counts; the lines are ours.
         bar.set_draw_target(if live {
@@ -119,7 +120,7 @@ impl Progress {
 
     /// Says what is being done now.
     pub fn message(&self, text: impl Into<String>) {
-        let text = text.into();
+        let text = one_line(&text.into());
         self.plain(|| text.clone());
         self.bar.set_message(text);
     }
@@ -153,5 +154,23 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+    }
+}
+
+/// A label that can't steer the terminal: it may name files, and others named those.
+fn one_line(label: &str) -> String {
+    sanitize::clean(label).replace(['\n', '\t'], " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_label_steers_no_terminal() {
+        assert_eq!(
+            one_line("importing \x1b[31m\x1b]0;x\x07a\nb.gguf"),
+            "importing a b.gguf"
+        );
     }
 }

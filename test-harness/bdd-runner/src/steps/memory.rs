@@ -117,7 +117,7 @@ fn started_and_refused(house: &mut House, started: usize, refused: usize) {
             Asked::Started => count.0 += 1,
             Asked::Refused(said) => {
                 count.1 += 1;
-                for part in ["bytes free", "needs ", "stop worker-cpu-"] {
+                for part in ["MiB free", "needs ", "stop worker-cpu-"] {
                     assert!(said.contains(part), "{said}");
                 }
             }

@@ -135,6 +135,7 @@ fn folders(home: &Home, config: &PoolConfig) -> Finding {
             continue;
         };
         let fix = match place == *dir {
+            _ if !place.is_dir() => format!("mv {0} {0}.old", quoted(&place)),
             true => format!(
                 "sudo chown -R \"$USER\" {0} && chmod u+rwx {0}",
                 quoted(dir)
