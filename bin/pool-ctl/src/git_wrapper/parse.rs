@@ -1,5 +1,7 @@
 //! Reads what git prints for programs. Pure: bytes in, values out.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use pool_core::terminal::doctor::host;
@@ -130,7 +132,8 @@ fn header(status: &mut Status, line: &str) -> Option<()> {
     Some(())
 }
 
-/// The submodules among the entries of `git ls-files --stage -z`. One in conflict has several; the first counts.
+/// The submodules among the entries of `git ls-files --stage -z` or `git ls-tree -r -z`. One in conflict has several; the
+/// first counts.
 pub fn gitlinks(bytes: &[u8]) -> Vec<Gitlink> {
     let mut links: Vec<Gitlink> = Vec::new();
     for entry in fields(bytes) {
@@ -143,13 +146,38 @@ pub fn gitlinks(bytes: &[u8]) -> Vec<Gitlink> {
         };
         let link = Gitlink {
             path: String::from_utf8(entry[tab + 1..].to_vec()).ok(),
-            commit: rest.split(' ').next().unwrap_or_default().to_owned(),
+            commit: rest
+                .trim_start_matches("commit ")
+                .split(' ')
+                .next()
+                .unwrap_or_default()
+                .to_owned(),
         };
         if links.last().is_none_or(|last| last.path != link.path) {
             links.push(link);
         }
     }
     links
+}
+
+/// The files that git is told to pass over, among the entries of `git ls-files -v -z`, each with its mark: `S` is not to
+/// be written (`--skip-worktree`), a small letter is assumed to be unchanged (`--assume-unchanged`).
+pub fn marked(bytes: &[u8]) -> impl Iterator<Item = (u8, &Path)> {
+    fields(bytes).filter_map(|entry| match entry {
+        [mark, b' ', name @ ..] if *mark == b'S' || mark.is_ascii_lowercase() => {
+            Some((*mark, Path::new(OsStr::from_bytes(name))))
+        }
+        _ => None,
+    })
+}
+
+/// Name and object of the entries of `git ls-files --stage -z`.
+pub fn staged(bytes: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    fields(bytes).filter_map(|entry| {
+        let tab = entry.iter().position(|byte| *byte == b'\t')?;
+        let object = entry[..tab].split(|byte| *byte == b' ').nth(1)?;
+        Some((&entry[tab + 1..], object))
+    })
 }
 
 /// A setting, as `git config --list -z` prints it: the key, and the value where there is one.

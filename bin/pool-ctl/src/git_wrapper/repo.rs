@@ -1,5 +1,6 @@
 //! A checkout: what is in it, what it follows, and its submodules.
 
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -20,6 +21,18 @@ const MODULES_BYTES: u64 = 1 << 20;
 pub const MAX_DEPTH: usize = 8;
 /// How many commits are listed by name.
 const LISTED_COMMITS: &str = "--max-count=1000";
+
+/// How many names one command is given.
+const WORDS: usize = 500;
+
+/// A changed file that git was told not to look at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PassedOver {
+    /// Its name.
+    pub name: String,
+    /// The option of `git update-index` that lets git see it again.
+    pub option: &'static str,
+}
 
 /// A checkout whose settings were looked at.
 #[derive(Debug, Clone)]
@@ -390,7 +403,7 @@ impl Repo {
         Ok(parse::fields(&self.read(&args).await?).count())
     }
 
-    /// Files that `commit` brings, that git does not know yet, and that lie in the way.
+    /// Files that `commit` would write over and that git does not know, be they ignored or not.
     pub async fn in_the_way_of(&self, commit: &str) -> Result<Vec<String>, GitError> {
         let args = [
             "diff-index",
@@ -404,24 +417,176 @@ impl Repo {
         ];
         let new = self.read(&args).await?;
         let mut found = Vec::new();
+        let mut unsure = Vec::new();
         for name in parse::fields(&new) {
             let name = Path::new(OsStr::from_bytes(name));
             // The file itself, or a file where it needs a folder.
-            let steps: Vec<_> = name
-                .ancestors()
-                .filter(|step| *step != Path::new(""))
-                .collect();
-            for (depth, step) in steps.iter().enumerate() {
-                let there = self.root.join(step).symlink_metadata();
-                if there.is_ok_and(|there| depth == 0 || !there.is_dir()) {
-                    found.push(step.to_string_lossy().into_owned());
+            let steps = name.ancestors().filter(|step| *step != Path::new(""));
+            for (depth, step) in steps.enumerate() {
+                let Ok(there) = self.root.join(step).symlink_metadata() else {
+                    continue;
+                };
+                if depth > 0 && there.is_dir() {
                     break;
                 }
+                let text = step.to_string_lossy().into_owned();
+                // A file of the name that the index has not is unknown. A folder there, or a file above, may well be
+                // known, and make room by itself.
+                match step.to_str() {
+                    Some(_) if depth > 0 || there.is_dir() => unsure.push(text),
+                    _ => found.push(text),
+                }
+                break;
             }
+        }
+        unsure.sort();
+        unsure.dedup();
+        for some in unsure.chunks(WORDS) {
+            let mut args = vec!["ls-files", "--others", "-z", "--"];
+            args.extend(some.iter().map(String::as_str));
+            found.extend(parse::texts(&self.read(&args).await?));
         }
         found.sort();
         found.dedup();
         Ok(found)
+    }
+
+    /// Changed files that git was told not to look at, and that stop it on the way to `commit`, or get lost there: those
+    /// that differ in `commit`, and where a command sets all files (`throws`), those assumed to be unchanged, too.
+    pub async fn passed_over(
+        &self,
+        commit: &str,
+        throws: bool,
+    ) -> Result<Vec<PassedOver>, GitError> {
+        let marked = self.read(&["ls-files", "-v", "-z"]).await?;
+        let marked: Vec<_> = parse::marked(&marked)
+            .filter(|(_, name)| self.root.join(name).symlink_metadata().is_ok())
+            .collect();
+        if marked.is_empty() {
+            return Ok(Vec::new());
+        }
+        let args = [
+            "diff-index",
+            "--cached",
+            "-z",
+            "--name-only",
+            "--ignore-submodules=all",
+            commit,
+            "--",
+        ];
+        let moved = self.read(&args).await?;
+        let moved: HashSet<&[u8]> = parse::fields(&moved).collect();
+        let staged = self.read(&["ls-files", "--stage", "-z"]).await?;
+        let staged: HashMap<&[u8], &[u8]> = parse::staged(&staged).collect();
+        let mut found = Vec::new();
+        for (mark, path) in marked {
+            let bytes = path.as_os_str().as_bytes();
+            let skipped = mark.eq_ignore_ascii_case(&b's');
+            if !moved.contains(bytes) && (skipped || !throws) {
+                continue;
+            }
+            let plain = self.root.join(path).symlink_metadata();
+            let same = match path.to_str() {
+                Some(name) if plain.is_ok_and(|plain| plain.is_file()) => {
+                    let id = self.read(&["hash-object", "--", name]).await?;
+                    staged.get(bytes).copied() == Some(id.trim_ascii())
+                }
+                _ => false,
+            };
+            if !same {
+                found.push(PassedOver {
+                    name: path.to_string_lossy().into_owned(),
+                    option: match skipped {
+                        true => "--no-skip-worktree",
+                        false => "--no-assume-unchanged",
+                    },
+                });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Makes sure that `commit` is known here, as `git submodule update` would before it moves anything.
+    pub async fn bring(
+        &self,
+        commit: &str,
+        transports: &[Transport],
+        progress: &Progress,
+    ) -> Result<(), GitError> {
+        if self.commit_of(commit).await?.is_some() {
+            return Ok(());
+        }
+        let other = || {
+            let keys = self.settings.iter().map(|(key, _)| key.as_str());
+            let mut names = keys.filter_map(|key| {
+                let name = key.strip_prefix("remote.")?.strip_suffix(".url")?;
+                trust::check_name(name).is_ok().then_some(name)
+            });
+            names.next()
+        };
+        let remote = match self.setting("remote.origin.url") {
+            Some(_) => "origin",
+            None => other().unwrap_or("origin"),
+        };
+        let args = [
+            "fetch",
+            "--progress",
+            "--no-recurse-submodules",
+            "--end-of-options",
+            remote,
+        ];
+        self.git
+            .remote(&self.root, &args, transports, progress)
+            .await?;
+        if self.commit_of(commit).await?.is_some() {
+            return Ok(());
+        }
+        // No branch has it; a host that allows that gives it by its name.
+        self.git
+            .remote(
+                &self.root,
+                &[&args[..], &[commit]].concat(),
+                transports,
+                progress,
+            )
+            .await
+    }
+
+    /// The submodules that `commit` records: path and commit.
+    pub async fn links_of(&self, commit: &str) -> Result<HashMap<String, String>, GitError> {
+        let args = ["ls-tree", "-r", "-z", "--full-tree", commit];
+        let links = parse::gitlinks(&self.read(&args).await?);
+        let known = links
+            .into_iter()
+            .filter_map(|link| Some((link.path?, link.commit)));
+        Ok(known.collect())
+    }
+
+    /// What lies in the folder of a submodule that is not fetched yet: git would write over it, or refuse to.
+    pub fn occupied(&self, submodule: &Submodule) -> Vec<String> {
+        let place = self.root.join(&submodule.path);
+        let Ok(there) = place.symlink_metadata() else {
+            return Vec::new();
+        };
+        if !there.is_dir() {
+            return vec![submodule.path.clone()];
+        }
+        // One whose fetching was interrupted has the files that git itself began to write.
+        if place.join(".git").symlink_metadata().is_ok() {
+            return Vec::new();
+        }
+        let entries = fs::read_dir(&place).into_iter().flatten().flatten();
+        let mut names: Vec<_> = entries
+            .map(|entry| format!("{}/{}", submodule.path, entry.file_name().to_string_lossy()))
+            .collect();
+        names.sort();
+        names
+    }
+
+    /// Sets a checkout to `commit`, on no branch, whatever lies there.
+    pub async fn force_to(&self, commit: &str) -> Result<(), GitError> {
+        self.change(&["checkout", "--force", "--detach", "--quiet", commit, "--"])
+            .await
     }
 
     /// The submodules recorded in the index, in the order of their paths.
@@ -562,20 +727,23 @@ impl Repo {
         })
     }
 
-    /// Fetches a submodule if need be, and checks out the recorded commit. Without `force` git refuses to overwrite
-    /// files; with it, what is changed in the submodule is gone.
+    /// Fetches a submodule if need be, and checks out the recorded commit. git refuses to overwrite changes and files that
+    /// it does not know, but not ignored ones: see [`Repo::in_the_way_of`].
     pub async fn check_out(
         &self,
         submodule: &Submodule,
-        force: bool,
         transports: &[Transport],
         progress: &Progress,
     ) -> Result<(), GitError> {
-        let mut args = vec!["submodule", "update", "--init", "--checkout", "--progress"];
-        if force {
-            args.push("--force");
-        }
-        args.extend(["--", &submodule.path]);
+        let args = [
+            "submodule",
+            "update",
+            "--init",
+            "--checkout",
+            "--progress",
+            "--",
+            &submodule.path,
+        ];
         self.git
             .remote(&self.root, &args, transports, progress)
             .await

@@ -11,6 +11,7 @@ mod status;
 mod submodules;
 mod sync;
 mod trust;
+mod way;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -1,9 +1,15 @@
 //! What a command that throws work away would throw away.
 
+use std::collections::HashMap;
+
+use pool_core::terminal::progress::Progress;
 use pool_core::terminal::{CliError, Exit, note, sanitize};
 use serde::Serialize;
 
-use crate::git_wrapper::repo::{Inspected, Repo, Status, Submodule, shown};
+use super::way::{Blocked, not_over_hidden};
+use crate::git_wrapper::GitError;
+use crate::git_wrapper::repo::{Inspected, Repo, State, Status, Submodule, short, shown};
+use crate::git_wrapper::trust::Transport;
 
 /// What would be lost in one checkout: the one at hand, or a submodule.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -39,14 +45,19 @@ impl Loss {
         })
     }
 
-    /// Of a submodule, when it is set to the recorded commit.
-    pub async fn of_submodule(
+    /// Of a submodule, when it is set to `target`; nothing is overwritten, where that is not known here.
+    async fn of_submodule(
         repo: &Repo,
         status: &Status,
+        target: Option<&str>,
         clean: bool,
         place: &str,
     ) -> Result<Self, CliError> {
         Ok(Self {
+            overwritten: match target {
+                Some(target) => repo.in_the_way_of(target).await?,
+                None => Vec::new(),
+            },
             commits: repo.stray_commits(status).await?,
             ..Self::of_files(repo, status, clean, place)
         })
@@ -92,30 +103,84 @@ impl Loss {
     }
 }
 
-/// What would be lost in a submodule and in those inside it.
-pub(super) async fn in_submodule(
-    submodule: &Submodule,
-    found: &Inspected,
+/// What would be lost in submodules and in those inside them, gathered.
+pub(super) struct Losses<'a> {
     clean: bool,
-    place: &str,
-    losses: &mut Vec<Loss>,
-) -> Result<(), CliError> {
-    let Some(repo) = &found.repo else {
-        return Ok(());
-    };
-    let place = match place {
-        "." => submodule.path.clone(),
-        place => format!("{place}/{}", submodule.path),
-    };
-    let loss = Loss::of_submodule(repo, &found.status, clean, &place).await?;
-    if !loss.is_empty() {
-        losses.push(loss);
+    transports: &'a [Transport],
+    progress: &'a Progress,
+    /// What was found.
+    pub found: Vec<Loss>,
+}
+
+impl<'a> Losses<'a> {
+    pub fn new(clean: bool, transports: &'a [Transport], progress: &'a Progress) -> Self {
+        Self {
+            clean,
+            transports,
+            progress,
+            found: Vec::new(),
+        }
     }
-    for inner in repo.submodules().await? {
-        let inside = repo.inspect(&inner).await?;
-        Box::pin(in_submodule(&inner, &inside, clean, &place, losses)).await?;
+
+    /// Adds what would be lost in a submodule of `outer`, at `place`, when it is set to `target`. The commit is fetched
+    /// for that, if need be, which changes no file. Refuses what could not be done later, before anything is moved.
+    pub async fn of(
+        &mut self,
+        outer: &Repo,
+        submodule: &Submodule,
+        found: &Inspected,
+        target: Option<&str>,
+        place: &str,
+    ) -> Result<(), CliError> {
+        let path = match place {
+            "." => submodule.path.clone(),
+            place => format!("{place}/{}", submodule.path),
+        };
+        let Some(repo) = &found.repo else {
+            let names = outer.occupied(submodule);
+            if found.state == State::Missing && target.is_some() && !names.is_empty() {
+                return Err(Blocked::Occupied(names).error(submodule));
+            }
+            return Ok(());
+        };
+        let target = match target {
+            Some(target) if self.bring(repo, target, &path).await? => Some(target),
+            _ => None,
+        };
+        let status = &found.status;
+        let loss = Loss::of_submodule(repo, status, target, self.clean, &path).await?;
+        if !loss.is_empty() {
+            self.found.push(loss);
+        }
+        let mut links = HashMap::new();
+        if let Some(target) = target {
+            not_over_hidden(repo, target, true, Some(&path)).await?;
+            links = repo.links_of(target).await?;
+        }
+        for inner in repo.submodules().await? {
+            let inside = repo.inspect(&inner).await?;
+            let target = links.get(&inner.path).map(String::as_str);
+            Box::pin(self.of(repo, &inner, &inside, target, &path)).await?;
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Whether `target` is known in a submodule, at the latest now.
+    async fn bring(&self, repo: &Repo, target: &str, path: &str) -> Result<bool, CliError> {
+        match repo.bring(target, self.transports, self.progress).await {
+            Ok(()) => Ok(true),
+            Err(error @ GitError::Interrupted) => Err(error.into()),
+            // Its address may be a new one, which is taken over when it is set.
+            Err(error) => {
+                note(sanitize::clean(&format!(
+                    "note: {}: what would be overwritten there is not known before its commit {} is fetched: {error}",
+                    shown(path),
+                    short(target)
+                )));
+                Ok(false)
+            }
+        }
+    }
 }
 
 /// The answer to a command that destroys and was not given `--yes`: what it would destroy.

@@ -5,6 +5,7 @@ mod pull;
 mod status;
 mod submodules;
 mod sync;
+mod way;
 
 use std::path::PathBuf;
 

@@ -7,6 +7,7 @@ use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
 use super::submodules::{Mover, nested};
+use super::way::not_over_hidden;
 use super::{Action, Moved, Printed, counted, end_of, say_moved, some};
 use crate::git_wrapper::repo::{Repo, State, Status, Submodule, Upstream, short, shown};
 use crate::git_wrapper::trust::Transport;
@@ -217,6 +218,7 @@ pub(super) async fn fast_forward(
         )
         .hint("move them away"));
     }
+    not_over_hidden(repo, &to, false, None).await?;
     let files = repo.files_between(&from, &to).await?;
     progress.message(format!("moving {} to {}", shown(branch), short(&to)));
     repo.forward_to(&to)

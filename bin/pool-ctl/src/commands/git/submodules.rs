@@ -1,13 +1,17 @@
 //! `llorch-pool git submodules`.
 
+use std::collections::HashSet;
+use std::path::PathBuf;
+
 use clap::Subcommand;
 use pool_core::terminal::progress::{self, Progress};
 use pool_core::terminal::{CliError, Exit, Format, print_json, print_table, say};
 use serde::Serialize;
 
-use super::loss::{self, not_without_yes};
+use super::loss::{Loss, Losses, not_without_yes};
 use super::pull::{fast_forward, followed, warn_of_ssh};
 use super::sync::set_one;
+use super::way::{Blocked, blocked, not_over_hidden};
 use super::{Action, Moved, Printed, counted, end_of, say_moved, some};
 use crate::git_wrapper::repo::{
     Changes, Inspected, MAX_DEPTH, Repo, State, Submodule, Upstream, quoted, short, shown,
@@ -265,6 +269,8 @@ async fn status(repo: &Repo, names: &[String], printed: Printed) -> Result<Exit,
 pub(super) struct Mover<'a> {
     transports: &'a [Transport],
     progress: &'a Progress,
+    /// Files unknown to git that may be overwritten, since their owner was told.
+    listed: HashSet<PathBuf>,
     /// What became of them.
     pub moved: Vec<Moved>,
 }
@@ -274,8 +280,19 @@ impl<'a> Mover<'a> {
         Self {
             transports,
             progress,
+            listed: HashSet::new(),
             moved: Vec::new(),
         }
+    }
+
+    /// Lets it overwrite what `losses` list, and nothing else.
+    pub fn may_overwrite(mut self, repo: &Repo, losses: &[Loss]) -> Self {
+        for loss in losses {
+            let place = repo.root().join(&loss.place);
+            let names = loss.overwritten.iter().map(|name| place.join(name));
+            self.listed.extend(names);
+        }
+        self
     }
 
     /// Notes one that may not be used.
@@ -309,7 +326,8 @@ impl<'a> Mover<'a> {
         });
     }
 
-    /// Brings one without changes to the recorded commit, with all inside it.
+    /// Brings one without changes to the recorded commit, with all inside it; it stays where that would overwrite a file
+    /// that git does not know.
     pub async fn check_out(
         &mut self,
         repo: &Repo,
@@ -318,7 +336,24 @@ impl<'a> Mover<'a> {
     ) -> Result<(), CliError> {
         self.progress
             .message(format!("updating the submodule {}", shown(&submodule.path)));
-        repo.check_out(submodule, false, self.transports, self.progress)
+        // git itself would write over ignored files without a word.
+        let stands = blocked(repo, submodule, found, (self.transports, self.progress))
+            .await
+            .map_err(|error| error.told(&unfinished(submodule)))?;
+        if let Some(stands) = stands {
+            self.moved.push(Moved {
+                from: found.status.commit.clone(),
+                to: Some(submodule.recorded.clone()),
+                reason: Some(format!(
+                    "{}; {}",
+                    stands.reason(),
+                    stands.hint(&submodule.path)
+                )),
+                ..Moved::of(submodule, Action::Left)
+            });
+            return Ok(());
+        }
+        repo.check_out(submodule, self.transports, self.progress)
             .await
             .map_err(|error| error.told(&unfinished(submodule)))?;
         self.note_move(submodule, found);
@@ -337,8 +372,24 @@ impl<'a> Mover<'a> {
         self.progress
             .message(format!("setting the submodule {}", shown(&submodule.path)));
         let told = |error: crate::git_wrapper::GitError| error.told(&unfinished(submodule));
+        let mut overwrites = false;
         if let Some(inside) = &found.repo {
-            // After this a checkout without force does: it can't overwrite what was not listed.
+            repo.renew_address(submodule).await.map_err(told)?;
+            inside
+                .bring(&submodule.recorded, self.transports, self.progress)
+                .await
+                .map_err(told)?;
+            let path = Some(submodule.path.as_str());
+            not_over_hidden(inside, &submodule.recorded, true, path).await?;
+            let mut files = inside
+                .in_the_way_of(&submodule.recorded)
+                .await
+                .map_err(told)?;
+            overwrites = !files.is_empty();
+            files.retain(|name| !self.listed.contains(&inside.root().join(name)));
+            if !files.is_empty() {
+                return Err(Blocked::Files(files).error(submodule));
+            }
             inside
                 .change(&["reset", "--hard", "--quiet"])
                 .await
@@ -349,7 +400,11 @@ impl<'a> Mover<'a> {
                     .await
                     .map_err(told)?;
             }
-            repo.renew_address(submodule).await.map_err(told)?;
+        } else {
+            let names = repo.occupied(submodule);
+            if !names.is_empty() {
+                return Err(Blocked::Occupied(names).error(submodule));
+            }
         }
         let key = format!("submodule.{}.branch", submodule.name);
         if repo.setting(&key).is_some() {
@@ -357,7 +412,10 @@ impl<'a> Mover<'a> {
                 .await
                 .map_err(told)?;
         }
-        repo.check_out(submodule, false, self.transports, self.progress)
+        if let (true, Some(inside)) = (overwrites, &found.repo) {
+            inside.force_to(&submodule.recorded).await.map_err(told)?;
+        }
+        repo.check_out(submodule, self.transports, self.progress)
             .await
             .map_err(told)?;
         let changed = found.state != State::InStep;
@@ -434,6 +492,16 @@ async fn update(repo: &Repo, names: &[String], printed: Printed) -> Result<Exit,
     let transports = transports_of(repo).await?;
     warn_of_ssh(repo);
     let spinner = progress::spinner("updating submodules");
+    for (submodule, found) in &todo {
+        if let State::Missing | State::OutOfStep = found.state {
+            let stands = blocked(repo, submodule, found, (&transports, &spinner))
+                .await
+                .map_err(|error| error.told("no submodule was moved"))?;
+            if let Some(stands) = stands {
+                return Err(stands.error(submodule));
+            }
+        }
+    }
     let mut mover = Mover::new(&transports, &spinner);
     for (submodule, found) in &todo {
         match (found.state, &found.repo) {
@@ -525,9 +593,12 @@ async fn reset(
     printed: Printed,
 ) -> Result<Exit, CliError> {
     let todo = chosen(repo, names).await?;
-    let mut lost = Vec::new();
     let mut moved = Vec::new();
     let mut usable = Vec::new();
+    let transports = transports_of(repo).await?;
+    warn_of_ssh(repo);
+    let spinner = progress::spinner("looking at submodules");
+    let mut losses = Losses::new(clean, &transports, &spinner);
     for submodule in &todo {
         let found = repo.inspect(submodule).await?;
         if found.state == State::Refused {
@@ -537,10 +608,13 @@ async fn reset(
             });
             continue;
         }
-        loss::in_submodule(submodule, &found, clean, ".", &mut lost).await?;
+        let target = Some(submodule.recorded.as_str());
+        losses.of(repo, submodule, &found, target, ".").await?;
         usable.push(submodule);
     }
+    let lost = losses.found;
     if !yes {
+        drop(spinner);
         let what = format!(
             "{} would be set to what is recorded",
             counted(usable.len() as u64, "submodule")
@@ -554,10 +628,7 @@ async fn reset(
         let command = named.collect::<Vec<_>>().join(" ");
         return Err(not_without_yes(&what, &command, &lost));
     }
-    let transports = transports_of(repo).await?;
-    warn_of_ssh(repo);
-    let spinner = progress::spinner("setting submodules");
-    let mut mover = Mover::new(&transports, &spinner);
+    let mut mover = Mover::new(&transports, &spinner).may_overwrite(repo, &lost);
     for submodule in usable {
         set_one(repo, submodule, clean, &mut mover).await?;
     }

@@ -1,15 +1,15 @@
 //! `llorch-pool git sync`: what the remote has, whatever is here.
 
-use pool_core::terminal::progress::{self, Progress};
+use pool_core::terminal::progress;
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
-use super::loss::{self, Loss};
+use super::loss::{self, Loss, Losses};
 use super::pull::{Forward, followed, half_done, warn_of_ssh};
 use super::submodules::Mover;
+use super::way::not_over_hidden;
 use super::{Moved, Printed, end_of, say_moved};
 use crate::git_wrapper::repo::{MAX_DEPTH, Repo, State, short, shown};
-use crate::git_wrapper::trust::Transport;
 
 /// Arguments of `llorch-pool git sync`.
 #[derive(Debug, clap::Args)]
@@ -44,15 +44,19 @@ impl Args {
             .fetch(&upstream, &transports, &spinner)
             .await
             .map_err(|error| error.told("nothing was changed"))?;
-        let mut lost = Vec::new();
+        not_over_hidden(repo, &to, true, None).await?;
         let own = Loss::of_branch(repo, &status, &to, self.clean).await?;
+        let links = repo.links_of(&to).await?;
+        let mut losses = Losses::new(self.clean, &transports, &spinner);
         if !own.is_empty() {
-            lost.push(own);
+            losses.found.push(own);
         }
         for submodule in repo.submodules().await? {
             let found = repo.inspect(&submodule).await?;
-            loss::in_submodule(&submodule, &found, self.clean, ".", &mut lost).await?;
+            let target = links.get(&submodule.path).map(String::as_str);
+            losses.of(repo, &submodule, &found, target, ".").await?;
         }
+        let lost = losses.found;
         if !self.yes {
             drop(spinner);
             let what = format!(
@@ -83,15 +87,14 @@ impl Args {
                 .await
                 .map_err(|error| error.told(UNFINISHED))?;
         }
-        let submodules = set_all(repo, self.clean, &transports, &spinner)
-            .await
-            .map_err(|error| {
-                half_done(
-                    error,
-                    &format!("{} is at {} now", shown(&branch), short(&to)),
-                )
-                .hint("llorch-pool git sync --yes")
-            })?;
+        let mover = Mover::new(&transports, &spinner).may_overwrite(repo, &lost);
+        let submodules = set_all(repo, self.clean, mover).await.map_err(|error| {
+            half_done(
+                error,
+                &format!("{} is at {} now", shown(&branch), short(&to)),
+            )
+            .hint("llorch-pool git sync --yes")
+        })?;
         drop(spinner);
         let forward = Forward {
             branch,
@@ -141,13 +144,7 @@ fn line(forward: &Forward) -> String {
 }
 
 /// Sets every submodule that may be used to its recorded commit.
-async fn set_all(
-    repo: &Repo,
-    clean: bool,
-    transports: &[Transport],
-    progress: &Progress,
-) -> Result<Vec<Moved>, CliError> {
-    let mut mover = Mover::new(transports, progress);
+async fn set_all(repo: &Repo, clean: bool, mut mover: Mover<'_>) -> Result<Vec<Moved>, CliError> {
     set_inside(repo, clean, &mut mover, 0).await?;
     Ok(mover.moved)
 }
