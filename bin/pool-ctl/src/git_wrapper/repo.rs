@@ -75,7 +75,7 @@ pub struct Submodule {
     pub follows: Option<String>,
     /// The commit recorded.
     pub recorded: String,
-    /// Why it may not be used.
+    /// Why it may not be used, as what follows its name: `has no address`.
     pub problem: Option<String>,
 }
 
@@ -129,7 +129,7 @@ impl State {
 pub struct Inspected {
     /// How they compare.
     pub state: State,
-    /// Why it is refused.
+    /// Why it is refused, as what follows its name.
     pub problem: Option<String>,
     /// What its checkout says; nothing where it is missing or refused.
     pub status: Status,
@@ -159,6 +159,18 @@ impl Repo {
         };
         let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
         if !real(at).starts_with(real(&root)) {
+            return Err(GitError::Elsewhere {
+                path: at.to_path_buf(),
+                root,
+            });
+        }
+        // `core.worktree` may name a folder above, from which git finds another repository, or none.
+        let of = ["rev-parse", "--absolute-git-dir"];
+        let from_root = match git.read(&root, &of).await {
+            Err(GitError::Failed { .. }) => None,
+            answer => Some(answer?),
+        };
+        if from_root != Some(git.read(at, &of).await?) {
             return Err(GitError::Elsewhere {
                 path: at.to_path_buf(),
                 root,
@@ -701,12 +713,20 @@ impl Repo {
         }
         let repo = match Self::open(&self.git, &place).await {
             Ok(repo) => repo,
-            Err(
-                error @ (GitError::ReachesOut { .. }
-                | GitError::Elsewhere { .. }
-                | GitError::NotACheckout { .. }),
-            ) => return Ok(without(State::Refused, Some(error.to_string()))),
-            Err(error) => return Err(error),
+            Err(error) => {
+                let problem = match &error {
+                    GitError::ReachesOut { keys, .. } => format!(
+                        "has settings that would run programs or write files here: {}",
+                        keys.join(", ")
+                    ),
+                    GitError::Elsewhere { root, .. } => {
+                        format!("has its files in {}", root.display())
+                    }
+                    GitError::NotACheckout { .. } => "is no git checkout".to_owned(),
+                    _ => return Err(error),
+                };
+                return Ok(without(State::Refused, Some(problem)));
+            }
         };
         let same = |path: &Path| fs::canonicalize(path).ok();
         if same(repo.root()) != same(&place) {

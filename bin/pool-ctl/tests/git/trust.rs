@@ -129,7 +129,7 @@ fn settings_that_would_run_a_program_are_refused_by_name() {
     world
         .run(&["pull"])
         .exits(4)
-        .says(&["submodule lib", "filter.evil.smudge"]);
+        .says(&["submodule lib has settings that would run programs or write files here: filter.evil.smudge"]);
     world.run(&["submodules", "reset", "--yes"]).exits(4);
     world.nothing_ran();
 }
@@ -309,6 +309,13 @@ fn paths_that_lead_out_are_refused() {
         .exits(4)
         .says(&["says that its files are in", "core.worktree"]);
     assert_eq!(world.read("outside/precious"), "x");
+    // In a folder above, where git finds no repository.
+    let above = world.path("").display().to_string();
+    world.git("host", &["config", "core.worktree", &above]);
+    world
+        .run(&["status"])
+        .exits(4)
+        .says(&["says that its files are in", "core.worktree"]);
     // The path `../x` never gets that far: git refuses to record it; nor does a `.gitmodules` that is a link.
     let world = World::with_submodule();
     fs::rename(world.path("host/.gitmodules"), world.path("modules")).unwrap();

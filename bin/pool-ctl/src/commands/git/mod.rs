@@ -151,7 +151,7 @@ fn end_of(moved: &[Moved]) -> Result<Exit, CliError> {
         Exit::Refused,
         format!("submodule {} {reason}{more}", shown(&first.path)),
     )
-    .hint("look at .gitmodules, and ask who wrote it"))
+    .hint("look at .gitmodules and at the submodule's own settings, and ask who wrote them"))
 }
 
 /// Names for one sentence: the first ones, and how many more there are.
