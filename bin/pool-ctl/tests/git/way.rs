@@ -134,3 +134,88 @@ fn files_in_the_folder_of_a_submodule_that_is_not_fetched_stay() {
         assert_eq!(world.read("host/lib/code"), "mine\n");
     }
 }
+
+#[test] // [POOLCTL-044], [POOLCTL-046]
+fn a_change_that_git_was_told_to_pass_over_is_named_beforehand() {
+    for (told, heard) in [
+        ("--assume-unchanged", "--no-assume-unchanged"),
+        ("--skip-worktree", "--no-skip-worktree"),
+    ] {
+        let world = World::with_submodule();
+        world.write("author/README", "two\n");
+        world.commit("author", "second");
+        world.new_library_commit("two\n");
+        let before = world.head("host");
+        let unchanged = |place: &str, file: &str| {
+            assert_eq!(world.head("host"), before);
+            assert_eq!(world.read(&format!("{place}/{file}")), "mine\n");
+        };
+        world.git("host", &["update-index", told, "README"]);
+        world.write("host/README", "mine\n");
+        let command = format!("git update-index {heard} README");
+        for args in [&["pull"][..], &["sync"], &["sync", "--yes"]] {
+            world.run(args).exits(4).says(&[
+                "1 file changed here that git was told to pass over: README",
+                &command,
+            ]);
+            unchanged("host", "README");
+        }
+        world.git("host", &["update-index", heard, "README"]);
+        world.git("host", &["checkout", "-q", "README"]);
+
+        world.git("host/lib", &["update-index", told, "code"]);
+        world.write("host/lib/code", "mine\n");
+        let command = format!("git -C lib update-index {heard} code");
+        for args in [&["sync"][..], &["sync", "--yes"]] {
+            world.run(args).exits(4).says(&[
+                "submodule lib: 1 file changed here that git was told to pass over: code",
+                &command,
+            ]);
+            unchanged("host/lib", "code");
+        }
+        let pulled = world.json(&["pull"]);
+        assert_eq!(pulled["submodules"][0]["action"], "left");
+        for args in [
+            &["submodules", "update"][..],
+            &["submodules", "reset"],
+            &["submodules", "reset", "--yes"],
+        ] {
+            world
+                .run(args)
+                .exits(4)
+                .says(&["told to pass over: code", &command]);
+            assert_eq!(world.read("host/lib/code"), "mine\n");
+        }
+        world.git("host/lib", &["update-index", heard, "code"]);
+        world.run(&["submodules", "reset", "--yes"]).exits(0);
+        assert_eq!(world.read("host/lib/code"), "two\n");
+    }
+}
+
+#[test] // [POOLCTL-046]
+fn sync_does_not_drop_a_change_unseen_where_the_remote_has_none() {
+    let world = World::new();
+    world.git("host", &["update-index", "--assume-unchanged", "README"]);
+    // Nobody changed it: nothing to name.
+    world.run(&["sync", "--yes"]).exits(0);
+    world.write("host/README", "mine\n");
+    world
+        .run(&["sync", "--yes"])
+        .exits(4)
+        .says(&["told to pass over: README"]);
+    assert_eq!(world.read("host/README"), "mine\n");
+    world.run(&["pull"]).exits(0);
+}
+
+#[test] // [POOLCTL-047]
+fn another_branch_of_a_submodule_overwrites_no_unknown_file() {
+    let world = with_notes(true);
+    world
+        .run(&["submodules", "branch", "lib", "main"])
+        .exits(4)
+        .says(&[
+            "submodule lib: 1 file not known to git would be overwritten: notes",
+            "move them away",
+        ]);
+    assert_eq!(world.read("host/lib/notes"), "mine\n");
+}

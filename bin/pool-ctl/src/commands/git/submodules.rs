@@ -719,7 +719,18 @@ async fn set_branch(
         .map_err(|error| error.told("nothing was changed"))?;
     drop(spinner);
     let told = |error: crate::git_wrapper::GitError| error.told(&unfinished(&submodule));
-    match inside.commit_of(&upstream.branch).await? {
+    let local = inside.commit_of(&upstream.branch).await?;
+    for target in local.iter().chain([&tip]) {
+        let files = inside.in_the_way_of(target).await?;
+        if !files.is_empty() {
+            let mut error = Blocked::Files(files).error(&submodule);
+            // A reset would go to the recorded commit.
+            error.hint = Some("move them away".to_owned());
+            return Err(error);
+        }
+        not_over_hidden(inside, target, false, Some(&submodule.path)).await?;
+    }
+    match local {
         None => {
             let args = [
                 "switch",
