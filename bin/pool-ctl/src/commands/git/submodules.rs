@@ -45,7 +45,8 @@ pub enum Command {
     /// Fetch submodules that are missing, and bring the others to the recorded commit.
     ///
     /// One that is on a branch goes forward on that branch. Refuses (exit code 4) before anything is changed if one of
-    /// them has changes, or commits of its own. Submodules inside of submodules come along.
+    /// them has changes, commits of its own, or files unknown to git, even ignored ones, that would be overwritten.
+    /// Submodules inside of submodules come along.
     ///
     /// JSON: an array as `submodules` of `git pull`.
     Update {
