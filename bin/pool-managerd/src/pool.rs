@@ -82,7 +82,11 @@ impl Pool {
         let pool = Arc::clone(self);
         match tokio::task::spawn_blocking(move || work(&pool)).await {
             Ok(outcome) => outcome,
-            Err(error) => panic::resume_unwind(error.into_panic()),
+            Err(error) => match error.try_into_panic() {
+                Ok(cause) => panic::resume_unwind(cause),
+                // Only a runtime that ends drops work, and it drops whoever waits here as well.
+                Err(_) => std::future::pending().await,
+            },
         }
     }
 
