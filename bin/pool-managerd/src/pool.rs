@@ -115,7 +115,9 @@ impl Pool {
 
     /// Lets go of all workers, which stay.
     pub fn stop_watching(&self) {
-        for (_, watcher) in self.watched().drain() {
+        // Not under the lock, which a watcher takes when it is dropped.
+        let watched = std::mem::take(&mut *self.watched());
+        for (_, watcher) in watched {
             if let Some(task) = watcher.task {
                 task.abort();
             }

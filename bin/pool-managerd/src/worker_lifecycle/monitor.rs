@@ -37,7 +37,10 @@ pub async fn watch(
     child: Option<Child>,
     nudge: Arc<Notify>,
 ) {
-    let id = record.info.id.clone();
+    let _entry = Entry {
+        pool: Arc::clone(&pool),
+        id: record.info.id.clone(),
+    };
     let mut next = Some((record, child));
     // Once, or more often where a port was found taken: each process is watched by itself.
     while let Some((record, child)) = next {
@@ -51,7 +54,18 @@ pub async fn watch(
         };
         next = watched.ended(&pool, facts).await;
     }
-    pool.watched().remove(&id);
+}
+
+/// Says that the worker is watched. However the watch ends, also by a panic, the worker can be taken over again.
+struct Entry {
+    pool: Arc<Pool>,
+    id: String,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.pool.watched().remove(&self.id);
+    }
 }
 
 /// One process of the worker.
