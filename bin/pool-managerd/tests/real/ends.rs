@@ -251,6 +251,16 @@ impl Drop for Cgroup {
     }
 }
 
+/// Waits until the daemon has seen that the worker, which lives, is in `cgroup`.
+async fn until_counted_in(cgroup: &Cgroup, house: &House, client: &ApiClient, id: &str) {
+    until(client, id, |info| {
+        assert!(info.status.is_live(), "{info:?}");
+        let mark = house.record(id).oom_mark;
+        mark.is_some_and(|mark| mark.path == cgroup.0)
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [POOLD-063] P7
 async fn a_worker_that_the_kernel_killed_for_memory_is_told_from_a_killed_one() {
     let Some(cgroup) = Cgroup::make(64 << 20) else {
@@ -264,14 +274,7 @@ async fn a_worker_that_the_kernel_killed_for_memory_is_told_from_a_killed_one() 
     // Held still while it is moved: it must not have loaded before.
     worker.signal(Signal::STOP).unwrap();
     fs::write(cgroup.0.join("cgroup.procs"), worker.pid.to_string()).unwrap();
-    until(&client, &id, |info| {
-        assert!(info.status.is_live(), "{info:?}");
-        house
-            .record(&id)
-            .oom_mark
-            .is_some_and(|mark| mark.path == cgroup.0)
-    })
-    .await;
+    until_counted_in(&cgroup, &house, &client, &id).await;
     worker.signal(Signal::CONT).unwrap();
     let exit = ended(&client, &house, &id).await;
     assert_eq!(exit.reason, ExitReason::OomKilled, "{}", exit.message);
@@ -282,13 +285,7 @@ async fn a_worker_that_the_kernel_killed_for_memory_is_told_from_a_killed_one() 
     let worker = house.record(&id).identity.unwrap();
     worker.signal(Signal::STOP).unwrap();
     fs::write(cgroup.0.join("cgroup.procs"), worker.pid.to_string()).unwrap();
-    until(&client, &id, |_| {
-        house
-            .record(&id)
-            .oom_mark
-            .is_some_and(|mark| mark.path == cgroup.0)
-    })
-    .await;
+    until_counted_in(&cgroup, &house, &client, &id).await;
     worker.signal(Signal::KILL).unwrap();
     let exit = ended(&client, &house, &id).await;
     assert_eq!(exit.reason, ExitReason::Signal(9), "{}", exit.message);
@@ -298,13 +295,7 @@ async fn a_worker_that_the_kernel_killed_for_memory_is_told_from_a_killed_one() 
     let id = ready(&client, &house).await.id;
     let worker = house.record(&id).identity.unwrap();
     fs::write(cgroup.0.join("cgroup.procs"), worker.pid.to_string()).unwrap();
-    until(&client, &id, |_| {
-        house
-            .record(&id)
-            .oom_mark
-            .is_some_and(|mark| mark.path == cgroup.0)
-    })
-    .await;
+    until_counted_in(&cgroup, &house, &client, &id).await;
     house.kill_daemon();
     cgroup.limit(1 << 20);
     assert!(work(&house, &id).await.unwrap().is_err());
