@@ -1,4 +1,5 @@
-//! A bound on the time that a request's body may take: one that trickles holds its connection no longer than that.
+//! Bounds on a request's body: one that trickles holds its connection no longer than its time, and what is left of one
+//! that nobody wants is read and thrown away, so that its sender gets to the answer.
 
 use std::error::Error;
 use std::pin::Pin;
@@ -7,10 +8,17 @@ use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
+use axum::http::header::EXPECT;
 use axum::middleware::Next;
 use axum::response::Response;
+use http_body_util::BodyExt as _;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use tokio::runtime::Handle;
 use tokio::time::Sleep;
+
+/// How much of a body is thrown away at most, and for how long. A connection that is closed while its sender still writes
+/// is reset, and the answer that says why is lost on the way; one that sends without end is reset all the same.
+const DISCARD: (usize, Duration) = (64 * 1024 * 1024, Duration::from_secs(5));
 
 /// The body was not whole in time.
 #[derive(Debug, thiserror::Error)]
@@ -31,12 +39,15 @@ pub(super) async fn limit_time(
     request: Request,
     next: Next,
 ) -> Response {
+    // Who asks before it sends has sent nothing, and sends nothing after a refusal.
+    let waits = request.headers().contains_key(EXPECT);
     let request = request.map(|body| {
         if body.is_end_stream() {
             body
         } else {
             Body::new(Timed {
-                inner: body,
+                inner: Some(body),
+                discard: !waits,
                 limit,
                 over: Box::pin(tokio::time::sleep(limit)),
             })
@@ -46,7 +57,10 @@ pub(super) async fn limit_time(
 }
 
 struct Timed {
-    inner: Body,
+    /// `None` once it has come to its end.
+    inner: Option<Body>,
+    /// Whether what nobody read of it is read and thrown away.
+    discard: bool,
     limit: Duration,
     over: Pin<Box<Sleep>>,
 }
@@ -61,17 +75,51 @@ impl HttpBody for Timed {
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         // The clock is looked at first: bytes that keep coming must not put it off.
         if self.over.as_mut().poll(context).is_ready() {
+            self.inner = None;
             return Poll::Ready(Some(Err(BodyTimeout(self.limit).into())));
         }
-        let frame = ready!(Pin::new(&mut self.inner).poll_frame(context));
+        let Some(inner) = &mut self.inner else {
+            return Poll::Ready(None);
+        };
+        let frame = ready!(Pin::new(inner).poll_frame(context));
+        if !matches!(frame, Some(Ok(_))) {
+            self.inner = None;
+        }
         Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.inner.as_ref().is_none_or(HttpBody::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+        let ended = || SizeHint::with_exact(0);
+        self.inner.as_ref().map_or_else(ended, HttpBody::size_hint)
     }
+}
+
+impl Drop for Timed {
+    fn drop(&mut self) {
+        let rest = self.inner.take();
+        let rest = rest.filter(|inner| self.discard && !inner.is_end_stream());
+        if let (Some(rest), Ok(runtime)) = (rest, Handle::try_current()) {
+            runtime.spawn(discard(rest));
+        }
+    }
+}
+
+/// Reads what is left of a body that was refused, beside the answer.
+async fn discard(mut body: Body) {
+    let (limit, time) = DISCARD;
+    let all = async {
+        let mut left = limit;
+        while let Some(Ok(frame)) = body.frame().await {
+            let bytes = frame.data_ref().map_or(0, Bytes::len);
+            let Some(rest) = left.checked_sub(bytes) else {
+                break;
+            };
+            left = rest;
+        }
+    };
+    let _ = tokio::time::timeout(time, all).await;
 }

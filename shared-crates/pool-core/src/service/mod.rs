@@ -183,12 +183,12 @@ fn app(router: Router, local_addr: SocketAddr, options: &ServiceOptions) -> Rout
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(options.body_limit))
+        .layer(CatchPanicLayer::custom(error::from_panic))
+        .layer(middleware::from_fn_with_state(guard, auth::check))
         .layer(middleware::from_fn_with_state(
             options.body_timeout,
             body::limit_time,
         ))
-        .layer(CatchPanicLayer::custom(error::from_panic))
-        .layer(middleware::from_fn_with_state(guard, auth::check))
         .layer(middleware::from_fn(correlation::scope))
 }
 

@@ -325,6 +325,42 @@ async fn a_client_that_is_still_sending_a_huge_body_learns_why_it_is_refused() {
     }
 }
 
+#[tokio::test] // [POOLCORE-060]
+async fn a_client_that_sends_all_of_a_refused_body_before_it_reads_learns_why() {
+    let mut options = options();
+    options.token = Some(Secret::new("right"));
+    let server = Server::start(options).await;
+    for (token, code) in [("right", "TOO_LARGE"), ("wrong", "UNAUTHORIZED")] {
+        let mut stream = TcpStream::connect(server.addr).await.unwrap();
+        let head = format!(
+            "POST /sum HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\nContent-Length: 20000000\r\nConnection: close\r\n\r\n"
+        );
+        let mut text = String::new();
+        let exchange = async {
+            stream.write_all(head.as_bytes()).await?;
+            stream.write_all(&vec![b' '; 20_000_000]).await?;
+            stream.read_to_string(&mut text).await
+        };
+        let exchanged = timeout(Duration::from_secs(10), exchange).await;
+        exchanged.expect("the answer ends").expect("nothing is cut");
+        assert_eq!(Answer::parse(&text).refusal().1, code);
+    }
+}
+
+#[tokio::test] // [POOLCORE-060]
+async fn a_refused_body_without_end_is_cut_off() {
+    let server = Server::start(options()).await;
+    let mut stream = TcpStream::connect(server.addr).await.unwrap();
+    let head = "POST /sum HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000000000\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let endless = async {
+        let chunk = vec![b' '; 1 << 20];
+        while stream.write_all(&chunk).await.is_ok() {}
+    };
+    let cut = timeout(Duration::from_secs(30), endless).await;
+    cut.expect("the daemon stops reading");
+}
+
 #[tokio::test] // [POOLCORE-064]
 async fn huge_headers_are_refused() {
     let server = Server::start(options()).await;
