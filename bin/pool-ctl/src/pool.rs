@@ -259,7 +259,7 @@ fn collect_children(lifecycle: &Lifecycle) -> Result<(), RegistryError> {
         if let Some(Ok(Some((_, status)))) = pid.map(|pid| waitpid(Some(pid), WaitOptions::NOHANG))
         {
             let status = ExitStatus::from_raw(status.as_raw());
-            lifecycle.process_ended(&record.info.id, ExitFacts::of(status))?;
+            lifecycle.process_ended(record, ExitFacts::of(status))?;
         }
     }
     Ok(())

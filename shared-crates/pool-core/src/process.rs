@@ -4,6 +4,7 @@ use std::io;
 use std::time::Duration;
 
 pub use rustix::process::Signal;
+use rustix::process::{Pid, getpgid};
 use serde::{Deserialize, Serialize};
 
 /// One process, for good: no other process on this machine, before or after a restart, has the same three values.
@@ -66,6 +67,12 @@ impl ProcessIdentity {
     /// Whether the process still runs, or why that can't be told: what must not be taken for an end.
     pub fn runs(&self) -> io::Result<bool> {
         Ok(self.observe()?.is_some_and(|seen| !seen.zombie))
+    }
+
+    /// Whether a group of processes is named after this one.
+    pub fn leads_a_group(&self) -> bool {
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+        pid.is_some_and(|pid| getpgid(Some(pid)) == Ok(pid))
     }
 
     /// Kills this process, and with it the group that it leads, if it leads one. No other process or group is hit.

@@ -31,7 +31,8 @@ pub struct WorkerRecord {
     pub info: WorkerInfo,
     /// Its process, once there is one. No other is ever signalled.
     pub identity: Option<ProcessIdentity>,
-    /// Handed to the process in its environment and repeated in its `/health`: tells this start from any other.
+    /// Handed to the process in its environment and repeated in its `/health`: tells this start of a process from any
+    /// other, also of the same worker.
     pub nonce: String,
     /// The bearer token without which it executes nothing.
     pub secret: Secret,
@@ -123,6 +124,12 @@ impl WorkerRecord {
         self.info.status == WorkerStatus::Starting
             && self.age() < LISTEN_TIMEOUT
             && self.starter.as_ref().is_some_and(another)
+    }
+
+    /// Makes `process` the worker's.
+    pub(crate) fn set_process(&mut self, process: ProcessIdentity) {
+        self.info.pid = Some(process.pid);
+        self.identity = Some(process);
     }
 
     fn number(&self) -> u64 {

@@ -10,7 +10,7 @@ use pool_core::cgroup::OomMark;
 use pool_core::client::ApiClient;
 use pool_core::crash::crash_point;
 use pool_core::lifecycle::{Ended, ExitFacts, ObserveError, ProgressWatch, Stall};
-use pool_core::process::Signal;
+use pool_core::process::{ProcessIdentity, Signal, SignalOutcome};
 use pool_core::registry::{Verdict, WorkerRecord};
 use pool_core::worker::{WorkerInfo, WorkerStatus};
 use tokio::sync::Notify;
@@ -71,6 +71,8 @@ impl Drop for Entry {
 /// One process of the worker.
 struct Watched {
     record: WorkerRecord,
+    /// Which process it is, for good: what its record says of that later is not taken over.
+    process: Option<ProcessIdentity>,
     client: Option<ApiClient>,
     progress: ProgressWatch,
     /// How old the process was when it was first watched.
@@ -91,6 +93,7 @@ impl Watched {
             progress: ProgressWatch::new(deadlines, std::time::Instant::now()),
             age: record.age(),
             kill_at: None,
+            process: record.identity.clone(),
             record,
         }
     }
@@ -104,13 +107,7 @@ impl Watched {
 
     /// One round of it, and the wait for the next.
     async fn look(&mut self, pool: &Arc<Pool>, nudge: &Notify) {
-        let id = self.record.info.id.clone();
-        if let Some(record) = pool
-            .blocking(move |pool| pool.lifecycle.registry().get(&id))
-            .await
-        {
-            self.record = record;
-        }
+        self.read_record(pool).await;
         let begun = Instant::now();
         // Before the question, so that an answer proves that nothing counted here was this worker's own end.
         let mark = self.record.info.pid.and_then(OomMark::of);
@@ -140,6 +137,44 @@ impl Watched {
         tokio::select! {
             () = tokio::time::sleep_until(wake_at) => {}
             () = nudge.notified() => {}
+        }
+    }
+
+    /// Takes over what others have written into the worker's record, save for which process it is: a record that names
+    /// another one would let a stop, or the next daemon, miss the worker, so it is put right.
+    async fn read_record(&mut self, pool: &Arc<Pool>) {
+        let id = self.record.info.id.clone();
+        let read = pool
+            .blocking(move |pool| pool.lifecycle.registry().get(&id))
+            .await;
+        // With another nonce it is the record of a later process; this one's end is about to be heard.
+        let Some(record) = read.filter(|record| record.nonce == self.record.nonce) else {
+            return;
+        };
+        self.record = record;
+        let Some(process) = self.process.clone() else {
+            return;
+        };
+        if self.record.identity.as_ref() == Some(&process) {
+            return;
+        }
+        tracing::warn!(
+            worker = self.record.info.id,
+            named = self.record.identity.as_ref().map(|named| named.pid),
+            pid = process.pid,
+            "the record of a worker names another process, and is put right"
+        );
+        self.record.info.pid = Some(process.pid);
+        self.record.identity = Some(process.clone());
+        let (id, nonce) = (self.record.info.id.clone(), self.record.nonce.clone());
+        let restored = pool
+            .blocking(move |pool| pool.lifecycle.restore_process(&id, &nonce, &process))
+            .await;
+        match restored {
+            Ok(_) => pool.changed(),
+            Err(error) => {
+                tracing::error!(worker = self.record.info.id, %error, "could not put a worker's record right; trying again");
+            }
         }
     }
 
@@ -200,13 +235,22 @@ impl Watched {
                 self.signal(pool, Signal::TERM).await;
             }
             Some(kill_at) if now >= kill_at => {
-                tracing::warn!(
-                    worker = self.record.info.id,
-                    "a worker did not end in time and is killed"
-                );
                 self.kill_at = Some(now + grace);
                 crash_point("stop.kill");
-                self.signal(pool, Signal::KILL).await;
+                let worker = &self.record.info.id;
+                match self.signal(pool, Signal::KILL).await {
+                    Some(SignalOutcome::Sent) => {
+                        tracing::warn!(worker, "a worker did not end in time and is killed");
+                    }
+                    Some(SignalOutcome::Gone) => {
+                        tracing::warn!(
+                            worker,
+                            pid = self.record.info.pid,
+                            "a worker did not end in time, and its process can't be told from another's, or has just ended: nothing was killed"
+                        );
+                    }
+                    None => {}
+                }
             }
             Some(_) => {}
         }
@@ -264,14 +308,16 @@ impl Watched {
     }
 
     /// Sends it a signal; one that can't be sent is tried again when the next is due.
-    async fn signal(&self, pool: &Arc<Pool>, signal: Signal) {
+    async fn signal(&self, pool: &Arc<Pool>, signal: Signal) -> Option<SignalOutcome> {
         let record = self.record.clone();
         let outcome = pool
             .blocking(move |pool| pool.lifecycle.signal(&record, signal))
             .await;
-        if let Err(error) = outcome {
-            tracing::error!(worker = self.record.info.id, %error, ?signal, "could not signal a worker");
-        }
+        outcome
+            .inspect_err(|error| {
+                tracing::error!(worker = self.record.info.id, %error, ?signal, "could not signal a worker");
+            })
+            .ok()
     }
 
     /// Records the end, and returns what to watch next if the worker was started again.
@@ -282,9 +328,9 @@ impl Watched {
     ) -> Option<(WorkerRecord, Option<Child>)> {
         let id = self.record.info.id.clone();
         let recorded = loop {
-            let (id, facts) = (id.clone(), facts.clone());
+            let (watched, facts) = (self.record.clone(), facts.clone());
             match pool
-                .blocking(move |pool| pool.lifecycle.process_ended(&id, facts))
+                .blocking(move |pool| pool.lifecycle.process_ended(&watched, facts))
                 .await
             {
                 Ok(recorded) => break recorded,
@@ -314,7 +360,8 @@ impl Watched {
                 report_end(pool, &info);
                 None
             }
-            None => None,
+            // Who started the later process watches it, and after that it is taken over like any other.
+            Some(Ended::Replaced(_)) | None => None,
         }
     }
 }

@@ -68,6 +68,8 @@ fn forge(house: &House, template: &WorkerRecord, id: u32, identity: &ProcessIden
     let mut record = template.clone();
     record.info.id = format!("worker-cpu-{id}");
     record.args.worker_id.clone_from(&record.info.id);
+    // No two workers have the same.
+    record.nonce = format!("{id}-{}", record.nonce);
     record.info.status = WorkerStatus::Starting;
     (record.info.exit, record.info.ready_at) = (None, None);
     (record.stop_requested, record.verdict, record.starter) = (false, None, None);
@@ -79,7 +81,16 @@ fn forge(house: &House, template: &WorkerRecord, id: u32, identity: &ProcessIden
     record.info.id
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [POOLD-016] P15
+/// Makes the record of a worker that lives name another process.
+fn lie_about(house: &House, id: &str, identity: &ProcessIdentity) {
+    let lie = |record: &mut WorkerRecord| {
+        record.identity = Some(identity.clone());
+        record.info.pid = Some(identity.pid);
+    };
+    house.registry().update(id, lie).unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [POOLD-016] [POOLD-021] P15
 async fn an_innocent_process_is_never_signalled() {
     let mut house = House::fake("serve");
     house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 4);
@@ -131,47 +142,61 @@ async fn an_innocent_process_is_never_signalled() {
         assert_eq!(found.ended.len(), 4, "{lie}: {found:#?}");
         assert_eq!(found.live.len(), 1, "{lie}: the worker itself");
         innocent.assert_untouched(&format!("{lie}, clean-up"));
-        // The daemon adopts none of them either.
+        // The daemon adopts none of them either, but it adopts the worker whose own record lies.
         forged();
+        lie_about(&house, &worker.id, &identity);
         let client = house.start().await;
         assert_eq!(reserved(&client).await, template.reserved_bytes(), "{lie}");
+        let adopted = house.record(&worker.id);
+        assert_eq!(
+            (&adopted.identity, adopted.info.pid),
+            (&template.identity, template.info.pid),
+            "{lie}"
+        );
         innocent.assert_untouched(&format!("{lie}, adoption"));
         house.kill_daemon();
     }
-    // A forced stop waits for nobody who is not the worker.
-    let (_, identity) = innocent.mistaken_for().into_iter().next().unwrap();
-    let id = forge(&house, &template, 200, &identity);
-    let stopped = tokio::task::block_in_place(|| stop_worker(&id, true, &lifecycle)).unwrap();
-    assert_eq!(stopped.status, WorkerStatus::Stopped);
-    innocent.assert_untouched("stop_worker");
-
-    // Through a daemon that watches the worker when its record begins to lie: it stalls, and whom the record names is
-    // not hit by the verdict, nor by a stop.
-    for (lie, identity) in innocent.mistaken_for() {
-        let client = house.start().await;
-        let worker = spawn(&client, &house).await;
-        until_status(&client, &worker.id, WorkerStatus::Ready).await;
-        let real = house.record(&worker.id).identity.unwrap();
-        house
-            .registry()
-            .update(&worker.id, |record| {
-                record.identity = Some(identity.clone());
-            })
-            .unwrap();
-        real.signal(Signal::STOP).unwrap();
-        until(&client, &worker.id, |info| {
-            info.status == WorkerStatus::Draining
-        })
-        .await;
-        // Longer than the grace after which the kill is due.
-        tokio::time::sleep(Duration::from_secs(4)).await;
-        innocent.assert_untouched(&format!("{lie}, stall"));
+    // A stop waits for nobody who is not the worker, and ends the worker where its record names somebody else.
+    for (number, (lie, identity)) in innocent.mistaken_for().into_iter().enumerate() {
         for force in [false, true] {
-            stop(&client, &worker.id, force).await;
-            innocent.assert_untouched(&format!("{lie}, daemon's stop, force {force}"));
+            let id = forge(&house, &template, 200 + number as u32, &identity);
+            let stopped =
+                tokio::task::block_in_place(|| stop_worker(&id, force, &lifecycle)).unwrap();
+            assert_eq!(stopped.status, WorkerStatus::Stopped, "{lie}");
+            innocent.assert_untouched(&format!("{lie}, stop_worker, force {force}"));
         }
-        real.signal(Signal::KILL).unwrap();
-        until(&client, &worker.id, |info| !info.status.is_live()).await;
-        house.kill_daemon();
+    }
+    let (_, identity) = innocent.mistaken_for().into_iter().last().unwrap();
+    lie_about(&house, &worker.id, &identity);
+    let stopped = tokio::task::block_in_place(|| stop_worker(&worker.id, false, &lifecycle));
+    assert_eq!(stopped.unwrap().status, WorkerStatus::Stopped);
+    innocent.assert_untouched("stop_worker of the worker");
+    assert!(!template.identity.unwrap().is_alive());
+
+    // Through a daemon that watches the worker when its record begins to lie: whom the record names is not hit by a
+    // verdict, nor by a stop. The worker is, and gives its memory back.
+    for (lie, identity) in innocent.mistaken_for() {
+        for end in ["stall", "stop", "forced stop"] {
+            let client = house.start().await;
+            let before = reserved(&client).await;
+            let worker = spawn(&client, &house).await;
+            until_status(&client, &worker.id, WorkerStatus::Ready).await;
+            let real = house.record(&worker.id).identity.unwrap();
+            lie_about(&house, &worker.id, &identity);
+            match end {
+                "stall" => drop(real.signal(Signal::STOP).unwrap()),
+                end => drop(stop(&client, &worker.id, end == "forced stop").await),
+            }
+            until(&client, &worker.id, |info| !info.status.is_live()).await;
+            innocent.assert_untouched(&format!("{lie}, {end}"));
+            assert!(!real.is_alive(), "{lie}, {end}: the worker goes on");
+            assert_eq!(reserved(&client).await, before, "{lie}, {end}");
+            assert_eq!(
+                house.record(&worker.id).identity,
+                Some(real),
+                "{lie}, {end}"
+            );
+            house.kill_daemon();
+        }
     }
 }

@@ -99,6 +99,8 @@ pub enum Ended {
     Restarted(Started),
     /// It is over.
     Over(WorkerInfo),
+    /// Another process is the worker's by now, and the end of the earlier one makes no difference to it.
+    Replaced(WorkerInfo),
 }
 
 /// What [`Lifecycle::reconcile`] found.
@@ -343,7 +345,7 @@ impl Lifecycle {
                 exit: None,
             },
             identity: None,
-            nonce: uuid::Uuid::new_v4().simple().to_string(),
+            nonce: new_nonce(),
             secret: Secret::random(),
             program,
             args: WorkerArgs {
@@ -393,17 +395,22 @@ impl Lifecycle {
         })
     }
 
-    /// Records that a worker's process ended. One that found its port taken is started again on the next.
+    /// Records that a worker's process ended: the one that `watched` was the record of, by its nonce, for who brings
+    /// the news may be late. One that found its port taken is started again on the next. `None` if the worker is
+    /// forgotten.
     pub fn process_ended(
         &self,
-        id: &str,
+        watched: &WorkerRecord,
         facts: ExitFacts,
     ) -> Result<Option<Ended>, RegistryError> {
         crash_point("exit.unrecorded");
         let locked = self.registry.lock()?;
-        let Some(mut record) = self.registry.get(id) else {
+        let Some(mut record) = self.registry.get(&watched.info.id) else {
             return Ok(None);
         };
+        if record.nonce != watched.nonce {
+            return Ok(Some(Ended::Replaced(record.info)));
+        }
         if !record.info.status.is_live() {
             return Ok(Some(Ended::Over(record.info)));
         }
@@ -419,7 +426,9 @@ impl Lifecycle {
             if let Ok(port) = self.next_port(&ports_in_use(&others), &record.ports_tried) {
                 record.info.port = port;
                 record.args.port = port;
-                record.identity = None;
+                // From here on nothing that is said of the process that ended is said of this one.
+                record.nonce = new_nonce();
+                (record.identity, record.info.pid) = (None, None);
                 locked.save(&record)?;
                 match self.launch(&mut record) {
                     Ok(child) => {
@@ -468,6 +477,9 @@ impl Lifecycle {
             .registry
             .update(id, |record| {
                 if record.info.status.is_live() {
+                    if let Some(process) = spawner::process_of(record) {
+                        record.set_process(process);
+                    }
                     record.stop_requested = true;
                     // Every live state may drain, so this can't fail.
                     let _ = record.apply(WorkerEvent::Drain);
@@ -502,6 +514,23 @@ impl Lifecycle {
         })?;
         let record = updated.map(|updated| updated.record);
         Ok(record.filter(|record| record.verdict.is_some() && record.info.status.is_live()))
+    }
+
+    /// Writes down again which process is the worker's, for who has watched `process` since it was started with `nonce`.
+    /// `None` where the worker has ended, or another process is its by now.
+    pub fn restore_process(
+        &self,
+        id: &str,
+        nonce: &str,
+        process: &ProcessIdentity,
+    ) -> Result<Option<WorkerRecord>, RegistryError> {
+        let is_its = |record: &WorkerRecord| record.info.status.is_live() && record.nonce == nonce;
+        let updated = self.registry.update(id, |record| {
+            if is_its(record) {
+                record.set_process(process.clone());
+            }
+        })?;
+        Ok(updated.map(|updated| updated.record).filter(is_its))
     }
 
     /// Remembers what the worker's memory cgroup had counted while the worker was seen to be well.
@@ -579,14 +608,14 @@ impl Lifecycle {
         if killed.is_err() || !identity.wait_gone(DYING).unwrap_or(false) {
             return Ok(None);
         }
-        match self.process_ended(&record.info.id, ExitFacts::Unknown)? {
+        match self.process_ended(record, ExitFacts::Unknown)? {
             Some(Ended::Over(info)) => Ok(Some(info)),
             _ => Ok(None),
         }
     }
 
-    /// Makes the registry true to the processes: live workers whose process has ended are marked so, and a process
-    /// that was started just before its starter was killed gets its record completed. Workers that are `watched` are
+    /// Makes the registry true to the processes: live workers whose process has ended are marked so, and a record that
+    /// names no process, as when the starter was killed, or a wrong one names the worker's again. Workers that are `watched` are
     /// left alone: whoever waits for them knows better how they end.
     pub fn reconcile(&self, watched: &dyn Fn(&str) -> bool) -> Result<Reconciled, RegistryError> {
         let locked = self.registry.lock()?;
@@ -606,19 +635,11 @@ impl Lifecycle {
             }
             crash_point("adopt");
             // The lock is held, so nobody is about to record this process.
-            if record.identity.is_none()
-                && let Some(identity) = spawner::find_by_nonce(&record.nonce)
-            {
-                record.info.pid = Some(identity.pid);
-                record.identity = Some(identity);
-                locked.save(&record)?;
-            }
-            // What can't be told is no end: memory that was still in use would be promised again.
-            let runs = |identity: &ProcessIdentity| {
-                identity.runs().unwrap_or(true)
-                    && !spawner::is_anothers(identity.pid, &record.nonce)
-            };
-            if record.identity.as_ref().is_some_and(runs) {
+            if let Some(process) = spawner::process_of(&record) {
+                if record.identity.as_ref() != Some(&process) {
+                    record.set_process(process);
+                    locked.save(&record)?;
+                }
                 found.live.push(record);
             } else if !record.is_with_its_starter() {
                 self.finish(&mut record, ExitFacts::Unknown);
@@ -740,6 +761,11 @@ impl Lifecycle {
     }
 }
 
+/// Tells one start of a process from every other.
+fn new_nonce() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
+}
+
 /// Reads which process was started, while it is not waited for yet, so that its pid can't have gone to another. Where
 /// that fails the process ends: nobody could ever recognise it, and stop it.
 fn identified(
@@ -798,16 +824,16 @@ pub fn spawn_worker(
         let Some(status) =
             spawner::ended_before_listening(child, record.local_addr(), &record.nonce).map_err(
                 |source| SpawnError::Exec {
-                    program: record.program,
+                    program: record.program.clone(),
                     source,
                 },
             )?
         else {
             return Ok(started.info);
         };
-        match lifecycle.process_ended(&started.info.id, ExitFacts::of(status))? {
+        match lifecycle.process_ended(&record, ExitFacts::of(status))? {
             Some(Ended::Restarted(next)) => started = next,
-            Some(Ended::Over(info)) => return Ok(info),
+            Some(Ended::Over(info) | Ended::Replaced(info)) => return Ok(info),
             None => return Ok(started.info),
         }
     }
@@ -824,7 +850,8 @@ pub fn stop_worker(id: &str, force: bool, lifecycle: &Lifecycle) -> Result<Worke
     if !record.info.status.is_live() {
         return Ok(record.info);
     }
-    if let Some(identity) = &record.identity {
+    // Nobody waits for a stranger whom the record names.
+    if let Some(identity) = spawner::process_of(&record) {
         let timeout = record.args.stop_timeout();
         if !identity.wait_gone(timeout).map_err(signal_error)? {
             lifecycle
@@ -839,8 +866,8 @@ pub fn stop_worker(id: &str, force: bool, lifecycle: &Lifecycle) -> Result<Worke
         }
     }
     // A daemon that watches the worker may have recorded its end already; the record then stays as it is.
-    match lifecycle.process_ended(id, ExitFacts::Unknown)? {
-        Some(Ended::Over(info)) => Ok(info),
+    match lifecycle.process_ended(&record, ExitFacts::Unknown)? {
+        Some(Ended::Over(info) | Ended::Replaced(info)) => Ok(info),
         Some(Ended::Restarted(started)) => Ok(started.info),
         None => Err(StopError::Unknown { id: id.to_owned() }),
     }

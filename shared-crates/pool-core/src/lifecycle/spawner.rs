@@ -10,6 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::process::ProcessIdentity;
+use crate::registry::WorkerRecord;
 use crate::secret::Secret;
 use crate::worker_args::{NONCE_VAR, SECRET_VAR};
 
@@ -104,7 +105,7 @@ pub(super) fn carries_nonce(pid: u32, nonce: &str) -> bool {
 
 /// Whether the process with this pid is known to have been started with another nonce, or none. Nothing is known of a
 /// process whose environment can't be read.
-pub(super) fn is_anothers(pid: u32, nonce: &str) -> bool {
+fn is_anothers(pid: u32, nonce: &str) -> bool {
     environment_of(pid).is_some_and(|environment| !holds(&environment, nonce))
 }
 
@@ -121,14 +122,25 @@ fn environment_of(pid: u32) -> Option<Vec<u8>> {
     (!environment.is_empty()).then_some(environment)
 }
 
+/// The process that stands behind a worker, whatever its record says: the recorded one, unless that has ended or is
+/// known to be another's, else the one that was started with the record's nonce. What can't be told is no end.
+pub(super) fn process_of(record: &WorkerRecord) -> Option<ProcessIdentity> {
+    let may_be_it = |process: &&ProcessIdentity| {
+        process.runs().unwrap_or(true) && !is_anothers(process.pid, &record.nonce)
+    };
+    let recorded = record.identity.as_ref().filter(may_be_it);
+    recorded.cloned().or_else(|| find_by_nonce(&record.nonce))
+}
+
 /// The process that was started with this nonce, if it lives and the system lets us look for it.
-pub(super) fn find_by_nonce(nonce: &str) -> Option<ProcessIdentity> {
+fn find_by_nonce(nonce: &str) -> Option<ProcessIdentity> {
     let processes = std::fs::read_dir("/proc").ok()?;
     processes
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|pid| cfg!(target_os = "linux") && carries_nonce(*pid, nonce))
         .filter_map(|pid| ProcessIdentity::of(pid).ok()?)
-        // A child of the worker inherits its environment, and is younger.
+        // A child of the worker inherits its environment. It stays in the group that the worker leads, and is younger.
+        .filter(ProcessIdentity::leads_a_group)
         .min_by_key(|identity| identity.start_time)
 }
 

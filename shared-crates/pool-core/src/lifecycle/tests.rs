@@ -202,23 +202,34 @@ fn numbers_are_never_used_again_and_old_records_go() {
     assert!(!lifecycle.log_file("worker-cpu-0").exists());
 }
 
-#[test] // [POOLD-012]
+#[test] // [POOLD-012] [POOLD-022]
 fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
     let host = Host::new();
     let lifecycle = host.lifecycle().with_spawner(FakeSpawner);
     let first = lifecycle.spawn(&host.request()).unwrap().info;
     let second = lifecycle.spawn(&host.request()).unwrap().info;
     assert_eq!((first.port, second.port), (8001, 8002));
+    let watched = lifecycle.registry().get(&first.id).unwrap();
     let Some(Ended::Restarted(again)) = lifecycle
-        .process_ended(&first.id, ExitFacts::Exited(EXIT_PORT_TAKEN))
+        .process_ended(&watched, ExitFacts::Exited(EXIT_PORT_TAKEN))
         .unwrap()
     else {
         panic!("it gave up")
     };
     assert_eq!(
-        (again.info.id, again.info.port, again.info.status),
-        (first.id, 8003, WorkerStatus::Starting)
+        (&again.info.id, again.info.port, again.info.status),
+        (&first.id, 8003, WorkerStatus::Starting)
     );
+    // A second watcher of the first process is late. What it saw says nothing of the second process.
+    let late = lifecycle
+        .process_ended(&watched, ExitFacts::Unknown)
+        .unwrap();
+    assert!(matches!(late, Some(Ended::Replaced(_))), "{late:?}");
+    let process = ProcessIdentity::current().unwrap();
+    let restored = lifecycle.restore_process(&first.id, &watched.nonce, &process);
+    assert!(restored.unwrap().is_none());
+    let record = lifecycle.registry().get(&first.id).unwrap();
+    assert_eq!(record.info, again.info);
     let fixed = WorkerSpawnRequest {
         port: Some(8500),
         ..host.request()
@@ -228,8 +239,9 @@ fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
         lifecycle.spawn(&fixed),
         Err(SpawnError::PortTaken { port: 8500, .. })
     ));
+    let third = lifecycle.registry().get(&third.id).unwrap();
     let Some(Ended::Over(over)) = lifecycle
-        .process_ended(&third.id, ExitFacts::Exited(EXIT_PORT_TAKEN))
+        .process_ended(&third, ExitFacts::Exited(EXIT_PORT_TAKEN))
         .unwrap()
     else {
         panic!("it took another port")
