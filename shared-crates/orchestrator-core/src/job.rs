@@ -289,6 +289,25 @@ pub struct JobSpec {
     pub labels: std::collections::BTreeMap<String, String>,
 }
 
+impl JobSpec {
+    /// About how many bytes it takes: its texts, and a little for the rest.
+    pub fn bytes(&self) -> u64 {
+        let input = match &self.input {
+            Input::Prompt(text) => text.len(),
+            Input::Messages(messages) => messages.iter().map(|m| m.content.len() + 16).sum(),
+        };
+        let labels = self
+            .labels
+            .iter()
+            .map(|(key, value)| key.len() + value.len());
+        let texts = input
+            + self.system.as_ref().map_or(0, String::len)
+            + self.stop.iter().map(String::len).sum::<usize>()
+            + labels.sum::<usize>();
+        512 + texts as u64
+    }
+}
+
 /// Why an attempt is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -8,11 +8,12 @@ use std::collections::{BTreeMap, HashMap};
 
 use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
+use serde::{Deserialize, Serialize};
 
 use crate::job::{Job, JobId, Placement, Priority};
 
 /// What the queue needs to know of a waiting job.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueuedJob {
     /// Id.
     pub id: JobId,
@@ -30,6 +31,8 @@ pub struct QueuedJob {
     pub placement: Placement,
     /// Its turn, once the queue has given it one: a job that comes back keeps it.
     pub turn: Option<u64>,
+    /// About how many bytes its request takes.
+    pub bytes: u64,
 }
 
 impl QueuedJob {
@@ -44,6 +47,7 @@ impl QueuedJob {
             not_before,
             placement: job.spec.placement.clone(),
             turn: None,
+            bytes: job.spec.bytes(),
         }
     }
 }
@@ -261,6 +265,7 @@ mod tests {
             not_before: None,
             placement: Placement::default(),
             turn: None,
+            bytes: 0,
         }
     }
 

@@ -9,7 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::api::pools::PoolView;
 use orchestrator_core::pool::PoolLiveness;
-use orchestrator_core::scheduler::PoolState;
+use orchestrator_core::scheduler::{PoolState, Usage};
 use pool_core::api::pool::{
     HEARTBEAT_INTERVAL_MS, Heartbeat, PoolStatus, RegisterRequest, WorkerEndpoint,
 };
@@ -323,13 +323,14 @@ impl Fleet {
             .filter_map(|(id, pool)| Some((id, pool, pool.status.as_ref()?)));
         heard
             .map(|(id, pool, status)| {
-                let active = |worker: &WorkerInfo| {
-                    leases
-                        .get(&(id.clone(), worker.id.clone()))
+                let usage = |worker: &str| Usage {
+                    active: leases
+                        .get(&(id.clone(), worker.to_owned()))
                         .copied()
-                        .unwrap_or(0)
+                        .unwrap_or(0),
+                    ..Usage::default()
                 };
-                let mut state = PoolState::new(status, pool.liveness(now), active);
+                let mut state = PoolState::new(status, pool.liveness(now), usage);
                 overlay.apply(&mut state, now, |worker| {
                     pool.endpoints.contains_key(worker)
                 });

@@ -270,16 +270,8 @@ impl Overlay {
             {
                 device.free_bytes = device.free_bytes.saturating_sub(model.needed_bytes);
             }
-            state.workers.push(WorkerState {
-                id: String::new(),
-                model: start.model.clone(),
-                file: model.file.clone(),
-                device: start.device,
-                status: WorkerStatus::Starting,
-                slots: 1,
-                active: 0,
-                start_failure: None,
-            });
+            let worker = WorkerState::asked_for(model, start.device, now);
+            state.workers.push(worker);
         }
         let refused = self
             .refusals

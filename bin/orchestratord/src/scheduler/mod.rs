@@ -3,7 +3,7 @@
 //! There is no tick. A pass runs when a job came or ended, a pool spoke, or the moment has come at which time alone
 //! changes something; any number of changes while a pass runs make one more pass.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
@@ -12,7 +12,9 @@ use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::tasks::TaskWaiting;
 use orchestrator_core::job::JobErrorCode;
 use orchestrator_core::queue::QueuedJob;
-use orchestrator_core::scheduler::{Action, LeastLoaded, REGISTRATION, Snapshot, schedule};
+use orchestrator_core::scheduler::{
+    Action, LeastLoaded, REGISTRATION, Settings, Snapshot, schedule,
+};
 use pool_core::ModelRef;
 use pool_core::api::pool::WorkerSpawnRequest;
 use pool_core::worker::{Backend, Device, WorkerInfo};
@@ -66,8 +68,12 @@ fn pass(app: &App, started_at: Timestamp) -> Option<Timestamp> {
     let snapshot = Snapshot {
         now,
         started_at,
-        jobs,
-        pools,
+        settings: Settings::default(),
+        jobs: jobs.into_iter().map(Arc::new).collect(),
+        pools: pools.into_iter().map(Arc::new).collect(),
+        sessions: BTreeMap::new(),
+        sizes: BTreeMap::new(),
+        turns: 0,
     };
     let plan = schedule(&snapshot, &LeastLoaded);
     for action in plan.actions {
@@ -148,6 +154,8 @@ fn act(app: &App, action: Action, now: Timestamp) {
             model,
             device,
         } => start_worker(app, pool, model, device, now),
+        // The built-in policies ask for none of these.
+        Action::EvictWorker { .. } | Action::UnloadWorker { .. } | Action::Download { .. } => {}
         Action::Reject { job, code, message } => reject(app, job, code, message),
     }
 }

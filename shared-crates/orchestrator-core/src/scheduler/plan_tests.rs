@@ -1,5 +1,11 @@
+use std::collections::BTreeMap;
+
+use jiff::SignedDuration;
+use pool_core::worker::ModelFile;
+
 use super::*;
 use crate::job::Priority;
+use crate::scheduler::{DeviceState, LeastLoaded, ModelState, RefusedStart, Settings};
 
 const GIB: u64 = 1 << 30;
 
@@ -20,6 +26,11 @@ fn worker(id: &str, status: WorkerStatus, active: u32) -> WorkerState {
         status,
         slots: 2,
         active,
+        memory_bytes: GIB,
+        created_at: Timestamp::UNIX_EPOCH,
+        ready_at: Some(Timestamp::UNIX_EPOCH),
+        idle_since: None,
+        last_turn: 0,
         start_failure: None,
     }
 }
@@ -39,6 +50,7 @@ fn pool(id: &str, workers: Vec<WorkerState>) -> PoolState {
         devices: vec![DeviceState {
             device: Device::CPU,
             free_bytes: 8 * GIB,
+            total_bytes: 16 * GIB,
         }],
         workers,
         models: vec![ModelState {
@@ -46,7 +58,11 @@ fn pool(id: &str, workers: Vec<WorkerState>) -> PoolState {
             file: file(),
             needed_bytes: GIB,
         }],
+        disk_free_bytes: 0,
+        downloads: vec![],
         refused_starts: vec![],
+        refused_downloads: vec![],
+        last_start: 0,
     }
 }
 
@@ -64,19 +80,25 @@ fn job_for(model: &str, placement: Placement) -> QueuedJob {
         not_before: None,
         placement,
         turn: None,
+        bytes: 0,
+    }
+}
+
+fn snapshot(jobs: &[QueuedJob], pools: Vec<PoolState>) -> Snapshot {
+    Snapshot {
+        now: Timestamp::UNIX_EPOCH,
+        started_at: Timestamp::UNIX_EPOCH,
+        settings: Settings::default(),
+        jobs: jobs.iter().cloned().map(Arc::new).collect(),
+        pools: pools.into_iter().map(Arc::new).collect(),
+        sessions: BTreeMap::new(),
+        sizes: BTreeMap::new(),
+        turns: 0,
     }
 }
 
 fn plan(jobs: &[QueuedJob], pools: Vec<PoolState>) -> Plan {
-    schedule(
-        &Snapshot {
-            now: Timestamp::UNIX_EPOCH,
-            started_at: Timestamp::UNIX_EPOCH,
-            jobs: jobs.to_vec(),
-            pools,
-        },
-        &LeastLoaded,
-    )
+    schedule(&snapshot(jobs, pools), &LeastLoaded)
 }
 
 fn dispatched(plan: &Plan) -> Vec<(&str, &str)> {
@@ -317,8 +339,7 @@ fn a_job_of_before_a_restart_is_not_rejected_until_pools_could_register() {
     let after = |pause| Snapshot {
         now: start + pause,
         started_at: start,
-        jobs: vec![waiting.clone()],
-        pools: pools.clone(),
+        ..snapshot(std::slice::from_ref(&waiting), pools.clone())
     };
     let soon = schedule(&after(SignedDuration::from_secs(1)), &LeastLoaded);
     assert_eq!(soon.actions, []);

@@ -1,186 +1,24 @@
-//! Which job runs where, decided by a pure function: the same snapshot gives the same plan.
-//!
-//! For each waiting job, in the order of their turns, pools are filtered: known → alive → backend → model present →
-//! memory fits → slots. What is left is given to the [`Policy`]. Where nothing is left, the job gets the counts of every
-//! filter, the constraint that binds, and what would lift it. A job that can't run now never holds up one behind it.
+//! Makes a plan.
 
-use std::cmp::{Ordering, Reverse};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use pool_core::ModelRef;
-use pool_core::api::pool::PoolStatus;
-use pool_core::worker::{Device, ExitReason, ModelFile, WorkerInfo, WorkerStatus};
+use pool_core::worker::{Device, WorkerStatus};
 use serde::{Deserialize, Serialize};
 
+use super::REGISTRATION;
+use super::explain::{Explanation, Filter, FilterCount, WaitReason};
+use super::policy::{Policy, StartChoice, WorkerChoice};
+use super::snapshot::{PoolState, Snapshot, WorkerState};
 use crate::job::{JobErrorCode, JobId, Placement};
 use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
 
-/// How long pools have to register after a restart of the orchestrator: a little more than the default interval of their
-/// heartbeats.
-pub const REGISTRATION: SignedDuration = SignedDuration::from_secs(20);
-
-/// Everything a plan depends on.
-#[derive(Debug, Clone)]
-pub struct Snapshot {
-    /// The time.
-    pub now: Timestamp,
-    /// When this orchestrator started: until its pools had time to register, no job of before is rejected.
-    pub started_at: Timestamp,
-    /// Waiting jobs in the order of their turns.
-    pub jobs: Vec<QueuedJob>,
-    /// Registered pools.
-    pub pools: Vec<PoolState>,
-}
-
-/// A pool as the scheduler sees it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PoolState {
-    /// Name.
-    pub id: String,
-    /// Whether it is heard from.
-    pub liveness: PoolLiveness,
-    /// Whether it refuses new workers.
-    pub draining: bool,
-    /// Devices on which a worker can be started, with the memory that one may take.
-    pub devices: Vec<DeviceState>,
-    /// Workers, failed ones included.
-    pub workers: Vec<WorkerState>,
-    /// Models on its disk.
-    pub models: Vec<ModelState>,
-    /// Starts that it refused a moment ago and that are not to be asked for again yet.
-    pub refused_starts: Vec<RefusedStart>,
-}
-
-/// A start that a pool refused.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RefusedStart {
-    /// The model.
-    pub model: ModelRef,
-    /// Where the worker should have computed.
-    pub device: Device,
-    /// What the pool said.
-    pub message: String,
-}
-
-/// A device on which a worker can be started.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct DeviceState {
-    /// Which one.
-    pub device: Device,
-    /// Bytes that a further worker may take.
-    pub free_bytes: u64,
-}
-
-/// A model on a pool's disk.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ModelState {
-    /// How jobs name it.
-    pub model: ModelRef,
-    /// The file's identity.
-    pub file: ModelFile,
-    /// Bytes that a worker needs for it.
-    pub needed_bytes: u64,
-}
-
-/// A worker as the scheduler sees it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WorkerState {
-    /// Id on its pool.
-    pub id: String,
-    /// Its model.
-    pub model: ModelRef,
-    /// The file that it was started with.
-    pub file: ModelFile,
-    /// Where it computes.
-    pub device: Device,
-    /// State.
-    pub status: WorkerStatus,
-    /// Sequences that it runs at once.
-    pub slots: u32,
-    /// Sequences that it runs now.
-    pub active: u32,
-    /// Why it refused its model's file, where it did. Another end while it started says nothing of the file.
-    pub start_failure: Option<String>,
-}
-
-impl PoolState {
-    /// The scheduler's view of what a pool said last. `active` counts the sequences of a worker, which the caller
-    /// knows better than the pool: its own leases are newer than any heartbeat.
-    pub fn new(
-        status: &PoolStatus,
-        liveness: PoolLiveness,
-        active: impl Fn(&WorkerInfo) -> u32,
-    ) -> Self {
-        let devices = status
-            .devices
-            .iter()
-            .filter(|d| status.backends.contains(&d.device.backend));
-        let worker = |worker: &WorkerInfo| WorkerState {
-            id: worker.id.clone(),
-            model: worker.model_ref.clone(),
-            file: worker.model_file.clone(),
-            device: worker.device,
-            status: worker.status,
-            slots: worker.slots,
-            active: active(worker),
-            start_failure: worker
-                .exit
-                .as_ref()
-                .filter(|exit| exit.during_start && exit.reason == ExitReason::ModelInvalid)
-                .map(|exit| exit.message.clone()),
-        };
-        Self {
-            id: status.pool_id.clone(),
-            liveness,
-            draining: status.draining,
-            devices: devices
-                .map(|d| DeviceState {
-                    device: d.device,
-                    free_bytes: d.memory_free_bytes,
-                })
-                .collect(),
-            workers: status.workers.iter().map(worker).collect(),
-            models: status
-                .models
-                .iter()
-                .map(|m| ModelState {
-                    model: m.model_ref.clone(),
-                    file: m.file.clone(),
-                    needed_bytes: m.needed_bytes,
-                })
-                .collect(),
-            refused_starts: Vec::new(),
-        }
-    }
-
-    /// Why the model as it lies on this pool's disk now could not be started here, where that was tried. A file that
-    /// was replaced since is given a new chance.
-    fn start_failure(&self, model: &ModelState) -> Option<&str> {
-        let same = |w: &&WorkerState| {
-            w.status == WorkerStatus::Failed && w.model == model.model && w.file == model.file
-        };
-        self.workers
-            .iter()
-            .filter(same)
-            .find_map(|w| w.start_failure.as_deref())
-    }
-
-    fn refused(&self, model: &ModelRef, device: Device) -> Option<&RefusedStart> {
-        self.refused_starts
-            .iter()
-            .find(|refused| refused.model == *model && refused.device == device)
-    }
-
-    fn active(&self) -> u32 {
-        self.workers.iter().map(|w| w.active).sum()
-    }
-}
-
 /// One thing to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "action", rename_all = "snake_case")]
 pub enum Action {
     /// Lease the job to the worker.
     Dispatch {
@@ -200,6 +38,29 @@ pub enum Action {
         /// Where it shall compute.
         device: Device,
     },
+    /// Stop an idle worker, because a waiting job needs its memory.
+    EvictWorker {
+        /// The pool.
+        pool: String,
+        /// The worker.
+        worker: String,
+        /// The model that the memory is for.
+        needed_by: ModelRef,
+    },
+    /// Stop a worker that has been idle for too long.
+    UnloadWorker {
+        /// The pool.
+        pool: String,
+        /// The worker.
+        worker: String,
+    },
+    /// Let a pool download a model.
+    Download {
+        /// The pool.
+        pool: String,
+        /// The model.
+        model: ModelRef,
+    },
     /// The job can't be done by anybody: end it.
     Reject {
         /// The job.
@@ -211,70 +72,6 @@ pub enum Action {
     },
 }
 
-/// The constraint that binds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum WaitReason {
-    /// No pool is registered, or not the one that the job asks for.
-    NoPool,
-    /// Pools are registered, and none is heard from or takes work.
-    PoolsAway,
-    /// No pool has the device that the job asks for, or a worker program for one.
-    NoBackend,
-    /// No pool has the model on its disk.
-    ModelMissing,
-    /// No pool has enough free memory.
-    MemoryShort,
-    /// Every pool that could start a worker refused to, a moment ago.
-    StartRefused,
-    /// A worker with the model is loading it.
-    WorkerStarting,
-    /// All workers with the model are busy.
-    SlotsBusy,
-    /// The job waits a moment after a lost attempt.
-    BackingOff,
-}
-
-/// How many pools one filter left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FilterCount {
-    /// The filter.
-    pub filter: Filter,
-    /// Pools left after it.
-    pub pools: u32,
-}
-
-/// The filters, in their order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Filter {
-    /// Registered, and the one that the job asks for.
-    Known,
-    /// Heard from and taking work.
-    Alive,
-    /// Has the device.
-    Backend,
-    /// Has the model, and did not fail to start it.
-    ModelPresent,
-    /// Runs the model, or has the memory for it.
-    MemoryFits,
-    /// Has a worker with a free slot.
-    Slots,
-}
-
-/// Why a job waits.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Explanation {
-    /// The constraint that binds.
-    pub reason: WaitReason,
-    /// The same, for people, with its numbers.
-    pub message: String,
-    /// What would lift it.
-    pub hint: String,
-    /// Pools left after each filter, in order.
-    pub filters: Vec<FilterCount>,
-}
-
 /// What a pass decided.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
@@ -282,64 +79,8 @@ pub struct Plan {
     pub actions: Vec<Action>,
     /// Why each of the other jobs waits. Jobs that wait for the same share one explanation.
     pub waiting: HashMap<JobId, Arc<Explanation>>,
-}
-
-/// A worker that could take the job.
-#[derive(Debug, Clone, Copy)]
-pub struct WorkerChoice<'a> {
-    /// Its pool.
-    pub pool: &'a PoolState,
-    /// The worker.
-    pub worker: &'a WorkerState,
-}
-
-/// A device on which a worker could be started.
-#[derive(Debug, Clone, Copy)]
-pub struct StartChoice<'a> {
-    /// Its pool.
-    pub pool: &'a PoolState,
-    /// The device.
-    pub device: DeviceState,
-}
-
-/// Chooses among the places that passed every filter. `Less` is better.
-pub trait Policy {
-    /// Orders workers with a free slot.
-    fn compare_workers(&self, a: &WorkerChoice<'_>, b: &WorkerChoice<'_>) -> Ordering;
-    /// Orders devices with enough memory.
-    fn compare_starts(&self, a: &StartChoice<'_>, b: &StartChoice<'_>) -> Ordering;
-}
-
-/// The default policy: the worker with the smallest share of its slots in use, the device of the pool with the least
-/// work. Ties go to the most free memory, then the least work, then the lower id.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct LeastLoaded;
-
-impl Policy for LeastLoaded {
-    fn compare_workers(&self, a: &WorkerChoice<'_>, b: &WorkerChoice<'_>) -> Ordering {
-        // a.active / a.slots < b.active / b.slots, without division.
-        let load_a = u64::from(a.worker.active) * u64::from(b.worker.slots);
-        let load_b = u64::from(b.worker.active) * u64::from(a.worker.slots);
-        let free = |c: &WorkerChoice<'_>| {
-            c.pool
-                .devices
-                .iter()
-                .find(|d| d.device == c.worker.device)
-                .map_or(0, |d| d.free_bytes)
-        };
-        let rest = |c: &WorkerChoice<'_>| (Reverse(free(c)), c.worker.active);
-        load_a
-            .cmp(&load_b)
-            .then_with(|| rest(a).cmp(&rest(b)))
-            .then_with(|| (&a.pool.id, &a.worker.id).cmp(&(&b.pool.id, &b.worker.id)))
-    }
-
-    fn compare_starts(&self, a: &StartChoice<'_>, b: &StartChoice<'_>) -> Ordering {
-        let key = |c: &StartChoice<'_>| (c.pool.active(), Reverse(c.device.free_bytes));
-        key(a)
-            .cmp(&key(b))
-            .then_with(|| (&a.pool.id, a.device.device).cmp(&(&b.pool.id, b.device.device)))
-    }
+    /// When time alone makes the next plan another one, if nothing else happens before.
+    pub wake: Option<Timestamp>,
 }
 
 /// What may be shared by all jobs that ask for the same model in the same place.
@@ -365,7 +106,11 @@ enum Verdict {
 
 /// Decides what to do with the waiting jobs.
 pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
-    let mut pools = snapshot.pools.clone();
+    let mut pools: Vec<PoolState> = snapshot
+        .pools
+        .iter()
+        .map(|pool| PoolState::clone(pool))
+        .collect();
     let mut plan = Plan::default();
     // A class that has to wait, or can't run at all, does so for the rest of the pass: within one, places are only taken.
     let mut settled: HashMap<Class, Result<Arc<Explanation>, (JobErrorCode, String)>> =
@@ -397,7 +142,7 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
                 });
             }
             Verdict::Start { pool, device, wait } => {
-                reserve(&mut pools[pool], &job.model, device);
+                reserve(&mut pools[pool], &job.model, device, snapshot.now);
                 let pool = pools[pool].id.clone();
                 plan.actions.push(Action::StartWorker {
                     pool,
@@ -430,23 +175,15 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
 
 /// Takes the memory of a worker that is about to be started, so that a later job of the pass does not count on it, and
 /// shows the worker as starting, so that a job of another placement does not start a second one.
-fn reserve(pool: &mut PoolState, model: &ModelRef, device: Device) {
-    let Some(found) = pool.models.iter().find(|m| m.model == *model).cloned() else {
+fn reserve(pool: &mut PoolState, model: &ModelRef, device: Device, now: Timestamp) {
+    let Some(found) = pool.model(model).cloned() else {
         return;
     };
     if let Some(state) = pool.devices.iter_mut().find(|d| d.device == device) {
         state.free_bytes = state.free_bytes.saturating_sub(found.needed_bytes);
     }
-    pool.workers.push(WorkerState {
-        id: String::new(),
-        model: model.clone(),
-        file: found.file,
-        device,
-        status: WorkerStatus::Starting,
-        slots: 1,
-        active: 0,
-        start_failure: None,
-    });
+    pool.workers
+        .push(WorkerState::asked_for(&found, device, now));
 }
 
 fn judge(
@@ -618,9 +355,14 @@ fn judge(
         pool: &pools[p],
         worker: &pools[p].workers[w],
     };
-    let best = free_workers
-        .iter()
-        .min_by(|a, b| policy.compare_workers(&as_choice(a), &as_choice(b)));
+    let best = free_workers.iter().min_by_key(|&place| {
+        let choice = as_choice(place);
+        (
+            policy.rank_worker(&choice),
+            &choice.pool.id,
+            &choice.worker.id,
+        )
+    });
     if let Some(&(pool, worker)) = best {
         return Verdict::Dispatch { pool, worker };
     }
@@ -668,10 +410,13 @@ fn judge(
     };
     let (refused, starts): (Vec<_>, Vec<_>) =
         starts.partition(|(_, choice)| refusal(choice).is_some());
-    match starts
-        .into_iter()
-        .min_by(|a, b| policy.compare_starts(&a.1, &b.1))
-    {
+    match starts.into_iter().min_by_key(|(_, choice)| {
+        (
+            policy.rank_start(choice),
+            &choice.pool.id,
+            choice.device.device,
+        )
+    }) {
         Some((pool, choice)) => Verdict::Start {
             pool,
             device: choice.device.device,
@@ -729,4 +474,5 @@ fn backing_off(job: &QueuedJob, now: Timestamp) -> Explanation {
 }
 
 #[cfg(test)]
+#[path = "plan_tests.rs"]
 mod tests;

@@ -1,0 +1,311 @@
+//! What a plan depends on.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use jiff::{SignedDuration, Timestamp};
+use pool_core::ModelRef;
+use pool_core::api::pool::PoolStatus;
+use pool_core::worker::{Device, ExitReason, ModelFile, WorkerInfo, WorkerStatus};
+use serde::{Deserialize, Serialize};
+
+use crate::pool::PoolLiveness;
+use crate::queue::QueuedJob;
+
+/// Everything a plan depends on. Cloning one is cheap: jobs and pools are shared.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The time.
+    pub now: Timestamp,
+    /// When this orchestrator started: until its pools had time to register, no job of before is rejected.
+    pub started_at: Timestamp,
+    /// What the operator allows.
+    pub settings: Settings,
+    /// Waiting jobs in the order of their turns.
+    pub jobs: Vec<Arc<QueuedJob>>,
+    /// Registered pools, by name.
+    pub pools: Vec<Arc<PoolState>>,
+    /// The pool on which each session ran last.
+    pub sessions: BTreeMap<String, String>,
+    /// Bytes of the models that pools may be asked to download.
+    pub sizes: BTreeMap<ModelRef, u64>,
+    /// How many dispatches and starts there were: the number that the next one gets. See [`WorkerState::last_turn`].
+    pub turns: u64,
+}
+
+/// What the operator allows the scheduler to do beside dispatching and starting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    /// A worker that has been idle for this long is stopped; `None` never stops one for that.
+    pub idle_ttl: Option<SignedDuration>,
+    /// Whether idle workers are stopped where a waiting job needs their memory.
+    pub evict: bool,
+    /// How long a worker is left in peace after it became ready, whoever needs its memory: two models that don't fit
+    /// beside each other take turns of at least this length, instead of loading for ever.
+    pub min_residence: SignedDuration,
+    /// Whether pools are asked to download a model that none of them has.
+    pub download: bool,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            idle_ttl: Some(SignedDuration::from_mins(10)),
+            evict: true,
+            min_residence: SignedDuration::from_mins(1),
+            download: false,
+        }
+    }
+}
+
+/// A pool as the scheduler sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolState {
+    /// Name.
+    pub id: String,
+    /// Whether it is heard from.
+    pub liveness: PoolLiveness,
+    /// Whether it refuses new workers.
+    pub draining: bool,
+    /// Devices on which a worker can be started, with the memory that one may take.
+    pub devices: Vec<DeviceState>,
+    /// Workers, failed ones included.
+    pub workers: Vec<WorkerState>,
+    /// Models on its disk.
+    pub models: Vec<ModelState>,
+    /// Bytes that its disk has left for models.
+    pub disk_free_bytes: u64,
+    /// Models that it was asked to download.
+    pub downloads: Vec<DownloadState>,
+    /// Starts that it refused a moment ago and that are not to be asked for again yet.
+    pub refused_starts: Vec<RefusedStart>,
+    /// Downloads that failed a moment ago and that are not to be asked for again yet.
+    pub refused_downloads: Vec<RefusedDownload>,
+    /// The number of the latest worker start here, 0 for none. See [`WorkerState::last_turn`].
+    pub last_start: u64,
+}
+
+/// A start that a pool refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedStart {
+    /// The model.
+    pub model: ModelRef,
+    /// Where the worker should have computed.
+    pub device: Device,
+    /// What the pool said.
+    pub message: String,
+}
+
+/// A download that a pool refused, or that failed there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedDownload {
+    /// The model.
+    pub model: ModelRef,
+    /// What the pool said.
+    pub message: String,
+}
+
+/// A download under way.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DownloadState {
+    /// The model.
+    pub model: ModelRef,
+    /// How far it is, in percent, where anybody knows.
+    pub percent: Option<u8>,
+}
+
+/// A device on which a worker can be started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceState {
+    /// Which one.
+    pub device: Device,
+    /// Bytes that a further worker may take.
+    pub free_bytes: u64,
+    /// Bytes in all.
+    pub total_bytes: u64,
+}
+
+/// A model on a pool's disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelState {
+    /// How jobs name it.
+    pub model: ModelRef,
+    /// The file's identity.
+    pub file: ModelFile,
+    /// Bytes that a worker needs for it.
+    pub needed_bytes: u64,
+}
+
+/// A worker as the scheduler sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerState {
+    /// Id on its pool; empty for one that was asked for a moment ago.
+    pub id: String,
+    /// Its model.
+    pub model: ModelRef,
+    /// The file that it was started with.
+    pub file: ModelFile,
+    /// Where it computes.
+    pub device: Device,
+    /// State.
+    pub status: WorkerStatus,
+    /// Sequences that it runs at once.
+    pub slots: u32,
+    /// Sequences that it runs now.
+    pub active: u32,
+    /// Bytes that become free when it ends.
+    pub memory_bytes: u64,
+    /// When it was asked for.
+    pub created_at: Timestamp,
+    /// When it was ready for the first time.
+    pub ready_at: Option<Timestamp>,
+    /// Since when it has had nothing to do; `None` while it has, and before it was ready.
+    pub idle_since: Option<Timestamp>,
+    /// The number of the latest dispatch to it, 0 for none: whoever has the lowest number has waited longest for its turn.
+    pub last_turn: u64,
+    /// Why it refused its model's file, where it did. Another end while it started says nothing of the file.
+    pub start_failure: Option<String>,
+}
+
+/// What the orchestrator itself knows of a worker's use: newer than any heartbeat.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Slots that its own leases hold.
+    pub active: u32,
+    /// When the latest of its leases ended.
+    pub released_at: Option<Timestamp>,
+    /// The number of the latest dispatch to it.
+    pub last_turn: u64,
+}
+
+impl WorkerState {
+    /// The scheduler's view of what a pool said of a worker. [`WorkerState::apply`] adds what is known besides.
+    fn new(worker: &WorkerInfo) -> Self {
+        let memory = worker.memory;
+        Self {
+            id: worker.id.clone(),
+            model: worker.model_ref.clone(),
+            file: worker.model_file.clone(),
+            device: worker.device,
+            status: worker.status,
+            slots: worker.slots,
+            active: 0,
+            memory_bytes: memory.measured_bytes.unwrap_or(memory.predicted_bytes),
+            created_at: worker.created_at,
+            ready_at: worker.ready_at,
+            idle_since: worker.idle_since,
+            last_turn: 0,
+            start_failure: worker
+                .exit
+                .as_ref()
+                .filter(|exit| exit.during_start && exit.reason == ExitReason::ModelInvalid)
+                .map(|exit| exit.message.clone()),
+        }
+    }
+
+    /// A worker that is about to be asked for.
+    pub fn asked_for(model: &ModelState, device: Device, now: Timestamp) -> Self {
+        Self {
+            id: String::new(),
+            model: model.model.clone(),
+            file: model.file.clone(),
+            device,
+            status: WorkerStatus::Starting,
+            slots: 1,
+            active: 0,
+            memory_bytes: model.needed_bytes,
+            created_at: now,
+            ready_at: None,
+            idle_since: None,
+            last_turn: 0,
+            start_failure: None,
+        }
+    }
+
+    /// Lays the orchestrator's own knowledge over what the pool said.
+    pub fn apply(&mut self, usage: Usage) {
+        self.active = usage.active;
+        self.last_turn = usage.last_turn;
+        // A pool that has not heard of our latest lease calls the worker idle since before.
+        self.idle_since = match usage.active {
+            0 => self.idle_since.max(self.idle_since.and(usage.released_at)),
+            _ => None,
+        };
+    }
+
+    /// Whether it takes jobs when it has a slot.
+    pub fn serves(&self) -> bool {
+        matches!(self.status, WorkerStatus::Ready | WorkerStatus::Busy)
+    }
+}
+
+impl PoolState {
+    /// The scheduler's view of what a pool said last. `usage` tells what the caller knows of each worker.
+    pub fn new(status: &PoolStatus, liveness: PoolLiveness, usage: impl Fn(&str) -> Usage) -> Self {
+        let devices = status
+            .devices
+            .iter()
+            .filter(|d| status.backends.contains(&d.device.backend));
+        let worker = |worker: &WorkerInfo| {
+            let mut state = WorkerState::new(worker);
+            state.apply(usage(&worker.id));
+            state
+        };
+        Self {
+            id: status.pool_id.clone(),
+            liveness,
+            draining: status.draining,
+            devices: devices
+                .map(|d| DeviceState {
+                    device: d.device,
+                    free_bytes: d.memory_free_bytes,
+                    total_bytes: d.memory_total_bytes,
+                })
+                .collect(),
+            workers: status.workers.iter().map(worker).collect(),
+            models: status
+                .models
+                .iter()
+                .map(|m| ModelState {
+                    model: m.model_ref.clone(),
+                    file: m.file.clone(),
+                    needed_bytes: m.needed_bytes,
+                })
+                .collect(),
+            disk_free_bytes: status.disk.free_bytes,
+            downloads: Vec::new(),
+            refused_starts: Vec::new(),
+            refused_downloads: Vec::new(),
+            last_start: 0,
+        }
+    }
+
+    /// The model as it lies on the pool's disk.
+    pub fn model(&self, model: &ModelRef) -> Option<&ModelState> {
+        self.models.iter().find(|m| m.model == *model)
+    }
+
+    /// Why the model as it lies on this pool's disk now could not be started here, where that was tried. A file that
+    /// was replaced since is given a new chance.
+    pub fn start_failure(&self, model: &ModelState) -> Option<&str> {
+        let same = |w: &&WorkerState| {
+            w.status == WorkerStatus::Failed && w.model == model.model && w.file == model.file
+        };
+        self.workers
+            .iter()
+            .filter(same)
+            .find_map(|w| w.start_failure.as_deref())
+    }
+
+    /// The refusal that keeps the pool from being asked for this start now.
+    pub fn refused(&self, model: &ModelRef, device: Device) -> Option<&RefusedStart> {
+        self.refused_starts
+            .iter()
+            .find(|refused| refused.model == *model && refused.device == device)
+    }
+
+    /// Sequences that its workers run now.
+    pub fn active(&self) -> u32 {
+        self.workers.iter().map(|w| w.active).sum()
+    }
+}
