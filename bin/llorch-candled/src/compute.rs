@@ -21,6 +21,8 @@ use crate::status::{Loaded, Status};
 pub struct Compute {
     /// The model file.
     pub model: PathBuf,
+    /// Its hash, where the pool knows it.
+    pub sha256: Option<String>,
     /// Where to compute.
     pub device: Device,
     /// Tokens of context asked for.
@@ -78,6 +80,9 @@ impl Compute {
                     self.status.loading(done, total);
                 },
             )?;
+            if let Some(sha256) = &self.sha256 {
+                engine.set_sha256(sha256);
+            }
             let status = Arc::clone(&self.status);
             engine.on_layer(move || status.advance());
             engine.warm_up()?;

@@ -190,6 +190,11 @@ impl Execution {
         self.changed.subscribe()
     }
 
+    /// The number of events so far.
+    pub fn length(&self) -> usize {
+        lock(&self.log).events.len()
+    }
+
     /// The number of events, once no more will come.
     pub fn final_length(&self) -> Option<usize> {
         let log = lock(&self.log);

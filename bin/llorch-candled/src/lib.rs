@@ -161,6 +161,7 @@ pub async fn run(
     let (loaded_sender, loaded) = oneshot::channel();
     let compute = Compute {
         model: args.model.clone(),
+        sha256: args.sha256.clone(),
         device,
         context_length: args.context_length.map(|tokens| tokens as usize),
         slots: limits.slots,

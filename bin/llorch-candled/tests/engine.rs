@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use llorch_candled::engine::{Control, Engine, Failure, Halted};
 use pool_core::api::worker::{
-    ExecuteRequest, Resume, Sampling, StopReason, WorkerErrorCode, WorkerEvent,
+    ExecuteRequest, Origin, Resume, Sampling, StopReason, WorkerErrorCode, WorkerEvent,
 };
 use support::tiny_model::{BLOCKS, END, TinyModel};
 use support::{Answer, greedy, run, tiny};
@@ -195,7 +195,10 @@ fn a_resumed_answer_goes_on_as_the_undisturbed_one() {
             .iter()
             .flat_map(|p| p.ids.clone())
             .collect();
-        let resume = Some(Resume { token_ids: logged });
+        let resume = Some(Resume {
+            token_ids: logged,
+            ..Resume::default()
+        });
         let rest = answer(
             &engine,
             ExecuteRequest {
@@ -213,6 +216,137 @@ fn a_resumed_answer_goes_on_as_the_undisturbed_one() {
     }
 }
 
+// [CAND-048] The seam may lie anywhere: inside a character, inside a text that ends the answer, before the last piece.
+#[test]
+fn an_answer_goes_on_wherever_it_was_cut() {
+    let engine = engine();
+    let asked = ExecuteRequest {
+        max_tokens: 36,
+        ..sampled(5, warm())
+    };
+    let plain = answer(&engine, asked.clone());
+    let chars: Vec<char> = plain.text.chars().collect();
+    let stop: String = chars[20..24].iter().collect();
+    // The second never comes up whole: the end of the text is held back as its beginning until the answer ends.
+    let held = format!(
+        "{}\u{7f}",
+        chars[chars.len() - 3..].iter().collect::<String>()
+    );
+    for stop in [Vec::new(), vec![stop], vec![held]] {
+        let request = |resume| ExecuteRequest {
+            stop: stop.clone(),
+            resume,
+            ..asked.clone()
+        };
+        let whole = answer(&engine, request(None));
+        for cut in 0..=whole.pieces.len() {
+            let resume = Resume {
+                token_ids: whole.pieces[..cut]
+                    .iter()
+                    .flat_map(|p| p.ids.clone())
+                    .collect(),
+                next_index: Some(cut as u32),
+                origin: Some(engine.origin().clone()),
+                seen_more: true,
+            };
+            let rest = answer(&engine, request(Some(resume)));
+            // The last piece may come once more: what was held back comes out when the answer ends, and that is now.
+            let new = rest.pieces.iter().filter(|piece| piece.i as usize >= cut);
+            let joined: Vec<_> = whole.pieces[..cut].iter().chain(new).cloned().collect();
+            assert_eq!(joined, whole.pieces, "cut after {cut}, stop {stop:?}");
+            assert!(rest.pieces.iter().all(|piece| whole.pieces.contains(piece)));
+            assert_eq!(
+                (
+                    rest.end.tokens_in,
+                    rest.end.tokens_out,
+                    rest.end.stop_reason
+                ),
+                (
+                    whole.end.tokens_in,
+                    whole.end.tokens_out,
+                    whole.end.stop_reason
+                )
+            );
+        }
+    }
+}
+
+// [CAND-065] P5
+#[test]
+fn tokens_of_elsewhere_are_gone_on_from_only_where_the_text_stays_one() {
+    let engine = engine();
+    let whole = answer(&engine, sampled(5, warm()));
+    let here = engine.origin().clone();
+    let other_build = Origin {
+        build: "another".into(),
+        ..here.clone()
+    };
+    let other_model = Origin {
+        model: "sha256:00".into(),
+        ..here.clone()
+    };
+    let continues = |pieces: usize, next_index, origin: &Origin, seen_more, max_tokens| {
+        let token_ids = whole.pieces[..pieces]
+            .iter()
+            .flat_map(|p| p.ids.clone())
+            .collect();
+        let resume = Resume {
+            token_ids,
+            next_index: Some(next_index),
+            origin: Some(origin.clone()),
+            seen_more,
+        };
+        let request = ExecuteRequest {
+            resume: Some(resume),
+            max_tokens,
+            ..sampled(5, warm())
+        };
+        let generation = engine.prepare(request, Instant::now()).unwrap();
+        let mut control = support::Collect::default();
+        engine.generate(&generation, &mut control).unwrap();
+        let Some(WorkerEvent::Started(started)) = control.events.first() else {
+            panic!("{:?}", control.events.first())
+        };
+        assert_eq!(started.origin.as_ref(), Some(&here));
+        let first = control.events.iter().find_map(|event| match event {
+            WorkerEvent::Token(token) => Some(token.i),
+            _ => None,
+        });
+        assert_eq!(
+            first,
+            Some(if started.continues { pieces as u32 } else { 0 })
+        );
+        started.continues
+    };
+    assert!(continues(7, 7, &here, false, 60));
+    assert!(continues(7, 7, &here, true, 60));
+    assert!(continues(7, 7, &other_build, false, 60));
+    assert!(
+        !continues(7, 7, &other_build, true, 60),
+        "other tokens may have been seen"
+    );
+    assert!(!continues(7, 7, &other_model, false, 60));
+    assert!(
+        !continues(7, 8, &other_build, false, 60),
+        "the last piece may have been held back until the end"
+    );
+    assert!(
+        !continues(7, 7, &here, false, 5),
+        "more tokens than the answer may have"
+    );
+}
+
+// [CAND-065] Where the pool knows the file's hash, the same file on another host is the same model.
+#[test]
+fn a_model_is_named_by_its_hash_or_by_its_file() {
+    let mut first = engine();
+    let second = engine();
+    assert_ne!(first.origin().model, second.origin().model);
+    assert_eq!(first.origin().build, second.origin().build);
+    first.set_sha256("ab12");
+    assert_eq!(first.origin().model, "sha256:ab12");
+}
+
 // [CAND-048]
 #[test]
 fn resuming_an_answer_that_is_complete_ends_it_at_once() {
@@ -222,7 +356,10 @@ fn resuming_an_answer_that_is_complete_ends_it_at_once() {
         answer(
             &engine,
             ExecuteRequest {
-                resume: Some(Resume { token_ids }),
+                resume: Some(Resume {
+                    token_ids,
+                    ..Resume::default()
+                }),
                 stop,
                 ..sampled(5, warm())
             },
@@ -245,6 +382,7 @@ fn resuming_an_answer_that_is_complete_ends_it_at_once() {
         ExecuteRequest {
             resume: Some(Resume {
                 token_ids: vec![9999],
+                ..Resume::default()
             }),
             ..greedy("x")
         },

@@ -11,7 +11,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use llorch_candled::{Config, RunError, run};
 use pool_core::api::worker::{
-    CancelRequest, CancelResponse, ExecuteRequest, HealthState, Sampling, StopReason,
+    CancelRequest, CancelResponse, ExecuteRequest, HealthState, NEWEST_EVENT, Sampling, StopReason,
     WorkerErrorCode, WorkerEvent, WorkerHealth,
 };
 use pool_core::client::{ApiClient, ClientError, EventStream, Method};
@@ -332,6 +332,25 @@ async fn fences_attach_replace_and_refuse() {
     assert!(matches!(newer.last(), Some((_, WorkerEvent::End(_)))));
     assert_eq!(last_error(&rest(first).await), WorkerErrorCode::Replaced);
     assert_eq!(last_error(&rest(attached).await), WorkerErrorCode::Replaced);
+    worker.stop().await;
+}
+
+// [CAND-066]
+#[tokio::test]
+async fn a_stream_says_which_event_was_the_newest() {
+    let worker = Worker::start().await;
+    let request = ExecuteRequest {
+        max_tokens: 20,
+        ..short("job-1", 1)
+    };
+    let all = rest(worker.execute(&request).await.unwrap()).await;
+    let newest = all.last().unwrap().0.to_string();
+    for after in [0, 7, all.len()] {
+        let stream = worker.events_after("job-1", after).await.unwrap();
+        assert_eq!(stream.header(NEWEST_EVENT), Some(newest.as_str()));
+    }
+    let attached = worker.execute(&request).await.unwrap();
+    assert_eq!(attached.header(NEWEST_EVENT), Some(newest.as_str()));
     worker.stop().await;
 }
 

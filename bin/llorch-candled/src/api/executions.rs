@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, StatusCode};
+use axum::response::IntoResponse;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::Stream;
+use pool_core::api::worker::NEWEST_EVENT;
 use pool_core::service::{Path, ServiceResult};
 
 use super::App;
@@ -15,6 +17,7 @@ use super::error::{invalid, not_found, still_running};
 use crate::executions::{Execution, StoredEvent};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+const NEWEST: HeaderName = HeaderName::from_static(NEWEST_EVENT);
 /// A comment is sent after this long without an event, so that a reader can tell silence from a dead connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
@@ -23,7 +26,7 @@ pub async fn events(
     State(app): State<App>,
     Path(job_id): Path<String>,
     headers: HeaderMap,
-) -> ServiceResult<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
+) -> ServiceResult<impl IntoResponse> {
     let position = last_event_id(&headers)?;
     let execution = app
         .executions
@@ -57,10 +60,7 @@ pub fn last_event_id(headers: &HeaderMap) -> ServiceResult<usize> {
 }
 
 /// The events of an execution after `position`.
-pub fn stream(
-    execution: Arc<Execution>,
-    position: usize,
-) -> ServiceResult<Sse<impl Stream<Item = Result<Event, Infallible>>>> {
+pub fn stream(execution: Arc<Execution>, position: usize) -> ServiceResult<impl IntoResponse> {
     if let Some(length) = execution.final_length()
         && position > length
     {
@@ -68,7 +68,10 @@ pub fn stream(
             "`Last-Event-ID` is {position}, the execution ended with event {length}"
         )));
     }
-    Ok(Sse::new(follow(execution, position)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+    let newest = [(NEWEST, execution.length().to_string())];
+    let events =
+        Sse::new(follow(execution, position)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE));
+    Ok((newest, events))
 }
 
 fn follow(

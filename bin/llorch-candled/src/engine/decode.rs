@@ -44,6 +44,7 @@ pub(super) fn generate(
     let Generation {
         request,
         prompt,
+        resumed,
         accepted,
     } = generation;
     let tokens_in = prompt.len() as u32;
@@ -52,8 +53,10 @@ pub(super) fn generate(
         attempt: request.attempt,
         fence: request.fence,
         tokens_in,
+        origin: Some(engine.origin.clone()),
+        continues: resumed.is_some(),
     }));
-    let limit = (request.max_tokens as usize).min(engine.context_length - prompt.len());
+    let limit = engine.limit(request, prompt.len());
     // The last token of an answer is never run.
     let mut cache = engine.decoder.new_cache(prompt.len() + limit - 1)?;
     let mut logits = prefill(&engine.decoder, &mut cache, prompt, &mut |done| {
@@ -75,7 +78,7 @@ pub(super) fn generate(
     };
     let mut ended = None;
     // The tokens of earlier attempts: as when they were drawn, but silently.
-    for id in request.resume.iter().flat_map(|resume| &resume.token_ids) {
+    for id in resumed.iter().flatten() {
         if ended.is_some() || answer.ids.len() == answer.limit {
             break;
         }

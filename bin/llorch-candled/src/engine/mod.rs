@@ -2,6 +2,7 @@
 
 mod decode;
 pub mod model;
+mod origin;
 mod output;
 pub mod prefill;
 pub mod sampling;
@@ -13,7 +14,7 @@ use std::time::Instant;
 
 use candle_core::Device;
 use pool_core::api::worker::{
-    ExecuteRequest, Message, Role, WorkerEnd, WorkerErrorCode, WorkerEvent,
+    ExecuteRequest, Message, Origin, Resume, Role, WorkerEnd, WorkerErrorCode, WorkerEvent,
 };
 use pool_core::catalog::gguf::{GgufError, GgufFile};
 use pool_core::lifecycle::attention_scratch_bytes;
@@ -22,6 +23,7 @@ use crate::chat_template::{ChatTemplate, TemplateError};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use model::config::{ConfigError, ModelConfig};
 use model::{Decoder, DecoderError};
+use output::Output;
 
 /// Why a model file can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -149,6 +151,8 @@ pub trait Control {
 pub struct Generation {
     request: ExecuteRequest,
     prompt: Vec<u32>,
+    /// Tokens of earlier attempts that it goes on from; `None` begins anew.
+    resumed: Option<Vec<u32>>,
     accepted: Instant,
 }
 
@@ -158,6 +162,7 @@ pub struct Engine {
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
     context_length: usize,
+    origin: Origin,
 }
 
 impl Engine {
@@ -168,6 +173,8 @@ impl Engine {
         context_length: Option<usize>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, LoadError> {
+        // Looked at first: what is read afterwards may be newer than it says, and is then nobody's match.
+        let origin = origin::of(path, device)?;
         let header = GgufFile::open(path)?;
         // Everything that can be refused without reading the weights is refused before.
         let context_length = ModelConfig::from_header(&header)?.context_length(context_length)?;
@@ -189,7 +196,18 @@ impl Engine {
             tokenizer,
             template,
             context_length,
+            origin,
         })
+    }
+
+    /// Names the model by its hash, where somebody knows it.
+    pub fn set_sha256(&mut self, sha256: &str) {
+        self.origin.model = format!("sha256:{sha256}");
+    }
+
+    /// What decides, beside a request, which tokens come out.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
     }
 
     /// Calls `told` whenever a layer was computed, from now on.
@@ -240,7 +258,7 @@ impl Engine {
     /// Renders and tokenises a request's prompt.
     pub fn prepare(
         &self,
-        request: ExecuteRequest,
+        mut request: ExecuteRequest,
         accepted: Instant,
     ) -> Result<Generation, Failure> {
         let text = self.prompt_text(&request)?;
@@ -264,11 +282,46 @@ impl Engine {
                 "token id {id} to resume from is outside the vocabulary of {vocab}"
             )));
         }
+        let resume = request.resume.take();
+        let limit = self.limit(&request, prompt.len());
+        let resumed = resume
+            .filter(|resume| self.may_go_on(resume, &request.stop, limit))
+            .map(|resume| resume.token_ids);
         Ok(Generation {
             request,
             prompt,
+            resumed,
             accepted,
         })
+    }
+
+    /// Most tokens of an answer: `max_tokens`, or what the context has left.
+    fn limit(&self, request: &ExecuteRequest, prompt: usize) -> usize {
+        (request.max_tokens as usize).min(self.context_length - prompt)
+    }
+
+    /// Whether an answer may go on from these tokens so that its readers see one text. Another build may where its own
+    /// tokens are the first that follow the ones given: where readers may have seen more it would draw others, and where
+    /// the last piece was text held back until the answer's end, it may not end there.
+    fn may_go_on(&self, resume: &Resume, stop: &[String], limit: usize) -> bool {
+        let Resume {
+            token_ids,
+            next_index,
+            origin,
+            seen_more,
+        } = resume;
+        if token_ids.len() > limit {
+            return false;
+        }
+        match origin {
+            Some(origin) if origin.model != self.origin.model => false,
+            Some(origin) if origin.build == self.origin.build => true,
+            _ => {
+                let mut output = Output::new(&self.tokenizer, stop);
+                token_ids.iter().for_each(|id| drop(output.push(*id)));
+                !seen_more && next_index.is_none_or(|next| next == output.pieces())
+            }
+        }
     }
 
     /// Runs a generation to its end.

@@ -58,6 +58,11 @@ impl<'a> Output<'a> {
         }
     }
 
+    /// How many pieces came out so far.
+    pub fn pieces(&self) -> u32 {
+        self.pieces
+    }
+
     fn piece(&mut self, text: String) -> Option<WorkerToken> {
         if text.is_empty() {
             return None;

@@ -13,7 +13,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::Stream;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use pool_core::api::error::ErrorEnvelope;
-use pool_core::api::worker::{CancelRequest, CancelResponse, ExecuteRequest};
+use pool_core::api::worker::{CancelRequest, CancelResponse, ExecuteRequest, NEWEST_EVENT};
 use pool_core::client::{ClientError, RelayedAnswer};
 use pool_core::process::ProcessIdentity;
 use pool_core::service::{CorrelationId, Path, RawBody, Shutdown};
@@ -31,7 +31,12 @@ const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// What of a request concerns the worker.
 const TOLD: [HeaderName; 3] = [CONTENT_TYPE, ACCEPT, LAST_EVENT_ID];
 /// What of its answer concerns the caller.
-const ANSWERED: [HeaderName; 3] = [CONTENT_TYPE, CACHE_CONTROL, RETRY_AFTER];
+const ANSWERED: [HeaderName; 4] = [
+    CONTENT_TYPE,
+    CACHE_CONTROL,
+    RETRY_AFTER,
+    HeaderName::from_static(NEWEST_EVENT),
+];
 
 /// Starts an execution on a worker, or attaches to it, and streams its events.
 ///
