@@ -113,15 +113,57 @@ pub fn start(
     let program = programs::find_in(PROGRAM, config.workers.programs_dir.clone())
         .or_else(|| programs::find_beside_or_on_path(PROGRAM))
         .ok_or(DownloadRefused::NoProgram)?;
+    let (download, begun) = follow_or_begin(pool, &model);
+    if let Some(begun) = begun {
+        tokio::spawn(run(begun, program));
+    }
+    Ok(download)
+}
+
+/// The download of `model` that is under way, or a new one, for the caller to carry out.
+fn follow_or_begin(
+    pool: &Arc<Pool>,
+    model: &ModelRef,
+) -> (watch::Receiver<Latest>, Option<UnderWay>) {
     let mut running = pool.downloads.running();
-    if let Some(download) = running.get(&model) {
-        return Ok(download.clone());
+    if let Some(download) = running.get(model) {
+        return (download.clone(), None);
     }
     let (tell, download) = watch::channel(None);
     running.insert(model.clone(), download.clone());
-    drop(running);
-    tokio::spawn(run(Arc::clone(pool), model, program, tell));
-    Ok(download)
+    let begun = UnderWay {
+        pool: Arc::clone(pool),
+        model: model.clone(),
+        tell,
+        last: None,
+    };
+    (download, Some(begun))
+}
+
+/// A download that others can find and follow. However it ends, also by a panic, the next one finds it gone, and who
+/// follows it hears a last word.
+struct UnderWay {
+    pool: Arc<Pool>,
+    model: ModelRef,
+    tell: watch::Sender<Latest>,
+    /// How it ended.
+    last: Option<DownloadEvent>,
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let last = self.last.take().unwrap_or_else(|| {
+            tracing::error!(model = %self.model, "the download was given up without a result");
+            failed(
+                DownloadErrorCode::DownloadFailed,
+                "the pool manager gave the download up by a fault of its own; its log has the details"
+                    .to_owned(),
+            )
+        });
+        // First out of the list, then over: who comes between the two begins a new one and finds the file.
+        self.pool.downloads.running().remove(&self.model);
+        self.tell.send_replace(Some(last));
+    }
 }
 
 /// The model by the name that its download goes by, if it may be had.
@@ -145,10 +187,19 @@ fn checked(pool: &Pool, model: &ModelRef) -> Result<ModelRef, DownloadRefused> {
     }
 }
 
-async fn run(pool: Arc<Pool>, model: ModelRef, program: PathBuf, tell: watch::Sender<Latest>) {
+async fn run(mut download: UnderWay, program: PathBuf) {
+    let (pool, model) = (Arc::clone(&download.pool), download.model.clone());
     tracing::info!(%model, "download begins");
     let last = match spawn(&pool, &model, &program) {
-        Ok(child) => follow(child, &model, pool.downloads.over.subscribe(), &tell).await,
+        Ok(child) => {
+            follow(
+                child,
+                &model,
+                pool.downloads.over.subscribe(),
+                &download.tell,
+            )
+            .await
+        }
         Err(error) => failed(
             DownloadErrorCode::DownloadFailed,
             format!("could not start {}: {error}", program.display()),
@@ -170,9 +221,7 @@ async fn run(pool: Arc<Pool>, model: ModelRef, program: PathBuf, tell: watch::Se
         }
         DownloadEvent::Progress { .. } | DownloadEvent::Waiting { .. } => {}
     }
-    // First out of the list, then over: who comes between the two begins a new one and finds the file.
-    pool.downloads.running().remove(&model);
-    tell.send_replace(Some(last));
+    download.last = Some(last);
 }
 
 fn spawn(pool: &Pool, model: &ModelRef, program: &Path) -> std::io::Result<Child> {
@@ -301,5 +350,49 @@ fn label(code: DownloadErrorCode) -> &'static str {
         DownloadErrorCode::SourceRefused => "source_refused",
         DownloadErrorCode::Interrupted => "interrupted",
         DownloadErrorCode::DownloadFailed => "failed",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pool_core::client::ApiClient;
+    use pool_core::config::PoolConfig;
+    use pool_core::home::Home;
+    use pool_core::lifecycle::Lifecycle;
+    use pool_core::service::Shutdown;
+
+    #[tokio::test] // [POOLD-024]
+    async fn a_download_that_panics_is_over_for_who_follows_it_and_for_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::at(dir.path());
+        home.ensure().unwrap();
+        let url = "http://127.0.0.1:1";
+        let pool = Arc::new(Pool::new(
+            Lifecycle::new(home, PoolConfig::default()).unwrap(),
+            url.to_owned(),
+            ApiClient::new(url, None).unwrap(),
+            Shutdown::manual(),
+        ));
+        let model: ModelRef = "smollm2-135m".parse().unwrap();
+        let (_, begun) = follow_or_begin(&pool, &model);
+        let (mut follower, second) = follow_or_begin(&pool, &model);
+        assert!(second.is_none(), "two at once");
+        let begun = begun.unwrap();
+        let panicked = tokio::spawn(async move {
+            begun.tell.send_replace(None);
+            panic!("a fault");
+        });
+        assert!(panicked.await.unwrap_err().is_panic());
+
+        let last = |event: &Latest| event.as_ref().is_some_and(DownloadEvent::is_last);
+        let heard = timeout(Duration::from_secs(30), follower.wait_for(last)).await;
+        let heard = heard.expect("it says something").expect("it says why");
+        let Some(DownloadEvent::Error(failure)) = heard.clone() else {
+            panic!("{heard:?}")
+        };
+        assert_eq!(failure.code, DownloadErrorCode::DownloadFailed);
+        let (_, next) = follow_or_begin(&pool, &model);
+        assert!(next.is_some(), "the next waits for one that is over");
     }
 }

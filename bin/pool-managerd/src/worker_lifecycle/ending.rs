@@ -2,6 +2,7 @@
 
 use std::io;
 use std::process::Child;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use pool_core::lifecycle::ExitFacts;
@@ -11,15 +12,75 @@ use tokio::sync::oneshot;
 /// The pause after a wait that failed.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
-/// Tells how the process ends, as far as that can be known: a child's exit status is its parent's to read, and of
+/// How the process ends, once it has, as far as that can be known: a child's exit status is its parent's to read, and of
 /// any other process only the end itself can be seen.
 ///
 /// A plain thread waits, and not one of the runtime's, because the runtime waits for its own when the daemon stops;
 /// workers outlive the daemon.
-pub fn of(identity: Option<ProcessIdentity>, child: Option<Child>) -> oneshot::Receiver<ExitFacts> {
-    let (tell, told) = oneshot::channel();
-    std::thread::spawn(move || {
-        let facts = match (child, identity) {
+pub async fn of(identity: Option<ProcessIdentity>, child: Option<Child>) -> ExitFacts {
+    let thread = std::thread::Builder::new;
+    of_in(Process { identity, child }, |wait| {
+        thread().name("worker-end".into()).spawn(wait).map(drop)
+    })
+    .await
+}
+
+/// What waits for a process.
+type Wait = Box<dyn FnOnce() + Send>;
+
+/// [`of`], in threads that `start` begins. While the system has none to give, the process is looked at now and then, and
+/// is nowhere but here: nobody takes it for ended.
+async fn of_in(mut process: Process, mut start: impl FnMut(Wait) -> io::Result<()>) -> ExitFacts {
+    let mut warned = false;
+    loop {
+        if let Some(facts) = process.look() {
+            return facts;
+        }
+        // Handed over once there is a thread to take it: a closure that never runs is dropped with all it holds.
+        let (hand, handed) = mpsc::channel::<Process>();
+        let (tell, told) = oneshot::channel();
+        let wait = move || {
+            if let Ok(process) = handed.recv() {
+                // Nobody listens any more once the daemon stops.
+                let _ = tell.send(process.wait());
+            }
+        };
+        match start(Box::new(wait)) {
+            Ok(()) => {
+                let identity = process.identity.clone();
+                let _ = hand.send(process);
+                match told.await {
+                    Ok(facts) => return facts,
+                    // The thread failed, and its child's exit status with it. That is no end.
+                    Err(_) => {
+                        process = Process {
+                            identity,
+                            child: None,
+                        };
+                    }
+                }
+            }
+            Err(error) if !warned => {
+                warned = true;
+                let pid = process.identity.as_ref().map(|identity| identity.pid);
+                tracing::warn!(pid, %error, "no thread can be started to wait for a worker's end; looking now and then");
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// A process, and its handle where it is a child.
+struct Process {
+    identity: Option<ProcessIdentity>,
+    child: Option<Child>,
+}
+
+impl Process {
+    /// Blocks until it has ended.
+    fn wait(self) -> ExitFacts {
+        match (self.child, self.identity) {
             (Some(mut child), _) => child.wait().map_or(ExitFacts::Unknown, ExitFacts::of),
             (None, Some(identity)) => {
                 until_gone(
@@ -30,11 +91,22 @@ pub fn of(identity: Option<ProcessIdentity>, child: Option<Child>) -> oneshot::R
                 ExitFacts::Unknown
             }
             (None, None) => ExitFacts::Unknown,
-        };
-        // Nobody listens any more once the daemon stops.
-        let _ = tell.send(facts);
-    });
-    told
+        }
+    }
+
+    /// How it ended, if it has.
+    fn look(&mut self) -> Option<ExitFacts> {
+        match (&mut self.child, &self.identity) {
+            (Some(child), _) => match child.try_wait() {
+                Ok(status) => status.map(ExitFacts::of),
+                Err(_) => Some(ExitFacts::Unknown),
+            },
+            (None, Some(identity)) => {
+                matches!(identity.runs(), Ok(false)).then_some(ExitFacts::Unknown)
+            }
+            (None, None) => Some(ExitFacts::Unknown),
+        }
+    }
 }
 
 /// Returns once the process is known to have ended. What can't be told is no end: with no file handle to spare nothing
@@ -62,6 +134,7 @@ fn until_gone(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::process::{Command, Stdio};
 
     #[test] // [POOLD-014]
     fn a_process_that_cannot_be_looked_at_has_not_ended() {
@@ -70,5 +143,62 @@ mod tests {
         let mut looks = vec![failed(), Ok(true), failed(), Ok(false)].into_iter();
         until_gone(&identity, failed, || looks.next().unwrap());
         assert_eq!(looks.len(), 0, "it was given up before it had ended");
+    }
+
+    /// A child that exits with 3 when it is told to.
+    fn child() -> Process {
+        let child = Command::new("sh")
+            .args(["-c", "read line; exit 3"])
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Process {
+            identity: ProcessIdentity::of(child.id()).unwrap(),
+            child: Some(child),
+        }
+    }
+
+    #[tokio::test] // [POOLD-023]
+    async fn a_child_without_a_thread_stays_watched_and_tells_how_it_ended() {
+        // Never a thread, and one at the third attempt.
+        for threads_from in [usize::MAX, 3] {
+            let mut process = child();
+            let mut told_to_end = process.child.as_mut().unwrap().stdin.take();
+            let mut attempts = 0;
+            let facts = of_in(process, |wait| {
+                attempts += 1;
+                if attempts == 3 {
+                    drop(told_to_end.take());
+                }
+                if attempts < threads_from {
+                    return Err(io::Error::from(io::ErrorKind::WouldBlock));
+                }
+                std::thread::spawn(wait);
+                Ok(())
+            });
+            assert_eq!(facts.await, ExitFacts::Exited(3));
+        }
+    }
+
+    #[tokio::test] // [POOLD-023]
+    async fn a_thread_that_fails_ends_no_worker() {
+        let mut process = child();
+        let mut told_to_end = process.child.as_mut().unwrap().stdin.take();
+        let mut attempts = 0;
+        let facts = of_in(process, |wait| {
+            attempts += 1;
+            match attempts {
+                // As if it had panicked: gone, with all that it was handed.
+                1 => drop(wait),
+                2 => {
+                    drop(told_to_end.take());
+                    std::thread::spawn(wait);
+                }
+                _ => unreachable!("the second one waits to the end"),
+            }
+            Ok(())
+        });
+        assert_eq!(facts.await, ExitFacts::Unknown);
+        assert_eq!(attempts, 2, "it was taken for ended before it had");
     }
 }

@@ -49,7 +49,7 @@ pub async fn watch(
         let facts = tokio::select! {
             // Whatever else is going on, the end comes first.
             biased;
-            facts = ending => facts.unwrap_or(ExitFacts::Unknown),
+            facts = ending => facts,
             never = watched.look_after(&pool, &nudge) => match never {},
         };
         next = watched.ended(&pool, facts).await;
