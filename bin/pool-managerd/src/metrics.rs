@@ -254,5 +254,7 @@ fn reason_label(reason: &ExitReason) -> &'static str {
         ExitReason::ModelInvalid => "model_invalid",
         ExitReason::SpawnFailed => "spawn_failed",
         ExitReason::Stopped => "stopped",
+        // No end of this version's; in the record of a later one.
+        ExitReason::Later(_) => "other",
     }
 }

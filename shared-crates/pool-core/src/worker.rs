@@ -222,11 +222,33 @@ pub enum ExitReason {
     SpawnFailed,
     /// It was told to stop.
     Stopped,
+    /// A kind of end that only a later version knows. It is kept and shown as it came, so that a newer pool can report to
+    /// an older orchestrator.
+    #[serde(untagged)]
+    Later(LaterReason),
+}
+
+/// What a later version says of an end.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct LaterReason {
+    /// Its name of the kind.
+    pub kind: String,
+    /// What belongs to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<serde_json::Value>,
 }
 
 impl fmt::Display for ExitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            // Another program's words: no line of ours is to be broken by them.
+            Self::Later(LaterReason { kind, value }) => {
+                write!(f, "{}", kind.escape_debug())?;
+                value
+                    .as_ref()
+                    .map_or(Ok(()), |value| write!(f, "({value})"))
+            }
             Self::Exited(Some(code)) => write!(f, "exited({code})"),
             Self::Exited(None) => f.write_str("exited(unknown)"),
             Self::Signal(number) => write!(f, "signal({number})"),
@@ -372,6 +394,25 @@ mod tests {
         failed    BecameReady=- BecameBusy=- Drain=- Died=failed StopFinished=failed
         stopped   BecameReady=- BecameBusy=- Drain=- Died=stopped StopFinished=stopped
         ");
+    }
+
+    // [POOLCORE-005]
+    #[test]
+    fn an_end_of_a_kind_that_is_not_known_yet_is_kept_as_it_came() {
+        for (json, shown) in [
+            (r#"{"kind":"gpu_lost"}"#, "gpu_lost"),
+            (r#"{"kind":"gpu_lost","value":3}"#, "gpu_lost(3)"),
+            (r#"{"kind":"a\nb","value":{"c":"d"}}"#, r#"a\nb({"c":"d"})"#),
+            (r#"{"kind":"signal","value":9}"#, "signal(9)"),
+            (r#"{"kind":"exited","value":null}"#, "exited(unknown)"),
+            (r#"{"kind":"stalled"}"#, "stalled"),
+        ] {
+            let reason: ExitReason = serde_json::from_str(json).unwrap();
+            assert_eq!(reason.to_string(), shown);
+            assert_eq!(serde_json::to_string(&reason).unwrap(), json);
+            let known = !shown.starts_with("gpu_lost") && !shown.starts_with('a');
+            assert_ne!(matches!(reason, ExitReason::Later(_)), known, "{shown}");
+        }
     }
 
     // [POOLCORE-004]
