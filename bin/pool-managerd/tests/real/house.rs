@@ -220,6 +220,11 @@ impl House {
                 .split(|byte| *byte == 0)
                 .any(|argument| argument == model.as_bytes())
         })
+        // Where `python3` is a script that finds the real one, its children have the same arguments for a moment.
+        .filter(|pid| {
+            let process = ProcessIdentity::of(*pid).ok().flatten();
+            process.is_some_and(|process| process.leads_a_group())
+        })
         .collect()
     }
 
