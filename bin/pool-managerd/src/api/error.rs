@@ -101,6 +101,19 @@ impl ApiError {
         )
     }
 
+    /// The daemon stops before the worker has answered.
+    pub fn stopping() -> Self {
+        Self(
+            ServiceError::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                codes::STOPPING,
+                "the pool manager stops; the worker goes on",
+            )
+            .hint("ask again when the pool manager is back: what has begun is attached to")
+            .retry_after(Duration::from_secs(1)),
+        )
+    }
+
     /// A worker reports itself without its secret.
     pub fn not_a_worker() -> Self {
         Self(

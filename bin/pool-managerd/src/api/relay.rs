@@ -52,7 +52,7 @@ const ANSWERED: [HeaderName; 4] = [
         (status = 409, description = "`STALE_FENCE` from the worker, or `WORKER_ENDED`.", body = ErrorEnvelope),
         (status = 429, description = "`BUSY`: no free slot.", body = ErrorEnvelope),
         (status = 502, description = "The worker does not answer.", body = ErrorEnvelope),
-        (status = 503, description = "`LOADING`: it is not ready yet.", body = ErrorEnvelope),
+        (status = 503, description = "`LOADING`: it is not ready yet. `STOPPING`: the pool manager stops before the worker has answered; the execution goes on if it has begun.", body = ErrorEnvelope),
     )
 )]
 pub async fn execute(
@@ -186,10 +186,13 @@ async fn relay(
     if !body.is_empty() {
         request = request.body(body);
     }
-    let answer = client
-        .relay(request)
-        .await
-        .map_err(|error| ApiError::worker_unreachable(&record.info.id, &error))?;
+    let answer = tokio::select! {
+        // A worker that takes its time must not hold up the stop. Nothing is cancelled: whoever asks again is attached to
+        // what has begun.
+        () = pool.shutdown.requested() => return Err(ApiError::stopping()),
+        answer = client.relay(request) => answer,
+    };
+    let answer = answer.map_err(|error| ApiError::worker_unreachable(&record.info.id, &error))?;
     Ok(pass_on(answer, pool.shutdown.clone()))
 }
 

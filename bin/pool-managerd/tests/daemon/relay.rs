@@ -196,6 +196,34 @@ async fn a_stop_tells_the_reader_and_cancels_nothing() {
     daemon.shut_down().await;
 }
 
+#[tokio::test] // [POOLD-075] [P20]
+async fn a_stop_does_not_wait_for_a_worker_that_does_not_answer() {
+    let mut host = Host::new().executing();
+    // So that only an answer ends the connection in the time below.
+    host.config.service.shutdown_grace_ms = 60_000;
+    let daemon = host.start().await;
+    let worker = daemon.ready(&host).await;
+    let identity = host.record(&worker.id).identity.unwrap();
+    identity.signal(Signal::STOP).unwrap();
+    let port = worker.port;
+    let client = daemon.client.clone();
+    let asked = tokio::spawn(async move {
+        let path = format!("/workers/{}/execute", worker.id);
+        let body = body("job-1", 1, &"x".repeat(40_000), 1);
+        client.post::<_, Value>(&path, &body).await
+    });
+    until("the request is on its way to the worker", async || {
+        // The system takes connections, and what comes over them, for a process that stands still.
+        (unread(port) > 40_000).then_some(())
+    })
+    .await;
+    let took = daemon.shut_down().await;
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    assert_eq!(refusal(asked.await.unwrap()), (503, "STOPPING".into()));
+    identity.signal(Signal::CONT).unwrap();
+    assert!(identity.is_alive(), "the worker goes on");
+}
+
 #[tokio::test] // [POOLD-076] [P12]
 async fn a_reader_that_does_not_read_makes_nobody_hold_its_events() {
     let host = Host::new().executing();
@@ -240,4 +268,19 @@ fn resident_bytes() -> u64 {
         .unwrap();
     let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
     kib * 1024
+}
+
+/// How many bytes wait to be read by whoever listens on this port of this host, on the connection that has the most.
+fn unread(port: u16) -> u64 {
+    let connections = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let port = format!(":{port:04X}");
+    let of_this_port = connections.lines().filter_map(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        let (local, queues) = (fields.get(1)?, fields.get(4)?);
+        let received = queues.split_once(':')?.1;
+        local
+            .ends_with(&port)
+            .then(|| u64::from_str_radix(received, 16).ok())?
+    });
+    of_this_port.max().unwrap_or(0)
 }

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -73,12 +74,30 @@ pub(super) async fn run(
         let _ = stream.set_nodelay(true);
         if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
             let app = app.clone();
-            let service =
-                service_fn(move |request: hyper::Request<Incoming>| app.clone().oneshot(request));
+            let asked = Arc::new(AtomicBool::new(false));
+            let service = service_fn({
+                let asked = Arc::clone(&asked);
+                move |request: hyper::Request<Incoming>| {
+                    asked.store(true, Ordering::Relaxed);
+                    app.clone().oneshot(request)
+                }
+            });
             let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+            let shutdown = shutdown.clone();
             connections.spawn(async move {
-                if let Err(error) = connection.await {
-                    tracing::debug!(%error, "a connection ended with an error");
+                let nothing_asked_yet = async {
+                    shutdown.requested().await;
+                    if asked.load(Ordering::Relaxed) {
+                        std::future::pending::<()>().await;
+                    }
+                };
+                tokio::select! {
+                    // What has arrived whole counts as asked.
+                    biased;
+                    outcome = connection => if let Err(error) = outcome {
+                        tracing::debug!(%error, "a connection ended with an error");
+                    },
+                    () = nothing_asked_yet => {}
                 }
                 drop(place);
             });

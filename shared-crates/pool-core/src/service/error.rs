@@ -38,6 +38,8 @@ pub mod codes {
     pub const INTERNAL: &str = "INTERNAL";
     /// 503: too many connections.
     pub const OVERLOADED: &str = "OVERLOADED";
+    /// 503: the daemon stops before what was asked for is done.
+    pub const STOPPING: &str = "STOPPING";
 }
 
 /// An error on its way to the client. `?` in a handler turns it into the envelope.

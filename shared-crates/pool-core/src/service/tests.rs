@@ -687,10 +687,18 @@ async fn a_stop_without_open_work_is_immediate() {
         .await
         .unwrap();
     assert_ne!(idle.read(&mut [0; 1024]).await.unwrap(), 0);
-    server.shutdown.trigger();
-    let stopped = timeout(Duration::from_secs(5), server.stopped)
+    let _silent = TcpStream::connect(server.addr).await.unwrap();
+    let mut halfway = TcpStream::connect(server.addr).await.unwrap();
+    halfway
+        .write_all(b"GET /health HTTP/1.1\r\nHost: loc")
         .await
-        .expect("a kept connection holds nobody up")
+        .unwrap();
+    // Connections are taken in order: after this answer those before it are being served.
+    assert_eq!(server.send("GET /health", "").await.status, 200);
+    server.shutdown.trigger();
+    let stopped = timeout(Duration::from_secs(20), server.stopped)
+        .await
+        .expect("a connection that has asked for nothing holds nobody up")
         .unwrap();
     assert_eq!(stopped, Stopped { cut: 0 });
     assert!(server.shutdown.is_requested());
