@@ -20,7 +20,9 @@ use crate::home::Home;
 use crate::lifecycle::spawner::LISTEN_TIMEOUT;
 use crate::process::{self, ProcessIdentity};
 use crate::secret::Secret;
-use crate::worker::{IllegalWorkerTransition, WorkerEvent, WorkerInfo, WorkerStatus};
+use crate::worker::{
+    ExitReason, IllegalWorkerTransition, WorkerEnding, WorkerEvent, WorkerInfo, WorkerStatus,
+};
 use crate::worker_args::WorkerArgs;
 
 /// All that is known of a worker, its secret included: the file has mode 0600.
@@ -75,6 +77,20 @@ pub enum Verdict {
         /// What stood still, for how long, and where.
         message: String,
     },
+}
+
+impl Verdict {
+    /// The same for people, and for whoever lists workers.
+    pub fn ending(&self) -> WorkerEnding {
+        let (reason, message) = match self {
+            Self::StartTimeout { after_s } => (
+                ExitReason::StartTimeout,
+                format!("it was not ready after {after_s} s"),
+            ),
+            Self::Stalled { message } => (ExitReason::Stalled, message.clone()),
+        };
+        WorkerEnding { reason, message }
+    }
 }
 
 impl WorkerRecord {

@@ -262,6 +262,16 @@ impl fmt::Display for ExitReason {
     }
 }
 
+/// Why a worker is being ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct WorkerEnding {
+    /// The kind of end that it will have had, unless it ends by itself before.
+    pub reason: ExitReason,
+    /// One sentence for people.
+    pub message: String,
+}
+
 /// The end of a worker: reason, the sentence that explains it, and the last lines of its log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -339,6 +349,9 @@ pub struct WorkerInfo {
     /// Since when it has had nothing to do; `None` while it computes, and before it was ready.
     #[serde(default)]
     pub idle_since: Option<Timestamp>,
+    /// Why the pool ends it although nobody told it to stop, from when that is decided until it has ended.
+    #[serde(default)]
+    pub ending: Option<WorkerEnding>,
     /// How it ended, once it has.
     pub exit: Option<WorkerExit>,
 }

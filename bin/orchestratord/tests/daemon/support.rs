@@ -617,6 +617,7 @@ pub fn worker_info(id: &str, status: WorkerStatus) -> WorkerInfo {
         created_at: Timestamp::UNIX_EPOCH,
         ready_at: None,
         idle_since: None,
+        ending: None,
         exit: None,
     }
 }

@@ -93,7 +93,8 @@ pub enum Command {
         #[command(flatten)]
         reach: ReachArgs,
         /// How to print it. JSON: an array of workers with `id`, `status`, `model_ref`, `device`, `port`, `pid`,
-        /// `context_length`, `slots`, `active`, `load_percent`, `memory`, `created_at`, `ready_at` and `exit`.
+        /// `context_length`, `slots`, `active`, `load_percent`, `memory`, `created_at`, `ready_at`,
+        /// `ending` (why the pool is ending it) and `exit`.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
@@ -398,10 +399,6 @@ fn cells(worker: &WorkerInfo, now: Timestamp) -> Vec<Cell> {
             .filter(|_| live)
             .map_or_else(|| "-".to_owned(), mebibytes)
     };
-    let reason = worker
-        .exit
-        .as_ref()
-        .filter(|_| worker.status == WorkerStatus::Failed);
     vec![
         worker.id.clone().into(),
         status,
@@ -420,12 +417,19 @@ fn cells(worker: &WorkerInfo, now: Timestamp) -> Vec<Cell> {
         of_live(Some(worker.memory.predicted_bytes)).into(),
         of_live(worker.memory.measured_bytes).into(),
         age(worker.created_at, now).into(),
-        reason
-            .map_or_else(String::new, |exit| {
-                format!("{}: {}", exit.reason, exit.message)
-            })
-            .into(),
+        trouble(worker).into(),
     ]
+}
+
+/// What is wrong with a worker: why it has failed, or why the pool is ending it.
+fn trouble(worker: &WorkerInfo) -> String {
+    match (&worker.exit, &worker.ending) {
+        (Some(exit), _) if worker.status == WorkerStatus::Failed => {
+            format!("{}: {}", exit.reason, exit.message)
+        }
+        (None, Some(ending)) => format!("{}: {}; it is being ended", ending.reason, ending.message),
+        _ => String::new(),
+    }
 }
 
 async fn logs(
@@ -467,4 +471,40 @@ async fn logs(
     .await;
     watching.abort();
     shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pool_core::worker::{WorkerEnding, WorkerExit};
+
+    #[test] // [POOLD-062]
+    fn the_table_says_why_a_worker_is_being_ended_and_why_it_has_failed() {
+        let mut worker: WorkerInfo = serde_json::from_value(serde_json::json!({
+            "id": "worker-cpu-0", "model_ref": "m", "status": "draining", "pid": 7, "port": 8001,
+            "model_file": {"size_bytes": 1, "modified_ns": 2, "sha256": null},
+            "device": "cpu", "context_length": null, "slots": 1, "active": 1,
+            "load_percent": 100, "memory": {"predicted_bytes": 1, "measured_bytes": null},
+            "created_at": "2026-01-01T00:00:00Z", "ready_at": null, "exit": null,
+        }))
+        .expect("a record of a pool that is older than `ending` reads");
+        assert_eq!(trouble(&worker), "", "it was told to stop");
+        worker.ending = Some(WorkerEnding {
+            reason: ExitReason::Stalled,
+            message: "no token for 31 s".into(),
+        });
+        assert_eq!(
+            trouble(&worker),
+            "stalled: no token for 31 s; it is being ended"
+        );
+        worker.status = WorkerStatus::Failed;
+        worker.exit = Some(WorkerExit {
+            reason: ExitReason::Stalled,
+            message: "no token for 31 s; it was ended".into(),
+            during_start: false,
+            at: Timestamp::UNIX_EPOCH,
+            log_tail: Vec::new(),
+        });
+        assert_eq!(trouble(&worker), "stalled: no token for 31 s; it was ended");
+    }
 }

@@ -89,12 +89,9 @@ pub fn classify_exit(
             .find_map(|line| line.strip_prefix(ERROR_PREFIX))
             .map(str::to_owned)
     };
-    let ours = verdict.map(|verdict| match verdict {
-        Verdict::StartTimeout { after_s } => (
-            ExitReason::StartTimeout,
-            format!("it was not ready after {after_s} s and was ended"),
-        ),
-        Verdict::Stalled { message } => (ExitReason::Stalled, format!("{message}; it was ended")),
+    let ours = verdict.map(|verdict| {
+        let ending = verdict.ending();
+        (ending.reason, format!("{}; it was ended", ending.message))
     });
     let (reason, message) = ours.unwrap_or_else(|| match facts {
         _ if stop_requested => (ExitReason::Stopped, "it was told to stop".to_owned()),
@@ -219,8 +216,8 @@ mod tests {
         exited(unknown)  tensor 3 lies outside the file
         exited(unknown)  its process is gone, and nobody was there to see how it ended
         oom_killed       the kernel killed it because its cgroup or the host ran out of memory
-        start_timeout    it was not ready after 120 s and was ended
-        start_timeout    it was not ready after 120 s and was ended
+        start_timeout    it was not ready after 120 s; it was ended
+        start_timeout    it was not ready after 120 s; it was ended
         model_invalid    tensor 3 lies outside the file
         stalled          no token for 31 s; it was ended
         stalled          no token for 31 s; it was ended

@@ -342,6 +342,7 @@ impl Lifecycle {
                 created_at: Timestamp::now(),
                 ready_at: None,
                 idle_since: None,
+                ending: None,
                 exit: None,
             },
             identity: None,
@@ -507,7 +508,8 @@ impl Lifecycle {
     ) -> Result<Option<WorkerRecord>, RegistryError> {
         let updated = self.registry.update(id, |record| {
             if record.info.status.is_live() && !record.stop_requested {
-                record.verdict.get_or_insert_with(|| verdict.clone());
+                let verdict = record.verdict.get_or_insert_with(|| verdict.clone());
+                record.info.ending = Some(verdict.ending());
                 // Every live state may drain, so this can't fail.
                 let _ = record.apply(WorkerEvent::Drain);
             }
@@ -751,6 +753,7 @@ impl Lifecycle {
             .map(|line| line.chars().take(EXIT_LOG_LINE_CHARS).collect())
             .collect();
         record.info.active = 0;
+        record.info.ending = None;
         let circumstances = Circumstances {
             stop_requested: record.stop_requested,
             verdict: record.verdict.as_ref(),

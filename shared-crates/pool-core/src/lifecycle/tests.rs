@@ -1,6 +1,7 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use super::*;
+use crate::worker::ExitReason;
 
 /// The record of a worker that was just started.
 pub(crate) fn record(number: u64) -> WorkerRecord {
@@ -27,6 +28,7 @@ pub(crate) fn record(number: u64) -> WorkerRecord {
             created_at: Timestamp::UNIX_EPOCH,
             ready_at: None,
             idle_since: None,
+            ending: None,
             exit: None,
         },
         identity: None,
@@ -358,6 +360,40 @@ fn a_worker_that_is_gone_is_marked_so_unless_somebody_watches_it() {
         "exited(unknown)"
     );
     assert!(found.live.is_empty());
+}
+
+#[test] // [POOLD-062]
+fn a_condemned_worker_says_why_it_is_being_ended_until_it_has() {
+    let host = Host::new();
+    let lifecycle = host.lifecycle().with_spawner(FakeSpawner);
+    let id = lifecycle.spawn(&host.request()).unwrap().info.id;
+    let verdict = Verdict::Stalled {
+        message: "no token for 31 s".into(),
+    };
+    let condemned = lifecycle.condemn(&id, &verdict).unwrap().unwrap().info;
+    let ending = condemned.ending.expect("it says why");
+    assert_eq!(
+        (condemned.status, ending.reason, ending.message.as_str()),
+        (
+            WorkerStatus::Draining,
+            ExitReason::Stalled,
+            "no token for 31 s"
+        )
+    );
+    // The first verdict counts.
+    let later = Verdict::StartTimeout { after_s: 1 };
+    let condemned = lifecycle.condemn(&id, &later).unwrap().unwrap().info;
+    assert_eq!(condemned.ending.unwrap().reason, ExitReason::Stalled);
+
+    let ended = lifecycle.process_ended(&id, ExitFacts::Signalled(15));
+    let Some(Ended::Over(info)) = ended.unwrap() else {
+        panic!("it is over");
+    };
+    assert_eq!(info.ending, None);
+    assert_eq!(
+        info.exit.unwrap().message,
+        "no token for 31 s; it was ended"
+    );
 }
 
 #[test] // [POOLD-019]

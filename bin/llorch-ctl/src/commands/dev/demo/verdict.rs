@@ -234,6 +234,7 @@ mod tests {
                 created_at: Timestamp::UNIX_EPOCH,
                 ready_at: None,
                 idle_since: None,
+                ending: None,
                 exit: None,
             }],
             models: Vec::new(),
