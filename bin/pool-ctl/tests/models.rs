@@ -266,6 +266,22 @@ fn an_imported_model_is_used_by_the_name_that_was_printed() {
             .exits(4);
         assert!(ran.err.contains("is another file"), "{}", ran.err);
     }
+    // [POOLCTL-053] Where no hash decides, the header does.
+    let ran = home
+        .run(&["models", "import", other, "--as", "qwen"])
+        .exits(4);
+    assert!(
+        ran.err.contains("architecture qwen2, quantization Q4_K_M")
+            && ran.err.contains("architecture llama, quantization F32")
+            && ran.err.contains("--force"),
+        "{}",
+        ran.err
+    );
+    assert!(!home.path("home/models/qwen").exists());
+    let ran = home
+        .run(&["models", "import", other, "--as", "qwen", "--force"])
+        .exits(0);
+    assert!(ran.err.contains("warning: the catalogue's"), "{}", ran.err);
     home.run(&["models", "import", other, "--as", "../x"])
         .exits(2);
     home.run(&["models", "import", "/no/such/file.gguf"])
@@ -352,7 +368,11 @@ fn a_model_is_deleted_only_when_that_was_meant() {
     let ran = home
         .run(&["models", "delete", "own", "--yes", "--force"])
         .exits(0);
-    assert!(ran.out.starts_with("own is deleted: "), "{}", ran.out);
+    // It was imported, so the file is still there under the name that it came from.
+    assert_eq!(
+        ran.out,
+        "own is deleted: no bytes freed: 1 other name of the file remains\n"
+    );
     assert!(!file.exists() && given.exists());
     home.run(&["models", "delete", "own", "--yes"]).exits(3);
     home.run(&["models", "delete", "smollm2-135m", "--yes"])
@@ -364,7 +384,19 @@ fn a_model_is_deleted_only_when_that_was_meant() {
     let models = home.path("home/models").canonicalize().unwrap();
     fs::write(models.join("loose.gguf"), tiny_gguf()).unwrap();
     let name = format!("file:{}", models.join("loose.gguf").display());
-    home.run(&["models", "delete", &name, "--yes"]).exits(0);
+    let ran = home
+        .run(&["models", "delete", &name, "--yes", "--format", "json"])
+        .exits(0);
+    assert_eq!(
+        ran.json(),
+        serde_json::json!({
+            "model_ref": name,
+            "path": models.join("loose.gguf"),
+            "freed_bytes": tiny_gguf().len(),
+            "other_names": 0,
+            "in_use_by": [],
+        })
+    );
     assert!(!models.join("loose.gguf").exists());
     let outside = format!("file:{}", given.canonicalize().unwrap().display());
     home.run(&["models", "delete", &outside, "--yes"]).exits(4);

@@ -21,7 +21,7 @@ mod slot;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::ops::ControlFlow;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -38,13 +38,39 @@ use crate::model_ref::is_alias;
 use crate::worker::ModelFile;
 
 pub use download::{Download, NoSpace, Part, PartOrigin};
-pub use import::{Candidate, ImportError, Imported};
+pub use import::{Candidate, ImportError, Imported, Unlike};
 pub use slot::Slot;
 
 use check::check;
 
 /// Told how many bytes are done so far; may break off the work.
 pub type Progress<'a> = &'a mut dyn FnMut(u64) -> ControlFlow<()>;
+
+/// What became of a model that was removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Deleted {
+    /// Whether there was anything.
+    pub was_there: bool,
+    /// Bytes that the disk has back: none of a file that has other names.
+    pub freed_bytes: u64,
+    /// Other names (hard links) by which the file is still there.
+    pub other_names: u64,
+}
+
+impl Deleted {
+    /// What removing the name at `path` would do. Of a symbolic link that is the link: what it leads to stays.
+    pub fn foreseen(path: &Path) -> Self {
+        let Ok(metadata) = fs::symlink_metadata(path) else {
+            return Self::default();
+        };
+        let other_names = metadata.nlink().saturating_sub(1);
+        Self {
+            was_there: true,
+            freed_bytes: if other_names == 0 { metadata.len() } else { 0 },
+            other_names,
+        }
+    }
+}
 
 /// The models folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -400,15 +426,16 @@ impl Store {
     }
 
     /// Removes the model in `slot`, what was checked of it, and the beginning of a download. `None` while another
-    /// process downloads it; else the bytes that were freed.
-    pub fn delete(&self, slot: &Slot) -> Result<Option<u64>, CheckError> {
+    /// process downloads it.
+    pub fn delete(&self, slot: &Slot) -> Result<Option<Deleted>, CheckError> {
         let Some(mut download) = self.try_begin(slot)? else {
             return Ok(None);
         };
-        let mut freed = download.part().map_or(0, |part| part.bytes);
+        let part = download.part().map(|part| part.bytes);
         download.forget_part()?;
         let (folder, path) = (self.folder_of(slot), self.path_of(slot));
-        freed += fs::symlink_metadata(&path).map_or(0, |metadata| metadata.len());
+        // Looked at before it is gone.
+        let file = Deleted::foreseen(&path);
         // The record goes first: without the file it would be a lie, the file without it is only unchecked.
         for file in [folder.join("model.json"), path] {
             match fs::remove_file(&file) {
@@ -421,7 +448,11 @@ impl Store {
         // Other files that somebody put there stay, and the folder with them.
         let _ = fs::remove_dir(&folder);
         sync_dir(&self.dir)?;
-        Ok(Some(freed))
+        Ok(Some(Deleted {
+            was_there: file.was_there || part.is_some(),
+            freed_bytes: file.freed_bytes + part.unwrap_or(0),
+            other_names: file.other_names,
+        }))
     }
 
     /// The model in the folder `id` by its own record, for one that no catalogue lists.

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use pool_core::ModelRef;
 use pool_core::catalog::Catalog;
-use pool_core::catalog::store::{CheckError, ResolveError, Slot, Store};
+use pool_core::catalog::store::{CheckError, Deleted, ResolveError, Slot, Store};
 use pool_core::registry::Registry;
-use pool_core::terminal::{CliError, Exit, human_bytes, say};
+use pool_core::terminal::{CliError, Exit, Format, human_bytes, print_json, say};
+use serde::Serialize;
 
 use crate::context::{Context, resolve_error};
 
@@ -19,14 +20,60 @@ enum Target {
     File(PathBuf),
 }
 
+/// What the user agreed to.
+#[derive(Clone, Copy)]
+pub struct Consent {
+    /// Remove it.
+    pub yes: bool,
+    /// Although a worker uses it.
+    pub force: bool,
+}
+
+/// What came of it.
+#[derive(Serialize)]
+struct Removal<'a> {
+    model_ref: &'a ModelRef,
+    path: &'a Path,
+    /// Now; those of a file that a worker has open follow when it ends.
+    freed_bytes: u64,
+    other_names: u64,
+    in_use_by: Vec<String>,
+}
+
+impl Removal<'_> {
+    fn sentence(&self) -> String {
+        let freed = if self.other_names > 0 {
+            let rest = still_called(self.other_names);
+            match self.freed_bytes {
+                0 => format!("no bytes freed: {rest}"),
+                part => format!("{} freed; {rest}", human_bytes(part)),
+            }
+        } else if self.in_use_by.is_empty() {
+            format!("{} freed", human_bytes(self.freed_bytes))
+        } else {
+            let workers = self.in_use_by.join(", ");
+            format!("its bytes are free when {workers} ended")
+        };
+        format!("{} is deleted: {freed}", self.model_ref)
+    }
+}
+
+/// `2 other names of the file remain`.
+fn still_called(other_names: u64) -> String {
+    match other_names {
+        1 => "1 other name of the file remains".to_owned(),
+        many => format!("{many} other names of the file remain"),
+    }
+}
+
 /// Removes `model` from the disk.
 pub fn run(
     context: &Context,
     catalog: &Catalog,
     store: &Store,
     model: &ModelRef,
-    yes: bool,
-    force: bool,
+    consent: Consent,
+    format: Format,
 ) -> Result<Exit, CliError> {
     let target = target(catalog, store, model)?;
     let path = match &target {
@@ -34,7 +81,7 @@ pub fn run(
         Target::File(path) => path.clone(),
     };
     let users = users(context, &path)?;
-    if !force && !users.is_empty() {
+    if !consent.force && !users.is_empty() {
         return Err(CliError::new(
             Exit::Refused,
             format!("`{model}` is in use by {}", users.join(", ")),
@@ -44,39 +91,54 @@ pub fn run(
             users[0]
         )));
     }
-    if !yes {
+    if !consent.yes {
         let size = fs::metadata(&path).map_or(0, |metadata| metadata.len());
-        return Err(CliError::new(
-            Exit::Refused,
-            format!(
-                "this removes {} ({}) for good",
-                path.display(),
-                human_bytes(size)
+        let (shown, size) = (path.display(), human_bytes(size));
+        let message = match Deleted::foreseen(&path).other_names {
+            0 => format!("this removes {shown} ({size}) for good"),
+            others => format!(
+                "this removes {shown} ({size}), and frees nothing: {}",
+                still_called(others)
             ),
-        )
-        .hint(format!("llorch-pool models delete {model} --yes")));
+        };
+        return Err(CliError::new(Exit::Refused, message)
+            .hint(format!("llorch-pool models delete {model} --yes")));
     }
-    let freed = match &target {
+    let deleted = match &target {
         Target::Slot(slot) => store.delete(slot).map_err(|error| failed(&error))?,
         Target::File(path) => {
-            let size = fs::symlink_metadata(path).map_or(0, |metadata| metadata.len());
+            let foreseen = Deleted::foreseen(path);
             fs::remove_file(path)
                 .map_err(|error| CliError::caused(Exit::Failed, could_not(path), &error))?;
-            Some(size)
+            Some(foreseen)
         }
     };
-    let Some(freed) = freed else {
+    let Some(deleted) = deleted else {
         return Err(
             CliError::new(Exit::Refused, format!("`{model}` is being downloaded"))
                 .hint("wait for the download, or end it first"),
         );
     };
-    if freed == 0 {
+    if !deleted.was_there {
         return Err(resolve_error(&ResolveError::NotDownloaded {
             id: model.to_string(),
         }));
     }
-    say(format!("{model} is deleted: {} freed", human_bytes(freed)))?;
+    let removal = Removal {
+        model_ref: model,
+        path: &path,
+        freed_bytes: if users.is_empty() {
+            deleted.freed_bytes
+        } else {
+            0
+        },
+        other_names: deleted.other_names,
+        in_use_by: users,
+    };
+    match format {
+        Format::Json => print_json(&removal)?,
+        Format::Table => say(removal.sentence())?,
+    }
     Ok(Exit::Done)
 }
 

@@ -7,7 +7,7 @@ use pool_core::ModelRef;
 use pool_core::catalog::Catalog;
 use pool_core::catalog::store::{CheckError, ImportError, Imported, Store};
 use pool_core::terminal::interrupt::{Interrupt, interrupted};
-use pool_core::terminal::{CliError, Exit, human_bytes, say};
+use pool_core::terminal::{CliError, Exit, human_bytes, note, sanitize, say};
 
 use crate::download::with_meter;
 use crate::report::Report;
@@ -15,12 +15,14 @@ use crate::report::Report;
 /// How often another process's work on the same model is looked at.
 const WAIT_POLL: Duration = Duration::from_millis(200);
 
-/// Brings the file at `path` into the models folder, called `name`.
+/// Brings the file at `path` into the models folder, called `name`; with `force` also where its header speaks against
+/// that name's catalogue entry.
 pub async fn run(
     catalog: &Catalog,
     store: &Store,
     path: &Path,
     name: Option<&str>,
+    force: bool,
 ) -> Result<Exit, CliError> {
     if let Some(name) = name
         && !matches!(name.parse(), Ok(ModelRef::Alias(_)))
@@ -37,6 +39,17 @@ pub async fn run(
         store.examine(path, name, catalog, progress)
     })
     .map_err(refused)?;
+    if let Some(unlike) = &candidate.unlike {
+        let told = unlike.to_string();
+        let told = sanitize::clean(&told);
+        if !force {
+            return Err(CliError::new(Exit::Refused, told).hint(format!(
+                "give it a name of its own with `--as NAME`, or with `--force` the name `{}` all the same",
+                unlike.id
+            )));
+        }
+        note(format!("warning: {told}"));
+    }
     let mut waiting = None;
     let imported = loop {
         let label = format!("importing {}", path.display());

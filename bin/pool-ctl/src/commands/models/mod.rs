@@ -68,7 +68,8 @@ pub enum Command {
     /// Bring a model file of this host into the models folder.
     ///
     /// The file is checked and hashed, and then gets a second name in the models folder (a hard link); where that is
-    /// another disk, it is copied. One whose hash the catalogue knows becomes that entry's file.
+    /// another disk, it is copied. One whose hash the catalogue knows becomes that entry's file. For an entry without a
+    /// hash the file's header must not name another architecture or quantization, unless with `--force`.
     Import {
         /// The GGUF file.
         #[arg(value_name = "PATH")]
@@ -76,6 +77,9 @@ pub enum Command {
         /// What tasks call it. Default: the catalogue's name for it, else one made of the file's.
         #[arg(long = "as", value_name = "NAME")]
         name: Option<String>,
+        /// Although the file's header names another architecture or quantization than the catalogue entry of that name.
+        #[arg(long)]
+        force: bool,
     },
     /// Read model files whole and compare their hashes.
     ///
@@ -94,7 +98,8 @@ pub enum Command {
     },
     /// Remove a model from this host.
     ///
-    /// Refused while a worker uses the file. What is kept of a broken off download goes too.
+    /// Refused while a worker uses the file. What is kept of a broken off download goes too. A file that has other names
+    /// (an imported one has the name that it came from) stays under those, and frees nothing.
     Delete {
         /// Id, `hf:` reference or `file:` below the models folder, as `models list` shows it.
         #[arg(value_name = "MODEL")]
@@ -105,6 +110,10 @@ pub enum Command {
         /// Although a worker uses it: the worker goes on, and another one can't be started.
         #[arg(long)]
         force: bool,
+        /// How to print it. JSON: an object with `model_ref`, `path`, `freed_bytes`, `other_names` (of the file, that are
+        /// left) and `in_use_by` (workers that keep its bytes until they end).
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
     },
     /// Show what the header of a model file says.
     Info {
@@ -130,16 +139,22 @@ impl Command {
                 force,
                 progress,
             } => download::run(&context, &catalog, &store, &model, force, progress).await,
-            Self::Import { path, name } => {
-                import::run(&catalog, &store, &path, name.as_deref()).await
+            Self::Import { path, name, force } => {
+                import::run(&catalog, &store, &path, name.as_deref(), force).await
             }
             Self::Verify {
                 models,
                 all: _,
                 format,
             } => verify::run(&catalog, &store, &models, format),
-            Self::Delete { model, yes, force } => {
-                delete::run(&context, &catalog, &store, &model, yes, force)
+            Self::Delete {
+                model,
+                yes,
+                force,
+                format,
+            } => {
+                let consent = delete::Consent { yes, force };
+                delete::run(&context, &catalog, &store, &model, consent, format)
             }
             Self::Info { model, format } => info::run(&catalog, &store, &model, format),
         }

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use super::check::check;
 use super::download::check_room;
 use super::{CheckError, NoSpace, Presence, Progress, Record, Slot, Store};
-use crate::catalog::Catalog;
+use crate::catalog::gguf::GgufFile;
+use crate::catalog::{Catalog, CatalogEntry};
 use crate::model_ref::is_alias;
 
 /// A file that was checked and has a place, not yet in it.
@@ -18,8 +19,61 @@ pub struct Candidate {
     pub slot: Slot,
     /// Its SHA-256.
     pub sha256: String,
+    /// What speaks against its being the catalogue entry whose place it gets, where no hash decides.
+    pub unlike: Option<Unlike>,
     path: PathBuf,
     seen: fs::Metadata,
+}
+
+/// A file whose header says something else than the catalogue does of its entry.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the catalogue's `{id}` is {entry}, the file says {file}")]
+pub struct Unlike {
+    /// The entry.
+    pub id: String,
+    /// Those of its facts that differ, as `architecture qwen2, quantization Q4_K_M`.
+    pub entry: String,
+    /// The same ones of the file's header.
+    pub file: String,
+}
+
+impl Unlike {
+    /// What of `entry` the header of a file contradicts.
+    fn of(entry: &CatalogEntry, header: &GgufFile) -> Option<Self> {
+        let architecture = header.architecture().ok().map(str::to_owned);
+        let facts = [
+            ("architecture", &entry.architecture, architecture),
+            (
+                "quantization",
+                &entry.quantization,
+                Some(header.quantization()),
+            ),
+        ];
+        let differing: Vec<_> = facts
+            .into_iter()
+            .filter_map(|(fact, entry, file)| Some((fact, entry.as_deref()?, file?)))
+            .filter(|(_, entry, file)| !means_the_same(entry, file))
+            .collect();
+        let told = |of: fn(&(&str, &str, String)) -> String| {
+            let parts: Vec<_> = differing.iter().map(of).collect();
+            parts.join(", ")
+        };
+        (!differing.is_empty()).then(|| Self {
+            id: entry.id.clone(),
+            entry: told(|(fact, entry, _)| format!("{fact} {entry}")),
+            file: told(|(fact, _, file)| format!("{fact} {file}")),
+        })
+    }
+}
+
+/// Whether one name is the other, or a coarser one for it: `Q4` and `Q4_K` are said of files that others call `Q4_K_M`.
+fn means_the_same(a: &str, b: &str) -> bool {
+    let (a, b) = (a.to_lowercase(), b.to_lowercase());
+    let coarser = |short: &str, long: &str| {
+        long.strip_prefix(short)
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('_'))
+    };
+    coarser(&a, &b) || coarser(&b, &a)
 }
 
 /// A file that is in the models folder now.
@@ -145,9 +199,17 @@ impl Store {
                 seen.len()
             )));
         }
+        let unlike = match catalog.get(&slot.id).filter(|_| slot.sha256.is_none()) {
+            Some(entry) => {
+                let header = GgufFile::open(&real).map_err(CheckError::Header);
+                Unlike::of(entry, &header.map_err(|error| refused(path, error))?)
+            }
+            None => None,
+        };
         Ok(Candidate {
             slot,
             sha256,
+            unlike,
             path: real,
             seen,
         })
@@ -187,6 +249,7 @@ impl Store {
             sha256,
             path,
             seen,
+            ..
         } = candidate;
         let fail = |error| refused(path, error);
         let Some(mut download) = self.try_begin(slot).map_err(fail)? else {

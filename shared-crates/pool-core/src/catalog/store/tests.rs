@@ -584,6 +584,52 @@ fn an_imported_file_becomes_the_entry_that_has_its_hash() {
     assert!(setup.resolve("mine").is_ok());
 }
 
+#[test] // [STORE-013]
+fn a_file_whose_header_speaks_against_its_entry_is_told() {
+    let root = tempfile::tempdir().unwrap();
+    let given = root.path().join("given.gguf");
+    fs::write(&given, tiny_gguf()).unwrap(); // of architecture llama, in F32
+    let unlike = |facts: &str, name| {
+        let text = format!(
+            "[[models]]\nid = \"m\"\n{facts}\n\
+             [[models.sources]]\nkind = \"hf\"\nrepo = \"a/b\"\nfile = \"m.gguf\"\n"
+        );
+        let mut catalog = Catalog::embedded();
+        catalog.overlay(&text, Path::new("own.toml")).unwrap();
+        let store = Store::new(root.path().join("models"));
+        let candidate = store.examine(&given, name, &catalog, &mut on).unwrap();
+        candidate.unlike.map(|unlike| unlike.to_string())
+    };
+    let both = "architecture = \"qwen2\"\nquantization = \"Q4_K_M\"";
+    assert_eq!(
+        unlike(both, Some("m")).as_deref(),
+        Some(
+            "the catalogue's `m` is architecture qwen2, quantization Q4_K_M, \
+             the file says architecture llama, quantization F32"
+        )
+    );
+    assert_eq!(
+        unlike(
+            "architecture = \"llama\"\nquantization = \"F16\"",
+            Some("m")
+        )
+        .as_deref(),
+        Some("the catalogue's `m` is quantization F16, the file says quantization F32")
+    );
+    assert_eq!(unlike(both, Some("other")), None, "a name of its own");
+    assert_eq!(unlike("", Some("m")), None, "nothing to compare with");
+    assert_eq!(
+        unlike(
+            "architecture = \"LLaMA\"\nquantization = \"f32\"",
+            Some("m")
+        ),
+        None
+    );
+    let hash = sha256_of(&tiny_gguf());
+    let decided = format!("{both}\nsha256 = \"{hash}\"");
+    assert_eq!(unlike(&decided, Some("m")), None, "the hash decides");
+}
+
 #[test] // [STORE-011]
 fn an_imported_file_without_an_entry_gets_a_name() {
     let setup = Setup::new(false);
@@ -620,14 +666,34 @@ fn an_imported_file_without_an_entry_gets_a_name() {
 fn a_deleted_model_leaves_nothing_and_other_files_stay() {
     let setup = Setup::new(true);
     setup.place(&tiny_gguf()).unwrap();
-    let freed = setup.store.delete(&setup.slot()).unwrap();
-    assert_eq!(freed, Some(tiny_gguf().len() as u64));
+    let freed = |bytes, other_names| {
+        Some(Deleted {
+            was_there: true,
+            freed_bytes: bytes,
+            other_names,
+        })
+    };
+    let deleted = setup.store.delete(&setup.slot()).unwrap();
+    assert_eq!(deleted, freed(tiny_gguf().len() as u64, 0));
     assert_eq!(setup.files_below_models(), [".locks/m"]);
     assert!(!setup.store.dir().join("m").exists());
 
     broken_off(&setup, b"half");
-    assert_eq!(setup.store.delete(&setup.slot()).unwrap(), Some(4));
+    assert_eq!(setup.store.delete(&setup.slot()).unwrap(), freed(4, 0));
     assert_eq!(setup.files_below_models(), [".locks/m"]);
+    let nothing = setup.store.delete(&setup.slot()).unwrap();
+    assert_eq!(nothing, Some(Deleted::default()));
+
+    // A file that has other names gives nothing back.
+    setup.place(&tiny_gguf()).unwrap();
+    for name in ["a", "b"] {
+        fs::hard_link(
+            setup.store.path_of(&setup.slot()),
+            setup.root.path().join(name),
+        )
+        .unwrap();
+    }
+    assert_eq!(setup.store.delete(&setup.slot()).unwrap(), freed(0, 2));
 
     setup.place(&tiny_gguf()).unwrap();
     fs::write(setup.store.dir().join("m/notes.txt"), "mine").unwrap();
