@@ -9,6 +9,7 @@ use orchestrator_core::config::OrchestratorConfig;
 use orchestratord::Hinted;
 use pool_core::home::Home;
 use pool_core::service::{Shutdown, report_failure, telemetry};
+use pool_core::settings::names_in_environment;
 
 /// Daemon of llama-orch: durable job queue, scheduling, event streams.
 #[derive(Debug, Parser)]
@@ -35,6 +36,9 @@ async fn main() -> ExitCode {
 
 async fn start(args: Args) -> anyhow::Result<()> {
     telemetry::init("info")?;
+    for variable in OrchestratorConfig::unknown_variables(names_in_environment()) {
+        tracing::warn!("{variable}");
+    }
     let home = Home::from_env()?;
     let mut config = OrchestratorConfig::load(&home, args.config.as_deref())?;
     if let Some(bind) = args.bind {

@@ -173,11 +173,25 @@ fn the_settings_are_checked_and_shown_with_where_they_come_from() {
     let checked = Ran::from(
         command
             .env("LLORCH_HEARTBEAT_INTERVAL_MS", "500")
+            .env("LLORCH_MEMORY_CPU_LIMIT_BYTE", "1")
             .output()
             .unwrap(),
     )
     .exits(0)
     .json();
+    // [POOLCORE-047] A mistyped variable is told.
+    assert_eq!(
+        checked["unknown_variables"],
+        json!([{"name": "LLORCH_MEMORY_CPU_LIMIT_BYTE", "nearest": "LLORCH_MEMORY_CPU_LIMIT_BYTES"}])
+    );
+    let mut command = host.command(&["daemon", "config", "check"]);
+    let ran = Ran::from(command.env("LLORCH_POOL_BND", "x").output().unwrap()).exits(0);
+    assert!(
+        ran.err
+            .contains("LLORCH_POOL_BND sets nothing: did you mean LLORCH_POOL_BIND?"),
+        "{}",
+        ran.err
+    );
     let setting = |key: &str| -> Value {
         let found = checked["settings"]
             .as_array()

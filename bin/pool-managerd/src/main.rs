@@ -8,6 +8,7 @@ use clap::Parser;
 use pool_core::config::PoolConfig;
 use pool_core::home::Home;
 use pool_core::service::{Shutdown, report_failure, telemetry};
+use pool_core::settings::names_in_environment;
 use pool_managerd::RunError;
 
 /// Daemon of one pool host: starts, watches and stops workers, and reports to the orchestrator.
@@ -40,6 +41,9 @@ async fn start(args: Args) -> Result<(), RunError> {
     let env = |name: &str| std::env::var(name).ok();
     let config = PoolConfig::load_traced(&home, args.config.as_deref(), args.bind, &env)?.value;
     telemetry::init("info").map_err(|error| RunError::Log(error.into()))?;
+    for variable in PoolConfig::unknown_variables(names_in_environment()) {
+        tracing::warn!("{variable}");
+    }
     pool_managerd::run(
         home,
         config,

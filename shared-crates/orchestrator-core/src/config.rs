@@ -4,9 +4,13 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use jiff::SignedDuration;
+use pool_core::config::PoolConfig;
 use pool_core::home::Home;
-use pool_core::settings::{self, SettingsError};
+use pool_core::settings::{self, SettingsError, UnknownVariable};
 use serde::{Deserialize, Serialize};
+
+/// Variables beside those that every key has: (variable, key).
+const ALIASES: [(&str, &str); 1] = [("LLORCH_ORCHESTRATOR_BIND", "bind")];
 
 /// `orchestratord.toml`. Flags win over `LLORCH_*` variables, those over the file, the file over these defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,16 +108,25 @@ pub enum ConfigError {
 impl OrchestratorConfig {
     /// Loads `explicit`, or `orchestratord.toml` of the configuration folder where it exists, with the environment over it.
     pub fn load(home: &Home, explicit: Option<&Path>) -> Result<Self, ConfigError> {
-        let aliases = [("LLORCH_ORCHESTRATOR_BIND", "bind")];
         let environment = |name: &str| std::env::var(name).ok();
         let config: Self = settings::load(
             explicit,
             &home.config_file("orchestratord.toml"),
             &environment,
-            &aliases,
+            &ALIASES,
         )?;
         config.validate()?;
         Ok(config)
+    }
+
+    /// Which of the variables called `set` sets nothing, here or in a pool manager on the same host.
+    pub fn unknown_variables(set: impl IntoIterator<Item = String>) -> Vec<UnknownVariable> {
+        // The defaults are trees of keys, as every load shows.
+        let own = settings::variables::<Self>(&ALIASES).unwrap_or_default();
+        let pools =
+            settings::variables::<PoolConfig>(&pool_core::config::ALIASES).unwrap_or_default();
+        let pools: Vec<&str> = pools.iter().map(String::as_str).collect();
+        settings::unknown_variables(set, &own, &pools)
     }
 
     /// Refuses values that are readable and make no sense.
@@ -125,5 +138,30 @@ impl OrchestratorConfig {
             return Err(ConfigError::MaxConnections);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLCORE-047]
+    fn a_pool_on_the_same_host_knows_every_variable_of_an_orchestrator_and_the_other_way_round() {
+        let own = settings::variables::<OrchestratorConfig>(&ALIASES).expect("a tree of keys");
+        assert!(own.contains(&"LLORCH_QUEUE_CAPACITY".to_owned()), "{own:?}");
+        let told = PoolConfig::unknown_variables(own);
+        assert!(
+            told.is_empty(),
+            "pool_core::config::ORCHESTRATOR_VARIABLES lacks these: {told:?}"
+        );
+        let pools = settings::variables::<PoolConfig>(&pool_core::config::ALIASES);
+        let told = OrchestratorConfig::unknown_variables(pools.expect("a tree of keys"));
+        assert!(told.is_empty(), "{told:?}");
+
+        let told = OrchestratorConfig::unknown_variables(["LLORCH_QUEUE_CAPACTIY".to_owned()]);
+        assert_eq!(
+            told[0].to_string(),
+            "LLORCH_QUEUE_CAPACTIY sets nothing: did you mean LLORCH_QUEUE_CAPACITY?"
+        );
     }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::api::pool::HEARTBEAT_INTERVAL_MS;
 use crate::home::Home;
 use crate::lifecycle::Deadlines;
-use crate::settings::{self, Loaded, Origin, SettingsError};
+use crate::settings::{self, Loaded, Origin, SettingsError, UnknownVariable};
 use crate::worker::Backend;
 use crate::worker_args::DEFAULT_STOP_GRACE_S;
 
@@ -23,6 +23,14 @@ pub const FILE_NAME: &str = "pool-managerd.toml";
 /// Variables beside those that every key has: (variable, key). The other documented names (LLORCH_POOL_ID,
 /// LLORCH_ORCHESTRATOR_URL, LLORCH_MODELS_DIR) are those that the keys have anyway.
 pub const ALIASES: [(&str, &str); 1] = [("LLORCH_POOL_BIND", "bind")];
+/// Variables of the orchestrator's own settings, which share their environment with a pool on the same host: a name, or
+/// the beginning of the names of a section. `orchestrator-core` tests that none is missing.
+pub const ORCHESTRATOR_VARIABLES: [&str; 4] = [
+    "LLORCH_ORCHESTRATOR_BIND",
+    "LLORCH_POOL_TOKEN_FILE",
+    "LLORCH_QUEUE_",
+    "LLORCH_SERVICE_STOP_TIMEOUT_S",
+];
 /// The `orchestrator_url` of a pool that reports to nobody.
 const NO_ORCHESTRATOR: &str = "none";
 
@@ -257,6 +265,13 @@ impl PoolConfig {
     /// user named; without it `pool-managerd.toml` of the configuration folder counts, if there is one.
     pub fn load(home: &Home, explicit: Option<&Path>) -> Result<Self, ConfigError> {
         Self::load_with(home, explicit, &|name| std::env::var(name).ok())
+    }
+
+    /// Which of the variables called `set` sets nothing, here or in another of our programs.
+    pub fn unknown_variables(set: impl IntoIterator<Item = String>) -> Vec<UnknownVariable> {
+        // The defaults are a tree of keys, as every load shows.
+        let own = settings::variables::<Self>(&ALIASES).unwrap_or_default();
+        settings::unknown_variables(set, &own, &ORCHESTRATOR_VARIABLES)
     }
 
     /// As [`PoolConfig::load`], with the environment passed in.

@@ -6,9 +6,11 @@
 
 #[cfg(feature = "openapi")]
 mod annotated;
+mod variables;
 
 #[cfg(feature = "openapi")]
 pub use annotated::annotated;
+pub use variables::{UnknownVariable, names_in_environment, unknown_variables, variables};
 
 use std::fmt;
 use std::io;
@@ -219,7 +221,7 @@ pub fn load_traced<T: Serialize + DeserializeOwned + Default>(
     }
 
     for (key, default) in leaves(&defaults) {
-        let long = format!("LLORCH_{}", key.replace('.', "_").to_uppercase());
+        let long = variables::variable_of(&key);
         let short = aliases
             .iter()
             .filter(|(_, aliased)| *aliased == key)

@@ -9,6 +9,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 use utoipa::openapi::{RefOr, Schema};
 
+use super::variables::variable_of;
 use super::{Loaded, Origin, SettingsError, list, place};
 
 /// How wide a comment becomes.
@@ -33,7 +34,7 @@ pub fn annotated<T: Serialize + ToSchema>(
         if let Some(meaning) = meanings.get(&setting.key) {
             comment(&mut text, meaning);
         }
-        let long = format!("LLORCH_{}", setting.key.replace('.', "_").to_uppercase());
+        let long = variable_of(&setting.key);
         let short = aliases.iter().find(|(_, key)| *key == setting.key);
         let also = short.map_or_else(String::new, |(name, _)| format!(" or {name}"));
         comment(&mut text, &format!("Variable: {long}{also}"));

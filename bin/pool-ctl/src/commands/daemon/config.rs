@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use pool_core::config::{ALIASES, FILE_NAME, PoolConfig};
 use pool_core::home::Home;
 use pool_core::secret::Secret;
-use pool_core::settings::{self, Loaded, Setting};
+use pool_core::settings::{self, Loaded, Setting, UnknownVariable};
 use pool_core::terminal::daemon_commands::ConfigArgs;
-use pool_core::terminal::{CliError, Exit, Format, print_json, print_table, say, write};
+use pool_core::terminal::{CliError, Exit, Format, note, print_json, print_table, say, write};
 use serde::Serialize;
 
 use crate::context::config_error;
@@ -17,14 +17,16 @@ use crate::context::config_error;
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Check the settings, and list each with its value and where that comes from. Exits with 2 if they can't be used.
+    /// `LLORCH_*` variables that set nothing are named.
     Check {
         #[command(flatten)]
         file: ConfigArgs,
         /// Address to listen on, as the pool manager's own option.
         #[arg(long, value_name = "ADDRESS:PORT")]
         bind: Option<SocketAddr>,
-        /// How to print it. JSON: an object with `file` (null without one), `token` (whether there is one) and `settings`,
-        /// an array of objects with `key`, `value`, `source` (`flag`, `variable`, `file` or `default`) and `origin`.
+        /// How to print it. JSON: an object with `file` (null without one), `token` (whether there is one), `settings`, an
+        /// array of objects with `key`, `value`, `source` (`flag`, `variable`, `file` or `default`) and `origin`, and
+        /// `unknown_variables`, an array of objects with `name` and `nearest`.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
@@ -43,6 +45,7 @@ struct Checked {
     file: Option<PathBuf>,
     token: bool,
     settings: Vec<Setting>,
+    unknown_variables: Vec<UnknownVariable>,
 }
 
 impl Command {
@@ -104,6 +107,7 @@ fn check(file: &ConfigArgs, bind: Option<SocketAddr>, format: Format) -> Result<
         file: file.config.clone().or_else(|| own.exists().then_some(own)),
         token: token.is_some(),
         settings: settings::list(&loaded)?,
+        unknown_variables: PoolConfig::unknown_variables(settings::names_in_environment()),
     };
     match format {
         Format::Json => print_json(&checked)?,
@@ -128,6 +132,9 @@ fn check(file: &ConfigArgs, bind: Option<SocketAddr>, format: Format) -> Result<
                 || "no settings file".to_owned(),
                 |file| file.display().to_string(),
             );
+            for variable in &checked.unknown_variables {
+                note(format!("warning: {variable}"));
+            }
             let token = if checked.token { "a token" } else { "no token" };
             say(format!("\nthe settings are good ({file}, {token})"))?;
         }

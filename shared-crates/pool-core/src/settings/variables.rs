@@ -1,0 +1,157 @@
+//! Variables that begin as ours do and that nothing reads: most are mistyped.
+
+use std::fmt;
+
+use serde::Serialize;
+
+use super::{SettingsError, leaves};
+
+/// Variables that are no setting's: each is read by one of our programs.
+const OTHER: [&str; 6] = [
+    "LLORCH_HOME",
+    "LLORCH_LOG",
+    "LLORCH_API_TOKEN",
+    "LLORCH_POOL_TOKEN",
+    "LLORCH_ORCHESTRATOR_URL",
+    "LLORCH_POOL_URL",
+];
+/// Variables that our programs hand to each other; a name that ends with `_` is the beginning of many, for tests,
+/// benchmarks and demonstrations.
+const INTERNAL: [&str; 6] = [
+    "LLORCH_WORKER_SECRET",
+    "LLORCH_WORKER_NONCE",
+    "LLORCH_CRASH_AT",
+    "LLORCH_TEST_",
+    "LLORCH_BENCH_",
+    "LLORCH_DEMO_",
+];
+
+/// A variable that sets nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct UnknownVariable {
+    /// Its name.
+    pub name: String,
+    /// The known one nearest to it.
+    pub nearest: Option<String>,
+}
+
+impl fmt::Display for UnknownVariable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Whoever set it chose its characters.
+        write!(f, "{} sets nothing", self.name.escape_debug())?;
+        match &self.nearest {
+            Some(nearest) => write!(f, ": did you mean {nearest}?"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The variable of a key.
+pub(super) fn variable_of(key: &str) -> String {
+    format!("LLORCH_{}", key.replace('.', "_").to_uppercase())
+}
+
+/// The variables that set something in `T`, `aliases` (as of [`super::load`]) included.
+pub fn variables<T: Serialize + Default>(
+    aliases: &[(&str, &str)],
+) -> Result<Vec<String>, SettingsError> {
+    let defaults = serde_json::to_value(T::default()).map_err(SettingsError::Defaults)?;
+    let long = leaves(&defaults)
+        .into_iter()
+        .map(|(key, _)| variable_of(&key));
+    let short = aliases.iter().map(|(name, _)| (*name).to_owned());
+    Ok(long.chain(short).collect())
+}
+
+/// Which of the variables called `set` nothing reads: not the program whose `own` ones are known, nor another that may
+/// share its environment, whose ones are `others` (a name that ends with `_` is the beginning of many).
+pub fn unknown_variables(
+    set: impl IntoIterator<Item = String>,
+    own: &[String],
+    others: &[&str],
+) -> Vec<UnknownVariable> {
+    let own: Vec<&str> = own.iter().map(String::as_str).chain(OTHER).collect();
+    let known = |name: &str| {
+        let is =
+            |known: &&str| name == *known || (known.ends_with('_') && name.starts_with(*known));
+        own.iter().chain(others).chain(&INTERNAL).any(is)
+    };
+    let mut unknown: Vec<_> = set
+        .into_iter()
+        .filter(|name| name.starts_with("LLORCH_") && !known(name))
+        .map(|name| UnknownVariable {
+            nearest: nearest(&name, &own),
+            name,
+        })
+        .collect();
+    unknown.sort_by(|a, b| a.name.cmp(&b.name));
+    unknown
+}
+
+/// The names of this process's variables.
+pub fn names_in_environment() -> impl Iterator<Item = String> {
+    std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned())
+}
+
+fn nearest(name: &str, known: &[&str]) -> Option<String> {
+    let typed = name.strip_prefix("LLORCH_")?;
+    let (distance, best) = known
+        .iter()
+        .filter_map(|known| {
+            let rest = known.strip_prefix("LLORCH_")?;
+            Some((strsim::damerau_levenshtein(rest, typed), *known))
+        })
+        .min()?;
+    // Further than half of the word away is a guess, not a suggestion.
+    (distance * 2 <= typed.chars().count()).then(|| best.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::PoolConfig;
+
+    fn told(set: &[&str]) -> Vec<String> {
+        PoolConfig::unknown_variables(set.iter().map(|name| (*name).to_owned()))
+            .iter()
+            .map(ToString::to_string)
+            .collect()
+    }
+
+    #[test] // [POOLCORE-047]
+    fn a_mistyped_variable_is_told_with_the_nearest_known_one() {
+        assert_eq!(
+            told(&[
+                "LLORCH_MEMORY_CPU_LIMIT_BYTE",
+                "LLORCH_POOL_BND",
+                "LLORCH_HOEM",
+                "LLORCH_SOMETHING_ELSE_ENTIRELY",
+                "LLORCH_\u{1b}[2J",
+                "PATH",
+            ]),
+            [
+                "LLORCH_\\u{1b}[2J sets nothing",
+                "LLORCH_HOEM sets nothing: did you mean LLORCH_HOME?",
+                "LLORCH_MEMORY_CPU_LIMIT_BYTE sets nothing: did you mean LLORCH_MEMORY_CPU_LIMIT_BYTES?",
+                "LLORCH_POOL_BND sets nothing: did you mean LLORCH_POOL_BIND?",
+                "LLORCH_SOMETHING_ELSE_ENTIRELY sets nothing",
+            ]
+        );
+    }
+
+    #[test] // [POOLCORE-047]
+    fn variables_of_settings_of_other_programs_and_of_tests_are_known() {
+        let known = [
+            "LLORCH_MEMORY_CPU_LIMIT_BYTES",
+            "LLORCH_POOL_BIND",
+            "LLORCH_BIND",
+            "LLORCH_HOME",
+            "LLORCH_API_TOKEN",
+            "LLORCH_POOL_TOKEN_FILE",
+            "LLORCH_QUEUE_CAPACITY",
+            "LLORCH_WORKER_SECRET",
+            "LLORCH_TEST_MODEL",
+            "LLORCH_CRASH_AT",
+        ];
+        assert_eq!(told(&known), [""; 0]);
+    }
+}
