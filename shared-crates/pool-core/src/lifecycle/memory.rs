@@ -1,5 +1,6 @@
 //! Memory: what a device has, and what workers may still take of it.
 
+use std::collections::HashMap;
 use std::io;
 
 use jiff::Timestamp;
@@ -52,11 +53,55 @@ impl DeviceMemory {
         }
     }
 
+    /// What a worker is still going to take of what nobody used when this was read: what is set aside for it and it does
+    /// not hold. A cache is touched as it fills, so a worker that is ready may hold much less than it will need.
+    fn outstanding(self, record: &WorkerRecord, held: &Held) -> u64 {
+        match held.0.get(&record.info.id) {
+            Some(now) => record.reserved_bytes().saturating_sub(*now),
+            // Nobody says what it holds: all of it once it is ready, as with a driver that allocates at once.
+            None if self.is_before(record) => record.reserved_bytes(),
+            None => 0,
+        }
+    }
+
     /// Whether a worker has taken its memory after this was read, or is still going to.
     fn is_before(&self, record: &WorkerRecord) -> bool {
         let seen = |ready_at: Timestamp| self.as_of.is_none_or(|as_of| ready_at < as_of);
         record.info.status == WorkerStatus::Starting || !record.info.ready_at.is_none_or(seen)
     }
+}
+
+/// Bytes that workers hold now, by their ids, of the memory that [`DeviceMemory::available_bytes`] counts.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Held(HashMap<String, u64>);
+
+impl Held {
+    /// What the live workers among `records` that compute on the processors hold, as far as the system tells. To be
+    /// read *before* what the host has free: a worker that takes memory in between is then counted twice, not never.
+    pub fn by(records: &[WorkerRecord]) -> Self {
+        let on_cpu = |record: &&WorkerRecord| {
+            record.info.status.is_live() && record.info.device.backend == Backend::Cpu
+        };
+        let held = |record: &WorkerRecord| {
+            // A stranger with its pid holds nothing of ours.
+            let identity = record.identity.as_ref().filter(|it| it.is_alive())?;
+            Some((record.info.id.clone(), private_bytes(identity.pid)?))
+        };
+        Self(records.iter().filter(on_cpu).filter_map(held).collect())
+    }
+}
+
+/// Memory of a process that is its own and not a mapped file, and not swapped out. `None` where the system doesn't tell.
+#[cfg(target_os = "linux")]
+fn private_bytes(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    kibibytes(&status, "RssAnon:")
+}
+
+/// Memory of a process that is its own. Not told on this system.
+#[cfg(not(target_os = "linux"))]
+fn private_bytes(_pid: u32) -> Option<u64> {
+    None
 }
 
 /// Whether two devices take from the same memory, as the processors and the GPU of a Mac do.
@@ -67,13 +112,22 @@ pub fn shares_memory(a: Device, b: Device) -> bool {
 
 /// Memory set aside for the live workers that take from the memory of `device`.
 pub fn reserved_bytes(device: Device, records: &[WorkerRecord]) -> u64 {
-    sum(beside(device, records))
+    beside(device, records)
+        .map(WorkerRecord::reserved_bytes)
+        .fold(0, u64::saturating_add)
 }
 
-/// Memory that a further worker on `device` may take: the smaller of what is not reserved, and what nobody uses and no
-/// worker is going to use that has not taken all of its memory when that was read.
-pub fn free_bytes(memory: DeviceMemory, device: Device, records: &[WorkerRecord]) -> u64 {
-    let to_come = sum(beside(device, records).filter(|record| memory.is_before(record)));
+/// Memory that a further worker on `device` may take: the smaller of what is not reserved, and what nobody uses and none
+/// of the workers is still going to use.
+pub fn free_bytes(
+    memory: DeviceMemory,
+    device: Device,
+    records: &[WorkerRecord],
+    held: &Held,
+) -> u64 {
+    let to_come = beside(device, records)
+        .map(|record| memory.outstanding(record, held))
+        .fold(0, u64::saturating_add);
     let unreserved = memory
         .total_bytes
         .saturating_sub(reserved_bytes(device, records));
@@ -87,8 +141,10 @@ pub fn free_bytes(memory: DeviceMemory, device: Device, records: &[WorkerRecord]
 pub fn roomiest(
     devices: impl IntoIterator<Item = (Device, DeviceMemory)>,
     records: &[WorkerRecord],
+    held: &Held,
 ) -> Option<(Device, DeviceMemory)> {
-    let free = |(device, memory): &(Device, DeviceMemory)| free_bytes(*memory, *device, records);
+    let free =
+        |(device, memory): &(Device, DeviceMemory)| free_bytes(*memory, *device, records, held);
     devices.into_iter().reduce(|best, next| {
         if free(&next) > free(&best) {
             next
@@ -164,12 +220,6 @@ fn beside(device: Device, records: &[WorkerRecord]) -> impl Iterator<Item = &Wor
     })
 }
 
-fn sum<'a>(records: impl Iterator<Item = &'a WorkerRecord>) -> u64 {
-    records
-        .map(WorkerRecord::reserved_bytes)
-        .fold(0, u64::saturating_add)
-}
-
 /// Main memory that this process and its workers may use: the host's, or what the memory cgroup leaves of it.
 #[cfg(target_os = "linux")]
 pub fn cpu_memory() -> io::Result<DeviceMemory> {
@@ -181,16 +231,19 @@ pub fn cpu_memory() -> io::Result<DeviceMemory> {
 
 #[cfg(target_os = "linux")]
 fn parse_meminfo(text: &str) -> Option<DeviceMemory> {
-    let field = |name: &str| -> Option<u64> {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        kibibytes.checked_mul(1024)
-    };
     Some(DeviceMemory {
-        total_bytes: field("MemTotal:")?,
-        available_bytes: field("MemAvailable:")?,
+        total_bytes: kibibytes(text, "MemTotal:")?,
+        available_bytes: kibibytes(text, "MemAvailable:")?,
         as_of: None,
     })
+}
+
+/// The field called `name` of a file of `/proc`, which are in `kB`, in bytes.
+#[cfg(target_os = "linux")]
+fn kibibytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1024)
 }
 
 /// Main memory of this host. Compiled on macOS only, and not run by this project's tests; what it reads is.
@@ -202,7 +255,10 @@ pub fn cpu_memory() -> io::Result<DeviceMemory> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
     use crate::lifecycle::tests::record;
+    use crate::process::ProcessIdentity;
     use crate::worker::WorkerEvent;
 
     const GB: u64 = 1_000_000_000;
@@ -225,7 +281,9 @@ mod tests {
             available_bytes: 10 * GB,
             as_of: None,
         };
-        let free = |memory, records: &[WorkerRecord]| free_bytes(memory, Device::CPU, records) / GB;
+        let free = |memory, records: &[WorkerRecord]| {
+            free_bytes(memory, Device::CPU, records, &Held::default()) / GB
+        };
         assert_eq!(free(memory, &[]), 10, "what others use is not free");
         assert_eq!(
             free(memory.limited(Some(4 * GB)), &[]),
@@ -258,6 +316,92 @@ mod tests {
     }
 
     #[test] // [POOLD-014]
+    fn what_a_worker_has_not_touched_yet_is_not_free() {
+        let memory = DeviceMemory {
+            total_bytes: 16 * GB,
+            available_bytes: 10 * GB,
+            as_of: None,
+        };
+        let free = |records: &[WorkerRecord], held| {
+            let held = Held([("worker-cpu-0".to_owned(), held * GB)].into());
+            free_bytes(memory, Device::CPU, records, &held) / GB
+        };
+        let ready = [worker(5 * GB, Some(5 * GB))];
+        assert_eq!(free(&ready, 1), 6, "4 of its 5 are still to come");
+        assert_eq!(free(&ready, 5), 10);
+        assert_eq!(
+            free(&ready, 7),
+            10,
+            "what it has above that is gone already"
+        );
+        let loading = [worker(5 * GB, None)];
+        assert_eq!(
+            free(&loading, 2),
+            7,
+            "what it has taken does not count twice"
+        );
+    }
+
+    proptest! {
+        /// Whatever other programs use and however much of its memory each worker has touched: once all of them hold
+        /// all that was promised to them, everything fits into the host and the limit, and no byte was held back.
+        #[test] // [POOLD-014] P14
+        fn what_is_promised_can_be_kept_and_touching_memory_changes_nothing(
+            total in 0..1000u64,
+            limit in prop::option::of(0..1000u64),
+            others in 0..1000u64,
+            workers in prop::collection::vec((0..300u64, 0..400u64, any::<bool>()), 0..5),
+        ) {
+            let mut records = Vec::new();
+            let mut held = Held::default();
+            for (number, (reserved, now, ready)) in workers.iter().enumerate() {
+                let mut record = worker(*reserved, ready.then_some(*reserved));
+                record.info.id = format!("worker-cpu-{number}");
+                held.0.insert(record.info.id.clone(), *now);
+                records.push(record);
+            }
+            let sum = |of: fn(&(u64, u64, bool)) -> u64| workers.iter().map(of).sum::<u64>();
+            let in_use = others + sum(|(_, now, _)| *now);
+            let memory = DeviceMemory {
+                total_bytes: total,
+                available_bytes: total.saturating_sub(in_use),
+                as_of: None,
+            }
+            .limited(limit);
+            let free = free_bytes(memory, Device::CPU, &records, &held);
+
+            let in_the_end = others + sum(|(reserved, now, _)| *reserved.max(now));
+            let reserved = sum(|(reserved, ..)| *reserved);
+            let most = limit.map_or(total, |limit| limit.min(total));
+            if in_use <= total {
+                let fits = total.saturating_sub(in_the_end).min(most.saturating_sub(reserved));
+                prop_assert_eq!(free, fits);
+            } else {
+                prop_assert_eq!(free, 0, "nothing is left as it is");
+            }
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test] // [POOLD-014]
+    fn what_a_process_holds_is_read_and_a_stranger_with_its_pid_holds_nothing() {
+        let mut record = worker(GB, Some(GB));
+        assert_eq!(Held::by(std::slice::from_ref(&record)), Held::default());
+        record.identity = Some(ProcessIdentity::current().unwrap());
+        let held = |record: &WorkerRecord| {
+            let held = Held::by(std::slice::from_ref(record));
+            held.0.get("worker-cpu-0").copied()
+        };
+        let before = held(&record).expect("the system tells");
+        let touched = std::hint::black_box(vec![1u8; 64 << 20]);
+        let after = held(&record).expect("the system tells");
+        assert!(after >= before + (48 << 20), "{before} to {after}");
+        drop(touched);
+        record.identity.as_mut().unwrap().start_time += 1;
+        assert_eq!(held(&record), None);
+    }
+
+    #[test] // [POOLD-014]
     fn what_a_worker_took_after_the_reading_is_not_free() {
         // A driver was asked at 10 s; one worker was ready before, the other has taken its memory since.
         let at = |seconds| Timestamp::from_second(seconds).unwrap();
@@ -269,7 +413,10 @@ mod tests {
         let mut records = [worker(GB, Some(GB)), worker(3 * GB, Some(3 * GB))];
         records[0].info.ready_at = Some(at(9));
         records[1].info.ready_at = Some(at(10));
-        assert_eq!(free_bytes(memory, Device::CPU, &records), 7 * GB);
+        assert_eq!(
+            free_bytes(memory, Device::CPU, &records, &Held::default()),
+            7 * GB
+        );
     }
 
     #[test] // [POOLD-014]
@@ -305,9 +452,15 @@ mod tests {
         records[1].info.device = metal;
         for device in [Device::CPU, metal] {
             assert_eq!(reserved_bytes(device, &records), 7 * GB);
-            assert_eq!(free_bytes(memory, device, &records), 9 * GB);
+            assert_eq!(
+                free_bytes(memory, device, &records, &Held::default()),
+                9 * GB
+            );
         }
-        assert_eq!(free_bytes(memory, cuda, &records), 16 * GB);
+        assert_eq!(
+            free_bytes(memory, cuda, &records, &Held::default()),
+            16 * GB
+        );
     }
 
     #[test] // [POOLD-090]
@@ -326,11 +479,14 @@ mod tests {
             (device(1), with(9)),
             (device(2), with(9)),
         ];
-        assert_eq!(roomiest(devices, &[]), Some(devices[1]));
+        assert_eq!(roomiest(devices, &[], &Held::default()), Some(devices[1]));
         let mut taken = worker(6, Some(6));
         taken.info.device = device(1);
-        assert_eq!(roomiest(devices, &[taken]), Some(devices[2]));
-        assert_eq!(roomiest([], &[]), None);
+        assert_eq!(
+            roomiest(devices, &[taken], &Held::default()),
+            Some(devices[2])
+        );
+        assert_eq!(roomiest([], &[], &Held::default()), None);
     }
 
     #[test] // [POOLD-094]

@@ -34,8 +34,8 @@ pub use exit::{Circumstances, ExitFacts, classify_exit};
 pub use health::{HealthRefused, apply_health};
 pub use logs::log_tail;
 pub use memory::{
-    DeviceMemory, StopCandidate, cpu_memory, free_bytes, reserved_bytes, roomiest, shares_memory,
-    what_to_stop,
+    DeviceMemory, Held, StopCandidate, cpu_memory, free_bytes, reserved_bytes, roomiest,
+    shares_memory, what_to_stop,
 };
 pub use ports::choose_port;
 pub use program::{find_program, program_name};
@@ -221,31 +221,33 @@ impl Lifecycle {
             .filter(|record| record.info.status.is_live())
             .filter_map(|record| record.info.pid)
             .collect();
+        // Before anything says what is free, as `Held` wants it.
+        let held = Held::by(records);
         let gpu = |gpu: Gpu| {
             let memory = self.gpu_memory(&gpu);
             DeviceInfo {
                 device: gpu.device,
                 name: gpu.name(),
                 memory_total_bytes: memory.total_bytes,
-                memory_free_bytes: free_bytes(memory, gpu.device, records),
+                memory_free_bytes: free_bytes(memory, gpu.device, records, &held),
                 memory_reserved_bytes: reserved_bytes(gpu.device, records),
                 gpu: Some(gpu.info(&ours)),
             }
         };
-        let cpu = self.cpu_device(records)?;
+        let cpu = self.cpu_device(records, &held)?;
         Ok(std::iter::once(cpu)
             .chain(self.gpus.now().into_iter().map(gpu))
             .collect())
     }
 
-    fn cpu_device(&self, records: &[WorkerRecord]) -> io::Result<DeviceInfo> {
+    fn cpu_device(&self, records: &[WorkerRecord], held: &Held) -> io::Result<DeviceInfo> {
         let memory = self.cpu_memory()?;
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(DeviceInfo {
             device: Device::CPU,
             name: format!("CPU ({threads} threads)"),
             memory_total_bytes: memory.total_bytes,
-            memory_free_bytes: free_bytes(memory, Device::CPU, records),
+            memory_free_bytes: free_bytes(memory, Device::CPU, records, held),
             memory_reserved_bytes: reserved_bytes(Device::CPU, records),
             gpu: None,
         })
@@ -292,8 +294,9 @@ impl Lifecycle {
             return Err(SpawnError::Draining { since: drain.since });
         }
         let records = locked.load()?.records;
+        let held = Held::by(&records);
         let on_gpu = gpus.iter().map(|gpu| (gpu.device, self.gpu_memory(gpu)));
-        let (device, memory) = match roomiest(on_gpu, &records) {
+        let (device, memory) = match roomiest(on_gpu, &records, &held) {
             Some(found) => found,
             // The CPU: a backend of GPUs without one was refused above.
             None => {
@@ -301,7 +304,7 @@ impl Lifecycle {
                 (Device::CPU, memory)
             }
         };
-        let free = free_bytes(memory, device, &records);
+        let free = free_bytes(memory, device, &records, &held);
         if estimate.needed_bytes > free {
             return Err(SpawnError::MemoryShort(Box::new(MemoryShort {
                 device,
