@@ -373,6 +373,8 @@ impl FakeWorker {
                 attempt,
                 fence,
                 tokens_in: 3,
+                origin: None,
+                continues: false,
             }),
         );
     }

@@ -385,7 +385,8 @@ fn a_condemned_worker_says_why_it_is_being_ended_until_it_has() {
     let condemned = lifecycle.condemn(&id, &later).unwrap().unwrap().info;
     assert_eq!(condemned.ending.unwrap().reason, ExitReason::Stalled);
 
-    let ended = lifecycle.process_ended(&id, ExitFacts::Signalled(15));
+    let watched = lifecycle.registry().get(&id).unwrap();
+    let ended = lifecycle.process_ended(&watched, ExitFacts::Signalled(15));
     let Some(Ended::Over(info)) = ended.unwrap() else {
         panic!("it is over");
     };
