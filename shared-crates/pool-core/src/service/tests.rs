@@ -681,7 +681,11 @@ async fn a_stop_waits_for_the_grace_and_no_longer() {
 
 #[tokio::test] // [POOLCORE-066] [P20]
 async fn a_stop_without_open_work_is_immediate() {
-    let server = Server::with_grace(options(), Duration::from_secs(60)).await;
+    let patient = ServiceOptions {
+        header_timeout: Duration::from_secs(60),
+        ..options()
+    };
+    let server = Server::with_grace(patient, Duration::from_secs(60)).await;
     let mut idle = TcpStream::connect(server.addr).await.unwrap();
     idle.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         .await
