@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use pool_core::api::pool::{DeviceInfo, WorkerList};
 use pool_core::worker::{ExitReason, WorkerStatus};
+use prometheus::core::Collector;
 use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 /// How a start of a worker may turn out: it came up, was refused, could not be started, or ended before it was up (the
@@ -75,27 +76,19 @@ pub struct Metrics {
 impl Metrics {
     pub fn new() -> Self {
         let registry = Registry::new();
-        // Names and labels are constants, so these fail in every test or never.
         let counter = |name: &str, help: &str, label: &str| {
-            let counter =
-                IntCounterVec::new(Opts::new(name, help), &[label]).expect("the name is valid");
-            registry
-                .register(Box::new(counter.clone()))
-                .expect("the name is used once");
-            counter
+            kept(
+                &registry,
+                IntCounterVec::new(Opts::new(name, help), &[label]),
+            )
         };
         let gauge = |name: &str, help: &str, label: &str| {
-            let gauge =
-                IntGaugeVec::new(Opts::new(name, help), &[label]).expect("the name is valid");
-            registry
-                .register(Box::new(gauge.clone()))
-                .expect("the name is used once");
-            gauge
+            kept(&registry, IntGaugeVec::new(Opts::new(name, help), &[label]))
         };
-        let gpus = IntGauge::new("pool_mgr_gpus", "GPUs of the host.").expect("the name is valid");
-        registry
-            .register(Box::new(gpus.clone()))
-            .expect("the name is used once");
+        let gpus = kept(
+            &registry,
+            IntGauge::new("pool_mgr_gpus", "GPUs of the host."),
+        );
         let metrics = Self {
             workers: gauge(
                 "pool_mgr_workers",
@@ -257,4 +250,12 @@ fn reason_label(reason: &ExitReason) -> &'static str {
         // No end of this version's; in the record of a later one.
         ExitReason::Later(_) => "other",
     }
+}
+
+/// A collector that `registry` shows. Names and labels are constants, so this fails in every test or never.
+fn kept<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
+    let made = made.expect("the name is valid");
+    let shown = registry.register(Box::new(made.clone()));
+    shown.expect("the name is used once");
+    made
 }
