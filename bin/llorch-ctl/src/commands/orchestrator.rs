@@ -8,7 +8,7 @@ use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::job::JobStatus;
 use pool_core::home::Home;
 use pool_core::terminal::daemon::{self, DaemonSpec};
-use pool_core::terminal::daemon_commands::{self, ConfigArgs, LogArgs};
+use pool_core::terminal::daemon_commands::{self, ConfigArgs, LogArgs, Whereabouts};
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
@@ -92,10 +92,8 @@ async fn stop(home: &Home) -> Result<Exit, CliError> {
 
 #[derive(Serialize)]
 struct Status {
-    running: bool,
-    pid: Option<u32>,
-    version: Option<String>,
-    url: Option<String>,
+    #[serde(flatten)]
+    daemon: Whereabouts,
     /// Jobs that are not over; null where the daemon does not answer.
     jobs: Option<JobCounts>,
     /// Pools that it knows; null where the daemon does not answer.
@@ -116,33 +114,16 @@ async fn status(home: &Home, format: Format) -> Result<Exit, CliError> {
         Some(running) => activity(&running.url).await,
         None => None,
     };
-    let pid = running.as_ref().map(|running| running.process.pid);
-    let (version, url) = running
-        .map(|running| (running.version, running.url))
-        .unzip();
     let (jobs, pools) = activity.unzip();
     let status = Status {
-        running: pid.is_some(),
-        pid,
-        version,
-        url,
+        daemon: running.into(),
         jobs,
         pools,
     };
-    match (format, &status) {
-        (Format::Json, status) => print_json(status)?,
-        (
-            Format::Table,
-            Status {
-                pid: Some(pid),
-                version: Some(version),
-                url: Some(url),
-                jobs,
-                pools,
-                ..
-            },
-        ) => {
-            say(format!("{NAME} {version} runs at {url} (pid {pid})"))?;
+    match (format, &status.jobs, status.pools) {
+        (Format::Json, ..) => print_json(&status)?,
+        (Format::Table, jobs, pools) => {
+            status.daemon.say(NAME, "llorch orchestrator start")?;
             match (jobs, pools) {
                 (Some(jobs), Some(pools)) => {
                     let JobCounts {
@@ -155,20 +136,14 @@ async fn status(home: &Home, format: Format) -> Result<Exit, CliError> {
                     ))?;
                     say(format!("pools: {pools}"))?;
                 }
-                _ => note(
+                _ if status.daemon.running => note(
                     "it does not say what it does; `llorch orchestrator logs` and `llorch dev doctor` may tell why",
                 ),
+                _ => {}
             }
         }
-        (Format::Table, _) => say(format!(
-            "{NAME} does not run; `llorch orchestrator start` starts it"
-        ))?,
     }
-    Ok(match (status.running, status.pools) {
-        (true, Some(_)) => Exit::Done,
-        (true, None) => Exit::Unreachable,
-        (false, _) => Exit::NotFound,
-    })
+    Ok(status.daemon.exit(status.pools.is_some()))
 }
 
 async fn activity(url: &str) -> Option<(JobCounts, usize)> {

@@ -4,7 +4,9 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use super::daemon::{self, DaemonSpec, Stopped};
+use serde::Serialize;
+
+use super::daemon::{self, DaemonSpec, Running, Stopped};
 use super::interrupt::Interrupt;
 use super::{CliError, Exit, sanitize, say, write};
 
@@ -50,6 +52,55 @@ pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<(),
             "{name} did not end within {} s and was killed (pid {pid})",
             timeout.as_secs()
         )),
+    }
+}
+
+/// Where a daemon of this host is, as `status` shows it.
+#[derive(Debug, Serialize)]
+pub struct Whereabouts {
+    /// Whether it runs.
+    pub running: bool,
+    /// Its process.
+    pub pid: Option<u32>,
+    /// Its version.
+    pub version: Option<String>,
+    /// Where it answers.
+    pub url: Option<String>,
+}
+
+impl From<Option<Running>> for Whereabouts {
+    fn from(running: Option<Running>) -> Self {
+        let pid = running.as_ref().map(|running| running.process.pid);
+        let (version, url) = running
+            .map(|running| (running.version, running.url))
+            .unzip();
+        Self {
+            running: pid.is_some(),
+            pid,
+            version,
+            url,
+        }
+    }
+}
+
+impl Whereabouts {
+    /// Says where the daemon called `name` runs, or how it is started: with `start`.
+    pub fn say(&self, name: &str, start: &str) -> Result<(), CliError> {
+        match (self.pid, &self.version, &self.url) {
+            (Some(pid), Some(version), Some(url)) => {
+                say(format!("{name} {version} runs at {url} (pid {pid})"))
+            }
+            _ => say(format!("{name} does not run; `{start}` starts it")),
+        }
+    }
+
+    /// How `status` exits, where `answers` says whether the daemon told what it does.
+    pub fn exit(&self, answers: bool) -> Exit {
+        match (self.running, answers) {
+            (true, true) => Exit::Done,
+            (true, false) => Exit::Unreachable,
+            (false, _) => Exit::NotFound,
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use clap::Subcommand;
 use pool_core::api::pool::PoolStatus;
 use pool_core::run_files;
 use pool_core::terminal::daemon::{self, DaemonSpec};
-use pool_core::terminal::daemon_commands::{self, ConfigArgs, LogArgs};
+use pool_core::terminal::daemon_commands::{self, ConfigArgs, LogArgs, Whereabouts};
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
@@ -136,10 +136,8 @@ fn owns_this_home(context: &Context) -> Result<bool, CliError> {
 
 #[derive(Serialize)]
 struct Status {
-    running: bool,
-    pid: Option<u32>,
-    version: Option<String>,
-    url: Option<String>,
+    #[serde(flatten)]
+    daemon: Whereabouts,
     pool: Option<PoolStatus>,
 }
 
@@ -156,51 +154,33 @@ async fn status(context: &Context, format: Format) -> Result<Exit, CliError> {
         None => None,
     };
     let status = Status {
-        running: running.is_some(),
-        pid: running.as_ref().map(|running| running.process.pid),
-        version: running.as_ref().map(|running| running.version.clone()),
-        url: running.map(|running| running.url),
+        daemon: running.into(),
         pool,
     };
-    match (format, &status) {
-        (Format::Json, status) => print_json(status)?,
-        (
-            Format::Table,
-            Status {
-                pid: Some(pid),
-                version: Some(version),
-                url: Some(url),
-                pool,
-                ..
-            },
-        ) => {
-            say(format!("{NAME} {version} runs at {url} (pid {pid})"))?;
+    match (format, &status.pool) {
+        (Format::Json, _) => print_json(&status)?,
+        (Format::Table, pool) => {
+            status.daemon.say(NAME, "llorch-pool daemon start")?;
             match pool {
-                Some(pool) => {
-                    let live = pool
-                        .workers
-                        .iter()
-                        .filter(|worker| worker.status.is_live())
-                        .count();
-                    say(format!(
-                        "pool {} {}: {live} workers, {} models",
-                        pool.pool_id,
-                        pool.drain
-                            .as_ref()
-                            .map_or_else(|| "takes work".to_owned(), drain::describe),
-                        pool.models.len()
-                    ))?;
+                Some(pool) => say(line_of(pool))?,
+                None if status.daemon.running => {
+                    note("it does not answer; `llorch-pool daemon logs` may say why");
                 }
-                None => note("it does not answer; `llorch-pool daemon logs` may say why"),
+                None => {}
             }
         }
-        (Format::Table, _) => say(format!(
-            "{NAME} does not run; `llorch-pool daemon start` starts it"
-        ))?,
     }
-    Ok(match (status.running, status.pool) {
-        (true, Some(_)) => Exit::Done,
-        (true, None) => Exit::Unreachable,
-        (false, _) => Exit::NotFound,
-    })
+    Ok(status.daemon.exit(status.pool.is_some()))
+}
+
+fn line_of(pool: &PoolStatus) -> String {
+    let live = pool.workers.iter().filter(|worker| worker.status.is_live());
+    let drain = pool.drain.as_ref();
+    format!(
+        "pool {} {}: {} workers, {} models",
+        pool.pool_id,
+        drain.map_or_else(|| "takes work".to_owned(), drain::describe),
+        live.count(),
+        pool.models.len()
+    )
 }
