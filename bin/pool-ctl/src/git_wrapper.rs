@@ -144,8 +144,8 @@ pub enum GitError {
         /// Where it says that it is.
         root: PathBuf,
     },
-    /// The repository's own settings name programs, or files outside of it.
-    #[error("the settings of the repository {} would run programs or write files here: {}", path.display(), keys.join(", "))]
+    /// The repository's own settings name programs, or files outside of it, or take any server for its remote.
+    #[error("the settings of the repository {} would run programs, write files here, or trust any server: {}", path.display(), keys.join(", "))]
     ReachesOut {
         /// The checkout.
         path: PathBuf,

@@ -146,7 +146,7 @@ pub fn check_branch(name: &str) -> Result<(), &'static str> {
 
 /// Whether the setting `key` (as git lists it: section and variable in lower case) with `value` makes git run a program
 /// or write a file outside the repository in one of the commands used here, in a way that can't be switched off from
-/// outside without changing the result.
+/// outside without changing the result, or makes it take any server for the one that was asked for.
 pub fn reaches_out(key: &str, value: &str) -> bool {
     let (section, rest) = key.split_once('.').unwrap_or((key, ""));
     let variable = rest.rsplit('.').next().unwrap_or(rest);
@@ -160,16 +160,38 @@ pub fn reaches_out(key: &str, value: &str) -> bool {
         // The user's own `git-lfs` filter reads these, and starts what they name.
         | ("lfs", "path" | "clean" | "smudge") => !value.is_empty(),
         // Writes the file that `http.cookieFile` names. With an address in its key it goes over what we set.
-        ("http", "savecookies") => !matches!(
-            value.to_ascii_lowercase().as_str(),
-            "false" | "no" | "off" | "0" | ""
-        ),
+        ("http", "savecookies") => !is_off(value),
+        // Likewise; and what is fetched becomes code that runs here.
+        ("http", "sslverify") => is_off(value),
         // Read once another branch is checked out, which is after everything was looked at.
         ("includeif", "path") => rest.starts_with("onbranch:"),
         // A bare word is a helper that is installed on this host; anything else goes through a shell.
         ("credential", "helper") => !value.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'),
         _ => false,
     }
+}
+
+/// How git writes that something is not so.
+fn is_off(value: &str) -> bool {
+    let value = value.to_ascii_lowercase();
+    matches!(value.as_str(), "false" | "no" | "off" | "0" | "")
+}
+
+/// Whether the setting `key` decides through whom a remote is reached, or whose certificates count. Companies need both,
+/// so they are used; but the user should know that the repository says so.
+pub fn is_detour(key: &str) -> bool {
+    let (section, rest) = key.split_once('.').unwrap_or((key, ""));
+    let variable = rest.rsplit('.').next().unwrap_or(rest);
+    matches!(
+        (section, variable),
+        ("http", "proxy" | "sslcainfo" | "sslcapath") | ("remote", "proxy")
+    )
+}
+
+/// An address without the name and the password before its host.
+pub fn without_user(address: &str) -> &str {
+    let rest = address.rsplit_once("://").map_or(address, |(_, rest)| rest);
+    rest.rsplit_once('@').map_or(rest, |(_, host)| host)
 }
 
 #[cfg(test)]
@@ -280,6 +302,8 @@ mod tests {
             ("lfs.extension.a.smudge", "x"),
             ("http.savecookies", "true"),
             ("http.https://a.b/.savecookies", "Yes"),
+            ("http.sslverify", "false"),
+            ("http.https://a.b/.sslverify", "Off"),
             ("includeif.onbranch:a.path", "x"),
         ] {
             assert!(reaches_out(key, value), "{key}");
@@ -292,9 +316,33 @@ mod tests {
             ("user.name", "x"),
             ("lfs.url", "https://a.b/lfs"),
             ("http.savecookies", "false"),
+            ("http.sslverify", "true"),
+            ("http.proxy", "http://proxy:3128"),
             ("includeif.gitdir:/a/.path", "x"),
         ] {
             assert!(!reaches_out(key, value), "{key}");
+        }
+    }
+
+    #[test] // [POOLCTL-041]
+    fn detours_are_known_and_shown_without_passwords() {
+        for key in [
+            "http.proxy",
+            "http.https://a.b/.proxy",
+            "remote.origin.proxy",
+            "http.sslcainfo",
+        ] {
+            assert!(is_detour(key), "{key}");
+        }
+        for key in ["http.lowspeedlimit", "remote.proxy.url", "core.proxy"] {
+            assert!(!is_detour(key), "{key}");
+        }
+        for (address, shown) in [
+            ("http://user:p@ss@proxy:3128", "proxy:3128"),
+            ("proxy:3128", "proxy:3128"),
+            ("/etc/ssl/own.pem", "/etc/ssl/own.pem"),
+        ] {
+            assert_eq!(without_user(address), shown);
         }
     }
 }

@@ -92,6 +92,34 @@ fn a_new_submodule_comes_with_the_pull_and_one_left_out_stays_out() {
     world.run(&["submodules", "update", "lib"]).exits(0);
     assert_eq!(world.read("host/lib/code"), "one\n");
 
+    // What is not in step inside of one that is, is told.
+    world.git(
+        "host/tools/tool",
+        &["submodule", "--quiet", "deinit", "inner lib"],
+    );
+    let rows = world.json(&["submodules", "status", "tools/tool"]);
+    assert_eq!(
+        (&rows[0]["state"], &rows[0]["nested"]),
+        (
+            &"in_step".into(),
+            &serde_json::json!(["tools/tool/inner lib"])
+        )
+    );
+    let told =
+        "not in step inside it: tools/tool/inner lib; llorch-pool git submodules update tools/tool";
+    for args in [&["status"][..], &["submodules", "status"]] {
+        let ran = world.run(args).exits(0);
+        assert!(ran.out.contains(told), "{}", ran.out);
+    }
+    world
+        .run(&["submodules", "update", "tools/tool/inner lib"])
+        .exits(3)
+        .says(&["goes with the outer one: name tools/tool"]);
+    world.run(&["submodules", "update", "tools/tool"]).exits(0);
+    assert_eq!(world.read("host/tools/tool/inner lib/code"), "one\n");
+    let rows = world.json(&["submodules", "status", "tools/tool"]);
+    assert_eq!(rows[0]["nested"], serde_json::json!([]));
+
     let list = world.json(&["submodules", "list"]);
     assert_eq!(
         (&list[0]["name"], &list[0]["url"]),

@@ -129,9 +129,42 @@ fn settings_that_would_run_a_program_are_refused_by_name() {
     world
         .run(&["pull"])
         .exits(4)
-        .says(&["submodule lib has settings that would run programs or write files here: filter.evil.smudge"]);
+        .says(&["submodule lib has settings that would run programs, write files here, or trust any server: filter.evil.smudge"]);
     world.run(&["submodules", "reset", "--yes"]).exits(4);
     world.nothing_ran();
+}
+
+#[test] // [POOLCTL-041]
+fn a_repository_decides_nothing_about_certificates_and_a_detour_is_told() {
+    let world = World::with_submodule();
+    for key in ["http.sslVerify", "http.https://example.com/.sslVerify"] {
+        world.git("host", &["config", key, "false"]);
+        world.run(&["pull"]).exits(4).says(&[
+            "trust any server",
+            "sslverify",
+            "git config --global",
+        ]);
+        world.git("host", &["config", key, "true"]);
+    }
+    // A proxy sees what it sees anyway, so it is used, and named without its password.
+    let proxy = "http://user:secret@proxy.example:3128";
+    world.git("host", &["config", "http.proxy", proxy]);
+    for args in [
+        &["status", "--fetch"][..],
+        &["pull"],
+        &["sync", "--yes"],
+        &["submodules", "update"],
+    ] {
+        let ran = world.run(args).exits(0);
+        assert!(
+            ran.err.contains("http.proxy") && ran.err.contains("proxy.example:3128"),
+            "{args:?}: {}",
+            ran.err
+        );
+        assert!(!ran.err.contains("secret"), "{}", ran.err);
+    }
+    world.git("host", &["config", "--unset", "http.proxy"]);
+    assert!(!world.run(&["pull"]).exits(0).err.contains("proxy"));
 }
 
 /// git takes a repository's `core.sshCommand` before the variable `GIT_SSH`.

@@ -2,6 +2,7 @@
 
 mod loss;
 mod pull;
+mod row;
 mod status;
 mod submodules;
 mod sync;

@@ -40,11 +40,13 @@ struct Pulled {
 impl Args {
     /// Does what was asked for.
     pub async fn run(self, repo: &Repo) -> Result<Exit, CliError> {
-        let status = repo.status().await?;
-        let (branch, upstream) = followed(repo, &status).await?;
-        let transports = repo.transports(Some(&upstream)).await?;
-        warn_of_ssh(repo);
-        let spinner = progress::spinner(format!("fetching {}", upstream.shown()));
+        let Course {
+            status,
+            branch,
+            upstream,
+            transports,
+            spinner,
+        } = Course::of(repo).await?;
         let before = repo.submodules().await?;
         let forward =
             fast_forward(repo, &status, &branch, &upstream, &transports, &spinner).await?;
@@ -100,8 +102,42 @@ pub(super) fn half_done(error: CliError, at: &str) -> CliError {
         .hint(hint)
 }
 
-/// Tells the owner of a repository why its own way of using ssh is not taken.
-pub(super) fn warn_of_ssh(repo: &Repo) {
+/// What `git pull` and `git sync` begin with: where the checkout stands, and what it is to take over. While it is there, a
+/// spinner says that it is being fetched.
+pub(super) struct Course {
+    pub status: Status,
+    pub branch: String,
+    pub upstream: Upstream,
+    pub transports: Vec<Transport>,
+    pub spinner: Progress,
+}
+
+impl Course {
+    pub async fn of(repo: &Repo) -> Result<Self, CliError> {
+        let status = repo.status().await?;
+        let (branch, upstream) = followed(repo, &status).await?;
+        let transports = repo.transports(Some(&upstream)).await?;
+        tell_own_ways(repo);
+        let spinner = progress::spinner(format!("fetching {}", upstream.shown()));
+        Ok(Self {
+            status,
+            branch,
+            upstream,
+            transports,
+            spinner,
+        })
+    }
+}
+
+/// Tells the owner of a repository why its own way of using ssh is not taken, and that its own way over https is.
+pub(super) fn tell_own_ways(repo: &Repo) {
+    for (key, value) in repo.detours() {
+        note(format!(
+            "note: the repository's own `{}` is in force: {}",
+            shown(&key),
+            shown(&value)
+        ));
+    }
     if repo.setting("core.sshcommand").is_some() {
         note(
             "note: the repository's own `core.sshCommand` is passed over; set it with `git config --global` and GIT_SSH_COMMAND, or in ~/.ssh/config",

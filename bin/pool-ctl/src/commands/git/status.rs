@@ -1,11 +1,12 @@
 //! `llorch-pool git status`.
 
-use pool_core::terminal::paint::{self, Cell, Style};
+use pool_core::terminal::paint;
 use pool_core::terminal::progress;
 use pool_core::terminal::{CliError, Exit, Format, print_json, print_table, say};
 use serde::Serialize;
 
-use super::submodules::{Row, rows};
+use super::pull::tell_own_ways;
+use super::row::{Row, rows};
 use super::{Printed, counted};
 use crate::git_wrapper::repo::{Changes, Repo, State, Upstream, short, shown};
 
@@ -47,6 +48,7 @@ impl Args {
         };
         if let (true, Some(upstream)) = (self.fetch, &upstream) {
             let transports = repo.transports(Some(upstream)).await?;
+            tell_own_ways(repo);
             let spinner = progress::spinner(format!("fetching {}", upstream.shown()));
             repo.fetch(upstream, &transports, &spinner).await?;
             drop(spinner);
@@ -120,7 +122,7 @@ fn show(report: &Report) -> Result<(), CliError> {
     let (even, odd): (Vec<_>, Vec<_>) = report
         .submodules
         .iter()
-        .partition(|row| row.state == State::InStep);
+        .partition(|row| row.state == State::InStep && row.nested.is_empty());
     if !report.submodules.is_empty() {
         say(format!(
             "\n{}, {} in step",
@@ -144,29 +146,5 @@ fn distance(ahead: Option<u64>, behind: Option<u64>) -> String {
             format!("{ahead} ahead, {behind} behind as of the last fetch")
         }
         _ => "not fetched yet, or gone".to_owned(),
-    }
-}
-
-impl Row {
-    /// The row of a table.
-    pub fn cells(&self) -> Vec<Cell> {
-        let style = match self.state {
-            State::InStep => Style::Good,
-            State::OnBranch => Style::Plain,
-            State::OutOfStep | State::Modified | State::Missing => Style::Warn,
-            State::Refused => Style::Bad,
-        };
-        let checked_out = match (&self.branch, &self.commit) {
-            (Some(branch), Some(commit)) => format!("{} ({})", short(commit), shown(branch)),
-            (_, Some(commit)) => short(commit).to_owned(),
-            (_, None) => String::new(),
-        };
-        vec![
-            shown(&self.path).into(),
-            Cell::new(self.state.as_str(), style),
-            short(&self.recorded).into(),
-            checked_out.into(),
-            self.note().into(),
-        ]
     }
 }

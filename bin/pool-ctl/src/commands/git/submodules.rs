@@ -9,12 +9,13 @@ use pool_core::terminal::{CliError, Exit, Format, print_json, print_table, say};
 use serde::Serialize;
 
 use super::loss::{Loss, Losses, not_without_yes};
-use super::pull::{fast_forward, followed, warn_of_ssh};
+use super::pull::{fast_forward, followed, tell_own_ways};
+use super::row::{Row, rows};
 use super::sync::set_one;
 use super::way::{Blocked, blocked, not_over_hidden};
 use super::{Action, Moved, Printed, counted, end_of, say_moved, some};
 use crate::git_wrapper::repo::{
-    Changes, Inspected, MAX_DEPTH, Repo, State, Submodule, Upstream, quoted, short, shown,
+    Inspected, MAX_DEPTH, Repo, State, Submodule, Upstream, quoted, short, shown,
 };
 use crate::git_wrapper::trust::{self, Transport};
 
@@ -34,7 +35,8 @@ pub enum Command {
     /// States: `in_step`; `out_of_step`, at another commit; `on_branch`; `modified`; `missing`, not fetched; `refused`.
     ///
     /// JSON: an array of `name`, `path`, `state`, `recorded`, `commit` and `branch` (null if there is none), `staged`,
-    /// `modified`, `conflicted`, `untracked` (lists of names), `problem` (why it is refused, or null).
+    /// `modified`, `conflicted`, `untracked` (lists of names), `problem` (why it is refused, or null), `nested` (paths of
+    /// submodules inside of it that are not in step).
     Status {
         /// Names or paths [default: all].
         #[arg(value_name = "NAME")]
@@ -102,40 +104,6 @@ struct Listed {
     problem: Option<String>,
 }
 
-/// What `status` shows of one.
-#[derive(Debug, Serialize)]
-pub(super) struct Row {
-    pub name: String,
-    pub path: String,
-    pub state: State,
-    pub recorded: String,
-    pub commit: Option<String>,
-    pub branch: Option<String>,
-    #[serde(flatten)]
-    pub changes: Changes,
-    pub problem: Option<String>,
-}
-
-impl Row {
-    /// What is worth knowing beyond the state.
-    pub fn note(&self) -> String {
-        let name = quoted(&self.path);
-        match self.state {
-            State::Refused => self.problem.clone().unwrap_or_default(),
-            State::Missing | State::OutOfStep => {
-                format!("llorch-pool git submodules update {name}")
-            }
-            State::Modified => {
-                let files = self.changes.tracked();
-                format!("{}: {}", counted(files.len() as u64, "file"), some(&files))
-            }
-            State::OnBranch if self.commit.as_deref() == Some(&self.recorded) => String::new(),
-            State::OnBranch => "not at the recorded commit".to_owned(),
-            State::InStep => String::new(),
-        }
-    }
-}
-
 #[derive(Serialize)]
 struct Followed {
     name: String,
@@ -182,8 +150,13 @@ async fn chosen(repo: &Repo, names: &[String]) -> Result<Vec<Submodule>, CliErro
     for name in names {
         let is = |one: &&Submodule| one.name == *name || one.path == name.trim_end_matches('/');
         let Some(one) = all.iter().find(is) else {
-            let hint = match all.len() {
-                0 => "this checkout has none".to_owned(),
+            let inside = |outer: &&Submodule| name.starts_with(&format!("{}/", outer.path));
+            let hint = match (all.len(), all.iter().find(inside)) {
+                (0, _) => "this checkout has none".to_owned(),
+                (_, Some(outer)) => format!(
+                    "one inside of another goes with the outer one: name {}",
+                    quoted(&outer.path)
+                ),
                 _ => {
                     let paths: Vec<_> = all.iter().map(|one| one.path.as_str()).collect();
                     format!("there are: {}", some(&paths))
@@ -232,25 +205,6 @@ async fn list(repo: &Repo, printed: Printed) -> Result<Exit, CliError> {
         )?,
     }
     Ok(Exit::Done)
-}
-
-/// What `status` shows of submodules.
-pub(super) async fn rows(repo: &Repo, submodules: &[Submodule]) -> Result<Vec<Row>, CliError> {
-    let mut rows = Vec::new();
-    for one in submodules {
-        let found = repo.inspect(one).await?;
-        rows.push(Row {
-            name: one.name.clone(),
-            path: one.path.clone(),
-            state: found.state,
-            recorded: one.recorded.clone(),
-            commit: found.status.commit,
-            branch: found.status.branch,
-            changes: found.status.changes,
-            problem: found.problem,
-        });
-    }
-    Ok(rows)
 }
 
 async fn status(repo: &Repo, names: &[String], printed: Printed) -> Result<Exit, CliError> {
@@ -491,7 +445,7 @@ async fn update(repo: &Repo, names: &[String], printed: Printed) -> Result<Exit,
         todo.push((submodule, found));
     }
     let transports = transports_of(repo).await?;
-    warn_of_ssh(repo);
+    tell_own_ways(repo);
     let spinner = progress::spinner("updating submodules");
     for (submodule, found) in &todo {
         if let State::Missing | State::OutOfStep = found.state {
@@ -597,7 +551,7 @@ async fn reset(
     let mut moved = Vec::new();
     let mut usable = Vec::new();
     let transports = transports_of(repo).await?;
-    warn_of_ssh(repo);
+    tell_own_ways(repo);
     let spinner = progress::spinner("looking at submodules");
     let mut losses = Losses::new(clean, &transports, &spinner);
     for submodule in &todo {
@@ -707,7 +661,7 @@ async fn set_branch(
     };
     not_with_work_in_it(&submodule, &found).await?;
     let transports = transports_of(repo).await?;
-    warn_of_ssh(repo);
+    tell_own_ways(repo);
     let upstream = Upstream {
         remote: "origin".to_owned(),
         branch: format!("refs/heads/{branch}"),

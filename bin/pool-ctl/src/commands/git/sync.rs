@@ -1,11 +1,10 @@
 //! `llorch-pool git sync`: what the remote has, whatever is here.
 
-use pool_core::terminal::progress;
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
 use super::loss::{self, Loss, Losses};
-use super::pull::{Forward, followed, half_done, warn_of_ssh};
+use super::pull::{Course, Forward, half_done};
 use super::submodules::Mover;
 use super::way::not_over_hidden;
 use super::{Moved, Printed, end_of, say_moved};
@@ -35,11 +34,13 @@ struct Synced {
 impl Args {
     /// Does what was asked for.
     pub async fn run(self, repo: &Repo) -> Result<Exit, CliError> {
-        let status = repo.status().await?;
-        let (branch, upstream) = followed(repo, &status).await?;
-        let transports = repo.transports(Some(&upstream)).await?;
-        warn_of_ssh(repo);
-        let spinner = progress::spinner(format!("fetching {}", upstream.shown()));
+        let Course {
+            status,
+            branch,
+            upstream,
+            transports,
+            spinner,
+        } = Course::of(repo).await?;
         let to = repo
             .fetch(&upstream, &transports, &spinner)
             .await
