@@ -1,0 +1,162 @@
+//! The rules of a job's stream.
+
+use std::collections::BTreeMap;
+
+use orchestrator_core::JobId;
+use orchestrator_core::api::events::{EventId, TaskEvent};
+use orchestrator_core::job::{JobErrorCode, JobStatus};
+
+use super::{Findings, JobRecord, Rule};
+
+/// What a reader has who followed a stream and kept its text.
+#[derive(Debug, Default)]
+pub(super) struct Followed {
+    /// The text that it kept.
+    pub(super) text: String,
+    /// The last event, where it came.
+    pub(super) ended: Option<TaskEvent>,
+    /// What was wrong with the order of text and ends.
+    pub(super) faults: Vec<String>,
+}
+
+/// Follows logged events; momentary ones are skipped.
+pub(super) fn follow<'a>(
+    events: impl IntoIterator<Item = (Option<EventId>, &'a TaskEvent)>,
+) -> Followed {
+    let mut followed = Followed::default();
+    let mut next_index = 0;
+    for (id, event) in events.into_iter().filter(|(_, event)| event.is_logged()) {
+        let at = id.map_or_else(|| "without an id".to_owned(), |id| id.to_string());
+        if let Some(last) = &followed.ended {
+            followed
+                .faults
+                .push(format!("`{}` {at} follows `{}`", event.name(), last.name()));
+            continue;
+        }
+        match event {
+            TaskEvent::Attempt(attempt) if !attempt.continues => {
+                next_index = 0;
+                followed.text.clear();
+            }
+            TaskEvent::Token(token) => {
+                if token.i != next_index {
+                    followed.faults.push(format!(
+                        "token {} stands in the place of {next_index}, event {at}",
+                        token.i
+                    ));
+                }
+                next_index = token.i + 1;
+                followed.text.push_str(&token.t);
+            }
+            TaskEvent::End(_) | TaskEvent::Error(_) => followed.ended = Some(event.clone()),
+            _ => {}
+        }
+    }
+    followed
+}
+
+/// The state of a job that ends with this event.
+pub(super) fn end_status(last: &TaskEvent) -> JobStatus {
+    match last {
+        TaskEvent::Error(error) => match error.code {
+            JobErrorCode::Cancelled => JobStatus::Cancelled,
+            JobErrorCode::Timeout => JobStatus::Expired,
+            _ => JobStatus::Failed,
+        },
+        _ => JobStatus::Completed,
+    }
+}
+
+/// Judges what one reader got of a job, against the job's log.
+pub(super) fn check_reader(
+    id: JobId,
+    reader: &str,
+    events: &[(Option<EventId>, TaskEvent)],
+    job: &JobRecord,
+    findings: &mut Findings,
+) {
+    let log: BTreeMap<EventId, &TaskEvent> =
+        job.events.iter().map(|(id, event)| (*id, event)).collect();
+    let mut place: Option<EventId> = None;
+    for (event_id, event) in events {
+        let fault = match (event_id, event.is_logged()) {
+            (None, false) => None,
+            (None, true) => Some(format!("`{}` has no id", event.name())),
+            (Some(at), false) => Some(format!(
+                "`{}` is momentary and has the id {at}",
+                event.name()
+            )),
+            (Some(at), true) => {
+                let before = place.replace(*at);
+                follows(before, *at).or_else(|| match log.get(at) {
+                    // What a crash kept from the log is void, or comes again under the same id.
+                    None => None,
+                    Some(logged) if *logged == event => None,
+                    Some(logged) => Some(format!(
+                        "event {at} is {event:?}, and {logged:?} in the log"
+                    )),
+                })
+            }
+        };
+        if let Some(fault) = fault {
+            findings.add(Rule::StreamIsWhole, id, format!("reader {reader}: {fault}"));
+        }
+    }
+    let followed = follow(events.iter().map(|(id, event)| (*id, event)));
+    for fault in followed.faults {
+        findings.add(Rule::StreamIsWhole, id, format!("reader {reader}: {fault}"));
+    }
+    let Some(last) = &followed.ended else {
+        return;
+    };
+    let told = end_status(last);
+    findings.add_unless(told == job.status, Rule::SameEverywhere, id, || {
+        format!(
+            "reader {reader} was told {told}, the database says {}",
+            job.status
+        )
+    });
+    let kept = follow(job.events.iter().map(|(id, event)| (Some(*id), event))).text;
+    findings.add_unless(followed.text == kept, Rule::SameEverywhere, id, || {
+        format!(
+            "reader {reader} kept another text than the log gives: {}",
+            difference(&followed.text, &kept)
+        )
+    });
+}
+
+/// What is wrong with an event `at` after `before`.
+fn follows(before: Option<EventId>, at: EventId) -> Option<String> {
+    let Some(before) = before else {
+        return (at.seq != 1).then(|| format!("it begins with event {at}"));
+    };
+    let next = if at.attempt == before.attempt {
+        at.seq == before.seq + 1
+    } else {
+        // The end of an attempt that a crash kept from the log does not count.
+        at.attempt > before.attempt && at.seq <= before.seq + 1
+    };
+    (!next).then(|| format!("event {at} follows {before}"))
+}
+
+/// Where two texts part.
+pub(super) fn difference(found: &str, expected: &str) -> String {
+    let same = found
+        .chars()
+        .zip(expected.chars())
+        .take_while(|(a, b)| a == b)
+        .count();
+    let part = |text: &str| {
+        text.chars()
+            .skip(same.saturating_sub(10))
+            .take(40)
+            .collect::<String>()
+    };
+    format!(
+        "after {same} characters {:?} stands in the place of {:?} ({} and {} characters)",
+        part(found),
+        part(expected),
+        found.chars().count(),
+        expected.chars().count()
+    )
+}
