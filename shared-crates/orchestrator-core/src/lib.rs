@@ -3,12 +3,18 @@
 //! Everything here is types, pure decisions and validation. `orchestratord` adds HTTP, SQLite and background work;
 //! `llorch` adds a command line.
 
+pub mod adopt;
 pub mod api;
 pub mod config;
+#[cfg(feature = "script")]
+pub mod decide;
 pub mod job;
 pub mod pool;
 pub mod queue;
 pub mod scheduler;
+#[cfg(feature = "script")]
+pub mod script;
+pub mod trace;
 
 pub use api::tasks::TaskSubmitRequest;
 pub use job::{Job, JobId, JobStatus};

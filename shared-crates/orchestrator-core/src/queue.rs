@@ -33,6 +33,8 @@ pub struct QueuedJob {
     pub turn: Option<u64>,
     /// About how many bytes its request takes.
     pub bytes: u64,
+    /// Most tokens that it may generate.
+    pub max_tokens: u32,
 }
 
 impl QueuedJob {
@@ -48,6 +50,7 @@ impl QueuedJob {
             placement: job.spec.placement.clone(),
             turn: None,
             bytes: job.spec.bytes(),
+            max_tokens: job.spec.max_tokens,
         }
     }
 }
@@ -266,6 +269,7 @@ mod tests {
             placement: Placement::default(),
             turn: None,
             bytes: 0,
+            max_tokens: 256,
         }
     }
 

@@ -419,7 +419,7 @@ pub(super) async fn recover(
     at: Timestamp,
 ) -> Result<Vec<Recovered>, StoreError> {
     let sql = "SELECT j.id, j.status, j.model, j.priority, j.session_id, j.placement, j.created_us, j.not_before_us, \
-               j.deadline_us, LENGTH(CAST(j.spec AS BLOB)) AS bytes, a.number, a.fence, a.pool_id, a.worker_id, a.outcome FROM jobs j \
+               j.deadline_us, LENGTH(CAST(j.spec AS BLOB)) AS bytes, json_extract(j.spec, '$.max_tokens') AS max_tokens, a.number, a.fence, a.pool_id, a.worker_id, a.outcome FROM jobs j \
                LEFT JOIN attempts a ON a.job_id = j.id \
                AND a.number = (SELECT MAX(number) FROM attempts WHERE job_id = j.id) WHERE j.status IN ('queued', 'dispatched', 'running') ORDER BY j.id";
     let rows = sqlx::query(sql).fetch_all(&mut *conn).await?;
@@ -470,6 +470,7 @@ async fn recover_one(
             placement: from_json(row.try_get("placement")?)?,
             turn: None,
             bytes: number(row.try_get("bytes")?)?,
+            max_tokens: number(row.try_get("max_tokens")?)?,
         },
         deadline: optional_time(row.try_get("deadline_us")?)?,
         attempt: latest + u32::from(orphaned),

@@ -4,4 +4,5 @@ pub mod error;
 pub mod events;
 pub mod models;
 pub mod pools;
+pub mod scheduler;
 pub mod tasks;

@@ -81,6 +81,7 @@ fn job_for(model: &str, placement: Placement) -> QueuedJob {
         placement,
         turn: None,
         bytes: 0,
+        max_tokens: 256,
     }
 }
 

@@ -1,0 +1,761 @@
+//! Traces: what the scheduler saw and what it decided, pass for pass, as JSON Lines.
+//!
+//! The first line is the [`Header`]. Then every pass has two: `saw` holds what has changed in the snapshot since the pass
+//! before, `decided` the decision. Replaying a trace rebuilds every snapshot, decides again with the same code, and
+//! compares the `decided` lines byte for byte. A last line `end` says why the recording ended; without one it was cut off.
+//!
+//! A trace holds ids, model references, names of pools, workers and sessions, sizes and times. It holds no prompt, no
+//! text, no token, and neither address nor secret of anything.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::api::scheduler::ScriptErrorKind;
+use crate::job::JobId;
+use crate::queue::QueuedJob;
+use crate::scheduler::{Action, Plan, PoolState, Snapshot, WaitReason};
+
+/// The version of the format. Readers refuse any other.
+pub const VERSION: u32 = 1;
+
+/// One line.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Line {
+    /// The first one.
+    Trace(Header),
+    /// What a pass saw.
+    Saw(Saw),
+    /// What it decided.
+    Decided(Decided),
+    /// The last one.
+    End(End),
+}
+
+/// What the whole trace is about.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Header {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The program that recorded it, with its version.
+    pub recorded_by: String,
+    /// When the recording began.
+    pub recorded_at: Timestamp,
+    /// The built-in policy in force.
+    pub policy: String,
+    /// Seconds after which a waiting batch job counts as interactive.
+    pub promote_after_s: u64,
+    /// What the operator says that pools cost.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub costs: BTreeMap<String, f64>,
+}
+
+/// What has changed since the pass before; since an empty snapshot, for the first.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Saw {
+    /// Number of the pass, from 1.
+    pub pass: u64,
+    /// The time.
+    pub now: Timestamp,
+    /// Jobs that wait no more.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub jobs_gone: Vec<JobId>,
+    /// Jobs that are new, or not what they were, with their places in the new order, in rising order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub jobs: Vec<(usize, Arc<QueuedJob>)>,
+    /// The whole order, where the others did not keep theirs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<Vec<JobId>>,
+    /// Pools that are gone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pools_gone: Vec<String>,
+    /// Pools that are new, or not what they were.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pools: Vec<Arc<PoolState>>,
+    /// What has changed of everything else in the snapshot, as a JSON merge patch (RFC 7386).
+    #[serde(skip_serializing_if = "Value::is_null")]
+    pub rest: Value,
+    /// Attempts that began to hold a slot.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub leased: Vec<Lease>,
+    /// Jobs whose attempt holds its slot no more.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub freed: Vec<JobId>,
+}
+
+/// An attempt that holds a slot of a worker.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Lease {
+    /// The job.
+    pub job: JobId,
+    /// The pool.
+    pub pool: String,
+    /// The worker.
+    pub worker: String,
+}
+
+/// Who decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum By {
+    /// The built-in policy.
+    BuiltIn,
+    /// The script.
+    Script,
+    /// The built-in policy, because the script was of no use.
+    Fallback(ScriptErrorKind),
+}
+
+/// What a pass decided.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Decided {
+    /// Number of the pass.
+    pub pass: u64,
+    /// Who decided.
+    pub by: By,
+    /// SHA-256 of the script in force.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub script: Option<String>,
+    /// What to do, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub actions: Vec<Action>,
+    /// Jobs that wait for another reason than at the pass before, in the order of their turns.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waits: Vec<(JobId, WaitReason)>,
+    /// When time alone makes the next decision another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wake: Option<Timestamp>,
+}
+
+/// Why a recording ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// Passes in the trace.
+    pub passes: u64,
+    /// Why.
+    pub reason: EndReason,
+}
+
+/// Why a recording ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndReason {
+    /// It was meant to.
+    Done,
+    /// Its reader was too slow.
+    Lagged,
+    /// The daemon stopped.
+    Shutdown,
+}
+
+/// Turns decisions into `decided` lines: only what is new of the waits is told.
+#[derive(Debug, Default)]
+pub struct Scribe {
+    passes: u64,
+    reasons: HashMap<JobId, WaitReason>,
+}
+
+impl Scribe {
+    /// Passes so far.
+    pub fn passes(&self) -> u64 {
+        self.passes
+    }
+
+    /// The decision of the next pass as it is written down.
+    pub fn write(
+        &mut self,
+        snapshot: &Snapshot,
+        plan: &Plan,
+        by: By,
+        script: Option<&str>,
+    ) -> Decided {
+        self.passes += 1;
+        let mut reasons = HashMap::with_capacity(plan.waiting.len());
+        let mut waits = Vec::new();
+        for job in &snapshot.jobs {
+            let Some(why) = plan.waiting.get(&job.id) else {
+                continue;
+            };
+            if self.reasons.get(&job.id) != Some(&why.reason) {
+                waits.push((job.id, why.reason));
+            }
+            reasons.insert(job.id, why.reason);
+        }
+        self.reasons = reasons;
+        Decided {
+            pass: self.passes,
+            by,
+            script: script.map(str::to_owned),
+            actions: plan.actions.clone(),
+            waits,
+            wake: plan.wake,
+        }
+    }
+}
+
+/// Records passes.
+#[derive(Debug)]
+pub struct Recorder {
+    scribe: Scribe,
+    jobs: Vec<Arc<QueuedJob>>,
+    pools: BTreeMap<String, Arc<PoolState>>,
+    rest: Value,
+    leases: HashMap<JobId, Lease>,
+}
+
+impl Default for Recorder {
+    fn default() -> Self {
+        Self {
+            scribe: Scribe::default(),
+            jobs: Vec::new(),
+            pools: BTreeMap::new(),
+            rest: Value::Object(serde_json::Map::new()),
+            leases: HashMap::new(),
+        }
+    }
+}
+
+impl Recorder {
+    /// Passes so far.
+    pub fn passes(&self) -> u64 {
+        self.scribe.passes()
+    }
+
+    /// The two lines of a pass.
+    pub fn pass(
+        &mut self,
+        snapshot: &Snapshot,
+        leases: &[Lease],
+        plan: &Plan,
+        by: By,
+        script: Option<&str>,
+    ) -> Result<[Line; 2], serde_json::Error> {
+        let mut saw = Saw {
+            pass: self.scribe.passes() + 1,
+            now: snapshot.now,
+            ..Saw::default()
+        };
+        self.jobs(snapshot, &mut saw);
+        self.pools(snapshot, &mut saw);
+        self.leases(leases, &mut saw);
+        let rest = rest_of(snapshot)?;
+        saw.rest = merge_patch(&self.rest, &rest).unwrap_or(Value::Null);
+        self.rest = rest;
+        let decided = self.scribe.write(snapshot, plan, by, script);
+        Ok([Line::Saw(saw), Line::Decided(decided)])
+    }
+
+    fn jobs(&mut self, snapshot: &Snapshot, saw: &mut Saw) {
+        let old: HashMap<JobId, &Arc<QueuedJob>> =
+            self.jobs.iter().map(|job| (job.id, job)).collect();
+        let new: HashSet<JobId> = snapshot.jobs.iter().map(|job| job.id).collect();
+        saw.jobs_gone = self
+            .jobs
+            .iter()
+            .map(|job| job.id)
+            .filter(|id| !new.contains(id))
+            .collect();
+        saw.jobs = snapshot
+            .jobs
+            .iter()
+            .enumerate()
+            .filter(|(_, job)| {
+                let known = old.get(&job.id);
+                !known
+                    .is_some_and(|known| Arc::ptr_eq(known, job) || known.as_ref() == job.as_ref())
+            })
+            .map(|(at, job)| (at, Arc::clone(job)))
+            .collect();
+        let mut rebuilt = self.jobs.clone();
+        place_jobs(&mut rebuilt, saw);
+        let in_order = |(a, b): (&Arc<QueuedJob>, &Arc<QueuedJob>)| a.id == b.id;
+        if !rebuilt.iter().zip(&snapshot.jobs).all(in_order) {
+            saw.order = Some(snapshot.jobs.iter().map(|job| job.id).collect());
+        }
+        self.jobs.clone_from(&snapshot.jobs);
+    }
+
+    fn pools(&mut self, snapshot: &Snapshot, saw: &mut Saw) {
+        let new: BTreeMap<String, Arc<PoolState>> = snapshot
+            .pools
+            .iter()
+            .map(|pool| (pool.id.clone(), Arc::clone(pool)))
+            .collect();
+        let gone = self.pools.keys().filter(|id| !new.contains_key(*id));
+        saw.pools_gone = gone.cloned().collect();
+        let changed = new.iter().filter(|(id, pool)| {
+            let known = self.pools.get(*id);
+            !known.is_some_and(|known| Arc::ptr_eq(known, pool) || known.as_ref() == pool.as_ref())
+        });
+        saw.pools = changed.map(|(_, pool)| Arc::clone(pool)).collect();
+        self.pools = new;
+    }
+
+    fn leases(&mut self, leases: &[Lease], saw: &mut Saw) {
+        let new: HashMap<JobId, Lease> = leases
+            .iter()
+            .map(|lease| (lease.job, lease.clone()))
+            .collect();
+        let held = |id: &JobId, lease: &Lease| new.get(id) == Some(lease);
+        saw.freed = self
+            .leases
+            .iter()
+            .filter(|(id, lease)| !held(id, lease))
+            .map(|(id, _)| *id)
+            .collect();
+        saw.freed.sort_unstable();
+        saw.leased = new
+            .iter()
+            .filter(|(id, lease)| self.leases.get(id) != Some(lease))
+            .map(|(_, lease)| lease.clone())
+            .collect();
+        saw.leased.sort_unstable_by_key(|lease| lease.job);
+        self.leases = new;
+    }
+}
+
+/// What a snapshot holds beside its time, its jobs and its pools.
+fn rest_of(snapshot: &Snapshot) -> Result<Value, serde_json::Error> {
+    let bare = Snapshot {
+        jobs: Vec::new(),
+        pools: Vec::new(),
+        ..snapshot.clone()
+    };
+    let mut rest = serde_json::to_value(bare)?;
+    if let Some(fields) = rest.as_object_mut() {
+        for other in ["now", "jobs", "pools"] {
+            fields.remove(other);
+        }
+    }
+    Ok(rest)
+}
+
+/// The patch that makes `old` into `new`, or `None` where they are equal.
+fn merge_patch(old: &Value, new: &Value) -> Option<Value> {
+    let (Value::Object(before), Value::Object(after)) = (old, new) else {
+        return (old != new).then(|| new.clone());
+    };
+    let mut patch = serde_json::Map::new();
+    for key in before.keys().filter(|key| !after.contains_key(*key)) {
+        patch.insert(key.clone(), Value::Null);
+    }
+    for (key, value) in after {
+        let change = match before.get(key) {
+            Some(known) => merge_patch(known, value),
+            None => Some(value.clone()),
+        };
+        patch.extend(change.map(|change| (key.clone(), change)));
+    }
+    (!patch.is_empty()).then_some(Value::Object(patch))
+}
+
+fn apply_patch(to: &mut Value, patch: &Value) {
+    let Value::Object(changes) = patch else {
+        *to = patch.clone();
+        return;
+    };
+    if !to.is_object() {
+        *to = Value::Object(serde_json::Map::new());
+    }
+    let Some(fields) = to.as_object_mut() else {
+        return;
+    };
+    for (key, change) in changes {
+        if change.is_null() {
+            fields.remove(key);
+        } else {
+            apply_patch(fields.entry(key.clone()).or_insert(Value::Null), change);
+        }
+    }
+}
+
+/// Takes out what is gone or changed, and puts what is new where it belongs.
+fn place_jobs(jobs: &mut Vec<Arc<QueuedJob>>, saw: &Saw) {
+    let out: HashSet<JobId> = saw
+        .jobs_gone
+        .iter()
+        .copied()
+        .chain(saw.jobs.iter().map(|(_, job)| job.id))
+        .collect();
+    if !out.is_empty() {
+        jobs.retain(|job| !out.contains(&job.id));
+    }
+    for (at, job) in &saw.jobs {
+        jobs.insert((*at).min(jobs.len()), Arc::clone(job));
+    }
+}
+
+/// Why a trace can't be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line} of the trace: {message}")]
+pub struct TraceError {
+    /// The line, from 1.
+    pub line: usize,
+    /// What is wrong with it.
+    pub message: String,
+}
+
+impl TraceError {
+    /// What to try next.
+    pub fn hint(&self) -> &'static str {
+        "traces are recorded with `llorch orchestrator scheduler record FILE`"
+    }
+}
+
+/// One pass of a trace.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PassRecord {
+    /// What it saw.
+    pub saw: Saw,
+    /// What it decided.
+    pub decided: Decided,
+    /// The same, byte for byte.
+    pub decided_line: String,
+}
+
+/// A whole trace.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Trace {
+    /// What it is about.
+    pub header: Header,
+    /// Its passes.
+    pub passes: Vec<PassRecord>,
+    /// Why it ended; `None` where it was cut off.
+    pub end: Option<End>,
+}
+
+impl Trace {
+    /// Reads a trace. A last pass that was cut off is left out.
+    pub fn read(text: &str) -> Result<Self, TraceError> {
+        let mut lines = text
+            .lines()
+            .enumerate()
+            .filter(|(_, line)| !line.trim().is_empty())
+            .map(|(index, line)| (index + 1, line))
+            .peekable();
+        let wrong = |line: usize, message: String| TraceError { line, message };
+        let (number, first) = lines
+            .next()
+            .ok_or_else(|| wrong(1, "it is empty".to_owned()))?;
+        let header = match serde_json::from_str::<Line>(first) {
+            Ok(Line::Trace(header)) if header.version == VERSION => header,
+            Ok(Line::Trace(Header { version, .. })) => {
+                let message = format!("it has version {version}; this program reads {VERSION}");
+                return Err(wrong(number, message));
+            }
+            Ok(_) => {
+                let message = "a trace begins with a `trace` line".to_owned();
+                return Err(wrong(number, message));
+            }
+            Err(error) => return Err(wrong(number, error.to_string())),
+        };
+        let mut trace = Self {
+            header,
+            passes: Vec::new(),
+            end: None,
+        };
+        let mut open: Option<Saw> = None;
+        while let Some((number, line)) = lines.next() {
+            let parsed = match serde_json::from_str::<Line>(line) {
+                Ok(parsed) => parsed,
+                // The last line of a recording that was killed.
+                Err(error) if error.is_eof() && lines.peek().is_none() => break,
+                Err(error) => return Err(wrong(number, error.to_string())),
+            };
+            let expected = trace.passes.len() as u64 + 1;
+            match (parsed, open.take()) {
+                (Line::Saw(saw), None) if saw.pass == expected => open = Some(saw),
+                (Line::Decided(decided), Some(saw)) if decided.pass == expected => {
+                    trace.passes.push(PassRecord {
+                        saw,
+                        decided,
+                        decided_line: line.to_owned(),
+                    });
+                }
+                (Line::End(end), None) => {
+                    trace.end = Some(end);
+                    break;
+                }
+                _ => {
+                    let message = format!("pass {expected} was expected");
+                    return Err(wrong(number, message));
+                }
+            }
+        }
+        Ok(trace)
+    }
+}
+
+/// Rebuilds the snapshots of a trace, one after another.
+#[derive(Debug)]
+pub struct Rebuild {
+    jobs: Vec<Arc<QueuedJob>>,
+    pools: BTreeMap<String, Arc<PoolState>>,
+    rest: Value,
+}
+
+impl Default for Rebuild {
+    fn default() -> Self {
+        Self {
+            jobs: Vec::new(),
+            pools: BTreeMap::new(),
+            rest: Value::Object(serde_json::Map::new()),
+        }
+    }
+}
+
+impl Rebuild {
+    /// The snapshot of the next pass.
+    pub fn next(&mut self, saw: &Saw) -> Result<Arc<Snapshot>, String> {
+        place_jobs(&mut self.jobs, saw);
+        if let Some(order) = &saw.order {
+            let mut by_id: HashMap<JobId, Arc<QueuedJob>> =
+                self.jobs.drain(..).map(|job| (job.id, job)).collect();
+            for id in order {
+                let job = by_id.remove(id).ok_or_else(|| {
+                    format!(
+                        "pass {}: the order names {id}, which does not wait",
+                        saw.pass
+                    )
+                })?;
+                self.jobs.push(job);
+            }
+        }
+        for id in &saw.pools_gone {
+            self.pools.remove(id);
+        }
+        for pool in &saw.pools {
+            self.pools.insert(pool.id.clone(), Arc::clone(pool));
+        }
+        if !saw.rest.is_null() {
+            apply_patch(&mut self.rest, &saw.rest);
+        }
+        let mut bare = self.rest.clone();
+        if let Some(fields) = bare.as_object_mut() {
+            fields.insert("now".to_owned(), Value::String(saw.now.to_string()));
+            fields.insert("jobs".to_owned(), Value::Array(Vec::new()));
+            fields.insert("pools".to_owned(), Value::Array(Vec::new()));
+        }
+        let mut snapshot: Snapshot =
+            serde_json::from_value(bare).map_err(|error| format!("pass {}: {error}", saw.pass))?;
+        snapshot.jobs.clone_from(&self.jobs);
+        snapshot.pools = self.pools.values().cloned().collect();
+        Ok(Arc::new(snapshot))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use jiff::SignedDuration;
+    use pool_core::worker::{Device, ModelFile, WorkerStatus};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::job::{Placement, Priority};
+    use crate::pool::PoolLiveness;
+    use crate::scheduler::{DeviceState, LeastLoaded, ModelState, Settings, WorkerState, schedule};
+
+    fn header() -> Header {
+        Header {
+            version: VERSION,
+            recorded_by: "test".into(),
+            recorded_at: Timestamp::UNIX_EPOCH,
+            policy: "least-loaded".into(),
+            promote_after_s: 300,
+            costs: BTreeMap::new(),
+        }
+    }
+
+    fn model(name: &str) -> ModelState {
+        ModelState {
+            model: name.parse().unwrap(),
+            file: ModelFile {
+                size_bytes: 1,
+                modified_ns: 1,
+                sha256: None,
+            },
+            needed_bytes: 10,
+        }
+    }
+
+    fn id(number: u8) -> JobId {
+        format!("job-01900000-0000-7000-8000-{number:012}")
+            .parse()
+            .unwrap()
+    }
+
+    /// A snapshot of a few jobs and pools, drawn from small numbers so that neighbours share much and differ in all ways.
+    fn any_snapshot() -> impl Strategy<Value = Snapshot> {
+        let job = (0u8..6, 0u8..2, 0u32..2);
+        let pool = (0u8..3, 0u32..3, any::<bool>());
+        (
+            proptest::collection::vec(job, 0..6),
+            proptest::collection::vec(pool, 0..3),
+            0u64..3,
+            proptest::option::of(0i64..2),
+        )
+            .prop_map(|(jobs, pools, turns, ttl)| {
+                let mut seen = HashSet::new();
+                let jobs = jobs.into_iter().filter(|(number, ..)| seen.insert(*number));
+                let jobs = jobs.map(|(number, of, max_tokens)| {
+                    Arc::new(QueuedJob {
+                        id: id(number),
+                        model: ["a", "b"][usize::from(of)].parse().unwrap(),
+                        priority: Priority::Interactive,
+                        session_id: (of == 1).then(|| "s".to_owned()),
+                        created_at: Timestamp::UNIX_EPOCH,
+                        not_before: None,
+                        placement: Placement::default(),
+                        turn: Some(u64::MAX),
+                        bytes: 1,
+                        max_tokens,
+                    })
+                });
+                let pools: BTreeMap<u8, _> = pools
+                    .into_iter()
+                    .map(|(number, active, draining)| {
+                        let worker = WorkerState {
+                            id: "w".into(),
+                            status: WorkerStatus::Ready,
+                            slots: 2,
+                            active,
+                            ..WorkerState::asked_for(
+                                &model("a"),
+                                Device::CPU,
+                                Timestamp::UNIX_EPOCH,
+                            )
+                        };
+                        let pool = PoolState {
+                            id: format!("pool-{number}"),
+                            liveness: PoolLiveness::Online,
+                            draining,
+                            devices: vec![DeviceState {
+                                device: Device::CPU,
+                                free_bytes: u64::MAX,
+                                total_bytes: u64::MAX,
+                            }],
+                            workers: vec![worker],
+                            models: vec![model("a")],
+                            disk_free_bytes: 0,
+                            downloads: vec![],
+                            refused_starts: vec![],
+                            refused_downloads: vec![],
+                            last_start: 0,
+                        };
+                        (number, Arc::new(pool))
+                    })
+                    .collect();
+                let sessions = (0..turns).map(|n| (format!("s{n}"), "pool-0".to_owned()));
+                Snapshot {
+                    now: Timestamp::from_second(i64::try_from(turns).unwrap()).unwrap(),
+                    started_at: Timestamp::UNIX_EPOCH,
+                    settings: Settings {
+                        idle_ttl: ttl.map(SignedDuration::from_secs),
+                        ..Settings::default()
+                    },
+                    jobs: jobs.collect(),
+                    pools: pools.into_values().collect(),
+                    sessions: sessions.collect(),
+                    sizes: BTreeMap::new(),
+                    turns,
+                }
+            })
+    }
+
+    fn text(lines: impl IntoIterator<Item = Line>) -> String {
+        lines
+            .into_iter()
+            .map(|line| serde_json::to_string(&line).unwrap() + "\n")
+            .collect()
+    }
+
+    proptest! {
+        // [ORCHCORE-150] Whatever changes from pass to pass, a trace gives back every snapshot, and deciding again gives
+        // back every decision, byte for byte.
+        #[test]
+        fn a_trace_gives_back_what_was_seen_and_decided(
+            snapshots in proptest::collection::vec(any_snapshot(), 1..8),
+        ) {
+            let mut recorder = Recorder::default();
+            let mut lines = vec![Line::Trace(header())];
+            for snapshot in &snapshots {
+                let plan = schedule(snapshot, &LeastLoaded);
+                lines.extend(
+                    recorder.pass(snapshot, &[], &plan, By::BuiltIn, None).unwrap(),
+                );
+            }
+            let trace = Trace::read(&text(lines)).unwrap();
+            prop_assert_eq!(trace.passes.len(), snapshots.len());
+            let (mut rebuild, mut scribe) = (Rebuild::default(), Scribe::default());
+            for (pass, original) in trace.passes.iter().zip(&snapshots) {
+                let snapshot = rebuild.next(&pass.saw).unwrap();
+                prop_assert_eq!(&*snapshot, original);
+                let plan = schedule(&snapshot, &LeastLoaded);
+                let decided = scribe.write(&snapshot, &plan, By::BuiltIn, None);
+                let line = serde_json::to_string(&Line::Decided(decided)).unwrap();
+                prop_assert_eq!(&line, &pass.decided_line);
+            }
+        }
+    }
+
+    // [ORCHCORE-151]
+    #[test]
+    fn a_damaged_trace_is_refused_with_its_line_and_one_that_was_cut_off_is_read() {
+        let error = |text: &str| Trace::read(text).unwrap_err();
+        assert_eq!(error("").line, 1);
+        assert_eq!(error("{}").line, 1);
+        assert_eq!(error("[1]").line, 1);
+        let newer = text([Line::Trace(Header {
+            version: 2,
+            ..header()
+        })]);
+        assert_eq!(
+            error(&newer).to_string(),
+            "line 1 of the trace: it has version 2; this program reads 1"
+        );
+        let saw = |pass| {
+            Line::Saw(Saw {
+                pass,
+                ..Saw::default()
+            })
+        };
+        let decided = |pass| {
+            Line::Decided(Decided {
+                pass,
+                by: By::BuiltIn,
+                script: None,
+                actions: vec![],
+                waits: vec![],
+                wake: None,
+            })
+        };
+        let skipped = text([Line::Trace(header()), saw(1), decided(1), saw(3)]);
+        assert_eq!(error(&skipped).line, 4);
+        let whole = text([
+            Line::Trace(header()),
+            saw(1),
+            decided(1),
+            saw(2),
+            decided(2),
+        ]);
+        for cut in 0..whole.len() {
+            match Trace::read(&whole[..cut]) {
+                Ok(trace) => assert!(trace.end.is_none() && trace.passes.len() <= 2, "{cut}"),
+                Err(error) => assert_eq!(error.line, 1, "{cut}: {error}"),
+            }
+        }
+        let end = End {
+            passes: 0,
+            reason: EndReason::Done,
+        };
+        let done = text([Line::Trace(header()), Line::End(end.clone())]);
+        assert_eq!(Trace::read(&done).unwrap().end, Some(end));
+    }
+}
