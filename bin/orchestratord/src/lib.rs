@@ -5,6 +5,7 @@
 
 mod api;
 mod app;
+mod claim;
 mod clock;
 mod dispatch;
 mod fleet;
@@ -27,14 +28,16 @@ use pool_core::catalog::Catalog;
 use pool_core::home::Home;
 use pool_core::secret::Secret;
 use pool_core::service::state_files::RunFiles;
-use pool_core::service::{ScopedToken, Service, ServiceOptions, Shutdown};
+use pool_core::service::{BindError, ScopedToken, Service, ServiceOptions, Shutdown};
 use tokio::task::JoinHandle;
 
 use app::{App, Orchestrator};
+use claim::Claim;
+pub use claim::Holder;
 use fleet::Fleet;
 use metrics::Metrics;
 use queue::LiveJob;
-use state::Store;
+use state::{Store, StoreError};
 
 const NAME: &str = "orchestratord";
 /// What is left after the connections ended has this long, and the database as long again.
@@ -42,8 +45,13 @@ const WIND_UP: Duration = Duration::from_secs(1);
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Runs the daemon until `shutdown` is requested.
-pub async fn run(config: OrchestratorConfig, home: Home, shutdown: Shutdown) -> anyhow::Result<()> {
-    Daemon::start(config, home, shutdown)
+pub async fn run(
+    config: OrchestratorConfig,
+    home: Home,
+    holder: Holder,
+    shutdown: Shutdown,
+) -> anyhow::Result<()> {
+    Daemon::start_over(config, home, holder, shutdown)
         .await?
         .finished()
         .await
@@ -78,6 +86,15 @@ pub struct Hinted {
     error: Box<dyn std::error::Error + Send + Sync>,
     /// What to try next.
     pub hint: String,
+}
+
+impl Hinted {
+    fn of(message: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
+        anyhow::Error::new(Self {
+            error: message.into().into(),
+            hint: hint.into(),
+        })
+    }
 }
 
 impl std::fmt::Display for Hinted {
@@ -119,18 +136,46 @@ impl Daemon {
         home: Home,
         shutdown: Shutdown,
     ) -> anyhow::Result<Self> {
+        Self::start_over(config, home, Holder::Respect, shutdown).await
+    }
+
+    /// As [`Daemon::start`], and says what to do about a daemon that holds the state folder already.
+    pub async fn start_over(
+        config: OrchestratorConfig,
+        home: Home,
+        holder: Holder,
+        shutdown: Shutdown,
+    ) -> anyhow::Result<Self> {
         home.ensure().map_err(|error| hinted(error.hint(), error))?;
         let state_dir = home.orchestratord_state();
-        let run_files = RunFiles::claim(&state_dir, NAME, VERSION)
-            .map_err(|error| hinted(error.hint(), error))?;
+        let claim = claim::claim(&state_dir, holder).await?;
         let tokens = Tokens::load(&config)?;
         let catalog = Catalog::load(&home).map_err(|error| hinted(Some(error.hint()), error))?;
-        let store = Store::open(&state_dir.join("jobs.db"))
-            .await
-            .map_err(|error| hinted(error.hint(), error))?;
+        let path = state_dir.join("jobs.db");
+        let (run_files, store, service) = match claim {
+            Claim::Ours(run_files) => {
+                let store = Store::open(&path).await;
+                let store = store.map_err(|error| hinted(error.hint(), error))?;
+                let service = Service::bind(config.bind, service_options(&config, &tokens)).await;
+                let service = service.map_err(|error| hinted(error.hint(), error))?;
+                (run_files, store, service)
+            }
+            Claim::Frozen(take_over) => {
+                let service = Service::bind(config.bind, service_options(&config, &tokens)).await;
+                // The frozen one may still have the address; then nothing has changed yet.
+                let service = service.map_err(|error| match error {
+                    BindError::InUse { .. } => take_over.address_in_use(error),
+                    error => hinted(error.hint(), error),
+                })?;
+                let store = Store::open(&path).await;
+                let store = store.map_err(|error| match error {
+                    StoreError::Locked => take_over.database_locked(error),
+                    error => hinted(error.hint(), error),
+                })?;
+                (take_over.finish(&state_dir)?, store, service)
+            }
+        };
 
-        let service = Service::bind(config.bind, service_options(&config, &tokens)).await;
-        let service = service.map_err(|error| hinted(error.hint(), error))?;
         let metrics = Metrics::new().context("could not make the metrics")?;
         let fleet = Fleet::new(tokens.pool);
         let app = Orchestrator::new(config, catalog, store, fleet, metrics, shutdown);
@@ -223,16 +268,31 @@ async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Resul
             result
         }
     });
+    let guard = tokio::spawn({
+        let app = Arc::clone(&app);
+        async move {
+            app.store.taken_over().await;
+            app.shutdown.trigger();
+        }
+    });
     service
         .serve(api::router(Arc::clone(&app)), app.shutdown.clone(), grace)
         .await;
+    guard.abort();
+    let _ = guard.await;
     let scheduled = scheduler.await.context("the scheduler's guard panicked")?;
     // Streams are closed; what is left are attempts that write down their last tokens. Their workers go on.
     app.finish_tasks(WIND_UP).await;
     let store = app.store.clone();
     drop(app);
+    let taken_over = store.is_taken_over();
     store.close(WIND_UP).await;
     tracing::info!("stopped");
     drop(run_files);
-    scheduled.context("the scheduler panicked")
+    scheduled.context("the scheduler panicked")?;
+    if taken_over {
+        let error = StoreError::TakenOver;
+        return Err(hinted(error.hint(), error));
+    }
+    Ok(())
 }

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use orchestrator_core::config::OrchestratorConfig;
-use orchestratord::Hinted;
+use orchestratord::{Hinted, Holder};
 use pool_core::home::Home;
 use pool_core::service::{Shutdown, report_failure, telemetry};
 use pool_core::settings::names_in_environment;
@@ -21,6 +21,10 @@ struct Args {
     /// Address to listen on; port 0 takes a free one.
     #[arg(long, value_name = "ADDR:PORT")]
     bind: Option<SocketAddr>,
+    /// Start although another orchestratord holds the jobs, if that one is frozen and does not answer. Should it wake up,
+    /// it can change nothing any more and ends by itself.
+    #[arg(long)]
+    take_over: bool,
 }
 
 #[tokio::main]
@@ -44,5 +48,9 @@ async fn start(args: Args) -> anyhow::Result<()> {
     if let Some(bind) = args.bind {
         config.bind = bind;
     }
-    orchestratord::run(config, home, Shutdown::on_signals()?).await
+    let holder = match args.take_over {
+        true => Holder::Replace,
+        false => Holder::Respect,
+    };
+    orchestratord::run(config, home, holder, Shutdown::on_signals()?).await
 }

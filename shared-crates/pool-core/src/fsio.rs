@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 /// Replaces `path` by `bytes` with the permission bits `mode`: a reader sees the old content or the new, never a
@@ -28,7 +28,20 @@ pub fn write_atomic(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>, mode: u32) 
 /// A lock on a file, held until dropped. The kernel lets go of it when the process dies, however it dies.
 #[derive(Debug)]
 pub struct LockGuard {
-    _file: File,
+    file: File,
+}
+
+impl LockGuard {
+    /// Whether the file that is locked still has the name `path`. Another process may have put a file of its own there
+    /// with [`replace_lock`].
+    pub fn is_at(&self, path: impl AsRef<Path>) -> io::Result<bool> {
+        let ours = self.file.metadata()?;
+        match fs::metadata(path) {
+            Ok(there) => Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 /// Waits for the exclusive lock on `path`, which is made (0600) if missing. The file is never removed: a lock on a
@@ -36,17 +49,30 @@ pub struct LockGuard {
 pub fn lock_exclusive(path: impl AsRef<Path>) -> io::Result<LockGuard> {
     let file = open_lock(path.as_ref())?;
     file.lock()?;
-    Ok(LockGuard { _file: file })
+    Ok(LockGuard { file })
 }
 
 /// As [`lock_exclusive`], but returns `None` at once when another process holds the lock.
 pub fn try_lock_exclusive(path: impl AsRef<Path>) -> io::Result<Option<LockGuard>> {
     let file = open_lock(path.as_ref())?;
     match file.try_lock() {
-        Ok(()) => Ok(Some(LockGuard { _file: file })),
+        Ok(()) => Ok(Some(LockGuard { file })),
         Err(TryLockError::WouldBlock) => Ok(None),
         Err(TryLockError::Error(error)) => Err(error),
     }
+}
+
+/// Puts a new file at `path` and takes its lock, whoever holds the lock of the file that was there. That one holds a file
+/// without a name from then on; [`LockGuard::is_at`] tells it so.
+pub fn replace_lock(path: impl AsRef<Path>) -> io::Result<LockGuard> {
+    let path = path.as_ref();
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let temp = tempfile::Builder::new()
+        .prefix(".lock-")
+        .tempfile_in(folder)?;
+    temp.as_file().lock()?;
+    let file = temp.persist(path).map_err(|error| error.error)?;
+    Ok(LockGuard { file })
 }
 
 /// Whether a process holds the lock on `path` that [`lock_exclusive`] takes. Looking holds nobody up for longer than the

@@ -25,7 +25,7 @@ const STOP_SLACK: Duration = Duration::from_secs(10);
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start the orchestrator in the background and return when it answers; one that runs already is left alone
-    Start(ConfigArgs),
+    Start(StartArgs),
     /// Stop the orchestrator; its jobs are stored and go on when it is back
     Stop,
     /// Show whether the orchestrator runs, and where it answers; exits with 3 if it does not run
@@ -38,12 +38,23 @@ pub enum Command {
     Logs(LogArgs),
 }
 
+/// Options of `llorch orchestrator start`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct StartArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Start although another one holds the jobs, if that one is frozen and does not answer; should it wake up, it can
+    /// change nothing any more and ends by itself
+    #[arg(long)]
+    take_over: bool,
+}
+
 impl Command {
     /// Runs the command.
     pub async fn run(self) -> Result<Exit, CliError> {
         let home = Home::from_env()?;
         match self {
-            Self::Start(ConfigArgs { config }) => start(&home, config).await,
+            Self::Start(args) => start(&home, args).await,
             Self::Stop => stop(&home).await,
             Self::Status { format } => status(&home, format).await,
             Self::Logs(args) => daemon_commands::show_log(&log_file(&home), args).await,
@@ -56,7 +67,11 @@ pub fn log_file(home: &Home) -> PathBuf {
     home.logs_dir().join(format!("{NAME}.log"))
 }
 
-async fn start(home: &Home, config: Option<PathBuf>) -> Result<Exit, CliError> {
+async fn start(home: &Home, args: StartArgs) -> Result<Exit, CliError> {
+    let StartArgs {
+        config: ConfigArgs { config },
+        take_over,
+    } = args;
     // Reading the settings here as well finds a mistake before there is a process to fail on it.
     OrchestratorConfig::load(home, config.as_deref()).map_err(|error| {
         CliError::caused(
@@ -66,7 +81,7 @@ async fn start(home: &Home, config: Option<PathBuf>) -> Result<Exit, CliError> {
         )
     })?;
     home.ensure()?;
-    daemon_commands::start(&DaemonSpec {
+    let mut spec = DaemonSpec {
         program: daemon::find_sibling(NAME)?,
         name: NAME,
         state_dir: home.orchestratord_state(),
@@ -74,8 +89,13 @@ async fn start(home: &Home, config: Option<PathBuf>) -> Result<Exit, CliError> {
         args: daemon_commands::config_args(config.as_deref())?,
         env: Vec::new(),
         start_timeout: START_TIMEOUT,
-    })
-    .await?;
+    };
+    if take_over {
+        spec.args.push("--take-over".into());
+        daemon_commands::start_beside(&spec).await?;
+    } else {
+        daemon_commands::start(&spec).await?;
+    }
     Ok(Exit::Done)
 }
 

@@ -143,8 +143,8 @@ pub(super) async fn submit(
     {
         return Ok(Submitted::Known(known, status));
     }
-    let sql = "INSERT INTO jobs (id, status, model, priority, session_id, placement, labels, max_attempts, spec, \
-               created_us, deadline_us, fence) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+    let sql = "INSERT INTO jobs (id, status, model, priority, session_id, placement, labels, max_attempts, created_us, \
+               deadline_us, fence) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
     sqlx::query(sql)
         .bind(job.id.to_string())
         .bind(job.status.as_str())
@@ -154,10 +154,14 @@ pub(super) async fn submit(
         .bind(to_json(&job.spec.placement)?)
         .bind(to_json(&job.spec.labels)?)
         .bind(i64::from(job.spec.max_attempts))
-        .bind(to_json(&job.spec)?)
         .bind(micros(job.created_at))
         .bind(job.deadline().map(micros))
         .bind(signed(job.fence)?)
+        .execute(&mut *conn)
+        .await?;
+    sqlx::query("INSERT INTO requests (job_id, spec) VALUES (?, ?)")
+        .bind(job.id.to_string())
+        .bind(to_json(&job.spec)?)
         .execute(&mut *conn)
         .await?;
     append(conn, job.id, std::slice::from_ref(first)).await?;
@@ -273,7 +277,8 @@ pub(super) async fn lease(
         .bind(micros(at))
         .execute(&mut *conn)
         .await?;
-    let sql = "UPDATE jobs SET status = ?, fence = ?, not_before_us = NULL WHERE id = ? RETURNING spec, started_us";
+    let sql = "UPDATE jobs SET status = ?, fence = ?, not_before_us = NULL WHERE id = ? \
+               RETURNING started_us, (SELECT spec FROM requests WHERE job_id = jobs.id) AS spec";
     let row = sqlx::query(sql)
         .bind(status.as_str())
         .bind(signed(fence)?)

@@ -5,6 +5,7 @@
 //! transaction.
 
 mod commands;
+mod holder;
 mod queries;
 mod schema;
 mod writer;
@@ -23,7 +24,9 @@ use orchestrator_core::job::{
 };
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::sqlite::{
+    SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
+};
 use sqlx::{ConnectOptions as _, SqlitePool};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
@@ -73,6 +76,15 @@ pub enum StoreError {
         /// The newest that this build knows.
         known: i64,
     },
+    /// Another run of the daemon has raised the epoch.
+    #[error("another orchestratord has taken over the job database")]
+    TakenOver,
+    /// Another process stands in the midst of a write.
+    #[error("another process holds the job database in the midst of a write")]
+    Locked,
+    /// The file is not sound.
+    #[error("the job database is damaged: {0}")]
+    Damaged(String),
     /// The linked SQLite has a known bug in its write-ahead log.
     #[error("this build contains SQLite {version}; 3.51.3 or later is needed")]
     OldLibrary {
@@ -95,6 +107,14 @@ impl StoreError {
                 Some("install the newer release again, or move the state folder away")
             }
             Self::KeyMismatch(_) => Some("use a new key for a new request"),
+            Self::TakenOver => Some("look for the other one with `llorch orchestrator status`"),
+            Self::Locked => Some(
+                "end that process (`kill -9 PID` if it is frozen): what it has not finished to write is undone",
+            ),
+            Self::Damaged(_) => Some(
+                "check the disk, move jobs.db and the files beside it away, and put a backup (`llorch orchestrator backup`) \
+                 in its place; `sqlite3 jobs.db .recover` saves what can still be read",
+            ),
             _ => None,
         }
     }
@@ -126,6 +146,27 @@ impl From<sqlx::Error> for StoreError {
         } else {
             Self::unavailable(error)
         }
+    }
+}
+
+/// The primary result code of SQLite's.
+fn sqlite_code(error: &sqlx::Error) -> Option<i32> {
+    let code = error.as_database_error()?.code()?;
+    Some(code.parse::<i32>().ok()? & 0xff)
+}
+
+/// What an error means while the database is being opened: nobody of ours uses it yet, and what is wrong stays wrong.
+fn while_opening(error: StoreError) -> StoreError {
+    const BUSY: i32 = 5;
+    const CORRUPT: i32 = 11;
+    const NOT_A_DATABASE: i32 = 26;
+    let StoreError::Unavailable(cause) = &error else {
+        return error;
+    };
+    match sqlite_code(cause) {
+        Some(BUSY) => StoreError::Locked,
+        Some(CORRUPT | NOT_A_DATABASE) => StoreError::Damaged(cause.to_string()),
+        _ => error,
     }
 }
 
@@ -277,8 +318,13 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the database at `path`, makes it if there is none (mode 0600), and brings it to this build's version.
+    /// Opens the database at `path`, makes it if there is none (mode 0600), and brings it to this build's version. From then
+    /// on it is this run's: an earlier one that still has it open can't write.
     pub async fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::open_now(path).await.map_err(while_opening)
+    }
+
+    async fn open_now(path: &Path) -> Result<Self, StoreError> {
         let io = |error: std::io::Error| StoreError::unavailable(sqlx::Error::Io(error));
         // Made here for its mode; SQLite gives its side files the same.
         OpenOptions::new()
@@ -293,12 +339,20 @@ impl Store {
             .filename(path)
             .busy_timeout(BUSY_TIMEOUT)
             .foreign_keys(true)
+            // Before the journal mode, which makes the file's first page.
+            .auto_vacuum(SqliteAutoVacuum::Incremental)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
+            // What is dropped is gone from the file, and not only from its tables.
+            .pragma("secure_delete", "ON")
             .disable_statement_logging();
         let mut conn = options.connect().await?;
         schema::check_library(&mut conn).await?;
-        schema::migrate(&mut conn).await?;
+        let version = schema::version(&mut conn).await?;
+        schema::check_for_damage(&mut conn, version).await?;
+        schema::migrate(&mut conn, version).await?;
+        schema::let_it_shrink(&mut conn).await?;
+        let epoch = holder::seize(&mut conn).await?;
         let read_only = SqliteConnectOptions::new()
             .filename(path)
             .busy_timeout(BUSY_TIMEOUT)
@@ -308,12 +362,23 @@ impl Store {
             .max_connections(READERS)
             .connect_with(read_only)
             .await?;
-        let (writer, task) = Writer::start(conn);
+        let (writer, task) = Writer::start(conn, epoch);
         Ok(Self {
             writer,
             readers,
             task: Arc::new(Mutex::new(Some(task))),
         })
+    }
+
+    /// Returns when another run of the daemon has taken over the database. From then on every write is refused as if the
+    /// store were closed.
+    pub async fn taken_over(&self) {
+        self.writer.taken_over().await;
+    }
+
+    /// Whether another run of the daemon has taken over the database.
+    pub fn is_taken_over(&self) -> bool {
+        self.writer.is_taken_over()
     }
 
     /// Closes the database once all its other users are gone, and waits for that at most `grace`.

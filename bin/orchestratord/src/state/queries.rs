@@ -27,7 +27,8 @@ pub(super) async fn job(
 ) -> Result<Option<(Job, EventId)>, StoreError> {
     // One transaction, so that state, attempts and text are of one moment.
     let mut transaction = pool.begin().await?;
-    let sql = "SELECT status, spec, created_us, started_us, ended_us, fence, usage, error FROM jobs WHERE id = ?";
+    let sql = "SELECT status, spec, created_us, started_us, ended_us, fence, usage, error FROM jobs \
+               JOIN requests ON job_id = id WHERE id = ?";
     let Some(row) = sqlx::query(sql)
         .bind(id.to_string())
         .fetch_optional(&mut *transaction)

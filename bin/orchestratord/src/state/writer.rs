@@ -2,16 +2,21 @@
 //! COMMIT; none is answered before it. So a hundred submits cost about as many syncs as one.
 
 use std::pin::Pin;
+use std::time::Duration;
 
 use sqlx::SqliteConnection;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 
 use super::StoreError;
+use super::holder::{self, Epoch};
 
 /// Most commands of one transaction: bounds how long the first of them waits for the last.
 const BATCH: usize = 256;
 /// Commands that may wait for the writer; senders beyond wait for room.
 const BACKLOG: usize = 1024;
+/// How often a writer with nothing to write looks whether the database is still its own.
+const LOOK: Duration = Duration::from_secs(2);
 
 pub(super) type Future<'a, T> = Pin<Box<dyn std::future::Future<Output = T> + Send + 'a>>;
 
@@ -70,13 +75,45 @@ where
 #[derive(Clone)]
 pub(super) struct Writer {
     commands: mpsc::Sender<Box<dyn Command>>,
+    taken_over: watch::Receiver<bool>,
 }
 
 impl Writer {
     /// Starts the writer on `conn`. It ends, and closes the connection, when every `Writer` is dropped.
-    pub(super) fn start(conn: SqliteConnection) -> (Self, tokio::task::JoinHandle<()>) {
+    pub(super) fn start(conn: SqliteConnection, epoch: Epoch) -> (Self, JoinHandle<()>) {
         let (commands, inbox) = mpsc::channel(BACKLOG);
-        (Self { commands }, tokio::spawn(write(conn, inbox)))
+        let (told, taken_over) = watch::channel(false);
+        let writer = Self {
+            commands,
+            taken_over,
+        };
+        let task = async move {
+            let mut held = Held { conn, epoch };
+            match held.write(inbox).await {
+                Ended::InOrder => held.close().await,
+                Ended::TakenOver => {
+                    tracing::error!(
+                        "another orchestratord has taken over the job database; this one writes no more"
+                    );
+                    told.send_replace(true);
+                }
+            }
+        };
+        (writer, tokio::spawn(task))
+    }
+
+    /// Returns when another run has taken over the database.
+    pub(super) async fn taken_over(&self) {
+        let mut taken_over = self.taken_over.clone();
+        // A writer that ended in order is gone without a word, and nobody can take anything over from it.
+        if taken_over.wait_for(|taken| *taken).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Whether another run has taken over the database.
+    pub(super) fn is_taken_over(&self) -> bool {
+        *self.taken_over.borrow()
     }
 
     /// Runs `work` in a transaction and returns once that is committed.
@@ -101,40 +138,80 @@ impl Writer {
     }
 }
 
-async fn write(mut conn: SqliteConnection, mut inbox: mpsc::Receiver<Box<dyn Command>>) {
-    let mut batch = Vec::new();
-    while inbox.recv_many(&mut batch, BATCH).await > 0 {
-        let broken = transact(&mut conn, &mut batch).await.err();
-        if let Some(error) = &broken {
-            end_if_sync_failed(error);
-            tracing::error!(%error, commands = batch.len(), "could not write to the database");
-            // SQLite may have rolled back by itself already; then this one has nothing to do.
-            let _ = execute(&mut conn, "ROLLBACK").await;
-        }
-        for command in batch.drain(..) {
-            command.answer(broken.clone());
-        }
-    }
-    if let Err(error) = sqlx::Connection::close(conn).await {
-        tracing::warn!(%error, "the database did not close in order");
-    }
+/// How the writer's work ended.
+enum Ended {
+    /// Nobody sends commands any more.
+    InOrder,
+    /// The database is another run's.
+    TakenOver,
 }
 
-async fn transact(
-    conn: &mut SqliteConnection,
-    batch: &mut [Box<dyn Command>],
-) -> Result<(), StoreError> {
-    execute(conn, "BEGIN IMMEDIATE").await?;
-    for command in batch {
-        execute(conn, "SAVEPOINT command").await?;
-        match command.run(conn).await {
-            Ran::Keep => {}
-            Ran::Undo => execute(conn, "ROLLBACK TO command").await?,
-            Ran::Broken(error) => return Err(error),
+/// The database as its one writer has it.
+struct Held {
+    conn: SqliteConnection,
+    epoch: Epoch,
+}
+
+impl Held {
+    async fn write(&mut self, mut inbox: mpsc::Receiver<Box<dyn Command>>) -> Ended {
+        let mut batch = Vec::new();
+        loop {
+            let received = tokio::select! {
+                received = inbox.recv_many(&mut batch, BATCH) => received,
+                // One that slept and has nothing to write shall end as well.
+                () = tokio::time::sleep(LOOK) => {
+                    match holder::check(&mut self.conn, self.epoch).await {
+                        Err(StoreError::TakenOver) => return Ended::TakenOver,
+                        _ => continue,
+                    }
+                }
+            };
+            if received == 0 {
+                return Ended::InOrder;
+            }
+            let broken = self.transact(&mut batch).await.err();
+            if let Some(error) = &broken {
+                end_if_sync_failed(error);
+                tracing::error!(%error, commands = batch.len(), "could not write to the database");
+                // SQLite may have rolled back by itself already; then this one has nothing to do.
+                let _ = execute(&mut self.conn, "ROLLBACK").await;
+            }
+            if let Some(StoreError::TakenOver) = broken {
+                // Those who sent commands learn from the closed store that this run is over: it has no word in what
+                // becomes of its jobs.
+                batch.clear();
+                return Ended::TakenOver;
+            }
+            for command in batch.drain(..) {
+                command.answer(broken.clone());
+            }
         }
-        execute(conn, "RELEASE command").await?;
     }
-    execute(conn, "COMMIT").await
+
+    async fn transact(&mut self, batch: &mut [Box<dyn Command>]) -> Result<(), StoreError> {
+        let conn = &mut self.conn;
+        execute(conn, "BEGIN IMMEDIATE").await?;
+        holder::check(conn, self.epoch).await?;
+        for command in batch {
+            execute(conn, "SAVEPOINT command").await?;
+            match command.run(conn).await {
+                Ran::Keep => {}
+                Ran::Undo => execute(conn, "ROLLBACK TO command").await?,
+                Ran::Broken(error) => return Err(error),
+            }
+            execute(conn, "RELEASE command").await?;
+        }
+        execute(conn, "COMMIT").await
+    }
+
+    async fn close(mut self) {
+        if let Err(error) = holder::release(&mut self.conn, self.epoch).await {
+            tracing::warn!(%error, "the database is checked for damage at the next start");
+        }
+        if let Err(error) = sqlx::Connection::close(self.conn).await {
+            tracing::warn!(%error, "the database did not close in order");
+        }
+    }
 }
 
 async fn execute(conn: &mut SqliteConnection, sql: &'static str) -> Result<(), StoreError> {

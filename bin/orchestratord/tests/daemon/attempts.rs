@@ -269,7 +269,7 @@ async fn a_job_whose_record_is_broken_fails_and_is_not_left_behind() {
     let path = orchestrator.home.path().join("state/orchestratord/jobs.db");
     let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
     let mut conn = options.connect().await.unwrap();
-    sqlx::query("UPDATE jobs SET spec = '{}' WHERE id = ?")
+    sqlx::query("UPDATE requests SET spec = '{}' WHERE job_id = ?")
         .bind(broken.to_string())
         .execute(&mut conn)
         .await

@@ -1,41 +1,17 @@
 //! The real binary, killed.
 
-use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use orchestrator_core::JobId;
 use orchestrator_core::api::tasks::{TaskAccepted, TaskView};
-use pool_core::client::ApiClient;
-use pool_core::run_files;
 use serde_json::json;
-use tokio::process::{Child, Command};
 
+use crate::process::start;
 use crate::support::{MODEL, eventually};
 
 /// Rounds of submits and kills; each has its own instant.
 const ROUNDS: u64 = 4;
-
-async fn start(home: &std::path::Path) -> (Child, ApiClient) {
-    let child = Command::new(env!("CARGO_BIN_EXE_orchestratord"))
-        .args(["--bind", "127.0.0.1:0"])
-        .env_clear()
-        .env("LLORCH_HOME", home)
-        .env("LLORCH_QUEUE_CAPACITY", "-1")
-        .env("LLORCH_LOG", "warn")
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap();
-    let state = home.join("state/orchestratord");
-    let url = eventually("the daemon's address", async || {
-        run_files::local_url(&state)
-    })
-    .await;
-    let client = ApiClient::new(&url, None).unwrap();
-    client.get::<serde_json::Value>("/health").await.unwrap();
-    (child, client)
-}
 
 // [ORCHD-001] P1: whatever was answered 202 is there after a SIGKILL at any instant.
 #[tokio::test(flavor = "multi_thread")]

@@ -7,6 +7,8 @@ mod attempts;
 mod crash;
 mod events;
 mod pools;
+mod process;
 mod restart;
 mod submit;
 mod support;
+mod take_over;

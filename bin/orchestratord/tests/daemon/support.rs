@@ -124,6 +124,11 @@ impl Orchestrator {
         (self.home, self.config)
     }
 
+    /// Returns when it ends by itself.
+    pub async fn ended(self) -> anyhow::Result<()> {
+        self.daemon.finished().await
+    }
+
     pub async fn restart(self) -> Self {
         let (home, config) = self.stop().await;
         Self::start_in(home, config).await.unwrap()
@@ -740,18 +745,24 @@ impl FakePool {
     }
 
     pub async fn register(&self, orchestrator: &Orchestrator) {
+        self.register_at(&orchestrator.client).await;
+    }
+
+    pub async fn register_at(&self, orchestrator: &ApiClient) {
         let _: IgnoredAny = orchestrator
-            .client
             .post("/v2/pools/register", &self.registration())
             .await
             .unwrap();
-        self.beat(orchestrator).await;
+        self.beat_at(orchestrator).await;
     }
 
     pub async fn beat(&self, orchestrator: &Orchestrator) {
+        self.beat_at(&orchestrator.client).await;
+    }
+
+    pub async fn beat_at(&self, orchestrator: &ApiClient) {
         let path = format!("/v2/pools/{}/heartbeat", self.id);
         let _: IgnoredAny = orchestrator
-            .client
             .post(&path, &self.next_heartbeat())
             .await
             .unwrap();

@@ -54,7 +54,7 @@ impl ClaimError {
 #[derive(Debug)]
 pub struct RunFiles {
     dir: PathBuf,
-    _lock: LockGuard,
+    lock: LockGuard,
 }
 
 impl RunFiles {
@@ -73,17 +73,33 @@ impl RunFiles {
                 pid,
             });
         };
+        Self::write(dir, lock, version).map_err(failed)
+    }
+
+    /// Claims `dir` whoever holds it. The holder keeps a lock that has no name any more, and takes away none of the files
+    /// when it ends. It is for the caller to see to it that it does no harm until then.
+    pub fn take_over(dir: &Path, version: &str) -> Result<Self, ClaimError> {
+        let failed = |source| ClaimError::Io {
+            dir: dir.to_path_buf(),
+            source,
+        };
+        fs::create_dir_all(dir).map_err(failed)?;
+        let lock = fsio::replace_lock(dir.join(LOCK)).map_err(failed)?;
+        Self::write(dir, lock, version).map_err(failed)
+    }
+
+    fn write(dir: &Path, lock: LockGuard, version: &str) -> io::Result<Self> {
         // What a killed predecessor left would send clients to a dead or, worse, a foreign port.
         let _ = fs::remove_file(dir.join(ADDR));
         let record = PidRecord {
-            process: ProcessIdentity::current().map_err(failed)?,
+            process: ProcessIdentity::current()?,
             version: version.to_owned(),
         };
-        let json = serde_json::to_vec_pretty(&record).map_err(|error| failed(error.into()))?;
-        fsio::write_atomic(dir.join(PID), json, 0o600).map_err(failed)?;
+        let json = serde_json::to_vec_pretty(&record)?;
+        fsio::write_atomic(dir.join(PID), json, 0o600)?;
         Ok(Self {
             dir: dir.to_path_buf(),
-            _lock: lock,
+            lock,
         })
     }
 
@@ -99,8 +115,16 @@ fn lock_soon(path: &Path) -> io::Result<Option<LockGuard>> {
     let deadline = Instant::now() + DYING;
     loop {
         let lock = fsio::try_lock_exclusive(path)?;
-        if lock.is_some() || Instant::now() >= deadline {
+        // A lock whose file lost its name to another's while it was being taken excludes nobody.
+        let taken = match &lock {
+            Some(lock) => lock.is_at(path)?,
+            None => false,
+        };
+        if taken {
             return Ok(lock);
+        }
+        if Instant::now() >= deadline {
+            return Ok(None);
         }
         thread::sleep(DYING / 50);
     }
@@ -108,6 +132,10 @@ fn lock_soon(path: &Path) -> io::Result<Option<LockGuard>> {
 
 impl Drop for RunFiles {
     fn drop(&mut self) {
+        // After a take-over they are another's.
+        if !self.lock.is_at(self.dir.join(LOCK)).unwrap_or(false) {
+            return;
+        }
         for name in [ADDR, PID] {
             let _ = fs::remove_file(self.dir.join(name));
         }

@@ -769,5 +769,14 @@ fn a_state_folder_has_one_daemon() {
     std::fs::write(state.join("addr"), "http://127.0.0.1:1").unwrap();
     let files = RunFiles::claim(&state, "testd", "1.2.4").unwrap();
     assert_eq!(run_files::local_url(&state), None);
+
+    // A taken folder is the new daemon's: the old one's end leaves its files alone, and a third one is refused.
+    let taken = RunFiles::take_over(&state, "1.2.5").unwrap();
+    taken.write_addr("127.0.0.1:9".parse().unwrap()).unwrap();
     drop(files);
+    assert_eq!(run_files::local_url(&state).unwrap(), "http://127.0.0.1:9");
+    assert_eq!(PidRecord::read(&state).unwrap().version, "1.2.5");
+    assert!(RunFiles::claim(&state, "testd", "1.2.6").is_err());
+    drop(taken);
+    RunFiles::claim(&state, "testd", "1.2.6").unwrap();
 }

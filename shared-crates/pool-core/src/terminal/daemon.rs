@@ -82,6 +82,17 @@ pub async fn start(spec: &DaemonSpec) -> Result<Running, CliError> {
     if let Some(running) = running_already(spec).await? {
         return Ok(running);
     }
+    launch(spec, true).await
+}
+
+/// As [`start`], but beside a daemon of the same state folder that is frozen: it is for the daemon, with its arguments, to
+/// take the folder from that one or to refuse.
+pub async fn start_beside(spec: &DaemonSpec) -> Result<Running, CliError> {
+    launch(spec, false).await
+}
+
+/// Starts the daemon and waits until it answers. `any_will_do`: one that somebody else started meanwhile is as good.
+async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<Running, CliError> {
     let could_not = |what: &str, error: &io::Error| {
         CliError::caused(Exit::Failed, format!("could not {what}"), error)
     };
@@ -96,7 +107,7 @@ pub async fn start(spec: &DaemonSpec) -> Result<Running, CliError> {
     loop {
         if let Some(exit) = child.try_wait()? {
             // Another start may have won the race for the state folder; then all is as the user wants it.
-            if let Some(running) = status(&spec.state_dir) {
+            if let Some(running) = status(&spec.state_dir).filter(|_| any_will_do) {
                 return Ok(Running {
                     already_running: true,
                     ..running

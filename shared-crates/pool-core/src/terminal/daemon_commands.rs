@@ -31,15 +31,23 @@ pub fn config_args(config: Option<&Path>) -> Result<Vec<OsString>, CliError> {
 
 /// Starts the daemon and says where it runs.
 pub async fn start(spec: &DaemonSpec) -> Result<(), CliError> {
-    let running = daemon::start(spec).await?;
+    say_running(spec.name, &daemon::start(spec).await?)
+}
+
+/// Starts the daemon beside one that is frozen, and says where it runs.
+pub async fn start_beside(spec: &DaemonSpec) -> Result<(), CliError> {
+    say_running(spec.name, &daemon::start_beside(spec).await?)
+}
+
+fn say_running(name: &str, running: &Running) -> Result<(), CliError> {
     let verb = if running.already_running {
         "runs already"
     } else {
         "runs"
     };
     say(format!(
-        "{} {} {verb} at {} (pid {})",
-        spec.name, running.version, running.url, running.process.pid
+        "{name} {} {verb} at {} (pid {})",
+        running.version, running.url, running.process.pid
     ))
 }
 
