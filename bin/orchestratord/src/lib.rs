@@ -34,10 +34,11 @@ use tokio::task::JoinHandle;
 use app::{App, Orchestrator};
 use claim::Claim;
 pub use claim::Holder;
+use dispatch::Found;
 use fleet::Fleet;
 use metrics::Metrics;
-use queue::LiveJob;
-use state::{Store, StoreError};
+use queue::{ActiveAttempt, LiveJob};
+use state::{Interrupted, Store, StoreError};
 
 const NAME: &str = "orchestratord";
 /// What is left after the connections ended has this long, and the database as long again.
@@ -177,7 +178,7 @@ impl Daemon {
         };
 
         let metrics = Metrics::new().context("could not make the metrics")?;
-        let fleet = Fleet::new(tokens.pool);
+        let fleet = Fleet::new(tokens.pool, config.recovery_window(), clock::now());
         let app = Orchestrator::new(config, catalog, store, fleet, metrics, shutdown);
         recover(&app).await?;
         let addr = service.local_addr();
@@ -230,29 +231,41 @@ fn is_pools_own(method: &Method, path: &str) -> bool {
     }
 }
 
-/// Puts every job that is not over where it belongs.
+/// Puts every job that is not over where it belongs: those that wait into the queue, those that run to their attempts.
 async fn recover(app: &App) -> anyhow::Result<()> {
-    let recovered = app
-        .store
-        .recover(clock::now())
-        .await
-        .context("could not read the jobs that are not over")?;
-    let interrupted = recovered.iter().filter(|job| job.interrupted).count();
-    let count = recovered.len();
+    let unreadable = "could not read the jobs that are not over";
+    let recovered = app.store.recover().await.context(unreadable)?;
+    let since = clock::now().saturating_sub(dispatch::ORPHANED_WITHIN);
+    let orphans = app.store.orphans(since.unwrap_or(jiff::Timestamp::MIN));
+    app.orphans.add(orphans.await.context(unreadable)?);
+    let (mut waiting, mut running) = (0, 0);
     for job in recovered {
         let (id, created_at) = (job.queued.id, job.queued.created_at);
-        app.jobs.insert(Arc::new(LiveJob::new(
-            id,
-            created_at,
-            job.deadline,
-            job.last_event,
-            job.attempt,
-        )));
-        app.orphans.add(job.orphan);
-        app.jobs.put(job.queued);
+        let live = LiveJob::new(id, created_at, job.deadline, job.last_event, job.attempt);
+        let live = Arc::new(live);
+        app.jobs.insert(Arc::clone(&live));
+        let Some(interrupted) = job.interrupted else {
+            waiting += 1;
+            app.jobs.put(job.queued);
+            continue;
+        };
+        running += 1;
+        live.hub.set_seen_more(interrupted.started);
+        let Interrupted {
+            pool_id, worker_id, ..
+        } = interrupted.clone();
+        let attempt = Arc::new(ActiveAttempt::new(pool_id, worker_id));
+        app.jobs.begin_attempt(id, Arc::clone(&attempt));
+        let found = Found {
+            live,
+            queued: job.queued,
+            attempt,
+            interrupted,
+        };
+        app.spawn(dispatch::take_up(Arc::clone(app), found));
     }
-    if count > 0 {
-        tracing::info!(jobs = count, interrupted, "jobs are waiting from before");
+    if waiting + running > 0 {
+        tracing::info!(waiting, running, "jobs are there from before");
     }
     Ok(())
 }

@@ -126,7 +126,7 @@ pub async fn submit(
         model: job.spec.model.clone(),
         queue_position: position,
     };
-    let first = live.hub.entry(TaskEvent::Queued(event), Vec::new());
+    let first = live.hub.entry(TaskEvent::Queued(event), Vec::new(), None);
     // Live before the commit shows it to lists and to others with the same key. Whoever finds it there waits at the gate.
     let gate = live.gate.lock().await;
     app.jobs.insert(Arc::clone(&live));
@@ -282,7 +282,7 @@ fn last_event(live: &LiveJob, end: End) -> Arc<LogEntry> {
         End::Completed(end) => TaskEvent::End(end),
         End::Error(error) => TaskEvent::Error(error),
     };
-    live.hub.entry(event, Vec::new())
+    live.hub.entry(event, Vec::new(), None)
 }
 
 /// Tells readers, the running attempt and the scheduler of an end. The caller holds the job's gate.

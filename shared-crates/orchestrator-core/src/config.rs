@@ -23,6 +23,10 @@ pub struct OrchestratorConfig {
     pub token_file: Option<PathBuf>,
     /// File with the token of the pools, mode 0600; `LLORCH_POOL_TOKEN` goes before it. Default: none.
     pub pool_token_file: Option<PathBuf>,
+    /// Milliseconds after a start, and after the last of all pools fell silent, in which silence means nothing: no attempt
+    /// is given up because its pool is not heard. Default 20000, a little more than the default interval of the pools'
+    /// heartbeats; make it longer where theirs is.
+    pub recovery_window_ms: u64,
     /// The queue of waiting jobs.
     pub queue: QueueConfig,
     /// Bounds of the HTTP server.
@@ -35,6 +39,7 @@ impl Default for OrchestratorConfig {
             bind: SocketAddr::from(([127, 0, 0, 1], 8080)),
             token_file: None,
             pool_token_file: None,
+            recovery_window_ms: 20_000,
             queue: QueueConfig::default(),
             service: ServiceConfig::default(),
         }
@@ -127,6 +132,11 @@ impl OrchestratorConfig {
             settings::variables::<PoolConfig>(&pool_core::config::ALIASES).unwrap_or_default();
         let pools: Vec<&str> = pools.iter().map(String::as_str).collect();
         settings::unknown_variables(set, &own, &pools)
+    }
+
+    /// How long silence that may be our own fault means nothing.
+    pub fn recovery_window(&self) -> SignedDuration {
+        SignedDuration::from_millis(i64::try_from(self.recovery_window_ms).unwrap_or(i64::MAX))
     }
 
     /// Refuses values that are readable and make no sense.

@@ -97,7 +97,10 @@ fn story() -> Story {
         .collect();
     read.insert(
         2,
-        (None, event("metrics", json!({"prefill_tokens": 3, "tokens_out": 0}))),
+        (
+            None,
+            event("metrics", json!({"prefill_tokens": 3, "tokens_out": 0})),
+        ),
     );
     let history = vec![
         Observation::Acknowledged {

@@ -1,13 +1,18 @@
-//! Executions that an earlier run of the daemon left at workers. Their jobs wait to run anew, or are over; until the worker
-//! hears that, it spends a slot on text that nobody will read.
+//! Executions whose workers may not have heard that nobody waits for them any more, because the daemon ended in between or
+//! the pool was away. Until a worker hears it, it spends a slot on text that nobody will read.
 
 use std::sync::{Mutex, PoisonError};
+
+use jiff::SignedDuration;
 
 use super::worker;
 use crate::app::App;
 use crate::clock;
 use crate::fleet::Fate;
 use crate::state::Orphan;
+
+/// How far back a start looks for executions that may still run. None runs for so long.
+pub const ORPHANED_WITHIN: SignedDuration = SignedDuration::from_hours(24);
 
 /// The orphans of pools that have not spoken yet.
 #[derive(Debug, Default)]
@@ -40,12 +45,23 @@ pub fn cancel_orphans(app: &App, pool: &str) {
         };
         orphan.pool_id == pool && settled()
     });
-    for orphan in known {
+    // One after the other: there may be many of them, and a worker has other things to do.
+    let reachable: Vec<_> = known
+        .into_iter()
+        .filter_map(|orphan| Some((app.fleet.endpoint(pool, &orphan.worker_id)?, orphan)))
+        .collect();
+    if reachable.is_empty() {
         // A worker that is gone took its executions with it.
-        let Some(endpoint) = app.fleet.endpoint(pool, &orphan.worker_id) else {
-            continue;
-        };
-        tracing::info!(job = %orphan.job, pool, worker = orphan.worker_id, "cancelling what a restart left behind");
-        app.spawn(async move { worker::cancel(&endpoint, orphan.job, orphan.fence).await });
+        return;
     }
+    tracing::info!(
+        pool,
+        executions = reachable.len(),
+        "cancelling what nobody waits for any more"
+    );
+    app.spawn(async move {
+        for (endpoint, orphan) in reachable {
+            worker::cancel(&endpoint, orphan.job, orphan.fence).await;
+        }
+    });
 }

@@ -14,6 +14,8 @@ pub(super) enum Verdict {
     Failed(JobError),
     /// Another attempt may follow.
     Lost(String),
+    /// Its worker has not what an attempt of before a restart left there; the attempt does not count.
+    NotFound(String),
     /// The worker had no room; the attempt does not count.
     Refused(String),
     /// The record does not let the job go on.
@@ -31,6 +33,7 @@ impl Verdict {
             Self::Finished(_) => "completed",
             Self::Failed(_) => "failed",
             Self::Lost(_) => "lost",
+            Self::NotFound(_) => "not_found",
             Self::Refused(_) => "refused",
             Self::Broken => "broken",
             Self::Over => "over",

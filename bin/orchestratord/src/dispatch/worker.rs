@@ -6,19 +6,19 @@ use futures_util::StreamExt as _;
 use orchestrator_core::JobId;
 use orchestrator_core::job::Input;
 use pool_core::api::pool::WorkerEndpoint;
-use pool_core::api::worker::{CancelRequest, CancelResponse, ExecuteRequest, WorkerEvent};
+use pool_core::api::worker::{
+    CancelRequest, CancelResponse, ExecuteRequest, NEWEST_EVENT, Resume, WorkerEvent,
+};
 use pool_core::client::{ApiClient, ClientError, EventStream, Method};
 use pool_core::secret::Secret;
 
-use crate::state::Lease;
+use crate::state::{Lease, Seam};
 
 /// How long a worker may take to answer; generating is no part of it.
 const ANSWER: Duration = Duration::from_secs(10);
-/// The pauses before a broken stream is opened again: for a connection that was cut, not for a worker that is away.
-const PAUSES: [Duration; 2] = [Duration::from_millis(50), Duration::from_millis(250)];
 
-/// What the worker is asked to do.
-pub(super) fn request(job: JobId, lease: &Lease) -> ExecuteRequest {
+/// What the worker is asked to do: to go on after the tokens of the seam, where readers were shown any.
+pub(super) fn request(job: JobId, lease: &Lease, seam: Seam) -> ExecuteRequest {
     let spec = &lease.spec;
     let (prompt, messages) = match &spec.input {
         Input::Prompt(prompt) => (Some(prompt.clone()), None),
@@ -36,7 +36,14 @@ pub(super) fn request(job: JobId, lease: &Lease) -> ExecuteRequest {
         seed: spec.seed,
         max_tokens: spec.max_tokens,
         stop: spec.stop.clone(),
-        resume: None,
+        // Whether it may go on is for the worker to say, which knows its file and its build. Tokens of which nobody
+        // knows what they came from are of no use to it.
+        resume: seam.origin.map(|origin| Resume {
+            token_ids: seam.token_ids,
+            next_index: Some(seam.next_index),
+            origin: Some(origin),
+            seen_more: seam.seen_more,
+        }),
     }
 }
 
@@ -53,6 +60,8 @@ pub(super) struct Connection {
     job: JobId,
     stream: Option<EventStream>,
     last_id: Option<String>,
+    /// The newest event that the execution had when the stream was opened first.
+    newest: Option<u64>,
 }
 
 impl Connection {
@@ -63,38 +72,43 @@ impl Connection {
             job,
             stream: None,
             last_id: None,
+            newest: None,
         })
     }
 
     /// Starts the execution.
-    pub(super) async fn execute(&mut self, request: &ExecuteRequest) -> Result<(), ClientError> {
-        let call = self.client.request(Method::POST, "/execute").json(request);
+    pub(super) async fn execute(&mut self, request: ExecuteRequest) -> Result<(), ClientError> {
+        let call = self.client.request(Method::POST, "/execute").json(&request);
+        drop(request);
         self.stream = Some(self.client.events(call).await?);
         Ok(())
     }
 
-    /// Opens the stream again after the last event that came.
-    pub(super) async fn reattach(&mut self) -> Result<(), ClientError> {
+    /// Opens the stream after the last event that came.
+    pub(super) async fn attach(&mut self) -> Result<(), ClientError> {
         self.stream = None;
         let path = format!("/executions/{}/events", self.job);
-        let mut last = None;
-        for pause in PAUSES {
-            tokio::time::sleep(pause).await;
-            let mut call = self.client.request(Method::GET, &path);
-            if let Some(id) = &self.last_id {
-                call = call.header("last-event-id", id);
-            }
-            match self.client.events(call).await {
-                Ok(stream) => {
-                    self.stream = Some(stream);
-                    return Ok(());
-                }
-                // It knows nothing of the execution, or does not want us: asking again changes nothing.
-                Err(error @ ClientError::Api { .. }) => return Err(error),
-                Err(error) => last = Some(error),
-            }
+        let mut call = self.client.request(Method::GET, &path);
+        if let Some(id) = &self.last_id {
+            call = call.header("last-event-id", id);
         }
-        Err(last.unwrap_or_else(|| self.broken("it was not opened")))
+        let stream = self.client.events(call).await?;
+        if self.newest.is_none() {
+            self.newest = stream.header(NEWEST_EVENT).and_then(|id| id.parse().ok());
+        }
+        self.stream = Some(stream);
+        Ok(())
+    }
+
+    /// Whether all events have come that the execution had when the stream was opened first.
+    pub(super) fn has_caught_up(&self) -> bool {
+        let last = self
+            .last_id
+            .as_deref()
+            .map_or(Some(0), |id| id.parse().ok());
+        self.newest
+            .zip(last)
+            .is_some_and(|(newest, last)| last >= newest)
     }
 
     /// The next event. An error means that the stream has to be opened again. Safe to drop half-way.

@@ -17,6 +17,7 @@ use pool_core::client::{ApiClient, ClientError};
 use pool_core::secret::Secret;
 use pool_core::worker::{Device, WorkerInfo};
 use pool_core::{ModelRef, POOL_API_VERSION};
+use tokio::sync::watch;
 
 use overlay::{Load, Overlay};
 
@@ -75,6 +76,11 @@ pub enum Fate {
 pub struct Fleet {
     inner: Mutex<Inner>,
     token: Option<Secret>,
+    /// When the daemon started.
+    started_at: Timestamp,
+    /// How long silence that may be our own fault counts for nothing.
+    window: SignedDuration,
+    heard: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -123,12 +129,42 @@ impl Pool {
 }
 
 impl Fleet {
-    /// No pool yet. `token` opens the pools.
-    pub fn new(token: Option<Secret>) -> Self {
+    /// No pool yet. `token` opens the pools; silence counts for nothing before `window` has passed since `now`, and since
+    /// the moment at which no pool was heard any more.
+    pub fn new(token: Option<Secret>, window: SignedDuration, now: Timestamp) -> Self {
         Self {
             inner: Mutex::default(),
             token,
+            started_at: now,
+            window,
+            heard: watch::Sender::new(()),
         }
+    }
+
+    /// Wakes whenever a pool spoke.
+    pub fn subscribe(&self) -> watch::Receiver<()> {
+        self.heard.subscribe()
+    }
+
+    /// When the pool spoke last.
+    pub fn last_heard(&self, pool: &str) -> Option<Timestamp> {
+        let inner = self.lock();
+        inner.pools.get(pool).map(|pool| pool.last_heartbeat)
+    }
+
+    /// From when on a pool's silence says something about the pool. After a start all of them have to find us again, and
+    /// where all are silent at once the fault is probably ours.
+    fn silence_counts_from(&self, inner: &Inner, now: Timestamp) -> Timestamp {
+        let offline = inner
+            .pools
+            .values()
+            .map(|pool| PoolLiveness::deadlines(pool.last_heartbeat, pool.interval)[1]);
+        let none_left = offline.max().filter(|at| *at <= now);
+        none_left
+            .unwrap_or(self.started_at)
+            .max(self.started_at)
+            .saturating_add(self.window)
+            .unwrap_or(Timestamp::MAX)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -235,6 +271,8 @@ impl Fleet {
             .collect();
         overlay.heard(id, &snapshot.status, now);
         pool.status = Some(snapshot.status);
+        drop(inner);
+        self.heard.send_replace(());
         Ok(())
     }
 
@@ -283,11 +321,18 @@ impl Fleet {
     /// What became of a worker.
     pub fn fate(&self, pool_id: &str, worker: &str, now: Timestamp) -> Fate {
         let inner = self.lock();
+        let away = |why: &str| {
+            if now < self.silence_counts_from(&inner, now) {
+                Fate::Alive
+            } else {
+                Fate::PoolAway(format!("pool `{pool_id}` {why}"))
+            }
+        };
         let Some(pool) = inner.pools.get(pool_id) else {
-            return Fate::PoolAway(format!("pool `{pool_id}` has left"));
+            return away("has left");
         };
         if pool.liveness(now) == PoolLiveness::Offline {
-            return Fate::PoolAway(format!("pool `{pool_id}` is not heard from"));
+            return away("is not heard from");
         }
         match pool.worker(worker) {
             Some(worker) if worker.status.is_live() => Fate::Alive,
@@ -348,6 +393,7 @@ impl Fleet {
             .flat_map(|pool| PoolLiveness::deadlines(pool.last_heartbeat, pool.interval));
         liveness
             .chain(inner.overlay.deadlines())
+            .chain([self.silence_counts_from(&inner, now)])
             .filter(|at| *at > now)
             .min()
     }

@@ -7,13 +7,14 @@ use orchestrator_core::api::events::EventId;
 use orchestrator_core::job::{AttemptOutcome, Job, JobEvent};
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
+use pool_core::api::worker::Origin;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row as _, SqliteConnection};
 
 use super::{
-    Ending, IdempotencyKey, Lease, LogEntry, Orphan, Progress, Recovered, Requeue, StoreError,
+    Ending, IdempotencyKey, Interrupted, Lease, LogEntry, Progress, Recovered, Requeue, StoreError,
     Submitted,
 };
 
@@ -23,6 +24,8 @@ pub(super) struct StoredEvent<E> {
     pub(super) e: E,
     #[serde(default = "Vec::new", skip_serializing_if = "Vec::is_empty")]
     pub(super) ids: Vec<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) from: Option<Origin>,
 }
 
 pub(super) fn micros(at: Timestamp) -> i64 {
@@ -41,7 +44,7 @@ pub(super) fn number<T: TryFrom<i64>>(value: i64) -> Result<T, StoreError> {
     T::try_from(value).map_err(|_| StoreError::corrupt(format!("{value} is out of range")))
 }
 
-fn signed(value: u64) -> Result<i64, StoreError> {
+pub(super) fn signed(value: u64) -> Result<i64, StoreError> {
     i64::try_from(value).map_err(StoreError::corrupt)
 }
 
@@ -225,6 +228,7 @@ async fn append(
             .map(|entry| StoredEvent {
                 e: &entry.event,
                 ids: entry.token_ids.clone(),
+                from: entry.origin.clone(),
             })
             .collect();
         sqlx::query("INSERT INTO events (job_id, attempt, first_seq, last_seq, payload) VALUES (?, ?, ?, ?, ?)")
@@ -239,6 +243,40 @@ async fn append(
     Ok(())
 }
 
+/// The attempts at a job with a lower fence.
+pub(super) struct Earlier {
+    pub(super) count: u32,
+    pub(super) lost: u32,
+    pub(super) last_reason: Option<String>,
+}
+
+pub(super) async fn earlier(
+    conn: &mut SqliteConnection,
+    job: JobId,
+    fence: u64,
+) -> Result<Earlier, StoreError> {
+    let sql = "SELECT outcome, reason FROM attempts WHERE job_id = ? AND fence < ? ORDER BY number";
+    let rows = sqlx::query(sql)
+        .bind(job.to_string())
+        .bind(signed(fence)?)
+        .fetch_all(conn)
+        .await?;
+    let mut lost = 0;
+    let mut last_reason = None;
+    for row in &rows {
+        let outcome: Option<&str> = row.try_get("outcome")?;
+        if let Some(outcome) = outcome {
+            lost += u32::from(parse_outcome(outcome)?.counts());
+        }
+        last_reason = row.try_get("reason")?;
+    }
+    Ok(Earlier {
+        count: u32::try_from(rows.len()).map_err(StoreError::corrupt)?,
+        lost,
+        last_reason,
+    })
+}
+
 pub(super) async fn lease(
     conn: &mut SqliteConnection,
     job: JobId,
@@ -251,21 +289,12 @@ pub(super) async fn lease(
     let fence = head.fence + 1;
     let id = job.to_string();
 
-    let earlier =
-        sqlx::query("SELECT outcome, reason FROM attempts WHERE job_id = ? ORDER BY number")
-            .bind(&id)
-            .fetch_all(&mut *conn)
-            .await?;
-    let mut lost = 0;
-    let mut last_reason = None;
-    for row in &earlier {
-        let outcome: Option<&str> = row.try_get("outcome")?;
-        if let Some(outcome) = outcome {
-            lost += u32::from(parse_outcome(outcome)?.counts());
-        }
-        last_reason = row.try_get("reason")?;
-    }
-    let attempt = u32::try_from(earlier.len() + 1).map_err(StoreError::corrupt)?;
+    let Earlier {
+        count,
+        lost,
+        last_reason,
+    } = earlier(conn, job, fence).await?;
+    let attempt = count + 1;
 
     let sql = "INSERT INTO attempts (job_id, number, fence, pool_id, worker_id, leased_us) VALUES (?, ?, ?, ?, ?, ?)";
     sqlx::query(sql)
@@ -419,18 +448,17 @@ pub(super) async fn requeue(
     .await
 }
 
-pub(super) async fn recover(
-    conn: &mut SqliteConnection,
-    at: Timestamp,
-) -> Result<Vec<Recovered>, StoreError> {
+pub(super) async fn recover(conn: &mut SqliteConnection) -> Result<Vec<Recovered>, StoreError> {
     let sql = "SELECT j.id, j.status, j.model, j.priority, j.session_id, j.placement, j.created_us, j.not_before_us, \
-               j.deadline_us, LENGTH(CAST(j.spec AS BLOB)) AS bytes, json_extract(j.spec, '$.max_tokens') AS max_tokens, a.number, a.fence, a.pool_id, a.worker_id, a.outcome FROM jobs j \
-               LEFT JOIN attempts a ON a.job_id = j.id \
-               AND a.number = (SELECT MAX(number) FROM attempts WHERE job_id = j.id) WHERE j.status IN ('queued', 'dispatched', 'running') ORDER BY j.id";
+               j.deadline_us, LENGTH(CAST(r.spec AS BLOB)) AS bytes, json_extract(r.spec, '$.max_tokens') AS max_tokens, \
+               a.number, a.fence, a.pool_id, a.worker_id, a.outcome \
+               FROM jobs j JOIN requests r ON r.job_id = j.id LEFT JOIN attempts a ON a.job_id = j.id \
+               AND a.number = (SELECT MAX(number) FROM attempts WHERE job_id = j.id) \
+               WHERE j.status IN ('queued', 'dispatched', 'running') ORDER BY j.id";
     let rows = sqlx::query(sql).fetch_all(&mut *conn).await?;
     let mut recovered = Vec::with_capacity(rows.len());
     for row in rows {
-        recovered.push(recover_one(conn, &row, at).await?);
+        recovered.push(recover_one(conn, &row).await?);
     }
     Ok(recovered)
 }
@@ -438,28 +466,23 @@ pub(super) async fn recover(
 async fn recover_one(
     conn: &mut SqliteConnection,
     row: &SqliteRow,
-    at: Timestamp,
 ) -> Result<Recovered, StoreError> {
     let job: JobId = parse(row.try_get("id")?)?;
     let status: JobStatus = parse(row.try_get("status")?)?;
-    let interrupted = status != JobStatus::Queued;
-    if interrupted {
-        set_status(conn, job, status.transition(JobEvent::AttemptLost)?).await?;
-        let reason = "orchestratord was restarted while it ran";
-        end_attempt(
-            conn,
-            job,
-            at,
-            AttemptOutcome::OrchestratorRestarted,
-            Some(reason),
-        )
-        .await?;
-    }
+    let interrupted = (status != JobStatus::Queued)
+        .then(|| {
+            Ok::<_, StoreError>(Interrupted {
+                fence: number(row.try_get("fence")?)?,
+                pool_id: row.try_get("pool_id")?,
+                worker_id: row.try_get("worker_id")?,
+                started: status == JobStatus::Running,
+            })
+        })
+        .transpose()?;
     // Not only just now: the job may have waited for a pool over several restarts.
     let outcome: Option<&str> = row.try_get("outcome")?;
-    let orphaned = interrupted
-        || outcome.map(parse_outcome).transpose()? == Some(AttemptOutcome::OrchestratorRestarted);
-    let orphan = orphaned.then(|| orphan(row, job)).transpose()?;
+    let given_up =
+        outcome.map(parse_outcome).transpose()? == Some(AttemptOutcome::OrchestratorRestarted);
     let latest: u32 = number(row.try_get::<Option<i64>, _>("number")?.unwrap_or(0))?;
     let last_event = last_event(conn, job)
         .await?
@@ -478,18 +501,8 @@ async fn recover_one(
             max_tokens: number(row.try_get("max_tokens")?)?,
         },
         deadline: optional_time(row.try_get("deadline_us")?)?,
-        attempt: latest + u32::from(orphaned),
+        attempt: latest + u32::from(given_up),
         last_event,
         interrupted,
-        orphan,
-    })
-}
-
-fn orphan(row: &SqliteRow, job: JobId) -> Result<Orphan, StoreError> {
-    Ok(Orphan {
-        job,
-        fence: number(row.try_get("fence")?)?,
-        pool_id: row.try_get("pool_id")?,
-        worker_id: row.try_get("worker_id")?,
     })
 }

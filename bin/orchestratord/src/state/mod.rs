@@ -8,6 +8,7 @@ mod commands;
 mod holder;
 mod queries;
 mod schema;
+mod seam;
 mod writer;
 
 use std::fs::OpenOptions;
@@ -24,6 +25,7 @@ use orchestrator_core::job::{
 };
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
+use pool_core::api::worker::Origin;
 use sqlx::sqlite::{
     SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
 };
@@ -31,6 +33,7 @@ use sqlx::{ConnectOptions as _, SqlitePool};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
+pub use seam::Seam;
 use writer::Writer;
 
 /// Connections for reading.
@@ -179,6 +182,8 @@ pub struct LogEntry {
     pub event: TaskEvent,
     /// The token ids that a `token` event came from.
     pub token_ids: Vec<u32>,
+    /// Of `started` and `attempt`: what the tokens after it come from.
+    pub origin: Option<Origin>,
 }
 
 /// An `Idempotency-Key` with what it stands for.
@@ -263,25 +268,36 @@ pub struct Requeue {
     pub not_before: Option<Timestamp>,
 }
 
-/// A job that waits when the daemon starts.
+/// A job that is not over when the daemon starts.
 #[derive(Debug, Clone)]
 pub struct Recovered {
     /// The queue's view of it.
     pub queued: QueuedJob,
     /// When it expires.
     pub deadline: Option<Timestamp>,
-    /// The attempt that its next events belong to: its latest, or the one after that where the latest was interrupted.
-    /// Readers may have seen more of an interrupted one than the log has, under ids that must not come twice.
+    /// The attempt that its next events belong to: its latest, or the one after that where the latest was interrupted
+    /// and given up. Readers may have seen more of such a one than the log has, under ids that must not come twice.
     pub attempt: u32,
     /// The end of its log.
     pub last_event: EventId,
-    /// Whether an attempt was running when the daemon ended.
-    pub interrupted: bool,
-    /// What may still run of it.
-    pub orphan: Option<Orphan>,
+    /// The attempt that was under way when the daemon ended.
+    pub interrupted: Option<Interrupted>,
 }
 
-/// An execution that nobody waits for: its attempt was interrupted by the daemon's end.
+/// An attempt that was under way when the daemon ended: its worker may go on with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interrupted {
+    /// The lease's fence.
+    pub fence: u64,
+    /// The pool.
+    pub pool_id: String,
+    /// The worker.
+    pub worker_id: String,
+    /// Whether readers were told that it started, and so may have seen tokens of it.
+    pub started: bool,
+}
+
+/// An execution that nobody waits for, which its worker may not have heard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Orphan {
     /// The job.
@@ -462,11 +478,25 @@ impl Store {
             .await
     }
 
-    /// Puts the jobs that were running when the daemon ended back to wait, and returns all that wait.
-    pub async fn recover(&self, at: Timestamp) -> Result<Vec<Recovered>, StoreError> {
-        self.writer
-            .run(move |conn| Box::pin(async move { commands::recover(conn, at).await }))
-            .await
+    /// The jobs that are not over.
+    pub async fn recover(&self) -> Result<Vec<Recovered>, StoreError> {
+        let mut conn = self.readers.acquire().await?;
+        commands::recover(&mut conn).await
+    }
+
+    /// The lease with `fence`, where an attempt still holds the job with it.
+    pub async fn held_lease(&self, job: JobId, fence: u64) -> Result<Option<Lease>, StoreError> {
+        seam::held_lease(&self.readers, job, fence).await
+    }
+
+    /// Where the job's text stands. Reads its whole log.
+    pub async fn seam(&self, job: JobId) -> Result<Seam, StoreError> {
+        seam::seam(&self.readers, job).await
+    }
+
+    /// Executions that were given up since `since`: their workers may not have heard it.
+    pub async fn orphans(&self, since: Timestamp) -> Result<Vec<Orphan>, StoreError> {
+        seam::orphans(&self.readers, since).await
     }
 
     /// The job with its attempts and the text that its log gives, and the end of that log.

@@ -185,6 +185,7 @@ pub(super) async fn events_after(
                 id: EventId { attempt, seq },
                 event: stored.e,
                 token_ids: stored.ids,
+                origin: stored.from,
             });
         entries.extend(read.filter(|entry| entry.id > after));
         if entries.len() >= limit {

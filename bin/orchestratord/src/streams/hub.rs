@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use orchestrator_core::api::events::{EventId, TaskEvent};
+use pool_core::api::worker::Origin;
 use tokio::sync::watch;
 
 use crate::state::LogEntry;
@@ -31,6 +32,9 @@ struct Inner {
     last: EventId,
     /// The attempt that new events belong to.
     attempt: u32,
+    /// Whether readers may have seen more tokens of the attempt than the log has, before the daemon was restarted. Until
+    /// they have come again, under the same ids, nothing else may take these.
+    seen_more: bool,
     /// The newest event that is written down.
     durable: u64,
     /// The newest event of each momentary kind, with the number of its publication.
@@ -60,6 +64,7 @@ impl Hub {
             evicted: last,
             last,
             attempt,
+            seen_more: false,
             durable: last.seq,
             momentary: Vec::new(),
             published: 0,
@@ -80,20 +85,33 @@ impl Hub {
     pub fn begin_attempt(&self, attempt: u32) {
         let mut inner = self.lock();
         inner.attempt = attempt;
+        inner.seen_more = false;
         inner.momentary.clear();
     }
 
-    /// The entry that `event` makes when it is published next.
-    pub fn entry(&self, event: TaskEvent, token_ids: Vec<u32>) -> Arc<LogEntry> {
+    /// Notes whether readers may have seen tokens of the attempt that have not come since the daemon was restarted.
+    pub fn set_seen_more(&self, seen_more: bool) {
+        self.lock().seen_more = seen_more;
+    }
+
+    /// The entry that `event` makes when it is published next. What ends the job while readers may have seen more of its
+    /// attempt gets the number of the next one, and so comes after everything that they saw.
+    pub fn entry(
+        &self,
+        event: TaskEvent,
+        token_ids: Vec<u32>,
+        origin: Option<Origin>,
+    ) -> Arc<LogEntry> {
         let inner = self.lock();
         let id = EventId {
-            attempt: inner.attempt,
+            attempt: inner.attempt + u32::from(inner.seen_more && event.is_last()),
             seq: inner.last.seq + 1,
         };
         Arc::new(LogEntry {
             id,
             event,
             token_ids,
+            origin,
         })
     }
 
@@ -204,7 +222,7 @@ mod tests {
     const START: EventId = EventId { attempt: 0, seq: 0 };
 
     fn token(hub: &Hub, i: u32) -> EventId {
-        let entry = hub.entry(TaskEvent::Token(Token { t: "x".into(), i }), vec![i]);
+        let entry = hub.entry(TaskEvent::Token(Token { t: "x".into(), i }), vec![i], None);
         hub.publish(Arc::clone(&entry));
         entry.id
     }

@@ -7,8 +7,7 @@ use orchestrator_core::JobId;
 use orchestrator_core::api::tasks::{TaskAccepted, TaskView};
 use serde_json::json;
 
-use crate::process::start;
-use crate::support::{MODEL, eventually};
+use crate::support::{MODEL, Process, eventually};
 
 /// Rounds of submits and kills; each has its own instant.
 const ROUNDS: u64 = 4;
@@ -16,10 +15,11 @@ const ROUNDS: u64 = 4;
 // [ORCHD-001] P1: whatever was answered 202 is there after a SIGKILL at any instant.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_acknowledged_job_survives_a_kill() {
-    let home = tempfile::tempdir().unwrap();
+    let mut home = Arc::new(tempfile::tempdir().unwrap());
     let mut acknowledged: Vec<JobId> = Vec::new();
     for round in 0..ROUNDS {
-        let (mut daemon, client) = start(home.path()).await;
+        let daemon = Process::start_in(home).await;
+        let client = daemon.client.clone();
         for id in &acknowledged {
             client
                 .get::<TaskView>(&format!("/v2/tasks/{id}"))
@@ -45,13 +45,14 @@ async fn every_acknowledged_job_survives_a_kill() {
         })
         .await;
         tokio::time::sleep(Duration::from_micros(round * 613 % 2000)).await;
-        daemon.kill().await.unwrap();
+        home = daemon.end("-KILL").await;
         for submit in submits {
             submit.await.unwrap();
         }
         acknowledged.append(&mut answered.lock().unwrap());
     }
-    let (_daemon, client) = start(home.path()).await;
+    let daemon = Process::start_in(home).await;
+    let client = &daemon.client;
     assert!(acknowledged.len() > ROUNDS as usize);
     for id in &acknowledged {
         let view = client

@@ -1,15 +1,22 @@
 //! Stopping and starting on the same database.
 
-use orchestrator_core::JobStatus;
+use std::sync::Arc;
+
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::job::AttemptOutcome;
+use orchestrator_core::{JobId, JobStatus};
+use pool_core::worker::WorkerStatus;
 use serde_json::json;
+use sqlx::SqliteConnection;
 
-use crate::support::{MODEL, Orchestrator, eventually, kept_text, one_worker, outline};
+use crate::support::{
+    FakePool, FakeWorker, Got, MODEL, Orchestrator, Process, ended, eventually, kept_text,
+    one_worker, outline,
+};
 
-// [ORCHD-040] P3, P4, P5
+// [ORCHD-040] [ORCHD-090] P8: what waited waits, and what ran goes on at the next token.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restart_keeps_waiting_jobs_and_runs_running_ones_again() {
+async fn a_restart_interrupts_nothing() {
     let (orchestrator, pool, worker) = one_worker().await;
     let running = orchestrator.job().await;
     worker.request(1).await;
@@ -26,54 +33,366 @@ async fn a_restart_keeps_waiting_jobs_and_runs_running_ones_again() {
         .job_id;
 
     let orchestrator = orchestrator.restart().await;
-    // No pool has registered yet: both wait, and neither is refused.
-    for job in [running, waiting] {
-        let view = orchestrator.until(job, JobStatus::Queued).await;
-        assert!(view.error.is_none());
-    }
-    assert_eq!(orchestrator.show(running).await.text, "<0><1><2><3>");
-    // Readers come back: one from where it was, one that saw tokens which were never written down.
-    let resumed = orchestrator.follow(running, Some("1.6")).await.unwrap();
-    let ahead = orchestrator.follow(running, Some("1.50")).await.unwrap();
+    // No pool has registered yet: one waits, the other runs for all that is known, and neither is refused.
+    orchestrator.until(waiting, JobStatus::Queued).await;
+    let view = orchestrator.until(running, JobStatus::Running).await;
+    assert_eq!(view.text, "<0><1><2><3>");
+    let resumed = orchestrator.follow(running, Some("1.5")).await.unwrap();
 
+    worker.tokens(running, 4..6);
     pool.register(&orchestrator).await;
-    let request = worker.request(2).await;
-    assert_eq!(
-        (request.job_id.as_str(), request.attempt, request.fence),
-        (running.to_string().as_str(), 2, 2)
-    );
-    worker.started(running);
-    worker.tokens(running, 0..2);
-    worker.end(running, 2);
+    worker.tokens(running, 6..7);
+    worker.end(running, 7);
     assert_eq!(
         outline(&resumed.rest().await),
-        ["attempt 2.7", "token 2.8", "token 2.9", "end 2.10"]
-    );
-    assert_eq!(
-        outline(&ahead.rest().await),
-        ["attempt 2.7", "token 2.8", "token 2.9", "end 2.10"]
+        [
+            "token 1.6",
+            "token 1.7",
+            "token 1.8",
+            "token 1.9",
+            "end 1.10"
+        ]
     );
     let view = orchestrator.until(running, JobStatus::Completed).await;
+    assert_eq!(view.text, "<0><1><2><3><4><5><6>");
+    assert_eq!((view.attempts.len(), view.attempts[0].fence), (1, 1));
+    assert_eq!(view.attempts[0].outcome, Some(AttemptOutcome::Completed));
+
+    let request = worker.request(2).await;
+    assert_eq!((request.job_id, request.attempt), (waiting.to_string(), 1));
+    worker.started(waiting);
+    worker.end(waiting, 0);
+    orchestrator.until(waiting, JobStatus::Completed).await;
+}
+
+// [ORCHD-090] P8: an execution that ended while nobody looked is read from its buffer.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_ended_meanwhile_is_read_to_its_end() {
+    let (orchestrator, pool, worker) = one_worker().await;
+    let job = orchestrator.job().await;
+    worker.request(1).await;
+    worker.started(job);
+    orchestrator.until(job, JobStatus::Running).await;
+    let (home, config) = orchestrator.stop().await;
+    worker.tokens(job, 0..3);
+    worker.end(job, 3);
+    let orchestrator = Orchestrator::start_in(home, config).await.unwrap();
+    pool.register(&orchestrator).await;
+    let view = orchestrator.until(job, JobStatus::Completed).await;
+    assert_eq!((view.text.as_str(), view.attempts.len()), ("<0><1><2>", 1));
+    eventually("the buffer's end", async || {
+        (worker.deleted() == [job.to_string()]).then_some(())
+    })
+    .await;
+}
+
+/// A daemon of its own process, a pool with a worker, and a job of which a reader saw four tokens that are in the log and
+/// four that are not: the database could not be written.
+async fn shown_and_not_logged() -> (
+    Process,
+    FakePool,
+    FakeWorker,
+    JobId,
+    Vec<Got>,
+    SqliteConnection,
+) {
+    let daemon = Process::start_in(Arc::new(tempfile::tempdir().unwrap())).await;
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    let pool = FakePool::start("pool-a").await.has(&worker);
+    pool.register(&daemon).await;
+    let job = daemon.job().await;
+    let mut reader = daemon.follow(job, None).await.unwrap();
+    worker.request(1).await;
+    worker.started(job);
+    worker.tokens(job, 0..4);
+    let mut other = daemon.database().await;
+    let logged = "SELECT MAX(last_seq) FROM events WHERE job_id = ?";
+    eventually("four logged tokens", async || {
+        let logged = sqlx::query_scalar::<_, i64>(logged).bind(job.to_string());
+        (logged.fetch_one(&mut other).await.unwrap() == 6).then_some(())
+    })
+    .await;
+    sqlx::raw_sql("BEGIN IMMEDIATE")
+        .execute(&mut other)
+        .await
+        .unwrap();
+    worker.tokens(job, 4..8);
+    let mut seen = Vec::new();
+    while seen.len() < 10 {
+        seen.push(reader.logged().await.unwrap());
+    }
+    assert_eq!(outline(&seen[9..]), ["token 1.10"]);
+    (daemon, pool, worker, job, seen, other)
+}
+
+// [ORCHD-091] P8, P11: wherever a reader was cut off, the stream goes on there, though the log had not got so far.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_cut_anywhere_goes_on_across_a_kill() {
+    let (daemon, pool, worker, job, seen, other) = shown_and_not_logged().await;
+    let home = daemon.end("-KILL").await;
+    drop(other);
+    let daemon = Process::start_in(home).await;
+    assert_eq!(daemon.show(job).await.text, "<0><1><2><3>");
+    let mut readers = vec![(0, daemon.follow(job, None).await.unwrap())];
+    for (index, got) in seen.iter().enumerate() {
+        let id = got.id.unwrap().to_string();
+        readers.push((index + 1, daemon.follow(job, Some(&id)).await.unwrap()));
+    }
+    pool.register(&daemon).await;
+    worker.tokens(job, 8..10);
+    worker.end(job, 10);
+    daemon.until(job, JobStatus::Completed).await;
+    let whole = daemon.follow(job, None).await.unwrap().rest().await;
+    assert_eq!(whole[..seen.len()], seen);
+    assert_eq!(
+        outline(&whole[seen.len()..]),
+        ["token 1.11", "token 1.12", "end 1.13"]
+    );
+    for (place, reader) in readers {
+        assert_eq!(reader.rest().await, whole[place..], "after {place} events");
+    }
+    for place in 1..whole.len() {
+        let id = whole[place - 1].id.unwrap().to_string();
+        let rest = daemon.follow(job, Some(&id)).await.unwrap().rest().await;
+        assert_eq!(rest, whole[place..], "replay after {id}");
+    }
+    assert_eq!(daemon.show(job).await.attempts.len(), 1);
+}
+
+// [ORCHD-091] P20, P11: the same with an orderly stop, in which everything that was shown gets into the log.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_cut_anywhere_goes_on_across_a_stop() {
+    let (orchestrator, pool, worker) = one_worker().await;
+    let job = orchestrator.job().await;
+    let mut reader = orchestrator.follow(job, None).await.unwrap();
+    worker.request(1).await;
+    worker.started(job);
+    worker.tokens(job, 0..8);
+    let mut seen = Vec::new();
+    while seen.len() < 10 {
+        seen.push(reader.logged().await.unwrap());
+    }
+    let orchestrator = orchestrator.restart().await;
+    assert_eq!(orchestrator.show(job).await.text, kept_text(&seen));
+    let mut readers = Vec::new();
+    for got in &seen {
+        let id = got.id.unwrap().to_string();
+        readers.push(orchestrator.follow(job, Some(&id)).await.unwrap());
+    }
+    pool.register(&orchestrator).await;
+    worker.tokens(job, 8..10);
+    worker.end(job, 10);
+    let whole = orchestrator.follow(job, None).await.unwrap().rest().await;
+    assert_eq!(whole[..seen.len()], seen);
+    for (place, reader) in (1..).zip(readers) {
+        assert_eq!(reader.rest().await, whole[place..], "after {place} events");
+    }
+}
+
+// [ORCHD-022] [ORCHD-091] P5, P11: before the shown tokens have come again, an end stands after all of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_after_a_kill_follows_everything_that_was_shown() {
+    let (daemon, pool, worker, job, _, other) = shown_and_not_logged().await;
+    let home = daemon.end("-KILL").await;
+    drop(other);
+    let daemon = Process::start_in(home).await;
+    let ahead = daemon.follow(job, Some("1.10")).await.unwrap();
+    assert_eq!(daemon.cancel(job).await, JobStatus::Cancelled);
+    assert_eq!(outline(&ahead.rest().await), ["error 2.7"]);
+    let late = daemon.follow(job, Some("1.10")).await.unwrap();
+    assert_eq!(outline(&late.rest().await), ["error 2.7"]);
+    // The worker hears it when its pool speaks.
+    pool.register(&daemon).await;
+    let cancel = eventually("the worker's cancel", async || {
+        worker.cancels().first().cloned()
+    })
+    .await;
+    assert_eq!((cancel.job_id, cancel.fence), (job.to_string(), 1));
+}
+
+/// After a kill the worker turns out to be gone, and another one of `build` goes on.
+async fn goes_on_elsewhere(build: &str) -> (Process, JobId, Vec<Got>, Vec<Got>) {
+    let (daemon, mut pool, worker, job, seen, other) = shown_and_not_logged().await;
+    let home = daemon.end("-KILL").await;
+    drop(other);
+    worker.kill().await;
+    let next = FakeWorker::start("worker-cpu-1").await;
+    pool.workers = vec![ended(
+        worker.info(WorkerStatus::Failed),
+        "killed by signal 9",
+        false,
+    )];
+    pool.endpoints.clear();
+    pool = pool.has(&next);
+    let daemon = Process::start_in(home).await;
+    // One reader has seen all that was shown, one what the log has.
+    let ahead = daemon.follow(job, Some("1.10")).await.unwrap();
+    let behind = daemon.follow(job, Some("1.6")).await.unwrap();
+    pool.register(&daemon).await;
+    let request = next.request(1).await;
+    assert_eq!((request.attempt, request.fence), (2, 2));
+    let resume = request.resume.unwrap();
+    assert!(resume.seen_more);
+    assert_eq!(
+        (resume.token_ids, resume.next_index),
+        (vec![100, 101, 102, 103], Some(4))
+    );
+    next.started_as(job, build);
+    let from = if build == "a-build" { 4 } else { 0 };
+    next.tokens(job, from..10);
+    next.end(job, 10);
+    let view = daemon.until(job, JobStatus::Completed).await;
+    assert_eq!(view.text, "<0><1><2><3><4><5><6><7><8><9>");
+    let lost = &view.attempts[0];
+    assert_eq!(lost.outcome, Some(AttemptOutcome::OrchestratorRestarted));
+    assert!(
+        lost.reason.as_ref().unwrap().contains("killed by signal 9"),
+        "{lost:?}"
+    );
+    let (ahead, behind) = (ahead.rest().await, behind.rest().await);
+    let mut kept = seen;
+    kept.extend(ahead.clone());
+    assert_eq!(kept_text(&kept), view.text);
+    kept.truncate(6);
+    kept.extend(behind.clone());
+    assert_eq!(kept_text(&kept), view.text);
+    (daemon, job, ahead, behind)
+}
+
+// [ORCHD-095] P5, P11: the same build draws the shown tokens again; to who saw them they do not come twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_shown_and_lost_is_drawn_again_by_the_same_build() {
+    let (daemon, job, ahead, behind) = goes_on_elsewhere("a-build").await;
+    assert_eq!(
+        outline(&behind)[..6],
+        [
+            "attempt 2.7",
+            "token 2.8",
+            "token 2.9",
+            "token 2.10",
+            "token 2.11",
+            "token 2.12"
+        ]
+    );
+    // The attempt is told with the id of the last token that the reader had: coming back there is safe.
+    assert_eq!(
+        outline(&ahead),
+        ["attempt 2.11", "token 2.12", "token 2.13", "end 2.14"]
+    );
+    let TaskEvent::Attempt(attempt) = &ahead[0].event else {
+        panic!()
+    };
+    assert!(attempt.continues);
+    for place in 1..ahead.len() {
+        let id = ahead[place - 1].id.unwrap().to_string();
+        let rest = daemon.follow(job, Some(&id)).await.unwrap().rest().await;
+        assert_eq!(rest, ahead[place..], "after {id}");
+    }
+    // And a reader that comes only now with what it saw before the kill.
+    let late = daemon.follow(job, Some("1.9")).await.unwrap().rest().await;
+    assert_eq!(outline(&late)[..2], ["attempt 2.10", "token 2.11"]);
+}
+
+// [ORCHD-095] P5: another build may draw others, and so begins anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_shown_and_lost_is_void_with_another_build() {
+    let (_daemon, _job, ahead, behind) = goes_on_elsewhere("another-build").await;
+    assert_eq!(ahead, behind);
+    let TaskEvent::Attempt(attempt) = &ahead[0].event else {
+        panic!()
+    };
+    assert!(!attempt.continues);
+    assert_eq!(outline(&ahead)[..2], ["attempt 2.7", "token 2.8"]);
+}
+
+// [ORCHD-092] P6: a worker that knows nothing of the attempt costs none.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_its_worker_has_forgotten_is_followed_by_one_that_goes_on() {
+    let (orchestrator, pool, worker) = one_worker().await;
+    let job = orchestrator
+        .submit(json!({"model": MODEL, "prompt": "hi", "max_attempts": 1}))
+        .await
+        .unwrap()
+        .job_id;
+    worker.request(1).await;
+    worker.started(job);
+    worker.tokens(job, 0..4);
+    eventually("the text", async || {
+        (orchestrator.show(job).await.text.len() == 12).then_some(())
+    })
+    .await;
+    let orchestrator = orchestrator.restart().await;
+    let reader = orchestrator.follow(job, Some("1.6")).await.unwrap();
+    worker.forget(job);
+    pool.register(&orchestrator).await;
+    let request = worker.request(2).await;
+    assert_eq!((request.attempt, request.fence), (2, 2));
+    assert_eq!(request.resume.unwrap().token_ids, [100, 101, 102, 103]);
+    worker.started(job);
+    worker.tokens(job, 4..5);
+    worker.end(job, 5);
+    assert_eq!(
+        outline(&reader.rest().await),
+        ["attempt 2.7", "token 2.8", "end 2.9"]
+    );
+    let view = orchestrator.until(job, JobStatus::Completed).await;
+    assert_eq!(view.text, "<0><1><2><3><4>");
     assert_eq!(
         view.attempts[0].outcome,
         Some(AttemptOutcome::OrchestratorRestarted)
     );
-    let all = orchestrator
-        .follow(running, None)
-        .await
-        .unwrap()
-        .rest()
-        .await;
-    assert_eq!(
-        (view.text.as_str(), kept_text(&all).as_str()),
-        ("<0><1>", "<0><1>")
-    );
-    assert!(matches!(&all[6].event, TaskEvent::Attempt(attempt) if !attempt.continues));
+}
 
-    assert_eq!(worker.request(3).await.job_id, waiting.to_string());
-    worker.started(waiting);
-    worker.end(waiting, 0);
-    orchestrator.until(waiting, JobStatus::Completed).await;
+// [ORCHD-093] P7: no pool is given up before it had time to find the daemon again, and then its attempts are.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_given_up_before_the_recovery_window_has_passed() {
+    let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = 1500).await;
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    let pool = FakePool::start("pool-a").await.has(&worker);
+    pool.register(&orchestrator).await;
+    let job = orchestrator.job().await;
+    worker.request(1).await;
+    worker.started(job);
+    orchestrator.until(job, JobStatus::Running).await;
+    let (home, config) = orchestrator.stop().await;
+    let started = std::time::Instant::now();
+    let orchestrator = Orchestrator::start_in(home, config).await.unwrap();
+    // Another pool that has room is no reason to hurry.
+    let other = FakeWorker::start("worker-cpu-0").await;
+    let second = FakePool::start("pool-b").await.has(&other);
+    second.register(&orchestrator).await;
+    let request = other.request(1).await;
+    assert!(
+        started.elapsed().as_millis() >= 1500,
+        "{:?}",
+        started.elapsed()
+    );
+    assert_eq!((request.job_id, request.attempt), (job.to_string(), 2));
+    other.started(job);
+    other.end(job, 0);
+    let view = orchestrator.until(job, JobStatus::Completed).await;
+    assert_eq!(
+        view.attempts[0].outcome,
+        Some(AttemptOutcome::OrchestratorRestarted)
+    );
+}
+
+// [ORCHD-094] P9: a cancel that was committed and not told reaches the worker after a restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_that_the_worker_did_not_hear_is_told_after_a_restart() {
+    let (orchestrator, pool, worker) = one_worker().await;
+    let job = orchestrator.job().await;
+    worker.request(1).await;
+    worker.started(job);
+    orchestrator.until(job, JobStatus::Running).await;
+    worker.slow_cancels(true);
+    assert_eq!(orchestrator.cancel(job).await, JobStatus::Cancelled);
+    let orchestrator = orchestrator.restart().await;
+    worker.slow_cancels(false);
+    let before = worker.cancels().len();
+    pool.register(&orchestrator).await;
+    let cancel = eventually("the cancel", async || worker.cancels().get(before).cloned()).await;
+    assert_eq!((cancel.job_id, cancel.fence), (job.to_string(), 1));
 }
 
 // [ORCHD-041] P13
@@ -109,7 +428,7 @@ async fn finished_jobs_read_the_same_after_a_restart() {
     assert_eq!(orchestrator.cancel(done).await, JobStatus::Completed);
 }
 
-// [ORCHD-022] [ORCHD-042] P5: an id that a reader may have seen before a crash is never that of another event.
+// [ORCHD-022] [ORCHD-094] P5: an id that a reader may have seen before a crash is never that of another event.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_ends_an_interrupted_job_follows_everything_that_was_shown_of_it() {
     let (orchestrator, pool, worker) = one_worker().await;

@@ -25,8 +25,8 @@ use pool_core::api::pool::{
     WorkerEndpoint, WorkerSpawnRequest,
 };
 use pool_core::api::worker::{
-    CancelRequest, CancelResponse, ExecuteRequest, StopReason, WorkerEnd, WorkerError,
-    WorkerErrorCode, WorkerEvent, WorkerStarted, WorkerToken,
+    CancelRequest, CancelResponse, ExecuteRequest, NEWEST_EVENT, Origin, StopReason, WorkerEnd,
+    WorkerError, WorkerErrorCode, WorkerEvent, WorkerStarted, WorkerToken,
 };
 use pool_core::client::{ApiClient, ClientError, EventStream, Method};
 use pool_core::home::Home;
@@ -36,6 +36,7 @@ use pool_core::worker::{
 };
 use serde::de::IgnoredAny;
 use serde_json::json;
+use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -71,9 +72,17 @@ pub struct Orchestrator {
     pub home: Arc<tempfile::TempDir>,
     pub config: OrchestratorConfig,
     pub addr: SocketAddr,
-    pub client: ApiClient,
+    api: Api,
     shutdown: Shutdown,
     daemon: Daemon,
+}
+
+impl std::ops::Deref for Orchestrator {
+    type Target = Api;
+
+    fn deref(&self) -> &Api {
+        &self.api
+    }
 }
 
 impl Orchestrator {
@@ -104,7 +113,7 @@ impl Orchestrator {
             home,
             config,
             addr,
-            client,
+            api: Api { client },
             shutdown,
             daemon,
         })
@@ -133,7 +142,57 @@ impl Orchestrator {
         let (home, config) = self.stop().await;
         Self::start_in(home, config).await.unwrap()
     }
+}
 
+/// The real binary, in a process of its own that can be killed.
+pub struct Process {
+    pub home: Arc<tempfile::TempDir>,
+    api: Api,
+    child: Child,
+}
+
+impl std::ops::Deref for Process {
+    type Target = Api;
+
+    fn deref(&self) -> &Api {
+        &self.api
+    }
+}
+
+impl Process {
+    pub async fn start_in(home: Arc<tempfile::TempDir>) -> Self {
+        let (child, client) = crate::process::start(home.path()).await;
+        Self {
+            home,
+            api: Api { client },
+            child,
+        }
+    }
+
+    /// Sends a signal and waits for the process's end.
+    pub async fn end(mut self, signal: &str) -> Arc<tempfile::TempDir> {
+        let pid = self.child.id().unwrap().to_string();
+        let sent = Command::new("kill").args([signal, &pid]).status().await;
+        assert!(sent.unwrap().success());
+        soon("the daemon's end", self.child.wait()).await.unwrap();
+        self.home
+    }
+
+    /// A connection to the job database beside the daemon's.
+    pub async fn database(&self) -> sqlx::SqliteConnection {
+        use sqlx::ConnectOptions as _;
+        let path = self.home.path().join("state/orchestratord/jobs.db");
+        let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
+        options.connect().await.unwrap()
+    }
+}
+
+/// What a client of a daemon does.
+pub struct Api {
+    pub client: ApiClient,
+}
+
+impl Api {
     pub async fn submit(&self, body: serde_json::Value) -> Result<TaskAccepted, ClientError> {
         self.client.post("/v2/tasks", &body).await
     }
@@ -362,15 +421,28 @@ impl FakeWorker {
         });
     }
 
-    /// Sends `started` as a real one does.
+    /// Sends `started` as a real one does that goes on from what it is given.
     pub fn started(&self, job: JobId) {
+        self.started_as(job, "a-build");
+    }
+
+    /// Sends `started` as a real one of this build does.
+    pub fn started_as(&self, job: JobId, build: &str) {
         let fence = self.inner.lock().unwrap().executions[&job.to_string()].fence;
-        let attempt = self
-            .requests()
+        let requests = self.requests();
+        let request = requests
             .iter()
             .rfind(|r| r.job_id == job.to_string())
-            .unwrap()
-            .attempt;
+            .unwrap();
+        let attempt = request.attempt;
+        let origin = Origin {
+            model: "sha256:00".into(),
+            build: build.into(),
+        };
+        let continues = request.resume.as_ref().is_some_and(|resume| {
+            let build = resume.origin.as_ref().is_some_and(|from| *from == origin);
+            build || !resume.seen_more
+        });
         self.send(
             job,
             WorkerEvent::Started(WorkerStarted {
@@ -378,8 +450,8 @@ impl FakeWorker {
                 attempt,
                 fence,
                 tokens_in: 3,
-                origin: None,
-                continues: false,
+                origin: Some(origin),
+                continues,
             }),
         );
     }
@@ -417,6 +489,11 @@ impl FakeWorker {
             retriable: true,
         };
         self.send(job, WorkerEvent::Error(error));
+    }
+
+    /// Drops the execution as if it had never been there.
+    pub fn forget(&self, job: JobId) {
+        self.change(|inner| inner.executions.remove(&job.to_string()));
     }
 
     /// Cuts the open streams of the execution, which goes on.
@@ -534,7 +611,9 @@ async fn reattach(
     let after = headers
         .get("last-event-id")
         .map_or(0, |id| id.to_str().unwrap().parse().unwrap());
-    Sse::new(stream(state, job, after)).into_response()
+    let newest = state.inner.lock().unwrap().executions[&job].events.len();
+    let newest = [(NEWEST_EVENT, newest.to_string())];
+    (newest, Sse::new(stream(state, job, after))).into_response()
 }
 
 fn stream(
@@ -744,7 +823,7 @@ impl FakePool {
         }
     }
 
-    pub async fn register(&self, orchestrator: &Orchestrator) {
+    pub async fn register(&self, orchestrator: &Api) {
         self.register_at(&orchestrator.client).await;
     }
 
@@ -756,7 +835,7 @@ impl FakePool {
         self.beat_at(orchestrator).await;
     }
 
-    pub async fn beat(&self, orchestrator: &Orchestrator) {
+    pub async fn beat(&self, orchestrator: &Api) {
         self.beat_at(&orchestrator.client).await;
     }
 

@@ -1,0 +1,472 @@
+//! What a worker sends, as it comes: to readers at once, to the database in batches.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use jiff::SignedDuration;
+use orchestrator_core::api::events::{End as EndEvent, FurtherAttempt, Started, TaskEvent, Token};
+use pool_core::api::pool::WorkerEndpoint;
+use pool_core::api::worker::{WorkerEvent, WorkerStarted, WorkerToken};
+use pool_core::client::ClientError;
+use pool_core::errors::with_causes;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::verdict::{self, Verdict};
+use super::worker::{self, Connection};
+use super::{STORE_PAUSE, pause_for_store, seconds_since};
+use crate::app::App;
+use crate::clock;
+use crate::queue::{ActiveAttempt, LiveJob, Order};
+use crate::state::{Lease, Progress, Seam, StoreError};
+
+/// How long a token may wait to be written down, and how many may wait.
+const LOG_EVERY: (Duration, usize) = (Duration::from_millis(50), 32);
+/// How long a stream may go on that comes from a worker which its pool calls gone: what is under way still arrives.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Streams of one execution in a row that may break without a single event.
+const REATTACHES: u32 = 2;
+/// How long a pool needs to see that a worker ended, and to say so.
+const POOL_EXPLAINS: SignedDuration = SignedDuration::from_millis(1500);
+/// The pauses before a stream is opened again: at first for a connection that was cut, then for a network that is.
+const PAUSES: [Duration; 5] = [
+    Duration::from_millis(50),
+    Duration::from_millis(250),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+];
+const LAST_PAUSE: Duration = Duration::from_secs(3);
+
+/// An attempt whose lease is committed.
+pub(super) struct Running<'a> {
+    app: &'a App,
+    live: &'a Arc<LiveJob>,
+    attempt: &'a ActiveAttempt,
+    lease: &'a Lease,
+    orders: watch::Receiver<Order>,
+    /// Whether readers were told that it runs.
+    started: bool,
+    /// The index of the piece of text that comes next.
+    next_index: u32,
+    /// Where the text stood when the attempt began.
+    seam_index: u32,
+    /// Whether everything has come that readers may have seen of it.
+    caught_up: bool,
+    /// Events that came.
+    heard: u64,
+    /// When the oldest token that is not written down shall be.
+    log_at: Option<Instant>,
+    unlogged: usize,
+}
+
+/// Why a wait was cut short.
+pub(super) enum Cut {
+    Gone(String),
+    Over,
+    Stopping,
+}
+
+impl<'a> Running<'a> {
+    pub(super) fn new(
+        app: &'a App,
+        live: &'a Arc<LiveJob>,
+        attempt: &'a ActiveAttempt,
+        lease: &'a Lease,
+        next_index: u32,
+    ) -> Self {
+        Self {
+            app,
+            live,
+            attempt,
+            lease,
+            orders: attempt.orders(),
+            started: false,
+            next_index,
+            seam_index: next_index,
+            caught_up: true,
+            heard: 0,
+            log_at: None,
+            unlogged: 0,
+        }
+    }
+
+    /// Starts the execution and runs the attempt until it is known how it ends.
+    pub(super) async fn start(mut self, endpoint: &WorkerEndpoint, seam: Seam) -> Verdict {
+        let request = worker::request(self.live.id, self.lease, seam);
+        let mut connection = match Connection::new(endpoint, self.live.id) {
+            Ok(connection) => connection,
+            Err(error) => return Verdict::Lost(error.to_string()),
+        };
+        let opened = tokio::select! {
+            opened = connection.execute(request) => opened.map_err(|error| verdict::of_refusal(&error)),
+            cut = cut(self.app, &mut self.orders, true) => return cut.into(),
+        };
+        match opened {
+            Ok(()) => {}
+            Err(Some(verdict)) => return verdict,
+            // It may have heard the request and not been heard; asking for the execution shows.
+            Err(None) => {
+                if let Err(verdict) = self.reattach(&mut connection).await {
+                    return verdict;
+                }
+            }
+        }
+        self.follow(&mut connection).await
+    }
+
+    /// Takes up an attempt that was under way when the daemon ended: what its worker has kept of it comes again, from the
+    /// first event on, and what the log has of that is passed over.
+    pub(super) async fn take_up(mut self, endpoint: &WorkerEndpoint, started: bool) -> Verdict {
+        (self.started, self.caught_up) = (started, false);
+        let verdict = match Connection::new(endpoint, self.live.id) {
+            Ok(mut connection) => match self.reattach(&mut connection).await {
+                Ok(()) => {
+                    tracing::info!(job = %self.live.id, attempt = self.lease.attempt, worker = self.attempt.worker_id,
+                        "a running attempt was found again");
+                    self.follow(&mut connection).await
+                }
+                Err(verdict) => verdict,
+            },
+            Err(error) => Verdict::Lost(error.to_string()),
+        };
+        match verdict {
+            Verdict::Lost(reason) if !self.caught_up => Verdict::NotFound(reason),
+            verdict => verdict,
+        }
+    }
+
+    /// Relays the execution's stream, and opens it again where it breaks.
+    async fn follow(&mut self, connection: &mut Connection) -> Verdict {
+        let mut fruitless = 0;
+        loop {
+            let before = self.heard;
+            self.attempt.attached.store(true, Ordering::Relaxed);
+            let broken = match self.relay(connection).await {
+                Ok(verdict) => return verdict,
+                Err(broken) => broken,
+            };
+            self.attempt.attached.store(false, Ordering::Relaxed);
+            tracing::debug!(job = %self.live.id, broken, "a worker's stream broke");
+            fruitless = if self.heard > before {
+                0
+            } else {
+                fruitless + 1
+            };
+            if fruitless == REATTACHES {
+                return self.lost(&format!(
+                    "sends a stream that breaks again and again: {broken}"
+                ));
+            }
+            if let Err(verdict) = self.reattach(connection).await {
+                return verdict;
+            }
+        }
+    }
+
+    /// Opens the stream of the execution. Where the worker can't be reached that may be the worker's fault, the pool's or
+    /// ours: it is tried again until the pool says that the worker is gone, or is itself given up. A pool that was heard
+    /// since and calls the worker alive leaves nothing to wait for.
+    async fn reattach(&mut self, connection: &mut Connection) -> Result<(), Verdict> {
+        let broke = clock::now();
+        let mut pauses = PAUSES.into_iter();
+        loop {
+            let error = tokio::select! {
+                result = connection.attach() => match result {
+                    Ok(()) => return Ok(()),
+                    Err(error) => error,
+                },
+                cut = cut(self.app, &mut self.orders, true) => return Err(cut.into()),
+            };
+            let heard = self.app.fleet.last_heard(&self.attempt.pool_id);
+            let explained = heard.is_some_and(|at| at.duration_since(broke) >= POOL_EXPLAINS);
+            // It knows nothing of the execution, or does not want us: asking again changes nothing.
+            let refused = matches!(error, ClientError::Api { .. });
+            let pause = if refused {
+                POOL_EXPLAINS.unsigned_abs()
+            } else {
+                pauses.next().unwrap_or(LAST_PAUSE)
+            };
+            tokio::select! {
+                cut = cut(self.app, &mut self.orders, true) => return Err(cut.into()),
+                () = tokio::time::sleep(pause) => {}
+            }
+            if refused || explained {
+                let (worker, pool, text) = (
+                    &self.attempt.worker_id,
+                    &self.attempt.pool_id,
+                    with_causes(&error),
+                );
+                return Err(Verdict::Lost(format!(
+                    "worker `{worker}` on pool `{pool}`: {text}"
+                )));
+            }
+        }
+    }
+
+    /// Relays the stream: `Err` where it broke before its last event.
+    async fn relay(&mut self, connection: &mut Connection) -> Result<Verdict, String> {
+        let mut gone: Option<(Instant, String)> = None;
+        let mut logging: Option<
+            futures_util::future::BoxFuture<'static, (Result<(), StoreError>, u64)>,
+        > = None;
+        loop {
+            if logging.is_none()
+                && (self.unlogged >= LOG_EVERY.1
+                    || self.log_at.is_some_and(|at| at <= Instant::now()))
+            {
+                logging = self.start_logging();
+            }
+            let log_at = if logging.is_none() { self.log_at } else { None };
+            tokio::select! {
+                event = connection.next() => {
+                    let event = match (event, &gone) {
+                        (Ok(event), _) => event,
+                        (Err(_), Some((_, reason))) => return Ok(Verdict::Lost(reason.clone())),
+                        (Err(error), None) => return Err(error.to_string()),
+                    };
+                    let last = event.is_last();
+                    let verdict = self.handle(event).await;
+                    if last || (verdict.is_none() && connection.has_caught_up()) {
+                        self.caught_up = true;
+                        self.live.hub.set_seen_more(false);
+                    }
+                    if let Some(verdict) = verdict {
+                        return Ok(verdict);
+                    }
+                }
+                cut = cut(self.app, &mut self.orders, gone.is_none()) => match cut {
+                    Cut::Gone(reason) => gone = Some((Instant::now() + LAST_WORDS, reason)),
+                    Cut::Stopping => {
+                        // Not needed for anything but a shorter way back after the restart.
+                        if let Some(logging) = self.start_logging() {
+                            let _ = logging.await;
+                        }
+                        return Ok(Verdict::Stopping);
+                    }
+                    Cut::Over => return Ok(Verdict::Over),
+                },
+                () = at(gone.as_ref().map(|(until, _)| *until)) => {
+                    let reason = gone.map(|(_, reason)| reason).unwrap_or_default();
+                    return Ok(Verdict::Lost(reason));
+                }
+                (result, seq) = pending(logging.as_mut()) => {
+                    logging = None;
+                    match result {
+                        Ok(()) => self.live.hub.written(seq),
+                        Err(StoreError::Unavailable(_)) => self.log_at = Some(Instant::now() + STORE_PAUSE),
+                        // The job is over, or the lease is another's: the order to stop is under way.
+                        Err(error) => tracing::debug!(job = %self.live.id, %error, "tokens not logged"),
+                    }
+                }
+                () = at(log_at) => {}
+            }
+        }
+    }
+
+    /// Begins to write down what is not written yet.
+    fn start_logging(
+        &mut self,
+    ) -> Option<futures_util::future::BoxFuture<'static, (Result<(), StoreError>, u64)>> {
+        self.unlogged = 0;
+        self.log_at = None;
+        let events = self.live.hub.unwritten();
+        let seq = events.last()?.id.seq;
+        let (store, job, fence) = (self.app.store.clone(), self.live.id, self.lease.fence);
+        let progress = Progress {
+            started_at: None,
+            events,
+        };
+        Some(Box::pin(async move {
+            (store.progress(job, fence, progress).await, seq)
+        }))
+    }
+
+    async fn handle(&mut self, event: WorkerEvent) -> Option<Verdict> {
+        self.heard += 1;
+        match event {
+            WorkerEvent::Started(started) => self.started(&started).await,
+            WorkerEvent::Token(token) => self.token(token).await,
+            WorkerEvent::Metrics(metrics) => {
+                self.live.hub.publish_momentary(TaskEvent::Metrics(metrics));
+                None
+            }
+            WorkerEvent::End(_) if !self.started => Some(self.lost("ended before it started")),
+            WorkerEvent::End(end) => Some(Verdict::Finished(EndEvent {
+                tokens_in: end.tokens_in,
+                tokens_out: end.tokens_out,
+                stop_reason: end.stop_reason,
+                seed: end.seed,
+                ttft_ms: end.ttft_ms,
+                decode_time_ms: end.decode_time_ms,
+                worker_id: self.attempt.worker_id.clone(),
+            })),
+            WorkerEvent::Error(error) => Some(verdict::of_error(&error)),
+        }
+    }
+
+    fn lost(&self, what: &str) -> Verdict {
+        Verdict::Lost(format!(
+            "worker `{}` on pool `{}` {what}",
+            self.attempt.worker_id, self.attempt.pool_id
+        ))
+    }
+
+    /// Commits that the attempt runs, then tells. The commit takes its time while the worker reads the prompt.
+    async fn started(&mut self, started: &WorkerStarted) -> Option<Verdict> {
+        if started.fence != self.lease.fence {
+            return Some(self.lost("runs the job under another fence"));
+        }
+        if self.started {
+            return None;
+        }
+        self.next_index = if started.continues {
+            self.seam_index
+        } else {
+            0
+        };
+        let (pool_id, worker_id) = (self.attempt.pool_id.clone(), self.attempt.worker_id.clone());
+        let (attempt, tokens_in) = (self.lease.attempt, started.tokens_in);
+        let event = if self.lease.started_before {
+            let reason = self.lease.last_reason.clone().unwrap_or_default();
+            TaskEvent::Attempt(FurtherAttempt {
+                attempt,
+                pool_id,
+                worker_id,
+                tokens_in,
+                continues: started.continues,
+                reason,
+            })
+        } else {
+            TaskEvent::Started(Started {
+                attempt,
+                pool_id,
+                worker_id,
+                tokens_in,
+            })
+        };
+        loop {
+            {
+                let _gate = self.live.gate.lock().await;
+                if self.live.ended().is_some() {
+                    return Some(Verdict::Over);
+                }
+                let entry = self
+                    .live
+                    .hub
+                    .entry(event.clone(), Vec::new(), started.origin.clone());
+                let mut events = self.live.hub.unwritten();
+                events.push(Arc::clone(&entry));
+                let progress = Progress {
+                    started_at: Some(clock::now()),
+                    events,
+                };
+                match self
+                    .app
+                    .store
+                    .progress(self.live.id, self.lease.fence, progress)
+                    .await
+                {
+                    Ok(()) => {
+                        let seq = entry.id.seq;
+                        self.live.hub.publish(entry);
+                        self.live.hub.written(seq);
+                        self.started = true;
+                        self.app
+                            .fleet
+                            .mark_open(&self.attempt.pool_id, &self.attempt.worker_id);
+                        return None;
+                    }
+                    Err(StoreError::Unavailable(_)) => {}
+                    Err(StoreError::Closed) => return Some(Verdict::Stopping),
+                    // The job is not over and no other attempt holds it: the record is not what it should be.
+                    Err(error) => {
+                        tracing::error!(job = %self.live.id, %error, "the attempt may not start");
+                        return Some(Verdict::Broken);
+                    }
+                }
+            }
+            if pause_for_store(self.app, self.attempt).await {
+                return Some(if self.app.shutdown.is_requested() {
+                    Verdict::Stopping
+                } else {
+                    Verdict::Over
+                });
+            }
+        }
+    }
+
+    async fn token(&mut self, token: WorkerToken) -> Option<Verdict> {
+        if !self.started || token.i > self.next_index {
+            return Some(self.lost("skipped a part of the text"));
+        }
+        if token.i < self.next_index {
+            // In the log already: the stream was opened again, or text comes once more that was held back to the end.
+            return None;
+        }
+        let _gate = self.live.gate.lock().await;
+        if self.live.ended().is_some() {
+            return Some(Verdict::Over);
+        }
+        if token.i == 0 && !self.lease.started_before {
+            self.app
+                .metrics
+                .ttft
+                .observe(seconds_since(self.live.created_at));
+        }
+        self.next_index += 1;
+        let entry = self.live.hub.entry(
+            TaskEvent::Token(Token {
+                t: token.t,
+                i: token.i,
+            }),
+            token.ids,
+            None,
+        );
+        self.live.hub.publish(entry);
+        self.unlogged += 1;
+        self.log_at.get_or_insert(Instant::now() + LOG_EVERY.0);
+        None
+    }
+}
+
+impl From<Cut> for Verdict {
+    fn from(cut: Cut) -> Self {
+        match cut {
+            Cut::Gone(reason) => Self::Lost(reason),
+            Cut::Over => Self::Over,
+            Cut::Stopping => Self::Stopping,
+        }
+    }
+}
+
+/// Waits for an order, or for the daemon's end; with `heed_gone` also for the pool's word that the worker is gone.
+pub(super) async fn cut(app: &App, orders: &mut watch::Receiver<Order>, heed_gone: bool) -> Cut {
+    let order = orders.wait_for(|order| match order {
+        Order::Go => false,
+        Order::WorkerGone(_) => heed_gone,
+        Order::Stop => true,
+    });
+    tokio::select! {
+        order = order => match order.as_deref() {
+            Ok(Order::WorkerGone(reason)) => Cut::Gone(reason.clone()),
+            _ => Cut::Over,
+        },
+        () = app.shutdown.requested() => Cut::Stopping,
+    }
+}
+
+async fn at(when: Option<Instant>) {
+    match when {
+        Some(when) => tokio::time::sleep_until(when).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn pending<T>(work: Option<&mut futures_util::future::BoxFuture<'static, T>>) -> T {
+    match work {
+        Some(work) => work.await,
+        None => std::future::pending().await,
+    }
+}
