@@ -178,6 +178,86 @@ async fn a_broken_stream_is_opened_again_where_it_broke() {
     assert_eq!(orchestrator.show(job).await.attempts.len(), 1);
 }
 
+// [ORCHD-096] P7: a pool's silence takes what has no stream, and nothing that has one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_pool_loses_only_what_has_no_stream() {
+    let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = 300).await;
+    let (broken, sound) = (
+        FakeWorker::start("worker-cpu-0").await,
+        FakeWorker::start("worker-cpu-1").await,
+    );
+    let mut pool = FakePool::start("pool-a").await.has(&broken);
+    pool.interval_ms = 100;
+    pool.register(&orchestrator).await;
+    let first = orchestrator.job().await;
+    broken.request(1).await;
+    broken.started(first);
+    broken.tokens(first, 0..2);
+    let pool = pool.has(&sound);
+    pool.beat(&orchestrator).await;
+    let second = orchestrator.job().await;
+    sound.request(1).await;
+    sound.started(second);
+    orchestrator.until(second, JobStatus::Running).await;
+    eventually("the text", async || {
+        (orchestrator.show(first).await.text == "<0><1>").then_some(())
+    })
+    .await;
+
+    // The pool falls silent, and one of its workers can't be reached any more. Another pool is heard all the time.
+    broken.kill().await;
+    let elsewhere = FakeWorker::start("worker-cpu-0").await;
+    let mut other = FakePool::start("pool-b").await.has(&elsewhere);
+    other.interval_ms = 100;
+    other.register(&orchestrator).await;
+    let request = eventually("the further attempt", async || {
+        other.beat(&orchestrator).await;
+        elsewhere.requests().first().cloned()
+    })
+    .await;
+    assert_eq!((request.job_id, request.attempt), (first.to_string(), 2));
+    elsewhere.started(first);
+    elsewhere.tokens(first, 2..3);
+    elsewhere.end(first, 3);
+    let view = orchestrator.until(first, JobStatus::Completed).await;
+    assert_eq!(view.text, "<0><1><2>");
+    let reason = view.attempts[0].reason.as_deref().unwrap();
+    assert_eq!(reason, "pool `pool-a` is not heard from");
+
+    sound.tokens(second, 0..2);
+    sound.end(second, 2);
+    let view = orchestrator.until(second, JobStatus::Completed).await;
+    assert_eq!((view.text.as_str(), view.attempts.len()), ("<0><1>", 1));
+}
+
+// [ORCHD-093] P7: when nobody is heard the fault is probably ours, and nothing is given up for a while.
+#[tokio::test(flavor = "multi_thread")]
+async fn silence_of_all_pools_at_once_takes_nothing_before_the_window_has_passed() {
+    const WINDOW: u64 = 1200;
+    let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = WINDOW).await;
+    let start = std::time::Instant::now();
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    let mut pool = FakePool::start("pool-a").await.has(&worker);
+    pool.interval_ms = 100;
+    pool.register(&orchestrator).await;
+    let job = orchestrator.job().await;
+    worker.request(1).await;
+    worker.started(job);
+    orchestrator.until(job, JobStatus::Running).await;
+    // The window of the start is over before anybody falls silent.
+    let silent = eventually("the end of the first window", async || {
+        let now = std::time::Instant::now();
+        pool.beat(&orchestrator).await;
+        (start.elapsed().as_millis() > u128::from(WINDOW) + 200).then_some(now)
+    })
+    .await;
+    worker.kill().await;
+    orchestrator.until(job, JobStatus::Queued).await;
+    // Three heartbeats and a half, and the window.
+    let waited = silent.elapsed().as_millis();
+    assert!(waited >= u128::from(WINDOW) + 350, "{waited} ms");
+}
+
 // [ORCHD-034] P6
 #[tokio::test(flavor = "multi_thread")]
 async fn an_error_of_the_request_is_not_retried() {
