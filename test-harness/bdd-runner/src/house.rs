@@ -33,6 +33,8 @@ pub struct House {
     pub job: Option<String>,
     /// Events of the job, as received.
     pub events: Vec<Received>,
+    /// Events of a job that nothing disturbed.
+    pub undisturbed: Vec<Received>,
     /// `LLORCH_ORCHESTRATOR_BIND`.
     pub orchestrator_bind: String,
     /// Jobs that were answered with 202.
@@ -59,12 +61,22 @@ impl House {
             answer: None,
             job: None,
             events: Vec::new(),
+            undisturbed: Vec::new(),
             orchestrator_bind: "127.0.0.1:0".to_owned(),
             acknowledged: Vec::new(),
             asked: Vec::new(),
             memory_limit: 0,
             watch: None,
         }
+    }
+
+    /// Lets the orchestrator keep its port over restarts, so that pools find it again.
+    pub fn keep_port(&mut self) {
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .and_then(|listener| listener.local_addr())
+            .expect("a free port")
+            .port();
+        self.orchestrator_bind = format!("127.0.0.1:{port}");
     }
 
     /// `LLORCH_HOME`.

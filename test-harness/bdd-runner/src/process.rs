@@ -59,6 +59,14 @@ pub async fn run(mut command: Command, limit: Duration) -> Finished {
     }
 }
 
+/// Sends a signal.
+pub fn signal(pid: u32, signal: &str) {
+    let sent = std::process::Command::new("kill")
+        .args([signal, &pid.to_string()])
+        .status();
+    assert!(sent.expect("kill runs").success(), "{signal} {pid}");
+}
+
 /// Running processes that belong to the home folder: its path stands in their environment, or one of their files lies in it.
 pub fn left_running(home: &Path) -> Vec<(u32, String)> {
     let own = std::process::id();

@@ -15,12 +15,7 @@ use crate::process;
 async fn unbounded(house: &mut House) {
     let folder = house.home().join("config");
     std::fs::create_dir_all(&folder).expect("the configuration folder can be made");
-    // The port stays the same over restarts, so that the pool finds the orchestrator again.
-    let port = std::net::TcpListener::bind("127.0.0.1:0")
-        .and_then(|l| l.local_addr())
-        .expect("a free port")
-        .port();
-    house.orchestrator_bind = format!("127.0.0.1:{port}");
+    house.keep_port();
     std::fs::write(
         folder.join("orchestratord.toml"),
         "[queue]\ncapacity = -1\n",
@@ -59,10 +54,7 @@ async fn submit_and_kill(house: &mut House, agents: usize, rounds: usize) {
                 .wait_for(|count| *count >= place)
                 .await
                 .expect("the sender outlives this");
-            let killed = std::process::Command::new("kill")
-                .args(["-KILL", &pid.to_string()])
-                .status();
-            assert!(killed.expect("kill runs").success());
+            process::signal(pid, "-KILL");
         };
         let (answers, ()) = tokio::join!(join_all(submits), kill);
         let acknowledged: Vec<String> = answers.into_iter().flatten().collect();
@@ -71,16 +63,7 @@ async fn submit_and_kill(house: &mut House, agents: usize, rounds: usize) {
             acknowledged.len()
         );
         house.acknowledged.extend(acknowledged);
-        let home = house.home().to_owned();
-        let dead = || {
-            !process::left_running(&home)
-                .iter()
-                .any(|(found, _)| *found == pid)
-        };
-        assert!(
-            until(WAIT_LIMIT, dead).await,
-            "the killed orchestrator is still there"
-        );
+        wait_for_end(house, pid).await;
         house.succeed("llorch orchestrator start").await;
     }
 }
@@ -115,7 +98,21 @@ async fn all_complete(house: &mut House) {
     }
 }
 
-fn orchestrator_pid(house: &House) -> u32 {
+/// Waits until the process of the house has ended.
+pub(super) async fn wait_for_end(house: &House, pid: u32) {
+    let home = house.home().to_owned();
+    let ended = || {
+        !process::left_running(&home)
+            .iter()
+            .any(|(found, _)| *found == pid)
+    };
+    assert!(
+        until(WAIT_LIMIT, ended).await,
+        "the orchestrator is still there"
+    );
+}
+
+pub(super) fn orchestrator_pid(house: &House) -> u32 {
     let text = std::fs::read_to_string(house.home().join("state/orchestratord/pid.json"))
         .expect("pid.json is there");
     let pid: serde_json::Value = serde_json::from_str(&text).expect("JSON");

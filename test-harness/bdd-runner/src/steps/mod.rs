@@ -1,6 +1,7 @@
 //! What the sentences of the scenarios do.
 
 mod api;
+mod attempts;
 mod commands;
 mod demo;
 mod durability;
