@@ -12,11 +12,13 @@ mod fleet;
 mod life;
 mod metrics;
 mod queue;
+mod retention;
 mod scheduler;
 mod state;
 mod streams;
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -41,6 +43,8 @@ use queue::{ActiveAttempt, LiveJob};
 use state::{Interrupted, Store, StoreError};
 
 const NAME: &str = "orchestratord";
+/// The job database in the state folder.
+const DATABASE: &str = "jobs.db";
 /// What is left after the connections ended has this long, and the database as long again.
 const WIND_UP: Duration = Duration::from_secs(1);
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -56,6 +60,19 @@ pub async fn run(
         .await?
         .finished()
         .await
+}
+
+/// Copies the job database to `goal`, whether a daemon uses it or not, and says what it copied.
+pub async fn backup(home: &Home, goal: &Path, overwrite: bool) -> anyhow::Result<String> {
+    let database = home.orchestratord_state().join(DATABASE);
+    let copied = state::backup(&database, goal, overwrite).await;
+    let copied = copied.map_err(|error| hinted(error.hint(), error))?;
+    Ok(format!(
+        "{} jobs, {} bytes copied to {}",
+        copied.jobs,
+        copied.bytes,
+        goal.display()
+    ))
 }
 
 /// The tokens of a daemon.
@@ -152,7 +169,7 @@ impl Daemon {
         let claim = claim::claim(&state_dir, holder).await?;
         let tokens = Tokens::load(&config)?;
         let catalog = Catalog::load(&home).map_err(|error| hinted(Some(error.hint()), error))?;
-        let path = state_dir.join("jobs.db");
+        let path = state_dir.join(DATABASE);
         let (run_files, store, service) = match claim {
             Claim::Ours(run_files) => {
                 let store = Store::open(&path).await;
@@ -281,6 +298,7 @@ async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Resul
             result
         }
     });
+    let sweeper = tokio::spawn(retention::run(Arc::clone(&app)));
     let guard = tokio::spawn({
         let app = Arc::clone(&app);
         async move {
@@ -293,6 +311,7 @@ async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Resul
         .await;
     guard.abort();
     let _ = guard.await;
+    sweeper.await.context("the sweeper panicked")?;
     let scheduled = scheduler.await.context("the scheduler's guard panicked")?;
     // Streams are closed; what is left are attempts that write down their last tokens. Their workers go on.
     app.finish_tasks(WIND_UP).await;

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use orchestrator_core::config::OrchestratorConfig;
 use orchestratord::{Hinted, Holder};
 use pool_core::home::Home;
@@ -13,8 +13,10 @@ use pool_core::settings::names_in_environment;
 
 /// Daemon of llama-orch: durable job queue, scheduling, event streams.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version, args_conflicts_with_subcommands = true)]
 struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Configuration file [default: `orchestratord.toml` in the configuration folder, where it exists].
     #[arg(long, value_name = "PATH")]
     config: Option<PathBuf>,
@@ -25,6 +27,18 @@ struct Args {
     /// it can change nothing any more and ends by itself.
     #[arg(long)]
     take_over: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Copy the job database to a file, while a daemon uses it or not.
+    Backup {
+        /// The file to make (mode 0600). A daemon whose state folder holds it as `jobs.db` goes on from there.
+        path: PathBuf,
+        /// Overwrite a file that is there.
+        #[arg(long)]
+        force: bool,
+    },
 }
 
 #[tokio::main]
@@ -44,6 +58,10 @@ async fn start(args: Args) -> anyhow::Result<()> {
         tracing::warn!("{variable}");
     }
     let home = Home::from_env()?;
+    if let Some(Command::Backup { path, force }) = args.command {
+        println!("{}", orchestratord::backup(&home, &path, force).await?);
+        return Ok(());
+    }
     let mut config = OrchestratorConfig::load(&home, args.config.as_deref())?;
     if let Some(bind) = args.bind {
         config.bind = bind;

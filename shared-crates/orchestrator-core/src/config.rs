@@ -29,6 +29,8 @@ pub struct OrchestratorConfig {
     pub recovery_window_ms: u64,
     /// The queue of waiting jobs.
     pub queue: QueueConfig,
+    /// What is kept of jobs that are over.
+    pub store: StoreConfig,
     /// Bounds of the HTTP server.
     pub service: ServiceConfig,
 }
@@ -41,6 +43,7 @@ impl Default for OrchestratorConfig {
             pool_token_file: None,
             recovery_window_ms: 20_000,
             queue: QueueConfig::default(),
+            store: StoreConfig::default(),
             service: ServiceConfig::default(),
         }
     }
@@ -77,6 +80,47 @@ impl QueueConfig {
     }
 }
 
+/// `[store]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StoreConfig {
+    /// Seconds for which the prompt, the text and the events of a job are kept after its end. Default 604800 (7 days);
+    /// 0 keeps everything for ever.
+    pub retention_s: u64,
+    /// Seconds for which the rest of a job is kept after its end: its state, times, figures and idempotency key. Default
+    /// 7776000 (90 days), at least 86400 (a day), and never shorter than `retention_s`; 0 keeps it for ever.
+    pub history_s: u64,
+}
+
+impl Default for StoreConfig {
+    fn default() -> Self {
+        Self {
+            retention_s: 7 * DAY_S,
+            history_s: 90 * DAY_S,
+        }
+    }
+}
+
+const DAY_S: u64 = 24 * 3600;
+
+impl StoreConfig {
+    /// How long prompts, texts and events are kept; `None` is for ever.
+    pub fn retention(&self) -> Option<SignedDuration> {
+        seconds(self.retention_s)
+    }
+
+    /// How long the rest of a job is kept; `None` is for ever.
+    pub fn history(&self) -> Option<SignedDuration> {
+        seconds(self.history_s).map(|history| history.max(self.retention().unwrap_or_default()))
+    }
+}
+
+/// A time of which 0 means that there is none.
+fn seconds(seconds: u64) -> Option<SignedDuration> {
+    let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+    (seconds > 0).then(|| SignedDuration::from_secs(seconds))
+}
+
 /// `[service]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -105,6 +149,11 @@ pub enum ConfigError {
     /// `queue.capacity` is neither -1 nor positive.
     #[error("`queue.capacity` is {0}: use -1 for an unbounded queue, or 1 and more")]
     Capacity(i64),
+    /// `store.history_s` is below a day.
+    #[error(
+        "`store.history_s` is {0}: idempotency keys must be kept for a day, so use 86400 or more, or 0 for ever"
+    )]
+    History(u64),
     /// `service.max_connections` is 0.
     #[error("`service.max_connections` is 0: nobody could connect")]
     MaxConnections,
@@ -143,6 +192,9 @@ impl OrchestratorConfig {
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.queue.capacity < -1 || self.queue.capacity == 0 {
             return Err(ConfigError::Capacity(self.queue.capacity));
+        }
+        if (1..DAY_S).contains(&self.store.history_s) {
+            return Err(ConfigError::History(self.store.history_s));
         }
         if self.service.max_connections == 0 {
             return Err(ConfigError::MaxConnections);

@@ -202,6 +202,9 @@ pub enum Priority {
 }
 
 impl Priority {
+    /// All classes, in the order of their turns.
+    pub const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
+
     /// The name on the wire, in the database and in tables.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -440,6 +443,8 @@ pub struct Job {
     pub started_at: Option<Timestamp>,
     /// When it reached its terminal state.
     pub ended_at: Option<Timestamp>,
+    /// When its prompt, text and log were dropped, some time after its end.
+    pub dropped_at: Option<Timestamp>,
     /// Fence of the latest lease; 0 before the first. Never goes back.
     pub fence: u64,
     /// All attempts so far, in order.
@@ -462,6 +467,7 @@ impl Job {
             created_at: now,
             started_at: None,
             ended_at: None,
+            dropped_at: None,
             fence: 0,
             attempts: Vec::new(),
             text: String::new(),

@@ -36,6 +36,21 @@ pub enum Command {
     },
     /// Show the end of the orchestrator's log
     Logs(LogArgs),
+    /// Copy all jobs to a file, whether the orchestrator runs or not
+    ///
+    /// The copy is of one moment, complete and on the disk when the command returns, and only its owner can read it. To
+    /// go on from it, put it as `jobs.db` into the state folder of an orchestrator that does not run.
+    Backup(BackupArgs),
+}
+
+/// Options of `llorch orchestrator backup`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct BackupArgs {
+    /// The file to make
+    path: PathBuf,
+    /// Overwrite a file that is there
+    #[arg(long)]
+    force: bool,
 }
 
 /// Options of `llorch orchestrator start`.
@@ -57,6 +72,7 @@ impl Command {
             Self::Start(args) => start(&home, args).await,
             Self::Stop => stop(&home).await,
             Self::Status { format } => status(&home, format).await,
+            Self::Backup(args) => backup(args).await,
             Self::Logs(args) => daemon_commands::show_log(&log_file(&home), args).await,
         }
     }
@@ -97,6 +113,34 @@ async fn start(home: &Home, args: StartArgs) -> Result<Exit, CliError> {
         daemon_commands::start(&spec).await?;
     }
     Ok(Exit::Done)
+}
+
+/// The daemon's program alone knows the database, so it makes the copy.
+async fn backup(args: BackupArgs) -> Result<Exit, CliError> {
+    let BackupArgs { path, force } = args;
+    if !force && path.symlink_metadata().is_ok() {
+        let message = format!("{} exists already", path.display());
+        return Err(CliError::new(Exit::Refused, message)
+            .hint("choose another name, or overwrite it with --force"));
+    }
+    let mut command = tokio::process::Command::new(daemon::find_sibling(NAME)?);
+    command.arg("backup");
+    if force {
+        command.arg("--force");
+    }
+    let status = command
+        .arg("--")
+        .arg(path)
+        .env("LLORCH_LOG", "warn")
+        .kill_on_drop(true)
+        .status()
+        .await?;
+    // It has said itself what is wrong.
+    Ok(if status.success() {
+        Exit::Done
+    } else {
+        Exit::Failed
+    })
 }
 
 async fn stop(home: &Home) -> Result<Exit, CliError> {

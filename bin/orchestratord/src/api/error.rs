@@ -76,6 +76,14 @@ pub(super) fn event_id_ahead(job: JobId) -> ServiceError {
     .hint("leave it out to get all events from the start, or read the job itself")
 }
 
+/// 410: a log that was dropped.
+pub(super) fn events_gone(job: JobId, dropped_at: jiff::Timestamp) -> ServiceError {
+    let at = dropped_at.round(jiff::Unit::Second).unwrap_or(dropped_at);
+    let message = format!("the events of {job} were dropped at {at}, some time after its end");
+    refuse(StatusCode::GONE, Code::EventsGone, message)
+        .hint("`GET /v2/tasks/{id}` still shows how it ended; `store.retention_s` says how long events are kept")
+}
+
 /// 503: the daemon stops.
 pub(super) fn stopping() -> ServiceError {
     refuse(

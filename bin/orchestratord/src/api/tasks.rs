@@ -55,7 +55,7 @@ pub(super) async fn submit(
     let location = HeaderValue::try_from(format!("/v2/tasks/{id}"))
         .map_err(|error| ServiceError::internal(&error))?;
     if accepts_events(&headers) {
-        let mut response = stream(&app, id, EventId { attempt: 0, seq: 0 });
+        let mut response = stream(&app, id, EventId { attempt: 0, seq: 0 }).await?;
         response.headers_mut().insert(LOCATION, location);
         return Ok(response);
     }
@@ -135,8 +135,19 @@ fn accepts_events(headers: &HeaderMap) -> bool {
         .any(|kind| kind.trim().starts_with("text/event-stream"))
 }
 
-fn stream(app: &App, id: JobId, after: EventId) -> Response {
+/// The events after `after`; `400` where none can come any more, `410` where they are gone.
+async fn stream(app: &App, id: JobId, after: EventId) -> ServiceResult<Response> {
     let live = app.jobs.get(id);
+    if live.is_none() {
+        let log = app.store.log_end(id).await?;
+        let log = log.ok_or_else(|| error::no_job(&id.to_string()))?;
+        if let Some(at) = log.dropped_at {
+            return Err(error::events_gone(id, at));
+        }
+        if log.status.is_terminal() && log.last.is_some_and(|last| after > last) {
+            return Err(error::event_id_ahead(id));
+        }
+    }
     let events = streams::follow(Arc::clone(app), id, live, after);
     let mut response = sse::Sse::new(events)
         .keep_alive(sse::KeepAlive::new().interval(KEEP_ALIVE))
@@ -145,7 +156,7 @@ fn stream(app: &App, id: JobId, after: EventId) -> Response {
     response
         .headers_mut()
         .insert("x-accel-buffering", HeaderValue::from_static("no"));
-    response
+    Ok(response)
 }
 
 fn parse_id(id: &str) -> ServiceResult<JobId> {
@@ -253,22 +264,7 @@ pub(super) async fn events(
             .parse()
             .map_err(error::malformed_event_id)?,
     };
-    if app.jobs.get(id).is_none() {
-        let last = app
-            .store
-            .last_event(id)
-            .await?
-            .ok_or_else(|| error::no_job(&id.to_string()))?;
-        let over = app
-            .store
-            .status(id)
-            .await?
-            .is_some_and(JobStatus::is_terminal);
-        if over && after > last {
-            return Err(error::event_id_ahead(id));
-        }
-    }
-    Ok(stream(&app, id, after))
+    stream(&app, id, after).await
 }
 
 /// `POST /v2/tasks/{id}/cancel` and `DELETE /v2/tasks/{id}`: the state that won, committed before the answer.

@@ -4,9 +4,11 @@
 //! through [`JobStatus::transition`], and every change on behalf of an attempt compares its fence in the same
 //! transaction.
 
+mod backup;
 mod commands;
 mod holder;
 mod queries;
+mod retention;
 mod schema;
 mod seam;
 mod writer;
@@ -33,6 +35,8 @@ use sqlx::{ConnectOptions as _, SqlitePool};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
+pub use backup::backup;
+pub use retention::{Cutoffs, Step};
 pub use seam::Seam;
 use writer::Writer;
 
@@ -310,6 +314,17 @@ pub struct Orphan {
     pub worker_id: String,
 }
 
+/// How far a job's log goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogEnd {
+    /// The job's state.
+    pub status: JobStatus,
+    /// The last event.
+    pub last: Option<EventId>,
+    /// When the log was dropped.
+    pub dropped_at: Option<Timestamp>,
+}
+
 /// Which jobs a list shows.
 #[derive(Debug, Clone, Default)]
 pub struct ListFilter {
@@ -533,10 +548,21 @@ impl Store {
         queries::events_after(&self.readers, job, after, limit).await
     }
 
-    /// The last event of the job's log.
-    pub async fn last_event(&self, job: JobId) -> Result<Option<EventId>, StoreError> {
-        let mut conn = self.readers.acquire().await?;
-        commands::last_event(&mut conn, job).await
+    /// How far the job's log goes.
+    pub async fn log_end(&self, job: JobId) -> Result<Option<LogEnd>, StoreError> {
+        queries::log_end(&self.readers, job).await
+    }
+
+    /// Does one small step of dropping what is old.
+    pub async fn sweep(&self, cutoffs: Cutoffs, now: Timestamp) -> Result<Step, StoreError> {
+        self.writer
+            .run(move |conn| Box::pin(async move { retention::step(conn, cutoffs, now).await }))
+            .await
+    }
+
+    /// Empties the write-ahead log, in which dropped texts may still stand, unless a reader needs it just now.
+    pub async fn forget_log(&self) {
+        self.writer.forget_log().await;
     }
 
     /// Fails unless the database can be read.

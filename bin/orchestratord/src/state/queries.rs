@@ -2,13 +2,15 @@
 
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::api::tasks::TaskSummary;
-use orchestrator_core::job::{Attempt, Job, Usage};
+use orchestrator_core::job::{Attempt, Job, Priority, Usage};
 use orchestrator_core::{JobId, JobStatus};
 use sqlx::sqlite::SqliteRow;
 use sqlx::{QueryBuilder, Row as _, Sqlite, SqlitePool};
 
-use super::commands::{StoredEvent, from_json, number, optional_time, parse, parse_outcome, time};
-use super::{ListFilter, LogEntry, StoreError, apply_to_text};
+use super::commands::{
+    StoredEvent, from_json, last_event, number, optional_time, parse, parse_outcome, time,
+};
+use super::{ListFilter, LogEnd, LogEntry, StoreError, apply_to_text};
 
 /// Log rows of one page of a replay. A row holds up to about thirty tokens.
 const PAGE_ROWS: i64 = 64;
@@ -21,13 +23,27 @@ pub(super) async fn status(pool: &SqlitePool, id: JobId) -> Result<Option<JobSta
     row.map(|row| parse(row.try_get("status")?)).transpose()
 }
 
+pub(super) async fn log_end(pool: &SqlitePool, id: JobId) -> Result<Option<LogEnd>, StoreError> {
+    let mut transaction = pool.begin().await?;
+    let row = sqlx::query("SELECT status, dropped_us FROM jobs WHERE id = ?")
+        .bind(id.to_string())
+        .fetch_optional(&mut *transaction)
+        .await?;
+    let Some(row) = row else { return Ok(None) };
+    Ok(Some(LogEnd {
+        status: parse(row.try_get("status")?)?,
+        last: last_event(&mut transaction, id).await?,
+        dropped_at: optional_time(row.try_get("dropped_us")?)?,
+    }))
+}
+
 pub(super) async fn job(
     pool: &SqlitePool,
     id: JobId,
 ) -> Result<Option<(Job, EventId)>, StoreError> {
     // One transaction, so that state, attempts and text are of one moment.
     let mut transaction = pool.begin().await?;
-    let sql = "SELECT status, spec, created_us, started_us, ended_us, fence, usage, error FROM jobs \
+    let sql = "SELECT status, spec, created_us, started_us, ended_us, dropped_us, fence, usage, error FROM jobs \
                JOIN requests ON job_id = id WHERE id = ?";
     let Some(row) = sqlx::query(sql)
         .bind(id.to_string())
@@ -42,11 +58,17 @@ pub(super) async fn job(
         .bind(id.to_string())
         .fetch_all(&mut *transaction)
         .await?;
-    let sql = "SELECT attempt, last_seq, payload FROM events WHERE job_id = ? ORDER BY first_seq";
-    let log = sqlx::query(sql)
-        .bind(id.to_string())
-        .fetch_all(&mut *transaction)
-        .await?;
+    let dropped_at = optional_time(row.try_get("dropped_us")?)?;
+    let mut log = Vec::new();
+    // Some rows of a log that is being dropped may still be there; what they give is no text.
+    if dropped_at.is_none() {
+        let sql =
+            "SELECT attempt, last_seq, payload FROM events WHERE job_id = ? ORDER BY first_seq";
+        log = sqlx::query(sql)
+            .bind(id.to_string())
+            .fetch_all(&mut *transaction)
+            .await?;
+    }
     transaction.commit().await?;
 
     let mut text = String::new();
@@ -68,6 +90,7 @@ pub(super) async fn job(
         created_at: time(row.try_get("created_us")?)?,
         started_at: optional_time(row.try_get("started_us")?)?,
         ended_at: optional_time(row.try_get("ended_us")?)?,
+        dropped_at,
         fence: number(row.try_get("fence")?)?,
         attempts: attempts.iter().map(attempt).collect::<Result<_, _>>()?,
         text,
@@ -100,34 +123,59 @@ fn attempt(row: &SqliteRow) -> Result<Attempt, StoreError> {
     })
 }
 
+/// Jobs, newest first. Each combination of what the filter leaves open is one range of an index whose end is read: the cost
+/// depends on how many jobs are shown, never on how many are stored.
 pub(super) async fn list(
     pool: &SqlitePool,
     filter: &ListFilter,
 ) -> Result<Vec<TaskSummary>, StoreError> {
+    let limit = i64::from(filter.limit);
     let mut query = QueryBuilder::<Sqlite>::new(
         "SELECT j.id, j.status, j.model, j.priority, j.session_id, j.labels, j.created_us, j.started_us, j.ended_us, \
          j.usage, j.error, a.number, a.pool_id, a.worker_id FROM jobs j LEFT JOIN attempts a ON a.job_id = j.id \
-         AND a.number = (SELECT MAX(number) FROM attempts WHERE job_id = j.id) WHERE 1 = 1",
+         AND a.number = (SELECT MAX(number) FROM attempts WHERE job_id = j.id) WHERE j.id IN (",
     );
-    if let Some(status) = filter.status {
-        query.push(" AND j.status = ").push_bind(status.as_str());
+    for (n, range) in ranges(filter).into_iter().enumerate() {
+        query.push(if n > 0 {
+            " UNION ALL SELECT * FROM ("
+        } else {
+            "SELECT * FROM ("
+        });
+        query.push("SELECT id FROM jobs WHERE 1 = 1");
+        if let Some((status, priority)) = range {
+            query.push(" AND status = ").push_bind(status.as_str());
+            query.push(" AND priority = ").push_bind(priority.as_str());
+        }
+        if let Some(model) = &filter.model {
+            query.push(" AND model = ").push_bind(model.clone());
+        }
+        if let Some(before) = filter.before {
+            query.push(" AND id < ").push_bind(before.to_string());
+        }
+        query.push(" ORDER BY id DESC LIMIT ").push_bind(limit);
+        query.push(")");
     }
-    if let Some(model) = &filter.model {
-        query.push(" AND j.model = ").push_bind(model.clone());
-    }
-    if let Some(priority) = filter.priority {
-        query
-            .push(" AND j.priority = ")
-            .push_bind(priority.as_str());
-    }
-    if let Some(before) = filter.before {
-        query.push(" AND j.id < ").push_bind(before.to_string());
-    }
-    query
-        .push(" ORDER BY j.id DESC LIMIT ")
-        .push_bind(i64::from(filter.limit));
+    query.push(") ORDER BY j.id DESC LIMIT ").push_bind(limit);
     let rows = query.build().fetch_all(pool).await?;
     rows.iter().map(summary).collect()
+}
+
+/// The ranges of the indexes that hold what the filter asks for. `None` is all jobs.
+fn ranges(filter: &ListFilter) -> Vec<Option<(JobStatus, Priority)>> {
+    if (filter.status, filter.priority, &filter.model) == (None, None, &None) {
+        return vec![None];
+    }
+    let statuses = filter
+        .status
+        .map_or(JobStatus::ALL.to_vec(), |status| vec![status]);
+    let priorities = filter
+        .priority
+        .map_or(Priority::ALL.to_vec(), |priority| vec![priority]);
+    let pairs = statuses.into_iter().flat_map(|status| {
+        let priorities = priorities.clone().into_iter();
+        priorities.map(move |priority| Some((status, priority)))
+    });
+    pairs.collect()
 }
 
 fn summary(row: &SqliteRow) -> Result<TaskSummary, StoreError> {

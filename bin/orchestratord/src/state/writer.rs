@@ -8,8 +8,8 @@ use sqlx::SqliteConnection;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
-use super::StoreError;
 use super::holder::{self, Epoch};
+use super::{BUSY_TIMEOUT, StoreError};
 
 /// Most commands of one transaction: bounds how long the first of them waits for the last.
 const BATCH: usize = 256;
@@ -75,6 +75,7 @@ where
 #[derive(Clone)]
 pub(super) struct Writer {
     commands: mpsc::Sender<Box<dyn Command>>,
+    tidy: mpsc::Sender<oneshot::Sender<()>>,
     taken_over: watch::Receiver<bool>,
 }
 
@@ -82,14 +83,16 @@ impl Writer {
     /// Starts the writer on `conn`. It ends, and closes the connection, when every `Writer` is dropped.
     pub(super) fn start(conn: SqliteConnection, epoch: Epoch) -> (Self, JoinHandle<()>) {
         let (commands, inbox) = mpsc::channel(BACKLOG);
+        let (tidy, asked) = mpsc::channel(1);
         let (told, taken_over) = watch::channel(false);
         let writer = Self {
             commands,
+            tidy,
             taken_over,
         };
         let task = async move {
             let mut held = Held { conn, epoch };
-            match held.write(inbox).await {
+            match held.write(inbox, asked).await {
                 Ended::InOrder => held.close().await,
                 Ended::TakenOver => {
                     tracing::error!(
@@ -114,6 +117,14 @@ impl Writer {
     /// Whether another run has taken over the database.
     pub(super) fn is_taken_over(&self) -> bool {
         *self.taken_over.borrow()
+    }
+
+    /// Empties the write-ahead log if no reader needs it.
+    pub(super) async fn forget_log(&self) {
+        let (reply, done) = oneshot::channel();
+        if self.tidy.send(reply).await.is_ok() {
+            let _ = done.await;
+        }
     }
 
     /// Runs `work` in a transaction and returns once that is committed.
@@ -153,11 +164,23 @@ struct Held {
 }
 
 impl Held {
-    async fn write(&mut self, mut inbox: mpsc::Receiver<Box<dyn Command>>) -> Ended {
+    async fn write(
+        &mut self,
+        mut inbox: mpsc::Receiver<Box<dyn Command>>,
+        mut asked: mpsc::Receiver<oneshot::Sender<()>>,
+    ) -> Ended {
         let mut batch = Vec::new();
         loop {
             let received = tokio::select! {
                 received = inbox.recv_many(&mut batch, BATCH) => received,
+                Some(reply) = asked.recv() => {
+                    if let Err(error) = self.forget_log().await {
+                        end_if_sync_failed(&error);
+                        tracing::warn!(%error, "the write-ahead log stays for now");
+                    }
+                    let _ = reply.send(());
+                    continue;
+                }
                 // One that slept and has nothing to write shall end as well.
                 () = tokio::time::sleep(LOOK) => {
                     match holder::check(&mut self.conn, self.epoch).await {
@@ -202,6 +225,21 @@ impl Held {
             execute(conn, "RELEASE command").await?;
         }
         execute(conn, "COMMIT").await
+    }
+
+    /// Writes the log back into the file and empties it. A reader in the midst of a long read is not waited for: the writer
+    /// has others to serve.
+    async fn forget_log(&mut self) -> Result<(), StoreError> {
+        let conn = &mut self.conn;
+        holder::check(conn, self.epoch).await?;
+        execute(conn, "PRAGMA busy_timeout = 0").await?;
+        let emptied = execute(conn, "PRAGMA wal_checkpoint(TRUNCATE)").await;
+        let milliseconds = BUSY_TIMEOUT.as_millis();
+        let sql = format!("PRAGMA busy_timeout = {milliseconds}");
+        sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
+            .execute(conn)
+            .await?;
+        emptied
     }
 
     async fn close(mut self) {

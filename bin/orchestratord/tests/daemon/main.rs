@@ -4,11 +4,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod attempts;
+mod backup;
 mod crash;
 mod events;
 mod pools;
 mod process;
 mod restart;
+mod retention;
 mod submit;
 mod support;
 mod take_over;

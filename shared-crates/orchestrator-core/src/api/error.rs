@@ -18,6 +18,8 @@ pub enum ApiErrorCode {
     IdempotencyMismatch,
     /// `Last-Event-ID` is malformed or was never given to a reader of this job.
     InvalidEventId,
+    /// The job's events were dropped: it ended too long ago.
+    EventsGone,
     /// The instance or sequence number is older than what is known.
     StaleHeartbeat,
     /// The pool speaks another version of the API.
@@ -41,6 +43,7 @@ impl ApiErrorCode {
             Self::QueueFull => "QUEUE_FULL",
             Self::IdempotencyMismatch => "IDEMPOTENCY_MISMATCH",
             Self::InvalidEventId => "INVALID_EVENT_ID",
+            Self::EventsGone => "EVENTS_GONE",
             Self::StaleHeartbeat => "STALE_HEARTBEAT",
             Self::VersionMismatch => "VERSION_MISMATCH",
             Self::StoreUnavailable => "STORE_UNAVAILABLE",

@@ -412,6 +412,9 @@ pub struct TaskView {
     pub started_at: Option<Timestamp>,
     /// When it reached its terminal state.
     pub ended_at: Option<Timestamp>,
+    /// When its prompt, text and events were dropped: some time after its end, as `store.retention_s` of the
+    /// orchestrator says.
+    pub dropped_at: Option<Timestamp>,
     /// All attempts, in order.
     pub attempts: Vec<Attempt>,
     /// Why it waits, while it does.
@@ -436,6 +439,7 @@ impl TaskView {
             created_at: job.created_at,
             started_at: job.started_at,
             ended_at: job.ended_at,
+            dropped_at: job.dropped_at,
             attempts: job.attempts,
             waiting,
             text: job.text,

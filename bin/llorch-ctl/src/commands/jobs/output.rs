@@ -32,6 +32,13 @@ impl Output {
                 "follow it with `llorch jobs events {id}`, or wait with `llorch jobs wait {id}`"
             )));
         }
+        if let Some(at) = job.dropped_at {
+            return Err(CliError::new(
+                Exit::NotFound,
+                format!("the text of {} was dropped at {at:.0}", job.id),
+            )
+            .hint("orchestratord keeps texts for `store.retention_s` after a job's end"));
+        }
         if job.status == JobStatus::Completed || !job.text.is_empty() {
             print_text(&job.text)?;
         }

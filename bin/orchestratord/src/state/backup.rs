@@ -1,0 +1,156 @@
+//! A copy of the database as it is at one moment, also while a daemon writes to it.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions as _, Connection as _, Row as _};
+
+use super::{BUSY_TIMEOUT, StoreError, while_opening};
+
+/// Why there is no backup. Nothing has the final name then that had it not before.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    /// Nothing to copy.
+    #[error("there is no job database {}", .0.display())]
+    NoDatabase(PathBuf),
+    /// The goal exists.
+    #[error("{} exists already", .0.display())]
+    Exists(PathBuf),
+    /// The goal is the database, or a file beside it that SQLite uses.
+    #[error("{} belongs to the job database itself", .0.display())]
+    Itself(PathBuf),
+    /// The goal can't be written.
+    #[error("could not write {}", path.display())]
+    Io {
+        /// The goal.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The database can't be read, or the copy can't be written.
+    #[error("could not copy the job database")]
+    Store(#[source] StoreError),
+}
+
+impl BackupError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::NoDatabase(_) => {
+                Some("orchestratord makes it when it starts; LLORCH_HOME says where")
+            }
+            Self::Exists(_) => Some("choose another name, or overwrite it with --force"),
+            Self::Itself(_) => Some("choose a place outside of the state folder"),
+            Self::Io { .. } => Some("the folder must exist, be writable and have room"),
+            Self::Store(error) => error.hint(),
+        }
+    }
+}
+
+/// A backup that is complete and on the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BackedUp {
+    /// Jobs in it.
+    pub jobs: u64,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// Copies `database` to `goal` (mode 0600). `overwrite` replaces a file that is there.
+pub async fn backup(
+    database: &Path,
+    goal: &Path,
+    overwrite: bool,
+) -> Result<BackedUp, BackupError> {
+    if !database.exists() {
+        return Err(BackupError::NoDatabase(database.to_path_buf()));
+    }
+    if is_of(database, goal) {
+        return Err(BackupError::Itself(goal.to_path_buf()));
+    }
+    if !overwrite && goal.symlink_metadata().is_ok() {
+        return Err(BackupError::Exists(goal.to_path_buf()));
+    }
+    let failed = |source| BackupError::Io {
+        path: goal.to_path_buf(),
+        source,
+    };
+    let folder = match goal.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    // Made with mode 0600 under a name of its own, and renamed when it is complete: removed again if it never is.
+    let copy = tempfile::Builder::new()
+        .prefix(".backup-")
+        .tempfile_in(folder)
+        .map_err(failed)?;
+    let jobs = copy_into(database, copy.path())
+        .await
+        .map_err(|error| BackupError::Store(while_opening(error)))?;
+    copy.as_file().sync_all().map_err(failed)?;
+    let bytes = copy.as_file().metadata().map_err(failed)?.len();
+    let persisted = match overwrite {
+        true => copy.persist(goal),
+        false => copy.persist_noclobber(goal),
+    };
+    persisted.map_err(|error| match error.error.kind() {
+        io::ErrorKind::AlreadyExists => BackupError::Exists(goal.to_path_buf()),
+        _ => failed(error.error),
+    })?;
+    File::open(folder)
+        .and_then(|folder| folder.sync_all())
+        .map_err(failed)?;
+    Ok(BackedUp { jobs, bytes })
+}
+
+/// Whether `goal` is the database, its log or the log's index.
+fn is_of(database: &Path, goal: &Path) -> bool {
+    let same_folder = || {
+        let folder = |path: &Path| match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.canonicalize().ok(),
+            _ => Path::new(".").canonicalize().ok(),
+        };
+        folder(database).is_some() && folder(database) == folder(goal)
+    };
+    let (Some(name), Some(goal_name)) = (database.file_name(), goal.file_name()) else {
+        return false;
+    };
+    let taken = ["", "-wal", "-shm", "-journal"].map(|end| {
+        let mut name = name.to_owned();
+        name.push(end);
+        name
+    });
+    let linked = || goal.canonicalize().ok() == database.canonicalize().ok();
+    (taken.iter().any(|name| name == goal_name) && same_folder()) || linked()
+}
+
+/// Writes the copy into the empty file `copy`, and returns how many jobs it holds.
+async fn copy_into(database: &Path, copy: &Path) -> Result<u64, StoreError> {
+    // Not read-only: a killed daemon's log may have to be written back first, which needs its index.
+    let mut source = SqliteConnectOptions::new()
+        .filename(database)
+        .busy_timeout(BUSY_TIMEOUT)
+        .disable_statement_logging()
+        .connect()
+        .await?;
+    let name = copy.to_string_lossy().into_owned();
+    sqlx::query("VACUUM INTO ?")
+        .bind(name)
+        .execute(&mut source)
+        .await?;
+    source.close().await?;
+    let mut copy = SqliteConnectOptions::new()
+        .filename(copy)
+        .read_only(true)
+        .disable_statement_logging()
+        .connect()
+        .await?;
+    let jobs: i64 = sqlx::query("SELECT COUNT(*) FROM jobs")
+        .fetch_one(&mut copy)
+        .await?
+        .get(0);
+    copy.close().await?;
+    Ok(u64::try_from(jobs).unwrap_or(0))
+}

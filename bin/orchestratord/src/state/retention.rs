@@ -1,0 +1,144 @@
+//! Dropping what is old, a little at a time: each step is one short command of the writer, so submits go between.
+
+use jiff::Timestamp;
+use sqlx::{Row as _, SqliteConnection};
+
+use super::StoreError;
+use super::commands::micros;
+
+/// Jobs of one step.
+const JOBS: i64 = 64;
+/// Log rows of one step.
+const ROWS: i64 = 256;
+/// Pages that one step gives back, and free ones that are kept for what comes.
+const PAGES: (i64, i64) = (256, 512);
+
+/// What is old.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cutoffs {
+    /// Jobs that ended before this lose their prompt, text and log.
+    pub drop: Option<Timestamp>,
+    /// Jobs that ended before this, and have lost those, are forgotten.
+    pub forget: Option<Timestamp>,
+}
+
+/// What one step did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing is left to do.
+    Done,
+    /// So many jobs lost prompt and text; nobody can read their logs any more.
+    Dropped(u64),
+    /// Rows of such logs are gone.
+    Purged,
+    /// So many jobs are forgotten.
+    Forgotten(u64),
+    /// The file has become smaller.
+    Shrunk,
+}
+
+/// Does the next thing there is to do. The order finishes what an interrupted run has begun.
+pub(super) async fn step(
+    conn: &mut SqliteConnection,
+    cutoffs: Cutoffs,
+    now: Timestamp,
+) -> Result<Step, StoreError> {
+    if purge(conn).await? {
+        return Ok(Step::Purged);
+    }
+    if let Some(before) = cutoffs.drop {
+        let jobs = drop_texts(conn, before, now).await?;
+        if jobs > 0 {
+            return Ok(Step::Dropped(jobs));
+        }
+    }
+    if let Some(before) = cutoffs.forget {
+        let jobs = forget(conn, before).await?;
+        if jobs > 0 {
+            return Ok(Step::Forgotten(jobs));
+        }
+    }
+    match shrink(conn).await? {
+        true => Ok(Step::Shrunk),
+        false => Ok(Step::Done),
+    }
+}
+
+/// Deletes some rows of the logs that are being dropped; false where none is.
+async fn purge(conn: &mut SqliteConnection) -> Result<bool, StoreError> {
+    let pending = sqlx::query("SELECT 1 FROM purges LIMIT 1")
+        .fetch_optional(&mut *conn)
+        .await?;
+    if pending.is_none() {
+        return Ok(false);
+    }
+    let sql = "DELETE FROM events WHERE (job_id, first_seq) IN \
+               (SELECT e.job_id, e.first_seq FROM purges p JOIN events e ON e.job_id = p.job_id LIMIT ?)";
+    sqlx::query(sql).bind(ROWS).execute(&mut *conn).await?;
+    let sql = "DELETE FROM purges WHERE NOT EXISTS (SELECT 1 FROM events WHERE events.job_id = purges.job_id)";
+    sqlx::query(sql).execute(conn).await?;
+    Ok(true)
+}
+
+/// Takes prompt and text from the jobs that ended first, and hands their logs over to be deleted. Figures, settings and
+/// labels stay. No job is being purged when this is called.
+async fn drop_texts(
+    conn: &mut SqliteConnection,
+    before: Timestamp,
+    now: Timestamp,
+) -> Result<u64, StoreError> {
+    let sql = "INSERT INTO purges (job_id) SELECT id FROM jobs \
+               WHERE ended_us IS NOT NULL AND dropped_us IS NULL AND ended_us < ? ORDER BY ended_us LIMIT ?";
+    let jobs = sqlx::query(sql)
+        .bind(micros(before))
+        .bind(JOBS)
+        .execute(&mut *conn)
+        .await?
+        .rows_affected();
+    if jobs == 0 {
+        return Ok(0);
+    }
+    sqlx::query("UPDATE jobs SET dropped_us = ? WHERE id IN (SELECT job_id FROM purges)")
+        .bind(micros(now))
+        .execute(&mut *conn)
+        .await?;
+    // The functions copy numbers as they are written, so a seed beyond 2^63 stays exact.
+    let sql = "UPDATE requests SET spec = json_set(spec, '$.input', json('{\"prompt\":\"\"}'), '$.system', NULL, \
+               '$.stop', json('[]')) WHERE job_id IN (SELECT job_id FROM purges)";
+    sqlx::query(sql).execute(conn).await?;
+    Ok(jobs)
+}
+
+/// Deletes the jobs that ended first of those that have lost their texts, with their attempts and keys.
+async fn forget(conn: &mut SqliteConnection, before: Timestamp) -> Result<u64, StoreError> {
+    let sql = "DELETE FROM jobs WHERE id IN \
+               (SELECT id FROM jobs WHERE dropped_us IS NOT NULL AND ended_us < ? ORDER BY ended_us LIMIT ?)";
+    let deleted = sqlx::query(sql)
+        .bind(micros(before))
+        .bind(JOBS)
+        .execute(conn)
+        .await?;
+    Ok(deleted.rows_affected())
+}
+
+/// Gives some free pages back to the file system.
+async fn shrink(conn: &mut SqliteConnection) -> Result<bool, StoreError> {
+    let free: i64 = sqlx::query("PRAGMA freelist_count")
+        .fetch_one(&mut *conn)
+        .await?
+        .get(0);
+    if free <= PAGES.1 {
+        return Ok(false);
+    }
+    // A pragma takes no parameters.
+    let sql = format!("PRAGMA incremental_vacuum({})", PAGES.0);
+    sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
+        .execute(&mut *conn)
+        .await?;
+    let left: i64 = sqlx::query("PRAGMA freelist_count")
+        .fetch_one(conn)
+        .await?
+        .get(0);
+    // A file that can't shrink would be tried for ever.
+    Ok(left < free)
+}
