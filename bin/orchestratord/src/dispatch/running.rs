@@ -169,18 +169,27 @@ impl<'a> Running<'a> {
     /// ours: it is tried again until the pool says that the worker is gone, or is itself given up. A pool that was heard
     /// since and calls the worker alive leaves nothing to wait for.
     async fn reattach(&mut self, connection: &mut Connection) -> Result<(), Verdict> {
+        let (pool, worker) = (&self.attempt.pool_id, &self.attempt.worker_id);
         let broke = clock::now();
         let mut pauses = PAUSES.into_iter();
         loop {
+            // Before the try, so that one follows what the pool said: a pool that was started anew may relay again.
+            let heard = self.app.fleet.last_heard(pool);
+            let explained = heard.is_some_and(|at| at.duration_since(broke) >= POOL_EXPLAINS);
+            let endpoint = self.app.fleet.endpoint(pool, worker);
+            let attach = async {
+                if let Some(endpoint) = endpoint {
+                    connection.move_to(&endpoint)?;
+                }
+                connection.attach().await
+            };
             let error = tokio::select! {
-                result = connection.attach() => match result {
+                result = attach => match result {
                     Ok(()) => return Ok(()),
                     Err(error) => error,
                 },
                 cut = cut(self.app, &mut self.orders, true) => return Err(cut.into()),
             };
-            let heard = self.app.fleet.last_heard(&self.attempt.pool_id);
-            let explained = heard.is_some_and(|at| at.duration_since(broke) >= POOL_EXPLAINS);
             // It knows nothing of the execution, or does not want us: asking again changes nothing.
             let refused = matches!(error, ClientError::Api { .. });
             let pause = if refused {
@@ -193,11 +202,7 @@ impl<'a> Running<'a> {
                 () = tokio::time::sleep(pause) => {}
             }
             if refused || explained {
-                let (worker, pool, text) = (
-                    &self.attempt.worker_id,
-                    &self.attempt.pool_id,
-                    with_causes(&error),
-                );
+                let text = with_causes(&error);
                 return Err(Verdict::Lost(format!(
                     "worker `{worker}` on pool `{pool}`: {text}"
                 )));

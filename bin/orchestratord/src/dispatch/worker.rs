@@ -76,6 +76,12 @@ impl Connection {
         })
     }
 
+    /// Uses the address at which the worker is reached now.
+    pub(super) fn move_to(&mut self, endpoint: &WorkerEndpoint) -> Result<(), ClientError> {
+        self.client = client(endpoint)?.with_correlation_id(self.job.to_string());
+        Ok(())
+    }
+
     /// Starts the execution.
     pub(super) async fn execute(&mut self, request: ExecuteRequest) -> Result<(), ClientError> {
         let call = self.client.request(Method::POST, "/execute").json(&request);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::job::AttemptOutcome;
 use orchestrator_core::{JobId, JobStatus};
+use pool_core::api::worker::WorkerErrorCode;
 use pool_core::worker::WorkerStatus;
 use serde_json::json;
 use sqlx::SqliteConnection;
@@ -340,6 +341,71 @@ async fn an_attempt_that_its_worker_has_forgotten_is_followed_by_one_that_goes_o
     assert_eq!(
         view.attempts[0].outcome,
         Some(AttemptOutcome::OrchestratorRestarted)
+    );
+}
+
+// [ORCHD-092] P4: what a worker keeps of an older attempt is not taken for the one that never reached it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attempt_that_never_arrived_is_not_mistaken_for_the_one_before() {
+    let (orchestrator, pool, worker) = one_worker().await;
+    let job = orchestrator.job().await;
+    worker.request(1).await;
+    worker.started(job);
+    worker.tokens(job, 0..2);
+    orchestrator.until(job, JobStatus::Running).await;
+    worker.lose_executes(true);
+    worker.error(job, WorkerErrorCode::ShuttingDown);
+    worker.lost_execute().await;
+    assert_eq!(orchestrator.show(job).await.attempts.len(), 2);
+
+    let orchestrator = orchestrator.restart().await;
+    worker.lose_executes(false);
+    pool.register(&orchestrator).await;
+    let request = worker.request(2).await;
+    assert_eq!((request.attempt, request.fence), (3, 3));
+    assert_eq!(request.resume.unwrap().token_ids, [100, 101]);
+    worker.started(job);
+    worker.end(job, 2);
+    let view = orchestrator.until(job, JobStatus::Completed).await;
+    assert_eq!(view.text, "<0><1>");
+    let outcomes: Vec<_> = view
+        .attempts
+        .iter()
+        .map(|attempt| attempt.outcome.unwrap())
+        .collect();
+    use AttemptOutcome::{Completed, OrchestratorRestarted, WorkerLost};
+    assert_eq!(outcomes, [WorkerLost, OrchestratorRestarted, Completed]);
+}
+
+// [ORCHD-033] [ORCHD-096] P8: a pool that relays and comes back elsewhere takes no attempt with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_goes_on_at_the_address_that_the_pool_gives_later() {
+    let orchestrator = Orchestrator::start().await;
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    let mut pool = FakePool::start("pool-a").await.has(&worker);
+    let (first, relay) = worker.answers_elsewhere().await;
+    pool.endpoints[0].url = format!("http://{first}");
+    pool.register(&orchestrator).await;
+    let job = orchestrator.job().await;
+    worker.request(1).await;
+    worker.started(job);
+    worker.tokens(job, 0..2);
+    orchestrator.until(job, JobStatus::Running).await;
+    relay.abort();
+    let _ = relay.await;
+    worker.cut_streams(job);
+    worker.tokens(job, 2..4);
+    worker.end(job, 4);
+    // Longer than a pool takes to say that a worker died, were it alive to see it.
+    tokio::time::sleep(std::time::Duration::from_millis(1700)).await;
+    let (second, _relay) = worker.answers_elsewhere().await;
+    pool.endpoints[0].url = format!("http://{second}");
+    pool.instance = "instance-2".into();
+    pool.register(&orchestrator).await;
+    let view = orchestrator.until(job, JobStatus::Completed).await;
+    assert_eq!(
+        (view.text.as_str(), view.attempts.len()),
+        ("<0><1><2><3>", 1)
     );
 }
 

@@ -321,6 +321,8 @@ struct WorkerInner {
     refusals: Vec<WorkerErrorCode>,
     /// Whether cancels wait for their answers.
     slow_cancels: bool,
+    /// Whether `/execute` calls are lost on their way.
+    lose_executes: bool,
 }
 
 /// A FAKE worker.
@@ -332,6 +334,7 @@ pub struct FakeWorker {
     changed: watch::Sender<()>,
     server: JoinHandle<()>,
     alive: watch::Sender<bool>,
+    lost: watch::Sender<usize>,
 }
 
 #[derive(Clone)]
@@ -339,18 +342,20 @@ struct WorkerState {
     inner: Arc<Mutex<WorkerInner>>,
     changed: watch::Sender<()>,
     alive: watch::Receiver<bool>,
+    lost: watch::Sender<usize>,
     secret: String,
 }
 
 impl FakeWorker {
     pub async fn start(id: &str) -> Self {
         let (inner, changed) = (Arc::<Mutex<WorkerInner>>::default(), watch::Sender::new(()));
-        let alive = watch::Sender::new(true);
+        let (alive, lost) = (watch::Sender::new(true), watch::Sender::new(0));
         let secret = format!("secret-of-{id}");
         let state = WorkerState {
             inner: Arc::clone(&inner),
             changed: changed.clone(),
             alive: alive.subscribe(),
+            lost: lost.clone(),
             secret: secret.clone(),
         };
         let app = Router::new()
@@ -370,7 +375,32 @@ impl FakeWorker {
             changed,
             server,
             alive,
+            lost,
         }
+    }
+
+    /// Waits until an `/execute` call went astray.
+    pub async fn lost_execute(&self) {
+        let mut lost = self.lost.subscribe();
+        soon("a lost call", lost.wait_for(|count| *count > 0))
+            .await
+            .unwrap();
+    }
+
+    /// Another address at which the same worker answers, as a pool that relays has after a restart.
+    pub async fn answers_elsewhere(&self) -> (SocketAddr, JoinHandle<()>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (addr, goal) = (listener.local_addr().unwrap(), self.addr);
+        let relay = tokio::spawn(async move {
+            loop {
+                let (mut from, _) = listener.accept().await.unwrap();
+                tokio::spawn(async move {
+                    let mut to = tokio::net::TcpStream::connect(goal).await.unwrap();
+                    let _ = tokio::io::copy_bidirectional(&mut from, &mut to).await;
+                });
+            }
+        });
+        (addr, relay)
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut WorkerInner) -> T) -> T {
@@ -382,6 +412,11 @@ impl FakeWorker {
     /// Refuses the next `/execute` calls with these codes.
     pub fn refuse(&self, codes: &[WorkerErrorCode]) {
         self.change(|inner| inner.refusals.extend(codes));
+    }
+
+    /// Lets `/execute` calls go astray: they arrive nowhere and are not answered.
+    pub fn lose_executes(&self, lose: bool) {
+        self.change(|inner| inner.lose_executes = lose);
     }
 
     /// Lets cancels wait for their answers, or go on.
@@ -572,6 +607,10 @@ async fn execute(
         return *response;
     }
     let job = request.job_id.clone();
+    if state.inner.lock().unwrap().lose_executes {
+        state.lost.send_modify(|count| *count += 1);
+        return std::future::pending().await;
+    }
     {
         let mut inner = state.inner.lock().unwrap();
         if !inner.refusals.is_empty() {

@@ -84,6 +84,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
+        with changed:
+            self.send_header("X-Newest-Event", str(len(job.events)))
         self.end_headers()
 
         def chunk(data):

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use futures_util::StreamExt;
+use pool_core::api::worker::NEWEST_EVENT;
 use pool_core::client::{ApiClient, EventStream, Method};
 use pool_core::process::Signal;
 use pool_core::secret::Secret;
@@ -61,6 +62,8 @@ async fn the_events_are_the_workers_and_a_reader_resumes_where_it_was_cut_off() 
         .events(request.header("Last-Event-ID", "2"))
         .await
         .unwrap();
+    // Whoever attaches again learns from it when it has caught up.
+    assert!(events.header(NEWEST_EVENT).is_some());
     assert_eq!(read(&mut events, 2).await, ["token 3", "token 4"]);
 
     for (fence, job, refused) in [
