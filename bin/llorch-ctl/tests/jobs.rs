@@ -201,6 +201,7 @@ async fn a_text_that_became_void_is_said_to_be() {
         tokens_in: 5,
         continues: false,
         reason: "signal(9)".into(),
+        why: None,
     });
     let steps = vec![
         Step::Send("1.1", started()),

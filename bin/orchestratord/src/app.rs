@@ -30,7 +30,7 @@ pub struct Orchestrator {
     /// The record of all jobs.
     pub store: Store,
     /// The jobs that are not over.
-    pub jobs: Jobs,
+    pub jobs: Arc<Jobs>,
     /// The pools.
     pub fleet: Fleet,
     /// What an earlier run of the daemon left at workers.
@@ -55,7 +55,7 @@ impl Orchestrator {
         shutdown: Shutdown,
     ) -> App {
         Arc::new(Self {
-            jobs: Jobs::new(&config.queue),
+            jobs: Arc::new(Jobs::new(&config, &catalog)),
             config,
             catalog,
             store,

@@ -8,6 +8,7 @@ mod app;
 mod claim;
 mod clock;
 mod dispatch;
+mod explain;
 mod fleet;
 mod life;
 mod metrics;

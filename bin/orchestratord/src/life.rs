@@ -6,13 +6,13 @@ use orchestrator_core::api::events::{EventId, Queued, TaskEvent};
 use orchestrator_core::job::{
     AttemptOutcome, Job, JobError, JobErrorCode, JobEvent, JobSpec, Usage,
 };
-use orchestrator_core::queue::{QueueError, QueuedJob};
+use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
 
 use crate::app::App;
 use crate::clock;
-use crate::queue::{LiveJob, Order};
+use crate::queue::{LiveJob, Order, Refused};
 use crate::state::{Ending, IdempotencyKey, LogEntry, Progress, StoreError, Submitted};
 
 /// Why a task is not accepted.
@@ -38,7 +38,7 @@ pub enum SubmitError {
     },
     /// Too many jobs wait.
     #[error(transparent)]
-    Queue(#[from] QueueError),
+    Queue(#[from] Refused),
     /// The daemon is stopping.
     #[error("orchestratord is stopping")]
     Stopping,
@@ -158,10 +158,7 @@ fn known(app: &App, id: JobId, status: JobStatus) -> Accepted {
     Accepted {
         id,
         status,
-        position: app
-            .jobs
-            .waiting(id, clock::now())
-            .map(|(position, _)| position),
+        position: app.jobs.position(id, clock::now()),
     }
 }
 
@@ -292,7 +289,7 @@ fn tell(app: &App, live: &LiveJob, last: Arc<LogEntry>, status: JobStatus) {
     if let Some(attempt) = app.jobs.attempt(live.id) {
         attempt.order(Order::Stop);
     }
-    app.jobs.forget(live.id);
+    app.jobs.finished(live.id, status);
     app.metrics
         .finished
         .with_label_values(&[status.as_str()])

@@ -165,6 +165,9 @@ impl Promised {
         let Some(state) = worker_at(snapshot, pool, worker) else {
             return 0;
         };
+        if state.full {
+            return 0;
+        }
         let promised = self.active.get(&(pool, worker)).copied().unwrap_or(0);
         state
             .slots
@@ -230,6 +233,9 @@ impl Promised {
             }
             if self.evicted.contains(&(pool, worker)) {
                 return Err("the worker is being evicted".to_owned());
+            }
+            if state.full {
+                return Err("it had no room a moment ago".to_owned());
             }
             if self.free_slots(snapshot, pool, worker) == 0 {
                 return Err(format!("all {} of its slots are taken", state.slots));

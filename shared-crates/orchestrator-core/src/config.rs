@@ -9,6 +9,9 @@ use pool_core::home::Home;
 use pool_core::settings::{self, SettingsError, UnknownVariable};
 use serde::{Deserialize, Serialize};
 
+use crate::queue::Capacity;
+use crate::scheduler::{BuiltIn, Settings};
+
 /// Variables beside those that every key has: (variable, key).
 const ALIASES: [(&str, &str); 1] = [("LLORCH_ORCHESTRATOR_BIND", "bind")];
 
@@ -31,6 +34,8 @@ pub struct OrchestratorConfig {
     pub queue: QueueConfig,
     /// What is kept of jobs that are over.
     pub store: StoreConfig,
+    /// What runs where.
+    pub scheduler: SchedulerConfig,
     /// Bounds of the HTTP server.
     pub service: ServiceConfig,
 }
@@ -44,6 +49,7 @@ impl Default for OrchestratorConfig {
             recovery_window_ms: 20_000,
             queue: QueueConfig::default(),
             store: StoreConfig::default(),
+            scheduler: SchedulerConfig::default(),
             service: ServiceConfig::default(),
         }
     }
@@ -55,6 +61,9 @@ impl Default for OrchestratorConfig {
 pub struct QueueConfig {
     /// Most jobs that wait; further submits get 429. Default 100; -1 is unbounded.
     pub capacity: i64,
+    /// Most bytes that the requests of waiting jobs take together; further submits get 429. Default 268435456 (256 MiB);
+    /// -1 is unbounded.
+    pub capacity_bytes: i64,
     /// Seconds after which a waiting batch job counts as interactive. Default 300.
     pub promote_after_s: u64,
 }
@@ -63,15 +72,19 @@ impl Default for QueueConfig {
     fn default() -> Self {
         Self {
             capacity: 100,
+            capacity_bytes: 256 << 20,
             promote_after_s: 300,
         }
     }
 }
 
 impl QueueConfig {
-    /// Most jobs that wait; `None` is any number.
-    pub fn capacity(&self) -> Option<usize> {
-        usize::try_from(self.capacity).ok()
+    /// What the queue holds at most.
+    pub fn capacity(&self) -> Capacity {
+        Capacity {
+            jobs: usize::try_from(self.capacity).ok(),
+            bytes: u64::try_from(self.capacity_bytes).ok(),
+        }
     }
 
     /// How long a batch job waits until it counts as interactive.
@@ -101,6 +114,36 @@ impl Default for StoreConfig {
     }
 }
 
+/// `[scheduler]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SchedulerConfig {
+    /// Which of several places a job or a new worker gets: `least-loaded`, `most-vram-free` or `round-robin`. Default
+    /// `least-loaded`.
+    pub policy: BuiltIn,
+    /// Seconds after which an idle worker is stopped. Default 600; 0 never stops one for that.
+    pub idle_ttl_s: u64,
+    /// Whether idle workers are stopped where a waiting job needs their memory. Default true.
+    pub evict: bool,
+    /// Seconds that a worker is left in peace after it became ready, whoever needs its memory. Default 60: two models
+    /// that don't fit beside each other take turns of at least this length, instead of loading for ever.
+    pub min_residence_s: u64,
+    /// Whether pools are asked to download a catalogue model that none of them has. Default false.
+    pub download: bool,
+}
+
+impl Default for SchedulerConfig {
+    fn default() -> Self {
+        Self {
+            policy: BuiltIn::default(),
+            idle_ttl_s: 600,
+            evict: true,
+            min_residence_s: 60,
+            download: false,
+        }
+    }
+}
+
 const DAY_S: u64 = 24 * 3600;
 
 impl StoreConfig {
@@ -120,6 +163,24 @@ fn seconds(seconds: u64) -> Option<SignedDuration> {
     let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
     (seconds > 0).then(|| SignedDuration::from_secs(seconds))
 }
+
+impl SchedulerConfig {
+    /// What the scheduler may do.
+    pub fn settings(&self) -> Settings {
+        let seconds = |s: u64| {
+            SignedDuration::from_secs(i64::try_from(s).unwrap_or(i64::MAX).min(MOST_SECONDS))
+        };
+        Settings {
+            idle_ttl: (self.idle_ttl_s > 0).then(|| seconds(self.idle_ttl_s)),
+            evict: self.evict,
+            min_residence: seconds(self.min_residence_s),
+            download: self.download,
+        }
+    }
+}
+
+/// A hundred years: longer is for ever, and sums with it stay in range.
+const MOST_SECONDS: i64 = 100 * 366 * 24 * 3600;
 
 /// `[service]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -154,6 +215,9 @@ pub enum ConfigError {
         "`store.history_s` is {0}: idempotency keys must be kept for a day, so use 86400 or more, or 0 for ever"
     )]
     History(u64),
+    /// `queue.capacity_bytes` is neither -1 nor positive.
+    #[error("`queue.capacity_bytes` is {0}: use -1 for any number of bytes, or 1 and more")]
+    CapacityBytes(i64),
     /// `service.max_connections` is 0.
     #[error("`service.max_connections` is 0: nobody could connect")]
     MaxConnections,
@@ -195,6 +259,9 @@ impl OrchestratorConfig {
         }
         if (1..DAY_S).contains(&self.store.history_s) {
             return Err(ConfigError::History(self.store.history_s));
+        }
+        if self.queue.capacity_bytes < -1 || self.queue.capacity_bytes == 0 {
+            return Err(ConfigError::CapacityBytes(self.queue.capacity_bytes));
         }
         if self.service.max_connections == 0 {
             return Err(ConfigError::MaxConnections);

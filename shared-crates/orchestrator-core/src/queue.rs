@@ -4,13 +4,20 @@
 //! interactive. Inside a class sessions take turns, and inside a session the first to come is the first to go. The
 //! database is the record; this order lives in memory and is built again from it at start.
 
-use std::collections::{BTreeMap, HashMap};
+mod drain;
+mod order;
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use serde::{Deserialize, Serialize};
 
 use crate::job::{Job, JobId, Placement, Priority};
+
+pub use drain::Departures;
+use order::Ordered;
 
 /// What the queue needs to know of a waiting job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +62,13 @@ impl QueuedJob {
     }
 }
 
+impl QueuedJob {
+    /// Whether it waits for its next attempt.
+    pub fn backs_off(&self, now: Timestamp) -> bool {
+        self.not_before.is_some_and(|at| at > now)
+    }
+}
+
 /// Why a job can't be queued.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum QueueError {
@@ -63,6 +77,16 @@ pub enum QueueError {
     Full {
         /// Most jobs that may wait.
         capacity: usize,
+    },
+    /// The requests of the waiting jobs take as many bytes as they may.
+    #[error(
+        "the queue is full: with this request of {bytes} bytes those that wait would take more than {capacity_bytes}"
+    )]
+    FullBytes {
+        /// Most bytes that requests of waiting jobs may take.
+        capacity_bytes: u64,
+        /// The bytes of the request that was refused.
+        bytes: u64,
     },
     /// The job is in the queue already.
     #[error("{0} waits already")]
@@ -74,10 +98,22 @@ pub trait JobQueue {
     /// Adds a job.
     fn enqueue(&mut self, job: QueuedJob) -> Result<(), QueueError>;
     /// Takes the job whose turn it is.
-    fn dequeue(&mut self, now: Timestamp) -> Option<QueuedJob>;
+    fn dequeue(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>>;
     /// The job whose turn it is.
-    fn peek(&self, now: Timestamp) -> Option<&QueuedJob>;
+    fn peek(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>>;
 }
+
+/// What the queue holds at most; `None` is any number.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Capacity {
+    /// Jobs.
+    pub jobs: Option<usize>,
+    /// Bytes of their requests.
+    pub bytes: Option<u64>,
+}
+
+/// Class (`true` is batch), turn, arrival: lower goes first.
+pub type TurnKey = (bool, u64, Timestamp, JobId);
 
 /// The order of `design.md`: classes, promotion, turns between sessions, first come first served.
 ///
@@ -86,30 +122,40 @@ pub trait JobQueue {
 /// another's first, however many of the hundred have run already.
 #[derive(Debug, Clone)]
 pub struct FairQueue {
-    /// By arrival; ids are of version 7, so they settle the order inside one instant.
-    waiting: BTreeMap<(Timestamp, JobId), Entry>,
-    arrivals: HashMap<JobId, Timestamp>,
+    /// In the order of their turns. A batch job that was promoted counts as interactive in its key.
+    order: Ordered<TurnKey>,
+    entries: HashMap<JobId, Entry>,
+    /// Batch jobs that were not promoted, by arrival.
+    to_promote: BTreeSet<(Timestamp, JobId)>,
     /// The tag that a session's next job gets, while that is ahead of the clock.
     next_tags: HashMap<(Priority, String), u64>,
     clock: u64,
-    capacity: Option<usize>,
+    bytes: u64,
+    batch: usize,
+    capacity: Capacity,
     promote_after: SignedDuration,
 }
 
 #[derive(Debug, Clone)]
 struct Entry {
-    job: QueuedJob,
-    tag: u64,
+    job: Arc<QueuedJob>,
+    key: TurnKey,
 }
 
+/// Sessions whose next tags are remembered without need, before they are looked through.
+const STALE_TAGS: usize = 1024;
+
 impl FairQueue {
-    /// An empty queue for at most `capacity` jobs (`None`: any number).
-    pub fn new(capacity: Option<usize>, promote_after: SignedDuration) -> Self {
+    /// An empty queue.
+    pub fn new(capacity: Capacity, promote_after: SignedDuration) -> Self {
         Self {
-            waiting: BTreeMap::new(),
-            arrivals: HashMap::new(),
+            order: Ordered::default(),
+            entries: HashMap::new(),
+            to_promote: BTreeSet::new(),
             next_tags: HashMap::new(),
             clock: 0,
+            bytes: 0,
+            batch: 0,
             capacity,
             promote_after,
         }
@@ -117,24 +163,47 @@ impl FairQueue {
 
     /// How many jobs wait.
     pub fn len(&self) -> usize {
-        self.waiting.len()
+        self.order.len()
     }
 
     /// Whether no job waits.
     pub fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
+        self.len() == 0
     }
 
-    /// Whether `more` jobs may be admitted.
-    pub fn admit(&self, more: usize) -> Result<(), QueueError> {
-        match self.capacity {
-            Some(capacity) if self.len() + more > capacity => Err(QueueError::Full { capacity }),
+    /// How many jobs of a class wait, promoted ones under the class that they were submitted with.
+    pub fn depth(&self, priority: Priority) -> usize {
+        match priority {
+            Priority::Batch => self.batch,
+            Priority::Interactive => self.len() - self.batch,
+        }
+    }
+
+    /// Whether a job of `bytes` may be admitted, where so many jobs and bytes beside those that wait are promised a
+    /// place. An empty queue takes a job of any size.
+    pub fn admit(&self, promised: (usize, u64), bytes: u64) -> Result<(), QueueError> {
+        let (jobs, promised_bytes) = promised;
+        let waiting = self.len() + jobs;
+        if let Some(capacity) = self.capacity.jobs
+            && waiting >= capacity
+        {
+            return Err(QueueError::Full { capacity });
+        }
+        let taken = self.bytes.saturating_add(promised_bytes);
+        match self.capacity.bytes {
+            Some(capacity_bytes) if waiting > 0 && taken.saturating_add(bytes) > capacity_bytes => {
+                Err(QueueError::FullBytes {
+                    capacity_bytes,
+                    bytes,
+                })
+            }
             _ => Ok(()),
         }
     }
 
-    /// Puts a job in whatever the capacity says: it was accepted before. One that had its turn has it again.
-    pub fn put_back(&mut self, mut job: QueuedJob) {
+    /// Puts a job in whatever the capacity says: it was accepted before. One that had its turn has it again. Returns it
+    /// as it waits now.
+    pub fn put_back(&mut self, mut job: QueuedJob) -> Arc<QueuedJob> {
         self.remove(job.id);
         let tag = job.turn.unwrap_or_else(|| {
             let tag = self.next_tag(&job);
@@ -145,68 +214,103 @@ impl FairQueue {
             tag
         });
         job.turn = Some(tag);
-        self.arrivals.insert(job.id, job.created_at);
-        self.waiting
-            .insert((job.created_at, job.id), Entry { job, tag });
+        let batch = job.priority == Priority::Batch;
+        let key = (batch, tag, job.created_at, job.id);
+        self.order.insert(key);
+        if batch {
+            self.batch += 1;
+            self.to_promote.insert((job.created_at, job.id));
+        }
+        self.bytes += job.bytes;
+        let job = Arc::new(job);
+        let entry = Entry {
+            job: Arc::clone(&job),
+            key,
+        };
+        self.entries.insert(job.id, entry);
+        job
     }
 
     /// Takes a job out that has its turn now.
-    pub fn take(&mut self, id: JobId) -> Option<QueuedJob> {
+    pub fn take(&mut self, id: JobId) -> Option<Arc<QueuedJob>> {
         let entry = self.remove_entry(id)?;
-        self.clock = self.clock.max(entry.tag);
-        let clock = self.clock;
-        self.next_tags.retain(|_, tag| *tag > clock);
+        self.clock = self.clock.max(entry.key.1);
+        // A tag that the clock has passed is as good as none.
+        if self.next_tags.len() > STALE_TAGS + self.len() {
+            let clock = self.clock;
+            self.next_tags.retain(|_, tag| *tag > clock);
+        }
         Some(entry.job)
     }
 
     /// Takes a job out that wants no turn any more.
-    pub fn remove(&mut self, id: JobId) -> Option<QueuedJob> {
+    pub fn remove(&mut self, id: JobId) -> Option<Arc<QueuedJob>> {
         Some(self.remove_entry(id)?.job)
     }
 
     fn remove_entry(&mut self, id: JobId) -> Option<Entry> {
-        let arrived = self.arrivals.remove(&id)?;
-        self.waiting.remove(&(arrived, id))
+        let entry = self.entries.remove(&id)?;
+        self.order.remove(&entry.key);
+        self.bytes -= entry.job.bytes;
+        if entry.job.priority == Priority::Batch {
+            self.batch -= 1;
+            self.to_promote.remove(&(entry.job.created_at, id));
+        }
+        Some(entry)
+    }
+
+    /// Lets batch jobs that have waited for long count as interactive, and returns them.
+    pub fn promote(&mut self, now: Timestamp) -> Vec<JobId> {
+        let mut promoted = Vec::new();
+        while let Some((arrived, id)) = self.to_promote.first().copied()
+            && now.duration_since(arrived) >= self.promote_after
+        {
+            self.to_promote.pop_first();
+            if let Some(entry) = self.entries.get_mut(&id) {
+                self.order.remove(&entry.key);
+                entry.key.0 = false;
+                self.order.insert(entry.key);
+                promoted.push(id);
+            }
+        }
+        promoted
     }
 
     /// Whether the job waits.
     pub fn contains(&self, id: JobId) -> bool {
-        self.arrivals.contains_key(&id)
+        self.entries.contains_key(&id)
     }
 
-    /// All waiting jobs.
-    pub fn iter(&self) -> impl Iterator<Item = &QueuedJob> {
-        self.waiting.values().map(|entry| &entry.job)
+    /// The job, while it waits.
+    pub fn get(&self, id: JobId) -> Option<&Arc<QueuedJob>> {
+        Some(&self.entries.get(&id)?.job)
+    }
+
+    /// The place of a waiting job in the order of turns.
+    pub fn key(&self, id: JobId) -> Option<TurnKey> {
+        Some(self.entries.get(&id)?.key)
     }
 
     /// All waiting jobs in the order of their turns.
-    pub fn ordered(&self, now: Timestamp) -> Vec<&QueuedJob> {
-        let mut keyed: Vec<_> = self
-            .waiting
-            .values()
-            .map(|entry| (self.key(&entry.job, entry.tag, now), &entry.job))
-            .collect();
-        keyed.sort_unstable_by_key(|(key, _)| *key);
-        keyed.into_iter().map(|(_, job)| job).collect()
+    pub fn ordered(&mut self, now: Timestamp) -> Vec<Arc<QueuedJob>> {
+        self.promote(now);
+        let jobs = self.order.iter().filter_map(|key| self.get(key.3));
+        jobs.cloned().collect()
     }
 
     /// How many jobs have their turn before `id`; `None` where it does not wait.
-    pub fn position(&self, id: JobId, now: Timestamp) -> Option<u64> {
-        let arrived = *self.arrivals.get(&id)?;
-        let entry = self.waiting.get(&(arrived, id))?;
-        Some(self.before(self.key(&entry.job, entry.tag, now), now))
+    pub fn position(&mut self, id: JobId, now: Timestamp) -> Option<u64> {
+        self.promote(now);
+        let key = self.key(id)?;
+        Some(self.order.rank(&key) as u64)
     }
 
     /// How many jobs would have their turn before `job`, were it added now.
-    pub fn position_of_new(&self, job: &QueuedJob, now: Timestamp) -> u64 {
-        self.before(self.key(job, self.next_tag(job), now), now)
-    }
-
-    fn before(&self, key: TurnKey, now: Timestamp) -> u64 {
-        self.waiting
-            .values()
-            .filter(|entry| self.key(&entry.job, entry.tag, now) < key)
-            .count() as u64
+    pub fn position_of_new(&mut self, job: &QueuedJob, now: Timestamp) -> u64 {
+        self.promote(now);
+        let batch = job.priority == Priority::Batch;
+        let key = (batch, self.next_tag(job), job.created_at, job.id);
+        self.order.rank(&key) as u64
     }
 
     fn next_tag(&self, job: &QueuedJob) -> u64 {
@@ -219,20 +323,11 @@ impl FairQueue {
             .unwrap_or(0)
             .max(self.clock)
     }
-
-    fn key(&self, job: &QueuedJob, tag: u64, now: Timestamp) -> TurnKey {
-        let waited = now.duration_since(job.created_at);
-        let batch = job.priority == Priority::Batch && waited < self.promote_after;
-        (batch, tag, job.created_at, job.id)
-    }
 }
-
-/// Class, turn, arrival.
-type TurnKey = (bool, u64, Timestamp, JobId);
 
 impl JobQueue for FairQueue {
     fn enqueue(&mut self, job: QueuedJob) -> Result<(), QueueError> {
-        self.admit(1)?;
+        self.admit((0, 0), job.bytes)?;
         if self.contains(job.id) {
             return Err(QueueError::Duplicate(job.id));
         }
@@ -240,13 +335,15 @@ impl JobQueue for FairQueue {
         Ok(())
     }
 
-    fn dequeue(&mut self, now: Timestamp) -> Option<QueuedJob> {
+    fn dequeue(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>> {
         let id = self.peek(now)?.id;
         self.take(id)
     }
 
-    fn peek(&self, now: Timestamp) -> Option<&QueuedJob> {
-        self.ordered(now).into_iter().next()
+    fn peek(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>> {
+        self.promote(now);
+        let (.., id) = self.order.first()?;
+        self.get(*id).cloned()
     }
 }
 
@@ -274,7 +371,13 @@ mod tests {
     }
 
     fn queue() -> FairQueue {
-        FairQueue::new(Some(100), SignedDuration::from_secs(300))
+        FairQueue::new(
+            Capacity {
+                jobs: Some(100),
+                bytes: None,
+            },
+            SignedDuration::from_secs(300),
+        )
     }
 
     fn drain(queue: &mut FairQueue, now: Timestamp) -> Vec<JobId> {
@@ -320,7 +423,11 @@ mod tests {
     // [ORCHCORE-042]
     #[test]
     fn a_full_queue_refuses_new_jobs_and_takes_back_old_ones() {
-        let mut queue = FairQueue::new(Some(1), SignedDuration::from_secs(300));
+        let capacity = Capacity {
+            jobs: Some(1),
+            bytes: None,
+        };
+        let mut queue = FairQueue::new(capacity, SignedDuration::from_secs(300));
         let first = job(5, Priority::Interactive, None);
         queue.enqueue(first.clone()).unwrap();
         let refused = queue.enqueue(job(6, Priority::Interactive, None));
@@ -342,9 +449,64 @@ mod tests {
         }
         let first = queue.dequeue(at(5)).unwrap();
         let second = queue.dequeue(at(5)).unwrap();
-        queue.put_back(first);
-        queue.put_back(second);
+        queue.put_back(QueuedJob::clone(&first));
+        queue.put_back(QueuedJob::clone(&second));
         let order: Vec<_> = jobs.iter().map(|job| job.id).collect();
         assert_eq!(drain(&mut queue, at(5)), order);
+    }
+
+    // [ORCHCORE-046]
+    #[test]
+    fn the_queue_is_bounded_in_bytes_too() {
+        let capacity = Capacity {
+            jobs: None,
+            bytes: Some(1000),
+        };
+        let mut queue = FairQueue::new(capacity, SignedDuration::from_secs(300));
+        let sized = |bytes| QueuedJob {
+            bytes,
+            ..job(5, Priority::Interactive, None)
+        };
+        // One that is larger than the queue is taken by an empty queue: it could never come in otherwise.
+        let large = sized(5000);
+        queue.enqueue(large.clone()).unwrap();
+        queue.remove(large.id).unwrap();
+        let first = sized(600);
+        queue.enqueue(first.clone()).unwrap();
+        let refused = QueueError::FullBytes {
+            capacity_bytes: 1000,
+            bytes: 401,
+        };
+        assert_eq!(queue.enqueue(sized(401)), Err(refused.clone()));
+        assert_eq!(
+            queue.admit((1, 1), 400),
+            Err(QueueError::FullBytes {
+                bytes: 400,
+                capacity_bytes: 1000
+            })
+        );
+        queue.enqueue(sized(400)).unwrap();
+        queue.take(first.id).unwrap();
+        queue.enqueue(sized(401)).unwrap();
+    }
+
+    // [ORCHCORE-040] A promoted job counts as interactive in every place it is counted.
+    #[test]
+    fn promotion_changes_places() {
+        let mut queue = queue();
+        let batch = job(0, Priority::Batch, None);
+        queue.enqueue(batch.clone()).unwrap();
+        let interactive = job(10, Priority::Interactive, None);
+        queue.enqueue(interactive.clone()).unwrap();
+        assert_eq!(queue.position(batch.id, at(299)), Some(1));
+        assert_eq!(queue.position(batch.id, at(300)), Some(0));
+        assert_eq!(queue.position(interactive.id, at(300)), Some(1));
+        assert_eq!(
+            [
+                queue.depth(Priority::Batch),
+                queue.depth(Priority::Interactive)
+            ],
+            [1, 1]
+        );
     }
 }

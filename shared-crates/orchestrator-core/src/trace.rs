@@ -626,6 +626,7 @@ mod tests {
                             status: WorkerStatus::Ready,
                             slots: 2,
                             active,
+                            full: false,
                             ..WorkerState::asked_for(
                                 &model("a"),
                                 Device::CPU,

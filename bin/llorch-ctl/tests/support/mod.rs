@@ -234,6 +234,7 @@ pub fn started() -> TaskEvent {
         pool_id: "mac".into(),
         worker_id: "worker-cpu-0".into(),
         tokens_in: 5,
+        why: None,
     })
 }
 

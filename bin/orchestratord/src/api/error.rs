@@ -15,10 +15,9 @@ use serde_json::json;
 
 use crate::fleet::FleetError;
 use crate::life::SubmitError;
+use crate::queue::Refused;
 use crate::state::StoreError;
 
-/// When a client may come back that found the queue full: a job takes about this long.
-const QUEUE_RETRY: Duration = Duration::from_secs(2);
 /// When a client may come back that found the database unusable.
 const STORE_RETRY: Duration = Duration::from_secs(5);
 
@@ -173,15 +172,29 @@ impl From<SubmitError> for ServiceError {
                     "use at most {context_length}, less what the prompt takes"
                 ))
                 .details(json!({"field": "max_tokens"})),
-            SubmitError::Queue(QueueError::Full { capacity }) => refuse(
-                StatusCode::TOO_MANY_REQUESTS,
-                Code::QueueFull,
-                error.to_string(),
-            )
-            .hint("try again later, or raise `queue.capacity`")
-            .details(json!({"capacity": capacity}))
-            .retry_after(QUEUE_RETRY),
-            SubmitError::Queue(QueueError::Duplicate(_)) => ServiceError::internal(&error),
+            SubmitError::Queue(Refused { error, retry_after }) => {
+                let (setting, details) = match error {
+                    QueueError::Full { capacity } => {
+                        ("queue.capacity", json!({"capacity": capacity}))
+                    }
+                    QueueError::FullBytes {
+                        capacity_bytes,
+                        bytes,
+                    } => (
+                        "queue.capacity_bytes",
+                        json!({"capacity_bytes": capacity_bytes, "bytes": bytes}),
+                    ),
+                    QueueError::Duplicate(_) => return ServiceError::internal(&error),
+                };
+                refuse(
+                    StatusCode::TOO_MANY_REQUESTS,
+                    Code::QueueFull,
+                    error.to_string(),
+                )
+                .hint(format!("try again later, or raise `{setting}`"))
+                .details(details)
+                .retry_after(retry_after.try_into().unwrap_or_default())
+            }
             SubmitError::Stopping => stopping(),
             SubmitError::Store(error) => error.into(),
         }

@@ -21,6 +21,7 @@ pub fn router(app: App) -> Router {
         .route("/v2/tasks", post(tasks::submit).get(tasks::list))
         .route("/v2/tasks/{id}", get(tasks::show).delete(tasks::cancel))
         .route("/v2/tasks/{id}/events", get(tasks::events))
+        .route("/v2/tasks/{id}/explain", get(tasks::explain))
         .route("/v2/tasks/{id}/cancel", post(tasks::cancel))
         .route("/v2/pools", get(pools::list))
         .route("/v2/pools/register", post(pools::register))

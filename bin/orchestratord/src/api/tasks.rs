@@ -10,7 +10,8 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response, sse};
 use orchestrator_core::api::events::EventId;
 use orchestrator_core::api::tasks::{
-    CancelResponse, TaskAccepted, TaskList, TaskSubmitRequest, TaskView, TaskWaiting, events_url,
+    CancelResponse, TaskAccepted, TaskExplanation, TaskList, TaskSubmitRequest, TaskView,
+    events_url,
 };
 use orchestrator_core::job::{JobSpec, Priority};
 use orchestrator_core::{JobId, JobStatus};
@@ -22,6 +23,7 @@ use sha2::{Digest as _, Sha256};
 use super::error;
 use crate::app::App;
 use crate::clock;
+use crate::explain;
 use crate::life::{self, Accepted};
 use crate::state::{IdempotencyKey, ListFilter, apply_to_text};
 use crate::streams;
@@ -239,14 +241,20 @@ pub(super) async fn show(
         .iter()
         .filter(|entry| entry.id > last)
         .for_each(|entry| apply_to_text(&mut job.text, &entry.event));
-    let waiting = app
-        .jobs
-        .waiting(id, clock::now())
-        .map(|(queue_position, explanation)| TaskWaiting {
-            queue_position,
-            explanation: (*explanation).clone(),
-        });
+    let waiting = app.jobs.waiting(id, clock::now());
     Ok(Json(TaskView::new(job, waiting)))
+}
+
+/// `GET /v2/tasks/{id}/explain`: why the job waits, and why its attempts went where they went.
+pub(super) async fn explain(
+    State(app): State<App>,
+    Path(id): Path<String>,
+) -> ServiceResult<Json<TaskExplanation>> {
+    let id = parse_id(&id)?;
+    let explanation = explain::explain(&app, id).await?;
+    explanation
+        .map(Json)
+        .ok_or_else(|| error::no_job(&id.to_string()))
 }
 
 /// `GET /v2/tasks/{id}/events`: the job's events from the start, or after `Last-Event-ID`.

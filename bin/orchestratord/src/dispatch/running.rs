@@ -342,6 +342,7 @@ impl<'a> Running<'a> {
                 tokens_in,
                 continues: started.continues,
                 reason,
+                why: self.attempt.why.clone(),
             })
         } else {
             TaskEvent::Started(Started {
@@ -349,6 +350,7 @@ impl<'a> Running<'a> {
                 pool_id,
                 worker_id,
                 tokens_in,
+                why: self.attempt.why.clone(),
             })
         };
         loop {

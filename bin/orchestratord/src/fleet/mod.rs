@@ -3,13 +3,13 @@
 
 mod overlay;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::api::pools::PoolView;
 use orchestrator_core::pool::PoolLiveness;
-use orchestrator_core::scheduler::{PoolState, Usage};
+use orchestrator_core::scheduler::PoolState;
 use pool_core::api::pool::{
     HEARTBEAT_INTERVAL_MS, Heartbeat, PoolStatus, RegisterRequest, WorkerEndpoint,
 };
@@ -71,6 +71,15 @@ pub enum Fate {
     PoolAway(String),
 }
 
+/// How a pool looks to the scheduler now.
+#[derive(Debug)]
+pub enum PoolChange {
+    /// Like this.
+    Is(Box<PoolState>),
+    /// It has left, or has not spoken yet.
+    Gone(String),
+}
+
 /// The registered pools.
 #[derive(Debug)]
 pub struct Fleet {
@@ -87,6 +96,10 @@ pub struct Fleet {
 struct Inner {
     pools: BTreeMap<String, Pool>,
     overlay: Overlay,
+    /// Pools that may look different since the scheduler took them in.
+    changed: BTreeSet<String>,
+    /// Before this moment time alone changes no pool.
+    due: Option<Timestamp>,
 }
 
 #[derive(Debug)]
@@ -100,6 +113,8 @@ struct Pool {
     seq: u64,
     status: Option<PoolStatus>,
     endpoints: HashMap<String, WorkerEndpoint>,
+    /// How alive it was when the scheduler took it in.
+    shown: PoolLiveness,
 }
 
 impl Pool {
@@ -216,7 +231,9 @@ impl Fleet {
             seq: 0,
             status: None,
             endpoints: HashMap::new(),
+            shown: PoolLiveness::Online,
         };
+        inner.changed.insert(pool_id.clone());
         inner.pools.insert(pool_id, pool);
         Ok(())
     }
@@ -234,7 +251,12 @@ impl Fleet {
             snapshot,
         } = heartbeat;
         let mut inner = self.lock();
-        let Inner { pools, overlay } = &mut *inner;
+        let Inner {
+            pools,
+            overlay,
+            changed,
+            due,
+        } = &mut *inner;
         let pool = pools
             .get_mut(id)
             .ok_or_else(|| FleetError::Unknown(id.to_owned()))?;
@@ -271,6 +293,10 @@ impl Fleet {
             .collect();
         overlay.heard(id, &snapshot.status, now);
         pool.status = Some(snapshot.status);
+        changed.insert(id.to_owned());
+        // It may be due before all others.
+        let [silent, _] = PoolLiveness::deadlines(now, pool.interval);
+        *due = due.iter().copied().chain([silent]).min();
         drop(inner);
         self.heard.send_replace(());
         Ok(())
@@ -280,6 +306,7 @@ impl Fleet {
     pub fn remove(&self, id: &str) -> bool {
         let mut inner = self.lock();
         inner.overlay.forget_pool(id);
+        inner.changed.insert(id.to_owned());
         inner.pools.remove(id).is_some()
     }
 
@@ -354,48 +381,56 @@ impl Fleet {
         }
     }
 
-    /// The pools as the scheduler shall see them: what they said, and what was done since.
-    pub fn states(
-        &self,
-        now: Timestamp,
-        leases: &HashMap<(String, String), u32>,
-    ) -> Vec<PoolState> {
+    /// The pools that look different since the last call, as the scheduler shall see them: what they said, and what was
+    /// done since.
+    pub fn take_changes(&self, now: Timestamp) -> Vec<PoolChange> {
         let mut inner = self.lock();
-        inner.overlay.expire(now);
-        let Inner { pools, overlay } = &*inner;
-        let heard = pools
-            .iter()
-            .filter_map(|(id, pool)| Some((id, pool, pool.status.as_ref()?)));
-        heard
-            .map(|(id, pool, status)| {
-                let usage = |worker: &str| Usage {
-                    active: leases
-                        .get(&(id.clone(), worker.to_owned()))
-                        .copied()
-                        .unwrap_or(0),
-                    ..Usage::default()
-                };
-                let mut state = PoolState::new(status, pool.liveness(now), usage);
-                overlay.apply(&mut state, now, |worker| {
-                    pool.endpoints.contains_key(worker)
-                });
-                state
-            })
-            .collect()
+        let Inner {
+            pools,
+            overlay,
+            changed,
+            due,
+        } = &mut *inner;
+        if due.is_none_or(|due| due <= now) {
+            changed.extend(overlay.expire(now));
+            let turned = pools
+                .iter()
+                .filter(|(_, pool)| pool.liveness(now) != pool.shown);
+            changed.extend(turned.map(|(id, _)| id.clone()));
+        }
+        let changes = std::mem::take(changed).into_iter().map(|id| {
+            let heard = pools
+                .get_mut(&id)
+                .and_then(|pool| Some((pool.status.clone()?, pool)));
+            let Some((status, pool)) = heard else {
+                return PoolChange::Gone(id);
+            };
+            pool.shown = pool.liveness(now);
+            let mut state = PoolState::new(&status, pool.shown);
+            overlay.apply(&mut state, now, |worker| {
+                pool.endpoints.contains_key(worker)
+            });
+            PoolChange::Is(Box::new(state))
+        });
+        let changes = changes.collect();
+        // A pool that has spoken since only moves its moment away: the look is early then, and never late.
+        if due.is_none_or(|due| due <= now) {
+            *due = next_change(pools, overlay, now);
+        }
+        changes
     }
 
-    /// The next moment after `now` at which [`Fleet::states`] changes by time alone.
+    /// The next moment after `now` at which time alone changes how pools look, or an earlier one.
     pub fn next_change(&self, now: Timestamp) -> Option<Timestamp> {
-        let inner = self.lock();
-        let liveness = inner
-            .pools
-            .values()
-            .flat_map(|pool| PoolLiveness::deadlines(pool.last_heartbeat, pool.interval));
-        liveness
-            .chain(inner.overlay.deadlines())
-            .chain([self.silence_counts_from(&inner, now)])
-            .filter(|at| *at > now)
-            .min()
+        let mut inner = self.lock();
+        // What was done since the pools were looked at may have its own, earlier moments.
+        let overlay = inner.overlay.deadlines().filter(|at| *at > now).min();
+        inner.due = inner.due.into_iter().chain(overlay).min();
+        if inner.due.is_none() {
+            inner.due = next_change(&inner.pools, &inner.overlay, now);
+        }
+        let silence = Some(self.silence_counts_from(&inner, now)).filter(|at| *at > now);
+        inner.due.into_iter().chain(silence).min()
     }
 
     /// Notes that a pool is being asked to start a worker, and returns the number under which that is remembered.
@@ -407,6 +442,7 @@ impl Fleet {
         now: Timestamp,
     ) -> Option<(u64, ApiClient)> {
         let mut inner = self.lock();
+        inner.changed.insert(pool.to_owned());
         let client = inner.pools.get(pool)?.client.clone();
         Some((inner.overlay.begin_start(pool, model, device, now), client))
     }
@@ -414,7 +450,8 @@ impl Fleet {
     /// Notes that the pool starts a worker.
     pub fn start_accepted(&self, start: u64, pool: &str, worker: &str, now: Timestamp) {
         let mut inner = self.lock();
-        let Inner { pools, overlay } = &mut *inner;
+        inner.changed.insert(pool.to_owned());
+        let Inner { pools, overlay, .. } = &mut *inner;
         overlay.start_accepted(start, worker, |pool| {
             pools
                 .get(pool)
@@ -427,23 +464,101 @@ impl Fleet {
     }
 
     /// Notes that the pool refused to; it is not asked again for a moment.
-    pub fn start_refused(&self, start: u64, message: &str, now: Timestamp) {
-        self.lock().overlay.start_refused(start, message, now);
+    pub fn start_refused(&self, start: u64, pool: &str, message: &str, now: Timestamp) {
+        let mut inner = self.lock();
+        inner.changed.insert(pool.to_owned());
+        inner.overlay.start_refused(start, message, now);
+    }
+
+    /// Notes that a worker is being told to stop, so that it gets no work meanwhile.
+    pub fn begin_stop(&self, pool: &str, worker: &str, now: Timestamp) -> Option<ApiClient> {
+        let mut inner = self.lock();
+        inner.changed.insert(pool.to_owned());
+        let client = inner.pools.get(pool)?.client.clone();
+        inner.overlay.begin_stop(pool, worker, now);
+        Some(client)
+    }
+
+    /// Notes that the pool did not stop it.
+    pub fn stop_refused(&self, pool: &str, worker: &str, now: Timestamp) {
+        let mut inner = self.lock();
+        inner.changed.insert(pool.to_owned());
+        inner.overlay.stop_refused(pool, worker, now);
+    }
+
+    /// Notes that a pool is being asked to download a model.
+    pub fn begin_download(&self, pool: &str, model: &ModelRef, size: u64) -> Option<ApiClient> {
+        let mut inner = self.lock();
+        inner.changed.insert(pool.to_owned());
+        let client = inner.pools.get(pool)?.client.clone();
+        inner.overlay.begin_download(pool, model, size);
+        Some(client)
+    }
+
+    /// Notes how far a download is; false where that is known.
+    pub fn download_moved(&self, pool: &str, model: &ModelRef, percent: u8) -> bool {
+        let mut inner = self.lock();
+        let moved = inner.overlay.download_moved(pool, model, percent);
+        if moved {
+            inner.changed.insert(pool.to_owned());
+        }
+        moved
+    }
+
+    /// Notes that a download ended well.
+    pub fn download_ended(&self, pool: &str, model: &ModelRef, now: Timestamp) {
+        let mut inner = self.lock();
+        inner.changed.insert(pool.to_owned());
+        inner.overlay.download_ended(pool, model, now);
+    }
+
+    /// Notes that a download came to nothing; it is not asked for again for a while.
+    pub fn download_failed(
+        &self,
+        pool: &str,
+        model: &ModelRef,
+        message: String,
+        retriable: bool,
+        now: Timestamp,
+    ) {
+        let mut inner = self.lock();
+        inner.changed.insert(pool.to_owned());
+        inner
+            .overlay
+            .download_failed(pool, model, message, retriable, now);
     }
 
     /// Notes that a worker had no room, whatever is known of it. It is left alone for a moment, and for a longer one each
     /// time in a row, until its pool says something else of it.
     pub fn mark_full(&self, pool: &str, worker: &str, now: Timestamp) {
         let mut inner = self.lock();
-        let Inner { pools, overlay } = &mut *inner;
+        inner.changed.insert(pool.to_owned());
+        let Inner { pools, overlay, .. } = &mut *inner;
         let said = pools.get(pool).and_then(|pool| pool.worker(worker));
         overlay.mark_full(pool, worker, said.map(Load::of), now);
     }
 
     /// Notes that a worker had room after all.
     pub fn mark_open(&self, pool: &str, worker: &str) {
-        self.lock().overlay.mark_open(pool, worker);
+        let mut inner = self.lock();
+        if inner.overlay.mark_open(pool, worker) {
+            inner.changed.insert(pool.to_owned());
+        }
     }
+}
+
+fn next_change(
+    pools: &BTreeMap<String, Pool>,
+    overlay: &Overlay,
+    now: Timestamp,
+) -> Option<Timestamp> {
+    let liveness = pools
+        .values()
+        .flat_map(|pool| PoolLiveness::deadlines(pool.last_heartbeat, pool.interval));
+    liveness
+        .chain(overlay.deadlines())
+        .filter(|at| *at > now)
+        .min()
 }
 
 /// Names come from other machines and are shown to people and put into paths.

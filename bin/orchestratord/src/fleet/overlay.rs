@@ -1,10 +1,12 @@
 //! What was done since the pools spoke last, laid over what they said: workers that were asked for, starts that were
-//! refused, workers that turned out to be full.
+//! refused, workers that turned out to be full or were told to stop, downloads.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use jiff::{SignedDuration, Timestamp};
-use orchestrator_core::scheduler::{PoolState, RefusedStart, WorkerState};
+use orchestrator_core::scheduler::{
+    DownloadState, PoolState, RefusedDownload, RefusedStart, WorkerState,
+};
 use pool_core::ModelRef;
 use pool_core::api::pool::PoolStatus;
 use pool_core::worker::{Device, ExitReason, WorkerInfo, WorkerStatus};
@@ -16,6 +18,13 @@ const FULL: (SignedDuration, SignedDuration) = (
     SignedDuration::from_millis(500),
     SignedDuration::from_secs(10),
 );
+/// How long a worker is believed to be stopping that no heartbeat shows so: after the pool agreed, and after it did not.
+const STOP_SHOWS: (SignedDuration, SignedDuration) =
+    (SignedDuration::from_secs(60), SignedDuration::from_secs(5));
+/// The pause after a first download that failed for reasons that may pass, and the longest one, which also follows a
+/// failure that somebody has to mend.
+const DOWNLOAD_REFUSED: (SignedDuration, SignedDuration) =
+    (SignedDuration::from_secs(5), SignedDuration::from_mins(10));
 /// The pause after a first refused start, and the longest one.
 const REFUSED: (SignedDuration, SignedDuration) =
     (SignedDuration::from_secs(1), SignedDuration::from_secs(60));
@@ -27,6 +36,12 @@ pub(super) struct Overlay {
     hoped_for: HashMap<(String, String), (ModelRef, Device)>,
     refusals: Vec<Refusal>,
     full: HashMap<(String, String), Full>,
+    /// Workers that were told to stop, and until when that is believed.
+    stops: HashMap<(String, String), Timestamp>,
+    downloads: HashMap<(String, ModelRef), Download>,
+    failed_downloads: HashMap<(String, ModelRef), FailedDownload>,
+    /// When the deadlines were looked at last.
+    looked_at: Timestamp,
     count: u64,
 }
 
@@ -36,7 +51,24 @@ struct Start {
     model: ModelRef,
     device: Device,
     worker: Option<String>,
+    at: Timestamp,
     until: Timestamp,
+}
+
+#[derive(Debug)]
+struct Download {
+    size: u64,
+    percent: Option<u8>,
+    /// Set when it has ended well: so long is the model believed to be there that no heartbeat shows.
+    until: Option<Timestamp>,
+}
+
+#[derive(Debug)]
+struct FailedDownload {
+    message: String,
+    until: Timestamp,
+    /// How long the next pause is, where it fails again.
+    next: SignedDuration,
 }
 
 #[derive(Debug)]
@@ -88,6 +120,7 @@ impl Overlay {
             model: model.clone(),
             device,
             worker: None,
+            at: now,
             until,
         };
         self.starts.insert(self.count, start);
@@ -174,8 +207,75 @@ impl Overlay {
         self.full.insert(key, full);
     }
 
-    pub(super) fn mark_open(&mut self, pool: &str, worker: &str) {
-        self.full.remove(&(pool.to_owned(), worker.to_owned()));
+    pub(super) fn mark_open(&mut self, pool: &str, worker: &str) -> bool {
+        let key = (pool.to_owned(), worker.to_owned());
+        self.full.remove(&key).is_some()
+    }
+
+    /// Notes that a worker is being told to stop.
+    pub(super) fn begin_stop(&mut self, pool: &str, worker: &str, now: Timestamp) {
+        let key = (pool.to_owned(), worker.to_owned());
+        self.stops.insert(key, after(now, STOP_SHOWS.0));
+    }
+
+    /// Notes that the pool did not stop it. It is left alone for a moment all the same: it may be stopping.
+    pub(super) fn stop_refused(&mut self, pool: &str, worker: &str, now: Timestamp) {
+        let key = (pool.to_owned(), worker.to_owned());
+        if let Some(until) = self.stops.get_mut(&key) {
+            *until = after(now, STOP_SHOWS.1);
+        }
+    }
+
+    /// Notes that a pool is being asked for a model.
+    pub(super) fn begin_download(&mut self, pool: &str, model: &ModelRef, size: u64) {
+        let download = Download {
+            size,
+            percent: None,
+            until: None,
+        };
+        self.downloads
+            .insert((pool.to_owned(), model.clone()), download);
+    }
+
+    /// Notes how far a download is; false where that is known.
+    pub(super) fn download_moved(&mut self, pool: &str, model: &ModelRef, percent: u8) -> bool {
+        let key = (pool.to_owned(), model.clone());
+        self.downloads
+            .get_mut(&key)
+            .is_some_and(|known| known.percent.replace(percent) != Some(percent))
+    }
+
+    /// Notes that the pool has the model. Its next heartbeat shows it.
+    pub(super) fn download_ended(&mut self, pool: &str, model: &ModelRef, now: Timestamp) {
+        let key = (pool.to_owned(), model.clone());
+        if let Some(download) = self.downloads.get_mut(&key) {
+            download.until = Some(after(now, START_SHOWS));
+        }
+        self.failed_downloads.remove(&key);
+    }
+
+    /// Notes that a download came to nothing, and pauses the next one.
+    pub(super) fn download_failed(
+        &mut self,
+        pool: &str,
+        model: &ModelRef,
+        message: String,
+        retriable: bool,
+        now: Timestamp,
+    ) {
+        let key = (pool.to_owned(), model.clone());
+        self.downloads.remove(&key);
+        let known = self.failed_downloads.get(&key).map(|failed| failed.next);
+        let pause = match retriable {
+            true => known.unwrap_or(DOWNLOAD_REFUSED.0),
+            false => DOWNLOAD_REFUSED.1,
+        };
+        let failed = FailedDownload {
+            message,
+            until: after(now, pause),
+            next: (pause * 2).min(DOWNLOAD_REFUSED.1),
+        };
+        self.failed_downloads.insert(key, failed);
     }
 
     /// A pool spoke: what it shows need not be remembered.
@@ -187,6 +287,16 @@ impl Overlay {
             let said = || status.workers.iter().find(|worker| worker.id == *id);
             marked != pool || full.said == said().map(Load::of)
         });
+        let serves = |id: &str| {
+            status.workers.iter().any(|worker| {
+                worker.id == *id
+                    && matches!(worker.status, WorkerStatus::Ready | WorkerStatus::Busy)
+            })
+        };
+        self.stops.retain(|(of, id), _| of != pool || serves(id));
+        let has = |model: &ModelRef| status.models.iter().any(|known| known.model_ref == *model);
+        self.downloads
+            .retain(|(of, model), download| of != pool || download.until.is_none() || !has(model));
         self.settle(pool, status, now);
     }
 
@@ -224,22 +334,52 @@ impl Overlay {
         self.starts.retain(|_, start| start.pool != pool);
         self.refusals.retain(|refusal| refusal.pool != pool);
         self.full.retain(|(marked, _), _| marked != pool);
+        self.stops.retain(|(of, _), _| of != pool);
+        self.downloads.retain(|(of, _), _| of != pool);
+        self.failed_downloads.retain(|(of, _), _| of != pool);
     }
 
-    /// Drops what is too old to count. What is refused is kept twice as long, for the length of the next pause.
-    pub(super) fn expire(&mut self, now: Timestamp) {
+    /// Drops what is too old to count, and names the pools for which a moment has passed since the last look. What is
+    /// refused is kept twice as long, for the length of the next pause.
+    pub(super) fn expire(&mut self, now: Timestamp) -> BTreeSet<String> {
+        let due = self.dated();
+        let due = due.filter(|(_, at)| *at > self.looked_at && *at <= now);
+        let due: BTreeSet<String> = due.map(|(pool, _)| pool.clone()).collect();
+        self.looked_at = now;
         self.starts.retain(|_, start| start.until > now);
+        self.stops.retain(|_, until| *until > now);
+        self.downloads
+            .retain(|_, download| download.until.is_none_or(|until| until > now));
+        self.failed_downloads
+            .retain(|_, failed| after(failed.until, failed.next) > now);
         self.full
             .retain(|_, full| after(full.until, full.next) > now);
         self.refusals
             .retain(|refusal| after(refusal.until, refusal.next) > now);
+        due
+    }
+
+    /// The moments at which time alone changes how a pool looks.
+    fn dated(&self) -> impl Iterator<Item = (&String, Timestamp)> {
+        let starts = self.starts.values().map(|start| (&start.pool, start.until));
+        let full = self.full.iter().map(|((pool, _), full)| (pool, full.until));
+        let stops = self.stops.iter().map(|((pool, _), until)| (pool, *until));
+        let downloads = self.downloads.iter();
+        let downloads = downloads.filter_map(|((pool, _), download)| Some((pool, download.until?)));
+        let failed = self.failed_downloads.iter();
+        let failed = failed.map(|((pool, _), failed)| (pool, failed.until));
+        let refusals = self.refusals.iter();
+        let refusals = refusals.map(|refusal| (&refusal.pool, refusal.until));
+        starts
+            .chain(full)
+            .chain(stops)
+            .chain(downloads)
+            .chain(failed)
+            .chain(refusals)
     }
 
     pub(super) fn deadlines(&self) -> impl Iterator<Item = Timestamp> {
-        let starts = self.starts.values().map(|start| start.until);
-        starts
-            .chain(self.full.values().map(|full| full.until))
-            .chain(self.refusals.iter().map(|refusal| refusal.until))
+        self.dated().map(|(_, at)| at)
     }
 
     /// Lays it over what the pool said. `reachable` says whether the pool told where a worker is reached.
@@ -254,12 +394,19 @@ impl Overlay {
             if serves && !reachable(&worker.id) {
                 worker.status = WorkerStatus::Starting;
             }
-            let full = self.full.get(&(state.id.clone(), worker.id.clone()));
+            let key = (state.id.clone(), worker.id.clone());
+            if serves && self.stops.contains_key(&key) {
+                worker.status = WorkerStatus::Draining;
+            }
+            let full = self.full.get(&key);
             if full.is_some_and(|full| full.until > now) {
-                worker.active = worker.active.max(worker.slots);
+                worker.full = true;
             }
         }
-        for start in self.starts.values().filter(|start| start.pool == state.id) {
+        let mut starts: Vec<_> = self.starts.iter().collect();
+        starts.retain(|(_, start)| start.pool == state.id);
+        starts.sort_unstable_by_key(|(number, _)| **number);
+        for (_, start) in starts {
             let Some(model) = state.models.iter().find(|model| model.model == start.model) else {
                 continue;
             };
@@ -270,7 +417,7 @@ impl Overlay {
             {
                 device.free_bytes = device.free_bytes.saturating_sub(model.needed_bytes);
             }
-            let worker = WorkerState::asked_for(model, start.device, now);
+            let worker = WorkerState::asked_for(model, start.device, start.at);
             state.workers.push(worker);
         }
         let refused = self
@@ -278,6 +425,29 @@ impl Overlay {
             .iter()
             .filter(|refusal| refusal.pool == state.id && refusal.until > now);
         state.refused_starts = refused.map(|refusal| refusal.refused.clone()).collect();
+        let mine = |(pool, _): &(String, ModelRef)| *pool == state.id;
+        for ((_, model), download) in self.downloads.iter().filter(|(key, _)| mine(key)) {
+            let rest = 100 - u64::from(download.percent.unwrap_or(0).min(100));
+            let to_come = download.size / 100 * rest;
+            state.disk_free_bytes = state.disk_free_bytes.saturating_sub(to_come);
+            state.downloads.push(DownloadState {
+                model: model.clone(),
+                percent: download.percent,
+            });
+        }
+        let failed = self.failed_downloads.iter();
+        let failed = failed.filter(|(key, failed)| mine(key) && failed.until > now);
+        state.refused_downloads = failed
+            .map(|((_, model), failed)| RefusedDownload {
+                model: model.clone(),
+                message: failed.message.clone(),
+            })
+            .collect();
+        // Maps have no order of their own; the same state must look the same twice.
+        state.downloads.sort_by(|a, b| a.model.cmp(&b.model));
+        state
+            .refused_downloads
+            .sort_by(|a, b| a.model.cmp(&b.model));
     }
 }
 
@@ -301,7 +471,7 @@ mod tests {
         let mut now = Timestamp::UNIX_EPOCH;
         let mut refused = |overlay: &mut Overlay| {
             overlay.mark_full("pool-a", "worker-cpu-0", BUSY, now);
-            let until = overlay.deadlines().next().unwrap();
+            let until = overlay.deadlines().min().unwrap();
             let pause = until.duration_since(now).as_millis();
             now = until;
             overlay.expire(now);

@@ -75,6 +75,10 @@ pub struct ActiveAttempt {
     pub pool_id: String,
     /// The worker.
     pub worker_id: String,
+    /// When it began.
+    pub began: Timestamp,
+    /// Why it went where it went; `None` where no pass of this run of the daemon chose it.
+    pub why: Option<String>,
     /// Whether the worker's stream is open.
     pub attached: AtomicBool,
     orders: watch::Sender<Order>,
@@ -86,8 +90,18 @@ impl ActiveAttempt {
         Self {
             pool_id,
             worker_id,
+            began: crate::clock::now(),
+            why: None,
             attached: AtomicBool::new(false),
             orders: watch::Sender::new(Order::Go),
+        }
+    }
+
+    /// An attempt on a worker that a pass chose, and why it did.
+    pub fn chosen(pool_id: String, worker_id: String, why: String) -> Self {
+        Self {
+            why: Some(why),
+            ..Self::new(pool_id, worker_id)
         }
     }
 

@@ -1,18 +1,25 @@
-//! The jobs that are not over, in memory: the order of those that wait, and the hub and attempt of each.
+//! The jobs that are not over, in memory: the order of those that wait, what they wait for, and the hub and attempt of
+//! each.
 //!
-//! The database is the record. What stands here is built from it at start and changed after each commit.
+//! The database is the record. What stands here is built from it at start and changed after each commit. Waiting jobs,
+//! leases and pools stand in one index under one lock, so that a pass sees all of them at one moment.
 
 mod live;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use jiff::Timestamp;
-use orchestrator_core::JobId;
-use orchestrator_core::config::QueueConfig;
+use jiff::{SignedDuration, Timestamp};
+use orchestrator_core::api::tasks::TaskWaiting;
+use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::job::Priority;
-use orchestrator_core::queue::{FairQueue, QueueError, QueuedJob};
-use orchestrator_core::scheduler::Explanation;
+use orchestrator_core::queue::{Departures, FairQueue, QueueError, QueuedJob};
+use orchestrator_core::scheduler::{Explanation, Index, Pass};
+use orchestrator_core::{JobId, JobStatus};
+use pool_core::catalog::Catalog;
+
+use crate::clock;
+use crate::fleet::PoolChange;
 
 pub use live::{ActiveAttempt, LiveJob, Order};
 
@@ -24,24 +31,54 @@ pub struct Jobs {
 
 #[derive(Debug)]
 struct Inner {
-    waiting: FairQueue,
-    /// Places promised to submits whose commit is under way.
-    promised: usize,
+    index: Index,
+    departures: Departures,
+    /// Places promised to submits whose commit is under way, and the bytes of their requests.
+    promised: (usize, u64),
     live: HashMap<JobId, Arc<LiveJob>>,
+    /// When live jobs expire.
+    deadlines: BTreeSet<(Timestamp, JobId)>,
     /// Outlive their jobs: a slot is held until the worker has let go of it.
     attempts: HashMap<JobId, Arc<ActiveAttempt>>,
-    explanations: HashMap<JobId, Arc<Explanation>>,
+    /// How many readers follow a job, and what they were told last of its wait.
+    followed: HashMap<JobId, (usize, Option<Arc<Explanation>>)>,
+    /// Whether a job came since the last pass: its readers have not been told why it waits.
+    came: bool,
+}
+
+/// Why a job is not admitted, and when to come back.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct Refused {
+    /// Why.
+    pub error: QueueError,
+    /// When a place may be free.
+    pub retry_after: SignedDuration,
 }
 
 impl Jobs {
     /// None yet.
-    pub fn new(config: &QueueConfig) -> Self {
+    pub fn new(config: &OrchestratorConfig, catalog: &Catalog) -> Self {
+        let queue = FairQueue::new(config.queue.capacity(), config.queue.promote_after());
+        let sizes = catalog
+            .iter()
+            .filter_map(|entry| Some((entry.model_ref(), entry.size_bytes?)));
+        let index = Index::new(
+            queue,
+            config.scheduler.policy,
+            config.scheduler.settings(),
+            sizes.collect(),
+            clock::now(),
+        );
         let inner = Inner {
-            waiting: FairQueue::new(config.capacity(), config.promote_after()),
-            promised: 0,
+            index,
+            departures: Departures::default(),
+            promised: (0, 0),
             live: HashMap::new(),
+            deadlines: BTreeSet::new(),
             attempts: HashMap::new(),
-            explanations: HashMap::new(),
+            followed: HashMap::new(),
+            came: false,
         };
         Self {
             inner: Mutex::new(inner),
@@ -53,21 +90,27 @@ impl Jobs {
     }
 
     /// Promises a place to a new job, and tells how many jobs are before it.
-    pub fn promise(
-        &self,
-        job: &QueuedJob,
-        now: Timestamp,
-    ) -> Result<(Promise<'_>, u64), QueueError> {
+    pub fn promise(&self, job: &QueuedJob, now: Timestamp) -> Result<(Promise<'_>, u64), Refused> {
         let mut inner = self.lock();
-        inner.waiting.admit(inner.promised + 1)?;
-        inner.promised += 1;
-        let position = inner.waiting.position_of_new(job, now);
-        Ok((Promise { jobs: self }, position))
+        let promised = inner.promised;
+        if let Err(error) = inner.index.queue().admit(promised, job.bytes) {
+            let retry_after = inner.departures.retry_after(now);
+            return Err(Refused { error, retry_after });
+        }
+        let position = inner.index.position_of_new(job, now);
+        inner.promised.0 += 1;
+        inner.promised.1 += job.bytes;
+        let bytes = job.bytes;
+        Ok((Promise { jobs: self, bytes }, position))
     }
 
     /// Makes a job known. From here on its events can be followed.
     pub fn insert(&self, live: Arc<LiveJob>) {
-        self.lock().live.insert(live.id, live);
+        let mut inner = self.lock();
+        if let Some(deadline) = live.deadline {
+            inner.deadlines.insert((deadline, live.id));
+        }
+        inner.live.insert(live.id, live);
     }
 
     /// The job, unless it is over or unknown.
@@ -75,22 +118,53 @@ impl Jobs {
         self.lock().live.get(&id).cloned()
     }
 
-    /// All jobs that are not over.
-    pub fn all(&self) -> Vec<Arc<LiveJob>> {
-        self.lock().live.values().cloned().collect()
-    }
-
     /// Forgets a job that is over, or that was never stored.
     pub fn forget(&self, id: JobId) {
         let mut inner = self.lock();
-        inner.live.remove(&id);
-        inner.waiting.remove(id);
-        inner.explanations.remove(&id);
+        if let Some(live) = inner.live.remove(&id)
+            && let Some(deadline) = live.deadline
+        {
+            inner.deadlines.remove(&(deadline, id));
+        }
+        if inner.index.remove(id).is_some() {
+            inner.departures.note(clock::now());
+        }
     }
 
-    /// Notes that an attempt at the job holds a slot.
+    /// Forgets a job that ended, and learns from how long it ran.
+    pub fn finished(&self, id: JobId, status: JobStatus) {
+        if status == JobStatus::Completed
+            && let Some(attempt) = self.attempt(id)
+        {
+            let took = clock::now().duration_since(attempt.began);
+            let mut inner = self.lock();
+            inner
+                .index
+                .completed(&attempt.pool_id, &attempt.worker_id, took);
+        }
+        self.forget(id);
+    }
+
+    /// The jobs whose time has run out, and when the next one's does.
+    pub fn expired(&self, now: Timestamp) -> (Vec<Arc<LiveJob>>, Option<Timestamp>) {
+        let inner = self.lock();
+        let due = inner.deadlines.iter().take_while(|(at, _)| *at <= now);
+        let due: Vec<_> = due
+            .filter_map(|(_, id)| inner.live.get(id).cloned())
+            .collect();
+        let next = inner
+            .deadlines
+            .iter()
+            .map(|(at, _)| *at)
+            .find(|at| *at > now);
+        (due, next)
+    }
+
+    /// Notes that an attempt at the job holds a slot, which no pass gave it.
     pub fn begin_attempt(&self, id: JobId, attempt: Arc<ActiveAttempt>) {
-        self.lock().attempts.insert(id, attempt);
+        let mut inner = self.lock();
+        inner.index.lease(&attempt.pool_id, &attempt.worker_id);
+        inner.attempts.insert(id, attempt);
     }
 
     /// Notes that the attempt holds its slot no more. An attempt that follows it is left alone.
@@ -99,6 +173,9 @@ impl Jobs {
         let holds = |held: &Arc<ActiveAttempt>| std::ptr::eq(Arc::as_ptr(held), attempt);
         if inner.attempts.get(&id).is_some_and(holds) {
             inner.attempts.remove(&id);
+            inner
+                .index
+                .release(&attempt.pool_id, &attempt.worker_id, clock::now());
         }
     }
 
@@ -114,73 +191,128 @@ impl Jobs {
 
     /// Lets a job wait for its turn.
     pub fn put(&self, job: QueuedJob) {
-        self.lock().waiting.put_back(job);
-    }
-
-    /// Takes a job out whose turn it is.
-    pub fn take(&self, id: JobId) -> Option<QueuedJob> {
         let mut inner = self.lock();
-        inner.explanations.remove(&id);
-        inner.waiting.take(id)
+        inner.index.put(job);
+        inner.came = true;
     }
 
-    /// The waiting jobs in the order of their turns.
-    pub fn ordered(&self, now: Timestamp) -> Vec<QueuedJob> {
-        self.lock()
-            .waiting
-            .ordered(now)
-            .into_iter()
-            .cloned()
-            .collect()
-    }
-
-    /// Notes why jobs wait, and returns those whose reason is another than before, with their places.
-    pub fn explain(
-        &self,
-        found: HashMap<JobId, Arc<Explanation>>,
-        now: Timestamp,
-    ) -> Vec<(Arc<LiveJob>, Arc<Explanation>, u64)> {
+    /// One pass, after the pools have changed as told. Jobs that it dispatches hold their slots and wait no more; each
+    /// comes with its attempt.
+    pub fn pass(&self, changes: Vec<PoolChange>, now: Timestamp) -> Passed {
         let mut inner = self.lock();
-        let mut changed = Vec::new();
-        for (id, explanation) in &found {
-            let known = inner
-                .explanations
-                .get(id)
-                .is_some_and(|old| same(old, explanation));
-            if known {
-                continue;
-            }
-            // A job that ended while the pass ran waits for nothing.
-            if let (Some(live), Some(place)) =
-                (inner.live.get(id), inner.waiting.position(*id, now))
-            {
-                changed.push((Arc::clone(live), Arc::clone(explanation), place));
+        for change in changes {
+            match change {
+                PoolChange::Is(state) => inner.index.set_pool(*state),
+                PoolChange::Gone(pool) => inner.index.remove_pool(&pool),
             }
         }
-        inner.explanations = found;
-        changed
+        let pass = inner.index.pass(now);
+        for _ in &pass.jobs {
+            inner.departures.note(now);
+        }
+        let mut attempts = HashMap::new();
+        for dispatched in &pass.dispatched {
+            let attempt = Arc::new(ActiveAttempt::chosen(
+                dispatched.pool.clone(),
+                dispatched.worker.clone(),
+                dispatched.why.clone(),
+            ));
+            inner.attempts.insert(dispatched.job, Arc::clone(&attempt));
+            attempts.insert(dispatched.job, attempt);
+            // Should it come back, its readers are told why it waits again.
+            if let Some((_, told)) = inner.followed.get_mut(&dispatched.job) {
+                *told = None;
+            }
+        }
+        let came = std::mem::take(&mut inner.came);
+        let news = if came || pass.judged || !pass.actions.is_empty() {
+            inner.news(now)
+        } else {
+            Vec::new()
+        };
+        Passed {
+            pass,
+            attempts,
+            news,
+        }
+    }
+
+    /// Counts a reader of the job until the guard is dropped. A waiting job that is followed is explained.
+    pub fn follow(self: &Arc<Self>, id: JobId) -> Followed {
+        let mut inner = self.lock();
+        inner.followed.entry(id).or_default().0 += 1;
+        let news = inner.news_of(&[id], clock::now());
+        drop(inner);
+        publish(news);
+        Followed {
+            jobs: Arc::clone(self),
+            id,
+        }
     }
 
     /// Why the job waits and how many are before it, while it does.
-    pub fn waiting(&self, id: JobId, now: Timestamp) -> Option<(u64, Arc<Explanation>)> {
-        let inner = self.lock();
-        let place = inner.waiting.position(id, now)?;
-        Some((place, Arc::clone(inner.explanations.get(&id)?)))
+    pub fn waiting(&self, id: JobId, now: Timestamp) -> Option<TaskWaiting> {
+        self.lock().index.waiting(id, now).map(TaskWaiting::from)
+    }
+
+    /// How many jobs are before it, while it waits.
+    pub fn position(&self, id: JobId, now: Timestamp) -> Option<u64> {
+        self.lock().index.position(id, now)
     }
 
     /// How many jobs of each class wait.
     pub fn depths(&self) -> [(Priority, usize); 2] {
         let inner = self.lock();
-        [Priority::Interactive, Priority::Batch].map(|class| {
-            (
-                class,
-                inner
-                    .waiting
-                    .iter()
-                    .filter(|job| job.priority == class)
-                    .count(),
-            )
-        })
+        let queue = inner.index.queue();
+        [Priority::Interactive, Priority::Batch].map(|class| (class, queue.depth(class)))
+    }
+}
+
+/// What a pass came to.
+pub struct Passed {
+    /// What the index decided.
+    pub pass: Pass,
+    /// The attempts of the jobs that it dispatched.
+    pub attempts: HashMap<JobId, Arc<ActiveAttempt>>,
+    /// Jobs with readers that wait for something else than before.
+    pub news: Vec<News>,
+}
+
+/// A job, and why it waits now.
+pub type News = (Arc<LiveJob>, TaskWaiting);
+
+/// Tells readers why their jobs wait.
+pub fn publish(news: Vec<News>) {
+    use orchestrator_core::api::events::TaskEvent;
+    for (live, waiting) in news {
+        live.hub.publish_momentary(TaskEvent::Waiting(waiting));
+    }
+}
+
+impl Inner {
+    fn news(&mut self, now: Timestamp) -> Vec<News> {
+        let followed: Vec<JobId> = self.followed.keys().copied().collect();
+        self.news_of(&followed, now)
+    }
+
+    fn news_of(&mut self, ids: &[JobId], now: Timestamp) -> Vec<News> {
+        let waiting = self.index.waiting_all(ids.iter().copied(), now);
+        let mut news = Vec::new();
+        for (id, waiting) in waiting {
+            let (Some(live), Some((_, told))) = (self.live.get(&id), self.followed.get_mut(&id))
+            else {
+                continue;
+            };
+            if told
+                .as_ref()
+                .is_some_and(|old| same(old, &waiting.explanation))
+            {
+                continue;
+            }
+            *told = Some(Arc::clone(&waiting.explanation));
+            news.push((Arc::clone(live), waiting.into()));
+        }
+        news
     }
 }
 
@@ -194,10 +326,32 @@ fn same(old: &Arc<Explanation>, new: &Arc<Explanation>) -> bool {
 #[derive(Debug)]
 pub struct Promise<'a> {
     jobs: &'a Jobs,
+    bytes: u64,
 }
 
 impl Drop for Promise<'_> {
     fn drop(&mut self) {
-        self.jobs.lock().promised -= 1;
+        let mut inner = self.jobs.lock();
+        inner.promised.0 -= 1;
+        inner.promised.1 -= self.bytes;
+    }
+}
+
+/// A reader of a job.
+#[derive(Debug)]
+pub struct Followed {
+    jobs: Arc<Jobs>,
+    id: JobId,
+}
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        let mut inner = self.jobs.lock();
+        if let Some((readers, _)) = inner.followed.get_mut(&self.id) {
+            *readers -= 1;
+            if *readers == 0 {
+                inner.followed.remove(&self.id);
+            }
+        }
     }
 }

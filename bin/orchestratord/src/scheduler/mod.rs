@@ -1,39 +1,35 @@
-//! Drives the pure scheduler: takes a snapshot when something changed, and does what the plan says.
+//! Drives the scheduler: lets it make a pass when something changed, and does what the pass decided.
 //!
 //! There is no tick. A pass runs when a job came or ended, a pool spoke, or the moment has come at which time alone
 //! changes something; any number of changes while a pass runs make one more pass.
 
-use std::collections::{BTreeMap, HashMap};
+mod downloads;
+
 use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
-use orchestrator_core::JobId;
-use orchestrator_core::api::events::TaskEvent;
-use orchestrator_core::api::tasks::TaskWaiting;
 use orchestrator_core::job::JobErrorCode;
 use orchestrator_core::queue::QueuedJob;
-use orchestrator_core::scheduler::{
-    Action, LeastLoaded, REGISTRATION, Settings, Snapshot, schedule,
-};
+use orchestrator_core::scheduler::Action;
 use pool_core::ModelRef;
-use pool_core::api::pool::WorkerSpawnRequest;
+use pool_core::api::pool::{WorkerSpawnRequest, WorkerStopRequest};
 use pool_core::worker::{Backend, Device, WorkerInfo};
+use serde::de::IgnoredAny;
 
 use crate::app::App;
 use crate::clock;
 use crate::dispatch::{self, Dispatch};
 use crate::fleet::Fate;
 use crate::life::{self, End};
-use crate::queue::{ActiveAttempt, LiveJob, Order};
+use crate::queue::{self, ActiveAttempt, LiveJob, Order};
 
-/// When an end that the database refused is tried again.
+/// When something is tried again that the database or a pool refused.
 const RETRY: SignedDuration = SignedDuration::from_secs(1);
 
 /// Schedules until the daemon stops.
 pub async fn run(app: App) {
-    let started_at = clock::now();
     loop {
-        let wake = pass(&app, started_at);
+        let wake = pass(&app);
         let sleep = async {
             match wake {
                 Some(at) => tokio::time::sleep(clock::until(at)).await,
@@ -49,43 +45,50 @@ pub async fn run(app: App) {
 }
 
 /// One pass. Returns when time alone makes the next one due.
-fn pass(app: &App, started_at: Timestamp) -> Option<Timestamp> {
+fn pass(app: &App) -> Option<Timestamp> {
     let now = clock::now();
-    let live = app.jobs.all();
-    let mut wake = expire(app, &live, now);
-    let attempts = app.jobs.attempts();
-    tell(app, &attempts, now);
-
-    let jobs = app.jobs.ordered(now);
-    let pauses = jobs
-        .iter()
-        .filter_map(|job| job.not_before)
-        .filter(|at| *at > now);
-    let registered = Some(started_at + REGISTRATION).filter(|at| *at > now);
-    wake = wake.into_iter().chain(pauses).chain(registered).min();
-
-    let pools = app.fleet.states(now, &leases(&attempts));
-    let snapshot = Snapshot {
-        now,
-        started_at,
-        settings: Settings::default(),
-        jobs: jobs.into_iter().map(Arc::new).collect(),
-        pools: pools.into_iter().map(Arc::new).collect(),
-        sessions: BTreeMap::new(),
-        sizes: BTreeMap::new(),
-        turns: 0,
-    };
-    let plan = schedule(&snapshot, &LeastLoaded);
-    for action in plan.actions {
-        act(app, action, now);
+    let expires = expire(app, now);
+    tell(app, &app.jobs.attempts(), now);
+    let passed = app.jobs.pass(app.fleet.take_changes(now), now);
+    let wake = passed.pass.wake;
+    for action in &passed.pass.actions {
+        match action {
+            Action::Dispatch { job, pool, worker } => {
+                let found = (passed.pass.jobs.get(job), passed.attempts.get(job));
+                if let (Some(queued), Some(attempt)) = found {
+                    dispatch(app, queued, attempt, pool, worker, now);
+                }
+            }
+            Action::Reject { job, code, message } => {
+                if let Some(queued) = passed.pass.jobs.get(job) {
+                    reject(app, queued, *code, message.clone());
+                }
+            }
+            Action::StartWorker {
+                pool,
+                model,
+                device,
+            } => start_worker(app, pool, model, *device, now),
+            Action::EvictWorker {
+                pool,
+                worker,
+                needed_by,
+            } => {
+                tracing::info!(pool, worker, model = %needed_by, "stopping an idle worker whose memory a waiting job needs");
+                stop_worker(app, pool, worker, now);
+            }
+            Action::UnloadWorker { pool, worker } => {
+                tracing::info!(
+                    pool,
+                    worker,
+                    "stopping a worker that has been idle for long"
+                );
+                stop_worker(app, pool, worker, now);
+            }
+            Action::Download { pool, model } => downloads::begin(app, pool, model),
+        }
     }
-    for (live, explanation, queue_position) in app.jobs.explain(plan.waiting, now) {
-        let waiting = TaskWaiting {
-            queue_position,
-            explanation: (*explanation).clone(),
-        };
-        live.hub.publish_momentary(TaskEvent::Waiting(waiting));
-    }
+    queue::publish(passed.news);
     for (class, depth) in app.jobs.depths() {
         app.metrics
             .queue_depth
@@ -93,27 +96,25 @@ fn pass(app: &App, started_at: Timestamp) -> Option<Timestamp> {
             .set(i64::try_from(depth).unwrap_or(i64::MAX));
     }
     // After the actions: a start that they began has a deadline as well.
-    wake.into_iter().chain(app.fleet.next_change(now)).min()
+    let changes = app.fleet.next_change(now);
+    [expires, wake, changes].into_iter().flatten().min()
 }
 
 /// Ends the jobs whose time has run out, and tells when the next one's does.
-fn expire(app: &App, live: &[Arc<LiveJob>], now: Timestamp) -> Option<Timestamp> {
-    let mut next = None;
-    for (job, deadline) in live.iter().filter_map(|job| Some((job, job.deadline?))) {
-        let due = if deadline > now {
-            Some(deadline)
-        } else {
-            let (app_, job) = (Arc::clone(app), Arc::clone(job));
-            app.spawn(async move {
-                if let Err(error) = life::end(&app_, &job, None, End::timeout()).await {
-                    tracing::warn!(job = %job.id, %error, "could not end a job whose time ran out");
-                }
-            });
-            now.checked_add(RETRY).ok()
-        };
-        next = next.into_iter().chain(due).min();
+fn expire(app: &App, now: Timestamp) -> Option<Timestamp> {
+    let (due, next) = app.jobs.expired(now);
+    let retry = (!due.is_empty())
+        .then(|| now.checked_add(RETRY).ok())
+        .flatten();
+    for job in due {
+        let app_ = Arc::clone(app);
+        app.spawn(async move {
+            if let Err(error) = life::end(&app_, &job, None, End::timeout()).await {
+                tracing::warn!(job = %job.id, %error, "could not end a job whose time ran out");
+            }
+        });
     }
-    next
+    next.into_iter().chain(retry).min()
 }
 
 /// Tells attempts what their pools say of their workers. Called for every heartbeat, because a pass may come only after
@@ -135,79 +136,75 @@ fn tell(app: &App, attempts: &[Arc<ActiveAttempt>], now: Timestamp) {
     }
 }
 
-/// How many slots of each worker our own attempts hold: newer than any heartbeat.
-fn leases(attempts: &[Arc<ActiveAttempt>]) -> HashMap<(String, String), u32> {
-    let mut leases = HashMap::new();
-    for attempt in attempts {
-        *leases
-            .entry((attempt.pool_id.clone(), attempt.worker_id.clone()))
-            .or_default() += 1;
-    }
-    leases
-}
-
-fn act(app: &App, action: Action, now: Timestamp) {
-    match action {
-        Action::Dispatch { job, pool, worker } => dispatch(app, job, &pool, &worker),
-        Action::StartWorker {
-            pool,
-            model,
-            device,
-        } => start_worker(app, pool, model, device, now),
-        // The built-in policies ask for none of these.
-        Action::EvictWorker { .. } | Action::UnloadWorker { .. } | Action::Download { .. } => {}
-        Action::Reject { job, code, message } => reject(app, job, code, message),
-    }
-}
-
-fn dispatch(app: &App, job: JobId, pool: &str, worker: &str) {
-    let (Some(live), Some(endpoint)) = (app.jobs.get(job), app.fleet.endpoint(pool, worker)) else {
-        return;
-    };
+/// Lets a job wait again for which the pass decided something that could not be done.
+fn put_back(app: &App, live: &LiveJob, queued: &QueuedJob, now: Timestamp) {
     // A job that ended while the pass ran waits no more.
-    let Some(queued) = app.jobs.take(job) else {
+    if live.ended().is_none() {
+        app.jobs.put(QueuedJob {
+            not_before: now.checked_add(RETRY).ok(),
+            ..queued.clone()
+        });
+        app.changed.notify_one();
+    }
+}
+
+fn dispatch(
+    app: &App,
+    queued: &QueuedJob,
+    attempt: &Arc<ActiveAttempt>,
+    pool: &str,
+    worker: &str,
+    now: Timestamp,
+) {
+    let endpoint = app.fleet.endpoint(pool, worker);
+    let (Some(live), Some(endpoint)) = (app.jobs.get(queued.id), endpoint) else {
+        app.jobs.end_attempt(queued.id, attempt);
+        app.changed.notify_one();
+        if let Some(live) = app.jobs.get(queued.id) {
+            put_back(app, &live, queued, now);
+        }
         return;
     };
-    let attempt = Arc::new(ActiveAttempt::new(pool.to_owned(), worker.to_owned()));
-    app.jobs.begin_attempt(job, Arc::clone(&attempt));
     let dispatch = Dispatch {
         live,
         queued: QueuedJob {
             not_before: None,
-            ..queued
+            ..queued.clone()
         },
-        attempt,
+        attempt: Arc::clone(attempt),
         endpoint,
     };
     app.spawn(dispatch::run(Arc::clone(app), dispatch));
 }
 
-fn reject(app: &App, job: JobId, code: JobErrorCode, message: String) {
-    let Some(live) = app.jobs.get(job) else {
+fn reject(app: &App, queued: &Arc<QueuedJob>, code: JobErrorCode, message: String) {
+    let Some(live) = app.jobs.get(queued.id) else {
         return;
     };
-    let app_ = Arc::clone(app);
+    let (app_, queued) = (Arc::clone(app), Arc::clone(queued));
     app.spawn(async move {
-        if let Err(error) = life::end(&app_, &live, None, End::error(code, message, false)).await {
-            tracing::warn!(%job, %error, "could not reject a job");
+        let end = End::error(code, message, false);
+        if let Err(error) = life::end(&app_, &live, None, end).await {
+            tracing::warn!(job = %live.id, %error, "could not reject a job");
+            put_back(&app_, &live, &queued, clock::now());
         }
     });
 }
 
-fn start_worker(app: &App, pool: String, model: ModelRef, device: Device, now: Timestamp) {
-    let Some((start, client)) = app.fleet.begin_start(&pool, &model, device, now) else {
+fn start_worker(app: &App, pool: &str, model: &ModelRef, device: Device, now: Timestamp) {
+    let Some((start, client)) = app.fleet.begin_start(pool, model, device, now) else {
         return;
     };
     tracing::info!(pool, %model, %device, "asking for a worker");
     let request = WorkerSpawnRequest {
-        model,
+        model: model.clone(),
         backend: device.backend,
         gpu: (device.backend != Backend::Cpu).then_some(device.index),
         context_length: None,
         slots: None,
         port: None,
     };
-    let app_ = Arc::clone(app);
+    let (app_, pool) = (Arc::clone(app), pool.to_owned());
     app.spawn(async move {
         let answer = tokio::select! {
             answer = client.post::<_, WorkerInfo>("/workers/spawn", &request) => answer,
@@ -220,9 +217,31 @@ fn start_worker(app: &App, pool: String, model: ModelRef, device: Device, now: T
             }
             Err(error) => {
                 tracing::warn!(pool, model = %request.model, %error, "the pool did not start a worker");
-                app_.fleet.start_refused(start, &error.to_string(), clock::now());
+                app_.fleet
+                    .start_refused(start, &pool, &error.to_string(), clock::now());
             }
         }
         app_.changed.notify_one();
+    });
+}
+
+fn stop_worker(app: &App, pool: &str, worker: &str, now: Timestamp) {
+    let Some(client) = app.fleet.begin_stop(pool, worker, now) else {
+        return;
+    };
+    let (app_, pool, worker) = (Arc::clone(app), pool.to_owned(), worker.to_owned());
+    app.spawn(async move {
+        let path = format!("/workers/{worker}/stop");
+        // Not by force: should somebody else use it, that is finished first.
+        let request = WorkerStopRequest::default();
+        let answer = tokio::select! {
+            answer = client.post::<_, IgnoredAny>(&path, &request) => answer,
+            () = app_.shutdown.requested() => return,
+        };
+        if let Err(error) = answer {
+            tracing::warn!(pool, worker, %error, "the pool did not stop a worker");
+            app_.fleet.stop_refused(&pool, &worker, clock::now());
+            app_.changed.notify_one();
+        }
     });
 }

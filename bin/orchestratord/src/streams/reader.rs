@@ -28,6 +28,7 @@ pub fn follow(
 ) -> impl Stream<Item = Result<sse::Event, Infallible>> {
     async_stream::stream! {
         let _open = app.metrics.stream_opened();
+        let _followed = live.as_ref().map(|live| app.jobs.follow(live.id));
         let mut caught_up = false;
         let mut spared = Spared::default();
         let mut seen = 0;

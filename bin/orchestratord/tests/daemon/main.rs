@@ -11,6 +11,7 @@ mod pools;
 mod process;
 mod restart;
 mod retention;
+mod scheduling;
 mod submit;
 mod support;
 mod take_over;

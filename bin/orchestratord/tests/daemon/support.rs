@@ -20,6 +20,7 @@ use orchestrator_core::api::tasks::{TaskAccepted, TaskView};
 use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::{JobId, JobStatus};
 use orchestratord::Daemon;
+use pool_core::api::models::{DownloadEvent, ModelDownloadRequest};
 use pool_core::api::pool::{
     DeviceInfo, DiskInfo, Heartbeat, ModelOnDisk, PoolSnapshot, PoolStatus, RegisterRequest,
     WorkerEndpoint, WorkerSpawnRequest,
@@ -780,15 +781,18 @@ pub struct FakePool {
     addr: SocketAddr,
     server: JoinHandle<()>,
     seq: AtomicU64,
+    pub asked: Asked,
 }
 
 impl FakePool {
     /// A pool with the default model on its disk and no worker.
     pub async fn start(id: &str) -> Self {
+        let asked = Asked::default();
         let (spawned, refusal) = (Spawned::default(), Arc::<Mutex<Option<String>>>::default());
         let app = Router::new()
             .route("/workers/spawn", post(spawn))
-            .with_state((Arc::clone(&spawned), Arc::clone(&refusal)));
+            .with_state((Arc::clone(&spawned), Arc::clone(&refusal)))
+            .merge(asked.routes());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let addr = listener.local_addr().unwrap();
         let server = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
@@ -804,6 +808,7 @@ impl FakePool {
             endpoints: Vec::new(),
             models: vec![model],
             interval_ms: 60_000,
+            asked,
             spawned,
             refusal,
             addr,
@@ -874,6 +879,18 @@ impl FakePool {
         self.beat_at(orchestrator).await;
     }
 
+    /// Speaks, and says something else of itself than usual.
+    pub async fn beat_with(
+        &self,
+        orchestrator: &Orchestrator,
+        change: impl FnOnce(&mut PoolStatus),
+    ) {
+        let mut heartbeat = self.next_heartbeat();
+        change(&mut heartbeat.snapshot.status);
+        let path = format!("/v2/pools/{}/heartbeat", self.id);
+        let _: IgnoredAny = orchestrator.client.post(&path, &heartbeat).await.unwrap();
+    }
+
     pub async fn beat(&self, orchestrator: &Api) {
         self.beat_at(&orchestrator.client).await;
     }
@@ -885,6 +902,59 @@ impl FakePool {
             .await
             .unwrap();
     }
+}
+
+/// What a FAKE pool was asked for besides workers.
+#[derive(Clone, Default)]
+pub struct Asked {
+    /// Workers that it was told to stop.
+    pub stops: Arc<Mutex<Vec<String>>>,
+    /// Models that it was told to download.
+    pub downloads: Arc<Mutex<Vec<String>>>,
+    /// What it says of a download; the stream stays open until the last event is there.
+    pub events: Arc<Mutex<Vec<DownloadEvent>>>,
+}
+
+impl Asked {
+    fn routes(&self) -> Router {
+        Router::new()
+            .route("/workers/{id}/stop", post(stop_worker))
+            .route("/models/download", post(download))
+            .with_state(self.clone())
+    }
+}
+
+async fn stop_worker(State(asked): State<Asked>, Path(id): Path<String>) -> Response {
+    asked.stops.lock().unwrap().push(id.clone());
+    Json(worker_info(&id, WorkerStatus::Draining)).into_response()
+}
+
+async fn download(
+    State(asked): State<Asked>,
+    Json(request): Json<ModelDownloadRequest>,
+) -> Response {
+    asked
+        .downloads
+        .lock()
+        .unwrap()
+        .push(request.model.to_string());
+    let events = async_stream::stream! {
+        let mut next = 0;
+        loop {
+            let event = asked.events.lock().unwrap().get(next).cloned();
+            let Some(event) = event else {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                continue;
+            };
+            next += 1;
+            let data = serde_json::to_string(&event).unwrap();
+            yield Ok::<_, std::convert::Infallible>(Event::default().event(event.name()).data(data));
+            if event.is_last() {
+                return;
+            }
+        }
+    };
+    Sse::new(events).into_response()
 }
 
 impl Drop for FakePool {

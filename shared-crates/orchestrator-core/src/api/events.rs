@@ -75,6 +75,9 @@ pub struct Started {
     pub worker_id: String,
     /// Tokens of the prompt.
     pub tokens_in: u32,
+    /// Why it went there, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
 }
 
 /// A further attempt runs.
@@ -92,6 +95,9 @@ pub struct FurtherAttempt {
     pub continues: bool,
     /// Why the attempt before is over.
     pub reason: String,
+    /// Why it went there, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
 }
 
 /// A piece of text.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use pool_core::api::worker::{Message, Sampling};
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::job::{
     Attempt, Input, Job, JobError, JobId, JobSpec, JobStatus, Placement, Priority, Usage,
 };
-use crate::scheduler::Explanation;
+use crate::scheduler::{Explanation, Waiting};
 
 /// Most tokens that are generated where a request does not say.
 pub const DEFAULT_MAX_TOKENS: u32 = 256;
@@ -331,6 +331,46 @@ pub struct TaskWaiting {
     pub queue_position: u64,
     /// What the last scheduling pass found.
     pub explanation: Explanation,
+    /// Milliseconds until it starts, from how long others took; `null` where too little is known.
+    #[serde(default)]
+    pub estimated_start_ms: Option<u64>,
+}
+
+impl From<Waiting> for TaskWaiting {
+    fn from(waiting: Waiting) -> Self {
+        let milliseconds = |pause: SignedDuration| u64::try_from(pause.as_millis()).unwrap_or(0);
+        Self {
+            queue_position: waiting.position,
+            explanation: Explanation::clone(&waiting.explanation),
+            estimated_start_ms: waiting.estimated_start.map(milliseconds),
+        }
+    }
+}
+
+/// Answer of `GET /v2/tasks/{id}/explain`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaskExplanation {
+    /// Id.
+    pub id: JobId,
+    /// State.
+    pub status: JobStatus,
+    /// Why it waits, while it does.
+    pub waiting: Option<TaskWaiting>,
+    /// Where its attempts went, in order.
+    pub placements: Vec<AttemptPlacement>,
+}
+
+/// Where an attempt went.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttemptPlacement {
+    /// Number of the attempt.
+    pub attempt: u32,
+    /// The pool.
+    pub pool_id: String,
+    /// The worker.
+    pub worker_id: String,
+    /// Why there; `null` for an attempt that ended before its worker began.
+    pub why: Option<String>,
 }
 
 /// A job as `GET /v2/tasks` lists it: without its texts.

@@ -1,6 +1,18 @@
 //! Why a job waits, in words and numbers.
 
+use std::cmp::Reverse;
+
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+
+use super::judge::{
+    Class, Verdict, World, alive, fitting, has_backend, judge, may_download, next_spare, runs,
+    usable,
+};
+use super::policy::{BuiltIn, WorkerChoice};
+use super::snapshot::PoolState;
+use crate::job::Placement;
+use crate::queue::QueuedJob;
 
 /// The constraint that binds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -74,4 +86,386 @@ pub struct Explanation {
     pub hint: String,
     /// Pools left after each filter, in order.
     pub filters: Vec<FilterCount>,
+}
+
+/// Explains why jobs of the class wait.
+pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) -> Explanation {
+    let (reason, cause) = match judge(class, None, pools, world) {
+        Verdict::Wait(reason) => (reason, None),
+        Verdict::Reject { message, .. } => (WaitReason::PoolsAway, Some(message)),
+        _ => (WaitReason::PolicyHeld, None),
+    };
+    let words = Words {
+        class,
+        pools,
+        world,
+    };
+    let (message, hint) = match cause {
+        Some(cause) => (
+            format!("{cause}; other pools may still register after the restart"),
+            "it is decided soon".to_owned(),
+        ),
+        None => words.of(reason),
+    };
+    Explanation {
+        reason,
+        message,
+        hint,
+        filters: filters(class, pools),
+    }
+}
+
+/// What led to the choice of a worker.
+pub(super) struct Reasons<'a> {
+    pub(super) placement: &'a Placement,
+    /// Whether the job's session ran on this pool last.
+    pub(super) session_was_here: bool,
+    /// Workers with the model that had a free slot.
+    pub(super) free_workers: usize,
+    pub(super) policy: BuiltIn,
+}
+
+/// Says why a job goes where it goes.
+pub(super) fn choice(choice: &WorkerChoice<'_>, reasons: &Reasons<'_>) -> String {
+    let asked = match reasons.placement {
+        Placement {
+            pool: Some(_),
+            device: Some(_),
+        } => "the job asks for this pool and device; ",
+        Placement { pool: Some(_), .. } => "the job asks for this pool; ",
+        Placement {
+            device: Some(_), ..
+        } => "the job asks for this device; ",
+        Placement { .. } => "",
+    };
+    let worker = choice.worker;
+    let numbers = format!(
+        "{} of {} slots in use, {} bytes of memory free on {}",
+        worker.active,
+        worker.slots,
+        choice.free_bytes(),
+        worker.device
+    );
+    match reasons.free_workers {
+        1 => format!("{asked}the only worker with the model that had a free slot ({numbers})"),
+        _ if reasons.session_was_here => {
+            format!("{asked}its session ran on this pool last ({numbers})")
+        }
+        count => format!(
+            "{asked}the best of {count} workers with a free slot by policy {} ({numbers})",
+            reasons.policy
+        ),
+    }
+}
+
+/// Explains the wait of a job whose last attempt was lost.
+pub(super) fn backing_off(job: &QueuedJob, now: Timestamp) -> Explanation {
+    let pause = job
+        .not_before
+        .map_or(0, |at| at.duration_since(now).as_millis());
+    Explanation {
+        reason: WaitReason::BackingOff,
+        message: format!("the last attempt was lost; the next follows in {pause} ms"),
+        hint: "it goes on by itself".to_owned(),
+        filters: Vec::new(),
+    }
+}
+
+/// Counts what each filter leaves, up to the first that leaves nothing.
+fn filters(class: &Class, pools: &[&PoolState]) -> Vec<FilterCount> {
+    let has_slot = |pool: &PoolState| {
+        let mut workers = pool.workers.iter();
+        workers.any(|w| class.admits_worker(&pool.id, w) && w.has_slot())
+    };
+    let fits = |pool: &PoolState| {
+        usable(class, pool).is_some_and(|model| {
+            fitting(class, pool, model.needed_bytes, false)
+                .next()
+                .is_some()
+        })
+    };
+    type Test<'a> = &'a dyn Fn(&PoolState) -> bool;
+    let tests: [(Filter, Test<'_>); 6] = [
+        (Filter::Known, &|p| class.admits_pool(&p.id)),
+        (Filter::Alive, &alive),
+        (Filter::Backend, &|p| has_backend(class, p)),
+        (Filter::ModelPresent, &|p| {
+            runs(class, p) || usable(class, p).is_some()
+        }),
+        (Filter::MemoryFits, &|p| runs(class, p) || fits(p)),
+        (Filter::Slots, &has_slot),
+    ];
+    let mut left: Vec<&PoolState> = pools.to_vec();
+    let mut counts = Vec::with_capacity(tests.len());
+    for (filter, test) in tests {
+        left.retain(|pool| test(pool));
+        counts.push(FilterCount {
+            filter,
+            pools: u32::try_from(left.len()).unwrap_or(u32::MAX),
+        });
+        if left.is_empty() {
+            return counts;
+        }
+    }
+    // Every built-in policy takes what the filters leave; only a script can leave a place empty.
+    counts.push(FilterCount {
+        filter: Filter::Policy,
+        pools: 0,
+    });
+    counts
+}
+
+/// Finds the words for a reason.
+struct Words<'a> {
+    class: &'a Class,
+    pools: &'a [&'a PoolState],
+    world: &'a World<'a>,
+}
+
+impl Words<'_> {
+    fn known(&self) -> impl Iterator<Item = &PoolState> {
+        let pools = self.pools.iter().copied();
+        pools.filter(|pool| self.class.admits_pool(&pool.id))
+    }
+
+    fn left(&self) -> impl Iterator<Item = &PoolState> {
+        self.known()
+            .filter(|pool| alive(pool) && has_backend(self.class, pool))
+    }
+
+    fn of(&self, reason: WaitReason) -> (String, String) {
+        let model = &self.class.model;
+        let (message, hint) = match reason {
+            WaitReason::NoPool => (
+                match &self.class.placement.pool {
+                    Some(wanted) => format!("pool `{wanted}` has not registered"),
+                    None => "no pool has registered".to_owned(),
+                },
+                "run `llorch-pool daemon start` on a pool host; on another machine, `orchestrator_url` in its settings tells it where to register",
+            ),
+            WaitReason::PoolsAway => return self.pools_away(),
+            WaitReason::NoBackend => (
+                match self.class.placement.device {
+                    Some(device) => format!("no pool can run a worker on {device}"),
+                    None => "no pool has a worker program".to_owned(),
+                },
+                "install `llorch-candled` beside `pool-managerd`",
+            ),
+            WaitReason::ModelMissing => return self.model_missing(),
+            WaitReason::Downloading => return self.downloading(),
+            WaitReason::DownloadRefused => return self.download_refused(),
+            WaitReason::MemoryShort => return self.memory_short(),
+            WaitReason::Evicting => (
+                format!("idle workers are being stopped, so that `{model}` has the memory"),
+                "a worker with the model is started when they have ended",
+            ),
+            WaitReason::StartRefused => (self.start_refused(), "it is asked again in a moment"),
+            WaitReason::WorkerStarting => (
+                format!("a worker is loading `{model}`"),
+                "it starts when the worker is ready",
+            ),
+            WaitReason::SlotsBusy => {
+                let mine = |pool: &PoolState| {
+                    let mine = |w: &&super::WorkerState| {
+                        w.serves() && self.class.admits_worker(&pool.id, w)
+                    };
+                    pool.workers.iter().filter(mine).count()
+                };
+                let count: usize = self.left().map(mine).sum();
+                let message = match count {
+                    1 => format!("the worker with `{model}` is busy"),
+                    count => format!("all {count} workers with `{model}` are busy"),
+                };
+                (message, "it starts when a job before it ends")
+            }
+            WaitReason::PolicyHeld => (
+                "there is a place, and the scheduler has not given it to this job".to_owned(),
+                "it is decided in a moment; where a script schedules, see `llorch orchestrator scheduler show`",
+            ),
+            WaitReason::BackingOff => (
+                "the last attempt was lost a moment ago".to_owned(),
+                "it goes on by itself",
+            ),
+        };
+        (message, hint.to_owned())
+    }
+
+    fn pools_away(&self) -> (String, String) {
+        let model = &self.class.model;
+        let hint = "see `llorch-pool daemon status` on that host".to_owned();
+        if self.known().any(alive) {
+            let away = self
+                .known()
+                .find(|pool| !alive(pool) && usable(self.class, pool).is_some());
+            let away = away.map_or("another pool", |pool| pool.id.as_str());
+            let failure = self.left().find_map(|pool| {
+                let why = pool.start_failure(pool.model(model)?)?;
+                Some(format!(
+                    "`{model}` can't be started on pool `{}`: {why}",
+                    pool.id
+                ))
+            });
+            let missing = || format!("no pool that takes work has `{model}`");
+            let why = failure.unwrap_or_else(missing);
+            return (format!("{why}; pool `{away}` has it and is away"), hint);
+        }
+        let (mut draining, mut silent) = (0, 0);
+        for pool in self.known() {
+            if pool.liveness == crate::pool::PoolLiveness::Online {
+                draining += 1;
+            } else {
+                silent += 1;
+            }
+        }
+        let message = format!(
+            "of {} pools none takes work: {silent} not heard from, {draining} draining",
+            silent + draining
+        );
+        let hint = match silent {
+            0 => "`llorch-pool daemon resume` on a host lets it take work again".to_owned(),
+            _ => "see `llorch-pool daemon status` on the pool hosts".to_owned(),
+        };
+        (message, hint)
+    }
+
+    fn model_missing(&self) -> (String, String) {
+        let model = &self.class.model;
+        let message = format!("no pool has `{model}` on its disk");
+        let by_hand = format!("on a pool host, run `llorch-pool models download {model}`");
+        let hint = if self.world.settings.download || !self.world.sizes.contains_key(model) {
+            by_hand
+        } else {
+            format!("{by_hand}, or let the orchestrator do it with `scheduler.download = true`")
+        };
+        (message, hint)
+    }
+
+    fn downloading(&self) -> (String, String) {
+        let model = &self.class.model;
+        let found = self.left().find_map(|pool| {
+            let download = pool.downloads.iter().find(|d| d.model == *model)?;
+            Some((pool, download.percent))
+        });
+        let message = match found {
+            Some((pool, Some(percent))) => {
+                format!("pool `{}` downloads `{model}`: {percent} %", pool.id)
+            }
+            Some((pool, None)) => format!("pool `{}` downloads `{model}`", pool.id),
+            None => format!("`{model}` is being downloaded"),
+        };
+        (
+            message,
+            "a worker is started when the file is there".to_owned(),
+        )
+    }
+
+    fn download_refused(&self) -> (String, String) {
+        let model = &self.class.model;
+        let refused = self.left().find_map(|pool| {
+            let refused = pool.refused_downloads.iter().find(|r| r.model == *model)?;
+            Some((pool, refused))
+        });
+        if let Some((pool, refused)) = refused {
+            let message = format!(
+                "pool `{}` could not download `{model}`: {}",
+                pool.id, refused.message
+            );
+            return (message, "it is tried again after a pause".to_owned());
+        }
+        let size = self.world.sizes.get(model).copied().unwrap_or_default();
+        let can_hold =
+            |pool: &&PoolState| may_download(self.class, &with_room(pool), size).is_some();
+        match self
+            .left()
+            .filter(can_hold)
+            .max_by_key(|p| p.disk_free_bytes)
+        {
+            Some(pool) => (
+                format!(
+                    "`{model}` is {size} bytes, and a download leaves {} free; the most that a disk has is {} on pool `{}`",
+                    super::judge::DISK_RESERVE,
+                    pool.disk_free_bytes,
+                    pool.id
+                ),
+                "make room on a pool's disk: `llorch-pool models delete` on its host".to_owned(),
+            ),
+            None => (
+                format!("no device is large enough for `{model}` of {size} bytes"),
+                "add a pool with more memory, or ask for a smaller model".to_owned(),
+            ),
+        }
+    }
+
+    fn memory_short(&self) -> (String, String) {
+        let model = &self.class.model;
+        let left: Vec<&PoolState> = self.left().collect();
+        let devices = left.iter().flat_map(|pool| {
+            let needed = usable(self.class, pool).map(|model| model.needed_bytes);
+            let admitted = pool
+                .devices
+                .iter()
+                .filter(|d| self.class.admits_device(d.device));
+            admitted.filter_map(move |d| {
+                Some((
+                    d.free_bytes,
+                    Reverse(pool.id.as_str()),
+                    d.total_bytes,
+                    needed?,
+                ))
+            })
+        });
+        let Some((free, Reverse(pool), total, needed)) = devices.max() else {
+            return (
+                format!("no pool has the memory for `{model}`"),
+                "stop a worker: see `llorch-pool worker list`".to_owned(),
+            );
+        };
+        let message = format!(
+            "`{model}` needs {needed} bytes; the most that is free is {free} on pool `{pool}`"
+        );
+        let soon = self.left().flat_map(|pool| {
+            let devices = pool.devices.iter();
+            devices
+                .filter(|d| self.class.admits_device(d.device))
+                .filter_map(|d| next_spare(self.world, pool, d.device))
+        });
+        let hint = match soon.min() {
+            _ if needed > total => {
+                "no worker that is stopped frees enough: add memory, or ask for a smaller model"
+                    .to_owned()
+            }
+            Some(at) if self.world.settings.evict => format!(
+                "an idle worker may be stopped for it in {} s; or stop one now: see `llorch-pool worker list`",
+                at.duration_since(self.world.now).as_secs().max(0) + 1
+            ),
+            _ => "it starts when a worker ends: see `llorch-pool worker list`".to_owned(),
+        };
+        (message, hint)
+    }
+
+    fn start_refused(&self) -> String {
+        let model = &self.class.model;
+        let refusal = self.left().find_map(|pool| {
+            let mut refused = pool.refused_starts.iter();
+            let refused =
+                refused.find(|r| r.model == *model && self.class.admits_device(r.device))?;
+            Some((pool, refused))
+        });
+        match refusal {
+            Some((pool, refused)) => format!(
+                "pool `{}` refused to start a worker with `{model}`: {}",
+                pool.id, refused.message
+            ),
+            None => format!("the pools refused to start a worker with `{model}`"),
+        }
+    }
+}
+
+/// The pool as it were with an empty disk and no refusal.
+fn with_room(pool: &PoolState) -> PoolState {
+    PoolState {
+        disk_free_bytes: u64::MAX,
+        refused_downloads: Vec::new(),
+        ..pool.clone()
+    }
 }

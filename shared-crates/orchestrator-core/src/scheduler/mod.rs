@@ -7,7 +7,10 @@
 //! [`snapshot`] is what a plan depends on, [`plan`] makes one, [`policy`] chooses among the places that are left, and
 //! [`explain`] has the words for a job that waits.
 
+mod estimate;
 pub mod explain;
+pub mod index;
+mod judge;
 pub mod plan;
 pub mod policy;
 pub mod snapshot;
@@ -15,8 +18,13 @@ pub mod snapshot;
 use jiff::SignedDuration;
 
 pub use explain::{Explanation, Filter, FilterCount, WaitReason};
+pub use index::{Dispatched, Index, Pass, Waiting};
+pub use judge::DISK_RESERVE;
 pub use plan::{Action, Plan, schedule};
-pub use policy::{LeastLoaded, Policy, Rank, StartChoice, WorkerChoice};
+pub use policy::{
+    BuiltIn, LeastLoaded, MostVramFree, Policy, PolicyError, Rank, RoundRobin, StartChoice,
+    WorkerChoice,
+};
 pub use snapshot::{
     DeviceState, DownloadState, ModelState, PoolState, RefusedDownload, RefusedStart, Settings,
     Snapshot, Usage, WorkerState,

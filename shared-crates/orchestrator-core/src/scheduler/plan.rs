@@ -1,6 +1,6 @@
-//! Makes a plan.
+//! Makes a plan from a snapshot: the plain way, which every faster one is measured against.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -9,11 +9,11 @@ use pool_core::worker::{Device, WorkerStatus};
 use serde::{Deserialize, Serialize};
 
 use super::REGISTRATION;
-use super::explain::{Explanation, Filter, FilterCount, WaitReason};
-use super::policy::{Policy, StartChoice, WorkerChoice};
-use super::snapshot::{PoolState, Snapshot, WorkerState};
-use crate::job::{JobErrorCode, JobId, Placement};
-use crate::pool::PoolLiveness;
+use super::explain::{self, Explanation};
+use super::judge::{Class, Verdict, World, alive, judge, next_spare, usable};
+use super::policy::Policy;
+use super::snapshot::{DownloadState, PoolState, Snapshot, WorkerState};
+use crate::job::{JobErrorCode, JobId};
 use crate::queue::QueuedJob;
 
 /// One thing to do.
@@ -83,393 +83,260 @@ pub struct Plan {
     pub wake: Option<Timestamp>,
 }
 
-/// What may be shared by all jobs that ask for the same model in the same place.
-type Class = (ModelRef, Placement);
-
-/// What a pass does with one job of a class.
-enum Verdict {
-    Dispatch {
-        pool: usize,
-        worker: usize,
-    },
-    Start {
-        pool: usize,
-        device: Device,
-        wait: Arc<Explanation>,
-    },
-    Reject {
-        code: JobErrorCode,
-        message: String,
-    },
-    Wait(Arc<Explanation>),
-}
-
-/// Decides what to do with the waiting jobs.
+/// Decides what to do with the waiting jobs and the idle workers.
 pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
-    let mut pools: Vec<PoolState> = snapshot
-        .pools
-        .iter()
-        .map(|pool| PoolState::clone(pool))
-        .collect();
-    let mut plan = Plan::default();
+    let classes: HashSet<Class> = snapshot.jobs.iter().map(|job| Class::of(job)).collect();
+    let needed = |pool: &str, worker: &WorkerState| {
+        classes
+            .iter()
+            .any(|class| class.admits_worker(pool, worker))
+    };
+    let world = World {
+        now: snapshot.now,
+        settings: &snapshot.settings,
+        policy,
+        sizes: &snapshot.sizes,
+        needed: &needed,
+    };
+    let mut pass = Pass {
+        snapshot,
+        pools: snapshot.pools.clone(),
+        sessions: HashMap::new(),
+        turns: snapshot.turns,
+        actions: Vec::new(),
+        wake: None,
+    };
+    let mut waiting: Vec<(&QueuedJob, Class)> = Vec::new();
     // A class that has to wait, or can't run at all, does so for the rest of the pass: within one, places are only taken.
-    let mut settled: HashMap<Class, Result<Arc<Explanation>, (JobErrorCode, String)>> =
-        HashMap::new();
+    let mut settled: HashMap<Class, Option<(JobErrorCode, String)>> = HashMap::new();
     for job in &snapshot.jobs {
-        if job.not_before.is_some_and(|at| at > snapshot.now) {
-            plan.waiting
-                .insert(job.id, Arc::new(backing_off(job, snapshot.now)));
+        let class = Class::of(job);
+        if job.backs_off(snapshot.now) {
+            pass.wake_at(job.not_before);
+            waiting.push((job, class));
             continue;
         }
-        let class = (job.model.clone(), job.placement.clone());
-        let verdict = match settled.get(&class) {
-            Some(Ok(wait)) => Verdict::Wait(Arc::clone(wait)),
-            Some(Err((code, message))) => Verdict::Reject {
+        if !settled.contains_key(&class) {
+            match pass.judge(&class, job, &world) {
+                Verdict::Dispatch { pool, worker } => {
+                    pass.dispatch(job, pool, worker);
+                    continue;
+                }
+                Verdict::Reject { code, message } => {
+                    settled.insert(class.clone(), Some((code, message)));
+                }
+                verdict => {
+                    pass.take(&class, &verdict, &world);
+                    settled.insert(class.clone(), None);
+                }
+            }
+        }
+        match &settled[&class] {
+            Some(_) if awaits_pools(job, snapshot.now, snapshot.started_at) => {
+                pass.wake_at(snapshot.started_at.checked_add(REGISTRATION).ok());
+                waiting.push((job, class));
+            }
+            Some((code, message)) => pass.actions.push(Action::Reject {
+                job: job.id,
                 code: *code,
                 message: message.clone(),
-            },
-            None => judge(&job.model, &job.placement, &pools, policy),
+            }),
+            None => waiting.push((job, class)),
+        }
+    }
+    pass.unload(&world);
+
+    // What is explained is what is left when all is done.
+    let classes: HashSet<&Class> = waiting.iter().map(|(_, class)| class).collect();
+    let still_needed = |pool: &str, worker: &WorkerState| {
+        classes
+            .iter()
+            .any(|class| class.admits_worker(pool, worker))
+    };
+    let world = World {
+        needed: &still_needed,
+        ..world
+    };
+    let pools: Vec<&PoolState> = pass.pools.iter().map(Arc::as_ref).collect();
+    let mut explained: HashMap<Class, Arc<Explanation>> = HashMap::new();
+    let waiting = waiting.iter().map(|(job, class)| {
+        let explanation = if job.backs_off(snapshot.now) {
+            Arc::new(explain::backing_off(job, snapshot.now))
+        } else {
+            let explain = || Arc::new(explain::explain(class, &pools, &world));
+            Arc::clone(explained.entry(class.clone()).or_insert_with(explain))
         };
+        (job.id, explanation)
+    });
+    Plan {
+        waiting: waiting.collect(),
+        actions: pass.actions,
+        wake: pass.wake,
+    }
+}
+
+/// The pools as a pass changes them.
+struct Pass<'a> {
+    snapshot: &'a Snapshot,
+    pools: Vec<Arc<PoolState>>,
+    /// Where sessions ran in this pass.
+    sessions: HashMap<&'a str, String>,
+    turns: u64,
+    actions: Vec<Action>,
+    wake: Option<Timestamp>,
+}
+
+impl<'a> Pass<'a> {
+    fn wake_at(&mut self, at: Option<Timestamp>) {
+        self.wake = self.wake.into_iter().chain(at).min();
+    }
+
+    fn judge(&self, class: &Class, job: &QueuedJob, world: &World<'_>) -> Verdict {
+        let session = job.session_id.as_deref();
+        let prefer = session.and_then(|session| {
+            let known = self.snapshot.sessions.get(session);
+            self.sessions.get(session).or(known).map(String::as_str)
+        });
+        let pools: Vec<&PoolState> = self.pools.iter().map(Arc::as_ref).collect();
+        judge(class, prefer, &pools, world)
+    }
+
+    fn dispatch(&mut self, job: &'a QueuedJob, pool: usize, worker: usize) {
+        self.turns += 1;
+        let pool = Arc::make_mut(&mut self.pools[pool]);
+        let worker = &mut pool.workers[worker];
+        worker.take_slot(self.turns);
+        if let Some(session) = &job.session_id {
+            self.sessions.insert(session, pool.id.clone());
+        }
+        self.actions.push(Action::Dispatch {
+            job: job.id,
+            pool: pool.id.clone(),
+            worker: worker.id.clone(),
+        });
+    }
+
+    /// Does what a verdict says that is not about one job.
+    fn take(&mut self, class: &Class, verdict: &Verdict, world: &World<'_>) {
         match verdict {
-            Verdict::Dispatch { pool, worker } => {
-                let pool = &mut pools[pool];
-                let worker = &mut pool.workers[worker];
-                worker.active += 1;
-                plan.actions.push(Action::Dispatch {
-                    job: job.id,
+            Verdict::Start { pool, device } => {
+                self.turns += 1;
+                let pool = Arc::make_mut(&mut self.pools[*pool]);
+                pool.reserve_start(&class.model, *device, self.snapshot.now, self.turns);
+                self.actions.push(Action::StartWorker {
                     pool: pool.id.clone(),
-                    worker: worker.id.clone(),
+                    model: class.model.clone(),
+                    device: *device,
                 });
             }
-            Verdict::Start { pool, device, wait } => {
-                reserve(&mut pools[pool], &job.model, device, snapshot.now);
-                let pool = pools[pool].id.clone();
-                plan.actions.push(Action::StartWorker {
-                    pool,
-                    model: job.model.clone(),
-                    device,
-                });
-                plan.waiting.insert(job.id, Arc::clone(&wait));
-                settled.insert(class, Ok(wait));
+            Verdict::Evict { pool, workers } => {
+                let pool = Arc::make_mut(&mut self.pools[*pool]);
+                for &worker in workers {
+                    pool.workers[worker].status = WorkerStatus::Draining;
+                    self.actions.push(Action::EvictWorker {
+                        pool: pool.id.clone(),
+                        worker: pool.workers[worker].id.clone(),
+                        needed_by: class.model.clone(),
+                    });
+                }
             }
-            Verdict::Reject { message, .. } if awaits_pools(job, snapshot) => {
-                plan.waiting
-                    .insert(job.id, Arc::new(pools_may_come(message)));
-            }
-            Verdict::Reject { code, message } => {
-                settled.insert(class, Err((code, message.clone())));
-                plan.actions.push(Action::Reject {
-                    job: job.id,
-                    code,
-                    message,
+            Verdict::Download { pool } => {
+                let pool = Arc::make_mut(&mut self.pools[*pool]);
+                let size = world.sizes.get(&class.model).copied();
+                pool.reserve_download(&class.model, size.unwrap_or_default());
+                self.actions.push(Action::Download {
+                    pool: pool.id.clone(),
+                    model: class.model.clone(),
                 });
             }
-            Verdict::Wait(wait) => {
-                plan.waiting.insert(job.id, Arc::clone(&wait));
-                settled.insert(class, Ok(wait));
+            Verdict::Wait(super::WaitReason::MemoryShort) if world.settings.evict => {
+                let with_file = self
+                    .pools
+                    .iter()
+                    .filter(|pool| class.admits_pool(&pool.id) && alive(pool))
+                    .filter(|pool| usable(class, pool).is_some());
+                let soonest = with_file
+                    .flat_map(|pool| pool.devices.iter().map(move |d| (pool, d.device)))
+                    .filter(|(_, device)| class.admits_device(*device))
+                    .filter_map(|(pool, device)| next_spare(world, pool, device))
+                    .min();
+                self.wake_at(soonest);
+            }
+            _ => {}
+        }
+    }
+
+    /// Stops what has been idle for too long.
+    fn unload(&mut self, world: &World<'_>) {
+        let Some(ttl) = world.settings.idle_ttl else {
+            return;
+        };
+        for index in 0..self.pools.len() {
+            for worker in 0..self.pools[index].workers.len() {
+                let pool = &self.pools[index];
+                let Some(due) = idle_until(&pool.workers[worker], ttl) else {
+                    continue;
+                };
+                if !alive(pool) || (world.needed)(&pool.id, &pool.workers[worker]) {
+                    continue;
+                }
+                if due > world.now {
+                    self.wake_at(Some(due));
+                    continue;
+                }
+                let pool = Arc::make_mut(&mut self.pools[index]);
+                pool.workers[worker].status = WorkerStatus::Draining;
+                self.actions.push(Action::UnloadWorker {
+                    pool: pool.id.clone(),
+                    worker: pool.workers[worker].id.clone(),
+                });
             }
         }
     }
-    plan
 }
 
-/// Takes the memory of a worker that is about to be started, so that a later job of the pass does not count on it, and
-/// shows the worker as starting, so that a job of another placement does not start a second one.
-fn reserve(pool: &mut PoolState, model: &ModelRef, device: Device, now: Timestamp) {
-    let Some(found) = pool.model(model).cloned() else {
-        return;
-    };
-    if let Some(state) = pool.devices.iter_mut().find(|d| d.device == device) {
-        state.free_bytes = state.free_bytes.saturating_sub(found.needed_bytes);
-    }
-    pool.workers
-        .push(WorkerState::asked_for(&found, device, now));
-}
-
-fn judge(
-    model: &ModelRef,
-    placement: &Placement,
-    pools: &[PoolState],
-    policy: &dyn Policy,
-) -> Verdict {
-    let device_ok = |device: Device| placement.device.is_none_or(|wanted| wanted == device);
-    let mut filters = Vec::with_capacity(6);
-    let mut left: Vec<usize> = (0..pools.len()).collect();
-    let mut keep = |filter: Filter, left: &mut Vec<usize>, test: &dyn Fn(&PoolState) -> bool| {
-        left.retain(|&index| test(&pools[index]));
-        filters.push(FilterCount {
-            filter,
-            pools: u32::try_from(left.len()).unwrap_or(u32::MAX),
-        });
-        left.is_empty()
-    };
-
-    let wait = |reason, message: String, hint: &str, filters: &[FilterCount]| {
-        Verdict::Wait(Arc::new(Explanation {
-            reason,
-            message,
-            hint: hint.to_owned(),
-            filters: filters.to_vec(),
-        }))
-    };
-
-    if keep(Filter::Known, &mut left, &|p| {
-        placement.pool.as_ref().is_none_or(|wanted| *wanted == p.id)
-    }) {
-        let message = match &placement.pool {
-            Some(wanted) => format!("pool `{wanted}` has not registered"),
-            None => "no pool has registered".to_owned(),
-        };
-        return wait(
-            WaitReason::NoPool,
-            message,
-            "run `llorch-pool daemon start` on a pool host; on another machine, `orchestrator_url` in its settings tells it where to register",
-            &filters,
-        );
-    }
-    let known = left.len();
-    if keep(Filter::Alive, &mut left, &|p| {
-        p.liveness == PoolLiveness::Online && !p.draining
-    }) {
-        let message = format!("of {known} pools none is heard from and takes work");
-        return wait(
-            WaitReason::PoolsAway,
-            message,
-            "see `llorch-pool daemon status` on the pool hosts",
-            &filters,
-        );
-    }
-    if keep(Filter::Backend, &mut left, &|p| {
-        p.devices.iter().any(|d| device_ok(d.device))
-    }) {
-        let message = match placement.device {
-            Some(device) => format!("no pool can run a worker on {device}"),
-            None => "no pool has a worker program".to_owned(),
-        };
-        return wait(
-            WaitReason::NoBackend,
-            message,
-            "install `llorch-candled` beside `pool-managerd`",
-            &filters,
-        );
-    }
-
-    let runs = |pool: &PoolState| {
-        pool.workers
-            .iter()
-            .any(|w| w.model == *model && w.status.is_live() && device_ok(w.device))
-    };
-    let on_disk = |pool: &PoolState| pool.models.iter().any(|m| m.model == *model);
-    let failed = |pool: &PoolState| {
-        let file = pool.models.iter().find(|m| m.model == *model);
-        file.and_then(|m| pool.start_failure(m)).map(str::to_owned)
-    };
-    let before = left.clone();
-    if keep(Filter::ModelPresent, &mut left, &|p| {
-        runs(p) || (on_disk(p) && failed(p).is_none())
-    }) {
-        let failure = before
-            .iter()
-            .find_map(|&index| failed(&pools[index]).map(|why| (&pools[index].id, why)));
-        // A pool that is away now may have a good copy.
-        let elsewhere = pools.iter().find(|p| {
-            placement.pool.as_ref().is_none_or(|wanted| *wanted == p.id)
-                && (p.liveness != PoolLiveness::Online || p.draining)
-                && on_disk(p)
-                && failed(p).is_none()
-        });
-        if let Some((pool, why)) = failure {
-            let message = format!("`{model}` can't be started on pool `{pool}`: {why}");
-            if let Some(elsewhere) = elsewhere {
-                let message = format!("{message}; pool `{}` has it and is away", elsewhere.id);
-                let hint = "see `llorch-pool daemon status` on that host";
-                return wait(WaitReason::PoolsAway, message, hint, &filters);
-            }
-            return Verdict::Reject {
-                code: JobErrorCode::ModelFailed,
-                message,
-            };
-        }
-        let hint = format!("on a pool host, run `llorch-pool models download {model}`");
-        return wait(
-            WaitReason::ModelMissing,
-            format!("no pool has `{model}` on its disk"),
-            &hint,
-            &filters,
-        );
-    }
-    let needed = |pool: &PoolState| {
-        pool.models
-            .iter()
-            .find(|m| m.model == *model)
-            .map_or(u64::MAX, |m| m.needed_bytes)
-    };
-    let fits = |pool: &PoolState| {
-        pool.devices
-            .iter()
-            .any(|d| device_ok(d.device) && d.free_bytes >= needed(pool))
-    };
-    let before = left.clone();
-    if keep(Filter::MemoryFits, &mut left, &|p| runs(p) || fits(p)) {
-        let best = before.iter().map(|&index| {
-            let free = pools[index]
-                .devices
-                .iter()
-                .filter(|d| device_ok(d.device))
-                .map(|d| d.free_bytes)
-                .max();
-            (free.unwrap_or(0), needed(&pools[index]), &pools[index].id)
-        });
-        let (free, needed, pool) = best.max().expect("the filter before left a pool");
-        let message = format!(
-            "`{model}` needs {needed} bytes; the most that is free is {free} on pool `{pool}`"
-        );
-        return wait(
-            WaitReason::MemoryShort,
-            message,
-            "stop a worker: see `llorch-pool worker list`",
-            &filters,
-        );
-    }
-
-    let candidates = left.clone();
-    let mut free_workers = Vec::new();
-    for &p in &candidates {
-        for (w, worker) in pools[p].workers.iter().enumerate() {
-            let serves = matches!(worker.status, WorkerStatus::Ready | WorkerStatus::Busy);
-            if serves
-                && worker.model == *model
-                && device_ok(worker.device)
-                && worker.active < worker.slots
-            {
-                free_workers.push((p, w));
-            }
-        }
-    }
-    keep(Filter::Slots, &mut left, &|p| {
-        free_workers
-            .iter()
-            .any(|&(index, _)| pools[index].id == p.id)
-    });
-    let as_choice = |&(p, w): &(usize, usize)| WorkerChoice {
-        pool: &pools[p],
-        worker: &pools[p].workers[w],
-    };
-    let best = free_workers.iter().min_by_key(|&place| {
-        let choice = as_choice(place);
-        (
-            policy.rank_worker(&choice),
-            &choice.pool.id,
-            &choice.worker.id,
-        )
-    });
-    if let Some(&(pool, worker)) = best {
-        return Verdict::Dispatch { pool, worker };
-    }
-
-    let running: Vec<&WorkerState> = candidates
-        .iter()
-        .flat_map(|&p| &pools[p].workers)
-        .filter(|w| w.model == *model && w.status.is_live() && device_ok(w.device))
-        .collect();
-    if running
-        .iter()
-        .any(|w| matches!(w.status, WorkerStatus::Ready | WorkerStatus::Busy))
-    {
-        let message = format!("all {} workers with `{model}` are busy", running.len());
-        return wait(
-            WaitReason::SlotsBusy,
-            message,
-            "it starts when a job before it ends",
-            &filters,
-        );
-    }
-    let starting = |filters: &[FilterCount]| Explanation {
-        reason: WaitReason::WorkerStarting,
-        message: format!("a worker is loading `{model}`"),
-        hint: "it starts when the worker is ready".to_owned(),
-        filters: filters.to_vec(),
-    };
-    if running.iter().any(|w| w.status == WorkerStatus::Starting) {
-        return Verdict::Wait(Arc::new(starting(&filters)));
-    }
-    let starts = candidates.iter().flat_map(|&p| {
-        let pool = &pools[p];
-        let usable = on_disk(pool) && failed(pool).is_none();
-        let devices = pool
-            .devices
-            .iter()
-            .filter(move |d| usable && device_ok(d.device) && d.free_bytes >= needed(pool));
-        devices.map(move |&device| (p, StartChoice { pool, device }))
-    });
-    let refusal = |choice: &StartChoice<'_>| {
-        choice
-            .pool
-            .refused(model, choice.device.device)
-            .map(|r| r.message.clone())
-    };
-    let (refused, starts): (Vec<_>, Vec<_>) =
-        starts.partition(|(_, choice)| refusal(choice).is_some());
-    match starts.into_iter().min_by_key(|(_, choice)| {
-        (
-            policy.rank_start(choice),
-            &choice.pool.id,
-            choice.device.device,
-        )
-    }) {
-        Some((pool, choice)) => Verdict::Start {
-            pool,
-            device: choice.device.device,
-            wait: Arc::new(starting(&filters)),
-        },
-        None if !refused.is_empty() => {
-            let (_, choice) = refused[0];
-            let why = refusal(&choice).unwrap_or_default();
-            let message = format!(
-                "pool `{}` refused to start a worker with `{model}`: {why}",
-                choice.pool.id
-            );
-            wait(
-                WaitReason::StartRefused,
-                message,
-                "it is asked again in a moment",
-                &filters,
-            )
-        }
-        // Only a draining worker is left of the model.
-        None => wait(
-            WaitReason::SlotsBusy,
-            format!("the workers with `{model}` take no more work"),
-            "it starts when memory for another worker is free",
-            &filters,
-        ),
-    }
+/// When a worker has been idle for `ttl`, while it is.
+pub(super) fn idle_until(worker: &WorkerState, ttl: jiff::SignedDuration) -> Option<Timestamp> {
+    let idle = worker.status == WorkerStatus::Ready && worker.active == 0;
+    worker
+        .idle_since
+        .filter(|_| idle)
+        .and_then(|since| since.checked_add(ttl).ok())
 }
 
 /// Whether the job is of before a restart, and pools that could do it may not have registered since.
-fn awaits_pools(job: &QueuedJob, snapshot: &Snapshot) -> bool {
-    let since_start = snapshot.now.duration_since(snapshot.started_at);
-    job.created_at < snapshot.started_at && since_start < REGISTRATION
+pub(super) fn awaits_pools(job: &QueuedJob, now: Timestamp, started_at: Timestamp) -> bool {
+    job.created_at < started_at && now.duration_since(started_at) < REGISTRATION
 }
 
-fn pools_may_come(why: String) -> Explanation {
-    Explanation {
-        reason: WaitReason::PoolsAway,
-        message: format!("{why}; other pools may still register after the restart"),
-        hint: "it is decided soon".to_owned(),
-        filters: Vec::new(),
+impl PoolState {
+    /// Takes the memory of a worker that is about to be started, so that a later job of the pass does not count on it,
+    /// and shows the worker as starting, so that a job of another placement does not start a second one.
+    pub(super) fn reserve_start(
+        &mut self,
+        model: &ModelRef,
+        device: Device,
+        now: Timestamp,
+        turn: u64,
+    ) {
+        self.last_start = turn;
+        let Some(found) = self.model(model).cloned() else {
+            return;
+        };
+        if let Some(state) = self.devices.iter_mut().find(|d| d.device == device) {
+            state.free_bytes = state.free_bytes.saturating_sub(found.needed_bytes);
+        }
+        self.workers
+            .push(WorkerState::asked_for(&found, device, now));
     }
-}
 
-fn backing_off(job: &QueuedJob, now: Timestamp) -> Explanation {
-    let pause = job
-        .not_before
-        .map_or(0, |at| at.duration_since(now).as_millis());
-    Explanation {
-        reason: WaitReason::BackingOff,
-        message: format!("the last attempt was lost; the next follows in {pause} ms"),
-        hint: "it goes on by itself".to_owned(),
-        filters: Vec::new(),
+    /// Takes the room of a download that is about to begin.
+    pub(super) fn reserve_download(&mut self, model: &ModelRef, size: u64) {
+        self.disk_free_bytes = self.disk_free_bytes.saturating_sub(size);
+        self.downloads.push(DownloadState {
+            model: model.clone(),
+            percent: None,
+        });
     }
 }
 

@@ -4,8 +4,12 @@ use jiff::SignedDuration;
 use pool_core::worker::ModelFile;
 
 use super::*;
-use crate::job::Priority;
-use crate::scheduler::{DeviceState, LeastLoaded, ModelState, RefusedStart, Settings};
+use crate::job::{Placement, Priority};
+use crate::pool::PoolLiveness;
+use crate::scheduler::{
+    BuiltIn, DeviceState, Filter, LeastLoaded, ModelState, RefusedDownload, RefusedStart, Settings,
+    WaitReason,
+};
 
 const GIB: u64 = 1 << 30;
 
@@ -26,6 +30,7 @@ fn worker(id: &str, status: WorkerStatus, active: u32) -> WorkerState {
         status,
         slots: 2,
         active,
+        full: false,
         memory_bytes: GIB,
         created_at: Timestamp::UNIX_EPOCH,
         ready_at: Some(Timestamp::UNIX_EPOCH),
@@ -350,4 +355,363 @@ fn a_job_of_before_a_restart_is_not_rejected_until_pools_could_register() {
         matches!(late.actions[..], [Action::Reject { .. }]),
         "{late:?}"
     );
+}
+
+// [ORCHCORE-057]
+#[test]
+fn each_policy_chooses_by_its_own_measure() {
+    let with = |id: &str, free: u64, active: u32, turn: u64| {
+        let mut pool = pool(id, vec![worker("w0", WorkerStatus::Ready, active)]);
+        pool.devices[0].free_bytes = free * GIB;
+        pool.workers[0].last_turn = turn;
+        pool
+    };
+    let pools = || vec![with("a", 4, 0, 9), with("b", 8, 1, 5), with("c", 2, 1, 3)];
+    let choice = |policy: BuiltIn| {
+        let plan = schedule(&snapshot(&[job()], pools()), policy.policy());
+        dispatched(&plan)[0].0.to_owned()
+    };
+    assert_eq!(BuiltIn::ALL.map(choice), ["a", "b", "c"]);
+}
+
+// [ORCHCORE-057]
+#[test]
+fn ties_go_to_free_memory_then_work_then_name() {
+    for policy in BuiltIn::ALL {
+        let idle = || vec![worker("w0", WorkerStatus::Ready, 0)];
+        let mut large = pool("z", idle());
+        large.devices[0].free_bytes += 1;
+        let choice = |pools| {
+            let plan = schedule(&snapshot(&[job()], pools), policy.policy());
+            dispatched(&plan)[0].0.to_owned()
+        };
+        assert_eq!(choice(vec![pool("a", idle()), large]), "z", "{policy}");
+        assert_eq!(
+            choice(vec![pool("b", idle()), pool("a", idle())]),
+            "a",
+            "{policy}"
+        );
+        let started = |pools| schedule(&snapshot(&[job()], pools), policy.policy()).actions;
+        let busier = pool(
+            "a",
+            vec![WorkerState {
+                model: "x".parse().unwrap(),
+                ..worker("w0", WorkerStatus::Busy, 2)
+            }],
+        );
+        let starts = started(vec![busier, pool("b", vec![])]);
+        assert!(
+            matches!(&starts[0], Action::StartWorker { pool, .. } if pool == "b"),
+            "{policy}: {starts:?}"
+        );
+    }
+}
+
+// [ORCHCORE-057]
+#[test]
+fn round_robin_goes_round() {
+    let jobs: Vec<_> = (0..6).map(|_| job()).collect();
+    let worker = || WorkerState {
+        slots: 9,
+        ..worker("w0", WorkerStatus::Ready, 0)
+    };
+    let pools = ["a", "b", "c"].map(|id| pool(id, vec![worker()])).to_vec();
+    let plan = schedule(&snapshot(&jobs, pools), BuiltIn::RoundRobin.policy());
+    let order: Vec<_> = dispatched(&plan)
+        .iter()
+        .map(|(pool, _)| (*pool).to_owned())
+        .collect();
+    assert_eq!(order, ["a", "b", "c", "a", "b", "c"]);
+}
+
+// [ORCHCORE-057]
+#[test]
+fn a_policy_that_is_misspelt_is_answered_with_the_nearest() {
+    for policy in BuiltIn::ALL {
+        assert_eq!(policy.as_str().parse(), Ok(policy));
+    }
+    let error = "round-robbin".parse::<BuiltIn>().unwrap_err().to_string();
+    assert!(error.contains("did you mean `round-robin`"), "{error}");
+}
+
+/// A pool whose memory is full, with an idle worker of another model.
+fn crowded(id: &str, idle_since: i64) -> PoolState {
+    let mut pool = pool(id, vec![idle("w0", "other", idle_since)]);
+    pool.devices[0].free_bytes = 0;
+    pool
+}
+
+fn idle(id: &str, model: &str, since: i64) -> WorkerState {
+    WorkerState {
+        model: model.parse().unwrap(),
+        idle_since: Some(Timestamp::from_second(since).unwrap()),
+        ..worker(id, WorkerStatus::Ready, 0)
+    }
+}
+
+fn at(second: i64, snapshot: Snapshot) -> Plan {
+    let now = Timestamp::from_second(second).unwrap();
+    schedule(&Snapshot { now, ..snapshot }, &LeastLoaded)
+}
+
+fn evicted(plan: &Plan) -> Vec<(&str, &str)> {
+    plan.actions
+        .iter()
+        .filter_map(|action| match action {
+            Action::EvictWorker { pool, worker, .. } => Some((pool.as_str(), worker.as_str())),
+            _ => None,
+        })
+        .collect()
+}
+
+// [ORCHCORE-060]
+#[test]
+fn the_least_recently_used_idle_worker_makes_room() {
+    let waiting = job();
+    let pools = vec![crowded("a", 50), crowded("b", 10), crowded("c", 30)];
+    let plan = at(100, snapshot(std::slice::from_ref(&waiting), pools));
+    assert_eq!(evicted(&plan), [("b", "w0")]);
+    assert_eq!(plan.waiting[&waiting.id].reason, WaitReason::Evicting);
+    // It is stopping: nothing else has to go.
+    let mut stopping = crowded("b", 10);
+    stopping.workers[0].status = WorkerStatus::Draining;
+    let plan = at(
+        100,
+        snapshot(
+            std::slice::from_ref(&waiting),
+            vec![crowded("a", 50), stopping],
+        ),
+    );
+    assert_eq!(plan.actions, []);
+    assert_eq!(plan.waiting[&waiting.id].reason, WaitReason::Evicting);
+}
+
+// [ORCHCORE-060]
+#[test]
+fn no_more_workers_are_evicted_than_it_takes() {
+    let mut pool = pool(
+        "a",
+        vec![idle("w0", "x", 1), idle("w1", "y", 2), idle("w2", "z", 3)],
+    );
+    pool.devices[0].free_bytes = 0;
+    pool.models[0].needed_bytes = 4 * GIB;
+    pool.workers[1].memory_bytes = 4 * GIB;
+    let plan = at(100, snapshot(&[job()], vec![pool.clone()]));
+    assert_eq!(evicted(&plan), [("a", "w1")]);
+    pool.models[0].needed_bytes = 5 * GIB;
+    let plan = at(100, snapshot(&[job()], vec![pool]));
+    assert_eq!(evicted(&plan), [("a", "w0"), ("a", "w1")]);
+}
+
+// [ORCHCORE-060]
+#[test]
+fn a_worker_with_work_or_that_a_waiting_job_needs_is_never_evicted() {
+    let short = |pools: Vec<PoolState>, jobs: &[QueuedJob]| {
+        let plan = at(100, snapshot(jobs, pools));
+        assert_eq!(evicted(&plan), [], "{plan:?}");
+        assert_eq!(plan.waiting[&jobs[0].id].reason, WaitReason::MemoryShort);
+    };
+    let mut working = crowded("a", 1);
+    working.workers[0].active = 1;
+    short(vec![working], &[job()]);
+    let mut computing = crowded("a", 1);
+    computing.workers[0].idle_since = None;
+    short(vec![computing], &[job()]);
+    // Its own job waits for the next attempt.
+    let later = QueuedJob {
+        not_before: Some(Timestamp::from_second(1000).unwrap()),
+        ..job_for("other", Placement::default())
+    };
+    short(vec![crowded("a", 1)], &[job(), later]);
+    let mut forbidden = snapshot(&[job()], vec![crowded("a", 1)]);
+    forbidden.settings.evict = false;
+    assert_eq!(at(100, forbidden).actions, []);
+}
+
+// [ORCHCORE-061]
+#[test]
+fn a_worker_stays_for_its_minimum_time() {
+    let waiting = job();
+    let mut fresh = crowded("a", 95);
+    fresh.workers[0].ready_at = Some(Timestamp::from_second(90).unwrap());
+    let snapshot = snapshot(std::slice::from_ref(&waiting), vec![fresh]);
+    let plan = at(100, snapshot.clone());
+    assert_eq!(plan.actions, []);
+    assert_eq!(plan.waiting[&waiting.id].reason, WaitReason::MemoryShort);
+    assert!(
+        plan.waiting[&waiting.id].hint.contains("in 51 s"),
+        "{plan:?}"
+    );
+    let due = Timestamp::from_second(150).unwrap();
+    assert_eq!(plan.wake, Some(due));
+    assert_eq!(evicted(&at(150, snapshot)), [("a", "w0")]);
+}
+
+// [ORCHCORE-062]
+#[test]
+fn a_worker_that_is_idle_for_long_is_unloaded() {
+    let pools = || vec![pool("a", vec![idle("w0", "other", 100)])];
+    let unload = |plan: &Plan| {
+        plan.actions.contains(&Action::UnloadWorker {
+            pool: "a".into(),
+            worker: "w0".into(),
+        })
+    };
+    let early = at(699, snapshot(&[], pools()));
+    assert_eq!(
+        (unload(&early), early.wake),
+        (false, Timestamp::from_second(700).ok())
+    );
+    assert!(unload(&at(700, snapshot(&[], pools()))));
+    // A job that backs off comes back to it.
+    let later = QueuedJob {
+        not_before: Some(Timestamp::from_second(1000).unwrap()),
+        ..job_for("other", Placement::default())
+    };
+    assert!(!unload(&at(700, snapshot(&[later], pools()))));
+    let mut never = snapshot(&[], pools());
+    never.settings.idle_ttl = None;
+    assert_eq!(
+        (at(70_000, never.clone()).actions, at(70_000, never).wake),
+        (vec![], None)
+    );
+}
+
+// [ORCHCORE-063]
+#[test]
+fn a_session_goes_back_to_its_pool() {
+    let ready = || vec![worker("w0", WorkerStatus::Ready, 0)];
+    let busier = || vec![worker("w0", WorkerStatus::Busy, 1)];
+    let of_session = || QueuedJob {
+        session_id: Some("s".into()),
+        ..job()
+    };
+    let with = |pools, jobs: &[QueuedJob]| {
+        let mut snapshot = snapshot(jobs, pools);
+        snapshot.sessions.insert("s".into(), "b".into());
+        schedule(&snapshot, &LeastLoaded)
+    };
+    let plan = with(
+        vec![pool("a", ready()), pool("b", busier())],
+        &[of_session(), job()],
+    );
+    assert_eq!(dispatched(&plan), [("b", "w0"), ("a", "w0")]);
+    // Not at any price: another pool's free slot goes before a wait.
+    let full = vec![worker("w0", WorkerStatus::Busy, 2)];
+    let plan = with(vec![pool("a", ready()), pool("b", full)], &[of_session()]);
+    assert_eq!(dispatched(&plan), [("a", "w0")]);
+    let plan = with(vec![pool("a", vec![]), pool("b", vec![])], &[of_session()]);
+    assert!(
+        matches!(&plan.actions[0], Action::StartWorker { pool, .. } if pool == "b"),
+        "{plan:?}"
+    );
+}
+
+// [ORCHCORE-064]
+#[test]
+fn a_model_that_no_pool_has_is_downloaded_where_that_is_allowed() {
+    let waiting = job();
+    let bare = |id: &str, disk: u64| PoolState {
+        models: vec![],
+        disk_free_bytes: disk,
+        ..pool(id, vec![])
+    };
+    let snapshot = |pools| {
+        let mut snapshot = snapshot(std::slice::from_ref(&waiting), pools);
+        snapshot.settings.download = true;
+        snapshot.sizes.insert("m".parse().unwrap(), GIB);
+        snapshot
+    };
+    let downloads = |plan: &Plan| {
+        plan.actions
+            .iter()
+            .filter_map(|action| match action {
+                Action::Download { pool, .. } => Some(pool.clone()),
+                _ => None,
+            })
+            .collect::<Vec<_>>()
+    };
+    let why = |plan: &Plan| plan.waiting[&waiting.id].clone();
+    // `a` would be left with less than the reserve.
+    let pools = || vec![bare("a", 2 * GIB - 1), bare("b", 2 * GIB)];
+    let plan = schedule(&snapshot(pools()), &LeastLoaded);
+    assert_eq!(downloads(&plan), ["b"]);
+    assert_eq!(why(&plan).reason, WaitReason::Downloading);
+
+    let mut forbidden = snapshot(pools());
+    forbidden.settings.download = false;
+    let plan = schedule(&forbidden, &LeastLoaded);
+    assert_eq!(
+        (downloads(&plan), why(&plan).reason),
+        (vec![], WaitReason::ModelMissing)
+    );
+    assert!(why(&plan).hint.contains("scheduler.download"), "{plan:?}");
+
+    // Nobody downloads what a pool has that will be back.
+    let away = PoolState {
+        liveness: PoolLiveness::Suspect,
+        ..pool("c", vec![])
+    };
+    let plan = schedule(&snapshot(vec![bare("b", 9 * GIB), away]), &LeastLoaded);
+    assert_eq!(
+        (downloads(&plan), why(&plan).reason),
+        (vec![], WaitReason::PoolsAway)
+    );
+
+    let mut running = bare("a", 9 * GIB);
+    running.downloads.push(crate::scheduler::DownloadState {
+        model: "m".parse().unwrap(),
+        percent: Some(43),
+    });
+    let plan = schedule(&snapshot(vec![running, bare("b", 9 * GIB)]), &LeastLoaded);
+    assert_eq!(
+        (downloads(&plan), why(&plan).reason),
+        (vec![], WaitReason::Downloading)
+    );
+    assert!(why(&plan).message.contains("43 %"), "{plan:?}");
+
+    let plan = schedule(&snapshot(vec![bare("a", GIB)]), &LeastLoaded);
+    assert_eq!(why(&plan).reason, WaitReason::DownloadRefused);
+    assert!(why(&plan).hint.contains("make room"), "{plan:?}");
+    let mut refused = bare("a", 9 * GIB);
+    refused.refused_downloads.push(RefusedDownload {
+        model: "m".parse().unwrap(),
+        message: "no network".into(),
+    });
+    let plan = schedule(&snapshot(vec![refused]), &LeastLoaded);
+    assert_eq!(why(&plan).reason, WaitReason::DownloadRefused);
+    assert!(why(&plan).message.contains("no network"), "{plan:?}");
+    let mut small = bare("a", 9 * GIB);
+    small.devices[0].total_bytes = GIB - 1;
+    let plan = schedule(&snapshot(vec![small]), &LeastLoaded);
+    assert_eq!(why(&plan).reason, WaitReason::DownloadRefused);
+    assert!(
+        why(&plan).message.contains("no device is large enough"),
+        "{plan:?}"
+    );
+}
+
+// [ORCHCORE-065]
+#[test]
+fn another_host_helps_out_when_all_workers_are_busy() {
+    let busy = || pool("a", vec![worker("w0", WorkerStatus::Busy, 2)]);
+    let jobs = [job(), job()];
+    let helped = plan(&jobs, vec![busy(), pool("b", vec![])]);
+    assert!(
+        matches!(&helped.actions[..], [Action::StartWorker { pool, .. }] if pool == "b"),
+        "{helped:?}"
+    );
+    // A second worker on the same device would only share it.
+    assert_eq!(plan(&jobs, vec![busy()]).actions, []);
+    // One at a time.
+    let starting = pool("b", vec![worker("w0", WorkerStatus::Starting, 0)]);
+    assert_eq!(
+        plan(&jobs, vec![busy(), starting, pool("c", vec![])]).actions,
+        []
+    );
+    // Nobody is evicted only to help out.
+    let full = crowded("b", 1);
+    let waits = at(100, snapshot(&jobs, vec![busy(), full]));
+    assert_eq!(waits.actions, []);
+    assert_eq!(waits.waiting[&jobs[0].id].reason, WaitReason::SlotsBusy);
 }

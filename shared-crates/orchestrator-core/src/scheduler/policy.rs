@@ -1,5 +1,10 @@
 //! Policies: which of several places is the best one.
 
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
 use super::snapshot::{DeviceState, PoolState, WorkerState};
 
 /// How good a place is: lower is better, compared from the left. Places of the same rank are taken by the names of pool
@@ -24,8 +29,10 @@ pub struct StartChoice<'a> {
     pub device: DeviceState,
 }
 
-/// Chooses among the places that passed every filter. A rank depends on nothing but the choice itself, so that it needs
-/// to be worked out again only where the place has changed.
+/// Chooses among the places that passed every filter.
+///
+/// A rank depends on nothing but the choice itself, so that it needs to be worked out again only where the place has
+/// changed; that of a worker depends on the worker and on its pool's devices, and not on its neighbours.
 pub trait Policy: Send + Sync {
     /// Ranks a worker with a free slot.
     fn rank_worker(&self, choice: &WorkerChoice<'_>) -> Rank;
@@ -35,7 +42,7 @@ pub trait Policy: Send + Sync {
 
 impl WorkerChoice<'_> {
     /// Bytes that a further worker could take on the worker's device.
-    fn free_bytes(&self) -> u64 {
+    pub(super) fn free_bytes(&self) -> u64 {
         let mut devices = self.pool.devices.iter();
         devices
             .find(|d| d.device == self.worker.device)
@@ -70,5 +77,125 @@ impl Policy for LeastLoaded {
             most(choice.device.free_bytes),
             0,
         ]
+    }
+}
+
+/// The worker on the device with the most free memory, and the device with the most free memory. Ties go to the least
+/// work, then the lower id.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct MostVramFree;
+
+impl Policy for MostVramFree {
+    fn rank_worker(&self, choice: &WorkerChoice<'_>) -> Rank {
+        let active = u64::from(choice.worker.active);
+        [most(choice.free_bytes()), active, 0]
+    }
+
+    fn rank_start(&self, choice: &StartChoice<'_>) -> Rank {
+        let active = u64::from(choice.pool.active());
+        [most(choice.device.free_bytes), active, 0]
+    }
+}
+
+/// The worker that got a job longest ago, and the pool that started a worker longest ago. Ties go to the most free
+/// memory, then the least work, then the lower id. Whose turn it is stands in the snapshot, as the numbers of the latest
+/// dispatches and starts.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RoundRobin;
+
+impl Policy for RoundRobin {
+    fn rank_worker(&self, choice: &WorkerChoice<'_>) -> Rank {
+        let active = u64::from(choice.worker.active);
+        [choice.worker.last_turn, most(choice.free_bytes()), active]
+    }
+
+    fn rank_start(&self, choice: &StartChoice<'_>) -> Rank {
+        let active = u64::from(choice.pool.active());
+        [
+            choice.pool.last_start,
+            most(choice.device.free_bytes),
+            active,
+        ]
+    }
+}
+
+/// The built-in policies, by the names that `scheduler.policy` takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub enum BuiltIn {
+    /// [`LeastLoaded`].
+    #[default]
+    LeastLoaded,
+    /// [`MostVramFree`].
+    MostVramFree,
+    /// [`RoundRobin`].
+    RoundRobin,
+}
+
+impl BuiltIn {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::LeastLoaded, Self::MostVramFree, Self::RoundRobin];
+
+    /// The name in the configuration.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::LeastLoaded => "least-loaded",
+            Self::MostVramFree => "most-vram-free",
+            Self::RoundRobin => "round-robin",
+        }
+    }
+
+    /// The policy of this name.
+    pub fn policy(self) -> &'static dyn Policy {
+        match self {
+            Self::LeastLoaded => &LeastLoaded,
+            Self::MostVramFree => &MostVramFree,
+            Self::RoundRobin => &RoundRobin,
+        }
+    }
+}
+
+impl fmt::Display for BuiltIn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// A text that names no built-in policy.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "`{typed}` is no policy; did you mean `{nearest}`? There are least-loaded, most-vram-free and round-robin"
+)]
+pub struct PolicyError {
+    typed: String,
+    nearest: BuiltIn,
+}
+
+impl FromStr for BuiltIn {
+    type Err = PolicyError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let distance = |known: &Self| strsim::damerau_levenshtein(known.as_str(), text);
+        let found = Self::ALL.into_iter().find(|known| known.as_str() == text);
+        found.ok_or_else(|| PolicyError {
+            typed: text.chars().take(40).collect(),
+            nearest: Self::ALL
+                .into_iter()
+                .min_by_key(distance)
+                .unwrap_or_default(),
+        })
+    }
+}
+
+impl Serialize for BuiltIn {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
+impl<'de> Deserialize<'de> for BuiltIn {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }

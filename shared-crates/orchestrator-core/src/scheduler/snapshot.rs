@@ -153,6 +153,8 @@ pub struct WorkerState {
     pub slots: u32,
     /// Sequences that it runs now.
     pub active: u32,
+    /// It had no room a moment ago, whatever is known of its slots: it is left alone for a while.
+    pub full: bool,
     /// Bytes that become free when it ends.
     pub memory_bytes: u64,
     /// When it was asked for.
@@ -190,6 +192,7 @@ impl WorkerState {
             status: worker.status,
             slots: worker.slots,
             active: 0,
+            full: false,
             memory_bytes: memory.measured_bytes.unwrap_or(memory.predicted_bytes),
             created_at: worker.created_at,
             ready_at: worker.ready_at,
@@ -213,6 +216,7 @@ impl WorkerState {
             status: WorkerStatus::Starting,
             slots: 1,
             active: 0,
+            full: false,
             memory_bytes: model.needed_bytes,
             created_at: now,
             ready_at: None,
@@ -233,6 +237,18 @@ impl WorkerState {
         };
     }
 
+    /// Whether it can be given a job now.
+    pub fn has_slot(&self) -> bool {
+        self.serves() && !self.full && self.active < self.slots
+    }
+
+    /// Gives a slot to a job: the dispatch with the number `turn`.
+    pub fn take_slot(&mut self, turn: u64) {
+        self.active += 1;
+        self.idle_since = None;
+        self.last_turn = turn;
+    }
+
     /// Whether it takes jobs when it has a slot.
     pub fn serves(&self) -> bool {
         matches!(self.status, WorkerStatus::Ready | WorkerStatus::Busy)
@@ -240,17 +256,12 @@ impl WorkerState {
 }
 
 impl PoolState {
-    /// The scheduler's view of what a pool said last. `usage` tells what the caller knows of each worker.
-    pub fn new(status: &PoolStatus, liveness: PoolLiveness, usage: impl Fn(&str) -> Usage) -> Self {
+    /// The scheduler's view of what a pool said last. Leases are not in it: [`WorkerState::apply`] adds them.
+    pub fn new(status: &PoolStatus, liveness: PoolLiveness) -> Self {
         let devices = status
             .devices
             .iter()
             .filter(|d| status.backends.contains(&d.device.backend));
-        let worker = |worker: &WorkerInfo| {
-            let mut state = WorkerState::new(worker);
-            state.apply(usage(&worker.id));
-            state
-        };
         Self {
             id: status.pool_id.clone(),
             liveness,
@@ -262,7 +273,7 @@ impl PoolState {
                     total_bytes: d.memory_total_bytes,
                 })
                 .collect(),
-            workers: status.workers.iter().map(worker).collect(),
+            workers: status.workers.iter().map(WorkerState::new).collect(),
             models: status
                 .models
                 .iter()

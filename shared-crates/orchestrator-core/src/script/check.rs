@@ -91,6 +91,7 @@ pub fn sample() -> Snapshot {
         status: WorkerStatus::Ready,
         slots,
         active,
+        full: false,
         ready_at: Some(ago(600)),
         idle_since: (active == 0).then(|| ago(120)),
         ..WorkerState::asked_for(model, device, ago(630))

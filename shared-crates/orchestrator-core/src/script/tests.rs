@@ -35,6 +35,7 @@ fn worker(id: &str, model: &str, active: u32) -> WorkerState {
         status: WorkerStatus::Ready,
         slots: 2,
         active,
+        full: false,
         ..WorkerState::asked_for(
             &ModelState {
                 model: model.parse().unwrap(),

@@ -167,6 +167,7 @@ mod tests {
             Some(TaskWaiting {
                 queue_position: 1,
                 explanation,
+                estimated_start_ms: None,
             }),
         );
         insta::assert_snapshot!(render(&view, at(NOW), false), @r"

@@ -252,6 +252,7 @@ mod tests {
                 pool_id: "mac".into(),
                 worker_id: "worker-cpu-0".into(),
                 tokens_in: 9,
+                why: None,
             }),
             troubles: Vec::new(),
             job: Ok(job),

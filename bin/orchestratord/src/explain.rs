@@ -1,0 +1,62 @@
+//! Why a job waits, and why it went where it went.
+
+use orchestrator_core::JobId;
+use orchestrator_core::api::events::{EventId, TaskEvent};
+use orchestrator_core::api::tasks::{AttemptPlacement, TaskExplanation};
+
+use crate::app::App;
+use crate::clock;
+use crate::state::StoreError;
+
+/// Events of the log that are read at once.
+const PAGE: usize = 1024;
+
+/// Explains a job; `None` where there is none.
+pub async fn explain(app: &App, id: JobId) -> Result<Option<TaskExplanation>, StoreError> {
+    // The attempt that runs, before the database is read: should it end meanwhile, its log tells of it.
+    let running = app.jobs.attempt(id);
+    let waiting = app.jobs.waiting(id, clock::now());
+    let Some((job, _)) = app.store.job(id).await? else {
+        return Ok(None);
+    };
+    let begun = begun(app, id).await?;
+    let placements = job.attempts.iter().map(|attempt| {
+        let logged = begun.iter().find(|(number, _)| *number == attempt.number);
+        let held = running.as_ref().filter(|held| {
+            attempt.ended_at.is_none()
+                && held.pool_id == attempt.pool_id
+                && held.worker_id == attempt.worker_id
+        });
+        let why = logged.and_then(|(_, why)| why.clone());
+        AttemptPlacement {
+            attempt: attempt.number,
+            pool_id: attempt.pool_id.clone(),
+            worker_id: attempt.worker_id.clone(),
+            why: why.or_else(|| held?.why.clone()),
+        }
+    });
+    Ok(Some(TaskExplanation {
+        id,
+        status: job.status,
+        placements: placements.collect(),
+        waiting,
+    }))
+}
+
+/// What the log says of attempts that began: their numbers, and why each went where it went.
+async fn begun(app: &App, id: JobId) -> Result<Vec<(u32, Option<String>)>, StoreError> {
+    let mut begun = Vec::new();
+    let mut place = EventId { attempt: 0, seq: 0 };
+    loop {
+        let page = app.store.events_after(id, place, PAGE).await?;
+        let Some(last) = page.last() else {
+            return Ok(begun);
+        };
+        place = last.id;
+        begun.extend(page.iter().filter_map(|entry| match &entry.event {
+            TaskEvent::Started(started) => Some((started.attempt, started.why.clone())),
+            TaskEvent::Attempt(again) => Some((again.attempt, again.why.clone())),
+            _ => None,
+        }));
+    }
+}

@@ -1,0 +1,122 @@
+//! Downloads that the scheduler asks for: begun, followed, and told to the fleet.
+
+use std::sync::Arc;
+
+use futures_util::StreamExt as _;
+use pool_core::ModelRef;
+use pool_core::api::models::{DownloadEvent, DownloadPhase, ModelDownloadRequest};
+use pool_core::client::{ApiClient, Method, ServerEvent};
+
+use crate::app::App;
+use crate::clock;
+
+/// Why there is no file, and whether the same request may do better later.
+struct Failure {
+    message: String,
+    retriable: bool,
+}
+
+impl Failure {
+    fn passing(message: impl Into<String>) -> Self {
+        Self {
+            message: message.into(),
+            retriable: true,
+        }
+    }
+}
+
+/// Asks a pool for a model. A pool that has the download under way already lets us follow it.
+pub(super) fn begin(app: &App, pool: &str, model: &ModelRef) {
+    let size = app.catalog.find(model).and_then(|entry| entry.size_bytes);
+    let Some(client) = app
+        .fleet
+        .begin_download(pool, model, size.unwrap_or_default())
+    else {
+        return;
+    };
+    tracing::info!(pool, %model, "asking for a download");
+    let (app_, pool, model) = (Arc::clone(app), pool.to_owned(), model.clone());
+    app.spawn(async move {
+        let ended = tokio::select! {
+            ended = follow(&app_, &client, &pool, &model) => ended,
+            () = app_.shutdown.requested() => return,
+        };
+        match ended {
+            Ok(()) => {
+                tracing::info!(pool, %model, "downloaded");
+                app_.fleet.download_ended(&pool, &model, clock::now());
+            }
+            Err(Failure { message, retriable }) => {
+                tracing::warn!(pool, %model, error = message, "a download failed");
+                app_.fleet
+                    .download_failed(&pool, &model, message, retriable, clock::now());
+            }
+        }
+        app_.changed.notify_one();
+    });
+}
+
+async fn follow(
+    app: &App,
+    client: &ApiClient,
+    pool: &str,
+    model: &ModelRef,
+) -> Result<(), Failure> {
+    let request = ModelDownloadRequest {
+        model: model.clone(),
+    };
+    let call = client
+        .request(Method::POST, "/models/download")
+        .json(&request);
+    let mut events = client.events(call).await.map_err(|error| Failure {
+        message: error.to_string(),
+        // What a pool refuses outright stays refused until somebody mends it.
+        retriable: error.api().is_none_or(|body| body.retriable),
+    })?;
+    while let Some(event) = events.next().await {
+        let event = event.map_err(|error| Failure::passing(error.to_string()))?;
+        match parse(&event) {
+            Some(DownloadEvent::Progress {
+                phase,
+                done_bytes,
+                total_bytes,
+                ..
+            }) => {
+                if let Some(percent) = percent(phase, done_bytes, total_bytes)
+                    && app.fleet.download_moved(pool, model, percent)
+                {
+                    app.changed.notify_one();
+                }
+            }
+            Some(DownloadEvent::End(_)) => return Ok(()),
+            Some(DownloadEvent::Error(failure)) => {
+                return Err(Failure {
+                    message: failure.message,
+                    retriable: failure.retriable,
+                });
+            }
+            // Another process of the pool downloads it; or a newer pool has something to tell that we don't know.
+            Some(DownloadEvent::Waiting { .. }) | None => {}
+        }
+    }
+    Err(Failure::passing("the pool said no more of the download"))
+}
+
+/// In an event stream the event's name stands before its data instead of in it.
+fn parse(event: &ServerEvent) -> Option<DownloadEvent> {
+    let mut data: serde_json::Value = serde_json::from_str(&event.data).ok()?;
+    data.as_object_mut()?
+        .insert("event".to_owned(), event.event.clone().into());
+    serde_json::from_value(data).ok()
+}
+
+/// How much of the bytes are there; unpacking and checking come after the last of them.
+fn percent(phase: DownloadPhase, done: u64, total: Option<u64>) -> Option<u8> {
+    match phase {
+        DownloadPhase::Downloading => {
+            let total = total.filter(|total| *total > 0)?;
+            u8::try_from((u128::from(done) * 100 / u128::from(total)).min(100)).ok()
+        }
+        DownloadPhase::Unpacking | DownloadPhase::Checking => Some(100),
+    }
+}

@@ -1,0 +1,113 @@
+//! A sorted list that knows the place of each of its entries.
+
+/// Entries of one chunk: small enough to move, many enough that counting chunks is quick.
+const CHUNK: usize = 128;
+
+/// A sorted list without duplicates, in chunks. Inserting, removing and finding a place look at one chunk and at the
+/// lengths of those before it.
+#[derive(Debug, Clone)]
+pub(crate) struct Ordered<K> {
+    /// None is empty.
+    chunks: Vec<Vec<K>>,
+    len: usize,
+}
+
+impl<K> Default for Ordered<K> {
+    fn default() -> Self {
+        Self {
+            chunks: Vec::new(),
+            len: 0,
+        }
+    }
+}
+
+impl<K: Ord> Ordered<K> {
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &K> {
+        self.chunks.iter().flatten()
+    }
+
+    pub(crate) fn first(&self) -> Option<&K> {
+        self.chunks.first()?.first()
+    }
+
+    /// How many entries are before `key`.
+    pub(crate) fn rank(&self, key: &K) -> usize {
+        let chunk = self.chunk_of(key);
+        let before: usize = self.chunks[..chunk].iter().map(Vec::len).sum();
+        let inside = self.chunks.get(chunk);
+        before + inside.map_or(0, |entries| entries.partition_point(|entry| entry < key))
+    }
+
+    pub(crate) fn insert(&mut self, key: K) {
+        let chunk = self.chunk_of(&key).min(self.chunks.len().saturating_sub(1));
+        if self.chunks.is_empty() {
+            self.chunks.push(Vec::new());
+        }
+        let entries = &mut self.chunks[chunk];
+        let place = entries.partition_point(|entry| *entry < key);
+        if entries.get(place) == Some(&key) {
+            return;
+        }
+        entries.insert(place, key);
+        self.len += 1;
+        if entries.len() > CHUNK {
+            let upper = entries.split_off(CHUNK / 2);
+            self.chunks.insert(chunk + 1, upper);
+        }
+    }
+
+    pub(crate) fn remove(&mut self, key: &K) -> bool {
+        let chunk = self.chunk_of(key);
+        let Some(entries) = self.chunks.get_mut(chunk) else {
+            return false;
+        };
+        let Ok(place) = entries.binary_search(key) else {
+            return false;
+        };
+        entries.remove(place);
+        self.len -= 1;
+        if entries.is_empty() {
+            self.chunks.remove(chunk);
+        }
+        true
+    }
+
+    /// The first chunk that does not end before `key`.
+    fn chunk_of(&self, key: &K) -> usize {
+        self.chunks
+            .partition_point(|entries| entries.last().is_some_and(|last| last < key))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        // [ORCHCORE-044]
+        #[test]
+        fn it_is_a_sorted_set_that_counts(changes in prop::collection::vec((any::<bool>(), 0u16..600), 0..2000)) {
+            let (mut list, mut model) = (Ordered::default(), BTreeSet::new());
+            for (add, key) in changes {
+                if add {
+                    list.insert(key);
+                    model.insert(key);
+                } else {
+                    prop_assert_eq!(list.remove(&key), model.remove(&key));
+                }
+                prop_assert_eq!(list.rank(&key), model.range(..key).count());
+            }
+            prop_assert_eq!(list.len(), model.len());
+            prop_assert_eq!(list.first(), model.first());
+            prop_assert!(list.iter().eq(model.iter()));
+        }
+    }
+}

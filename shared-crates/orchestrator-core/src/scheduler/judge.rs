@@ -1,0 +1,398 @@
+//! What can be done for the jobs of one class, as the pools are now.
+
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use pool_core::ModelRef;
+use pool_core::worker::{Device, WorkerStatus};
+
+use super::explain::WaitReason;
+use super::policy::{Policy, Rank, StartChoice, WorkerChoice};
+use super::snapshot::{DeviceState, ModelState, PoolState, Settings, WorkerState};
+use crate::job::{JobErrorCode, Placement};
+use crate::pool::PoolLiveness;
+use crate::queue::QueuedJob;
+
+/// What a download leaves free on a pool's disk.
+pub const DISK_RESERVE: u64 = 1 << 30;
+
+/// What jobs share that ask for the same model in the same place: what holds for one of them holds for all.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Class {
+    pub(super) model: ModelRef,
+    pub(super) placement: Placement,
+}
+
+impl Class {
+    pub(super) fn of(job: &QueuedJob) -> Self {
+        Self {
+            model: job.model.clone(),
+            placement: job.placement.clone(),
+        }
+    }
+
+    pub(super) fn admits_pool(&self, pool: &str) -> bool {
+        self.placement
+            .pool
+            .as_ref()
+            .is_none_or(|wanted| wanted == pool)
+    }
+
+    pub(super) fn admits_device(&self, device: Device) -> bool {
+        self.placement.device.is_none_or(|wanted| wanted == device)
+    }
+
+    /// Whether the worker is one for these jobs, whatever its state.
+    pub(super) fn admits_worker(&self, pool: &str, worker: &WorkerState) -> bool {
+        worker.model == self.model && self.admits_device(worker.device) && self.admits_pool(pool)
+    }
+}
+
+/// What a judgement depends on beside the class and the pools.
+pub(super) struct World<'a> {
+    pub(super) now: Timestamp,
+    pub(super) settings: &'a Settings,
+    pub(super) policy: &'a dyn Policy,
+    pub(super) sizes: &'a BTreeMap<ModelRef, u64>,
+    /// Whether a waiting job could use the worker.
+    pub(super) needed: &'a dyn Fn(&str, &WorkerState) -> bool,
+}
+
+/// What can be done. Pools and workers are given by their places in what was judged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Dispatch { pool: usize, worker: usize },
+    Start { pool: usize, device: Device },
+    Evict { pool: usize, workers: Vec<usize> },
+    Download { pool: usize },
+    Reject { code: JobErrorCode, message: String },
+    Wait(WaitReason),
+}
+
+/// Whether the pool takes work.
+pub(super) fn alive(pool: &PoolState) -> bool {
+    pool.liveness == PoolLiveness::Online && !pool.draining
+}
+
+/// Whether the pool has a device for the class, or a worker that runs on one.
+pub(super) fn has_backend(class: &Class, pool: &PoolState) -> bool {
+    pool.devices.iter().any(|d| class.admits_device(d.device)) || runs(class, pool)
+}
+
+/// Whether the pool has a live worker for the class.
+pub(super) fn runs(class: &Class, pool: &PoolState) -> bool {
+    let mut workers = pool.workers.iter();
+    workers.any(|w| w.status.is_live() && class.admits_worker(&pool.id, w))
+}
+
+/// The class's model, where it lies on the pool's disk and was not found bad.
+pub(super) fn usable<'a>(class: &Class, pool: &'a PoolState) -> Option<&'a ModelState> {
+    let model = pool.model(&class.model)?;
+    pool.start_failure(model).is_none().then_some(model)
+}
+
+/// The devices on which a worker for the class fits. Where others serve already, only devices that have none: a second
+/// worker beside the first would share its device and load the model twice.
+pub(super) fn fitting<'a>(
+    class: &'a Class,
+    pool: &'a PoolState,
+    needed: u64,
+    spread: bool,
+) -> impl Iterator<Item = DeviceState> + 'a {
+    let has_one = move |device: Device| {
+        let mut workers = pool.workers.iter();
+        workers.any(|w| w.device == device && w.model == class.model && w.status.is_live())
+    };
+    let devices = pool.devices.iter().copied();
+    devices
+        .filter(move |d| class.admits_device(d.device) && d.free_bytes >= needed)
+        .filter(move |d| !(spread && has_one(d.device)))
+}
+
+/// Bytes of the device that become free when the workers have ended that were told to.
+pub(super) fn stopping(pool: &PoolState, device: Device) -> u64 {
+    let ending = |w: &&WorkerState| w.device == device && w.status == WorkerStatus::Draining;
+    pool.workers
+        .iter()
+        .filter(ending)
+        .map(|w| w.memory_bytes)
+        .sum()
+}
+
+/// Whether nobody would miss the worker, but for the minimum time that it stays.
+fn is_spare(world: &World<'_>, pool: &PoolState, worker: &WorkerState) -> bool {
+    worker.status == WorkerStatus::Ready
+        && !worker.full
+        && worker.active == 0
+        && worker.idle_since.is_some()
+        && !(world.needed)(&pool.id, worker)
+}
+
+/// When the worker has stayed for the minimum time.
+pub(super) fn settles_at(world: &World<'_>, worker: &WorkerState) -> Option<Timestamp> {
+    worker
+        .ready_at?
+        .checked_add(world.settings.min_residence)
+        .ok()
+}
+
+/// The idle workers of the device to stop so that `needed` bytes fit: least recently used first, and none more than it
+/// takes. `None` where that is not enough.
+pub(super) fn victims(
+    world: &World<'_>,
+    pool: &PoolState,
+    device: DeviceState,
+    needed: u64,
+) -> Option<Vec<usize>> {
+    let mut idle: Vec<_> = pool
+        .workers
+        .iter()
+        .enumerate()
+        .filter(|(_, w)| w.device == device.device && is_spare(world, pool, w))
+        .filter(|(_, w)| settles_at(world, w).is_some_and(|at| at <= world.now))
+        .collect();
+    idle.sort_unstable_by_key(|(_, w)| (w.idle_since, &w.id));
+    let mut free = device.free_bytes;
+    let mut chosen = Vec::new();
+    for (index, worker) in idle {
+        if free >= needed {
+            break;
+        }
+        free = free.saturating_add(worker.memory_bytes);
+        chosen.push((index, worker.memory_bytes));
+    }
+    if free < needed {
+        return None;
+    }
+    // A small worker that went first may not be needed once a large one has gone.
+    for place in (0..chosen.len()).rev() {
+        let bytes = chosen[place].1;
+        if free - bytes >= needed {
+            free -= bytes;
+            chosen.remove(place);
+        }
+    }
+    Some(chosen.into_iter().map(|(index, _)| index).collect())
+}
+
+/// The next moment at which a worker of the device may be evicted that may not yet.
+pub(super) fn next_spare(world: &World<'_>, pool: &PoolState, device: Device) -> Option<Timestamp> {
+    pool.workers
+        .iter()
+        .filter(|w| w.device == device && is_spare(world, pool, w))
+        .filter_map(|w| settles_at(world, w))
+        .filter(|at| *at > world.now)
+        .min()
+}
+
+/// How an eviction compares with others: what was used least lately goes first, then the fewest workers.
+pub(super) type EvictionKey<'a> = (Option<Timestamp>, usize, Rank, &'a str, Device);
+
+/// The key of an eviction.
+pub(super) fn eviction_key<'a>(
+    world: &World<'_>,
+    pool: &'a PoolState,
+    device: DeviceState,
+    victims: &[usize],
+) -> EvictionKey<'a> {
+    let latest = victims
+        .iter()
+        .filter_map(|&w| pool.workers[w].idle_since)
+        .max();
+    let rank = world.policy.rank_start(&StartChoice { pool, device });
+    (latest, victims.len(), rank, &pool.id, device.device)
+}
+
+/// Whether a download of `size` bytes may go to the pool: there is room on its disk, and a device that can hold the model.
+pub(super) fn may_download(class: &Class, pool: &PoolState, size: u64) -> Option<DeviceState> {
+    let room = pool.disk_free_bytes.checked_sub(DISK_RESERVE)? >= size;
+    let refused = pool
+        .refused_downloads
+        .iter()
+        .any(|r| r.model == class.model);
+    let mut devices: Vec<_> = pool
+        .devices
+        .iter()
+        .filter(|d| class.admits_device(d.device) && d.total_bytes >= size)
+        .copied()
+        .collect();
+    devices.sort_unstable_by_key(|d| (Reverse(d.free_bytes), d.device));
+    devices.first().copied().filter(|_| room && !refused)
+}
+
+/// Judges a class. `prefer` is the pool on which its first job would rather run.
+pub(super) fn judge(
+    class: &Class,
+    prefer: Option<&str>,
+    pools: &[&PoolState],
+    world: &World<'_>,
+) -> Verdict {
+    let places = || pools.iter().enumerate();
+    let known = || places().filter(|(_, p)| class.admits_pool(&p.id));
+    if known().next().is_none() {
+        return Verdict::Wait(WaitReason::NoPool);
+    }
+    if !known().any(|(_, p)| alive(p)) {
+        return Verdict::Wait(WaitReason::PoolsAway);
+    }
+    let left: Vec<(usize, &PoolState)> = known()
+        .filter(|(_, p)| alive(p) && has_backend(class, p))
+        .map(|(index, p)| (index, *p))
+        .collect();
+    if left.is_empty() {
+        return Verdict::Wait(WaitReason::NoBackend);
+    }
+    let elsewhere = |pool: &PoolState| prefer.is_some_and(|wanted| wanted != pool.id);
+
+    // A worker with a free slot.
+    let workers = left.iter().flat_map(|&(index, pool)| {
+        let own = pool.workers.iter().enumerate();
+        own.map(move |(w, worker)| (index, pool, w, worker))
+    });
+    let mine: Vec<_> = workers
+        .filter(|(_, pool, _, w)| w.status.is_live() && class.admits_worker(&pool.id, w))
+        .collect();
+    let free = mine.iter().filter(|(_, _, _, w)| w.has_slot());
+    let best = free.min_by_key(|(_, pool, _, worker)| {
+        let rank = world.policy.rank_worker(&WorkerChoice { pool, worker });
+        (elsewhere(pool), rank, &pool.id, &worker.id)
+    });
+    if let Some(&(pool, _, worker, _)) = best {
+        return Verdict::Dispatch { pool, worker };
+    }
+
+    // A further worker.
+    if mine
+        .iter()
+        .any(|(_, _, _, w)| w.status == WorkerStatus::Starting)
+    {
+        return Verdict::Wait(WaitReason::WorkerStarting);
+    }
+    let serving = mine.iter().any(|(_, _, _, w)| w.serves());
+    let with_file: Vec<_> = left
+        .iter()
+        .filter_map(|&(index, pool)| Some((index, pool, usable(class, pool)?.needed_bytes)))
+        .collect();
+    let fitting = with_file.iter().flat_map(|&(index, pool, needed)| {
+        fitting(class, pool, needed, serving)
+            .map(move |device| (index, StartChoice { pool, device }))
+    });
+    let (refused, open): (Vec<_>, Vec<_>) = fitting.partition(|(_, choice)| {
+        choice
+            .pool
+            .refused(&class.model, choice.device.device)
+            .is_some()
+    });
+    let best = open.into_iter().min_by_key(|(_, choice)| {
+        let rank = world.policy.rank_start(choice);
+        (
+            elsewhere(choice.pool),
+            rank,
+            &choice.pool.id,
+            choice.device.device,
+        )
+    });
+    if let Some((pool, choice)) = best {
+        let device = choice.device.device;
+        return Verdict::Start { pool, device };
+    }
+    if serving {
+        return Verdict::Wait(WaitReason::SlotsBusy);
+    }
+    if !refused.is_empty() {
+        return Verdict::Wait(WaitReason::StartRefused);
+    }
+
+    // Memory that others hold.
+    let devices = || {
+        with_file.iter().flat_map(|&(index, pool, needed)| {
+            let admitted = pool
+                .devices
+                .iter()
+                .filter(|d| class.admits_device(d.device));
+            admitted.map(move |&device| (index, pool, device, needed))
+        })
+    };
+    if devices().any(|(_, pool, device, needed)| {
+        device
+            .free_bytes
+            .saturating_add(stopping(pool, device.device))
+            >= needed
+    }) {
+        return Verdict::Wait(WaitReason::Evicting);
+    }
+    if world.settings.evict {
+        let possible = devices().filter_map(|(index, pool, device, needed)| {
+            let victims = victims(world, pool, device, needed)?;
+            Some((index, pool, device, victims))
+        });
+        let best = possible
+            .min_by_key(|(_, pool, device, victims)| eviction_key(world, pool, *device, victims));
+        if let Some((pool, _, _, workers)) = best {
+            return Verdict::Evict { pool, workers };
+        }
+    }
+    if !with_file.is_empty() {
+        return Verdict::Wait(WaitReason::MemoryShort);
+    }
+    missing(class, prefer, pools, &left, world)
+}
+
+/// Judges a class whose model no pool can start.
+fn missing(
+    class: &Class,
+    prefer: Option<&str>,
+    pools: &[&PoolState],
+    left: &[(usize, &PoolState)],
+    world: &World<'_>,
+) -> Verdict {
+    let failure = left.iter().find_map(|(_, pool)| {
+        let why = pool.start_failure(pool.model(&class.model)?)?;
+        Some((&pool.id, why))
+    });
+    // A pool that is away now may have a good copy.
+    let away = pools
+        .iter()
+        .find(|p| class.admits_pool(&p.id) && !alive(p) && usable(class, p).is_some());
+    if let Some((pool, why)) = failure {
+        return match away {
+            Some(_) => Verdict::Wait(WaitReason::PoolsAway),
+            None => Verdict::Reject {
+                code: JobErrorCode::ModelFailed,
+                message: format!("`{}` can't be started on pool `{pool}`: {why}", class.model),
+            },
+        };
+    }
+    let downloads = |pool: &PoolState| pool.downloads.iter().any(|d| d.model == class.model);
+    if left.iter().any(|(_, pool)| downloads(pool)) {
+        return Verdict::Wait(WaitReason::Downloading);
+    }
+    // One that is gone for long is not waited for, where the file can be had otherwise.
+    let wanted = world
+        .sizes
+        .get(&class.model)
+        .filter(|_| world.settings.download);
+    match (wanted, away) {
+        (None, None) => return Verdict::Wait(WaitReason::ModelMissing),
+        (None, Some(_)) => return Verdict::Wait(WaitReason::PoolsAway),
+        (Some(_), Some(pool)) if pool.liveness != PoolLiveness::Offline => {
+            return Verdict::Wait(WaitReason::PoolsAway);
+        }
+        (Some(_), _) => {}
+    }
+    let size = wanted.copied().unwrap_or(u64::MAX);
+    let possible = left.iter().filter_map(|&(index, pool)| {
+        let device = may_download(class, pool, size)?;
+        Some((index, StartChoice { pool, device }))
+    });
+    let best = possible.min_by_key(|(_, choice)| {
+        let rank = world.policy.rank_start(choice);
+        let elsewhere = prefer.is_some_and(|wanted| wanted != choice.pool.id);
+        (elsewhere, rank, &choice.pool.id)
+    });
+    match best {
+        Some((pool, _)) => Verdict::Download { pool },
+        None => Verdict::Wait(WaitReason::DownloadRefused),
+    }
+}
