@@ -9,7 +9,8 @@ use clap::Args;
 use orchestrator_core::api::events::EventId;
 use orchestrator_core::api::pools::{PoolList, PoolView};
 use orchestrator_core::api::tasks::{
-    CancelResponse, TaskAccepted, TaskList, TaskSubmitRequest, TaskSummary, TaskView,
+    CancelResponse, TaskAccepted, TaskExplanation, TaskList, TaskSubmitRequest, TaskSummary,
+    TaskView,
 };
 use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::job::JobId;
@@ -178,6 +179,11 @@ impl Orchestrator {
     /// A job.
     pub async fn job(&self, id: JobId) -> Result<TaskView, ClientError> {
         self.client.get(&format!("/v2/tasks/{id}")).await
+    }
+
+    /// Why a job waits, and why it ran where it ran.
+    pub async fn explain(&self, id: JobId) -> Result<TaskExplanation, ClientError> {
+        self.client.get(&format!("/v2/tasks/{id}/explain")).await
     }
 
     /// Jobs that match, newest first; `None` is all of them.

@@ -2,6 +2,7 @@
 
 mod cancel;
 mod events;
+mod explain;
 mod follow;
 mod list;
 mod output;
@@ -32,6 +33,7 @@ enum Command {
     Submit(Box<submit::Submit>),
     List(list::List),
     Status(status::Status),
+    Explain(explain::Explain),
     Cancel(cancel::Cancel),
     Events(events::Events),
     Wait(wait::Wait),
@@ -46,6 +48,7 @@ impl Jobs {
             Command::Submit(command) => command.run(connect).await,
             Command::List(command) => command.run(connect).await,
             Command::Status(command) => command.run(connect).await,
+            Command::Explain(command) => command.run(connect).await,
             Command::Cancel(command) => command.run(connect).await,
             Command::Events(command) => command.run(connect).await,
             Command::Wait(command) => command.run(connect).await,
