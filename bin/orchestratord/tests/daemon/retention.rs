@@ -40,7 +40,8 @@ async fn the_events_of_a_job_that_ended_long_ago_are_gone_and_its_state_is_kept(
     assert_eq!(orchestrator.cancel(job).await, JobStatus::Completed);
     // A job that is not over loses nothing, however long it waits.
     let view = orchestrator.show(waiting).await;
-    assert_eq!((view.status, view.dropped_at), (JobStatus::Queued, None));
+    assert!(!view.status.is_terminal(), "{}", view.status);
+    assert_eq!(view.dropped_at, None);
     assert_eq!(
         serde_json::to_value(&view.request.input).unwrap(),
         json!({"prompt": "hi"})
