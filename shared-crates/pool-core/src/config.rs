@@ -25,13 +25,14 @@ pub const FILE_NAME: &str = "pool-managerd.toml";
 pub const ALIASES: [(&str, &str); 1] = [("LLORCH_POOL_BIND", "bind")];
 /// Variables of the orchestrator's own settings, which share their environment with a pool on the same host: a name, or
 /// the beginning of the names of a section. `orchestrator-core` tests that none is missing.
-pub const ORCHESTRATOR_VARIABLES: [&str; 6] = [
+pub const ORCHESTRATOR_VARIABLES: [&str; 7] = [
     "LLORCH_ORCHESTRATOR_BIND",
     "LLORCH_POOL_TOKEN_FILE",
     "LLORCH_QUEUE_",
     "LLORCH_RECOVERY_WINDOW_MS",
     "LLORCH_SCHEDULER_",
     "LLORCH_SERVICE_STOP_TIMEOUT_S",
+    "LLORCH_STORE_",
 ];
 /// The `orchestrator_url` of a pool that reports to nobody.
 const NO_ORCHESTRATOR: &str = "none";

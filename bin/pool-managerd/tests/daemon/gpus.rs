@@ -177,6 +177,12 @@ async fn a_driver_that_hangs_holds_up_nothing_else() {
         gpus.len() == 2 && gpus.iter().all(|gpu| gpu.memory_free_bytes > 0)
     })
     .await;
+    // Until a GPU has answered a first time it looks silent: that is not what is waited for below.
+    ear.until_last("the orchestrator hears of both", |beat| {
+        let devices = &beat.snapshot.status.devices;
+        devices.len() == 3 && devices[1..].iter().all(|gpu| state(gpu) == GpuState::Ok)
+    })
+    .await;
 
     fake.say_gpus(json!([
         with(gpu(0, 70 * GB), "hang", true),
