@@ -146,10 +146,19 @@ pub(super) async fn submit(
     {
         return Ok(Submitted::Known(known, status));
     }
+    let id = job.id.to_string();
+    let event = StoredEvent {
+        e: &first.event,
+        ids: first.token_ids.clone(),
+        from: first.origin.clone(),
+    };
+    // One way to the database's thread and back for all three. The log is new, so what `append` looks after needs no look.
     let sql = "INSERT INTO jobs (id, status, model, priority, session_id, placement, labels, max_attempts, created_us, \
-               deadline_us, fence) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+               deadline_us, fence) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?); \
+               INSERT INTO requests (job_id, spec) VALUES (?, ?); \
+               INSERT INTO events (job_id, attempt, first_seq, last_seq, payload) VALUES (?, ?, ?, ?, ?)";
     sqlx::query(sql)
-        .bind(job.id.to_string())
+        .bind(&id)
         .bind(job.status.as_str())
         .bind(job.spec.model.to_string())
         .bind(job.spec.priority.as_str())
@@ -160,14 +169,15 @@ pub(super) async fn submit(
         .bind(micros(job.created_at))
         .bind(job.deadline().map(micros))
         .bind(signed(job.fence)?)
-        .execute(&mut *conn)
-        .await?;
-    sqlx::query("INSERT INTO requests (job_id, spec) VALUES (?, ?)")
-        .bind(job.id.to_string())
+        .bind(&id)
         .bind(to_json(&job.spec)?)
+        .bind(&id)
+        .bind(i64::from(first.id.attempt))
+        .bind(signed(first.id.seq)?)
+        .bind(signed(first.id.seq)?)
+        .bind(to_json(&[event])?)
         .execute(&mut *conn)
         .await?;
-    append(conn, job.id, std::slice::from_ref(first)).await?;
     if let Some(key) = key {
         sqlx::query("INSERT INTO idempotency (caller, key, fingerprint, job_id, created_us) VALUES (?, ?, ?, ?, ?)")
             .bind(&key.caller)

@@ -435,6 +435,16 @@ impl Store {
         }
     }
 
+    /// Dies as a killed daemon does: whatever is under way is cut off.
+    #[cfg(test)]
+    async fn crash(&self) {
+        if let Some(task) = self.task.lock().await.take() {
+            task.abort();
+            let _ = task.await;
+        }
+        self.readers.close().await;
+    }
+
     /// Stores a new job with its first event, unless `key` names one that is stored already.
     pub async fn submit(
         &self,

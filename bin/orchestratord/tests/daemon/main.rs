@@ -6,6 +6,7 @@
 mod attempts;
 mod backup;
 mod crash;
+mod disk;
 mod events;
 mod pools;
 mod process;

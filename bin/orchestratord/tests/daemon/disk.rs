@@ -1,0 +1,232 @@
+//! A disk that is full, and one that fails, under the real binary.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use orchestrator_core::JobStatus;
+use orchestrator_core::api::tasks::{TaskAccepted, TaskView};
+use pool_core::client::ApiClient;
+use serde_json::{Value, json};
+
+use crate::process::{command, ended, spawn, start};
+use crate::support::{FakePool, FakeWorker, MODEL, Reader, eventually, outline};
+
+/// A small disk of its own, gone with the test.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn new(folder: PathBuf, bytes: u64) -> Result<Self, String> {
+        fs::create_dir_all(&folder).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "llorch-test"])
+            .arg(&folder)
+            .output()
+            .map_err(|error| error.to_string())?;
+        if mounted.status.success() {
+            Ok(Self(folder))
+        } else {
+            Err(String::from_utf8_lossy(&mounted.stderr).trim().to_owned())
+        }
+    }
+
+    /// Fills it to the last block, and returns the file that does.
+    fn fill(&self) -> PathBuf {
+        let path = self.0.join("filler");
+        let mut file = fs::File::create(&path).unwrap();
+        while file.write_all(&[1; 4096]).is_ok() {}
+        path
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+async fn submit(url: &str, prompt: &str) -> reqwest::Response {
+    reqwest::Client::new()
+        .post(format!("{url}/v2/tasks"))
+        .json(&json!({"model": MODEL, "prompt": prompt, "seed": 1}))
+        .send()
+        .await
+        .unwrap()
+}
+
+async fn show(client: &ApiClient, job: impl std::fmt::Display) -> TaskView {
+    client.get(&format!("/v2/tasks/{job}")).await.unwrap()
+}
+
+// [ORCHD-006] [ORCHD-017] [ORCHD-077] P16: on a disk without room submits are refused, a running job goes on and its
+// readers see it, and with room everything is as if nothing had been.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
+    let place = tempfile::tempdir().unwrap();
+    let disk = match Disk::new(place.path().join("disk"), 8 << 20) {
+        Ok(disk) => disk,
+        Err(reason) => {
+            println!("skipped: no disk of its own can be made here: {reason}");
+            return;
+        }
+    };
+    let (mut daemon, client) = start(&disk.0).await;
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    let pool = FakePool::start("pool-a").await.has(&worker);
+    pool.register_at(&client).await;
+    let body = json!({"model": MODEL, "prompt": "runs", "seed": 1});
+    let job = client
+        .post::<_, TaskAccepted>("/v2/tasks", &body)
+        .await
+        .unwrap()
+        .job_id;
+    worker.request(1).await;
+    worker.started(job);
+    worker.tokens(job, 0..3);
+    eventually("the text", async || {
+        (show(&client, job).await.text.len() == 9).then_some(())
+    })
+    .await;
+    let waiting = client
+        .post::<_, TaskAccepted>("/v2/tasks", &body)
+        .await
+        .unwrap()
+        .job_id;
+    let request = client.request(
+        pool_core::client::Method::GET,
+        &format!("/v2/tasks/{job}/events"),
+    );
+    let mut reader = Reader {
+        stream: client.events(request).await.unwrap(),
+    };
+
+    let filler = disk.fill();
+    // The log has some room of its own; when that is used up every submit is refused.
+    let big = "x".repeat(1 << 20);
+    let mut accepted = 0;
+    let refused = loop {
+        let answer = submit(client.base_url(), &big).await;
+        if answer.status() != 202 {
+            break answer;
+        }
+        accepted += 1;
+        assert!(accepted < 20, "the disk is not full");
+    };
+    assert_eq!(refused.status(), 503);
+    assert!(refused.headers().contains_key("retry-after"));
+    let error: Value = refused.json().await.unwrap();
+    assert_eq!(error["error"]["code"], "STORE_UNAVAILABLE");
+    while submit(client.base_url(), "small").await.status() == 202 {
+        accepted += 1;
+    }
+
+    // What runs goes on in front of its readers, and reads are answered.
+    worker.tokens(job, 3..200);
+    let mut seen = Vec::new();
+    while seen.len() < 202 {
+        seen.push(reader.logged().await.unwrap());
+    }
+    assert_eq!(outline(&seen[201..]), ["token 1.202"]);
+    worker.end(job, 200);
+    assert_eq!(show(&client, waiting).await.status, JobStatus::Queued);
+    client.get::<Value>("/v2/tasks").await.unwrap();
+    assert_eq!(show(&client, job).await.status, JobStatus::Running);
+    assert!(daemon.try_wait().unwrap().is_none());
+
+    fs::remove_file(filler).unwrap();
+    let done = eventually("the end", async || {
+        Some(show(&client, job).await).filter(|view| view.status == JobStatus::Completed)
+    })
+    .await;
+    let text: String = (0..200).map(|i| format!("<{i}>")).collect();
+    assert_eq!((done.text, done.attempts.len()), (text, 1));
+    assert_eq!(outline(&[reader.logged().await.unwrap()]), ["end 1.203"]);
+    assert_eq!(
+        submit(client.base_url(), "there is room").await.status(),
+        202
+    );
+
+    // Nothing was broken by it: the check after a kill finds the file sound.
+    daemon.kill().await.unwrap();
+    let (_daemon, client) = start(&disk.0).await;
+    assert_eq!(show(&client, job).await.status, JobStatus::Completed);
+    let all: Value = client.get("/v2/tasks?limit=500").await.unwrap();
+    assert_eq!(all["jobs"].as_array().unwrap().len(), accepted + 3);
+}
+
+/// A library whose `fdatasync` and `fsync` fail while a file is there.
+fn failing_syncs(dir: &Path) -> Result<PathBuf, String> {
+    let (source, library) = (dir.join("syncs.c"), dir.join("syncs.so"));
+    let code = r#"
+        #define _GNU_SOURCE
+        #include <errno.h>
+        #include <stdlib.h>
+        #include <sys/syscall.h>
+        #include <unistd.h>
+        static int fails(void) {
+            const char *path = getenv("SYNCS_FAIL_WHILE");
+            return path && access(path, F_OK) == 0;
+        }
+        int fdatasync(int fd) {
+            if (fails()) { errno = EIO; return -1; }
+            return syscall(SYS_fdatasync, fd);
+        }
+        int fsync(int fd) {
+            if (fails()) { errno = EIO; return -1; }
+            return syscall(SYS_fsync, fd);
+        }
+    "#;
+    fs::write(&source, code).unwrap();
+    let built = Command::new("cc")
+        .args(["-shared", "-fPIC", "-o"])
+        .args([&library, &source])
+        .output()
+        .map_err(|error| error.to_string())?;
+    if built.status.success() {
+        Ok(library)
+    } else {
+        Err(String::from_utf8_lossy(&built.stderr).into_owned())
+    }
+}
+
+// [ORCHD-078] P16: after a sync that failed nobody knows what is on the disk: nothing is acknowledged, and the process ends.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sync_that_fails_ends_the_process_before_anything_is_acknowledged() {
+    let home = tempfile::tempdir().unwrap();
+    let tools = tempfile::tempdir().unwrap();
+    let library = match failing_syncs(tools.path()) {
+        Ok(library) => library,
+        Err(reason) => {
+            println!("skipped: no C compiler: {reason}");
+            return;
+        }
+    };
+    let trigger = tools.path().join("fail");
+    let mut failing = command(home.path());
+    failing
+        .env("LD_PRELOAD", library)
+        .env("SYNCS_FAIL_WHILE", &trigger)
+        .stderr(Stdio::piped());
+    let (daemon, client) = spawn(home.path(), &mut failing).await;
+    let body = json!({"model": MODEL, "prompt": "hi"});
+    let kept = client
+        .post::<_, TaskAccepted>("/v2/tasks", &body)
+        .await
+        .unwrap()
+        .job_id;
+    fs::write(&trigger, "").unwrap();
+    let answer = client.post::<_, TaskAccepted>("/v2/tasks", &body).await;
+    assert!(answer.unwrap_err().status().is_none(), "it was answered");
+    let (status, said) = ended(daemon).await;
+    assert!(
+        !status.success() && said.contains("failed to sync"),
+        "{said}"
+    );
+
+    // Opened anew it says again what is there.
+    fs::remove_file(&trigger).unwrap();
+    let (_daemon, client) = start(home.path()).await;
+    assert_eq!(show(&client, kept).await.status, JobStatus::Queued);
+}
