@@ -251,6 +251,14 @@ fn is_pools_own(method: &Method, path: &str) -> bool {
 
 /// Puts every job that is not over where it belongs: those that wait into the queue, those that run to their attempts.
 async fn recover(app: &App) -> anyhow::Result<()> {
+    let pools = app.store.pools().await;
+    for (registration, registered_at) in pools.context("could not read the pools of before")? {
+        let pool = registration.pool_id.clone();
+        // What an older build took may be nothing to this one; the pool registers again.
+        if let Err(error) = app.fleet.restore(registration, registered_at, clock::now()) {
+            tracing::warn!(pool, %error, "a pool of before is not taken in");
+        }
+    }
     let unreadable = "could not read the jobs that are not over";
     let recovered = app.store.recover().await.context(unreadable)?;
     let since = clock::now().saturating_sub(dispatch::ORPHANED_WITHIN);

@@ -38,8 +38,12 @@ pub(super) async fn register(
     State(app): State<App>,
     Json(request): Json<RegisterRequest>,
 ) -> ServiceResult<Json<Value>> {
-    let id = request.pool_id.clone();
-    app.fleet.register(request, clock::now())?;
+    let (id, now) = (request.pool_id.clone(), clock::now());
+    app.fleet.register(request.clone(), now)?;
+    // On a full disk the pool serves all the same; only a restart would not know it before it speaks.
+    if let Err(error) = app.store.save_pool(request, now).await {
+        tracing::warn!(pool = id, %error, "the registration is not written down");
+    }
     app.changed.notify_one();
     Ok(Json(json!({"pool_id": id})))
 }
@@ -71,6 +75,9 @@ pub(super) async fn remove(
 ) -> ServiceResult<StatusCode> {
     if !app.fleet.remove(&id) {
         return Err(error::no_pool(&id));
+    }
+    if let Err(error) = app.store.remove_pool(&id).await {
+        tracing::warn!(pool = id, %error, "the goodbye is not written down");
     }
     app.changed.notify_one();
     Ok(StatusCode::NO_CONTENT)

@@ -1,5 +1,5 @@
-//! The pools as they describe themselves. They live in memory only: after a restart of the orchestrator they get 404 for
-//! their heartbeats and register again.
+//! The pools as they describe themselves. Who they are is known again after a restart of the orchestrator; what they have
+//! lives in memory only, and comes with their next heartbeat.
 
 mod overlay;
 
@@ -235,6 +235,21 @@ impl Fleet {
         };
         inner.changed.insert(pool_id.clone());
         inner.pools.insert(pool_id, pool);
+        Ok(())
+    }
+
+    /// Takes a pool in that registered with an earlier run. It counts as heard from now, so that it has time to speak.
+    pub fn restore(
+        &self,
+        request: RegisterRequest,
+        registered_at: Timestamp,
+        now: Timestamp,
+    ) -> Result<(), FleetError> {
+        let id = request.pool_id.clone();
+        self.register(request, now)?;
+        if let Some(pool) = self.lock().pools.get_mut(&id) {
+            pool.registered_at = registered_at;
+        }
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 mod backup;
 mod commands;
 mod holder;
+mod pools;
 mod queries;
 mod retention;
 mod schema;
@@ -27,6 +28,7 @@ use orchestrator_core::job::{
 };
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
+use pool_core::api::pool::RegisterRequest;
 use pool_core::api::worker::Origin;
 use sqlx::sqlite::{
     SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
@@ -568,6 +570,30 @@ impl Store {
         self.writer
             .run(move |conn| Box::pin(async move { retention::step(conn, cutoffs, now).await }))
             .await
+    }
+
+    /// Notes what a pool said when it registered.
+    pub async fn save_pool(
+        &self,
+        request: RegisterRequest,
+        at: Timestamp,
+    ) -> Result<(), StoreError> {
+        self.writer
+            .run(move |conn| Box::pin(async move { pools::save(conn, &request, at).await }))
+            .await
+    }
+
+    /// Forgets a pool that said goodbye.
+    pub async fn remove_pool(&self, id: &str) -> Result<(), StoreError> {
+        let id = id.to_owned();
+        self.writer
+            .run(move |conn| Box::pin(async move { pools::remove(conn, &id).await }))
+            .await
+    }
+
+    /// The pools that registered and did not say goodbye, with the time of their registration.
+    pub async fn pools(&self) -> Result<Vec<(RegisterRequest, Timestamp)>, StoreError> {
+        pools::all(&self.readers).await
     }
 
     /// Empties the write-ahead log, in which dropped texts may still stand, unless a reader needs it just now.

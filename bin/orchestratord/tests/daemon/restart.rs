@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use orchestrator_core::api::events::TaskEvent;
+use orchestrator_core::api::pools::PoolView;
 use orchestrator_core::job::AttemptOutcome;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::worker::WorkerErrorCode;
@@ -521,4 +522,31 @@ async fn what_ends_an_interrupted_job_follows_everything_that_was_shown_of_it() 
     })
     .await;
     assert_eq!((cancel.job_id, cancel.fence), (job.to_string(), 1));
+}
+
+// [ORCHD-079] A pool is known after a restart before it speaks, its next heartbeat is taken, and a goodbye is for good.
+#[tokio::test(flavor = "multi_thread")]
+async fn pools_are_known_after_a_restart() {
+    let (orchestrator, pool, worker) = one_worker().await;
+    let before: PoolView = orchestrator.client.get("/v2/pools/pool-a").await.unwrap();
+    let orchestrator = orchestrator.restart().await;
+    let known: PoolView = orchestrator.client.get("/v2/pools/pool-a").await.unwrap();
+    assert_eq!(
+        (&known.url, known.registered_at),
+        (&before.url, before.registered_at)
+    );
+    assert!(known.status.is_none());
+    // Without another registration.
+    pool.beat(&orchestrator).await;
+    let job = orchestrator.job().await;
+    assert_eq!(worker.request(1).await.job_id, job.to_string());
+
+    let gone = orchestrator.client.delete::<()>("/v2/pools/pool-a").await;
+    gone.unwrap();
+    let orchestrator = orchestrator.restart().await;
+    let unknown = orchestrator
+        .client
+        .get::<PoolView>("/v2/pools/pool-a")
+        .await;
+    assert_eq!(unknown.unwrap_err().status(), Some(404));
 }
