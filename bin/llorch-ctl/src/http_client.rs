@@ -26,8 +26,8 @@ pub use feed::{Feed, Item};
 
 /// Where `orchestratord` listens unless something else is said.
 const STANDARD_URL: &str = "http://127.0.0.1:8080";
-/// Pauses before a submit is sent again whose answer did not arrive.
-const SUBMIT_PAUSES_MS: [u64; 6] = [100, 250, 500, 1000, 2000, 4000];
+/// Pauses before a call is made again whose answer did not arrive.
+const PAUSES_MS: [u64; 6] = [100, 250, 500, 1000, 2000, 4000];
 /// Jobs that one page of a list asks for.
 const PAGE: usize = 100;
 
@@ -155,15 +155,26 @@ impl Orchestrator {
         key: &str,
         on_retry: impl Fn(&ClientError),
     ) -> Result<TaskAccepted, ClientError> {
-        let mut pauses = SUBMIT_PAUSES_MS.into_iter();
-        loop {
-            let post = self
-                .client
+        self.again(on_retry, async |client| {
+            let post = client
                 .request(Method::POST, "/v2/tasks")
                 .header("Idempotency-Key", key)
                 .json(request);
-            let error = match self.client.fetch(post).await {
-                Ok(accepted) => return Ok(accepted),
+            client.fetch(post).await
+        })
+        .await
+    }
+
+    /// Makes a call that does no harm when it is made twice, and makes it again for as long as a restart takes.
+    async fn again<T>(
+        &mut self,
+        on_retry: impl Fn(&ClientError),
+        call: impl AsyncFn(&ApiClient) -> Result<T, ClientError>,
+    ) -> Result<T, ClientError> {
+        let mut pauses = PAUSES_MS.into_iter();
+        loop {
+            let error = match call(&self.client).await {
+                Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
             let pause = pauses.next().filter(|_| is_passing(&error));
@@ -174,6 +185,13 @@ impl Orchestrator {
             tokio::time::sleep(Duration::from_millis(pause)).await;
             self.relocate();
         }
+    }
+
+    /// A job, also where the orchestrator is being restarted.
+    pub async fn job_surely(&mut self, id: JobId) -> Result<TaskView, ClientError> {
+        let path = format!("/v2/tasks/{id}");
+        self.again(|_| {}, async |client| client.get(&path).await)
+            .await
     }
 
     /// A job.

@@ -232,3 +232,50 @@ async fn the_doctor_names_the_cure_of_each_finding() {
         i32::from(findings.iter().any(|finding| finding["status"] == "fail"))
     );
 }
+
+#[tokio::test] // [LLORCH-013]
+async fn settings_are_checked_and_explained() {
+    let home = tempfile::tempdir().unwrap();
+    let config = |args: &[&str]| {
+        let mut command = llorch(&[&["orchestrator", "config"], args].concat());
+        command.env("LLORCH_HOME", home.path());
+        command
+    };
+    let mut check = config(&["check", "--format", "json"]);
+    check.env("LLORCH_SERVICE_KEEP_ALIVE_S", "7");
+    let run = ran(check).await;
+    let checked: serde_json::Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!((run.code, &checked["api_token"]), (0, &false.into()));
+    let settings = checked["settings"].as_array().unwrap();
+    let setting = settings
+        .iter()
+        .find(|s| s["key"] == "service.keep_alive_s")
+        .unwrap();
+    assert_eq!(
+        (&setting["value"], &setting["source"]),
+        (&7.into(), &"variable".into())
+    );
+
+    // What is shown is a settings file, with every key.
+    let run = ran(config(&["show", "--defaults"])).await;
+    assert_eq!(run.code, 0, "{}", run.err);
+    for setting in settings {
+        let key = setting["key"].as_str().unwrap().rsplit('.').next().unwrap();
+        assert!(run.out.contains(&format!("#{key} =")), "{key}: {}", run.out);
+    }
+    let shown = support::file(home.path(), "shown.toml", run.out.as_bytes());
+    let run = ran(config(&["check", "--config", &shown])).await;
+    assert_eq!(run.code, 0, "{}", run.err);
+    assert!(run.out.contains("the settings are good"), "{}", run.out);
+
+    for (text, told) in [
+        ("bind = \"0.0.0.0:8080\"", "there is no token"),
+        ("[service]\nheader_limit_bytes = 1", "use 8192 to 1048576"),
+        ("[service]\nkeep_alife_s = 1", "keep_alive_s"),
+    ] {
+        let wrong = support::file(home.path(), "wrong.toml", text.as_bytes());
+        let run = ran(config(&["check", "--config", &wrong])).await;
+        assert_eq!((run.code, run.out.as_str()), (2, ""), "{text}");
+        assert!(run.err.contains(told), "{told}: {}", run.err);
+    }
+}

@@ -222,7 +222,12 @@ impl Daemon {
 fn service_options(config: &OrchestratorConfig, tokens: &Tokens) -> ServiceOptions {
     let mut options = ServiceOptions::new(NAME, VERSION, ORCHESTRATOR_API_VERSION);
     options.token.clone_from(&tokens.api);
-    options.max_connections = config.service.max_connections;
+    let service = &config.service;
+    options.max_connections = service.max_connections;
+    options.header_timeout = Duration::from_secs(service.header_timeout_s);
+    options.body_timeout = Duration::from_secs(service.body_timeout_s);
+    options.header_limit = service.header_limit_bytes;
+    options.body_limit = service.body_limit_bytes;
     options.scoped_tokens = tokens
         .pool
         .clone()

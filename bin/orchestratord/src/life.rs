@@ -9,6 +9,7 @@ use orchestrator_core::job::{
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
+use pool_core::service::CorrelationId;
 
 use crate::app::App;
 use crate::clock;
@@ -97,6 +98,7 @@ pub async fn submit(
     app: App,
     mut spec: JobSpec,
     key: Option<IdempotencyKey>,
+    correlation: CorrelationId,
 ) -> Result<Accepted, SubmitError> {
     if app.shutdown.is_requested() {
         return Err(SubmitError::Stopping);
@@ -114,13 +116,9 @@ pub async fn submit(
     let (promise, position) = app.jobs.promise(&queued, now)?;
 
     let id = job.id;
-    let live = Arc::new(LiveJob::new(
-        id,
-        now,
-        job.deadline(),
-        EventId { attempt: 0, seq: 0 },
-        0,
-    ));
+    let start = EventId { attempt: 0, seq: 0 };
+    let live = LiveJob::new(id, now, job.deadline(), start, 0).submitted_by(correlation.as_str());
+    let live = Arc::new(live);
     let event = Queued {
         job_id: id,
         model: job.spec.model.clone(),
@@ -146,6 +144,7 @@ pub async fn submit(
     app.jobs.put(queued);
     drop(gate);
     drop(promise);
+    tracing::info!(job = %id, correlation_id = %correlation, "job accepted");
     app.changed.notify_one();
     Ok(Accepted {
         id,

@@ -6,25 +6,31 @@ use std::path::{Path, PathBuf};
 use jiff::SignedDuration;
 use pool_core::config::PoolConfig;
 use pool_core::home::Home;
-use pool_core::settings::{self, SettingsError, UnknownVariable};
+use pool_core::settings::{self, Loaded, SettingsError, UnknownVariable};
 use serde::{Deserialize, Serialize};
 
 use crate::queue::Capacity;
 use crate::scheduler::{BuiltIn, Settings};
 
+/// Name of the settings file in the configuration folder.
+pub const FILE_NAME: &str = "orchestratord.toml";
 /// Variables beside those that every key has: (variable, key).
-const ALIASES: [(&str, &str); 1] = [("LLORCH_ORCHESTRATOR_BIND", "bind")];
+pub const ALIASES: [(&str, &str); 1] = [("LLORCH_ORCHESTRATOR_BIND", "bind")];
 
 /// `orchestratord.toml`. Flags win over `LLORCH_*` variables, those over the file, the file over these defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct OrchestratorConfig {
     /// Address to listen on. Default `127.0.0.1:8080`; port 0 takes a free one. Elsewhere than on loopback a token
     /// must be set.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub bind: SocketAddr,
     /// File with the token of clients and operators, mode 0600; `LLORCH_API_TOKEN` goes before it. Default: none.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub token_file: Option<PathBuf>,
     /// File with the token of the pools, mode 0600; `LLORCH_POOL_TOKEN` goes before it. Default: none.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub pool_token_file: Option<PathBuf>,
     /// Milliseconds after a start, and after the last of all pools fell silent, in which silence means nothing: no attempt
     /// is given up because its pool is not heard. Default 20000, a little more than the default interval of the pools'
@@ -57,6 +63,7 @@ impl Default for OrchestratorConfig {
 
 /// `[queue]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct QueueConfig {
     /// Most jobs that wait; further submits get 429. Default 100; -1 is unbounded.
@@ -95,6 +102,7 @@ impl QueueConfig {
 
 /// `[store]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct StoreConfig {
     /// Seconds for which the prompt, the text and the events of a job are kept after its end. Default 604800 (7 days);
@@ -116,10 +124,12 @@ impl Default for StoreConfig {
 
 /// `[scheduler]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct SchedulerConfig {
     /// Which of several places a job or a new worker gets: `least-loaded`, `most-vram-free` or `round-robin`. Default
     /// `least-loaded`.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub policy: BuiltIn,
     /// Seconds after which an idle worker is stopped. Default 600; 0 never stops one for that.
     pub idle_ttl_s: u64,
@@ -184,10 +194,21 @@ const MOST_SECONDS: i64 = 100 * 366 * 24 * 3600;
 
 /// `[service]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ServiceConfig {
-    /// Most connections at once. Default 1024.
+    /// Most connections at once; further ones are answered with 503 and closed. Default 1024.
     pub max_connections: usize,
+    /// Seconds that the headers of a request may take, and that a kept connection may idle. Default 10.
+    pub header_timeout_s: u64,
+    /// Seconds that the body of a request may take, from the end of its headers; one that is later gets 408. Default 30.
+    pub body_timeout_s: u64,
+    /// Most bytes that the headers of a request may have, 8192 to 1048576; larger ones get 431. Default 65536.
+    pub header_limit_bytes: usize,
+    /// Most bytes that the body of a request may have, 1024 to 67108864; a larger one gets 413. Default 4194304.
+    pub body_limit_bytes: usize,
+    /// Seconds after which a silent event stream shows with a comment that it lives. Default 15.
+    pub keep_alive_s: u64,
     /// Seconds that open connections have to end after SIGTERM. Default 5.
     pub stop_timeout_s: u64,
 }
@@ -196,8 +217,47 @@ impl Default for ServiceConfig {
     fn default() -> Self {
         Self {
             max_connections: 1024,
+            header_timeout_s: 10,
+            body_timeout_s: 30,
+            header_limit_bytes: 64 << 10,
+            body_limit_bytes: 4 << 20,
+            keep_alive_s: 15,
             stop_timeout_s: 5,
         }
+    }
+}
+
+impl ServiceConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let figure = |value: usize| u64::try_from(value).unwrap_or(u64::MAX);
+        for (key, value, least, most) in [
+            ("header_timeout_s", self.header_timeout_s, 1, 3600),
+            ("body_timeout_s", self.body_timeout_s, 1, 3600),
+            ("keep_alive_s", self.keep_alive_s, 1, 3600),
+            // Less and the server could not read a plain request; more and a few clients could fill the memory.
+            (
+                "header_limit_bytes",
+                figure(self.header_limit_bytes),
+                8 << 10,
+                1 << 20,
+            ),
+            (
+                "body_limit_bytes",
+                figure(self.body_limit_bytes),
+                1 << 10,
+                64 << 20,
+            ),
+        ] {
+            if !(least..=most).contains(&value) {
+                return Err(ConfigError::Service {
+                    key,
+                    value,
+                    least,
+                    most,
+                });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -221,20 +281,33 @@ pub enum ConfigError {
     /// `service.max_connections` is 0.
     #[error("`service.max_connections` is 0: nobody could connect")]
     MaxConnections,
+    /// A bound of the HTTP server outside its range.
+    #[error("`service.{key}` is {value}: use {least} to {most}")]
+    Service {
+        /// The key.
+        key: &'static str,
+        /// What it is.
+        value: u64,
+        /// The least it may be.
+        least: u64,
+        /// The most it may be.
+        most: u64,
+    },
 }
 
 impl OrchestratorConfig {
     /// Loads `explicit`, or `orchestratord.toml` of the configuration folder where it exists, with the environment over it.
     pub fn load(home: &Home, explicit: Option<&Path>) -> Result<Self, ConfigError> {
+        Self::load_traced(home, explicit).map(|loaded| loaded.value)
+    }
+
+    /// As [`OrchestratorConfig::load`], with where each setting comes from.
+    pub fn load_traced(home: &Home, explicit: Option<&Path>) -> Result<Loaded<Self>, ConfigError> {
         let environment = |name: &str| std::env::var(name).ok();
-        let config: Self = settings::load(
-            explicit,
-            &home.config_file("orchestratord.toml"),
-            &environment,
-            &ALIASES,
-        )?;
-        config.validate()?;
-        Ok(config)
+        let own = home.config_file(FILE_NAME);
+        let loaded: Loaded<Self> = settings::load_traced(explicit, &own, &environment, &ALIASES)?;
+        loaded.value.validate()?;
+        Ok(loaded)
     }
 
     /// Which of the variables called `set` sets nothing, here or in a pool manager on the same host.
@@ -266,13 +339,38 @@ impl OrchestratorConfig {
         if self.service.max_connections == 0 {
             return Err(ConfigError::MaxConnections);
         }
-        Ok(())
+        self.service.validate()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test] // [ORCHCORE-160]
+    fn bounds_of_the_server_are_checked_and_named() {
+        let with = |change: fn(&mut ServiceConfig)| {
+            let mut config = OrchestratorConfig::default();
+            change(&mut config.service);
+            config.validate().map_err(|error| error.to_string())
+        };
+        assert_eq!(with(|_| {}), Ok(()));
+        let told = with(|service| service.header_limit_bytes = 100).unwrap_err();
+        assert_eq!(
+            told,
+            "`service.header_limit_bytes` is 100: use 8192 to 1048576"
+        );
+        let wrong: [fn(&mut ServiceConfig); 5] = [
+            |service| service.header_timeout_s = 0,
+            |service| service.body_timeout_s = 0,
+            |service| service.keep_alive_s = 3601,
+            |service| service.body_limit_bytes = usize::MAX,
+            |service| service.max_connections = 0,
+        ];
+        for change in wrong {
+            assert!(with(change).is_err());
+        }
+    }
 
     #[test] // [POOLCORE-047]
     fn a_pool_on_the_same_host_knows_every_variable_of_an_orchestrator_and_the_other_way_round() {

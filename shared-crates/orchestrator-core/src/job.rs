@@ -70,6 +70,7 @@ impl<'de> Deserialize<'de> for JobId {
 
 /// The state of a job. It changes only through [`JobStatus::transition`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum JobStatus {
     /// It waits for a worker.
@@ -192,6 +193,7 @@ impl FromStr for JobStatus {
 
 /// Who goes first.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Priority {
     /// Somebody waits for it.
@@ -239,10 +241,12 @@ impl FromStr for Priority {
 
 /// Where a job must run.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Placement {
     /// Only on this pool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::openapi::ShortText>))]
     pub pool: Option<String>,
     /// Only on this device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -251,6 +255,7 @@ pub struct Placement {
 
 /// What the model is given.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Input {
     /// A text: one user message, or with `raw` the prompt as it is.
@@ -261,6 +266,7 @@ pub enum Input {
 
 /// A validated request with every default and drawn value in place: what an attempt needs, and nothing of HTTP.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct JobSpec {
     /// The model.
     pub model: ModelRef,
@@ -313,6 +319,7 @@ impl JobSpec {
 
 /// Why an attempt is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum AttemptOutcome {
     /// It finished the text.
@@ -340,6 +347,7 @@ impl AttemptOutcome {
 
 /// One try at a job on one worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Attempt {
     /// From 1.
     pub number: u32,
@@ -363,6 +371,7 @@ pub struct Attempt {
 
 /// Codes with which a job ends that did not complete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum JobErrorCode {
     /// Somebody cancelled it.
@@ -404,6 +413,7 @@ impl JobErrorCode {
 
 /// Why a job ended without completing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct JobError {
     /// What kind of end.
     pub code: JobErrorCode,
@@ -415,6 +425,7 @@ pub struct JobError {
 
 /// What a completed job used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Usage {
     /// Tokens of the prompt.
     pub tokens_in: u32,

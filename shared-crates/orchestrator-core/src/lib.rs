@@ -9,6 +9,8 @@ pub mod config;
 #[cfg(feature = "script")]
 pub mod decide;
 pub mod job;
+#[cfg(feature = "openapi")]
+pub mod openapi;
 pub mod pool;
 pub mod queue;
 pub mod scheduler;

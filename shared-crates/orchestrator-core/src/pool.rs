@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// Whether a pool is heard from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum PoolLiveness {
     /// Heartbeats arrive.

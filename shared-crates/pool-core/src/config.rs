@@ -25,12 +25,17 @@ pub const FILE_NAME: &str = "pool-managerd.toml";
 pub const ALIASES: [(&str, &str); 1] = [("LLORCH_POOL_BIND", "bind")];
 /// Variables of the orchestrator's own settings, which share their environment with a pool on the same host: a name, or
 /// the beginning of the names of a section. `orchestrator-core` tests that none is missing.
-pub const ORCHESTRATOR_VARIABLES: [&str; 7] = [
+pub const ORCHESTRATOR_VARIABLES: [&str; 12] = [
     "LLORCH_ORCHESTRATOR_BIND",
     "LLORCH_POOL_TOKEN_FILE",
     "LLORCH_QUEUE_",
     "LLORCH_RECOVERY_WINDOW_MS",
     "LLORCH_SCHEDULER_",
+    "LLORCH_SERVICE_BODY_LIMIT_BYTES",
+    "LLORCH_SERVICE_BODY_TIMEOUT_S",
+    "LLORCH_SERVICE_HEADER_LIMIT_BYTES",
+    "LLORCH_SERVICE_HEADER_TIMEOUT_S",
+    "LLORCH_SERVICE_KEEP_ALIVE_S",
     "LLORCH_SERVICE_STOP_TIMEOUT_S",
     "LLORCH_STORE_",
 ];

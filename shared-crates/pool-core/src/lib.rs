@@ -23,7 +23,7 @@ pub mod model_ref;
 #[cfg(feature = "nvml")]
 mod nvml;
 #[cfg(feature = "openapi")]
-mod openapi;
+pub mod openapi;
 pub mod process;
 pub mod programs;
 pub mod registry;

@@ -1,27 +1,64 @@
 //! Schemas of types that are written as text.
 
-use utoipa::openapi::schema::{ObjectBuilder, Type};
+use serde_json::{Map, Value, json};
+use utoipa::openapi::schema::{AnyOfBuilder, ObjectBuilder, Type};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::ModelRef;
+use crate::model_ref::MAX_BYTES;
 use crate::worker::Device;
 
 /// A text with a meaning of its own.
-fn text(description: &str, example: &str) -> RefOr<Schema> {
+/// What a model reference must not contain: control characters, and those that hide or reorder others.
+const HIDDEN: &str = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff";
+
+fn text(description: &str, example: &str, pattern: &str, longest: usize) -> RefOr<Schema> {
     let schema = ObjectBuilder::new().schema_type(Type::String);
     schema
         .description(Some(description))
         .examples([example])
+        .pattern(Some(pattern))
+        .max_length(Some(longest))
         .into()
+}
+
+/// The grammar of [`crate::model_ref`] in three regular expressions, without look-around, which not every validator has.
+fn model_ref_patterns() -> [String; 3] {
+    let alias = r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*\.?";
+    // One step of a path or name: neither `.` nor `..`, and no leading `-`.
+    let step = |more: &str| {
+        let first = format!("[A-Za-z0-9_{more}]");
+        let rest = format!("[A-Za-z0-9._{more}-]");
+        format!(r"({first}{rest}*|\.[A-Za-z0-9_{more}-]{rest}*|\.\.{rest}+)")
+    };
+    let (name, file_step) = (step(""), step(" +"));
+    let hub = format!("hf:{name}/{name}(@{name}(/{name})*)?(::file={file_step}(/{file_step})*)?");
+    let inside = format!("[^/{HIDDEN}]");
+    let file =
+        format!(r"file:(/(\.|[^/.{HIDDEN}-]{inside}*|\.[^/.{HIDDEN}]{inside}*|\.\.{inside}+)?)+");
+    [alias, &hub, &file].map(|pattern| format!("^{pattern}$"))
 }
 
 impl PartialSchema for ModelRef {
     fn schema() -> RefOr<Schema> {
-        text(
-            "A model: an id of the catalogue, `hf:ORG/REPO[@REVISION][::file=PATH]`, or `file:/absolute/path.gguf`.",
-            "smollm2-135m",
-        )
+        let [alias, hub, file] = model_ref_patterns();
+        AnyOfBuilder::new()
+            .item(text("An id of the catalogue.", "smollm2-135m", &alias, 64))
+            .item(text(
+                "A file on the hub: `hf:ORG/REPO[@REVISION][::file=PATH]`.",
+                "hf:HuggingFaceTB/SmolLM2-135M-Instruct-GGUF::file=smollm2-135m-instruct-q4_k_m.gguf",
+                &hub,
+                MAX_BYTES,
+            ))
+            .item(text(
+                "A file of the pool's host: `file:/absolute/path.gguf`.",
+                "file:/models/mine.gguf",
+                &file,
+                MAX_BYTES,
+            ))
+            .description(Some("A model."))
+            .into()
     }
 }
 
@@ -32,8 +69,55 @@ impl PartialSchema for Device {
         text(
             "Where a worker computes: `cpu`, `cuda:N` or `metal:N`.",
             "cuda:0",
+            "^(cpu|(cuda|metal):[0-9]{1,9})$",
+            64,
         )
     }
 }
 
 impl ToSchema for Device {}
+
+/// Says plainly what a derive only hints at, in the whole of a document: how large each integer may be, whose `format`
+/// alone is a remark; and that a time may be null, without leaving open whether its format then counts.
+pub fn clarify(document: &mut Value) {
+    match document {
+        Value::Object(fields) => {
+            fields.values_mut().for_each(clarify);
+            bound_integer(fields);
+            unfold_nullable_time(fields);
+        }
+        Value::Array(items) => items.iter_mut().for_each(clarify),
+        _ => {}
+    }
+}
+
+fn bound_integer(schema: &mut Map<String, Value>) {
+    let format = schema.get("format").and_then(Value::as_str);
+    let (name, most) = match format {
+        Some("u-int8") => ("uint8", u64::from(u8::MAX)),
+        Some("u-int16") => ("uint16", u64::from(u16::MAX)),
+        Some("u-int32") => ("uint32", u64::from(u32::MAX)),
+        Some("u-int64") => ("uint64", u64::MAX),
+        Some("int32") => ("int32", i32::MAX.unsigned_abs().into()),
+        _ => return,
+    };
+    if name == "int32" {
+        let least = schema.entry("minimum");
+        least.or_insert_with(|| i32::MIN.into());
+    }
+    schema.insert("format".to_owned(), name.into());
+    schema.entry("maximum").or_insert_with(|| most.into());
+}
+
+fn unfold_nullable_time(schema: &mut Map<String, Value>) {
+    let time = schema
+        .get("format")
+        .is_some_and(|format| format == "date-time");
+    if !time || schema.get("type").is_none_or(|kind| !kind.is_array()) {
+        return;
+    }
+    schema.remove("format");
+    schema.remove("type");
+    let either = json!([{"type": "string", "format": "date-time"}, {"type": "null"}]);
+    schema.insert("anyOf".to_owned(), either);
+}

@@ -1,5 +1,7 @@
 //! `llorch orchestrator`: `orchestratord` as a process of this machine.
 
+mod config;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -36,6 +38,9 @@ pub enum Command {
     },
     /// Show the end of the orchestrator's log
     Logs(LogArgs),
+    /// Check and show the orchestrator's settings
+    #[command(subcommand)]
+    Config(config::Command),
     /// Copy all jobs to a file, whether the orchestrator runs or not
     ///
     /// The copy is of one moment, complete and on the disk when the command returns, and only its owner can read it. To
@@ -74,6 +79,7 @@ impl Command {
             Self::Status { format } => status(&home, format).await,
             Self::Backup(args) => backup(args).await,
             Self::Logs(args) => daemon_commands::show_log(&log_file(&home), args).await,
+            Self::Config(command) => command.run(&home),
         }
     }
 }

@@ -1,65 +1,43 @@
 //! HTTP: each handler checks, makes one call into the domain, and shapes the answer.
 
+mod daemon;
+mod document;
 mod error;
 mod models;
 mod pools;
 mod tasks;
 
 use axum::Router;
-use axum::extract::State;
-use axum::http::header::CONTENT_TYPE;
-use axum::response::IntoResponse;
-use axum::routing::{get, post};
-use pool_core::service::{Json, ServiceError, ServiceResult};
-use serde_json::{Value, json};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 use crate::app::App;
 
-/// All routes but `/version`, which every service has.
+/// All routes but `/version`, which every service has. Each is made from the description that `/openapi.json` shows, so
+/// that none can lack one.
 pub fn router(app: App) -> Router {
-    Router::new()
-        .route("/v2/tasks", post(tasks::submit).get(tasks::list))
-        .route("/v2/tasks/{id}", get(tasks::show).delete(tasks::cancel))
-        .route("/v2/tasks/{id}/events", get(tasks::events))
-        .route("/v2/tasks/{id}/explain", get(tasks::explain))
-        .route("/v2/tasks/{id}/cancel", post(tasks::cancel))
-        .route("/v2/pools", get(pools::list))
-        .route("/v2/pools/register", post(pools::register))
-        .route("/v2/pools/{id}", get(pools::show).delete(pools::remove))
-        .route("/v2/pools/{id}/heartbeat", post(pools::heartbeat))
-        .route("/v2/pools/{id}/workers/spawn", post(pools::spawn_worker))
-        .route(
-            "/v2/pools/{id}/workers/{worker}/stop",
-            post(pools::stop_worker),
-        )
-        .route("/v2/pools/{id}/drain", post(pools::drain))
-        .route("/v2/pools/{id}/resume", post(pools::resume))
-        .route("/v2/models", get(models::list))
-        .route("/health", get(health))
-        .route("/ready", get(ready))
-        .route("/metrics", get(metrics))
-        .with_state(app)
+    let (router, description) = routes().split_for_parts();
+    router.layer(document::layer(&description)).with_state(app)
 }
 
-/// `GET /health`: the process answers.
-async fn health() -> Json<Value> {
-    Json(json!({"status": "ok"}))
-}
-
-/// `GET /ready`: 200 when jobs can be taken; 503 while the database can't be used or the daemon stops.
-async fn ready(State(app): State<App>) -> ServiceResult<Json<Value>> {
-    if app.shutdown.is_requested() {
-        return Err(error::stopping());
-    }
-    app.store.check().await?;
-    Ok(Json(json!({"status": "ready"})))
-}
-
-/// `GET /metrics`: figures for Prometheus.
-async fn metrics(State(app): State<App>) -> ServiceResult<impl IntoResponse> {
-    let text = app
-        .metrics
-        .render()
-        .map_err(|error| ServiceError::internal(&error))?;
-    Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4")], text))
+fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::with_openapi(document::frame())
+        .routes(routes!(tasks::submit, tasks::list))
+        .routes(routes!(tasks::show, tasks::delete))
+        .routes(routes!(tasks::events))
+        .routes(routes!(tasks::explain))
+        .routes(routes!(tasks::cancel))
+        .routes(routes!(pools::list))
+        .routes(routes!(pools::register))
+        .routes(routes!(pools::show, pools::remove))
+        .routes(routes!(pools::heartbeat))
+        .routes(routes!(pools::spawn_worker))
+        .routes(routes!(pools::stop_worker))
+        .routes(routes!(pools::drain))
+        .routes(routes!(pools::resume))
+        .routes(routes!(models::list))
+        .routes(routes!(daemon::health))
+        .routes(routes!(daemon::ready))
+        .routes(routes!(daemon::metrics))
+        .routes(routes!(document::openapi))
 }

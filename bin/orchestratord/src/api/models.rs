@@ -9,7 +9,8 @@ use pool_core::service::Json;
 use crate::app::App;
 use crate::clock;
 
-/// `GET /v2/models`: the catalogue and what else pools offer, each with the pools that have it.
+/// The catalogue and what else pools offer, each with the pools that have it.
+#[utoipa::path(get, path = "/v2/models", tag = "fleet", responses((status = 200, body = ModelList)))]
 pub(super) async fn list(State(app): State<App>) -> Json<ModelList> {
     let mut on_pools: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for pool in app.fleet.views(clock::now()) {

@@ -2,12 +2,16 @@
 
 use axum::extract::State;
 use axum::http::StatusCode;
-use orchestrator_core::api::pools::{PoolList, PoolView};
-use pool_core::api::pool::{Heartbeat, RegisterRequest, WorkerSpawnRequest, WorkerStopRequest};
+use orchestrator_core::api::pools::{HeartbeatAccepted, PoolList, PoolView, Registered};
+use pool_core::api::pool::{
+    DrainRequest, Heartbeat, PoolStatus, RegisterRequest, WorkerSpawnRequest, WorkerStopRequest,
+};
 use pool_core::client::Method;
 use pool_core::service::{CorrelationId, Json, Path, ServiceResult};
+use pool_core::worker::WorkerInfo;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde::de::DeserializeOwned;
+use serde_json::json;
 
 use super::error;
 use crate::app::App;
@@ -15,14 +19,19 @@ use crate::clock;
 use crate::dispatch;
 use crate::scheduler;
 
-/// `GET /v2/pools`: all registered pools.
+/// All registered pools.
+#[utoipa::path(get, path = "/v2/pools", tag = "fleet", responses((status = 200, body = PoolList)))]
 pub(super) async fn list(State(app): State<App>) -> Json<PoolList> {
     Json(PoolList {
         pools: app.fleet.views(clock::now()),
     })
 }
 
-/// `GET /v2/pools/{id}`; `404` where it has not registered.
+/// A registered pool.
+#[utoipa::path(
+    get, path = "/v2/pools/{id}", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
+    responses((status = 200, body = PoolView), (status = 404, description = "The pool has not registered."))
+)]
 pub(super) async fn show(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -33,11 +42,17 @@ pub(super) async fn show(
         .ok_or_else(|| error::no_pool(&id))
 }
 
-/// `POST /v2/pools/register`; `409` for another version of the API.
+/// A pool takes part from now on, or a new instance of it does. What it has, it says in its first heartbeat.
+#[utoipa::path(
+    post, path = "/v2/pools/register", tag = "pools' own",
+    security(("pool_token" = []), ("api_token" = []), ()),
+    request_body = RegisterRequest,
+    responses((status = 200, body = Registered), (status = 409, description = "The pool speaks another version of the API."))
+)]
 pub(super) async fn register(
     State(app): State<App>,
     Json(request): Json<RegisterRequest>,
-) -> ServiceResult<Json<Value>> {
+) -> ServiceResult<Json<Registered>> {
     let (id, now) = (request.pool_id.clone(), clock::now());
     app.fleet.register(request.clone(), now)?;
     // On a full disk the pool serves all the same; only a restart would not know it before it speaks.
@@ -45,15 +60,25 @@ pub(super) async fn register(
         tracing::warn!(pool = id, %error, "the registration is not written down");
     }
     app.changed.notify_one();
-    Ok(Json(json!({"pool_id": id})))
+    Ok(Json(Registered { pool_id: id }))
 }
 
-/// `POST /v2/pools/{id}/heartbeat`; `404` for a pool that has to register, `409` for a stale one.
+/// What a pool has and does. Taken from its newest instance alone, in rising order.
+#[utoipa::path(
+    post, path = "/v2/pools/{id}/heartbeat", tag = "pools' own", params(("id" = String, Path, description = "The pool.")),
+    security(("pool_token" = []), ("api_token" = []), ()),
+    request_body = Heartbeat,
+    responses(
+        (status = 200, body = HeartbeatAccepted),
+        (status = 404, description = "The pool has to register first."),
+        (status = 409, description = "Something newer was heard already."),
+    )
+)]
 pub(super) async fn heartbeat(
     State(app): State<App>,
     Path(id): Path<String>,
     Json(heartbeat): Json<Heartbeat>,
-) -> ServiceResult<Json<Value>> {
+) -> ServiceResult<Json<HeartbeatAccepted>> {
     let result = app.fleet.heartbeat(&id, heartbeat, clock::now());
     let outcome = if result.is_ok() {
         "accepted"
@@ -65,10 +90,15 @@ pub(super) async fn heartbeat(
     scheduler::tell_attempts(&app);
     dispatch::cancel_orphans(&app, &id);
     app.changed.notify_one();
-    Ok(Json(json!({})))
+    Ok(Json(HeartbeatAccepted {}))
 }
 
-/// `DELETE /v2/pools/{id}`: the pool says goodbye; its running streams go on.
+/// The pool takes part no longer. Streams of its workers that run go on.
+#[utoipa::path(
+    delete, path = "/v2/pools/{id}", tag = "pools' own", params(("id" = String, Path, description = "The pool.")),
+    security(("pool_token" = []), ("api_token" = []), ()),
+    responses((status = 204, description = "It is forgotten."), (status = 404, description = "The pool has not registered."))
+)]
 pub(super) async fn remove(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -83,24 +113,49 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// `POST /v2/pools/{id}/workers/spawn`, passed on.
+/// Starts a worker on a pool; passed on to it.
+#[utoipa::path(
+    post, path = "/v2/pools/{id}/workers/spawn", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
+    request_body = WorkerSpawnRequest,
+    responses(
+        (status = 202, description = "It is being started.", body = WorkerInfo),
+        (status = 400, description = "The pool refused it as malformed."),
+        (status = 404, description = "The pool has not registered, or has nothing of that name."),
+        (status = 409, description = "The pool refused it in its present state."),
+        (status = 502, description = "The pool does not answer, or does not let this orchestrator in."),
+        (status = 503, description = "The pool can't now."),
+    )
+)]
 pub(super) async fn spawn_worker(
     State(app): State<App>,
     Path(id): Path<String>,
     correlation: CorrelationId,
     Json(request): Json<WorkerSpawnRequest>,
-) -> ServiceResult<(StatusCode, Json<Value>)> {
+) -> ServiceResult<(StatusCode, Json<WorkerInfo>)> {
     let answer = pass_on(&app, &id, &correlation, "/workers/spawn", &request).await?;
     Ok((StatusCode::ACCEPTED, Json(answer)))
 }
 
-/// `POST /v2/pools/{id}/workers/{worker}/stop`, passed on.
+/// Tells a worker to stop, and answers what it is now; passed on to its pool.
+#[utoipa::path(
+    post, path = "/v2/pools/{id}/workers/{worker}/stop", tag = "fleet",
+    params(("id" = String, Path, description = "The pool."), ("worker" = String, Path, pattern = "^[A-Za-z0-9-]+$", description = "The worker.")),
+    request_body(content = Option<WorkerStopRequest>),
+    responses(
+        (status = 200, body = WorkerInfo),
+        (status = 400, description = "The pool refused it as malformed."),
+        (status = 404, description = "The pool has not registered, or has nothing of that name."),
+        (status = 409, description = "The pool refused it in its present state."),
+        (status = 502, description = "The pool does not answer, or does not let this orchestrator in."),
+        (status = 503, description = "The pool can't now."),
+    )
+)]
 pub(super) async fn stop_worker(
     State(app): State<App>,
     Path((id, worker)): Path<(String, String)>,
     correlation: CorrelationId,
-    request: Option<Json<WorkerStopRequest>>,
-) -> ServiceResult<Json<Value>> {
+    body: Option<Json<Option<WorkerStopRequest>>>,
+) -> ServiceResult<Json<WorkerInfo>> {
     // The name becomes a part of a path on the pool.
     if worker.is_empty()
         || !worker
@@ -112,7 +167,7 @@ pub(super) async fn stop_worker(
                 .hint("`GET /v2/pools` shows the workers"),
         );
     }
-    let request = request.map(|Json(request)| request).unwrap_or_default();
+    let request = body.and_then(|Json(request)| request).unwrap_or_default();
     pass_on(
         &app,
         &id,
@@ -124,35 +179,60 @@ pub(super) async fn stop_worker(
     .map(Json)
 }
 
-/// `POST /v2/pools/{id}/drain`, passed on.
+/// The pool takes no new workers, and as the body says stops those it has; passed on to it.
+#[utoipa::path(
+    post, path = "/v2/pools/{id}/drain", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
+    request_body(content = Option<DrainRequest>),
+    responses(
+        (status = 200, body = PoolStatus),
+        (status = 400, description = "The pool refused it as malformed."),
+        (status = 404, description = "The pool has not registered, or has nothing of that name."),
+        (status = 409, description = "The pool refused it in its present state."),
+        (status = 502, description = "The pool does not answer, or does not let this orchestrator in."),
+        (status = 503, description = "The pool can't now."),
+    )
+)]
 pub(super) async fn drain(
     State(app): State<App>,
     Path(id): Path<String>,
     correlation: CorrelationId,
-) -> ServiceResult<Json<Value>> {
-    pass_on(&app, &id, &correlation, "/drain", &json!({}))
+    body: Option<Json<Option<DrainRequest>>>,
+) -> ServiceResult<Json<PoolStatus>> {
+    let request = body.and_then(|Json(request)| request).unwrap_or_default();
+    pass_on(&app, &id, &correlation, "/drain", &request)
         .await
         .map(Json)
 }
 
-/// `POST /v2/pools/{id}/resume`, passed on.
+/// The pool takes new workers again; passed on to it.
+#[utoipa::path(
+    post, path = "/v2/pools/{id}/resume", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
+    responses(
+        (status = 200, body = PoolStatus),
+        (status = 400, description = "The pool refused it as malformed."),
+        (status = 404, description = "The pool has not registered, or has nothing of that name."),
+        (status = 409, description = "The pool refused it in its present state."),
+        (status = 502, description = "The pool does not answer, or does not let this orchestrator in."),
+        (status = 503, description = "The pool can't now."),
+    )
+)]
 pub(super) async fn resume(
     State(app): State<App>,
     Path(id): Path<String>,
     correlation: CorrelationId,
-) -> ServiceResult<Json<Value>> {
+) -> ServiceResult<Json<PoolStatus>> {
     pass_on(&app, &id, &correlation, "/resume", &json!({}))
         .await
         .map(Json)
 }
 
-async fn pass_on(
+async fn pass_on<T: DeserializeOwned>(
     app: &App,
     pool: &str,
     correlation: &CorrelationId,
     path: &str,
     body: &impl Serialize,
-) -> ServiceResult<Value> {
+) -> ServiceResult<T> {
     let client = app
         .fleet
         .client(pool)

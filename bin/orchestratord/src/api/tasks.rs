@@ -16,11 +16,11 @@ use orchestrator_core::api::tasks::{
 use orchestrator_core::job::{JobSpec, Priority};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
-use pool_core::service::{Caller, Json, Path, Query, ServiceError, ServiceResult};
+use pool_core::service::{Caller, CorrelationId, Json, Path, Query, ServiceError, ServiceResult};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 
-use super::error;
+use super::{document, error};
 use crate::app::App;
 use crate::clock;
 use crate::explain;
@@ -28,13 +28,27 @@ use crate::life::{self, Accepted};
 use crate::state::{IdempotencyKey, ListFilter, apply_to_text};
 use crate::streams;
 
-/// How often a silent stream shows that it is alive.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Jobs of a list where the request does not say, and the most that it may ask for.
 const LIST: (u32, u32) = (50, 500);
 
-/// `POST /v2/tasks`: `202` once stored, or `200` and the event stream where that is what the client accepts; `400` bad
-/// request, `404` unknown model, `422` another request's idempotency key, `429` queue full, `503` no usable database.
+/// Submits a task. Once this is answered, the job is stored and survives whatever happens to the processes.
+///
+/// Where the client accepts `text/event-stream`, the answer is the job's event stream; its id is in the `queued` event and
+/// in `Location`. A client that goes away does not cancel its job.
+#[utoipa::path(
+    post, path = "/v2/tasks", tag = "tasks",
+    params(("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]([ -~]{0,253}[!-~])?$", description = "Names the request: however often it is sent with the same key, there is one job.")),
+    request_body = TaskSubmitRequest,
+    responses(
+        (status = 202, description = "The job is stored.", body = TaskAccepted, headers(("Location" = String, description = "Path of the job."))),
+        (status = 200, description = document::STREAM, body = String, content_type = "text/event-stream", headers(("Location" = String, description = "Path of the job."))),
+        (status = 400, description = "A field is malformed, unknown or out of range; `details.field` names it."),
+        (status = 404, description = "No such model, or one that tasks may not name."),
+        (status = 410, description = "The events of the job that the key named were dropped after `retention`."),
+        (status = 422, description = "The key named another request."),
+        (status = 429, description = "The queue is full."),
+    )
+)]
 pub(super) async fn submit(
     State(app): State<App>,
     Extension(caller): Extension<Caller>,
@@ -87,7 +101,9 @@ async fn accept(
         .validate()
         .map_err(|refusal| error::validation(&refusal))?;
     let key = idempotency_key(caller, headers, &spec, seed_given)?;
-    let submitted = app.complete(life::submit(Arc::clone(app), spec, key)).await;
+    let correlation = CorrelationId::current().unwrap_or_else(CorrelationId::random);
+    let submitted = life::submit(Arc::clone(app), spec, key, correlation);
+    let submitted = app.complete(submitted).await;
     Ok(submitted.map_err(|error| ServiceError::internal(&error))??)
 }
 
@@ -151,8 +167,9 @@ async fn stream(app: &App, id: JobId, after: EventId) -> ServiceResult<Response>
         }
     }
     let events = streams::follow(Arc::clone(app), id, live, after);
+    let silence = Duration::from_secs(app.config.service.keep_alive_s);
     let mut response = sse::Sse::new(events)
-        .keep_alive(sse::KeepAlive::new().interval(KEEP_ALIVE))
+        .keep_alive(sse::KeepAlive::new().interval(silence))
         .into_response();
     // Proxies that collect an answer before they pass it on would undo the streaming.
     response
@@ -166,17 +183,32 @@ fn parse_id(id: &str) -> ServiceResult<JobId> {
 }
 
 /// Parameters of `GET /v2/tasks`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub(super) struct ListQuery {
+    /// Only jobs in this state.
+    #[param(value_type = Option<JobStatus>, nullable = false)]
     status: Option<String>,
+    /// Only jobs of this model.
+    #[param(value_type = Option<ModelRef>, nullable = false)]
     model: Option<String>,
+    /// Only jobs of this class.
+    #[param(value_type = Option<Priority>, nullable = false)]
     priority: Option<String>,
+    /// Jobs of a page.
+    #[param(default = 50, minimum = 1, maximum = 500, nullable = false)]
     limit: Option<u32>,
+    /// The `next_cursor` of the page before.
+    #[param(value_type = Option<JobId>, nullable = false)]
     cursor: Option<String>,
 }
 
-/// `GET /v2/tasks`: jobs, newest first.
+/// Jobs, newest first, without their texts.
+#[utoipa::path(
+    get, path = "/v2/tasks", tag = "tasks", params(ListQuery),
+    responses((status = 200, body = TaskList), (status = 400, description = "A parameter is unknown or out of range."))
+)]
 pub(super) async fn list(
     State(app): State<App>,
     Query(query): Query<ListQuery>,
@@ -220,7 +252,11 @@ pub(super) async fn list(
     Ok(Json(TaskList { jobs, next_cursor }))
 }
 
-/// `GET /v2/tasks/{id}`: the job with its text so far.
+/// A job with its text so far.
+#[utoipa::path(
+    get, path = "/v2/tasks/{id}", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
+    responses((status = 200, body = TaskView), (status = 404, description = "There is no such job."))
+)]
 pub(super) async fn show(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -245,7 +281,11 @@ pub(super) async fn show(
     Ok(Json(TaskView::new(job, waiting)))
 }
 
-/// `GET /v2/tasks/{id}/explain`: why the job waits, and why its attempts went where they went.
+/// Why a job waits, what would lift that, and why its attempts went where they went.
+#[utoipa::path(
+    get, path = "/v2/tasks/{id}/explain", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
+    responses((status = 200, body = TaskExplanation), (status = 404, description = "There is no such job."))
+)]
 pub(super) async fn explain(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -257,7 +297,22 @@ pub(super) async fn explain(
         .ok_or_else(|| error::no_job(&id.to_string()))
 }
 
-/// `GET /v2/tasks/{id}/events`: the job's events from the start, or after `Last-Event-ID`.
+/// A job's events from the start, or after `Last-Event-ID`, and on until it is over. Any number of readers may follow.
+///
+/// A reader that is too slow is closed with `lagged`, and can come back.
+#[utoipa::path(
+    get, path = "/v2/tasks/{id}/events", tag = "tasks",
+    params(
+        ("id" = JobId, Path, description = "The job."),
+        ("Last-Event-ID" = Option<String>, Header, pattern = "^[0-9]{1,9}[.][0-9]{1,19}$", description = "The `id:` of the last event that the reader has. One ahead of the log waits while the job lives."),
+    ),
+    responses(
+        (status = 200, description = document::STREAM, body = String, content_type = "text/event-stream"),
+        (status = 400, description = "`Last-Event-ID` is malformed, or after the last event of a job that is over."),
+        (status = 404, description = "There is no such job."),
+        (status = 410, description = "The job's texts were dropped after `retention`."),
+    )
+)]
 pub(super) async fn events(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -275,7 +330,11 @@ pub(super) async fn events(
     stream(&app, id, after).await
 }
 
-/// `POST /v2/tasks/{id}/cancel` and `DELETE /v2/tasks/{id}`: the state that won, committed before the answer.
+/// Cancels a job. The first terminal state wins; the answer names it, and it is committed.
+#[utoipa::path(
+    post, path = "/v2/tasks/{id}/cancel", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
+    responses((status = 200, body = CancelResponse), (status = 404, description = "There is no such job."))
+)]
 pub(super) async fn cancel(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -285,4 +344,16 @@ pub(super) async fn cancel(
     let status = cancelled.map_err(|error| ServiceError::internal(&error))??;
     let status = status.ok_or_else(|| error::no_job(&id.to_string()))?;
     Ok(Json(CancelResponse { job_id: id, status }))
+}
+
+/// The same as `POST /v2/tasks/{id}/cancel`: the job ends, and its record stays.
+#[utoipa::path(
+    delete, path = "/v2/tasks/{id}", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
+    responses((status = 200, body = CancelResponse), (status = 404, description = "There is no such job."))
+)]
+pub(super) async fn delete(
+    app: State<App>,
+    id: Path<String>,
+) -> ServiceResult<Json<CancelResponse>> {
+    cancel(app, id).await
 }

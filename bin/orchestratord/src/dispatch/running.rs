@@ -95,7 +95,7 @@ impl<'a> Running<'a> {
     /// Starts the execution and runs the attempt until it is known how it ends.
     pub(super) async fn start(mut self, endpoint: &WorkerEndpoint, seam: Seam) -> Verdict {
         let request = worker::request(self.live.id, self.lease, seam);
-        let mut connection = match Connection::new(endpoint, self.live.id) {
+        let mut connection = match Connection::new(endpoint, self.live) {
             Ok(connection) => connection,
             Err(error) => return Verdict::Lost(error.to_string()),
         };
@@ -120,7 +120,7 @@ impl<'a> Running<'a> {
     /// first event on, and what the log has of that is passed over.
     pub(super) async fn take_up(mut self, endpoint: &WorkerEndpoint, started: bool) -> Verdict {
         (self.started, self.caught_up) = (started, false);
-        let verdict = match Connection::new(endpoint, self.live.id) {
+        let verdict = match Connection::new(endpoint, self.live) {
             Ok(mut connection) => match self.reattach(&mut connection).await {
                 Ok(()) => {
                     tracing::info!(job = %self.live.id, attempt = self.lease.attempt, worker = self.attempt.worker_id,

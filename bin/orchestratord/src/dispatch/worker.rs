@@ -12,6 +12,7 @@ use pool_core::api::worker::{
 use pool_core::client::{ApiClient, ClientError, EventStream, Method};
 use pool_core::secret::Secret;
 
+use crate::queue::LiveJob;
 use crate::state::{Lease, Seam};
 
 /// How long a worker may take to answer; generating is no part of it.
@@ -65,11 +66,11 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(endpoint: &WorkerEndpoint, job: JobId) -> Result<Self, ClientError> {
-        let client = client(endpoint)?.with_correlation_id(job.to_string());
+    pub(super) fn new(endpoint: &WorkerEndpoint, job: &LiveJob) -> Result<Self, ClientError> {
+        let client = client(endpoint)?.with_correlation_id(job.correlation());
         Ok(Self {
             client,
-            job,
+            job: job.id,
             stream: None,
             last_id: None,
             newest: None,

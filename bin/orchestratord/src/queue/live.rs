@@ -21,6 +21,8 @@ pub struct LiveJob {
     pub created_at: Timestamp,
     /// When it expires.
     pub deadline: Option<Timestamp>,
+    /// The correlation id of the request that submitted it, as far as this run of the daemon knows.
+    correlation: Option<String>,
     /// Held by whoever changes the job's state or adds to its log, over the commit: what readers see has one order, and
     /// nothing is relayed after an end that is being committed.
     pub gate: tokio::sync::Mutex<()>,
@@ -41,9 +43,24 @@ impl LiveJob {
             hub: Hub::new(last, attempt),
             created_at,
             deadline,
+            correlation: None,
             gate: tokio::sync::Mutex::new(()),
             ended: OnceLock::new(),
         }
+    }
+
+    /// The same, submitted by this request.
+    #[must_use]
+    pub fn submitted_by(mut self, correlation: &str) -> Self {
+        self.correlation = Some(correlation.to_owned());
+        self
+    }
+
+    /// The correlation id under which other daemons hear of it: the client's, or after a restart the job's own id.
+    pub fn correlation(&self) -> String {
+        self.correlation
+            .clone()
+            .unwrap_or_else(|| self.id.to_string())
     }
 
     /// The state in which it ended. To be asked while the gate is held.

@@ -6,6 +6,7 @@
 mod downloads;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::job::JobErrorCode;
@@ -29,7 +30,9 @@ const RETRY: SignedDuration = SignedDuration::from_secs(1);
 /// Schedules until the daemon stops.
 pub async fn run(app: App) {
     loop {
+        let begun = Instant::now();
         let wake = pass(&app);
+        app.metrics.passed(begun.elapsed());
         let sleep = async {
             match wake {
                 Some(at) => tokio::time::sleep(clock::until(at)).await,
@@ -89,12 +92,6 @@ fn pass(app: &App) -> Option<Timestamp> {
         }
     }
     queue::publish(passed.news);
-    for (class, depth) in app.jobs.depths() {
-        app.metrics
-            .queue_depth
-            .with_label_values(&[class.as_str()])
-            .set(i64::try_from(depth).unwrap_or(i64::MAX));
-    }
     // After the actions: a start that they began has a deadline as well.
     let changes = app.fleet.next_change(now);
     [expires, wake, changes].into_iter().flatten().min()

@@ -22,8 +22,8 @@ use orchestrator_core::{JobId, JobStatus};
 use orchestratord::Daemon;
 use pool_core::api::models::{DownloadEvent, ModelDownloadRequest};
 use pool_core::api::pool::{
-    DeviceInfo, DiskInfo, Heartbeat, ModelOnDisk, PoolSnapshot, PoolStatus, RegisterRequest,
-    WorkerEndpoint, WorkerSpawnRequest,
+    DeviceInfo, DiskInfo, DrainRequest, DrainStatus, Heartbeat, ModelOnDisk, PoolSnapshot,
+    PoolStatus, RegisterRequest, WorkerEndpoint, WorkerSpawnRequest, WorkerStopRequest,
 };
 use pool_core::api::worker::{
     CancelRequest, CancelResponse, ExecuteRequest, NEWEST_EVENT, Origin, StopReason, WorkerEnd,
@@ -324,6 +324,10 @@ struct WorkerInner {
     slow_cancels: bool,
     /// Whether `/execute` calls are lost on their way.
     lose_executes: bool,
+    /// Correlation ids of the executions that it accepted.
+    correlations: Vec<String>,
+    /// Whether each execution says a few words and ends, without being told to.
+    fluent: bool,
 }
 
 /// A FAKE worker.
@@ -418,6 +422,15 @@ impl FakeWorker {
     /// Lets `/execute` calls go astray: they arrive nowhere and are not answered.
     pub fn lose_executes(&self, lose: bool) {
         self.change(|inner| inner.lose_executes = lose);
+    }
+
+    pub fn correlations(&self) -> Vec<String> {
+        self.inner.lock().unwrap().correlations.clone()
+    }
+
+    /// From now on each execution says three tokens and ends.
+    pub fn be_fluent(&self) {
+        self.change(|inner| inner.fluent = true);
     }
 
     /// Lets cancels wait for their answers, or go on.
@@ -622,19 +635,62 @@ async fn execute(
             Some(fence) if request.fence < fence => return refusal(WorkerErrorCode::StaleFence),
             Some(fence) if request.fence == fence => {}
             _ => {
+                let events = if inner.fluent {
+                    a_few_words(&request)
+                } else {
+                    Vec::new()
+                };
                 inner.executions.insert(
                     job.clone(),
                     Execution {
                         fence: request.fence,
+                        events,
                         ..Default::default()
                     },
                 );
+                inner.correlations.push(correlation_of(&headers));
                 inner.requests.push(request);
             }
         }
     }
     state.changed.send_replace(());
     Sse::new(stream(state, job, 0)).into_response()
+}
+
+fn correlation_of(headers: &HeaderMap) -> String {
+    let id = headers.get("x-correlation-id");
+    id.map_or_else(String::new, |id| id.to_str().unwrap().to_owned())
+}
+
+/// A whole execution.
+fn a_few_words(request: &ExecuteRequest) -> Vec<WorkerEvent> {
+    let started = WorkerEvent::Started(WorkerStarted {
+        job_id: request.job_id.clone(),
+        attempt: request.attempt,
+        fence: request.fence,
+        tokens_in: 3,
+        origin: None,
+        continues: false,
+    });
+    let tokens = (0..3).map(|i| {
+        WorkerEvent::Token(WorkerToken {
+            i,
+            t: format!("<{i}>"),
+            ids: vec![i + 100],
+        })
+    });
+    let end = WorkerEvent::End(WorkerEnd {
+        tokens_in: 3,
+        tokens_out: 3,
+        stop_reason: StopReason::Eos,
+        seed: request.seed,
+        ttft_ms: 2,
+        decode_time_ms: 5,
+    });
+    std::iter::once(started)
+        .chain(tokens)
+        .chain(std::iter::once(end))
+        .collect()
 }
 
 async fn reattach(
@@ -778,6 +834,8 @@ pub struct FakePool {
     pub spawned: Spawned,
     /// The message with which spawns are refused.
     pub refusal: Arc<Mutex<Option<String>>>,
+    /// Correlation ids of the spawns that it was asked for.
+    pub correlations: Arc<Mutex<Vec<String>>>,
     addr: SocketAddr,
     server: JoinHandle<()>,
     seq: AtomicU64,
@@ -789,8 +847,16 @@ impl FakePool {
     pub async fn start(id: &str) -> Self {
         let asked = Asked::default();
         let (spawned, refusal) = (Spawned::default(), Arc::<Mutex<Option<String>>>::default());
+        let correlations = Arc::<Mutex<Vec<String>>>::default();
+        let ids = Arc::clone(&correlations);
         let app = Router::new()
-            .route("/workers/spawn", post(spawn))
+            .route(
+                "/workers/spawn",
+                post(async move |headers: HeaderMap, state, request| {
+                    ids.lock().unwrap().push(correlation_of(&headers));
+                    spawn(state, request).await
+                }),
+            )
             .with_state((Arc::clone(&spawned), Arc::clone(&refusal)))
             .merge(asked.routes());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -811,6 +877,7 @@ impl FakePool {
             asked,
             spawned,
             refusal,
+            correlations,
             addr,
             server,
             seq: AtomicU64::new(0),
@@ -835,26 +902,10 @@ impl FakePool {
     }
 
     pub fn next_heartbeat(&self) -> Heartbeat {
-        let device = DeviceInfo {
-            device: Device::CPU,
-            name: "fake".into(),
-            memory_total_bytes: 1 << 30,
-            memory_free_bytes: 1 << 29,
-            memory_reserved_bytes: 0,
-            gpu: None,
-        };
         let status = PoolStatus {
-            pool_id: self.id.clone(),
-            instance_id: self.instance.clone(),
-            version: "0.0.0".into(),
-            started_at: Timestamp::UNIX_EPOCH,
-            draining: false,
-            drain: None,
-            backends: vec![Backend::Cpu],
-            devices: vec![device],
             workers: self.workers.clone(),
             models: self.models.clone(),
-            disk: DiskInfo::default(),
+            ..pool_status(&self.id, &self.instance)
         };
         let snapshot = PoolSnapshot {
             status,
@@ -920,6 +971,8 @@ impl Asked {
         Router::new()
             .route("/workers/{id}/stop", post(stop_worker))
             .route("/models/download", post(download))
+            .route("/drain", post(drain))
+            .route("/resume", post(resume))
             .with_state(self.clone())
     }
 }
@@ -961,6 +1014,49 @@ impl Drop for FakePool {
     fn drop(&mut self) {
         self.server.abort();
     }
+}
+
+/// What a pool without workers and models says of itself.
+fn pool_status(id: &str, instance: &str) -> PoolStatus {
+    let device = DeviceInfo {
+        device: Device::CPU,
+        name: "fake".into(),
+        memory_total_bytes: 1 << 30,
+        memory_free_bytes: 1 << 29,
+        memory_reserved_bytes: 0,
+        gpu: None,
+    };
+    PoolStatus {
+        pool_id: id.to_owned(),
+        instance_id: instance.to_owned(),
+        version: "0.0.0".into(),
+        started_at: Timestamp::UNIX_EPOCH,
+        draining: false,
+        drain: None,
+        backends: vec![Backend::Cpu],
+        devices: vec![device],
+        workers: Vec::new(),
+        models: Vec::new(),
+        disk: DiskInfo::default(),
+    }
+}
+
+async fn drain(Json(request): Json<DrainRequest>) -> Json<PoolStatus> {
+    let drain = DrainStatus {
+        since: Timestamp::UNIX_EPOCH,
+        deadline: request.deadline_ms.map(|_| Timestamp::UNIX_EPOCH),
+        stop_workers: request.stop_workers,
+        remaining: Vec::new(),
+    };
+    Json(PoolStatus {
+        draining: true,
+        drain: Some(drain),
+        ..pool_status("pool-a", "instance-1")
+    })
+}
+
+async fn resume() -> Json<PoolStatus> {
+    Json(pool_status("pool-a", "instance-1"))
 }
 
 async fn spawn(

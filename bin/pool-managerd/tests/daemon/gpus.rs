@@ -1,5 +1,6 @@
 //! GPUs, told by a fake of NVIDIA's library that lies and hangs as the test says.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -164,6 +165,19 @@ async fn status_and_metrics_tell_of_every_gpu_by_number() {
             metrics.lines().any(|found| found == line),
             "{line}\n{metrics}"
         );
+    }
+    // [POOLD-170] What the dashboard asks of a pool manager is there; on a host without GPUs a part of it isn't.
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../dashboards/llama-orch.json"
+    );
+    let dashboard = std::fs::read_to_string(path).unwrap();
+    let words = dashboard.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    let names: BTreeSet<_> = words.filter(|word| word.starts_with("pool_mgr_")).collect();
+    assert!(names.len() > 5);
+    for name in names {
+        let there = |line: &str| line.split(['{', ' ']).next() == Some(name);
+        assert!(metrics.lines().any(there), "{name}\n{metrics}");
     }
     daemon.shut_down().await;
 }

@@ -1,8 +1,12 @@
 //! The codes of the orchestrator's error envelopes.
 
+use serde::{Deserialize, Serialize};
+
 /// Every `code` that `orchestratord`'s own handlers answer with. What all daemons share (`UNAUTHORIZED`,
 /// `PAYLOAD_TOO_LARGE`, ...) stands with the service that they run on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum ApiErrorCode {
     /// A field is missing, out of range or unknown.
     InvalidRequest,

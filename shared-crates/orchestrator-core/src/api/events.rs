@@ -55,6 +55,7 @@ impl FromStr for EventId {
 
 /// The job is stored and waits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Queued {
     /// The job.
     pub job_id: JobId,
@@ -66,6 +67,7 @@ pub struct Queued {
 
 /// The first attempt runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Started {
     /// Number of the attempt.
     pub attempt: u32,
@@ -82,6 +84,7 @@ pub struct Started {
 
 /// A further attempt runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct FurtherAttempt {
     /// Number of the attempt.
     pub attempt: u32,
@@ -102,6 +105,7 @@ pub struct FurtherAttempt {
 
 /// A piece of text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Token {
     /// Text; never splits a character, never contains a stop sequence.
     pub t: String,
@@ -111,6 +115,7 @@ pub struct Token {
 
 /// The text is whole.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct End {
     /// Tokens of the prompt.
     pub tokens_in: u32,
@@ -130,6 +135,7 @@ pub struct End {
 
 /// This reader is too slow and is closed; it can resume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Lagged {
     /// Events that were not sent.
     pub missed: u64,
@@ -137,6 +143,7 @@ pub struct Lagged {
 
 /// The orchestrator stops; the job goes on when it is back.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ShutdownNotice {
     /// What to do.
     pub message: String,
@@ -144,6 +151,7 @@ pub struct ShutdownNotice {
 
 /// One event of a job's stream. On the wire the variant is the SSE `event:` name and the content is `data:`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(tag = "event", content = "data", rename_all = "lowercase")]
 pub enum TaskEvent {
     /// Stored.

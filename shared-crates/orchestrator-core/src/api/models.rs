@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// A model as `GET /v2/models` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ModelView {
     /// How tasks name it.
     pub model_ref: ModelRef,
@@ -45,6 +46,7 @@ impl ModelView {
 
 /// Answer of `GET /v2/models`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ModelList {
     /// The catalogue in its order, then what else pools have.
     pub models: Vec<ModelView>,

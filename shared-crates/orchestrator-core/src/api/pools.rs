@@ -8,6 +8,7 @@ use crate::pool::PoolLiveness;
 
 /// A pool as `GET /v2/pools` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolView {
     /// Name.
     pub id: String,
@@ -25,7 +26,21 @@ pub struct PoolView {
 
 /// Answer of `GET /v2/pools`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolList {
     /// All registered pools, by name.
     pub pools: Vec<PoolView>,
 }
+
+/// Answer of `POST /v2/pools/register`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Registered {
+    /// The pool.
+    pub pool_id: String,
+}
+
+/// Answer of `POST /v2/pools/{id}/heartbeat`: it was taken in. There is nothing to say yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct HeartbeatAccepted {}

@@ -22,53 +22,80 @@ pub const MOST_ATTEMPTS: u32 = 10;
 pub const MOST_TIMEOUT_MS: u64 = 30 * 24 * 3600 * 1000;
 /// Most `stop` texts.
 pub const MOST_STOPS: usize = 4;
-/// Longest `stop` text in bytes.
-pub const MOST_STOP_BYTES: usize = 256;
+/// Longest `stop` text in characters.
+pub const MOST_STOP_CHARS: usize = 256;
 /// Most labels.
 pub const MOST_LABELS: usize = 16;
-/// Longest label key, label value or session id in bytes.
-pub const MOST_LABEL_BYTES: usize = 128;
+/// Longest label key, label value or session id in characters.
+pub const MOST_LABEL_CHARS: usize = 128;
 /// Most messages of a conversation.
 pub const MOST_MESSAGES: usize = 4096;
 
 /// Body of `POST /v2/tasks`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TaskSubmitRequest {
     /// The model: catalogue id, `hf:...` or `file:...`.
+    #[cfg_attr(feature = "openapi", schema(value_type = ModelRef))]
     pub model: String,
     /// A text; wrapped with the model's chat template as one user message, unless `raw`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(min_length = 1))]
     pub prompt: Option<String>,
     /// A conversation, instead of `prompt`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(min_items = 1, max_items = 4096))]
     pub messages: Option<Vec<Message>>,
     /// Give `prompt` to the model as it is.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[cfg_attr(feature = "openapi", schema(default = false))]
     pub raw: bool,
     /// A system message before the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system: Option<String>,
     /// Most tokens to generate (256).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(
+        feature = "openapi",
+        schema(default = 256, minimum = 1, maximum = 4294967295u32)
+    )]
     pub max_tokens: Option<u32>,
     /// 0 to 2 (0.7); 0 is greedy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub temperature: Option<f32>,
+    #[cfg_attr(feature = "openapi", schema(default = 0.7, minimum = 0, maximum = 2))]
+    pub temperature: Option<f64>,
     /// (0, 1] (1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub top_p: Option<f32>,
+    #[cfg_attr(
+        feature = "openapi",
+        schema(default = 1, exclusive_minimum = 0, maximum = 1)
+    )]
+    pub top_p: Option<f64>,
     /// 0 is off (0).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(
+        feature = "openapi",
+        schema(default = 0, minimum = 0, maximum = 4294967295u32)
+    )]
     pub top_k: Option<u32>,
     /// [0, 1) (0).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub min_p: Option<f32>,
+    #[cfg_attr(
+        feature = "openapi",
+        schema(default = 0, minimum = 0, exclusive_maximum = 1)
+    )]
+    pub min_p: Option<f64>,
     /// (0, 2] (1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub repetition_penalty: Option<f32>,
+    #[cfg_attr(
+        feature = "openapi",
+        schema(default = 1, exclusive_minimum = 0, maximum = 2)
+    )]
+    pub repetition_penalty: Option<f64>,
     /// At most 4 texts that end the generation and are not part of it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Vec<crate::openapi::StopText>, max_items = 4))]
     pub stop: Vec<String>,
     /// Drawn and reported where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -78,18 +105,22 @@ pub struct TaskSubmitRequest {
     pub priority: Option<Priority>,
     /// Jobs of one session share their turns in the queue.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::openapi::ShortText>))]
     pub session_id: Option<String>,
     /// Milliseconds from submit after which the job expires.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 2592000000u64))]
     pub timeout_ms: Option<u64>,
     /// 1 to 10 (3).
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "openapi", schema(default = 3, minimum = 1, maximum = 10))]
     pub max_attempts: Option<u32>,
     /// Where it must run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub placement: Option<Placement>,
     /// At most 16 short pairs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(feature = "openapi", schema(value_type = crate::openapi::Labels))]
     pub labels: BTreeMap<String, String>,
 }
 
@@ -119,11 +150,12 @@ fn refuse<T>(
 
 /// Checks a short text that is shown in lists: no control characters, no marks that change how text around is shown.
 fn check_short(field: &'static str, text: &str) -> Result<(), ValidationError> {
-    if text.is_empty() || text.len() > MOST_LABEL_BYTES {
+    let length = text.chars().count();
+    if length == 0 || length > MOST_LABEL_CHARS {
         return refuse(
             field,
-            format!("has a text of {} bytes", text.len()),
-            "use 1 to 128 bytes",
+            format!("has a text of {length} characters"),
+            "use 1 to 128 characters",
         );
     }
     let hidden = |c: char| c.is_control() || pool_core::model_ref::is_invisible(c);
@@ -139,15 +171,23 @@ fn check_short(field: &'static str, text: &str) -> Result<(), ValidationError> {
 
 fn in_range(
     field: &'static str,
-    value: Option<f32>,
+    value: Option<f64>,
     default: f32,
-    allowed: impl Fn(f32) -> bool,
+    allowed: impl Fn(f64) -> bool,
     hint: &'static str,
 ) -> Result<f32, ValidationError> {
-    let value = value.unwrap_or(default);
+    let Some(value) = value else {
+        return Ok(default);
+    };
     // Written so that NaN, which compares with nothing, is refused.
     if allowed(value) {
-        Ok(value)
+        // Engines compute with half as many digits: what is close to an open end must not become the end itself.
+        let near = value as f32;
+        let inside = [near, near.next_up(), near.next_down()];
+        Ok(inside
+            .into_iter()
+            .find(|near| allowed(f64::from(*near)))
+            .unwrap_or(default))
     } else {
         refuse(field, format!("is {value}, out of range"), hint)
     }
@@ -252,12 +292,12 @@ impl TaskSubmitRequest {
         if self
             .stop
             .iter()
-            .any(|text| text.is_empty() || text.len() > MOST_STOP_BYTES)
+            .any(|text| text.is_empty() || text.chars().count() > MOST_STOP_CHARS)
         {
             return refuse(
                 "stop",
-                "has a text that is empty or over 256 bytes",
-                "use 1 to 256 bytes a text",
+                "has a text that is empty or over 256 characters",
+                "use 1 to 256 characters a text",
             );
         }
         if let Some(session) = &self.session_id {
@@ -313,6 +353,7 @@ impl TaskSubmitRequest {
 
 /// Answer of `POST /v2/tasks`: the job is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskAccepted {
     /// The job.
     pub job_id: JobId,
@@ -326,6 +367,7 @@ pub struct TaskAccepted {
 
 /// Why a job waits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskWaiting {
     /// How many jobs are before it.
     pub queue_position: u64,
@@ -349,6 +391,7 @@ impl From<Waiting> for TaskWaiting {
 
 /// Answer of `GET /v2/tasks/{id}/explain`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskExplanation {
     /// Id.
     pub id: JobId,
@@ -362,6 +405,7 @@ pub struct TaskExplanation {
 
 /// Where an attempt went.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct AttemptPlacement {
     /// Number of the attempt.
     pub attempt: u32,
@@ -375,6 +419,7 @@ pub struct AttemptPlacement {
 
 /// A job as `GET /v2/tasks` lists it: without its texts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskSummary {
     /// Id.
     pub id: JobId,
@@ -430,6 +475,7 @@ impl From<&Job> for TaskSummary {
 
 /// Answer of `GET /v2/tasks`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskList {
     /// Newest first.
     pub jobs: Vec<TaskSummary>,
@@ -439,6 +485,7 @@ pub struct TaskList {
 
 /// Answer of `GET /v2/tasks/{id}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskView {
     /// Id.
     pub id: JobId,
@@ -497,6 +544,7 @@ pub fn events_url(id: JobId) -> String {
 
 /// Answer of `POST /v2/tasks/{id}/cancel`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct CancelResponse {
     /// The job.
     pub job_id: JobId,

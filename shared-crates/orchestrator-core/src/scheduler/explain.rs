@@ -16,6 +16,7 @@ use crate::queue::QueuedJob;
 
 /// The constraint that binds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum WaitReason {
     /// No pool is registered, or not the one that the job asks for.
@@ -48,6 +49,7 @@ pub enum WaitReason {
 
 /// How many pools one filter left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct FilterCount {
     /// The filter.
     pub filter: Filter,
@@ -57,6 +59,7 @@ pub struct FilterCount {
 
 /// The filters, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Filter {
     /// Registered, and the one that the job asks for.
@@ -77,6 +80,7 @@ pub enum Filter {
 
 /// Why a job waits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Explanation {
     /// The constraint that binds.
     pub reason: WaitReason,

@@ -240,22 +240,34 @@ pub struct PoolStatus {
 
 /// Body of `POST /v2/pools/register`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RegisterRequest {
     /// Name of the pool.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(min_length = 1, max_length = 128, pattern = "^[A-Za-z0-9._-]+$")
+    )]
     pub pool_id: String,
     /// New at each start of the daemon.
+    #[cfg_attr(
+        feature = "openapi",
+        schema(min_length = 1, max_length = 128, pattern = "^[A-Za-z0-9._-]+$")
+    )]
     pub instance_id: String,
     /// Where the orchestrator reaches the pool.
+    #[cfg_attr(feature = "openapi", schema(pattern = "^https?://[^/?#]+"))]
     pub url: String,
     /// The pool API's version that the pool speaks.
     pub api_version: u32,
     /// Milliseconds between heartbeats.
+    #[cfg_attr(feature = "openapi", schema(minimum = 20, maximum = 600000))]
     pub heartbeat_interval_ms: u64,
 }
 
 /// Where the orchestrator reaches a worker, and the secret that opens it. Travels in heartbeats alone.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerEndpoint {
     /// The worker.
     pub worker_id: String,
@@ -276,6 +288,7 @@ impl std::fmt::Debug for WorkerEndpoint {
 
 /// What a pool is at one moment, with what only the orchestrator may know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolSnapshot {
     /// The public part.
     pub status: PoolStatus,
@@ -285,6 +298,7 @@ pub struct PoolSnapshot {
 
 /// Body of `POST /v2/pools/{id}/heartbeat`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Heartbeat {
     /// The instance that speaks.
     pub instance_id: String,

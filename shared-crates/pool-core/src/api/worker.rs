@@ -152,6 +152,7 @@ pub struct CancelResponse {
 
 /// Why a generation ended by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum StopReason {
     /// The model ended its text.
@@ -164,6 +165,7 @@ pub enum StopReason {
 
 /// The execution has a slot and its prompt is being read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerStarted {
     /// The job.
     pub job_id: String,
@@ -183,6 +185,7 @@ pub struct WorkerStarted {
 
 /// A piece of text, as the worker sends it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerToken {
     /// Index of the piece, contiguous from 0 through the whole job.
     pub i: u32,
@@ -194,6 +197,7 @@ pub struct WorkerToken {
 
 /// The end of a generation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerEnd {
     /// Tokens of the prompt.
     pub tokens_in: u32,
@@ -211,6 +215,7 @@ pub struct WorkerEnd {
 
 /// A momentary figure of a running generation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerMetrics {
     /// Prompt tokens read so far.
     pub prefill_tokens: u32,
@@ -220,6 +225,7 @@ pub struct WorkerMetrics {
 
 /// Why a generation could not go on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerError {
     /// One of [`WorkerErrorCode`].
     pub code: WorkerErrorCode,
@@ -231,6 +237,7 @@ pub struct WorkerError {
 
 /// Codes of a worker's `error` event and of its error envelopes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum WorkerErrorCode {
     /// The request breaks the API's rules.

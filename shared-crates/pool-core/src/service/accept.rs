@@ -24,9 +24,6 @@ use super::{ServiceError, ServiceOptions, Shutdown, codes, correlation};
 
 /// Connections that may be told "too many" at one time; beyond them a connection is closed without a word.
 const REFUSALS: usize = 32;
-/// When the headers of a request fill this many bytes and are not complete, the answer is 431. One read may exceed it,
-/// so a request of up to twice the size can still pass.
-const MAX_HEADER_BYTES: usize = 64 * 1024;
 /// How long the system is left alone after it refused a connection for want of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -47,7 +44,7 @@ pub(super) async fn run(
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(options.header_timeout)
-        .max_buf_size(MAX_HEADER_BYTES);
+        .max_buf_size(options.header_limit);
     let places = Arc::new(Semaphore::new(options.max_connections));
     let refusals = Arc::new(Semaphore::new(REFUSALS));
     let graceful = GracefulShutdown::new();

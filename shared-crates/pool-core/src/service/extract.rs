@@ -6,13 +6,14 @@ use axum::body::Bytes;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request};
 use axum::http::request::Parts;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::error::Category;
 
 use super::body::BodyTimeout;
-use super::{ServiceError, codes};
+use super::{ServiceError, codes, strict};
 
 /// A JSON body; as an answer the same as `axum::Json`. `Option<Json<T>>` is `None` for a request without a body.
 #[derive(Debug, Clone, Copy)]
@@ -40,12 +41,12 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     type Rejection = ServiceError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ServiceError> {
-        let (parts, body) = request.into_parts();
-        let whole = Request::from_parts(parts.clone(), body);
-        let bytes = Bytes::from_request(whole, state)
+        if !is_json(request.headers()) {
+            return Err(Self::undeclared());
+        }
+        let bytes = Bytes::from_request(request, state)
             .await
             .map_err(JsonRejection::from)?;
-        // serde would take an array for a structure and assign its values by position.
         if bytes.trim_ascii_start().starts_with(b"[") {
             return Err(ServiceError::new(
                 StatusCode::BAD_REQUEST,
@@ -54,11 +55,40 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
             )
             .hint("send one JSON object with named fields"));
         }
-        let whole = Request::from_parts(parts, bytes.into());
-        let axum::Json(value) =
-            <axum::Json<T> as FromRequest<S>>::from_request(whole, state).await?;
+        let value = strict::from_slice(&bytes).map_err(|error| unreadable(&error))?;
         Ok(Self(value))
     }
+}
+
+impl<T> Json<T> {
+    fn undeclared() -> ServiceError {
+        ServiceError::new(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            codes::UNSUPPORTED_MEDIA_TYPE,
+            "the body is not declared as JSON",
+        )
+        .hint("send the header `Content-Type: application/json`")
+    }
+}
+
+/// `application/json`, or another kind that is written as JSON (`application/problem+json`).
+fn is_json(headers: &HeaderMap) -> bool {
+    let declared = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let kind = declared.split(';').next().unwrap_or_default().trim();
+    kind.to_ascii_lowercase()
+        .strip_prefix("application/")
+        .is_some_and(|kind| kind == "json" || kind.ends_with("+json"))
+}
+
+fn unreadable(error: &serde_path_to_error::Error<serde_json::Error>) -> ServiceError {
+    let (code, what) = match error.inner().classify() {
+        Category::Data => (codes::INVALID_REQUEST, "the body does not fit"),
+        _ => (codes::BAD_JSON, "the body is not JSON"),
+    };
+    ServiceError::new(StatusCode::BAD_REQUEST, code, format!("{what}: {error}"))
 }
 
 impl<S: Send + Sync> FromRequest<S> for RawBody {
@@ -122,35 +152,18 @@ impl From<JsonRejection> for ServiceError {
             .retriable(true)
             .hint("send the whole body at once");
         }
-        match &rejection {
-            // The innermost cause names the field and the place; what wraps it says only that JSON failed.
-            JsonRejection::JsonDataError(error) => Self::new(
-                StatusCode::BAD_REQUEST,
-                codes::INVALID_REQUEST,
-                format!("the body does not fit: {}", cause(error)),
-            ),
-            JsonRejection::JsonSyntaxError(error) => Self::new(
-                StatusCode::BAD_REQUEST,
-                codes::BAD_JSON,
-                format!("the body is not JSON: {}", cause(error)),
-            ),
-            JsonRejection::MissingJsonContentType(_) => Self::new(
-                status,
-                codes::UNSUPPORTED_MEDIA_TYPE,
-                "the body is not declared as JSON",
-            )
-            .hint("send the header `Content-Type: application/json`"),
-            _ if status == StatusCode::PAYLOAD_TOO_LARGE => Self::new(
+        if status == StatusCode::PAYLOAD_TOO_LARGE {
+            return Self::new(
                 status,
                 codes::TOO_LARGE,
                 "the body is larger than this daemon takes",
-            ),
-            _ => Self::new(
-                StatusCode::BAD_REQUEST,
-                codes::INVALID_REQUEST,
-                format!("the body could not be read: {}", cause(&rejection)),
-            ),
+            );
         }
+        Self::new(
+            StatusCode::BAD_REQUEST,
+            codes::INVALID_REQUEST,
+            format!("the body could not be read: {}", cause(&rejection)),
+        )
     }
 }
 

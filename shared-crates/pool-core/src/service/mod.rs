@@ -10,6 +10,7 @@ mod extract;
 mod failure;
 mod shutdown;
 pub mod state_files;
+mod strict;
 pub mod telemetry;
 
 use std::future::Future;
@@ -52,6 +53,9 @@ pub struct ServiceOptions {
     pub open_paths: Vec<&'static str>,
     /// Names, beside the loopback names, the bound address and the machine's own name, that a `Host` header may give.
     pub allowed_hosts: Vec<String>,
+    /// When the headers of a request fill this many bytes and are not complete, the answer is 431. One read may exceed
+    /// it, so this is no exact bound. Default 64 KiB.
+    pub header_limit: usize,
     /// The largest body in bytes. Default 4 MiB.
     pub body_limit: usize,
     /// How long the headers of a request may take, and how long a kept connection may idle. Default 10 seconds.
@@ -73,6 +77,7 @@ impl ServiceOptions {
             scoped_tokens: Vec::new(),
             open_paths: vec!["/health", "/metrics"],
             allowed_hosts: Vec::new(),
+            header_limit: 64 * 1024,
             body_limit: 4 * 1024 * 1024,
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(30),

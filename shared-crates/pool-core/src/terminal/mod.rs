@@ -10,6 +10,7 @@ pub mod interrupt;
 mod output;
 pub mod progress;
 pub mod sanitize;
+mod settings_table;
 
 pub use duration::parse_duration;
 pub use exit::{CliError, Exit, parse, run_cli};
@@ -17,3 +18,4 @@ pub use output::{
     Format, age, human_bytes, human_duration, note, paint, print_json, print_table, render_table,
     say, write,
 };
+pub use settings_table::print_settings;

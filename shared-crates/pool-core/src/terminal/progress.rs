@@ -37,6 +37,15 @@ pub fn percent(label: impl Into<String>) -> Progress {
     )
 }
 
+/// A bar for work of `total` things.
+pub fn count(total: u64, label: impl Into<String>) -> Progress {
+    Progress::new(
+        ProgressBar::new(total),
+        "{msg} [{bar:30}] {pos}/{len} {elapsed}, {eta} left",
+        label.into(),
+    )
+}
+
 /// A spinner for work that can't be measured.
 pub fn spinner(label: impl Into<String>) -> Progress {
     Progress::turning("{spinner} {msg} {elapsed}", label.into())
@@ -111,6 +120,24 @@ impl Progress {
     pub fn set_percent(&self, done: u8) {
         self.bar.set_position(done.into());
         self.plain(|| format!("{}: {done} %", self.bar.message()));
+    }
+
+    /// Says how many things of a [`count`] bar are done, and how many of them failed.
+    pub fn set_count(&self, done: u64, failed: u64) {
+        self.bar.set_position(done);
+        let trouble = match failed {
+            0 => String::new(),
+            failed => format!(" ({failed} failed)"),
+        };
+        self.plain(|| {
+            let (message, total) = (self.bar.message(), self.bar.length().unwrap_or(0));
+            format!("{message}: {done} of {total}{trouble}")
+        });
+        if self.live && failed > 0 {
+            let label = self.bar.message();
+            let label = label.split(" (").next().unwrap_or_default();
+            self.bar.set_message(format!("{label}{trouble}"));
+        }
     }
 
     /// Says that `bytes` more are done.

@@ -1,5 +1,6 @@
 //! `llorch jobs`: what becomes of prompts.
 
+mod batch;
 mod cancel;
 mod events;
 mod explain;
@@ -31,6 +32,7 @@ pub struct Jobs {
 #[derive(Debug, Subcommand)]
 enum Command {
     Submit(Box<submit::Submit>),
+    Batch(batch::Batch),
     List(list::List),
     Status(status::Status),
     Explain(explain::Explain),
@@ -46,6 +48,7 @@ impl Jobs {
         let connect = &self.connect;
         match self.command {
             Command::Submit(command) => command.run(connect).await,
+            Command::Batch(command) => command.run(connect).await,
             Command::List(command) => command.run(connect).await,
             Command::Status(command) => command.run(connect).await,
             Command::Explain(command) => command.run(connect).await,

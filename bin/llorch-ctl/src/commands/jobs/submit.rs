@@ -83,19 +83,19 @@ struct SamplingArgs {
     max_tokens: Option<u32>,
     /// 0 (always the likeliest token) to 2 [default: 0.7]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    temperature: Option<f32>,
+    temperature: Option<f64>,
     /// Draw from the likeliest tokens that together have this probability, above 0 to 1 [default: 1]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    top_p: Option<f32>,
+    top_p: Option<f64>,
     /// Draw from this many of the likeliest tokens; 0 is all [default: 0]
     #[arg(long, value_name = "N")]
     top_k: Option<u32>,
     /// Draw from tokens at least this likely relative to the likeliest, 0 to below 1 [default: 0]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    min_p: Option<f32>,
+    min_p: Option<f64>,
     /// Make tokens that were there before less likely, above 0 to 2; 1 changes nothing [default: 1]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    repetition_penalty: Option<f32>,
+    repetition_penalty: Option<f64>,
     /// End before this text; may be given up to 4 times
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,

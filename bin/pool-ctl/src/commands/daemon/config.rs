@@ -8,7 +8,7 @@ use pool_core::home::Home;
 use pool_core::secret::Secret;
 use pool_core::settings::{self, Loaded, Setting, UnknownVariable};
 use pool_core::terminal::daemon_commands::ConfigArgs;
-use pool_core::terminal::{CliError, Exit, Format, note, print_json, print_table, say, write};
+use pool_core::terminal::{CliError, Exit, Format, note, print_json, print_settings, say, write};
 use serde::Serialize;
 
 use crate::context::config_error;
@@ -112,22 +112,7 @@ fn check(file: &ConfigArgs, bind: Option<SocketAddr>, format: Format) -> Result<
     match format {
         Format::Json => print_json(&checked)?,
         Format::Table => {
-            print_table(
-                &["KEY", "VALUE", "SOURCE"],
-                checked.settings.iter().map(|setting| {
-                    let value = match &setting.value {
-                        serde_json::Value::Null => "-".to_owned(),
-                        serde_json::Value::String(text) => text.clone(),
-                        value => value.to_string(),
-                    };
-                    let source = setting.origin.clone();
-                    vec![
-                        setting.key.clone().into(),
-                        value.into(),
-                        source.unwrap_or_else(|| setting.source.to_owned()).into(),
-                    ]
-                }),
-            )?;
+            print_settings(&checked.settings)?;
             let file = checked.file.map_or_else(
                 || "no settings file".to_owned(),
                 |file| file.display().to_string(),

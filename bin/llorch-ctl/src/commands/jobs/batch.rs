@@ -1,0 +1,173 @@
+//! `llorch jobs batch`.
+
+mod results;
+mod tasks;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use futures_util::{StreamExt, stream};
+use orchestrator_core::api::tasks::TaskView;
+use orchestrator_core::job::Priority;
+use pool_core::client::ClientError;
+use pool_core::terminal::interrupt::Interrupt;
+use pool_core::terminal::{CliError, Exit, note, progress};
+
+use crate::http_client::{ConnectArgs, Orchestrator, shown};
+use results::{Record, Results, Tally};
+use tasks::{Defaults, Task};
+
+/// Submit a file of tasks, a few at a time, and collect their results.
+///
+/// Each line of the file is a task as `POST /v2/tasks` takes it. Each line of the results is an object with `line`, `key`,
+/// `id`, `status` (completed, failed, cancelled, expired, or refused), `text`, `usage` and `error`, written as the job
+/// ends.
+///
+/// Nothing is done twice: after Ctrl-C, or whatever else ended it, the same command goes on with what is left, and
+/// jobs that run meanwhile are found again. Only another --run, or a file of results that lacks them after the
+/// orchestrator has forgotten them, makes new jobs of the same lines.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Batch {
+    /// The file of tasks, or `-` for standard input
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// Add the results to this file, and leave out the tasks that it has results of [default: standard output]
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// The model of tasks that name none
+    #[arg(long, short)]
+    model: Option<String>,
+    /// The priority of tasks that name none: interactive or batch
+    #[arg(long, default_value_t = Priority::Batch)]
+    priority: Priority,
+    /// Most jobs that are under way at once
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
+    in_flight: u16,
+    /// A name for this run: the same lines under another name are other jobs
+    #[arg(long, value_name = "NAME", default_value = "")]
+    run: String,
+}
+
+const EXAMPLES: &str = r#"Examples:
+  llorch jobs batch questions.jsonl --model llama3 --output answers.jsonl
+  jq -c '{prompt: .text, labels: {id: .id}}' data.json | llorch jobs batch - --model llama3 > answers.jsonl
+
+A line of the file:
+  {"prompt": "What is 2+2?", "max_tokens": 64, "seed": 7, "labels": {"id": "q-17"}}
+
+Exit codes: 0 all completed, 6 some jobs failed, were cancelled or expired, 4 some tasks were refused."#;
+
+impl Batch {
+    /// Submits and collects.
+    pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
+        let defaults = Defaults {
+            model: self.model,
+            priority: self.priority,
+            run: self.run,
+        };
+        let tasks = tasks::read(&self.file, &defaults)?;
+        let mut results = Results::open(self.output)?;
+        let mut tally = Tally::default();
+        let total = tasks.len();
+        let (done, left): (Vec<Task>, Vec<Task>) =
+            tasks.into_iter().partition(|task| results.has(&task.key));
+        done.iter()
+            .filter_map(|task| results.of(&task.key))
+            .for_each(|record| tally.count(record));
+        if !done.is_empty() {
+            note(format!(
+                "{} of {total} tasks have results already",
+                done.len()
+            ));
+        }
+
+        let orchestrator = Orchestrator::connect(connect).await?;
+        let interrupt = Interrupt::catch()?;
+        let bar = progress::count(total as u64, "jobs");
+        bar.begin_at(done.len() as u64);
+        let go_on = results.how_to_go_on();
+        let mut work = stream::iter(left)
+            .map(|task| finish(orchestrator.clone(), task))
+            .buffer_unordered(self.in_flight.into());
+        loop {
+            let record = tokio::select! {
+                record = work.next() => match record {
+                    Some(record) => record.map_err(|error| also(error, &go_on))?,
+                    None => break,
+                },
+                () = interrupt.wait() => {
+                    let message = format!("interrupted after {} of {total} jobs", tally.jobs());
+                    return Err(CliError::new(Exit::Interrupted, message).hint(go_on));
+                }
+            };
+            results.add(&record)?;
+            tally.count(&record);
+            bar.set_count(tally.jobs(), tally.trouble());
+        }
+        bar.finish(tally.to_string());
+        Ok(tally.exit())
+    }
+}
+
+/// Says how to go on, beside what the error says itself.
+fn also(error: CliError, go_on: &str) -> CliError {
+    let hint = match &error.hint {
+        Some(hint) => format!("{hint}; {go_on}"),
+        None => go_on.to_owned(),
+    };
+    error.hint(hint)
+}
+
+/// Submits one task, waits until its job is over, and tells how that went.
+async fn finish(mut orchestrator: Orchestrator, task: Task) -> Result<Record, CliError> {
+    let accepted = loop {
+        let error = match orchestrator.submit(&task.request, &task.key, |_| {}).await {
+            Ok(accepted) => break accepted,
+            Err(error) => error,
+        };
+        match &error {
+            ClientError::Api { status: 429, error } => {
+                tokio::time::sleep(pause(error.retry_after_ms, task.line)).await;
+            }
+            ClientError::Api {
+                status: 401 | 403, ..
+            } => return Err(shown(error)),
+            ClientError::Api { status, error } if (400..500).contains(status) => {
+                return Ok(Record::refused(&task, error));
+            }
+            _ => return Err(shown(error)),
+        }
+    };
+    let mut events = orchestrator.events(accepted.job_id, None);
+    while events.next().await.map_err(shown)?.is_some() {}
+    let job: TaskView = orchestrator
+        .job_surely(accepted.job_id)
+        .await
+        .map_err(shown)?;
+    Ok(Record::of(&task, job))
+}
+
+/// How long a submit waits that found the queue full: what the orchestrator says, and a little more for some than for
+/// others, so that they don't come back all at once.
+fn pause(retry_after_ms: Option<u64>, line: usize) -> Duration {
+    let told = retry_after_ms.unwrap_or(1_000).clamp(10, 60_000);
+    let spread = told / 4 * (line as u64 % 8) / 8;
+    Duration::from_millis(told + spread)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [LLORCH-071]
+    fn a_full_queue_is_given_the_time_it_asks_for() {
+        for line in 0..20 {
+            let pause = pause(Some(2_000), line).as_millis();
+            assert!((2_000..2_500).contains(&pause), "{pause}");
+        }
+        assert!(pause(None, 0) >= Duration::from_secs(1));
+        assert!(pause(Some(u64::MAX), 7) <= Duration::from_secs(75));
+    }
+}

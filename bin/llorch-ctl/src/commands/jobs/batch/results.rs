@@ -1,0 +1,339 @@
+//! The results of a batch: one JSON object a line, added as jobs end.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use orchestrator_core::JobId;
+use orchestrator_core::api::tasks::TaskView;
+use orchestrator_core::job::Usage;
+use pool_core::api::error::ErrorBody;
+use pool_core::fsio;
+use pool_core::terminal::{CliError, Exit, human_duration, say};
+use serde::{Deserialize, Serialize};
+
+use super::tasks::Task;
+
+/// The status of a task that the orchestrator did not take.
+const REFUSED: &str = "refused";
+
+/// How one task went.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its line in the file of tasks.
+    line: usize,
+    /// The task, across runs.
+    key: String,
+    /// The job; null where the task was refused.
+    id: Option<JobId>,
+    /// The job's terminal state, or `refused`.
+    status: String,
+    /// The text, so far as it came.
+    text: Option<String>,
+    /// Figures of a completed job.
+    usage: Option<Usage>,
+    /// Why it did not complete.
+    error: Option<Fault>,
+}
+
+/// Why a task did not complete.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Fault {
+    code: String,
+    message: String,
+}
+
+impl Record {
+    /// A job that is over.
+    pub fn of(task: &Task, job: TaskView) -> Self {
+        Self {
+            line: task.line,
+            key: task.key.clone(),
+            id: Some(job.id),
+            status: job.status.to_string(),
+            text: Some(job.text),
+            usage: job.usage,
+            error: job.error.map(|error| Fault {
+                code: error.code.as_str().to_owned(),
+                message: error.message,
+            }),
+        }
+    }
+
+    /// A task that the orchestrator did not take.
+    pub fn refused(task: &Task, error: &ErrorBody) -> Self {
+        Self {
+            line: task.line,
+            key: task.key.clone(),
+            id: None,
+            status: REFUSED.to_owned(),
+            text: None,
+            usage: None,
+            error: Some(Fault {
+                code: error.code.clone(),
+                message: error.message.clone(),
+            }),
+        }
+    }
+}
+
+/// Where results go, and those that were there before.
+#[derive(Debug)]
+pub struct Results {
+    /// `None`: standard output.
+    file: Option<(PathBuf, File)>,
+    before: HashMap<String, Record>,
+}
+
+impl Results {
+    /// Opens the file, where there is one, and reads what an earlier run left in it. What that did not finish goes: a
+    /// half-written line, and tasks that were refused, which are tried again.
+    pub fn open(path: Option<PathBuf>) -> Result<Self, CliError> {
+        let Some(path) = path else {
+            return Ok(Self {
+                file: None,
+                before: HashMap::new(),
+            });
+        };
+        let failed = |error: io::Error| {
+            CliError::caused(
+                Exit::Usage,
+                format!("could not use {}", path.display()),
+                &error,
+            )
+        };
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(failed(error)),
+        };
+        let before = earlier(&text, &path)?;
+        let kept: Vec<&Record> = before.iter().filter(|record| record.id.is_some()).collect();
+        if kept.len() != text.lines().count() || !text.is_empty() && !text.ends_with('\n') {
+            let mut whole = String::new();
+            for record in &kept {
+                whole += &serde_json::to_string(record).map_err(io::Error::from)?;
+                whole.push('\n');
+            }
+            fsio::write_atomic(&path, whole, 0o600).map_err(failed)?;
+        }
+        let before = kept
+            .into_iter()
+            .map(|record| (record.key.clone(), record.clone()))
+            .collect();
+        let file = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed)?;
+        Ok(Self {
+            file: Some((path, file)),
+            before,
+        })
+    }
+
+    /// Whether an earlier run has the result of a task.
+    pub fn has(&self, key: &str) -> bool {
+        self.before.contains_key(key)
+    }
+
+    /// The result that an earlier run has of a task.
+    pub fn of(&self, key: &str) -> Option<&Record> {
+        self.before.get(key)
+    }
+
+    /// Adds one, so that it is there whatever happens next to this process.
+    pub fn add(&mut self, record: &Record) -> Result<(), CliError> {
+        let line = serde_json::to_string(record).map_err(io::Error::from)?;
+        match &mut self.file {
+            None => say(line),
+            Some((path, file)) => file
+                .write_all(format!("{line}\n").as_bytes())
+                .map_err(|error| {
+                    CliError::caused(
+                        Exit::Failed,
+                        format!("could not write {}", path.display()),
+                        &error,
+                    )
+                    .hint("the same command goes on with what is left")
+                }),
+        }
+    }
+
+    /// What to say to somebody whose run broke off.
+    pub fn how_to_go_on(&self) -> String {
+        match &self.file {
+            Some((path, _)) => format!(
+                "results so far are in {}; the same command goes on with the rest, and finds the jobs that run meanwhile",
+                path.display()
+            ),
+            None => "the same command names the same jobs, so nothing is done twice; with --output it goes on where it stopped".to_owned(),
+        }
+    }
+}
+
+/// What the file of an earlier run holds. The last line may be cut off; anything else that is no result means that the
+/// file is somebody else's.
+fn earlier(text: &str, path: &Path) -> Result<Vec<Record>, CliError> {
+    let mut records = Vec::new();
+    for (index, line) in text.split_inclusive('\n').enumerate() {
+        match serde_json::from_str(line) {
+            Ok(record) => records.push(record),
+            Err(_) if !line.ends_with('\n') => {}
+            Err(error) => {
+                return Err(CliError::caused(
+                    Exit::Usage,
+                    format!(
+                        "line {} of {} is no result of a batch",
+                        index + 1,
+                        path.display()
+                    ),
+                    &error,
+                )
+                .hint("name another --output; this file was left as it is"));
+            }
+        }
+    }
+    Ok(records)
+}
+
+/// How a run went.
+#[derive(Debug)]
+pub struct Tally {
+    completed: u64,
+    unfinished: u64,
+    refused: u64,
+    tokens: u64,
+    since: Instant,
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Self {
+            completed: 0,
+            unfinished: 0,
+            refused: 0,
+            tokens: 0,
+            since: Instant::now(),
+        }
+    }
+}
+
+impl Tally {
+    /// Counts one in.
+    pub fn count(&mut self, record: &Record) {
+        match record.status.as_str() {
+            "completed" => self.completed += 1,
+            REFUSED => self.refused += 1,
+            _ => self.unfinished += 1,
+        }
+        self.tokens += record
+            .usage
+            .as_ref()
+            .map_or(0, |usage| u64::from(usage.tokens_out));
+    }
+
+    /// Tasks that are over.
+    pub fn jobs(&self) -> u64 {
+        self.completed + self.trouble()
+    }
+
+    /// Those that did not complete.
+    pub fn trouble(&self) -> u64 {
+        self.unfinished + self.refused
+    }
+
+    /// The exit code of the whole.
+    pub fn exit(&self) -> Exit {
+        if self.refused > 0 {
+            Exit::Refused
+        } else if self.unfinished > 0 {
+            Exit::JobFailed
+        } else {
+            Exit::Done
+        }
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let took = self.since.elapsed();
+        write!(f, "{} jobs: {} completed", self.jobs(), self.completed)?;
+        for (count, what) in [
+            (self.unfinished, "failed or ended otherwise"),
+            (self.refused, "refused"),
+        ] {
+            if count > 0 {
+                write!(f, ", {count} {what}")?;
+            }
+        }
+        let took = took.max(Duration::from_millis(1));
+        write!(f, "; {} tokens in {}", self.tokens, human_duration(took))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(line: usize, refused: bool) -> Record {
+        let id = "job-01900000-0000-7000-8000-000000000001";
+        Record {
+            line,
+            key: format!("batch-{line}"),
+            id: (!refused).then(|| id.parse().unwrap()),
+            status: if refused { REFUSED } else { "completed" }.to_owned(),
+            text: Some("t\n".into()),
+            usage: None,
+            error: None,
+        }
+    }
+
+    #[test] // [LLORCH-072]
+    fn what_an_earlier_run_finished_is_kept_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.jsonl");
+        let line = |record: &Record| serde_json::to_string(record).unwrap() + "\n";
+        let (first, third) = (line(&record(1, false)), line(&record(3, false)));
+        // A refused one, and one that a kill cut off.
+        let text = format!("{first}{}{third}{}", line(&record(2, true)), &third[..30]);
+        fs::write(&path, text).unwrap();
+        let mut results = Results::open(Some(path.clone())).unwrap();
+        assert!(results.has("batch-1") && results.has("batch-3") && !results.has("batch-2"));
+        results.add(&record(2, false)).unwrap();
+        let whole = format!("{first}{third}{}", line(&record(2, false)));
+        assert_eq!(fs::read_to_string(&path).unwrap(), whole);
+    }
+
+    #[test] // [LLORCH-072]
+    fn a_file_of_something_else_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("thesis.txt");
+        fs::write(&path, "Chapter 1\n").unwrap();
+        let error = Results::open(Some(path.clone())).unwrap_err();
+        assert_eq!(error.exit, Exit::Usage);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "Chapter 1\n");
+    }
+
+    #[test] // [LLORCH-073]
+    fn the_worst_decides_the_exit_code() {
+        let mut tally = Tally::default();
+        tally.count(&record(1, false));
+        assert_eq!(tally.exit(), Exit::Done);
+        tally.count(&Record {
+            status: "expired".into(),
+            ..record(2, false)
+        });
+        assert_eq!(tally.exit(), Exit::JobFailed);
+        tally.count(&record(3, true));
+        assert_eq!(tally.exit(), Exit::Refused);
+        assert!(tally.to_string().starts_with(
+            "3 jobs: 1 completed, 1 failed or ended otherwise, 1 refused; 0 tokens in "
+        ));
+    }
+}

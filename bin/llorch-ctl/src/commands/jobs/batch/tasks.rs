@@ -1,0 +1,199 @@
+//! A file of tasks.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
+
+use orchestrator_core::api::tasks::TaskSubmitRequest;
+use orchestrator_core::job::Priority;
+use pool_core::terminal::{CliError, Exit, sanitize};
+use serde_json::{Map, Value};
+use sha2::{Digest as _, Sha256};
+
+/// The orchestrator takes bodies of up to 4 MiB.
+const MOST_LINE_BYTES: u64 = 4 << 20;
+/// Faulty lines that are told of at once.
+const SHOWN_FAULTS: usize = 5;
+
+/// What a line may leave out.
+pub struct Defaults {
+    /// The model.
+    pub model: Option<String>,
+    /// Who goes first.
+    pub priority: Priority,
+    /// Name of the run.
+    pub run: String,
+}
+
+/// A line.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Task {
+    /// Its number, from 1.
+    pub line: usize,
+    /// The idempotency key: the same for the same line of the same run, wherever the line stands.
+    pub key: String,
+    /// What to submit.
+    pub request: TaskSubmitRequest,
+}
+
+/// Reads a whole file and checks every line before anything is sent.
+pub fn read(path: &Path, defaults: &Defaults) -> Result<Vec<Task>, CliError> {
+    if path == Path::new("-") {
+        return parse(io::stdin().lock(), "standard input", defaults);
+    }
+    let name = path.display().to_string();
+    let file = File::open(path)
+        .map_err(|error| CliError::caused(Exit::Usage, format!("could not read {name}"), &error))?;
+    parse(BufReader::new(file), &name, defaults)
+}
+
+fn parse(mut source: impl BufRead, name: &str, defaults: &Defaults) -> Result<Vec<Task>, CliError> {
+    let (mut tasks, mut faults, mut fault_count) = (Vec::new(), Vec::new(), 0);
+    // Equal lines are as many jobs as there are lines.
+    let mut seen: HashMap<String, u64> = HashMap::new();
+    let mut line = 0;
+    loop {
+        let mut bytes = Vec::new();
+        line += 1;
+        let read = source
+            .by_ref()
+            .take(MOST_LINE_BYTES + 1)
+            .read_until(b'\n', &mut bytes)
+            .map_err(|error| {
+                CliError::caused(Exit::Usage, format!("could not read {name}"), &error)
+            })?;
+        if read == 0 {
+            break;
+        }
+        if bytes.len() as u64 > MOST_LINE_BYTES {
+            return Err(CliError::new(
+                Exit::Usage,
+                format!("line {line} of {name} is longer than the 4 MiB that a request may have"),
+            )
+            .hint("each line is one task"));
+        }
+        if bytes.trim_ascii().is_empty() {
+            continue;
+        }
+        match task(&bytes, defaults) {
+            Ok(request) => {
+                let text = serde_json::to_string(&request).map_err(io::Error::from)?;
+                let count = seen.entry(text.clone()).or_default();
+                let key = key(&defaults.run, &text, *count);
+                *count += 1;
+                tasks.push(Task { line, key, request });
+            }
+            Err(fault) => {
+                fault_count += 1;
+                if faults.len() < SHOWN_FAULTS {
+                    faults.push(format!("line {line}: {}", sanitize::clean(&fault)));
+                }
+            }
+        }
+    }
+    if fault_count > 0 {
+        let what = if fault_count == 1 {
+            "1 line is no task".to_owned()
+        } else {
+            format!("{fault_count} lines are no tasks")
+        };
+        let error = CliError::new(
+            Exit::Usage,
+            format!("{name}: {what}; nothing was submitted"),
+        );
+        let error = faults.into_iter().fold(error, CliError::cause);
+        return Err(error
+            .hint(r#"a task is an object such as {"model": "smollm2-135m", "prompt": "Hello"}"#));
+    }
+    if tasks.is_empty() {
+        return Err(CliError::new(Exit::Usage, format!("{name} has no tasks")));
+    }
+    Ok(tasks)
+}
+
+fn task(line: &[u8], defaults: &Defaults) -> Result<TaskSubmitRequest, String> {
+    let mut fields: Map<String, Value> =
+        serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    if let Some(model) = &defaults.model {
+        fields
+            .entry("model")
+            .or_insert_with(|| model.clone().into());
+    } else if !fields.contains_key("model") {
+        return Err("it names no `model`, and there is no --model".to_owned());
+    }
+    fields
+        .entry("priority")
+        .or_insert_with(|| defaults.priority.as_str().into());
+    let request: TaskSubmitRequest =
+        serde_json::from_value(fields.into()).map_err(|error| error.to_string())?;
+    // The orchestrator's own check.
+    match request.clone().validate() {
+        Ok(_) => Ok(request),
+        Err(error) => Err(format!("{error}; {}", error.hint)),
+    }
+}
+
+fn key(run: &str, request: &str, count: u64) -> String {
+    let mut hash = Sha256::new();
+    for part in [run, request, &count.to_string()] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    let digest = hash.finalize();
+    let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("batch-{hex}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn defaults(run: &str) -> Defaults {
+        Defaults {
+            model: Some("m".into()),
+            priority: Priority::Batch,
+            run: run.into(),
+        }
+    }
+
+    fn keys(text: &str, run: &str) -> Vec<String> {
+        let tasks = parse(text.as_bytes(), "x", &defaults(run)).unwrap();
+        tasks.into_iter().map(|task| task.key).collect()
+    }
+
+    #[test] // [LLORCH-070]
+    fn a_line_keeps_its_key_wherever_it_stands() {
+        let (a, b) = (r#"{"prompt": "a"}"#, r#"{"prompt": "b", "model": "n"}"#);
+        let first = keys(&format!("{a}\n\n{b}\n"), "");
+        assert_eq!(first, [keys(a, ""), keys(b, "")].concat());
+        // However it is written; and twice is two jobs.
+        let spaced = r#" {"priority": "batch",   "prompt": "a", "model": "m"}"#;
+        let twice = keys(&format!("{b}\n{spaced}\n{a}"), "");
+        assert_eq!(twice[..2], [first[1].clone(), first[0].clone()]);
+        assert!(!first.contains(&twice[2]));
+        assert_ne!(keys(a, "again"), keys(a, ""));
+    }
+
+    #[test] // [LLORCH-070]
+    fn faulty_lines_are_all_named_before_anything_is_sent() {
+        let text = "{\"prompt\": \"a\"}\nnonsense\n{\"prompt\": \"\"}\n{\"prompt\": \"a\", \"nome\": 1}\n[1]\n";
+        let error = parse(text.as_bytes(), "x", &defaults("")).unwrap_err();
+        assert_eq!(error.exit, Exit::Usage);
+        let shown = format!("{error:?}");
+        for part in [
+            "4 lines",
+            "line 2",
+            "line 3: `prompt` is empty",
+            "unknown field `nome`",
+            "line 5",
+        ] {
+            assert!(shown.contains(part), "{part}: {shown}");
+        }
+        let nothing = parse(&b"\n \n"[..], "x", &defaults("")).unwrap_err();
+        assert!(nothing.message.contains("no tasks"));
+        let long = [b'a'; 5 << 20];
+        let error = parse(&long[..], "x", &defaults("")).unwrap_err();
+        assert!(error.message.contains("line 1"), "{}", error.message);
+    }
+}

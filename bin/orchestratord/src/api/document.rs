@@ -1,0 +1,271 @@
+//! `GET /openapi.json`: the API described by the routes themselves.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::http::HeaderValue;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::IntoResponse;
+use orchestrator_core::api::error::ApiErrorCode;
+use orchestrator_core::api::events::TaskEvent;
+use pool_core::api::error::ErrorEnvelope;
+use pool_core::api::version::VersionInfo;
+use pool_core::openapi::clarify;
+use pool_core::service::{ServiceError, ServiceResult};
+use serde_json::{Map, Value, json};
+use utoipa::OpenApi as _;
+use utoipa::openapi::OpenApi;
+
+/// What a stream of events is, for the responses that are one: OpenAPI 3.1 has no words of its own for it.
+pub const STREAM: &str = "The job's events as server-sent events: `queued`, `started`, (`token` | `metrics`)*, then `end` \
+    or `error`, with `attempt` before each further attempt and `waiting` while it waits. `event:` is the tag and `data:` \
+    the content of `TaskEvent`. Logged events carry `id: ATTEMPT.SEQ`, which a reader that was cut off sends as \
+    `Last-Event-ID`; `waiting`, `metrics`, `lagged` and `shutdown` are momentary and carry none. Comments keep a silent \
+    stream alive.";
+
+/// The events that are not logged, and so carry no id.
+const MOMENTARY: [&str; 4] = ["waiting", "metrics", "lagged", "shutdown"];
+/// The form of an event's id; what is longer is none.
+const EVENT_ID: &str = "^[0-9]{1,9}[.][0-9]{1,19}$";
+
+#[derive(utoipa::OpenApi)]
+#[openapi(
+    info(
+        title = "orchestratord",
+        description = "A durable queue of inference tasks on a fleet of pools. Every error has the same envelope. A daemon \
+            with a token asks for it everywhere but on `/health` and `/metrics`.",
+        contact(),
+    ),
+    paths(version),
+    components(schemas(ErrorEnvelope, ApiErrorCode, TaskEvent)),
+    security(("api_token" = []), ()),
+    tags(
+        (name = "tasks", description = "Submit jobs, follow them, end them."),
+        (name = "fleet", description = "The pools and their workers, and the models that tasks may name."),
+        (name = "pools' own", description = "What pool managers say about themselves."),
+        (name = "daemon", description = "What every daemon has."),
+    )
+)]
+struct Frame;
+
+/// Which program answers, and which API it speaks. Answered by the service that all daemons share.
+#[utoipa::path(get, path = "/version", tag = "daemon", responses((status = 200, body = VersionInfo)))]
+#[expect(dead_code, reason = "only its description is used")]
+fn version() {}
+
+/// All of the document that is not about a route.
+pub fn frame() -> OpenApi {
+    Frame::openapi()
+}
+
+/// The finished document.
+#[derive(Clone)]
+pub struct Document(Arc<Result<Vec<u8>, serde_json::Error>>);
+
+/// Completes the document of the routes and hands it to [`openapi`].
+pub fn layer(description: &OpenApi) -> Extension<Document> {
+    let json = serde_json::to_value(description)
+        .map(complete)
+        .and_then(|document| serde_json::to_vec(&document));
+    Extension(Document(Arc::new(json)))
+}
+
+/// Adds what holds for every route, so that no route has to say it: tokens, the correlation id, and the refusals that
+/// come before any handler.
+fn complete(mut document: Value) -> Value {
+    clarify(&mut document);
+    document["components"]["securitySchemes"] = json!({
+        "api_token": {
+            "type": "http", "scheme": "bearer",
+            "description": "The token of clients and operators, LLORCH_API_TOKEN. It opens everything.",
+        },
+        "pool_token": {
+            "type": "http", "scheme": "bearer",
+            "description": "The token of the pools, LLORCH_POOL_TOKEN. It opens what pools say about themselves.",
+        },
+    });
+    document["components"]["headers"] = json!({
+        "CorrelationId": {
+            "description": "Finds the request in the logs of every daemon it passed through.",
+            "schema": {"type": "string", "pattern": "^[A-Za-z0-9-]{1,64}$"},
+        },
+        "RetryAfter": {
+            "description": "Seconds after which the same request may succeed.",
+            "schema": {"type": "integer", "minimum": 0},
+        },
+    });
+    document["components"]["parameters"] = json!({
+        "CorrelationId": {
+            "name": "X-Correlation-Id", "in": "header", "schema": {"type": "string"},
+            "description": "A name for the request, `[A-Za-z0-9-]{1,64}`: echoed, passed on to pools and workers, and \
+                logged. Where it is absent or none, one is made.",
+        },
+    });
+    let schemas = &mut document["components"]["schemas"];
+    if let Some(request) = schemas.get_mut("TaskSubmitRequest") {
+        *request = three_ways(request);
+    }
+    schemas["StreamEvent"] = stream_event(&schemas["TaskEvent"]);
+    let paths = document["paths"].as_object_mut().into_iter().flatten();
+    let operations = paths.flat_map(|(_, item)| item.as_object_mut().into_iter().flatten());
+    for (_, operation) in operations {
+        complete_operation(operation);
+    }
+    document
+}
+
+/// What the service or hyper answers before a handler is asked.
+const COMMON: [(&str, &str); 5] = [
+    ("400", "The request can't be understood."),
+    ("401", "No token, or a wrong one."),
+    (
+        "403",
+        "The `Host` is no name of this daemon, or a page of another origin asks.",
+    ),
+    ("500", "A fault of the daemon."),
+    (
+        "503",
+        "Not now: stopping, overloaded, or without its database.",
+    ),
+];
+/// The same for requests with a body.
+const WITH_BODY: [(&str, &str); 3] = [
+    ("408", "The body did not arrive in time."),
+    ("413", "The body is larger than the daemon takes."),
+    ("415", "The body is not declared as JSON."),
+];
+
+fn complete_operation(operation: &mut Value) {
+    let has_body = operation.get("requestBody").is_some();
+    let parameters = operation["parameters"].take();
+    let mut parameters = parameters.as_array().cloned().unwrap_or_default();
+    for parameter in &mut parameters {
+        // One that is left out is absent, which is not the same as `null`.
+        if let Some(kinds) = parameter["schema"]["type"].as_array() {
+            parameter["schema"]["type"] = kinds[0].clone();
+        }
+    }
+    parameters.push(json!({"$ref": "#/components/parameters/CorrelationId"}));
+    operation["parameters"] = parameters.into();
+    let Some(responses) = operation["responses"].as_object_mut() else {
+        return;
+    };
+    for (status, description) in COMMON.iter().chain(WITH_BODY.iter().filter(|_| has_body)) {
+        responses
+            .entry(*status)
+            .or_insert_with(|| json!({"description": description}));
+    }
+    for (status, response) in responses {
+        complete_response(status, response);
+    }
+}
+
+fn complete_response(status: &str, response: &mut Value) {
+    let mut headers = response["headers"].as_object().cloned().unwrap_or_default();
+    let mut add = |name: &str, header: &str| {
+        let reference = json!({"$ref": format!("#/components/headers/{header}")});
+        headers.insert(name.to_owned(), reference);
+    };
+    add("X-Correlation-Id", "CorrelationId");
+    if matches!(status, "429" | "503") {
+        add("Retry-After", "RetryAfter");
+    }
+    response["headers"] = headers.into();
+    if let Some(stream) = response["content"].get_mut("text/event-stream") {
+        *stream = json!({"schema": {"$ref": "#/components/schemas/StreamEvent"}});
+    }
+    // Every refusal is the envelope, so no route needs to say it.
+    if status.starts_with(['4', '5']) {
+        let envelope = json!({"$ref": "#/components/schemas/ErrorEnvelope"});
+        response["content"] = json!({"application/json": {"schema": envelope}});
+    }
+}
+
+/// One event as it stands in the stream: the tag of [`TaskEvent`] is its name, the content its data.
+fn stream_event(event: &Value) -> Value {
+    let variants = event["oneOf"].as_array().into_iter().flatten();
+    let variants = variants.map(|variant| {
+        let name = &variant["properties"]["event"]["enum"][0];
+        let momentary = MOMENTARY.iter().any(|momentary| name == momentary);
+        let mut properties = json!({
+            "event": {"const": name},
+            "data": {
+                "type": "string", "contentMediaType": "application/json",
+                "contentSchema": variant["properties"]["data"],
+            },
+        });
+        let mut required = vec!["event", "data"];
+        if momentary {
+            properties["retry"] = json!({"type": "integer", "minimum": 0, "description": "Milliseconds to wait before coming back."});
+        } else {
+            properties["id"] = json!({"type": "string", "pattern": EVENT_ID, "description": "`ATTEMPT.SEQ`"});
+            required.push("id");
+        }
+        json!({
+            "type": "object", "description": variant["description"], "properties": properties, "required": required,
+            "additionalProperties": false,
+        })
+    });
+    json!({
+        "description": "One event of the stream: `event:`, `data:` and `id:` of server-sent events.",
+        "oneOf": variants.collect::<Vec<_>>(),
+    })
+}
+
+/// A task gives a prompt, a raw prompt or a conversation. Each is described on its own, so that what fits the schema is
+/// taken.
+fn three_ways(request: &Value) -> Value {
+    let way = |title: &str, required: &str, without: &[&str], raw: Value| {
+        let mut way = request.clone();
+        way["title"] = title.into();
+        way["required"] = json!(["model", required]);
+        if let Some(properties) = way["properties"].as_object_mut() {
+            for name in without {
+                forbid(properties, name);
+            }
+            require(properties, required);
+            properties.insert("raw".to_owned(), raw);
+        }
+        way
+    };
+    let raw = |allowed: bool, description: &str| json!({"const": allowed, "default": false, "description": description});
+    let template = raw(false, "The model's chat template is used.");
+    let mut raw_prompt = way(
+        "A raw prompt",
+        "prompt",
+        &["messages", "system"],
+        raw(true, "The model is given `prompt` as it is."),
+    );
+    raw_prompt["required"] = json!(["model", "prompt", "raw"]);
+    json!({"oneOf": [
+        way("A prompt", "prompt", &["messages"], template.clone()),
+        raw_prompt,
+        way("A conversation", "messages", &["prompt"], template),
+    ]})
+}
+
+fn forbid(properties: &mut Map<String, Value>, name: &str) {
+    let null = json!({"type": "null", "description": "Not together with what this task gives."});
+    properties.insert(name.to_owned(), null);
+}
+
+/// An optional property that may be `null` as well becomes one that may not.
+fn require(properties: &mut Map<String, Value>, name: &str) {
+    if let Some(kinds) = properties[name]["type"].as_array_mut() {
+        kinds.retain(|kind| kind != "null");
+    }
+}
+
+/// This description.
+#[utoipa::path(get, path = "/openapi.json", tag = "daemon", responses((status = 200, description = "An OpenAPI 3.1 document.")))]
+pub async fn openapi(
+    Extension(document): Extension<Document>,
+) -> ServiceResult<impl IntoResponse + use<>> {
+    match document.0.as_ref() {
+        Ok(json) => Ok((
+            [(CONTENT_TYPE, HeaderValue::from_static("application/json"))],
+            json.clone(),
+        )),
+        Err(cause) => Err(ServiceError::internal(cause)),
+    }
+}

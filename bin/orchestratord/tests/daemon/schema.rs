@@ -1,0 +1,141 @@
+//! A schema tester against the daemon: requests drawn from `/openapi.json`, valid ones and broken ones, and every answer
+//! held against the document.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use orchestrator_core::JobStatus;
+use orchestrator_core::api::tasks::TaskList;
+use pool_core::api::pool::ModelOnDisk;
+use pool_core::worker::WorkerStatus;
+use serde::de::IgnoredAny;
+use serde_json::{Value, json};
+use tokio::process::Command;
+
+use crate::support::{FakePool, FakeWorker, Orchestrator, model_file};
+
+/// Examples of each operation.
+const EXAMPLES: u32 = 100;
+/// Longer than the tester takes.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// Known to the pool and to no catalogue, so that any number of tokens may be asked for.
+const FREE_MODEL: &str = "file:/models/fake.gguf";
+
+/// The pool comes back when a drawn request removed it, and jobs that nothing can run are ended, so that their streams
+/// end.
+async fn keep_house(
+    client: pool_core::client::ApiClient,
+    pool: Arc<FakePool>,
+    drawn: Arc<FakePool>,
+) {
+    loop {
+        for pool in [&pool, &drawn] {
+            let path = format!("/v2/pools/{}/heartbeat", pool.id);
+            let beat: Result<IgnoredAny, _> = client.post(&path, &pool.next_heartbeat()).await;
+            if beat.is_err() {
+                let _: Result<IgnoredAny, _> = client
+                    .post("/v2/pools/register", &pool.registration())
+                    .await;
+            }
+        }
+        let waiting = client.get::<TaskList>("/v2/tasks?limit=500").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        for job in waiting.jobs.iter().filter(|job| !job.status.is_terminal()) {
+            let path = format!("/v2/tasks/{}/cancel", job.id);
+            let _: Result<IgnoredAny, _> = client.post(&path, &json!({})).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)] // [ORCHD-161]
+#[ignore = "takes a minute and needs schemathesis: scripts/test prepares and runs it"]
+async fn a_schema_tester_finds_no_fault() {
+    let tester = std::env::var_os("LLORCH_TEST_SCHEMATHESIS").expect(
+        "LLORCH_TEST_SCHEMATHESIS must name the program `schemathesis`: scripts/test prepares it",
+    );
+    let orchestrator = Orchestrator::start_with(|config| config.queue.capacity = 1000).await;
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    worker.be_fluent();
+    let mut pool = FakePool::start("pool-a").await;
+    let mut info = worker.info(WorkerStatus::Ready);
+    info.model_ref = FREE_MODEL.parse().unwrap();
+    info.slots = 64;
+    pool.workers.push(info);
+    pool.endpoints.push(worker.endpoint());
+    pool.models.push(ModelOnDisk {
+        model_ref: FREE_MODEL.parse().unwrap(),
+        file: model_file(),
+        needed_bytes: 1000,
+    });
+    let (pool, drawn) = (Arc::new(pool), Arc::new(FakePool::start("drawn").await));
+    pool.register(&orchestrator).await;
+    drawn.register(&orchestrator).await;
+    let house = json!({
+        "model": FREE_MODEL, "pool": pool.id, "pool_url": pool.registration().url,
+        "drawn_pool": drawn.id, "drawn_instance": drawn.instance,
+    });
+    let keeper = tokio::spawn(keep_house(
+        orchestrator.client.clone(),
+        Arc::clone(&pool),
+        Arc::clone(&drawn),
+    ));
+
+    let folder = tempfile::tempdir().unwrap();
+    let calls = folder.path().join("calls.json");
+    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/schemathesis");
+    let seed = std::env::var("LLORCH_TEST_SEED").unwrap_or_else(|_| "1".to_owned());
+    let mut command = Command::new(tester);
+    command
+        .arg("--config-file")
+        .arg(here.join("schemathesis.toml"))
+        .args(["run", &format!("{}/openapi.json", orchestrator.url())])
+        .args(["--checks", "all", "--continue-on-failure"])
+        .args(["--max-examples", &EXAMPLES.to_string(), "--seed", &seed])
+        .args(["--request-timeout", "20"])
+        .env("SCHEMATHESIS_HOOKS", here.join("hooks.py"))
+        .env("LLORCH_SCHEMA_HOUSE", house.to_string())
+        .env("LLORCH_SCHEMA_CALLS", &calls)
+        .current_dir(folder.path())
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    let output = tokio::time::timeout(PATIENCE, command.output())
+        .await
+        .expect("the tester ends")
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    println!("{text}");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    keeper.abort();
+
+    let calls: BTreeMap<String, u32> =
+        serde_json::from_slice(&std::fs::read(&calls).unwrap()).unwrap();
+    let document: Value = orchestrator.client.get("/openapi.json").await.unwrap();
+    for (path, item) in document["paths"].as_object().unwrap() {
+        for method in item.as_object().unwrap().keys() {
+            let operation = format!("{} {path}", method.to_uppercase());
+            let count = calls.get(&operation).copied().unwrap_or(0);
+            assert!(count >= EXAMPLES, "{operation}: {count} examples");
+        }
+    }
+    // It went deep: jobs were run, and the daemon is as well as before.
+    let done = orchestrator
+        .client
+        .get::<TaskList>("/v2/tasks?status=completed")
+        .await
+        .unwrap();
+    assert!(!done.jobs.is_empty());
+    pool.register(&orchestrator).await;
+    let job = orchestrator
+        .submit(json!({"model": FREE_MODEL, "prompt": "hi"}))
+        .await
+        .unwrap();
+    orchestrator.until(job.job_id, JobStatus::Completed).await;
+    orchestrator.stop().await;
+}

@@ -1,0 +1,81 @@
+"""Leads the schema tester to where the daemon's work is: to the jobs, pools and models that exist.
+
+What schemathesis draws is valid or invalid as it chose; a valid name is replaced by another valid one, so that is kept.
+"""
+
+import atexit
+import collections
+import itertools
+import json
+import os
+import random
+import re
+import threading
+
+import schemathesis
+
+# What the test has set up: a model and a pool's address, a pool that lives, and one whose heartbeats are drawn.
+HOUSE = json.loads(os.environ["LLORCH_SCHEMA_HOUSE"])
+MODEL = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}|hf:\w+/\w+|file:/\w+")
+NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+lock = threading.Lock()
+calls = collections.Counter()
+jobs = collections.deque(maxlen=20)
+choices = random.Random(1)
+beats = itertools.count(1)
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    label = case.operation.label
+    with lock:
+        dice = choices.random()
+        known = list(jobs)
+    path, body = case.path_parameters, case.body
+    if not case.meta or case.meta.generation.mode.is_negative:
+        known = []
+    if label == "POST /v2/tasks" and isinstance(body, dict):
+        if isinstance(body.get("model"), str) and MODEL.fullmatch(body["model"]):
+            body["model"] = HOUSE["model"]
+        if dice < 0.2:
+            case.headers["Accept"] = "text/event-stream"
+    elif label == "POST /v2/pools/register" and isinstance(body, dict):
+        # No stranger's address is ever called.
+        if isinstance(body.get("url"), str) and body["url"].startswith("http"):
+            body["url"] = HOUSE["pool_url"]
+    elif label == "POST /v2/pools/{id}/heartbeat" and isinstance(body, dict):
+        if dice < 0.7:
+            aim_heartbeat(path, body)
+    elif label.startswith(("POST /v2/pools/{id}/", "GET /v2/pools/{id}")) and dice < 0.6:
+        path["id"] = HOUSE["pool"]
+    elif known and "/v2/tasks/{id}" in label and dice < 0.7:
+        path["id"] = known[int(dice * 1000) % len(known)]
+
+
+def aim_heartbeat(path, body):
+    """Makes a valid heartbeat one of the pool that the test registered for it."""
+    status = body.get("snapshot", {})
+    status = status.get("status", {}) if isinstance(status, dict) else {}
+    names = [path.get("id"), body.get("instance_id")]
+    if not isinstance(status, dict) or not all(isinstance(name, str) for name in names):
+        return
+    if isinstance(status.get("pool_id"), str) and isinstance(body.get("seq"), int):
+        path["id"] = status["pool_id"] = HOUSE["drawn_pool"]
+        body["instance_id"] = HOUSE["drawn_instance"]
+        if 0 <= body["seq"] < 2**64:
+            body["seq"] = next(beats)
+
+
+@schemathesis.hook
+def after_call(context, case, response):
+    with lock:
+        calls[case.operation.label] += 1
+        if case.operation.label == "POST /v2/tasks" and "location" in response.headers:
+            jobs.append(response.headers["location"][0].rsplit("/", 1)[1])
+
+
+@atexit.register
+def report():
+    with open(os.environ["LLORCH_SCHEMA_CALLS"], "w") as out:
+        json.dump(calls, out)
