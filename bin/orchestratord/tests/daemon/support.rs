@@ -23,7 +23,7 @@ use orchestratord::Daemon;
 use pool_core::api::models::{DownloadEvent, ModelDownloadRequest};
 use pool_core::api::pool::{
     DeviceInfo, DiskInfo, DrainRequest, DrainStatus, Heartbeat, ModelOnDisk, PoolSnapshot,
-    PoolStatus, RegisterRequest, WorkerEndpoint, WorkerSpawnRequest, WorkerStopRequest,
+    PoolStatus, RegisterRequest, WorkerEndpoint, WorkerSpawnRequest,
 };
 use pool_core::api::worker::{
     CancelRequest, CancelResponse, ExecuteRequest, NEWEST_EVENT, Origin, StopReason, WorkerEnd,
