@@ -28,6 +28,7 @@ use axum::http::Method;
 use orchestrator_core::config::OrchestratorConfig;
 use pool_core::ORCHESTRATOR_API_VERSION;
 use pool_core::catalog::Catalog;
+use pool_core::crash::crash_point;
 use pool_core::home::Home;
 use pool_core::secret::Secret;
 use pool_core::service::state_files::RunFiles;
@@ -269,6 +270,7 @@ async fn recover(app: &App) -> anyhow::Result<()> {
     let since = clock::now().saturating_sub(dispatch::ORPHANED_WITHIN);
     let orphans = app.store.orphans(since.unwrap_or(jiff::Timestamp::MIN));
     app.orphans.add(orphans.await.context(unreadable)?);
+    crash_point("recover.read");
     let (mut waiting, mut running) = (0, 0);
     for job in recovered {
         let (id, created_at) = (job.queued.id, job.queued.created_at);
@@ -327,11 +329,13 @@ async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Resul
     let _ = guard.await;
     sweeper.await.context("the sweeper panicked")?;
     let scheduled = scheduler.await.context("the scheduler's guard panicked")?;
+    crash_point("stop.served");
     // Streams are closed; what is left are attempts that write down their last tokens. Their workers go on.
     app.finish_tasks(WIND_UP).await;
     let store = app.store.clone();
     drop(app);
     let taken_over = store.is_taken_over();
+    crash_point("stop.closing");
     store.close(WIND_UP).await;
     tracing::info!("stopped");
     drop(run_files);

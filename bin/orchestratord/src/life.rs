@@ -9,6 +9,7 @@ use orchestrator_core::job::{
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
+use pool_core::crash::crash_point;
 use pool_core::service::CorrelationId;
 
 use crate::app::App;
@@ -129,7 +130,7 @@ pub async fn submit(
     let gate = live.gate.lock().await;
     app.jobs.insert(Arc::clone(&live));
     match app.store.submit(job, key, Arc::clone(&first)).await {
-        Ok(Submitted::New) => {}
+        Ok(Submitted::New) => crash_point("submit.committed"),
         Ok(Submitted::Known(known_id, status)) => {
             app.jobs.forget(id);
             return Ok(known(&app, known_id, status));
@@ -256,7 +257,9 @@ pub async fn end(
         error,
         outcome,
     };
+    crash_point("end.uncommitted");
     let status = app.store.end(live.id, ending).await?;
+    crash_point("end.committed");
     live.hub.written(last.id.seq);
     tell(app, live, last, status);
     tracing::info!(job = %live.id, %status, "job over");

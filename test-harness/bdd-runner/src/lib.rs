@@ -1,8 +1,14 @@
 //! The real binaries as a scenario or a measurement sees them: a home of its own, commands, requests and streams.
 
+pub mod chain;
 pub mod checker;
+pub mod clients;
 pub mod house;
 pub mod memory;
 pub mod process;
 pub mod steps;
 pub mod stream;
+
+#[path = "../../../bin/llorch-candled/tests/support/tiny_model.rs"]
+#[allow(dead_code)]
+mod tiny_model;

@@ -244,7 +244,7 @@ fn text_that_was_never_logged_is_void_and_no_fault() {
 #[test]
 fn an_attempt_that_continues_goes_on_at_the_readers_next_index() {
     let rules = broken(|story| story.read().insert(5, (Some(id("1.5")), token(2, "c"))));
-    assert_eq!(rules, [Rule::SameEverywhere, Rule::StreamIsWhole]);
+    assert_eq!(rules, WRONG_TEXT);
 }
 
 // [BDD-060] P1
@@ -409,22 +409,52 @@ fn a_gap_in_the_log() {
     assert_eq!(rules, [Rule::LogIsWhole]);
 }
 
+const WRONG_TEXT: [Rule; 3] = [Rule::SameEverywhere, Rule::StreamIsWhole, Rule::NoSplice];
+
 // [BDD-060] P5 P11
 #[test]
 fn a_stream_with_a_gap_a_repetition_or_another_event() {
     let rules = broken(|story| drop(story.read().remove(3)));
-    assert_eq!(rules, [Rule::SameEverywhere, Rule::StreamIsWhole]);
+    assert_eq!(rules, WRONG_TEXT);
     let rules = broken(|story| {
         let again = story.read()[3].clone();
         story.read().insert(4, again);
     });
-    assert_eq!(rules, [Rule::SameEverywhere, Rule::StreamIsWhole]);
+    assert_eq!(rules, WRONG_TEXT);
     let rules = broken(|story| story.read()[3].1 = token(0, "A"));
-    assert_eq!(rules, [Rule::SameEverywhere, Rule::StreamIsWhole]);
+    assert_eq!(rules, WRONG_TEXT);
     let rules = broken(|story| drop(story.read().remove(0)));
     assert_eq!(rules, [Rule::StreamIsWhole]);
     let rules = broken(|story| story.read()[3].0 = None);
     assert_eq!(rules, [Rule::StreamIsWhole]);
+}
+
+// [BDD-060] P5: where a job did not complete, a reader may have what a crash kept from the log; but no other text.
+#[test]
+fn more_of_a_text_that_is_not_whole() {
+    let read_as = |last: &'static str| {
+        broken(move |story| {
+            let mut events = story.record().events.clone();
+            events.truncate(4);
+            let mut read = events.clone();
+            read.push((id("1.5"), token(2, last)));
+            let over = (id("2.5"), error("WORKER_LOST"));
+            events.push(over.clone());
+            read.push(over);
+            story.record().status = JobStatus::Failed;
+            story.record().events = events;
+            *story.read() = read
+                .into_iter()
+                .map(|(id, event)| (Some(id), event))
+                .collect();
+            story
+                .evidence
+                .history
+                .retain(|o| !matches!(o, Observation::Answered { .. }));
+        })
+    };
+    assert_eq!(read_as("c"), []);
+    assert_eq!(read_as("x"), [Rule::NoSplice]);
 }
 
 // [BDD-060] P5

@@ -16,6 +16,7 @@ use orchestrator_core::api::tasks::{
 use orchestrator_core::job::{JobSpec, Priority};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
+use pool_core::crash::crash_point;
 use pool_core::service::{Caller, CorrelationId, Json, Path, Query, ServiceError, ServiceResult};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
@@ -68,6 +69,7 @@ pub(super) async fn submit(
         status,
         position,
     } = result?;
+    crash_point("submit.unanswered");
     let location = HeaderValue::try_from(format!("/v2/tasks/{id}"))
         .map_err(|error| ServiceError::internal(&error))?;
     if accepts_events(&headers) {
@@ -101,6 +103,7 @@ async fn accept(
         .validate()
         .map_err(|refusal| error::validation(&refusal))?;
     let key = idempotency_key(caller, headers, &spec, seed_given)?;
+    crash_point("submit.parsed");
     let correlation = CorrelationId::current().unwrap_or_else(CorrelationId::random);
     let submitted = life::submit(Arc::clone(app), spec, key, correlation);
     let submitted = app.complete(submitted).await;

@@ -17,6 +17,7 @@ use jiff::SignedDuration;
 use orchestrator_core::job::{AttemptOutcome, JobErrorCode, backoff_ms};
 use orchestrator_core::queue::QueuedJob;
 use pool_core::api::pool::WorkerEndpoint;
+use pool_core::crash::crash_point;
 
 use crate::app::App;
 use crate::clock;
@@ -117,6 +118,7 @@ async fn lease(
         .await
     {
         Ok(lease) => {
+            crash_point("lease.committed");
             live.hub.begin_attempt(lease.attempt);
             if lease.attempt == 1 {
                 app.metrics
@@ -209,6 +211,7 @@ async fn conclude(
             if verdict == Verdict::Broken {
                 end_surely(app, live, attempt, fence, End::internal()).await;
             }
+            crash_point("cancel.unsent");
             // The slot is free for others once the worker has let go of it.
             worker::cancel(endpoint, live.id, lease.fence).await;
             release(app, live, attempt);

@@ -9,6 +9,7 @@ use orchestrator_core::api::events::{End as EndEvent, FurtherAttempt, Started, T
 use pool_core::api::pool::WorkerEndpoint;
 use pool_core::api::worker::{WorkerEvent, WorkerStarted, WorkerToken};
 use pool_core::client::ClientError;
+use pool_core::crash::crash_point;
 use pool_core::errors::with_causes;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -104,7 +105,7 @@ impl<'a> Running<'a> {
             cut = cut(self.app, &mut self.orders, true) => return cut.into(),
         };
         match opened {
-            Ok(()) => {}
+            Ok(()) => crash_point("dispatch.answered"),
             Err(Some(verdict)) => return verdict,
             // It may have heard the request and not been heard; asking for the execution shows.
             Err(None) => {
@@ -412,6 +413,7 @@ impl<'a> Running<'a> {
             // In the log already: the stream was opened again, or text comes once more that was held back to the end.
             return None;
         }
+        crash_point("token.received");
         let _gate = self.live.gate.lock().await;
         if self.live.ended().is_some() {
             return Some(Verdict::Over);
@@ -432,6 +434,7 @@ impl<'a> Running<'a> {
             None,
         );
         self.live.hub.publish(entry);
+        crash_point("token.relayed");
         self.unlogged += 1;
         self.log_at.get_or_insert(Instant::now() + LOG_EVERY.0);
         None

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use pool_core::crash::crash_point;
 use sqlx::{Connection as _, Row as _, SqliteConnection};
 
 use super::{StoreError, holder};
@@ -97,7 +98,9 @@ pub(super) async fn migrate(conn: &mut SqliteConnection, found: i64) -> Result<(
         }
         // A pragma takes no parameters; the number is ours.
         execute(&mut transaction, format!("PRAGMA user_version = {version}")).await?;
+        crash_point("migrate.uncommitted");
         transaction.commit().await?;
+        crash_point("migrate.committed");
         tracing::info!(version, "database migrated");
     }
     execute(conn, "PRAGMA foreign_keys = ON".to_owned()).await

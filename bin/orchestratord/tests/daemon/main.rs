@@ -6,6 +6,7 @@
 mod attempts;
 mod backup;
 mod crash;
+mod crash_points;
 mod disk;
 mod events;
 mod metrics;

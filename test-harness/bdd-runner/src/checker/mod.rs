@@ -194,7 +194,7 @@ pub fn check(evidence: &Evidence) -> Vec<Violation> {
         job_alone(*id, job, evidence, &mut findings);
     }
     for observation in &evidence.history {
-        against_record(observation, &evidence.record, &mut findings);
+        against_record(observation, evidence, &mut findings);
     }
     for host in &evidence.hosts {
         hosts::check(host, &mut findings);
@@ -338,12 +338,12 @@ fn job_alone(id: JobId, job: &JobRecord, evidence: &Evidence, findings: &mut Fin
 }
 
 /// What a client saw, against the record.
-fn against_record(observation: &Observation, record: &Record, findings: &mut Findings) {
+fn against_record(observation: &Observation, evidence: &Evidence, findings: &mut Findings) {
     let (Observation::Acknowledged { job: id, .. }
     | Observation::CancelAsked { job: id }
     | Observation::Answered { job: id, .. }
     | Observation::Read { job: id, .. }) = observation;
-    let Some(job) = record.jobs.get(id) else {
+    let Some(job) = evidence.record.jobs.get(id) else {
         findings.add(
             Rule::AcknowledgedExists,
             id,
@@ -378,7 +378,8 @@ fn against_record(observation: &Observation, record: &Record, findings: &mut Fin
         // The state of a moment.
         Observation::Answered { .. } => {}
         Observation::Read { reader, events, .. } => {
-            streams::check_reader(*id, reader, events, job, findings);
+            let undisturbed = evidence.undisturbed.get(id).map(String::as_str);
+            streams::check_reader(*id, reader, events, job, undisturbed, findings);
         }
     }
 }
