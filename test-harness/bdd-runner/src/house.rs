@@ -10,6 +10,7 @@ use tokio::process::{Child, Command};
 
 use crate::memory::Watch;
 use crate::process::{self, Finished};
+use crate::soak::Report;
 use crate::steps::memory::Asked;
 use crate::stream::Received;
 
@@ -45,6 +46,8 @@ pub struct House {
     pub memory_limit: u64,
     /// Watches what the workers hold.
     pub watch: Option<Watch>,
+    /// What came of the long run.
+    pub soak: Option<Report>,
 }
 
 impl House {
@@ -67,6 +70,7 @@ impl House {
             asked: Vec::new(),
             memory_limit: 0,
             watch: None,
+            soak: None,
         }
     }
 

@@ -6,6 +6,7 @@ pub mod clients;
 pub mod house;
 pub mod memory;
 pub mod process;
+pub mod soak;
 pub mod steps;
 pub mod stream;
 

@@ -8,3 +8,4 @@ mod durability;
 mod jobs;
 pub mod memory;
 mod setting;
+mod soak;
