@@ -61,6 +61,9 @@ pub struct WorkerRecord {
     /// When the process was started, on the clock of [`process::uptime`].
     #[serde(default)]
     pub launched_at: Option<Duration>,
+    /// Bytes that stood in the worker's log when the process was started: an earlier start's, which found its port taken.
+    #[serde(default)]
+    pub log_start: u64,
 }
 
 /// Why the pool itself ends a worker.

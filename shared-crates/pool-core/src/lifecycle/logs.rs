@@ -10,13 +10,22 @@ const MAX_BYTES: u64 = 1 << 20;
 /// The last `lines` lines of the file; none if there is no such file. A line that lies only partly within the last
 /// mebibyte is left out, unless it is all there is.
 pub fn log_tail(path: &Path, lines: usize) -> io::Result<Vec<String>> {
+    log_tail_from(path, 0, lines)
+}
+
+/// As [`log_tail`], of what stands behind the first `start` bytes.
+pub(super) fn log_tail_from(path: &Path, start: u64, lines: usize) -> io::Result<Vec<String>> {
     let mut file = match File::open(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
-    let skipped = file.metadata()?.len().saturating_sub(MAX_BYTES);
-    file.seek(SeekFrom::Start(skipped))?;
+    let skipped = file
+        .metadata()?
+        .len()
+        .saturating_sub(start)
+        .saturating_sub(MAX_BYTES);
+    file.seek(SeekFrom::Start(start + skipped))?;
     let mut bytes = Vec::new();
     file.take(MAX_BYTES).read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes);

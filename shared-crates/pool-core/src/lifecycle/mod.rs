@@ -374,6 +374,7 @@ impl Lifecycle {
             oom_mark: None,
             starter: None,
             launched_at: None,
+            log_start: 0,
         };
         // The intent comes first: whatever happens from here on, a record says that this process may exist.
         locked.save(&record)?;
@@ -709,6 +710,7 @@ impl Lifecycle {
             source,
         };
         let log = self.open_log(&record.info.id).map_err(failed)?;
+        record.log_start = log.metadata().map_err(failed)?.len();
         let command = WorkerCommand {
             program: record.program.clone(),
             args: record.args.to_args(),
@@ -750,7 +752,9 @@ impl Lifecycle {
         };
         // Both ends may follow any state.
         let _ = record.apply(event);
-        let tail = log_tail(&self.log_file(&record.info.id), EXIT_LOG_LINES).unwrap_or_default();
+        // What an earlier start said is no reason for this one's end.
+        let log = self.log_file(&record.info.id);
+        let tail = logs::log_tail_from(&log, record.log_start, EXIT_LOG_LINES).unwrap_or_default();
         let tail = tail
             .into_iter()
             .map(|line| line.chars().take(EXIT_LOG_LINE_CHARS).collect())

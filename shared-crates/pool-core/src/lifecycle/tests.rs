@@ -57,6 +57,7 @@ pub(crate) fn record(number: u64) -> WorkerRecord {
         oom_mark: None,
         starter: None,
         launched_at: None,
+        log_start: 0,
     }
 }
 
@@ -212,6 +213,8 @@ fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
     let second = lifecycle.spawn(&host.request()).unwrap().info;
     assert_eq!((first.port, second.port), (8001, 8002));
     let watched = lifecycle.registry().get(&first.id).unwrap();
+    let log = lifecycle.log_file(&first.id);
+    std::fs::write(&log, "error: another program already listens\n").unwrap();
     let Some(Ended::Restarted(again)) = lifecycle
         .process_ended(&watched, ExitFacts::Exited(EXIT_PORT_TAKEN))
         .unwrap()
@@ -232,6 +235,14 @@ fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
     assert!(restored.unwrap().is_none());
     let record = lifecycle.registry().get(&first.id).unwrap();
     assert_eq!(record.info, again.info);
+    // What the first process said is no reason for the end of the second.
+    let over = lifecycle.process_ended(&record, ExitFacts::Unknown);
+    let Some(Ended::Over(over)) = over.unwrap() else {
+        panic!("it goes on")
+    };
+    let exit = over.exit.unwrap();
+    assert!(exit.message.starts_with("its process is gone"), "{exit:?}");
+    assert!(exit.log_tail.is_empty(), "{exit:?}");
     let fixed = WorkerSpawnRequest {
         port: Some(8500),
         ..host.request()
