@@ -192,7 +192,7 @@ mod tests {
         }
         let nothing = parse(&b"\n \n"[..], "x", &defaults("")).unwrap_err();
         assert!(nothing.message.contains("no tasks"));
-        let long = [b'a'; 5 << 20];
+        let long = vec![b'a'; 5 << 20];
         let error = parse(&long[..], "x", &defaults("")).unwrap_err();
         assert!(error.message.contains("line 1"), "{}", error.message);
     }
