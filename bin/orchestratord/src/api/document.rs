@@ -171,7 +171,9 @@ fn complete_response(status: &str, response: &mut Value) {
         add("Retry-After", "RetryAfter");
     }
     response["headers"] = headers.into();
-    if let Some(stream) = response["content"].get_mut("text/event-stream") {
+    // Asked for by index, a response without content would get one that is null.
+    let content = response.get_mut("content");
+    if let Some(stream) = content.and_then(|content| content.get_mut("text/event-stream")) {
         *stream = json!({"schema": {"$ref": "#/components/schemas/StreamEvent"}});
     }
     // Every refusal is the envelope, so no route needs to say it.
