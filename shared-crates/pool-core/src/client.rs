@@ -14,6 +14,7 @@ use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValu
 use reqwest::{StatusCode, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use crate::api::error::{ErrorBody, ErrorEnvelope};
 use crate::api::version::VersionInfo;
@@ -549,13 +550,18 @@ where
     B: AsRef<[u8]> + Send + 'static,
     E: std::error::Error + Send + 'static,
 {
-    let chunks = stream::unfold(Some(Box::pin(bytes)), move |state| async move {
-        let mut bytes = state?;
-        match tokio::time::timeout(idle, bytes.next()).await {
-            Ok(None) => None,
-            Ok(Some(Ok(chunk))) => Some((Ok(chunk.as_ref().to_vec()), Some(bytes))),
-            Ok(Some(Err(error))) => Some((Err(Fault::Transport(with_causes(&error))), None)),
-            Err(_) => Some((Err(Fault::Silent), None)),
+    // One timer that is put off with each chunk: tokio does that without a lock.
+    let silent = Box::pin(tokio::time::sleep(idle));
+    let chunks = stream::unfold(Some((Box::pin(bytes), silent)), move |state| async move {
+        let (mut bytes, mut silent) = state?;
+        silent.as_mut().reset(Instant::now() + idle);
+        tokio::select! {
+            biased;
+            chunk = bytes.next() => match chunk? {
+                Ok(chunk) => Some((Ok(chunk.as_ref().to_vec()), Some((bytes, silent)))),
+                Err(error) => Some((Err(Fault::Transport(with_causes(&error))), None)),
+            },
+            () = &mut silent => Some((Err(Fault::Silent), None)),
         }
     });
     // The decoder looks for a byte order mark at the beginning only, and takes it for one byte long: an empty comment

@@ -1,9 +1,10 @@
 //! What a worker sends, as it comes: to readers at once, to the database in batches.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use jiff::SignedDuration;
 use orchestrator_core::api::events::{End as EndEvent, FurtherAttempt, Started, TaskEvent, Token};
 use pool_core::api::pool::WorkerEndpoint;
@@ -22,8 +23,11 @@ use crate::clock;
 use crate::queue::{ActiveAttempt, LiveJob, Order};
 use crate::state::{Lease, Progress, Seam, StoreError};
 
-/// How long a token may wait to be written down, and how many may wait.
-const LOG_EVERY: (Duration, usize) = (Duration::from_millis(50), 32);
+/// How long a token may wait to be written down, and how many may wait. What a crash of the daemon takes with it comes again
+/// from the worker's buffer, so this is no matter of loss: each write costs as much as relaying ten tokens.
+const LOG_EVERY: (Duration, usize) = (Duration::from_millis(250), 64);
+/// Writes of all streams fall on these beats, so that those of one beat share a commit.
+const LOG_BEAT: Duration = Duration::from_millis(50);
 /// How long a stream may go on that comes from a worker which its pool calls gone: what is under way still arrives.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Streams of one execution in a row that may break without a single event.
@@ -214,9 +218,10 @@ impl<'a> Running<'a> {
     /// Relays the stream: `Err` where it broke before its last event.
     async fn relay(&mut self, connection: &mut Connection) -> Result<Verdict, String> {
         let mut gone: Option<(Instant, String)> = None;
-        let mut logging: Option<
-            futures_util::future::BoxFuture<'static, (Result<(), StoreError>, u64)>,
-        > = None;
+        let mut logging: Option<BoxFuture<'static, (Result<(), StoreError>, u64)>> = None;
+        // What outlives a single token is made once: a stream passes here for every one of them.
+        let mut cut = own_cut(self.app, self.orders.clone(), true);
+        let mut timer = std::pin::pin!(tokio::time::sleep_until(Instant::now()));
         loop {
             if logging.is_none()
                 && (self.unlogged >= LOG_EVERY.1
@@ -224,7 +229,13 @@ impl<'a> Running<'a> {
             {
                 logging = self.start_logging();
             }
-            let log_at = if logging.is_none() { self.log_at } else { None };
+            let log_at = self.log_at.filter(|_| logging.is_none());
+            let wake_at = gone.iter().map(|(until, _)| *until).chain(log_at).min();
+            if let Some(at) = wake_at
+                && timer.deadline() != at
+            {
+                timer.as_mut().reset(at);
+            }
             tokio::select! {
                 event = connection.next() => {
                     let event = match (event, &gone) {
@@ -242,8 +253,11 @@ impl<'a> Running<'a> {
                         return Ok(verdict);
                     }
                 }
-                cut = cut(self.app, &mut self.orders, gone.is_none()) => match cut {
-                    Cut::Gone(reason) => gone = Some((Instant::now() + LAST_WORDS, reason)),
+                why = &mut cut => match why {
+                    Cut::Gone(reason) => {
+                        gone = Some((Instant::now() + LAST_WORDS, reason));
+                        cut = own_cut(self.app, self.orders.clone(), false);
+                    }
                     Cut::Stopping => {
                         // Not needed for anything but a shorter way back after the restart.
                         if let Some(logging) = self.start_logging() {
@@ -253,10 +267,6 @@ impl<'a> Running<'a> {
                     }
                     Cut::Over => return Ok(Verdict::Over),
                 },
-                () = at(gone.as_ref().map(|(until, _)| *until)) => {
-                    let reason = gone.map(|(_, reason)| reason).unwrap_or_default();
-                    return Ok(Verdict::Lost(reason));
-                }
                 (result, seq) = pending(logging.as_mut()) => {
                     logging = None;
                     match result {
@@ -266,15 +276,19 @@ impl<'a> Running<'a> {
                         Err(error) => tracing::debug!(job = %self.live.id, %error, "tokens not logged"),
                     }
                 }
-                () = at(log_at) => {}
+                () = &mut timer, if wake_at.is_some() => {
+                    if let Some((until, reason)) = &gone
+                        && *until <= Instant::now()
+                    {
+                        return Ok(Verdict::Lost(reason.clone()));
+                    }
+                }
             }
         }
     }
 
     /// Begins to write down what is not written yet.
-    fn start_logging(
-        &mut self,
-    ) -> Option<futures_util::future::BoxFuture<'static, (Result<(), StoreError>, u64)>> {
+    fn start_logging(&mut self) -> Option<BoxFuture<'static, (Result<(), StoreError>, u64)>> {
         self.unlogged = 0;
         self.log_at = None;
         let events = self.live.hub.unwritten();
@@ -436,7 +450,9 @@ impl<'a> Running<'a> {
         self.live.hub.publish(entry);
         crash_point("token.relayed");
         self.unlogged += 1;
-        self.log_at.get_or_insert(Instant::now() + LOG_EVERY.0);
+        if self.log_at.is_none() {
+            self.log_at = Some(on_beat(Instant::now() + LOG_EVERY.0));
+        }
         None
     }
 }
@@ -467,14 +483,20 @@ pub(super) async fn cut(app: &App, orders: &mut watch::Receiver<Order>, heed_gon
     }
 }
 
-async fn at(when: Option<Instant>) {
-    match when {
-        Some(when) => tokio::time::sleep_until(when).await,
-        None => std::future::pending().await,
-    }
+/// [`cut`], to be waited for beside other things again and again.
+fn own_cut(app: &App, mut orders: watch::Receiver<Order>, heed_gone: bool) -> BoxFuture<'_, Cut> {
+    Box::pin(async move { cut(app, &mut orders, heed_gone).await })
 }
 
-async fn pending<T>(work: Option<&mut futures_util::future::BoxFuture<'static, T>>) -> T {
+/// The beat of [`LOG_BEAT`] that follows `at`.
+fn on_beat(at: Instant) -> Instant {
+    static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let since = at.saturating_duration_since(*FIRST).as_micros();
+    let over = Duration::from_micros((since % LOG_BEAT.as_micros()) as u64);
+    at + LOG_BEAT - over
+}
+
+async fn pending<T>(work: Option<&mut BoxFuture<'static, T>>) -> T {
     match work {
         Some(work) => work.await,
         None => std::future::pending().await,

@@ -149,10 +149,8 @@ impl Hub {
     /// The events that are not written down yet.
     pub fn unwritten(&self) -> Vec<Arc<LogEntry>> {
         let inner = self.lock();
-        let skip = inner
-            .recent
-            .partition_point(|entry| entry.id.seq <= inner.durable);
-        inner.recent.iter().skip(skip).cloned().collect()
+        let skip = inner.index_after(inner.durable);
+        inner.recent.range(skip..).cloned().collect()
     }
 
     /// Notes that all events up to `seq` are written down.
@@ -173,14 +171,9 @@ impl Hub {
         if place < inner.evicted {
             return Read::Behind(inner.evicted.seq.saturating_sub(place.seq));
         }
-        let start = inner.recent.partition_point(|entry| entry.id <= place);
-        let events: Vec<_> = inner
-            .recent
-            .iter()
-            .skip(start)
-            .take(limit)
-            .cloned()
-            .collect();
+        let start = inner.start_after(place);
+        let end = inner.recent.len().min(start + limit);
+        let events: Vec<_> = inner.recent.range(start..end).cloned().collect();
         if !events.is_empty() {
             return Read::Events(events);
         }
@@ -203,6 +196,24 @@ impl Hub {
 }
 
 impl Inner {
+    /// Where the events with higher numbers than `seq` begin in `recent`, which is contiguous.
+    fn index_after(&self, seq: u64) -> usize {
+        let first = self.recent.front().map_or(seq + 1, |entry| entry.id.seq);
+        let index = usize::try_from((seq + 1).saturating_sub(first)).unwrap_or(usize::MAX);
+        index.min(self.recent.len())
+    }
+
+    /// Where the events begin that follow `place`. A reader that keeps up stands at an event that is here; only one that saw
+    /// more than the log has, or made its place up, has to be looked for.
+    fn start_after(&self, place: EventId) -> usize {
+        let start = self.index_after(place.seq);
+        let is_here = |index: usize| self.recent.get(index).is_some_and(|e| e.id == place);
+        if start == 0 && place == self.evicted || start > 0 && is_here(start - 1) {
+            return start;
+        }
+        self.recent.partition_point(|entry| entry.id <= place)
+    }
+
     fn evict(&mut self) {
         while self.recent.len() > KEPT
             && let Some(oldest) = self.recent.front()

@@ -33,6 +33,7 @@ pub fn follow(
         let mut spared = Spared::default();
         let mut seen = 0;
         let mut changes = live.as_ref().map(|live| live.hub.subscribe());
+        let mut stopping = std::pin::pin!(app.shutdown.requested());
         loop {
             // Looked at before the hub is, so that what comes after the look wakes this reader.
             if let Some(changes) = &mut changes {
@@ -99,7 +100,7 @@ pub fn follow(
                                 return;
                             }
                         }
-                        () = app.shutdown.requested() => {
+                        () = &mut stopping => {
                             let message = "orchestratord stops; the job goes on, and its events follow when it is back";
                             let notice = TaskEvent::Shutdown(ShutdownNotice { message: message.to_owned() });
                             yield Ok(momentary(&notice).retry(RETRY));
