@@ -274,7 +274,8 @@ async fn recover(app: &App) -> anyhow::Result<()> {
     let (mut waiting, mut running) = (0, 0);
     for job in recovered {
         let (id, created_at) = (job.queued.id, job.queued.created_at);
-        let live = LiveJob::new(id, created_at, job.deadline, job.last_event, job.attempt);
+        let live = LiveJob::new(id, created_at, job.deadline, job.last_event);
+        live.hub.set_seen_more(job.seen_more);
         let live = Arc::new(live);
         app.jobs.insert(Arc::clone(&live));
         let Some(interrupted) = job.interrupted else {
@@ -283,7 +284,6 @@ async fn recover(app: &App) -> anyhow::Result<()> {
             continue;
         };
         running += 1;
-        live.hub.set_seen_more(interrupted.started);
         let Interrupted {
             pool_id, worker_id, ..
         } = interrupted.clone();

@@ -118,7 +118,7 @@ pub async fn submit(
 
     let id = job.id;
     let start = EventId { attempt: 0, seq: 0 };
-    let live = LiveJob::new(id, now, job.deadline(), start, 0).submitted_by(correlation.as_str());
+    let live = LiveJob::new(id, now, job.deadline(), start).submitted_by(correlation.as_str());
     let live = Arc::new(live);
     let event = Queued {
         job_id: id,
@@ -266,13 +266,18 @@ pub async fn end(
     Ok(status)
 }
 
-/// Lets go of a job that the database does not even let fail. Readers are told; what the record says of it stays as it
-/// is, and the next start reads it again.
+/// The job is one that [`abandon`] let go of.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} was let go: its record allows neither an attempt nor an end")]
+pub struct LetGo(pub JobId);
+
+/// Lets go of a job that the database does not even let fail. What the record says of it stays as it is, and the next
+/// start reads it again: so readers are let go without an end, which would have to be taken back.
 pub async fn abandon(app: &App, live: &LiveJob) {
     let _gate = live.gate.lock().await;
     if live.ended().is_none() {
-        let last = last_event(live, End::internal());
-        tell(app, live, last, JobStatus::Failed);
+        live.hub.close();
+        settle(app, live, JobStatus::Failed);
     }
 }
 
@@ -287,6 +292,11 @@ fn last_event(live: &LiveJob, end: End) -> Arc<LogEntry> {
 /// Tells readers, the running attempt and the scheduler of an end. The caller holds the job's gate.
 fn tell(app: &App, live: &LiveJob, last: Arc<LogEntry>, status: JobStatus) {
     live.hub.publish(last);
+    settle(app, live, status);
+}
+
+/// Tells the running attempt and the scheduler that nothing is left to do. The caller holds the job's gate.
+fn settle(app: &App, live: &LiveJob, status: JobStatus) {
     live.end(status);
     if let Some(attempt) = app.jobs.attempt(live.id) {
         attempt.order(Order::Stop);

@@ -247,6 +247,27 @@ fn an_attempt_that_continues_goes_on_at_the_readers_next_index() {
     assert_eq!(rules, WRONG_TEXT);
 }
 
+// [BDD-060] P11: an id is that of one event, for all readers and in the log, also where a crash kept tokens from the log.
+#[test]
+fn an_id_that_names_two_events_or_one_that_is_gone() {
+    let rules = broken(|story| {
+        let place = story
+            .read()
+            .iter()
+            .position(|(at, _)| *at == Some(id("2.5")));
+        story.read()[place.unwrap()].0 = Some(id("1.5"));
+    });
+    assert_eq!(rules, [Rule::StreamIsWhole]);
+    let rules = broken(|story| {
+        let place = story
+            .read()
+            .iter()
+            .position(|(at, _)| *at == Some(id("1.4")));
+        story.read()[place.unwrap()].1 = attempt(2, true);
+    });
+    assert!(rules.contains(&Rule::StreamIsWhole), "{rules:?}");
+}
+
 // [BDD-060] P1
 #[test]
 fn an_acknowledged_job_that_is_gone() {

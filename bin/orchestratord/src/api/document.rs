@@ -18,7 +18,7 @@ use utoipa::openapi::OpenApi;
 
 /// What a stream of events is, for the responses that are one: OpenAPI 3.1 has no words of its own for it.
 pub const STREAM: &str = "The job's events as server-sent events: `queued`, `started`, (`token` | `metrics`)*, then `end` \
-    or `error`, with `attempt` before each further attempt and `waiting` while it waits. `event:` is the tag and `data:` \
+    or `error`, with `attempt` for each further attempt and `waiting` while it waits. `event:` is the tag and `data:` \
     the content of `TaskEvent`. Logged events carry `id: ATTEMPT.SEQ`, which a reader that was cut off sends as \
     `Last-Event-ID`; `waiting`, `metrics`, `lagged` and `shutdown` are momentary and carry none. Comments keep a silent \
     stream alive.";

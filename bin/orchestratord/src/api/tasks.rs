@@ -25,7 +25,7 @@ use super::{document, error};
 use crate::app::App;
 use crate::clock;
 use crate::explain;
-use crate::life::{self, Accepted};
+use crate::life::{self, Accepted, LetGo};
 use crate::state::{IdempotencyKey, ListFilter, apply_to_text};
 use crate::streams;
 
@@ -167,6 +167,9 @@ async fn stream(app: &App, id: JobId, after: EventId) -> ServiceResult<Response>
         }
         if log.status.is_terminal() && log.last.is_some_and(|last| after > last) {
             return Err(error::event_id_ahead(id));
+        }
+        if !log.status.is_terminal() {
+            return Err(ServiceError::internal(&LetGo(id)));
         }
     }
     let events = streams::follow(Arc::clone(app), id, live, after);

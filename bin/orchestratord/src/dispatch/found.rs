@@ -58,7 +58,7 @@ async fn perform(app: &App, found: &Found) {
         Ok(endpoint) => {
             let verdict = match seam(app, live, attempt, &lease).await {
                 Ok(seam) => {
-                    Running::new(app, live, attempt, &lease, seam.next_index)
+                    Running::new(app, live, attempt, &lease, &seam)
                         .take_up(&endpoint, interrupted.started)
                         .await
                 }

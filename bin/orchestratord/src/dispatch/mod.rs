@@ -82,7 +82,7 @@ async fn perform(app: &App, dispatch: &Dispatch, fence: &OnceLock<u64>) {
     let _ = fence.set(lease.fence);
     let verdict = match seam(app, live, attempt, &lease).await {
         Ok(seam) => {
-            Running::new(app, live, attempt, &lease, seam.next_index)
+            Running::new(app, live, attempt, &lease, &seam)
                 .start(endpoint, seam)
                 .await
         }
@@ -119,7 +119,7 @@ async fn lease(
     {
         Ok(lease) => {
             crash_point("lease.committed");
-            live.hub.begin_attempt(lease.attempt);
+            live.hub.forget_momentary();
             if lease.attempt == 1 {
                 app.metrics
                     .queue_wait

@@ -8,7 +8,7 @@ use futures_util::future::BoxFuture;
 use jiff::SignedDuration;
 use orchestrator_core::api::events::{End as EndEvent, FurtherAttempt, Started, TaskEvent, Token};
 use pool_core::api::pool::WorkerEndpoint;
-use pool_core::api::worker::{WorkerEvent, WorkerStarted, WorkerToken};
+use pool_core::api::worker::{Origin, WorkerEvent, WorkerStarted, WorkerToken};
 use pool_core::client::ClientError;
 use pool_core::crash::crash_point;
 use pool_core::errors::with_causes;
@@ -51,14 +51,19 @@ pub(super) struct Running<'a> {
     attempt: &'a ActiveAttempt,
     lease: &'a Lease,
     orders: watch::Receiver<Order>,
-    /// Whether readers were told that it runs.
+    /// Whether the record says that it runs.
     started: bool,
+    /// What readers are still to be told of it: an attempt that draws again what they may have seen already is told of
+    /// when its text is whole, for no place before that is surely after everything that they saw.
+    untold: Option<(TaskEvent, Option<Origin>)>,
     /// The index of the piece of text that comes next.
     next_index: u32,
     /// Where the text stood when the attempt began.
     seam_index: u32,
     /// Whether everything has come that readers may have seen of it.
     caught_up: bool,
+    /// Whether readers may have seen more than the log has of an attempt before.
+    seen_before: bool,
     /// Events that came.
     heard: u64,
     /// When the oldest token that is not written down shall be.
@@ -79,7 +84,7 @@ impl<'a> Running<'a> {
         live: &'a Arc<LiveJob>,
         attempt: &'a ActiveAttempt,
         lease: &'a Lease,
-        next_index: u32,
+        seam: &Seam,
     ) -> Self {
         Self {
             app,
@@ -88,9 +93,11 @@ impl<'a> Running<'a> {
             lease,
             orders: attempt.orders(),
             started: false,
-            next_index,
-            seam_index: next_index,
+            untold: None,
+            next_index: seam.next_index,
+            seam_index: seam.next_index,
             caught_up: true,
+            seen_before: seam.seen_more,
             heard: 0,
             log_at: None,
             unlogged: 0,
@@ -247,7 +254,7 @@ impl<'a> Running<'a> {
                     let verdict = self.handle(event).await;
                     if last || (verdict.is_none() && connection.has_caught_up()) {
                         self.caught_up = true;
-                        self.live.hub.set_seen_more(false);
+                        self.live.hub.set_seen_more(self.seen_before);
                     }
                     if let Some(verdict) = verdict {
                         return Ok(verdict);
@@ -313,15 +320,22 @@ impl<'a> Running<'a> {
                 None
             }
             WorkerEvent::End(_) if !self.started => Some(self.lost("ended before it started")),
-            WorkerEvent::End(end) => Some(Verdict::Finished(EndEvent {
-                tokens_in: end.tokens_in,
-                tokens_out: end.tokens_out,
-                stop_reason: end.stop_reason,
-                seed: end.seed,
-                ttft_ms: end.ttft_ms,
-                decode_time_ms: end.decode_time_ms,
-                worker_id: self.attempt.worker_id.clone(),
-            })),
+            WorkerEvent::End(end) => {
+                if let Some((event, origin)) = self.untold.take()
+                    && let Some(verdict) = self.tell(event, origin).await
+                {
+                    return Some(verdict);
+                }
+                Some(Verdict::Finished(EndEvent {
+                    tokens_in: end.tokens_in,
+                    tokens_out: end.tokens_out,
+                    stop_reason: end.stop_reason,
+                    seed: end.seed,
+                    ttft_ms: end.ttft_ms,
+                    decode_time_ms: end.decode_time_ms,
+                    worker_id: self.attempt.worker_id.clone(),
+                }))
+            }
             WorkerEvent::Error(error) => Some(verdict::of_error(&error)),
         }
     }
@@ -338,26 +352,46 @@ impl<'a> Running<'a> {
         if started.fence != self.lease.fence {
             return Some(self.lost("runs the job under another fence"));
         }
-        if self.started {
+        let further = self.lease.started_before;
+        let told = self.live.hub.attempt() >= self.lease.attempt;
+        if self.started && told {
             return None;
         }
-        self.next_index = if started.continues {
-            self.seam_index
+        let origin = started.origin.clone();
+        let event = self.announcement(started);
+        // Found again after another restart, it stands where the log does.
+        if !self.started {
+            self.next_index = if started.continues {
+                self.seam_index
+            } else {
+                0
+            };
+        }
+        if !(further && started.continues && self.live.hub.has_seen_more()) {
+            return self.tell(event, origin).await;
+        }
+        self.untold = Some((event, origin));
+        if self.started {
+            None
         } else {
-            0
-        };
+            self.commit(None).await
+        }
+    }
+
+    /// What readers are told of an attempt that runs.
+    fn announcement(&self, started: &WorkerStarted) -> TaskEvent {
         let (pool_id, worker_id) = (self.attempt.pool_id.clone(), self.attempt.worker_id.clone());
         let (attempt, tokens_in) = (self.lease.attempt, started.tokens_in);
-        let event = if self.lease.started_before {
-            let reason = self.lease.last_reason.clone().unwrap_or_default();
+        let why = self.attempt.why.clone();
+        if self.lease.started_before {
             TaskEvent::Attempt(FurtherAttempt {
                 attempt,
                 pool_id,
                 worker_id,
                 tokens_in,
                 continues: started.continues,
-                reason,
-                why: self.attempt.why.clone(),
+                reason: self.lease.last_reason.clone().unwrap_or_default(),
+                why,
             })
         } else {
             TaskEvent::Started(Started {
@@ -365,21 +399,34 @@ impl<'a> Running<'a> {
                 pool_id,
                 worker_id,
                 tokens_in,
-                why: self.attempt.why.clone(),
+                why,
             })
-        };
+        }
+    }
+
+    /// Commits what readers shall be told of the attempt, and tells them.
+    async fn tell(&mut self, event: TaskEvent, origin: Option<Origin>) -> Option<Verdict> {
+        let verdict = self.commit(Some((event, origin))).await;
+        if verdict.is_none() {
+            self.seen_before = false;
+        }
+        verdict
+    }
+
+    /// Commits that the attempt runs, however long the database needs, and then tells readers what they shall be told.
+    async fn commit(&mut self, told: Option<(TaskEvent, Option<Origin>)>) -> Option<Verdict> {
         loop {
             {
                 let _gate = self.live.gate.lock().await;
                 if self.live.ended().is_some() {
                     return Some(Verdict::Over);
                 }
-                let entry = self
-                    .live
-                    .hub
-                    .entry(event.clone(), Vec::new(), started.origin.clone());
                 let mut events = self.live.hub.unwritten();
-                events.push(Arc::clone(&entry));
+                let entry = told
+                    .clone()
+                    .map(|(event, origin)| self.live.hub.entry(event, Vec::new(), origin));
+                events.extend(entry.clone());
+                let last = events.last().map(|entry| entry.id.seq);
                 let progress = Progress {
                     started_at: Some(clock::now()),
                     events,
@@ -391,9 +438,10 @@ impl<'a> Running<'a> {
                     .await
                 {
                     Ok(()) => {
-                        let seq = entry.id.seq;
-                        self.live.hub.publish(entry);
-                        self.live.hub.written(seq);
+                        entry
+                            .into_iter()
+                            .for_each(|entry| self.live.hub.publish(entry));
+                        last.inspect(|seq| self.live.hub.written(*seq));
                         self.started = true;
                         self.app
                             .fleet

@@ -30,17 +30,16 @@ pub struct LiveJob {
 }
 
 impl LiveJob {
-    /// A job whose log ends at `last`, and whose next events belong to `attempt`.
+    /// A job whose log ends at `last`.
     pub fn new(
         id: JobId,
         created_at: Timestamp,
         deadline: Option<Timestamp>,
         last: EventId,
-        attempt: u32,
     ) -> Self {
         Self {
             id,
-            hub: Hub::new(last, attempt),
+            hub: Hub::new(last),
             created_at,
             deadline,
             correlation: None,

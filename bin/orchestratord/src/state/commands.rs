@@ -255,6 +255,24 @@ async fn append(
     Ok(())
 }
 
+/// Whether an attempt since `told`, the newest that readers were told of, was given up because it could not be found again
+/// after a restart: readers may have seen tokens of it that no log has. What is told of a later one follows all of them.
+pub(super) async fn given_up(
+    conn: &mut SqliteConnection,
+    job: JobId,
+    told: u32,
+) -> Result<bool, StoreError> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM attempts WHERE job_id = ? AND number >= ? AND started_us IS NOT NULL \
+               AND outcome = ?)";
+    let row = sqlx::query(sql)
+        .bind(job.to_string())
+        .bind(i64::from(told))
+        .bind(outcome_name(AttemptOutcome::OrchestratorRestarted)?)
+        .fetch_one(conn)
+        .await?;
+    Ok(row.try_get(0)?)
+}
+
 /// The attempts at a job with a lower fence.
 pub(super) struct Earlier {
     pub(super) count: u32,
@@ -463,7 +481,7 @@ pub(super) async fn requeue(
 pub(super) async fn recover(conn: &mut SqliteConnection) -> Result<Vec<Recovered>, StoreError> {
     let sql = "SELECT j.id, j.status, j.model, j.priority, j.session_id, j.placement, j.created_us, j.not_before_us, \
                j.deadline_us, LENGTH(CAST(r.spec AS BLOB)) AS bytes, json_extract(r.spec, '$.max_tokens') AS max_tokens, \
-               a.number, a.fence, a.pool_id, a.worker_id, a.outcome \
+               a.fence, a.pool_id, a.worker_id \
                FROM jobs j JOIN requests r ON r.job_id = j.id LEFT JOIN attempts a ON a.job_id = j.id \
                AND a.number = (SELECT MAX(number) FROM attempts WHERE job_id = j.id) \
                WHERE j.status IN ('queued', 'dispatched', 'running') ORDER BY j.id";
@@ -491,14 +509,12 @@ async fn recover_one(
             })
         })
         .transpose()?;
-    // Not only just now: the job may have waited for a pool over several restarts.
-    let outcome: Option<&str> = row.try_get("outcome")?;
-    let given_up =
-        outcome.map(parse_outcome).transpose()? == Some(AttemptOutcome::OrchestratorRestarted);
-    let latest: u32 = number(row.try_get::<Option<i64>, _>("number")?.unwrap_or(0))?;
     let last_event = last_event(conn, job)
         .await?
         .ok_or_else(|| StoreError::corrupt(format!("{job} has no log")))?;
+    let runs = interrupted.as_ref().is_some_and(|attempt| attempt.started);
+    // Not only what ran just now: the job may have waited for a pool over several restarts.
+    let seen_more = runs || given_up(conn, job, last_event.attempt).await?;
     Ok(Recovered {
         queued: QueuedJob {
             id: job,
@@ -513,8 +529,8 @@ async fn recover_one(
             max_tokens: number(row.try_get("max_tokens")?)?,
         },
         deadline: optional_time(row.try_get("deadline_us")?)?,
-        attempt: latest + u32::from(given_up),
         last_event,
+        seen_more,
         interrupted,
     })
 }

@@ -281,11 +281,10 @@ pub struct Recovered {
     pub queued: QueuedJob,
     /// When it expires.
     pub deadline: Option<Timestamp>,
-    /// The attempt that its next events belong to: its latest, or the one after that where the latest was interrupted
-    /// and given up. Readers may have seen more of such a one than the log has, under ids that must not come twice.
-    pub attempt: u32,
     /// The end of its log.
     pub last_event: EventId,
+    /// Whether readers may have seen tokens that its log has not, under ids that nothing else may take.
+    pub seen_more: bool,
     /// The attempt that was under way when the daemon ended.
     pub interrupted: Option<Interrupted>,
 }

@@ -7,7 +7,9 @@ use orchestrator_core::api::events::TaskEvent;
 use pool_core::api::worker::Origin;
 use sqlx::{Row as _, SqlitePool};
 
-use super::commands::{Earlier, StoredEvent, earlier, from_json, micros, number, parse, signed};
+use super::commands::{
+    Earlier, StoredEvent, earlier, from_json, given_up, micros, number, parse, signed,
+};
 use super::{Lease, Orphan, StoreError};
 
 /// Where a job's text stands: what its log has since the text began.
@@ -20,7 +22,7 @@ pub struct Seam {
     /// What the latest of the attempts computed with.
     pub origin: Option<Origin>,
     /// Whether readers may have seen more than the log has: an attempt was given up of which the daemon's end had cut
-    /// off the last tokens.
+    /// off the last tokens, and none has been told of since.
     pub seen_more: bool,
 }
 
@@ -33,16 +35,15 @@ pub(super) async fn seam(pool: &SqlitePool, job: JobId) -> Result<Seam, StoreErr
         .fetch_all(&mut *transaction)
         .await?;
     let mut seam = Seam::default();
-    let mut begun_by = 0;
+    let mut told = 0;
     for row in &rows {
-        let attempt: i64 = row.try_get("attempt")?;
+        told = number(row.try_get("attempt")?)?;
         let events: Vec<StoredEvent<TaskEvent>> = from_json(row.try_get("payload")?)?;
         for StoredEvent { e, ids, from } in events {
             match e {
-                TaskEvent::Started(_) => (begun_by, seam.origin) = (attempt, from),
+                TaskEvent::Started(_) => seam.origin = from,
                 TaskEvent::Attempt(further) if further.continues => seam.origin = from,
                 TaskEvent::Attempt(_) => {
-                    begun_by = attempt;
                     seam = Seam {
                         origin: from,
                         ..Seam::default()
@@ -56,14 +57,7 @@ pub(super) async fn seam(pool: &SqlitePool, job: JobId) -> Result<Seam, StoreErr
             }
         }
     }
-    let sql = "SELECT EXISTS (SELECT 1 FROM attempts WHERE job_id = ? AND number >= ? AND started_us IS NOT NULL \
-               AND outcome = 'orchestrator_restarted')";
-    let row = sqlx::query(sql)
-        .bind(job.to_string())
-        .bind(begun_by)
-        .fetch_one(&mut *transaction)
-        .await?;
-    seam.seen_more = row.try_get(0)?;
+    seam.seen_more = given_up(&mut transaction, job, told).await?;
     transaction.commit().await?;
     Ok(seam)
 }

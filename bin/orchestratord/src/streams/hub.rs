@@ -30,10 +30,8 @@ struct Inner {
     evicted: EventId,
     /// The newest event.
     last: EventId,
-    /// The attempt that new events belong to.
-    attempt: u32,
-    /// Whether readers may have seen more tokens of the attempt than the log has, before the daemon was restarted. Until
-    /// they have come again, under the same ids, nothing else may take these.
+    /// Whether readers may have seen more tokens than the log has, before the daemon was restarted. Until they have come
+    /// again, under the same ids, nothing else may take these.
     seen_more: bool,
     /// The newest event that is written down.
     durable: u64,
@@ -41,6 +39,8 @@ struct Inner {
     momentary: Vec<(u64, TaskEvent)>,
     published: u64,
     ended: bool,
+    /// Whether nothing more comes although the job did not end.
+    closed: bool,
 }
 
 /// What a reader gets.
@@ -52,23 +52,23 @@ pub enum Read {
     Momentary(Vec<TaskEvent>, u64),
     /// What follows its place is not in memory: so many events left it.
     Behind(u64),
-    /// The job is over and nothing follows. With its last event, for a reader whose place is ahead of the log.
+    /// Nothing follows. With the job's last event, for a reader whose place is ahead of the log.
     Over(Option<Arc<LogEntry>>),
 }
 
 impl Hub {
     /// The hub of a job whose log ends at `last`.
-    pub fn new(last: EventId, attempt: u32) -> Self {
+    pub fn new(last: EventId) -> Self {
         let inner = Inner {
             recent: VecDeque::new(),
             evicted: last,
             last,
-            attempt,
             seen_more: false,
             durable: last.seq,
             momentary: Vec::new(),
             published: 0,
             ended: false,
+            closed: false,
         };
         Self {
             inner: Mutex::new(inner),
@@ -81,21 +81,28 @@ impl Hub {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets further events belong to this attempt. Why the job waited is of no interest any more.
-    pub fn begin_attempt(&self, attempt: u32) {
-        let mut inner = self.lock();
-        inner.attempt = attempt;
-        inner.seen_more = false;
-        inner.momentary.clear();
+    /// Forgets why the job waited: it does no more.
+    pub fn forget_momentary(&self) {
+        self.lock().momentary.clear();
     }
 
-    /// Notes whether readers may have seen tokens of the attempt that have not come since the daemon was restarted.
+    /// The newest attempt that readers were told of. What is not told of an attempt carries its number.
+    pub fn attempt(&self) -> u32 {
+        self.lock().last.attempt
+    }
+
+    /// Notes whether readers may have seen tokens before the daemon was restarted that have not come since.
     pub fn set_seen_more(&self, seen_more: bool) {
         self.lock().seen_more = seen_more;
     }
 
-    /// The entry that `event` makes when it is published next. What ends the job while readers may have seen more of its
-    /// attempt gets the number of the next one, and so comes after everything that they saw.
+    /// Whether readers may have seen tokens that the log has not. Until those have come again under the same ids only an
+    /// attempt that voids them, or an end, may be told: their ids are of the next attempt, after everything that was seen.
+    pub fn has_seen_more(&self) -> bool {
+        self.lock().seen_more
+    }
+
+    /// The entry that `event` makes when it is published next.
     pub fn entry(
         &self,
         event: TaskEvent,
@@ -103,8 +110,13 @@ impl Hub {
         origin: Option<Origin>,
     ) -> Arc<LogEntry> {
         let inner = self.lock();
+        let attempt = match &event {
+            TaskEvent::Started(started) => started.attempt,
+            TaskEvent::Attempt(further) => further.attempt,
+            event => inner.last.attempt + u32::from(inner.seen_more && event.is_last()),
+        };
         let id = EventId {
-            attempt: inner.attempt + u32::from(inner.seen_more && event.is_last()),
+            attempt,
             seq: inner.last.seq + 1,
         };
         Arc::new(LogEntry {
@@ -124,11 +136,19 @@ impl Hub {
                 inner.last.seq + 1,
                 "an event between entry and publish"
             );
+            // What is told of a further attempt follows everything that was seen of the one before.
+            inner.seen_more &= entry.id.attempt == inner.last.attempt;
             inner.last = entry.id;
             inner.ended |= entry.event.is_last();
             inner.recent.push_back(entry);
             inner.evict();
         }
+        self.changed.send_replace(());
+    }
+
+    /// Lets the readers go, without an end.
+    pub fn close(&self) {
+        self.lock().closed = true;
         self.changed.send_replace(());
     }
 
@@ -176,6 +196,9 @@ impl Hub {
         let events: Vec<_> = inner.recent.range(start..end).cloned().collect();
         if !events.is_empty() {
             return Read::Events(events);
+        }
+        if inner.closed {
+            return Read::Over(None);
         }
         if inner.ended {
             let ahead = place > inner.last;
@@ -241,7 +264,7 @@ mod tests {
     // [ORCHD-021] P12
     #[test]
     fn what_is_not_written_down_stays_and_the_rest_is_bounded() {
-        let hub = Hub::new(START, 1);
+        let hub = Hub::new(START);
         let count = u32::try_from(KEPT).unwrap() * 2;
         for i in 0..count {
             token(&hub, i);
@@ -253,30 +276,73 @@ mod tests {
         assert!(matches!(hub.read(START, 0, 10), Read::Behind(missed) if missed == KEPT as u64));
     }
 
-    // [ORCHD-022] P5: what was relayed and lost with a crash stands before the attempt that voids it.
-    #[test]
-    fn a_place_in_an_interrupted_attempt_is_before_the_next_one() {
-        let hub = Hub::new(
-            EventId {
-                attempt: 1,
-                seq: 40,
-            },
-            1,
-        );
-        let ahead = EventId {
-            attempt: 1,
-            seq: 57,
+    fn id(attempt: u32, seq: u64) -> EventId {
+        EventId { attempt, seq }
+    }
+
+    fn further(hub: &Hub, attempt: u32, continues: bool) -> EventId {
+        let further = orchestrator_core::api::events::FurtherAttempt {
+            attempt,
+            pool_id: "p".into(),
+            worker_id: "w".into(),
+            tokens_in: 1,
+            continues,
+            reason: "lost".into(),
+            why: None,
         };
+        let entry = hub.entry(TaskEvent::Attempt(further), Vec::new(), None);
+        hub.publish(Arc::clone(&entry));
+        entry.id
+    }
+
+    // [ORCHD-022] P5, P11: what was shown and lost with a crash comes again under the same ids, and whoever saw it gets what
+    // follows.
+    #[test]
+    fn an_attempt_is_told_of_after_everything_that_was_seen() {
+        let hub = Hub::new(id(1, 40));
+        hub.set_seen_more(true);
+        let ahead = id(1, 42);
+        assert_eq!((token(&hub, 0), token(&hub, 1)), (id(1, 41), id(1, 42)));
         assert!(matches!(hub.read(ahead, 0, 10), Read::Momentary(..)));
-        hub.begin_attempt(2);
-        let id = token(&hub, 0);
-        assert_eq!(
-            id,
-            EventId {
-                attempt: 2,
-                seq: 41
-            }
+        assert_eq!(further(&hub, 3, true), id(3, 43));
+        assert_eq!((token(&hub, 2), hub.attempt()), (id(3, 44), 3));
+        assert!(
+            matches!(hub.read(ahead, 0, 10), Read::Events(events) if events[0].id == id(3, 43))
         );
-        assert!(matches!(hub.read(ahead, 0, 10), Read::Events(events) if events[0].id == id));
+    }
+
+    // [ORCHD-022] P5: what voids the text, or ends the job, does not wait for that, and is after it all the same.
+    #[test]
+    fn a_place_in_an_interrupted_attempt_is_before_what_voids_it() {
+        for ends in [true, false] {
+            let hub = Hub::new(id(1, 40));
+            hub.set_seen_more(true);
+            let ahead = id(1, 57);
+            assert!(matches!(hub.read(ahead, 0, 10), Read::Momentary(..)));
+            let told = if ends {
+                let error = orchestrator_core::job::JobError {
+                    code: orchestrator_core::job::JobErrorCode::Cancelled,
+                    message: String::new(),
+                    retriable: false,
+                };
+                let entry = hub.entry(TaskEvent::Error(error), Vec::new(), None);
+                hub.publish(Arc::clone(&entry));
+                entry.id
+            } else {
+                further(&hub, 2, false)
+            };
+            assert_eq!(told, id(2, 41));
+            assert!(!hub.has_seen_more());
+            assert!(matches!(hub.read(ahead, 0, 10), Read::Events(events) if events[0].id == told));
+        }
+    }
+
+    #[test]
+    fn readers_of_a_closed_hub_are_let_go() {
+        let hub = Hub::new(START);
+        token(&hub, 0);
+        hub.close();
+        assert!(matches!(hub.read(START, 0, 10), Read::Events(_)));
+        assert!(matches!(hub.read(id(0, 1), 0, 10), Read::Over(None)));
     }
 }

@@ -30,7 +30,6 @@ pub fn follow(
         let _open = app.metrics.stream_opened();
         let _followed = live.as_ref().map(|live| app.jobs.follow(live.id));
         let mut caught_up = false;
-        let mut spared = Spared::default();
         let mut seen = 0;
         let mut changes = live.as_ref().map(|live| live.hub.subscribe());
         let mut stopping = std::pin::pin!(app.shutdown.requested());
@@ -43,11 +42,8 @@ pub fn follow(
             match read {
                 Read::Events(entries) => {
                     for entry in entries {
-                        let shown = spared.pass(place, &entry);
                         place = entry.id;
-                        for event in shown {
-                            yield Ok(event);
-                        }
+                        yield Ok(logged(&entry));
                         if entry.event.is_last() {
                             return;
                         }
@@ -71,11 +67,8 @@ pub fn follow(
                         return;
                     }
                     for entry in page {
-                        let shown = spared.pass(place, &entry);
                         place = entry.id;
-                        for event in shown {
-                            yield Ok(event);
-                        }
+                        yield Ok(logged(&entry));
                         if entry.event.is_last() {
                             return;
                         }
@@ -110,53 +103,6 @@ pub fn follow(
                 }
             }
         }
-    }
-}
-
-/// Tokens that a reader saw before a crash and the log never got. An attempt that continues draws them again, under ids of
-/// its own: to a reader who says that it has seen them they do not come twice.
-#[derive(Debug, Default)]
-struct Spared {
-    /// How many are still to be passed over.
-    tokens: u64,
-    /// The `attempt` events before them. Told once the tokens are passed, with the id of the last of them: a reader that
-    /// comes back with it misses nothing and gets nothing twice.
-    held: Vec<TaskEvent>,
-}
-
-impl Spared {
-    /// What a reader at `place` gets of the entry that follows.
-    fn pass(&mut self, place: EventId, entry: &LogEntry) -> Vec<sse::Event> {
-        match &entry.event {
-            TaskEvent::Attempt(attempt) if attempt.continues => {
-                if place.attempt < entry.id.attempt && self.tokens == 0 {
-                    self.tokens = (place.seq + 1).saturating_sub(entry.id.seq);
-                }
-                if self.tokens > 0 {
-                    self.held.push(entry.event.clone());
-                    return Vec::new();
-                }
-            }
-            TaskEvent::Token(_) if self.tokens > 0 => {
-                self.tokens -= 1;
-                if self.tokens > 0 {
-                    return Vec::new();
-                }
-                let newest = self.held.pop();
-                let newest = newest.map(|event| momentary(&event).id(entry.id.to_string()));
-                return self.held().chain(newest).collect();
-            }
-            TaskEvent::Token(_) => {}
-            // Nothing comes twice any more.
-            _ => self.tokens = 0,
-        }
-        self.held().chain([logged(entry)]).collect()
-    }
-
-    fn held(&mut self) -> impl Iterator<Item = sse::Event> {
-        std::mem::take(&mut self.held)
-            .into_iter()
-            .map(|event| momentary(&event))
     }
 }
 

@@ -1,9 +1,9 @@
 //! Attempts: cancel, loss, refusal, fences.
 
-use orchestrator_core::JobStatus;
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::tasks::TaskList;
 use orchestrator_core::job::{AttemptOutcome, JobErrorCode};
+use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::worker::WorkerErrorCode;
 use pool_core::worker::WorkerStatus;
 use serde_json::json;
@@ -342,22 +342,28 @@ async fn a_slot_is_free_when_the_worker_has_heard_the_cancel() {
     assert_eq!(worker.request(2).await.job_id, next.to_string());
 }
 
+/// Spoils what the database has of a job.
+async fn spoil(orchestrator: &Orchestrator, job: JobId, statements: &[&'static str]) {
+    use sqlx::ConnectOptions as _;
+    let path = orchestrator.home.path().join("state/orchestratord/jobs.db");
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
+    let mut conn = options.connect().await.unwrap();
+    for statement in statements {
+        let spoiled = sqlx::query(*statement).bind(job.to_string());
+        spoiled.execute(&mut conn).await.unwrap();
+    }
+}
+
+const NO_SPEC: &str = "UPDATE requests SET spec = '{}' WHERE job_id = ?";
+
 // [ORCHD-037] A job that can't be leased fails for all to see, and the next one runs.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_whose_record_is_broken_fails_and_is_not_left_behind() {
-    use sqlx::ConnectOptions as _;
     let orchestrator = Orchestrator::start().await;
     let broken = orchestrator.job().await;
     let next = orchestrator.job().await;
     let reader = orchestrator.follow(broken, None).await.unwrap();
-    let path = orchestrator.home.path().join("state/orchestratord/jobs.db");
-    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
-    let mut conn = options.connect().await.unwrap();
-    sqlx::query("UPDATE requests SET spec = '{}' WHERE job_id = ?")
-        .bind(broken.to_string())
-        .execute(&mut conn)
-        .await
-        .unwrap();
+    spoil(&orchestrator, broken, &[NO_SPEC]).await;
 
     let worker = FakeWorker::start("worker-cpu-0").await;
     let pool = FakePool::start("pool-a").await.has(&worker);
@@ -373,5 +379,26 @@ async fn a_job_whose_record_is_broken_fails_and_is_not_left_behind() {
         .await
         .unwrap();
     assert_eq!(failed.jobs[0].id, broken);
+    assert_eq!(worker.request(1).await.job_id, next.to_string());
+}
+
+// [ORCHD-037] P3: where not even that can be written down readers are told of no end, for the record would know nothing of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_can_t_even_fail_is_let_go_without_an_end() {
+    let orchestrator = Orchestrator::start().await;
+    let broken = orchestrator.job().await;
+    let next = orchestrator.job().await;
+    let reader = orchestrator.follow(broken, None).await.unwrap();
+    let no_log = "DELETE FROM events WHERE job_id = ?";
+    spoil(&orchestrator, broken, &[NO_SPEC, no_log]).await;
+
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    let pool = FakePool::start("pool-a").await.has(&worker);
+    pool.register(&orchestrator).await;
+    assert_eq!(outline(&reader.rest().await), ["queued 0.1"]);
+    let refused = orchestrator.follow(broken, None).await.err().unwrap();
+    assert_eq!(refused.status(), Some(500));
+    let jobs: TaskList = orchestrator.client.get("/v2/tasks").await.unwrap();
+    assert_eq!(jobs.jobs[1].status, JobStatus::Queued);
     assert_eq!(worker.request(1).await.job_id, next.to_string());
 }

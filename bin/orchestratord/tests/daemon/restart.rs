@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::pools::PoolView;
-use orchestrator_core::job::AttemptOutcome;
+use orchestrator_core::job::{Attempt, AttemptOutcome};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::worker::WorkerErrorCode;
 use pool_core::worker::WorkerStatus;
@@ -12,7 +12,7 @@ use serde_json::json;
 use sqlx::SqliteConnection;
 
 use crate::support::{
-    FakePool, FakeWorker, Got, MODEL, Orchestrator, Process, ended, eventually, kept_text,
+    FakePool, FakeWorker, Got, MODEL, Orchestrator, Process, Reader, ended, eventually, kept_text,
     one_worker, outline,
 };
 
@@ -212,99 +212,223 @@ async fn a_cancel_after_a_kill_follows_everything_that_was_shown() {
     assert_eq!((cancel.job_id, cancel.fence), (job.to_string(), 1));
 }
 
-/// After a kill the worker turns out to be gone, and another one of `build` goes on.
-async fn goes_on_elsewhere(build: &str) -> (Process, JobId, Vec<Got>, Vec<Got>) {
-    let (daemon, mut pool, worker, job, seen, other) = shown_and_not_logged().await;
-    let home = daemon.end("-KILL").await;
-    drop(other);
-    worker.kill().await;
-    let next = FakeWorker::start("worker-cpu-1").await;
-    pool.workers = vec![ended(
-        worker.info(WorkerStatus::Failed),
-        "killed by signal 9",
-        false,
-    )];
-    pool.endpoints.clear();
-    pool = pool.has(&next);
-    let daemon = Process::start_in(home).await;
-    // One reader has seen all that was shown, one what the log has.
-    let ahead = daemon.follow(job, Some("1.10")).await.unwrap();
-    let behind = daemon.follow(job, Some("1.6")).await.unwrap();
-    pool.register(&daemon).await;
-    let request = next.request(1).await;
-    assert_eq!((request.attempt, request.fence), (2, 2));
-    let resume = request.resume.unwrap();
-    assert!(resume.seen_more);
-    assert_eq!(
-        (resume.token_ids, resume.next_index),
-        (vec![100, 101, 102, 103], Some(4))
-    );
-    next.started_as(job, build);
-    let from = if build == "a-build" { 4 } else { 0 };
-    next.tokens(job, from..10);
-    next.end(job, 10);
-    let view = daemon.until(job, JobStatus::Completed).await;
-    assert_eq!(view.text, "<0><1><2><3><4><5><6><7><8><9>");
-    let lost = &view.attempts[0];
-    assert_eq!(lost.outcome, Some(AttemptOutcome::OrchestratorRestarted));
-    assert!(
-        lost.reason.as_ref().unwrap().contains("killed by signal 9"),
-        "{lost:?}"
-    );
-    let (ahead, behind) = (ahead.rest().await, behind.rest().await);
-    let mut kept = seen;
-    kept.extend(ahead.clone());
-    assert_eq!(kept_text(&kept), view.text);
-    kept.truncate(6);
-    kept.extend(behind.clone());
-    assert_eq!(kept_text(&kept), view.text);
-    (daemon, job, ahead, behind)
+/// A job of which a reader saw more than the log has, while another worker goes on with it.
+struct Elsewhere {
+    daemon: Process,
+    pool: FakePool,
+    worker: FakeWorker,
+    job: JobId,
+    /// What the reader saw before the kill.
+    seen: Vec<Got>,
 }
 
-// [ORCHD-095] P5, P11: the same build draws the shown tokens again; to who saw them they do not come twice.
+impl Elsewhere {
+    /// After a kill the worker turns out to be gone, and another one of `build` goes on.
+    async fn begins(build: &str) -> Self {
+        let (daemon, mut pool, worker, job, seen, other) = shown_and_not_logged().await;
+        let home = daemon.end("-KILL").await;
+        drop(other);
+        worker.kill().await;
+        let next = FakeWorker::start("worker-cpu-1").await;
+        pool.workers = vec![ended(
+            worker.info(WorkerStatus::Failed),
+            "killed by signal 9",
+            false,
+        )];
+        pool.endpoints.clear();
+        pool = pool.has(&next);
+        let daemon = Process::start_in(home).await;
+        pool.register(&daemon).await;
+        let request = next.request(1).await;
+        assert_eq!((request.attempt, request.fence), (2, 2));
+        let resume = request.resume.unwrap();
+        assert!(resume.seen_more);
+        assert_eq!(
+            (resume.token_ids, resume.next_index),
+            (vec![100, 101, 102, 103], Some(4))
+        );
+        next.started_as(job, build);
+        Self {
+            daemon,
+            pool,
+            worker: next,
+            job,
+            seen,
+        }
+    }
+
+    /// The first two of the four tokens that are in no log have come again, and are in it.
+    async fn comes_half_way() -> Self {
+        let elsewhere = Self::begins("a-build").await;
+        elsewhere.worker.tokens(elsewhere.job, 4..6);
+        elsewhere.logged(8).await;
+        elsewhere
+    }
+
+    /// Waits until the log has so many events.
+    async fn logged(&self, count: i64) {
+        let mut other = self.daemon.database().await;
+        let logged = "SELECT MAX(last_seq) FROM events WHERE job_id = ?";
+        eventually("logged tokens", async || {
+            let logged = sqlx::query_scalar::<_, i64>(logged).bind(self.job.to_string());
+            (logged.fetch_one(&mut other).await.unwrap() == count).then_some(())
+        })
+        .await;
+    }
+
+    /// Kills the daemon and starts another one.
+    async fn killed(self) -> Self {
+        let home = self.daemon.end("-KILL").await;
+        let daemon = Process::start_in(home).await;
+        Self { daemon, ..self }
+    }
+
+    async fn follow(&self, after: &str) -> Reader {
+        self.daemon.follow(self.job, Some(after)).await.unwrap()
+    }
+
+    /// Says the rest of ten tokens and ends; every reader, wherever it comes in, gets one and the same stream, of which
+    /// what was seen before the first kill is a part. Returns what followed that.
+    async fn ends_as_one_stream(self, from: u32) -> (Vec<Got>, Vec<Attempt>) {
+        // One reader has seen all that was shown, one what the log had then.
+        let (ahead, behind) = (self.follow("1.10").await, self.follow("1.6").await);
+        self.worker.tokens(self.job, from..10);
+        self.worker.end(self.job, 10);
+        let view = self.daemon.until(self.job, JobStatus::Completed).await;
+        assert_eq!(view.text, "<0><1><2><3><4><5><6><7><8><9>");
+        let whole = self.daemon.follow(self.job, None).await.unwrap();
+        let whole = whole.rest().await;
+        assert_eq!(kept_text(&whole), view.text);
+        assert_eq!(whole[..10], self.seen);
+        assert_eq!(ahead.rest().await, whole[10..]);
+        assert_eq!(behind.rest().await, whole[6..]);
+        for place in 1..whole.len() {
+            let id = whole[place - 1].id.unwrap().to_string();
+            assert_eq!(
+                self.follow(&id).await.rest().await,
+                whole[place..],
+                "after {id}"
+            );
+        }
+        (whole[10..].to_vec(), view.attempts)
+    }
+}
+
+fn outcomes(attempts: &[Attempt]) -> Vec<AttemptOutcome> {
+    let outcomes = attempts.iter().map(|attempt| attempt.outcome.unwrap());
+    outcomes.collect()
+}
+
+// [ORCHD-022] [ORCHD-095] P5, P11: the same build draws the shown tokens again, under the ids that they had. Of the attempt
+// readers are told when nothing that they saw is missing any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_shown_and_lost_is_drawn_again_by_the_same_build() {
-    let (daemon, job, ahead, behind) = goes_on_elsewhere("a-build").await;
-    assert_eq!(
-        outline(&behind)[..6],
-        [
-            "attempt 2.7",
-            "token 2.8",
-            "token 2.9",
-            "token 2.10",
-            "token 2.11",
-            "token 2.12"
-        ]
-    );
-    // The attempt is told with the id of the last token that the reader had: coming back there is safe.
+    let elsewhere = Elsewhere::begins("a-build").await;
+    let (ahead, attempts) = elsewhere.ends_as_one_stream(4).await;
     assert_eq!(
         outline(&ahead),
-        ["attempt 2.11", "token 2.12", "token 2.13", "end 2.14"]
+        ["token 1.11", "token 1.12", "attempt 2.13", "end 2.14"]
     );
-    let TaskEvent::Attempt(attempt) = &ahead[0].event else {
+    let TaskEvent::Attempt(attempt) = &ahead[2].event else {
         panic!()
     };
     assert!(attempt.continues);
-    for place in 1..ahead.len() {
-        let id = ahead[place - 1].id.unwrap().to_string();
-        let rest = daemon.follow(job, Some(&id)).await.unwrap().rest().await;
-        assert_eq!(rest, ahead[place..], "after {id}");
+    use AttemptOutcome::{Completed, OrchestratorRestarted};
+    assert_eq!(outcomes(&attempts), [OrchestratorRestarted, Completed]);
+    let reason = attempts[0].reason.as_ref().unwrap();
+    assert!(reason.contains("killed by signal 9"), "{reason}");
+}
+
+// [ORCHD-022] [ORCHD-095] P5, P8, P11: also where the daemon is killed again while they come.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_kill_while_shown_tokens_come_again_changes_no_id() {
+    let elsewhere = Elsewhere::comes_half_way().await.killed().await;
+    elsewhere.pool.register(&elsewhere.daemon).await;
+    let (ahead, attempts) = elsewhere.ends_as_one_stream(6).await;
+    assert_eq!(
+        outline(&ahead),
+        ["token 1.11", "token 1.12", "attempt 2.13", "end 2.14"]
+    );
+    assert_eq!(attempts.len(), 2);
+}
+
+// [ORCHD-022] [ORCHD-095] P5, P6, P11: also where their worker is lost while they come, with or without another kill.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_loss_while_shown_tokens_come_again_changes_no_id() {
+    use AttemptOutcome::{Completed, OrchestratorRestarted, WorkerLost};
+    for killed in [false, true] {
+        let mut elsewhere = Elsewhere::comes_half_way().await;
+        if killed {
+            elsewhere = elsewhere.killed().await;
+            elsewhere.worker.forget(elsewhere.job);
+            elsewhere.pool.register(&elsewhere.daemon).await;
+        } else {
+            let code = WorkerErrorCode::ShuttingDown;
+            elsewhere.worker.error(elsewhere.job, code);
+        }
+        let request = elsewhere.worker.request(2).await;
+        assert_eq!(request.attempt, 3);
+        let resume = request.resume.unwrap();
+        assert!(resume.seen_more);
+        assert_eq!(resume.token_ids, [100, 101, 102, 103, 104, 105]);
+        elsewhere.worker.started(elsewhere.job);
+        let (ahead, attempts) = elsewhere.ends_as_one_stream(6).await;
+        assert_eq!(
+            outline(&ahead),
+            ["token 1.11", "token 1.12", "attempt 3.13", "end 3.14"]
+        );
+        let second = if killed {
+            OrchestratorRestarted
+        } else {
+            WorkerLost
+        };
+        assert_eq!(
+            outcomes(&attempts),
+            [OrchestratorRestarted, second, Completed]
+        );
     }
-    // And a reader that comes only now with what it saw before the kill.
-    let late = daemon.follow(job, Some("1.9")).await.unwrap().rest().await;
-    assert_eq!(outline(&late)[..2], ["attempt 2.10", "token 2.11"]);
+}
+
+// [ORCHD-022] P5, P9: a cancel while they come is after everything that was seen, whoever is found again in between.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_while_shown_tokens_come_again_follows_everything_that_was_shown() {
+    for killed in [false, true] {
+        let mut elsewhere = Elsewhere::comes_half_way().await;
+        if killed {
+            elsewhere = elsewhere.killed().await;
+            elsewhere.pool.register(&elsewhere.daemon).await;
+        }
+        elsewhere.worker.tokens(elsewhere.job, 6..7);
+        elsewhere.logged(9).await;
+        let ahead = elsewhere.follow("1.10").await;
+        let cancelled = elsewhere.daemon.cancel(elsewhere.job).await;
+        assert_eq!(cancelled, JobStatus::Cancelled);
+        assert_eq!(outline(&ahead.rest().await), ["error 2.10"]);
+        let late = elsewhere.follow("1.10").await;
+        assert_eq!(outline(&late.rest().await), ["error 2.10"]);
+    }
 }
 
 // [ORCHD-095] P5: another build may draw others, and so begins anew.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_shown_and_lost_is_void_with_another_build() {
-    let (_daemon, _job, ahead, behind) = goes_on_elsewhere("another-build").await;
-    assert_eq!(ahead, behind);
+    let elsewhere = Elsewhere::begins("another-build").await;
+    let (ahead, behind) = (
+        elsewhere.follow("1.10").await,
+        elsewhere.follow("1.6").await,
+    );
+    elsewhere.worker.tokens(elsewhere.job, 0..10);
+    elsewhere.worker.end(elsewhere.job, 10);
+    let ahead = ahead.rest().await;
+    assert_eq!(ahead, behind.rest().await);
     let TaskEvent::Attempt(attempt) = &ahead[0].event else {
         panic!()
     };
     assert!(!attempt.continues);
     assert_eq!(outline(&ahead)[..2], ["attempt 2.7", "token 2.8"]);
+    let mut kept = elsewhere.seen;
+    kept.extend(ahead);
+    assert_eq!(kept_text(&kept), "<0><1><2><3><4><5><6><7><8><9>");
 }
 
 // [ORCHD-092] P6: a worker that knows nothing of the attempt costs none.
@@ -335,7 +459,7 @@ async fn an_attempt_that_its_worker_has_forgotten_is_followed_by_one_that_goes_o
     worker.end(job, 5);
     assert_eq!(
         outline(&reader.rest().await),
-        ["attempt 2.7", "token 2.8", "end 2.9"]
+        ["token 1.7", "attempt 2.8", "end 2.9"]
     );
     let view = orchestrator.until(job, JobStatus::Completed).await;
     assert_eq!(view.text, "<0><1><2><3><4>");

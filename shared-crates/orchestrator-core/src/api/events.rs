@@ -20,7 +20,7 @@ use crate::job::{JobError, JobId};
 /// `ATTEMPT.SEQ`. `SEQ` rises by one through the job's whole life, from 1; `ATTEMPT` is 0 before the first attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EventId {
-    /// Number of the attempt that the event belongs to.
+    /// Number of the newest attempt that readers were told of.
     pub attempt: u32,
     /// Position in the job's event log.
     pub seq: u64,
@@ -82,7 +82,8 @@ pub struct Started {
     pub why: Option<String>,
 }
 
-/// A further attempt runs.
+/// A further attempt runs. It is announced before its first token; but where the orchestrator was killed and the attempt
+/// first has to draw again what readers may have seen already, after its last one, before the `end`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct FurtherAttempt {

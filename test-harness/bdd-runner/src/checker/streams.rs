@@ -89,12 +89,14 @@ pub(super) fn check_reader(
             )),
             (Some(at), true) => {
                 let before = place.replace(*at);
-                follows(before, *at).or_else(|| match log.get(at) {
-                    // What a crash kept from the log is void, or comes again under the same id.
-                    None => None,
+                follows(before, *at, event).or_else(|| match log.get(at) {
                     Some(logged) if *logged == event => None,
                     Some(logged) => Some(format!(
                         "event {at} is {event:?}, and {logged:?} in the log"
+                    )),
+                    None if !job.status.is_terminal() || is_replaced(&log, *at) => None,
+                    None => Some(format!(
+                        "event {at} is not in the log, and nothing there takes its place"
                     )),
                 })
             }
@@ -118,14 +120,15 @@ pub(super) fn check_reader(
         )
     });
     let kept = follow(job.events.iter().map(|(id, event)| (Some(*id), event))).text;
-    // Only a text that is whole is final. What a crash kept from the log of another, a reader may have all the same.
-    let same = if job.status == JobStatus::Completed {
-        followed.text == kept
-    } else {
-        followed.text.starts_with(&kept)
-    };
-    findings.add_unless(same, Rule::SameEverywhere, id, || {
-        let difference = difference(&followed.text, &kept);
+    // The text of a job that did not complete is what the log has of it. Tokens that a crash kept from the log are not of
+    // it, and a reader who got them can tell: the end's number is not above theirs.
+    let whole = job.status == JobStatus::Completed;
+    let logged = events
+        .iter()
+        .filter(|(id, _)| whole || id.is_none_or(|id| log.contains_key(&id)));
+    let text = follow(logged.map(|(id, event)| (*id, event))).text;
+    findings.add_unless(text == kept, Rule::SameEverywhere, id, || {
+        let difference = difference(&text, &kept);
         format!("reader {reader} kept another text than the log gives: {difference}")
     });
     if let Some(undisturbed) = undisturbed {
@@ -141,18 +144,32 @@ pub(super) fn check_reader(
     }
 }
 
+/// Whether an event takes the place of tokens that were shown and, because of a crash, never got into the log: a further
+/// attempt that begins the text anew, or the end.
+fn replaces(event: &TaskEvent) -> bool {
+    event.is_last() || matches!(event, TaskEvent::Attempt(attempt) if !attempt.continues)
+}
+
+/// Whether what was shown as `at` has been replaced in the log.
+fn is_replaced(log: &BTreeMap<EventId, &TaskEvent>, at: EventId) -> bool {
+    let later = EventId {
+        attempt: at.attempt + 1,
+        seq: 0,
+    };
+    let mut later = log.range(later..);
+    later
+        .next()
+        .is_some_and(|(id, event)| id.seq <= at.seq && replaces(event))
+}
+
 /// What is wrong with an event `at` after `before`.
-fn follows(before: Option<EventId>, at: EventId) -> Option<String> {
+fn follows(before: Option<EventId>, at: EventId, event: &TaskEvent) -> Option<String> {
     let Some(before) = before else {
         return (at.seq != 1).then(|| format!("it begins with event {at}"));
     };
-    let next = if at.attempt == before.attempt {
-        at.seq == before.seq + 1
-    } else {
-        // The end of an attempt that a crash kept from the log does not count.
-        at.attempt > before.attempt && at.seq <= before.seq + 1
-    };
-    (!next).then(|| format!("event {at} follows {before}"))
+    let next = at.attempt >= before.attempt && at.seq == before.seq + 1;
+    let replaces = at.attempt > before.attempt && at.seq <= before.seq && replaces(event);
+    (!next && !replaces).then(|| format!("event {at} follows {before}"))
 }
 
 /// Where two texts part.
