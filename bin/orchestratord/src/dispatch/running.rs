@@ -160,6 +160,8 @@ impl<'a> Running<'a> {
                 Err(broken) => broken,
             };
             self.attempt.attached.store(false, Ordering::Relaxed);
+            // Its pool may have been given up while the stream was open, and nothing else happens that would show it.
+            self.app.changed.notify_one();
             tracing::debug!(job = %self.live.id, broken, "a worker's stream broke");
             fruitless = if self.heard > before {
                 0

@@ -18,6 +18,7 @@ mod retention;
 mod scheduling;
 mod schema;
 mod service;
+mod silence;
 mod submit;
 mod support;
 mod take_over;
