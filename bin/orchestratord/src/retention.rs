@@ -21,9 +21,11 @@ pub async fn run(app: App) {
     };
     // A tenth of what is promised is soon enough.
     let every = (keep.unsigned_abs() / 10).clamp(LOOKS.0, LOOKS.1);
+    // What an earlier run dropped may still stand in the log that it left.
+    let mut in_log = true;
     loop {
         tokio::select! {
-            () = sweep(&app) => {}
+            () = sweep(&app, &mut in_log) => {}
             () = app.shutdown.requested() => return,
         }
         tokio::select! {
@@ -42,7 +44,8 @@ fn cutoffs(config: &StoreConfig, now: Timestamp) -> Cutoffs {
     }
 }
 
-async fn sweep(app: &App) {
+/// `in_log` says whether the write-ahead log may hold texts that were dropped.
+async fn sweep(app: &App, in_log: &mut bool) {
     let (mut dropped, mut forgotten, mut changed) = (0, 0, false);
     loop {
         let now = clock::now();
@@ -57,11 +60,14 @@ async fn sweep(app: &App) {
                 return;
             }
         }
-        changed = true;
+        (changed, *in_log) = (true, true);
         tokio::time::sleep(PAUSE).await;
     }
+    if *in_log {
+        // One that a reader needs just now is emptied after the next look.
+        *in_log = !app.store.forget_log().await;
+    }
     if changed {
-        app.store.forget_log().await;
         tracing::info!(
             dropped,
             forgotten,

@@ -370,7 +370,6 @@ impl Store {
         let options = SqliteConnectOptions::new()
             .filename(path)
             .busy_timeout(BUSY_TIMEOUT)
-            .foreign_keys(true)
             // Before the journal mode, which makes the file's first page.
             .auto_vacuum(SqliteAutoVacuum::Incremental)
             .journal_mode(SqliteJournalMode::Wal)
@@ -595,9 +594,9 @@ impl Store {
         pools::all(&self.readers).await
     }
 
-    /// Empties the write-ahead log, in which dropped texts may still stand, unless a reader needs it just now.
-    pub async fn forget_log(&self) {
-        self.writer.forget_log().await;
+    /// Empties the write-ahead log, in which dropped texts may still stand. False where a reader needs it just now.
+    pub async fn forget_log(&self) -> bool {
+        self.writer.forget_log().await
     }
 
     /// Fails unless the database can be read.

@@ -13,6 +13,11 @@ const ROWS: i64 = 256;
 /// Pages that one step gives back, and free ones that are kept for what comes.
 const PAGES: (i64, i64) = (256, 512);
 
+/// Deletes some rows of the logs that are being dropped. `CROSS` keeps SQLite from walking the other way: through the logs
+/// of all jobs, in search of more rows than there are.
+pub(super) const PURGE: &str = "DELETE FROM events WHERE (job_id, first_seq) IN \
+    (SELECT e.job_id, e.first_seq FROM purges p CROSS JOIN events e ON e.job_id = p.job_id LIMIT ?)";
+
 /// What is old.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cutoffs {
@@ -72,9 +77,7 @@ async fn purge(conn: &mut SqliteConnection) -> Result<bool, StoreError> {
     if pending.is_none() {
         return Ok(false);
     }
-    let sql = "DELETE FROM events WHERE (job_id, first_seq) IN \
-               (SELECT e.job_id, e.first_seq FROM purges p JOIN events e ON e.job_id = p.job_id LIMIT ?)";
-    sqlx::query(sql).bind(ROWS).execute(&mut *conn).await?;
+    sqlx::query(PURGE).bind(ROWS).execute(&mut *conn).await?;
     let sql = "DELETE FROM purges WHERE NOT EXISTS (SELECT 1 FROM events WHERE events.job_id = purges.job_id)";
     sqlx::query(sql).execute(conn).await?;
     Ok(true)

@@ -92,13 +92,16 @@ pub(super) async fn held_lease(
     }))
 }
 
+/// Its list of outcomes is that of the index `attempts_given_up`, or SQLite does not use it.
+pub(super) const ORPHANS: &str = "SELECT job_id, fence, pool_id, worker_id FROM attempts WHERE ended_us >= ? \
+    AND outcome IN ('worker_lost', 'orchestrator_restarted', 'cancelled', 'expired')";
+
 pub(super) async fn orphans(
     pool: &SqlitePool,
     since: Timestamp,
 ) -> Result<Vec<Orphan>, StoreError> {
-    let sql = "SELECT job_id, fence, pool_id, worker_id FROM attempts WHERE ended_us >= ? \
-               AND outcome IN ('worker_lost', 'orchestrator_restarted', 'cancelled', 'expired')";
-    let rows = sqlx::query(sql).bind(micros(since)).fetch_all(pool).await?;
+    let query = sqlx::query(ORPHANS).bind(micros(since));
+    let rows = query.fetch_all(pool).await?;
     let orphan = |row: &sqlx::sqlite::SqliteRow| {
         Ok(Orphan {
             job: parse(row.try_get("job_id")?)?,

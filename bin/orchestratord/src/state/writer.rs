@@ -4,7 +4,7 @@
 use std::pin::Pin;
 use std::time::Duration;
 
-use sqlx::SqliteConnection;
+use sqlx::{Row as _, SqliteConnection};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
@@ -75,7 +75,7 @@ where
 #[derive(Clone)]
 pub(super) struct Writer {
     commands: mpsc::Sender<Box<dyn Command>>,
-    tidy: mpsc::Sender<oneshot::Sender<()>>,
+    tidy: mpsc::Sender<oneshot::Sender<bool>>,
     taken_over: watch::Receiver<bool>,
 }
 
@@ -119,12 +119,10 @@ impl Writer {
         *self.taken_over.borrow()
     }
 
-    /// Empties the write-ahead log if no reader needs it.
-    pub(super) async fn forget_log(&self) {
+    /// Empties the write-ahead log if no reader needs it; false where it stays.
+    pub(super) async fn forget_log(&self) -> bool {
         let (reply, done) = oneshot::channel();
-        if self.tidy.send(reply).await.is_ok() {
-            let _ = done.await;
-        }
+        self.tidy.send(reply).await.is_ok() && done.await.unwrap_or(false)
     }
 
     /// Runs `work` in a transaction and returns once that is committed.
@@ -167,18 +165,19 @@ impl Held {
     async fn write(
         &mut self,
         mut inbox: mpsc::Receiver<Box<dyn Command>>,
-        mut asked: mpsc::Receiver<oneshot::Sender<()>>,
+        mut asked: mpsc::Receiver<oneshot::Sender<bool>>,
     ) -> Ended {
         let mut batch = Vec::new();
         loop {
             let received = tokio::select! {
                 received = inbox.recv_many(&mut batch, BATCH) => received,
                 Some(reply) = asked.recv() => {
-                    if let Err(error) = self.forget_log().await {
-                        end_if_sync_failed(&error);
+                    let emptied = self.forget_log().await;
+                    if let Err(error) = &emptied {
+                        end_if_sync_failed(error);
                         tracing::warn!(%error, "the write-ahead log stays for now");
                     }
-                    let _ = reply.send(());
+                    let _ = reply.send(emptied.unwrap_or(false));
                     continue;
                 }
                 // One that slept and has nothing to write shall end as well.
@@ -228,19 +227,22 @@ impl Held {
         execute(conn, "COMMIT").await
     }
 
-    /// Writes the log back into the file and empties it. A reader in the midst of a long read is not waited for: the writer
-    /// has others to serve.
-    async fn forget_log(&mut self) -> Result<(), StoreError> {
+    /// Writes the log back into the file and empties it. A reader in the midst of a long read is not waited for, because the
+    /// writer has others to serve: then the log stays, and this is false.
+    async fn forget_log(&mut self) -> Result<bool, StoreError> {
         let conn = &mut self.conn;
         holder::check(conn, self.epoch).await?;
         execute(conn, "PRAGMA busy_timeout = 0").await?;
-        let emptied = execute(conn, "PRAGMA wal_checkpoint(TRUNCATE)").await;
+        let emptied = sqlx::query("PRAGMA wal_checkpoint(TRUNCATE)")
+            .fetch_one(&mut *conn)
+            .await;
         let milliseconds = BUSY_TIMEOUT.as_millis();
         let sql = format!("PRAGMA busy_timeout = {milliseconds}");
         sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
             .execute(conn)
             .await?;
-        emptied
+        // A log that is needed is no error: the first column tells.
+        Ok(emptied?.try_get::<i64, _>(0)? == 0)
     }
 
     async fn close(mut self) {

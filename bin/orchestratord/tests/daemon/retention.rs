@@ -12,7 +12,9 @@ async fn the_events_of_a_job_that_ended_long_ago_are_gone_and_its_state_is_kept(
     let worker = FakeWorker::start("worker-cpu-0").await;
     let pool = FakePool::start("pool-a").await.has(&worker);
     pool.register(&orchestrator).await;
-    let job = orchestrator.job().await;
+    const SECRET: &str = "what nobody shall find again";
+    let body = json!({"model": MODEL, "prompt": SECRET});
+    let job = orchestrator.submit(body).await.unwrap().job_id;
     worker.request(1).await;
     let waiting = orchestrator.job().await;
     worker.started(job);
@@ -28,6 +30,19 @@ async fn the_events_of_a_job_that_ended_long_ago_are_gone_and_its_state_is_kept(
         (JobStatus::Completed, "")
     );
     assert_eq!(dropped.usage.as_ref().unwrap().tokens_out, 3);
+
+    // It is in no file any more, though the daemon goes on writing to them.
+    let state = orchestrator.home.path().join("state/orchestratord");
+    let holds = |file: std::io::Result<std::fs::DirEntry>| {
+        let bytes = std::fs::read(file.unwrap().path()).unwrap();
+        let mut parts = bytes.windows(SECRET.len());
+        parts.any(|part| part == SECRET.as_bytes())
+    };
+    eventually("the end of the text", async || {
+        let mut files = std::fs::read_dir(&state).unwrap();
+        (!files.any(holds)).then_some(())
+    })
+    .await;
 
     let orchestrator = orchestrator.restart().await;
     for after in [None, Some("1.3"), Some("9.99")] {

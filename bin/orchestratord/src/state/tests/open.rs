@@ -1,0 +1,274 @@
+//! What is done with a file that is there already, and whose it is.
+
+use std::os::unix::fs::PermissionsExt as _;
+
+use orchestrator_core::job::Input;
+
+use super::*;
+
+// [ORCHD-004] P17
+#[tokio::test]
+async fn a_newer_database_is_refused_with_both_versions_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let opened = store(&dir).await;
+    let id = submitted(&opened).await;
+    let newer = schema::VERSION + 6;
+    sql(&opened, format!("PRAGMA user_version = {newer}")).await;
+    opened.close(Duration::from_secs(5)).await;
+
+    // Closed in order, it is one file that can be moved.
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    let path = dir.path().join("jobs.db");
+    let error = Store::open(&path).await.err().unwrap();
+    assert!(matches!(error, StoreError::NewerDatabase { .. }));
+    let text = error.to_string();
+    assert!(
+        text.contains(&format!("version {newer};"))
+            && text.contains(&format!("version {}", schema::VERSION)),
+        "{text}"
+    );
+    let mut conn = SqliteConnectOptions::new()
+        .filename(&path)
+        .connect()
+        .await
+        .unwrap();
+    let count: i64 = sqlx::query("SELECT COUNT(*) FROM jobs WHERE id = ?")
+        .bind(id.to_string())
+        .fetch_one(&mut conn)
+        .await
+        .unwrap()
+        .get(0);
+    assert_eq!(count, 1);
+}
+
+/// A database as the first version made it: a waiting job with a key, one that ran when the daemon was killed, and one that
+/// is over.
+async fn version_1(path: &Path) -> [JobId; 3] {
+    let spec = |prompt: &str| {
+        let request = TaskSubmitRequest {
+            model: "m".into(),
+            prompt: Some(prompt.into()),
+            seed: Some(u64::MAX),
+            ..Default::default()
+        };
+        to_json(&request.validate().unwrap()).unwrap()
+    };
+    let mut conn = SqliteConnectOptions::new()
+        .filename(path)
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .connect()
+        .await
+        .unwrap();
+    let script = include_str!("../migrations/0001_jobs.sql");
+    sqlx::raw_sql(script).execute(&mut conn).await.unwrap();
+    let ids = [(); 3].map(|()| JobId::random());
+    for (id, status) in ids.iter().zip(["queued", "running", "completed"]) {
+        let event = |seq| StoredEvent {
+            e: token(1, seq).event.clone(),
+            ids: vec![7],
+            from: None,
+        };
+        let statement = format!(
+            "INSERT INTO jobs (id, status, model, priority, placement, labels, max_attempts, spec, created_us, ended_us, fence)
+             VALUES ('{id}', '{status}', 'm', 'batch', '{{}}', '{{}}', 3, '{}', 5, iif('{status}' = 'completed', 9, NULL), 1);
+             INSERT INTO attempts (job_id, number, fence, pool_id, worker_id, leased_us, ended_us, outcome)
+             SELECT '{id}', 1, 1, 'p', 'w', 6, iif('{status}' = 'completed', 9, NULL), iif('{status}' = 'completed', 'completed', NULL)
+             WHERE '{status}' <> 'queued';
+             INSERT INTO events (job_id, attempt, first_seq, last_seq, payload) VALUES ('{id}', 1, 1, 2, '{}');
+             INSERT INTO idempotency (caller, key, fingerprint, job_id, created_us) VALUES ('c', '{status}', 'f', '{id}', 5);",
+            spec(status),
+            to_json(&[event(1), event(2)]).unwrap(),
+        );
+        let statement = sqlx::AssertSqlSafe(statement);
+        sqlx::raw_sql(statement).execute(&mut conn).await.unwrap();
+    }
+    sqlx::raw_sql("PRAGMA user_version = 1")
+        .execute(&mut conn)
+        .await
+        .unwrap();
+    ids
+}
+
+// [ORCHD-073] P17
+#[tokio::test]
+async fn a_database_of_the_first_version_is_migrated_with_everything_in_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let ids = version_1(&dir.path().join("jobs.db")).await;
+    let store = store(&dir).await;
+    for (id, status) in ids.iter().zip(["queued", "running", "completed"]) {
+        let (job, last) = store.job(*id).await.unwrap().unwrap();
+        assert_eq!(job.status.as_str(), status);
+        assert_eq!(job.spec.input, Input::Prompt(status.into()));
+        assert_eq!((job.spec.seed, job.text.as_str()), (u64::MAX, "1,2,"));
+        assert_eq!(job.attempts.len(), usize::from(status != "queued"));
+        assert_eq!((job.fence, last.seq), (1, 2));
+        let key = IdempotencyKey {
+            caller: "c".into(),
+            key: status.into(),
+            fingerprint: "f".into(),
+        };
+        assert_eq!(store.known_key(&key).await.unwrap().unwrap().0, *id);
+    }
+    let waiting = store.recover().await.unwrap();
+    let found: Vec<_> = waiting.iter().map(|job| job.queued.id).collect();
+    assert_eq!(found, ids[..2]);
+    let lease = store.lease(ids[0], "p", "w", crate::clock::now()).await;
+    assert_eq!(lease.unwrap().fence, 2);
+    // What the schema promises holds for the migrated tables as well.
+    let shrinks = store.writer.run(|conn| {
+        Box::pin(async move {
+            let mode = sqlx::query("PRAGMA auto_vacuum").fetch_one(&mut *conn);
+            let mode: i64 = mode.await?.get(0);
+            let broken = sqlx::query("PRAGMA foreign_key_check").fetch_all(conn);
+            Ok((mode, broken.await?.len()))
+        })
+    });
+    assert_eq!(shrinks.await.unwrap(), (2, 0));
+}
+
+/// Overwrites a part of every page behind the first of a closed database.
+fn damage(path: &Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    for page in bytes.chunks_mut(4096).skip(1) {
+        page[8..200].fill(0xa5);
+    }
+    std::fs::write(path, bytes).unwrap();
+}
+
+// [ORCHD-072]
+#[tokio::test]
+async fn damage_is_looked_for_after_a_stop_that_was_not_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("jobs.db");
+    let opened = store(&dir).await;
+    let id = submitted(&opened).await;
+    // What a killed daemon leaves: the files as they are now.
+    let crashed = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(dir.path()).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), crashed.path().join(file.file_name())).unwrap();
+    }
+    opened.close(Duration::from_secs(5)).await;
+    let was_released = async |path: &Path| {
+        let options = SqliteConnectOptions::new().filename(path);
+        let mut conn = options.connect().await.unwrap();
+        let released = holder::was_released(&mut conn).await.unwrap();
+        // A connection that is merely dropped is closed some time later.
+        sqlx::Connection::close(conn).await.unwrap();
+        released
+    };
+    assert!(was_released(&path).await);
+    assert!(!was_released(&crashed.path().join("jobs.db")).await);
+    let sound = store(&crashed).await;
+    assert_eq!(sound.status(id).await.unwrap(), Some(JobStatus::Queued));
+    sound.close(Duration::from_secs(5)).await;
+
+    let crashed = crashed.path().join("jobs.db");
+    let options = SqliteConnectOptions::new().filename(&crashed);
+    let mut conn = options.connect().await.unwrap();
+    sqlx::query("UPDATE holder SET clean = 0")
+        .execute(&mut conn)
+        .await
+        .unwrap();
+    sqlx::Connection::close(conn).await.unwrap();
+    damage(&crashed);
+    let damaged = std::fs::read(&crashed).unwrap();
+    let error = Store::open(&crashed).await.err().unwrap();
+    assert!(matches!(error, StoreError::Damaged(_)), "{error}");
+    assert!(error.hint().unwrap().contains("backup"));
+    let left = std::fs::read(&crashed).unwrap();
+    let changed = left.iter().zip(&damaged).position(|(a, b)| a != b);
+    assert_eq!((changed, left.len()), (None, damaged.len()));
+
+    // A file that is none at all.
+    std::fs::write(
+        &crashed,
+        "not a database, but long enough to be taken for one",
+    )
+    .unwrap();
+    let error = Store::open(&crashed).await.err().unwrap();
+    assert!(matches!(error, StoreError::Damaged(_)), "{error}");
+}
+
+// [ORCHD-070] P13
+#[tokio::test]
+async fn a_run_that_another_has_followed_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let old = store(&dir).await;
+    let id = submitted(&old).await;
+    let lease = old.lease(id, "p", "w", crate::clock::now()).await.unwrap();
+    let new = store(&dir).await;
+    let before = new.job(id).await.unwrap();
+    // Not even what is committed already is written to another place.
+    let log = || {
+        std::fs::metadata(dir.path().join("jobs.db-wal"))
+            .unwrap()
+            .len()
+    };
+    let held = log();
+    assert!(!old.forget_log().await);
+    assert_eq!(log(), held);
+    let late = old.progress(id, lease.fence, events([token(1, 2)])).await;
+    assert!(matches!(late, Err(StoreError::Closed)), "{late:?}");
+    old.taken_over().await;
+    assert!(old.is_taken_over() && !new.is_taken_over());
+    let end = ending(JobEvent::Cancel, None, entry(1, 2, error_event()));
+    assert!(matches!(
+        old.end(id, end.clone()).await,
+        Err(StoreError::Closed)
+    ));
+    assert_eq!(new.job(id).await.unwrap(), before);
+    assert_eq!(new.end(id, end).await.unwrap(), JobStatus::Cancelled);
+    // Its end does not say that the database was closed in order: it is still open.
+    old.close(Duration::from_secs(5)).await;
+    let mut conn = new.readers.acquire().await.unwrap();
+    assert!(!holder::was_released(&mut conn).await.unwrap());
+}
+
+// [ORCHD-070] P13: it need not try to write to find out.
+#[tokio::test]
+async fn a_run_with_nothing_to_write_notices_that_another_has_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let old = store(&dir).await;
+    let new = store(&dir).await;
+    tokio::time::timeout(Duration::from_secs(60), old.taken_over())
+        .await
+        .unwrap();
+    assert!(!new.is_taken_over());
+}
+
+// [ORCHD-005]
+#[tokio::test]
+async fn the_files_are_private_and_writes_are_synced() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    submitted(&store).await;
+    for file in std::fs::read_dir(dir.path()).unwrap() {
+        let file = file.unwrap();
+        assert_eq!(
+            file.metadata().unwrap().permissions().mode() & 0o777,
+            0o600,
+            "{:?}",
+            file.file_name()
+        );
+    }
+    let pragmas = store.writer.run(|conn| {
+        Box::pin(async move {
+            let journal: String = sqlx::query("PRAGMA journal_mode")
+                .fetch_one(&mut *conn)
+                .await?
+                .get(0);
+            let sync: i64 = sqlx::query("PRAGMA synchronous")
+                .fetch_one(&mut *conn)
+                .await?
+                .get(0);
+            let keys: i64 = sqlx::query("PRAGMA foreign_keys")
+                .fetch_one(&mut *conn)
+                .await?
+                .get(0);
+            Ok((journal, sync, keys))
+        })
+    });
+    assert_eq!(pragmas.await.unwrap(), ("wal".to_owned(), 2, 1));
+}
