@@ -6,13 +6,13 @@ use jiff::Timestamp;
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::tasks::TaskExplanation;
 use orchestrator_core::config::OrchestratorConfig;
-use orchestrator_core::scheduler::{Filter, WaitReason};
+use orchestrator_core::scheduler::{Explanation, Filter, WaitReason};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::models::{
     DownloadEnd, DownloadErrorCode, DownloadEvent, DownloadFailure, DownloadPhase,
 };
 use pool_core::api::pool::{PoolStatus, WorkerEndpoint};
-use pool_core::worker::{WorkerInfo, WorkerStatus};
+use pool_core::worker::{Device, WorkerInfo, WorkerStatus};
 use serde_json::json;
 
 use crate::support::{
@@ -45,6 +45,19 @@ async fn started(pool: &FakePool) {
     .await;
 }
 
+/// Lets the pool start the worker that it is asked for, and waits until that has the job.
+async fn runs(orchestrator: &Orchestrator, pool: &mut FakePool, job: JobId) {
+    started(pool).await;
+    let latest = pool.spawned.lock().unwrap().len() - 1;
+    let worker = FakeWorker::start(&format!("worker-cpu-{latest}")).await;
+    let id = worker.info(WorkerStatus::Ready).id;
+    pool.workers.retain(|known| known.id != id);
+    pool.workers.push(worker.info(WorkerStatus::Ready));
+    pool.endpoints.push(worker.endpoint());
+    pool.beat(orchestrator).await;
+    assert_eq!(worker.request(1).await.job_id, job.to_string());
+}
+
 /// An idle worker of another model that holds half of the pool's memory.
 fn idle_worker() -> WorkerInfo {
     let mut info = worker_info("worker-cpu-9", WorkerStatus::Ready);
@@ -72,7 +85,7 @@ async fn pool_with(workers: Vec<WorkerInfo>) -> FakePool {
 /// nothing else changes, the job starts.
 async fn lifted_by_the_pool(reason: WaitReason, wrong: impl FnOnce(&mut PoolStatus)) {
     let orchestrator = Orchestrator::start().await;
-    let pool = FakePool::start("pool-a").await;
+    let mut pool = FakePool::start("pool-a").await;
     pool.register(&orchestrator).await;
     pool.beat_with(&orchestrator, wrong).await;
     let job = orchestrator.job().await;
@@ -82,7 +95,7 @@ async fn lifted_by_the_pool(reason: WaitReason, wrong: impl FnOnce(&mut PoolStat
     assert_eq!(last.pools, 0, "{waiting:?}");
     assert!(pool.spawned.lock().unwrap().is_empty());
     pool.beat(&orchestrator).await;
-    started(&pool).await;
+    runs(&orchestrator, &mut pool, job).await;
 }
 
 // [ORCHD-110]
@@ -92,9 +105,19 @@ async fn no_pool_is_lifted_by_a_pool_that_registers() {
     let job = orchestrator.job().await;
     let waiting = waits_for(&orchestrator, job, WaitReason::NoPool).await;
     assert_eq!(waiting.explanation.filters[0].filter, Filter::Known);
-    let pool = FakePool::start("pool-a").await;
+    let body = json!({"model": MODEL, "prompt": "hi", "placement": {"pool": "pool-b"}});
+    let elsewhere = orchestrator.submit(body).await.unwrap().job_id;
+    let mut pool = FakePool::start("pool-a").await;
     pool.register(&orchestrator).await;
-    started(&pool).await;
+    runs(&orchestrator, &mut pool, job).await;
+    let waiting = waits_for(&orchestrator, elsewhere, WaitReason::NoPool).await;
+    assert!(
+        waiting.explanation.message.contains("`pool-b`"),
+        "{waiting:?}"
+    );
+    let mut wanted = FakePool::start("pool-b").await;
+    wanted.register(&orchestrator).await;
+    runs(&orchestrator, &mut wanted, elsewhere).await;
 }
 
 // [ORCHD-110]
@@ -107,6 +130,38 @@ async fn pools_away_is_lifted_by_a_pool_that_drains_no_more() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_backend_is_lifted_by_a_worker_program() {
     lifted_by_the_pool(WaitReason::NoBackend, |status| status.backends.clear()).await;
+}
+
+// [ORCHD-110]
+#[tokio::test(flavor = "multi_thread")]
+async fn no_backend_is_lifted_by_the_device_that_the_job_asks_for() {
+    let orchestrator = Orchestrator::start().await;
+    let mut pool = FakePool::start("pool-a").await;
+    pool.register(&orchestrator).await;
+    let body = json!({"model": MODEL, "prompt": "hi", "placement": {"device": "cuda:0"}});
+    let job = orchestrator.submit(body).await.unwrap().job_id;
+    let waiting = waits_for(&orchestrator, job, WaitReason::NoBackend).await;
+    let Explanation { message, hint, .. } = waiting.explanation;
+    assert!(
+        message.contains("cuda:0") && hint.contains("placement.device"),
+        "{message}: {hint}"
+    );
+    assert!(pool.spawned.lock().unwrap().is_empty());
+    let cuda: Device = "cuda:0".parse().unwrap();
+    pool.beat_with(&orchestrator, |status| {
+        let mut gpu = status.devices[0].clone();
+        gpu.device = cuda;
+        status.backends.push(cuda.backend);
+        status.devices.push(gpu);
+    })
+    .await;
+    started(&pool).await;
+    assert_eq!(pool.spawned.lock().unwrap()[0].gpu, Some(0));
+    let worker = FakeWorker::start("worker-cuda-0").await;
+    pool = pool.has(&worker);
+    pool.workers[0].device = cuda;
+    pool.beat(&orchestrator).await;
+    assert_eq!(worker.request(1).await.job_id, job.to_string());
 }
 
 // [ORCHD-110]
@@ -128,7 +183,7 @@ async fn memory_short_is_lifted_by_memory() {
 #[tokio::test(flavor = "multi_thread")]
 async fn start_refused_is_lifted_by_a_pool_that_agrees() {
     let orchestrator = Orchestrator::start().await;
-    let pool = FakePool::start("pool-a").await;
+    let mut pool = FakePool::start("pool-a").await;
     *pool.refusal.lock().unwrap() = Some("no port is free".into());
     pool.register(&orchestrator).await;
     let job = orchestrator.job().await;
@@ -136,6 +191,7 @@ async fn start_refused_is_lifted_by_a_pool_that_agrees() {
     assert!(waiting.explanation.message.contains("no port is free"));
     *pool.refusal.lock().unwrap() = None;
     waits_for(&orchestrator, job, WaitReason::WorkerStarting).await;
+    runs(&orchestrator, &mut pool, job).await;
 }
 
 // [ORCHD-110]
@@ -152,6 +208,53 @@ async fn worker_starting_is_lifted_by_the_worker_being_ready() {
     pool.endpoints = vec![worker.endpoint()];
     pool.beat(&orchestrator).await;
     assert_eq!(worker.request(1).await.job_id, job.to_string());
+}
+
+// [ORCHD-110] A worker is ready for its pool before the orchestrator knows how to reach it.
+#[tokio::test(flavor = "multi_thread")]
+async fn worker_starting_is_lifted_by_the_address_of_the_worker() {
+    let orchestrator = Orchestrator::start().await;
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    let mut pool = FakePool::start("pool-a").await.has(&worker);
+    let endpoints = std::mem::take(&mut pool.endpoints);
+    pool.register(&orchestrator).await;
+    let job = orchestrator.job().await;
+    waits_for(&orchestrator, job, WaitReason::WorkerStarting).await;
+    assert!(orchestrator.show(job).await.attempts.is_empty());
+    pool.endpoints = endpoints;
+    pool.beat(&orchestrator).await;
+    assert_eq!(worker.request(1).await.attempt, 1);
+}
+
+// [ORCHD-110] Time alone makes an idle worker one that may be stopped.
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_short_is_lifted_by_the_time_that_an_idle_worker_has_stayed() {
+    let orchestrator = Orchestrator::start_with(|config| {
+        evicts(config);
+        config.scheduler.min_residence_s = 3;
+    })
+    .await;
+    let fresh = WorkerInfo {
+        ready_at: Some(Timestamp::now()),
+        idle_since: Some(Timestamp::now()),
+        ..idle_worker()
+    };
+    let mut pool = pool_with(vec![fresh]).await;
+    pool.register(&orchestrator).await;
+    pool.beat_with(&orchestrator, |status| {
+        status.devices[0].memory_free_bytes = 0;
+    })
+    .await;
+    let job = orchestrator.job().await;
+    let waiting = waits_for(&orchestrator, job, WaitReason::MemoryShort).await;
+    assert!(
+        waiting.explanation.hint.contains("may be stopped for it"),
+        "{waiting:?}"
+    );
+    waits_for(&orchestrator, job, WaitReason::Evicting).await;
+    pool.workers[0].status = WorkerStatus::Stopped;
+    pool.beat(&orchestrator).await;
+    runs(&orchestrator, &mut pool, job).await;
 }
 
 // [ORCHD-110] [ORCHD-114]
@@ -197,7 +300,7 @@ async fn backing_off_is_lifted_by_time() {
             break;
         }
     }
-    started(&pool).await;
+    runs(&orchestrator, &mut pool, job).await;
 }
 
 fn evicts(config: &mut OrchestratorConfig) {
@@ -230,7 +333,7 @@ async fn evicting_is_lifted_by_the_end_of_the_idle_worker() {
     assert!(pool.spawned.lock().unwrap().is_empty());
     pool.workers[0].status = WorkerStatus::Stopped;
     pool.beat(&orchestrator).await;
-    started(&pool).await;
+    runs(&orchestrator, &mut pool, job).await;
     assert_eq!(pool.asked.stops.lock().unwrap().len(), 1);
 }
 
@@ -307,7 +410,7 @@ fn ask_count(pool: &FakePool) -> usize {
 #[tokio::test(flavor = "multi_thread")]
 async fn download_refused_is_lifted_by_room_and_downloading_by_the_file() {
     let orchestrator = Orchestrator::start_with(downloads).await;
-    let pool = FakePool::start("pool-a").await;
+    let mut pool = FakePool::start("pool-a").await;
     pool.register(&orchestrator).await;
     pool.beat_with(&orchestrator, |status| status.models.clear())
         .await;
@@ -344,7 +447,7 @@ async fn download_refused_is_lifted_by_room_and_downloading_by_the_file() {
     pool.beat_with(&orchestrator, large_disk).await;
     waits_for(&orchestrator, job, WaitReason::Downloading).await;
     pool.beat(&orchestrator).await;
-    started(&pool).await;
+    runs(&orchestrator, &mut pool, job).await;
     assert_eq!(*pool.asked.downloads.lock().unwrap(), [MODEL]);
 }
 

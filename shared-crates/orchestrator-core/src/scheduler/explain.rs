@@ -248,13 +248,16 @@ impl Words<'_> {
                 "run `llorch-pool daemon start` on a pool host; on another machine, `orchestrator_url` in its settings tells it where to register",
             ),
             WaitReason::PoolsAway => return self.pools_away(),
-            WaitReason::NoBackend => (
-                match self.class.placement.device {
-                    Some(device) => format!("no pool can run a worker on {device}"),
-                    None => "no pool has a worker program".to_owned(),
-                },
-                "install `llorch-candled` beside `pool-managerd`",
-            ),
+            WaitReason::NoBackend => match self.class.placement.device {
+                Some(device) => (
+                    format!("no pool can run a worker on {device}"),
+                    "it takes a pool with that device and a worker program for it; or ask for another device, or for none, with `placement.device`",
+                ),
+                None => (
+                    "no pool has a worker program".to_owned(),
+                    "install `llorch-candled` beside `pool-managerd`",
+                ),
+            },
             WaitReason::ModelMissing => return self.model_missing(),
             WaitReason::Downloading => return self.downloading(),
             WaitReason::DownloadRefused => return self.download_refused(),
