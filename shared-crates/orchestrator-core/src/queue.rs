@@ -420,6 +420,26 @@ mod tests {
         );
     }
 
+    // [ORCHCORE-041] Who comes later does not make up for the turns that others had before.
+    #[test]
+    fn a_session_that_comes_later_takes_turns_from_then_on() {
+        let mut queue = queue();
+        let of = |session| move |s| job(s, Priority::Interactive, Some(session));
+        let a: Vec<_> = (0..6).map(of("a")).collect();
+        for job in &a {
+            queue.enqueue(job.clone()).unwrap();
+        }
+        for job in &a[..3] {
+            assert_eq!(queue.dequeue(at(10)).unwrap().id, job.id);
+        }
+        let b: Vec<_> = (11..14).map(of("b")).collect();
+        for job in &b {
+            queue.enqueue(job.clone()).unwrap();
+        }
+        let order = [b[0].id, a[3].id, b[1].id, a[4].id, b[2].id, a[5].id];
+        assert_eq!(drain(&mut queue, at(20)), order);
+    }
+
     // [ORCHCORE-042]
     #[test]
     fn a_full_queue_refuses_new_jobs_and_takes_back_old_ones() {

@@ -311,6 +311,56 @@ impl Tested {
     }
 }
 
+// [ORCHCORE-062] What a pool says of a worker's idleness may be older than our own leases.
+#[test]
+fn idleness_counts_from_the_end_of_the_latest_lease() {
+    let settings = Settings {
+        idle_ttl: Some(SignedDuration::from_secs(120)),
+        ..Settings::default()
+    };
+    let mut index = Tested::new(BuiltIn::LeastLoaded, settings).index;
+    let worker = WorkerState {
+        id: "w0".into(),
+        ..WorkerState::asked_for(
+            &ModelState {
+                model: model(0),
+                file: file(),
+                needed_bytes: 1,
+            },
+            device(0),
+            at(0),
+        )
+    };
+    index.set_pool(PoolState {
+        id: "p0".into(),
+        liveness: PoolLiveness::Online,
+        draining: false,
+        devices: vec![],
+        workers: vec![WorkerState {
+            status: WorkerStatus::Ready,
+            idle_since: Some(at(0)),
+            ..worker
+        }],
+        models: vec![],
+        disk_free_bytes: 0,
+        downloads: vec![],
+        refused_starts: vec![],
+        refused_downloads: vec![],
+        last_start: 0,
+    });
+    index.lease("p0", "w0");
+    assert_eq!(index.pass(at(119)).actions, []);
+    assert_eq!(index.pass(at(130)).actions, []);
+    index.release("p0", "w0", at(140));
+    let pass = index.pass(at(150));
+    assert_eq!((pass.actions, pass.wake), (vec![], Some(at(260))));
+    let unload = Action::UnloadWorker {
+        pool: "p0".into(),
+        worker: "w0".into(),
+    };
+    assert_eq!(index.pass(at(260)).actions, [unload]);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 

@@ -223,6 +223,12 @@ fn every_wait_has_its_reason() {
     assert_eq!(reason(&job(), vec![loading]), WaitReason::WorkerStarting);
     let busy = pool("a", vec![worker("w0", WorkerStatus::Busy, 2)]);
     assert_eq!(reason(&job(), vec![busy]), WaitReason::SlotsBusy);
+    let full = WorkerState {
+        full: true,
+        ..worker("w0", WorkerStatus::Ready, 0)
+    };
+    let full = pool("a", vec![full]);
+    assert_eq!(reason(&job(), vec![full]), WaitReason::SlotsBusy);
 
     let refused = RefusedStart {
         model: "m".parse().unwrap(),
@@ -505,6 +511,15 @@ fn no_more_workers_are_evicted_than_it_takes() {
 
 // [ORCHCORE-060]
 #[test]
+fn of_the_workers_of_a_device_the_least_recently_used_one_goes() {
+    let mut pool = pool("a", vec![idle("w0", "x", 50), idle("w1", "y", 10)]);
+    pool.devices[0].free_bytes = 0;
+    let plan = at(100, snapshot(&[job()], vec![pool]));
+    assert_eq!(evicted(&plan), [("a", "w1")]);
+}
+
+// [ORCHCORE-060]
+#[test]
 fn a_worker_with_work_or_that_a_waiting_job_needs_is_never_evicted() {
     let short = |pools: Vec<PoolState>, jobs: &[QueuedJob]| {
         let plan = at(100, snapshot(jobs, pools));
@@ -517,6 +532,10 @@ fn a_worker_with_work_or_that_a_waiting_job_needs_is_never_evicted() {
     let mut computing = crowded("a", 1);
     computing.workers[0].idle_since = None;
     short(vec![computing], &[job()]);
+    // It has no room, so somebody else's work is on it.
+    let mut full = crowded("a", 1);
+    full.workers[0].full = true;
+    short(vec![full], &[job()]);
     // Its own job waits for the next attempt.
     let later = QueuedJob {
         not_before: Some(Timestamp::from_second(1000).unwrap()),
@@ -603,6 +622,20 @@ fn a_session_goes_back_to_its_pool() {
     let plan = with(vec![pool("a", vec![]), pool("b", vec![])], &[of_session()]);
     assert!(
         matches!(&plan.actions[0], Action::StartWorker { pool, .. } if pool == "b"),
+        "{plan:?}"
+    );
+    let bare = |id: &str| PoolState {
+        models: vec![],
+        disk_free_bytes: 9 * GIB,
+        ..pool(id, vec![])
+    };
+    let mut snapshot = snapshot(&[of_session()], vec![bare("a"), bare("b")]);
+    snapshot.sessions.insert("s".into(), "b".into());
+    snapshot.settings.download = true;
+    snapshot.sizes.insert("m".parse().unwrap(), GIB);
+    let plan = schedule(&snapshot, &LeastLoaded);
+    assert!(
+        matches!(&plan.actions[0], Action::Download { pool, .. } if pool == "b"),
         "{plan:?}"
     );
 }
