@@ -4,6 +4,8 @@
 // The helpers below are tests too; clippy knows only the functions marked so.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../../orchestratord/tests/daemon/small_disk.rs"]
+mod small_disk;
 mod support;
 
 use std::fs;
@@ -19,6 +21,7 @@ use axum::http::{Method, StatusCode};
 use pool_core::process::{ProcessIdentity, Signal};
 use serde_json::Value;
 
+use small_disk::Disk;
 use support::hub::Hub;
 use support::{Home, PATIENCE, Ran, Running, facts, first_err_line, sha256, tiny_gguf, until};
 
@@ -487,31 +490,6 @@ fn of_two_at_once_one_fetches() {
     assert!(ran.out.starts_with("m is already at"), "{}", ran.out);
     stage.is_whole();
     assert_eq!(stage.hub.take_served(), stage.bytes.len() as u64);
-}
-
-/// A disk of its own, gone with the test.
-struct Disk(PathBuf);
-
-impl Disk {
-    fn new(folder: PathBuf, bytes: u64) -> Result<Self, String> {
-        fs::create_dir_all(&folder).unwrap();
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "llorch-test"])
-            .arg(&folder)
-            .output()
-            .map_err(|error| error.to_string())?;
-        if mounted.status.success() {
-            Ok(Self(folder))
-        } else {
-            Err(String::from_utf8_lossy(&mounted.stderr).trim().to_owned())
-        }
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[test] // [POOLCTL-016] [STORE-005]

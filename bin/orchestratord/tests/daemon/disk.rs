@@ -11,39 +11,15 @@ use pool_core::client::ApiClient;
 use serde_json::{Value, json};
 
 use crate::process::{command, ended, spawn, start};
+use crate::small_disk::Disk;
 use crate::support::{FakePool, FakeWorker, MODEL, Reader, eventually, outline};
 
-/// A small disk of its own, gone with the test.
-struct Disk(PathBuf);
-
-impl Disk {
-    fn new(folder: PathBuf, bytes: u64) -> Result<Self, String> {
-        fs::create_dir_all(&folder).unwrap();
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "llorch-test"])
-            .arg(&folder)
-            .output()
-            .map_err(|error| error.to_string())?;
-        if mounted.status.success() {
-            Ok(Self(folder))
-        } else {
-            Err(String::from_utf8_lossy(&mounted.stderr).trim().to_owned())
-        }
-    }
-
-    /// Fills it to the last block, and returns the file that does.
-    fn fill(&self) -> PathBuf {
-        let path = self.0.join("filler");
-        let mut file = fs::File::create(&path).unwrap();
-        while file.write_all(&[1; 4096]).is_ok() {}
-        path
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
+/// Fills the disk to its last block, and returns the file that does.
+fn fill(disk: &Disk) -> PathBuf {
+    let path = disk.0.join("filler");
+    let mut file = fs::File::create(&path).unwrap();
+    while file.write_all(&[1; 4096]).is_ok() {}
+    path
 }
 
 async fn submit(url: &str, prompt: &str) -> reqwest::Response {
@@ -101,7 +77,7 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
         stream: client.events(request).await.unwrap(),
     };
 
-    let filler = disk.fill();
+    let filler = fill(&disk);
     // The log has some room of its own; when that is used up every submit is refused.
     let big = "x".repeat(1 << 20);
     let mut accepted = 0;

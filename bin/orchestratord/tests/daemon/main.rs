@@ -19,6 +19,7 @@ mod scheduling;
 mod schema;
 mod service;
 mod silence;
+mod small_disk;
 mod submit;
 mod support;
 mod take_over;
