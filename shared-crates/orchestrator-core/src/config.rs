@@ -1,7 +1,9 @@
 //! Configuration of `orchestratord`.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use jiff::SignedDuration;
 use pool_core::config::PoolConfig;
@@ -140,6 +142,13 @@ pub struct SchedulerConfig {
     pub min_residence_s: u64,
     /// Whether pools are asked to download a catalogue model that none of them has. Default false.
     pub download: bool,
+    /// A Rhai script that decides in place of the built-in policy. Loaded anew when the file changes. Default: none.
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
+    pub script: Option<PathBuf>,
+    /// Milliseconds that the script may take for a pass, 1 to 1000; then the built-in policy decides. Default 50.
+    pub script_limit_ms: u64,
+    /// What hosts cost, by pool: `costs = { gpu-box = 3.0 }`. Scripts see it; a pool that is not named costs 1.
+    pub costs: HostCosts,
 }
 
 impl Default for SchedulerConfig {
@@ -150,6 +159,9 @@ impl Default for SchedulerConfig {
             evict: true,
             min_residence_s: 60,
             download: false,
+            script: None,
+            script_limit_ms: 50,
+            costs: HostCosts::default(),
         }
     }
 }
@@ -191,6 +203,22 @@ impl SchedulerConfig {
 
 /// A hundred years: longer is for ever, and sums with it stay in range.
 const MOST_SECONDS: i64 = 100 * 366 * 24 * 3600;
+
+impl SchedulerConfig {
+    /// How long the script may take for a pass.
+    pub fn script_limit(&self) -> Duration {
+        Duration::from_millis(self.script_limit_ms)
+    }
+}
+
+/// What hosts cost, by the names of their pools. Finite and not negative, once validated.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(transparent)]
+pub struct HostCosts(pub BTreeMap<String, f64>);
+
+/// `validate` refuses the one number that is not equal to itself.
+impl Eq for HostCosts {}
 
 /// `[service]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -278,6 +306,17 @@ pub enum ConfigError {
     /// `queue.capacity_bytes` is neither -1 nor positive.
     #[error("`queue.capacity_bytes` is {0}: use -1 for any number of bytes, or 1 and more")]
     CapacityBytes(i64),
+    /// `scheduler.script_limit_ms` is out of range.
+    #[error("`scheduler.script_limit_ms` is {0}: use 1 to 1000")]
+    ScriptLimit(u64),
+    /// A cost is negative or no number.
+    #[error("`scheduler.costs` says {cost} for `{pool}`: a cost is a number from 0")]
+    Cost {
+        /// The pool.
+        pool: String,
+        /// What was set.
+        cost: f64,
+    },
     /// `service.max_connections` is 0.
     #[error("`service.max_connections` is 0: nobody could connect")]
     MaxConnections,
@@ -335,6 +374,15 @@ impl OrchestratorConfig {
         }
         if self.queue.capacity_bytes < -1 || self.queue.capacity_bytes == 0 {
             return Err(ConfigError::CapacityBytes(self.queue.capacity_bytes));
+        }
+        if !(1..=1000).contains(&self.scheduler.script_limit_ms) {
+            return Err(ConfigError::ScriptLimit(self.scheduler.script_limit_ms));
+        }
+        let unfit = |cost: f64| !cost.is_finite() || cost < 0.0;
+        let costs = &self.scheduler.costs.0;
+        if let Some((pool, &cost)) = costs.iter().find(|(_, cost)| unfit(**cost)) {
+            let pool = pool.clone();
+            return Err(ConfigError::Cost { pool, cost });
         }
         if self.service.max_connections == 0 {
             return Err(ConfigError::MaxConnections);

@@ -23,6 +23,8 @@ pub struct Decision {
     pub plan: Plan,
     /// Who decided.
     pub by: By,
+    /// SHA-256 of the script in force, where there is one, whoever decided.
+    pub script: Option<String>,
     /// What was wrong with the script, where the built-in policy had to decide in its place.
     pub error: Option<ScriptError>,
 }
@@ -33,8 +35,15 @@ impl Decision {
         Self {
             plan,
             by: By::BuiltIn,
+            script: None,
             error: None,
         }
+    }
+
+    /// Notes which script was in force.
+    pub fn with(mut self, script: &Script) -> Self {
+        self.script = Some(script.sha256().to_owned());
+        self
     }
 }
 
@@ -78,11 +87,13 @@ pub fn settle(
         Ok(plan) => Decision {
             plan,
             by: By::Script,
+            script: None,
             error: None,
         },
         Err(error) => Decision {
             plan: built_in,
             by: By::Fallback(error.kind),
+            script: None,
             error: Some(error),
         },
     }
@@ -90,7 +101,7 @@ pub fn settle(
 
 /// Decides on the spot.
 pub struct Decider {
-    policy: Arc<dyn Policy>,
+    policy: &'static dyn Policy,
     script: Option<(Script, Runner)>,
     costs: Costs,
     limit: Duration,
@@ -98,7 +109,7 @@ pub struct Decider {
 
 impl Decider {
     /// Decides with a built-in policy.
-    pub fn built_in(policy: Arc<dyn Policy>) -> Self {
+    pub fn built_in(policy: &'static dyn Policy) -> Self {
         Self {
             policy,
             script: None,
@@ -109,7 +120,7 @@ impl Decider {
 
     /// Decides with a script, which may take `limit` for a pass, and with `policy` where the script is of no use.
     pub fn script(
-        policy: Arc<dyn Policy>,
+        policy: &'static dyn Policy,
         script: Script,
         costs: Costs,
         limit: Duration,
@@ -122,11 +133,6 @@ impl Decider {
         })
     }
 
-    /// The built-in policy.
-    pub fn policy(&self) -> &dyn Policy {
-        &*self.policy
-    }
-
     /// The script, where there is one.
     pub fn source(&self) -> Option<&Script> {
         self.script.as_ref().map(|(script, _)| script)
@@ -134,14 +140,14 @@ impl Decider {
 
     /// Decides.
     pub fn decide(&self, snapshot: &Arc<Snapshot>) -> Decision {
-        let built_in = schedule(snapshot, &*self.policy);
+        let built_in = schedule(snapshot, self.policy);
         let Some((script, runner)) = &self.script else {
             return Decision::built_in(built_in);
         };
         let Some(pass) = offer(snapshot, &built_in, &self.costs) else {
-            return Decision::built_in(built_in);
+            return Decision::built_in(built_in).with(script);
         };
         let ran = runner.run(script, Arc::clone(&pass), self.limit, false);
-        settle(&*self.policy, built_in, &pass, ran.result)
+        settle(self.policy, built_in, &pass, ran.result).with(script)
     }
 }

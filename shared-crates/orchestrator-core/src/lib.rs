@@ -16,6 +16,8 @@ pub mod queue;
 pub mod scheduler;
 #[cfg(feature = "script")]
 pub mod script;
+#[cfg(feature = "script")]
+pub mod simulate;
 pub mod trace;
 
 pub use api::tasks::TaskSubmitRequest;

@@ -80,7 +80,7 @@ pub struct Saw {
     /// What has changed of everything else in the snapshot, as a JSON merge patch (RFC 7386).
     #[serde(skip_serializing_if = "Value::is_null")]
     pub rest: Value,
-    /// Attempts that began to hold a slot.
+    /// Attempts that began to hold a slot, apart from those that a recorded decision began.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub leased: Vec<Lease>,
     /// Jobs whose attempt holds its slot no more.
@@ -166,6 +166,17 @@ impl Scribe {
         self.passes
     }
 
+    /// Passes over a decision that is not made again: what it says of waits counts as said.
+    pub fn skip(&mut self, decided: &Decided) {
+        self.passes += 1;
+        for action in &decided.actions {
+            if let Action::Dispatch { job, .. } | Action::Reject { job, .. } = action {
+                self.reasons.remove(job);
+            }
+        }
+        self.reasons.extend(decided.waits.iter().copied());
+    }
+
     /// The decision of the next pass as it is written down.
     pub fn write(
         &mut self,
@@ -247,6 +258,17 @@ impl Recorder {
         saw.rest = merge_patch(&self.rest, &rest).unwrap_or(Value::Null);
         self.rest = rest;
         let decided = self.scribe.write(snapshot, plan, by, script);
+        // A job may be done before the next pass looks: its lease begins here.
+        for action in &plan.actions {
+            if let Action::Dispatch { job, pool, worker } = action {
+                let lease = Lease {
+                    job: *job,
+                    pool: pool.clone(),
+                    worker: worker.clone(),
+                };
+                self.leases.insert(*job, lease);
+            }
+        }
         Ok([Line::Saw(saw), Line::Decided(decided)])
     }
 
@@ -704,6 +726,49 @@ mod tests {
                 prop_assert_eq!(&line, &pass.decided_line);
             }
         }
+    }
+
+    // [ORCHCORE-152] A job may be done before the next pass looks; how long it took is told all the same.
+    #[test]
+    fn a_slot_that_a_decision_takes_is_freed_by_the_pass_that_does_not_see_it_any_more() {
+        let dispatch = |number| Action::Dispatch {
+            job: id(number),
+            pool: "p".into(),
+            worker: "w".into(),
+        };
+        let lease = |number| Lease {
+            job: id(number),
+            pool: "p".into(),
+            worker: "w".into(),
+        };
+        let snapshot = Snapshot {
+            now: Timestamp::UNIX_EPOCH,
+            started_at: Timestamp::UNIX_EPOCH,
+            settings: Settings::default(),
+            jobs: vec![],
+            pools: vec![],
+            sessions: BTreeMap::new(),
+            sizes: BTreeMap::new(),
+            turns: 0,
+        };
+        let mut recorder = Recorder::default();
+        let mut pass = |leases: &[Lease], actions: Vec<Action>| {
+            let plan = Plan {
+                actions,
+                ..Plan::default()
+            };
+            let lines = recorder.pass(&snapshot, leases, &plan, By::BuiltIn, None);
+            match lines.unwrap() {
+                [Line::Saw(saw), _] => (saw.leased, saw.freed),
+                other => panic!("{other:?}"),
+            }
+        };
+        let before = pass(&[lease(9)], vec![dispatch(1), dispatch(2)]);
+        assert_eq!(before, (vec![lease(9)], vec![]));
+        // The first is over already, the second runs: the decision told of it.
+        assert_eq!(pass(&[lease(2), lease(9)], vec![]), (vec![], vec![id(1)]));
+        assert_eq!(pass(&[lease(9)], vec![]), (vec![], vec![id(2)]));
+        assert_eq!(pass(&[], vec![]), (vec![], vec![id(9)]));
     }
 
     // [ORCHCORE-151]

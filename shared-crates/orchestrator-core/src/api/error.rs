@@ -32,6 +32,8 @@ pub enum ApiErrorCode {
     StoreUnavailable,
     /// The daemon is stopping.
     ShuttingDown,
+    /// As many such requests are served as may be at once.
+    Busy,
     /// The pool did not answer, or refused what was passed on to it.
     PoolUnavailable,
 }
@@ -52,6 +54,7 @@ impl ApiErrorCode {
             Self::VersionMismatch => "VERSION_MISMATCH",
             Self::StoreUnavailable => "STORE_UNAVAILABLE",
             Self::ShuttingDown => "SHUTTING_DOWN",
+            Self::Busy => "BUSY",
             Self::PoolUnavailable => "POOL_UNAVAILABLE",
         }
     }

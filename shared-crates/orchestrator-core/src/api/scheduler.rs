@@ -7,10 +7,11 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::job::JobId;
-use crate::scheduler::{Action, WaitReason};
+use crate::scheduler::{Action, BuiltIn, WaitReason};
 
 /// What went wrong, in a word that may label a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ScriptErrorKind {
     /// The source can't be compiled.
@@ -63,6 +64,7 @@ impl fmt::Display for ScriptErrorKind {
 
 /// Why a script is of no use, or was of none in one pass.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ScriptError {
     /// What went wrong.
     pub kind: ScriptErrorKind,
@@ -114,6 +116,7 @@ impl ScriptError {
 
 /// Answer of `GET /v2/scheduler`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SchedulerView {
     /// The built-in policy in force. Where there is a script as well, it decides what the script can't.
     pub policy: String,
@@ -125,6 +128,7 @@ pub struct SchedulerView {
 
 /// A script as the daemon has it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ScriptView {
     /// Its file.
     pub path: String,
@@ -148,6 +152,7 @@ pub struct ScriptView {
 
 /// An error of a script, and when it was.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct LastScriptError {
     /// When.
     pub at: Timestamp,
@@ -160,6 +165,7 @@ pub struct LastScriptError {
 
 /// Body of `POST /v2/scheduler/check`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CheckRequest {
     /// The source of a script.
@@ -168,6 +174,7 @@ pub struct CheckRequest {
 
 /// Answer of `POST /v2/scheduler/check`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct CheckAnswer {
     /// Whether the script compiles and answers the sample.
     pub ok: bool,
@@ -178,7 +185,90 @@ pub struct CheckAnswer {
     /// What it decided on the sample, in order.
     pub actions: Vec<Action>,
     /// Why the sample's other jobs wait.
-    pub waits: Vec<(JobId, WaitReason)>,
+    pub waits: Vec<SampleWait>,
     /// What it printed.
     pub printed: Vec<String>,
+}
+
+/// A job of the sample that waits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct SampleWait {
+    /// The job.
+    pub job: JobId,
+    /// Why.
+    pub reason: WaitReason,
+    /// The same, for people.
+    pub message: String,
+}
+
+/// Body of `POST /v2/scheduler/simulate`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct SimulateRequest {
+    /// A trace as `GET /v2/scheduler/trace` gives it.
+    pub trace: String,
+    /// The source of a script to try.
+    #[serde(default)]
+    pub script: Option<String>,
+    /// Built-in policies to try; empty is the recorded one beside a script, else all.
+    #[serde(default)]
+    pub policies: Vec<BuiltIn>,
+}
+
+/// Answer of `POST /v2/scheduler/simulate`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct SimulateAnswer {
+    /// How the recorded decisions compare with those that are made again; null where the trace's policy is not known.
+    pub replay: Option<Replay>,
+    /// What each policy made of the workload.
+    pub reports: Vec<Report>,
+}
+
+/// How the recorded decisions compare with those that the same code makes again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Replay {
+    /// Passes in the trace.
+    pub passes: u64,
+    /// Decisions that came out the same, byte for byte.
+    pub equal: u64,
+    /// Passes that can't be decided again here: another policy or version of the script decided.
+    pub skipped: u64,
+    /// The first pass that came out otherwise.
+    pub first_difference: Option<u64>,
+}
+
+/// What a policy made of the workload.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Report {
+    /// The policy: a built-in one's name, or what the script was called (`script` in the API).
+    pub policy: String,
+    /// Jobs that arrived.
+    pub jobs: u64,
+    /// Jobs that were given a worker.
+    pub dispatched: u64,
+    /// Half of the jobs waited for no longer than this, in milliseconds.
+    pub wait_p50_ms: u64,
+    /// 95 of 100 did.
+    pub wait_p95_ms: u64,
+    /// 99 of 100 did.
+    pub wait_p99_ms: u64,
+    /// Workers that were started.
+    pub worker_starts: u64,
+    /// Idle workers that were stopped, for memory or after `idle_ttl`.
+    pub evictions: u64,
+    /// Jobs that waited for longer than five minutes, or were never given a worker.
+    pub starved: u64,
+    /// Bytes that ready workers without work held, on average over the time until the last job was done.
+    pub idle_memory_bytes: u64,
+    /// Milliseconds from the first arrival until the last job was done.
+    pub makespan_ms: u64,
+    /// Passes.
+    pub passes: u64,
+    /// Passes in which the script was of no use.
+    pub fallbacks: u64,
 }

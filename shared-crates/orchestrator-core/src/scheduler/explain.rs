@@ -126,7 +126,16 @@ pub(super) struct Reasons<'a> {
     pub(super) session_was_here: bool,
     /// Workers with the model that had a free slot.
     pub(super) free_workers: usize,
-    pub(super) policy: BuiltIn,
+    pub(super) chooser: Chooser,
+}
+
+/// Who chose where a job goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Chooser {
+    /// A built-in policy.
+    Policy(BuiltIn),
+    /// The operator's script.
+    Script,
 }
 
 /// Says why a job goes where it goes.
@@ -150,14 +159,16 @@ pub(super) fn choice(choice: &WorkerChoice<'_>, reasons: &Reasons<'_>) -> String
         choice.free_bytes(),
         worker.device
     );
-    match reasons.free_workers {
-        1 => format!("{asked}the only worker with the model that had a free slot ({numbers})"),
-        _ if reasons.session_was_here => {
+    match (reasons.free_workers, reasons.chooser) {
+        (1, _) => format!("{asked}the only worker with the model that had a free slot ({numbers})"),
+        (count, Chooser::Script) => format!(
+            "{asked}chosen by the scheduler's script of {count} workers with a free slot ({numbers})"
+        ),
+        (_, Chooser::Policy(_)) if reasons.session_was_here => {
             format!("{asked}its session ran on this pool last ({numbers})")
         }
-        count => format!(
-            "{asked}the best of {count} workers with a free slot by policy {} ({numbers})",
-            reasons.policy
+        (count, Chooser::Policy(policy)) => format!(
+            "{asked}the best of {count} workers with a free slot by policy {policy} ({numbers})"
         ),
     }
 }

@@ -20,7 +20,7 @@ use pool_core::worker::{Device, WorkerStatus};
 
 use super::REGISTRATION;
 use super::estimate::Estimates;
-use super::explain::{self, Explanation, WaitReason};
+use super::explain::{self, Chooser, Explanation, WaitReason};
 use super::judge::{
     Class, EvictionKey, Verdict, World, alive, eviction_key, fitting, judge, next_spare, stopping,
     victims,
@@ -738,7 +738,8 @@ impl Index {
             }
             match self.judge(class, &job, now) {
                 (Verdict::Dispatch { pool, worker }, _) => {
-                    self.dispatch(&job, key, class, pool, worker, &mut pass);
+                    let chooser = Chooser::Policy(self.policy_name);
+                    self.dispatch(&job, key, class, (pool, worker), chooser, &mut pass);
                 }
                 (Verdict::Reject { code, message }, _) => {
                     // Its jobs are rejected each at its own turn.
@@ -787,16 +788,17 @@ impl Index {
         }
     }
 
-    /// Does, as far as the index goes, what a plan says that was made from [`Index::snapshot`] of this moment by somebody
-    /// else: a script. An action that does not fit is left out. When time makes the next pass due is for the plan to say.
-    pub fn apply(&mut self, actions: &[Action], now: Timestamp) -> Pass {
+    /// Does, as far as the index goes, what a plan says that was made from an [`Index::snapshot`], by a script or by
+    /// [`schedule`](super::schedule). An action that does not fit any more is left out. When time makes the next pass due
+    /// is for the plan to say.
+    pub fn apply(&mut self, actions: &[Action], chooser: Chooser, now: Timestamp) -> Pass {
         let mut pass = Pass {
             judged: true,
             ..Pass::default()
         };
         self.let_time_pass(now);
         for action in actions {
-            self.apply_one(action, now, &mut pass);
+            self.apply_one(action, chooser, now, &mut pass);
         }
         let jobs = std::mem::take(&mut pass.jobs);
         for job in jobs.values() {
@@ -805,11 +807,21 @@ impl Index {
             }
         }
         pass.jobs = jobs;
+        // Somebody else may have left undone what a pass would have done, or stopped what a class counts on.
+        for class in self.classes_where(|_| true) {
+            self.look_at_all(class);
+        }
         pass
     }
 
     /// `None` where the action does not fit.
-    fn apply_one(&mut self, action: &Action, now: Timestamp, pass: &mut Pass) -> Option<()> {
+    fn apply_one(
+        &mut self,
+        action: &Action,
+        chooser: Chooser,
+        now: Timestamp,
+        pass: &mut Pass,
+    ) -> Option<()> {
         match action {
             Action::Dispatch { job, pool, worker } => {
                 let (key, class) = self.place_of(*job)?;
@@ -820,7 +832,8 @@ impl Index {
                     && state.workers[worker].has_slot()
                     && Class::of(&job).admits_worker(pool, &state.workers[worker])
                     && !job.backs_off(now);
-                fits.then(|| self.dispatch(&job, key, class, place, worker, pass))
+                let at = (place, worker);
+                fits.then(|| self.dispatch(&job, key, class, at, chooser, pass))
             }
             Action::Reject { job, code, message } => {
                 let (key, class) = self.place_of(*job)?;
@@ -833,25 +846,25 @@ impl Index {
                 model,
                 device,
             } => {
-                let verdict = Verdict::Start {
-                    pool: *self.by_name.get(pool)?,
-                    device: *device,
-                };
-                self.take(model, verdict, now, pass);
-                Some(())
+                let place = *self.by_name.get(pool)?;
+                let state = &self.pools[place].as_ref()?.state;
+                let on = state.devices.iter().find(|d| d.device == *device)?;
+                let fits = alive(state) && state.model(model)?.needed_bytes <= on.free_bytes;
+                let (pool, device) = (place, *device);
+                fits.then(|| self.take(model, Verdict::Start { pool, device }, now, pass))
             }
             Action::EvictWorker {
                 pool,
                 worker,
                 needed_by,
             } => {
-                let (pool, worker) = self.worker_place(pool, worker)?;
+                let (pool, worker) = self.idle_worker_place(pool, worker)?;
                 let workers = vec![worker];
                 self.take(needed_by, Verdict::Evict { pool, workers }, now, pass);
                 Some(())
             }
             Action::UnloadWorker { pool, worker } => {
-                let (place, index) = self.worker_place(pool, worker)?;
+                let (place, index) = self.idle_worker_place(pool, worker)?;
                 self.stop(place, &[index]);
                 pass.actions.push(action.clone());
                 Some(())
@@ -862,6 +875,14 @@ impl Index {
                 Some(())
             }
         }
+    }
+
+    /// The place of a worker that has nothing to do.
+    fn idle_worker_place(&self, pool: &str, worker: &str) -> Option<(usize, usize)> {
+        let (place, index) = self.worker_place(pool, worker)?;
+        let state = &self.pools[place].as_ref()?.state.workers[index];
+        let idle = state.status == WorkerStatus::Ready && state.active == 0;
+        idle.then_some((place, index))
     }
 
     /// Does what time alone brings about.
@@ -1152,11 +1173,11 @@ impl Index {
         job: &Arc<QueuedJob>,
         key: TurnKey,
         class: usize,
-        place: usize,
-        worker: usize,
+        (place, worker): (usize, usize),
+        chooser: Chooser,
         pass: &mut Pass,
     ) {
-        let why = self.why(class, job, place, worker);
+        let why = self.why(class, job, (place, worker), chooser);
         self.queue.take(job.id);
         self.leave(job, key, class);
         self.turns += 1;
@@ -1192,7 +1213,13 @@ impl Index {
     }
 
     /// Why the job goes to this worker.
-    fn why(&self, class: usize, job: &QueuedJob, place: usize, worker: usize) -> String {
+    fn why(
+        &self,
+        class: usize,
+        job: &QueuedJob,
+        (place, worker): (usize, usize),
+        chooser: Chooser,
+    ) -> String {
         let (Some(jobs), Some(pool)) = (&self.classes[class], &self.pools[place]) else {
             return String::new();
         };
@@ -1207,7 +1234,7 @@ impl Index {
                 placement: &job.placement,
                 session_was_here: self.prefers(job) == Some(pool.state.id.as_str()),
                 free_workers: self.models[jobs.model].free.len(),
-                policy: self.policy_name,
+                chooser,
             },
         )
     }

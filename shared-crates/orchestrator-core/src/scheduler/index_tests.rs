@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::adopt::{self, Proposal};
 use crate::job::{Placement, Priority};
 use crate::pool::PoolLiveness;
 use crate::queue::Capacity;
@@ -198,6 +199,61 @@ fn change() -> impl Strategy<Value = Change> {
     ]
 }
 
+/// Something that a script may ask for.
+#[derive(Debug, Clone)]
+struct Wish {
+    what: usize,
+    job: prop::sample::Index,
+    pool: prop::sample::Index,
+    place: prop::sample::Index,
+}
+
+fn wish() -> impl Strategy<Value = Wish> {
+    let index = any::<prop::sample::Index>;
+    (0usize..4, index(), index(), index()).prop_map(|(what, job, pool, place)| Wish {
+        what,
+        job,
+        pool,
+        place,
+    })
+}
+
+impl Wish {
+    /// The wish in terms of what there is.
+    fn proposal(&self, snapshot: &Snapshot, offered: &[usize]) -> Option<Proposal> {
+        if offered.is_empty() || snapshot.pools.is_empty() {
+            return None;
+        }
+        let job = offered[self.job.index(offered.len())];
+        let pool = self.pool.index(snapshot.pools.len());
+        let (workers, devices) = (&snapshot.pools[pool].workers, &snapshot.pools[pool].devices);
+        let model = snapshot.jobs[job].model.clone();
+        let worker = || (!workers.is_empty()).then(|| self.place.index(workers.len()));
+        Some(match self.what {
+            0 => Proposal::Dispatch {
+                job,
+                pool,
+                worker: worker()?,
+            },
+            1 if !devices.is_empty() => Proposal::StartWorker {
+                pool,
+                device: devices[self.place.index(devices.len())].device,
+                model,
+            },
+            2 => Proposal::EvictWorker {
+                pool,
+                worker: worker()?,
+                needed_by: model,
+            },
+            _ => Proposal::Wait {
+                job,
+                reason: "later".into(),
+                again: None,
+            },
+        })
+    }
+}
+
 /// An index, and what the test has to know of it.
 struct Tested {
     index: Index,
@@ -218,7 +274,7 @@ impl Tested {
         }
     }
 
-    fn apply(&mut self, change: Change) {
+    fn change(&mut self, change: Change, id: JobId) {
         match change {
             Change::Put {
                 model: m,
@@ -229,7 +285,7 @@ impl Tested {
                 pause,
             } => {
                 let job = QueuedJob {
-                    id: JobId::random(),
+                    id,
                     model: model(m),
                     priority: if batch {
                         Priority::Batch
@@ -270,14 +326,9 @@ impl Tested {
         }
     }
 
-    /// Makes a pass, and compares it with the plain function.
-    fn pass(&mut self) -> Result<(), TestCaseError> {
-        let now = at(self.now);
-        let snapshot = self.index.snapshot(now);
-        let plan = schedule(&snapshot, self.index.policy);
-        let pass = self.index.pass(now);
-        prop_assert_eq!(&pass.actions, &plan.actions);
-        for action in &pass.actions {
+    /// Notes what actions mean for jobs and leases.
+    fn note(&mut self, actions: &[Action]) {
+        for action in actions {
             match action {
                 Action::Dispatch { job, pool, worker } => {
                     self.leases.push((pool.clone(), worker.clone()));
@@ -287,6 +338,78 @@ impl Tested {
                 _ => {}
             }
         }
+    }
+
+    /// Does what a policy of somebody else's decides, who asks for what `wishes` draw. Everything that the rules allow is
+    /// done, and nothing else.
+    fn adopt(&mut self, wishes: &[Wish]) -> Result<(), TestCaseError> {
+        let now = at(self.now);
+        let snapshot = self.index.snapshot(now);
+        let built_in = schedule(&snapshot, self.index.policy);
+        let offered = adopt::candidates(&snapshot, &built_in);
+        let mut promised = adopt::Promised::default();
+        let wishes = wishes.iter();
+        let mut proposals: Vec<_> = wishes
+            .filter_map(|wish| wish.proposal(&snapshot, &offered))
+            .collect();
+        proposals.retain(|proposal| promised.take(&snapshot, proposal).is_ok());
+        let plan = adopt::adopt(
+            &snapshot,
+            self.index.policy,
+            &built_in,
+            &offered,
+            &proposals,
+        );
+        let plan = plan.map_err(|refused| TestCaseError::fail(refused.to_string()))?;
+        let pass = self.index.apply(&plan.actions, Chooser::Script, now);
+        prop_assert_eq!(&pass.actions, &plan.actions);
+        let given = pass.actions.iter().filter_map(|action| match action {
+            Action::Dispatch { job, .. } => Some(*job),
+            _ => None,
+        });
+        let given: Vec<_> = given.collect();
+        let told: Vec<_> = pass.dispatched.iter().map(|to| to.job).collect();
+        prop_assert_eq!(given, told);
+        self.note(&pass.actions);
+        for id in &self.jobs {
+            prop_assert!(plan.waiting.contains_key(id));
+        }
+        Ok(())
+    }
+
+    /// An index made of nothing but what this one shows.
+    fn made_anew(&mut self) -> Index {
+        let snapshot = self.index.snapshot(at(self.now));
+        let queue = FairQueue::new(Capacity::default(), SignedDuration::from_secs(50));
+        let mut fresh = Index::new(
+            queue,
+            self.index.policy_name,
+            snapshot.settings,
+            snapshot.sizes.clone(),
+            snapshot.started_at,
+        );
+        fresh.turns = snapshot.turns;
+        for (session, pool) in &snapshot.sessions {
+            fresh.sessions.insert(session.clone(), (pool.clone(), 0));
+        }
+        for pool in &snapshot.pools {
+            fresh.last_starts.insert(pool.id.clone(), pool.last_start);
+            fresh.set_pool(pool.as_ref().clone());
+        }
+        for job in &snapshot.jobs {
+            fresh.put(job.as_ref().clone());
+        }
+        fresh
+    }
+
+    /// Makes a pass, and compares it with the plain function.
+    fn pass(&mut self) -> Result<(), TestCaseError> {
+        let now = at(self.now);
+        let snapshot = self.index.snapshot(now);
+        let plan = schedule(&snapshot, self.index.policy);
+        let pass = self.index.pass(now);
+        prop_assert_eq!(&pass.actions, &plan.actions);
+        self.note(&pass.actions);
         prop_assert_eq!(plan.waiting.len(), self.jobs.len());
         for (id, explanation) in &plan.waiting {
             let waiting = self.index.waiting(*id, now).unwrap();
@@ -380,7 +503,7 @@ proptest! {
         };
         let mut tested = Tested::new(policy, settings);
         for (change, pass) in changes {
-            tested.apply(change);
+            tested.change(change, JobId::random());
             if pass {
                 tested.pass()?;
             }
@@ -390,4 +513,210 @@ proptest! {
         tested.pass()?;
         tested.pass()?;
     }
+}
+
+/// Most lists of wishes are long enough to name everything that a small fleet has.
+fn wishes() -> impl Strategy<Value = Vec<Wish>> {
+    prop::collection::vec(wish(), 0..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    // [ORCHCORE-068] A plan that somebody else made leaves the index as a pass would: what follows is decided as by the
+    // plain function, and as by an index made of nothing but what this one shows.
+    #[test]
+    fn a_plan_that_is_applied_leaves_nothing_behind(
+        policy in prop::sample::select(BuiltIn::ALL.to_vec()),
+        evict in any::<bool>(),
+        changes in prop::collection::vec((change(), prop::option::weighted(0.4, wishes()), prop::bool::weighted(0.2)), 1..60),
+    ) {
+        let settings = Settings {
+            idle_ttl: Some(SignedDuration::from_secs(120)),
+            min_residence: SignedDuration::from_secs(30),
+            evict,
+            download: true,
+        };
+        let mut tested = Tested::new(policy, settings);
+        for (change, wishes, pass) in changes {
+            tested.change(change, JobId::random());
+            if let Some(wishes) = wishes {
+                tested.adopt(&wishes)?;
+                let now = at(tested.now);
+                let mut fresh = tested.made_anew();
+                prop_assert_eq!(&fresh.snapshot(now), &tested.index.snapshot(now));
+                let anew = fresh.pass(now);
+                let plan = schedule(&tested.index.snapshot(now), tested.index.policy);
+                prop_assert_eq!(&anew.actions, &plan.actions);
+            }
+            if pass {
+                tested.pass()?;
+            }
+        }
+        tested.pass()?;
+        tested.pass()?;
+    }
+
+    // [ORCHCORE-068] A daemon that is recorded decides the plain way and applies the plan; the same changes bring it to
+    // the same state as one that is not.
+    #[test]
+    fn to_decide_plainly_and_apply_the_plan_is_to_pass(
+        policy in prop::sample::select(BuiltIn::ALL.to_vec()),
+        changes in prop::collection::vec((change(), prop::bool::weighted(0.4)), 1..60),
+    ) {
+        let (mut passes, mut applies) = (Tested::new(policy, Settings::default()), Tested::new(policy, Settings::default()));
+        for (change, pass) in changes {
+            let id = JobId::random();
+            passes.change(change.clone(), id);
+            applies.change(change, id);
+            let now = at(passes.now);
+            if pass {
+                let plan = schedule(&applies.index.snapshot(now), applies.index.policy);
+                let applied = applies.index.apply(&plan.actions, Chooser::Policy(policy), now);
+                let passed = passes.index.pass(now);
+                prop_assert_eq!(&applied.actions, &passed.actions);
+                prop_assert_eq!(&applied.dispatched, &passed.dispatched);
+                prop_assert_eq!(applied.jobs, passed.jobs);
+                passes.note(&passed.actions);
+                applies.note(&passed.actions);
+            }
+            prop_assert_eq!(applies.index.snapshot(now), passes.index.snapshot(now));
+        }
+    }
+}
+
+fn on_disk(m: usize, needed_bytes: u64) -> ModelState {
+    ModelState {
+        model: model(m),
+        file: file(),
+        needed_bytes,
+    }
+}
+
+/// A worker that has had nothing to do for long.
+fn idle(id: &str, m: usize) -> WorkerState {
+    WorkerState {
+        id: id.into(),
+        status: WorkerStatus::Ready,
+        idle_since: Some(at(0)),
+        ready_at: Some(at(0)),
+        ..WorkerState::asked_for(&on_disk(m, 1), device(0), at(0))
+    }
+}
+
+fn bare_pool(id: &str) -> PoolState {
+    PoolState {
+        id: id.into(),
+        liveness: PoolLiveness::Online,
+        draining: false,
+        devices: vec![DeviceState {
+            device: device(0),
+            free_bytes: 0,
+            total_bytes: 9,
+        }],
+        workers: vec![],
+        models: vec![],
+        disk_free_bytes: 0,
+        downloads: vec![],
+        refused_starts: vec![],
+        refused_downloads: vec![],
+        last_start: 0,
+    }
+}
+
+fn put(model: usize) -> Change {
+    Change::Put {
+        model,
+        pool: None,
+        device: None,
+        batch: false,
+        session: None,
+        pause: None,
+    }
+}
+
+// [ORCHCORE-068] A script takes its time. What is gone when it answers is left out; the rest of its plan is done.
+#[test]
+fn what_has_changed_since_the_snapshot_is_left_out_of_the_plan() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    tested.index.set_pool(PoolState {
+        devices: vec![DeviceState {
+            device: device(0),
+            free_bytes: 3,
+            total_bytes: 9,
+        }],
+        workers: vec![idle("w0", 0), idle("w1", 0), idle("w2", 1)],
+        models: vec![on_disk(2, 2)],
+        ..bare_pool("p0")
+    });
+    let ids: Vec<_> = (0..3).map(|_| JobId::random()).collect();
+    for id in &ids {
+        tested.change(put(0), *id);
+    }
+    let pool = || "p0".to_owned();
+    let dispatch = |job: usize, worker: &str| Action::Dispatch {
+        job: ids[job],
+        pool: pool(),
+        worker: worker.into(),
+    };
+    let start = Action::StartWorker {
+        pool: pool(),
+        model: model(2),
+        device: device(0),
+    };
+    let evict = |worker: &str| Action::EvictWorker {
+        pool: pool(),
+        worker: worker.into(),
+        needed_by: model(2),
+    };
+    // Meanwhile a job was cancelled, and an attempt of before a restart was found again on a worker.
+    tested.index.remove(ids[0]);
+    tested.index.lease("p0", "w1");
+    let plan = [
+        dispatch(0, "w0"),
+        dispatch(1, "w1"),
+        dispatch(2, "w0"),
+        evict("w1"),
+        evict("gone"),
+        evict("w2"),
+        start.clone(),
+        start.clone(),
+    ];
+    let pass = tested.index.apply(&plan, Chooser::Script, at(100));
+    assert_eq!(pass.actions, [dispatch(2, "w0"), evict("w2"), start]);
+    assert!(pass.dispatched[0].why.contains("only worker"), "{pass:?}");
+    assert_eq!(pass.jobs.len(), 1);
+    assert!(tested.index.queue.contains(ids[1]));
+}
+
+// [ORCHCORE-068] A script may stop the very worker that jobs wait for. Found by the property test above.
+#[test]
+fn a_pass_after_a_plan_of_somebody_else_looks_everywhere_again() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    tested.now = 100;
+    tested.index.set_pool(PoolState {
+        workers: vec![idle("w0", 1)],
+        models: vec![on_disk(0, 1)],
+        ..bare_pool("p0")
+    });
+    tested.index.set_pool(PoolState {
+        workers: vec![idle("w1", 0)],
+        ..bare_pool("p1")
+    });
+    tested.index.lease("p1", "w1");
+    tested.change(put(0), JobId::random());
+    tested.pass().unwrap();
+    // The slot is free again, and the job would have it.
+    tested.index.release("p1", "w1", at(100));
+    let evict = |pool: &str, worker: &str| Action::EvictWorker {
+        pool: pool.into(),
+        worker: worker.into(),
+        needed_by: model(0),
+    };
+    let applied = tested
+        .index
+        .apply(&[evict("p1", "w1")], Chooser::Script, at(100));
+    assert_eq!(applied.actions, [evict("p1", "w1")]);
+    let pass = tested.index.pass(at(100));
+    assert_eq!(pass.actions, [evict("p0", "w0")]);
 }

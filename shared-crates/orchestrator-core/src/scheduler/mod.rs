@@ -17,7 +17,7 @@ pub mod snapshot;
 
 use jiff::SignedDuration;
 
-pub use explain::{Explanation, Filter, FilterCount, WaitReason};
+pub use explain::{Chooser, Explanation, Filter, FilterCount, WaitReason};
 pub use index::{Dispatched, Index, Pass, Waiting};
 pub use judge::DISK_RESERVE;
 pub use plan::{Action, Plan, schedule};

@@ -121,6 +121,8 @@ impl Policy for RoundRobin {
 
 /// The built-in policies, by the names that `scheduler.policy` takes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "openapi", schema(rename_all = "kebab-case"))]
 pub enum BuiltIn {
     /// [`LeastLoaded`].
     #[default]

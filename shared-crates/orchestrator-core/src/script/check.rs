@@ -8,7 +8,7 @@ use pool_core::ModelRef;
 use pool_core::worker::{Backend, Device, ModelFile, WorkerStatus};
 
 use super::{Runner, Script, ScriptError, ScriptErrorKind, source_hash};
-use crate::api::scheduler::CheckAnswer;
+use crate::api::scheduler::{CheckAnswer, SampleWait};
 use crate::decide::{Costs, offer, settle};
 use crate::job::{JobId, Placement, Priority};
 use crate::pool::PoolLiveness;
@@ -60,7 +60,11 @@ pub fn check(source: &[u8]) -> CheckAnswer {
         answer.actions = decision.plan.actions;
         let waits = snapshot.jobs.iter().filter_map(|job| {
             let why = decision.plan.waiting.get(&job.id)?;
-            Some((job.id, why.reason))
+            Some(SampleWait {
+                job: job.id,
+                reason: why.reason,
+                message: why.message.clone(),
+            })
         });
         answer.waits = waits.collect();
     }

@@ -9,11 +9,13 @@ use rhai::packages::{
 };
 use rhai::{Dynamic, Engine, OptimizationLevel};
 
-use super::{MAX_ARRAY, MAX_CALLS, MAX_EXPRESSION, MAX_MAP, MAX_OPERATIONS, MAX_STRING, views};
+use super::{
+    MAX_ARRAY, MAX_CALLS, MAX_EXPRESSION, MAX_MAP, MAX_OPERATIONS, MAX_STRING, bounded, views,
+};
 
-/// How often the clock is looked at, in operations. One operation takes microseconds at the most: what it works on is
-/// bounded.
-const LOOK_EVERY: u64 = 32;
+/// How often the clock is looked at, in operations. One operation takes microseconds: what it works on is bounded. Only
+/// those that search a large fleet take longer.
+const LOOK_EVERY: u64 = 8;
 /// Most lines that `print` keeps, and the most characters of one.
 const PRINTED: (usize, usize) = (100, 200);
 
@@ -82,6 +84,7 @@ pub(super) fn new() -> Engine {
     });
     engine.on_print(print);
     engine.on_debug(|text, _, _| print(text));
+    bounded::register(&mut engine);
     views::register(&mut engine);
     engine
 }

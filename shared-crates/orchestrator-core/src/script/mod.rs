@@ -7,6 +7,7 @@
 //!
 //! The language that scripts see is documented in `bin/orchestratord/policies/README.md`.
 
+mod bounded;
 mod check;
 mod engine;
 mod runner;
@@ -36,8 +37,7 @@ pub const MAX_OPERATIONS: u64 = 2_000_000;
 pub const WALL: Duration = Duration::from_millis(50);
 /// Most elements of an array, those of arrays inside it included. Shows every worker of a fleet of a thousand pools.
 pub const MAX_ARRAY: usize = 4096;
-/// Most bytes of a string, or of all strings inside an array or map. `replace` may multiply two of them before anybody
-/// can look, so this is small.
+/// Most bytes of a string, or of all strings inside an array or map.
 pub const MAX_STRING: usize = 16 * 1024;
 /// Most entries of a map, those of maps inside it included.
 pub const MAX_MAP: usize = 1024;

@@ -261,6 +261,39 @@ fn views_and_helpers_tell_what_the_snapshot_holds() {
     }
 }
 
+// [ORCHCORE-141] What is replaced does what the language says of it.
+#[test]
+fn lists_are_sorted_and_texts_replaced_as_rhai_does() {
+    let checks = [
+        ("let a = [3, 1, 2]; a.sort(|x, y| x - y); a", "[1, 2, 3]"),
+        ("let a = [3, 1, 2]; a.sort(|x, y| x > y); a", "[3, 2, 1]"),
+        ("let a = [3, 1, 2]; a.sort_by(|x, y| y - x); a", "[3, 2, 1]"),
+        ("let a = [3, 1, 2]; a.sort(); a", "[1, 2, 3]"),
+        (
+            "let a = [[1, 9], [0, 8], [1, 7], [0, 6]]; a.sort(|x, y| x[0] - y[0]); a",
+            "[[0, 8], [0, 6], [1, 9], [1, 7]]",
+        ),
+        (
+            "let a = [1, 1, 2, 1]; a.dedup(|x, y| x == y); a",
+            "[1, 2, 1]",
+        ),
+        (
+            "let a = []; a.sort(|x, y| x - y); a.dedup(|x, y| true); a",
+            "[]",
+        ),
+        ("let s = \"a-b-c\"; s.replace(\"-\", \"::\"); s", "a::b::c"),
+        ("let s = \"a-b-c\"; s.replace('-', \"\"); s", "abc"),
+        ("let s = \"a-b-c\"; s.replace('-', '+'); s", "a+b+c"),
+        ("let s = \"ab\"; s.replace(\"\", \".\"); s", ".a.b."),
+    ];
+    for (statements, expected) in checks {
+        let source = body(&format!("print({{ {statements} }}); []"));
+        let ran = run_on(&one_free_worker(), &source);
+        assert!(ran.result.is_ok(), "{statements}: {:?}", ran.result);
+        assert_eq!(ran.printed, [expected], "{statements}");
+    }
+}
+
 // [ORCHCORE-141]
 #[test]
 fn what_a_script_has_asked_for_is_gone_from_what_it_sees() {
@@ -389,6 +422,34 @@ fn hostile_scripts_end_at_a_limit() {
             body("timestamp(); []"),
             &[K::Runtime, K::Compile],
         ),
+        (
+            "a sort that never ends, within a sort",
+            body(
+                "let a = []; for i in 0..2000 { a.push(i * 7919 % 2000); }
+                 a.sort(|x, y| { let b = [1, 2, 3]; b.sort(|p, q| { loop {} }); 0 }); []",
+            ),
+            &[K::Limit],
+        ),
+        (
+            "a comparison that never ends",
+            body("let a = []; a.pad(4000, 0); a.dedup(|x, y| { loop {} }); []"),
+            &[K::Limit],
+        ),
+        (
+            "a comparer that throws",
+            body("let a = [1, 2]; a.sort(|x, y| { throw 1 }); []"),
+            &[K::Runtime],
+        ),
+        (
+            "a comparer that says nothing",
+            body("let a = [1, 2]; a.sort(|x, y| {}); []"),
+            &[K::Runtime],
+        ),
+        (
+            "a replacement of characters that multiplies",
+            body("let s = \"\"; s.pad(16000, \"x\"); s.replace('x', s); []"),
+            &[K::Limit],
+        ),
         ("a throw", body("throw \"no\""), &[K::Runtime]),
         (
             "a huge throw",
@@ -459,6 +520,28 @@ fn hostile_scripts_end_at_a_limit() {
     );
 }
 
+/// The most memory that this process ever had, in KiB.
+fn peak_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let words = line.unwrap().split_whitespace().nth(1);
+    words.unwrap().parse().unwrap()
+}
+
+// [ORCHCORE-142] [P21] 16,000 letters, each of them replaced by 16,000 others, would take 256 MB.
+#[test]
+fn a_text_that_may_not_be_is_never_built() {
+    let before = peak_kib();
+    for find in ["'x'", "\"x\""] {
+        let source = body(&format!(
+            "let s = \"\"; s.pad(16000, \"x\"); s.replace({find}, s); []"
+        ));
+        assert_eq!(error(&source).kind, ScriptErrorKind::Limit);
+    }
+    let grown = peak_kib() - before;
+    assert!(grown < 100 << 10, "{grown} KiB");
+}
+
 // [ORCHCORE-142] [P21]
 #[test]
 fn every_wrong_return_value_is_an_error() {
@@ -519,6 +602,29 @@ fn a_run_that_takes_too_long_is_given_up() {
     }
 }
 
+// [ORCHCORE-142] [P21] One operation may search the whole fleet, and is not interrupted; nobody waits for it.
+#[test]
+fn a_run_that_can_not_be_interrupted_is_not_waited_for() {
+    let workers = |pool: usize| (0..4).map(move |w| worker(&format!("w{pool}-{w}"), "a", 2));
+    let pools = (0..8000).map(|p| pool(&format!("p{p}"), 0, workers(p).collect()));
+    let snapshot = snapshot(vec![job("a", 10)], pools.collect());
+    let slow = body("let j = ctx.jobs[0]; loop { best_worker(ctx, j); best_device(ctx, j); }");
+    let slow = Script::compile(slow.as_bytes()).unwrap();
+    let runner = Runner::start().unwrap();
+    let pass = pass(&snapshot);
+    let run = |limit| {
+        let ran = runner.run(&slow, Arc::clone(&pass), limit, false);
+        ran.result.unwrap_err().kind
+    };
+    // Whoever finds a run under way finds one that was not waited for. On a busy machine one may be late and end at once.
+    let kinds: Vec<_> = (0..50)
+        .map(|_| run(Duration::from_millis(5)))
+        .take_while(|kind| *kind != ScriptErrorKind::Busy)
+        .collect();
+    assert!(!kinds.is_empty() && kinds.len() < 50, "{kinds:?}");
+    assert!(kinds.iter().all(|kind| *kind == ScriptErrorKind::Timeout));
+}
+
 // [ORCHCORE-143]
 #[test]
 fn an_error_tells_its_line_and_column() {
@@ -558,7 +664,7 @@ fn the_same_snapshot_gives_the_same_actions() {
 
 fn decide(snapshot: &Arc<Snapshot>, source: &str) -> Decision {
     let script = Script::compile(source.as_bytes()).unwrap();
-    Decider::script(Arc::new(LeastLoaded), script, Costs::default(), LONG)
+    Decider::script(&LeastLoaded, script, Costs::default(), LONG)
         .unwrap()
         .decide(snapshot)
 }

@@ -1,0 +1,99 @@
+//! Functions of the language that are replaced, because Rhai's own escape the limits: its `sort` and `dedup` go on when
+//! their comparer was stopped, so that a sort within a sort runs for hours after its time is up; and its `replace` builds a
+//! text before anybody looks at its length.
+
+use rhai::{
+    Array, Dynamic, Engine, EvalAltResult, FnPtr, INT, ImmutableString, NativeCallContext, Position,
+};
+
+use super::MAX_STRING;
+
+type Result<T> = std::result::Result<T, Box<EvalAltResult>>;
+
+pub(super) fn register(engine: &mut Engine) {
+    engine
+        .register_fn("sort", sort_by)
+        .register_fn("sort_by", sort_by)
+        .register_fn("dedup", dedup_by)
+        .register_fn("replace", replace)
+        .register_fn(
+            "replace",
+            |context: NativeCallContext<'_>, text: &mut ImmutableString, find: char, with: &str| {
+                replace(context, text, find.encode_utf8(&mut [0; 4]), with)
+            },
+        );
+}
+
+/// Sorts by what a function of the script says, which is asked no more once it fails. Equal elements keep their order.
+fn sort_by(context: NativeCallContext<'_>, array: &mut Array, comparer: FnPtr) -> Result<()> {
+    let mut sorted = Array::with_capacity(array.len());
+    for item in array.iter() {
+        let (mut low, mut high) = (0, sorted.len());
+        while low < high {
+            let middle = usize::midpoint(low, high);
+            if goes_before(&context, &comparer, item, &sorted[middle])? {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        sorted.insert(low, item.clone());
+    }
+    *array = sorted;
+    Ok(())
+}
+
+/// A comparer says a number, below zero where the first goes before the second, or whether it does.
+fn goes_before(
+    context: &NativeCallContext<'_>,
+    comparer: &FnPtr,
+    first: &Dynamic,
+    second: &Dynamic,
+) -> Result<bool> {
+    let said: Dynamic = comparer.call_within_context(context, (first.clone(), second.clone()))?;
+    if let Ok(number) = said.as_int() {
+        return Ok(number < 0);
+    }
+    said.as_bool().map_err(|found| {
+        let expected = std::any::type_name::<INT>().to_owned();
+        let error = EvalAltResult::ErrorMismatchDataType(expected, found.into(), Position::NONE);
+        Box::new(error)
+    })
+}
+
+/// Leaves out each element that is equal to the one before, by what a function of the script says.
+fn dedup_by(context: NativeCallContext<'_>, array: &mut Array, comparer: FnPtr) -> Result<()> {
+    let mut kept = Array::with_capacity(array.len());
+    for item in array.iter() {
+        let equal = match kept.last() {
+            None => false,
+            Some(last) => {
+                let pair = (Dynamic::clone(last), item.clone());
+                let said: Dynamic = comparer.call_within_context(&context, pair)?;
+                said.as_bool().unwrap_or(false)
+            }
+        };
+        if !equal {
+            kept.push(item.clone());
+        }
+    }
+    *array = kept;
+    Ok(())
+}
+
+/// Replaces a part of a text wherever it stands, unless the text would grow past the limit of all texts.
+fn replace(
+    _: NativeCallContext<'_>,
+    text: &mut ImmutableString,
+    find: &str,
+    with: &str,
+) -> Result<()> {
+    let found = text.matches(find).count();
+    let grown = (text.len() - found * find.len()).saturating_add(found.saturating_mul(with.len()));
+    if grown > MAX_STRING {
+        let what = "Length of string".to_owned();
+        return Err(EvalAltResult::ErrorDataTooLarge(what, Position::NONE).into());
+    }
+    *text = text.replace(find, with).into();
+    Ok(())
+}
