@@ -9,13 +9,14 @@ use futures_util::FutureExt as _;
 use orchestrator_core::config::OrchestratorConfig;
 use pool_core::catalog::Catalog;
 use pool_core::service::Shutdown;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 
 use crate::dispatch::Orphans;
 use crate::fleet::Fleet;
 use crate::metrics::Metrics;
 use crate::queue::Jobs;
+use crate::scheduler::{Recordings, ScriptPolicy};
 use crate::state::Store;
 
 /// Shared by handlers, scheduler and attempts.
@@ -33,10 +34,16 @@ pub struct Orchestrator {
     pub jobs: Arc<Jobs>,
     /// The pools.
     pub fleet: Fleet,
+    /// The operator's own policy, where there is one.
+    pub script: ScriptPolicy,
+    /// Those who record what the scheduler sees and decides.
+    pub recordings: Recordings,
     /// What an earlier run of the daemon left at workers.
     pub orphans: Orphans,
     /// Its figures.
     pub metrics: Metrics,
+    /// Lets one script or trace be tried at a time: both take a processor for a while.
+    pub trials: Arc<Semaphore>,
     /// The request to stop.
     pub shutdown: Shutdown,
     /// Wakes the scheduler; any number of calls make one pass.
@@ -52,6 +59,7 @@ impl Orchestrator {
         store: Store,
         fleet: Fleet,
         metrics: Metrics,
+        script: ScriptPolicy,
         shutdown: Shutdown,
     ) -> App {
         Arc::new(Self {
@@ -60,12 +68,20 @@ impl Orchestrator {
             catalog,
             store,
             fleet,
+            script,
+            recordings: Recordings::default(),
             orphans: Orphans::default(),
             metrics,
+            trials: Arc::new(Semaphore::new(1)),
             shutdown,
             changed: Notify::new(),
             tasks: Mutex::default(),
         })
+    }
+
+    /// The name of the built-in policy.
+    pub fn policy_name(&self) -> &'static str {
+        self.config.scheduler.policy.as_str()
     }
 
     /// Runs something that outlives the request that caused it.

@@ -42,6 +42,7 @@ use dispatch::Found;
 use fleet::Fleet;
 use metrics::Metrics;
 use queue::{ActiveAttempt, LiveJob};
+use scheduler::ScriptPolicy;
 use state::{Interrupted, Store, StoreError};
 
 const NAME: &str = "orchestratord";
@@ -198,12 +199,15 @@ impl Daemon {
 
         let metrics = Metrics::new().context("could not make the metrics")?;
         let fleet = Fleet::new(tokens.pool, config.recovery_window(), clock::now());
-        let app = Orchestrator::new(config, catalog, store, fleet, metrics, shutdown);
+        let script = ScriptPolicy::start(&config.scheduler, &metrics)
+            .context("could not start the thread for the scheduler's script")?;
+        let app = Orchestrator::new(config, catalog, store, fleet, metrics, script, shutdown);
         recover(&app).await?;
         let addr = service.local_addr();
         run_files
             .write_addr(addr)
             .context("could not write the address to the state folder")?;
+        app.spawn(scheduler::watch_script(Arc::clone(&app)));
         tracing::info!(%addr, version = VERSION, "listening");
         let served = tokio::spawn(serve(app, service, run_files));
         Ok(Self { addr, served })

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use orchestrator_core::JobStatus;
+use orchestrator_core::api::scheduler::ScriptErrorKind;
 use orchestrator_core::job::Priority;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
@@ -53,6 +54,10 @@ pub struct Metrics {
     pub lagged: IntCounter,
     /// Heartbeats, by what became of them.
     pub heartbeats: IntCounterVec,
+    /// Errors of the scheduler's script, by kind.
+    pub script_errors: IntCounterVec,
+    /// 1 while the version in the script's file is refused and an older one, or the built-in policy, decides.
+    pub script_refused: IntGauge,
     /// From submit to first token.
     pub ttft: Histogram,
     /// From submit to the first lease.
@@ -96,10 +101,6 @@ impl Metrics {
         for class in [Priority::Interactive, Priority::Batch] {
             queue_depth.with_label_values(&[class.as_str()]);
         }
-        counter(
-            "orchd_script_errors_total",
-            "Passes in which the scheduler script failed and the built-in policy decided.",
-        )?;
         let ends = JobStatus::ALL
             .into_iter()
             .filter(|status| status.is_terminal());
@@ -153,6 +154,16 @@ impl Metrics {
             lagged: counter(
                 "orchd_lagged_total",
                 "Readers that were closed for being slow.",
+            )?,
+            script_errors: counters(
+                "orchd_script_errors_total",
+                "Errors of the scheduler's script; after each but `compile` the built-in policy decided.",
+                "kind",
+                &ScriptErrorKind::ALL.map(ScriptErrorKind::as_str),
+            )?,
+            script_refused: gauge(
+                "orchd_script_refused",
+                "1 while the newest version of the scheduler's script is refused.",
             )?,
             registry,
         })

@@ -23,6 +23,11 @@ pub const STREAM: &str = "The job's events as server-sent events: `queued`, `sta
     `Last-Event-ID`; `waiting`, `metrics`, `lagged` and `shutdown` are momentary and carry none. Comments keep a silent \
     stream alive.";
 
+/// What a recording is, for the response that is one.
+pub const TRACE: &str = "A trace: one JSON object a line. First `trace` (version, policy, costs), then for each pass `saw` \
+    (what changed in what the scheduler sees) and `decided` (who decided, actions, new reasons to wait), at last `end`. \
+    Empty lines show that a silent recording is alive. It holds neither prompts nor texts nor secrets.";
+
 /// The events that are not logged, and so carry no id.
 const MOMENTARY: [&str; 4] = ["waiting", "metrics", "lagged", "shutdown"];
 /// The form of an event's id; what is longer is none.
@@ -42,6 +47,7 @@ const EVENT_ID: &str = "^[0-9]{1,9}[.][0-9]{1,19}$";
     tags(
         (name = "tasks", description = "Submit jobs, follow them, end them."),
         (name = "fleet", description = "The pools and their workers, and the models that tasks may name."),
+        (name = "scheduler", description = "The policy in force, and trying another before it is."),
         (name = "pools' own", description = "What pool managers say about themselves."),
         (name = "daemon", description = "What every daemon has."),
     )

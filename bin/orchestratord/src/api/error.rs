@@ -83,6 +83,13 @@ pub(super) fn events_gone(job: JobId, dropped_at: jiff::Timestamp) -> ServiceErr
         .hint("`GET /v2/tasks/{id}` still shows how it ended; `store.retention_s` says how long events are kept")
 }
 
+/// 429: somebody else is being served.
+pub(super) fn too_many(message: &str, retry: Duration) -> ServiceError {
+    refuse(StatusCode::TOO_MANY_REQUESTS, Code::Busy, message)
+        .hint("try again in a moment")
+        .retry_after(retry)
+}
+
 /// 503: the daemon stops.
 pub(super) fn stopping() -> ServiceError {
     refuse(

@@ -5,6 +5,7 @@ mod document;
 mod error;
 mod models;
 mod pools;
+mod scheduler;
 mod tasks;
 
 use axum::Router;
@@ -36,6 +37,10 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(pools::drain))
         .routes(routes!(pools::resume))
         .routes(routes!(models::list))
+        .routes(routes!(scheduler::show))
+        .routes(routes!(scheduler::check))
+        .routes(routes!(scheduler::simulate))
+        .routes(routes!(scheduler::record))
         .routes(routes!(daemon::health))
         .routes(routes!(daemon::ready))
         .routes(routes!(daemon::metrics))

@@ -12,9 +12,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::api::tasks::TaskWaiting;
 use orchestrator_core::config::OrchestratorConfig;
+use orchestrator_core::decide::Decision;
 use orchestrator_core::job::Priority;
 use orchestrator_core::queue::{Departures, FairQueue, QueueError, QueuedJob};
-use orchestrator_core::scheduler::{Explanation, Index, Pass};
+use orchestrator_core::scheduler::{
+    BuiltIn, Chooser, Explanation, Index, Pass, Snapshot, WaitReason, Waiting,
+};
+use orchestrator_core::trace::{By, Lease};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::catalog::Catalog;
 
@@ -26,6 +30,7 @@ pub use live::{ActiveAttempt, LiveJob, Order};
 /// All jobs that are not over.
 #[derive(Debug)]
 pub struct Jobs {
+    policy: BuiltIn,
     inner: Mutex<Inner>,
 }
 
@@ -42,6 +47,8 @@ struct Inner {
     attempts: HashMap<JobId, Arc<ActiveAttempt>>,
     /// How many readers follow a job, and what they were told last of its wait.
     followed: HashMap<JobId, (usize, Option<Arc<Explanation>>)>,
+    /// What the operator's script said of jobs that it lets wait.
+    held: HashMap<JobId, Arc<Explanation>>,
     /// Whether a job came since the last pass: its readers have not been told why it waits.
     came: bool,
 }
@@ -78,9 +85,11 @@ impl Jobs {
             deadlines: BTreeSet::new(),
             attempts: HashMap::new(),
             followed: HashMap::new(),
+            held: HashMap::new(),
             came: false,
         };
         Self {
+            policy: config.scheduler.policy,
             inner: Mutex::new(inner),
         }
     }
@@ -189,6 +198,19 @@ impl Jobs {
         self.lock().attempts.values().cloned().collect()
     }
 
+    /// Which job holds a slot of which worker.
+    pub fn leases(&self) -> Vec<Lease> {
+        let inner = self.lock();
+        let attempts = inner.attempts.iter();
+        attempts
+            .map(|(job, attempt)| Lease {
+                job: *job,
+                pool: attempt.pool_id.clone(),
+                worker: attempt.worker_id.clone(),
+            })
+            .collect()
+    }
+
     /// Lets a job wait for its turn.
     pub fn put(&self, job: QueuedJob) {
         let mut inner = self.lock();
@@ -200,41 +222,37 @@ impl Jobs {
     /// comes with its attempt.
     pub fn pass(&self, changes: Vec<PoolChange>, now: Timestamp) -> Passed {
         let mut inner = self.lock();
-        for change in changes {
-            match change {
-                PoolChange::Is(state) => inner.index.set_pool(*state),
-                PoolChange::Gone(pool) => inner.index.remove_pool(&pool),
-            }
-        }
+        inner.take_in(changes);
+        inner.held.clear();
         let pass = inner.index.pass(now);
-        for _ in &pass.jobs {
-            inner.departures.note(now);
-        }
-        let mut attempts = HashMap::new();
-        for dispatched in &pass.dispatched {
-            let attempt = Arc::new(ActiveAttempt::chosen(
-                dispatched.pool.clone(),
-                dispatched.worker.clone(),
-                dispatched.why.clone(),
-            ));
-            inner.attempts.insert(dispatched.job, Arc::clone(&attempt));
-            attempts.insert(dispatched.job, attempt);
-            // Should it come back, its readers are told why it waits again.
-            if let Some((_, told)) = inner.followed.get_mut(&dispatched.job) {
-                *told = None;
-            }
-        }
-        let came = std::mem::take(&mut inner.came);
-        let news = if came || pass.judged || !pass.actions.is_empty() {
-            inner.news(now)
-        } else {
-            Vec::new()
+        inner.passed(pass, now)
+    }
+
+    /// Everything that the next pass depends on, after the pools have changed as told: for a plan that somebody else
+    /// makes. [`Jobs::apply`] follows.
+    pub fn look(&self, changes: Vec<PoolChange>, now: Timestamp) -> Snapshot {
+        let mut inner = self.lock();
+        inner.take_in(changes);
+        inner.index.snapshot(now)
+    }
+
+    /// A pass that does what was decided. What does not fit any more, after what has changed since the snapshot that it was
+    /// decided from, is left out.
+    pub fn apply(&self, decision: &Decision, now: Timestamp) -> Passed {
+        let plan = &decision.plan;
+        let chooser = match decision.by {
+            By::Script => Chooser::Script,
+            By::BuiltIn | By::Fallback(_) => Chooser::Policy(self.policy),
         };
-        Passed {
-            pass,
-            attempts,
-            news,
-        }
+        let mut inner = self.lock();
+        let held = plan.waiting.iter();
+        inner.held = held
+            .filter(|(_, why)| why.reason == WaitReason::PolicyHeld)
+            .map(|(job, why)| (*job, Arc::clone(why)))
+            .collect();
+        let mut pass = inner.index.apply(&plan.actions, chooser, now);
+        pass.wake = plan.wake;
+        inner.passed(pass, now)
     }
 
     /// Counts a reader of the job until the guard is dropped. A waiting job that is followed is explained.
@@ -252,7 +270,9 @@ impl Jobs {
 
     /// Why the job waits and how many are before it, while it does.
     pub fn waiting(&self, id: JobId, now: Timestamp) -> Option<TaskWaiting> {
-        self.lock().index.waiting(id, now).map(TaskWaiting::from)
+        let mut inner = self.lock();
+        let waiting = inner.index.waiting(id, now)?;
+        Some(inner.said(id, waiting).into())
     }
 
     /// How many jobs are before it, while it waits.
@@ -290,6 +310,59 @@ pub fn publish(news: Vec<News>) {
 }
 
 impl Inner {
+    fn take_in(&mut self, changes: Vec<PoolChange>) {
+        for change in changes {
+            match change {
+                PoolChange::Is(state) => self.index.set_pool(*state),
+                PoolChange::Gone(pool) => self.index.remove_pool(&pool),
+            }
+        }
+    }
+
+    /// What the script said of the job that it lets wait, where that is what it waits for.
+    fn said(&self, id: JobId, waiting: Waiting) -> Waiting {
+        match self.held.get(&id) {
+            Some(held) => Waiting {
+                explanation: Arc::clone(held),
+                estimated_start: None,
+                ..waiting
+            },
+            None => waiting,
+        }
+    }
+
+    /// What follows from a pass.
+    fn passed(&mut self, pass: Pass, now: Timestamp) -> Passed {
+        for _ in &pass.jobs {
+            self.departures.note(now);
+        }
+        let mut attempts = HashMap::new();
+        for dispatched in &pass.dispatched {
+            let attempt = Arc::new(ActiveAttempt::chosen(
+                dispatched.pool.clone(),
+                dispatched.worker.clone(),
+                dispatched.why.clone(),
+            ));
+            self.attempts.insert(dispatched.job, Arc::clone(&attempt));
+            attempts.insert(dispatched.job, attempt);
+            // Should it come back, its readers are told why it waits again.
+            if let Some((_, told)) = self.followed.get_mut(&dispatched.job) {
+                *told = None;
+            }
+        }
+        let came = std::mem::take(&mut self.came);
+        let news = if came || pass.judged || !pass.actions.is_empty() {
+            self.news(now)
+        } else {
+            Vec::new()
+        };
+        Passed {
+            pass,
+            attempts,
+            news,
+        }
+    }
+
     fn news(&mut self, now: Timestamp) -> Vec<News> {
         let followed: Vec<JobId> = self.followed.keys().copied().collect();
         self.news_of(&followed, now)
@@ -299,6 +372,7 @@ impl Inner {
         let waiting = self.index.waiting_all(ids.iter().copied(), now);
         let mut news = Vec::new();
         for (id, waiting) in waiting {
+            let waiting = self.said(id, waiting);
             let (Some(live), Some((_, told))) = (self.live.get(&id), self.followed.get_mut(&id))
             else {
                 continue;

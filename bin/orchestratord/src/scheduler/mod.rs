@@ -4,6 +4,8 @@
 //! changes something; any number of changes while a pass runs make one more pass.
 
 mod downloads;
+mod recording;
+mod script;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -22,7 +24,10 @@ use crate::clock;
 use crate::dispatch::{self, Dispatch};
 use crate::fleet::Fate;
 use crate::life::{self, End};
-use crate::queue::{self, ActiveAttempt, LiveJob, Order};
+use crate::queue::{self, ActiveAttempt, LiveJob, Order, Passed};
+
+pub use recording::Recordings;
+pub use script::{ScriptPolicy, watch_script};
 
 /// When something is tried again that the database or a pool refused.
 const RETRY: SignedDuration = SignedDuration::from_secs(1);
@@ -31,7 +36,7 @@ const RETRY: SignedDuration = SignedDuration::from_secs(1);
 pub async fn run(app: App) {
     loop {
         let begun = Instant::now();
-        let wake = pass(&app);
+        let wake = pass(&app).await;
         app.metrics.passed(begun.elapsed());
         let sleep = async {
             match wake {
@@ -47,12 +52,28 @@ pub async fn run(app: App) {
     }
 }
 
+/// Decides a pass. The index does so by itself where there is no script and nobody records; else a plan is made of a whole
+/// snapshot, which comes to the same decisions.
+async fn decide(app: &App, now: Timestamp) -> Passed {
+    let changes = app.fleet.take_changes(now);
+    let recorded = app.recordings.count() > 0;
+    if !recorded && !app.script.is_in_force() {
+        return app.jobs.pass(changes, now);
+    }
+    let leases = app.jobs.leases();
+    let snapshot = Arc::new(app.jobs.look(changes, now));
+    let policy = app.config.scheduler.policy.policy();
+    let decision = app.script.decide(&snapshot, policy, &app.metrics).await;
+    app.recordings.pass(&snapshot, &leases, &decision);
+    app.jobs.apply(&decision, now)
+}
+
 /// One pass. Returns when time alone makes the next one due.
-fn pass(app: &App) -> Option<Timestamp> {
+async fn pass(app: &App) -> Option<Timestamp> {
     let now = clock::now();
     let expires = expire(app, now);
     tell(app, &app.jobs.attempts(), now);
-    let passed = app.jobs.pass(app.fleet.take_changes(now), now);
+    let passed = decide(app, now).await;
     let wake = passed.pass.wake;
     for action in &passed.pass.actions {
         match action {

@@ -17,6 +17,7 @@ mod restart;
 mod retention;
 mod scheduling;
 mod schema;
+mod scripts;
 mod service;
 mod silence;
 mod small_disk;

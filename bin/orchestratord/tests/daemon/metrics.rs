@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::support::{MODEL, Orchestrator, one_worker};
 
 /// Every series that there is before anything happened, and so every one that there ever is.
-const SERIES: [&str; 28] = [
+const SERIES: [&str; 35] = [
     "orchd_active_streams",
     "orchd_heartbeats_total{outcome=\"accepted\"}",
     "orchd_heartbeats_total{outcome=\"refused\"}",
@@ -21,7 +21,14 @@ const SERIES: [&str; 28] = [
     "orchd_queue_wait_seconds_sum",
     "orchd_scheduling_latency_seconds_count",
     "orchd_scheduling_latency_seconds_sum",
-    "orchd_script_errors_total",
+    "orchd_script_errors_total{kind=\"action\"}",
+    "orchd_script_errors_total{kind=\"busy\"}",
+    "orchd_script_errors_total{kind=\"compile\"}",
+    "orchd_script_errors_total{kind=\"limit\"}",
+    "orchd_script_errors_total{kind=\"result\"}",
+    "orchd_script_errors_total{kind=\"runtime\"}",
+    "orchd_script_errors_total{kind=\"timeout\"}",
+    "orchd_script_refused",
     "orchd_tasks_dispatched_total{outcome=\"broken\"}",
     "orchd_tasks_dispatched_total{outcome=\"completed\"}",
     "orchd_tasks_dispatched_total{outcome=\"failed\"}",

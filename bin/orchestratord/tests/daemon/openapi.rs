@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::support::{MODEL, Orchestrator, one_worker};
 
 /// The methods and paths that the design names.
-const DESIGNED: [&str; 21] = [
+const DESIGNED: [&str; 25] = [
     "DELETE /v2/pools/{id}",
     "DELETE /v2/tasks/{id}",
     "GET /health",
@@ -19,6 +19,8 @@ const DESIGNED: [&str; 21] = [
     "GET /ready",
     "GET /v2/models",
     "GET /v2/pools",
+    "GET /v2/scheduler",
+    "GET /v2/scheduler/trace",
     "GET /v2/tasks",
     "GET /v2/tasks/{id}",
     "GET /v2/tasks/{id}/events",
@@ -30,6 +32,8 @@ const DESIGNED: [&str; 21] = [
     "POST /v2/pools/{id}/resume",
     "POST /v2/pools/{id}/workers/spawn",
     "POST /v2/pools/{id}/workers/{worker}/stop",
+    "POST /v2/scheduler/check",
+    "POST /v2/scheduler/simulate",
     "POST /v2/tasks",
     "POST /v2/tasks/{id}/cancel",
 ];
@@ -189,6 +193,31 @@ async fn answers_are_as_described() {
             body,
         )
         .await;
+    }
+    ask(get.clone(), "/v2/scheduler", "/v2/scheduler", None).await;
+    for script in [
+        "fn schedule(ctx) { [dispatch(ctx.jobs[0], best_worker(ctx, ctx.jobs[0]))] }",
+        "fn",
+    ] {
+        let path = "/v2/scheduler/check";
+        let checked = ask(post.clone(), path, path, Some(json!({"script": script}))).await;
+        assert_eq!(checked["ok"], script != "fn");
+    }
+    let trace = http.get(format!(
+        "{}/v2/scheduler/trace?for_ms=1000",
+        orchestrator.url()
+    ));
+    let trace = trace.send().await.unwrap();
+    assert_eq!(trace.headers()["content-type"], "application/x-ndjson");
+    let trace = trace.text().await.unwrap();
+    for trace in [trace.as_str(), ""] {
+        let path = "/v2/scheduler/simulate";
+        let simulated = ask(post.clone(), path, path, Some(json!({"trace": trace}))).await;
+        assert_eq!(
+            simulated["reports"].is_array(),
+            !trace.is_empty(),
+            "{simulated}"
+        );
     }
     // And refusals.
     ask(get.clone(), one, "/v2/tasks/job-1", None).await;

@@ -47,6 +47,10 @@ def before_call(context, case, kwargs):
     elif label == "POST /v2/pools/{id}/heartbeat" and isinstance(body, dict):
         if dice < 0.7:
             aim_heartbeat(path, body)
+    elif label == "GET /v2/scheduler/trace" and isinstance(case.query, dict):
+        # A recording lasts as long as it is asked to; for ever where it is not.
+        if case.query.get("for_ms") in (None, "") or str(case.query["for_ms"]).isdigit():
+            aim_recording(case.query)
     elif label.startswith(("POST /v2/pools/{id}/", "GET /v2/pools/{id}")) and dice < 0.6:
         path["id"] = HOUSE["pool"]
     elif known and "/v2/tasks/{id}" in label and dice < 0.7:
@@ -65,6 +69,13 @@ def aim_heartbeat(path, body):
         body["instance_id"] = HOUSE["drawn_instance"]
         if 0 <= body["seq"] < 2**64:
             body["seq"] = next(beats)
+
+
+def aim_recording(query):
+    """Makes a recording that would be long a short one; one that is refused stays so."""
+    span = query.get("for_ms")
+    if span in (None, "") or 1 <= int(span) <= 86_400_000:
+        query["for_ms"] = 5
 
 
 @schemathesis.hook

@@ -1,0 +1,194 @@
+//! `/v2/scheduler`: the policy in force, and what can be asked of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use orchestrator_core::api::scheduler::{
+    CheckAnswer, CheckRequest, SchedulerView, SimulateAnswer, SimulateRequest,
+};
+use orchestrator_core::script::{self, Script};
+use orchestrator_core::simulate;
+use orchestrator_core::trace::{self, EndReason, Header, Trace};
+use pool_core::service::{Json, Query, ServiceError, ServiceResult};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{document, error};
+use crate::app::App;
+use crate::clock;
+
+/// Longest simulation: somebody waits for the answer, and the daemon has other work.
+const SIMULATION: Duration = Duration::from_secs(10);
+/// How long a recording may be asked to last.
+const RECORDING_MS: std::ops::RangeInclusive<u64> = 1..=86_400_000;
+/// How often a recording shows that it is alive while nothing happens: with an empty line, which readers pass over.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// When a client may come back that found somebody else's check or simulation under way.
+const BUSY_RETRY: Duration = Duration::from_secs(1);
+
+/// The policy in force, and how its script does.
+#[utoipa::path(get, path = "/v2/scheduler", tag = "scheduler", responses((status = 200, body = SchedulerView)))]
+pub(super) async fn show(State(app): State<App>) -> Json<SchedulerView> {
+    Json(SchedulerView {
+        policy: app.policy_name().to_owned(),
+        script: app.script.view(),
+        recordings: app.recordings.count(),
+    })
+}
+
+/// Compiles a script and lets it decide on a sample. Whether it is of use is in the answer.
+#[utoipa::path(
+    post, path = "/v2/scheduler/check", tag = "scheduler", request_body = CheckRequest,
+    responses((status = 200, body = CheckAnswer), (status = 429, description = "Another script or trace is being tried."))
+)]
+pub(super) async fn check(
+    State(app): State<App>,
+    body: ServiceResult<Json<CheckRequest>>,
+) -> ServiceResult<Json<CheckAnswer>> {
+    let Json(request) = body.map_err(|error| match error.body().hint {
+        Some(_) => error,
+        None => error.hint(r#"send {"script": "fn schedule(ctx) { [] }"}"#),
+    })?;
+    let permit = Arc::clone(&app.trials)
+        .try_acquire_owned()
+        .map_err(|_| error::too_many("another script or trace is being tried", BUSY_RETRY))?;
+    let answer = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        script::check(request.script.as_bytes())
+    });
+    let answer = answer
+        .await
+        .map_err(|error| ServiceError::internal(&error))?;
+    Ok(Json(answer))
+}
+
+/// Plays a trace under other policies, and decides every pass of it again.
+#[utoipa::path(
+    post, path = "/v2/scheduler/simulate", tag = "scheduler", request_body = SimulateRequest,
+    responses(
+        (status = 200, body = SimulateAnswer),
+        (status = 400, description = "Trace or script can't be read; `details.field` says which. Or the simulation takes longer than 10 s."),
+        (status = 429, description = "Another script or trace is being tried."),
+    )
+)]
+pub(super) async fn simulate(
+    State(app): State<App>,
+    body: ServiceResult<Json<SimulateRequest>>,
+) -> ServiceResult<Json<SimulateAnswer>> {
+    let Json(request) = body.map_err(|error| match error.body().hint {
+        Some(_) => error,
+        None => error.hint("send {\"trace\": TRACE, \"script\"?: SOURCE, \"policies\"?: [NAME]}, of at most 4 MiB; `llorch orchestrator scheduler simulate` takes traces of any size"),
+    })?;
+    let permit = Arc::clone(&app.trials)
+        .try_acquire_owned()
+        .map_err(|_| error::too_many("another script or trace is being tried", BUSY_RETRY))?;
+    let answer = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        let trace = Trace::read(&request.trace).map_err(|error| {
+            error::invalid(error.to_string())
+                .hint(error.hint())
+                .details(json!({"field": "trace"}))
+        })?;
+        let script = request
+            .script
+            .map(|source| Script::compile(source.as_bytes()));
+        let script = script.transpose().map_err(|error| {
+            error::invalid(format!("the script is refused: {error}"))
+                .hint(error.hint())
+                .details(json!({"field": "script", "line": error.line, "column": error.column}))
+        })?;
+        let scripts: Vec<_> = script
+            .map(|script| ("script".to_owned(), script))
+            .into_iter()
+            .collect();
+        simulate::compare(&trace, &scripts, &request.policies, Some(SIMULATION)).map_err(|error| {
+            error::invalid(error.to_string()).hint(
+                "`llorch orchestrator scheduler simulate` plays it on a machine of your own, for as long as it takes",
+            )
+        })
+    });
+    answer
+        .await
+        .map_err(|error| ServiceError::internal(&error))?
+        .map(Json)
+}
+
+/// Parameters of `GET /v2/scheduler/trace`.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct RecordQuery {
+    /// Milliseconds after which the recording ends by itself; left out, it goes on for as long as it is read.
+    #[param(minimum = 1, maximum = 86_400_000, nullable = false)]
+    for_ms: Option<u64>,
+}
+
+/// What the scheduler sees and decides, from now on: JSON Lines, pass for pass, for as long as the client reads.
+#[utoipa::path(
+    get, path = "/v2/scheduler/trace", tag = "scheduler", params(RecordQuery),
+    responses(
+        (status = 200, description = document::TRACE, body = String, content_type = "application/x-ndjson"),
+        (status = 400, description = "A parameter is unknown or out of range."),
+        (status = 429, description = "As many recordings are under way as there may be."),
+    )
+)]
+pub(super) async fn record(
+    State(app): State<App>,
+    Query(query): Query<RecordQuery>,
+) -> ServiceResult<Response> {
+    let span = match query.for_ms {
+        None => None,
+        Some(ms) if RECORDING_MS.contains(&ms) => Some(Duration::from_millis(ms)),
+        Some(ms) => {
+            return Err(error::invalid(format!("`for_ms` is {ms}")).hint("use 1 to 86400000"));
+        }
+    };
+    let header = Header {
+        version: trace::VERSION,
+        recorded_by: concat!("orchestratord ", env!("CARGO_PKG_VERSION")).to_owned(),
+        recorded_at: clock::now(),
+        policy: app.policy_name().to_owned(),
+        promote_after_s: app.config.queue.promote_after_s,
+        costs: app.script.costs().as_ref().clone(),
+    };
+    let Some(mut tape) = app.recordings.begin(header) else {
+        return Err(error::too_many(
+            "as many recordings are under way as there may be",
+            BUSY_RETRY,
+        ));
+    };
+    // The first pass shows the fleet as it is, whether anything happens or not.
+    app.changed.notify_one();
+    let shutdown = app.shutdown.clone();
+    drop(app);
+    let over = async move {
+        match span {
+            Some(span) => tokio::time::sleep(span).await,
+            None => std::future::pending().await,
+        }
+    };
+    let lines = async_stream::stream! {
+        tokio::pin!(over);
+        let reason = loop {
+            tokio::select! {
+                piece = tape.next() => match piece {
+                    Some(piece) => yield Ok::<_, std::convert::Infallible>(piece),
+                    None => break EndReason::Lagged,
+                },
+                () = tokio::time::sleep(KEEP_ALIVE) => yield Ok(Bytes::from_static(b"\n")),
+                () = &mut over => break EndReason::Done,
+                () = shutdown.requested() => break EndReason::Shutdown,
+            }
+        };
+        if let Some(end) = tape.end(reason) {
+            yield Ok(end);
+        }
+    };
+    let kind = [(CONTENT_TYPE, "application/x-ndjson")];
+    Ok((kind, Body::from_stream(lines)).into_response())
+}
