@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 use orchestrator_core::api::events::EventId;
 use orchestrator_core::api::pools::{PoolList, PoolView};
+use orchestrator_core::api::scheduler::SchedulerView;
 use orchestrator_core::api::tasks::{
     CancelResponse, TaskAccepted, TaskExplanation, TaskList, TaskSubmitRequest, TaskSummary,
     TaskView,
@@ -15,8 +16,9 @@ use orchestrator_core::api::tasks::{
 use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::job::JobId;
 use pool_core::ORCHESTRATOR_API_VERSION;
+use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::version::VersionInfo;
-use pool_core::client::{ApiClient, ClientError, EventStream, Method};
+use pool_core::client::{ApiClient, ClientError, EventStream, Method, RelayedAnswer};
 use pool_core::home::Home;
 use pool_core::run_files;
 use pool_core::secret::Secret;
@@ -245,6 +247,36 @@ impl Orchestrator {
     /// All registered pools.
     pub async fn pools(&self) -> Result<Vec<PoolView>, ClientError> {
         Ok(self.client.get::<PoolList>("/v2/pools").await?.pools)
+    }
+
+    /// The policy in force.
+    pub async fn scheduler(&self) -> Result<SchedulerView, ClientError> {
+        self.client.get("/v2/scheduler").await
+    }
+
+    /// What the scheduler sees and decides, from now on, as it happens.
+    pub async fn trace(&self) -> Result<RelayedAnswer, ClientError> {
+        let request = self.client.request(Method::GET, "/v2/scheduler/trace");
+        let mut answer = self.client.relay(request).await?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        let mut body = Vec::new();
+        while let Some(piece) = answer.chunk().await? {
+            body.extend_from_slice(&piece);
+        }
+        let status = answer.status().as_u16();
+        Err(match serde_json::from_slice::<ErrorEnvelope>(&body) {
+            Ok(envelope) => ClientError::Api {
+                status,
+                error: Box::new(envelope.error),
+            },
+            Err(error) => ClientError::NotOurs {
+                url: self.url().to_owned(),
+                status,
+                detail: error.to_string(),
+            },
+        })
     }
 
     /// A job's events, from the start or after one, through every break of the connection.

@@ -1,6 +1,7 @@
 //! `llorch orchestrator`: `orchestratord` as a process of this machine.
 
 mod config;
+mod scheduler;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -41,6 +42,8 @@ pub enum Command {
     /// Check and show the orchestrator's settings
     #[command(subcommand)]
     Config(config::Command),
+    /// Show, check, record and simulate the policy that decides what runs where
+    Scheduler(scheduler::Scheduler),
     /// Copy all jobs to a file, whether the orchestrator runs or not
     ///
     /// The copy is of one moment, complete and on the disk when the command returns, and only its owner can read it. To
@@ -78,6 +81,7 @@ impl Command {
             Self::Stop => stop(&home).await,
             Self::Status { format } => status(&home, format).await,
             Self::Backup(args) => backup(args).await,
+            Self::Scheduler(scheduler) => scheduler.run().await,
             Self::Logs(args) => daemon_commands::show_log(&log_file(&home), args).await,
             Self::Config(command) => command.run(&home),
         }
