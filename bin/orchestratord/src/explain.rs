@@ -32,7 +32,7 @@ pub async fn explain(app: &App, id: JobId) -> Result<Option<TaskExplanation>, St
             attempt: attempt.number,
             pool_id: attempt.pool_id.clone(),
             worker_id: attempt.worker_id.clone(),
-            why: why.or_else(|| held?.why.clone()),
+            why: why.or_else(|| Some(held?.why?.to_string())),
         }
     });
     Ok(Some(TaskExplanation {

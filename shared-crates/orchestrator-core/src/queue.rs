@@ -7,9 +7,10 @@
 mod drain;
 mod order;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use foldhash::{HashMap, HashMapExt as _};
 use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use serde::{Deserialize, Serialize};

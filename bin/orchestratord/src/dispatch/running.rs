@@ -384,7 +384,7 @@ impl<'a> Running<'a> {
     fn announcement(&self, started: &WorkerStarted) -> TaskEvent {
         let (pool_id, worker_id) = (self.attempt.pool_id.clone(), self.attempt.worker_id.clone());
         let (attempt, tokens_in) = (self.lease.attempt, started.tokens_in);
-        let why = self.attempt.why.clone();
+        let why = self.attempt.why.map(|why| why.to_string());
         if self.lease.started_before {
             TaskEvent::Attempt(FurtherAttempt {
                 attempt,

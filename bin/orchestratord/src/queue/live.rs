@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use jiff::Timestamp;
 use orchestrator_core::api::events::EventId;
+use orchestrator_core::scheduler::Why;
 use orchestrator_core::{JobId, JobStatus};
 use tokio::sync::watch;
 
@@ -94,7 +95,7 @@ pub struct ActiveAttempt {
     /// When it began.
     pub began: Timestamp,
     /// Why it went where it went; `None` where no pass of this run of the daemon chose it.
-    pub why: Option<String>,
+    pub why: Option<Why>,
     /// Whether the worker's stream is open.
     pub attached: AtomicBool,
     orders: watch::Sender<Order>,
@@ -114,7 +115,7 @@ impl ActiveAttempt {
     }
 
     /// An attempt on a worker that a pass chose, and why it did.
-    pub fn chosen(pool_id: String, worker_id: String, why: String) -> Self {
+    pub fn chosen(pool_id: String, worker_id: String, why: Why) -> Self {
         Self {
             why: Some(why),
             ..Self::new(pool_id, worker_id)

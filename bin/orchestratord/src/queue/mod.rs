@@ -16,7 +16,7 @@ use orchestrator_core::decide::Decision;
 use orchestrator_core::job::Priority;
 use orchestrator_core::queue::{Departures, FairQueue, QueueError, QueuedJob};
 use orchestrator_core::scheduler::{
-    BuiltIn, Chooser, Explanation, Index, Pass, Snapshot, WaitReason, Waiting,
+    Action, BuiltIn, Chooser, Explanation, Index, Pass, Snapshot, WaitReason, Waiting,
 };
 use orchestrator_core::trace::{By, Lease};
 use orchestrator_core::{JobId, JobStatus};
@@ -337,16 +337,16 @@ impl Inner {
             self.departures.note(now);
         }
         let mut attempts = HashMap::new();
-        for dispatched in &pass.dispatched {
-            let attempt = Arc::new(ActiveAttempt::chosen(
-                dispatched.pool.clone(),
-                dispatched.worker.clone(),
-                dispatched.why.clone(),
-            ));
-            self.attempts.insert(dispatched.job, Arc::clone(&attempt));
-            attempts.insert(dispatched.job, attempt);
+        let dispatched = pass.actions.iter().filter_map(|action| match action {
+            Action::Dispatch { job, pool, worker } => Some((*job, pool.clone(), worker.clone())),
+            _ => None,
+        });
+        for ((job, pool, worker), why) in dispatched.zip(&pass.why) {
+            let attempt = Arc::new(ActiveAttempt::chosen(pool, worker, *why));
+            self.attempts.insert(job, Arc::clone(&attempt));
+            attempts.insert(job, attempt);
             // Should it come back, its readers are told why it waits again.
-            if let Some((_, told)) = self.followed.get_mut(&dispatched.job) {
+            if let Some((_, told)) = self.followed.get_mut(&job) {
                 *told = None;
             }
         }

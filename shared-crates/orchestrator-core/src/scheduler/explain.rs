@@ -1,8 +1,10 @@
 //! Why a job waits, in words and numbers.
 
 use std::cmp::Reverse;
+use std::fmt;
 
 use jiff::Timestamp;
+use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
 
 use super::judge::{
@@ -11,7 +13,6 @@ use super::judge::{
 };
 use super::policy::{BuiltIn, WorkerChoice};
 use super::snapshot::PoolState;
-use crate::job::Placement;
 use crate::queue::QueuedJob;
 
 /// The constraint that binds.
@@ -119,16 +120,6 @@ pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) ->
     }
 }
 
-/// What led to the choice of a worker.
-pub(super) struct Reasons<'a> {
-    pub(super) placement: &'a Placement,
-    /// Whether the job's session ran on this pool last.
-    pub(super) session_was_here: bool,
-    /// Workers with the model that had a free slot.
-    pub(super) free_workers: usize,
-    pub(super) chooser: Chooser,
-}
-
 /// Who chose where a job goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chooser {
@@ -138,38 +129,70 @@ pub enum Chooser {
     Script,
 }
 
-/// Says why a job goes where it goes.
-pub(super) fn choice(choice: &WorkerChoice<'_>, reasons: &Reasons<'_>) -> String {
-    let asked = match reasons.placement {
-        Placement {
-            pool: Some(_),
-            device: Some(_),
-        } => "the job asks for this pool and device; ",
-        Placement { pool: Some(_), .. } => "the job asks for this pool; ",
-        Placement {
-            device: Some(_), ..
-        } => "the job asks for this device; ",
-        Placement { .. } => "",
-    };
-    let worker = choice.worker;
-    let numbers = format!(
-        "{} of {} slots in use, {} bytes of memory free on {}",
-        worker.active,
-        worker.slots,
-        choice.free_bytes(),
-        worker.device
-    );
-    match (reasons.free_workers, reasons.chooser) {
-        (1, _) => format!("{asked}the only worker with the model that had a free slot ({numbers})"),
-        (count, Chooser::Script) => format!(
-            "{asked}chosen by the scheduler's script of {count} workers with a free slot ({numbers})"
-        ),
-        (_, Chooser::Policy(_)) if reasons.session_was_here => {
-            format!("{asked}its session ran on this pool last ({numbers})")
+/// Why a job goes where it goes. Put into words when somebody reads them: a pass may give a place to thousands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Why {
+    /// Whether the job asks for the pool, and for the device.
+    asked: (bool, bool),
+    /// Whether the job's session ran on this pool last.
+    session_was_here: bool,
+    /// Workers with the model that had a free slot.
+    free_workers: usize,
+    chooser: Chooser,
+    /// Slots of the worker: in use, and all.
+    slots: (u32, u32),
+    device: Device,
+    free_bytes: u64,
+}
+
+impl Why {
+    pub(super) fn new(
+        job: &QueuedJob,
+        choice: &WorkerChoice<'_>,
+        chooser: Chooser,
+        session_was_here: bool,
+        free_workers: usize,
+    ) -> Self {
+        let (asked, worker) = (&job.placement, choice.worker);
+        Self {
+            asked: (asked.pool.is_some(), asked.device.is_some()),
+            session_was_here,
+            free_workers,
+            chooser,
+            slots: (worker.active, worker.slots),
+            device: worker.device,
+            free_bytes: choice.free_bytes(),
         }
-        (count, Chooser::Policy(policy)) => format!(
-            "{asked}the best of {count} workers with a free slot by policy {policy} ({numbers})"
-        ),
+    }
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.asked {
+            (true, true) => "the job asks for this pool and device; ",
+            (true, false) => "the job asks for this pool; ",
+            (false, true) => "the job asks for this device; ",
+            (false, false) => "",
+        })?;
+        match (self.free_workers, self.chooser) {
+            (1, _) => f.write_str("the only worker with the model that had a free slot"),
+            (count, Chooser::Script) => write!(
+                f,
+                "chosen by the scheduler's script of {count} workers with a free slot"
+            ),
+            (_, Chooser::Policy(_)) if self.session_was_here => {
+                f.write_str("its session ran on this pool last")
+            }
+            (count, Chooser::Policy(policy)) => write!(
+                f,
+                "the best of {count} workers with a free slot by policy {policy}"
+            ),
+        }?;
+        let ((used, slots), free, device) = (self.slots, self.free_bytes, self.device);
+        write!(
+            f,
+            " ({used} of {slots} slots in use, {free} bytes of memory free on {device})"
+        )
     }
 }
 

@@ -11,16 +11,17 @@
 //! - Explanations are worked out when somebody asks.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::sync::Arc;
 
+use foldhash::{HashMap, HashMapExt as _, HashSet, HashSetExt as _};
 use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use pool_core::worker::{Device, WorkerStatus};
 
 use super::REGISTRATION;
 use super::estimate::Estimates;
-use super::explain::{self, Chooser, Explanation, WaitReason};
+use super::explain::{self, Chooser, Explanation, WaitReason, Why};
 use super::judge::{
     Class, EvictionKey, Verdict, World, alive, eviction_key, fitting, judge, next_spare, stopping,
     victims,
@@ -44,25 +45,12 @@ pub struct Pass {
     pub actions: Vec<Action>,
     /// The jobs that the actions dispatch or reject, as they stood in the queue.
     pub jobs: HashMap<JobId, Arc<QueuedJob>>,
-    /// Where the actions dispatch jobs to, and why there.
-    pub dispatched: Vec<Dispatched>,
+    /// Of each action that dispatches a job, in their order: why there.
+    pub why: Vec<Why>,
     /// When time alone makes the next pass due.
     pub wake: Option<Timestamp>,
     /// Whether any job was looked at: if not, every job waits for what it waited for before.
     pub judged: bool,
-}
-
-/// A job that a pass dispatched.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Dispatched {
-    /// The job.
-    pub job: JobId,
-    /// The pool.
-    pub pool: String,
-    /// The worker.
-    pub worker: String,
-    /// Why there, for people.
-    pub why: String,
 }
 
 /// Why a job waits, and for how long.
@@ -98,8 +86,8 @@ pub struct Index {
     model_ids: HashMap<ModelRef, usize>,
     /// Workers of live pools that have nothing to do, by since when.
     idle: BTreeSet<(Timestamp, usize, usize)>,
-    /// What the orchestrator's own leases say of workers, by pool and worker.
-    usage: HashMap<String, HashMap<String, Usage>>,
+    /// Workers with leases that are on no pool's list now, by pool and worker.
+    away: HashMap<String, HashMap<String, Usage>>,
     /// The pool of each session, and the number of the dispatch that made it so.
     sessions: HashMap<String, (String, u64)>,
     last_starts: HashMap<String, u64>,
@@ -135,6 +123,8 @@ enum Scope {
 /// A pool with what stands elsewhere because of it.
 struct Pool {
     state: Arc<PoolState>,
+    /// What the orchestrator's own leases say of its workers.
+    usage: Vec<Usage>,
     /// What the pool itself says of its workers' idleness, before our own leases are laid over it.
     reported_idle: Vec<Option<Timestamp>>,
     name: Arc<str>,
@@ -208,7 +198,7 @@ impl Index {
             models: Vec::new(),
             model_ids: HashMap::new(),
             idle: BTreeSet::new(),
-            usage: HashMap::new(),
+            away: HashMap::new(),
             sessions: HashMap::new(),
             last_starts: HashMap::new(),
             turns: 0,
@@ -402,20 +392,19 @@ impl Index {
     /// Takes in what a pool is now. Leases are known here, and laid over it.
     pub fn set_pool(&mut self, mut state: PoolState) {
         let reported_idle: Vec<_> = state.workers.iter().map(|w| w.idle_since).collect();
-        self.prune_usage(&state.id, |id| state.workers.iter().any(|w| w.id == *id));
-        if let Some(known) = self.usage.get(&state.id) {
-            for worker in &mut state.workers {
-                worker.apply(known.get(&worker.id).copied().unwrap_or_default());
-            }
-        }
         state.last_start = self.last_starts.get(&state.id).copied().unwrap_or(0);
         let place = match self.by_name.get(&state.id) {
             Some(&place) => place,
             None => self.new_place(&state.id),
         };
+        let names = state.workers.iter().map(|w| w.id.as_str());
+        let usage = self.usage_of(place, &state.id, names);
+        for (worker, usage) in state.workers.iter_mut().zip(&usage) {
+            worker.apply(*usage);
+        }
         let old = match self.pools[place].take() {
             Some(mut old) if *old.state == state => {
-                old.reported_idle = reported_idle;
+                (old.reported_idle, old.usage) = (reported_idle, usage);
                 self.pools[place] = Some(old);
                 return;
             }
@@ -440,6 +429,7 @@ impl Index {
             ranks: vec![None; worker_models.len()],
             idle: vec![None; worker_models.len()],
             state: Arc::new(state),
+            usage,
             reported_idle,
             worker_models,
             files,
@@ -459,10 +449,10 @@ impl Index {
 
     /// Forgets a pool.
     pub fn remove_pool(&mut self, name: &str) {
-        self.prune_usage(name, |_| false);
         let Some(place) = self.by_name.remove(name) else {
             return;
         };
+        self.usage_of(place, name, std::iter::empty());
         if let Some(old) = self.pools[place].take() {
             self.uninstall(place, &old);
         }
@@ -615,6 +605,7 @@ impl Index {
             let name = Arc::from(pool.state.workers[worker].id.as_str());
             pool.worker_names.push(name);
             pool.worker_models.push(model);
+            pool.usage.push(Usage::default());
             pool.reported_idle.push(None);
             pool.ranks.push(None);
             pool.idle.push(None);
@@ -636,13 +627,30 @@ impl Index {
 
     // Leases.
 
-    fn prune_usage(&mut self, pool: &str, keep: impl Fn(&String) -> bool) {
-        if let Some(known) = self.usage.get_mut(pool) {
-            known.retain(|worker, usage| usage.active > 0 || keep(worker));
-            if known.is_empty() {
-                self.usage.remove(pool);
+    /// What leases say of these workers, which are all that the pool has now. Those of its workers that are not among
+    /// them any more are remembered for as long as they have leases.
+    fn usage_of<'a>(
+        &mut self,
+        place: usize,
+        name: &str,
+        workers: impl Iterator<Item = &'a str> + Clone,
+    ) -> Vec<Usage> {
+        let old = self.pools[place].as_ref();
+        let mut away = self.away.remove(name).unwrap_or_default();
+        if let Some(old) = old {
+            if away.is_empty() && old.worker_names.iter().map(|n| &**n).eq(workers.clone()) {
+                return old.usage.clone();
             }
+            let known = old.worker_names.iter().zip(&old.usage);
+            away.extend(known.map(|(worker, usage)| (worker.to_string(), *usage)));
         }
+        let usage = workers.map(|worker| away.remove(worker).unwrap_or_default());
+        let usage = usage.collect();
+        away.retain(|_, usage| usage.active > 0);
+        if !away.is_empty() {
+            self.away.insert(name.to_owned(), away);
+        }
+        usage
     }
 
     fn worker_place(&self, pool: &str, worker: &str) -> Option<(usize, usize)> {
@@ -652,42 +660,48 @@ impl Index {
         Some((place, worker))
     }
 
-    fn usage_mut(&mut self, pool: &str, worker: &str) -> &mut Usage {
-        // Two look-ups, and no copy of the names where they are known.
-        if !self
-            .usage
-            .get(pool)
-            .is_some_and(|known| known.contains_key(worker))
+    /// Changes what leases say of a worker, and returns it with the worker's place, where it has one.
+    fn change_usage(
+        &mut self,
+        pool: &str,
+        worker: &str,
+        change: impl FnOnce(&mut Usage),
+    ) -> (Usage, Option<(usize, usize)>) {
+        let found = self.worker_place(pool, worker);
+        if let Some((place, worker)) = found
+            && let Some(pool) = &mut self.pools[place]
         {
-            let known = self.usage.entry(pool.to_owned()).or_default();
-            known.insert(worker.to_owned(), Usage::default());
+            change(&mut pool.usage[worker]);
+            return (pool.usage[worker], found);
         }
-        self.usage
-            .get_mut(pool)
-            .and_then(|known| known.get_mut(worker))
-            .expect("inserted above")
+        let away = self.away.entry(pool.to_owned()).or_default();
+        let usage = away.entry(worker.to_owned()).or_default();
+        change(usage);
+        let usage = *usage;
+        away.retain(|_, usage| usage.active > 0);
+        if away.is_empty() {
+            self.away.remove(pool);
+        }
+        (usage, None)
     }
 
     /// Notes a lease that no pass gave: one of an earlier run of the orchestrator that still runs.
     pub fn lease(&mut self, pool: &str, worker: &str) {
         self.turns += 1;
         let turn = self.turns;
-        let usage = self.usage_mut(pool, worker);
-        usage.active += 1;
-        usage.last_turn = turn;
-        if let Some((place, worker)) = self.worker_place(pool, worker) {
+        let (_, found) = self.change_usage(pool, worker, |usage| usage.take(turn));
+        if let Some((place, worker)) = found {
             self.change_worker(place, worker, |state, _| state.take_slot(turn));
         }
     }
 
     /// Notes that a lease is over.
     pub fn release(&mut self, pool: &str, worker: &str, now: Timestamp) {
-        let usage = self.usage_mut(pool, worker);
-        usage.active = usage.active.saturating_sub(1);
-        usage.released_at = Some(now);
-        let usage = *usage;
-        let Some((place, index)) = self.worker_place(pool, worker) else {
-            self.prune_usage(pool, |_| false);
+        let (usage, found) = self.change_usage(pool, worker, |usage| {
+            usage.active = usage.active.saturating_sub(1);
+            usage.released_at = Some(now);
+        });
+        let Some((place, index)) = found else {
             return;
         };
         self.change_worker(place, index, |state, reported| {
@@ -1177,34 +1191,27 @@ impl Index {
         chooser: Chooser,
         pass: &mut Pass,
     ) {
-        let why = self.why(class, job, (place, worker), chooser);
+        let Some(why) = self.why(class, job, (place, worker), chooser) else {
+            return;
+        };
         self.queue.take(job.id);
         self.leave(job, key, class);
         self.turns += 1;
         let turn = self.turns;
-        let Some(state) = self.pools[place]
-            .as_ref()
-            .map(|pool| Arc::clone(&pool.state))
-        else {
+        self.change_worker(place, worker, |state, _| state.take_slot(turn));
+        let Some(state) = &mut self.pools[place] else {
             return;
         };
-        let (pool, name) = (state.id.clone(), state.workers[worker].id.clone());
-        // Else the change would copy the whole pool.
-        drop(state);
-        self.change_worker(place, worker, |state, _| state.take_slot(turn));
-        let usage = self.usage_mut(&pool, &name);
-        usage.active += 1;
-        usage.last_turn = turn;
+        state.usage[worker].take(turn);
+        let (pool, name) = (
+            state.state.id.clone(),
+            state.state.workers[worker].id.clone(),
+        );
         if let Some(session) = &job.session_id {
             self.remember_session(session, &pool, turn);
         }
         pass.jobs.insert(job.id, Arc::clone(job));
-        pass.dispatched.push(Dispatched {
-            job: job.id,
-            pool: pool.clone(),
-            worker: name.clone(),
-            why,
-        });
+        pass.why.push(why);
         pass.actions.push(Action::Dispatch {
             job: job.id,
             pool,
@@ -1219,24 +1226,21 @@ impl Index {
         job: &QueuedJob,
         (place, worker): (usize, usize),
         chooser: Chooser,
-    ) -> String {
-        let (Some(jobs), Some(pool)) = (&self.classes[class], &self.pools[place]) else {
-            return String::new();
-        };
-        let state = &pool.state.workers[worker];
+    ) -> Option<Why> {
+        let (jobs, pool) = (self.classes[class].as_ref()?, self.pools[place].as_ref()?);
         let choice = WorkerChoice {
             pool: &pool.state,
-            worker: state,
+            worker: &pool.state.workers[worker],
         };
-        explain::choice(
+        let session_was_here = self.prefers(job) == Some(pool.state.id.as_str());
+        let free_workers = self.models[jobs.model].free.len();
+        Some(Why::new(
+            job,
             &choice,
-            &explain::Reasons {
-                placement: &job.placement,
-                session_was_here: self.prefers(job) == Some(pool.state.id.as_str()),
-                free_workers: self.models[jobs.model].free.len(),
-                chooser,
-            },
-        )
+            chooser,
+            session_was_here,
+            free_workers,
+        ))
     }
 
     fn remember_session(&mut self, session: &str, pool: &str, turn: u64) {

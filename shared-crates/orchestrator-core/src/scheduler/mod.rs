@@ -17,8 +17,8 @@ pub mod snapshot;
 
 use jiff::SignedDuration;
 
-pub use explain::{Chooser, Explanation, Filter, FilterCount, WaitReason};
-pub use index::{Dispatched, Index, Pass, Waiting};
+pub use explain::{Chooser, Explanation, Filter, FilterCount, WaitReason, Why};
+pub use index::{Index, Pass, Waiting};
 pub use judge::DISK_RESERVE;
 pub use plan::{Action, Plan, schedule};
 pub use policy::{

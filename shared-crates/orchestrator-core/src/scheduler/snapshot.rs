@@ -180,6 +180,14 @@ pub struct Usage {
     pub last_turn: u64,
 }
 
+impl Usage {
+    /// Notes a lease, which the dispatch of this number gave.
+    pub(super) fn take(&mut self, turn: u64) {
+        self.active += 1;
+        self.last_turn = turn;
+    }
+}
+
 impl WorkerState {
     /// The scheduler's view of what a pool said of a worker. [`WorkerState::apply`] adds what is known besides.
     fn new(worker: &WorkerInfo) -> Self {
