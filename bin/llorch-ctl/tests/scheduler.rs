@@ -1,5 +1,7 @@
 //! `llorch orchestrator scheduler`: what needs no orchestrator, and what shows one.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use axum::body::Body;

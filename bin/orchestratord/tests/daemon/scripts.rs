@@ -333,7 +333,7 @@ async fn record_a_thousand(script: Option<PathBuf>) -> String {
         orchestrator.submit(json!({
             "model": MODEL, "prompt": "whisper-this-to-nobody", "seed": 1,
             "max_tokens": 1 + number * 37 % 500, "session_id": format!("session-{}", number % 7),
-            "priority": if number % 3 == 0 { "batch" } else { "interactive" },
+            "priority": if number.is_multiple_of(3) { "batch" } else { "interactive" },
         }))
     };
     let end = Instant::now() + Duration::from_secs(300);
