@@ -1,3 +1,6 @@
+use std::collections::HashSet;
+
+use pool_core::worker::{ModelFile, WorkerStatus};
 use proptest::prelude::*;
 
 use super::*;
@@ -5,10 +8,11 @@ use crate::adopt::{self, Proposal};
 use crate::job::{Placement, Priority};
 use crate::pool::PoolLiveness;
 use crate::queue::Capacity;
+use crate::scheduler::explain::Chooser;
 use crate::scheduler::{
-    BuiltIn, DeviceState, DownloadState, ModelState, RefusedDownload, RefusedStart, schedule,
+    BuiltIn, DeviceState, DownloadState, ModelState, RefusedDownload, RefusedStart, WorkerState,
+    schedule,
 };
-use pool_core::worker::ModelFile;
 
 const MODELS: [&str; 4] = ["m0", "m1", "m2", "m3"];
 

@@ -1,0 +1,230 @@
+//! Doing what was decided, as far as the index goes.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use pool_core::ModelRef;
+use pool_core::worker::WorkerStatus;
+
+use super::{Index, Pass, Scope};
+use crate::job::JobErrorCode;
+use crate::queue::{QueuedJob, TurnKey};
+use crate::scheduler::REGISTRATION;
+use crate::scheduler::explain::{Chooser, WaitReason, Why};
+use crate::scheduler::judge::Verdict;
+use crate::scheduler::plan::{Action, awaits_pools};
+use crate::scheduler::policy::WorkerChoice;
+
+/// Sessions whose last pool is remembered.
+const SESSIONS: usize = 10_000;
+
+impl Index {
+    /// Notes what a class waits for.
+    pub(super) fn settle(&mut self, class: usize, verdict: &Verdict, wake: Option<Timestamp>) {
+        let found = match verdict {
+            Verdict::Start { .. } => WaitReason::WorkerStarting,
+            Verdict::Evict { .. } => WaitReason::Evicting,
+            Verdict::Download { .. } => WaitReason::Downloading,
+            Verdict::Wait(reason) => *reason,
+            _ => return,
+        };
+        let jobs = self.class_mut(class);
+        // A look at a few pools finds what these hold back, and not what all the others lack.
+        let partial = matches!(jobs.scope, Scope::Pools(_));
+        let lacks = matches!(
+            found,
+            WaitReason::NoPool | WaitReason::PoolsAway | WaitReason::NoBackend
+        );
+        if !(partial && lacks) {
+            jobs.settled = Some(found);
+        }
+        jobs.scope = Scope::Nothing;
+        let (old, new) = (jobs.wake, jobs.wake.into_iter().chain(wake).min());
+        jobs.wake = new;
+        if let Some(at) = old {
+            self.wakes.remove(&(at, class));
+        }
+        if let Some(at) = new {
+            self.wakes.insert((at, class));
+        }
+    }
+
+    pub(super) fn dispatch(
+        &mut self,
+        job: &Arc<QueuedJob>,
+        key: TurnKey,
+        class: usize,
+        (place, worker): (usize, usize),
+        chooser: Chooser,
+        pass: &mut Pass,
+    ) {
+        let Some(why) = self.why(class, job, (place, worker), chooser) else {
+            return;
+        };
+        self.queue.take(job.id);
+        self.leave(job, key, class);
+        self.turns += 1;
+        let turn = self.turns;
+        self.change_worker(place, worker, |state, _| state.take_slot(turn));
+        let Some(state) = &mut self.pools[place] else {
+            return;
+        };
+        state.usage[worker].take(turn);
+        let (pool, name) = (
+            state.state.id.clone(),
+            state.state.workers[worker].id.clone(),
+        );
+        if let Some(session) = &job.session_id {
+            self.remember_session(session, &pool, turn);
+        }
+        pass.jobs.insert(job.id, Arc::clone(job));
+        pass.why.push(why);
+        pass.actions.push(Action::Dispatch {
+            job: job.id,
+            pool,
+            worker: name,
+        });
+    }
+
+    /// Why the job goes to this worker.
+    fn why(
+        &self,
+        class: usize,
+        job: &QueuedJob,
+        (place, worker): (usize, usize),
+        chooser: Chooser,
+    ) -> Option<Why> {
+        let (jobs, pool) = (self.classes[class].as_ref()?, self.pools[place].as_ref()?);
+        let choice = WorkerChoice {
+            pool: &pool.state,
+            worker: &pool.state.workers[worker],
+        };
+        let session_was_here = self.prefers(job) == Some(pool.state.id.as_str());
+        let free_workers = self.models[jobs.model].free.len();
+        Some(Why::new(
+            job,
+            &choice,
+            chooser,
+            session_was_here,
+            free_workers,
+        ))
+    }
+
+    fn remember_session(&mut self, session: &str, pool: &str, turn: u64) {
+        self.sessions
+            .insert(session.to_owned(), (pool.to_owned(), turn));
+        if self.sessions.len() > SESSIONS {
+            let mut turns: Vec<u64> = self.sessions.values().map(|(_, turn)| *turn).collect();
+            let (_, middle, _) = turns.select_nth_unstable(SESSIONS / 2);
+            let middle = *middle;
+            self.sessions.retain(|_, (_, turn)| *turn > middle);
+        }
+    }
+
+    /// Rejects a job, unless pools may still come for it.
+    pub(super) fn reject(
+        &mut self,
+        job: &Arc<QueuedJob>,
+        key: TurnKey,
+        class: usize,
+        now: Timestamp,
+        why: (JobErrorCode, &str),
+        pass: &mut Pass,
+    ) {
+        if awaits_pools(job, now, self.started_at) {
+            let wake = self.started_at.checked_add(REGISTRATION).ok();
+            self.settle(class, &Verdict::Wait(WaitReason::PoolsAway), wake);
+            return;
+        }
+        self.queue.take(job.id);
+        self.leave(job, key, class);
+        pass.actions.push(Action::Reject {
+            job: job.id,
+            code: why.0,
+            message: why.1.to_owned(),
+        });
+        pass.jobs.insert(job.id, Arc::clone(job));
+    }
+
+    /// Does what a verdict says that is not about one job.
+    pub(super) fn take(
+        &mut self,
+        model: &ModelRef,
+        verdict: Verdict,
+        now: Timestamp,
+        pass: &mut Pass,
+    ) {
+        let model = model.clone();
+        let name = |index: &Self, place: usize| {
+            let pool = index.pools[place].as_ref();
+            pool.map(|pool| pool.state.id.clone()).unwrap_or_default()
+        };
+        match verdict {
+            Verdict::Start { pool, device } => {
+                self.turns += 1;
+                let turn = self.turns;
+                self.change_pool(pool, |state| state.reserve_start(&model, device, now, turn));
+                let pool = name(self, pool);
+                self.last_starts.insert(pool.clone(), turn);
+                pass.actions.push(Action::StartWorker {
+                    pool,
+                    model,
+                    device,
+                });
+            }
+            Verdict::Evict { pool, workers } => {
+                let stopped = self.stop(pool, &workers);
+                let pool = name(self, pool);
+                pass.actions
+                    .extend(stopped.into_iter().map(|worker| Action::EvictWorker {
+                        pool: pool.clone(),
+                        worker,
+                        needed_by: model.clone(),
+                    }));
+            }
+            Verdict::Download { pool } => {
+                let size = self.sizes.get(&model).copied().unwrap_or_default();
+                self.change_pool(pool, |state| state.reserve_download(&model, size));
+                let pool = name(self, pool);
+                pass.actions.push(Action::Download { pool, model });
+            }
+            _ => {}
+        }
+    }
+
+    /// Shows workers as told to stop, and returns their names.
+    pub(super) fn stop(&mut self, place: usize, workers: &[usize]) -> Vec<String> {
+        let mut names = Vec::with_capacity(workers.len());
+        self.change_pool(place, |state| {
+            for &worker in workers {
+                state.workers[worker].status = WorkerStatus::Draining;
+                names.push(state.workers[worker].id.clone());
+            }
+        });
+        names
+    }
+
+    /// Stops what has been idle for too long.
+    pub(super) fn unload(&mut self, now: Timestamp, pass: &mut Pass) {
+        let Some(ttl) = self.settings.idle_ttl else {
+            return;
+        };
+        let due = |since: &Timestamp| since.checked_add(ttl).is_ok_and(|at| at <= now);
+        let mut due: Vec<(String, usize, usize)> = self.with_world(now, |world| {
+            let due = self.idle.iter().take_while(|(since, ..)| due(since));
+            let spare = due.filter_map(|&(_, place, worker)| {
+                let state = &self.pools[place].as_ref()?.state;
+                let needed = (world.needed)(&state.id, &state.workers[worker]);
+                (!needed).then(|| (state.id.clone(), worker, place))
+            });
+            spare.collect()
+        });
+        due.sort_unstable();
+        for (pool, worker, place) in due {
+            for worker in self.stop(place, &[worker]) {
+                let pool = pool.clone();
+                pass.actions.push(Action::UnloadWorker { pool, worker });
+            }
+        }
+    }
+}

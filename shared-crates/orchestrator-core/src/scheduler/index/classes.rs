@@ -1,0 +1,154 @@
+//! Jobs and their classes: which of them a pass has to look at.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::{Index, Jobs, Scope};
+use crate::job::JobId;
+use crate::queue::{QueuedJob, TurnKey};
+use crate::scheduler::explain::WaitReason;
+use crate::scheduler::judge::Class;
+
+/// Changed pools up to which a class looks at each of them instead of at all.
+const FEW_POOLS: usize = 16;
+
+impl Index {
+    /// Lets a job wait for its turn.
+    pub fn put(&mut self, job: QueuedJob) {
+        self.remove(job.id);
+        let job = self.queue.put_back(job);
+        let class = self.class_for(&job);
+        let Some(key) = self.queue.key(job.id) else {
+            return;
+        };
+        let jobs = self.class_mut(class);
+        if let Some(at) = job.not_before {
+            jobs.later += 1;
+            self.later.insert((at, job.id));
+        } else {
+            jobs.ready.insert(key);
+            self.look_again(class);
+        }
+    }
+
+    /// Takes a job out that wants no turn any more.
+    pub fn remove(&mut self, id: JobId) -> Option<Arc<QueuedJob>> {
+        let (key, class) = self.place_of(id)?;
+        let job = self.queue.remove(id)?;
+        self.leave(&job, key, class);
+        self.drop_if_empty(class);
+        Some(job)
+    }
+
+    pub(super) fn place_of(&self, id: JobId) -> Option<(TurnKey, usize)> {
+        let job = self.queue.get(id)?;
+        let class = *self.class_ids.get(&Class::of(job))?;
+        Some((self.queue.key(id)?, class))
+    }
+
+    /// Takes a job that has left the queue out of its class.
+    pub(super) fn leave(&mut self, job: &QueuedJob, key: TurnKey, class: usize) {
+        let jobs = self.class_mut(class);
+        if jobs.ready.remove(&key) {
+            return;
+        }
+        jobs.later -= 1;
+        if let Some(at) = job.not_before {
+            self.later.remove(&(at, job.id));
+        }
+    }
+
+    pub(super) fn class_mut(&mut self, class: usize) -> &mut Jobs {
+        self.classes[class]
+            .as_mut()
+            .expect("classes are dropped when no job is left that knows them")
+    }
+
+    fn class_for(&mut self, job: &QueuedJob) -> usize {
+        let class = Class::of(job);
+        if let Some(&known) = self.class_ids.get(&class) {
+            return known;
+        }
+        let model = self.model_id(&class.model);
+        let id = self.classes.iter().position(Option::is_none);
+        let id = id.unwrap_or_else(|| {
+            self.classes.push(None);
+            self.classes.len() - 1
+        });
+        self.class_ids.insert(class.clone(), id);
+        self.models[model].classes.insert(id);
+        self.classes[id] = Some(Jobs {
+            class,
+            model,
+            ready: BTreeSet::new(),
+            later: 0,
+            scope: Scope::All,
+            settled: None,
+            wake: None,
+        });
+        id
+    }
+
+    /// Forgets a class without jobs. What only its jobs needed may now be evicted for others.
+    pub(super) fn drop_if_empty(&mut self, class: usize) {
+        let empty = |jobs: &Jobs| jobs.ready.is_empty() && jobs.later == 0;
+        if !self.classes[class].as_ref().is_some_and(empty) {
+            return;
+        }
+        if let Some(jobs) = self.classes[class].take() {
+            self.class_ids.remove(&jobs.class);
+            self.models[jobs.model].classes.remove(&class);
+            self.dirty.remove(&class);
+            if let Some(at) = jobs.wake {
+                self.wakes.remove(&(at, class));
+            }
+        }
+        self.classes_where(|jobs| jobs.settled == Some(WaitReason::MemoryShort))
+            .into_iter()
+            .for_each(|class| self.look_at_all(class));
+    }
+
+    pub(super) fn classes_where(&self, test: impl Fn(&Jobs) -> bool) -> Vec<usize> {
+        let classes = self.classes.iter().enumerate();
+        classes
+            .filter(|(_, jobs)| jobs.as_ref().is_some_and(&test))
+            .map(|(class, _)| class)
+            .collect()
+    }
+
+    /// Lets the next pass look at the class, where it has a job and something changed for it.
+    pub(super) fn look_again(&mut self, class: usize) {
+        let jobs = self.class_mut(class);
+        if jobs.scope != Scope::Nothing && !jobs.ready.is_empty() {
+            self.dirty.insert(class);
+        }
+    }
+
+    pub(super) fn look_at_all(&mut self, class: usize) {
+        self.class_mut(class).scope = Scope::All;
+        self.look_again(class);
+    }
+
+    /// Notes that the pool may have a place for the class.
+    pub(super) fn look_at(&mut self, class: usize, pool: usize) {
+        let jobs = self.class_mut(class);
+        // These were found after every pool was looked at. The others end the search early, and say nothing of the rest.
+        let looked_everywhere = matches!(
+            jobs.settled,
+            Some(
+                WaitReason::MemoryShort
+                    | WaitReason::ModelMissing
+                    | WaitReason::SlotsBusy
+                    | WaitReason::WorkerStarting
+            )
+        );
+        match &mut jobs.scope {
+            Scope::All => {}
+            Scope::Nothing if looked_everywhere => jobs.scope = Scope::Pools(vec![pool]),
+            Scope::Pools(pools) if pools.contains(&pool) => {}
+            Scope::Pools(pools) if pools.len() < FEW_POOLS => pools.push(pool),
+            _ => jobs.scope = Scope::All,
+        }
+        self.look_again(class);
+    }
+}

@@ -1,0 +1,111 @@
+//! What the orchestrator's own leases say of workers.
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::{Index, Jobs};
+use crate::scheduler::explain::WaitReason;
+use crate::scheduler::snapshot::Usage;
+
+impl Index {
+    /// What leases say of these workers, which are all that the pool has now. Those of its workers that are not among
+    /// them any more are remembered for as long as they have leases.
+    pub(super) fn usage_of<'a>(
+        &mut self,
+        place: usize,
+        name: &str,
+        workers: impl Iterator<Item = &'a str> + Clone,
+    ) -> Vec<Usage> {
+        let old = self.pools[place].as_ref();
+        let mut away = self.away.remove(name).unwrap_or_default();
+        if let Some(old) = old {
+            if away.is_empty() && old.worker_names.iter().map(|n| &**n).eq(workers.clone()) {
+                return old.usage.clone();
+            }
+            let known = old.worker_names.iter().zip(&old.usage);
+            away.extend(known.map(|(worker, usage)| (worker.to_string(), *usage)));
+        }
+        let usage = workers.map(|worker| away.remove(worker).unwrap_or_default());
+        let usage = usage.collect();
+        away.retain(|_, usage| usage.active > 0);
+        if !away.is_empty() {
+            self.away.insert(name.to_owned(), away);
+        }
+        usage
+    }
+
+    pub(super) fn worker_place(&self, pool: &str, worker: &str) -> Option<(usize, usize)> {
+        let place = *self.by_name.get(pool)?;
+        let state = &self.pools[place].as_ref()?.state;
+        let worker = state.workers.iter().position(|w| w.id == worker)?;
+        Some((place, worker))
+    }
+
+    /// Changes what leases say of a worker, and returns it with the worker's place, where it has one.
+    fn change_usage(
+        &mut self,
+        pool: &str,
+        worker: &str,
+        change: impl FnOnce(&mut Usage),
+    ) -> (Usage, Option<(usize, usize)>) {
+        let found = self.worker_place(pool, worker);
+        if let Some((place, worker)) = found
+            && let Some(pool) = &mut self.pools[place]
+        {
+            change(&mut pool.usage[worker]);
+            return (pool.usage[worker], found);
+        }
+        let away = self.away.entry(pool.to_owned()).or_default();
+        let usage = away.entry(worker.to_owned()).or_default();
+        change(usage);
+        let usage = *usage;
+        away.retain(|_, usage| usage.active > 0);
+        if away.is_empty() {
+            self.away.remove(pool);
+        }
+        (usage, None)
+    }
+
+    /// Notes a lease that no pass gave: one of an earlier run of the orchestrator that still runs.
+    pub fn lease(&mut self, pool: &str, worker: &str) {
+        self.turns += 1;
+        let turn = self.turns;
+        let (_, found) = self.change_usage(pool, worker, |usage| usage.take(turn));
+        if let Some((place, worker)) = found {
+            self.change_worker(place, worker, |state, _| state.take_slot(turn));
+        }
+    }
+
+    /// Notes that a lease is over.
+    pub fn release(&mut self, pool: &str, worker: &str, now: Timestamp) {
+        let (usage, found) = self.change_usage(pool, worker, |usage| {
+            usage.active = usage.active.saturating_sub(1);
+            usage.released_at = Some(now);
+        });
+        let Some((place, index)) = found else {
+            return;
+        };
+        self.change_worker(place, index, |state, reported| {
+            state.idle_since = reported;
+            state.apply(usage);
+        });
+        let model = self.pools[place].as_ref().map(|p| p.worker_models[index]);
+        let gains = |jobs: &Jobs| {
+            jobs.class.admits_pool(pool)
+                && (Some(jobs.model) == model || jobs.settled == Some(WaitReason::MemoryShort))
+        };
+        for class in self.classes_where(gains) {
+            self.look_at(class, place);
+        }
+    }
+
+    /// Notes how long a job ran on the worker that completed.
+    pub fn completed(&mut self, pool: &str, worker: &str, took: SignedDuration) {
+        let Some((place, worker)) = self.worker_place(pool, worker) else {
+            return;
+        };
+        if let Some(pool) = &self.pools[place] {
+            self.estimates
+                .completed(&pool.state.workers[worker].model, took);
+        }
+    }
+}

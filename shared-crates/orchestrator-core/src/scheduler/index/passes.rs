@@ -1,0 +1,220 @@
+//! Passes: whose turn it is, and what time alone brings about.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::sync::Arc;
+
+use foldhash::{HashMap, HashMapExt as _};
+use jiff::Timestamp;
+use pool_core::worker::WorkerStatus;
+
+use super::{Index, Pass};
+use crate::job::JobErrorCode;
+use crate::queue::TurnKey;
+use crate::scheduler::explain::Chooser;
+use crate::scheduler::judge::{Class, Verdict, alive};
+use crate::scheduler::plan::Action;
+
+impl Index {
+    /// Decides what to do with the waiting jobs and the idle workers, and does it as far as the index goes.
+    pub fn pass(&mut self, now: Timestamp) -> Pass {
+        let mut pass = Pass::default();
+        self.let_time_pass(now);
+        let mut turns: BinaryHeap<Reverse<(TurnKey, usize)>> = std::mem::take(&mut self.dirty)
+            .into_iter()
+            .filter_map(|class| Some(Reverse((*self.class_mut(class).ready.first()?, class))))
+            .collect();
+        pass.judged = !turns.is_empty();
+        let mut emptied = Vec::new();
+        let mut rejected: HashMap<usize, (JobErrorCode, String)> = HashMap::new();
+        while let Some(Reverse((key, class))) = turns.pop() {
+            let Some(job) = self.queue.get(key.3).cloned() else {
+                continue;
+            };
+            if let Some((code, message)) = rejected.get(&class) {
+                self.reject(&job, key, class, now, (*code, message), &mut pass);
+                continue;
+            }
+            match self.judge(class, &job, now) {
+                (Verdict::Dispatch { pool, worker }, _) => {
+                    let chooser = Chooser::Policy(self.policy_name);
+                    self.dispatch(&job, key, class, (pool, worker), chooser, &mut pass);
+                }
+                (Verdict::Reject { code, message }, _) => {
+                    // Its jobs are rejected each at its own turn.
+                    let others = self.class_mut(class).ready.iter().copied();
+                    turns.extend(
+                        others
+                            .filter(|other| *other != key)
+                            .map(|k| Reverse((k, class))),
+                    );
+                    self.reject(&job, key, class, now, (code, &message), &mut pass);
+                    rejected.insert(class, (code, message));
+                    emptied.push(class);
+                    continue;
+                }
+                (verdict, wake) => {
+                    self.settle(class, &verdict, wake);
+                    let model = self.class_mut(class).class.model.clone();
+                    self.take(&model, verdict, now, &mut pass);
+                    continue;
+                }
+            }
+            match self.class_mut(class).ready.first() {
+                Some(next) => turns.push(Reverse((*next, class))),
+                None => emptied.push(class),
+            }
+        }
+        self.unload(now, &mut pass);
+        for class in emptied {
+            self.drop_if_empty(class);
+        }
+        pass.wake = self.next_wake(now);
+        pass
+    }
+
+    /// Lets batch jobs that have waited for long count as interactive, in their classes as in the queue.
+    pub(super) fn promote(&mut self, now: Timestamp) {
+        for id in self.queue.promote(now) {
+            let Some((key, class)) = self.place_of(id) else {
+                continue;
+            };
+            let old = (true, key.1, key.2, key.3);
+            let jobs = self.class_mut(class);
+            if jobs.ready.remove(&old) {
+                jobs.ready.insert(key);
+            }
+        }
+    }
+
+    /// Does, as far as the index goes, what a plan says that was made from an [`Index::snapshot`], by a script or by
+    /// [`schedule`](super::schedule). An action that does not fit any more is left out. When time makes the next pass due
+    /// is for the plan to say.
+    pub fn apply(&mut self, actions: &[Action], chooser: Chooser, now: Timestamp) -> Pass {
+        let mut pass = Pass {
+            judged: true,
+            ..Pass::default()
+        };
+        self.let_time_pass(now);
+        for action in actions {
+            self.apply_one(action, chooser, now, &mut pass);
+        }
+        let jobs = std::mem::take(&mut pass.jobs);
+        for job in jobs.values() {
+            if let Some(&class) = self.class_ids.get(&Class::of(job)) {
+                self.drop_if_empty(class);
+            }
+        }
+        pass.jobs = jobs;
+        // Somebody else may have left undone what a pass would have done, or stopped what a class counts on.
+        for class in self.classes_where(|_| true) {
+            self.look_at_all(class);
+        }
+        pass
+    }
+
+    /// `None` where the action does not fit.
+    fn apply_one(
+        &mut self,
+        action: &Action,
+        chooser: Chooser,
+        now: Timestamp,
+        pass: &mut Pass,
+    ) -> Option<()> {
+        match action {
+            Action::Dispatch { job, pool, worker } => {
+                let (key, class) = self.place_of(*job)?;
+                let job = Arc::clone(self.queue.get(*job)?);
+                let (place, worker) = self.worker_place(pool, worker)?;
+                let state = &self.pools[place].as_ref()?.state;
+                let fits = alive(state)
+                    && state.workers[worker].has_slot()
+                    && Class::of(&job).admits_worker(pool, &state.workers[worker])
+                    && !job.backs_off(now);
+                let at = (place, worker);
+                fits.then(|| self.dispatch(&job, key, class, at, chooser, pass))
+            }
+            Action::Reject { job, code, message } => {
+                let (key, class) = self.place_of(*job)?;
+                let job = Arc::clone(self.queue.get(*job)?);
+                self.reject(&job, key, class, now, (*code, message), pass);
+                Some(())
+            }
+            Action::StartWorker {
+                pool,
+                model,
+                device,
+            } => {
+                let place = *self.by_name.get(pool)?;
+                let state = &self.pools[place].as_ref()?.state;
+                let on = state.devices.iter().find(|d| d.device == *device)?;
+                let fits = alive(state) && state.model(model)?.needed_bytes <= on.free_bytes;
+                let (pool, device) = (place, *device);
+                fits.then(|| self.take(model, Verdict::Start { pool, device }, now, pass))
+            }
+            Action::EvictWorker {
+                pool,
+                worker,
+                needed_by,
+            } => {
+                let (pool, worker) = self.idle_worker_place(pool, worker)?;
+                let workers = vec![worker];
+                self.take(needed_by, Verdict::Evict { pool, workers }, now, pass);
+                Some(())
+            }
+            Action::UnloadWorker { pool, worker } => {
+                let (place, index) = self.idle_worker_place(pool, worker)?;
+                self.stop(place, &[index]);
+                pass.actions.push(action.clone());
+                Some(())
+            }
+            Action::Download { pool, model } => {
+                let pool = *self.by_name.get(pool)?;
+                self.take(model, Verdict::Download { pool }, now, pass);
+                Some(())
+            }
+        }
+    }
+
+    /// The place of a worker that has nothing to do.
+    fn idle_worker_place(&self, pool: &str, worker: &str) -> Option<(usize, usize)> {
+        let (place, index) = self.worker_place(pool, worker)?;
+        let state = &self.pools[place].as_ref()?.state.workers[index];
+        let idle = state.status == WorkerStatus::Ready && state.active == 0;
+        idle.then_some((place, index))
+    }
+
+    /// Does what time alone brings about.
+    fn let_time_pass(&mut self, now: Timestamp) {
+        self.promote(now);
+        while let Some(&(at, id)) = self.later.first()
+            && at <= now
+        {
+            self.later.pop_first();
+            if let Some((key, class)) = self.place_of(id) {
+                let jobs = self.class_mut(class);
+                jobs.later -= 1;
+                jobs.ready.insert(key);
+                self.look_again(class);
+            }
+        }
+        while let Some(&(at, class)) = self.wakes.first()
+            && at <= now
+        {
+            self.wakes.pop_first();
+            self.class_mut(class).wake = None;
+            self.look_at_all(class);
+        }
+    }
+
+    fn next_wake(&self, now: Timestamp) -> Option<Timestamp> {
+        let unload = self.settings.idle_ttl.and_then(|ttl| {
+            let due = |since: &Timestamp| since.checked_add(ttl).ok().filter(|at| *at > now);
+            self.idle.iter().find_map(|(since, ..)| due(since))
+        });
+        let again = (!self.dirty.is_empty()).then_some(now);
+        let later = self.later.first().map(|(at, _)| *at);
+        let class = self.wakes.first().map(|(at, _)| *at);
+        [unload, again, later, class].into_iter().flatten().min()
+    }
+}

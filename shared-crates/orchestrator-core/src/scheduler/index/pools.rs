@@ -1,0 +1,286 @@
+//! Pools and their workers: what stands elsewhere because of them.
+
+use std::sync::Arc;
+
+use foldhash::{HashSet, HashSetExt as _};
+use jiff::{SignedDuration, Timestamp};
+use pool_core::ModelRef;
+use pool_core::worker::WorkerStatus;
+
+use super::{Free, Index, Model, Pool};
+use crate::scheduler::judge::alive;
+use crate::scheduler::plan::idle_until;
+use crate::scheduler::policy::{Rank, WorkerChoice};
+use crate::scheduler::snapshot::{PoolState, Usage, WorkerState};
+
+impl Index {
+    /// Takes in what a pool is now. Leases are known here, and laid over it.
+    pub fn set_pool(&mut self, mut state: PoolState) {
+        let reported_idle: Vec<_> = state.workers.iter().map(|w| w.idle_since).collect();
+        state.last_start = self.last_starts.get(&state.id).copied().unwrap_or(0);
+        let place = match self.by_name.get(&state.id) {
+            Some(&place) => place,
+            None => self.new_place(&state.id),
+        };
+        let names = state.workers.iter().map(|w| w.id.as_str());
+        let usage = self.usage_of(place, &state.id, names);
+        for (worker, usage) in state.workers.iter_mut().zip(&usage) {
+            worker.apply(*usage);
+        }
+        let old = match self.pools[place].take() {
+            Some(mut old) if *old.state == state => {
+                (old.reported_idle, old.usage) = (reported_idle, usage);
+                self.pools[place] = Some(old);
+                return;
+            }
+            old => old,
+        };
+        if let Some(old) = &old {
+            self.note_starts(&old.state, &state);
+            self.uninstall(place, old);
+        }
+        let alive_before = old.as_ref().is_some_and(|old| alive(&old.state));
+        let whole = alive_before != alive(&state) || old.is_none();
+        let worker_models: Vec<_> = state
+            .workers
+            .iter()
+            .map(|w| self.model_id(&w.model))
+            .collect();
+        let files = self.files_of(&state);
+        let worker_names = state.workers.iter().map(|w| Arc::from(w.id.as_str()));
+        let pool = Pool {
+            name: Arc::from(state.id.as_str()),
+            worker_names: worker_names.collect(),
+            ranks: vec![None; worker_models.len()],
+            idle: vec![None; worker_models.len()],
+            state: Arc::new(state),
+            usage,
+            reported_idle,
+            worker_models,
+            files,
+        };
+        let changed = match &old {
+            Some(old) if !whole => changed_models(old, &pool),
+            _ => HashSet::new(),
+        };
+        let name = pool.state.id.clone();
+        for &(model, needed) in &pool.files {
+            self.models[model].files.insert(place, needed);
+        }
+        self.pools[place] = Some(pool);
+        self.refresh(place);
+        self.announce(place, &name, whole, &changed);
+    }
+
+    /// Forgets a pool.
+    pub fn remove_pool(&mut self, name: &str) {
+        let Some(place) = self.by_name.remove(name) else {
+            return;
+        };
+        self.usage_of(place, name, std::iter::empty());
+        if let Some(old) = self.pools[place].take() {
+            self.uninstall(place, &old);
+        }
+        self.announce(place, name, true, &HashSet::new());
+    }
+
+    /// Tells classes of a pool that has changed.
+    fn announce(&mut self, place: usize, name: &str, whole: bool, changed: &HashSet<usize>) {
+        for class in self.classes_where(|jobs| jobs.class.admits_pool(name)) {
+            if whole || changed.contains(&self.class_mut(class).model) {
+                self.look_at_all(class);
+            } else {
+                self.look_at(class, place);
+            }
+        }
+    }
+
+    fn new_place(&mut self, name: &str) -> usize {
+        let taken: HashSet<_> = self.by_name.values().copied().collect();
+        let place = (0..self.pools.len()).find(|place| !taken.contains(place));
+        let place = place.unwrap_or_else(|| {
+            self.pools.push(None);
+            self.pools.len() - 1
+        });
+        self.by_name.insert(name.to_owned(), place);
+        place
+    }
+
+    pub(super) fn model_id(&mut self, model: &ModelRef) -> usize {
+        if let Some(&known) = self.model_ids.get(model) {
+            return known;
+        }
+        self.models.push(Model::default());
+        self.model_ids.insert(model.clone(), self.models.len() - 1);
+        self.models.len() - 1
+    }
+
+    fn files_of(&mut self, state: &PoolState) -> Vec<(usize, u64)> {
+        let usable = state
+            .models
+            .iter()
+            .filter(|model| state.start_failure(model).is_none());
+        usable
+            .map(|model| (self.model_id(&model.model), model.needed_bytes))
+            .collect()
+    }
+
+    /// Takes everything away that stands elsewhere because of the pool.
+    fn uninstall(&mut self, place: usize, pool: &Pool) {
+        for &(model, _) in &pool.files {
+            self.models[model].files.remove(&place);
+        }
+        for worker in 0..pool.worker_models.len() {
+            self.clear_worker(place, pool, worker);
+            self.count(pool, worker, u32::wrapping_sub);
+        }
+    }
+
+    /// Counts a worker in or out of its model's live workers.
+    pub(super) fn count(&mut self, pool: &Pool, worker: usize, change: fn(u32, u32) -> u32) {
+        let state = &pool.state.workers[worker];
+        if !alive(&pool.state) {
+            return;
+        }
+        let counts = self.models[pool.worker_models[worker]]
+            .workers
+            .entry(state.device)
+            .or_default();
+        if state.status == WorkerStatus::Starting {
+            counts.0 = change(counts.0, 1);
+        } else if state.serves() {
+            counts.1 = change(counts.1, 1);
+        }
+    }
+
+    fn clear_worker(&mut self, place: usize, pool: &Pool, worker: usize) {
+        if let Some(rank) = pool.ranks[worker] {
+            let free = free_entry(place, pool, worker, rank);
+            self.models[pool.worker_models[worker]].free.remove(&free);
+        }
+        if let Some(since) = pool.idle[worker] {
+            self.idle.remove(&(since, place, worker));
+        }
+    }
+
+    /// Puts all workers of a pool where they belong that stand nowhere.
+    fn refresh(&mut self, place: usize) {
+        let Some(mut pool) = self.pools[place].take() else {
+            return;
+        };
+        for worker in 0..pool.worker_models.len() {
+            self.count(&pool, worker, u32::wrapping_add);
+            self.place_worker(place, &mut pool, worker);
+        }
+        self.pools[place] = Some(pool);
+    }
+
+    fn place_worker(&mut self, place: usize, pool: &mut Pool, worker: usize) {
+        let state = &pool.state.workers[worker];
+        let alive = alive(&pool.state);
+        pool.ranks[worker] = (alive && state.has_slot()).then(|| {
+            self.policy.rank_worker(&WorkerChoice {
+                pool: &pool.state,
+                worker: state,
+            })
+        });
+        let idle = alive && idle_until(state, SignedDuration::ZERO).is_some();
+        pool.idle[worker] = state.idle_since.filter(|_| idle);
+        if let Some(rank) = pool.ranks[worker] {
+            let free = free_entry(place, pool, worker, rank);
+            self.models[pool.worker_models[worker]].free.insert(free);
+        }
+        if let Some(since) = pool.idle[worker] {
+            self.idle.insert((since, place, worker));
+        }
+    }
+
+    /// Changes one worker's use: nothing but its own place changes.
+    pub(super) fn change_worker(
+        &mut self,
+        place: usize,
+        worker: usize,
+        change: impl FnOnce(&mut WorkerState, Option<Timestamp>),
+    ) {
+        let Some(mut pool) = self.pools[place].take() else {
+            return;
+        };
+        self.clear_worker(place, &pool, worker);
+        let reported = pool.reported_idle[worker];
+        change(
+            &mut Arc::make_mut(&mut pool.state).workers[worker],
+            reported,
+        );
+        self.place_worker(place, &mut pool, worker);
+        self.pools[place] = Some(pool);
+    }
+
+    /// Changes a pool in what may move all of its workers.
+    pub(super) fn change_pool(&mut self, place: usize, change: impl FnOnce(&mut PoolState)) {
+        let Some(mut pool) = self.pools[place].take() else {
+            return;
+        };
+        for worker in 0..pool.worker_models.len() {
+            self.clear_worker(place, &pool, worker);
+            self.count(&pool, worker, u32::wrapping_sub);
+        }
+        change(Arc::make_mut(&mut pool.state));
+        for worker in pool.worker_models.len()..pool.state.workers.len() {
+            let model = self.model_id(&pool.state.workers[worker].model);
+            let name = Arc::from(pool.state.workers[worker].id.as_str());
+            pool.worker_names.push(name);
+            pool.worker_models.push(model);
+            pool.usage.push(Usage::default());
+            pool.reported_idle.push(None);
+            pool.ranks.push(None);
+            pool.idle.push(None);
+        }
+        self.pools[place] = Some(pool);
+        self.refresh(place);
+    }
+
+    /// Learns how long workers took to come up.
+    fn note_starts(&mut self, old: &PoolState, new: &PoolState) {
+        for worker in &new.workers {
+            let before = old.workers.iter().find(|w| w.id == worker.id);
+            if let (Some(ready), Some(None)) = (worker.ready_at, before.map(|w| w.ready_at)) {
+                let took = ready.duration_since(worker.created_at);
+                self.estimates.started(&worker.model, took);
+            }
+        }
+    }
+}
+
+fn free_entry(place: usize, pool: &Pool, worker: usize, rank: Rank) -> Free {
+    let state = &pool.state.workers[worker];
+    Free {
+        rank,
+        pool_name: Arc::clone(&pool.name),
+        name: Arc::clone(&pool.worker_names[worker]),
+        device: state.device,
+        pool: place,
+        worker,
+    }
+}
+
+/// The models whose workers or files are others than before.
+fn changed_models(old: &Pool, new: &Pool) -> HashSet<usize> {
+    let mut changed = HashSet::new();
+    let workers = |pool: &Pool, other: &Pool, changed: &mut HashSet<usize>| {
+        for (worker, model) in pool.state.workers.iter().zip(&pool.worker_models) {
+            if !other.state.workers.contains(worker) {
+                changed.insert(*model);
+            }
+        }
+    };
+    workers(old, new, &mut changed);
+    workers(new, old, &mut changed);
+    let files = |pool: &Pool, other: &Pool, changed: &mut HashSet<usize>| {
+        let other: HashSet<_> = other.files.iter().collect();
+        let missing = pool.files.iter().filter(|file| !other.contains(file));
+        changed.extend(missing.map(|(model, _)| *model));
+    };
+    files(old, new, &mut changed);
+    files(new, old, &mut changed);
+    changed
+}

@@ -1,0 +1,239 @@
+//! What can be done for a class, from what is known already.
+
+use jiff::Timestamp;
+use pool_core::worker::WorkerStatus;
+
+use super::{Index, Jobs, Scope};
+use crate::queue::QueuedJob;
+use crate::scheduler::explain::WaitReason;
+use crate::scheduler::judge::{
+    EvictionKey, Verdict, World, alive, eviction_key, fitting, judge, next_spare, stopping, victims,
+};
+use crate::scheduler::policy::StartChoice;
+use crate::scheduler::snapshot::{PoolState, WorkerState};
+
+impl Index {
+    pub(super) fn with_world<T>(&self, now: Timestamp, work: impl FnOnce(&World<'_>) -> T) -> T {
+        let needed = |pool: &str, worker: &WorkerState| {
+            let Some(&model) = self.model_ids.get(&worker.model) else {
+                return false;
+            };
+            let mut classes = self.models[model].classes.iter();
+            classes.any(|&class| {
+                let jobs = self.classes[class].as_ref();
+                jobs.is_some_and(|jobs| jobs.class.admits_worker(pool, worker))
+            })
+        };
+        work(&World {
+            now,
+            settings: &self.settings,
+            policy: self.policy,
+            sizes: &self.sizes,
+            needed: &needed,
+        })
+    }
+
+    pub(super) fn prefers(&self, job: &QueuedJob) -> Option<&str> {
+        let session = job.session_id.as_ref()?;
+        Some(self.sessions.get(session)?.0.as_str())
+    }
+
+    /// What [`judge`] says, from what is known already. With it, when the class is to be looked at again.
+    pub(super) fn judge(
+        &self,
+        class: usize,
+        job: &QueuedJob,
+        now: Timestamp,
+    ) -> (Verdict, Option<Timestamp>) {
+        let Some(jobs) = &self.classes[class] else {
+            return (Verdict::Wait(WaitReason::PolicyHeld), None);
+        };
+        let prefer = self.prefers(job);
+        if let Some((pool, worker)) = self.free_worker(jobs, prefer) {
+            return (Verdict::Dispatch { pool, worker }, None);
+        }
+        self.with_world(now, |world| self.judge_starts(jobs, prefer, world))
+    }
+
+    fn free_worker(&self, jobs: &Jobs, prefer: Option<&str>) -> Option<(usize, usize)> {
+        let on_pool = |name: &str| {
+            let place = *self.by_name.get(name)?;
+            let pool = self.pools[place].as_ref()?;
+            let own = pool.state.workers.iter().enumerate();
+            own.filter(|(_, w)| jobs.class.admits_worker(name, w))
+                .filter_map(|(worker, state)| Some((pool.ranks[worker]?, &state.id, worker)))
+                .min()
+                .map(|(.., worker)| (place, worker))
+        };
+        if let Some(wanted) = &jobs.class.placement.pool {
+            return on_pool(wanted);
+        }
+        prefer.and_then(on_pool).or_else(|| {
+            let mut free = self.models[jobs.model].free.iter();
+            free.find(|free| jobs.class.admits_device(free.device))
+                .map(|free| (free.pool, free.worker))
+        })
+    }
+
+    /// How many workers for the class start, and how many serve.
+    fn live_workers(&self, jobs: &Jobs) -> (u32, u32) {
+        if let Some(wanted) = &jobs.class.placement.pool {
+            let pool = self.by_name.get(wanted);
+            let pool = pool.and_then(|&place| self.pools[place].as_ref());
+            let Some(pool) = pool.filter(|pool| alive(&pool.state)) else {
+                return (0, 0);
+            };
+            let mine = |w: &&WorkerState| jobs.class.admits_worker(wanted, w);
+            let mine = pool.state.workers.iter().filter(mine);
+            return mine.fold((0, 0), |(starting, serving), w| {
+                (
+                    starting + u32::from(w.status == WorkerStatus::Starting),
+                    serving + u32::from(w.serves()),
+                )
+            });
+        }
+        let devices = self.models[jobs.model].workers.iter();
+        devices
+            .filter(|(device, _)| jobs.class.admits_device(**device))
+            .fold((0, 0), |sum, (_, counts)| {
+                (sum.0 + counts.0, sum.1 + counts.1)
+            })
+    }
+
+    /// The live pools to look at that can start the class's model, with the bytes that takes.
+    fn with_file<'a>(
+        &'a self,
+        jobs: &'a Jobs,
+    ) -> impl Iterator<Item = (usize, &'a PoolState, u64)> {
+        let files = &self.models[jobs.model].files;
+        let wanted = jobs.class.placement.pool.as_ref();
+        let some: Option<Vec<usize>> = match (wanted, &jobs.scope) {
+            (Some(wanted), _) => Some(self.by_name.get(wanted).copied().into_iter().collect()),
+            (None, Scope::Pools(pools)) => Some(pools.clone()),
+            (None, _) => None,
+        };
+        let all = some
+            .is_none()
+            .then(|| files.iter().map(|(&place, &needed)| (place, needed)));
+        let some = some.into_iter().flatten();
+        let some = some.filter_map(move |place| Some((place, *files.get(&place)?)));
+        all.into_iter()
+            .flatten()
+            .chain(some)
+            .filter_map(|(place, needed)| {
+                let state = self.pools[place].as_ref()?.state.as_ref();
+                alive(state).then_some((place, state, needed))
+            })
+    }
+
+    fn judge_starts(
+        &self,
+        jobs: &Jobs,
+        prefer: Option<&str>,
+        world: &World<'_>,
+    ) -> (Verdict, Option<Timestamp>) {
+        let class = &jobs.class;
+        let (starting, serving) = self.live_workers(jobs);
+        if starting > 0 {
+            return (Verdict::Wait(WaitReason::WorkerStarting), None);
+        }
+        let mut refused = false;
+        let mut best = None;
+        for (place, pool, needed) in self.with_file(jobs) {
+            for device in fitting(class, pool, needed, serving > 0) {
+                if pool.refused(&class.model, device.device).is_some() {
+                    refused = true;
+                    continue;
+                }
+                let rank = world.policy.rank_start(&StartChoice { pool, device });
+                let elsewhere = prefer.is_some_and(|wanted| wanted != pool.id);
+                let key = (elsewhere, rank, pool.id.as_str(), device.device);
+                if best.as_ref().is_none_or(|(known, _)| key < *known) {
+                    best = Some((key, place));
+                }
+            }
+        }
+        if let Some(((.., device), pool)) = best {
+            return (Verdict::Start { pool, device }, None);
+        }
+        if serving > 0 {
+            return (Verdict::Wait(WaitReason::SlotsBusy), None);
+        }
+        if refused {
+            return (Verdict::Wait(WaitReason::StartRefused), None);
+        }
+        self.judge_evictions(jobs, prefer, world)
+    }
+
+    fn judge_evictions(
+        &self,
+        jobs: &Jobs,
+        prefer: Option<&str>,
+        world: &World<'_>,
+    ) -> (Verdict, Option<Timestamp>) {
+        let class = &jobs.class;
+        let mut best: Option<(EvictionKey<'_>, usize, Vec<usize>)> = None;
+        let mut wake: Option<Timestamp> = None;
+        let mut any = false;
+        for (place, pool, needed) in self.with_file(jobs) {
+            for &device in &pool.devices {
+                if !class.admits_device(device.device) {
+                    continue;
+                }
+                any = true;
+                let after = stopping(pool, device.device).saturating_add(device.free_bytes);
+                if after >= needed {
+                    return (Verdict::Wait(WaitReason::Evicting), None);
+                }
+                if !world.settings.evict {
+                    continue;
+                }
+                wake = wake
+                    .into_iter()
+                    .chain(next_spare(world, pool, device.device))
+                    .min();
+                if let Some(victims) = victims(world, pool, device, needed) {
+                    let key = eviction_key(world, pool, device, &victims);
+                    if best.as_ref().is_none_or(|(known, ..)| key < *known) {
+                        best = Some((key, place, victims));
+                    }
+                }
+            }
+        }
+        if let Some((_, pool, workers)) = best {
+            return (Verdict::Evict { pool, workers }, None);
+        }
+        if any || (jobs.settled == Some(WaitReason::MemoryShort) && jobs.scope != Scope::All) {
+            return (Verdict::Wait(WaitReason::MemoryShort), wake);
+        }
+        (self.judge_plainly(jobs, prefer, world), None)
+    }
+
+    /// Judges a class whose model no pool can start, which is rare, the plain way.
+    fn judge_plainly(&self, jobs: &Jobs, prefer: Option<&str>, world: &World<'_>) -> Verdict {
+        let places: Vec<usize> = match &jobs.scope {
+            Scope::Pools(pools) => pools.clone(),
+            _ => self.by_name.values().copied().collect(),
+        };
+        let (places, pools): (Vec<usize>, Vec<&PoolState>) = places
+            .into_iter()
+            .filter_map(|place| Some((place, self.pools[place].as_ref()?.state.as_ref())))
+            .unzip();
+        match judge(&jobs.class, prefer, &pools, world) {
+            Verdict::Dispatch { pool, worker } => Verdict::Dispatch {
+                pool: places[pool],
+                worker,
+            },
+            Verdict::Start { pool, device } => Verdict::Start {
+                pool: places[pool],
+                device,
+            },
+            Verdict::Evict { pool, workers } => Verdict::Evict {
+                pool: places[pool],
+                workers,
+            },
+            Verdict::Download { pool } => Verdict::Download { pool: places[pool] },
+            other => other,
+        }
+    }
+}
