@@ -424,10 +424,15 @@ fn a_gap_in_the_log() {
     let rules = broken(|story| drop(story.record().events.remove(3)));
     assert_eq!(
         rules,
-        [Rule::SameEverywhere, Rule::LogIsWhole, Rule::NoSplice]
+        [
+            Rule::SameEverywhere,
+            Rule::LogIsWhole,
+            Rule::StreamIsWhole,
+            Rule::NoSplice
+        ]
     );
     let rules = broken(|story| drop(story.record().events.remove(0)));
-    assert_eq!(rules, [Rule::LogIsWhole]);
+    assert_eq!(rules, [Rule::LogIsWhole, Rule::StreamIsWhole]);
 }
 
 const WRONG_TEXT: [Rule; 3] = [Rule::SameEverywhere, Rule::StreamIsWhole, Rule::NoSplice];

@@ -431,6 +431,46 @@ async fn what_was_shown_and_lost_is_void_with_another_build() {
     assert_eq!(kept_text(&kept), "<0><1><2><3><4><5><6><7><8><9>");
 }
 
+// [ORCHD-020] P3, P11: of what is no token, readers are told when it is committed: neither a start nor an end that a kill
+// undoes was seen.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_told_that_a_kill_undoes() {
+    for (logged, last) in [(1, "queued 0.1"), (2, "started 1.2")] {
+        let daemon = Process::start_in(Arc::new(tempfile::tempdir().unwrap())).await;
+        let worker = FakeWorker::start("worker-cpu-0").await;
+        let pool = FakePool::start("pool-a").await.has(&worker);
+        pool.register(&daemon).await;
+        let job = daemon.job().await;
+        let mut reader = daemon.follow(job, None).await.unwrap();
+        worker.request(1).await;
+        if logged == 2 {
+            worker.started(job);
+        }
+        let mut seen = Vec::new();
+        while seen.len() < logged {
+            seen.push(reader.logged().await.unwrap());
+        }
+        let mut other = daemon.database().await;
+        let lock = sqlx::raw_sql("BEGIN IMMEDIATE");
+        lock.execute(&mut other).await.unwrap();
+        if logged == 1 {
+            worker.started(job);
+        }
+        worker.end(job, 0);
+        // Long enough to be told, were it told too early.
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        let home = daemon.end("-KILL").await;
+        seen.extend(reader.rest().await);
+        assert_eq!(outline(&seen[logged - 1..]), [last]);
+        drop(other);
+        let daemon = Process::start_in(home).await;
+        pool.register(&daemon).await;
+        daemon.until(job, JobStatus::Completed).await;
+        let whole = daemon.follow(job, None).await.unwrap().rest().await;
+        assert_eq!(outline(&whole), ["queued 0.1", "started 1.2", "end 1.3"]);
+    }
+}
+
 // [ORCHD-092] P6: a worker that knows nothing of the attempt costs none.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attempt_that_its_worker_has_forgotten_is_followed_by_one_that_goes_on() {
