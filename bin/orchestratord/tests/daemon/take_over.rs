@@ -166,7 +166,8 @@ async fn what_a_frozen_daemon_still_holds_is_said() {
         "{said}"
     );
 
-    // As if it were frozen in the midst of a write.
+    // As if it were frozen in the midst of a write: awake while the lock is taken, for it may have been in the midst of one.
+    signal(&frozen, Signal::CONT);
     let path = home.path().join("state/orchestratord/jobs.db");
     let options = sqlx::sqlite::SqliteConnectOptions::new().filename(&path);
     let mut writing = options.connect().await.unwrap();
@@ -174,6 +175,7 @@ async fn what_a_frozen_daemon_still_holds_is_said() {
         .execute(&mut writing)
         .await
         .unwrap();
+    signal(&frozen, Signal::STOP);
     let (status, said) = run(command(home.path()).arg("--take-over")).await;
     assert!(
         !status.success() && said.contains(&kill) && said.contains("midst of a write"),

@@ -134,6 +134,8 @@ impl Index {
         if awaits_pools(job, now, self.started_at) {
             let wake = self.started_at.checked_add(REGISTRATION).ok();
             self.settle(class, &Verdict::Wait(WaitReason::PoolsAway), wake);
+            // Only what came before the restart waits: what comes to the class now is looked at.
+            self.class_mut(class).scope = Scope::All;
             return;
         }
         self.queue.take(job.id);
@@ -164,6 +166,10 @@ impl Index {
                 self.turns += 1;
                 let turn = self.turns;
                 self.change_pool(pool, |state| state.reserve_start(&model, device, now, turn));
+                // Where a start was refused, there may now be too little memory for one: then workers are evicted for it.
+                self.classes_where(|jobs| jobs.settled == Some(WaitReason::StartRefused))
+                    .into_iter()
+                    .for_each(|class| self.look_at_all(class));
                 let pool = name(self, pool);
                 self.last_starts.insert(pool.clone(), turn);
                 pass.actions.push(Action::StartWorker {

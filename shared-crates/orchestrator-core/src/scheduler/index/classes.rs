@@ -131,17 +131,17 @@ impl Index {
 
     /// Notes that the pool may have a place for the class.
     pub(super) fn look_at(&mut self, class: usize, pool: usize) {
+        let downloads = self.settings.download;
         let jobs = self.class_mut(class);
-        // These were found after every pool was looked at. The others end the search early, and say nothing of the rest.
-        let looked_everywhere = matches!(
-            jobs.settled,
-            Some(
-                WaitReason::MemoryShort
-                    | WaitReason::ModelMissing
-                    | WaitReason::SlotsBusy
-                    | WaitReason::WorkerStarting
-            )
-        );
+        // These were found after every pool was looked at. The others end the search early, and say nothing of the rest; and
+        // where the only pool with the file can't run it any more, another may download it.
+        let looked_everywhere = match jobs.settled {
+            Some(WaitReason::MemoryShort) => !downloads,
+            Some(WaitReason::ModelMissing | WaitReason::SlotsBusy | WaitReason::WorkerStarting) => {
+                true
+            }
+            _ => false,
+        };
         match &mut jobs.scope {
             Scope::All => {}
             Scope::Nothing if looked_everywhere => jobs.scope = Scope::Pools(vec![pool]),

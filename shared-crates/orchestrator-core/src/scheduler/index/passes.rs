@@ -57,6 +57,14 @@ impl Index {
                     self.settle(class, &verdict, wake);
                     let model = self.class_mut(class).class.model.clone();
                     self.take(&model, verdict, now, &mut pass);
+                    // What that changed for a class whose turn is still to come counts in this pass already.
+                    for class in std::mem::take(&mut self.dirty) {
+                        match self.class_mut(class).ready.first() {
+                            Some(next) if *next > key => turns.push(Reverse((*next, class))),
+                            Some(_) => _ = self.dirty.insert(class),
+                            None => {}
+                        }
+                    }
                     continue;
                 }
             }
