@@ -394,6 +394,15 @@ impl Tested {
         }
         for pool in &snapshot.pools {
             fresh.last_starts.insert(pool.id.clone(), pool.last_start);
+            let usage = pool.workers.iter().map(|worker| {
+                let usage = Usage {
+                    active: worker.active,
+                    last_turn: worker.last_turn,
+                    released_at: None,
+                };
+                (worker.id.clone(), usage)
+            });
+            fresh.away.insert(pool.id.clone(), usage.collect());
             fresh.set_pool(pool.as_ref().clone());
         }
         for job in &snapshot.jobs {
@@ -720,4 +729,32 @@ fn a_pass_after_a_plan_of_somebody_else_looks_everywhere_again() {
     assert_eq!(applied.actions, [evict("p1", "w1")]);
     let pass = tested.index.pass(at(100));
     assert_eq!(pass.actions, [evict("p0", "w0")]);
+}
+
+// [ORCHCORE-068] A model whose last job a script has placed is needed by nobody any more.
+#[test]
+fn a_plan_of_somebody_else_leaves_no_model_needed_without_jobs() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    tested.index.set_pool(PoolState {
+        workers: vec![idle("w0", 0), idle("w1", 0)],
+        ..bare_pool("p0")
+    });
+    let id = JobId::random();
+    tested.change(put(0), id);
+    let dispatch = Action::Dispatch {
+        job: id,
+        pool: "p0".into(),
+        worker: "w0".into(),
+    };
+    // Longer than an idle worker stays.
+    let late = at(3600);
+    let applied = tested
+        .index
+        .apply(std::slice::from_ref(&dispatch), Chooser::Script, late);
+    assert_eq!(applied.actions, [dispatch]);
+    let unload = Action::UnloadWorker {
+        pool: "p0".into(),
+        worker: "w1".into(),
+    };
+    assert_eq!(tested.index.pass(late).actions, [unload]);
 }
