@@ -352,6 +352,9 @@ pub fn shown(error: ClientError) -> CliError {
         }
         ClientError::Api { status: 401, .. } => CliError::from(error)
             .hint("put the API token into LLORCH_API_TOKEN, or name its file with --token-file"),
+        ClientError::Api { error: body, .. } if body.code == "JOB_NOT_FOUND" => {
+            CliError::from(error).hint("`llorch jobs list` shows the jobs")
+        }
         _ => error.into(),
     }
 }

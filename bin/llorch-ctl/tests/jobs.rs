@@ -136,25 +136,21 @@ async fn a_prompt_can_come_from_a_file_or_from_standard_input() {
         .code,
         0
     );
-    let mut command = fake.llorch(&[
-        "jobs", "submit", "--model", "m", "--detach", "--prompt", "-",
-    ]);
-    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all(b"from a pipe\n")
-        .await
-        .unwrap();
-    assert_eq!(finish(child).await.code, 0);
+    for flag in ["--prompt", "--file"] {
+        let args = ["jobs", "submit", "--model", "m", "--detach", flag, "-"];
+        let mut child = fake.llorch(&args).stdin(Stdio::piped()).spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(b"from a pipe\n").await.unwrap();
+        drop(stdin);
+        assert_eq!(finish(child).await.code, 0, "{flag}");
+    }
     let prompts: Vec<_> = fake
         .asked()
         .submits
         .into_iter()
         .map(|(_, request)| request.prompt.unwrap())
         .collect();
-    assert_eq!(prompts, ["é\n", "from a pipe\n"]);
+    assert_eq!(prompts, ["é\n", "from a pipe\n", "from a pipe\n"]);
 }
 
 #[tokio::test] // [LLORCH-023]

@@ -86,7 +86,7 @@ async fn a_wrong_request_is_refused_before_anything_is_sent() {
     let fake = Fake::default().start().await;
     let dir = tempfile::tempdir().unwrap();
     let binary = support::file(dir.path(), "binary", b"\xff\xfe");
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 16] = [
         (&["--model", "m"], "--prompt"),
         (
             &["--model", "m", "--prompt", "p", "--file", "f"],
@@ -125,6 +125,14 @@ async fn a_wrong_request_is_refused_before_anything_is_sent() {
             "names no device",
         ),
         (&["--model", "m", "--file", &binary], "not UTF-8"),
+        (
+            &["--model", "m", "--prompt", "p", "--max-tokens", "-1"],
+            "invalid value '-1' for '--max-tokens <N>'",
+        ),
+        (
+            &["--model", "m", "--prompt", "p", "--seed", "-1"],
+            "invalid value '-1' for '--seed <N>'",
+        ),
     ];
     for (args, part) in cases {
         let run = fake.run(&[&["jobs", "submit"], args].concat()).await;
@@ -141,6 +149,7 @@ async fn a_wrong_request_is_refused_before_anything_is_sent() {
         &["cancel", "../x"],
         &["events", JOB, "--after", "1"],
         &["list", "--status", "lost"],
+        &["list", "--limit", "0"],
     ] {
         let run = fake.run(&[&["jobs"], args].concat()).await;
         assert_eq!(run.code, 2, "{args:?}: {}", run.err);

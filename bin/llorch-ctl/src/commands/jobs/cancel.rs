@@ -2,7 +2,7 @@
 
 use clap::Args;
 use orchestrator_core::job::{JobId, JobStatus};
-use pool_core::terminal::{CliError, Exit, say};
+use pool_core::terminal::{CliError, Exit, note, say};
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
@@ -31,6 +31,9 @@ impl Cancel {
                     }
                 }
                 Err(error) => {
+                    if first_error.is_some() {
+                        note(error.to_string());
+                    }
                     first_error.get_or_insert(shown(error));
                 }
             }

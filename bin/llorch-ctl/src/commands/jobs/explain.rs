@@ -134,7 +134,7 @@ mod tests {
         }
     }
 
-    // [LLORCH-070]
+    // [LLORCH-037]
     #[test]
     fn a_waiting_job_says_what_binds_and_when_it_may_start() {
         let count = |filter, pools| FilterCount { filter, pools };
@@ -171,7 +171,7 @@ mod tests {
         assert!(render(&waiting(None), false).contains("starts     unknown"));
     }
 
-    // [LLORCH-070]
+    // [LLORCH-037]
     #[test]
     fn a_job_that_ran_says_why_it_ran_there() {
         let ran = TaskExplanation {

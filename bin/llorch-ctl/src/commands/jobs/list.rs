@@ -23,8 +23,8 @@ pub struct List {
     #[arg(long)]
     priority: Option<Priority>,
     /// Most jobs to show
-    #[arg(long, value_name = "N", default_value_t = 20)]
-    limit: usize,
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
+    limit: u32,
     /// Show all jobs
     #[arg(long, conflicts_with = "limit")]
     all: bool,
@@ -48,7 +48,7 @@ impl List {
         };
         let orchestrator = Orchestrator::connect(connect).await?;
         let jobs = orchestrator
-            .jobs(&filter, (!self.all).then_some(self.limit))
+            .jobs(&filter, (!self.all).then_some(self.limit as usize))
             .await
             .map_err(shown)?;
         match self.format {

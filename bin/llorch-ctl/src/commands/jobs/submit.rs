@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IsTerminal, Read};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use orchestrator_core::api::tasks::{TaskAccepted, TaskSubmitRequest, ValidationError};
@@ -69,7 +69,7 @@ struct PromptArgs {
     /// The prompt, or `-` to read it from standard input, exactly as it comes
     #[arg(long, short, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
-    /// Read the prompt from a file, exactly as it is
+    /// Read the prompt from a file, or from standard input (`-`), exactly as it is
     #[arg(long, short, value_name = "PATH")]
     file: Option<PathBuf>,
 }
@@ -79,7 +79,7 @@ struct PromptArgs {
 #[command(next_help_heading = "Generation")]
 struct SamplingArgs {
     /// Most tokens to generate [default: 256]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_tokens: Option<u32>,
     /// 0 (always the likeliest token) to 2 [default: 0.7]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
@@ -88,7 +88,7 @@ struct SamplingArgs {
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f64>,
     /// Draw from this many of the likeliest tokens; 0 is all [default: 0]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     top_k: Option<u32>,
     /// Draw from tokens at least this likely relative to the likeliest, 0 to below 1 [default: 0]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
@@ -100,7 +100,7 @@ struct SamplingArgs {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Seed of the random numbers: the same seed and settings give the same text [default: drawn]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     seed: Option<u64>,
 }
 
@@ -115,10 +115,10 @@ struct SchedulingArgs {
     #[arg(long, value_name = "ID")]
     session_id: Option<String>,
     /// Seconds from now after which the job expires, wherever it is then [default: never]
-    #[arg(long, value_name = "SECONDS", value_parser = milliseconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = milliseconds, allow_negative_numbers = true)]
     timeout: Option<u64>,
     /// How many times its worker may be lost before the job fails, 1 to 10 [default: 3]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_attempts: Option<u32>,
     /// A mark of your own, as `KEY=VALUE`; may be given up to 16 times
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
@@ -262,17 +262,16 @@ fn refused(error: ValidationError) -> CliError {
 
 impl PromptArgs {
     fn read(self) -> Result<String, CliError> {
-        match (self.prompt, self.file) {
-            (Some(text), _) if text == "-" => {
+        match (self.prompt, self.file.unwrap_or_default()) {
+            (Some(text), _) if text != "-" => Ok(text),
+            (prompt, path) if prompt.is_some() || path == Path::new("-") => {
                 let stdin = io::stdin();
                 if stdin.is_terminal() {
                     note("reading the prompt from the terminal; Ctrl-D ends it");
                 }
                 read_text(stdin.lock(), "standard input")
             }
-            (Some(text), _) => Ok(text),
-            (None, path) => {
-                let path = path.unwrap_or_default();
+            (_, path) => {
                 let name = path.display().to_string();
                 let unreadable =
                     |error| CliError::caused(Exit::Usage, format!("could not read {name}"), &error);
@@ -326,10 +325,14 @@ fn idempotency_key(text: &str) -> Result<String, String> {
         && text
             .bytes()
             .all(|byte| byte == b' ' || byte.is_ascii_graphic());
-    if fits {
+    // On the way, HTTP takes spaces around it away.
+    if fits && text.trim() == text {
         Ok(text.to_owned())
     } else {
-        Err("a key is 1 to 255 printable ASCII characters".to_owned())
+        Err(
+            "a key is 1 to 255 printable ASCII characters, the first and last of them no space"
+                .to_owned(),
+        )
     }
 }
 
@@ -361,6 +364,7 @@ mod tests {
         assert!(
             label("a").is_err() && idempotency_key("").is_err() && idempotency_key("a\nb").is_err()
         );
+        assert!(idempotency_key(" ").is_err() && idempotency_key("a ").is_err());
         assert!(idempotency_key(&"k".repeat(256)).is_err() && idempotency_key("nightly 7").is_ok());
     }
 }
