@@ -38,3 +38,38 @@ Feature: Command lines
     When I run `llorch orchestrator stop`
     Then it exits with 0
     And nothing is left running
+
+  # [BDD-033]
+  Scenario: An orchestrator goes on from a copy of its jobs
+    Given a running orchestrator with a job that waits
+    When I run `llorch orchestrator backup HOME/copy`
+    Then it exits with 0
+    When I run `llorch orchestrator backup HOME/copy`
+    Then it exits with 4
+    And standard error contains "--force"
+    When I run `llorch orchestrator stop`
+    And I run `llorch orchestrator backup --force HOME/copy`
+    Then it exits with 0
+    When its jobs are lost and "copy" is put in their place
+    And I run `llorch orchestrator start`
+    Then it exits with 0
+    When I run `llorch jobs status JOB`
+    Then it exits with 0
+    And standard output contains "queued"
+
+  # [BDD-034]
+  Scenario: An orchestrator takes over from a frozen one
+    Given a running orchestrator with a job that waits
+    When I run `llorch orchestrator start --take-over`
+    Then it exits with 1
+    And standard error contains "runs and answers"
+    When the orchestrator is frozen
+    And I run `llorch orchestrator start --take-over`
+    Then it exits with 0
+    When I run `llorch jobs status JOB`
+    Then it exits with 0
+    And standard output contains "queued"
+    When the frozen orchestrator wakes up
+    Then it ends by itself
+    When I run `llorch orchestrator status`
+    Then it exits with 0

@@ -48,6 +48,8 @@ pub struct House {
     pub watch: Option<Watch>,
     /// What came of the long run.
     pub soak: Option<Report>,
+    /// An orchestrator that was frozen.
+    pub frozen: Option<u32>,
 }
 
 impl House {
@@ -71,6 +73,7 @@ impl House {
             memory_limit: 0,
             watch: None,
             soak: None,
+            frozen: None,
         }
     }
 
@@ -153,11 +156,12 @@ impl House {
         finished
     }
 
-    /// Replaces `JOB` by the id of the scenario's job.
+    /// Replaces `HOME` by the home folder, and `JOB` by the id of the scenario's job.
     pub fn fill(&self, text: &str) -> String {
+        let text = text.replace("HOME", &self.home().to_string_lossy());
         match &self.job {
             Some(job) => text.replace("JOB", job),
-            None => text.to_owned(),
+            None => text,
         }
     }
 

@@ -7,5 +7,6 @@ mod demo;
 mod durability;
 mod jobs;
 pub mod memory;
+mod orchestrator;
 mod setting;
 mod soak;
