@@ -1,18 +1,18 @@
 //! Schemas of types that are written as text.
 
 use serde_json::{Map, Value, json};
-use utoipa::openapi::schema::{AnyOfBuilder, ObjectBuilder, Type};
+use utoipa::openapi::schema::{AnyOfBuilder, ObjectBuilder, SchemaType, Type};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::ModelRef;
 use crate::model_ref::MAX_BYTES;
-use crate::worker::Device;
+use crate::worker::{Device, ExitReason};
 
-/// A text with a meaning of its own.
 /// What a model reference must not contain: control characters, and those that hide or reorder others.
 const HIDDEN: &str = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff";
 
+/// A text with a meaning of its own.
 fn text(description: &str, example: &str, pattern: &str, longest: usize) -> RefOr<Schema> {
     let schema = ObjectBuilder::new().schema_type(Type::String);
     schema
@@ -76,6 +76,36 @@ impl PartialSchema for Device {
 }
 
 impl ToSchema for Device {}
+
+/// One form for all kinds, because later versions add to them, and may say more of those that there are.
+impl PartialSchema for ExitReason {
+    fn schema() -> RefOr<Schema> {
+        let kind = ObjectBuilder::new()
+            .schema_type(Type::String)
+            .description(Some(
+                "`exited`, `signal`, `oom_killed`, `stalled`, `start_timeout`, `model_invalid`, `spawn_failed`, `stopped`, \
+                 or what only a later version knows.",
+            ));
+        let value = ObjectBuilder::new()
+            .schema_type(SchemaType::AnyValue)
+            .description(Some(
+                "Of `exited` the code, or null where an adopted process can't be asked; of `signal` its number.",
+            ));
+        ObjectBuilder::new()
+            .description(Some("Why a worker ended."))
+            .property("kind", kind)
+            .required("kind")
+            .property("value", value)
+            .examples([
+                json!({"kind": "exited", "value": 1}),
+                json!({"kind": "signal", "value": 9}),
+                json!({"kind": "oom_killed"}),
+            ])
+            .into()
+    }
+}
+
+impl ToSchema for ExitReason {}
 
 /// Says plainly what a derive only hints at, in the whole of a document: how large each integer may be, whose `format`
 /// alone is a remark; and that a time may be null, without leaving open whether its format then counts.

@@ -203,7 +203,6 @@ impl fmt::Display for WorkerStatus {
 
 /// Why a worker ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case", tag = "kind", content = "value")]
 pub enum ExitReason {
     /// It exited by itself with this code; `None` where an adopted process can't be asked.
@@ -230,7 +229,6 @@ pub enum ExitReason {
 
 /// What a later version says of an end.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct LaterReason {
     /// Its name of the kind.
     pub kind: String,

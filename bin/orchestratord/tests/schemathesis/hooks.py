@@ -20,7 +20,7 @@ MODEL = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}|hf:\w+/\w+|file:/\w+")
 NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 lock = threading.Lock()
-calls = collections.Counter()
+calls = collections.defaultdict(collections.Counter)
 jobs = collections.deque(maxlen=20)
 choices = random.Random(1)
 beats = itertools.count(1)
@@ -45,8 +45,7 @@ def before_call(context, case, kwargs):
         if isinstance(body.get("url"), str) and body["url"].startswith("http"):
             body["url"] = HOUSE["pool_url"]
     elif label == "POST /v2/pools/{id}/heartbeat" and isinstance(body, dict):
-        if dice < 0.7:
-            aim_heartbeat(path, body)
+        aim_heartbeat(path, body, case.meta and case.meta.generation.mode.is_positive, dice < 0.7)
     elif label == "GET /v2/scheduler/trace" and isinstance(case.query, dict):
         # A recording lasts as long as it is asked to; for ever where it is not.
         if case.query.get("for_ms") in (None, "") or str(case.query["for_ms"]).isdigit():
@@ -57,17 +56,23 @@ def before_call(context, case, kwargs):
         path["id"] = known[int(dice * 1000) % len(known)]
 
 
-def aim_heartbeat(path, body):
-    """Makes a valid heartbeat one of the pool that the test registered for it."""
+def aim_heartbeat(path, body, valid, house):
+    """Makes a valid heartbeat speak of the pool that it is sent for, mostly of the one that the test registered for it."""
     status = body.get("snapshot", {})
     status = status.get("status", {}) if isinstance(status, dict) else {}
     names = [path.get("id"), body.get("instance_id")]
     if not isinstance(status, dict) or not all(isinstance(name, str) for name in names):
         return
-    if isinstance(status.get("pool_id"), str) and isinstance(body.get("seq"), int):
+    # A whole number is one however it is written.
+    seq = body.get("seq")
+    if not isinstance(status.get("pool_id"), str) or not isinstance(seq, (int, float)):
+        return
+    if valid:
+        status["pool_id"] = path["id"]
+    if house:
         path["id"] = status["pool_id"] = HOUSE["drawn_pool"]
         body["instance_id"] = HOUSE["drawn_instance"]
-        if 0 <= body["seq"] < 2**64:
+        if 0 <= seq < 2**64 and seq == int(seq):
             body["seq"] = next(beats)
 
 
@@ -81,7 +86,7 @@ def aim_recording(query):
 @schemathesis.hook
 def after_call(context, case, response):
     with lock:
-        calls[case.operation.label] += 1
+        calls[case.operation.label][response.status_code] += 1
         if case.operation.label == "POST /v2/tasks" and "location" in response.headers:
             jobs.append(response.headers["location"][0].rsplit("/", 1)[1])
 
