@@ -350,3 +350,25 @@ async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Resul
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // [ORCHD-164] P19: what each bound does is shown where the service is.
+    #[test]
+    fn the_bounds_of_the_service_are_settings() {
+        let mut config = OrchestratorConfig::default();
+        config.service.max_connections = 1;
+        config.service.header_timeout_s = 2;
+        config.service.body_timeout_s = 3;
+        config.service.header_limit_bytes = 4;
+        config.service.body_limit_bytes = 5;
+        let options = service_options(&config, &Tokens::default());
+        assert_eq!(options.max_connections, 1);
+        assert_eq!(options.header_timeout, Duration::from_secs(2));
+        assert_eq!(options.body_timeout, Duration::from_secs(3));
+        assert_eq!(options.header_limit, 4);
+        assert_eq!(options.body_limit, 5);
+    }
+}

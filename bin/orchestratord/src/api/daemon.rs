@@ -1,28 +1,15 @@
-//! What every daemon has: `/health`, `/ready`, `/metrics`.
+//! How the daemon does: `/ready`, `/metrics`.
 
 use axum::extract::State;
 use axum::http::HeaderValue;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
+use pool_core::service::routes::Health;
 use pool_core::service::{Json, ServiceError, ServiceResult};
 use prometheus::TEXT_FORMAT;
-use serde::Serialize;
 
 use super::error;
 use crate::app::App;
-
-/// Answer of `/health` and `/ready`.
-#[derive(Serialize, utoipa::ToSchema)]
-pub(super) struct Health {
-    /// `ok` or `ready`.
-    status: &'static str,
-}
-
-/// The process answers.
-#[utoipa::path(get, path = "/health", tag = "daemon", security(()), responses((status = 200, body = Health)))]
-pub(super) async fn health() -> Json<Health> {
-    Json(Health { status: "ok" })
-}
 
 /// Whether jobs can be taken: not while the database can't be used, nor while the daemon stops.
 #[utoipa::path(get, path = "/ready", tag = "daemon", responses((status = 200, body = Health)))]

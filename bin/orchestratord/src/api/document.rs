@@ -1,17 +1,11 @@
 //! `GET /openapi.json`: the API described by the routes themselves.
 
-use std::sync::Arc;
-
 use axum::Extension;
-use axum::http::HeaderValue;
-use axum::http::header::CONTENT_TYPE;
-use axum::response::IntoResponse;
 use orchestrator_core::api::error::ApiErrorCode;
 use orchestrator_core::api::events::TaskEvent;
 use pool_core::api::error::ErrorEnvelope;
-use pool_core::api::version::VersionInfo;
 use pool_core::openapi::clarify;
-use pool_core::service::{ServiceError, ServiceResult};
+use pool_core::service::routes::{self, Document};
 use serde_json::{Map, Value, json};
 use utoipa::OpenApi as _;
 use utoipa::openapi::OpenApi;
@@ -41,7 +35,7 @@ const EVENT_ID: &str = "^[0-9]{1,9}[.][0-9]{1,19}$";
             with a token asks for it everywhere but on `/health` and `/metrics`.",
         contact(),
     ),
-    paths(version),
+    paths(routes::version),
     components(schemas(ErrorEnvelope, ApiErrorCode, TaskEvent)),
     security(("api_token" = []), ()),
     tags(
@@ -54,26 +48,16 @@ const EVENT_ID: &str = "^[0-9]{1,9}[.][0-9]{1,19}$";
 )]
 struct Frame;
 
-/// Which program answers, and which API it speaks. Answered by the service that all daemons share.
-#[utoipa::path(get, path = "/version", tag = "daemon", responses((status = 200, body = VersionInfo)))]
-#[expect(dead_code, reason = "only its description is used")]
-fn version() {}
-
 /// All of the document that is not about a route.
 pub fn frame() -> OpenApi {
     Frame::openapi()
 }
 
-/// The finished document.
-#[derive(Clone)]
-pub struct Document(Arc<Result<Vec<u8>, serde_json::Error>>);
-
-/// Completes the document of the routes and hands it to [`openapi`].
+/// Completes the document of the routes and hands it to their handler of `/openapi.json`.
 pub fn layer(description: &OpenApi) -> Extension<Document> {
-    let json = serde_json::to_value(description)
-        .map(complete)
-        .and_then(|document| serde_json::to_vec(&document));
-    Extension(Document(Arc::new(json)))
+    Extension(Document::of(
+        serde_json::to_value(description).map(complete),
+    ))
 }
 
 /// Adds what holds for every route, so that no route has to say it: tokens, the correlation id, and the refusals that
@@ -195,8 +179,15 @@ fn stream_event(event: &Value) -> Value {
     let variants = variants.map(|variant| {
         let name = &variant["properties"]["event"]["enum"][0];
         let momentary = MOMENTARY.iter().any(|momentary| name == momentary);
+        // A reader of such streams hands an event that has no id of its own the one of the event before.
+        let id = if momentary {
+            "That of the event before: this one has none of its own."
+        } else {
+            "`ATTEMPT.SEQ`"
+        };
         let mut properties = json!({
             "event": {"const": name},
+            "id": {"type": "string", "pattern": EVENT_ID, "description": id},
             "data": {
                 "type": "string", "contentMediaType": "application/json",
                 "contentSchema": variant["properties"]["data"],
@@ -206,7 +197,6 @@ fn stream_event(event: &Value) -> Value {
         if momentary {
             properties["retry"] = json!({"type": "integer", "minimum": 0, "description": "Milliseconds to wait before coming back."});
         } else {
-            properties["id"] = json!({"type": "string", "pattern": EVENT_ID, "description": "`ATTEMPT.SEQ`"});
             required.push("id");
         }
         json!({
@@ -261,19 +251,5 @@ fn forbid(properties: &mut Map<String, Value>, name: &str) {
 fn require(properties: &mut Map<String, Value>, name: &str) {
     if let Some(kinds) = properties[name]["type"].as_array_mut() {
         kinds.retain(|kind| kind != "null");
-    }
-}
-
-/// This description.
-#[utoipa::path(get, path = "/openapi.json", tag = "daemon", responses((status = 200, description = "An OpenAPI 3.1 document.")))]
-pub async fn openapi(
-    Extension(document): Extension<Document>,
-) -> ServiceResult<impl IntoResponse + use<>> {
-    match document.0.as_ref() {
-        Ok(json) => Ok((
-            [(CONTENT_TYPE, HeaderValue::from_static("application/json"))],
-            json.clone(),
-        )),
-        Err(cause) => Err(ServiceError::internal(cause)),
     }
 }

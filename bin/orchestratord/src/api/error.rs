@@ -106,15 +106,15 @@ pub(super) fn from_pool(pool: &str, error: &ClientError) -> ServiceError {
     if let ClientError::Api { status, error } = error {
         // The pool's own word, under its own status: it knows what it refused, and why. But where it does not let this
         // orchestrator in, the caller can't mend that with a token of its own.
-        let status = match StatusCode::from_u16(*status) {
+        let (status, code) = match StatusCode::from_u16(*status) {
             Ok(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) | Err(_) => {
-                StatusCode::BAD_GATEWAY
+                (StatusCode::BAD_GATEWAY, Code::PoolUnavailable)
             }
-            Ok(status) => status,
+            Ok(status) => (status, Code::PoolRefused),
         };
         let mut answer = refuse(
             status,
-            Code::PoolUnavailable,
+            code,
             format!("pool `{pool}` refused: {}", error.message),
         )
         .details(json!({"pool_code": error.code, "pool_details": error.details}))
@@ -248,5 +248,12 @@ mod tests {
             let hint = answer.body().hint.as_deref().unwrap();
             assert_eq!(hint.contains("LLORCH_POOL_TOKEN"), status == 401, "{hint}");
         }
+        let refusal = ServiceError::new(StatusCode::NOT_FOUND, "WORKER_NOT_FOUND", "no");
+        let error = Box::new(refusal.body().clone());
+        let answer = from_pool("pool-a", &ClientError::Api { status: 404, error });
+        assert_eq!(answer.status(), StatusCode::NOT_FOUND);
+        assert_eq!(answer.body().code, "POOL_REFUSED");
+        let details = answer.body().details.as_ref().unwrap();
+        assert_eq!(details["pool_code"], "WORKER_NOT_FOUND");
     }
 }

@@ -9,6 +9,7 @@ mod scheduler;
 mod tasks;
 
 use axum::Router;
+use pool_core::service::routes as common;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -41,8 +42,8 @@ fn routes() -> OpenApiRouter<App> {
         .routes(routes!(scheduler::check))
         .routes(routes!(scheduler::simulate))
         .routes(routes!(scheduler::record))
-        .routes(routes!(daemon::health))
+        .routes(routes!(common::health))
         .routes(routes!(daemon::ready))
         .routes(routes!(daemon::metrics))
-        .routes(routes!(document::openapi))
+        .routes(routes!(common::openapi))
 }

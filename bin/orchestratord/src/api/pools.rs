@@ -113,18 +113,32 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// How a call ends that is passed on to a pool, but not taken by it.
+#[derive(utoipa::IntoResponses)]
+#[expect(dead_code, reason = "only its description is used")]
+enum RefusedByPool {
+    /// The pool refused it as malformed.
+    #[response(status = 400)]
+    Malformed,
+    /// The pool has not registered, or has nothing of that name.
+    #[response(status = 404)]
+    Unknown,
+    /// The pool refused it in its present state.
+    #[response(status = 409)]
+    Conflict,
+    /// The pool does not answer, or does not let this orchestrator in.
+    #[response(status = 502)]
+    Unreachable,
+    /// The pool can't now.
+    #[response(status = 503)]
+    NotNow,
+}
+
 /// Starts a worker on a pool; passed on to it.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/workers/spawn", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
     request_body = WorkerSpawnRequest,
-    responses(
-        (status = 202, description = "It is being started.", body = WorkerInfo),
-        (status = 400, description = "The pool refused it as malformed."),
-        (status = 404, description = "The pool has not registered, or has nothing of that name."),
-        (status = 409, description = "The pool refused it in its present state."),
-        (status = 502, description = "The pool does not answer, or does not let this orchestrator in."),
-        (status = 503, description = "The pool can't now."),
-    )
+    responses((status = 202, description = "It is being started.", body = WorkerInfo), RefusedByPool)
 )]
 pub(super) async fn spawn_worker(
     State(app): State<App>,
@@ -141,14 +155,7 @@ pub(super) async fn spawn_worker(
     post, path = "/v2/pools/{id}/workers/{worker}/stop", tag = "fleet",
     params(("id" = String, Path, description = "The pool."), ("worker" = String, Path, pattern = "^[A-Za-z0-9-]+$", description = "The worker.")),
     request_body(content = Option<WorkerStopRequest>),
-    responses(
-        (status = 200, body = WorkerInfo),
-        (status = 400, description = "The pool refused it as malformed."),
-        (status = 404, description = "The pool has not registered, or has nothing of that name."),
-        (status = 409, description = "The pool refused it in its present state."),
-        (status = 502, description = "The pool does not answer, or does not let this orchestrator in."),
-        (status = 503, description = "The pool can't now."),
-    )
+    responses((status = 200, body = WorkerInfo), RefusedByPool)
 )]
 pub(super) async fn stop_worker(
     State(app): State<App>,
@@ -183,14 +190,7 @@ pub(super) async fn stop_worker(
 #[utoipa::path(
     post, path = "/v2/pools/{id}/drain", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
     request_body(content = Option<DrainRequest>),
-    responses(
-        (status = 200, body = PoolStatus),
-        (status = 400, description = "The pool refused it as malformed."),
-        (status = 404, description = "The pool has not registered, or has nothing of that name."),
-        (status = 409, description = "The pool refused it in its present state."),
-        (status = 502, description = "The pool does not answer, or does not let this orchestrator in."),
-        (status = 503, description = "The pool can't now."),
-    )
+    responses((status = 200, body = PoolStatus), RefusedByPool)
 )]
 pub(super) async fn drain(
     State(app): State<App>,
@@ -207,14 +207,7 @@ pub(super) async fn drain(
 /// The pool takes new workers again; passed on to it.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/resume", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
-    responses(
-        (status = 200, body = PoolStatus),
-        (status = 400, description = "The pool refused it as malformed."),
-        (status = 404, description = "The pool has not registered, or has nothing of that name."),
-        (status = 409, description = "The pool refused it in its present state."),
-        (status = 502, description = "The pool does not answer, or does not let this orchestrator in."),
-        (status = 503, description = "The pool can't now."),
-    )
+    responses((status = 200, body = PoolStatus), RefusedByPool)
 )]
 pub(super) async fn resume(
     State(app): State<App>,

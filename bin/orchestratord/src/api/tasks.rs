@@ -153,7 +153,8 @@ fn accepts_events(headers: &HeaderMap) -> bool {
         .filter_map(|value| value.to_str().ok());
     accepted
         .flat_map(|value| value.split(','))
-        .any(|kind| kind.trim().starts_with("text/event-stream"))
+        .filter_map(|range| range.split(';').next())
+        .any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
 }
 
 /// The events after `after`; `400` where none can come any more, `410` where they are gone.
@@ -362,4 +363,60 @@ pub(super) async fn delete(
     id: Path<String>,
 ) -> ServiceResult<Json<CancelResponse>> {
     cancel(app, id).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key_of(caller: Caller, seed: Option<u64>) -> IdempotencyKey {
+        let request = TaskSubmitRequest {
+            model: "m".into(),
+            prompt: Some("p".into()),
+            seed,
+            ..TaskSubmitRequest::default()
+        };
+        let headers = HeaderMap::from_iter([(
+            "idempotency-key".parse().unwrap(),
+            HeaderValue::from_static("k"),
+        )]);
+        let key = idempotency_key(
+            caller,
+            &headers,
+            &request.validate().unwrap(),
+            seed.is_some(),
+        );
+        key.unwrap().unwrap()
+    }
+
+    // [ORCHD-014] P2
+    #[test]
+    fn a_key_belongs_to_its_credential_and_to_what_was_asked() {
+        let mine = key_of(Caller::Operator, None);
+        assert_eq!(
+            mine,
+            key_of(Caller::Operator, None),
+            "a drawn seed is no difference"
+        );
+        assert_ne!(mine.caller, key_of(Caller::Anonymous, None).caller);
+        assert_ne!(mine.caller, key_of(Caller::Scoped("pool"), None).caller);
+        assert_ne!(
+            mine.fingerprint,
+            key_of(Caller::Operator, Some(1)).fingerprint
+        );
+    }
+
+    // [ORCHD-020]
+    #[test]
+    fn a_stream_is_asked_for_by_its_name_alone() {
+        for (accept, asked) in [
+            ("text/event-stream", true),
+            ("application/json, Text/Event-Stream;q=0.9", true),
+            ("text/event-streams", false),
+            ("*/*", false),
+        ] {
+            let headers = HeaderMap::from_iter([(ACCEPT, HeaderValue::from_static(accept))]);
+            assert_eq!(accepts_events(&headers), asked, "{accept}");
+        }
+    }
 }

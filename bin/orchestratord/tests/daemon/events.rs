@@ -62,6 +62,8 @@ async fn a_submit_that_accepts_events_is_answered_with_them() {
         stream: orchestrator.client.events(request).await.unwrap(),
     };
     assert_eq!(reader.stream.status(), 200);
+    // A proxy must not collect it.
+    assert_eq!(reader.stream.header("x-accel-buffering"), Some("no"));
     let first = reader.logged().await.unwrap();
     let TaskEvent::Queued(queued) = first.event else {
         panic!("{first:?}")

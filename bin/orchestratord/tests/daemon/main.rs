@@ -7,6 +7,8 @@ mod attempts;
 mod backup;
 mod crash;
 mod crash_points;
+#[path = "../../../../shared-crates/pool-core/tests/support/described.rs"]
+mod described;
 mod disk;
 mod events;
 mod metrics;

@@ -1,19 +1,12 @@
 //! `GET /openapi.json`: the API described by the routes themselves.
 
-use std::sync::Arc;
-
 use axum::Extension;
-use axum::http::HeaderValue;
-use axum::http::header::CONTENT_TYPE;
-use axum::response::IntoResponse;
 use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::pool::PoolErrorCode;
-use pool_core::api::version::VersionInfo;
+use pool_core::service::routes::{self, Document};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{Content, OpenApi, Ref, ResponseBuilder};
 use utoipa::{Modify, OpenApi as _};
-
-use super::error::ApiResult;
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -22,7 +15,7 @@ use super::error::ApiResult;
         description = "The workers of one pool host. Every error has the same envelope; a pool with a token asks for it everywhere but on `/health` and `/metrics`.",
         contact(),
     ),
-    paths(version),
+    paths(routes::version),
     components(schemas(ErrorEnvelope, PoolErrorCode)),
     modifiers(&Token),
     security(("pool_token" = []), ()),
@@ -50,21 +43,12 @@ impl Modify for Token {
     }
 }
 
-/// Which program answers, and which API it speaks. Answered by the service that all daemons share.
-#[utoipa::path(get, path = "/version", tag = "daemon", responses((status = 200, body = VersionInfo)))]
-#[expect(dead_code, reason = "only its description is used")]
-fn version() {}
-
 /// All of the document that is not about a route.
 pub fn frame() -> OpenApi {
     Frame::openapi()
 }
 
-/// The finished document.
-#[derive(Clone)]
-pub struct Document(Arc<Result<Vec<u8>, serde_json::Error>>);
-
-/// Completes the document of the routes and hands it to [`openapi`].
+/// Completes the document of the routes and hands it to their handler of `/openapi.json`.
 pub fn layer(mut description: OpenApi) -> Extension<Document> {
     let envelope = ResponseBuilder::new()
         .description("Anything else: refused, with the reason.")
@@ -80,17 +64,5 @@ pub fn layer(mut description: OpenApi) -> Extension<Document> {
             responses.insert("default".to_owned(), envelope.clone().into());
         }
     }
-    Extension(Document(Arc::new(serde_json::to_vec(&description))))
-}
-
-/// This description.
-#[utoipa::path(get, path = "/openapi.json", tag = "daemon", responses((status = 200, description = "An OpenAPI 3.1 document.")))]
-pub async fn openapi(Extension(document): Extension<Document>) -> ApiResult<impl IntoResponse> {
-    match document.0.as_ref() {
-        Ok(json) => Ok((
-            [(CONTENT_TYPE, HeaderValue::from_static("application/json"))],
-            json.clone(),
-        )),
-        Err(cause) => Err(super::error::ApiError::internal(cause)),
-    }
+    Extension(Document::of(serde_json::to_value(&description)))
 }

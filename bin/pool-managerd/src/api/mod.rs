@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
+use pool_core::service::routes as common;
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
@@ -47,8 +48,8 @@ fn routes() -> OpenApiRouter<Arc<Pool>> {
         .routes(routes!(models::download))
         .routes(routes!(status::drain))
         .routes(routes!(status::resume))
-        .routes(routes!(status::health))
+        .routes(routes!(common::health))
         .routes(routes!(status::ready))
         .routes(routes!(status::metrics))
-        .routes(routes!(document::openapi))
+        .routes(routes!(common::openapi))
 }

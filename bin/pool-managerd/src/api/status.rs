@@ -1,4 +1,4 @@
-//! What the pool is: `/status`, `/models`, `/drain`, `/resume`, `/health`, `/ready`, `/metrics`.
+//! What the pool is: `/status`, `/models`, `/drain`, `/resume`, `/ready`, `/metrics`.
 
 use axum::extract::State;
 use axum::http::HeaderValue;
@@ -8,19 +8,12 @@ use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::pool::{DrainRequest, ModelList, PoolStatus, WorkerList};
 use pool_core::lifecycle::SpawnError;
 use pool_core::service::Json;
+use pool_core::service::routes::Health;
 use prometheus::TEXT_FORMAT;
-use serde::Serialize;
 
 use super::App;
 use super::error::{ApiError, ApiResult};
 use crate::gpu_inventory;
-
-/// Answer of `/health` and `/ready`.
-#[derive(Serialize, utoipa::ToSchema)]
-pub struct Health {
-    /// `ok` or `ready`.
-    status: &'static str,
-}
 
 /// The longest deadline of a drain: beyond a week somebody mistook the unit.
 const MAX_DEADLINE_MS: u64 = 7 * 24 * 3_600_000;
@@ -76,12 +69,6 @@ pub async fn resume(State(pool): App) -> ApiResult<Json<PoolStatus>> {
         pool.changed();
     }
     status(State(pool)).await
-}
-
-/// The daemon lives.
-#[utoipa::path(get, path = "/health", tag = "daemon", security(()), responses((status = 200, body = Health)))]
-pub async fn health() -> Json<Health> {
-    Json(Health { status: "ok" })
 }
 
 /// Whether the daemon takes new workers.

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod cleanup;
+#[path = "../../../../shared-crates/pool-core/tests/support/described.rs"]
+mod described;
 mod downloads;
 mod drain;
 mod gpus;

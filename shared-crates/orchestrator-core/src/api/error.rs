@@ -34,8 +34,10 @@ pub enum ApiErrorCode {
     ShuttingDown,
     /// As many such requests are served as may be at once.
     Busy,
-    /// The pool did not answer, or refused what was passed on to it.
+    /// The pool did not answer, or does not let this orchestrator in.
     PoolUnavailable,
+    /// The pool refused what was passed on to it; `details.pool_code` is its own word for why.
+    PoolRefused,
 }
 
 impl ApiErrorCode {
@@ -56,6 +58,7 @@ impl ApiErrorCode {
             Self::ShuttingDown => "SHUTTING_DOWN",
             Self::Busy => "BUSY",
             Self::PoolUnavailable => "POOL_UNAVAILABLE",
+            Self::PoolRefused => "POOL_REFUSED",
         }
     }
 }

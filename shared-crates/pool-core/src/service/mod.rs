@@ -8,6 +8,7 @@ mod correlation;
 mod error;
 mod extract;
 mod failure;
+pub mod routes;
 mod shutdown;
 pub mod state_files;
 mod strict;
@@ -184,7 +185,7 @@ fn app(router: Router, local_addr: SocketAddr, options: &ServiceOptions) -> Rout
     let guard = auth::Guard::new(local_addr, options);
     // The outermost layer stands last: the correlation id is known wherever an error is made.
     router
-        .route("/version", get(async move || axum::Json(version)))
+        .route("/version", get(routes::version).with_state(version))
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(options.body_limit))
