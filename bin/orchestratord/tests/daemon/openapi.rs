@@ -144,6 +144,11 @@ async fn answers_are_as_described() {
         );
     }
     // And refusals.
+    // A worker's name becomes a part of a path on the pool.
+    let stop = "/v2/pools/{id}/workers/{worker}/stop";
+    let elsewhere = "/v2/pools/pool-a/workers/..%2f..%2fdrain%3f/stop";
+    let refused = ask(post.clone(), stop, elsewhere, None).await;
+    assert_eq!(refused["error"]["code"], "INVALID_REQUEST");
     ask(get.clone(), one, "/v2/tasks/job-1", None).await;
     ask(get.clone(), "/v2/pools/{id}", "/v2/pools/none", None).await;
     ask(

