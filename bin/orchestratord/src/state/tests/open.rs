@@ -172,6 +172,15 @@ async fn damage_is_looked_for_after_a_stop_that_was_not_in_order() {
         .await
         .unwrap();
     sqlx::Connection::close(conn).await.unwrap();
+    // Whoever closes last writes the log back, and that is not always the one that was asked last.
+    let log = crashed.with_extension("db-wal");
+    tokio::time::timeout(Duration::from_secs(30), async {
+        while log.exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await
+    .unwrap();
     damage(&crashed);
     let damaged = std::fs::read(&crashed).unwrap();
     let error = Store::open(&crashed).await.err().unwrap();
