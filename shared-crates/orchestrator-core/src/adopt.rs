@@ -326,7 +326,9 @@ impl Promised {
             }
             takes_work(on)?;
             let promised = self.active.get(&(pool, worker)).copied().unwrap_or(0);
-            if state.status != WorkerStatus::Ready || state.active + promised > 0 {
+            // One that is full without a lease of ours works for somebody else.
+            let works = state.full || state.active + promised > 0;
+            if state.status != WorkerStatus::Ready || works {
                 return Err("it is not idle".to_owned());
             }
             if self.evicted.contains(&(pool, worker)) {

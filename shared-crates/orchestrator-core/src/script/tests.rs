@@ -680,6 +680,8 @@ fn one_invalid_action_leaves_the_pass_to_the_built_in_policy() {
     new.ready_at = Some(Timestamp::from_second(999).unwrap());
     let mut refusing = pool("r", 1, vec![]);
     refusing.models.truncate(1);
+    let mut elsewhere = worker("elsewhere", "b", 0);
+    elsewhere.full = true;
     let snapshot = snapshot(
         jobs,
         vec![
@@ -690,6 +692,7 @@ fn one_invalid_action_leaves_the_pass_to_the_built_in_policy() {
             ),
             draining,
             refusing,
+            pool("s", 1 << 30, vec![elsewhere]),
         ],
     );
     let built_in = schedule(&snapshot, &LeastLoaded);
@@ -730,6 +733,7 @@ fn one_invalid_action_leaves_the_pass_to_the_built_in_policy() {
         ),
         ("[evict_worker(workers[0], jobs[0])]", "it is not idle"),
         ("[evict_worker(workers[2], jobs[0])]", "it stays for 60 s"),
+        ("[evict_worker(workers[4], jobs[0])]", "it is not idle"),
     ];
     for (answer, why) in cases {
         let source = body(&format!(
