@@ -154,6 +154,14 @@ impl ApiClient {
         if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
             return Err(bad("it must begin with http:// or https://".to_owned()));
         }
+        if !url.username().is_empty() || url.password().is_some() {
+            // Addresses are shown and logged: this one not even here.
+            return Err(ClientError::BadUrl {
+                url: url.host_str().unwrap_or_default().to_owned(),
+                detail: "it must not hold a user or a password; a token goes into the settings"
+                    .to_owned(),
+            });
+        }
         let mut builder = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)

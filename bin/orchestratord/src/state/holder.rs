@@ -30,6 +30,14 @@ pub(super) async fn check(conn: &mut SqliteConnection, ours: Epoch) -> Result<()
     }
 }
 
+/// Writes what is there already, to see whether anything can be written.
+pub(super) async fn touch(conn: &mut SqliteConnection) -> Result<(), StoreError> {
+    sqlx::query("UPDATE holder SET epoch = epoch")
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
 /// Notes that this run closes the database in order.
 pub(super) async fn release(conn: &mut SqliteConnection, ours: Epoch) -> Result<(), StoreError> {
     sqlx::query("UPDATE holder SET clean = 1 WHERE epoch = ?")

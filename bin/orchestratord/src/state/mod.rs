@@ -599,12 +599,12 @@ impl Store {
         self.writer.forget_log().await
     }
 
-    /// Fails unless the database can be read.
+    /// Fails unless the database can be read, and as far as is known written.
     pub async fn check(&self) -> Result<(), StoreError> {
         sqlx::query("SELECT 1 FROM jobs LIMIT 1")
             .fetch_optional(&self.readers)
             .await?;
-        Ok(())
+        self.writer.probe().await
     }
 }
 

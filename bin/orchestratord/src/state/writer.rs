@@ -2,7 +2,8 @@
 //! COMMIT; none is answered before it. So a hundred submits cost about as many syncs as one.
 
 use std::pin::Pin;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use sqlx::{Row as _, SqliteConnection};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -17,6 +18,8 @@ const BATCH: usize = 256;
 const BACKLOG: usize = 1024;
 /// How often a writer with nothing to write looks whether the database is still its own.
 const LOOK: Duration = Duration::from_secs(2);
+/// How long a failed transaction counts: as long as its clients are told to wait before they try again.
+const FAILURE_COUNTS: Duration = Duration::from_secs(5);
 
 pub(super) type Future<'a, T> = Pin<Box<dyn std::future::Future<Output = T> + Send + 'a>>;
 
@@ -77,7 +80,11 @@ pub(super) struct Writer {
     commands: mpsc::Sender<Box<dyn Command>>,
     tidy: mpsc::Sender<oneshot::Sender<bool>>,
     taken_over: watch::Receiver<bool>,
+    failure: LastFailure,
 }
+
+/// The latest transaction that failed, and when, until a later [`Writer::probe`] finds that all is well.
+type LastFailure = Arc<Mutex<Option<(Instant, StoreError)>>>;
 
 impl Writer {
     /// Starts the writer on `conn`. It ends, and closes the connection, when every `Writer` is dropped.
@@ -85,13 +92,19 @@ impl Writer {
         let (commands, inbox) = mpsc::channel(BACKLOG);
         let (tidy, asked) = mpsc::channel(1);
         let (told, taken_over) = watch::channel(false);
+        let failure = LastFailure::default();
         let writer = Self {
             commands,
             tidy,
             taken_over,
+            failure: Arc::clone(&failure),
         };
         let task = async move {
-            let mut held = Held { conn, epoch };
+            let mut held = Held {
+                conn,
+                epoch,
+                failure,
+            };
             match held.write(inbox, asked).await {
                 Ended::InOrder => held.close().await,
                 Ended::TakenOver => {
@@ -117,6 +130,21 @@ impl Writer {
     /// Whether another run has taken over the database.
     pub(super) fn is_taken_over(&self) -> bool {
         *self.taken_over.borrow()
+    }
+
+    /// Fails where a transaction failed a moment ago, or something did before that and still nothing can be written. A
+    /// small write may find room where a job would not: so a success alone says nothing.
+    pub(super) async fn probe(&self) -> Result<(), StoreError> {
+        let failure = || self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((at, error)) = failure().clone() else {
+            return Ok(());
+        };
+        if at.elapsed() < FAILURE_COUNTS {
+            return Err(error);
+        }
+        self.run(|conn| Box::pin(holder::touch(conn))).await?;
+        *failure() = None;
+        Ok(())
     }
 
     /// Empties the write-ahead log if no reader needs it; false where it stays.
@@ -159,6 +187,7 @@ enum Ended {
 struct Held {
     conn: SqliteConnection,
     epoch: Epoch,
+    failure: LastFailure,
 }
 
 impl Held {
@@ -195,6 +224,8 @@ impl Held {
             if let Some(error) = &broken {
                 end_if_sync_failed(error);
                 tracing::error!(%error, commands = batch.len(), "could not write to the database");
+                *self.failure.lock().unwrap_or_else(PoisonError::into_inner) =
+                    Some((Instant::now(), error.clone()));
                 // SQLite may have rolled back by itself already; then this one has nothing to do.
                 let _ = execute(&mut self.conn, "ROLLBACK").await;
             }

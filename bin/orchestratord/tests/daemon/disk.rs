@@ -96,6 +96,8 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
     while submit(client.base_url(), "small").await.status() == 202 {
         accepted += 1;
     }
+    let ready = client.get::<Value>("/ready").await.unwrap_err();
+    assert_eq!(ready.status(), Some(503), "{ready}");
 
     // What runs goes on in front of its readers, and reads are answered.
     worker.tokens(job, 3..200);
@@ -111,6 +113,11 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
     assert!(daemon.try_wait().unwrap().is_none());
 
     fs::remove_file(filler).unwrap();
+    // It need not be a submit that finds out.
+    eventually("the daemon is ready", async || {
+        client.get::<Value>("/ready").await.ok()
+    })
+    .await;
     let done = eventually("the end", async || {
         Some(show(&client, job).await).filter(|view| view.status == JobStatus::Completed)
     })

@@ -228,3 +228,18 @@ async fn an_unreachable_daemon_and_another_api_version_are_told() {
         "{error}"
     );
 }
+
+#[test]
+fn an_address_with_a_password_is_refused_and_not_shown() {
+    for address in [
+        "http://user:secret@127.0.0.1:1",
+        "http://secret@127.0.0.1:1",
+    ] {
+        let error = ApiClient::new(address, None).unwrap_err();
+        let shown = format!("{error} {error:?}");
+        assert!(
+            matches!(error, ClientError::BadUrl { .. }) && !shown.contains("secret"),
+            "{shown}"
+        );
+    }
+}

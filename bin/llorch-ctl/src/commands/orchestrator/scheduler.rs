@@ -1,6 +1,6 @@
 //! `llorch orchestrator scheduler`: the policy in force, and trying others before they are.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,9 @@ use pool_core::terminal::{
 };
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
+
+/// The largest trace that is read.
+const MOST_TRACE_BYTES: u64 = 1 << 30;
 
 /// `llorch orchestrator scheduler`.
 #[derive(Debug, Args)]
@@ -421,8 +424,14 @@ impl Tail {
 
 impl Simulate {
     fn run(self) -> Result<Exit, CliError> {
-        let text = std::fs::read_to_string(&self.trace)
+        let mut text = String::new();
+        std::fs::File::open(&self.trace)
+            .and_then(|file| file.take(MOST_TRACE_BYTES + 1).read_to_string(&mut text))
             .map_err(|error| unreadable(&self.trace, &error))?;
+        if text.len() as u64 > MOST_TRACE_BYTES {
+            let what = format!("`{}` is larger than 1 GiB", self.trace.display());
+            return Err(CliError::new(Exit::Usage, what).hint("record for a shorter time"));
+        }
         let trace = Trace::read(&text).map_err(|error| {
             let what = format!("`{}` can't be played", self.trace.display());
             CliError::caused(Exit::Failed, what, &error).hint(error.hint())

@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read as _, Write};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,6 @@ use orchestrator_core::JobId;
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::Usage;
 use pool_core::api::error::ErrorBody;
-use pool_core::fsio;
 use pool_core::terminal::{CliError, Exit, human_duration, say};
 use serde::{Deserialize, Serialize};
 
@@ -106,11 +105,9 @@ impl Results {
                 &error,
             )
         };
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            Err(error) => return Err(failed(error)),
-        };
+        let mut file = alone(&path)?;
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(failed)?;
         let before = earlier(&text, &path)?;
         let kept: Vec<&Record> = before.iter().filter(|record| record.id.is_some()).collect();
         if kept.len() != text.lines().count() || !text.is_empty() && !text.ends_with('\n') {
@@ -119,18 +116,12 @@ impl Results {
                 whole += &serde_json::to_string(record).map_err(io::Error::from)?;
                 whole.push('\n');
             }
-            fsio::write_atomic(&path, whole, 0o600).map_err(failed)?;
+            file = replaced(&path, &whole).map_err(failed)?;
         }
         let before = kept
             .into_iter()
             .map(|record| (record.key.clone(), record.clone()))
             .collect();
-        let file = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed)?;
         Ok(Self {
             file: Some((path, file)),
             before,
@@ -175,6 +166,53 @@ impl Results {
             None => "the same command names the same jobs, so nothing is done twice; with --output it goes on where it stopped".to_owned(),
         }
     }
+}
+
+/// Opens the file for this process alone: two batches would write over each other.
+fn alone(path: &Path) -> Result<File, CliError> {
+    let what = || format!("could not use {}", path.display());
+    let failed = |error: io::Error| CliError::caused(Exit::Usage, what(), &error);
+    let mut options = OpenOptions::new();
+    options.read(true).append(true).create(true).mode(0o600);
+    loop {
+        // Whatever else it is may never end.
+        if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+            let what = format!("{} is no regular file", path.display());
+            return Err(CliError::new(Exit::Usage, what)
+                .hint("results go to standard output where no --output is given"));
+        }
+        let file = options.open(path).map_err(failed)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let what = format!("another batch writes to {}", path.display());
+                return Err(CliError::new(Exit::Usage, what)
+                    .hint("wait for it to end, or name another --output"));
+            }
+            Err(TryLockError::Error(error)) => return Err(failed(error)),
+        }
+        let (ours, there) = (file.metadata(), fs::metadata(path));
+        let (ours, there) = (ours.map_err(failed)?, there.map_err(failed)?);
+        // Else the one that had the lock has put another file in its place.
+        if (ours.dev(), ours.ino()) == (there.dev(), there.ino()) {
+            return Ok(file);
+        }
+    }
+}
+
+/// Puts a file with this text in the place of `path`, or of what that links to. It is this process's alone from the
+/// beginning.
+fn replaced(path: &Path, text: &str) -> io::Result<File> {
+    let path = fs::canonicalize(path)?;
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let mut temp = tempfile::Builder::new()
+        .prefix(".batch-")
+        .append(true)
+        .tempfile_in(folder)?;
+    temp.as_file().try_lock()?;
+    temp.write_all(text.as_bytes())?;
+    temp.as_file().sync_all()?;
+    temp.persist(&path).map_err(|error| error.error)
 }
 
 /// What the file of an earlier run holds. The last line may be cut off; anything else that is no result means that the
@@ -308,6 +346,28 @@ mod tests {
         results.add(&record(2, false)).unwrap();
         let whole = format!("{first}{third}{}", line(&record(2, false)));
         assert_eq!(fs::read_to_string(&path).unwrap(), whole);
+    }
+
+    #[test] // [LLORCH-072]
+    fn two_batches_do_not_write_to_one_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, link) = (folder.path().join("out.jsonl"), folder.path().join("link"));
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        // With something to tidy, so that another file takes the place of the first.
+        let line = serde_json::to_string(&record(2, true)).unwrap() + "\n";
+        fs::write(&path, line).unwrap();
+        let mut first = Results::open(Some(link.clone())).unwrap();
+        for name in [&path, &link] {
+            let error = Results::open(Some(name.clone())).unwrap_err();
+            assert!(error.to_string().contains("another batch"), "{error}");
+        }
+        first.add(&record(1, false)).unwrap();
+        drop(first);
+        assert!(link.is_symlink());
+        assert!(Results::open(Some(path)).unwrap().has("batch-1"));
+
+        let error = Results::open(Some("/dev/full".into())).unwrap_err();
+        assert!(error.to_string().contains("no regular file"), "{error}");
     }
 
     #[test] // [LLORCH-072]

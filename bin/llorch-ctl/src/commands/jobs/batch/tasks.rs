@@ -73,10 +73,15 @@ fn parse(mut source: impl BufRead, name: &str, defaults: &Defaults) -> Result<Ve
             )
             .hint("each line is one task"));
         }
-        if bytes.trim_ascii().is_empty() {
+        // Some editors begin a file with the mark of its encoding.
+        let text = match line {
+            1 => bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes),
+            _ => &bytes,
+        };
+        if text.trim_ascii().is_empty() {
             continue;
         }
-        match task(&bytes, defaults) {
+        match task(text, defaults) {
             Ok(request) => {
                 let text = serde_json::to_string(&request).map_err(io::Error::from)?;
                 let count = seen.entry(text.clone()).or_default();
@@ -173,6 +178,7 @@ mod tests {
         assert_eq!(twice[..2], [first[1].clone(), first[0].clone()]);
         assert!(!first.contains(&twice[2]));
         assert_ne!(keys(a, "again"), keys(a, ""));
+        assert_eq!(keys(&format!("\u{feff}{a}"), ""), keys(a, ""));
     }
 
     #[test] // [LLORCH-070]
