@@ -758,3 +758,90 @@ fn a_plan_of_somebody_else_leaves_no_model_needed_without_jobs() {
     };
     assert_eq!(tested.index.pass(late).actions, [unload]);
 }
+
+// [ORCHCORE-066] What came before a restart waits for pools that may still register; what comes after it is judged.
+#[test]
+fn a_job_of_after_a_restart_does_not_wait_with_those_of_before() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let failed = WorkerState {
+        status: WorkerStatus::Failed,
+        start_failure: Some("bad".into()),
+        ..idle("w0", 0)
+    };
+    tested.index.set_pool(PoolState {
+        workers: vec![failed],
+        models: vec![on_disk(0, 1)],
+        ..bare_pool("p0")
+    });
+    tested.change(put(0), JobId::random());
+    tested.change(Change::Time(10), JobId::random());
+    tested.pass().unwrap();
+    assert_eq!(tested.jobs.len(), 1);
+    let late = JobId::random();
+    tested.change(put(0), late);
+    tested.pass().unwrap();
+    assert!(!tested.jobs.contains(&late) && tested.jobs.len() == 1);
+}
+
+// [ORCHCORE-066] A start may take the memory for which another was refused: then that one needs an eviction.
+#[test]
+fn a_refused_start_is_judged_again_when_another_takes_its_memory() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    tested.index.set_pool(PoolState {
+        devices: vec![DeviceState {
+            device: device(0),
+            free_bytes: 3,
+            total_bytes: 6,
+        }],
+        workers: vec![idle("w0", 2)],
+        models: vec![on_disk(1, 3), on_disk(3, 1)],
+        refused_starts: vec![RefusedStart {
+            model: model(1),
+            device: device(0),
+            message: "no".into(),
+        }],
+        ..bare_pool("p0")
+    });
+    tested.change(Change::Time(60), JobId::random());
+    tested.change(put(1), JobId::random());
+    tested.pass().unwrap();
+    tested.change(put(3), JobId::random());
+    tested.pass().unwrap();
+    let evict = Action::EvictWorker {
+        pool: "p0".into(),
+        worker: "w0".into(),
+        needed_by: model(1),
+    };
+    assert_eq!(tested.index.pass(at(60)).actions, [evict]);
+}
+
+// [ORCHCORE-066] Where the only pool with the file can't run it any more, another may download it.
+#[test]
+fn a_class_that_was_short_of_memory_may_come_to_lack_the_model() {
+    let settings = Settings {
+        download: true,
+        evict: false,
+        ..Settings::default()
+    };
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, settings);
+    let with_file = PoolState {
+        models: vec![on_disk(0, 3)],
+        ..bare_pool("p1")
+    };
+    tested.index.set_pool(with_file.clone());
+    tested.index.set_pool(PoolState {
+        disk_free_bytes: 1 << 31,
+        ..bare_pool("p2")
+    });
+    tested.change(put(0), JobId::random());
+    tested.pass().unwrap();
+    tested.index.set_pool(PoolState {
+        devices: vec![],
+        ..with_file
+    });
+    let download = Action::Download {
+        pool: "p2".into(),
+        model: model(0),
+    };
+    assert_eq!(tested.index.pass(at(0)).actions, [download]);
+}
