@@ -50,21 +50,8 @@ pub(super) async fn check(
     State(app): State<App>,
     body: ServiceResult<Json<CheckRequest>>,
 ) -> ServiceResult<Json<CheckAnswer>> {
-    let Json(request) = body.map_err(|error| match error.body().hint {
-        Some(_) => error,
-        None => error.hint(r#"send {"script": "fn schedule(ctx) { [] }"}"#),
-    })?;
-    let permit = Arc::clone(&app.trials)
-        .try_acquire_owned()
-        .map_err(|_| error::too_many("another script or trace is being tried", BUSY_RETRY))?;
-    let answer = tokio::task::spawn_blocking(move || {
-        let _permit = permit;
-        script::check(request.script.as_bytes())
-    });
-    let answer = answer
-        .await
-        .map_err(|error| ServiceError::internal(&error))?;
-    Ok(Json(answer))
+    let request = asked(body, r#"send {"script": "fn schedule(ctx) { [] }"}"#)?;
+    attempt(&app, move || Ok(script::check(request.script.as_bytes()))).await
 }
 
 /// Plays a trace under other policies, and decides every pass of it again.
@@ -80,15 +67,11 @@ pub(super) async fn simulate(
     State(app): State<App>,
     body: ServiceResult<Json<SimulateRequest>>,
 ) -> ServiceResult<Json<SimulateAnswer>> {
-    let Json(request) = body.map_err(|error| match error.body().hint {
-        Some(_) => error,
-        None => error.hint("send {\"trace\": TRACE, \"script\"?: SOURCE, \"policies\"?: [NAME]}, of at most 4 MiB; `llorch orchestrator scheduler simulate` takes traces of any size"),
-    })?;
-    let permit = Arc::clone(&app.trials)
-        .try_acquire_owned()
-        .map_err(|_| error::too_many("another script or trace is being tried", BUSY_RETRY))?;
-    let answer = tokio::task::spawn_blocking(move || {
-        let _permit = permit;
+    let request = asked(
+        body,
+        "send {\"trace\": TRACE, \"script\"?: SOURCE, \"policies\"?: [NAME]}, of at most 4 MiB; `llorch orchestrator scheduler simulate` takes traces of any size",
+    )?;
+    attempt(&app, move || {
         let trace = Trace::read(&request.trace).map_err(|error| {
             error::invalid(error.to_string())
                 .hint(error.hint())
@@ -111,6 +94,30 @@ pub(super) async fn simulate(
                 "`llorch orchestrator scheduler simulate` plays it on a machine of your own, for as long as it takes",
             )
         })
+    })
+    .await
+}
+
+/// The body, or why it is none with what to send instead.
+fn asked<T>(body: ServiceResult<Json<T>>, hint: &str) -> ServiceResult<T> {
+    let Json(request) = body.map_err(|error| match error.body().hint {
+        Some(_) => error,
+        None => error.hint(hint),
+    })?;
+    Ok(request)
+}
+
+/// Tries a script or a trace aside, one at a time: it may take long, and the daemon has other work.
+async fn attempt<T: Send + 'static>(
+    app: &App,
+    work: impl FnOnce() -> ServiceResult<T> + Send + 'static,
+) -> ServiceResult<Json<T>> {
+    let permit = Arc::clone(&app.trials)
+        .try_acquire_owned()
+        .map_err(|_| error::too_many("another script or trace is being tried", BUSY_RETRY))?;
+    let answer = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        work()
     });
     answer
         .await

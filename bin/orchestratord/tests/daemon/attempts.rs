@@ -236,14 +236,7 @@ async fn silence_of_all_pools_at_once_takes_nothing_before_the_window_has_passed
     const WINDOW: u64 = 1200;
     let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = WINDOW).await;
     let start = std::time::Instant::now();
-    let worker = FakeWorker::start("worker-cpu-0").await;
-    let mut pool = FakePool::start("pool-a").await.has(&worker);
-    pool.interval_ms = 100;
-    pool.register(&orchestrator).await;
-    let job = orchestrator.job().await;
-    worker.request(1).await;
-    worker.started(job);
-    orchestrator.until(job, JobStatus::Running).await;
+    let (worker, pool, job) = orchestrator.runs_on_a_hasty_pool().await;
     // The window of the start is over before anybody falls silent.
     let silent = eventually("the end of the first window", async || {
         let now = std::time::Instant::now();

@@ -578,15 +578,8 @@ async fn a_stream_goes_on_at_the_address_that_the_pool_gives_later() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_given_up_before_the_recovery_window_has_passed() {
     let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = 1500).await;
-    let worker = FakeWorker::start("worker-cpu-0").await;
     // A restart knows the pool of before: its three missed heartbeats would be over long before the window is.
-    let mut pool = FakePool::start("pool-a").await.has(&worker);
-    pool.interval_ms = 100;
-    pool.register(&orchestrator).await;
-    let job = orchestrator.job().await;
-    worker.request(1).await;
-    worker.started(job);
-    orchestrator.until(job, JobStatus::Running).await;
+    let (_worker, _pool, job) = orchestrator.runs_on_a_hasty_pool().await;
     let (home, config) = orchestrator.stop().await;
     let started = std::time::Instant::now();
     let orchestrator = Orchestrator::start_in(home, config).await.unwrap();

@@ -6,21 +6,14 @@ use orchestrator_core::JobStatus;
 use orchestrator_core::api::pools::PoolView;
 use orchestrator_core::pool::PoolLiveness;
 
-use crate::support::{FakePool, FakeWorker, Orchestrator, eventually};
+use crate::support::{Orchestrator, eventually};
 
 // [ORCHD-096] P7: a stream outlives the silence of its pool, however long that lasts. When the stream breaks then, there is
 // nothing to wait for any more: the attempt is given up, though nothing else happens.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_outlives_the_silence_of_its_pool_and_nothing_is_waited_for_after_it() {
     let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = 300).await;
-    let worker = FakeWorker::start("worker-cpu-0").await;
-    let mut pool = FakePool::start("pool-a").await.has(&worker);
-    pool.interval_ms = 100;
-    pool.register(&orchestrator).await;
-    let job = orchestrator.job().await;
-    worker.request(1).await;
-    worker.started(job);
-    orchestrator.until(job, JobStatus::Running).await;
+    let (worker, _pool, job) = orchestrator.runs_on_a_hasty_pool().await;
     eventually("silence", async || {
         let view: PoolView = orchestrator.client.get("/v2/pools/pool-a").await.unwrap();
         (view.liveness == PoolLiveness::Offline).then_some(())

@@ -206,6 +206,19 @@ impl Api {
             .job_id
     }
 
+    /// A job that runs on a worker of a pool that must be heard ten times a second.
+    pub async fn runs_on_a_hasty_pool(&self) -> (FakeWorker, FakePool, JobId) {
+        let worker = FakeWorker::start("worker-cpu-0").await;
+        let mut pool = FakePool::start("pool-a").await.has(&worker);
+        pool.interval_ms = 100;
+        pool.register(self).await;
+        let job = self.job().await;
+        worker.request(1).await;
+        worker.started(job);
+        self.until(job, JobStatus::Running).await;
+        (worker, pool, job)
+    }
+
     pub async fn show(&self, job: JobId) -> TaskView {
         self.client.get(&format!("/v2/tasks/{job}")).await.unwrap()
     }
