@@ -110,6 +110,21 @@ fn a_pool_manager_that_hangs_is_named_and_can_still_be_stopped_with_its_workers(
     assert!(!manager.is_alive());
 }
 
+#[test] // [POOLCTL-036]
+fn a_worker_that_was_started_while_the_others_stopped_is_stopped_as_well() {
+    let host = Host::with_manager();
+    let model = host.model(&tiny_gguf());
+    // The stand-in lists one worker of its own alone, so this one is as if started right after it was asked.
+    host.run(&["worker", "spawn", "cpu", "--model", &model, "--wait"])
+        .exits(0);
+    host.run(&["daemon", "start"]).exits(0);
+    let out = host.run(&["daemon", "stop", "--workers"]).exits(0).out;
+    assert!(
+        out.starts_with("worker-cpu-4 stopped\n") && out.ends_with("worker-cpu-0 stopped\n"),
+        "{out}"
+    );
+}
+
 #[test] // [POOLCTL-037]
 fn a_drain_is_asked_for_watched_and_ended() {
     let host = Host::with_manager();

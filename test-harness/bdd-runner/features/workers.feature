@@ -23,6 +23,17 @@ Feature: Workers
     Then it exits with 0
     And no process of the worker program is left
 
+  # [BDD-025] [POOLCTL-036]
+  Scenario: A pool is stopped with its workers while jobs wait
+    Given the default model is on disk
+    And a running orchestrator and a running pool
+    When I submit a job of 150 tokens with the prompt "Once upon a time"
+    And it has given 5 tokens
+    And I submit a job of 150 tokens with the prompt "Once upon a time"
+    And I run `llorch-pool daemon stop --workers`
+    Then it exits with 0
+    And no process of the worker program is left
+
   # [BDD-022]
   Scenario: A model that is not on disk
     Given a running pool

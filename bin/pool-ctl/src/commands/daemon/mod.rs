@@ -95,37 +95,35 @@ async fn start(config: Option<PathBuf>) -> Result<Exit, CliError> {
 }
 
 async fn stop(context: &Context, workers: bool) -> Result<Exit, CliError> {
-    let mut workers_left = false;
     if workers {
         match Pool::reach(context).await {
             Ok(pool) => drop(stop_all(&pool, false).await?),
             // One that hangs is ended first; then nobody stands between this command and the workers.
             Err(error) if error.exit == Exit::Unreachable && owns_this_home(context)? => {
                 note(format!("{error}; it is ended before its workers"));
-                workers_left = true;
             }
             Err(error) => return Err(error),
         }
     }
     let timeout = Duration::from_millis(context.config.service.shutdown_grace_ms) + STOP_SLACK;
     daemon_commands::stop(&context.home.pool_state(), NAME, timeout).await?;
-    if workers_left {
+    if workers {
+        // Until it ended, somebody may have had it start others.
         stop_all(&Pool::direct(context)?, false).await?;
+        return Ok(Exit::Done);
     }
-    if !workers {
-        let live: Vec<String> = Pool::direct(context)?
-            .list()
-            .await?
-            .into_iter()
-            .filter(|worker| worker.status.is_live())
-            .map(|worker| worker.id)
-            .collect();
-        if !live.is_empty() {
-            note(format!(
-                "still running: {}; `llorch-pool worker stop --all` stops them",
-                live.join(", ")
-            ));
-        }
+    let live: Vec<String> = Pool::direct(context)?
+        .list()
+        .await?
+        .into_iter()
+        .filter(|worker| worker.status.is_live())
+        .map(|worker| worker.id)
+        .collect();
+    if !live.is_empty() {
+        note(format!(
+            "still running: {}; `llorch-pool worker stop --all` stops them",
+            live.join(", ")
+        ));
     }
     Ok(Exit::Done)
 }
