@@ -75,16 +75,17 @@ async fn pass(app: &App) -> Option<Timestamp> {
     tell(app, &app.jobs.attempts(), now);
     let passed = decide(app, now).await;
     let wake = passed.pass.wake;
+    let mut jobs = passed.pass.jobs.iter();
     for action in &passed.pass.actions {
         match action {
             Action::Dispatch { job, pool, worker } => {
-                let found = (passed.pass.jobs.get(job), passed.attempts.get(job));
+                let found = (jobs.next(), passed.attempts.get(job));
                 if let (Some(queued), Some(attempt)) = found {
                     dispatch(app, queued, attempt, pool, worker, now);
                 }
             }
-            Action::Reject { job, code, message } => {
-                if let Some(queued) = passed.pass.jobs.get(job) {
+            Action::Reject { code, message, .. } => {
+                if let Some(queued) = jobs.next() {
                     reject(app, queued, *code, message.clone());
                 }
             }

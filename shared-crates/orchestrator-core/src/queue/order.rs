@@ -1,14 +1,16 @@
 //! A sorted list that knows the place of each of its entries.
 
+use std::collections::VecDeque;
+
 /// Entries of one chunk: small enough to move, many enough that counting chunks is quick.
 const CHUNK: usize = 128;
 
 /// A sorted list without duplicates, in chunks. Inserting, removing and finding a place look at one chunk and at the
-/// lengths of those before it.
+/// lengths of those before it; what goes at either end of a chunk moves no other.
 #[derive(Debug, Clone)]
 pub(crate) struct Ordered<K> {
     /// None is empty.
-    chunks: Vec<Vec<K>>,
+    chunks: Vec<VecDeque<K>>,
     len: usize,
 }
 
@@ -31,13 +33,13 @@ impl<K: Ord> Ordered<K> {
     }
 
     pub(crate) fn first(&self) -> Option<&K> {
-        self.chunks.first()?.first()
+        self.chunks.first()?.front()
     }
 
     /// How many entries are before `key`.
     pub(crate) fn rank(&self, key: &K) -> usize {
         let chunk = self.chunk_of(key);
-        let before: usize = self.chunks[..chunk].iter().map(Vec::len).sum();
+        let before: usize = self.chunks[..chunk].iter().map(VecDeque::len).sum();
         let inside = self.chunks.get(chunk);
         before + inside.map_or(0, |entries| entries.partition_point(|entry| entry < key))
     }
@@ -45,7 +47,7 @@ impl<K: Ord> Ordered<K> {
     pub(crate) fn insert(&mut self, key: K) {
         let chunk = self.chunk_of(&key).min(self.chunks.len().saturating_sub(1));
         if self.chunks.is_empty() {
-            self.chunks.push(Vec::new());
+            self.chunks.push(VecDeque::new());
         }
         let entries = &mut self.chunks[chunk];
         let place = entries.partition_point(|entry| *entry < key);
@@ -61,14 +63,21 @@ impl<K: Ord> Ordered<K> {
     }
 
     pub(crate) fn remove(&mut self, key: &K) -> bool {
-        let chunk = self.chunk_of(key);
+        // What goes is mostly the first of all.
+        let chunk = match self.first() {
+            Some(first) if first == key => 0,
+            _ => self.chunk_of(key),
+        };
         let Some(entries) = self.chunks.get_mut(chunk) else {
             return false;
         };
-        let Ok(place) = entries.binary_search(key) else {
+        if entries.front() == Some(key) {
+            entries.pop_front();
+        } else if let Ok(place) = entries.binary_search(key) {
+            entries.remove(place);
+        } else {
             return false;
-        };
-        entries.remove(place);
+        }
         self.len -= 1;
         if entries.is_empty() {
             self.chunks.remove(chunk);
@@ -79,7 +88,7 @@ impl<K: Ord> Ordered<K> {
     /// The first chunk that does not end before `key`.
     fn chunk_of(&self, key: &K) -> usize {
         self.chunks
-            .partition_point(|entries| entries.last().is_some_and(|last| last < key))
+            .partition_point(|entries| entries.back().is_some_and(|last| last < key))
     }
 }
 

@@ -41,8 +41,8 @@ use crate::scheduler::snapshot::{PoolState, Settings, Snapshot, Usage};
 pub struct Pass {
     /// What to do, in order.
     pub actions: Vec<Action>,
-    /// The jobs that the actions dispatch or reject, as they stood in the queue.
-    pub jobs: HashMap<JobId, Arc<QueuedJob>>,
+    /// Of each action that dispatches or rejects a job, in their order: the job as it stood in the queue.
+    pub jobs: Vec<Arc<QueuedJob>>,
     /// Of each action that dispatches a job, in their order: why there.
     pub why: Vec<Why>,
     /// When time alone makes the next pass due.
@@ -79,7 +79,7 @@ pub struct Index {
     /// When a class is to be looked at whatever happens.
     wakes: BTreeSet<(Timestamp, usize)>,
     pools: Vec<Option<Pool>>,
-    by_name: BTreeMap<String, usize>,
+    by_name: HashMap<Arc<str>, usize>,
     models: Vec<Model>,
     model_ids: HashMap<ModelRef, usize>,
     /// Workers of live pools that have nothing to do, by since when.
@@ -87,7 +87,7 @@ pub struct Index {
     /// Workers with leases that are on no pool's list now, by pool and worker.
     away: HashMap<String, HashMap<String, Usage>>,
     /// The pool of each session, and the number of the dispatch that made it so.
-    sessions: HashMap<String, (String, u64)>,
+    sessions: HashMap<String, (Arc<str>, u64)>,
     last_starts: HashMap<String, u64>,
     turns: u64,
     estimates: Estimates,
@@ -192,7 +192,7 @@ impl Index {
             dirty: BTreeSet::new(),
             wakes: BTreeSet::new(),
             pools: Vec::new(),
-            by_name: BTreeMap::new(),
+            by_name: HashMap::new(),
             models: Vec::new(),
             model_ids: HashMap::new(),
             idle: BTreeSet::new(),
@@ -230,14 +230,14 @@ impl Index {
             settings: self.settings,
             jobs: self.queue.ordered(now),
             pools: self
-                .by_name
-                .values()
-                .filter_map(|&pool| Some(Arc::clone(&self.pools[pool].as_ref()?.state)))
+                .ordered_places()
+                .into_iter()
+                .filter_map(|place| Some(Arc::clone(&self.pools[place].as_ref()?.state)))
                 .collect(),
             sessions: self
                 .sessions
                 .iter()
-                .map(|(session, (pool, _))| (session.clone(), pool.clone()))
+                .map(|(session, (pool, _))| (session.clone(), pool.to_string()))
                 .collect(),
             sizes: self.sizes.clone(),
             turns: self.turns,

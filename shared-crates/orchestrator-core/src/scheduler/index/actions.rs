@@ -70,20 +70,18 @@ impl Index {
             return;
         };
         state.usage[worker].take(turn);
-        let (pool, name) = (
-            state.state.id.clone(),
-            state.state.workers[worker].id.clone(),
-        );
-        if let Some(session) = &job.session_id {
-            self.remember_session(session, &pool, turn);
-        }
-        pass.jobs.insert(job.id, Arc::clone(job));
-        pass.why.push(why);
-        pass.actions.push(Action::Dispatch {
+        let action = Action::Dispatch {
             job: job.id,
-            pool,
-            worker: name,
-        });
+            pool: state.state.id.clone(),
+            worker: state.state.workers[worker].id.clone(),
+        };
+        let pool = Arc::clone(&state.name);
+        if let Some(session) = &job.session_id {
+            self.remember_session(session, pool, turn);
+        }
+        pass.jobs.push(Arc::clone(job));
+        pass.why.push(why);
+        pass.actions.push(action);
     }
 
     /// Why the job goes to this worker.
@@ -110,9 +108,12 @@ impl Index {
         ))
     }
 
-    fn remember_session(&mut self, session: &str, pool: &str, turn: u64) {
-        self.sessions
-            .insert(session.to_owned(), (pool.to_owned(), turn));
+    fn remember_session(&mut self, session: &str, pool: Arc<str>, turn: u64) {
+        if let Some(known) = self.sessions.get_mut(session) {
+            *known = (pool, turn);
+            return;
+        }
+        self.sessions.insert(session.to_owned(), (pool, turn));
         if self.sessions.len() > SESSIONS {
             let mut turns: Vec<u64> = self.sessions.values().map(|(_, turn)| *turn).collect();
             let (_, middle, _) = turns.select_nth_unstable(SESSIONS / 2);
@@ -145,7 +146,7 @@ impl Index {
             code: why.0,
             message: why.1.to_owned(),
         });
-        pass.jobs.insert(job.id, Arc::clone(job));
+        pass.jobs.push(Arc::clone(job));
     }
 
     /// Does what a verdict says that is not about one job.

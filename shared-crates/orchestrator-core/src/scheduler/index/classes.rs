@@ -49,6 +49,11 @@ impl Index {
     /// Takes a job that has left the queue out of its class.
     pub(super) fn leave(&mut self, job: &QueuedJob, key: TurnKey, class: usize) {
         let jobs = self.class_mut(class);
+        // Mostly it had its turn.
+        if jobs.ready.first() == Some(&key) {
+            jobs.ready.pop_first();
+            return;
+        }
         if jobs.ready.remove(&key) {
             return;
         }

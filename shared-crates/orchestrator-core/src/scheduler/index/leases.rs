@@ -34,7 +34,7 @@ impl Index {
     }
 
     pub(super) fn worker_place(&self, pool: &str, worker: &str) -> Option<(usize, usize)> {
-        let place = *self.by_name.get(pool)?;
+        let place = self.pool_place(pool)?;
         let state = &self.pools[place].as_ref()?.state;
         let worker = state.workers.iter().position(|w| w.id == worker)?;
         Some((place, worker))

@@ -20,18 +20,30 @@ impl Index {
     pub fn pass(&mut self, now: Timestamp) -> Pass {
         let mut pass = Pass::default();
         self.let_time_pass(now);
-        let mut turns: BinaryHeap<Reverse<(TurnKey, usize)>> = std::mem::take(&mut self.dirty)
-            .into_iter()
-            .filter_map(|class| Some(Reverse((*self.class_mut(class).ready.first()?, class))))
-            .collect();
+        let mut turns: BinaryHeap<Reverse<(TurnKey, usize)>> = BinaryHeap::new();
+        let mut slots = 0;
+        for class in std::mem::take(&mut self.dirty) {
+            let jobs = self.class_mut(class);
+            let (model, ready) = (jobs.model, jobs.ready.len());
+            if let Some(next) = jobs.ready.first() {
+                turns.push(Reverse((*next, class)));
+                slots += ready.min(self.models[model].free.len());
+            }
+        }
         pass.judged = !turns.is_empty();
+        // About as many jobs as will get a place: what grows while thousands do is copied again and again.
+        pass.actions.reserve(slots);
+        pass.jobs.reserve(slots);
+        pass.why.reserve(slots);
         let mut emptied = Vec::new();
         let mut rejected: HashMap<usize, (JobErrorCode, String)> = HashMap::new();
-        while let Some(Reverse((key, class))) = turns.pop() {
+        while let Some(&Reverse((key, class))) = turns.peek() {
             let Some(job) = self.queue.get(key.3).cloned() else {
+                turns.pop();
                 continue;
             };
             if let Some((code, message)) = rejected.get(&class) {
+                turns.pop();
                 self.reject(&job, key, class, now, (*code, message), &mut pass);
                 continue;
             }
@@ -39,9 +51,22 @@ impl Index {
                 (Verdict::Dispatch { pool, worker }, _) => {
                     let chooser = Chooser::Policy(self.policy_name);
                     self.dispatch(&job, key, class, (pool, worker), chooser, &mut pass);
+                    match self.class_mut(class).ready.first() {
+                        // In the place of the one before: cheaper than to take that out first.
+                        Some(next) => {
+                            if let Some(mut turn) = turns.peek_mut() {
+                                *turn = Reverse((*next, class));
+                            }
+                        }
+                        None => {
+                            turns.pop();
+                            emptied.push(class);
+                        }
+                    }
                 }
                 (Verdict::Reject { code, message }, _) => {
                     // Its jobs are rejected each at its own turn.
+                    turns.pop();
                     let others = self.class_mut(class).ready.iter().copied();
                     turns.extend(
                         others
@@ -51,9 +76,9 @@ impl Index {
                     self.reject(&job, key, class, now, (code, &message), &mut pass);
                     rejected.insert(class, (code, message));
                     emptied.push(class);
-                    continue;
                 }
                 (verdict, wake) => {
+                    turns.pop();
                     self.settle(class, &verdict, wake);
                     let model = self.class_mut(class).class.model.clone();
                     self.take(&model, verdict, now, &mut pass);
@@ -65,12 +90,7 @@ impl Index {
                             None => {}
                         }
                     }
-                    continue;
                 }
-            }
-            match self.class_mut(class).ready.first() {
-                Some(next) => turns.push(Reverse((*next, class))),
-                None => emptied.push(class),
             }
         }
         self.unload(now, &mut pass);
@@ -107,13 +127,11 @@ impl Index {
         for action in actions {
             self.apply_one(action, chooser, now, &mut pass);
         }
-        let jobs = std::mem::take(&mut pass.jobs);
-        for job in jobs.values() {
+        for job in &pass.jobs {
             if let Some(&class) = self.class_ids.get(&Class::of(job)) {
                 self.drop_if_empty(class);
             }
         }
-        pass.jobs = jobs;
         // Somebody else may have left undone what a pass would have done, or stopped what a class counts on.
         for class in self.classes_where(|_| true) {
             self.look_at_all(class);
@@ -153,7 +171,7 @@ impl Index {
                 model,
                 device,
             } => {
-                let place = *self.by_name.get(pool)?;
+                let place = self.pool_place(pool)?;
                 let state = &self.pools[place].as_ref()?.state;
                 let on = state.devices.iter().find(|d| d.device == *device)?;
                 let fits = alive(state) && state.model(model)?.needed_bytes <= on.free_bytes;
@@ -177,7 +195,7 @@ impl Index {
                 Some(())
             }
             Action::Download { pool, model } => {
-                let pool = *self.by_name.get(pool)?;
+                let pool = self.pool_place(pool)?;
                 self.take(model, Verdict::Download { pool }, now, pass);
                 Some(())
             }

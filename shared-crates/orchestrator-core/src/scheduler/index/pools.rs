@@ -18,8 +18,8 @@ impl Index {
     pub fn set_pool(&mut self, mut state: PoolState) {
         let reported_idle: Vec<_> = state.workers.iter().map(|w| w.idle_since).collect();
         state.last_start = self.last_starts.get(&state.id).copied().unwrap_or(0);
-        let place = match self.by_name.get(&state.id) {
-            Some(&place) => place,
+        let place = match self.pool_place(&state.id) {
+            Some(place) => place,
             None => self.new_place(&state.id),
         };
         let names = state.workers.iter().map(|w| w.id.as_str());
@@ -102,8 +102,19 @@ impl Index {
             self.pools.push(None);
             self.pools.len() - 1
         });
-        self.by_name.insert(name.to_owned(), place);
+        self.by_name.insert(Arc::from(name), place);
         place
+    }
+
+    pub(super) fn pool_place(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The places of all pools, in the order of the pools' names.
+    pub(super) fn ordered_places(&self) -> Vec<usize> {
+        let mut named: Vec<_> = self.by_name.iter().collect();
+        named.sort_unstable();
+        named.into_iter().map(|(_, &place)| place).collect()
     }
 
     pub(super) fn model_id(&mut self, model: &ModelRef) -> usize {
@@ -155,8 +166,14 @@ impl Index {
 
     fn clear_worker(&mut self, place: usize, pool: &Pool, worker: usize) {
         if let Some(rank) = pool.ranks[worker] {
-            let free = free_entry(place, pool, worker, rank);
-            self.models[pool.worker_models[worker]].free.remove(&free);
+            let free = &mut self.models[pool.worker_models[worker]].free;
+            // Mostly it is the best one that was taken.
+            let first = free.first().map(|free| (free.pool, free.worker));
+            if first == Some((place, worker)) {
+                free.pop_first();
+            } else {
+                free.remove(&free_entry(place, pool, worker, rank));
+            }
         }
         if let Some(since) = pool.idle[worker] {
             self.idle.remove(&(since, place, worker));

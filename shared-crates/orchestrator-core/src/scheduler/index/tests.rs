@@ -390,7 +390,9 @@ impl Tested {
         );
         fresh.turns = snapshot.turns;
         for (session, pool) in &snapshot.sessions {
-            fresh.sessions.insert(session.clone(), (pool.clone(), 0));
+            fresh
+                .sessions
+                .insert(session.clone(), (pool.as_str().into(), 0));
         }
         for pool in &snapshot.pools {
             fresh.last_starts.insert(pool.id.clone(), pool.last_start);

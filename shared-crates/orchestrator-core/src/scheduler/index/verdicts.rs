@@ -35,7 +35,7 @@ impl Index {
 
     pub(super) fn prefers(&self, job: &QueuedJob) -> Option<&str> {
         let session = job.session_id.as_ref()?;
-        Some(self.sessions.get(session)?.0.as_str())
+        Some(&self.sessions.get(session)?.0)
     }
 
     /// What [`judge`] says, from what is known already. With it, when the class is to be looked at again.
@@ -57,13 +57,17 @@ impl Index {
 
     fn free_worker(&self, jobs: &Jobs, prefer: Option<&str>) -> Option<(usize, usize)> {
         let on_pool = |name: &str| {
-            let place = *self.by_name.get(name)?;
+            let place = self.pool_place(name)?;
             let pool = self.pools[place].as_ref()?;
-            let own = pool.state.workers.iter().enumerate();
-            own.filter(|(_, w)| jobs.class.admits_worker(name, w))
-                .filter_map(|(worker, state)| Some((pool.ranks[worker]?, &state.id, worker)))
-                .min()
-                .map(|(.., worker)| (place, worker))
+            let own = pool.worker_models.iter().enumerate();
+            own.filter(|&(worker, &model)| {
+                model == jobs.model && jobs.class.admits_device(pool.state.workers[worker].device)
+            })
+            .filter_map(|(worker, _)| {
+                Some((pool.ranks[worker]?, &pool.worker_names[worker], worker))
+            })
+            .min()
+            .map(|(.., worker)| (place, worker))
         };
         if let Some(wanted) = &jobs.class.placement.pool {
             return on_pool(wanted);
@@ -78,8 +82,8 @@ impl Index {
     /// How many workers for the class start, and how many serve.
     fn live_workers(&self, jobs: &Jobs) -> (u32, u32) {
         if let Some(wanted) = &jobs.class.placement.pool {
-            let pool = self.by_name.get(wanted);
-            let pool = pool.and_then(|&place| self.pools[place].as_ref());
+            let pool = self.pool_place(wanted);
+            let pool = pool.and_then(|place| self.pools[place].as_ref());
             let Some(pool) = pool.filter(|pool| alive(&pool.state)) else {
                 return (0, 0);
             };
@@ -108,7 +112,7 @@ impl Index {
         let files = &self.models[jobs.model].files;
         let wanted = jobs.class.placement.pool.as_ref();
         let some: Option<Vec<usize>> = match (wanted, &jobs.scope) {
-            (Some(wanted), _) => Some(self.by_name.get(wanted).copied().into_iter().collect()),
+            (Some(wanted), _) => Some(self.pool_place(wanted).into_iter().collect()),
             (None, Scope::Pools(pools)) => Some(pools.clone()),
             (None, _) => None,
         };
@@ -213,7 +217,7 @@ impl Index {
     fn judge_plainly(&self, jobs: &Jobs, prefer: Option<&str>, world: &World<'_>) -> Verdict {
         let places: Vec<usize> = match &jobs.scope {
             Scope::Pools(pools) => pools.clone(),
-            _ => self.by_name.values().copied().collect(),
+            _ => self.ordered_places(),
         };
         let (places, pools): (Vec<usize>, Vec<&PoolState>) = places
             .into_iter()

@@ -67,9 +67,9 @@ impl Index {
     fn explain(&self, class: usize, now: Timestamp) -> Option<Explanation> {
         let jobs = self.classes[class].as_ref()?;
         let pools: Vec<&PoolState> = self
-            .by_name
-            .values()
-            .filter_map(|&place| Some(self.pools[place].as_ref()?.state.as_ref()))
+            .ordered_places()
+            .into_iter()
+            .filter_map(|place| Some(self.pools[place].as_ref()?.state.as_ref()))
             .collect();
         Some(self.with_world(now, |world| explain::explain(&jobs.class, &pools, world)))
     }
