@@ -20,10 +20,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 
+use super::linger::{Lingering, Unread};
 use super::{ServiceError, ServiceOptions, Shutdown, codes, correlation};
 
-/// Connections that may be told "too many" at one time; beyond them a connection is closed without a word.
-const REFUSALS: usize = 32;
+/// Connections that may be told "too many" at one time. Those beyond them wait in the system's queue, untouched: who
+/// speaks gets an answer when a place is free, and a connection that is taken and dropped would be reset.
+const REFUSALS: u32 = 128;
+/// How long a connection that is one too many may take to ask for something: silent ones hold their places briefly.
+const REFUSAL_HEAD: Duration = Duration::from_secs(2);
 /// How long the system is left alone after it refused a connection for want of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -45,8 +49,12 @@ pub(super) async fn run(
     http.timer(TokioTimer::new())
         .header_read_timeout(options.header_timeout)
         .max_buf_size(options.header_limit);
+    let mut refusing = http.clone();
+    refusing
+        .keep_alive(false)
+        .header_read_timeout(options.header_timeout.min(REFUSAL_HEAD));
     let places = Arc::new(Semaphore::new(options.max_connections));
-    let refusals = Arc::new(Semaphore::new(REFUSALS));
+    let refusals = Arc::new(Semaphore::new(REFUSALS as usize));
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let mut requested = pin!(shutdown.requested());
@@ -54,7 +62,11 @@ pub(super) async fn run(
     loop {
         let accepted = tokio::select! {
             () = &mut requested => break,
-            accepted = listener.accept() => accepted,
+            // Only here are places taken, so one that was free is free still when somebody comes.
+            accepted = async {
+                a_place(&places, &refusals).await;
+                listener.accept().await
+            } => accepted,
             // Keeps the set as small as the number of open connections.
             Some(_) = connections.join_next() => continue,
         };
@@ -72,47 +84,51 @@ pub(super) async fn run(
         if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
             let app = app.clone();
             let asked = Arc::new(AtomicBool::new(false));
+            let unread = Unread::default();
             let service = service_fn({
-                let asked = Arc::clone(&asked);
-                move |request: hyper::Request<Incoming>| {
+                let (asked, unread) = (Arc::clone(&asked), unread.clone());
+                move |mut request: hyper::Request<Incoming>| {
                     asked.store(true, Ordering::Relaxed);
+                    request.extensions_mut().insert(unread.clone());
                     app.clone().oneshot(request)
                 }
             });
-            let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+            let stream = TokioIo::new(Lingering::new(stream, unread));
+            let connection = graceful.watch(http.serve_connection(stream, service));
             let shutdown = shutdown.clone();
             connections.spawn(async move {
-                let nothing_asked_yet = async {
-                    shutdown.requested().await;
-                    if asked.load(Ordering::Relaxed) {
-                        std::future::pending::<()>().await;
-                    }
-                };
                 tokio::select! {
                     // What has arrived whole counts as asked.
                     biased;
                     outcome = connection => if let Err(error) = outcome {
                         tracing::debug!(%error, "a connection ended with an error");
                     },
-                    () = nothing_asked_yet => {}
+                    () = stop_before(&shutdown, &asked) => {}
                 }
                 drop(place);
             });
         } else if let Ok(place) = Arc::clone(&refusals).try_acquire_owned() {
-            tracing::warn!(limit = options.max_connections, "too many connections");
-            connections.spawn(refuse(http.clone(), stream, place));
+            // Once for a flood, and not for each of its connections.
+            if refusals.available_permits() + 1 == REFUSALS as usize {
+                tracing::warn!(limit = options.max_connections, "too many connections");
+            }
+            connections.spawn(refuse(refusing.clone(), stream, shutdown.clone(), place));
         }
     }
 
     // Nobody new may queue up behind a daemon that is about to go.
     drop(listener);
-    let finished = tokio::time::timeout(grace, graceful.shutdown())
-        .await
-        .is_ok();
+    let ended = async {
+        graceful.shutdown().await;
+        // Who is being refused gets to read it.
+        let _ = refusals.acquire_many(REFUSALS).await;
+    };
+    let finished = tokio::time::timeout(grace, ended).await.is_ok();
     let cut = if finished {
         0
     } else {
-        options.max_connections - places.available_permits()
+        let seats = options.max_connections + REFUSALS as usize;
+        seats - places.available_permits() - refusals.available_permits()
     };
     if cut > 0 {
         tracing::warn!(connections = cut, "the grace is over, cutting connections");
@@ -121,9 +137,33 @@ pub(super) async fn run(
     Stopped { cut }
 }
 
+/// Returns when somebody who comes can be served, or at least refused.
+async fn a_place(places: &Semaphore, refusals: &Semaphore) {
+    tokio::select! {
+        biased;
+        _ = places.acquire() => {}
+        _ = refusals.acquire() => {}
+    }
+}
+
+/// Returns at the stop, if nothing was asked on a connection by then.
+async fn stop_before(shutdown: &Shutdown, asked: &AtomicBool) {
+    shutdown.requested().await;
+    if asked.load(Ordering::Relaxed) {
+        std::future::pending::<()>().await;
+    }
+}
+
 /// Answers one request of a connection that is one too many.
-async fn refuse(mut http: http1::Builder, stream: TcpStream, _place: OwnedSemaphorePermit) {
+async fn refuse(
+    http: http1::Builder,
+    stream: TcpStream,
+    shutdown: Shutdown,
+    _place: OwnedSemaphorePermit,
+) {
+    let asked = AtomicBool::new(false);
     let service = service_fn(|_: hyper::Request<Incoming>| async {
+        asked.store(true, Ordering::Relaxed);
         let envelope = ServiceError::new(
             StatusCode::SERVICE_UNAVAILABLE,
             codes::OVERLOADED,
@@ -140,10 +180,16 @@ async fn refuse(mut http: http1::Builder, stream: TcpStream, _place: OwnedSemaph
             .body(Full::new(Bytes::from(body)));
         Ok::<_, Infallible>(response.unwrap_or_default())
     });
-    let _ = http
-        .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), service)
-        .await;
+    // Its body is not read, and may be on its way.
+    let unread = Unread::default();
+    unread.expect();
+    let stream = TokioIo::new(Lingering::new(stream, unread));
+    let connection = http.serve_connection(stream, service);
+    tokio::select! {
+        biased;
+        _ = connection => {}
+        () = stop_before(&shutdown, &asked) => {}
+    }
 }
 
 /// Whether the error says something about the one connection that failed, rather than about the listener.

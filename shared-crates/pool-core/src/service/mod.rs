@@ -8,6 +8,7 @@ mod correlation;
 mod error;
 mod extract;
 mod failure;
+mod linger;
 pub mod routes;
 mod shutdown;
 pub mod state_files;
@@ -63,7 +64,8 @@ pub struct ServiceOptions {
     pub header_timeout: Duration,
     /// How long the body of a request may take, from the end of its headers. Default 30 seconds.
     pub body_timeout: Duration,
-    /// How many connections may be open; further ones are answered with 503 and closed. Default 1024.
+    /// How many connections may be open. A further one that asks for something is answered with 503 and closed; beyond 128
+    /// of those at one time they wait until they are taken. Default 1024.
     pub max_connections: usize,
 }
 

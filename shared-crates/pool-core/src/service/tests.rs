@@ -643,6 +643,102 @@ async fn a_connection_too_many_is_refused_and_the_place_comes_back() {
         .expect("the place is free again");
 }
 
+#[tokio::test] // [POOLCORE-065] [P19]
+async fn a_flood_of_silent_connections_costs_nobody_who_speaks_the_answer() {
+    let server = Server::start(ServiceOptions {
+        max_connections: 1,
+        ..options()
+    })
+    .await;
+    let _holder = open_stream(&server).await;
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        silent.push(TcpStream::connect(server.addr).await.unwrap());
+    }
+    // More than the system's buffers hold.
+    let body = vec![b' '; 12_000_000];
+    let asking = (0..20).map(|_| async {
+        let mut stream = TcpStream::connect(server.addr).await.unwrap();
+        let head = format!(
+            "POST /sum HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        let mut text = String::new();
+        // Like many a client it reads nothing before all is sent.
+        stream.write_all(head.as_bytes()).await?;
+        stream.write_all(&body).await?;
+        stream.read_to_string(&mut text).await?;
+        Ok::<_, std::io::Error>(Answer::parse(&text))
+    });
+    let asked = timeout(
+        Duration::from_secs(60),
+        futures_util::future::join_all(asking),
+    );
+    for answer in asked.await.expect("everybody is answered") {
+        let answer = answer.expect("nobody is cut off");
+        assert_eq!(
+            (answer.status, answer.headers["retry-after"].as_str()),
+            (503, "1")
+        );
+        assert_eq!(answer.refusal().1, "OVERLOADED");
+    }
+    // The silent ones are let go in order, too.
+    for mut stream in silent {
+        let read = timeout(Duration::from_secs(60), stream.read(&mut [0])).await;
+        assert_eq!(read.expect("it is closed").expect("in order"), 0);
+    }
+}
+
+#[tokio::test] // [POOLCORE-065] [POOLCORE-066] [P20]
+async fn connections_too_many_that_are_silent_do_not_hold_up_a_stop() {
+    let one = ServiceOptions {
+        max_connections: 1,
+        ..options()
+    };
+    let server = Server::with_grace(one, Duration::from_secs(1)).await;
+    let mut idle = TcpStream::connect(server.addr).await.unwrap();
+    idle.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        .await
+        .unwrap();
+    assert_ne!(idle.read(&mut [0; 1024]).await.unwrap(), 0);
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        silent.push(TcpStream::connect(server.addr).await.unwrap());
+    }
+    // Connections are taken in order: after this answer those before it are waited for.
+    assert_eq!(server.send("GET /health", "").await.status, 503);
+    server.shutdown.trigger();
+    let stopped = timeout(Duration::from_secs(20), server.stopped).await;
+    assert_eq!(stopped.expect("in time").unwrap(), Stopped { cut: 0 });
+}
+
+#[tokio::test] // [POOLCORE-065] [POOLCORE-066] [P20]
+async fn a_stop_lets_one_who_is_refused_finish() {
+    let one = ServiceOptions {
+        max_connections: 1,
+        ..options()
+    };
+    let server = Server::with_grace(one, Duration::from_secs(60)).await;
+    let holder = TcpStream::connect(server.addr).await.unwrap();
+    let mut refused = TcpStream::connect(server.addr).await.unwrap();
+    let body = vec![b' '; 12_000_000];
+    let head = format!(
+        "POST /sum HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    refused.write_all(head.as_bytes()).await.unwrap();
+    let mut text = vec![0; 12];
+    refused.read_exact(&mut text).await.unwrap();
+    assert_eq!(text, b"HTTP/1.1 503");
+    server.shutdown.trigger();
+    while TcpStream::connect(server.addr).await.is_ok() {}
+    refused.write_all(&body).await.expect("it is taken");
+    refused.read_to_end(&mut text).await.expect("in order");
+    drop((refused, holder));
+    let stopped = timeout(Duration::from_secs(20), server.stopped).await;
+    assert_eq!(stopped.expect("in time").unwrap(), Stopped { cut: 0 });
+}
+
 /// Opens `/events` and reads its first event.
 async fn open_stream(server: &Server) -> TcpStream {
     let mut stream = TcpStream::connect(server.addr).await.unwrap();

@@ -1,0 +1,112 @@
+//! A connection that is closed so that its client still gets to what it was answered.
+//!
+//! The system resets a connection that is closed while bytes of its client are unread, and a reset throws away what the
+//! client has not read yet: the very answer that says why nobody wanted those bytes.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::time::Sleep;
+
+/// How much is read and thrown away after the last word to a client, and for how long. Who sends longer is reset.
+const LINGER: (usize, Duration) = (16 * 1024 * 1024, Duration::from_secs(2));
+
+/// Says that more may come on a connection than anybody reads; an extension of its requests.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Unread(Arc<AtomicBool>);
+
+impl Unread {
+    /// There may be something unread when the connection is closed.
+    pub(super) fn expect(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A connection that ends with our last word, and where something [`Unread`] is expected takes what the client still
+/// sends until that closes its side as well.
+#[derive(Debug)]
+pub(super) struct Lingering {
+    stream: TcpStream,
+    unread: Unread,
+    left: usize,
+    /// Runs from our last word on.
+    over: Option<Pin<Box<Sleep>>>,
+}
+
+impl Lingering {
+    pub(super) fn new(stream: TcpStream, unread: Unread) -> Self {
+        Self {
+            stream,
+            unread,
+            left: LINGER.0,
+            over: None,
+        }
+    }
+}
+
+impl AsyncRead for Lingering {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Lingering {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let over = match &mut this.over {
+            Some(over) => over,
+            None => {
+                ready!(Pin::new(&mut this.stream).poll_shutdown(context))?;
+                if !this.unread.0.load(Ordering::Relaxed) {
+                    return Poll::Ready(Ok(()));
+                }
+                this.over.insert(Box::pin(tokio::time::sleep(LINGER.1)))
+            }
+        };
+        let mut space = [0; 8 * 1024];
+        while over.as_mut().poll(context).is_pending() {
+            let mut buffer = ReadBuf::new(&mut space);
+            let read = ready!(Pin::new(&mut this.stream).poll_read(context, &mut buffer));
+            let bytes = buffer.filled().len();
+            match this.left.checked_sub(bytes) {
+                Some(left) if read.is_ok() && bytes > 0 => this.left = left,
+                _ => break,
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
