@@ -16,6 +16,8 @@ use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::runtime::Handle;
 use tokio::time::Sleep;
 
+use super::linger::Unread;
+
 /// How much of a body is thrown away at most, and for how long. A connection that is closed while its sender still writes
 /// is reset, and the answer that says why is lost on the way; one that sends without end is reset all the same.
 const DISCARD: (usize, Duration) = (64 * 1024 * 1024, Duration::from_secs(5));
@@ -39,15 +41,20 @@ pub(super) async fn limit_time(
     request: Request,
     next: Next,
 ) -> Response {
-    // Who asks before it sends has sent nothing, and sends nothing after a refusal.
+    // Who asks before it sends has sent nothing, and sends nothing after a refusal. To read the body would be to ask for
+    // it; so what comes of it unasked is taken when the connection is closed.
     let waits = request.headers().contains_key(EXPECT);
+    let unread = request.extensions().get::<Unread>().cloned();
     let request = request.map(|body| {
         if body.is_end_stream() {
             body
         } else {
             Body::new(Timed {
                 inner: Some(body),
-                discard: !waits,
+                if_refused: match (waits, unread) {
+                    (true, Some(unread)) => Rest::ToCome(unread),
+                    _ => Rest::Discarded,
+                },
                 limit,
                 over: Box::pin(tokio::time::sleep(limit)),
             })
@@ -56,11 +63,18 @@ pub(super) async fn limit_time(
     next.run(request).await
 }
 
+/// What becomes of a body that nobody read to its end.
+enum Rest {
+    /// It is read and thrown away.
+    Discarded,
+    /// Nothing of it should be here yet.
+    ToCome(Unread),
+}
+
 struct Timed {
     /// `None` once it has come to its end.
     inner: Option<Body>,
-    /// Whether what nobody read of it is read and thrown away.
-    discard: bool,
+    if_refused: Rest,
     limit: Duration,
     over: Pin<Box<Sleep>>,
 }
@@ -100,10 +114,13 @@ impl HttpBody for Timed {
 
 impl Drop for Timed {
     fn drop(&mut self) {
-        let rest = self.inner.take();
-        let rest = rest.filter(|inner| self.discard && !inner.is_end_stream());
-        if let (Some(rest), Ok(runtime)) = (rest, Handle::try_current()) {
-            runtime.spawn(discard(rest));
+        let rest = self.inner.take().filter(|rest| !rest.is_end_stream());
+        match (rest, &self.if_refused, Handle::try_current()) {
+            (Some(_), Rest::ToCome(unread), _) => unread.expect(),
+            (Some(rest), Rest::Discarded, Ok(runtime)) => {
+                runtime.spawn(discard(rest));
+            }
+            _ => {}
         }
     }
 }

@@ -160,7 +160,10 @@ impl IntoResponse for ServiceError {
                 .headers_mut()
                 .insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if status == StatusCode::REQUEST_TIMEOUT {
+        if matches!(
+            status,
+            StatusCode::REQUEST_TIMEOUT | StatusCode::PAYLOAD_TOO_LARGE
+        ) {
             // The rest of the body may still be on its way, and is no next request.
             response
                 .headers_mut()

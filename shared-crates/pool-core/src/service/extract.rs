@@ -2,7 +2,8 @@
 
 use std::error::Error;
 
-use axum::body::Bytes;
+use axum::RequestExt as _;
+use axum::body::{Bytes, HttpBody as _};
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{FromRequest, FromRequestParts, OptionalFromRequest, Request};
 use axum::http::request::Parts;
@@ -13,7 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::error::Category;
 
 use super::body::BodyTimeout;
-use super::{ServiceError, codes, strict};
+use super::{ServiceError, ServiceResult, codes, strict};
 
 /// A JSON body; as an answer the same as `axum::Json`. `Option<Json<T>>` is `None` for a request without a body.
 #[derive(Debug, Clone, Copy)]
@@ -44,9 +45,7 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
         if !is_json(request.headers()) {
             return Err(Self::undeclared());
         }
-        let bytes = Bytes::from_request(request, state)
-            .await
-            .map_err(JsonRejection::from)?;
+        let bytes = whole_body(request, state).await?;
         if bytes.trim_ascii_start().starts_with(b"[") {
             return Err(ServiceError::new(
                 StatusCode::BAD_REQUEST,
@@ -57,6 +56,25 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
         }
         let value = strict::from_slice(&bytes).map_err(|error| unreadable(&error))?;
         Ok(Self(value))
+    }
+}
+
+/// The body, if it keeps within its limits. One that says at its head that it won't is not read at all, so a client that
+/// waits to be asked for it is not asked.
+async fn whole_body<S: Send + Sync>(request: Request, state: &S) -> ServiceResult<Bytes> {
+    let announced = request.body().size_hint().lower();
+    let request = request.with_limited_body();
+    match request.body().size_hint().upper() {
+        Some(limit) if announced > limit => Err(ServiceError::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            codes::TOO_LARGE,
+            format!(
+                "the body of {announced} bytes is larger than this daemon takes: at most {limit}"
+            ),
+        )),
+        _ => Ok(Bytes::from_request(request, state)
+            .await
+            .map_err(JsonRejection::from)?),
     }
 }
 
@@ -95,10 +113,7 @@ impl<S: Send + Sync> FromRequest<S> for RawBody {
     type Rejection = ServiceError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ServiceError> {
-        let bytes = Bytes::from_request(request, state)
-            .await
-            .map_err(JsonRejection::from)?;
-        Ok(Self(bytes))
+        whole_body(request, state).await.map(Self)
     }
 }
 

@@ -348,6 +348,51 @@ async fn a_client_that_sends_all_of_a_refused_body_before_it_reads_learns_why() 
 }
 
 #[tokio::test] // [POOLCORE-060]
+async fn a_body_that_is_announced_as_too_large_is_refused_before_it_comes() {
+    let server = Server::start(options()).await;
+    let head = |length: usize, more: &str| {
+        format!(
+            "POST /sum HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n{more}\r\n"
+        )
+    };
+    for more in ["", "Expect: 100-continue\r\n"] {
+        let answer = server.raw(&head(101, more)).await;
+        let (status, code, message) = answer.refusal();
+        assert_eq!((status, code.as_str()), (413, "TOO_LARGE"), "{more}");
+        assert_eq!(
+            message,
+            "the body of 101 bytes is larger than this daemon takes: at most 100"
+        );
+        assert_eq!(answer.headers["connection"], "close");
+    }
+    // Who asks first, and then does not wait for the answer, still gets to it.
+    let body = vec![b' '; 12_000_000];
+    let mut stream = TcpStream::connect(server.addr).await.unwrap();
+    let mut text = String::new();
+    let exchange = async {
+        let head = head(body.len(), "Expect: 100-continue\r\n");
+        stream.write_all(head.as_bytes()).await?;
+        stream.write_all(&body).await?;
+        stream.read_to_string(&mut text).await
+    };
+    let exchanged = timeout(Duration::from_secs(20), exchange).await;
+    exchanged.expect("the answer ends").expect("nothing is cut");
+    assert_eq!(Answer::parse(&text).refusal().1, "TOO_LARGE");
+
+    // A body that fits is asked for.
+    let mut stream = TcpStream::connect(server.addr).await.unwrap();
+    let head = head(13, "Expect: 100-continue\r\nConnection: close\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut line = [0; 25];
+    stream.read_exact(&mut line).await.unwrap();
+    assert_eq!(&line, b"HTTP/1.1 100 Continue\r\n\r\n");
+    stream.write_all(br#"{"a":1,"b":2}"#).await.unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    assert_eq!(Answer::parse(&text).body, "3");
+}
+
+#[tokio::test] // [POOLCORE-060]
 async fn a_refused_body_without_end_is_cut_off() {
     let server = Server::start(options()).await;
     let mut stream = TcpStream::connect(server.addr).await.unwrap();
