@@ -5,7 +5,6 @@ use std::time::Duration;
 use axum::http::StatusCode;
 use orchestrator_core::JobId;
 use orchestrator_core::api::error::ApiErrorCode as Code;
-use orchestrator_core::api::events::EventIdError;
 use orchestrator_core::api::tasks::ValidationError;
 use orchestrator_core::queue::QueueError;
 use pool_core::client::ClientError;
@@ -56,7 +55,7 @@ pub(super) fn no_pool(id: &str) -> ServiceError {
 }
 
 /// 400: a `Last-Event-ID` that is none.
-pub(super) fn malformed_event_id(error: EventIdError) -> ServiceError {
+pub(super) fn malformed_event_id(error: impl std::error::Error) -> ServiceError {
     refuse(
         StatusCode::BAD_REQUEST,
         Code::InvalidEventId,

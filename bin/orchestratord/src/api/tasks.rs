@@ -118,7 +118,11 @@ fn idempotency_key(
     spec: &JobSpec,
     seed_given: bool,
 ) -> ServiceResult<Option<IdempotencyKey>> {
-    let Some(value) = headers.get("idempotency-key") else {
+    let given = only(headers, "idempotency-key").map_err(|TwiceGiven| {
+        error::invalid("the request has more than one `Idempotency-Key`")
+            .hint("send one: a key names one request, and its repetitions carry the same")
+    })?;
+    let Some(value) = given else {
         return Ok(None);
     };
     let fits = |key: &&str| {
@@ -145,6 +149,19 @@ fn idempotency_key(
         fingerprint,
     }))
 }
+
+/// A header that may be given once. Of two nobody knows which one is meant, and who passed the request on may have read
+/// the other.
+fn only<'a>(headers: &'a HeaderMap, name: &str) -> Result<Option<&'a HeaderValue>, TwiceGiven> {
+    let mut given = headers.get_all(name).iter();
+    let first = given.next();
+    given.next().map_or(Ok(first), |_| Err(TwiceGiven))
+}
+
+/// A header that may be given once was given again.
+#[derive(Debug, thiserror::Error)]
+#[error("it is given more than once")]
+struct TwiceGiven;
 
 fn accepts_events(headers: &HeaderMap) -> bool {
     let accepted = headers
@@ -326,12 +343,13 @@ pub(super) async fn events(
     headers: HeaderMap,
 ) -> ServiceResult<Response> {
     let id = parse_id(&id)?;
-    let after = match headers.get("last-event-id") {
+    let given = only(&headers, "last-event-id").map_err(error::malformed_event_id)?;
+    let after = match given {
         None => EventId { attempt: 0, seq: 0 },
         Some(value) => value
             .to_str()
             .unwrap_or_default()
-            .parse()
+            .parse::<EventId>()
             .map_err(error::malformed_event_id)?,
     };
     stream(&app, id, after).await

@@ -310,6 +310,49 @@ async fn a_key_names_one_job_however_often_and_after_a_restart() {
     assert_eq!(jobs(&orchestrator, "").await.jobs.len(), 1);
 }
 
+// [ORCHD-014] [ORCHD-024] Of two keys none is taken: whoever passed the request on could mean the other one.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_with_two_keys_or_two_places_in_the_log_is_refused() {
+    let orchestrator = Orchestrator::start().await;
+    let http = reqwest::Client::new();
+    let said = async |call: reqwest::RequestBuilder| {
+        let answer = call.send().await.unwrap();
+        let status = answer.status().as_u16();
+        (
+            status,
+            answer.json::<Value>().await.unwrap()["error"].clone(),
+        )
+    };
+    for second in ["k", "l"] {
+        let call = http
+            .post(format!("{}/v2/tasks", orchestrator.url()))
+            .header("idempotency-key", "k")
+            .header("idempotency-key", second);
+        let (status, error) = said(call.json(&json!({"model": MODEL, "prompt": "hi"}))).await;
+        assert_eq!(
+            (status, error["code"].as_str()),
+            (400, Some("INVALID_REQUEST")),
+            "{error}"
+        );
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains("`Idempotency-Key`"), "{message}");
+        assert!(error["hint"].is_string());
+    }
+    assert_eq!(jobs(&orchestrator, "").await.jobs.len(), 0);
+
+    let job = orchestrator.job().await;
+    let call = http
+        .get(format!("{}/v2/tasks/{job}/events", orchestrator.url()))
+        .header("last-event-id", "0.1")
+        .header("last-event-id", "0.1");
+    let (status, error) = said(call).await;
+    assert_eq!(
+        (status, error["code"].as_str()),
+        (400, Some("INVALID_EVENT_ID")),
+        "{error}"
+    );
+}
+
 // [ORCHD-015]
 #[tokio::test(flavor = "multi_thread")]
 async fn lists_are_newest_first_in_pages_and_filtered() {
