@@ -82,6 +82,20 @@ async fn wrong_input_is_refused_with_an_envelope_and_nothing_is_stored() {
             "max_tokens",
         ),
         (
+            "a number for a name",
+            task(json!({"priority": 1})),
+            400,
+            "INVALID_REQUEST",
+            "priority: invalid type: integer `1`, expected `interactive` or `batch`",
+        ),
+        (
+            "a number for a message",
+            task(json!({"messages": [1]})),
+            400,
+            "INVALID_REQUEST",
+            "messages[0]: invalid type: integer `1`, expected an object",
+        ),
+        (
             "unknown model",
             task(json!({"model": "smollm2-135"})),
             404,

@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
+use serde_json::json;
 
 use super::body::BodyTimeout;
 use super::{ServiceError, ServiceResult, codes, strict};
@@ -106,7 +107,13 @@ fn unreadable(error: &serde_path_to_error::Error<serde_json::Error>) -> ServiceE
         Category::Data => (codes::INVALID_REQUEST, "the body does not fit"),
         _ => (codes::BAD_JSON, "the body is not JSON"),
     };
-    ServiceError::new(StatusCode::BAD_REQUEST, code, format!("{what}: {error}"))
+    let refusal = ServiceError::new(StatusCode::BAD_REQUEST, code, format!("{what}: {error}"));
+    match error.path().iter().next() {
+        Some(_) if code == codes::INVALID_REQUEST => {
+            refusal.details(json!({"field": error.path().to_string()}))
+        }
+        _ => refusal,
+    }
 }
 
 impl<S: Send + Sync> FromRequest<S> for RawBody {

@@ -8,6 +8,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{
     self, DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error as _,
     IntoDeserializer as _, MapAccess, SeqAccess, Unexpected, VariantAccess, Visitor,
@@ -97,14 +98,14 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<D> {
         self.0.deserialize_struct(name, fields, visitor)
     }
 
+    /// `serde_json` calls anything but a text and an object a mistake of syntax here, without a word of what is expected.
     fn deserialize_enum<V: Visitor<'de>>(
         self,
-        name: &'static str,
+        _: &'static str,
         variants: &'static [&'static str],
-        visitor: V,
+        inner: V,
     ) -> Result<V::Value, D::Error> {
-        self.0
-            .deserialize_enum(name, variants, StrictVisitor::of(visitor))
+        self.0.deserialize_any(OneOf { inner, variants })
     }
 
     fn deserialize_unit_struct<V: Visitor<'de>>(
@@ -160,7 +161,11 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for StrictVisitor<V> {
     type Value = V::Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.inner.expecting(f)
+        // serde would name the Rust type.
+        match self.expected {
+            Expected::Object => f.write_str("an object with named fields"),
+            _ => self.inner.expecting(f),
+        }
     }
 
     visit! {
@@ -201,10 +206,7 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for StrictVisitor<V> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<V::Value, A::Error> {
         if self.expected == Expected::Object {
-            return Err(A::Error::invalid_type(
-                Unexpected::Seq,
-                &"an object with named fields",
-            ));
+            return Err(A::Error::invalid_type(Unexpected::Seq, &self));
         }
         self.inner.visit_seq(Strict(items))
     }
@@ -217,6 +219,33 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for StrictVisitor<V> {
     }
 
     fn visit_enum<A: EnumAccess<'de>>(self, variant: A) -> Result<V::Value, A::Error> {
+        self.inner.visit_enum(Strict(variant))
+    }
+}
+
+/// The same for an enumeration: the name of a variant, or an object with that name and what belongs to it.
+struct OneOf<V> {
+    inner: V,
+    variants: &'static [&'static str],
+}
+
+impl<'de, V: Visitor<'de>> Visitor<'de> for OneOf<V> {
+    type Value = V::Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, variant) in self.variants.iter().enumerate() {
+            let or = if i == 0 { "" } else { " or " };
+            write!(f, "{or}`{variant}`")?;
+        }
+        Ok(())
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<V::Value, E> {
+        self.inner.visit_enum(name.into_deserializer())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, object: A) -> Result<V::Value, A::Error> {
+        let variant = MapAccessDeserializer::new(object);
         self.inner.visit_enum(Strict(variant))
     }
 }
@@ -433,6 +462,26 @@ mod tests {
                 "labels.k: invalid type: integer",
             ),
             (r#"{"name": "n", "nome": 1}"#, "unknown field `nome`"),
+            (
+                r#"{"name": "n", "kinds": [1]}"#,
+                "kinds[0]: invalid type: integer `1`, expected `plain` or `of` or `with`",
+            ),
+            (
+                r#"{"name": "n", "kinds": [null]}"#,
+                "kinds[0]: invalid type: null, expected `plain` or",
+            ),
+            (
+                r#"{"name": "n", "kinds": ["plane"]}"#,
+                "kinds[0]: unknown variant `plane`, expected one of `plain`, `of`, `with`",
+            ),
+            (
+                r#"{"name": "n", "kinds": [{"of": {"a": 1, "b": 2, "b": 3}}]}"#,
+                "kinds[0].of: duplicate field `b`",
+            ),
+            (
+                r#"{"name": "n", "kinds": [{"of": {"a": 1, "b": 300}}]}"#,
+                "kinds[0].of.b: invalid value: integer `300`",
+            ),
             (r#"{"name": "n"} x"#, "trailing characters"),
         ] {
             let error = read(json).expect_err(json);

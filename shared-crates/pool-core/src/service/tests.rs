@@ -261,6 +261,15 @@ async fn every_refusal_is_an_envelope() {
         );
         assert!(refusal.2.contains(message), "{head} {body}: {}", refusal.2);
     }
+    // Where it is a field that does not fit, a program can read which.
+    for (body, field) in [
+        (r#"{"a":1,"b":300}"#, Some("b")),
+        (r#"{"a":1}"#, None),
+        (r#"{"a":1,"b":"#, None),
+    ] {
+        let error = server.send(json, body).await.error();
+        assert_eq!(error["details"]["field"].as_str(), field, "{body}: {error}");
+    }
     let full = server.send("GET /full", "").await;
     assert_eq!(full.headers["retry-after"], "2");
     assert_eq!(
