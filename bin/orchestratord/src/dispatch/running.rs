@@ -188,8 +188,8 @@ impl<'a> Running<'a> {
         let mut pauses = PAUSES.into_iter();
         loop {
             // Before the try, so that one follows what the pool said: a pool that was started anew may relay again.
-            let heard = self.app.fleet.last_heard(pool);
-            let explained = heard.is_some_and(|at| at.duration_since(broke) >= POOL_EXPLAINS);
+            let told = self.app.fleet.last_told(pool);
+            let explained = told.is_some_and(|at| at.duration_since(broke) >= POOL_EXPLAINS);
             let endpoint = self.app.fleet.endpoint(pool, worker);
             let attach = async {
                 if let Some(endpoint) = endpoint {

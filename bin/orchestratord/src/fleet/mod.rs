@@ -161,10 +161,11 @@ impl Fleet {
         self.heard.subscribe()
     }
 
-    /// When the pool spoke last.
-    pub fn last_heard(&self, pool: &str) -> Option<Timestamp> {
+    /// When the pool last said what it has; one that has registered and said no more has not said it.
+    pub fn last_told(&self, pool: &str) -> Option<Timestamp> {
         let inner = self.lock();
-        inner.pools.get(pool).map(|pool| pool.last_heartbeat)
+        let told = |pool: &&Pool| pool.status.is_some();
+        Some(inner.pools.get(pool).filter(told)?.last_heartbeat)
     }
 
     /// From when on a pool's silence says something about the pool. After a start all of them have to find us again, and

@@ -548,25 +548,28 @@ async fn a_stream_goes_on_at_the_address_that_the_pool_gives_later() {
     let orchestrator = Orchestrator::start().await;
     let worker = FakeWorker::start("worker-cpu-0").await;
     let mut pool = FakePool::start("pool-a").await.has(&worker);
-    let (first, relay) = worker.answers_elsewhere().await;
-    pool.endpoints[0].url = format!("http://{first}");
+    let first = worker.answers_elsewhere().await;
+    pool.endpoints[0].url = format!("http://{}", first.addr);
     pool.register(&orchestrator).await;
     let job = orchestrator.job().await;
     worker.request(1).await;
     worker.started(job);
     worker.tokens(job, 0..2);
     orchestrator.until(job, JobStatus::Running).await;
-    relay.abort();
-    let _ = relay.await;
+    first.close();
     worker.cut_streams(job);
+    first.turns_one_away().await;
     worker.tokens(job, 2..4);
     worker.end(job, 4);
     // Longer than a pool takes to say that a worker died, were it alive to see it.
     tokio::time::sleep(std::time::Duration::from_millis(1700)).await;
-    let (second, _relay) = worker.answers_elsewhere().await;
-    pool.endpoints[0].url = format!("http://{second}");
+    let second = worker.answers_elsewhere().await;
+    pool.endpoints[0].url = format!("http://{}", second.addr);
     pool.instance = "instance-2".into();
-    pool.register(&orchestrator).await;
+    // A pool that is only known by name has not yet said what became of its worker.
+    pool.introduce(&orchestrator).await;
+    first.turns_one_away().await;
+    pool.beat(&orchestrator).await;
     let view = orchestrator.until(job, JobStatus::Completed).await;
     assert_eq!(
         (view.text.as_str(), view.attempts.len()),

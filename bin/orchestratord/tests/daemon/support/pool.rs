@@ -128,11 +128,20 @@ impl FakePool {
     }
 
     pub async fn register_at(&self, orchestrator: &ApiClient) {
+        self.introduce_at(orchestrator).await;
+        self.beat_at(orchestrator).await;
+    }
+
+    /// Registers, and does not say yet what it has.
+    pub async fn introduce(&self, orchestrator: &Api) {
+        self.introduce_at(&orchestrator.client).await;
+    }
+
+    async fn introduce_at(&self, orchestrator: &ApiClient) {
         let _: IgnoredAny = orchestrator
             .post("/v2/pools/register", &self.registration())
             .await
             .unwrap();
-        self.beat_at(orchestrator).await;
     }
 
     /// Speaks, and says something else of itself than usual.

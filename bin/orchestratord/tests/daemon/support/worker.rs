@@ -65,6 +65,39 @@ pub struct FakeWorker {
     lost: watch::Sender<usize>,
 }
 
+/// An address that leads to a worker.
+pub struct Relay {
+    pub addr: SocketAddr,
+    closed: watch::Sender<bool>,
+    refused: watch::Sender<usize>,
+    server: JoinHandle<()>,
+}
+
+impl Relay {
+    /// Lets no further connection through; those that are open stay.
+    pub fn close(&self) {
+        self.closed.send_replace(true);
+    }
+
+    /// Waits until one more connection has been turned away.
+    pub async fn turns_one_away(&self) {
+        let mut refused = self.refused.subscribe();
+        let before = *refused.borrow_and_update();
+        soon(
+            "another try at the closed address",
+            refused.wait_for(|count| *count > before),
+        )
+        .await
+        .unwrap();
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.server.abort();
+    }
+}
+
 #[derive(Clone)]
 struct WorkerState {
     inner: Arc<Mutex<WorkerInner>>,
@@ -116,19 +149,31 @@ impl FakeWorker {
     }
 
     /// Another address at which the same worker answers, as a pool that relays has after a restart.
-    pub async fn answers_elsewhere(&self) -> (SocketAddr, JoinHandle<()>) {
+    pub async fn answers_elsewhere(&self) -> Relay {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (addr, goal) = (listener.local_addr().unwrap(), self.addr);
-        let relay = tokio::spawn(async move {
+        let (closed, refused) = (watch::Sender::new(false), watch::Sender::new(0));
+        let (shut, count) = (closed.subscribe(), refused.clone());
+        let server = tokio::spawn(async move {
             loop {
                 let (mut from, _) = listener.accept().await.unwrap();
+                if *shut.borrow() {
+                    drop(from);
+                    count.send_modify(|count| *count += 1);
+                    continue;
+                }
                 tokio::spawn(async move {
                     let mut to = tokio::net::TcpStream::connect(goal).await.unwrap();
                     let _ = tokio::io::copy_bidirectional(&mut from, &mut to).await;
                 });
             }
         });
-        (addr, relay)
+        Relay {
+            addr,
+            closed,
+            refused,
+            server,
+        }
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut WorkerInner) -> T) -> T {
