@@ -60,8 +60,9 @@ async fn after_a_cancel_no_token_is_seen() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_whose_time_runs_out_expires() {
     let (orchestrator, _pool, worker) = one_worker().await;
+    // Time enough to begin.
     let running = orchestrator
-        .submit(json!({"model": MODEL, "prompt": "hi", "timeout_ms": 300}))
+        .submit(json!({"model": MODEL, "prompt": "hi", "timeout_ms": 3000}))
         .await
         .unwrap()
         .job_id;
@@ -190,13 +191,16 @@ async fn a_silent_pool_loses_only_what_has_no_stream() {
     pool.interval_ms = 100;
     pool.register(&orchestrator).await;
     let first = orchestrator.job().await;
-    broken.request(1).await;
+    pool.speaks_until("the job", &orchestrator, async || broken.requests().pop())
+        .await;
     broken.started(first);
     broken.tokens(first, 0..2);
     let pool = pool.has(&sound);
-    pool.beat(&orchestrator).await;
     let second = orchestrator.job().await;
-    sound.request(1).await;
+    pool.speaks_until("the second job", &orchestrator, async || {
+        sound.requests().pop()
+    })
+    .await;
     sound.started(second);
     orchestrator.until(second, JobStatus::Running).await;
     eventually("the text", async || {
@@ -210,11 +214,11 @@ async fn a_silent_pool_loses_only_what_has_no_stream() {
     let mut other = FakePool::start("pool-b").await.has(&elsewhere);
     other.interval_ms = 100;
     other.register(&orchestrator).await;
-    let request = eventually("the further attempt", async || {
-        other.beat(&orchestrator).await;
-        elsewhere.requests().first().cloned()
-    })
-    .await;
+    let request = other
+        .speaks_until("the further attempt", &orchestrator, async || {
+            elsewhere.requests().pop()
+        })
+        .await;
     assert_eq!((request.job_id, request.attempt), (first.to_string(), 2));
     elsewhere.started(first);
     elsewhere.tokens(first, 2..3);

@@ -230,9 +230,9 @@ async fn a_stop_waits_for_nobody_for_long() {
     }
     assert!(told, "the stream was told");
     orchestrator.stop().await;
-    // The default grace is 5 s, and what is wound up after it takes 2 s at most.
+    // The default grace is 5 s, and what is wound up after it takes 2 s at most; a body may take 30 s.
     assert!(
-        begun.elapsed() < Duration::from_secs(10),
+        begun.elapsed() < Duration::from_secs(20),
         "{:?} of {LONG:?}",
         begun.elapsed()
     );

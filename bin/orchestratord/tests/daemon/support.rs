@@ -25,7 +25,7 @@ pub use worker::{FakeWorker, ended, model_file, worker_info};
 
 pub const MODEL: &str = "smollm2-135m";
 /// Longer than anything here takes; only a failing test waits for it.
-pub const LONG: Duration = Duration::from_secs(20);
+pub const LONG: Duration = Duration::from_secs(60);
 
 /// Waits for `condition`, and fails with `what` when it does not come.
 pub async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
@@ -195,7 +195,8 @@ impl Api {
         pool.interval_ms = 100;
         pool.register(self).await;
         let job = self.job().await;
-        worker.request(1).await;
+        pool.speaks_until("the job", self, async || worker.requests().pop())
+            .await;
         worker.started(job);
         self.until(job, JobStatus::Running).await;
         (worker, pool, job)

@@ -24,7 +24,7 @@ use serde::de::IgnoredAny;
 use tokio::task::JoinHandle;
 
 use super::worker::{FakeWorker, correlation_of, model_file, worker_info};
-use super::{Api, MODEL, Orchestrator};
+use super::{Api, MODEL, Orchestrator, eventually};
 
 type Spawned = Arc<Mutex<Vec<WorkerSpawnRequest>>>;
 
@@ -158,6 +158,20 @@ impl FakePool {
 
     pub async fn beat(&self, orchestrator: &Api) {
         self.beat_at(&orchestrator.client).await;
+    }
+
+    /// Speaks again and again, as one does that must be heard within moments, until `condition` comes.
+    pub async fn speaks_until<T>(
+        &self,
+        what: &str,
+        orchestrator: &Api,
+        mut condition: impl AsyncFnMut() -> Option<T>,
+    ) -> T {
+        eventually(what, async || {
+            self.beat(orchestrator).await;
+            condition().await
+        })
+        .await
     }
 
     pub async fn beat_at(&self, orchestrator: &ApiClient) {
