@@ -199,14 +199,16 @@ pub fn bytes_below(dir: &Path) -> (u64, u64) {
 }
 
 #[cfg(test)]
+#[path = "../../../shared-crates/pool-core/tests/support/program.rs"]
+mod program;
+
+#[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     fn script(dir: &Path, text: &str) -> Command {
         let path = dir.join("tool");
-        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        program::write_program(&path, format!("#!/bin/sh\n{text}\n"));
         Command::new(path)
     }
 

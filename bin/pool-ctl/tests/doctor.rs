@@ -9,12 +9,12 @@ use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use support::Home;
+use support::{Home, link_program};
 
 /// A home, a folder of programs that stand for those of the host, and nothing else on the PATH.
 struct Host {
@@ -64,8 +64,7 @@ impl Host {
     }
 
     fn program(&self, name: &str, text: &str) {
-        fs::write(self.path("bin").join(name), format!("#!/bin/sh\n{text}\n")).unwrap();
-        self.mode(&format!("bin/{name}"), 0o755);
+        self.base.program(name, &format!("#!/bin/sh\n{text}\n"));
     }
 
     fn settings(&self, text: &str) {
@@ -76,10 +75,7 @@ impl Host {
     fn command(&self, args: &[&str]) -> Command {
         let program = self.path("bin/llorch-pool");
         if !program.exists() {
-            let ours = Path::new(env!("CARGO_BIN_EXE_llorch-pool"));
-            fs::hard_link(ours, &program)
-                .or_else(|_| fs::copy(ours, &program).map(drop))
-                .unwrap();
+            link_program(env!("CARGO_BIN_EXE_llorch-pool").as_ref(), &program);
         }
         let mut command = Command::new(program);
         command

@@ -14,12 +14,12 @@ mod trust;
 mod way;
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
+use support::program::write_program;
 use support::{Home, Ran};
 
 /// A folder with a remote (`remote.git`), somebody's clone that pushes to it (`author`), and the checkout of a pool host
@@ -164,15 +164,14 @@ impl World {
             "#!/bin/sh\ntouch '{}'\ncat\n",
             self.path("marked").display()
         );
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        write_program(&path, text);
         path.display().to_string()
     }
 
     fn set_trap(&self, at: &str) {
         let trap = self.trap("trap");
         fs::create_dir_all(self.path(at).parent().unwrap()).unwrap();
-        fs::copy(trap, self.path(at)).unwrap();
+        write_program(&self.path(at), fs::read(trap).unwrap());
     }
 
     #[track_caller]

@@ -1,7 +1,6 @@
 //! What a repository brings along runs nothing, and leads nowhere.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -9,6 +8,7 @@ use serde_json::Value;
 
 use crate::World;
 use crate::support::Ran;
+use crate::support::program::write_program;
 
 #[test] // [POOLCTL-041]
 fn hooks_and_settings_of_a_repository_are_not_run() {
@@ -179,12 +179,8 @@ fn the_ssh_of_the_user_goes_over_that_of_the_repository() {
     );
     let ours = world.path("the user's ssh");
     let used = world.path("used");
-    fs::write(
-        &ours,
-        format!("#!/bin/sh\ntouch '{}'\nexit 255\n", used.display()),
-    )
-    .unwrap();
-    fs::set_permissions(&ours, fs::Permissions::from_mode(0o755)).unwrap();
+    let text = format!("#!/bin/sh\ntouch '{}'\nexit 255\n", used.display());
+    write_program(&ours, text);
     let output = world.pool(&["pull"]).env("GIT_SSH", &ours).output();
     Ran::from(output.unwrap()).exits(5);
     world.nothing_ran();

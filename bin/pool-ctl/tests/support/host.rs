@@ -7,7 +7,7 @@ use std::process::Command;
 use pool_core::process::ProcessIdentity;
 use pool_core::run_files::PidRecord;
 
-use super::{Home, Ran};
+use super::{Home, Ran, link_program};
 
 /// A home, a folder of programs, and a model.
 pub struct Host {
@@ -21,9 +21,7 @@ impl Host {
         // Siblings are looked for beside the program first, so the program is put beside them.
         let program = base.path("bin/llorch-pool");
         let built = env!("CARGO_BIN_EXE_llorch-pool");
-        fs::hard_link(built, &program)
-            .or_else(|_| fs::copy(built, &program).map(drop))
-            .unwrap();
+        link_program(built.as_ref(), &program);
         let host = Self { base, program };
         host.home().ensure().unwrap();
         host.base

@@ -6,10 +6,11 @@
 
 pub mod host;
 pub mod hub;
+#[path = "../../../../shared-crates/pool-core/tests/support/program.rs"]
+pub mod program;
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -89,9 +90,7 @@ impl Home {
 
     /// A program that is found before those of the machine.
     pub fn program(&self, name: &str, text: &str) {
-        let path = self.path("bin").join(name);
-        fs::write(&path, text).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        program::write_program(&self.path("bin").join(name), text);
     }
 
     /// All files below the models folder but locks.
@@ -135,6 +134,13 @@ impl Drop for Home {
                 let _ = process.wait_gone(Duration::from_secs(1));
             }
         }
+    }
+}
+
+/// Puts a program at another place.
+pub fn link_program(program: &Path, place: &Path) {
+    if fs::hard_link(program, place).is_err() {
+        program::write_program(place, fs::read(program).unwrap());
     }
 }
 

@@ -1,7 +1,6 @@
 //! `POST /models/download`, with a stand-in for `llorch-pool` that says what its file tells it to.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use pool_core::client::{ClientError, EventStream, Method};
 use pool_core::process::ProcessIdentity;
 use serde_json::{Value, json};
 
+use crate::program::write_program;
 use crate::support::{Daemon, Host, refusal, until};
 
 /// Writes its pid and arguments, prints the lines of `before`, waits for `go`, prints `last`, and ends. SIGTERM makes
@@ -30,8 +30,7 @@ cat "$here/last"
 fn downloader(host: &Host) -> PathBuf {
     let folder = host.config.workers.programs_dir.clone().unwrap();
     let program = folder.join("llorch-pool");
-    fs::write(&program, DOWNLOADER).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    write_program(&program, DOWNLOADER);
     let end = json!({"event": "end", "model_ref": "smollm2-135m", "path": "/m", "size_bytes": 9, "sha256": "ab", "already_there": false});
     fs::write(folder.join("last"), format!("{end}\n")).unwrap();
     folder

@@ -48,12 +48,12 @@ class Job:
                 return
             text = "x" * (1 << 20) if self.prompt == "flood" else f"t{index} "
             self.put("token", {"i": index, "t": text, "ids": [index]})
-        self.over = True
         self.put("end", {"tokens_in": 3, "tokens_out": self.count, "stop_reason": "MAX_TOKENS", "seed": 1, "ttft_ms": 1, "decode_time_ms": 1})
 
     def put(self, name, data):
         with changed:
             self.events.append((name, data))
+            self.over = name == "end"
             changed.notify_all()
 
 

@@ -11,6 +11,8 @@ mod drain;
 mod gpus;
 mod heartbeat;
 mod openapi;
+#[path = "../../../../shared-crates/pool-core/tests/support/program.rs"]
+mod program;
 mod relay;
 mod support;
 mod workers;

@@ -19,8 +19,11 @@ use pool_core::worker::{Backend, WorkerInfo, WorkerStatus};
 use pool_managerd::RunError;
 use tokio::task::JoinHandle;
 
-/// How long anything may take that happens by itself.
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::program::write_program;
+
+const FAKE_WORKER: &str = include_str!("fake_worker.py");
+/// How long anything may take that happens by itself, on a machine with much else to do.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The home of one test. Dropping it ends the workers that were started in it.
 pub struct Host {
@@ -41,7 +44,7 @@ impl Host {
         let dir = tempfile::tempdir().unwrap();
         let home = Home::at(dir.path());
         home.ensure().unwrap();
-        install_worker(&dir.path().join("llorch-candled"));
+        write_program(&dir.path().join("llorch-candled"), FAKE_WORKER);
         let mut config = PoolConfig {
             bind: "127.0.0.1:0".parse().unwrap(),
             // A test is no business of an orchestrator that this machine may have.
@@ -61,13 +64,13 @@ impl Host {
 
     /// Puts the fake worker where one for CUDA is looked for.
     pub fn install_cuda_worker(&self) {
-        install_worker(&self.dir.path().join("llorch-candled-cuda"));
+        write_program(&self.dir.path().join("llorch-candled-cuda"), FAKE_WORKER);
     }
 
     /// Puts the fake worker in place that executes jobs.
     pub fn executing(self) -> Self {
         let program = self.dir.path().join("llorch-candled");
-        fs::write(program, include_str!("executing_worker.py")).unwrap();
+        write_program(&program, include_str!("executing_worker.py"));
         self
     }
 
@@ -131,11 +134,6 @@ impl Host {
             task,
         }
     }
-}
-
-fn install_worker(program: &std::path::Path) {
-    fs::write(program, include_str!("fake_worker.py")).unwrap();
-    fs::set_permissions(program, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 impl Drop for Host {

@@ -252,14 +252,14 @@ async fn workers_outlive_the_daemon_and_the_next_one_takes_them_over() {
     let lost = daemon.spawn(&lost).await.unwrap();
     daemon.until_status(&kept.id, WorkerStatus::Ready).await;
     daemon.until_status(&lost.id, WorkerStatus::Ready).await;
-    assert!(daemon.shut_down().await < Duration::from_secs(2));
+    assert!(daemon.shut_down().await < Duration::from_secs(10));
 
     let identity = |id: &str| -> ProcessIdentity { host.record(id).identity.unwrap() };
     assert!(identity(&kept.id).is_alive() && identity(&lost.id).is_alive());
     identity(&lost.id).signal(Signal::KILL).unwrap();
     assert!(
         identity(&lost.id)
-            .wait_gone(Duration::from_secs(5))
+            .wait_gone(Duration::from_secs(60))
             .unwrap()
     );
 

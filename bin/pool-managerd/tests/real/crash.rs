@@ -152,7 +152,7 @@ async fn between_sigterm_and_sigkill() {
 #[tokio::test] // [POOLD-065] [POOLD-062]
 async fn a_verdict_outlives_the_daemon_that_found_it() {
     let mut house = house("mule", "stop.kill");
-    house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 1);
+    house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 3);
     let client = house.start().await;
     let worker = spawn(&client, &house).await;
     until_status(&client, &worker.id, WorkerStatus::Busy).await;

@@ -181,7 +181,8 @@ async fn a_worker_that_answers_and_gets_nowhere_is_stalled() {
         ("load", "no step of loading for"),
     ] {
         let mut house = House::fake(behaviour);
-        house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 1);
+        // Time enough for its interpreter to start.
+        house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 3);
         let client = house.start().await;
         let id = spawn(&client, &house).await.id;
         let exit = ended(&client, &house, &id).await;

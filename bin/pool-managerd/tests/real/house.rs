@@ -1,7 +1,6 @@
 //! A home with a daemon that can be killed, and what is left of it.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -17,8 +16,10 @@ use pool_core::registry::{Registry, WorkerRecord};
 use pool_core::run_files::local_url;
 use pool_core::worker::{Backend, WorkerInfo, WorkerStatus};
 
+use crate::program::write_program;
+
 /// How long anything may take that happens by itself, on a machine that has other things to do.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A home. Dropping it ends what runs in it.
 pub struct House {
@@ -35,8 +36,7 @@ impl House {
         let programs = house.dir.path().join("programs");
         fs::create_dir(&programs).unwrap();
         let program = programs.join("llorch-candled");
-        fs::write(&program, include_str!("../daemon/fake_worker.py")).unwrap();
-        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        write_program(&program, include_str!("../daemon/fake_worker.py"));
         house.set("LLORCH_WORKERS_PROGRAMS_DIR", programs.display());
         fs::write(&house.model, behaviour).unwrap();
         house

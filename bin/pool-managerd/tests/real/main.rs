@@ -6,5 +6,7 @@
 mod crash;
 mod ends;
 mod house;
+#[path = "../../../../shared-crates/pool-core/tests/support/program.rs"]
+mod program;
 mod restarts;
 mod strangers;

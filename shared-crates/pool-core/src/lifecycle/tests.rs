@@ -1,4 +1,9 @@
+#[path = "../../tests/support/program.rs"]
+mod program;
+
 use std::net::{IpAddr, Ipv4Addr};
+
+use program::write_program;
 
 use super::*;
 use crate::worker::ExitReason;
@@ -93,12 +98,7 @@ impl Host {
         let home = Home::at(dir.path());
         home.ensure().unwrap();
         let program = dir.path().join(program_name(Backend::Cpu));
-        fs::write(&program, "#!/bin/sh\nexec sleep 60\n").unwrap();
-        fs::set_permissions(
-            &program,
-            std::os::unix::fs::PermissionsExt::from_mode(0o755),
-        )
-        .unwrap();
+        write_program(&program, "#!/bin/sh\nexec sleep 60\n");
         fs::write(home.models_dir().join("a.gguf"), "not a model").unwrap();
         let mut config = PoolConfig::default();
         config.workers.programs_dir = Some(dir.path().to_path_buf());
