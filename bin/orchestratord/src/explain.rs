@@ -35,9 +35,16 @@ pub async fn explain(app: &App, id: JobId) -> Result<Option<TaskExplanation>, St
             why: why.or_else(|| Some(held?.why?.to_string())),
         }
     });
+    let unheard = running
+        .as_ref()
+        .filter(|held| !held.is_attached() && !job.status.is_terminal());
     Ok(Some(TaskExplanation {
         id,
         status: job.status,
+        out_of_reach: unheard.map(|held| {
+            app.fleet
+                .out_of_reach(&held.pool_id, &held.worker_id, clock::now())
+        }),
         placements: placements.collect(),
         waiting,
     }))

@@ -2,6 +2,7 @@
 //! lives in memory only, and comes with their next heartbeat.
 
 mod overlay;
+mod reach;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use orchestrator_core::JobStatus;
 use orchestrator_core::api::pools::PoolView;
+use orchestrator_core::api::tasks::TaskExplanation;
 use orchestrator_core::pool::PoolLiveness;
 
 use crate::support::{Orchestrator, eventually};
@@ -30,4 +32,43 @@ async fn a_stream_outlives_the_silence_of_its_pool_and_nothing_is_waited_for_aft
     let view = orchestrator.until(job, JobStatus::Queued).await;
     let reasons: Vec<_> = view.attempts.iter().map(|a| a.reason.as_deref()).collect();
     assert_eq!(reasons, [Some("pool `pool-a` is not heard from")]);
+}
+
+// [ORCHD-120] A job whose worker can't be reached says what it waits for, until when, and what happens then.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_of_which_nothing_is_heard_says_what_it_waits_for() {
+    let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = 5000).await;
+    let (worker, _pool, job) = orchestrator.runs_on_a_hasty_pool().await;
+    let path = format!("/v2/tasks/{job}/explain");
+    let explain = async || {
+        let explained = orchestrator.client.get::<TaskExplanation>(&path).await;
+        explained.unwrap()
+    };
+    assert_eq!(explain().await.out_of_reach, None, "its stream is open");
+    worker.kill().await;
+    let unheard = eventually("the explanation", async || {
+        explain()
+            .await
+            .out_of_reach
+            .filter(|unheard| unheard.given_up_at.is_some())
+    })
+    .await;
+    assert_eq!(
+        (unheard.pool_id.as_str(), unheard.worker_id.as_str()),
+        ("pool-a", "worker-cpu-0")
+    );
+    assert_eq!(unheard.message, "pool `pool-a` is not heard from");
+    assert!(unheard.then.contains("another one goes on"), "{unheard:?}");
+    let until = unheard.given_up_at.unwrap();
+    let silence = until.duration_since(unheard.last_heard.unwrap());
+    assert!(silence.as_secs() >= 5, "{unheard:?}");
+    assert_eq!(orchestrator.show(job).await.status, JobStatus::Running);
+
+    let view = orchestrator.until(job, JobStatus::Queued).await;
+    let ended = view.attempts[0].ended_at.unwrap();
+    assert!(
+        until <= ended && ended <= Timestamp::now(),
+        "{until} {ended}"
+    );
+    assert_eq!(explain().await.out_of_reach, None);
 }

@@ -399,8 +399,28 @@ pub struct TaskExplanation {
     pub status: JobStatus,
     /// Why it waits, while it does.
     pub waiting: Option<TaskWaiting>,
+    /// Why nothing is heard of the attempt that is under way, while nothing is.
+    pub out_of_reach: Option<OutOfReach>,
     /// Where its attempts went, in order.
     pub placements: Vec<AttemptPlacement>,
+}
+
+/// An attempt that is under way on a worker which nobody reaches.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct OutOfReach {
+    /// The pool.
+    pub pool_id: String,
+    /// The worker.
+    pub worker_id: String,
+    /// What is wrong.
+    pub message: String,
+    /// What is done about it, and what happens when that is in vain.
+    pub then: String,
+    /// When the pool spoke last; `null` where it has left, or has not spoken since `orchestratord` started.
+    pub last_heard: Option<Timestamp>,
+    /// When the attempt is given up, if nothing changes until then; `null` where the pool's word decides.
+    pub given_up_at: Option<Timestamp>,
 }
 
 /// Where an attempt went.

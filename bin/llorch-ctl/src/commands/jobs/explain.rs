@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use clap::Args;
+use jiff::{Timestamp, Unit};
 use orchestrator_core::api::tasks::{AttemptPlacement, TaskExplanation, TaskWaiting};
 use orchestrator_core::job::JobId;
 use pool_core::terminal::paint::Cell;
@@ -65,6 +66,18 @@ fn render(explanation: &TaskExplanation, colour: bool) -> String {
         line("before it", &jobs(waiting.queue_position));
         line("starts", &starts(waiting));
     }
+    if let Some(unheard) = &explanation.out_of_reach {
+        let at =
+            |at: Option<Timestamp>| at.map(|at| at.round(Unit::Second).unwrap_or(at).to_string());
+        line("waits", &unheard.message);
+        line("", &unheard.then);
+        if let Some(at) = at(unheard.last_heard) {
+            line("heard", &at);
+        }
+        if let Some(at) = at(unheard.given_up_at) {
+            line("given up", &format!("{at}, if nothing changes"));
+        }
+    }
     if let Some(waiting) = &explanation.waiting
         && !waiting.explanation.filters.is_empty()
     {
@@ -123,6 +136,7 @@ fn placements(placements: &[AttemptPlacement], colour: bool) -> String {
 mod tests {
     use super::*;
     use orchestrator_core::JobStatus;
+    use orchestrator_core::api::tasks::OutOfReach;
     use orchestrator_core::scheduler::{Explanation, Filter, FilterCount, WaitReason};
 
     fn explanation() -> TaskExplanation {
@@ -130,6 +144,7 @@ mod tests {
             id: "job-01900000-0000-7000-8000-000000000001".parse().unwrap(),
             status: JobStatus::Queued,
             waiting: None,
+            out_of_reach: None,
             placements: Vec::new(),
         }
     }
@@ -169,6 +184,31 @@ mod tests {
         slots   0
         ");
         assert!(render(&waiting(None), false).contains("starts     unknown"));
+    }
+
+    // [LLORCH-037]
+    #[test]
+    fn a_job_of_which_nothing_is_heard_says_what_is_waited_for() {
+        let unheard = TaskExplanation {
+            status: JobStatus::Running,
+            out_of_reach: Some(OutOfReach {
+                pool_id: "mac".into(),
+                worker_id: "worker-metal-0".into(),
+                message: "pool `mac` is not heard from".into(),
+                then: "it is tried again".into(),
+                last_heard: Some("2026-01-02T03:04:05.678Z".parse().unwrap()),
+                given_up_at: Some("2026-01-02T03:05:35Z".parse().unwrap()),
+            }),
+            ..explanation()
+        };
+        insta::assert_snapshot!(render(&unheard, false), @"
+        job        job-01900000-0000-7000-8000-000000000001
+        status     running
+        waits      pool `mac` is not heard from
+                   it is tried again
+        heard      2026-01-02T03:04:06Z
+        given up   2026-01-02T03:05:35Z, if nothing changes
+        ");
     }
 
     // [LLORCH-037]

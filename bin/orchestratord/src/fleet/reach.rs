@@ -1,0 +1,51 @@
+//! What an attempt waits for whose worker nobody reaches.
+
+use jiff::Timestamp;
+use orchestrator_core::api::tasks::OutOfReach;
+use orchestrator_core::pool::PoolLiveness;
+
+use super::Fleet;
+
+impl Fleet {
+    /// Explains an attempt without an open stream. As [`Fleet::fate`] has it: a pool that is heard decides by what it says,
+    /// one that is silent when its silence counts.
+    pub fn out_of_reach(&self, pool_id: &str, worker_id: &str, now: Timestamp) -> OutOfReach {
+        let inner = self.lock();
+        let pool = inner.pools.get(pool_id);
+        let last_heard = pool
+            .filter(|pool| pool.status.is_some())
+            .map(|pool| pool.last_heartbeat);
+        let silent = pool.is_none_or(|pool| pool.liveness(now) != PoolLiveness::Online);
+        let given_up_at = silent.then(|| {
+            let offline = pool.map_or(now, |pool| {
+                PoolLiveness::deadlines(pool.last_heartbeat, pool.interval)[1]
+            });
+            let at = offline.max(now);
+            offline.max(self.silence_counts_from(&inner, at))
+        });
+        let message = match pool {
+            None => format!("pool `{pool_id}` has left"),
+            Some(_) if silent => format!("pool `{pool_id}` is not heard from"),
+            Some(pool) if pool.status.is_none() => {
+                format!("pool `{pool_id}` has not said yet what it has")
+            }
+            Some(_) => format!("worker `{worker_id}` on pool `{pool_id}` does not answer"),
+        };
+        let word = match pool {
+            Some(_) if !silent => {
+                "it is tried again until the pool says that the worker is gone, or calls it alive though it does not answer"
+            }
+            _ => "it is tried again until the recovery window is over, or the pool speaks",
+        };
+        OutOfReach {
+            pool_id: pool_id.to_owned(),
+            worker_id: worker_id.to_owned(),
+            message,
+            then: format!(
+                "{word}; if the attempt is given up, another one goes on where the text ends, as far as `max_attempts` allows"
+            ),
+            last_heard,
+            given_up_at,
+        }
+    }
+}
