@@ -198,7 +198,7 @@ impl Daemon {
         };
 
         let metrics = Metrics::new().context("could not make the metrics")?;
-        let fleet = Fleet::new(tokens.pool, config.recovery_window(), clock::now());
+        let fleet = Fleet::new(tokens.pool, &config, clock::now());
         let script = ScriptPolicy::start(&config.scheduler, &metrics)
             .context("could not start the thread for the scheduler's script")?;
         let app = Orchestrator::new(config, catalog, store, fleet, metrics, script, shutdown);

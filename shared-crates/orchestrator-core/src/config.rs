@@ -38,6 +38,9 @@ pub struct OrchestratorConfig {
     /// is given up because its pool is not heard. Default 20000, a little more than the default interval of the pools'
     /// heartbeats; make it longer where theirs is.
     pub recovery_window_ms: u64,
+    /// Most pools that are registered at once, those that are not heard from included; further ones get 429, known ones
+    /// never. Default 1000, the size that the scheduler is made for.
+    pub max_pools: u32,
     /// The queue of waiting jobs.
     pub queue: QueueConfig,
     /// What is kept of jobs that are over.
@@ -55,6 +58,7 @@ impl Default for OrchestratorConfig {
             token_file: None,
             pool_token_file: None,
             recovery_window_ms: 20_000,
+            max_pools: 1000,
             queue: QueueConfig::default(),
             store: StoreConfig::default(),
             scheduler: SchedulerConfig::default(),
@@ -309,6 +313,9 @@ pub enum ConfigError {
     /// `scheduler.script_limit_ms` is out of range.
     #[error("`scheduler.script_limit_ms` is {0}: use 1 to 1000")]
     ScriptLimit(u64),
+    /// `max_pools` is 0.
+    #[error("`max_pools` is 0: no pool could register")]
+    MaxPools,
     /// A cost is negative or no number.
     #[error("`scheduler.costs` says {cost} for `{pool}`: a cost is a number from 0")]
     Cost {
@@ -384,6 +391,9 @@ impl OrchestratorConfig {
             let pool = pool.clone();
             return Err(ConfigError::Cost { pool, cost });
         }
+        if self.max_pools == 0 {
+            return Err(ConfigError::MaxPools);
+        }
         if self.service.max_connections == 0 {
             return Err(ConfigError::MaxConnections);
         }
@@ -418,6 +428,11 @@ mod tests {
         for change in wrong {
             assert!(with(change).is_err());
         }
+        let no_pools = OrchestratorConfig {
+            max_pools: 0,
+            ..OrchestratorConfig::default()
+        };
+        assert!(no_pools.validate().is_err());
     }
 
     #[test] // [POOLCORE-047]

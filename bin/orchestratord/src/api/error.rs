@@ -19,6 +19,8 @@ use crate::state::StoreError;
 
 /// When a client may come back that found the database unusable.
 const STORE_RETRY: Duration = Duration::from_secs(5);
+/// When a pool may come back that found the fleet full.
+const FLEET_RETRY: Duration = Duration::from_secs(60);
 
 fn refuse(status: StatusCode, code: Code, message: impl Into<String>) -> ServiceError {
     ServiceError::new(status, code.as_str(), message)
@@ -219,6 +221,12 @@ impl From<FleetError> for ServiceError {
             }
             FleetError::Stale { .. } => refuse(StatusCode::CONFLICT, Code::StaleHeartbeat, message)
                 .hint("register again if this is the newest instance"),
+            FleetError::Full { limit, .. } => {
+                refuse(StatusCode::TOO_MANY_REQUESTS, Code::TooManyPools, message)
+                    .hint("`llorch pool list` shows them: take away those that are gone with `DELETE /v2/pools/{id}`, or raise `max_pools`")
+                    .details(json!({"max_pools": limit}))
+                    .retry_after(FLEET_RETRY)
+            }
             FleetError::Invalid { field, .. } => invalid(message).details(json!({"field": field})),
             FleetError::Url(cause) => {
                 let hint = cause.hint().unwrap_or_default();

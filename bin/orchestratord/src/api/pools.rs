@@ -47,7 +47,7 @@ pub(super) async fn show(
     post, path = "/v2/pools/register", tag = "pools' own",
     security(("pool_token" = []), ("api_token" = []), ()),
     request_body = RegisterRequest,
-    responses((status = 200, body = Registered), (status = 409, description = "The pool speaks another version of the API."))
+    responses((status = 200, body = Registered), (status = 409, description = "The pool speaks another version of the API."), (status = 429, description = "As many pools have registered as `max_pools` allows."))
 )]
 pub(super) async fn register(
     State(app): State<App>,

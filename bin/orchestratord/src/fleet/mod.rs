@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::api::pools::PoolView;
+use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::pool::PoolLiveness;
 use orchestrator_core::scheduler::PoolState;
 use pool_core::api::pool::{
@@ -56,6 +57,14 @@ pub enum FleetError {
         /// What is wrong with it.
         reason: String,
     },
+    /// It is one too many.
+    #[error("pool `{pool}` is one too many: {limit} have registered")]
+    Full {
+        /// The pool.
+        pool: String,
+        /// How many may be.
+        limit: usize,
+    },
     /// Its address can't be used.
     #[error("`url` can't be used")]
     Url(#[source] ClientError),
@@ -86,6 +95,8 @@ pub enum PoolChange {
 pub struct Fleet {
     inner: Mutex<Inner>,
     token: Option<Secret>,
+    /// How many pools may be registered.
+    limit: usize,
     /// When the daemon started.
     started_at: Timestamp,
     /// How long silence that may be our own fault counts for nothing.
@@ -145,14 +156,15 @@ impl Pool {
 }
 
 impl Fleet {
-    /// No pool yet. `token` opens the pools; silence counts for nothing before `window` has passed since `now`, and since
-    /// the moment at which no pool was heard any more.
-    pub fn new(token: Option<Secret>, window: SignedDuration, now: Timestamp) -> Self {
+    /// No pool yet. `token` opens the pools; silence counts for nothing before the recovery window has passed since `now`,
+    /// and since the moment at which no pool was heard any more.
+    pub fn new(token: Option<Secret>, config: &OrchestratorConfig, now: Timestamp) -> Self {
         Self {
             inner: Mutex::default(),
             token,
+            limit: usize::try_from(config.max_pools).unwrap_or(usize::MAX),
             started_at: now,
-            window,
+            window: config.recovery_window(),
             heard: watch::Sender::new(()),
         }
     }
@@ -190,6 +202,16 @@ impl Fleet {
 
     /// Takes a pool in, or a new instance of it. What it has is known with its first heartbeat.
     pub fn register(&self, request: RegisterRequest, now: Timestamp) -> Result<(), FleetError> {
+        self.take_in(request, self.limit, now)
+    }
+
+    /// Takes a pool in, if it is known or there are fewer than `limit`.
+    fn take_in(
+        &self,
+        request: RegisterRequest,
+        limit: usize,
+        now: Timestamp,
+    ) -> Result<(), FleetError> {
         let RegisterRequest {
             pool_id,
             instance_id,
@@ -221,6 +243,12 @@ impl Fleet {
         let interval =
             SignedDuration::from_millis(i64::try_from(heartbeat_interval_ms).unwrap_or(i64::MAX));
         let mut inner = self.lock();
+        if inner.pools.len() >= limit && !inner.pools.contains_key(&pool_id) {
+            return Err(FleetError::Full {
+                pool: pool_id,
+                limit,
+            });
+        }
         inner.overlay.forget_pool(&pool_id);
         tracing::info!(pool = pool_id, url, "pool registered");
         let pool = Pool {
@@ -248,7 +276,8 @@ impl Fleet {
         now: Timestamp,
     ) -> Result<(), FleetError> {
         let id = request.pool_id.clone();
-        self.register(request, now)?;
+        // It was let in then; a limit that was lowered since is for those that come.
+        self.take_in(request, usize::MAX, now)?;
         if let Some(pool) = self.lock().pools.get_mut(&id) {
             pool.registered_at = registered_at;
         }

@@ -67,6 +67,44 @@ async fn heartbeats_are_taken_in_their_order_from_the_newest_instance_only() {
     );
 }
 
+// [ORCHD-057] P19
+#[tokio::test(flavor = "multi_thread")]
+async fn pools_are_bounded_and_a_known_one_is_never_refused() {
+    let orchestrator = Orchestrator::start_with(|config| config.max_pools = 2).await;
+    let pool = FakePool::start("pool-a").await;
+    let register = async |orchestrator: &Orchestrator, id: &str, instance: &str| {
+        let mut registration = pool.registration();
+        registration.pool_id = id.into();
+        registration.instance_id = instance.into();
+        let call = reqwest::Client::new().post(format!("{}/v2/pools/register", orchestrator.url()));
+        call.json(&registration).send().await.unwrap()
+    };
+    for (id, instance) in [("pool-a", "1"), ("pool-b", "1"), ("pool-a", "2")] {
+        assert_eq!(register(&orchestrator, id, instance).await.status(), 200);
+    }
+    let refused = register(&orchestrator, "pool-c", "1").await;
+    assert_eq!(refused.status(), 429);
+    assert!(refused.headers().contains_key("retry-after"));
+    let error = refused.json::<Value>().await.unwrap()["error"].clone();
+    assert_eq!(error["code"], "TOO_MANY_POOLS");
+    assert!(error["hint"].as_str().unwrap().contains("max_pools"));
+    let list: PoolList = orchestrator.client.get("/v2/pools").await.unwrap();
+    assert_eq!(list.pools.len(), 2);
+
+    let (home, mut config) = orchestrator.stop().await;
+    config.max_pools = 1;
+    let orchestrator = Orchestrator::start_in(home, config).await.unwrap();
+    for id in ["pool-a", "pool-b"] {
+        assert_eq!(register(&orchestrator, id, "3").await.status(), 200, "{id}");
+    }
+    for id in ["pool-a", "pool-b"] {
+        assert_eq!(register(&orchestrator, "pool-c", "1").await.status(), 429);
+        let path = format!("/v2/pools/{id}");
+        orchestrator.client.delete::<()>(&path).await.unwrap();
+    }
+    assert_eq!(register(&orchestrator, "pool-c", "1").await.status(), 200);
+}
+
 // [ORCHD-051]
 #[tokio::test(flavor = "multi_thread")]
 async fn the_fleet_is_shown_without_secrets() {

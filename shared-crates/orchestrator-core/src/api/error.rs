@@ -18,6 +18,8 @@ pub enum ApiErrorCode {
     PoolNotFound,
     /// The queue is full.
     QueueFull,
+    /// As many pools are registered as may be.
+    TooManyPools,
     /// The idempotency key was used for another request.
     IdempotencyMismatch,
     /// `Last-Event-ID` is malformed or was never given to a reader of this job.
@@ -49,6 +51,7 @@ impl ApiErrorCode {
             Self::JobNotFound => "JOB_NOT_FOUND",
             Self::PoolNotFound => "POOL_NOT_FOUND",
             Self::QueueFull => "QUEUE_FULL",
+            Self::TooManyPools => "TOO_MANY_POOLS",
             Self::IdempotencyMismatch => "IDEMPOTENCY_MISMATCH",
             Self::InvalidEventId => "INVALID_EVENT_ID",
             Self::EventsGone => "EVENTS_GONE",
