@@ -151,7 +151,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Claims the state folder, opens the database, puts interrupted jobs back, and listens.
+    /// Claims the state folder, takes the address, opens the database, puts interrupted jobs back, and answers.
     pub async fn start(
         config: OrchestratorConfig,
         home: Home,
@@ -173,17 +173,16 @@ impl Daemon {
         let tokens = Tokens::load(&config)?;
         let catalog = Catalog::load(&home).map_err(|error| hinted(Some(error.hint()), error))?;
         let path = state_dir.join(DATABASE);
+        // Who can't have the address has not touched the database: a build of before could go on with it.
+        let service = Service::bind(config.bind, service_options(&config, &tokens)).await;
         let (run_files, store, service) = match claim {
             Claim::Ours(run_files) => {
+                let service = service.map_err(|error| hinted(error.hint(), error))?;
                 let store = Store::open(&path).await;
                 let store = store.map_err(|error| hinted(error.hint(), error))?;
-                let service = Service::bind(config.bind, service_options(&config, &tokens)).await;
-                let service = service.map_err(|error| hinted(error.hint(), error))?;
                 (run_files, store, service)
             }
             Claim::Frozen(take_over) => {
-                let service = Service::bind(config.bind, service_options(&config, &tokens)).await;
-                // The frozen one may still have the address; then nothing has changed yet.
                 let service = service.map_err(|error| match error {
                     BindError::InUse { .. } => take_over.address_in_use(error),
                     error => hinted(error.hint(), error),

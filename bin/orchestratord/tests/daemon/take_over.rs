@@ -1,14 +1,18 @@
 //! One daemon a database: what becomes of one that was frozen while another took over.
 
+use std::net::TcpListener;
 use std::process::Stdio;
+use std::sync::Arc;
 
 use orchestrator_core::JobStatus;
 use orchestrator_core::api::tasks::{TaskAccepted, TaskView};
+use orchestrator_core::config::OrchestratorConfig;
 use pool_core::client::ApiClient;
+use pool_core::home::Home;
 use pool_core::run_files;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use sqlx::ConnectOptions as _;
+use sqlx::{ConnectOptions as _, Connection as _};
 
 use crate::process::{command, ended, run, signal, spawn, start};
 use crate::support::{FakePool, FakeWorker, LONG, MODEL, Orchestrator, eventually};
@@ -20,6 +24,49 @@ async fn submit(client: &ApiClient, prompt: &str) -> TaskAccepted {
 
 async fn show(client: &ApiClient, job: orchestrator_core::JobId) -> TaskView {
     client.get(&format!("/v2/tasks/{job}")).await.unwrap()
+}
+
+// [ORCHD-081] P17: whoever can't have the address leaves the database as it is, so that the build before can go on with it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_is_migrated_only_where_the_address_is_free() {
+    let home = Arc::new(tempfile::tempdir().unwrap());
+    let state = Home::at(home.path()).orchestratord_state();
+    std::fs::create_dir_all(&state).unwrap();
+    let older = async || {
+        let path = state.join("jobs.db");
+        let options = sqlx::sqlite::SqliteConnectOptions::new();
+        let options = options.filename(path).create_if_missing(true);
+        options.connect().await.unwrap()
+    };
+    let version = async |conn: &mut sqlx::SqliteConnection| {
+        let query = sqlx::query_scalar::<_, i64>("PRAGMA user_version");
+        query.fetch_one(conn).await.unwrap()
+    };
+    let mut conn = older().await;
+    let script = include_str!("../../src/state/migrations/0001_jobs.sql");
+    sqlx::raw_sql(script).execute(&mut conn).await.unwrap();
+    sqlx::raw_sql("PRAGMA user_version = 1")
+        .execute(&mut conn)
+        .await
+        .unwrap();
+    conn.close().await.unwrap();
+
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let config = OrchestratorConfig {
+        bind: taken.local_addr().unwrap(),
+        ..OrchestratorConfig::default()
+    };
+    let refused = Orchestrator::start_in(Arc::clone(&home), config.clone()).await;
+    let error = refused.err().expect("the address is taken");
+    assert!(error.to_string().contains("already listens"), "{error}");
+    let mut conn = older().await;
+    assert_eq!(version(&mut conn).await, 1);
+    conn.close().await.unwrap();
+
+    drop(taken);
+    let orchestrator = Orchestrator::start_in(home, config).await.unwrap();
+    assert!(version(&mut older().await).await > 1);
+    orchestrator.stop().await;
 }
 
 // [ORCHD-070] [ORCHD-071] P13: a daemon is frozen with a job running, another takes over, the first wakes up with more to
