@@ -23,7 +23,7 @@ use crate::process;
 use crate::tiny_model::TinyModel;
 
 /// How long any part may take to come up, on a machine that has other things to do.
-const PATIENCE: Duration = Duration::from_secs(90);
+const PATIENCE: Duration = Duration::from_secs(300);
 /// Room for four workers of a tiny model: each counts with its working memory.
 const POOL_MEMORY_BYTES: u64 = 450 << 20;
 /// Tokens of context of the tiny models.
@@ -281,7 +281,7 @@ impl Chain {
         };
         let catalog: String = models.iter().map(entry).collect();
         // The same port over all restarts, so that pools find the orchestrator again.
-        let bind = free_address()?;
+        let bind = format!("127.0.0.1:{}", process::lasting_port()?);
         let url = format!("http://{bind}");
         let mut orchestratord = Daemon::new(
             "orchestratord",
@@ -299,11 +299,7 @@ impl Chain {
                 folder.path().join(&name),
                 parts.programs.join("pool-managerd"),
             )?;
-            let first_port: u16 = free_address()?
-                .rsplit_once(':')
-                .context("an address has a port")?
-                .1
-                .parse()?;
+            let first_port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
             daemon.set("LLORCH_POOL_BIND", "127.0.0.1:0");
             daemon.set("LLORCH_POOL_ID", &name);
             daemon.set("LLORCH_ORCHESTRATOR_URL", &url);
@@ -506,10 +502,6 @@ pub async fn eventually<T, F: Future<Output = Option<T>>>(
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-}
-
-fn free_address() -> io::Result<String> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
 }
 
 fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {

@@ -15,9 +15,9 @@ use crate::steps::memory::Asked;
 use crate::stream::Received;
 
 /// Longest that a command of a scenario may take.
-pub const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+pub const COMMAND_LIMIT: Duration = Duration::from_secs(300);
 /// Longest that a condition may take to come true.
-pub const WAIT_LIMIT: Duration = Duration::from_secs(60);
+pub const WAIT_LIMIT: Duration = Duration::from_secs(180);
 
 /// A home folder, the last command and its answer, and the job that the scenario is about.
 #[derive(Debug, cucumber::World)]
@@ -79,10 +79,7 @@ impl House {
 
     /// Lets the orchestrator keep its port over restarts, so that pools find it again.
     pub fn keep_port(&mut self) {
-        let port = std::net::TcpListener::bind("127.0.0.1:0")
-            .and_then(|listener| listener.local_addr())
-            .expect("a free port")
-            .port();
+        let port = process::lasting_port().expect("a free port");
         self.orchestrator_bind = format!("127.0.0.1:{port}");
     }
 
@@ -229,10 +226,7 @@ impl House {
         }
         self.stop_all(self.home()).await;
         let home = self.home().to_owned();
-        let gone = until(Duration::from_secs(15), || {
-            process::left_running(&home).is_empty()
-        })
-        .await;
+        let gone = until(WAIT_LIMIT, || process::left_running(&home).is_empty()).await;
         let left = process::left_running(&home);
         for (pid, _) in &left {
             let mut kill = Command::new("kill");

@@ -1,11 +1,17 @@
 //! Commands of a scenario, and what is left running of them.
 
 use std::ffi::OsStr;
+use std::io;
+use std::net::{Ipv4Addr, TcpListener};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use tokio::process::Command;
+
+/// Where [`lasting_port`] looks: above the ports that services are known by.
+const LASTING_PORTS: Range<u16> = 10_000..32_000;
 
 /// What a command printed, and how it ended.
 #[derive(Debug, Clone)]
@@ -104,6 +110,26 @@ fn name_of(pid: u32) -> String {
         .unwrap_or_default()
         .trim()
         .to_owned()
+}
+
+/// A port that nobody else takes while nobody listens there for a moment: beside those that the system gives to whoever asks
+/// for any.
+pub fn lasting_port() -> io::Result<u16> {
+    let given = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
+    let first_given = given
+        .split_whitespace()
+        .next()
+        .and_then(|first| first.parse().ok());
+    let ours = LASTING_PORTS.start..first_given.unwrap_or(0).min(LASTING_PORTS.end);
+    for _ in 0..if ours.is_empty() { 0 } else { 100 } {
+        let port = rand::random_range(ours.clone());
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    // Where the system gives them all, one of those has to do.
+    let any = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    Ok(any.local_addr()?.port())
 }
 
 /// Splits a command line of a scenario as a shell would split plain words and double quotes.

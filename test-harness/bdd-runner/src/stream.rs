@@ -17,8 +17,23 @@ pub struct Received {
     pub at: Instant,
 }
 
-/// Follows a stream until `enough` says so, or it ends.
+/// Follows a stream until `enough` says so, or it ends. In a task of its own: the steps of all scenarios share one, and the
+/// moments at which events come must not be those at which another step has left it room.
 pub async fn follow(
+    url: &str,
+    last_event_id: Option<&str>,
+    limit: Duration,
+    enough: impl FnMut(&Received) -> bool + Send + 'static,
+) -> Vec<Received> {
+    let (url, last) = (url.to_owned(), last_event_id.map(str::to_owned));
+    let reading = tokio::spawn(async move { read(&url, last.as_deref(), limit, enough).await });
+    match reading.await {
+        Ok(received) => received,
+        Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+    }
+}
+
+async fn read(
     url: &str,
     last_event_id: Option<&str>,
     limit: Duration,

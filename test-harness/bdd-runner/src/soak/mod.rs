@@ -27,7 +27,7 @@ use plan::{Blow, Strike, Victim, plan};
 /// Requests that jobs are drawn from.
 const VARIANTS: usize = 8;
 /// Jobs that stay until the end although nothing more is struck.
-const SETTLE: Duration = Duration::from_secs(180);
+const SETTLE: Duration = Duration::from_secs(600);
 
 /// The long run over the whole chain: real daemons and workers, killed and frozen at random.
 ///

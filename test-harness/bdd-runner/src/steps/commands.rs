@@ -1,7 +1,5 @@
 //! Commands, their output and their exit codes.
 
-use std::time::Duration;
-
 use cucumber::gherkin::Step;
 use cucumber::{then, when};
 use serde_json::Value;
@@ -95,16 +93,13 @@ async fn no_worker_left(house: &mut House) {
             .into_iter()
             .filter(|(_, name)| name == "llorch-candled")
     };
-    let gone = until(Duration::from_secs(15), || workers().next().is_none()).await;
+    let gone = until(WAIT_LIMIT, || workers().next().is_none()).await;
     assert!(gone, "left running: {:?}", workers().collect::<Vec<_>>());
 }
 
 #[then("nothing is left running")]
 async fn nothing_left(house: &mut House) {
     let home = house.home().to_owned();
-    let gone = until(Duration::from_secs(15), || {
-        process::left_running(&home).is_empty()
-    })
-    .await;
+    let gone = until(WAIT_LIMIT, || process::left_running(&home).is_empty()).await;
     assert!(gone, "left running: {:?}", process::left_running(&home));
 }

@@ -10,7 +10,7 @@ use crate::house::{House, WAIT_LIMIT};
 use crate::stream;
 
 /// Longest that a job of a scenario may take.
-const JOB_LIMIT: Duration = Duration::from_secs(120);
+const JOB_LIMIT: Duration = Duration::from_secs(300);
 
 #[when(expr = "I submit a job of {int} tokens with the prompt {string}")]
 async fn submit(house: &mut House, tokens: u32, prompt: String) {
@@ -32,7 +32,8 @@ async fn follow(house: &mut House) {
 
 #[when(expr = "I follow its events until {string}")]
 async fn follow_until(house: &mut House, id: String) {
-    let enough = |received: &stream::Received| received.id.as_deref() == Some(&id);
+    let wanted = id.clone();
+    let enough = move |received: &stream::Received| received.id.as_deref() == Some(&wanted);
     house.events =
         stream::follow(&house.url("/v2/tasks/JOB/events"), None, JOB_LIMIT, enough).await;
     assert_eq!(house.events.last().and_then(|e| e.id.clone()), Some(id));
@@ -52,7 +53,7 @@ async fn resume(house: &mut House, id: String) {
 
 #[when(expr = "it has given {int} tokens")]
 async fn has_given(house: &mut House, tokens: u32) {
-    let enough = |received: &stream::Received| matches!(&received.event, TaskEvent::Token(t) if t.i + 1 >= tokens);
+    let enough = move |received: &stream::Received| matches!(&received.event, TaskEvent::Token(t) if t.i + 1 >= tokens);
     house.events =
         stream::follow(&house.url("/v2/tasks/JOB/events"), None, JOB_LIMIT, enough).await;
 }
