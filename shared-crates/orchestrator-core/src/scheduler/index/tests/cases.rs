@@ -1,0 +1,305 @@
+//! One case each, most of them found by the properties.
+
+use super::*;
+
+fn on_disk(m: usize, needed_bytes: u64) -> ModelState {
+    ModelState {
+        model: model(m),
+        file: file(),
+        needed_bytes,
+    }
+}
+
+/// A worker that has had nothing to do for long.
+fn idle(id: &str, m: usize) -> WorkerState {
+    WorkerState {
+        id: id.into(),
+        status: WorkerStatus::Ready,
+        idle_since: Some(at(0)),
+        ready_at: Some(at(0)),
+        ..WorkerState::asked_for(&on_disk(m, 1), device(0), at(0))
+    }
+}
+
+fn bare_pool(id: &str) -> PoolState {
+    PoolState {
+        id: id.into(),
+        liveness: PoolLiveness::Online,
+        draining: false,
+        devices: vec![DeviceState {
+            device: device(0),
+            free_bytes: 0,
+            total_bytes: 9,
+        }],
+        workers: vec![],
+        models: vec![],
+        disk_free_bytes: 0,
+        downloads: vec![],
+        refused_starts: vec![],
+        refused_downloads: vec![],
+        last_start: 0,
+    }
+}
+
+fn put(model: usize) -> Change {
+    Change::Put {
+        model,
+        pool: None,
+        device: None,
+        batch: false,
+        session: None,
+        pause: None,
+    }
+}
+
+// [ORCHCORE-068] A script takes its time. What is gone when it answers is left out; the rest of its plan is done.
+#[test]
+fn what_has_changed_since_the_snapshot_is_left_out_of_the_plan() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    tested.index.set_pool(PoolState {
+        devices: vec![DeviceState {
+            device: device(0),
+            free_bytes: 3,
+            total_bytes: 9,
+        }],
+        workers: vec![idle("w0", 0), idle("w1", 0), idle("w2", 1)],
+        models: vec![on_disk(2, 2)],
+        ..bare_pool("p0")
+    });
+    let ids: Vec<_> = (0..3).map(|_| JobId::random()).collect();
+    for id in &ids {
+        tested.change(put(0), *id);
+    }
+    let pool = || "p0".to_owned();
+    let dispatch = |job: usize, worker: &str| Action::Dispatch {
+        job: ids[job],
+        pool: pool(),
+        worker: worker.into(),
+    };
+    let start = Action::StartWorker {
+        pool: pool(),
+        model: model(2),
+        device: device(0),
+    };
+    let evict = |worker: &str| Action::EvictWorker {
+        pool: pool(),
+        worker: worker.into(),
+        needed_by: model(2),
+    };
+    // Meanwhile a job was cancelled, and an attempt of before a restart was found again on a worker.
+    tested.index.remove(ids[0]);
+    tested.index.lease("p0", "w1");
+    let plan = [
+        dispatch(0, "w0"),
+        dispatch(1, "w1"),
+        dispatch(2, "w0"),
+        evict("w1"),
+        evict("gone"),
+        evict("w2"),
+        start.clone(),
+        start.clone(),
+    ];
+    let pass = tested.index.apply(&plan, Chooser::Script, at(100));
+    assert_eq!(pass.actions, [dispatch(2, "w0"), evict("w2"), start]);
+    let why = pass.why[0].to_string();
+    assert!(why.contains("only worker"), "{why}");
+    assert_eq!(pass.jobs.len(), 1);
+    assert!(tested.index.queue.contains(ids[1]));
+}
+
+// [ORCHCORE-068] A script may stop the very worker that jobs wait for. Found by the property test above.
+#[test]
+fn a_pass_after_a_plan_of_somebody_else_looks_everywhere_again() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    tested.now = 100;
+    tested.index.set_pool(PoolState {
+        workers: vec![idle("w0", 1)],
+        models: vec![on_disk(0, 1)],
+        ..bare_pool("p0")
+    });
+    tested.index.set_pool(PoolState {
+        workers: vec![idle("w1", 0)],
+        ..bare_pool("p1")
+    });
+    tested.index.lease("p1", "w1");
+    tested.change(put(0), JobId::random());
+    tested.pass().unwrap();
+    // The slot is free again, and the job would have it.
+    tested.index.release("p1", "w1", at(100));
+    let evict = |pool: &str, worker: &str| Action::EvictWorker {
+        pool: pool.into(),
+        worker: worker.into(),
+        needed_by: model(0),
+    };
+    let applied = tested
+        .index
+        .apply(&[evict("p1", "w1")], Chooser::Script, at(100));
+    assert_eq!(applied.actions, [evict("p1", "w1")]);
+    let pass = tested.index.pass(at(100));
+    assert_eq!(pass.actions, [evict("p0", "w0")]);
+}
+
+// [ORCHCORE-068] A model whose last job a script has placed is needed by nobody any more.
+#[test]
+fn a_plan_of_somebody_else_leaves_no_model_needed_without_jobs() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    tested.index.set_pool(PoolState {
+        workers: vec![idle("w0", 0), idle("w1", 0)],
+        ..bare_pool("p0")
+    });
+    let id = JobId::random();
+    tested.change(put(0), id);
+    let dispatch = Action::Dispatch {
+        job: id,
+        pool: "p0".into(),
+        worker: "w0".into(),
+    };
+    // Longer than an idle worker stays.
+    let late = at(3600);
+    let applied = tested
+        .index
+        .apply(std::slice::from_ref(&dispatch), Chooser::Script, late);
+    assert_eq!(applied.actions, [dispatch]);
+    let unload = Action::UnloadWorker {
+        pool: "p0".into(),
+        worker: "w1".into(),
+    };
+    assert_eq!(tested.index.pass(late).actions, [unload]);
+}
+
+// [ORCHCORE-066] What came before a restart waits for pools that may still register; what comes after it is judged.
+#[test]
+fn a_job_of_after_a_restart_does_not_wait_with_those_of_before() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let failed = WorkerState {
+        status: WorkerStatus::Failed,
+        start_failure: Some("bad".into()),
+        ..idle("w0", 0)
+    };
+    tested.index.set_pool(PoolState {
+        workers: vec![failed],
+        models: vec![on_disk(0, 1)],
+        ..bare_pool("p0")
+    });
+    tested.change(put(0), JobId::random());
+    tested.change(Change::Time(10), JobId::random());
+    tested.pass().unwrap();
+    assert_eq!(tested.jobs.len(), 1);
+    let late = JobId::random();
+    tested.change(put(0), late);
+    tested.pass().unwrap();
+    assert!(!tested.jobs.contains(&late) && tested.jobs.len() == 1);
+}
+
+// [ORCHCORE-066] A start may take the memory for which another was refused: then that one needs an eviction.
+#[test]
+fn a_refused_start_is_judged_again_when_another_takes_its_memory() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    tested.index.set_pool(PoolState {
+        devices: vec![DeviceState {
+            device: device(0),
+            free_bytes: 3,
+            total_bytes: 6,
+        }],
+        workers: vec![idle("w0", 2)],
+        models: vec![on_disk(1, 3), on_disk(3, 1)],
+        refused_starts: vec![RefusedStart {
+            model: model(1),
+            device: device(0),
+            message: "no".into(),
+        }],
+        ..bare_pool("p0")
+    });
+    tested.change(Change::Time(60), JobId::random());
+    tested.change(put(1), JobId::random());
+    tested.pass().unwrap();
+    tested.change(put(3), JobId::random());
+    tested.pass().unwrap();
+    let evict = Action::EvictWorker {
+        pool: "p0".into(),
+        worker: "w0".into(),
+        needed_by: model(1),
+    };
+    assert_eq!(tested.index.pass(at(60)).actions, [evict]);
+}
+
+// [ORCHCORE-066] Where the only pool with the file can't run it any more, another may download it.
+#[test]
+fn a_class_that_was_short_of_memory_may_come_to_lack_the_model() {
+    let settings = Settings {
+        download: true,
+        evict: false,
+        ..Settings::default()
+    };
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, settings);
+    let with_file = PoolState {
+        models: vec![on_disk(0, 3)],
+        ..bare_pool("p1")
+    };
+    tested.index.set_pool(with_file.clone());
+    tested.index.set_pool(PoolState {
+        disk_free_bytes: 1 << 31,
+        ..bare_pool("p2")
+    });
+    tested.change(put(0), JobId::random());
+    tested.pass().unwrap();
+    tested.index.set_pool(PoolState {
+        devices: vec![],
+        ..with_file
+    });
+    let download = Action::Download {
+        pool: "p2".into(),
+        model: model(0),
+    };
+    assert_eq!(tested.index.pass(at(0)).actions, [download]);
+}
+
+// [ORCHCORE-062] What a pool says of a worker's idleness may be older than our own leases.
+#[test]
+fn idleness_counts_from_the_end_of_the_latest_lease() {
+    let settings = Settings {
+        idle_ttl: Some(SignedDuration::from_secs(120)),
+        ..Settings::default()
+    };
+    let mut index = Tested::new(BuiltIn::LeastLoaded, settings).index;
+    let worker = WorkerState {
+        id: "w0".into(),
+        ..WorkerState::asked_for(
+            &ModelState {
+                model: model(0),
+                file: file(),
+                needed_bytes: 1,
+            },
+            device(0),
+            at(0),
+        )
+    };
+    index.set_pool(PoolState {
+        id: "p0".into(),
+        liveness: PoolLiveness::Online,
+        draining: false,
+        devices: vec![],
+        workers: vec![WorkerState {
+            status: WorkerStatus::Ready,
+            idle_since: Some(at(0)),
+            ..worker
+        }],
+        models: vec![],
+        disk_free_bytes: 0,
+        downloads: vec![],
+        refused_starts: vec![],
+        refused_downloads: vec![],
+        last_start: 0,
+    });
+    index.lease("p0", "w0");
+    assert_eq!(index.pass(at(119)).actions, []);
+    assert_eq!(index.pass(at(130)).actions, []);
+    index.release("p0", "w0", at(140));
+    let pass = index.pass(at(150));
+    assert_eq!((pass.actions, pass.wake), (vec![], Some(at(260))));
+    let unload = Action::UnloadWorker {
+        pool: "p0".into(),
+        worker: "w0".into(),
+    };
+    assert_eq!(index.pass(at(260)).actions, [unload]);
+}
