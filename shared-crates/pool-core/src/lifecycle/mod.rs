@@ -5,6 +5,7 @@
 
 mod cleanup;
 mod drain;
+mod end;
 mod error;
 mod estimate;
 mod exit;
@@ -15,19 +16,16 @@ mod ports;
 mod program;
 mod progress;
 pub(crate) mod spawner;
+mod start;
 
-use std::collections::HashSet;
-use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
-use std::process::Child;
 use std::sync::Arc;
-use std::time::Duration;
 
 use jiff::Timestamp;
 
 pub use drain::Drain;
+pub use end::Ended;
 pub use error::{MemoryShort, SpawnError, StopError};
 pub use estimate::{MemoryEstimate, MemoryEstimator, PREFILL_CHUNK, attention_scratch_bytes};
 pub use exit::{Circumstances, ExitFacts, classify_exit};
@@ -41,6 +39,7 @@ pub use ports::choose_port;
 pub use program::{find_program, program_name};
 pub use progress::{Deadlines, ProgressWatch, Stall};
 pub use spawner::{Launched, OsSpawner, Spawner, WorkerCommand};
+pub use start::Started;
 
 use crate::ModelRef;
 use crate::api::pool::{DeviceInfo, WorkerSpawnRequest};
@@ -52,22 +51,9 @@ use crate::config::PoolConfig;
 use crate::crash::crash_point;
 use crate::gpu::{Gpu, GpuInventory, GpuState};
 use crate::home::Home;
-use crate::process::{self, ProcessIdentity, Signal, SignalOutcome};
-use crate::registry::{Damaged, Registry, RegistryError, Verdict, WorkerRecord, ports_in_use};
-use crate::secret::Secret;
-use crate::worker::{Backend, Device, WorkerEvent, WorkerInfo, WorkerMemory, WorkerStatus};
-use crate::worker_args::{EXIT_PORT_TAKEN, WorkerArgs};
-
-/// How many ports a worker tries before it gives up: enough for the workers of a few neighbours on one host.
-const PORT_ATTEMPTS: usize = 64;
-/// How many lines of its log an ended worker's record keeps.
-const EXIT_LOG_LINES: usize = 20;
-/// How much of each: the record travels in every heartbeat.
-const EXIT_LOG_LINE_CHARS: usize = 500;
-/// The most slots a worker may be asked for: the engine runs one sequence at a time.
-const MAX_SLOTS: u32 = 1;
-/// How long a process that was killed may take to be gone; one that waits for a device in the kernel takes longer.
-const DYING: Duration = Duration::from_secs(5);
+use crate::process::{ProcessIdentity, Signal};
+use crate::registry::{Damaged, Registry, RegistryError, Verdict, WorkerRecord};
+use crate::worker::{Backend, Device, WorkerInfo, WorkerStatus};
 
 /// Starts and ends the workers of one home.
 #[derive(Clone)]
@@ -81,26 +67,6 @@ pub struct Lifecycle {
     estimator: Arc<MemoryEstimator>,
     gpus: Arc<GpuInventory>,
     pool_url: Option<String>,
-}
-
-/// A worker that was just started.
-#[derive(Debug)]
-pub struct Started {
-    /// The worker.
-    pub info: WorkerInfo,
-    /// Its process, for the caller to wait for: nobody else learns how it exits.
-    pub child: Option<Child>,
-}
-
-/// What became of a worker whose process ended.
-#[derive(Debug)]
-pub enum Ended {
-    /// Its port was taken, and it was started again on another one.
-    Restarted(Started),
-    /// It is over.
-    Over(WorkerInfo),
-    /// Another process is the worker's by now, and the end of the earlier one makes no difference to it.
-    Replaced(WorkerInfo),
 }
 
 /// What [`Lifecycle::reconcile`] found.
@@ -261,199 +227,6 @@ impl Lifecycle {
         DeviceMemory::of_gpu(gpu).limited(self.config.memory.gpu_limit_bytes)
     }
 
-    /// Starts a worker: checks model, backend and device, reserves its memory, records the intent, starts the
-    /// process and records that too. It returns while the worker still loads.
-    pub fn spawn(&self, request: &WorkerSpawnRequest) -> Result<Started, SpawnError> {
-        crash_point("spawn.received");
-        let slots = request.slots.unwrap_or(1);
-        if !(1..=MAX_SLOTS).contains(&slots) {
-            return Err(SpawnError::Slots {
-                asked: slots,
-                most: MAX_SLOTS,
-            });
-        }
-        let model = self.resolve(&request.model)?;
-        let gpus = self.usable_gpus(request.backend, request.gpu)?;
-        let program = self.program(request.backend)?;
-        let estimate = self
-            .estimator
-            .estimate(&model, request.context_length, slots);
-        if let (Some(asked), Some(most)) = (request.context_length, estimate.model_context)
-            && (asked == 0 || u64::from(asked) > most)
-        {
-            return Err(SpawnError::Context {
-                asked,
-                most,
-                model_ref: request.model.clone(),
-            });
-        }
-
-        let locked = self.registry.lock()?;
-        // A drain begins under the same lock: no worker slips in behind it.
-        if let Some(drain) = self.drain()? {
-            return Err(SpawnError::Draining { since: drain.since });
-        }
-        let records = locked.load()?.records;
-        let held = Held::by(&records);
-        let on_gpu = gpus.iter().map(|gpu| (gpu.device, self.gpu_memory(gpu)));
-        let (device, memory) = match roomiest(on_gpu, &records, &held) {
-            Some(found) => found,
-            // The CPU: a backend of GPUs without one was refused above.
-            None => {
-                let memory = self.cpu_memory().map_err(SpawnError::MemoryUnknown)?;
-                (Device::CPU, memory)
-            }
-        };
-        let free = free_bytes(memory, device, &records, &held);
-        if estimate.needed_bytes > free {
-            return Err(SpawnError::MemoryShort(Box::new(MemoryShort {
-                device,
-                model_ref: request.model.clone(),
-                needed_bytes: estimate.needed_bytes,
-                free_bytes: free,
-                total_bytes: memory.total_bytes,
-                stop: what_to_stop(estimate.needed_bytes - free, device, &records),
-            })));
-        }
-        let in_use = ports_in_use(&records);
-        let port = match request.port {
-            Some(port) => ports::claimable(port, &records, self.config.workers.bind)?,
-            None => self.next_port(&in_use, &[])?,
-        };
-        let id = format!(
-            "worker-{}-{}",
-            request.backend,
-            locked.take_number(&records)?
-        );
-        let mut record = WorkerRecord {
-            info: WorkerInfo {
-                id: id.clone(),
-                model_ref: request.model.clone(),
-                model_file: model.file.clone(),
-                device,
-                status: WorkerStatus::Starting,
-                pid: None,
-                port,
-                context_length: None,
-                slots,
-                active: 0,
-                load_percent: 0,
-                memory: WorkerMemory {
-                    predicted_bytes: estimate.needed_bytes,
-                    measured_bytes: None,
-                },
-                created_at: Timestamp::now(),
-                ready_at: None,
-                idle_since: None,
-                ending: None,
-                exit: None,
-            },
-            identity: None,
-            nonce: new_nonce(),
-            secret: Secret::random(),
-            program,
-            args: WorkerArgs {
-                worker_id: id,
-                model: model.path,
-                model_ref: Some(request.model.clone()),
-                sha256: model.file.sha256,
-                backend: device.backend,
-                gpu: device.index,
-                bind: self.config.workers.bind,
-                port,
-                pool_url: self.pool_url.clone(),
-                context_length: request.context_length,
-                slots,
-                threads: self.config.workers.threads.map(Into::into),
-                stop_grace_s: self.config.workers.stop_timeout_s,
-            },
-            port_fixed: request.port.is_some(),
-            ports_tried: Vec::new(),
-            stop_requested: false,
-            verdict: None,
-            oom_mark: None,
-            starter: None,
-            launched_at: None,
-            log_start: 0,
-        };
-        // The intent comes first: whatever happens from here on, a record says that this process may exist.
-        locked.save(&record)?;
-        crash_point("spawn.intended");
-        for id in locked.prune(&records, self.config.workers.keep_ended)? {
-            // Best effort: the worker is forgotten either way.
-            let _ = fs::remove_file(self.log_file(&id));
-        }
-        let child = match self.launch(&mut record) {
-            Ok(child) => child,
-            Err(error) => {
-                self.finish(&mut record, ExitFacts::not_started(&error));
-                locked.save(&record)?;
-                return Err(error);
-            }
-        };
-        crash_point("spawn.started");
-        locked.save(&record)?;
-        crash_point("spawn.recorded");
-        Ok(Started {
-            info: record.info,
-            child,
-        })
-    }
-
-    /// Records that a worker's process ended: the one that `watched` was the record of, by its nonce, for who brings
-    /// the news may be late. One that found its port taken is started again on the next. `None` if the worker is
-    /// forgotten.
-    pub fn process_ended(
-        &self,
-        watched: &WorkerRecord,
-        facts: ExitFacts,
-    ) -> Result<Option<Ended>, RegistryError> {
-        crash_point("exit.unrecorded");
-        let locked = self.registry.lock()?;
-        let Some(mut record) = self.registry.get(&watched.info.id) else {
-            return Ok(None);
-        };
-        if record.nonce != watched.nonce {
-            return Ok(Some(Ended::Replaced(record.info)));
-        }
-        if !record.info.status.is_live() {
-            return Ok(Some(Ended::Over(record.info)));
-        }
-        let try_next = facts == ExitFacts::Exited(EXIT_PORT_TAKEN)
-            && !record.port_fixed
-            && !record.stop_requested
-            && record.verdict.is_none()
-            && record.info.status == WorkerStatus::Starting
-            && record.ports_tried.len() + 1 < PORT_ATTEMPTS;
-        if try_next {
-            record.ports_tried.push(record.info.port);
-            let others = locked.load()?.records;
-            if let Ok(port) = self.next_port(&ports_in_use(&others), &record.ports_tried) {
-                record.info.port = port;
-                record.args.port = port;
-                // From here on nothing that is said of the process that ended is said of this one.
-                record.nonce = new_nonce();
-                (record.identity, record.info.pid) = (None, None);
-                locked.save(&record)?;
-                match self.launch(&mut record) {
-                    Ok(child) => {
-                        locked.save(&record)?;
-                        return Ok(Some(Ended::Restarted(Started {
-                            info: record.info,
-                            child,
-                        })));
-                    }
-                    Err(error) => self.finish(&mut record, ExitFacts::not_started(&error)),
-                }
-                locked.save(&record)?;
-                return Ok(Some(Ended::Over(record.info)));
-            }
-        }
-        self.finish(&mut record, facts);
-        locked.save(&record)?;
-        Ok(Some(Ended::Over(record.info)))
-    }
-
     /// Takes over what a worker says of itself, and returns what it was before and is now. `None` if there is no such
     /// worker, or nothing changed.
     pub fn observe(
@@ -472,54 +245,6 @@ impl Lifecycle {
                 .filter(|updated| updated.changed)
                 .map(|updated| updated.record.info),
         ))
-    }
-
-    /// Tells a worker to stop: to finish what runs and end, or with `force` to end at once. It returns before the
-    /// process has ended, unless that had happened already.
-    pub fn request_stop(&self, id: &str, force: bool) -> Result<WorkerRecord, StopError> {
-        let unknown = || StopError::Unknown { id: id.to_owned() };
-        let updated = self
-            .registry
-            .update(id, |record| {
-                if record.info.status.is_live() {
-                    if let Some(process) = spawner::process_of(record) {
-                        record.set_process(process);
-                    }
-                    record.stop_requested = true;
-                    // Every live state may drain, so this can't fail.
-                    let _ = record.apply(WorkerEvent::Drain);
-                }
-            })?
-            .ok_or_else(unknown)?;
-        let record = updated.record;
-        if record.info.status.is_live() {
-            self.signal(&record, if force { Signal::KILL } else { Signal::TERM })
-                .map_err(|source| StopError::Signal {
-                    id: id.to_owned(),
-                    source,
-                })?;
-            crash_point("stop.signalled");
-        }
-        Ok(record)
-    }
-
-    /// Writes down why a worker has to end, from when on it takes no work. Returns its record with the verdict that
-    /// counts, which is the first; `None` where there is nothing to end: somebody else told it to stop, or it is over.
-    pub fn condemn(
-        &self,
-        id: &str,
-        verdict: &Verdict,
-    ) -> Result<Option<WorkerRecord>, RegistryError> {
-        let updated = self.registry.update(id, |record| {
-            if record.info.status.is_live() && !record.stop_requested {
-                let verdict = record.verdict.get_or_insert_with(|| verdict.clone());
-                record.info.ending = Some(verdict.ending());
-                // Every live state may drain, so this can't fail.
-                let _ = record.apply(WorkerEvent::Drain);
-            }
-        })?;
-        let record = updated.map(|updated| updated.record);
-        Ok(record.filter(|record| record.verdict.is_some() && record.info.status.is_live()))
     }
 
     /// Writes down again which process is the worker's, for who has watched `process` since it was started with `nonce`.
@@ -544,21 +269,6 @@ impl Lifecycle {
         let mark = Some(mark.clone());
         self.registry.update(id, |record| record.oom_mark = mark)?;
         Ok(())
-    }
-
-    /// Sends `signal` to a worker's process if it still is the one that was recorded. A kill takes along what the
-    /// process has started.
-    pub fn signal(&self, record: &WorkerRecord, signal: Signal) -> io::Result<SignalOutcome> {
-        match &record.identity {
-            Some(identity) if spawner::carries_nonce(identity.pid, &record.nonce) => {
-                if signal == Signal::KILL {
-                    identity.kill_group()
-                } else {
-                    identity.signal(signal)
-                }
-            }
-            _ => Ok(SignalOutcome::Gone),
-        }
     }
 
     /// What a daemon goes on doing, done once, for those who work without one: after [`Lifecycle::reconcile`], workers
@@ -604,22 +314,6 @@ impl Lifecycle {
         self.condemn(&record.info.id, &Verdict::StartTimeout { after_s })
     }
 
-    /// Kills a condemned worker and records its end; `None` while its process is still there.
-    fn end_now(&self, record: &WorkerRecord) -> Result<Option<WorkerInfo>, RegistryError> {
-        let Some(identity) = &record.identity else {
-            return Ok(None);
-        };
-        // Where the signal or the wait fails the worker stays as it is, memory and all, until the next time.
-        let killed = self.signal(record, Signal::KILL);
-        if killed.is_err() || !identity.wait_gone(DYING).unwrap_or(false) {
-            return Ok(None);
-        }
-        match self.process_ended(record, ExitFacts::Unknown)? {
-            Some(Ended::Over(info)) => Ok(Some(info)),
-            _ => Ok(None),
-        }
-    }
-
     /// Makes the registry true to the processes: live workers whose process has ended are marked so, and a record that
     /// names no process, as when the starter was killed, or a wrong one names the worker's again. Workers that are `watched` are
     /// left alone: whoever waits for them knows better how they end.
@@ -654,144 +348,6 @@ impl Lifecycle {
             }
         }
         Ok(found)
-    }
-
-    /// The GPUs that a worker of this backend may be started on: the one asked for, or all that work. None for the CPU,
-    /// which waits for no driver.
-    fn usable_gpus(&self, backend: Backend, asked: Option<u32>) -> Result<Vec<Gpu>, SpawnError> {
-        if backend == Backend::Cpu {
-            return match asked {
-                None => Ok(Vec::new()),
-                Some(_) => Err(SpawnError::GpuWithCpu),
-            };
-        }
-        let wanted = |gpu: &Gpu| {
-            gpu.device.backend == backend && asked.is_none_or(|index| gpu.device.index == index)
-        };
-        let (usable, other): (Vec<_>, Vec<_>) = self
-            .gpus
-            .settled()
-            .into_iter()
-            .filter(wanted)
-            .partition(|gpu| gpu.state == GpuState::Ok);
-        match other.first() {
-            _ if !usable.is_empty() => Ok(usable),
-            Some(gpu) => Err(SpawnError::DeviceDown {
-                device: gpu.device,
-                state: gpu.state,
-            }),
-            None => Err(SpawnError::NoDevice {
-                device: Device {
-                    backend,
-                    index: asked.unwrap_or(0),
-                },
-            }),
-        }
-    }
-
-    fn program(&self, backend: Backend) -> Result<PathBuf, SpawnError> {
-        find_program(backend, self.config.workers.programs_dir.as_deref()).ok_or(
-            SpawnError::NoProgram {
-                backend,
-                program: program_name(backend),
-            },
-        )
-    }
-
-    fn next_port(&self, in_use: &HashSet<u16>, tried: &[u16]) -> Result<u16, SpawnError> {
-        let (first, last) = (self.config.workers.port_min, self.config.workers.port_max);
-        choose_port(first..=last, in_use, tried).ok_or(SpawnError::NoPort { first, last })
-    }
-
-    /// Starts the process that `record` describes and notes which one it is.
-    fn launch(&self, record: &mut WorkerRecord) -> Result<Option<Child>, SpawnError> {
-        let failed = |source| SpawnError::Exec {
-            program: record.program.clone(),
-            source,
-        };
-        let log = self.open_log(&record.info.id).map_err(failed)?;
-        record.log_start = log.metadata().map_err(failed)?.len();
-        let command = WorkerCommand {
-            program: record.program.clone(),
-            args: record.args.to_args(),
-            secret: record.secret.clone(),
-            nonce: record.nonce.clone(),
-            log,
-        };
-        record.starter = ProcessIdentity::current().ok();
-        record.launched_at = Some(process::uptime());
-        let launched = self.spawner.spawn(command).map_err(failed)?;
-        let (launched, identity) = identified(launched, ProcessIdentity::of).map_err(failed)?;
-        record.identity = identity;
-        record.info.pid = Some(launched.pid);
-        record.oom_mark = OomMark::of(launched.pid);
-        Ok(launched.child)
-    }
-
-    fn open_log(&self, id: &str) -> io::Result<File> {
-        let path = self.log_file(id);
-        if let Some(folder) = path.parent() {
-            DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(folder)?;
-        }
-        OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(path)
-    }
-
-    fn finish(&self, record: &mut WorkerRecord, facts: ExitFacts) {
-        // A worker that the pool ended has failed, also where somebody told it to stop after that.
-        let event = if record.stop_requested && record.verdict.is_none() {
-            WorkerEvent::StopFinished
-        } else {
-            WorkerEvent::Died
-        };
-        // Both ends may follow any state.
-        let _ = record.apply(event);
-        // What an earlier start said is no reason for this one's end.
-        let log = self.log_file(&record.info.id);
-        let tail = logs::log_tail_from(&log, record.log_start, EXIT_LOG_LINES).unwrap_or_default();
-        let tail = tail
-            .into_iter()
-            .map(|line| line.chars().take(EXIT_LOG_LINE_CHARS).collect())
-            .collect();
-        record.info.active = 0;
-        record.info.ending = None;
-        let circumstances = Circumstances {
-            stop_requested: record.stop_requested,
-            verdict: record.verdict.as_ref(),
-            oom_evidence: record.oom_mark.as_ref().is_some_and(OomMark::has_risen),
-            was_ready: record.info.ready_at.is_some(),
-        };
-        record.info.exit = Some(classify_exit(facts, circumstances, tail, Timestamp::now()));
-    }
-}
-
-/// Tells one start of a process from every other.
-fn new_nonce() -> String {
-    uuid::Uuid::new_v4().simple().to_string()
-}
-
-/// Reads which process was started, while it is not waited for yet, so that its pid can't have gone to another. Where
-/// that fails the process ends: nobody could ever recognise it, and stop it.
-fn identified(
-    mut launched: Launched,
-    identify: impl Fn(u32) -> io::Result<Option<ProcessIdentity>>,
-) -> io::Result<(Launched, Option<ProcessIdentity>)> {
-    match identify(launched.pid) {
-        Ok(identity) => Ok((launched, identity)),
-        Err(error) => {
-            if let Some(child) = &mut launched.child {
-                // It fails only for a child that has ended already.
-                let _ = child.kill();
-                let _ = child.wait();
-            }
-            Err(error)
-        }
     }
 }
 

@@ -1,12 +1,18 @@
 #[path = "../../tests/support/program.rs"]
 mod program;
 
+use std::collections::HashSet;
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr};
 
 use program::write_program;
 
+use super::start::identified;
 use super::*;
-use crate::worker::ExitReason;
+use crate::process::SignalOutcome;
+use crate::secret::Secret;
+use crate::worker::{ExitReason, WorkerMemory};
+use crate::worker_args::{EXIT_PORT_TAKEN, WorkerArgs};
 
 /// The record of a worker that was just started.
 pub(crate) fn record(number: u64) -> WorkerRecord {

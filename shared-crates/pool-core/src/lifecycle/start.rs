@@ -1,0 +1,292 @@
+//! The start of a worker: where it runs, with what, and which process it is.
+
+use std::collections::HashSet;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::process::Child;
+
+use jiff::Timestamp;
+
+use super::{
+    ExitFacts, Held, Launched, Lifecycle, MemoryShort, SpawnError, WorkerCommand, choose_port,
+    find_program, free_bytes, ports, program_name, roomiest, what_to_stop,
+};
+use crate::api::pool::WorkerSpawnRequest;
+use crate::cgroup::OomMark;
+use crate::crash::crash_point;
+use crate::gpu::{Gpu, GpuState};
+use crate::process::{self, ProcessIdentity};
+use crate::registry::{WorkerRecord, ports_in_use};
+use crate::secret::Secret;
+use crate::worker::{Backend, Device, WorkerInfo, WorkerMemory, WorkerStatus};
+use crate::worker_args::WorkerArgs;
+
+/// The most slots a worker may be asked for: the engine runs one sequence at a time.
+const MAX_SLOTS: u32 = 1;
+
+/// A worker that was just started.
+#[derive(Debug)]
+pub struct Started {
+    /// The worker.
+    pub info: WorkerInfo,
+    /// Its process, for the caller to wait for: nobody else learns how it exits.
+    pub child: Option<Child>,
+}
+
+impl Lifecycle {
+    /// Starts a worker: checks model, backend and device, reserves its memory, records the intent, starts the
+    /// process and records that too. It returns while the worker still loads.
+    pub fn spawn(&self, request: &WorkerSpawnRequest) -> Result<Started, SpawnError> {
+        crash_point("spawn.received");
+        let slots = request.slots.unwrap_or(1);
+        if !(1..=MAX_SLOTS).contains(&slots) {
+            return Err(SpawnError::Slots {
+                asked: slots,
+                most: MAX_SLOTS,
+            });
+        }
+        let model = self.resolve(&request.model)?;
+        let gpus = self.usable_gpus(request.backend, request.gpu)?;
+        let program = self.program(request.backend)?;
+        let estimate = self
+            .estimator
+            .estimate(&model, request.context_length, slots);
+        if let (Some(asked), Some(most)) = (request.context_length, estimate.model_context)
+            && (asked == 0 || u64::from(asked) > most)
+        {
+            return Err(SpawnError::Context {
+                asked,
+                most,
+                model_ref: request.model.clone(),
+            });
+        }
+
+        let locked = self.registry.lock()?;
+        // A drain begins under the same lock: no worker slips in behind it.
+        if let Some(drain) = self.drain()? {
+            return Err(SpawnError::Draining { since: drain.since });
+        }
+        let records = locked.load()?.records;
+        let held = Held::by(&records);
+        let on_gpu = gpus.iter().map(|gpu| (gpu.device, self.gpu_memory(gpu)));
+        let (device, memory) = match roomiest(on_gpu, &records, &held) {
+            Some(found) => found,
+            // The CPU: a backend of GPUs without one was refused above.
+            None => {
+                let memory = self.cpu_memory().map_err(SpawnError::MemoryUnknown)?;
+                (Device::CPU, memory)
+            }
+        };
+        let free = free_bytes(memory, device, &records, &held);
+        if estimate.needed_bytes > free {
+            return Err(SpawnError::MemoryShort(Box::new(MemoryShort {
+                device,
+                model_ref: request.model.clone(),
+                needed_bytes: estimate.needed_bytes,
+                free_bytes: free,
+                total_bytes: memory.total_bytes,
+                stop: what_to_stop(estimate.needed_bytes - free, device, &records),
+            })));
+        }
+        let in_use = ports_in_use(&records);
+        let port = match request.port {
+            Some(port) => ports::claimable(port, &records, self.config.workers.bind)?,
+            None => self.next_port(&in_use, &[])?,
+        };
+        let id = format!(
+            "worker-{}-{}",
+            request.backend,
+            locked.take_number(&records)?
+        );
+        let mut record = WorkerRecord {
+            info: WorkerInfo {
+                id: id.clone(),
+                model_ref: request.model.clone(),
+                model_file: model.file.clone(),
+                device,
+                status: WorkerStatus::Starting,
+                pid: None,
+                port,
+                context_length: None,
+                slots,
+                active: 0,
+                load_percent: 0,
+                memory: WorkerMemory {
+                    predicted_bytes: estimate.needed_bytes,
+                    measured_bytes: None,
+                },
+                created_at: Timestamp::now(),
+                ready_at: None,
+                idle_since: None,
+                ending: None,
+                exit: None,
+            },
+            identity: None,
+            nonce: new_nonce(),
+            secret: Secret::random(),
+            program,
+            args: WorkerArgs {
+                worker_id: id,
+                model: model.path,
+                model_ref: Some(request.model.clone()),
+                sha256: model.file.sha256,
+                backend: device.backend,
+                gpu: device.index,
+                bind: self.config.workers.bind,
+                port,
+                pool_url: self.pool_url.clone(),
+                context_length: request.context_length,
+                slots,
+                threads: self.config.workers.threads.map(Into::into),
+                stop_grace_s: self.config.workers.stop_timeout_s,
+            },
+            port_fixed: request.port.is_some(),
+            ports_tried: Vec::new(),
+            stop_requested: false,
+            verdict: None,
+            oom_mark: None,
+            starter: None,
+            launched_at: None,
+            log_start: 0,
+        };
+        // The intent comes first: whatever happens from here on, a record says that this process may exist.
+        locked.save(&record)?;
+        crash_point("spawn.intended");
+        for id in locked.prune(&records, self.config.workers.keep_ended)? {
+            // Best effort: the worker is forgotten either way.
+            let _ = fs::remove_file(self.log_file(&id));
+        }
+        let child = match self.launch(&mut record) {
+            Ok(child) => child,
+            Err(error) => {
+                self.finish(&mut record, ExitFacts::not_started(&error));
+                locked.save(&record)?;
+                return Err(error);
+            }
+        };
+        crash_point("spawn.started");
+        locked.save(&record)?;
+        crash_point("spawn.recorded");
+        Ok(Started {
+            info: record.info,
+            child,
+        })
+    }
+
+    /// The GPUs that a worker of this backend may be started on: the one asked for, or all that work. None for the CPU,
+    /// which waits for no driver.
+    fn usable_gpus(&self, backend: Backend, asked: Option<u32>) -> Result<Vec<Gpu>, SpawnError> {
+        if backend == Backend::Cpu {
+            return match asked {
+                None => Ok(Vec::new()),
+                Some(_) => Err(SpawnError::GpuWithCpu),
+            };
+        }
+        let wanted = |gpu: &Gpu| {
+            gpu.device.backend == backend && asked.is_none_or(|index| gpu.device.index == index)
+        };
+        let (usable, other): (Vec<_>, Vec<_>) = self
+            .gpus
+            .settled()
+            .into_iter()
+            .filter(wanted)
+            .partition(|gpu| gpu.state == GpuState::Ok);
+        match other.first() {
+            _ if !usable.is_empty() => Ok(usable),
+            Some(gpu) => Err(SpawnError::DeviceDown {
+                device: gpu.device,
+                state: gpu.state,
+            }),
+            None => Err(SpawnError::NoDevice {
+                device: Device {
+                    backend,
+                    index: asked.unwrap_or(0),
+                },
+            }),
+        }
+    }
+
+    pub(super) fn program(&self, backend: Backend) -> Result<PathBuf, SpawnError> {
+        find_program(backend, self.config.workers.programs_dir.as_deref()).ok_or(
+            SpawnError::NoProgram {
+                backend,
+                program: program_name(backend),
+            },
+        )
+    }
+
+    pub(super) fn next_port(
+        &self,
+        in_use: &HashSet<u16>,
+        tried: &[u16],
+    ) -> Result<u16, SpawnError> {
+        let (first, last) = (self.config.workers.port_min, self.config.workers.port_max);
+        choose_port(first..=last, in_use, tried).ok_or(SpawnError::NoPort { first, last })
+    }
+
+    /// Starts the process that `record` describes and notes which one it is.
+    pub(super) fn launch(&self, record: &mut WorkerRecord) -> Result<Option<Child>, SpawnError> {
+        let failed = |source| SpawnError::Exec {
+            program: record.program.clone(),
+            source,
+        };
+        let log = self.open_log(&record.info.id).map_err(failed)?;
+        record.log_start = log.metadata().map_err(failed)?.len();
+        let command = WorkerCommand {
+            program: record.program.clone(),
+            args: record.args.to_args(),
+            secret: record.secret.clone(),
+            nonce: record.nonce.clone(),
+            log,
+        };
+        record.starter = ProcessIdentity::current().ok();
+        record.launched_at = Some(process::uptime());
+        let launched = self.spawner.spawn(command).map_err(failed)?;
+        let (launched, identity) = identified(launched, ProcessIdentity::of).map_err(failed)?;
+        record.identity = identity;
+        record.info.pid = Some(launched.pid);
+        record.oom_mark = OomMark::of(launched.pid);
+        Ok(launched.child)
+    }
+
+    fn open_log(&self, id: &str) -> io::Result<File> {
+        let path = self.log_file(id);
+        if let Some(folder) = path.parent() {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(folder)?;
+        }
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(path)
+    }
+}
+
+/// Tells one start of a process from every other.
+pub(super) fn new_nonce() -> String {
+    uuid::Uuid::new_v4().simple().to_string()
+}
+
+/// Reads which process was started, while it is not waited for yet, so that its pid can't have gone to another. Where
+/// that fails the process ends: nobody could ever recognise it, and stop it.
+pub(super) fn identified(
+    mut launched: Launched,
+    identify: impl Fn(u32) -> io::Result<Option<ProcessIdentity>>,
+) -> io::Result<(Launched, Option<ProcessIdentity>)> {
+    match identify(launched.pid) {
+        Ok(identity) => Ok((launched, identity)),
+        Err(error) => {
+            if let Some(child) = &mut launched.child {
+                // It fails only for a child that has ended already.
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            Err(error)
+        }
+    }
+}
