@@ -28,7 +28,7 @@ use tokio::process::{Child, Command};
 /// The job that the fake has.
 pub const JOB: &str = "job-01900000-0000-7000-8000-000000000001";
 /// Nothing in a test takes this long unless it hangs.
-pub const LIMIT: Duration = Duration::from_secs(30);
+pub const LIMIT: Duration = Duration::from_secs(120);
 
 /// What one connection to the event stream gets.
 #[derive(Debug, Clone)]
