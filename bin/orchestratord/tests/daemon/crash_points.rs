@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 
 const CRASH_AT: &str = "LLORCH_CRASH_AT";
 /// Enough for any point to be reached, on a machine that has other things to do.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 /// Jobs of one round: more than there are workers, so that some wait.
 const JOBS: usize = 8;
 const VARIANTS: usize = 4;

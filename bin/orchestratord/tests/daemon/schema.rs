@@ -21,7 +21,7 @@ use crate::support::{FakePool, FakeWorker, Orchestrator, model_file};
 /// Examples of each operation.
 const EXAMPLES: u32 = 100;
 /// Longer than the tester takes.
-const PATIENCE: Duration = Duration::from_secs(600);
+const PATIENCE: Duration = Duration::from_secs(1800);
 /// Known to the pool and to no catalogue, so that any number of tokens may be asked for.
 const FREE_MODEL: &str = "file:/models/fake.gguf";
 
@@ -74,7 +74,7 @@ async fn run_tester(
         // A cancelled job's record stays, and the fake pool comes back whenever it is removed.
         .args(["--exclude-checks", "use_after_free"])
         .args(["--max-examples", &EXAMPLES.to_string(), "--seed", &seed])
-        .args(["--request-timeout", "20"])
+        .args(["--request-timeout", "120"])
         .args(more)
         .env("SCHEMATHESIS_HOOKS", here.join("hooks.py"))
         .env("LLORCH_SCHEMA_HOUSE", house.to_string())

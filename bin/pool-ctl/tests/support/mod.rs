@@ -20,7 +20,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// How long anything may take that happens by itself, on a machine with much else to do.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(180);
 
 /// A home in a folder of its own. When it goes, so does every process that was started in it.
 pub struct Home {
