@@ -13,6 +13,7 @@ mod fleet;
 mod life;
 mod metrics;
 mod queue;
+mod reserve;
 mod retention;
 mod scheduler;
 mod state;
@@ -169,6 +170,7 @@ impl Daemon {
     ) -> anyhow::Result<Self> {
         home.ensure().map_err(|error| hinted(error.hint(), error))?;
         let state_dir = home.orchestratord_state();
+        reserve::release(&state_dir);
         let claim = claim::claim(&state_dir, holder).await?;
         let tokens = Tokens::load(&config)?;
         let catalog = Catalog::load(&home).map_err(|error| hinted(Some(error.hint()), error))?;
@@ -206,6 +208,7 @@ impl Daemon {
         run_files
             .write_addr(addr)
             .context("could not write the address to the state folder")?;
+        reserve::keep(&state_dir);
         app.spawn(scheduler::watch_script(Arc::clone(&app)));
         tracing::info!(%addr, version = VERSION, "listening");
         let served = tokio::spawn(serve(app, service, run_files));

@@ -8,9 +8,10 @@ use std::process::{Command, Stdio};
 use orchestrator_core::JobStatus;
 use orchestrator_core::api::tasks::{TaskAccepted, TaskView};
 use pool_core::client::ApiClient;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::process::{command, ended, spawn, start};
+use crate::process::{command, ended, run, signal, spawn, start};
 use crate::small_disk::Disk;
 use crate::support::{FakePool, FakeWorker, MODEL, Reader, eventually, outline};
 
@@ -136,6 +137,63 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
     assert_eq!(show(&client, job).await.status, JobStatus::Completed);
     let all: Value = client.get("/v2/tasks?limit=500").await.unwrap();
     assert_eq!(all["jobs"].as_array().unwrap().len(), accepted + 3);
+}
+
+// [ORCHD-082] P16: a start on a disk without room shows what there is, refuses submits, and heals; where it can't be
+// done it says why.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_comes_up_on_a_full_disk() {
+    let place = tempfile::tempdir().unwrap();
+    let disk = match Disk::new(place.path().join("disk"), 8 << 20) {
+        Ok(disk) => disk,
+        Err(reason) => {
+            println!("skipped: no disk of its own can be made here: {reason}");
+            return;
+        }
+    };
+    let (mut daemon, client) = start(&disk.0).await;
+    let body = json!({"model": MODEL, "prompt": "waits", "seed": 1});
+    let accepted = client.post::<_, TaskAccepted>("/v2/tasks", &body).await;
+    let job = accepted.unwrap().job_id;
+    // Ended by a signal and in order: the latter leaves no side files of the database.
+    for end in [Signal::KILL, Signal::TERM] {
+        signal(&daemon, end);
+        daemon.wait().await.unwrap();
+        let filler = fill(&disk);
+        let client;
+        (daemon, client) = start(&disk.0).await;
+        assert_eq!(show(&client, job).await.status, JobStatus::Queued);
+        let big = "x".repeat(1 << 20);
+        let refused = submit(client.base_url(), &big).await;
+        assert_eq!(refused.status(), 503);
+        assert!(refused.headers().contains_key("retry-after"));
+        let ready = client.get::<Value>("/ready").await.unwrap_err();
+        assert_eq!(ready.status(), Some(503), "{ready}");
+        fs::remove_file(&filler).unwrap();
+        eventually("the daemon is ready", async || {
+            client.get::<Value>("/ready").await.ok()
+        })
+        .await;
+        assert_eq!(submit(client.base_url(), "room").await.status(), 202);
+    }
+    signal(&daemon, Signal::TERM);
+    daemon.wait().await.unwrap();
+
+    // Without the room that was kept there is a clear word.
+    fs::remove_file(disk.0.join("state/orchestratord/reserve")).unwrap();
+    let filler = fill(&disk);
+    let (status, said) = run(&mut command(&disk.0)).await;
+    assert_eq!(status.code(), Some(1), "{said}");
+    for part in [
+        "\"needed_bytes\":131072",
+        "No space left",
+        "hint: make room",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    fs::remove_file(&filler).unwrap();
+    let (_daemon, client) = start(&disk.0).await;
+    assert_eq!(show(&client, job).await.status, JobStatus::Queued);
 }
 
 /// A library whose `fdatasync` and `fsync` fail while a file is there.

@@ -44,6 +44,9 @@ impl ClaimError {
             Self::Held { .. } => {
                 Some("stop that one, or give this one a home of its own with LLORCH_HOME")
             }
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                Some("make room on its disk, and start again")
+            }
             Self::Io { .. } => None,
         }
     }

@@ -1,0 +1,73 @@
+//! Room on the disk that is kept for starts. On a disk that is full a daemon could write down neither that it runs nor
+//! that the database is its own, and so not even show what it has.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+
+/// The file that takes the room, in the state folder.
+const FILE: &str = "reserve";
+/// What a start writes, amply: who runs and where, the index and the beginning of the write-ahead log.
+const A_START: u64 = 128 << 10;
+/// What is kept: some starts in a row.
+const KEPT: u64 = 8 * A_START;
+/// With less room than this nothing is put aside: jobs need it more.
+const PLENTY: u64 = 2 * KEPT;
+
+/// Gives room for one start back, if the disk has not got that.
+pub(crate) fn release(dir: &Path) {
+    let Some(free_bytes) = free(dir).ok().filter(|free| *free < A_START) else {
+        return;
+    };
+    match shrink(&dir.join(FILE)) {
+        Ok(true) => tracing::warn!(
+            free_bytes,
+            "the disk is full: the start takes room that was kept for it"
+        ),
+        Ok(false) | Err(_) => tracing::warn!(
+            free_bytes,
+            needed_bytes = A_START,
+            "the disk of the state folder is full, and no room is kept for a start any more"
+        ),
+    }
+}
+
+/// Puts room aside where there is plenty. Without any the next start on a full disk fails, and nothing else.
+pub(crate) fn keep(dir: &Path) {
+    let path = dir.join(FILE);
+    let kept = fs::metadata(&path).map_or(0, |file| file.len());
+    if kept >= KEPT || free(dir).is_ok_and(|free| free < PLENTY) {
+        return;
+    }
+    if let Err(error) = fill(&path) {
+        tracing::debug!(%error, "no room could be put aside");
+        let _ = fs::remove_file(path);
+    }
+}
+
+fn free(dir: &Path) -> io::Result<u64> {
+    let stat = rustix::fs::statvfs(dir)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Whether there was something to take away.
+fn shrink(path: &Path) -> io::Result<bool> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    let kept = file.metadata()?.len();
+    file.set_len(kept.saturating_sub(A_START))?;
+    Ok(kept > 0)
+}
+
+/// Written and not merely made long, which takes no room. Not all zeros: some file systems keep nothing of those.
+fn fill(path: &Path) -> io::Result<()> {
+    let mut file: File = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    let mut bytes = vec![0; usize::try_from(KEPT).unwrap_or_default()];
+    rand::fill(&mut bytes[..]);
+    file.write_all(&bytes)
+}
