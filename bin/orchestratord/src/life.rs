@@ -28,6 +28,16 @@ pub enum SubmitError {
         /// What to ask for instead.
         hint: String,
     },
+    /// Nobody has said so far that there is such a model, but a pool may that is still awaited.
+    #[error(
+        "nothing is known of a model `{model}` yet: pool `{pool}` has not spoken since orchestratord started"
+    )]
+    Unheard {
+        /// What was asked for.
+        model: ModelRef,
+        /// The pool.
+        pool: String,
+    },
     /// The model's context can't hold so many tokens.
     #[error("`max_tokens` is {max_tokens}; `{model}` has a context of {context_length} tokens")]
     TooManyTokens {
@@ -77,6 +87,10 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
     }
     if app.fleet.offers(model) {
         return Ok(model.clone());
+    }
+    if let Some(pool) = app.fleet.awaited(clock::now()) {
+        let model = model.clone();
+        return Err(SubmitError::Unheard { model, pool });
     }
     let hint = match model {
         ModelRef::Alias(id) => match app.catalog.nearest(id) {

@@ -19,6 +19,8 @@ use crate::state::StoreError;
 
 /// When a client may come back that found the database unusable.
 const STORE_RETRY: Duration = Duration::from_secs(5);
+/// When a client may come back that asked for what an awaited pool may have.
+const POOL_RETRY: Duration = Duration::from_secs(2);
 /// When a pool may come back that found the fleet full.
 const FLEET_RETRY: Duration = Duration::from_secs(60);
 
@@ -174,6 +176,18 @@ impl From<SubmitError> for ServiceError {
                     error.to_string(),
                 )
                 .hint(hint)
+            }
+            SubmitError::Unheard { ref pool, .. } => {
+                let hint = format!(
+                    "try again in a moment; `GET /v2/models` lists the models that are known, and `DELETE /v2/pools/{pool}` takes a pool away that is gone"
+                );
+                refuse(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    Code::PoolUnavailable,
+                    error.to_string(),
+                )
+                .hint(hint)
+                .retry_after(POOL_RETRY)
             }
             SubmitError::TooManyTokens { context_length, .. } => invalid(error.to_string())
                 .hint(format!(

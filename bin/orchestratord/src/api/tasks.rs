@@ -48,6 +48,7 @@ const LIST: (u32, u32) = (50, 500);
         (status = 410, description = "The events of the job that the key named were dropped after `retention`."),
         (status = 422, description = "The key named another request."),
         (status = 429, description = "The queue is full."),
+        (status = 503, description = "The job can't be stored now, or a pool that may have the model has not spoken since a restart."),
     )
 )]
 pub(super) async fn submit(

@@ -107,6 +107,8 @@ pub struct Fleet {
 #[derive(Debug, Default)]
 struct Inner {
     pools: BTreeMap<String, Pool>,
+    /// Pools of an earlier run that have not said yet what they have.
+    awaited: BTreeSet<String>,
     overlay: Overlay,
     /// Pools that may look different since the scheduler took them in.
     changed: BTreeSet<String>,
@@ -278,9 +280,11 @@ impl Fleet {
         let id = request.pool_id.clone();
         // It was let in then; a limit that was lowered since is for those that come.
         self.take_in(request, usize::MAX, now)?;
-        if let Some(pool) = self.lock().pools.get_mut(&id) {
+        let mut inner = self.lock();
+        if let Some(pool) = inner.pools.get_mut(&id) {
             pool.registered_at = registered_at;
         }
+        inner.awaited.insert(id);
         Ok(())
     }
 
@@ -299,6 +303,7 @@ impl Fleet {
         let mut inner = self.lock();
         let Inner {
             pools,
+            awaited,
             overlay,
             changed,
             due,
@@ -337,6 +342,7 @@ impl Fleet {
             .into_iter()
             .map(|e| (e.worker_id.clone(), e))
             .collect();
+        awaited.remove(id);
         overlay.heard(id, &snapshot.status, now);
         pool.status = Some(snapshot.status);
         changed.insert(id.to_owned());
@@ -353,6 +359,7 @@ impl Fleet {
         let mut inner = self.lock();
         inner.overlay.forget_pool(id);
         inner.changed.insert(id.to_owned());
+        inner.awaited.remove(id);
         inner.pools.remove(id).is_some()
     }
 
@@ -389,6 +396,13 @@ impl Fleet {
             .filter_map(|pool| pool.status.as_ref())
             .flat_map(|status| &status.models);
         models.any(|on_disk| on_disk.model_ref == *model)
+    }
+
+    /// A pool of an earlier run that may still say that it has a model, as long as silence counts for nothing.
+    pub fn awaited(&self, now: Timestamp) -> Option<String> {
+        let inner = self.lock();
+        let patient = now < self.silence_counts_from(&inner, now);
+        inner.awaited.first().filter(|_| patient).cloned()
     }
 
     /// What became of a worker.
@@ -436,6 +450,7 @@ impl Fleet {
             overlay,
             changed,
             due,
+            ..
         } = &mut *inner;
         if due.is_none_or(|due| due <= now) {
             changed.extend(overlay.expire(now));

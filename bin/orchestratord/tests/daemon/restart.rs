@@ -7,6 +7,7 @@ use orchestrator_core::api::pools::PoolView;
 use orchestrator_core::job::{Attempt, AttemptOutcome};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::worker::WorkerErrorCode;
+use pool_core::client::ClientError;
 use pool_core::worker::WorkerStatus;
 use serde_json::json;
 use sqlx::SqliteConnection;
@@ -698,8 +699,21 @@ async fn pools_are_known_after_a_restart() {
         (&before.url, before.registered_at)
     );
     assert!(known.status.is_none());
+    // It may be the one that has the model.
+    let unknown = json!({"model": "its-own", "prompt": "hi"});
+    let said = orchestrator.submit(unknown.clone()).await.unwrap_err();
+    let ClientError::Api { status, error } = &said else {
+        panic!("{said}");
+    };
+    assert_eq!((*status, error.code.as_str()), (503, "POOL_UNAVAILABLE"));
+    assert!(
+        error.retriable && error.message.contains("`pool-a`"),
+        "{said}"
+    );
     // Without another registration.
     pool.beat(&orchestrator).await;
+    let said = orchestrator.submit(unknown).await.unwrap_err();
+    assert_eq!(said.status(), Some(404));
     let job = orchestrator.job().await;
     assert_eq!(worker.request(1).await.job_id, job.to_string());
 
