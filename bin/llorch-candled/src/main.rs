@@ -1,5 +1,6 @@
 //! `llorch-candled`: the worker's command line.
 
+use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -54,7 +55,8 @@ fn main() -> ExitCode {
                 .map(|hint| format!(" ({hint})"))
                 .unwrap_or_default();
             // The pool shows the last line that begins like this as the reason of the worker's end, so it is one line.
-            eprintln!("error: {}{hint}", format!("{error:#}").replace('\n', " "));
+            let line = format!("{error:#}").replace('\n', " ");
+            let _ = writeln!(io::stderr(), "error: {line}{hint}");
             let code = known.map_or(1, RunError::exit_code);
             ExitCode::from(u8::try_from(code).unwrap_or(1))
         }

@@ -2,6 +2,7 @@
 //! hears it: the place tells a developer where to look.
 
 use std::any::Any;
+use std::io::{self, Write as _};
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 
 /// A panic, as users hear of it.
@@ -22,7 +23,10 @@ pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, Panicked> {
 
 /// Makes panics of this process print where they happened, and nothing else.
 pub fn report_place_only() {
-    std::panic::set_hook(Box::new(|info| eprintln!("{}", place(info))));
+    std::panic::set_hook(Box::new(|info| {
+        // A panic in here would end the process, and standard error may lie on a full disk.
+        let _ = writeln!(io::stderr(), "{}", place(info));
+    }));
 }
 
 fn place(info: &PanicHookInfo<'_>) -> String {

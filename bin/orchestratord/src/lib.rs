@@ -209,6 +209,7 @@ impl Daemon {
             .write_addr(addr)
             .context("could not write the address to the state folder")?;
         reserve::keep(&state_dir);
+        app.spawn(reserve::keep_up(state_dir, app.shutdown.clone()));
         app.spawn(scheduler::watch_script(Arc::clone(&app)));
         tracing::info!(%addr, version = VERSION, "listening");
         let served = tokio::spawn(serve(app, service, run_files));

@@ -4,7 +4,10 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use pool_core::service::Shutdown;
 
 /// The file that takes the room, in the state folder.
 const FILE: &str = "reserve";
@@ -14,6 +17,8 @@ const A_START: u64 = 128 << 10;
 const KEPT: u64 = 8 * A_START;
 /// With less room than this nothing is put aside: jobs need it more.
 const PLENTY: u64 = 2 * KEPT;
+/// How often it is looked whether there is room again.
+const LOOK: Duration = Duration::from_secs(60);
 
 /// Gives room for one start back, if the disk has not got that.
 pub(crate) fn release(dir: &Path) {
@@ -46,6 +51,21 @@ pub(crate) fn keep(dir: &Path) {
     }
 }
 
+/// Puts room aside again after a disk was full, until the daemon stops.
+pub(crate) async fn keep_up(dir: PathBuf, shutdown: Shutdown) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            () = shutdown.requested() => return,
+        }
+        let dir = dir.clone();
+        let kept = tokio::task::spawn_blocking(move || keep(&dir));
+        if let Err(error) = kept.await {
+            tracing::error!(%error, "no room can be put aside");
+        }
+    }
+}
+
 fn free(dir: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(dir)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
@@ -70,4 +90,22 @@ fn fill(path: &Path) -> io::Result<()> {
     let mut bytes = vec![0; usize::try_from(KEPT).unwrap_or_default()];
     rand::fill(&mut bytes[..]);
     file.write_all(&bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // [ORCHD-082]
+    #[test]
+    fn what_starts_have_taken_is_put_aside_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let kept = || fs::metadata(dir.path().join(FILE)).unwrap().len();
+        keep(dir.path());
+        assert_eq!(kept(), KEPT);
+        assert!(shrink(&dir.path().join(FILE)).unwrap());
+        assert_eq!(kept(), KEPT - A_START);
+        keep(dir.path());
+        assert_eq!(kept(), KEPT);
+    }
 }

@@ -36,22 +36,29 @@ pub enum Pool {
     Direct(Box<Lifecycle>),
 }
 
+/// The token of the pool manager's API.
+fn token(context: &Context) -> Result<Option<Secret>, CliError> {
+    let token = std::env::var("LLORCH_POOL_TOKEN").ok();
+    Ok(Secret::load(token, context.config.token_file.as_deref())?)
+}
+
 impl Pool {
     /// The pool manager named by `LLORCH_POOL_URL`, else the one that runs with this home, else none.
     pub async fn reach(context: &Context) -> Result<Self, CliError> {
-        let token = Secret::load(
-            std::env::var("LLORCH_POOL_TOKEN").ok(),
-            context.config.token_file.as_deref(),
-        )?;
         if let Some(url) = std::env::var("LLORCH_POOL_URL")
             .ok()
             .filter(|url| !url.is_empty())
         {
-            let client = ApiClient::new(&url, token)?;
+            let client = ApiClient::new(&url, token(context)?)?;
             client.check_version(POOL_API_VERSION).await?;
             return Ok(Self::Daemon(client));
         }
-        match Self::local_daemon(context, token).await? {
+        Self::of_this_home(context).await
+    }
+
+    /// The pool manager that runs with this home, else none.
+    pub async fn of_this_home(context: &Context) -> Result<Self, CliError> {
+        match Self::local_daemon(context, token(context)?).await? {
             Some(client) => Ok(Self::Daemon(client)),
             None => Self::direct(context),
         }

@@ -118,11 +118,31 @@ fn a_worker_that_was_started_while_the_others_stopped_is_stopped_as_well() {
     host.run(&["worker", "spawn", "cpu", "--model", &model, "--wait"])
         .exits(0);
     host.run(&["daemon", "start"]).exits(0);
-    let out = host.run(&["daemon", "stop", "--workers"]).exits(0).out;
+    // A command about this home goes to no other pool.
+    let mut command = host.command(&["daemon", "stop", "--workers"]);
+    command.env("LLORCH_POOL_URL", "http://127.0.0.1:1");
+    let out = Ran::from(command.output().unwrap()).exits(0).out;
     assert!(
         out.starts_with("worker-cpu-4 stopped\n") && out.ends_with("worker-cpu-0 stopped\n"),
         "{out}"
     );
+}
+
+#[test] // [POOLCTL-036] [P14]
+fn workers_are_stopped_though_the_pool_manager_dies_over_it() {
+    let host = Host::with_manager();
+    let model = host.model(&tiny_gguf());
+    host.run(&["worker", "spawn", "cpu", "--model", &model, "--wait"])
+        .exits(0);
+    host.run(&["daemon", "start"]).exits(0);
+    fs::write(host.home().pool_state().join("die"), "").unwrap();
+    let ran = host.run(&["daemon", "stop", "--workers"]).exits(0);
+    assert!(
+        ran.err.contains("after the pool manager's end"),
+        "{}",
+        ran.err
+    );
+    assert!(ran.out.ends_with("worker-cpu-0 stopped\n"), "{}", ran.out);
 }
 
 #[test] // [POOLCTL-037]

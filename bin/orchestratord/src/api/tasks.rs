@@ -43,7 +43,7 @@ const LIST: (u32, u32) = (50, 500);
     responses(
         (status = 202, description = "The job is stored.", body = TaskAccepted, headers(("Location" = String, description = "Path of the job."))),
         (status = 200, description = document::STREAM, body = String, content_type = "text/event-stream", headers(("Location" = String, description = "Path of the job."))),
-        (status = 400, description = "A field is malformed, unknown or out of range; `details.field` names it."),
+        (status = 400, description = "A field is malformed, unknown or out of range; `details.field` names it, and the message one that is unknown."),
         (status = 404, description = "No such model, or one that tasks may not name."),
         (status = 410, description = "The events of the job that the key named were dropped after `retention`."),
         (status = 422, description = "The key named another request."),

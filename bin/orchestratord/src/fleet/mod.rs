@@ -126,6 +126,8 @@ struct Pool {
     last_heartbeat: Timestamp,
     seq: u64,
     status: Option<PoolStatus>,
+    /// What the instance before had on its disk, until this one has said what it has.
+    models_before: Vec<ModelRef>,
     endpoints: HashMap<String, WorkerEndpoint>,
     /// How alive it was when the scheduler took it in.
     shown: PoolLiveness,
@@ -134,6 +136,24 @@ struct Pool {
 impl Pool {
     fn liveness(&self, now: Timestamp) -> PoolLiveness {
         PoolLiveness::judge(self.last_heartbeat, self.interval, now)
+    }
+
+    /// What it has on its disk, as far as that is known.
+    fn models(&self) -> Vec<ModelRef> {
+        self.status.as_ref().map_or_else(
+            || self.models_before.clone(),
+            |status| {
+                let models = status.models.iter();
+                models.map(|on_disk| on_disk.model_ref.clone()).collect()
+            },
+        )
+    }
+
+    fn offers(&self, model: &ModelRef) -> bool {
+        self.status.as_ref().map_or_else(
+            || self.models_before.contains(model),
+            |status| status.models.iter().any(|m| m.model_ref == *model),
+        )
     }
 
     fn worker(&self, id: &str) -> Option<&WorkerInfo> {
@@ -251,6 +271,7 @@ impl Fleet {
                 limit,
             });
         }
+        let models_before = inner.pools.get(&pool_id).map(Pool::models);
         inner.overlay.forget_pool(&pool_id);
         tracing::info!(pool = pool_id, url, "pool registered");
         let pool = Pool {
@@ -262,6 +283,7 @@ impl Fleet {
             last_heartbeat: now,
             seq: 0,
             status: None,
+            models_before: models_before.unwrap_or_default(),
             endpoints: HashMap::new(),
             shown: PoolLiveness::Online,
         };
@@ -390,12 +412,7 @@ impl Fleet {
     /// Whether a pool has this model on its disk.
     pub fn offers(&self, model: &ModelRef) -> bool {
         let inner = self.lock();
-        let mut models = inner
-            .pools
-            .values()
-            .filter_map(|pool| pool.status.as_ref())
-            .flat_map(|status| &status.models);
-        models.any(|on_disk| on_disk.model_ref == *model)
+        inner.pools.values().any(|pool| pool.offers(model))
     }
 
     /// A pool of an earlier run that may still say that it has a model, as long as silence counts for nothing.

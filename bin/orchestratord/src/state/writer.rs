@@ -100,6 +100,7 @@ impl Writer {
             failure: Arc::clone(&failure),
         };
         let task = async move {
+            let _end = EndIfPanics;
             let mut held = Held {
                 conn,
                 epoch,
@@ -292,6 +293,17 @@ async fn execute(conn: &mut SqliteConnection, sql: &'static str) -> Result<(), S
         .await
         .map_err(StoreError::unavailable)?;
     Ok(())
+}
+
+/// Ends the process where the writer panics: without it nothing would be written any more, and everybody would wait.
+struct EndIfPanics;
+
+impl Drop for EndIfPanics {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
 }
 
 /// After a failed sync the kernel may have dropped the pages and would call the next sync a success: what is on disk is

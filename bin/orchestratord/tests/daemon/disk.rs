@@ -196,6 +196,42 @@ async fn a_daemon_comes_up_on_a_full_disk() {
     assert_eq!(show(&client, job).await.status, JobStatus::Queued);
 }
 
+// [ORCHD-083] P16: the log lies on the same disk, as it does where the CLI starts the daemon. That nothing can be logged
+// stops nothing, and with room all goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_on_the_full_disk_stops_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let disk = match Disk::new(place.path().join("disk"), 8 << 20) {
+        Ok(disk) => disk,
+        Err(reason) => {
+            println!("skipped: no disk of its own can be made here: {reason}");
+            return;
+        }
+    };
+    let log = fs::File::create(disk.0.join("log")).unwrap();
+    let mut command = command(&disk.0);
+    // Every request and every commit has something to say.
+    command.env("LLORCH_LOG", "debug").stderr(log);
+    let (_daemon, client) = spawn(&disk.0, &mut command).await;
+    let accepted = submit(client.base_url(), "before").await;
+    let job = accepted.json::<TaskAccepted>().await.unwrap().job_id;
+    let filler = fill(&disk);
+    let big = "x".repeat(1 << 20);
+    for _ in 0..3 {
+        let refused = submit(client.base_url(), &big).await;
+        assert_eq!(refused.status(), 503);
+        assert_eq!(show(&client, job).await.status, JobStatus::Queued);
+    }
+    let ready = client.get::<Value>("/ready").await.unwrap_err();
+    assert_eq!(ready.status(), Some(503), "{ready}");
+    fs::remove_file(&filler).unwrap();
+    eventually("the daemon is ready", async || {
+        client.get::<Value>("/ready").await.ok()
+    })
+    .await;
+    assert_eq!(submit(client.base_url(), "after").await.status(), 202);
+}
+
 /// A library whose `fdatasync` and `fsync` fail while a file is there.
 fn failing_syncs(dir: &Path) -> Result<PathBuf, String> {
     let (source, library) = (dir.join("syncs.c"), dir.join("syncs.so"));

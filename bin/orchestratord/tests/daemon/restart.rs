@@ -690,7 +690,7 @@ async fn what_ends_an_interrupted_job_follows_everything_that_was_shown_of_it() 
 // [ORCHD-079] A pool is known after a restart before it speaks, its next heartbeat is taken, and a goodbye is for good.
 #[tokio::test(flavor = "multi_thread")]
 async fn pools_are_known_after_a_restart() {
-    let (orchestrator, pool, worker) = one_worker().await;
+    let (orchestrator, mut pool, worker) = one_worker().await;
     let before: PoolView = orchestrator.client.get("/v2/pools/pool-a").await.unwrap();
     let orchestrator = orchestrator.restart().await;
     let known: PoolView = orchestrator.client.get("/v2/pools/pool-a").await.unwrap();
@@ -714,6 +714,17 @@ async fn pools_are_known_after_a_restart() {
     pool.beat(&orchestrator).await;
     let said = orchestrator.submit(unknown).await.unwrap_err();
     assert_eq!(said.status(), Some(404));
+    // A new instance of the pool has the models of the one before until it says otherwise.
+    let mut own = pool.models[0].clone();
+    own.model_ref = "its-own".parse().unwrap();
+    pool.models.push(own);
+    pool.beat(&orchestrator).await;
+    pool.instance = "instance-2".into();
+    pool.introduce(&orchestrator).await;
+    let own = json!({"model": "its-own", "prompt": "hi"});
+    orchestrator.submit(own).await.unwrap();
+    pool.models.pop();
+    pool.beat(&orchestrator).await;
     let job = orchestrator.job().await;
     assert_eq!(worker.request(1).await.job_id, job.to_string());
 

@@ -24,7 +24,7 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::middleware;
 use axum::routing::get;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tower_http::catch_panic::CatchPanicLayer;
 
 pub use accept::Stopped;
@@ -89,6 +89,10 @@ impl ServiceOptions {
     }
 }
 
+/// Connections that may wait to be taken, as far as the system lets them: with the usual 128 a flood of refusals makes
+/// others try to connect again and again, at intervals that grow.
+const BACKLOG: u32 = 4096;
+
 /// Why a service can't listen.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -145,7 +149,7 @@ impl Service {
             io::ErrorKind::AddrInUse => BindError::InUse { addr },
             _ => BindError::Listen { addr, source },
         };
-        let listener = TcpListener::bind(addr).await.map_err(listen)?;
+        let listener = bind(addr).map_err(listen)?;
         let local_addr = listener.local_addr().map_err(listen)?;
         Ok(Self {
             listener,
@@ -175,6 +179,17 @@ impl Service {
         let app = app(router, self.local_addr, &self.options);
         accept::run(self.listener, app, self.options, shutdown, grace)
     }
+}
+
+fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match addr {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    // As `TcpListener::bind` has it: connections that an earlier run closed keep nobody from its port.
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    socket.listen(BACKLOG)
 }
 
 /// The daemon's routes inside everything that is the same for all daemons.

@@ -14,7 +14,10 @@ pub fn init(filter_default: &str) -> Result<(), ParseError> {
     let filter = EnvFilter::builder().parse(chosen.as_deref().unwrap_or(filter_default))?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr);
+        .with_writer(io::stderr)
+        // It would say on standard error that standard error can't be written to, and panic: on a full disk a log that
+        // lies there would end whatever logs.
+        .log_internal_errors(false);
     // `try_init` fails when a subscriber stands already, as in tests that start several daemons in one process.
     let _ = if io::stderr().is_terminal() {
         subscriber.try_init()

@@ -96,8 +96,14 @@ async fn start(config: Option<PathBuf>) -> Result<Exit, CliError> {
 
 async fn stop(context: &Context, workers: bool) -> Result<Exit, CliError> {
     if workers {
-        match Pool::reach(context).await {
-            Ok(pool) => drop(stop_all(&pool, false).await?),
+        match Pool::of_this_home(context).await {
+            Ok(pool) => {
+                if let Err(error) = stop_all(&pool, false).await {
+                    note(format!(
+                        "{error}; it is tried again after the pool manager's end"
+                    ));
+                }
+            }
             // One that hangs is ended first; then nobody stands between this command and the workers.
             Err(error) if error.exit == Exit::Unreachable && owns_this_home(context)? => {
                 note(format!("{error}; it is ended before its workers"));
@@ -108,7 +114,7 @@ async fn stop(context: &Context, workers: bool) -> Result<Exit, CliError> {
     let timeout = Duration::from_millis(context.config.service.shutdown_grace_ms) + STOP_SLACK;
     daemon_commands::stop(&context.home.pool_state(), NAME, timeout).await?;
     if workers {
-        // Until it ended, somebody may have had it start others.
+        // Until it ended, somebody may have had it start others; and it may have ended before they had.
         stop_all(&Pool::direct(context)?, false).await?;
         return Ok(Exit::Done);
     }
