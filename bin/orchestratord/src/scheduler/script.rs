@@ -342,9 +342,9 @@ mod tests {
     fn large() -> Arc<Snapshot> {
         let mut snapshot = sample();
         let pool = snapshot.pools[0].as_ref().clone();
-        snapshot.pools.extend((0..8000).map(|number| {
+        snapshot.pools.extend((0..60_000).map(|number| {
             let mut pool = pool.clone();
-            pool.id = format!("pool-{number:04}");
+            pool.id = format!("pool-{number:05}");
             Arc::new(pool)
         }));
         Arc::new(snapshot)
