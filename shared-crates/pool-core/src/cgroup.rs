@@ -70,27 +70,49 @@ impl MemoryCgroup {
 
     /// The folders with a limit from this one on upwards, with it.
     fn limits(&self) -> impl Iterator<Item = (&Path, u64)> {
-        let file = match self.version {
-            Version::V1 => "memory.limit_in_bytes",
-            Version::V2 => "memory.max",
+        // Above `memory.high` the kernel kills nothing and slows everything down, so a worker must fit below it.
+        let files: &[&str] = match self.version {
+            Version::V1 => &["memory.limit_in_bytes"],
+            Version::V2 => &["memory.max", "memory.high"],
         };
         let inside = |folder: &&Path| folder.starts_with(&self.root);
         let folders = self.path.ancestors().take_while(inside);
         folders
-            .filter_map(move |folder| Some((folder, number_in(&folder.join(file))?)))
+            .filter_map(move |folder| {
+                let limits = files
+                    .iter()
+                    .filter_map(|file| number_in(&folder.join(file)));
+                Some((folder, limits.min()?))
+            })
             .filter(|(_, limit)| *limit < V1_UNLIMITED)
     }
 
-    /// Bytes that the processes in a folder and below use together, without file contents that the kernel drops when
-    /// memory gets short.
+    /// Returns the bytes that the processes in a folder and below use together, without the clean page cache.
+    ///
+    /// The kernel drops clean file pages before it kills for want of memory, on the active list as well as on the
+    /// inactive one. The file lists hold neither shmem (tmpfs) nor locked pages, and kernel memory is no page of a
+    /// file. Mapped pages count as cache: [`crate::lifecycle::Held`] counts anonymous memory alone, as their counterpart.
     fn usage_of(&self, folder: &Path) -> Option<u64> {
-        let (usage, inactive) = match self.version {
-            Version::V1 => ("memory.usage_in_bytes", "total_inactive_file"),
-            Version::V2 => ("memory.current", "inactive_file"),
+        let (usage, cached, unwritten) = match self.version {
+            Version::V1 => (
+                "memory.usage_in_bytes",
+                ["total_inactive_file", "total_active_file"],
+                ["total_dirty", "total_writeback"],
+            ),
+            Version::V2 => (
+                "memory.current",
+                ["inactive_file", "active_file"],
+                ["file_dirty", "file_writeback"],
+            ),
         };
         let used = number_in(&folder.join(usage))?;
-        let droppable = field_in(&folder.join("memory.stat"), inactive).unwrap_or(0);
-        Some(used.saturating_sub(droppable))
+        let stat = fs::read_to_string(folder.join("memory.stat")).unwrap_or_default();
+        let sum = |names: [&str; 2]| {
+            let fields = names.map(|name| field_of(&stat, name).unwrap_or(0));
+            fields.into_iter().fold(0, u64::saturating_add)
+        };
+        let clean = sum(cached).saturating_sub(sum(unwritten));
+        Some(used.saturating_sub(clean))
     }
 
     /// How many of its processes the kernel has killed for want of memory, those of its subgroups not counted where
@@ -201,7 +223,10 @@ fn number_in(path: &Path) -> Option<u64> {
 
 /// The number after `name` in a file of lines `name number`.
 fn field_in(path: &Path, name: &str) -> Option<u64> {
-    let text = fs::read_to_string(path).ok()?;
+    field_of(&fs::read_to_string(path).ok()?, name)
+}
+
+fn field_of(text: &str, name: &str) -> Option<u64> {
     text.lines()
         .filter_map(|line| line.split_once(' '))
         .find_map(|(key, value)| (key == name).then(|| value.trim().parse().ok())?)
@@ -297,5 +322,50 @@ mod tests {
             "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n",
         );
         assert_eq!((v1.limit_bytes(), v1.oom_kills()), (Some(4096), Some(3)));
+    }
+
+    #[test] // [POOLCORE-131]
+    fn clean_page_cache_is_free_and_nothing_else_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = |version, files: &[(&str, &str)]| {
+            for (name, text) in files {
+                fs::write(dir.path().join(name), text).unwrap();
+            }
+            let (root, path) = (dir.path().to_path_buf(), dir.path().to_path_buf());
+            let cgroup = MemoryCgroup {
+                version,
+                root,
+                path,
+            };
+            cgroup.left_bytes()
+        };
+        // 300 active and 100 inactive bytes of files, of which 30 are dirty and 20 on their way to the disk; shmem,
+        // locked pages and the kernel's own are part of `memory.current`, and of `file` as far as they are of files.
+        let stat = "anon 200\nfile 550\nkernel 80\nslab_reclaimable 60\nshmem 100\nfile_mapped 90\n\
+            file_dirty 30\nfile_writeback 20\ninactive_anon 100\nactive_anon 200\ninactive_file 100\n\
+            active_file 300\nunevictable 50\n";
+        let v2 = [
+            ("memory.max", "1000\n"),
+            ("memory.current", "830\n"),
+            ("memory.stat", stat),
+        ];
+        assert_eq!(left(Version::V2, &v2), Some(1000 - (830 - 350)));
+        assert_eq!(
+            left(Version::V2, &[("memory.high", "900\n")]),
+            Some(900 - (830 - 350)),
+            "above it the kernel slows everything down"
+        );
+        let stat = "cache 1\ninactive_file 1\nactive_file 1\ndirty 1\ntotal_cache 550\ntotal_rss 200\n\
+            total_shmem 100\ntotal_mapped_file 90\ntotal_dirty 30\ntotal_writeback 20\n\
+            total_inactive_file 100\ntotal_active_file 300\ntotal_unevictable 50\n";
+        let v1 = [
+            ("memory.limit_in_bytes", "1000\n"),
+            ("memory.usage_in_bytes", "830\n"),
+            ("memory.stat", stat),
+        ];
+        assert_eq!(left(Version::V1, &v1), Some(1000 - (830 - 350)));
+        // A dirty count that is ahead of the lists, as the kernel updates them at different moments, frees nothing.
+        let ahead = "total_dirty 900\ntotal_inactive_file 100\n";
+        assert_eq!(left(Version::V1, &[("memory.stat", ahead)]), Some(170));
     }
 }

@@ -220,7 +220,8 @@ fn beside(device: Device, records: &[WorkerRecord]) -> impl Iterator<Item = &Wor
     })
 }
 
-/// Main memory that this process and its workers may use: the host's, or what the memory cgroup leaves of it.
+/// Main memory that this process and its workers may use: the host's, or what the memory cgroup leaves of it. Clean page
+/// cache counts as available, pages that must be written first do not.
 #[cfg(target_os = "linux")]
 pub fn cpu_memory() -> io::Result<DeviceMemory> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
@@ -231,9 +232,12 @@ pub fn cpu_memory() -> io::Result<DeviceMemory> {
 
 #[cfg(target_os = "linux")]
 fn parse_meminfo(text: &str) -> Option<DeviceMemory> {
+    let pages = |name| kibibytes(text, name).unwrap_or(0);
+    let unwritten = pages("Dirty:").saturating_add(pages("Writeback:"));
     Some(DeviceMemory {
         total_bytes: kibibytes(text, "MemTotal:")?,
-        available_bytes: kibibytes(text, "MemAvailable:")?,
+        // The kernel's own estimate has the page cache in it, dirty pages included.
+        available_bytes: kibibytes(text, "MemAvailable:")?.saturating_sub(unwritten),
         as_of: None,
     })
 }
@@ -540,6 +544,10 @@ mod tests {
                 .available_bytes,
             1024
         );
+        // [POOLCORE-131]
+        let unwritten = "MemTotal: 20 kB\nMemAvailable: 10 kB\nActive(file): 8 kB\nDirty: 2 kB\nWriteback: 1 kB\n";
+        let available = parse_meminfo(unwritten).unwrap().available_bytes;
+        assert_eq!(available, 7 * 1024);
         assert_eq!(parse_meminfo("MemTotal: many\n"), None);
     }
 }
