@@ -1,6 +1,7 @@
 //! What `llorch` asks of `orchestratord`: where it is, and its API in types.
 
 mod feed;
+mod list;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use orchestrator_core::api::tasks::{
     TaskView,
 };
 use orchestrator_core::config::OrchestratorConfig;
-use orchestrator_core::job::JobId;
+use orchestrator_core::job::{JobId, JobIdPrefix};
 use pool_core::ORCHESTRATOR_API_VERSION;
 use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::version::VersionInfo;
@@ -25,13 +26,14 @@ use pool_core::secret::Secret;
 use pool_core::terminal::{CliError, Exit};
 
 pub use feed::{Feed, Item};
+pub use list::{JobFilter, JobPages};
 
 /// Where `orchestratord` listens unless something else is said.
 const STANDARD_URL: &str = "http://127.0.0.1:8080";
 /// Pauses before a call is made again whose answer did not arrive.
 const PAUSES_MS: [u64; 6] = [100, 250, 500, 1000, 2000, 4000];
-/// Jobs that one page of a list asks for.
-const PAGE: usize = 100;
+/// Jobs that are named where a prefix names several.
+const SHOWN_CANDIDATES: usize = 5;
 
 /// Which orchestrator is meant, and the token for it.
 #[derive(Debug, Clone, Default, Args)]
@@ -206,31 +208,43 @@ impl Orchestrator {
         self.client.get(&format!("/v2/tasks/{id}/explain")).await
     }
 
-    /// Jobs that match, newest first; `None` is all of them.
-    pub async fn jobs(
-        &self,
-        filter: &JobFilter,
-        limit: Option<usize>,
-    ) -> Result<Vec<TaskSummary>, ClientError> {
-        let mut jobs = Vec::new();
-        let mut cursor: Option<String> = None;
-        loop {
-            let left = limit.map_or(PAGE, |limit| limit.saturating_sub(jobs.len()).min(PAGE));
-            if left == 0 {
-                return Ok(jobs);
-            }
-            let mut query = filter.query();
-            query.push(("limit", left.to_string()));
-            query.extend(cursor.take().map(|cursor| ("cursor", cursor)));
-            let page: TaskList = self
-                .client
-                .fetch(self.client.request(Method::GET, "/v2/tasks").query(&query))
-                .await?;
-            jobs.extend(page.jobs);
-            cursor = page.next_cursor;
-            if cursor.is_none() {
-                return Ok(jobs);
-            }
+    /// Returns a page of jobs, newest first.
+    async fn page(&self, query: &[(&'static str, String)]) -> Result<TaskList, ClientError> {
+        let request = self.client.request(Method::GET, "/v2/tasks").query(query);
+        self.client.fetch(request).await
+    }
+
+    /// Returns the jobs that match, page by page: those that are not over first, then the others, each newest first.
+    pub fn jobs(&self, filter: &JobFilter, short_ids: bool) -> JobPages {
+        JobPages::new(self.clone(), filter, short_ids)
+    }
+
+    /// Returns the number of jobs that match.
+    pub async fn count(&self, filter: &JobFilter) -> Result<u64, ClientError> {
+        let mut query = filter.query();
+        query.push(("limit", "1".to_owned()));
+        query.push(("count", "true".to_owned()));
+        Ok(self.page(&query).await?.total.unwrap_or_default())
+    }
+
+    /// Returns the id of the one job that the beginning of an id names. A whole id is not looked up.
+    pub async fn resolve(&self, prefix: &JobIdPrefix) -> Result<JobId, CliError> {
+        if let Some(id) = prefix.whole() {
+            return Ok(id);
+        }
+        let query = [
+            ("id_prefix", prefix.to_string()),
+            ("limit", (SHOWN_CANDIDATES + 1).to_string()),
+            ("short_ids", "true".to_owned()),
+        ];
+        let found = self.page(&query).await.map_err(shown)?.jobs;
+        match found.as_slice() {
+            [] => Err(
+                CliError::new(Exit::NotFound, format!("no job's id begins with {prefix}"))
+                    .hint("`llorch jobs list` shows the jobs"),
+            ),
+            [job] => Ok(job.id),
+            jobs => Err(ambiguous(prefix, jobs)),
         }
     }
 
@@ -299,29 +313,29 @@ impl Orchestrator {
     }
 }
 
-/// Which jobs a list shows.
-#[derive(Debug, Clone, Default)]
-pub struct JobFilter {
-    /// Only in this state.
-    pub status: Option<String>,
-    /// Only of this model.
-    pub model: Option<String>,
-    /// Only of this priority.
-    pub priority: Option<String>,
-}
-
-impl JobFilter {
-    fn query(&self) -> Vec<(&'static str, String)> {
-        let parts = [
-            ("status", &self.status),
-            ("model", &self.model),
-            ("priority", &self.priority),
-        ];
-        parts
-            .into_iter()
-            .filter_map(|(name, value)| Some((name, value.clone()?)))
-            .collect()
-    }
+/// The error of a prefix that several ids begin with.
+fn ambiguous(prefix: &JobIdPrefix, jobs: &[TaskSummary]) -> CliError {
+    let more = if jobs.len() > SHOWN_CANDIDATES {
+        ", ..."
+    } else {
+        ""
+    };
+    let candidates: Vec<_> = jobs
+        .iter()
+        .take(SHOWN_CANDIDATES)
+        .map(|job| {
+            let id = job.short_id.clone().unwrap_or_else(|| job.id.to_string());
+            format!("{id} ({})", job.status)
+        })
+        .collect();
+    CliError::new(
+        Exit::Usage,
+        format!("more than one job's id begins with {prefix}"),
+    )
+    .hint(format!(
+        "write more of the id: {}{more}",
+        candidates.join(", ")
+    ))
 }
 
 /// Whether the same call may succeed in a moment: the daemon is being restarted, or the connection broke.

@@ -234,6 +234,31 @@ async fn no_more_are_under_way_than_was_said() {
     );
 }
 
+// [LLORCH-075]
+#[tokio::test]
+async fn a_batch_in_which_nothing_runs_says_why() {
+    let fake = support::Fake {
+        streams: vec![vec![
+            support::Step::Send("", support::waiting()),
+            support::Step::Hang,
+        ]],
+        ..support::Fake::default()
+    };
+    let fake = fake.start().await;
+    let folder = tempfile::tempdir().unwrap();
+    let file = tasks(folder.path(), &[r#"{"prompt": "a"}"#, r#"{"prompt": "b"}"#]);
+    let mut child = fake
+        .llorch(&["jobs", "batch", &file, "-m", "m"])
+        .spawn()
+        .unwrap();
+    let line = "nothing runs: no pool has registered (start one with `llorch-pool daemon start`)\n";
+    support::read_until(child.stderr.as_mut().unwrap(), line).await;
+    support::interrupt(&child);
+    let run = finish(child).await;
+    assert_eq!(run.code, 130);
+    assert!(!run.err.contains("nothing runs"), "told once: {}", run.err);
+}
+
 #[tokio::test] // [LLORCH-072]
 async fn what_was_interrupted_goes_on_and_nothing_is_done_twice() {
     let queue = Queue::start(0).await;

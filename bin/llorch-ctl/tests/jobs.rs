@@ -8,14 +8,19 @@ mod support;
 use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::process::Stdio;
+use std::sync::{Arc, Mutex};
 
-use orchestrator_core::api::events::{FurtherAttempt, TaskEvent};
+use orchestrator_core::api::events::{FurtherAttempt, Lagged, TaskEvent};
 use orchestrator_core::job::{JobErrorCode, JobStatus};
+use pool_core::api::worker::WorkerMetrics;
 use pool_core::home::Home;
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::process::ProcessIdentity;
 use pool_core::run_files::{self, PidRecord};
 use serde_json::Value;
-use support::{Fake, JOB, Step, end, failed, file, finish, llorch, started, token, until};
+use support::{
+    Fake, JOB, Step, end, failed, file, finish, interrupt, llorch, read_until, started, token,
+    until, waiting,
+};
 
 const SUBMIT: [&str; 6] = [
     "jobs",
@@ -259,14 +264,136 @@ async fn ctrl_c_ends_the_command_and_says_how_to_come_back() {
         .await
         .unwrap();
     assert_eq!(&seen, b"one", "the text is printed before the job is over");
-    let process = ProcessIdentity::of(child.id().unwrap()).unwrap().unwrap();
-    process.signal(Signal::INT).unwrap();
+    interrupt(&child);
     let run = finish(child).await;
     assert_eq!(run.code, 130);
     let told = format!(
         "job {JOB} goes on; follow it with: llorch jobs events {JOB}, or end it with: llorch jobs cancel {JOB}"
     );
     assert!(run.err.contains(&told), "{}", run.err);
+}
+
+// [LLORCH-039] Off a terminal, without being asked.
+#[tokio::test]
+async fn a_job_that_waits_says_why_on_standard_error() {
+    let steps = vec![
+        Step::Send("", waiting()),
+        Step::Send("", waiting()),
+        Step::Hang,
+    ];
+    for (command, subject) in [
+        (&SUBMIT[..], ""),
+        (&[&SUBMIT[..], &["--format", "json"]].concat(), ""),
+        (&["jobs", "events", JOB][..], ""),
+        (
+            &["jobs", "wait", JOB][..],
+            "job-01900000-0000-7000-8000-000000000001 ",
+        ),
+    ] {
+        let fake = fake(vec![steps.clone()]).start().await;
+        let mut child = fake.llorch(command).spawn().unwrap();
+        let told = read_until(child.stderr.as_mut().unwrap(), "daemon start`)\n").await;
+        let line = "waits: no pool has registered (start one with `llorch-pool daemon start`)";
+        assert_eq!(told, format!("{subject}{line}\n"), "{command:?}");
+        interrupt(&child);
+        let run = finish(child).await;
+        assert_eq!((run.code, run.out.as_str()), (130, ""), "{command:?}");
+        assert!(run.err.contains("goes on; follow it with"), "{}", run.err);
+    }
+}
+
+fn reading(done: u32) -> TaskEvent {
+    TaskEvent::Metrics(WorkerMetrics {
+        prefill_tokens: done,
+        tokens_out: 0,
+    })
+}
+
+// [LLORCH-039]
+#[tokio::test]
+async fn a_terminal_shows_how_far_the_prompt_is_read() {
+    let mut begun = started();
+    if let TaskEvent::Started(started) = &mut begun {
+        started.tokens_in = 3_000;
+    }
+    let steps = vec![
+        Step::Send("1.1", begun),
+        Step::Send("", reading(64)),
+        Step::Send("", reading(1_024)),
+        Step::Hang,
+    ];
+    let fake = fake(vec![steps]).start().await;
+    let (terminal, program_side) = pty();
+    let mut command = fake.llorch(&SUBMIT);
+    let child = command.stderr(Stdio::from(program_side)).spawn().unwrap();
+    drop(command);
+    let shown = Arc::new(Mutex::new(Vec::new()));
+    let reader = watch(terminal, Arc::clone(&shown));
+    let text = || String::from_utf8_lossy(&shown.lock().unwrap()).into_owned();
+    until("the progress", || {
+        text().contains("reading the prompt 1,024/3,000 tokens")
+    })
+    .await;
+    interrupt(&child);
+    assert_eq!(finish(child).await.code, 130);
+    reader.await.unwrap();
+    assert!(
+        text().contains("attempt 1 runs on worker-cpu-0 of mac"),
+        "{}",
+        text()
+    );
+}
+
+// [LLORCH-023] Where text and remarks show up in one place, a remark is not in the middle of a word.
+#[tokio::test]
+async fn a_broken_stream_is_told_in_plain_words_on_a_line_of_its_own() {
+    let first = vec![
+        Step::Send("1.1", started()),
+        Step::Send("1.2", token(0, "one wo")),
+        Step::Break,
+    ];
+    let rest = vec![Step::Send("1.3", token(1, "rd")), Step::Send("1.4", end())];
+    let expected = "one wo\n\
+        the connection to the orchestrator broke; waiting for the orchestrator\n\
+        the orchestrator is back; the text goes on\n\
+        rd\n";
+    let folder = tempfile::tempdir().unwrap();
+    let listens = fake(vec![first.clone(), rest.clone()]).start().await;
+    let path = folder.path().join("both");
+    let file = std::fs::File::create(&path).unwrap();
+    let mut command = listens.llorch(&SUBMIT);
+    command.stdout(file.try_clone().unwrap()).stderr(file);
+    assert_eq!(finish(command.spawn().unwrap()).await.code, 0);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
+
+    // Apart from each other, the text stays whole.
+    let listens = fake(vec![first, rest]).start().await;
+    let run = listens.run(&SUBMIT).await;
+    assert_eq!((run.code, run.out.as_str()), (0, "one word\n"));
+    assert_eq!(
+        run.err,
+        expected["one wo\n".len()..expected.len() - "rd\n".len()]
+    );
+}
+
+// [LLORCH-023] A reader that fell behind comes back, and nothing is lost that would have to be told of.
+#[tokio::test]
+async fn a_reader_that_fell_behind_comes_back_silently() {
+    let first = vec![
+        Step::Send("1.1", started()),
+        Step::Send("1.2", token(0, "one")),
+        Step::Send("", TaskEvent::Lagged(Lagged { missed: 9 })),
+    ];
+    let rest = vec![
+        Step::Send("1.3", token(1, " two")),
+        Step::Send("1.4", end()),
+    ];
+    let fake = fake(vec![first, rest]).start().await;
+    let run = fake.run(&SUBMIT).await;
+    assert_eq!(
+        (run.code, run.out.as_str(), run.err.as_str()),
+        (0, "one two\n", "")
+    );
 }
 
 #[tokio::test] // [LLORCH-029]
@@ -363,32 +490,165 @@ async fn json_is_the_finished_job() {
     );
 }
 
+const OTHER: &str = "job-01900000-0000-7000-8000-000000000002";
+const THIRD: &str = "job-01900001-0000-7000-8000-000000000003";
+
+fn ids(json: &str) -> Vec<String> {
+    let jobs: Vec<Value> = serde_json::from_str(json).unwrap();
+    jobs.iter()
+        .map(|job| job["id"].as_str().unwrap().to_owned())
+        .collect()
+}
+
 #[tokio::test] // [LLORCH-030]
 async fn a_list_is_an_array_of_jobs_with_ids() {
-    let fake = fake(Vec::new()).start().await;
+    use JobStatus::{Completed, Queued, Running};
+    let fake = Fake {
+        jobs: vec![
+            (THIRD, vec![Completed]),
+            (OTHER, vec![Running]),
+            (JOB, vec![Queued]),
+        ],
+        ..Fake::default()
+    };
+    let fake = fake.start().await;
     let run = fake.run(&["jobs", "list", "--format", "json"]).await;
-    let jobs: Vec<Value> = serde_json::from_str(&run.out).unwrap();
-    // Two pages of one job each.
-    assert_eq!((run.code, jobs.len(), &jobs[0]["id"]), (0, 2, &JOB.into()));
+    assert_eq!(
+        (run.code, ids(&run.out)),
+        (0, vec![OTHER.into(), JOB.into(), THIRD.into()])
+    );
+    let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+    assert_eq!(
+        fake.asked().lists[0],
+        [
+            pair("status", "queued,dispatched,running"),
+            pair("limit", "500")
+        ]
+    );
+
     let run = fake
-        .run(&["jobs", "list", "--status", "queued", "--limit", "1"])
+        .run(&["jobs", "list", "--format", "json", "--limit", "1"])
         .await;
+    assert_eq!((run.code, ids(&run.out)), (0, vec![OTHER.into()]));
+    let run = fake
+        .run(&["jobs", "list", "--status", "expired", "--format", "json"])
+        .await;
+    assert_eq!((run.code, run.out.as_str()), (0, "[]\n"));
+
+    let run = fake
+        .run(&[
+            "jobs",
+            "list",
+            "--status",
+            "queued,completed",
+            "--limit",
+            "1",
+        ])
+        .await;
+    assert_eq!(run.code, 0);
+    let lines: Vec<&str> = run.out.lines().collect();
     assert!(
-        run.out.starts_with("JOB ") && run.out.contains(JOB),
+        lines[0].starts_with("AGE ") && lines[1].contains("01900000-0000"),
         "{}",
         run.out
     );
-    let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
-    let lists = fake.asked().lists;
-    assert_eq!(lists[1], [pair("limit", "19"), pair("cursor", "next")]);
     assert_eq!(
-        lists[2..],
-        [vec![pair("status", "queued"), pair("limit", "1")]]
+        lines[2..],
+        ["… 1 more: --limit N lists up to N jobs, --all lists all"]
+    );
+    let run = fake.run(&["jobs", "list"]).await;
+    assert!(
+        run.out.lines().count() == 4 && !run.out.contains('…'),
+        "{}",
+        run.out
+    );
+}
+
+// [LLORCH-030] A job that ends between two pages is in the list once, whichever page would have had it.
+#[tokio::test]
+async fn a_job_that_ends_while_it_is_listed_is_listed_once() {
+    use JobStatus::{Completed, Running};
+    for life in [
+        vec![Running, Completed],
+        vec![Completed],
+        vec![Running, Running, Completed],
+    ] {
+        let fake = Fake {
+            jobs: vec![(OTHER, life.clone()), (JOB, vec![Running])],
+            ..Fake::default()
+        };
+        let run = fake
+            .start()
+            .await
+            .run(&["jobs", "list", "--format", "json"])
+            .await;
+        let mut listed = ids(&run.out);
+        listed.sort_unstable();
+        assert_eq!(
+            (run.code, listed),
+            (0, vec![JOB.into(), OTHER.into()]),
+            "{life:?}"
+        );
+    }
+}
+
+// [LLORCH-038]
+#[tokio::test]
+async fn the_beginning_of_an_id_names_its_job() {
+    let fake = || Fake {
+        jobs: vec![
+            (THIRD, vec![JobStatus::Completed]),
+            (OTHER, vec![JobStatus::Running]),
+            (JOB, vec![JobStatus::Queued]),
+        ],
+        streams: vec![vec![Step::Send("1.1", started()), Step::Send("1.2", end())]],
+        text: Some("the text"),
+        ..Fake::default()
+    };
+    let listens = fake().start().await;
+    let run = listens
+        .run(&["jobs", "cancel", "job-01900001", "01900001-0000-7"])
+        .await;
+    assert_eq!(
+        (run.code, run.out),
+        (0, format!("{THIRD} cancelled\n").repeat(2)),
+        "{}",
+        run.err
+    );
+    let run = listens.run(&["jobs", "wait", "01900001"]).await;
+    assert_eq!(
+        (run.code, run.out),
+        (0, format!("{THIRD} completed\n")),
+        "{}",
+        run.err
+    );
+    let run = listens.run(&["jobs", "events", "01900001"]).await;
+    assert_eq!(run.code, 0, "{}", run.err);
+    for command in ["status", "output", "explain"] {
+        let run = listens.run(&["jobs", command, "01900000"]).await;
+        assert_eq!(run.code, 2, "{command}");
+        for part in [
+            "more than one job's id begins with job-01900000",
+            "write more of the id: 01900000-0000 (running), ",
+        ] {
+            assert!(run.err.contains(part), "{part}: {}", run.err);
+        }
+        let run = listens.run(&["jobs", command, "ffff"]).await;
+        assert_eq!(run.code, 3, "{command}: {}", run.err);
+        let run = listens.run(&["jobs", command, "worker-cpu-0"]).await;
+        assert_eq!(run.code, 2, "{command}: {}", run.err);
+    }
+    // A whole id is not looked up.
+    let listens = fake().start().await;
+    let run = listens.run(&["jobs", "output", JOB]).await;
+    assert_eq!(
+        (run.code, run.out.as_str(), listens.asked().lists.len()),
+        (0, "the text\n", 0)
     );
 }
 
 #[tokio::test] // [LLORCH-032]
-async fn a_cancel_that_came_too_late_exits_with_4() {
+async fn a_cancel_that_came_too_late_says_which_state_won() {
     let late = Fake {
         cancel_answers: Some(JobStatus::Completed),
         ..Fake::default()
@@ -396,7 +656,7 @@ async fn a_cancel_that_came_too_late_exits_with_4() {
     .start()
     .await;
     let run = late.run(&["jobs", "cancel", JOB]).await;
-    assert_eq!((run.code, run.out), (4, format!("{JOB} completed\n")));
+    assert_eq!((run.code, run.out), (0, format!("{JOB} completed\n")));
     let fake = Fake::default().start().await;
     let run = fake.run(&["jobs", "cancel", JOB, JOB]).await;
     assert_eq!(
@@ -520,6 +780,18 @@ async fn the_local_orchestrator_is_found_and_found_again_at_another_port() {
         run.err
     );
     assert_eq!(after.asked().resumed_after, [Some("1.2".to_owned())]);
+}
+
+/// Keeps what comes out of a terminal, until the program's side is closed.
+fn watch(terminal: OwnedFd, shown: Arc<Mutex<Vec<u8>>>) -> tokio::task::JoinHandle<()> {
+    tokio::task::spawn_blocking(move || {
+        let mut terminal = std::fs::File::from(terminal);
+        let mut piece = [0; 1024];
+        // The end of the program's side reads as an error on Linux.
+        while let Ok(read @ 1..) = terminal.read(&mut piece) {
+            shown.lock().unwrap().extend_from_slice(&piece[..read]);
+        }
+    })
 }
 
 /// The two sides of a terminal.

@@ -145,7 +145,7 @@ async fn a_wrong_request_is_refused_before_anything_is_sent() {
         assert!(run.err.contains(part), "{args:?}: {}", run.err);
     }
     for args in [
-        &["status", "job-1"][..],
+        &["status", "job-x"][..],
         &["cancel", "../x"],
         &["events", JOB, "--after", "1"],
         &["list", "--status", "lost"],

@@ -7,6 +7,8 @@
 //! queued | dispatched | running ──► failed | cancelled | expired
 //! ```
 
+mod prefix;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -16,6 +18,8 @@ use pool_core::api::worker::{Message, Sampling, StopReason};
 use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+pub use prefix::{JobIdPrefix, JobIdPrefixError};
 
 /// Id of a job: `job-` and a UUID of version 7, so that ids sort by the time they were made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -124,6 +128,17 @@ impl JobStatus {
         Self::Queued,
         Self::Dispatched,
         Self::Running,
+        Self::Completed,
+        Self::Failed,
+        Self::Cancelled,
+        Self::Expired,
+    ];
+
+    /// The states of a job that is not over.
+    pub const ACTIVE: [Self; 3] = [Self::Queued, Self::Dispatched, Self::Running];
+
+    /// The states that never change again.
+    pub const TERMINAL: [Self; 4] = [
         Self::Completed,
         Self::Failed,
         Self::Cancelled,

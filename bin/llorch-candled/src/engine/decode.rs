@@ -89,6 +89,12 @@ pub(super) fn generate(
             logits = engine.decoder.logits(&[*id], &mut cache)?;
         }
         control.progress();
+        if answer.ids.len().is_multiple_of(METRICS_EVERY) {
+            control.event(WorkerEvent::Metrics(WorkerMetrics {
+                prefill_tokens: tokens_in,
+                tokens_out: answer.ids.len() as u32,
+            }));
+        }
     }
 
     let (mut first, mut last) = (None, None);

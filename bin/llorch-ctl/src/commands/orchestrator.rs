@@ -176,9 +176,9 @@ struct Status {
 
 #[derive(Serialize)]
 struct JobCounts {
-    queued: usize,
-    dispatched: usize,
-    running: usize,
+    queued: u64,
+    dispatched: u64,
+    running: u64,
 }
 
 async fn status(home: &Home, format: Format) -> Result<Exit, CliError> {
@@ -225,10 +225,10 @@ async fn activity(url: &str) -> Option<(JobCounts, usize)> {
     let local = Orchestrator::find_local(&ConnectArgs::default(), url).ok()?;
     let count = async |status: JobStatus| {
         let filter = JobFilter {
-            status: Some(status.to_string()),
+            statuses: vec![status],
             ..JobFilter::default()
         };
-        local.jobs(&filter, None).await.map(|jobs| jobs.len()).ok()
+        local.count(&filter).await.ok()
     };
     let jobs = JobCounts {
         queued: count(JobStatus::Queued).await?,

@@ -19,7 +19,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 pub enum Item {
     /// An event. Logged ones carry their id and come once.
     Event(Option<EventId>, TaskEvent),
-    /// The connection is gone, for this reason; the feed tries to get it back.
+    /// The connection is gone, for this reason in plain words; the feed tries to get it back.
     Lost(String),
     /// The connection is back and events go on where they stopped.
     Back,
@@ -35,8 +35,19 @@ pub struct Feed {
     outage: Option<Outage>,
     /// An event that waits until [`Item::Back`] was told.
     pending: Option<Item>,
+    /// The orchestrator's word before it closes the stream.
+    farewell: Option<Farewell>,
     patience: Duration,
     ended: bool,
+}
+
+/// A reason for which the orchestrator closes a stream in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Farewell {
+    /// This reader was too slow. It comes back at once.
+    Lagged,
+    /// The orchestrator stops.
+    Shutdown,
 }
 
 /// A connection that is gone, up to the first event after it.
@@ -44,18 +55,20 @@ pub struct Feed {
 struct Outage {
     since: Instant,
     pause: Duration,
+    /// Whether [`Item::Lost`] was told.
+    told: bool,
 }
 
 impl Feed {
     pub(super) fn new(orchestrator: Orchestrator, job: JobId, after: Option<EventId>) -> Self {
-        let (stream, outage, pending) = (None, None, None);
         Self {
             orchestrator,
             job,
             after,
-            stream,
-            outage,
-            pending,
+            stream: None,
+            outage: None,
+            pending: None,
+            farewell: None,
             patience: PATIENCE,
             ended: false,
         }
@@ -91,7 +104,7 @@ impl Feed {
                     let Some(item) = self.read(&event)? else {
                         continue;
                     };
-                    if self.outage.take().is_none() {
+                    if self.outage.take().is_none_or(|outage| !outage.told) {
                         return Ok(Some(item));
                     }
                     self.pending = Some(item);
@@ -106,14 +119,20 @@ impl Feed {
                 },
             };
             self.stream = None;
-            if self.outage.is_none() {
-                self.outage = Some(Outage {
-                    since: Instant::now(),
-                    pause: PAUSES.0,
-                });
-                return Ok(Some(Item::Lost(lost.to_string())));
+            let farewell = self.farewell.take();
+            if self.outage.is_some() {
+                self.bear(lost)?;
+                continue;
             }
-            self.bear(lost)?;
+            let told = farewell != Some(Farewell::Lagged);
+            self.outage = Some(Outage {
+                since: Instant::now(),
+                pause: PAUSES.0,
+                told,
+            });
+            if told {
+                return Ok(Some(Item::Lost(plainly(&lost, farewell))));
+            }
         }
     }
 
@@ -130,7 +149,15 @@ impl Feed {
                     self.stream = Some(stream);
                     return Ok(());
                 }
-                Err(error) => self.bear(error)?,
+                Err(error) => {
+                    let why = plainly(&error, None);
+                    self.bear(error)?;
+                    if let Some(outage) = self.outage.as_mut().filter(|outage| !outage.told) {
+                        outage.told = true;
+                        self.pending = Some(Item::Lost(why));
+                        return Ok(());
+                    }
+                }
             }
         }
     }
@@ -166,7 +193,26 @@ impl Feed {
         }
         self.after = id.max(self.after);
         self.ended = content.is_last();
+        self.farewell = match &content {
+            TaskEvent::Lagged(_) => Some(Farewell::Lagged),
+            TaskEvent::Shutdown(_) => Some(Farewell::Shutdown),
+            _ => None,
+        };
         Ok(Some(Item::Event(id, content)))
+    }
+}
+
+/// The end of a connection as a person is told of it. The details are for logs and for the error of one that does not come
+/// back.
+fn plainly(error: &ClientError, farewell: Option<Farewell>) -> String {
+    match error {
+        _ if farewell == Some(Farewell::Shutdown) => "the orchestrator stops".to_owned(),
+        ClientError::Timeout { after, .. } => {
+            let silence = pool_core::terminal::human_duration(*after);
+            format!("the orchestrator has been silent for {silence}")
+        }
+        ClientError::Unreachable { .. } => "the orchestrator can't be reached".to_owned(),
+        _ => "the connection to the orchestrator broke".to_owned(),
     }
 }
 

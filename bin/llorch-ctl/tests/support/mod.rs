@@ -18,11 +18,14 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use orchestrator_core::api::events::{End, Started, TaskEvent, Token};
-use orchestrator_core::api::tasks::TaskView;
+use orchestrator_core::api::tasks::{TaskView, TaskWaiting};
 use orchestrator_core::job::{Job, JobError, JobErrorCode, JobStatus};
+use orchestrator_core::scheduler::{Explanation, WaitReason};
 use orchestrator_core::{JobId, TaskSubmitRequest};
 use pool_core::api::worker::StopReason;
+use pool_core::process::{ProcessIdentity, Signal};
 use serde_json::{Value, json};
+use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};
 
 /// The job that the fake has.
@@ -52,6 +55,9 @@ pub struct Fake {
     pub cancel_answers: Option<JobStatus>,
     /// The text that `GET /v2/tasks/{id}` shows; the job is running where it is `None`.
     pub text: Option<&'static str>,
+    /// The jobs that lists show, newest first, with the state that each has at the first, second, ... list; [`JOB`] alone
+    /// where there are none.
+    pub jobs: Vec<(&'static str, Vec<JobStatus>)>,
 }
 
 /// What the fake was asked.
@@ -150,13 +156,60 @@ async fn list(
     State(shared): State<Shared>,
     Query(query): Query<Vec<(String, String)>>,
 ) -> Json<Value> {
-    let second = query.iter().any(|(name, _)| name == "cursor");
+    let of = |name: &str| {
+        query
+            .iter()
+            .find(|(n, _)| n == name)
+            .map(|(_, v)| v.as_str())
+    };
+    let limit = of("limit").map_or(50, |limit| limit.parse().unwrap());
+    let prefix = of("id_prefix").unwrap_or_default().to_owned();
+    let states =
+        of("status").map(|states| states.split(',').map(str::to_owned).collect::<Vec<_>>());
+    let start: usize = of("cursor").map_or(0, |cursor| cursor.parse().unwrap());
+    let count = of("count").is_some();
     shared.asked.lock().unwrap().lists.push(query);
-    let summary =
-        serde_json::to_value(orchestrator_core::api::tasks::TaskSummary::from(&a_job())).unwrap();
-    Json(
-        json!({"jobs": [summary], "next_cursor": if second { Value::Null } else { json!("next") }}),
-    )
+    let jobs = match shared.fake.jobs.as_slice() {
+        [] => vec![(JOB, vec![JobStatus::Queued])],
+        jobs => jobs.to_vec(),
+    };
+    let asked = shared.asked.lock().unwrap().lists.len();
+    let matching: Vec<_> = jobs
+        .iter()
+        // A job has another state with each list that is asked for, up to its last one.
+        .map(|(id, life)| (id, life[(asked - 1).min(life.len() - 1)]))
+        .filter(|(id, status)| {
+            id.starts_with(&prefix)
+                && states
+                    .as_ref()
+                    .is_none_or(|s| s.contains(&status.to_string()))
+        })
+        .map(|(id, status)| {
+            let mut summary = orchestrator_core::api::tasks::TaskSummary::from(&a_job());
+            summary.id = id.parse().unwrap();
+            summary.status = status;
+            summary.short_id = Some(id[4..17].to_owned());
+            summary
+        })
+        .collect();
+    let total = count.then_some(matching.len());
+    // The cursor of the fake is a place among all its jobs, so a job that changes its state moves no other.
+    let place = |id: JobId| {
+        jobs.iter()
+            .position(|(job, _)| *job == id.to_string())
+            .unwrap()
+    };
+    let after: Vec<_> = matching
+        .into_iter()
+        .filter(|job| place(job.id) >= start)
+        .collect();
+    let more = after.len() > limit;
+    let page: Vec<_> = after.into_iter().take(limit).collect();
+    let cursor = page
+        .last()
+        .filter(|_| more)
+        .map(|job| (place(job.id) + 1).to_string());
+    Json(json!({"jobs": page, "next_cursor": cursor, "total": total}))
 }
 
 fn a_job() -> Job {
@@ -236,6 +289,41 @@ pub fn started() -> TaskEvent {
         tokens_in: 5,
         why: None,
     })
+}
+
+/// The job waits, for want of a pool.
+pub fn waiting() -> TaskEvent {
+    TaskEvent::Waiting(TaskWaiting {
+        queue_position: 0,
+        explanation: Explanation {
+            reason: WaitReason::NoPool,
+            message: "no pool has registered".into(),
+            hint: "start one with `llorch-pool daemon start`".into(),
+            filters: Vec::new(),
+        },
+        estimated_start_ms: None,
+    })
+}
+
+/// Reads what a program writes until it contains `part`.
+pub async fn read_until(mut source: impl AsyncRead + Unpin, part: &str) -> String {
+    let mut text = Vec::new();
+    let read = async {
+        while !String::from_utf8_lossy(&text).contains(part) {
+            let read = source.read_buf(&mut text).await.unwrap();
+            assert!(read > 0, "it ended: {}", String::from_utf8_lossy(&text));
+        }
+    };
+    tokio::time::timeout(LIMIT, read)
+        .await
+        .expect("it never came");
+    String::from_utf8(text).unwrap()
+}
+
+/// Interrupts a command as Ctrl-C does.
+pub fn interrupt(child: &Child) {
+    let process = ProcessIdentity::of(child.id().unwrap()).unwrap().unwrap();
+    process.signal(Signal::INT).unwrap();
 }
 
 /// A piece of text.

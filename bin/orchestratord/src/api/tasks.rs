@@ -13,7 +13,7 @@ use orchestrator_core::api::tasks::{
     CancelResponse, TaskAccepted, TaskExplanation, TaskList, TaskSubmitRequest, TaskView,
     events_url,
 };
-use orchestrator_core::job::{JobSpec, Priority};
+use orchestrator_core::job::{JobIdPrefix, JobSpec, Priority};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
 use pool_core::crash::crash_point;
@@ -212,8 +212,8 @@ fn parse_id(id: &str) -> ServiceResult<JobId> {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct ListQuery {
-    /// Only jobs in this state.
-    #[param(value_type = Option<JobStatus>, nullable = false)]
+    /// Only jobs in this state, or in one of several, separated by commas.
+    #[param(value_type = Option<Vec<JobStatus>>, style = Form, explode = false, min_items = 1, nullable = false)]
     status: Option<String>,
     /// Only jobs of this model.
     #[param(value_type = Option<ModelRef>, nullable = false)]
@@ -221,6 +221,18 @@ pub(super) struct ListQuery {
     /// Only jobs of this class.
     #[param(value_type = Option<Priority>, nullable = false)]
     priority: Option<String>,
+    /// Only jobs whose id begins so, with or without `job-`.
+    #[param(
+        pattern = "^(job-)?([0-9a-f]{1,8}|[0-9a-f]{8}(-[0-9a-f]{4}){0,2}-[0-9a-f]{1,4}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{1,12})$",
+        nullable = false
+    )]
+    id_prefix: Option<String>,
+    /// With `total`, the number of jobs on all pages.
+    #[param(nullable = false)]
+    count: Option<bool>,
+    /// With `short_id` in each job.
+    #[param(nullable = false)]
+    short_ids: Option<bool>,
     /// Jobs of a page.
     #[param(default = 50, minimum = 1, maximum = 500, nullable = false)]
     limit: Option<u32>,
@@ -246,11 +258,8 @@ pub(super) async fn list(
     let before = before.map_err(|_| {
         error::invalid("`cursor` can't be read").hint("use the `next_cursor` of the page before")
     })?;
-    let status = query
-        .status
-        .as_deref()
-        .map(str::parse::<JobStatus>)
-        .transpose();
+    let statuses = query.status.as_deref().map_or(Ok(Vec::new()), statuses)?;
+    let prefix = query.id_prefix.as_deref().map(id_prefix).transpose()?;
     let priority = query
         .priority
         .as_deref()
@@ -263,18 +272,48 @@ pub(super) async fn list(
         .transpose();
     let model = model.map_err(|error| error::invalid(error.to_string()).hint(error.hint()))?;
     let filter = ListFilter {
-        status: status.map_err(|error| error::invalid(error.to_string()))?,
+        statuses,
         priority: priority.map_err(|error| error::invalid(error.to_string()))?,
         model: model.map(|model| model.to_string()),
+        prefix,
         before,
         // One more than is shown tells whether another page follows.
         limit: limit + 1,
+        short_ids: query.short_ids == Some(true),
+    };
+    let total = match query.count {
+        Some(true) => Some(app.store.count(&filter).await?),
+        _ => None,
     };
     let mut jobs = app.store.list(&filter).await?;
     let more = jobs.len() > limit as usize;
     jobs.truncate(limit as usize);
     let next_cursor = jobs.last().filter(|_| more).map(|job| job.id.to_string());
-    Ok(Json(TaskList { jobs, next_cursor }))
+    Ok(Json(TaskList {
+        jobs,
+        next_cursor,
+        total,
+    }))
+}
+
+/// Reads the `id_prefix` of a list, which has one spelling as ids have.
+fn id_prefix(text: &str) -> ServiceResult<JobIdPrefix> {
+    let read = text.parse::<JobIdPrefix>().ok();
+    let spelled = |prefix: &JobIdPrefix| {
+        prefix.as_str() == text || prefix.as_str().strip_prefix("job-") == Some(text)
+    };
+    read.filter(spelled).ok_or_else(|| {
+        error::invalid("`id_prefix` is not the beginning of a job id")
+            .hint("write it as ids begin, such as `job-019abcde-f0`")
+    })
+}
+
+/// Reads the states of a list's `status`.
+fn statuses(text: &str) -> ServiceResult<Vec<JobStatus>> {
+    text.split(',')
+        .map(|name| name.parse::<JobStatus>())
+        .collect::<Result<_, _>>()
+        .map_err(|error| error::invalid(error.to_string()))
 }
 
 /// A job with its text so far.

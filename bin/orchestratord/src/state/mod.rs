@@ -24,7 +24,8 @@ use jiff::Timestamp;
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::api::tasks::TaskSummary;
 use orchestrator_core::job::{
-    AttemptOutcome, IllegalTransition, Job, JobError, JobEvent, JobSpec, Priority, Usage,
+    AttemptOutcome, IllegalTransition, Job, JobError, JobEvent, JobIdPrefix, JobSpec, Priority,
+    Usage,
 };
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
@@ -329,16 +330,20 @@ pub struct LogEnd {
 /// Which jobs a list shows.
 #[derive(Debug, Clone, Default)]
 pub struct ListFilter {
-    /// In this state.
-    pub status: Option<JobStatus>,
+    /// In one of these states; all where there is none.
+    pub statuses: Vec<JobStatus>,
     /// Of this model.
     pub model: Option<String>,
     /// Of this class.
     pub priority: Option<Priority>,
+    /// With an id that begins so.
+    pub prefix: Option<JobIdPrefix>,
     /// Older than this one.
     pub before: Option<JobId>,
     /// At most this many.
     pub limit: u32,
+    /// With the shortest unambiguous beginning of each id.
+    pub short_ids: bool,
 }
 
 /// The store. Cheap to clone.
@@ -546,6 +551,11 @@ impl Store {
     /// Jobs, newest first.
     pub async fn list(&self, filter: &ListFilter) -> Result<Vec<TaskSummary>, StoreError> {
         queries::list(&self.readers, filter).await
+    }
+
+    /// Returns the number of jobs that match, whatever the place and the limit of the filter.
+    pub async fn count(&self, filter: &ListFilter) -> Result<u64, StoreError> {
+        queries::count(&self.readers, filter).await
     }
 
     /// At least one event after `after` where there is any, in order, and about `limit` of them.

@@ -132,7 +132,16 @@ pub(super) async fn list(
     let limit = i64::from(filter.limit);
     let mut query = QueryBuilder::<Sqlite>::new(
         "SELECT j.id, j.status, j.model, j.priority, j.session_id, j.labels, j.created_us, j.started_us, j.ended_us, \
-         j.usage, j.error, a.number, a.pool_id, a.worker_id FROM jobs j LEFT JOIN attempts a ON a.job_id = j.id \
+         j.usage, j.error, a.number, a.pool_id, a.worker_id",
+    );
+    query.push(if filter.short_ids {
+        ", (SELECT id FROM jobs WHERE id < j.id ORDER BY id DESC LIMIT 1) AS older, \
+         (SELECT id FROM jobs WHERE id > j.id ORDER BY id LIMIT 1) AS newer"
+    } else {
+        ", NULL AS older, NULL AS newer"
+    });
+    query.push(
+        " FROM jobs j LEFT JOIN attempts a ON a.job_id = j.id \
          AND a.number = (SELECT MAX(number) FROM attempts WHERE job_id = j.id) WHERE j.id IN (",
     );
     for (n, range) in ranges(filter).into_iter().enumerate() {
@@ -141,14 +150,8 @@ pub(super) async fn list(
         } else {
             "SELECT * FROM ("
         });
-        query.push("SELECT id FROM jobs WHERE 1 = 1");
-        if let Some((status, priority)) = range {
-            query.push(" AND status = ").push_bind(status.as_str());
-            query.push(" AND priority = ").push_bind(priority.as_str());
-        }
-        if let Some(model) = &filter.model {
-            query.push(" AND model = ").push_bind(model.clone());
-        }
+        query.push("SELECT id FROM jobs");
+        push_conditions(&mut query, filter, range);
         if let Some(before) = filter.before {
             query.push(" AND id < ").push_bind(before.to_string());
         }
@@ -157,17 +160,39 @@ pub(super) async fn list(
     }
     query.push(") ORDER BY j.id DESC LIMIT ").push_bind(limit);
     let rows = query.build().fetch_all(pool).await?;
-    rows.iter().map(summary).collect()
+    rows.iter()
+        .map(|row| {
+            let mut job = summary(row)?;
+            if filter.short_ids {
+                job.short_id = Some(job.id.shortest_prefix(neighbours(row)?));
+            }
+            Ok(job)
+        })
+        .collect()
+}
+
+/// The number of jobs that match. It reads all entries of the ranges, so it is counted only where a caller asks.
+pub(super) async fn count(pool: &SqlitePool, filter: &ListFilter) -> Result<u64, StoreError> {
+    let mut query = QueryBuilder::<Sqlite>::new("SELECT ");
+    for (n, range) in ranges(filter).into_iter().enumerate() {
+        query.push(if n > 0 {
+            " + (SELECT COUNT(*) FROM jobs"
+        } else {
+            "(SELECT COUNT(*) FROM jobs"
+        });
+        push_conditions(&mut query, filter, range);
+        query.push(")");
+    }
+    number(query.build().fetch_one(pool).await?.try_get(0)?)
 }
 
 /// The ranges of the indexes that hold what the filter asks for. `None` is all jobs.
 fn ranges(filter: &ListFilter) -> Vec<Option<(JobStatus, Priority)>> {
-    if (filter.status, filter.priority, &filter.model) == (None, None, &None) {
+    if filter.statuses.is_empty() && (filter.priority, &filter.model) == (None, &None) {
         return vec![None];
     }
-    let statuses = filter
-        .status
-        .map_or(JobStatus::ALL.to_vec(), |status| vec![status]);
+    let mut statuses = JobStatus::ALL.to_vec();
+    statuses.retain(|status| filter.statuses.is_empty() || filter.statuses.contains(status));
     let priorities = filter
         .priority
         .map_or(Priority::ALL.to_vec(), |priority| vec![priority]);
@@ -176,6 +201,34 @@ fn ranges(filter: &ListFilter) -> Vec<Option<(JobStatus, Priority)>> {
         priorities.map(move |priority| Some((status, priority)))
     });
     pairs.collect()
+}
+
+/// Adds what the filter asks for of the jobs of one range.
+fn push_conditions(
+    query: &mut QueryBuilder<Sqlite>,
+    filter: &ListFilter,
+    range: Option<(JobStatus, Priority)>,
+) {
+    query.push(" WHERE 1 = 1");
+    if let Some((status, priority)) = range {
+        query.push(" AND status = ").push_bind(status.as_str());
+        query.push(" AND priority = ").push_bind(priority.as_str());
+    }
+    if let Some(model) = &filter.model {
+        query.push(" AND model = ").push_bind(model.clone());
+    }
+    if let Some(prefix) = &filter.prefix {
+        query
+            .push(" AND id >= ")
+            .push_bind(prefix.as_str().to_owned());
+        query.push(" AND id < ").push_bind(prefix.end());
+    }
+}
+
+/// The ids before and after a job's, of all that are stored.
+fn neighbours(row: &SqliteRow) -> Result<Vec<JobId>, StoreError> {
+    let ids: [Option<&str>; 2] = [row.try_get("older")?, row.try_get("newer")?];
+    ids.into_iter().flatten().map(parse).collect()
 }
 
 fn summary(row: &SqliteRow) -> Result<TaskSummary, StoreError> {
@@ -201,6 +254,7 @@ fn summary(row: &SqliteRow) -> Result<TaskSummary, StoreError> {
             .try_get::<Option<&str>, _>("error")?
             .map(from_json)
             .transpose()?,
+        short_id: None,
     })
 }
 

@@ -327,12 +327,13 @@ async fn lists_are_those_of_a_full_look() {
                     .map(|(id, ..)| *id)
                     .collect();
                 let mut filter = ListFilter {
-                    status,
+                    statuses: status.into_iter().collect(),
                     priority,
                     model,
-                    before: None,
                     limit: 7,
+                    ..ListFilter::default()
                 };
+                assert_eq!(store.count(&filter).await.unwrap(), expected.len() as u64);
                 let mut found = Vec::new();
                 loop {
                     let page = store.list(&filter).await.unwrap();

@@ -414,6 +414,15 @@ async fn lists_are_newest_first_in_pages_and_filtered() {
         "?model=-x",
         "?priority=high",
         "?sort=up",
+        "?status=",
+        "?status=queued,lost",
+        "?count=1",
+        "?short_ids=yes",
+        "?id_prefix=",
+        "?id_prefix=job-",
+        "?id_prefix=019-a",
+        "?id_prefix=JOB-0",
+        "?id_prefix=x",
     ] {
         let error = orchestrator
             .client
@@ -428,6 +437,58 @@ async fn lists_are_newest_first_in_pages_and_filtered() {
         let error = orchestrator.client.get::<Value>(&path).await.unwrap_err();
         assert_eq!(error.status(), Some(400), "{limit}");
     }
+}
+
+// [ORCHD-018]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_takes_several_states_counts_and_finds_ids_by_their_beginning() {
+    let orchestrator = Orchestrator::start().await;
+    let mut ids = Vec::new();
+    for _ in 0..30 {
+        ids.push(orchestrator.job().await);
+    }
+    for id in &ids[..3] {
+        orchestrator.cancel(*id).await;
+    }
+    ids.reverse();
+    let list = jobs(&orchestrator, "?status=queued,running&limit=5&count=true").await;
+    assert_eq!((list.total, list.jobs.len()), (Some(27), 5));
+    let cursor = list.next_cursor.unwrap();
+    let query = format!("?status=completed,cancelled&limit=2&count=true&cursor={cursor}");
+    let rest = jobs(&orchestrator, &query).await;
+    assert_eq!((rest.total, rest.jobs[0].id), (Some(3), ids[27]));
+    let plain = jobs(&orchestrator, "").await;
+    assert!(plain.total.is_none() && plain.jobs[0].short_id.is_none());
+
+    // Every id that is offered is the beginning of one id, and of no other.
+    let short = jobs(&orchestrator, "?short_ids=true&limit=100").await;
+    assert_eq!(short.jobs.iter().map(|job| job.id).collect::<Vec<_>>(), ids);
+    for job in &short.jobs {
+        let prefix = job.short_id.as_ref().unwrap();
+        for text in [prefix.clone(), format!("job-{prefix}"), job.id.to_string()] {
+            let found = jobs(&orchestrator, &format!("?id_prefix={text}")).await;
+            assert_eq!(found.jobs.len(), 1, "{text}");
+            assert_eq!(found.jobs[0].id, job.id, "{text}");
+        }
+        let less = &prefix[..prefix.len() - 1];
+        let neighbours = short
+            .jobs
+            .iter()
+            .filter(|other| other.short_id.as_ref().unwrap().starts_with(less));
+        // As short as it may be: at most the time, or one digit less is not enough.
+        assert!(
+            prefix.len() == 13 || neighbours.count() > 1 || less.ends_with('-'),
+            "{prefix}"
+        );
+    }
+    let all = jobs(&orchestrator, "?id_prefix=0&count=true&limit=1").await;
+    assert_eq!(all.total, Some(30));
+    let none = jobs(&orchestrator, "?id_prefix=job-ffffffff").await;
+    assert_eq!(none.jobs, []);
+    // The path of a job takes whole ids only.
+    let path = format!("/v2/tasks/job-{}", short.jobs[0].short_id.as_ref().unwrap());
+    let error = orchestrator.client.get::<Value>(&path).await.unwrap_err();
+    assert_eq!(error.status(), Some(404));
 }
 
 // [ORCHD-016]

@@ -469,6 +469,9 @@ pub struct TaskSummary {
     pub tokens_out: Option<u32>,
     /// Why it did not complete.
     pub error: Option<JobError>,
+    /// The shortest beginning of the id that no other stored job has, without `job-`; only with `short_ids`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub short_id: Option<String>,
 }
 
 impl From<&Job> for TaskSummary {
@@ -489,6 +492,7 @@ impl From<&Job> for TaskSummary {
             worker_id: latest.map(|a| a.worker_id.clone()),
             tokens_out: job.usage.as_ref().map(|u| u.tokens_out),
             error: job.error.clone(),
+            short_id: None,
         }
     }
 }
@@ -501,6 +505,9 @@ pub struct TaskList {
     pub jobs: Vec<TaskSummary>,
     /// Where the next page begins; `None` on the last.
     pub next_cursor: Option<String>,
+    /// Jobs that match, on all pages; only with `count`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub total: Option<u64>,
 }
 
 /// Answer of `GET /v2/tasks/{id}`.

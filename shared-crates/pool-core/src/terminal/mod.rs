@@ -15,7 +15,7 @@ mod settings_table;
 pub use duration::parse_duration;
 pub use exit::{CliError, Exit, parse, run_cli};
 pub use output::{
-    Format, age, human_bytes, human_duration, note, paint, print_json, print_table, render_table,
-    say, write,
+    Format, age, human_bytes, human_count, human_duration, note, paint, print_json, print_table,
+    render_table, say, shorten, shorten_start, width, write,
 };
 pub use settings_table::print_settings;

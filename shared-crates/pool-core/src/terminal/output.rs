@@ -227,6 +227,48 @@ pub fn human_duration(duration: Duration) -> String {
     }
 }
 
+/// Returns a number with its thousands apart: `1,234`.
+pub fn human_count(count: u64) -> String {
+    let digits = count.to_string();
+    let mut shown = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, digit) in digits.chars().enumerate() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            shown.push(',');
+        }
+        shown.push(digit);
+    }
+    shown
+}
+
+/// Returns the columns of standard output: those of the terminal, or 80 where it is none.
+pub fn width() -> usize {
+    let terminal = Table::new().width();
+    terminal.map_or(80, usize::from).max(40)
+}
+
+/// Returns the beginning of a text that is longer than `most` characters, with `…`.
+pub fn shorten(text: &str, most: usize) -> String {
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    text.chars()
+        .take(most.saturating_sub(1))
+        .chain(['…'])
+        .collect()
+}
+
+/// Returns the end of a text that is longer than `most` characters, with `…`.
+pub fn shorten_start(text: &str, most: usize) -> String {
+    let count = text.chars().count();
+    if count <= most {
+        return text.to_owned();
+    }
+    let skipped = count - most.saturating_sub(1);
+    std::iter::once('…')
+        .chain(text.chars().skip(skipped))
+        .collect()
+}
+
 /// How long ago `then` was at `now`; a clock that went back makes that nothing.
 pub fn age(then: jiff::Timestamp, now: jiff::Timestamp) -> String {
     let seconds = now.duration_since(then).as_secs();
@@ -288,5 +330,15 @@ mod tests {
         let then = jiff::Timestamp::UNIX_EPOCH;
         assert_eq!(age(then, then + Duration::from_secs(75)), "1m15s");
         assert_eq!(age(then + Duration::from_secs(75), then), "0s");
+        let counts = [0, 999, 1_000, 12_345_678].map(human_count);
+        assert_eq!(counts, ["0", "999", "1,000", "12,345,678"]);
+        assert_eq!(
+            (shorten("abcdef", 4), shorten_start("abcdef", 4)),
+            ("abc…".into(), "…def".into())
+        );
+        assert_eq!(
+            (shorten("abcd", 4), shorten_start("abcd", 4)),
+            ("abcd".into(), "abcd".into())
+        );
     }
 }

@@ -2,12 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use cucumber::gherkin::Step;
 use cucumber::{then, when};
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::job::JobStatus;
+use serde_json::{Value, json};
 
 use crate::house::{House, WAIT_LIMIT};
-use crate::stream;
+use crate::{process, stream};
 
 /// Longest that a job of a scenario may take.
 const JOB_LIMIT: Duration = Duration::from_secs(300);
@@ -173,4 +175,68 @@ async fn worker_idle(house: &mut House) {
 async fn further_job(house: &mut House, tokens: u32) {
     submit(house, tokens, "The capital of France is".to_owned()).await;
     ends_as(house, JobStatus::Completed.to_string()).await;
+}
+
+#[when(expr = "{int} agents submit a job each")]
+async fn submit_many(house: &mut House, agents: usize) {
+    let client = reqwest::Client::new();
+    let url = house.url("/v2/tasks");
+    let submits = (0..agents).map(|agent| {
+        let body = json!({"model": "smollm2-135m", "prompt": format!("{agent}"), "raw": true, "max_tokens": 2000});
+        let request = client.post(&url).json(&body);
+        async move {
+            let response = request.send().await.expect("the orchestrator answers");
+            assert_eq!(response.status(), 202);
+            let answer: Value = response.json().await.expect("JSON");
+            answer["job_id"].as_str().expect("a 202 names the job").to_owned()
+        }
+    });
+    house.acknowledged = futures_util::future::join_all(submits).await;
+}
+
+#[when(expr = "{int} of the jobs are cancelled")]
+async fn cancel_some(house: &mut House, count: usize) {
+    // Of those in the middle: the list must pass over them.
+    let jobs = house.acknowledged[100..100 + count].join(" ");
+    house.succeed(&format!("llorch jobs cancel {jobs}")).await;
+}
+
+#[when("this script runs:")]
+async fn script(house: &mut House, step: &Step) {
+    let script = step
+        .docstring
+        .as_deref()
+        .expect("the step has a script")
+        .trim();
+    let program = process::program("llorch");
+    let folder = program.parent().expect("a program lies in a folder");
+    let path = std::env::var("PATH").unwrap_or_default();
+    let mut command = process::clean("sh");
+    command
+        .args(["-e", "-c", script])
+        .env("PATH", format!("{}:{path}", folder.display()))
+        .env("LLORCH_HOME", house.home());
+    house.finished = Some(process::run(command, JOB_LIMIT).await);
+}
+
+#[then("standard output has a line for each of the jobs")]
+fn a_line_each(house: &mut House) {
+    let mut named: Vec<&str> = house
+        .last()
+        .stdout
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    let mut jobs: Vec<&str> = house.acknowledged.iter().map(String::as_str).collect();
+    named.sort_unstable();
+    jobs.sort_unstable();
+    assert_eq!(named, jobs);
+}
+
+#[then("none of the jobs waits or runs")]
+async fn all_over(house: &mut House) {
+    let url = house.url("/v2/tasks?status=queued,dispatched,running&count=true");
+    let answer = reqwest::get(url).await.expect("the orchestrator answers");
+    let list: Value = answer.json().await.expect("JSON");
+    assert_eq!(list["total"], 0, "{list:#}");
 }

@@ -1,6 +1,7 @@
 //! `llorch jobs batch`.
 
 mod results;
+mod standstill;
 mod tasks;
 
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use pool_core::terminal::{CliError, Exit, note, progress};
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 use results::{Record, Results, Tally};
+use standstill::{Board, LOOK_EVERY, Standstill};
 use tasks::{Defaults, Task};
 
 /// Submit a file of tasks, a few at a time, and collect their results.
@@ -88,11 +90,20 @@ impl Batch {
         let bar = progress::count(total as u64, "jobs");
         bar.begin_at(done.len() as u64);
         let go_on = results.how_to_go_on();
+        let board = Board::default();
+        let mut standstill = Standstill::default();
+        let mut look = tokio::time::interval(LOOK_EVERY);
         let mut work = stream::iter(left)
-            .map(|task| finish(orchestrator.clone(), task))
+            .map(|task| finish(orchestrator.clone(), task, &board))
             .buffer_unordered(self.in_flight.into());
         loop {
             let record = tokio::select! {
+                _ = look.tick() => {
+                    if let Some(remark) = standstill.look(&board, std::time::Instant::now()) {
+                        bar.println(remark);
+                    }
+                    continue;
+                }
                 record = work.next() => match record {
                     Some(record) => record.map_err(|error| also(error, &go_on))?,
                     None => break,
@@ -120,15 +131,25 @@ fn also(error: CliError, go_on: &str) -> CliError {
     error.hint(hint)
 }
 
-/// Submits one task, waits until its job is over, and tells how that went.
-async fn finish(mut orchestrator: Orchestrator, task: Task) -> Result<Record, CliError> {
+/// Submits one task, waits until its job is over, and returns how that went.
+async fn finish(
+    mut orchestrator: Orchestrator,
+    task: Task,
+    board: &Board,
+) -> Result<Record, CliError> {
+    let place = board.place(task.line);
     let accepted = loop {
-        let error = match orchestrator.submit(&task.request, &task.key, |_| {}).await {
+        let on_retry = |error: &ClientError| place.waits("unreachable", error.to_string());
+        let error = match orchestrator
+            .submit(&task.request, &task.key, on_retry)
+            .await
+        {
             Ok(accepted) => break accepted,
             Err(error) => error,
         };
         match &error {
             ClientError::Api { status: 429, error } => {
+                place.waits("queue", format!("{}; trying again", error.message));
                 tokio::time::sleep(pause(error.retry_after_ms, task.line)).await;
             }
             ClientError::Api {
@@ -141,7 +162,9 @@ async fn finish(mut orchestrator: Orchestrator, task: Task) -> Result<Record, Cl
         }
     };
     let mut events = orchestrator.events(accepted.job_id, None);
-    while events.next().await.map_err(shown)?.is_some() {}
+    while let Some(item) = events.next().await.map_err(shown)? {
+        place.take(&item);
+    }
     let job: TaskView = orchestrator
         .job_surely(accepted.job_id)
         .await

@@ -1,43 +1,40 @@
 //! `llorch jobs cancel`.
 
 use clap::Args;
-use orchestrator_core::job::{JobId, JobStatus};
+use orchestrator_core::job::JobIdPrefix;
 use pool_core::terminal::{CliError, Exit, note, say};
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
 /// Cancel jobs.
 ///
-/// It prints the state that won: a job that ended in time stays as it is, and the exit code is then 4.
+/// It prints the state that won: a job that was over already stays as it is. The exit code is 0 either way, because no
+/// job that is named runs on.
 #[derive(Debug, Args)]
 pub struct Cancel {
-    /// The jobs' ids
+    /// The jobs' ids, or the beginnings of them
     #[arg(required = true, value_name = "ID")]
-    ids: Vec<JobId>,
+    ids: Vec<JobIdPrefix>,
 }
 
 impl Cancel {
-    /// Cancels all of them, then tells of the first that could not be.
+    /// Cancels all of them, then fails with the first error.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let orchestrator = Orchestrator::connect(connect).await?;
-        let mut first_error = None;
-        let mut exit = Exit::Done;
-        for id in self.ids {
-            match orchestrator.cancel(id).await {
-                Ok(answer) => {
-                    say(format!("{id} {}", answer.status))?;
-                    if answer.status != JobStatus::Cancelled {
-                        exit = Exit::Refused;
-                    }
-                }
-                Err(error) => {
-                    if first_error.is_some() {
-                        note(error.to_string());
-                    }
-                    first_error.get_or_insert(shown(error));
-                }
+        let mut first_error: Option<CliError> = None;
+        for id in &self.ids {
+            match cancel(&orchestrator, id).await {
+                Ok(line) => say(line)?,
+                Err(error) if first_error.is_some() => note(error.to_string()),
+                Err(error) => first_error = Some(error),
             }
         }
-        first_error.map_or(Ok(exit), Err)
+        first_error.map_or(Ok(Exit::Done), Err)
     }
+}
+
+async fn cancel(orchestrator: &Orchestrator, id: &JobIdPrefix) -> Result<String, CliError> {
+    let id = orchestrator.resolve(id).await?;
+    let answer = orchestrator.cancel(id).await.map_err(shown)?;
+    Ok(format!("{id} {}", answer.status))
 }

@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 use orchestrator_core::api::events::EventId;
-use orchestrator_core::job::JobId;
+use orchestrator_core::job::JobIdPrefix;
 use pool_core::terminal::interrupt::Interrupt;
 use pool_core::terminal::{CliError, Exit};
 
@@ -14,8 +14,8 @@ use crate::http_client::{ConnectArgs, Orchestrator};
 /// It exits as `jobs submit` does: 0 when the job completed, 6 when it did not. Several readers may follow one job.
 #[derive(Debug, Args)]
 pub struct Events {
-    /// The job's id
-    id: JobId,
+    /// The job's id, or the beginning of it
+    id: JobIdPrefix,
     /// Go on after this event, as the stream's ids name it
     #[arg(long, value_name = "ATTEMPT.SEQ")]
     after: Option<EventId>,
@@ -42,15 +42,16 @@ impl Events {
         let orchestrator = Orchestrator::connect(connect).await?;
         let interrupt = Interrupt::catch()?;
         let notices = wants_notices(self.verbose);
-        let feed = orchestrator.events(self.id, self.after);
+        let id = orchestrator.resolve(&self.id).await?;
+        let feed = orchestrator.events(id, self.after);
         match self.format {
             EventFormat::Text => {
                 let ending = follow(feed, &mut Transcript::new(notices), &interrupt).await?;
-                conclude(self.id, &ending, notices)
+                conclude(id, &ending, notices)
             }
             EventFormat::Jsonl => {
                 let ending = follow(feed, &mut JsonLines, &interrupt).await?;
-                conclude(self.id, &ending, false)
+                conclude(id, &ending, false)
             }
         }
     }

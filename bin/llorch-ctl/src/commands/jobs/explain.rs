@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 use jiff::{Timestamp, Unit};
 use orchestrator_core::api::tasks::{AttemptPlacement, TaskExplanation, TaskWaiting};
-use orchestrator_core::job::JobId;
+use orchestrator_core::job::JobIdPrefix;
 use pool_core::terminal::paint::Cell;
 use pool_core::terminal::sanitize::clean;
 use pool_core::terminal::{
@@ -18,8 +18,8 @@ use crate::http_client::{ConnectArgs, Orchestrator, shown};
 /// Say why a job waits, when it may start and what would help, or why it ran where it ran.
 #[derive(Debug, Args)]
 pub struct Explain {
-    /// The job's id
-    id: JobId,
+    /// The job's id, or the beginning of it
+    id: JobIdPrefix,
     /// Lines for people, or JSON
     #[arg(long, value_enum, default_value_t)]
     format: Format,
@@ -29,7 +29,10 @@ impl Explain {
     /// Explains it.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let orchestrator = Orchestrator::connect(connect).await?;
-        let explanation = orchestrator.explain(self.id).await.map_err(shown)?;
+        let explanation = orchestrator
+            .explain(orchestrator.resolve(&self.id).await?)
+            .await
+            .map_err(shown)?;
         match self.format {
             Format::Json => print_json(&explanation)?,
             Format::Table => say(render(&explanation, paint::on_stdout()))?,

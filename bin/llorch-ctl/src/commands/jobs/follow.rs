@@ -1,6 +1,7 @@
 //! Following a job: its text on standard output as it is written, what else happens on standard error.
 
 use std::io::{self, IsTerminal};
+use std::time::Instant;
 
 use orchestrator_core::api::events::{End, EventId, TaskEvent};
 use orchestrator_core::job::{JobError, JobId, Usage};
@@ -10,6 +11,7 @@ use pool_core::terminal::sanitize::TerminalFilter;
 use pool_core::terminal::{CliError, Exit, note, paint, say, write};
 use serde::Serialize;
 
+use super::situation::Situation;
 use super::{job_failed, speed};
 use crate::http_client::{Feed, Item, shown};
 
@@ -26,6 +28,11 @@ pub enum Ending {
 pub trait Reader {
     /// Takes the next one.
     fn take(&mut self, item: &Item) -> Result<(), CliError>;
+
+    /// Returns its remarks, where it makes any of its own.
+    fn situation(&mut self) -> Option<&mut Situation> {
+        None
+    }
 }
 
 /// Follows a job to its end. Ctrl-C ends the command, not the job.
@@ -36,11 +43,25 @@ pub async fn follow(
 ) -> Result<Ending, CliError> {
     let id = feed.job();
     loop {
-        let item = tokio::select! {
-            item = feed.next() => item.map_err(|error| lost_sight(id, error))?,
-            () = interrupt.wait() => return Err(goes_on(id)),
+        let item = {
+            // Kept over remarks that become due: a connection that is being made is not to be made again for them.
+            let mut next = std::pin::pin!(feed.next());
+            loop {
+                let due = reader.situation().and_then(|situation| situation.due());
+                tokio::select! {
+                    item = &mut next => break item,
+                    () = interrupt.wait() => {
+                        reader.situation().into_iter().for_each(Situation::over);
+                        return Err(goes_on(id));
+                    }
+                    () = at(due) => {
+                        let situation = reader.situation().into_iter();
+                        situation.for_each(|situation| situation.tick(Instant::now()));
+                    }
+                }
+            }
         };
-        let Some(item) = item else {
+        let Some(item) = item.map_err(|error| lost_sight(id, error))? else {
             return Err(CliError::new(
                 Exit::Failed,
                 format!("the events of {id} ended without an end"),
@@ -52,6 +73,14 @@ pub async fn follow(
             Item::Event(_, TaskEvent::Error(error)) => return Ok(Ending::Failed(error)),
             _ => {}
         }
+    }
+}
+
+/// Waits until a time, or for ever.
+async fn at(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -91,19 +120,34 @@ pub struct Transcript {
     text: String,
     next_index: u32,
     notices: bool,
-    last_wait: String,
+    situation: Option<Situation>,
+    /// Standard output and standard error show up in one place.
+    shared: bool,
+    /// The text ends within a line.
+    mid_line: bool,
 }
 
 impl Transcript {
-    /// A transcript on standard output, with remarks on standard error if `notices`.
+    /// A transcript on standard output, with remarks on standard error: those that explain why nothing comes, and all that
+    /// happens if `notices`.
     pub fn new(notices: bool) -> Self {
-        let filter = TerminalFilter::for_stdout();
         Self {
-            filter,
+            situation: Some(Situation::new(notices)),
+            notices,
+            ..Self::without_remarks()
+        }
+    }
+
+    /// A transcript whose caller shows what happens.
+    pub fn without_remarks() -> Self {
+        Self {
+            filter: TerminalFilter::for_stdout(),
             text: String::new(),
             next_index: 0,
-            notices,
-            last_wait: String::new(),
+            notices: false,
+            situation: None,
+            shared: outputs_are_one(),
+            mid_line: false,
         }
     }
 
@@ -112,30 +156,50 @@ impl Transcript {
         &self.text
     }
 
-    fn notice(&self, text: impl AsRef<str>) {
-        if self.notices {
-            remark(text);
+    /// Prints a remark on a line of its own.
+    fn remark(&mut self, text: impl AsRef<str>) {
+        if self.shared && self.mid_line {
+            // On standard error: the text itself stays as it is.
+            note("");
+        }
+        self.mid_line = false;
+        match &self.situation {
+            Some(situation) => situation.remark(text.as_ref()),
+            None => remark(text),
         }
     }
 
+    fn notice(&mut self, text: impl AsRef<str>) {
+        if self.notices {
+            self.remark(text);
+        }
+    }
+
+    fn print(&mut self, text: &str) -> Result<(), CliError> {
+        let shown = self.filter.push(text);
+        if !shown.is_empty() {
+            self.mid_line = !shown.ends_with('\n');
+        }
+        write(shown)
+    }
+
     fn event(&mut self, event: &TaskEvent) -> Result<(), CliError> {
+        let now = Instant::now();
         match event {
             TaskEvent::Token(token) => {
                 // An index that was printed is not printed again, whatever way it came twice.
                 if token.i >= self.next_index {
                     self.next_index = token.i.saturating_add(1);
                     self.text.push_str(&token.t);
-                    write(self.filter.push(&token.t))?;
+                    self.explain(event, now);
+                    self.print(&token.t)?;
                 }
+                return Ok(());
             }
-            TaskEvent::Waiting(waiting) => {
-                let text = format!(
-                    "waits: {} ({})",
-                    waiting.explanation.message, waiting.explanation.hint
-                );
-                if text != self.last_wait {
-                    self.notice(&text);
-                    self.last_wait = text;
+            TaskEvent::Waiting(_) => {
+                if self.situation.is_some() && self.shared && self.mid_line {
+                    note("");
+                    self.mid_line = false;
                 }
             }
             TaskEvent::Queued(queued) => self.notice(format!("{} is stored", queued.job_id)),
@@ -161,8 +225,8 @@ impl Transcript {
                     ));
                 } else {
                     // What was printed can't be taken back: a reader must know it, terminal or not.
-                    write("\n")?;
-                    remark(format!(
+                    self.print("\n")?;
+                    self.remark(format!(
                         "the text above is void ({}); attempt {number} on {worker} begins anew",
                         attempt.reason
                     ));
@@ -170,10 +234,20 @@ impl Transcript {
                 self.text.clear();
                 self.next_index = 0;
             }
-            TaskEvent::End(_) | TaskEvent::Error(_) => write("\n")?,
+            TaskEvent::End(_) | TaskEvent::Error(_) => {
+                self.explain(event, now);
+                return self.print("\n");
+            }
             TaskEvent::Metrics(_) | TaskEvent::Lagged(_) | TaskEvent::Shutdown(_) => {}
         }
+        self.explain(event, now);
         Ok(())
+    }
+
+    fn explain(&mut self, event: &TaskEvent, now: Instant) {
+        if let Some(situation) = &mut self.situation {
+            situation.take(event, now);
+        }
     }
 }
 
@@ -182,11 +256,29 @@ impl Reader for Transcript {
         match item {
             Item::Event(_, event) => self.event(event)?,
             // Said with or without a terminal: it explains why nothing comes.
-            Item::Lost(why) => remark(format!("{why}; waiting for the orchestrator")),
-            Item::Back => remark("the orchestrator is back; the text goes on"),
+            Item::Lost(why) => self.remark(lost(why)),
+            Item::Back => self.remark("the orchestrator is back; the text goes on"),
         }
         Ok(())
     }
+
+    fn situation(&mut self) -> Option<&mut Situation> {
+        self.situation.as_mut()
+    }
+}
+
+/// The remark about a connection that is gone.
+fn lost(why: &str) -> String {
+    format!("{why}; waiting for the orchestrator")
+}
+
+/// Returns whether standard output and standard error are one terminal, or one file or pipe.
+fn outputs_are_one() -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let place = |path: &str| std::fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    let both_terminals = io::stdout().is_terminal() && io::stderr().is_terminal();
+    let (out, err) = (place("/dev/stdout"), place("/dev/stderr"));
+    both_terminals || out.ok().zip(err.ok()).is_some_and(|(out, err)| out == err)
 }
 
 /// Prints events as JSON, one a line.
@@ -213,20 +305,43 @@ impl Reader for JsonLines {
     fn take(&mut self, item: &Item) -> Result<(), CliError> {
         match item {
             Item::Event(id, event) => write(json_line(*id, event)? + "\n")?,
-            Item::Lost(why) => remark(format!("{why}; waiting for the orchestrator")),
+            Item::Lost(why) => remark(lost(why)),
             Item::Back => remark("the orchestrator is back; the events go on"),
         }
         Ok(())
     }
 }
 
-/// Prints nothing.
+/// Prints no text, and on standard error why nothing happens.
 #[derive(Debug)]
-pub struct Silent;
+pub struct Quiet(Situation);
 
-impl Reader for Silent {
-    fn take(&mut self, _: &Item) -> Result<(), CliError> {
+impl Quiet {
+    /// A reader of the one job of a command.
+    pub fn new() -> Self {
+        Self(Situation::new(false))
+    }
+
+    /// A reader of one of several jobs, which its remarks name.
+    pub fn of(job: JobId) -> Self {
+        Self(Situation::of(job))
+    }
+}
+
+impl Reader for Quiet {
+    fn take(&mut self, item: &Item) -> Result<(), CliError> {
+        match item {
+            // A text that comes is no progress that somebody could see here: the live line stays.
+            Item::Event(_, TaskEvent::Token(_)) => {}
+            Item::Event(_, event) => self.0.take(event, Instant::now()),
+            Item::Lost(why) => self.0.remark(&lost(why)),
+            Item::Back => self.0.remark("the orchestrator is back"),
+        }
         Ok(())
+    }
+
+    fn situation(&mut self) -> Option<&mut Situation> {
+        Some(&mut self.0)
     }
 }
 

@@ -5,17 +5,27 @@ use jiff::Timestamp;
 use orchestrator_core::api::tasks::TaskSummary;
 use orchestrator_core::job::{JobStatus, Priority};
 use pool_core::terminal::paint::Cell;
-use pool_core::terminal::{CliError, Exit, Format, age, paint, print_json, render_table, say};
+use pool_core::terminal::{
+    CliError, Exit, Format, age, human_count, paint, render_table, say, shorten, shorten_start,
+    width, write,
+};
 
-use crate::http_client::{ConnectArgs, JobFilter, Orchestrator, shown};
+use crate::http_client::{ConnectArgs, JobFilter, JobPages, Orchestrator, shown};
 
-/// List jobs, newest first.
+/// Jobs that are over which a table shows where the command does not say.
+const FINISHED: usize = 20;
+
+/// List jobs: all that wait or run, then those that are over, each newest first.
+///
+/// The table shows all jobs that are not over and the newest 20 of the others, and says how many it leaves out. Ids are
+/// as short as they may be: every command takes the beginning of an id for the whole one. The JSON is complete unless
+/// --limit says otherwise.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct List {
-    /// Only jobs in this state: queued, dispatched, running, completed, failed, cancelled or expired
-    #[arg(long)]
-    status: Option<JobStatus>,
+    /// Only jobs in this state, or in one of several: queued, dispatched, running, completed, failed, cancelled, expired
+    #[arg(long, value_name = "STATUS,...", value_delimiter = ',')]
+    status: Vec<JobStatus>,
     /// Only jobs of this model
     #[arg(long)]
     model: Option<String>,
@@ -23,8 +33,8 @@ pub struct List {
     #[arg(long)]
     priority: Option<Priority>,
     /// Most jobs to show
-    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..))]
-    limit: u32,
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    limit: Option<u32>,
     /// Show all jobs
     #[arg(long, conflicts_with = "limit")]
     all: bool,
@@ -35,54 +45,166 @@ pub struct List {
 
 const EXAMPLES: &str = "\
 Examples:
-  llorch jobs list --status queued
-  llorch jobs list --all --format json | jq -r '.[].id'";
+  llorch jobs list --status queued,running
+  for job in $(llorch jobs list --format json | jq -r '.[].id'); do llorch jobs cancel $job; done";
 
 impl List {
     /// Lists.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let filter = JobFilter {
-            status: self.status.map(|status| status.to_string()),
+            statuses: self.status,
             model: self.model,
-            priority: self.priority.map(|priority| priority.to_string()),
+            priority: self.priority,
         };
         let orchestrator = Orchestrator::connect(connect).await?;
-        let jobs = orchestrator
-            .jobs(&filter, (!self.all).then_some(self.limit as usize))
-            .await
-            .map_err(shown)?;
+        let limit = self.limit.map(|limit| limit as usize);
         match self.format {
-            Format::Json => print_json(&jobs)?,
-            Format::Table => say(render(&jobs, Timestamp::now(), paint::on_stdout()))?,
+            Format::Json => print_array(orchestrator.jobs(&filter, false), limit).await?,
+            Format::Table => {
+                let cut = if self.all {
+                    Cut::Nothing
+                } else {
+                    limit.map_or(Cut::Finished, Cut::At)
+                };
+                let (jobs, complete) = collect(orchestrator.jobs(&filter, true), cut).await?;
+                let mut table = render(&jobs, Timestamp::now(), width(), paint::on_stdout());
+                if !complete {
+                    let total = orchestrator.count(&filter).await.map_err(shown)?;
+                    table.extend(left_out(total, jobs.len()).map(|line| format!("\n{line}")));
+                }
+                say(table)?;
+            }
         }
         Ok(Exit::Done)
     }
 }
 
-fn render(jobs: &[TaskSummary], now: Timestamp, colour: bool) -> String {
-    let dash = || "-".to_owned();
-    let rows = jobs.iter().map(|job| {
+/// Prints jobs as one JSON array, a page at a time: a list may be longer than memory should hold.
+async fn print_array(mut pages: JobPages, limit: Option<usize>) -> Result<(), CliError> {
+    let mut left = limit.unwrap_or(usize::MAX);
+    let mut separator = "[\n";
+    while left > 0
+        && let Some(jobs) = pages.next(left).await.map_err(shown)?
+    {
+        let mut text = String::new();
+        for job in jobs.iter().take(left) {
+            let job = serde_json::to_string_pretty(job).map_err(std::io::Error::from)?;
+            text.push_str(separator);
+            text.push_str("  ");
+            text.push_str(&job.replace('\n', "\n  "));
+            separator = ",\n";
+        }
+        left -= jobs.len().min(left);
+        write(text)?;
+    }
+    say(if separator == "[\n" { "[]" } else { "\n]" })
+}
+
+/// The jobs that a table leaves out.
+#[derive(Debug, Clone, Copy)]
+enum Cut {
+    /// None.
+    Nothing,
+    /// All but the newest of those that are over.
+    Finished,
+    /// All after so many.
+    At(usize),
+}
+
+/// Returns the jobs of a table, and whether they are all that there are.
+async fn collect(mut pages: JobPages, cut: Cut) -> Result<(Vec<TaskSummary>, bool), CliError> {
+    let mut jobs: Vec<TaskSummary> = Vec::new();
+    let mut finished = 0;
+    loop {
+        let left = match cut {
+            Cut::Nothing => usize::MAX,
+            Cut::Finished if pages.has_reached_finished() => FINISHED - finished,
+            Cut::Finished => usize::MAX,
+            Cut::At(limit) => limit - jobs.len(),
+        };
+        if left == 0 {
+            return Ok((jobs, false));
+        }
+        let is_finished = pages.has_reached_finished();
+        let Some(page) = pages.next(left).await.map_err(shown)? else {
+            return Ok((jobs, true));
+        };
+        if is_finished {
+            finished += page.len();
+        }
+        jobs.extend(page);
+    }
+}
+
+/// The last line of a table that was cut.
+fn left_out(total: u64, listed: usize) -> Option<String> {
+    let more = total.saturating_sub(listed as u64);
+    (more > 0).then(|| {
+        format!(
+            "… {} more: --limit N lists up to N jobs, --all lists all",
+            human_count(more)
+        )
+    })
+}
+
+const HEADERS: [&str; 6] = ["AGE", "STATUS", "JOB", "MODEL", "WORKER", "TOKENS"];
+/// Columns that are cut where the line is too long.
+const MODEL: usize = 3;
+const WORKER: usize = 4;
+/// Spaces between columns.
+const GAP: usize = 2;
+
+fn render(jobs: &[TaskSummary], now: Timestamp, width: usize, colour: bool) -> String {
+    let mut rows: Vec<[String; 6]> = jobs.iter().map(|job| row(job, now)).collect();
+    fit(&mut rows, width);
+    let cells = rows.into_iter().map(|row| {
+        let [age, status, job, model, worker, tokens] = row;
         vec![
-            Cell::from(job.id.to_string()),
-            Cell::status(job.status.as_str()),
-            Cell::from(job.model.to_string()),
-            Cell::from(job.priority.as_str()),
-            Cell::from(job.pool_id.clone().unwrap_or_else(dash)),
-            Cell::from(job.worker_id.clone().unwrap_or_else(dash)),
-            Cell::from(
-                job.tokens_out
-                    .map_or_else(dash, |tokens| tokens.to_string()),
-            ),
-            Cell::from(age(job.created_at, now)),
+            Cell::from(age),
+            Cell::status(status),
+            Cell::from(job),
+            Cell::from(model),
+            Cell::from(worker),
+            Cell::from(tokens),
         ]
     });
-    render_table(
-        &[
-            "JOB", "STATUS", "MODEL", "PRIORITY", "POOL", "WORKER", "TOKENS", "AGE",
-        ],
-        rows,
-        colour,
-    )
+    render_table(&HEADERS, cells, colour)
+}
+
+fn row(job: &TaskSummary, now: Timestamp) -> [String; 6] {
+    let dash = || "-".to_owned();
+    let place = job.pool_id.as_ref().zip(job.worker_id.as_ref());
+    [
+        age(job.created_at, now),
+        job.status.to_string(),
+        job.short_id.clone().unwrap_or_else(|| job.id.to_string()),
+        job.model.to_string(),
+        place.map_or_else(dash, |(pool, worker)| format!("{pool}/{worker}")),
+        job.tokens_out
+            .map_or_else(dash, |tokens| tokens.to_string()),
+    ]
+}
+
+/// Shortens models and workers so that no line is longer than `width`.
+fn fit(rows: &mut [[String; 6]], width: usize) {
+    let widest = |column: usize| {
+        let cells = rows.iter().map(|row| row[column].chars().count());
+        cells.max().unwrap_or(0).max(HEADERS[column].len())
+    };
+    let widths: Vec<_> = (0..HEADERS.len()).map(widest).collect();
+    let fixed: usize = widths.iter().sum::<usize>() - widths[MODEL] - widths[WORKER];
+    let left = width.saturating_sub(fixed + GAP * (HEADERS.len() - 1));
+    if widths[MODEL] + widths[WORKER] <= left {
+        return;
+    }
+    // One that needs less than its half leaves the rest to the other.
+    let worker = widths[WORKER].min((left / 2).max(left.saturating_sub(widths[MODEL])));
+    let model = left.saturating_sub(worker);
+    for row in rows {
+        row[MODEL] = shorten(&row[MODEL], model.max(HEADERS[MODEL].len()));
+        // Its end tells workers of one pool apart.
+        row[WORKER] = shorten_start(&row[WORKER], worker.max(HEADERS[WORKER].len()));
+    }
 }
 
 #[cfg(test)]
@@ -108,7 +230,12 @@ mod tests {
             worker_id: ran.then(|| "worker-metal-1".to_owned()),
             tokens_out: (status == JobStatus::Completed).then_some(128),
             error: None,
+            short_id: Some(format!("01900000-{number:04}")),
         }
+    }
+
+    fn table(jobs: &[TaskSummary]) -> String {
+        render(jobs, Timestamp::from_second(1_000_000).unwrap(), 80, false)
     }
 
     #[test] // [LLORCH-030]
@@ -118,11 +245,40 @@ mod tests {
             job(2, JobStatus::Running, 75),
             job(1, JobStatus::Completed, 7_500),
         ];
-        insta::assert_snapshot!(render(&jobs, Timestamp::from_second(1_000_000).unwrap(), false), @r"
-        JOB                                       STATUS     MODEL      PRIORITY     POOL  WORKER          TOKENS  AGE
-        job-01900000-0000-7000-8000-000000000003  queued     tinyllama  interactive  -     -               -       2.0s
-        job-01900000-0000-7000-8000-000000000002  running    tinyllama  interactive  mac   worker-metal-1  -       1m15s
-        job-01900000-0000-7000-8000-000000000001  completed  tinyllama  interactive  mac   worker-metal-1  128     2h05m
+        insta::assert_snapshot!(table(&jobs), @"
+        AGE    STATUS     JOB            MODEL      WORKER              TOKENS
+        2.0s   queued     01900000-0003  tinyllama  -                   -
+        1m15s  running    01900000-0002  tinyllama  mac/worker-metal-1  -
+        2h05m  completed  01900000-0001  tinyllama  mac/worker-metal-1  128
         ");
+    }
+
+    #[test] // [LLORCH-030]
+    fn no_line_is_longer_than_80_columns() {
+        let mut long = job(2, JobStatus::Dispatched, 273_600);
+        long.short_id = Some("019abcde-f012-7345-8678-9abc".into());
+        long.model = "hf:TheBloke/TinyLlama-1.1B-Chat-v1.0-GGUF::file=tinyllama-1.1b.gguf"
+            .parse()
+            .unwrap();
+        long.pool_id = Some("the-workstation-in-the-next-room".into());
+        let jobs = [long, job(1, JobStatus::Completed, 7_500)];
+        let shown = table(&jobs);
+        insta::assert_snapshot!(shown, @"
+        AGE    STATUS      JOB                           MODEL        WORKER      TOKENS
+        3d04h  dispatched  019abcde-f012-7345-8678-9abc  hf:TheBlok…  …r-metal-1  -
+        2h05m  completed   01900000-0001                 tinyllama    …r-metal-1  128
+        ");
+        assert!(
+            shown.lines().all(|line| line.chars().count() <= 80),
+            "{shown}"
+        );
+    }
+
+    #[test] // [LLORCH-030]
+    fn a_cut_table_says_how_much_it_leaves_out() {
+        assert_eq!(left_out(20, 20), None);
+        // More ended while it was listed.
+        assert_eq!(left_out(19, 20), None);
+        insta::assert_snapshot!(left_out(1_254, 20).unwrap(), @"… 1,234 more: --limit N lists up to N jobs, --all lists all");
     }
 }

@@ -7,6 +7,7 @@ mod explain;
 mod follow;
 mod list;
 mod output;
+mod situation;
 mod status;
 mod submit;
 mod wait;

@@ -1,7 +1,7 @@
 //! `llorch jobs output`.
 
 use clap::Args;
-use orchestrator_core::job::{JobId, JobStatus};
+use orchestrator_core::job::{JobIdPrefix, JobStatus};
 use pool_core::terminal::{CliError, Exit};
 
 use super::follow::print_text;
@@ -13,15 +13,18 @@ use crate::http_client::{ConnectArgs, Orchestrator, shown};
 /// Of a job that did not complete it prints what there is, and exits with 6.
 #[derive(Debug, Args)]
 pub struct Output {
-    /// The job's id
-    id: JobId,
+    /// The job's id, or the beginning of it
+    id: JobIdPrefix,
 }
 
 impl Output {
     /// Prints.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let orchestrator = Orchestrator::connect(connect).await?;
-        let job = orchestrator.job(self.id).await.map_err(shown)?;
+        let job = orchestrator
+            .job(orchestrator.resolve(&self.id).await?)
+            .await
+            .map_err(shown)?;
         if !job.status.is_terminal() {
             let (id, status) = (job.id, job.status);
             return Err(CliError::new(

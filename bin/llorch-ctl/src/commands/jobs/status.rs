@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use clap::Args;
 use jiff::Timestamp;
 use orchestrator_core::api::tasks::TaskView;
-use orchestrator_core::job::{Attempt, JobId};
+use orchestrator_core::job::{Attempt, JobIdPrefix};
 use pool_core::terminal::paint::Cell;
 use pool_core::terminal::sanitize::clean;
 use pool_core::terminal::{
@@ -18,8 +18,8 @@ use crate::http_client::{ConnectArgs, Orchestrator, shown};
 /// Show one job: its state, its attempts, and why it waits.
 #[derive(Debug, Args)]
 pub struct Status {
-    /// The job's id
-    id: JobId,
+    /// The job's id, or the beginning of it
+    id: JobIdPrefix,
     /// Lines for people, or the job as JSON with its request and its text
     #[arg(long, value_enum, default_value_t)]
     format: Format,
@@ -29,7 +29,10 @@ impl Status {
     /// Shows it.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let orchestrator = Orchestrator::connect(connect).await?;
-        let job = orchestrator.job(self.id).await.map_err(shown)?;
+        let job = orchestrator
+            .job(orchestrator.resolve(&self.id).await?)
+            .await
+            .map_err(shown)?;
         match self.format {
             Format::Json => print_json(&job)?,
             Format::Table => say(render(&job, Timestamp::now(), paint::on_stdout()))?,

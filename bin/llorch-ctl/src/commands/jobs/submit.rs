@@ -12,7 +12,7 @@ use pool_core::terminal::interrupt::Interrupt;
 use pool_core::terminal::{CliError, Exit, note, print_json, say};
 use pool_core::worker::Device;
 
-use super::follow::{JsonLines, Silent, Transcript, conclude, follow, wants_notices};
+use super::follow::{JsonLines, Quiet, Transcript, conclude, follow, wants_notices};
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
 /// The orchestrator takes bodies of up to 4 MiB; a longer prompt could not be sent.
@@ -180,7 +180,7 @@ impl Submit {
                 conclude(id, &ending, notices)
             }
             OutputFormat::Json => {
-                let ending = follow(feed, &mut Silent, &interrupt).await?;
+                let ending = follow(feed, &mut Quiet::new(), &interrupt).await?;
                 print_json(&orchestrator.job(id).await.map_err(shown)?)?;
                 conclude(id, &ending, false)
             }

@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use clap::Args;
-use orchestrator_core::job::{JobErrorCode, JobId, JobStatus};
+use orchestrator_core::job::{JobErrorCode, JobIdPrefix, JobStatus};
 use pool_core::terminal::interrupt::Interrupt;
 use pool_core::terminal::{CliError, Exit, say};
 
 use super::exit_of;
-use super::follow::{Ending, Silent, follow};
+use super::follow::{Ending, Quiet, follow};
 use crate::http_client::{ConnectArgs, Orchestrator};
 
 /// Wait until jobs are over and print how each of them ended.
@@ -16,9 +16,9 @@ use crate::http_client::{ConnectArgs, Orchestrator};
 /// The exit code is 0 when all completed, 6 when one did not, and 124 when the wait timed out; the jobs go on then.
 #[derive(Debug, Args)]
 pub struct Wait {
-    /// The jobs' ids
+    /// The jobs' ids, or the beginnings of them
     #[arg(required = true, value_name = "ID")]
-    ids: Vec<JobId>,
+    ids: Vec<JobIdPrefix>,
     /// Give up after this many seconds [default: never]
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u32>,
@@ -43,14 +43,18 @@ impl Wait {
     }
 }
 
-async fn wait(connect: &ConnectArgs, ids: &[JobId]) -> Result<Exit, CliError> {
+async fn wait(connect: &ConnectArgs, ids: &[JobIdPrefix]) -> Result<Exit, CliError> {
     let orchestrator = Orchestrator::connect(connect).await?;
     let interrupt = Interrupt::catch()?;
     let mut exit = Exit::Done;
-    // One after the other: the last to end decides how long it takes either way.
+    let mut jobs = Vec::new();
     for id in ids {
-        let status =
-            status_of(&follow(orchestrator.events(*id, None), &mut Silent, &interrupt).await?);
+        jobs.push(orchestrator.resolve(id).await?);
+    }
+    // One after the other: the last to end decides how long it takes either way.
+    for id in jobs {
+        let feed = orchestrator.events(id, None);
+        let status = status_of(&follow(feed, &mut Quiet::of(id), &interrupt).await?);
         say(format!("{id} {status}"))?;
         if exit == Exit::Done {
             exit = exit_of(status);

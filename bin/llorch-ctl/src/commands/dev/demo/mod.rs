@@ -305,7 +305,7 @@ async fn watch(
 
     let mut progress = Some(progress);
     let mut seen = Watched {
-        transcript: Transcript::new(false),
+        transcript: Transcript::without_remarks(),
         started: None,
         troubles: Vec::new(),
     };

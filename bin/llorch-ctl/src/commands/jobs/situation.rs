@@ -1,0 +1,292 @@
+//! The remarks of a command that follows a job, on standard error: why nothing comes, and how far the prompt is read. A live
+//! line shows the rest on a terminal; elsewhere only what lasts gets a line.
+
+use std::io::{self, IsTerminal};
+use std::time::{Duration, Instant};
+
+use orchestrator_core::JobId;
+use orchestrator_core::api::events::TaskEvent;
+use orchestrator_core::api::tasks::TaskWaiting;
+use pool_core::terminal::progress::{self, Progress};
+use pool_core::terminal::{human_count, human_duration, note, paint, sanitize};
+
+/// Time after which a wait is worth a line where nobody looks on: a worker that is free takes a job sooner.
+const WORTH_A_LINE: Duration = Duration::from_secs(1);
+/// Pause before a further line for the same reason, whose numbers have changed.
+const SAME_REASON: Duration = Duration::from_secs(60);
+/// Pause between lines about the prompt where there is no live line.
+const READING_EVERY: Duration = Duration::from_secs(10);
+
+/// The reasons for a wait, told one line a change: not what passes at once, and not every change of a number.
+#[derive(Debug, Default)]
+pub struct Reasons {
+    /// A reason to be told, its text, and the time for it.
+    pending: Option<(String, String, Instant)>,
+    /// The reason told last.
+    told: Option<(String, String, Instant)>,
+}
+
+impl Reasons {
+    /// Notes a reason by its name and its text. It is due after `delay`, unless it was told.
+    pub fn note(&mut self, reason: &str, text: String, delay: Duration, now: Instant) {
+        let due = match &self.told {
+            Some((_, told, _)) if *told == text => {
+                self.pending = None;
+                return;
+            }
+            Some((told, _, at)) if told == reason => *at + SAME_REASON,
+            _ => now + delay,
+        };
+        // A reason that changes its numbers is as old as it was.
+        let due = match &self.pending {
+            Some((pending, _, before)) if pending == reason => *before,
+            _ => due,
+        };
+        self.pending = Some((reason.to_owned(), text, due));
+    }
+
+    /// Returns the text that is due, once.
+    pub fn take_due(&mut self, now: Instant) -> Option<String> {
+        let told = self.pending.take_if(|(_, _, due)| *due <= now)?;
+        let text = told.1.clone();
+        self.told = Some((told.0, told.1, now));
+        Some(text)
+    }
+
+    /// Notes that nothing waits any more.
+    pub fn forget(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// The reason why a reader gets nothing at present.
+#[derive(Debug)]
+pub struct Situation {
+    /// Every change gets a line at once.
+    notices: bool,
+    /// Standard error is a terminal.
+    live: bool,
+    /// The job before each remark, where a command follows several.
+    subject: Option<JobId>,
+    line: Option<Progress>,
+    reasons: Reasons,
+    reading: Option<Reading>,
+}
+
+/// A prompt that a worker reads.
+#[derive(Debug)]
+struct Reading {
+    tokens_in: u32,
+    last_line: Instant,
+}
+
+impl Situation {
+    /// A situation of which nothing is known.
+    pub fn new(notices: bool) -> Self {
+        Self {
+            notices,
+            live: io::stderr().is_terminal(),
+            subject: None,
+            line: None,
+            reasons: Reasons::default(),
+            reading: None,
+        }
+    }
+
+    /// The same for one of several jobs, which its remarks name.
+    pub fn of(job: JobId) -> Self {
+        Self {
+            subject: Some(job),
+            ..Self::new(false)
+        }
+    }
+
+    /// Takes an event of the job.
+    pub fn take(&mut self, event: &TaskEvent, now: Instant) {
+        match event {
+            TaskEvent::Waiting(waiting) => self.waits(waiting, now),
+            TaskEvent::Started(started) => self.reads(started.tokens_in, now),
+            TaskEvent::Attempt(attempt) => self.reads(attempt.tokens_in, now),
+            TaskEvent::Metrics(figures) => {
+                self.progressed(figures.prefill_tokens, figures.tokens_out, now);
+            }
+            TaskEvent::Token(_) | TaskEvent::End(_) | TaskEvent::Error(_) => self.over(),
+            TaskEvent::Queued(_) | TaskEvent::Lagged(_) | TaskEvent::Shutdown(_) => {}
+        }
+    }
+
+    fn waits(&mut self, waiting: &TaskWaiting, now: Instant) {
+        self.reading = None;
+        self.show(&place(waiting));
+        let explanation = &waiting.explanation;
+        let text = format!("waits: {} ({})", explanation.message, explanation.hint);
+        let delay = if self.notices {
+            Duration::ZERO
+        } else {
+            WORTH_A_LINE
+        };
+        self.reasons
+            .note(&format!("{:?}", explanation.reason), text, delay, now);
+        self.tick(now);
+    }
+
+    /// Notes that a worker reads a prompt of `tokens_in` tokens.
+    fn reads(&mut self, tokens_in: u32, now: Instant) {
+        self.over();
+        self.reading = Some(Reading {
+            tokens_in,
+            last_line: now,
+        });
+        self.show("reading the prompt");
+    }
+
+    /// Notes how far the prompt is read, and of a text that is continued, how much of that.
+    fn progressed(&mut self, prefill_tokens: u32, tokens_out: u32, now: Instant) {
+        let Some(reading) = &mut self.reading else {
+            return;
+        };
+        let text = if tokens_out > 0 {
+            format!(
+                "reading the text so far, {} tokens",
+                human_count(tokens_out.into())
+            )
+        } else {
+            let (done, total) = (prefill_tokens.into(), reading.tokens_in.into());
+            format!(
+                "reading the prompt {}/{} tokens",
+                human_count(done),
+                human_count(total)
+            )
+        };
+        if let Some(line) = &self.line {
+            line.message(text);
+        } else if now.duration_since(reading.last_line) >= READING_EVERY {
+            reading.last_line = now;
+            self.remark(&text);
+        }
+    }
+
+    /// Ends the live line: a text comes, or the job is over.
+    pub fn over(&mut self) {
+        self.line = None;
+        self.reading = None;
+        self.reasons.forget();
+    }
+
+    /// Returns the time at which [`Situation::tick`] has something to print.
+    pub fn due(&self) -> Option<Instant> {
+        self.reasons.pending.as_ref().map(|(_, _, due)| *due)
+    }
+
+    /// Prints the reason that is due.
+    pub fn tick(&mut self, now: Instant) {
+        if let Some(text) = self.reasons.take_due(now) {
+            self.remark(&text);
+        }
+    }
+
+    /// Prints a remark without disturbing the live line.
+    pub fn remark(&self, text: &str) {
+        let text = match self.subject {
+            Some(job) => format!("{job} {text}"),
+            None => text.to_owned(),
+        };
+        match &self.line {
+            Some(line) => line.println(dim(&text)),
+            None => note(dim(&text)),
+        }
+    }
+
+    fn show(&mut self, text: &str) {
+        if !self.live {
+            return;
+        }
+        match &self.line {
+            Some(line) => line.message(text),
+            None => self.line = Some(progress::spinner(text)),
+        }
+    }
+}
+
+/// The place of a waiting job in the queue, and the time until it starts.
+fn place(waiting: &TaskWaiting) -> String {
+    let before = match waiting.queue_position {
+        0 => "waiting, first in the queue".to_owned(),
+        1 => "waiting, 1 job before it".to_owned(),
+        count => format!("waiting, {} jobs before it", human_count(count)),
+    };
+    match waiting.estimated_start_ms {
+        Some(ms) if ms > 0 => {
+            let left = human_duration(Duration::from_millis(ms));
+            format!("{before}, about {left} left")
+        }
+        _ => before,
+    }
+}
+
+fn dim(text: &str) -> String {
+    paint::on_stderr(paint::Style::Dim, &sanitize::clean(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use orchestrator_core::scheduler::{Explanation, WaitReason};
+
+    fn waiting(reason: WaitReason, message: &str) -> TaskWaiting {
+        TaskWaiting {
+            queue_position: 2,
+            explanation: Explanation {
+                reason,
+                message: message.into(),
+                hint: "h".into(),
+                filters: Vec::new(),
+            },
+            estimated_start_ms: Some(75_000),
+        }
+    }
+
+    fn told(situation: &Situation) -> Option<&str> {
+        let told = situation.reasons.told.as_ref();
+        told.map(|(_, text, _)| text.as_str())
+    }
+
+    // [LLORCH-039]
+    #[test]
+    fn a_reason_that_lasts_gets_one_line_and_a_passing_one_none() {
+        let mut situation = Situation::new(false);
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        situation.waits(&waiting(WaitReason::WorkerStarting, "5 %"), at(0));
+        situation.waits(&waiting(WaitReason::WorkerStarting, "50 %"), at(900));
+        assert_eq!((told(&situation), situation.due()), (None, Some(at(1_000))));
+        situation.reads(3_000, at(950));
+        assert_eq!((told(&situation), situation.due()), (None, None));
+
+        situation.waits(&waiting(WaitReason::NoPool, "none"), at(2_000));
+        situation.tick(at(3_000));
+        assert_eq!(told(&situation), Some("waits: none (h)"));
+        situation.waits(&waiting(WaitReason::NoPool, "none"), at(4_000));
+        assert_eq!(situation.due(), None);
+        // Other numbers of the same reason wait for a minute; another reason for a second.
+        situation.waits(&waiting(WaitReason::NoPool, "still none"), at(4_000));
+        assert_eq!(situation.due(), Some(at(63_000)));
+        situation.waits(&waiting(WaitReason::ModelMissing, "no model"), at(5_000));
+        assert_eq!(situation.due(), Some(at(6_000)));
+        situation.over();
+        assert_eq!(situation.due(), None);
+    }
+
+    // [LLORCH-039]
+    #[test]
+    fn where_remarks_are_wanted_they_come_at_once() {
+        let mut situation = Situation::new(true);
+        let waits = waiting(WaitReason::NoPool, "none");
+        situation.waits(&waits, Instant::now());
+        assert_eq!(
+            (told(&situation), situation.due()),
+            (Some("waits: none (h)"), None)
+        );
+        assert_eq!(place(&waits), "waiting, 2 jobs before it, about 1m15s left");
+    }
+}
