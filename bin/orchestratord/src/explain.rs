@@ -15,7 +15,12 @@ const PAGE: usize = 1024;
 pub async fn explain(app: &App, id: JobId) -> Result<Option<TaskExplanation>, StoreError> {
     // The attempt that runs, before the database is read: should it end meanwhile, its log tells of it.
     let running = app.jobs.attempt(id);
-    let waiting = app.jobs.waiting(id, clock::now());
+    let mut waiting = app.jobs.waiting(id, clock::now());
+    if let Some(waiting) = &mut waiting
+        && let Some(awaited) = app.fleet.awaited_words(clock::now())
+    {
+        waiting.explanation.message += &format!(" ({awaited})");
+    }
     let Some((job, _)) = app.store.job(id).await? else {
         return Ok(None);
     };

@@ -34,6 +34,8 @@ use pool_core::home::Home;
 use pool_core::secret::Secret;
 use pool_core::service::state_files::RunFiles;
 use pool_core::service::{BindError, ScopedToken, Service, ServiceOptions, Shutdown};
+use serde::de::IgnoredAny;
+use serde_json::json;
 use tokio::task::JoinHandle;
 
 use app::{App, Orchestrator};
@@ -51,6 +53,8 @@ const NAME: &str = "orchestratord";
 const DATABASE: &str = "jobs.db";
 /// What is left after the connections ended has this long, and the database as long again.
 const WIND_UP: Duration = Duration::from_secs(1);
+/// How long a pool may take to report after it was asked to.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Runs the daemon until `shutdown` is requested.
@@ -209,6 +213,7 @@ impl Daemon {
             .write_addr(addr)
             .context("could not write the address to the state folder")?;
         reserve::keep(&state_dir);
+        call_pools(&app);
         app.spawn(reserve::keep_up(state_dir, app.shutdown.clone()));
         app.spawn(scheduler::watch_script(Arc::clone(&app)));
         tracing::info!(%addr, version = VERSION, "listening");
@@ -265,10 +270,10 @@ fn is_pools_own(method: &Method, path: &str) -> bool {
 /// Puts every job that is not over where it belongs: those that wait into the queue, those that run to their attempts.
 async fn recover(app: &App) -> anyhow::Result<()> {
     let pools = app.store.pools().await;
-    for (registration, registered_at) in pools.context("could not read the pools of before")? {
-        let pool = registration.pool_id.clone();
+    for stored in pools.context("could not read the pools of before")? {
+        let pool = stored.request.pool_id.clone();
         // What an older build took may be nothing to this one; the pool registers again.
-        if let Err(error) = app.fleet.restore(registration, registered_at, clock::now()) {
+        if let Err(error) = app.fleet.restore(stored, clock::now()) {
             tracing::warn!(pool, %error, "a pool of before is not taken in");
         }
     }
@@ -308,6 +313,24 @@ async fn recover(app: &App) -> anyhow::Result<()> {
         tracing::info!(waiting, running, "jobs are there from before");
     }
     Ok(())
+}
+
+/// Asks every pool of an earlier run to report now. A pool that can't be reached reports when its next heartbeat is due.
+fn call_pools(app: &App) {
+    for (pool, client) in app.fleet.unheard() {
+        let app_ = Arc::clone(app);
+        app.spawn(async move {
+            let call = client.with_answer_timeout(CALL_TIMEOUT);
+            let nothing = json!({});
+            let answer = tokio::select! {
+                answer = call.post::<_, IgnoredAny>("/heartbeat", &nothing) => answer,
+                () = app_.shutdown.requested() => return,
+            };
+            if let Err(error) = answer {
+                tracing::info!(pool, %error, "the pool can't be asked to report; its next heartbeat is waited for");
+            }
+        });
+    }
 }
 
 async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Result<()> {

@@ -28,9 +28,17 @@ pub enum SubmitError {
         /// What to ask for instead.
         hint: String,
     },
+    /// Several files of the hub fit.
+    #[error("`{model}` may be each of {}", meant.iter().map(|meant| format!("`{meant}`")).collect::<Vec<_>>().join(", "))]
+    Ambiguous {
+        /// What was asked for.
+        model: ModelRef,
+        /// What it may mean.
+        meant: Vec<ModelRef>,
+    },
     /// Nobody has said so far that there is such a model, but a pool may that is still awaited.
     #[error(
-        "nothing is known of a model `{model}` yet: pool `{pool}` has not spoken since orchestratord started"
+        "nothing is known of a model `{model}` yet: pool `{pool}` is registered and has not reported so far"
     )]
     Unheard {
         /// What was asked for.
@@ -85,8 +93,13 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
             _ => Ok(model),
         };
     }
-    if app.fleet.offers(model) {
-        return Ok(model.clone());
+    let mut meant = app.fleet.meant_by(model);
+    if meant.len() > 1 {
+        let model = model.clone();
+        return Err(SubmitError::Ambiguous { model, meant });
+    }
+    if let Some(meant) = meant.pop() {
+        return Ok(meant);
     }
     if let Some(pool) = app.fleet.awaited(clock::now()) {
         let model = model.clone();

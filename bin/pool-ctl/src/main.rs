@@ -8,6 +8,7 @@ mod hf_wrapper;
 mod hub;
 mod pip_wrapper;
 mod pool;
+mod registration;
 mod report;
 mod tool;
 

@@ -66,6 +66,78 @@ fn the_pool_manager_is_started_asked_and_stopped() {
     run(&["daemon", "status"]).exits(3);
 }
 
+#[test] // [POOLCTL-039] P24
+fn a_pool_that_is_refused_does_not_look_healthy() {
+    let host = Host::with_manager();
+    let stands = |registration: Value| {
+        fs::create_dir_all(host.home().pool_state()).unwrap();
+        let file = host.home().pool_state().join("registration.json");
+        fs::write(file, registration.to_string()).unwrap();
+    };
+    let refusal = "pool id `fake` is held by another instance at http://10.0.0.7:9200";
+    stands(json!({
+        "state": "refused", "orchestrator": "http://blep:8080", "since": "2026-01-01T00:00:00Z",
+        "code": "POOL_ID_TAKEN", "message": refusal, "hint": "set LLORCH_POOL_ID",
+    }));
+    for args in [&["daemon", "start"][..], &["daemon", "status"], &["status"]] {
+        let ran = host.run(args).exits(0);
+        assert!(
+            ran.err
+                .contains("warning: the pool is refused by http://blep:8080")
+                && ran.err.contains(refusal)
+                && ran.err.contains("hint: set LLORCH_POOL_ID"),
+            "{args:?}: {}",
+            ran.err
+        );
+    }
+    let status = host.run(&["daemon", "status", "--format", "json"]).exits(0);
+    assert_eq!(
+        status.json()["pool"]["registration"]["code"],
+        "POOL_ID_TAKEN"
+    );
+    let found = host
+        .run(&["dev", "doctor", "--format", "json"])
+        .exits(1)
+        .json();
+    let found = found
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|f| f["check"] == "registration");
+    let found = found.unwrap();
+    assert_eq!(
+        (&found["status"], &found["fix"]),
+        (&json!("fail"), &json!("set LLORCH_POOL_ID"))
+    );
+
+    // What the orchestrator does not hear of is not called usable by tasks.
+    let given = host.path("Own Model.gguf");
+    fs::write(&given, tiny_gguf()).unwrap();
+    let import = ["models", "import", given.to_str().unwrap()];
+    let out = host.run(&import).exits(0).out;
+    assert!(
+        out.contains("tasks can name it `own-model` once the pool is registered: it is refused by"),
+        "{out}"
+    );
+    stands(
+        json!({"state": "registered", "orchestrator": "http://blep:8080", "since": "2026-01-01T00:00:00Z"}),
+    );
+    let out = host.run(&import).exits(0).out;
+    assert!(out.contains("tasks name it `own-model`"), "{out}");
+    let ran = host.run(&["daemon", "status"]).exits(0);
+    assert!(
+        ran.out
+            .contains("the pool is registered with http://blep:8080"),
+        "{}",
+        ran.out
+    );
+    host.run(&["models", "delete", "own-model", "--yes"])
+        .exits(0);
+    let log = host.run(&["daemon", "logs"]).exits(0).out;
+    assert_eq!(log.matches("told to report").count(), 3, "{log}");
+    host.run(&["daemon", "stop"]).exits(0);
+}
+
 #[test] // [POOLCTL-036] [P14]
 fn a_pool_manager_that_hangs_is_named_and_can_still_be_stopped_with_its_workers() {
     let host = Host::with_manager();

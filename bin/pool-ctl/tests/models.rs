@@ -221,7 +221,8 @@ fn an_imported_model_is_used_by_the_name_that_was_printed() {
     let ran = home.run(&["models", "import", path]).exits(0);
     assert!(
         ran.out.contains(
-            "tasks name it `own-model`, as in `llorch-pool worker spawn cpu --model own-model`"
+            "on this host `llorch-pool worker spawn cpu --model own-model` uses it; tasks can name it `own-model` once the \
+             pool manager runs"
         ),
         "{}",
         ran.out

@@ -7,16 +7,21 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::{SignedDuration, Timestamp};
 use pool_core::POOL_API_VERSION;
-use pool_core::api::pool::{Heartbeat, RegisterRequest};
+use pool_core::api::pool::{
+    Heartbeat, POOL_ID_TAKEN, RegisterRequest, Registration, RegistrationState,
+};
 use pool_core::client::{ApiClient, ClientError};
 use pool_core::config::STANDARD_ORCHESTRATOR_URL;
+use pool_core::errors::with_causes;
 use pool_core::registry::RegistryError;
 use pool_core::run_files;
 use pool_core::secret::Secret;
 use serde::de::IgnoredAny;
 
 use crate::pool::Pool;
+use crate::registration::standing;
 
 /// How long the orchestrator may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -26,6 +31,10 @@ const COALESCE: Duration = Duration::from_millis(20);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// The longest pause while the orchestrator is away.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// How long the orchestrator may take to answer that this pool stops. Within the time that the daemon itself has.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The orchestrator's code for a heartbeat of an instance that another one has replaced.
+const STALE_HEARTBEAT: &str = "STALE_HEARTBEAT";
 
 /// Which orchestrator is reported to.
 #[derive(Debug, Clone)]
@@ -57,6 +66,8 @@ pub struct Heart {
     pool: Arc<Pool>,
     goal: Goal,
     token: Option<Secret>,
+    /// Identity of this host, where its folder could be written.
+    host_id: Option<String>,
     /// Of the orchestrator that was spoken to last.
     client: Option<ApiClient>,
     interval: Duration,
@@ -93,24 +104,58 @@ impl BeatError {
             (Self::Nobody, _) => "nobody",
             (Self::Registry(_), _) => "no_snapshot",
             (_, Some(404)) => "unknown_pool",
-            (_, Some(409)) => "superseded",
+            _ if self.is_contested() => "superseded",
             (_, Some(_)) => "refused",
             (_, None) => "unreachable",
+        }
+    }
+
+    fn code(&self) -> Option<&str> {
+        match self {
+            Self::Call(error) => error.api().map(|error| error.code.as_str()),
+            Self::Nobody | Self::Registry(_) => None,
+        }
+    }
+
+    /// Whether another instance holds this pool's id.
+    fn is_contested(&self) -> bool {
+        matches!(self.code(), Some(POOL_ID_TAKEN | STALE_HEARTBEAT))
+    }
+
+    fn hint(&self) -> Option<String> {
+        match self {
+            _ if self.is_contested() => Some(
+                "two daemons use this pool id: on one of their hosts set `pool_id` in pool-managerd.toml, or \
+                 LLORCH_POOL_ID, and start its daemon again"
+                    .to_owned(),
+            ),
+            Self::Call(error) if error.status() == Some(401) => Some(
+                "give this pool and its orchestrator the same LLORCH_POOL_TOKEN, and start the daemon again".to_owned(),
+            ),
+            Self::Call(error) => error.hint(),
+            Self::Nobody | Self::Registry(_) => None,
         }
     }
 }
 
 impl Heart {
     /// Reports to the orchestrator that is the `goal`. An address that can't be one is refused here.
-    pub fn new(pool: Arc<Pool>, goal: Goal, token: Option<Secret>) -> Result<Self, ClientError> {
+    pub fn new(
+        pool: Arc<Pool>,
+        goal: Goal,
+        token: Option<Secret>,
+        host_id: Option<String>,
+    ) -> Result<Self, ClientError> {
         if let Goal::Named(url) = &goal {
             ApiClient::new(url, None)?;
         }
         let interval = Duration::from_millis(pool.lifecycle.config().heartbeat_interval_ms);
+        pool.link.set(standing(RegistrationState::Pending));
         Ok(Self {
             pool,
             goal,
             token,
+            host_id,
             client: None,
             interval,
             registered: false,
@@ -119,13 +164,25 @@ impl Heart {
         })
     }
 
-    /// Reports until it is dropped.
+    /// Reports until the daemon is asked to stop, and then says goodbye.
     pub async fn beat(mut self) {
-        let mut changes = self.pool.changes();
+        let shutdown = self.pool.shutdown.clone();
+        tokio::select! {
+            biased;
+            () = shutdown.requested() => {}
+            () = self.report_on() => {}
+        }
+        self.say_goodbye().await;
+    }
+
+    async fn report_on(&mut self) {
+        let pool = Arc::clone(&self.pool);
+        let (mut changes, mut asked) = (pool.changes(), pool.link.asked());
         let mut failures = 0u32;
         loop {
             // Seen before the snapshot is taken: a change during the call makes another heartbeat.
             changes.borrow_and_update();
+            let covered = *asked.borrow_and_update();
             let outcome = self.report().await;
             self.pool
                 .metrics
@@ -140,23 +197,81 @@ impl Heart {
                         );
                     }
                     failures = 0;
+                    pool.link.set(Registration {
+                        orchestrator: self.orchestrator().map(str::to_owned),
+                        accepted_at: Some(Timestamp::now()),
+                        ..standing(RegistrationState::Registered)
+                    });
+                    pool.link.answer(covered);
                     tokio::select! {
                         () = tokio::time::sleep(self.interval) => {}
-                        // The pool holds the sender, so this only returns for a change.
+                        // The pool holds the senders, so these only return for a change.
                         _ = changes.changed() => tokio::time::sleep(COALESCE.min(self.interval)).await,
+                        _ = asked.changed() => {}
                     }
                 }
                 Err(error) => {
                     failures = failures.saturating_add(1);
                     self.complain(&error);
-                    let superseded = error.status() == Some(409);
-                    let pause = if superseded {
+                    let pause = if error.is_contested() {
                         self.interval
                     } else {
                         pause_after(failures, self.interval, rand::random())
                     };
-                    tokio::time::sleep(pause).await;
+                    pool.link.set(self.failure(&error, pause));
+                    pool.link.answer(covered);
+                    // An orchestrator that has just come back asks for a heartbeat.
+                    tokio::select! {
+                        () = tokio::time::sleep(pause) => {}
+                        _ = asked.changed() => {}
+                    }
                 }
+            }
+        }
+    }
+
+    /// The standing after a try that failed with `error`, where the next one follows after `pause`.
+    fn failure(&self, error: &BeatError, pause: Duration) -> Registration {
+        let local = matches!(self.goal, Goal::Local { .. });
+        let state = match error {
+            BeatError::Nobody => RegistrationState::NoOrchestrator,
+            BeatError::Registry(_) => RegistrationState::Failed,
+            BeatError::Call(call) if call.status().is_some() => RegistrationState::Refused,
+            // Somebody may listen at the standard address one day; nobody said that there is one now.
+            BeatError::Call(_) if local && !self.registered => RegistrationState::NoOrchestrator,
+            BeatError::Call(_) => RegistrationState::Unreachable,
+        };
+        let particulars = state != RegistrationState::NoOrchestrator;
+        let orchestrator = self.orchestrator().map(str::to_owned);
+        Registration {
+            orchestrator: orchestrator.filter(|_| particulars),
+            code: error.code().map(str::to_owned),
+            message: particulars.then(|| with_causes(error)),
+            hint: error.hint().filter(|_| particulars),
+            next_try_at: SignedDuration::try_from(pause)
+                .ok()
+                .and_then(|pause| Timestamp::now().checked_add(pause).ok()),
+            ..standing(state)
+        }
+    }
+
+    /// Tells the orchestrator that this pool stops on purpose. Its workers stay.
+    async fn say_goodbye(&self) {
+        let known =
+            self.registered || self.pool.link.standing().code.as_deref() == Some(POOL_ID_TAKEN);
+        let Some(client) = self.client.as_ref().filter(|_| known) else {
+            return;
+        };
+        let path = format!(
+            "/v2/pools/{}?instance_id={}",
+            self.pool.lifecycle.config().pool_id,
+            self.pool.instance_id
+        );
+        let call = client.clone().with_answer_timeout(GOODBYE_TIMEOUT);
+        match call.delete::<IgnoredAny>(&path).await {
+            Ok(_) => tracing::info!(orchestrator = client.base_url(), "deregistered"),
+            Err(error) => {
+                tracing::warn!(orchestrator = client.base_url(), %error, "could not deregister");
             }
         }
     }
@@ -175,14 +290,26 @@ impl Heart {
             }
         }
         let config = self.pool.lifecycle.config();
-        let request = RegisterRequest {
+        let mut request = RegisterRequest {
             pool_id: config.pool_id.clone(),
             instance_id: self.pool.instance_id.clone(),
             url: self.pool.url.clone(),
             api_version: POOL_API_VERSION,
             heartbeat_interval_ms: config.heartbeat_interval_ms,
+            host_id: self.host_id.clone(),
         };
-        let _: IgnoredAny = client.post("/v2/pools/register", &request).await?;
+        let mut answer = client
+            .post::<_, IgnoredAny>("/v2/pools/register", &request)
+            .await;
+        // An older orchestrator refuses the field that it does not know.
+        if answer
+            .as_ref()
+            .is_err_and(|error| error.status() == Some(400))
+        {
+            request.host_id = None;
+            answer = client.post("/v2/pools/register", &request).await;
+        }
+        answer?;
         self.registered = true;
         tracing::info!(
             orchestrator = client.base_url(),
@@ -239,14 +366,8 @@ impl Heart {
         }
         let orchestrator = self.orchestrator();
         match (error, &self.goal) {
-            (BeatError::Call(call), _) if error.status().is_some() => {
-                let hint = match error.status() {
-                    Some(409) => Some(
-                        "another daemon with this pool_id reports to the same orchestrator"
-                            .to_owned(),
-                    ),
-                    _ => call.hint(),
-                };
+            (BeatError::Call(_), _) if error.status().is_some() => {
+                let hint = error.hint();
                 tracing::error!(orchestrator, %error, hint, "the orchestrator refuses this pool");
             }
             // Nobody said that there is one.

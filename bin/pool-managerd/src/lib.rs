@@ -9,7 +9,9 @@ mod drain;
 mod gpu_inventory;
 mod heartbeat;
 mod metrics;
+mod model_watch;
 mod pool;
+mod registration;
 mod worker_lifecycle;
 
 use std::io;
@@ -21,6 +23,7 @@ use pool_core::catalog::CatalogError;
 use pool_core::client::ApiClient;
 use pool_core::config::{ConfigError, Orchestrator, PoolConfig};
 use pool_core::home::{Home, HomeError};
+use pool_core::host_id::host_id;
 use pool_core::lifecycle::Lifecycle;
 use pool_core::registry::RegistryError;
 use pool_core::secret::{Secret, SecretError};
@@ -28,12 +31,15 @@ use pool_core::service::state_files::{ClaimError, RunFiles};
 use pool_core::service::{BindError, Service, ServiceOptions, Shutdown};
 
 use crate::heartbeat::{Goal, Heart};
+use crate::model_watch::ModelWatch;
 use crate::pool::Pool;
 
 const NAME: &str = "pool-managerd";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The pool's own token: for its calls to the orchestrator, and for all calls to it.
 const TOKEN_VAR: &str = "LLORCH_POOL_TOKEN";
+/// How much longer than its open requests the goodbye to the orchestrator may take.
+const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why the daemon can't run.
 #[derive(Debug, thiserror::Error)]
@@ -127,9 +133,11 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     }
     worker_lifecycle::adopt(&pool).await?;
     let mut background = tokio::task::JoinSet::new();
+    let mut heart = tokio::task::JoinSet::new();
     background.spawn(worker_lifecycle::keep_adopting(Arc::clone(&pool)));
     background.spawn(gpu_inventory::watch(Arc::clone(&pool)));
     background.spawn(drain::keep(Arc::clone(&pool)));
+    background.spawn(ModelWatch::new(&pool).await.keep());
     let goal = match config.orchestrator() {
         Orchestrator::At(url) => Some(Goal::Named(url.to_owned())),
         // A token and the workers' secrets are not for whoever happens to listen at the standard port.
@@ -140,8 +148,14 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
         Orchestrator::None => None,
     };
     if let Some(goal) = goal {
-        let heart = Heart::new(Arc::clone(&pool), goal, token).map_err(RunError::Orchestrator)?;
-        background.spawn(heart.beat());
+        let id = pool
+            .blocking(|pool| host_id(&pool.lifecycle.home().pool_state()))
+            .await;
+        let id = id.inspect_err(|error| {
+            tracing::warn!(%error, "this host has no identity: the orchestrator knows it by its address alone");
+        });
+        let beats = Heart::new(Arc::clone(&pool), goal, token, id.ok());
+        heart.spawn(beats.map_err(RunError::Orchestrator)?.beat());
     }
 
     files
@@ -165,6 +179,9 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
         .serve(api::router(Arc::clone(&pool)), shutdown, grace)
         .await;
     background.shutdown().await;
+    // It ends by itself once the orchestrator has been told; one that does not answer is not waited for.
+    let _ = tokio::time::timeout(GOODBYE_PATIENCE, heart.join_next()).await;
+    heart.shutdown().await;
     pool.downloads.end();
     pool.downloads.ended().await;
     pool.stop_watching();

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::panic;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use axum::http::Uri;
 use jiff::Timestamp;
-use pool_core::ModelRef;
 use pool_core::api::pool::{ModelOnDisk, PoolSnapshot, PoolStatus, WorkerEndpoint};
+use pool_core::catalog::store::{Offer, Offered};
 use pool_core::client::ApiClient;
 use pool_core::lifecycle::Lifecycle;
 use pool_core::registry::{RegistryError, WorkerRecord};
@@ -19,6 +20,10 @@ use tokio::task::AbortHandle;
 use crate::downloads::Downloads;
 use crate::gpu_inventory;
 use crate::metrics::Metrics;
+use crate::registration::Link;
+
+/// Model files without a name of their own that a heartbeat lists: about 200 bytes each.
+const OFFERED_FILES: usize = 1000;
 
 /// The pool: its workers, and what is known of this instance of the daemon.
 pub struct Pool {
@@ -28,6 +33,8 @@ pub struct Pool {
     pub metrics: Metrics,
     /// The downloads under way.
     pub downloads: Downloads,
+    /// How the pool stands with its orchestrator.
+    pub link: Link,
     /// Where others reach the pool.
     pub url: String,
     /// Its connections are those to the workers of callers who can't reach them.
@@ -37,6 +44,8 @@ pub struct Pool {
     started_at: Timestamp,
     changes: watch::Sender<u64>,
     watched: Mutex<HashMap<String, Watcher>>,
+    /// Whether the log says already that there are too many model files.
+    truncated: AtomicBool,
     /// Held for reading from the start of a worker's process until it is watched, and for writing while workers that
     /// nobody watches are looked for: otherwise one could be adopted that has just been started.
     pub starting: RwLock<()>,
@@ -67,9 +76,11 @@ impl Pool {
             relay,
             shutdown,
             downloads: Downloads::default(),
+            link: Link::default(),
             started_at: Timestamp::now(),
             changes: watch::Sender::new(0),
             watched: Mutex::default(),
+            truncated: AtomicBool::new(false),
             starting: RwLock::default(),
         }
     }
@@ -150,30 +161,39 @@ impl Pool {
         })
     }
 
-    /// The models on disk that tasks can name; files of other names can be asked for by path only.
+    /// The models on disk that tasks can name: by a name of their own, or as a file below `models.allow_paths`.
     pub fn models(&self) -> Vec<ModelOnDisk> {
-        let found = self
-            .lifecycle
-            .store()
-            .list(self.lifecycle.catalog())
-            .unwrap_or_else(|error| {
-                tracing::warn!(%error, "could not look through the models folder");
-                Vec::new()
-            });
-        let named = found
-            .into_iter()
-            .filter(|model| !matches!(model.model_ref, ModelRef::File(_)));
-        named
-            .map(|model| ModelOnDisk {
+        let found = self.offer().models.into_iter();
+        found
+            .map(|Offered { model, aliases }| ModelOnDisk {
                 needed_bytes: self
                     .lifecycle
                     .estimator()
                     .estimate(&model, None, 1)
                     .needed_bytes,
                 model_ref: model.model_ref,
+                aliases,
                 file: model.file,
             })
             .collect()
+    }
+
+    /// The models on disk with all their names. Reads folders, and no file.
+    pub fn offer(&self) -> Offer {
+        let offer = self.lifecycle.offer(OFFERED_FILES).unwrap_or_else(|error| {
+            tracing::warn!(%error, "could not look through the models folder");
+            Offer {
+                models: Vec::new(),
+                truncated: false,
+            }
+        });
+        if offer.truncated && !self.truncated.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                limit = OFFERED_FILES,
+                "more model files than tasks may name are below `models.allow_paths`; the others are left out"
+            );
+        }
+        offer
     }
 
     fn status_of(&self, records: &[WorkerRecord]) -> Result<PoolStatus, RegistryError> {

@@ -16,6 +16,10 @@ pub enum PoolLiveness {
     Suspect,
     /// Three heartbeats are missing.
     Offline,
+    /// Registered, and no heartbeat of this registration has arrived yet: no work. Ends as `Online` or `Offline`.
+    Awaited,
+    /// Stopped on purpose less than three heartbeats ago: no work, and it may be back in a moment.
+    Stopped,
 }
 
 impl PoolLiveness {
@@ -25,6 +29,8 @@ impl PoolLiveness {
             Self::Online => "online",
             Self::Suspect => "suspect",
             Self::Offline => "offline",
+            Self::Awaited => "awaited",
+            Self::Stopped => "stopped",
         }
     }
 

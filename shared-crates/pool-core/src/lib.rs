@@ -16,6 +16,7 @@ pub mod errors;
 pub mod fsio;
 pub mod gpu;
 pub mod home;
+pub mod host_id;
 pub mod lifecycle;
 #[cfg(any(target_os = "macos", test))]
 mod macos;

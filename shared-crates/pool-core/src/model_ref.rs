@@ -56,6 +56,30 @@ impl ModelRef {
             _ => None,
         }
     }
+
+    /// Returns whether `asked`, a reference to the hub that may leave revision and file open, may mean this file of the
+    /// hub.
+    pub fn is_meant_by(&self, asked: &Self) -> bool {
+        match (self, asked) {
+            (
+                Self::Hub {
+                    repo,
+                    revision,
+                    file,
+                },
+                Self::Hub {
+                    repo: asked,
+                    revision: asked_revision,
+                    file: asked_file,
+                },
+            ) => {
+                repo == asked
+                    && (asked_revision.is_none() || asked_revision == revision)
+                    && (asked_file.is_none() || asked_file == file)
+            }
+            _ => false,
+        }
+    }
 }
 
 /// Whether `text` may be a catalogue id: `[a-z0-9][a-z0-9._-]{0,63}`, without `..`.

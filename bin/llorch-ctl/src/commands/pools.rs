@@ -1,7 +1,7 @@
 //! `llorch pool`.
 
 use clap::{Args, Subcommand};
-use orchestrator_core::api::pools::PoolView;
+use orchestrator_core::api::pools::{PoolView, PoolViewState};
 use pool_core::terminal::paint::{Cell, Style};
 use pool_core::terminal::{
     CliError, Exit, Format, human_bytes, human_duration, note, paint, print_json, render_table, say,
@@ -42,6 +42,9 @@ impl Pool {
             Format::Json => print_json(&pools)?,
             Format::Table => say(render(&pools, paint::on_stdout()))?,
         }
+        for warning in pools.iter().filter_map(conflict) {
+            note(warning);
+        }
         if pools.is_empty() && list.format == Format::Table {
             note(
                 "no pool has registered; on its host: `llorch-pool daemon start`, where that is another machine, with LLORCH_ORCHESTRATOR_URL set",
@@ -80,31 +83,40 @@ fn render(pools: &[PoolView], colour: bool) -> String {
         });
         vec![
             Cell::from(pool.id.clone()),
-            Cell::status(pool.liveness.as_str()),
-            Cell::new(
-                format!(
-                    "{} ago",
-                    human_duration(Duration::from_millis(pool.heartbeat_age_ms))
-                ),
-                Style::Plain,
-            ),
+            Cell::status(pool.state.as_str()),
+            Cell::new(heartbeat(pool), Style::Plain),
             lines(&devices),
             lines(&workers),
             lines(&models),
         ]
     });
     render_table(
-        &[
-            "POOL",
-            "LIVENESS",
-            "HEARTBEAT",
-            "DEVICES",
-            "WORKERS",
-            "MODELS",
-        ],
+        &["POOL", "STATE", "HEARTBEAT", "DEVICES", "WORKERS", "MODELS"],
         rows,
         colour,
     )
+}
+
+/// Time since the latest heartbeat, or the time that went by without one.
+fn heartbeat(pool: &PoolView) -> String {
+    let age = human_duration(Duration::from_millis(pool.heartbeat_age_ms));
+    match pool.state {
+        PoolViewState::Awaited => format!("none for {age}"),
+        _ => format!("{age} ago"),
+    }
+}
+
+/// Warning about a second instance that claims the pool's id.
+pub(super) fn conflict(pool: &PoolView) -> Option<String> {
+    let other = pool.conflict.as_ref()?;
+    Some(format!(
+        "warning: pool id `{}` is held by {}, and another instance at {} claims it too (last try {} ago): give one of them \
+         another id with `pool_id` in pool-managerd.toml or LLORCH_POOL_ID",
+        pool.id,
+        pool.url,
+        other.url,
+        human_duration(Duration::from_millis(other.age_ms))
+    ))
 }
 
 /// One thing a line; a dash for none.
@@ -120,6 +132,7 @@ fn lines(things: &[String]) -> Cell {
 mod tests {
     use super::*;
     use jiff::Timestamp;
+    use orchestrator_core::api::pools::PoolConflict;
     use orchestrator_core::pool::PoolLiveness;
     use pool_core::api::pool::{DeviceInfo, DiskInfo, ModelOnDisk, PoolStatus};
     use pool_core::worker::{Device, ModelFile, WorkerInfo, WorkerMemory, WorkerStatus};
@@ -150,7 +163,7 @@ mod tests {
         }
     }
 
-    #[test] // [LLORCH-040]
+    #[test] // [LLORCH-040] P24
     fn the_fleet_fits_a_table() {
         let device = DeviceInfo {
             device: Device::CPU,
@@ -162,6 +175,7 @@ mod tests {
         };
         let model = ModelOnDisk {
             model_ref: "tinyllama".parse().unwrap(),
+            aliases: Vec::new(),
             file: ModelFile {
                 size_bytes: 1,
                 modified_ns: 0,
@@ -186,23 +200,42 @@ mod tests {
             models: vec![model],
             disk: DiskInfo::default(),
         };
-        let view = |id: &str, liveness, age, status| PoolView {
+        let view = |id: &str, state, age, status| PoolView {
             id: id.into(),
             url: "http://127.0.0.1:9200".into(),
-            liveness,
+            state,
+            liveness: PoolLiveness::Online,
             registered_at: Timestamp::UNIX_EPOCH,
             heartbeat_age_ms: age,
             status,
+            conflict: None,
         };
         let pools = [
-            view("mac", PoolLiveness::Online, 3_200, Some(status)),
-            view("new", PoolLiveness::Offline, 75_000, None),
+            view("mac", PoolViewState::Drained, 3_200, Some(status)),
+            view("new", PoolViewState::Awaited, 75_000, None),
         ];
         insta::assert_snapshot!(render(&pools, false), @r"
-        POOL  LIVENESS  HEARTBEAT  DEVICES           WORKERS             MODELS
-        mac   online    3.2s ago   cpu 12.3 GB free  worker-cpu-1 ready  tinyllama
-                                                     worker-cpu-2 busy
-        new   offline   1m15s ago  -                 -                   -
+        POOL  STATE    HEARTBEAT       DEVICES           WORKERS             MODELS
+        mac   drained  3.2s ago        cpu 12.3 GB free  worker-cpu-1 ready  tinyllama
+                                                         worker-cpu-2 busy
+        new   awaited  none for 1m15s  -                 -                   -
         ");
+        let mut contested = pools[0].clone();
+        assert_eq!(conflict(&contested), None);
+        contested.conflict = Some(PoolConflict {
+            url: "http://10.0.0.7:9200".into(),
+            instance_id: "i".into(),
+            age_ms: 5_000,
+        });
+        let warning = conflict(&contested).unwrap();
+        for part in [
+            "`mac`",
+            "http://127.0.0.1:9200",
+            "http://10.0.0.7:9200",
+            "5.0s ago",
+            "LLORCH_POOL_ID",
+        ] {
+            assert!(warning.contains(part), "{warning}");
+        }
     }
 }

@@ -189,6 +189,9 @@ impl From<SubmitError> for ServiceError {
                 .hint(hint)
                 .retry_after(POOL_RETRY)
             }
+            SubmitError::Ambiguous { .. } => invalid(error.to_string())
+                .hint("name one of them whole")
+                .details(json!({"field": "model"})),
             SubmitError::TooManyTokens { context_length, .. } => invalid(error.to_string())
                 .hint(format!(
                     "use at most {context_length}, less what the prompt takes"
@@ -232,6 +235,11 @@ impl From<FleetError> for ServiceError {
                 refuse(StatusCode::CONFLICT, Code::VersionMismatch, message)
                     .hint("install the same release on the orchestrator and on its pools")
                     .details(json!({"theirs": theirs, "ours": ours}))
+            }
+            FleetError::Taken { ref holder, .. } => {
+                refuse(StatusCode::CONFLICT, Code::PoolIdTaken, message)
+                    .hint("give one of the two another id: `pool_id` in pool-managerd.toml, or LLORCH_POOL_ID")
+                    .details(json!({"holder": holder}))
             }
             FleetError::Stale { .. } => refuse(StatusCode::CONFLICT, Code::StaleHeartbeat, message)
                 .hint("register again if this is the newest instance"),

@@ -7,10 +7,10 @@ use pool_core::api::pool::{
     DrainRequest, Heartbeat, PoolStatus, RegisterRequest, WorkerSpawnRequest, WorkerStopRequest,
 };
 use pool_core::client::Method;
-use pool_core::service::{CorrelationId, Json, Path, ServiceResult};
+use pool_core::service::{CorrelationId, Json, Path, Query, ServiceResult};
 use pool_core::worker::WorkerInfo;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::error;
@@ -47,13 +47,14 @@ pub(super) async fn show(
     post, path = "/v2/pools/register", tag = "pools' own",
     security(("pool_token" = []), ("api_token" = []), ()),
     request_body = RegisterRequest,
-    responses((status = 200, body = Registered), (status = 409, description = "The pool speaks another version of the API."), (status = 429, description = "As many pools have registered as `max_pools` allows."))
+    responses((status = 200, body = Registered), (status = 409, description = "`VERSION_MISMATCH`: the pool speaks another version of the API. `POOL_ID_TAKEN`: another live instance holds the pool id."), (status = 429, description = "As many pools have registered as `max_pools` allows."))
 )]
 pub(super) async fn register(
     State(app): State<App>,
     Json(request): Json<RegisterRequest>,
 ) -> ServiceResult<Json<Registered>> {
     let (id, now) = (request.pool_id.clone(), clock::now());
+    make_room(&app, &request).await;
     app.fleet.register(request.clone(), now)?;
     // On a full disk the pool serves all the same; only a restart would not know it before it speaks.
     if let Err(error) = app.store.save_pool(request, now).await {
@@ -61,6 +62,21 @@ pub(super) async fn register(
     }
     app.changed.notify_one();
     Ok(Json(Registered { pool_id: id }))
+}
+
+/// Forgets a pool that stopped on purpose where a new one needs its place.
+async fn make_room(app: &App, request: &RegisterRequest) {
+    if app.fleet.client(&request.pool_id).is_some() {
+        return;
+    }
+    let Some(stopped) = app.fleet.longest_stopped() else {
+        return;
+    };
+    tracing::info!(pool = stopped, "forgetting a stopped pool for a new one");
+    app.fleet.remove(&stopped);
+    if let Err(error) = app.store.remove_pool(&stopped).await {
+        tracing::warn!(pool = stopped, %error, "the removal is not written down");
+    }
 }
 
 /// What a pool has and does. Taken from its newest instance alone, in rising order.
@@ -93,21 +109,49 @@ pub(super) async fn heartbeat(
     Ok(Json(HeartbeatAccepted {}))
 }
 
+/// Query of `DELETE /v2/pools/{id}`.
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct RemoveQuery {
+    /// The instance that stops. Without it the pool is forgotten.
+    instance_id: Option<String>,
+}
+
 /// The pool takes part no longer. Streams of its workers that run go on.
+///
+/// With `instance_id` that instance stops on purpose: the pool is shown as stopped until it registers again. Without it
+/// the pool is forgotten.
 #[utoipa::path(
-    delete, path = "/v2/pools/{id}", tag = "pools' own", params(("id" = String, Path, description = "The pool.")),
+    delete, path = "/v2/pools/{id}", tag = "pools' own",
+    params(("id" = String, Path, description = "The pool."), RemoveQuery),
     security(("pool_token" = []), ("api_token" = []), ()),
-    responses((status = 204, description = "It is forgotten."), (status = 404, description = "The pool has not registered."))
+    responses(
+        (status = 204, description = "It is stopped, or forgotten."),
+        (status = 404, description = "The pool has not registered."),
+        (status = 409, description = "Another instance holds the pool."),
+    )
 )]
 pub(super) async fn remove(
     State(app): State<App>,
     Path(id): Path<String>,
+    Query(query): Query<RemoveQuery>,
 ) -> ServiceResult<StatusCode> {
+    if let Some(instance_id) = query.instance_id {
+        let now = clock::now();
+        if app.fleet.stop(&id, &instance_id, now)?
+            && let Err(error) = app.store.stop_pool(&id, now).await
+        {
+            tracing::warn!(pool = id, %error, "the goodbye is not written down");
+        }
+        app.changed.notify_one();
+        return Ok(StatusCode::NO_CONTENT);
+    }
     if !app.fleet.remove(&id) {
         return Err(error::no_pool(&id));
     }
     if let Err(error) = app.store.remove_pool(&id).await {
-        tracing::warn!(pool = id, %error, "the goodbye is not written down");
+        tracing::warn!(pool = id, %error, "the removal is not written down");
     }
     app.changed.notify_one();
     Ok(StatusCode::NO_CONTENT)

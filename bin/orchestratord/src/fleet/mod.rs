@@ -3,6 +3,7 @@
 
 mod overlay;
 mod reach;
+mod standing;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -13,7 +14,7 @@ use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::pool::PoolLiveness;
 use orchestrator_core::scheduler::PoolState;
 use pool_core::api::pool::{
-    HEARTBEAT_INTERVAL_MS, Heartbeat, PoolStatus, RegisterRequest, WorkerEndpoint,
+    HEARTBEAT_INTERVAL_MS, Heartbeat, ModelOnDisk, PoolStatus, RegisterRequest, WorkerEndpoint,
 };
 use pool_core::client::{ApiClient, ClientError};
 use pool_core::secret::Secret;
@@ -21,6 +22,7 @@ use pool_core::worker::{Device, WorkerInfo};
 use pool_core::{ModelRef, POOL_API_VERSION};
 use tokio::sync::watch;
 
+use crate::state::StoredPool;
 use overlay::{Load, Overlay};
 
 /// Why a pool's call is refused.
@@ -40,6 +42,14 @@ pub enum FleetError {
         theirs: u32,
         /// Ours.
         ours: u32,
+    },
+    /// Another instance holds its id and is alive.
+    #[error("pool id `{pool}` is held by another instance at {holder}")]
+    Taken {
+        /// The id.
+        pool: String,
+        /// Address of the holder.
+        holder: String,
     },
     /// Something newer was heard from the pool.
     #[error("this heartbeat of pool `{pool}` is stale: {detail}")]
@@ -86,7 +96,7 @@ pub enum Fate {
 pub enum PoolChange {
     /// Like this.
     Is(Box<PoolState>),
-    /// It has left, or has not spoken yet.
+    /// It has left.
     Gone(String),
 }
 
@@ -127,10 +137,18 @@ struct Pool {
     seq: u64,
     status: Option<PoolStatus>,
     /// What the instance before had on its disk, until this one has said what it has.
-    models_before: Vec<ModelRef>,
+    models_before: Vec<ModelOnDisk>,
     endpoints: HashMap<String, WorkerEndpoint>,
     /// How alive it was when the scheduler took it in.
     shown: PoolLiveness,
+    /// Identity of its host; older pools send none.
+    host_id: Option<String>,
+    /// When it stopped on purpose, until it registers again.
+    stopped_at: Option<Timestamp>,
+    /// Instances that held the id earlier, newest last.
+    replaced: Vec<String>,
+    /// The instance that was refused the id last.
+    contender: Option<standing::Contender>,
 }
 
 impl Pool {
@@ -139,21 +157,9 @@ impl Pool {
     }
 
     /// What it has on its disk, as far as that is known.
-    fn models(&self) -> Vec<ModelRef> {
-        self.status.as_ref().map_or_else(
-            || self.models_before.clone(),
-            |status| {
-                let models = status.models.iter();
-                models.map(|on_disk| on_disk.model_ref.clone()).collect()
-            },
-        )
-    }
-
-    fn offers(&self, model: &ModelRef) -> bool {
-        self.status.as_ref().map_or_else(
-            || self.models_before.contains(model),
-            |status| status.models.iter().any(|m| m.model_ref == *model),
-        )
+    fn models(&self) -> &[ModelOnDisk] {
+        let status = self.status.as_ref();
+        status.map_or(&self.models_before, |status| &status.models)
     }
 
     fn worker(&self, id: &str) -> Option<&WorkerInfo> {
@@ -164,15 +170,15 @@ impl Pool {
             .find(|worker| worker.id == id)
     }
 
-    fn view(&self, id: &str, now: Timestamp) -> PoolView {
-        let age = now.duration_since(self.last_heartbeat).as_millis();
-        PoolView {
-            id: id.to_owned(),
-            url: self.url.clone(),
-            liveness: self.liveness(now),
-            registered_at: self.registered_at,
-            heartbeat_age_ms: u64::try_from(age).unwrap_or(0),
-            status: self.status.clone(),
+    /// The refusal of an instance that this one has replaced.
+    fn newer_instance(&self, id: &str) -> FleetError {
+        let detail = format!(
+            "instance `{}` at {} has registered since",
+            self.instance_id, self.url
+        );
+        FleetError::Stale {
+            pool: id.to_owned(),
+            detail,
         }
     }
 }
@@ -234,15 +240,18 @@ impl Fleet {
         limit: usize,
         now: Timestamp,
     ) -> Result<(), FleetError> {
+        check_name("pool_id", &request.pool_id)?;
+        check_name("instance_id", &request.instance_id)?;
+        if let Some(host_id) = &request.host_id {
+            check_name("host_id", host_id)?;
+        }
         let RegisterRequest {
             pool_id,
-            instance_id,
             url,
             api_version,
             heartbeat_interval_ms,
-        } = request;
-        check_name("pool_id", &pool_id)?;
-        check_name("instance_id", &instance_id)?;
+            ..
+        } = request.clone();
         if api_version != POOL_API_VERSION {
             return Err(FleetError::Version {
                 pool: pool_id,
@@ -271,10 +280,26 @@ impl Fleet {
                 limit,
             });
         }
-        let models_before = inner.pools.get(&pool_id).map(Pool::models);
+        let before = inner.pools.get_mut(&pool_id);
+        if let Some(held) = before.filter(|held| held.withstands(&request, now)) {
+            return Err(held.refuse(&request, now));
+        }
+        let RegisterRequest {
+            instance_id,
+            host_id,
+            ..
+        } = request;
+        let before = inner.pools.remove(&pool_id);
+        let replaced = before.as_ref().map(|old| old.replaced_by(&instance_id));
+        let models_before = before.as_ref().map(|old| old.models().to_vec());
+        let contender = before.and_then(|old| old.contender);
         inner.overlay.forget_pool(&pool_id);
         tracing::info!(pool = pool_id, url, "pool registered");
         let pool = Pool {
+            contender: contender.filter(|other| !other.is(&instance_id)),
+            replaced: replaced.unwrap_or_default(),
+            host_id,
+            stopped_at: None,
             url,
             instance_id,
             client,
@@ -293,20 +318,23 @@ impl Fleet {
     }
 
     /// Takes a pool in that registered with an earlier run. It counts as heard from now, so that it has time to speak.
-    pub fn restore(
-        &self,
-        request: RegisterRequest,
-        registered_at: Timestamp,
-        now: Timestamp,
-    ) -> Result<(), FleetError> {
+    pub fn restore(&self, stored: StoredPool, now: Timestamp) -> Result<(), FleetError> {
+        let StoredPool {
+            request,
+            registered_at,
+            stopped_at,
+        } = stored;
         let id = request.pool_id.clone();
         // It was let in then; a limit that was lowered since is for those that come.
         self.take_in(request, usize::MAX, now)?;
         let mut inner = self.lock();
         if let Some(pool) = inner.pools.get_mut(&id) {
             pool.registered_at = registered_at;
+            pool.stopped_at = stopped_at;
         }
-        inner.awaited.insert(id);
+        if stopped_at.is_none() {
+            inner.awaited.insert(id);
+        }
         Ok(())
     }
 
@@ -344,11 +372,11 @@ impl Fleet {
             });
         }
         if instance_id != pool.instance_id {
-            let detail = format!("instance `{}` has registered since", pool.instance_id);
-            return Err(FleetError::Stale {
-                pool: id.to_owned(),
-                detail,
-            });
+            return Err(pool.newer_instance(id));
+        }
+        // One that comes late, of an instance that has said goodbye.
+        if pool.stopped_at.is_some() {
+            return Err(FleetError::Unknown(id.to_owned()));
         }
         if pool.status.is_some() && seq <= pool.seq {
             let detail = format!("it has number {seq}, and {} was heard already", pool.seq);
@@ -409,17 +437,35 @@ impl Fleet {
         self.lock().pools.get(pool)?.endpoints.get(worker).cloned()
     }
 
-    /// Whether a pool has this model on its disk.
-    pub fn offers(&self, model: &ModelRef) -> bool {
+    /// The models on the pools' disks that `model` means, by the names that workers have: one for an exact name or for
+    /// another path to the same file, any number for a reference to the hub that leaves something open.
+    pub fn meant_by(&self, model: &ModelRef) -> Vec<ModelRef> {
         let inner = self.lock();
-        inner.pools.values().any(|pool| pool.offers(model))
+        let models = || inner.pools.values().flat_map(Pool::models);
+        if models().any(|on_disk| on_disk.model_ref == *model) {
+            return vec![model.clone()];
+        }
+        if let Some(on_disk) = models().find(|on_disk| on_disk.aliases.contains(model)) {
+            return vec![on_disk.model_ref.clone()];
+        }
+        let fitting = models().filter(|on_disk| on_disk.model_ref.is_meant_by(model));
+        let fitting: BTreeSet<_> = fitting.map(|on_disk| on_disk.model_ref.clone()).collect();
+        fitting.into_iter().collect()
     }
 
-    /// A pool of an earlier run that may still say that it has a model, as long as silence counts for nothing.
+    /// A registered pool that has not reported yet and may still say that it has a model: one of an earlier run as long as
+    /// silence counts for nothing, one of this run until it is lost.
     pub fn awaited(&self, now: Timestamp) -> Option<String> {
         let inner = self.lock();
         let patient = now < self.silence_counts_from(&inner, now);
-        inner.awaited.first().filter(|_| patient).cloned()
+        let may_come = |pool: &Pool| {
+            let of_this_run = pool.registered_at >= self.started_at;
+            let alive = pool.standing(now) == PoolLiveness::Awaited;
+            pool.status.is_none() && (patient || (of_this_run && alive))
+        };
+        let mut pools = inner.pools.iter();
+        let found = pools.find(|(_, pool)| may_come(pool));
+        found.map(|(id, _)| id.clone())
     }
 
     /// What became of a worker.
@@ -473,17 +519,17 @@ impl Fleet {
             changed.extend(overlay.expire(now));
             let turned = pools
                 .iter()
-                .filter(|(_, pool)| pool.liveness(now) != pool.shown);
+                .filter(|(_, pool)| pool.standing(now) != pool.shown);
             changed.extend(turned.map(|(id, _)| id.clone()));
         }
         let changes = std::mem::take(changed).into_iter().map(|id| {
-            let heard = pools
-                .get_mut(&id)
-                .and_then(|pool| Some((pool.status.clone()?, pool)));
-            let Some((status, pool)) = heard else {
+            let Some(pool) = pools.get_mut(&id) else {
                 return PoolChange::Gone(id);
             };
-            pool.shown = pool.liveness(now);
+            pool.shown = pool.standing(now);
+            let Some(status) = pool.status.clone() else {
+                return PoolChange::Is(Box::new(PoolState::unheard(&id, pool.shown)));
+            };
             let mut state = PoolState::new(&status, pool.shown);
             overlay.apply(&mut state, now, |worker| {
                 pool.endpoints.contains_key(worker)

@@ -25,6 +25,10 @@ impl Fleet {
         });
         let message = match pool {
             None => format!("pool `{pool_id}` has left"),
+            Some(pool) if pool.stopped_at.is_some() => format!("pool `{pool_id}` was stopped"),
+            Some(pool) if pool.status.is_none() && inner.awaited.contains(pool_id) => {
+                format!("pool `{pool_id}` has not reported since orchestratord started")
+            }
             Some(_) if silent => format!("pool `{pool_id}` is not heard from"),
             Some(pool) if pool.status.is_none() => {
                 format!("pool `{pool_id}` has not said yet what it has")

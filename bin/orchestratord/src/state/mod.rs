@@ -39,6 +39,7 @@ use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
 pub use backup::backup;
+pub use pools::StoredPool;
 pub use retention::{Cutoffs, Step};
 pub use seam::Seam;
 use writer::Writer;
@@ -591,7 +592,15 @@ impl Store {
             .await
     }
 
-    /// Forgets a pool that said goodbye.
+    /// Notes that a pool stopped on purpose.
+    pub async fn stop_pool(&self, id: &str, at: Timestamp) -> Result<(), StoreError> {
+        let id = id.to_owned();
+        self.writer
+            .run(move |conn| Box::pin(async move { pools::stop(conn, &id, at).await }))
+            .await
+    }
+
+    /// Forgets a pool.
     pub async fn remove_pool(&self, id: &str) -> Result<(), StoreError> {
         let id = id.to_owned();
         self.writer
@@ -599,8 +608,8 @@ impl Store {
             .await
     }
 
-    /// The pools that registered and did not say goodbye, with the time of their registration.
-    pub async fn pools(&self) -> Result<Vec<(RegisterRequest, Timestamp)>, StoreError> {
+    /// The registered pools, by name.
+    pub async fn pools(&self) -> Result<Vec<StoredPool>, StoreError> {
         pools::all(&self.readers).await
     }
 

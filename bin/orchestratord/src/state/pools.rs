@@ -8,21 +8,48 @@ use sqlx::{Row as _, SqliteConnection, SqlitePool};
 use super::StoreError;
 use super::commands::{micros, number, time};
 
+/// A pool as an earlier run stored it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredPool {
+    /// Its latest registration.
+    pub request: RegisterRequest,
+    /// Time of that registration.
+    pub registered_at: Timestamp,
+    /// Time at which it stopped on purpose, where it has not registered since.
+    pub stopped_at: Option<Timestamp>,
+}
+
 pub(super) async fn save(
     conn: &mut SqliteConnection,
     request: &RegisterRequest,
     at: Timestamp,
 ) -> Result<(), StoreError> {
     let interval = i64::try_from(request.heartbeat_interval_ms).map_err(StoreError::corrupt)?;
-    let sql = "INSERT INTO pools (id, instance_id, url, heartbeat_interval_ms, registered_us) VALUES (?, ?, ?, ?, ?) \
+    let sql = "INSERT INTO pools (id, instance_id, url, heartbeat_interval_ms, registered_us, host_id) \
+               VALUES (?, ?, ?, ?, ?, ?) \
                ON CONFLICT (id) DO UPDATE SET instance_id = excluded.instance_id, url = excluded.url, \
-               heartbeat_interval_ms = excluded.heartbeat_interval_ms, registered_us = excluded.registered_us";
+               heartbeat_interval_ms = excluded.heartbeat_interval_ms, registered_us = excluded.registered_us, \
+               host_id = excluded.host_id, stopped_us = NULL";
     sqlx::query(sql)
         .bind(&request.pool_id)
         .bind(&request.instance_id)
         .bind(&request.url)
         .bind(interval)
         .bind(micros(at))
+        .bind(&request.host_id)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+pub(super) async fn stop(
+    conn: &mut SqliteConnection,
+    id: &str,
+    at: Timestamp,
+) -> Result<(), StoreError> {
+    sqlx::query("UPDATE pools SET stopped_us = ? WHERE id = ?")
+        .bind(micros(at))
+        .bind(id)
         .execute(conn)
         .await?;
     Ok(())
@@ -36,11 +63,9 @@ pub(super) async fn remove(conn: &mut SqliteConnection, id: &str) -> Result<(), 
     Ok(())
 }
 
-pub(super) async fn all(
-    readers: &SqlitePool,
-) -> Result<Vec<(RegisterRequest, Timestamp)>, StoreError> {
-    let sql =
-        "SELECT id, instance_id, url, heartbeat_interval_ms, registered_us FROM pools ORDER BY id";
+pub(super) async fn all(readers: &SqlitePool) -> Result<Vec<StoredPool>, StoreError> {
+    let sql = "SELECT id, instance_id, url, heartbeat_interval_ms, registered_us, host_id, stopped_us \
+               FROM pools ORDER BY id";
     let rows = sqlx::query(sql).fetch_all(readers).await?;
     let pool = |row: &sqlx::sqlite::SqliteRow| {
         let request = RegisterRequest {
@@ -50,8 +75,14 @@ pub(super) async fn all(
             // One of another version was refused, and not stored.
             api_version: POOL_API_VERSION,
             heartbeat_interval_ms: number(row.try_get("heartbeat_interval_ms")?)?,
+            host_id: row.try_get("host_id")?,
         };
-        Ok((request, time(row.try_get("registered_us")?)?))
+        let stopped_us: Option<i64> = row.try_get("stopped_us")?;
+        Ok(StoredPool {
+            request,
+            registered_at: time(row.try_get("registered_us")?)?,
+            stopped_at: stopped_us.map(time).transpose()?,
+        })
     };
     rows.iter().map(pool).collect()
 }

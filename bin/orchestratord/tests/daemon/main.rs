@@ -23,6 +23,7 @@ mod scripts;
 mod service;
 mod silence;
 mod small_disk;
+mod standing;
 mod submit;
 mod support;
 mod take_over;

@@ -111,6 +111,7 @@ async fn a_schema_tester_finds_no_fault() {
     pool.endpoints.push(worker.endpoint());
     pool.models.push(ModelOnDisk {
         model_ref: FREE_MODEL.parse().unwrap(),
+        aliases: Vec::new(),
         file: model_file(),
         needed_bytes: 1000,
     });

@@ -1,7 +1,7 @@
 //! `llorch-pool status`: this pool at a glance.
 
 use jiff::Timestamp;
-use pool_core::api::pool::{DeviceInfo, DiskInfo, PoolStatus};
+use pool_core::api::pool::{DeviceInfo, DiskInfo, PoolReport, Registration};
 use pool_core::gpu::{GpuInfo, GpuState};
 use pool_core::lifecycle::Lifecycle;
 use pool_core::terminal::paint::{Cell, Style};
@@ -12,12 +12,13 @@ use serde::Serialize;
 use super::worker::print_workers;
 use crate::context::{Context, resolve_error};
 use crate::pool::Pool;
+use crate::registration;
 
 /// Arguments of `llorch-pool status`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// How to print it. JSON: an object with `pool_id`, `daemon_url` (null without a pool manager), `backends`,
-    /// `devices`, `workers`, `models` and `disk`.
+    /// How to print it. JSON: an object with `pool_id`, `daemon_url` and `registration` (both null without a pool
+    /// manager), `backends`, `devices`, `workers`, `models` and `disk`.
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
@@ -26,6 +27,7 @@ pub struct Args {
 struct Status {
     pool_id: String,
     daemon_url: Option<String>,
+    registration: Option<Registration>,
     backends: Vec<Backend>,
     devices: Vec<DeviceInfo>,
     workers: Vec<WorkerInfo>,
@@ -56,7 +58,8 @@ impl Args {
     }
 }
 
-fn of_daemon(status: PoolStatus, url: &str) -> Status {
+fn of_daemon(report: PoolReport, url: &str) -> Status {
+    let status = report.status;
     let row = |model: &pool_core::api::pool::ModelOnDisk| ModelRow {
         model_ref: model.model_ref.to_string(),
         size_bytes: model.file.size_bytes,
@@ -65,6 +68,7 @@ fn of_daemon(status: PoolStatus, url: &str) -> Status {
         models: status.models.iter().map(row).collect(),
         pool_id: status.pool_id,
         daemon_url: Some(url.to_owned()),
+        registration: report.registration,
         backends: status.backends,
         devices: status.devices,
         workers: status.workers,
@@ -91,6 +95,7 @@ fn of_host(
     Ok(Status {
         pool_id: context.config.pool_id.clone(),
         daemon_url: None,
+        registration: None,
         backends: lifecycle.backends(),
         devices: lifecycle.devices(&records)?,
         workers,
@@ -120,6 +125,9 @@ fn show(status: &Status) -> Result<(), CliError> {
     };
     say(format!("pool {}", status.pool_id))?;
     say(format!("pool manager: {daemon}"))?;
+    if let Some(registration) = &status.registration {
+        registration::show(registration)?;
+    }
     say(format!("backends: {backends}"))?;
     say(format!(
         "disk: {} of {} free\n",

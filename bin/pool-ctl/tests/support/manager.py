@@ -14,6 +14,12 @@ def worker():
         "load_percent": 100, "memory": {"predicted_bytes": 1, "measured_bytes": 2}, "created_at": "2026-01-01T00:00:00Z",
         "ready_at": None, "exit": over if status == "stopped" else None,
     }
+def registration():
+    # How the pool stands with its orchestrator, as the test says.
+    try:
+        return json.load(open(os.path.join(state, "registration.json")))
+    except FileNotFoundError:
+        return {"state": "off", "since": "2026-01-01T00:00:00Z"}
 class Api(http.server.BaseHTTPRequestHandler):
     def answer(self, body):
         body = json.dumps(body).encode()
@@ -33,12 +39,16 @@ class Api(http.server.BaseHTTPRequestHandler):
             self.answer({
                 "pool_id": "fake", "instance_id": "1", "version": "9.9", "started_at": "2026-01-01T00:00:00Z", "draining": drain is not None, "drain": drain,
                 "backends": [], "devices": [], "workers": [worker()], "models": [], "disk": {"total_bytes": 2, "free_bytes": 1},
+                "registration": registration(),
             })
         else:
             self.answer({"workers": [worker()]} if self.path == "/workers" else {})
     def do_POST(self):
         global status, drain
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"null"
+        if self.path == "/heartbeat":
+            print("told to report", flush=True)
+            return self.answer(registration())
         if self.path == "/drain":
             print("told to drain", json.dumps(json.loads(body), sort_keys=True), flush=True)
             drain = {"since": "2026-01-01T00:00:00Z", "deadline": "2026-01-01T00:01:00Z", "stop_workers": True,

@@ -5,7 +5,9 @@ use axum::http::HeaderValue;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use pool_core::api::error::ErrorEnvelope;
-use pool_core::api::pool::{DrainRequest, ModelList, PoolStatus, WorkerList};
+use pool_core::api::pool::{
+    DrainRequest, ModelList, PoolReport, PoolStatus, Registration, WorkerList,
+};
 use pool_core::lifecycle::SpawnError;
 use pool_core::service::Json;
 use pool_core::service::routes::Health;
@@ -18,9 +20,26 @@ use crate::gpu_inventory;
 /// The longest deadline of a drain: beyond a week somebody mistook the unit.
 const MAX_DEADLINE_MS: u64 = 7 * 24 * 3_600_000;
 
-/// Devices, workers, models and disk. Never a worker's secret.
-#[utoipa::path(get, path = "/status", tag = "pool", responses((status = 200, body = PoolStatus)))]
-pub async fn status(State(pool): App) -> ApiResult<Json<PoolStatus>> {
+/// Devices, workers, models, disk, and the registration with the orchestrator. Never a worker's secret.
+#[utoipa::path(get, path = "/status", tag = "pool", responses((status = 200, body = PoolReport)))]
+pub async fn report(State(pool): App) -> ApiResult<Json<PoolReport>> {
+    let status = pool.blocking(|pool| pool.status()).await?;
+    let registration = Some(pool.link.standing());
+    Ok(Json(PoolReport {
+        status,
+        registration,
+    }))
+}
+
+/// Sends the orchestrator a heartbeat now, and answers how the pool stands with it then.
+///
+/// An orchestrator that has just started asks for it, and so does `llorch-pool` after it changed what the pool has.
+#[utoipa::path(post, path = "/heartbeat", tag = "pool", responses((status = 200, body = Registration)))]
+pub async fn heartbeat(State(pool): App) -> Json<Registration> {
+    Json(pool.link.ask().await)
+}
+
+async fn status(State(pool): App) -> ApiResult<Json<PoolStatus>> {
     Ok(Json(pool.blocking(|pool| pool.status()).await?))
 }
 

@@ -1,16 +1,21 @@
 //! What the orchestrator hears, told by one that only listens.
 
+use std::collections::HashMap;
+use std::fs;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::routing::post;
 use axum::{Json, Router};
-use pool_core::api::pool::{Heartbeat, RegisterRequest};
+use pool_core::api::pool::{
+    Heartbeat, PoolReport, RegisterRequest, Registration, RegistrationState, WorkerSpawnRequest,
+};
 use pool_core::process::Signal;
 use pool_core::service::state_files::RunFiles;
-use pool_core::worker::WorkerStatus;
+use pool_core::worker::{Backend, WorkerStatus};
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::support::{Daemon, Host, until};
@@ -24,14 +29,39 @@ pub struct Heard {
     known: bool,
     registrations: Vec<RegisterRequest>,
     heartbeats: Vec<Heartbeat>,
+    /// Status and code with which registrations are refused.
+    refusal: Option<(u16, &'static str)>,
+    /// Whether a registration with a host's identity is refused, as an older orchestrator does.
+    old: bool,
+    goodbyes: Vec<(String, String)>,
+}
+
+fn envelope(code: &str) -> Json<Value> {
+    Json(json!({"error": {
+        "code": code, "message": "no", "hint": "do something", "correlation_id": "c", "retriable": false,
+    }}))
 }
 
 impl Ear {
     async fn listen(&self, listener: TcpListener) {
         let register = async |State(ear): State<Ear>, Json(request): Json<RegisterRequest>| {
             let mut heard = ear.0.lock().unwrap();
+            if heard.old && request.host_id.is_some() {
+                return (StatusCode::BAD_REQUEST, envelope("INVALID_REQUEST"));
+            }
+            if let Some((status, code)) = heard.refusal {
+                return (StatusCode::from_u16(status).unwrap(), envelope(code));
+            }
             heard.known = true;
             heard.registrations.push(request);
+            (StatusCode::OK, Json(json!({})))
+        };
+        let goodbye = async |State(ear): State<Ear>,
+                             Path(id): Path<String>,
+                             Query(query): Query<HashMap<String, String>>| {
+            let instance = query["instance_id"].clone();
+            ear.0.lock().unwrap().goodbyes.push((id, instance));
+            StatusCode::NO_CONTENT
         };
         let heartbeat = async |State(ear): State<Ear>,
                                Path(id): Path<String>,
@@ -46,7 +76,8 @@ impl Ear {
         };
         let router = Router::new()
             .route("/v2/pools/register", post(register))
-            .route("/v2/pools/{id}/heartbeat", post(heartbeat));
+            .route("/v2/pools/{id}/heartbeat", post(heartbeat))
+            .route("/v2/pools/{id}", axum::routing::delete(goodbye));
         axum::serve(listener, router.with_state(self.clone()))
             .await
             .unwrap();
@@ -237,5 +268,149 @@ async fn an_orchestrator_that_forgot_the_pool_or_was_away_hears_of_it_again() {
     .await;
     assert_eq!(ear.0.lock().unwrap().registrations.len(), 3);
     again.abort();
+    daemon.shut_down().await;
+}
+
+async fn registration(daemon: &Daemon) -> Registration {
+    let report: PoolReport = daemon.client.get("/status").await.unwrap();
+    report.registration.unwrap()
+}
+
+async fn ask(daemon: &Daemon) -> Registration {
+    daemon.client.post("/heartbeat", &json!({})).await.unwrap()
+}
+
+#[tokio::test] // [POOLD-035] P24
+async fn a_refusal_is_shown_with_its_remedy_until_it_is_over() {
+    for (refusal, remedy) in [
+        ((401, "UNAUTHORIZED"), "LLORCH_POOL_TOKEN"),
+        ((409, "POOL_ID_TAKEN"), "LLORCH_POOL_ID"),
+        ((409, "VERSION_MISMATCH"), "do something"),
+    ] {
+        let mut host = Host::new();
+        let (ear, daemon, _serving, addr) = start(&mut host, 600_000).await;
+        ear.until_last("a first heartbeat", |_| true).await;
+        let known = registration(&daemon).await;
+        assert_eq!(known.state, RegistrationState::Registered);
+        assert_eq!(known.orchestrator, Some(format!("http://{addr}")));
+        {
+            let mut heard = ear.0.lock().unwrap();
+            (heard.refusal, heard.known) = (Some(refusal), false);
+        }
+        let refused = ask(&daemon).await;
+        assert_eq!(
+            (refused.state, refused.code.as_deref()),
+            (RegistrationState::Refused, Some(refusal.1))
+        );
+        let hint = refused.hint.clone().unwrap();
+        assert!(hint.contains(remedy), "{hint}");
+        assert!(refused.next_try_at.is_some() && refused.accepted_at == known.accepted_at);
+        assert_eq!(registration(&daemon).await.code, refused.code);
+        ear.0.lock().unwrap().refusal = None;
+        // Nobody waits for the next try, however far it is.
+        assert_eq!(ask(&daemon).await.state, RegistrationState::Registered);
+        daemon.shut_down().await;
+    }
+}
+
+#[tokio::test] // [POOLD-035] P24
+async fn an_orchestrator_that_is_away_or_not_wanted_is_shown_as_such() {
+    let mut host = Host::new();
+    let daemon = host.start().await;
+    assert_eq!(registration(&daemon).await.state, RegistrationState::Off);
+    assert_eq!(ask(&daemon).await.state, RegistrationState::Off);
+    daemon.shut_down().await;
+
+    let (_, daemon, serving, _) = start(&mut host, 600_000).await;
+    serving.abort();
+    let _ = serving.await;
+    let away = ask(&daemon).await;
+    assert_eq!(away.state, RegistrationState::Unreachable);
+    assert!(away.message.is_some(), "{away:?}");
+    daemon.shut_down().await;
+}
+
+#[tokio::test] // [POOLD-036] P24
+async fn a_pool_that_stops_says_goodbye_and_keeps_its_identity() {
+    let mut host = Host::new();
+    let (ear, daemon, _serving, _) = start(&mut host, 600_000).await;
+    let first = ear.until_last("a heartbeat", |_| true).await.instance_id;
+    daemon.shut_down().await;
+    let pool = host.config.pool_id.clone();
+    assert_eq!(ear.0.lock().unwrap().goodbyes, [(pool, first.clone())]);
+    let daemon = host.start().await;
+    ear.until_last("another instance", |beat| beat.instance_id != first)
+        .await;
+    {
+        let heard = ear.0.lock().unwrap();
+        let [before, after] = &heard.registrations[..] else {
+            panic!("{:?}", heard.registrations)
+        };
+        assert!(before.host_id.is_some());
+        assert_eq!(before.host_id, after.host_id);
+    }
+    daemon.shut_down().await;
+
+    // An orchestrator of an earlier release takes the pool without its identity.
+    ear.0.lock().unwrap().old = true;
+    let daemon = host.start().await;
+    until("a third registration", async || {
+        (ear.0.lock().unwrap().registrations.len() == 3).then_some(())
+    })
+    .await;
+    assert_eq!(ear.0.lock().unwrap().registrations[2].host_id, None);
+    daemon.shut_down().await;
+}
+
+#[tokio::test] // [POOLD-030] P24
+async fn a_model_that_comes_or_goes_by_hand_is_told_within_moments() {
+    let mut host = Host::new();
+    // A folder of the same disk under two names, and a link that leads out of it.
+    let root = host.home().models_dir();
+    let root = root.parent().unwrap();
+    let (files, link) = (root.join("files"), root.join("link"));
+    fs::create_dir_all(files.join("sub")).unwrap();
+    std::os::unix::fs::symlink(&files, &link).unwrap();
+    host.config.models.allow_paths = vec![link.clone()];
+    let (ear, daemon, _serving, _) = start(&mut host, 600_000).await;
+    ear.until_last("a first heartbeat", |beat| {
+        beat.snapshot.status.models.is_empty()
+    })
+    .await;
+
+    fs::write(files.join("sub/serve.gguf"), "serve").unwrap();
+    let outside = root.join("outside.gguf");
+    fs::write(&outside, "serve").unwrap();
+    std::os::unix::fs::symlink(&outside, files.join("out.gguf")).unwrap();
+    let told = ear
+        .until_last("the file", |beat| !beat.snapshot.status.models.is_empty())
+        .await;
+    // [POOLD-044]
+    let [model] = &told.snapshot.status.models[..] else {
+        panic!("{:?}", told.snapshot.status.models)
+    };
+    let real = files.canonicalize().unwrap().join("sub/serve.gguf");
+    let name = format!("file:{}", real.display());
+    assert_eq!(model.model_ref.to_string(), name);
+    let alias = format!("file:{}", link.join("sub/serve.gguf").display());
+    let [also] = &model.aliases[..] else {
+        panic!("{:?}", model.aliases)
+    };
+    assert_eq!(also.to_string(), alias);
+
+    // A worker goes by the name that the orchestrator knows, whichever was asked for.
+    let request = WorkerSpawnRequest {
+        model: alias.parse().unwrap(),
+        backend: Backend::Cpu,
+        gpu: None,
+        context_length: None,
+        slots: None,
+        port: None,
+    };
+    let worker = daemon.spawn(&request).await.unwrap();
+    assert_eq!(worker.model_ref.to_string(), name);
+    fs::remove_file(real).unwrap();
+    ear.until_last("its end", |beat| beat.snapshot.status.models.is_empty())
+        .await;
     daemon.shut_down().await;
 }

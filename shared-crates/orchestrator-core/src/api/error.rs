@@ -28,6 +28,8 @@ pub enum ApiErrorCode {
     EventsGone,
     /// The instance or sequence number is older than what is known.
     StaleHeartbeat,
+    /// Another live instance holds the pool id.
+    PoolIdTaken,
     /// The pool speaks another version of the API.
     VersionMismatch,
     /// The store can't take writes now.
@@ -56,6 +58,7 @@ impl ApiErrorCode {
             Self::InvalidEventId => "INVALID_EVENT_ID",
             Self::EventsGone => "EVENTS_GONE",
             Self::StaleHeartbeat => "STALE_HEARTBEAT",
+            Self::PoolIdTaken => pool_core::api::pool::POOL_ID_TAKEN,
             Self::VersionMismatch => "VERSION_MISMATCH",
             Self::StoreUnavailable => "STORE_UNAVAILABLE",
             Self::ShuttingDown => "SHUTTING_DOWN",

@@ -14,14 +14,68 @@ pub struct PoolView {
     pub id: String,
     /// Where the orchestrator reaches it.
     pub url: String,
-    /// Whether it is heard from.
+    /// State in one word.
+    pub state: PoolViewState,
+    /// Whether it is heard from: `online`, `suspect` or `offline`. An awaited pool is `suspect`, a stopped one `offline`.
     pub liveness: PoolLiveness,
     /// When it registered.
     pub registered_at: Timestamp,
-    /// Milliseconds since its latest heartbeat.
+    /// Milliseconds since its latest heartbeat; for an awaited pool since its registration or, after a restart of the
+    /// orchestrator, since that.
     pub heartbeat_age_ms: u64,
     /// What it said last; `None` before its first heartbeat.
     pub status: Option<PoolStatus>,
+    /// Another instance that claims the same pool id, while it keeps trying.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub conflict: Option<PoolConflict>,
+}
+
+/// State of a pool in one word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum PoolViewState {
+    /// Heartbeats arrive, and it takes work.
+    Online,
+    /// Heartbeats arrive; it takes no new work and still finishes some.
+    Draining,
+    /// Heartbeats arrive; it takes no new work and runs none.
+    Drained,
+    /// One heartbeat is missing.
+    Suspect,
+    /// Three heartbeats are missing.
+    Offline,
+    /// Registered, and no heartbeat has arrived yet, or none since the orchestrator restarted.
+    Awaited,
+    /// Stopped on purpose. Its workers may still run.
+    Stopped,
+}
+
+impl PoolViewState {
+    /// The name on the wire and in tables.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Online => "online",
+            Self::Draining => "draining",
+            Self::Drained => "drained",
+            Self::Suspect => "suspect",
+            Self::Offline => "offline",
+            Self::Awaited => "awaited",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
+/// An instance whose registration is refused because another live one holds its pool id.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct PoolConflict {
+    /// Address of the refused instance.
+    pub url: String,
+    /// The refused instance.
+    pub instance_id: String,
+    /// Milliseconds since its latest try.
+    pub age_ms: u64,
 }
 
 /// Answer of `GET /v2/pools`.

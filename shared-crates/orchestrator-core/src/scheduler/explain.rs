@@ -13,6 +13,7 @@ use super::judge::{
 };
 use super::policy::{BuiltIn, WorkerChoice};
 use super::snapshot::PoolState;
+use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
 
 /// The constraint that binds.
@@ -253,6 +254,10 @@ fn filters(class: &Class, pools: &[&PoolState]) -> Vec<FilterCount> {
     counts
 }
 
+/// Hint about a pool that is registered and has not reported yet.
+const REPORTS_SOON: &str =
+    "it reports by itself; if it does not, see `llorch-pool daemon status` on its host";
+
 /// Finds the words for a reason.
 struct Words<'a> {
     class: &'a Class,
@@ -335,10 +340,10 @@ impl Words<'_> {
         let model = &self.class.model;
         let hint = "see `llorch-pool daemon status` on that host".to_owned();
         if self.known().any(alive) {
+            let unheard = self.known().find(|p| p.liveness == PoolLiveness::Awaited);
             let away = self
                 .known()
                 .find(|pool| !alive(pool) && usable(self.class, pool).is_some());
-            let away = away.map_or("another pool", |pool| pool.id.as_str());
             let failure = self.left().find_map(|pool| {
                 let why = pool.start_failure(pool.model(model)?)?;
                 Some(format!(
@@ -348,25 +353,56 @@ impl Words<'_> {
             });
             let missing = || format!("no pool that takes work has `{model}`");
             let why = failure.unwrap_or_else(missing);
-            return (format!("{why}; pool `{away}` has it and is away"), hint);
+            return match (away, unheard) {
+                (None, Some(pool)) => (
+                    format!("{why}; pool `{}` has not reported yet", pool.id),
+                    REPORTS_SOON.to_owned(),
+                ),
+                (away, _) => {
+                    let away = away.map_or("another pool", |pool| pool.id.as_str());
+                    (format!("{why}; pool `{away}` has it and is away"), hint)
+                }
+            };
         }
-        let (mut draining, mut silent) = (0, 0);
-        for pool in self.known() {
-            if pool.liveness == crate::pool::PoolLiveness::Online {
-                draining += 1;
-            } else {
-                silent += 1;
-            }
-        }
-        let message = format!(
-            "of {} pools none takes work: {silent} not heard from, {draining} draining",
-            silent + draining
-        );
-        let hint = match silent {
-            0 => "`llorch-pool daemon resume` on a host lets it take work again".to_owned(),
-            _ => "see `llorch-pool daemon status` on the pool hosts".to_owned(),
+        let count = |liveness| {
+            let pools = self.known().filter(move |pool| pool.liveness == liveness);
+            pools.count()
         };
-        (message, hint)
+        let draining = count(PoolLiveness::Online);
+        let (awaited, stopped) = (count(PoolLiveness::Awaited), count(PoolLiveness::Stopped));
+        let all = self.known().count();
+        let silent = all - draining - awaited - stopped;
+        let first = |liveness| {
+            let pool = self.known().find(|pool| pool.liveness == liveness);
+            pool.map_or("", |pool| pool.id.as_str())
+        };
+        let message = match (all, awaited, stopped) {
+            (1, 1, _) => format!(
+                "pool `{}` is registered and has not reported yet",
+                first(PoolLiveness::Awaited)
+            ),
+            (1, _, 1) => format!("pool `{}` was stopped", first(PoolLiveness::Stopped)),
+            _ => {
+                let parts = [
+                    (silent, "not heard from"),
+                    (awaited, "not reported yet"),
+                    (stopped, "stopped"),
+                    (draining, "draining"),
+                ];
+                let parts = parts.iter().filter(|(count, _)| *count > 0);
+                let parts: Vec<_> = parts
+                    .map(|(count, what)| format!("{count} {what}"))
+                    .collect();
+                format!("of {all} pools none takes work: {}", parts.join(", "))
+            }
+        };
+        let hint = match (awaited, silent, stopped) {
+            (0, 0, 0) => "`llorch-pool daemon resume` on a host lets it take work again",
+            (0, 0, _) => "`llorch-pool daemon start` on its host lets it take work again",
+            (0, ..) => "see `llorch-pool daemon status` on the pool hosts",
+            _ => REPORTS_SOON,
+        };
+        (message, hint.to_owned())
     }
 
     fn model_missing(&self) -> (String, String) {

@@ -351,10 +351,11 @@ fn missing(
         let why = pool.start_failure(pool.model(&class.model)?)?;
         Some((&pool.id, why))
     });
-    // A pool that is away now may have a good copy.
-    let away = pools
-        .iter()
-        .find(|p| class.admits_pool(&p.id) && !alive(p) && usable(class, p).is_some());
+    // A pool that is away now may have a good copy. One that has not reported yet is not known to have none.
+    let away = pools.iter().find(|p| {
+        let may_have = p.liveness == PoolLiveness::Awaited || usable(class, p).is_some();
+        class.admits_pool(&p.id) && !alive(p) && may_have
+    });
     if let Some((pool, why)) = failure {
         return match away {
             Some(_) => Verdict::Wait(WaitReason::PoolsAway),

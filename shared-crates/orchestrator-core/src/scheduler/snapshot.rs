@@ -299,6 +299,23 @@ impl PoolState {
         }
     }
 
+    /// The scheduler's view of a registered pool whose heartbeat has not arrived yet.
+    pub fn unheard(id: &str, liveness: PoolLiveness) -> Self {
+        Self {
+            id: id.to_owned(),
+            liveness,
+            draining: false,
+            devices: Vec::new(),
+            workers: Vec::new(),
+            models: Vec::new(),
+            disk_free_bytes: 0,
+            downloads: Vec::new(),
+            refused_starts: Vec::new(),
+            refused_downloads: Vec::new(),
+            last_start: 0,
+        }
+    }
+
     /// The model as it lies on the pool's disk.
     pub fn model(&self, model: &ModelRef) -> Option<&ModelState> {
         self.models.iter().find(|m| m.model == *model)

@@ -185,6 +185,9 @@ pub struct DeviceInfo {
 pub struct ModelOnDisk {
     /// How tasks name it.
     pub model_ref: ModelRef,
+    /// Other names by which tasks may name it: paths to its file below `models.allow_paths`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<ModelRef>,
     /// The file's identity.
     pub file: ModelFile,
     /// Memory that a worker with default settings needs, bytes.
@@ -238,6 +241,70 @@ pub struct PoolStatus {
     pub disk: DiskInfo,
 }
 
+/// Answer of the pool's `GET /status`: the public part of a heartbeat, and how the pool stands with its orchestrator.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct PoolReport {
+    /// The pool itself.
+    #[serde(flatten)]
+    pub status: PoolStatus,
+    /// Its registration; absent in answers of older daemons.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub registration: Option<Registration>,
+}
+
+/// State of a pool's registration with its orchestrator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum RegistrationState {
+    /// The settings name no orchestrator (`orchestrator_url = "none"`).
+    Off,
+    /// The first try is under way.
+    Pending,
+    /// The latest heartbeat was accepted.
+    Registered,
+    /// The orchestrator answers, and refuses this pool.
+    Refused,
+    /// The orchestrator does not answer.
+    Unreachable,
+    /// No orchestrator runs on this host; the pool registers when one starts.
+    NoOrchestrator,
+    /// The pool could not make a heartbeat.
+    Failed,
+}
+
+/// How a pool stands with its orchestrator.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Registration {
+    /// State.
+    pub state: RegistrationState,
+    /// Address of the orchestrator, where one is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub orchestrator: Option<String>,
+    /// Time since which the state holds.
+    pub since: Timestamp,
+    /// Time of the latest accepted heartbeat.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accepted_at: Option<Timestamp>,
+    /// The orchestrator's code for a refusal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<String>,
+    /// Reason of a refusal or failure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// Remedy.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<String>,
+    /// Time of the next try after a failure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_try_at: Option<Timestamp>,
+}
+
+/// Error code of an orchestrator that refuses a registration because another live instance holds the pool id.
+pub const POOL_ID_TAKEN: &str = "POOL_ID_TAKEN";
+
 /// Body of `POST /v2/pools/register`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
@@ -263,6 +330,14 @@ pub struct RegisterRequest {
     /// Milliseconds between heartbeats.
     #[cfg_attr(feature = "openapi", schema(minimum = 20, maximum = 600000))]
     pub heartbeat_interval_ms: u64,
+    /// Identity of the host and its state folder, the same at each start of the daemon there: it distinguishes a restart
+    /// from a second host with the same pool id. Older pools send none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(
+        feature = "openapi",
+        schema(min_length = 1, max_length = 128, pattern = "^[A-Za-z0-9._-]+$")
+    )]
+    pub host_id: Option<String>,
 }
 
 /// Where the orchestrator reaches a worker, and the secret that opens it. Travels in heartbeats alone.

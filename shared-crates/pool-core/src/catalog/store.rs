@@ -16,6 +16,7 @@
 mod check;
 mod download;
 mod import;
+mod offer;
 mod slot;
 
 use std::fs::{self, DirBuilder, File};
@@ -39,6 +40,7 @@ use crate::worker::ModelFile;
 
 pub use download::{Download, NoSpace, Part, PartOrigin};
 pub use import::{Candidate, ImportError, Imported, Unlike};
+pub use offer::{Offer, Offered};
 pub use slot::Slot;
 
 use check::check;
@@ -336,19 +338,7 @@ impl Store {
     /// All models on disk: entries of the catalogue in its order, then what was imported or fetched from the hub
     /// without an entry, then other GGUF files of the folder (as `file:`) by path.
     pub fn list(&self, catalog: &Catalog) -> Result<Vec<ResolvedModel>, ResolveError> {
-        let mut models = Vec::new();
-        let kept = self.all_kept()?;
-        let kept = kept
-            .into_iter()
-            .filter(|slot| catalog.get(&slot.id).is_none());
-        for slot in catalog.iter().map(Slot::from).chain(kept) {
-            let path = self.path_of(&slot);
-            match resolved(slot.model_ref.clone(), path, self.record(&slot)) {
-                Ok(model) => models.push(model),
-                Err(ResolveError::Missing { .. } | ResolveError::NotAFile { .. }) => {}
-                Err(error) => return Err(error),
-            }
-        }
+        let mut models = self.named(catalog)?;
         let mut others = Vec::new();
         for path in gguf_files(&self.dir, 2)? {
             if models.iter().any(|model| model.path == path) {
@@ -365,6 +355,24 @@ impl Store {
         }
         others.sort_by(|a, b| a.path.cmp(&b.path));
         models.extend(others);
+        Ok(models)
+    }
+
+    /// The models on disk that have a name: entries of the catalogue, then what was imported or fetched from the hub.
+    fn named(&self, catalog: &Catalog) -> Result<Vec<ResolvedModel>, ResolveError> {
+        let mut models = Vec::new();
+        let kept = self.all_kept()?;
+        let kept = kept
+            .into_iter()
+            .filter(|slot| catalog.get(&slot.id).is_none());
+        for slot in catalog.iter().map(Slot::from).chain(kept) {
+            let path = self.path_of(&slot);
+            match resolved(slot.model_ref.clone(), path, self.record(&slot)) {
+                Ok(model) => models.push(model),
+                Err(ResolveError::Missing { .. } | ResolveError::NotAFile { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
         Ok(models)
     }
 

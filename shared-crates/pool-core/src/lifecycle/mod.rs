@@ -44,7 +44,7 @@ pub use start::Started;
 use crate::ModelRef;
 use crate::api::pool::{DeviceInfo, WorkerSpawnRequest};
 use crate::api::worker::WorkerHealth;
-use crate::catalog::store::{ResolvedModel, Store};
+use crate::catalog::store::{Offer, ResolveError, ResolvedModel, Store};
 use crate::catalog::{Catalog, CatalogError};
 use crate::cgroup::OomMark;
 use crate::config::PoolConfig;
@@ -160,10 +160,19 @@ impl Lifecycle {
             .join(format!("{id}.log"))
     }
 
-    /// The file behind a model reference, as far as this pool's settings allow it.
+    /// The file behind a model reference, as far as this pool's settings allow it. It goes by the name under which the
+    /// pool offers it, so that a worker serves every task that means the same file.
     pub fn resolve(&self, model: &ModelRef) -> Result<ResolvedModel, SpawnError> {
         let allowed = self.config.allow_paths(&self.home);
-        Ok(self.store.resolve(model, &self.catalog, &allowed)?)
+        let mut found = self.store.resolve(model, &self.catalog, &allowed)?;
+        found.model_ref = self.store.name_of(model, &found.path, &self.catalog);
+        Ok(found)
+    }
+
+    /// The models on this host that tasks may name, at most `limit` of them by path alone.
+    pub fn offer(&self, limit: usize) -> Result<Offer, ResolveError> {
+        let allowed = self.config.allow_paths(&self.home);
+        self.store.offer(&self.catalog, &allowed, limit)
     }
 
     /// Backends that a worker can be started with here: those with a program and a device.

@@ -132,7 +132,8 @@ pub mod paint {
             let style = match name.as_str() {
                 "ready" | "running" | "completed" | "online" | "busy" => Style::Good,
                 "failed" | "offline" | "expired" => Style::Bad,
-                "queued" | "dispatched" | "starting" | "draining" => Style::Warn,
+                "queued" | "dispatched" | "starting" | "draining" | "drained" | "suspect"
+                | "awaited" => Style::Warn,
                 "cancelled" | "stopped" => Style::Dim,
                 _ => Style::Plain,
             };

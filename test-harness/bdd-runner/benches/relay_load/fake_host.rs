@@ -117,6 +117,7 @@ impl FakeHost {
             url: self.url.clone(),
             api_version: pool_core::POOL_API_VERSION,
             heartbeat_interval_ms: u64::try_from(HEARTBEAT.as_millis())?,
+            host_id: None,
         };
         let _: IgnoredAny = client.post("/v2/pools/register", &registration).await?;
         let mut heartbeat = Heartbeat {
@@ -152,6 +153,7 @@ impl FakeHost {
         };
         let model = ModelOnDisk {
             model_ref: MODEL.parse()?,
+            aliases: Vec::new(),
             file: file.clone(),
             needed_bytes: 1000,
         };

@@ -5,6 +5,7 @@ mod attempts;
 mod commands;
 mod demo;
 mod durability;
+mod fleet;
 mod jobs;
 pub mod memory;
 mod orchestrator;

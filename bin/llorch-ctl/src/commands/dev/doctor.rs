@@ -4,8 +4,8 @@ use std::error::Error;
 use std::net::SocketAddr;
 
 use clap::Args;
+use orchestrator_core::api::pools::{PoolView, PoolViewState};
 use orchestrator_core::config::{ConfigError, OrchestratorConfig};
-use orchestrator_core::pool::PoolLiveness;
 use pool_core::home::Home;
 use pool_core::terminal::daemon::{find_sibling, status};
 use pool_core::terminal::doctor::host::{self, Room};
@@ -149,22 +149,37 @@ async fn daemon(connect: &ConnectArgs) -> Vec<Finding> {
             "none has registered",
             format!("on a pool's host: LLORCH_ORCHESTRATOR_URL={at} llorch-pool daemon start"),
         ),
-        Ok(pools) => {
-            let away: Vec<_> = pools
-                .iter()
-                .filter(|pool| pool.liveness != PoolLiveness::Online)
-                .map(|pool| pool.id.as_str())
-                .collect();
-            let online = pools.len() - away.len();
-            if away.is_empty() {
-                Finding::ok("pools", format!("{online} online"))
-            } else {
-                let message = format!("{online} online, not heard from: {}", away.join(", "));
-                Finding::warn("pools", message, "on that host: llorch-pool daemon start")
-            }
-        }
+        Ok(pools) => pools_finding(&pools),
     });
     findings
+}
+
+fn pools_finding(pools: &[PoolView]) -> Finding {
+    if let Some(contested) = pools.iter().find(|pool| pool.conflict.is_some()) {
+        let other = contested.conflict.as_ref().map_or("", |other| &other.url);
+        let message = format!(
+            "pool id `{}` is held by {}, and {other} claims it too",
+            contested.id, contested.url
+        );
+        let fix = "on one of the two hosts: set LLORCH_POOL_ID or `pool_id`, then llorch-pool daemon stop && llorch-pool daemon start";
+        return Finding::fail("pools", message, fix);
+    }
+    let (online, others): (Vec<_>, Vec<_>) = pools
+        .iter()
+        .partition(|pool| pool.state == PoolViewState::Online);
+    let mut message = format!("{} online", online.len());
+    for pool in &others {
+        message += &format!(", {} {}", pool.id, pool.state.as_str());
+    }
+    let drains =
+        |pool: &&PoolView| matches!(pool.state, PoolViewState::Draining | PoolViewState::Drained);
+    match &others[..] {
+        [] => Finding::ok("pools", message),
+        others if others.iter().all(drains) => {
+            Finding::warn("pools", message, "on that host: llorch-pool daemon resume")
+        }
+        _ => Finding::warn("pools", message, "on that host: llorch-pool daemon start"),
+    }
 }
 
 #[cfg(test)]

@@ -36,6 +36,7 @@ pub struct FakePool {
     pub endpoints: Vec<WorkerEndpoint>,
     pub models: Vec<ModelOnDisk>,
     pub interval_ms: u64,
+    pub host_id: Option<String>,
     pub spawned: Spawned,
     /// The message with which spawns are refused.
     pub refusal: Arc<Mutex<Option<String>>>,
@@ -69,6 +70,7 @@ impl FakePool {
         let server = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
         let model = ModelOnDisk {
             model_ref: MODEL.parse().unwrap(),
+            aliases: Vec::new(),
             file: model_file(),
             needed_bytes: 1000,
         };
@@ -79,6 +81,7 @@ impl FakePool {
             endpoints: Vec::new(),
             models: vec![model],
             interval_ms: 60_000,
+            host_id: None,
             asked,
             spawned,
             refusal,
@@ -103,6 +106,7 @@ impl FakePool {
             url: format!("http://{}", self.addr),
             api_version: pool_core::POOL_API_VERSION,
             heartbeat_interval_ms: self.interval_ms,
+            host_id: self.host_id.clone(),
         }
     }
 
@@ -190,6 +194,8 @@ pub struct Asked {
     pub stops: Arc<Mutex<Vec<String>>>,
     /// Models that it was told to download.
     pub downloads: Arc<Mutex<Vec<String>>>,
+    /// How often it was asked for a heartbeat.
+    pub beats: Arc<AtomicU64>,
     /// What it says of a download; the stream stays open until the last event is there.
     pub events: Arc<Mutex<Vec<DownloadEvent>>>,
 }
@@ -199,6 +205,7 @@ impl Asked {
         Router::new()
             .route("/workers/{id}/stop", post(stop_worker))
             .route("/models/download", post(download))
+            .route("/heartbeat", post(heartbeat))
             .route("/drain", post(drain))
             .route("/resume", post(resume))
             .with_state(self.clone())
@@ -208,6 +215,11 @@ impl Asked {
 async fn stop_worker(State(asked): State<Asked>, Path(id): Path<String>) -> Response {
     asked.stops.lock().unwrap().push(id.clone());
     Json(worker_info(&id, WorkerStatus::Draining)).into_response()
+}
+
+async fn heartbeat(State(asked): State<Asked>) -> Json<serde_json::Value> {
+    asked.beats.fetch_add(1, Ordering::Relaxed);
+    Json(serde_json::json!({}))
 }
 
 async fn download(

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Subcommand;
-use pool_core::api::pool::PoolStatus;
+use pool_core::api::pool::{PoolReport, PoolStatus};
 use pool_core::run_files;
 use pool_core::terminal::daemon::{self, DaemonSpec};
 use pool_core::terminal::daemon_commands::{self, ConfigArgs, LogArgs, Whereabouts};
@@ -17,6 +17,7 @@ mod drain;
 use super::worker::stop_all;
 use crate::context::Context;
 use crate::pool::Pool;
+use crate::registration;
 
 const NAME: &str = "pool-managerd";
 /// How long the pool manager may take until it answers: it opens files and asks its workers how they are.
@@ -28,6 +29,8 @@ const STOP_SLACK: Duration = Duration::from_secs(8);
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start the pool manager in the background and return when it answers. One that runs already is left alone.
+    ///
+    /// Shows whether the orchestrator takes the pool. A pool that is refused runs all the same, with a warning.
     Start(ConfigArgs),
     /// Stop the pool manager. Its workers go on, and the next pool manager takes them over.
     Stop {
@@ -37,7 +40,8 @@ pub enum Command {
     },
     /// Show whether the pool manager runs, and where it answers. Exits with 3 if it does not run.
     Status {
-        /// How to print it. JSON: an object with `running`, `pid`, `version`, `url`, and `pool` (what it says itself).
+        /// How to print it. JSON: an object with `running`, `pid`, `version`, `url`, and `pool` (what it says itself, with
+        /// its `registration` at the orchestrator).
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
@@ -91,6 +95,7 @@ async fn start(config: Option<PathBuf>) -> Result<Exit, CliError> {
         start_timeout: START_TIMEOUT,
     })
     .await?;
+    registration::show_first_outcome(&context).await?;
     Ok(Exit::Done)
 }
 
@@ -142,7 +147,7 @@ fn owns_this_home(context: &Context) -> Result<bool, CliError> {
 struct Status {
     #[serde(flatten)]
     daemon: Whereabouts,
-    pool: Option<PoolStatus>,
+    pool: Option<PoolReport>,
 }
 
 async fn status(context: &Context, format: Format) -> Result<Exit, CliError> {
@@ -166,7 +171,12 @@ async fn status(context: &Context, format: Format) -> Result<Exit, CliError> {
         (Format::Table, pool) => {
             status.daemon.say(NAME, "llorch-pool daemon start")?;
             match pool {
-                Some(pool) => say(line_of(pool))?,
+                Some(pool) => {
+                    say(line_of(&pool.status))?;
+                    if let Some(registration) = &pool.registration {
+                        registration::show(registration)?;
+                    }
+                }
                 None if status.daemon.running => {
                     note("it does not answer; `llorch-pool daemon logs` may say why");
                 }

@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use pool_core::api::pool::PoolReport;
 use pool_core::catalog::Catalog;
 use pool_core::config::{ConfigError, PoolConfig};
 use pool_core::errors::with_causes;
@@ -20,9 +21,12 @@ use pool_core::terminal::{CliError, Exit, Format, daemon};
 use pool_core::worker::Backend;
 
 use super::{first_line, version_of};
+use crate::context::Context;
 use crate::git_wrapper::repo::{Repo, State, shown};
 use crate::git_wrapper::{Git, GitError};
 use crate::hf_wrapper;
+use crate::pool::Pool;
+use crate::registration;
 
 /// The disk of the models: below the first no mid-sized model fits, below the second not even the default one with its
 /// wheel.
@@ -93,6 +97,7 @@ pub(super) async fn examine() -> Result<Vec<Finding>, CliError> {
     findings.push(pip_finding(python.as_deref(), pip.as_deref(), hf.is_some()));
     findings.push(hf_finding(hf.as_deref(), pip.is_some()).await);
     findings.extend(ports(&home, &config));
+    findings.extend(registration_finding().await);
     findings.push(ssh_server());
     findings.push(git_finding().await);
     findings.extend(checkout(&config).await);
@@ -318,6 +323,17 @@ async fn hf_finding(hf: Option<&Path>, has_pip: bool) -> Finding {
         Some(version) => Finding::ok("hf", format!("{version} ({})", hf.display())),
         None => Finding::warn("hf", format!("{} does not start", hf.display()), fix),
     }
+}
+
+/// How the orchestrator takes the pool, where its daemon runs and answers.
+async fn registration_finding() -> Option<Finding> {
+    let context = Context::load(None).ok()?;
+    daemon::status(&context.home.pool_state())?;
+    let Ok(Pool::Daemon(client)) = Pool::of_this_home(&context).await else {
+        return None;
+    };
+    let report: PoolReport = client.get("/status").await.ok()?;
+    Some(registration::finding(&report.registration?))
 }
 
 /// The port of the pool manager, and the first free one for a worker.

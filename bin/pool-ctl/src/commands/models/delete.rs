@@ -148,14 +148,9 @@ fn target(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result<Target, 
         let found = store
             .resolve(model, catalog, &[])
             .map_err(|error| resolve_error(&error))?;
-        let own = store
-            .list(catalog)
-            .map_err(|error| resolve_error(&error))?
-            .into_iter()
-            .find(|listed| listed.path == found.path && listed.model_ref != *model);
-        return Ok(match own {
-            Some(listed) => Target::Slot(slot(catalog, store, &listed.model_ref)?),
-            None => Target::File(found.path),
+        return Ok(match store.name_of(model, &found.path, catalog) {
+            ModelRef::File(_) => Target::File(found.path),
+            named => Target::Slot(slot(catalog, store, &named)?),
         });
     }
     Ok(Target::Slot(slot(catalog, store, model)?))

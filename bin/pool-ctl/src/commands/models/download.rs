@@ -10,6 +10,7 @@ use pool_core::terminal::{CliError, Exit, human_bytes, say};
 use crate::context::{Context, resolve_error};
 use crate::download::{self, DownloadError, Fetched};
 use crate::hub::{Hub, HubError};
+use crate::registration;
 use crate::report::{Report, emit};
 
 /// Downloads `model`, and tells how it ended the way `report` wants it.
@@ -51,6 +52,10 @@ async fn fetch(
 ) -> Result<(Slot, Fetched), DownloadError> {
     let slot = place_for(catalog, store, model).await?;
     let fetched = download::run(store, &slot, &context.home.venv_dir(), force, report).await?;
+    // Under the daemon, the daemon itself sees how this ends.
+    if report == Report::Bar {
+        registration::report_change(context).await;
+    }
     Ok((slot, fetched))
 }
 

@@ -4,12 +4,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use pool_core::ModelRef;
+use pool_core::api::pool::RegistrationState;
 use pool_core::catalog::Catalog;
 use pool_core::catalog::store::{CheckError, ImportError, Imported, Store};
 use pool_core::terminal::interrupt::{Interrupt, interrupted};
 use pool_core::terminal::{CliError, Exit, human_bytes, note, sanitize, say};
 
+use crate::context::Context;
 use crate::download::with_meter;
+use crate::registration;
 use crate::report::Report;
 
 /// How often another process's work on the same model is looked at.
@@ -18,6 +21,7 @@ const WAIT_POLL: Duration = Duration::from_millis(200);
 /// Brings the file at `path` into the models folder, called `name`; with `force` also where its header speaks against
 /// that name's catalogue entry.
 pub async fn run(
+    context: &Context,
     catalog: &Catalog,
     store: &Store,
     path: &Path,
@@ -73,7 +77,25 @@ pub async fn run(
     };
     drop(waiting);
     say(sentence(store, &imported))?;
+    say(availability(context, &imported.slot.model_ref).await)?;
     Ok(Exit::Done)
+}
+
+/// Returns who can use the model now, and what is pending.
+async fn availability(context: &Context, name: &ModelRef) -> String {
+    let here = format!("`llorch-pool worker spawn cpu --model {name}`");
+    match registration::report_change(context).await {
+        Some(registered) if registered.state == RegistrationState::Registered => {
+            format!("tasks name it `{name}`, as in {here}")
+        }
+        Some(registration) => format!(
+            "on this host {here} uses it; tasks can name it `{name}` once the pool is registered: it {}",
+            registration::words(&registration)
+        ),
+        None => format!(
+            "on this host {here} uses it; tasks can name it `{name}` once the pool manager runs: `llorch-pool daemon start`"
+        ),
+    }
 }
 
 fn sentence(store: &Store, imported: &Imported) -> String {
@@ -88,7 +110,7 @@ fn sentence(store: &Store, imported: &Imported) -> String {
         _ => "SHA-256 as in the catalogue".to_owned(),
     };
     format!(
-        "{name} is at {path} ({size}, {hash}; {how})\ntasks name it `{name}`, as in `llorch-pool worker spawn cpu --model {name}`",
+        "{name} is at {path} ({size}, {hash}; {how})",
         name = slot.model_ref,
         path = store.path_of(slot).display(),
         size = human_bytes(imported.record.identity.size_bytes),

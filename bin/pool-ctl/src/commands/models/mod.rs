@@ -17,6 +17,7 @@ use pool_core::terminal::{CliError, Exit, Format, human_bytes, note, print_json,
 use serde::Serialize;
 
 use crate::context::{Context, resolve_error};
+use crate::registration;
 use crate::report::Report;
 
 /// `llorch-pool models`.
@@ -140,7 +141,7 @@ impl Command {
                 progress,
             } => download::run(&context, &catalog, &store, &model, force, progress).await,
             Self::Import { path, name, force } => {
-                import::run(&catalog, &store, &path, name.as_deref(), force).await
+                import::run(&context, &catalog, &store, &path, name.as_deref(), force).await
             }
             Self::Verify {
                 models,
@@ -154,7 +155,9 @@ impl Command {
                 format,
             } => {
                 let consent = delete::Consent { yes, force };
-                delete::run(&context, &catalog, &store, &model, consent, format)
+                let exit = delete::run(&context, &catalog, &store, &model, consent, format)?;
+                registration::report_change(&context).await;
+                Ok(exit)
             }
             Self::Info { model, format } => info::run(&catalog, &store, &model, format),
         }

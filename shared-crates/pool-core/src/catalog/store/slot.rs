@@ -99,25 +99,7 @@ impl Slot {
 
     /// Whether `model`, which may leave revision and file open, may mean this file of the hub.
     pub(super) fn is_meant_by(&self, model: &ModelRef) -> bool {
-        match (&self.model_ref, model) {
-            (
-                ModelRef::Hub {
-                    repo,
-                    revision,
-                    file,
-                },
-                ModelRef::Hub {
-                    repo: asked,
-                    revision: asked_revision,
-                    file: asked_file,
-                },
-            ) => {
-                repo == asked
-                    && (asked_revision.is_none() || asked_revision == revision)
-                    && (asked_file.is_none() || asked_file == file)
-            }
-            _ => false,
-        }
+        self.model_ref.is_meant_by(model)
     }
 }
 

@@ -388,6 +388,70 @@ fn the_list_has_catalogue_models_and_other_files() {
     );
 }
 
+#[test] // [STORE-014] P24
+fn what_tasks_may_name_has_every_name_that_leads_to_it() {
+    let setup = Setup::new(true);
+    setup.place(&tiny_gguf()).unwrap();
+    let models = setup.store.dir().to_path_buf();
+    let root = setup.root.path().canonicalize().unwrap();
+    let (shared, link) = (root.join("shared"), root.join("link"));
+    fs::create_dir_all(shared.join("deep/er")).unwrap();
+    symlink(&shared, &link).unwrap();
+    fs::write(shared.join("a.gguf"), tiny_gguf()).unwrap();
+    fs::write(shared.join("deep/er/b.gguf"), tiny_gguf()).unwrap();
+    symlink(shared.join("a.gguf"), shared.join("z.gguf")).unwrap();
+    symlink(&shared, shared.join("deep/loop")).unwrap();
+    symlink("/etc/passwd", shared.join("evil.gguf")).unwrap();
+    let file = |path: PathBuf| format!("file:{}", path.display());
+    let names = |allowed: &[PathBuf], limit| {
+        let offer = setup.store.offer(&setup.catalog, allowed, limit).unwrap();
+        let models = offer.models.into_iter().map(|offered| {
+            let aliases = offered.aliases.iter().map(ToString::to_string);
+            (
+                offered.model.model_ref.to_string(),
+                aliases.collect::<Vec<_>>(),
+            )
+        });
+        (models.collect::<Vec<_>>(), offer.truncated)
+    };
+    let own = ("m".to_owned(), vec![file(models.join("m/m.gguf"))]);
+    assert_eq!(names(std::slice::from_ref(&models), 9), (vec![own], false));
+    // Not below the allowed folders: it has its name alone.
+    let named = ("m".to_owned(), vec![]);
+    let a = (
+        file(shared.join("a.gguf")),
+        ["a.gguf", "z.gguf"]
+            .map(|name| file(link.join(name)))
+            .to_vec(),
+    );
+    let b = (
+        file(shared.join("deep/er/b.gguf")),
+        vec![file(link.join("deep/er/b.gguf"))],
+    );
+    let allowed = [link.clone()];
+    assert_eq!(
+        names(&allowed, 9),
+        (vec![named.clone(), a.clone(), b], false)
+    );
+    assert_eq!(names(&allowed, 1), (vec![named, a], true));
+
+    let name_of = |model: &str, path: PathBuf| {
+        let model = model.parse().unwrap();
+        setup
+            .store
+            .name_of(&model, &path, &setup.catalog)
+            .to_string()
+    };
+    let typed = file(link.join("z.gguf"));
+    assert_eq!(
+        name_of(&typed, shared.join("a.gguf")),
+        file(shared.join("a.gguf"))
+    );
+    let typed = file(models.join("m/m.gguf"));
+    assert_eq!(name_of(&typed, models.join("m/m.gguf")), "m");
+    assert_eq!(name_of("hf:a/b", models.join("m/m.gguf")), "m");
+}
+
 /// A download of the hub's source that was broken off with `bytes` come.
 fn broken_off(setup: &Setup, bytes: &[u8]) -> PartOrigin {
     let mut download = setup.store.try_begin(&setup.slot()).unwrap().unwrap();

@@ -1,0 +1,65 @@
+//! Identity of a host and its pool's state folder.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use crate::fsio;
+use crate::secret::Secret;
+
+/// File in the pool's state folder that holds the random half of the identity.
+const FILE: &str = "host-id";
+/// Identities of the operating system, the same over restarts: a copied state folder does not bring them along.
+const MACHINE_IDS: [&str; 2] = ["/etc/machine-id", "/var/lib/dbus/machine-id"];
+
+/// Returns the identity of this host with the state folder `state`, the same at every call. The first call writes the
+/// random half into the folder.
+pub fn host_id(state: &Path) -> io::Result<String> {
+    let machine = MACHINE_IDS
+        .iter()
+        .find_map(|path| fs::read_to_string(path).ok())
+        .unwrap_or_default();
+    host_id_on(state, machine.trim())
+}
+
+fn host_id_on(state: &Path, machine: &str) -> io::Result<String> {
+    let path = state.join(FILE);
+    let own = match fs::read_to_string(&path) {
+        Ok(own) if !own.trim().is_empty() => own.trim().to_owned(),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {
+            let own = Secret::random().expose().to_owned();
+            fsio::write_atomic(&path, &own, 0o600)?;
+            own
+        }
+    };
+    // The id of the machine is not for others to see, so only a hash leaves the host.
+    let mut hash = Sha256::new();
+    for part in ["llorch-pool-host", machine, &own] {
+        hash.update(part);
+        hash.update([0]);
+    }
+    let hash = hash.finalize();
+    Ok(hash[..16]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLCORE-160]
+    fn a_host_keeps_its_identity_and_a_copied_folder_on_another_host_has_another() {
+        let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let id = host_id_on(here.path(), "machine-1").unwrap();
+        assert_eq!(id.len(), 32);
+        assert_eq!(host_id_on(here.path(), "machine-1").unwrap(), id);
+        assert_ne!(host_id_on(there.path(), "machine-1").unwrap(), id);
+        fs::copy(here.path().join(FILE), there.path().join(FILE)).unwrap();
+        assert_ne!(host_id_on(there.path(), "machine-2").unwrap(), id);
+    }
+}

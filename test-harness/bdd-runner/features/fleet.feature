@@ -1,0 +1,41 @@
+Feature: The fleet
+  What a program says of a pool is so at that moment.
+
+  Background:
+    Given the default model is on disk
+    And a running orchestrator that keeps its port and a pool that reports every 10 minutes
+
+  # [BDD-120] P24
+  Scenario Outline: A restarted orchestrator has its workers back at once
+    Given the pool has an idle worker
+    When the orchestrator gets SIG<signal> and starts again
+    Then a job that is submitted now goes to that worker within 5 seconds
+
+    Examples:
+      | signal |
+      | KILL   |
+      | TERM   |
+
+  # [BDD-121] P24
+  Scenario: A pool that stops on purpose is shown so, and back at once
+    When I run `llorch-pool daemon stop`
+    And I run `llorch pool list`
+    Then standard output contains "stopped"
+    When I run `llorch-pool daemon start`
+    Then standard output contains "the pool is registered with http://"
+    When I run `llorch pool list`
+    Then standard output contains "online"
+    When I run `llorch-pool daemon drain`
+    And I run `llorch pool list`
+    Then standard output contains "drained"
+
+  # [BDD-122] P24
+  Scenario: Tasks can name what was just imported, and files below the allowed folders
+    Given a copy of the default model at "HOME/own.gguf"
+    When I run `llorch-pool models import HOME/own.gguf --as own`
+    Then standard output contains "tasks name it `own`"
+    When an agent posts to "/v2/tasks":
+      """
+      {"model": "own", "prompt": "hi", "max_tokens": 1}
+      """
+    Then the answer is 202
