@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pool_core::api::worker::{ExecuteRequest, WorkerEvent};
+use pool_core::clock;
 use pool_core::crash::crash_point;
 use tokio::sync::watch;
 
@@ -84,7 +85,8 @@ struct EventLog {
     bytes: usize,
     metrics: Option<StoredEvent>,
     metrics_version: u64,
-    ended: Option<Instant>,
+    /// The worker's own time at its end: a gap in which the worker did not run ages no buffer.
+    ended: Option<Duration>,
 }
 
 /// One attempt at a job.
@@ -165,7 +167,7 @@ impl Execution {
             log.events.push(stored);
         }
         if event.is_last() {
-            log.ended = Some(Instant::now());
+            log.ended = Some(clock::elapsed());
         }
         drop(log);
         self.changed.send_replace(());
@@ -201,7 +203,7 @@ impl Execution {
         log.ended.map(|_| log.events.len())
     }
 
-    fn ended(&self) -> Option<Instant> {
+    fn ended(&self) -> Option<Duration> {
         lock(&self.log).ended
     }
 
@@ -236,11 +238,11 @@ impl Table {
             .count()
     }
 
-    fn sweep(&mut self, limits: &Limits, now: Instant) {
+    fn sweep(&mut self, limits: &Limits, now: Duration) {
         self.jobs.retain(|_, execution| {
             execution
                 .ended()
-                .is_none_or(|ended| now.saturating_duration_since(ended) < limits.ttl)
+                .is_none_or(|ended| now.saturating_sub(ended) < limits.ttl)
         });
         let mut bytes: usize = self.jobs.values().map(|execution| execution.bytes()).sum();
         while bytes > limits.buffer_bytes {
@@ -281,7 +283,7 @@ impl Executions {
     /// Starts an execution, or attaches to the one that has the same fence already.
     pub fn submit(&self, request: ExecuteRequest) -> Result<Arc<Execution>, Refusal> {
         let mut table = lock(&self.table);
-        table.sweep(&self.limits, Instant::now());
+        table.sweep(&self.limits, clock::elapsed());
         let known = table.jobs.get(&request.job_id).cloned();
         match &known {
             Some(known) if known.fence == request.fence => return Ok(Arc::clone(known)),
@@ -319,7 +321,7 @@ impl Executions {
     /// The newest execution of a job.
     pub fn get(&self, job_id: &str) -> Option<Arc<Execution>> {
         let mut table = lock(&self.table);
-        table.sweep(&self.limits, Instant::now());
+        table.sweep(&self.limits, clock::elapsed());
         table.jobs.get(job_id).cloned()
     }
 
@@ -364,7 +366,7 @@ impl Executions {
         table
             .active
             .retain(|active| !Arc::ptr_eq(active, execution));
-        table.sweep(&self.limits, Instant::now());
+        table.sweep(&self.limits, clock::elapsed());
         if table.active.is_empty() {
             self.idle.send_replace(true);
         }
@@ -386,7 +388,7 @@ impl Executions {
 
     /// Drops what has outlived its time.
     pub fn sweep(&self) {
-        lock(&self.table).sweep(&self.limits, Instant::now());
+        lock(&self.table).sweep(&self.limits, clock::elapsed());
     }
 
     /// Takes no more jobs, gives those that run `limit` to finish, then tells them to end. Returns when all have.

@@ -1,16 +1,141 @@
-//! The time as the database keeps it.
+//! The time that orchestratord reckons with, and the time that it shows.
+//!
+//! Durations (timeouts, backoff, liveness, retention) need a time that never steps, also not over a restart. [`now`] is a
+//! point of the database's *timeline*: it begins with the wall clock when the database is made, grows by the time that this
+//! process runs, and continues at the next start where it stood (`state::timeline`). The wall clock can't move it, so a
+//! clock that is set wrong neither ends a wait nor deletes a record.
+//!
+//! [`wall`] says what clock people read at such a point. Only shown and stored times of that kind follow the wall clock.
+
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::Duration;
 
 use jiff::Timestamp;
+use pool_core::clock;
 
-/// Now, in whole microseconds: what is stored reads back equal.
-pub fn now() -> Timestamp {
-    let now = Timestamp::now();
-    Timestamp::from_microsecond(now.as_microsecond()).unwrap_or(now)
+use crate::app::App;
+
+/// The least difference, in microseconds, that is a step. Smaller ones are the clock's own drift.
+const STEP_US: i64 = 500_000;
+/// The time between two looks for a gap, and the longest one between two notes of the timeline.
+const LOOK: Duration = Duration::from_secs(1);
+const NOTE_EVERY: Duration = Duration::from_secs(600);
+
+/// The timeline and the wall clock as this process sees them, in microseconds.
+struct Reckoning {
+    /// The point of the timeline at which the process's own time began.
+    start: AtomicI64,
+    /// How far the wall clock is ahead of the timeline, as of its latest step.
+    ahead: AtomicI64,
 }
 
-/// How long it is until `at`; zero where it has passed.
-pub fn until(at: Timestamp) -> std::time::Duration {
-    at.duration_since(Timestamp::now())
-        .try_into()
-        .unwrap_or_default()
+static RECKONING: LazyLock<Reckoning> = LazyLock::new(Reckoning::new);
+
+impl Reckoning {
+    /// A timeline that begins with the wall clock.
+    fn new() -> Self {
+        Self {
+            start: AtomicI64::new(Timestamp::now().as_microsecond() - ran_us()),
+            ahead: AtomicI64::new(0),
+        }
+    }
+
+    fn now_us(&self) -> i64 {
+        self.start.load(Ordering::Relaxed).saturating_add(ran_us())
+    }
+
+    fn resume(&self, point: Timestamp) {
+        let start = point.as_microsecond().saturating_sub(ran_us());
+        self.start.store(start, Ordering::Relaxed);
+    }
+
+    fn wall(&self, point: Timestamp) -> Timestamp {
+        let ahead = Timestamp::now().as_microsecond() - self.now_us();
+        let known = self.ahead.load(Ordering::Relaxed);
+        let ahead = if (ahead - known).abs() > STEP_US {
+            self.ahead.store(ahead, Ordering::Relaxed);
+            ahead
+        } else {
+            known
+        };
+        at(point.as_microsecond().saturating_add(ahead))
+    }
+}
+
+fn ran_us() -> i64 {
+    i64::try_from(clock::elapsed().as_micros()).unwrap_or(i64::MAX)
+}
+
+fn at(us: i64) -> Timestamp {
+    let range = (
+        Timestamp::MIN.as_microsecond(),
+        Timestamp::MAX.as_microsecond(),
+    );
+    Timestamp::from_microsecond(us.clamp(range.0, range.1)).unwrap_or_default()
+}
+
+/// Returns the present point of the timeline, in whole microseconds: what is stored reads back equal.
+pub fn now() -> Timestamp {
+    at(RECKONING.now_us())
+}
+
+/// Makes `point` the present point of the timeline.
+pub fn resume(point: Timestamp) {
+    RECKONING.resume(point);
+}
+
+/// Returns the time until `at`; zero where it has passed.
+pub fn until(at: Timestamp) -> Duration {
+    at.duration_since(now()).try_into().unwrap_or_default()
+}
+
+/// Returns the time that the wall clock shows, or would have shown, at a point of the timeline.
+pub fn wall(point: Timestamp) -> Timestamp {
+    RECKONING.wall(point)
+}
+
+/// Notes the timeline's present point from time to time, until the daemon stops. A restart under the same boot needs no late
+/// note: the time since boot says how long the daemon was away. It must know every gap, and after a reboot the timeline
+/// continues at the latest note.
+pub async fn keep(app: App) {
+    let read = || (clock::elapsed(), clock::stood());
+    let mut noted = read();
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(LOOK) => {}
+            () = app.shutdown.requested() => return,
+        }
+        let (ran, stood) = read();
+        if stood == noted.1 && ran < noted.0 + NOTE_EVERY {
+            continue;
+        }
+        noted = (ran, stood);
+        if let Err(error) = app.store.note_time().await {
+            tracing::debug!(%error, "the timeline is not noted");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use jiff::SignedDuration;
+
+    // [ORCHD-220] P25
+    #[test]
+    fn the_timeline_is_apart_from_the_wall_clock_and_shown_times_are_not() {
+        let reckoning = Reckoning::new();
+        let far_from_wall = |at| reckoning.wall(at).duration_since(Timestamp::now()).abs();
+        let second = SignedDuration::from_secs(1);
+        assert!(far_from_wall(at(reckoning.now_us())) < second);
+        let point = Timestamp::from_second(86_400).unwrap();
+        reckoning.resume(point);
+        let passed = reckoning.now_us() - point.as_microsecond();
+        assert!((0..5_000_000).contains(&passed), "{passed}");
+        assert!(far_from_wall(at(reckoning.now_us())) < second);
+        // Durations between shown times are exact.
+        let later = reckoning.wall(point + second * 3);
+        assert_eq!(later.duration_since(reckoning.wall(point)), second * 3);
+    }
 }

@@ -216,6 +216,7 @@ impl Daemon {
         call_pools(&app);
         app.spawn(reserve::keep_up(state_dir, app.shutdown.clone()));
         app.spawn(scheduler::watch_script(Arc::clone(&app)));
+        app.spawn(clock::keep(Arc::clone(&app)));
         tracing::info!(%addr, version = VERSION, "listening");
         let served = tokio::spawn(serve(app, service, run_files));
         Ok(Self { addr, served })

@@ -139,7 +139,7 @@ pub async fn submit(
     }
     spec.model = known_model(&app, &spec.model, spec.max_tokens)?;
     let now = clock::now();
-    let job = Job::new(JobId::random(), spec, now);
+    let job = Job::new(JobId::at(now), spec, now);
     let queued = QueuedJob::new(&job, None);
     let (promise, position) = app.jobs.promise(&queued, now)?;
 

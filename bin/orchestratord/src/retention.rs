@@ -49,7 +49,8 @@ async fn sweep(app: &App, in_log: &mut bool) {
     let (mut dropped, mut forgotten, mut changed) = (0, 0, false);
     loop {
         let now = clock::now();
-        match app.store.sweep(cutoffs(&app.config.store, now), now).await {
+        let cutoffs = cutoffs(&app.config.store, now);
+        match app.store.sweep(cutoffs, clock::wall(now)).await {
             Ok(Step::Done) => break,
             Ok(Step::Dropped(jobs)) => dropped += jobs,
             Ok(Step::Forgotten(jobs)) => forgotten += jobs,

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
+use pool_core::clock;
 use pool_core::registry::RegistryError;
 
 use crate::pool::Pool;
@@ -16,10 +16,13 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Carries out whatever drain there is, also one that an earlier daemon left, until it is dropped.
 pub async fn keep(pool: Arc<Pool>) {
     let mut changes = pool.changes();
+    let mut stood = clock::stood();
     loop {
         // Seen before the look: a change during it makes another one.
         changes.borrow_and_update();
-        let pause = match pool.blocking(|pool| due(pool)).await {
+        let gap = clock::stood().saturating_sub(stood);
+        stood += gap;
+        let pause = match pool.blocking(move |pool| due(pool, gap)).await {
             Ok(None) => None,
             Ok(Some(step)) => {
                 for id in step.stop {
@@ -54,21 +57,23 @@ struct Step {
     pause: Duration,
 }
 
-fn due(pool: &Pool) -> Result<Option<Step>, RegistryError> {
+/// Looks at the drain, after a `gap` in which this process did not run: the workers may have stood still as well.
+fn due(pool: &Pool, gap: Duration) -> Result<Option<Step>, RegistryError> {
+    if !gap.is_zero() {
+        pool.lifecycle.postpone_drain(gap)?;
+    }
     let Some(drain) = pool.lifecycle.drain()? else {
         return Ok(None);
     };
-    let now = Timestamp::now();
+    let left = drain.time_left();
     let records = pool.lifecycle.registry().load()?.records;
     let due = records
         .iter()
-        .filter(|record| drain.is_due(&record.info, now));
-    let until_deadline = drain
-        .deadline
-        .filter(|deadline| *deadline > now)
-        .and_then(|deadline| Duration::try_from(deadline.duration_since(now)).ok());
+        .filter(|record| drain.is_due(&record.info, left == Some(Duration::ZERO)));
     Ok(Some(Step {
         stop: due.map(|record| record.info.id.clone()).collect(),
-        pause: until_deadline.map_or(LOOK_AGAIN, |left| left.min(LOOK_AGAIN)),
+        pause: left
+            .filter(|left| !left.is_zero())
+            .map_or(LOOK_AGAIN, |left| left.min(LOOK_AGAIN)),
     }))
 }

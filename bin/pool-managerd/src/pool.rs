@@ -11,6 +11,7 @@ use jiff::Timestamp;
 use pool_core::api::pool::{ModelOnDisk, PoolSnapshot, PoolStatus, WorkerEndpoint};
 use pool_core::catalog::store::{Offer, Offered};
 use pool_core::client::ApiClient;
+use pool_core::clock;
 use pool_core::lifecycle::Lifecycle;
 use pool_core::registry::{RegistryError, WorkerRecord};
 use pool_core::service::Shutdown;
@@ -155,9 +156,12 @@ impl Pool {
                 secret: record.secret.expose().to_owned(),
             })
             .collect();
+        let now = clock::since_boot();
+        let age = |record: &WorkerRecord| Some((record.info.id.clone(), record.ages(now)?));
         Ok(PoolSnapshot {
             status: self.status_of(&records)?,
             endpoints,
+            ages: records.iter().filter_map(age).collect(),
         })
     }
 

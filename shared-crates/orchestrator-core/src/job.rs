@@ -11,13 +11,14 @@ mod prefix;
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 
 use jiff::Timestamp;
 use pool_core::ModelRef;
 use pool_core::api::worker::{Message, Sampling, StopReason};
 use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
+use uuid::{ContextV7, Uuid};
 
 pub use prefix::{JobIdPrefix, JobIdPrefixError};
 
@@ -29,6 +30,16 @@ impl JobId {
     /// A new id.
     pub fn random() -> Self {
         Self(Uuid::now_v7())
+    }
+
+    /// Returns a new id that sorts after every id made before it, as long as `now` does not go back.
+    pub fn at(now: Timestamp) -> Self {
+        static MADE: Mutex<ContextV7> = Mutex::new(ContextV7::new());
+        let seconds = u64::try_from(now.as_second()).unwrap_or(0);
+        let nanoseconds = now.subsec_nanosecond().unsigned_abs();
+        let made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        let time = uuid::Timestamp::from_unix(&*made, seconds, nanoseconds);
+        Self(Uuid::new_v7(time))
     }
 }
 

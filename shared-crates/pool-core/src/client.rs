@@ -14,10 +14,10 @@ use reqwest::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderValu
 use reqwest::{StatusCode, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::time::Instant;
 
 use crate::api::error::{ErrorBody, ErrorEnvelope};
 use crate::api::version::VersionInfo;
+use crate::clock::{self, Patience};
 use crate::errors::with_causes;
 use crate::secret::Secret;
 
@@ -295,7 +295,7 @@ impl ApiClient {
     pub async fn events(&self, request: Request) -> Result<EventStream, ClientError> {
         let url = request.url.clone();
         let sent = request.builder.header(ACCEPT, "text/event-stream").send();
-        let response = tokio::time::timeout(self.answer_timeout, sent)
+        let response = clock::timeout(self.answer_timeout, sent)
             .await
             .map_err(|_| ClientError::Timeout {
                 url: url.clone(),
@@ -328,7 +328,7 @@ impl ApiClient {
     pub async fn relay(&self, request: Request) -> Result<RelayedAnswer, ClientError> {
         let url = request.url;
         let sent = request.builder.send();
-        let response = tokio::time::timeout(self.answer_timeout, sent)
+        let response = clock::timeout(self.answer_timeout, sent)
             .await
             .map_err(|_| ClientError::Timeout {
                 url: url.clone(),
@@ -343,18 +343,23 @@ impl ApiClient {
     }
 
     async fn answer(&self, request: Request) -> Result<Answer, ClientError> {
-        let response = request
-            .builder
-            .timeout(self.answer_timeout)
-            .send()
+        let (url, limit) = (request.url, self.answer_timeout);
+        let answered = async {
+            let sent = request.builder.send().await;
+            self.read(&url, sent.map_err(|error| self.failed(&url, error))?)
+                .await
+        };
+        clock::timeout(limit, answered)
             .await
-            .map_err(|error| self.failed(&request.url, error))?;
-        self.read(&request.url, response).await
+            .map_err(|_| ClientError::Timeout {
+                url: url.clone(),
+                after: limit,
+            })?
     }
 
     async fn read(&self, url: &str, response: reqwest::Response) -> Result<Answer, ClientError> {
         let status = response.status();
-        let body = tokio::time::timeout(self.answer_timeout, response.text())
+        let body = clock::timeout(self.answer_timeout, response.text())
             .await
             .map_err(|_| ClientError::Timeout {
                 url: url.to_owned(),
@@ -434,7 +439,7 @@ impl RelayedAnswer {
 
     /// The next piece of the body, as soon as there is one; `None` after the last.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, ClientError> {
-        match tokio::time::timeout(self.idle_timeout, self.response.chunk()).await {
+        match clock::timeout(self.idle_timeout, self.response.chunk()).await {
             Ok(Ok(chunk)) => Ok(chunk),
             Ok(Err(error)) => Err(ClientError::Broken {
                 url: self.url.clone(),
@@ -559,10 +564,10 @@ where
     E: std::error::Error + Send + 'static,
 {
     // One timer that is put off with each chunk: tokio does that without a lock.
-    let silent = Box::pin(tokio::time::sleep(idle));
+    let silent = Patience::new(idle);
     let chunks = stream::unfold(Some((Box::pin(bytes), silent)), move |state| async move {
         let (mut bytes, mut silent) = state?;
-        silent.as_mut().reset(Instant::now() + idle);
+        silent.renew();
         tokio::select! {
             biased;
             chunk = bytes.next() => match chunk? {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::clock;
 use crate::config::GpuConfig;
 use crate::worker::{Backend, Device};
 
@@ -207,6 +208,8 @@ pub struct Gpu {
     pub state: GpuState,
     /// When the figures were read; `None` where it has never answered.
     pub measured_at: Option<Timestamp>,
+    /// The same moment, as the time since the host's boot.
+    pub read_at: Option<Duration>,
     /// The last figures, bounded.
     pub reading: GpuReading,
 }
@@ -329,6 +332,7 @@ impl GpuInventory {
                 },
                 state: slot.state(now, self.deadline),
                 measured_at: slot.last.as_ref().map(|(_, at)| *at),
+                read_at: slot.read_at,
                 reading: slot
                     .last
                     .as_ref()
@@ -415,6 +419,8 @@ struct Found {
 struct Slot {
     /// The last figures and when they were read.
     last: Option<(GpuReading, Timestamp)>,
+    /// When that was, as the time since the host's boot.
+    read_at: Option<Duration>,
     /// The total of the last reading as the driver said it.
     total_said: Option<u64>,
     /// Since when an answer is waited for.
@@ -444,6 +450,7 @@ impl Slot {
                 let total_before = self.total_said;
                 self.total_said = reading.memory.map(|memory| memory.total_bytes);
                 self.last = Some((reading.bounded(total_before), at));
+                self.read_at = Some(clock::since_boot());
                 self.failed = None;
             }
             Err(ReadError::Lost) => self.failed = Some(GpuState::Lost),

@@ -10,6 +10,7 @@ pub mod catalog;
 pub mod cgroup;
 #[cfg(feature = "client")]
 pub mod client;
+pub mod clock;
 pub mod config;
 pub mod crash;
 pub mod errors;

@@ -40,6 +40,11 @@ struct Observed {
     zombie: bool,
 }
 
+/// Returns the id of the host's present boot.
+pub fn boot_id() -> io::Result<String> {
+    platform::boot_id()
+}
+
 impl ProcessIdentity {
     /// This process.
     pub fn current() -> io::Result<Self> {

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::api::pool::WorkerAges;
 use crate::cgroup::OomMark;
 use crate::fsio::{self, LockGuard};
 use crate::home::Home;
@@ -55,6 +56,9 @@ pub struct WorkerRecord {
     /// What the memory cgroup that it was last seen in had counted then.
     #[serde(default)]
     pub oom_mark: Option<OomMark>,
+    /// Moments of its life that no step of the wall clock moves.
+    #[serde(default)]
+    pub moments: Moments,
     /// Who started the process, and watches it while it begins to listen.
     #[serde(default)]
     pub starter: Option<ProcessIdentity>,
@@ -64,6 +68,17 @@ pub struct WorkerRecord {
     /// Bytes that stood in the worker's log when the process was started: an earlier start's, which found its port taken.
     #[serde(default)]
     pub log_start: u64,
+}
+
+/// Moments of a worker's life, as the time since the host's boot.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moments {
+    /// The moment of its [`WorkerInfo::created_at`].
+    pub created: Option<Duration>,
+    /// The moment of its [`WorkerInfo::ready_at`].
+    pub ready: Option<Duration>,
+    /// The moment of its [`WorkerInfo::idle_since`].
+    pub idle: Option<Duration>,
 }
 
 /// Why the pool itself ends a worker.
@@ -133,6 +148,27 @@ impl WorkerRecord {
     pub fn age(&self) -> Duration {
         let since = |launched_at| process::uptime().saturating_sub(launched_at);
         self.launched_at.map_or(Duration::ZERO, since)
+    }
+
+    /// Notes the moments that the worker's info has come to name.
+    pub(crate) fn note_moments(&mut self, now: Duration) {
+        let noted = |known: Option<Duration>, named: bool| named.then(|| known.unwrap_or(now));
+        self.moments = Moments {
+            created: noted(self.moments.created, true),
+            ready: noted(self.moments.ready, self.info.ready_at.is_some()),
+            idle: noted(self.moments.idle, self.info.idle_since.is_some()),
+        };
+    }
+
+    /// Returns how long ago the worker's moments were. `None` for a worker of an earlier build, which noted none.
+    pub fn ages(&self, now: Duration) -> Option<WorkerAges> {
+        let ms =
+            |at: Duration| u64::try_from(now.saturating_sub(at).as_millis()).unwrap_or(u64::MAX);
+        Some(WorkerAges {
+            created_ms: ms(self.moments.created?),
+            ready_ms: self.moments.ready.map(ms),
+            idle_ms: self.moments.idle.map(ms),
+        })
     }
 
     /// Whether another process, which is still there, started the worker a moment ago: it waits until the worker

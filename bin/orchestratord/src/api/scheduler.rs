@@ -158,7 +158,7 @@ pub(super) async fn record(
     let header = Header {
         version: trace::VERSION,
         recorded_by: concat!("orchestratord ", env!("CARGO_PKG_VERSION")).to_owned(),
-        recorded_at: clock::now(),
+        recorded_at: clock::wall(clock::now()),
         policy: app.policy_name().to_owned(),
         promote_after_s: app.config.queue.promote_after_s,
         costs: app.script.costs().as_ref().clone(),

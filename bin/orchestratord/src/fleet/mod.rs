@@ -1,12 +1,14 @@
 //! The pools as they describe themselves. Who they are is known again after a restart of the orchestrator; what they have
 //! lives in memory only, and comes with their next heartbeat.
 
+mod ages;
 mod overlay;
 mod reach;
 mod standing;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::api::pools::PoolView;
@@ -17,13 +19,17 @@ use pool_core::api::pool::{
     HEARTBEAT_INTERVAL_MS, Heartbeat, ModelOnDisk, PoolStatus, RegisterRequest, WorkerEndpoint,
 };
 use pool_core::client::{ApiClient, ClientError};
+use pool_core::clock as own_clock;
 use pool_core::secret::Secret;
 use pool_core::worker::{Device, WorkerInfo};
 use pool_core::{ModelRef, POOL_API_VERSION};
 use tokio::sync::watch;
 
-use crate::state::StoredPool;
+use ages::WorkerTimes;
 use overlay::{Load, Overlay};
+
+use crate::clock;
+use crate::state::StoredPool;
 
 /// Why a pool's call is refused.
 #[derive(Debug, thiserror::Error)]
@@ -124,6 +130,8 @@ struct Inner {
     changed: BTreeSet<String>,
     /// Before this moment time alone changes no pool.
     due: Option<Timestamp>,
+    /// The gaps of this process that the pools' silence was excused for.
+    excused: Duration,
 }
 
 #[derive(Debug)]
@@ -134,11 +142,16 @@ struct Pool {
     interval: SignedDuration,
     registered_at: Timestamp,
     last_heartbeat: Timestamp,
+    /// The gaps of this process before the last heartbeat: the pool's age in real time counts the later ones.
+    stood_before: Duration,
+    /// The start of the silence that is judged: the last heartbeat, or the end of a later gap of this process.
+    silent_since: Timestamp,
     seq: u64,
     status: Option<PoolStatus>,
     /// What the instance before had on its disk, until this one has said what it has.
     models_before: Vec<ModelOnDisk>,
     endpoints: HashMap<String, WorkerEndpoint>,
+    times: WorkerTimes,
     /// How alive it was when the scheduler took it in.
     shown: PoolLiveness,
     /// Identity of its host; older pools send none.
@@ -151,9 +164,41 @@ struct Pool {
     contender: Option<standing::Contender>,
 }
 
+impl Inner {
+    /// After a gap in which this process did not run, gives every pool that was alive a full window to be heard again: what
+    /// it said meanwhile may not have been read yet.
+    fn excuse(&mut self, stood: Duration) {
+        if stood <= self.excused {
+            return;
+        }
+        self.excused = stood;
+        let now = clock::now();
+        let alive = |pool: &&mut Pool| pool.liveness(now) != PoolLiveness::Offline;
+        for pool in self.pools.values_mut().filter(alive) {
+            pool.silent_since = now;
+        }
+    }
+}
+
 impl Pool {
     fn liveness(&self, now: Timestamp) -> PoolLiveness {
-        PoolLiveness::judge(self.last_heartbeat, self.interval, now)
+        PoolLiveness::judge(self.silent_since, self.interval, now)
+    }
+
+    /// Returns when the pool becomes suspect, and when it is offline.
+    fn deadlines(&self) -> [Timestamp; 2] {
+        PoolLiveness::deadlines(self.silent_since, self.interval)
+    }
+
+    /// Milliseconds since the last heartbeat in which this process did not run.
+    fn stood_ms(&self) -> u64 {
+        let stood = own_clock::stood().saturating_sub(self.stood_before);
+        u64::try_from(stood.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn heard(&mut self, now: Timestamp) {
+        (self.last_heartbeat, self.silent_since) = (now, now);
+        self.stood_before = own_clock::stood();
     }
 
     /// What it has on its disk, as far as that is known.
@@ -212,10 +257,7 @@ impl Fleet {
     /// From when on a pool's silence says something about the pool. After a start all of them have to find us again, and
     /// where all are silent at once the fault is probably ours.
     fn silence_counts_from(&self, inner: &Inner, now: Timestamp) -> Timestamp {
-        let offline = inner
-            .pools
-            .values()
-            .map(|pool| PoolLiveness::deadlines(pool.last_heartbeat, pool.interval)[1]);
+        let offline = inner.pools.values().map(|pool| pool.deadlines()[1]);
         let none_left = offline.max().filter(|at| *at <= now);
         none_left
             .unwrap_or(self.started_at)
@@ -225,7 +267,9 @@ impl Fleet {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner.excuse(own_clock::stood());
+        inner
     }
 
     /// Takes a pool in, or a new instance of it. What it has is known with its first heartbeat.
@@ -304,12 +348,15 @@ impl Fleet {
             instance_id,
             client,
             interval,
-            registered_at: now,
+            registered_at: clock::wall(now),
             last_heartbeat: now,
+            stood_before: own_clock::stood(),
+            silent_since: now,
             seq: 0,
             status: None,
             models_before: models_before.unwrap_or_default(),
             endpoints: HashMap::new(),
+            times: WorkerTimes::default(),
             shown: PoolLiveness::Online,
         };
         inner.changed.insert(pool_id.clone());
@@ -357,6 +404,7 @@ impl Fleet {
             overlay,
             changed,
             due,
+            ..
         } = &mut *inner;
         let pool = pools
             .get_mut(id)
@@ -386,7 +434,9 @@ impl Fleet {
             });
         }
         pool.seq = seq;
-        pool.last_heartbeat = now;
+        pool.heard(now);
+        pool.times
+            .heard(&snapshot.status.workers, &snapshot.ages, now);
         pool.endpoints = snapshot
             .endpoints
             .into_iter()
@@ -397,7 +447,7 @@ impl Fleet {
         pool.status = Some(snapshot.status);
         changed.insert(id.to_owned());
         // It may be due before all others.
-        let [silent, _] = PoolLiveness::deadlines(now, pool.interval);
+        let [silent, _] = pool.deadlines();
         *due = due.iter().copied().chain([silent]).min();
         drop(inner);
         self.heard.send_replace(());
@@ -531,6 +581,7 @@ impl Fleet {
                 return PoolChange::Is(Box::new(PoolState::unheard(&id, pool.shown)));
             };
             let mut state = PoolState::new(&status, pool.shown);
+            pool.times.apply(&mut state);
             overlay.apply(&mut state, now, |worker| {
                 pool.endpoints.contains_key(worker)
             });
@@ -676,9 +727,7 @@ fn next_change(
     overlay: &Overlay,
     now: Timestamp,
 ) -> Option<Timestamp> {
-    let liveness = pools
-        .values()
-        .flat_map(|pool| PoolLiveness::deadlines(pool.last_heartbeat, pool.interval));
+    let liveness = pools.values().flat_map(Pool::deadlines);
     liveness
         .chain(overlay.deadlines())
         .filter(|at| *at > now)

@@ -5,6 +5,7 @@ use orchestrator_core::api::tasks::OutOfReach;
 use orchestrator_core::pool::PoolLiveness;
 
 use super::Fleet;
+use crate::clock;
 
 impl Fleet {
     /// Explains an attempt without an open stream. As [`Fleet::fate`] has it: a pool that is heard decides by what it says,
@@ -17,9 +18,7 @@ impl Fleet {
             .map(|pool| pool.last_heartbeat);
         let silent = pool.is_none_or(|pool| pool.liveness(now) != PoolLiveness::Online);
         let given_up_at = silent.then(|| {
-            let offline = pool.map_or(now, |pool| {
-                PoolLiveness::deadlines(pool.last_heartbeat, pool.interval)[1]
-            });
+            let offline = pool.map_or(now, |pool| pool.deadlines()[1]);
             let at = offline.max(now);
             offline.max(self.silence_counts_from(&inner, at))
         });
@@ -48,8 +47,8 @@ impl Fleet {
             then: format!(
                 "{word}; if the attempt is given up, another one goes on where the text ends, as far as `max_attempts` allows"
             ),
-            last_heard,
-            given_up_at,
+            last_heard: last_heard.map(clock::wall),
+            given_up_at: given_up_at.map(clock::wall),
         }
     }
 }

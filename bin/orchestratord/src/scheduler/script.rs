@@ -85,7 +85,7 @@ impl State {
             .inc();
         *self.errors.entry(kind).or_default() += 1;
         self.last_error = Some(LastScriptError {
-            at: clock::now(),
+            at: clock::wall(clock::now()),
             sha256,
             error: error.clone(),
         });
@@ -246,7 +246,7 @@ impl ScriptFile {
                 }
                 tracing::info!(script = %self.path.display(), sha256 = script.sha256(), "the scheduler's script is in force");
                 state.logged.clear();
-                state.in_force = Some((script, clock::now()));
+                state.in_force = Some((script, clock::wall(clock::now())));
                 true
             }
             Err((sha256, error)) => {

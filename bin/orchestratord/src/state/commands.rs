@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row as _, SqliteConnection};
 
+use crate::clock;
+
 use super::{
     Ending, IdempotencyKey, Interrupted, Lease, LogEntry, Progress, Recovered, Requeue, StoreError,
     Submitted,
@@ -31,6 +33,11 @@ pub(super) struct StoredEvent<E> {
 
 pub(super) fn micros(at: Timestamp) -> i64 {
     at.as_microsecond()
+}
+
+/// The microseconds that people's clocks show at a point of the timeline.
+pub(super) fn wall_micros(at: Timestamp) -> i64 {
+    micros(clock::wall(at))
 }
 
 pub(super) fn time(us: i64) -> Result<Timestamp, StoreError> {
@@ -155,7 +162,7 @@ pub(super) async fn submit(
     };
     // One way to the database's thread and back for all three. The log is new, so what `append` looks after needs no look.
     let sql = "INSERT INTO jobs (id, status, model, priority, session_id, placement, labels, max_attempts, created_us, \
-               deadline_us, fence) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?); \
+               created_steady_us, deadline_us, fence) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?); \
                INSERT INTO requests (job_id, spec) VALUES (?, ?); \
                INSERT INTO events (job_id, attempt, first_seq, last_seq, payload) VALUES (?, ?, ?, ?, ?)";
     sqlx::query(sql)
@@ -167,6 +174,7 @@ pub(super) async fn submit(
         .bind(to_json(&job.spec.placement)?)
         .bind(to_json(&job.spec.labels)?)
         .bind(i64::from(job.spec.max_attempts))
+        .bind(wall_micros(job.created_at))
         .bind(micros(job.created_at))
         .bind(job.deadline().map(micros))
         .bind(signed(job.fence)?)
@@ -185,7 +193,7 @@ pub(super) async fn submit(
             .bind(&key.key)
             .bind(&key.fingerprint)
             .bind(job.id.to_string())
-            .bind(micros(job.created_at))
+            .bind(wall_micros(job.created_at))
             .execute(conn)
             .await?;
     }
@@ -333,7 +341,7 @@ pub(super) async fn lease(
         .bind(signed(fence)?)
         .bind(pool)
         .bind(worker)
-        .bind(micros(at))
+        .bind(wall_micros(at))
         .execute(&mut *conn)
         .await?;
     let sql = "UPDATE jobs SET status = ?, fence = ?, not_before_us = NULL WHERE id = ? \
@@ -388,12 +396,12 @@ async fn catch_up(
         status = status.transition(JobEvent::Started)?;
         set_status(conn, job, status).await?;
         sqlx::query("UPDATE jobs SET started_us = COALESCE(started_us, ?) WHERE id = ?")
-            .bind(micros(at))
+            .bind(wall_micros(at))
             .bind(job.to_string())
             .execute(&mut *conn)
             .await?;
         sqlx::query("UPDATE attempts SET started_us = ? WHERE job_id = ? AND fence = ?")
-            .bind(micros(at))
+            .bind(wall_micros(at))
             .bind(job.to_string())
             .bind(signed(head.fence)?)
             .execute(&mut *conn)
@@ -411,7 +419,10 @@ async fn end_attempt(
     outcome: AttemptOutcome,
     reason: Option<&str>,
 ) -> Result<(), StoreError> {
-    sqlx::query("UPDATE attempts SET ended_us = ?, outcome = ?, reason = ? WHERE job_id = ? AND ended_us IS NULL")
+    let sql = "UPDATE attempts SET ended_us = ?, ended_steady_us = ?, outcome = ?, reason = ? \
+               WHERE job_id = ? AND ended_us IS NULL";
+    sqlx::query(sql)
+        .bind(wall_micros(at))
         .bind(micros(at))
         .bind(outcome_name(outcome)?)
         .bind(reason)
@@ -438,8 +449,11 @@ pub(super) async fn end(
         .transition(ending.event)?;
     let usage = ending.usage.as_ref().map(to_json).transpose()?;
     let error = ending.error.as_ref().map(to_json).transpose()?;
-    sqlx::query("UPDATE jobs SET status = ?, ended_us = ?, usage = ?, error = ?, not_before_us = NULL WHERE id = ?")
+    let sql = "UPDATE jobs SET status = ?, ended_us = ?, ended_steady_us = ?, usage = ?, error = ?, not_before_us = NULL \
+               WHERE id = ?";
+    sqlx::query(sql)
         .bind(status.as_str())
+        .bind(wall_micros(ending.at))
         .bind(micros(ending.at))
         .bind(usage)
         .bind(error)
@@ -479,7 +493,7 @@ pub(super) async fn requeue(
 }
 
 pub(super) async fn recover(conn: &mut SqliteConnection) -> Result<Vec<Recovered>, StoreError> {
-    let sql = "SELECT j.id, j.status, j.model, j.priority, j.session_id, j.placement, j.created_us, j.not_before_us, \
+    let sql = "SELECT j.id, j.status, j.model, j.priority, j.session_id, j.placement, j.created_steady_us, j.not_before_us, \
                j.deadline_us, LENGTH(CAST(r.spec AS BLOB)) AS bytes, json_extract(r.spec, '$.max_tokens') AS max_tokens, \
                a.fence, a.pool_id, a.worker_id \
                FROM jobs j JOIN requests r ON r.job_id = j.id LEFT JOIN attempts a ON a.job_id = j.id \
@@ -521,7 +535,7 @@ async fn recover_one(
             model: parse(row.try_get("model")?)?,
             priority: parse(row.try_get("priority")?)?,
             session_id: row.try_get("session_id")?,
-            created_at: time(row.try_get("created_us")?)?,
+            created_at: time(row.try_get("created_steady_us")?)?,
             not_before: optional_time(row.try_get("not_before_us")?)?,
             placement: from_json(row.try_get("placement")?)?,
             turn: None,

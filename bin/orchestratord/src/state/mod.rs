@@ -12,6 +12,7 @@ mod queries;
 mod retention;
 mod schema;
 mod seam;
+mod timeline;
 mod writer;
 
 use std::fs::OpenOptions;
@@ -37,6 +38,8 @@ use sqlx::sqlite::{
 use sqlx::{ConnectOptions as _, SqlitePool};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
+
+use crate::clock;
 
 pub use backup::backup;
 pub use pools::StoredPool;
@@ -390,6 +393,7 @@ impl Store {
         schema::migrate(&mut conn, version).await?;
         schema::let_it_shrink(&mut conn).await?;
         let epoch = holder::seize(&mut conn).await?;
+        clock::resume(timeline::resume(&mut conn).await?);
         let read_only = SqliteConnectOptions::new()
             .filename(path)
             .busy_timeout(BUSY_TIMEOUT)
@@ -578,6 +582,13 @@ impl Store {
     pub async fn sweep(&self, cutoffs: Cutoffs, now: Timestamp) -> Result<Step, StoreError> {
         self.writer
             .run(move |conn| Box::pin(async move { retention::step(conn, cutoffs, now).await }))
+            .await
+    }
+
+    /// Notes the timeline's present point, from which the next start continues.
+    pub async fn note_time(&self) -> Result<(), StoreError> {
+        self.writer
+            .run(|conn| Box::pin(async move { timeline::note(conn, clock::now()).await }))
             .await
     }
 

@@ -6,7 +6,7 @@ use pool_core::api::pool::RegisterRequest;
 use sqlx::{Row as _, SqliteConnection, SqlitePool};
 
 use super::StoreError;
-use super::commands::{micros, number, time};
+use super::commands::{micros, number, time, wall_micros};
 
 /// A pool as an earlier run stored it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,7 +15,7 @@ pub struct StoredPool {
     pub request: RegisterRequest,
     /// Time of that registration.
     pub registered_at: Timestamp,
-    /// Time at which it stopped on purpose, where it has not registered since.
+    /// Point of the timeline at which it stopped on purpose, where it has not registered since.
     pub stopped_at: Option<Timestamp>,
 }
 
@@ -35,7 +35,7 @@ pub(super) async fn save(
         .bind(&request.instance_id)
         .bind(&request.url)
         .bind(interval)
-        .bind(micros(at))
+        .bind(wall_micros(at))
         .bind(&request.host_id)
         .execute(conn)
         .await?;

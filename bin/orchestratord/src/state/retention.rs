@@ -18,7 +18,7 @@ const PAGES: (i64, i64) = (256, 512);
 pub(super) const PURGE: &str = "DELETE FROM events WHERE (job_id, first_seq) IN \
     (SELECT e.job_id, e.first_seq FROM purges p CROSS JOIN events e ON e.job_id = p.job_id LIMIT ?)";
 
-/// What is old.
+/// What is old, as points of the timeline.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cutoffs {
     /// Jobs that ended before this lose their prompt, text and log.
@@ -42,7 +42,8 @@ pub enum Step {
     Shrunk,
 }
 
-/// Does the next thing there is to do. The order finishes what an interrupted run has begun.
+/// Does the next thing there is to do, and calls `now` the time at which texts were dropped. The order finishes what an
+/// interrupted run has begun.
 pub(super) async fn step(
     conn: &mut SqliteConnection,
     cutoffs: Cutoffs,
@@ -91,7 +92,8 @@ async fn drop_texts(
     now: Timestamp,
 ) -> Result<u64, StoreError> {
     let sql = "INSERT INTO purges (job_id) SELECT id FROM jobs \
-               WHERE ended_us IS NOT NULL AND dropped_us IS NULL AND ended_us < ? ORDER BY ended_us LIMIT ?";
+               WHERE ended_steady_us IS NOT NULL AND dropped_us IS NULL AND ended_steady_us < ? \
+               ORDER BY ended_steady_us LIMIT ?";
     let jobs = sqlx::query(sql)
         .bind(micros(before))
         .bind(JOBS)
@@ -115,7 +117,7 @@ async fn drop_texts(
 /// Deletes the jobs that ended first of those that have lost their texts, with their attempts and keys.
 async fn forget(conn: &mut SqliteConnection, before: Timestamp) -> Result<u64, StoreError> {
     let sql = "DELETE FROM jobs WHERE id IN \
-               (SELECT id FROM jobs WHERE dropped_us IS NOT NULL AND ended_us < ? ORDER BY ended_us LIMIT ?)";
+               (SELECT id FROM jobs WHERE dropped_us IS NOT NULL AND ended_steady_us < ? ORDER BY ended_steady_us LIMIT ?)";
     let deleted = sqlx::query(sql)
         .bind(micros(before))
         .bind(JOBS)

@@ -93,7 +93,7 @@ pub(super) async fn held_lease(
 }
 
 /// Its list of outcomes is that of the index `attempts_given_up`, or SQLite does not use it.
-pub(super) const ORPHANS: &str = "SELECT job_id, fence, pool_id, worker_id FROM attempts WHERE ended_us >= ? \
+pub(super) const ORPHANS: &str = "SELECT job_id, fence, pool_id, worker_id FROM attempts WHERE ended_steady_us >= ? \
     AND outcome IN ('worker_lost', 'orchestrator_restarted', 'cancelled', 'expired')";
 
 pub(super) async fn orphans(

@@ -5,6 +5,7 @@
 
 mod attempts;
 mod backup;
+mod clocks;
 mod crash;
 mod crash_points;
 #[path = "../../../../shared-crates/pool-core/tests/support/described.rs"]

@@ -8,6 +8,7 @@ use std::time::Duration;
 use pool_core::api::worker::WorkerHealth;
 use pool_core::cgroup::OomMark;
 use pool_core::client::ApiClient;
+use pool_core::clock;
 use pool_core::crash::crash_point;
 use pool_core::lifecycle::{Ended, ExitFacts, ObserveError, ProgressWatch, Stall};
 use pool_core::process::{ProcessIdentity, Signal, SignalOutcome};
@@ -77,8 +78,9 @@ struct Watched {
     progress: ProgressWatch,
     /// How old the process was when it was first watched.
     age: Duration,
-    /// When it is killed if it hasn't ended by then.
-    kill_at: Option<Instant>,
+    /// When it is killed if it hasn't ended by then, as this process's own time: a gap in which the daemon did not run may
+    /// have been the worker's as well.
+    kill_at: Option<Duration>,
 }
 
 impl Watched {
@@ -131,9 +133,8 @@ impl Watched {
         } else {
             SERVING_INTERVAL
         };
-        let wake_at = self
-            .kill_at
-            .map_or(begun + interval, |kill_at| kill_at.min(begun + interval));
+        let until_kill = self.kill_at.map(|at| at.saturating_sub(clock::elapsed()));
+        let wake_at = (begun + interval).min(Instant::now() + until_kill.unwrap_or(interval));
         tokio::select! {
             () = tokio::time::sleep_until(wake_at) => {}
             () = nudge.notified() => {}
@@ -228,7 +229,7 @@ impl Watched {
             Some(_) => CONDEMNED_GRACE,
             None => self.record.args.stop_timeout(),
         };
-        let now = Instant::now();
+        let now = clock::elapsed();
         match self.kill_at {
             None => {
                 self.kill_at = Some(now + grace);

@@ -1,5 +1,6 @@
 //! The pool manager's API, and what a pool tells the orchestrator.
 
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
 use jiff::Timestamp;
@@ -369,6 +370,22 @@ pub struct PoolSnapshot {
     pub status: PoolStatus,
     /// Addresses and secrets of the ready workers.
     pub endpoints: Vec<WorkerEndpoint>,
+    /// Ages of the workers, by their ids.
+    #[serde(default)]
+    pub ages: BTreeMap<String, WorkerAges>,
+}
+
+/// Times of a worker's life before the moment at which its pool speaks, in milliseconds. Clocks of two hosts differ, and
+/// step, so the orchestrator can't compare the pool's times with its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct WorkerAges {
+    /// The time since `created_at`.
+    pub created_ms: u64,
+    /// The time since `ready_at`.
+    pub ready_ms: Option<u64>,
+    /// The time since `idle_since`.
+    pub idle_ms: Option<u64>,
 }
 
 /// Body of `POST /v2/pools/{id}/heartbeat`.

@@ -13,7 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Lifecycle;
 use crate::api::pool::{DrainRequest, DrainStatus};
+use crate::clock;
 use crate::fsio;
+use crate::process;
 use crate::registry::RegistryError;
 use crate::worker::{WorkerInfo, WorkerStatus};
 
@@ -22,17 +24,43 @@ use crate::worker::{WorkerInfo, WorkerStatus};
 pub struct Drain {
     /// Since when the pool drains.
     pub since: Timestamp,
-    /// When the workers that are left are told to stop.
+    /// When the workers that are left are told to stop, by the wall clock: to be shown.
     pub deadline: Option<Timestamp>,
+    /// The same moment where no step of the wall clock moves it. `None` as well in the file of an earlier build.
+    #[serde(default)]
+    pub due: Option<Due>,
     /// Whether workers are stopped once they run nothing.
     pub stop_workers: bool,
 }
 
+/// A moment of one boot of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Due {
+    /// The boot. After another one no worker is left to be told.
+    pub boot_id: String,
+    /// The time since that boot.
+    pub since_boot: Duration,
+}
+
 impl Drain {
-    /// Whether `worker` is to be told to stop now.
-    pub fn is_due(&self, worker: &WorkerInfo, now: Timestamp) -> bool {
+    /// Returns the time until the deadline, zero where it has passed; `None` without one.
+    pub fn time_left(&self) -> Option<Duration> {
+        let deadline = self.deadline?;
+        Some(match &self.due {
+            Some(due) if process::boot_id().is_ok_and(|boot| boot == due.boot_id) => {
+                due.since_boot.saturating_sub(clock::since_boot())
+            }
+            Some(_) => Duration::ZERO,
+            None => deadline
+                .duration_since(Timestamp::now())
+                .try_into()
+                .unwrap_or_default(),
+        })
+    }
+
+    /// Whether `worker` is to be told to stop, where the drain's deadline is `over` or not.
+    pub fn is_due(&self, worker: &WorkerInfo, over: bool) -> bool {
         let told = worker.status == WorkerStatus::Draining;
-        let over = self.deadline.is_some_and(|deadline| now >= deadline);
         worker.status.is_live()
             && !told
             && if is_working(worker) {
@@ -80,6 +108,7 @@ impl Lifecycle {
                 Drain {
                     since: Timestamp::UNIX_EPOCH,
                     deadline: None,
+                    due: None,
                     stop_workers: false,
                 }
             },
@@ -90,20 +119,43 @@ impl Lifecycle {
     pub fn start_drain(&self, request: &DrainRequest) -> Result<Drain, RegistryError> {
         let _locked = self.registry.lock()?;
         let now = Timestamp::now();
-        let deadline = request
-            .deadline_ms
-            .and_then(|ms| now.checked_add(Duration::from_millis(ms)).ok());
+        let limit = request.deadline_ms.map(Duration::from_millis);
+        let due = |limit| {
+            Some(Due {
+                boot_id: process::boot_id().ok()?,
+                since_boot: clock::since_boot().saturating_add(limit),
+            })
+        };
         let drain = Drain {
             since: self.drain()?.map_or(now, |before| before.since),
-            deadline,
+            deadline: limit.and_then(|limit| now.checked_add(limit).ok()),
+            due: limit.and_then(due),
             stop_workers: request.stop_workers,
         };
+        self.write_drain(&drain)?;
+        Ok(drain)
+    }
+
+    /// Puts the deadline of the drain under way off by `gap`.
+    pub fn postpone_drain(&self, gap: Duration) -> Result<(), RegistryError> {
+        let _locked = self.registry.lock()?;
+        let Some(mut drain) = self.drain()?.filter(|drain| drain.due.is_some()) else {
+            return Ok(());
+        };
+        drain.deadline = drain.deadline.and_then(|at| at.checked_add(gap).ok());
+        drain.due = drain.due.map(|due| Due {
+            since_boot: due.since_boot.saturating_add(gap),
+            ..due
+        });
+        self.write_drain(&drain)
+    }
+
+    fn write_drain(&self, drain: &Drain) -> Result<(), RegistryError> {
         let path = self.drain_file();
-        serde_json::to_vec_pretty(&drain)
+        serde_json::to_vec_pretty(drain)
             .map_err(io::Error::from)
             .and_then(|json| fsio::write_atomic(&path, json, 0o600))
-            .map_err(|source| failed("write", path, source))?;
-        Ok(drain)
+            .map_err(|source| failed("write", path, source))
     }
 
     /// Takes new workers again; says whether it did not before.
@@ -143,6 +195,30 @@ mod tests {
         }
     }
 
+    #[test] // [POOLD-083] P25
+    fn a_deadline_is_a_moment_of_the_boot_and_not_of_the_wall_clock() {
+        let minute = Duration::from_secs(60);
+        let here = process::boot_id().unwrap();
+        let drain = |boot_id: &str| Drain {
+            since: Timestamp::UNIX_EPOCH,
+            // The wall clock has stepped past it.
+            deadline: Some(Timestamp::UNIX_EPOCH),
+            due: Some(Due {
+                boot_id: boot_id.to_owned(),
+                since_boot: clock::since_boot() + minute,
+            }),
+            stop_workers: false,
+        };
+        let left = drain(&here).time_left().unwrap();
+        assert!(left > minute / 2 && left <= minute, "{left:?}");
+        assert_eq!(drain("another").time_left(), Some(Duration::ZERO));
+        let mut other = drain(&here);
+        other.due = None;
+        assert_eq!(other.time_left(), Some(Duration::ZERO));
+        other.deadline = None;
+        assert_eq!(other.time_left(), None);
+    }
+
     #[test] // [POOLD-080]
     fn what_runs_may_finish_until_the_deadline() {
         use WorkerStatus::{Busy, Draining, Failed, Ready, Starting};
@@ -150,6 +226,7 @@ mod tests {
         let drain = |deadline: Option<i64>, stop_workers| Drain {
             since: at(0),
             deadline: deadline.map(at),
+            due: None,
             stop_workers,
         };
         // (deadline, stop_workers, now, worker) -> (told to stop, waited for)
@@ -170,7 +247,10 @@ mod tests {
         ] {
             let (drain, worker) = (drain(deadline, stop_workers), worker(status, active));
             assert_eq!(
-                (drain.is_due(&worker, at(now)), drain.waits_for(&worker)),
+                (
+                    drain.is_due(&worker, deadline.is_some_and(|deadline| now >= deadline)),
+                    drain.waits_for(&worker)
+                ),
                 (due, waits),
                 "{drain:?} at {now}: {status} with {active}"
             );

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::time::Duration;
 
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::gpu::{Gpu, GpuState};
@@ -17,8 +17,8 @@ pub struct DeviceMemory {
     pub total_bytes: u64,
     /// Bytes that nobody used then.
     pub available_bytes: u64,
-    /// When that was; `None` for just now.
-    pub as_of: Option<Timestamp>,
+    /// When that was, as the time since the host's boot; `None` for just now.
+    pub as_of: Option<Duration>,
 }
 
 impl DeviceMemory {
@@ -49,7 +49,7 @@ impl DeviceMemory {
         Self {
             total_bytes: memory.total_bytes,
             available_bytes: if available { memory.free_bytes } else { 0 },
-            as_of: gpu.measured_at,
+            as_of: gpu.read_at,
         }
     }
 
@@ -66,8 +66,8 @@ impl DeviceMemory {
 
     /// Whether a worker has taken its memory after this was read, or is still going to.
     fn is_before(&self, record: &WorkerRecord) -> bool {
-        let seen = |ready_at: Timestamp| self.as_of.is_none_or(|as_of| ready_at < as_of);
-        record.info.status == WorkerStatus::Starting || !record.info.ready_at.is_none_or(seen)
+        let seen = |ready: Duration| self.as_of.is_none_or(|as_of| ready < as_of);
+        record.info.status == WorkerStatus::Starting || !record.moments.ready.is_none_or(seen)
     }
 }
 
@@ -178,12 +178,9 @@ pub fn what_to_stop(
         .filter(|record| record.info.status != WorkerStatus::Draining)
         .collect();
     candidates.sort_by_key(|record| {
-        let info = &record.info;
+        let (info, moments) = (&record.info, record.moments);
         let idle = info.status == WorkerStatus::Ready && info.active == 0;
-        (
-            !idle,
-            info.idle_since.or(info.ready_at).unwrap_or(info.created_at),
-        )
+        (!idle, moments.idle.or(moments.ready).or(moments.created))
     });
     let (mut chosen, mut freed) = (Vec::new(), 0u64);
     for record in candidates {
@@ -408,15 +405,15 @@ mod tests {
     #[test] // [POOLD-014]
     fn what_a_worker_took_after_the_reading_is_not_free() {
         // A driver was asked at 10 s; one worker was ready before, the other has taken its memory since.
-        let at = |seconds| Timestamp::from_second(seconds).unwrap();
+        let at = Duration::from_secs;
         let memory = DeviceMemory {
             total_bytes: 16 * GB,
             available_bytes: 10 * GB,
             as_of: Some(at(10)),
         };
         let mut records = [worker(GB, Some(GB)), worker(3 * GB, Some(3 * GB))];
-        records[0].info.ready_at = Some(at(9));
-        records[1].info.ready_at = Some(at(10));
+        records[0].moments.ready = Some(at(9));
+        records[1].moments.ready = Some(at(10));
         assert_eq!(
             free_bytes(memory, Device::CPU, &records, &Held::default()),
             7 * GB
@@ -495,12 +492,12 @@ mod tests {
 
     #[test] // [POOLD-094]
     fn idle_workers_are_to_stop_before_others_the_longest_idle_first_and_none_in_vain() {
-        let at = |seconds| Some(Timestamp::from_second(seconds).unwrap());
+        let at = |seconds| Some(Duration::from_secs(seconds));
         let named = |number, bytes, idle_since| {
             let mut record = record(number);
             record.info.memory.measured_bytes = Some(bytes);
             record.apply(WorkerEvent::BecameReady).unwrap();
-            (record.info.ready_at, record.info.idle_since) = (at(1), idle_since);
+            (record.moments.ready, record.moments.idle) = (at(1), idle_since);
             record
         };
         let mut busy = named(0, 50 * GB, None);

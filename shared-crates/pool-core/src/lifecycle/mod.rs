@@ -47,6 +47,7 @@ use crate::api::worker::WorkerHealth;
 use crate::catalog::store::{Offer, ResolveError, ResolvedModel, Store};
 use crate::catalog::{Catalog, CatalogError};
 use crate::cgroup::OomMark;
+use crate::clock;
 use crate::config::PoolConfig;
 use crate::crash::crash_point;
 use crate::gpu::{Gpu, GpuInventory, GpuState};
@@ -247,6 +248,7 @@ impl Lifecycle {
         let updated = self.registry.update(id, |record| {
             before = Some(record.info.clone());
             outcome = apply_health(record, health, Timestamp::now());
+            record.note_moments(clock::since_boot());
         })?;
         outcome?;
         Ok(before.zip(

@@ -15,10 +15,11 @@ use super::{
 };
 use crate::api::pool::WorkerSpawnRequest;
 use crate::cgroup::OomMark;
+use crate::clock;
 use crate::crash::crash_point;
 use crate::gpu::{Gpu, GpuState};
 use crate::process::{self, ProcessIdentity};
-use crate::registry::{WorkerRecord, ports_in_use};
+use crate::registry::{Moments, WorkerRecord, ports_in_use};
 use crate::secret::Secret;
 use crate::worker::{Backend, Device, WorkerInfo, WorkerMemory, WorkerStatus};
 use crate::worker_args::WorkerArgs;
@@ -149,6 +150,10 @@ impl Lifecycle {
             oom_mark: None,
             starter: None,
             launched_at: None,
+            moments: Moments {
+                created: Some(clock::since_boot()),
+                ..Moments::default()
+            },
             log_start: 0,
         };
         // The intent comes first: whatever happens from here on, a record says that this process may exist.

@@ -10,6 +10,7 @@ use program::write_program;
 use super::start::identified;
 use super::*;
 use crate::process::SignalOutcome;
+use crate::registry::Moments;
 use crate::secret::Secret;
 use crate::worker::{ExitReason, WorkerMemory};
 use crate::worker_args::{EXIT_PORT_TAKEN, WorkerArgs};
@@ -68,6 +69,7 @@ pub(crate) fn record(number: u64) -> WorkerRecord {
         oom_mark: None,
         starter: None,
         launched_at: None,
+        moments: Moments::default(),
         log_start: 0,
     }
 }

@@ -14,9 +14,9 @@ use axum::response::Response;
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::runtime::Handle;
-use tokio::time::Sleep;
 
 use super::linger::Unread;
+use crate::clock::Patience;
 
 /// How much of a body is thrown away at most, and for how long. A connection that is closed while its sender still writes
 /// is reset, and the answer that says why is lost on the way; one that sends without end is reset all the same.
@@ -56,7 +56,7 @@ pub(super) async fn limit_time(
                     _ => Rest::Discarded,
                 },
                 limit,
-                over: Box::pin(tokio::time::sleep(limit)),
+                over: Patience::new(limit),
             })
         }
     });
@@ -76,7 +76,7 @@ struct Timed {
     inner: Option<Body>,
     if_refused: Rest,
     limit: Duration,
-    over: Pin<Box<Sleep>>,
+    over: Patience,
 }
 
 impl HttpBody for Timed {
@@ -88,7 +88,7 @@ impl HttpBody for Timed {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         // The clock is looked at first: bytes that keep coming must not put it off.
-        if self.over.as_mut().poll(context).is_ready() {
+        if Pin::new(&mut self.over).poll(context).is_ready() {
             self.inner = None;
             return Poll::Ready(Some(Err(BodyTimeout(self.limit).into())));
         }

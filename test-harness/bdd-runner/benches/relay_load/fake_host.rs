@@ -2,7 +2,7 @@
 //! registration and heartbeats, `/execute` and `/executions/{id}/events` as event streams, cancel and delete. Every token's
 //! text carries the moment of its emission.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -209,7 +209,11 @@ impl FakeHost {
             models: vec![model],
             disk: DiskInfo::default(),
         };
-        Ok(PoolSnapshot { status, endpoints })
+        Ok(PoolSnapshot {
+            status,
+            endpoints,
+            ages: BTreeMap::new(),
+        })
     }
 }
 

@@ -110,6 +110,13 @@ async fn a_database_of_the_first_version_is_migrated_with_everything_in_it() {
         };
         assert_eq!(store.known_key(&key).await.unwrap().unwrap().0, *id);
     }
+    // [ORCHD-225] P25: when it ended is what a wall clock said, so it counts as ended just now.
+    let cutoffs = Cutoffs {
+        drop: Some(crate::clock::now() - jiff::SignedDuration::from_hours(1)),
+        forget: None,
+    };
+    let swept = store.sweep(cutoffs, crate::clock::now()).await.unwrap();
+    assert!(!matches!(swept, Step::Dropped(_)), "{swept:?}");
     let waiting = store.recover().await.unwrap();
     let found: Vec<_> = waiting.iter().map(|job| job.queued.id).collect();
     assert_eq!(found, ids[..2]);
@@ -125,6 +132,52 @@ async fn a_database_of_the_first_version_is_migrated_with_everything_in_it() {
         })
     });
     assert_eq!(shrinks.await.unwrap(), (2, 0));
+}
+
+// [ORCHD-225] P25: the timeline of a database continues at each start, whatever the wall clock shows.
+#[tokio::test]
+async fn the_timeline_continues_where_it_stood() {
+    let dir = tempfile::tempdir().unwrap();
+    let hour = jiff::SignedDuration::from_hours(1);
+    let soon = jiff::SignedDuration::from_mins(5);
+    // Each time: what is done to the note before the next start, and by how much the timeline moves with it.
+    let hour_us = hour.as_micros();
+    for (change, moved) in [
+        (String::new(), 0),
+        // No daemon ran for an hour under this boot.
+        (
+            format!("UPDATE timeline SET boot_us = boot_us - {hour_us}"),
+            1,
+        ),
+        // The host booted again: its clock alone could say how long it was away.
+        (
+            "UPDATE timeline SET boot_id = 'another', boot_us = 0".to_owned(),
+            0,
+        ),
+        // A virtual machine was set back.
+        (
+            format!("UPDATE timeline SET boot_us = boot_us + {hour_us}"),
+            0,
+        ),
+        // Before the host booted again a job came after the last note.
+        (
+            format!(
+                "UPDATE timeline SET boot_id = 'another'; UPDATE jobs SET created_steady_us = created_steady_us + {hour_us}"
+            ),
+            1,
+        ),
+    ] {
+        let opened = store(&dir).await;
+        submitted(&opened).await;
+        let before = crate::clock::now();
+        sql(&opened, change.clone()).await;
+        opened.crash().await;
+        let opened = store(&dir).await;
+        let passed = crate::clock::now().duration_since(before);
+        let off = (passed - hour * moved).abs();
+        assert!(off < soon, "{change}: {passed:?}");
+        opened.crash().await;
+    }
 }
 
 /// Overwrites a part of every page behind the first of a closed database.

@@ -1,5 +1,6 @@
 //! FAKE pools: what a pool manager says to the orchestrator, and what it answers.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,7 +16,7 @@ use jiff::Timestamp;
 use pool_core::api::models::{DownloadEvent, ModelDownloadRequest};
 use pool_core::api::pool::{
     DeviceInfo, DiskInfo, DrainRequest, DrainStatus, Heartbeat, ModelOnDisk, PoolSnapshot,
-    PoolStatus, RegisterRequest, WorkerEndpoint, WorkerSpawnRequest,
+    PoolStatus, RegisterRequest, WorkerAges, WorkerEndpoint, WorkerSpawnRequest,
 };
 use pool_core::client::ApiClient;
 use pool_core::service::{Json, ServiceError};
@@ -34,6 +35,7 @@ pub struct FakePool {
     pub instance: String,
     pub workers: Vec<WorkerInfo>,
     pub endpoints: Vec<WorkerEndpoint>,
+    pub ages: BTreeMap<String, WorkerAges>,
     pub models: Vec<ModelOnDisk>,
     pub interval_ms: u64,
     pub host_id: Option<String>,
@@ -79,6 +81,7 @@ impl FakePool {
             instance: "instance-1".to_owned(),
             workers: Vec::new(),
             endpoints: Vec::new(),
+            ages: BTreeMap::new(),
             models: vec![model],
             interval_ms: 60_000,
             host_id: None,
@@ -119,6 +122,7 @@ impl FakePool {
         let snapshot = PoolSnapshot {
             status,
             endpoints: self.endpoints.clone(),
+            ages: self.ages.clone(),
         };
         Heartbeat {
             instance_id: self.instance.clone(),

@@ -1,0 +1,69 @@
+//! The timeline that durations are reckoned by, kept over restarts.
+//!
+//! It grows by the time that processes have seen pass. Under one boot the time since boot also covers the time in which no
+//! daemon ran. After a reboot only the wall clock could say how long that was, and a wrong one would make every record old:
+//! so the timeline then continues where it stood, which can only delay what is due.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use pool_core::{clock, process};
+use sqlx::{Row as _, SqliteConnection};
+
+use super::StoreError;
+use super::commands::{micros, time};
+
+/// Returns the timeline's present point, and notes it. A new database begins with the wall clock.
+pub(super) async fn resume(conn: &mut SqliteConnection) -> Result<Timestamp, StoreError> {
+    let row = sqlx::query("SELECT at_us, boot_id, boot_us FROM timeline")
+        .fetch_one(&mut *conn)
+        .await?;
+    let (boot, since_boot) = boot();
+    let same = !boot.is_empty() && boot == row.try_get::<&str, _>("boot_id")?;
+    let away = if same {
+        since_boot.saturating_sub(row.try_get("boot_us")?).max(0)
+    } else {
+        0
+    };
+    let noted: Option<i64> = row.try_get("at_us")?;
+    let at = noted
+        .map(|at| at.saturating_add(away))
+        .max(newest(conn).await?);
+    let at = match at {
+        Some(at) => time(at)?,
+        None => crate::clock::now(),
+    };
+    // Needed only after a reboot, so a full disk does not keep the daemon from starting.
+    if let Err(error) = note(conn, at).await {
+        tracing::warn!(%error, "the timeline is not noted");
+    }
+    Ok(at)
+}
+
+/// Notes that the present point is `at`.
+pub(super) async fn note(conn: &mut SqliteConnection, at: Timestamp) -> Result<(), StoreError> {
+    let (boot, since_boot) = boot();
+    sqlx::query("UPDATE timeline SET at_us = ?, boot_id = ?, boot_us = ?")
+        .bind(micros(at))
+        .bind(boot)
+        .bind(since_boot)
+        .execute(conn)
+        .await?;
+    Ok(())
+}
+
+/// The newest point that a job carries: after a reboot it may be later than the last note.
+async fn newest(conn: &mut SqliteConnection) -> Result<Option<i64>, StoreError> {
+    let sql = "SELECT MAX(at) FROM (SELECT (SELECT created_steady_us FROM jobs ORDER BY id DESC LIMIT 1) AS at UNION ALL \
+               SELECT MAX(ended_steady_us) FROM jobs WHERE ended_steady_us IS NOT NULL AND dropped_us IS NULL)";
+    Ok(sqlx::query(sql).fetch_one(conn).await?.try_get(0)?)
+}
+
+/// The present boot, empty where the system does not tell, and the microseconds since it.
+fn boot() -> (String, i64) {
+    let micros = |time: Duration| i64::try_from(time.as_micros()).unwrap_or(i64::MAX);
+    (
+        process::boot_id().unwrap_or_default(),
+        micros(clock::since_boot()),
+    )
+}
