@@ -1,4 +1,5 @@
-//! Runs the scenarios of `features/` against the binaries that lie beside this one, or the long run: `bdd-runner soak`.
+//! Runs the scenarios of `features/` against the binaries that lie beside this one, or the long runs: `bdd-runner soak`
+//! and `bdd-runner freezes`.
 //!
 //! Every scenario has a home and ports of its own, and leaves no process behind. `LLORCH_TEST_MODEL` names the file of
 //! the catalogue's default model; `scripts/test` fetches it and sets the variable. Scenarios tagged `@soak` take long and
@@ -35,6 +36,7 @@ struct Also {
 #[derive(Debug, Clone, clap::Subcommand)]
 enum Command {
     Soak(soak::Options),
+    Freezes(soak::freezes::Options),
 }
 
 #[tokio::main]
@@ -42,6 +44,7 @@ async fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match &arguments.custom.command {
         Some(Command::Soak(options)) => long_run(options).await,
+        Some(Command::Freezes(options)) => freezes(options).await,
         None => scenarios(arguments).await,
     }
 }
@@ -74,6 +77,23 @@ async fn scenarios(arguments: Arguments) -> ExitCode {
         ExitCode::FAILURE
     } else {
         ExitCode::SUCCESS
+    }
+}
+
+async fn freezes(options: &soak::freezes::Options) -> ExitCode {
+    match soak::freezes::run(options, |line| eprintln!("freezes: {line}")).await {
+        Ok(report) => {
+            println!("{report}");
+            if report.failures.is_empty() {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 

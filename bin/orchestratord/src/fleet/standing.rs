@@ -125,7 +125,8 @@ impl Pool {
                 heard => heard,
             },
             registered_at: self.registered_at,
-            heartbeat_age_ms: millis_since(self.last_heartbeat, now).saturating_add(self.stood_ms()),
+            heartbeat_age_ms: millis_since(self.last_heartbeat, now)
+                .saturating_add(self.stood_ms()),
             status: self.status.clone(),
             conflict: self.conflict(now),
         }

@@ -1,6 +1,7 @@
 //! The long run: the whole chain under clients that stream, cut, come back and cancel, while every part of it is killed or
 //! frozen again and again. At the end everything comes to rest, and the checker judges.
 
+pub mod freezes;
 pub mod plan;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,203 @@
+//! Freezes: each daemon is stopped and continued again and again while jobs run that may not lose a single attempt.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use orchestrator_core::api::tasks::TaskSubmitRequest;
+use orchestrator_core::job::JobStatus;
+use pool_core::process::Signal;
+use tokio::task::JoinSet;
+
+use crate::chain::{Chain, Daemon, Parts, tail};
+use crate::clients::Clients;
+
+/// The pause between two freezes of a chain: time for a few heartbeats.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// Freezes orchestratord and pool-managerd while jobs with one attempt run: none may fail.
+///
+/// Several chains (an orchestratord, a pool, two workers with tiny models) share the freezes, whose lengths are spread evenly
+/// over the range. Ends with 0 where every job completed, with 1 where one did not (home and logs are kept then, and named).
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Freezes of each daemon.
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub freezes: u32,
+    /// Chains at a time.
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub chains: u32,
+    /// Jobs at a time in each chain.
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    pub jobs: u32,
+    /// Seconds of the shortest freeze.
+    #[arg(long, default_value_t = 5.0)]
+    pub shortest_s: f64,
+    /// Seconds of the longest freeze.
+    #[arg(long, default_value_t = 90.0)]
+    pub longest_s: f64,
+}
+
+impl Options {
+    /// Returns the lengths of the freezes of each daemon in one chain.
+    fn lengths(&self, chain: u32) -> Vec<Duration> {
+        let last = f64::from(self.freezes.max(2) - 1);
+        let range = (self.longest_s - self.shortest_s).max(0.0);
+        let length = |n| self.shortest_s + range * f64::from(n) / last;
+        let share = (0..self.freezes).filter(|n| n % self.chains == chain);
+        share.map(|n| Duration::from_secs_f64(length(n))).collect()
+    }
+}
+
+/// What came of it.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Freezes of each daemon's kind, and their time in all.
+    pub frozen: BTreeMap<&'static str, (u32, Duration)>,
+    /// Jobs by their states.
+    pub jobs: BTreeMap<String, usize>,
+    /// Jobs that did not complete in one attempt, and the reason.
+    pub failures: Vec<String>,
+    /// The folders of chains with failures.
+    pub kept: Vec<PathBuf>,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "freezes: {:.0?}", self.elapsed)?;
+        for (daemon, (count, time)) in &self.frozen {
+            writeln!(f, "  {daemon:<15} {count:>5} frozen, {time:.0?} in all")?;
+        }
+        for (state, count) in &self.jobs {
+            writeln!(f, "  {count} jobs {state}")?;
+        }
+        for failure in &self.failures {
+            writeln!(f, "  {failure}")?;
+        }
+        for kept in &self.kept {
+            writeln!(f, "  homes and logs: {}", kept.display())?;
+        }
+        write!(f, "{} jobs lost an attempt", self.failures.len())
+    }
+}
+
+/// Runs all chains, and says after each freeze how far it is.
+pub async fn run(options: &Options, told: fn(&str)) -> anyhow::Result<Report> {
+    let begun = Instant::now();
+    let mut chains = JoinSet::new();
+    for number in 0..options.chains.min(options.freezes) {
+        let (options, lengths) = (options.clone(), options.lengths(number));
+        chains.spawn(async move { one_chain(number, &options, &lengths, told).await });
+    }
+    let mut report = Report::default();
+    while let Some(chain) = chains.join_next().await {
+        let one = chain.context("a chain panicked")??;
+        for (daemon, (count, time)) in one.frozen {
+            let sum = report.frozen.entry(daemon).or_default();
+            *sum = (sum.0 + count, sum.1 + time);
+        }
+        for (state, count) in one.jobs {
+            *report.jobs.entry(state).or_default() += count;
+        }
+        report.failures.extend(one.failures);
+        report.kept.extend(one.kept);
+    }
+    report.elapsed = begun.elapsed();
+    Ok(report)
+}
+
+async fn one_chain(
+    number: u32,
+    options: &Options,
+    lengths: &[Duration],
+    told: fn(&str),
+) -> anyhow::Result<Report> {
+    let mut chain = Chain::build(&Parts::beside(1, 2))?;
+    chain.start().await?;
+    let clients = Clients::new(chain.url())?;
+    let over = Arc::new(AtomicBool::new(false));
+    let mut crowd = JoinSet::new();
+    for client in 0..options.jobs {
+        let models = chain.models().to_vec();
+        crowd.spawn(work(clients.clone(), client, models, Arc::clone(&over)));
+    }
+    let mut report = Report::default();
+    for length in lengths {
+        for (name, daemon) in [
+            ("orchestratord", &chain.orchestratord),
+            ("pool-managerd", &chain.pools[0].daemon),
+        ] {
+            tokio::time::sleep(PAUSE).await;
+            freeze(daemon, *length).await?;
+            let sum = report.frozen.entry(name).or_default();
+            *sum = (sum.0 + 1, sum.1 + *length);
+            told(&format!(
+                "chain {number}: {name} was frozen for {length:.1?}"
+            ));
+        }
+    }
+    over.store(true, Ordering::Relaxed);
+    while let Some(client) = crowd.join_next().await {
+        for (state, failure) in client.context("a client panicked")?? {
+            *report.jobs.entry(state).or_default() += 1;
+            report.failures.extend(failure);
+        }
+    }
+    if report.failures.is_empty() {
+        chain.close().await?;
+    } else {
+        report.kept.extend(chain.keep());
+    }
+    Ok(report)
+}
+
+async fn freeze(daemon: &Daemon, length: Duration) -> anyhow::Result<()> {
+    if daemon.pid().is_none() {
+        bail!("{} is gone:\n{}", daemon.name, tail(&daemon.log(), 10));
+    }
+    daemon.signal(Signal::STOP)?;
+    tokio::time::sleep(length).await;
+    daemon.signal(Signal::CONT)?;
+    Ok(())
+}
+
+/// One client that asks for one job after the other. Returns the states of its jobs, with the reason of each that did not
+/// complete in its one attempt.
+async fn work(
+    clients: Clients,
+    client: u32,
+    models: Vec<String>,
+    over: Arc<AtomicBool>,
+) -> anyhow::Result<Vec<(String, Option<String>)>> {
+    let mut done = Vec::new();
+    while !over.load(Ordering::Relaxed) {
+        let key = format!("freeze-{client}-{}", done.len());
+        let request = TaskSubmitRequest {
+            model: models[client as usize % models.len()].clone(),
+            prompt: Some(format!("The {client}. story begins")),
+            raw: true,
+            max_tokens: Some(900),
+            temperature: Some(0.8),
+            seed: Some(u64::from(client)),
+            max_attempts: Some(1),
+            ..TaskSubmitRequest::default()
+        };
+        let job = clients.submit(&key, &request).await?;
+        let view = clients.wait(job).await?;
+        let sound = view.status == JobStatus::Completed && view.attempts.len() == 1;
+        let failure = || {
+            format!(
+                "{job} is {}: {:?} {:?}",
+                view.status, view.error, view.attempts
+            )
+        };
+        done.push((view.status.to_string(), (!sound).then(failure)));
+    }
+    Ok(done)
+}
