@@ -14,6 +14,19 @@ use pool_core::process::{ProcessIdentity, Signal};
 use support::host::{Host, worker_log};
 use support::{Running, tiny_gguf, until};
 
+#[test] // [POOLCTL-060]
+fn a_worker_without_a_model_takes_the_catalogues_default() {
+    let host = Host::new();
+    let refused = host.run(&["worker", "spawn", "cpu"]).exits(4);
+    assert!(
+        refused
+            .err
+            .contains("llorch-pool models download smollm2-135m"),
+        "{}",
+        refused.err
+    );
+}
+
 #[test] // [POOLCTL-020] [POOLCTL-021] [POOLCTL-023]
 fn workers_live_without_a_pool_manager() {
     let host = Host::new();

@@ -40,9 +40,10 @@ pub enum Command {
         /// Where to compute.
         #[arg(value_enum)]
         backend: Backend,
-        /// Id in the catalogue, `hf:ORG/REPO...` that an entry covers, or `file:/absolute/path.gguf` below an allowed folder.
+        /// Id in the catalogue, `hf:ORG/REPO...` that an entry covers, or `file:/absolute/path.gguf` below an allowed folder
+        /// [default: the catalogue's default].
         #[arg(long)]
-        model: ModelRef,
+        model: Option<ModelRef>,
         /// GPU to use, with `cuda` and `metal`.
         #[arg(long, value_name = "N")]
         gpu: Option<u32>,
@@ -156,6 +157,10 @@ impl Command {
                 reach,
                 format,
             } => {
+                let model = match model {
+                    Some(model) => model,
+                    None => context.catalog()?.default_entry().model_ref(),
+                };
                 let request = WorkerSpawnRequest {
                     model,
                     backend,
