@@ -157,6 +157,7 @@ impl Compute {
                     code,
                     message: failure.to_string(),
                     retriable: failure.retriable(),
+                    overflow: failure.overflow(),
                 })
             }
         };

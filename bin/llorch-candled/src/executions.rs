@@ -457,6 +457,7 @@ mod tests {
             code: WorkerErrorCode::Cancelled,
             message: "x".into(),
             retriable: false,
+            overflow: None,
         })
     }
 

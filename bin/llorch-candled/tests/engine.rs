@@ -7,9 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
+use candle_core::Device;
 use llorch_candled::engine::{Control, Engine, Failure, Halted};
 use pool_core::api::worker::{
-    ExecuteRequest, Origin, Resume, Sampling, StopReason, WorkerErrorCode, WorkerEvent,
+    ContextOverflow, ExecuteRequest, Origin, Resume, Sampling, StopReason, WorkerErrorCode,
+    WorkerEvent,
 };
 use support::tiny_model::{BLOCKS, END, TinyModel};
 use support::{Answer, greedy, run, tiny};
@@ -457,14 +459,74 @@ fn the_context_bounds_prompt_and_answer() {
             full.end.tokens_out,
             full.end.stop_reason
         ),
-        (60, 4, StopReason::MaxTokens)
+        (60, 4, StopReason::ContextFull)
     );
+    let both = answer(
+        &engine,
+        ExecuteRequest {
+            max_tokens: 4,
+            ..request(60)
+        },
+    );
+    assert_eq!(both.end.stop_reason, StopReason::MaxTokens);
     assert_eq!(answer(&engine, request(63)).end.tokens_out, 1);
     let failure = run(&engine, request(64)).map(|_| ()).unwrap_err();
     assert_eq!(
         (failure.code(), failure.retriable()),
         (WorkerErrorCode::ContextOverflow, false)
     );
+    let overflow = failure.overflow().unwrap();
+    assert_eq!((overflow.needed_tokens, overflow.model_context), (65, 64));
+}
+
+/// The tiny model of 64 tokens of context, served with 32.
+fn half_of_its_context() -> Engine {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("tiny.gguf");
+    let model = TinyModel {
+        context: 64,
+        ..TinyModel::default()
+    };
+    model.write(&path).expect("the model is written");
+    Engine::load(&path, &Device::Cpu, Some(32), &mut |_, _| {}).expect("the model loads")
+}
+
+// [CAND-052] [CAND-077]
+#[test]
+fn a_worker_says_what_context_a_request_needs() {
+    let engine = half_of_its_context();
+    let request = |prompt: usize, resumed: usize, max_tokens: u32| ExecuteRequest {
+        raw: true,
+        max_tokens,
+        resume: (resumed > 0).then(|| Resume {
+            token_ids: vec![u32::from(b'x'); resumed],
+            next_index: None,
+            origin: Some(engine.origin().clone()),
+            seen_more: false,
+        }),
+        ..greedy(&"x".repeat(prompt))
+    };
+    let needed = |prompt, resumed, max_tokens| {
+        let failure = run(&engine, request(prompt, resumed, max_tokens));
+        failure.map(|_| ()).unwrap_err().overflow().unwrap()
+    };
+    let overflow = needed(40, 0, 100);
+    assert_eq!(
+        overflow,
+        ContextOverflow {
+            prompt_tokens: 40,
+            needed_tokens: 41,
+            context_length: 32,
+            model_context: 64,
+        }
+    );
+    assert_eq!(needed(64, 0, 1).needed_tokens, 65);
+    // What an earlier attempt drew has to fit as well, and one more token where the answer has one more.
+    assert_eq!(needed(20, 12, 100).needed_tokens, 33);
+    assert_eq!(needed(20, 44, 100).needed_tokens, 64);
+    let whole = answer(&engine, request(20, 12, 12));
+    assert_eq!(whole.end.tokens_out, 12);
+    assert_eq!(whole.end.stop_reason, StopReason::MaxTokens);
 }
 
 // [CAND-013]

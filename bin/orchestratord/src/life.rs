@@ -141,7 +141,9 @@ pub async fn submit(
     let now = clock::now();
     let job = Job::new(JobId::at(now), spec, now);
     let queued = QueuedJob::new(&job, None);
-    let (promise, position) = app.jobs.promise(&queued, now)?;
+    let (promise, position) = app
+        .jobs
+        .promise(&queued, || app.fleet.is_unknown(now), now)?;
 
     let id = job.id;
     let start = EventId { attempt: 0, seq: 0 };

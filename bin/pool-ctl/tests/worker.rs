@@ -17,7 +17,7 @@ use support::{Running, tiny_gguf, until};
 #[test] // [POOLCTL-060]
 fn a_worker_without_a_model_takes_the_catalogues_default() {
     let host = Host::new();
-    let refused = host.run(&["worker", "spawn", "cpu"]).exits(4);
+    let refused = host.run(&["worker", "spawn", "cpu"]).exits(3);
     assert!(
         refused
             .err

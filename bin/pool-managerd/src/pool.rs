@@ -169,15 +169,15 @@ impl Pool {
     pub fn models(&self) -> Vec<ModelOnDisk> {
         let found = self.offer().models.into_iter();
         found
-            .map(|Offered { model, aliases }| ModelOnDisk {
-                needed_bytes: self
-                    .lifecycle
-                    .estimator()
-                    .estimate(&model, None, 1)
-                    .needed_bytes,
-                model_ref: model.model_ref,
-                aliases,
-                file: model.file,
+            .map(|Offered { model, aliases }| {
+                let estimate = self.lifecycle.estimator().estimate(&model, None, 1);
+                ModelOnDisk {
+                    needed_bytes: estimate.needed_bytes,
+                    context: estimate.context,
+                    model_ref: model.model_ref,
+                    aliases,
+                    file: model.file,
+                }
             })
             .collect()
     }

@@ -50,6 +50,7 @@ fn pool(index: usize, free: usize) -> PoolState {
         } else {
             WorkerStatus::Starting
         },
+        context_length: Some(4096),
         slots: 1,
         active: 0,
         full: false,
@@ -75,6 +76,7 @@ fn pool(index: usize, free: usize) -> PoolState {
                 model: model(index * 4 + m),
                 file: file(),
                 needed_bytes: 4 * GIB,
+                context: None,
             })
             .collect(),
         disk_free_bytes: 0,
@@ -101,6 +103,7 @@ fn job(index: usize) -> QueuedJob {
         turn: None,
         bytes: 1000,
         max_tokens: 256,
+        context_needed: None,
     }
 }
 

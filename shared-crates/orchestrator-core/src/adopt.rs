@@ -14,8 +14,8 @@ use crate::job::{JobId, Placement};
 use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
 use crate::scheduler::{
-    Action, Explanation, Filter, FilterCount, Plan, Policy, PoolState, Settings, Snapshot,
-    WaitReason, WorkerState, schedule,
+    Action, DeviceState, Explanation, Filter, FilterCount, Plan, Policy, PoolState, Settings,
+    Snapshot, StartChoice, WaitReason, WorkerState, could_use, schedule, start_context,
 };
 
 /// Most jobs that a script is shown in one pass.
@@ -50,6 +50,8 @@ pub enum Proposal {
         device: Device,
         /// The model.
         model: ModelRef,
+        /// Tokens of context; `None` for the pool's default.
+        context_length: Option<u32>,
     },
     /// Stop an idle worker.
     EvictWorker {
@@ -134,7 +136,7 @@ pub struct Refused {
 pub struct Promised {
     active: HashMap<(usize, usize), u32>,
     taken: HashMap<(usize, Device), u64>,
-    starts: Vec<(usize, Device, ModelRef)>,
+    starts: Vec<(usize, Device, ModelRef, Option<u32>)>,
     evicted: HashSet<(usize, usize)>,
     settled: HashSet<usize>,
 }
@@ -192,7 +194,7 @@ impl Promised {
             .iter()
             .flat_map(|pool| &pool.workers)
             .filter(|w| w.model == *model && w.status == WorkerStatus::Starting);
-        shown.count() + self.starts.iter().filter(|(.., m)| m == model).count()
+        shown.count() + self.starts.iter().filter(|(_, _, m, _)| m == model).count()
     }
 
     /// Whether the job has an action already.
@@ -228,6 +230,13 @@ impl Promised {
                 ));
             }
             placement_fits(&queued.placement, on, state.device)?;
+            let needed = queued.context_needed.unwrap_or(0);
+            if state.capacity() < needed {
+                return Err(format!(
+                    "the job needs a context of {needed} tokens, the worker has {}",
+                    state.capacity()
+                ));
+            }
             if !state.serves() {
                 return Err(format!("the worker is {}", state.status));
             }
@@ -250,13 +259,64 @@ impl Promised {
         })
     }
 
-    /// Whether a worker with the model may be started on the device now: for this job, or for any that waits.
-    pub fn may_start(
+    /// The smallest context with which a worker may be started on the device for this job now.
+    pub fn may_start_for(
         &self,
         snapshot: &Snapshot,
         pool: usize,
         device: Device,
-        model: &ModelRef,
+        job: usize,
+    ) -> Result<Option<u32>, Refusal> {
+        let queued = job_at(snapshot, job)?;
+        let Some(on) = snapshot.pools.get(pool) else {
+            return Err(Refusal::Unknown(format!("pool {pool}")));
+        };
+        let needed = queued.context_needed.unwrap_or(0);
+        let context_length = match on.model(&queued.model) {
+            Some(file) => match file.cost().least(needed) {
+                Some(size) => size.context,
+                None => {
+                    return Err(Refusal::Start {
+                        model: queued.model.to_string(),
+                        device,
+                        pool: on.id.clone(),
+                        why: format!(
+                            "the job needs a context of {needed} tokens, more than the file allows"
+                        ),
+                    });
+                }
+            },
+            None => None,
+        };
+        let worker = (device, &queued.model, context_length);
+        self.may_start(snapshot, pool, worker, Some(job))?;
+        Ok(context_length)
+    }
+
+    /// The context with which a worker is best started on the device for this job, after [`Promised::may_start_for`]:
+    /// one with room for the whole answer, where there is memory for it.
+    pub fn start_context(
+        &self,
+        snapshot: &Snapshot,
+        pool: usize,
+        device: Device,
+        job: usize,
+    ) -> Option<u32> {
+        let (on, queued) = (snapshot.pools.get(pool)?, snapshot.jobs.get(job)?);
+        let state = on.devices.iter().find(|state| state.device == device)?;
+        let device = DeviceState {
+            free_bytes: self.free_bytes(snapshot, pool, device),
+            ..*state
+        };
+        start_context(queued, &StartChoice { pool: on, device })
+    }
+
+    /// Whether a worker with this device, model and context may be started now: for this job, or for any that waits.
+    fn may_start(
+        &self,
+        snapshot: &Snapshot,
+        pool: usize,
+        (device, model, context_length): (Device, &ModelRef, Option<u32>),
         job: Option<usize>,
     ) -> Result<(), Refusal> {
         let Some(on) = snapshot.pools.get(pool) else {
@@ -273,23 +333,31 @@ impl Promised {
             if let Some(failure) = on.start_failure(file) {
                 return Err(format!("its file could not be loaded: {failure}"));
             }
-            if let Some(refused) = on.refused(model, device) {
+            if let Some(asked) = context_length {
+                let Some(context) = file.context else {
+                    return Err("the pool does not say which contexts the file allows".to_owned());
+                };
+                let most = context.max_tokens;
+                if !(1..=most).contains(&asked) {
+                    return Err(format!(
+                        "the context is {asked} tokens, the file allows up to {most}"
+                    ));
+                }
+            }
+            if let Some(refused) = on.refused(model, device, context_length) {
                 return Err(format!(
                     "the pool refused a moment ago: {}",
                     refused.message
                 ));
             }
             let free = self.free_bytes(snapshot, pool, device);
-            if file.needed_bytes > free {
-                return Err(format!(
-                    "it needs {} bytes, {free} are free",
-                    file.needed_bytes
-                ));
+            let needed = file.bytes(context_length);
+            if needed > free {
+                return Err(format!("it needs {needed} bytes, {free} are free"));
             }
+            let worker = WorkerState::asked_for(file, device, context_length, snapshot.now);
             let wants = |(index, job): (usize, &Arc<QueuedJob>)| {
-                job.model == *model
-                    && !self.is_settled(index)
-                    && placement_fits(&job.placement, on, device).is_ok()
+                !self.is_settled(index) && could_use(job, &on.id, &worker)
             };
             let wanted = match job {
                 Some(index) => job_at(snapshot, index).is_ok_and(|job| wants((index, job))),
@@ -334,12 +402,19 @@ impl Promised {
             if self.evicted.contains(&(pool, worker)) {
                 return Err("it is being evicted already".to_owned());
             }
-            let residence = snapshot.settings.min_residence;
-            if let Some(ready) = state.ready_at.filter(|at| *at + residence > snapshot.now) {
+            let missed = snapshot
+                .jobs
+                .iter()
+                .any(|job| could_use(job, &on.id, state));
+            let residence = snapshot.settings.residence(state);
+            if let Some(ready) = state.ready_at.filter(|at| *at + residence > snapshot.now)
+                && missed
+            {
                 let age = snapshot.now.duration_since(ready).as_secs();
+                // As a decimal number, because a small model loads within a second.
+                let residence = residence.as_secs_f64();
                 return Err(format!(
-                    "it has been ready for {age} s; it stays for {} s",
-                    residence.as_secs()
+                    "it has been ready for {age} s; while jobs wait for it, it stays for {residence} s"
                 ));
             }
             if !snapshot.jobs.iter().any(|job| job.model == *needed_by) {
@@ -366,14 +441,17 @@ impl Promised {
                 pool,
                 device,
                 model,
+                context_length,
             } => {
-                self.may_start(snapshot, *pool, *device, model, None)?;
+                let worker = (*device, model, *context_length);
+                self.may_start(snapshot, *pool, worker, None)?;
                 let needed = snapshot.pools[*pool]
                     .model(model)
-                    .map_or(0, |file| file.needed_bytes);
+                    .map_or(0, |file| file.bytes(*context_length));
                 let taken = self.taken.entry((*pool, *device)).or_default();
                 *taken = taken.saturating_add(needed);
-                self.starts.push((*pool, *device, model.clone()));
+                let start = (*pool, *device, model.clone(), *context_length);
+                self.starts.push(start);
             }
             Proposal::EvictWorker {
                 pool,
@@ -402,16 +480,21 @@ impl Promised {
         for &(pool, worker) in &self.evicted {
             Arc::make_mut(&mut pools[pool]).workers[worker].status = WorkerStatus::Draining;
         }
-        for (pool, device, model) in &self.starts {
+        for (pool, device, model, context_length) in &self.starts {
             let pool = Arc::make_mut(&mut pools[*pool]);
             let Some(file) = pool.model(model).cloned() else {
                 continue;
             };
             if let Some(state) = pool.devices.iter_mut().find(|d| d.device == *device) {
-                state.free_bytes = state.free_bytes.saturating_sub(file.needed_bytes);
+                let needed = file.bytes(*context_length);
+                state.free_bytes = state.free_bytes.saturating_sub(needed);
             }
-            pool.workers
-                .push(WorkerState::asked_for(&file, *device, snapshot.now));
+            pool.workers.push(WorkerState::asked_for(
+                &file,
+                *device,
+                *context_length,
+                snapshot.now,
+            ));
         }
         pools
     }
@@ -434,6 +517,7 @@ fn is_out_of_reach(reason: WaitReason) -> bool {
         | R::PoolsAway
         | R::NoBackend
         | R::ModelMissing
+        | R::ContextShort
         | R::Downloading
         | R::DownloadRefused
         | R::BackingOff => true,
@@ -542,10 +626,12 @@ pub fn adopt(
                 pool,
                 device,
                 model,
+                context_length,
             } => plan.actions.push(Action::StartWorker {
                 pool: pool_name(*pool),
                 model: model.clone(),
                 device: *device,
+                context_length: *context_length,
             }),
             Proposal::EvictWorker {
                 pool,
@@ -600,6 +686,13 @@ fn keep_house(snapshot: &Snapshot, built_in: &Plan, promised: &Promised, plan: &
     plan.actions.extend(kept.cloned());
 }
 
+/// What jobs have in common that wait for the same.
+type Kind<'a> = (&'a ModelRef, &'a Placement, Option<u32>);
+
+fn kind(job: &QueuedJob) -> Kind<'_> {
+    (&job.model, &job.placement, job.context_needed)
+}
+
 /// Says of every job that stays why it does.
 fn explain(
     snapshot: &Snapshot,
@@ -624,12 +717,12 @@ fn explain(
         }
     }
     // One job of each kind is asked for: what the built-in policy would still find for it tells what binds it now.
-    let mut classes: HashMap<(&ModelRef, &Placement), Arc<Explanation>> = HashMap::new();
+    let mut classes: HashMap<Kind<'_>, Arc<Explanation>> = HashMap::new();
     let mut first: Vec<&Arc<QueuedJob>> = Vec::new();
-    let mut seen: HashSet<(&ModelRef, &Placement)> = HashSet::new();
+    let mut seen: HashSet<Kind<'_>> = HashSet::new();
     for &index in &held {
         let job = &snapshot.jobs[index];
-        if seen.insert((&job.model, &job.placement)) {
+        if seen.insert(kind(job)) {
             first.push(job);
         }
     }
@@ -651,11 +744,11 @@ fn explain(
             Some(why) if !starts_one => Arc::clone(why),
             _ => Arc::new(held_back("", snapshot)),
         };
-        classes.insert((&job.model, &job.placement), why);
+        classes.insert(kind(job), why);
     }
     for index in held {
         let job = &snapshot.jobs[index];
-        let Some(why) = classes.get(&(&job.model, &job.placement)) else {
+        let Some(why) = classes.get(&kind(job)) else {
             continue;
         };
         let why = match reasons.get(&index) {

@@ -72,10 +72,12 @@ impl Default for OrchestratorConfig {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct QueueConfig {
-    /// Most jobs that wait; further submits get 429. Default 100; -1 is unbounded.
+    /// Most jobs that wait; further submits get 429. Default 10000; -1 is unbounded. Jobs that nothing can run at present
+    /// (no pool that takes work has the model, or a device that it fits on) are counted apart: a tenth as many may wait
+    /// besides, at least one. Jobs that could run when they came may be more than that after their pool has gone.
     pub capacity: i64,
     /// Most bytes that the requests of waiting jobs take together; further submits get 429. Default 268435456 (256 MiB);
-    /// -1 is unbounded.
+    /// -1 is unbounded. Jobs that nothing can run at present may take a tenth as many besides.
     pub capacity_bytes: i64,
     /// Seconds after which a waiting batch job counts as interactive. Default 300.
     pub promote_after_s: u64,
@@ -84,7 +86,7 @@ pub struct QueueConfig {
 impl Default for QueueConfig {
     fn default() -> Self {
         Self {
-            capacity: 100,
+            capacity: 10_000,
             capacity_bytes: 256 << 20,
             promote_after_s: 300,
         }
@@ -141,8 +143,10 @@ pub struct SchedulerConfig {
     pub idle_ttl_s: u64,
     /// Whether idle workers are stopped where a waiting job needs their memory. Default true.
     pub evict: bool,
-    /// Seconds that a worker is left in peace after it became ready, whoever needs its memory. Default 60: two models
-    /// that don't fit beside each other take turns of at least this length, instead of loading for ever.
+    /// Seconds after it became ready for which an idle worker that waiting jobs could use stays at most, although other
+    /// jobs need its memory. Default 60. It stays for three times as long as it took to load, within this bound: two
+    /// models that don't fit in memory together take turns of that length, instead of loading without end. An idle
+    /// worker that no waiting job could use is stopped at once.
     pub min_residence_s: u64,
     /// Whether pools are asked to download a catalogue model that none of them has. Default false.
     pub download: bool,

@@ -325,6 +325,9 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
+    /// Bytes that it takes apart from its texts.
+    pub const FIXED_BYTES: u64 = 512;
+
     /// About how many bytes it takes: its texts, and a little for the rest.
     pub fn bytes(&self) -> u64 {
         let input = match &self.input {
@@ -339,7 +342,7 @@ impl JobSpec {
             + self.system.as_ref().map_or(0, String::len)
             + self.stop.iter().map(String::len).sum::<usize>()
             + labels.sum::<usize>();
-        512 + texts as u64
+        Self::FIXED_BYTES + texts as u64
     }
 }
 
@@ -484,6 +487,8 @@ pub struct Job {
     pub dropped_at: Option<Timestamp>,
     /// Fence of the latest lease; 0 before the first. Never goes back.
     pub fence: u64,
+    /// Smallest context that runs it, in tokens, once a worker whose context is too small has counted them.
+    pub context_needed: Option<u32>,
     /// All attempts so far, in order.
     pub attempts: Vec<Attempt>,
     /// The text so far, or the whole.
@@ -506,6 +511,7 @@ impl Job {
             ended_at: None,
             dropped_at: None,
             fence: 0,
+            context_needed: None,
             attempts: Vec::new(),
             text: String::new(),
             usage: None,

@@ -15,10 +15,13 @@ use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use serde::{Deserialize, Serialize};
 
-use crate::job::{Job, JobId, Placement, Priority};
+use crate::job::{Job, JobId, JobSpec, Placement, Priority};
 
 pub use drain::Departures;
 use order::Ordered;
+
+/// Bytes of text in a token, roughly.
+const TOKEN_BYTES: u64 = 4;
 
 /// What the queue needs to know of a waiting job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,6 +46,9 @@ pub struct QueuedJob {
     pub bytes: u64,
     /// Most tokens that it may generate.
     pub max_tokens: u32,
+    /// Smallest context that runs it, in tokens, once a worker whose context is too small has counted them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_needed: Option<u32>,
 }
 
 impl QueuedJob {
@@ -59,6 +65,7 @@ impl QueuedJob {
             turn: None,
             bytes: job.spec.bytes(),
             max_tokens: job.spec.max_tokens,
+            context_needed: job.context_needed,
         }
     }
 }
@@ -67,6 +74,19 @@ impl QueuedJob {
     /// Whether it waits for its next attempt.
     pub fn backs_off(&self, now: Timestamp) -> bool {
         self.not_before.is_some_and(|at| at > now)
+    }
+
+    /// Returns about how many tokens of context hold its prompt and the longest answer. A guess until a worker has
+    /// counted: it ranks workers that are free, and excludes none.
+    pub fn context_wished(&self) -> u32 {
+        let prompt = self.context_needed.map_or_else(
+            || {
+                u32::try_from(self.bytes.saturating_sub(JobSpec::FIXED_BYTES) / TOKEN_BYTES)
+                    .unwrap_or(u32::MAX)
+            },
+            |needed| needed.saturating_sub(1),
+        );
+        prompt.saturating_add(self.max_tokens)
     }
 }
 
@@ -86,6 +106,22 @@ pub enum QueueError {
     FullBytes {
         /// Most bytes that requests of waiting jobs may take.
         capacity_bytes: u64,
+        /// The bytes of the request that was refused.
+        bytes: u64,
+    },
+    /// As many jobs wait that nothing can run as may.
+    #[error("the queue is full for jobs that nothing can run now: {share} of them wait")]
+    FullShare {
+        /// Most such jobs that may wait.
+        share: usize,
+    },
+    /// The requests of the waiting jobs that nothing can run take as many bytes as they may.
+    #[error(
+        "the queue is full for jobs that nothing can run now: with this request of {bytes} bytes those that wait would take more than {share_bytes}"
+    )]
+    FullShareBytes {
+        /// Most bytes that their requests may take.
+        share_bytes: u64,
         /// The bytes of the request that was refused.
         bytes: u64,
     },
@@ -111,6 +147,97 @@ pub struct Capacity {
     pub jobs: Option<usize>,
     /// Bytes of their requests.
     pub bytes: Option<u64>,
+}
+
+/// Jobs, and the bytes of their requests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Jobs.
+    pub jobs: usize,
+    /// Bytes of their requests.
+    pub bytes: u64,
+}
+
+impl Load {
+    /// Counts a job in.
+    pub fn add(&mut self, bytes: u64) {
+        self.jobs += 1;
+        self.bytes = self.bytes.saturating_add(bytes);
+    }
+
+    /// Counts a job out.
+    pub fn subtract(&mut self, bytes: u64) {
+        self.jobs = self.jobs.saturating_sub(1);
+        self.bytes = self.bytes.saturating_sub(bytes);
+    }
+}
+
+impl std::ops::Add for Load {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            jobs: self.jobs + other.jobs,
+            bytes: self.bytes.saturating_add(other.bytes),
+        }
+    }
+}
+
+impl std::ops::Sub for Load {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self {
+            jobs: self.jobs.saturating_sub(other.jobs),
+            bytes: self.bytes.saturating_sub(other.bytes),
+        }
+    }
+}
+
+/// The part of the capacity that jobs have which nothing can run: one in so many.
+const STRANDED_PART: u8 = 10;
+
+impl Capacity {
+    /// Whether a job of `bytes` may be added to those that wait. Where none waits, one of any size may.
+    pub fn admit(&self, waiting: Load, bytes: u64) -> Result<(), QueueError> {
+        if let Some(capacity) = self.jobs
+            && waiting.jobs >= capacity
+        {
+            return Err(QueueError::Full { capacity });
+        }
+        match self.bytes {
+            Some(capacity_bytes)
+                if waiting.jobs > 0 && waiting.bytes.saturating_add(bytes) > capacity_bytes =>
+            {
+                Err(QueueError::FullBytes {
+                    capacity_bytes,
+                    bytes,
+                })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a job of `bytes` that nothing can run may be added to those that wait and that nothing can run either.
+    pub fn admit_stranded(&self, waiting: Load, bytes: u64) -> Result<(), QueueError> {
+        let share = Self {
+            jobs: self
+                .jobs
+                .map(|jobs| (jobs / usize::from(STRANDED_PART)).max(1)),
+            bytes: self.bytes.map(|bytes| bytes / u64::from(STRANDED_PART)),
+        };
+        share.admit(waiting, bytes).map_err(|error| match error {
+            QueueError::Full { capacity } => QueueError::FullShare { share: capacity },
+            QueueError::FullBytes {
+                capacity_bytes,
+                bytes,
+            } => QueueError::FullShareBytes {
+                share_bytes: capacity_bytes,
+                bytes,
+            },
+            other => other,
+        })
+    }
 }
 
 /// Class (`true` is batch), turn, arrival: lower goes first.
@@ -180,25 +307,16 @@ impl FairQueue {
         }
     }
 
-    /// Whether a job of `bytes` may be admitted, where so many jobs and bytes beside those that wait are promised a
-    /// place. An empty queue takes a job of any size.
-    pub fn admit(&self, promised: (usize, u64), bytes: u64) -> Result<(), QueueError> {
-        let (jobs, promised_bytes) = promised;
-        let waiting = self.len() + jobs;
-        if let Some(capacity) = self.capacity.jobs
-            && waiting >= capacity
-        {
-            return Err(QueueError::Full { capacity });
-        }
-        let taken = self.bytes.saturating_add(promised_bytes);
-        match self.capacity.bytes {
-            Some(capacity_bytes) if waiting > 0 && taken.saturating_add(bytes) > capacity_bytes => {
-                Err(QueueError::FullBytes {
-                    capacity_bytes,
-                    bytes,
-                })
-            }
-            _ => Ok(()),
+    /// What the queue holds at most.
+    pub fn capacity(&self) -> Capacity {
+        self.capacity
+    }
+
+    /// What waits.
+    pub fn load(&self) -> Load {
+        Load {
+            jobs: self.len(),
+            bytes: self.bytes,
         }
     }
 
@@ -328,7 +446,7 @@ impl FairQueue {
 
 impl JobQueue for FairQueue {
     fn enqueue(&mut self, job: QueuedJob) -> Result<(), QueueError> {
-        self.admit((0, 0), job.bytes)?;
+        self.capacity.admit(self.load(), job.bytes)?;
         if self.contains(job.id) {
             return Err(QueueError::Duplicate(job.id));
         }
@@ -368,6 +486,7 @@ mod tests {
             turn: None,
             bytes: 0,
             max_tokens: 256,
+            context_needed: None,
         }
     }
 
@@ -499,8 +618,9 @@ mod tests {
             bytes: 401,
         };
         assert_eq!(queue.enqueue(sized(401)), Err(refused.clone()));
+        let promised = Load { jobs: 1, bytes: 1 };
         assert_eq!(
-            queue.admit((1, 1), 400),
+            capacity.admit(queue.load() + promised, 400),
             Err(QueueError::FullBytes {
                 bytes: 400,
                 capacity_bytes: 1000
@@ -509,6 +629,33 @@ mod tests {
         queue.enqueue(sized(400)).unwrap();
         queue.take(first.id).unwrap();
         queue.enqueue(sized(401)).unwrap();
+    }
+
+    // [ORCHCORE-180]
+    #[test]
+    fn jobs_that_nothing_can_run_have_a_tenth_and_at_least_one_place() {
+        let of = |jobs, bytes| Capacity { jobs, bytes };
+        let waiting = |jobs, bytes| Load { jobs, bytes };
+        let refused = |capacity: Capacity, load, bytes| capacity.admit_stranded(load, bytes);
+        assert_eq!(refused(of(Some(100), None), waiting(9, 0), 1), Ok(()));
+        let full = Err(QueueError::FullShare { share: 10 });
+        assert_eq!(refused(of(Some(100), None), waiting(10, 0), 1), full);
+        assert_eq!(refused(of(Some(1), Some(1)), waiting(0, 0), 1000), Ok(()));
+        let full = Err(QueueError::FullShare { share: 1 });
+        assert_eq!(refused(of(Some(1), None), waiting(1, 0), 1), full);
+        let bytes = QueueError::FullShareBytes {
+            share_bytes: 100,
+            bytes: 51,
+        };
+        assert_eq!(refused(of(None, Some(1000)), waiting(1, 50), 50), Ok(()));
+        assert_eq!(
+            refused(of(None, Some(1000)), waiting(1, 50), 51),
+            Err(bytes)
+        );
+        assert_eq!(
+            refused(of(None, None), waiting(1 << 40, 1 << 60), 1),
+            Ok(())
+        );
     }
 
     // [ORCHCORE-040] A promoted job counts as interactive in every place it is counted.

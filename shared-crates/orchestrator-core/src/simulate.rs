@@ -660,6 +660,7 @@ impl<'a> Sim<'a> {
                 pool,
                 model,
                 device,
+                context_length,
             } => {
                 self.turns += 1;
                 self.started += 1;
@@ -679,11 +680,11 @@ impl<'a> Sim<'a> {
                 state.workers.push(WorkerState {
                     id: id.clone(),
                     slots,
-                    ..WorkerState::asked_for(&file, device, now)
+                    ..WorkerState::asked_for(&file, device, context_length, now)
                 });
                 self.report.worker_starts += 1;
                 self.account(&pool);
-                let loading = self.world.loading(&model, file.needed_bytes);
+                let loading = self.world.loading(&model, file.bytes(context_length));
                 self.at(loading, Event::Ready { pool, worker: id });
             }
             Action::EvictWorker { pool, worker, .. } | Action::UnloadWorker { pool, worker } => {

@@ -330,7 +330,8 @@ pub struct WorkerInfo {
     pub pid: Option<u32>,
     /// The port it listens on; 0 before one is chosen.
     pub port: u16,
-    /// Tokens of context of each sequence; `None` until the worker has said it.
+    /// Tokens of context of each sequence: those that it is started with until it says how many it has. `None` where
+    /// the model's file does not say.
     pub context_length: Option<u32>,
     /// How many sequences it runs at once.
     pub slots: u32,

@@ -109,8 +109,10 @@ pub(super) fn generate(
             emit(control, step);
             break if stopped {
                 StopReason::StopSequence
-            } else {
+            } else if answer.limit == request.max_tokens as usize {
                 StopReason::MaxTokens
+            } else {
+                StopReason::ContextFull
             };
         }
         control.check()?;

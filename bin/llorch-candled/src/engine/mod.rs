@@ -14,7 +14,8 @@ use std::time::Instant;
 
 use candle_core::Device;
 use pool_core::api::worker::{
-    ExecuteRequest, Message, Origin, Resume, Role, WorkerEnd, WorkerErrorCode, WorkerEvent,
+    ContextOverflow, ExecuteRequest, Message, Origin, Resume, Role, WorkerEnd, WorkerErrorCode,
+    WorkerEvent,
 };
 use pool_core::catalog::gguf::{GgufError, GgufFile};
 use pool_core::lifecycle::attention_scratch_bytes;
@@ -87,13 +88,8 @@ pub enum Failure {
     #[error("{0}")]
     Request(String),
     /// Prompt and context do not fit.
-    #[error("the prompt has {prompt} tokens, the context {context}: no room for an answer")]
-    ContextOverflow {
-        /// Tokens of the prompt.
-        prompt: usize,
-        /// Tokens of the context.
-        context: usize,
-    },
+    #[error("{}", overflow_message(.0))]
+    ContextOverflow(ContextOverflow),
     /// The chat template.
     #[error(transparent)]
     Template(#[from] TemplateError),
@@ -120,7 +116,7 @@ impl Failure {
     pub fn code(&self) -> WorkerErrorCode {
         match self {
             Self::Request(_) => WorkerErrorCode::InvalidRequest,
-            Self::ContextOverflow { .. } => WorkerErrorCode::ContextOverflow,
+            Self::ContextOverflow(_) => WorkerErrorCode::ContextOverflow,
             Self::Template(_) => WorkerErrorCode::TemplateFailed,
             Self::Halted(Halted::Cancelled) => WorkerErrorCode::Cancelled,
             Self::Halted(Halted::Replaced) => WorkerErrorCode::Replaced,
@@ -132,6 +128,32 @@ impl Failure {
     /// Whether another attempt, on this worker or another, may succeed.
     pub fn retriable(&self) -> bool {
         matches!(self, Self::Compute(_) | Self::Halted(Halted::ShuttingDown))
+    }
+
+    /// Sizes of a context that is too small.
+    pub fn overflow(&self) -> Option<ContextOverflow> {
+        match self {
+            Self::ContextOverflow(overflow) => Some(*overflow),
+            _ => None,
+        }
+    }
+}
+
+fn overflow_message(overflow: &ContextOverflow) -> String {
+    let ContextOverflow {
+        prompt_tokens,
+        needed_tokens,
+        context_length,
+        model_context,
+    } = overflow;
+    if needed_tokens > model_context {
+        format!(
+            "the prompt has {prompt_tokens} tokens, the model's context {model_context}: no room for an answer"
+        )
+    } else {
+        format!(
+            "the request needs a context of {needed_tokens} tokens, the worker has {context_length}"
+        )
     }
 }
 
@@ -269,12 +291,7 @@ impl Engine {
         if prompt.is_empty() {
             return Err(Failure::Request("the prompt has no tokens".to_owned()));
         }
-        if prompt.len() >= self.context_length {
-            return Err(Failure::ContextOverflow {
-                prompt: prompt.len(),
-                context: self.context_length,
-            });
-        }
+        self.check_room(prompt.len(), 1)?;
         let vocab = self.tokenizer.vocab_size();
         let resumed = request.resume.iter().flat_map(|resume| &resume.token_ids);
         if let Some(id) = resumed.copied().find(|id| *id as usize >= vocab) {
@@ -283,16 +300,36 @@ impl Engine {
             )));
         }
         let resume = request.resume.take();
-        let limit = self.limit(&request, prompt.len());
         let resumed = resume
-            .filter(|resume| self.may_go_on(resume, &request.stop, limit))
+            .filter(|resume| self.may_go_on(resume, &request))
             .map(|resume| resume.token_ids);
+        if let Some(ids) = &resumed {
+            // A text that readers saw is not voided for want of room that another worker has.
+            let answer = (ids.len() + 1).min(request.max_tokens as usize);
+            let most = self.decoder.config().max_context - prompt.len();
+            self.check_room(prompt.len(), answer.clamp(1, most))?;
+        }
         Ok(Generation {
             request,
             prompt,
             resumed,
             accepted,
         })
+    }
+
+    /// Refuses a prompt whose answer of at least `answer` tokens has no room in the context.
+    fn check_room(&self, prompt: usize, answer: usize) -> Result<(), Failure> {
+        let needed = prompt + answer;
+        if needed <= self.context_length {
+            return Ok(());
+        }
+        let tokens = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        Err(Failure::ContextOverflow(ContextOverflow {
+            prompt_tokens: tokens(prompt),
+            needed_tokens: tokens(needed),
+            context_length: tokens(self.context_length),
+            model_context: tokens(self.decoder.config().max_context),
+        }))
     }
 
     /// Most tokens of an answer: `max_tokens`, or what the context has left.
@@ -303,21 +340,21 @@ impl Engine {
     /// Whether an answer may go on from these tokens so that its readers see one text. Another build may where its own
     /// tokens are the first that follow the ones given: where readers may have seen more it would draw others, and where
     /// the last piece was text held back until the answer's end, it may not end there.
-    fn may_go_on(&self, resume: &Resume, stop: &[String], limit: usize) -> bool {
+    fn may_go_on(&self, resume: &Resume, request: &ExecuteRequest) -> bool {
         let Resume {
             token_ids,
             next_index,
             origin,
             seen_more,
         } = resume;
-        if token_ids.len() > limit {
+        if token_ids.len() > request.max_tokens as usize {
             return false;
         }
         match origin {
             Some(origin) if origin.model != self.origin.model => false,
             Some(origin) if origin.build == self.origin.build => true,
             _ => {
-                let mut output = Output::new(&self.tokenizer, stop);
+                let mut output = Output::new(&self.tokenizer, &request.stop);
                 token_ids.iter().for_each(|id| drop(output.push(*id)));
                 !seen_more && next_index.is_none_or(|next| next == output.pieces())
             }

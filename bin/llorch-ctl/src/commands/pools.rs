@@ -182,6 +182,7 @@ mod tests {
                 sha256: None,
             },
             needed_bytes: 1,
+            context: None,
         };
         let status = PoolStatus {
             pool_id: "mac".into(),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use axum::http::StatusCode;
+use jiff::SignedDuration;
 use orchestrator_core::JobId;
 use orchestrator_core::api::error::ApiErrorCode as Code;
 use orchestrator_core::api::tasks::ValidationError;
@@ -209,6 +210,18 @@ impl From<SubmitError> for ServiceError {
                         "queue.capacity_bytes",
                         json!({"capacity_bytes": capacity_bytes, "bytes": bytes}),
                     ),
+                    QueueError::FullShare { share } => {
+                        return full_share(
+                            &error,
+                            "queue.capacity",
+                            json!({"share": share}),
+                            retry_after,
+                        );
+                    }
+                    QueueError::FullShareBytes { share_bytes, bytes } => {
+                        let details = json!({"share_bytes": share_bytes, "bytes": bytes});
+                        return full_share(&error, "queue.capacity_bytes", details, retry_after);
+                    }
                     QueueError::Duplicate(_) => return ServiceError::internal(&error),
                 };
                 refuse(
@@ -224,6 +237,25 @@ impl From<SubmitError> for ServiceError {
             SubmitError::Store(error) => error.into(),
         }
     }
+}
+
+/// The refusal of a job that nothing can run now, because as many of its kind wait as may.
+fn full_share(
+    error: &QueueError,
+    setting: &str,
+    details: serde_json::Value,
+    retry_after: SignedDuration,
+) -> ServiceError {
+    refuse(
+        StatusCode::TOO_MANY_REQUESTS,
+        Code::QueueFull,
+        error.to_string(),
+    )
+    .hint(format!(
+        "start a pool that has the model and memory for it, try again later, or raise `{setting}`: a tenth of it is for jobs that nothing can run"
+    ))
+    .details(details)
+    .retry_after(retry_after.try_into().unwrap_or_default())
 }
 
 impl From<FleetError> for ServiceError {

@@ -196,6 +196,13 @@ async fn conclude(
     verdict: Verdict,
 ) {
     let fence = Some(lease.fence);
+    let verdict = match verdict {
+        // It was chosen because it has that context: such attempts must not go on without end.
+        Verdict::Cramped { needed, reason } if queued.context_needed >= Some(needed) => {
+            Verdict::Lost(reason)
+        }
+        verdict => verdict,
+    };
     match verdict {
         Verdict::Finished(end) => {
             end_surely(app, live, attempt, fence, End::Completed(end)).await;
@@ -294,6 +301,24 @@ async fn conclude(
             )
             .await;
         }
+        Verdict::Cramped { needed, reason } => {
+            tracing::info!(job = %live.id, attempt = lease.attempt, needed, "the worker's context is too small");
+            let queued = QueuedJob {
+                not_before: None,
+                context_needed: Some(needed),
+                ..queued.clone()
+            };
+            requeue_surely(
+                app,
+                live,
+                attempt,
+                lease,
+                queued,
+                AttemptOutcome::Refused,
+                reason,
+            )
+            .await;
+        }
         // The worker goes on, and the database says that the job was running.
         Verdict::Stopping => {}
     }
@@ -367,6 +392,7 @@ async fn requeue_surely(
                 outcome,
                 reason: reason.clone(),
                 not_before: queued.not_before,
+                context_needed: queued.context_needed,
             };
             let result = app.store.requeue(live.id, requeue).await;
             if result.is_ok() {

@@ -18,6 +18,13 @@ pub(super) enum Verdict {
     NotFound(String),
     /// The worker had no room; the attempt does not count.
     Refused(String),
+    /// The worker's context is too small, and the model's is not; the attempt does not count.
+    Cramped {
+        /// Smallest context that runs the job, in tokens.
+        needed: u32,
+        /// What the worker said.
+        reason: String,
+    },
     /// The record does not let the job go on.
     Broken,
     /// The job ended meanwhile, or belongs to another attempt.
@@ -34,7 +41,7 @@ impl Verdict {
             Self::Failed(_) => "failed",
             Self::Lost(_) => "lost",
             Self::NotFound(_) => "not_found",
-            Self::Refused(_) => "refused",
+            Self::Refused(_) | Self::Cramped { .. } => "refused",
             Self::Broken => "broken",
             Self::Over => "over",
             Self::Stopping => "stopping",
@@ -69,6 +76,15 @@ fn of_code(code: WorkerErrorCode, message: &str, retriable: bool) -> Verdict {
 
 /// What an `error` event means.
 pub(super) fn of_error(error: &WorkerError) -> Verdict {
+    if let Some(overflow) = error.overflow
+        && error.code == WorkerErrorCode::ContextOverflow
+        && overflow.needed_tokens <= overflow.model_context
+    {
+        return Verdict::Cramped {
+            needed: overflow.needed_tokens,
+            reason: format!("{}: {}", error.code.as_str(), error.message),
+        };
+    }
     of_code(error.code, &error.message, error.retriable)
 }
 
@@ -94,6 +110,8 @@ pub(super) fn of_refusal(error: &ClientError) -> Option<Verdict> {
 
 #[cfg(test)]
 mod tests {
+    use pool_core::api::worker::ContextOverflow;
+
     use super::*;
 
     // [ORCHD-034] P6: the whole table.
@@ -123,5 +141,29 @@ mod tests {
         ] {
             assert_eq!(label(code, true), "lost", "{code:?}");
         }
+    }
+
+    // [ORCHD-190]
+    #[test]
+    fn a_context_that_another_worker_may_have_fails_no_job() {
+        let of = |needed_tokens, model_context| {
+            of_error(&WorkerError {
+                code: WorkerErrorCode::ContextOverflow,
+                message: "m".into(),
+                retriable: false,
+                overflow: Some(ContextOverflow {
+                    prompt_tokens: needed_tokens - 1,
+                    needed_tokens,
+                    context_length: 512,
+                    model_context,
+                }),
+            })
+        };
+        let cramped = Verdict::Cramped {
+            needed: 732,
+            reason: "CONTEXT_OVERFLOW: m".into(),
+        };
+        assert_eq!(of(732, 732), cramped);
+        assert_eq!(of(733, 732).label(), "failed");
     }
 }

@@ -21,11 +21,12 @@ use pool_core::api::pool::{
 use pool_core::client::{ApiClient, ClientError};
 use pool_core::clock as own_clock;
 use pool_core::secret::Secret;
-use pool_core::worker::{Device, WorkerInfo};
+use pool_core::worker::WorkerInfo;
 use pool_core::{ModelRef, POOL_API_VERSION};
 use tokio::sync::watch;
 
 use ages::WorkerTimes;
+pub use overlay::Asked;
 use overlay::{Load, Overlay};
 
 use crate::clock;
@@ -518,6 +519,17 @@ impl Fleet {
         found.map(|(id, _)| id.clone())
     }
 
+    /// Whether pools may still show what they have: one that is registered has not reported yet, or soon after a start
+    /// none has.
+    pub fn is_unknown(&self, now: Timestamp) -> bool {
+        if self.awaited(now).is_some() {
+            return true;
+        }
+        let inner = self.lock();
+        let spoken = inner.pools.values().any(|pool| pool.status.is_some());
+        !spoken && now < self.silence_counts_from(&inner, now)
+    }
+
     /// What became of a worker.
     pub fn fate(&self, pool_id: &str, worker: &str, now: Timestamp) -> Fate {
         let inner = self.lock();
@@ -612,14 +624,13 @@ impl Fleet {
     pub fn begin_start(
         &self,
         pool: &str,
-        model: &ModelRef,
-        device: Device,
+        asked: &Asked,
         now: Timestamp,
     ) -> Option<(u64, ApiClient)> {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
         let client = inner.pools.get(pool)?.client.clone();
-        Some((inner.overlay.begin_start(pool, model, device, now), client))
+        Some((inner.overlay.begin_start(pool, asked, now), client))
     }
 
     /// Notes that the pool starts a worker.

@@ -33,7 +33,7 @@ const REFUSED: (SignedDuration, SignedDuration) =
 pub(super) struct Overlay {
     starts: HashMap<u64, Start>,
     /// Workers that were started for jobs and have not been seen ready.
-    hoped_for: HashMap<(String, String), (ModelRef, Device)>,
+    hoped_for: HashMap<(String, String), Asked>,
     refusals: Vec<Refusal>,
     full: HashMap<(String, String), Full>,
     /// Workers that were told to stop, and until when that is believed.
@@ -45,11 +45,21 @@ pub(super) struct Overlay {
     count: u64,
 }
 
+/// A worker as it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asked {
+    /// Its model.
+    pub model: ModelRef,
+    /// Where it computes.
+    pub device: Device,
+    /// Tokens of context; `None` for the pool's default.
+    pub context_length: Option<u32>,
+}
+
 #[derive(Debug)]
 struct Start {
     pool: String,
-    model: ModelRef,
-    device: Device,
+    asked: Asked,
     worker: Option<String>,
     at: Timestamp,
     until: Timestamp,
@@ -106,19 +116,12 @@ struct Full {
 }
 
 impl Overlay {
-    pub(super) fn begin_start(
-        &mut self,
-        pool: &str,
-        model: &ModelRef,
-        device: Device,
-        now: Timestamp,
-    ) -> u64 {
+    pub(super) fn begin_start(&mut self, pool: &str, asked: &Asked, now: Timestamp) -> u64 {
         self.count += 1;
         let until = after(now, START_SHOWS);
         let start = Start {
             pool: pool.to_owned(),
-            model: model.clone(),
-            device,
+            asked: asked.clone(),
             worker: None,
             at: now,
             until,
@@ -137,38 +140,28 @@ impl Overlay {
             return;
         };
         pending.worker = Some(worker.to_owned());
-        let (pool, model, device) = (pending.pool.clone(), pending.model.clone(), pending.device);
+        let (pool, asked) = (pending.pool.clone(), pending.asked.clone());
         self.hoped_for
-            .insert((pool.clone(), worker.to_owned()), (model, device));
+            .insert((pool.clone(), worker.to_owned()), asked);
         if shown(&pool) {
             self.starts.remove(&start);
         }
     }
 
     pub(super) fn start_refused(&mut self, start: u64, message: &str, now: Timestamp) {
-        let Some(Start {
-            pool,
-            model,
-            device,
-            ..
-        }) = self.starts.remove(&start)
-        else {
+        let Some(Start { pool, asked, .. }) = self.starts.remove(&start) else {
             return;
         };
-        self.refuse(pool, model, device, message.to_owned(), now);
+        self.refuse(pool, asked, message.to_owned(), now);
     }
 
-    /// Pauses starts of the model on the device, each time for longer until one succeeds.
-    fn refuse(
-        &mut self,
-        pool: String,
-        model: ModelRef,
-        device: Device,
-        message: String,
-        now: Timestamp,
-    ) {
+    /// Pauses such starts, each time for longer until one succeeds.
+    fn refuse(&mut self, pool: String, asked: Asked, message: String, now: Timestamp) {
         let known = |old: &Refusal| {
-            old.pool == pool && old.refused.model == model && old.refused.device == device
+            old.pool == pool
+                && old.refused.model == asked.model
+                && old.refused.device == asked.device
+                && old.refused.context_length == asked.context_length
         };
         let pause = self
             .refusals
@@ -176,9 +169,15 @@ impl Overlay {
             .find(|old| known(old))
             .map_or(REFUSED.0, |old| old.next);
         self.refusals.retain(|old| !known(old));
+        let Asked {
+            model,
+            device,
+            context_length,
+        } = asked;
         let refused = RefusedStart {
             model,
             device,
+            context_length,
             message,
         };
         let next = (pause * 2).min(REFUSED.1);
@@ -310,21 +309,22 @@ impl Overlay {
                 of == pool && worker.is_some_and(|worker| worker.status != WorkerStatus::Starting)
             })
             .collect();
-        for ((_, id), (model, device)) in hoped {
+        for ((_, id), asked) in hoped {
             let Some(worker) = status.workers.iter().find(|worker| worker.id == id) else {
                 continue;
             };
             if worker.ready_at.is_some() {
                 self.refusals.retain(|old| {
                     !(old.pool == pool
-                        && old.refused.model == model
-                        && old.refused.device == device)
+                        && old.refused.model == asked.model
+                        && old.refused.device == asked.device
+                        && old.refused.context_length <= asked.context_length)
                 });
             } else if let Some(exit) = &worker.exit
                 && !matches!(exit.reason, ExitReason::ModelInvalid | ExitReason::Stopped)
             {
                 let message = format!("{}: {}", exit.reason, exit.message);
-                self.refuse(pool.to_owned(), model, device, message, now);
+                self.refuse(pool.to_owned(), asked, message, now);
             }
         }
     }
@@ -407,17 +407,19 @@ impl Overlay {
         starts.retain(|(_, start)| start.pool == state.id);
         starts.sort_unstable_by_key(|(number, _)| **number);
         for (_, start) in starts {
-            let Some(model) = state.models.iter().find(|model| model.model == start.model) else {
+            let Asked {
+                model,
+                device: on,
+                context_length,
+            } = &start.asked;
+            let Some(model) = state.models.iter().find(|known| known.model == *model) else {
                 continue;
             };
-            if let Some(device) = state
-                .devices
-                .iter_mut()
-                .find(|device| device.device == start.device)
-            {
-                device.free_bytes = device.free_bytes.saturating_sub(model.needed_bytes);
+            if let Some(device) = state.devices.iter_mut().find(|d| d.device == *on) {
+                let needed = model.bytes(*context_length);
+                device.free_bytes = device.free_bytes.saturating_sub(needed);
             }
-            let worker = WorkerState::asked_for(model, start.device, start.at);
+            let worker = WorkerState::asked_for(model, *on, *context_length, start.at);
             state.workers.push(worker);
         }
         let refused = self

@@ -14,7 +14,7 @@ use orchestrator_core::api::tasks::TaskWaiting;
 use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::decide::Decision;
 use orchestrator_core::job::Priority;
-use orchestrator_core::queue::{Departures, FairQueue, QueueError, QueuedJob};
+use orchestrator_core::queue::{Capacity, Departures, FairQueue, Load, QueueError, QueuedJob};
 use orchestrator_core::scheduler::{
     Action, BuiltIn, Chooser, Explanation, Index, Pass, Snapshot, WaitReason, Waiting,
 };
@@ -38,8 +38,8 @@ pub struct Jobs {
 struct Inner {
     index: Index,
     departures: Departures,
-    /// Places promised to submits whose commit is under way, and the bytes of their requests.
-    promised: (usize, u64),
+    /// Places promised to submits whose commit is under way.
+    promised: Promised,
     live: HashMap<JobId, Arc<LiveJob>>,
     /// When live jobs expire.
     deadlines: BTreeSet<(Timestamp, JobId)>,
@@ -51,6 +51,22 @@ struct Inner {
     held: HashMap<JobId, Arc<Explanation>>,
     /// Whether a job came since the last pass: its readers have not been told why it waits.
     came: bool,
+}
+
+/// Places promised to submits, apart for jobs that nothing can run.
+#[derive(Debug, Clone, Copy, Default)]
+struct Promised {
+    within_reach: Load,
+    stranded: Load,
+}
+
+impl Promised {
+    fn of(&mut self, stranded: bool) -> &mut Load {
+        match stranded {
+            true => &mut self.stranded,
+            false => &mut self.within_reach,
+        }
+    }
 }
 
 /// Why a job is not admitted, and when to come back.
@@ -80,7 +96,7 @@ impl Jobs {
         let inner = Inner {
             index,
             departures: Departures::default(),
-            promised: (0, 0),
+            promised: Promised::default(),
             live: HashMap::new(),
             deadlines: BTreeSet::new(),
             attempts: HashMap::new(),
@@ -98,19 +114,28 @@ impl Jobs {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Promises a place to a new job, and tells how many jobs are before it.
-    pub fn promise(&self, job: &QueuedJob, now: Timestamp) -> Result<(Promise<'_>, u64), Refused> {
+    /// Promises a place to a new job, and returns how many jobs are before it. `unknown` says whether pools may still
+    /// show what they have, so that a job which nothing can run counts like any other.
+    pub fn promise(
+        &self,
+        job: &QueuedJob,
+        unknown: impl FnOnce() -> bool,
+        now: Timestamp,
+    ) -> Result<(Promise<'_>, u64), Refused> {
         let mut inner = self.lock();
-        let promised = inner.promised;
-        if let Err(error) = inner.index.queue().admit(promised, job.bytes) {
+        let stranded = inner.index.is_stranded(job);
+        if let Err(error) = inner.admit(job.bytes, stranded, unknown) {
             let retry_after = inner.departures.retry_after(now);
             return Err(Refused { error, retry_after });
         }
         let position = inner.index.position_of_new(job, now);
-        inner.promised.0 += 1;
-        inner.promised.1 += job.bytes;
-        let bytes = job.bytes;
-        Ok((Promise { jobs: self, bytes }, position))
+        inner.promised.of(stranded).add(job.bytes);
+        let promise = Promise {
+            jobs: self,
+            bytes: job.bytes,
+            stranded,
+        };
+        Ok((promise, position))
     }
 
     /// Makes a job known. From here on its events can be followed.
@@ -310,6 +335,37 @@ pub fn publish(news: Vec<News>) {
 }
 
 impl Inner {
+    /// Whether a new job may wait. Jobs that nothing can run take no place from others; twice the capacity is the limit
+    /// where jobs of both kinds wait, because they came while something could run them.
+    fn admit(
+        &mut self,
+        bytes: u64,
+        stranded: bool,
+        unknown: impl FnOnce() -> bool,
+    ) -> Result<(), QueueError> {
+        let capacity = self.index.queue().capacity();
+        let all = self.index.queue().load();
+        let out_of_reach = self.index.stranded();
+        let Promised {
+            within_reach: promised,
+            stranded: promised_stranded,
+        } = self.promised;
+        if stranded {
+            let waiting = out_of_reach + promised_stranded;
+            match capacity.admit_stranded(waiting, bytes) {
+                Err(_) if unknown() => capacity.admit(waiting, bytes)?,
+                admitted => admitted?,
+            }
+        } else {
+            capacity.admit(all - out_of_reach + promised, bytes)?;
+        }
+        let twice = Capacity {
+            jobs: capacity.jobs.map(|jobs| jobs.saturating_mul(2)),
+            bytes: capacity.bytes.map(|bytes| bytes.saturating_mul(2)),
+        };
+        twice.admit(all + promised + promised_stranded, bytes)
+    }
+
     fn take_in(&mut self, changes: Vec<PoolChange>) {
         for change in changes {
             match change {
@@ -401,13 +457,13 @@ fn same(old: &Arc<Explanation>, new: &Arc<Explanation>) -> bool {
 pub struct Promise<'a> {
     jobs: &'a Jobs,
     bytes: u64,
+    stranded: bool,
 }
 
 impl Drop for Promise<'_> {
     fn drop(&mut self) {
         let mut inner = self.jobs.lock();
-        inner.promised.0 -= 1;
-        inner.promised.1 -= self.bytes;
+        inner.promised.of(self.stranded).subtract(self.bytes);
     }
 }
 

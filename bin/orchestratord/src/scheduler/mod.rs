@@ -14,15 +14,14 @@ use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::job::JobErrorCode;
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::scheduler::Action;
-use pool_core::ModelRef;
 use pool_core::api::pool::{WorkerSpawnRequest, WorkerStopRequest};
-use pool_core::worker::{Backend, Device, WorkerInfo};
+use pool_core::worker::{Backend, WorkerInfo};
 use serde::de::IgnoredAny;
 
 use crate::app::App;
 use crate::clock;
 use crate::dispatch::{self, Dispatch};
-use crate::fleet::Fate;
+use crate::fleet::{Asked, Fate};
 use crate::life::{self, End};
 use crate::queue::{self, ActiveAttempt, LiveJob, Order, Passed};
 
@@ -93,7 +92,15 @@ async fn pass(app: &App) -> Option<Timestamp> {
                 pool,
                 model,
                 device,
-            } => start_worker(app, pool, model, *device, now),
+                context_length,
+            } => {
+                let asked = Asked {
+                    model: model.clone(),
+                    device: *device,
+                    context_length: *context_length,
+                };
+                start_worker(app, pool, &asked, now);
+            }
             Action::EvictWorker {
                 pool,
                 worker,
@@ -210,16 +217,21 @@ fn reject(app: &App, queued: &Arc<QueuedJob>, code: JobErrorCode, message: Strin
     });
 }
 
-fn start_worker(app: &App, pool: &str, model: &ModelRef, device: Device, now: Timestamp) {
-    let Some((start, client)) = app.fleet.begin_start(pool, model, device, now) else {
+fn start_worker(app: &App, pool: &str, asked: &Asked, now: Timestamp) {
+    let Some((start, client)) = app.fleet.begin_start(pool, asked, now) else {
         return;
     };
-    tracing::info!(pool, %model, %device, "asking for a worker");
+    let Asked {
+        model,
+        device,
+        context_length,
+    } = asked;
+    tracing::info!(pool, %model, %device, context_length, "asking for a worker");
     let request = WorkerSpawnRequest {
         model: model.clone(),
         backend: device.backend,
         gpu: (device.backend != Backend::Cpu).then_some(device.index),
-        context_length: None,
+        context_length: *context_length,
         slots: None,
         port: None,
     };

@@ -476,9 +476,11 @@ pub(super) async fn requeue(
     let status = catch_up(conn, job, &head, &requeue.progress)
         .await?
         .transition(JobEvent::AttemptLost)?;
-    sqlx::query("UPDATE jobs SET status = ?, not_before_us = ? WHERE id = ?")
+    let sql = "UPDATE jobs SET status = ?, not_before_us = ?, context_needed = COALESCE(?, context_needed) WHERE id = ?";
+    sqlx::query(sql)
         .bind(status.as_str())
         .bind(requeue.not_before.map(micros))
+        .bind(requeue.context_needed.map(i64::from))
         .bind(job.to_string())
         .execute(&mut *conn)
         .await?;
@@ -494,7 +496,7 @@ pub(super) async fn requeue(
 
 pub(super) async fn recover(conn: &mut SqliteConnection) -> Result<Vec<Recovered>, StoreError> {
     let sql = "SELECT j.id, j.status, j.model, j.priority, j.session_id, j.placement, j.created_steady_us, j.not_before_us, \
-               j.deadline_us, LENGTH(CAST(r.spec AS BLOB)) AS bytes, json_extract(r.spec, '$.max_tokens') AS max_tokens, \
+               j.deadline_us, j.context_needed, LENGTH(CAST(r.spec AS BLOB)) AS bytes, json_extract(r.spec, '$.max_tokens') AS max_tokens, \
                a.fence, a.pool_id, a.worker_id \
                FROM jobs j JOIN requests r ON r.job_id = j.id LEFT JOIN attempts a ON a.job_id = j.id \
                AND a.number = (SELECT MAX(number) FROM attempts WHERE job_id = j.id) \
@@ -541,6 +543,10 @@ async fn recover_one(
             turn: None,
             bytes: number(row.try_get("bytes")?)?,
             max_tokens: number(row.try_get("max_tokens")?)?,
+            context_needed: row
+                .try_get::<Option<i64>, _>("context_needed")?
+                .map(number)
+                .transpose()?,
         },
         deadline: optional_time(row.try_get("deadline_us")?)?,
         last_event,

@@ -277,6 +277,8 @@ pub struct Requeue {
     pub reason: String,
     /// Not leased again before this.
     pub not_before: Option<Timestamp>,
+    /// Smallest context that runs the job, in tokens, where a worker has counted them.
+    pub context_needed: Option<u32>,
 }
 
 /// A job that is not over when the daemon starts.

@@ -43,7 +43,7 @@ pub(super) async fn job(
 ) -> Result<Option<(Job, EventId)>, StoreError> {
     // One transaction, so that state, attempts and text are of one moment.
     let mut transaction = pool.begin().await?;
-    let sql = "SELECT status, spec, created_us, started_us, ended_us, dropped_us, fence, usage, error FROM jobs \
+    let sql = "SELECT status, spec, created_us, started_us, ended_us, dropped_us, fence, context_needed, usage, error FROM jobs \
                JOIN requests ON job_id = id WHERE id = ?";
     let Some(row) = sqlx::query(sql)
         .bind(id.to_string())
@@ -92,6 +92,10 @@ pub(super) async fn job(
         ended_at: optional_time(row.try_get("ended_us")?)?,
         dropped_at,
         fence: number(row.try_get("fence")?)?,
+        context_needed: row
+            .try_get::<Option<i64>, _>("context_needed")?
+            .map(number)
+            .transpose()?,
         attempts: attempts.iter().map(attempt).collect::<Result<_, _>>()?,
         text,
         usage: row

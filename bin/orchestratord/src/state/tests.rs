@@ -115,6 +115,7 @@ async fn a_stale_fence_changes_nothing() {
         outcome: AttemptOutcome::WorkerLost,
         reason: "gone".into(),
         not_before: None,
+        context_needed: None,
     };
     store.requeue(id, requeue.clone()).await.unwrap();
     let second = store.lease(id, "p", "w", now).await.unwrap();

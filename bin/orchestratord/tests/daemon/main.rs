@@ -6,6 +6,7 @@
 mod attempts;
 mod backup;
 mod clocks;
+mod context;
 mod crash;
 mod crash_points;
 #[path = "../../../../shared-crates/pool-core/tests/support/described.rs"]

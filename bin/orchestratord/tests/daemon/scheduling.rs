@@ -226,37 +226,6 @@ async fn worker_starting_is_lifted_by_the_address_of_the_worker() {
     assert_eq!(worker.request(1).await.attempt, 1);
 }
 
-// [ORCHD-110] Time alone makes an idle worker one that may be stopped.
-#[tokio::test(flavor = "multi_thread")]
-async fn memory_short_is_lifted_by_the_time_that_an_idle_worker_has_stayed() {
-    let orchestrator = Orchestrator::start_with(|config| {
-        evicts(config);
-        config.scheduler.min_residence_s = 6;
-    })
-    .await;
-    let fresh = WorkerInfo {
-        ready_at: Some(Timestamp::now()),
-        idle_since: Some(Timestamp::now()),
-        ..idle_worker()
-    };
-    let mut pool = pool_with(vec![fresh]).await;
-    pool.register(&orchestrator).await;
-    pool.beat_with(&orchestrator, |status| {
-        status.devices[0].memory_free_bytes = 0;
-    })
-    .await;
-    let job = orchestrator.job().await;
-    let waiting = waits_for(&orchestrator, job, WaitReason::MemoryShort).await;
-    assert!(
-        waiting.explanation.hint.contains("may be stopped for it"),
-        "{waiting:?}"
-    );
-    waits_for(&orchestrator, job, WaitReason::Evicting).await;
-    pool.workers[0].status = WorkerStatus::Stopped;
-    pool.beat(&orchestrator).await;
-    runs(&orchestrator, &mut pool, job).await;
-}
-
 // [ORCHD-110] [ORCHD-114]
 #[tokio::test(flavor = "multi_thread")]
 async fn slots_busy_is_lifted_by_the_end_of_the_job_before_and_the_start_is_estimated() {

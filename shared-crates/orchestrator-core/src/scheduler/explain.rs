@@ -8,8 +8,8 @@ use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
 
 use super::judge::{
-    Class, Verdict, World, alive, fitting, has_backend, judge, may_download, next_spare, runs,
-    usable,
+    Class, Verdict, Wish, World, alive, fitting, has_backend, judge, may_download, next_spare,
+    runs, startable, usable,
 };
 use super::policy::{BuiltIn, WorkerChoice};
 use super::snapshot::PoolState;
@@ -33,6 +33,8 @@ pub enum WaitReason {
     Downloading,
     /// The model should be downloaded, and no pool has the room on its disk, or none got it a moment ago.
     DownloadRefused,
+    /// The prompt needs a longer context than any worker has, or than a worker with any pool's file can have.
+    ContextShort,
     /// No pool has enough free memory.
     MemoryShort,
     /// Idle workers were told to stop, so that their memory becomes free.
@@ -72,7 +74,9 @@ pub enum Filter {
     Backend,
     /// Has the model, and did not fail to start it.
     ModelPresent,
-    /// Runs the model, or has the memory for it.
+    /// Has a worker with the context that the job needs, or a file that allows one.
+    Context,
+    /// Runs the model with that context, or has the memory for it.
     MemoryFits,
     /// Has a worker with a free slot.
     Slots,
@@ -96,7 +100,7 @@ pub struct Explanation {
 
 /// Explains why jobs of the class wait.
 pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) -> Explanation {
-    let (reason, cause) = match judge(class, None, pools, world) {
+    let (reason, cause) = match judge(class, &Wish::default(), pools, world) {
         Verdict::Wait(reason) => (reason, None),
         Verdict::Reject { message, .. } => (WaitReason::PoolsAway, Some(message)),
         _ => (WaitReason::PolicyHeld, None),
@@ -217,19 +221,23 @@ fn filters(class: &Class, pools: &[&PoolState]) -> Vec<FilterCount> {
         workers.any(|w| class.admits_worker(&pool.id, w) && w.has_slot())
     };
     let fits = |pool: &PoolState| {
-        usable(class, pool).is_some_and(|model| {
-            fitting(class, pool, model.needed_bytes, false)
-                .next()
-                .is_some()
-        })
+        startable(class, pool)
+            .is_some_and(|size| fitting(class, pool, size.bytes, false).next().is_some())
+    };
+    let any_context = Class {
+        context: 0,
+        ..class.clone()
     };
     type Test<'a> = &'a dyn Fn(&PoolState) -> bool;
-    let tests: [(Filter, Test<'_>); 6] = [
+    let tests: [(Filter, Test<'_>); 7] = [
         (Filter::Known, &|p| class.admits_pool(&p.id)),
         (Filter::Alive, &alive),
         (Filter::Backend, &|p| has_backend(class, p)),
         (Filter::ModelPresent, &|p| {
-            runs(class, p) || usable(class, p).is_some()
+            runs(&any_context, p) || usable(class, p).is_some()
+        }),
+        (Filter::Context, &|p| {
+            runs(class, p) || startable(class, p).is_some()
         }),
         (Filter::MemoryFits, &|p| runs(class, p) || fits(p)),
         (Filter::Slots, &has_slot),
@@ -277,7 +285,7 @@ impl Words<'_> {
     }
 
     fn of(&self, reason: WaitReason) -> (String, String) {
-        let model = &self.class.model;
+        let wanted = self.wanted();
         let (message, hint) = match reason {
             WaitReason::NoPool => (
                 match &self.class.placement.pool {
@@ -300,14 +308,15 @@ impl Words<'_> {
             WaitReason::ModelMissing => return self.model_missing(),
             WaitReason::Downloading => return self.downloading(),
             WaitReason::DownloadRefused => return self.download_refused(),
+            WaitReason::ContextShort => return self.context_short(),
             WaitReason::MemoryShort => return self.memory_short(),
             WaitReason::Evicting => (
-                format!("idle workers are being stopped, so that `{model}` has the memory"),
+                format!("idle workers are being stopped, so that {wanted} has the memory"),
                 "a worker with the model is started when they have ended",
             ),
             WaitReason::StartRefused => (self.start_refused(), "it is asked again in a moment"),
             WaitReason::WorkerStarting => (
-                format!("a worker is loading `{model}`"),
+                format!("a worker is loading {wanted}"),
                 "it starts when the worker is ready",
             ),
             WaitReason::SlotsBusy => {
@@ -319,8 +328,8 @@ impl Words<'_> {
                 };
                 let count: usize = self.left().map(mine).sum();
                 let message = match count {
-                    1 => format!("the worker with `{model}` is busy"),
-                    count => format!("all {count} workers with `{model}` are busy"),
+                    1 => format!("the worker with {wanted} is busy"),
+                    count => format!("all {count} workers with {wanted} are busy"),
                 };
                 (message, "it starts when a job before it ends")
             }
@@ -473,11 +482,42 @@ impl Words<'_> {
         }
     }
 
+    /// The model, with the context that the jobs need where that is known.
+    fn wanted(&self) -> String {
+        let Class { model, context, .. } = self.class;
+        match context {
+            0 => format!("`{model}`"),
+            tokens => format!("`{model}` and a context of {tokens} tokens"),
+        }
+    }
+
+    fn context_short(&self) -> (String, String) {
+        let Class { model, context, .. } = self.class;
+        let files = self.left().filter_map(|pool| usable(self.class, pool));
+        let longest = files.filter_map(|file| file.context).map(|c| c.max_tokens);
+        match longest.max() {
+            Some(longest) => (
+                format!(
+                    "the job needs a context of {context} tokens; no worker has one, and the files of `{model}` on the pools allow {longest}"
+                ),
+                "send a shorter prompt, or ask for a model with a longer context".to_owned(),
+            ),
+            None => (
+                format!(
+                    "the job needs a context of {context} tokens; no worker with `{model}` has one, and no pool says that it can start one"
+                ),
+                format!(
+                    "on a pool host, run `llorch-pool worker spawn cpu --model {model} --context-length {context}`"
+                ),
+            ),
+        }
+    }
+
     fn memory_short(&self) -> (String, String) {
-        let model = &self.class.model;
+        let wanted = self.wanted();
         let left: Vec<&PoolState> = self.left().collect();
         let devices = left.iter().flat_map(|pool| {
-            let needed = usable(self.class, pool).map(|model| model.needed_bytes);
+            let needed = startable(self.class, pool).map(|size| size.bytes);
             let admitted = pool
                 .devices
                 .iter()
@@ -493,12 +533,12 @@ impl Words<'_> {
         });
         let Some((free, Reverse(pool), total, needed)) = devices.max() else {
             return (
-                format!("no pool has the memory for `{model}`"),
+                format!("no pool has the memory for {wanted}"),
                 "stop a worker: see `llorch-pool worker list`".to_owned(),
             );
         };
         let message = format!(
-            "`{model}` needs {needed} bytes; the most that is free is {free} on pool `{pool}`"
+            "{wanted} needs {needed} bytes; the most that is free is {free} on pool `{pool}`"
         );
         let soon = self.left().flat_map(|pool| {
             let devices = pool.devices.iter();
@@ -507,6 +547,10 @@ impl Words<'_> {
                 .filter_map(|d| next_spare(self.world, pool, d.device))
         });
         let hint = match soon.min() {
+            _ if needed > total && self.class.context > 0 => {
+                "no worker that is stopped frees enough: add memory, send a shorter prompt, or ask for a smaller model"
+                    .to_owned()
+            }
             _ if needed > total => {
                 "no worker that is stopped frees enough: add memory, or ask for a smaller model"
                     .to_owned()
@@ -523,9 +567,11 @@ impl Words<'_> {
     fn start_refused(&self) -> String {
         let model = &self.class.model;
         let refusal = self.left().find_map(|pool| {
+            let asked = startable(self.class, pool)?.context;
             let mut refused = pool.refused_starts.iter();
-            let refused =
-                refused.find(|r| r.model == *model && self.class.admits_device(r.device))?;
+            let refused = refused.find(|r| {
+                r.model == *model && self.class.admits_device(r.device) && r.context_length <= asked
+            })?;
             Some((pool, refused))
         });
         match refusal {

@@ -15,6 +15,7 @@ mod classes;
 mod leases;
 mod passes;
 mod pools;
+mod reach;
 mod verdicts;
 mod waiting;
 
@@ -27,13 +28,13 @@ use pool_core::ModelRef;
 use pool_core::worker::Device;
 
 use crate::job::JobId;
-use crate::queue::{FairQueue, QueuedJob, TurnKey};
+use crate::queue::{FairQueue, Load, QueuedJob, TurnKey};
 use crate::scheduler::estimate::Estimates;
 use crate::scheduler::explain::{Explanation, WaitReason, Why};
 use crate::scheduler::judge::Class;
 use crate::scheduler::plan::Action;
 use crate::scheduler::policy::{BuiltIn, Policy, Rank};
-use crate::scheduler::snapshot::{PoolState, Settings, Snapshot, Usage};
+use crate::scheduler::snapshot::{PoolState, Settings, Snapshot, StartCost, Usage};
 
 /// What a pass decided. Everything in it is done as far as the index goes: jobs that were dispatched wait no more and
 /// hold their slots, workers that were asked for take their memory.
@@ -91,6 +92,10 @@ pub struct Index {
     last_starts: HashMap<String, u64>,
     turns: u64,
     estimates: Estimates,
+    /// Waiting jobs that nothing can run at present.
+    stranded: Load,
+    /// Whether pools have changed since classes were last looked through for that.
+    reach_changed: bool,
 }
 
 /// The jobs of a class.
@@ -102,6 +107,10 @@ struct Jobs {
     /// How many wait for their next attempt.
     later: usize,
     scope: Scope,
+    /// Its jobs.
+    load: Load,
+    /// Whether nothing can run them at present.
+    stranded: bool,
     /// What the class waits for since it was looked at.
     settled: Option<WaitReason>,
     wake: Option<Timestamp>,
@@ -133,21 +142,28 @@ struct Pool {
     ranks: Vec<Option<Rank>>,
     /// Since when workers stand in [`Index::idle`].
     idle: Vec<Option<Timestamp>>,
-    /// The models that it can start, with the bytes they need.
-    files: Vec<(usize, u64)>,
+    /// The models that it can start, with what that costs.
+    files: Vec<(usize, StartCost)>,
 }
 
 /// A model and where it is.
 #[derive(Default)]
 struct Model {
-    /// Workers of live pools with a free slot, best first.
-    free: BTreeSet<Free>,
-    /// Workers of live pools, by device: those that start, and those that serve.
-    workers: BTreeMap<Device, (u32, u32)>,
-    /// Pools that can start it, with the bytes that takes.
-    files: BTreeMap<usize, u64>,
-    /// Classes of jobs that ask for it.
-    classes: BTreeSet<usize>,
+    /// Workers of live pools with a free slot, by their context, best first.
+    free: BTreeMap<u32, BTreeSet<Free>>,
+    /// Workers of live pools, by device and context: those that start, and those that serve.
+    workers: BTreeMap<(Device, u32), (u32, u32)>,
+    /// Pools that can start it, with what that costs.
+    files: BTreeMap<usize, StartCost>,
+    /// Classes of jobs that ask for it, by the context that they need.
+    classes: BTreeSet<(u32, usize)>,
+}
+
+impl Model {
+    /// How many workers with at least this context have a free slot.
+    fn free_workers(&self, context: u32) -> usize {
+        self.free.range(context..).map(|(_, free)| free.len()).sum()
+    }
 }
 
 /// A worker with a free slot, in the order in which they are taken.
@@ -201,6 +217,8 @@ impl Index {
             last_starts: HashMap::new(),
             turns: 0,
             estimates: Estimates::default(),
+            stranded: Load::default(),
+            reach_changed: false,
         }
     }
 

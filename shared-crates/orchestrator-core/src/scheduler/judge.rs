@@ -9,7 +9,7 @@ use pool_core::worker::{Device, WorkerStatus};
 
 use super::explain::WaitReason;
 use super::policy::{Policy, Rank, StartChoice, WorkerChoice};
-use super::snapshot::{DeviceState, ModelState, PoolState, Settings, WorkerState};
+use super::snapshot::{DeviceState, ModelState, PoolState, Settings, StartSize, WorkerState};
 use crate::job::{JobErrorCode, Placement};
 use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
@@ -22,6 +22,8 @@ pub const DISK_RESERVE: u64 = 1 << 30;
 pub(super) struct Class {
     pub(super) model: ModelRef,
     pub(super) placement: Placement,
+    /// Tokens of context that they need as far as a worker has counted them; 0 where none has.
+    pub(super) context: u32,
 }
 
 impl Class {
@@ -29,6 +31,7 @@ impl Class {
         Self {
             model: job.model.clone(),
             placement: job.placement.clone(),
+            context: job.context_needed.unwrap_or(0),
         }
     }
 
@@ -45,8 +48,59 @@ impl Class {
 
     /// Whether the worker is one for these jobs, whatever its state.
     pub(super) fn admits_worker(&self, pool: &str, worker: &WorkerState) -> bool {
-        worker.model == self.model && self.admits_device(worker.device) && self.admits_pool(pool)
+        worker.model == self.model
+            && self.admits_device(worker.device)
+            && self.admits_pool(pool)
+            && worker.capacity() >= self.context
     }
+}
+
+/// What the first job of a class would rather have; no place is kept from it for want of that.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Wish<'a> {
+    /// The pool on which its session ran last.
+    pub(super) pool: Option<&'a str>,
+    /// Tokens of context that hold its prompt and the longest answer, as far as can be told.
+    pub(super) context: u32,
+    /// Most tokens of its answer.
+    pub(super) max_tokens: u32,
+}
+
+impl<'a> Wish<'a> {
+    pub(super) fn of(job: &QueuedJob, pool: Option<&'a str>) -> Self {
+        Self {
+            pool,
+            context: job.context_wished(),
+            max_tokens: job.max_tokens,
+        }
+    }
+
+    pub(super) fn is_elsewhere(&self, pool: &PoolState) -> bool {
+        self.pool.is_some_and(|wanted| wanted != pool.id)
+    }
+
+    /// Returns the context to start a worker with on the device: with room for the whole answer where there is memory
+    /// for it, else the smallest that does.
+    pub(super) fn size(&self, class: &Class, choice: &StartChoice<'_>) -> Option<u32> {
+        let StartChoice { pool, device } = choice;
+        let cost = pool.model(&class.model)?.cost();
+        let may = |size: &StartSize| {
+            let refused = pool.refused(&class.model, device.device, size.context);
+            size.bytes <= device.free_bytes && refused.is_none()
+        };
+        let roomy = cost.roomy(class.context, self.max_tokens).filter(may);
+        roomy.or_else(|| cost.least(class.context))?.context
+    }
+}
+
+/// Whether the job could use the worker if it had a slot.
+pub(crate) fn could_use(job: &QueuedJob, pool: &str, worker: &WorkerState) -> bool {
+    Class::of(job).admits_worker(pool, worker)
+}
+
+/// The context to start a worker with that is meant for the job.
+pub(crate) fn start_context(job: &QueuedJob, choice: &StartChoice<'_>) -> Option<u32> {
+    Wish::of(job, None).size(&Class::of(job), choice)
 }
 
 /// What a judgement depends on beside the class and the pools.
@@ -62,11 +116,26 @@ pub(super) struct World<'a> {
 /// What can be done. Pools and workers are given by their places in what was judged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Verdict {
-    Dispatch { pool: usize, worker: usize },
-    Start { pool: usize, device: Device },
-    Evict { pool: usize, workers: Vec<usize> },
-    Download { pool: usize },
-    Reject { code: JobErrorCode, message: String },
+    Dispatch {
+        pool: usize,
+        worker: usize,
+    },
+    Start {
+        pool: usize,
+        device: Device,
+        context: Option<u32>,
+    },
+    Evict {
+        pool: usize,
+        workers: Vec<usize>,
+    },
+    Download {
+        pool: usize,
+    },
+    Reject {
+        code: JobErrorCode,
+        message: String,
+    },
     Wait(WaitReason),
 }
 
@@ -90,6 +159,11 @@ pub(super) fn runs(class: &Class, pool: &PoolState) -> bool {
 pub(super) fn usable<'a>(class: &Class, pool: &'a PoolState) -> Option<&'a ModelState> {
     let model = pool.model(&class.model)?;
     pool.start_failure(model).is_none().then_some(model)
+}
+
+/// The smallest worker for the class that the pool could start, had it the memory.
+pub(super) fn startable(class: &Class, pool: &PoolState) -> Option<StartSize> {
+    usable(class, pool)?.cost().least(class.context)
 }
 
 /// The devices on which a worker for the class fits. Where others serve already, only devices that have none: a second
@@ -120,42 +194,48 @@ pub(super) fn stopping(pool: &PoolState, device: Device) -> u64 {
         .sum()
 }
 
-/// Whether nobody would miss the worker, but for the minimum time that it stays.
-fn is_spare(world: &World<'_>, pool: &PoolState, worker: &WorkerState) -> bool {
-    worker.status == WorkerStatus::Ready
-        && !worker.full
-        && worker.active == 0
-        && worker.idle_since.is_some()
-        && !(world.needed)(&pool.id, worker)
+/// When the worker may be stopped for others: at any time where no waiting job could use it, else when it has had its
+/// turn. `None` while it works.
+pub(super) fn spare_from(
+    world: &World<'_>,
+    pool: &PoolState,
+    worker: &WorkerState,
+) -> Option<Timestamp> {
+    if worker.full || worker.active > 0 || !worker.serves() {
+        return None;
+    }
+    if (world.needed)(&pool.id, worker) {
+        let residence = world.settings.residence(worker);
+        return worker.ready_at?.checked_add(residence).ok();
+    }
+    let idle = worker.status == WorkerStatus::Ready && worker.idle_since.is_some();
+    idle.then_some(Timestamp::MIN)
 }
 
-/// When the worker has stayed for the minimum time.
-pub(super) fn settles_at(world: &World<'_>, worker: &WorkerState) -> Option<Timestamp> {
-    worker
-        .ready_at?
-        .checked_add(world.settings.min_residence)
-        .ok()
-}
-
-/// The idle workers of the device to stop so that `needed` bytes fit: least recently used first, and none more than it
-/// takes. `None` where that is not enough.
+/// The idle workers of the device to stop so that `needed` bytes fit: those that no job waits for first, then the least
+/// recently used, and none more than it takes. `None` where that is not enough.
 pub(super) fn victims(
     world: &World<'_>,
     pool: &PoolState,
     device: DeviceState,
     needed: u64,
 ) -> Option<Vec<usize>> {
-    let mut idle: Vec<_> = pool
-        .workers
-        .iter()
-        .enumerate()
-        .filter(|(_, w)| w.device == device.device && is_spare(world, pool, w))
-        .filter(|(_, w)| settles_at(world, w).is_some_and(|at| at <= world.now))
+    let on_device = pool.workers.iter().enumerate();
+    let mut idle: Vec<_> = on_device
+        .filter(|(_, w)| w.device == device.device)
+        .filter_map(|(index, w)| Some((spare_from(world, pool, w)?, index, w)))
+        .filter(|(from, ..)| *from <= world.now)
         .collect();
-    idle.sort_unstable_by_key(|(_, w)| (w.idle_since, &w.id));
+    idle.sort_unstable_by_key(|(from, _, w)| {
+        (
+            *from > Timestamp::MIN,
+            w.idle_since.unwrap_or(world.now),
+            &w.id,
+        )
+    });
     let mut free = device.free_bytes;
     let mut chosen = Vec::new();
-    for (index, worker) in idle {
+    for (_, index, worker) in idle {
         if free >= needed {
             break;
         }
@@ -180,14 +260,15 @@ pub(super) fn victims(
 pub(super) fn next_spare(world: &World<'_>, pool: &PoolState, device: Device) -> Option<Timestamp> {
     pool.workers
         .iter()
-        .filter(|w| w.device == device && is_spare(world, pool, w))
-        .filter_map(|w| settles_at(world, w))
+        .filter(|w| w.device == device)
+        .filter_map(|w| spare_from(world, pool, w))
         .filter(|at| *at > world.now)
         .min()
 }
 
-/// How an eviction compares with others: what was used least lately goes first, then the fewest workers.
-pub(super) type EvictionKey<'a> = (Option<Timestamp>, usize, Rank, &'a str, Device);
+/// How an eviction compares with others: what no job waits for goes first, then what was used least lately, then the
+/// fewest workers.
+pub(super) type EvictionKey<'a> = (bool, Option<Timestamp>, usize, Rank, &'a str, Device);
 
 /// The key of an eviction.
 pub(super) fn eviction_key<'a>(
@@ -196,12 +277,11 @@ pub(super) fn eviction_key<'a>(
     device: DeviceState,
     victims: &[usize],
 ) -> EvictionKey<'a> {
-    let latest = victims
-        .iter()
-        .filter_map(|&w| pool.workers[w].idle_since)
-        .max();
+    let workers = || victims.iter().map(|&w| &pool.workers[w]);
+    let missed = workers().any(|w| (world.needed)(&pool.id, w));
+    let latest = workers().map(|w| w.idle_since.unwrap_or(world.now)).max();
     let rank = world.policy.rank_start(&StartChoice { pool, device });
-    (latest, victims.len(), rank, &pool.id, device.device)
+    (missed, latest, victims.len(), rank, &pool.id, device.device)
 }
 
 /// Whether a download of `size` bytes may go to the pool: there is room on its disk, and a device that can hold the model.
@@ -221,10 +301,10 @@ pub(super) fn may_download(class: &Class, pool: &PoolState, size: u64) -> Option
     devices.first().copied().filter(|_| room && !refused)
 }
 
-/// Judges a class. `prefer` is the pool on which its first job would rather run.
+/// Judges a class. `wish` is what its first job would rather have.
 pub(super) fn judge(
     class: &Class,
-    prefer: Option<&str>,
+    wish: &Wish<'_>,
     pools: &[&PoolState],
     world: &World<'_>,
 ) -> Verdict {
@@ -243,7 +323,6 @@ pub(super) fn judge(
     if left.is_empty() {
         return Verdict::Wait(WaitReason::NoBackend);
     }
-    let elsewhere = |pool: &PoolState| prefer.is_some_and(|wanted| wanted != pool.id);
 
     // A worker with a free slot.
     let workers = left.iter().flat_map(|&(index, pool)| {
@@ -256,7 +335,8 @@ pub(super) fn judge(
     let free = mine.iter().filter(|(_, _, _, w)| w.has_slot());
     let best = free.min_by_key(|(_, pool, _, worker)| {
         let rank = world.policy.rank_worker(&WorkerChoice { pool, worker });
-        (elsewhere(pool), rank, &pool.id, &worker.id)
+        let cramped = worker.capacity() < wish.context;
+        (cramped, wish.is_elsewhere(pool), rank, &pool.id, &worker.id)
     });
     if let Some(&(pool, _, worker, _)) = best {
         return Verdict::Dispatch { pool, worker };
@@ -272,30 +352,33 @@ pub(super) fn judge(
     let serving = mine.iter().any(|(_, _, _, w)| w.serves());
     let with_file: Vec<_> = left
         .iter()
-        .filter_map(|&(index, pool)| Some((index, pool, usable(class, pool)?.needed_bytes)))
+        .filter_map(|&(index, pool)| Some((index, pool, startable(class, pool)?)))
         .collect();
-    let fitting = with_file.iter().flat_map(|&(index, pool, needed)| {
-        fitting(class, pool, needed, serving)
-            .map(move |device| (index, StartChoice { pool, device }))
+    let fitting = with_file.iter().flat_map(|&(index, pool, size)| {
+        fitting(class, pool, size.bytes, serving)
+            .map(move |device| (index, StartChoice { pool, device }, size))
     });
-    let (refused, open): (Vec<_>, Vec<_>) = fitting.partition(|(_, choice)| {
+    let (refused, open): (Vec<_>, Vec<_>) = fitting.partition(|(_, choice, size)| {
         choice
             .pool
-            .refused(&class.model, choice.device.device)
+            .refused(&class.model, choice.device.device, size.context)
             .is_some()
     });
-    let best = open.into_iter().min_by_key(|(_, choice)| {
+    let best = open.into_iter().min_by_key(|(_, choice, _)| {
         let rank = world.policy.rank_start(choice);
         (
-            elsewhere(choice.pool),
+            wish.is_elsewhere(choice.pool),
             rank,
             &choice.pool.id,
             choice.device.device,
         )
     });
-    if let Some((pool, choice)) = best {
-        let device = choice.device.device;
-        return Verdict::Start { pool, device };
+    if let Some((pool, choice, _)) = best {
+        return Verdict::Start {
+            pool,
+            device: choice.device.device,
+            context: wish.size(class, &choice),
+        };
     }
     if serving {
         return Verdict::Wait(WaitReason::SlotsBusy);
@@ -306,12 +389,12 @@ pub(super) fn judge(
 
     // Memory that others hold.
     let devices = || {
-        with_file.iter().flat_map(|&(index, pool, needed)| {
+        with_file.iter().flat_map(|&(index, pool, size)| {
             let admitted = pool
                 .devices
                 .iter()
                 .filter(|d| class.admits_device(d.device));
-            admitted.map(move |&device| (index, pool, device, needed))
+            admitted.map(move |&device| (index, pool, device, size.bytes))
         })
     };
     if devices().any(|(_, pool, device, needed)| {
@@ -336,13 +419,16 @@ pub(super) fn judge(
     if !with_file.is_empty() {
         return Verdict::Wait(WaitReason::MemoryShort);
     }
-    missing(class, prefer, pools, &left, world)
+    if left.iter().any(|(_, pool)| usable(class, pool).is_some()) {
+        return Verdict::Wait(WaitReason::ContextShort);
+    }
+    missing(class, wish, pools, &left, world)
 }
 
 /// Judges a class whose model no pool can start.
 fn missing(
     class: &Class,
-    prefer: Option<&str>,
+    wish: &Wish<'_>,
     pools: &[&PoolState],
     left: &[(usize, &PoolState)],
     world: &World<'_>,
@@ -389,8 +475,7 @@ fn missing(
     });
     let best = possible.min_by_key(|(_, choice)| {
         let rank = world.policy.rank_start(choice);
-        let elsewhere = prefer.is_some_and(|wanted| wanted != choice.pool.id);
-        (elsewhere, rank, &choice.pool.id)
+        (wish.is_elsewhere(choice.pool), rank, &choice.pool.id)
     });
     match best {
         Some((pool, _)) => Verdict::Download { pool },

@@ -1,7 +1,7 @@
 //! Which job runs where, decided by a pure function: the same snapshot gives the same plan.
 //!
 //! For each waiting job, in the order of their turns, pools are filtered: known → alive → backend → model present →
-//! memory fits → slots. What is left is given to the [`Policy`]. Where nothing is left, the job gets the counts of every
+//! context → memory fits → slots. What is left is given to the [`Policy`]. Where nothing is left, the job gets the counts of every
 //! filter, the constraint that binds, and what would lift it. A job that can't run now never holds up one behind it.
 //!
 //! [`snapshot`] is what a plan depends on, [`plan`] makes one, [`policy`] chooses among the places that are left, and
@@ -20,6 +20,7 @@ use jiff::SignedDuration;
 pub use explain::{Chooser, Explanation, Filter, FilterCount, WaitReason, Why};
 pub use index::{Index, Pass, Waiting};
 pub use judge::DISK_RESERVE;
+pub(crate) use judge::{could_use, start_context};
 pub use plan::{Action, Plan, schedule};
 pub use policy::{
     BuiltIn, LeastLoaded, MostVramFree, Policy, PolicyError, Rank, RoundRobin, StartChoice,

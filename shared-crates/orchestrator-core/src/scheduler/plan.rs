@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::REGISTRATION;
 use super::explain::{self, Explanation};
-use super::judge::{Class, Verdict, World, alive, judge, next_spare, usable};
+use super::judge::{Class, Verdict, Wish, World, alive, judge, next_spare, startable};
 use super::policy::Policy;
 use super::snapshot::{DownloadState, PoolState, Snapshot, WorkerState};
 use crate::job::{JobErrorCode, JobId};
@@ -38,6 +38,9 @@ pub enum Action {
         model: ModelRef,
         /// Where it shall compute.
         device: Device,
+        /// Tokens of context to ask for; the pool's default where absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        context_length: Option<u32>,
     },
     /// Stop an idle worker, because a waiting job needs its memory.
     EvictWorker {
@@ -199,7 +202,7 @@ impl<'a> Pass<'a> {
             self.sessions.get(session).or(known).map(String::as_str)
         });
         let pools: Vec<&PoolState> = self.pools.iter().map(Arc::as_ref).collect();
-        judge(class, prefer, &pools, world)
+        judge(class, &Wish::of(job, prefer), &pools, world)
     }
 
     fn dispatch(&mut self, job: &'a QueuedJob, pool: usize, worker: usize) {
@@ -220,14 +223,20 @@ impl<'a> Pass<'a> {
     /// Does what a verdict says that is not about one job.
     fn take(&mut self, class: &Class, verdict: &Verdict, world: &World<'_>) {
         match verdict {
-            Verdict::Start { pool, device } => {
+            Verdict::Start {
+                pool,
+                device,
+                context,
+            } => {
                 self.turns += 1;
                 let pool = Arc::make_mut(&mut self.pools[*pool]);
-                pool.reserve_start(&class.model, *device, self.snapshot.now, self.turns);
+                let now = self.snapshot.now;
+                pool.reserve_start(&class.model, *device, *context, now, self.turns);
                 self.actions.push(Action::StartWorker {
                     pool: pool.id.clone(),
                     model: class.model.clone(),
                     device: *device,
+                    context_length: *context,
                 });
             }
             Verdict::Evict { pool, workers } => {
@@ -255,7 +264,7 @@ impl<'a> Pass<'a> {
                     .pools
                     .iter()
                     .filter(|pool| class.admits_pool(&pool.id) && alive(pool))
-                    .filter(|pool| usable(class, pool).is_some());
+                    .filter(|pool| startable(class, pool).is_some());
                 let soonest = with_file
                     .flat_map(|pool| pool.devices.iter().map(move |d| (pool, d.device)))
                     .filter(|(_, device)| class.admits_device(*device))
@@ -317,6 +326,7 @@ impl PoolState {
         &mut self,
         model: &ModelRef,
         device: Device,
+        context_length: Option<u32>,
         now: Timestamp,
         turn: u64,
     ) {
@@ -325,10 +335,11 @@ impl PoolState {
             return;
         };
         if let Some(state) = self.devices.iter_mut().find(|d| d.device == device) {
-            state.free_bytes = state.free_bytes.saturating_sub(found.needed_bytes);
+            let needed = found.bytes(context_length);
+            state.free_bytes = state.free_bytes.saturating_sub(needed);
         }
         self.workers
-            .push(WorkerState::asked_for(&found, device, now));
+            .push(WorkerState::asked_for(&found, device, context_length, now));
     }
 
     /// Takes the room of a download that is about to begin.

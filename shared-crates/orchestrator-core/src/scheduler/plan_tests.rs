@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
 use jiff::SignedDuration;
+use pool_core::api::pool::ContextMemory;
 use pool_core::worker::ModelFile;
 
 use super::*;
@@ -28,6 +29,7 @@ fn worker(id: &str, status: WorkerStatus, active: u32) -> WorkerState {
         file: file(),
         device: Device::CPU,
         status,
+        context_length: None,
         slots: 2,
         active,
         full: false,
@@ -62,6 +64,7 @@ fn pool(id: &str, workers: Vec<WorkerState>) -> PoolState {
             model: "m".parse().unwrap(),
             file: file(),
             needed_bytes: GIB,
+            context: None,
         }],
         disk_free_bytes: 0,
         downloads: vec![],
@@ -87,6 +90,7 @@ fn job_for(model: &str, placement: Placement) -> QueuedJob {
         turn: None,
         bytes: 0,
         max_tokens: 256,
+        context_needed: None,
     }
 }
 
@@ -158,6 +162,7 @@ fn one_worker_is_started_for_all_jobs_of_a_model() {
         pool: "b".into(),
         model: "m".parse().unwrap(),
         device: Device::CPU,
+        context_length: None,
     };
     assert_eq!(plan.actions, [start]);
     assert_eq!(plan.waiting[&jobs[1].id].reason, WaitReason::WorkerStarting);
@@ -171,6 +176,7 @@ fn memory_given_to_one_start_is_gone_for_the_next() {
         model: "other".parse().unwrap(),
         file: file(),
         needed_bytes: 8 * GIB,
+        context: None,
     });
     let jobs = [job(), job_for("other", Placement::default())];
     let plan = plan(&jobs, vec![only]);
@@ -233,6 +239,7 @@ fn every_wait_has_its_reason() {
     let refused = RefusedStart {
         model: "m".parse().unwrap(),
         device: Device::CPU,
+        context_length: None,
         message: "no port".into(),
     };
     let refusing = PoolState {
@@ -518,9 +525,35 @@ fn of_the_workers_of_a_device_the_least_recently_used_one_goes() {
     assert_eq!(evicted(&plan), [("a", "w1")]);
 }
 
+/// A worker whose model took 10 s to load, from the time 100 on.
+fn loaded(idle_since: i64) -> WorkerState {
+    let time = |second| Timestamp::from_second(second).unwrap();
+    WorkerState {
+        created_at: time(90),
+        ready_at: Some(time(100)),
+        ..idle("w0", "other", idle_since)
+    }
+}
+
+/// A pool whose memory such a worker fills.
+fn taken() -> PoolState {
+    PoolState {
+        workers: vec![loaded(105)],
+        ..crowded("a", 105)
+    }
+}
+
+/// A job for the model of [`loaded`] that waits for its next attempt.
+fn backing_off() -> QueuedJob {
+    QueuedJob {
+        not_before: Some(Timestamp::from_second(1000).unwrap()),
+        ..job_for("other", Placement::default())
+    }
+}
+
 // [ORCHCORE-060]
 #[test]
-fn a_worker_with_work_or_that_a_waiting_job_needs_is_never_evicted() {
+fn a_worker_with_work_is_never_evicted() {
     let short = |pools: Vec<PoolState>, jobs: &[QueuedJob]| {
         let plan = at(100, snapshot(jobs, pools));
         assert_eq!(evicted(&plan), [], "{plan:?}");
@@ -536,34 +569,74 @@ fn a_worker_with_work_or_that_a_waiting_job_needs_is_never_evicted() {
     let mut full = crowded("a", 1);
     full.workers[0].full = true;
     short(vec![full], &[job()]);
-    // Its own job waits for the next attempt.
-    let later = QueuedJob {
-        not_before: Some(Timestamp::from_second(1000).unwrap()),
-        ..job_for("other", Placement::default())
-    };
-    short(vec![crowded("a", 1)], &[job(), later]);
     let mut forbidden = snapshot(&[job()], vec![crowded("a", 1)]);
     forbidden.settings.evict = false;
     assert_eq!(at(100, forbidden).actions, []);
 }
 
-// [ORCHCORE-061]
+// [ORCHCORE-061] However fresh it is.
 #[test]
-fn a_worker_stays_for_its_minimum_time() {
+fn an_idle_worker_that_no_job_waits_for_makes_room_at_once() {
+    assert_eq!(
+        evicted(&at(106, snapshot(&[job()], vec![taken()]))),
+        [("a", "w0")]
+    );
+}
+
+// [ORCHCORE-061] Three times as long as it took to load, and no longer than the settings say.
+#[test]
+fn a_worker_stays_for_its_time_while_jobs_wait_for_it() {
     let waiting = job();
-    let mut fresh = crowded("a", 95);
-    fresh.workers[0].ready_at = Some(Timestamp::from_second(90).unwrap());
-    let snapshot = snapshot(std::slice::from_ref(&waiting), vec![fresh]);
-    let plan = at(100, snapshot.clone());
+    let snapshot = snapshot(&[waiting.clone(), backing_off()], vec![taken()]);
+    let plan = at(110, snapshot.clone());
     assert_eq!(plan.actions, []);
     assert_eq!(plan.waiting[&waiting.id].reason, WaitReason::MemoryShort);
     assert!(
-        plan.waiting[&waiting.id].hint.contains("in 51 s"),
+        plan.waiting[&waiting.id].hint.contains("in 21 s"),
         "{plan:?}"
     );
-    let due = Timestamp::from_second(150).unwrap();
-    assert_eq!(plan.wake, Some(due));
-    assert_eq!(evicted(&at(150, snapshot)), [("a", "w0")]);
+    assert_eq!(plan.wake, Timestamp::from_second(130).ok());
+    assert_eq!(evicted(&at(130, snapshot.clone())), [("a", "w0")]);
+    let mut bounded = snapshot;
+    bounded.settings.min_residence = SignedDuration::from_secs(15);
+    assert_eq!(
+        at(110, bounded.clone()).wake,
+        Timestamp::from_second(115).ok()
+    );
+    assert_eq!(evicted(&at(115, bounded)), [("a", "w0")]);
+}
+
+// [ORCHCORE-061] Two models that fit one at a time: whose turn it is gets the memory, and not sooner than that pays.
+#[test]
+fn models_that_do_not_fit_together_take_turns() {
+    let (first, second) = (job(), job_for("other", Placement::default()));
+    let both = |order: [&QueuedJob; 2], pool: PoolState| {
+        snapshot(&order.map(QueuedJob::clone), vec![pool])
+    };
+    // The pool has not noticed yet that its worker is idle again.
+    let busy = || {
+        let mut pool = taken();
+        (pool.workers[0].status, pool.workers[0].idle_since) = (WorkerStatus::Busy, None);
+        pool
+    };
+    for pool in [taken(), busy()] {
+        let early = at(129, both([&first, &second], pool.clone()));
+        assert_eq!(
+            (evicted(&early), dispatched(&early)),
+            (vec![], vec![("a", "w0")])
+        );
+        let due = at(130, both([&first, &second], pool.clone()));
+        assert_eq!(
+            (evicted(&due), dispatched(&due)),
+            (vec![("a", "w0")], vec![])
+        );
+        // The other way round the job of the resident model comes first, and its worker works.
+        let later = at(130, both([&second, &first], pool));
+        assert_eq!(
+            (evicted(&later), dispatched(&later)),
+            (vec![], vec![("a", "w0")])
+        );
+    }
 }
 
 // [ORCHCORE-062]
@@ -747,4 +820,206 @@ fn another_host_helps_out_when_all_workers_are_busy() {
     let waits = at(100, snapshot(&jobs, vec![busy(), full]));
     assert_eq!(waits.actions, []);
     assert_eq!(waits.waiting[&jobs[0].id].reason, WaitReason::SlotsBusy);
+}
+
+/// The file of `m` with contexts up to 4,096 tokens, of which 512 are the default and take 1 GiB with the rest.
+fn with_contexts(pool: PoolState) -> PoolState {
+    let memory = ContextMemory {
+        max_tokens: 4096,
+        default_tokens: 512,
+        base_bytes: GIB / 2,
+        token_bytes: GIB / 1024,
+        floor_bytes: 0,
+    };
+    let mut pool = pool;
+    pool.models[0].context = Some(memory);
+    pool
+}
+
+/// A free worker with one slot.
+fn of_context(id: &str, tokens: u32) -> WorkerState {
+    WorkerState {
+        context_length: Some(tokens),
+        slots: 1,
+        ..worker(id, WorkerStatus::Ready, 0)
+    }
+}
+
+fn needs(tokens: u32) -> QueuedJob {
+    QueuedJob {
+        context_needed: Some(tokens),
+        ..job()
+    }
+}
+
+// [ORCHCORE-181]
+#[test]
+fn a_job_goes_to_no_worker_whose_context_is_too_small() {
+    let pools = || {
+        vec![pool(
+            "a",
+            vec![of_context("w0", 512), of_context("w1", 4096)],
+        )]
+    };
+    let to_large = plan(&[needs(732), job()], pools());
+    assert_eq!(dispatched(&to_large), [("a", "w1"), ("a", "w0")]);
+    // A worker that takes exactly what it needs.
+    assert_eq!(
+        dispatched(&plan(
+            &[needs(512)],
+            vec![pool("a", vec![of_context("w0", 512)])]
+        )),
+        [("a", "w0")]
+    );
+    // Others don't wait for it.
+    let job = job();
+    let both = plan(
+        &[needs(4097), job.clone()],
+        vec![pool("a", vec![of_context("w0", 512)])],
+    );
+    assert_eq!(dispatched(&both), [("a", "w0")]);
+}
+
+// [ORCHCORE-181] Before any worker has counted, the one with the most room for prompt and answer is the better guess.
+#[test]
+fn of_free_workers_one_that_probably_has_the_room_is_taken() {
+    let long = QueuedJob {
+        bytes: 512 + 4 * 400,
+        ..job()
+    };
+    let pools = || {
+        vec![
+            pool("a", vec![of_context("w0", 512)]),
+            pool("b", vec![of_context("w0", 1024)]),
+        ]
+    };
+    let alone = plan(std::slice::from_ref(&long), pools());
+    assert_eq!(dispatched(&alone), [("b", "w0")]);
+    assert_eq!(
+        dispatched(&plan(&[long.clone(), long], pools())),
+        [("b", "w0"), ("a", "w0")]
+    );
+    assert_eq!(dispatched(&plan(&[job()], pools())), [("a", "w0")]);
+}
+
+// [ORCHCORE-182]
+#[test]
+fn a_worker_with_more_room_is_started_for_a_job_that_needs_it() {
+    let start = |free_bytes: u64, job: QueuedJob| {
+        let mut pool = with_contexts(pool("a", vec![of_context("w0", 512)]));
+        pool.devices[0].free_bytes = free_bytes;
+        let plan = plan(&[job], vec![pool]);
+        match plan.actions.as_slice() {
+            [Action::StartWorker { context_length, .. }] => Some(*context_length),
+            [] => None,
+            other => panic!("{other:?}"),
+        }
+    };
+    // With room for the answer, in steps of 256 tokens.
+    assert_eq!(start(8 * GIB, needs(732)), Some(Some(1024)));
+    // Where that does not fit, with room for the prompt.
+    assert_eq!(start(GIB + GIB / 2, needs(732)), Some(Some(1024)));
+    assert_eq!(
+        start(GIB / 2 + 768 * (GIB / 1024), needs(732)),
+        Some(Some(768))
+    );
+    assert_eq!(start(GIB / 2 + 768 * (GIB / 1024) - 1, needs(732)), None);
+    // No further than the model goes.
+    assert_eq!(start(8 * GIB, needs(4000)), Some(Some(4096)));
+    assert_eq!(start(8 * GIB, needs(4096)), Some(Some(4096)));
+    assert_eq!(start(8 * GIB, needs(4097)), None);
+    // One that starts with that context is waited for.
+    let starting = WorkerState {
+        context_length: Some(1024),
+        ..worker("w1", WorkerStatus::Starting, 0)
+    };
+    let waiting = needs(732);
+    let pool = with_contexts(pool("a", vec![of_context("w0", 512), starting]));
+    let plan = plan(std::slice::from_ref(&waiting), vec![pool]);
+    assert_eq!(plan.actions, []);
+    assert_eq!(plan.waiting[&waiting.id].reason, WaitReason::WorkerStarting);
+}
+
+// [ORCHCORE-182] A small worker of the same model that no job could use is in the way of memory like any other.
+#[test]
+fn a_smaller_worker_of_the_model_makes_room_for_a_larger_one() {
+    let mut full = with_contexts(pool(
+        "a",
+        vec![WorkerState {
+            idle_since: Some(Timestamp::UNIX_EPOCH),
+            ..of_context("w0", 512)
+        }],
+    ));
+    full.devices[0].free_bytes = GIB / 2;
+    let plan = plan(&[needs(732)], vec![full]);
+    assert_eq!(evicted(&plan), [("a", "w0")]);
+}
+
+// [ORCHCORE-182] A refused start with a long context says nothing of one with a shorter.
+#[test]
+fn a_refused_context_holds_up_only_those_that_need_as_much() {
+    let refused = |context_length| RefusedStart {
+        model: "m".parse().unwrap(),
+        device: Device::CPU,
+        context_length,
+        message: "no memory".into(),
+    };
+    let with = |context_length, job: QueuedJob| {
+        let mut pool = with_contexts(pool("a", vec![]));
+        pool.refused_starts = vec![refused(context_length)];
+        let id = job.id;
+        let plan = plan(&[job], vec![pool]);
+        match plan.actions.as_slice() {
+            [Action::StartWorker { context_length, .. }] => Ok(*context_length),
+            _ => Err(plan.waiting[&id].reason),
+        }
+    };
+    assert_eq!(with(Some(1024), job()), Ok(None));
+    assert_eq!(with(Some(1024), needs(732)), Ok(Some(768)));
+    assert_eq!(with(Some(768), needs(732)), Err(WaitReason::StartRefused));
+    assert_eq!(with(None, needs(732)), Err(WaitReason::StartRefused));
+}
+
+// [ORCHCORE-183]
+#[test]
+fn the_context_is_a_filter_with_its_own_reason_and_remedy() {
+    let explained = |job: &QueuedJob, pool: PoolState| {
+        let plan = plan(std::slice::from_ref(job), vec![pool]);
+        let why = Arc::clone(&plan.waiting[&job.id]);
+        let last = why.filters.last().map(|count| (count.filter, count.pools));
+        (why, last)
+    };
+    let job = needs(5000);
+    let small = || with_contexts(pool("a", vec![of_context("w0", 512)]));
+    let (why, last) = explained(&job, small());
+    assert_eq!(
+        (why.reason, last),
+        (WaitReason::ContextShort, Some((Filter::Context, 0)))
+    );
+    assert!(
+        why.message.contains("5000 tokens") && why.message.contains("allow 4096"),
+        "{why:?}"
+    );
+    assert!(why.hint.contains("shorter prompt"), "{why:?}");
+    let (why, _) = explained(&job, pool("a", vec![of_context("w0", 512)]));
+    assert_eq!(why.reason, WaitReason::ContextShort);
+    assert!(why.hint.contains("--context-length 5000"), "{why:?}");
+    // There is a file for it, and no memory.
+    let mut short = small();
+    short.devices[0] = DeviceState {
+        free_bytes: GIB,
+        total_bytes: 2 * GIB,
+        ..short.devices[0]
+    };
+    let (why, last) = explained(&needs(2000), short);
+    assert_eq!(
+        (why.reason, last),
+        (WaitReason::MemoryShort, Some((Filter::MemoryFits, 0)))
+    );
+    let needed = GIB / 2 + 2048 * (GIB / 1024);
+    assert!(
+        why.message.contains("2000 tokens") && why.message.contains(&needed.to_string()),
+        "{why:?}"
+    );
+    assert!(why.hint.contains("shorter prompt"), "{why:?}");
 }

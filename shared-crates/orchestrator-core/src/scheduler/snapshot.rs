@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
-use pool_core::api::pool::PoolStatus;
+use pool_core::api::pool::{ContextMemory, PoolStatus};
 use pool_core::worker::{Device, ExitReason, ModelFile, WorkerInfo, WorkerStatus};
 use serde::{Deserialize, Serialize};
 
@@ -40,8 +40,7 @@ pub struct Settings {
     pub idle_ttl: Option<SignedDuration>,
     /// Whether idle workers are stopped where a waiting job needs their memory.
     pub evict: bool,
-    /// How long a worker is left in peace after it became ready, whoever needs its memory: two models that don't fit
-    /// beside each other take turns of at least this length, instead of loading for ever.
+    /// Longest residence of an idle worker that waiting jobs could use. See [`Settings::residence`].
     pub min_residence: SignedDuration,
     /// Whether pools are asked to download a model that none of them has.
     pub download: bool,
@@ -55,6 +54,25 @@ impl Default for Settings {
             min_residence: SignedDuration::from_mins(1),
             download: false,
         }
+    }
+}
+
+/// Residence of a worker in load times: loading takes at most a quarter of the time of two models that take turns.
+const RESIDENCE_LOADS: i32 = 3;
+
+impl Settings {
+    /// Returns how long after its start the worker stays while waiting jobs could use it: two models that don't fit in
+    /// memory together take turns of this length instead of loading without end.
+    pub fn residence(&self, worker: &WorkerState) -> SignedDuration {
+        let loading = worker
+            .ready_at
+            .map_or(SignedDuration::ZERO, |at| {
+                at.duration_since(worker.created_at)
+            })
+            .max(SignedDuration::ZERO);
+        loading
+            .saturating_mul(RESIDENCE_LOADS)
+            .min(self.min_residence)
     }
 }
 
@@ -92,6 +110,9 @@ pub struct RefusedStart {
     pub model: ModelRef,
     /// Where the worker should have computed.
     pub device: Device,
+    /// Tokens of context that it was asked for; `None` for the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_length: Option<u32>,
     /// What the pool said.
     pub message: String,
 }
@@ -132,8 +153,87 @@ pub struct ModelState {
     pub model: ModelRef,
     /// The file's identity.
     pub file: ModelFile,
-    /// Bytes that a worker needs for it.
+    /// Bytes that a worker with the default context needs for it.
     pub needed_bytes: u64,
+    /// Contexts that a worker can have, and their memory, where the pool says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<ContextMemory>,
+}
+
+impl ModelState {
+    /// Returns what starting a worker costs.
+    pub(crate) fn cost(&self) -> StartCost {
+        StartCost {
+            needed_bytes: self.needed_bytes,
+            context: self.context,
+        }
+    }
+
+    /// Returns the bytes of a worker with a context of `tokens`, or with the default one.
+    pub fn bytes(&self, tokens: Option<u32>) -> u64 {
+        self.cost().size(tokens).bytes
+    }
+}
+
+/// Step between the contexts that workers are started with, in tokens.
+const CONTEXT_STEP: u32 = 256;
+
+/// What starting a worker with a model costs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct StartCost {
+    needed_bytes: u64,
+    context: Option<ContextMemory>,
+}
+
+/// The size of a worker to start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StartSize {
+    /// Tokens of context; `None` for the default.
+    pub(crate) context: Option<u32>,
+    /// Bytes of memory.
+    pub(crate) bytes: u64,
+}
+
+impl StartCost {
+    fn size(&self, context: Option<u32>) -> StartSize {
+        let bytes = context
+            .zip(self.context)
+            .map_or(self.needed_bytes, |(tokens, memory)| {
+                memory.needed_bytes(tokens)
+            });
+        StartSize { context, bytes }
+    }
+
+    fn rounded(&self, memory: &ContextMemory, tokens: u32) -> StartSize {
+        let tokens = tokens
+            .checked_next_multiple_of(CONTEXT_STEP)
+            .unwrap_or(u32::MAX)
+            .min(memory.max_tokens);
+        self.size((tokens != memory.default_tokens).then_some(tokens))
+    }
+
+    /// Returns the smallest worker for jobs that need `tokens` of context. `None` where the model does not go that far,
+    /// or its pool does not say how far it goes.
+    pub(crate) fn least(&self, tokens: u32) -> Option<StartSize> {
+        if tokens == 0 {
+            return Some(self.size(None));
+        }
+        let memory = self.context.filter(|memory| tokens <= memory.max_tokens)?;
+        Some(self.rounded(&memory, tokens))
+    }
+
+    /// Returns the worker that such a job is better off with: one of at least the default context that has room for an
+    /// answer of `answer` tokens. A limit on the answer that nobody expects to be reached takes no more than the default
+    /// context.
+    pub(crate) fn roomy(&self, tokens: u32, answer: u32) -> Option<StartSize> {
+        let memory = self.context.filter(|memory| tokens <= memory.max_tokens)?;
+        let answer = answer.min(memory.default_tokens);
+        let wanted = (tokens.saturating_sub(1)).saturating_add(answer);
+        match tokens {
+            0 => None,
+            _ => Some(self.rounded(&memory, wanted.max(memory.default_tokens))),
+        }
+    }
 }
 
 /// A worker as the scheduler sees it.
@@ -149,6 +249,9 @@ pub struct WorkerState {
     pub device: Device,
     /// State.
     pub status: WorkerStatus,
+    /// Tokens of context of each sequence, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_length: Option<u32>,
     /// Sequences that it runs at once.
     pub slots: u32,
     /// Sequences that it runs now.
@@ -198,6 +301,7 @@ impl WorkerState {
             file: worker.model_file.clone(),
             device: worker.device,
             status: worker.status,
+            context_length: worker.context_length,
             slots: worker.slots,
             active: 0,
             full: false,
@@ -214,18 +318,25 @@ impl WorkerState {
         }
     }
 
-    /// A worker that is about to be asked for.
-    pub fn asked_for(model: &ModelState, device: Device, now: Timestamp) -> Self {
+    /// A worker that is about to be asked for, with a context of `context_length` tokens or the default one.
+    pub fn asked_for(
+        model: &ModelState,
+        device: Device,
+        context_length: Option<u32>,
+        now: Timestamp,
+    ) -> Self {
+        let default = model.context.map(|context| context.default_tokens);
         Self {
             id: String::new(),
             model: model.model.clone(),
             file: model.file.clone(),
             device,
             status: WorkerStatus::Starting,
+            context_length: context_length.or(default),
             slots: 1,
             active: 0,
             full: false,
-            memory_bytes: model.needed_bytes,
+            memory_bytes: model.bytes(context_length),
             created_at: now,
             ready_at: None,
             idle_since: None,
@@ -255,6 +366,15 @@ impl WorkerState {
         self.active += 1;
         self.idle_since = None;
         self.last_turn = turn;
+    }
+
+    /// Returns the tokens of context that a job can count on. A worker that starts may turn out to have any number.
+    pub fn capacity(&self) -> u32 {
+        match (self.context_length, self.status) {
+            (Some(tokens), _) => tokens,
+            (None, WorkerStatus::Starting) => u32::MAX,
+            (None, _) => 0,
+        }
     }
 
     /// Whether it takes jobs when it has a slot.
@@ -289,6 +409,7 @@ impl PoolState {
                     model: m.model_ref.clone(),
                     file: m.file.clone(),
                     needed_bytes: m.needed_bytes,
+                    context: m.context,
                 })
                 .collect(),
             disk_free_bytes: status.disk.free_bytes,
@@ -333,11 +454,18 @@ impl PoolState {
             .find_map(|w| w.start_failure.as_deref())
     }
 
-    /// The refusal that keeps the pool from being asked for this start now.
-    pub fn refused(&self, model: &ModelRef, device: Device) -> Option<&RefusedStart> {
-        self.refused_starts
-            .iter()
-            .find(|refused| refused.model == *model && refused.device == device)
+    /// The refusal that keeps the pool from being asked for this start now: of a worker with this context, or with less.
+    pub fn refused(
+        &self,
+        model: &ModelRef,
+        device: Device,
+        context_length: Option<u32>,
+    ) -> Option<&RefusedStart> {
+        self.refused_starts.iter().find(|refused| {
+            refused.model == *model
+                && refused.device == device
+                && refused.context_length <= context_length
+        })
     }
 
     /// Sequences that its workers run now.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
+use pool_core::api::pool::ContextMemory;
 use pool_core::worker::{Backend, Device, ModelFile, WorkerStatus};
 
 use super::{Runner, Script, ScriptError, ScriptErrorKind, source_hash};
@@ -88,6 +89,13 @@ pub fn sample() -> Snapshot {
             sha256: None,
         },
         needed_bytes: gib * GIB,
+        context: Some(ContextMemory {
+            max_tokens: 32_768,
+            default_tokens: 8192,
+            base_bytes: gib * GIB / 2,
+            token_bytes: gib * GIB / 2 / 8192,
+            floor_bytes: 0,
+        }),
     };
     let (small, large) = (model("small", 1), model("large", 20));
     let worker = |id: &str, model: &ModelState, device, slots, active| WorkerState {
@@ -98,7 +106,7 @@ pub fn sample() -> Snapshot {
         full: false,
         ready_at: Some(ago(600)),
         idle_since: (active == 0).then(|| ago(120)),
-        ..WorkerState::asked_for(model, device, ago(630))
+        ..WorkerState::asked_for(model, device, None, ago(630))
     };
     let pool = |id: &str, devices: Vec<DeviceState>, workers, models| {
         Arc::new(PoolState {
@@ -126,7 +134,7 @@ pub fn sample() -> Snapshot {
         vec![
             worker("worker-cpu-0", &small, Device::CPU, 2, 1),
             worker("worker-cpu-1", &small, Device::CPU, 1, 1),
-            WorkerState::asked_for(&small, Device::CPU, ago(2)),
+            WorkerState::asked_for(&small, Device::CPU, None, ago(2)),
         ],
         vec![small.clone()],
     );
@@ -172,6 +180,7 @@ pub fn sample() -> Snapshot {
                     turn: Some(number as u64),
                     bytes: 600 + 10 * u64::from(max_tokens),
                     max_tokens,
+                    context_needed: None,
                 })
             });
     Snapshot {

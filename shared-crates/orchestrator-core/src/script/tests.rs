@@ -4,6 +4,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Instant;
 
 use jiff::Timestamp;
+use pool_core::api::pool::ContextMemory;
 use pool_core::worker::{Device, ModelFile, WorkerStatus};
 
 use super::*;
@@ -43,8 +44,10 @@ fn worker(id: &str, model: &str, active: u32) -> WorkerState {
                 model: model.parse().unwrap(),
                 file: file(),
                 needed_bytes: 1 << 30,
+                context: None,
             },
             Device::CPU,
+            None,
             Timestamp::UNIX_EPOCH,
         )
     }
@@ -55,6 +58,7 @@ fn pool(id: &str, free_bytes: u64, workers: Vec<WorkerState>) -> PoolState {
         model: model.parse().unwrap(),
         file: file(),
         needed_bytes: 1 << 30,
+        context: None,
     });
     PoolState {
         id: id.into(),
@@ -87,6 +91,7 @@ fn job(model: &str, max_tokens: u32) -> QueuedJob {
         turn: None,
         bytes: 100,
         max_tokens,
+        context_needed: None,
     }
 }
 
@@ -167,7 +172,8 @@ fn a_script_returns_actions_made_of_what_it_sees() {
             Proposal::StartWorker {
                 pool: 0,
                 device: Device::CPU,
-                model: "b".parse().unwrap()
+                model: "b".parse().unwrap(),
+                context_length: None,
             },
             Proposal::Wait {
                 job: 0,
@@ -356,6 +362,73 @@ fn decide(snapshot: &Arc<Snapshot>, source: &str) -> Decision {
     Decider::script(&LeastLoaded, script, Costs::default(), LONG)
         .unwrap()
         .decide(snapshot)
+}
+
+// [ORCHCORE-181] [ORCHCORE-182] [ORCHCORE-145] A script sees what a job needs, and can't give it less.
+#[test]
+fn a_script_is_held_to_the_context_that_a_job_needs() {
+    let mut small = worker("small", "a", 0);
+    small.context_length = Some(512);
+    let mut on = pool("p", 4 << 30, vec![small]);
+    on.models[0].context = Some(ContextMemory {
+        max_tokens: 8192,
+        default_tokens: 512,
+        base_bytes: 512 << 20,
+        token_bytes: 1 << 20,
+        floor_bytes: 0,
+    });
+    let long = QueuedJob {
+        context_needed: Some(732),
+        ..job("a", 100)
+    };
+    let snapshot = snapshot(vec![long], vec![on]);
+    let decided = |answer: &str| {
+        let line = format!(
+            "let job = ctx.jobs[0]; let worker = ctx.workers[0]; let device = ctx.pools[0].devices[0];\n{answer}"
+        );
+        decide(&snapshot, &body(&line))
+    };
+    for (answer, why) in [
+        (
+            "[dispatch(job, worker)]",
+            "the job needs a context of 732 tokens, the worker has 512",
+        ),
+        (
+            "[start_worker(device, \"a\")]",
+            "no waiting job could use it",
+        ),
+        (
+            "[start_worker(device, \"a\", 9000)]",
+            "the context is 9000 tokens, the file allows up to 8192",
+        ),
+        (
+            "[start_worker(device, \"b\", 600)]",
+            "the pool does not say which contexts the file allows",
+        ),
+        ("[start_worker(device, \"a\", -1)]", "no number of tokens"),
+    ] {
+        let error = decided(answer).error.unwrap();
+        assert!(error.message.contains(why), "{answer}: {error}");
+    }
+    for (answer, tokens) in [
+        // With room for the whole answer, in steps of 256 tokens.
+        ("[start_worker(device, job)]", Some(1024)),
+        ("[start_worker(device, \"a\", 732)]", Some(732)),
+        (
+            "if fits(job, worker) || !fits(job, device) || best_worker(ctx, job) != () { throw \"wrong\"; }; [start_worker(best_device(ctx, job), \"a\", job.context_needed + worker.context_length)]",
+            Some(1244),
+        ),
+    ] {
+        let decision = decided(answer);
+        assert_eq!(decision.error, None, "{answer}");
+        let start = Action::StartWorker {
+            pool: "p".into(),
+            model: "a".parse().unwrap(),
+            device: Device::CPU,
+            context_length: tokens,
+        };
+        assert_eq!(decision.plan.actions, [start], "{answer}");
+    }
 }
 
 // [ORCHCORE-145] [P21] Each breaks one rule; nothing of the answer is done, the built-in policy's plan is.

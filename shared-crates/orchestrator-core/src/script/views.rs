@@ -254,16 +254,10 @@ fn fits_worker(job: &Job, worker: &Worker) -> bool {
 
 fn fits_device(job: &Job, device: &DeviceView) -> bool {
     let shared = &job.shared;
-    let model = &job.get().model;
+    let (pool, device) = (device.pool, device.device.device);
     shared
         .promised()
-        .may_start(
-            shared.snapshot(),
-            device.pool,
-            device.device.device,
-            model,
-            Some(job.at),
-        )
+        .may_start_for(shared.snapshot(), pool, device, job.at)
         .is_ok()
 }
 
@@ -307,11 +301,10 @@ fn best_worker(ctx: &mut Ctx, job: Job) -> Dynamic {
 fn best_device(ctx: &mut Ctx, job: Job) -> Dynamic {
     let snapshot = ctx.0.snapshot();
     let promised = ctx.0.promised();
-    let model = &job.get().model;
     let mut best: Option<((Rank, &String, Device), usize, DeviceState)> = None;
     for (pool, state) in snapshot.pools.iter().enumerate() {
         for device in &state.devices {
-            let may = promised.may_start(snapshot, pool, device.device, model, Some(job.at));
+            let may = promised.may_start_for(snapshot, pool, device.device, job.at);
             if may.is_err() {
                 continue;
             }
@@ -358,14 +351,40 @@ fn dispatch(context: NativeCallContext<'_>, job: Job, worker: Worker) -> Act {
 }
 
 fn start_for_job(context: NativeCallContext<'_>, device: DeviceView, job: Job) -> Act {
-    start(&context, &device, job.get().model.clone())
+    let shared = &device.shared;
+    let (pool, on) = (device.pool, device.device.device);
+    let tokens = shared
+        .promised()
+        .start_context(shared.snapshot(), pool, on, job.at);
+    start(&context, &device, job.get().model.clone(), tokens)
 }
 
-fn start(context: &NativeCallContext<'_>, device: &DeviceView, model: ModelRef) -> Act {
+fn start_for_model(
+    context: &NativeCallContext<'_>,
+    device: &DeviceView,
+    model: &str,
+    tokens: Option<INT>,
+) -> Result<Act, Box<rhai::EvalAltResult>> {
+    let model = model
+        .parse::<ModelRef>()
+        .map_err(|error| format!("`{model}` is no model: {error}"))?;
+    let tokens = tokens
+        .map(|tokens| u32::try_from(tokens).map_err(|_| format!("{tokens} is no number of tokens")))
+        .transpose()?;
+    Ok(start(context, device, model, tokens))
+}
+
+fn start(
+    context: &NativeCallContext<'_>,
+    device: &DeviceView,
+    model: ModelRef,
+    context_length: Option<u32>,
+) -> Act {
     let proposal = Proposal::StartWorker {
         pool: device.pool,
         device: device.device.device,
         model,
+        context_length,
     };
     act(context, &device.shared, proposal)
 }
@@ -447,6 +466,9 @@ pub(super) fn register(engine: &mut Engine) {
             int(u64::from(job.get().max_tokens))
         })
         .register_get("request_bytes", |job: &mut Job| int(job.get().bytes))
+        .register_get("context_needed", |job: &mut Job| {
+            optional(job.get().context_needed.map(|tokens| int(tokens.into())))
+        })
         .register_get("pool", |job: &mut Job| {
             optional(job.get().placement.pool.clone())
         })
@@ -504,6 +526,9 @@ pub(super) fn register(engine: &mut Engine) {
         .register_get("status", |worker: &mut Worker| {
             worker.get().status.to_string()
         })
+        .register_get("context_length", |worker: &mut Worker| {
+            optional(worker.get().context_length.map(|tokens| int(tokens.into())))
+        })
         .register_get("slots", |worker: &mut Worker| {
             int(u64::from(worker.get().slots))
         })
@@ -525,10 +550,13 @@ pub(super) fn register(engine: &mut Engine) {
         .register_fn(
             "start_worker",
             |context: NativeCallContext<'_>, device: DeviceView, model: &str| {
-                let model = model
-                    .parse::<ModelRef>()
-                    .map_err(|error| format!("`{model}` is no model: {error}"))?;
-                Ok::<_, Box<rhai::EvalAltResult>>(start(&context, &device, model))
+                start_for_model(&context, &device, model, None)
+            },
+        )
+        .register_fn(
+            "start_worker",
+            |context: NativeCallContext<'_>, device: DeviceView, model: &str, tokens: INT| {
+                start_for_model(&context, &device, model, Some(tokens))
             },
         )
         .register_fn("evict_worker", evict)
@@ -582,9 +610,10 @@ pub(super) fn register(engine: &mut Engine) {
         .register_fn("free_bytes", |device: DeviceView| int(device.free_bytes()))
         .register_fn("needed_bytes", |device: DeviceView, job: Job| {
             let pool = device.shared.pool(device.pool);
-            optional(
-                pool.model(&job.get().model)
-                    .map(|model| int(model.needed_bytes)),
-            )
+            let needed = job.get().context_needed.unwrap_or(0);
+            let size = pool
+                .model(&job.get().model)
+                .and_then(|model| model.cost().least(needed));
+            optional(size.map(|size| int(size.bytes)))
         });
 }

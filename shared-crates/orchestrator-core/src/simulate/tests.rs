@@ -38,6 +38,7 @@ fn model(name: &str, gib: u64) -> ModelState {
             sha256: None,
         },
         needed_bytes: gib * GIB,
+        context: None,
     }
 }
 
@@ -48,7 +49,7 @@ fn pool(id: &str, free_gib: u64, workers: &[&str]) -> PoolState {
         status: WorkerStatus::Ready,
         ready_at: Some(at(-600_000)),
         idle_since: Some(at(-1000)),
-        ..WorkerState::asked_for(&model(of, 1), Device::CPU, at(-700_000))
+        ..WorkerState::asked_for(&model(of, 1), Device::CPU, None, at(-700_000))
     };
     PoolState {
         id: id.into(),
@@ -139,6 +140,7 @@ fn trace(pools: &[PoolState], jobs: &[Sent]) -> Trace {
                 turn: None,
                 bytes: 100,
                 max_tokens: sent.tokens,
+                context_needed: None,
             })),
             What::Leased => {
                 snapshot.jobs.retain(|queued| queued.id != job);

@@ -29,6 +29,7 @@ fn model(name: &str) -> ModelState {
             sha256: None,
         },
         needed_bytes: 10,
+        context: None,
     }
 }
 
@@ -63,6 +64,7 @@ fn any_snapshot() -> impl Strategy<Value = Snapshot> {
                     turn: Some(u64::MAX),
                     bytes: 1,
                     max_tokens,
+                    context_needed: None,
                 })
             });
             let pools: BTreeMap<u8, _> = pools
@@ -74,7 +76,12 @@ fn any_snapshot() -> impl Strategy<Value = Snapshot> {
                         slots: 2,
                         active,
                         full: false,
-                        ..WorkerState::asked_for(&model("a"), Device::CPU, Timestamp::UNIX_EPOCH)
+                        ..WorkerState::asked_for(
+                            &model("a"),
+                            Device::CPU,
+                            None,
+                            Timestamp::UNIX_EPOCH,
+                        )
                     };
                     let pool = PoolState {
                         id: format!("pool-{number}"),

@@ -193,6 +193,35 @@ pub struct ModelOnDisk {
     pub file: ModelFile,
     /// Memory that a worker with default settings needs, bytes.
     pub needed_bytes: u64,
+    /// Contexts that a worker can have, and their memory; absent where the file's header can't be read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<ContextMemory>,
+}
+
+/// Contexts that a worker with a model can have, and the memory that they take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct ContextMemory {
+    /// Tokens of context that the model was made for.
+    pub max_tokens: u32,
+    /// Tokens of context of a worker that is asked for none.
+    pub default_tokens: u32,
+    /// Bytes that a worker takes apart from its context.
+    pub base_bytes: u64,
+    /// Bytes that each token of context takes.
+    pub token_bytes: u64,
+    /// Bytes that a worker takes at least, because loading takes them.
+    pub floor_bytes: u64,
+}
+
+impl ContextMemory {
+    /// Returns the memory of a worker with a context of `tokens`.
+    pub fn needed_bytes(&self, tokens: u32) -> u64 {
+        self.token_bytes
+            .saturating_mul(tokens.into())
+            .saturating_add(self.base_bytes)
+            .max(self.floor_bytes)
+    }
 }
 
 /// Answer of `GET /models`.

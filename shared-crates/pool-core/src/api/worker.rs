@@ -157,8 +157,10 @@ pub struct CancelResponse {
 pub enum StopReason {
     /// The model ended its text.
     Eos,
-    /// `max_tokens` or the context was used up.
+    /// `max_tokens` tokens were generated.
     MaxTokens,
+    /// The worker's context was full before `max_tokens` were generated.
+    ContextFull,
     /// One of the `stop` texts came up.
     StopSequence,
 }
@@ -233,6 +235,23 @@ pub struct WorkerError {
     pub message: String,
     /// Whether another attempt may succeed.
     pub retriable: bool,
+    /// Sizes of a `CONTEXT_OVERFLOW`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overflow: Option<ContextOverflow>,
+}
+
+/// Sizes of a request that does not fit the worker's context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct ContextOverflow {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Smallest context that runs the request: the prompt, the tokens to continue from, and one more.
+    pub needed_tokens: u32,
+    /// Tokens of the worker's context.
+    pub context_length: u32,
+    /// Tokens of context that the model was made for.
+    pub model_context: u32,
 }
 
 /// Codes of a worker's `error` event and of its error envelopes.

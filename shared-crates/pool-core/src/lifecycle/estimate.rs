@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
+use crate::api::pool::ContextMemory;
 use crate::catalog::gguf::{GgufError, GgufFile, TensorInfo};
 use crate::catalog::store::ResolvedModel;
 use crate::worker::ModelFile;
@@ -41,6 +42,8 @@ pub struct MemoryEstimate {
     pub needed_bytes: u64,
     /// Tokens of context the model was made for; `None` where the file doesn't say.
     pub model_context: Option<u64>,
+    /// Contexts that a worker can have, and their memory; `None` where the file doesn't say.
+    pub context: Option<ContextMemory>,
 }
 
 /// What of a model file decides about memory.
@@ -79,28 +82,38 @@ impl Shape {
         })
     }
 
-    fn needed_bytes(self, context: Option<u32>, slots: u32) -> u64 {
-        let tokens = context.map_or(self.context.min(DEFAULT_CONTEXT), u64::from);
-        let caches = self
-            .kv_bytes_per_token
-            .saturating_mul(tokens)
-            .saturating_mul(slots.into());
-        // One sequence computes at a time, however many slots there are. Gate, rise and their product.
-        let working = attention_scratch_bytes(self.heads, tokens)
-            .saturating_add(
-                self.feed_forward
-                    .saturating_mul(3 * PREFILL_CHUNK * ELEMENT_BYTES),
-            )
-            .saturating_add(self.vocab.saturating_mul(SAMPLING_BYTES_PER_TEXT));
-        [
+    /// Returns the memory of a worker with `slots` sequences, as a function of its context.
+    fn memory(self, slots: u32) -> ContextMemory {
+        let held = [
             PROGRAM_BYTES,
             self.vocab.saturating_mul(TOKENIZER_BYTES_PER_TEXT),
             self.weights_bytes,
-            // What loading took for a moment is free again when the first sequence begins.
-            caches.saturating_add(working).max(self.loading_bytes),
         ]
         .into_iter()
-        .fold(0, u64::saturating_add)
+        .fold(0, u64::saturating_add);
+        // Gate, rise and their product.
+        let working = self
+            .feed_forward
+            .saturating_mul(3 * PREFILL_CHUNK * ELEMENT_BYTES)
+            .saturating_add(self.vocab.saturating_mul(SAMPLING_BYTES_PER_TEXT));
+        let tokens = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+        ContextMemory {
+            max_tokens: tokens(self.context),
+            default_tokens: tokens(self.context.min(DEFAULT_CONTEXT)),
+            base_bytes: held.saturating_add(working),
+            // One sequence computes at a time, however many slots there are.
+            token_bytes: self
+                .kv_bytes_per_token
+                .saturating_mul(slots.into())
+                .saturating_add(attention_scratch_bytes(self.heads, 1)),
+            // What loading took for a moment is free again when the first sequence begins.
+            floor_bytes: held.saturating_add(self.loading_bytes),
+        }
+    }
+
+    fn needed_bytes(self, context: Option<u32>, slots: u32) -> u64 {
+        let memory = self.memory(slots);
+        memory.needed_bytes(context.unwrap_or(memory.default_tokens))
     }
 }
 
@@ -159,12 +172,14 @@ impl MemoryEstimator {
             Some(shape) => MemoryEstimate {
                 needed_bytes: shape.needed_bytes(context, slots),
                 model_context: Some(shape.context),
+                context: Some(shape.memory(slots)),
             },
             None => {
                 let size = model.file.size_bytes;
                 MemoryEstimate {
                     needed_bytes: size.saturating_add(size / 4).saturating_add(ROUGH_BYTES),
                     model_context: None,
+                    context: None,
                 }
             }
         }

@@ -110,7 +110,9 @@ impl Lifecycle {
                 status: WorkerStatus::Starting,
                 pid: None,
                 port,
-                context_length: None,
+                context_length: request
+                    .context_length
+                    .or(estimate.context.map(|context| context.default_tokens)),
                 slots,
                 active: 0,
                 load_percent: 0,

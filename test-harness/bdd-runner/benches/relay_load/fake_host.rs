@@ -156,6 +156,7 @@ impl FakeHost {
             aliases: Vec::new(),
             file: file.clone(),
             needed_bytes: 1000,
+            context: None,
         };
         let device = DeviceInfo {
             device: Device::CPU,

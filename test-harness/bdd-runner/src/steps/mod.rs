@@ -3,6 +3,7 @@
 mod api;
 mod attempts;
 mod commands;
+mod contexts;
 mod demo;
 mod durability;
 mod fleet;

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use orchestrator_core::api::events::{End, EventId, TaskEvent};
 use orchestrator_core::job::{JobError, JobId, Usage};
+use pool_core::api::worker::StopReason;
 use pool_core::client::ClientError;
 use pool_core::terminal::interrupt::Interrupt;
 use pool_core::terminal::sanitize::TerminalFilter;
@@ -371,8 +372,13 @@ fn summary(id: JobId, end: &End) -> String {
     } else {
         "tokens"
     };
+    let cut = match end.stop_reason {
+        StopReason::Eos | StopReason::StopSequence => "",
+        StopReason::MaxTokens => ", cut off at --max-tokens",
+        StopReason::ContextFull => ", cut off because the context is full",
+    };
     format!(
-        "{id}: {} {tokens} by {}, {}, seed {}",
+        "{id}: {} {tokens} by {}, {}, seed {}{cut}",
         end.tokens_out,
         end.worker_id,
         speed(&usage),
@@ -400,7 +406,6 @@ pub fn print_text(text: &str) -> Result<(), CliError> {
 mod tests {
     use super::*;
     use orchestrator_core::api::events::Token;
-    use pool_core::api::worker::StopReason;
 
     #[test] // [LLORCH-024]
     fn a_line_has_id_event_and_data() {
@@ -433,5 +438,10 @@ mod tests {
             worker_id: "worker-cpu-0".into(),
         };
         insta::assert_snapshot!(summary(id, &end), @"job-01900000-0000-7000-8000-000000000000: 11 tokens by worker-cpu-0, TTFT 812 ms, 20.0 tokens/s, seed 7");
+        let cut = End {
+            stop_reason: StopReason::ContextFull,
+            ..end
+        };
+        assert!(summary(id, &cut).ends_with("seed 7, cut off because the context is full"));
     }
 }

@@ -68,7 +68,7 @@ pub fn job_failed(id: JobId, error: &JobError) -> CliError {
         JobErrorCode::Timeout => ("expired", Some("give it more time with --timeout")),
         JobErrorCode::ContextOverflow => (
             "failed",
-            Some("shorten the prompt, or ask for fewer tokens with --max-tokens"),
+            Some("shorten the prompt, or name a model with a longer context"),
         ),
         JobErrorCode::TemplateFailed => (
             "failed",

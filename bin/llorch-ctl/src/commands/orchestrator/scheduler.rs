@@ -251,7 +251,13 @@ fn decisions(answer: &CheckAnswer) -> Vec<String> {
             pool,
             model,
             device,
-        } => format!("start a worker with {model} on {device} of {pool}"),
+            context_length,
+        } => {
+            let context = context_length
+                .map(|tokens| format!(" and a context of {tokens} tokens"))
+                .unwrap_or_default();
+            format!("start a worker with {model}{context} on {device} of {pool}")
+        }
         Action::EvictWorker {
             pool,
             worker,

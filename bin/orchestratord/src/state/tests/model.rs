@@ -209,6 +209,7 @@ impl Model {
                     outcome: AttemptOutcome::WorkerLost,
                     reason: String::new(),
                     not_before: None,
+                    context_needed: None,
                 };
                 let id = job.id;
                 let work = async move { store.requeue(id, requeue).await.is_ok() };

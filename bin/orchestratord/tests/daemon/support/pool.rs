@@ -75,6 +75,7 @@ impl FakePool {
             aliases: Vec::new(),
             file: model_file(),
             needed_bytes: 1000,
+            context: None,
         };
         Self {
             id: id.to_owned(),

@@ -15,8 +15,8 @@ use jiff::Timestamp;
 use orchestrator_core::JobId;
 use pool_core::api::pool::WorkerEndpoint;
 use pool_core::api::worker::{
-    CancelRequest, CancelResponse, ExecuteRequest, NEWEST_EVENT, Origin, StopReason, WorkerEnd,
-    WorkerError, WorkerErrorCode, WorkerEvent, WorkerStarted, WorkerToken,
+    CancelRequest, CancelResponse, ContextOverflow, ExecuteRequest, NEWEST_EVENT, Origin,
+    StopReason, WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent, WorkerStarted, WorkerToken,
 };
 use pool_core::service::{Json, ServiceError};
 use pool_core::worker::{
@@ -304,6 +304,18 @@ impl FakeWorker {
             code,
             message: "as the test wants".into(),
             retriable: true,
+            overflow: None,
+        };
+        self.send(job, WorkerEvent::Error(error));
+    }
+
+    /// Says that the job needs a longer context than the worker has.
+    pub fn overflow(&self, job: JobId, overflow: ContextOverflow) {
+        let error = WorkerError {
+            code: WorkerErrorCode::ContextOverflow,
+            message: "no room".into(),
+            retriable: false,
+            overflow: Some(overflow),
         };
         self.send(job, WorkerEvent::Error(error));
     }

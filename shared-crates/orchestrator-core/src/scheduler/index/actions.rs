@@ -98,7 +98,7 @@ impl Index {
             worker: &pool.state.workers[worker],
         };
         let session_was_here = self.prefers(job) == Some(pool.state.id.as_str());
-        let free_workers = self.models[jobs.model].free.len();
+        let free_workers = self.models[jobs.model].free_workers(jobs.class.context);
         Some(Why::new(
             job,
             &choice,
@@ -163,10 +163,16 @@ impl Index {
             pool.map(|pool| pool.state.id.clone()).unwrap_or_default()
         };
         match verdict {
-            Verdict::Start { pool, device } => {
+            Verdict::Start {
+                pool,
+                device,
+                context,
+            } => {
                 self.turns += 1;
                 let turn = self.turns;
-                self.change_pool(pool, |state| state.reserve_start(&model, device, now, turn));
+                self.change_pool(pool, |state| {
+                    state.reserve_start(&model, device, context, now, turn);
+                });
                 // Where a start was refused, there may now be too little memory for one: then workers are evicted for it.
                 self.classes_where(|jobs| jobs.settled == Some(WaitReason::StartRefused))
                     .into_iter()
@@ -177,9 +183,14 @@ impl Index {
                     pool,
                     model,
                     device,
+                    context_length: context,
                 });
             }
             Verdict::Evict { pool, workers } => {
+                // Those that counted on one of the workers may have to start another, anywhere.
+                for class in self.classes_that_could_use(pool, &workers) {
+                    self.look_at_all(class);
+                }
                 let stopped = self.stop(pool, &workers);
                 let pool = name(self, pool);
                 pass.actions
@@ -197,6 +208,17 @@ impl Index {
             }
             _ => {}
         }
+    }
+
+    /// Returns the classes that could use one of the workers.
+    fn classes_that_could_use(&self, place: usize, workers: &[usize]) -> Vec<usize> {
+        let Some(pool) = &self.pools[place] else {
+            return Vec::new();
+        };
+        self.classes_where(|jobs| {
+            let mut workers = workers.iter().map(|&worker| &pool.state.workers[worker]);
+            workers.any(|worker| jobs.class.admits_worker(&pool.state.id, worker))
+        })
     }
 
     /// Shows workers as told to stop, and returns their names.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Index, Jobs, Scope};
 use crate::job::JobId;
-use crate::queue::{QueuedJob, TurnKey};
+use crate::queue::{Load, QueuedJob, TurnKey};
 use crate::scheduler::explain::WaitReason;
 use crate::scheduler::judge::Class;
 
@@ -21,6 +21,7 @@ impl Index {
         let Some(key) = self.queue.key(job.id) else {
             return;
         };
+        self.count_in(class, job.bytes);
         let jobs = self.class_mut(class);
         if let Some(at) = job.not_before {
             jobs.later += 1;
@@ -48,6 +49,7 @@ impl Index {
 
     /// Takes a job that has left the queue out of its class.
     pub(super) fn leave(&mut self, job: &QueuedJob, key: TurnKey, class: usize) {
+        self.count_out(class, job.bytes);
         let jobs = self.class_mut(class);
         // Mostly it had its turn.
         if jobs.ready.first() == Some(&key) {
@@ -80,14 +82,17 @@ impl Index {
             self.classes.push(None);
             self.classes.len() - 1
         });
+        self.models[model].classes.insert((class.context, id));
+        let stranded = !self.can_run(&class);
         self.class_ids.insert(class.clone(), id);
-        self.models[model].classes.insert(id);
         self.classes[id] = Some(Jobs {
             class,
             model,
             ready: BTreeSet::new(),
             later: 0,
             scope: Scope::All,
+            load: Load::default(),
+            stranded,
             settled: None,
             wake: None,
         });
@@ -102,7 +107,8 @@ impl Index {
         }
         if let Some(jobs) = self.classes[class].take() {
             self.class_ids.remove(&jobs.class);
-            self.models[jobs.model].classes.remove(&class);
+            let entry = (jobs.class.context, class);
+            self.models[jobs.model].classes.remove(&entry);
             self.dirty.remove(&class);
             if let Some(at) = jobs.wake {
                 self.wakes.remove(&(at, class));

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use foldhash::{HashMap, HashMapExt as _};
 use jiff::Timestamp;
-use pool_core::worker::WorkerStatus;
 
 use super::{Index, Pass};
 use crate::job::JobErrorCode;
@@ -27,7 +26,7 @@ impl Index {
             let (model, ready) = (jobs.model, jobs.ready.len());
             if let Some(next) = jobs.ready.first() {
                 turns.push(Reverse((*next, class)));
-                slots += ready.min(self.models[model].free.len());
+                slots += ready.min(self.models[model].free_workers(0));
             }
         }
         pass.judged = !turns.is_empty();
@@ -170,13 +169,19 @@ impl Index {
                 pool,
                 model,
                 device,
+                context_length,
             } => {
                 let place = self.pool_place(pool)?;
                 let state = &self.pools[place].as_ref()?.state;
                 let on = state.devices.iter().find(|d| d.device == *device)?;
-                let fits = alive(state) && state.model(model)?.needed_bytes <= on.free_bytes;
-                let (pool, device) = (place, *device);
-                fits.then(|| self.take(model, Verdict::Start { pool, device }, now, pass))
+                let needed = state.model(model)?.bytes(*context_length);
+                let fits = alive(state) && needed <= on.free_bytes;
+                let start = Verdict::Start {
+                    pool: place,
+                    device: *device,
+                    context: *context_length,
+                };
+                fits.then(|| self.take(model, start, now, pass))
             }
             Action::EvictWorker {
                 pool,
@@ -206,7 +211,8 @@ impl Index {
     fn idle_worker_place(&self, pool: &str, worker: &str) -> Option<(usize, usize)> {
         let (place, index) = self.worker_place(pool, worker)?;
         let state = &self.pools[place].as_ref()?.state.workers[index];
-        let idle = state.status == WorkerStatus::Ready && state.active == 0;
+        // A pool that has not heard of the end of our lease still calls it busy.
+        let idle = state.serves() && state.active == 0;
         idle.then_some((place, index))
     }
 

@@ -11,7 +11,10 @@ use super::{Free, Index, Model, Pool};
 use crate::scheduler::judge::alive;
 use crate::scheduler::plan::idle_until;
 use crate::scheduler::policy::{Rank, WorkerChoice};
-use crate::scheduler::snapshot::{PoolState, Usage, WorkerState};
+use crate::scheduler::snapshot::{PoolState, StartCost, Usage, WorkerState};
+
+/// Contexts of a model's workers up to which a set that is empty is kept.
+const KEPT_CONTEXTS: usize = 8;
 
 impl Index {
     /// Takes in what a pool is now. Leases are known here, and laid over it.
@@ -35,6 +38,7 @@ impl Index {
             }
             old => old,
         };
+        self.note_reach(old.as_ref().map(|old| &*old.state), Some(&state));
         if let Some(old) = &old {
             self.note_starts(&old.state, &state);
             self.uninstall(place, old);
@@ -64,8 +68,8 @@ impl Index {
             _ => HashSet::new(),
         };
         let name = pool.state.id.clone();
-        for &(model, needed) in &pool.files {
-            self.models[model].files.insert(place, needed);
+        for &(model, cost) in &pool.files {
+            self.models[model].files.insert(place, cost);
         }
         self.pools[place] = Some(pool);
         self.refresh(place);
@@ -79,6 +83,7 @@ impl Index {
         };
         self.usage_of(place, name, std::iter::empty());
         if let Some(old) = self.pools[place].take() {
+            self.note_reach(Some(&old.state), None);
             self.uninstall(place, &old);
         }
         self.announce(place, name, true, &HashSet::new());
@@ -126,13 +131,13 @@ impl Index {
         self.models.len() - 1
     }
 
-    fn files_of(&mut self, state: &PoolState) -> Vec<(usize, u64)> {
+    fn files_of(&mut self, state: &PoolState) -> Vec<(usize, StartCost)> {
         let usable = state
             .models
             .iter()
             .filter(|model| state.start_failure(model).is_none());
         usable
-            .map(|model| (self.model_id(&model.model), model.needed_bytes))
+            .map(|model| (self.model_id(&model.model), model.cost()))
             .collect()
     }
 
@@ -153,26 +158,35 @@ impl Index {
         if !alive(&pool.state) {
             return;
         }
-        let counts = self.models[pool.worker_models[worker]]
-            .workers
-            .entry(state.device)
-            .or_default();
+        let workers = &mut self.models[pool.worker_models[worker]].workers;
+        let key = (state.device, state.capacity());
+        let counts = workers.entry(key).or_default();
         if state.status == WorkerStatus::Starting {
             counts.0 = change(counts.0, 1);
         } else if state.serves() {
             counts.1 = change(counts.1, 1);
         }
+        if *counts == (0, 0) {
+            workers.remove(&key);
+        }
     }
 
     fn clear_worker(&mut self, place: usize, pool: &Pool, worker: usize) {
         if let Some(rank) = pool.ranks[worker] {
-            let free = &mut self.models[pool.worker_models[worker]].free;
-            // Mostly it is the best one that was taken.
-            let first = free.first().map(|free| (free.pool, free.worker));
-            if first == Some((place, worker)) {
-                free.pop_first();
-            } else {
-                free.remove(&free_entry(place, pool, worker, rank));
+            let sets = &mut self.models[pool.worker_models[worker]].free;
+            let context = pool.state.workers[worker].capacity();
+            if let Some(free) = sets.get_mut(&context) {
+                // Mostly it is the best one that was taken.
+                let first = free.first().map(|free| (free.pool, free.worker));
+                if first == Some((place, worker)) {
+                    free.pop_first();
+                } else {
+                    free.remove(&free_entry(place, pool, worker, rank));
+                }
+                // Mostly it fills again in a moment.
+                if free.is_empty() && sets.len() > KEPT_CONTEXTS {
+                    sets.remove(&context);
+                }
             }
         }
         if let Some(since) = pool.idle[worker] {
@@ -205,7 +219,9 @@ impl Index {
         pool.idle[worker] = state.idle_since.filter(|_| idle);
         if let Some(rank) = pool.ranks[worker] {
             let free = free_entry(place, pool, worker, rank);
-            self.models[pool.worker_models[worker]].free.insert(free);
+            let context = pool.state.workers[worker].capacity();
+            let sets = &mut self.models[pool.worker_models[worker]].free;
+            sets.entry(context).or_default().insert(free);
         }
         if let Some(since) = pool.idle[worker] {
             self.idle.insert((since, place, worker));
@@ -237,6 +253,7 @@ impl Index {
         let Some(mut pool) = self.pools[place].take() else {
             return;
         };
+        self.reach_changed = true;
         for worker in 0..pool.worker_models.len() {
             self.clear_worker(place, &pool, worker);
             self.count(&pool, worker, u32::wrapping_sub);

@@ -2,6 +2,7 @@ mod cases;
 
 use std::collections::HashSet;
 
+use pool_core::api::pool::ContextMemory;
 use pool_core::worker::{ModelFile, WorkerStatus};
 use proptest::prelude::*;
 
@@ -48,6 +49,8 @@ enum Change {
         batch: bool,
         session: Option<u8>,
         pause: Option<i64>,
+        context: Option<u32>,
+        max_tokens: u32,
     },
     Cancel(prop::sample::Index),
     Pool(Box<PoolState>),
@@ -75,26 +78,41 @@ fn worker() -> impl Strategy<Value = WorkerState> {
         prop::option::of(0i64..100),
         prop::option::of(0i64..100),
         prop::bool::weighted(0.1),
-        prop::bool::weighted(0.5),
+        (
+            prop::bool::weighted(0.5),
+            prop::option::of(prop::sample::select(vec![512u32, 1024, 2048])),
+        ),
     )
         .prop_map(
-            |(status, m, d, slots, memory_bytes, ready, idle, full, failed)| WorkerState {
-                id: String::new(),
-                model: model(m),
-                file: file(),
-                device: device(d),
-                status,
-                slots,
-                active: 0,
-                full,
-                memory_bytes,
-                created_at: at(0),
-                ready_at: ready.map(at),
-                idle_since: idle.map(at),
-                last_turn: 0,
-                start_failure: (status == WorkerStatus::Failed && failed).then(|| "bad".to_owned()),
+            |(status, m, d, slots, memory, ready, idle, full, (failed, context_length))| {
+                WorkerState {
+                    id: String::new(),
+                    model: model(m),
+                    file: file(),
+                    device: device(d),
+                    status,
+                    context_length,
+                    slots,
+                    active: 0,
+                    full,
+                    memory_bytes: memory * UNIT,
+                    created_at: at(0),
+                    ready_at: ready.map(at),
+                    idle_since: idle.map(at),
+                    last_turn: 0,
+                    start_failure: (status == WorkerStatus::Failed && failed)
+                        .then(|| "bad".to_owned()),
+                }
             },
         )
+}
+
+/// Bytes that half a thousand tokens of context take.
+const UNIT: u64 = 512;
+
+/// The longest context of a model, where its pool says so.
+fn context() -> impl Strategy<Value = Option<u32>> {
+    prop::option::of(prop::sample::select(vec![512u32, 1024, 2048]))
 }
 
 fn pool() -> impl Strategy<Value = PoolState> {
@@ -109,8 +127,8 @@ fn pool() -> impl Strategy<Value = PoolState> {
         prop::bool::weighted(0.1),
         prop::collection::vec((0usize..2, 0u64..6), 0..3),
         prop::collection::vec(worker(), 0..4),
-        prop::collection::btree_map(0usize..4, 1u64..5, 0..4),
-        prop::option::weighted(0.2, (0usize..4, 0usize..2)),
+        prop::collection::btree_map(0usize..4, (1u64..5, context()), 0..4),
+        prop::option::weighted(0.2, (0usize..4, 0usize..2, prop::option::of(Just(1024u32)))),
         prop::option::weighted(0.2, 0usize..4),
         (prop::option::weighted(0.2, 0usize..4), 0u64..4),
     )
@@ -126,8 +144,8 @@ fn pool() -> impl Strategy<Value = PoolState> {
                         .filter(|(d, _)| seen.insert(*d))
                         .map(|(d, free_bytes)| DeviceState {
                             device: device(d),
-                            free_bytes,
-                            total_bytes: 6,
+                            free_bytes: free_bytes * UNIT,
+                            total_bytes: 6 * UNIT,
                         })
                         .collect(),
                     workers: workers
@@ -140,10 +158,17 @@ fn pool() -> impl Strategy<Value = PoolState> {
                         .collect(),
                     models: models
                         .into_iter()
-                        .map(|(m, needed_bytes)| ModelState {
+                        .map(|(m, (needed, longest))| ModelState {
                             model: model(m),
                             file: file(),
-                            needed_bytes,
+                            needed_bytes: needed * UNIT,
+                            context: longest.map(|max_tokens| ContextMemory {
+                                max_tokens,
+                                default_tokens: 512,
+                                base_bytes: (needed - 1) * UNIT,
+                                token_bytes: 1,
+                                floor_bytes: 0,
+                            }),
                         })
                         .collect(),
                     disk_free_bytes: (1 << 30) + downloads.1,
@@ -157,9 +182,10 @@ fn pool() -> impl Strategy<Value = PoolState> {
                         .collect(),
                     refused_starts: start
                         .into_iter()
-                        .map(|(m, d)| RefusedStart {
+                        .map(|(m, d, context_length)| RefusedStart {
                             model: model(m),
                             device: device(d),
+                            context_length,
                             message: "no".into(),
                         })
                         .collect(),
@@ -184,15 +210,21 @@ fn change() -> impl Strategy<Value = Change> {
         any::<bool>(),
         prop::option::of(0u8..3),
         prop::option::weighted(0.1, 1i64..40),
+        prop::option::weighted(0.4, prop::sample::select(vec![500u32, 700, 1500, 3000])),
+        prop::sample::select(vec![10u32, 600, 2000]),
     )
-        .prop_map(|(model, pool, device, batch, session, pause)| Change::Put {
-            model,
-            pool,
-            device,
-            batch,
-            session,
-            pause,
-        });
+        .prop_map(
+            |(model, pool, device, batch, session, pause, context, max_tokens)| Change::Put {
+                model,
+                pool,
+                device,
+                batch,
+                session,
+                pause,
+                context,
+                max_tokens,
+            },
+        );
     prop_oneof![
         6 => put,
         1 => any::<prop::sample::Index>().prop_map(Change::Cancel),
@@ -245,6 +277,7 @@ impl Wish {
                 pool,
                 device: devices[self.place.index(devices.len())].device,
                 model,
+                context_length: [None, Some(1024)][self.job.index(2)],
             },
             2 => Proposal::EvictWorker {
                 pool,
@@ -271,7 +304,7 @@ struct Tested {
 impl Tested {
     fn new(policy: BuiltIn, settings: Settings) -> Self {
         let queue = FairQueue::new(Capacity::default(), SignedDuration::from_secs(50));
-        let sizes = [(model(0), 2), (model(1), 7)].into();
+        let sizes = [(model(0), 2 * UNIT), (model(1), 7 * UNIT)].into();
         Self {
             index: Index::new(queue, policy, settings, sizes, at(10)),
             now: 0,
@@ -289,6 +322,8 @@ impl Tested {
                 batch,
                 session,
                 pause,
+                context,
+                max_tokens,
             } => {
                 let job = QueuedJob {
                     id,
@@ -307,7 +342,8 @@ impl Tested {
                     },
                     turn: None,
                     bytes: 1,
-                    max_tokens: 256,
+                    max_tokens,
+                    context_needed: context,
                 };
                 self.jobs.push(job.id);
                 self.index.put(job);
@@ -435,6 +471,15 @@ impl Tested {
                 .position(|job| job.id == *id);
             prop_assert_eq!(Some(waiting.position), place.map(|place| place as u64));
         }
+        let (mut fresh, mut stranded) = (self.made_anew(), Load::default());
+        for job in &self.index.queue.ordered(now) {
+            let nothing_runs_it = fresh.is_stranded(job);
+            prop_assert_eq!(self.index.is_stranded(job), nothing_runs_it);
+            if nothing_runs_it {
+                stranded.add(job.bytes);
+            }
+        }
+        prop_assert_eq!(self.index.stranded(), stranded);
         // It may wake early, never late.
         if let Some(wake) = plan.wake {
             prop_assert!(

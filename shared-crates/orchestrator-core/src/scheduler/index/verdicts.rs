@@ -1,16 +1,20 @@
 //! What can be done for a class, from what is known already.
 
 use jiff::Timestamp;
-use pool_core::worker::WorkerStatus;
+use pool_core::worker::{Device, WorkerStatus};
 
 use super::{Index, Jobs, Scope};
 use crate::queue::QueuedJob;
 use crate::scheduler::explain::WaitReason;
 use crate::scheduler::judge::{
-    EvictionKey, Verdict, World, alive, eviction_key, fitting, judge, next_spare, stopping, victims,
+    EvictionKey, Verdict, Wish, World, alive, eviction_key, fitting, judge, next_spare, stopping,
+    victims,
 };
-use crate::scheduler::policy::StartChoice;
-use crate::scheduler::snapshot::{PoolState, WorkerState};
+use crate::scheduler::policy::{Rank, StartChoice};
+use crate::scheduler::snapshot::{PoolState, StartSize, WorkerState};
+
+/// How a start compares with others.
+type StartKey<'a> = (bool, Rank, &'a str, Device);
 
 impl Index {
     pub(super) fn with_world<T>(&self, now: Timestamp, work: impl FnOnce(&World<'_>) -> T) -> T {
@@ -18,8 +22,10 @@ impl Index {
             let Some(&model) = self.model_ids.get(&worker.model) else {
                 return false;
             };
-            let mut classes = self.models[model].classes.iter();
-            classes.any(|&class| {
+            let least = self.models[model].classes.iter();
+            // Those that need a longer context come after these.
+            let mut classes = least.take_while(|(context, _)| *context <= worker.capacity());
+            classes.any(|&(_, class)| {
                 let jobs = self.classes[class].as_ref();
                 jobs.is_some_and(|jobs| jobs.class.admits_worker(pool, worker))
             })
@@ -48,20 +54,27 @@ impl Index {
         let Some(jobs) = &self.classes[class] else {
             return (Verdict::Wait(WaitReason::PolicyHeld), None);
         };
-        let prefer = self.prefers(job);
-        if let Some((pool, worker)) = self.free_worker(jobs, prefer) {
+        let wish = Wish::of(job, self.prefers(job));
+        let found = self.free_worker(jobs, &wish, jobs.class.context.max(wish.context));
+        if let Some((pool, worker)) =
+            found.or_else(|| self.free_worker(jobs, &wish, jobs.class.context))
+        {
             return (Verdict::Dispatch { pool, worker }, None);
         }
-        self.with_world(now, |world| self.judge_starts(jobs, prefer, world))
+        self.with_world(now, |world| self.judge_starts(jobs, &wish, world))
     }
 
-    fn free_worker(&self, jobs: &Jobs, prefer: Option<&str>) -> Option<(usize, usize)> {
+    /// The best worker with a free slot and at least this context.
+    fn free_worker(&self, jobs: &Jobs, wish: &Wish<'_>, context: u32) -> Option<(usize, usize)> {
         let on_pool = |name: &str| {
             let place = self.pool_place(name)?;
             let pool = self.pools[place].as_ref()?;
             let own = pool.worker_models.iter().enumerate();
             own.filter(|&(worker, &model)| {
-                model == jobs.model && jobs.class.admits_device(pool.state.workers[worker].device)
+                let state = &pool.state.workers[worker];
+                model == jobs.model
+                    && jobs.class.admits_device(state.device)
+                    && state.capacity() >= context
             })
             .filter_map(|(worker, _)| {
                 Some((pool.ranks[worker]?, &pool.worker_names[worker], worker))
@@ -72,10 +85,13 @@ impl Index {
         if let Some(wanted) = &jobs.class.placement.pool {
             return on_pool(wanted);
         }
-        prefer.and_then(on_pool).or_else(|| {
-            let mut free = self.models[jobs.model].free.iter();
-            free.find(|free| jobs.class.admits_device(free.device))
-                .map(|free| (free.pool, free.worker))
+        wish.pool.and_then(on_pool).or_else(|| {
+            let of_context = self.models[jobs.model].free.range(context..);
+            let best = of_context.filter_map(|(_, free)| {
+                let mut free = free.iter();
+                free.find(|free| jobs.class.admits_device(free.device))
+            });
+            best.min().map(|free| (free.pool, free.worker))
         })
     }
 
@@ -98,17 +114,19 @@ impl Index {
         }
         let devices = self.models[jobs.model].workers.iter();
         devices
-            .filter(|(device, _)| jobs.class.admits_device(**device))
+            .filter(|((device, context), _)| {
+                jobs.class.admits_device(*device) && *context >= jobs.class.context
+            })
             .fold((0, 0), |sum, (_, counts)| {
                 (sum.0 + counts.0, sum.1 + counts.1)
             })
     }
 
-    /// The live pools to look at that can start the class's model, with the bytes that takes.
+    /// The live pools to look at that can start a worker for the class, with the size of the smallest.
     fn with_file<'a>(
         &'a self,
         jobs: &'a Jobs,
-    ) -> impl Iterator<Item = (usize, &'a PoolState, u64)> {
+    ) -> impl Iterator<Item = (usize, &'a PoolState, StartSize)> {
         let files = &self.models[jobs.model].files;
         let wanted = jobs.class.placement.pool.as_ref();
         let some: Option<Vec<usize>> = match (wanted, &jobs.scope) {
@@ -118,22 +136,23 @@ impl Index {
         };
         let all = some
             .is_none()
-            .then(|| files.iter().map(|(&place, &needed)| (place, needed)));
+            .then(|| files.iter().map(|(&place, &cost)| (place, cost)));
         let some = some.into_iter().flatten();
         let some = some.filter_map(move |place| Some((place, *files.get(&place)?)));
         all.into_iter()
             .flatten()
             .chain(some)
-            .filter_map(|(place, needed)| {
+            .filter_map(|(place, cost)| {
                 let state = self.pools[place].as_ref()?.state.as_ref();
-                alive(state).then_some((place, state, needed))
+                let size = cost.least(jobs.class.context)?;
+                alive(state).then_some((place, state, size))
             })
     }
 
     fn judge_starts(
         &self,
         jobs: &Jobs,
-        prefer: Option<&str>,
+        wish: &Wish<'_>,
         world: &World<'_>,
     ) -> (Verdict, Option<Timestamp>) {
         let class = &jobs.class;
@@ -142,23 +161,32 @@ impl Index {
             return (Verdict::Wait(WaitReason::WorkerStarting), None);
         }
         let mut refused = false;
-        let mut best = None;
-        for (place, pool, needed) in self.with_file(jobs) {
-            for device in fitting(class, pool, needed, serving > 0) {
-                if pool.refused(&class.model, device.device).is_some() {
+        let mut best: Option<(StartKey<'_>, usize, StartChoice<'_>)> = None;
+        for (place, pool, size) in self.with_file(jobs) {
+            for device in fitting(class, pool, size.bytes, serving > 0) {
+                let refusal = pool.refused(&class.model, device.device, size.context);
+                if refusal.is_some() {
                     refused = true;
                     continue;
                 }
-                let rank = world.policy.rank_start(&StartChoice { pool, device });
-                let elsewhere = prefer.is_some_and(|wanted| wanted != pool.id);
+                let choice = StartChoice { pool, device };
+                let rank = world.policy.rank_start(&choice);
+                let elsewhere = wish.is_elsewhere(pool);
                 let key = (elsewhere, rank, pool.id.as_str(), device.device);
-                if best.as_ref().is_none_or(|(known, _)| key < *known) {
-                    best = Some((key, place));
+                if best.as_ref().is_none_or(|(known, ..)| key < *known) {
+                    best = Some((key, place, choice));
                 }
             }
         }
-        if let Some(((.., device), pool)) = best {
-            return (Verdict::Start { pool, device }, None);
+        if let Some((_, pool, choice)) = best {
+            let device = choice.device.device;
+            let context = wish.size(class, &choice);
+            let start = Verdict::Start {
+                pool,
+                device,
+                context,
+            };
+            return (start, None);
         }
         if serving > 0 {
             return (Verdict::Wait(WaitReason::SlotsBusy), None);
@@ -166,20 +194,21 @@ impl Index {
         if refused {
             return (Verdict::Wait(WaitReason::StartRefused), None);
         }
-        self.judge_evictions(jobs, prefer, world)
+        self.judge_evictions(jobs, wish, world)
     }
 
     fn judge_evictions(
         &self,
         jobs: &Jobs,
-        prefer: Option<&str>,
+        wish: &Wish<'_>,
         world: &World<'_>,
     ) -> (Verdict, Option<Timestamp>) {
         let class = &jobs.class;
         let mut best: Option<(EvictionKey<'_>, usize, Vec<usize>)> = None;
         let mut wake: Option<Timestamp> = None;
         let mut any = false;
-        for (place, pool, needed) in self.with_file(jobs) {
+        for (place, pool, size) in self.with_file(jobs) {
+            let needed = size.bytes;
             for &device in &pool.devices {
                 if !class.admits_device(device.device) {
                     continue;
@@ -210,11 +239,11 @@ impl Index {
         if any || (jobs.settled == Some(WaitReason::MemoryShort) && jobs.scope != Scope::All) {
             return (Verdict::Wait(WaitReason::MemoryShort), wake);
         }
-        (self.judge_plainly(jobs, prefer, world), None)
+        (self.judge_plainly(jobs, wish, world), None)
     }
 
     /// Judges a class whose model no pool can start, which is rare, the plain way.
-    fn judge_plainly(&self, jobs: &Jobs, prefer: Option<&str>, world: &World<'_>) -> Verdict {
+    fn judge_plainly(&self, jobs: &Jobs, wish: &Wish<'_>, world: &World<'_>) -> Verdict {
         let places: Vec<usize> = match &jobs.scope {
             Scope::Pools(pools) => pools.clone(),
             _ => self.ordered_places(),
@@ -223,14 +252,19 @@ impl Index {
             .into_iter()
             .filter_map(|place| Some((place, self.pools[place].as_ref()?.state.as_ref())))
             .unzip();
-        match judge(&jobs.class, prefer, &pools, world) {
+        match judge(&jobs.class, wish, &pools, world) {
             Verdict::Dispatch { pool, worker } => Verdict::Dispatch {
                 pool: places[pool],
                 worker,
             },
-            Verdict::Start { pool, device } => Verdict::Start {
+            Verdict::Start {
+                pool,
+                device,
+                context,
+            } => Verdict::Start {
                 pool: places[pool],
                 device,
+                context,
             },
             Verdict::Evict { pool, workers } => Verdict::Evict {
                 pool: places[pool],

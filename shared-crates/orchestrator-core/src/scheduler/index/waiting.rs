@@ -84,7 +84,7 @@ impl Index {
     ) -> Option<SignedDuration> {
         let jobs = self.classes[class].as_ref()?;
         let rivals = self.models[jobs.model].classes.iter();
-        let rivals = rivals.filter_map(|&rival| self.classes[rival].as_ref());
+        let rivals = rivals.filter_map(|&(_, rival)| self.classes[rival].as_ref());
         let before: usize = rivals.map(|rival| rival.ready.range(..key).count()).sum();
         let mine: Vec<&WorkerState> = self
             .pools

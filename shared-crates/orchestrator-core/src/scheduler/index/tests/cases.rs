@@ -7,6 +7,7 @@ fn on_disk(m: usize, needed_bytes: u64) -> ModelState {
         model: model(m),
         file: file(),
         needed_bytes,
+        context: None,
     }
 }
 
@@ -17,7 +18,7 @@ fn idle(id: &str, m: usize) -> WorkerState {
         status: WorkerStatus::Ready,
         idle_since: Some(at(0)),
         ready_at: Some(at(0)),
-        ..WorkerState::asked_for(&on_disk(m, 1), device(0), at(0))
+        ..WorkerState::asked_for(&on_disk(m, 1), device(0), None, at(0))
     }
 }
 
@@ -29,7 +30,7 @@ fn bare_pool(id: &str) -> PoolState {
         devices: vec![DeviceState {
             device: device(0),
             free_bytes: 0,
-            total_bytes: 9,
+            total_bytes: 9 * UNIT,
         }],
         workers: vec![],
         models: vec![],
@@ -49,6 +50,8 @@ fn put(model: usize) -> Change {
         batch: false,
         session: None,
         pause: None,
+        context: None,
+        max_tokens: 256,
     }
 }
 
@@ -80,6 +83,7 @@ fn what_has_changed_since_the_snapshot_is_left_out_of_the_plan() {
         pool: pool(),
         model: model(2),
         device: device(0),
+        context_length: None,
     };
     let evict = |worker: &str| Action::EvictWorker {
         pool: pool(),
@@ -206,6 +210,7 @@ fn a_refused_start_is_judged_again_when_another_takes_its_memory() {
         refused_starts: vec![RefusedStart {
             model: model(1),
             device: device(0),
+            context_length: None,
             message: "no".into(),
         }],
         ..bare_pool("p0")
@@ -269,8 +274,10 @@ fn idleness_counts_from_the_end_of_the_latest_lease() {
                 model: model(0),
                 file: file(),
                 needed_bytes: 1,
+                context: None,
             },
             device(0),
+            None,
             at(0),
         )
     };
@@ -302,4 +309,55 @@ fn idleness_counts_from_the_end_of_the_latest_lease() {
         worker: "w0".into(),
     };
     assert_eq!(index.pass(at(260)).actions, [unload]);
+}
+
+// [ORCHCORE-180] A job moves between the shares as pools come and go.
+#[test]
+fn jobs_that_nothing_can_run_are_counted_apart() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let load = |jobs| Load {
+        jobs,
+        bytes: jobs as u64,
+    };
+    for m in [0, 0, 3] {
+        tested.change(put(m), JobId::random());
+    }
+    assert_eq!(tested.index.stranded(), load(3));
+    let pool = || PoolState {
+        models: vec![on_disk(0, 9 * UNIT)],
+        ..bare_pool("p0")
+    };
+    // Its memory is taken by others, and may become free.
+    tested.index.set_pool(pool());
+    assert_eq!(tested.index.stranded(), load(1));
+    tested.change(put(0), JobId::random());
+    assert_eq!(tested.index.stranded(), load(1));
+    tested.index.set_pool(PoolState {
+        liveness: PoolLiveness::Suspect,
+        ..pool()
+    });
+    assert_eq!(tested.index.stranded(), load(1));
+    tested.index.set_pool(PoolState {
+        draining: true,
+        ..pool()
+    });
+    assert_eq!(tested.index.stranded(), load(4));
+    // No device is large enough.
+    tested.index.set_pool(PoolState {
+        models: vec![on_disk(0, 10 * UNIT)],
+        ..bare_pool("p0")
+    });
+    assert_eq!(tested.index.stranded(), load(4));
+    tested.index.set_pool(PoolState {
+        workers: vec![idle("w0", 3)],
+        models: vec![],
+        ..bare_pool("p0")
+    });
+    assert_eq!(tested.index.stranded(), load(3));
+    tested.index.remove_pool("p0");
+    assert_eq!(tested.index.stranded(), load(4));
+    for id in tested.jobs.clone() {
+        tested.index.remove(id);
+    }
+    assert_eq!(tested.index.stranded(), load(0));
 }

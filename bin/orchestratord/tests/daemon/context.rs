@@ -1,0 +1,341 @@
+//! Jobs that need a longer context than a worker has, and the memory that workers of different models share.
+
+use jiff::{SignedDuration, Timestamp};
+use orchestrator_core::api::tasks::{TaskExplanation, TaskWaiting};
+use orchestrator_core::job::{AttemptOutcome, JobErrorCode};
+use orchestrator_core::scheduler::{Filter, WaitReason};
+use orchestrator_core::{JobId, JobStatus};
+use pool_core::api::pool::{ContextMemory, PoolStatus};
+use pool_core::api::worker::ContextOverflow;
+use pool_core::worker::WorkerStatus;
+use serde_json::json;
+
+use crate::support::{FakePool, FakeWorker, MODEL, Orchestrator, eventually};
+
+/// A prompt of 731 tokens on a worker with 512.
+const LONG: ContextOverflow = ContextOverflow {
+    prompt_tokens: 731,
+    needed_tokens: 732,
+    context_length: 512,
+    model_context: 8192,
+};
+
+/// What the pool can start of the default model.
+const CONTEXTS: ContextMemory = ContextMemory {
+    max_tokens: 8192,
+    default_tokens: 512,
+    base_bytes: 488,
+    token_bytes: 1,
+    floor_bytes: 0,
+};
+
+async fn worker_with(pool: &mut FakePool, id: &str, context_length: u32) -> FakeWorker {
+    let worker = FakeWorker::start(id).await;
+    let mut info = worker.info(WorkerStatus::Ready);
+    info.context_length = Some(context_length);
+    pool.workers.push(info);
+    pool.endpoints.push(worker.endpoint());
+    worker
+}
+
+/// A pool with a worker of 512 tokens, registered.
+async fn small_worker(orchestrator: &Orchestrator) -> (FakePool, FakeWorker) {
+    let mut pool = FakePool::start("pool-a").await;
+    pool.models[0].context = Some(CONTEXTS);
+    let small = worker_with(&mut pool, "worker-cpu-7", 512).await;
+    pool.register(orchestrator).await;
+    (pool, small)
+}
+
+async fn completes(orchestrator: &Orchestrator, worker: &FakeWorker, job: JobId) {
+    worker.started(job);
+    worker.end(job, 0);
+    orchestrator.until(job, JobStatus::Completed).await;
+}
+
+async fn waits_for(orchestrator: &Orchestrator, job: JobId, reason: WaitReason) -> TaskWaiting {
+    eventually(&format!("{reason:?}"), async || {
+        let path = format!("/v2/tasks/{job}/explain");
+        let explained: TaskExplanation = orchestrator.client.get(&path).await.unwrap();
+        let waiting = explained.waiting;
+        waiting.filter(|waiting| waiting.explanation.reason == reason)
+    })
+    .await
+}
+
+/// Submits a job that has one attempt.
+async fn only_once(orchestrator: &Orchestrator) -> JobId {
+    let body = json!({"model": MODEL, "prompt": "hi", "max_attempts": 1});
+    orchestrator.submit(body).await.unwrap().job_id
+}
+
+// [ORCHD-190]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_does_not_fit_goes_to_a_larger_worker_and_loses_nothing() {
+    let orchestrator = Orchestrator::start().await;
+    let (mut pool, small) = small_worker(&orchestrator).await;
+    let large = worker_with(&mut pool, "worker-cpu-9", 4096).await;
+    pool.beat(&orchestrator).await;
+    let job = only_once(&orchestrator).await;
+    small.request(1).await;
+    small.overflow(job, LONG);
+    assert_eq!(large.request(1).await.job_id, job.to_string());
+    // The small one takes what fits meanwhile.
+    let other = only_once(&orchestrator).await;
+    assert_eq!(small.request(2).await.job_id, other.to_string());
+    completes(&orchestrator, &small, other).await;
+    completes(&orchestrator, &large, job).await;
+    let view = orchestrator.show(job).await;
+    let outcomes: Vec<_> = view.attempts.iter().map(|a| a.outcome).collect();
+    assert_eq!(
+        outcomes,
+        [
+            Some(AttemptOutcome::Refused),
+            Some(AttemptOutcome::Completed)
+        ]
+    );
+    assert!(pool.spawned.lock().unwrap().is_empty());
+}
+
+// [ORCHD-190] The number is stored with the job: after a restart the small worker is not asked again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_larger_worker_is_started_and_the_need_outlives_a_restart() {
+    let orchestrator = Orchestrator::start().await;
+    let (mut pool, small) = small_worker(&orchestrator).await;
+    let job = only_once(&orchestrator).await;
+    small.request(1).await;
+    small.overflow(job, LONG);
+    let asked = eventually("a start", async || {
+        pool.spawned.lock().unwrap().first().cloned()
+    })
+    .await;
+    // The prompt and an answer of 256 tokens, in steps of 256.
+    assert_eq!(asked.context_length, Some(1024));
+    waits_for(&orchestrator, job, WaitReason::WorkerStarting).await;
+
+    let orchestrator = orchestrator.restart().await;
+    let large = worker_with(&mut pool, "worker-cpu-9", 1024).await;
+    pool.workers[1].status = WorkerStatus::Starting;
+    let endpoint = pool.endpoints.pop().unwrap();
+    pool.register(&orchestrator).await;
+    waits_for(&orchestrator, job, WaitReason::WorkerStarting).await;
+    pool.workers[1].status = WorkerStatus::Ready;
+    pool.endpoints.push(endpoint);
+    pool.beat(&orchestrator).await;
+    assert_eq!(large.request(1).await.job_id, job.to_string());
+    completes(&orchestrator, &large, job).await;
+    assert_eq!(small.requests().len(), 1);
+}
+
+// [ORCHD-190] P6
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prompt_beyond_the_model_fails_at_once() {
+    let orchestrator = Orchestrator::start().await;
+    let (_pool, small) = small_worker(&orchestrator).await;
+    let job = orchestrator.job().await;
+    small.request(1).await;
+    let beyond = ContextOverflow {
+        model_context: 731,
+        ..LONG
+    };
+    small.overflow(job, beyond);
+    let view = orchestrator.until(job, JobStatus::Failed).await;
+    assert_eq!(
+        (view.error.unwrap().code, view.attempts.len()),
+        (JobErrorCode::ContextOverflow, 1)
+    );
+}
+
+// [ORCHD-190] A worker that is wrong about itself can't have a job for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_refuses_what_fits_costs_attempts() {
+    let orchestrator = Orchestrator::start().await;
+    let mut pool = FakePool::start("pool-a").await;
+    let worker = worker_with(&mut pool, "worker-cpu-0", 4096).await;
+    pool.register(&orchestrator).await;
+    let job = only_once(&orchestrator).await;
+    worker.request(1).await;
+    worker.overflow(job, LONG);
+    worker.request(2).await;
+    worker.overflow(job, LONG);
+    let view = orchestrator.until(job, JobStatus::Failed).await;
+    assert_eq!(view.error.unwrap().code, JobErrorCode::WorkerLost);
+}
+
+// [ORCHD-110] [ORCHCORE-183]
+#[tokio::test(flavor = "multi_thread")]
+async fn context_short_is_lifted_by_a_worker_with_the_context() {
+    let orchestrator = Orchestrator::start().await;
+    let mut pool = FakePool::start("pool-a").await;
+    // The pool does not say which contexts it can start.
+    let small = worker_with(&mut pool, "worker-cpu-7", 512).await;
+    pool.register(&orchestrator).await;
+    let job = orchestrator.job().await;
+    small.request(1).await;
+    small.overflow(job, LONG);
+    let waiting = waits_for(&orchestrator, job, WaitReason::ContextShort).await;
+    let last = waiting.explanation.filters.last().unwrap();
+    assert_eq!((last.filter, last.pools), (Filter::Context, 0));
+    assert!(waiting.explanation.message.contains("732 tokens"));
+    assert!(waiting.explanation.hint.contains("--context-length 732"));
+    let large = worker_with(&mut pool, "worker-cpu-9", 732).await;
+    pool.beat(&orchestrator).await;
+    assert_eq!(large.request(1).await.job_id, job.to_string());
+}
+
+/// A pool whose memory is taken by a worker of the default model, which loaded for so long until now.
+async fn crowded(orchestrator: &Orchestrator, loading: SignedDuration) -> (FakePool, FakeWorker) {
+    let worker = FakeWorker::start("worker-cpu-0").await;
+    let mut pool = FakePool::start("pool-a").await.has(&worker);
+    let now = Timestamp::now();
+    let info = &mut pool.workers[0];
+    info.created_at = now - loading;
+    (info.ready_at, info.idle_since) = (Some(now), Some(now));
+    info.memory.predicted_bytes = 1 << 29;
+    let mut other = pool.models[0].clone();
+    other.model_ref = "tinyllama".parse().unwrap();
+    pool.models.push(other);
+    pool.register(orchestrator).await;
+    pool.beat_with(orchestrator, full).await;
+    (pool, worker)
+}
+
+fn full(status: &mut PoolStatus) {
+    status.devices[0].memory_free_bytes = 0;
+}
+
+async fn of_other_model(orchestrator: &Orchestrator) -> JobId {
+    let body = json!({"model": "tinyllama", "prompt": "hi"});
+    orchestrator.submit(body).await.unwrap().job_id
+}
+
+async fn is_stopped(pool: &FakePool) {
+    eventually("the stop", async || {
+        (*pool.asked.stops.lock().unwrap() == ["worker-cpu-0"]).then_some(())
+    })
+    .await;
+}
+
+// [ORCHD-192] The settings would let it stay for a minute, and its loading for three.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_no_job_waits_for_makes_room_at_once() {
+    let orchestrator = Orchestrator::start().await;
+    let (pool, _worker) = crowded(&orchestrator, SignedDuration::from_secs(60)).await;
+    let asked = std::time::Instant::now();
+    let job = of_other_model(&orchestrator).await;
+    is_stopped(&pool).await;
+    assert!(asked.elapsed().as_secs() < 30, "{:?}", asked.elapsed());
+    waits_for(&orchestrator, job, WaitReason::Evicting).await;
+}
+
+// [ORCHD-192] The pool's word that its worker is idle again comes later than the next job of its model.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_models_that_fit_one_at_a_time_take_turns() {
+    let orchestrator = Orchestrator::start().await;
+    let (mut pool, worker) = crowded(&orchestrator, SignedDuration::from_millis(500)).await;
+    let first = orchestrator.job().await;
+    worker.request(1).await;
+    pool.workers[0].status = WorkerStatus::Busy;
+    pool.workers[0].idle_since = None;
+    pool.beat_with(&orchestrator, full).await;
+    let other = of_other_model(&orchestrator).await;
+    let mut running = first;
+    let mut count = 1;
+    // One job of the resident model waits whenever one ends.
+    let stopped = loop {
+        let next = orchestrator.job().await;
+        worker.started(running);
+        worker.end(running, 0);
+        orchestrator.until(running, JobStatus::Completed).await;
+        let outcome = eventually("the next job or the stop", async || {
+            let stopped = !pool.asked.stops.lock().unwrap().is_empty();
+            let taken = worker.requests().len() > count;
+            (stopped || taken).then_some(stopped)
+        })
+        .await;
+        if outcome {
+            break next;
+        }
+        (running, count) = (next, count + 1);
+    };
+    is_stopped(&pool).await;
+    let ready = pool.workers[0].ready_at.unwrap();
+    let stayed = Timestamp::now().duration_since(ready);
+    assert!(stayed >= SignedDuration::from_millis(1500), "{stayed:?}");
+    assert!(count > 1, "the resident model had its turn");
+    waits_for(&orchestrator, other, WaitReason::Evicting).await;
+    assert_eq!(orchestrator.show(stopped).await.status, JobStatus::Queued);
+}
+
+/// Submits jobs with this model until one is refused, and returns how many were taken and the refusal.
+async fn fill(
+    orchestrator: &Orchestrator,
+    model: &str,
+) -> (usize, pool_core::api::error::ErrorBody) {
+    for taken in 0.. {
+        let body = json!({"model": model, "prompt": "hi"});
+        if let Err(error) = orchestrator.submit(body).await {
+            assert_eq!(error.status(), Some(429));
+            return (taken, error.api().unwrap().clone());
+        }
+    }
+    unreachable!()
+}
+
+// [ORCHD-191] P19
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_that_nothing_can_run_take_no_place_from_others() {
+    let orchestrator = Orchestrator::start_with(|config| config.queue.capacity = 20).await;
+    let mut pool = FakePool::start("pool-a").await;
+    pool.register(&orchestrator).await;
+    let first = of_other_model(&orchestrator).await;
+    waits_for(&orchestrator, first, WaitReason::ModelMissing).await;
+    let (taken, refusal) = fill(&orchestrator, "tinyllama").await;
+    assert_eq!((taken, refusal.code.as_str()), (1, "QUEUE_FULL"));
+    assert!(refusal.message.contains("nothing can run"), "{refusal:?}");
+    assert!(refusal.hint.unwrap().contains("a tenth"));
+    assert!(refusal.retry_after_ms.is_some());
+    // Those that can run have the whole queue.
+    let (taken, refusal) = fill(&orchestrator, MODEL).await;
+    assert_eq!(taken, 20);
+    assert!(refusal.message.contains("20 jobs wait"), "{refusal:?}");
+
+    // Now all of them can run, and none more is taken.
+    let mut other = pool.models[0].clone();
+    other.model_ref = "tinyllama".parse().unwrap();
+    pool.models.push(other);
+    pool.beat(&orchestrator).await;
+    eventually("the other share", async || {
+        let (taken, refusal) = fill(&orchestrator, "tinyllama").await;
+        assert_eq!(taken, 0);
+        refusal.message.contains("20 jobs wait").then_some(())
+    })
+    .await;
+
+    // A restart loses none of them, and what nobody knows yet is no reason to refuse.
+    let orchestrator = orchestrator.restart().await;
+    let listed: orchestrator_core::api::tasks::TaskList = orchestrator
+        .client
+        .get("/v2/tasks?limit=100")
+        .await
+        .unwrap();
+    assert_eq!(listed.jobs.len(), 22);
+    assert!(
+        listed
+            .jobs
+            .iter()
+            .all(|job| job.status == JobStatus::Queued)
+    );
+}
+
+// [ORCHD-191] A queue of one job takes one, whatever can run.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_smallest_queue_takes_a_job_of_either_kind() {
+    let orchestrator = Orchestrator::start_with(|config| config.queue.capacity = 1).await;
+    let pool = FakePool::start("pool-a").await;
+    pool.register(&orchestrator).await;
+    let first = of_other_model(&orchestrator).await;
+    waits_for(&orchestrator, first, WaitReason::ModelMissing).await;
+    assert_eq!(fill(&orchestrator, "tinyllama").await.0, 0);
+    assert_eq!(fill(&orchestrator, MODEL).await.0, 1);
+}

@@ -1,0 +1,149 @@
+//! Jobs that nothing can run at present: they must not take the places of others in the queue.
+
+use std::collections::BTreeMap;
+
+use pool_core::ModelRef;
+use pool_core::worker::WorkerStatus;
+
+use super::Index;
+use crate::pool::PoolLiveness;
+use crate::queue::{Load, QueuedJob};
+use crate::scheduler::judge::{Class, may_download, runs, startable};
+use crate::scheduler::snapshot::{PoolState, Settings};
+
+impl Index {
+    /// Whether nothing can run the job at present, however long it waits: no pool that takes work has the model, or is
+    /// about to get it, and a device that it fits on.
+    pub fn is_stranded(&mut self, job: &QueuedJob) -> bool {
+        self.look_through();
+        let class = Class::of(job);
+        let known = self.class_ids.get(&class).copied();
+        match known.and_then(|id| self.classes[id].as_ref()) {
+            Some(jobs) => jobs.stranded,
+            None => !self.can_run(&class),
+        }
+    }
+
+    /// The waiting jobs that nothing can run at present.
+    pub fn stranded(&mut self) -> Load {
+        self.look_through();
+        self.stranded
+    }
+
+    /// Finds the classes that nothing can run any more, and those that something can run again. As rare as changes of
+    /// what pools have.
+    fn look_through(&mut self) {
+        if !std::mem::take(&mut self.reach_changed) {
+            return;
+        }
+        let mut stranded = Load::default();
+        for id in 0..self.classes.len() {
+            let Some(jobs) = &self.classes[id] else {
+                continue;
+            };
+            let (load, now) = (jobs.load, !self.can_run(&jobs.class));
+            if now {
+                stranded = stranded + load;
+            }
+            self.class_mut(id).stranded = now;
+        }
+        self.stranded = stranded;
+    }
+
+    pub(super) fn count_in(&mut self, class: usize, bytes: u64) {
+        let jobs = self.class_mut(class);
+        jobs.load.add(bytes);
+        if jobs.stranded {
+            self.stranded.add(bytes);
+        }
+    }
+
+    pub(super) fn count_out(&mut self, class: usize, bytes: u64) {
+        let jobs = self.class_mut(class);
+        jobs.load.subtract(bytes);
+        if jobs.stranded {
+            self.stranded.subtract(bytes);
+        }
+    }
+
+    /// Notes a change of a pool, where it may be one of what can run there.
+    pub(super) fn note_reach(&mut self, old: Option<&PoolState>, new: Option<&PoolState>) {
+        let same = match (old, new) {
+            (Some(old), Some(new)) => has_same_reach(old, new),
+            _ => false,
+        };
+        self.reach_changed |= !same;
+    }
+
+    /// Whether a pool can run the class at present.
+    pub(super) fn can_run(&self, class: &Class) -> bool {
+        let on = |place: usize| {
+            let pool = self.pools[place].as_ref();
+            pool.is_some_and(|pool| could_run(class, &pool.state, &self.settings, &self.sizes))
+        };
+        if let Some(wanted) = &class.placement.pool {
+            return self.pool_place(wanted).is_some_and(on);
+        }
+        let with_file = self.model_ids.get(&class.model);
+        // These are few, and mostly it is one of them.
+        with_file.is_some_and(|&model| self.models[model].files.keys().copied().any(on))
+            || (0..self.pools.len()).any(on)
+    }
+}
+
+/// Whether the pool takes work. One that missed a heartbeat most likely does.
+fn takes_work(pool: &PoolState) -> bool {
+    pool.liveness != PoolLiveness::Offline && !pool.draining
+}
+
+fn could_run(
+    class: &Class,
+    pool: &PoolState,
+    settings: &Settings,
+    sizes: &BTreeMap<ModelRef, u64>,
+) -> bool {
+    if !takes_work(pool) || !class.admits_pool(&pool.id) {
+        return false;
+    }
+    let fits = || {
+        startable(class, pool).is_some_and(|size| {
+            let mut devices = pool.devices.iter();
+            devices.any(|d| class.admits_device(d.device) && d.total_bytes >= size.bytes)
+        })
+    };
+    let downloads = || {
+        let size = sizes.get(&class.model).filter(|_| settings.download);
+        pool.downloads.iter().any(|d| d.model == class.model)
+            || size.is_some_and(|size| may_download(class, pool, *size).is_some())
+    };
+    runs(class, pool) || fits() || downloads()
+}
+
+/// Whether the same jobs can run on a pool in both states.
+fn has_same_reach(old: &PoolState, new: &PoolState) -> bool {
+    let devices = |pool: &PoolState| {
+        let devices = pool.devices.iter();
+        devices
+            .map(|d| (d.device, d.total_bytes))
+            .collect::<Vec<_>>()
+    };
+    let live = |pool: &PoolState| -> Vec<_> {
+        let live = pool.workers.iter().filter(|w| w.status.is_live());
+        live.map(|w| (w.model.clone(), w.device, w.capacity()))
+            .collect()
+    };
+    let failed = |pool: &PoolState| -> Vec<_> {
+        let failed = pool.workers.iter();
+        let failed = failed.filter(|w| w.status == WorkerStatus::Failed);
+        failed
+            .map(|w| (w.model.clone(), w.file.clone(), w.start_failure.clone()))
+            .collect()
+    };
+    takes_work(old) == takes_work(new)
+        && old.models == new.models
+        && old.downloads == new.downloads
+        && old.refused_downloads == new.refused_downloads
+        && devices(old) == devices(new)
+        && live(old) == live(new)
+        && failed(old) == failed(new)
+}
