@@ -36,6 +36,14 @@ pub enum SubmitError {
         /// What it may mean.
         meant: Vec<ModelRef>,
     },
+    /// Its file is on its way to a pool.
+    #[error("pool `{pool}` downloads `{model}` at present")]
+    Downloading {
+        /// What was asked for.
+        model: ModelRef,
+        /// The pool.
+        pool: String,
+    },
     /// Nobody has said so far that there is such a model, but a pool may that is still awaited.
     #[error(
         "nothing is known of a model `{model}` yet: pool `{pool}` is registered and has not reported so far"
@@ -100,6 +108,10 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
     }
     if let Some(meant) = meant.pop() {
         return Ok(meant);
+    }
+    if let Some(pool) = app.fleet.downloads(model) {
+        let model = model.clone();
+        return Err(SubmitError::Downloading { model, pool });
     }
     if let Some(pool) = app.fleet.awaited(clock::now()) {
         let model = model.clone();

@@ -60,6 +60,21 @@ impl Downloads {
         }
     }
 
+    /// The models that are being downloaded, by name.
+    pub fn models(&self) -> Vec<ModelRef> {
+        let mut models: Vec<_> = self.running().keys().cloned().collect();
+        models.sort();
+        models
+    }
+
+    /// Returns whether `model` is being downloaded, also where it leaves revision or file open.
+    pub fn is_under_way(&self, model: &ModelRef) -> bool {
+        let running = self.running();
+        running
+            .keys()
+            .any(|other| other == model || other.is_meant_by(model))
+    }
+
     fn running(&self) -> MutexGuard<'_, HashMap<ModelRef, watch::Receiver<Latest>>> {
         // A panic can't leave half an entry.
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
@@ -115,6 +130,7 @@ pub fn start(
         .ok_or(DownloadRefused::NoProgram)?;
     let (download, begun) = follow_or_begin(pool, &model);
     if let Some(begun) = begun {
+        pool.changed();
         tokio::spawn(run(begun, program));
     }
     Ok(download)
@@ -162,6 +178,7 @@ impl Drop for UnderWay {
         });
         // First out of the list, then over: who comes between the two begins a new one and finds the file.
         self.pool.downloads.running().remove(&self.model);
+        self.pool.changed();
         self.tell.send_replace(Some(last));
     }
 }

@@ -214,6 +214,7 @@ impl Pool {
             devices: gpu_inventory::devices(&self.lifecycle, records),
             workers,
             models: self.models(),
+            downloads: self.downloads.models(),
             disk: self.lifecycle.store().disk().unwrap_or_default(),
         })
     }

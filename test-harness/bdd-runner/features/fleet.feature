@@ -30,7 +30,7 @@ Feature: The fleet
     Then standard output contains "drained"
 
   # [BDD-122] P24
-  Scenario: Tasks can name what was just imported, and files below the allowed folders
+  Scenario: Tasks can name what was just imported
     Given a copy of the default model at "HOME/own.gguf"
     When I run `llorch-pool models import HOME/own.gguf --as own`
     Then standard output contains "tasks name it `own`"

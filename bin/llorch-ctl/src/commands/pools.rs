@@ -199,6 +199,7 @@ mod tests {
                 worker("worker-cpu-2", WorkerStatus::Busy),
             ],
             models: vec![model],
+            downloads: Vec::new(),
             disk: DiskInfo::default(),
         };
         let view = |id: &str, state, age, status| PoolView {

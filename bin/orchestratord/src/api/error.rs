@@ -190,6 +190,13 @@ impl From<SubmitError> for ServiceError {
                 .hint(hint)
                 .retry_after(POOL_RETRY)
             }
+            SubmitError::Downloading { .. } => refuse(
+                StatusCode::SERVICE_UNAVAILABLE,
+                Code::PoolUnavailable,
+                error.to_string(),
+            )
+            .hint("try again when the download has ended")
+            .retry_after(POOL_RETRY),
             SubmitError::Ambiguous { .. } => invalid(error.to_string())
                 .hint("name one of them whole")
                 .details(json!({"field": "model"})),

@@ -504,18 +504,29 @@ impl Fleet {
         fitting.into_iter().collect()
     }
 
+    /// A pool that downloads a model that `model` may mean.
+    pub fn downloads(&self, model: &ModelRef) -> Option<String> {
+        let inner = self.lock();
+        let fetches = |pool: &Pool| {
+            let mut downloads = pool.status.iter().flat_map(|status| &status.downloads);
+            downloads.any(|other| other == model || other.is_meant_by(model))
+        };
+        let found = inner.pools.iter().find(|(_, pool)| fetches(pool));
+        found.map(|(id, _)| id.clone())
+    }
+
     /// A registered pool that has not reported yet and may still say that it has a model: one of an earlier run as long as
     /// silence counts for nothing, one of this run until it is lost.
     pub fn awaited(&self, now: Timestamp) -> Option<String> {
         let inner = self.lock();
         let patient = now < self.silence_counts_from(&inner, now);
-        let may_come = |pool: &Pool| {
-            let of_this_run = pool.registered_at >= self.started_at;
+        let may_come = |id: &String, pool: &Pool| {
+            let of_this_run = !inner.awaited.contains(id);
             let alive = pool.standing(now) == PoolLiveness::Awaited;
             pool.status.is_none() && (patient || (of_this_run && alive))
         };
         let mut pools = inner.pools.iter();
-        let found = pools.find(|(_, pool)| may_come(pool));
+        let found = pools.find(|(id, pool)| may_come(id, pool));
         found.map(|(id, _)| id.clone())
     }
 

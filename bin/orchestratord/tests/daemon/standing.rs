@@ -315,3 +315,26 @@ async fn a_task_may_use_every_name_of_a_file() {
     let models: Value = orchestrator.client.get("/v2/models").await.unwrap();
     assert!(models.to_string().contains(real), "{models}");
 }
+
+// [ORCHD-079] P24: a model that a pool downloads is on its way, and not unknown.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_is_being_downloaded_is_not_unknown() {
+    let orchestrator = Orchestrator::start().await;
+    let pool = FakePool::start("pool-a").await;
+    pool.register(&orchestrator).await;
+    let hub = "hf:org/repo@v1::file=sub/tiny.gguf";
+    let status = async |model: &str| {
+        let task = json!({"model": model, "prompt": "hi"});
+        orchestrator.submit(task).await.unwrap_err().status()
+    };
+    assert_eq!(status(hub).await, Some(404));
+    pool.beat_with(&orchestrator, |status| {
+        status.downloads = vec![hub.parse().unwrap()];
+    })
+    .await;
+    assert_eq!(
+        [status(hub).await, status("hf:org/repo").await],
+        [Some(503); 2]
+    );
+    assert_eq!(status("hf:org/other").await, Some(404));
+}

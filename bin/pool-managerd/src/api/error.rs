@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use pool_core::ModelRef;
 use pool_core::api::pool::PoolErrorCode;
 use pool_core::api::worker::WorkerErrorCode;
 use pool_core::catalog::store::ResolveError;
@@ -15,6 +16,9 @@ use pool_core::worker::WorkerInfo;
 use serde_json::json;
 
 use crate::downloads::DownloadRefused;
+
+/// When a client may come back that asked for a model on its way.
+const DOWNLOAD_RETRY: Duration = Duration::from_secs(5);
 
 /// An error on its way to the client.
 pub struct ApiError(ServiceError);
@@ -98,6 +102,17 @@ impl ApiError {
             )
             .retriable(true)
             .hint("`GET /workers` tells how it is"),
+        )
+    }
+
+    /// A model whose file is on its way.
+    pub fn downloading(model: &ModelRef) -> Self {
+        let code = PoolErrorCode::ModelNotDownloaded.as_str();
+        let message = format!("the model `{model}` is being downloaded");
+        Self(
+            ServiceError::new(StatusCode::SERVICE_UNAVAILABLE, code, message)
+                .hint("`POST /models/download` follows the download; try again when it has ended")
+                .retry_after(DOWNLOAD_RETRY),
         )
     }
 

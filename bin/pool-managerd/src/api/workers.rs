@@ -9,7 +9,7 @@ use axum::response::IntoResponse;
 use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::pool::{CleanupReport, WorkerList, WorkerSpawnRequest, WorkerStopRequest};
 use pool_core::api::worker::WorkerHealth;
-use pool_core::lifecycle::log_tail;
+use pool_core::lifecycle::{SpawnError, log_tail};
 use pool_core::service::{Json, Path, Query, bearer};
 use pool_core::worker::WorkerInfo;
 use serde::Deserialize;
@@ -30,17 +30,21 @@ const MAX_LOG_LINES: usize = 10_000;
         (status = 400, description = "What can't be asked for, or a model that may not be used.", body = ErrorEnvelope),
         (status = 404, description = "A model that nobody knows, or that is not here.", body = ErrorEnvelope),
         (status = 409, description = "No such device or worker program, or the port is somebody's.", body = ErrorEnvelope),
-        (status = 503, description = "No memory or no port is left, or the pool is being drained.", body = ErrorEnvelope),
+        (status = 503, description = "No memory or no port is left, the pool is being drained, or the model is being downloaded.", body = ErrorEnvelope),
     )
 )]
 pub async fn spawn(
     State(pool): App,
     Json(request): Json<WorkerSpawnRequest>,
 ) -> ApiResult<(StatusCode, Json<WorkerInfo>)> {
-    Ok((
-        StatusCode::ACCEPTED,
-        Json(worker_lifecycle::start(&pool, request).await?),
-    ))
+    let model = request.model.clone();
+    match worker_lifecycle::start(&pool, request).await {
+        Ok(worker) => Ok((StatusCode::ACCEPTED, Json(worker))),
+        Err(SpawnError::Model(_)) if pool.downloads.is_under_way(&model) => {
+            Err(ApiError::downloading(&model))
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// All workers, the ended ones included.

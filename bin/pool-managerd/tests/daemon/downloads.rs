@@ -204,3 +204,34 @@ async fn what_may_not_be_downloaded_is_refused_before_anything_runs() {
     pid_of(&folder).await;
     daemon.shut_down().await;
 }
+
+#[tokio::test] // [POOLD-106] P24
+async fn a_model_on_its_way_is_not_called_missing() {
+    let host = Host::new();
+    let folder = downloader(&host);
+    let daemon = host.start().await;
+    let spawn = async || {
+        let request = json!({"model": "smollm2-135m", "backend": "cpu"});
+        refusal(
+            daemon
+                .client
+                .post::<_, Value>("/workers/spawn", &request)
+                .await,
+        )
+    };
+    let missing = (404, "MODEL_NOT_DOWNLOADED".to_owned());
+    assert_eq!(spawn().await, missing);
+    let mut stream = download(&daemon, "smollm2-135m").await.unwrap();
+    pid_of(&folder).await;
+    assert_eq!(spawn().await, (503, "MODEL_NOT_DOWNLOADED".to_owned()));
+    let downloads = async || {
+        let status: Value = daemon.client.get("/status").await.unwrap();
+        status["downloads"].clone()
+    };
+    assert_eq!(downloads().await, json!(["smollm2-135m"]));
+    fs::write(folder.join("go"), "").unwrap();
+    while next(&mut stream).await.is_some() {}
+    assert_eq!(downloads().await, Value::Null);
+    assert_eq!(spawn().await, missing);
+    daemon.shut_down().await;
+}

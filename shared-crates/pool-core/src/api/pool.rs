@@ -267,6 +267,9 @@ pub struct PoolStatus {
     pub workers: Vec<WorkerInfo>,
     /// Models on disk.
     pub models: Vec<ModelOnDisk>,
+    /// Models that the daemon downloads at present.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub downloads: Vec<ModelRef>,
     /// The disk that holds the models.
     pub disk: DiskInfo,
 }

@@ -104,7 +104,7 @@ impl Lifecycle {
         let mut record = WorkerRecord {
             info: WorkerInfo {
                 id: id.clone(),
-                model_ref: request.model.clone(),
+                model_ref: model.model_ref.clone(),
                 model_file: model.file.clone(),
                 device,
                 status: WorkerStatus::Starting,
@@ -133,7 +133,7 @@ impl Lifecycle {
             args: WorkerArgs {
                 worker_id: id,
                 model: model.path,
-                model_ref: Some(request.model.clone()),
+                model_ref: Some(model.model_ref.clone()),
                 sha256: model.file.sha256,
                 backend: device.backend,
                 gpu: device.index,

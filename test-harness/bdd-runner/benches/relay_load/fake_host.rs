@@ -208,6 +208,7 @@ impl FakeHost {
             devices: vec![device],
             workers: named.iter().map(worker).collect(),
             models: vec![model],
+            downloads: Vec::new(),
             disk: DiskInfo::default(),
         };
         Ok(PoolSnapshot {

@@ -282,6 +282,7 @@ fn pool_status(id: &str, instance: &str) -> PoolStatus {
         devices: vec![device],
         workers: Vec::new(),
         models: Vec::new(),
+        downloads: Vec::new(),
         disk: DiskInfo::default(),
     }
 }

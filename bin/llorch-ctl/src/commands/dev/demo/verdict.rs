@@ -238,6 +238,7 @@ mod tests {
                 exit: None,
             }],
             models: Vec::new(),
+            downloads: Vec::new(),
             disk: DiskInfo::default(),
         }
     }
