@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::checker::{Host, HostWorker};
+use crate::leftovers;
 use crate::process;
 use crate::tiny_model::TinyModel;
 
@@ -259,6 +260,7 @@ impl Pool {
 #[derive(Debug)]
 pub struct Chain {
     folder: Option<TempDir>,
+    root: PathBuf,
     url: String,
     models: Vec<String>,
     /// The orchestrator.
@@ -272,6 +274,7 @@ impl Chain {
     /// Makes homes and models, and starts nothing.
     pub fn build(parts: &Parts) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("llorch-chain-").tempdir()?;
+        leftovers::register(folder.path());
         let models: Vec<_> = (0..parts.models).map(|n| format!("tiny-{n}")).collect();
         let entry = |id: &String| {
             format!(
@@ -327,6 +330,7 @@ impl Chain {
             pools.push(Pool { daemon });
         }
         Ok(Self {
+            root: folder.path().to_owned(),
             folder: Some(folder),
             url,
             models,
@@ -484,6 +488,7 @@ impl Drop for Chain {
             let _ = pool.daemon.kill();
         }
         self.kill_workers();
+        leftovers::close(&self.root);
     }
 }
 

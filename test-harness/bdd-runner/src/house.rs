@@ -8,6 +8,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
+use crate::leftovers;
 use crate::memory::Watch;
 use crate::process::{self, Finished};
 use crate::soak::Report;
@@ -59,6 +60,7 @@ impl House {
             .prefix("llorch-bdd-")
             .tempdir()
             .expect("a temporary folder can be made");
+        leftovers::register(folder.path());
         Self {
             folder,
             finished: None,
@@ -240,6 +242,12 @@ impl House {
             .await;
         }
         assert!(gone, "left running: {left:?}");
+    }
+}
+
+impl Drop for House {
+    fn drop(&mut self) {
+        leftovers::close(self.folder.path());
     }
 }
 

@@ -1,34 +1,72 @@
-//! Runs the scenarios of `features/` against the binaries that lie beside this one, or the long runs: `bdd-runner soak`
-//! and `bdd-runner freezes`.
-//!
-//! Every scenario has a home and ports of its own, and leaves no process behind. `LLORCH_TEST_MODEL` names the file of
-//! the catalogue's default model; `scripts/test` fetches it and sets the variable. Scenarios tagged `@soak` take long and
-//! run only when asked for, with `--tags @soak`.
+//! The scenarios of `features/` against the binaries next to this one, and the long runs: `bdd-runner soak` and
+//! `bdd-runner freezes`.
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use bdd_runner::house::House;
+use bdd_runner::leftovers::{self, EndsAll};
+use bdd_runner::selection::Selection;
 use bdd_runner::soak;
 use clap::Parser as _;
-use cucumber::World as _;
+use cucumber::gherkin::Feature;
+use cucumber::gherkin::tagexpr::TagOperation;
+use cucumber::parser::Parser as _;
 use cucumber::writer::Stats as _;
-use futures_util::FutureExt as _;
+use cucumber::{World as _, cli, parser, runner, writer};
+use futures_util::{FutureExt as _, TryStreamExt as _};
 use indicatif::{ProgressBar, ProgressStyle};
+use regex::Regex;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Where the scenarios are.
+/// The folder of the scenarios.
 const FEATURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/features");
 
-type Arguments = cucumber::cli::Opts<
-    cucumber::parser::basic::Cli,
-    cucumber::runner::basic::Cli,
-    cucumber::writer::basic::Cli,
-    Also,
->;
+const MORE: &str = "\
+Examples:
+  bdd-runner                               all scenarios but those tagged @soak
+  bdd-runner --name 'survive'              those whose name matches
+  bdd-runner --tags @soak                  the long ones
+  bdd-runner --list                        what would run
+  bdd-runner soak --kills 500 --seed 7     the long run, with victims drawn from a seed
+  bdd-runner freezes                       the long run in which daemons are frozen
 
-/// What this program can do beside running scenarios.
-#[derive(Debug, Clone, Default, clap::Args)]
-struct Also {
+Environment:
+  LLORCH_TEST_MODEL  The file of the catalogue's default model; `scripts/test` fetches it and sets the variable
+  TMPDIR             The folder in which every scenario has a home of its own [default: /tmp]
+
+Exit codes:
+  0    every scenario that was asked for passed
+  1    a scenario failed, a file could not be parsed, or no scenario was asked for
+  2    wrong usage
+  129, 130, 143
+       ended by SIGHUP, SIGINT or SIGTERM, with everything that was started";
+
+/// Runs the scenarios of `features/` against the binaries next to this one: real daemons, workers and commands.
+///
+/// Every scenario has a home and ports of its own and leaves no process behind. Scenarios tagged @soak take long and run
+/// only where the tags that are asked for name @soak. The last line of the output is `N passed, N failed`.
+#[derive(Debug, clap::Parser)]
+#[command(version, after_help = MORE, args_conflicts_with_subcommands = true)]
+struct Arguments {
+    /// Run only scenarios whose name matches this regular expression.
+    #[arg(short, long, value_name = "REGEX")]
+    name: Option<Regex>,
+    /// Run only scenarios whose tags satisfy this expression: `@soak`, `not @a and (@b or @c)`.
+    #[arg(short, long, value_name = "EXPR")]
+    tags: Option<TagOperation>,
+    /// Scenarios at a time. More than processors only make the models slower.
+    #[arg(short, long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
+    concurrency: u16,
+    /// Stop after the first scenario that fails.
+    #[arg(long)]
+    fail_fast: bool,
+    /// Print the scenarios that would run, and run none.
+    #[arg(long)]
+    list: bool,
+    /// Print the state of a scenario whose step fails (-vv), and the texts of steps (-vvv).
+    #[arg(short, action = clap::ArgAction::Count)]
+    verbose: u8,
     #[command(subcommand)]
     command: Option<Command>,
 }
@@ -37,23 +75,116 @@ struct Also {
 enum Command {
     Soak(soak::Options),
     Freezes(soak::freezes::Options),
+    /// Ends what a killed run has left.
+    #[command(name = leftovers::WATCH, hide = true)]
+    Watch,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    match &arguments.custom.command {
-        Some(Command::Soak(options)) => long_run(options).await,
-        Some(Command::Freezes(options)) => freezes(options).await,
-        None => scenarios(arguments).await,
+    if let Some(Command::Watch) = arguments.command {
+        return watch();
+    }
+    let (mut ends, mut signals) =
+        match EndsAll::with_watcher().and_then(|e| Ok((e, Signals::listen()?))) {
+            Ok((ends, signals)) => (Some(ends), signals),
+            Err(error) => {
+                eprintln!("error: could not watch over what is started: {error}");
+                return ExitCode::FAILURE;
+            }
+        };
+    let work = async {
+        match &arguments.command {
+            Some(Command::Soak(options)) => long_run(options).await,
+            Some(Command::Freezes(options)) => freezes(options).await,
+            _ => scenarios(&arguments).await,
+        }
+    };
+    tokio::select! {
+        code = work => code,
+        number = signals.next() => {
+            eprintln!("bdd-runner: ended by signal {number}, with everything that was started");
+            ends.take();
+            // The runtime would wait for threads that wait for what is gone.
+            std::process::exit(128 + number);
+        }
     }
 }
 
-async fn scenarios(arguments: Arguments) -> ExitCode {
+/// The signals that end a run.
+struct Signals([(Signal, SignalKind); 3]);
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        let listen = |kind| Ok::<_, std::io::Error>((signal(kind)?, kind));
+        Ok(Self([
+            listen(SignalKind::terminate())?,
+            listen(SignalKind::interrupt())?,
+            listen(SignalKind::hangup())?,
+        ]))
+    }
+
+    /// Returns the number of the next one.
+    async fn next(&mut self) -> i32 {
+        let [(terminate, t), (interrupt, i), (hangup, h)] = &mut self.0;
+        let kind = tokio::select! {
+            _ = terminate.recv() => t,
+            _ = interrupt.recv() => i,
+            _ = hangup.recv() => h,
+        };
+        kind.as_raw_value()
+    }
+}
+
+fn watch() -> ExitCode {
+    match leftovers::watch(&mut std::io::stdin().lock()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: could not read what was started: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The features with their outlines expanded, as the run will see them.
+async fn features() -> Result<Vec<Feature>, parser::Error> {
+    let features = parser::Basic::new().parse(FEATURES, parser::basic::Cli::default());
+    features.try_collect().await
+}
+
+async fn scenarios(arguments: &Arguments) -> ExitCode {
+    let selection = Selection {
+        name: arguments.name.clone(),
+        tags: arguments.tags.clone(),
+    };
+    let features = features().await.map_err(|error| error.to_string());
+    match features.and_then(|features| selection.of(&features)) {
+        Ok(lines) if arguments.list => {
+            lines.iter().for_each(|line| println!("{line}"));
+            return ExitCode::SUCCESS;
+        }
+        Ok(_) => {}
+        Err(reason) => {
+            eprintln!("error: {reason}");
+            println!("0 passed, 0 failed");
+            return ExitCode::FAILURE;
+        }
+    }
+    let options: cli::Opts<_, _, _> = cli::Opts {
+        runner: runner::basic::Cli {
+            concurrency: Some(arguments.concurrency.into()),
+            fail_fast: arguments.fail_fast,
+            ..Default::default()
+        },
+        writer: writer::basic::Cli {
+            verbose: arguments.verbose,
+            ..Default::default()
+        },
+        ..Default::default()
+    };
     let writer = House::cucumber()
-        .with_cli(arguments)
-        // Two processors: more at once would only make the models slower.
-        .max_concurrent_scenarios(2)
+        .with_cli(options)
         .fail_on_skipped()
         .after(|_, _, _, _, house| {
             async move {
@@ -63,16 +194,14 @@ async fn scenarios(arguments: Arguments) -> ExitCode {
             }
             .boxed_local()
         })
-        // `--name` and `--tags` replace this filter.
-        .filter_run(FEATURES, |_, _, scenario| {
-            !scenario.tags.iter().any(|tag| tag == "soak")
+        .filter_run(FEATURES, move |feature, rule, scenario| {
+            selection.takes(feature, rule, scenario)
         })
         .await;
     let scenarios = &writer.scenarios_stats();
     let failed =
         scenarios.failed + scenarios.skipped + writer.hook_errors() + writer.parsing_errors();
     println!("{} passed, {failed} failed", scenarios.passed);
-    // A filter that matches nothing has tested nothing.
     if failed > 0 || scenarios.passed == 0 {
         ExitCode::FAILURE
     } else {
