@@ -15,12 +15,14 @@ use std::sync::{Mutex, PoisonError};
 
 use jiff::Timestamp;
 use pool_core::ModelRef;
-use pool_core::api::worker::{Message, Sampling, StopReason};
+use pool_core::api::worker::{Message, StopReason};
 use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
 use uuid::{ContextV7, Uuid};
 
 pub use prefix::{JobIdPrefix, JobIdPrefixError};
+
+use crate::sampling::Sampling;
 
 /// Id of a job: `job-` and a UUID of version 7, so that ids sort by the time they were made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -308,7 +310,7 @@ pub struct JobSpec {
     pub max_tokens: u32,
     /// Texts that end the generation.
     pub stop: Vec<String>,
-    /// Seed of the random numbers, drawn where the client gave none.
+    /// Seed of the random numbers. Below 2^53 where it was drawn, so that every JSON reader keeps it.
     pub seed: u64,
     /// Who goes first.
     pub priority: Priority,

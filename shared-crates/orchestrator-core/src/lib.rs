@@ -13,6 +13,7 @@ pub mod job;
 pub mod openapi;
 pub mod pool;
 pub mod queue;
+pub mod sampling;
 pub mod scheduler;
 #[cfg(feature = "script")]
 pub mod script;

@@ -18,6 +18,7 @@ pub mod fsio;
 pub mod gpu;
 pub mod home;
 pub mod host_id;
+pub mod json_number;
 pub mod lifecycle;
 #[cfg(any(target_os = "macos", test))]
 mod macos;

@@ -1,11 +1,12 @@
 //! Schemas of types that are written as text.
 
 use serde_json::{Map, Value, json};
-use utoipa::openapi::schema::{AnyOfBuilder, ObjectBuilder, SchemaType, Type};
+use utoipa::openapi::schema::{AnyOfBuilder, ObjectBuilder, SchemaFormat, SchemaType, Type};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::ModelRef;
+use crate::json_number::Decimal;
 use crate::model_ref::MAX_BYTES;
 use crate::worker::{Device, ExitReason};
 
@@ -77,6 +78,30 @@ impl PartialSchema for Device {
 
 impl ToSchema for Device {}
 
+impl PartialSchema for Decimal {
+    fn schema() -> RefOr<Schema> {
+        let number = ObjectBuilder::new()
+            .schema_type(Type::Integer)
+            .description(Some("Only in requests: the form of earlier versions."))
+            .minimum(Some(0));
+        AnyOfBuilder::new()
+            .item(text(
+                "Decimal digits.",
+                "1764433800123456789",
+                "^[0-9]{1,19}$",
+                19,
+            ))
+            .item(number.format(Some(SchemaFormat::Custom("u-int64".into()))))
+            .description(Some(
+                "An integer of up to 64 bits. Answers give it as a string, because many readers of JSON round numbers of \
+                 more than 53 bits.",
+            ))
+            .into()
+    }
+}
+
+impl ToSchema for Decimal {}
+
 /// One form for all kinds, because later versions add to them, and may say more of those that there are.
 impl PartialSchema for ExitReason {
     fn schema() -> RefOr<Schema> {
@@ -127,7 +152,7 @@ fn bound_integer(schema: &mut Map<String, Value>) {
         Some("u-int8") => ("uint8", u64::from(u8::MAX)),
         Some("u-int16") => ("uint16", u64::from(u16::MAX)),
         Some("u-int32") => ("uint32", u64::from(u32::MAX)),
-        Some("u-int64") => ("uint64", u64::MAX),
+        Some("u-int64") => return bound_large_integer(schema),
         Some("int32") => ("int32", i32::MAX.unsigned_abs().into()),
         _ => return,
     };
@@ -137,6 +162,15 @@ fn bound_integer(schema: &mut Map<String, Value>) {
     }
     schema.insert("format".to_owned(), name.into());
     schema.entry("maximum").or_insert_with(|| most.into());
+}
+
+/// Bounds an unsigned integer of 64 bits by 2^64, which every reader of the document keeps, unlike 2^64 - 1.
+fn bound_large_integer(schema: &mut Map<String, Value>) {
+    const ABOVE_U64: f64 = 18_446_744_073_709_551_616.0;
+    schema.insert("format".to_owned(), "uint64".into());
+    if !schema.contains_key("maximum") {
+        schema.insert("exclusiveMaximum".to_owned(), ABOVE_U64.into());
+    }
 }
 
 fn unfold_nullable_time(schema: &mut Map<String, Value>) {

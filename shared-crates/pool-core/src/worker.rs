@@ -361,7 +361,9 @@ pub struct WorkerInfo {
 pub struct ModelFile {
     /// Size in bytes.
     pub size_bytes: u64,
-    /// Last modification, nanoseconds since 1970.
+    /// Last modification, nanoseconds since 1970, as a decimal string: the number has more than 53 bits.
+    #[serde(with = "crate::json_number::decimal")]
+    #[cfg_attr(feature = "openapi", schema(value_type = crate::json_number::Decimal))]
     pub modified_ns: u64,
     /// SHA-256 in lower-case hexadecimal, where the pool knows it.
     pub sha256: Option<String>,

@@ -134,6 +134,9 @@ fn idempotency_key(
             .hint("a UUID does well")
     })?;
     let mut asked = serde_json::to_value(spec).map_err(|error| ServiceError::internal(&error))?;
+    // The precision of the first version, so that a key keeps its meaning over an update.
+    asked["sampling"] = serde_json::to_value(spec.sampling.for_worker())
+        .map_err(|error| ServiceError::internal(&error))?;
     if !seed_given {
         asked["seed"] = serde_json::Value::Null;
     }

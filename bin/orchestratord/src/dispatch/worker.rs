@@ -33,7 +33,7 @@ pub(super) fn request(job: JobId, lease: &Lease, seam: Seam) -> ExecuteRequest {
         messages,
         raw: spec.raw,
         system: spec.system.clone(),
-        sampling: spec.sampling,
+        sampling: spec.sampling.for_worker(),
         seed: spec.seed,
         max_tokens: spec.max_tokens,
         stop: spec.stop.clone(),

@@ -13,7 +13,10 @@ mod crash_points;
 mod described;
 mod disk;
 mod events;
+#[path = "../../../../shared-crates/pool-core/tests/support/exact_numbers.rs"]
+mod exact_numbers;
 mod metrics;
+mod numbers;
 mod openapi;
 mod pools;
 mod process;

@@ -181,7 +181,7 @@ async fn tasks_are_described_as_they_are_taken() {
         (true, json!({"prompt": "hi", "raw": true})),
         (
             true,
-            json!({"prompt": "hi", "system": "s", "raw": false, "seed": u64::MAX}),
+            json!({"prompt": "hi", "system": "s", "raw": false, "seed": u64::MAX - 2047}),
         ),
         (true, json!({"messages": [message], "prompt": null})),
         (

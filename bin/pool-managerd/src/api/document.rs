@@ -3,6 +3,7 @@
 use axum::Extension;
 use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::pool::PoolErrorCode;
+use pool_core::openapi::clarify;
 use pool_core::service::routes::{self, Document};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{Content, OpenApi, Ref, ResponseBuilder};
@@ -64,5 +65,9 @@ pub fn layer(mut description: OpenApi) -> Extension<Document> {
             responses.insert("default".to_owned(), envelope.clone().into());
         }
     }
-    Extension(Document::of(serde_json::to_value(&description)))
+    let document = serde_json::to_value(&description).map(|mut document| {
+        clarify(&mut document);
+        document
+    });
+    Extension(Document::of(document))
 }

@@ -8,8 +8,11 @@ mod cleanup;
 mod described;
 mod downloads;
 mod drain;
+#[path = "../../../../shared-crates/pool-core/tests/support/exact_numbers.rs"]
+mod exact_numbers;
 mod gpus;
 mod heartbeat;
+mod numbers;
 mod openapi;
 #[path = "../../../../shared-crates/pool-core/tests/support/program.rs"]
 mod program;

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::api::pool::ContextMemory;
 use crate::catalog::gguf::{GgufError, GgufFile, TensorInfo};
 use crate::catalog::store::ResolvedModel;
+use crate::json_number::MAX_EXACT_INTEGER;
 use crate::worker::ModelFile;
 
 /// Context of a sequence where nobody asks for another and the model takes as much.
@@ -38,7 +39,7 @@ pub fn attention_scratch_bytes(heads: u64, tokens: u64) -> u64 {
 /// What a worker will need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryEstimate {
-    /// Bytes.
+    /// Bytes; [`MAX_EXACT_INTEGER`] stands for all that is larger, which no machine has either.
     pub needed_bytes: u64,
     /// Tokens of context the model was made for; `None` where the file doesn't say.
     pub model_context: Option<u64>,
@@ -100,20 +101,25 @@ impl Shape {
         ContextMemory {
             max_tokens: tokens(self.context),
             default_tokens: tokens(self.context.min(DEFAULT_CONTEXT)),
-            base_bytes: held.saturating_add(working),
+            base_bytes: held.saturating_add(working).min(MAX_EXACT_INTEGER),
             // One sequence computes at a time, however many slots there are.
             token_bytes: self
                 .kv_bytes_per_token
                 .saturating_mul(slots.into())
-                .saturating_add(attention_scratch_bytes(self.heads, 1)),
+                .saturating_add(attention_scratch_bytes(self.heads, 1))
+                .min(MAX_EXACT_INTEGER),
             // What loading took for a moment is free again when the first sequence begins.
-            floor_bytes: held.saturating_add(self.loading_bytes),
+            floor_bytes: held
+                .saturating_add(self.loading_bytes)
+                .min(MAX_EXACT_INTEGER),
         }
     }
 
     fn needed_bytes(self, context: Option<u32>, slots: u32) -> u64 {
         let memory = self.memory(slots);
-        memory.needed_bytes(context.unwrap_or(memory.default_tokens))
+        memory
+            .needed_bytes(context.unwrap_or(memory.default_tokens))
+            .min(MAX_EXACT_INTEGER)
     }
 }
 
@@ -177,7 +183,10 @@ impl MemoryEstimator {
             None => {
                 let size = model.file.size_bytes;
                 MemoryEstimate {
-                    needed_bytes: size.saturating_add(size / 4).saturating_add(ROUGH_BYTES),
+                    needed_bytes: size
+                        .saturating_add(size / 4)
+                        .saturating_add(ROUGH_BYTES)
+                        .min(MAX_EXACT_INTEGER),
                     model_context: None,
                     context: None,
                 }
@@ -248,7 +257,7 @@ mod tests {
             kv_bytes_per_token: u64::MAX,
             ..shape
         };
-        assert_eq!(huge.needed_bytes(Some(u32::MAX), 256), u64::MAX);
+        assert_eq!(huge.needed_bytes(Some(u32::MAX), 256), MAX_EXACT_INTEGER);
     }
 
     #[test] // [POOLD-014]

@@ -557,7 +557,8 @@ async fn cancel(State(state): State<WorkerState>, Json(request): Json<CancelRequ
 pub fn model_file() -> ModelFile {
     ModelFile {
         size_bytes: 1000,
-        modified_ns: 1,
+        // A time of today, which has more than 53 bits.
+        modified_ns: 1_764_433_800_123_456_789,
         sha256: None,
     }
 }

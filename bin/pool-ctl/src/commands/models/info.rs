@@ -6,6 +6,7 @@ use pool_core::ModelRef;
 use pool_core::catalog::Catalog;
 use pool_core::catalog::gguf::{GgufError, GgufFile};
 use pool_core::catalog::store::{ResolvedModel, Store};
+use pool_core::json_number::MAX_EXACT_INTEGER;
 use pool_core::lifecycle::MemoryEstimator;
 use pool_core::terminal::paint::Cell;
 use pool_core::terminal::{CliError, Exit, Format, human_bytes, print_json, print_table};
@@ -45,6 +46,10 @@ impl Info {
     fn read(model: ResolvedModel, hash_state: HashState) -> Result<Self, GgufError> {
         let file = GgufFile::open(&model.path)?;
         let text = |value: Result<&str, GgufError>| value.ok().map(str::to_owned);
+        // A header may hold any number. One that readers of JSON would change is no fact about a model either.
+        let figure = |value: Result<u64, GgufError>| {
+            value.ok().filter(|figure| *figure <= MAX_EXACT_INTEGER)
+        };
         let needed_bytes = MemoryEstimator::default()
             .estimate(&model, None, 1)
             .needed_bytes;
@@ -59,17 +64,17 @@ impl Info {
                 .map(str::to_owned),
             architecture: text(file.architecture()),
             quantization: file.quantization(),
-            parameters: file.parameter_count(),
+            parameters: file.parameter_count().min(MAX_EXACT_INTEGER),
             tensors: file.tensors().len(),
-            context_length: file.context_length().ok(),
-            layers: file.block_count().ok(),
-            embedding_length: file.embedding_length().ok(),
-            heads: file.head_count().ok(),
-            kv_heads: file.head_count_kv().ok(),
-            head_dim: file.head_dim().ok(),
+            context_length: figure(file.context_length()),
+            layers: figure(file.block_count()),
+            embedding_length: figure(file.embedding_length()),
+            heads: figure(file.head_count()),
+            kv_heads: figure(file.head_count_kv()),
+            head_dim: figure(file.head_dim()),
             // The worker keeps its cache in 32-bit floats.
-            kv_cache_bytes_per_token: file.kv_cache_bytes(1, 4).ok(),
-            vocabulary: file.vocab_size().ok(),
+            kv_cache_bytes_per_token: figure(file.kv_cache_bytes(1, 4)),
+            vocabulary: figure(file.vocab_size()),
             tokenizer: text(file.tokenizer_kind()),
             chat_template: file.has_chat_template(),
             model_ref: model.model_ref,

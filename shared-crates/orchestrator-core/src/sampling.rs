@@ -1,0 +1,108 @@
+//! How a job's tokens are drawn, as the client asked for it.
+
+use pool_core::api::worker;
+use serde::{Deserialize, Serialize};
+
+/// How the next token is drawn. Numbers read back as the client gave them; workers get them in the precision that they
+/// compute with.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Sampling {
+    /// 0 to 2; 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Keep the likeliest tokens whose probabilities reach this sum, (0, 1]; 1 keeps all.
+    pub top_p: f64,
+    /// Keep this many of the likeliest tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep tokens at least this likely relative to the likeliest, [0, 1); 0 keeps all.
+    pub min_p: f64,
+    /// Divide positive (multiply negative) logits of tokens seen before by this, (0, 2]; 1 changes nothing.
+    pub repetition_penalty: f64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 0.7,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+        }
+    }
+}
+
+impl Sampling {
+    /// Whether `temperature` is in range. NaN, which compares with nothing, is not; the same holds for the others.
+    pub fn is_temperature(value: f64) -> bool {
+        (0.0..=2.0).contains(&value)
+    }
+
+    /// Whether `top_p` is in range.
+    pub fn is_top_p(value: f64) -> bool {
+        value > 0.0 && value <= 1.0
+    }
+
+    /// Whether `min_p` is in range.
+    pub fn is_min_p(value: f64) -> bool {
+        (0.0..1.0).contains(&value)
+    }
+
+    /// Whether `repetition_penalty` is in range.
+    pub fn is_repetition_penalty(value: f64) -> bool {
+        value > 0.0 && value <= 2.0
+    }
+
+    /// Returns the same settings for a worker, which computes with half as many digits.
+    pub fn for_worker(&self) -> worker::Sampling {
+        worker::Sampling {
+            temperature: narrow(self.temperature, Self::is_temperature),
+            top_p: narrow(self.top_p, Self::is_top_p),
+            top_k: self.top_k,
+            min_p: narrow(self.min_p, Self::is_min_p),
+            repetition_penalty: narrow(self.repetition_penalty, Self::is_repetition_penalty),
+        }
+    }
+}
+
+/// Returns the 32-bit float next to `value` that is `allowed`: rounding must not turn a value close to an open end into
+/// the end itself.
+fn narrow(value: f64, allowed: impl Fn(f64) -> bool) -> f32 {
+    #[allow(clippy::cast_possible_truncation)] // Rounding is the purpose.
+    let near = value as f32;
+    let inside = [near, near.next_up(), near.next_down()];
+    let fits = |near: &f32| allowed(f64::from(*near));
+    inside.into_iter().find(fits).unwrap_or(near)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // [ORCHCORE-014]
+    #[test]
+    fn workers_get_the_nearest_number_that_is_in_range() {
+        let asked = Sampling {
+            temperature: 0.123_456_789,
+            top_p: 1e-60,
+            top_k: 3,
+            min_p: 0.999_999_999_9,
+            repetition_penalty: 1.1,
+        };
+        let given = asked.for_worker();
+        assert_eq!(
+            (given.temperature, given.top_k, given.repetition_penalty),
+            (0.123_456_79, 3, 1.1)
+        );
+        assert!(given.top_p > 0.0 && given.top_p < 1e-40, "{}", given.top_p);
+        assert!(
+            given.min_p < 1.0 && given.min_p > 0.999_999,
+            "{}",
+            given.min_p
+        );
+        assert_eq!(
+            Sampling::default().for_worker(),
+            worker::Sampling::default()
+        );
+    }
+}
