@@ -472,6 +472,20 @@ async fn json_lines_carry_every_event() {
     assert_eq!(fake.asked().resumed_after, [Some("1.1".to_owned()), None]);
 }
 
+/// Followed from its last event on, a job is judged by its record: at once, with nothing printed again.
+#[tokio::test] // [LLORCH-023]
+async fn events_after_the_last_one_end_at_once() {
+    let over = Fake {
+        text: Some("one two"),
+        ..fake(vec![vec![Step::Over]])
+    };
+    let over = over.start().await;
+    let args = ["jobs", "events", JOB, "--after", "1.4", "--format", "jsonl"];
+    let run = over.run(&args).await;
+    assert_eq!((run.code, run.out.as_str(), run.err.as_str()), (0, "", ""));
+    assert_eq!(over.asked().resumed_after, [Some("1.4".to_owned())]);
+}
+
 #[tokio::test] // [LLORCH-024]
 async fn json_is_the_finished_job() {
     let fake = Fake {

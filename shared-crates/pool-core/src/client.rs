@@ -291,7 +291,7 @@ impl ApiClient {
         })
     }
 
-    /// Opens an event stream.
+    /// Opens an event stream. An answer of 204 is a stream without events: nothing follows what the reader has.
     pub async fn events(&self, request: Request) -> Result<EventStream, ClientError> {
         let url = request.url.clone();
         let sent = request.builder.header(ACCEPT, "text/event-stream").send();
@@ -307,7 +307,8 @@ impl ApiClient {
             .get(CONTENT_TYPE)
             .and_then(|value| value.to_str().ok())
             .is_some_and(|value| value.starts_with("text/event-stream"));
-        if !response.status().is_success() || !is_stream {
+        let is_over = response.status() == StatusCode::NO_CONTENT;
+        if !response.status().is_success() || !(is_stream || is_over) {
             let answer = self.read(&url, response).await?;
             return Err(ClientError::NotOurs {
                 url,

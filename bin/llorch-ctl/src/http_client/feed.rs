@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
 use orchestrator_core::api::events::{EventId, TaskEvent};
+use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::JobId;
 use pool_core::client::{ClientError, EventStream, ServerEvent};
 
@@ -86,6 +87,11 @@ impl Feed {
         self.job
     }
 
+    /// The job as it is now.
+    pub async fn view(&self) -> Result<TaskView, ClientError> {
+        self.orchestrator.job(self.job).await
+    }
+
     /// The next event or break; `None` after the job's last event.
     pub async fn next(&mut self) -> Result<Option<Item>, ClientError> {
         loop {
@@ -146,6 +152,8 @@ impl Feed {
             }
             match self.orchestrator.open_events(self.job, self.after).await {
                 Ok(stream) => {
+                    // The last event was seen already.
+                    self.ended = stream.status() == 204;
                     self.stream = Some(stream);
                     return Ok(());
                 }

@@ -19,7 +19,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use orchestrator_core::api::events::{End, Started, TaskEvent, Token};
 use orchestrator_core::api::tasks::{TaskView, TaskWaiting};
-use orchestrator_core::job::{Job, JobError, JobErrorCode, JobStatus};
+use orchestrator_core::job::{Job, JobError, JobErrorCode, JobStatus, Usage};
 use orchestrator_core::scheduler::{Explanation, WaitReason};
 use orchestrator_core::{JobId, TaskSubmitRequest};
 use pool_core::api::worker::StopReason;
@@ -42,6 +42,8 @@ pub enum Step {
     Break,
     /// Nothing more comes, and the connection stays.
     Hang,
+    /// The answer says that nothing follows.
+    Over,
 }
 
 /// A fake orchestrator: real wire types, scripted behaviour.
@@ -235,6 +237,13 @@ async fn job(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) -> Resp
     if let Some(text) = shared.fake.text {
         job.status = JobStatus::Completed;
         job.text = text.to_owned();
+        job.usage = Some(Usage {
+            tokens_in: 5,
+            tokens_out: 3,
+            stop_reason: StopReason::Eos,
+            ttft_ms: 12,
+            decode_time_ms: 100,
+        });
     }
     Json(TaskView::new(job, None)).into_response()
 }
@@ -249,6 +258,9 @@ async fn events(State(shared): State<Shared>, headers: HeaderMap) -> Response {
         asked.resumed_after.len() - 1
     };
     let steps = shared.fake.streams[number.min(shared.fake.streams.len() - 1)].clone();
+    if let [Step::Over] = steps[..] {
+        return StatusCode::NO_CONTENT.into_response();
+    }
     let body = async_stream::stream! {
         for step in steps {
             match step {
@@ -262,6 +274,7 @@ async fn events(State(shared): State<Shared>, headers: HeaderMap) -> Response {
                     yield Err(io::Error::other("broken on purpose"));
                 }
                 Step::Hang => std::future::pending::<()>().await,
+                Step::Over => return,
             }
         }
     };

@@ -15,7 +15,8 @@ pub const STREAM: &str = "The job's events as server-sent events: `queued`, `sta
     or `error`, with `attempt` for each further attempt and `waiting` while it waits. `event:` is the tag and `data:` \
     the content of `TaskEvent`. Logged events carry `id: ATTEMPT.SEQ`, which a reader that was cut off sends as \
     `Last-Event-ID`; `waiting`, `metrics`, `lagged` and `shutdown` are momentary and carry none. Comments keep a silent \
-    stream alive.";
+    stream alive. The stream ends after `end` or `error`; a request that resumes there gets 204, which ends a browser's \
+    `EventSource`.";
 
 /// What a recording is, for the response that is one.
 pub const TRACE: &str = "A trace: one JSON object a line. First `trace` (version, policy, costs), then for each pass `saw` \

@@ -1,11 +1,12 @@
 //! `/v2/tasks`.
 
+use std::cmp::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Extension;
 use axum::extract::State;
-use axum::http::header::{ACCEPT, LOCATION};
+use axum::http::header::{ACCEPT, CACHE_CONTROL, LOCATION};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response, sse};
 use orchestrator_core::api::events::EventId;
@@ -74,7 +75,7 @@ pub(super) async fn submit(
     let location = HeaderValue::try_from(format!("/v2/tasks/{id}"))
         .map_err(|error| ServiceError::internal(&error))?;
     if accepts_events(&headers) {
-        let mut response = stream(&app, id, EventId { attempt: 0, seq: 0 }).await?;
+        let mut response = stream(&app, id, None).await?;
         response.headers_mut().insert(LOCATION, location);
         return Ok(response);
     }
@@ -178,22 +179,20 @@ fn accepts_events(headers: &HeaderMap) -> bool {
         .any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
 }
 
-/// The events after `after`; `400` where none can come any more, `410` where they are gone.
-async fn stream(app: &App, id: JobId, after: EventId) -> ServiceResult<Response> {
+/// Returns the events after `after`, or all of them. Once the job is over, a reader that has its last event gets `204`
+/// and one with a later id `400`; events that are gone are `410`.
+async fn stream(app: &App, id: JobId, after: Option<EventId>) -> ServiceResult<Response> {
     let live = app.jobs.get(id);
-    if live.is_none() {
-        let log = app.store.log_end(id).await?;
-        let log = log.ok_or_else(|| error::no_job(&id.to_string()))?;
-        if let Some(at) = log.dropped_at {
-            return Err(error::events_gone(id, at));
-        }
-        if log.status.is_terminal() && log.last.is_some_and(|last| after > last) {
-            return Err(error::event_id_ahead(id));
-        }
-        if !log.status.is_terminal() {
-            return Err(ServiceError::internal(&LetGo(id)));
-        }
+    let end = match &live {
+        Some(live) => live.hub.end(),
+        None => logged_end(app, id).await?,
+    };
+    match after.cmp(&end) {
+        Ordering::Equal if end.is_some() => return Ok(nothing_follows()),
+        Ordering::Greater if end.is_some() => return Err(error::event_id_ahead(id)),
+        _ => {}
     }
+    let after = after.unwrap_or(EventId { attempt: 0, seq: 0 });
     let events = streams::follow(Arc::clone(app), id, live, after);
     let silence = Duration::from_secs(app.config.service.keep_alive_s);
     let mut response = sse::Sse::new(events)
@@ -204,6 +203,24 @@ async fn stream(app: &App, id: JobId, after: EventId) -> ServiceResult<Response>
         .headers_mut()
         .insert("x-accel-buffering", HeaderValue::from_static("no"));
     Ok(response)
+}
+
+/// Returns the id of the last event of a job that is not live any more.
+async fn logged_end(app: &App, id: JobId) -> ServiceResult<Option<EventId>> {
+    let log = app.store.log_end(id).await?;
+    let log = log.ok_or_else(|| error::no_job(&id.to_string()))?;
+    if let Some(at) = log.dropped_at {
+        return Err(error::events_gone(id, at));
+    }
+    if !log.status.is_terminal() {
+        return Err(ServiceError::internal(&LetGo(id)));
+    }
+    Ok(log.last)
+}
+
+/// The answer that ends a browser's `EventSource`, which takes the end of a stream for a break and reconnects for ever.
+fn nothing_follows() -> Response {
+    (StatusCode::NO_CONTENT, [(CACHE_CONTROL, "no-store")]).into_response()
 }
 
 fn parse_id(id: &str) -> ServiceResult<JobId> {
@@ -375,6 +392,7 @@ pub(super) async fn explain(
     ),
     responses(
         (status = 200, description = document::STREAM, body = String, content_type = "text/event-stream"),
+        (status = 204, description = "`Last-Event-ID` is that of the job's last event: nothing follows, and there is no reason to come back."),
         (status = 400, description = "`Last-Event-ID` is malformed, or after the last event of a job that is over."),
         (status = 404, description = "There is no such job."),
         (status = 410, description = "The job's texts were dropped after `retention`."),
@@ -388,12 +406,14 @@ pub(super) async fn events(
     let id = parse_id(&id)?;
     let given = only(&headers, "last-event-id").map_err(error::malformed_event_id)?;
     let after = match given {
-        None => EventId { attempt: 0, seq: 0 },
-        Some(value) => value
-            .to_str()
-            .unwrap_or_default()
-            .parse::<EventId>()
-            .map_err(error::malformed_event_id)?,
+        None => None,
+        Some(value) => Some(
+            value
+                .to_str()
+                .unwrap_or_default()
+                .parse::<EventId>()
+                .map_err(error::malformed_event_id)?,
+        ),
     };
     stream(&app, id, after).await
 }

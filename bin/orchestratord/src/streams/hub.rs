@@ -91,6 +91,12 @@ impl Hub {
         self.lock().last.attempt
     }
 
+    /// Returns the id of the job's last event, once the job is over.
+    pub fn end(&self) -> Option<EventId> {
+        let inner = self.lock();
+        inner.ended.then_some(inner.last)
+    }
+
     /// Notes whether readers may have seen tokens before the daemon was restarted that have not come since.
     pub fn set_seen_more(&self, seen_more: bool) {
         self.lock().seen_more = seen_more;

@@ -168,15 +168,15 @@ async fn event_ids_that_make_no_sense_are_refused_and_those_ahead_wait() {
         (error.status(), error.api().unwrap().code.as_str()),
         (Some(400), "INVALID_EVENT_ID")
     );
-    assert_eq!(
-        orchestrator
-            .follow(job, Some("1.3"))
-            .await
-            .unwrap()
-            .rest()
-            .await,
-        []
-    );
+    // After the last event nothing follows, and the answer says so: also when the job has left the memory.
+    let orchestrator = orchestrator.restart().await;
+    let over = orchestrator.follow(job, Some("1.3")).await.unwrap();
+    assert_eq!(over.stream.status(), 204);
+    assert_eq!(over.rest().await, []);
+    // Any earlier place is answered with what follows it.
+    let rest = orchestrator.follow(job, Some("1.2")).await.unwrap();
+    assert_eq!(rest.stream.status(), 200);
+    assert_eq!(outline(&rest.rest().await), ["end 1.3"]);
 }
 
 // [ORCHD-025] P12, P10

@@ -12,6 +12,7 @@ mod crash_points;
 #[path = "../../../../shared-crates/pool-core/tests/support/described.rs"]
 mod described;
 mod disk;
+mod event_source;
 mod events;
 #[path = "../../../../shared-crates/pool-core/tests/support/exact_numbers.rs"]
 mod exact_numbers;

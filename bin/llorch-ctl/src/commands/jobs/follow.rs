@@ -4,6 +4,7 @@ use std::io::{self, IsTerminal};
 use std::time::Instant;
 
 use orchestrator_core::api::events::{End, EventId, TaskEvent};
+use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::{JobError, JobId, Usage};
 use pool_core::api::worker::StopReason;
 use pool_core::client::ClientError;
@@ -63,10 +64,9 @@ pub async fn follow(
             }
         };
         let Some(item) = item.map_err(|error| lost_sight(id, error))? else {
-            return Err(CliError::new(
-                Exit::Failed,
-                format!("the events of {id} ended without an end"),
-            ));
+            // Followed from its last event on, a job has no event to judge it by.
+            let view = feed.view().await.map_err(|error| lost_sight(id, error))?;
+            return ending_of(view);
         };
         reader.take(&item)?;
         match item {
@@ -82,6 +82,27 @@ async fn at(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.into()).await,
         None => std::future::pending().await,
+    }
+}
+
+/// Returns how a job ended that is over.
+fn ending_of(view: TaskView) -> Result<Ending, CliError> {
+    let worker_id = view.attempts.last().map(|last| last.worker_id.clone());
+    match (view.usage, view.error) {
+        (Some(usage), _) => Ok(Ending::Completed(End {
+            tokens_in: usage.tokens_in,
+            tokens_out: usage.tokens_out,
+            stop_reason: usage.stop_reason,
+            seed: view.request.seed,
+            ttft_ms: usage.ttft_ms,
+            decode_time_ms: usage.decode_time_ms,
+            worker_id: worker_id.unwrap_or_default(),
+        })),
+        (None, Some(error)) => Ok(Ending::Failed(error)),
+        (None, None) => Err(CliError::new(
+            Exit::Failed,
+            format!("the events of {} ended without an end", view.id),
+        )),
     }
 }
 
