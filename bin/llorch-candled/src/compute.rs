@@ -189,6 +189,9 @@ impl Control for Running<'_> {
     }
 
     fn event(&mut self, event: WorkerEvent) {
+        if let WorkerEvent::Started(started) = &event {
+            self.compute.metrics.prompt(started.tokens_in);
+        }
         self.compute.executions.push(self.execution, &event);
     }
 

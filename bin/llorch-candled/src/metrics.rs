@@ -1,9 +1,23 @@
 //! Figures for Prometheus.
 
-use pool_core::api::worker::WorkerEnd;
+use pool_core::api::worker::{WorkerEnd, WorkerErrorCode};
 use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder,
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
+
+/// The outcome of an execution whose text is whole.
+const END: &str = "end";
+/// The errors that an execution may end with.
+const ERRORS: [WorkerErrorCode; 7] = [
+    WorkerErrorCode::InvalidRequest,
+    WorkerErrorCode::ContextOverflow,
+    WorkerErrorCode::TemplateFailed,
+    WorkerErrorCode::InferenceFailed,
+    WorkerErrorCode::Cancelled,
+    WorkerErrorCode::Replaced,
+    WorkerErrorCode::ShuttingDown,
+];
 
 /// Every figure of the worker. Names and labels carry nothing of a job.
 #[derive(Debug)]
@@ -36,7 +50,7 @@ impl Metrics {
             )?,
             prompt_tokens: IntCounter::new(
                 "candled_prompt_tokens_total",
-                "Prompt tokens of executions that ended well.",
+                "Prompt tokens of executions that started.",
             )?,
             generated_tokens: IntCounter::new(
                 "candled_generated_tokens_total",
@@ -58,9 +72,23 @@ impl Metrics {
             )?,
             buffer_bytes: IntGauge::new("candled_buffer_bytes", "Bytes of event buffers.")?,
         };
+        let build = IntGaugeVec::new(
+            Opts::new(
+                "candled_build_info",
+                "1, with the version of llorch-candled.",
+            ),
+            &["version"],
+        )?;
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        metrics.registry.register(Box::new(build))?;
         metrics
             .registry
             .register(Box::new(metrics.executions.clone()))?;
+        // A series that begins with its first event is missed by rates and alerts.
+        for outcome in ERRORS.map(WorkerErrorCode::as_str) {
+            metrics.executions.with_label_values(&[outcome]);
+        }
+        metrics.executions.with_label_values(&[END]);
         metrics
             .registry
             .register(Box::new(metrics.prompt_tokens.clone()))?;
@@ -78,6 +106,11 @@ impl Metrics {
         Ok(metrics)
     }
 
+    /// Counts the prompt of an execution that started.
+    pub fn prompt(&self, tokens: u32) {
+        self.prompt_tokens.inc_by(tokens.into());
+    }
+
     /// A token was generated.
     pub fn token(&self) {
         self.generated_tokens.inc();
@@ -85,8 +118,7 @@ impl Metrics {
 
     /// An execution came to a good end after `drawn` tokens of its own.
     pub fn ended(&self, end: &WorkerEnd, drawn: u64) {
-        self.executions.with_label_values(&["end"]).inc();
-        self.prompt_tokens.inc_by(u64::from(end.tokens_in));
+        self.executions.with_label_values(&[END]).inc();
         if drawn > 0 {
             self.ttft.observe(end.ttft_ms as f64 / 1000.0);
         }

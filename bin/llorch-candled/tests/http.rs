@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // What the tests share may fail as a test does.
 
+#[path = "../../../shared-crates/pool-core/tests/support/promtool.rs"]
+mod promtool;
 mod support;
 
 use std::net::Ipv4Addr;
@@ -491,6 +493,19 @@ async fn the_pool_is_told_once_the_model_is_loaded() {
 #[tokio::test]
 async fn figures_count_what_was_done() {
     let worker = Worker::start().await;
+    let before = worker.client.get_text("/metrics").await.unwrap();
+    promtool::check_metrics(&before);
+    for line in [
+        "candled_executions_total{outcome=\"end\"} 0",
+        "candled_executions_total{outcome=\"CANCELLED\"} 0",
+        concat!(
+            "candled_build_info{version=\"",
+            env!("CARGO_PKG_VERSION"),
+            "\"} 1"
+        ),
+    ] {
+        assert!(before.contains(line), "no `{line}` in\n{before}");
+    }
     rest(worker.execute(&short("job-1", 1)).await.unwrap()).await;
     let text = worker.client.get_text("/metrics").await.unwrap();
     for line in [

@@ -202,7 +202,8 @@ impl Daemon {
             }
         };
 
-        let metrics = Metrics::new().context("could not make the metrics")?;
+        let metrics = Metrics::new(catalog.iter().map(|entry| entry.id.as_str()))
+            .context("could not make the metrics")?;
         let fleet = Fleet::new(tokens.pool, &config, clock::now());
         let script = ScriptPolicy::start(&config.scheduler, &metrics)
             .context("could not start the thread for the scheduler's script")?;

@@ -183,6 +183,10 @@ pub async fn submit(
     }
     live.hub.publish(first);
     live.hub.written(1);
+    app.metrics
+        .enqueued
+        .with_label_values(&[queued.priority.as_str()])
+        .inc();
     app.jobs.put(queued);
     drop(gate);
     drop(promise);

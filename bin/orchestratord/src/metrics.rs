@@ -1,10 +1,15 @@
-//! What `GET /metrics` shows. No label has values that clients or machines make up, so the number of series is fixed.
+//! The figures of `GET /metrics`. The number of series is bounded: labels have values of this program, the names of at
+//! most [`MOST_MODELS`] models, and the names of the registered pools, whose number `max_pools` bounds.
 
+use std::collections::BTreeSet;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use orchestrator_core::JobStatus;
+use orchestrator_core::api::pools::{PoolView, PoolViewState};
 use orchestrator_core::api::scheduler::ScriptErrorKind;
 use orchestrator_core::job::Priority;
+use pool_core::ModelRef;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
@@ -21,8 +26,8 @@ const PASS_SECONDS: [f64; 12] = [
 ];
 /// What becomes of submits.
 pub const SUBMIT_OUTCOMES: [&str; 4] = ["accepted", "queue_full", "refused", "unavailable"];
-/// What becomes of attempts.
-const ATTEMPT_OUTCOMES: [&str; 8] = [
+/// How attempts end. An attempt that a stopping daemon leaves to its worker has not ended.
+const ATTEMPT_OUTCOMES: [&str; 7] = [
     "completed",
     "failed",
     "lost",
@@ -30,22 +35,47 @@ const ATTEMPT_OUTCOMES: [&str; 8] = [
     "refused",
     "broken",
     "over",
-    "stopping",
 ];
 /// What becomes of heartbeats.
 pub const HEARTBEAT_OUTCOMES: [&str; 2] = ["accepted", "refused"];
+
+/// The states of a pool, as `GET /v2/pools` names them.
+const POOL_STATES: [PoolViewState; 7] = [
+    PoolViewState::Online,
+    PoolViewState::Draining,
+    PoolViewState::Drained,
+    PoolViewState::Suspect,
+    PoolViewState::Offline,
+    PoolViewState::Awaited,
+    PoolViewState::Stopped,
+];
+/// Most models with series of their own; more share [`OTHER_MODEL`].
+const MOST_MODELS: usize = 200;
+/// The label of models without series of their own. Paths of files are among them: `/metrics` needs no token, and a path
+/// says something about its host.
+const OTHER_MODEL: &str = "other";
 
 /// The daemon's figures.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     queue_depth: IntGaugeVec,
-    /// Submits, by what became of them.
+    /// Submits, by their outcome.
+    pub submitted: IntCounterVec,
+    /// Jobs that were stored and put into the queue.
     pub enqueued: IntCounterVec,
     /// Jobs that ended, by how.
     pub finished: IntCounterVec,
-    /// Attempts, by how they ended.
-    pub dispatched: IntCounterVec,
+    /// Jobs that were given to a worker, once for each attempt.
+    pub dispatched: IntCounter,
+    /// Attempts that ended, by how.
+    pub attempts_ended: IntCounterVec,
+    tokens_in: IntCounterVec,
+    tokens_out: IntCounterVec,
+    models: Mutex<BTreeSet<String>>,
+    pools: IntGaugeVec,
+    pool_state: IntGaugeVec,
+    rendering: Mutex<()>,
     scheduling_latency: Histogram,
     worker_connections: IntGauge,
     /// Event streams that are open.
@@ -65,9 +95,9 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// All at zero. Every series is there from the start: one that begins with its first event is missed by rates and
-    /// alerts.
-    pub fn new() -> Result<Self, prometheus::Error> {
+    /// Creates all figures at zero, tokens for the models of `catalog`. Every series is there from the start, because rates
+    /// and alerts miss a series that begins with its first event.
+    pub fn new<'a>(catalog: impl IntoIterator<Item = &'a str>) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let counters = |name: &str, help: &str, label: &str, values: &[&str]| {
             let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
@@ -101,17 +131,60 @@ impl Metrics {
         for class in [Priority::Interactive, Priority::Batch] {
             queue_depth.with_label_values(&[class.as_str()]);
         }
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            let gauges = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(gauges.clone()))?;
+            Ok::<_, prometheus::Error>(gauges)
+        };
+        gauges(
+            "orchd_build_info",
+            "1, with the version of orchestratord.",
+            &["version"],
+        )?
+        .with_label_values(&[env!("CARGO_PKG_VERSION")])
+        .set(1);
+        let pools = gauges("orchd_pools", "Registered pools, by state.", &["state"])?;
+        for state in POOL_STATES.map(PoolViewState::as_str) {
+            pools.with_label_values(&[state]);
+        }
+        let tokens_in = counters(
+            "orchd_tokens_in_total",
+            "Prompt tokens of attempts that workers started, by model.",
+            "model",
+            &[OTHER_MODEL],
+        )?;
+        let tokens_out = counters(
+            "orchd_tokens_out_total",
+            "Tokens received from workers, by model.",
+            "model",
+            &[OTHER_MODEL],
+        )?;
+        let models: BTreeSet<_> = catalog
+            .into_iter()
+            .take(MOST_MODELS)
+            .map(str::to_owned)
+            .collect();
+        for model in &models {
+            tokens_in.with_label_values(&[model]);
+            tokens_out.with_label_values(&[model]);
+        }
         let ends = JobStatus::ALL
             .into_iter()
             .filter(|status| status.is_terminal());
         let ends: Vec<_> = ends.map(JobStatus::as_str).collect();
         Ok(Self {
             queue_depth,
-            enqueued: counters(
-                "orchd_tasks_enqueued_total",
-                "Submitted tasks, by what became of the submit.",
+            submitted: counters(
+                "orchd_tasks_submitted_total",
+                "Submits of tasks, by outcome; `accepted` counts repetitions under one idempotency key as well.",
                 "outcome",
                 &SUBMIT_OUTCOMES,
+            )?,
+            enqueued: counters(
+                "orchd_tasks_enqueued_total",
+                "Jobs that were stored and put into the queue, by priority.",
+                "priority",
+                &[Priority::Interactive, Priority::Batch].map(Priority::as_str),
             )?,
             finished: counters(
                 "orchd_tasks_finished_total",
@@ -119,12 +192,26 @@ impl Metrics {
                 "outcome",
                 &ends,
             )?,
-            dispatched: counters(
+            dispatched: counter(
                 "orchd_tasks_dispatched_total",
-                "Attempts that ended, by how.",
+                "Jobs that were given to a worker, once for each attempt.",
+            )?,
+            attempts_ended: counters(
+                "orchd_attempts_ended_total",
+                "Attempts that ended, by how; `over` is one whose job ended without it, as by a cancel.",
                 "outcome",
                 &ATTEMPT_OUTCOMES,
             )?,
+            tokens_in,
+            tokens_out,
+            models: Mutex::new(models),
+            pools,
+            pool_state: gauges(
+                "orchd_pool_state",
+                "1 for the state that a registered pool is in, 0 for its other states.",
+                &["pool", "state"],
+            )?,
+            rendering: Mutex::default(),
             heartbeats: counters(
                 "orchd_heartbeats_total",
                 "Heartbeats of pools, by what became of them.",
@@ -169,12 +256,19 @@ impl Metrics {
         })
     }
 
-    /// The text form, with what is counted only when somebody asks.
+    /// Returns the text form, with the figures that are taken only at a scrape.
     pub fn render(
         &self,
         depths: impl IntoIterator<Item = (Priority, usize)>,
         worker_connections: usize,
+        pools: &[PoolView],
     ) -> Result<String, prometheus::Error> {
+        // Two scrapes at once would each clear the pools that the other has just set.
+        let _one_at_a_time = self
+            .rendering
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.set_pools(pools);
         let figure = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         for (class, depth) in depths {
             let gauge = self.queue_depth.with_label_values(&[class.as_str()]);
@@ -182,6 +276,67 @@ impl Metrics {
         }
         self.worker_connections.set(figure(worker_connections));
         TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+
+    /// Sets the figures of the registered pools. A pool that has left leaves no series behind.
+    fn set_pools(&self, pools: &[PoolView]) {
+        self.pool_state.reset();
+        let gauges =
+            POOL_STATES.map(|state| (state, self.pools.with_label_values(&[state.as_str()])));
+        for (_, gauge) in &gauges {
+            gauge.set(0);
+        }
+        for pool in pools {
+            // The series of a model that a pool has are there before its first token.
+            let models = pool.status.iter().flat_map(|status| &status.models);
+            models.for_each(|model| self.model_label(&model.model_ref, |_| ()));
+            for (state, gauge) in &gauges {
+                let is_current = *state == pool.state;
+                gauge.add(i64::from(is_current));
+                self.pool_state
+                    .with_label_values(&[pool.id.as_str(), state.as_str()])
+                    .set(i64::from(is_current));
+            }
+        }
+    }
+
+    /// Counts the prompt of an attempt that a worker started.
+    pub fn prompted(&self, model: &ModelRef, tokens: u32) {
+        self.model_label(model, |label| {
+            self.tokens_in
+                .with_label_values(&[label])
+                .inc_by(tokens.into());
+        });
+    }
+
+    /// Counts tokens that a worker generated.
+    pub fn generated(&self, model: &ModelRef, tokens: usize) {
+        self.model_label(model, |label| {
+            self.tokens_out
+                .with_label_values(&[label])
+                .inc_by(tokens as u64);
+        });
+    }
+
+    /// Calls `count` with the label of a model, which gets series of its own if there is room.
+    fn model_label(&self, model: &ModelRef, count: impl FnOnce(&str)) {
+        let label = match model {
+            ModelRef::File(_) => return count(OTHER_MODEL),
+            ModelRef::Alias(id) => std::borrow::Cow::Borrowed(id.as_str()),
+            ModelRef::Hub { .. } => std::borrow::Cow::Owned(model.to_string()),
+        };
+        {
+            let mut models = self.models.lock().unwrap_or_else(PoisonError::into_inner);
+            if !models.contains(label.as_ref()) {
+                if models.len() >= MOST_MODELS {
+                    return count(OTHER_MODEL);
+                }
+                models.insert(label.to_string());
+                self.tokens_in.with_label_values(&[label.as_ref()]);
+                self.tokens_out.with_label_values(&[label.as_ref()]);
+            }
+        }
+        count(&label);
     }
 
     /// A scheduling pass took so long.

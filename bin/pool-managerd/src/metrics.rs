@@ -62,7 +62,7 @@ pub struct Metrics {
     registry: Registry,
     workers: IntGaugeVec,
     starts: IntCounterVec,
-    stops: IntCounterVec,
+    ends: IntCounterVec,
     heartbeats: IntCounterVec,
     downloads: IntCounterVec,
     gpus: IntGauge,
@@ -85,6 +85,13 @@ impl Metrics {
         let gauge = |name: &str, help: &str, label: &str| {
             kept(&registry, IntGaugeVec::new(Opts::new(name, help), &[label]))
         };
+        gauge(
+            "pool_mgr_build_info",
+            "1, with the version of pool-managerd.",
+            "version",
+        )
+        .with_label_values(&[env!("CARGO_PKG_VERSION")])
+        .set(1);
         let gpus = kept(
             &registry,
             IntGauge::new("pool_mgr_gpus", "GPUs of the host."),
@@ -121,14 +128,14 @@ impl Metrics {
                 "Starts of workers by outcome: ready, refused, or why it did not come up.",
                 "outcome",
             ),
-            stops: counter(
-                "pool_mgr_worker_stops_total",
-                "Ends of workers by reason.",
+            ends: counter(
+                "pool_mgr_worker_ends_total",
+                "Workers that ended, crashed ones among them, by reason.",
                 "reason",
             ),
             heartbeats: counter(
                 "pool_mgr_heartbeats_total",
-                "Calls to the orchestrator by outcome.",
+                "Heartbeats to the orchestrator, with the registration that one may need, by outcome.",
                 "outcome",
             ),
             downloads: counter(
@@ -144,7 +151,7 @@ impl Metrics {
             metrics.starts.with_label_values(&[outcome]);
         }
         for reason in STOP_REASONS {
-            metrics.stops.with_label_values(&[reason]);
+            metrics.ends.with_label_values(&[reason]);
         }
         for outcome in DOWNLOAD_OUTCOMES {
             metrics.downloads.with_label_values(&[outcome]);
@@ -168,7 +175,7 @@ impl Metrics {
     /// A worker ended.
     pub fn ended(&self, reason: &ExitReason, during_start: bool) {
         let label = reason_label(reason);
-        self.stops.with_label_values(&[label]).inc();
+        self.ends.with_label_values(&[label]).inc();
         if during_start {
             self.started(label);
         }

@@ -10,6 +10,7 @@ use prometheus::TEXT_FORMAT;
 
 use super::error;
 use crate::app::App;
+use crate::clock;
 
 /// Whether jobs can be taken: not while the database can't be used, nor while the daemon stops.
 #[utoipa::path(get, path = "/ready", tag = "daemon", responses((status = 200, body = Health)))]
@@ -31,7 +32,11 @@ pub(super) async fn metrics(State(app): State<App>) -> ServiceResult<impl IntoRe
     let connected = attempts.iter().filter(|attempt| attempt.is_attached());
     let text = app
         .metrics
-        .render(app.jobs.depths(), connected.count())
+        .render(
+            app.jobs.depths(),
+            connected.count(),
+            &app.fleet.views(clock::now()),
+        )
         .map_err(|error| ServiceError::internal(&error))?;
     Ok((
         [(CONTENT_TYPE, HeaderValue::from_static(TEXT_FORMAT))],

@@ -65,7 +65,7 @@ pub(super) async fn submit(
         Err(error) if error.status().is_server_error() => "unavailable",
         Err(_) => "refused",
     };
-    app.metrics.enqueued.with_label_values(&[outcome]).inc();
+    app.metrics.submitted.with_label_values(&[outcome]).inc();
     let Accepted {
         id,
         status,

@@ -10,7 +10,6 @@ use orchestrator_core::queue::QueuedJob;
 use pool_core::api::pool::WorkerEndpoint;
 
 use super::running::{Cut, Running, cut};
-use super::verdict::Verdict;
 use super::{conclude, end_surely, pause_for_store, release, requeue_surely, seam, worker};
 use crate::app::App;
 use crate::life::End;
@@ -76,13 +75,7 @@ async fn perform(app: &App, found: &Found) {
         Err(Cut::Over) => return tell_worker(app, found).await,
         Err(Cut::Stopping) => return,
     };
-    // A worker whose stream never opened says nothing of the attempt's outcome in the figures of dispatches.
-    if !matches!(verdict, Verdict::Stopping) {
-        app.metrics
-            .dispatched
-            .with_label_values(&[verdict.label()])
-            .inc();
-    }
+    verdict.count(&app.metrics);
     conclude(app, live, queued, attempt, &lease, &endpoint, verdict).await;
 }
 

@@ -88,10 +88,7 @@ async fn perform(app: &App, dispatch: &Dispatch, fence: &OnceLock<u64>) {
         }
         Err(verdict) => verdict,
     };
-    app.metrics
-        .dispatched
-        .with_label_values(&[verdict.label()])
-        .inc();
+    verdict.count(&app.metrics);
     conclude(app, live, queued, attempt, &lease, endpoint, verdict).await;
 }
 
@@ -120,6 +117,7 @@ async fn lease(
         Ok(lease) => {
             crash_point("lease.committed");
             live.hub.forget_momentary();
+            app.metrics.dispatched.inc();
             if lease.attempt == 1 {
                 app.metrics
                     .queue_wait

@@ -359,6 +359,11 @@ impl<'a> Running<'a> {
         if self.started && told {
             return None;
         }
+        // Of an attempt that was found again, the run of the daemon that began it has counted the prompt.
+        if !self.started && self.caught_up {
+            let metrics = &self.app.metrics;
+            metrics.prompted(&self.lease.spec.model, started.tokens_in);
+        }
         let origin = started.origin.clone();
         let event = self.announcement(started);
         // Found again after another restart, it stands where the log does.
@@ -488,6 +493,8 @@ impl<'a> Running<'a> {
                 .ttft
                 .observe(seconds_since(self.live.created_at));
         }
+        let metrics = &self.app.metrics;
+        metrics.generated(&self.lease.spec.model, token.ids.len());
         self.next_index += 1;
         let entry = self.live.hub.entry(
             TaskEvent::Token(Token {

@@ -5,6 +5,8 @@ use orchestrator_core::job::{JobError, JobErrorCode};
 use pool_core::api::worker::{WorkerError, WorkerErrorCode};
 use pool_core::client::ClientError;
 
+use crate::metrics::Metrics;
+
 /// How an attempt ends.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Verdict {
@@ -34,9 +36,16 @@ pub(super) enum Verdict {
 }
 
 impl Verdict {
-    /// The name in the metrics.
-    pub(super) fn label(&self) -> &'static str {
-        match self {
+    /// Counts the end of the attempt. An attempt that a stopping daemon leaves to its worker has not ended.
+    pub(super) fn count(&self, metrics: &Metrics) {
+        if let Some(label) = self.label() {
+            metrics.attempts_ended.with_label_values(&[label]).inc();
+        }
+    }
+
+    /// Returns the name in the metrics; `None` if the attempt continues.
+    fn label(&self) -> Option<&'static str> {
+        Some(match self {
             Self::Finished(_) => "completed",
             Self::Failed(_) => "failed",
             Self::Lost(_) => "lost",
@@ -44,8 +53,8 @@ impl Verdict {
             Self::Refused(_) | Self::Cramped { .. } => "refused",
             Self::Broken => "broken",
             Self::Over => "over",
-            Self::Stopping => "stopping",
-        }
+            Self::Stopping => return None,
+        })
     }
 }
 
@@ -118,7 +127,7 @@ mod tests {
     #[test]
     fn an_error_of_the_request_is_never_retried_and_a_full_worker_never_counted() {
         use WorkerErrorCode as W;
-        let label = |code, retriable| of_code(code, "m", retriable).label();
+        let label = |code, retriable| of_code(code, "m", retriable).label().unwrap();
         for code in [W::InvalidRequest, W::ContextOverflow, W::TemplateFailed] {
             assert_eq!(label(code, true), "failed", "{code:?}");
         }
@@ -164,6 +173,6 @@ mod tests {
             reason: "CONTEXT_OVERFLOW: m".into(),
         };
         assert_eq!(of(732, 732), cramped);
-        assert_eq!(of(733, 732).label(), "failed");
+        assert_eq!(of(733, 732).label(), Some("failed"));
     }
 }

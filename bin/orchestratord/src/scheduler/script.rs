@@ -361,7 +361,7 @@ mod tests {
             script_limit_ms: 5,
             ..SchedulerConfig::default()
         };
-        let metrics = Metrics::new().unwrap();
+        let metrics = Metrics::new([]).unwrap();
         let script = ScriptPolicy::start(&config, &metrics).unwrap();
         let snapshot = large();
         let built_in = schedule(&snapshot, &LeastLoaded);

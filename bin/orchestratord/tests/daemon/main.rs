@@ -21,6 +21,8 @@ mod numbers;
 mod openapi;
 mod pools;
 mod process;
+#[path = "../../../../shared-crates/pool-core/tests/support/promtool.rs"]
+mod promtool;
 mod restart;
 mod retention;
 mod scheduling;

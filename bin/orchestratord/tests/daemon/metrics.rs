@@ -9,9 +9,21 @@ use serde_json::{Value, json};
 
 use crate::support::{MODEL, Orchestrator, one_worker};
 
-/// Every series that there is before anything happened, and so every one that there ever is.
-const SERIES: [&str; 35] = [
+/// Every series that there is before anything happened, but for those of models and pools.
+const SERIES: [&str; 38] = [
     "orchd_active_streams",
+    "orchd_attempts_ended_total{outcome=\"broken\"}",
+    "orchd_attempts_ended_total{outcome=\"completed\"}",
+    "orchd_attempts_ended_total{outcome=\"failed\"}",
+    "orchd_attempts_ended_total{outcome=\"lost\"}",
+    "orchd_attempts_ended_total{outcome=\"not_found\"}",
+    "orchd_attempts_ended_total{outcome=\"over\"}",
+    "orchd_attempts_ended_total{outcome=\"refused\"}",
+    concat!(
+        "orchd_build_info{version=\"",
+        env!("CARGO_PKG_VERSION"),
+        "\"}"
+    ),
     "orchd_heartbeats_total{outcome=\"accepted\"}",
     "orchd_heartbeats_total{outcome=\"refused\"}",
     "orchd_lagged_total",
@@ -29,24 +41,39 @@ const SERIES: [&str; 35] = [
     "orchd_script_errors_total{kind=\"runtime\"}",
     "orchd_script_errors_total{kind=\"timeout\"}",
     "orchd_script_refused",
-    "orchd_tasks_dispatched_total{outcome=\"broken\"}",
-    "orchd_tasks_dispatched_total{outcome=\"completed\"}",
-    "orchd_tasks_dispatched_total{outcome=\"failed\"}",
-    "orchd_tasks_dispatched_total{outcome=\"lost\"}",
-    "orchd_tasks_dispatched_total{outcome=\"not_found\"}",
-    "orchd_tasks_dispatched_total{outcome=\"over\"}",
-    "orchd_tasks_dispatched_total{outcome=\"refused\"}",
-    "orchd_tasks_dispatched_total{outcome=\"stopping\"}",
-    "orchd_tasks_enqueued_total{outcome=\"accepted\"}",
-    "orchd_tasks_enqueued_total{outcome=\"queue_full\"}",
-    "orchd_tasks_enqueued_total{outcome=\"refused\"}",
-    "orchd_tasks_enqueued_total{outcome=\"unavailable\"}",
+    "orchd_tasks_dispatched_total",
+    "orchd_tasks_enqueued_total{priority=\"batch\"}",
+    "orchd_tasks_enqueued_total{priority=\"interactive\"}",
     "orchd_tasks_finished_total{outcome=\"cancelled\"}",
     "orchd_tasks_finished_total{outcome=\"completed\"}",
     "orchd_tasks_finished_total{outcome=\"expired\"}",
     "orchd_tasks_finished_total{outcome=\"failed\"}",
+    "orchd_tasks_submitted_total{outcome=\"accepted\"}",
+    "orchd_tasks_submitted_total{outcome=\"queue_full\"}",
+    "orchd_tasks_submitted_total{outcome=\"refused\"}",
+    "orchd_tasks_submitted_total{outcome=\"unavailable\"}",
     "orchd_worker_connections_active",
 ];
+
+/// The series of models and pools: those of the catalogue, the others as one, and the pool of the test.
+fn named_series() -> impl Iterator<Item = String> {
+    let catalog = pool_core::catalog::Catalog::embedded();
+    let ids: Vec<_> = catalog.iter().map(|entry| entry.id.clone()).collect();
+    let models = ids.into_iter().chain(["other".to_owned()]);
+    let tokens = models.flat_map(|model| {
+        ["in", "out"].map(|way| format!("orchd_tokens_{way}_total{{model=\"{model}\"}}"))
+    });
+    let pools = [
+        "online", "draining", "drained", "suspect", "offline", "awaited", "stopped",
+    ]
+    .into_iter();
+    tokens.chain(pools.flat_map(|state| {
+        [
+            format!("orchd_pools{{state=\"{state}\"}}"),
+            format!("orchd_pool_state{{pool=\"pool-a\",state=\"{state}\"}}"),
+        ]
+    }))
+}
 
 /// The lines of `/metrics` but those of a histogram's buckets and of times to first token.
 async fn figures(orchestrator: &Orchestrator) -> BTreeMap<String, f64> {
@@ -69,7 +96,8 @@ async fn every_series_is_there_from_the_start_and_none_is_added() {
             .collect()
     };
     let before = figures(&orchestrator).await;
-    assert_eq!(plain(&before), SERIES.map(str::to_owned).into());
+    let expected = SERIES.map(str::to_owned).into_iter().chain(named_series());
+    assert_eq!(plain(&before), expected.collect());
     assert_eq!(before["orchd_heartbeats_total{outcome=\"accepted\"}"], 1.0);
 
     let job = orchestrator.job().await;
@@ -91,23 +119,126 @@ async fn every_series_is_there_from_the_start_and_none_is_added() {
         ("orchd_queue_depth{priority=\"interactive\"}", 0.0),
         ("orchd_worker_connections_active", 1.0),
         ("orchd_active_streams", 1.0),
-        ("orchd_tasks_enqueued_total{outcome=\"accepted\"}", 2.0),
-        ("orchd_tasks_enqueued_total{outcome=\"refused\"}", 1.0),
+        ("orchd_tasks_submitted_total{outcome=\"accepted\"}", 2.0),
+        ("orchd_tasks_submitted_total{outcome=\"refused\"}", 1.0),
+        ("orchd_tasks_enqueued_total{priority=\"batch\"}", 1.0),
+        ("orchd_tasks_enqueued_total{priority=\"interactive\"}", 1.0),
+        // Dispatched and not ended.
+        ("orchd_tasks_dispatched_total", 1.0),
+        ("orchd_attempts_ended_total{outcome=\"completed\"}", 0.0),
+        ("orchd_pools{state=\"online\"}", 1.0),
+        ("orchd_pool_state{pool=\"pool-a\",state=\"online\"}", 1.0),
+        ("orchd_pool_state{pool=\"pool-a\",state=\"offline\"}", 0.0),
         ("orchd_ttft_seconds_count", 1.0),
         ("orchd_queue_wait_seconds_count", 1.0),
     ] {
         assert_eq!(during[series], value, "{series}");
     }
     assert!(during["orchd_scheduling_latency_seconds_count"] >= 1.0);
+    orchestrator.cancel(waiting).await;
     worker.end(job, 1);
     orchestrator.until(job, JobStatus::Completed).await;
-    orchestrator.cancel(waiting).await;
     let after = figures(&orchestrator).await;
     for outcome in ["completed", "cancelled"] {
         let series = format!("orchd_tasks_finished_total{{outcome=\"{outcome}\"}}");
         assert_eq!(after[&series], 1.0, "{series}");
     }
+    assert_eq!(after["orchd_tasks_dispatched_total"], 1.0);
+    assert_eq!(
+        after["orchd_attempts_ended_total{outcome=\"completed\"}"],
+        1.0
+    );
     assert_eq!(plain(&after), plain(&before));
+    orchestrator.stop().await;
+}
+
+#[tokio::test] // [ORCHD-172]
+async fn counters_count_once_what_their_names_say() {
+    let (orchestrator, pool, worker) = one_worker().await;
+    let http = reqwest::Client::new();
+    let submit = async || {
+        let task = json!({"model": MODEL, "prompt": "hi"});
+        let call = http.post(format!("{}/v2/tasks", orchestrator.url()));
+        let answer = call.header("idempotency-key", "k").json(&task).send().await;
+        let answer: Value = answer.unwrap().json().await.unwrap();
+        answer["job_id"].as_str().unwrap().parse().unwrap()
+    };
+    // Two submits under one key are one job.
+    let job = submit().await;
+    assert_eq!(submit().await, job);
+    worker.request(1).await;
+    worker.started(job);
+    worker.tokens(job, 0..5);
+    worker.end(job, 5);
+    let view = orchestrator.until(job, JobStatus::Completed).await;
+    let usage = view.usage.unwrap();
+    // A cancelled attempt has ended, and its tokens were generated all the same.
+    let cancelled = orchestrator.job().await;
+    worker.request(2).await;
+    worker.started(cancelled);
+    worker.tokens(cancelled, 0..2);
+    let mut reader = orchestrator.follow(cancelled, None).await.unwrap();
+    while reader.logged().await.unwrap().id.unwrap().seq < 4 {}
+    orchestrator.cancel(cancelled).await;
+    let ended = "orchd_attempts_ended_total{outcome=\"over\"}";
+    crate::support::eventually("the attempt's end", async || {
+        (figures(&orchestrator).await[ended] == 1.0).then_some(())
+    })
+    .await;
+    pool.beat_with(&orchestrator, |status| {
+        status.draining = true;
+        // The path of a file stays hidden. A model of the pool has its series before its first token.
+        for name in ["file:/secret/place.gguf", "imported"] {
+            let mut model = status.models[0].clone();
+            model.model_ref = name.parse().unwrap();
+            status.models.push(model);
+        }
+    })
+    .await;
+    let figures = figures(&orchestrator).await;
+    let tokens = |way: &str| figures[&format!("orchd_tokens_{way}_total{{model=\"{MODEL}\"}}")];
+    for (series, value) in [
+        ("orchd_tasks_submitted_total{outcome=\"accepted\"}", 3.0),
+        ("orchd_tasks_enqueued_total{priority=\"interactive\"}", 2.0),
+        ("orchd_tasks_dispatched_total", 2.0),
+        ("orchd_attempts_ended_total{outcome=\"completed\"}", 1.0),
+        ("orchd_tasks_finished_total{outcome=\"completed\"}", 1.0),
+        ("orchd_tasks_finished_total{outcome=\"cancelled\"}", 1.0),
+        ("orchd_pools{state=\"drained\"}", 1.0),
+        ("orchd_pools{state=\"online\"}", 0.0),
+        ("orchd_tokens_out_total{model=\"imported\"}", 0.0),
+    ] {
+        assert_eq!(figures[series], value, "{series}");
+    }
+    assert_eq!(tokens("out"), 7.0);
+    assert_eq!(tokens("in"), f64::from(usage.tokens_in * 2));
+    assert!(!figures.keys().any(|series| series.contains("secret")));
+    // A pool that leaves takes its series along.
+    let path = format!("/v2/pools/{}", pool.id);
+    let _: serde::de::IgnoredAny = orchestrator.client.delete(&path).await.unwrap();
+    let figures = self::figures(&orchestrator).await;
+    assert!(
+        !figures
+            .keys()
+            .any(|series| series.starts_with("orchd_pool_state"))
+    );
+    assert_eq!(figures["orchd_pools{state=\"drained\"}"], 0.0);
+    orchestrator.stop().await;
+}
+
+#[tokio::test] // [ORCHD-173]
+async fn promtool_accepts_metrics_and_the_scrape_example() {
+    let (orchestrator, _pool, _worker) = one_worker().await;
+    let text = orchestrator.client.get_text("/metrics").await.unwrap();
+    crate::promtool::check_metrics(&text);
+    let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md");
+    let readme = std::fs::read_to_string(readme).unwrap();
+    let example = readme.split("```yaml\n").nth(1).expect("an example");
+    let example = example.split("```").next().unwrap();
+    for address in ["127.0.0.1:8080", "127.0.0.1:9200"] {
+        assert!(example.contains(address), "{example}");
+    }
+    crate::promtool::check_config(example);
     orchestrator.stop().await;
 }
 

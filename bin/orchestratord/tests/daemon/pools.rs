@@ -323,12 +323,14 @@ async fn health_version_and_metrics_answer() {
     orchestrator.client.get::<Value>("/ready").await.unwrap();
     let text = eventually("the figures", async || {
         let text = orchestrator.client.get_text("/metrics").await.unwrap();
-        text.contains("orchd_tasks_dispatched_total{outcome=\"completed\"} 1")
+        text.contains("orchd_attempts_ended_total{outcome=\"completed\"} 1")
             .then_some(text)
     })
     .await;
     for line in [
-        "orchd_tasks_enqueued_total{outcome=\"accepted\"} 1",
+        "orchd_tasks_submitted_total{outcome=\"accepted\"} 1",
+        "orchd_tasks_enqueued_total{priority=\"interactive\"} 1",
+        "orchd_tasks_dispatched_total 1",
         "orchd_tasks_finished_total{outcome=\"completed\"} 1",
         "orchd_heartbeats_total{outcome=\"accepted\"} 1",
         "orchd_queue_depth{priority=\"interactive\"} 0",

@@ -16,6 +16,8 @@ mod numbers;
 mod openapi;
 #[path = "../../../../shared-crates/pool-core/tests/support/program.rs"]
 mod program;
+#[path = "../../../../shared-crates/pool-core/tests/support/promtool.rs"]
+mod promtool;
 mod relay;
 mod support;
 mod workers;

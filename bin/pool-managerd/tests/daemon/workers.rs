@@ -82,7 +82,7 @@ async fn a_worker_comes_up_serves_and_stops_and_its_secret_stays_secret() {
         "pool_mgr_workers{status=\"stopped\"} 1",
         "pool_mgr_workers{status=\"ready\"} 0",
         "pool_mgr_worker_starts_total{outcome=\"ready\"} 1",
-        "pool_mgr_worker_stops_total{reason=\"stopped\"} 1",
+        "pool_mgr_worker_ends_total{reason=\"stopped\"} 1",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
@@ -94,6 +94,12 @@ async fn every_series_is_there_before_its_first_event() {
     let host = Host::new();
     let daemon = host.start().await;
     let metrics = daemon.client.get_text("/metrics").await.unwrap();
+    crate::promtool::check_metrics(&metrics);
+    let build = format!(
+        "pool_mgr_build_info{{version=\"{}\"}} 1",
+        env!("CARGO_PKG_VERSION")
+    );
+    assert!(metrics.contains(&build), "{metrics}");
     for (name, kind, label, values) in [
         (
             "pool_mgr_workers",
@@ -108,7 +114,7 @@ async fn every_series_is_there_before_its_first_event() {
             "ready refused spawn_failed exited signal start_timeout model_invalid",
         ),
         (
-            "pool_mgr_worker_stops_total",
+            "pool_mgr_worker_ends_total",
             "counter",
             "reason",
             "exited signal oom_killed stalled start_timeout model_invalid stopped",

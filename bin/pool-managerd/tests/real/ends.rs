@@ -200,7 +200,7 @@ async fn a_worker_that_answers_and_gets_nowhere_is_stalled() {
                 .any(|line| line.starts_with("variables:"))
         );
         let metrics = client.get_text("/metrics").await.unwrap();
-        let counted = "pool_mgr_worker_stops_total{reason=\"stalled\"} 1";
+        let counted = "pool_mgr_worker_ends_total{reason=\"stalled\"} 1";
         assert!(metrics.contains(counted), "{metrics}");
     }
 }
