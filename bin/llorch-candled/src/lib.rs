@@ -141,6 +141,9 @@ pub async fn run(
         token: Some(secret.clone()),
         open_paths: vec!["/health"],
         body_limit: BODY_LIMIT,
+        // Whoever has the secret is the fleet; anybody else is refused as soon as the head is read.
+        is_control: |_, _| true,
+        is_stream: |_, _, _| false,
         ..ServiceOptions::new(
             "llorch-candled",
             env!("CARGO_PKG_VERSION"),
@@ -157,7 +160,7 @@ pub async fn run(
     };
     let executions = Arc::new(Executions::new(limits, submit));
     let status = Arc::new(Status::new(args.clone(), nonce));
-    let metrics = Arc::new(Metrics::new()?);
+    let metrics = Arc::new(Metrics::new(service.load())?);
     let (loaded_sender, loaded) = oneshot::channel();
     let compute = Compute {
         model: args.model.clone(),

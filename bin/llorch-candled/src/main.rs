@@ -7,9 +7,13 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{CommandFactory, Parser, error::ErrorKind};
 use llorch_candled::{Config, RunError, backend, handed_over, panics, run};
+use pool_core::service::threads::{self, RuntimeError};
 use pool_core::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
 use tokio::signal::unix::{SignalKind, signal};
+
+/// Threads beside those that compute: the runtime's, the one that leads the computation, and a template's.
+const OWN_THREADS: usize = 9;
 
 /// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which hand over
 /// LLORCH_WORKER_SECRET and LLORCH_WORKER_NONCE in the environment. It runs one sequence at a time: `--slots` takes 1 only.
@@ -37,16 +41,24 @@ fn main() -> ExitCode {
             )
             .exit();
     }
-    let threads = cli
+    let wanted = cli
         .worker
         .threads
         .unwrap_or_else(backend::cpu::default_threads);
+    let threads = match compute_threads(wanted) {
+        Ok(threads) => threads,
+        Err(error) => {
+            let hint = error.hint().unwrap_or_default();
+            let _ = writeln!(io::stderr(), "error: {error} ({hint})");
+            return ExitCode::FAILURE;
+        }
+    };
     // SAFETY: this is the process's first thread, and it has started no other yet.
     #[allow(unsafe_code)]
     unsafe {
         backend::cpu::limit_threads(threads);
     }
-    match start(cli) {
+    match start(cli, (threads < wanted).then_some(threads)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let known = error.downcast_ref::<RunError>();
@@ -63,8 +75,23 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(cli: Cli) -> anyhow::Result<()> {
+/// Returns how many of `wanted` compute threads the system has room for. candle and rayon panic where it gives fewer than
+/// they ask for, and each of them starts that many.
+fn compute_threads(wanted: u32) -> Result<u32, RuntimeError> {
+    let needed = OWN_THREADS + 2;
+    let found = threads::available(OWN_THREADS + 2 * wanted as usize);
+    let pairs = found.saturating_sub(OWN_THREADS) / 2;
+    match u32::try_from(pairs).unwrap_or(u32::MAX) {
+        0 => Err(RuntimeError::Threads { found, needed }),
+        threads => Ok(threads.min(wanted)),
+    }
+}
+
+fn start(cli: Cli, fewer_threads: Option<u32>) -> anyhow::Result<()> {
     telemetry::init("info").context("`LLORCH_LOG` is not a log filter")?;
+    if let Some(threads) = fewer_threads {
+        tracing::warn!(threads, "the system has no room for more compute threads");
+    }
     let (secret, nonce) = handed_over()?;
     let config = Config {
         args: cli.worker,
@@ -74,10 +101,7 @@ fn start(cli: Cli) -> anyhow::Result<()> {
         buffer_bytes: cli.buffer_mib << 20,
     };
     // Two threads are plenty for the events of one computation, and leave the processors to it.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()?;
+    let runtime = threads::runtime(2, 2)?;
     let outcome = runtime.block_on(async {
         // A daemon that dies leaves the worker's process group without a parent in its session, upon which the kernel
         // hangs up a worker that somebody had stopped for a moment. Asking for the signal is enough to survive it.

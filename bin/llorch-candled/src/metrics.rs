@@ -1,6 +1,7 @@
 //! Figures for Prometheus.
 
 use pool_core::api::worker::{WorkerEnd, WorkerErrorCode};
+use pool_core::service::Load;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
@@ -30,11 +31,19 @@ pub struct Metrics {
     tpot: Histogram,
     active: IntGauge,
     buffer_bytes: IntGauge,
+    load: Load,
+    connections: IntGauge,
+    refused: IntCounter,
 }
 
 impl Metrics {
     /// Figures that all stand at zero.
-    pub fn new() -> prometheus::Result<Self> {
+    pub fn new(load: Load) -> prometheus::Result<Self> {
+        let limit = IntGauge::new(
+            "candled_connections_limit",
+            "Connections that there is room for.",
+        )?;
+        limit.set(i64::try_from(load.places().connections).unwrap_or(i64::MAX));
         let seconds = |name: &str, help: &str, first: f64| {
             let buckets = prometheus::exponential_buckets(first, 2.0, 14)?;
             Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets))
@@ -71,6 +80,12 @@ impl Metrics {
                 "Executions that run or are about to.",
             )?,
             buffer_bytes: IntGauge::new("candled_buffer_bytes", "Bytes of event buffers.")?,
+            load,
+            connections: IntGauge::new("candled_connections_active", "Open connections.")?,
+            refused: IntCounter::new(
+                "candled_overload_refusals_total",
+                "Requests refused with 503 for want of a connection or memory.",
+            )?,
         };
         let build = IntGaugeVec::new(
             Opts::new(
@@ -81,6 +96,13 @@ impl Metrics {
         )?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         metrics.registry.register(Box::new(build))?;
+        metrics.registry.register(Box::new(limit))?;
+        metrics
+            .registry
+            .register(Box::new(metrics.connections.clone()))?;
+        metrics
+            .registry
+            .register(Box::new(metrics.refused.clone()))?;
         metrics
             .registry
             .register(Box::new(metrics.executions.clone()))?;
@@ -137,6 +159,10 @@ impl Metrics {
     pub fn render(&self, active: usize, buffer_bytes: usize) -> prometheus::Result<String> {
         self.active.set(active as i64);
         self.buffer_bytes.set(buffer_bytes as i64);
+        self.connections.set(self.load.connections() as i64);
+        let refused = self.load.refused();
+        self.refused
+            .inc_by(refused.saturating_sub(self.refused.get()));
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 }

@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use axum::http::Method;
+use axum::http::{HeaderMap, Method};
 use orchestrator_core::config::OrchestratorConfig;
 use pool_core::ORCHESTRATOR_API_VERSION;
 use pool_core::catalog::Catalog;
@@ -33,7 +33,9 @@ use pool_core::crash::crash_point;
 use pool_core::home::Home;
 use pool_core::secret::Secret;
 use pool_core::service::state_files::RunFiles;
-use pool_core::service::{BindError, ScopedToken, Service, ServiceOptions, Shutdown};
+use pool_core::service::{
+    BindError, ScopedToken, Service, ServiceOptions, Shutdown, asks_for_events, is_about_the_daemon,
+};
 use serde::de::IgnoredAny;
 use serde_json::json;
 use tokio::task::JoinHandle;
@@ -51,6 +53,9 @@ use state::{Interrupted, Store, StoreError};
 const NAME: &str = "orchestratord";
 /// The job database in the state folder.
 const DATABASE: &str = "jobs.db";
+/// Descriptors of the daemon's own: five connections to the database of three files each, what they need for a moment, the
+/// script, the reserve and the log.
+const OWN_FILES: usize = 22;
 /// What is left after the connections ended has this long, and the database as long again.
 const WIND_UP: Duration = Duration::from_secs(1);
 /// How long a pool may take to report after it was asked to.
@@ -202,8 +207,9 @@ impl Daemon {
             }
         };
 
-        let metrics = Metrics::new(catalog.iter().map(|entry| entry.id.as_str()))
-            .context("could not make the metrics")?;
+        let models = catalog.iter().map(|entry| entry.id.as_str());
+        let metrics =
+            Metrics::new(models, service.load()).context("could not make the metrics")?;
         let fleet = Fleet::new(tokens.pool, &config, clock::now());
         let script = ScriptPolicy::start(&config.scheduler, &metrics)
             .context("could not start the thread for the scheduler's script")?;
@@ -243,6 +249,9 @@ fn service_options(config: &OrchestratorConfig, tokens: &Tokens) -> ServiceOptio
     options.body_timeout = Duration::from_secs(service.body_timeout_s);
     options.header_limit = service.header_limit_bytes;
     options.body_limit = service.body_limit_bytes;
+    options.own_files = OWN_FILES;
+    options.is_control = is_control;
+    options.is_stream = is_stream;
     options.scoped_tokens = tokens
         .pool
         .clone()
@@ -254,6 +263,22 @@ fn service_options(config: &OrchestratorConfig, tokens: &Tokens) -> ServiceOptio
         .into_iter()
         .collect();
     options
+}
+
+/// Whether a request keeps its place when clients have all the others: those of the fleet, and cancelling.
+fn is_control(method: &Method, path: &str) -> bool {
+    let cancels = || {
+        let task = path.strip_prefix("/v2/tasks/");
+        method == Method::POST && task.is_some_and(|task| task.ends_with("/cancel"))
+    };
+    is_about_the_daemon(method, path)
+        || path == "/v2/pools"
+        || path.starts_with("/v2/pools/")
+        || cancels()
+}
+
+fn is_stream(method: &Method, path: &str, headers: &HeaderMap) -> bool {
+    asks_for_events(method, path, headers) || path == "/v2/scheduler/record"
 }
 
 /// Whether a call is one that pools make about themselves.

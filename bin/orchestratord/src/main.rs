@@ -4,11 +4,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use orchestrator_core::config::OrchestratorConfig;
 use orchestratord::{Hinted, Holder};
 use pool_core::home::Home;
-use pool_core::service::{Shutdown, report_failure, telemetry};
+use pool_core::service::{Shutdown, report_failure, telemetry, threads};
 use pool_core::settings::names_in_environment;
 
 /// Daemon of llama-orch: durable job queue, scheduling, event streams.
@@ -23,6 +24,10 @@ struct Args {
     /// Address to listen on; port 0 takes a free one.
     #[arg(long, value_name = "ADDR:PORT")]
     bind: Option<SocketAddr>,
+    /// File that the log is appended to, standard output and error as well. It is renamed by size (`log.max_bytes`,
+    /// `log.keep`), and SIGHUP opens it again [default: the log goes to standard error].
+    #[arg(long, value_name = "PATH")]
+    log_file: Option<PathBuf>,
     /// Start although another orchestratord holds the jobs, if that one is frozen and does not answer. Should it wake up,
     /// it can change nothing any more and ends by itself.
     #[arg(long)]
@@ -41,9 +46,16 @@ enum Command {
     },
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    match start(Args::parse()).await {
+/// Threads beside those of the runtime: one a connection to the database, the scheduler's script and its parser.
+const OWN_THREADS: usize = 7;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let runtime = match threads::runtime(threads::processors(), OWN_THREADS) {
+        Ok(runtime) => runtime,
+        Err(error) => return report_failure(&error, error.hint()),
+    };
+    match runtime.block_on(start(args)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let hint = error.downcast_ref::<Hinted>();
@@ -53,6 +65,10 @@ async fn main() -> ExitCode {
 }
 
 async fn start(args: Args) -> anyhow::Result<()> {
+    if let Some(path) = &args.log_file {
+        let opened = telemetry::to_file(path);
+        opened.with_context(|| format!("could not open the log {}", path.display()))?;
+    }
     telemetry::init("info")?;
     for variable in OrchestratorConfig::unknown_variables(names_in_environment()) {
         tracing::warn!("{variable}");
@@ -62,10 +78,27 @@ async fn start(args: Args) -> anyhow::Result<()> {
         println!("{}", orchestratord::backup(&home, &path, force).await?);
         return Ok(());
     }
-    let mut config = OrchestratorConfig::load(&home, args.config.as_deref())?;
-    if let Some(bind) = args.bind {
-        config.bind = bind;
-    }
+    let Args { config, bind, .. } = args;
+    let load = {
+        let home = home.clone();
+        move || -> anyhow::Result<OrchestratorConfig> {
+            let mut config = OrchestratorConfig::load(&home, config.as_deref())?;
+            config.bind = bind.unwrap_or(config.bind);
+            Ok(config)
+        }
+    };
+    let config = load()?;
+    telemetry::configure(&config.log).context("`log.filter` is not a log filter")?;
+    let started = config.clone();
+    telemetry::on_hangup(move || match load() {
+        Ok(read) => telemetry::take_settings(&started, &read, &read.log),
+        Err(error) => {
+            tracing::error!(
+                error = format!("{error:#}"),
+                "could not read the settings again"
+            );
+        }
+    })?;
     let holder = match args.take_over {
         true => Holder::Replace,
         false => Holder::Respect,

@@ -10,6 +10,7 @@ use orchestrator_core::api::pools::{PoolView, PoolViewState};
 use orchestrator_core::api::scheduler::ScriptErrorKind;
 use orchestrator_core::job::Priority;
 use pool_core::ModelRef;
+use pool_core::service::Load;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
@@ -78,6 +79,9 @@ pub struct Metrics {
     rendering: Mutex<()>,
     scheduling_latency: Histogram,
     worker_connections: IntGauge,
+    load: Load,
+    connections: IntGauge,
+    refused: IntCounter,
     /// Event streams that are open.
     pub active_streams: IntGauge,
     /// Readers that were closed for being slow.
@@ -97,7 +101,10 @@ pub struct Metrics {
 impl Metrics {
     /// Creates all figures at zero, tokens for the models of `catalog`. Every series is there from the start, because rates
     /// and alerts miss a series that begins with its first event.
-    pub fn new<'a>(catalog: impl IntoIterator<Item = &'a str>) -> Result<Self, prometheus::Error> {
+    pub fn new<'a>(
+        catalog: impl IntoIterator<Item = &'a str>,
+        load: Load,
+    ) -> Result<Self, prometheus::Error> {
         let registry = Registry::new();
         let counters = |name: &str, help: &str, label: &str, values: &[&str]| {
             let counters = IntCounterVec::new(Opts::new(name, help), &[label])?;
@@ -168,6 +175,21 @@ impl Metrics {
             tokens_in.with_label_values(&[model]);
             tokens_out.with_label_values(&[model]);
         }
+        let places = load.places();
+        for (name, help, limit) in [
+            (
+                "orchd_connections_limit",
+                "Connections of clients that there is room for.",
+                places.connections,
+            ),
+            (
+                "orchd_streams_limit",
+                "Event streams of clients that there is room for.",
+                places.streams,
+            ),
+        ] {
+            gauge(name, help)?.set(i64::try_from(limit).unwrap_or(i64::MAX));
+        }
         let ends = JobStatus::ALL
             .into_iter()
             .filter(|status| status.is_terminal());
@@ -237,6 +259,12 @@ impl Metrics {
                 "orchd_worker_connections_active",
                 "Open streams of workers.",
             )?,
+            connections: gauge("orchd_connections_active", "Open connections of clients.")?,
+            refused: counter(
+                "orchd_overload_refusals_total",
+                "Requests refused with 503 for want of a connection, a stream or memory.",
+            )?,
+            load,
             active_streams: gauge("orchd_active_streams", "Open event streams of clients.")?,
             lagged: counter(
                 "orchd_lagged_total",
@@ -275,6 +303,10 @@ impl Metrics {
             gauge.set(figure(depth));
         }
         self.worker_connections.set(figure(worker_connections));
+        self.connections.set(figure(self.load.connections()));
+        let refused = self.load.refused();
+        self.refused
+            .inc_by(refused.saturating_sub(self.refused.get()));
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
@@ -337,6 +369,11 @@ impl Metrics {
             }
         }
         count(&label);
+    }
+
+    /// The places of clients and of calls.
+    pub fn load(&self) -> &Load {
+        &self.load
     }
 
     /// A scheduling pass took so long.

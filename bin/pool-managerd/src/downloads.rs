@@ -377,7 +377,7 @@ mod tests {
     use pool_core::config::PoolConfig;
     use pool_core::home::Home;
     use pool_core::lifecycle::Lifecycle;
-    use pool_core::service::Shutdown;
+    use pool_core::service::{Load, Places, Shutdown};
 
     #[tokio::test] // [POOLD-024]
     async fn a_download_that_panics_is_over_for_who_follows_it_and_for_the_next() {
@@ -389,6 +389,7 @@ mod tests {
             Lifecycle::new(home, PoolConfig::default()).unwrap(),
             url.to_owned(),
             ApiClient::new(url, None).unwrap(),
+            Load::new(Places::default()),
             Shutdown::manual(),
         ));
         let model: ModelRef = "smollm2-135m".parse().unwrap();

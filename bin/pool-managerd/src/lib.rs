@@ -15,6 +15,7 @@ mod registration;
 mod worker_lifecycle;
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,6 +37,8 @@ use crate::pool::Pool;
 
 const NAME: &str = "pool-managerd";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Descriptors of the daemon's own: the registry, its locks, logs and pipes of programs that it starts, the heartbeat.
+const OWN_FILES: usize = 16;
 /// The pool's own token: for its calls to the orchestrator, and for all calls to it.
 const TOKEN_VAR: &str = "LLORCH_POOL_TOKEN";
 /// How much longer than its open requests the goodbye to the orchestrator may take.
@@ -72,8 +75,16 @@ pub enum RunError {
     #[error("could not set up connections to workers")]
     Client(#[source] pool_core::client::ClientError),
     /// Logging can't be set up.
-    #[error("LLORCH_LOG can't be used")]
+    #[error("LLORCH_LOG, or `log.filter`, can't be used")]
     Log(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The log file can't be opened.
+    #[error("could not open the log {}", path.display())]
+    LogFile {
+        /// Its path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The address in use can't be written for others to find.
     #[error("could not write the daemon's address")]
     Address(#[source] io::Error),
@@ -94,7 +105,11 @@ impl RunError {
             Self::Bind(error) => error.hint().map(str::to_owned),
             Self::Orchestrator(error) => error.hint(),
             Self::Log(_) => Some("write it like `info,pool_managerd=debug`".to_owned()),
-            Self::Client(_) | Self::Registry(_) | Self::Address(_) | Self::Signals(_) => None,
+            Self::Client(_)
+            | Self::Registry(_)
+            | Self::Address(_)
+            | Self::Signals(_)
+            | Self::LogFile { .. } => None,
         }
     }
 }
@@ -116,6 +131,10 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     options.header_timeout = Duration::from_millis(config.service.header_timeout_ms);
     options.body_timeout = Duration::from_millis(config.service.body_timeout_ms);
     options.max_connections = config.service.max_connections;
+    options.own_files = OWN_FILES;
+    options.relays = true;
+    options.is_control = api::is_control;
+    options.is_stream = api::is_stream;
     let grace = Duration::from_millis(config.service.shutdown_grace_ms);
     let service = Service::bind(config.bind, options).await?;
 
@@ -124,6 +143,7 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
         Lifecycle::new(home, config.clone())?.with_pool_url(service.url()),
         service.url(),
         ApiClient::new(&service.url(), None).map_err(RunError::Client)?,
+        service.load(),
         shutdown.clone(),
     ));
     if !config.bind.ip().is_loopback() && config.workers.bind.is_loopback() {

@@ -6,8 +6,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pool_core::config::PoolConfig;
+use pool_core::errors::with_causes;
 use pool_core::home::Home;
-use pool_core::service::{Shutdown, report_failure, telemetry};
+use pool_core::service::telemetry::FilterError;
+use pool_core::service::{Shutdown, report_failure, telemetry, threads};
 use pool_core::settings::names_in_environment;
 use pool_managerd::RunError;
 
@@ -16,6 +18,7 @@ use pool_managerd::RunError;
 /// Settings come from the flags below, then LLORCH_* variables (LLORCH_POOL_BIND, LLORCH_POOL_ID,
 /// LLORCH_ORCHESTRATOR_URL, LLORCH_POOL_TOKEN, ...), then the file, then defaults. `llorch-pool daemon start` runs it
 /// in the background. SIGTERM ends it within seconds and leaves its workers running: the next start takes them over.
+/// SIGHUP opens the log file again and reads the settings: those of `[log]` are in force at once, others after a restart.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -26,21 +29,57 @@ struct Args {
     /// 127.0.0.1:9200].
     #[arg(long, value_name = "ADDRESS:PORT")]
     bind: Option<SocketAddr>,
+    /// File that the log is appended to, standard output and error as well. It is renamed by size (`log.max_bytes`,
+    /// `log.keep`), and SIGHUP opens it again [default: the log goes to standard error].
+    #[arg(long, value_name = "PATH")]
+    log_file: Option<PathBuf>,
 }
 
-#[tokio::main]
-async fn main() -> ExitCode {
-    match start(Args::parse()).await {
+/// Threads beside those of the runtime: those that ask for GPUs and wait for workers.
+const OWN_THREADS: usize = 4;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let runtime = match threads::runtime(threads::processors(), OWN_THREADS) {
+        Ok(runtime) => runtime,
+        Err(error) => return report_failure(&error, error.hint()),
+    };
+    match runtime.block_on(start(args)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => report_failure(&error, error.hint().as_deref()),
     }
 }
 
 async fn start(args: Args) -> Result<(), RunError> {
+    let Args {
+        config,
+        bind,
+        log_file,
+    } = args;
+    if let Some(path) = log_file {
+        telemetry::to_file(&path).map_err(|source| RunError::LogFile { path, source })?;
+    }
     let home = Home::from_env()?;
-    let env = |name: &str| std::env::var(name).ok();
-    let config = PoolConfig::load_traced(&home, args.config.as_deref(), args.bind, &env)?.value;
-    telemetry::init("info").map_err(|error| RunError::Log(error.into()))?;
+    let load = {
+        let home = home.clone();
+        move || {
+            let env = |name: &str| std::env::var(name).ok();
+            PoolConfig::load_traced(&home, config.as_deref(), bind, &env).map(|loaded| loaded.value)
+        }
+    };
+    let config = load()?;
+    let log = |error: FilterError| RunError::Log(error.into());
+    telemetry::init(&config.log.filter).map_err(log)?;
+    telemetry::configure(&config.log).map_err(log)?;
+    let started = config.clone();
+    let reload = move || match load() {
+        Ok(read) => telemetry::take_settings(&started, &read, &read.log),
+        Err(error) => tracing::error!(
+            error = with_causes(&error),
+            "could not read the settings again"
+        ),
+    };
+    telemetry::on_hangup(reload).map_err(RunError::Signals)?;
     for variable in PoolConfig::unknown_variables(names_in_environment()) {
         tracing::warn!("{variable}");
     }

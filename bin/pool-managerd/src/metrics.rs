@@ -3,9 +3,10 @@
 use std::sync::{Mutex, PoisonError};
 
 use pool_core::api::pool::{DeviceInfo, WorkerList};
+use pool_core::service::Load;
 use pool_core::worker::{ExitReason, WorkerStatus};
 use prometheus::core::Collector;
-use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 /// How a start of a worker may turn out: it came up, was refused, could not be started, or ended before it was up (the
 /// reasons of an end).
@@ -65,6 +66,9 @@ pub struct Metrics {
     ends: IntCounterVec,
     heartbeats: IntCounterVec,
     downloads: IntCounterVec,
+    load: Load,
+    connections: IntGauge,
+    refused: IntCounter,
     gpus: IntGauge,
     gpu_total: IntGaugeVec,
     gpu_allocated: IntGaugeVec,
@@ -74,7 +78,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    pub fn new() -> Self {
+    pub fn new(load: Load) -> Self {
         let registry = Registry::new();
         let counter = |name: &str, help: &str, label: &str| {
             kept(
@@ -96,7 +100,25 @@ impl Metrics {
             &registry,
             IntGauge::new("pool_mgr_gpus", "GPUs of the host."),
         );
+        let single = |name: &str, help: &str| kept(&registry, IntGauge::new(name, help));
+        let limit = single(
+            "pool_mgr_connections_limit",
+            "Connections of clients that there is room for.",
+        );
+        limit.set(i64::try_from(load.places().connections).unwrap_or(i64::MAX));
         let metrics = Self {
+            connections: single(
+                "pool_mgr_connections_active",
+                "Open connections of clients.",
+            ),
+            refused: kept(
+                &registry,
+                IntCounter::new(
+                    "pool_mgr_overload_refusals_total",
+                    "Requests refused with 503 for want of a connection, a stream or memory.",
+                ),
+            ),
+            load,
             workers: gauge(
                 "pool_mgr_workers",
                 "Workers of the registry by status.",
@@ -205,6 +227,12 @@ impl Metrics {
                 .set(i64::try_from(count).unwrap_or(i64::MAX));
         }
         self.set_gpus(devices);
+        let open = self.load.connections();
+        self.connections
+            .set(i64::try_from(open).unwrap_or(i64::MAX));
+        let refused = self.load.refused();
+        self.refused
+            .inc_by(refused.saturating_sub(self.refused.get()));
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 }

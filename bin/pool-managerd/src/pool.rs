@@ -14,7 +14,7 @@ use pool_core::client::ApiClient;
 use pool_core::clock;
 use pool_core::lifecycle::Lifecycle;
 use pool_core::registry::{RegistryError, WorkerRecord};
-use pool_core::service::Shutdown;
+use pool_core::service::{Load, Shutdown};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 
@@ -66,6 +66,7 @@ impl Pool {
         lifecycle: Lifecycle,
         listens_at: String,
         relay: ApiClient,
+        load: Load,
         shutdown: Shutdown,
     ) -> Self {
         let advertised = lifecycle.config().advertise_url.clone();
@@ -73,7 +74,7 @@ impl Pool {
             url: advertised.unwrap_or(listens_at),
             lifecycle,
             instance_id: uuid::Uuid::new_v4().to_string(),
-            metrics: Metrics::new(),
+            metrics: Metrics::new(load),
             relay,
             shutdown,
             downloads: Downloads::default(),

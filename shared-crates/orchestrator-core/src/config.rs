@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::SignedDuration;
-use pool_core::config::PoolConfig;
+use pool_core::config::{LogConfig, PoolConfig};
 use pool_core::home::Home;
 use pool_core::settings::{self, Loaded, SettingsError, UnknownVariable};
 use serde::{Deserialize, Serialize};
@@ -49,6 +49,8 @@ pub struct OrchestratorConfig {
     pub scheduler: SchedulerConfig,
     /// Bounds of the HTTP server.
     pub service: ServiceConfig,
+    /// The daemon's log.
+    pub log: LogConfig,
 }
 
 impl Default for OrchestratorConfig {
@@ -63,6 +65,7 @@ impl Default for OrchestratorConfig {
             store: StoreConfig::default(),
             scheduler: SchedulerConfig::default(),
             service: ServiceConfig::default(),
+            log: LogConfig::default(),
         }
     }
 }
@@ -233,7 +236,8 @@ impl Eq for HostCosts {}
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ServiceConfig {
-    /// Most connections at once; further ones are answered with 503 and closed. Default 1024.
+    /// Most connections at once; fewer where the limit on open files or memory allows fewer. Further ones are answered with
+    /// 503 and closed, unless they ask for something of the control path. Default 1024.
     pub max_connections: usize,
     /// Seconds that the headers of a request may take, and that a kept connection may idle. Default 10.
     pub header_timeout_s: u64,
@@ -331,6 +335,14 @@ pub enum ConfigError {
     /// `service.max_connections` is 0.
     #[error("`service.max_connections` is 0: nobody could connect")]
     MaxConnections,
+    /// A setting of the log makes no sense.
+    #[error("`{key}` {reason}")]
+    Log {
+        /// The key.
+        key: &'static str,
+        /// What is wrong with its value.
+        reason: &'static str,
+    },
     /// A bound of the HTTP server outside its range.
     #[error("`service.{key}` is {value}: use {least} to {most}")]
     Service {
@@ -394,6 +406,9 @@ impl OrchestratorConfig {
         if let Some((pool, &cost)) = costs.iter().find(|(_, cost)| unfit(**cost)) {
             let pool = pool.clone();
             return Err(ConfigError::Cost { pool, cost });
+        }
+        if let Some((key, reason)) = self.log.fault() {
+            return Err(ConfigError::Log { key, reason });
         }
         if self.max_pools == 0 {
             return Err(ConfigError::MaxPools);

@@ -23,6 +23,8 @@ use crate::secret::Secret;
 
 /// How long a connection may take: our daemons stand on the same host or in the next room.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for which an idle connection is kept: less than daemons keep theirs, and a descriptor is free again soon.
+const KEPT_IDLE: Duration = Duration::from_secs(5);
 /// How long an answer may take by default, its body included.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long an event stream may be silent by default: four of the comments that daemons send every 15 seconds.
@@ -164,6 +166,7 @@ impl ApiClient {
         }
         let mut builder = reqwest::Client::builder()
             .connect_timeout(CONNECT_TIMEOUT)
+            .pool_idle_timeout(KEPT_IDLE)
             .tcp_nodelay(true)
             // A proxy of the environment is for the internet, not for daemons next door; and a redirect could carry
             // the token to a stranger.

@@ -77,6 +77,45 @@ pub struct PoolConfig {
     pub models: ModelsConfig,
     /// Limits of the HTTP server.
     pub service: ServiceConfig,
+    /// The daemon's log.
+    pub log: LogConfig,
+}
+
+/// `[log]`, of either daemon. SIGHUP puts changes of this section in force; others need a restart.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// Events that are logged, as `info,orchestratord=debug`; the variable `LLORCH_LOG` goes before it. Default `info`.
+    pub filter: String,
+    /// Bytes at which the log file (`--log-file`) is renamed and begun again, 4096 or more; 0 for never. Default 67108864
+    /// (64 MiB).
+    pub max_bytes: u64,
+    /// Earlier log files that are kept, 0 to 100: `NAME.log.1` is the newest of them. Default 5.
+    pub keep: u32,
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        Self {
+            filter: "info".to_owned(),
+            max_bytes: 64 << 20,
+            keep: 5,
+        }
+    }
+}
+
+impl LogConfig {
+    /// Returns the key of a value that makes no sense, with the reason.
+    pub fn fault(&self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self {
+                max_bytes: 1..4096, ..
+            } => Some(("log.max_bytes", "must be 4096 or more, or 0 for no limit")),
+            Self { keep: 101.., .. } => Some(("log.keep", "must be 0 to 100")),
+            _ => None,
+        }
+    }
 }
 
 /// `[workers]`.
@@ -158,7 +197,7 @@ pub struct ModelsConfig {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ServiceConfig {
-    /// Connections at once. Default 256.
+    /// Connections at once; fewer where the limit on open files or memory allows fewer. Default 256.
     pub max_connections: usize,
     /// Bytes of a request's body. Default 65536.
     pub body_limit_bytes: usize,
@@ -187,6 +226,7 @@ impl Default for PoolConfig {
             gpu: GpuConfig::default(),
             models: ModelsConfig::default(),
             service: ServiceConfig::default(),
+            log: LogConfig::default(),
         }
     }
 }
@@ -361,6 +401,9 @@ impl PoolConfig {
                 "advertise_url",
                 "is needed because `bind` is every address of the host and names none of them",
             );
+        }
+        if let Some((key, reason)) = self.log.fault() {
+            return refuse(key, reason);
         }
         if !HEARTBEAT_INTERVAL_MS.contains(&self.heartbeat_interval_ms) {
             let (least, most) = HEARTBEAT_INTERVAL_MS.into_inner();

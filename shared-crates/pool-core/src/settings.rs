@@ -181,6 +181,23 @@ pub fn list<T: Serialize>(loaded: &Loaded<T>) -> Result<Vec<Setting>, SettingsEr
     Ok(settings)
 }
 
+/// Returns the keys whose values differ between two settings.
+pub fn differences<T: Serialize>(one: &T, other: &T) -> Vec<String> {
+    let trees = [one, other].map(|settings| serde_json::to_value(settings).unwrap_or_default());
+    let [one, other] = trees.each_ref().map(leaves);
+    let lacks = |leaves: &[(String, &Value)], (key, value): &(String, &Value)| {
+        !leaves
+            .iter()
+            .any(|(found, other)| found == key && other == value)
+    };
+    let changed = one.iter().filter(|leaf| lacks(&other, leaf));
+    let added = other.iter().filter(|leaf| lacks(&one, leaf));
+    let mut keys: Vec<String> = changed.chain(added).map(|(key, _)| key.clone()).collect();
+    keys.sort();
+    keys.dedup();
+    keys
+}
+
 /// The section of a key, and its name.
 fn place(key: &str) -> (&str, &str) {
     key.rsplit_once('.').unwrap_or(("", key))

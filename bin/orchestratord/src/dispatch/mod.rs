@@ -18,6 +18,7 @@ use orchestrator_core::job::{AttemptOutcome, JobErrorCode, backoff_ms};
 use orchestrator_core::queue::QueuedJob;
 use pool_core::api::pool::WorkerEndpoint;
 use pool_core::crash::crash_point;
+use tokio::sync::OwnedSemaphorePermit;
 
 use crate::app::App;
 use crate::clock;
@@ -43,6 +44,8 @@ pub struct Dispatch {
     pub attempt: Arc<ActiveAttempt>,
     /// Where the worker is.
     pub endpoint: WorkerEndpoint,
+    /// The descriptor of its stream.
+    pub _place: OwnedSemaphorePermit,
 }
 
 /// Runs an attempt, and does not leave its job behind whatever happens.
@@ -75,6 +78,7 @@ async fn perform(app: &App, dispatch: &Dispatch, fence: &OnceLock<u64>) {
         queued,
         attempt,
         endpoint,
+        ..
     } = dispatch;
     let Some(lease) = lease(app, live, queued, attempt).await else {
         return;

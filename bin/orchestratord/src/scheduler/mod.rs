@@ -183,7 +183,10 @@ fn dispatch(
     now: Timestamp,
 ) {
     let endpoint = app.fleet.endpoint(pool, worker);
-    let (Some(live), Some(endpoint)) = (app.jobs.get(queued.id), endpoint) else {
+    // An attempt holds a descriptor for as long as it runs. Without one it would be taken for an unreachable worker.
+    let place = app.metrics.load().call();
+    let (Some(live), Some(endpoint), Some(place)) = (app.jobs.get(queued.id), endpoint, place)
+    else {
         app.jobs.end_attempt(queued.id, attempt);
         app.changed.notify_one();
         if let Some(live) = app.jobs.get(queued.id) {
@@ -199,6 +202,7 @@ fn dispatch(
         },
         attempt: Arc::clone(attempt),
         endpoint,
+        _place: place,
     };
     app.spawn(dispatch::run(Arc::clone(app), dispatch));
 }

@@ -333,6 +333,7 @@ mod tests {
     use orchestrator_core::scheduler::LeastLoaded;
     use orchestrator_core::script::sample;
     use orchestrator_core::trace::By;
+    use pool_core::service::{Load, Places};
 
     use super::*;
 
@@ -361,7 +362,7 @@ mod tests {
             script_limit_ms: 5,
             ..SchedulerConfig::default()
         };
-        let metrics = Metrics::new([]).unwrap();
+        let metrics = Metrics::new([], Load::new(Places::default())).unwrap();
         let script = ScriptPolicy::start(&config, &metrics).unwrap();
         let snapshot = large();
         let built_in = schedule(&snapshot, &LeastLoaded);

@@ -403,6 +403,10 @@ impl Store {
             .disable_statement_logging();
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
+            // All of them from the start and for good: later there may be no descriptor or thread for one.
+            .min_connections(READERS)
+            .idle_timeout(None)
+            .max_lifetime(None)
             .connect_with(read_only)
             .await?;
         let (writer, task) = Writer::start(conn, epoch);

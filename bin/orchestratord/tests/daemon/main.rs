@@ -16,6 +16,8 @@ mod event_source;
 mod events;
 #[path = "../../../../shared-crates/pool-core/tests/support/exact_numbers.rs"]
 mod exact_numbers;
+mod hangup;
+mod limits;
 mod metrics;
 mod numbers;
 mod openapi;

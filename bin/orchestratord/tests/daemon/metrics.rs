@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::support::{MODEL, Orchestrator, one_worker};
 
 /// Every series that there is before anything happened, but for those of models and pools.
-const SERIES: [&str; 38] = [
+const SERIES: [&str; 42] = [
     "orchd_active_streams",
     "orchd_attempts_ended_total{outcome=\"broken\"}",
     "orchd_attempts_ended_total{outcome=\"completed\"}",
@@ -24,9 +24,12 @@ const SERIES: [&str; 38] = [
         env!("CARGO_PKG_VERSION"),
         "\"}"
     ),
+    "orchd_connections_active",
+    "orchd_connections_limit",
     "orchd_heartbeats_total{outcome=\"accepted\"}",
     "orchd_heartbeats_total{outcome=\"refused\"}",
     "orchd_lagged_total",
+    "orchd_overload_refusals_total",
     "orchd_queue_depth{priority=\"batch\"}",
     "orchd_queue_depth{priority=\"interactive\"}",
     "orchd_queue_wait_seconds_count",
@@ -41,6 +44,7 @@ const SERIES: [&str; 38] = [
     "orchd_script_errors_total{kind=\"runtime\"}",
     "orchd_script_errors_total{kind=\"timeout\"}",
     "orchd_script_refused",
+    "orchd_streams_limit",
     "orchd_tasks_dispatched_total",
     "orchd_tasks_enqueued_total{priority=\"batch\"}",
     "orchd_tasks_enqueued_total{priority=\"interactive\"}",

@@ -13,7 +13,12 @@ use crate::support::{eventually, soon};
 
 /// `orchestratord` on a home, on a free port. It is killed when dropped.
 pub fn command(home: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_orchestratord"));
+    command_of(env!("CARGO_BIN_EXE_orchestratord"), home)
+}
+
+/// As [`command`], for a program that becomes `orchestratord`.
+pub fn command_of(program: &str, home: &Path) -> Command {
+    let mut command = Command::new(program);
     command
         .env_clear()
         .env("LLORCH_ORCHESTRATOR_BIND", "127.0.0.1:0")

@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
-use pool_core::service::routes as common;
+use axum::http::{HeaderMap, Method};
+use pool_core::service::{asks_for_events, is_about_the_daemon, routes as common};
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 
@@ -22,6 +23,22 @@ type App = State<Arc<Pool>>;
 
 /// Where workers report themselves: opened by a worker's own secret rather than by the pool's token.
 pub const READY_PATH: &str = "/workers/ready";
+
+/// Whether a request keeps its place when others have all places: short ones, which the fleet lives on. A stream or a log
+/// could keep it for long.
+pub fn is_control(method: &Method, path: &str) -> bool {
+    let long = ["/logs", "/events", "/execute"];
+    is_about_the_daemon(method, path)
+        || matches!(path, "/status" | "/drain" | "/resume" | "/workers")
+        || (path.starts_with("/workers/") && !long.iter().any(|end| path.ends_with(end)))
+}
+
+/// Whether a request is for an event stream: of a worker, or of a download.
+pub fn is_stream(method: &Method, path: &str, headers: &HeaderMap) -> bool {
+    asks_for_events(method, path, headers)
+        || path == "/models/download"
+        || path.ends_with("/execute")
+}
 
 /// All routes. Each is made from the description that `/openapi.json` shows, so that none can lack one.
 pub fn router(pool: Arc<Pool>) -> Router {

@@ -1,5 +1,6 @@
 //! A home with a daemon that can be killed, and what is left of it.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -25,6 +26,10 @@ pub const PATIENCE: Duration = Duration::from_secs(300);
 pub struct House {
     dir: tempfile::TempDir,
     settings: Vec<(&'static str, String)>,
+    /// Arguments of the daemon.
+    pub args: Vec<OsString>,
+    /// A command of the shell after which the daemon is started.
+    pub limit: Option<String>,
     model: PathBuf,
     daemon: Option<Child>,
 }
@@ -73,6 +78,8 @@ impl House {
             model: home.models_dir().join("model.gguf"),
             dir,
             settings: Vec::new(),
+            args: Vec::new(),
+            limit: None,
             daemon: None,
         };
         house.set("LLORCH_POOL_BIND", "127.0.0.1:0");
@@ -131,7 +138,17 @@ impl House {
             .append(true)
             .open(self.dir.path().join("daemon.log"))
             .unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pool-managerd"));
+        let program = env!("CARGO_BIN_EXE_pool-managerd");
+        let mut command = match &self.limit {
+            None => Command::new(program),
+            Some(limit) => {
+                let mut command = Command::new("/bin/sh");
+                let script = format!("{limit} && exec \"$0\" \"$@\"");
+                command.arg("-c").arg(script).arg(program);
+                command
+            }
+        };
+        command.args(&self.args);
         let ours = |name: &str| name.starts_with("LLORCH_");
         for (name, _) in std::env::vars().filter(|(name, _)| ours(name)) {
             command.env_remove(name);

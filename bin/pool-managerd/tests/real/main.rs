@@ -6,6 +6,7 @@
 mod crash;
 mod ends;
 mod house;
+mod limits;
 #[path = "../../../../shared-crates/pool-core/tests/support/program.rs"]
 mod program;
 mod restarts;

@@ -8,26 +8,28 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
-use axum::http::StatusCode;
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
+use axum::body::Body;
+use axum::http::{Method, StatusCode};
+use hyper::body::{Body as _, Incoming};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 use tower::ServiceExt;
 
+use super::capacity::{Load, Want};
 use super::linger::{Lingering, Unread};
 use super::{ServiceError, ServiceOptions, Shutdown, codes, correlation};
 
-/// Connections that may be told "too many" at one time. Those beyond them wait in the system's queue, untouched: who
-/// speaks gets an answer when a place is free, and a connection that is taken and dropped would be reset.
-const REFUSALS: u32 = 128;
 /// How long a connection that is one too many may take to ask for something: silent ones hold their places briefly.
-const REFUSAL_HEAD: Duration = Duration::from_secs(2);
+const SPARE_HEAD: Duration = Duration::from_secs(2);
+/// The same while others wait for its place. A client that has something to say says so with its connection.
+const PRESSED_HEAD: Duration = Duration::from_millis(250);
+/// How often a silent connection looks whether others wait for its place.
+const LOOK: Duration = Duration::from_millis(50);
 /// How long the system is left alone after it refused a connection for want of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -42,6 +44,7 @@ pub(super) async fn run(
     listener: TcpListener,
     app: Router,
     options: ServiceOptions,
+    load: Load,
     shutdown: Shutdown,
     grace: Duration,
 ) -> Stopped {
@@ -49,22 +52,28 @@ pub(super) async fn run(
     http.timer(TokioTimer::new())
         .header_read_timeout(options.header_timeout)
         .max_buf_size(options.header_limit);
-    let mut refusing = http.clone();
-    refusing
+    let mut brief = http.clone();
+    brief
         .keep_alive(false)
-        .header_read_timeout(options.header_timeout.min(REFUSAL_HEAD));
-    let places = Arc::new(Semaphore::new(options.max_connections));
-    let refusals = Arc::new(Semaphore::new(REFUSALS as usize));
+        .header_read_timeout(options.header_timeout.min(SPARE_HEAD));
+    let spare = Spare {
+        http: brief,
+        app: app.clone(),
+        is_control: options.is_control,
+        load: load.clone(),
+        shutdown: shutdown.clone(),
+    };
     let graceful = GracefulShutdown::new();
     let mut connections = JoinSet::new();
     let mut requested = pin!(shutdown.requested());
+    let mut failing = false;
 
     loop {
         let accepted = tokio::select! {
             () = &mut requested => break,
             // Only here are places taken, so one that was free is free still when somebody comes.
             accepted = async {
-                a_place(&places, &refusals).await;
+                load.a_place().await;
                 listener.accept().await
             } => accepted,
             // Keeps the set as small as the number of open connections.
@@ -74,14 +83,18 @@ pub(super) async fn run(
             Ok((stream, _)) => stream,
             Err(error) if is_about_one_connection(&error) => continue,
             Err(error) => {
-                tracing::warn!(%error, "could not accept a connection");
+                // Once, and not for each of the attempts until it works again.
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "could not accept a connection");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
+        failing = false;
         // Events are small and must leave at once.
         let _ = stream.set_nodelay(true);
-        if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
+        if let Some(place) = load.connection() {
             let app = app.clone();
             let asked = Arc::new(AtomicBool::new(false));
             let unread = Unread::default();
@@ -107,12 +120,8 @@ pub(super) async fn run(
                 }
                 drop(place);
             });
-        } else if let Ok(place) = Arc::clone(&refusals).try_acquire_owned() {
-            // Once for a flood, and not for each of its connections.
-            if refusals.available_permits() + 1 == REFUSALS as usize {
-                tracing::warn!(limit = options.max_connections, "too many connections");
-            }
-            connections.spawn(refuse(refusing.clone(), stream, shutdown.clone(), place));
+        } else if let Some(place) = load.spare() {
+            connections.spawn(spare.clone().serve(stream, place));
         }
     }
 
@@ -121,29 +130,15 @@ pub(super) async fn run(
     let ended = async {
         graceful.shutdown().await;
         // Who is being refused gets to read it.
-        let _ = refusals.acquire_many(REFUSALS).await;
+        load.spare_empty().await;
     };
     let finished = tokio::time::timeout(grace, ended).await.is_ok();
-    let cut = if finished {
-        0
-    } else {
-        let seats = options.max_connections + REFUSALS as usize;
-        seats - places.available_permits() - refusals.available_permits()
-    };
+    let cut = if finished { 0 } else { load.connections() };
     if cut > 0 {
         tracing::warn!(connections = cut, "the grace is over, cutting connections");
     }
     connections.shutdown().await;
     Stopped { cut }
-}
-
-/// Returns when somebody who comes can be served, or at least refused.
-async fn a_place(places: &Semaphore, refusals: &Semaphore) {
-    tokio::select! {
-        biased;
-        _ = places.acquire() => {}
-        _ = refusals.acquire() => {}
-    }
 }
 
 /// Returns at the stop, if nothing was asked on a connection by then.
@@ -154,42 +149,78 @@ async fn stop_before(shutdown: &Shutdown, asked: &AtomicBool) {
     }
 }
 
-/// Answers one request of a connection that is one too many.
-async fn refuse(
+/// The places of connections that are one too many.
+#[derive(Clone)]
+struct Spare {
     http: http1::Builder,
-    stream: TcpStream,
+    app: Router,
+    is_control: fn(&Method, &str) -> bool,
+    load: Load,
     shutdown: Shutdown,
-    _place: OwnedSemaphorePermit,
-) {
-    let asked = AtomicBool::new(false);
-    let service = service_fn(|_: hyper::Request<Incoming>| async {
-        asked.store(true, Ordering::Relaxed);
-        let envelope = ServiceError::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            codes::OVERLOADED,
-            "this daemon has too many connections open",
-        )
-        .retry_after(Duration::from_secs(1))
-        .envelope();
-        let body = serde_json::to_vec(&envelope).unwrap_or_default();
-        let response = hyper::Response::builder()
-            .status(StatusCode::SERVICE_UNAVAILABLE)
-            .header("content-type", "application/json")
-            .header("retry-after", "1")
-            .header(correlation::HEADER, &envelope.error.correlation_id)
-            .body(Full::new(Bytes::from(body)));
-        Ok::<_, Infallible>(response.unwrap_or_default())
-    });
-    // Its body is not read, and may be on its way.
-    let unread = Unread::default();
-    unread.expect();
-    let stream = TokioIo::new(Lingering::new(stream, unread));
-    let connection = http.serve_connection(stream, service);
-    tokio::select! {
-        biased;
-        _ = connection => {}
-        () = stop_before(&shutdown, &asked) => {}
+}
+
+impl Spare {
+    /// Answers one request: serves it if it belongs to the control path, else refuses it.
+    async fn serve(self, stream: TcpStream, _place: OwnedSemaphorePermit) {
+        let asked = AtomicBool::new(false);
+        let unread = Unread::default();
+        let service = service_fn(|mut request: hyper::Request<Incoming>| {
+            asked.store(true, Ordering::Relaxed);
+            let is_control = (self.is_control)(request.method(), request.uri().path());
+            let has_body = !request.body().is_end_stream();
+            let (app, load, unread) = (self.app.clone(), self.load.clone(), unread.clone());
+            async move {
+                if is_control {
+                    request.extensions_mut().insert(unread);
+                    return app.oneshot(request).await;
+                }
+                if has_body {
+                    // It is not read, and may be on its way.
+                    unread.expect();
+                }
+                load.refuse(Want::Connections);
+                Ok::<_, Infallible>(refusal())
+            }
+        });
+        let lingering = TokioIo::new(Lingering::new(stream, unread.clone()));
+        let connection = self.http.serve_connection(lingering, service);
+        tokio::select! {
+            biased;
+            _ = connection => {}
+            () = stop_before(&self.shutdown, &asked) => {}
+            () = pressed(&self.load, &asked) => {}
+        }
     }
+}
+
+/// Returns when a connection that has asked for nothing yet keeps others from being heard.
+async fn pressed(load: &Load, asked: &AtomicBool) {
+    tokio::time::sleep(PRESSED_HEAD).await;
+    while !asked.load(Ordering::Relaxed) {
+        if load.is_pressed() {
+            return;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    std::future::pending::<()>().await;
+}
+
+fn refusal() -> hyper::Response<Body> {
+    let envelope = ServiceError::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        codes::OVERLOADED,
+        "this daemon has too many connections open",
+    )
+    .retry_after(Duration::from_secs(1))
+    .envelope();
+    let body = serde_json::to_vec(&envelope).unwrap_or_default();
+    let response = hyper::Response::builder()
+        .status(StatusCode::SERVICE_UNAVAILABLE)
+        .header("content-type", "application/json")
+        .header("retry-after", "1")
+        .header(correlation::HEADER, &envelope.error.correlation_id)
+        .body(Body::from(body));
+    response.unwrap_or_default()
 }
 
 /// Whether the error says something about the one connection that failed, rather than about the listener.

@@ -1,8 +1,10 @@
 //! Bounds on a request's body: one that trickles holds its connection no longer than its time, and what is left of one
-//! that nobody wants is read and thrown away, so that its sender gets to the answer.
+//! that nobody wants is read and thrown away, so that its sender gets to the answer. All bodies together take no more
+//! memory than there is for them.
 
 use std::error::Error;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -14,7 +16,9 @@ use axum::response::Response;
 use http_body_util::BodyExt as _;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
 use tokio::runtime::Handle;
+use tokio::sync::OwnedSemaphorePermit;
 
+use super::capacity::{Load, Want};
 use super::linger::Unread;
 use crate::clock::Patience;
 
@@ -35,12 +39,59 @@ impl BodyTimeout {
     }
 }
 
-/// Gives the request's body at most `limit` from now on. Answers, event streams among them, are not concerned.
-pub(super) async fn limit_time(
-    State(limit): State<Duration>,
-    request: Request,
-    next: Next,
-) -> Response {
+/// There is no memory for more of the body, because other bodies have it.
+#[derive(Debug, thiserror::Error)]
+#[error("this daemon holds too many request bodies at once")]
+pub(super) struct BodiesFull;
+
+impl BodiesFull {
+    /// Whether it is among the causes of an error.
+    pub(super) fn is_among(error: &(dyn Error + 'static)) -> bool {
+        std::iter::successors(Some(error), |cause| (*cause).source())
+            .any(|cause| cause.is::<Self>())
+    }
+}
+
+/// The bounds of bodies.
+#[derive(Debug, Clone)]
+pub(super) struct Bound {
+    /// Time that a body may take.
+    pub time: Duration,
+    /// The room that there is for all of them.
+    pub load: Load,
+}
+
+/// The room that one body has taken. It is given back when the request is answered.
+#[derive(Debug, Clone)]
+struct Room {
+    load: Load,
+    taken: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
+}
+
+impl Room {
+    fn take(&self, bytes: usize) -> Result<(), BodiesFull> {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let Some(more) = self.load.body(bytes) else {
+            self.load.refuse(Want::Bodies);
+            return Err(BodiesFull);
+        };
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *taken {
+            Some(permit) => permit.merge(more),
+            None => *taken = Some(more),
+        }
+        Ok(())
+    }
+}
+
+/// Gives the request's body at most its time from now on, and the room that is left. Answers, event streams among them,
+/// are not concerned.
+pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Next) -> Response {
+    let Bound { time, load } = bound;
+    let room = Room {
+        load,
+        taken: Arc::default(),
+    };
     // Who asks before it sends has sent nothing, and sends nothing after a refusal. To read the body would be to ask for
     // it; so what comes of it unasked is taken when the connection is closed.
     let waits = request.headers().contains_key(EXPECT);
@@ -55,12 +106,16 @@ pub(super) async fn limit_time(
                     (true, Some(unread)) => Rest::ToCome(unread),
                     _ => Rest::Discarded,
                 },
-                limit,
-                over: Patience::new(limit),
+                limit: time,
+                over: Patience::new(time),
+                room: room.clone(),
             })
         }
     });
-    next.run(request).await
+    let response = next.run(request).await;
+    // Until here the handler may hold the bytes.
+    drop(room);
+    response
 }
 
 /// What becomes of a body that nobody read to its end.
@@ -77,6 +132,7 @@ struct Timed {
     if_refused: Rest,
     limit: Duration,
     over: Patience,
+    room: Room,
 }
 
 impl HttpBody for Timed {
@@ -98,6 +154,13 @@ impl HttpBody for Timed {
         let frame = ready!(Pin::new(inner).poll_frame(context));
         if !matches!(frame, Some(Ok(_))) {
             self.inner = None;
+        }
+        let bytes = match &frame {
+            Some(Ok(frame)) => frame.data_ref().map_or(0, Bytes::len),
+            _ => 0,
+        };
+        if let Err(full) = self.room.take(bytes) {
+            return Poll::Ready(Some(Err(full.into())));
         }
         Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
     }

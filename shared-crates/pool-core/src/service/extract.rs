@@ -1,6 +1,7 @@
 //! axum's extractors with our error envelope instead of plain text.
 
 use std::error::Error;
+use std::time::Duration;
 
 use axum::RequestExt as _;
 use axum::body::{Bytes, HttpBody as _};
@@ -14,7 +15,7 @@ use serde::de::DeserializeOwned;
 use serde_json::error::Category;
 use serde_json::json;
 
-use super::body::BodyTimeout;
+use super::body::{BodiesFull, BodyTimeout};
 use super::{ServiceError, ServiceResult, codes, strict};
 
 /// A JSON body; as an answer the same as `axum::Json`. `Option<Json<T>>` is `None` for a request without a body.
@@ -173,6 +174,14 @@ impl From<JsonRejection> for ServiceError {
             )
             .retriable(true)
             .hint("send the whole body at once");
+        }
+        if BodiesFull::is_among(&rejection) {
+            return Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                codes::OVERLOADED,
+                BodiesFull.to_string(),
+            )
+            .retry_after(Duration::from_secs(1));
         }
         if status == StatusCode::PAYLOAD_TOO_LARGE {
             return Self::new(

@@ -4,16 +4,20 @@
 mod accept;
 mod auth;
 mod body;
+mod capacity;
 mod correlation;
 mod error;
 mod extract;
 mod failure;
 mod linger;
+mod log_file;
 pub mod routes;
 mod shutdown;
 pub mod state_files;
+mod streams;
 mod strict;
 pub mod telemetry;
+pub mod threads;
 
 use std::future::Future;
 use std::io;
@@ -22,6 +26,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::http::{HeaderMap, Method};
 use axum::middleware;
 use axum::routing::get;
 use tokio::net::{TcpListener, TcpSocket};
@@ -29,11 +34,15 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 pub use accept::Stopped;
 pub use auth::{Caller, ScopedToken, bearer};
+pub use capacity::{Load, Places};
 pub use correlation::CorrelationId;
 pub use error::{ServiceError, ServiceResult, codes};
 pub use extract::{Json, Path, Query, RawBody};
 pub use failure::report_failure;
 pub use shutdown::Shutdown;
+pub use streams::asks_for_events;
+
+use capacity::Resources;
 
 use crate::api::version::VersionInfo;
 use crate::secret::Secret;
@@ -64,9 +73,24 @@ pub struct ServiceOptions {
     pub header_timeout: Duration,
     /// How long the body of a request may take, from the end of its headers. Default 30 seconds.
     pub body_timeout: Duration,
-    /// How many connections may be open. A further one that asks for something is answered with 503 and closed; beyond 128
-    /// of those at one time they wait until they are taken. Default 1024.
+    /// Most connections that may be open; fewer where the process has too few descriptors or too little memory. A further
+    /// one is served if it asks for something of the control path, else answered with 503 and closed; at most 128 at one
+    /// time, the others wait until they are taken. Default 1024.
     pub max_connections: usize,
+    /// Descriptors that the daemon needs for its own files, those that are open at the bind not counted. Default 8.
+    pub own_files: usize,
+    /// Whether a stream to a client is a stream of another daemon's passed on. Default no.
+    pub relays: bool,
+    /// Whether a request belongs to the control path, which keeps places of its own: short requests that the fleet lives
+    /// on. Default `/health`, `/ready` and `/metrics`.
+    pub is_control: fn(&Method, &str) -> bool,
+    /// Whether a request is for an event stream. Default [`asks_for_events`].
+    pub is_stream: fn(&Method, &str, &HeaderMap) -> bool,
+}
+
+/// Whether a request is one that every daemon answers about itself.
+pub fn is_about_the_daemon(_: &Method, path: &str) -> bool {
+    matches!(path, "/health" | "/ready" | "/metrics" | "/version")
 }
 
 impl ServiceOptions {
@@ -85,6 +109,10 @@ impl ServiceOptions {
             header_timeout: Duration::from_secs(10),
             body_timeout: Duration::from_secs(30),
             max_connections: 1024,
+            own_files: 8,
+            relays: false,
+            is_control: is_about_the_daemon,
+            is_stream: asks_for_events,
         }
     }
 }
@@ -108,6 +136,14 @@ pub enum BindError {
         /// The address asked for.
         addr: SocketAddr,
     },
+    /// The process may not open enough files.
+    #[error("the limit of {limit} open files is too low: at least {needed} are needed")]
+    Descriptors {
+        /// The limit.
+        limit: usize,
+        /// The lowest limit that the daemon can work with.
+        needed: usize,
+    },
     /// The system refused.
     #[error("could not listen on {addr}")]
     Listen {
@@ -126,6 +162,9 @@ impl BindError {
                 Some("set a token (a variable or `token_file`, mode 0600), or bind to 127.0.0.1")
             }
             Self::InUse { .. } => Some("stop it, or choose another port; port 0 takes a free one"),
+            Self::Descriptors { .. } => {
+                Some("raise it with `ulimit -n 1024`, or `LimitNOFILE=` of the systemd unit")
+            }
             Self::Listen { .. } => None,
         }
     }
@@ -137,10 +176,12 @@ pub struct Service {
     listener: TcpListener,
     local_addr: SocketAddr,
     options: ServiceOptions,
+    load: Load,
 }
 
 impl Service {
-    /// Listens on `addr`. An address that other machines can reach needs a token.
+    /// Listens on `addr`. An address that other machines can reach needs a token. The process's limit on open files is
+    /// raised as far as the system allows, and the places of clients are derived from it.
     pub async fn bind(addr: SocketAddr, options: ServiceOptions) -> Result<Self, BindError> {
         if !addr.ip().is_loopback() && options.token.is_none() {
             return Err(BindError::Exposed { addr });
@@ -151,11 +192,36 @@ impl Service {
         };
         let listener = bind(addr).map_err(listen)?;
         let local_addr = listener.local_addr().map_err(listen)?;
+        let has = Resources::of_this_process();
+        let places = Places::of(&options, has)?;
+        tracing::info!(
+            open_files = has.descriptors,
+            connections = places.connections,
+            streams = places.streams,
+            spare = places.spare,
+            calls = places.calls,
+            body_bytes = places.body_bytes,
+            "limits"
+        );
+        if places.connections < options.max_connections {
+            tracing::warn!(
+                connections = places.connections,
+                max_connections = options.max_connections,
+                open_files = has.descriptors,
+                "the limit on open files or memory leaves fewer connections than the settings allow"
+            );
+        }
         Ok(Self {
             listener,
             local_addr,
             options,
+            load: Load::new(places),
         })
+    }
+
+    /// The service's places, with those that are taken.
+    pub fn load(&self) -> Load {
+        self.load.clone()
     }
 
     /// The address in use, with the port that port 0 became.
@@ -176,8 +242,8 @@ impl Service {
         shutdown: Shutdown,
         grace: Duration,
     ) -> impl Future<Output = Stopped> + Send {
-        let app = app(router, self.local_addr, &self.options);
-        accept::run(self.listener, app, self.options, shutdown, grace)
+        let app = app(router, self.local_addr, &self.options, &self.load);
+        accept::run(self.listener, app, self.options, self.load, shutdown, grace)
     }
 }
 
@@ -188,12 +254,14 @@ fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
     };
     // As `TcpListener::bind` has it: connections that an earlier run closed keep nobody from its port.
     socket.set_reuseaddr(true)?;
+    // For the connections, which inherit it: a client that does not read must not fill megabytes of the kernel's memory.
+    socket.set_send_buffer_size(capacity::SEND_BUFFER)?;
     socket.bind(addr)?;
     socket.listen(BACKLOG)
 }
 
 /// The daemon's routes inside everything that is the same for all daemons.
-fn app(router: Router, local_addr: SocketAddr, options: &ServiceOptions) -> Router {
+fn app(router: Router, local_addr: SocketAddr, options: &ServiceOptions, load: &Load) -> Router {
     let version = VersionInfo {
         name: options.name.to_owned(),
         version: options.version.to_owned(),
@@ -207,10 +275,20 @@ fn app(router: Router, local_addr: SocketAddr, options: &ServiceOptions) -> Rout
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(options.body_limit))
         .layer(CatchPanicLayer::custom(error::from_panic))
+        .layer(middleware::from_fn_with_state(
+            streams::Bound {
+                load: load.clone(),
+                is_stream: options.is_stream,
+            },
+            streams::limit,
+        ))
         .layer(middleware::from_fn_with_state(guard, auth::check))
         .layer(middleware::from_fn_with_state(
-            options.body_timeout,
-            body::limit_time,
+            body::Bound {
+                time: options.body_timeout,
+                load: load.clone(),
+            },
+            body::limit,
         ))
         .layer(middleware::from_fn(correlation::scope))
 }

@@ -56,7 +56,8 @@ fn router() -> Router {
             "/events",
             get(async || {
                 let first = stream::once(async { Ok::<_, Infallible>("data: first\n\n") });
-                Body::from_stream(first.chain(stream::pending()))
+                let body = Body::from_stream(first.chain(stream::pending()));
+                ([("content-type", "text/event-stream")], body)
             }),
         )
 }
@@ -93,6 +94,19 @@ impl Server {
         let service = Service::bind("127.0.0.1:0".parse().unwrap(), options)
             .await
             .unwrap();
+        Self::of(service, grace)
+    }
+
+    async fn with_places(places: Places) -> Self {
+        let service = Service::bind("127.0.0.1:0".parse().unwrap(), options()).await;
+        let service = Service {
+            load: Load::new(places),
+            ..service.unwrap()
+        };
+        Self::of(service, Duration::from_secs(5))
+    }
+
+    fn of(service: Service, grace: Duration) -> Self {
         let addr = service.local_addr();
         let shutdown = Shutdown::manual();
         let stopped = tokio::spawn(service.serve(router(), shutdown.clone(), grace));
@@ -681,17 +695,18 @@ async fn a_connection_too_many_is_refused_and_the_place_comes_back() {
         .unwrap();
     assert_ne!(first.read(&mut [0; 1024]).await.unwrap(), 0);
 
-    let second = server
-        .raw("GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        .await;
+    let second = server.send("GET /who", "").await;
     assert_eq!(
         (second.status, second.headers["retry-after"].as_str()),
         (503, "1")
     );
     assert_eq!(second.refusal().1, "OVERLOADED");
 
+    // [POOLCORE-071] [P23] What the control path asks for is answered all the same.
+    assert_eq!(server.send("GET /health", "").await.status, 200);
+
     drop(first);
-    let back = async { while server.send("GET /health", "").await.status != 200 {} };
+    let back = async { while server.send("GET /who", "").await.status != 200 {} };
     timeout(Duration::from_secs(10), back)
         .await
         .expect("the place is free again");
@@ -743,6 +758,103 @@ async fn a_flood_of_silent_connections_costs_nobody_who_speaks_the_answer() {
     }
 }
 
+/// The places of a service that has plenty of the others.
+fn places() -> Places {
+    Places {
+        connections: 100,
+        streams: 100,
+        spare: 10,
+        calls: 10,
+        body_bytes: 1 << 20,
+    }
+}
+
+#[tokio::test] // [POOLCORE-071] [P23]
+async fn silent_connections_do_not_keep_the_control_path_waiting() {
+    let server = Server::with_places(Places {
+        connections: 1,
+        spare: 4,
+        ..places()
+    })
+    .await;
+    let _holder = open_stream(&server).await;
+    let mut silent = Vec::new();
+    for _ in 0..40 {
+        silent.push(TcpStream::connect(server.addr).await.unwrap());
+    }
+    let begun = Instant::now();
+    assert_eq!(server.send("GET /health", "").await.status, 200);
+    // With the patience of those who are alone it would take 20 s.
+    assert!(begun.elapsed() < Duration::from_secs(10));
+}
+
+#[tokio::test] // [POOLCORE-074] [P23]
+async fn streams_leave_room_for_other_requests() {
+    let server = Server::with_places(Places {
+        streams: 1,
+        ..places()
+    })
+    .await;
+    let reader = open_stream(&server).await;
+    let refused = server.send("GET /events", "").await;
+    assert_eq!(
+        (refused.status, refused.headers["retry-after"].as_str()),
+        (503, "1")
+    );
+    assert_eq!(refused.refusal().1, "OVERLOADED");
+    let asks = server
+        .send("GET /who\nAccept: text/html, text/event-stream", "")
+        .await;
+    assert_eq!(asks.status, 503, "it may become a stream");
+    assert_eq!(server.send("GET /who", "").await.status, 200);
+    drop(reader);
+    let back = async {
+        while server
+            .send("GET /who\nAccept: text/event-stream", "")
+            .await
+            .status
+            != 200
+        {}
+    };
+    timeout(Duration::from_secs(10), back)
+        .await
+        .expect("the place is free again");
+}
+
+#[tokio::test] // [POOLCORE-072] [P19] [P23]
+async fn bodies_take_no_more_memory_than_there_is_for_them() {
+    let server = Server::with_places(Places {
+        body_bytes: 120,
+        ..places()
+    })
+    .await;
+    let head = "POST /sum HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: 90\r\n\r\n";
+    let body = format!("{:90}", r#"{"a":1,"b":2}"#);
+    let mut slow = TcpStream::connect(server.addr).await.unwrap();
+    slow.write_all(head.as_bytes()).await.unwrap();
+    slow.write_all(&body.as_bytes()[..80]).await.unwrap();
+    let json = "POST /sum\nContent-Type: application/json";
+    let refused = async {
+        loop {
+            let answer = server.send(json, &body).await;
+            if answer.status != 200 {
+                return answer;
+            }
+        }
+    };
+    let refused = timeout(Duration::from_secs(10), refused).await.unwrap();
+    assert_eq!(
+        (refused.status, refused.headers["retry-after"].as_str()),
+        (503, "1")
+    );
+    assert_eq!(refused.refusal().1, "OVERLOADED");
+    slow.write_all(&body.as_bytes()[80..]).await.unwrap();
+    let mut text = String::new();
+    slow.read_to_string(&mut text).await.unwrap();
+    assert_eq!(Answer::parse(&text).body, "3");
+    assert_eq!(server.send(json, &body).await.body, "3");
+}
+
 #[tokio::test] // [POOLCORE-065] [POOLCORE-066] [P20]
 async fn connections_too_many_that_are_silent_do_not_hold_up_a_stop() {
     let one = ServiceOptions {
@@ -760,7 +872,7 @@ async fn connections_too_many_that_are_silent_do_not_hold_up_a_stop() {
         silent.push(TcpStream::connect(server.addr).await.unwrap());
     }
     // Connections are taken in order: after this answer those before it are waited for.
-    assert_eq!(server.send("GET /health", "").await.status, 503);
+    assert_eq!(server.send("GET /who", "").await.status, 503);
     server.shutdown.trigger();
     let stopped = timeout(Duration::from_secs(20), server.stopped).await;
     assert_eq!(stopped.expect("in time").unwrap(), Stopped { cut: 0 });

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt as _, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -229,11 +229,33 @@ pub fn find_sibling(name: &str) -> Result<PathBuf, CliError> {
 }
 
 /// The last `lines` lines of a file; an incomplete last line counts.
+/// Those that a log lacks because it was begun again come from the file that it was before.
 pub fn tail(path: &Path, lines: usize) -> io::Result<String> {
-    tail_from(path, lines, 0)
+    let newest = tail_from(path, lines, 0)?;
+    let missing = lines.saturating_sub(newest.lines().count());
+    let earlier = match missing {
+        0 => String::new(),
+        missing => tail_from(&numbered(path, 1), missing, 0).unwrap_or_default(),
+    };
+    Ok(earlier + &newest)
 }
 
-/// Prints the last `lines` lines of a log, then what is appended to it, until nothing more comes because `is_over`, `print`
+/// The path of the file that was the log `number` files ago.
+fn numbered(path: &Path, number: u32) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(format!(".{number}"));
+    name.into()
+}
+
+/// Whether another file has the place of `file` now.
+fn is_replaced(file: &File, path: &Path) -> io::Result<bool> {
+    let ours = file.metadata()?;
+    // One that is renamed and not begun again yet is still written to.
+    let there = path.metadata();
+    Ok(there.is_ok_and(|there| (there.dev(), there.ino()) != (ours.dev(), ours.ino())))
+}
+
+/// Prints the last `lines` lines of a log, then what is appended to it, also after it is renamed and begun again, until nothing more comes because `is_over`, `print`
 /// fails, or the future is dropped.
 pub async fn follow(
     path: &Path,
@@ -248,6 +270,8 @@ pub async fn follow(
     loop {
         // Asked before the file is read: what was written until then is in it.
         let over = is_over();
+        // Looked at before the file is read, so that its last lines are read too.
+        let replaced = is_replaced(&file, path)?;
         let length = file.metadata()?.len();
         if length < seen {
             // Somebody emptied the log: what is in it now is new.
@@ -259,6 +283,12 @@ pub async fn follow(
         if let Some(end) = pending.iter().rposition(|byte| *byte == b'\n') {
             let complete: Vec<u8> = pending.drain(..=end).collect();
             print(&String::from_utf8_lossy(&complete))?;
+        } else if replaced {
+            if !pending.is_empty() {
+                print(&(String::from_utf8_lossy(&pending) + "\n"))?;
+                pending.clear();
+            }
+            (file, seen) = (File::open(path)?, 0);
         } else if over {
             return match pending.is_empty() {
                 true => Ok(()),
@@ -288,6 +318,9 @@ fn spawn(spec: &DaemonSpec, log: File) -> io::Result<Child> {
     let mut command = Command::new(&spec.program);
     command
         .args(&spec.args)
+        // It takes the file over, to rename it by size and to open it again at SIGHUP.
+        .arg("--log-file")
+        .arg(&spec.log_file)
         .envs(absolute_folders()?)
         .envs(spec.env.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
@@ -332,6 +365,9 @@ async fn gone(process: &ProcessIdentity, timeout: Duration) -> io::Result<bool> 
 
 fn with_log(error: CliError, log: &Path, start: u64) -> CliError {
     let hint = format!("the whole log is {}", log.display());
+    // A log that was begun again meanwhile has nothing of earlier starts.
+    let begun_again = log.metadata().is_ok_and(|log| log.len() < start);
+    let start = if begun_again { 0 } else { start };
     match tail_from(log, FAILURE_LINES, start) {
         Ok(lines) if lines.trim().is_empty() => error.cause("it wrote nothing to its log"),
         Ok(lines) => error
@@ -537,5 +573,38 @@ mod tests {
         );
         assert_eq!(result.await.unwrap_err().exit, Exit::Interrupted);
         assert_eq!(shown, "three\nvier é\n");
+    }
+
+    #[tokio::test] // [POOLCORE-123] [POOLCORE-075]
+    async fn a_log_is_followed_when_it_is_renamed_and_begun_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        fs::write(&path, "one\n").unwrap();
+        let mut shown = String::new();
+        let mut turned = false;
+        let result = follow(
+            &path,
+            9,
+            || false,
+            |text| {
+                shown.push_str(text);
+                if !std::mem::replace(&mut turned, true) {
+                    OpenOptions::new()
+                        .append(true)
+                        .open(&path)?
+                        .write_all(b"two\n")?;
+                    fs::rename(&path, numbered(&path, 1))?;
+                    fs::write(&path, "three\n")?;
+                }
+                match text.ends_with("three\n") {
+                    true => Err(CliError::new(Exit::Interrupted, "enough")),
+                    false => Ok(()),
+                }
+            },
+        );
+        assert_eq!(result.await.unwrap_err().exit, Exit::Interrupted);
+        assert_eq!(shown, "one\ntwo\nthree\n");
+        assert_eq!(tail(&path, 2).unwrap(), "two\nthree\n");
+        assert_eq!(tail(&path, 1).unwrap(), "three\n");
     }
 }

@@ -1,0 +1,362 @@
+//! Bounds that follow from what the process really has: descriptors and memory.
+//!
+//! A connection is a descriptor, and so is every call to another daemon and every file. A daemon that lets clients have
+//! them all can't answer `/health`, open its database or call a worker, so the places of clients are what is left.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::{BindError, ServiceOptions};
+
+/// Fewest descriptors that a service can work with, those of its own files not counted.
+const FEWEST: usize = 16;
+/// Bounds of the places beside the ordinary ones.
+const SPARE: (usize, usize) = (4, 128);
+/// Fewest connections that a low memory limit leaves.
+const FEWEST_BY_MEMORY: usize = 8;
+/// Most bytes of request bodies that are held at once, however much memory there is.
+const MOST_BODY_BYTES: u64 = 256 << 20;
+/// Bytes of a connection that the kernel keeps, beside the buffers for its head and its answer.
+pub(super) const SEND_BUFFER: u32 = 128 << 10;
+/// Time in which a refusal is logged once.
+const LOG_EVERY: Duration = Duration::from_secs(60);
+/// Open files of a process where macOS names no limit (`OPEN_MAX`).
+const OPEN_MAX: u64 = 10_240;
+
+/// Resources of a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Resources {
+    /// The limit on open files.
+    pub descriptors: usize,
+    /// Descriptors that are open already.
+    pub open: usize,
+    /// Bytes of memory that the process may use.
+    pub memory_bytes: u64,
+}
+
+/// The places of a service, as its resources and its settings allow them. By default there are none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Places {
+    /// Connections of any request.
+    pub connections: usize,
+    /// Event streams among them, so that readers leave room for other requests.
+    pub streams: usize,
+    /// Connections beyond them: a request of the control path is served there, any other refused.
+    pub spare: usize,
+    /// Descriptors for the daemon's own calls to other daemons.
+    pub calls: usize,
+    /// Bytes of request bodies that are held at once.
+    pub body_bytes: usize,
+}
+
+impl Resources {
+    /// Returns what this process has, with its limit on open files raised as far as the system allows.
+    pub fn of_this_process() -> Self {
+        Self {
+            descriptors: usize::try_from(raise_descriptor_limit()).unwrap_or(usize::MAX),
+            open: open_descriptors(),
+            memory_bytes: memory_bytes(),
+        }
+    }
+}
+
+/// Raises the soft limit on open files to the hard one. Returns the limit in force.
+///
+/// Programs that this one starts inherit the raised limit: a worker needs it as well, and `git` and `hf` hold no table of
+/// that size.
+fn raise_descriptor_limit() -> u64 {
+    let limit = getrlimit(Resource::Nofile);
+    let now = limit.current.unwrap_or(u64::MAX);
+    let wanted = [limit.maximum, Some(OPEN_MAX)];
+    for current in wanted.into_iter().flatten().filter(|most| *most > now) {
+        let raised = Rlimit {
+            current: Some(current),
+            ..limit.clone()
+        };
+        if setrlimit(Resource::Nofile, raised).is_ok() {
+            return current;
+        }
+    }
+    now
+}
+
+/// Descriptors that are open now; a guess where the system lists none.
+fn open_descriptors() -> usize {
+    let folder = match cfg!(target_os = "linux") {
+        true => "/proc/self/fd",
+        false => "/dev/fd",
+    };
+    // The folder itself is open while it is read.
+    std::fs::read_dir(folder).map_or(FEWEST, |entries| entries.count().saturating_sub(1))
+}
+
+/// Memory that the process may use: the host's, or less where its cgroup or its limit on address space says so.
+fn memory_bytes() -> u64 {
+    let host = crate::lifecycle::cpu_memory().map_or(u64::MAX, |memory| memory.total_bytes);
+    let limits = [Resource::As, Resource::Data].map(|limit| getrlimit(limit).current);
+    limits.into_iter().flatten().fold(host, u64::min)
+}
+
+impl Places {
+    /// Returns the places that `options` ask for, as far as `has` allows them.
+    pub(super) fn of(options: &ServiceOptions, has: Resources) -> Result<Self, BindError> {
+        let taken = has.open + options.own_files;
+        let free = has.descriptors.saturating_sub(taken);
+        if free < FEWEST {
+            return Err(BindError::Descriptors {
+                limit: has.descriptors,
+                needed: taken + FEWEST,
+            });
+        }
+        let spare = (free / 8).clamp(SPARE.0, SPARE.1);
+        let rest = free - spare;
+        // Whoever passes a worker's stream on has two descriptors for it.
+        let calls = rest / if options.relays { 2 } else { 4 };
+        // A head fills one buffer at most, and an answer that is not read another.
+        let per_connection = 2 * options.header_limit as u64 + u64::from(SEND_BUFFER);
+        let by_memory = usize::try_from(has.memory_bytes / 4 / per_connection)
+            .unwrap_or(usize::MAX)
+            .max(FEWEST_BY_MEMORY);
+        let connections = options.max_connections.min(rest - calls).min(by_memory);
+        let calls = rest - connections;
+        let streams = connections - connections / 4;
+        let body_limit = options.body_limit as u64;
+        let most_bodies = MOST_BODY_BYTES.max(body_limit);
+        let body_bytes = (has.memory_bytes / 16).clamp(body_limit, most_bodies);
+        Ok(Self {
+            connections,
+            streams: match options.relays {
+                true => streams.min(calls - calls / 4),
+                false => streams,
+            },
+            spare,
+            calls,
+            body_bytes: usize::try_from(body_bytes).unwrap_or(usize::MAX >> 4),
+        })
+    }
+}
+
+/// A refusal for want of places.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Want {
+    Connections,
+    Streams,
+    Bodies,
+    Calls,
+}
+
+/// The places of a service with those that are taken. Clones are the same places.
+#[derive(Debug, Clone)]
+pub struct Load(Arc<Lanes>);
+
+#[derive(Debug)]
+struct Lanes {
+    places: Places,
+    connections: Arc<Semaphore>,
+    streams: Arc<Semaphore>,
+    spare: Arc<Semaphore>,
+    bodies: Arc<Semaphore>,
+    calls: Arc<Semaphore>,
+    refused: AtomicU64,
+    logged: Mutex<[Option<Instant>; 4]>,
+}
+
+impl Load {
+    /// All of `places`, none of them taken.
+    pub fn new(places: Places) -> Self {
+        let semaphore = |permits: usize| Arc::new(Semaphore::new(permits));
+        Self(Arc::new(Lanes {
+            places,
+            connections: semaphore(places.connections),
+            streams: semaphore(places.streams),
+            spare: semaphore(places.spare),
+            bodies: semaphore(places.body_bytes.min(Semaphore::MAX_PERMITS)),
+            // Short calls keep a quarter of them.
+            calls: semaphore((places.calls - places.calls / 4).min(Semaphore::MAX_PERMITS)),
+            refused: AtomicU64::new(0),
+            logged: Mutex::default(),
+        }))
+    }
+
+    /// The places there are.
+    pub fn places(&self) -> Places {
+        self.0.places
+    }
+
+    /// Returns the connections that are open, those of the control path and those that are being refused included.
+    pub fn connections(&self) -> usize {
+        let Places {
+            connections, spare, ..
+        } = self.0.places;
+        let free = self.0.connections.available_permits() + self.0.spare.available_permits();
+        (connections + spare).saturating_sub(free)
+    }
+
+    /// Returns the requests that were refused so far for want of a place.
+    pub fn refused(&self) -> u64 {
+        self.0.refused.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn connection(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.0.connections).try_acquire_owned().ok()
+    }
+
+    pub(super) fn spare(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.0.spare).try_acquire_owned().ok()
+    }
+
+    pub(super) fn stream(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.0.streams).try_acquire_owned().ok()
+    }
+
+    /// Takes a descriptor for a call to another daemon that stays open; `None` where all of them are taken.
+    pub fn call(&self) -> Option<OwnedSemaphorePermit> {
+        let place = Arc::clone(&self.0.calls).try_acquire_owned().ok();
+        if place.is_none() {
+            self.log(Want::Calls);
+        }
+        place
+    }
+
+    /// Takes room for so many bytes of a body.
+    pub(super) fn body(&self, bytes: u32) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.0.bodies)
+            .try_acquire_many_owned(bytes)
+            .ok()
+    }
+
+    /// Returns when a connection that comes finds a place.
+    pub(super) async fn a_place(&self) {
+        tokio::select! {
+            biased;
+            _ = self.0.connections.acquire() => {}
+            _ = self.0.spare.acquire() => {}
+        }
+    }
+
+    /// Returns when no connection is in a spare place.
+    pub(super) async fn spare_empty(&self) {
+        let all = u32::try_from(self.0.places.spare).unwrap_or(u32::MAX);
+        let _ = self.0.spare.acquire_many(all).await;
+    }
+
+    /// Whether connections may be waiting for a spare place.
+    pub(super) fn is_pressed(&self) -> bool {
+        self.0.spare.available_permits() == 0
+    }
+
+    /// Counts a refusal. Of a flood one a minute is logged.
+    pub(super) fn refuse(&self, want: Want) {
+        self.0.refused.fetch_add(1, Ordering::Relaxed);
+        self.log(want);
+    }
+
+    fn log(&self, want: Want) {
+        let refused = self.refused();
+        let now = Instant::now();
+        {
+            let mut logged = self.0.logged.lock().unwrap_or_else(PoisonError::into_inner);
+            let last = &mut logged[want as usize];
+            if last.is_some_and(|last| now.duration_since(last) < LOG_EVERY) {
+                return;
+            }
+            *last = Some(now);
+        }
+        let places = self.0.places;
+        match want {
+            Want::Connections => {
+                tracing::warn!(limit = places.connections, refused, "too many connections");
+            }
+            Want::Streams => {
+                tracing::warn!(limit = places.streams, refused, "too many event streams");
+            }
+            Want::Calls => {
+                tracing::warn!(
+                    limit = places.calls,
+                    "no descriptor is left for another stream of a worker: jobs wait"
+                );
+            }
+            Want::Bodies => {
+                tracing::warn!(
+                    limit_bytes = places.body_bytes,
+                    refused,
+                    "too many bytes of request bodies at once"
+                );
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn places(
+        descriptors: usize,
+        memory_bytes: u64,
+        change: impl FnOnce(&mut ServiceOptions),
+    ) -> Result<Places, BindError> {
+        let mut options = ServiceOptions::new("testd", "1", 1);
+        options.own_files = 20;
+        change(&mut options);
+        let has = Resources {
+            descriptors,
+            open: 10,
+            memory_bytes,
+        };
+        Places::of(&options, has)
+    }
+
+    #[test] // [POOLCORE-071] [P23]
+    fn clients_get_the_descriptors_that_are_left() {
+        for (descriptors, connections, streams, spare, calls) in [
+            (46, 9, 7, 4, 3),
+            (64, 23, 18, 4, 7),
+            (256, 149, 112, 28, 49),
+            (1024, 653, 490, 124, 217),
+            (20_000, 1024, 768, 128, 18_818),
+        ] {
+            let found = places(descriptors, 64 * GIB, |_| ()).unwrap();
+            assert_eq!(
+                (found.connections, found.streams, found.spare, found.calls),
+                (connections, streams, spare, calls),
+                "{descriptors}"
+            );
+            assert_eq!(
+                30 + found.connections + found.spare + found.calls,
+                descriptors
+            );
+        }
+        let relay = places(256, 64 * GIB, |options| options.relays = true).unwrap();
+        assert!(relay.calls >= relay.streams, "{relay:?}");
+        let error = places(45, 64 * GIB, |_| ()).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the limit of 45 open files is too low: at least 46 are needed"
+        );
+        assert!(error.hint().unwrap().contains("ulimit -n"));
+    }
+
+    #[test] // [POOLCORE-072] [P23]
+    fn a_memory_limit_bounds_connections_and_bodies() {
+        let found = |memory| places(20_000, memory, |_| ()).unwrap();
+        assert_eq!(found(64 * GIB).body_bytes, 256 << 20);
+        let small = found(64 << 20);
+        assert_eq!((small.connections, small.body_bytes), (64, 4 << 20));
+        // One request must be possible, however little there is.
+        let least = found(1 << 20);
+        assert_eq!((least.connections, least.body_bytes), (8, 4 << 20));
+    }
+
+    #[test] // [POOLCORE-071]
+    fn one_connection_can_be_a_stream() {
+        let one = places(1024, GIB, |options| options.max_connections = 1).unwrap();
+        assert_eq!((one.connections, one.streams), (1, 1));
+    }
+}

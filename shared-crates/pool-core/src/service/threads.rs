@@ -1,0 +1,146 @@
+//! The runtime of a daemon, with as many threads as the system gives.
+//!
+//! A runtime starts its threads when it needs them, and panics, or waits for ever, where the system gives none (a cgroup's
+//! `pids.max`, a user's `RLIMIT_NPROC`). So it is seen first how many there are, and those that the control path needs
+//! are started at once and kept.
+
+use std::io;
+use std::sync::{Arc, Barrier, Mutex, mpsc};
+use std::thread;
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Runtime};
+
+/// Threads for work that blocks: those that there always are, and the most there may be.
+const BLOCKING: (usize, usize) = (2, 64);
+/// How long a thread for work that blocks is kept. Whether there is another one later is not known.
+const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Threads and processes left to whatever else the daemon starts for a moment.
+const MARGIN: usize = 4;
+
+/// Why there is no runtime.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// The system gives too few threads.
+    #[error("the system gives {found} more threads: at least {needed} are needed")]
+    Threads {
+        /// Threads that could be started.
+        found: usize,
+        /// The fewest that the daemon can work with.
+        needed: usize,
+    },
+    /// The system refused something else.
+    #[error("could not start the runtime")]
+    System(#[source] io::Error),
+}
+
+impl RuntimeError {
+    /// What to try next.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Threads { .. } => Some(
+                "raise `pids.max` of the cgroup (`TasksMax=` of the systemd unit) or `ulimit -u`",
+            ),
+            Self::System(_) => None,
+        }
+    }
+}
+
+/// Returns how many of `wanted` threads can run at once beside those that run already.
+pub fn available(wanted: usize) -> usize {
+    let (hold, held) = mpsc::channel::<()>();
+    let held = Arc::new(Mutex::new(held));
+    let mut started = Vec::with_capacity(wanted);
+    for _ in 0..wanted {
+        let held = Arc::clone(&held);
+        let wait = move || {
+            let held = held.lock();
+            // Returns when the other side is gone.
+            let _ = held.map(|held| held.recv());
+        };
+        match thread::Builder::new().spawn(wait) {
+            Ok(thread) => started.push(thread),
+            Err(_) => break,
+        }
+    }
+    drop(hold);
+    let found = started.len();
+    for thread in started {
+        let _ = thread.join();
+    }
+    found
+}
+
+/// Returns a runtime of at most `workers` worker threads, which leaves `own` threads to the daemon.
+pub fn runtime(workers: usize, own: usize) -> Result<Runtime, RuntimeError> {
+    let (least_blocking, most_blocking) = BLOCKING;
+    let needed = 1 + least_blocking + own;
+    let comfortable = workers + 2 * least_blocking + own + MARGIN;
+    let found = available(comfortable.max(needed));
+    if found < needed {
+        return Err(RuntimeError::Threads { found, needed });
+    }
+    let ours = found - own;
+    let (workers, blocking) = match found >= comfortable {
+        true => (workers, most_blocking),
+        false => {
+            let workers = workers.min((ours - least_blocking) / 2).max(1);
+            (workers, (ours - workers).min(least_blocking))
+        }
+    };
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(workers)
+        .max_blocking_threads(blocking)
+        .thread_keep_alive(KEPT)
+        .enable_all()
+        .build()
+        .map_err(RuntimeError::System)?;
+    start_blocking_threads(&runtime, least_blocking);
+    Ok(runtime)
+}
+
+/// Starts threads for work that blocks. With one that has nothing to do, what comes later finds one in any case.
+fn start_blocking_threads(runtime: &Runtime, count: usize) {
+    let all = Arc::new(Barrier::new(count + 1));
+    for _ in 0..count {
+        let all = Arc::clone(&all);
+        runtime.spawn_blocking(move || all.wait());
+    }
+    all.wait();
+}
+
+/// Returns the processors that this process may use.
+pub fn processors() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test] // [POOLCORE-073] [P23]
+    fn a_runtime_has_its_threads_from_the_start() {
+        let runtime = runtime(2, 1).unwrap();
+        assert_eq!(runtime.metrics().num_workers(), 2);
+        let answer = runtime.block_on(async { tokio::task::spawn_blocking(|| 7).await });
+        assert_eq!(answer.unwrap(), 7);
+    }
+
+    #[test] // [POOLCORE-073] [P23]
+    fn threads_that_can_be_had_are_counted_and_given_back() {
+        assert_eq!((available(0), available(5), available(5)), (0, 5, 5));
+    }
+
+    #[test] // [POOLCORE-073]
+    fn too_few_threads_is_an_error_with_both_numbers() {
+        let error = RuntimeError::Threads {
+            found: 3,
+            needed: 9,
+        };
+        assert_eq!(
+            error.to_string(),
+            "the system gives 3 more threads: at least 9 are needed"
+        );
+        assert!(error.hint().unwrap().contains("pids.max"));
+    }
+}
