@@ -141,7 +141,7 @@ pub async fn run(
         token: Some(secret.clone()),
         open_paths: vec!["/health"],
         body_limit: BODY_LIMIT,
-        // Whoever has the secret is the fleet; anybody else is refused as soon as the head is read.
+        // The fleet has the secret; a caller without it is refused as soon as its head is read.
         is_control: |_, _| true,
         is_stream: |_, _, _| false,
         ..ServiceOptions::new(

@@ -12,7 +12,7 @@ use pool_core::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Threads beside those that compute: the runtime's, the one that leads the computation, and a template's.
+/// Threads in addition to those that compute: the runtime's, the one that leads the computation, and a template's.
 const OWN_THREADS: usize = 9;
 
 /// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which hand over

@@ -2,8 +2,8 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader};
-use std::net::{Ipv4Addr, TcpListener};
+use std::io::{BufRead, BufReader, Write as _};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -40,7 +40,20 @@ fn args(model: &Path, port: u16) -> WorkerArgs {
 }
 
 fn command(args: &WorkerArgs) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_llorch-candled"));
+    prepared(Command::new(env!("CARGO_BIN_EXE_llorch-candled")), args)
+}
+
+/// As [`command`], after `limit` of the shell.
+fn limited(args: &WorkerArgs, limit: &str) -> Command {
+    let mut shell = Command::new("/bin/sh");
+    shell
+        .arg("-c")
+        .arg(format!("{limit} && exec \"$0\" \"$@\""))
+        .arg(env!("CARGO_BIN_EXE_llorch-candled"));
+    prepared(shell, args)
+}
+
+fn prepared(mut command: Command, args: &WorkerArgs) -> Command {
     command
         .args(args.to_args())
         .env(SECRET_VAR, "s3cret")
@@ -244,6 +257,47 @@ async fn drive(port: u16) -> Option<()> {
         .await
         .ok()?;
     Some(())
+}
+
+// [CAND-078] [P23]
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_leave_the_fleet_its_places() {
+    let folder = tempfile::tempdir().unwrap();
+    let tiny = TinyModel {
+        context: 60_100,
+        ..TinyModel::default()
+    };
+    let model = tiny_file(folder.path(), &tiny);
+    for descriptors in [64, 256] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let args = WorkerArgs {
+            context_length: Some(60_100),
+            ..args(&model, address.port())
+        };
+        let mut child = limited(&args, &format!("ulimit -n {descriptors}"));
+        let _child = Running(child.stderr(Stdio::null()).spawn().unwrap());
+        let begun = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            assert!(begun.elapsed() < PATIENCE, "it never listens");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Half of them ask for something, without the secret, and keep their connections.
+        let strangers: Vec<TcpStream> = (0..400)
+            .map(|number| {
+                let mut stream = TcpStream::connect(address).unwrap();
+                if number % 2 == 0 {
+                    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\n\r\n");
+                    stream.write_all(request.as_bytes()).unwrap();
+                }
+                stream
+            })
+            .collect();
+        let driven = tokio::time::timeout(PATIENCE, drive(address.port())).await;
+        assert_eq!(driven.expect("it gets there"), Some(()), "{descriptors}");
+        drop(strangers);
+    }
 }
 
 // [CAND-075]

@@ -265,7 +265,7 @@ fn service_options(config: &OrchestratorConfig, tokens: &Tokens) -> ServiceOptio
     options
 }
 
-/// Whether a request keeps its place when clients have all the others: those of the fleet, and cancelling.
+/// Returns whether a request has a place even when clients hold all the others: requests of the fleet, and cancelling.
 fn is_control(method: &Method, path: &str) -> bool {
     let cancels = || {
         let task = path.strip_prefix("/v2/tasks/");

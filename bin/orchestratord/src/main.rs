@@ -46,7 +46,7 @@ enum Command {
     },
 }
 
-/// Threads beside those of the runtime: one a connection to the database, the scheduler's script and its parser.
+/// Threads in addition to those of the runtime: one a connection to the database, the scheduler's script and its parser.
 const OWN_THREADS: usize = 7;
 
 fn main() -> ExitCode {

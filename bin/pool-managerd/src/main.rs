@@ -35,7 +35,7 @@ struct Args {
     log_file: Option<PathBuf>,
 }
 
-/// Threads beside those of the runtime: those that ask for GPUs and wait for workers.
+/// Threads in addition to those of the runtime: those that ask for GPUs and wait for workers.
 const OWN_THREADS: usize = 4;
 
 fn main() -> ExitCode {

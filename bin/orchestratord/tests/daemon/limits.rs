@@ -19,7 +19,7 @@ use crate::support::{FakePool, FakeWorker, MODEL, eventually, soon};
 
 /// Readers of one job, of which half never read.
 const READERS: usize = 2000;
-/// How long a request of the control path may take, on a machine that has other things to do.
+/// Time that a request of the control path may take, on a machine that has other things to do.
 const PROMPT: Duration = Duration::from_secs(15);
 
 /// `orchestratord` on a home, after `limit` of the shell.
@@ -37,7 +37,7 @@ fn has_room_for_readers() -> bool {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: limit.maximum,
-        ..limit.clone()
+        ..limit
     };
     let _ = setrlimit(Resource::Nofile, raised);
     getrlimit(Resource::Nofile)
@@ -81,7 +81,7 @@ async fn head(stream: &mut TcpStream) -> String {
     while !head.windows(4).any(|end| end == b"\r\n\r\n") {
         let read = soon("an answer", stream.read_buf(&mut head)).await;
         assert_ne!(
-            read.expect("nobody is reset"),
+            read.expect("no connection is reset"),
             0,
             "closed without an answer"
         );
@@ -151,7 +151,7 @@ async fn under_many_readers(descriptors: usize) {
     let fresh = stranger(&client);
     assert!(metric(&fresh, "orchd_overload_refusals_total ").await >= f64::from(answers.1));
     assert_eq!(cancel(&fresh, unwanted).await, JobStatus::Cancelled);
-    // The job that runs goes on, and the next one is sent to its worker.
+    // The running job continues, and the next one is sent to its worker.
     worker.tokens(running, 3..20);
     worker.end(running, 20);
     worker.request(2).await;

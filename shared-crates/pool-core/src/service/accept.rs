@@ -24,11 +24,11 @@ use super::capacity::{Load, Want};
 use super::linger::{Lingering, Unread};
 use super::{ServiceError, ServiceOptions, Shutdown, codes, correlation};
 
-/// How long a connection that is one too many may take to ask for something: silent ones hold their places briefly.
+/// Time in which a connection that is one too many must ask for something: silent ones hold their places briefly.
 const SPARE_HEAD: Duration = Duration::from_secs(2);
 /// The same while others wait for its place. A client that has something to say says so with its connection.
 const PRESSED_HEAD: Duration = Duration::from_millis(250);
-/// How often a silent connection looks whether others wait for its place.
+/// Interval at which a silent connection looks whether others wait for its place.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long the system is left alone after it refused a connection for want of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
+use axum::http::Method;
 use axum::http::header::EXPECT;
 use axum::middleware::Next;
 use axum::response::Response;
@@ -25,6 +26,9 @@ use crate::clock::Patience;
 /// How much of a body is thrown away at most, and for how long. A connection that is closed while its sender still writes
 /// is reset, and the answer that says why is lost on the way; one that sends without end is reset all the same.
 const DISCARD: (usize, Duration) = (64 * 1024 * 1024, Duration::from_secs(5));
+
+/// Bytes of a body that the control path may send however many others there are.
+const SMALL: u64 = 256 << 10;
 
 /// The body was not whole in time.
 #[derive(Debug, thiserror::Error)]
@@ -45,7 +49,7 @@ impl BodyTimeout {
 pub(super) struct BodiesFull;
 
 impl BodiesFull {
-    /// Whether it is among the causes of an error.
+    /// Returns whether it is among the causes of an error.
     pub(super) fn is_among(error: &(dyn Error + 'static)) -> bool {
         std::iter::successors(Some(error), |cause| (*cause).source())
             .any(|cause| cause.is::<Self>())
@@ -59,20 +63,26 @@ pub(super) struct Bound {
     pub time: Duration,
     /// The room that there is for all of them.
     pub load: Load,
+    /// Requests whose bodies need no room if they are small: heartbeats must come through.
+    pub is_control: fn(&Method, &str) -> bool,
 }
 
 /// The room that one body has taken. It is given back when the request is answered.
 #[derive(Debug, Clone)]
 struct Room {
-    load: Load,
+    /// `None` for a body that needs none.
+    load: Option<Load>,
     taken: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
 }
 
 impl Room {
     fn take(&self, bytes: usize) -> Result<(), BodiesFull> {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        let Some(more) = self.load.body(bytes) else {
-            self.load.refuse(Want::Bodies);
+        let Some(load) = &self.load else {
+            return Ok(());
+        };
+        let Some(more) = load.body(bytes) else {
+            load.refuse(Want::Bodies);
             return Err(BodiesFull);
         };
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
@@ -87,9 +97,19 @@ impl Room {
 /// Gives the request's body at most its time from now on, and the room that is left. Answers, event streams among them,
 /// are not concerned.
 pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Next) -> Response {
-    let Bound { time, load } = bound;
-    let room = Room {
+    let Bound {
+        time,
         load,
+        is_control,
+    } = bound;
+    let small = request
+        .body()
+        .size_hint()
+        .upper()
+        .is_some_and(|bytes| bytes <= SMALL);
+    let exempt = small && is_control(request.method(), request.uri().path());
+    let room = Room {
+        load: (!exempt).then_some(load),
         taken: Arc::default(),
     };
     // Who asks before it sends has sent nothing, and sends nothing after a refusal. To read the body would be to ask for

@@ -14,13 +14,13 @@ use super::{BindError, ServiceOptions};
 
 /// Fewest descriptors that a service can work with, those of its own files not counted.
 const FEWEST: usize = 16;
-/// Bounds of the places beside the ordinary ones.
+/// Bounds of the number of spare places.
 const SPARE: (usize, usize) = (4, 128);
 /// Fewest connections that a low memory limit leaves.
 const FEWEST_BY_MEMORY: usize = 8;
 /// Most bytes of request bodies that are held at once, however much memory there is.
 const MOST_BODY_BYTES: u64 = 256 << 20;
-/// Bytes of a connection that the kernel keeps, beside the buffers for its head and its answer.
+/// Bytes that the kernel keeps for a connection whose client does not read.
 pub(super) const SEND_BUFFER: u32 = 128 << 10;
 /// Time in which a refusal is logged once.
 const LOG_EVERY: Duration = Duration::from_secs(60);
@@ -75,7 +75,7 @@ fn raise_descriptor_limit() -> u64 {
     for current in wanted.into_iter().flatten().filter(|most| *most > now) {
         let raised = Rlimit {
             current: Some(current),
-            ..limit.clone()
+            ..limit
         };
         if setrlimit(Resource::Nofile, raised).is_ok() {
             return current;
@@ -114,7 +114,7 @@ impl Places {
         }
         let spare = (free / 8).clamp(SPARE.0, SPARE.1);
         let rest = free - spare;
-        // Whoever passes a worker's stream on has two descriptors for it.
+        // A relayed stream has two descriptors.
         let calls = rest / if options.relays { 2 } else { 4 };
         // A head fills one buffer at most, and an answer that is not read another.
         let per_connection = 2 * options.header_limit as u64 + u64::from(SEND_BUFFER);
@@ -244,7 +244,7 @@ impl Load {
         let _ = self.0.spare.acquire_many(all).await;
     }
 
-    /// Whether connections may be waiting for a spare place.
+    /// Returns whether connections may be waiting for a spare place.
     pub(super) fn is_pressed(&self) -> bool {
         self.0.spare.available_permits() == 0
     }
@@ -352,6 +352,18 @@ mod tests {
         // One request must be possible, however little there is.
         let least = found(1 << 20);
         assert_eq!((least.connections, least.body_bytes), (8, 4 << 20));
+    }
+
+    #[test] // [POOLCORE-071] [P23]
+    fn calls_that_stay_open_leave_some_to_short_ones() {
+        let load = Load::new(Places {
+            calls: 4,
+            ..Places::default()
+        });
+        let held: Vec<_> = std::iter::from_fn(|| load.call()).collect();
+        assert_eq!(held.len(), 3);
+        drop(held);
+        assert!(load.call().is_some());
     }
 
     #[test] // [POOLCORE-071]

@@ -68,7 +68,7 @@ impl LogFile {
                 .and_then(|file| state.begin(&file))
                 .is_err()
         {
-            // The log goes on where it is, as on a disk that is full; each line trying again would make it slow.
+            // As on a full disk: the log continues in the old file. A new try with each line would make it slow.
             let later = state.limits.max_bytes / 8 + 1;
             state.turn_at = Some(state.bytes.saturating_add(later));
         }

@@ -79,16 +79,16 @@ pub struct ServiceOptions {
     pub max_connections: usize,
     /// Descriptors that the daemon needs for its own files, those that are open at the bind not counted. Default 8.
     pub own_files: usize,
-    /// Whether a stream to a client is a stream of another daemon's passed on. Default no.
+    /// A stream to a client is relayed from another daemon, and takes two descriptors. Default no.
     pub relays: bool,
-    /// Whether a request belongs to the control path, which keeps places of its own: short requests that the fleet lives
-    /// on. Default `/health`, `/ready` and `/metrics`.
+    /// Test for requests of the control path, which has places of its own: short requests that the fleet depends on.
+    /// Default [`is_about_the_daemon`].
     pub is_control: fn(&Method, &str) -> bool,
-    /// Whether a request is for an event stream. Default [`asks_for_events`].
+    /// Test for requests of an event stream. Default [`asks_for_events`].
     pub is_stream: fn(&Method, &str, &HeaderMap) -> bool,
 }
 
-/// Whether a request is one that every daemon answers about itself.
+/// Returns whether a request is one that every daemon answers about itself.
 pub fn is_about_the_daemon(_: &Method, path: &str) -> bool {
     matches!(path, "/health" | "/ready" | "/metrics" | "/version")
 }
@@ -287,6 +287,7 @@ fn app(router: Router, local_addr: SocketAddr, options: &ServiceOptions, load: &
             body::Bound {
                 time: options.body_timeout,
                 load: load.clone(),
+                is_control: options.is_control,
             },
             body::limit,
         ))

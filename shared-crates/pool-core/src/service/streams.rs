@@ -18,7 +18,7 @@ use super::{ServiceError, codes};
 
 const EVENT_STREAM: &str = "text/event-stream";
 
-/// Whether a request asks for events, by its path or by what it accepts.
+/// Returns whether a request asks for events, by its path or by what it accepts.
 pub fn asks_for_events(_: &Method, path: &str, headers: &HeaderMap) -> bool {
     let accepted = headers.get_all(ACCEPT).iter();
     path.ends_with("/events")

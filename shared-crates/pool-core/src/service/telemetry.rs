@@ -17,7 +17,7 @@ use crate::settings;
 
 /// The file of this process's log, where it has one.
 static FILE: OnceLock<LogFile> = OnceLock::new();
-/// Standard error as it was before the log file took its place, where somebody reads it.
+/// The earlier standard error, which the log file replaced; unset where it was a file.
 static STARTER: OnceLock<File> = OnceLock::new();
 /// Replaces the filter of this process's log.
 static REPLACE: OnceLock<Replace> = OnceLock::new();
@@ -132,7 +132,7 @@ pub fn take_settings<T: Serialize>(started: &T, read: &T, log: &LogConfig) {
     }
 }
 
-/// Where log lines go: standard error, wherever that leads now.
+/// The writer of log lines: standard error, wherever that leads now.
 struct Log;
 
 impl Write for Log {

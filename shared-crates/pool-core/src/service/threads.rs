@@ -13,7 +13,7 @@ use tokio::runtime::{Builder, Runtime};
 
 /// Threads for work that blocks: those that there always are, and the most there may be.
 const BLOCKING: (usize, usize) = (2, 64);
-/// How long a thread for work that blocks is kept. Whether there is another one later is not known.
+/// Time for which an idle thread for blocking work is kept: later there may be none.
 const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Threads and processes left to whatever else the daemon starts for a moment.
 const MARGIN: usize = 4;
@@ -46,7 +46,7 @@ impl RuntimeError {
     }
 }
 
-/// Returns how many of `wanted` threads can run at once beside those that run already.
+/// Returns how many of `wanted` threads can run at once in addition to those that run already.
 pub fn available(wanted: usize) -> usize {
     let (hold, held) = mpsc::channel::<()>();
     let held = Arc::new(Mutex::new(held));

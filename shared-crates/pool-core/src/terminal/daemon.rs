@@ -247,7 +247,7 @@ fn numbered(path: &Path, number: u32) -> PathBuf {
     name.into()
 }
 
-/// Whether another file has the place of `file` now.
+/// Returns whether another file has the place of `file` now.
 fn is_replaced(file: &File, path: &Path) -> io::Result<bool> {
     let ours = file.metadata()?;
     // One that is renamed and not begun again yet is still written to.
