@@ -208,8 +208,7 @@ impl Daemon {
         };
 
         let models = catalog.iter().map(|entry| entry.id.as_str());
-        let metrics =
-            Metrics::new(models, service.load()).context("could not make the metrics")?;
+        let metrics = Metrics::new(models, service.load()).context("could not make the metrics")?;
         let fleet = Fleet::new(tokens.pool, &config, clock::now());
         let script = ScriptPolicy::start(&config.scheduler, &metrics)
             .context("could not start the thread for the scheduler's script")?;
