@@ -183,8 +183,13 @@ async fn jobs(daemon: &Stepped, worker: &FakeWorker) -> Jobs {
     }
 }
 
-/// Fails unless all is as it was, and the hasty job expires at its own time.
-async fn unharmed(daemon: &Stepped, jobs: &Jobs) {
+/// A line of the table that a run with `--no-capture` prints: what is stepped, when, and the outcome.
+fn row(step: &str, when: &str, outcome: &str) {
+    println!("| {step:<7} | {when:<32} | {outcome} |");
+}
+
+/// Fails unless all is as it was, and the hasty job expires at its own time, which is returned.
+async fn unharmed(daemon: &Stepped, jobs: &Jobs) -> Duration {
     assert_eq!(daemon.keyed().await, jobs.keyed, "P2");
     let view = daemon.until(jobs.hasty, JobStatus::Expired).await;
     let after = jobs.hasty_since.elapsed();
@@ -196,6 +201,7 @@ async fn unharmed(daemon: &Stepped, jobs: &Jobs) {
     assert_eq!(daemon.keyed().await, jobs.keyed, "P2");
     let kept = daemon.show(jobs.keyed).await;
     assert_eq!((kept.text.as_str(), kept.dropped_at), ("<0>", None));
+    after
 }
 
 // [ORCHD-221] P25, P2: a step while jobs wait, run, and are over.
@@ -212,7 +218,7 @@ async fn a_step_of_the_wall_clock_ends_no_wait_and_deletes_nothing() {
             daemon.step(step);
             assert_eq!(liveness(&daemon).await, PoolLiveness::Online, "{step}");
             worker.tokens(jobs.running, 0..2);
-            unharmed(&daemon, &jobs).await;
+            let hasty = unharmed(&daemon, &jobs).await;
             // A broken stream is opened again.
             worker.cut_streams(jobs.running);
             worker.tokens(jobs.running, 2..3);
@@ -224,6 +230,10 @@ async fn a_step_of_the_wall_clock_ends_no_wait_and_deletes_nothing() {
             daemon.newest_is(newest, seconds).await;
             assert_eq!(daemon.show(jobs.running).await.attempts.len(), 1, "{step}");
             assert_eq!(liveness(&daemon).await, PoolLiveness::Online, "{step}");
+            let outcome = format!(
+                "job of 10 min waits, run continues in attempt 1, key and text kept; timeout of 5 s after {hasty:.1?}"
+            );
+            row(step, "while jobs wait, run, are over", &outcome);
         })
         .await;
     }))
@@ -241,7 +251,7 @@ async fn a_start_with_a_wrong_wall_clock_expires_and_deletes_nothing() {
         let jobs = jobs(&daemon, &worker).await;
         let daemon = Stepped::start(daemon.kill().await, step).await;
         pool.beat(&daemon).await;
-        unharmed(&daemon, &jobs).await;
+        let hasty = unharmed(&daemon, &jobs).await;
         daemon.until(jobs.running, JobStatus::Running).await;
         let newest = daemon.job().await;
         daemon.newest_is(newest, seconds).await;
@@ -251,6 +261,10 @@ async fn a_start_with_a_wrong_wall_clock_expires_and_deletes_nothing() {
         let newest = daemon.job().await;
         daemon.newest_is(newest, 0).await;
         assert_eq!(daemon.show(jobs.patient).await.status, JobStatus::Queued);
+        let outcome = format!(
+            "job of 10 min waits, key and text kept, also after a start with +0; timeout of 5 s after {hasty:.1?}"
+        );
+        row(step, "at the start after a kill", &outcome);
     }))
     .await;
 }
@@ -265,7 +279,7 @@ async fn what_waits_for_a_time_to_pass_does_so_whatever_the_wall_clock_says() {
         pool.interval_ms = 500;
         pool.register(&daemon).await;
         heard(&pool, &daemon, async {
-            // Backoff: the third pause is up to a second.
+            // Backoff: the second pause is up to half a second.
             let job = daemon.job().await;
             for attempt in 1..=2 {
                 worker.request(attempt).await;
@@ -277,7 +291,10 @@ async fn what_waits_for_a_time_to_pass_does_so_whatever_the_wall_clock_says() {
             daemon.step(step);
             let begun = Instant::now();
             worker.request(3).await;
-            assert!(begun.elapsed() < Duration::from_secs(20), "{step}");
+            let after = begun.elapsed();
+            assert!(after < Duration::from_secs(20), "{step}");
+            let outcome = format!("third attempt after {after:.1?}, then completed");
+            row(step, "in a backoff of 250 to 500 ms", &outcome);
             worker.started(job);
             worker.end(job, 0);
             daemon.until(job, JobStatus::Completed).await;
@@ -299,6 +316,8 @@ async fn what_waits_for_a_time_to_pass_does_so_whatever_the_wall_clock_says() {
             after > Duration::from_millis(1_500) && after < Duration::from_secs(20),
             "{step}: {after:?}"
         );
+        let outcome = format!("unloaded after {after:.1?}");
+        row(step, "back, with an idle TTL of 2 s", &outcome);
         // P7: the loss of a dead pool.
         daemon.step(step);
         let silent = Instant::now();
@@ -311,6 +330,8 @@ async fn what_waits_for_a_time_to_pass_does_so_whatever_the_wall_clock_says() {
             after > Duration::from_millis(1_500) && after < Duration::from_secs(20),
             "{step}: {after:?}"
         );
+        let outcome = format!("offline after {after:.1?} (3.5 beats of 0.5 s)");
+        row(step, "while a pool is dead", &outcome);
     }))
     .await;
 }
