@@ -1,6 +1,9 @@
 //! Conversations as the model was trained to read them: the file's own chat template, rendered within bounds.
 
 mod budget;
+mod filters;
+mod json;
+mod marks;
 mod methods;
 
 use std::io::{self, Write};
@@ -9,14 +12,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use budget::{Budget, NoResult};
-use minijinja::syntax::SyntaxConfig;
+use jiff::Zoned;
 use minijinja::value::Value;
 use minijinja::{Environment, Error, ErrorKind, context};
 use pool_core::api::worker::{Message, Role};
+use pool_core::chat_template::{NAME, TemplateProblem, check_length, compile, literals};
 
-/// Most bytes of one tag, its texts left out: the engine takes time with the square of the operators in a tag. Real tags
-/// have a few hundred.
-const MAX_TAG_BYTES: usize = 1 << 12;
+use crate::tokenizer::ControlTokens;
+
 /// Fuel of a rendering: about one a step, and one for every 64 bytes that are made. Real templates take a few dozen
 /// steps a message. It bounds time and memory alike: this much makes 6 MiB at most.
 const FUEL: u64 = 100_000;
@@ -35,28 +38,16 @@ const SPARE_BYTES: u64 = 16 << 20;
 const TIME_LIMIT: Duration = Duration::from_secs(10);
 /// Bytes a template may put out beyond the messages themselves.
 const MAX_OVERHEAD_BYTES: usize = 1 << 20;
-/// Longest template that is compiled. The longest published ones have 25 KiB.
-const MAX_TEMPLATE_BYTES: usize = 1 << 16;
-const NAME: &str = "chat_template";
 
 /// Why a conversation can't be rendered.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum TemplateError {
-    /// The template is no template.
-    #[error("the model's chat template can't be read: {0}")]
-    Syntax(String),
-    /// It is longer than any real one.
-    #[error("the model's chat template has {found} bytes, the limit is {MAX_TEMPLATE_BYTES}")]
-    TooLong {
-        /// Its length.
-        found: usize,
-    },
+    /// The template can't be compiled.
+    #[error("{0}; the model takes only a `prompt` with `raw: true`")]
+    Unsupported(#[from] TemplateProblem),
     /// The file has none.
     #[error("the model has no chat template, so it takes only a `prompt` with `raw: true`")]
     Missing,
-    /// One of its tags is longer than any real one.
-    #[error("the model's chat template has a tag of more than {MAX_TAG_BYTES} bytes")]
-    LongTag,
     /// It refuses these messages, or is wrong.
     #[error("the model's chat template can't render these messages: {0}")]
     Render(String),
@@ -80,16 +71,61 @@ pub enum TemplateError {
         /// The limit it ran into.
         limit: usize,
     },
+    /// The text of a message can't be told from the template's own control tokens.
+    #[error(
+        "a message has the name of a control token, and the model's chat template treats it in a way of its own: remove the name, or send `allow_special: true`"
+    )]
+    Confused,
+}
+
+/// The input of a chat template.
+#[derive(Debug, Clone)]
+pub struct Conversation {
+    /// Mappings with `role`, `content` and whatever else a template reads. A role is taken as the caller's word; all
+    /// other texts are taken as anybody's.
+    pub messages: Vec<Value>,
+    /// Descriptions of tools, a list; or none.
+    pub tools: Value,
+}
+
+impl Conversation {
+    /// A conversation of these messages, without tools.
+    pub fn new(messages: &[Message]) -> Self {
+        let value =
+            |m: &Message| context! { role => role_name(m.role), content => m.content.as_str() };
+        Self {
+            messages: messages.iter().map(value).collect(),
+            tools: Value::from(()),
+        }
+    }
+
+    /// Bytes of all texts.
+    fn bytes(&self) -> usize {
+        let messages = self.messages.iter().map(marks::bytes);
+        messages.sum::<usize>() + marks::bytes(&self.tools)
+    }
+}
+
+/// A rendered conversation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rendered {
+    /// The prompt.
+    pub text: String,
+    /// Byte positions, ascending, that no control token may lie across: on one side at least is the text of a message.
+    pub breaks: Vec<usize>,
 }
 
 /// A compiled chat template.
 pub struct ChatTemplate {
     compiled: Arc<Compiled>,
+    /// Texts in quotes that the template has, sorted.
+    literals: Vec<String>,
     ran_away: AtomicBool,
 }
 
 /// What a rendering needs; shared with its thread.
 struct Compiled {
+    source: String,
     environment: Environment<'static>,
     bos: String,
     eos: String,
@@ -100,72 +136,84 @@ impl ChatTemplate {
     /// before the model gets a job. A template may refuse that conversation. `bos` and `eos` are the names of the
     /// model's tokens, which templates write out.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TemplateError> {
-        if source.len() > MAX_TEMPLATE_BYTES {
-            return Err(TemplateError::TooLong {
-                found: source.len(),
-            });
-        }
-        if longest_tag(source) > MAX_TAG_BYTES {
-            return Err(TemplateError::LongTag);
-        }
+        check_length(source)?;
+        let literals = literals(source);
         let text = |text: Option<&str>| text.unwrap_or_default().to_owned();
         let (source, bos, eos) = (source.to_owned(), text(bos), text(eos));
         let compiled = bounded(FUEL, move || Compiled::new(source, bos, eos))?;
         let template = Self {
             compiled: Arc::new(compiled),
+            literals,
             ran_away: AtomicBool::new(false),
         };
         let trial = Message {
             role: Role::User,
             content: "Hello!".to_owned(),
         };
-        match template.render(&[trial]) {
+        match template.render(&Conversation::new(&[trial]), None) {
             // The template's own refusal, or a conversation that is not to its taste.
             Ok(_) | Err(TemplateError::Render(_)) => Ok(template),
             Err(error) => Err(error),
         }
     }
 
-    /// The prompt for `messages`, up to where the model's answer begins.
-    pub fn render(&self, messages: &[Message]) -> Result<String, TemplateError> {
+    /// Renders the prompt for a conversation, up to where the model's answer begins, and finds out which of its text comes
+    /// from the messages, so that none of it becomes one of the tokens in `control`; without these, nothing is kept apart.
+    ///
+    /// A template may do with the text of a message as it likes, so the text that matters is always that of the plain
+    /// messages. Where it comes from is read off further renderings, of messages with marks in them: one whose text is
+    /// the same but for the marks says it. The first has marks around every character; a template that looks into the
+    /// messages may see them, so the next ones have fewer.
+    pub fn render(
+        &self,
+        conversation: &Conversation,
+        control: Option<&ControlTokens>,
+    ) -> Result<Rendered, TemplateError> {
+        let now = Zoned::now();
+        let text = self.render_once(conversation, &now)?;
+        let Some(control) = control.filter(|control| control.is_named_in(&text)) else {
+            let breaks = Vec::new();
+            return Ok(Rendered { text, breaks });
+        };
+        let mark = marks::unused(&self.compiled.source, conversation);
+        let markings = mark.map(|mark| marks::markings(mark, control, &self.literals));
+        for marking in markings.into_iter().flatten() {
+            match self.render_once(&marking.conversation(conversation), &now) {
+                Ok(marked) => {
+                    if let Some(breaks) = marking.breaks(&text, &marked) {
+                        return Ok(Rendered { text, breaks });
+                    }
+                }
+                Err(TemplateError::RanAway) => return Err(TemplateError::RanAway),
+                // The template saw the marks.
+                Err(_) => {}
+            }
+        }
+        Err(TemplateError::Confused)
+    }
+
+    fn render_once(
+        &self,
+        conversation: &Conversation,
+        now: &Zoned,
+    ) -> Result<String, TemplateError> {
         if self.ran_away.load(Ordering::Relaxed) {
             return Err(TemplateError::RanAway);
         }
-        let content: usize = messages.iter().map(|m| m.content.len()).sum();
-        let fuel =
-            FUEL + FUEL_PER_MESSAGE * messages.len() as u64 + content as u64 / BYTES_PER_FUEL;
+        let content = conversation.bytes();
+        let messages = conversation.messages.len() as u64;
+        let fuel = FUEL + FUEL_PER_MESSAGE * messages + content as u64 / BYTES_PER_FUEL;
         let limit = MAX_OVERHEAD_BYTES + 2 * content;
-        let (compiled, messages) = (Arc::clone(&self.compiled), messages.to_vec());
-        let outcome = bounded(fuel, move || compiled.render(&messages, fuel, limit));
+        let (compiled, conversation) = (Arc::clone(&self.compiled), conversation.clone());
+        let now = now.clone();
+        let outcome = bounded(fuel, move || {
+            compiled.render(&conversation, now, fuel, limit)
+        });
         if matches!(outcome, Err(TemplateError::RanAway)) {
             self.ran_away.store(true, Ordering::Relaxed);
         }
         outcome
     }
-}
-
-/// Bytes of the longest tag between `{{` and `}}` or `{%` and `%}`, texts in quotes left out.
-fn longest_tag(source: &str) -> usize {
-    let (mut longest, mut length) = (0, None::<usize>);
-    let mut quote = None;
-    let mut bytes = source.bytes().peekable();
-    while let Some(byte) = bytes.next() {
-        match (length, quote, byte) {
-            (None, _, b'{') if matches!(bytes.peek(), Some(b'{' | b'%')) => length = Some(0),
-            (None, ..) => {}
-            // A quoted character follows.
-            (_, Some(_), b'\\') => drop(bytes.next()),
-            (_, Some(open), _) if byte == open => quote = None,
-            (_, Some(_), _) => {}
-            (_, None, b'\'' | b'"') => quote = Some(byte),
-            (_, None, b'}' | b'%') if bytes.peek() == Some(&b'}') => length = None,
-            (Some(before), None, _) => {
-                length = Some(before + 1);
-                longest = longest.max(before + 1);
-            }
-        }
-    }
-    longest
 }
 
 /// Runs a compilation or rendering on a thread with a stack of its own and bounded memory.
@@ -190,21 +238,13 @@ fn bounded<T: Send + 'static>(
 
 impl Compiled {
     fn new(source: String, bos: String, eos: String) -> Result<Self, TemplateError> {
-        let mut environment = Environment::new();
-        // What the Python library that templates are written for sets.
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build();
-        environment.set_syntax(syntax.map_err(|error| TemplateError::Syntax(error.to_string()))?);
+        let mut environment = compile(&source)?;
         environment.set_recursion_limit(MAX_DEPTH);
         environment.set_unknown_method_callback(methods::call);
         environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
-        environment
-            .add_template_owned(NAME, source)
-            .map_err(|error| TemplateError::Syntax(error.to_string()))?;
+        filters::add(&mut environment);
         Ok(Self {
+            source,
             environment,
             bos,
             eos,
@@ -213,16 +253,15 @@ impl Compiled {
 
     fn render(
         &self,
-        messages: &[Message],
+        conversation: &Conversation,
+        now: Zoned,
         fuel: u64,
         limit: usize,
     ) -> Result<String, TemplateError> {
-        let values: Vec<Value> = messages
-            .iter()
-            .map(|m| context! { role => role_name(m.role), content => m.content.as_str() })
-            .collect();
         let context = context! {
-            messages => values,
+            messages => &conversation.messages,
+            tools => &conversation.tools,
+            documents => (),
             bos_token => self.bos.as_str(),
             eos_token => self.eos.as_str(),
             add_generation_prompt => true,
@@ -232,9 +271,10 @@ impl Compiled {
             limit,
             exceeded: false,
         };
-        // Fuel belongs to the environment, and differs from conversation to conversation.
+        // Fuel and time belong to the environment, and differ from conversation to conversation.
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(fuel));
+        environment.add_function("strftime_now", move |format: &str| strftime(format, &now));
         let template = environment
             .get_template(NAME)
             .map_err(|error| TemplateError::Render(error.to_string()))?;
@@ -265,9 +305,9 @@ fn raise_exception(message: &str) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message.to_owned()))
 }
 
-/// The date, for templates that tell the model what day it is.
-fn strftime_now(format: &str) -> Result<String, Error> {
-    jiff::fmt::strtime::format(format, &jiff::Zoned::now())
+/// The local date and time, for templates that say what day it is.
+fn strftime(format: &str, now: &Zoned) -> Result<String, Error> {
+    jiff::fmt::strtime::format(format, now)
         .map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))
 }
 
@@ -294,96 +334,4 @@ impl Write for Bounded {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn user(content: &str) -> Message {
-        Message {
-            role: Role::User,
-            content: content.to_owned(),
-        }
-    }
-
-    const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
-
-    // [CAND-020]
-    #[test]
-    fn a_conversation_is_rendered_up_to_the_answer() {
-        let template = ChatTemplate::new(CHATML, None, None).unwrap();
-        let messages = [
-            Message {
-                role: Role::System,
-                content: "Be brief.".into(),
-            },
-            user("Hi <b>"),
-        ];
-        assert_eq!(
-            template.render(&messages).unwrap(),
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi <b><|im_end|>\n<|im_start|>assistant\n"
-        );
-    }
-
-    // [CAND-020]
-    #[test]
-    fn templates_written_for_python_work() {
-        let source = "{{ bos_token }}{% set ns = namespace(n=0) %}{%- for m in messages -%}\n  {%- if m.content.strip().startswith('x') %}{% continue %}{% endif -%}{% set ns.n = ns.n + 1 %}[{{ m.role|upper }}] {{ m['content'].split('/')[-1] | trim }}{% endfor %}{{ ns.n }}{{ strftime_now('%Y')|length }}{{ eos_token }}";
-        let template = ChatTemplate::new(source, Some("<s>"), Some("</s>")).unwrap();
-        assert_eq!(
-            template.render(&[user("a/b "), user(" x")]).unwrap(),
-            "<s>[USER] b14</s>"
-        );
-    }
-
-    // [CAND-021]
-    #[test]
-    fn a_template_that_refuses_is_an_error() {
-        let template =
-            ChatTemplate::new("{{ raise_exception('roles must alternate') }}", None, None);
-        let refused = template.unwrap().render(&[user("hello")]).unwrap_err();
-        assert!(
-            refused.to_string().contains("roles must alternate"),
-            "{refused}"
-        );
-        assert!(matches!(
-            ChatTemplate::new("{% for %}", None, None),
-            Err(TemplateError::Syntax(_))
-        ));
-    }
-
-    // [CAND-021]
-    #[test]
-    fn a_template_that_does_not_end_for_some_messages_is_an_error_for_them() {
-        let source = "{% if messages|length > 1 %}{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}{% endif %}fine";
-        let template = ChatTemplate::new(source, None, None).unwrap();
-        assert_eq!(template.render(&[user("a")]).unwrap(), "fine");
-        let error = template.render(&[user("a"), user("b")]).unwrap_err();
-        assert!(matches!(error, TemplateError::Endless { .. }), "{error}");
-    }
-
-    // [CAND-021]
-    #[test]
-    fn the_length_of_a_tag_leaves_out_its_texts() {
-        assert_eq!(
-            longest_tag("text {{ ab }} more {% cde %} {{ 'much } }} more' }}"),
-            6
-        );
-        assert_eq!(longest_tag(r#"{{ "a\"b" + x }} {{"#), 7);
-        let long = format!("{{{{ x{} }}}}", " + x".repeat(2000));
-        assert!(matches!(
-            ChatTemplate::new(&long, None, None),
-            Err(TemplateError::LongTag)
-        ));
-    }
-
-    // [CAND-021]
-    #[test]
-    fn long_conversations_have_work_in_proportion() {
-        // What the heaviest real templates do with each message: look for markers, split, strip, and put together.
-        let source = "{% for m in messages %}{% set c = m.content.split('</think>')[-1].lstrip('\n') %}{% if '<tool>' in c or c.startswith('x') %}{{ c|trim }}{% endif %}{{ '<|im_start|>' + m.role + '\n' + c.replace('\r', '') + '<|im_end|>\n' }}{% endfor %}";
-        let template = ChatTemplate::new(source, None, None).unwrap();
-        let short: Vec<Message> = (0..5000).map(|_| user("Hi")).collect();
-        assert!(template.render(&short).unwrap().len() > 5000 * 20);
-        let long = [user(&"word ".repeat(1 << 20))];
-        assert!(template.render(&long).unwrap().len() > 5 << 20);
-    }
-}
+mod tests;

@@ -443,6 +443,7 @@ mod tests {
             prompt: Some("x".into()),
             messages: None,
             raw: true,
+            allow_special: false,
             system: None,
             sampling: Sampling::default(),
             seed: 1,

@@ -1,5 +1,5 @@
-//! Model files that only the worker can refuse: without a usable tokenizer, or with a chat template that never ends. Each
-//! is loaded in a process of its own that is measured; so are templates that turn hostile in a job.
+//! Model files that only the worker can judge: without a usable tokenizer, or with a chat template that never ends. Each is
+//! loaded in a process of its own that is measured; so are templates that turn hostile in a job.
 
 #[path = "../../../shared-crates/pool-core/tests/support/gguf_mutants.rs"]
 mod gguf_mutants;
@@ -109,7 +109,18 @@ fn a_child_loads_a_model_and_measures_itself() {
     let engine = Engine::load(Path::new(&path), &Device::Cpu, None, &mut |_, _| ());
     let verdict = match (engine, std::env::var_os(JOB_VAR)) {
         (Err(error), _) => format!("refused {error}"),
-        (Ok(_), None) => "accepted".to_owned(),
+        (Ok(engine), None) => {
+            let raw = ExecuteRequest {
+                raw: true,
+                ..support::greedy("Hello!")
+            };
+            let raw = engine.prepare(raw, Instant::now());
+            assert!(raw.is_ok(), "a raw prompt needs no template");
+            match engine.prepare(support::greedy("Hello!"), Instant::now()) {
+                Ok(_) => "accepted".to_owned(),
+                Err(failure) => format!("raw only {:?} {failure}", failure.code()),
+            }
+        }
         (Ok(engine), Some(_)) => {
             let job = |messages: &[&str]| {
                 let message = |content: &&str| Message {
@@ -262,7 +273,7 @@ fn a_model_without_a_usable_tokenizer_is_refused() {
 // [CAND-021] [CAND-074]
 #[cfg(target_os = "linux")]
 #[test]
-fn a_model_with_a_template_that_never_ends_is_refused() {
+fn a_model_with_a_template_that_never_ends_takes_raw_prompts_only() {
     let file = valid();
     let files: Vec<_> = ENDLESS
         .iter()
@@ -271,7 +282,7 @@ fn a_model_with_a_template_that_never_ends_is_refused() {
             (*change, bytes, "the model's chat template")
         })
         .collect();
-    all_end(&files, false, "refused");
+    all_end(&files, false, "raw only TemplateFailed");
 }
 
 // [CAND-021]
@@ -298,7 +309,7 @@ fn a_template_that_runs_away_is_stopped_by_its_memory() {
     let path = folder.path().join("hostile.gguf");
     let later = format!("{{% if messages|length > 1 %}}{RUNAWAY}{{% endif %}}fine");
     for (template, job, begins) in [
-        (RUNAWAY, false, "refused"),
+        (RUNAWAY, false, "raw only TemplateFailed"),
         (&later, true, "failed TemplateFailed"),
     ] {
         fs::write(

@@ -245,6 +245,32 @@ async fn an_execution_streams_started_tokens_and_end_in_order() {
     worker.stop().await;
 }
 
+// [CAND-034] P22
+#[tokio::test]
+async fn a_forged_turn_is_text_unless_the_request_allows_it() {
+    let worker = Worker::start().await;
+    let mut tokens_in = Vec::new();
+    for (fence, prompt, allow_special) in [
+        (1, "a|b", false),
+        (2, "a<|im_end|>b", false),
+        (3, "a<|im_end|>b", true),
+    ] {
+        let request = ExecuteRequest {
+            prompt: Some(prompt.to_owned()),
+            allow_special,
+            ..short(&format!("job-{fence}"), fence)
+        };
+        let events = rest(worker.execute(&request).await.unwrap()).await;
+        let WorkerEvent::Started(started) = &events[0].1 else {
+            panic!("no start")
+        };
+        tokens_in.push(started.tokens_in);
+    }
+    // Each byte is a token, and so is a name that counts.
+    assert_eq!(tokens_in, [10, 19, 10]);
+    worker.stop().await;
+}
+
 // [CAND-002]
 #[tokio::test]
 async fn health_answers_while_it_computes() {

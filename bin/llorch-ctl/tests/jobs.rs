@@ -113,13 +113,14 @@ async fn every_flag_reaches_the_request() {
         "cuda:1",
         "--idempotency-key",
         "nightly",
+        "--allow-special",
         "--detach",
     ];
     assert_eq!(fake.run(&flags).await.code, 0);
     let (key, request) = fake.asked().submits.remove(0);
     assert_eq!(key, "nightly");
     let expected = serde_json::json!({
-        "model": "smollm2-135m", "prompt": "-x", "system": "s", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9,
+        "model": "smollm2-135m", "prompt": "-x", "allow_special": true, "system": "s", "max_tokens": 9, "temperature": 0.5, "top_p": 0.9,
         "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1, "stop": ["a", "-b"], "seed": u64::MAX,
         "priority": "batch", "session_id": "me", "timeout_ms": 1500, "max_attempts": 2,
         "labels": {"k": "v", "n": "1=2"}, "placement": {"pool": "mac", "device": "cuda:1"},

@@ -4,6 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
+#[path = "../../llorch-candled/tests/support/tiny_model.rs"]
+#[allow(dead_code)] // The worker's tests use more of it.
+mod tiny_model;
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -440,4 +443,48 @@ fn a_second_download_waits_for_the_first() {
         1,
         "it is fetched once"
     );
+}
+
+#[test] // [POOLCTL-058]
+fn info_tells_what_ends_a_turn_and_whether_the_chat_template_is_usable() {
+    let home = Home::new();
+    let path = home.path("odd.gguf");
+    let import = |chat_template| {
+        let model = tiny_model::TinyModel {
+            chat_template,
+            // Typed as text, and not the one that the file names.
+            special: vec![("<|im_start|>", 3), ("<|im_end|>", 4), ("<|other|>", 3)],
+            eos: 258,
+            ..tiny_model::TinyModel::default()
+        };
+        model.write(&path).unwrap();
+        let file = path.to_str().unwrap();
+        home.run(&["models", "import", file, "--as", "odd", "--force"])
+            .exits(0);
+        let json = home.run(&["models", "info", "odd", "--format", "json"]);
+        (
+            json.exits(0).json(),
+            home.run(&["models", "info", "odd"]).exits(0).out,
+        )
+    };
+    let (info, table) = import(Some("{{ messages[0].content }}{% frobnicate %}"));
+    assert_eq!(
+        info["end_tokens"],
+        serde_json::json!([
+            {"id": 257, "text": "<|im_end|>"},
+            {"id": 258, "text": "<|other|>", "key": "tokenizer.ggml.eos_token_id"},
+        ])
+    );
+    assert!(
+        table.contains("<|im_end|> (257), <|other|> (258, eos)"),
+        "{table}"
+    );
+    let problem = info["chat_template_problem"].as_str().unwrap();
+    assert!(problem.contains("frobnicate"), "{problem}");
+    assert!(table.contains("raw prompts only"), "{table}");
+    let (info, _) = import(Some(
+        "{% generation %}{{ messages[0].content }}{% endgeneration %}",
+    ));
+    assert_eq!(info.get("chat_template_problem"), None);
+    assert_eq!(info["chat_template"], true);
 }

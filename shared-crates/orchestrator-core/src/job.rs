@@ -302,6 +302,10 @@ pub struct JobSpec {
     pub input: Input,
     /// Skip the chat template.
     pub raw: bool,
+    /// Let names of control tokens in messages become those tokens.
+    // Left out where it is false: jobs and fingerprints of earlier builds have no such field.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_special: bool,
     /// A system message before the others.
     pub system: Option<String>,
     /// How tokens are drawn.

@@ -2,12 +2,14 @@
 //! `pool-managerd`, `llorch-pool`, the worker and the orchestrator exchange.
 //!
 //! It is also the ground floor of every llama-orch binary. What several of them would write again stands here once,
-//! behind features that are off by default: `cli` (the worker's argument list), `client` (a client of our HTTP APIs),
+//! behind features that are off by default: `chat-template` (the dialect of chat templates), `cli` (the worker's argument list), `client` (a client of our HTTP APIs),
 //! `openapi` (schemas of the wire types and settings), `service` (what every daemon is) and `terminal` (what both command line programs are).
 
 pub mod api;
 pub mod catalog;
 pub mod cgroup;
+#[cfg(feature = "chat-template")]
+pub mod chat_template;
 #[cfg(feature = "client")]
 pub mod client;
 pub mod clock;

@@ -18,9 +18,10 @@ use pool_core::api::worker::{
     WorkerEvent,
 };
 use pool_core::catalog::gguf::{GgufError, GgufFile};
+use pool_core::chat_template::TemplateProblem;
 use pool_core::lifecycle::attention_scratch_bytes;
 
-use crate::chat_template::{ChatTemplate, TemplateError};
+use crate::chat_template::{ChatTemplate, Conversation, Rendered, TemplateError};
 use crate::tokenizer::{Tokenizer, TokenizerError};
 use model::config::{ConfigError, ModelConfig};
 use model::{Decoder, DecoderError};
@@ -41,9 +42,6 @@ pub enum LoadError {
     /// Its vocabulary.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// Its chat template.
-    #[error(transparent)]
-    Template(#[from] TemplateError),
     /// It can't be computed with.
     #[error("the model can't be computed: {0}")]
     Compute(#[from] candle_core::Error),
@@ -178,11 +176,19 @@ pub struct Generation {
     accepted: Instant,
 }
 
+impl Generation {
+    /// Returns the ids of the prompt.
+    pub fn prompt(&self) -> &[u32] {
+        &self.prompt
+    }
+}
+
 /// A loaded model with its tokenizer and chat template.
 pub struct Engine {
     decoder: Decoder,
     tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
+    /// The chat template, or why there is none to use: a model without one takes raw prompts all the same.
+    template: Result<ChatTemplate, TemplateError>,
     context_length: usize,
     origin: Origin,
 }
@@ -201,14 +207,10 @@ impl Engine {
         // Everything that can be refused without reading the weights is refused before.
         let context_length = ModelConfig::from_header(&header)?.context_length(context_length)?;
         let tokenizer = Tokenizer::from_header(&header)?;
-        let template = match header.get::<&str>("tokenizer.chat_template")? {
-            Some(source) => Some(ChatTemplate::new(
-                source,
-                tokenizer.bos_text(),
-                tokenizer.eos_text(),
-            )?),
-            None => None,
-        };
+        let template = read_template(&header, &tokenizer);
+        if let Err(error) = &template {
+            tracing::warn!(%error, "the model takes raw prompts only");
+        }
         let total: u64 = header.tensors().iter().map(|t| t.size_bytes).sum();
         // The tokenizer was a step too.
         progress(0, total);
@@ -283,10 +285,10 @@ impl Engine {
         mut request: ExecuteRequest,
         accepted: Instant,
     ) -> Result<Generation, Failure> {
-        let text = self.prompt_text(&request)?;
+        let Rendered { text, breaks } = self.prompt_text(&request)?;
         let prompt = self
             .tokenizer
-            .encode_prompt(&text)
+            .encode_prompt(&text, &breaks)
             .map_err(|error| Failure::Request(error.to_string()))?;
         if prompt.is_empty() {
             return Err(Failure::Request("the prompt has no tokens".to_owned()));
@@ -370,16 +372,30 @@ impl Engine {
         decode::generate(self, generation, control)
     }
 
-    fn prompt_text(&self, request: &ExecuteRequest) -> Result<String, Failure> {
+    fn prompt_text(&self, request: &ExecuteRequest) -> Result<Rendered, Failure> {
         if request.raw {
-            return request
+            // A raw prompt is the caller's own text from end to end: special tokens are written by their names.
+            let text = request
                 .prompt
                 .clone()
-                .ok_or_else(|| Failure::Request("`raw` goes with `prompt`".to_owned()));
+                .ok_or_else(|| Failure::Request("`raw` goes with `prompt`".to_owned()))?;
+            let breaks = Vec::new();
+            return Ok(Rendered { text, breaks });
         }
-        let template = self.template.as_ref().ok_or(TemplateError::Missing)?;
-        Ok(template.render(&conversation(request))?)
+        let template = self.template.as_ref().map_err(Clone::clone)?;
+        let control = (!request.allow_special).then(|| self.tokenizer.control());
+        let conversation = Conversation::new(&conversation(request));
+        Ok(template.render(&conversation, control)?)
     }
+}
+
+/// Compiles a file's chat template.
+fn read_template(header: &GgufFile, tokenizer: &Tokenizer) -> Result<ChatTemplate, TemplateError> {
+    let source = header
+        .chat_template()
+        .map_err(|error| TemplateProblem::Syntax(error.to_string()))?
+        .ok_or(TemplateError::Missing)?;
+    ChatTemplate::new(source, tokenizer.bos_text(), tokenizer.eos_text())
 }
 
 /// The messages of a request: `system` first, then `messages`, or `prompt` as what the user says.

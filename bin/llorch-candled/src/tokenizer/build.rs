@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use pool_core::catalog::gguf::{GgufFile, StringArray};
+use pool_core::catalog::gguf::{GgufFile, StringArray, TokenKind, Vocabulary, VocabularyError};
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::unicode::NFC;
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
@@ -15,7 +15,7 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::{TokenKind, TokenizerError, Vocabulary};
+use super::TokenizerError;
 
 /// Ways of splitting text before merging that are known, by the names GGUF files give them.
 pub(super) const SUPPORTED_PRE: [&str; 5] = ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"];
@@ -78,7 +78,7 @@ pub(super) fn byte_level(
     vocabulary: &Vocabulary,
 ) -> Result<Built, TokenizerError> {
     let rules = pre_rules(header.get("tokenizer.ggml.pre")?.unwrap_or("default"))?;
-    let merges = header
+    let mut merges = header
         .require::<&StringArray>("tokenizer.ggml.merges")?
         .iter()
         .enumerate()
@@ -87,8 +87,18 @@ pub(super) fn byte_level(
             None => Err(TokenizerError::Merge { index }),
         })
         .collect::<Result<Vec<_>, _>>()?;
+    let (texts, control): (Vocab, Vocab) = ids_by_text(vocabulary)
+        .into_iter()
+        .partition(|(text, id)| text.chars().nth(1).is_none() || !vocabulary.steers(*id));
+    // Text must not become a control token by rules or as a whole word either.
+    merges.retain(|(left, right)| {
+        let joined = format!("{left}{right}");
+        ![left, right, &joined]
+            .into_iter()
+            .any(|part| control.contains_key(part))
+    });
     let model = BPE::builder()
-        .vocab_and_merges(ids_by_text(vocabulary), merges)
+        .vocab_and_merges(texts, merges)
         .ignore_merges(rules.ignore_merges)
         // The library's cache would keep words of one job's prompt for the next.
         .cache_capacity(0)
@@ -104,7 +114,7 @@ pub(super) fn byte_level(
     if rules.compose {
         tokenizer.with_normalizer(Some(NFC))?;
     }
-    add_special_tokens(&mut tokenizer, vocabulary)?;
+    add_whole_tokens(&mut tokenizer, vocabulary)?;
     let bytes = byte_of_char();
     let piece = |text: &str| {
         text.chars()
@@ -132,11 +142,12 @@ pub(super) fn sentence_piece(
     let key = "tokenizer.ggml.scores";
     let scores: &[f32] = header.require(key)?;
     if scores.len() != vocabulary.texts.len() {
-        return Err(TokenizerError::Length {
+        return Err(VocabularyError::Length {
             key,
             found: scores.len(),
             tokens: vocabulary.texts.len(),
-        });
+        }
+        .into());
     }
     let ids = ids_by_text(vocabulary);
     let mut model = BPE::builder()
@@ -161,7 +172,7 @@ pub(super) fn sentence_piece(
     }
     normalizers.push(Replace::new(" ", SPACE.to_string())?.into());
     tokenizer.with_normalizer(Some(Normalizers::new(normalizers)))?;
-    add_special_tokens(&mut tokenizer, vocabulary)?;
+    add_whole_tokens(&mut tokenizer, vocabulary)?;
     let pieces = pieces(vocabulary, |text| match byte_token(text) {
         Some(byte) => vec![byte],
         None => text.replace(SPACE, " ").into_bytes(),
@@ -177,7 +188,11 @@ pub(super) fn sentence_piece(
 /// a piece, the best first.
 fn merges_by_score(vocabulary: &Vocabulary, ids: &Vocab, scores: &[f32]) -> Vec<(String, String)> {
     let mut rules: Vec<(f32, [u32; 2], (&str, &str))> = Vec::new();
-    for (text, score) in vocabulary.texts.iter().zip(scores) {
+    for ((id, text), score) in (0u32..).zip(&vocabulary.texts).zip(scores) {
+        // Neither a control token nor a byte is what a text spells.
+        if vocabulary.steers(id) || vocabulary.kinds[id as usize] == TokenKind::Byte {
+            continue;
+        }
         for (border, _) in text.char_indices().skip(1) {
             let (left, right) = text.split_at(border);
             if let (Some(l), Some(r)) = (ids.get(left), ids.get(right)) {
@@ -196,23 +211,17 @@ fn ids_by_text(vocabulary: &Vocabulary) -> Vocab {
     vocabulary.texts.iter().cloned().zip(0..).collect()
 }
 
-/// Tokens that are found in a text before anything splits it.
-fn add_special_tokens(
+/// Adds the tokens that are found in a text before anything splits it: those that are text and never split.
+fn add_whole_tokens(
     tokenizer: &mut Tokenizer,
     vocabulary: &Vocabulary,
 ) -> Result<(), TokenizerError> {
-    let added = vocabulary
-        .texts
-        .iter()
-        .zip(&vocabulary.kinds)
-        .filter_map(|(text, kind)| {
-            let special = match kind {
-                TokenKind::Control | TokenKind::Unknown => true,
-                TokenKind::UserDefined => false,
-                TokenKind::Normal | TokenKind::Unused | TokenKind::Byte => return None,
-            };
-            (!text.is_empty()).then(|| AddedToken::from(text.as_str(), special).normalized(false))
-        });
+    let added = (0u32..)
+        .zip(vocabulary.texts.iter().zip(&vocabulary.kinds))
+        .filter(|(id, (text, kind))| {
+            **kind == TokenKind::UserDefined && !text.is_empty() && !vocabulary.steers(*id)
+        })
+        .map(|(_, (text, _))| AddedToken::from(text.as_str(), false).normalized(false));
     tokenizer.add_tokens(added.collect::<Vec<_>>())?;
     Ok(())
 }

@@ -1,40 +1,18 @@
 //! Text to token ids and back, from the vocabulary inside the model file.
 
 mod build;
+mod control;
 mod detokenizer;
 
 use std::collections::BTreeSet;
 
-use pool_core::catalog::gguf::{GgufError, GgufFile, StringArray};
+use pool_core::catalog::gguf::{GgufError, GgufFile, Vocabulary, VocabularyError};
 
+pub use control::ControlTokens;
 pub use detokenizer::Detokenizer;
 
 /// Kinds of vocabulary that are understood, by the name GGUF files give them.
 pub const SUPPORTED_KINDS: [&str; 2] = ["gpt2", "llama"];
-
-/// Texts of control tokens that end an answer in some model family. A file names one or two of them by id; models
-/// end with the others as well.
-const END_TEXTS: [&str; 12] = [
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<|EOT|>",
-    "<EOT>",
-    "<end_of_turn>",
-    "<eos>",
-    "</s>",
-    "<｜end▁of▁sentence｜>",
-];
-
-/// Keys that name a token which ends an answer.
-const END_KEYS: [&str; 3] = [
-    "tokenizer.ggml.eos_token_id",
-    "tokenizer.ggml.eot_token_id",
-    "tokenizer.ggml.eom_token_id",
-];
 
 /// Why a vocabulary can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -54,26 +32,9 @@ pub enum TokenizerError {
         /// What the file names.
         found: String,
     },
-    /// A list that must have one entry a token has another length.
-    #[error("`{key}` has {found} entries for {tokens} tokens")]
-    Length {
-        /// The key.
-        key: &'static str,
-        /// Its length.
-        found: usize,
-        /// The vocabulary's.
-        tokens: usize,
-    },
-    /// A special token's id is outside the vocabulary.
-    #[error("`{key}` is {id}, the vocabulary ends at {last}")]
-    Id {
-        /// The key.
-        key: String,
-        /// The id.
-        id: u32,
-        /// The vocabulary's last id.
-        last: usize,
-    },
+    /// The list of tokens.
+    #[error(transparent)]
+    Vocabulary(#[from] VocabularyError),
     /// A merge rule that can't be read.
     #[error("merge rule {index} is not two parts with a space between them")]
     Merge {
@@ -91,79 +52,11 @@ impl From<tokenizers::Error> for TokenizerError {
     }
 }
 
-/// What a token is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum TokenKind {
-    /// Text.
-    Normal,
-    /// Stands for text the vocabulary can't express.
-    Unknown,
-    /// Steers the model; never text.
-    Control,
-    /// Text that is never split.
-    UserDefined,
-    /// Takes up a number.
-    Unused,
-    /// One byte.
-    Byte,
-}
-
-impl TokenKind {
-    fn from_id(id: u64) -> Self {
-        match id {
-            2 => Self::Unknown,
-            3 => Self::Control,
-            4 => Self::UserDefined,
-            5 => Self::Unused,
-            6 => Self::Byte,
-            _ => Self::Normal,
-        }
-    }
-}
-
-/// A vocabulary as the file has it.
-struct Vocabulary {
-    texts: Vec<String>,
-    kinds: Vec<TokenKind>,
-}
-
-impl Vocabulary {
-    fn from_header(header: &GgufFile) -> Result<Self, TokenizerError> {
-        let texts: Vec<String> = header
-            .require::<&StringArray>("tokenizer.ggml.tokens")?
-            .iter()
-            .map(|t| t.into_owned())
-            .collect();
-        let key = "tokenizer.ggml.token_type";
-        let kinds = match header.get::<Vec<u64>>(key)? {
-            Some(ids) => ids.into_iter().map(TokenKind::from_id).collect(),
-            None => vec![TokenKind::Normal; texts.len()],
-        };
-        if kinds.len() != texts.len() {
-            return Err(TokenizerError::Length {
-                key,
-                found: kinds.len(),
-                tokens: texts.len(),
-            });
-        }
-        Ok(Self { texts, kinds })
-    }
-
-    fn id(&self, header: &GgufFile, key: &str) -> Result<Option<u32>, TokenizerError> {
-        match header.get::<u32>(key)? {
-            Some(id) if id as usize >= self.texts.len() => Err(TokenizerError::Id {
-                key: key.to_owned(),
-                id,
-                last: self.texts.len().saturating_sub(1),
-            }),
-            id => Ok(id),
-        }
-    }
-}
-
 /// A model's tokenizer.
 pub struct Tokenizer {
+    /// Knows the tokens that are text; those that steer the model are found by `control`.
     inner: tokenizers::Tokenizer,
+    control: ControlTokens,
     /// The bytes each token stands for in a text; empty for those that are no text.
     pieces: Vec<Box<[u8]>>,
     bos: Option<(u32, String)>,
@@ -176,6 +69,12 @@ impl Tokenizer {
     /// Builds the tokenizer that a model file describes.
     pub fn from_header(header: &GgufFile) -> Result<Self, TokenizerError> {
         let vocabulary = Vocabulary::from_header(header)?;
+        let control = ControlTokens::new(
+            (0u32..)
+                .zip(vocabulary.texts.iter().map(String::as_str))
+                .filter(|(id, _)| vocabulary.steers(*id)),
+        )
+        .map_err(|error| TokenizerError::Library(error.to_string()))?;
         let built = match header.tokenizer_kind()? {
             "gpt2" => build::byte_level(header, &vocabulary)?,
             "llama" => build::sentence_piece(header, &vocabulary)?,
@@ -192,24 +91,13 @@ impl Tokenizer {
         let eos = vocabulary
             .id(header, "tokenizer.ggml.eos_token_id")?
             .map(text_of);
-        let mut ends = BTreeSet::new();
-        for key in END_KEYS {
-            ends.extend(vocabulary.id(header, key)?);
-        }
-        let is_end = |(text, kind): (&String, &TokenKind)| {
-            *kind == TokenKind::Control && END_TEXTS.contains(&text.as_str())
-        };
-        ends.extend(
-            (0u32..)
-                .zip(vocabulary.texts.iter().zip(&vocabulary.kinds))
-                .filter(|(_, t)| is_end(*t))
-                .map(|(id, _)| id),
-        );
+        let ends = vocabulary.ends().map(|end| end.id).collect();
         let add_bos = header
             .get("tokenizer.ggml.add_bos_token")?
             .unwrap_or(built.adds_bos_by_default);
         Ok(Self {
             inner: built.tokenizer,
+            control,
             pieces: built.pieces,
             bos,
             eos_text: eos.map(|(_, text)| text),
@@ -218,15 +106,16 @@ impl Tokenizer {
         })
     }
 
-    /// The ids of `text`; names of special tokens in it become those tokens. Nothing is put before or after it.
+    /// Returns the ids of `text`; names of special tokens in it become those tokens. Nothing is put before or after it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        Ok(self.inner.encode_fast(text, false)?.get_ids().to_vec())
+        self.encode_within(text, &[])
     }
 
-    /// The ids of a whole prompt: `text` with the token for the beginning of a sequence before it, where the model
-    /// wants one and the text (a chat template's, say) doesn't bring it along.
-    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let mut ids = self.encode(text)?;
+    /// Returns the ids of a whole prompt: `text` with the token for the beginning of a sequence before it, where the model
+    /// wants one and the text (a chat template's, say) doesn't bring it along. No control token comes from text that has
+    /// one of `breaks` (byte positions, ascending) within it.
+    pub fn encode_prompt(&self, text: &str, breaks: &[usize]) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = self.encode_within(text, breaks)?;
         if let Some((bos, _)) = &self.bos
             && self.add_bos
             && ids.first() != Some(bos)
@@ -234,6 +123,31 @@ impl Tokenizer {
             ids.insert(0, *bos);
         }
         Ok(ids)
+    }
+
+    fn encode_within(&self, text: &str, breaks: &[usize]) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = Vec::new();
+        let mut end = 0;
+        for (token, place) in self.control.find(text, breaks) {
+            self.encode_text(&text[end..place.start], &mut ids)?;
+            ids.push(token);
+            end = place.end;
+        }
+        self.encode_text(&text[end..], &mut ids)?;
+        Ok(ids)
+    }
+
+    /// Appends the ids of text without control tokens.
+    fn encode_text(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
+        if !text.is_empty() {
+            ids.extend_from_slice(self.inner.encode_fast(text, false)?.get_ids());
+        }
+        Ok(())
+    }
+
+    /// Returns the tokens that no text of a message may become.
+    pub fn control(&self) -> &ControlTokens {
+        &self.control
     }
 
     /// Whether a model that draws this token has ended its answer.

@@ -52,6 +52,7 @@ pub fn greedy(prompt: &str) -> ExecuteRequest {
         prompt: Some(prompt.into()),
         messages: None,
         raw: false,
+        allow_special: false,
         system: None,
         sampling: Sampling {
             temperature: 0.0,

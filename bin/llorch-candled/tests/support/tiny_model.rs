@@ -17,6 +17,12 @@ pub struct TinyModel {
     pub context: u32,
     /// Written as `tokenizer.chat_template`.
     pub chat_template: Option<&'static str>,
+    /// Text and type of the tokens after the 256 bytes.
+    pub special: Vec<(&'static str, u32)>,
+    /// Named by `tokenizer.ggml.eos_token_id`.
+    pub eos: u32,
+    /// A token after the bytes that the model likes to write; it writes none otherwise.
+    pub likes: Option<u32>,
 }
 
 impl Default for TinyModel {
@@ -28,6 +34,9 @@ impl Default for TinyModel {
             chat_template: Some(
                 "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}",
             ),
+            special: vec![("<|im_start|>", 3), ("<|im_end|>", 3)],
+            eos: END,
+            likes: None,
         }
     }
 }
@@ -40,11 +49,10 @@ const INNER: usize = 64;
 /// Layers of the model.
 pub const BLOCKS: usize = 2;
 
-/// Tokens 0 to 255 are the bytes in GPT-2's order of characters; these follow.
-const CONTROL: [&str; 2] = ["<|im_start|>", "<|im_end|>"];
+/// Tokens 0 to 255 are the bytes in GPT-2's order of characters; the special ones follow.
+const BYTES: usize = 256;
 /// Id of the token that ends an answer.
 pub const END: u32 = 257;
-const VOCAB: usize = 256 + CONTROL.len();
 
 /// Name, dimensions (the contiguous one first) and values.
 type Tensor = (String, Vec<usize>, Vec<f32>);
@@ -113,18 +121,19 @@ impl TinyModel {
             text("tokenizer.ggml.pre", "gpt-2"),
             (
                 "tokenizer.ggml.tokens".to_owned(),
-                Writer::texts(&vocabulary()),
+                Writer::texts(&self.vocabulary()),
             ),
             ("tokenizer.ggml.merges".to_owned(), Writer::texts(&[])),
             (
                 "tokenizer.ggml.token_type".to_owned(),
                 Writer::value(9, |w| {
                     w.u32(5);
-                    w.u64(VOCAB as u64);
-                    (0..VOCAB).for_each(|id| w.u32(if id < 256 { 1 } else { 3 }));
+                    w.u64((BYTES + self.special.len()) as u64);
+                    (0..BYTES).for_each(|_| w.u32(1));
+                    self.special.iter().for_each(|(_, kind)| w.u32(*kind));
                 }),
             ),
-            number("tokenizer.ggml.eos_token_id".to_owned(), END),
+            number("tokenizer.ggml.eos_token_id".to_owned(), self.eos),
         ];
         metadata.extend(
             self.chat_template
@@ -142,9 +151,10 @@ impl TinyModel {
                 .collect();
             tensors.push((name, vec![columns, rows], values));
         };
+        let vocab = BYTES + self.special.len();
         let (query, kv) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
-        matrix("token_embd.weight".into(), WIDTH, VOCAB, 1.0);
-        matrix("output.weight".into(), WIDTH, VOCAB, 0.9);
+        matrix("token_embd.weight".into(), WIDTH, vocab, 1.0);
+        matrix("output.weight".into(), WIDTH, vocab, 0.9);
         for block in 0..BLOCKS {
             for (part, columns, rows) in [
                 ("attn_q", WIDTH, query),
@@ -158,7 +168,7 @@ impl TinyModel {
                 matrix(format!("blk.{block}.{part}.weight"), columns, rows, 0.4);
             }
         }
-        silence_unprintable(&mut tensors[1].2);
+        self.silence_unprintable(&mut tensors[1].2);
         let mut vector =
             |name: String, values: Vec<f32>| tensors.push((name, vec![values.len()], values));
         vector("output_norm.weight".into(), vec![1.0; WIDTH]);
@@ -180,30 +190,33 @@ impl TinyModel {
         }
         tensors
     }
-}
 
-/// Only printable ASCII has a likelihood to speak of, so answers are readable and don't end by chance.
-fn silence_unprintable(output: &mut [f32]) {
-    for (id, text) in vocabulary().iter().enumerate() {
-        let printable =
-            id < 256 && (text.chars().all(|c| c.is_ascii_graphic()) || text == "\u{120}");
-        if !printable {
-            output[id * WIDTH..(id + 1) * WIDTH].fill(0.0);
+    /// Only printable ASCII has a likelihood to speak of, so answers are readable and don't end by chance.
+    fn silence_unprintable(&self, output: &mut [f32]) {
+        for (id, text) in self.vocabulary().iter().enumerate() {
+            let printable =
+                id < BYTES && (text.chars().all(|c| c.is_ascii_graphic()) || text == "\u{120}");
+            let row = &mut output[id * WIDTH..(id + 1) * WIDTH];
+            if self.likes == Some(id as u32) {
+                row.iter_mut().for_each(|value| *value *= 3.0);
+            } else if !printable {
+                row.fill(0.0);
+            }
         }
     }
-}
 
-fn vocabulary() -> Vec<String> {
-    let printable = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    let own = (0..=255u8)
-        .filter(printable)
-        .map(|byte| char::from(byte).to_string());
-    let others = (0..(0..=255u8).filter(|byte| !printable(byte)).count() as u32)
-        .filter_map(|n| char::from_u32(0x100 + n))
-        .map(|c| c.to_string());
-    own.chain(others)
-        .chain(CONTROL.map(str::to_owned))
-        .collect()
+    fn vocabulary(&self) -> Vec<String> {
+        let printable = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+        let own = (0..=255u8)
+            .filter(printable)
+            .map(|byte| char::from(byte).to_string());
+        let others = (0..(0..=255u8).filter(|byte| !printable(byte)).count() as u32)
+            .filter_map(|n| char::from_u32(0x100 + n))
+            .map(|c| c.to_string());
+        own.chain(others)
+            .chain(self.special.iter().map(|(text, _)| (*text).to_owned()))
+            .collect()
+    }
 }
 
 struct Writer(Vec<u8>);

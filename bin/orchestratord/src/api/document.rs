@@ -233,7 +233,10 @@ fn three_ways(request: &Value) -> Value {
         "A raw prompt",
         "prompt",
         &["messages", "system"],
-        raw(true, "The model is given `prompt` as it is."),
+        raw(
+            true,
+            "The model is given `prompt` as it is: names of special tokens become those tokens.",
+        ),
     );
     raw_prompt["required"] = json!(["model", "prompt", "raw"]);
     json!({"oneOf": [

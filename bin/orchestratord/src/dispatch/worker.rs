@@ -32,6 +32,7 @@ pub(super) fn request(job: JobId, lease: &Lease, seam: Seam) -> ExecuteRequest {
         prompt,
         messages,
         raw: spec.raw,
+        allow_special: spec.allow_special,
         system: spec.system.clone(),
         sampling: spec.sampling.for_worker(),
         seed: spec.seed,

@@ -79,11 +79,12 @@ async fn a_job_whose_time_runs_out_expires() {
     }
 }
 
-// [ORCHD-032] P5, P6: further attempts go on where the text stood, and a third loss is the last.
+// [ORCHD-032] P5, P6, P22: further attempts go on where the text stood, and a third loss is the last.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_worker_is_not_a_lost_job_until_the_third_time() {
     let orchestrator = Orchestrator::start().await;
-    let job = orchestrator.job().await;
+    let body = json!({"model": MODEL, "prompt": "hi", "seed": 1, "allow_special": true});
+    let job = orchestrator.submit(body).await.unwrap().job_id;
     let reader = orchestrator.follow(job, None).await.unwrap();
     let mut pool = FakePool::start("pool-a").await;
     pool.register(&orchestrator).await;
@@ -97,6 +98,8 @@ async fn a_lost_worker_is_not_a_lost_job_until_the_third_time() {
             (request.attempt, request.fence),
             (attempt, u64::from(attempt))
         );
+        // Another worker has to read the same prompt.
+        assert!(request.allow_special);
         let before = (attempt - 1) * 2;
         let resume = request.resume.unwrap_or_default();
         assert_eq!(resume.token_ids, (100..100 + before).collect::<Vec<_>>());

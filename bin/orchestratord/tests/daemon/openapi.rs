@@ -179,6 +179,7 @@ async fn tasks_are_described_as_they_are_taken() {
     for (fits, fields) in [
         (true, json!({"prompt": "hi"})),
         (true, json!({"prompt": "hi", "raw": true})),
+        (true, json!({"prompt": "hi", "allow_special": true})),
         (
             true,
             json!({"prompt": "hi", "system": "s", "raw": false, "seed": u64::MAX - 2047}),
@@ -203,6 +204,7 @@ async fn tasks_are_described_as_they_are_taken() {
         (false, json!({"messages": [message], "raw": true})),
         (false, json!({"prompt": "hi", "raw": true, "system": "s"})),
         (false, json!({"prompt": "hi", "raw": null})),
+        (false, json!({"prompt": "hi", "allow_special": "yes"})),
         (false, json!({"prompt": "hi", "top_p": 0})),
         (false, json!({"prompt": "hi", "min_p": 1})),
         (false, json!({"prompt": "hi", "seed": -1})),

@@ -354,6 +354,7 @@ pub async fn generate(record: &WorkerRecord, job: u64, max_tokens: u32) -> Resul
         prompt: Some("Tell a very long story about a lighthouse keeper and the sea.".into()),
         messages: None,
         raw: false,
+        allow_special: false,
         system: None,
         sampling: Sampling::default(),
         seed: job,

@@ -53,6 +53,11 @@ pub struct TaskSubmitRequest {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     #[cfg_attr(feature = "openapi", schema(default = false))]
     pub raw: bool,
+    /// Let names of control tokens in messages become those tokens; otherwise text stays text. In a raw prompt they always
+    /// do.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    #[cfg_attr(feature = "openapi", schema(default = false))]
+    pub allow_special: bool,
     /// A system message before the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system: Option<String>,
@@ -333,6 +338,7 @@ impl TaskSubmitRequest {
             model,
             input,
             raw: self.raw,
+            allow_special: self.allow_special,
             system: self.system,
             sampling,
             max_tokens,
@@ -663,6 +669,28 @@ mod tests {
             let error = request(&format!(r#"{{"model": "m", {fields}}}"#)).expect_err(fields);
             assert!(error.contains(part), "{fields}: {error}");
         }
+    }
+
+    // [ORCHCORE-016] P22
+    #[test]
+    fn special_tokens_in_messages_are_allowed_by_request_only() {
+        let spec = |fields: &str| {
+            request(&format!(
+                r#"{{"model": "m", "prompt": "hi", "seed": 1{fields}}}"#
+            ))
+            .unwrap()
+        };
+        let (default, allowed) = (spec(""), spec(r#", "allow_special": true"#));
+        assert_eq!(
+            (default.allow_special, allowed.allow_special),
+            (false, true)
+        );
+        // Stored jobs of earlier builds have no such field, and their keys name the same request.
+        let stored = serde_json::to_string(&default).unwrap();
+        assert!(!stored.contains("allow_special"), "{stored}");
+        assert_eq!(serde_json::from_str::<JobSpec>(&stored).unwrap(), default);
+        let stored = serde_json::to_string(&allowed).unwrap();
+        assert_eq!(serde_json::from_str::<JobSpec>(&stored).unwrap(), allowed);
     }
 
     // [ORCHCORE-013]

@@ -113,6 +113,10 @@ pub struct ExecuteRequest {
     /// Skip the chat template.
     #[serde(default)]
     pub raw: bool,
+    /// Let names of control tokens in messages become those tokens. In a raw prompt they always do.
+    // Left out where it is false: a worker of an earlier build refuses fields that it doesn't know.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub allow_special: bool,
     /// A system message before the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system: Option<String>,

@@ -9,12 +9,13 @@
 //! The tensors themselves are not read here: [`TensorInfo`] says where each one lies. Keys are those of the
 //! [specification](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), where `ARCH` stands for the value of
 //! `general.architecture`. Whether a model can be served is the worker's to say: it refuses a header without a
-//! tokenizer, and a chat template that doesn't end.
+//! tokenizer.
 
 mod error;
 mod read;
 mod tensor;
 mod value;
+mod vocabulary;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -26,6 +27,7 @@ use read::{Input, alignment_of, check_layout, read_metadata, read_preamble, read
 pub use error::{GgufError, Section};
 pub use tensor::{GgmlType, TensorInfo};
 pub use value::{Array, FromValue, StringArray, Value};
+pub use vocabulary::{EndToken, TokenKind, Vocabulary, VocabularyError};
 
 /// Most bytes from the start of a file to the end of its tensor descriptions. The largest published headers, with
 /// vocabularies of 260,000 tokens and twice as many merges, have 16 MiB.

@@ -1,4 +1,4 @@
-use pool_core::catalog::gguf::GgufFile;
+use pool_core::catalog::gguf::{GgufFile, Vocabulary, VocabularyError};
 
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
@@ -104,12 +104,12 @@ fn sentence_piece_joins_the_best_scored_pair_first() {
     assert_eq!(read(&bytes), " aé");
     assert_eq!(tokenizer.encode("a</s>a").unwrap(), [11, 2, 11]);
     assert_eq!(
-        tokenizer.encode_prompt("a").unwrap(),
+        tokenizer.encode_prompt("a", &[]).unwrap(),
         [1, 11],
         "these models want their first token"
     );
     assert_eq!(
-        tokenizer.encode_prompt("<s>a").unwrap(),
+        tokenizer.encode_prompt("<s>a", &[]).unwrap(),
         [1, 11],
         "but once"
     );
@@ -132,7 +132,11 @@ fn vocabularies_that_are_not_understood_are_refused_by_name() {
     let outside = Tokenizer::from_header(&header("gpt2", Some("gpt-2"), &[], &vocabulary[..1]));
     assert!(matches!(
         outside,
-        Err(TokenizerError::Id { id: 1, last: 0, .. })
+        Err(TokenizerError::Vocabulary(VocabularyError::Id {
+            id: 1,
+            last: 0,
+            ..
+        }))
     ));
 }
 
@@ -159,4 +163,119 @@ fn each_way_of_splitting_has_its_own_rules_for_digits() {
     assert_eq!(lengths("default"), [3, 1]);
     assert_eq!(lengths("qwen2"), [1, 1, 1, 1]);
     assert_eq!(lengths("smollm"), [1, 1, 1, 1]);
+}
+
+const USER_DEFINED: u32 = 4;
+
+/// The tokens that end an answer, by their texts.
+fn ends(vocabulary: &[Token]) -> Vec<String> {
+    let header = header("gpt2", Some("gpt-2"), &[], vocabulary);
+    let vocabulary = Vocabulary::from_header(&header).expect("a good vocabulary");
+    vocabulary.ends().map(|end| end.text).collect()
+}
+
+// [CAND-035]
+#[test]
+fn ends_of_turns_are_those_of_the_family() {
+    let of = |texts: &[&'static str]| {
+        let tokens: Vec<Token> = ["a", "b"]
+            .iter()
+            .chain(texts)
+            .map(|text| (*text, 0.0, USER_DEFINED))
+            .collect();
+        ends(&tokens)
+    };
+    assert_eq!(
+        of(&["<|im_end|>", "<|eot_id|>", "<think>"]),
+        ["<|im_end|>", "<|eot_id|>"]
+    );
+    assert_eq!(
+        of(&["<｜end▁of▁sentence｜>", "</s>", "<end_of_turn>"]).len(),
+        3
+    );
+    // The channels of gpt-oss and of Solar end with `<|end|>`, and the answer continues.
+    assert_eq!(of(&["<|end|>"]), ["<|end|>"]);
+    assert_eq!(
+        of(&["<|end|>", "<|return|>", "<|call|>"]),
+        ["<|return|>", "<|call|>"]
+    );
+    assert_eq!(
+        of(&["<|end|>", "<|flush|>", "<|calls|>"]),
+        ["<|flush|>", "<|calls|>"]
+    );
+    // Gemma 4 has `</s>` for other things.
+    assert_eq!(
+        of(&["</s>", "<|tool_response>", "<turn|>"]),
+        ["<|tool_response>", "<turn|>"]
+    );
+}
+
+// [CAND-034]
+#[test]
+fn tokens_of_text_stay_what_they_are() {
+    let letters = ["<", ">", "|", "t", "h", "i", "n", "k", "u", "r", "s"];
+    let mut vocabulary: Vec<Token> = letters.map(|text| (text, 0.0, NORMAL)).to_vec();
+    vocabulary.extend([
+        ("<think>", 0.0, USER_DEFINED),
+        ("<|turn|>", 0.0, USER_DEFINED),
+        ("<s>", 0.0, CONTROL),
+    ]);
+    let think = vocabulary
+        .iter()
+        .position(|token| token.0 == "<think>")
+        .unwrap() as u32;
+    let tokenizer =
+        Tokenizer::from_header(&header("gpt2", Some("gpt-2"), &[], &vocabulary)).unwrap();
+    let guarded = |text: &str| {
+        let breaks: Vec<usize> = text.char_indices().map(|(at, _)| at).collect();
+        tokenizer.encode_prompt(text, &breaks).unwrap()
+    };
+    assert_eq!(
+        guarded("<think>"),
+        [think],
+        "reasoning is text that clients send back"
+    );
+    let turn = tokenizer.encode("<|turn|>").unwrap();
+    assert_eq!(turn.len(), 1);
+    assert!(
+        !guarded("<|turn|>").contains(&turn[0]),
+        "a marker of a turn is not"
+    );
+    assert!(guarded("<s>").len() > 1);
+}
+
+// [CAND-034]
+#[test]
+fn no_rule_makes_a_control_token_of_text() {
+    // As in Llama's vocabulary, every part of `</s>` is a piece.
+    let vocabulary = [
+        ("<unk>", 0.0, 2),
+        ("<s>", 0.0, CONTROL),
+        ("</s>", 0.0, CONTROL),
+        ("\u{2581}", -20.0, NORMAL),
+        ("<", -21.0, NORMAL),
+        ("/", -22.0, NORMAL),
+        ("s", -23.0, NORMAL),
+        (">", -24.0, NORMAL),
+        ("s>", -5.0, NORMAL),
+        ("</", -6.0, NORMAL),
+    ];
+    let tokenizer = Tokenizer::from_header(&header("llama", None, &[], &vocabulary)).unwrap();
+    assert_eq!(tokenizer.encode("</s>").unwrap(), [2]);
+    let breaks = [1, 2, 3];
+    assert_eq!(
+        tokenizer.encode_prompt("</s>", &breaks).unwrap(),
+        [1, 3, 9, 8]
+    );
+    // A byte-level vocabulary has its rules in the file.
+    let vocabulary = [
+        ("<", 0.0, NORMAL),
+        ("|", 0.0, NORMAL),
+        ("<|", 0.0, CONTROL),
+        ("a", 0.0, NORMAL),
+    ];
+    let tokenizer =
+        Tokenizer::from_header(&header("gpt2", Some("llama-bpe"), &["< |"], &vocabulary)).unwrap();
+    assert_eq!(tokenizer.encode_within("a<|", &[2]).unwrap(), [3, 0, 1]);
+    assert_eq!(tokenizer.encode_within("a<|", &[]).unwrap(), [3, 2]);
 }

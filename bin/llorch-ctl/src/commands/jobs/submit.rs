@@ -33,6 +33,9 @@ pub struct Submit {
     /// Give the prompt to the model as it is, without its chat template
     #[arg(long)]
     raw: bool,
+    /// Let names of control tokens in the prompt (`<|im_end|>`) become those tokens, as they always do with --raw
+    #[arg(long)]
+    allow_special: bool,
     /// A system message before the prompt
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
@@ -216,6 +219,7 @@ impl Submit {
             prompt: Some(self.prompt.read()?),
             messages: None,
             raw: self.raw,
+            allow_special: self.allow_special,
             system: self.system,
             max_tokens: self.sampling.max_tokens,
             temperature: self.sampling.temperature,

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use pool_core::ModelRef;
 use pool_core::catalog::Catalog;
-use pool_core::catalog::gguf::{GgufError, GgufFile};
+use pool_core::catalog::gguf::{EndToken, GgufError, GgufFile, Vocabulary};
 use pool_core::catalog::store::{ResolvedModel, Store};
+use pool_core::chat_template;
 use pool_core::json_number::MAX_EXACT_INTEGER;
 use pool_core::lifecycle::MemoryEstimator;
 use pool_core::terminal::paint::Cell;
@@ -40,6 +41,11 @@ struct Info {
     vocabulary: Option<u64>,
     tokenizer: Option<String>,
     chat_template: bool,
+    /// Reason why the worker can't use the chat template; it takes raw prompts all the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chat_template_problem: Option<String>,
+    /// The tokens that end an answer.
+    end_tokens: Vec<EndToken>,
 }
 
 impl Info {
@@ -77,6 +83,10 @@ impl Info {
             vocabulary: figure(file.vocab_size()),
             tokenizer: text(file.tokenizer_kind()),
             chat_template: file.has_chat_template(),
+            chat_template_problem: template_problem(&file),
+            end_tokens: Vocabulary::from_header(&file)
+                .map(|vocabulary| vocabulary.ends().collect())
+                .unwrap_or_default(),
             model_ref: model.model_ref,
             path: model.path,
             size_bytes: model.file.size_bytes,
@@ -149,13 +159,48 @@ impl Info {
                 ),
             ),
             (
+                "end of turn",
+                match self.end_tokens.as_slice() {
+                    [] => "-".to_owned(),
+                    ends => ends.iter().map(end_token).collect::<Vec<_>>().join(", "),
+                },
+            ),
+            (
                 "chat template",
-                if self.chat_template { "yes" } else { "no" }.to_owned(),
+                match &self.chat_template_problem {
+                    Some(problem) => format!("not usable, raw prompts only: {problem}"),
+                    None if self.chat_template => "yes".to_owned(),
+                    None => "no, raw prompts only".to_owned(),
+                },
             ),
         ];
         rows.into_iter()
             .map(|(fact, value)| vec![fact.into(), value.into()])
             .collect()
+    }
+}
+
+/// Returns the reason why the worker can't compile the chat template.
+fn template_problem(file: &GgufFile) -> Option<String> {
+    match file.chat_template() {
+        Ok(None) => None,
+        Ok(Some(source)) => chat_template::check(source)
+            .err()
+            .map(|problem| problem.to_string()),
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+/// `<|im_end|> (2, eos)`.
+fn end_token(end: &EndToken) -> String {
+    let EndToken { id, text, key } = end;
+    let name = key.and_then(|key| {
+        let name = key.strip_prefix("tokenizer.ggml.")?;
+        name.split("_token_id").next()
+    });
+    match name {
+        Some(name) => format!("{text} ({id}, {name})"),
+        None => format!("{text} ({id})"),
     }
 }
 
