@@ -39,7 +39,8 @@ const SHOWN_CANDIDATES: usize = 5;
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Connection")]
 pub struct ConnectArgs {
-    /// Address of the orchestrator [default: the one that runs on this machine, else http://127.0.0.1:8080]
+    /// Address of the orchestrator: a URL, `HOST:PORT`, `:PORT` or `PORT` [default: the one that runs on this machine, else
+    /// http://127.0.0.1:8080]
     #[arg(
         long,
         global = true,

@@ -100,7 +100,7 @@ async fn every_flag_reaches_the_request() {
         "--session-id",
         "me",
         "--timeout",
-        "1.5",
+        "1.5s",
         "--max-attempts",
         "2",
         "--label",

@@ -157,6 +157,38 @@ async fn a_wrong_request_is_refused_before_anything_is_sent() {
     assert_eq!(fake.asked().requests, 0);
 }
 
+// [POOLCORE-128]
+#[tokio::test]
+async fn an_address_may_be_written_short() {
+    let fake = Fake::default().start().await;
+    let port = fake.url.rsplit(':').next().unwrap();
+    for url in [
+        port.to_owned(),
+        format!(":{port}"),
+        format!("localhost:{port}"),
+        format!("{}/", fake.url),
+    ] {
+        let run = ran(llorch(&["jobs", "list", "--url", &url])).await;
+        assert_eq!(run.code, 0, "{url}: {}", run.err);
+        let mut command = llorch(&["pool", "list"]);
+        command.env("LLORCH_ORCHESTRATOR_URL", &url);
+        assert_eq!(ran(command).await.code, 0, "{url}");
+    }
+    let run = ran(llorch(&["jobs", "list", "--url", "localhost"])).await;
+    assert_eq!(run.code, 2, "{}", run.err);
+    let forms = "`http://127.0.0.1:8080`, `localhost:8080`, `:8080` or `8080`";
+    assert!(run.err.contains(forms), "{}", run.err);
+}
+
+// [POOLCORE-003]
+#[tokio::test]
+async fn a_model_as_another_program_names_it_gets_the_nearest_ids() {
+    let run = ran(llorch(&["jobs", "submit", "-m", "llama3.2:1b", "-p", "hi"])).await;
+    assert_eq!(run.code, 2, "{}", run.err);
+    let answer = "a catalogue id has no `:` and no tag. The nearest in the catalogue: `llama3`";
+    assert!(run.err.contains(answer), "{}", run.err);
+}
+
 #[tokio::test] // [LLORCH-008]
 async fn a_token_file_that_others_can_read_is_refused() {
     use std::os::unix::fs::PermissionsExt;

@@ -81,9 +81,9 @@ pub async fn backup(home: &Home, goal: &Path, overwrite: bool) -> anyhow::Result
     let copied = state::backup(&database, goal, overwrite).await;
     let copied = copied.map_err(|error| hinted(error.hint(), error))?;
     Ok(format!(
-        "{} jobs, {} bytes copied to {}",
+        "{} jobs, {} copied to {}",
         copied.jobs,
-        copied.bytes,
+        pool_core::units::human_bytes(copied.bytes),
         goal.display()
     ))
 }

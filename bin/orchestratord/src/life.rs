@@ -118,9 +118,11 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
         return Err(SubmitError::Unheard { model, pool });
     }
     let hint = match model {
-        ModelRef::Alias(id) => match app.catalog.nearest(id) {
-            Some(near) => format!("did you mean `{near}`? `GET /v2/models` lists all"),
-            None => "`GET /v2/models` lists the models that tasks may name".to_owned(),
+        ModelRef::Alias(id) => match app.catalog.nearest_ids(id).join("` or `") {
+            near if near.is_empty() => {
+                "`GET /v2/models` lists the models that tasks may name".to_owned()
+            }
+            near => format!("did you mean `{near}`? `GET /v2/models` lists all"),
         },
         ModelRef::Hub { .. } => "no catalogue entry has this file: tasks name catalogue ids, see `GET /v2/models`".to_owned(),
         ModelRef::File(_) => {

@@ -21,8 +21,8 @@ struct Args {
     /// Configuration file [default: `orchestratord.toml` in the configuration folder, where it exists].
     #[arg(long, value_name = "PATH")]
     config: Option<PathBuf>,
-    /// Address to listen on; port 0 takes a free one.
-    #[arg(long, value_name = "ADDR:PORT")]
+    /// Address to listen on: `ADDRESS:PORT`, or `PORT` on loopback; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR:PORT", value_parser = pool_core::address::bind)]
     bind: Option<SocketAddr>,
     /// File that the log is appended to, standard output and error as well. It is renamed by size (`log.max_bytes`,
     /// `log.keep`), and SIGHUP opens it again [default: the log goes to standard error].

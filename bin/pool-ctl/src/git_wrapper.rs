@@ -120,7 +120,7 @@ pub enum GitError {
         action: String,
     },
     /// The remote stopped talking.
-    #[error("git {action}: nothing came from the remote for {seconds} s")]
+    #[error("git {action}: nothing came from the remote for {}", pool_core::units::human_seconds(i64::try_from(*seconds).unwrap_or(i64::MAX)))]
     Silent {
         /// Which of its commands.
         action: String,

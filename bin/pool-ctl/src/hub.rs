@@ -72,7 +72,10 @@ pub enum HubError {
     #[error("the hub could not be reached")]
     Unreachable(#[source] reqwest::Error),
     /// It sent nothing for a while.
-    #[error("the hub sent nothing for {} s", IDLE_TIMEOUT.as_secs())]
+    #[error(
+        "the hub sent nothing for {}",
+        pool_core::units::human_duration(IDLE_TIMEOUT)
+    )]
     Silent,
     /// It answered in a way that nobody expects.
     #[error("the hub's answer can't be used: {0}")]

@@ -250,7 +250,7 @@ fn a_download_killed_three_times_goes_on_where_it_stopped() {
     stage.hub.take_asked();
     let ran = stage.download().exits(0);
     stage.is_whole();
-    assert!(ran.err.contains("continuing m at 38.0 MB"), "{}", ran.err);
+    assert!(ran.err.contains("continuing m at 36.2 MiB"), "{}", ran.err);
     assert_eq!(stage.hub.take_served(), size - kept, "the rest alone came");
     let ranges: Vec<_> = stage
         .hub
@@ -510,7 +510,7 @@ fn a_full_disk_is_named_with_its_numbers() {
     fs::write(&filler, vec![1; 60_000_000]).unwrap();
     let ran = stage.download().exits(4);
     assert!(
-        ran.err.contains("it needs 111.1 MB, the disk of ") && ran.err.contains("65.0 MB free"),
+        ran.err.contains("it needs 106 MiB, the disk of ") && ran.err.contains("62 MiB free"),
         "{}",
         ran.err
     );

@@ -25,9 +25,9 @@ struct Args {
     /// Settings file [default: pool-managerd.toml in the configuration folder, if there is one].
     #[arg(long, value_name = "PATH")]
     config: Option<PathBuf>,
-    /// Address to listen on; port 0 takes a free one. Any but a loopback address needs a token [default:
+    /// Address to listen on: `ADDRESS:PORT`, or `PORT` on loopback; port 0 takes a free one. Any but a loopback address needs a token [default:
     /// 127.0.0.1:9200].
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = pool_core::address::bind)]
     bind: Option<SocketAddr>,
     /// File that the log is appended to, standard output and error as well. It is renamed by size (`log.max_bytes`,
     /// `log.keep`), and SIGHUP opens it again [default: the log goes to standard error].

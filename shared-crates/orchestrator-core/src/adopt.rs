@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use jiff::SignedDuration;
 use pool_core::ModelRef;
+use pool_core::units::{human_bytes_down, human_bytes_up, human_duration, human_seconds};
 use pool_core::worker::{Device, WorkerStatus};
 
 use crate::job::{JobId, Placement};
@@ -353,7 +354,11 @@ impl Promised {
             let free = self.free_bytes(snapshot, pool, device);
             let needed = file.bytes(context_length);
             if needed > free {
-                return Err(format!("it needs {needed} bytes, {free} are free"));
+                return Err(format!(
+                    "it needs {}, {} are free",
+                    human_bytes_up(needed),
+                    human_bytes_down(free)
+                ));
             }
             let worker = WorkerState::asked_for(file, device, context_length, snapshot.now);
             let wants = |(index, job): (usize, &Arc<QueuedJob>)| {
@@ -411,10 +416,10 @@ impl Promised {
                 && missed
             {
                 let age = snapshot.now.duration_since(ready).as_secs();
-                // As a decimal number, because a small model loads within a second.
-                let residence = residence.as_secs_f64();
                 return Err(format!(
-                    "it has been ready for {age} s; while jobs wait for it, it stays for {residence} s"
+                    "it has been ready for {}; while jobs wait for it, it stays for {}",
+                    human_seconds(age),
+                    human_duration(residence.unsigned_abs())
                 ));
             }
             if !snapshot.jobs.iter().any(|job| job.model == *needed_by) {

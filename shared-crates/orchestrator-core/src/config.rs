@@ -27,6 +27,7 @@ pub struct OrchestratorConfig {
     /// Address to listen on. Default `127.0.0.1:8080`; port 0 takes a free one. Elsewhere than on loopback a token
     /// must be set.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    #[serde(deserialize_with = "pool_core::address::deserialize_bind")]
     pub bind: SocketAddr,
     /// File with the token of clients and operators, mode 0600; `LLORCH_API_TOKEN` goes before it. Default: none.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]

@@ -16,6 +16,7 @@ use pool_core::ModelRef;
 use serde::{Deserialize, Serialize};
 
 use crate::job::{Job, JobId, JobSpec, Placement, Priority};
+use pool_core::units::human_bytes;
 
 pub use drain::Departures;
 use order::Ordered;
@@ -101,7 +102,9 @@ pub enum QueueError {
     },
     /// The requests of the waiting jobs take as many bytes as they may.
     #[error(
-        "the queue is full: with this request of {bytes} bytes those that wait would take more than {capacity_bytes}"
+        "the queue is full: with this request of {} those that wait would take more than {}",
+        human_bytes(*bytes),
+        human_bytes(*capacity_bytes)
     )]
     FullBytes {
         /// Most bytes that requests of waiting jobs may take.
@@ -117,7 +120,9 @@ pub enum QueueError {
     },
     /// The requests of the waiting jobs that nothing can run take as many bytes as they may.
     #[error(
-        "the queue is full for jobs that nothing can run now: with this request of {bytes} bytes those that wait would take more than {share_bytes}"
+        "the queue is full for jobs that nothing can run now: with this request of {} those that wait would take more than {}",
+        human_bytes(*bytes),
+        human_bytes(*share_bytes)
     )]
     FullShareBytes {
         /// Most bytes that their requests may take.

@@ -50,7 +50,7 @@ pub enum SimulateError {
     #[error("no thread for the script: {0}")]
     NoThread(String),
     /// It would take too long.
-    #[error("the simulation took longer than {} s", .0.as_secs())]
+    #[error("the simulation took longer than {}", pool_core::units::human_duration(*.0))]
     TooLong(Duration),
 }
 

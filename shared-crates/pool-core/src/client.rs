@@ -15,11 +15,13 @@ use reqwest::{StatusCode, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::address;
 use crate::api::error::{ErrorBody, ErrorEnvelope};
 use crate::api::version::VersionInfo;
 use crate::clock::{self, Patience};
 use crate::errors::with_causes;
 use crate::secret::Secret;
+use crate::units::human_duration;
 
 /// How long a connection may take: our daemons stand on the same host or in the next room.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -78,7 +80,7 @@ pub enum ClientError {
         detail: String,
     },
     /// No answer, or no event, in time.
-    #[error("{url} did not answer within {} s", after.as_secs_f32())]
+    #[error("{url} did not answer within {}", human_duration(*after))]
     Timeout {
         /// The address that was called.
         url: String,
@@ -108,7 +110,7 @@ impl ClientError {
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Api { error, .. } => return error.hint.clone(),
-            Self::BadUrl { .. } => "write it like http://127.0.0.1:8080",
+            Self::BadUrl { .. } => address::FORMS,
             Self::Unreachable { .. } => "is the daemon running, and is this its address?",
             Self::NotOurs { .. } => "another program may be listening at this address",
             Self::VersionMismatch { .. } => "install the same release on both sides",
@@ -149,10 +151,12 @@ impl ApiClient {
     /// A client of the daemon at `base_url`, which sends `token` with every request.
     pub fn new(base_url: &str, token: Option<Secret>) -> Result<Self, ClientError> {
         let bad = |detail: String| ClientError::BadUrl {
-            url: base_url.to_owned(),
+            // What stands before an `@` may be a password.
+            url: base_url.rsplit('@').next().unwrap_or_default().to_owned(),
             detail,
         };
-        let url = Url::parse(base_url).map_err(|error| bad(error.to_string()))?;
+        let base = address::url(base_url).map_err(bad)?;
+        let url = Url::parse(&base).map_err(|error| bad(error.to_string()))?;
         if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
             return Err(bad("it must begin with http:// or https://".to_owned()));
         }
@@ -178,7 +182,7 @@ impl ApiClient {
         }
         Ok(Self {
             http: builder.build().map_err(|error| bad(error.to_string()))?,
-            base: base_url.trim_end_matches('/').to_owned(),
+            base,
             token,
             correlation_id: None,
             answer_timeout: ANSWER_TIMEOUT,

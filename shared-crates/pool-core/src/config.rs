@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::address;
 use crate::api::pool::HEARTBEAT_INTERVAL_MS;
 use crate::home::Home;
 use crate::lifecycle::Deadlines;
@@ -53,11 +54,14 @@ pub struct PoolConfig {
     /// Address to listen on; port 0 takes a free one. Default `127.0.0.1:9200`. Any other than a loopback address
     /// needs a token.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    #[serde(deserialize_with = "address::deserialize_bind")]
     pub bind: SocketAddr,
     /// Where the orchestrator reaches this pool. Default: the address it listens on.
+    #[serde(deserialize_with = "address::deserialize_url")]
     pub advertise_url: Option<String>,
     /// The orchestrator to register with; `none` for none. Default: the one that runs on this home, else, for a pool
     /// without a token, one at the standard address `http://127.0.0.1:8080`.
+    #[serde(deserialize_with = "address::deserialize_url")]
     pub orchestrator_url: Option<String>,
     /// File (mode 0600) with the pool's token; the variable `LLORCH_POOL_TOKEN` goes before it.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
@@ -132,6 +136,7 @@ pub struct WorkersConfig {
     /// Address that workers listen on. Default `127.0.0.1`, which serves an orchestrator on this host alone. An
     /// orchestrator elsewhere calls them at the host of `advertise_url`, with the secret that every worker has.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    #[serde(deserialize_with = "address::deserialize_ip")]
     pub bind: IpAddr,
     /// Seconds that a worker has to finish what runs when it is told to stop; it is killed where it is still there
     /// 5 seconds later. Default 10.
@@ -346,7 +351,10 @@ impl PoolConfig {
             loaded.origins.push(("bind".into(), Origin::Flag("--bind")));
         }
         match loaded.value.validate() {
-            Ok(()) => Ok(loaded),
+            Ok(()) => {
+                loaded.value.complete_addresses();
+                Ok(loaded)
+            }
             Err(ConfigError::Invalid { key, reason, .. }) => {
                 let origin = loaded.origin(key);
                 Err(ConfigError::Invalid {
@@ -356,6 +364,15 @@ impl PoolConfig {
                 })
             }
             Err(other) => Err(other),
+        }
+    }
+
+    /// Turns addresses that people wrote into URLs, as other programs read them.
+    fn complete_addresses(&mut self) {
+        for setting in [&mut self.advertise_url, &mut self.orchestrator_url] {
+            if let Some(url) = setting.as_deref().and_then(|text| address::url(text).ok()) {
+                *setting = Some(url);
+            }
         }
     }
 
@@ -389,8 +406,15 @@ impl PoolConfig {
             ("advertise_url", self.advertise_url.as_deref()),
             ("orchestrator_url", orchestrator_url),
         ] {
-            if url.is_some_and(|url| !(url.starts_with("http://") || url.starts_with("https://"))) {
-                return refuse(key, "must begin with http:// or https://");
+            let fault = match url.map(address::url) {
+                Some(Ok(url)) if !(url.starts_with("http://") || url.starts_with("https://")) => {
+                    Some("it must begin with http:// or https://".to_owned())
+                }
+                Some(Err(fault)) => Some(fault),
+                Some(Ok(_)) | None => None,
+            };
+            if let Some(fault) = fault {
+                return refuse(key, &fault);
             }
         }
         if self.advertise_url.is_none()
@@ -608,7 +632,13 @@ mod tests {
             ("[gpu]\npoll_interval_ms = 1", "gpu.poll_interval_ms"),
             ("[gpu]\nnvml_library = \"lib.so\"", "gpu.nvml_library"),
             ("pool_id = \"../a\"", "pool_id"),
-            ("orchestrator_url = \"blep:8080\"", "orchestrator_url"),
+            ("orchestrator_url = \"blep\"", "orchestrator_url"),
+            ("orchestrator_url = \"ftp://blep:8080\"", "orchestrator_url"),
+            ("bind = \"blep:9200\"", "bind"),
+            (
+                "memory.cpu_limit_bytes = \"much\"",
+                "memory.cpu_limit_bytes",
+            ),
             (
                 "bind = \"0.0.0.0:1\"\norchestrator_url = \"http://a\"",
                 "advertise_url",
@@ -639,6 +669,25 @@ mod tests {
 
     #[test] // [POOLD-033]
     fn the_orchestrator_is_the_local_one_unless_another_or_none_is_named() {
+        for (address, url) in [
+            ("\"blep:8080\"", "http://blep:8080"),
+            ("\":8081\"", "http://127.0.0.1:8081"),
+            ("8081", "http://127.0.0.1:8081"),
+        ] {
+            let named = load(&format!("orchestrator_url = {address}"), &[]).unwrap();
+            assert_eq!(named.orchestrator(), Orchestrator::At(url));
+            let named = load(
+                &format!("advertise_url = {address}\nbind = {address}"),
+                &[
+                    ("LLORCH_POOL_BIND", ":9300"),
+                    ("LLORCH_WORKERS_STOP_TIMEOUT_S", "2m"),
+                ],
+            );
+            let named = named.unwrap();
+            assert_eq!(named.advertise_url.as_deref(), Some(url));
+            assert_eq!(named.bind.to_string(), "127.0.0.1:9300");
+            assert_eq!(named.workers.stop_timeout_s, 120);
+        }
         let none = load("orchestrator_url = \"\"", &[]).unwrap();
         assert_eq!(none.orchestrator(), Orchestrator::None);
         let none = load("", &[("LLORCH_ORCHESTRATOR_URL", "none")]).unwrap();

@@ -5,6 +5,7 @@
 //! behind features that are off by default: `chat-template` (the dialect of chat templates), `cli` (the worker's argument list), `client` (a client of our HTTP APIs),
 //! `openapi` (schemas of the wire types and settings), `service` (what every daemon is) and `terminal` (what both command line programs are).
 
+pub mod address;
 pub mod api;
 pub mod catalog;
 pub mod cgroup;
@@ -39,6 +40,7 @@ pub mod service;
 pub mod settings;
 #[cfg(feature = "terminal")]
 pub mod terminal;
+pub mod units;
 pub mod worker;
 pub mod worker_args;
 

@@ -12,6 +12,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::catalog::Catalog;
+
 /// Longest model reference in bytes.
 pub const MAX_BYTES: usize = 512;
 
@@ -35,10 +37,12 @@ pub enum ModelRef {
 
 /// Why a text is not a model reference.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{shown}` is not a model reference: {reason}")]
+#[error("`{shown}` is not a model reference: {reason}{near}")]
 pub struct ModelRefError {
     shown: String,
     reason: &'static str,
+    /// The catalogue's answer to a name of another form.
+    near: String,
 }
 
 impl ModelRefError {
@@ -162,13 +166,54 @@ fn parse_file(rest: &str) -> Result<ModelRef, &'static str> {
     Ok(ModelRef::File(path.to_owned()))
 }
 
+/// Why a text without `hf:` and `file:` is no catalogue id.
+fn why_no_alias(text: &str) -> &'static str {
+    if is_alias(&text.to_ascii_lowercase()) {
+        "catalogue ids are lower case"
+    } else if text.contains("://") {
+        "an address is none; a repository of the hub is written `hf:ORG/REPO`"
+    } else if text.starts_with(['/', '.', '~']) {
+        "a file is written `file:/absolute/path.gguf`"
+    } else if text.starts_with('-') {
+        "a catalogue id begins with a letter or a digit"
+    } else if text.contains("..") {
+        "a catalogue id is without `..`"
+    } else if text.contains('/') {
+        "a catalogue id has no `/`; a repository of the hub is written `hf:ORG/REPO`"
+    } else if text.contains(':') {
+        "a catalogue id has no `:` and no tag"
+    } else if text.len() > 64 {
+        "a catalogue id has at most 64 characters"
+    } else {
+        "a catalogue id has letters, digits, `.`, `_` and `-`, and begins with a letter or a digit"
+    }
+}
+
+/// The ids of the embedded catalogue that a name of another form may mean, as an end of the sentence that refuses it.
+fn known_instead(text: &str) -> String {
+    let catalog = Catalog::embedded();
+    let quoted = |ids: Vec<&str>| {
+        let ids: Vec<_> = ids.into_iter().map(|id| format!("`{id}`")).collect();
+        ids.join(", ")
+    };
+    match catalog.nearest_ids(text) {
+        near if near.is_empty() => {
+            let all = catalog.iter().map(|entry| entry.id.as_str()).collect();
+            format!(". The catalogue has {}", quoted(all))
+        }
+        near => format!(". The nearest in the catalogue: {}", quoted(near)),
+    }
+}
+
 impl FromStr for ModelRef {
     type Err = ModelRefError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let shown: String = text.chars().take(80).flat_map(char::escape_debug).collect();
         let refuse = |reason| ModelRefError {
-            shown: text.chars().take(80).flat_map(char::escape_debug).collect(),
+            shown: shown.clone(),
             reason,
+            near: String::new(),
         };
         if text.is_empty() {
             return Err(refuse("it is empty"));
@@ -185,10 +230,11 @@ impl FromStr for ModelRef {
             parse_file(rest)
         } else if is_alias(text) {
             Ok(Self::Alias(text.to_owned()))
-        } else if is_alias(&text.to_ascii_lowercase()) {
-            Err("catalogue ids are lower case")
         } else {
-            Err("a catalogue id is `[a-z0-9][a-z0-9._-]{0,63}` without `..`")
+            return Err(ModelRefError {
+                near: known_instead(text),
+                ..refuse(why_no_alias(text))
+            });
         };
         parsed.map_err(refuse)
     }
@@ -259,6 +305,39 @@ mod tests {
         }
     }
 
+    // [POOLCORE-003]
+    #[test]
+    fn names_as_other_programs_write_them_get_the_nearest_ids() {
+        for (text, near) in [
+            ("llama3.2:1b", "The nearest in the catalogue: `llama3`"),
+            ("qwen2.5:0.5b", "The nearest in the catalogue: `qwen`"),
+            ("phi3:mini", "The nearest in the catalogue: `phi3`"),
+            (
+                "smollm2:135m",
+                "The nearest in the catalogue: `smollm2-135m`",
+            ),
+            ("mistral:7b-instruct", "`mistral`"),
+            ("TinyLlama", "`tinyllama`"),
+            (
+                "TheBloke/TinyLlama-1.1B-Chat-v1.0-GGUF",
+                "written `hf:ORG/REPO`. The nearest in the catalogue: `tinyllama`",
+            ),
+            ("meta-llama/Llama-3.1-8B-Instruct", "`llama3`"),
+            (
+                "https://huggingface.co/Qwen/Qwen2.5-0.5B-Instruct-GGUF",
+                "`qwen`",
+            ),
+            (
+                "gemma:2b",
+                "The catalogue has `smollm2-135m`, `tinyllama`, ",
+            ),
+        ] {
+            let error = parse(text).expect_err(text).to_string();
+            assert!(error.contains(near), "{error}");
+            assert!(!error.contains("[a-z0-9]"), "{error}");
+        }
+    }
+
     // [POOLCORE-002]
     #[test]
     fn hostile_names_are_refused_with_the_reason() {
@@ -266,9 +345,9 @@ mod tests {
         for (text, reason) in [
             ("", "empty"),
             ("SmolLM2-135M", "lower case"),
-            ("-rf", "catalogue id"),
+            ("-rf", "begins with a letter"),
             ("a..b", "without `..`"),
-            ("a/b", "catalogue id"),
+            ("a/b", "written `hf:ORG/REPO`"),
             ("a\0b", "control"),
             ("a\u{202e}b", "control"),
             ("hf:org", "ORG/REPO"),

@@ -21,6 +21,7 @@ use crate::home::Home;
 use crate::lifecycle::spawner::LISTEN_TIMEOUT;
 use crate::process::{self, ProcessIdentity};
 use crate::secret::Secret;
+use crate::units::human_duration;
 use crate::worker::{
     ExitReason, IllegalWorkerTransition, WorkerEnding, WorkerEvent, WorkerInfo, WorkerStatus,
 };
@@ -103,7 +104,10 @@ impl Verdict {
         let (reason, message) = match self {
             Self::StartTimeout { after_s } => (
                 ExitReason::StartTimeout,
-                format!("it was not ready after {after_s} s"),
+                format!(
+                    "it was not ready after {}",
+                    human_duration(Duration::from_secs(*after_s))
+                ),
             ),
             Self::Stalled { message } => (ExitReason::Stalled, message.clone()),
         };

@@ -6,6 +6,7 @@
 
 #[cfg(feature = "openapi")]
 mod annotated;
+mod units;
 mod variables;
 
 #[cfg(feature = "openapi")]
@@ -207,7 +208,8 @@ fn place(key: &str) -> (&str, &str) {
 ///
 /// `file` is what the user named and must exist; without it `default_file` is read if it exists. Every key has the
 /// variable `LLORCH_SECTION_KEY`; `aliases` adds shorter ones as (variable, dotted key), which yield to the long
-/// form. An empty variable counts as unset. A list is written with commas, or as TOML when it begins with `[`.
+/// form. An empty variable counts as unset. A list is written with commas, or as TOML when it begins with `[`. A key whose
+/// name ends in a unit takes a number of that unit or a text with another one: `body_limit_bytes = "64 KiB"`.
 pub fn load<T: Serialize + DeserializeOwned + Default>(
     file: Option<&Path>,
     default_file: &Path,
@@ -251,7 +253,16 @@ pub fn load_traced<T: Serialize + DeserializeOwned + Default>(
                     .map(|value| (name.to_owned(), value))
             });
         let Some((name, text)) = set else { continue };
-        let candidates = readings(&text, default);
+        let invalid = |message| SettingsError::Invalid {
+            origin: name.clone(),
+            key: key.clone(),
+            message,
+        };
+        let candidates: Vec<Value> = match units::number(&key, Value::String(text.clone())) {
+            Ok(Value::String(_)) => readings(&text, default),
+            Ok(number) => vec![number],
+            Err(message) => return Err(invalid(message)),
+        };
         // An optional setting does not show its type in the defaults, so the text is read in every way it could be
         // meant and the settings type decides.
         let fitting = candidates.iter().find(|value| {
@@ -364,7 +375,14 @@ impl Source<'_> {
                     });
                 }
                 (value, _) => {
-                    into[name.get_ref().as_ref()] = json(value);
+                    let value = units::number(&key, json(value)).map_err(|message| {
+                        SettingsError::Invalid {
+                            origin: format!("{}:{line}", self.path.display()),
+                            key: key.clone(),
+                            message,
+                        }
+                    })?;
+                    into[name.get_ref().as_ref()] = value;
                     let path = self.path.to_path_buf();
                     origins.push((key, Origin::File { path, line }));
                 }

@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::ModelRef;
+use crate::units::human_bytes_up;
 
 /// What computes: the part of `llorch-candled` that a worker uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -299,17 +300,12 @@ pub struct WorkerMemory {
 impl fmt::Display for WorkerMemory {
     /// `predicted 312 MiB, measured 298 MiB`, or the first half of it.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "predicted {}", mebibytes(self.predicted_bytes))?;
+        write!(f, "predicted {}", human_bytes_up(self.predicted_bytes))?;
         match self.measured_bytes {
-            Some(measured) => write!(f, ", measured {}", mebibytes(measured)),
+            Some(measured) => write!(f, ", measured {}", human_bytes_up(measured)),
             None => Ok(()),
         }
     }
-}
-
-/// Memory as people compare it: whole MiB, rounded up so that nothing that is there is 0.
-pub fn mebibytes(bytes: u64) -> String {
-    format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
 /// A worker as `GET /workers`, `llorch-pool worker list` and heartbeats show it: everything but its secret.

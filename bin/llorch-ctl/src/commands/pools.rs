@@ -217,10 +217,10 @@ mod tests {
             view("new", PoolViewState::Awaited, 75_000, None),
         ];
         insta::assert_snapshot!(render(&pools, false), @r"
-        POOL  STATE    HEARTBEAT       DEVICES           WORKERS             MODELS
-        mac   drained  3.2s ago        cpu 12.3 GB free  worker-cpu-1 ready  tinyllama
-                                                         worker-cpu-2 busy
-        new   awaited  none for 1m15s  -                 -                   -
+        POOL  STATE    HEARTBEAT       DEVICES            WORKERS             MODELS
+        mac   drained  3.2s ago        cpu 11.5 GiB free  worker-cpu-1 ready  tinyllama
+                                                          worker-cpu-2 busy
+        new   awaited  none for 1m15s  -                  -                   -
         ");
         let mut contested = pools[0].clone();
         assert_eq!(conflict(&contested), None);
@@ -234,7 +234,7 @@ mod tests {
             "`mac`",
             "http://127.0.0.1:9200",
             "http://10.0.0.7:9200",
-            "5.0s ago",
+            "5s ago",
             "LLORCH_POOL_ID",
         ] {
             assert!(warning.contains(part), "{warning}");

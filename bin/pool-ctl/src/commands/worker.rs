@@ -17,7 +17,8 @@ use pool_core::terminal::{
     CliError, Exit, Format, age, human_bytes, human_duration, note, parse_duration, print_json,
     print_table, sanitize, say, write,
 };
-use pool_core::worker::{Backend, ExitReason, WorkerInfo, WorkerStatus, mebibytes};
+use pool_core::units::human_bytes_up;
+use pool_core::worker::{Backend, ExitReason, WorkerInfo, WorkerStatus};
 
 use crate::context::{Context, catalog_error};
 use crate::pool::Pool;
@@ -402,7 +403,7 @@ fn cells(worker: &WorkerInfo, now: Timestamp) -> Vec<Cell> {
     let of_live = |bytes: Option<u64>| {
         bytes
             .filter(|_| live)
-            .map_or_else(|| "-".to_owned(), mebibytes)
+            .map_or_else(|| "-".to_owned(), human_bytes_up)
     };
     vec![
         worker.id.clone().into(),

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 use std::fmt;
 
 use jiff::Timestamp;
+use pool_core::units::{human_bytes, human_bytes_down, human_bytes_up, human_ms, human_seconds};
 use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
 
@@ -196,7 +197,8 @@ impl fmt::Display for Why {
         let ((used, slots), free, device) = (self.slots, self.free_bytes, self.device);
         write!(
             f,
-            " ({used} of {slots} slots in use, {free} bytes of memory free on {device})"
+            " ({used} of {slots} slots in use, {} of memory free on {device})",
+            human_bytes(free)
         )
     }
 }
@@ -206,9 +208,10 @@ pub(super) fn backing_off(job: &QueuedJob, now: Timestamp) -> Explanation {
     let pause = job
         .not_before
         .map_or(0, |at| at.duration_since(now).as_millis());
+    let pause = human_ms(u64::try_from(pause).unwrap_or(0));
     Explanation {
         reason: WaitReason::BackingOff,
-        message: format!("the last attempt was lost; the next follows in {pause} ms"),
+        message: format!("the last attempt was lost; the next follows in {pause}"),
         hint: "it goes on by itself".to_owned(),
         filters: Vec::new(),
     }
@@ -468,15 +471,19 @@ impl Words<'_> {
         {
             Some(pool) => (
                 format!(
-                    "`{model}` is {size} bytes, and a download leaves {} free; the most that a disk has is {} on pool `{}`",
-                    super::judge::DISK_RESERVE,
-                    pool.disk_free_bytes,
+                    "`{model}` has {}, and a download leaves {} free; the most that a disk has is {} on pool `{}`",
+                    human_bytes(size),
+                    human_bytes(super::judge::DISK_RESERVE),
+                    human_bytes_down(pool.disk_free_bytes),
                     pool.id
                 ),
                 "make room on a pool's disk: `llorch-pool models delete` on its host".to_owned(),
             ),
             None => (
-                format!("no device is large enough for `{model}` of {size} bytes"),
+                format!(
+                    "no device is large enough for `{model}` of {}",
+                    human_bytes(size)
+                ),
                 "add a pool with more memory, or ask for a smaller model".to_owned(),
             ),
         }
@@ -538,7 +545,9 @@ impl Words<'_> {
             );
         };
         let message = format!(
-            "{wanted} needs {needed} bytes; the most that is free is {free} on pool `{pool}`"
+            "{wanted} needs {}; the most that is free is {} on pool `{pool}`",
+            human_bytes_up(needed),
+            human_bytes_down(free)
         );
         let soon = self.left().flat_map(|pool| {
             let devices = pool.devices.iter();
@@ -556,8 +565,8 @@ impl Words<'_> {
                     .to_owned()
             }
             Some(at) if self.world.settings.evict => format!(
-                "an idle worker may be stopped for it in {} s; or stop one now: see `llorch-pool worker list`",
-                at.duration_since(self.world.now).as_secs().max(0) + 1
+                "an idle worker may be stopped for it in {}; or stop one now: see `llorch-pool worker list`",
+                human_seconds(at.duration_since(self.world.now).as_secs() + 1)
             ),
             _ => "it starts when a worker ends: see `llorch-pool worker list`".to_owned(),
         };

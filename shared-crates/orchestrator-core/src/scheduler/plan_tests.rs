@@ -592,7 +592,7 @@ fn a_worker_stays_for_its_time_while_jobs_wait_for_it() {
     assert_eq!(plan.actions, []);
     assert_eq!(plan.waiting[&waiting.id].reason, WaitReason::MemoryShort);
     assert!(
-        plan.waiting[&waiting.id].hint.contains("in 21 s"),
+        plan.waiting[&waiting.id].hint.contains("in 21s"),
         "{plan:?}"
     );
     assert_eq!(plan.wake, Timestamp::from_second(130).ok());

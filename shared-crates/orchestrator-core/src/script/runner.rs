@@ -126,7 +126,10 @@ impl Runner {
 pub fn too_long(limit: Duration) -> ScriptError {
     ScriptError::new(
         ScriptErrorKind::Timeout,
-        format!("it took longer than {} ms", limit.as_millis()),
+        format!(
+            "it took longer than {}",
+            pool_core::units::human_duration(limit)
+        ),
     )
 }
 

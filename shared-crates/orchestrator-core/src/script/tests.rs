@@ -479,7 +479,7 @@ fn one_invalid_action_leaves_the_pass_to_the_built_in_policy() {
         ("[dispatch(jobs[0], workers[3])]", "the pool drains"),
         (
             "[start_worker(ctx.pools[2].devices[0], jobs[0])]",
-            "it needs 1073741824 bytes, 1 are free",
+            "it needs 1 GiB, 1 B are free",
         ),
         (
             "[start_worker(ctx.pools[2].devices[0], \"b\")]",
@@ -487,14 +487,14 @@ fn one_invalid_action_leaves_the_pass_to_the_built_in_policy() {
         ),
         (
             "[start_worker(ctx.pools[0].devices[0], \"a\"), start_worker(ctx.pools[0].devices[0], \"a\")]",
-            "0 are free",
+            "0 B are free",
         ),
         (
             "[start_worker(ctx.pools[0].devices[0], \"c\")]",
             "does not have the model",
         ),
         ("[evict_worker(workers[0], jobs[0])]", "it is not idle"),
-        ("[evict_worker(workers[2], jobs[0])]", "it stays for 60 s"),
+        ("[evict_worker(workers[2], jobs[0])]", "it stays for 1m"),
         ("[evict_worker(workers[4], jobs[0])]", "it is not idle"),
     ];
     for (answer, why) in cases {

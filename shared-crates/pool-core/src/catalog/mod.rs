@@ -116,10 +116,51 @@ impl CatalogEntry {
         self.sha256.is_some()
     }
 
+    /// Returns how near the entry is to a name of these spellings, from 0 to 1.
+    fn likeness(&self, spellings: &[String]) -> f64 {
+        let family = |name: &str| {
+            let letters: String = name.chars().take_while(char::is_ascii_alphabetic).collect();
+            letters
+        };
+        let of_spelling = |spelling: &String| {
+            let known = self.sources.iter().filter_map(|source| match source {
+                Source::Hf { repo, .. } => repo.rsplit('/').next(),
+                Source::Pypi { .. } => None,
+            });
+            let by_repo =
+                known.map(|repo| strsim::jaro_winkler(&repo.to_ascii_lowercase(), spelling));
+            let by_id = strsim::jaro_winkler(&self.id, spelling);
+            let ours = family(&self.id);
+            let by_family = if ours.len() > 2 && ours == family(spelling) {
+                0.9
+            } else {
+                0.0
+            };
+            by_repo.fold(by_id.max(by_family), f64::max)
+        };
+        spellings.iter().map(of_spelling).fold(0.0, f64::max)
+    }
+
     /// The reference that names this entry.
     pub fn model_ref(&self) -> ModelRef {
         ModelRef::Alias(self.id.clone())
     }
+}
+
+/// The forms in which a catalogue could have a name: without the organisation or the tag, or with the tag as a part.
+fn spellings(name: &str) -> Vec<String> {
+    let lower: String = name
+        .chars()
+        .take(128)
+        .collect::<String>()
+        .to_ascii_lowercase();
+    let last = lower
+        .trim_end_matches('/')
+        .rsplit('/')
+        .next()
+        .unwrap_or_default();
+    let base = last.split(':').next().unwrap_or_default();
+    vec![base.to_owned(), last.replace(':', "-")]
 }
 
 /// Why a catalogue can't be used.
@@ -235,13 +276,26 @@ impl Catalog {
 
     /// The known id nearest to `id`, for "did you mean".
     pub fn nearest(&self, id: &str) -> Option<&str> {
-        let scored = self
+        self.nearest_ids(id).first().copied()
+    }
+
+    /// Returns at most three known ids that a name may mean, the nearest first, however another program or the hub writes it:
+    /// `llama3.2:1b`, `org/Repo-GGUF`.
+    pub fn nearest_ids(&self, name: &str) -> Vec<&str> {
+        let spellings = spellings(name);
+        let mut scored: Vec<_> = self
             .iter()
-            .map(|entry| (strsim::jaro_winkler(&entry.id, id), entry.id.as_str()));
-        scored
+            .map(|entry| (entry.likeness(&spellings), entry.id.as_str()))
             .filter(|(score, _)| *score > 0.8)
-            .max_by(|a, b| a.0.total_cmp(&b.0))
+            .collect();
+        scored.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let best = scored.first().map_or(0.0, |(score, _)| *score);
+        scored
+            .into_iter()
+            .take_while(|(score, _)| *score >= best - 0.1)
+            .take(3)
             .map(|(_, id)| id)
+            .collect()
     }
 
     /// The entry that commands mean which name none: the one marked so, else the first.

@@ -10,12 +10,13 @@ use crate::catalog::store::ResolveError;
 use crate::gpu::GpuState;
 use crate::lifecycle::StopCandidate;
 use crate::registry::RegistryError;
-use crate::worker::{Backend, Device, WorkerStatus, mebibytes};
+use crate::units::{human_bytes_down, human_bytes_up};
+use crate::worker::{Backend, Device, WorkerStatus};
 
 /// A device with too little memory left for a worker.
 // What is free is rounded down and what is needed up, so that the sentence never contradicts itself.
 #[derive(Debug, thiserror::Error)]
-#[error("{device} has {} MiB free, `{model_ref}` needs {}", free_bytes >> 20, mebibytes(*needed_bytes))]
+#[error("{device} has {} free, `{model_ref}` needs {}", human_bytes_down(*free_bytes), human_bytes_up(*needed_bytes))]
 pub struct MemoryShort {
     /// The device.
     pub device: Device,
@@ -181,7 +182,7 @@ fn stop_hint(stop: &[StopCandidate]) -> String {
             WorkerStatus::Ready => "idle",
             status => status.as_str(),
         };
-        let bytes = mebibytes(candidate.memory_bytes);
+        let bytes = human_bytes_up(candidate.memory_bytes);
         format!("{} ({bytes}, {state})", candidate.id)
     };
     let workers: Vec<_> = stop.iter().map(described).collect();

@@ -216,8 +216,8 @@ mod tests {
         exited(unknown)  tensor 3 lies outside the file
         exited(unknown)  its process is gone, and nobody was there to see how it ended
         oom_killed       the kernel killed it because its cgroup or the host ran out of memory
-        start_timeout    it was not ready after 120 s; it was ended
-        start_timeout    it was not ready after 120 s; it was ended
+        start_timeout    it was not ready after 2m; it was ended
+        start_timeout    it was not ready after 2m; it was ended
         model_invalid    tensor 3 lies outside the file
         stalled          no token for 31 s; it was ended
         stalled          no token for 31 s; it was ended

@@ -8,6 +8,7 @@
 use std::time::{Duration, Instant};
 
 use crate::api::worker::{HealthState, WorkerHealth};
+use crate::units::human_duration;
 use crate::worker::Backend;
 
 /// The longest time between two looks of a watcher that has its turn.
@@ -94,9 +95,9 @@ impl std::fmt::Display for Stall {
         };
         write!(
             f,
-            "{what} for {} s (limit {} s)",
-            self.stood_for.as_secs(),
-            self.limit.as_secs()
+            "{what} for {} (limit {})",
+            human_duration(self.stood_for),
+            human_duration(self.limit)
         )?;
         if let Some(progress) = self.progress {
             write!(f, ", at progress {progress}")?;
@@ -263,43 +264,43 @@ mod tests {
                 None,
                 None,
                 20,
-                "no step of loading for 20 s (limit 20 s); /health does not answer",
+                "no step of loading for 20s (limit 20s); /health does not answer",
             ),
             (
                 Some(&loading),
                 Some(&loading),
                 20,
-                "no step of loading for 20 s (limit 20 s), at progress 7; /health still answers",
+                "no step of loading for 20s (limit 20s), at progress 7; /health still answers",
             ),
             (
                 Some(&loading),
                 None,
                 20,
-                "no step of loading for 20 s (limit 20 s), at progress 7; /health does not answer",
+                "no step of loading for 20s (limit 20s), at progress 7; /health does not answer",
             ),
             (
                 Some(&busy),
                 Some(&busy),
                 10,
-                "no token and no part of a prompt with 1 sequence running for 10 s (limit 10 s), at progress 90; /health still answers",
+                "no token and no part of a prompt with 1 sequence running for 10s (limit 10s), at progress 90; /health still answers",
             ),
             (
                 Some(&busy),
                 None,
                 10,
-                "no token and no part of a prompt with 1 sequence running for 10 s (limit 10 s), at progress 90; /health does not answer",
+                "no token and no part of a prompt with 1 sequence running for 10s (limit 10s), at progress 90; /health does not answer",
             ),
             (
                 Some(&idle),
                 None,
                 5,
-                "no answer with nothing to do for 5 s (limit 5 s), at progress 90",
+                "no answer with nothing to do for 5s (limit 5s), at progress 90",
             ),
             (
                 Some(&failed),
                 Some(&failed),
                 5,
-                "it gave up and did not end for 5 s (limit 5 s), at progress 8; /health still answers",
+                "it gave up and did not end for 5s (limit 5s), at progress 8; /health still answers",
             ),
         ] {
             assert_eq!(

@@ -486,7 +486,7 @@ fn what_cannot_be_started_is_refused_with_a_hint_and_leaves_no_record() {
             "runs 1 sequence",
             "second worker",
         ),
-        (good, "0 MiB free", "never fits"),
+        (good, "0 B free", "never fits"),
     ] {
         let (said, hinted) = refuse(request);
         assert!(

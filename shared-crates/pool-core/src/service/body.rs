@@ -22,6 +22,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::capacity::{Load, Want};
 use super::linger::Unread;
 use crate::clock::Patience;
+use crate::units::human_duration;
 
 /// How much of a body is thrown away at most, and for how long. A connection that is closed while its sender still writes
 /// is reset, and the answer that says why is lost on the way; one that sends without end is reset all the same.
@@ -32,7 +33,7 @@ const SMALL: u64 = 256 << 10;
 
 /// The body was not whole in time.
 #[derive(Debug, thiserror::Error)]
-#[error("the body did not arrive within {} s", .0.as_secs_f32())]
+#[error("the body did not arrive within {}", human_duration(*.0))]
 pub(super) struct BodyTimeout(pub(super) Duration);
 
 impl BodyTimeout {

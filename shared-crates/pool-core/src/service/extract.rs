@@ -17,6 +17,7 @@ use serde_json::json;
 
 use super::body::{BodiesFull, BodyTimeout};
 use super::{ServiceError, ServiceResult, codes, strict};
+use crate::units::human_bytes;
 
 /// A JSON body; as an answer the same as `axum::Json`. `Option<Json<T>>` is `None` for a request without a body.
 #[derive(Debug, Clone, Copy)]
@@ -71,7 +72,9 @@ async fn whole_body<S: Send + Sync>(request: Request, state: &S) -> ServiceResul
             StatusCode::PAYLOAD_TOO_LARGE,
             codes::TOO_LARGE,
             format!(
-                "the body of {announced} bytes is larger than this daemon takes: at most {limit}"
+                "the body of {} is larger than this daemon takes: at most {}",
+                human_bytes(announced),
+                human_bytes(limit)
             ),
         )),
         _ => Ok(Bytes::from_request(request, state)

@@ -384,7 +384,7 @@ async fn a_body_that_is_announced_as_too_large_is_refused_before_it_comes() {
         assert_eq!((status, code.as_str()), (413, "TOO_LARGE"), "{more}");
         assert_eq!(
             message,
-            "the body of 101 bytes is larger than this daemon takes: at most 100"
+            "the body of 101 B is larger than this daemon takes: at most 100 B"
         );
         assert_eq!(answer.headers["connection"], "close");
     }
@@ -642,7 +642,7 @@ async fn a_body_that_trickles_is_cut_off_and_an_answer_that_does_is_not() {
         (
             408,
             "REQUEST_TIMEOUT".into(),
-            "the body did not arrive within 0.3 s".into()
+            "the body did not arrive within 300ms".into()
         )
     );
     // The stream is older than that, and open.

@@ -14,6 +14,7 @@ use crate::client::ApiClient;
 use crate::process::{ProcessIdentity, Signal, SignalOutcome};
 use crate::programs;
 use crate::run_files::{self, PidRecord};
+use crate::units::human_duration;
 
 /// How often a start looks whether the daemon has come up.
 const POLL: Duration = Duration::from_millis(25);
@@ -129,9 +130,9 @@ async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<Running, CliErro
         if Instant::now() >= deadline {
             end(&mut child);
             let message = format!(
-                "{} did not answer within {} s",
+                "{} did not answer within {}",
                 spec.name,
-                spec.start_timeout.as_secs()
+                human_duration(spec.start_timeout)
             );
             return Err(with_log(
                 CliError::new(Exit::Failed, message),

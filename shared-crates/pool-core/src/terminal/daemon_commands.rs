@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::daemon::{self, DaemonSpec, Running, Stopped};
 use super::interrupt::Interrupt;
 use super::{CliError, Exit, sanitize, say, write};
+use crate::units::human_duration;
 
 /// Which part of a log is shown.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -57,8 +58,8 @@ pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<(),
         Stopped::NotRunning => say(format!("{name} does not run")),
         Stopped::Orderly { pid } => say(format!("{name} stopped (pid {pid})")),
         Stopped::Killed { pid } => say(format!(
-            "{name} did not end within {} s and was killed (pid {pid})",
-            timeout.as_secs()
+            "{name} did not end within {} and was killed (pid {pid})",
+            human_duration(timeout)
         )),
     }
 }

@@ -4,7 +4,6 @@
 pub mod daemon;
 pub mod daemon_commands;
 pub mod doctor;
-mod duration;
 mod exit;
 pub mod interrupt;
 mod output;
@@ -12,10 +11,13 @@ pub mod progress;
 pub mod sanitize;
 mod settings_table;
 
-pub use duration::parse_duration;
 pub use exit::{CliError, Exit, parse, run_cli};
 pub use output::{
-    Format, age, human_bytes, human_count, human_duration, note, paint, print_json, print_table,
-    render_table, say, shorten, shorten_start, width, write,
+    Format, age, note, paint, print_json, print_table, render_table, say, shorten, shorten_start,
+    width, write,
 };
 pub use settings_table::print_settings;
+
+pub use crate::units::{
+    human_bytes, human_count, human_duration, human_ms, parse_bytes, parse_duration, parse_ms,
+};

@@ -8,6 +8,7 @@ use comfy_table::{Attribute, Color, Table, presets};
 use serde::Serialize;
 
 use super::{CliError, sanitize};
+use crate::units::human_duration;
 
 /// How a command that reads prints what it read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -199,48 +200,6 @@ pub mod paint {
     }
 }
 
-/// Bytes as people read them: `98.4 MB`, by powers of 1000 as disks and downloads are measured.
-pub fn human_bytes(bytes: u64) -> String {
-    const UNITS: [&str; 6] = ["kB", "MB", "GB", "TB", "PB", "EB"];
-    if bytes < 1000 {
-        return format!("{bytes} B");
-    }
-    let mut value = bytes as f64 / 1000.0;
-    let mut unit = 0;
-    // 999.95 would be shown as 1000.0.
-    while value >= 999.95 && unit < UNITS.len() - 1 {
-        value /= 1000.0;
-        unit += 1;
-    }
-    format!("{value:.1} {}", UNITS[unit])
-}
-
-/// A duration as people read it, in its two largest units: `850ms`, `3.2s`, `1m15s`, `2h05m`, `3d04h`.
-pub fn human_duration(duration: Duration) -> String {
-    let seconds = duration.as_secs();
-    match seconds {
-        0 => format!("{}ms", duration.as_millis()),
-        1..=9 => format!("{seconds}.{}s", duration.subsec_millis() / 100),
-        10..=59 => format!("{seconds}s"),
-        60..=3599 => format!("{}m{:02}s", seconds / 60, seconds % 60),
-        3600..=86_399 => format!("{}h{:02}m", seconds / 3600, seconds / 60 % 60),
-        _ => format!("{}d{:02}h", seconds / 86_400, seconds / 3600 % 24),
-    }
-}
-
-/// Returns a number with its thousands apart: `1,234`.
-pub fn human_count(count: u64) -> String {
-    let digits = count.to_string();
-    let mut shown = String::with_capacity(digits.len() + digits.len() / 3);
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            shown.push(',');
-        }
-        shown.push(digit);
-    }
-    shown
-}
-
 /// Returns the columns of standard output: those of the terminal, or 80 where it is none.
 pub fn width() -> usize {
     let terminal = Table::new().width();
@@ -273,7 +232,7 @@ pub fn shorten_start(text: &str, most: usize) -> String {
 /// How long ago `then` was at `now`; a clock that went back makes that nothing.
 pub fn age(then: jiff::Timestamp, now: jiff::Timestamp) -> String {
     let seconds = now.duration_since(then).as_secs();
-    human_duration(Duration::from_secs(u64::try_from(seconds).unwrap_or(0))).replace("0ms", "0s")
+    human_duration(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
 }
 
 #[cfg(test)]
@@ -316,23 +275,10 @@ mod tests {
     }
 
     #[test]
-    fn sizes_and_durations_are_short() {
-        let sizes = [0, 999, 1000, 98_362_432, 999_950_000, u64::MAX].map(human_bytes);
-        assert_eq!(
-            sizes,
-            ["0 B", "999 B", "1.0 kB", "98.4 MB", "1.0 GB", "18.4 EB"]
-        );
-        let durations = [850, 3_250, 59_900, 75_000, 7_500_000, 273_600_000]
-            .map(|ms| human_duration(Duration::from_millis(ms)));
-        assert_eq!(
-            durations,
-            ["850ms", "3.2s", "59s", "1m15s", "2h05m", "3d04h"]
-        );
+    fn ages_and_shortened_texts() {
         let then = jiff::Timestamp::UNIX_EPOCH;
         assert_eq!(age(then, then + Duration::from_secs(75)), "1m15s");
         assert_eq!(age(then + Duration::from_secs(75), then), "0s");
-        let counts = [0, 999, 1_000, 12_345_678].map(human_count);
-        assert_eq!(counts, ["0", "999", "1,000", "12,345,678"]);
         assert_eq!(
             (shorten("abcdef", 4), shorten_start("abcdef", 4)),
             ("abc…".into(), "…def".into())

@@ -1,10 +1,11 @@
 //! Progress of long work, on standard error: a live line on a terminal, else a plain line every few seconds.
 
+use std::fmt;
 use std::io::{self, IsTerminal};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::{human_bytes, human_duration, note, sanitize};
 
@@ -16,14 +17,11 @@ const TICK: Duration = Duration::from_millis(100);
 /// A bar for work of `total` bytes. A total of 0 means that it isn't known.
 pub fn bar(total: u64, label: impl Into<String>) -> Progress {
     if total == 0 {
-        return Progress::turning(
-            "{spinner} {msg} {decimal_bytes} {decimal_bytes_per_sec}",
-            label.into(),
-        );
+        return Progress::turning("{spinner} {msg} {bytes} {bytes_per_sec}", label.into());
     }
     Progress::new(
         ProgressBar::new(total),
-        "{msg} [{bar:30}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta}",
+        "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
         label.into(),
     )
 }
@@ -39,11 +37,16 @@ pub fn percent(label: impl Into<String>) -> Progress {
 
 /// A bar for work of `total` things.
 pub fn count(total: u64, label: impl Into<String>) -> Progress {
-    Progress::new(
+    let progress = Progress::new(
         ProgressBar::new(total),
         "{msg} [{bar:30}] {pos}/{len} {elapsed}, {eta} left",
         label.into(),
-    )
+    );
+    if progress.live {
+        // The time goes on while nothing is done.
+        progress.bar.enable_steady_tick(TICK);
+    }
+    progress
 }
 
 /// A spinner for work that can't be measured.
@@ -70,7 +73,7 @@ impl Progress {
             ProgressDrawTarget::hidden()
         });
         if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style.progress_chars("=> "));
+            bar.set_style(in_our_units(style).progress_chars("=> "));
         }
         if !live {
             note(&label);
@@ -182,6 +185,35 @@ impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// Shows sizes and times in a template as all other output does.
+fn in_our_units(style: ProgressStyle) -> ProgressStyle {
+    type Key = fn(&ProgressState) -> String;
+    let keys: [(&'static str, Key); 5] = [
+        ("bytes", |state| human_bytes(state.pos())),
+        ("total_bytes", |state| human_bytes(state.len().unwrap_or(0))),
+        // A float becomes the nearest whole number, or the largest.
+        ("bytes_per_sec", |state| {
+            format!("{}/s", human_bytes(state.per_sec() as u64))
+        }),
+        ("elapsed", |state| whole_seconds(state.elapsed())),
+        ("eta", |state| whole_seconds(state.eta())),
+    ];
+    keys.into_iter().fold(style, |style, (name, key)| {
+        style.with_key(
+            name,
+            move |state: &ProgressState, out: &mut dyn fmt::Write| {
+                // A line that can't be drawn is drawn again in a moment.
+                let _ = out.write_str(&key(state));
+            },
+        )
+    })
+}
+
+/// A time that changes once a second.
+fn whole_seconds(duration: Duration) -> String {
+    human_duration(Duration::from_secs(duration.as_secs()))
 }
 
 /// A label that can't steer the terminal: it may name files, and others named those.

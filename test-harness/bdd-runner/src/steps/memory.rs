@@ -33,8 +33,8 @@ async fn memory_for(house: &mut House, workers: u64) {
         .stderr
         .split_once("needs ")
         .expect("the refusal says what is needed");
-    let (mebibytes, _) = after.split_once(" MiB").expect("so much of memory");
-    let needed = mebibytes.parse::<u64>().expect("a number") * 1024 * 1024;
+    let words: Vec<_> = after.split_whitespace().take(2).collect();
+    let needed = pool_core::units::parse_bytes(&words.join(" ")).expect("so much of memory");
     house.memory_limit = needed * workers + needed / 10;
     let folder = house.home().join("config");
     std::fs::create_dir_all(&folder).expect("the configuration folder can be made");

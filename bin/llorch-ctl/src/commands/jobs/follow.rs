@@ -458,7 +458,7 @@ mod tests {
             decode_time_ms: 500,
             worker_id: "worker-cpu-0".into(),
         };
-        insta::assert_snapshot!(summary(id, &end), @"job-01900000-0000-7000-8000-000000000000: 11 tokens by worker-cpu-0, TTFT 812 ms, 20.0 tokens/s, seed 7");
+        insta::assert_snapshot!(summary(id, &end), @"job-01900000-0000-7000-8000-000000000000: 11 tokens by worker-cpu-0, TTFT 812ms, 20.0 tokens/s, seed 7");
         let cut = End {
             stop_reason: StopReason::ContextFull,
             ..end

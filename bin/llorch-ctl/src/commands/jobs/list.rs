@@ -247,7 +247,7 @@ mod tests {
         ];
         insta::assert_snapshot!(table(&jobs), @"
         AGE    STATUS     JOB            MODEL      WORKER              TOKENS
-        2.0s   queued     01900000-0003  tinyllama  -                   -
+        2s     queued     01900000-0003  tinyllama  -                   -
         1m15s  running    01900000-0002  tinyllama  mac/worker-metal-1  -
         2h05m  completed  01900000-0001  tinyllama  mac/worker-metal-1  128
         ");

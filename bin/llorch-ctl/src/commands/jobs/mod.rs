@@ -14,7 +14,7 @@ mod wait;
 
 use clap::{Args, Subcommand};
 use orchestrator_core::job::{JobError, JobErrorCode, JobId, JobStatus, Usage};
-use pool_core::terminal::{CliError, Exit};
+use pool_core::terminal::{CliError, Exit, human_ms};
 
 pub use follow::{Reader, Transcript};
 
@@ -115,11 +115,11 @@ pub fn tokens_per_second(tokens_out: u32, decode_time_ms: u64) -> Option<f64> {
     })
 }
 
-/// `TTFT 812 ms, 31.4 tokens/s`.
+/// `TTFT 812ms, 31.4 tokens/s`.
 fn speed(usage: &Usage) -> String {
     let rate = tokens_per_second(usage.tokens_out, usage.decode_time_ms);
     let rate = rate.map_or(String::new(), |rate| format!(", {rate:.1} tokens/s"));
-    format!("TTFT {} ms{rate}", usage.ttft_ms)
+    format!("TTFT {}{rate}", human_ms(usage.ttft_ms))
 }
 
 #[cfg(test)]

@@ -223,12 +223,12 @@ mod tests {
         priority   interactive
         submitted  1m15s ago
         tokens     9 in, 3 out, EOS
-        speed      TTFT 812 ms, 20.0 tokens/s
+        speed      TTFT 812ms, 20.0 tokens/s
         text       4 characters: llorch jobs output job-01900000-0000-7000-8000-000000000001
 
         ATTEMPT  POOL  WORKER        TIME  OUTCOME      REASON
-        1        mac   worker-cpu-0  5.0s  worker_lost  signal(9)
-        2        mac   worker-cpu-1  5.0s  completed
+        1        mac   worker-cpu-0  5s    worker_lost  signal(9)
+        2        mac   worker-cpu-1  5s    completed
         ");
     }
 }

@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use orchestrator_core::api::tasks::{TaskAccepted, TaskSubmitRequest, ValidationError};
 use orchestrator_core::job::{Placement, Priority};
 use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::{CliError, Exit, note, print_json, say};
+use pool_core::terminal::{CliError, Exit, note, parse_ms, print_json, say};
 use pool_core::worker::Device;
 
 use super::follow::{JsonLines, Quiet, Transcript, conclude, follow, wants_notices};
@@ -117,8 +117,8 @@ struct SchedulingArgs {
     /// Jobs of one session share their turns in the queue
     #[arg(long, value_name = "ID")]
     session_id: Option<String>,
-    /// Seconds from now after which the job expires, wherever it is then [default: never]
-    #[arg(long, value_name = "SECONDS", value_parser = milliseconds, allow_negative_numbers = true)]
+    /// Time from now after which the job expires, wherever it is then: `90s`, `5m`, or seconds [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = parse_ms, allow_negative_numbers = true)]
     timeout: Option<u64>,
     /// How many times its worker may be lost before the job fails, 1 to 10 [default: 3]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
@@ -306,19 +306,6 @@ fn read_text(source: impl Read, name: &str) -> Result<String, CliError> {
     })
 }
 
-fn milliseconds(text: &str) -> Result<u64, String> {
-    let seconds: f64 = text
-        .parse()
-        .map_err(|_| "it is a number of seconds, as 90 or 0.5".to_owned())?;
-    let millis = (seconds * 1000.0).round();
-    // Within these bounds the conversion is exact; what the orchestrator allows is narrower.
-    if !(0.0..=9e15).contains(&millis) {
-        return Err("it is a positive number of seconds".to_owned());
-    }
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    Ok(millis as u64)
-}
-
 fn label(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("write it as KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
@@ -356,14 +343,7 @@ mod tests {
     }
 
     #[test] // [LLORCH-021]
-    fn seconds_labels_and_keys_are_checked_where_they_are_given() {
-        assert_eq!(
-            (milliseconds("90"), milliseconds("0.5")),
-            (Ok(90_000), Ok(500))
-        );
-        for text in ["", "a", "-1", "NaN", "inf", "1e300"] {
-            assert!(milliseconds(text).is_err(), "{text}");
-        }
+    fn labels_and_keys_are_checked_where_they_are_given() {
         assert_eq!(label("a=b=c"), Ok(("a".into(), "b=c".into())));
         assert!(
             label("a").is_err() && idempotency_key("").is_err() && idempotency_key("a\nb").is_err()

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 use orchestrator_core::job::{JobErrorCode, JobIdPrefix, JobStatus};
 use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::{CliError, Exit, say};
+use pool_core::terminal::{CliError, Exit, human_duration, parse_duration, say};
 
 use super::exit_of;
 use super::follow::{Ending, Quiet, follow};
@@ -19,23 +19,22 @@ pub struct Wait {
     /// The jobs' ids, or the beginnings of them
     #[arg(required = true, value_name = "ID")]
     ids: Vec<JobIdPrefix>,
-    /// Give up after this many seconds [default: never]
-    #[arg(long, value_name = "SECONDS")]
-    timeout: Option<u32>,
+    /// Give up after this time: `90s`, `5m`, or seconds [default: never]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    timeout: Option<Duration>,
 }
 
 impl Wait {
     /// Waits.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let timeout = self.timeout;
-        let Some(seconds) = timeout else {
+        let Some(limit) = timeout else {
             return wait(connect, &self.ids).await;
         };
-        let limit = Duration::from_secs(seconds.into());
         match tokio::time::timeout(limit, wait(connect, &self.ids)).await {
             Ok(result) => result,
             Err(_) => {
-                let message = format!("not all jobs were over after {seconds} s");
+                let message = format!("not all jobs were over after {}", human_duration(limit));
                 Err(CliError::new(Exit::WaitTimedOut, message)
                     .hint("they go on; see `llorch jobs list`"))
             }

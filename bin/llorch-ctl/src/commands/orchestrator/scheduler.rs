@@ -18,8 +18,8 @@ use pool_core::terminal::interrupt::Interrupt;
 use pool_core::terminal::paint::Cell;
 use pool_core::terminal::sanitize::clean;
 use pool_core::terminal::{
-    CliError, Exit, Format, human_bytes, human_duration, note, parse_duration, print_json,
-    print_table, progress, say,
+    CliError, Exit, Format, human_bytes, human_duration, human_ms, note, parse_duration,
+    print_json, print_table, progress, say,
 };
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
@@ -136,9 +136,9 @@ fn describe(view: &SchedulerView) -> Result<(), CliError> {
             ))?;
             let loaded = script.loaded_at.map(|at| at.to_string());
             say(format!(
-                "loaded: {}, at most {} ms a pass, else {}",
+                "loaded: {}, at most {} a pass, else {}",
                 loaded.unwrap_or_default(),
-                script.limit_ms,
+                human_ms(script.limit_ms),
                 view.policy
             ))?;
         }
@@ -527,13 +527,6 @@ fn table(answer: &SimulateAnswer) -> Result<(), CliError> {
         note(compared(replay));
     }
     Ok(())
-}
-
-fn human_ms(ms: u64) -> String {
-    match ms {
-        0..10_000 => format!("{ms}ms"),
-        _ => human_duration(Duration::from_millis(ms)),
-    }
 }
 
 /// How the recorded decisions compare, in a sentence.

@@ -23,6 +23,7 @@ use super::{
 use crate::api::pool::DiskInfo;
 use crate::fsio::{self, LockGuard};
 use crate::process::ProcessIdentity;
+use crate::units::{human_bytes_down, human_bytes_up};
 
 /// Bytes that a download leaves free on the disk.
 pub(super) const DISK_RESERVE_BYTES: u64 = 64 << 20;
@@ -31,7 +32,7 @@ const KILL_WAIT: Duration = Duration::from_secs(5);
 
 /// The disk has too little room for a download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the disk has {free_bytes} bytes free, the download needs {needed_bytes}")]
+#[error("the disk has {} free, the download needs {}", human_bytes_down(*free_bytes), human_bytes_up(*needed_bytes))]
 pub struct NoSpace {
     /// Bytes the download takes while it runs, with a reserve for everybody else.
     pub needed_bytes: u64,

@@ -15,6 +15,7 @@ use pool_core::ModelRef;
 use pool_core::catalog::Catalog;
 use pool_core::client::ClientError;
 use pool_core::home::Home;
+use pool_core::terminal::human_duration;
 use pool_core::terminal::interrupt::{Interrupt, interrupted};
 use pool_core::terminal::progress::{Progress, spinner};
 use pool_core::terminal::{CliError, Exit, note};
@@ -254,8 +255,8 @@ async fn until_online(client: &Orchestrator, pool: &Actor) -> Result<(), CliErro
         }
         if Instant::now() >= deadline {
             let message = format!(
-                "the demo failed: the pool did not register within {} s",
-                ONLINE_TIMEOUT.as_secs()
+                "the demo failed: the pool did not register within {}",
+                human_duration(ONLINE_TIMEOUT)
             );
             return Err(CliError::new(Exit::Failed, message));
         }
@@ -318,8 +319,8 @@ async fn watch(
                 Ok(happening) => happening,
                 Err(_) => {
                     seen.troubles.push(format!(
-                        "the job did not end within {} s after that",
-                        AFTERMATH.as_secs()
+                        "the job did not end within {} after that",
+                        human_duration(AFTERMATH)
                     ));
                     return Ok(seen);
                 }

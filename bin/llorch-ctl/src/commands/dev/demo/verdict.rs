@@ -4,6 +4,7 @@ use orchestrator_core::api::events::Started;
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::{AttemptOutcome, JobId, JobStatus};
 use pool_core::api::pool::PoolStatus;
+use pool_core::terminal::human_ms;
 
 use crate::commands::jobs::tokens_per_second;
 
@@ -120,12 +121,12 @@ pub fn summary(job: &TaskView) -> String {
     let usage = job.usage.as_ref();
     let rate = usage.and_then(|usage| tokens_per_second(usage.tokens_out, usage.decode_time_ms));
     format!(
-        "job {} pool {} attempt {} worker {} TTFT {} ms {} tokens/s",
+        "job {} pool {} attempt {} worker {} TTFT {} {} tokens/s",
         job.id,
         attempt.map_or("-", |attempt| &attempt.pool_id),
         attempt.map_or(0, |attempt| attempt.number),
         attempt.map_or("-", |attempt| &attempt.worker_id),
-        usage.map_or(0, |usage| usage.ttft_ms),
+        human_ms(usage.map_or(0, |usage| usage.ttft_ms)),
         rate.map_or("-".to_owned(), |rate| format!("{rate:.1}")),
     )
 }
@@ -272,7 +273,7 @@ mod tests {
     #[test] // [LLORCH-061]
     fn a_demo_that_worked_has_no_problems_and_one_line() {
         assert_eq!(problems(&success()), Vec::<String>::new());
-        insta::assert_snapshot!(summary(&job()), @"job job-01900000-0000-7000-8000-000000000001 pool mac attempt 1 worker worker-cpu-0 TTFT 812 ms 20.0 tokens/s");
+        insta::assert_snapshot!(summary(&job()), @"job job-01900000-0000-7000-8000-000000000001 pool mac attempt 1 worker worker-cpu-0 TTFT 812ms 20.0 tokens/s");
     }
 
     #[test] // [LLORCH-062]
