@@ -13,6 +13,9 @@ use pool_core::api::worker::{
     ContextOverflow, ExecuteRequest, Origin, Resume, Sampling, StopReason, WorkerErrorCode,
     WorkerEvent,
 };
+use pool_core::catalog::gguf::GgufFile;
+use pool_core::catalog::support as supported;
+use pool_core::errors::with_causes;
 use support::tiny_model::{BLOCKS, END, TinyModel};
 use support::{Answer, greedy, run, tiny};
 
@@ -662,4 +665,27 @@ fn every_layer_is_told() {
     // It runs the layers twice.
     engine.warm_up().unwrap();
     assert_eq!(told.load(Ordering::Relaxed), 2 * BLOCKS);
+}
+
+#[test] // [CAND-090]
+fn what_the_engine_computes_is_what_models_are_accepted_by() {
+    for architecture in supported::ARCHITECTURES {
+        let model = TinyModel {
+            architecture: architecture.name,
+            ..TinyModel::default()
+        };
+        let bytes = model.bytes();
+        let header = GgufFile::read(&bytes[..], bytes.len() as u64).unwrap();
+        supported::check(&header).unwrap();
+        tiny(&model).unwrap();
+    }
+    let refused = tiny(&TinyModel {
+        architecture: "mamba",
+        ..TinyModel::default()
+    });
+    let shown = with_causes(&refused.err().unwrap());
+    assert!(
+        shown.contains("architecture `mamba` is not supported"),
+        "{shown}"
+    );
 }

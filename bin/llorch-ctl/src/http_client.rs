@@ -23,7 +23,7 @@ use pool_core::client::{ApiClient, ClientError, EventStream, Method, RelayedAnsw
 use pool_core::home::Home;
 use pool_core::run_files;
 use pool_core::secret::Secret;
-use pool_core::terminal::{CliError, Exit};
+use pool_core::terminal::{CliError, Exit, daemon_commands};
 
 pub use feed::{Feed, Item};
 pub use list::{JobFilter, JobPages};
@@ -55,6 +55,12 @@ pub struct ConnectArgs {
 }
 
 impl ConnectArgs {
+    /// Returns the same with the address `url`.
+    pub fn at(mut self, url: &str) -> Self {
+        self.url = Some(url.to_owned());
+        self
+    }
+
     /// The address that was asked for; an empty variable asks for none.
     fn explicit_url(&self) -> Option<&str> {
         self.url.as_deref().filter(|url| !url.is_empty())
@@ -75,10 +81,14 @@ impl ConnectArgs {
             return Ok(Secret::load(variable, None)?);
         }
         let config = OrchestratorConfig::load(home, None).map_err(|error| {
-            CliError::caused(
+            let hint = error.hint();
+            let shown = CliError::caused(
                 Exit::Usage,
                 "could not look up the token file in the settings",
                 &error,
+            );
+            shown.hint(
+                hint.unwrap_or_else(|| "`llorch orchestrator config check` checks them".into()),
             )
         })?;
         Ok(Secret::load(None, config.token_file.as_deref())?)
@@ -108,6 +118,7 @@ impl Orchestrator {
         let token = args.token(&home)?;
         let Some(url) = args.explicit_url() else {
             let state = home.orchestratord_state();
+            daemon_commands::check_readable(&state, "orchestratord")?;
             let url = run_files::local_url(&state).unwrap_or_else(|| STANDARD_URL.to_owned());
             return Ok(Self {
                 client: ApiClient::new(&url, token.clone())?,

@@ -31,6 +31,10 @@ fn main() -> ExitCode {
 }
 
 #[cfg(test)]
+#[path = "../../../shared-crates/pool-core/tests/support/command_lines.rs"]
+mod command_lines;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;
@@ -90,5 +94,10 @@ mod tests {
             command.get_subcommands().for_each(check);
         }
         check(&Cli::command());
+    }
+
+    #[test] // [LLORCH-092]
+    fn every_command_that_a_text_names_exists() {
+        command_lines::every_mention_can_be_run("llorch", Cli::command(), 25);
     }
 }

@@ -2,6 +2,11 @@
 
 mod support;
 
+use std::fs;
+use std::path::Path;
+
+use pool_core::process::ProcessIdentity;
+use pool_core::run_files::{self, PidRecord};
 use support::{Fake, JOB, llorch, nobody, ran};
 
 #[tokio::test] // [LLORCH-005]
@@ -319,4 +324,118 @@ async fn settings_are_checked_and_explained() {
         assert_eq!((run.code, run.out.as_str()), (2, ""), "{text}");
         assert!(run.err.contains(told), "{told}: {}", run.err);
     }
+}
+
+/// A process that stands for the local daemon, which answers at `url`.
+fn local_daemon(home: &Path, url: &str) -> tokio::process::Child {
+    let child = tokio::process::Command::new("sleep")
+        .arg("600")
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let process = ProcessIdentity::of(child.id().unwrap()).unwrap().unwrap();
+    let record = PidRecord {
+        process,
+        version: "9.9".to_owned(),
+    };
+    let state = home.join("state/orchestratord");
+    fs::create_dir_all(&state).unwrap();
+    fs::write(
+        state.join(run_files::PID),
+        serde_json::to_vec(&record).unwrap(),
+    )
+    .unwrap();
+    fs::write(state.join(run_files::ADDR), url).unwrap();
+    child
+}
+
+#[tokio::test] // [LLORCH-090]
+async fn an_orchestrator_that_does_not_say_what_it_does_is_shown_with_the_cause() {
+    let fake = Fake::default().start().await;
+    let home = tempfile::tempdir().unwrap();
+    let _daemon = local_daemon(home.path(), &fake.url);
+    let status = async || {
+        let mut command = llorch(&["orchestrator", "status"]);
+        command.env("LLORCH_HOME", home.path());
+        ran(command).await
+    };
+    let run = status().await;
+    assert_eq!(run.code, 0, "{}", run.err);
+    assert!(run.out.contains("jobs: "), "{}", run.out);
+
+    let config = home.path().join("config");
+    fs::create_dir_all(&config).unwrap();
+    fs::write(config.join("orchestratord.toml"), "[queue]\ncapcity = 3\n").unwrap();
+    let run = status().await;
+    assert_eq!(run.code, 2, "{}", run.err);
+    assert!(run.out.contains(&fake.url), "{}", run.out);
+    for part in [
+        "orchestratord does not say what it does",
+        "`queue.capcity`",
+        "hint: did you mean `queue.capacity`?",
+    ] {
+        assert!(run.err.contains(part), "{}", run.err);
+    }
+
+    // One that does not take the token, or wants one.
+    fs::remove_file(config.join("orchestratord.toml")).unwrap();
+    let shut = axum::Router::new().fallback(async || {
+        let body = serde_json::json!({"error": {
+            "code": "UNAUTHORIZED", "message": "no token", "correlation_id": "c", "retriable": false,
+        }});
+        (axum::http::StatusCode::UNAUTHORIZED, axum::Json(body))
+    });
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, shut).await });
+    let _other = local_daemon(home.path(), &url);
+    let run = status().await;
+    assert_eq!(run.code, 5, "{}", run.err);
+    assert!(
+        run.err
+            .contains("hint: put the API token into LLORCH_API_TOKEN"),
+        "{}",
+        run.err
+    );
+}
+
+#[tokio::test] // [LLORCH-091]
+async fn a_named_orchestrator_is_never_mixed_with_the_one_of_this_home() {
+    let (here, there) = (Fake::default().start().await, Fake::default().start().await);
+    let home = tempfile::tempdir().unwrap();
+    let mut daemon = local_daemon(home.path(), &here.url);
+    let with = async |url: &str, args: &[&str]| {
+        let mut command = llorch(args);
+        command
+            .env("LLORCH_HOME", home.path())
+            .env("LLORCH_ORCHESTRATOR_URL", url);
+        ran(command).await
+    };
+    let status = ["orchestrator", "status", "--format", "json"];
+    let run = with(&there.url, &status).await;
+    let shown: serde_json::Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!(
+        (&shown["url"], &shown["pid"]),
+        (&there.url.clone().into(), &serde_json::Value::Null)
+    );
+    let run = with(&here.url, &status).await;
+    let shown: serde_json::Value = serde_json::from_str(&run.out).unwrap();
+    assert_eq!(shown["pid"], daemon.id().unwrap());
+    assert_eq!(with(&nobody(), &status).await.code, 5);
+
+    let run = with(&there.url, &["orchestrator", "backup", "/no/such/folder/x"]).await;
+    assert_eq!(run.code, 2, "{}", run.err);
+    assert!(
+        run.err.contains(&here.url) && run.err.contains(&there.url),
+        "{}",
+        run.err
+    );
+    let run = with(&there.url, &["orchestrator", "logs"]).await;
+    assert!(
+        run.err
+            .contains("this log is about orchestratord of this home"),
+        "{}",
+        run.err
+    );
+    assert!(daemon.try_wait().unwrap().is_none(), "it was stopped");
 }

@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::http::{HeaderMap, Method};
-use orchestrator_core::config::OrchestratorConfig;
+use orchestrator_core::config::{ConfigError, OrchestratorConfig};
 use pool_core::ORCHESTRATOR_API_VERSION;
 use pool_core::catalog::Catalog;
 use pool_core::crash::crash_point;
@@ -120,6 +120,11 @@ pub struct Hinted {
 }
 
 impl Hinted {
+    /// Settings that can't be used, with the nearest ones that can.
+    pub fn by_settings(error: ConfigError) -> anyhow::Error {
+        hinted(error.hint().as_deref(), error)
+    }
+
     fn of(message: impl Into<String>, hint: impl Into<String>) -> anyhow::Error {
         anyhow::Error::new(Self {
             error: message.into().into(),

@@ -9,6 +9,7 @@ use orchestrator_core::job::{
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
+use pool_core::catalog::CatalogEntry;
 use pool_core::crash::crash_point;
 use pool_core::service::CorrelationId;
 
@@ -43,6 +44,14 @@ pub enum SubmitError {
         model: ModelRef,
         /// The pool.
         pool: String,
+    },
+    /// No worker can run the model.
+    #[error("`{model}` can't run: {reason}")]
+    UnsupportedModel {
+        /// The model.
+        model: ModelRef,
+        /// Why not.
+        reason: String,
     },
     /// Nobody has said so far that there is such a model, but a pool may that is still awaited.
     #[error(
@@ -86,10 +95,23 @@ pub struct Accepted {
     pub position: Option<u64>,
 }
 
+/// Returns why no worker can run a model. Pools that have its file have read its header, and their build may support more
+/// than this one; where none has it, the catalogue's word counts.
+pub fn unsupported(app: &App, model: &ModelRef, entry: Option<&CatalogEntry>) -> Option<String> {
+    app.fleet
+        .support(model)
+        .unwrap_or_else(|| Some(entry?.unsupported()?.to_string()))
+}
+
 /// The model as pools name it, where a task may ask for it and for so many tokens of it.
 fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef, SubmitError> {
-    if let Some(entry) = app.catalog.find(model) {
-        let model = entry.model_ref();
+    let entry = app.catalog.find(model);
+    let supported = |model: ModelRef| match unsupported(app, &model, entry) {
+        Some(reason) => Err(SubmitError::UnsupportedModel { model, reason }),
+        None => Ok(model),
+    };
+    if let Some(entry) = entry {
+        let model = supported(entry.model_ref())?;
         return match entry.context_length {
             Some(context_length) if max_tokens > context_length => {
                 Err(SubmitError::TooManyTokens {
@@ -107,7 +129,7 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
         return Err(SubmitError::Ambiguous { model, meant });
     }
     if let Some(meant) = meant.pop() {
-        return Ok(meant);
+        return supported(meant);
     }
     if let Some(pool) = app.fleet.downloads(model) {
         let model = model.clone();

@@ -82,7 +82,8 @@ async fn start(args: Args) -> anyhow::Result<()> {
     let load = {
         let home = home.clone();
         move || -> anyhow::Result<OrchestratorConfig> {
-            let mut config = OrchestratorConfig::load(&home, config.as_deref())?;
+            let loaded = OrchestratorConfig::load(&home, config.as_deref());
+            let mut config = loaded.map_err(Hinted::by_settings)?;
             config.bind = bind.unwrap_or(config.bind);
             Ok(config)
         }

@@ -2,10 +2,13 @@
 
 use std::path::Path;
 
+use pool_core::ModelRef;
 use pool_core::catalog::store::{ResolveError, Store};
+use pool_core::catalog::support::Unsupported;
 use pool_core::catalog::{Catalog, CatalogError};
 use pool_core::config::{ConfigError, PoolConfig};
-use pool_core::home::Home;
+use pool_core::fsio;
+use pool_core::home::{Home, HomeError};
 use pool_core::terminal::{CliError, Exit};
 
 /// Home and settings of this pool host.
@@ -33,6 +36,16 @@ impl Context {
         Ok(context)
     }
 
+    /// As [`Context::open`], for commands that only look: a home that this user may not write to will do.
+    pub fn look() -> Result<Self, CliError> {
+        let context = Self::load(None)?;
+        match context.home.ensure() {
+            Err(HomeError::Prepare { source, .. }) if fsio::is_read_only(&source) => {}
+            ensured => ensured?,
+        }
+        Ok(context)
+    }
+
     /// The models known by name.
     pub fn catalog(&self) -> Result<Catalog, CliError> {
         Catalog::load(&self.home).map_err(catalog_error)
@@ -55,6 +68,11 @@ pub fn config_error(error: ConfigError) -> CliError {
 /// So is a broken catalogue.
 pub fn catalog_error(error: CatalogError) -> CliError {
     CliError::of(Exit::Usage, &error, Some(error.hint().to_owned()))
+}
+
+/// A model that no worker can run.
+pub fn unsupported_error(model: &ModelRef, reason: &Unsupported) -> CliError {
+    CliError::new(Exit::Refused, format!("`{model}` can't run: {reason}")).hint(reason.hint())
 }
 
 /// A model that can't be used: not there, or not allowed.

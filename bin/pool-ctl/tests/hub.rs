@@ -23,32 +23,19 @@ use serde_json::Value;
 
 use small_disk::Disk;
 use support::hub::Hub;
-use support::{Home, PATIENCE, Ran, Running, facts, first_err_line, sha256, tiny_gguf, until};
+use support::{GgufDraft, Home, PATIENCE, Ran, Running, facts, first_err_line, sha256, until};
 
 /// `hf` writes 10 MB at a time: the file has several such pieces.
 const MODEL_BYTES: usize = 44_000_000;
 const HUB: &str = "kind = \"hf\"\nrepo = \"org/repo\"\nrevision = \"v1\"\nfile = \"sub/tiny.gguf\"";
 
-/// A GGUF file with one tensor of noise.
+/// A GGUF file that a worker could run, with a tensor of noise at its end.
 fn model() -> Vec<u8> {
-    let mut bytes = tiny_gguf();
-    bytes.truncate(8);
-    bytes.extend(1u64.to_le_bytes());
-    bytes.extend(1u64.to_le_bytes());
-    let text = |bytes: &mut Vec<u8>, text: &str| {
-        bytes.extend((text.len() as u64).to_le_bytes());
-        bytes.extend(text.as_bytes());
-    };
-    text(&mut bytes, "general.architecture");
-    bytes.extend(8u32.to_le_bytes());
-    text(&mut bytes, "llama");
-    text(&mut bytes, "noise");
-    bytes.extend(1u32.to_le_bytes());
+    let mut draft = GgufDraft::servable();
     let elements = (MODEL_BYTES / 4) as u64;
-    bytes.extend(elements.to_le_bytes());
-    bytes.extend(0u32.to_le_bytes());
-    bytes.extend(0u64.to_le_bytes());
-    bytes.resize(bytes.len().next_multiple_of(32), 0);
+    draft.tensors.push(("noise".to_owned(), vec![elements], 0));
+    let mut bytes = draft.bytes();
+    bytes.truncate(bytes.len() - MODEL_BYTES);
     let mut state = 7u64;
     for _ in 0..MODEL_BYTES / 8 {
         state = state
@@ -563,6 +550,42 @@ fn a_reference_to_the_hub_works_without_an_entry() {
         "{}",
         ran.err
     );
+}
+
+#[test] // [POOLCTL-060]
+fn a_split_model_is_refused_before_a_byte_of_it_comes() {
+    let stage = Stage::without_a_watcher(None);
+    stage.hub.behaviour().files = vec!["q/m-00001-of-00002.gguf", "q/m-00002-of-00002.gguf"];
+    for model in ["hf:org/repo", "hf:org/repo::file=q/m-00002-of-00002.gguf"] {
+        stage
+            .run(&["models", "download", model])
+            .exits(4)
+            .says(&["is split into 2 files", "llama-gguf-split --merge"]);
+    }
+    assert_eq!(stage.hub.take_served(), 0);
+    // Beside the parts there may be a whole file.
+    stage.hub.behaviour().files.push("small.gguf");
+    stage.run(&["models", "download", "hf:org/repo"]).exits(0);
+}
+
+#[test] // [POOLCTL-060]
+fn a_file_that_no_worker_runs_is_not_kept() {
+    let stage = Stage::without_a_watcher(None);
+    let other = GgufDraft::servable().of_architecture("gemma3").bytes();
+    stage.hub.behaviour().etag = sha256(&other);
+    stage.hub.behaviour().content = other.into();
+    stage
+        .run(&["models", "download", "hf:org/repo"])
+        .exits(4)
+        .says(&["architecture `gemma3` is not supported"]);
+    let args = ["models", "download", "hf:org/repo", "--progress", "json"];
+    let ran = stage.run(&args).exits(4);
+    let last: Value = serde_json::from_str(ran.out.lines().last().unwrap()).unwrap();
+    assert_eq!(
+        (&last["code"], &last["retriable"]),
+        (&"MODEL_UNSUPPORTED".into(), &false.into())
+    );
+    assert_eq!(stage.home.model_files(), Vec::<String>::new());
 }
 
 #[test] // [POOLCTL-019]

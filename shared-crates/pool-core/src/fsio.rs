@@ -90,6 +90,14 @@ pub fn is_locked(path: impl AsRef<Path>) -> io::Result<bool> {
     }
 }
 
+/// Returns whether an attempt to write failed because this user, or anybody, may only read there.
+pub fn is_read_only(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+    )
+}
+
 fn open_lock(path: &Path) -> io::Result<File> {
     OpenOptions::new()
         .read(true)

@@ -226,6 +226,17 @@ pub enum RegistryError {
     },
 }
 
+impl RegistryError {
+    /// Returns whether this user may only read the registry.
+    pub fn is_read_only(&self) -> bool {
+        let Self::Io { source, .. } = self else {
+            return false;
+        };
+        // A folder that is missing could not be made.
+        fsio::is_read_only(source) || source.kind() == io::ErrorKind::NotFound
+    }
+}
+
 /// A record file that holds no record.
 #[derive(Debug)]
 pub struct Damaged {

@@ -33,6 +33,14 @@ impl PidRecord {
     }
 }
 
+/// Fails where this process may not look at the state folder `dir`: nothing is known of its daemon then.
+pub fn check_readable(dir: &Path) -> io::Result<()> {
+    match fs::File::open(dir.join(PID)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
 /// The daemon that has the state folder `dir` for itself, whether it answers or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Owner {

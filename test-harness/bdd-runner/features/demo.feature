@@ -38,3 +38,10 @@ Feature: The front door
       | part   |
       | worker |
       | pool   |
+
+  # [BDD-004]
+  Scenario: What a kept demo prints can be pasted
+    Given the default model is on disk
+    When I run `llorch dev demo --keep --max-tokens 4` where the variables name other daemons
+    Then what it prints works as pasted there
+    And nothing is left running

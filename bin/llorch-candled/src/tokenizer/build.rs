@@ -17,9 +17,6 @@ use tokenizers::{AddedToken, Tokenizer};
 
 use super::TokenizerError;
 
-/// Ways of splitting text before merging that are known, by the names GGUF files give them.
-pub(super) const SUPPORTED_PRE: [&str; 5] = ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"];
-
 /// A tokenizer with what else its kind decides.
 pub(super) struct Built {
     pub(super) tokenizer: Tokenizer,

@@ -7,12 +7,10 @@ mod detokenizer;
 use std::collections::BTreeSet;
 
 use pool_core::catalog::gguf::{GgufError, GgufFile, Vocabulary, VocabularyError};
+use pool_core::catalog::support::{PRE_TOKENIZERS, TOKENIZER_KINDS};
 
 pub use control::ControlTokens;
 pub use detokenizer::Detokenizer;
-
-/// Kinds of vocabulary that are understood, by the name GGUF files give them.
-pub const SUPPORTED_KINDS: [&str; 2] = ["gpt2", "llama"];
 
 /// Why a vocabulary can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -21,13 +19,13 @@ pub enum TokenizerError {
     #[error(transparent)]
     Header(#[from] GgufError),
     /// A kind of vocabulary that isn't understood.
-    #[error("tokenizer kind `{found}` is not supported (supported: {})", SUPPORTED_KINDS.join(", "))]
+    #[error("tokenizer kind `{found}` is not supported (supported: {})", TOKENIZER_KINDS.join(", "))]
     Kind {
         /// What the file names.
         found: String,
     },
     /// A way of splitting text that isn't known.
-    #[error("pre-tokenizer `{found}` is not supported (supported: {})", build::SUPPORTED_PRE.join(", "))]
+    #[error("pre-tokenizer `{found}` is not supported (supported: {})", PRE_TOKENIZERS.join(", "))]
     PreTokenizer {
         /// What the file names.
         found: String,

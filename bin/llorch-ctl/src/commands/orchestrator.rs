@@ -11,14 +11,16 @@ use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::job::JobStatus;
 use pool_core::home::Home;
 use pool_core::terminal::daemon::{self, DaemonSpec};
-use pool_core::terminal::daemon_commands::{self, ConfigArgs, LogArgs, Whereabouts};
-use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
+use pool_core::terminal::daemon_commands::{self, ConfigArgs, Elsewhere, LogArgs, Whereabouts};
+use pool_core::terminal::{CliError, Exit, Format, print_json, say};
 use serde::Serialize;
 
-use crate::http_client::{ConnectArgs, JobFilter, Orchestrator};
+use crate::http_client::{ConnectArgs, JobFilter, Orchestrator, shown};
 
 /// The daemon's name, and that of its binary.
 pub const NAME: &str = "orchestratord";
+/// Names the orchestrator that commands are for.
+const URL_VARIABLE: &str = "LLORCH_ORCHESTRATOR_URL";
 /// How long it may take until it answers: a large database of jobs may have to be recovered.
 pub const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long it has to end beyond the time that its open connections are given.
@@ -32,6 +34,8 @@ pub enum Command {
     /// Stop the orchestrator; its jobs are stored and go on when it is back
     Stop,
     /// Show whether the orchestrator runs, and where it answers; exits with 3 if it does not run
+    ///
+    /// LLORCH_ORCHESTRATOR_URL names another one than that of this machine; its pid is not known.
     Status {
         /// Lines for people, or an object with `running`, `pid`, `version`, `url`, `jobs` and `pools`
         #[arg(long, value_enum, default_value_t)]
@@ -77,15 +81,33 @@ impl Command {
     pub async fn run(self) -> Result<Exit, CliError> {
         let home = Home::from_env()?;
         match self {
-            Self::Start(args) => start(&home, args).await,
-            Self::Stop => stop(&home).await,
+            Self::Start(args) => {
+                let started = start(&home, args).await?;
+                elsewhere(&home).note("this start");
+                Ok(started)
+            }
+            Self::Stop => {
+                elsewhere(&home).note("this stop");
+                stop(&home).await
+            }
             Self::Status { format } => status(&home, format).await,
-            Self::Backup(args) => backup(args).await,
+            Self::Backup(args) => {
+                elsewhere(&home).refuse("orchestrator backup")?;
+                backup(args).await
+            }
             Self::Scheduler(scheduler) => scheduler.run().await,
-            Self::Logs(args) => daemon_commands::show_log(&log_file(&home), args).await,
+            Self::Logs(args) => {
+                elsewhere(&home).note("this log");
+                daemon_commands::show_log(&log_file(&home), args).await
+            }
             Self::Config(command) => command.run(&home),
         }
     }
+}
+
+/// The orchestrator that the environment names, next to the one of this home.
+fn elsewhere(home: &Home) -> Elsewhere {
+    Elsewhere::from_env(URL_VARIABLE, NAME, &home.orchestratord_state())
 }
 
 /// Where the daemon's output goes.
@@ -100,11 +122,16 @@ async fn start(home: &Home, args: StartArgs) -> Result<Exit, CliError> {
     } = args;
     // Reading the settings here as well finds a mistake before there is a process to fail on it.
     OrchestratorConfig::load(home, config.as_deref()).map_err(|error| {
-        CliError::caused(
+        let hint = error.hint();
+        let shown = CliError::caused(
             Exit::Usage,
             format!("{NAME} can't use its settings"),
             &error,
-        )
+        );
+        match hint {
+            Some(hint) => shown.hint(hint),
+            None => shown,
+        }
     })?;
     home.ensure()?;
     let mut spec = DaemonSpec {
@@ -182,58 +209,84 @@ struct JobCounts {
 }
 
 async fn status(home: &Home, format: Format) -> Result<Exit, CliError> {
-    let running = daemon::status(&home.orchestratord_state());
+    let args = ConnectArgs::default();
+    let (daemon, activity) = match elsewhere(home).url() {
+        Some(url) => {
+            let named = Orchestrator::find(&args.at(url))?;
+            let version = named.version().await.map_err(shown)?.version;
+            let daemon = Whereabouts::elsewhere(version, url);
+            (daemon, Some(activity(Ok(named)).await))
+        }
+        None => {
+            let running = daemon_commands::status(&home.orchestratord_state(), NAME)?;
+            // The token comes from where every command takes it.
+            let local = running
+                .as_ref()
+                .map(|running| Orchestrator::find_local(&args, &running.url));
+            let activity = match local {
+                Some(local) => Some(activity(local).await),
+                None => None,
+            };
+            (running.into(), activity)
+        }
+    };
     // One that hangs, or that does not take our token, is shown all the same.
-    let activity = match &running {
-        Some(running) => activity(&running.url).await,
-        None => None,
+    let (activity, problem) = match activity {
+        Some(Ok(activity)) => (Some(activity), None),
+        Some(Err(error)) => (None, Some(error)),
+        None => (None, None),
     };
     let (jobs, pools) = activity.unzip();
     let status = Status {
-        daemon: running.into(),
+        daemon,
         jobs,
         pools,
     };
-    match (format, &status.jobs, status.pools) {
-        (Format::Json, ..) => print_json(&status)?,
-        (Format::Table, jobs, pools) => {
-            status.daemon.say(NAME, "llorch orchestrator start")?;
-            match (jobs, pools) {
-                (Some(jobs), Some(pools)) => {
-                    let JobCounts {
-                        queued,
-                        dispatched,
-                        running,
-                    } = jobs;
-                    say(format!(
-                        "jobs: {queued} queued, {dispatched} dispatched, {running} running"
-                    ))?;
-                    say(format!("pools: {pools}"))?;
-                }
-                _ if status.daemon.running => note(
-                    "it does not say what it does; `llorch orchestrator logs` and `llorch dev doctor` may tell why",
-                ),
-                _ => {}
-            }
-        }
+    match format {
+        Format::Json => print_json(&status)?,
+        Format::Table => say_status(&status)?,
     }
-    Ok(status.daemon.exit(status.pools.is_some()))
+    match problem {
+        Some(mut error) => {
+            error.message = format!("{NAME} does not say what it does: {}", error.message);
+            Err(error)
+        }
+        None => Ok(status.daemon.exit(status.pools.is_some())),
+    }
 }
 
-async fn activity(url: &str) -> Option<(JobCounts, usize)> {
-    // The token comes from where every command takes it; the address is the local daemon's, whatever the variables say.
-    let local = Orchestrator::find_local(&ConnectArgs::default(), url).ok()?;
+fn say_status(status: &Status) -> Result<(), CliError> {
+    status.daemon.say(NAME, "llorch orchestrator start")?;
+    if let (Some(jobs), Some(pools)) = (&status.jobs, status.pools) {
+        let JobCounts {
+            queued,
+            dispatched,
+            running,
+        } = jobs;
+        say(format!(
+            "jobs: {queued} queued, {dispatched} dispatched, {running} running"
+        ))?;
+        say(format!("pools: {pools}"))?;
+    }
+    Ok(())
+}
+
+async fn activity(
+    orchestrator: Result<Orchestrator, CliError>,
+) -> Result<(JobCounts, usize), CliError> {
+    let orchestrator = orchestrator?;
     let count = async |status: JobStatus| {
         let filter = JobFilter {
             statuses: vec![status],
             ..JobFilter::default()
         };
-        local.count(&filter).await.ok()
+        let count = orchestrator.count(&filter).await.map_err(shown)?;
+        Ok::<_, CliError>(count)
     };
     let jobs = JobCounts {
         queued: count(JobStatus::Queued).await?,
         dispatched: count(JobStatus::Dispatched).await?,
         running: count(JobStatus::Running).await?,
     };
-    Some((jobs, local.pools().await.ok()?.len()))
+    Ok((jobs, orchestrator.pools().await.map_err(shown)?.len()))
 }

@@ -183,6 +183,7 @@ mod tests {
             },
             needed_bytes: 1,
             context: None,
+            unsupported: None,
         };
         let status = PoolStatus {
             pool_id: "mac".into(),

@@ -178,6 +178,12 @@ impl From<SubmitError> for ServiceError {
                 )
                 .hint(hint)
             }
+            SubmitError::UnsupportedModel { .. } => refuse(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                Code::ModelUnsupported,
+                error.to_string(),
+            )
+            .hint("`GET /v2/models` shows which models run (`runnable`)"),
             SubmitError::Unheard { ref pool, .. } => {
                 let hint = format!(
                     "try again in a moment; `GET /v2/models` lists the models that are known, and `DELETE /v2/pools/{pool}` takes a pool away that is gone"

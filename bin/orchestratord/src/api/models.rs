@@ -8,6 +8,7 @@ use pool_core::service::Json;
 
 use crate::app::App;
 use crate::clock;
+use crate::life::unsupported;
 
 /// The catalogue and what else pools offer, each with the pools that have it.
 #[utoipa::path(get, path = "/v2/models", tag = "fleet", responses((status = 200, body = ModelList)))]
@@ -21,21 +22,28 @@ pub(super) async fn list(State(app): State<App>) -> Json<ModelList> {
                 .push(pool.id.clone());
         }
     }
-    let known = app.catalog.iter().map(|entry| ModelView {
-        pools: on_pools.remove(&entry.id).unwrap_or_default(),
-        model_ref: entry.model_ref(),
-        name: Some(entry.name.clone()),
-        architecture: entry.architecture.clone(),
-        quantization: entry.quantization.clone(),
-        size_bytes: entry.size_bytes,
-        context_length: entry.context_length,
-        license: entry.license.clone(),
-        default: entry.default,
+    let known = app.catalog.iter().map(|entry| {
+        let unsupported = unsupported(&app, &entry.model_ref(), Some(entry));
+        ModelView {
+            runnable: unsupported.is_none(),
+            unsupported,
+            pools: on_pools.remove(&entry.id).unwrap_or_default(),
+            model_ref: entry.model_ref(),
+            name: Some(entry.name.clone()),
+            architecture: entry.architecture.clone(),
+            quantization: entry.quantization.clone(),
+            size_bytes: entry.size_bytes,
+            context_length: entry.context_length,
+            license: entry.license.clone(),
+            default: entry.default,
+        }
     });
     let mut models: Vec<_> = known.collect();
-    let others = on_pools
-        .into_iter()
-        .filter_map(|(name, pools)| Some(ModelView::uncatalogued(name.parse().ok()?, pools)));
+    let others = on_pools.into_iter().filter_map(|(name, pools)| {
+        let model = name.parse().ok()?;
+        let reason = unsupported(&app, &model, None);
+        Some(ModelView::uncatalogued(model, reason, pools))
+    });
     models.extend(others);
     Json(ModelList { models })
 }

@@ -47,7 +47,7 @@ const LIST: (u32, u32) = (50, 500);
         (status = 400, description = "A field is malformed, unknown or out of range; `details.field` names it, and the message one that is unknown."),
         (status = 404, description = "No such model, or one that tasks may not name."),
         (status = 410, description = "The events of the job that the key named were dropped after `retention`."),
-        (status = 422, description = "The key named another request."),
+        (status = 422, description = "`MODEL_UNSUPPORTED`: no worker can run the model. `IDEMPOTENCY_MISMATCH`: the key named another request."),
         (status = 429, description = "The queue is full."),
         (status = 503, description = "The job can't be stored now, or a pool that may have the model has not spoken since a restart."),
     )

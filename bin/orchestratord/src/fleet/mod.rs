@@ -208,6 +208,14 @@ impl Pool {
         status.map_or(&self.models_before, |status| &status.models)
     }
 
+    /// Returns whether the pool can run the model that it has: `Some(None)` where it can, `Some(Some(reason))` where it
+    /// can't, `None` where it has not said that it has the model.
+    fn support(&self, model: &ModelRef) -> Option<Option<&str>> {
+        let mut models = self.models().iter();
+        let known = models.find(|known| known.model_ref == *model)?;
+        Some(known.unsupported.as_deref())
+    }
+
     fn worker(&self, id: &str) -> Option<&WorkerInfo> {
         self.status
             .as_ref()?
@@ -513,6 +521,16 @@ impl Fleet {
         };
         let found = inner.pools.iter().find(|(_, pool)| fetches(pool));
         found.map(|(id, _)| id.clone())
+    }
+
+    /// Returns what the pools that have a model say of it: `Some(None)` where one of them can run it, `Some(Some(reason))`
+    /// where none can, `None` where no pool has said that it has the model.
+    pub fn support(&self, model: &ModelRef) -> Option<Option<String>> {
+        let inner = self.lock();
+        let mut said = inner.pools.values().filter_map(|pool| pool.support(model));
+        let first = said.next()?;
+        let able = first.is_none() || said.any(|reason| reason.is_none());
+        Some(first.filter(|_| !able).map(str::to_owned))
     }
 
     /// A registered pool that has not reported yet and may still say that it has a model: one of an earlier run as long as

@@ -115,6 +115,7 @@ async fn a_schema_tester_finds_no_fault() {
         file: model_file(),
         needed_bytes: 1000,
         context: None,
+        unsupported: None,
     });
     let (pool, drawn) = (Arc::new(pool), Arc::new(FakePool::start("drawn").await));
     pool.register(&orchestrator).await;

@@ -3,10 +3,11 @@
 use orchestrator_core::api::models::{ModelList, ModelView};
 use orchestrator_core::api::tasks::{TaskAccepted, TaskList};
 use orchestrator_core::{JobId, JobStatus};
+use pool_core::api::pool::ModelOnDisk;
 use pool_core::client::Method;
 use serde_json::{Value, json};
 
-use crate::support::{FakePool, MODEL, Orchestrator, outline};
+use crate::support::{FakePool, MODEL, Orchestrator, model_file, outline};
 
 async fn jobs(orchestrator: &Orchestrator, query: &str) -> TaskList {
     orchestrator
@@ -101,6 +102,13 @@ async fn wrong_input_is_refused_with_an_envelope_and_nothing_is_stored() {
             404,
             "MODEL_NOT_FOUND",
             "smollm2-135",
+        ),
+        (
+            "a model that no worker runs",
+            task(json!({"model": "phi3"})),
+            422,
+            "MODEL_UNSUPPORTED",
+            "architecture `phi3`",
         ),
         (
             "hub file",
@@ -593,4 +601,59 @@ async fn a_job_can_be_cancelled_as_soon_as_anybody_knows_it() {
         let events = orchestrator.follow(id, None).await.unwrap().rest().await;
         assert_eq!(outline(&events), ["queued 0.1", "error 0.2"]);
     }
+}
+
+// [ORCHD-190]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_runs_is_what_the_pools_say_that_have_it() {
+    let orchestrator = Orchestrator::start().await;
+    let submit = async |model: &str| {
+        let task = json!({"model": model, "prompt": "x"});
+        let outcome = orchestrator.submit(task).await;
+        outcome
+            .map(drop)
+            .map_err(|error| error.api().unwrap().code.clone())
+    };
+    let refused = Err("MODEL_UNSUPPORTED".to_owned());
+    let shown = async |model: &str| {
+        let list: ModelList = orchestrator.client.get("/v2/models").await.unwrap();
+        let view = list
+            .models
+            .into_iter()
+            .find(|view| view.model_ref.to_string() == model);
+        let view = view.unwrap();
+        (view.runnable, view.unsupported.is_some())
+    };
+    assert_eq!(submit("phi3").await, refused);
+    assert_eq!(shown("phi3").await, (false, true));
+    assert_eq!(shown("smollm2-135m").await, (true, false));
+
+    let model = |name: &str, unsupported: Option<&str>| ModelOnDisk {
+        model_ref: name.parse().unwrap(),
+        file: model_file(),
+        aliases: Vec::new(),
+        needed_bytes: 1000,
+        context: None,
+        unsupported: unsupported.map(str::to_owned),
+    };
+    let mut old = FakePool::start("old").await;
+    old.models = vec![
+        model("phi3", Some("not supported here")),
+        model("own", Some("it is an adapter")),
+        model("smollm2-135m", Some("its tensors are odd")),
+    ];
+    old.register(&orchestrator).await;
+    for name in ["phi3", "own", "smollm2-135m"] {
+        assert_eq!(submit(name).await, refused, "{name}");
+        assert_eq!(shown(name).await, (false, true), "{name}");
+    }
+    // A pool of a newer build supports more than this orchestrator knows of.
+    let mut new = FakePool::start("new").await;
+    new.models = vec![model("phi3", None), model("smollm2-135m", None)];
+    new.register(&orchestrator).await;
+    for name in ["phi3", "smollm2-135m"] {
+        assert_eq!(submit(name).await, Ok(()), "{name}");
+        assert_eq!(shown(name).await, (true, false), "{name}");
+    }
+    assert_eq!(submit("own").await, refused);
 }

@@ -44,7 +44,7 @@ struct ModelRow {
 impl Args {
     /// Does what was asked for.
     pub async fn run(self) -> Result<Exit, CliError> {
-        let context = Context::open(None)?;
+        let context = Context::look()?;
         let pool = Pool::reach(&context).await?;
         let status = match &pool {
             Pool::Daemon(client) => of_daemon(client.get("/status").await?, client.base_url()),

@@ -144,7 +144,10 @@ impl ReachArgs {
 impl Command {
     /// Does what was asked for.
     pub async fn run(self) -> Result<Exit, CliError> {
-        let context = Context::open(None)?;
+        let context = match self {
+            Self::List { .. } | Self::Logs { .. } => Context::look()?,
+            _ => Context::open(None)?,
+        };
         match self {
             Self::Spawn {
                 backend,

@@ -4,6 +4,8 @@
 // Each test binary uses a part of this, and the helpers are tests too; clippy knows only the functions marked so.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../../../../shared-crates/pool-core/tests/support/gguf_draft.rs"]
+pub mod gguf_draft;
 pub mod host;
 pub mod hub;
 #[path = "../../../../shared-crates/pool-core/tests/support/program.rs"]
@@ -18,6 +20,8 @@ use std::time::{Duration, Instant};
 use pool_core::process::{ProcessIdentity, Signal};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+
+pub use gguf_draft::GgufDraft;
 
 /// How long anything may take that happens by itself, on a machine with much else to do.
 pub const PATIENCE: Duration = Duration::from_secs(180);
@@ -259,23 +263,9 @@ impl Ran {
     }
 }
 
-/// A GGUF file of a few bytes: a header that names an architecture, and a tensor of one element.
+/// A GGUF file of two kilobytes that a worker could run, by its header.
 pub fn tiny_gguf() -> Vec<u8> {
-    let mut bytes = b"GGUF".to_vec();
-    bytes.extend(3u32.to_le_bytes());
-    bytes.extend(1u64.to_le_bytes());
-    bytes.extend(1u64.to_le_bytes());
-    for (text, kind) in [("general.architecture", Some(8u32)), ("llama", None)] {
-        bytes.extend((text.len() as u64).to_le_bytes());
-        bytes.extend(text.as_bytes());
-        bytes.extend(kind.into_iter().flat_map(u32::to_le_bytes));
-    }
-    // One tensor: a name, one dimension of 1, 32-bit floats, at the start of the data.
-    bytes.extend(1u64.to_le_bytes());
-    bytes.extend(b"t\x01\0\0\0\x01\0\0\0\0\0\0\0");
-    bytes.extend([0; 4 + 8]);
-    bytes.resize(bytes.len().next_multiple_of(32) + 32, 0);
-    bytes
+    GgufDraft::servable().bytes()
 }
 
 pub fn sha256(bytes: &[u8]) -> String {

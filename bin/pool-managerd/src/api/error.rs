@@ -36,6 +36,7 @@ fn error(code: PoolErrorCode, message: impl Into<String>) -> ServiceError {
     use PoolErrorCode as C;
     let status = match code {
         C::InvalidRequest | C::ModelNotAllowed => StatusCode::BAD_REQUEST,
+        C::ModelUnsupported => StatusCode::UNPROCESSABLE_ENTITY,
         C::ModelNotFound | C::ModelNotDownloaded | C::WorkerNotFound => StatusCode::NOT_FOUND,
         C::BackendUnavailable | C::NoDevice | C::NotThisWorker | C::PortTaken | C::WorkerEnded => {
             StatusCode::CONFLICT
@@ -162,6 +163,7 @@ impl From<SpawnError> for ApiError {
                 C::ModelNotFound
             }
             S::Model(R::NotDownloaded { .. }) => C::ModelNotDownloaded,
+            S::Unsupported { .. } => C::ModelUnsupported,
             S::Model(R::Forbidden { .. }) => C::ModelNotAllowed,
             S::Model(R::NotAFile { .. } | R::Ambiguous { .. })
             | S::Slots { .. }
@@ -199,6 +201,7 @@ impl From<DownloadRefused> for ApiError {
         let code = match &refused {
             D::Model(R::Io { .. }) => return Self::internal(&refused),
             D::Model(R::Unknown { .. } | R::NotCatalogued { .. }) => C::ModelNotFound,
+            D::Unsupported { .. } => C::ModelUnsupported,
             D::HubNotAllowed { .. } => C::ModelNotAllowed,
             D::Model(_) | D::NowhereFrom { .. } => C::InvalidRequest,
             D::NoProgram => C::NoDownloader,

@@ -29,6 +29,7 @@ const MAX_LOG_LINES: usize = 10_000;
         (status = 202, description = "It is being started.", body = WorkerInfo),
         (status = 400, description = "What can't be asked for, or a model that may not be used.", body = ErrorEnvelope),
         (status = 404, description = "A model that nobody knows, or that is not here.", body = ErrorEnvelope),
+        (status = 422, description = "`MODEL_UNSUPPORTED`: no worker can run it.", body = ErrorEnvelope),
         (status = 409, description = "No such device or worker program, or the port is somebody's.", body = ErrorEnvelope),
         (status = 503, description = "No memory or no port is left, the pool is being drained, or the model is being downloaded.", body = ErrorEnvelope),
     )

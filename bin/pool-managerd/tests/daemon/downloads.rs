@@ -189,6 +189,7 @@ async fn what_may_not_be_downloaded_is_refused_before_anything_runs() {
         ("smollm-135m", 404, "MODEL_NOT_FOUND"),
         ("hf:some/where::file=x.gguf", 400, "MODEL_NOT_ALLOWED"),
         ("file:/etc/passwd", 400, "INVALID_REQUEST"),
+        ("phi3", 422, "MODEL_UNSUPPORTED"),
     ] {
         let refused = download(&daemon, model).await.map(drop);
         assert_eq!(refusal(refused), (status, code.to_owned()), "{model}");

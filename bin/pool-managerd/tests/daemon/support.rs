@@ -1,5 +1,8 @@
 //! A daemon in this process on a free port, with a home of its own and a fake worker program.
 
+#[path = "../../../../shared-crates/pool-core/tests/support/gguf_draft.rs"]
+pub mod gguf_draft;
+
 use std::fs;
 use std::future::Future;
 use std::net::TcpListener;

@@ -1,9 +1,10 @@
 //! Workers through the API.
 
+use std::fs;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
-use pool_core::api::pool::{PoolStatus, WorkerList};
+use pool_core::api::pool::{ModelList, PoolStatus, WorkerList, WorkerSpawnRequest};
 use pool_core::api::worker::{HealthState, WorkerHealth};
 use pool_core::client::{ApiClient, ClientError};
 use pool_core::process::{ProcessIdentity, Signal};
@@ -11,6 +12,7 @@ use pool_core::secret::Secret;
 use pool_core::worker::{ExitReason, WorkerInfo, WorkerStatus};
 use serde_json::{Value, json};
 
+use crate::support::gguf_draft::GgufDraft;
 use crate::support::{Host, refusal, until};
 
 #[tokio::test] // [POOLD-010] [POOLD-013] [POOLD-040] [POOLD-043]
@@ -529,5 +531,55 @@ async fn a_worker_that_takes_more_than_was_predicted_blocks_further_ones() {
     daemon.stop_worker(&greedy.id, false).await.unwrap();
     daemon.until_status(&greedy.id, WorkerStatus::Stopped).await;
     daemon.spawn(&host.request("serve")).await.unwrap();
+    daemon.shut_down().await;
+}
+
+#[tokio::test] // [POOLD-110]
+async fn a_model_that_no_worker_runs_is_not_started_and_is_told_as_such() {
+    let host = Host::new();
+    let folder = host.home().models_dir();
+    for (name, draft) in [
+        ("able", GgufDraft::servable()),
+        ("phi", GgufDraft::servable().of_architecture("phi3")),
+    ] {
+        fs::create_dir_all(folder.join(name)).unwrap();
+        let file = format!("{name}.gguf");
+        fs::write(folder.join(name).join(&file), draft.bytes()).unwrap();
+        let record = serde_json::json!({
+            "file": file, "size_bytes": 1, "modified_ns": 1, "source": null, "checked_at": "2026-01-01T00:00:00Z",
+        });
+        fs::write(folder.join(name).join("model.json"), record.to_string()).unwrap();
+    }
+    let daemon = host.start().await;
+    let models: ModelList = daemon.client.get("/models").await.unwrap();
+    let reasons: Vec<_> = models
+        .models
+        .into_iter()
+        .map(|model| (model.model_ref.to_string(), model.unsupported))
+        .collect();
+    assert_eq!(reasons[0], ("able".to_owned(), None));
+    assert_eq!(reasons[1].0, "phi");
+    assert!(
+        reasons[1]
+            .1
+            .as_ref()
+            .unwrap()
+            .contains("architecture `phi3`")
+    );
+
+    let request = WorkerSpawnRequest {
+        model: "phi".parse().unwrap(),
+        ..host.request("works")
+    };
+    let refused = daemon
+        .client
+        .post::<_, WorkerInfo>("/workers/spawn", &request)
+        .await
+        .unwrap_err();
+    let ClientError::Api { status, error } = refused else {
+        panic!("{refused}")
+    };
+    assert_eq!((status, &*error.code), (422, "MODEL_UNSUPPORTED"));
+    assert!(error.message.contains("architecture `phi3`") && error.hint.is_some());
     daemon.shut_down().await;
 }

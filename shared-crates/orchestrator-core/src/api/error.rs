@@ -12,6 +12,8 @@ pub enum ApiErrorCode {
     InvalidRequest,
     /// The model is in no catalogue, or may not be named by a task.
     ModelNotFound,
+    /// No worker can run the model.
+    ModelUnsupported,
     /// No job has this id.
     JobNotFound,
     /// No pool has this id.
@@ -50,6 +52,7 @@ impl ApiErrorCode {
         match self {
             Self::InvalidRequest => "INVALID_REQUEST",
             Self::ModelNotFound => "MODEL_NOT_FOUND",
+            Self::ModelUnsupported => "MODEL_UNSUPPORTED",
             Self::JobNotFound => "JOB_NOT_FOUND",
             Self::PoolNotFound => "POOL_NOT_FOUND",
             Self::QueueFull => "QUEUE_FULL",

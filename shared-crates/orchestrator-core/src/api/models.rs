@@ -23,13 +23,28 @@ pub struct ModelView {
     pub license: Option<String>,
     /// Whether commands that name no model mean this one.
     pub default: bool,
+    /// Whether a worker can run it: as the pools say that have it, else as the catalogue's architecture says.
+    #[serde(default = "runnable")]
+    pub runnable: bool,
+    /// Why no worker can run it; absent where one can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unsupported: Option<String>,
     /// The pools that have it on their disks.
     pub pools: Vec<String>,
 }
 
+/// Stands for the field that earlier versions do not send.
+fn runnable() -> bool {
+    true
+}
+
 impl ModelView {
     /// A model of which no catalogue says anything.
-    pub fn uncatalogued(model_ref: ModelRef, pools: Vec<String>) -> Self {
+    pub fn uncatalogued(
+        model_ref: ModelRef,
+        unsupported: Option<String>,
+        pools: Vec<String>,
+    ) -> Self {
         Self {
             model_ref,
             name: None,
@@ -39,6 +54,8 @@ impl ModelView {
             context_length: None,
             license: None,
             default: false,
+            runnable: unsupported.is_none(),
+            unsupported,
             pools,
         }
     }

@@ -117,8 +117,12 @@ pub enum DownloadErrorCode {
     NoSpace,
     /// What a source gave is not the model: wrong size, hash or header.
     WrongFile,
+    /// No worker of this version can run the model.
+    ModelUnsupported,
     /// The source wants a token, or another one.
     SourceRefused,
+    /// No source could be reached.
+    SourceUnreachable,
     /// The download was told to end; what had come is kept.
     Interrupted,
     /// Anything else, as a network that is away.
@@ -129,8 +133,12 @@ impl DownloadErrorCode {
     /// Whether the same request may do better later without anybody mending anything.
     pub fn is_retriable(self) -> bool {
         match self {
-            Self::Interrupted | Self::DownloadFailed => true,
-            Self::ModelNotFound | Self::NoSpace | Self::WrongFile | Self::SourceRefused => false,
+            Self::Interrupted | Self::SourceUnreachable | Self::DownloadFailed => true,
+            Self::ModelNotFound
+            | Self::NoSpace
+            | Self::WrongFile
+            | Self::ModelUnsupported
+            | Self::SourceRefused => false,
         }
     }
 }

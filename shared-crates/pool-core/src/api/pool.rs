@@ -100,6 +100,8 @@ pub enum PoolErrorCode {
     ModelNotFound,
     /// The catalogue knows the model, and this host does not have its file.
     ModelNotDownloaded,
+    /// No worker of this version can run the model.
+    ModelUnsupported,
     /// The path is outside the folders from which models may be taken.
     ModelNotAllowed,
     /// No worker program for the backend is installed.
@@ -135,6 +137,7 @@ impl PoolErrorCode {
             Self::InvalidRequest => "INVALID_REQUEST",
             Self::ModelNotFound => "MODEL_NOT_FOUND",
             Self::ModelNotDownloaded => "MODEL_NOT_DOWNLOADED",
+            Self::ModelUnsupported => "MODEL_UNSUPPORTED",
             Self::ModelNotAllowed => "MODEL_NOT_ALLOWED",
             Self::BackendUnavailable => "BACKEND_UNAVAILABLE",
             Self::NoDevice => "NO_DEVICE",
@@ -196,6 +199,9 @@ pub struct ModelOnDisk {
     /// Contexts that a worker can have, and their memory; absent where the file's header can't be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context: Option<ContextMemory>,
+    /// Why no worker of this pool can run it; absent where one can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unsupported: Option<String>,
 }
 
 /// Contexts that a worker with a model can have, and the memory that they take.

@@ -19,6 +19,9 @@ use crate::model_ref::{is_alias, is_invisible};
 
 pub mod gguf;
 pub mod store;
+pub mod support;
+
+use support::Unsupported;
 
 const EMBEDDED: &str = include_str!("../../../../catalog.toml");
 
@@ -139,6 +142,16 @@ impl CatalogEntry {
             by_repo.fold(by_id.max(by_family), f64::max)
         };
         spellings.iter().map(of_spelling).fold(0.0, f64::max)
+    }
+
+    /// Returns why no worker of this version can run the model, as far as the entry says.
+    pub fn unsupported(&self) -> Option<Unsupported> {
+        if let Some(architecture) = &self.architecture
+            && let Err(refused) = support::check_architecture(architecture)
+        {
+            return Some(refused);
+        }
+        support::check_file_name(self.file_name()).err()
     }
 
     /// The reference that names this entry.

@@ -30,6 +30,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::gguf::GgufError;
+use super::support::Unsupported;
 use super::{Catalog, Source};
 use crate::ModelRef;
 use crate::api::pool::DiskInfo;
@@ -117,6 +118,17 @@ pub enum Presence {
     Unchecked,
     /// It is there as it was checked.
     Checked(Box<Record>),
+}
+
+/// The outcome of a check of a file that is right.
+#[derive(Debug)]
+pub struct Verified {
+    /// What was found.
+    pub record: Record,
+    /// What the file was compared with.
+    pub against: Against,
+    /// Why the record could not be written; `None` where it was.
+    pub unrecorded: Option<CheckError>,
 }
 
 /// What a check compared the file with.
@@ -252,6 +264,9 @@ pub enum CheckError {
     /// It is not a GGUF file that a worker could load.
     #[error("it is not a usable GGUF file")]
     Header(#[source] GgufError),
+    /// No worker of this version can run it.
+    #[error("no worker can run it")]
+    Unsupported(#[source] Unsupported),
     /// It can't be read or put in place.
     #[error("could not {what} {}", path.display())]
     Io {
@@ -397,14 +412,11 @@ impl Store {
         }
     }
 
-    /// Reads the whole file of `slot` and compares it with the catalogue, else with the record; records the result.
+    /// Reads the whole file of `slot` and compares it with the catalogue, else with the record; records the result where
+    /// this user may write.
     ///
     /// `None` where there is no file.
-    pub fn verify(
-        &self,
-        slot: &Slot,
-        progress: Progress,
-    ) -> Result<Option<(Record, Against)>, CheckError> {
+    pub fn verify(&self, slot: &Slot, progress: Progress) -> Result<Option<Verified>, CheckError> {
         let path = self.path_of(slot);
         if !path.exists() {
             return Ok(None);
@@ -424,8 +436,14 @@ impl Store {
             expected.map(|hash| (hash, against)),
             progress,
         )?;
-        let record = self.write_record(slot, sha256, old.and_then(|record| record.source))?;
-        Ok(Some((record, against)))
+        let record = self.new_record(slot, sha256, old.and_then(|record| record.source))?;
+        // Whether the file is right does not depend on whether that can be written down.
+        let unrecorded = self.save_record(slot, &record).err();
+        Ok(Some(Verified {
+            record,
+            against,
+            unrecorded,
+        }))
     }
 
     /// The SHA-256 of a file that has no place of its own, after a look at its header.
@@ -587,23 +605,36 @@ impl Store {
         sha256: String,
         source: Option<Source>,
     ) -> Result<Record, CheckError> {
+        let record = self.new_record(slot, sha256, source)?;
+        self.save_record(slot, &record)?;
+        Ok(record)
+    }
+
+    fn new_record(
+        &self,
+        slot: &Slot,
+        sha256: String,
+        source: Option<Source>,
+    ) -> Result<Record, CheckError> {
         let path = self.path_of(slot);
         let metadata = fs::metadata(&path).map_err(CheckError::io("look at", &path))?;
         let identity = ModelFile {
             sha256: Some(sha256),
             ..identity(&metadata)
         };
-        let record = Record {
+        Ok(Record {
             file: slot.file_name.clone(),
             model_ref: (slot.model_ref.alias().is_none()).then(|| slot.model_ref.clone()),
             identity,
             source,
             checked_at: Timestamp::now(),
-        };
-        let json = serde_json::to_vec_pretty(&record).expect("numbers and texts always serialise");
+        })
+    }
+
+    fn save_record(&self, slot: &Slot, record: &Record) -> Result<(), CheckError> {
+        let json = serde_json::to_vec_pretty(record).expect("numbers and texts always serialise");
         let path = self.folder_of(slot).join("model.json");
-        fsio::write_atomic(&path, json, 0o644).map_err(CheckError::io("write", &path))?;
-        Ok(record)
+        fsio::write_atomic(&path, json, 0o644).map_err(CheckError::io("write", &path))
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 
 use crate::ModelRef;
 use crate::catalog::store::ResolveError;
+use crate::catalog::support::Unsupported;
 use crate::gpu::GpuState;
 use crate::lifecycle::StopCandidate;
 use crate::registry::RegistryError;
@@ -38,6 +40,14 @@ pub enum SpawnError {
     /// No usable file stands behind the model reference.
     #[error(transparent)]
     Model(#[from] ResolveError),
+    /// No worker of this version can run the model.
+    #[error("`{model_ref}` can't run: {reason}")]
+    Unsupported {
+        /// The model.
+        model_ref: ModelRef,
+        /// Why not.
+        reason: Arc<Unsupported>,
+    },
     /// A number of sequences that the worker does not run.
     #[error("`slots` is {asked}, and a worker of this version runs {most} sequence at a time")]
     Slots {
@@ -130,6 +140,7 @@ impl SpawnError {
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Model(source) => return source.hint(),
+            Self::Unsupported { reason, .. } => reason.hint(),
             Self::GpuWithCpu => "leave `gpu` out, or choose the backend of the GPU",
             Self::NoDevice { .. } => {
                 "`llorch-pool status` lists the devices; the backend `cpu` always works"
@@ -142,15 +153,9 @@ impl SpawnError {
                 ..
             } => "build it with `cargo build --release -p llorch-candled`",
             Self::NoProgram {
-                backend: Backend::Metal,
+                backend: Backend::Metal | Backend::Cuda,
                 ..
-            } => "build it with `cargo build --release -p llorch-candled --features metal`",
-            Self::NoProgram {
-                backend: Backend::Cuda,
-                ..
-            } => {
-                "build it with `cargo build --release -p llorch-candled --features cuda` and install it as `llorch-candled-cuda`"
-            }
+            } => "this version has no workers for GPUs: use the backend `cpu`",
             Self::MemoryShort(short) if short.needed_bytes > short.total_bytes => {
                 "it never fits here: choose a smaller model or `context_length`, or another host"
             }

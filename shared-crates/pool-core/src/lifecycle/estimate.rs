@@ -1,12 +1,13 @@
 //! How much memory a worker will need, from its model's header.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::api::pool::ContextMemory;
 use crate::catalog::gguf::{GgufError, GgufFile, TensorInfo};
 use crate::catalog::store::ResolvedModel;
+use crate::catalog::support::{self, Unsupported};
 use crate::json_number::MAX_EXACT_INTEGER;
 use crate::worker::ModelFile;
 
@@ -162,7 +163,27 @@ fn loading_bytes(tensor: &TensorInfo) -> u64 {
 /// Estimates memory from the headers of model files, and remembers them for as long as the files stay as they are.
 #[derive(Debug, Default)]
 pub struct MemoryEstimator {
-    shapes: Mutex<HashMap<PathBuf, (ModelFile, Option<Shape>)>>,
+    headers: Mutex<HashMap<PathBuf, (ModelFile, HeaderFacts)>>,
+}
+
+/// The facts of a header that are remembered.
+#[derive(Debug, Clone, Default)]
+struct HeaderFacts {
+    shape: Option<Shape>,
+    unsupported: Option<Arc<Unsupported>>,
+}
+
+impl HeaderFacts {
+    fn of(path: &Path) -> Self {
+        // The worker refuses a file that is no GGUF file, with the reason.
+        let Ok(header) = GgufFile::open(path) else {
+            return Self::default();
+        };
+        Self {
+            shape: Shape::of(&header).ok(),
+            unsupported: support::check_file(path, &header).err().map(Arc::new),
+        }
+    }
 }
 
 impl MemoryEstimator {
@@ -174,7 +195,7 @@ impl MemoryEstimator {
         context: Option<u32>,
         slots: u32,
     ) -> MemoryEstimate {
-        match self.shape(model) {
+        match self.facts(model).shape {
             Some(shape) => MemoryEstimate {
                 needed_bytes: shape.needed_bytes(context, slots),
                 model_context: Some(shape.context),
@@ -194,19 +215,22 @@ impl MemoryEstimator {
         }
     }
 
-    fn shape(&self, model: &ResolvedModel) -> Option<Shape> {
+    /// Returns why no worker of this version can run the model; `None` where one can, or where the header can't be read.
+    pub fn unsupported(&self, model: &ResolvedModel) -> Option<Arc<Unsupported>> {
+        self.facts(model).unsupported
+    }
+
+    fn facts(&self, model: &ResolvedModel) -> HeaderFacts {
         // A panic while the lock was held can't have left half an entry.
-        let known = || self.shapes.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((file, shape)) = known().get(&model.path)
+        let known = || self.headers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((file, facts)) = known().get(&model.path)
             && *file == model.file
         {
-            return *shape;
+            return facts.clone();
         }
-        let shape = GgufFile::open(&model.path)
-            .and_then(|file| Shape::of(&file))
-            .ok();
-        known().insert(model.path.clone(), (model.file.clone(), shape));
-        shape
+        let facts = HeaderFacts::of(&model.path);
+        known().insert(model.path.clone(), (model.file.clone(), facts.clone()));
+        facts
     }
 }
 

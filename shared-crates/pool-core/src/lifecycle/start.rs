@@ -49,6 +49,12 @@ impl Lifecycle {
             });
         }
         let model = self.resolve(&request.model)?;
+        if let Some(reason) = self.estimator.unsupported(&model) {
+            return Err(SpawnError::Unsupported {
+                model_ref: request.model.clone(),
+                reason,
+            });
+        }
         let gpus = self.usable_gpus(request.backend, request.gpu)?;
         let program = self.program(request.backend)?;
         let estimate = self

@@ -213,7 +213,9 @@ impl Rules {
             codes::FOREIGN_ORIGIN,
             "a page of another origin may not call this daemon without a token",
         )
-        .hint("send a valid token, or call it from a program instead of a page"))
+        .hint(
+            "call it from a program, or through a server of the page's own origin; a browser asks before it sends a token",
+        ))
     }
 
     fn is_ours(&self, host: &str) -> bool {

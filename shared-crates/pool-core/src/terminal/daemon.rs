@@ -218,7 +218,6 @@ pub fn find_sibling(name: &str) -> Result<PathBuf, CliError> {
         let package = match name {
             "llorch" => "llorch-ctl",
             "llorch-pool" => "pool-ctl",
-            "llorch-candled-cuda" => "llorch-candled --features cuda",
             other => other,
         };
         CliError::new(
@@ -538,10 +537,10 @@ mod tests {
 
     #[test]
     fn a_sibling_that_is_missing_comes_with_the_command_that_builds_it() {
-        let error = find_sibling("llorch-candled-cuda").unwrap_err();
+        let error = find_sibling("llorch-candled-none").unwrap_err();
         assert_eq!(
             error.hint.unwrap(),
-            "in a checkout: cargo build --release -p llorch-candled --features cuda"
+            "in a checkout: cargo build --release -p llorch-candled-none"
         );
     }
 

@@ -7,8 +7,10 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::daemon::{self, DaemonSpec, Running, Stopped};
+pub use super::elsewhere::Elsewhere;
 use super::interrupt::Interrupt;
 use super::{CliError, Exit, sanitize, say, write};
+use crate::run_files;
 use crate::units::human_duration;
 
 /// Which part of a log is shown.
@@ -69,7 +71,7 @@ pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<(),
 pub struct Whereabouts {
     /// Whether it runs.
     pub running: bool,
-    /// Its process.
+    /// Its process; unknown for a daemon of another home.
     pub pid: Option<u32>,
     /// Its version.
     pub version: Option<String>,
@@ -92,13 +94,43 @@ impl From<Option<Running>> for Whereabouts {
     }
 }
 
+/// Returns the daemon of a state folder, if one runs; an error where this user may not look.
+pub fn status(state_dir: &Path, name: &str) -> Result<Option<Running>, CliError> {
+    check_readable(state_dir, name)?;
+    Ok(daemon::status(state_dir))
+}
+
+/// Fails where this user may not look whether the daemon called `name` runs.
+pub fn check_readable(state_dir: &Path, name: &str) -> Result<(), CliError> {
+    run_files::check_readable(state_dir).map_err(|error| {
+        let folder = state_dir.display();
+        CliError::caused(
+            Exit::Failed,
+            format!("could not look whether {name} runs: {folder} can't be read"),
+            &error,
+        )
+        .hint("run it as the folder's owner, or set LLORCH_HOME to a home of your own")
+    })
+}
+
 impl Whereabouts {
+    /// A daemon of another home, which answered at `url`.
+    pub fn elsewhere(version: String, url: &str) -> Self {
+        Self {
+            running: true,
+            pid: None,
+            version: Some(version),
+            url: Some(url.to_owned()),
+        }
+    }
+
     /// Says where the daemon called `name` runs, or how it is started: with `start`.
     pub fn say(&self, name: &str, start: &str) -> Result<(), CliError> {
         match (self.pid, &self.version, &self.url) {
             (Some(pid), Some(version), Some(url)) => {
                 say(format!("{name} {version} runs at {url} (pid {pid})"))
             }
+            (None, Some(version), Some(url)) => say(format!("{name} {version} runs at {url}")),
             _ => say(format!("{name} does not run; `{start}` starts it")),
         }
     }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::{Command, Parser};
 
-use super::{note, paint, sanitize};
+use super::{in_commands, note, paint, sanitize};
 use crate::client::ClientError;
 use crate::errors::causes;
 use crate::home::HomeError;
@@ -123,7 +123,9 @@ impl CliError {
             return;
         }
         // Texts may come from a daemon or a model, and go to a terminal.
-        let show = |label: &str, text: &str| note(format!("{label}: {}", sanitize::clean(text)));
+        let show = |label: &str, text: &str| {
+            note(format!("{label}: {}", sanitize::clean(&in_commands(text))))
+        };
         show(&paint::on_stderr(paint::Style::Bad, "error"), &self.message);
         for cause in &self.causes {
             show("caused by", cause);
@@ -153,7 +155,8 @@ impl From<ClientError> for CliError {
                 let exit = match status {
                     400 | 413 | 415 => Exit::Usage,
                     401 | 403 => Exit::Unreachable,
-                    404 => Exit::NotFound,
+                    404 | 410 => Exit::NotFound,
+                    502 | 504 => Exit::Unreachable,
                     409 | 422 | 429 | 503 => Exit::Refused,
                     _ => Exit::Failed,
                 };
@@ -286,10 +289,12 @@ mod tests {
 
     #[test] // [POOLCORE-090]
     fn a_daemons_answer_decides_the_exit_code() {
-        let codes: Vec<_> = [400, 401, 403, 404, 409, 413, 422, 429, 500, 503]
-            .map(|status| api(status).exit as u8)
-            .into();
-        assert_eq!(codes, [2, 5, 5, 3, 4, 2, 4, 4, 1, 4]);
+        let codes: Vec<_> = [
+            400, 401, 403, 404, 409, 410, 413, 422, 429, 500, 502, 503, 504,
+        ]
+        .map(|status| api(status).exit as u8)
+        .into();
+        assert_eq!(codes, [2, 5, 5, 3, 4, 3, 2, 4, 4, 1, 5, 4, 5]);
         let error = api(429);
         assert_eq!(error.message, "it went wrong");
         assert_eq!(error.hint.as_deref(), Some("try this"));

@@ -4,12 +4,14 @@
 pub mod daemon;
 pub mod daemon_commands;
 pub mod doctor;
+mod elsewhere;
 mod exit;
 pub mod interrupt;
 mod output;
 pub mod progress;
 pub mod sanitize;
 mod settings_table;
+mod wording;
 
 pub use exit::{CliError, Exit, parse, run_cli};
 pub use output::{
@@ -17,6 +19,7 @@ pub use output::{
     width, write,
 };
 pub use settings_table::print_settings;
+pub use wording::in_commands;
 
 pub use crate::units::{
     human_bytes, human_count, human_duration, human_ms, parse_bytes, parse_duration, parse_ms,

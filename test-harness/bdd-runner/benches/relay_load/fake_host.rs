@@ -157,6 +157,7 @@ impl FakeHost {
             file: file.clone(),
             needed_bytes: 1000,
             context: None,
+            unsupported: None,
         };
         let device = DeviceInfo {
             device: Device::CPU,

@@ -93,3 +93,38 @@ fn fails(house: &mut House) {
     assert!(last.status.code().is_some_and(|code| code != 0), "{last:?}");
     assert!(last.stderr.contains("error:"), "{last:?}");
 }
+
+/// Variables that lead away from the demo.
+const ELSEWHERE: [(&str, &str); 3] = [
+    ("LLORCH_ORCHESTRATOR_URL", "http://127.0.0.1:1"),
+    ("LLORCH_POOL_URL", "http://127.0.0.1:1"),
+    ("LLORCH_API_TOKEN", "of-another-orchestrator"),
+];
+
+#[when(expr = "I run `{}` where the variables name other daemons")]
+async fn run_with_other_daemons(house: &mut House, line: String) {
+    let mut command = house.command(&line);
+    command.env("TMPDIR", house.home()).envs(ELSEWHERE);
+    house.finished = Some(process::run(command, WAIT_LIMIT * 5).await);
+}
+
+#[then("what it prints works as pasted there")]
+async fn pasted(house: &mut House) {
+    let last = house.last();
+    assert!(last.status.success(), "{last:?}");
+    let lines: Vec<&str> = last
+        .stderr
+        .lines()
+        .filter_map(|line| line.strip_prefix("  "))
+        .collect();
+    assert!(lines.len() >= 4, "{last:?}");
+    let mut command = tokio::process::Command::new("sh");
+    command
+        .args(["-e", "-c", &lines.join("\n")])
+        .envs(ELSEWHERE);
+    let ran = process::run(command, WAIT_LIMIT).await;
+    assert!(ran.status.success(), "{ran:?}");
+    for done in ["orchestratord stopped", "pool-managerd stopped"] {
+        assert!(ran.stdout.contains(done), "{ran:?}");
+    }
+}

@@ -1,9 +1,7 @@
 //! What a model is, from its header: sizes, positions and the features that tell one family from another.
 
 use pool_core::catalog::gguf::{GgufError, GgufFile, Value};
-
-/// Architectures the decoder computes, by the name GGUF files give them.
-pub const SUPPORTED_ARCHITECTURES: [&str; 3] = ["llama", "qwen2", "qwen3"];
+use pool_core::catalog::support::{self, Unsupported};
 
 /// Context a worker takes where nobody asks for another: the smaller of the model's and this.
 pub const DEFAULT_CONTEXT: usize = 4096;
@@ -18,11 +16,8 @@ pub enum ConfigError {
     #[error(transparent)]
     Header(#[from] GgufError),
     /// A family the decoder doesn't know.
-    #[error("architecture `{found}` is not supported (supported: {})", SUPPORTED_ARCHITECTURES.join(", "))]
-    Architecture {
-        /// What the file names.
-        found: String,
-    },
+    #[error(transparent)]
+    Architecture(Unsupported),
     /// A feature the decoder doesn't compute.
     #[error("the model needs {feature}, which is not supported")]
     Feature {
@@ -97,11 +92,7 @@ impl ModelConfig {
     /// Reads the configuration from a header.
     pub fn from_header(header: &GgufFile) -> Result<Self, ConfigError> {
         let architecture = header.architecture()?.to_owned();
-        if !SUPPORTED_ARCHITECTURES.contains(&architecture.as_str()) {
-            return Err(ConfigError::Architecture {
-                found: architecture,
-            });
-        }
+        support::check_architecture(&architecture).map_err(ConfigError::Architecture)?;
         if let Some(experts) = header.get_arch::<u64>("expert_count")?
             && experts > 0
         {

@@ -207,3 +207,17 @@ fn candle_type(ty: GgmlType) -> Option<GgmlDType> {
         _ => return None,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pool_core::catalog::support::TENSOR_TYPES;
+
+    #[test] // [CAND-090]
+    fn the_element_types_that_models_are_accepted_by_are_those_computed_with() {
+        for ty in (0..64).filter_map(GgmlType::from_id) {
+            let accepted = TENSOR_TYPES.contains(&ty.name());
+            assert_eq!(candle_type(ty).is_some(), accepted, "{}", ty.name());
+        }
+    }
+}

@@ -1,4 +1,5 @@
 use pool_core::catalog::gguf::{GgufFile, Vocabulary, VocabularyError};
+use pool_core::catalog::support::PRE_TOKENIZERS;
 
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
@@ -278,4 +279,16 @@ fn no_rule_makes_a_control_token_of_text() {
         Tokenizer::from_header(&header("gpt2", Some("llama-bpe"), &["< |"], &vocabulary)).unwrap();
     assert_eq!(tokenizer.encode_within("a<|", &[2]).unwrap(), [3, 0, 1]);
     assert_eq!(tokenizer.encode_within("a<|", &[]).unwrap(), [3, 2]);
+}
+
+#[test] // [CAND-090]
+fn every_pre_tokenizer_that_models_are_accepted_by_is_known() {
+    for pre in PRE_TOKENIZERS {
+        let header = header("gpt2", Some(pre), &[], &[("a", 0.0, 1), ("b", 0.0, 1)]);
+        let built = Tokenizer::from_header(&header).map(drop);
+        assert!(built.is_ok(), "{pre}: {built:?}");
+    }
+    let unknown = header("gpt2", Some("odd"), &[], &[("a", 0.0, 1)]);
+    let refused = Tokenizer::from_header(&unknown).err();
+    assert!(matches!(refused, Some(TokenizerError::PreTokenizer { .. })));
 }

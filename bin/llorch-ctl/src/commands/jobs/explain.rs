@@ -10,7 +10,7 @@ use orchestrator_core::job::JobIdPrefix;
 use pool_core::terminal::paint::Cell;
 use pool_core::terminal::sanitize::clean;
 use pool_core::terminal::{
-    CliError, Exit, Format, human_duration, paint, print_json, render_table, say,
+    CliError, Exit, Format, human_duration, in_commands, paint, print_json, render_table, say,
 };
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
@@ -65,7 +65,7 @@ fn render(explanation: &TaskExplanation, colour: bool) -> String {
                 name(waiting.explanation.reason)
             ),
         );
-        line("to mend", &waiting.explanation.hint);
+        line("to mend", &in_commands(&waiting.explanation.hint));
         line("before it", &jobs(waiting.queue_position));
         line("starts", &starts(waiting));
     }

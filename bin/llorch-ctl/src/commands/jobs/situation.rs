@@ -8,7 +8,7 @@ use orchestrator_core::JobId;
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::tasks::TaskWaiting;
 use pool_core::terminal::progress::{self, Progress};
-use pool_core::terminal::{human_count, human_duration, note, paint, sanitize};
+use pool_core::terminal::{human_count, human_duration, in_commands, note, paint, sanitize};
 
 /// Time after which a wait is worth a line where nobody looks on: a worker that is free takes a job sooner.
 const WORTH_A_LINE: Duration = Duration::from_secs(1);
@@ -119,7 +119,8 @@ impl Situation {
         self.reading = None;
         self.show(&place(waiting));
         let explanation = &waiting.explanation;
-        let text = format!("waits: {} ({})", explanation.message, explanation.hint);
+        let hint = in_commands(&explanation.hint);
+        let text = format!("waits: {} ({hint})", explanation.message);
         let delay = if self.notices {
             Duration::ZERO
         } else {

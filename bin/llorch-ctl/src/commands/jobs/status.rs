@@ -9,7 +9,7 @@ use orchestrator_core::job::{Attempt, JobIdPrefix};
 use pool_core::terminal::paint::Cell;
 use pool_core::terminal::sanitize::clean;
 use pool_core::terminal::{
-    CliError, Exit, Format, age, human_duration, paint, print_json, render_table, say,
+    CliError, Exit, Format, age, human_duration, in_commands, paint, print_json, render_table, say,
 };
 
 use super::speed;
@@ -59,7 +59,10 @@ fn render(job: &TaskView, now: Timestamp, colour: bool) -> String {
             "waits",
             format!("{} ({before})", waiting.explanation.message),
         ));
-        lines.push(("to mend", waiting.explanation.hint.clone()));
+        lines.push((
+            "to mend",
+            in_commands(&waiting.explanation.hint).into_owned(),
+        ));
     }
     if let Some(usage) = &job.usage {
         let stop = serde_json::to_value(usage.stop_reason)

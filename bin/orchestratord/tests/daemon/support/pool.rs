@@ -76,6 +76,7 @@ impl FakePool {
             file: model_file(),
             needed_bytes: 1000,
             context: None,
+            unsupported: None,
         };
         Self {
             id: id.to_owned(),

@@ -88,6 +88,7 @@ fn check(file: &ConfigArgs, bind: Option<SocketAddr>, format: Format) -> Result<
     let home = Home::from_env()?;
     let loaded = load(&home, file, bind)?;
     let config = &loaded.value;
+    config.check_advertised().map_err(config_error)?;
     let variable = std::env::var("LLORCH_POOL_TOKEN").ok();
     let token = Secret::load(variable, config.token_file.as_deref())
         .map_err(|error| CliError::of(Exit::Usage, &error, error.hint().map(str::to_owned)))?;

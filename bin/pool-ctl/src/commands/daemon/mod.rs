@@ -7,7 +7,7 @@ use clap::Subcommand;
 use pool_core::api::pool::{PoolReport, PoolStatus};
 use pool_core::run_files;
 use pool_core::terminal::daemon::{self, DaemonSpec};
-use pool_core::terminal::daemon_commands::{self, ConfigArgs, LogArgs, Whereabouts};
+use pool_core::terminal::daemon_commands::{self, ConfigArgs, Elsewhere, LogArgs, Whereabouts};
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
@@ -15,8 +15,8 @@ pub mod config;
 mod drain;
 
 use super::worker::stop_all;
-use crate::context::Context;
-use crate::pool::Pool;
+use crate::context::{Context, config_error};
+use crate::pool::{Pool, URL_VARIABLE};
 use crate::registration;
 
 const NAME: &str = "pool-managerd";
@@ -39,6 +39,8 @@ pub enum Command {
         workers: bool,
     },
     /// Show whether the pool manager runs, and where it answers. Exits with 3 if it does not run.
+    ///
+    /// `LLORCH_POOL_URL` names another one than that of this home; its pid is not known.
     Status {
         /// How to print it. JSON: an object with `running`, `pid`, `version`, `url`, and `pool` (what it says itself, with
         /// its `registration` at the orchestrator).
@@ -66,16 +68,27 @@ impl Command {
     pub async fn run(self) -> Result<Exit, CliError> {
         match self {
             Self::Start(ConfigArgs { config }) => start(config).await,
-            Self::Stop { workers } => stop(&Context::open(None)?, workers).await,
-            Self::Status { format } => status(&Context::open(None)?, format).await,
+            Self::Stop { workers } => {
+                let context = Context::open(None)?;
+                elsewhere(&context).note("this stop");
+                stop(&context, workers).await
+            }
+            Self::Status { format } => status(&Context::look()?, format).await,
             Self::Drain(args) => args.run(&Context::open(None)?).await,
             Self::Resume => drain::resume(&Context::open(None)?).await,
             Self::Config { command } => command.run(),
             Self::Logs(args) => {
-                daemon_commands::show_log(&log_file(&Context::open(None)?), args).await
+                let context = Context::look()?;
+                elsewhere(&context).note("this log");
+                daemon_commands::show_log(&log_file(&context), args).await
             }
         }
     }
+}
+
+/// The pool manager that the environment names, next to the one of this home.
+fn elsewhere(context: &Context) -> Elsewhere {
+    Elsewhere::from_env(URL_VARIABLE, NAME, &context.home.pool_state())
 }
 
 fn log_file(context: &Context) -> PathBuf {
@@ -85,6 +98,7 @@ fn log_file(context: &Context) -> PathBuf {
 async fn start(config: Option<PathBuf>) -> Result<Exit, CliError> {
     // Reading the settings here as well finds a mistake before there is a process to fail on it.
     let context = Context::open(config.as_deref())?;
+    context.config.check_advertised().map_err(config_error)?;
     daemon_commands::start(&DaemonSpec {
         program: daemon::find_sibling(NAME)?,
         name: NAME,
@@ -96,6 +110,7 @@ async fn start(config: Option<PathBuf>) -> Result<Exit, CliError> {
     })
     .await?;
     registration::show_first_outcome(&context).await?;
+    elsewhere(&context).note("this start");
     Ok(Exit::Done)
 }
 
@@ -151,40 +166,59 @@ struct Status {
 }
 
 async fn status(context: &Context, format: Format) -> Result<Exit, CliError> {
-    let running = daemon::status(&context.home.pool_state());
-    let pool = match &running {
-        // One that hangs is shown all the same.
-        Some(_) => match Pool::reach(context).await {
-            Ok(Pool::Daemon(client)) => client.get("/status").await.ok(),
-            Ok(Pool::Direct(_)) => None,
-            Err(error) if error.exit == Exit::Unreachable => None,
-            Err(error) => return Err(error),
-        },
-        None => None,
+    let named = elsewhere(context);
+    let (daemon, pool) = match named.url() {
+        Some(url) => {
+            let pool = status_of(Pool::reach(context).await?).await?;
+            let version = pool.as_ref().map(|pool| pool.status.version.clone());
+            let daemon = Whereabouts::elsewhere(version.unwrap_or_default(), url);
+            (daemon, Ok(pool))
+        }
+        None => {
+            let running = daemon_commands::status(&context.home.pool_state(), NAME)?;
+            let pool = match &running {
+                // One that hangs, or that does not take our token, is shown all the same.
+                Some(_) => match Pool::of_this_home(context).await {
+                    Ok(pool) => status_of(pool).await,
+                    Err(error) => Err(error),
+                },
+                None => Ok(None),
+            };
+            (Whereabouts::from(running), pool)
+        }
     };
-    let status = Status {
-        daemon: running.into(),
-        pool,
+    let (pool, problem) = match pool {
+        Ok(pool) => (pool, None),
+        Err(error) => (None, Some(error)),
     };
-    match (format, &status.pool) {
-        (Format::Json, _) => print_json(&status)?,
-        (Format::Table, pool) => {
+    let status = Status { daemon, pool };
+    match format {
+        Format::Json => print_json(&status)?,
+        Format::Table => {
             status.daemon.say(NAME, "llorch-pool daemon start")?;
-            match pool {
-                Some(pool) => {
-                    say(line_of(&pool.status))?;
-                    if let Some(registration) = &pool.registration {
-                        registration::show(registration)?;
-                    }
+            if let Some(pool) = &status.pool {
+                say(line_of(&pool.status))?;
+                if let Some(registration) = &pool.registration {
+                    registration::show(registration)?;
                 }
-                None if status.daemon.running => {
-                    note("it does not answer; `llorch-pool daemon logs` may say why");
-                }
-                None => {}
             }
         }
     }
-    Ok(status.daemon.exit(status.pool.is_some()))
+    match problem {
+        Some(mut error) => {
+            error.message = format!("{NAME} does not say what it does: {}", error.message);
+            Err(error)
+        }
+        None => Ok(status.daemon.exit(status.pool.is_some())),
+    }
+}
+
+/// What a pool manager says of its pool; nothing where none runs.
+async fn status_of(pool: Pool) -> Result<Option<PoolReport>, CliError> {
+    match pool {
+        Pool::Daemon(client) => Ok(Some(client.get("/status").await?)),
+        Pool::Direct(_) => Ok(None),
+    }
 }
 
 fn line_of(pool: &PoolStatus) -> String {

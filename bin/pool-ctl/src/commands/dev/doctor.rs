@@ -2,9 +2,8 @@
 
 use std::fs;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use pool_core::api::pool::PoolReport;
 use pool_core::catalog::Catalog;
@@ -34,8 +33,6 @@ const ROOM: Room = Room {
     warn_bytes: 10_000_000_000,
     fail_bytes: 300_000_000,
 };
-/// How long the ssh server of this host may take to answer.
-const SSH_TIMEOUT: Duration = Duration::from_secs(2);
 /// The oldest git that is safe with submodules from elsewhere.
 const SAFE_GIT: (u32, u32, u32) = (2, 38, 1);
 /// The Rust that this workspace is built with.
@@ -61,7 +58,10 @@ impl Args {
 pub(super) async fn examine() -> Result<Vec<Finding>, CliError> {
     let home = Home::from_env()?;
     let loaded = PoolConfig::load(&home, None);
-    let mut findings = vec![settings(&home, loaded.as_ref().err()), catalogue(&home)];
+    let unreachable = loaded.as_ref().ok().map(PoolConfig::check_advertised);
+    let unreachable = unreachable.and_then(Result::err);
+    let broken = loaded.as_ref().err().or(unreachable.as_ref());
+    let mut findings = vec![settings(&home, broken), catalogue(&home)];
     // Where the settings can't be used, the rest is judged by the defaults.
     let config = loaded.unwrap_or_default();
     findings.push(folders(&home, &config));
@@ -98,7 +98,6 @@ pub(super) async fn examine() -> Result<Vec<Finding>, CliError> {
     findings.push(hf_finding(hf.as_deref(), pip.is_some()).await);
     findings.extend(ports(&home, &config));
     findings.extend(registration_finding().await);
-    findings.push(ssh_server());
     findings.push(git_finding().await);
     findings.extend(checkout(&config).await);
     findings.push(rust_finding().await);
@@ -278,10 +277,10 @@ fn gpu(gpus: &[Gpu], card: bool, cuda: Option<&Path>) -> Finding {
     }
     let for_cuda = gpus.iter().any(|gpu| gpu.device.backend == Backend::Cuda);
     match cuda {
-        None if for_cuda => Finding::warn(
+        // Nothing to mend: the GPU is listed, and workers run on the CPU.
+        None if for_cuda => Finding::ok(
             "gpu",
-            format!("{names}; no `llorch-candled-cuda` to use it with"),
-            "in a checkout: cargo build --release -p llorch-candled --features cuda, and install it as llorch-candled-cuda",
+            format!("{names}; this version has no workers for GPUs"),
         ),
         _ => Finding::ok("gpu", names),
     }
@@ -370,56 +369,6 @@ fn ports(home: &Home, config: &PoolConfig) -> [Finding; 2] {
         }
     };
     [manager, workers]
-}
-
-/// The way in for `llorch` from another host.
-fn ssh_server() -> Finding {
-    // Administrators' programs are often not in a user's PATH.
-    let places =
-        ["/usr/sbin", "/usr/local/sbin", "/sbin"].map(|dir| PathBuf::from(dir).join("sshd"));
-    let sshd = find_on_path("sshd").or_else(|| places.into_iter().find(|path| path.is_file()));
-    let port = fs::read_to_string("/etc/ssh/sshd_config")
-        .ok()
-        .and_then(|text| port_of(&text))
-        .unwrap_or(22);
-    let answers =
-        TcpStream::connect_timeout(&SocketAddr::from(([127, 0, 0, 1], port)), SSH_TIMEOUT).is_ok();
-    ssh_finding(sshd.as_deref(), port, answers)
-}
-
-/// The port that an ssh server's settings name.
-fn port_of(settings: &str) -> Option<u16> {
-    settings.lines().find_map(|line| {
-        let mut words = line.split_whitespace();
-        let named = words.next()?.eq_ignore_ascii_case("port");
-        named.then(|| words.next()?.parse().ok())?
-    })
-}
-
-fn ssh_finding(sshd: Option<&Path>, port: u16, answers: bool) -> Finding {
-    let loss = "`llorch` can't control this pool from another host without a pool manager";
-    let (install, start) = match cfg!(target_os = "macos") {
-        true => (
-            "sudo systemsetup -setremotelogin on",
-            "sudo systemsetup -setremotelogin on",
-        ),
-        false => (
-            "sudo apt install openssh-server",
-            "sudo systemctl enable --now ssh",
-        ),
-    };
-    match (sshd, answers) {
-        (_, true) => Finding::ok("ssh server", format!("answers on port {port}")),
-        (Some(sshd), false) => Finding::warn(
-            "ssh server",
-            format!(
-                "{} is installed, and nothing answers on port {port}; {loss}",
-                sshd.display()
-            ),
-            start,
-        ),
-        (None, false) => Finding::warn("ssh server", format!("not installed; {loss}"), install),
-    }
 }
 
 async fn git_finding() -> Finding {
@@ -603,22 +552,6 @@ mod tests {
         let found = gpu(&[], true, None);
         assert_eq!(found.status, Verdict::Warn);
         assert!(found.fix.unwrap().contains("nvidia-driver"));
-    }
-
-    #[test] // [POOLCTL-033]
-    fn an_ssh_server_must_answer() {
-        assert_eq!(port_of("#Port 22\nport 2222\nPort 3\n"), Some(2222));
-        assert_eq!(port_of("#Port 22\n"), None);
-        let sshd = Path::new("/usr/sbin/sshd");
-        assert_eq!(ssh_finding(Some(sshd), 22, true).status, Verdict::Ok);
-        let silent = ssh_finding(Some(sshd), 2222, false);
-        assert!(silent.message.contains("nothing answers on port 2222"));
-        assert_eq!(silent.status, Verdict::Warn);
-        assert!(
-            ssh_finding(None, 22, false)
-                .message
-                .contains("not installed")
-        );
     }
 
     #[test] // [POOLCTL-033]

@@ -113,11 +113,17 @@ async fn hf(context: &Context) -> Result<(), CliError> {
         .current_dir(&venv);
     tool::run("pip install", install, &interrupt, |_| {}, on)
         .await
-        .map_err(|error| {
-            failed(
+        .map_err(|error| match error.is_unreachable() {
+            true => {
+                let hint = "check the network and the proxy variables, then try again";
+                let mut shown = failed(&error, hint);
+                shown.exit = Exit::Unreachable;
+                shown
+            }
+            false => failed(
                 &error,
                 "install pip, as with `apt install python3-pip`, and check the network",
-            )
+            ),
         })?;
     drop(spinner);
     let version = version_of(&hf).await.ok_or_else(|| {

@@ -1,13 +1,14 @@
 //! `llorch-pool models download`.
 
 use pool_core::ModelRef;
-use pool_core::api::models::{DownloadEnd, DownloadEvent, DownloadFailure};
+use pool_core::api::models::{DownloadEnd, DownloadErrorCode, DownloadEvent, DownloadFailure};
 use pool_core::catalog::Catalog;
 use pool_core::catalog::store::{ResolveError, Slot, Store};
+use pool_core::catalog::support;
 use pool_core::errors::with_causes;
 use pool_core::terminal::{CliError, Exit, human_bytes, say};
 
-use crate::context::{Context, resolve_error};
+use crate::context::{Context, resolve_error, unsupported_error};
 use crate::download::{self, DownloadError, Fetched};
 use crate::hub::{Hub, HubError};
 use crate::registration;
@@ -51,6 +52,12 @@ async fn fetch(
     report: Report,
 ) -> Result<(Slot, Fetched), DownloadError> {
     let slot = place_for(catalog, store, model).await?;
+    if let Some(reason) = slot.unsupported(catalog) {
+        return Err(DownloadError {
+            code: DownloadErrorCode::ModelUnsupported,
+            error: unsupported_error(&slot.model_ref, &reason),
+        });
+    }
     let fetched = download::run(store, &slot, &context.home.venv_dir(), force, report).await?;
     // Under the daemon, the daemon itself sees how this ends.
     if report == Report::Bar {
@@ -90,7 +97,7 @@ async fn place_for(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result
                         format!("`{model}` is not a `.gguf` file"),
                     ));
                 }
-                None => only_gguf(repo, revision).await?,
+                None => only_gguf(catalog, repo, revision).await?,
             };
             Ok(Slot::of_hub(repo, revision, &file))
         }
@@ -99,7 +106,11 @@ async fn place_for(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result
 }
 
 /// The GGUF file of a repository that has one only.
-async fn only_gguf(repo: &str, revision: Option<&str>) -> Result<String, CliError> {
+async fn only_gguf(
+    catalog: &Catalog,
+    repo: &str,
+    revision: Option<&str>,
+) -> Result<String, CliError> {
     let name = |hint: String| move |error: CliError| error.hint(hint);
     let whole = name(format!("name the file: `hf:{repo}::file=PATH`"));
     let Some(hub) = Hub::from_env() else {
@@ -122,8 +133,18 @@ async fn only_gguf(repo: &str, revision: Option<&str>) -> Result<String, CliErro
         )
         .hint("is it spelt right? A model that needs a token opens with `HF_TOKEN`")
     })?;
+    // The parts of a split model are no models.
+    let (whole_files, parts): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| {
+        support::check_file_name(file.rsplit('/').next().unwrap_or(file)).is_ok()
+    });
+    if let (true, Some(part)) = (whole_files.is_empty(), parts.first()) {
+        let slot = Slot::of_hub(repo, revision, part);
+        if let Some(reason) = slot.unsupported(catalog) {
+            return Err(unsupported_error(&slot.model_ref, &reason));
+        }
+    }
     // What becomes part of paths and arguments passes the one parser.
-    let files: Vec<String> = files
+    let files: Vec<String> = whole_files
         .into_iter()
         .filter(|file| {
             format!("hf:{repo}::file={file}")

@@ -121,7 +121,11 @@ fn refused(error: ImportError) -> CliError {
     let exit = match &error {
         ImportError::Missing { .. } => Exit::NotFound,
         ImportError::NoName { .. } => Exit::Usage,
-        ImportError::NameTaken { .. } => Exit::Refused,
+        ImportError::NameTaken { .. }
+        | ImportError::Check {
+            source: CheckError::Unsupported(_),
+            ..
+        } => Exit::Refused,
         ImportError::NoSpace(short) => {
             return CliError::new(
                 Exit::Refused,

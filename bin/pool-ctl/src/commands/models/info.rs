@@ -6,6 +6,7 @@ use pool_core::ModelRef;
 use pool_core::catalog::Catalog;
 use pool_core::catalog::gguf::{EndToken, GgufError, GgufFile, Vocabulary};
 use pool_core::catalog::store::{ResolvedModel, Store};
+use pool_core::catalog::support;
 use pool_core::chat_template;
 use pool_core::json_number::MAX_EXACT_INTEGER;
 use pool_core::lifecycle::MemoryEstimator;
@@ -46,6 +47,10 @@ struct Info {
     chat_template_problem: Option<String>,
     /// The tokens that end an answer.
     end_tokens: Vec<EndToken>,
+    /// Whether a worker of this version can run it.
+    runnable: bool,
+    /// Why not.
+    unsupported: Option<String>,
 }
 
 impl Info {
@@ -59,7 +64,10 @@ impl Info {
         let needed_bytes = MemoryEstimator::default()
             .estimate(&model, None, 1)
             .needed_bytes;
+        let unsupported = support::check_file(&model.path, &file).err();
         Ok(Self {
+            runnable: unsupported.is_none(),
+            unsupported: unsupported.map(|reason| reason.to_string()),
             hash_state,
             needed_bytes,
             gguf_version: file.version(),
@@ -172,6 +180,12 @@ impl Info {
                     None if self.chat_template => "yes".to_owned(),
                     None => "no, raw prompts only".to_owned(),
                 },
+            ),
+            (
+                "runs",
+                self.unsupported
+                    .as_ref()
+                    .map_or_else(|| "yes".to_owned(), |reason| format!("no: {reason}")),
             ),
         ];
         rows.into_iter()

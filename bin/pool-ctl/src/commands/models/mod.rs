@@ -6,12 +6,14 @@ mod import;
 mod info;
 mod verify;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use pool_core::ModelRef;
+use pool_core::catalog::gguf::GgufFile;
 use pool_core::catalog::store::{Presence, ResolvedModel, Slot, Store};
-use pool_core::catalog::{Catalog, CatalogEntry};
+use pool_core::catalog::{Catalog, CatalogEntry, support};
+use pool_core::errors::with_causes;
 use pool_core::terminal::paint::{Cell, Style};
 use pool_core::terminal::{CliError, Exit, Format, human_bytes, note, print_json, print_table};
 use serde::Serialize;
@@ -27,8 +29,11 @@ pub enum Command {
     ///
     /// `verified` means that the catalogue knows the SHA-256 of the file; the first download of an `unverified` entry
     /// records the one it saw. Your own `catalog.toml` in the configuration folder adds entries or replaces them by id.
+    ///
+    /// RUNS says whether a worker of this version can run the model, and the lines below the table why not.
     Catalog {
-        /// How to print it. JSON: an array of entries with `id`, `name`, `sources`, `verified`, `on_disk` and more.
+        /// How to print it. JSON: an array of entries with `id`, `name`, `sources`, `verified`, `on_disk`, `runnable`,
+        /// `unsupported` (why not; null where it runs) and more.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
@@ -38,8 +43,9 @@ pub enum Command {
     /// folder. The first column is what tasks and `worker spawn --model` take.
     List {
         /// How to print it. JSON: an array of models, in the table's order, with `model_ref`, `path`, `size_bytes`,
-        /// `sha256` (null where the file was not checked since it last changed) and `hash_state`: `catalogue` (as the
-        /// catalogue says), `recorded` (as when it came; the catalogue has none) or `unverified`.
+        /// `sha256` (null where the file was not checked since it last changed), `hash_state`: `catalogue` (as the
+        /// catalogue says), `recorded` (as when it came; the catalogue has none) or `unverified`, `runnable` (whether a
+        /// worker of this version can run it) and `unsupported` (why not; null where it runs).
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
@@ -52,7 +58,8 @@ pub enum Command {
     /// What came of a file of the hub is kept when the download is broken off, and the next one goes on from there.
     /// `HF_ENDPOINT` names another hub, `HF_TOKEN` opens models that need a token.
     ///
-    /// Exits with 3 if no source has the model, 4 if the disk has too little room, 5 if the hub wants a token.
+    /// Exits with 3 if no source has the model, 4 if the disk has too little room or no worker can run the model, 5 if the
+    /// source can't be reached or wants a token.
     #[command(verbatim_doc_comment)]
     Download {
         /// Id in the catalogue, or `hf:ORG/REPO[@REVISION][::file=PATH]`.
@@ -71,6 +78,9 @@ pub enum Command {
     /// The file is checked and hashed, and then gets a second name in the models folder (a hard link); where that is
     /// another disk, it is copied. One whose hash the catalogue knows becomes that entry's file. For an entry without a
     /// hash the file's header must not name another architecture or quantization, unless with `--force`.
+    ///
+    /// A file that no worker can run is refused with the reason, and the command exits with 4: another architecture, an
+    /// adapter, a part of a split model (join the parts with `llama-gguf-split --merge`).
     Import {
         /// The GGUF file.
         #[arg(value_name = "PATH")]
@@ -85,7 +95,8 @@ pub enum Command {
     /// Read model files whole and compare their hashes.
     ///
     /// `right`: as the catalogue says. `unchanged`: as recorded when it came; the catalogue has no hash. `unverified`:
-    /// there was nothing to compare with. `wrong`: it is not what it should be, and the command exits with 1.
+    /// there was nothing to compare with. `wrong`: it is not what it should be, and the command exits with 1; so it does
+    /// for `unreadable`. Nothing needs to be writable: where the result can't be recorded, a remark says so.
     Verify {
         /// Which ones; all that are on disk where none is given.
         #[arg(value_name = "MODEL", conflicts_with = "all")]
@@ -170,13 +181,18 @@ struct CatalogRow<'a> {
     entry: &'a CatalogEntry,
     verified: bool,
     on_disk: bool,
+    runnable: bool,
+    unsupported: Option<String>,
 }
 
 fn show_catalog(catalog: &Catalog, store: &Store, format: Format) -> Result<Exit, CliError> {
     let rows: Vec<CatalogRow> = catalog
         .iter()
-        .map(|entry| CatalogRow {
+        .map(|entry| (entry, entry.unsupported().map(|reason| reason.to_string())))
+        .map(|(entry, unsupported)| CatalogRow {
             entry,
+            runnable: unsupported.is_none(),
+            unsupported,
             verified: entry.is_verified(),
             on_disk: store.presence(&Slot::from(entry)) != Presence::Missing,
         })
@@ -188,7 +204,7 @@ fn show_catalog(catalog: &Catalog, store: &Store, format: Format) -> Result<Exit
     let text = |value: &Option<String>| value.clone().unwrap_or_else(|| "-".into());
     print_table(
         &[
-            "ID", "NAME", "ARCH", "QUANT", "SIZE", "CONTEXT", "LICENCE", "HASH", "ON DISK",
+            "ID", "NAME", "ARCH", "QUANT", "SIZE", "CONTEXT", "LICENCE", "HASH", "ON DISK", "RUNS",
         ],
         rows.iter().map(|row| {
             let entry = row.entry;
@@ -221,9 +237,14 @@ fn show_catalog(catalog: &Catalog, store: &Store, format: Format) -> Result<Exit
                 } else {
                     Cell::new("no", Style::Dim)
                 },
+                runs(row.runnable),
             ]
         }),
     )?;
+    note_unsupported(
+        rows.iter()
+            .map(|row| (&*row.entry.id, row.unsupported.as_deref())),
+    );
     Ok(Exit::Done)
 }
 
@@ -234,6 +255,23 @@ struct ModelRow<'a> {
     size_bytes: u64,
     sha256: Option<&'a str>,
     hash_state: HashState,
+    runnable: bool,
+    unsupported: Option<String>,
+}
+
+/// The cell that says whether a worker can run a model.
+fn runs(runnable: bool) -> Cell {
+    match runnable {
+        true => Cell::new("yes", Style::Good),
+        false => Cell::new("no", Style::Bad),
+    }
+}
+
+/// Says below a table why models can't run.
+fn note_unsupported<'a>(models: impl Iterator<Item = (&'a str, Option<&'a str>)>) {
+    for (model, reason) in models.filter_map(|(model, reason)| Some((model, reason?))) {
+        note(format!("{model} can't run: {reason}"));
+    }
 }
 
 /// What is known of a file's hash.
@@ -290,7 +328,10 @@ fn list(catalog: &Catalog, store: &Store, format: Format) -> Result<Exit, CliErr
     let models = store.list(catalog).map_err(|error| resolve_error(&error))?;
     let rows: Vec<ModelRow> = models
         .iter()
-        .map(|model| ModelRow {
+        .map(|model| (model, reason_against(&model.path)))
+        .map(|(model, unsupported)| ModelRow {
+            runnable: unsupported.is_none(),
+            unsupported,
             model_ref: &model.model_ref,
             path: &model.path,
             size_bytes: model.file.size_bytes,
@@ -307,15 +348,32 @@ fn list(catalog: &Catalog, store: &Store, format: Format) -> Result<Exit, CliErr
         return Ok(Exit::Done);
     }
     print_table(
-        &["MODEL", "SIZE", "HASH", "FILE"],
+        &["MODEL", "SIZE", "HASH", "RUNS", "FILE"],
         rows.iter().map(|row| {
             vec![
                 row.model_ref.to_string().into(),
                 human_bytes(row.size_bytes).into(),
                 row.hash_state.cell(),
+                runs(row.runnable),
                 Cell::new(row.path.display().to_string(), Style::Dim),
             ]
         }),
     )?;
+    let names: Vec<_> = rows.iter().map(|row| row.model_ref.to_string()).collect();
+    note_unsupported(
+        names
+            .iter()
+            .map(String::as_str)
+            .zip(rows.iter().map(|row| row.unsupported.as_deref())),
+    );
     Ok(Exit::Done)
+}
+
+/// Why no worker can run the file at `path`, where that is so.
+fn reason_against(path: &Path) -> Option<String> {
+    let refused = match GgufFile::open(path) {
+        Ok(header) => support::check_file(path, &header).err()?.to_string(),
+        Err(error) => format!("it is not a usable GGUF file: {}", with_causes(&error)),
+    };
+    Some(refused)
 }

@@ -6,7 +6,7 @@ use pool_core::catalog::store::{Against, CheckError, ResolveError, Store};
 use pool_core::errors::with_causes;
 use pool_core::terminal::interrupt::{Interrupt, interrupted};
 use pool_core::terminal::paint::{Cell, Style};
-use pool_core::terminal::{CliError, Exit, Format, print_json, print_table};
+use pool_core::terminal::{CliError, Exit, Format, note, print_json, print_table};
 use serde::Serialize;
 
 use crate::context::resolve_error;
@@ -23,7 +23,7 @@ struct Row {
     error: Option<String>,
 }
 
-#[derive(Clone, Copy, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Verdict {
     /// As the catalogue says.
@@ -34,6 +34,8 @@ enum Verdict {
     Unverified,
     /// Not what it should be.
     Wrong,
+    /// This user may not read it, or the disk can't.
+    Unreadable,
 }
 
 /// Checks `models`, or all that are on disk where none is named.
@@ -64,23 +66,28 @@ pub fn run(
     } else {
         print_table(&["MODEL", "RESULT", "DETAIL"], rows.iter().map(cells))?;
     }
-    let bad: Vec<&Row> = rows.iter().filter(|row| !row.ok).collect();
-    let Some(first) = bad.first() else {
-        return Ok(Exit::Done);
-    };
-    let hint = match first.model_ref {
-        ModelRef::File(_) => format!("llorch-pool models delete {} --yes", first.model_ref),
-        _ => format!("llorch-pool models download {} --force", first.model_ref),
-    };
-    Err(CliError::new(
-        Exit::Failed,
-        format!(
-            "{} of {} model files are not what they should be",
-            bad.len(),
+    let of = |verdict: Verdict| rows.iter().filter(move |row| row.result == verdict);
+    let (wrong, unreadable) = (of(Verdict::Wrong).count(), of(Verdict::Unreadable).count());
+    if let Some(first) = of(Verdict::Wrong).next() {
+        let hint = match first.model_ref {
+            ModelRef::File(_) => format!("llorch-pool models delete {} --yes", first.model_ref),
+            _ => format!("llorch-pool models download {} --force", first.model_ref),
+        };
+        let message = format!(
+            "{wrong} of {} model files are not what they should be",
             rows.len()
-        ),
-    )
-    .hint(hint))
+        );
+        return Err(CliError::new(Exit::Failed, message).hint(hint));
+    }
+    if unreadable > 0 {
+        let message = format!(
+            "{unreadable} of {} model files could not be read",
+            rows.len()
+        );
+        return Err(CliError::new(Exit::Failed, message)
+            .hint("check the files' owner and mode, or run it as their owner"));
+    }
+    Ok(Exit::Done)
 }
 
 fn verify(
@@ -105,8 +112,8 @@ fn verify(
                 found: hash,
                 against: Against::Record,
             }),
-            Some(_) => Ok(Some((Some(hash), Against::Record))),
-            None => Ok(Some((Some(hash), Against::Nothing))),
+            Some(_) => Ok(Some((Some(hash), Against::Record, None))),
+            None => Ok(Some((Some(hash), Against::Nothing, None))),
         })
     } else {
         let slot = store
@@ -116,18 +123,29 @@ fn verify(
         with_meter(&path, &label, interrupt, Report::Bar, |progress| {
             store.verify(&slot, progress)
         })
-        .map(|found| found.map(|(record, against)| (record.identity.sha256, against)))
+        .map(|found| {
+            found.map(|verified| {
+                let sha256 = verified.record.identity.sha256;
+                (sha256, verified.against, verified.unrecorded)
+            })
+        })
     };
     let row = |result, sha256, against, error| Row {
         model_ref: model.clone(),
         result,
-        ok: !matches!(result, Verdict::Wrong),
+        ok: !matches!(result, Verdict::Wrong | Verdict::Unreadable),
         sha256,
         against,
         error,
     };
     Ok(match checked {
-        Ok(Some((sha256, against))) => {
+        Ok(Some((sha256, against, unrecorded))) => {
+            if let Some(error) = unrecorded {
+                note(format!(
+                    "the result for {model} is not recorded: {}",
+                    with_causes(&error)
+                ));
+            }
             let verdict = match against {
                 Against::Catalogue => Verdict::Right,
                 Against::Hub | Against::Record => Verdict::Unchanged,
@@ -141,6 +159,9 @@ fn verify(
             }));
         }
         Err(CheckError::Stopped) => return Err(interrupted("not everything was checked")),
+        Err(error @ CheckError::Io { .. }) => {
+            row(Verdict::Unreadable, None, None, Some(with_causes(&error)))
+        }
         Err(error) => row(Verdict::Wrong, None, None, Some(with_causes(&error))),
     })
 }
@@ -150,6 +171,10 @@ fn cells(row: &Row) -> Vec<Cell> {
     let (result, detail) = match row.result {
         Verdict::Wrong => (
             Cell::new("wrong", Style::Bad),
+            row.error.clone().unwrap_or_default(),
+        ),
+        Verdict::Unreadable => (
+            Cell::new("unreadable", Style::Bad),
             row.error.clone().unwrap_or_default(),
         ),
         Verdict::Right => (

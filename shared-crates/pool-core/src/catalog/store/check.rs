@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Against, CheckError, Progress};
 use crate::catalog::gguf::GgufFile;
+use crate::catalog::support;
 
 /// The SHA-256 of a file that passes: right size, right hash, and a header that a worker could load.
 pub(super) fn check(
@@ -32,6 +33,12 @@ pub(super) fn check(
     }
     GgufFile::open(path).map_err(CheckError::Header)?;
     Ok(sha256)
+}
+
+/// Fails unless a worker can run the file at `path`, by its header.
+pub(super) fn check_support(path: &Path) -> Result<(), CheckError> {
+    let header = GgufFile::open(path).map_err(CheckError::Header)?;
+    support::check_file(path, &header).map_err(CheckError::Unsupported)
 }
 
 fn hash_file(path: &Path, progress: Progress) -> Result<String, CheckError> {

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::check::check;
+use super::check::{check, check_support};
 use super::{
     Against, CheckError, Progress, Record, Slot, Source, Store, make_private, remove_folder,
     sync_dir,
@@ -221,8 +221,9 @@ impl Download {
         check_room(bytes, disk)
     }
 
-    /// Checks `file` (size, SHA-256, GGUF header), makes it durable and gives it its final name in one step. A file
-    /// that fails any check never has that name. `announced` is the hash that the source itself gave.
+    /// Checks `file` (size, SHA-256, GGUF header, whether a worker can run it), makes it durable and gives it its final
+    /// name in one step. A file that fails any check never has that name. `announced` is the hash that the source
+    /// itself gave.
     pub fn place(
         &mut self,
         file: &Path,
@@ -236,6 +237,7 @@ impl Download {
             (None, None) => None,
         };
         let sha256 = check(file, self.slot.size_bytes, expected, progress)?;
+        check_support(file)?;
         self.place_checked(file, sha256, source)
     }
 

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::check::check;
+use super::check::{check, check_support};
 use super::download::check_room;
 use super::{CheckError, NoSpace, Presence, Progress, Record, Slot, Store};
 use crate::catalog::gguf::GgufFile;
@@ -146,6 +146,14 @@ impl ImportError {
             }
             Self::NoSpace(_) => Some("`llorch-pool models delete MODEL --yes` makes room"),
             Self::Changed { .. } => Some("import it again when nobody writes to it"),
+            Self::Check {
+                source: CheckError::Unsupported(reason),
+                ..
+            } => Some(reason.hint()),
+            Self::Check {
+                source: CheckError::Header(reason),
+                ..
+            } => reason.hint(),
             Self::Missing { .. } | Self::NotAFile { .. } | Self::Check { .. } => None,
         }
     }
@@ -171,6 +179,8 @@ impl Store {
         if !seen.is_file() {
             return Err(ImportError::NotAFile { path: given() });
         }
+        // First: a large file is not read whole for nothing.
+        check_support(&real).map_err(|error| refused(path, error))?;
         let sha256 = check(&real, None, None, progress).map_err(|error| refused(path, error))?;
         let of_hash = catalog
             .iter()

@@ -5,7 +5,8 @@ use sha2::{Digest, Sha256};
 use super::Record;
 use super::check::hex;
 use crate::ModelRef;
-use crate::catalog::{CatalogEntry, Source};
+use crate::catalog::support::{self, Unsupported};
+use crate::catalog::{Catalog, CatalogEntry, Source};
 
 /// What the folders of models from the hub begin with that no catalogue entry covers. No alias has this character.
 const HUB_PREFIX: char = '@';
@@ -62,6 +63,14 @@ impl Slot {
                 file: file.to_owned(),
                 revision: revision.map(str::to_owned),
             }],
+        }
+    }
+
+    /// Returns why no worker of this version can run the model, as far as that is known before the file is there.
+    pub fn unsupported(&self, catalog: &Catalog) -> Option<Unsupported> {
+        match catalog.get(&self.id) {
+            Some(entry) => entry.unsupported(),
+            None => support::check_file_name(&self.file_name).err(),
         }
     }
 

@@ -1,27 +1,15 @@
 use super::download::DISK_RESERVE_BYTES;
 use super::*;
+use draft::GgufDraft;
 use sha2::{Digest, Sha256};
 use std::os::unix::fs::symlink;
 
-/// The smallest GGUF file: a header that names an architecture, and no tensors.
+#[path = "../../../tests/support/gguf_draft.rs"]
+mod draft;
+
+/// A file that a worker could run, by its header.
 fn tiny_gguf() -> Vec<u8> {
-    let mut bytes = b"GGUF".to_vec();
-    bytes.extend(3u32.to_le_bytes());
-    bytes.extend(1u64.to_le_bytes());
-    bytes.extend(1u64.to_le_bytes());
-    let mut text = |text: &str, kind: Option<u32>| {
-        bytes.extend((text.len() as u64).to_le_bytes());
-        bytes.extend(text.as_bytes());
-        bytes.extend(kind.into_iter().flat_map(u32::to_le_bytes));
-    };
-    text("general.architecture", Some(8));
-    text("llama", None);
-    // One tensor: a name, one dimension of 1, 32-bit floats, at the start of the data.
-    bytes.extend(1u64.to_le_bytes());
-    bytes.extend(b"t\x01\0\0\0\x01\0\0\0\0\0\0\0");
-    bytes.extend([0; 4 + 8]);
-    bytes.resize(bytes.len().next_multiple_of(32) + 32, 0);
-    bytes
+    GgufDraft::servable().bytes()
 }
 
 fn sha256_of(bytes: &[u8]) -> String {
@@ -187,22 +175,25 @@ fn a_failed_download_leaves_the_old_file() {
 #[test] // [STORE-003]
 fn an_unverified_entry_keeps_to_the_first_hash_seen() {
     let setup = Setup::new(false);
-    assert_eq!(setup.store.verify(&setup.slot(), &mut on).unwrap(), None);
-    fs::create_dir_all(setup.store.dir().join("m")).unwrap();
-    let path = setup.store.path_of(&setup.slot());
-    fs::write(&path, tiny_gguf()).unwrap();
-    assert_eq!(setup.store.presence(&setup.slot()), Presence::Unchecked);
-    let (first, against) = setup.store.verify(&setup.slot(), &mut on).unwrap().unwrap();
-    assert_eq!((against, first.source), (Against::Nothing, None));
-    assert_eq!(
+    assert!(
         setup
             .store
             .verify(&setup.slot(), &mut on)
             .unwrap()
-            .unwrap()
-            .1,
-        Against::Record
+            .is_none()
     );
+    fs::create_dir_all(setup.store.dir().join("m")).unwrap();
+    let path = setup.store.path_of(&setup.slot());
+    fs::write(&path, tiny_gguf()).unwrap();
+    assert_eq!(setup.store.presence(&setup.slot()), Presence::Unchecked);
+    let first = setup.store.verify(&setup.slot(), &mut on).unwrap().unwrap();
+    assert_eq!(
+        (first.against, first.record.source),
+        (Against::Nothing, None)
+    );
+    let second = setup.store.verify(&setup.slot(), &mut on).unwrap().unwrap();
+    assert_eq!(second.against, Against::Record);
+    assert!(second.unrecorded.is_none());
 
     let mut other = tiny_gguf();
     *other.last_mut().unwrap() ^= 1;
@@ -766,4 +757,74 @@ fn a_deleted_model_leaves_nothing_and_other_files_stay() {
     drop(held);
     setup.store.delete(&setup.slot()).unwrap();
     assert_eq!(setup.files_below_models(), [".locks/m", "m/notes.txt"]);
+}
+
+#[test] // [STORE-014]
+fn a_file_that_no_worker_runs_is_neither_imported_nor_placed() {
+    let setup = Setup::new(false);
+    let folder = setup.root.path();
+    let phi = GgufDraft::servable().of_architecture("phi3").bytes();
+    let error = setup.place(&phi).unwrap_err();
+    assert!(matches!(error, CheckError::Unsupported(_)), "{error}");
+    assert_eq!(setup.files_below_models(), [".locks/m"]);
+
+    let part = GgufDraft::servable()
+        .with_number("split.count", 3)
+        .with_number("split.no", 1);
+    // The parts after the first name no architecture, and may say nothing of their being parts but in their name.
+    let nameless = GgufDraft::servable().without("general.architecture");
+    for (name, bytes, reason) in [
+        ("phi.gguf", phi, "architecture `phi3`"),
+        (
+            "part.gguf",
+            part.bytes(),
+            "part 2 of a model that is split into 3",
+        ),
+        (
+            "m-00002-of-00004.gguf",
+            nameless.bytes(),
+            "part 2 of a model that is split into 4",
+        ),
+        ("m.gguf", nameless.bytes(), "no `general.architecture`"),
+    ] {
+        fs::write(folder.join(name), bytes).unwrap();
+        let error = import(&setup, &folder.join(name), None).unwrap_err();
+        let ImportError::Check { source, .. } = &error else {
+            panic!("{error}");
+        };
+        let CheckError::Unsupported(why) = source else {
+            panic!("{source}");
+        };
+        assert!(why.to_string().contains(reason), "{why}");
+        assert_eq!(error.hint(), Some(why.hint()));
+    }
+    // A whole file may have any name.
+    let whole = folder.join("m-00001-of-00002.gguf");
+    fs::write(&whole, tiny_gguf()).unwrap();
+    import(&setup, &whole, Some("joined")).unwrap();
+}
+
+#[test] // [CATALOG-004]
+fn an_entry_that_no_worker_runs_says_so() {
+    let mut catalog = Catalog::embedded();
+    let text = "[[models]]\nid = \"parts\"\n[[models.sources]]\nkind = \"hf\"\nrepo = \"a/b\"\n\
+                file = \"x/m-00001-of-00002.gguf\"\n";
+    catalog.overlay(text, Path::new("own.toml")).unwrap();
+    let reason = |id: &str| {
+        let entry = catalog.get(id).unwrap();
+        assert_eq!(
+            Slot::from(entry)
+                .unsupported(&catalog)
+                .map(|r| r.to_string()),
+            entry.unsupported().map(|r| r.to_string())
+        );
+        entry.unsupported().map(|reason| reason.to_string())
+    };
+    for runs in ["smollm2-135m", "tinyllama", "qwen", "llama3", "mistral"] {
+        assert_eq!(reason(runs), None, "{runs}");
+    }
+    assert!(reason("phi3").unwrap().contains("architecture `phi3`"));
+    assert!(reason("parts").unwrap().contains("part 1 of a model"));
+    let part = Slot::of_hub("a/b", None, "y/n-00002-of-00009.gguf");
+    assert!(part.unsupported(&catalog).is_some());
 }

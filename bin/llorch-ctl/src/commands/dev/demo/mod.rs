@@ -4,6 +4,7 @@ mod programs;
 mod stage;
 mod verdict;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use clap::Args;
@@ -15,6 +16,8 @@ use pool_core::ModelRef;
 use pool_core::catalog::Catalog;
 use pool_core::client::ClientError;
 use pool_core::home::Home;
+use pool_core::settings::names_in_environment;
+use pool_core::terminal::doctor::host::quoted;
 use pool_core::terminal::human_duration;
 use pool_core::terminal::interrupt::{Interrupt, interrupted};
 use pool_core::terminal::progress::{Progress, spinner};
@@ -145,20 +148,32 @@ async fn conclude(stage: &Stage, outcome: Result<Exit, CliError>) -> Result<Exit
 fn how_to_go_on(stage: &Stage) {
     let folder = std::env::current_exe()
         .ok()
-        .and_then(|program| Some(program.parent()?.display().to_string()));
+        .and_then(|program| Some(program.parent()?.to_path_buf()));
     note("everything was left running; to use it:");
     if let Some(folder) = folder {
-        note(format!("  export PATH='{folder}':\"$PATH\""));
+        note(format!("  export PATH={}:\"$PATH\"", quoted(&folder)));
     }
+    note(format!("  unset {}", foreign_variables().join(" ")));
     note(format!(
-        "  export LLORCH_HOME='{}' LLORCH_MODELS_DIR='{}'",
-        stage.root().display(),
-        stage.models_dir().display()
+        "  export LLORCH_HOME={} LLORCH_MODELS_DIR={}",
+        quoted(stage.root()),
+        quoted(stage.models_dir())
     ));
     note("  llorch jobs list");
     note("  llorch pool list");
     note("and to stop it:");
     note("  llorch orchestrator stop; llorch-pool daemon stop --workers");
+}
+
+/// The variables that would lead commands away from the demo, or send its daemons what they don't know.
+fn foreign_variables() -> Vec<String> {
+    let mut names: BTreeSet<String> = ["LLORCH_ORCHESTRATOR_URL", "LLORCH_POOL_URL"]
+        .map(str::to_owned)
+        .into();
+    let own = ["LLORCH_HOME", "LLORCH_MODELS_DIR", "LLORCH_LOG"];
+    let set = names_in_environment().filter(|name| !own.contains(&name.as_str()));
+    names.extend(set.filter(|name| name.starts_with("LLORCH_")));
+    names.into_iter().collect()
 }
 
 /// Starts both daemons, runs the job, and checks what came of it. Returns the summary.

@@ -1,0 +1,316 @@
+//! The list of model files that a worker of this version can run.
+//!
+//! Everything that accepts a model (import, download, catalogue, spawn, submit) asks this module, and the worker takes
+//! its own lists from here. A file that passes [`check`] has every feature, tensor and tokenizer that the engine needs.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::gguf::{GgufError, GgufFile, Value};
+
+/// A family of models that the engine computes.
+#[derive(Debug, Clone, Copy)]
+pub struct Architecture {
+    /// Its name in GGUF files.
+    pub name: &'static str,
+    /// The tensors of each block, without the `blk.N.` before them.
+    pub block_tensors: &'static [&'static str],
+}
+
+/// Every architecture that the engine computes.
+pub const ARCHITECTURES: &[Architecture] = &[
+    Architecture {
+        name: "llama",
+        block_tensors: &[
+            "attn_norm.weight",
+            "attn_q.weight",
+            "attn_k.weight",
+            "attn_v.weight",
+            "attn_output.weight",
+            "ffn_norm.weight",
+            "ffn_gate.weight",
+            "ffn_up.weight",
+            "ffn_down.weight",
+        ],
+    },
+    Architecture {
+        name: "qwen2",
+        block_tensors: &[
+            "attn_norm.weight",
+            "attn_q.weight",
+            "attn_q.bias",
+            "attn_k.weight",
+            "attn_k.bias",
+            "attn_v.weight",
+            "attn_v.bias",
+            "attn_output.weight",
+            "ffn_norm.weight",
+            "ffn_gate.weight",
+            "ffn_up.weight",
+            "ffn_down.weight",
+        ],
+    },
+    Architecture {
+        name: "qwen3",
+        block_tensors: &[
+            "attn_norm.weight",
+            "attn_q.weight",
+            "attn_q_norm.weight",
+            "attn_k.weight",
+            "attn_k_norm.weight",
+            "attn_v.weight",
+            "attn_output.weight",
+            "ffn_norm.weight",
+            "ffn_gate.weight",
+            "ffn_up.weight",
+            "ffn_down.weight",
+        ],
+    },
+];
+
+/// Tensors outside the blocks that every model has. The output matrix may be the embedding.
+const MODEL_TENSORS: [&str; 2] = ["token_embd.weight", "output_norm.weight"];
+
+/// Kinds of vocabulary that the worker reads (`tokenizer.ggml.model`).
+pub const TOKENIZER_KINDS: &[&str] = &["gpt2", "llama"];
+
+/// Ways of splitting text before merging (`tokenizer.ggml.pre`) that the worker knows for the kind `gpt2`.
+pub const PRE_TOKENIZERS: &[&str] = &["default", "gpt-2", "smollm", "llama-bpe", "qwen2"];
+
+/// Element types that the engine multiplies with.
+pub const TENSOR_TYPES: &[&str] = &[
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
+    "Q6_K",
+];
+
+/// Ways of stretching a context (`ARCH.rope.scaling.type`) that the engine computes.
+const ROPE_SCALING: [&str; 2] = ["none", "linear"];
+
+/// The reason why no worker of this version runs a model.
+#[derive(Debug, thiserror::Error)]
+pub enum Unsupported {
+    /// The file is one of several that make up the model.
+    #[error(
+        "it is part {part} of a model that is split into {count} files, and only whole files are supported"
+    )]
+    Split {
+        /// Number of the part, from 1.
+        part: u64,
+        /// Number of parts.
+        count: u64,
+    },
+    /// The file adds something to a model: an adapter, a projector.
+    #[error("it is a file of type `{found}`, not a language model")]
+    NotAModel {
+        /// `general.type` of the file.
+        found: String,
+    },
+    /// The engine does not compute the architecture.
+    #[error("architecture `{found}` is not supported (supported: {})", names(ARCHITECTURES).join(", "))]
+    Architecture {
+        /// The architecture of the file or the catalogue entry.
+        found: String,
+    },
+    /// The engine does not compute a feature of the model.
+    #[error("the model needs {feature}, which is not supported")]
+    Feature {
+        /// The feature.
+        feature: String,
+    },
+    /// The worker does not read the vocabulary.
+    #[error("tokenizer kind `{found}` is not supported (supported: {})", TOKENIZER_KINDS.join(", "))]
+    Tokenizer {
+        /// `tokenizer.ggml.model` of the file.
+        found: String,
+    },
+    /// The worker does not know how the model's text is split.
+    #[error("pre-tokenizer `{found}` is not supported (supported: {})", PRE_TOKENIZERS.join(", "))]
+    PreTokenizer {
+        /// `tokenizer.ggml.pre` of the file.
+        found: String,
+    },
+    /// The engine does not read the element type of a tensor.
+    #[error("tensor `{tensor}` is stored as {ty}, which is not supported (supported: {})", TENSOR_TYPES.join(", "))]
+    TensorType {
+        /// Name of the tensor.
+        tensor: String,
+        /// Its element type.
+        ty: &'static str,
+    },
+    /// A part of the model is not in the file.
+    #[error("the file has no tensor `{tensor}`")]
+    MissingTensor {
+        /// Name of the tensor.
+        tensor: String,
+    },
+    /// The header lacks something that the engine needs, or contradicts itself.
+    #[error(transparent)]
+    Header(#[from] GgufError),
+}
+
+impl Unsupported {
+    /// Returns what to try next.
+    pub fn hint(&self) -> &'static str {
+        match self {
+            Self::Split { .. } => {
+                "join the parts with `llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf`, then \
+                 `llorch-pool models import WHOLE.gguf`"
+            }
+            Self::NotAModel { .. } => {
+                "take the model file itself: adapters and projectors are not supported"
+            }
+            Self::Architecture { .. }
+            | Self::Feature { .. }
+            | Self::Tokenizer { .. }
+            | Self::PreTokenizer { .. } => {
+                "take another model: `llorch-pool models catalog` shows which ones run"
+            }
+            Self::TensorType { .. } => {
+                "take another quantization of the model, such as Q4_K_M or Q8_0"
+            }
+            Self::MissingTensor { .. } | Self::Header(_) => {
+                "the file is incomplete or was made by a faulty converter: take another one"
+            }
+        }
+    }
+}
+
+fn names(architectures: &[Architecture]) -> Vec<&'static str> {
+    architectures.iter().map(|known| known.name).collect()
+}
+
+/// Fails unless a worker can run the file with this header.
+pub fn check(header: &GgufFile) -> Result<(), Unsupported> {
+    check_kind(header)?;
+    let architecture = check_architecture(header.architecture()?)?;
+    check_features(header)?;
+    check_tokenizer(header)?;
+    check_tensors(header, architecture)
+}
+
+/// As [`check`], for the file at `path`: a part of a split model that does not say so is known by its name.
+pub fn check_file(path: &Path, header: &GgufFile) -> Result<(), Unsupported> {
+    let refused = match check(header) {
+        Err(refused @ (Unsupported::MissingTensor { .. } | Unsupported::Header(_))) => refused,
+        outcome => return outcome,
+    };
+    let name = path.file_name().and_then(|name| name.to_str());
+    check_file_name(name.unwrap_or_default())?;
+    Err(refused)
+}
+
+/// Fails unless the engine computes the architecture called `name`.
+pub fn check_architecture(name: &str) -> Result<&'static Architecture, Unsupported> {
+    let known = ARCHITECTURES.iter().find(|known| known.name == name);
+    known.ok_or_else(|| Unsupported::Architecture {
+        found: name.to_owned(),
+    })
+}
+
+/// Fails where a file's name says that it is one part of a model: `NAME-00001-of-00003.gguf`.
+pub fn check_file_name(name: &str) -> Result<(), Unsupported> {
+    let number = |digits: &str| {
+        (digits.len() == 5)
+            .then(|| digits.parse::<u64>().ok())
+            .flatten()
+    };
+    let parts = name.strip_suffix(".gguf").and_then(|stem| {
+        let (rest, count) = stem.rsplit_once("-of-")?;
+        let (_, part) = rest.rsplit_once('-')?;
+        Some((number(part)?, number(count)?))
+    });
+    match parts {
+        Some((part, count)) if count > 1 => Err(Unsupported::Split { part, count }),
+        _ => Ok(()),
+    }
+}
+
+fn check_kind(header: &GgufFile) -> Result<(), Unsupported> {
+    let count = header.get::<u64>("split.count")?.unwrap_or(1);
+    if count > 1 {
+        let part = header.get::<u64>("split.no")?.unwrap_or(0);
+        return Err(Unsupported::Split {
+            part: part.saturating_add(1),
+            count,
+        });
+    }
+    match header.get::<&str>("general.type")? {
+        None | Some("model") => Ok(()),
+        Some(other) => Err(Unsupported::NotAModel {
+            found: other.to_owned(),
+        }),
+    }
+}
+
+fn check_features(header: &GgufFile) -> Result<(), Unsupported> {
+    let feature = |feature: String| Err(Unsupported::Feature { feature });
+    let experts = header.expert_count()?;
+    if experts > 0 {
+        return feature(format!("a mixture of {experts} experts"));
+    }
+    let (keys, values) = (header.head_dim()?, header.value_head_dim()?);
+    if keys != values {
+        return feature(format!(
+            "value heads ({values}) of another width than key heads ({keys})"
+        ));
+    }
+    let key = format!("{}.rope.scaling.type", header.architecture()?);
+    if let Some(Value::String(kind)) = header.metadata().get(&key)
+        && !ROPE_SCALING.contains(&kind.as_str())
+    {
+        return feature(format!("rope scaling of type `{kind}`"));
+    }
+    // Numbers without which the engine can't compute.
+    header.head_count_kv()?;
+    header.context_length()?;
+    header.require_arch::<f64>("attention.layer_norm_rms_epsilon")?;
+    Ok(())
+}
+
+fn check_tokenizer(header: &GgufFile) -> Result<(), Unsupported> {
+    let kind = header.tokenizer_kind()?;
+    if !TOKENIZER_KINDS.contains(&kind) {
+        return Err(Unsupported::Tokenizer {
+            found: kind.to_owned(),
+        });
+    }
+    // A vocabulary of pieces with scores needs no rule for splitting.
+    match header.tokenizer_pre()? {
+        Some(pre) if kind == "gpt2" && !PRE_TOKENIZERS.contains(&pre) => {
+            Err(Unsupported::PreTokenizer {
+                found: pre.to_owned(),
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_tensors(header: &GgufFile, architecture: &Architecture) -> Result<(), Unsupported> {
+    // By name once: a large model has thousands of tensors.
+    let found: HashMap<_, _> = header
+        .tensors()
+        .iter()
+        .map(|tensor| (tensor.name.as_str(), tensor.ty.name()))
+        .collect();
+    let readable = |name: String| match found.get(name.as_str()) {
+        None => Err(Unsupported::MissingTensor { tensor: name }),
+        Some(ty) if !TENSOR_TYPES.contains(ty) => Err(Unsupported::TensorType { tensor: name, ty }),
+        Some(_) => Ok(()),
+    };
+    for name in MODEL_TENSORS {
+        readable(name.to_owned())?;
+    }
+    for block in 0..header.block_count()? {
+        for part in architecture.block_tensors {
+            readable(format!("blk.{block}.{part}"))?;
+        }
+    }
+    // Optional, and read where it is there.
+    match found.contains_key("output.weight") {
+        true => readable("output.weight".to_owned()),
+        false => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

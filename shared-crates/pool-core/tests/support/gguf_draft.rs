@@ -1,0 +1,164 @@
+//! GGUF files as tests need them: one that a worker could run by its header, and what becomes of it by a change.
+//!
+//! It needs nothing but the standard library, so that other test crates can include this file. The tensors are zeros:
+//! [`GgufDraft::bytes`] makes a file for importing, downloading and listing, not for computing.
+
+#![allow(dead_code)] // Every user has its own part of this.
+
+/// A metadata value.
+#[derive(Debug, Clone)]
+pub enum Meta {
+    Text(String),
+    Number(u32),
+    Float(f32),
+    Texts(Vec<String>),
+}
+
+/// A file that is not written yet.
+#[derive(Debug, Clone)]
+pub struct GgufDraft {
+    pub metadata: Vec<(String, Meta)>,
+    /// Name, dimensions, number of the element type (0 is F32).
+    pub tensors: Vec<(String, Vec<u64>, u32)>,
+}
+
+impl GgufDraft {
+    /// A file of the architecture `llama` that a worker could run, of about two kilobytes.
+    pub fn servable() -> Self {
+        let number = |key: &str, value| (key.to_owned(), Meta::Number(value));
+        let text = |key: &str, value: &str| (key.to_owned(), Meta::Text(value.to_owned()));
+        let matrix = |name: &str| (name.to_owned(), vec![2, 2], 0);
+        let vector = |name: &str| (name.to_owned(), vec![2], 0);
+        Self {
+            metadata: vec![
+                text("general.architecture", "llama"),
+                number("llama.block_count", 1),
+                number("llama.context_length", 64),
+                number("llama.embedding_length", 2),
+                number("llama.feed_forward_length", 2),
+                number("llama.attention.head_count", 1),
+                (
+                    "llama.attention.layer_norm_rms_epsilon".to_owned(),
+                    Meta::Float(1e-5),
+                ),
+                text("tokenizer.ggml.model", "gpt2"),
+                text("tokenizer.ggml.pre", "gpt-2"),
+                (
+                    "tokenizer.ggml.tokens".to_owned(),
+                    Meta::Texts(vec!["a".to_owned(), "b".to_owned()]),
+                ),
+                ("tokenizer.ggml.merges".to_owned(), Meta::Texts(Vec::new())),
+            ],
+            tensors: vec![
+                matrix("token_embd.weight"),
+                vector("output_norm.weight"),
+                vector("blk.0.attn_norm.weight"),
+                matrix("blk.0.attn_q.weight"),
+                matrix("blk.0.attn_k.weight"),
+                matrix("blk.0.attn_v.weight"),
+                matrix("blk.0.attn_output.weight"),
+                vector("blk.0.ffn_norm.weight"),
+                matrix("blk.0.ffn_gate.weight"),
+                matrix("blk.0.ffn_up.weight"),
+                matrix("blk.0.ffn_down.weight"),
+            ],
+        }
+    }
+
+    /// Sets a metadata value.
+    pub fn with(mut self, key: &str, value: Meta) -> Self {
+        self.metadata.retain(|(known, _)| known != key);
+        self.metadata.push((key.to_owned(), value));
+        self
+    }
+
+    /// As [`GgufDraft::with`], with a text.
+    pub fn with_text(self, key: &str, value: &str) -> Self {
+        self.with(key, Meta::Text(value.to_owned()))
+    }
+
+    /// As [`GgufDraft::with`], with a number.
+    pub fn with_number(self, key: &str, value: u32) -> Self {
+        self.with(key, Meta::Number(value))
+    }
+
+    /// Leaves a metadata value out.
+    pub fn without(mut self, key: &str) -> Self {
+        self.metadata.retain(|(known, _)| known != key);
+        self
+    }
+
+    /// Leaves a tensor out.
+    pub fn without_tensor(mut self, name: &str) -> Self {
+        self.tensors.retain(|(known, ..)| known != name);
+        self
+    }
+
+    /// Changes the architecture, and the keys that begin with its name.
+    pub fn of_architecture(mut self, name: &str) -> Self {
+        for (key, _) in &mut self.metadata {
+            if let Some(rest) = key.strip_prefix("llama.") {
+                *key = format!("{name}.{rest}");
+            }
+        }
+        self.with_text("general.architecture", name)
+    }
+
+    /// The file's content: only F32, and types whose blocks are a whole number of the tensor's rows, have the right size.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut file = b"GGUF".to_vec();
+        file.extend(3u32.to_le_bytes());
+        file.extend((self.tensors.len() as u64).to_le_bytes());
+        file.extend((self.metadata.len() as u64).to_le_bytes());
+        for (key, value) in &self.metadata {
+            text(&mut file, key);
+            match value {
+                Meta::Text(value) => {
+                    file.extend(8u32.to_le_bytes());
+                    text(&mut file, value);
+                }
+                Meta::Number(value) => {
+                    file.extend(4u32.to_le_bytes());
+                    file.extend(value.to_le_bytes());
+                }
+                Meta::Float(value) => {
+                    file.extend(6u32.to_le_bytes());
+                    file.extend(value.to_le_bytes());
+                }
+                Meta::Texts(values) => {
+                    file.extend(9u32.to_le_bytes());
+                    file.extend(8u32.to_le_bytes());
+                    file.extend((values.len() as u64).to_le_bytes());
+                    values.iter().for_each(|value| text(&mut file, value));
+                }
+            }
+        }
+        let mut offset = 0;
+        for (name, dims, ty) in &self.tensors {
+            text(&mut file, name);
+            file.extend((dims.len() as u32).to_le_bytes());
+            dims.iter().for_each(|dim| file.extend(dim.to_le_bytes()));
+            file.extend(ty.to_le_bytes());
+            file.extend((offset as u64).to_le_bytes());
+            offset += tensor_bytes(dims, *ty).next_multiple_of(32);
+        }
+        file.resize(file.len().next_multiple_of(32) + offset, 0);
+        file
+    }
+}
+
+fn tensor_bytes(dims: &[u64], ty: u32) -> usize {
+    let elements: u64 = dims.iter().product();
+    let bytes = match ty {
+        0 => elements * 4,
+        // IQ2_XXS: blocks of 256 elements in 66 bytes.
+        16 => elements / 256 * 66,
+        other => panic!("no size is known for type {other}"),
+    };
+    usize::try_from(bytes).expect("a small tensor")
+}
+
+fn text(file: &mut Vec<u8>, text: &str) {
+    file.extend((text.len() as u64).to_le_bytes());
+    file.extend(text.as_bytes());
+}
