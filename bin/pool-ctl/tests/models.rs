@@ -449,8 +449,7 @@ fn a_second_download_waits_for_the_first() {
 #[test] // [POOLCTL-058]
 fn info_tells_what_ends_a_turn_and_whether_the_chat_template_is_usable() {
     let home = Home::new();
-    let path = home.path("odd.gguf");
-    let import = |chat_template| {
+    let import = |name: &str, chat_template| {
         let model = tiny_model::TinyModel {
             chat_template,
             // Typed as text, and not the one that the file names.
@@ -458,17 +457,17 @@ fn info_tells_what_ends_a_turn_and_whether_the_chat_template_is_usable() {
             eos: 258,
             ..tiny_model::TinyModel::default()
         };
+        let path = home.path(&format!("{name}.gguf"));
         model.write(&path).unwrap();
         let file = path.to_str().unwrap();
-        home.run(&["models", "import", file, "--as", "odd", "--force"])
-            .exits(0);
-        let json = home.run(&["models", "info", "odd", "--format", "json"]);
+        home.run(&["models", "import", file, "--as", name]).exits(0);
+        let json = home.run(&["models", "info", name, "--format", "json"]);
         (
             json.exits(0).json(),
-            home.run(&["models", "info", "odd"]).exits(0).out,
+            home.run(&["models", "info", name]).exits(0).out,
         )
     };
-    let (info, table) = import(Some("{{ messages[0].content }}{% frobnicate %}"));
+    let (info, table) = import("odd", Some("{{ messages[0].content }}{% frobnicate %}"));
     assert_eq!(
         info["end_tokens"],
         serde_json::json!([
@@ -483,9 +482,10 @@ fn info_tells_what_ends_a_turn_and_whether_the_chat_template_is_usable() {
     let problem = info["chat_template_problem"].as_str().unwrap();
     assert!(problem.contains("frobnicate"), "{problem}");
     assert!(table.contains("raw prompts only"), "{table}");
-    let (info, _) = import(Some(
-        "{% generation %}{{ messages[0].content }}{% endgeneration %}",
-    ));
+    let (info, _) = import(
+        "sound",
+        Some("{% generation %}{{ messages[0].content }}{% endgeneration %}"),
+    );
     assert_eq!(info.get("chat_template_problem"), None);
     assert_eq!(info["chat_template"], true);
 }
