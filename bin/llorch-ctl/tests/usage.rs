@@ -1,5 +1,8 @@
 //! What a user meets before any daemon is called: help, exit codes, refused arguments, an orchestrator that isn't there.
 
+// Helpers may fail a test as the test itself may.
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::fs;

@@ -94,7 +94,7 @@ pub enum DownloadRefused {
         /// The model.
         model_ref: ModelRef,
         /// Why not.
-        reason: Unsupported,
+        reason: Box<Unsupported>,
     },
     /// It is a file of this host.
     #[error("there is nowhere to download `{model_ref}` from")]
@@ -196,7 +196,10 @@ impl Drop for UnderWay {
 /// The model by the name that its download goes by, if it may be had.
 fn checked(pool: &Pool, model: &ModelRef) -> Result<ModelRef, DownloadRefused> {
     let nowhere = |model_ref| DownloadRefused::NowhereFrom { model_ref };
-    let unsupported = |model_ref, reason| DownloadRefused::Unsupported { model_ref, reason };
+    let unsupported = |model_ref, reason| DownloadRefused::Unsupported {
+        model_ref,
+        reason: Box::new(reason),
+    };
     if let ModelRef::File(_) = model {
         return Err(nowhere(model.clone()));
     }

@@ -181,7 +181,7 @@ impl Marking<'_> {
         let whole = self.whole.iter().flat_map(|whole| whole.find_iter(text));
         for place in whole
             .map(|found| found.range())
-            .chain([text.len()..text.len()])
+            .chain(std::iter::once(text.len()..text.len()))
         {
             let between = &text[end..place.start];
             for (at, c) in between.char_indices() {

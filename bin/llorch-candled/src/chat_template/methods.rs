@@ -77,7 +77,12 @@ pub(super) fn call(
         "startswith" | "endswith" if args.len() > 1 => {
             let (what, start): (&Value, usize) = from_args(args)?;
             let rest: String = text.chars().skip(start).collect();
-            unknown_method_callback(state, &Value::from(rest), method, &[what.clone()])
+            unknown_method_callback(
+                state,
+                &Value::from(rest),
+                method,
+                std::slice::from_ref(what),
+            )
         }
         "removeprefix" => {
             let (prefix,): (&str,) = from_args(args)?;

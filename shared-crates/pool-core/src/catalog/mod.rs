@@ -17,6 +17,9 @@ use crate::ModelRef;
 use crate::home::Home;
 use crate::model_ref::{is_alias, is_invisible};
 
+#[cfg(test)]
+#[path = "../../tests/support/gguf_draft.rs"]
+mod draft;
 pub mod gguf;
 pub mod store;
 pub mod support;

@@ -124,7 +124,7 @@ impl CliError {
         }
         // Texts may come from a daemon or a model, and go to a terminal.
         let show = |label: &str, text: &str| {
-            note(format!("{label}: {}", sanitize::clean(&in_commands(text))))
+            note(format!("{label}: {}", sanitize::clean(&in_commands(text))));
         };
         show(&paint::on_stderr(paint::Style::Bad, "error"), &self.message);
         for cause in &self.causes {

@@ -1,11 +1,8 @@
 use super::download::DISK_RESERVE_BYTES;
 use super::*;
-use draft::GgufDraft;
+use crate::catalog::draft::GgufDraft;
 use sha2::{Digest, Sha256};
 use std::os::unix::fs::symlink;
-
-#[path = "../../../tests/support/gguf_draft.rs"]
-mod draft;
 
 /// A file that a worker could run, by its header.
 fn tiny_gguf() -> Vec<u8> {

@@ -1,9 +1,6 @@
 use super::super::gguf::GgmlType;
 use super::*;
-use draft::{GgufDraft, Meta};
-
-#[path = "../../../tests/support/gguf_draft.rs"]
-mod draft;
+use crate::catalog::draft::{GgufDraft, Meta};
 
 fn read(draft: &GgufDraft) -> GgufFile {
     let bytes = draft.bytes();
