@@ -152,7 +152,7 @@ fn bound_integer(schema: &mut Map<String, Value>) {
         Some("u-int8") => ("uint8", u64::from(u8::MAX)),
         Some("u-int16") => ("uint16", u64::from(u16::MAX)),
         Some("u-int32") => ("uint32", u64::from(u32::MAX)),
-        Some("u-int64") => return bound_large_integer(schema),
+        Some("u-int64") => ("uint64", u64::MAX),
         Some("int32") => ("int32", i32::MAX.unsigned_abs().into()),
         _ => return,
     };
@@ -162,15 +162,6 @@ fn bound_integer(schema: &mut Map<String, Value>) {
     }
     schema.insert("format".to_owned(), name.into());
     schema.entry("maximum").or_insert_with(|| most.into());
-}
-
-/// Bounds an unsigned integer of 64 bits by 2^64, which every reader of the document keeps, unlike 2^64 - 1.
-fn bound_large_integer(schema: &mut Map<String, Value>) {
-    const ABOVE_U64: f64 = 18_446_744_073_709_551_616.0;
-    schema.insert("format".to_owned(), "uint64".into());
-    if !schema.contains_key("maximum") {
-        schema.insert("exclusiveMaximum".to_owned(), ABOVE_U64.into());
-    }
 }
 
 fn unfold_nullable_time(schema: &mut Map<String, Value>) {

@@ -96,7 +96,16 @@ impl Index {
             settled: None,
             wake: None,
         });
+        self.look_for_memory_again();
         id
+    }
+
+    /// Lets classes that wait for memory look at all pools again. A worker's eviction follows other rules while a job could
+    /// use that worker, so the first and the last such job change what may be evicted.
+    fn look_for_memory_again(&mut self) {
+        for class in self.classes_where(|jobs| jobs.settled == Some(WaitReason::MemoryShort)) {
+            self.look_at_all(class);
+        }
     }
 
     /// Forgets a class without jobs. What only its jobs needed may now be evicted for others.
@@ -114,9 +123,7 @@ impl Index {
                 self.wakes.remove(&(at, class));
             }
         }
-        self.classes_where(|jobs| jobs.settled == Some(WaitReason::MemoryShort))
-            .into_iter()
-            .for_each(|class| self.look_at_all(class));
+        self.look_for_memory_again();
     }
 
     pub(super) fn classes_where(&self, test: impl Fn(&Jobs) -> bool) -> Vec<usize> {
