@@ -15,7 +15,7 @@ struct Case {
     template: String,
     bos: String,
     eos: String,
-    /// Names of control tokens, to be told apart from the text of messages.
+    /// Names of control tokens, by which the tokenizer distinguishes them from the text of messages.
     control: Vec<String>,
     messages: Vec<Value>,
     tools: Value,
@@ -25,7 +25,7 @@ struct Case {
 struct Outcome {
     text: Option<String>,
     error: Option<String>,
-    /// How many control tokens the template itself wrote.
+    /// Number of control tokens that the template itself wrote.
     control_tokens: usize,
 }
 

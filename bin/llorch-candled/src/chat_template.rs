@@ -71,7 +71,7 @@ pub enum TemplateError {
         /// The limit it ran into.
         limit: usize,
     },
-    /// The text of a message can't be told from the template's own control tokens.
+    /// The text of a message can't be distinguished from the template's own control tokens.
     #[error(
         "a message has the name of a control token, and the model's chat template treats it in a way of its own: remove the name, or send `allow_special: true`"
     )]
@@ -81,15 +81,15 @@ pub enum TemplateError {
 /// The input of a chat template.
 #[derive(Debug, Clone)]
 pub struct Conversation {
-    /// Mappings with `role`, `content` and whatever else a template reads. A role is taken as the caller's word; all
-    /// other texts are taken as anybody's.
+    /// Mappings with `role`, `content` and whatever else a template reads. The caller vouches for a role; all other
+    /// texts are untrusted.
     pub messages: Vec<Value>,
-    /// Descriptions of tools, a list; or none.
+    /// Descriptions of tools, a list; none if the request has no tools.
     pub tools: Value,
 }
 
 impl Conversation {
-    /// A conversation of these messages, without tools.
+    /// Returns a conversation of these messages, without tools.
     pub fn new(messages: &[Message]) -> Self {
         let value =
             |m: &Message| context! { role => role_name(m.role), content => m.content.as_str() };
@@ -99,7 +99,7 @@ impl Conversation {
         }
     }
 
-    /// Bytes of all texts.
+    /// Returns the number of bytes of all texts.
     fn bytes(&self) -> usize {
         let messages = self.messages.iter().map(marks::bytes);
         messages.sum::<usize>() + marks::bytes(&self.tools)
@@ -111,14 +111,14 @@ impl Conversation {
 pub struct Rendered {
     /// The prompt.
     pub text: String,
-    /// Byte positions, ascending, that no control token may lie across: on one side at least is the text of a message.
+    /// Byte positions, ascending, that no control token may span: at least one side is the text of a message.
     pub breaks: Vec<usize>,
 }
 
 /// A compiled chat template.
 pub struct ChatTemplate {
     compiled: Arc<Compiled>,
-    /// Texts in quotes that the template has, sorted.
+    /// Quoted texts in the template, sorted.
     literals: Vec<String>,
     ran_away: AtomicBool,
 }
@@ -157,13 +157,14 @@ impl ChatTemplate {
         }
     }
 
-    /// Renders the prompt for a conversation, up to where the model's answer begins, and finds out which of its text comes
-    /// from the messages, so that none of it becomes one of the tokens in `control`; without these, nothing is kept apart.
+    /// Renders the prompt for a conversation, up to where the model's answer begins, and finds the parts that come from
+    /// the messages, so that none of these parts becomes a token in `control`; without control tokens, nothing is kept
+    /// apart.
     ///
-    /// A template may do with the text of a message as it likes, so the text that matters is always that of the plain
-    /// messages. Where it comes from is read off further renderings, of messages with marks in them: one whose text is
-    /// the same but for the marks says it. The first has marks around every character; a template that looks into the
-    /// messages may see them, so the next ones have fewer.
+    /// A template may transform the text of a message in any way, so the prompt is always the rendering of the plain
+    /// messages. Further renderings, of messages with marks in them, show where its text comes from: a marked rendering
+    /// counts if its text is the same but for the marks. The first has marks around every character; a template that
+    /// inspects the messages may see the marks, so later renderings have fewer.
     pub fn render(
         &self,
         conversation: &Conversation,
@@ -271,7 +272,7 @@ impl Compiled {
             limit,
             exceeded: false,
         };
-        // Fuel and time belong to the environment, and differ from conversation to conversation.
+        // Fuel and time belong to the environment, and differ between conversations.
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(fuel));
         environment.add_function("strftime_now", move |format: &str| strftime(format, &now));
@@ -305,7 +306,7 @@ fn raise_exception(message: &str) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message.to_owned()))
 }
 
-/// The local date and time, for templates that say what day it is.
+/// Formats the local date and time, for templates that write the current day.
 fn strftime(format: &str, now: &Zoned) -> Result<String, Error> {
     jiff::fmt::strtime::format(format, now)
         .map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))

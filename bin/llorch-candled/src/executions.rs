@@ -85,7 +85,7 @@ struct EventLog {
     bytes: usize,
     metrics: Option<StoredEvent>,
     metrics_version: u64,
-    /// The worker's own time at its end: a gap in which the worker did not run ages no buffer.
+    /// End of the execution in this process's own time, so that a gap in which the worker did not run ages no buffer.
     ended: Option<Duration>,
 }
 

@@ -141,7 +141,7 @@ pub async fn run(
         token: Some(secret.clone()),
         open_paths: vec!["/health"],
         body_limit: BODY_LIMIT,
-        // The fleet has the secret; a caller without it is refused as soon as its head is read.
+        // Only the fleet has the secret; a caller without the secret is refused as soon as its head is read.
         is_control: |_, _| true,
         is_stream: |_, _, _| false,
         ..ServiceOptions::new(

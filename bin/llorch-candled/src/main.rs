@@ -12,7 +12,7 @@ use pool_core::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Threads in addition to those that compute: the runtime's, the one that leads the computation, and a template's.
+/// Threads in addition to the compute threads: the runtime's, the one that leads the computation, and a template's.
 const OWN_THREADS: usize = 9;
 
 /// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which hand over
@@ -75,8 +75,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// Returns how many of `wanted` compute threads the system has room for. candle and rayon panic where it gives fewer than
-/// they ask for, and each of them starts that many.
+/// Returns how many of `wanted` compute threads the system has room for. candle and rayon each start that many, and
+/// panic if the system gives fewer.
 fn compute_threads(wanted: u32) -> Result<u32, RuntimeError> {
     let needed = OWN_THREADS + 2;
     let found = threads::available(OWN_THREADS + 2 * wanted as usize);

@@ -7,7 +7,7 @@ use prometheus::{
     TextEncoder,
 };
 
-/// The outcome of an execution whose text is whole.
+/// The outcome of an execution with a complete text.
 const END: &str = "end";
 /// The errors that an execution may end with.
 const ERRORS: [WorkerErrorCode; 7] = [
@@ -106,7 +106,7 @@ impl Metrics {
         metrics
             .registry
             .register(Box::new(metrics.executions.clone()))?;
-        // A series that begins with its first event is missed by rates and alerts.
+        // Rates and alerts miss a series that begins with its first event.
         for outcome in ERRORS.map(WorkerErrorCode::as_str) {
             metrics.executions.with_label_values(&[outcome]);
         }
@@ -128,7 +128,7 @@ impl Metrics {
         Ok(metrics)
     }
 
-    /// Counts the prompt of an execution that started.
+    /// Counts the prompt tokens of an execution that started.
     pub fn prompt(&self, tokens: u32) {
         self.prompt_tokens.inc_by(tokens.into());
     }

@@ -482,7 +482,7 @@ fn the_context_bounds_prompt_and_answer() {
     assert_eq!((overflow.needed_tokens, overflow.model_context), (65, 64));
 }
 
-/// The tiny model of 64 tokens of context, served with 32.
+/// Returns an engine with the tiny model of 64 tokens of context, served with 32.
 fn half_of_its_context() -> Engine {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("tiny.gguf");
@@ -524,7 +524,7 @@ fn a_worker_says_what_context_a_request_needs() {
         }
     );
     assert_eq!(needed(64, 0, 1).needed_tokens, 65);
-    // What an earlier attempt drew has to fit as well, and one more token where the answer has one more.
+    // The tokens of an earlier attempt must fit as well, and one more token if the answer continues.
     assert_eq!(needed(20, 12, 100).needed_tokens, 33);
     assert_eq!(needed(20, 44, 100).needed_tokens, 64);
     let whole = answer(&engine, request(20, 12, 12));

@@ -1,5 +1,5 @@
-//! Model files that only the worker can judge: without a usable tokenizer, or with a chat template that never ends. Each is
-//! loaded in a process of its own that is measured; so are templates that turn hostile in a job.
+//! Model files that only the worker can judge: without a usable tokenizer, or with a chat template that never ends.
+//! Each file is loaded in a measured process of its own, as are templates that turn hostile in a job.
 
 #[path = "../../../shared-crates/pool-core/tests/support/gguf_mutants.rs"]
 mod gguf_mutants;

@@ -266,7 +266,7 @@ async fn a_forged_turn_is_text_unless_the_request_allows_it() {
         };
         tokens_in.push(started.tokens_in);
     }
-    // Each byte is a token, and so is a name that counts.
+    // Each byte is a token, and so is a name that becomes a token.
     assert_eq!(tokens_in, [10, 19, 10]);
     worker.stop().await;
 }

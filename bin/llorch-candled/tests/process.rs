@@ -43,7 +43,7 @@ fn command(args: &WorkerArgs) -> Command {
     prepared(Command::new(env!("CARGO_BIN_EXE_llorch-candled")), args)
 }
 
-/// As [`command`], after `limit` of the shell.
+/// Returns [`command`], started under `limit`, a shell command.
 fn limited(args: &WorkerArgs, limit: &str) -> Command {
     let mut shell = Command::new("/bin/sh");
     shell
@@ -283,7 +283,7 @@ async fn strangers_leave_the_fleet_its_places() {
             assert!(begun.elapsed() < PATIENCE, "it never listens");
             std::thread::sleep(Duration::from_millis(5));
         }
-        // Half of them ask for something, without the secret, and keep their connections.
+        // Half of these connections send a request, without the secret, and stay open.
         let strangers: Vec<TcpStream> = (0..400)
             .map(|number| {
                 let mut stream = TcpStream::connect(address).unwrap();

@@ -190,10 +190,10 @@ fn a_web_page_with_forged_turns_is_text() {
     };
     let (forged, harmless) = (prompt(page), prompt("Recipes"));
     let signs = |ids: &[u32]| ids.iter().filter(control).copied().collect::<Vec<_>>();
-    // The template's own: its system message, three turns, and the beginning of the answer.
+    // The template's own tokens: its system message, three turns, and the beginning of the answer.
     assert_eq!(signs(&forged), signs(&harmless));
     assert_eq!(signs(&forged).len(), 9);
-    // The page has the ids of text, and reads back as it is.
+    // The page has the ids of plain text, and decodes to the same text.
     let mut reader = tokenizer.detokenizer();
     let text: String = forged.iter().map(|id| reader.push(*id)).collect();
     assert!(text.contains(&format!("user\n{page}\nassistant")), "{text}");

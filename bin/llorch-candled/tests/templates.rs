@@ -1,5 +1,5 @@
-//! Chat templates and the tokens of a prompt: text of a message stays text, answers end where the model ends them, and a
-//! template that can't be used leaves raw prompts alone.
+//! Chat templates and the tokens of a prompt: text of a message stays text, answers end where the model ends them, and
+//! an unusable template does not affect raw prompts.
 
 mod support;
 
@@ -14,7 +14,7 @@ use support::{greedy, run, tiny};
 const START: u32 = 256;
 const END: u32 = 257;
 
-/// Templates that do to the text of messages what published ones do, each with the control tokens that it writes for a
+/// Templates that treat the text of messages as published ones do, each with the number of control tokens for a
 /// message.
 const TEMPLATES: [(&str, usize); 10] = [
     (
@@ -138,7 +138,7 @@ fn names_become_control_tokens_where_the_request_says_so() {
         control_tokens(&engine, request)
     };
     assert_eq!((count(false, false), count(false, true)), (2, 3));
-    // A raw prompt is the caller's own from end to end.
+    // A raw prompt is entirely the caller's own text.
     assert_eq!((count(true, false), count(true, true)), (1, 1));
 }
 
@@ -164,7 +164,7 @@ fn a_template_that_looks_for_control_tokens_in_messages_fails_the_job_that_has_t
     );
 }
 
-/// Parts of names and other things that templates cut at.
+/// Generates parts of names and other texts that templates cut at.
 fn part() -> impl Strategy<Value = String> {
     let parts = [
         "<|im_start|>",
@@ -201,7 +201,7 @@ proptest! {
         let (template, of_its_own) = TEMPLATES[which];
         let engine = engine(template);
         let messages: Vec<String> = messages.into_iter().map(|parts| parts.concat()).collect();
-        // One of the templates answers a text of its own with a token of its own.
+        // The template answers its own quoted text with its own token.
         let tools = messages.iter().filter(|m| template.contains("<tool>") && m.starts_with("<tool>"));
         let expected = messages.len() * of_its_own + tools.count();
         prop_assert_eq!(control_tokens(&engine, request(&messages)), expected, "{:?}", messages);
@@ -265,7 +265,7 @@ fn an_answer_ends_with_a_token_of_a_known_text_whatever_its_type() {
             ended += usize::from(answer.end.stop_reason == StopReason::Eos);
         }
         assert!(ended > 0, "type {kind}: the model likes the token");
-        // Its name is the token in a template's text as well.
+        // In a template's text the name becomes the token as well.
         assert_eq!(control_tokens(&engine, greedy("x")), 2, "type {kind}");
     }
 }

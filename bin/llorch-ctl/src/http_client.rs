@@ -32,15 +32,15 @@ pub use list::{JobFilter, JobPages};
 const STANDARD_URL: &str = "http://127.0.0.1:8080";
 /// Pauses before a call is made again whose answer did not arrive.
 const PAUSES_MS: [u64; 6] = [100, 250, 500, 1000, 2000, 4000];
-/// Jobs that are named where a prefix names several.
+/// Most jobs listed for an ambiguous prefix.
 const SHOWN_CANDIDATES: usize = 5;
 
 /// Which orchestrator is meant, and the token for it.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Connection")]
 pub struct ConnectArgs {
-    /// Address of the orchestrator: a URL, `HOST:PORT`, `:PORT` or `PORT` [default: the one that runs on this machine, else
-    /// http://127.0.0.1:8080]
+    /// Address of the orchestrator: a URL, `HOST:PORT`, `:PORT` or `PORT` [default: the orchestrator running on this
+    /// machine, else http://127.0.0.1:8080]
     #[arg(
         long,
         global = true,
@@ -55,7 +55,7 @@ pub struct ConnectArgs {
 }
 
 impl ConnectArgs {
-    /// Returns the same with the address `url`.
+    /// Returns the options with the address `url`.
     pub fn at(mut self, url: &str) -> Self {
         self.url = Some(url.to_owned());
         self
@@ -226,12 +226,12 @@ impl Orchestrator {
         self.client.fetch(request).await
     }
 
-    /// Returns the jobs that match, page by page: those that are not over first, then the others, each newest first.
+    /// Returns the matching jobs, page by page: unfinished jobs first, then finished ones, each newest first.
     pub fn jobs(&self, filter: &JobFilter, short_ids: bool) -> JobPages {
         JobPages::new(self.clone(), filter, short_ids)
     }
 
-    /// Returns the number of jobs that match.
+    /// Returns the number of matching jobs.
     pub async fn count(&self, filter: &JobFilter) -> Result<u64, ClientError> {
         let mut query = filter.query();
         query.push(("limit", "1".to_owned()));
@@ -239,7 +239,7 @@ impl Orchestrator {
         Ok(self.page(&query).await?.total.unwrap_or_default())
     }
 
-    /// Returns the id of the one job that the beginning of an id names. A whole id is not looked up.
+    /// Returns the id of the only job whose id begins with `prefix`. A whole id is not looked up.
     pub async fn resolve(&self, prefix: &JobIdPrefix) -> Result<JobId, CliError> {
         if let Some(id) = prefix.whole() {
             return Ok(id);
@@ -325,7 +325,7 @@ impl Orchestrator {
     }
 }
 
-/// The error of a prefix that several ids begin with.
+/// Returns the error of a prefix that several ids begin with.
 fn ambiguous(prefix: &JobIdPrefix, jobs: &[TaskSummary]) -> CliError {
     let more = if jobs.len() > SHOWN_CANDIDATES {
         ", ..."

@@ -345,7 +345,7 @@ async fn a_terminal_shows_how_far_the_prompt_is_read() {
     );
 }
 
-// [LLORCH-023] Where text and remarks show up in one place, a remark is not in the middle of a word.
+// [LLORCH-023] Where text and remarks share one output, no remark splits a word.
 #[tokio::test]
 async fn a_broken_stream_is_told_in_plain_words_on_a_line_of_its_own() {
     let first = vec![
@@ -367,7 +367,7 @@ async fn a_broken_stream_is_told_in_plain_words_on_a_line_of_its_own() {
     assert_eq!(finish(command.spawn().unwrap()).await.code, 0);
     assert_eq!(std::fs::read_to_string(&path).unwrap(), expected);
 
-    // Apart from each other, the text stays whole.
+    // With separate outputs, the text stays contiguous.
     let listens = fake(vec![first, rest]).start().await;
     let run = listens.run(&SUBMIT).await;
     assert_eq!((run.code, run.out.as_str()), (0, "one word\n"));
@@ -377,7 +377,7 @@ async fn a_broken_stream_is_told_in_plain_words_on_a_line_of_its_own() {
     );
 }
 
-// [LLORCH-023] A reader that fell behind comes back, and nothing is lost that would have to be told of.
+// [LLORCH-023] A lagging reader reconnects and loses nothing, so there is nothing to report.
 #[tokio::test]
 async fn a_reader_that_fell_behind_comes_back_silently() {
     let first = vec![
@@ -473,7 +473,7 @@ async fn json_lines_carry_every_event() {
     assert_eq!(fake.asked().resumed_after, [Some("1.1".to_owned()), None]);
 }
 
-/// Followed from its last event on, a job is judged by its record: at once, with nothing printed again.
+/// A job followed from its last event is judged by its record: at once, without printing text again.
 #[tokio::test] // [LLORCH-023]
 async fn events_after_the_last_one_end_at_once() {
     let over = Fake {
@@ -579,7 +579,7 @@ async fn a_list_is_an_array_of_jobs_with_ids() {
     );
 }
 
-// [LLORCH-030] A job that ends between two pages is in the list once, whichever page would have had it.
+// [LLORCH-030] A job that ends between two pages is listed once, whichever page would contain it.
 #[tokio::test]
 async fn a_job_that_ends_while_it_is_listed_is_listed_once() {
     use JobStatus::{Completed, Running};
@@ -797,7 +797,7 @@ async fn the_local_orchestrator_is_found_and_found_again_at_another_port() {
     assert_eq!(after.asked().resumed_after, [Some("1.2".to_owned())]);
 }
 
-/// Keeps what comes out of a terminal, until the program's side is closed.
+/// Collects a terminal's output until the program's side is closed.
 fn watch(terminal: OwnedFd, shown: Arc<Mutex<Vec<u8>>>) -> tokio::task::JoinHandle<()> {
     tokio::task::spawn_blocking(move || {
         let mut terminal = std::fs::File::from(terminal);

@@ -329,7 +329,7 @@ async fn settings_are_checked_and_explained() {
     }
 }
 
-/// A process that stands for the local daemon, which answers at `url`.
+/// Starts a process that poses as the local daemon, which answers at `url`.
 fn local_daemon(home: &Path, url: &str) -> tokio::process::Child {
     let child = tokio::process::Command::new("sleep")
         .arg("600")
@@ -380,7 +380,7 @@ async fn an_orchestrator_that_does_not_say_what_it_does_is_shown_with_the_cause(
         assert!(run.err.contains(part), "{}", run.err);
     }
 
-    // One that does not take the token, or wants one.
+    // An orchestrator that refuses the token, or requires one.
     fs::remove_file(config.join("orchestratord.toml")).unwrap();
     let shut = axum::Router::new().fallback(async || {
         let body = serde_json::json!({"error": {

@@ -1,11 +1,12 @@
-//! The time that orchestratord reckons with, and the time that it shows.
+//! The clock for durations in orchestratord, and the clock for shown times.
 //!
-//! Durations (timeouts, backoff, liveness, retention) need a time that never steps, also not over a restart. [`now`] is a
-//! point of the database's *timeline*: it begins with the wall clock when the database is made, grows by the time that this
-//! process runs, and continues at the next start where it stood (`state::timeline`). The wall clock can't move it, so a
-//! clock that is set wrong neither ends a wait nor deletes a record.
+//! Durations (timeouts, backoff, liveness, retention) need a time that never steps, not even across a restart. [`now`]
+//! is a point of the database's *timeline*: the timeline begins with the wall clock when the database is created, grows
+//! by the time that this process runs, and continues from the same point at the next start (`state::timeline`). The
+//! wall clock can't move the timeline, so a wrong clock neither ends a wait nor deletes a record.
 //!
-//! [`wall`] says what clock people read at such a point. Only shown and stored times of that kind follow the wall clock.
+//! [`wall`] converts a point of the timeline to wall-clock time. Only shown and stored wall-clock times follow the wall
+//! clock.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -16,24 +17,24 @@ use pool_core::clock;
 
 use crate::app::App;
 
-/// The least difference, in microseconds, that is a step. Smaller ones are the clock's own drift.
+/// Smallest difference, in microseconds, that counts as a step. Smaller differences are the clock's own drift.
 const STEP_US: i64 = 500_000;
-/// The time between two looks for a gap, and the longest one between two notes of the timeline.
+/// Interval between two checks for a gap, and the longest interval between two records of the timeline.
 const LOOK: Duration = Duration::from_secs(1);
 const NOTE_EVERY: Duration = Duration::from_secs(600);
 
-/// The timeline and the wall clock as this process sees them, in microseconds.
+/// The timeline and the wall clock in this process, in microseconds.
 struct Reckoning {
     /// The point of the timeline at which the process's own time began.
     start: AtomicI64,
-    /// How far the wall clock is ahead of the timeline, as of its latest step.
+    /// Lead of the wall clock over the timeline, as of its latest step. Negative if the wall clock is behind.
     ahead: AtomicI64,
 }
 
 static RECKONING: LazyLock<Reckoning> = LazyLock::new(Reckoning::new);
 
 impl Reckoning {
-    /// A timeline that begins with the wall clock.
+    /// Returns a timeline that begins with the wall clock.
     fn new() -> Self {
         Self {
             start: AtomicI64::new(Timestamp::now().as_microsecond() - ran_us()),
@@ -75,7 +76,7 @@ fn at(us: i64) -> Timestamp {
     Timestamp::from_microsecond(us.clamp(range.0, range.1)).unwrap_or_default()
 }
 
-/// Returns the present point of the timeline, in whole microseconds: what is stored reads back equal.
+/// Returns the present point of the timeline, in whole microseconds, so that a stored point reads back equal.
 pub fn now() -> Timestamp {
     at(RECKONING.now_us())
 }
@@ -85,19 +86,19 @@ pub fn resume(point: Timestamp) {
     RECKONING.resume(point);
 }
 
-/// Returns the time until `at`; zero where it has passed.
+/// Returns the time until `at`; zero if it has passed.
 pub fn until(at: Timestamp) -> Duration {
     at.duration_since(now()).try_into().unwrap_or_default()
 }
 
-/// Returns the time that the wall clock shows, or would have shown, at a point of the timeline.
+/// Returns the wall-clock time at a point of the timeline, as of the clock's latest step.
 pub fn wall(point: Timestamp) -> Timestamp {
     RECKONING.wall(point)
 }
 
-/// Notes the timeline's present point from time to time, until the daemon stops. A restart under the same boot needs no late
-/// note: the time since boot says how long the daemon was away. It must know every gap, and after a reboot the timeline
-/// continues at the latest note.
+/// Records the timeline's present point at intervals, until the daemon stops. A restart under the same boot needs no
+/// recent record: the time since boot gives the length of the absence. It does need every gap, and after a reboot the
+/// timeline continues from the latest record.
 pub async fn keep(app: App) {
     let read = || (clock::elapsed(), clock::stood());
     let mut noted = read();

@@ -53,12 +53,12 @@ use state::{Interrupted, Store, StoreError};
 const NAME: &str = "orchestratord";
 /// The job database in the state folder.
 const DATABASE: &str = "jobs.db";
-/// Descriptors of the daemon's own: five connections to the database of three files each, what they need for a moment, the
+/// Descriptors of the daemon's own: five connections to the database of three files each, their short-lived files, the
 /// script, the reserve and the log.
 const OWN_FILES: usize = 22;
 /// What is left after the connections ended has this long, and the database as long again.
 const WIND_UP: Duration = Duration::from_secs(1);
-/// How long a pool may take to report after it was asked to.
+/// Time limit for a pool to accept a request for a heartbeat.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 
@@ -120,7 +120,7 @@ pub struct Hinted {
 }
 
 impl Hinted {
-    /// Settings that can't be used, with the nearest ones that can.
+    /// Returns an error with a hint for settings that can't be used, naming the nearest usable ones.
     pub fn by_settings(error: ConfigError) -> anyhow::Error {
         hinted(error.hint().as_deref(), error)
     }
@@ -269,7 +269,7 @@ fn service_options(config: &OrchestratorConfig, tokens: &Tokens) -> ServiceOptio
     options
 }
 
-/// Returns whether a request has a place even when clients hold all the others: requests of the fleet, and cancelling.
+/// Returns whether a request has a place even when clients hold all others: requests of the fleet, and cancelling.
 fn is_control(method: &Method, path: &str) -> bool {
     let cancels = || {
         let task = path.strip_prefix("/v2/tasks/");
@@ -346,7 +346,7 @@ async fn recover(app: &App) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Asks every pool of an earlier run to report now. A pool that can't be reached reports when its next heartbeat is due.
+/// Asks every pool of an earlier run to report now. An unreachable pool reports with its next heartbeat.
 fn call_pools(app: &App) {
     for (pool, client) in app.fleet.unheard() {
         let app_ = Arc::clone(app);

@@ -29,28 +29,28 @@ pub enum SubmitError {
         /// What to ask for instead.
         hint: String,
     },
-    /// Several files of the hub fit.
+    /// Several files of the hub match.
     #[error("`{model}` may be each of {}", meant.iter().map(|meant| format!("`{meant}`")).collect::<Vec<_>>().join(", "))]
     Ambiguous {
-        /// What was asked for.
+        /// Requested reference, which leaves revision or file open.
         model: ModelRef,
-        /// What it may mean.
+        /// Matching models, at least two.
         meant: Vec<ModelRef>,
     },
-    /// Its file is on its way to a pool.
+    /// A pool is downloading the model's file.
     #[error("pool `{pool}` downloads `{model}` at present")]
     Downloading {
-        /// What was asked for.
+        /// Requested reference.
         model: ModelRef,
-        /// The pool.
+        /// Pool with the download.
         pool: String,
     },
     /// No worker can run the model.
     #[error("`{model}` can't run: {reason}")]
     UnsupportedModel {
-        /// The model.
+        /// Requested reference.
         model: ModelRef,
-        /// Why not.
+        /// Reason, as part of a sentence.
         reason: String,
     },
     /// Nobody has said so far that there is such a model, but a pool may that is still awaited.
@@ -95,8 +95,8 @@ pub struct Accepted {
     pub position: Option<u64>,
 }
 
-/// Returns why no worker can run a model. Pools that have its file have read its header, and their build may support more
-/// than this one; where none has it, the catalogue's word counts.
+/// Returns why no worker can run a model. Pools with the file have read its header, and their build may support more
+/// than this one, so they decide; if no pool has the file, the catalogue does.
 pub fn unsupported(app: &App, model: &ModelRef, entry: Option<&CatalogEntry>) -> Option<String> {
     app.fleet
         .support(model)

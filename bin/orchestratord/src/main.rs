@@ -24,8 +24,8 @@ struct Args {
     /// Address to listen on: `ADDRESS:PORT`, or `PORT` on loopback; port 0 takes a free one.
     #[arg(long, value_name = "ADDR:PORT", value_parser = pool_core::address::bind)]
     bind: Option<SocketAddr>,
-    /// File that the log is appended to, standard output and error as well. It is renamed by size (`log.max_bytes`,
-    /// `log.keep`), and SIGHUP opens it again [default: the log goes to standard error].
+    /// File to append the log to, including standard output and error. It is renamed by size (`log.max_bytes`,
+    /// `log.keep`), and SIGHUP reopens it [default: log to standard error].
     #[arg(long, value_name = "PATH")]
     log_file: Option<PathBuf>,
     /// Start although another orchestratord holds the jobs, if that one is frozen and does not answer. Should it wake up,
@@ -46,7 +46,7 @@ enum Command {
     },
 }
 
-/// Threads in addition to those of the runtime: one a connection to the database, the scheduler's script and its parser.
+/// Threads in addition to the runtime's: one for each database connection, the scheduler's script and its parser.
 const OWN_THREADS: usize = 7;
 
 fn main() -> ExitCode {

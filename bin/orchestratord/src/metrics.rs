@@ -1,5 +1,5 @@
-//! The figures of `GET /metrics`. The number of series is bounded: labels have values of this program, the names of at
-//! most [`MOST_MODELS`] models, and the names of the registered pools, whose number `max_pools` bounds.
+//! The metrics of `GET /metrics`. The number of series is bounded: label values are fixed in this program, the names of
+//! at most [`MOST_MODELS`] models, or the names of registered pools, which `max_pools` bounds.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
@@ -27,7 +27,7 @@ const PASS_SECONDS: [f64; 12] = [
 ];
 /// What becomes of submits.
 pub const SUBMIT_OUTCOMES: [&str; 4] = ["accepted", "queue_full", "refused", "unavailable"];
-/// How attempts end. An attempt that a stopping daemon leaves to its worker has not ended.
+/// The outcomes of an attempt. An attempt that continues on its worker while the daemon stops has not ended.
 const ATTEMPT_OUTCOMES: [&str; 7] = [
     "completed",
     "failed",
@@ -50,10 +50,10 @@ const POOL_STATES: [PoolViewState; 7] = [
     PoolViewState::Awaited,
     PoolViewState::Stopped,
 ];
-/// Most models with series of their own; more share [`OTHER_MODEL`].
+/// Most models with series of their own; the others share [`OTHER_MODEL`].
 const MOST_MODELS: usize = 200;
-/// The label of models without series of their own. Paths of files are among them: `/metrics` needs no token, and a path
-/// says something about its host.
+/// The label of models without series of their own. Paths of files belong here: `/metrics` needs no token, and a path
+/// reveals something about its host.
 const OTHER_MODEL: &str = "other";
 
 /// The daemon's figures.
@@ -61,15 +61,15 @@ const OTHER_MODEL: &str = "other";
 pub struct Metrics {
     registry: Registry,
     queue_depth: IntGaugeVec,
-    /// Submits, by their outcome.
+    /// Submits, by outcome.
     pub submitted: IntCounterVec,
-    /// Jobs that were stored and put into the queue.
+    /// Jobs that were stored and queued.
     pub enqueued: IntCounterVec,
     /// Jobs that ended, by how.
     pub finished: IntCounterVec,
-    /// Jobs that were given to a worker, once for each attempt.
+    /// Jobs sent to a worker, once for each attempt.
     pub dispatched: IntCounter,
-    /// Attempts that ended, by how.
+    /// Ended attempts, by outcome.
     pub attempts_ended: IntCounterVec,
     tokens_in: IntCounterVec,
     tokens_out: IntCounterVec,
@@ -99,8 +99,8 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Creates all figures at zero, tokens for the models of `catalog`. Every series is there from the start, because rates
-    /// and alerts miss a series that begins with its first event.
+    /// Creates all metrics at zero, with token counters for the models of `catalog`. Every series exists from the
+    /// start, because rates and alerts miss a series that begins with its first event.
     pub fn new<'a>(
         catalog: impl IntoIterator<Item = &'a str>,
         load: Load,
@@ -284,14 +284,14 @@ impl Metrics {
         })
     }
 
-    /// Returns the text form, with the figures that are taken only at a scrape.
+    /// Returns the text form, including the metrics that are read only at a scrape.
     pub fn render(
         &self,
         depths: impl IntoIterator<Item = (Priority, usize)>,
         worker_connections: usize,
         pools: &[PoolView],
     ) -> Result<String, prometheus::Error> {
-        // Two scrapes at once would each clear the pools that the other has just set.
+        // Two concurrent scrapes would each clear the pools that the other has just set.
         let _one_at_a_time = self
             .rendering
             .lock()
@@ -310,7 +310,7 @@ impl Metrics {
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 
-    /// Sets the figures of the registered pools. A pool that has left leaves no series behind.
+    /// Sets the metrics of the registered pools. A pool that has left leaves no series.
     fn set_pools(&self, pools: &[PoolView]) {
         self.pool_state.reset();
         let gauges =
@@ -319,7 +319,7 @@ impl Metrics {
             gauge.set(0);
         }
         for pool in pools {
-            // The series of a model that a pool has are there before its first token.
+            // Series of a model on a pool exist before its first token.
             let models = pool.status.iter().flat_map(|status| &status.models);
             models.for_each(|model| self.model_label(&model.model_ref, |_| ()));
             for (state, gauge) in &gauges {
@@ -332,7 +332,7 @@ impl Metrics {
         }
     }
 
-    /// Counts the prompt of an attempt that a worker started.
+    /// Counts the prompt tokens of an attempt that a worker started.
     pub fn prompted(&self, model: &ModelRef, tokens: u32) {
         self.model_label(model, |label| {
             self.tokens_in
@@ -350,7 +350,7 @@ impl Metrics {
         });
     }
 
-    /// Calls `count` with the label of a model, which gets series of its own if there is room.
+    /// Calls `count` with the label of a model, which gets its own series while the limit allows.
     fn model_label(&self, model: &ModelRef, count: impl FnOnce(&str)) {
         let label = match model {
             ModelRef::File(_) => return count(OTHER_MODEL),
@@ -371,7 +371,7 @@ impl Metrics {
         count(&label);
     }
 
-    /// The places of clients and of calls.
+    /// Returns the shared counters of places for clients and calls.
     pub fn load(&self) -> &Load {
         &self.load
     }

@@ -36,7 +36,7 @@ impl Context {
         Ok(context)
     }
 
-    /// As [`Context::open`], for commands that only look: a home that this user may not write to will do.
+    /// Opens a context like [`Context::open`], for read-only commands: the home need not be writable.
     pub fn look() -> Result<Self, CliError> {
         let context = Self::load(None)?;
         match context.home.ensure() {
@@ -70,7 +70,7 @@ pub fn catalog_error(error: CatalogError) -> CliError {
     CliError::of(Exit::Usage, &error, Some(error.hint().to_owned()))
 }
 
-/// A model that no worker can run.
+/// Returns the error for a model that no worker can run.
 pub fn unsupported_error(model: &ModelRef, reason: &Unsupported) -> CliError {
     CliError::new(Exit::Refused, format!("`{model}` can't run: {reason}")).hint(reason.hint())
 }

@@ -156,7 +156,8 @@ impl From<WheelError> for Failure {
     fn from(error: WheelError) -> Self {
         match error {
             WheelError::Interrupted => Self::Interrupted,
-            // pip warns that it reaches nobody, and then says the same as where the index has no such package.
+            // pip warns that the network fails, and then prints the same message as for a package missing from the
+            // index.
             WheelError::Pip(error)
                 if !error.is_unreachable() && error.says(&["no matching distribution found"]) =>
             {
@@ -171,7 +172,7 @@ impl From<WheelError> for Failure {
     }
 }
 
-/// The kind of a failure to read or write.
+/// Returns the error code of a failure to read or write.
 fn code_of_io(error: &io::Error) -> DownloadErrorCode {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => DownloadErrorCode::NoSpace,
@@ -324,7 +325,7 @@ fn no_source_did(
     } else if any(DownloadErrorCode::NoSpace) {
         DownloadErrorCode::NoSpace
     } else if any(DownloadErrorCode::SourceUnreachable) {
-        // Another source's failure says nothing about the one that was not reached.
+        // Another source's failure does not explain why this source was unreachable.
         DownloadErrorCode::SourceUnreachable
     } else {
         DownloadErrorCode::DownloadFailed
@@ -518,7 +519,7 @@ impl Run<'_> {
         }
         let missing = "`hf` is not installed (`llorch-pool dev setup` installs it)";
         let Some(hf) = hf_wrapper::find(self.venv) else {
-            // A hub that refuses or is away would do so with `hf` as well.
+            // A hub that refuses or is unreachable would fail with `hf` as well.
             return Err(match seen {
                 Err(error @ (HubError::Refused { .. } | HubError::Unreachable(_))) => error.into(),
                 _ => Failure::because(missing),

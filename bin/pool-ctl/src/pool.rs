@@ -22,7 +22,7 @@ use tokio::task::block_in_place;
 
 use crate::context::{Context, catalog_error, resolve_error};
 
-/// Names the pool manager that commands are for.
+/// Variable that names the pool manager for commands.
 pub const URL_VARIABLE: &str = "LLORCH_POOL_URL";
 /// How long the pool manager, or a worker, may take to say how it is. Both answer that while they compute.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -145,7 +145,7 @@ impl Pool {
             Self::Direct(lifecycle) => {
                 let tended = collect_children(lifecycle).and_then(|()| lifecycle.tend());
                 let found = match tended {
-                    // Looking needs no right to write.
+                    // Reading needs no write permission.
                     Err(error) if error.is_read_only() => {
                         note(format!(
                             "{}: workers are shown as they were recorded last",

@@ -1,4 +1,4 @@
-//! The pool's registration with its orchestrator: in words, and after something changed that tasks can see.
+//! The pool's registration with its orchestrator: in words, and after a change that tasks can see.
 
 use std::time::{Duration, Instant};
 
@@ -11,11 +11,11 @@ use serde_json::json;
 use crate::context::Context;
 use crate::pool::Pool;
 
-/// How long a daemon that has just started may take to hear from its orchestrator before `daemon start` returns.
+/// Time limit for a new daemon to hear from its orchestrator before `daemon start` returns.
 const FIRST_OUTCOME: Duration = Duration::from_secs(3);
-/// How often it is looked at in that time.
+/// Interval between checks within that limit.
 const POLL: Duration = Duration::from_millis(50);
-/// How long the daemon may take to report a change: as long as it waits itself.
+/// Time limit for the daemon to report a change: the same as the daemon's own.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Returns the registration as a part of a sentence about the pool.
@@ -38,7 +38,7 @@ pub fn words(registration: &Registration) -> String {
     }
 }
 
-/// Whether somebody must act before the pool gets work.
+/// Returns whether the pool gets no work until a person acts.
 fn is_trouble(registration: &Registration) -> bool {
     matches!(
         registration.state,
@@ -46,7 +46,7 @@ fn is_trouble(registration: &Registration) -> bool {
     )
 }
 
-/// Prints the registration, and what to do about it where something must be done.
+/// Prints the registration, and a remedy if one is needed.
 pub fn show(registration: &Registration) -> Result<(), pool_core::terminal::CliError> {
     let text = words(registration);
     if !is_trouble(registration) {
@@ -59,7 +59,7 @@ pub fn show(registration: &Registration) -> Result<(), pool_core::terminal::CliE
     Ok(())
 }
 
-/// Waits a moment for the first outcome of a daemon that has just started, and prints it.
+/// Waits briefly for the first outcome of a new daemon, and prints it.
 pub async fn show_first_outcome(context: &Context) -> Result<(), pool_core::terminal::CliError> {
     let Ok(Pool::Daemon(client)) = Pool::of_this_home(context).await else {
         return Ok(());
@@ -83,8 +83,8 @@ pub async fn show_first_outcome(context: &Context) -> Result<(), pool_core::term
     }
 }
 
-/// Has the daemon of this home report to its orchestrator now, because the models on disk have changed. Returns how it
-/// stands then: `None` without a daemon that answers.
+/// Has the daemon of this home report to its orchestrator now, because the models on disk changed. Returns the
+/// resulting registration; `None` without a daemon that answers.
 pub async fn report_change(context: &Context) -> Option<Registration> {
     let Ok(Pool::Daemon(client)) = Pool::of_this_home(context).await else {
         return None;
@@ -93,7 +93,7 @@ pub async fn report_change(context: &Context) -> Option<Registration> {
     call.post("/heartbeat", &json!({})).await.ok()
 }
 
-/// Returns the finding about the registration of a daemon that runs.
+/// Returns the finding about the registration of a running daemon.
 pub fn finding(registration: &Registration) -> Finding {
     let message = format!("the pool {}", words(registration));
     let fix = |default: &str| {

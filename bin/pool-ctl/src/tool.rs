@@ -62,7 +62,7 @@ pub enum ToolError {
     Interrupted,
 }
 
-/// Words of `hf`, pip and the libraries that they use for a network that is away or a server that can't be reached.
+/// Messages of `hf`, pip and their libraries for a failed network or an unreachable server.
 const UNREACHABLE: [&str; 15] = [
     "connection refused",
     "connection reset",
@@ -82,12 +82,12 @@ const UNREACHABLE: [&str; 15] = [
 ];
 
 impl ToolError {
-    /// Returns whether the program's own words say that it reached nobody.
+    /// Returns whether the program's own messages say that no server was reachable.
     pub fn is_unreachable(&self) -> bool {
         self.says(&UNREACHABLE)
     }
 
-    /// Returns whether the program's last words hold one of `words`, which are in lower case.
+    /// Returns whether the program's last messages contain one of `words`, which are in lower case.
     pub fn says(&self, words: &[&str]) -> bool {
         let Self::Failed { tail, .. } = self else {
             return false;

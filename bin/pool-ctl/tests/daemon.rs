@@ -110,7 +110,7 @@ fn a_pool_that_is_refused_does_not_look_healthy() {
         (&json!("fail"), &json!("set LLORCH_POOL_ID"))
     );
 
-    // What the orchestrator does not hear of is not called usable by tasks.
+    // A model that the orchestrator has not heard of is not reported as usable by tasks.
     let given = host.path("Own Model.gguf");
     fs::write(&given, tiny_gguf()).unwrap();
     let import = ["models", "import", given.to_str().unwrap()];
@@ -384,7 +384,7 @@ fn a_named_pool_manager_is_never_mixed_with_the_one_of_this_home() {
     assert!(status["pid"].is_null(), "{status}");
     let shown = with(&other, &["daemon", "status"]).exits(0).out;
     assert!(shown.contains(&other) && !shown.contains(&own), "{shown}");
-    // The address of the one of this home, however it is spelt.
+    // Address of this home's pool manager, in different spellings.
     let same = own.replace("127.0.0.1", "localhost");
     let status = with(&same, &["daemon", "status", "--format", "json"])
         .exits(0)
@@ -395,7 +395,7 @@ fn a_named_pool_manager_is_never_mixed_with_the_one_of_this_home() {
     with(&other, &["daemon", "logs"])
         .exits(0)
         .says(&["this log is about pool-managerd of this home", &other]);
-    // A stop is about this home, and says so.
+    // A stop concerns this home, and says so.
     with(&other, &["daemon", "stop"])
         .exits(0)
         .says(&["this stop is about pool-managerd of this home", &other]);

@@ -29,7 +29,7 @@ use support::{GgufDraft, Home, PATIENCE, Ran, Running, facts, first_err_line, sh
 const MODEL_BYTES: usize = 44_000_000;
 const HUB: &str = "kind = \"hf\"\nrepo = \"org/repo\"\nrevision = \"v1\"\nfile = \"sub/tiny.gguf\"";
 
-/// A GGUF file that a worker could run, with a tensor of noise at its end.
+/// Returns a GGUF file that a worker could run, with a tensor of noise at its end.
 fn model() -> Vec<u8> {
     let mut draft = GgufDraft::servable();
     let elements = (MODEL_BYTES / 4) as u64;
@@ -563,7 +563,7 @@ fn a_split_model_is_refused_before_a_byte_of_it_comes() {
             .says(&["is split into 2 files", "llama-gguf-split --merge"]);
     }
     assert_eq!(stage.hub.take_served(), 0);
-    // Beside the parts there may be a whole file.
+    // A whole file may be next to the parts.
     stage.hub.behaviour().files.push("small.gguf");
     stage.run(&["models", "download", "hf:org/repo"]).exits(0);
 }

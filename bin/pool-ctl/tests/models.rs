@@ -452,7 +452,7 @@ fn info_tells_what_ends_a_turn_and_whether_the_chat_template_is_usable() {
     let import = |name: &str, chat_template| {
         let model = tiny_model::TinyModel {
             chat_template,
-            // Typed as text, and not the one that the file names.
+            // A token typed as text, different from the one that the file names.
             special: vec![("<|im_start|>", 3), ("<|im_end|>", 4), ("<|other|>", 3)],
             eos: 258,
             ..tiny_model::TinyModel::default()
@@ -507,7 +507,7 @@ fn what_no_worker_runs_is_refused_by_name() {
         ]);
     assert!(!home.path("home/models/big-00001-of-00003").exists());
 
-    // One that is there already, as a version before this one has imported it.
+    // A model already imported by an earlier version.
     fs::create_dir_all(home.path("home/models/big")).unwrap();
     fs::copy(&part, home.path("home/models/big/big.gguf")).unwrap();
     let ran = home.run(&["models", "list"]).exits(0);
@@ -535,7 +535,7 @@ fn what_no_worker_runs_is_refused_by_name() {
 #[test] // [POOLCTL-060]
 fn an_entry_that_no_worker_runs_is_not_downloaded() {
     let home = Home::new();
-    // No hub can be reached: whatever asks it fails with 5.
+    // No hub is reachable: every request to one fails with 5.
     let ran = home.run(&["models", "download", "phi3"]).exits(4);
     let ran = ran.says(&["`phi3` can't run: architecture `phi3` is not supported"]);
     ran.says(&["hint: take another model: `llorch-pool models catalog`"]);
@@ -573,7 +573,7 @@ fn a_right_file_is_right_whoever_looks() {
     let folder = home.path("home/models/m");
     fs::create_dir_all(&folder).unwrap();
     fs::write(folder.join("tiny.gguf"), &bytes).unwrap();
-    // Nobody, not even root, replaces a folder by a file.
+    // No user, not even root, can replace a folder by a file.
     fs::create_dir(folder.join("model.json")).unwrap();
     let ran = home
         .run(&["models", "verify", "m", "--format", "json"])
@@ -581,7 +581,7 @@ fn a_right_file_is_right_whoever_looks() {
     assert_eq!(ran.json()[0]["result"], "right");
     ran.says(&["the result for m is not recorded"]);
 
-    // A file that can't be read is not called wrong, and no download is advised.
+    // An unreadable file is not reported as wrong, and no download is advised.
     fs::remove_file(folder.join("tiny.gguf")).unwrap();
     fs::create_dir(folder.join("tiny.gguf")).unwrap();
     let ran = home
@@ -625,7 +625,7 @@ fn commands_that_only_look_need_no_right_to_write() {
     if stranger.prefix.is_empty() {
         return;
     }
-    // What nobody else may look at is not told to be gone.
+    // A file that this user may not read is not reported as missing.
     let state = home.path("home/state/pool");
     fs::create_dir_all(&state).unwrap();
     fs::write(state.join("pid.json"), "{}").unwrap();
@@ -636,14 +636,14 @@ fn commands_that_only_look_need_no_right_to_write() {
         .says(&["could not look whether pool-managerd runs"]);
 }
 
-/// Another user, who may read the home and not write to it.
+/// Another user, with read-only access to the home.
 struct Stranger<'a> {
     home: &'a Home,
     prefix: Vec<&'static str>,
 }
 
 impl<'a> Stranger<'a> {
-    /// `None` where nobody else can run the program.
+    /// Returns the user; `None` if no other user can run the program.
     fn of(home: &'a Home) -> Option<Self> {
         let stranger = if rustix::process::geteuid().is_root() {
             let prefix = vec![
@@ -737,7 +737,7 @@ fn a_source_that_nobody_reaches_is_5_and_one_without_the_model_is_3() {
     pip(&[("PIP_INDEX_URL", nobody)])
         .exits(5)
         .says(&["hint: check the network"]);
-    // Without a hub to ask, the missing `hf` is not the first thing to say.
+    // Without a reachable hub, the missing `hf` is not the first error.
     fs::remove_file(home.path("bin/hf")).unwrap();
     home.catalogue("", &[HUB]);
     home.run(&["models", "download", "m"]).exits(5);

@@ -61,14 +61,14 @@ impl Downloads {
         }
     }
 
-    /// The models that are being downloaded, by name.
+    /// Returns the models that are being downloaded, by name.
     pub fn models(&self) -> Vec<ModelRef> {
         let mut models: Vec<_> = self.running().keys().cloned().collect();
         models.sort();
         models
     }
 
-    /// Returns whether `model` is being downloaded, also where it leaves revision or file open.
+    /// Returns whether `model` is being downloaded, even if it leaves revision or file open.
     pub fn is_under_way(&self, model: &ModelRef) -> bool {
         let running = self.running();
         running
@@ -88,12 +88,12 @@ pub enum DownloadRefused {
     /// Nobody knows the model.
     #[error(transparent)]
     Model(#[from] ResolveError),
-    /// No worker of this version can run it.
+    /// No worker of this version can run the model.
     #[error("`{model_ref}` can't run: {reason}")]
     Unsupported {
-        /// The model.
+        /// Requested reference.
         model_ref: ModelRef,
-        /// Why not.
+        /// Reason against the model.
         reason: Box<Unsupported>,
     },
     /// It is a file of this host.

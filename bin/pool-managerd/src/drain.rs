@@ -57,7 +57,7 @@ struct Step {
     pause: Duration,
 }
 
-/// Looks at the drain, after a `gap` in which this process did not run: the workers may have stood still as well.
+/// Returns the drain's next step, after a `gap` in which this process did not run: the workers may not have run either.
 fn due(pool: &Pool, gap: Duration) -> Result<Option<Step>, RegistryError> {
     if !gap.is_zero() {
         pool.lifecycle.postpone_drain(gap)?;

@@ -31,9 +31,9 @@ const COALESCE: Duration = Duration::from_millis(20);
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// The longest pause while the orchestrator is away.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// How long the orchestrator may take to answer that this pool stops. Within the time that the daemon itself has.
+/// Time limit for the orchestrator to answer that this pool stops, within the daemon's own time to stop.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
-/// The orchestrator's code for a heartbeat of an instance that another one has replaced.
+/// The orchestrator's code for a heartbeat of a replaced instance.
 const STALE_HEARTBEAT: &str = "STALE_HEARTBEAT";
 
 /// Which orchestrator is reported to.
@@ -66,7 +66,7 @@ pub struct Heart {
     pool: Arc<Pool>,
     goal: Goal,
     token: Option<Secret>,
-    /// Identity of this host, where its folder could be written.
+    /// Identity of this host; `None` if its folder is not writable.
     host_id: Option<String>,
     /// Of the orchestrator that was spoken to last.
     client: Option<ApiClient>,
@@ -117,7 +117,7 @@ impl BeatError {
         }
     }
 
-    /// Whether another instance holds this pool's id.
+    /// Returns whether another instance holds this pool's id.
     fn is_contested(&self) -> bool {
         matches!(self.code(), Some(POOL_ID_TAKEN | STALE_HEARTBEAT))
     }
@@ -164,7 +164,7 @@ impl Heart {
         })
     }
 
-    /// Reports until the daemon is asked to stop, and then says goodbye.
+    /// Sends heartbeats until the daemon is asked to stop, and then deregisters.
     pub async fn beat(mut self) {
         let shutdown = self.pool.shutdown.clone();
         tokio::select! {
@@ -205,7 +205,7 @@ impl Heart {
                     pool.link.answer(covered);
                     tokio::select! {
                         () = tokio::time::sleep(self.interval) => {}
-                        // The pool holds the senders, so these only return for a change.
+                        // The pool holds the senders, so these only return after a change.
                         _ = changes.changed() => tokio::time::sleep(COALESCE.min(self.interval)).await,
                         _ = asked.changed() => {}
                     }
@@ -230,14 +230,14 @@ impl Heart {
         }
     }
 
-    /// The standing after a try that failed with `error`, where the next one follows after `pause`.
+    /// Returns the registration after an attempt that failed with `error`, with the next attempt after `pause`.
     fn failure(&self, error: &BeatError, pause: Duration) -> Registration {
         let local = matches!(self.goal, Goal::Local { .. });
         let state = match error {
             BeatError::Nobody => RegistrationState::NoOrchestrator,
             BeatError::Registry(_) => RegistrationState::Failed,
             BeatError::Call(call) if call.status().is_some() => RegistrationState::Refused,
-            // Somebody may listen at the standard address one day; nobody said that there is one now.
+            // An orchestrator may start at the standard address later; the settings name none now.
             BeatError::Call(_) if local && !self.registered => RegistrationState::NoOrchestrator,
             BeatError::Call(_) => RegistrationState::Unreachable,
         };
@@ -255,7 +255,7 @@ impl Heart {
         }
     }
 
-    /// Tells the orchestrator that this pool stops on purpose. Its workers stay.
+    /// Notifies the orchestrator that this pool stops on purpose. Its workers stay.
     async fn say_goodbye(&self) {
         let known =
             self.registered || self.pool.link.standing().code.as_deref() == Some(POOL_ID_TAKEN);
@@ -301,7 +301,7 @@ impl Heart {
         let mut answer = client
             .post::<_, IgnoredAny>("/v2/pools/register", &request)
             .await;
-        // An older orchestrator refuses the field that it does not know.
+        // An older orchestrator refuses the unknown field.
         if answer
             .as_ref()
             .is_err_and(|error| error.status() == Some(400))

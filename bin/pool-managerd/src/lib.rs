@@ -37,11 +37,11 @@ use crate::pool::Pool;
 
 const NAME: &str = "pool-managerd";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Descriptors of the daemon's own: the registry, its locks, logs and pipes of programs that it starts, the heartbeat.
+/// Descriptors of the daemon's own: the registry, its locks, logs and pipes of child processes, the heartbeat.
 const OWN_FILES: usize = 16;
 /// The pool's own token: for its calls to the orchestrator, and for all calls to it.
 const TOKEN_VAR: &str = "LLORCH_POOL_TOKEN";
-/// How much longer than its open requests the goodbye to the orchestrator may take.
+/// Time limit for deregistration after the last open request has ended.
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why the daemon can't run.
@@ -80,9 +80,9 @@ pub enum RunError {
     /// The log file can't be opened.
     #[error("could not open the log {}", path.display())]
     LogFile {
-        /// Its path.
+        /// Path of the log file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
     /// The address in use can't be written for others to find.
@@ -200,7 +200,8 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
         .serve(api::router(Arc::clone(&pool)), shutdown, grace)
         .await;
     background.shutdown().await;
-    // It ends by itself once the orchestrator has been told; one that does not answer is not waited for.
+    // The task ends once the orchestrator is notified; an orchestrator that does not answer is abandoned after the
+    // limit.
     let _ = tokio::time::timeout(GOODBYE_PATIENCE, heart.join_next()).await;
     heart.shutdown().await;
     pool.downloads.end();

@@ -18,7 +18,7 @@ use pool_managerd::RunError;
 /// Settings come from the flags below, then LLORCH_* variables (LLORCH_POOL_BIND, LLORCH_POOL_ID,
 /// LLORCH_ORCHESTRATOR_URL, LLORCH_POOL_TOKEN, ...), then the file, then defaults. `llorch-pool daemon start` runs it
 /// in the background. SIGTERM ends it within seconds and leaves its workers running: the next start takes them over.
-/// SIGHUP opens the log file again and reads the settings: those of `[log]` are in force at once, others after a restart.
+/// SIGHUP reopens the log file and reads the settings again: those of `[log]` apply at once, others after a restart.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -29,13 +29,13 @@ struct Args {
     /// 127.0.0.1:9200].
     #[arg(long, value_name = "ADDRESS:PORT", value_parser = pool_core::address::bind)]
     bind: Option<SocketAddr>,
-    /// File that the log is appended to, standard output and error as well. It is renamed by size (`log.max_bytes`,
-    /// `log.keep`), and SIGHUP opens it again [default: the log goes to standard error].
+    /// File to append the log to, including standard output and error. It is renamed by size (`log.max_bytes`,
+    /// `log.keep`), and SIGHUP reopens it [default: log to standard error].
     #[arg(long, value_name = "PATH")]
     log_file: Option<PathBuf>,
 }
 
-/// Threads in addition to those of the runtime: those that ask for GPUs and wait for workers.
+/// Threads in addition to the runtime's: those that query GPUs and wait for workers.
 const OWN_THREADS: usize = 4;
 
 fn main() -> ExitCode {

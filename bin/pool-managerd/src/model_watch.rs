@@ -1,5 +1,5 @@
-//! Watching the models on disk: whoever brings or removes one (`llorch-pool`, an editor, a copy by hand), the
-//! orchestrator hears of it within moments.
+//! Watch on the models on disk: when any program (`llorch-pool`, an editor, a manual copy) adds or removes a model, the
+//! orchestrator learns of the change within moments.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,19 +8,19 @@ use pool_core::catalog::store::Offer;
 
 use crate::pool::Pool;
 
-/// Pause between two looks.
+/// Pause between two scans.
 const PAUSE: Duration = Duration::from_secs(1);
-/// A look takes at most one part in so many of the time: folders on a slow disk are looked at more rarely.
+/// Divisor of the time that scans may take: folders on a slow disk are scanned less often.
 const SHARE: u32 = 20;
 
-/// The models at the latest look.
+/// The models at the latest scan.
 pub struct ModelWatch {
     pool: Arc<Pool>,
     known: Offer,
 }
 
 impl ModelWatch {
-    /// Looks for the first time. What changes from now on is reported.
+    /// Scans for the first time. Later changes are reported.
     pub async fn new(pool: &Arc<Pool>) -> Self {
         Self {
             known: pool.blocking(|pool| pool.offer()).await,
@@ -28,7 +28,7 @@ impl ModelWatch {
         }
     }
 
-    /// Looks again and again until it is dropped.
+    /// Scans repeatedly until the future is dropped.
     pub async fn keep(mut self) {
         let mut pause = PAUSE;
         loop {

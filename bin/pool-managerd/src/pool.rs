@@ -23,7 +23,7 @@ use crate::gpu_inventory;
 use crate::metrics::Metrics;
 use crate::registration::Link;
 
-/// Model files without a name of their own that a heartbeat lists: about 200 bytes each.
+/// Most model files without a name of their own in a heartbeat: about 200 bytes each.
 const OFFERED_FILES: usize = 1000;
 
 /// The pool: its workers, and what is known of this instance of the daemon.
@@ -34,7 +34,7 @@ pub struct Pool {
     pub metrics: Metrics,
     /// The downloads under way.
     pub downloads: Downloads,
-    /// How the pool stands with its orchestrator.
+    /// The pool's standing with its orchestrator.
     pub link: Link,
     /// Where others reach the pool.
     pub url: String,
@@ -45,7 +45,7 @@ pub struct Pool {
     started_at: Timestamp,
     changes: watch::Sender<u64>,
     watched: Mutex<HashMap<String, Watcher>>,
-    /// Whether the log says already that there are too many model files.
+    /// True if the log already has the warning about too many model files.
     truncated: AtomicBool,
     /// Held for reading from the start of a worker's process until it is watched, and for writing while workers that
     /// nobody watches are looked for: otherwise one could be adopted that has just been started.
@@ -166,7 +166,7 @@ impl Pool {
         })
     }
 
-    /// The models on disk that tasks can name: by a name of their own, or as a file below `models.allow_paths`.
+    /// Returns the models on disk that tasks can name: by a name of their own, or as a file below `models.allow_paths`.
     pub fn models(&self) -> Vec<ModelOnDisk> {
         let found = self.offer().models.into_iter();
         found
@@ -186,7 +186,7 @@ impl Pool {
             .collect()
     }
 
-    /// The models on disk with all their names. Reads folders, and no file.
+    /// Returns the models on disk with all their names. Reads folders, but no file contents.
     pub fn offer(&self) -> Offer {
         let offer = self.lifecycle.offer(OFFERED_FILES).unwrap_or_else(|error| {
             tracing::warn!(%error, "could not look through the models folder");

@@ -1,4 +1,4 @@
-//! The pool's standing with its orchestrator, as `GET /status` shows it, and requests for a heartbeat out of turn.
+//! The pool's standing with its orchestrator, as in `GET /status`, and requests for an immediate heartbeat.
 
 use std::time::Duration;
 
@@ -7,15 +7,15 @@ use pool_core::api::pool::{Registration, RegistrationState};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-/// Longest wait for the outcome of a heartbeat that was asked for: a little more than one call may take.
+/// Longest wait for the outcome of a requested heartbeat: slightly more than the time limit of one call.
 const OUTCOME_PATIENCE: Duration = Duration::from_secs(6);
 
-/// Shared by the task that reports to the orchestrator and those who ask about it.
+/// State shared between the heartbeat task and its readers.
 pub struct Link {
     standing: watch::Sender<Registration>,
-    /// Number of heartbeats asked for.
+    /// Number of requested heartbeats.
     asked: watch::Sender<u64>,
-    /// Highest number in `asked` that a finished try covers.
+    /// Highest number in `asked` that a finished attempt covers.
     answered: watch::Sender<u64>,
 }
 
@@ -35,7 +35,7 @@ impl Link {
         self.standing.borrow().clone()
     }
 
-    /// Replaces the standing. `since` and the time of the latest accepted heartbeat carry over where nothing changed.
+    /// Replaces the standing. Keeps `since` and the time of the latest accepted heartbeat if the state is unchanged.
     pub fn set(&self, mut new: Registration) {
         self.standing.send_modify(|old| {
             let same = |a: &Registration, b: &Registration| {
@@ -49,17 +49,17 @@ impl Link {
         });
     }
 
-    /// Wakes on each [`Link::ask`]. Its value is the number of heartbeats asked for.
+    /// Returns a receiver that wakes on each [`Link::ask`]. Its value is the number of requested heartbeats.
     pub fn asked(&self) -> watch::Receiver<u64> {
         self.asked.subscribe()
     }
 
-    /// Notes that a try covers the first `count` requests.
+    /// Records that an attempt covers the first `count` requests.
     pub fn answer(&self, count: u64) {
         self.answered.send_replace(count);
     }
 
-    /// Asks for a heartbeat now, and returns the standing after it, or after a few seconds without an outcome.
+    /// Requests a heartbeat now, and returns the standing after it, or after a few seconds without an outcome.
     pub async fn ask(&self) -> Registration {
         if self.standing.borrow().state == RegistrationState::Off {
             return self.standing();
@@ -79,7 +79,7 @@ impl Link {
     }
 }
 
-/// A standing without particulars, from now on.
+/// Returns a standing with this state from now on, without details.
 pub fn standing(state: RegistrationState) -> Registration {
     Registration {
         state,

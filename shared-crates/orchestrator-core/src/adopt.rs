@@ -260,7 +260,7 @@ impl Promised {
         })
     }
 
-    /// The smallest context with which a worker may be started on the device for this job now.
+    /// Returns the smallest context with which a worker may be started on the device for this job now.
     pub fn may_start_for(
         &self,
         snapshot: &Snapshot,
@@ -294,8 +294,8 @@ impl Promised {
         Ok(context_length)
     }
 
-    /// The context with which a worker is best started on the device for this job, after [`Promised::may_start_for`]:
-    /// one with room for the whole answer, where there is memory for it.
+    /// Returns the best context for a new worker on the device for this job, after [`Promised::may_start_for`]: room
+    /// for the whole answer, if there is memory for it.
     pub fn start_context(
         &self,
         snapshot: &Snapshot,
@@ -312,7 +312,8 @@ impl Promised {
         start_context(queued, &StartChoice { pool: on, device })
     }
 
-    /// Whether a worker with this device, model and context may be started now: for this job, or for any that waits.
+    /// Returns whether a worker with this device, model and context may be started now, for this job or for any waiting
+    /// job.
     fn may_start(
         &self,
         snapshot: &Snapshot,
@@ -691,7 +692,7 @@ fn keep_house(snapshot: &Snapshot, built_in: &Plan, promised: &Promised, plan: &
     plan.actions.extend(kept.cloned());
 }
 
-/// What jobs have in common that wait for the same.
+/// Model, placement and required context, shared by jobs that wait for the same workers.
 type Kind<'a> = (&'a ModelRef, &'a Placement, Option<u32>);
 
 fn kind(job: &QueuedJob) -> Kind<'_> {

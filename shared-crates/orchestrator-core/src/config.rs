@@ -50,7 +50,7 @@ pub struct OrchestratorConfig {
     pub scheduler: SchedulerConfig,
     /// Bounds of the HTTP server.
     pub service: ServiceConfig,
-    /// The daemon's log.
+    /// Settings of the daemon's log.
     pub log: LogConfig,
 }
 
@@ -76,12 +76,13 @@ impl Default for OrchestratorConfig {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct QueueConfig {
-    /// Most jobs that wait; further submits get 429. Default 10000; -1 is unbounded. Jobs that nothing can run at present
-    /// (no pool that takes work has the model, or a device that it fits on) are counted apart: a tenth as many may wait
-    /// besides, at least one. Jobs that could run when they came may be more than that after their pool has gone.
+    /// Most waiting jobs; further submits get 429. Default 10000; -1 is unbounded. Jobs that nothing can run at present
+    /// (no pool that takes work has both the model and a device that it fits on) are counted separately: a tenth as
+    /// many may wait in addition, at least one. Jobs that were runnable on arrival may exceed that share after their
+    /// pool has gone.
     pub capacity: i64,
     /// Most bytes that the requests of waiting jobs take together; further submits get 429. Default 268435456 (256 MiB);
-    /// -1 is unbounded. Jobs that nothing can run at present may take a tenth as many besides.
+    /// -1 is unbounded. Jobs that nothing can run at present may take an additional tenth.
     pub capacity_bytes: i64,
     /// Seconds after which a waiting batch job counts as interactive. Default 300.
     pub promote_after_s: u64,
@@ -147,10 +148,10 @@ pub struct SchedulerConfig {
     pub idle_ttl_s: u64,
     /// Whether idle workers are stopped where a waiting job needs their memory. Default true.
     pub evict: bool,
-    /// Seconds after it became ready for which an idle worker that waiting jobs could use stays at most, although other
-    /// jobs need its memory. Default 60. It stays for three times as long as it took to load, within this bound: two
-    /// models that don't fit in memory together take turns of that length, instead of loading without end. An idle
-    /// worker that no waiting job could use is stopped at once.
+    /// Longest residence, in seconds after it became ready, of an idle worker that waiting jobs could use, while other
+    /// jobs need its memory. Default 60. Within this bound a worker stays for three times its load time: two models
+    /// that don't fit in memory together take turns of that length, instead of loading without end. An idle worker that
+    /// no waiting job could use is stopped at once.
     pub min_residence_s: u64,
     /// Whether pools are asked to download a catalogue model that none of them has. Default false.
     pub download: bool,
@@ -237,8 +238,8 @@ impl Eq for HostCosts {}
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ServiceConfig {
-    /// Most connections at once; fewer where the limit on open files or memory allows fewer. Further ones are answered with
-    /// 503 and closed, unless they ask for something of the control path. Default 1024.
+    /// Most connections at once; fewer if the limit on open files or memory is too low. Further connections are
+    /// answered with 503 and closed, unless they send a request of the control path. Default 1024.
     pub max_connections: usize,
     /// Seconds that the headers of a request may take, and that a kept connection may idle. Default 10.
     pub header_timeout_s: u64,
@@ -336,12 +337,12 @@ pub enum ConfigError {
     /// `service.max_connections` is 0.
     #[error("`service.max_connections` is 0: nobody could connect")]
     MaxConnections,
-    /// A setting of the log makes no sense.
+    /// A setting of the log is invalid.
     #[error("`{key}` {reason}")]
     Log {
-        /// The key.
+        /// Dotted key of the setting.
         key: &'static str,
-        /// What is wrong with its value.
+        /// Fault of its value, as part of a sentence.
         reason: &'static str,
     },
     /// A bound of the HTTP server outside its range.
@@ -359,7 +360,7 @@ pub enum ConfigError {
 }
 
 impl ConfigError {
-    /// Returns what to try next.
+    /// Returns a remedy, if there is one.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Settings(error) => error.hint(),

@@ -34,7 +34,7 @@ impl JobId {
         Self(Uuid::now_v7())
     }
 
-    /// Returns a new id that sorts after every id made before it, as long as `now` does not go back.
+    /// Returns a new id that sorts after every earlier id, as long as `now` does not go back.
     pub fn at(now: Timestamp) -> Self {
         static MADE: Mutex<ContextV7> = Mutex::new(ContextV7::new());
         let seconds = u64::try_from(now.as_second()).unwrap_or(0);
@@ -147,10 +147,10 @@ impl JobStatus {
         Self::Expired,
     ];
 
-    /// The states of a job that is not over.
+    /// The states of an unfinished job.
     pub const ACTIVE: [Self; 3] = [Self::Queued, Self::Dispatched, Self::Running];
 
-    /// The states that never change again.
+    /// The final states.
     pub const TERMINAL: [Self; 4] = [
         Self::Completed,
         Self::Failed,
@@ -302,8 +302,8 @@ pub struct JobSpec {
     pub input: Input,
     /// Skip the chat template.
     pub raw: bool,
-    /// Let names of control tokens in messages become those tokens.
-    // Left out where it is false: jobs and fingerprints of earlier builds have no such field.
+    /// If true, names of control tokens in messages become those tokens.
+    // Omitted when false: jobs and fingerprints of earlier builds have no such field.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub allow_special: bool,
     /// A system message before the others.
@@ -314,7 +314,7 @@ pub struct JobSpec {
     pub max_tokens: u32,
     /// Texts that end the generation.
     pub stop: Vec<String>,
-    /// Seed of the random numbers. Below 2^53 where it was drawn, so that every JSON reader keeps it.
+    /// Seed of the random numbers. A drawn seed is below 2^53, so that every JSON reader preserves it.
     pub seed: u64,
     /// Who goes first.
     pub priority: Priority,
@@ -331,7 +331,7 @@ pub struct JobSpec {
 }
 
 impl JobSpec {
-    /// Bytes that it takes apart from its texts.
+    /// Bytes of a job in addition to its texts.
     pub const FIXED_BYTES: u64 = 512;
 
     /// About how many bytes it takes: its texts, and a little for the rest.
@@ -493,7 +493,8 @@ pub struct Job {
     pub dropped_at: Option<Timestamp>,
     /// Fence of the latest lease; 0 before the first. Never goes back.
     pub fence: u64,
-    /// Smallest context that runs it, in tokens, once a worker whose context is too small has counted them.
+    /// Smallest context that runs the job, in tokens; absent until a worker whose context is too small has counted
+    /// them.
     pub context_needed: Option<u32>,
     /// All attempts so far, in order.
     pub attempts: Vec<Attempt>,

@@ -16,9 +16,10 @@ pub enum PoolLiveness {
     Suspect,
     /// Three heartbeats are missing.
     Offline,
-    /// Registered, and no heartbeat of this registration has arrived yet: no work. Ends as `Online` or `Offline`.
+    /// The pool is registered, and no heartbeat of this registration has arrived yet: no work. Becomes `Online` or
+    /// `Offline`.
     Awaited,
-    /// Stopped on purpose less than three heartbeats ago: no work, and it may be back in a moment.
+    /// The pool stopped on purpose less than three heartbeats ago: no work, and it may return soon.
     Stopped,
 }
 

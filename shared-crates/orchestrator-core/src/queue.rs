@@ -21,7 +21,7 @@ use pool_core::units::human_bytes;
 pub use drain::Departures;
 use order::Ordered;
 
-/// Bytes of text in a token, roughly.
+/// Approximate bytes of text per token.
 const TOKEN_BYTES: u64 = 4;
 
 /// What the queue needs to know of a waiting job.
@@ -47,7 +47,8 @@ pub struct QueuedJob {
     pub bytes: u64,
     /// Most tokens that it may generate.
     pub max_tokens: u32,
-    /// Smallest context that runs it, in tokens, once a worker whose context is too small has counted them.
+    /// Smallest context that runs the job, in tokens; absent until a worker whose context is too small has counted
+    /// them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_needed: Option<u32>,
 }
@@ -77,8 +78,8 @@ impl QueuedJob {
         self.not_before.is_some_and(|at| at > now)
     }
 
-    /// Returns about how many tokens of context hold its prompt and the longest answer. A guess until a worker has
-    /// counted: it ranks workers that are free, and excludes none.
+    /// Returns an estimate of the tokens of context that hold the prompt and the longest answer. The estimate ranks
+    /// free workers and excludes none.
     pub fn context_wished(&self) -> u32 {
         let prompt = self.context_needed.map_or_else(
             || {
@@ -112,20 +113,20 @@ pub enum QueueError {
         /// The bytes of the request that was refused.
         bytes: u64,
     },
-    /// As many jobs wait that nothing can run as may.
+    /// The share of jobs that nothing can run is full.
     #[error("the queue is full for jobs that nothing can run now: {share} of them wait")]
     FullShare {
         /// Most such jobs that may wait.
         share: usize,
     },
-    /// The requests of the waiting jobs that nothing can run take as many bytes as they may.
+    /// The requests of waiting jobs that nothing can run fill their share of bytes.
     #[error(
         "the queue is full for jobs that nothing can run now: with this request of {} those that wait would take more than {}",
         human_bytes(*bytes),
         human_bytes(*share_bytes)
     )]
     FullShareBytes {
-        /// Most bytes that their requests may take.
+        /// Most bytes for the requests of such jobs.
         share_bytes: u64,
         /// The bytes of the request that was refused.
         bytes: u64,
@@ -154,23 +155,23 @@ pub struct Capacity {
     pub bytes: Option<u64>,
 }
 
-/// Jobs, and the bytes of their requests.
+/// Number of jobs, and the bytes of their requests.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Load {
-    /// Jobs.
+    /// Number of jobs.
     pub jobs: usize,
     /// Bytes of their requests.
     pub bytes: u64,
 }
 
 impl Load {
-    /// Counts a job in.
+    /// Adds a job.
     pub fn add(&mut self, bytes: u64) {
         self.jobs += 1;
         self.bytes = self.bytes.saturating_add(bytes);
     }
 
-    /// Counts a job out.
+    /// Subtracts a job.
     pub fn subtract(&mut self, bytes: u64) {
         self.jobs = self.jobs.saturating_sub(1);
         self.bytes = self.bytes.saturating_sub(bytes);
@@ -199,11 +200,11 @@ impl std::ops::Sub for Load {
     }
 }
 
-/// The part of the capacity that jobs have which nothing can run: one in so many.
+/// Divisor of the capacity that gives the share of jobs that nothing can run.
 const STRANDED_PART: u8 = 10;
 
 impl Capacity {
-    /// Whether a job of `bytes` may be added to those that wait. Where none waits, one of any size may.
+    /// Fails unless a job of `bytes` may be added to the waiting ones. If no job waits, the size does not matter.
     pub fn admit(&self, waiting: Load, bytes: u64) -> Result<(), QueueError> {
         if let Some(capacity) = self.jobs
             && waiting.jobs >= capacity
@@ -223,7 +224,7 @@ impl Capacity {
         }
     }
 
-    /// Whether a job of `bytes` that nothing can run may be added to those that wait and that nothing can run either.
+    /// Fails unless a job of `bytes` that nothing can run may be added to the waiting jobs of this kind.
     pub fn admit_stranded(&self, waiting: Load, bytes: u64) -> Result<(), QueueError> {
         let share = Self {
             jobs: self
@@ -312,12 +313,12 @@ impl FairQueue {
         }
     }
 
-    /// What the queue holds at most.
+    /// Returns the queue's limits.
     pub fn capacity(&self) -> Capacity {
         self.capacity
     }
 
-    /// What waits.
+    /// Returns the load of all waiting jobs.
     pub fn load(&self) -> Load {
         Load {
             jobs: self.len(),

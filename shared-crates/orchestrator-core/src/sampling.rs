@@ -1,10 +1,9 @@
-//! How a job's tokens are drawn, as the client asked for it.
+//! Sampling settings of a job, as requested by the client.
 
 use pool_core::api::worker;
 use serde::{Deserialize, Serialize};
 
-/// How the next token is drawn. Numbers read back as the client gave them; workers get them in the precision that they
-/// compute with.
+/// Sampling settings. Numbers read back unchanged for the client; workers get them in their own precision.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Sampling {
@@ -33,27 +32,28 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Whether `temperature` is in range. NaN, which compares with nothing, is not; the same holds for the others.
+    /// Returns whether `temperature` is in range. NaN is not, here and in the other checks, because it compares with
+    /// nothing.
     pub fn is_temperature(value: f64) -> bool {
         (0.0..=2.0).contains(&value)
     }
 
-    /// Whether `top_p` is in range.
+    /// Returns whether `top_p` is in range.
     pub fn is_top_p(value: f64) -> bool {
         value > 0.0 && value <= 1.0
     }
 
-    /// Whether `min_p` is in range.
+    /// Returns whether `min_p` is in range.
     pub fn is_min_p(value: f64) -> bool {
         (0.0..1.0).contains(&value)
     }
 
-    /// Whether `repetition_penalty` is in range.
+    /// Returns whether `repetition_penalty` is in range.
     pub fn is_repetition_penalty(value: f64) -> bool {
         value > 0.0 && value <= 2.0
     }
 
-    /// Returns the same settings for a worker, which computes with half as many digits.
+    /// Returns the same settings for a worker, which computes in 32-bit floats.
     pub fn for_worker(&self) -> worker::Sampling {
         worker::Sampling {
             temperature: narrow(self.temperature, Self::is_temperature),
@@ -65,8 +65,8 @@ impl Sampling {
     }
 }
 
-/// Returns the 32-bit float next to `value` that is `allowed`: rounding must not turn a value close to an open end into
-/// the end itself.
+/// Returns the 32-bit float nearest to `value` that is `allowed`: rounding must not turn a value close to an open end
+/// into the end itself.
 fn narrow(value: f64, allowed: impl Fn(f64) -> bool) -> f32 {
     #[allow(clippy::cast_possible_truncation)] // Rounding is the purpose.
     let near = value as f32;

@@ -1,15 +1,15 @@
-//! The addresses of daemons as people write them.
+//! Addresses of daemons, as written by people.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use serde::{Deserialize, Deserializer, de};
 
-/// The forms that every address of a daemon may have.
+/// The accepted forms of a daemon's address.
 pub const FORMS: &str =
     "write it like `http://127.0.0.1:8080`, `localhost:8080`, `:8080` or `8080`";
 
-/// Reads the address of a daemon that is called: a URL, `HOST:PORT`, `:PORT` or `PORT`, the latter two on this host. Returns
+/// Parses the address of a called daemon: a URL, `HOST:PORT`, `:PORT` or `PORT`, the latter two on this host. Returns
 /// the URL, without a slash at its end.
 pub fn url(text: &str) -> Result<String, String> {
     let text = text.trim();
@@ -31,8 +31,8 @@ pub fn url(text: &str) -> Result<String, String> {
     Ok(whole.trim_end_matches('/').to_owned())
 }
 
-/// Reads the address that a daemon listens on: `ADDRESS:PORT`, `localhost:PORT`, `:PORT` or `PORT`, the latter three on
-/// loopback. For clap's `value_parser`.
+/// Parses the address to listen on: `ADDRESS:PORT`, `localhost:PORT`, `:PORT` or `PORT`, the latter three on loopback.
+/// For clap's `value_parser`.
 pub fn bind(text: &str) -> Result<SocketAddr, String> {
     let text = text.trim();
     if let Some(port) = port(text)? {
@@ -47,7 +47,7 @@ pub fn bind(text: &str) -> Result<SocketAddr, String> {
     })
 }
 
-/// Returns the port of `:PORT` or `PORT`; `None` where the text has another form.
+/// Returns the port of `:PORT` or `PORT`; `None` for another form.
 fn port(text: &str) -> Result<Option<u16>, String> {
     let digits = text.strip_prefix(':').unwrap_or(text);
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -58,7 +58,7 @@ fn port(text: &str) -> Result<Option<u16>, String> {
         .map_err(|_| format!("{digits} is no port: ports are 0 to 65535"))
 }
 
-/// An address in a settings file: a text, or the number of a port.
+/// An address in a settings file: a text, or a port number.
 struct Written;
 
 impl de::Visitor<'_> for Written {
@@ -77,7 +77,7 @@ impl de::Visitor<'_> for Written {
     }
 }
 
-/// Reads a setting that [`bind`] takes. For serde's `deserialize_with`.
+/// Parses a setting that [`bind`] accepts. For serde's `deserialize_with`.
 pub fn deserialize_bind<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<SocketAddr, D::Error> {
@@ -85,7 +85,7 @@ pub fn deserialize_bind<'de, D: Deserializer<'de>>(
     bind(&text).map_err(|reason| de::Error::custom(format!("`{text}`: {reason}")))
 }
 
-/// Reads a setting that is an IP address, or `localhost`. For serde's `deserialize_with`.
+/// Parses a setting that is an IP address, or `localhost`. For serde's `deserialize_with`.
 pub fn deserialize_ip<'de, D: Deserializer<'de>>(deserializer: D) -> Result<IpAddr, D::Error> {
     let text = String::deserialize(deserializer)?;
     if text == "localhost" {
@@ -95,7 +95,7 @@ pub fn deserialize_ip<'de, D: Deserializer<'de>>(deserializer: D) -> Result<IpAd
         .map_err(|_| de::Error::custom(format!("`{text}` is no IP address")))
 }
 
-/// Reads an optional setting that [`url`] takes: it stays as it is written. For serde's `deserialize_with`.
+/// Parses an optional setting that [`url`] accepts, and keeps its spelling. For serde's `deserialize_with`.
 pub fn deserialize_url<'de, D: Deserializer<'de>>(
     deserializer: D,
 ) -> Result<Option<String>, D::Error> {

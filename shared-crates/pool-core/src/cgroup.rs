@@ -70,7 +70,7 @@ impl MemoryCgroup {
 
     /// The folders with a limit from this one on upwards, with it.
     fn limits(&self) -> impl Iterator<Item = (&Path, u64)> {
-        // Above `memory.high` the kernel kills nothing and slows everything down, so a worker must fit below it.
+        // Above `memory.high` the kernel kills no process but throttles all, so a worker must fit below it.
         let files: &[&str] = match self.version {
             Version::V1 => &["memory.limit_in_bytes"],
             Version::V2 => &["memory.max", "memory.high"],
@@ -87,11 +87,11 @@ impl MemoryCgroup {
             .filter(|(_, limit)| *limit < V1_UNLIMITED)
     }
 
-    /// Returns the bytes that the processes in a folder and below use together, without the clean page cache.
+    /// Returns the bytes used by the processes in a folder and below, without the clean page cache.
     ///
-    /// The kernel drops clean file pages before it kills for want of memory, on the active list as well as on the
+    /// The kernel drops clean file pages before it kills for lack of memory, on the active list as well as on the
     /// inactive one. The file lists hold neither shmem (tmpfs) nor locked pages, and kernel memory is no page of a
-    /// file. Mapped pages count as cache: [`crate::lifecycle::Held`] counts anonymous memory alone, as their counterpart.
+    /// file. Mapped pages count as cache: to match, [`crate::lifecycle::Held`] counts anonymous memory alone.
     fn usage_of(&self, folder: &Path) -> Option<u64> {
         let (usage, cached, unwritten) = match self.version {
             Version::V1 => (
@@ -339,8 +339,8 @@ mod tests {
             };
             cgroup.left_bytes()
         };
-        // 300 active and 100 inactive bytes of files, of which 30 are dirty and 20 on their way to the disk; shmem,
-        // locked pages and the kernel's own are part of `memory.current`, and of `file` as far as they are of files.
+        // 300 active and 100 inactive bytes of files, of which 30 are dirty and 20 under writeback; shmem, locked pages
+        // and the kernel's own are part of `memory.current`, and of `file` if they belong to files.
         let stat = "anon 200\nfile 550\nkernel 80\nslab_reclaimable 60\nshmem 100\nfile_mapped 90\n\
             file_dirty 30\nfile_writeback 20\ninactive_anon 100\nactive_anon 200\ninactive_file 100\n\
             active_file 300\nunevictable 50\n";
@@ -364,7 +364,7 @@ mod tests {
             ("memory.stat", stat),
         ];
         assert_eq!(left(Version::V1, &v1), Some(1000 - (830 - 350)));
-        // A dirty count that is ahead of the lists, as the kernel updates them at different moments, frees nothing.
+        // A dirty count that exceeds the lists, because the kernel updates them at different moments, frees nothing.
         let ahead = "total_dirty 900\ntotal_inactive_file 100\n";
         assert_eq!(left(Version::V1, &[("memory.stat", ahead)]), Some(170));
     }

@@ -1,7 +1,7 @@
 //! The dialect of chat templates: Jinja as the `transformers` library compiles it.
 //!
-//! A template comes with a model file, so nothing in it is trusted: its length, and the length of each tag, are bounded
-//! before the compiler sees it. The worker renders what [`compile`] returns; `models info` only asks [`check`].
+//! A template comes with a model file, so it is untrusted: its length, and the length of each tag, are bounded before
+//! compilation. The worker renders the result of [`compile`]; `models info` only calls [`check`].
 
 mod scan;
 
@@ -25,7 +25,7 @@ const STACK_BYTES: usize = 1 << 30;
 /// Reason why a template can't be compiled.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateProblem {
-    /// A syntax error, or a statement that the dialect does not have.
+    /// A syntax error, or a statement that the dialect lacks.
     #[error("the model's chat template is not supported: {0}")]
     Syntax(String),
     /// A template longer than any real one.
@@ -55,11 +55,11 @@ pub fn check_length(source: &str) -> Result<(), TemplateProblem> {
     }
 }
 
-/// Compiles a template under [`NAME`], on the caller's stack: call [`check_length`] first, and give it a large one.
+/// Compiles a template under [`NAME`], on the caller's stack: call [`check_length`] first, with a large stack.
 pub fn compile(source: &str) -> Result<Environment<'static>, TemplateProblem> {
     let syntax_error = |error: minijinja::Error| TemplateProblem::Syntax(explain(&error));
     let mut environment = Environment::new();
-    // The settings of the Python library that templates are written for.
+    // Templates are written for these settings of the Python library.
     let syntax = SyntaxConfig::builder()
         .trim_blocks(true)
         .lstrip_blocks(true)
@@ -71,7 +71,7 @@ pub fn compile(source: &str) -> Result<Environment<'static>, TemplateProblem> {
     Ok(environment)
 }
 
-/// Tries to compile a template, within bounds.
+/// Compiles a template within bounds, and discards the result.
 pub fn check(source: &str) -> Result<(), TemplateProblem> {
     check_length(source)?;
     let source = source.to_owned();
@@ -84,7 +84,7 @@ pub fn check(source: &str) -> Result<(), TemplateProblem> {
         .unwrap_or(Err(TemplateProblem::Failed))
 }
 
-/// The engine's message without the name of the template, which is the same for all.
+/// Returns the engine's message without the template's name, which is always the same.
 fn explain(error: &minijinja::Error) -> String {
     let what = error
         .detail()

@@ -25,7 +25,7 @@ use crate::units::human_duration;
 
 /// How long a connection may take: our daemons stand on the same host or in the next room.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Time for which an idle connection is kept: less than daemons keep theirs, and a descriptor is free again soon.
+/// Lifetime of an idle connection: shorter than in daemons, so that a descriptor is soon free again.
 const KEPT_IDLE: Duration = Duration::from_secs(5);
 /// How long an answer may take by default, its body included.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -151,7 +151,7 @@ impl ApiClient {
     /// A client of the daemon at `base_url`, which sends `token` with every request.
     pub fn new(base_url: &str, token: Option<Secret>) -> Result<Self, ClientError> {
         let bad = |detail: String| ClientError::BadUrl {
-            // What stands before an `@` may be a password.
+            // Text before an `@` may contain a password.
             url: base_url.rsplit('@').next().unwrap_or_default().to_owned(),
             detail,
         };
@@ -298,7 +298,7 @@ impl ApiClient {
         })
     }
 
-    /// Opens an event stream. An answer of 204 is a stream without events: nothing follows what the reader has.
+    /// Opens an event stream. An answer of 204 is a stream without events: the reader has them all.
     pub async fn events(&self, request: Request) -> Result<EventStream, ClientError> {
         let url = request.url.clone();
         let sent = request.builder.header(ACCEPT, "text/event-stream").send();

@@ -1,9 +1,10 @@
-//! Time that neither steps nor counts against others while this process stands still.
+//! A clock that neither steps nor counts this process's own standstill against others.
 //!
-//! The wall clock steps: by an hour, by years, in both directions. Every duration is therefore measured with the time since
-//! the host's boot, which only grows and also runs while the host sleeps. A process that was stopped or suspended could take
-//! its own absence for the silence of others, so [`elapsed`] leaves out the gaps in which this process did not run. A thread
-//! of its own reads the clock several times a second; a reading that comes much later than the last one follows a gap.
+//! The wall clock steps: by an hour, by years, in both directions. Every duration is therefore measured with the time
+//! since the host's boot, which only grows and also runs while the host sleeps. A process that was stopped or suspended
+//! could take its own absence for the silence of others, so [`elapsed`] leaves out the gaps in which this process did
+//! not run. A dedicated thread reads the clock several times a second; a reading much later than the previous one
+//! follows a gap.
 
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::thread;
@@ -11,12 +12,12 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// The time between two readings of the watching thread.
+/// Time between two readings of the watching thread.
 const TICK: Duration = Duration::from_millis(100);
-/// The longest time between two readings that is no gap. A busy host runs the thread late.
+/// Longest time between two readings that is no gap. A busy host runs the thread late.
 const LATE: Duration = Duration::from_millis(500);
 
-/// The clock that counts sleep. On macOS the monotonic clock does.
+/// The clock that includes sleep: on macOS, the monotonic clock.
 #[cfg(target_os = "macos")]
 const BOOT: ClockId = ClockId::Monotonic;
 #[cfg(not(target_os = "macos"))]
@@ -44,7 +45,7 @@ pub fn stood() -> Duration {
 static OWN: LazyLock<Own> = LazyLock::new(Own::start);
 
 struct Own {
-    /// Whether the thread runs. Without it a long time between two readings says nothing.
+    /// True while the watching thread runs. Without it, a long time between two readings proves no gap.
     watched: bool,
     reading: Mutex<Reading>,
 }
@@ -69,7 +70,7 @@ impl Own {
 
     fn read(&self) -> Reading {
         let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
-        // Read under the lock, so that readings follow one another.
+        // Read under the lock, so that readings are in order.
         let gap = reading.advance(since_boot(), self.watched);
         let copy = *reading;
         drop(reading);
@@ -100,7 +101,7 @@ impl Reading {
         }
     }
 
-    /// Takes note of the time since boot, and returns the gap that it ends.
+    /// Records the time since boot, and returns the gap that the reading ends, if any.
     fn advance(&mut self, now: Duration, watched: bool) -> Option<Duration> {
         let passed = now.saturating_sub(self.at);
         self.at = self.at.max(now);
@@ -115,8 +116,8 @@ impl Reading {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Elapsed;
 
-/// Waits for `work` at most `limit`. After a gap the limit begins again: its outcome may have come while this process did
-/// not run, and needs a moment to be seen.
+/// Waits for `work` at most `limit`. After a gap the limit starts again: the outcome may have arrived while this
+/// process did not run, and needs a moment to be processed.
 #[cfg(any(feature = "client", feature = "service"))]
 pub async fn timeout<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, Elapsed> {
     let mut work = std::pin::pin!(work);
@@ -128,7 +129,7 @@ pub async fn timeout<T>(limit: Duration, work: impl Future<Output = T>) -> Resul
     }
 }
 
-/// A timer that ends after a limit without a gap, counted from the latest [`Patience::renew`].
+/// A timer that ends after a limit without a gap, measured from the latest [`Patience::renew`].
 #[cfg(any(feature = "client", feature = "service"))]
 #[derive(Debug)]
 pub struct Patience {
@@ -139,7 +140,7 @@ pub struct Patience {
 
 #[cfg(any(feature = "client", feature = "service"))]
 impl Patience {
-    /// A timer that begins now.
+    /// Returns a timer that starts now.
     pub fn new(limit: Duration) -> Self {
         Self {
             limit,
@@ -148,7 +149,7 @@ impl Patience {
         }
     }
 
-    /// Begins again.
+    /// Starts the limit again.
     pub fn renew(&mut self) {
         let end = tokio::time::Instant::now() + self.limit;
         self.timer.as_mut().reset(end);
@@ -165,7 +166,7 @@ impl Future for Patience {
     ) -> std::task::Poll<()> {
         loop {
             std::task::ready!(self.timer.as_mut().poll(context));
-            // The timer follows a clock that runs through gaps, and may end before what came meanwhile has been read.
+            // The timer's clock runs through gaps, so it may end before data that arrived meanwhile is read.
             let stood = stood();
             if stood == self.stood {
                 return std::task::Poll::Ready(());
@@ -190,7 +191,7 @@ mod tests {
         }
         assert_eq!(reading.advance(MS(95_600), true), Some(MS(89_900)));
         assert_eq!((reading.ran, reading.stood), (MS(700), MS(89_900)));
-        // A clock that goes back, as after the host of a virtual machine restored it, costs nothing.
+        // A clock that goes back, for example in a restored virtual machine, has no effect.
         assert_eq!(reading.advance(MS(1), true), None);
         assert_eq!(reading.advance(MS(95_700), true), None);
         assert_eq!(reading.ran, MS(800));

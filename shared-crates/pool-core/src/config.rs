@@ -81,21 +81,21 @@ pub struct PoolConfig {
     pub models: ModelsConfig,
     /// Limits of the HTTP server.
     pub service: ServiceConfig,
-    /// The daemon's log.
+    /// Settings of the daemon's log.
     pub log: LogConfig,
 }
 
-/// `[log]`, of either daemon. SIGHUP puts changes of this section in force; others need a restart.
+/// `[log]`, of either daemon. SIGHUP applies changes of this section; others need a restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
-    /// Events that are logged, as `info,orchestratord=debug`; the variable `LLORCH_LOG` goes before it. Default `info`.
+    /// Logged events, such as `info,orchestratord=debug`; the variable `LLORCH_LOG` overrides it. Default `info`.
     pub filter: String,
-    /// Bytes at which the log file (`--log-file`) is renamed and begun again, 4096 or more; 0 for never. Default 67108864
-    /// (64 MiB).
+    /// Size in bytes at which the log file (`--log-file`) is renamed and started again, at least 4096; 0 for never.
+    /// Default 67108864 (64 MiB).
     pub max_bytes: u64,
-    /// Earlier log files that are kept, 0 to 100: `NAME.log.1` is the newest of them. Default 5.
+    /// Number of earlier log files to keep, 0 to 100: `NAME.log.1` is the newest. Default 5.
     pub keep: u32,
 }
 
@@ -110,7 +110,7 @@ impl Default for LogConfig {
 }
 
 impl LogConfig {
-    /// Returns the key of a value that makes no sense, with the reason.
+    /// Returns the key of an invalid value, with the reason; `None` if all are valid.
     pub fn fault(&self) -> Option<(&'static str, &'static str)> {
         match self {
             Self {
@@ -202,7 +202,7 @@ pub struct ModelsConfig {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ServiceConfig {
-    /// Connections at once; fewer where the limit on open files or memory allows fewer. Default 256.
+    /// Most connections at once; fewer if the limit on open files or memory is too low. Default 256.
     pub max_connections: usize,
     /// Bytes of a request's body. Default 65536.
     pub body_limit_bytes: usize,
@@ -375,7 +375,7 @@ impl PoolConfig {
         }
     }
 
-    /// Turns addresses that people wrote into URLs, as other programs read them.
+    /// Completes addresses to URLs, which other programs can read.
     fn complete_addresses(&mut self) {
         for setting in [&mut self.advertise_url, &mut self.orchestrator_url] {
             if let Some(url) = setting.as_deref().and_then(|text| address::url(text).ok()) {
@@ -384,8 +384,8 @@ impl PoolConfig {
         }
     }
 
-    /// Fails where an orchestrator elsewhere could not be told how to reach the pool. Only a pool manager needs that:
-    /// commands that read the settings for their own sake get along without.
+    /// Fails if an orchestrator on another host can't learn how to reach the pool. Only a pool manager needs this:
+    /// commands that only read settings work without.
     pub fn check_advertised(&self) -> Result<(), ConfigError> {
         let elsewhere = matches!(self.orchestrator(), Orchestrator::At(_));
         if self.advertise_url.is_some() || !elsewhere || !self.bind.ip().is_unspecified() {

@@ -90,7 +90,7 @@ pub fn is_locked(path: impl AsRef<Path>) -> io::Result<bool> {
     }
 }
 
-/// Returns whether an attempt to write failed because this user, or anybody, may only read there.
+/// Returns whether a write failed because this user, or every user, may only read there.
 pub fn is_read_only(error: &io::Error) -> bool {
     matches!(
         error.kind(),

@@ -419,7 +419,7 @@ struct Found {
 struct Slot {
     /// The last figures and when they were read.
     last: Option<(GpuReading, Timestamp)>,
-    /// When that was, as the time since the host's boot.
+    /// Time of the reading, as the time since the host's boot.
     read_at: Option<Duration>,
     /// The total of the last reading as the driver said it.
     total_said: Option<u64>,

@@ -11,7 +11,7 @@ use crate::secret::Secret;
 
 /// File in the pool's state folder that holds the random half of the identity.
 const FILE: &str = "host-id";
-/// Identities of the operating system, the same over restarts: a copied state folder does not bring them along.
+/// Identities of the operating system, stable across restarts: a copied state folder does not contain them.
 const MACHINE_IDS: [&str; 2] = ["/etc/machine-id", "/var/lib/dbus/machine-id"];
 
 /// Returns the identity of this host with the state folder `state`, the same at every call. The first call writes the
@@ -35,7 +35,7 @@ fn host_id_on(state: &Path, machine: &str) -> io::Result<String> {
             own
         }
     };
-    // The id of the machine is not for others to see, so only a hash leaves the host.
+    // The machine id is confidential, so only a hash leaves the host.
     let mut hash = Sha256::new();
     for part in ["llorch-pool-host", machine, &own] {
         hash.update(part);

@@ -1,10 +1,11 @@
-//! Integers that every JSON reader keeps. Many readers (JavaScript, `jq` 1.6) hold numbers as 64-bit floats, which round
-//! integers of more than 53 bits.
+//! Integers that every JSON reader preserves. Many readers (JavaScript, `jq` 1.6) hold numbers as 64-bit floats, which
+//! round integers of more than 53 bits.
 
 /// The largest integer that a 64-bit float and both its neighbours represent exactly: 2^53 - 1.
 pub const MAX_EXACT_INTEGER: u64 = (1 << 53) - 1;
 
-/// A `u64` of more than 53 bits, written as a decimal string. A plain number is read too: earlier versions wrote one.
+/// A `u64` of more than 53 bits, written as a decimal string. A plain number is accepted too: earlier versions wrote
+/// numbers.
 #[derive(Debug)]
 pub struct Decimal;
 
@@ -38,7 +39,7 @@ pub mod decimal {
             Ok(number)
         }
 
-        // JSON knows one kind of number: `1.0` is the integer 1.
+        // JSON has only one kind of number: `1.0` is the integer 1.
         fn visit_f64<E: de::Error>(self, number: f64) -> Result<u64, E> {
             const ABOVE_U64: f64 = 18_446_744_073_709_551_616.0;
             if (0.0..ABOVE_U64).contains(&number) && number.fract() == 0.0 {

@@ -41,7 +41,7 @@ pub enum ModelRef {
 pub struct ModelRefError {
     shown: String,
     reason: &'static str,
-    /// The catalogue's answer to a name of another form.
+    /// Suggested catalogue ids for the given name, as the end of a sentence; empty if none is near.
     near: String,
 }
 
@@ -166,7 +166,7 @@ fn parse_file(rest: &str) -> Result<ModelRef, &'static str> {
     Ok(ModelRef::File(path.to_owned()))
 }
 
-/// Why a text without `hf:` and `file:` is no catalogue id.
+/// Returns the reason why a text without `hf:` and `file:` is no catalogue id.
 fn why_no_alias(text: &str) -> &'static str {
     if is_alias(&text.to_ascii_lowercase()) {
         "catalogue ids are lower case"
@@ -189,7 +189,7 @@ fn why_no_alias(text: &str) -> &'static str {
     }
 }
 
-/// The ids of the embedded catalogue that a name of another form may mean, as an end of the sentence that refuses it.
+/// Returns the embedded catalogue's ids that may be meant, as the end of the sentence that refuses the name.
 fn known_instead(text: &str) -> String {
     let catalog = Catalog::embedded();
     let quoted = |ids: Vec<&str>| {

@@ -57,7 +57,7 @@ pub struct WorkerRecord {
     /// What the memory cgroup that it was last seen in had counted then.
     #[serde(default)]
     pub oom_mark: Option<OomMark>,
-    /// Moments of its life that no step of the wall clock moves.
+    /// Events of the worker's life, unaffected by steps of the wall clock.
     #[serde(default)]
     pub moments: Moments,
     /// Who started the process, and watches it while it begins to listen.
@@ -71,14 +71,14 @@ pub struct WorkerRecord {
     pub log_start: u64,
 }
 
-/// Moments of a worker's life, as the time since the host's boot.
+/// Events of a worker's life, as times since the host's boot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Moments {
-    /// The moment of its [`WorkerInfo::created_at`].
+    /// Moment of [`WorkerInfo::created_at`].
     pub created: Option<Duration>,
-    /// The moment of its [`WorkerInfo::ready_at`].
+    /// Moment of [`WorkerInfo::ready_at`].
     pub ready: Option<Duration>,
-    /// The moment of its [`WorkerInfo::idle_since`].
+    /// Moment of [`WorkerInfo::idle_since`].
     pub idle: Option<Duration>,
 }
 
@@ -154,7 +154,7 @@ impl WorkerRecord {
         self.launched_at.map_or(Duration::ZERO, since)
     }
 
-    /// Notes the moments that the worker's info has come to name.
+    /// Records the moments that the worker's info now contains.
     pub(crate) fn note_moments(&mut self, now: Duration) {
         let noted = |known: Option<Duration>, named: bool| named.then(|| known.unwrap_or(now));
         self.moments = Moments {
@@ -164,7 +164,7 @@ impl WorkerRecord {
         };
     }
 
-    /// Returns how long ago the worker's moments were. `None` for a worker of an earlier build, which noted none.
+    /// Returns the worker's ages. `None` for a worker of an earlier build, which has no record of its moments.
     pub fn ages(&self, now: Duration) -> Option<WorkerAges> {
         let ms =
             |at: Duration| u64::try_from(now.saturating_sub(at).as_millis()).unwrap_or(u64::MAX);
@@ -232,7 +232,7 @@ impl RegistryError {
         let Self::Io { source, .. } = self else {
             return false;
         };
-        // A folder that is missing could not be made.
+        // A missing folder could not be created.
         fsio::is_read_only(source) || source.kind() == io::ErrorKind::NotFound
     }
 }

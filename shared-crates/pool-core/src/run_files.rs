@@ -33,7 +33,7 @@ impl PidRecord {
     }
 }
 
-/// Fails where this process may not look at the state folder `dir`: nothing is known of its daemon then.
+/// Fails if this process may not read the state folder `dir`: the state of its daemon is then unknown.
 pub fn check_readable(dir: &Path) -> io::Result<()> {
     match fs::File::open(dir.join(PID)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

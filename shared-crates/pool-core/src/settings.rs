@@ -208,8 +208,8 @@ fn place(key: &str) -> (&str, &str) {
 ///
 /// `file` is what the user named and must exist; without it `default_file` is read if it exists. Every key has the
 /// variable `LLORCH_SECTION_KEY`; `aliases` adds shorter ones as (variable, dotted key), which yield to the long
-/// form. An empty variable counts as unset. A list is written with commas, or as TOML when it begins with `[`. A key whose
-/// name ends in a unit takes a number of that unit or a text with another one: `body_limit_bytes = "64 KiB"`.
+/// form. An empty variable counts as unset. A list is written with commas, or as TOML if it begins with `[`. A key
+/// whose name ends in a unit accepts a number of that unit or a text with another unit: `body_limit_bytes = "64 KiB"`.
 pub fn load<T: Serialize + DeserializeOwned + Default>(
     file: Option<&Path>,
     default_file: &Path,

@@ -1,4 +1,4 @@
-//! One way to write and to read spans of time, sizes and counts, in every program's output, options and settings.
+//! One notation for durations, sizes and counts, in every program's output, options and settings.
 
 use std::time::Duration;
 
@@ -6,17 +6,17 @@ use jiff::SignedDuration;
 
 const BYTE_UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
 
-/// Returns bytes as people read them, to the nearest: `93.8 MiB`, `324 MiB`, `1.5 GiB`.
+/// Formats bytes for people, rounded to the nearest: `93.8 MiB`, `324 MiB`, `1.5 GiB`.
 pub fn human_bytes(bytes: u64) -> String {
     show_bytes(bytes, f64::round)
 }
 
-/// Returns bytes as people read them, rounded up: for a need, beside what [`human_bytes_down`] shows of what there is.
+/// Formats bytes for people, rounded up: for a need, next to an available amount from [`human_bytes_down`].
 pub fn human_bytes_up(bytes: u64) -> String {
     show_bytes(bytes, f64::ceil)
 }
 
-/// Returns bytes as people read them, rounded down.
+/// Formats bytes for people, rounded down.
 pub fn human_bytes_down(bytes: u64) -> String {
     show_bytes(bytes, f64::floor)
 }
@@ -26,7 +26,7 @@ fn show_bytes(bytes: u64, round: fn(f64) -> f64) -> String {
     let mut value = bytes as f64;
     let mut unit = 0;
     let shown = |value: f64| {
-        // Three digits are enough to compare by.
+        // Three digits are enough for a comparison.
         let scale = if value < 100.0 { 10.0 } else { 1.0 };
         round(value * scale) / scale
     };
@@ -37,8 +37,8 @@ fn show_bytes(bytes: u64, round: fn(f64) -> f64) -> String {
     format!("{} {}", shown(value), BYTE_UNITS[unit])
 }
 
-/// Returns a duration as people read it, in its two largest units: `850ms`, `3.2s`, `1m15s`, `2h05m`, `3d04h`. Units that
-/// are zero are left out at the end: `2s`, `30s`, `10m`.
+/// Formats a duration for people, in its two largest units: `850ms`, `3.2s`, `1m15s`, `2h05m`, `3d04h`. Zero units at
+/// the end are left out: `2s`, `30s`, `10m`.
 pub fn human_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let pair = |large: u64, unit: char, small: u64, rest: char| match small {
@@ -59,17 +59,17 @@ pub fn human_duration(duration: Duration) -> String {
     }
 }
 
-/// Returns milliseconds as [`human_duration`] shows them.
+/// Formats milliseconds like [`human_duration`].
 pub fn human_ms(ms: u64) -> String {
     human_duration(Duration::from_millis(ms))
 }
 
-/// Returns seconds as [`human_duration`] shows them; less than none is none.
+/// Formats seconds like [`human_duration`]; a negative number counts as 0.
 pub fn human_seconds(seconds: i64) -> String {
     human_duration(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
 }
 
-/// Returns a number with its thousands apart: `1,234`.
+/// Formats a number with separated thousands: `1,234`.
 pub fn human_count(count: u64) -> String {
     let digits = count.to_string();
     let mut shown = String::with_capacity(digits.len() + digits.len() / 3);
@@ -82,8 +82,8 @@ pub fn human_count(count: u64) -> String {
     shown
 }
 
-/// Reads a span of time as people write it and as [`human_duration`] shows it: `90s`, `5m`, `1h30m`, `250ms`, `7d`, or a
-/// number of seconds. For clap's `value_parser`.
+/// Parses a duration as [`human_duration`] formats it: `90s`, `5m`, `1h30m`, `250ms`, `7d`, or a number of seconds. For
+/// clap's `value_parser`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let text = text.trim();
     read_duration(text).ok_or_else(|| "write it like `90s`, `5m`, `1h30m` or `7d`".to_owned())
@@ -96,7 +96,7 @@ fn read_duration(text: &str) -> Option<Duration> {
     {
         return Duration::try_from_secs_f64(text.parse().ok()?).ok();
     }
-    // Days are no unit of the library's, which can't know how long a day of the calendar is; here a day has 24 hours.
+    // The library has no unit for days, because days of the calendar differ in length; here a day has 24 hours.
     let (days, rest) = match text.split_once('d') {
         Some((days, rest)) if days.bytes().all(|byte| byte.is_ascii_digit()) => {
             (days.parse().ok()?, rest)
@@ -111,13 +111,13 @@ fn read_duration(text: &str) -> Option<Duration> {
     Duration::from_secs(days.checked_mul(86_400)?).checked_add(rest)
 }
 
-/// Reads a span of time of whole milliseconds. For clap's `value_parser`.
+/// Parses a duration of whole milliseconds. For clap's `value_parser`.
 pub fn parse_ms(text: &str) -> Result<u64, String> {
     let ms = parse_duration(text)?.as_millis();
     u64::try_from(ms).map_err(|_| "it is too long".to_owned())
 }
 
-/// Reads a span of time of whole seconds.
+/// Parses a duration of whole seconds.
 pub fn parse_seconds(text: &str) -> Result<u64, String> {
     let duration = parse_duration(text)?;
     if duration.subsec_nanos() == 0 {
@@ -127,7 +127,7 @@ pub fn parse_seconds(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Reads a size as people write it and as [`human_bytes`] shows it: `324 MiB`, `1.5GiB`, `500 MB`, or a number of bytes.
+/// Parses a size as [`human_bytes`] formats it: `324 MiB`, `1.5GiB`, `500 MB`, or a number of bytes.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let text = text.trim();
     read_bytes(text).ok_or_else(|| "write it like `512 MiB`, `1.5 GiB` or `500 MB`".to_owned())

@@ -326,8 +326,8 @@ pub struct WorkerInfo {
     pub pid: Option<u32>,
     /// The port it listens on; 0 before one is chosen.
     pub port: u16,
-    /// Tokens of context of each sequence: those that it is started with until it says how many it has. `None` where
-    /// the model's file does not say.
+    /// Tokens of context of each sequence: the requested number until the worker reports its own. `None` if the model's
+    /// file does not say.
     pub context_length: Option<u32>,
     /// How many sequences it runs at once.
     pub slots: u32,
@@ -357,7 +357,7 @@ pub struct WorkerInfo {
 pub struct ModelFile {
     /// Size in bytes.
     pub size_bytes: u64,
-    /// Last modification, nanoseconds since 1970, as a decimal string: the number has more than 53 bits.
+    /// Last modification, in nanoseconds since 1970, as a decimal string: the number has more than 53 bits.
     #[serde(with = "crate::json_number::decimal")]
     #[cfg_attr(feature = "openapi", schema(value_type = crate::json_number::Decimal))]
     pub modified_ns: u64,

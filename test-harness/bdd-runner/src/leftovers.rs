@@ -1,8 +1,8 @@
-//! The end of everything that a run has started, however the run itself ends.
+//! Cleanup of everything that a run has started, however the run itself ends.
 //!
-//! Each home folder is registered before anything runs in it. A run that returns, panics or is told to stop ends what is
-//! registered by itself. One that is killed can't: a second process, the watcher, reads the same registrations from a pipe
-//! and does it in its place once the pipe breaks.
+//! Each home folder is registered before any process starts in it. A run that returns, panics or gets a signal cleans
+//! up by itself. A killed run can't: a second process, the watcher, reads the same registrations from a pipe and cleans
+//! up once the pipe breaks.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -20,9 +20,9 @@ use crate::process;
 
 /// Longest time that killed processes of one home may take to disappear.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The name of the command that watches, which no person calls.
+/// Name of the hidden command that runs the watcher.
 pub const WATCH: &str = "watch-leftovers";
-/// Ends a registration: the one byte that no path contains.
+/// End mark of a registration: the one byte that no path contains.
 const END: u8 = 0;
 
 struct State {
@@ -46,21 +46,21 @@ impl State {
             return;
         };
         let line = [&[mark], home.as_os_str().as_bytes(), &[END]].concat();
-        // A watcher that was killed is missed only by a run that is killed as well.
+        // A killed watcher matters only if the run is killed as well.
         if watcher.write_all(&line).is_err() {
             self.watcher = None;
         }
     }
 }
 
-/// Registers a home folder, before anything is started in it.
+/// Registers a home folder, before any process starts in it.
 pub fn register(home: &Path) {
     let mut state = state();
     state.homes.insert(home.to_owned());
     state.report(b'+', home);
 }
 
-/// Ends what runs in a registered home and forgets it. The folder stays.
+/// Ends the processes of a registered home and removes its registration. The folder stays.
 pub fn close(home: &Path) {
     end_processes(home);
     let mut state = state();
@@ -68,7 +68,7 @@ pub fn close(home: &Path) {
     state.report(b'-', home);
 }
 
-/// Ends what runs in any registered home, and removes the folders.
+/// Ends the processes of every registered home, and removes the folders.
 pub fn end_all() {
     let homes: Vec<_> = state().homes.iter().cloned().collect();
     for home in homes {
@@ -80,7 +80,7 @@ pub fn end_all() {
 fn end_processes(home: &Path) {
     let begun = Instant::now();
     let mut quiet = 0;
-    // A process may start another while the list is read: twice nothing is nothing.
+    // A process may start another while the list is read, so two empty lists in a row are required.
     while quiet < 2 && begun.elapsed() < PATIENCE {
         let left = process::left_running(home);
         quiet = if left.is_empty() { quiet + 1 } else { 0 };
@@ -104,12 +104,13 @@ fn remove(home: &Path) {
     }
 }
 
-/// Ends everything when it is dropped: at the end of `main`, and by a panic.
+/// A guard that ends all processes on drop: at the end of `main`, and after a panic.
 #[derive(Debug)]
 pub struct EndsAll(());
 
 impl EndsAll {
-    /// Starts the watcher as well. It leaves the group of this process, so that a signal to the group spares it.
+    /// Returns a guard, and starts the watcher. The watcher leaves this process's group, so that a signal to the group
+    /// spares it.
     pub fn with_watcher() -> io::Result<Self> {
         let child = Command::new(std::env::current_exe()?)
             .arg(WATCH)
@@ -128,7 +129,7 @@ impl Drop for EndsAll {
     }
 }
 
-/// Watches: reads registrations until the process that makes them is gone, and ends what is registered then.
+/// Reads registrations until the registering process is gone, and then cleans up what is still registered.
 pub fn watch(registrations: &mut impl BufRead) -> io::Result<()> {
     let mut homes = BTreeSet::new();
     let mut line = Vec::new();

@@ -44,8 +44,8 @@ Exit codes:
 
 /// Runs the scenarios of `features/` against the binaries next to this one: real daemons, workers and commands.
 ///
-/// Every scenario has a home and ports of its own and leaves no process behind. Scenarios tagged @soak take long and run
-/// only where the tags that are asked for name @soak. The last line of the output is `N passed, N failed`.
+/// Every scenario has its own home and ports and leaves no process behind. Scenarios tagged @soak take long and run
+/// only if the requested tags name @soak. The last line of the output is `N passed, N failed`.
 #[derive(Debug, clap::Parser)]
 #[command(version, after_help = MORE, args_conflicts_with_subcommands = true)]
 struct Arguments {
@@ -55,13 +55,13 @@ struct Arguments {
     /// Run only scenarios whose tags satisfy this expression: `@soak`, `not @a and (@b or @c)`.
     #[arg(short, long, value_name = "EXPR")]
     tags: Option<TagOperation>,
-    /// Scenarios at a time. More than processors only make the models slower.
+    /// Number of scenarios at a time. More than the number of processors only slows the models.
     #[arg(short, long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
     concurrency: u16,
     /// Stop after the first scenario that fails.
     #[arg(long)]
     fail_fast: bool,
-    /// Print the scenarios that would run, and run none.
+    /// Print the scenarios that would run, without running them.
     #[arg(long)]
     list: bool,
     /// Print the state of a scenario whose step fails (-vv), and the texts of steps (-vvv).
@@ -75,7 +75,7 @@ struct Arguments {
 enum Command {
     Soak(soak::Options),
     Freezes(soak::freezes::Options),
-    /// Ends what a killed run has left.
+    /// Clean up after a killed run.
     #[command(name = leftovers::WATCH, hide = true)]
     Watch,
 }
@@ -106,7 +106,7 @@ async fn main() -> ExitCode {
         number = signals.next() => {
             eprintln!("bdd-runner: ended by signal {number}, with everything that was started");
             ends.take();
-            // The runtime would wait for threads that wait for what is gone.
+            // The runtime would wait for threads that wait for ended processes.
             std::process::exit(128 + number);
         }
     }
@@ -125,7 +125,7 @@ impl Signals {
         ]))
     }
 
-    /// Returns the number of the next one.
+    /// Returns the number of the next signal.
     async fn next(&mut self) -> i32 {
         let [(terminate, t), (interrupt, i), (hangup, h)] = &mut self.0;
         let kind = tokio::select! {
@@ -147,7 +147,7 @@ fn watch() -> ExitCode {
     }
 }
 
-/// The features with their outlines expanded, as the run will see them.
+/// Returns the features with their outlines expanded, as in the run.
 async fn features() -> Result<Vec<Feature>, parser::Error> {
     let features = parser::Basic::new().parse(FEATURES, parser::basic::Cli::default());
     features.try_collect().await

@@ -1,4 +1,4 @@
-//! The scenarios that a run is about.
+//! The selection of scenarios for a run.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -8,10 +8,10 @@ use cucumber::gherkin::{Feature, Rule, Scenario};
 use cucumber::tag::Ext as _;
 use regex::Regex;
 
-/// The tag of scenarios that take long. They run only where the tags that are asked for name it.
+/// The tag of long scenarios. They run only if the requested tags name it.
 const SOAK: &str = "soak";
 
-/// What the command line asks for.
+/// The selection on the command line.
 #[derive(Debug, Clone, Default)]
 pub struct Selection {
     /// A pattern that names must match.
@@ -21,7 +21,7 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// Whether a scenario is asked for.
+    /// Returns whether a scenario is selected.
     pub fn takes(&self, feature: &Feature, rule: Option<&Rule>, scenario: &Scenario) -> bool {
         let tags: Vec<_> = tags_of(feature, rule, scenario).collect();
         let named = self.name.as_ref();
@@ -55,7 +55,7 @@ impl Selection {
         found
     }
 
-    /// Returns the lines of the scenarios that are asked for, as `Feature: scenario`; or why there are none.
+    /// Returns the lines of the selected scenarios, as `Feature: scenario`; fails if none is selected.
     pub fn of(&self, features: &[Feature]) -> Result<Vec<String>, String> {
         let (mut lines, mut known) = (Vec::new(), BTreeSet::new());
         for feature in features {

@@ -1,4 +1,4 @@
-//! `bdd-runner` as a program: what it says of itself, which scenarios it takes, and what is left when it is ended.
+//! Tests of `bdd-runner` as a program: its help, its selection of scenarios, and the state after its end.
 
 #![allow(clippy::unwrap_used)]
 
@@ -47,7 +47,7 @@ fn help_says_what_there_is() {
     ] {
         assert!(help.contains(part), "`{part}` is missing: {help}");
     }
-    // Cucumber's own text is about nothing of this.
+    // Cucumber's own help describes none of this.
     for part in ["cucumber", "Cucumber", "watch-leftovers"] {
         assert!(!help.contains(part), "{help}");
     }
@@ -73,14 +73,14 @@ fn long_scenarios_run_only_where_their_tag_is_asked_for() {
     let all = listed(&[]);
     let long = listed(&["--tags", "@soak"]);
     assert!(all.len() > 20 && long.len() > 1, "{all:?} {long:?}");
-    // A name, however wide, and the absence of another tag ask for no long scenario.
+    // Neither a broad name nor the absence of another tag selects a long scenario.
     assert_eq!(listed(&["--name", "."]), all);
     assert_eq!(listed(&["--tags", "not @soak"]), all);
     let name = "Kills over the whole chain";
     let kills = |lines: &[String]| lines.iter().filter(|line| line.contains(name)).count();
     assert_eq!((kills(&all), kills(&long)), (1, 1));
     assert_eq!(listed(&["--name", name]).len(), 1);
-    // Name and tags together narrow down.
+    // Name and tags together narrow the selection.
     assert_eq!(listed(&["--name", name, "--tags", "@soak"]).len(), 1);
     assert_eq!(
         listed(&["--name", name, "--tags", "@soak or not @soak"]).len(),
@@ -119,7 +119,7 @@ impl Started {
         Self { child, folder }
     }
 
-    /// The processes that it has started, which all have its folder in their environment.
+    /// Returns the processes of the run, which all have its folder in their environment.
     fn processes(&self) -> Vec<(u32, String)> {
         let mut processes = left_running(self.folder.path());
         processes.retain(|(_, name)| name != "bdd-runner");
@@ -194,7 +194,7 @@ fn a_run_that_is_told_to_stop_leaves_nothing() {
             started.until_busy();
             let status = started.end(signal);
             assert_eq!(status.code(), Some(code), "{run:?}");
-            // At once: whoever waited for its end may rely on it.
+            // At once: after its end, no process may remain.
             assert_eq!(started.processes(), [], "{run:?} {code}");
             assert!(is_empty(started.folder.path()), "{run:?} {code}");
         }

@@ -1,4 +1,4 @@
-//! Filters and tests that Jinja for Python has otherwise than the template engine.
+//! Filters and tests that behave differently in Python's Jinja and in the template engine.
 
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, State, escape_formatter};
@@ -6,7 +6,7 @@ use minijinja::{Environment, Error, State, escape_formatter};
 use super::json;
 use super::methods::charge;
 
-/// Adds them to an environment.
+/// Adds the filters and tests to an environment.
 pub(super) fn add(environment: &mut Environment<'static>) {
     environment.add_filter("tojson", json::tojson);
     environment.add_filter("wordcount", wordcount);
@@ -23,7 +23,8 @@ pub(super) fn add(environment: &mut Environment<'static>) {
     });
 }
 
-/// In Python all that has a length and can be indexed is a sequence, texts and mappings among them.
+/// Returns whether a value is a sequence. In Python every value with a length and an index is one, texts and mappings
+/// included.
 fn is_sequence(value: &Value) -> bool {
     matches!(
         value.kind(),
@@ -31,7 +32,7 @@ fn is_sequence(value: &Value) -> bool {
     )
 }
 
-/// In Python nothing can be read from `none`.
+/// Returns whether a value can be iterated. In Python `none` can't.
 fn is_iterable(value: &Value) -> bool {
     !value.is_none() && value.try_iter().is_ok()
 }
@@ -45,7 +46,7 @@ fn wordcount(state: &State, text: &str) -> Result<usize, Error> {
     Ok(text.split_whitespace().count())
 }
 
-/// What is no number is the default, or 0.
+/// Converts a value to an integer. A value that is no number becomes the default, or 0.
 fn int(value: &Value, default: Option<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     let default = default_of(default, &kwargs, Value::from(0))?;
     if value.is_integer() {

@@ -9,10 +9,10 @@ use super::methods::charge;
 /// Most spaces of an indentation. `json.dumps` takes any.
 const MAX_INDENT: usize = 64;
 
-/// How a value is written.
+/// Separators, indentation and escapes of the written JSON.
 struct Style {
     ensure_ascii: bool,
-    /// A line for each element, indented by this for each level.
+    /// Indentation of each level, with one line for each element; `None` for a single line.
     indent: Option<String>,
     between_elements: String,
     after_key: String,
@@ -22,7 +22,7 @@ struct Style {
 /// Arguments by their places.
 type Arguments = (Option<Value>, Option<Value>, Option<Value>, Option<Value>);
 
-/// The filter `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
+/// Implements the filter `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
 pub(super) fn tojson(
     state: &State,
     value: &Value,
@@ -162,7 +162,7 @@ impl Style {
         Ok(())
     }
 
-    /// What comes before an element.
+    /// Writes the separator and the line break before an element.
     fn next(&self, state: &State, any: bool, depth: usize, json: &mut String) -> Result<(), Error> {
         let begun = json.len();
         if any {
@@ -210,7 +210,7 @@ impl Style {
     }
 }
 
-/// The name that a key has in JSON.
+/// Returns the JSON name of a key.
 fn key_text(key: &Value) -> Result<String, Error> {
     match key.kind() {
         ValueKind::String => Ok(key.as_str().unwrap_or_default().to_owned()),
@@ -222,7 +222,7 @@ fn key_text(key: &Value) -> Result<String, Error> {
     }
 }
 
-/// A number with a fraction, as Python writes it in JSON.
+/// Formats a fractional number as Python writes it in JSON.
 fn json_number(value: &Value) -> String {
     match number(value).as_str() {
         "nan" => "NaN".to_owned(),
@@ -232,7 +232,7 @@ fn json_number(value: &Value) -> String {
     }
 }
 
-/// A number with a fraction, as Python prints it.
+/// Formats a fractional number as Python prints it.
 pub(super) fn number(value: &Value) -> String {
     let Ok(number) = f64::try_from(value.clone()) else {
         return value.to_string();

@@ -6,14 +6,14 @@ use minijinja::value::{Value, ValueKind};
 use super::Conversation;
 use crate::tokenizer::ControlTokens;
 
-/// Most levels of nesting in a value that are looked into. JSON readers stop at 128.
+/// Deepest nesting in a value that is searched. JSON readers stop at 128.
 const MAX_DEPTH: usize = 128;
 
 /// Places of the marks in a text.
 #[derive(Debug, Clone, Copy)]
 enum Places {
-    /// Around every character but white space, which templates trim. What the template looks for in a message (its own
-    /// texts in quotes) may be taken as one character, and the mark on either side may be left out.
+    /// Around every character but white space, which templates trim. A text that the template searches for (its own
+    /// quoted texts) may count as one character, and the mark on either side may be left out.
     All {
         whole_literals: bool,
         before: bool,
@@ -23,7 +23,7 @@ enum Places {
     InNames,
 }
 
-/// The ways to mark a conversation, that which says most first.
+/// The ways to mark a conversation, the most informative first.
 const PLACES: [Places; 5] = [
     Places::All {
         whole_literals: false,
@@ -55,7 +55,7 @@ pub(super) struct Marking<'a> {
     control: &'a ControlTokens,
     /// The template's texts in quotes, sorted.
     literals: &'a [String],
-    /// Finds those that are taken as one character.
+    /// Finds the quoted texts that count as one character.
     whole: Option<AhoCorasick>,
 }
 
@@ -86,8 +86,8 @@ pub(super) fn markings<'a>(
     })
 }
 
-/// Returns a character that is neither in the template nor in the conversation. It is one that templates pass on as it is,
-/// and that is no white space.
+/// Returns a character that is neither in the template nor in the conversation, that templates pass on unchanged, and
+/// that is no white space.
 pub(super) fn unused(source: &str, conversation: &Conversation) -> Option<char> {
     // One byte for the first, and characters that no text should have.
     let mut candidates = ['\u{7f}'].into_iter().chain('\u{fdd0}'..='\u{fdef}');
@@ -100,7 +100,7 @@ pub(super) fn unused(source: &str, conversation: &Conversation) -> Option<char> 
 }
 
 impl Marking<'_> {
-    /// Marks the texts of a conversation but for the roles.
+    /// Marks the texts of a conversation, except the roles.
     pub(super) fn conversation(&self, conversation: &Conversation) -> Conversation {
         let message = |message: &Value| {
             map(message, &mut |key, value| match key.as_str() {
@@ -149,7 +149,7 @@ impl Marking<'_> {
         }
     }
 
-    /// Templates look for keys by their names, so these are left alone but for the names of control tokens.
+    /// Marks a key. Templates look up keys by name, so only names of control tokens are marked in them.
     fn key(&self, key: &Value) -> Value {
         match key.as_str() {
             Some(text) => Value::from(self.within_names(text)),
@@ -161,7 +161,7 @@ impl Marking<'_> {
         let Places::All { before, after, .. } = self.places else {
             return self.within_names(text);
         };
-        // A text that the template itself may write, and compares others with.
+        // The template itself may write such a text, and compare others with it.
         let own = self.literals.binary_search_by(|own| own.as_str().cmp(text));
         if own.is_ok() && !self.control.is_named_in(text) {
             return text.to_owned();
@@ -214,7 +214,7 @@ impl Marking<'_> {
     }
 }
 
-/// Bytes of the texts in a value.
+/// Returns the number of bytes of the texts in a value.
 pub(super) fn bytes(value: &Value) -> usize {
     let mut bytes = 0;
     any_text(value, 0, &mut |text| {
@@ -224,7 +224,7 @@ pub(super) fn bytes(value: &Value) -> usize {
     bytes
 }
 
-/// Whether `is` holds for a text in a value, the keys of mappings included.
+/// Returns whether `is` holds for a text in a value, the keys of mappings included.
 fn any_text(value: &Value, depth: usize, is: &mut dyn FnMut(&str) -> bool) -> bool {
     if let Some(text) = value.as_str() {
         return is(text);
@@ -242,7 +242,7 @@ fn any_text(value: &Value, depth: usize, is: &mut dyn FnMut(&str) -> bool) -> bo
     })
 }
 
-/// Changes the entries of a mapping; keeps their order.
+/// Changes the entries of a mapping and keeps their order.
 fn map(value: &Value, change: &mut dyn FnMut(&Value, &Value) -> (Value, Value)) -> Value {
     let Ok(keys) = value.try_iter() else {
         return value.clone();

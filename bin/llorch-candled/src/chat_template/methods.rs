@@ -11,9 +11,9 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 pub(super) const BYTES_PER_FUEL: usize = 64;
 /// Bytes of a list's element.
 const SLOT_BYTES: usize = 32;
-/// Most digits of a number in a format: a width makes that many characters of one.
+/// Most digits of a width in a format: the width sets the length of the output.
 const MAX_WIDTH_DIGITS: usize = 3;
-/// Bytes that a formatted number or the padding of a text can have.
+/// Most bytes of a formatted number or of a text's padding.
 const FORMATTED_BYTES: usize = 1000;
 
 /// Calls a method that the engine itself does not have.
@@ -111,7 +111,7 @@ pub(super) fn call(
     }
 }
 
-/// Takes fuel for making this many bytes.
+/// Charges fuel for producing this many bytes.
 pub(super) fn charge(state: &State, bytes: usize) -> Result<(), Error> {
     state.consume_fuel((bytes / BYTES_PER_FUEL) as u64 + 1)
 }
@@ -120,17 +120,17 @@ fn invalid(message: &str) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.to_owned())
 }
 
-/// White space as Python sees it.
+/// Returns whether Python counts a character as white space.
 fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
 }
 
-/// Ends of lines as Python sees them.
+/// Returns whether Python counts a character as the end of a line.
 fn is_line_end(c: char) -> bool {
     matches!(c, '\n'..='\r' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}')
 }
 
-/// The engine's own filter pays as it goes; it takes what is no text as well.
+/// Joins texts. The engine's own filter charges fuel as it runs, and accepts values that are no texts.
 fn join(state: &mut State, separator: &Value, args: &[Value]) -> Result<Value, Error> {
     let (values,): (&Value,) = from_args(args)?;
     for value in values.try_iter()? {
@@ -178,7 +178,7 @@ fn split(text: &str, from_end: bool, args: &[Value]) -> Result<Value, Error> {
     Ok(found.into_iter().map(Value::from).collect())
 }
 
-/// The words of a text; the last one is the rest of it. From the end, the words come in reverse order.
+/// Splits a text into words; the last word is the rest of the text. From the end, the words come in reverse order.
 fn split_at_space(text: &str, parts: usize, from_end: bool) -> Vec<&str> {
     let mut words = Vec::new();
     let mut rest = text.trim_matches(is_space);
@@ -255,7 +255,7 @@ fn pad(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
         fill.unwrap_or(" ")
     };
     let missing = width.saturating_sub(text.chars().count());
-    // Python's own rule for a padding that is not even.
+    // Python's own rule for uneven padding.
     let left = match method {
         "ljust" => 0,
         "center" => missing / 2 + (missing & width & 1),
@@ -269,8 +269,8 @@ fn pad(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
     Ok(Value::from(format!("{sign}{before}{digits}{after}")))
 }
 
-/// Bytes that a format can make, at most. A width is a number in the text and an argument can be of any size, so both are
-/// bounded.
+/// Returns the most bytes that a format can produce. A width is a number in the text and an argument has any size, so
+/// both are bounded.
 fn format_bytes(text: &str, args: &[Value]) -> Result<usize, Error> {
     let digits = text.split(|c: char| !c.is_ascii_digit());
     if digits.map(str::len).max() > Some(MAX_WIDTH_DIGITS) {
@@ -294,7 +294,7 @@ fn format_bytes(text: &str, args: &[Value]) -> Result<usize, Error> {
     Ok(fields.saturating_mul(longest + FORMATTED_BYTES))
 }
 
-/// Whether a field of a format has a field within it.
+/// Returns whether a field of a format contains a field.
 fn takes_width(text: &str) -> bool {
     let mut open = 0usize;
     text.replace("{{", "").replace("}}", "").chars().any(|c| {

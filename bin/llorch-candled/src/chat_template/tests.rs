@@ -83,7 +83,7 @@ fn long_conversations_have_work_in_proportion() {
     assert!(text(&template, &long).len() > 5 << 20);
 }
 
-// [CAND-020] [CAND-023] The expected texts are those of the library.
+// [CAND-020] [CAND-023] The expected texts come from the library.
 #[test]
 fn the_dialect_is_that_of_the_transformers_library() {
     for (source, expected) in [

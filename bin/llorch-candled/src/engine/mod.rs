@@ -128,7 +128,7 @@ impl Failure {
         matches!(self, Self::Compute(_) | Self::Halted(Halted::ShuttingDown))
     }
 
-    /// Sizes of a context that is too small.
+    /// Returns the sizes of a context that is too small; `None` for other errors.
     pub fn overflow(&self) -> Option<ContextOverflow> {
         match self {
             Self::ContextOverflow(overflow) => Some(*overflow),
@@ -187,7 +187,7 @@ impl Generation {
 pub struct Engine {
     decoder: Decoder,
     tokenizer: Tokenizer,
-    /// The chat template, or why there is none to use: a model without one takes raw prompts all the same.
+    /// The chat template, or why none is usable. A model without a template accepts raw prompts only.
     template: Result<ChatTemplate, TemplateError>,
     context_length: usize,
     origin: Origin,
@@ -306,7 +306,7 @@ impl Engine {
             .filter(|resume| self.may_go_on(resume, &request))
             .map(|resume| resume.token_ids);
         if let Some(ids) = &resumed {
-            // A text that readers saw is not voided for want of room that another worker has.
+            // Text already sent to readers is not voided for lack of room that another worker has.
             let answer = (ids.len() + 1).min(request.max_tokens as usize);
             let most = self.decoder.config().max_context - prompt.len();
             self.check_room(prompt.len(), answer.clamp(1, most))?;
@@ -319,7 +319,7 @@ impl Engine {
         })
     }
 
-    /// Refuses a prompt whose answer of at least `answer` tokens has no room in the context.
+    /// Refuses a prompt that leaves no room in the context for an answer of at least `answer` tokens.
     fn check_room(&self, prompt: usize, answer: usize) -> Result<(), Failure> {
         let needed = prompt + answer;
         if needed <= self.context_length {
@@ -374,7 +374,7 @@ impl Engine {
 
     fn prompt_text(&self, request: &ExecuteRequest) -> Result<Rendered, Failure> {
         if request.raw {
-            // A raw prompt is the caller's own text from end to end: special tokens are written by their names.
+            // A raw prompt is entirely the caller's own text: names in it become special tokens.
             let text = request
                 .prompt
                 .clone()

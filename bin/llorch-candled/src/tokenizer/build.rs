@@ -87,7 +87,7 @@ pub(super) fn byte_level(
     let (texts, control): (Vocab, Vocab) = ids_by_text(vocabulary)
         .into_iter()
         .partition(|(text, id)| text.chars().nth(1).is_none() || !vocabulary.steers(*id));
-    // Text must not become a control token by rules or as a whole word either.
+    // Text must become no control token, neither by merge rules nor as a whole word.
     merges.retain(|(left, right)| {
         let joined = format!("{left}{right}");
         ![left, right, &joined]
@@ -186,7 +186,7 @@ pub(super) fn sentence_piece(
 fn merges_by_score(vocabulary: &Vocabulary, ids: &Vocab, scores: &[f32]) -> Vec<(String, String)> {
     let mut rules: Vec<(f32, [u32; 2], (&str, &str))> = Vec::new();
     for ((id, text), score) in (0u32..).zip(&vocabulary.texts).zip(scores) {
-        // Neither a control token nor a byte is what a text spells.
+        // Text spells neither a control token nor a byte token.
         if vocabulary.steers(id) || vocabulary.kinds[id as usize] == TokenKind::Byte {
             continue;
         }
@@ -208,7 +208,7 @@ fn ids_by_text(vocabulary: &Vocabulary) -> Vocab {
     vocabulary.texts.iter().cloned().zip(0..).collect()
 }
 
-/// Adds the tokens that are found in a text before anything splits it: those that are text and never split.
+/// Adds the text tokens that match before the text is split, and that are never split themselves.
 fn add_whole_tokens(
     tokenizer: &mut Tokenizer,
     vocabulary: &Vocabulary,

@@ -1,4 +1,4 @@
-//! The tokens that steer a model, found in a text by their names.
+//! Lookup of control tokens by name.
 
 use std::cmp::Reverse;
 use std::ops::Range;
@@ -23,8 +23,8 @@ impl ControlTokens {
         })
     }
 
-    /// Returns the tokens in `text` from left to right, without those that have one of `breaks` (ascending) within their
-    /// name. Of several names that begin at one place the longest counts.
+    /// Returns the tokens in `text` from left to right, without tokens whose name contains a position in `breaks`
+    /// (ascending). Of several names that begin at one place the longest wins.
     pub fn find(&self, text: &str, breaks: &[usize]) -> Vec<(u32, Range<usize>)> {
         let mut names: Vec<_> = self
             .names
@@ -47,7 +47,7 @@ impl ControlTokens {
             .collect()
     }
 
-    /// Returns whether a token is one of these.
+    /// Returns whether a token is a control token that no message may become.
     pub fn has(&self, id: u32) -> bool {
         self.ids.binary_search(&id).is_ok()
     }
@@ -57,18 +57,18 @@ impl ControlTokens {
         self.names.is_match(text)
     }
 
-    /// Returns the places of all names in `text`, those that overlap as well.
+    /// Returns the places of all names in `text`, overlapping ones included.
     pub fn names_in(&self, text: &str) -> Vec<Range<usize>> {
         let names = self.names.find_overlapping_iter(text);
         names.map(|name| name.range()).collect()
     }
 }
 
-/// Whether one of `breaks` lies within a name.
+/// Returns whether a position in `breaks` lies within a name.
 fn is_broken(text: &str, name: Range<usize>, breaks: &[usize]) -> bool {
     let next = breaks.partition_point(|place| *place <= name.start);
     let within = breaks.get(next).is_some_and(|place| *place < name.end);
-    // A name of one character has no place within it: breaks on both sides stand for one.
+    // A name of one character has no inner position: breaks on both sides count instead.
     let single = text[name.clone()].chars().nth(1).is_none();
     let at = |place: usize| breaks.binary_search(&place).is_ok();
     within || single && at(name.start) && at(name.end)

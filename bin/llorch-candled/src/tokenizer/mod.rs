@@ -30,7 +30,7 @@ pub enum TokenizerError {
         /// What the file names.
         found: String,
     },
-    /// The list of tokens.
+    /// The vocabulary can't be read.
     #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
     /// A merge rule that can't be read.
@@ -52,7 +52,7 @@ impl From<tokenizers::Error> for TokenizerError {
 
 /// A model's tokenizer.
 pub struct Tokenizer {
-    /// Knows the tokens that are text; those that steer the model are found by `control`.
+    /// Tokenizer of the text tokens; `control` finds the tokens that steer the model.
     inner: tokenizers::Tokenizer,
     control: ControlTokens,
     /// The bytes each token stands for in a text; empty for those that are no text.
@@ -104,14 +104,15 @@ impl Tokenizer {
         })
     }
 
-    /// Returns the ids of `text`; names of special tokens in it become those tokens. Nothing is put before or after it.
+    /// Returns the ids of `text`, with names of special tokens turned into those tokens. Adds no tokens before or after
+    /// the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         self.encode_within(text, &[])
     }
 
-    /// Returns the ids of a whole prompt: `text` with the token for the beginning of a sequence before it, where the model
-    /// wants one and the text (a chat template's, say) doesn't bring it along. No control token comes from text that has
-    /// one of `breaks` (byte positions, ascending) within it.
+    /// Returns the ids of a whole prompt: `text` after the token for the beginning of a sequence, if the model wants
+    /// this token and the text (a chat template's, for example) does not contain it. A control token with a position in
+    /// `breaks` (byte positions, ascending) within its name is left as text.
     pub fn encode_prompt(&self, text: &str, breaks: &[usize]) -> Result<Vec<u32>, TokenizerError> {
         let mut ids = self.encode_within(text, breaks)?;
         if let Some((bos, _)) = &self.bos

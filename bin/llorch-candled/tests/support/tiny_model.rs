@@ -19,9 +19,9 @@ pub struct TinyModel {
     pub chat_template: Option<&'static str>,
     /// Text and type of the tokens after the 256 bytes.
     pub special: Vec<(&'static str, u32)>,
-    /// Named by `tokenizer.ggml.eos_token_id`.
+    /// Id in `tokenizer.ggml.eos_token_id`.
     pub eos: u32,
-    /// A token after the bytes that the model likes to write; it writes none otherwise.
+    /// A special token that the model prefers to write; with `None`, the model writes no special token.
     pub likes: Option<u32>,
 }
 

@@ -19,7 +19,7 @@ use crate::http_client::{ConnectArgs, JobFilter, Orchestrator, shown};
 
 /// The daemon's name, and that of its binary.
 pub const NAME: &str = "orchestratord";
-/// Names the orchestrator that commands are for.
+/// Variable that names the orchestrator for commands.
 const URL_VARIABLE: &str = "LLORCH_ORCHESTRATOR_URL";
 /// How long it may take until it answers: a large database of jobs may have to be recovered.
 pub const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -35,7 +35,8 @@ pub enum Command {
     Stop,
     /// Show whether the orchestrator runs, and where it answers; exits with 3 if it does not run
     ///
-    /// LLORCH_ORCHESTRATOR_URL names another one than that of this machine; its pid is not known.
+    /// LLORCH_ORCHESTRATOR_URL selects another orchestrator than the one on this machine; the pid of such an
+    /// orchestrator is unknown.
     Status {
         /// Lines for people, or an object with `running`, `pid`, `version`, `url`, `jobs` and `pools`
         #[arg(long, value_enum, default_value_t)]
@@ -105,7 +106,7 @@ impl Command {
     }
 }
 
-/// The orchestrator that the environment names, next to the one of this home.
+/// Compares the orchestrator in the environment with the one of this home.
 fn elsewhere(home: &Home) -> Elsewhere {
     Elsewhere::from_env(URL_VARIABLE, NAME, &home.orchestratord_state())
 }
@@ -219,7 +220,7 @@ async fn status(home: &Home, format: Format) -> Result<Exit, CliError> {
         }
         None => {
             let running = daemon_commands::status(&home.orchestratord_state(), NAME)?;
-            // The token comes from where every command takes it.
+            // The token comes from the same place as for every other command.
             let local = running
                 .as_ref()
                 .map(|running| Orchestrator::find_local(&args, &running.url));

@@ -97,7 +97,7 @@ fn render(pools: &[PoolView], colour: bool) -> String {
     )
 }
 
-/// Time since the latest heartbeat, or the time that went by without one.
+/// Formats the time since the latest heartbeat, or the time without any.
 fn heartbeat(pool: &PoolView) -> String {
     let age = human_duration(Duration::from_millis(pool.heartbeat_age_ms));
     match pool.state {
@@ -106,7 +106,7 @@ fn heartbeat(pool: &PoolView) -> String {
     }
 }
 
-/// Warning about a second instance that claims the pool's id.
+/// Returns a warning about a second instance that claims the pool's id.
 pub(super) fn conflict(pool: &PoolView) -> Option<String> {
     let other = pool.conflict.as_ref()?;
     Some(format!(

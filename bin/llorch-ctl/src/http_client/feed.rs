@@ -20,7 +20,7 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 pub enum Item {
     /// An event. Logged ones carry their id and come once.
     Event(Option<EventId>, TaskEvent),
-    /// The connection is gone, for this reason in plain words; the feed tries to get it back.
+    /// The connection is lost, for this reason in plain words; the feed reconnects.
     Lost(String),
     /// The connection is back and events go on where they stopped.
     Back,
@@ -36,16 +36,16 @@ pub struct Feed {
     outage: Option<Outage>,
     /// An event that waits until [`Item::Back`] was told.
     pending: Option<Item>,
-    /// The orchestrator's word before it closes the stream.
+    /// The orchestrator's reason for closing the stream, if it gave one.
     farewell: Option<Farewell>,
     patience: Duration,
     ended: bool,
 }
 
-/// A reason for which the orchestrator closes a stream in order.
+/// A reason for which the orchestrator closes a stream deliberately.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Farewell {
-    /// This reader was too slow. It comes back at once.
+    /// This reader was too slow. The feed reconnects at once.
     Lagged,
     /// The orchestrator stops.
     Shutdown,
@@ -56,7 +56,7 @@ enum Farewell {
 struct Outage {
     since: Instant,
     pause: Duration,
-    /// Whether [`Item::Lost`] was told.
+    /// True if the feed has reported [`Item::Lost`].
     told: bool,
 }
 
@@ -87,7 +87,7 @@ impl Feed {
         self.job
     }
 
-    /// The job as it is now.
+    /// Returns the job's present record.
     pub async fn view(&self) -> Result<TaskView, ClientError> {
         self.orchestrator.job(self.job).await
     }
@@ -152,7 +152,7 @@ impl Feed {
             }
             match self.orchestrator.open_events(self.job, self.after).await {
                 Ok(stream) => {
-                    // The last event was seen already.
+                    // The reader already has the last event.
                     self.ended = stream.status() == 204;
                     self.stream = Some(stream);
                     return Ok(());
@@ -210,8 +210,8 @@ impl Feed {
     }
 }
 
-/// The end of a connection as a person is told of it. The details are for logs and for the error of one that does not come
-/// back.
+/// Describes the end of a connection in plain words. The details go to logs, and to the error of a connection that
+/// stays lost.
 fn plainly(error: &ClientError, farewell: Option<Farewell>) -> String {
     match error {
         _ if farewell == Some(Farewell::Shutdown) => "the orchestrator stops".to_owned(),

@@ -1,4 +1,4 @@
-//! A list of jobs as one sequence of pages, in which no job is missing and none comes twice while jobs change.
+//! A list of jobs as one sequence of pages that contains each job exactly once, even while jobs change.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -9,13 +9,13 @@ use pool_core::client::ClientError;
 
 use super::Orchestrator;
 
-/// Jobs that one page asks for: the most that the orchestrator gives.
+/// Jobs requested for one page: the orchestrator's maximum.
 const PAGE: usize = 500;
 
 /// Which jobs a list shows.
 #[derive(Debug, Clone, Default)]
 pub struct JobFilter {
-    /// Only in one of these states; all where there is none.
+    /// Accepted states; empty for all.
     pub statuses: Vec<JobStatus>,
     /// Only of this model.
     pub model: Option<String>,
@@ -40,7 +40,7 @@ impl JobFilter {
             .collect()
     }
 
-    /// The part of the filter that is in `states`; `None` where that is nothing.
+    /// Returns the filter restricted to `states`; `None` if no state remains.
     pub fn within(&self, states: &[JobStatus]) -> Option<Self> {
         let wanted =
             |status: &&JobStatus| self.statuses.is_empty() || self.statuses.contains(status);
@@ -52,15 +52,15 @@ impl JobFilter {
     }
 }
 
-/// The pages of a list. What is over is asked for after what is not: a job that ends meanwhile comes in the second part,
-/// and one that came in the first is left out there.
+/// The pages of a list. Finished jobs are requested after unfinished ones: a job that ends meanwhile appears in the
+/// second part, unless the first part already had it.
 #[derive(Debug)]
 pub struct JobPages {
     orchestrator: Orchestrator,
     parts: VecDeque<JobFilter>,
     short_ids: bool,
     cursor: Option<String>,
-    /// Jobs of the first part, which may be in the second as well.
+    /// Jobs of the first part, which the second part may contain as well.
     seen: HashSet<JobId>,
 }
 
@@ -79,7 +79,7 @@ impl JobPages {
         }
     }
 
-    /// Returns whether the next page is of jobs that are over.
+    /// Returns whether the next page has finished jobs.
     pub fn has_reached_finished(&self) -> bool {
         let states = self.parts.front().map(|part| &part.statuses);
         states.is_some_and(|states| states.iter().all(|status| status.is_terminal()))

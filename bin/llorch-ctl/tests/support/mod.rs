@@ -42,7 +42,7 @@ pub enum Step {
     Break,
     /// Nothing more comes, and the connection stays.
     Hang,
-    /// The answer says that nothing follows.
+    /// A 204: no event follows.
     Over,
 }
 
@@ -57,8 +57,7 @@ pub struct Fake {
     pub cancel_answers: Option<JobStatus>,
     /// The text that `GET /v2/tasks/{id}` shows; the job is running where it is `None`.
     pub text: Option<&'static str>,
-    /// The jobs that lists show, newest first, with the state that each has at the first, second, ... list; [`JOB`] alone
-    /// where there are none.
+    /// The jobs in lists, newest first, with the state of each in the first, second, ... list; empty for [`JOB`] alone.
     pub jobs: Vec<(&'static str, Vec<JobStatus>)>,
 }
 
@@ -178,7 +177,7 @@ async fn list(
     let asked = shared.asked.lock().unwrap().lists.len();
     let matching: Vec<_> = jobs
         .iter()
-        // A job has another state with each list that is asked for, up to its last one.
+        // Each list shows a job's next state, up to its last.
         .map(|(id, life)| (id, life[(asked - 1).min(life.len() - 1)]))
         .filter(|(id, status)| {
             id.starts_with(&prefix)
@@ -195,7 +194,7 @@ async fn list(
         })
         .collect();
     let total = count.then_some(matching.len());
-    // The cursor of the fake is a place among all its jobs, so a job that changes its state moves no other.
+    // The fake's cursor is a place among all its jobs, so a job that changes its state moves no other.
     let place = |id: JobId| {
         jobs.iter()
             .position(|(job, _)| *job == id.to_string())
@@ -304,7 +303,7 @@ pub fn started() -> TaskEvent {
     })
 }
 
-/// The job waits, for want of a pool.
+/// Returns the event of a job that waits for lack of a pool.
 pub fn waiting() -> TaskEvent {
     TaskEvent::Waiting(TaskWaiting {
         queue_position: 0,
@@ -318,7 +317,7 @@ pub fn waiting() -> TaskEvent {
     })
 }
 
-/// Reads what a program writes until it contains `part`.
+/// Reads a program's output until it contains `part`.
 pub async fn read_until(mut source: impl AsyncRead + Unpin, part: &str) -> String {
     let mut text = Vec::new();
     let read = async {

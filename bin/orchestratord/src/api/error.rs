@@ -252,7 +252,7 @@ impl From<SubmitError> for ServiceError {
     }
 }
 
-/// The refusal of a job that nothing can run now, because as many of its kind wait as may.
+/// Returns the refusal of a job that nothing can run now, because the share of such jobs is full.
 fn full_share(
     error: &QueueError,
     setting: &str,

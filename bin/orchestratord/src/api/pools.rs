@@ -64,7 +64,7 @@ pub(super) async fn register(
     Ok(Json(Registered { pool_id: id }))
 }
 
-/// Forgets a pool that stopped on purpose where a new one needs its place.
+/// Forgets a stopped pool if a new one needs its place.
 async fn make_room(app: &App, request: &RegisterRequest) {
     if app.fleet.client(&request.pool_id).is_some() {
         return;
@@ -114,14 +114,14 @@ pub(super) async fn heartbeat(
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct RemoveQuery {
-    /// The instance that stops. Without it the pool is forgotten.
+    /// The instance that stops. Without an instance, the pool is forgotten.
     instance_id: Option<String>,
 }
 
 /// The pool takes part no longer. Streams of its workers that run go on.
 ///
-/// With `instance_id` that instance stops on purpose: the pool is shown as stopped until it registers again. Without it
-/// the pool is forgotten.
+/// With `instance_id`, that instance stops on purpose: the pool is shown as stopped until it registers again. Without
+/// it, the pool is forgotten.
 #[utoipa::path(
     delete, path = "/v2/pools/{id}", tag = "pools' own",
     params(("id" = String, Path, description = "The pool."), RemoveQuery),

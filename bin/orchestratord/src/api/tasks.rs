@@ -135,7 +135,7 @@ fn idempotency_key(
             .hint("a UUID does well")
     })?;
     let mut asked = serde_json::to_value(spec).map_err(|error| ServiceError::internal(&error))?;
-    // The precision of the first version, so that a key keeps its meaning over an update.
+    // The precision of the first version, so that a key keeps its meaning across updates.
     asked["sampling"] = serde_json::to_value(spec.sampling.for_worker())
         .map_err(|error| ServiceError::internal(&error))?;
     if !seed_given {
@@ -179,8 +179,8 @@ fn accepts_events(headers: &HeaderMap) -> bool {
         .any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
 }
 
-/// Returns the events after `after`, or all of them. Once the job is over, a reader that has its last event gets `204`
-/// and one with a later id `400`; events that are gone are `410`.
+/// Returns the events after `after`, or all of them. For a finished job, an id equal to the last event gets `204` and a
+/// later id `400`; deleted events get `410`.
 async fn stream(app: &App, id: JobId, after: Option<EventId>) -> ServiceResult<Response> {
     let live = app.jobs.get(id);
     let end = match &live {
@@ -205,7 +205,7 @@ async fn stream(app: &App, id: JobId, after: Option<EventId>) -> ServiceResult<R
     Ok(response)
 }
 
-/// Returns the id of the last event of a job that is not live any more.
+/// Returns the id of the last event of a job that is no longer live.
 async fn logged_end(app: &App, id: JobId) -> ServiceResult<Option<EventId>> {
     let log = app.store.log_end(id).await?;
     let log = log.ok_or_else(|| error::no_job(&id.to_string()))?;
@@ -218,7 +218,8 @@ async fn logged_end(app: &App, id: JobId) -> ServiceResult<Option<EventId>> {
     Ok(log.last)
 }
 
-/// The answer that ends a browser's `EventSource`, which takes the end of a stream for a break and reconnects for ever.
+/// Returns the answer that ends a browser's `EventSource`, which takes the end of a stream for a broken connection and
+/// reconnects forever.
 fn nothing_follows() -> Response {
     (StatusCode::NO_CONTENT, [(CACHE_CONTROL, "no-store")]).into_response()
 }
@@ -232,7 +233,7 @@ fn parse_id(id: &str) -> ServiceResult<JobId> {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct ListQuery {
-    /// Only jobs in this state, or in one of several, separated by commas.
+    /// Only jobs in one of these states, separated by commas.
     #[param(value_type = Option<Vec<JobStatus>>, style = Form, explode = false, min_items = 1, nullable = false)]
     status: Option<String>,
     /// Only jobs of this model.
@@ -241,7 +242,7 @@ pub(super) struct ListQuery {
     /// Only jobs of this class.
     #[param(value_type = Option<Priority>, nullable = false)]
     priority: Option<String>,
-    /// Only jobs whose id begins so, with or without `job-`.
+    /// Only jobs whose id begins with this text, with or without `job-`.
     #[param(
         pattern = "^(job-)?([0-9a-f]{1,8}|[0-9a-f]{8}(-[0-9a-f]{4}){0,2}-[0-9a-f]{1,4}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{1,12})$",
         nullable = false
@@ -316,7 +317,7 @@ pub(super) async fn list(
     }))
 }
 
-/// Reads the `id_prefix` of a list, which has one spelling as ids have.
+/// Parses the `id_prefix` of a list. Like an id, a prefix has one spelling.
 fn id_prefix(text: &str) -> ServiceResult<JobIdPrefix> {
     let read = text.parse::<JobIdPrefix>().ok();
     let spelled = |prefix: &JobIdPrefix| {
@@ -328,7 +329,7 @@ fn id_prefix(text: &str) -> ServiceResult<JobIdPrefix> {
     })
 }
 
-/// Reads the states of a list's `status`.
+/// Parses the states in a list's `status`.
 fn statuses(text: &str) -> ServiceResult<Vec<JobStatus>> {
     text.split(',')
         .map(|name| name.parse::<JobStatus>())

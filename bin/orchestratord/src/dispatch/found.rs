@@ -31,7 +31,7 @@ pub struct Found {
 /// Takes the attempt up where its worker has it, gives it up where it has not, and does not leave its job behind whatever
 /// happens.
 pub async fn take_up(app: App, found: Found) {
-    // It runs already, so it is followed in any case; one that is dispatched now waits for a place.
+    // The attempt already runs, so it is followed without a place; a new dispatch waits for a place.
     let _place = app.metrics.load().call();
     let work = AssertUnwindSafe(perform(&app, &found)).catch_unwind();
     if work.await.is_err() {

@@ -44,7 +44,7 @@ pub struct Dispatch {
     pub attempt: Arc<ActiveAttempt>,
     /// Where the worker is.
     pub endpoint: WorkerEndpoint,
-    /// The descriptor of its stream.
+    /// The descriptor of the attempt's stream.
     pub _place: OwnedSemaphorePermit,
 }
 
@@ -199,7 +199,7 @@ async fn conclude(
 ) {
     let fence = Some(lease.fence);
     let verdict = match verdict {
-        // It was chosen because it has that context: such attempts must not go on without end.
+        // The worker was chosen for that context: such attempts must not repeat endlessly.
         Verdict::Cramped { needed, reason } if queued.context_needed >= Some(needed) => {
             Verdict::Lost(reason)
         }

@@ -359,7 +359,7 @@ impl<'a> Running<'a> {
         if self.started && told {
             return None;
         }
-        // Of an attempt that was found again, the run of the daemon that began it has counted the prompt.
+        // For an adopted attempt, the run of the daemon that started it has counted the prompt.
         if !self.started && self.caught_up {
             let metrics = &self.app.metrics;
             metrics.prompted(&self.lease.spec.model, started.tokens_in);

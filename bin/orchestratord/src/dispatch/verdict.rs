@@ -20,11 +20,11 @@ pub(super) enum Verdict {
     NotFound(String),
     /// The worker had no room; the attempt does not count.
     Refused(String),
-    /// The worker's context is too small, and the model's is not; the attempt does not count.
+    /// The worker's context is too small, the model's is not; the attempt does not count.
     Cramped {
         /// Smallest context that runs the job, in tokens.
         needed: u32,
-        /// What the worker said.
+        /// The worker's error message.
         reason: String,
     },
     /// The record does not let the job go on.
@@ -36,7 +36,7 @@ pub(super) enum Verdict {
 }
 
 impl Verdict {
-    /// Counts the end of the attempt. An attempt that a stopping daemon leaves to its worker has not ended.
+    /// Counts the end of the attempt. An attempt that continues on its worker while the daemon stops has not ended.
     pub(super) fn count(&self, metrics: &Metrics) {
         if let Some(label) = self.label() {
             metrics.attempts_ended.with_label_values(&[label]).inc();

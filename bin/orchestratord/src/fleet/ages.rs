@@ -1,7 +1,7 @@
-//! The times that a pool says of its workers, as points of our own timeline.
+//! The times in a pool's reports about its workers, as points of the local timeline.
 //!
-//! The pool's clock is another than ours, and may step. So a time that is new counts from the age that came with it, and keeps
-//! its point for as long as the pool names the same time.
+//! The pool's clock differs from the local one, and may step. So a new time is converted by the age in the same
+//! heartbeat, and keeps its point as long as the pool reports the same time.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -10,7 +10,7 @@ use orchestrator_core::scheduler::PoolState;
 use pool_core::api::pool::WorkerAges;
 use pool_core::worker::WorkerInfo;
 
-/// The times of a pool's workers. Workers without ages are not in it: their pool's times are taken as they are.
+/// The times of a pool's workers. Workers without ages have no entry: the times of their pool are used unchanged.
 #[derive(Debug, Default)]
 pub(super) struct WorkerTimes(HashMap<String, Times>);
 
@@ -21,7 +21,7 @@ struct Times {
     idle: Option<Known>,
 }
 
-/// A time as the pool names it, and the point that it is here.
+/// A time in the pool's report, and its point on the local timeline.
 #[derive(Debug, Clone, Copy)]
 struct Known {
     named: Timestamp,
@@ -29,7 +29,7 @@ struct Known {
 }
 
 impl WorkerTimes {
-    /// Takes in what a heartbeat says that came `now`.
+    /// Updates the times from a heartbeat that arrived at `now`.
     pub(super) fn heard(
         &mut self,
         workers: &[WorkerInfo],
@@ -63,7 +63,7 @@ impl WorkerTimes {
         self.0 = times.collect();
     }
 
-    /// Gives the workers the times that they have here.
+    /// Replaces the workers' times by points of the local timeline.
     pub(super) fn apply(&self, state: &mut PoolState) {
         for worker in &mut state.workers {
             let Some(times) = self.0.get(&worker.id) else {
@@ -126,11 +126,11 @@ mod tests {
             times.heard(&[worker(named)], &ages, now);
             times.0["worker-cpu-0"].idle.unwrap().point.as_second()
         };
-        // A clock that is years ahead of ours.
+        // The pool's clock is years ahead.
         assert_eq!(idle_since(9_000_000, 30_000, 1_000), 970);
-        // The same time keeps its point, whatever the way took.
+        // The same time keeps its point, regardless of network delay.
         assert_eq!(idle_since(9_000_000, 40_700, 1_010), 970);
-        // The pool's clock went back a day before the worker was idle again.
+        // The pool's clock stepped back a day before the worker was idle again.
         assert_eq!(idle_since(8_913_600, 1_000, 1_100), 1_099);
     }
 }

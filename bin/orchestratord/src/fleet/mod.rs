@@ -50,10 +50,10 @@ pub enum FleetError {
         /// Ours.
         ours: u32,
     },
-    /// Another instance holds its id and is alive.
+    /// Another live instance holds the pool id.
     #[error("pool id `{pool}` is held by another instance at {holder}")]
     Taken {
-        /// The id.
+        /// Contested pool id.
         pool: String,
         /// Address of the holder.
         holder: String,
@@ -103,7 +103,7 @@ pub enum Fate {
 pub enum PoolChange {
     /// Like this.
     Is(Box<PoolState>),
-    /// It has left.
+    /// The pool has left.
     Gone(String),
 }
 
@@ -131,7 +131,7 @@ struct Inner {
     changed: BTreeSet<String>,
     /// Before this moment time alone changes no pool.
     due: Option<Timestamp>,
-    /// The gaps of this process that the pools' silence was excused for.
+    /// Sum of this process's gaps for which the pools' silence was excused.
     excused: Duration,
 }
 
@@ -143,9 +143,9 @@ struct Pool {
     interval: SignedDuration,
     registered_at: Timestamp,
     last_heartbeat: Timestamp,
-    /// The gaps of this process before the last heartbeat: the pool's age in real time counts the later ones.
+    /// Sum of this process's gaps before the last heartbeat: the pool's age in real time includes only later gaps.
     stood_before: Duration,
-    /// The start of the silence that is judged: the last heartbeat, or the end of a later gap of this process.
+    /// Start of the judged silence: the last heartbeat, or the end of a later gap of this process.
     silent_since: Timestamp,
     seq: u64,
     status: Option<PoolStatus>,
@@ -155,19 +155,19 @@ struct Pool {
     times: WorkerTimes,
     /// How alive it was when the scheduler took it in.
     shown: PoolLiveness,
-    /// Identity of its host; older pools send none.
+    /// Identity of the pool's host; older pools send none.
     host_id: Option<String>,
-    /// When it stopped on purpose, until it registers again.
+    /// Time at which the pool stopped on purpose, until it registers again.
     stopped_at: Option<Timestamp>,
     /// Instances that held the id earlier, newest last.
     replaced: Vec<String>,
-    /// The instance that was refused the id last.
+    /// The instance whose registration was refused last.
     contender: Option<standing::Contender>,
 }
 
 impl Inner {
-    /// After a gap in which this process did not run, gives every pool that was alive a full window to be heard again: what
-    /// it said meanwhile may not have been read yet.
+    /// Gives every live pool a full time limit again after a gap in which this process did not run: heartbeats that
+    /// arrived in the gap may still be unread.
     fn excuse(&mut self, stood: Duration) {
         if stood <= self.excused {
             return;
@@ -186,12 +186,12 @@ impl Pool {
         PoolLiveness::judge(self.silent_since, self.interval, now)
     }
 
-    /// Returns when the pool becomes suspect, and when it is offline.
+    /// Returns the times at which the pool becomes suspect and offline.
     fn deadlines(&self) -> [Timestamp; 2] {
         PoolLiveness::deadlines(self.silent_since, self.interval)
     }
 
-    /// Milliseconds since the last heartbeat in which this process did not run.
+    /// Returns the milliseconds since the last heartbeat in which this process did not run.
     fn stood_ms(&self) -> u64 {
         let stood = own_clock::stood().saturating_sub(self.stood_before);
         u64::try_from(stood.as_millis()).unwrap_or(u64::MAX)
@@ -208,8 +208,8 @@ impl Pool {
         status.map_or(&self.models_before, |status| &status.models)
     }
 
-    /// Returns whether the pool can run the model that it has: `Some(None)` where it can, `Some(Some(reason))` where it
-    /// can't, `None` where it has not said that it has the model.
+    /// Returns whether the pool can run a model on its disk: `Some(None)` if so, `Some(Some(reason))` if not, `None` if
+    /// it has not reported the model.
     fn support(&self, model: &ModelRef) -> Option<Option<&str>> {
         let mut models = self.models().iter();
         let known = models.find(|known| known.model_ref == *model)?;
@@ -224,7 +224,7 @@ impl Pool {
             .find(|worker| worker.id == id)
     }
 
-    /// The refusal of an instance that this one has replaced.
+    /// Returns the refusal of an instance that this one has replaced.
     fn newer_instance(&self, id: &str) -> FleetError {
         let detail = format!(
             "instance `{}` at {} has registered since",
@@ -431,7 +431,7 @@ impl Fleet {
         if instance_id != pool.instance_id {
             return Err(pool.newer_instance(id));
         }
-        // One that comes late, of an instance that has said goodbye.
+        // A late heartbeat of an instance that has deregistered.
         if pool.stopped_at.is_some() {
             return Err(FleetError::Unknown(id.to_owned()));
         }
@@ -496,8 +496,9 @@ impl Fleet {
         self.lock().pools.get(pool)?.endpoints.get(worker).cloned()
     }
 
-    /// The models on the pools' disks that `model` means, by the names that workers have: one for an exact name or for
-    /// another path to the same file, any number for a reference to the hub that leaves something open.
+    /// Returns the models on the pools' disks that `model` means, by the names that workers use: one for an exact name
+    /// or for another path to the same file, any number for a reference to the hub that leaves its revision or file
+    /// open.
     pub fn meant_by(&self, model: &ModelRef) -> Vec<ModelRef> {
         let inner = self.lock();
         let models = || inner.pools.values().flat_map(Pool::models);
@@ -512,7 +513,7 @@ impl Fleet {
         fitting.into_iter().collect()
     }
 
-    /// A pool that downloads a model that `model` may mean.
+    /// Returns a pool that downloads a model that `model` may mean.
     pub fn downloads(&self, model: &ModelRef) -> Option<String> {
         let inner = self.lock();
         let fetches = |pool: &Pool| {
@@ -523,8 +524,8 @@ impl Fleet {
         found.map(|(id, _)| id.clone())
     }
 
-    /// Returns what the pools that have a model say of it: `Some(None)` where one of them can run it, `Some(Some(reason))`
-    /// where none can, `None` where no pool has said that it has the model.
+    /// Returns the pools' verdict on a model: `Some(None)` if a pool can run it, `Some(Some(reason))` if every pool
+    /// with the model can't, `None` if no pool has reported it.
     pub fn support(&self, model: &ModelRef) -> Option<Option<String>> {
         let inner = self.lock();
         let mut said = inner.pools.values().filter_map(|pool| pool.support(model));
@@ -533,8 +534,8 @@ impl Fleet {
         Some(first.filter(|_| !able).map(str::to_owned))
     }
 
-    /// A registered pool that has not reported yet and may still say that it has a model: one of an earlier run as long as
-    /// silence counts for nothing, one of this run until it is lost.
+    /// Returns a registered pool that has not reported yet and may have a model: a pool of an earlier run while silence
+    /// does not count, a pool of this run until it is lost.
     pub fn awaited(&self, now: Timestamp) -> Option<String> {
         let inner = self.lock();
         let patient = now < self.silence_counts_from(&inner, now);
@@ -548,8 +549,8 @@ impl Fleet {
         found.map(|(id, _)| id.clone())
     }
 
-    /// Whether pools may still show what they have: one that is registered has not reported yet, or soon after a start
-    /// none has.
+    /// Returns whether pools may still report models: a registered pool has not reported yet, or soon after a start no
+    /// pool has.
     pub fn is_unknown(&self, now: Timestamp) -> bool {
         if self.awaited(now).is_some() {
             return true;

@@ -45,12 +45,12 @@ pub(super) struct Overlay {
     count: u64,
 }
 
-/// A worker as it was asked for.
+/// The parameters of a worker's start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Asked {
-    /// Its model.
+    /// Model to load.
     pub model: ModelRef,
-    /// Where it computes.
+    /// Device to compute on.
     pub device: Device,
     /// Tokens of context; `None` for the pool's default.
     pub context_length: Option<u32>,
@@ -155,7 +155,7 @@ impl Overlay {
         self.refuse(pool, asked, message.to_owned(), now);
     }
 
-    /// Pauses such starts, each time for longer until one succeeds.
+    /// Pauses starts with these parameters, for longer each time until one succeeds.
     fn refuse(&mut self, pool: String, asked: Asked, message: String, now: Timestamp) {
         let known = |old: &Refusal| {
             old.pool == pool

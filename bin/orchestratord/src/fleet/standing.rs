@@ -1,4 +1,5 @@
-//! A registered pool's standing: which instance holds its id, whether it is awaited or stopped, and how it is shown.
+//! A registered pool's standing: the instance that holds its id, whether the pool is awaited or stopped, and its shown
+//! state.
 
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::api::pools::{PoolConflict, PoolView, PoolViewState};
@@ -7,10 +8,11 @@ use pool_core::api::pool::{PoolStatus, RegisterRequest};
 
 use super::{Fleet, FleetError, Pool};
 
-/// Earlier instances of a pool that are remembered, so that one that comes back is known to be alive beside its successor.
+/// Most earlier instances of a pool kept in memory. If one of them returns, it is alive at the same time as its
+/// successor.
 const REPLACED: usize = 8;
 
-/// An instance that was refused because another one holds the pool id.
+/// An instance that was refused because another instance holds the pool id.
 #[derive(Debug)]
 pub(super) struct Contender {
     url: String,
@@ -30,19 +32,19 @@ impl Contender {
         }
     }
 
-    /// Whether it is this instance.
+    /// Returns whether this contender has the id `instance_id`.
     pub(super) fn is(&self, instance_id: &str) -> bool {
         self.instance_id == instance_id
     }
 
-    /// Whether it still tries, so that the conflict lasts.
+    /// Returns whether the contender still tries to register, so that the conflict lasts.
     fn persists(&self, now: Timestamp) -> bool {
         PoolLiveness::judge(self.tried_at, self.interval, now) != PoolLiveness::Offline
     }
 }
 
 impl Pool {
-    /// Liveness as the scheduler sees it: a pool gets work once its own heartbeat has arrived, and until it stops.
+    /// Returns the pool's liveness for the scheduler: a pool gets work from its own first heartbeat until it stops.
     pub(super) fn standing(&self, now: Timestamp) -> PoolLiveness {
         match self.liveness(now) {
             PoolLiveness::Offline => PoolLiveness::Offline,
@@ -52,10 +54,10 @@ impl Pool {
         }
     }
 
-    /// Whether this registration may not replace the present one: another instance holds the id and is alive.
+    /// Returns whether this registration may not replace the present one: another live instance holds the id.
     ///
-    /// A restart on the same host replaces its predecessor at once. The host is known by its identity, and where one side
-    /// sends none, by its address.
+    /// A restart on the same host replaces its predecessor at once. Hosts are compared by identity, or by address if
+    /// either side sends no identity.
     pub(super) fn withstands(&self, request: &RegisterRequest, now: Timestamp) -> bool {
         if request.instance_id == self.instance_id
             || self.stopped_at.is_some()
@@ -72,7 +74,7 @@ impl Pool {
         }
     }
 
-    /// The refusal of a registration, which is noted for those who look at the pool.
+    /// Records and returns the refusal of a registration; the record is shown with the pool.
     pub(super) fn refuse(&mut self, request: &RegisterRequest, now: Timestamp) -> FleetError {
         let known = self.conflict(now);
         if known.is_none_or(|known| known.instance_id != request.instance_id) {
@@ -90,7 +92,7 @@ impl Pool {
         }
     }
 
-    /// The instances that this registration leaves behind, newest last.
+    /// Returns the instances that this registration replaces, newest last.
     pub(super) fn replaced_by(&self, instance_id: &str) -> Vec<String> {
         let mut replaced = self.replaced.clone();
         if self.instance_id != instance_id {
@@ -156,8 +158,8 @@ fn millis_since(at: Timestamp, now: Timestamp) -> u64 {
 }
 
 impl Fleet {
-    /// Notes that an instance of a pool stops on purpose. Its workers run on, and their streams with them; the pool gets
-    /// no more work. False where the instance was refused the id, and gives up.
+    /// Records that an instance of a pool stops on purpose. Its workers and their streams continue; the pool gets no
+    /// more work. Returns false if the instance was refused the id: it only gives up its claim.
     pub fn stop(&self, id: &str, instance_id: &str, now: Timestamp) -> Result<bool, FleetError> {
         let mut inner = self.lock();
         let pool = inner.pools.get_mut(id);
@@ -177,7 +179,7 @@ impl Fleet {
         Ok(true)
     }
 
-    /// The pool that stopped first, where as many are registered as may be: its place is free for another one.
+    /// Returns the pool that stopped first, if the limit on registered pools is reached: a new pool may take its place.
     pub fn longest_stopped(&self) -> Option<String> {
         let inner = self.lock();
         if inner.pools.len() < self.limit {
@@ -188,7 +190,7 @@ impl Fleet {
         stopped.min().map(|(_, id)| id.clone())
     }
 
-    /// Pools of an earlier run that have not reported since, by name, with a client of each.
+    /// Returns the pools of an earlier run that have not reported since, by name, each with a client.
     pub fn unheard(&self) -> Vec<(String, pool_core::client::ApiClient)> {
         let inner = self.lock();
         let awaited = inner.awaited.iter();
@@ -197,7 +199,8 @@ impl Fleet {
             .collect()
     }
 
-    /// Explains what is still to come from pools that have not reported since this run of the orchestrator started.
+    /// Explains which pools have not reported since this run of the orchestrator started, and when their reports are
+    /// due.
     pub fn awaited_words(&self, now: Timestamp) -> Option<String> {
         let inner = self.lock();
         let awaited = inner.awaited.iter().filter_map(|id| {

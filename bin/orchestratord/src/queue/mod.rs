@@ -114,8 +114,8 @@ impl Jobs {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Promises a place to a new job, and returns how many jobs are before it. `unknown` says whether pools may still
-    /// show what they have, so that a job which nothing can run counts like any other.
+    /// Reserves a place for a new job, and returns the number of jobs ahead of it. `unknown` says whether pools may
+    /// still report models, so that a job that nothing can run counts like any other.
     pub fn promise(
         &self,
         job: &QueuedJob,
@@ -335,8 +335,8 @@ pub fn publish(news: Vec<News>) {
 }
 
 impl Inner {
-    /// Whether a new job may wait. Jobs that nothing can run take no place from others; twice the capacity is the limit
-    /// where jobs of both kinds wait, because they came while something could run them.
+    /// Fails unless a new job may wait. Jobs that nothing can run take no places from others. Twice the capacity is the
+    /// limit while both kinds wait, because some jobs arrived while something could run them.
     fn admit(
         &mut self,
         bytes: u64,

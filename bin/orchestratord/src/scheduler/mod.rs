@@ -183,7 +183,7 @@ fn dispatch(
     now: Timestamp,
 ) {
     let endpoint = app.fleet.endpoint(pool, worker);
-    // An attempt holds a descriptor for as long as it runs. Without one it would be taken for an unreachable worker.
+    // An attempt holds a descriptor while it runs. Without a descriptor, its worker would look unreachable.
     let place = app.metrics.load().call();
     let (Some(live), Some(endpoint), Some(place)) = (app.jobs.get(queued.id), endpoint, place)
     else {

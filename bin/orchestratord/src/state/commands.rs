@@ -35,7 +35,7 @@ pub(super) fn micros(at: Timestamp) -> i64 {
     at.as_microsecond()
 }
 
-/// The microseconds that people's clocks show at a point of the timeline.
+/// Returns the wall-clock microseconds at a point of the timeline.
 pub(super) fn wall_micros(at: Timestamp) -> i64 {
     micros(clock::wall(at))
 }

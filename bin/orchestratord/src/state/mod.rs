@@ -277,7 +277,7 @@ pub struct Requeue {
     pub reason: String,
     /// Not leased again before this.
     pub not_before: Option<Timestamp>,
-    /// Smallest context that runs the job, in tokens, where a worker has counted them.
+    /// Smallest context that runs the job, in tokens, if a worker has counted them.
     pub context_needed: Option<u32>,
 }
 
@@ -336,19 +336,19 @@ pub struct LogEnd {
 /// Which jobs a list shows.
 #[derive(Debug, Clone, Default)]
 pub struct ListFilter {
-    /// In one of these states; all where there is none.
+    /// Accepted states; empty for all.
     pub statuses: Vec<JobStatus>,
     /// Of this model.
     pub model: Option<String>,
     /// Of this class.
     pub priority: Option<Priority>,
-    /// With an id that begins so.
+    /// Required beginning of the id.
     pub prefix: Option<JobIdPrefix>,
     /// Older than this one.
     pub before: Option<JobId>,
     /// At most this many.
     pub limit: u32,
-    /// With the shortest unambiguous beginning of each id.
+    /// True to add the shortest unambiguous beginning of each id.
     pub short_ids: bool,
 }
 
@@ -403,7 +403,7 @@ impl Store {
             .disable_statement_logging();
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
-            // All of them from the start and for good: later there may be no descriptor or thread for one.
+            // All connections open at the start and stay: later there may be no descriptor or thread.
             .min_connections(READERS)
             .idle_timeout(None)
             .max_lifetime(None)
@@ -564,7 +564,7 @@ impl Store {
         queries::list(&self.readers, filter).await
     }
 
-    /// Returns the number of jobs that match, whatever the place and the limit of the filter.
+    /// Returns the number of matching jobs, regardless of the filter's cursor and limit.
     pub async fn count(&self, filter: &ListFilter) -> Result<u64, StoreError> {
         queries::count(&self.readers, filter).await
     }
@@ -591,7 +591,7 @@ impl Store {
             .await
     }
 
-    /// Notes the timeline's present point, from which the next start continues.
+    /// Records the timeline's present point, from which the next start continues.
     pub async fn note_time(&self) -> Result<(), StoreError> {
         self.writer
             .run(|conn| Box::pin(async move { timeline::note(conn, clock::now()).await }))
@@ -609,7 +609,7 @@ impl Store {
             .await
     }
 
-    /// Notes that a pool stopped on purpose.
+    /// Records that a pool stopped on purpose.
     pub async fn stop_pool(&self, id: &str, at: Timestamp) -> Result<(), StoreError> {
         let id = id.to_owned();
         self.writer
@@ -617,7 +617,7 @@ impl Store {
             .await
     }
 
-    /// Forgets a pool.
+    /// Deletes a pool's stored registration.
     pub async fn remove_pool(&self, id: &str) -> Result<(), StoreError> {
         let id = id.to_owned();
         self.writer
@@ -625,7 +625,7 @@ impl Store {
             .await
     }
 
-    /// The registered pools, by name.
+    /// Returns the registered pools, by name.
     pub async fn pools(&self) -> Result<Vec<StoredPool>, StoreError> {
         pools::all(&self.readers).await
     }

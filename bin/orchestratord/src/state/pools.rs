@@ -11,11 +11,11 @@ use super::commands::{micros, number, time, wall_micros};
 /// A pool as an earlier run stored it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredPool {
-    /// Its latest registration.
+    /// The pool's latest registration.
     pub request: RegisterRequest,
     /// Time of that registration.
     pub registered_at: Timestamp,
-    /// Point of the timeline at which it stopped on purpose, where it has not registered since.
+    /// Point of the timeline at which the pool stopped on purpose; `None` if it has registered since.
     pub stopped_at: Option<Timestamp>,
 }
 

@@ -175,7 +175,7 @@ pub(super) async fn list(
         .collect()
 }
 
-/// The number of jobs that match. It reads all entries of the ranges, so it is counted only where a caller asks.
+/// Returns the number of matching jobs. Reads all index entries of the ranges, so a caller must ask for it.
 pub(super) async fn count(pool: &SqlitePool, filter: &ListFilter) -> Result<u64, StoreError> {
     let mut query = QueryBuilder::<Sqlite>::new("SELECT ");
     for (n, range) in ranges(filter).into_iter().enumerate() {
@@ -207,7 +207,7 @@ fn ranges(filter: &ListFilter) -> Vec<Option<(JobStatus, Priority)>> {
     pairs.collect()
 }
 
-/// Adds what the filter asks for of the jobs of one range.
+/// Adds the filter's conditions on the jobs of one range.
 fn push_conditions(
     query: &mut QueryBuilder<Sqlite>,
     filter: &ListFilter,
@@ -229,7 +229,7 @@ fn push_conditions(
     }
 }
 
-/// The ids before and after a job's, of all that are stored.
+/// Returns the ids before and after a job's id, among all stored jobs.
 fn neighbours(row: &SqliteRow) -> Result<Vec<JobId>, StoreError> {
     let ids: [Option<&str>; 2] = [row.try_get("older")?, row.try_get("newer")?];
     ids.into_iter().flatten().map(parse).collect()

@@ -18,7 +18,7 @@ const PAGES: (i64, i64) = (256, 512);
 pub(super) const PURGE: &str = "DELETE FROM events WHERE (job_id, first_seq) IN \
     (SELECT e.job_id, e.first_seq FROM purges p CROSS JOIN events e ON e.job_id = p.job_id LIMIT ?)";
 
-/// What is old, as points of the timeline.
+/// Points of the timeline before which records are old.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cutoffs {
     /// Jobs that ended before this lose their prompt, text and log.
@@ -42,8 +42,8 @@ pub enum Step {
     Shrunk,
 }
 
-/// Does the next thing there is to do, and calls `now` the time at which texts were dropped. The order finishes what an
-/// interrupted run has begun.
+/// Performs the next retention step, and records `now` as the time at which texts were dropped. The order completes an
+/// interrupted run first.
 pub(super) async fn step(
     conn: &mut SqliteConnection,
     cutoffs: Cutoffs,

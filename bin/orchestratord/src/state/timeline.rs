@@ -1,8 +1,8 @@
-//! The timeline that durations are reckoned by, kept over restarts.
+//! The timeline that measures durations, kept across restarts.
 //!
-//! It grows by the time that processes have seen pass. Under one boot the time since boot also covers the time in which no
-//! daemon ran. After a reboot only the wall clock could say how long that was, and a wrong one would make every record old:
-//! so the timeline then continues where it stood, which can only delay what is due.
+//! It grows by the time that processes observe. Under one boot the time since boot also covers the time without a
+//! daemon. After a reboot only the wall clock could give the length of the absence, and a wrong clock would make every
+//! record old: so the timeline then continues from its last point, which can only delay what is due.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use sqlx::{Row as _, SqliteConnection};
 use super::StoreError;
 use super::commands::{micros, time};
 
-/// Returns the timeline's present point, and notes it. A new database begins with the wall clock.
+/// Records and returns the timeline's present point. A new database begins with the wall clock.
 pub(super) async fn resume(conn: &mut SqliteConnection) -> Result<Timestamp, StoreError> {
     let row = sqlx::query("SELECT at_us, boot_id, boot_us FROM timeline")
         .fetch_one(&mut *conn)
@@ -33,14 +33,14 @@ pub(super) async fn resume(conn: &mut SqliteConnection) -> Result<Timestamp, Sto
         Some(at) => time(at)?,
         None => crate::clock::now(),
     };
-    // Needed only after a reboot, so a full disk does not keep the daemon from starting.
+    // The record matters only after a reboot, so a full disk does not prevent the daemon's start.
     if let Err(error) = note(conn, at).await {
         tracing::warn!(%error, "the timeline is not noted");
     }
     Ok(at)
 }
 
-/// Notes that the present point is `at`.
+/// Records `at` as the present point.
 pub(super) async fn note(conn: &mut SqliteConnection, at: Timestamp) -> Result<(), StoreError> {
     let (boot, since_boot) = boot();
     sqlx::query("UPDATE timeline SET at_us = ?, boot_id = ?, boot_us = ?")
@@ -52,14 +52,14 @@ pub(super) async fn note(conn: &mut SqliteConnection, at: Timestamp) -> Result<(
     Ok(())
 }
 
-/// The newest point that a job carries: after a reboot it may be later than the last note.
+/// Returns the newest point in a job's record: after a reboot it may be later than the last recorded point.
 async fn newest(conn: &mut SqliteConnection) -> Result<Option<i64>, StoreError> {
     let sql = "SELECT MAX(at) FROM (SELECT (SELECT created_steady_us FROM jobs ORDER BY id DESC LIMIT 1) AS at UNION ALL \
                SELECT MAX(ended_steady_us) FROM jobs WHERE ended_steady_us IS NOT NULL AND dropped_us IS NULL)";
     Ok(sqlx::query(sql).fetch_one(conn).await?.try_get(0)?)
 }
 
-/// The present boot, empty where the system does not tell, and the microseconds since it.
+/// Returns the id of the present boot, empty if the system gives none, and the microseconds since that boot.
 fn boot() -> (String, i64) {
     let micros = |time: Duration| i64::try_from(time.as_micros()).unwrap_or(i64::MAX);
     (

@@ -91,7 +91,7 @@ impl Hub {
         self.lock().last.attempt
     }
 
-    /// Returns the id of the job's last event, once the job is over.
+    /// Returns the id of the job's last event; `None` while the job is live.
     pub fn end(&self) -> Option<EventId> {
         let inner = self.lock();
         inner.ended.then_some(inner.last)

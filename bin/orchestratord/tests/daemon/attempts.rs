@@ -79,7 +79,7 @@ async fn a_job_whose_time_runs_out_expires() {
     }
 }
 
-// [ORCHD-032] P5, P6, P22: further attempts go on where the text stood, and a third loss is the last.
+// [ORCHD-032] P5, P6, P22: further attempts continue the text, and a third loss is the last.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_worker_is_not_a_lost_job_until_the_third_time() {
     let orchestrator = Orchestrator::start().await;
@@ -98,7 +98,7 @@ async fn a_lost_worker_is_not_a_lost_job_until_the_third_time() {
             (request.attempt, request.fence),
             (attempt, u64::from(attempt))
         );
-        // Another worker has to read the same prompt.
+        // Another worker must read the same prompt.
         assert!(request.allow_special);
         let before = (attempt - 1) * 2;
         let resume = request.resume.unwrap_or_default();

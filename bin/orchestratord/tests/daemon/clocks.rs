@@ -1,6 +1,6 @@
-//! The real binary under a wall clock that steps, and stopped for a while.
+//! The real binary under a wall clock that steps, and under a pause of the process.
 //!
-//! libfaketime gives the process a wall clock of the test's own; the clocks that don't step stay real, as on a host.
+//! libfaketime gives the process a wall clock that the test controls; the monotonic clocks stay real, as on a host.
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use tokio::process::Child;
 use crate::process::{command, signal, spawn};
 use crate::support::{Api, FakePool, FakeWorker, MODEL, eventually};
 
-/// Steps of the wall clock, as libfaketime names them, and in seconds.
+/// Steps of the wall clock, in libfaketime's notation and in seconds.
 const STEPS: [(&str, i64); 5] = [
     ("+1h", 3_600),
     ("-1h", -3_600),
@@ -32,7 +32,7 @@ const STEPS: [(&str, i64); 5] = [
     ("+20000d", 1_728_000_000),
 ];
 
-/// The daemon under a wall clock that the test sets.
+/// The daemon under a wall clock that the test controls.
 struct Stepped {
     home: Arc<tempfile::TempDir>,
     api: Api,
@@ -84,7 +84,7 @@ impl Stepped {
     }
 
     fn step(&self, offset: &str) {
-        // In one piece, or the daemon could read half of it.
+        // Written atomically, or the daemon could read half of the file.
         let file = self.home.path().join("offset");
         let new = file.with_extension("new");
         std::fs::write(&new, offset).unwrap();
@@ -115,7 +115,7 @@ impl Stepped {
         self.submit(body).await.unwrap().job_id
     }
 
-    /// Fails unless the newest job is the first of the list, and was made by the stepped clock.
+    /// Fails unless the newest job is first in the list, and has a creation time by the stepped clock.
     async fn newest_is(&self, job: JobId, offset_s: i64) {
         let list: TaskList = self.client.get("/v2/tasks?limit=1").await.unwrap();
         assert_eq!(list.jobs[0].id, job);
@@ -125,7 +125,7 @@ impl Stepped {
     }
 }
 
-/// Lets the pool speak for as long as `work` takes.
+/// Sends the pool's heartbeats while `work` runs.
 fn heard<'a, T: 'a>(
     pool: &'a FakePool,
     daemon: &'a Stepped,
@@ -151,7 +151,7 @@ async fn liveness(daemon: &Stepped) -> PoolLiveness {
     view.liveness
 }
 
-/// A job that is over and has a key, one that runs, and two that wait: for ten minutes, and for some seconds.
+/// A finished job with a key, a running job, and two waiting jobs, whose timeouts are ten minutes and some seconds.
 struct Jobs {
     keyed: JobId,
     running: JobId,
@@ -183,12 +183,12 @@ async fn jobs(daemon: &Stepped, worker: &FakeWorker) -> Jobs {
     }
 }
 
-/// A line of the table that a run with `--no-capture` prints: what is stepped, when, and the outcome.
+/// Prints a row of the table in a run with `--no-capture`: the step, its moment, and the outcome.
 fn row(step: &str, when: &str, outcome: &str) {
     println!("| {step:<7} | {when:<32} | {outcome} |");
 }
 
-/// Fails unless all is as it was, and the hasty job expires at its own time, which is returned.
+/// Fails unless everything is unchanged and the job with the short timeout expires on time; returns that time.
 async fn unharmed(daemon: &Stepped, jobs: &Jobs) -> Duration {
     assert_eq!(daemon.keyed().await, jobs.keyed, "P2");
     let view = daemon.until(jobs.hasty, JobStatus::Expired).await;
@@ -255,7 +255,7 @@ async fn a_start_with_a_wrong_wall_clock_expires_and_deletes_nothing() {
         daemon.until(jobs.running, JobStatus::Running).await;
         let newest = daemon.job().await;
         daemon.newest_is(newest, seconds).await;
-        // And back to a clock that is right.
+        // The next start has the right clock again.
         let daemon = Stepped::start(daemon.kill().await, "+0").await;
         assert_eq!(daemon.keyed().await, jobs.keyed, "P2, {step}");
         let newest = daemon.job().await;
@@ -269,7 +269,7 @@ async fn a_start_with_a_wrong_wall_clock_expires_and_deletes_nothing() {
     .await;
 }
 
-// [ORCHD-223] P25, P7: what has to end in time does so after a step back as well, and not too early after one ahead.
+// [ORCHD-223] P25, P7: deadlines hold after a step back, and do not come early after a step ahead.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_waits_for_a_time_to_pass_does_so_whatever_the_wall_clock_says() {
     join_all(STEPS.map(async |(step, _)| {
@@ -300,7 +300,7 @@ async fn what_waits_for_a_time_to_pass_does_so_whatever_the_wall_clock_says() {
             daemon.until(job, JobStatus::Completed).await;
         })
         .await;
-        // Idle unload, with a step in between as well.
+        // Idle unload, with another step in between.
         let idle = Instant::now();
         pool.workers[0].idle_since = Some(Timestamp::UNIX_EPOCH);
         daemon.step("+0");
@@ -336,7 +336,7 @@ async fn what_waits_for_a_time_to_pass_does_so_whatever_the_wall_clock_says() {
     .await;
 }
 
-// [ORCHD-224] P25, P7: after a freeze of our own the first thing in doubt is ourselves.
+// [ORCHD-224] P25, P7: after its own freeze, the daemon doubts itself first.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_freeze_of_the_daemon_is_not_the_silence_of_its_pools() {
     const FREEZE: Duration = Duration::from_secs(7);
@@ -353,7 +353,7 @@ async fn a_freeze_of_the_daemon_is_not_the_silence_of_its_pools() {
     let timed = daemon.job_within(Duration::from_secs(4)).await;
 
     signal(&daemon.child, Signal::STOP);
-    // Its stream breaks meanwhile: no open stream vouches for the attempt.
+    // The worker's stream breaks meanwhile, so no open stream vouches for the attempt.
     worker.cut_streams(job);
     tokio::time::sleep(FREEZE).await;
     worker.tokens(job, 0..2);
@@ -368,7 +368,7 @@ async fn a_freeze_of_the_daemon_is_not_the_silence_of_its_pools() {
     })
     .await;
     assert_eq!((view.status, view.attempts.len()), (JobStatus::Running, 1));
-    // Its time goes on where it stood, and a pool that dies now is lost in time.
+    // The job's timeout continues where it stopped, and a pool that dies now is lost on time.
     daemon.until(timed, JobStatus::Expired).await;
     assert!(awake.elapsed() > Duration::from_secs(2), "{awake:?}");
     worker.kill().await;

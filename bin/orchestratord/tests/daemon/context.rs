@@ -20,7 +20,7 @@ const LONG: ContextOverflow = ContextOverflow {
     model_context: 8192,
 };
 
-/// What the pool can start of the default model.
+/// Memory by context of the pool's default model.
 const CONTEXTS: ContextMemory = ContextMemory {
     max_tokens: 8192,
     default_tokens: 512,
@@ -38,7 +38,7 @@ async fn worker_with(pool: &mut FakePool, id: &str, context_length: u32) -> Fake
     worker
 }
 
-/// A pool with a worker of 512 tokens, registered.
+/// Returns a registered pool with a worker of 512 tokens.
 async fn small_worker(orchestrator: &Orchestrator) -> (FakePool, FakeWorker) {
     let mut pool = FakePool::start("pool-a").await;
     pool.models[0].context = Some(CONTEXTS);
@@ -63,7 +63,7 @@ async fn waits_for(orchestrator: &Orchestrator, job: JobId, reason: WaitReason) 
     .await
 }
 
-/// Submits a job that has one attempt.
+/// Submits a job limited to one attempt.
 async fn only_once(orchestrator: &Orchestrator) -> JobId {
     let body = json!({"model": MODEL, "prompt": "hi", "max_attempts": 1});
     orchestrator.submit(body).await.unwrap().job_id
@@ -80,7 +80,7 @@ async fn a_job_that_does_not_fit_goes_to_a_larger_worker_and_loses_nothing() {
     small.request(1).await;
     small.overflow(job, LONG);
     assert_eq!(large.request(1).await.job_id, job.to_string());
-    // The small one takes what fits meanwhile.
+    // The small worker takes jobs that fit meanwhile.
     let other = only_once(&orchestrator).await;
     assert_eq!(small.request(2).await.job_id, other.to_string());
     completes(&orchestrator, &small, other).await;
@@ -97,7 +97,7 @@ async fn a_job_that_does_not_fit_goes_to_a_larger_worker_and_loses_nothing() {
     assert!(pool.spawned.lock().unwrap().is_empty());
 }
 
-// [ORCHD-190] The number is stored with the job: after a restart the small worker is not asked again.
+// [ORCHD-190] The number is stored with the job: after a restart the small worker is not tried again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_larger_worker_is_started_and_the_need_outlives_a_restart() {
     let orchestrator = Orchestrator::start().await;
@@ -146,7 +146,7 @@ async fn a_prompt_beyond_the_model_fails_at_once() {
     );
 }
 
-// [ORCHD-190] A worker that is wrong about itself can't have a job for ever.
+// [ORCHD-190] A worker that reports a wrong context can't hold a job forever.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_refuses_what_fits_costs_attempts() {
     let orchestrator = Orchestrator::start().await;
@@ -167,7 +167,7 @@ async fn a_worker_that_refuses_what_fits_costs_attempts() {
 async fn context_short_is_lifted_by_a_worker_with_the_context() {
     let orchestrator = Orchestrator::start().await;
     let mut pool = FakePool::start("pool-a").await;
-    // The pool does not say which contexts it can start.
+    // The pool does not report which contexts it can start.
     let small = worker_with(&mut pool, "worker-cpu-7", 512).await;
     pool.register(&orchestrator).await;
     let job = orchestrator.job().await;
@@ -183,7 +183,8 @@ async fn context_short_is_lifted_by_a_worker_with_the_context() {
     assert_eq!(large.request(1).await.job_id, job.to_string());
 }
 
-/// A pool whose memory is taken by a worker of the default model, which loaded for so long until now.
+/// Returns a pool whose memory is filled by a worker of the default model, which has just become ready after loading
+/// for `loading`.
 async fn crowded(orchestrator: &Orchestrator, loading: SignedDuration) -> (FakePool, FakeWorker) {
     let worker = FakeWorker::start("worker-cpu-0").await;
     let mut pool = FakePool::start("pool-a").await.has(&worker);
@@ -216,7 +217,7 @@ async fn is_stopped(pool: &FakePool) {
     .await;
 }
 
-// [ORCHD-192] The settings would let it stay for a minute, and its loading for three.
+// [ORCHD-192] The worker could stay for a minute by the settings, and for three by its load time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_that_no_job_waits_for_makes_room_at_once() {
     let orchestrator = Orchestrator::start().await;
@@ -228,7 +229,7 @@ async fn a_worker_that_no_job_waits_for_makes_room_at_once() {
     waits_for(&orchestrator, job, WaitReason::Evicting).await;
 }
 
-// [ORCHD-192] The pool's word that its worker is idle again comes later than the next job of its model.
+// [ORCHD-192] The pool's report of an idle worker arrives after the next job of its model.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_models_that_fit_one_at_a_time_take_turns() {
     let orchestrator = Orchestrator::start().await;
@@ -241,7 +242,7 @@ async fn two_models_that_fit_one_at_a_time_take_turns() {
     let other = of_other_model(&orchestrator).await;
     let mut running = first;
     let mut count = 1;
-    // One job of the resident model waits whenever one ends.
+    // When a job of the resident model ends, another always waits.
     let stopped = loop {
         let next = orchestrator.job().await;
         worker.started(running);
@@ -267,7 +268,7 @@ async fn two_models_that_fit_one_at_a_time_take_turns() {
     assert_eq!(orchestrator.show(stopped).await.status, JobStatus::Queued);
 }
 
-/// Submits jobs with this model until one is refused, and returns how many were taken and the refusal.
+/// Submits jobs with this model until one is refused, and returns the number of accepted jobs and the refusal.
 async fn fill(
     orchestrator: &Orchestrator,
     model: &str,
@@ -295,12 +296,12 @@ async fn jobs_that_nothing_can_run_take_no_place_from_others() {
     assert!(refusal.message.contains("nothing can run"), "{refusal:?}");
     assert!(refusal.hint.unwrap().contains("a tenth"));
     assert!(refusal.retry_after_ms.is_some());
-    // Those that can run have the whole queue.
+    // Jobs that can run have the whole queue.
     let (taken, refusal) = fill(&orchestrator, MODEL).await;
     assert_eq!(taken, 20);
     assert!(refusal.message.contains("20 jobs wait"), "{refusal:?}");
 
-    // Now all of them can run, and none more is taken.
+    // Now every job can run, and no further one is accepted.
     let mut other = pool.models[0].clone();
     other.model_ref = "tinyllama".parse().unwrap();
     pool.models.push(other);
@@ -312,7 +313,7 @@ async fn jobs_that_nothing_can_run_take_no_place_from_others() {
     })
     .await;
 
-    // A restart loses none of them, and what nobody knows yet is no reason to refuse.
+    // A restart loses none of the jobs, and a still unknown pool is no reason for a refusal.
     let orchestrator = orchestrator.restart().await;
     let listed: orchestrator_core::api::tasks::TaskList = orchestrator
         .client
@@ -328,7 +329,7 @@ async fn jobs_that_nothing_can_run_take_no_place_from_others() {
     );
 }
 
-// [ORCHD-191] A queue of one job takes one, whatever can run.
+// [ORCHD-191] A queue of one job accepts one, runnable or not.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_smallest_queue_takes_a_job_of_either_kind() {
     let orchestrator = Orchestrator::start_with(|config| config.queue.capacity = 1).await;

@@ -1,5 +1,5 @@
-//! Standard clients of event streams: the `EventSource` of Node.js and of a browser. Each reconnects by itself whenever a
-//! stream ends, until the answer says that nothing follows.
+//! Standard clients of event streams: the `EventSource` of Node.js and of a browser. Each reconnects when a stream
+//! ends, until an answer says that no event follows.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -21,13 +21,13 @@ use tokio::sync::mpsc;
 use crate::support::{FakeWorker, Orchestrator, eventually, one_worker, soon};
 
 const WATCH: &str = include_str!("event_source.js");
-/// Milliseconds after which a client comes back, so that no test waits for the usual three seconds.
+/// Milliseconds before a client reconnects, so that no test waits for the default of three seconds.
 const RETRY_MS: u64 = 50;
 
-/// A request that passed, as `Last-Event-ID` and the status of its answer.
+/// A relayed request, as `Last-Event-ID` and the status of its answer.
 type Passed = (Option<String>, u16);
 
-/// What stands between a client and the daemon, and counts.
+/// A relay between a client and the daemon that records requests.
 #[derive(Clone)]
 struct Between {
     daemon: String,
@@ -35,7 +35,7 @@ struct Between {
     reports: mpsc::UnboundedSender<Value>,
 }
 
-/// A page of the daemon's own origin, and a way through to the daemon that writes down every request for events.
+/// A page on the daemon's own origin, and a relay to the daemon that records every request for events.
 struct House {
     url: String,
     passed: Arc<Mutex<Vec<Passed>>>,
@@ -84,7 +84,7 @@ async fn report(State(between): State<Between>, body: String) {
 async fn pass(State(between): State<Between>, request: Request) -> Response {
     let path = request.uri().path().to_owned();
     if !path.ends_with("/events") {
-        // A browser asks for an icon as well.
+        // A browser also requests an icon.
         return StatusCode::NOT_FOUND.into_response();
     }
     let last = request.headers().get("last-event-id").cloned();
@@ -108,7 +108,7 @@ async fn pass(State(between): State<Between>, request: Request) -> Response {
     (status, headers, Body::from_stream(body)).into_response()
 }
 
-/// Job by job: one that is over, one that was cancelled, and one that ends while it is followed.
+/// Follows three jobs with `follow`: one already over, one cancelled, and one that ends meanwhile.
 async fn ends_of_jobs(
     orchestrator: &Orchestrator,
     worker: &FakeWorker,
@@ -158,7 +158,7 @@ async fn ends_of_jobs(
     assert_eq!(house.passed(), twice("1.5"));
 }
 
-/// The program of that name, where the machine has it.
+/// Returns the path of the first installed program in `names`.
 fn installed(names: &[&str]) -> Option<PathBuf> {
     let folders = std::env::var_os("PATH").unwrap_or_default();
     let folders: Vec<_> = std::env::split_paths(&folders).collect();
@@ -168,7 +168,7 @@ fn installed(names: &[&str]) -> Option<PathBuf> {
     paths.into_iter().find(|path| path.is_file())
 }
 
-/// Node.js with its own `EventSource`, where it has one.
+/// Returns Node.js with its built-in `EventSource`, if it has one.
 fn with_own_source() -> Option<Command> {
     let mut asked = std::process::Command::new("node");
     let knows = asked.args(["--experimental-eventsource", "-e", "EventSource"]);
@@ -181,7 +181,7 @@ fn with_own_source() -> Option<Command> {
     })
 }
 
-/// Node.js with the package `eventsource`, which `scripts/test` installs.
+/// Returns Node.js with the package `eventsource`, which `scripts/test` installs.
 fn with_package() -> Option<Command> {
     let folder = std::env::var_os("LLORCH_TEST_EVENTSOURCE")?;
     let mut node = Command::new("node");
@@ -189,7 +189,8 @@ fn with_package() -> Option<Command> {
     Some(node)
 }
 
-/// Reports, and stays for ten times as long as a source would wait before it came back.
+/// Follows a job in Node.js, and returns the client's report. The process stays for ten reconnect delays after the
+/// report.
 async fn node_follows(mut node: Command, house: &House, job: JobId) -> Value {
     let url = format!("{}/v2/tasks/{job}/events", house.url);
     let run = "(async () => {
@@ -255,9 +256,9 @@ async fn browser_follows(browser: &Path, house: &mut House, job: JobId) -> Value
     let seen = soon("the browser's report", house.reports.recv())
         .await
         .unwrap();
-    // Ten times as long as it would wait before it came back.
+    // Ten times the reconnect delay.
     tokio::time::sleep(Duration::from_millis(RETRY_MS * 10)).await;
-    // Its helpers are of its group.
+    // The browser's helpers belong to its process group.
     let group = format!("-{}", child.id().unwrap());
     let killed = Command::new("kill")
         .args(["-KILL", "--", &group])

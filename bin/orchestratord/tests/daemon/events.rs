@@ -168,12 +168,12 @@ async fn event_ids_that_make_no_sense_are_refused_and_those_ahead_wait() {
         (error.status(), error.api().unwrap().code.as_str()),
         (Some(400), "INVALID_EVENT_ID")
     );
-    // After the last event nothing follows, and the answer says so: also when the job has left the memory.
+    // After the last event an answer says that nothing follows, even when the job has left memory.
     let orchestrator = orchestrator.restart().await;
     let over = orchestrator.follow(job, Some("1.3")).await.unwrap();
     assert_eq!(over.stream.status(), 204);
     assert_eq!(over.rest().await, []);
-    // Any earlier place is answered with what follows it.
+    // A reader at any earlier place receives the events that follow.
     let rest = orchestrator.follow(job, Some("1.2")).await.unwrap();
     assert_eq!(rest.stream.status(), 200);
     assert_eq!(outline(&rest.rest().await), ["end 1.3"]);

@@ -12,7 +12,7 @@ use tokio::process::Command;
 use crate::process::{command, ended, run, signal, spawn};
 use crate::support::eventually;
 
-/// `orchestratord` on a home, with a log file.
+/// Returns the command for `orchestratord` on a home, with a log file.
 fn logging(home: &Path, filter: &str) -> Command {
     let mut command = command(home);
     command
@@ -32,7 +32,7 @@ async fn line_with(path: &Path, text: &str) -> String {
     .await
 }
 
-// [ORCHD-193]: as `logrotate` does it.
+// [ORCHD-193]: as `logrotate` sends it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hangup_opens_the_log_again_and_reads_the_settings() {
     let home = tempfile::tempdir().unwrap();
@@ -105,7 +105,7 @@ async fn a_log_is_renamed_by_its_size() {
         .env("LLORCH_LOG_KEEP", "2");
     let (mut daemon, client) = spawn(home.path(), &mut command).await;
     let numbered = |number: u32| home.path().join(format!("d.log.{number}"));
-    // Each signal is some lines of log.
+    // Each signal produces several log lines.
     eventually("two earlier logs", async || {
         signal(&daemon, Signal::HUP);
         client.get::<Value>("/version").await.unwrap();
@@ -121,7 +121,7 @@ async fn a_log_is_renamed_by_its_size() {
     assert!(!numbered(3).exists() && !numbered(0).exists());
     for path in [log, numbered(1), numbered(2)] {
         let file = path.metadata().unwrap();
-        // One line may go beyond the limit.
+        // The last line may exceed the limit.
         assert!(
             file.len() < 4096 + 1024,
             "{}: {}",
@@ -147,7 +147,7 @@ async fn a_log_that_cannot_be_opened_fails_the_start_where_it_was_started() {
     assert_eq!(status.code(), Some(1));
     assert!(said.contains("error: could not open the log"), "{said}");
 
-    // Any other reason is shown there too, although the log is elsewhere.
+    // A failed start prints any other reason there too, although the log is elsewhere.
     let mut command = logging(home.path(), "info");
     command.env("LLORCH_MAX_POOLS", "0");
     let (status, said) = run(&mut command).await;

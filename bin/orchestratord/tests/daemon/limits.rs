@@ -1,4 +1,4 @@
-//! The real binary with few descriptors, threads or bytes of memory, under more readers than it has places for.
+//! The real binary with few descriptors, threads or bytes of memory, under more readers than places.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -17,12 +17,12 @@ use tokio::process::Command;
 use crate::process::{self, ended, run, signal, spawn};
 use crate::support::{FakePool, FakeWorker, MODEL, eventually, soon};
 
-/// Readers of one job, of which half never read.
+/// Readers of one job; half of them never read.
 const READERS: usize = 2000;
-/// Time that a request of the control path may take, on a machine that has other things to do.
+/// Time limit for a request of the control path on a busy machine.
 const PROMPT: Duration = Duration::from_secs(15);
 
-/// `orchestratord` on a home, after `limit` of the shell.
+/// Returns the command for `orchestratord` on a home, started under `limit`, a shell command.
 fn limited(home: &Path, limit: &str) -> Command {
     let mut command = process::command_of("/bin/sh", home);
     command
@@ -32,7 +32,7 @@ fn limited(home: &Path, limit: &str) -> Command {
     command
 }
 
-/// Raises this process's own limit on open files; false where there is no room for the readers.
+/// Raises this process's own limit on open files; returns false if the limit is too low for the readers.
 fn has_room_for_readers() -> bool {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
@@ -45,7 +45,7 @@ fn has_room_for_readers() -> bool {
         .is_none_or(|limit| limit > READERS as u64 + 500)
 }
 
-/// A client with connections of its own.
+/// Returns a client with connections of its own.
 fn stranger(client: &ApiClient) -> ApiClient {
     ApiClient::new(client.base_url(), None)
         .unwrap()
@@ -64,7 +64,7 @@ async fn cancel(client: &ApiClient, job: JobId) -> JobStatus {
     answer.status
 }
 
-/// A reader that has asked for the events of `job`.
+/// Opens a connection that has requested the events of `job`.
 async fn reader(client: &ApiClient, job: JobId) -> TcpStream {
     let addr = client.base_url().trim_start_matches("http://");
     let mut stream = soon("a connection", TcpStream::connect(addr))
@@ -75,7 +75,7 @@ async fn reader(client: &ApiClient, job: JobId) -> TcpStream {
     stream
 }
 
-/// The head of an answer, in lower case.
+/// Returns the head of an answer, in lower case.
 async fn head(stream: &mut TcpStream) -> String {
     let mut head = Vec::new();
     while !head.windows(4).any(|end| end == b"\r\n\r\n") {
@@ -121,7 +121,7 @@ async fn under_many_readers(descriptors: usize) {
             0 => reading.push(stream),
             _ => silent.push(stream),
         }
-        // While they come as well as when all are there.
+        // Checked both while readers connect and afterwards.
         if number % 400 == 399 {
             let fresh = stranger(&client);
             fresh.get::<Value>("/health").await.unwrap();
@@ -166,7 +166,7 @@ async fn under_many_readers(descriptors: usize) {
         .await;
         assert_eq!(done.attempts.len(), attempts, "{done:?}");
     }
-    // With the readers gone there is room for everybody again.
+    // After the readers disconnect, all requests have room again.
     eventually("a submit", async || {
         let body = json!({"model": MODEL, "prompt": "hi"});
         let answer = stranger(&client).post::<_, Value>("/v2/tasks", &body).await;
@@ -183,7 +183,7 @@ async fn under_many_readers(descriptors: usize) {
     assert_eq!(said("Too many open files"), 0, "{log}");
 }
 
-// [ORCHD-190] [P23] [P19]: readers take the places that are left, not those of the control path.
+// [ORCHD-190] [P23] [P19]: readers take the remaining places, not those of the control path.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_thousand_readers_leave_the_control_path_its_places() {
     under_many_readers(1024).await;
@@ -235,7 +235,7 @@ async fn a_limit_on_memory_leaves_fewer_connections() {
     submit(&client).await;
 }
 
-/// A cgroup that allows so many threads and processes.
+/// A cgroup with a limit on threads and processes.
 struct Pids(PathBuf);
 
 impl Pids {
@@ -252,7 +252,7 @@ impl Pids {
         Ok(group)
     }
 
-    /// `orchestratord` on a home, within the group.
+    /// Returns the command for `orchestratord` on a home, within the group.
     fn command(&self, home: &Path) -> Command {
         let group = self.0.display();
         limited(home, &format!("echo $$ > {group}/cgroup.procs"))
@@ -261,7 +261,7 @@ impl Pids {
 
 impl Drop for Pids {
     fn drop(&mut self) {
-        // Those that were killed may not be gone yet.
+        // Killed processes may take a moment to disappear.
         for _ in 0..100 {
             if fs::remove_dir(&self.0).is_ok() {
                 return;

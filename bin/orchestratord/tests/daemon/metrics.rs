@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::support::{MODEL, Orchestrator, one_worker};
 
-/// Every series that there is before anything happened, but for those of models and pools.
+/// Every series that exists before any event, except those of models and pools.
 const SERIES: [&str; 42] = [
     "orchd_active_streams",
     "orchd_attempts_ended_total{outcome=\"broken\"}",
@@ -59,7 +59,7 @@ const SERIES: [&str; 42] = [
     "orchd_worker_connections_active",
 ];
 
-/// The series of models and pools: those of the catalogue, the others as one, and the pool of the test.
+/// Returns the series of models and pools: the models of the catalogue, the shared label, and the pool of the test.
 fn named_series() -> impl Iterator<Item = String> {
     let catalog = pool_core::catalog::Catalog::embedded();
     let ids: Vec<_> = catalog.iter().map(|entry| entry.id.clone()).collect();
@@ -167,7 +167,7 @@ async fn counters_count_once_what_their_names_say() {
         let answer: Value = answer.unwrap().json().await.unwrap();
         answer["job_id"].as_str().unwrap().parse().unwrap()
     };
-    // Two submits under one key are one job.
+    // Two submits with one key are one job.
     let job = submit().await;
     assert_eq!(submit().await, job);
     worker.request(1).await;
@@ -176,7 +176,7 @@ async fn counters_count_once_what_their_names_say() {
     worker.end(job, 5);
     let view = orchestrator.until(job, JobStatus::Completed).await;
     let usage = view.usage.unwrap();
-    // A cancelled attempt has ended, and its tokens were generated all the same.
+    // A cancelled attempt has ended, and its generated tokens still count.
     let cancelled = orchestrator.job().await;
     worker.request(2).await;
     worker.started(cancelled);
@@ -217,7 +217,7 @@ async fn counters_count_once_what_their_names_say() {
     assert_eq!(tokens("out"), 7.0);
     assert_eq!(tokens("in"), f64::from(usage.tokens_in * 2));
     assert!(!figures.keys().any(|series| series.contains("secret")));
-    // A pool that leaves takes its series along.
+    // A pool that leaves takes its series with it.
     let path = format!("/v2/pools/{}", pool.id);
     let _: serde::de::IgnoredAny = orchestrator.client.delete(&path).await.unwrap();
     let figures = self::figures(&orchestrator).await;

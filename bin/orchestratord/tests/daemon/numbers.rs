@@ -6,14 +6,14 @@ use serde_json::{Value, json};
 use crate::exact_numbers::assert_exact;
 use crate::support::{MODEL, Orchestrator, one_worker};
 
-/// The body of a GET, as it came.
+/// Returns the body of a GET, unparsed.
 async fn text(orchestrator: &Orchestrator, path: &str) -> (String, String) {
     let answer = reqwest::get(format!("{}{path}", orchestrator.url())).await;
     let answer = answer.unwrap().error_for_status().unwrap();
     (path.to_owned(), answer.text().await.unwrap())
 }
 
-/// The `data:` of a job's events.
+/// Returns the `data:` of a job's events.
 async fn events(orchestrator: &Orchestrator, path: &str) -> Vec<(String, String)> {
     let (path, stream) = text(orchestrator, path).await;
     let data = stream
@@ -25,7 +25,7 @@ async fn events(orchestrator: &Orchestrator, path: &str) -> Vec<(String, String)
 #[tokio::test(flavor = "multi_thread")] // [ORCHD-168]
 async fn every_reader_of_json_keeps_every_number() {
     let (orchestrator, pool, worker) = one_worker().await;
-    // Half of the numbers of 64 bits would fail at once; of those of 54 bits, one in two.
+    // Half of all 64-bit numbers, and one in two of those with 54 bits, would fail at once.
     let task = json!({"model": MODEL, "prompt": "hi", "temperature": 0.7, "top_p": 0.9, "min_p": 0.05,
         "repetition_penalty": 1.1, "timeout_ms": 2_592_000_000u64});
     let mut texts = Vec::new();
@@ -72,7 +72,7 @@ async fn every_reader_of_json_keeps_every_number() {
     orchestrator.stop().await;
 }
 
-/// What was given comes back as it was given, in the answer and in the stream, also after a restart.
+/// Numbers in a request come back unchanged, in the answer and in the stream, also after a restart.
 #[tokio::test(flavor = "multi_thread")] // [ORCHD-168]
 async fn given_numbers_come_back_as_given() {
     let (orchestrator, _pool, worker) = one_worker().await;

@@ -16,7 +16,7 @@ pub fn command(home: &Path) -> Command {
     command_of(env!("CARGO_BIN_EXE_orchestratord"), home)
 }
 
-/// As [`command`], for a program that becomes `orchestratord`.
+/// Returns [`command`] for a program that executes `orchestratord`.
 pub fn command_of(program: &str, home: &Path) -> Command {
     let mut command = Command::new(program);
     command

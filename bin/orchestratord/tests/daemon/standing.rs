@@ -34,7 +34,7 @@ async fn goodbye(orchestrator: &Api, pool: &FakePool) -> Result<(), ClientError>
     orchestrator.client.delete::<()>(&path).await
 }
 
-// [ORCHD-058] P24: a restarted orchestrator asks the pools that it knows, and says what it waits for meanwhile.
+// [ORCHD-058] P24: a restarted orchestrator asks the known pools to report, and meanwhile names them in explanations.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_orchestrator_asks_its_pools_at_once() {
     let (orchestrator, pool, worker) = one_worker().await;
@@ -98,7 +98,8 @@ async fn a_second_host_with_the_same_pool_id_is_refused_and_shown() {
     first.beat(&orchestrator).await;
     assert_eq!(view(&orchestrator).await.url, first.registration().url);
 
-    // A restart on the host of the holder replaces it at once, wherever it listens; its predecessor is not let in again.
+    // A restart on the host of the holder replaces the holder at once, at any address; the predecessor is refused
+    // afterwards.
     let mut restarted = FakePool::start("pool-a").await;
     (restarted.instance, restarted.host_id) = ("instance-2".into(), first.host_id.clone());
     registration(&orchestrator, &restarted).await.unwrap();
@@ -109,11 +110,11 @@ async fn a_second_host_with_the_same_pool_id_is_refused_and_shown() {
         "a copied folder keeps both alive: {copy:?}"
     );
 
-    // The holder is known over a restart of the orchestrator, before it speaks.
+    // The orchestrator remembers the holder across a restart, before the holder reports.
     let orchestrator = orchestrator.restart().await;
     let refusal = registration(&orchestrator, &second).await.unwrap_err();
     assert_eq!(refusal.code, "POOL_ID_TAKEN");
-    // The refused one gives up, and the conflict is over.
+    // The refused instance gives up, and the conflict is over.
     assert!(view(&orchestrator).await.conflict.is_some());
     goodbye(&orchestrator, &second).await.unwrap();
     assert_eq!(view(&orchestrator).await.conflict, None);
@@ -123,7 +124,7 @@ async fn a_second_host_with_the_same_pool_id_is_refused_and_shown() {
     assert_eq!(view(&orchestrator).await.url, second.registration().url);
 }
 
-// [ORCHD-059] An id is free when its holder is lost. A pool of an older release is known by its address.
+// [ORCHD-059] An id is free when its holder is lost. A pool of an older release is identified by its address.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_pool_gives_its_id_away_and_an_older_one_is_known_by_its_address() {
     let orchestrator = Orchestrator::start().await;
@@ -143,7 +144,8 @@ async fn a_lost_pool_gives_its_id_away_and_an_older_one_is_known_by_its_address(
     assert_eq!(view(&orchestrator).await.url, other.registration().url);
 }
 
-// [ORCHD-098] P8 P24: a pool that stops on purpose is shown so at once, gets no work, and what it runs goes on.
+// [ORCHD-098] P8 P24: a pool that stops on purpose is shown as stopped at once, gets no work, and finishes its running
+// jobs.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_that_stops_is_shown_so_and_loses_nothing() {
     let (orchestrator, mut pool, worker) = one_worker().await;
@@ -165,7 +167,7 @@ async fn a_pool_that_stops_is_shown_so_and_loses_nothing() {
     assert_eq!(answer.await.unwrap_err().status(), Some(404));
     assert_eq!(view(&orchestrator).await.state, PoolViewState::Stopped);
 
-    // Its models are still known, and a job for it waits.
+    // The pool's models stay known, and a job for one of them waits.
     let job = orchestrator.job().await;
     let waiting = eventually("an explanation", async || {
         orchestrator.show(job).await.waiting
@@ -184,7 +186,7 @@ async fn a_pool_that_stops_is_shown_so_and_loses_nothing() {
         ("<0><1><2><3>", 1)
     );
 
-    // An instance of before stops nothing of its successor.
+    // An earlier instance can't stop its successor.
     let old = pool.instance.clone();
     pool.instance = "instance-2".into();
     pool.register(&orchestrator).await;
@@ -195,7 +197,7 @@ async fn a_pool_that_stops_is_shown_so_and_loses_nothing() {
     assert_eq!(view(&orchestrator).await.state, PoolViewState::Online);
 }
 
-// [ORCHD-098] A stopped pool stays known over a restart, and gives its place to a new one where places are short.
+// [ORCHD-098] A stopped pool stays known across a restart, and gives its place to a new pool when places are short.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stopped_pool_is_known_after_a_restart_and_takes_no_place_away() {
     let orchestrator = Orchestrator::start_with(|config| config.max_pools = 1).await;
@@ -206,7 +208,7 @@ async fn a_stopped_pool_is_known_after_a_restart_and_takes_no_place_away() {
     let orchestrator = orchestrator.restart().await;
     assert_eq!(view(&orchestrator).await.state, PoolViewState::Stopped);
     assert_eq!(pool.asked.beats.load(Ordering::Relaxed), 0);
-    // It may be on its way back, so nothing is said for good.
+    // The pool may return, so the answer is not final.
     let own = orchestrator
         .submit(json!({"model": "its-own", "prompt": "hi"}))
         .await;
@@ -218,7 +220,7 @@ async fn a_stopped_pool_is_known_after_a_restart_and_takes_no_place_away() {
     assert_eq!(names, ["pool-b"]);
 }
 
-// [ORCHD-099] P24: a pool that drains is not shown as one that takes work.
+// [ORCHD-099] P24: a draining pool is not shown as accepting work.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_that_drains_is_shown_so() {
     let orchestrator = Orchestrator::start().await;
@@ -271,7 +273,7 @@ async fn a_model_of_a_pool_that_has_not_reported_yet_is_not_unknown() {
         .unwrap();
 }
 
-// [ORCHD-101] P24: every name that leads to a model on a pool means it, and all of them the same workers.
+// [ORCHD-101] P24: every name for a model on a pool means that model, and all names run on the same workers.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_task_may_use_every_name_of_a_file() {
     let orchestrator = Orchestrator::start().await;
@@ -316,7 +318,7 @@ async fn a_task_may_use_every_name_of_a_file() {
     assert!(models.to_string().contains(real), "{models}");
 }
 
-// [ORCHD-079] P24: a model that a pool downloads is on its way, and not unknown.
+// [ORCHD-079] P24: a model that a pool downloads is reported as pending, not as unknown.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_is_being_downloaded_is_not_unknown() {
     let orchestrator = Orchestrator::start().await;

@@ -468,7 +468,7 @@ async fn a_list_takes_several_states_counts_and_finds_ids_by_their_beginning() {
     let plain = jobs(&orchestrator, "").await;
     assert!(plain.total.is_none() && plain.jobs[0].short_id.is_none());
 
-    // Every id that is offered is the beginning of one id, and of no other.
+    // Every short id is the beginning of exactly one id.
     let short = jobs(&orchestrator, "?short_ids=true&limit=100").await;
     assert_eq!(short.jobs.iter().map(|job| job.id).collect::<Vec<_>>(), ids);
     for job in &short.jobs {
@@ -483,7 +483,7 @@ async fn a_list_takes_several_states_counts_and_finds_ids_by_their_beginning() {
             .jobs
             .iter()
             .filter(|other| other.short_id.as_ref().unwrap().starts_with(less));
-        // As short as it may be: at most the time, or one digit less is not enough.
+        // Minimal: at most the digits of the time, or one digit less is ambiguous.
         assert!(
             prefix.len() == 13 || neighbours.count() > 1 || less.ends_with('-'),
             "{prefix}"
@@ -493,7 +493,7 @@ async fn a_list_takes_several_states_counts_and_finds_ids_by_their_beginning() {
     assert_eq!(all.total, Some(30));
     let none = jobs(&orchestrator, "?id_prefix=job-ffffffff").await;
     assert_eq!(none.jobs, []);
-    // The path of a job takes whole ids only.
+    // The path of a job accepts whole ids only.
     let path = format!("/v2/tasks/job-{}", short.jobs[0].short_id.as_ref().unwrap());
     let error = orchestrator.client.get::<Value>(&path).await.unwrap_err();
     assert_eq!(error.status(), Some(404));
@@ -647,7 +647,7 @@ async fn what_runs_is_what_the_pools_say_that_have_it() {
         assert_eq!(submit(name).await, refused, "{name}");
         assert_eq!(shown(name).await, (false, true), "{name}");
     }
-    // A pool of a newer build supports more than this orchestrator knows of.
+    // A pool of a newer build supports more models than this orchestrator.
     let mut new = FakePool::start("new").await;
     new.models = vec![model("phi3", None), model("smollm2-135m", None)];
     new.register(&orchestrator).await;

@@ -17,7 +17,7 @@ use crate::registration;
 /// Arguments of `llorch-pool status`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// How to print it. JSON: an object with `pool_id`, `daemon_url` and `registration` (both null without a pool
+    /// Output format. JSON: an object with `pool_id`, `daemon_url` and `registration` (both null without a pool
     /// manager), `backends`, `devices`, `workers`, `models` and `disk`.
     #[arg(long, value_enum, default_value_t)]
     format: Format,

@@ -41,8 +41,8 @@ pub enum Command {
         /// Where to compute.
         #[arg(value_enum)]
         backend: Backend,
-        /// Id in the catalogue, `hf:ORG/REPO...` that an entry covers, or `file:/absolute/path.gguf` below an allowed folder
-        /// [default: the catalogue's default].
+        /// Id in the catalogue, `hf:ORG/REPO...` that an entry covers, or `file:/absolute/path.gguf` below an allowed
+        /// folder [default: the catalogue's default]
         #[arg(long)]
         model: Option<ModelRef>,
         /// GPU to use, with `cuda` and `metal`.

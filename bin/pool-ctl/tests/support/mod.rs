@@ -263,7 +263,7 @@ impl Ran {
     }
 }
 
-/// A GGUF file of two kilobytes that a worker could run, by its header.
+/// Returns a GGUF file of two kilobytes whose header a worker accepts.
 pub fn tiny_gguf() -> Vec<u8> {
     GgufDraft::servable().bytes()
 }

@@ -17,7 +17,7 @@ use serde_json::json;
 
 use crate::downloads::DownloadRefused;
 
-/// When a client may come back that asked for a model on its way.
+/// Time after which a client may ask again for a model under download.
 const DOWNLOAD_RETRY: Duration = Duration::from_secs(5);
 
 /// An error on its way to the client.
@@ -106,7 +106,7 @@ impl ApiError {
         )
     }
 
-    /// A model whose file is on its way.
+    /// Returns the refusal of a model that is being downloaded.
     pub fn downloading(model: &ModelRef) -> Self {
         let code = PoolErrorCode::ModelNotDownloaded.as_str();
         let message = format!("the model `{model}` is being downloaded");

@@ -24,8 +24,8 @@ type App = State<Arc<Pool>>;
 /// Where workers report themselves: opened by a worker's own secret rather than by the pool's token.
 pub const READY_PATH: &str = "/workers/ready";
 
-/// Returns whether a request has a place even when clients hold all the others: the fleet's short requests. A stream or a
-/// log could keep its place for long.
+/// Returns whether a request has a place even when clients hold all others: only the fleet's short requests. A stream
+/// or a log could hold its place for long.
 pub fn is_control(method: &Method, path: &str) -> bool {
     let long = ["/logs", "/events", "/execute"];
     is_about_the_daemon(method, path)
@@ -33,7 +33,7 @@ pub fn is_control(method: &Method, path: &str) -> bool {
         || (path.starts_with("/workers/") && !long.iter().any(|end| path.ends_with(end)))
 }
 
-/// Returns whether a request asks for an event stream: of a worker, or of a download.
+/// Returns whether a request asks for an event stream of a worker or of a download.
 pub fn is_stream(method: &Method, path: &str, headers: &HeaderMap) -> bool {
     asks_for_events(method, path, headers)
         || path == "/models/download"

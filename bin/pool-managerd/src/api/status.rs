@@ -20,7 +20,8 @@ use crate::gpu_inventory;
 /// The longest deadline of a drain: beyond a week somebody mistook the unit.
 const MAX_DEADLINE_MS: u64 = 7 * 24 * 3_600_000;
 
-/// Devices, workers, models, disk, and the registration with the orchestrator. Never a worker's secret.
+/// Returns devices, workers, models, disk, and the registration with the orchestrator. Never includes a worker's
+/// secret.
 #[utoipa::path(get, path = "/status", tag = "pool", responses((status = 200, body = PoolReport)))]
 pub async fn report(State(pool): App) -> ApiResult<Json<PoolReport>> {
     let status = pool.blocking(|pool| pool.status()).await?;
@@ -31,9 +32,10 @@ pub async fn report(State(pool): App) -> ApiResult<Json<PoolReport>> {
     }))
 }
 
-/// Sends the orchestrator a heartbeat now, and answers how the pool stands with it then.
+/// Sends the orchestrator a heartbeat now, and returns the resulting registration.
 ///
-/// An orchestrator that has just started asks for it, and so does `llorch-pool` after it changed what the pool has.
+/// An orchestrator that has just started asks for a heartbeat, as does `llorch-pool` after a change of the pool's
+/// models.
 #[utoipa::path(post, path = "/heartbeat", tag = "pool", responses((status = 200, body = Registration)))]
 pub async fn heartbeat(State(pool): App) -> Json<Registration> {
     Json(pool.link.ask().await)

@@ -78,8 +78,8 @@ struct Watched {
     progress: ProgressWatch,
     /// How old the process was when it was first watched.
     age: Duration,
-    /// When it is killed if it hasn't ended by then, as this process's own time: a gap in which the daemon did not run may
-    /// have been the worker's as well.
+    /// Time at which the process is killed unless it has ended, in this process's own time: the worker may not have run
+    /// either during a gap of the daemon.
     kill_at: Option<Duration>,
 }
 

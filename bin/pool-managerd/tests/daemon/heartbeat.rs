@@ -31,7 +31,7 @@ pub struct Heard {
     heartbeats: Vec<Heartbeat>,
     /// Status and code with which registrations are refused.
     refusal: Option<(u16, &'static str)>,
-    /// Whether a registration with a host's identity is refused, as an older orchestrator does.
+    /// True if a registration with a host identity is refused, as by an older orchestrator.
     old: bool,
     goodbyes: Vec<(String, String)>,
 }
@@ -307,7 +307,7 @@ async fn a_refusal_is_shown_with_its_remedy_until_it_is_over() {
         assert!(refused.next_try_at.is_some() && refused.accepted_at == known.accepted_at);
         assert_eq!(registration(&daemon).await.code, refused.code);
         ear.0.lock().unwrap().refusal = None;
-        // Nobody waits for the next try, however far it is.
+        // A request does not wait for the next attempt, however late that is.
         assert_eq!(ask(&daemon).await.state, RegistrationState::Registered);
         daemon.shut_down().await;
     }
@@ -351,7 +351,7 @@ async fn a_pool_that_stops_says_goodbye_and_keeps_its_identity() {
     }
     daemon.shut_down().await;
 
-    // An orchestrator of an earlier release takes the pool without its identity.
+    // An orchestrator of an earlier release accepts the pool without its identity.
     ear.0.lock().unwrap().old = true;
     let daemon = host.start().await;
     until("a third registration", async || {
@@ -365,7 +365,7 @@ async fn a_pool_that_stops_says_goodbye_and_keeps_its_identity() {
 #[tokio::test] // [POOLD-030] P24
 async fn a_model_that_comes_or_goes_by_hand_is_told_within_moments() {
     let mut host = Host::new();
-    // A folder of the same disk under two names, and a link that leads out of it.
+    // A folder of the same disk under two names, and a link out of it.
     let root = host.home().models_dir();
     let root = root.parent().unwrap();
     let (files, link) = (root.join("files"), root.join("link"));
@@ -398,7 +398,7 @@ async fn a_model_that_comes_or_goes_by_hand_is_told_within_moments() {
     };
     assert_eq!(also.to_string(), alias);
 
-    // A worker goes by the name that the orchestrator knows, whichever was asked for.
+    // A worker has the name that the orchestrator knows, whichever name the request used.
     let request = WorkerSpawnRequest {
         model: alias.parse().unwrap(),
         backend: Backend::Cpu,

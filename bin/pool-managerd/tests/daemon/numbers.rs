@@ -22,12 +22,12 @@ async fn every_reader_of_json_keeps_every_number() {
     ] {
         texts.push((path.to_owned(), daemon.client.get_text(path).await.unwrap()));
     }
-    // The model's file is of today, so its time has more than 53 bits.
+    // The model's file was written today, so its time has more than 53 bits.
     let file = &serde_json::from_str::<Value>(&texts[1].1).unwrap()["model_file"];
     let modified: u64 = file["modified_ns"].as_str().unwrap().parse().unwrap();
     assert_eq!(modified, worker.model_file.modified_ns);
     assert!(modified > 1 << 53);
-    // A need beyond everything that there is.
+    // A memory need beyond any capacity.
     let mut request = host.request("serve");
     (request.context_length, request.slots) = (Some(u32::MAX), Some(256));
     if let Err(refused) = daemon.spawn(&request).await {
@@ -43,7 +43,8 @@ async fn every_reader_of_json_keeps_every_number() {
     daemon.shut_down().await;
 }
 
-/// Records of a version that wrote the file's time as a number are read: its workers are adopted after an update.
+/// Records in which an earlier version wrote the file's time as a number are still read: their workers are adopted
+/// after an update.
 #[tokio::test] // [POOLD-048]
 async fn a_record_of_an_earlier_version_is_read() {
     let host = Host::new();

@@ -28,7 +28,7 @@ pub struct House {
     settings: Vec<(&'static str, String)>,
     /// Arguments of the daemon.
     pub args: Vec<OsString>,
-    /// A command of the shell after which the daemon is started.
+    /// A shell command that runs before the daemon starts.
     pub limit: Option<String>,
     model: PathBuf,
     daemon: Option<Child>,

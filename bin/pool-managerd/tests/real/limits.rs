@@ -1,4 +1,4 @@
-//! A daemon with few descriptors that many clients hold, and one that is hung up on.
+//! A daemon with few descriptors that many clients hold, and a daemon that receives SIGHUP.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::house::House;
 
-/// A connection that has been answered once and is kept.
+/// Opens a connection, sends one request and keeps the connection.
 fn kept(addr: &str) -> TcpStream {
     let mut stream = TcpStream::connect(addr).unwrap();
     stream
@@ -24,7 +24,7 @@ fn kept(addr: &str) -> TcpStream {
     stream
 }
 
-// [POOLD-052] [P23]: clients hold what they can; workers are started, listed and stopped all the same.
+// [POOLD-052] [P23]: clients hold every place they can get; workers are still started, listed and stopped.
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_leave_the_control_path_its_places() {
     for descriptors in [64, 256] {

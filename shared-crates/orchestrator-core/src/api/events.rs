@@ -124,7 +124,7 @@ pub struct End {
     pub tokens_out: u32,
     /// Why the generation ended.
     pub stop_reason: StopReason,
-    /// The seed that was used; below 2^53 unless the client gave a larger one.
+    /// The seed in use; below 2^53 unless the client gave a larger one.
     pub seed: u64,
     /// From the worker's acceptance to the first token, milliseconds.
     pub ttft_ms: u64,

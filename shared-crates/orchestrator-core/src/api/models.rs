@@ -23,17 +23,17 @@ pub struct ModelView {
     pub license: Option<String>,
     /// Whether commands that name no model mean this one.
     pub default: bool,
-    /// Whether a worker can run it: as the pools say that have it, else as the catalogue's architecture says.
+    /// True if a worker can run the model: as reported by the pools that have it, else by the catalogue's architecture.
     #[serde(default = "runnable")]
     pub runnable: bool,
-    /// Why no worker can run it; absent where one can.
+    /// Reason why no worker can run the model; absent if one can.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unsupported: Option<String>,
     /// The pools that have it on their disks.
     pub pools: Vec<String>,
 }
 
-/// Stands for the field that earlier versions do not send.
+/// Returns the default of a field that earlier versions do not send.
 fn runnable() -> bool {
     true
 }

@@ -14,18 +14,18 @@ pub struct PoolView {
     pub id: String,
     /// Where the orchestrator reaches it.
     pub url: String,
-    /// State in one word.
+    /// The pool's state in one word.
     pub state: PoolViewState,
-    /// Whether it is heard from: `online`, `suspect` or `offline`. An awaited pool is `suspect`, a stopped one `offline`.
+    /// Liveness of the pool: `online`, `suspect` or `offline`. An awaited pool is `suspect`, a stopped one `offline`.
     pub liveness: PoolLiveness,
     /// When it registered.
     pub registered_at: Timestamp,
-    /// Milliseconds since its latest heartbeat; for an awaited pool since its registration or, after a restart of the
-    /// orchestrator, since that.
+    /// Milliseconds since the pool's latest heartbeat; for an awaited pool since its registration or, after a restart
+    /// of the orchestrator, since the restart.
     pub heartbeat_age_ms: u64,
     /// What it said last; `None` before its first heartbeat.
     pub status: Option<PoolStatus>,
-    /// Another instance that claims the same pool id, while it keeps trying.
+    /// Another instance that claims the same pool id, while its attempts continue.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conflict: Option<PoolConflict>,
 }
@@ -35,19 +35,19 @@ pub struct PoolView {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum PoolViewState {
-    /// Heartbeats arrive, and it takes work.
+    /// Heartbeats arrive, and the pool takes work.
     Online,
-    /// Heartbeats arrive; it takes no new work and still finishes some.
+    /// Heartbeats arrive; the pool takes no new work and still finishes some.
     Draining,
-    /// Heartbeats arrive; it takes no new work and runs none.
+    /// Heartbeats arrive; the pool takes no new work and runs none.
     Drained,
     /// One heartbeat is missing.
     Suspect,
     /// Three heartbeats are missing.
     Offline,
-    /// Registered, and no heartbeat has arrived yet, or none since the orchestrator restarted.
+    /// The pool is registered, and no heartbeat has arrived yet, or none since the orchestrator restarted.
     Awaited,
-    /// Stopped on purpose. Its workers may still run.
+    /// The pool stopped on purpose. Its workers may still run.
     Stopped,
 }
 
@@ -74,7 +74,7 @@ pub struct PoolConflict {
     pub url: String,
     /// The refused instance.
     pub instance_id: String,
-    /// Milliseconds since its latest try.
+    /// Milliseconds since the instance's latest attempt.
     pub age_ms: u64,
 }
 

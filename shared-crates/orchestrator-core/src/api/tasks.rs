@@ -53,8 +53,8 @@ pub struct TaskSubmitRequest {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     #[cfg_attr(feature = "openapi", schema(default = false))]
     pub raw: bool,
-    /// Let names of control tokens in messages become those tokens; otherwise text stays text. In a raw prompt they always
-    /// do.
+    /// If true, names of control tokens in messages become those tokens; otherwise text stays text. In a raw prompt
+    /// names always become tokens.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     #[cfg_attr(feature = "openapi", schema(default = false))]
     pub allow_special: bool,
@@ -104,7 +104,8 @@ pub struct TaskSubmitRequest {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "openapi", schema(value_type = Vec<crate::openapi::StopText>, max_items = 4))]
     pub stop: Vec<String>,
-    /// Drawn below 2^53 and reported where absent. JSON readers that hold numbers as 64-bit floats round larger ones.
+    /// Random seed. If absent, a seed below 2^53 is drawn and reported. JSON readers with 64-bit floats round larger
+    /// numbers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
     /// `interactive` or `batch`.
@@ -190,7 +191,7 @@ fn in_range(
     }
 }
 
-/// Draws a seed that every JSON reader keeps.
+/// Draws a seed that every JSON reader preserves.
 fn draw_seed() -> u64 {
     rand::random_range(0..=MAX_EXACT_INTEGER)
 }
@@ -472,7 +473,7 @@ pub struct TaskSummary {
     pub tokens_out: Option<u32>,
     /// Why it did not complete.
     pub error: Option<JobError>,
-    /// The shortest beginning of the id that no other stored job has, without `job-`; only with `short_ids`.
+    /// The shortest beginning of the id that no other stored job shares, without `job-`; only with `short_ids`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub short_id: Option<String>,
 }
@@ -508,7 +509,7 @@ pub struct TaskList {
     pub jobs: Vec<TaskSummary>,
     /// Where the next page begins; `None` on the last.
     pub next_cursor: Option<String>,
-    /// Jobs that match, on all pages; only with `count`.
+    /// Number of matching jobs on all pages; only with `count`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub total: Option<u64>,
 }
@@ -617,7 +618,7 @@ mod tests {
     fn a_seed_is_drawn_where_none_is_given() {
         let draw = || request(r#"{"model": "m", "prompt": "hi"}"#).unwrap().seed;
         assert_ne!(draw(), draw());
-        // Half of the seeds of 64 bits have the highest bit: 64 small ones are no accident.
+        // Half of all 64-bit seeds have the highest bit: 64 small ones are no accident.
         for _ in 0..64 {
             let seed = draw();
             assert!(seed < 1 << 53, "{seed}");
@@ -685,7 +686,7 @@ mod tests {
             (default.allow_special, allowed.allow_special),
             (false, true)
         );
-        // Stored jobs of earlier builds have no such field, and their keys name the same request.
+        // Stored jobs of earlier builds lack the field, and their keys must still mean the same request.
         let stored = serde_json::to_string(&default).unwrap();
         assert!(!stored.contains("allow_special"), "{stored}");
         assert_eq!(serde_json::from_str::<JobSpec>(&stored).unwrap(), default);

@@ -1,19 +1,19 @@
-//! The beginning of a job id, as people type it.
+//! The beginning of a job id, as typed by people.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::JobId;
 
-/// Digits of the shortest id that is offered. They hold the whole time of a UUID of version 7, so only jobs of the same
-/// millisecond need more of them, and a job that comes later takes none of them away.
+/// Digits of the shortest offered prefix. They contain the whole time of a UUID of version 7, so only jobs of the same
+/// millisecond need more, and a later job never makes a prefix ambiguous.
 const SHORTEST_DIGITS: usize = 12;
 /// Digits before each hyphen of a UUID.
 const GROUP_ENDS: [usize; 4] = [8, 12, 16, 20];
 /// Digits of a UUID.
 const DIGITS: usize = 32;
 
-/// The beginning of a job id, in the spelling of the whole id: `job-019abcde-f0`.
+/// The beginning of a job id, spelled like the whole id: `job-019abcde-f0`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobIdPrefix(String);
 
@@ -25,7 +25,7 @@ pub struct JobIdPrefix(String);
 pub struct JobIdPrefixError;
 
 impl JobIdPrefix {
-    /// Returns the id, where the prefix is a whole one.
+    /// Returns the id, if the prefix is a whole id.
     pub fn whole(&self) -> Option<JobId> {
         self.0.parse().ok()
     }
@@ -35,9 +35,9 @@ impl JobIdPrefix {
         &self.0
     }
 
-    /// Returns a text that sorts after every id that begins with the prefix and before every other later one.
+    /// Returns a text that sorts after every id with the prefix and before every later id.
     pub fn end(&self) -> String {
-        // The digits of an id are at most `f`, and a hyphen sorts before all of them.
+        // Digits of an id are at most `f`, and a hyphen sorts before all of them.
         format!("{}g", self.0)
     }
 }
@@ -51,7 +51,7 @@ impl fmt::Display for JobIdPrefix {
 impl FromStr for JobIdPrefix {
     type Err = JobIdPrefixError;
 
-    /// Reads a prefix, with or without `job-`, hyphens and capitals: what a person copied from anywhere.
+    /// Parses a prefix, with or without `job-`, hyphens and capitals, so that any copied id is accepted.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let text = text.trim().to_ascii_lowercase();
         let digits = text.strip_prefix("job-").unwrap_or(&text);
@@ -75,8 +75,8 @@ impl FromStr for JobIdPrefix {
 }
 
 impl JobId {
-    /// Returns the shortest prefix of the id, of at least 12 digits and without `job-`, that no neighbour in the order of ids
-    /// begins with.
+    /// Returns the shortest prefix of the id, with at least 12 digits and without `job-`, that no neighbour in the
+    /// order of ids shares.
     pub fn shortest_prefix(self, neighbours: impl IntoIterator<Item = Self>) -> String {
         let id = self.to_string();
         let shared = neighbours.into_iter().map(|neighbour| {
@@ -86,7 +86,7 @@ impl JobId {
         });
         let shortest = "job-".len() + SHORTEST_DIGITS + 1;
         let mut length = shared.max().unwrap_or(0).max(shortest).min(id.len());
-        // A hyphen at the end says nothing.
+        // A hyphen at the end carries no information.
         if id.as_bytes()[length - 1] == b'-' {
             length += 1;
         }

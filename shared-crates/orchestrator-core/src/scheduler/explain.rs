@@ -34,7 +34,7 @@ pub enum WaitReason {
     Downloading,
     /// The model should be downloaded, and no pool has the room on its disk, or none got it a moment ago.
     DownloadRefused,
-    /// The prompt needs a longer context than any worker has, or than a worker with any pool's file can have.
+    /// The prompt needs a longer context than any worker has, and than any pool's file allows.
     ContextShort,
     /// No pool has enough free memory.
     MemoryShort,
@@ -75,9 +75,9 @@ pub enum Filter {
     Backend,
     /// Has the model, and did not fail to start it.
     ModelPresent,
-    /// Has a worker with the context that the job needs, or a file that allows one.
+    /// The pool has a worker with the context that the job needs, or a file that allows it.
     Context,
-    /// Runs the model with that context, or has the memory for it.
+    /// The pool runs the model with that context, or has the memory for it.
     MemoryFits,
     /// Has a worker with a free slot.
     Slots,
@@ -265,7 +265,7 @@ fn filters(class: &Class, pools: &[&PoolState]) -> Vec<FilterCount> {
     counts
 }
 
-/// Hint about a pool that is registered and has not reported yet.
+/// Hint about a registered pool that has not reported yet.
 const REPORTS_SOON: &str =
     "it reports by itself; if it does not, see `llorch-pool daemon status` on its host";
 
@@ -489,7 +489,7 @@ impl Words<'_> {
         }
     }
 
-    /// The model, with the context that the jobs need where that is known.
+    /// Returns the model, with the context that the jobs need if it is known.
     fn wanted(&self) -> String {
         let Class { model, context, .. } = self.class;
         match context {

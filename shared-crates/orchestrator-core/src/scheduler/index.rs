@@ -94,7 +94,7 @@ pub struct Index {
     estimates: Estimates,
     /// Waiting jobs that nothing can run at present.
     stranded: Load,
-    /// Whether pools have changed since classes were last looked through for that.
+    /// True if pools have changed since the last search for stranded classes.
     reach_changed: bool,
 }
 
@@ -107,9 +107,9 @@ struct Jobs {
     /// How many wait for their next attempt.
     later: usize,
     scope: Scope,
-    /// Its jobs.
+    /// Number and bytes of the class's jobs.
     load: Load,
-    /// Whether nothing can run them at present.
+    /// True if nothing can run the jobs of the class at present.
     stranded: bool,
     /// What the class waits for since it was looked at.
     settled: Option<WaitReason>,
@@ -142,7 +142,7 @@ struct Pool {
     ranks: Vec<Option<Rank>>,
     /// Since when workers stand in [`Index::idle`].
     idle: Vec<Option<Timestamp>>,
-    /// The models that it can start, with what that costs.
+    /// The models that the pool can start, with the cost of each.
     files: Vec<(usize, StartCost)>,
 }
 
@@ -151,16 +151,16 @@ struct Pool {
 struct Model {
     /// Workers of live pools with a free slot, by their context, best first.
     free: BTreeMap<u32, BTreeSet<Free>>,
-    /// Workers of live pools, by device and context: those that start, and those that serve.
+    /// Workers of live pools by device and context: the number starting, and the number serving.
     workers: BTreeMap<(Device, u32), (u32, u32)>,
-    /// Pools that can start it, with what that costs.
+    /// Pools that can start the model, with the cost of each.
     files: BTreeMap<usize, StartCost>,
-    /// Classes of jobs that ask for it, by the context that they need.
+    /// Classes of jobs that ask for the model, by required context.
     classes: BTreeSet<(u32, usize)>,
 }
 
 impl Model {
-    /// How many workers with at least this context have a free slot.
+    /// Returns the number of workers with a free slot and at least this context.
     fn free_workers(&self, context: u32) -> usize {
         self.free.range(context..).map(|(_, free)| free.len()).sum()
     }

@@ -22,7 +22,7 @@ pub const DISK_RESERVE: u64 = 1 << 30;
 pub(super) struct Class {
     pub(super) model: ModelRef,
     pub(super) placement: Placement,
-    /// Tokens of context that they need as far as a worker has counted them; 0 where none has.
+    /// Required tokens of context, if a worker has counted them; 0 otherwise.
     pub(super) context: u32,
 }
 
@@ -55,14 +55,14 @@ impl Class {
     }
 }
 
-/// What the first job of a class would rather have; no place is kept from it for want of that.
+/// Preferences of the first job of a class. They reserve no place for the job.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Wish<'a> {
-    /// The pool on which its session ran last.
+    /// The pool on which the job's session ran last.
     pub(super) pool: Option<&'a str>,
-    /// Tokens of context that hold its prompt and the longest answer, as far as can be told.
+    /// Tokens of context that hold the job's prompt and the longest answer, as estimated.
     pub(super) context: u32,
-    /// Most tokens of its answer.
+    /// Most tokens of the job's answer.
     pub(super) max_tokens: u32,
 }
 
@@ -79,8 +79,8 @@ impl<'a> Wish<'a> {
         self.pool.is_some_and(|wanted| wanted != pool.id)
     }
 
-    /// Returns the context to start a worker with on the device: with room for the whole answer where there is memory
-    /// for it, else the smallest that does.
+    /// Returns the context for a new worker on the device: room for the whole answer if there is memory for it, else
+    /// the smallest sufficient one.
     pub(super) fn size(&self, class: &Class, choice: &StartChoice<'_>) -> Option<u32> {
         let StartChoice { pool, device } = choice;
         let cost = pool.model(&class.model)?.cost();
@@ -93,12 +93,12 @@ impl<'a> Wish<'a> {
     }
 }
 
-/// Whether the job could use the worker if it had a slot.
+/// Returns whether the job could use the worker if it had a free slot.
 pub(crate) fn could_use(job: &QueuedJob, pool: &str, worker: &WorkerState) -> bool {
     Class::of(job).admits_worker(pool, worker)
 }
 
-/// The context to start a worker with that is meant for the job.
+/// Returns the context for a new worker that is meant for the job.
 pub(crate) fn start_context(job: &QueuedJob, choice: &StartChoice<'_>) -> Option<u32> {
     Wish::of(job, None).size(&Class::of(job), choice)
 }
@@ -161,7 +161,7 @@ pub(super) fn usable<'a>(class: &Class, pool: &'a PoolState) -> Option<&'a Model
     pool.start_failure(model).is_none().then_some(model)
 }
 
-/// The smallest worker for the class that the pool could start, had it the memory.
+/// Returns the smallest worker for the class that the pool could start if it had the memory.
 pub(super) fn startable(class: &Class, pool: &PoolState) -> Option<StartSize> {
     usable(class, pool)?.cost().least(class.context)
 }
@@ -194,8 +194,8 @@ pub(super) fn stopping(pool: &PoolState, device: Device) -> u64 {
         .sum()
 }
 
-/// When the worker may be stopped for others: at any time where no waiting job could use it, else when it has had its
-/// turn. `None` while it works.
+/// Returns the time from which the worker may be stopped for others: any time if no waiting job could use it, else the
+/// end of its residence. `None` while it works.
 pub(super) fn spare_from(
     world: &World<'_>,
     pool: &PoolState,
@@ -212,8 +212,8 @@ pub(super) fn spare_from(
     idle.then_some(Timestamp::MIN)
 }
 
-/// The idle workers of the device to stop so that `needed` bytes fit: those that no job waits for first, then the least
-/// recently used, and none more than it takes. `None` where that is not enough.
+/// Returns the idle workers of the device to stop so that `needed` bytes fit: first those that no job waits for, then
+/// the least recently used, and no more than necessary. `None` if that is not enough.
 pub(super) fn victims(
     world: &World<'_>,
     pool: &PoolState,
@@ -266,8 +266,7 @@ pub(super) fn next_spare(world: &World<'_>, pool: &PoolState, device: Device) ->
         .min()
 }
 
-/// How an eviction compares with others: what no job waits for goes first, then what was used least lately, then the
-/// fewest workers.
+/// Order of evictions: workers that no job waits for first, then the least recently used, then the fewest workers.
 pub(super) type EvictionKey<'a> = (bool, Option<Timestamp>, usize, Rank, &'a str, Device);
 
 /// The key of an eviction.
@@ -301,7 +300,7 @@ pub(super) fn may_download(class: &Class, pool: &PoolState, size: u64) -> Option
     devices.first().copied().filter(|_| room && !refused)
 }
 
-/// Judges a class. `wish` is what its first job would rather have.
+/// Judges a class. `wish` holds the preferences of its first job.
 pub(super) fn judge(
     class: &Class,
     wish: &Wish<'_>,
@@ -437,7 +436,7 @@ fn missing(
         let why = pool.start_failure(pool.model(&class.model)?)?;
         Some((&pool.id, why))
     });
-    // A pool that is away now may have a good copy. One that has not reported yet is not known to have none.
+    // An unreachable pool may have a good copy. A pool that has not reported yet may have one, too.
     let away = pools.iter().find(|p| {
         let may_have = p.liveness == PoolLiveness::Awaited || usable(class, p).is_some();
         class.admits_pool(&p.id) && !alive(p) && may_have

@@ -1,7 +1,8 @@
 //! Which job runs where, decided by a pure function: the same snapshot gives the same plan.
 //!
 //! For each waiting job, in the order of their turns, pools are filtered: known → alive → backend → model present →
-//! context → memory fits → slots. What is left is given to the [`Policy`]. Where nothing is left, the job gets the counts of every
+//! context → memory fits → slots. The remaining places go to the [`Policy`]. If none remains, the job gets the counts
+//! of every
 //! filter, the constraint that binds, and what would lift it. A job that can't run now never holds up one behind it.
 //!
 //! [`snapshot`] is what a plan depends on, [`plan`] makes one, [`policy`] chooses among the places that are left, and

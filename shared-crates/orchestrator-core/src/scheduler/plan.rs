@@ -38,7 +38,7 @@ pub enum Action {
         model: ModelRef,
         /// Where it shall compute.
         device: Device,
-        /// Tokens of context to ask for; the pool's default where absent.
+        /// Requested tokens of context; absent for the pool's default.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         context_length: Option<u32>,
     },

@@ -525,7 +525,7 @@ fn of_the_workers_of_a_device_the_least_recently_used_one_goes() {
     assert_eq!(evicted(&plan), [("a", "w1")]);
 }
 
-/// A worker whose model took 10 s to load, from the time 100 on.
+/// Returns a worker whose model took 10 s to load and became ready at time 100.
 fn loaded(idle_since: i64) -> WorkerState {
     let time = |second| Timestamp::from_second(second).unwrap();
     WorkerState {
@@ -535,7 +535,7 @@ fn loaded(idle_since: i64) -> WorkerState {
     }
 }
 
-/// A pool whose memory such a worker fills.
+/// Returns a pool whose memory such a worker fills.
 fn taken() -> PoolState {
     PoolState {
         workers: vec![loaded(105)],
@@ -543,7 +543,7 @@ fn taken() -> PoolState {
     }
 }
 
-/// A job for the model of [`loaded`] that waits for its next attempt.
+/// Returns a job for the model of [`loaded`] that waits for its next attempt.
 fn backing_off() -> QueuedJob {
     QueuedJob {
         not_before: Some(Timestamp::from_second(1000).unwrap()),
@@ -574,7 +574,7 @@ fn a_worker_with_work_is_never_evicted() {
     assert_eq!(at(100, forbidden).actions, []);
 }
 
-// [ORCHCORE-061] However fresh it is.
+// [ORCHCORE-061] Regardless of the worker's age.
 #[test]
 fn an_idle_worker_that_no_job_waits_for_makes_room_at_once() {
     assert_eq!(
@@ -583,7 +583,7 @@ fn an_idle_worker_that_no_job_waits_for_makes_room_at_once() {
     );
 }
 
-// [ORCHCORE-061] Three times as long as it took to load, and no longer than the settings say.
+// [ORCHCORE-061] Three times its load time, and no longer than the settings allow.
 #[test]
 fn a_worker_stays_for_its_time_while_jobs_wait_for_it() {
     let waiting = job();
@@ -606,14 +606,15 @@ fn a_worker_stays_for_its_time_while_jobs_wait_for_it() {
     assert_eq!(evicted(&at(115, bounded)), [("a", "w0")]);
 }
 
-// [ORCHCORE-061] Two models that fit one at a time: whose turn it is gets the memory, and not sooner than that pays.
+// [ORCHCORE-061] Two models that fit one at a time: the model whose turn it is gets the memory, but not before a reload
+// pays.
 #[test]
 fn models_that_do_not_fit_together_take_turns() {
     let (first, second) = (job(), job_for("other", Placement::default()));
     let both = |order: [&QueuedJob; 2], pool: PoolState| {
         snapshot(&order.map(QueuedJob::clone), vec![pool])
     };
-    // The pool has not noticed yet that its worker is idle again.
+    // The pool has not yet reported that its worker is idle again.
     let busy = || {
         let mut pool = taken();
         (pool.workers[0].status, pool.workers[0].idle_since) = (WorkerStatus::Busy, None);
@@ -630,7 +631,7 @@ fn models_that_do_not_fit_together_take_turns() {
             (evicted(&due), dispatched(&due)),
             (vec![("a", "w0")], vec![])
         );
-        // The other way round the job of the resident model comes first, and its worker works.
+        // In the opposite order the job of the resident model comes first, and its worker runs.
         let later = at(130, both([&second, &first], pool));
         assert_eq!(
             (evicted(&later), dispatched(&later)),
@@ -822,7 +823,7 @@ fn another_host_helps_out_when_all_workers_are_busy() {
     assert_eq!(waits.waiting[&jobs[0].id].reason, WaitReason::SlotsBusy);
 }
 
-/// The file of `m` with contexts up to 4,096 tokens, of which 512 are the default and take 1 GiB with the rest.
+/// Returns a pool with the file of `m` and contexts up to 4,096 tokens; the default of 512 takes 1 GiB in all.
 fn with_contexts(pool: PoolState) -> PoolState {
     let memory = ContextMemory {
         max_tokens: 4096,
@@ -836,7 +837,7 @@ fn with_contexts(pool: PoolState) -> PoolState {
     pool
 }
 
-/// A free worker with one slot.
+/// Returns a free worker with one slot.
 fn of_context(id: &str, tokens: u32) -> WorkerState {
     WorkerState {
         context_length: Some(tokens),
@@ -863,7 +864,7 @@ fn a_job_goes_to_no_worker_whose_context_is_too_small() {
     };
     let to_large = plan(&[needs(732), job()], pools());
     assert_eq!(dispatched(&to_large), [("a", "w1"), ("a", "w0")]);
-    // A worker that takes exactly what it needs.
+    // A worker whose context is exactly large enough.
     assert_eq!(
         dispatched(&plan(
             &[needs(512)],
@@ -871,7 +872,7 @@ fn a_job_goes_to_no_worker_whose_context_is_too_small() {
         )),
         [("a", "w0")]
     );
-    // Others don't wait for it.
+    // Other jobs don't wait for that worker.
     let job = job();
     let both = plan(
         &[needs(4097), job.clone()],
@@ -880,7 +881,8 @@ fn a_job_goes_to_no_worker_whose_context_is_too_small() {
     assert_eq!(dispatched(&both), [("a", "w0")]);
 }
 
-// [ORCHCORE-181] Before any worker has counted, the one with the most room for prompt and answer is the better guess.
+// [ORCHCORE-181] Before any worker has counted, the worker with the most room for prompt and answer is the better
+// guess.
 #[test]
 fn of_free_workers_one_that_probably_has_the_room_is_taken() {
     let long = QueuedJob {
@@ -915,20 +917,20 @@ fn a_worker_with_more_room_is_started_for_a_job_that_needs_it() {
             other => panic!("{other:?}"),
         }
     };
-    // With room for the answer, in steps of 256 tokens.
+    // Room for the answer, in steps of 256 tokens.
     assert_eq!(start(8 * GIB, needs(732)), Some(Some(1024)));
-    // Where that does not fit, with room for the prompt.
+    // If that does not fit, room for the prompt.
     assert_eq!(start(GIB + GIB / 2, needs(732)), Some(Some(1024)));
     assert_eq!(
         start(GIB / 2 + 768 * (GIB / 1024), needs(732)),
         Some(Some(768))
     );
     assert_eq!(start(GIB / 2 + 768 * (GIB / 1024) - 1, needs(732)), None);
-    // No further than the model goes.
+    // Never beyond the model's own limit.
     assert_eq!(start(8 * GIB, needs(4000)), Some(Some(4096)));
     assert_eq!(start(8 * GIB, needs(4096)), Some(Some(4096)));
     assert_eq!(start(8 * GIB, needs(4097)), None);
-    // One that starts with that context is waited for.
+    // A starting worker with that context is awaited.
     let starting = WorkerState {
         context_length: Some(1024),
         ..worker("w1", WorkerStatus::Starting, 0)
@@ -940,7 +942,7 @@ fn a_worker_with_more_room_is_started_for_a_job_that_needs_it() {
     assert_eq!(plan.waiting[&waiting.id].reason, WaitReason::WorkerStarting);
 }
 
-// [ORCHCORE-182] A small worker of the same model that no job could use is in the way of memory like any other.
+// [ORCHCORE-182] A small worker of the same model that no job could use is evicted like any other.
 #[test]
 fn a_smaller_worker_of_the_model_makes_room_for_a_larger_one() {
     let mut full = with_contexts(pool(
@@ -955,7 +957,7 @@ fn a_smaller_worker_of_the_model_makes_room_for_a_larger_one() {
     assert_eq!(evicted(&plan), [("a", "w0")]);
 }
 
-// [ORCHCORE-182] A refused start with a long context says nothing of one with a shorter.
+// [ORCHCORE-182] A refused start with a long context implies nothing about a shorter one.
 #[test]
 fn a_refused_context_holds_up_only_those_that_need_as_much() {
     let refused = |context_length| RefusedStart {
@@ -1004,7 +1006,7 @@ fn the_context_is_a_filter_with_its_own_reason_and_remedy() {
     let (why, _) = explained(&job, pool("a", vec![of_context("w0", 512)]));
     assert_eq!(why.reason, WaitReason::ContextShort);
     assert!(why.hint.contains("--context-length 5000"), "{why:?}");
-    // There is a file for it, and no memory.
+    // A file allows the context, but there is no memory for it.
     let mut short = small();
     short.devices[0] = DeviceState {
         free_bytes: GIB,

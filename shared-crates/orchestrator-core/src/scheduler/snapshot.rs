@@ -57,12 +57,12 @@ impl Default for Settings {
     }
 }
 
-/// Residence of a worker in load times: loading takes at most a quarter of the time of two models that take turns.
+/// Residence of a worker in load times: loading takes at most a quarter of the time when two models take turns.
 const RESIDENCE_LOADS: i32 = 3;
 
 impl Settings {
-    /// Returns how long after its start the worker stays while waiting jobs could use it: two models that don't fit in
-    /// memory together take turns of this length instead of loading without end.
+    /// Returns the time for which a worker stays while waiting jobs could use it: two models that don't fit in memory
+    /// together take turns of this length instead of loading without end.
     pub fn residence(&self, worker: &WorkerState) -> SignedDuration {
         let loading = worker
             .ready_at
@@ -110,7 +110,7 @@ pub struct RefusedStart {
     pub model: ModelRef,
     /// Where the worker should have computed.
     pub device: Device,
-    /// Tokens of context that it was asked for; `None` for the default.
+    /// Requested tokens of context; `None` for the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
     /// What the pool said.
@@ -153,15 +153,15 @@ pub struct ModelState {
     pub model: ModelRef,
     /// The file's identity.
     pub file: ModelFile,
-    /// Bytes that a worker with the default context needs for it.
+    /// Bytes that a worker of the model needs with the default context.
     pub needed_bytes: u64,
-    /// Contexts that a worker can have, and their memory, where the pool says so.
+    /// Possible contexts of a worker, and their memory; `None` if the pool reports none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context: Option<ContextMemory>,
 }
 
 impl ModelState {
-    /// Returns what starting a worker costs.
+    /// Returns the cost of starting a worker.
     pub(crate) fn cost(&self) -> StartCost {
         StartCost {
             needed_bytes: self.needed_bytes,
@@ -169,23 +169,23 @@ impl ModelState {
         }
     }
 
-    /// Returns the bytes of a worker with a context of `tokens`, or with the default one.
+    /// Returns the bytes of a worker with a context of `tokens`, or with the default.
     pub fn bytes(&self, tokens: Option<u32>) -> u64 {
         self.cost().size(tokens).bytes
     }
 }
 
-/// Step between the contexts that workers are started with, in tokens.
+/// Step between the contexts of started workers, in tokens.
 const CONTEXT_STEP: u32 = 256;
 
-/// What starting a worker with a model costs.
+/// Cost of starting a worker with a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct StartCost {
     needed_bytes: u64,
     context: Option<ContextMemory>,
 }
 
-/// The size of a worker to start.
+/// Size of a worker to start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct StartSize {
     /// Tokens of context; `None` for the default.
@@ -212,8 +212,8 @@ impl StartCost {
         self.size((tokens != memory.default_tokens).then_some(tokens))
     }
 
-    /// Returns the smallest worker for jobs that need `tokens` of context. `None` where the model does not go that far,
-    /// or its pool does not say how far it goes.
+    /// Returns the smallest worker for jobs that need `tokens` of context. `None` if the model's context is shorter, or
+    /// its pool does not report the limit.
     pub(crate) fn least(&self, tokens: u32) -> Option<StartSize> {
         if tokens == 0 {
             return Some(self.size(None));
@@ -222,9 +222,8 @@ impl StartCost {
         Some(self.rounded(&memory, tokens))
     }
 
-    /// Returns the worker that such a job is better off with: one of at least the default context that has room for an
-    /// answer of `answer` tokens. A limit on the answer that nobody expects to be reached takes no more than the default
-    /// context.
+    /// Returns the preferred worker for such a job: at least the default context, with room for an answer of `answer`
+    /// tokens. An answer limit that is unlikely to be reached takes no more than the default context.
     pub(crate) fn roomy(&self, tokens: u32, answer: u32) -> Option<StartSize> {
         let memory = self.context.filter(|memory| tokens <= memory.max_tokens)?;
         let answer = answer.min(memory.default_tokens);
@@ -249,7 +248,7 @@ pub struct WorkerState {
     pub device: Device,
     /// State.
     pub status: WorkerStatus,
-    /// Tokens of context of each sequence, where that is known.
+    /// Tokens of context of each sequence; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
     /// Sequences that it runs at once.
@@ -318,7 +317,7 @@ impl WorkerState {
         }
     }
 
-    /// A worker that is about to be asked for, with a context of `context_length` tokens or the default one.
+    /// Returns a worker that is about to be requested, with a context of `context_length` tokens or the default.
     pub fn asked_for(
         model: &ModelState,
         device: Device,
@@ -368,7 +367,7 @@ impl WorkerState {
         self.last_turn = turn;
     }
 
-    /// Returns the tokens of context that a job can count on. A worker that starts may turn out to have any number.
+    /// Returns the tokens of context that a job can count on. A starting worker may turn out to have any number.
     pub fn capacity(&self) -> u32 {
         match (self.context_length, self.status) {
             (Some(tokens), _) => tokens,
@@ -420,7 +419,7 @@ impl PoolState {
         }
     }
 
-    /// The scheduler's view of a registered pool whose heartbeat has not arrived yet.
+    /// Returns the scheduler's view of a registered pool whose heartbeat has not arrived yet.
     pub fn unheard(id: &str, liveness: PoolLiveness) -> Self {
         Self {
             id: id.to_owned(),
@@ -454,7 +453,7 @@ impl PoolState {
             .find_map(|w| w.start_failure.as_deref())
     }
 
-    /// The refusal that keeps the pool from being asked for this start now: of a worker with this context, or with less.
+    /// Returns the refusal that blocks this start for now: of a worker with this context or a shorter one.
     pub fn refused(
         &self,
         model: &ModelRef,

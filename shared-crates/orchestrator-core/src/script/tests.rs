@@ -364,7 +364,7 @@ fn decide(snapshot: &Arc<Snapshot>, source: &str) -> Decision {
         .decide(snapshot)
 }
 
-// [ORCHCORE-181] [ORCHCORE-182] [ORCHCORE-145] A script sees what a job needs, and can't give it less.
+// [ORCHCORE-181] [ORCHCORE-182] [ORCHCORE-145] A script sees the context that a job needs, and can't give it less.
 #[test]
 fn a_script_is_held_to_the_context_that_a_job_needs() {
     let mut small = worker("small", "a", 0);
@@ -411,7 +411,7 @@ fn a_script_is_held_to_the_context_that_a_job_needs() {
         assert!(error.message.contains(why), "{answer}: {error}");
     }
     for (answer, tokens) in [
-        // With room for the whole answer, in steps of 256 tokens.
+        // Room for the whole answer, in steps of 256 tokens.
         ("[start_worker(device, job)]", Some(1024)),
         ("[start_worker(device, \"a\", 732)]", Some(732)),
         (

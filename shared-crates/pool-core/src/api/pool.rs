@@ -189,34 +189,34 @@ pub struct DeviceInfo {
 pub struct ModelOnDisk {
     /// How tasks name it.
     pub model_ref: ModelRef,
-    /// Other names by which tasks may name it: paths to its file below `models.allow_paths`.
+    /// Alternative names for the model in tasks: paths to its file below `models.allow_paths`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub aliases: Vec<ModelRef>,
     /// The file's identity.
     pub file: ModelFile,
     /// Memory that a worker with default settings needs, bytes.
     pub needed_bytes: u64,
-    /// Contexts that a worker can have, and their memory; absent where the file's header can't be read.
+    /// Possible contexts of a worker, and their memory; absent if the file's header can't be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context: Option<ContextMemory>,
-    /// Why no worker of this pool can run it; absent where one can.
+    /// Reason why no worker of this pool can run the model; absent if one can.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unsupported: Option<String>,
 }
 
-/// Contexts that a worker with a model can have, and the memory that they take.
+/// Possible contexts of a worker with a model, and their memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ContextMemory {
-    /// Tokens of context that the model was made for.
+    /// Tokens of context that the model was trained for.
     pub max_tokens: u32,
-    /// Tokens of context of a worker that is asked for none.
+    /// Tokens of context of a worker started without a requested context.
     pub default_tokens: u32,
-    /// Bytes that a worker takes apart from its context.
+    /// Bytes of a worker without its context.
     pub base_bytes: u64,
-    /// Bytes that each token of context takes.
+    /// Bytes of each token of context.
     pub token_bytes: u64,
-    /// Bytes that a worker takes at least, because loading takes them.
+    /// Least bytes of a worker, because loading needs them.
     pub floor_bytes: u64,
 }
 
@@ -280,14 +280,14 @@ pub struct PoolStatus {
     pub disk: DiskInfo,
 }
 
-/// Answer of the pool's `GET /status`: the public part of a heartbeat, and how the pool stands with its orchestrator.
+/// Answer of the pool's `GET /status`: the public part of a heartbeat, and the pool's standing with its orchestrator.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolReport {
-    /// The pool itself.
+    /// The public part of a heartbeat.
     #[serde(flatten)]
     pub status: PoolStatus,
-    /// Its registration; absent in answers of older daemons.
+    /// The pool's registration; absent in answers of older daemons.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub registration: Option<Registration>,
 }
@@ -299,44 +299,44 @@ pub struct PoolReport {
 pub enum RegistrationState {
     /// The settings name no orchestrator (`orchestrator_url = "none"`).
     Off,
-    /// The first try is under way.
+    /// The first attempt is in progress.
     Pending,
     /// The latest heartbeat was accepted.
     Registered,
-    /// The orchestrator answers, and refuses this pool.
+    /// The orchestrator answers, but refuses this pool.
     Refused,
     /// The orchestrator does not answer.
     Unreachable,
     /// No orchestrator runs on this host; the pool registers when one starts.
     NoOrchestrator,
-    /// The pool could not make a heartbeat.
+    /// The pool could not produce a heartbeat.
     Failed,
 }
 
-/// How a pool stands with its orchestrator.
+/// Registration of a pool with its orchestrator.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Registration {
-    /// State.
+    /// State of the registration.
     pub state: RegistrationState,
-    /// Address of the orchestrator, where one is known.
+    /// Address of the orchestrator; absent if none is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub orchestrator: Option<String>,
-    /// Time since which the state holds.
+    /// Start of the present state.
     pub since: Timestamp,
     /// Time of the latest accepted heartbeat.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accepted_at: Option<Timestamp>,
-    /// The orchestrator's code for a refusal.
+    /// The orchestrator's code for a refusal; absent in other states.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub code: Option<String>,
-    /// Reason of a refusal or failure.
+    /// Reason for a refusal or failure; absent in other states.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// Remedy.
+    /// Remedy; absent if none is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
-    /// Time of the next try after a failure.
+    /// Time of the next attempt; absent unless the last one failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_try_at: Option<Timestamp>,
 }
@@ -369,8 +369,8 @@ pub struct RegisterRequest {
     /// Milliseconds between heartbeats.
     #[cfg_attr(feature = "openapi", schema(minimum = 20, maximum = 600000))]
     pub heartbeat_interval_ms: u64,
-    /// Identity of the host and its state folder, the same at each start of the daemon there: it distinguishes a restart
-    /// from a second host with the same pool id. Older pools send none.
+    /// Identity of the host and its state folder, the same at each start of the daemon: it distinguishes a restart from
+    /// a second host with the same pool id. Older pools send none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
         feature = "openapi",
@@ -408,21 +408,21 @@ pub struct PoolSnapshot {
     pub status: PoolStatus,
     /// Addresses and secrets of the ready workers.
     pub endpoints: Vec<WorkerEndpoint>,
-    /// Ages of the workers, by their ids.
+    /// Ages of the workers, by worker id.
     #[serde(default)]
     pub ages: BTreeMap<String, WorkerAges>,
 }
 
-/// Times of a worker's life before the moment at which its pool speaks, in milliseconds. Clocks of two hosts differ, and
-/// step, so the orchestrator can't compare the pool's times with its own.
+/// Ages of a worker's events at the time of a heartbeat, in milliseconds. Clocks of two hosts differ, and step, so the
+/// orchestrator can't compare the pool's times with its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerAges {
-    /// The time since `created_at`.
+    /// Time since `created_at`.
     pub created_ms: u64,
-    /// The time since `ready_at`.
+    /// Time since `ready_at`; absent until the worker is ready.
     pub ready_ms: Option<u64>,
-    /// The time since `idle_since`.
+    /// Time since `idle_since`; absent unless the worker is idle.
     pub idle_ms: Option<u64>,
 }
 

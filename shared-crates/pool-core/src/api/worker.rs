@@ -113,8 +113,8 @@ pub struct ExecuteRequest {
     /// Skip the chat template.
     #[serde(default)]
     pub raw: bool,
-    /// Let names of control tokens in messages become those tokens. In a raw prompt they always do.
-    // Left out where it is false: a worker of an earlier build refuses fields that it doesn't know.
+    /// If true, names of control tokens in messages become those tokens. In a raw prompt they always do.
+    // Omitted when false: a worker of an earlier build refuses unknown fields.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub allow_special: bool,
     /// A system message before the others.
@@ -254,7 +254,7 @@ pub struct ContextOverflow {
     pub needed_tokens: u32,
     /// Tokens of the worker's context.
     pub context_length: u32,
-    /// Tokens of context that the model was made for.
+    /// Tokens of context that the model was trained for.
     pub model_context: u32,
 }
 

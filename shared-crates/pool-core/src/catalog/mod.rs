@@ -122,7 +122,7 @@ impl CatalogEntry {
         self.sha256.is_some()
     }
 
-    /// Returns how near the entry is to a name of these spellings, from 0 to 1.
+    /// Returns the similarity of the entry to a name with these spellings, from 0 to 1.
     fn likeness(&self, spellings: &[String]) -> f64 {
         let family = |name: &str| {
             let letters: String = name.chars().take_while(char::is_ascii_alphabetic).collect();
@@ -147,7 +147,8 @@ impl CatalogEntry {
         spellings.iter().map(of_spelling).fold(0.0, f64::max)
     }
 
-    /// Returns why no worker of this version can run the model, as far as the entry says.
+    /// Returns why no worker of this version can run the model, as far as the entry says; `None` if nothing in it is
+    /// unsupported.
     pub fn unsupported(&self) -> Option<Unsupported> {
         if let Some(architecture) = &self.architecture
             && let Err(refused) = support::check_architecture(architecture)
@@ -163,7 +164,8 @@ impl CatalogEntry {
     }
 }
 
-/// The forms in which a catalogue could have a name: without the organisation or the tag, or with the tag as a part.
+/// Returns the possible spellings of a name in a catalogue: without the organisation or the tag, or with the tag as a
+/// part.
 fn spellings(name: &str) -> Vec<String> {
     let lower: String = name
         .chars()
@@ -295,8 +297,8 @@ impl Catalog {
         self.nearest_ids(id).first().copied()
     }
 
-    /// Returns at most three known ids that a name may mean, the nearest first, however another program or the hub writes it:
-    /// `llama3.2:1b`, `org/Repo-GGUF`.
+    /// Returns at most three known ids that a name may mean, the nearest first. Accepts the spellings of other programs
+    /// and of the hub: `llama3.2:1b`, `org/Repo-GGUF`.
     pub fn nearest_ids(&self, name: &str) -> Vec<&str> {
         let spellings = spellings(name);
         let mut scored: Vec<_> = self

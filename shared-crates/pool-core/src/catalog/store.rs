@@ -120,14 +120,14 @@ pub enum Presence {
     Checked(Box<Record>),
 }
 
-/// The outcome of a check of a file that is right.
+/// The outcome of a successful check of a file.
 #[derive(Debug)]
 pub struct Verified {
-    /// What was found.
+    /// Record of the check's result.
     pub record: Record,
-    /// What the file was compared with.
+    /// The reference that the file was compared with.
     pub against: Against,
-    /// Why the record could not be written; `None` where it was.
+    /// Reason why the record could not be written; `None` if it was.
     pub unrecorded: Option<CheckError>,
 }
 
@@ -373,7 +373,8 @@ impl Store {
         Ok(models)
     }
 
-    /// The models on disk that have a name: entries of the catalogue, then what was imported or fetched from the hub.
+    /// Returns the models on disk that have a name: entries of the catalogue, then imported models and those from the
+    /// hub.
     fn named(&self, catalog: &Catalog) -> Result<Vec<ResolvedModel>, ResolveError> {
         let mut models = Vec::new();
         let kept = self.all_kept()?;
@@ -437,7 +438,7 @@ impl Store {
             progress,
         )?;
         let record = self.new_record(slot, sha256, old.and_then(|record| record.source))?;
-        // Whether the file is right does not depend on whether that can be written down.
+        // The file can be right even if the record can't be written.
         let unrecorded = self.save_record(slot, &record).err();
         Ok(Some(Verified {
             record,

@@ -1,6 +1,6 @@
-//! The list of model files that a worker of this version can run.
+//! The model files that a worker of this version can run.
 //!
-//! Everything that accepts a model (import, download, catalogue, spawn, submit) asks this module, and the worker takes
+//! Everything that accepts a model (import, download, catalogue, spawn, submit) uses this module, and the worker takes
 //! its own lists from here. A file that passes [`check`] has every feature, tensor and tokenizer that the engine needs.
 
 use std::collections::HashMap;
@@ -11,9 +11,9 @@ use super::gguf::{GgufError, GgufFile, Value};
 /// A family of models that the engine computes.
 #[derive(Debug, Clone, Copy)]
 pub struct Architecture {
-    /// Its name in GGUF files.
+    /// Name of the architecture in GGUF files.
     pub name: &'static str,
-    /// The tensors of each block, without the `blk.N.` before them.
+    /// The tensors of each block, without the prefix `blk.N.`.
     pub block_tensors: &'static [&'static str],
 }
 
@@ -68,22 +68,22 @@ pub const ARCHITECTURES: &[Architecture] = &[
     },
 ];
 
-/// Tensors outside the blocks that every model has. The output matrix may be the embedding.
+/// Tensors outside the blocks that every model has. Without an output matrix, the embedding serves as one.
 const MODEL_TENSORS: [&str; 2] = ["token_embd.weight", "output_norm.weight"];
 
 /// Kinds of vocabulary that the worker reads (`tokenizer.ggml.model`).
 pub const TOKENIZER_KINDS: &[&str] = &["gpt2", "llama"];
 
-/// Ways of splitting text before merging (`tokenizer.ggml.pre`) that the worker knows for the kind `gpt2`.
+/// Rules for splitting text before merging (`tokenizer.ggml.pre`) that the worker knows for the kind `gpt2`.
 pub const PRE_TOKENIZERS: &[&str] = &["default", "gpt-2", "smollm", "llama-bpe", "qwen2"];
 
-/// Element types that the engine multiplies with.
+/// Element types that the engine can multiply.
 pub const TENSOR_TYPES: &[&str] = &[
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
     "Q6_K",
 ];
 
-/// Ways of stretching a context (`ARCH.rope.scaling.type`) that the engine computes.
+/// Context extensions (`ARCH.rope.scaling.type`) that the engine computes.
 const ROPE_SCALING: [&str; 2] = ["none", "linear"];
 
 /// The reason why no worker of this version runs a model.
@@ -99,7 +99,7 @@ pub enum Unsupported {
         /// Number of parts.
         count: u64,
     },
-    /// The file adds something to a model: an adapter, a projector.
+    /// The file supplements a model: an adapter, a projector.
     #[error("it is a file of type `{found}`, not a language model")]
     NotAModel {
         /// `general.type` of the file.
@@ -114,7 +114,7 @@ pub enum Unsupported {
     /// The engine does not compute a feature of the model.
     #[error("the model needs {feature}, which is not supported")]
     Feature {
-        /// The feature.
+        /// The unsupported feature, in words.
         feature: String,
     },
     /// The worker does not read the vocabulary.
@@ -123,7 +123,7 @@ pub enum Unsupported {
         /// `tokenizer.ggml.model` of the file.
         found: String,
     },
-    /// The worker does not know how the model's text is split.
+    /// The worker does not know how to split the model's text.
     #[error("pre-tokenizer `{found}` is not supported (supported: {})", PRE_TOKENIZERS.join(", "))]
     PreTokenizer {
         /// `tokenizer.ggml.pre` of the file.
@@ -134,7 +134,7 @@ pub enum Unsupported {
     TensorType {
         /// Name of the tensor.
         tensor: String,
-        /// Its element type.
+        /// Element type of the tensor.
         ty: &'static str,
     },
     /// A part of the model is not in the file.
@@ -143,13 +143,13 @@ pub enum Unsupported {
         /// Name of the tensor.
         tensor: String,
     },
-    /// The header lacks something that the engine needs, or contradicts itself.
+    /// The header lacks a value that the engine needs, or contradicts itself.
     #[error(transparent)]
     Header(#[from] GgufError),
 }
 
 impl Unsupported {
-    /// Returns what to try next.
+    /// Returns a remedy.
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Split { .. } => {
@@ -188,7 +188,7 @@ pub fn check(header: &GgufFile) -> Result<(), Unsupported> {
     check_tensors(header, architecture)
 }
 
-/// As [`check`], for the file at `path`: a part of a split model that does not say so is known by its name.
+/// Checks the file at `path` like [`check`], and also recognises a part of a split model by its file name.
 pub fn check_file(path: &Path, header: &GgufFile) -> Result<(), Unsupported> {
     let refused = match check(header) {
         Err(refused @ (Unsupported::MissingTensor { .. } | Unsupported::Header(_))) => refused,
@@ -207,7 +207,7 @@ pub fn check_architecture(name: &str) -> Result<&'static Architecture, Unsupport
     })
 }
 
-/// Fails where a file's name says that it is one part of a model: `NAME-00001-of-00003.gguf`.
+/// Fails if a file's name marks it as one part of a model: `NAME-00001-of-00003.gguf`.
 pub fn check_file_name(name: &str) -> Result<(), Unsupported> {
     let number = |digits: &str| {
         (digits.len() == 5)
@@ -260,7 +260,7 @@ fn check_features(header: &GgufFile) -> Result<(), Unsupported> {
     {
         return feature(format!("rope scaling of type `{kind}`"));
     }
-    // Numbers without which the engine can't compute.
+    // The engine can't compute without these numbers.
     header.head_count_kv()?;
     header.context_length()?;
     header.require_arch::<f64>("attention.layer_norm_rms_epsilon")?;
@@ -286,7 +286,7 @@ fn check_tokenizer(header: &GgufFile) -> Result<(), Unsupported> {
 }
 
 fn check_tensors(header: &GgufFile, architecture: &Architecture) -> Result<(), Unsupported> {
-    // By name once: a large model has thousands of tensors.
+    // Indexed by name once: a large model has thousands of tensors.
     let found: HashMap<_, _> = header
         .tensors()
         .iter()
@@ -305,7 +305,7 @@ fn check_tensors(header: &GgufFile, architecture: &Architecture) -> Result<(), U
             readable(format!("blk.{block}.{part}"))?;
         }
     }
-    // Optional, and read where it is there.
+    // An optional tensor, checked only if present.
     match found.contains_key("output.weight") {
         true => readable("output.weight".to_owned()),
         false => Ok(()),

@@ -1,4 +1,4 @@
-//! The tags of a template, found without compiling it.
+//! A scanner for the tags of a template that does not compile it.
 
 use std::ops::Range;
 
@@ -11,8 +11,8 @@ enum Tag {
     Statement(Range<usize>),
 }
 
-/// Returns the inner ranges of all tags. Comments and `raw` blocks have none. A tag that does not end is left out: the
-/// compiler refuses it.
+/// Returns the inner ranges of all tags. Comments and `raw` blocks have none. An unclosed tag is left out: the compiler
+/// refuses it.
 fn tags(source: &str) -> Vec<Tag> {
     let mut tags = Vec::new();
     let mut at = 0;
@@ -81,7 +81,7 @@ fn end_of_raw(source: &str, from: usize) -> Option<usize> {
     }
 }
 
-/// The first word of a statement, and where it begins.
+/// Returns the first word of a statement, and its position.
 fn word(statement: &str) -> (usize, &str) {
     let inner = statement.strip_prefix(['-', '+']).unwrap_or(statement);
     let begun = inner.trim_start();
@@ -92,8 +92,8 @@ fn word(statement: &str) -> (usize, &str) {
     (start, &begun[..end])
 }
 
-/// Replaces `generation` and `endgeneration`, with which the `transformers` library finds the answers in a training text,
-/// by a block that only limits the life of names, as theirs does.
+/// Replaces `generation` and `endgeneration`, which mark the answers in training texts for the `transformers` library,
+/// by a block that only limits the scope of names, as in that library.
 pub(super) fn without_generation(source: &str) -> String {
     let mut rewritten = String::with_capacity(source.len());
     let mut copied = 0;
@@ -106,7 +106,7 @@ pub(super) fn without_generation(source: &str) -> String {
             _ => continue,
         };
         let start = inner.start + start;
-        // Anything after the name is a statement that the dialect does not have either.
+        // With further text after its name, the statement is not part of the dialect either.
         let rest = source[start + name.len()..inner.end].trim();
         if matches!(rest, "" | "-" | "+") {
             rewritten.push_str(&source[copied..start]);
@@ -118,7 +118,7 @@ pub(super) fn without_generation(source: &str) -> String {
     rewritten
 }
 
-/// Returns the texts in quotes inside a template's tags, as they are written.
+/// Returns the quoted texts inside a template's tags, as written.
 pub fn literals(source: &str) -> Vec<String> {
     let bytes = source.as_bytes();
     let mut texts = Vec::new();
@@ -141,7 +141,7 @@ pub fn literals(source: &str) -> Vec<String> {
     texts
 }
 
-/// A text as the template means it. Escapes other than the usual ones are left as they are.
+/// Returns the value of a quoted text. Unusual escapes stay unchanged.
 fn unescaped(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut chars = text.chars();
@@ -165,8 +165,8 @@ fn unescaped(text: &str) -> String {
     plain
 }
 
-/// Bytes of the longest tag between `{{` and `}}` or `{%` and `%}`, texts in quotes left out. It is a bound, so it takes
-/// comments and `raw` blocks for tags as well.
+/// Returns the bytes of the longest tag between `{{` and `}}` or `{%` and `%}`, without quoted texts. This is an upper
+/// bound, so comments and `raw` blocks count as tags.
 pub(super) fn longest_tag(source: &str) -> usize {
     let (mut longest, mut length) = (0, None::<usize>);
     let mut quote = None;

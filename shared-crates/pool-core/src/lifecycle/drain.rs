@@ -24,9 +24,10 @@ use crate::worker::{WorkerInfo, WorkerStatus};
 pub struct Drain {
     /// Since when the pool drains.
     pub since: Timestamp,
-    /// When the workers that are left are told to stop, by the wall clock: to be shown.
+    /// Wall-clock time at which the remaining workers are stopped, for display.
     pub deadline: Option<Timestamp>,
-    /// The same moment where no step of the wall clock moves it. `None` as well in the file of an earlier build.
+    /// The same deadline, unaffected by steps of the wall clock. `None` without a deadline, and in the file of an
+    /// earlier build.
     #[serde(default)]
     pub due: Option<Due>,
     /// Whether workers are stopped once they run nothing.
@@ -36,14 +37,14 @@ pub struct Drain {
 /// A moment of one boot of the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Due {
-    /// The boot. After another one no worker is left to be told.
+    /// Id of the boot. After another boot no worker remains to be stopped.
     pub boot_id: String,
-    /// The time since that boot.
+    /// Time since that boot.
     pub since_boot: Duration,
 }
 
 impl Drain {
-    /// Returns the time until the deadline, zero where it has passed; `None` without one.
+    /// Returns the time until the deadline, zero if it has passed; `None` without one.
     pub fn time_left(&self) -> Option<Duration> {
         let deadline = self.deadline?;
         Some(match &self.due {
@@ -58,7 +59,7 @@ impl Drain {
         })
     }
 
-    /// Whether `worker` is to be told to stop, where the drain's deadline is `over` or not.
+    /// Returns whether `worker` must be stopped; `over` says whether the drain's deadline has passed.
     pub fn is_due(&self, worker: &WorkerInfo, over: bool) -> bool {
         let told = worker.status == WorkerStatus::Draining;
         worker.status.is_live()
@@ -136,7 +137,7 @@ impl Lifecycle {
         Ok(drain)
     }
 
-    /// Puts the deadline of the drain under way off by `gap`.
+    /// Postpones the deadline of the present drain by `gap`.
     pub fn postpone_drain(&self, gap: Duration) -> Result<(), RegistryError> {
         let _locked = self.registry.lock()?;
         let Some(mut drain) = self.drain()?.filter(|drain| drain.due.is_some()) else {

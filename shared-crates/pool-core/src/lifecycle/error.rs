@@ -43,9 +43,9 @@ pub enum SpawnError {
     /// No worker of this version can run the model.
     #[error("`{model_ref}` can't run: {reason}")]
     Unsupported {
-        /// The model.
+        /// Requested reference.
         model_ref: ModelRef,
-        /// Why not.
+        /// Reason against the model.
         reason: Arc<Unsupported>,
     },
     /// A number of sequences that the worker does not run.

@@ -40,11 +40,11 @@ pub fn attention_scratch_bytes(heads: u64, tokens: u64) -> u64 {
 /// What a worker will need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryEstimate {
-    /// Bytes; [`MAX_EXACT_INTEGER`] stands for all that is larger, which no machine has either.
+    /// Needed memory in bytes; [`MAX_EXACT_INTEGER`] stands for all larger values, which no machine has.
     pub needed_bytes: u64,
     /// Tokens of context the model was made for; `None` where the file doesn't say.
     pub model_context: Option<u64>,
-    /// Contexts that a worker can have, and their memory; `None` where the file doesn't say.
+    /// Possible contexts of a worker, and their memory; `None` if the file doesn't say.
     pub context: Option<ContextMemory>,
 }
 
@@ -93,7 +93,7 @@ impl Shape {
         ]
         .into_iter()
         .fold(0, u64::saturating_add);
-        // Gate, rise and their product.
+        // Gate, up-projection and their product.
         let working = self
             .feed_forward
             .saturating_mul(3 * PREFILL_CHUNK * ELEMENT_BYTES)
@@ -103,7 +103,7 @@ impl Shape {
             max_tokens: tokens(self.context),
             default_tokens: tokens(self.context.min(DEFAULT_CONTEXT)),
             base_bytes: held.saturating_add(working).min(MAX_EXACT_INTEGER),
-            // One sequence computes at a time, however many slots there are.
+            // Only one sequence computes at a time, regardless of the number of slots.
             token_bytes: self
                 .kv_bytes_per_token
                 .saturating_mul(slots.into())
@@ -166,7 +166,7 @@ pub struct MemoryEstimator {
     headers: Mutex<HashMap<PathBuf, (ModelFile, HeaderFacts)>>,
 }
 
-/// The facts of a header that are remembered.
+/// Cached values of a header.
 #[derive(Debug, Clone, Default)]
 struct HeaderFacts {
     shape: Option<Shape>,
@@ -175,7 +175,7 @@ struct HeaderFacts {
 
 impl HeaderFacts {
     fn of(path: &Path) -> Self {
-        // The worker refuses a file that is no GGUF file, with the reason.
+        // The worker itself refuses a file that is no GGUF file, with the reason.
         let Ok(header) = GgufFile::open(path) else {
             return Self::default();
         };
@@ -215,7 +215,7 @@ impl MemoryEstimator {
         }
     }
 
-    /// Returns why no worker of this version can run the model; `None` where one can, or where the header can't be read.
+    /// Returns why no worker of this version can run the model; `None` if one can, or if the header can't be read.
     pub fn unsupported(&self, model: &ResolvedModel) -> Option<Arc<Unsupported>> {
         self.facts(model).unsupported
     }

@@ -17,7 +17,7 @@ pub struct DeviceMemory {
     pub total_bytes: u64,
     /// Bytes that nobody used then.
     pub available_bytes: u64,
-    /// When that was, as the time since the host's boot; `None` for just now.
+    /// Time of the reading, as the time since the host's boot; `None` for just now.
     pub as_of: Option<Duration>,
 }
 
@@ -217,8 +217,8 @@ fn beside(device: Device, records: &[WorkerRecord]) -> impl Iterator<Item = &Wor
     })
 }
 
-/// Main memory that this process and its workers may use: the host's, or what the memory cgroup leaves of it. Clean page
-/// cache counts as available, pages that must be written first do not.
+/// Returns the main memory for this process and its workers: the host's, or the remainder of the memory cgroup. Clean page
+/// cache counts as available; dirty pages do not.
 #[cfg(target_os = "linux")]
 pub fn cpu_memory() -> io::Result<DeviceMemory> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
@@ -233,7 +233,7 @@ fn parse_meminfo(text: &str) -> Option<DeviceMemory> {
     let unwritten = pages("Dirty:").saturating_add(pages("Writeback:"));
     Some(DeviceMemory {
         total_bytes: kibibytes(text, "MemTotal:")?,
-        // The kernel's own estimate has the page cache in it, dirty pages included.
+        // The kernel's own estimate includes the page cache, even dirty pages.
         available_bytes: kibibytes(text, "MemAvailable:")?.saturating_sub(unwritten),
         as_of: None,
     })

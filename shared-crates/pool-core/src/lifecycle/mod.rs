@@ -161,8 +161,8 @@ impl Lifecycle {
             .join(format!("{id}.log"))
     }
 
-    /// The file behind a model reference, as far as this pool's settings allow it. It goes by the name under which the
-    /// pool offers it, so that a worker serves every task that means the same file.
+    /// Returns the file behind a model reference, as far as this pool's settings allow it. It has the name under which
+    /// the pool offers it, so that a worker serves every task that means the same file.
     pub fn resolve(&self, model: &ModelRef) -> Result<ResolvedModel, SpawnError> {
         let allowed = self.config.allow_paths(&self.home);
         let mut found = self.store.resolve(model, &self.catalog, &allowed)?;
@@ -170,7 +170,7 @@ impl Lifecycle {
         Ok(found)
     }
 
-    /// The models on this host that tasks may name, at most `limit` of them by path alone.
+    /// Returns the models on this host that tasks may name, at most `limit` of them by path alone.
     pub fn offer(&self, limit: usize) -> Result<Offer, ResolveError> {
         let allowed = self.config.allow_paths(&self.home);
         self.store.offer(&self.catalog, &allowed, limit)

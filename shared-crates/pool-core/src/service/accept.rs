@@ -24,11 +24,11 @@ use super::capacity::{Load, Want};
 use super::linger::{Lingering, Unread};
 use super::{ServiceError, ServiceOptions, Shutdown, codes, correlation};
 
-/// Time in which a connection that is one too many must ask for something: silent ones hold their places briefly.
+/// Time limit for a request on a spare connection, so that silent connections hold their places briefly.
 const SPARE_HEAD: Duration = Duration::from_secs(2);
-/// The same while others wait for its place. A client that has something to say says so with its connection.
+/// The same limit while other connections wait. An active client sends its request along with its connection.
 const PRESSED_HEAD: Duration = Duration::from_millis(250);
-/// Interval at which a silent connection looks whether others wait for its place.
+/// Interval at which a silent connection checks whether others wait for its place.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long the system is left alone after it refused a connection for want of files or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -83,7 +83,7 @@ pub(super) async fn run(
             Ok((stream, _)) => stream,
             Err(error) if is_about_one_connection(&error) => continue,
             Err(error) => {
-                // Once, and not for each of the attempts until it works again.
+                // Logged once, not for each attempt until accepting works again.
                 if !std::mem::replace(&mut failing, true) {
                     tracing::warn!(%error, "could not accept a connection");
                 }
@@ -149,7 +149,7 @@ async fn stop_before(shutdown: &Shutdown, asked: &AtomicBool) {
     }
 }
 
-/// The places of connections that are one too many.
+/// The spare places, for connections beyond the limit.
 #[derive(Clone)]
 struct Spare {
     http: http1::Builder,
@@ -160,7 +160,7 @@ struct Spare {
 }
 
 impl Spare {
-    /// Answers one request: serves it if it belongs to the control path, else refuses it.
+    /// Answers one request: serves it if it belongs to the control path, otherwise refuses it.
     async fn serve(self, stream: TcpStream, _place: OwnedSemaphorePermit) {
         let asked = AtomicBool::new(false);
         let unread = Unread::default();
@@ -175,7 +175,7 @@ impl Spare {
                     return app.oneshot(request).await;
                 }
                 if has_body {
-                    // It is not read, and may be on its way.
+                    // The body is not read, and may still be arriving.
                     unread.expect();
                 }
                 load.refuse(Want::Connections);
@@ -193,7 +193,7 @@ impl Spare {
     }
 }
 
-/// Returns when a connection that has asked for nothing yet keeps others from being heard.
+/// Returns when a connection without a request blocks others.
 async fn pressed(load: &Load, asked: &AtomicBool) {
     tokio::time::sleep(PRESSED_HEAD).await;
     while !asked.load(Ordering::Relaxed) {

@@ -1,6 +1,6 @@
 //! Bounds on a request's body: one that trickles holds its connection no longer than its time, and what is left of one
-//! that nobody wants is read and thrown away, so that its sender gets to the answer. All bodies together take no more
-//! memory than there is for them.
+//! that no handler reads is discarded, so that its sender receives the answer. All bodies together stay within a memory
+//! limit.
 
 use std::error::Error;
 use std::pin::Pin;
@@ -28,7 +28,7 @@ use crate::units::human_duration;
 /// is reset, and the answer that says why is lost on the way; one that sends without end is reset all the same.
 const DISCARD: (usize, Duration) = (64 * 1024 * 1024, Duration::from_secs(5));
 
-/// Bytes of a body that the control path may send however many others there are.
+/// Most bytes of a body on the control path that are accepted however many other bodies there are.
 const SMALL: u64 = 256 << 10;
 
 /// The body was not whole in time.
@@ -44,13 +44,13 @@ impl BodyTimeout {
     }
 }
 
-/// There is no memory for more of the body, because other bodies have it.
+/// Other bodies hold the memory for more of this body.
 #[derive(Debug, thiserror::Error)]
 #[error("this daemon holds too many request bodies at once")]
 pub(super) struct BodiesFull;
 
 impl BodiesFull {
-    /// Returns whether it is among the causes of an error.
+    /// Returns whether this error is among the causes of `error`.
     pub(super) fn is_among(error: &(dyn Error + 'static)) -> bool {
         std::iter::successors(Some(error), |cause| (*cause).source())
             .any(|cause| cause.is::<Self>())
@@ -60,18 +60,18 @@ impl BodiesFull {
 /// The bounds of bodies.
 #[derive(Debug, Clone)]
 pub(super) struct Bound {
-    /// Time that a body may take.
+    /// Time limit for a body.
     pub time: Duration,
-    /// The room that there is for all of them.
+    /// Room shared by all bodies.
     pub load: Load,
-    /// Requests whose bodies need no room if they are small: heartbeats must come through.
+    /// Test for requests whose small bodies need no room: heartbeats must get through.
     pub is_control: fn(&Method, &str) -> bool,
 }
 
-/// The room that one body has taken. It is given back when the request is answered.
+/// Room held by one body, returned when the request is answered.
 #[derive(Debug, Clone)]
 struct Room {
-    /// `None` for a body that needs none.
+    /// `None` for a body that needs no room.
     load: Option<Load>,
     taken: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
 }
@@ -95,8 +95,8 @@ impl Room {
     }
 }
 
-/// Gives the request's body at most its time from now on, and the room that is left. Answers, event streams among them,
-/// are not concerned.
+/// Limits the request's body to its time limit from now on, and to the remaining room. Answers, including event
+/// streams, are not limited.
 pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Next) -> Response {
     let Bound {
         time,
@@ -134,7 +134,7 @@ pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Ne
         }
     });
     let response = next.run(request).await;
-    // Until here the handler may hold the bytes.
+    // The handler may hold the bytes until here.
     drop(room);
     response
 }

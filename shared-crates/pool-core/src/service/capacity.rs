@@ -1,7 +1,7 @@
-//! Bounds that follow from what the process really has: descriptors and memory.
+//! Bounds derived from the process's resources: descriptors and memory.
 //!
-//! A connection is a descriptor, and so is every call to another daemon and every file. A daemon that lets clients have
-//! them all can't answer `/health`, open its database or call a worker, so the places of clients are what is left.
+//! Every connection, call to another daemon and file takes a descriptor. If clients take all descriptors, a daemon
+//! can't answer `/health`, open its database or call a worker, so clients get only the remaining places.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,19 +12,19 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{BindError, ServiceOptions};
 
-/// Fewest descriptors that a service can work with, those of its own files not counted.
+/// Fewest descriptors with which a service works, without those of its own files.
 const FEWEST: usize = 16;
-/// Bounds of the number of spare places.
+/// Least and most spare places.
 const SPARE: (usize, usize) = (4, 128);
-/// Fewest connections that a low memory limit leaves.
+/// Fewest connections under a low memory limit.
 const FEWEST_BY_MEMORY: usize = 8;
-/// Most bytes of request bodies that are held at once, however much memory there is.
+/// Most bytes of request bodies held at once, regardless of available memory.
 const MOST_BODY_BYTES: u64 = 256 << 20;
-/// Bytes that the kernel keeps for a connection whose client does not read.
+/// Bytes that the kernel buffers for a connection whose client does not read.
 pub(super) const SEND_BUFFER: u32 = 128 << 10;
-/// Time in which a refusal is logged once.
+/// Interval in which at most one refusal is logged.
 const LOG_EVERY: Duration = Duration::from_secs(60);
-/// Open files of a process where macOS names no limit (`OPEN_MAX`).
+/// Open files of a process if macOS gives no limit (`OPEN_MAX`).
 const OPEN_MAX: u64 = 10_240;
 
 /// Resources of a process.
@@ -32,29 +32,29 @@ const OPEN_MAX: u64 = 10_240;
 pub(super) struct Resources {
     /// The limit on open files.
     pub descriptors: usize,
-    /// Descriptors that are open already.
+    /// Descriptors that are already open.
     pub open: usize,
     /// Bytes of memory that the process may use.
     pub memory_bytes: u64,
 }
 
-/// The places of a service, as its resources and its settings allow them. By default there are none.
+/// Numbers of places of a service, derived from its resources and settings. Default 0 of each.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Places {
-    /// Connections of any request.
+    /// Connections with any request.
     pub connections: usize,
-    /// Event streams among them, so that readers leave room for other requests.
+    /// Event streams among the connections, so that readers leave room for other requests.
     pub streams: usize,
-    /// Connections beyond them: a request of the control path is served there, any other refused.
+    /// Connections beyond the limit: they serve requests of the control path and refuse all others.
     pub spare: usize,
     /// Descriptors for the daemon's own calls to other daemons.
     pub calls: usize,
-    /// Bytes of request bodies that are held at once.
+    /// Bytes of request bodies held at once.
     pub body_bytes: usize,
 }
 
 impl Resources {
-    /// Returns what this process has, with its limit on open files raised as far as the system allows.
+    /// Returns this process's resources, after raising its limit on open files as far as the system allows.
     pub fn of_this_process() -> Self {
         Self {
             descriptors: usize::try_from(raise_descriptor_limit()).unwrap_or(usize::MAX),
@@ -66,8 +66,8 @@ impl Resources {
 
 /// Raises the soft limit on open files to the hard one. Returns the limit in force.
 ///
-/// Programs that this one starts inherit the raised limit: a worker needs it as well, and `git` and `hf` hold no table of
-/// that size.
+/// Child processes inherit the raised limit: a worker needs it as well, and `git` and `hf` allocate no table of that
+/// size.
 fn raise_descriptor_limit() -> u64 {
     let limit = getrlimit(Resource::Nofile);
     let now = limit.current.unwrap_or(u64::MAX);
@@ -84,17 +84,17 @@ fn raise_descriptor_limit() -> u64 {
     now
 }
 
-/// Descriptors that are open now; a guess where the system lists none.
+/// Returns the number of open descriptors; an estimate if the system lists none.
 fn open_descriptors() -> usize {
     let folder = match cfg!(target_os = "linux") {
         true => "/proc/self/fd",
         false => "/dev/fd",
     };
-    // The folder itself is open while it is read.
+    // Reading the folder takes one descriptor itself.
     std::fs::read_dir(folder).map_or(FEWEST, |entries| entries.count().saturating_sub(1))
 }
 
-/// Memory that the process may use: the host's, or less where its cgroup or its limit on address space says so.
+/// Returns the memory available to the process: the host's, or less by its cgroup or its limit on address space.
 fn memory_bytes() -> u64 {
     let host = crate::lifecycle::cpu_memory().map_or(u64::MAX, |memory| memory.total_bytes);
     let limits = [Resource::As, Resource::Data].map(|limit| getrlimit(limit).current);
@@ -102,7 +102,7 @@ fn memory_bytes() -> u64 {
 }
 
 impl Places {
-    /// Returns the places that `options` ask for, as far as `has` allows them.
+    /// Returns the places requested in `options`, as far as `has` allows them.
     pub(super) fn of(options: &ServiceOptions, has: Resources) -> Result<Self, BindError> {
         let taken = has.open + options.own_files;
         let free = has.descriptors.saturating_sub(taken);
@@ -114,9 +114,9 @@ impl Places {
         }
         let spare = (free / 8).clamp(SPARE.0, SPARE.1);
         let rest = free - spare;
-        // A relayed stream has two descriptors.
+        // A relayed stream takes two descriptors.
         let calls = rest / if options.relays { 2 } else { 4 };
-        // A head fills one buffer at most, and an answer that is not read another.
+        // A head fills at most one buffer, and an unread answer another.
         let per_connection = 2 * options.header_limit as u64 + u64::from(SEND_BUFFER);
         let by_memory = usize::try_from(has.memory_bytes / 4 / per_connection)
             .unwrap_or(usize::MAX)
@@ -140,7 +140,7 @@ impl Places {
     }
 }
 
-/// A refusal for want of places.
+/// A refusal for lack of places.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Want {
     Connections,
@@ -149,7 +149,7 @@ pub(super) enum Want {
     Calls,
 }
 
-/// The places of a service with those that are taken. Clones are the same places.
+/// The places of a service and the taken ones. Clones share the same places.
 #[derive(Debug, Clone)]
 pub struct Load(Arc<Lanes>);
 
@@ -166,7 +166,7 @@ struct Lanes {
 }
 
 impl Load {
-    /// All of `places`, none of them taken.
+    /// Returns the load of a service with these places, all free.
     pub fn new(places: Places) -> Self {
         let semaphore = |permits: usize| Arc::new(Semaphore::new(permits));
         Self(Arc::new(Lanes {
@@ -175,19 +175,19 @@ impl Load {
             streams: semaphore(places.streams),
             spare: semaphore(places.spare),
             bodies: semaphore(places.body_bytes.min(Semaphore::MAX_PERMITS)),
-            // Short calls keep a quarter of them.
+            // Short calls have a quarter of the descriptors.
             calls: semaphore((places.calls - places.calls / 4).min(Semaphore::MAX_PERMITS)),
             refused: AtomicU64::new(0),
             logged: Mutex::default(),
         }))
     }
 
-    /// The places there are.
+    /// Returns all places, taken or free.
     pub fn places(&self) -> Places {
         self.0.places
     }
 
-    /// Returns the connections that are open, those of the control path and those that are being refused included.
+    /// Returns the number of open connections, including spare ones.
     pub fn connections(&self) -> usize {
         let Places {
             connections, spare, ..
@@ -196,7 +196,7 @@ impl Load {
         (connections + spare).saturating_sub(free)
     }
 
-    /// Returns the requests that were refused so far for want of a place.
+    /// Returns the number of requests refused so far for lack of a place.
     pub fn refused(&self) -> u64 {
         self.0.refused.load(Ordering::Relaxed)
     }
@@ -213,7 +213,7 @@ impl Load {
         Arc::clone(&self.0.streams).try_acquire_owned().ok()
     }
 
-    /// Takes a descriptor for a call to another daemon that stays open; `None` where all of them are taken.
+    /// Takes a descriptor for a long call to another daemon; `None` if all are taken.
     pub fn call(&self) -> Option<OwnedSemaphorePermit> {
         let place = Arc::clone(&self.0.calls).try_acquire_owned().ok();
         if place.is_none() {
@@ -222,14 +222,14 @@ impl Load {
         place
     }
 
-    /// Takes room for so many bytes of a body.
+    /// Takes room for this many bytes of a body; `None` if there is too little.
     pub(super) fn body(&self, bytes: u32) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.0.bodies)
             .try_acquire_many_owned(bytes)
             .ok()
     }
 
-    /// Returns when a connection that comes finds a place.
+    /// Returns when a new connection would find a place.
     pub(super) async fn a_place(&self) {
         tokio::select! {
             biased;
@@ -238,7 +238,7 @@ impl Load {
         }
     }
 
-    /// Returns when no connection is in a spare place.
+    /// Returns when no connection holds a spare place.
     pub(super) async fn spare_empty(&self) {
         let all = u32::try_from(self.0.places.spare).unwrap_or(u32::MAX);
         let _ = self.0.spare.acquire_many(all).await;
@@ -249,7 +249,7 @@ impl Load {
         self.0.spare.available_permits() == 0
     }
 
-    /// Counts a refusal. Of a flood one a minute is logged.
+    /// Counts a refusal. Logs at most one refusal a minute.
     pub(super) fn refuse(&self, want: Want) {
         self.0.refused.fetch_add(1, Ordering::Relaxed);
         self.log(want);
@@ -349,7 +349,7 @@ mod tests {
         assert_eq!(found(64 * GIB).body_bytes, 256 << 20);
         let small = found(64 << 20);
         assert_eq!((small.connections, small.body_bytes), (64, 4 << 20));
-        // One request must be possible, however little there is.
+        // One request must be possible, however low the limit.
         let least = found(1 << 20);
         assert_eq!((least.connections, least.body_bytes), (8, 4 << 20));
     }

@@ -1,5 +1,5 @@
 //! A log file that the daemon owns: standard output and error lead into it, so that panics and the output of libraries
-//! lie there too, and it is renamed and begun again when it is long enough.
+//! are logged too, and it is renamed and started again at a size limit.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -12,10 +12,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::config::LogConfig;
 
-/// Standard output and error.
+/// Descriptors of standard output and error.
 const STANDARD: [i32; 2] = [1, 2];
 
-/// The file, open at standard output and error.
+/// The file, open as standard output and error.
 #[derive(Debug)]
 pub(super) struct LogFile {
     path: PathBuf,
@@ -26,13 +26,13 @@ pub(super) struct LogFile {
 struct State {
     /// Bytes of the file, as far as they went through the log.
     bytes: u64,
-    /// Bytes at which the file is renamed; `None` for never.
+    /// Size in bytes at which the file is renamed; `None` for never.
     turn_at: Option<u64>,
     limits: LogConfig,
 }
 
 impl LogFile {
-    /// Opens the file at `path`, and puts it in the place of standard output and error.
+    /// Opens the file at `path`, and replaces standard output and error by it.
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = std::path::absolute(path)?;
         let mut state = State {
@@ -47,19 +47,19 @@ impl LogFile {
         })
     }
 
-    /// Opens the path again: whatever has been renamed, a new file is there now.
+    /// Opens the path again: after a rename this creates a new file.
     pub fn reopen(&self) -> io::Result<()> {
         self.state().begin(&append(&self.path)?)
     }
 
-    /// From now on these limits hold.
+    /// Applies new limits.
     pub fn limit(&self, limits: &LogConfig) {
         let mut state = self.state();
         state.limits = limits.clone();
         state.turn_at = state.limit();
     }
 
-    /// Counts what was written, and begins a new file where that filled this one.
+    /// Counts written bytes, and starts a new file when this one is full.
     pub fn wrote(&self, bytes: usize) {
         let mut state = self.state();
         state.bytes = state.bytes.saturating_add(bytes as u64);
@@ -68,13 +68,14 @@ impl LogFile {
                 .and_then(|file| state.begin(&file))
                 .is_err()
         {
-            // As on a full disk: the log continues in the old file. A new try with each line would make it slow.
+            // The rename failed, for example on a full disk, so the log continues in the old file. An attempt for each
+            // line would be slow.
             let later = state.limits.max_bytes / 8 + 1;
             state.turn_at = Some(state.bytes.saturating_add(later));
         }
     }
 
-    /// A panic of a thread that logs leaves a whole state behind.
+    /// Returns the state. A panic of a logging thread leaves it consistent.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -99,8 +100,8 @@ fn append(path: &Path) -> io::Result<File> {
     options.create(true).append(true).mode(0o600).open(path)
 }
 
-/// Renames the file at `path` to `path.1`, that one to `path.2`, and so on up to `keep`, and returns a new file at `path`.
-/// The new file is made first: where that can't be, nothing is renamed.
+/// Renames the file at `path` to `path.1`, that file to `path.2`, and so on up to `keep`, and returns a new file at
+/// `path`. Creates the new file first: if that fails, nothing is renamed.
 fn turn(path: &Path, keep: u32) -> io::Result<File> {
     let fresh = numbered(path, 0);
     let _ = fs::remove_file(&fresh);
@@ -115,7 +116,7 @@ fn turn(path: &Path, keep: u32) -> io::Result<File> {
     Ok(file)
 }
 
-/// The path of the file that was the log `number` files ago.
+/// Returns the path of the `number`-th earlier log file.
 fn numbered(path: &Path, number: u32) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(format!(".{number}"));
@@ -126,7 +127,7 @@ fn numbered(path: &Path, number: u32) -> PathBuf {
 fn put_in_place(file: &File) -> io::Result<()> {
     for descriptor in STANDARD {
         // SAFETY: standard output and error are open for the whole run of a program, as std itself assumes, and
-        // `ManuallyDrop` keeps this view of them from closing them.
+        // `ManuallyDrop` keeps this view from closing them.
         let mut standard = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(descriptor) });
         rustix::io::dup2(file, &mut standard)?;
     }
@@ -151,7 +152,7 @@ mod tests {
             ("four".into(), "three".into(), String::new())
         );
         assert_eq!(fs::read_to_string(&path).unwrap(), "");
-        // Without any to keep, the log begins again in its place.
+        // Without files to keep, the log starts again in place.
         fs::write(&path, "five").unwrap();
         turn(&path, 0).unwrap();
         assert_eq!(read(1), "four");

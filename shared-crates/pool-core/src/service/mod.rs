@@ -73,22 +73,22 @@ pub struct ServiceOptions {
     pub header_timeout: Duration,
     /// How long the body of a request may take, from the end of its headers. Default 30 seconds.
     pub body_timeout: Duration,
-    /// Most connections that may be open; fewer where the process has too few descriptors or too little memory. A further
-    /// one is served if it asks for something of the control path, else answered with 503 and closed; at most 128 at one
-    /// time, the others wait until they are taken. Default 1024.
+    /// Most open connections; fewer if the process has too few descriptors or too little memory. A further connection
+    /// is served if its request belongs to the control path, otherwise answered with 503 and closed; at most 128 of
+    /// these at a time, others wait to be accepted. Default 1024.
     pub max_connections: usize,
-    /// Descriptors that the daemon needs for its own files, those that are open at the bind not counted. Default 8.
+    /// Descriptors for the daemon's own files, without those open at the bind. Default 8.
     pub own_files: usize,
-    /// A stream to a client is relayed from another daemon, and takes two descriptors. Default no.
+    /// True if a stream to a client is relayed from another daemon, and so takes two descriptors. Default no.
     pub relays: bool,
     /// Test for requests of the control path, which has places of its own: short requests that the fleet depends on.
     /// Default [`is_about_the_daemon`].
     pub is_control: fn(&Method, &str) -> bool,
-    /// Test for requests of an event stream. Default [`asks_for_events`].
+    /// Test for requests for an event stream. Default [`asks_for_events`].
     pub is_stream: fn(&Method, &str, &HeaderMap) -> bool,
 }
 
-/// Returns whether a request is one that every daemon answers about itself.
+/// Returns whether a request belongs to those that every daemon answers about itself.
 pub fn is_about_the_daemon(_: &Method, path: &str) -> bool {
     matches!(path, "/health" | "/ready" | "/metrics" | "/version")
 }
@@ -141,7 +141,7 @@ pub enum BindError {
     Descriptors {
         /// The limit.
         limit: usize,
-        /// The lowest limit that the daemon can work with.
+        /// The lowest limit with which the daemon works.
         needed: usize,
     },
     /// The system refused.
@@ -180,8 +180,8 @@ pub struct Service {
 }
 
 impl Service {
-    /// Listens on `addr`. An address that other machines can reach needs a token. The process's limit on open files is
-    /// raised as far as the system allows, and the places of clients are derived from it.
+    /// Listens on `addr`. An address that other machines can reach needs a token. Raises the process's limit on open
+    /// files as far as the system allows, and derives the places of clients from it.
     pub async fn bind(addr: SocketAddr, options: ServiceOptions) -> Result<Self, BindError> {
         if !addr.ip().is_loopback() && options.token.is_none() {
             return Err(BindError::Exposed { addr });
@@ -219,7 +219,7 @@ impl Service {
         })
     }
 
-    /// The service's places, with those that are taken.
+    /// Returns the service's places, and the taken ones.
     pub fn load(&self) -> Load {
         self.load.clone()
     }
@@ -254,7 +254,8 @@ fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
     };
     // As `TcpListener::bind` has it: connections that an earlier run closed keep nobody from its port.
     socket.set_reuseaddr(true)?;
-    // For the connections, which inherit it: a client that does not read must not fill megabytes of the kernel's memory.
+    // Accepted connections inherit this size: a client that does not read must not fill megabytes of the kernel's
+    // memory.
     socket.set_send_buffer_size(capacity::SEND_BUFFER)?;
     socket.bind(addr)?;
     socket.listen(BACKLOG)

@@ -1,4 +1,4 @@
-//! A bound on event streams: they stay open, and readers must leave room for requests that come and go.
+//! A bound on event streams: they stay open, and readers must leave room for short requests.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -18,7 +18,7 @@ use super::{ServiceError, codes};
 
 const EVENT_STREAM: &str = "text/event-stream";
 
-/// Returns whether a request asks for events, by its path or by what it accepts.
+/// Returns whether a request asks for events, by its path or its `Accept` header.
 pub fn asks_for_events(_: &Method, path: &str, headers: &HeaderMap) -> bool {
     let accepted = headers.get_all(ACCEPT).iter();
     path.ends_with("/events")
@@ -34,8 +34,7 @@ pub(super) struct Bound {
     pub is_stream: fn(&Method, &str, &HeaderMap) -> bool,
 }
 
-/// Refuses a stream for which there is no place. Asked before the handler is: a task that was stored must not be answered
-/// with a refusal.
+/// Refuses a stream without a free place. Runs before the handler: a stored task must not be answered with a refusal.
 pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Next) -> Response {
     let Bound { load, is_stream } = bound;
     if !is_stream(request.method(), request.uri().path(), request.headers()) {
@@ -50,7 +49,7 @@ pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Ne
         )
         .hint("ask for the state instead of following it, or come back later")
         .retry_after(Duration::from_secs(1));
-        // A reader keeps no connection that others could use.
+        // A refused reader keeps no connection that others could use.
         return ([(CONNECTION, "close")], refusal).into_response();
     };
     let response = next.run(request).await;
@@ -66,7 +65,7 @@ pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Ne
     response
 }
 
-/// A body that gives its place back with its end.
+/// A body that releases its place at its end.
 struct Held {
     inner: Body,
     _place: OwnedSemaphorePermit,

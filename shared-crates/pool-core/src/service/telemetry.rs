@@ -1,4 +1,5 @@
-//! The log of a daemon: on standard error, where its starter or a service manager collects it, or in a file of its own.
+//! The log of a daemon: on standard error, where the parent process or a service manager collects it, or in a file of
+//! its own.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -15,20 +16,20 @@ use super::log_file::LogFile;
 use crate::config::LogConfig;
 use crate::settings;
 
-/// The file of this process's log, where it has one.
+/// The file of this process's log; unset for standard error.
 static FILE: OnceLock<LogFile> = OnceLock::new();
-/// The earlier standard error, which the log file replaced; unset where it was a file.
+/// The earlier standard error, which the log file replaced; unset if it was a file.
 static STARTER: OnceLock<File> = OnceLock::new();
 /// Replaces the filter of this process's log.
 static REPLACE: OnceLock<Replace> = OnceLock::new();
 
 type Replace = Box<dyn Fn(EnvFilter) -> bool + Send + Sync>;
 
-/// Leads standard output and error, and with them the log, into the file at `path`. Called before [`init`].
+/// Redirects standard output and error, and so the log, to the file at `path`. Call before [`init`].
 pub fn to_file(path: &Path) -> io::Result<()> {
     let starter = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     let file = LogFile::open(path)?;
-    // An earlier log file must not stay open: its bytes would take room after it is deleted.
+    // An earlier log file must not stay open: its bytes would take space after it is deleted.
     if !starter.metadata()?.is_file() {
         let _ = STARTER.set(starter);
     }
@@ -37,7 +38,7 @@ pub fn to_file(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Shows why the daemon can't run where it was started, if its log is elsewhere.
+/// Prints to the earlier standard error why the daemon can't run, if its log is in a file.
 pub(super) fn notify_starter(text: &str) {
     if let Some(mut starter) = STARTER.get() {
         let _ = starter.write_all(text.as_bytes());
@@ -82,7 +83,7 @@ fn filter(default: &str) -> Result<EnvFilter, FilterError> {
     EnvFilter::builder().parse(chosen.as_deref().unwrap_or(default))
 }
 
-/// Puts the settings of the log in force.
+/// Applies the settings of the log.
 pub fn configure(log: &LogConfig) -> Result<(), FilterError> {
     let filter = filter(&log.filter)?;
     if let Some(replace) = REPLACE.get() {
@@ -94,7 +95,7 @@ pub fn configure(log: &LogConfig) -> Result<(), FilterError> {
     Ok(())
 }
 
-/// From now on SIGHUP ends nothing: the log file is opened again, and `reload` called. Must be called within a tokio
+/// Makes SIGHUP reopen the log file and call `reload`, instead of ending the process. Must be called within a tokio
 /// runtime.
 pub fn on_hangup(reload: impl Fn() + Send + 'static) -> io::Result<()> {
     let mut hangups = signal(SignalKind::hangup())?;
@@ -111,7 +112,7 @@ pub fn on_hangup(reload: impl Fn() + Send + 'static) -> io::Result<()> {
     Ok(())
 }
 
-/// Puts in force what can be of settings that were read again, and logs which keys differ from those that the daemon
+/// Applies the reloadable part of settings that were read again, and logs which keys differ from those that the daemon
 /// `started` with.
 pub fn take_settings<T: Serialize>(started: &T, read: &T, log: &LogConfig) {
     if let Err(error) = configure(log) {
@@ -132,7 +133,7 @@ pub fn take_settings<T: Serialize>(started: &T, read: &T, log: &LogConfig) {
     }
 }
 
-/// The writer of log lines: standard error, wherever that leads now.
+/// The writer of log lines: the present standard error.
 struct Log;
 
 impl Write for Log {

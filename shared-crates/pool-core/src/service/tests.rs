@@ -702,7 +702,7 @@ async fn a_connection_too_many_is_refused_and_the_place_comes_back() {
     );
     assert_eq!(second.refusal().1, "OVERLOADED");
 
-    // [POOLCORE-071] [P23] What the control path asks for is answered all the same.
+    // [POOLCORE-071] [P23] Requests of the control path are still answered.
     assert_eq!(server.send("GET /health", "").await.status, 200);
 
     drop(first);
@@ -758,7 +758,7 @@ async fn a_flood_of_silent_connections_costs_nobody_who_speaks_the_answer() {
     }
 }
 
-/// The places of a service that has plenty of the others.
+/// Returns ample places, of which each test overrides some.
 fn places() -> Places {
     Places {
         connections: 100,
@@ -784,7 +784,7 @@ async fn silent_connections_do_not_keep_the_control_path_waiting() {
     }
     let begun = Instant::now();
     assert_eq!(server.send("GET /health", "").await.status, 200);
-    // With the patience of those who are alone it would take 20 s.
+    // With the time limit of an uncontended connection this would take 20 s.
     assert!(begun.elapsed() < Duration::from_secs(10));
 }
 

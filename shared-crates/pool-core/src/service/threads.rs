@@ -1,8 +1,8 @@
-//! The runtime of a daemon, with as many threads as the system gives.
+//! The runtime of a daemon, with as many threads as the system allows.
 //!
-//! A runtime starts its threads when it needs them, and panics, or waits for ever, where the system gives none (a cgroup's
-//! `pids.max`, a user's `RLIMIT_NPROC`). So it is seen first how many there are, and those that the control path needs
-//! are started at once and kept.
+//! A runtime starts its threads on demand, and panics, or waits forever, if the system allows none (a cgroup's
+//! `pids.max`, a user's `RLIMIT_NPROC`). So the available threads are counted first, and those that the control path
+//! needs are started at once and kept.
 
 use std::io;
 use std::sync::{Arc, Barrier, Mutex, mpsc};
@@ -11,31 +11,31 @@ use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
 
-/// Threads for work that blocks: those that there always are, and the most there may be.
+/// Threads for blocking work: the permanent ones, and the most in all.
 const BLOCKING: (usize, usize) = (2, 64);
-/// Time for which an idle thread for blocking work is kept: later there may be none.
+/// Lifetime of an idle thread for blocking work: later the system may allow none.
 const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Threads and processes left to whatever else the daemon starts for a moment.
+/// Threads and processes left for short-lived children of the daemon.
 const MARGIN: usize = 4;
 
-/// Why there is no runtime.
+/// Reason why there is no runtime.
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
-    /// The system gives too few threads.
+    /// The system allows too few threads.
     #[error("the system gives {found} more threads: at least {needed} are needed")]
     Threads {
         /// Threads that could be started.
         found: usize,
-        /// The fewest that the daemon can work with.
+        /// Fewest threads with which the daemon works.
         needed: usize,
     },
-    /// The system refused something else.
+    /// The system refused another resource.
     #[error("could not start the runtime")]
     System(#[source] io::Error),
 }
 
 impl RuntimeError {
-    /// What to try next.
+    /// Returns a remedy, if there is one.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Threads { .. } => Some(
@@ -46,7 +46,7 @@ impl RuntimeError {
     }
 }
 
-/// Returns how many of `wanted` threads can run at once in addition to those that run already.
+/// Returns how many of `wanted` threads can run at once in addition to the running ones.
 pub fn available(wanted: usize) -> usize {
     let (hold, held) = mpsc::channel::<()>();
     let held = Arc::new(Mutex::new(held));
@@ -55,7 +55,7 @@ pub fn available(wanted: usize) -> usize {
         let held = Arc::clone(&held);
         let wait = move || {
             let held = held.lock();
-            // Returns when the other side is gone.
+            // Returns when the sender is dropped.
             let _ = held.map(|held| held.recv());
         };
         match thread::Builder::new().spawn(wait) {
@@ -99,7 +99,7 @@ pub fn runtime(workers: usize, own: usize) -> Result<Runtime, RuntimeError> {
     Ok(runtime)
 }
 
-/// Starts threads for work that blocks. With one that has nothing to do, what comes later finds one in any case.
+/// Starts threads for blocking work, so that later work always finds an idle thread.
 fn start_blocking_threads(runtime: &Runtime, count: usize) {
     let all = Arc::new(Barrier::new(count + 1));
     for _ in 0..count {
@@ -109,7 +109,7 @@ fn start_blocking_threads(runtime: &Runtime, count: usize) {
     all.wait();
 }
 
-/// Returns the processors that this process may use.
+/// Returns the number of processors available to this process.
 pub fn processors() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }

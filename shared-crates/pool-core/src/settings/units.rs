@@ -1,10 +1,10 @@
-//! Settings with a unit: a key that ends in one takes `"30s"` or `"4 GiB"` for the number.
+//! Settings with a unit: a key that ends in a unit accepts `"30s"` or `"4 GiB"` for the number.
 
 use serde_json::Value;
 
 use crate::units::{parse_bytes, parse_ms, parse_seconds};
 
-/// Returns a setting's value, or the number that a text with a unit means where the name of the key ends in one.
+/// Returns a setting's value; converts a text with a unit to a number if the key's name ends in a unit.
 pub(super) fn number(key: &str, value: Value) -> Result<Value, String> {
     let Value::String(text) = &value else {
         return Ok(value);
@@ -18,13 +18,13 @@ pub(super) fn number(key: &str, value: Value) -> Result<Value, String> {
     };
     match read {
         Ok(number) => Ok(number.into()),
-        // Numbers that fit no unsigned type are refused by the setting's own type, with its range.
+        // The setting's own type refuses numbers that fit no unsigned type, with its range.
         Err(_) if text.parse::<i128>().is_ok() => whole(text),
         Err(reason) => Err(format!("`{text}`: {reason}")),
     }
 }
 
-/// Returns a bare number, which is one of the key's own unit.
+/// Parses a bare number, which has the key's own unit.
 fn whole(text: &str) -> Result<Value, String> {
     let number = text.parse::<i128>().ok();
     let number = number.and_then(serde_json::Number::from_i128);

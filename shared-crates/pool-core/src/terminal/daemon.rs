@@ -229,7 +229,7 @@ pub fn find_sibling(name: &str) -> Result<PathBuf, CliError> {
 }
 
 /// The last `lines` lines of a file; an incomplete last line counts.
-/// Those that a log lacks because it was begun again come from the file that it was before.
+/// Lines that the log lacks because it was started again come from the file before it.
 pub fn tail(path: &Path, lines: usize) -> io::Result<String> {
     let newest = tail_from(path, lines, 0)?;
     let missing = lines.saturating_sub(newest.lines().count());
@@ -240,17 +240,17 @@ pub fn tail(path: &Path, lines: usize) -> io::Result<String> {
     Ok(earlier + &newest)
 }
 
-/// The path of the file that was the log `number` files ago.
+/// Returns the path of the `number`-th earlier log file.
 fn numbered(path: &Path, number: u32) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(format!(".{number}"));
     name.into()
 }
 
-/// Returns whether another file has the place of `file` now.
+/// Returns whether another file has replaced `file`.
 fn is_replaced(file: &File, path: &Path) -> io::Result<bool> {
     let ours = file.metadata()?;
-    // One that is renamed and not begun again yet is still written to.
+    // A renamed file without a successor is still written to.
     let there = path.metadata();
     Ok(there.is_ok_and(|there| (there.dev(), there.ino()) != (ours.dev(), ours.ino())))
 }
@@ -270,7 +270,7 @@ pub async fn follow(
     loop {
         // Asked before the file is read: what was written until then is in it.
         let over = is_over();
-        // Looked at before the file is read, so that its last lines are read too.
+        // Checked before the file is read, so that its last lines are read too.
         let replaced = is_replaced(&file, path)?;
         let length = file.metadata()?.len();
         if length < seen {
@@ -318,7 +318,7 @@ fn spawn(spec: &DaemonSpec, log: File) -> io::Result<Child> {
     let mut command = Command::new(&spec.program);
     command
         .args(&spec.args)
-        // It takes the file over, to rename it by size and to open it again at SIGHUP.
+        // The daemon manages the file: it renames it by size and reopens it at SIGHUP.
         .arg("--log-file")
         .arg(&spec.log_file)
         .envs(absolute_folders()?)
@@ -365,7 +365,7 @@ async fn gone(process: &ProcessIdentity, timeout: Duration) -> io::Result<bool> 
 
 fn with_log(error: CliError, log: &Path, start: u64) -> CliError {
     let hint = format!("the whole log is {}", log.display());
-    // A log that was begun again meanwhile has nothing of earlier starts.
+    // A log that was started again meanwhile has no lines of earlier starts.
     let begun_again = log.metadata().is_ok_and(|log| log.len() < start);
     let start = if begun_again { 0 } else { start };
     match tail_from(log, FAILURE_LINES, start) {

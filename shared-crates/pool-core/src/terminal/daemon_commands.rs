@@ -71,7 +71,7 @@ pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<(),
 pub struct Whereabouts {
     /// Whether it runs.
     pub running: bool,
-    /// Its process; unknown for a daemon of another home.
+    /// Process id; `None` for a daemon of another home.
     pub pid: Option<u32>,
     /// Its version.
     pub version: Option<String>,
@@ -94,13 +94,13 @@ impl From<Option<Running>> for Whereabouts {
     }
 }
 
-/// Returns the daemon of a state folder, if one runs; an error where this user may not look.
+/// Returns the daemon of a state folder, if one runs; fails if this user may not look.
 pub fn status(state_dir: &Path, name: &str) -> Result<Option<Running>, CliError> {
     check_readable(state_dir, name)?;
     Ok(daemon::status(state_dir))
 }
 
-/// Fails where this user may not look whether the daemon called `name` runs.
+/// Fails if this user may not see whether the daemon called `name` runs.
 pub fn check_readable(state_dir: &Path, name: &str) -> Result<(), CliError> {
     run_files::check_readable(state_dir).map_err(|error| {
         let folder = state_dir.display();
@@ -114,7 +114,7 @@ pub fn check_readable(state_dir: &Path, name: &str) -> Result<(), CliError> {
 }
 
 impl Whereabouts {
-    /// A daemon of another home, which answered at `url`.
+    /// Returns the status of a daemon of another home, which answered at `url`.
     pub fn elsewhere(version: String, url: &str) -> Self {
         Self {
             running: true,

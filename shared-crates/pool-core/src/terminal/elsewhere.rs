@@ -1,4 +1,4 @@
-//! The daemon that a variable names, for commands that work on the one of this home.
+//! Selection of another daemon by a variable, for commands about the daemon of this home.
 
 use std::path::Path;
 
@@ -8,19 +8,19 @@ use super::{CliError, Exit, note};
 use crate::client::ApiClient;
 use crate::run_files;
 
-/// A daemon that the environment names and that is not known to be the one of this home.
+/// A daemon named in the environment that may differ from the one of this home.
 #[derive(Debug)]
 pub struct Elsewhere {
     variable: &'static str,
     name: &'static str,
-    /// The address that the variable names, unless it is that of the daemon of this home.
+    /// Address in the variable, unless it is that of the daemon of this home.
     named: Option<String>,
     /// The address of the daemon of this home, if one runs.
     local: Option<String>,
 }
 
 impl Elsewhere {
-    /// Reads `variable`, which names the daemon called `name`; the one of this home has its state in `state_dir`.
+    /// Reads `variable`, which names the daemon called `name`; the daemon of this home has its state in `state_dir`.
     pub fn from_env(variable: &'static str, name: &'static str, state_dir: &Path) -> Self {
         let named = std::env::var(variable).ok();
         Self::new(variable, name, named, run_files::local_url(state_dir))
@@ -49,7 +49,7 @@ impl Elsewhere {
         self.named.as_deref()
     }
 
-    /// Fails where `command`, which works on the daemon of this home, may be meant for the other one.
+    /// Fails if `command`, which acts on the daemon of this home, may be meant for the other one.
     pub fn refuse(&self, command: &str) -> Result<(), CliError> {
         let Some(named) = &self.named else {
             return Ok(());
@@ -57,7 +57,7 @@ impl Elsewhere {
         let Self { variable, name, .. } = self;
         let of_home = match &self.local {
             Some(local) => format!("{name} of this home, at {local}"),
-            // Nothing runs here, and the variable may name the daemon that ran here.
+            // No daemon runs here, and the variable may name the one that ran here.
             None if is_loopback(named) => {
                 self.note(&format!("`{command}`"));
                 return Ok(());
@@ -73,7 +73,7 @@ impl Elsewhere {
         )))
     }
 
-    /// Remarks that `what` is about the daemon of this home, where the variable names another one.
+    /// Prints a remark that `what` is about the daemon of this home, if the variable names another one.
     pub fn note(&self, what: &str) {
         let Self { variable, name, .. } = self;
         if let Some(named) = &self.named {
@@ -84,7 +84,7 @@ impl Elsewhere {
     }
 }
 
-/// Whether two addresses are of the same daemon, as far as their text says.
+/// Returns whether two addresses belong to the same daemon, by their text.
 fn is_same(a: &str, b: &str) -> bool {
     let place = |text: &str| {
         let client = ApiClient::new(text, None).ok()?;

@@ -200,13 +200,13 @@ pub mod paint {
     }
 }
 
-/// Returns the columns of standard output: those of the terminal, or 80 where it is none.
+/// Returns the columns of standard output: those of the terminal, or 80 without a terminal.
 pub fn width() -> usize {
     let terminal = Table::new().width();
     terminal.map_or(80, usize::from).max(40)
 }
 
-/// Returns the beginning of a text that is longer than `most` characters, with `…`.
+/// Returns a text, cut to its beginning and `…` if it is longer than `most` characters.
 pub fn shorten(text: &str, most: usize) -> String {
     if text.chars().count() <= most {
         return text.to_owned();
@@ -217,7 +217,7 @@ pub fn shorten(text: &str, most: usize) -> String {
         .collect()
 }
 
-/// Returns the end of a text that is longer than `most` characters, with `…`.
+/// Returns a text, cut to `…` and its end if it is longer than `most` characters.
 pub fn shorten_start(text: &str, most: usize) -> String {
     let count = text.chars().count();
     if count <= most {

@@ -43,7 +43,7 @@ pub fn count(total: u64, label: impl Into<String>) -> Progress {
         label.into(),
     );
     if progress.live {
-        // The time goes on while nothing is done.
+        // The time advances even without progress.
         progress.bar.enable_steady_tick(TICK);
     }
     progress
@@ -187,7 +187,7 @@ impl Drop for Progress {
     }
 }
 
-/// Shows sizes and times in a template as all other output does.
+/// Formats sizes and times in a template as all other output does.
 fn in_our_units(style: ProgressStyle) -> ProgressStyle {
     type Key = fn(&ProgressState) -> String;
     let keys: [(&'static str, Key); 5] = [
@@ -204,14 +204,14 @@ fn in_our_units(style: ProgressStyle) -> ProgressStyle {
         style.with_key(
             name,
             move |state: &ProgressState, out: &mut dyn fmt::Write| {
-                // A line that can't be drawn is drawn again in a moment.
+                // A line that can't be drawn is soon drawn again.
                 let _ = out.write_str(&key(state));
             },
         )
     })
 }
 
-/// A time that changes once a second.
+/// Formats a time that changes once a second.
 fn whole_seconds(duration: Duration) -> String {
     human_duration(Duration::from_secs(duration.as_secs()))
 }

@@ -1,11 +1,11 @@
-//! The daemons' words for their API, in the words of the command lines.
+//! The wording of daemons about their API, translated to that of the command lines.
 //!
-//! A daemon's hint speaks to whoever called its API: `GET /v2/models`, `placement.device`. Our command line programs show
-//! the same texts to people who know commands and options, so they translate them, all in this place.
+//! A daemon's hint addresses callers of its API: `GET /v2/models`, `placement.device`. The command line programs show
+//! the same texts to people who know commands and options, so they translate them, all in this module.
 
 use std::borrow::Cow;
 
-/// What a daemon says, and what a command line says instead. Longer texts stand before those that they contain.
+/// Daemon wordings and their command line equivalents. Longer texts precede those that they contain.
 const WORDS: &[(&str, &str)] = &[
     (
         "send `Authorization: Bearer TOKEN`; our command line programs take it from LLORCH_API_TOKEN or LLORCH_POOL_TOKEN",

@@ -1,7 +1,7 @@
-//! The commands that our texts tell people to run, held against the command lines themselves.
+//! Check of the commands in messages and docs against the command lines themselves.
 //!
-//! A hint that names a command which does not exist sends its reader nowhere. This finds every mention of a program in the
-//! sources of all crates and in the README, and follows its subcommands and options.
+//! A hint that names a missing command helps no reader. This module finds every mention of a program in the sources of
+//! all crates and in the README, and follows its subcommands and options.
 
 // A helper that fails is a test that fails.
 #![allow(clippy::unwrap_used, dead_code)]
@@ -9,7 +9,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A mention of a program, with where it stands.
+/// A mention of a program, with its place.
 #[derive(Debug)]
 pub struct Mention {
     pub place: String,
@@ -17,7 +17,7 @@ pub struct Mention {
     pub words: Vec<String>,
 }
 
-/// Every mention of `program` in the workspace.
+/// Returns every mention of `program` in the workspace.
 pub fn mentions(program: &str) -> Vec<Mention> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let mut files = vec![root.join("README.md")];
@@ -63,7 +63,7 @@ fn sources(dir: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
-/// The words of each mention in a line, up to the end of its quotation.
+/// Returns the words of each mention in a line, up to the end of its quotation.
 fn in_line<'a>(line: &'a str, program: &'a str) -> impl Iterator<Item = Vec<String>> + 'a {
     line.match_indices(program).filter_map(move |(at, _)| {
         let before = line[..at].chars().next_back();
@@ -94,7 +94,7 @@ fn in_line<'a>(line: &'a str, program: &'a str) -> impl Iterator<Item = Vec<Stri
     })
 }
 
-/// Follows the subcommands and options of a mention; says what does not exist.
+/// Follows the subcommands and options of a mention; fails with the missing one.
 pub fn check(command: &clap::Command, mention: &Mention) -> Result<(), String> {
     let mut command = command;
     let mut path = Vec::new();
@@ -102,7 +102,7 @@ pub fn check(command: &clap::Command, mention: &Mention) -> Result<(), String> {
     while command.has_subcommands() {
         let Some(word) = words.peek() else { break };
         if word.starts_with('{') {
-            // The text fills it in.
+            // The text inserts a value here.
             return Ok(());
         }
         let alternatives: Vec<&str> = word.split('|').collect();
@@ -152,7 +152,7 @@ pub fn every_mention_can_be_run(program: &str, mut command: clap::Command, least
         })
         .collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    // The check itself finds what is wrong.
+    // The check itself detects wrong mentions.
     for line in ["models fetch x", "jobs liste", "status --no-such-option"] {
         let words = line.split(' ').map(str::to_owned).collect();
         let place = String::new();

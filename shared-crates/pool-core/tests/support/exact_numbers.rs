@@ -1,4 +1,4 @@
-//! Answers as other readers of JSON see them, for the tests of every daemon.
+//! Check that other JSON readers preserve answers, for the tests of every daemon.
 
 // A helper that fails is a test that fails.
 #![allow(
@@ -15,8 +15,8 @@ use serde_json::{Number, Value};
 /// 2^53 - 1: larger integers are not safe in JavaScript and in `jq` 1.6.
 const MOST: u64 = (1 << 53) - 1;
 
-/// Fails where `json` holds a number that a reader with 64-bit floats changes, or where `jq` or Node.js really changes
-/// one. Each of `texts` is one JSON document with its name.
+/// Fails if `json` holds a number that a reader with 64-bit floats changes, or if `jq` or Node.js really changes one.
+/// Each of `texts` is one JSON document with its name.
 pub fn assert_exact(texts: &[(String, String)]) {
     let mut numbers = 0;
     for (name, text) in texts {
@@ -34,12 +34,12 @@ pub fn assert_exact(texts: &[(String, String)]) {
     }
 }
 
-/// Counts the numbers of `value`, each of which must be exact.
+/// Counts the numbers of `value`, and fails unless each is exact.
 fn check(place: &str, value: &Value) -> usize {
     match value {
         Value::Number(number) => {
             let size = number.as_u64().or(number.as_i64().map(i64::unsigned_abs));
-            // A float that stands for a bound of the description is exact in every reader.
+            // A float that bounds a value in the description is exact in every reader.
             assert!(size.is_none_or(|size| size <= MOST), "{place}: {number}");
             1
         }
@@ -59,7 +59,7 @@ fn check(place: &str, value: &Value) -> usize {
     }
 }
 
-/// One form for a document, in which 1 and 1.0 are the same.
+/// Returns a document in a normal form, in which 1 and 1.0 are equal.
 fn plain(text: &str) -> String {
     fn unify(value: &mut Value) {
         match value {
@@ -81,7 +81,7 @@ fn plain(text: &str) -> String {
 }
 
 fn jq(texts: &[(String, String)]) -> Vec<String> {
-    // jq prints floats with 17 digits; asked for as text, each is shown in its shortest form by `plain`.
+    // jq prints floats with 17 digits; `plain` turns each into its shortest form.
     read_with(Command::new("jq").args(["-c", "."]), texts)
 }
 
@@ -91,7 +91,7 @@ fn node(texts: &[(String, String)]) -> Vec<String> {
     read_with(Command::new("node").args(["-e", script]), texts)
 }
 
-/// The documents as `command` writes them again, one a line.
+/// Returns the documents as `command` rewrites them, one a line.
 fn read_with(command: &mut Command, texts: &[(String, String)]) -> Vec<String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();

@@ -1,11 +1,11 @@
-//! GGUF files as tests need them: one that a worker could run by its header, and what becomes of it by a change.
+//! GGUF files for tests: a file whose header a worker accepts, and variants of it.
 //!
-//! It needs nothing but the standard library, so that other test crates can include this file. The tensors are zeros:
+//! This module needs only the standard library, so that other test crates can include the file. The tensors are zeros:
 //! [`GgufDraft::bytes`] makes a file for importing, downloading and listing, not for computing.
 
 #![allow(dead_code)] // Every user has its own part of this.
 
-/// A metadata value.
+/// Value of a metadata key, by type.
 #[derive(Debug, Clone)]
 pub enum Meta {
     Text(String),
@@ -23,7 +23,7 @@ pub struct GgufDraft {
 }
 
 impl GgufDraft {
-    /// A file of the architecture `llama` that a worker could run, of about two kilobytes.
+    /// Returns a file of the architecture `llama` that a worker accepts, of about two kilobytes.
     pub fn servable() -> Self {
         let number = |key: &str, value| (key.to_owned(), Meta::Number(value));
         let text = |key: &str, value: &str| (key.to_owned(), Meta::Text(value.to_owned()));
@@ -72,23 +72,23 @@ impl GgufDraft {
         self
     }
 
-    /// As [`GgufDraft::with`], with a text.
+    /// Sets a metadata value to a text.
     pub fn with_text(self, key: &str, value: &str) -> Self {
         self.with(key, Meta::Text(value.to_owned()))
     }
 
-    /// As [`GgufDraft::with`], with a number.
+    /// Sets a metadata value to a number.
     pub fn with_number(self, key: &str, value: u32) -> Self {
         self.with(key, Meta::Number(value))
     }
 
-    /// Leaves a metadata value out.
+    /// Removes a metadata value.
     pub fn without(mut self, key: &str) -> Self {
         self.metadata.retain(|(known, _)| known != key);
         self
     }
 
-    /// Leaves a tensor out.
+    /// Removes a tensor.
     pub fn without_tensor(mut self, name: &str) -> Self {
         self.tensors.retain(|(known, ..)| known != name);
         self
@@ -104,7 +104,8 @@ impl GgufDraft {
         self.with_text("general.architecture", name)
     }
 
-    /// The file's content: only F32, and types whose blocks are a whole number of the tensor's rows, have the right size.
+    /// Returns the file's content. Tensors have the right size only for F32 and for types whose blocks divide the
+    /// tensor's rows.
     pub fn bytes(&self) -> Vec<u8> {
         let mut file = b"GGUF".to_vec();
         file.extend(3u32.to_le_bytes());

@@ -1,17 +1,17 @@
-//! Prometheus' own judgement of what a daemon shows and of how it is scraped.
+//! Checks of metrics and scrape settings with Prometheus' own `promtool`.
 
-// A helper that fails is a test that fails, and not every test file uses all of this.
+// A helper that fails is a test that fails, and each test file uses only some helpers.
 #![allow(clippy::unwrap_used, dead_code)]
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
-/// Fails where `promtool` finds fault with the text form of metrics, names and helps among them.
+/// Fails if `promtool` objects to the text form of metrics, including names and helps.
 pub fn check_metrics(text: &str) {
     check(&["check", "metrics"], text);
 }
 
-/// Fails where `promtool` does not accept a configuration.
+/// Fails if `promtool` rejects a configuration.
 pub fn check_config(text: &str) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! Freezes: each daemon is stopped and continued again and again while jobs run that may not lose a single attempt.
+//! Freezes: each daemon is paused and resumed repeatedly while jobs run that may not lose a single attempt.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,23 +21,24 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// Freezes orchestratord and pool-managerd while jobs with one attempt run: none may fail.
 ///
-/// Several chains (an orchestratord, a pool, two workers with tiny models) share the freezes, whose lengths are spread evenly
-/// over the range. Ends with 0 where every job completed, with 1 where one did not (home and logs are kept then, and named).
+/// Several chains (an orchestratord, a pool, two workers with tiny models) share the freezes, whose lengths are spread
+/// evenly over the range. Exits with 0 if every job completed, otherwise with 1 (home and logs are then kept, and
+/// named).
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Freezes of each daemon.
+    /// Number of freezes of each daemon.
     #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub freezes: u32,
-    /// Chains at a time.
+    /// Number of concurrent chains.
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub chains: u32,
-    /// Jobs at a time in each chain.
+    /// Number of concurrent jobs in each chain.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1_000))]
     pub jobs: u32,
-    /// Seconds of the shortest freeze.
+    /// Shortest freeze, in seconds.
     #[arg(long, default_value_t = 5.0)]
     pub shortest_s: f64,
-    /// Seconds of the longest freeze.
+    /// Longest freeze, in seconds.
     #[arg(long, default_value_t = 90.0)]
     pub longest_s: f64,
 }
@@ -53,18 +54,18 @@ impl Options {
     }
 }
 
-/// What came of it.
+/// Outcome of a run with freezes.
 #[derive(Debug, Default)]
 pub struct Report {
-    /// Freezes of each daemon's kind, and their time in all.
+    /// Number and total duration of the freezes, by kind of daemon.
     pub frozen: BTreeMap<&'static str, (u32, Duration)>,
-    /// Jobs by their states.
+    /// Number of jobs by state.
     pub jobs: BTreeMap<String, usize>,
-    /// Jobs that did not complete in one attempt, and the reason.
+    /// Jobs that did not complete in one attempt, each with the reason.
     pub failures: Vec<String>,
     /// The folders of chains with failures.
     pub kept: Vec<PathBuf>,
-    /// How long it took.
+    /// Duration of the run.
     pub elapsed: Duration,
 }
 
@@ -87,7 +88,7 @@ impl fmt::Display for Report {
     }
 }
 
-/// Runs all chains, and says after each freeze how far it is.
+/// Runs all chains, and reports the progress after each freeze.
 pub async fn run(options: &Options, told: fn(&str)) -> anyhow::Result<Report> {
     let begun = Instant::now();
     let mut chains = JoinSet::new();
@@ -167,8 +168,8 @@ async fn freeze(daemon: &Daemon, length: Duration) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One client that asks for one job after the other. Returns the states of its jobs, with the reason of each that did not
-/// complete in its one attempt.
+/// Runs one client that submits one job after another. Returns the states of its jobs, with the reason for each that
+/// did not complete in its only attempt.
 async fn work(
     clients: Clients,
     client: u32,

@@ -1,4 +1,4 @@
-//! Prompts that not every worker has the room for.
+//! Prompts that do not fit every worker.
 
 use std::time::{Duration, Instant};
 
@@ -8,12 +8,12 @@ use orchestrator_core::job::{AttemptOutcome, JobStatus};
 use crate::house::House;
 use crate::process;
 
-/// Longest that reading a long prompt may take, on a slow machine.
+/// Time limit for reading a long prompt on a slow machine.
 const READING_LIMIT: Duration = Duration::from_secs(600);
 
 #[when(expr = "I submit a job of {int} tokens with a prompt of {int} words")]
 async fn submit_words(house: &mut House, tokens: u32, words: usize) {
-    // One token each.
+    // Each word is one token.
     let prompt = vec!["the"; words].join(" ");
     let mut command =
         house.command("llorch jobs submit --model smollm2-135m --raw --temperature 0 --detach");

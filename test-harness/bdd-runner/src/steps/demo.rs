@@ -94,7 +94,7 @@ fn fails(house: &mut House) {
     assert!(last.stderr.contains("error:"), "{last:?}");
 }
 
-/// Variables that lead away from the demo.
+/// Variables that direct commands away from the demo.
 const ELSEWHERE: [(&str, &str); 3] = [
     ("LLORCH_ORCHESTRATOR_URL", "http://127.0.0.1:1"),
     ("LLORCH_POOL_URL", "http://127.0.0.1:1"),
@@ -112,9 +112,9 @@ async fn run_with_other_daemons(house: &mut House, line: String) {
 async fn pasted(house: &mut House) {
     let last = house.last();
     assert!(last.status.success(), "{last:?}");
-    let lines: Vec<&str> = last
-        .stderr
-        .lines()
+    let advice = last.stderr.lines();
+    let lines: Vec<&str> = advice
+        .skip_while(|line| !line.starts_with("everything was left running"))
         .filter_map(|line| line.strip_prefix("  "))
         .collect();
     assert!(lines.len() >= 4, "{last:?}");

@@ -1,4 +1,4 @@
-//! What is known of pools: after a restart, a stop, a change.
+//! Steps about the knowledge of pools: after a restart, a stop, a change.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ async fn rare_reports(house: &mut House) {
     house.keep_port();
     let folder = house.home().join("config");
     std::fs::create_dir_all(&folder).expect("the configuration folder can be made");
-    // What is heard within the scenario, is heard because somebody asked or something changed.
+    // With this interval, a report within the scenario follows a request or a change.
     std::fs::write(
         folder.join("pool-managerd.toml"),
         "heartbeat_interval_ms = 600000\n",
@@ -33,7 +33,7 @@ async fn idle_worker(house: &mut House) {
 
 #[given(expr = "a copy of the default model at {string}")]
 fn copy(house: &mut House, path: String) {
-    // Another byte of the last tensor: the catalogue's own file would be imported under the catalogue's name.
+    // The last tensor differs by a byte: the catalogue's own file would be imported under the catalogue's name.
     let mut bytes = std::fs::read(test_model()).expect("the test model can be read");
     *bytes.last_mut().expect("the file is not empty") ^= 1;
     std::fs::write(house.fill(&path), bytes).expect("it can be written");

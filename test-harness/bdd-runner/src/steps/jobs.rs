@@ -196,7 +196,7 @@ async fn submit_many(house: &mut House, agents: usize) {
 
 #[when(expr = "{int} of the jobs are cancelled")]
 async fn cancel_some(house: &mut House, count: usize) {
-    // Of those in the middle: the list must pass over them.
+    // Jobs from the middle: the list must skip them.
     let jobs = house.acknowledged[100..100 + count].join(" ");
     house.succeed(&format!("llorch jobs cancel {jobs}")).await;
 }

@@ -168,7 +168,7 @@ fn each_way_of_splitting_has_its_own_rules_for_digits() {
 
 const USER_DEFINED: u32 = 4;
 
-/// The tokens that end an answer, by their texts.
+/// Returns the texts of the tokens that end an answer.
 fn ends(vocabulary: &[Token]) -> Vec<String> {
     let header = header("gpt2", Some("gpt-2"), &[], vocabulary);
     let vocabulary = Vocabulary::from_header(&header).expect("a good vocabulary");
@@ -204,7 +204,7 @@ fn ends_of_turns_are_those_of_the_family() {
         of(&["<|end|>", "<|flush|>", "<|calls|>"]),
         ["<|flush|>", "<|calls|>"]
     );
-    // Gemma 4 has `</s>` for other things.
+    // Gemma 4 uses `</s>` for other purposes.
     assert_eq!(
         of(&["</s>", "<|tool_response>", "<turn|>"]),
         ["<|tool_response>", "<turn|>"]

@@ -131,7 +131,7 @@ fn also(error: CliError, go_on: &str) -> CliError {
     error.hint(hint)
 }
 
-/// Submits one task, waits until its job is over, and returns how that went.
+/// Submits one task, waits for the end of its job, and returns the outcome.
 async fn finish(
     mut orchestrator: Orchestrator,
     task: Task,

@@ -8,17 +8,17 @@ use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
 /// Cancel jobs.
 ///
-/// It prints the state that won: a job that was over already stays as it is. The exit code is 0 either way, because no
-/// job that is named runs on.
+/// The command prints the state that won: a job that was already over keeps its state. The exit code is 0 either way,
+/// because no named job continues to run.
 #[derive(Debug, Args)]
 pub struct Cancel {
-    /// The jobs' ids, or the beginnings of them
+    /// Ids of the jobs, or their beginnings
     #[arg(required = true, value_name = "ID")]
     ids: Vec<JobIdPrefix>,
 }
 
 impl Cancel {
-    /// Cancels all of them, then fails with the first error.
+    /// Cancels every job, then fails with the first error.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let orchestrator = Orchestrator::connect(connect).await?;
         let mut first_error: Option<CliError> = None;

@@ -14,7 +14,7 @@ use crate::http_client::{ConnectArgs, Orchestrator};
 /// It exits as `jobs submit` does: 0 when the job completed, 6 when it did not. Several readers may follow one job.
 #[derive(Debug, Args)]
 pub struct Events {
-    /// The job's id, or the beginning of it
+    /// Id of the job, or its beginning
     id: JobIdPrefix,
     /// Go on after this event, as the stream's ids name it
     #[arg(long, value_name = "ATTEMPT.SEQ")]

@@ -18,7 +18,7 @@ use crate::http_client::{ConnectArgs, Orchestrator, shown};
 /// Say why a job waits, when it may start and what would help, or why it ran where it ran.
 #[derive(Debug, Args)]
 pub struct Explain {
-    /// The job's id, or the beginning of it
+    /// Id of the job, or its beginning
     id: JobIdPrefix,
     /// Lines for people, or JSON
     #[arg(long, value_enum, default_value_t)]

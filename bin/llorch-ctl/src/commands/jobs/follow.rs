@@ -31,7 +31,7 @@ pub trait Reader {
     /// Takes the next one.
     fn take(&mut self, item: &Item) -> Result<(), CliError>;
 
-    /// Returns its remarks, where it makes any of its own.
+    /// Returns the situation whose remarks this reader prints, if any.
     fn situation(&mut self) -> Option<&mut Situation> {
         None
     }
@@ -46,7 +46,7 @@ pub async fn follow(
     let id = feed.job();
     loop {
         let item = {
-            // Kept over remarks that become due: a connection that is being made is not to be made again for them.
+            // Pinned across remarks: a pending connection attempt must not restart for a remark.
             let mut next = std::pin::pin!(feed.next());
             loop {
                 let due = reader.situation().and_then(|situation| situation.due());
@@ -64,7 +64,7 @@ pub async fn follow(
             }
         };
         let Some(item) = item.map_err(|error| lost_sight(id, error))? else {
-            // Followed from its last event on, a job has no event to judge it by.
+            // A reader that starts after the last event receives no event, so the job's record decides.
             let view = feed.view().await.map_err(|error| lost_sight(id, error))?;
             return ending_of(view);
         };
@@ -77,7 +77,7 @@ pub async fn follow(
     }
 }
 
-/// Waits until a time, or for ever.
+/// Waits until a time; forever without one.
 async fn at(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.into()).await,
@@ -85,7 +85,7 @@ async fn at(due: Option<Instant>) {
     }
 }
 
-/// Returns how a job ended that is over.
+/// Returns the end of a finished job.
 fn ending_of(view: TaskView) -> Result<Ending, CliError> {
     let worker_id = view.attempts.last().map(|last| last.worker_id.clone());
     match (view.usage, view.error) {
@@ -143,15 +143,15 @@ pub struct Transcript {
     next_index: u32,
     notices: bool,
     situation: Option<Situation>,
-    /// Standard output and standard error show up in one place.
+    /// True if standard output and standard error lead to one place.
     shared: bool,
-    /// The text ends within a line.
+    /// True if the printed text ends within a line.
     mid_line: bool,
 }
 
 impl Transcript {
-    /// A transcript on standard output, with remarks on standard error: those that explain why nothing comes, and all that
-    /// happens if `notices`.
+    /// Returns a transcript on standard output, with remarks on standard error: explanations of a wait, and with
+    /// `notices` every event.
     pub fn new(notices: bool) -> Self {
         Self {
             situation: Some(Situation::new(notices)),
@@ -160,7 +160,7 @@ impl Transcript {
         }
     }
 
-    /// A transcript whose caller shows what happens.
+    /// Returns a transcript without remarks, for callers that show events themselves.
     pub fn without_remarks() -> Self {
         Self {
             filter: TerminalFilter::for_stdout(),
@@ -181,7 +181,7 @@ impl Transcript {
     /// Prints a remark on a line of its own.
     fn remark(&mut self, text: impl AsRef<str>) {
         if self.shared && self.mid_line {
-            // On standard error: the text itself stays as it is.
+            // Goes to standard error, so that the text itself is unchanged.
             note("");
         }
         self.mid_line = false;
@@ -289,7 +289,7 @@ impl Reader for Transcript {
     }
 }
 
-/// The remark about a connection that is gone.
+/// Returns the remark about a lost connection.
 fn lost(why: &str) -> String {
     format!("{why}; waiting for the orchestrator")
 }
@@ -334,17 +334,17 @@ impl Reader for JsonLines {
     }
 }
 
-/// Prints no text, and on standard error why nothing happens.
+/// A reader that prints no text, and explains waits on standard error.
 #[derive(Debug)]
 pub struct Quiet(Situation);
 
 impl Quiet {
-    /// A reader of the one job of a command.
+    /// Returns a reader of a command's only job.
     pub fn new() -> Self {
         Self(Situation::new(false))
     }
 
-    /// A reader of one of several jobs, which its remarks name.
+    /// Returns a reader of one of several jobs, which its remarks name.
     pub fn of(job: JobId) -> Self {
         Self(Situation::of(job))
     }
@@ -353,7 +353,7 @@ impl Quiet {
 impl Reader for Quiet {
     fn take(&mut self, item: &Item) -> Result<(), CliError> {
         match item {
-            // A text that comes is no progress that somebody could see here: the live line stays.
+            // Text is not shown here, so the live line stays.
             Item::Event(_, TaskEvent::Token(_)) => {}
             Item::Event(_, event) => self.0.take(event, Instant::now()),
             Item::Lost(why) => self.0.remark(&lost(why)),

@@ -12,18 +12,18 @@ use pool_core::terminal::{
 
 use crate::http_client::{ConnectArgs, JobFilter, JobPages, Orchestrator, shown};
 
-/// Jobs that are over which a table shows where the command does not say.
+/// Default number of finished jobs in a table.
 const FINISHED: usize = 20;
 
-/// List jobs: all that wait or run, then those that are over, each newest first.
+/// List jobs: all that wait or run, then the finished ones, each newest first.
 ///
-/// The table shows all jobs that are not over and the newest 20 of the others, and says how many it leaves out. Ids are
-/// as short as they may be: every command takes the beginning of an id for the whole one. The JSON is complete unless
-/// --limit says otherwise.
+/// The table shows all unfinished jobs and the newest 20 finished ones, and says how many jobs it leaves out. Ids are
+/// as short as possible: every command accepts the beginning of an id. The JSON is complete unless --limit says
+/// otherwise.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct List {
-    /// Only jobs in this state, or in one of several: queued, dispatched, running, completed, failed, cancelled, expired
+    /// Show only jobs in one of these states: queued, dispatched, running, completed, failed, cancelled, expired
     #[arg(long, value_name = "STATUS,...", value_delimiter = ',')]
     status: Vec<JobStatus>,
     /// Only jobs of this model
@@ -79,7 +79,7 @@ impl List {
     }
 }
 
-/// Prints jobs as one JSON array, a page at a time: a list may be longer than memory should hold.
+/// Prints jobs as one JSON array, page by page, because a list may be longer than memory should hold.
 async fn print_array(mut pages: JobPages, limit: Option<usize>) -> Result<(), CliError> {
     let mut left = limit.unwrap_or(usize::MAX);
     let mut separator = "[\n";
@@ -100,18 +100,18 @@ async fn print_array(mut pages: JobPages, limit: Option<usize>) -> Result<(), Cl
     say(if separator == "[\n" { "[]" } else { "\n]" })
 }
 
-/// The jobs that a table leaves out.
+/// Jobs left out of a table.
 #[derive(Debug, Clone, Copy)]
 enum Cut {
-    /// None.
+    /// No jobs: the table is complete.
     Nothing,
-    /// All but the newest of those that are over.
+    /// All finished jobs but the newest.
     Finished,
-    /// All after so many.
+    /// All jobs after this many.
     At(usize),
 }
 
-/// Returns the jobs of a table, and whether they are all that there are.
+/// Returns the jobs of a table, and whether the list is complete.
 async fn collect(mut pages: JobPages, cut: Cut) -> Result<(Vec<TaskSummary>, bool), CliError> {
     let mut jobs: Vec<TaskSummary> = Vec::new();
     let mut finished = 0;
@@ -136,7 +136,7 @@ async fn collect(mut pages: JobPages, cut: Cut) -> Result<(Vec<TaskSummary>, boo
     }
 }
 
-/// The last line of a table that was cut.
+/// Returns the last line of a cut table; `None` if it is complete.
 fn left_out(total: u64, listed: usize) -> Option<String> {
     let more = total.saturating_sub(listed as u64);
     (more > 0).then(|| {
@@ -148,7 +148,7 @@ fn left_out(total: u64, listed: usize) -> Option<String> {
 }
 
 const HEADERS: [&str; 6] = ["AGE", "STATUS", "JOB", "MODEL", "WORKER", "TOKENS"];
-/// Columns that are cut where the line is too long.
+/// Columns that are shortened when the line is too long.
 const MODEL: usize = 3;
 const WORKER: usize = 4;
 /// Spaces between columns.
@@ -197,12 +197,12 @@ fn fit(rows: &mut [[String; 6]], width: usize) {
     if widths[MODEL] + widths[WORKER] <= left {
         return;
     }
-    // One that needs less than its half leaves the rest to the other.
+    // A column that needs less than half the space leaves the rest to the other.
     let worker = widths[WORKER].min((left / 2).max(left.saturating_sub(widths[MODEL])));
     let model = left.saturating_sub(worker);
     for row in rows {
         row[MODEL] = shorten(&row[MODEL], model.max(HEADERS[MODEL].len()));
-        // Its end tells workers of one pool apart.
+        // The end of the name distinguishes workers of one pool.
         row[WORKER] = shorten_start(&row[WORKER], worker.max(HEADERS[WORKER].len()));
     }
 }
@@ -277,7 +277,7 @@ mod tests {
     #[test] // [LLORCH-030]
     fn a_cut_table_says_how_much_it_leaves_out() {
         assert_eq!(left_out(20, 20), None);
-        // More ended while it was listed.
+        // More jobs ended during the listing.
         assert_eq!(left_out(19, 20), None);
         insta::assert_snapshot!(left_out(1_254, 20).unwrap(), @"… 1,234 more: --limit N lists up to N jobs, --all lists all");
     }

@@ -115,7 +115,7 @@ pub fn tokens_per_second(tokens_out: u32, decode_time_ms: u64) -> Option<f64> {
     })
 }
 
-/// `TTFT 812ms, 31.4 tokens/s`.
+/// Formats `TTFT 812ms, 31.4 tokens/s`.
 fn speed(usage: &Usage) -> String {
     let rate = tokens_per_second(usage.tokens_out, usage.decode_time_ms);
     let rate = rate.map_or(String::new(), |rate| format!(", {rate:.1} tokens/s"));

@@ -13,7 +13,7 @@ use crate::http_client::{ConnectArgs, Orchestrator, shown};
 /// Of a job that did not complete it prints what there is, and exits with 6.
 #[derive(Debug, Args)]
 pub struct Output {
-    /// The job's id, or the beginning of it
+    /// Id of the job, or its beginning
     id: JobIdPrefix,
 }
 

@@ -1,5 +1,5 @@
-//! The remarks of a command that follows a job, on standard error: why nothing comes, and how far the prompt is read. A live
-//! line shows the rest on a terminal; elsewhere only what lasts gets a line.
+//! The remarks of a command that follows a job, on standard error: why no text comes, and how much of the prompt is
+//! read. A terminal has a live line for the rest; elsewhere only lasting reasons get a line.
 
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
@@ -10,24 +10,24 @@ use orchestrator_core::api::tasks::TaskWaiting;
 use pool_core::terminal::progress::{self, Progress};
 use pool_core::terminal::{human_count, human_duration, in_commands, note, paint, sanitize};
 
-/// Time after which a wait is worth a line where nobody looks on: a worker that is free takes a job sooner.
+/// Time after which a wait is printed without a terminal: a free worker takes a job sooner.
 const WORTH_A_LINE: Duration = Duration::from_secs(1);
 /// Pause before a further line for the same reason, whose numbers have changed.
 const SAME_REASON: Duration = Duration::from_secs(60);
 /// Pause between lines about the prompt where there is no live line.
 const READING_EVERY: Duration = Duration::from_secs(10);
 
-/// The reasons for a wait, told one line a change: not what passes at once, and not every change of a number.
+/// The reasons for a wait, printed once for each change of the reason. Skips short waits and most changes of a number.
 #[derive(Debug, Default)]
 pub struct Reasons {
-    /// A reason to be told, its text, and the time for it.
+    /// Name and text of a reason that is not printed yet, with the time at which it is due.
     pending: Option<(String, String, Instant)>,
-    /// The reason told last.
+    /// Name and text of the latest printed reason, with the time of printing.
     told: Option<(String, String, Instant)>,
 }
 
 impl Reasons {
-    /// Notes a reason by its name and its text. It is due after `delay`, unless it was told.
+    /// Records a reason by its name and its text. The text is due after `delay`, unless it was printed.
     pub fn note(&mut self, reason: &str, text: String, delay: Duration, now: Instant) {
         let due = match &self.told {
             Some((_, told, _)) if *told == text => {
@@ -37,7 +37,7 @@ impl Reasons {
             Some((told, _, at)) if told == reason => *at + SAME_REASON,
             _ => now + delay,
         };
-        // A reason that changes its numbers is as old as it was.
+        // A reason whose numbers change keeps its due time.
         let due = match &self.pending {
             Some((pending, _, before)) if pending == reason => *before,
             _ => due,
@@ -53,27 +53,27 @@ impl Reasons {
         Some(text)
     }
 
-    /// Notes that nothing waits any more.
+    /// Records that the job no longer waits.
     pub fn forget(&mut self) {
         *self = Self::default();
     }
 }
 
-/// The reason why a reader gets nothing at present.
+/// The reason why a reader receives no text at present.
 #[derive(Debug)]
 pub struct Situation {
-    /// Every change gets a line at once.
+    /// True if every change gets a line at once.
     notices: bool,
-    /// Standard error is a terminal.
+    /// True if standard error is a terminal.
     live: bool,
-    /// The job before each remark, where a command follows several.
+    /// The job named before each remark, for a command that follows several.
     subject: Option<JobId>,
     line: Option<Progress>,
     reasons: Reasons,
     reading: Option<Reading>,
 }
 
-/// A prompt that a worker reads.
+/// Progress of a worker in reading a prompt.
 #[derive(Debug)]
 struct Reading {
     tokens_in: u32,
@@ -81,7 +81,7 @@ struct Reading {
 }
 
 impl Situation {
-    /// A situation of which nothing is known.
+    /// Returns a situation without any known reason.
     pub fn new(notices: bool) -> Self {
         Self {
             notices,
@@ -93,7 +93,7 @@ impl Situation {
         }
     }
 
-    /// The same for one of several jobs, which its remarks name.
+    /// Returns a situation of one of several jobs, which its remarks name.
     pub fn of(job: JobId) -> Self {
         Self {
             subject: Some(job),
@@ -101,7 +101,7 @@ impl Situation {
         }
     }
 
-    /// Takes an event of the job.
+    /// Updates the situation from an event of the job.
     pub fn take(&mut self, event: &TaskEvent, now: Instant) {
         match event {
             TaskEvent::Waiting(waiting) => self.waits(waiting, now),
@@ -131,7 +131,7 @@ impl Situation {
         self.tick(now);
     }
 
-    /// Notes that a worker reads a prompt of `tokens_in` tokens.
+    /// Records that a worker reads a prompt of `tokens_in` tokens.
     fn reads(&mut self, tokens_in: u32, now: Instant) {
         self.over();
         self.reading = Some(Reading {
@@ -141,7 +141,7 @@ impl Situation {
         self.show("reading the prompt");
     }
 
-    /// Notes how far the prompt is read, and of a text that is continued, how much of that.
+    /// Records how much of the prompt is read, and how much of a continued text.
     fn progressed(&mut self, prefill_tokens: u32, tokens_out: u32, now: Instant) {
         let Some(reading) = &mut self.reading else {
             return;
@@ -167,7 +167,7 @@ impl Situation {
         }
     }
 
-    /// Ends the live line: a text comes, or the job is over.
+    /// Ends the live line, because text comes or the job is over.
     pub fn over(&mut self) {
         self.line = None;
         self.reading = None;
@@ -209,7 +209,7 @@ impl Situation {
     }
 }
 
-/// The place of a waiting job in the queue, and the time until it starts.
+/// Formats the place of a waiting job in the queue, and the time until it starts.
 fn place(waiting: &TaskWaiting) -> String {
     let before = match waiting.queue_position {
         0 => "waiting, first in the queue".to_owned(),
@@ -269,7 +269,7 @@ mod tests {
         assert_eq!(told(&situation), Some("waits: none (h)"));
         situation.waits(&waiting(WaitReason::NoPool, "none"), at(4_000));
         assert_eq!(situation.due(), None);
-        // Other numbers of the same reason wait for a minute; another reason for a second.
+        // New numbers for the same reason wait for a minute; another reason waits for a second.
         situation.waits(&waiting(WaitReason::NoPool, "still none"), at(4_000));
         assert_eq!(situation.due(), Some(at(63_000)));
         situation.waits(&waiting(WaitReason::ModelMissing, "no model"), at(5_000));

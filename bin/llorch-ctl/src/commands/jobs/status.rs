@@ -18,7 +18,7 @@ use crate::http_client::{ConnectArgs, Orchestrator, shown};
 /// Show one job: its state, its attempts, and why it waits.
 #[derive(Debug, Args)]
 pub struct Status {
-    /// The job's id, or the beginning of it
+    /// Id of the job, or its beginning
     id: JobIdPrefix,
     /// Lines for people, or the job as JSON with its request and its text
     #[arg(long, value_enum, default_value_t)]

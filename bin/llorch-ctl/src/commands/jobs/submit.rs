@@ -33,7 +33,7 @@ pub struct Submit {
     /// Give the prompt to the model as it is, without its chat template
     #[arg(long)]
     raw: bool,
-    /// Let names of control tokens in the prompt (`<|im_end|>`) become those tokens, as they always do with --raw
+    /// Turn names of control tokens in the prompt (`<|im_end|>`) into those tokens, as --raw always does
     #[arg(long)]
     allow_special: bool,
     /// A system message before the prompt
@@ -117,7 +117,7 @@ struct SchedulingArgs {
     /// Jobs of one session share their turns in the queue
     #[arg(long, value_name = "ID")]
     session_id: Option<String>,
-    /// Time from now after which the job expires, wherever it is then: `90s`, `5m`, or seconds [default: never]
+    /// Time from now after which the job expires in any state: `90s`, `5m`, or seconds [default: never]
     #[arg(long, value_name = "DURATION", value_parser = parse_ms, allow_negative_numbers = true)]
     timeout: Option<u64>,
     /// How many times its worker may be lost before the job fails, 1 to 10 [default: 3]

@@ -16,7 +16,7 @@ use crate::http_client::{ConnectArgs, Orchestrator};
 /// The exit code is 0 when all completed, 6 when one did not, and 124 when the wait timed out; the jobs go on then.
 #[derive(Debug, Args)]
 pub struct Wait {
-    /// The jobs' ids, or the beginnings of them
+    /// Ids of the jobs, or their beginnings
     #[arg(required = true, value_name = "ID")]
     ids: Vec<JobIdPrefix>,
     /// Give up after this time: `90s`, `5m`, or seconds [default: never]

@@ -110,7 +110,7 @@ async fn a_database_of_the_first_version_is_migrated_with_everything_in_it() {
         };
         assert_eq!(store.known_key(&key).await.unwrap().unwrap().0, *id);
     }
-    // [ORCHD-225] P25: when it ended is what a wall clock said, so it counts as ended just now.
+    // [ORCHD-225] P25: the stored end time comes from a wall clock, so the job counts as ended just now.
     let cutoffs = Cutoffs {
         drop: Some(crate::clock::now() - jiff::SignedDuration::from_hours(1)),
         forget: None,
@@ -134,13 +134,13 @@ async fn a_database_of_the_first_version_is_migrated_with_everything_in_it() {
     assert_eq!(shrinks.await.unwrap(), (2, 0));
 }
 
-// [ORCHD-225] P25: the timeline of a database continues at each start, whatever the wall clock shows.
+// [ORCHD-225] P25: the timeline of a database continues at each start, regardless of the wall clock.
 #[tokio::test]
 async fn the_timeline_continues_where_it_stood() {
     let dir = tempfile::tempdir().unwrap();
     let hour = jiff::SignedDuration::from_hours(1);
     let soon = jiff::SignedDuration::from_mins(5);
-    // Each time: what is done to the note before the next start, and by how much the timeline moves with it.
+    // Each case: the change to the record before the next start, and the resulting move of the timeline.
     let hour_us = hour.as_micros();
     for (change, moved) in [
         (String::new(), 0),
@@ -149,17 +149,17 @@ async fn the_timeline_continues_where_it_stood() {
             format!("UPDATE timeline SET boot_us = boot_us - {hour_us}"),
             1,
         ),
-        // The host booted again: its clock alone could say how long it was away.
+        // The host rebooted: only its wall clock could give the length of the absence.
         (
             "UPDATE timeline SET boot_id = 'another', boot_us = 0".to_owned(),
             0,
         ),
-        // A virtual machine was set back.
+        // A virtual machine was restored to an earlier state.
         (
             format!("UPDATE timeline SET boot_us = boot_us + {hour_us}"),
             0,
         ),
-        // Before the host booted again a job came after the last note.
+        // A job arrived after the last record, before the host rebooted.
         (
             format!(
                 "UPDATE timeline SET boot_id = 'another'; UPDATE jobs SET created_steady_us = created_steady_us + {hour_us}"

@@ -200,7 +200,7 @@ pub struct Asked {
     pub stops: Arc<Mutex<Vec<String>>>,
     /// Models that it was told to download.
     pub downloads: Arc<Mutex<Vec<String>>>,
-    /// How often it was asked for a heartbeat.
+    /// Number of requests for a heartbeat.
     pub beats: Arc<AtomicU64>,
     /// What it says of a download; the stream stays open until the last event is there.
     pub events: Arc<Mutex<Vec<DownloadEvent>>>,

@@ -309,7 +309,7 @@ impl FakeWorker {
         self.send(job, WorkerEvent::Error(error));
     }
 
-    /// Says that the job needs a longer context than the worker has.
+    /// Reports that the job needs a longer context than the worker has.
     pub fn overflow(&self, job: JobId, overflow: ContextOverflow) {
         let error = WorkerError {
             code: WorkerErrorCode::ContextOverflow,

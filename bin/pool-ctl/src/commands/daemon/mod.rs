@@ -30,7 +30,7 @@ const STOP_SLACK: Duration = Duration::from_secs(8);
 pub enum Command {
     /// Start the pool manager in the background and return when it answers. One that runs already is left alone.
     ///
-    /// Shows whether the orchestrator takes the pool. A pool that is refused runs all the same, with a warning.
+    /// Shows whether the orchestrator accepts the pool. A refused pool still runs, with a warning.
     Start(ConfigArgs),
     /// Stop the pool manager. Its workers go on, and the next pool manager takes them over.
     Stop {
@@ -40,10 +40,11 @@ pub enum Command {
     },
     /// Show whether the pool manager runs, and where it answers. Exits with 3 if it does not run.
     ///
-    /// `LLORCH_POOL_URL` names another one than that of this home; its pid is not known.
+    /// `LLORCH_POOL_URL` selects another pool manager than that of this home; the pid of such a pool manager is
+    /// unknown.
     Status {
-        /// How to print it. JSON: an object with `running`, `pid`, `version`, `url`, and `pool` (what it says itself, with
-        /// its `registration` at the orchestrator).
+        /// Output format. JSON: an object with `running`, `pid`, `version`, `url`, and `pool` (the daemon's own report,
+        /// with its `registration` at the orchestrator).
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
@@ -86,7 +87,7 @@ impl Command {
     }
 }
 
-/// The pool manager that the environment names, next to the one of this home.
+/// Compares the pool manager in the environment with the one of this home.
 fn elsewhere(context: &Context) -> Elsewhere {
     Elsewhere::from_env(URL_VARIABLE, NAME, &context.home.pool_state())
 }
@@ -213,7 +214,7 @@ async fn status(context: &Context, format: Format) -> Result<Exit, CliError> {
     }
 }
 
-/// What a pool manager says of its pool; nothing where none runs.
+/// Returns a pool manager's report on its pool; `None` if none runs.
 async fn status_of(pool: Pool) -> Result<Option<PoolReport>, CliError> {
     match pool {
         Pool::Daemon(client) => Ok(Some(client.get("/status").await?)),

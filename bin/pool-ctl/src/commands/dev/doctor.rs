@@ -277,7 +277,7 @@ fn gpu(gpus: &[Gpu], card: bool, cuda: Option<&Path>) -> Finding {
     }
     let for_cuda = gpus.iter().any(|gpu| gpu.device.backend == Backend::Cuda);
     match cuda {
-        // Nothing to mend: the GPU is listed, and workers run on the CPU.
+        // Nothing to fix: the GPU is listed, and workers run on the CPU.
         None if for_cuda => Finding::ok(
             "gpu",
             format!("{names}; this version has no workers for GPUs"),
@@ -324,7 +324,7 @@ async fn hf_finding(hf: Option<&Path>, has_pip: bool) -> Finding {
     }
 }
 
-/// How the orchestrator takes the pool, where its daemon runs and answers.
+/// Returns the finding about the pool's registration, if its daemon runs and answers.
 async fn registration_finding() -> Option<Finding> {
     let context = Context::load(None).ok()?;
     daemon::status(&context.home.pool_state())?;

@@ -59,7 +59,7 @@ async fn fetch(
         });
     }
     let fetched = download::run(store, &slot, &context.home.venv_dir(), force, report).await?;
-    // Under the daemon, the daemon itself sees how this ends.
+    // Under the daemon, the daemon itself sees the outcome.
     if report == Report::Bar {
         registration::report_change(context).await;
     }
@@ -133,7 +133,7 @@ async fn only_gguf(
         )
         .hint("is it spelt right? A model that needs a token opens with `HF_TOKEN`")
     })?;
-    // The parts of a split model are no models.
+    // A part of a split model is no model.
     let (whole_files, parts): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| {
         support::check_file_name(file.rsplit('/').next().unwrap_or(file)).is_ok()
     });

@@ -81,7 +81,7 @@ pub async fn run(
     Ok(Exit::Done)
 }
 
-/// Returns who can use the model now, and what is pending.
+/// Returns where the model is usable now, and what is pending.
 async fn availability(context: &Context, name: &ModelRef) -> String {
     let here = format!("`llorch-pool worker spawn cpu --model {name}`");
     match registration::report_change(context).await {

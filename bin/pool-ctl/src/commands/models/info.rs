@@ -42,14 +42,14 @@ struct Info {
     vocabulary: Option<u64>,
     tokenizer: Option<String>,
     chat_template: bool,
-    /// Reason why the worker can't use the chat template; it takes raw prompts all the same.
+    /// Reason why the worker can't use the chat template; raw prompts still work.
     #[serde(skip_serializing_if = "Option::is_none")]
     chat_template_problem: Option<String>,
-    /// The tokens that end an answer.
+    /// Tokens that end an answer.
     end_tokens: Vec<EndToken>,
-    /// Whether a worker of this version can run it.
+    /// True if a worker of this version can run the model.
     runnable: bool,
-    /// Why not.
+    /// Reason why no worker can run the model; absent if one can.
     unsupported: Option<String>,
 }
 
@@ -57,7 +57,7 @@ impl Info {
     fn read(model: ResolvedModel, hash_state: HashState) -> Result<Self, GgufError> {
         let file = GgufFile::open(&model.path)?;
         let text = |value: Result<&str, GgufError>| value.ok().map(str::to_owned);
-        // A header may hold any number. One that readers of JSON would change is no fact about a model either.
+        // A header may hold any number. A number that JSON readers would change is not plausible for a model either.
         let figure = |value: Result<u64, GgufError>| {
             value.ok().filter(|figure| *figure <= MAX_EXACT_INTEGER)
         };
@@ -205,7 +205,7 @@ fn template_problem(file: &GgufFile) -> Option<String> {
     }
 }
 
-/// `<|im_end|> (2, eos)`.
+/// Formats `<|im_end|> (2, eos)`.
 fn end_token(end: &EndToken) -> String {
     let EndToken { id, text, key } = end;
     let name = key.and_then(|key| {

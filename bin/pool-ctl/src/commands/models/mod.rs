@@ -30,10 +30,10 @@ pub enum Command {
     /// `verified` means that the catalogue knows the SHA-256 of the file; the first download of an `unverified` entry
     /// records the one it saw. Your own `catalog.toml` in the configuration folder adds entries or replaces them by id.
     ///
-    /// RUNS says whether a worker of this version can run the model, and the lines below the table why not.
+    /// RUNS says whether a worker of this version can run the model; the lines below the table give the reasons.
     Catalog {
-        /// How to print it. JSON: an array of entries with `id`, `name`, `sources`, `verified`, `on_disk`, `runnable`,
-        /// `unsupported` (why not; null where it runs) and more.
+        /// Output format. JSON: an array of entries with `id`, `name`, `sources`, `verified`, `on_disk`, `runnable`,
+        /// `unsupported` (the reason; null if runnable) and more.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
@@ -95,8 +95,8 @@ pub enum Command {
     /// Read model files whole and compare their hashes.
     ///
     /// `right`: as the catalogue says. `unchanged`: as recorded when it came; the catalogue has no hash. `unverified`:
-    /// there was nothing to compare with. `wrong`: it is not what it should be, and the command exits with 1; so it does
-    /// for `unreadable`. Nothing needs to be writable: where the result can't be recorded, a remark says so.
+    /// there was nothing to compare with. `wrong`: the file differs, and the command exits with 1, as for `unreadable`.
+    /// No file needs to be writable: if the result can't be recorded, a remark says so.
     Verify {
         /// Which ones; all that are on disk where none is given.
         #[arg(value_name = "MODEL", conflicts_with = "all")]
@@ -259,7 +259,7 @@ struct ModelRow<'a> {
     unsupported: Option<String>,
 }
 
-/// The cell that says whether a worker can run a model.
+/// Returns the cell that says whether a worker can run a model.
 fn runs(runnable: bool) -> Cell {
     match runnable {
         true => Cell::new("yes", Style::Good),
@@ -267,7 +267,7 @@ fn runs(runnable: bool) -> Cell {
     }
 }
 
-/// Says below a table why models can't run.
+/// Prints below a table why models can't run.
 fn note_unsupported<'a>(models: impl Iterator<Item = (&'a str, Option<&'a str>)>) {
     for (model, reason) in models.filter_map(|(model, reason)| Some((model, reason?))) {
         note(format!("{model} can't run: {reason}"));
@@ -369,7 +369,7 @@ fn list(catalog: &Catalog, store: &Store, format: Format) -> Result<Exit, CliErr
     Ok(Exit::Done)
 }
 
-/// Why no worker can run the file at `path`, where that is so.
+/// Returns the reason why no worker can run the file at `path`; `None` if one can.
 fn reason_against(path: &Path) -> Option<String> {
     let refused = match GgufFile::open(path) {
         Ok(header) => support::check_file(path, &header).err()?.to_string(),

@@ -34,7 +34,7 @@ enum Verdict {
     Unverified,
     /// Not what it should be.
     Wrong,
-    /// This user may not read it, or the disk can't.
+    /// This user may not read the file, or the disk fails.
     Unreadable,
 }
 

@@ -187,7 +187,7 @@ impl Index {
                 });
             }
             Verdict::Evict { pool, workers } => {
-                // Those that counted on one of the workers may have to start another, anywhere.
+                // Classes that counted on one of the workers may have to start another, on any pool.
                 for class in self.classes_that_could_use(pool, &workers) {
                     self.look_at_all(class);
                 }

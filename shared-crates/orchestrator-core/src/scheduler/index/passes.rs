@@ -211,7 +211,7 @@ impl Index {
     fn idle_worker_place(&self, pool: &str, worker: &str) -> Option<(usize, usize)> {
         let (place, index) = self.worker_place(pool, worker)?;
         let state = &self.pools[place].as_ref()?.state.workers[index];
-        // A pool that has not heard of the end of our lease still calls it busy.
+        // A pool that has not seen the end of the lease still reports the worker as busy.
         let idle = state.serves() && state.active == 0;
         idle.then_some((place, index))
     }

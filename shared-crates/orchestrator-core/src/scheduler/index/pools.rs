@@ -13,7 +13,7 @@ use crate::scheduler::plan::idle_until;
 use crate::scheduler::policy::{Rank, WorkerChoice};
 use crate::scheduler::snapshot::{PoolState, StartCost, Usage, WorkerState};
 
-/// Contexts of a model's workers up to which a set that is empty is kept.
+/// Number of contexts per model up to which empty sets of workers are kept.
 const KEPT_CONTEXTS: usize = 8;
 
 impl Index {
@@ -183,7 +183,7 @@ impl Index {
                 } else {
                     free.remove(&free_entry(place, pool, worker, rank));
                 }
-                // Mostly it fills again in a moment.
+                // An empty set usually fills again soon.
                 if free.is_empty() && sets.len() > KEPT_CONTEXTS {
                     sets.remove(&context);
                 }

@@ -1,4 +1,4 @@
-//! Jobs that nothing can run at present: they must not take the places of others in the queue.
+//! Jobs that nothing can run at present: they must not take the queue places of others.
 
 use std::collections::BTreeMap;
 
@@ -12,8 +12,8 @@ use crate::scheduler::judge::{Class, may_download, runs, startable};
 use crate::scheduler::snapshot::{PoolState, Settings};
 
 impl Index {
-    /// Whether nothing can run the job at present, however long it waits: no pool that takes work has the model, or is
-    /// about to get it, and a device that it fits on.
+    /// Returns whether nothing can run the job at present, however long it waits: no pool that takes work has both the
+    /// model (or its download) and a device that it fits on.
     pub fn is_stranded(&mut self, job: &QueuedJob) -> bool {
         self.look_through();
         let class = Class::of(job);
@@ -24,14 +24,14 @@ impl Index {
         }
     }
 
-    /// The waiting jobs that nothing can run at present.
+    /// Returns the load of waiting jobs that nothing can run at present.
     pub fn stranded(&mut self) -> Load {
         self.look_through();
         self.stranded
     }
 
-    /// Finds the classes that nothing can run any more, and those that something can run again. As rare as changes of
-    /// what pools have.
+    /// Finds the classes that nothing can run any more, and those that something can run again. Runs only after pools'
+    /// models or devices change.
     fn look_through(&mut self) {
         if !std::mem::take(&mut self.reach_changed) {
             return;
@@ -66,7 +66,7 @@ impl Index {
         }
     }
 
-    /// Notes a change of a pool, where it may be one of what can run there.
+    /// Records a change of a pool, if it may affect which jobs can run there.
     pub(super) fn note_reach(&mut self, old: Option<&PoolState>, new: Option<&PoolState>) {
         let same = match (old, new) {
             (Some(old), Some(new)) => has_same_reach(old, new),
@@ -75,7 +75,7 @@ impl Index {
         self.reach_changed |= !same;
     }
 
-    /// Whether a pool can run the class at present.
+    /// Returns whether a pool can run the class at present.
     pub(super) fn can_run(&self, class: &Class) -> bool {
         let on = |place: usize| {
             let pool = self.pools[place].as_ref();
@@ -85,13 +85,13 @@ impl Index {
             return self.pool_place(wanted).is_some_and(on);
         }
         let with_file = self.model_ids.get(&class.model);
-        // These are few, and mostly it is one of them.
+        // Few pools have the file, and usually one of them can run the class.
         with_file.is_some_and(|&model| self.models[model].files.keys().copied().any(on))
             || (0..self.pools.len()).any(on)
     }
 }
 
-/// Whether the pool takes work. One that missed a heartbeat most likely does.
+/// Returns whether the pool takes work. A pool that missed one heartbeat most likely does.
 fn takes_work(pool: &PoolState) -> bool {
     pool.liveness != PoolLiveness::Offline && !pool.draining
 }
@@ -119,7 +119,7 @@ fn could_run(
     runs(class, pool) || fits() || downloads()
 }
 
-/// Whether the same jobs can run on a pool in both states.
+/// Returns whether the same jobs can run on a pool in both states.
 fn has_same_reach(old: &PoolState, new: &PoolState) -> bool {
     let devices = |pool: &PoolState| {
         let devices = pool.devices.iter();

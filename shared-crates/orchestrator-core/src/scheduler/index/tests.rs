@@ -107,10 +107,10 @@ fn worker() -> impl Strategy<Value = WorkerState> {
         )
 }
 
-/// Bytes that half a thousand tokens of context take.
+/// Bytes of memory for 500 tokens of context.
 const UNIT: u64 = 512;
 
-/// The longest context of a model, where its pool says so.
+/// Generates the longest context of a model; `None` if its pool reports none.
 fn context() -> impl Strategy<Value = Option<u32>> {
     prop::option::of(prop::sample::select(vec![512u32, 1024, 2048]))
 }

@@ -13,7 +13,7 @@ use crate::scheduler::judge::{
 use crate::scheduler::policy::{Rank, StartChoice};
 use crate::scheduler::snapshot::{PoolState, StartSize, WorkerState};
 
-/// How a start compares with others.
+/// Order of possible starts.
 type StartKey<'a> = (bool, Rank, &'a str, Device);
 
 impl Index {
@@ -23,7 +23,7 @@ impl Index {
                 return false;
             };
             let least = self.models[model].classes.iter();
-            // Those that need a longer context come after these.
+            // Classes that need a longer context come later.
             let mut classes = least.take_while(|(context, _)| *context <= worker.capacity());
             classes.any(|&(_, class)| {
                 let jobs = self.classes[class].as_ref();
@@ -64,7 +64,7 @@ impl Index {
         self.with_world(now, |world| self.judge_starts(jobs, &wish, world))
     }
 
-    /// The best worker with a free slot and at least this context.
+    /// Returns the best worker with a free slot and at least this context.
     fn free_worker(&self, jobs: &Jobs, wish: &Wish<'_>, context: u32) -> Option<(usize, usize)> {
         let on_pool = |name: &str| {
             let place = self.pool_place(name)?;
@@ -122,7 +122,7 @@ impl Index {
             })
     }
 
-    /// The live pools to look at that can start a worker for the class, with the size of the smallest.
+    /// Returns the live pools to examine that can start a worker for the class, with the size of the smallest.
     fn with_file<'a>(
         &'a self,
         jobs: &'a Jobs,

@@ -1,8 +1,8 @@
-//! The tokens of a model file by their purpose: text, control, end of a turn.
+//! The tokens of a model file by purpose: text, control, end of a turn.
 //!
-//! Files are careless about it. A file names one or two tokens that end an answer, models end with others as well, and
-//! converters give such tokens the type of ordinary text. So tokens are recognised as llama.cpp recognises them: by the
-//! keys that name them, and by their known texts whatever their type.
+//! Files are unreliable here. A file names one or two tokens that end an answer, models use others as well, and
+//! converters type such tokens as ordinary text. So tokens are recognised as in llama.cpp: by the keys that name them,
+//! and by known texts regardless of their type.
 
 use std::collections::BTreeMap;
 
@@ -41,7 +41,7 @@ const END_TEXTS: [&str; 40] = [
     "<|tool_response>",
     "<｜end▁of▁sentence｜>",
     "[e~[",
-    // Paddings and separators of files, which a model writes only once its text is complete.
+    // Padding and separators of files, which a model writes only once its text is complete.
     "<|fim_pad|>",
     "<fim-pad>",
     "<fim_pad>",
@@ -68,7 +68,7 @@ const END_KEYS: [&str; 6] = [
 /// Key of a list of tokens that end an answer.
 const END_LIST_KEY: &str = "tokenizer.ggml.eos_token_ids";
 
-/// Further keys that name a token which is never text.
+/// Further keys of tokens that are never text.
 const CONTROL_KEYS: [&str; 9] = [
     "tokenizer.ggml.bos_token_id",
     "tokenizer.ggml.unknown_token_id",
@@ -81,7 +81,7 @@ const CONTROL_KEYS: [&str; 9] = [
     "tokenizer.ggml.fim_mid_token_id",
 ];
 
-/// Texts of tokens that begin or divide turns and do not have the form `<|...|>`.
+/// Texts of tokens that begin or divide turns but lack the form `<|...|>`.
 const TURN_TEXTS: [&str; 15] = [
     "<start_of_turn>",
     "<bos>",
@@ -103,10 +103,10 @@ const TURN_TEXTS: [&str; 15] = [
 /// Reason why a vocabulary can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum VocabularyError {
-    /// A value of the header that is missing or of another type.
+    /// A value of the header is missing or has another type.
     #[error(transparent)]
     Header(#[from] GgufError),
-    /// A list with one entry a token that has another length.
+    /// A list with one entry per token has the wrong length.
     #[error("`{key}` has {found} entries for {tokens} tokens")]
     Length {
         /// Key of the list.
@@ -116,12 +116,12 @@ pub enum VocabularyError {
         /// Length of the vocabulary.
         tokens: usize,
     },
-    /// The id of a special token outside the vocabulary.
+    /// The id of a special token is outside the vocabulary.
     #[error("`{key}` is {id}, the vocabulary ends at {last}")]
     Id {
         /// Key of the id.
         key: String,
-        /// The id.
+        /// Id beyond the last token.
         id: u32,
         /// Last id of the vocabulary.
         last: usize,
@@ -133,13 +133,13 @@ pub enum VocabularyError {
 pub enum TokenKind {
     /// Text.
     Normal,
-    /// Substitute for text that the vocabulary can't express.
+    /// Replacement for text that the vocabulary can't express.
     Unknown,
-    /// Sign to the model; never text.
+    /// Signal to the model; never text.
     Control,
     /// Text that is never split.
     UserDefined,
-    /// A number without a use.
+    /// Id without a use.
     Unused,
     /// One byte.
     Byte,
@@ -174,7 +174,7 @@ pub struct EndToken {
 pub struct Vocabulary {
     /// Texts of the tokens, by id.
     pub texts: Vec<String>,
-    /// Purposes of the tokens, by id. A token that ends an answer is `Control`, whatever its type in the file.
+    /// Purposes of the tokens, by id. A token that ends an answer is `Control`, regardless of its type in the file.
     pub kinds: Vec<TokenKind>,
     ends: BTreeMap<u32, Option<&'static str>>,
 }
@@ -209,7 +209,7 @@ impl Vocabulary {
         Ok(vocabulary)
     }
 
-    /// Returns the token that a key names.
+    /// Returns the token that a key names; `None` if the key is absent.
     pub fn id(&self, header: &GgufFile, key: &str) -> Result<Option<u32>, VocabularyError> {
         match header.get::<u32>(key)? {
             Some(id) if id as usize >= self.texts.len() => Err(VocabularyError::Id {
@@ -231,7 +231,7 @@ impl Vocabulary {
     }
 
     /// Returns whether a token steers the model, so that the text of a message must never become it: every control
-    /// token, and a token typed as text that ends or marks a turn.
+    /// token, and every token typed as text that ends or marks a turn.
     pub fn steers(&self, id: u32) -> bool {
         let index = id as usize;
         match self.kinds.get(index) {
@@ -248,7 +248,7 @@ impl Vocabulary {
             }
         }
         for key in END_KEYS {
-            // A wrong id of the padding says nothing about the answers.
+            // A wrong padding id does not affect answers.
             let id = match key.contains("fim") {
                 true => self.id(header, key).unwrap_or(None),
                 false => self.id(header, key)?,
@@ -269,10 +269,10 @@ impl Vocabulary {
         Ok(())
     }
 
-    /// Takes out texts that end an answer in most families but not in this one.
+    /// Removes texts that end an answer in most families but not in this one.
     fn spare_what_continues(&mut self) {
         let has = |text: &str| self.ends.keys().any(|id| self.texts[*id as usize] == text);
-        // The channels of gpt-oss and Solar end with `<|end|>`, and the answer goes on in the next one.
+        // The channels of gpt-oss and Solar end with `<|end|>`, and the answer continues in the next channel.
         let channels = has("<|call|>") && has("<|return|>")
             || (has("<|call|>") || has("<|calls|>")) && has("<|flush|>");
         let spares_s = has("<|tool_response>");
@@ -285,7 +285,7 @@ impl Vocabulary {
             });
     }
 
-    /// Makes control tokens of those that are typed as text.
+    /// Changes control tokens that are typed as text to control tokens.
     fn correct_kinds(&mut self, header: &GgufFile) {
         let named = CONTROL_KEYS
             .into_iter()
@@ -294,7 +294,7 @@ impl Vocabulary {
         for id in ids {
             let index = id as usize;
             let known = ends_turns(&self.texts[index]);
-            // Some files name a letter or a byte as their padding: that stays text.
+            // Some files name a letter or a byte as padding: such a token stays text.
             let typed_as_text = matches!(
                 self.kinds[index],
                 TokenKind::Normal | TokenKind::UserDefined
@@ -306,8 +306,8 @@ impl Vocabulary {
     }
 }
 
-/// Whether a token typed as text ends, begins or divides turns. Markers of reasoning and of tool calls, such as `<think>`
-/// and `<tool_call>`, do not: they stand in the text that clients send back.
+/// Returns whether a token typed as text ends, begins or divides turns. Markers of reasoning and of tool calls, such as
+/// `<think>` and `<tool_call>`, do not: they occur in text that clients send back.
 fn marks_turns(text: &str) -> bool {
     let barred = text.starts_with("<|") || text.ends_with("|>");
     let wide = text.starts_with("<｜") || text.ends_with("｜>");
@@ -315,7 +315,7 @@ fn marks_turns(text: &str) -> bool {
 }
 
 fn ends_turns(text: &str) -> bool {
-    // Asked for each of 100,000 and more tokens.
+    // Called for each of 100,000 tokens or more.
     text.starts_with(['<', '[', '_']) && END_TEXTS.contains(&text)
 }
 

@@ -35,7 +35,7 @@ pub(super) fn check(
     Ok(sha256)
 }
 
-/// Fails unless a worker can run the file at `path`, by its header.
+/// Fails unless the header of the file at `path` passes for a worker.
 pub(super) fn check_support(path: &Path) -> Result<(), CheckError> {
     let header = GgufFile::open(path).map_err(CheckError::Header)?;
     support::check_file(path, &header).map_err(CheckError::Unsupported)

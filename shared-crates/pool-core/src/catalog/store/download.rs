@@ -221,9 +221,8 @@ impl Download {
         check_room(bytes, disk)
     }
 
-    /// Checks `file` (size, SHA-256, GGUF header, whether a worker can run it), makes it durable and gives it its final
-    /// name in one step. A file that fails any check never has that name. `announced` is the hash that the source
-    /// itself gave.
+    /// Checks `file` (size, SHA-256, GGUF header, support by a worker), makes it durable and gives it its final name in
+    /// one step. A file that fails any check never has that name. `announced` is the hash that the source itself gave.
     pub fn place(
         &mut self,
         file: &Path,

@@ -179,7 +179,7 @@ impl Store {
         if !seen.is_file() {
             return Err(ImportError::NotAFile { path: given() });
         }
-        // First: a large file is not read whole for nothing.
+        // Checked first, so that a large file is not read in vain.
         check_support(&real).map_err(|error| refused(path, error))?;
         let sha256 = check(&real, None, None, progress).map_err(|error| refused(path, error))?;
         let of_hash = catalog

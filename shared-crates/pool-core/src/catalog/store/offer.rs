@@ -1,4 +1,4 @@
-//! The models that tasks may name on this host, each with every name that means it.
+//! The models that tasks may name on this host, each with all its names.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,9 +8,9 @@ use super::{ResolveError, ResolvedModel, Slot, Store, resolved};
 use crate::ModelRef;
 use crate::catalog::Catalog;
 
-/// Folders below an allowed one that are searched for files.
+/// Depth of folders below an allowed one that are searched for files.
 const DEPTH: usize = 8;
-/// Folders and files that one search looks at.
+/// Most folders and files in one search.
 const VISITS: usize = 20_000;
 
 /// A model on disk with its names.
@@ -18,22 +18,22 @@ const VISITS: usize = 20_000;
 pub struct Offered {
     /// The model under the name that workers and heartbeats use.
     pub model: ResolvedModel,
-    /// Its other names: paths that lead to the file, below the folders that models may be taken from.
+    /// The model's other names: paths to the file below the allowed folders.
     pub aliases: Vec<ModelRef>,
 }
 
 /// Result of a search for the models on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offer {
-    /// Models: entries of the catalogue, then what was imported or fetched from the hub, then files by path.
+    /// Models: entries of the catalogue, then imported models and those from the hub, then files by path.
     pub models: Vec<Offered>,
-    /// Whether there are more files than the search may return.
+    /// True if there are more files than the search may return.
     pub truncated: bool,
 }
 
 impl Store {
     /// Returns the models that tasks may name: those with a name, and at most `limit` files below `allow_paths`. A file
-    /// goes by its path without symbolic links; the other paths to it are aliases.
+    /// is named by its path without symbolic links; other paths to it are aliases.
     pub fn offer(
         &self,
         catalog: &Catalog,
@@ -66,7 +66,7 @@ impl Store {
             let Ok(real) = self.check_allowed(&path, allow_paths) else {
                 continue;
             };
-            // A name that is no model reference can't be asked for.
+            // A file whose name is no model reference can't be requested.
             let Some(model_ref) = file_ref(&real) else {
                 continue;
             };
@@ -100,7 +100,7 @@ impl Store {
         Ok(Offer { models, truncated })
     }
 
-    /// Returns the name that workers and heartbeats use for the file at `path`, which `model` was resolved to.
+    /// Returns the name in workers and heartbeats for the file at `path`, which `model` resolved to.
     pub fn name_of(&self, model: &ModelRef, path: &Path, catalog: &Catalog) -> ModelRef {
         match model {
             ModelRef::Alias(_) => model.clone(),
@@ -118,7 +118,7 @@ impl Store {
         }
     }
 
-    /// The place whose file is `path`, without symbolic links.
+    /// Returns the place whose file is `path`, without symbolic links.
     fn slot_at(&self, path: &Path, catalog: &Catalog) -> Option<Slot> {
         let folder = path.parent()?;
         if folder.parent()? != self.dir.canonicalize().ok()? {
@@ -141,17 +141,17 @@ fn add(aliases: &mut Vec<ModelRef>, name: &ModelRef, alias: ModelRef) {
     }
 }
 
-/// A walk through folders, links to folders included.
+/// A walk through folders, including linked ones.
 #[derive(Default)]
 struct Search {
     files: Vec<PathBuf>,
     visits: usize,
-    /// The folders that the walk is in, without symbolic links: a link to one of them is a loop.
+    /// The folders around the present one, without symbolic links: a link to one of them is a loop.
     within: Vec<PathBuf>,
 }
 
 impl Search {
-    /// Notes the GGUF files of `dir` and of the folders below it. What can't be read is left out.
+    /// Collects the GGUF files of `dir` and of the folders below it. Skips unreadable entries.
     fn look_into(&mut self, dir: &Path, depth: usize) {
         let Ok(real) = dir.canonicalize() else {
             return;

@@ -66,7 +66,7 @@ impl Slot {
         }
     }
 
-    /// Returns why no worker of this version can run the model, as far as that is known before the file is there.
+    /// Returns why no worker of this version can run the model, as far as that is known before the file exists.
     pub fn unsupported(&self, catalog: &Catalog) -> Option<Unsupported> {
         match catalog.get(&self.id) {
             Some(entry) => entry.unsupported(),

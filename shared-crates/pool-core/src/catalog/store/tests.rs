@@ -4,7 +4,7 @@ use crate::catalog::draft::GgufDraft;
 use sha2::{Digest, Sha256};
 use std::os::unix::fs::symlink;
 
-/// A file that a worker could run, by its header.
+/// Returns a file whose header a worker accepts.
 fn tiny_gguf() -> Vec<u8> {
     GgufDraft::servable().bytes()
 }
@@ -404,7 +404,7 @@ fn what_tasks_may_name_has_every_name_that_leads_to_it() {
     };
     let own = ("m".to_owned(), vec![file(models.join("m/m.gguf"))]);
     assert_eq!(names(std::slice::from_ref(&models), 9), (vec![own], false));
-    // Not below the allowed folders: it has its name alone.
+    // The file is not below an allowed folder, so it has only its own name.
     let named = ("m".to_owned(), vec![]);
     let a = (
         file(shared.join("a.gguf")),
@@ -768,7 +768,7 @@ fn a_file_that_no_worker_runs_is_neither_imported_nor_placed() {
     let part = GgufDraft::servable()
         .with_number("split.count", 3)
         .with_number("split.no", 1);
-    // The parts after the first name no architecture, and may say nothing of their being parts but in their name.
+    // Later parts name no architecture, and may show only by their file name that they are parts.
     let nameless = GgufDraft::servable().without("general.architecture");
     for (name, bytes, reason) in [
         ("phi.gguf", phi, "architecture `phi3`"),

@@ -17,7 +17,7 @@ fn refusal(draft: &GgufDraft) -> String {
 fn a_file_with_all_that_the_engine_needs_passes() {
     let whole = GgufDraft::servable();
     check(&read(&whole)).unwrap();
-    // A file that is the only part is whole.
+    // A file that is the only part is complete.
     check(&read(&whole.clone().with_number("split.count", 1))).unwrap();
     check(&read(&whole.clone().with_text("general.type", "model"))).unwrap();
     check(&read(
@@ -104,7 +104,7 @@ fn every_reason_for_a_refusal_has_its_name() {
             whole().without_tensor("blk.0.ffn_up.weight"),
             "the file has no tensor `blk.0.ffn_up.weight`",
         ),
-        // The tensors of the second block are in another file that does not say so.
+        // The tensors of the second block are in another file, and the header does not say so.
         (
             whole().with_number("llama.block_count", 2),
             "the file has no tensor `blk.1.attn_norm.weight`",

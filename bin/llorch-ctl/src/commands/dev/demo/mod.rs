@@ -165,7 +165,7 @@ fn how_to_go_on(stage: &Stage) {
     note("  llorch orchestrator stop; llorch-pool daemon stop --workers");
 }
 
-/// The variables that would lead commands away from the demo, or send its daemons what they don't know.
+/// Returns the variables that would direct commands away from the demo, or give its daemons unknown settings.
 fn foreign_variables() -> Vec<String> {
     let mut names: BTreeSet<String> = ["LLORCH_ORCHESTRATOR_URL", "LLORCH_POOL_URL"]
         .map(str::to_owned)

@@ -1,4 +1,4 @@
-//! A batch in which nothing runs: its bar stands still, and a remark says why.
+//! Remarks on a batch in which no job runs: the bar stands still, and a remark says why.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -10,12 +10,12 @@ use pool_core::terminal::sanitize;
 use super::super::situation::Reasons;
 use crate::http_client::Item;
 
-/// Pause between two looks at the board.
+/// Pause between two readings of the board.
 pub const LOOK_EVERY: Duration = Duration::from_millis(250);
-/// Time after which a standstill gets a remark.
+/// Time after which a standstill is reported.
 const WORTH_A_REMARK: Duration = Duration::from_secs(1);
 
-/// The lines of the file whose jobs are under way, with the reason why each does not run.
+/// The lines of the file with unfinished jobs, each with the reason why its job does not run.
 #[derive(Debug, Default)]
 pub struct Board(Mutex<BTreeMap<usize, Option<Wait>>>);
 
@@ -26,13 +26,13 @@ struct Wait {
 }
 
 impl Board {
-    /// Returns the place of a line, which is taken until it is dropped.
+    /// Returns the place of a line, held until it is dropped.
     pub fn place(&self, line: usize) -> Place<'_> {
         self.lock().insert(line, None);
         Place { board: self, line }
     }
 
-    /// Returns the reason of the first line, where none of the lines runs.
+    /// Returns the reason of the first line, if none of the lines runs.
     fn standstill(&self) -> Option<Wait> {
         let places = self.lock();
         let waits: Option<Vec<_>> = places.values().map(Option::as_ref).collect();
@@ -40,7 +40,7 @@ impl Board {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<usize, Option<Wait>>> {
-        // Every change is one call.
+        // A panic leaves the board consistent: every change is a single call.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -53,7 +53,7 @@ pub struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// Notes why the line's job does not run.
+    /// Records why the line's job does not run.
     pub fn waits(&self, reason: &str, text: String) {
         let wait = Wait {
             reason: reason.to_owned(),
@@ -62,7 +62,7 @@ impl Place<'_> {
         self.board.lock().insert(self.line, Some(wait));
     }
 
-    /// Notes what an item of the job's feed says about that.
+    /// Updates the reason from an item of the job's feed.
     pub fn take(&self, item: &Item) {
         match item {
             Item::Event(_, TaskEvent::Waiting(waiting)) => {
@@ -97,7 +97,7 @@ impl Drop for Place<'_> {
     }
 }
 
-/// The remarks about a standstill: one a change of its reason.
+/// The remarks about a standstill: one for each change of the reason.
 #[derive(Debug, Default)]
 pub struct Standstill(Reasons);
 

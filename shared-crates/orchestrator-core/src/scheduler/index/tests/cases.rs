@@ -327,7 +327,7 @@ fn jobs_that_nothing_can_run_are_counted_apart() {
         models: vec![on_disk(0, 9 * UNIT)],
         ..bare_pool("p0")
     };
-    // Its memory is taken by others, and may become free.
+    // Other workers hold the memory, and may release it.
     tested.index.set_pool(pool());
     assert_eq!(tested.index.stranded(), load(1));
     tested.change(put(0), JobId::random());
