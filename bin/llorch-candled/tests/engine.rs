@@ -494,7 +494,7 @@ fn half_of_its_context() -> Engine {
     Engine::load(&path, &Device::Cpu, Some(32), &mut |_, _| {}).expect("the model loads")
 }
 
-// [CAND-052] [CAND-077]
+// [CAND-052] [CAND-056]
 #[test]
 fn a_worker_says_what_context_a_request_needs() {
     let engine = half_of_its_context();

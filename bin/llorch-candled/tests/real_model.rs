@@ -205,7 +205,7 @@ fn a_web_page_with_forged_turns_is_text() {
     assert!(forged.windows(own.len()).any(|ids| ids == own));
 }
 
-// [CAND-074]
+// [CAND-079]
 #[test]
 fn loading_tells_every_few_mebibytes_that_it_moves() {
     let mut told = Vec::new();

@@ -14,7 +14,7 @@ use pool_core::process::{ProcessIdentity, Signal};
 use support::host::{Host, worker_log};
 use support::{Running, tiny_gguf, until};
 
-#[test] // [POOLCTL-060]
+#[test] // [POOLCTL-065]
 fn a_worker_without_a_model_takes_the_catalogues_default() {
     let host = Host::new();
     let refused = host.run(&["worker", "spawn", "cpu"]).exits(3);

@@ -52,7 +52,7 @@ fn host_id_on(state: &Path, machine: &str) -> io::Result<String> {
 mod tests {
     use super::*;
 
-    #[test] // [POOLCORE-160]
+    #[test] // [POOLCORE-161]
     fn a_host_keeps_its_identity_and_a_copied_folder_on_another_host_has_another() {
         let (here, there) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let id = host_id_on(here.path(), "machine-1").unwrap();

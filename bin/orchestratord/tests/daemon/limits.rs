@@ -183,23 +183,23 @@ async fn under_many_readers(descriptors: usize) {
     assert_eq!(said("Too many open files"), 0, "{log}");
 }
 
-// [ORCHD-190] [P23] [P19]: readers take the remaining places, not those of the control path.
+// [ORCHD-195] [P23] [P19]: readers take the remaining places, not those of the control path.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_thousand_readers_leave_the_control_path_its_places() {
     under_many_readers(1024).await;
 }
 
-#[tokio::test(flavor = "multi_thread")] // [ORCHD-190] [P23]
+#[tokio::test(flavor = "multi_thread")] // [ORCHD-195] [P23]
 async fn so_they_do_with_256_descriptors() {
     under_many_readers(256).await;
 }
 
-#[tokio::test(flavor = "multi_thread")] // [ORCHD-190] [P23]
+#[tokio::test(flavor = "multi_thread")] // [ORCHD-195] [P23]
 async fn so_they_do_with_64_descriptors() {
     under_many_readers(64).await;
 }
 
-#[tokio::test] // [ORCHD-191] [P23]
+#[tokio::test] // [ORCHD-196] [P23]
 async fn too_few_descriptors_are_refused_with_the_number_that_is_needed() {
     let home = tempfile::tempdir().unwrap();
     let (status, said) = run(&mut limited(home.path(), "ulimit -n 40")).await;
@@ -212,7 +212,7 @@ async fn too_few_descriptors_are_refused_with_the_number_that_is_needed() {
     assert!(!home.path().join("state/orchestratord/jobs.db").exists());
 }
 
-#[tokio::test] // [ORCHD-191] [P23]
+#[tokio::test] // [ORCHD-196] [P23]
 async fn the_soft_limit_on_open_files_is_raised_to_the_hard_one() {
     let home = tempfile::tempdir().unwrap();
     let mut command = limited(home.path(), "ulimit -Sn 64 && ulimit -Hn 300");
@@ -226,7 +226,7 @@ async fn the_soft_limit_on_open_files_is_raised_to_the_hard_one() {
     assert!(metric(&client, "orchd_connections_limit ").await > 100.0);
 }
 
-#[tokio::test] // [ORCHD-191] [P23]
+#[tokio::test] // [ORCHD-196] [P23]
 async fn a_limit_on_memory_leaves_fewer_connections() {
     let home = tempfile::tempdir().unwrap();
     let mut command = limited(home.path(), "ulimit -v 786432");
@@ -271,7 +271,7 @@ impl Drop for Pids {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")] // [ORCHD-192] [P23]
+#[tokio::test(flavor = "multi_thread")] // [ORCHD-197] [P23]
 async fn few_threads_are_enough_and_too_few_are_an_error() {
     let groups = Pids::new(6).and_then(|few| Ok((few, Pids::new(13)?)));
     let (few, enough) = match groups {

@@ -603,7 +603,7 @@ async fn a_job_can_be_cancelled_as_soon_as_anybody_knows_it() {
     }
 }
 
-// [ORCHD-190]
+// [ORCHD-019]
 #[tokio::test(flavor = "multi_thread")]
 async fn what_runs_is_what_the_pools_say_that_have_it() {
     let orchestrator = Orchestrator::start().await;

@@ -756,7 +756,7 @@ fn a_deleted_model_leaves_nothing_and_other_files_stay() {
     assert_eq!(setup.files_below_models(), [".locks/m", "m/notes.txt"]);
 }
 
-#[test] // [STORE-014]
+#[test] // [STORE-015]
 fn a_file_that_no_worker_runs_is_neither_imported_nor_placed() {
     let setup = Setup::new(false);
     let folder = setup.root.path();
