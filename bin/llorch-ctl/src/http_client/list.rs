@@ -12,7 +12,7 @@ use super::Orchestrator;
 /// Jobs requested for one page: the orchestrator's maximum.
 const PAGE: usize = 500;
 
-/// Which jobs a list shows.
+/// Filter of a list of jobs.
 #[derive(Debug, Clone, Default)]
 pub struct JobFilter {
     /// Accepted states; empty for all.
