@@ -209,9 +209,8 @@ impl FromStr for ModelRef {
     type Err = ModelRefError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let shown: String = text.chars().take(80).flat_map(char::escape_debug).collect();
         let refuse = |reason| ModelRefError {
-            shown: shown.clone(),
+            shown: text.chars().take(80).flat_map(char::escape_debug).collect(),
             reason,
             near: String::new(),
         };

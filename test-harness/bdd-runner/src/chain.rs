@@ -37,6 +37,8 @@ pub struct Parts {
     pub pools: usize,
     /// Models; every pool has each of them, and a worker for it.
     pub models: usize,
+    /// Layers of each model: more of them make slower jobs.
+    pub blocks: usize,
     /// The program that is started as `orchestratord`.
     pub orchestratord: PathBuf,
     /// The folder of the other programs.
@@ -55,6 +57,7 @@ impl Parts {
         Self {
             pools,
             models,
+            blocks: TinyModel::default().blocks,
             orchestratord,
             programs,
         }
@@ -323,6 +326,7 @@ impl Chain {
                 let tiny = TinyModel {
                     seed,
                     context: CONTEXT,
+                    blocks: parts.blocks,
                     ..TinyModel::default()
                 };
                 tiny.write(&model.join(format!("{id}.gguf")))?;

@@ -21,6 +21,8 @@ pub struct TinyModel {
     pub special: Vec<(&'static str, u32)>,
     /// Id in `tokenizer.ggml.eos_token_id`.
     pub eos: u32,
+    /// Number of layers: a model with many of them is slow, and still small.
+    pub blocks: usize,
     /// A special token that the model prefers to write; with `None`, the model writes no special token.
     pub likes: Option<u32>,
 }
@@ -36,6 +38,7 @@ impl Default for TinyModel {
             ),
             special: vec![("<|im_start|>", 3), ("<|im_end|>", 3)],
             eos: END,
+            blocks: BLOCKS,
             likes: None,
         }
     }
@@ -46,7 +49,7 @@ const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
 const HEAD_DIM: usize = 8;
 const INNER: usize = 64;
-/// Layers of the model.
+/// Default number of layers.
 pub const BLOCKS: usize = 2;
 
 /// Tokens 0 to 255 are the bytes in GPT-2's order of characters; the special ones follow.
@@ -109,7 +112,7 @@ impl TinyModel {
         let text = |key: &str, value: &str| (key.to_owned(), Writer::value(8, |w| w.text(value)));
         let mut metadata = vec![
             text("general.architecture", self.architecture),
-            number(own("block_count"), BLOCKS as u32),
+            number(own("block_count"), self.blocks as u32),
             number(own("context_length"), self.context),
             number(own("embedding_length"), WIDTH as u32),
             number(own("feed_forward_length"), INNER as u32),
@@ -155,7 +158,7 @@ impl TinyModel {
         let (query, kv) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
         matrix("token_embd.weight".into(), WIDTH, vocab, 1.0);
         matrix("output.weight".into(), WIDTH, vocab, 0.9);
-        for block in 0..BLOCKS {
+        for block in 0..self.blocks {
             for (part, columns, rows) in [
                 ("attn_q", WIDTH, query),
                 ("attn_k", WIDTH, kv),
@@ -172,7 +175,7 @@ impl TinyModel {
         let mut vector =
             |name: String, values: Vec<f32>| tensors.push((name, vec![values.len()], values));
         vector("output_norm.weight".into(), vec![1.0; WIDTH]);
-        for block in 0..BLOCKS {
+        for block in 0..self.blocks {
             vector(format!("blk.{block}.attn_norm.weight"), vec![1.0; WIDTH]);
             vector(format!("blk.{block}.ffn_norm.weight"), vec![1.0; WIDTH]);
             if self.architecture == "qwen2" {

@@ -205,6 +205,13 @@ async fn conclude(
         }
         verdict => verdict,
     };
+    let requeue = |queued, outcome, reason| {
+        requeue_surely(app, live, attempt, lease, queued, outcome, reason)
+    };
+    let at_once = QueuedJob {
+        not_before: None,
+        ..queued.clone()
+    };
     match verdict {
         Verdict::Finished(end) => {
             end_surely(app, live, attempt, fence, End::Completed(end)).await;
@@ -252,16 +259,7 @@ async fn conclude(
                     not_before,
                     ..queued.clone()
                 };
-                requeue_surely(
-                    app,
-                    live,
-                    attempt,
-                    lease,
-                    queued,
-                    AttemptOutcome::WorkerLost,
-                    reason,
-                )
-                .await;
+                requeue(queued, AttemptOutcome::WorkerLost, reason).await;
             }
             // Where it lives after all it shall not go on for nobody. Its buffer is not deleted: by now it may be
             // that of the next attempt, which the fence of this one does not end.
@@ -269,57 +267,21 @@ async fn conclude(
         }
         Verdict::NotFound(reason) => {
             tracing::warn!(job = %live.id, attempt = lease.attempt, reason, "attempt not found again");
-            let queued = QueuedJob {
-                not_before: None,
-                ..queued.clone()
-            };
-            requeue_surely(
-                app,
-                live,
-                attempt,
-                lease,
-                queued,
-                AttemptOutcome::OrchestratorRestarted,
-                reason,
-            )
-            .await;
+            requeue(at_once, AttemptOutcome::OrchestratorRestarted, reason).await;
             worker::cancel(endpoint, live.id, lease.fence).await;
         }
         Verdict::Refused(reason) => {
             app.fleet
                 .mark_full(&attempt.pool_id, &attempt.worker_id, clock::now());
-            let queued = QueuedJob {
-                not_before: None,
-                ..queued.clone()
-            };
-            requeue_surely(
-                app,
-                live,
-                attempt,
-                lease,
-                queued,
-                AttemptOutcome::Refused,
-                reason,
-            )
-            .await;
+            requeue(at_once, AttemptOutcome::Refused, reason).await;
         }
         Verdict::Cramped { needed, reason } => {
             tracing::info!(job = %live.id, attempt = lease.attempt, needed, "the worker's context is too small");
             let queued = QueuedJob {
-                not_before: None,
                 context_needed: Some(needed),
-                ..queued.clone()
+                ..at_once
             };
-            requeue_surely(
-                app,
-                live,
-                attempt,
-                lease,
-                queued,
-                AttemptOutcome::Refused,
-                reason,
-            )
-            .await;
+            requeue(queued, AttemptOutcome::Refused, reason).await;
         }
         // The worker goes on, and the database says that the job was running.
         Verdict::Stopping => {}

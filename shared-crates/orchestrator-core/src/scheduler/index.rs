@@ -149,10 +149,11 @@ struct Pool {
 /// A model and where it is.
 #[derive(Default)]
 struct Model {
-    /// Workers of live pools with a free slot, by their context, best first.
-    free: BTreeMap<u32, BTreeSet<Free>>,
+    /// Workers of live pools with a free slot, best first, by their context. Workers of a model rarely differ in it, so a
+    /// list is searched faster than a map.
+    free: Vec<(u32, BTreeSet<Free>)>,
     /// Workers of live pools by device and context: the number starting, and the number serving.
-    workers: BTreeMap<(Device, u32), (u32, u32)>,
+    workers: Vec<((Device, u32), (u32, u32))>,
     /// Pools that can start the model, with the cost of each.
     files: BTreeMap<usize, StartCost>,
     /// Classes of jobs that ask for the model, by required context.
@@ -160,9 +161,39 @@ struct Model {
 }
 
 impl Model {
+    /// Returns the workers with a free slot and at least this context, by context.
+    fn free(&self, context: u32) -> impl Iterator<Item = &BTreeSet<Free>> {
+        let sets = self.free.iter();
+        sets.filter(move |(of, _)| *of >= context)
+            .map(|(_, free)| free)
+    }
+
     /// Returns the number of workers with a free slot and at least this context.
     fn free_workers(&self, context: u32) -> usize {
-        self.free.range(context..).map(|(_, free)| free.len()).sum()
+        self.free(context).map(BTreeSet::len).sum()
+    }
+
+    /// Returns the workers with a free slot and this context.
+    fn free_mut(&mut self, context: u32) -> &mut BTreeSet<Free> {
+        let known = self.free.iter().position(|(of, _)| *of == context);
+        let index = known.unwrap_or_else(|| {
+            self.free.retain(|(_, free)| !free.is_empty());
+            self.free.push((context, BTreeSet::new()));
+            self.free.len() - 1
+        });
+        &mut self.free[index].1
+    }
+
+    /// Returns the numbers of workers on this device with this context.
+    fn workers_mut(&mut self, device: Device, context: u32) -> &mut (u32, u32) {
+        let key = (device, context);
+        let known = self.workers.iter().position(|(of, _)| *of == key);
+        let index = known.unwrap_or_else(|| {
+            self.workers.retain(|(_, counts)| *counts != (0, 0));
+            self.workers.push((key, (0, 0)));
+            self.workers.len() - 1
+        });
+        &mut self.workers[index].1
     }
 }
 

@@ -1,15 +1,15 @@
 //! Freezes: each daemon is paused and resumed repeatedly while jobs run that may not lose a single attempt.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use orchestrator_core::api::tasks::TaskSubmitRequest;
-use orchestrator_core::job::JobStatus;
+use orchestrator_core::job::{JobId, JobStatus};
 use pool_core::process::Signal;
 use tokio::task::JoinSet;
 
@@ -21,8 +21,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// Freezes orchestratord and pool-managerd while jobs with one attempt run: none may fail.
 ///
-/// Several chains (an orchestratord, a pool, two workers with tiny models) share the freezes, whose lengths are spread
-/// evenly over the range. Exits with 0 if every job completed, otherwise with 1 (home and logs are then kept, and
+/// Several chains (an orchestratord, a pool, two workers with small and slow models) share the freezes, whose lengths are
+/// spread evenly over the range. Jobs that are left over after the last freeze are cancelled. Exits with 0 if every job completed, otherwise with 1 (home and logs are then kept, and
 /// named).
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
@@ -41,6 +41,9 @@ pub struct Options {
     /// Longest freeze, in seconds.
     #[arg(long, default_value_t = 90.0)]
     pub longest_s: f64,
+    /// Number of layers of the models: more of them make jobs that outlast a freeze.
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=1_000))]
+    pub blocks: u16,
 }
 
 impl Options {
@@ -59,7 +62,9 @@ impl Options {
 pub struct Report {
     /// Number and total duration of the freezes, by kind of daemon.
     pub frozen: BTreeMap<&'static str, (u32, Duration)>,
-    /// Number of jobs by state.
+    /// Number of attempts that ran before a freeze and still ran after it, by kind of daemon.
+    pub outlasted: BTreeMap<&'static str, usize>,
+    /// Number of jobs by state; those that were left over after the last freeze are `cancelled`.
     pub jobs: BTreeMap<String, usize>,
     /// Jobs that did not complete in one attempt, each with the reason.
     pub failures: Vec<String>,
@@ -73,7 +78,11 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "freezes: {:.0?}", self.elapsed)?;
         for (daemon, (count, time)) in &self.frozen {
-            writeln!(f, "  {daemon:<15} {count:>5} frozen, {time:.0?} in all")?;
+            let outlasted = self.outlasted.get(daemon).copied().unwrap_or_default();
+            writeln!(
+                f,
+                "  {daemon:<15} {count:>5} frozen, {time:.0?} in all; {outlasted} attempts ran before and after"
+            )?;
         }
         for (state, count) in &self.jobs {
             writeln!(f, "  {count} jobs {state}")?;
@@ -103,6 +112,9 @@ pub async fn run(options: &Options, told: fn(&str)) -> anyhow::Result<Report> {
             let sum = report.frozen.entry(daemon).or_default();
             *sum = (sum.0 + count, sum.1 + time);
         }
+        for (daemon, count) in one.outlasted {
+            *report.outlasted.entry(daemon).or_default() += count;
+        }
         for (state, count) in one.jobs {
             *report.jobs.entry(state).or_default() += count;
         }
@@ -119,14 +131,17 @@ async fn one_chain(
     lengths: &[Duration],
     told: fn(&str),
 ) -> anyhow::Result<Report> {
-    let mut chain = Chain::build(&Parts::beside(1, 2))?;
+    let mut chain = Chain::build(&Parts {
+        blocks: options.blocks.into(),
+        ..Parts::beside(1, 2)
+    })?;
     chain.start().await?;
     let clients = Clients::new(chain.url())?;
-    let over = Arc::new(AtomicBool::new(false));
-    let mut crowd = JoinSet::new();
+    let crowd = Arc::new(Crowd::default());
+    let mut members = JoinSet::new();
     for client in 0..options.jobs {
         let models = chain.models().to_vec();
-        crowd.spawn(work(clients.clone(), client, models, Arc::clone(&over)));
+        members.spawn(work(clients.clone(), client, models, Arc::clone(&crowd)));
     }
     let mut report = Report::default();
     for length in lengths {
@@ -135,7 +150,10 @@ async fn one_chain(
             ("pool-managerd", &chain.pools[0].daemon),
         ] {
             tokio::time::sleep(PAUSE).await;
+            let before = crowd.running(&clients).await?;
             freeze(daemon, *length).await?;
+            let after = crowd.running(&clients).await?;
+            *report.outlasted.entry(name).or_default() += before.intersection(&after).count();
             let sum = report.frozen.entry(name).or_default();
             *sum = (sum.0 + 1, sum.1 + *length);
             told(&format!(
@@ -143,8 +161,11 @@ async fn one_chain(
             ));
         }
     }
-    over.store(true, Ordering::Relaxed);
-    while let Some(client) = crowd.join_next().await {
+    crowd.over.store(true, Ordering::Relaxed);
+    for job in crowd.jobs() {
+        clients.cancel(job).await?;
+    }
+    while let Some(client) = members.join_next().await {
         for (state, failure) in client.context("a client panicked")?? {
             *report.jobs.entry(state).or_default() += 1;
             report.failures.extend(failure);
@@ -168,16 +189,46 @@ async fn freeze(daemon: &Daemon, length: Duration) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What the clients of a chain share.
+#[derive(Debug, Default)]
+struct Crowd {
+    /// No client submits another job.
+    over: AtomicBool,
+    /// Submitted jobs of which no client has seen the end.
+    jobs: Mutex<BTreeSet<JobId>>,
+}
+
+impl Crowd {
+    fn jobs(&self) -> BTreeSet<JobId> {
+        self.lock().clone()
+    }
+
+    /// Returns the jobs that are running now.
+    async fn running(&self, clients: &Clients) -> anyhow::Result<BTreeSet<JobId>> {
+        let mut running = BTreeSet::new();
+        for job in self.jobs() {
+            if clients.show(job).await?.status == JobStatus::Running {
+                running.insert(job);
+            }
+        }
+        Ok(running)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<JobId>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// Runs one client that submits one job after another. Returns the states of its jobs, with the reason for each that
 /// did not complete in its only attempt.
 async fn work(
     clients: Clients,
     client: u32,
     models: Vec<String>,
-    over: Arc<AtomicBool>,
+    crowd: Arc<Crowd>,
 ) -> anyhow::Result<Vec<(String, Option<String>)>> {
     let mut done = Vec::new();
-    while !over.load(Ordering::Relaxed) {
+    while !crowd.over.load(Ordering::Relaxed) {
         let key = format!("freeze-{client}-{}", done.len());
         let request = TaskSubmitRequest {
             model: models[client as usize % models.len()].clone(),
@@ -190,8 +241,14 @@ async fn work(
             ..TaskSubmitRequest::default()
         };
         let job = clients.submit(&key, &request).await?;
+        crowd.lock().insert(job);
+        if crowd.over.load(Ordering::Relaxed) {
+            clients.cancel(job).await?;
+        }
         let view = clients.wait(job).await?;
-        let sound = view.status == JobStatus::Completed && view.attempts.len() == 1;
+        crowd.lock().remove(&job);
+        let left_over = view.status == JobStatus::Cancelled && crowd.over.load(Ordering::Relaxed);
+        let sound = left_over || view.status == JobStatus::Completed && view.attempts.len() == 1;
         let failure = || {
             format!(
                 "{job} is {}: {:?} {:?}",

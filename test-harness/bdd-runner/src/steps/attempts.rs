@@ -9,6 +9,7 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use super::durability::{orchestrator_pid, wait_for_end};
+use super::setting::both_daemons_with_interval;
 use crate::house::House;
 use crate::process;
 use crate::stream::{self, Received};
@@ -18,16 +19,8 @@ const JOB_LIMIT: Duration = Duration::from_secs(300);
 
 #[given("a running orchestrator that keeps its port and a running pool")]
 async fn keeps_its_port(house: &mut House) {
-    house.keep_port();
-    let folder = house.home().join("config");
-    std::fs::create_dir_all(&folder).expect("the configuration folder can be made");
     // The pool comes back within a second where the default would take a quarter of a minute.
-    std::fs::write(
-        folder.join("pool-managerd.toml"),
-        "heartbeat_interval_ms = 500\n",
-    )
-    .expect("it can be written");
-    super::setting::both_daemons(house).await;
+    both_daemons_with_interval(house, Duration::from_millis(500)).await;
 }
 
 #[given("an undisturbed job of 60 tokens at temperature 0.8")]

@@ -7,21 +7,14 @@ use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 use super::durability::{orchestrator_pid, wait_for_end};
+use super::setting::both_daemons_with_interval;
 use crate::house::{House, test_model};
 use crate::process;
 
 #[given("a running orchestrator that keeps its port and a pool that reports every 10 minutes")]
 async fn rare_reports(house: &mut House) {
-    house.keep_port();
-    let folder = house.home().join("config");
-    std::fs::create_dir_all(&folder).expect("the configuration folder can be made");
     // With this interval, a report within the scenario follows a request or a change.
-    std::fs::write(
-        folder.join("pool-managerd.toml"),
-        "heartbeat_interval_ms = 600000\n",
-    )
-    .expect("it can be written");
-    super::setting::both_daemons(house).await;
+    both_daemons_with_interval(house, Duration::from_mins(10)).await;
 }
 
 #[given("the pool has an idle worker")]

@@ -1,5 +1,7 @@
 //! What is there before the scenario begins.
 
+use std::time::Duration;
+
 use cucumber::given;
 
 use crate::house::{House, test_model};
@@ -14,6 +16,16 @@ pub(super) async fn both_daemons(house: &mut House) {
     house.succeed("llorch orchestrator start").await;
     house.succeed("llorch-pool daemon start").await;
     pool_online(house).await;
+}
+
+/// Starts both daemons, the orchestrator with a port that outlasts it, and the pool with this heartbeat interval.
+pub(super) async fn both_daemons_with_interval(house: &mut House, interval: Duration) {
+    house.keep_port();
+    let folder = house.home().join("config");
+    std::fs::create_dir_all(&folder).expect("the configuration folder can be made");
+    let setting = format!("heartbeat_interval_ms = {}\n", interval.as_millis());
+    std::fs::write(folder.join("pool-managerd.toml"), setting).expect("it can be written");
+    both_daemons(house).await;
 }
 
 #[given("a running pool")]
@@ -51,7 +63,7 @@ async fn pool_online(house: &mut House) {
             if !pool["status"].is_null() {
                 break;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
     };
     tokio::time::timeout(crate::house::WAIT_LIMIT, heard)

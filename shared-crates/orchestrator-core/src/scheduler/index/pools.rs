@@ -13,9 +13,6 @@ use crate::scheduler::plan::idle_until;
 use crate::scheduler::policy::{Rank, WorkerChoice};
 use crate::scheduler::snapshot::{PoolState, StartCost, Usage, WorkerState};
 
-/// Number of contexts per model up to which empty sets of workers are kept.
-const KEPT_CONTEXTS: usize = 8;
-
 impl Index {
     /// Takes in what a pool is now. Leases are known here, and laid over it.
     pub fn set_pool(&mut self, mut state: PoolState) {
@@ -158,35 +155,25 @@ impl Index {
         if !alive(&pool.state) {
             return;
         }
-        let workers = &mut self.models[pool.worker_models[worker]].workers;
-        let key = (state.device, state.capacity());
-        let counts = workers.entry(key).or_default();
+        let model = &mut self.models[pool.worker_models[worker]];
+        let counts = model.workers_mut(state.device, state.capacity());
         if state.status == WorkerStatus::Starting {
             counts.0 = change(counts.0, 1);
         } else if state.serves() {
             counts.1 = change(counts.1, 1);
         }
-        if *counts == (0, 0) {
-            workers.remove(&key);
-        }
     }
 
     fn clear_worker(&mut self, place: usize, pool: &Pool, worker: usize) {
         if let Some(rank) = pool.ranks[worker] {
-            let sets = &mut self.models[pool.worker_models[worker]].free;
             let context = pool.state.workers[worker].capacity();
-            if let Some(free) = sets.get_mut(&context) {
-                // Mostly it is the best one that was taken.
-                let first = free.first().map(|free| (free.pool, free.worker));
-                if first == Some((place, worker)) {
-                    free.pop_first();
-                } else {
-                    free.remove(&free_entry(place, pool, worker, rank));
-                }
-                // An empty set usually fills again soon.
-                if free.is_empty() && sets.len() > KEPT_CONTEXTS {
-                    sets.remove(&context);
-                }
+            let free = self.models[pool.worker_models[worker]].free_mut(context);
+            // Mostly it is the best one that was taken.
+            let first = free.first().map(|free| (free.pool, free.worker));
+            if first == Some((place, worker)) {
+                free.pop_first();
+            } else {
+                free.remove(&free_entry(place, pool, worker, rank));
             }
         }
         if let Some(since) = pool.idle[worker] {
@@ -220,8 +207,8 @@ impl Index {
         if let Some(rank) = pool.ranks[worker] {
             let free = free_entry(place, pool, worker, rank);
             let context = pool.state.workers[worker].capacity();
-            let sets = &mut self.models[pool.worker_models[worker]].free;
-            sets.entry(context).or_default().insert(free);
+            let model = &mut self.models[pool.worker_models[worker]];
+            model.free_mut(context).insert(free);
         }
         if let Some(since) = pool.idle[worker] {
             self.idle.insert((since, place, worker));

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use pool_core::ModelRef;
-use pool_core::worker::WorkerStatus;
+use pool_core::worker::{Device, ModelFile, WorkerStatus};
 
 use super::Index;
 use crate::pool::PoolLiveness;
@@ -121,29 +121,29 @@ fn could_run(
 
 /// Returns whether the same jobs can run on a pool in both states.
 fn has_same_reach(old: &PoolState, new: &PoolState) -> bool {
-    let devices = |pool: &PoolState| {
-        let devices = pool.devices.iter();
-        devices
-            .map(|d| (d.device, d.total_bytes))
-            .collect::<Vec<_>>()
-    };
-    let live = |pool: &PoolState| -> Vec<_> {
-        let live = pool.workers.iter().filter(|w| w.status.is_live());
-        live.map(|w| (w.model.clone(), w.device, w.capacity()))
-            .collect()
-    };
-    let failed = |pool: &PoolState| -> Vec<_> {
-        let failed = pool.workers.iter();
-        let failed = failed.filter(|w| w.status == WorkerStatus::Failed);
-        failed
-            .map(|w| (w.model.clone(), w.file.clone(), w.start_failure.clone()))
-            .collect()
-    };
     takes_work(old) == takes_work(new)
         && old.models == new.models
         && old.downloads == new.downloads
         && old.refused_downloads == new.refused_downloads
-        && devices(old) == devices(new)
-        && live(old) == live(new)
-        && failed(old) == failed(new)
+        && totals(old).eq(totals(new))
+        && live(old).eq(live(new))
+        && failed(old).eq(failed(new))
+}
+
+/// Returns the devices with their memory.
+fn totals(pool: &PoolState) -> impl Iterator<Item = (Device, u64)> {
+    pool.devices.iter().map(|d| (d.device, d.total_bytes))
+}
+
+/// Returns what decides which jobs the pool's workers can run.
+fn live(pool: &PoolState) -> impl Iterator<Item = (&ModelRef, Device, u32)> {
+    let live = pool.workers.iter().filter(|w| w.status.is_live());
+    live.map(|w| (&w.model, w.device, w.capacity()))
+}
+
+/// Returns what decides which models the pool does not start again.
+fn failed(pool: &PoolState) -> impl Iterator<Item = (&ModelRef, &ModelFile, Option<&str>)> {
+    let failed = pool.workers.iter();
+    let failed = failed.filter(|w| w.status == WorkerStatus::Failed);
+    failed.map(|w| (&w.model, &w.file, w.start_failure.as_deref()))
 }

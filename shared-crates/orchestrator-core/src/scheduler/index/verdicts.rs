@@ -54,18 +54,26 @@ impl Index {
         let Some(jobs) = &self.classes[class] else {
             return (Verdict::Wait(WaitReason::PolicyHeld), None);
         };
-        let wish = Wish::of(job, self.prefers(job));
-        let found = self.free_worker(jobs, &wish, jobs.class.context.max(wish.context));
-        if let Some((pool, worker)) =
-            found.or_else(|| self.free_worker(jobs, &wish, jobs.class.context))
-        {
+        let prefer = self.prefers(job);
+        // Among workers of one context the wish for a long one makes no difference, and the job need not be looked at.
+        let differ = self.models[jobs.model].free.len() > 1;
+        let roomy = differ.then(|| jobs.class.context.max(job.context_wished()));
+        let found = roomy.and_then(|context| self.free_worker(jobs, prefer, context));
+        let found = found.or_else(|| self.free_worker(jobs, prefer, jobs.class.context));
+        if let Some((pool, worker)) = found {
             return (Verdict::Dispatch { pool, worker }, None);
         }
+        let wish = Wish::of(job, prefer);
         self.with_world(now, |world| self.judge_starts(jobs, &wish, world))
     }
 
     /// Returns the best worker with a free slot and at least this context.
-    fn free_worker(&self, jobs: &Jobs, wish: &Wish<'_>, context: u32) -> Option<(usize, usize)> {
+    fn free_worker(
+        &self,
+        jobs: &Jobs,
+        prefer: Option<&str>,
+        context: u32,
+    ) -> Option<(usize, usize)> {
         let on_pool = |name: &str| {
             let place = self.pool_place(name)?;
             let pool = self.pools[place].as_ref()?;
@@ -85,9 +93,8 @@ impl Index {
         if let Some(wanted) = &jobs.class.placement.pool {
             return on_pool(wanted);
         }
-        wish.pool.and_then(on_pool).or_else(|| {
-            let of_context = self.models[jobs.model].free.range(context..);
-            let best = of_context.filter_map(|(_, free)| {
+        prefer.and_then(on_pool).or_else(|| {
+            let best = self.models[jobs.model].free(context).filter_map(|free| {
                 let mut free = free.iter();
                 free.find(|free| jobs.class.admits_device(free.device))
             });
