@@ -73,7 +73,7 @@ pub enum TemplateError {
     },
     /// The text of a message can't be distinguished from the template's own control tokens.
     #[error(
-        "a message has the name of a control token, and the model's chat template treats it in a way of its own: remove the name, or send `allow_special: true`"
+        "the text of a message can't be told apart from the chat template's own control tokens: it has the name of one, or too many of the characters U+007F and U+FDD0 to U+FDEF; remove them, or send `allow_special: true`"
     )]
     Confused,
 }

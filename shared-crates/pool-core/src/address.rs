@@ -13,8 +13,10 @@ pub const FORMS: &str =
 /// the URL, without a slash at its end.
 pub fn url(text: &str) -> Result<String, String> {
     let text = text.trim();
-    if let Some(port) = port(text)? {
-        return Ok(format!("http://127.0.0.1:{port}"));
+    match port(text)? {
+        Some(0) => return Err("no daemon listens at port 0".to_owned()),
+        Some(port) => return Ok(format!("http://127.0.0.1:{port}")),
+        None => {}
     }
     let whole = if text.contains("://") {
         text.to_owned()

@@ -111,10 +111,16 @@ impl ClientError {
         let hint = match self {
             Self::Api { error, .. } => return error.hint.clone(),
             Self::BadUrl { .. } => address::FORMS,
+            Self::Unreachable { url, .. } if url.starts_with("https://") => {
+                "is it the address of a proxy that speaks TLS? The daemons themselves speak plain HTTP: `http://...`"
+            }
             Self::Unreachable { .. } => "is the daemon running, and is this its address?",
+            Self::Timeout { .. } => {
+                "the daemon may be stopped or overloaded: look at its process and its log on its host"
+            }
             Self::NotOurs { .. } => "another program may be listening at this address",
             Self::VersionMismatch { .. } => "install the same release on both sides",
-            Self::Broken { .. } | Self::Timeout { .. } => return None,
+            Self::Broken { .. } => return None,
         };
         Some(hint.to_owned())
     }

@@ -114,6 +114,9 @@ impl StoreError {
     /// What to try next.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
+            Self::Unavailable(error) if is_out_of_memory(error) => Some(
+                "the process has too little memory: raise its limit (`ulimit -v`, `MemoryMax=` of the systemd unit)",
+            ),
             Self::Unavailable(_) => {
                 Some("check the free space and the health of the disk that holds the state folder")
             }
@@ -140,6 +143,12 @@ impl StoreError {
     fn corrupt(what: impl ToString) -> Self {
         Self::Corrupt(what.to_string())
     }
+}
+
+/// Whether SQLite was refused memory (`SQLITE_NOMEM`).
+fn is_out_of_memory(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|error| error.code());
+    code.is_some_and(|code| code == "7")
 }
 
 impl From<sqlx::Error> for StoreError {

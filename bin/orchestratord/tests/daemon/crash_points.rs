@@ -58,10 +58,9 @@ impl Stage {
             );
         }
         let mut chain = Chain::build(&Parts {
-            pools: 1,
-            models: 2,
             orchestratord,
             programs,
+            ..Parts::beside(1, 2)
         })
         .unwrap();
         chain.start().await.unwrap();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use orchestrator_core::api::tasks::{CancelResponse, TaskAccepted, TaskView};
+use orchestrator_core::api::tasks::{CancelResponse, TaskAccepted, TaskList, TaskView};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::client::ApiClient;
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
@@ -233,6 +233,29 @@ async fn a_limit_on_memory_leaves_fewer_connections() {
     let (_daemon, client) = spawn(home.path(), &mut command).await;
     assert_eq!(metric(&client, "orchd_connections_limit ").await, 768.0);
     submit(&client).await;
+}
+
+#[tokio::test] // [ORCHD-196] [P23]
+async fn a_low_limit_on_address_space_is_refused_and_a_sufficient_one_is_enough() {
+    let home = tempfile::tempdir().unwrap();
+    let (status, said) = run(&mut limited(home.path(), "ulimit -v 200000")).await;
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("error: the limit on address space (`ulimit -v`) is 195 MiB: at least ")
+            && said.contains("hint: raise `ulimit -v`"),
+        "{said}"
+    );
+    // glibc's arenas for each thread would fill any of these, and the daemon would abort or serve by chance.
+    for kib in [460_000, 600_000, 1_000_000] {
+        let mut command = limited(home.path(), &format!("ulimit -v {kib}"));
+        let (mut daemon, client) = spawn(home.path(), &mut command).await;
+        for _ in 0..20 {
+            submit(&client).await;
+            let list: TaskList = client.get("/v2/tasks").await.unwrap();
+            assert!(!list.jobs.is_empty(), "{kib}");
+        }
+        daemon.kill().await.unwrap();
+    }
 }
 
 /// A cgroup with a limit on threads and processes.

@@ -1,5 +1,7 @@
 //! What the pool is: `/status`, `/models`, `/drain`, `/resume`, `/ready`, `/metrics`.
 
+use std::time::Duration;
+
 use axum::extract::State;
 use axum::http::HeaderValue;
 use axum::http::header::CONTENT_TYPE;
@@ -16,7 +18,10 @@ use prometheus::TEXT_FORMAT;
 use super::App;
 use super::error::{ApiError, ApiResult};
 use crate::gpu_inventory;
+use crate::pool::Pool;
 
+/// Longest wait for the orchestrator before an answer.
+const TELL_PATIENCE: Duration = Duration::from_secs(1);
 /// The longest deadline of a drain: beyond a week somebody mistook the unit.
 const MAX_DEADLINE_MS: u64 = 7 * 24 * 3_600_000;
 
@@ -57,7 +62,8 @@ pub async fn models(State(pool): App) -> Json<ModelList> {
 ///
 /// What runs on the pool's workers goes on. At the deadline the workers that still run something are told to stop, oldest
 /// first, and have `workers.stop_timeout_s` to finish before they are killed. With `stop_workers` those that run nothing
-/// stop at once, and the others as soon as they run nothing. A further request replaces deadline and `stop_workers`. The
+/// stop at once, and the others as soon as they run nothing. A further request replaces `stop_workers`, and the deadline if
+/// it has one. The orchestrator is told before the answer, if it can be reached within a second. The
 /// answer, and `GET /status` from then on, tells in `drain` which workers are waited for.
 #[utoipa::path(
     post, path = "/drain", tag = "pool",
@@ -78,8 +84,14 @@ pub async fn drain(
         .blocking(move |pool| pool.lifecycle.start_drain(&request))
         .await?;
     tracing::info!(deadline = ?drain.deadline, stop_workers = drain.stop_workers, "draining");
-    pool.changed();
+    tell(&pool).await;
     status(State(pool)).await
+}
+
+/// Tells the orchestrator of a change, so that whoever asks it after the answer hears of the change.
+async fn tell(pool: &Pool) {
+    pool.changed();
+    let _ = tokio::time::timeout(TELL_PATIENCE, pool.link.ask()).await;
 }
 
 /// Takes new workers again, and stops no more of those that are left.
@@ -87,7 +99,7 @@ pub async fn drain(
 pub async fn resume(State(pool): App) -> ApiResult<Json<PoolStatus>> {
     if pool.blocking(|pool| pool.lifecycle.end_drain()).await? {
         tracing::info!("takes new workers again");
-        pool.changed();
+        tell(&pool).await;
     }
     status(State(pool)).await
 }

@@ -123,6 +123,22 @@ async fn at_the_deadline_what_still_runs_is_stopped_oldest_first() {
     daemon.shut_down().await;
 }
 
+#[tokio::test] // [POOLD-080]
+async fn a_repeated_drain_keeps_the_deadline_unless_it_has_one() {
+    let host = Host::new();
+    let daemon = host.start().await;
+    let request = |deadline_ms| DrainRequest {
+        deadline_ms,
+        stop_workers: false,
+    };
+    let deadline = async |ms| drain(&daemon, request(ms)).await.drain.unwrap().deadline;
+    let first = deadline(Some(600_000)).await;
+    assert!(first.is_some());
+    assert_eq!(deadline(None).await, first);
+    assert!(deadline(Some(1_200_000)).await > first);
+    daemon.shut_down().await;
+}
+
 #[tokio::test] // [POOLD-083]
 async fn a_drain_survives_the_daemon() {
     let host = Host::new().executing();

@@ -116,7 +116,8 @@ impl Lifecycle {
         )))
     }
 
-    /// Takes no new workers from now on. Where the pool drains already, the new request replaces the old one.
+    /// Takes no new workers from now on. Where the pool drains already, the new request replaces the old one, whose
+    /// deadline stays unless the new one has another: who only repeats the request must not lift it.
     pub fn start_drain(&self, request: &DrainRequest) -> Result<Drain, RegistryError> {
         let _locked = self.registry.lock()?;
         let now = Timestamp::now();
@@ -127,10 +128,19 @@ impl Lifecycle {
                 since_boot: clock::since_boot().saturating_add(limit),
             })
         };
+        let before = self.drain()?;
+        let since = before.as_ref().map_or(now, |before| before.since);
+        let (deadline, due) = match (limit, before) {
+            (None, Some(before)) => (before.deadline, before.due),
+            (limit, _) => (
+                limit.and_then(|limit| now.checked_add(limit).ok()),
+                limit.and_then(due),
+            ),
+        };
         let drain = Drain {
-            since: self.drain()?.map_or(now, |before| before.since),
-            deadline: limit.and_then(|limit| now.checked_add(limit).ok()),
-            due: limit.and_then(due),
+            since,
+            deadline,
+            due,
             stop_workers: request.stop_workers,
         };
         self.write_drain(&drain)?;

@@ -9,12 +9,19 @@ use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use rustix::process::{Resource, getrlimit};
 use tokio::runtime::{Builder, Runtime};
+
+use crate::units::{human_bytes, human_bytes_up};
 
 /// Threads for blocking work: the permanent ones, and the most in all.
 const BLOCKING: (usize, usize) = (2, 64);
 /// Lifetime of an idle thread for blocking work: later the system may allow none.
 const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Bytes of address space that a daemon's code, data and buffers take at most, without its threads.
+const ADDRESS_SPACE: u64 = 256 << 20;
+/// Bytes of address space of a thread's stack, with what the system adds.
+const STACK: u64 = (2 << 20) + (64 << 10);
 /// Threads and processes left for short-lived children of the daemon.
 const MARGIN: usize = 4;
 
@@ -29,6 +36,18 @@ pub enum RuntimeError {
         /// Fewest threads with which the daemon works.
         needed: usize,
     },
+    /// The limit on address space is too low.
+    #[error(
+        "the limit on address space (`ulimit -v`) is {}: at least {} are needed",
+        human_bytes(*limit),
+        human_bytes_up(*needed)
+    )]
+    AddressSpace {
+        /// The limit in bytes.
+        limit: u64,
+        /// Fewest bytes with which the daemon works.
+        needed: u64,
+    },
     /// The system refused another resource.
     #[error("could not start the runtime")]
     System(#[source] io::Error),
@@ -40,6 +59,10 @@ impl RuntimeError {
         match self {
             Self::Threads { .. } => Some(
                 "raise `pids.max` of the cgroup (`TasksMax=` of the systemd unit) or `ulimit -u`",
+            ),
+            Self::AddressSpace { .. } => Some(
+                "raise `ulimit -v`, or bound the memory in use instead, with `memory.max` of the cgroup (`MemoryMax=` of the \
+                 systemd unit)",
             ),
             Self::System(_) => None,
         }
@@ -76,6 +99,7 @@ pub fn runtime(workers: usize, own: usize) -> Result<Runtime, RuntimeError> {
     let (least_blocking, most_blocking) = BLOCKING;
     let needed = 1 + least_blocking + own;
     let comfortable = workers + 2 * least_blocking + own + MARGIN;
+    fit_address_space((workers + most_blocking + own + MARGIN) as u64)?;
     let found = available(comfortable.max(needed));
     if found < needed {
         return Err(RuntimeError::Threads { found, needed });
@@ -97,6 +121,30 @@ pub fn runtime(workers: usize, own: usize) -> Result<Runtime, RuntimeError> {
         .map_err(RuntimeError::System)?;
     start_blocking_threads(&runtime, least_blocking);
     Ok(runtime)
+}
+
+/// Fails if the limit on address space does not hold this many threads, and otherwise keeps the allocator within it.
+fn fit_address_space(threads: u64) -> Result<(), RuntimeError> {
+    let Some(limit) = getrlimit(Resource::As).current else {
+        return Ok(());
+    };
+    // Each thread reserves 64 MiB and more for allocations of its own, up to eight times the number of processors.
+    share_one_arena();
+    let needed = ADDRESS_SPACE + threads * STACK;
+    if limit < needed {
+        return Err(RuntimeError::AddressSpace { limit, needed });
+    }
+    Ok(())
+}
+
+/// Makes all threads allocate from one region, as only glibc's allocator has to be told.
+fn share_one_arena() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: the function takes two numbers, changes a setting of the allocator under its lock, and touches no memory of ours.
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
 }
 
 /// Starts threads for blocking work, so that later work always finds an idle thread.

@@ -129,7 +129,7 @@ fn placements(placements: &[AttemptPlacement], colour: bool) -> String {
             Cell::from(placement.attempt.to_string()),
             Cell::from(placement.pool_id.clone()),
             Cell::from(placement.worker_id.clone()),
-            Cell::from(why.unwrap_or_else(|| "unknown: it ended before it began".to_owned())),
+            Cell::from(why.unwrap_or_else(|| "not recorded: it ended before it began".to_owned())),
         ]
     });
     render_table(&["ATTEMPT", "POOL", "WORKER", "WHY THERE"], rows, colour)
@@ -240,7 +240,7 @@ mod tests {
         status     completed
 
         ATTEMPT  POOL  WORKER          WHY THERE
-        1        mac   worker-metal-0  unknown: it ended before it began
+        1        mac   worker-metal-0  not recorded: it ended before it began
         2        mac   worker-metal-1  its session ran on this pool last
         ");
     }

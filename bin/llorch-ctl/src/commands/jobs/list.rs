@@ -174,6 +174,8 @@ fn render(jobs: &[TaskSummary], now: Timestamp, width: usize, colour: bool) -> S
 fn row(job: &TaskSummary, now: Timestamp) -> [String; 6] {
     let dash = || "-".to_owned();
     let place = job.pool_id.as_ref().zip(job.worker_id.as_ref());
+    // A job that waits for its next attempt is on no worker.
+    let place = place.filter(|_| job.status != JobStatus::Queued);
     [
         age(job.created_at, now),
         job.status.to_string(),

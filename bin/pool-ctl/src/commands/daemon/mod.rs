@@ -222,14 +222,21 @@ async fn status_of(pool: Pool) -> Result<Option<PoolReport>, CliError> {
     }
 }
 
+fn count(number: usize, noun: &str) -> String {
+    match number {
+        1 => format!("1 {noun}"),
+        number => format!("{number} {noun}s"),
+    }
+}
+
 fn line_of(pool: &PoolStatus) -> String {
     let live = pool.workers.iter().filter(|worker| worker.status.is_live());
     let drain = pool.drain.as_ref();
     format!(
-        "pool {} {}: {} workers, {} models",
+        "pool {} {}: {}, {}",
         pool.pool_id,
         drain.map_or_else(|| "takes work".to_owned(), drain::describe),
-        live.count(),
-        pool.models.len()
+        count(live.count(), "worker"),
+        count(pool.models.len(), "model")
     )
 }
