@@ -5,12 +5,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 
-use candle_core::Device;
-use pool_core::api::worker::{ExecuteRequest, WorkerEnd, WorkerError, WorkerEvent};
+use pool_core::api::worker::{
+    ExecuteRequest, WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent,
+};
 use pool_core::crash::crash_point;
 use tokio::sync::oneshot;
 
-use crate::backend::cpu::private_bytes;
+use crate::backend::Device;
+use crate::backend::cpu::host::private_bytes;
 use crate::engine::{Control, Engine, Failure, Halted, LoadError};
 use crate::executions::{Execution, Executions};
 use crate::metrics::Metrics;
@@ -74,8 +76,9 @@ impl Compute {
         let load = || {
             let mut engine = Engine::load(
                 &self.model,
-                &self.device,
+                self.device,
                 self.context_length,
+                self.slots,
                 &mut |done, total| {
                     self.status.loading(done, total);
                 },
@@ -86,14 +89,13 @@ impl Compute {
             let status = Arc::clone(&self.status);
             engine.on_layer(move || status.advance());
             engine.warm_up()?;
-            Ok(engine)
+            Ok::<_, LoadError>(engine)
         };
-        // A file that passes every check of ours may still break an assumption inside candle.
-        let engine =
-            caught(load).unwrap_or_else(|panicked| Err(LoadError::Compute(panicked.into())))?;
+        // A file that passes every check of ours may still break an assumption of the program.
+        let engine = caught(load).unwrap_or_else(|panicked| Err(panicked.into()))?;
         crash_point("load.done");
-        // What is not taken yet: the caches, and what attention takes while a prompt fills them.
-        let to_come = engine.kv_cache_bytes() * self.slots as u64 + engine.scratch_bytes();
+        // What is not taken yet, but for the little that the warm-up took.
+        let to_come = engine.working_bytes();
         self.status.ready(Loaded {
             context_length: engine.context_length() as u32,
             measured_bytes: private_bytes().map(|bytes| bytes + to_come),
@@ -114,7 +116,7 @@ impl Compute {
             drawn: 0,
         };
         let outcome = caught(|| run_request(engine, execution, request, &mut control))
-            .unwrap_or_else(|panicked| Err(Failure::Compute(panicked.into())));
+            .unwrap_or_else(|panicked| Err(panicked.into()));
         let drawn = control.drawn;
         crash_point("execute.ending");
         let last = match outcome {
@@ -143,14 +145,11 @@ impl Compute {
             Err(failure) => {
                 let code = failure.code();
                 // What a template or a request says may quote a prompt; it goes to the reader alone.
-                match &failure {
-                    Failure::Compute(error) => {
-                        tracing::error!(job_id, attempt, %error, "the computation failed");
-                    }
-                    _ => {
-                        let code = code.as_str();
-                        tracing::info!(job_id, attempt, code, "execution ended without an answer");
-                    }
+                if code == WorkerErrorCode::InferenceFailed {
+                    tracing::error!(job_id, attempt, error = %failure, "the computation failed");
+                } else {
+                    let code = code.as_str();
+                    tracing::info!(job_id, attempt, code, "execution ended without an answer");
                 }
                 self.metrics.failed(code.as_str());
                 WorkerEvent::Error(WorkerError {

@@ -48,6 +48,8 @@ pub struct Config {
     pub secret: Secret,
     /// Tells this start of the worker from others.
     pub nonce: String,
+    /// Number of threads that compute.
+    pub threads: usize,
     /// How long an execution's buffer lives after its end.
     pub execution_ttl: Duration,
     /// Bytes of all buffers together.
@@ -134,6 +136,7 @@ pub async fn run(
         args,
         secret,
         nonce,
+        threads,
         execution_ttl,
         buffer_bytes,
     } = config;
@@ -151,7 +154,7 @@ pub async fn run(
         )
     };
     let service = Service::bind(SocketAddr::new(args.bind, args.port), options).await?;
-    let device = backend::open(args.backend)?;
+    let device = backend::Device::of(args.backend, threads)?;
     let (submit, queue) = mpsc::channel();
     let limits = Limits {
         slots: args.slots as usize,

@@ -44,7 +44,7 @@ fn main() -> ExitCode {
     let wanted = cli
         .worker
         .threads
-        .unwrap_or_else(backend::cpu::default_threads);
+        .unwrap_or_else(backend::cpu::host::default_threads);
     let threads = match compute_threads(wanted) {
         Ok(threads) => threads,
         Err(error) => {
@@ -53,12 +53,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    // SAFETY: this is the process's first thread, and it has started no other yet.
-    #[allow(unsafe_code)]
-    unsafe {
-        backend::cpu::limit_threads(threads);
-    }
-    match start(cli, (threads < wanted).then_some(threads)) {
+    match start(cli, threads, threads < wanted) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let known = error.downcast_ref::<RunError>();
@@ -75,21 +70,19 @@ fn main() -> ExitCode {
     }
 }
 
-/// Returns how many of `wanted` compute threads the system has room for. candle and rayon each start that many, and
-/// panic if the system gives fewer.
+/// Returns how many of `wanted` compute threads the system has room for.
 fn compute_threads(wanted: u32) -> Result<u32, RuntimeError> {
-    let needed = OWN_THREADS + 2;
-    let found = threads::available(OWN_THREADS + 2 * wanted as usize);
-    let pairs = found.saturating_sub(OWN_THREADS) / 2;
-    match u32::try_from(pairs).unwrap_or(u32::MAX) {
+    let needed = OWN_THREADS + 1;
+    let found = threads::available(OWN_THREADS + wanted as usize);
+    match u32::try_from(found.saturating_sub(OWN_THREADS)).unwrap_or(u32::MAX) {
         0 => Err(RuntimeError::Threads { found, needed }),
         threads => Ok(threads.min(wanted)),
     }
 }
 
-fn start(cli: Cli, fewer_threads: Option<u32>) -> anyhow::Result<()> {
+fn start(cli: Cli, threads: u32, fewer: bool) -> anyhow::Result<()> {
     telemetry::init("info").context("`LLORCH_LOG` is not a log filter")?;
-    if let Some(threads) = fewer_threads {
+    if fewer {
         tracing::warn!(threads, "the system has no room for more compute threads");
     }
     let (secret, nonce) = handed_over()?;
@@ -97,11 +90,12 @@ fn start(cli: Cli, fewer_threads: Option<u32>) -> anyhow::Result<()> {
         args: cli.worker,
         secret,
         nonce,
+        threads: threads as usize,
         execution_ttl: Duration::from_secs(cli.execution_ttl_s),
         buffer_bytes: cli.buffer_mib << 20,
     };
     // Two threads are plenty for the events of one computation, and leave the processors to it.
-    let runtime = threads::runtime(2, 2)?;
+    let runtime = pool_core::service::threads::runtime(2, 2)?;
     let outcome = runtime.block_on(async {
         // A daemon that dies leaves the worker's process group without a parent in its session, upon which the kernel
         // hangs up a worker that somebody had stopped for a moment. Asking for the signal is enough to survive it.

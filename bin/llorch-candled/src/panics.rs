@@ -10,12 +10,6 @@ use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 #[error("the worker broke off because of a fault of its own; its log says where")]
 pub struct Panicked;
 
-impl From<Panicked> for candle_core::Error {
-    fn from(panicked: Panicked) -> Self {
-        Self::wrap(panicked)
-    }
-}
-
 /// Runs `work`, and makes a panic in it an error without its message. What `work` changed is for the caller to judge.
 pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, Panicked> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|_: Box<dyn Any + Send>| Panicked)
@@ -58,7 +52,7 @@ mod tests {
             printed.contains("panics.rs") && printed.starts_with("thread "),
             "{printed}"
         );
-        let said = candle_core::Error::from(outcome.unwrap_err()).to_string();
+        let said = outcome.unwrap_err().to_string();
         for text in [printed.as_str(), said.as_str()] {
             assert!(!text.contains("secret"), "{text}");
         }

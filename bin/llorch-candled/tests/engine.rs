@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use candle_core::Device;
+use llorch_candled::backend::Device;
+use llorch_candled::backend::cpu::lanes::Tier;
 use llorch_candled::engine::{Control, Engine, Failure, Halted};
 use pool_core::api::worker::{
     ContextOverflow, ExecuteRequest, Origin, Resume, Sampling, StopReason, WorkerErrorCode,
@@ -17,7 +18,7 @@ use pool_core::catalog::gguf::GgufFile;
 use pool_core::catalog::support as supported;
 use pool_core::errors::with_causes;
 use support::tiny_model::{BLOCKS, END, TinyModel};
-use support::{Answer, greedy, run, tiny};
+use support::{Answer, cpu, greedy, run, tiny, tiny_on};
 
 fn engine() -> Engine {
     tiny(&TinyModel::default()).expect("the tiny model loads")
@@ -49,38 +50,86 @@ fn assert_contiguous(answer: &Answer) {
     assert!(answer.pieces.iter().all(|p| !p.t.is_empty()));
 }
 
+const ARCHITECTURES: [&str; 4] = ["gemma3", "llama", "qwen2", "qwen3"];
+
+/// A model with enough layers that all kinds of them are there.
+fn of_architecture(architecture: &'static str) -> TinyModel {
+    TinyModel {
+        architecture,
+        blocks: 7,
+        ..TinyModel::default()
+    }
+}
+
+/// Logits of the last of some tokens, computed in one pass.
+fn logits(engine: &Engine, tokens: &[u32]) -> Vec<f32> {
+    let mut sequence = engine.sequence(tokens.len()).expect("the cache has room");
+    sequence.logits(tokens).expect("the model computes")
+}
+
+// [CAND-011]
+#[test]
+fn every_architecture_computes_what_the_reference_computes() {
+    for architecture in ARCHITECTURES {
+        let model = of_architecture(architecture);
+        let tokens: Vec<u32> = (0..100).map(|i| (i * 11) % 230).collect();
+        let found = logits(&tiny(&model).unwrap(), &tokens);
+        let expected = logits(&tiny_on(Device::Reference, &model).unwrap(), &tokens);
+        let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+        let difference: Vec<f32> = found.iter().zip(&expected).map(|(a, b)| a - b).collect();
+        let error = norm(&difference) / norm(&expected);
+        // Keys and values are half-precision floats here, and full ones there.
+        assert!(error < 5e-3, "{architecture}: the error is {error}");
+    }
+}
+
+// [CAND-014]
+#[test]
+fn bits_depend_neither_on_instructions_nor_on_threads() {
+    for architecture in ARCHITECTURES {
+        let model = of_architecture(architecture);
+        let tokens: Vec<u32> = (0..70).map(|i| (i * 13) % 230).collect();
+        let bits = |threads, tier| {
+            let engine = tiny_on(Device::Cpu { threads, tier }, &model).unwrap();
+            let logits = logits(&engine, &tokens);
+            logits.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let expected = bits(1, Tier::Portable);
+        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
+            for threads in [1, 2, 3] {
+                assert_eq!(
+                    bits(threads, tier),
+                    expected,
+                    "{architecture}, {tier:?}, {threads}"
+                );
+            }
+        }
+    }
+}
+
 // [CAND-011]
 #[test]
 fn every_architecture_computes_the_same_in_chunks_and_token_by_token() {
-    for architecture in ["llama", "qwen2", "qwen3"] {
-        let engine = tiny(&TinyModel {
-            architecture,
-            ..TinyModel::default()
-        })
-        .unwrap();
-        let decoder = engine.decoder();
+    for architecture in ARCHITECTURES {
+        let engine = tiny(&of_architecture(architecture)).unwrap();
         let tokens: Vec<u32> = (0..150).map(|i| (i * 7) % 200).collect();
-        let mut whole = decoder.new_cache(tokens.len()).unwrap();
-        let at_once = decoder.logits(&tokens, &mut whole).unwrap();
-        let mut chunked = decoder.new_cache(tokens.len()).unwrap();
-        let in_chunks =
-            llorch_candled::engine::prefill::prefill(decoder, &mut chunked, &tokens, &mut |_| {
-                Ok(())
-            })
+        let at_once = engine
+            .sequence(tokens.len())
+            .unwrap()
+            .logits(&tokens)
             .unwrap();
-        let mut single = decoder.new_cache(tokens.len()).unwrap();
+        let mut chunked = engine.sequence(tokens.len()).unwrap();
+        let in_chunks =
+            llorch_candled::engine::prefill::prefill(&mut chunked, &tokens, &mut |_| Ok(()))
+                .unwrap();
+        let mut single = engine.sequence(tokens.len()).unwrap();
         let one_by_one = tokens
             .iter()
-            .map(|t| decoder.logits(&[*t], &mut single).unwrap())
+            .map(|t| single.logits(&[*t]).unwrap())
             .last()
             .unwrap();
         for other in [in_chunks, one_by_one] {
-            let worst = at_once
-                .iter()
-                .zip(&other)
-                .map(|(a, b)| (a - b).abs())
-                .fold(0.0, f32::max);
-            assert!(worst < 2e-3, "{architecture}: logits differ by {worst}");
+            assert_eq!(other, at_once, "{architecture}");
         }
     }
 }
@@ -96,7 +145,7 @@ fn other_architectures_are_refused_by_name() {
     };
     let text = error.to_string();
     assert!(
-        text.contains("`mamba`") && text.contains("llama, qwen2, qwen3"),
+        text.contains("`mamba`") && text.contains("gemma3, llama, qwen2, qwen3"),
         "{text}"
     );
 }
@@ -491,7 +540,7 @@ fn half_of_its_context() -> Engine {
         ..TinyModel::default()
     };
     model.write(&path).expect("the model is written");
-    Engine::load(&path, &Device::Cpu, Some(32), &mut |_, _| {}).expect("the model loads")
+    Engine::load(&path, cpu(), Some(32), 1, &mut |_, _| {}).expect("the model loads")
 }
 
 // [CAND-052] [CAND-056]
@@ -648,7 +697,7 @@ fn damaged_weights_are_an_error_and_not_an_answer() {
     let weights = bytes.len() / 2;
     bytes[weights..].fill(0xff);
     std::fs::write(&path, bytes).unwrap();
-    let engine = Engine::load(&path, &candle_core::Device::Cpu, None, &mut |_, _| ()).unwrap();
+    let engine = Engine::load(&path, cpu(), None, 1, &mut |_, _| ()).unwrap();
     let code = run(&engine, greedy("hello")).map_err(|failure| failure.code());
     assert_eq!(code.err(), Some(WorkerErrorCode::InferenceFailed));
 }

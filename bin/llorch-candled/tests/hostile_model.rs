@@ -10,7 +10,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use candle_core::Device;
 use gguf_mutants::{with_text, without};
 use llorch_candled::engine::Engine;
 use pool_core::api::worker::{ExecuteRequest, Message, Role};
@@ -106,7 +105,7 @@ fn a_child_loads_a_model_and_measures_itself() {
         return;
     };
     let mut start = processor_time();
-    let engine = Engine::load(Path::new(&path), &Device::Cpu, None, &mut |_, _| ());
+    let engine = Engine::load(Path::new(&path), support::cpu(), None, 1, &mut |_, _| ());
     let verdict = match (engine, std::env::var_os(JOB_VAR)) {
         (Err(error), _) => format!("refused {error}"),
         (Ok(engine), None) => {

@@ -61,6 +61,7 @@ fn config(model: PathBuf) -> Config {
         },
         secret: Secret::new("s3cret"),
         nonce: "nonce-7".into(),
+        threads: 1,
         execution_ttl: PATIENCE,
         buffer_bytes: 16 << 20,
     }

@@ -6,11 +6,10 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::time::Instant;
 
-use candle_core::Device;
 use llorch_candled::engine::Engine;
 use pool_core::api::worker::{ExecuteRequest, Message, Role, StopReason};
 use serde::Deserialize;
-use support::{greedy, run};
+use support::{cpu, greedy, run};
 
 /// Where the reference's best token leads the second by less than this, rounding may choose the other.
 const MARGIN: f32 = 0.25;
@@ -22,7 +21,7 @@ fn model_path() -> PathBuf {
 }
 
 static ENGINE: LazyLock<Engine> = LazyLock::new(|| {
-    Engine::load(&model_path(), &Device::Cpu, None, &mut |_, _| ()).expect("the model loads")
+    Engine::load(&model_path(), cpu(), None, 1, &mut |_, _| ()).expect("the model loads")
 });
 
 #[derive(Deserialize)]
@@ -115,12 +114,9 @@ fn along_the_reference_the_likeliest_token_is_the_references() {
         ..
     } in data.prompts
     {
-        let (decoder, tokens) = (
-            ENGINE.decoder(),
-            ENGINE.tokenizer().encode(&prompt).unwrap(),
-        );
-        let mut cache = decoder.new_cache(tokens.len() + ids.len()).unwrap();
-        let mut logits = decoder.logits(&tokens, &mut cache).unwrap();
+        let tokens = ENGINE.tokenizer().encode(&prompt).unwrap();
+        let mut sequence = ENGINE.sequence(tokens.len() + ids.len()).unwrap();
+        let mut logits = sequence.logits(&tokens).unwrap();
         for (at, (id, margin)) in ids.iter().zip(margin).enumerate().take(24) {
             let best = (0u32..)
                 .zip(&logits)
@@ -131,7 +127,7 @@ fn along_the_reference_the_likeliest_token_is_the_references() {
                 best == *id || margin < MARGIN,
                 "{prompt:?}, token {at}: {best} instead of {id}"
             );
-            logits = decoder.logits(&[*id], &mut cache).unwrap();
+            logits = sequence.logits(&[*id]).unwrap();
         }
     }
 }
@@ -210,7 +206,7 @@ fn a_web_page_with_forged_turns_is_text() {
 fn loading_tells_every_few_mebibytes_that_it_moves() {
     let mut told = Vec::new();
     let mut progress = |done, total| told.push((done, total));
-    Engine::load(&model_path(), &Device::Cpu, None, &mut progress).expect("the model loads");
+    Engine::load(&model_path(), cpu(), None, 1, &mut progress).expect("the model loads");
     // Its largest tensor has 27 MiB.
     for pair in told.windows(2) {
         let step = pair[1].0.checked_sub(pair[0].0);

@@ -571,13 +571,13 @@ fn a_split_model_is_refused_before_a_byte_of_it_comes() {
 #[test] // [POOLCTL-060]
 fn a_file_that_no_worker_runs_is_not_kept() {
     let stage = Stage::without_a_watcher(None);
-    let other = GgufDraft::servable().of_architecture("gemma3").bytes();
+    let other = GgufDraft::servable().of_architecture("mamba").bytes();
     stage.hub.behaviour().etag = sha256(&other);
     stage.hub.behaviour().content = other.into();
     stage
         .run(&["models", "download", "hf:org/repo"])
         .exits(4)
-        .says(&["architecture `gemma3` is not supported"]);
+        .says(&["architecture `mamba` is not supported"]);
     let args = ["models", "download", "hf:org/repo", "--progress", "json"];
     let ran = stage.run(&args).exits(4);
     let last: Value = serde_json::from_str(ran.out.lines().last().unwrap()).unwrap();

@@ -59,7 +59,7 @@ pub struct WorkerArgs {
     /// Address of the pool manager to tell when the model is loaded.
     #[cfg_attr(feature = "cli", arg(long, value_name = "URL"))]
     pub pool_url: Option<String>,
-    /// Tokens of context [default: the smaller of the model's and 4096].
+    /// Tokens of context [default: the smaller of the model's and 8192].
     #[cfg_attr(feature = "cli", arg(long, value_name = "TOKENS"))]
     pub context_length: Option<u32>,
     /// Sequences that run at once; this version runs 1.

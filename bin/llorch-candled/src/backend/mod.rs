@@ -1,9 +1,18 @@
-//! Where a model is computed. The seam for other devices, and for kernels of our own.
+//! What computes models, by kind of processor.
 
+pub mod candle;
 pub mod cpu;
+mod tensors;
 
-use candle_core::Device;
+use std::path::Path;
+
+use pool_core::catalog::gguf::GgufFile;
 use pool_core::worker::Backend;
+
+use crate::engine::model::Model;
+use crate::engine::model::description::DescriptionError;
+use cpu::lanes::Tier;
+pub use tensors::TensorError;
 
 /// Why a backend can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -16,10 +25,95 @@ pub enum BackendError {
     },
 }
 
-/// Opens the device of a backend.
-pub fn open(backend: Backend) -> Result<Device, BackendError> {
-    match backend {
-        Backend::Cpu => Ok(Device::Cpu),
-        Backend::Cuda | Backend::Metal => Err(BackendError::NotBuilt { backend }),
+/// Why a model can't be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Its numbers or features.
+    #[error(transparent)]
+    Description(#[from] DescriptionError),
+    /// Its tensors.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+    /// The file, or what the system has to give.
+    #[error("could not load the model")]
+    Io(#[from] std::io::Error),
+    /// The backend's library.
+    #[error("the model can't be computed: {0}")]
+    Backend(String),
+}
+
+impl From<candle_core::Error> for LoadError {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Backend(error.to_string())
+    }
+}
+
+/// What computes a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Device {
+    /// Kernels of our own.
+    Cpu {
+        /// Number of threads.
+        threads: usize,
+        /// Instructions to use.
+        tier: Tier,
+    },
+    /// candle on the CPU: the reference.
+    Reference,
+}
+
+impl Device {
+    /// Returns the device of a backend.
+    ///
+    /// # Errors
+    ///
+    /// Fails if this build doesn't have the backend.
+    pub fn of(backend: Backend, threads: usize) -> Result<Self, BackendError> {
+        match backend {
+            Backend::Cpu => Ok(Self::Cpu {
+                threads,
+                tier: Tier::best(),
+            }),
+            Backend::Cuda | Backend::Metal => Err(BackendError::NotBuilt { backend }),
+        }
+    }
+
+    /// Names what the bits of a result depend on besides the model.
+    pub fn arithmetic(self) -> &'static str {
+        match self {
+            Self::Cpu { .. } => cpu::ARITHMETIC,
+            Self::Reference => "candle",
+        }
+    }
+
+    /// Loads the model that `header` describes from the file at `path`, with a cache of `blocks` blocks. `progress` hears the
+    /// bytes read so far.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the file lacks something, or if the system refuses threads or memory.
+    pub fn load(
+        self,
+        path: &Path,
+        header: &GgufFile,
+        blocks: usize,
+        progress: &mut (dyn FnMut(u64) + Send),
+    ) -> Result<Box<dyn Model>, LoadError> {
+        Ok(match self {
+            Self::Cpu { threads, tier } => {
+                let load = cpu::Load {
+                    threads,
+                    tier,
+                    blocks,
+                };
+                Box::new(load.model(path, header, progress)?)
+            }
+            Self::Reference => {
+                let device = candle_core::Device::Cpu;
+                Box::new(candle::CandleModel::load(
+                    path, header, &device, blocks, progress,
+                )?)
+            }
+        })
     }
 }

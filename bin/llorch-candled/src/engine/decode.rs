@@ -58,8 +58,8 @@ pub(super) fn generate(
     }));
     let limit = engine.limit(request, prompt.len());
     // The last token of an answer is never run.
-    let mut cache = engine.decoder.new_cache(prompt.len() + limit - 1)?;
-    let mut logits = prefill(&engine.decoder, &mut cache, prompt, &mut |done| {
+    let mut sequence = engine.sequence(prompt.len() + limit - 1)?;
+    let mut logits = prefill(&mut sequence, prompt, &mut |done| {
         control.check()?;
         if done > 0 {
             control.progress();
@@ -86,7 +86,7 @@ pub(super) fn generate(
         let (_, end) = answer.push(engine, *id);
         ended = end;
         if ended.is_none() && answer.ids.len() < answer.limit {
-            logits = engine.decoder.logits(&[*id], &mut cache)?;
+            logits = sequence.logits(&[*id])?;
         }
         control.progress();
         if answer.ids.len().is_multiple_of(METRICS_EVERY) {
@@ -138,7 +138,7 @@ pub(super) fn generate(
             }));
         }
         if ended.is_none() && answer.ids.len() < answer.limit {
-            logits = engine.decoder.logits(&[id], &mut cache)?;
+            logits = sequence.logits(&[id])?;
         }
         control.progress();
     };

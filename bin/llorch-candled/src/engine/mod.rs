@@ -6,26 +6,30 @@ mod origin;
 mod output;
 pub mod prefill;
 pub mod sampling;
+pub mod sequence;
 pub mod stop;
 
 use std::error::Error;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use candle_core::Device;
 use pool_core::api::worker::{
     ContextOverflow, ExecuteRequest, Message, Origin, Resume, Role, WorkerEnd, WorkerErrorCode,
     WorkerEvent,
 };
 use pool_core::catalog::gguf::{GgufError, GgufFile};
 use pool_core::chat_template::TemplateProblem;
-use pool_core::lifecycle::attention_scratch_bytes;
 
+use crate::backend::{self, Device};
 use crate::chat_template::{ChatTemplate, Conversation, Rendered, TemplateError};
+use crate::panics::Panicked;
 use crate::tokenizer::{Tokenizer, TokenizerError};
-use model::config::{ConfigError, ModelConfig};
-use model::{Decoder, DecoderError};
+use model::description::{Description, DescriptionError};
+use model::{BLOCK, ModelError};
 use output::Output;
+use sampling::SamplingError;
+use sequence::{CacheFull, Core, Sequence};
 
 /// Why a model file can't be served.
 #[derive(Debug, thiserror::Error)]
@@ -35,16 +39,22 @@ pub enum LoadError {
     Header(#[from] GgufError),
     /// Its numbers or features.
     #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// Its tensors.
-    #[error(transparent)]
-    Decoder(#[from] DecoderError),
+    Description(#[from] DescriptionError),
     /// Its vocabulary.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// Its weights.
+    #[error(transparent)]
+    Backend(#[from] backend::LoadError),
     /// It can't be computed with.
     #[error("the model can't be computed: {0}")]
-    Compute(#[from] candle_core::Error),
+    Compute(#[from] ModelError),
+    /// Its cache.
+    #[error(transparent)]
+    CacheFull(#[from] CacheFull),
+    /// It broke an assumption of the program.
+    #[error("the model can't be computed: {0}")]
+    Panicked(#[from] Panicked),
 }
 
 impl LoadError {
@@ -58,7 +68,10 @@ impl LoadError {
 
     /// Whether it is the command line that asks for what the model doesn't have, rather than the file that is bad.
     pub fn is_usage(&self) -> bool {
-        matches!(self, Self::Config(ConfigError::ContextTooLong { .. }))
+        matches!(
+            self,
+            Self::Description(DescriptionError::ContextTooLong { .. })
+        )
     }
 
     /// Whether the system could not read the file, which says nothing about what is in it.
@@ -100,7 +113,16 @@ pub enum Failure {
     Halted(Halted),
     /// The computation.
     #[error("the computation failed: {0}")]
-    Compute(#[from] candle_core::Error),
+    Compute(#[from] ModelError),
+    /// There is no room for its keys and values.
+    #[error(transparent)]
+    CacheFull(#[from] CacheFull),
+    /// The choice of a token.
+    #[error("the computation failed: {0}")]
+    Sampling(#[from] SamplingError),
+    /// It broke an assumption of the program.
+    #[error("the computation failed: {0}")]
+    Panicked(#[from] Panicked),
 }
 
 impl From<Halted> for Failure {
@@ -119,13 +141,16 @@ impl Failure {
             Self::Halted(Halted::Cancelled) => WorkerErrorCode::Cancelled,
             Self::Halted(Halted::Replaced) => WorkerErrorCode::Replaced,
             Self::Halted(Halted::ShuttingDown) => WorkerErrorCode::ShuttingDown,
-            Self::Compute(_) => WorkerErrorCode::InferenceFailed,
+            Self::Compute(_) | Self::CacheFull(_) | Self::Sampling(_) | Self::Panicked(_) => {
+                WorkerErrorCode::InferenceFailed
+            }
         }
     }
 
     /// Whether another attempt, on this worker or another, may succeed.
     pub fn retriable(&self) -> bool {
-        matches!(self, Self::Compute(_) | Self::Halted(Halted::ShuttingDown))
+        let by_request = self.code() != WorkerErrorCode::InferenceFailed;
+        !by_request || matches!(self, Self::Halted(Halted::ShuttingDown))
     }
 
     /// Returns the sizes of a context that is too small; `None` for other errors.
@@ -185,7 +210,8 @@ impl Generation {
 
 /// A loaded model with its tokenizer and chat template.
 pub struct Engine {
-    decoder: Decoder,
+    core: Mutex<Core>,
+    description: Description,
     tokenizer: Tokenizer,
     /// The chat template, or why none is usable. A model without a template accepts raw prompts only.
     template: Result<ChatTemplate, TemplateError>,
@@ -194,18 +220,21 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads a model file. `progress` hears the bytes of weights read, and how many there are, at every step of it.
+    /// Loads a model file, with a cache for `slots` sequences of the context's length. `progress` hears the bytes of weights
+    /// read, and how many there are, at every step of it.
     pub fn load(
         path: &Path,
-        device: &Device,
+        device: Device,
         context_length: Option<usize>,
-        progress: &mut dyn FnMut(u64, u64),
+        slots: usize,
+        progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<Self, LoadError> {
         // Looked at first: what is read afterwards may be newer than it says, and is then nobody's match.
         let origin = origin::of(path, device)?;
         let header = GgufFile::open(path)?;
         // Everything that can be refused without reading the weights is refused before.
-        let context_length = ModelConfig::from_header(&header)?.context_length(context_length)?;
+        let description = Description::from_header(&header)?;
+        let context_length = description.context_length(context_length)?;
         let tokenizer = Tokenizer::from_header(&header)?;
         let template = read_template(&header, &tokenizer);
         if let Err(error) = &template {
@@ -214,9 +243,11 @@ impl Engine {
         let total: u64 = header.tensors().iter().map(|t| t.size_bytes).sum();
         // The tokenizer was a step too.
         progress(0, total);
-        let decoder = Decoder::load(path, &header, device, &mut |bytes| progress(bytes, total))?;
+        let blocks = context_length.div_ceil(BLOCK) * slots;
+        let model = device.load(path, &header, blocks, &mut |bytes| progress(bytes, total))?;
         Ok(Self {
-            decoder,
+            core: Mutex::new(Core::new(model)),
+            description,
             tokenizer,
             template,
             context_length,
@@ -236,32 +267,31 @@ impl Engine {
 
     /// Calls `told` whenever a layer was computed, from now on.
     pub fn on_layer(&mut self, told: impl Fn() + Send + Sync + 'static) {
-        self.decoder.on_layer(told);
+        let core = self.core.get_mut();
+        core.unwrap_or_else(PoisonError::into_inner)
+            .model
+            .on_layer(Box::new(told));
     }
 
-    /// Computes two tokens, so that what candle prepares at first use is in memory before anybody measures it, and a
-    /// model that computes nothing sensible is refused before it gets a job.
-    pub fn warm_up(&self) -> candle_core::Result<()> {
-        let mut cache = self.decoder.new_cache(3)?;
-        self.decoder.advance(&[0, 0], &mut cache)?;
-        let logits = self.decoder.logits(&[0], &mut cache)?;
+    /// Computes two tokens, so that what is prepared at first use is in memory before anybody measures it, and a model that
+    /// computes nothing sensible is refused before it gets a job.
+    pub fn warm_up(&self) -> Result<(), LoadError> {
+        let tokens = &[0; 3][..self.context_length.min(3)];
+        let mut sequence = self.sequence(tokens.len())?;
+        sequence.advance(&tokens[1..])?;
+        let logits = sequence.logits(&tokens[..1])?;
         match logits.iter().all(|logit| logit.is_finite()) {
             true => Ok(()),
-            false => candle_core::bail!("its logits are not finite numbers"),
+            false => Err(LoadError::Compute(ModelError::NotFinite)),
         }
     }
 
-    /// Bytes of the KV cache of a sequence that fills the context.
-    pub fn kv_cache_bytes(&self) -> u64 {
-        let config = self.decoder.config();
-        let elements = 2 * config.blocks * config.kv_heads * config.head_dim * self.context_length;
-        elements as u64 * model::cache::ELEMENT_BYTES
-    }
-
-    /// Bytes that computing takes at most while a prompt fills the context, beside the KV cache.
-    pub fn scratch_bytes(&self) -> u64 {
-        let heads = self.decoder.config().heads;
-        attention_scratch_bytes(heads as u64, self.context_length as u64)
+    /// Returns the bytes that computing takes at most, besides the weights: the cache, and what a chunk of a prompt takes at the
+    /// end of the context.
+    pub fn working_bytes(&self) -> u64 {
+        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
+        let chunk = prefill::CHUNK.min(self.context_length);
+        core.model.cache_bytes() + core.model.pass_bytes(chunk, self.context_length)
     }
 
     /// Tokens of context of a sequence.
@@ -274,9 +304,18 @@ impl Engine {
         &self.tokenizer
     }
 
-    /// The decoder.
-    pub fn decoder(&self) -> &Decoder {
-        &self.decoder
+    /// Returns what the model is like.
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// Begins a sequence of at most `capacity` tokens.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the cache has no room for it.
+    pub fn sequence(&self, capacity: usize) -> Result<Sequence<'_>, CacheFull> {
+        Sequence::new(&self.core, capacity)
     }
 
     /// Renders and tokenises a request's prompt.
@@ -308,7 +347,7 @@ impl Engine {
         if let Some(ids) = &resumed {
             // Text already sent to readers is not voided for lack of room that another worker has.
             let answer = (ids.len() + 1).min(request.max_tokens as usize);
-            let most = self.decoder.config().max_context - prompt.len();
+            let most = self.description.max_context - prompt.len();
             self.check_room(prompt.len(), answer.clamp(1, most))?;
         }
         Ok(Generation {
@@ -330,7 +369,7 @@ impl Engine {
             prompt_tokens: tokens(prompt),
             needed_tokens: tokens(needed),
             context_length: tokens(self.context_length),
-            model_context: tokens(self.decoder.config().max_context),
+            model_context: tokens(self.description.max_context),
         }))
     }
 

@@ -17,13 +17,26 @@
 
 use std::cmp::Ordering;
 
-use candle_core::bail;
 use pool_core::api::worker::Sampling;
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, SeedableRng};
 
 /// How many of the likeliest candidates are put in order first when only the likeliest part is wanted.
 const FIRST_PART: usize = 64;
+
+/// Why no token can be chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SamplingError {
+    /// A logit is not a number.
+    #[error("the logit of token {id} is not a number")]
+    NotANumber {
+        /// The token.
+        id: usize,
+    },
+    /// The vocabulary is empty.
+    #[error("there are no logits")]
+    NoLogits,
+}
 
 /// A candidate: its id and its logit after penalty and temperature, less the largest one, which makes that 0.
 type Candidate = (u32, f32);
@@ -36,13 +49,13 @@ pub fn sample(
     sampling: &Sampling,
     seed: u64,
     position: u64,
-) -> candle_core::Result<u32> {
+) -> Result<u32, SamplingError> {
     if let Some(id) = logits.iter().position(|logit| logit.is_nan()) {
-        bail!("the logit of token {id} is not a number");
+        return Err(SamplingError::NotANumber { id });
     }
     penalise(logits, seen, sampling.repetition_penalty);
     let Some(likeliest) = argmax(logits) else {
-        bail!("there are no logits")
+        return Err(SamplingError::NoLogits);
     };
     let largest = logits[likeliest as usize];
     if sampling.temperature == 0.0 || !largest.is_finite() {
@@ -115,7 +128,8 @@ fn keep_top_k(candidates: &mut Vec<Candidate>, k: usize) {
 
 /// Weight of a candidate's logit; the likeliest token's is 1.
 fn weight(logit: f32) -> f64 {
-    f64::from(logit).exp()
+    // The standard library's function differs from system to system in the last place.
+    libm::exp(f64::from(logit))
 }
 
 fn keep_top_p(candidates: &mut Vec<Candidate>, p: f64) {

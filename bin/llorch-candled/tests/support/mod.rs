@@ -6,7 +6,8 @@ pub mod tiny_model;
 
 use std::time::Instant;
 
-use candle_core::Device;
+use llorch_candled::backend::Device;
+use llorch_candled::backend::cpu::lanes::Tier;
 use llorch_candled::engine::{Control, Engine, Failure, Halted, LoadError};
 use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEnd, WorkerEvent};
 
@@ -18,12 +19,25 @@ pub struct Answer {
     pub end: WorkerEnd,
 }
 
+/// The CPU with one thread, and the fastest instructions that this processor has.
+pub fn cpu() -> Device {
+    Device::Cpu {
+        threads: 1,
+        tier: Tier::best(),
+    }
+}
+
 /// Loads a tiny model.
 pub fn tiny(model: &tiny_model::TinyModel) -> Result<Engine, LoadError> {
+    tiny_on(cpu(), model)
+}
+
+/// Loads a tiny model on a device.
+pub fn tiny_on(device: Device, model: &tiny_model::TinyModel) -> Result<Engine, LoadError> {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("tiny.gguf");
     model.write(&path).expect("the model is written");
-    Engine::load(&path, &Device::Cpu, None, &mut |_, _| ())
+    Engine::load(&path, device, None, 1, &mut |_, _| ())
 }
 
 /// Collects events; never halts.

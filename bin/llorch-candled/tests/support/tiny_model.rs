@@ -9,7 +9,7 @@ use std::path::Path;
 /// What a tiny model is like.
 #[derive(Debug, Clone)]
 pub struct TinyModel {
-    /// `llama`, `qwen2` or `qwen3`; any other name makes a file that is refused.
+    /// `gemma3`, `llama`, `qwen2` or `qwen3`; any other name makes a file that is refused.
     pub architecture: &'static str,
     /// Other seeds make other models.
     pub seed: u64,
@@ -51,6 +51,9 @@ const HEAD_DIM: usize = 8;
 const INNER: usize = 64;
 /// Default number of layers.
 pub const BLOCKS: usize = 2;
+
+/// Positions that most layers of `gemma3` see.
+const WINDOW: u32 = 20;
 
 /// Tokens 0 to 255 are the bytes in GPT-2's order of characters; the special ones follow.
 const BYTES: usize = 256;
@@ -138,6 +141,9 @@ impl TinyModel {
             ),
             number("tokenizer.ggml.eos_token_id".to_owned(), self.eos),
         ];
+        if self.architecture == "gemma3" {
+            metadata.push(number(own("attention.sliding_window"), WINDOW));
+        }
         metadata.extend(
             self.chat_template
                 .map(|template| text("tokenizer.chat_template", template)),
@@ -184,7 +190,12 @@ impl TinyModel {
                     vector(format!("blk.{block}.{part}.bias"), values);
                 }
             }
-            if self.architecture == "qwen3" {
+            if self.architecture == "gemma3" {
+                for part in ["post_attention_norm", "post_ffw_norm"] {
+                    vector(format!("blk.{block}.{part}.weight"), vec![0.5; WIDTH]);
+                }
+            }
+            if ["gemma3", "qwen3"].contains(&self.architecture) {
                 for part in ["attn_q_norm", "attn_k_norm"] {
                     let values = (0..HEAD_DIM).map(|_| 1.0 + random.number() * 0.3).collect();
                     vector(format!("blk.{block}.{part}.weight"), values);

@@ -48,7 +48,7 @@ pub enum Command {
         /// GPU to use, with `cuda` and `metal`.
         #[arg(long, value_name = "N")]
         gpu: Option<u32>,
-        /// Tokens of context of each sequence [default: the smaller of the model's and 4096].
+        /// Tokens of context of each sequence [default: the smaller of the model's and 8192].
         #[arg(long, value_name = "TOKENS")]
         context_length: Option<u32>,
         /// Sequences at once; this version runs 1.

@@ -25,7 +25,7 @@ pub struct WorkerSpawnRequest {
     /// GPU to use, with `cuda` and `metal`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu: Option<u32>,
-    /// Tokens of context of each sequence; the smaller of the model's and 4,096 where absent.
+    /// Tokens of context of each sequence; the smaller of the model's and 8,192 where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
     /// Sequences at once; 1 where absent, and this version runs no more.

@@ -20,6 +20,24 @@ pub struct Architecture {
 /// Every architecture that the engine computes.
 pub const ARCHITECTURES: &[Architecture] = &[
     Architecture {
+        name: "gemma3",
+        block_tensors: &[
+            "attn_norm.weight",
+            "attn_q.weight",
+            "attn_q_norm.weight",
+            "attn_k.weight",
+            "attn_k_norm.weight",
+            "attn_v.weight",
+            "attn_output.weight",
+            "post_attention_norm.weight",
+            "ffn_norm.weight",
+            "ffn_gate.weight",
+            "ffn_up.weight",
+            "ffn_down.weight",
+            "post_ffw_norm.weight",
+        ],
+    },
+    Architecture {
         name: "llama",
         block_tensors: &[
             "attn_norm.weight",
@@ -264,6 +282,9 @@ fn check_features(header: &GgufFile) -> Result<(), Unsupported> {
     header.head_count_kv()?;
     header.context_length()?;
     header.require_arch::<f64>("attention.layer_norm_rms_epsilon")?;
+    if header.architecture()? == "gemma3" {
+        header.require_arch::<u64>("attention.sliding_window")?;
+    }
     Ok(())
 }
 

@@ -12,13 +12,23 @@ use crate::json_number::MAX_EXACT_INTEGER;
 use crate::worker::ModelFile;
 
 /// Context of a sequence where nobody asks for another and the model takes as much.
-const DEFAULT_CONTEXT: u64 = 4096;
-/// The worker holds its KV cache, and computes, in 32-bit floats.
-const ELEMENT_BYTES: u64 = 4;
+pub const DEFAULT_CONTEXT: u32 = 8192;
+/// Bytes of an element of the KV cache: half-precision floats.
+const CACHE_ELEMENT_BYTES: u64 = 2;
+/// Positions of the KV cache that are given out together.
+pub const CACHE_BLOCK: u64 = 16;
 /// Tokens of a prompt that the worker computes together.
 pub const PREFILL_CHUNK: u64 = 64;
-/// The program itself, its threads' stacks and their buffers.
-const PROGRAM_BYTES: u64 = 8 << 20;
+/// Rows of a matrix that the worker packs together; the last rows of a matrix are filled up with zeros.
+pub const TILE_ROWS: u64 = 16;
+/// The worker computes in 32-bit floats.
+const FLOAT_BYTES: u64 = 4;
+/// Bytes for each 32 values of an input that is rounded for a product: the values, their scale and two sums.
+const ROUNDED_BYTES: u64 = 44;
+/// Bytes for each position that attention looks back at: scores of eight rows, for eight threads.
+const SCORE_BYTES: u64 = 8 * 8 * FLOAT_BYTES;
+/// The program itself, its threads' stacks and their buffers, and what they read of the file while they load it.
+const PROGRAM_BYTES: u64 = 16 << 20;
 /// A text of the vocabulary with its places in the tokenizer's tables, and the merge rule that made it. SmolLM2's 49,152
 /// take 11 MB.
 const TOKENIZER_BYTES_PER_TEXT: u64 = 256;
@@ -26,16 +36,6 @@ const TOKENIZER_BYTES_PER_TEXT: u64 = 256;
 const SAMPLING_BYTES_PER_TEXT: u64 = 32;
 /// For a file whose header can't be read.
 const ROUGH_BYTES: u64 = 96 << 20;
-
-/// Bytes that the attention over `tokens` positions takes while a chunk of a prompt runs, beside the KV cache: scores of
-/// all heads before and after their mask and as shares, and the mask.
-pub fn attention_scratch_bytes(heads: u64, tokens: u64) -> u64 {
-    heads
-        .saturating_mul(3)
-        .saturating_add(1)
-        .saturating_mul(PREFILL_CHUNK * ELEMENT_BYTES)
-        .saturating_mul(tokens)
-}
 
 /// What a worker will need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,32 +53,39 @@ pub struct MemoryEstimate {
 struct Shape {
     /// The weights as the worker holds them.
     weights_bytes: u64,
-    /// What loading takes for a moment besides.
-    loading_bytes: u64,
     kv_bytes_per_token: u64,
-    heads: u64,
-    /// Widest row of a layer.
-    feed_forward: u64,
+    /// Floats that a row of a pass takes in all buffers.
+    row_floats: u64,
+    /// Widest input of a product.
+    widest: u64,
     vocab: u64,
     context: u64,
 }
 
 impl Shape {
     fn of(file: &GgufFile) -> Result<Self, GgufError> {
+        let width = file.embedding_length()?;
+        let feed_forward = file
+            .get_arch("feed_forward_length")
+            .ok()
+            .flatten()
+            .unwrap_or(width.saturating_mul(4));
+        let queries = file.head_count()?.saturating_mul(file.head_dim()?);
+        let kvs = file.head_count_kv()?.saturating_mul(file.head_dim()?);
+        // Hidden state, update and norm; queries and what attention makes of them; keys and values; gate and up-projection.
+        let row_floats = [(3, width), (2, queries), (2, kvs), (2, feed_forward)]
+            .into_iter()
+            .map(|(count, of): (u64, u64)| of.saturating_mul(count))
+            .fold(0, u64::saturating_add);
         Ok(Self {
             weights_bytes: file
                 .tensors()
                 .iter()
                 .map(held_bytes)
-                .fold(unpacked_output_bytes(file), u64::saturating_add),
-            loading_bytes: file.tensors().iter().map(loading_bytes).max().unwrap_or(0),
-            kv_bytes_per_token: file.kv_cache_bytes(1, ELEMENT_BYTES)?,
-            heads: file.head_count()?,
-            feed_forward: file
-                .get_arch("feed_forward_length")
-                .ok()
-                .flatten()
-                .unwrap_or(file.embedding_length()?.saturating_mul(4)),
+                .fold(0, u64::saturating_add),
+            kv_bytes_per_token: file.kv_cache_bytes(1, CACHE_ELEMENT_BYTES)?,
+            row_floats,
+            widest: width.max(queries).max(feed_forward),
             vocab: file.vocab_size()?,
             context: file.context_length()?,
         })
@@ -93,26 +100,24 @@ impl Shape {
         ]
         .into_iter()
         .fold(0, u64::saturating_add);
-        // Gate, up-projection and their product.
-        let working = self
-            .feed_forward
-            .saturating_mul(3 * PREFILL_CHUNK * ELEMENT_BYTES)
+        let row = self
+            .row_floats
+            .saturating_mul(FLOAT_BYTES)
+            .saturating_add(self.widest.saturating_mul(ROUNDED_BYTES) / 32);
+        let working = row
+            .saturating_mul(PREFILL_CHUNK)
             .saturating_add(self.vocab.saturating_mul(SAMPLING_BYTES_PER_TEXT));
         let tokens = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         ContextMemory {
             max_tokens: tokens(self.context),
-            default_tokens: tokens(self.context.min(DEFAULT_CONTEXT)),
+            default_tokens: tokens(self.context).min(DEFAULT_CONTEXT),
             base_bytes: held.saturating_add(working).min(MAX_EXACT_INTEGER),
-            // Only one sequence computes at a time, regardless of the number of slots.
             token_bytes: self
                 .kv_bytes_per_token
                 .saturating_mul(slots.into())
-                .saturating_add(attention_scratch_bytes(self.heads, 1))
+                .saturating_add(SCORE_BYTES)
                 .min(MAX_EXACT_INTEGER),
-            // What loading took for a moment is free again when the first sequence begins.
-            floor_bytes: held
-                .saturating_add(self.loading_bytes)
-                .min(MAX_EXACT_INTEGER),
+            floor_bytes: held.min(MAX_EXACT_INTEGER),
         }
     }
 
@@ -124,40 +129,22 @@ impl Shape {
     }
 }
 
-/// Whether the worker unpacks a tensor to 32-bit floats: vectors always, matrices where they are floats already.
-fn is_unpacked(tensor: &TensorInfo) -> bool {
-    tensor.dims.len() < 2 || is_float(tensor)
-}
-
-fn is_float(tensor: &TensorInfo) -> bool {
-    matches!(tensor.ty.name(), "F32" | "F16" | "BF16")
-}
-
-/// The embedding table is held as it is stored, so that single rows of it can be taken.
-const EMBEDDING: &str = "token_embd.weight";
-
+/// Bytes of a tensor as the worker holds it: vectors as 32-bit floats, matrices in tiles, in which scales and minima of six
+/// bits take whole bytes, and values of two or three bits take four.
 fn held_bytes(tensor: &TensorInfo) -> u64 {
-    if is_unpacked(tensor) && tensor.name != EMBEDDING {
-        tensor.elements().saturating_mul(ELEMENT_BYTES)
-    } else {
-        tensor.size_bytes
-    }
-}
-
-/// Where the embedding is the output matrix as well, and floats, a copy of it is unpacked for that.
-fn unpacked_output_bytes(file: &GgufFile) -> u64 {
-    match file.tensor(EMBEDDING) {
-        Some(embedding) if file.tensor("output.weight").is_none() && is_float(embedding) => {
-            embedding.elements().saturating_mul(ELEMENT_BYTES)
-        }
-        _ => 0,
-    }
-}
-
-/// A tensor is read as a whole, and one that is unpacked is there twice until that is done.
-fn loading_bytes(tensor: &TensorInfo) -> u64 {
-    let copies = if is_unpacked(tensor) { 2 } else { 1 };
-    tensor.size_bytes.saturating_mul(copies)
+    let [columns, rows] = tensor.dims[..] else {
+        return tensor.elements().saturating_mul(FLOAT_BYTES);
+    };
+    let block_bytes = match tensor.ty.name() {
+        "Q2_K" => 164,
+        "Q3_K" => 146,
+        "Q4_K" => 148,
+        "Q5_K" => 180,
+        _ => tensor.ty.block_bytes(),
+    };
+    let blocks = columns / tensor.ty.block_elements().max(1);
+    let rows = rows.checked_next_multiple_of(TILE_ROWS).unwrap_or(rows);
+    rows.saturating_mul(blocks).saturating_mul(block_bytes)
 }
 
 /// Estimates memory from the headers of model files, and remembers them for as long as the files stay as they are.
@@ -240,34 +227,25 @@ mod tests {
 
     #[test] // [POOLD-014]
     fn the_estimate_counts_program_tokenizer_weights_cache_and_working_memory() {
-        // SmolLM2 135M: 30 blocks, 3 KV heads of 64, keys and values, 4 bytes: 46,080 bytes a token.
+        // SmolLM2 135M: 30 blocks, 3 KV heads of 64, keys and values, 2 bytes: 23,040 bytes a token.
         let shape = Shape {
             weights_bytes: 96_500_000,
-            loading_bytes: 30_000_000,
-            kv_bytes_per_token: 46_080,
-            heads: 9,
-            feed_forward: 1536,
+            kv_bytes_per_token: 23_040,
+            row_floats: 3 * 576 + 2 * 576 + 2 * 192 + 2 * 1536,
+            widest: 1536,
             vocab: 49_152,
             context: 8192,
         };
-        let fixed = PROGRAM_BYTES + 49_152 * TOKENIZER_BYTES_PER_TEXT + 96_500_000;
-        // 28 rows (9 heads three times, and the mask) of 64 positions by all.
-        let working = |tokens: u64| {
-            28 * 64 * 4 * tokens + 1536 * 3 * 64 * 4 + 49_152 * SAMPLING_BYTES_PER_TEXT
-        };
+        let base =
+            PROGRAM_BYTES + 49_152 * (256 + 32) + 96_500_000 + 64 * (6336 * 4 + 1536 * 44 / 32);
         assert_eq!(
             shape.needed_bytes(None, 1),
-            fixed + 4096 * 46_080 + working(4096)
+            base + 8192 * (23_040 + SCORE_BYTES)
         );
         assert_eq!(
             shape.needed_bytes(Some(1000), 3),
-            fixed + 3000 * 46_080 + working(1000),
-            "each slot has a cache, and one computes at a time"
-        );
-        assert_eq!(
-            shape.needed_bytes(Some(10), 1),
-            fixed + 30_000_000,
-            "with a short context it is loading that takes most"
+            base + 1000 * (3 * 23_040 + SCORE_BYTES),
+            "each slot has a cache"
         );
         let short = Shape {
             context: 512,
@@ -286,24 +264,23 @@ mod tests {
 
     #[test] // [POOLD-014]
     fn tensors_count_as_the_worker_holds_them() {
-        let tensor = |name: &str, dims: &[u64], ty: &str, size_bytes| TensorInfo {
-            name: name.to_owned(),
+        let tensor = |dims: &[u64], ty: &str| TensorInfo {
+            name: "blk.0.attn_q.weight".to_owned(),
             dims: dims.to_vec(),
             ty: (0..40)
                 .filter_map(crate::catalog::gguf::GgmlType::from_id)
                 .find(|found| found.name() == ty)
                 .unwrap(),
             offset: 0,
-            size_bytes,
+            size_bytes: 0,
         };
-        let quantized = tensor("blk.0.attn_q.weight", &[32, 10], "Q8_0", 340);
-        assert_eq!(
-            (held_bytes(&quantized), loading_bytes(&quantized)),
-            (340, 340)
-        );
-        let half = tensor("blk.0.attn_q.weight", &[32, 10], "F16", 640);
-        assert_eq!((held_bytes(&half), loading_bytes(&half)), (1280, 1280));
-        let embedding = tensor(EMBEDDING, &[32, 10], "F16", 640);
-        assert_eq!(held_bytes(&embedding), 640);
+        for (dims, ty, bytes) in [
+            (&[64, 10][..], "Q8_0", 16 * 2 * 34),
+            (&[64, 16], "F16", 16 * 64 * 2),
+            (&[512, 32], "Q4_K", 32 * 2 * 148),
+            (&[64], "F16", 64 * 4),
+        ] {
+            assert_eq!(held_bytes(&tensor(dims, ty)), bytes, "{ty}");
+        }
     }
 }

@@ -27,7 +27,9 @@ use jiff::Timestamp;
 pub use drain::Drain;
 pub use end::Ended;
 pub use error::{MemoryShort, SpawnError, StopError};
-pub use estimate::{MemoryEstimate, MemoryEstimator, PREFILL_CHUNK, attention_scratch_bytes};
+pub use estimate::{
+    CACHE_BLOCK, DEFAULT_CONTEXT, MemoryEstimate, MemoryEstimator, PREFILL_CHUNK, TILE_ROWS,
+};
 pub use exit::{Circumstances, ExitFacts, classify_exit};
 pub use health::{HealthRefused, apply_health};
 pub use logs::log_tail;

@@ -66,7 +66,7 @@ fn every_reason_for_a_refusal_has_its_name() {
         ),
         (
             whole().of_architecture("phi3"),
-            "architecture `phi3` is not supported (supported: llama, qwen2, qwen3)",
+            "architecture `phi3` is not supported (supported: gemma3, llama, qwen2, qwen3)",
         ),
         (
             whole().without("general.architecture"),

@@ -1,0 +1,267 @@
+//! Measures products on one thread: bytes a second of a single row, and multiply-adds a second of several.
+//!
+//! `cargo bench -p llorch-candled --bench kernels -- [row|rows|all] [tier] [format]`. Every figure is the median, with the least and the largest, of some repetitions.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use llorch_candled::backend::cpu::format::Format;
+use llorch_candled::backend::cpu::lanes::{Kernel, Lanes, Tier};
+use llorch_candled::backend::cpu::pack::PackedMatrix;
+use llorch_candled::backend::cpu::product::{Activations, Output, multiply};
+use llorch_candled::backend::cpu::quantize::{Block32, Block256, Grouping, Rows};
+
+/// Format, rows (n) and columns (k).
+const SHAPES: [(Format, usize, usize); 14] = [
+    (Format::Q4_1, 1536, 576),
+    (Format::Q8_0, 49152, 576),
+    (Format::Q5_0, 2048, 640),
+    (Format::Q8_0, 2048, 640),
+    (Format::Q4_K, 4096, 1024),
+    (Format::Q6_K, 4096, 1024),
+    (Format::Q4_K, 5632, 2048),
+    (Format::Q6_K, 5632, 2048),
+    (Format::Q4_0, 5632, 2048),
+    (Format::Q5_K, 5632, 2048),
+    (Format::Q2_K, 5632, 2048),
+    (Format::Q3_K, 5632, 2048),
+    (Format::F16, 5632, 2048),
+    (Format::F32, 1536, 576),
+];
+
+/// Bytes of distinct matrices for a single row: more than any cache holds.
+fn cold_bytes() -> usize {
+    let mib = std::env::var("COLD_MIB")
+        .ok()
+        .and_then(|mib| mib.parse().ok());
+    mib.unwrap_or(600) << 20
+}
+
+/// Adds up memory, to measure how fast it is read.
+struct ReadAll<'a>(&'a [u8]);
+
+impl Kernel for ReadAll<'_> {
+    type Output = i32;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> i32 {
+        let mut sums = [lanes.splat_byte(0); 4];
+        for four in self.0.as_chunks::<64>().0.as_chunks::<4>().0 {
+            for (sum, from) in sums.iter_mut().zip(four) {
+                *sum = lanes.or_bytes(*sum, lanes.load_bytes(from));
+            }
+        }
+        let ored = lanes.or_bytes(
+            lanes.or_bytes(sums[0], sums[1]),
+            lanes.or_bytes(sums[2], sums[3]),
+        );
+        lanes.sum_int(lanes.to_bits(lanes.bytes_as_floats(ored)))
+    }
+}
+
+/// Dot products of registers: what the processor can do at most, in multiply-adds.
+struct Peak(usize);
+
+impl Kernel for Peak {
+    type Output = i32;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> i32 {
+        let weights = lanes.splat_byte(black_box(1));
+        let mut sums = [lanes.splat_int(0); 12];
+        for i in 0..self.0 {
+            for sum in &mut sums {
+                *sum = lanes.dot_u7(*sum, weights, i as i32);
+            }
+        }
+        sums.into_iter()
+            .map(|sum| lanes.sum_int(sum))
+            .fold(0, i32::wrapping_add)
+    }
+}
+
+/// Returns median, least and largest of `work` / seconds, in units of 10⁹.
+fn rates(work: f64, repetitions: usize, mut run: impl FnMut()) -> [f64; 3] {
+    run();
+    let mut rates: Vec<f64> = (0..repetitions)
+        .map(|_| {
+            let start = Instant::now();
+            run();
+            work / start.elapsed().as_secs_f64() / 1e9
+        })
+        .collect();
+    rates.sort_by(f64::total_cmp);
+    [rates[repetitions / 2], rates[0], rates[repetitions - 1]]
+}
+
+/// Returns bytes that look random, with an exponent bit of every pair cleared so that scales are finite. Floats are usual ones.
+fn noise(format: Format, bytes: usize) -> Vec<u8> {
+    if format == Format::F32 {
+        return (0..bytes / 4)
+            .flat_map(|i| (i as f32).sin().to_le_bytes())
+            .collect();
+    }
+    let mut state = 1_u64;
+    let mut next = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as u8 & 0xBF
+    };
+    (0..bytes).map(|_| next()).collect()
+}
+
+struct Case {
+    tier: Tier,
+    rows: usize,
+    columns: usize,
+    floats: Vec<f32>,
+    by32: Rows<Block32>,
+    by256: Rows<Block256>,
+}
+
+impl Case {
+    fn new(tier: Tier, format: Format, rows: usize, columns: usize) -> Self {
+        let floats: Vec<f32> = (0..rows * columns)
+            .map(|i| (i as f32 * 0.37).sin())
+            .collect();
+        let (mut by32, mut by256) = (Rows::new(), Rows::new());
+        match Grouping::of(format) {
+            Grouping::Floats => {}
+            Grouping::By32 => by32.quantize(tier, &floats, columns),
+            Grouping::By256 => by256.quantize(tier, &floats, columns),
+        }
+        Self {
+            tier,
+            rows,
+            columns,
+            floats,
+            by32,
+            by256,
+        }
+    }
+
+    fn multiply(&self, weights: &PackedMatrix, results: &mut [f32]) {
+        let activations = match Grouping::of(weights.format()) {
+            Grouping::Floats => Activations::Floats(&self.floats),
+            Grouping::By32 => Activations::By32(&self.by32),
+            Grouping::By256 => Activations::By256(&self.by256),
+        };
+        assert_eq!(self.columns, weights.columns());
+        let mut out = Output::new(results, self.rows, weights.rows(), weights.rows());
+        multiply(self.tier, weights, activations, &mut out.whole());
+    }
+}
+
+fn main() {
+    let arguments = std::env::args().skip(1);
+    let arguments: Vec<String> = arguments.filter(|a| !a.starts_with("--")).collect();
+    let argument = |i: usize| arguments.get(i).map_or("all", String::as_str);
+    let tiers: Vec<Tier> = match argument(1) {
+        "all" => vec![Tier::best()],
+        name => Tier::ALL
+            .into_iter()
+            .filter(|tier| format!("{tier:?}") == name)
+            .collect(),
+    };
+    for tier in tiers {
+        for (format, n, k) in SHAPES {
+            if !["all", &format!("{format:?}")].contains(&argument(2)) {
+                continue;
+            }
+            let source = noise(format, n * format.row_bytes(k));
+            let weights = PackedMatrix::pack(format, n, k, &source);
+            if argument(0) != "row" {
+                several_rows(tier, &weights);
+            }
+            if argument(0) != "rows" {
+                single_row(tier, weights, &source);
+            }
+        }
+    }
+}
+
+fn single_row(tier: Tier, first: PackedMatrix, source: &[u8]) {
+    let (format, n, k) = (first.format(), first.rows(), first.columns());
+    let count = cold_bytes().div_ceil(first.bytes());
+    let mut all = vec![first];
+    all.extend((1..count).map(|_| PackedMatrix::pack(format, n, k, source)));
+    let memory = vec![1; cold_bytes()];
+    let mut results = vec![0.0; n];
+    let case = Case::new(tier, format, 1, k);
+    let bytes = (count * all[0].bytes()) as f64;
+    // Both are measured in turn, since the machine's memory is shared.
+    let mut ratios = Vec::new();
+    let mut reads = Vec::new();
+    let mut larges = Vec::new();
+    let mut products = Vec::new();
+    for _ in 0..7 {
+        let [large, ..] = rates(memory.len() as f64, 1, || {
+            black_box(Tier::best().run(ReadAll(&memory)));
+        });
+        larges.push(large);
+        let [read, ..] = rates(bytes, 1, || {
+            for weights in &all {
+                black_box(Tier::best().run(ReadAll(weights.as_bytes())));
+            }
+        });
+        let [product, ..] = rates(bytes, 1, || {
+            for weights in &all {
+                case.multiply(weights, &mut results);
+            }
+        });
+        ratios.push(product / read);
+        reads.push(read);
+        products.push(product);
+    }
+    let sorted = |mut x: Vec<f64>| {
+        x.sort_by(f64::total_cmp);
+        x
+    };
+    let (ratios, reads, products, larges) = (
+        sorted(ratios),
+        sorted(reads),
+        sorted(products),
+        sorted(larges),
+    );
+    println!(
+        "{tier:?} {format:?} {n}×{k} m=1: {:.1} [{:.1}..{:.1}] GB/s, read {:.1} [{:.1}..{:.1}], ratio {:.2} [{:.2}..{:.2}]; read of one allocation {:.1} [{:.1}..{:.1}]",
+        products[3],
+        products[0],
+        products[6],
+        reads[3],
+        reads[0],
+        reads[6],
+        ratios[3],
+        ratios[0],
+        ratios[6],
+        larges[3],
+        larges[0],
+        larges[6]
+    );
+}
+
+fn several_rows(tier: Tier, weights: &PackedMatrix) {
+    let (format, n, k) = (weights.format(), weights.rows(), weights.columns());
+    let loops = 4_000_000;
+    let [peak, ..] = rates((loops * 12 * 64) as f64, 3, || {
+        black_box(tier.run(Peak(black_box(loops))));
+    });
+    print!("{tier:?} {format:?} {n}×{k}, peak {peak:.0} GMAC/s:");
+    for rows in [512, 64, 8] {
+        let case = Case::new(tier, format, rows, k);
+        let mut results = vec![0.0; rows * n];
+        let work = (rows * n * k) as f64;
+        let calls = (4e8 / work).ceil();
+        let [rate, least, most] = rates(work * calls, 5, || {
+            for _ in 0..calls as usize {
+                case.multiply(weights, &mut results);
+            }
+        });
+        print!(
+            " m={rows}: {rate:.0} [{least:.0}..{most:.0}] {:.2};",
+            rate / peak
+        );
+    }
+    println!();
+}

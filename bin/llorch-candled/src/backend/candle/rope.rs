@@ -1,0 +1,67 @@
+//! Rotary position embedding on tensors.
+
+use candle_core::{Device, Result, Tensor};
+
+use crate::engine::model::angles::Angles;
+use crate::engine::model::description::{Description, RopeStyle};
+
+/// Turns queries and keys by their positions.
+pub struct Rope {
+    angles: Angles,
+    style: RopeStyle,
+    rope_dim: usize,
+    head_dim: usize,
+    device: Device,
+}
+
+/// Cosines and sines of the rows of a pass: made once, used by every layer of the rotation.
+pub struct Turn {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    /// `factors` divide the frequencies where a file carries them (`rope_freqs.weight`, Llama 3.1 and later).
+    pub fn new(description: &Description, factors: Option<&[f32]>, device: &Device) -> Self {
+        Self {
+            angles: Angles::new(description, factors),
+            style: description.rope_style,
+            rope_dim: description.rope_dim,
+            head_dim: description.head_dim,
+            device: device.clone(),
+        }
+    }
+
+    /// The turns of rows at these positions, by each rotation.
+    pub fn turns(&self, positions: &[usize]) -> Result<Vec<Turn>> {
+        let shape = (positions.len(), self.rope_dim / 2);
+        let turn = |rotation| {
+            let angles = positions
+                .iter()
+                .flat_map(|position| self.angles.at(rotation, *position));
+            let (cos, sin): (Vec<_>, Vec<_>) = angles.unzip();
+            Ok(Turn {
+                cos: Tensor::from_vec(cos, shape, &self.device)?,
+                sin: Tensor::from_vec(sin, shape, &self.device)?,
+            })
+        };
+        (0..self.angles.rotations()).map(turn).collect()
+    }
+
+    /// Turns `heads` (heads, positions, width).
+    pub fn apply(&self, heads: &Tensor, turn: &Turn) -> Result<Tensor> {
+        let whole = heads.unsqueeze(0)?;
+        let turned = |part: &Tensor| match self.style {
+            RopeStyle::Interleaved => candle_nn::rotary_emb::rope_i(part, &turn.cos, &turn.sin),
+            RopeStyle::Halves => candle_nn::rotary_emb::rope(part, &turn.cos, &turn.sin),
+        };
+        let out = if self.rope_dim == self.head_dim {
+            turned(&whole)?
+        } else {
+            let front = whole.narrow(3, 0, self.rope_dim)?.contiguous()?;
+            let rest = whole.narrow(3, self.rope_dim, self.head_dim - self.rope_dim)?;
+            Tensor::cat(&[&turned(&front)?, &rest], 3)?
+        };
+        out.squeeze(0)
+    }
+}

@@ -1,0 +1,212 @@
+//! Reads a model file into packed weights.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use pool_core::catalog::gguf::GgufFile;
+
+use super::attention::{key_block_len, value_block_len};
+use super::format::{Format, dequantize};
+use super::lanes::Tier;
+use super::model::{CpuModel, Layer, Projection};
+use super::pack::{PackedMatrix, TILE_ROWS};
+use super::pages::Pages;
+use super::team::Team;
+use crate::backend::LoadError;
+use crate::backend::tensors::{Stored, TensorError, Tensors};
+use crate::engine::model::angles::Angles;
+use crate::engine::model::description::Description;
+use crate::engine::model::places::{self, Place, in_layer};
+
+/// Bytes of the file that a thread reads and packs at a time.
+const STEP: usize = 1 << 20;
+
+/// How to load a model.
+#[derive(Debug, Clone, Copy)]
+pub struct Load {
+    /// Number of threads that compute, and that load.
+    pub threads: usize,
+    /// Instructions that compute.
+    pub tier: Tier,
+    /// Blocks of the cache.
+    pub blocks: usize,
+}
+
+impl Load {
+    /// Loads the model that `header` describes from the file at `path`. `progress` hears the bytes read so far.
+    ///
+    /// # Errors
+    ///
+    /// Fails if a tensor is missing, has an unexpected shape or type, or can't be read, or if the system refuses a thread.
+    pub fn model(
+        self,
+        path: &Path,
+        header: &GgufFile,
+        progress: &mut (dyn FnMut(u64) + Send),
+    ) -> Result<CpuModel, LoadError> {
+        let description = Description::from_header(header)?;
+        let mut reader = Reader {
+            tensors: Tensors::open(path, header)?,
+            team: Team::new(self.threads)?,
+            progress: Mutex::new((0, progress)),
+        };
+        let embedding = reader.matrix(&description.embedding_place())?;
+        let layers = (0..description.layers.len())
+            .map(|index| self.layer(&mut reader, &description, index))
+            .collect::<Result<_, _>>()?;
+        let output_norm = reader.vector(places::OUTPUT_NORM, description.width)?;
+        let output = reader
+            .tensors
+            .has(places::OUTPUT)
+            .then(|| reader.matrix(&description.output_place()))
+            .transpose()?;
+        let factors = reader
+            .tensors
+            .has(places::ROPE_FACTORS)
+            .then(|| reader.vector(places::ROPE_FACTORS, description.rope_dim / 2))
+            .transpose()?;
+        let angles = Angles::new(&description, factors.as_deref());
+        Ok(CpuModel::new(
+            description,
+            self,
+            reader.team,
+            angles,
+            embedding,
+            layers,
+            output_norm,
+            output,
+        ))
+    }
+
+    fn layer(
+        self,
+        reader: &mut Reader<'_, '_>,
+        description: &Description,
+        index: usize,
+    ) -> Result<Layer, LoadError> {
+        let at = description.layer_places(index);
+        let features = description.features;
+        let mut projection = |place: &Place, part: &str| {
+            let bias = features
+                .attention_bias
+                .then(|| reader.vector(&in_layer(index, &format!("{part}.bias")), place.rows));
+            Ok::<_, TensorError>(Projection {
+                matrix: reader.matrix(place)?,
+                bias: bias.transpose()?,
+            })
+        };
+        let query = projection(&at.query, "attn_q")?;
+        let key = projection(&at.key, "attn_k")?;
+        let value = projection(&at.value, "attn_v")?;
+        let [output, gate, up, down] =
+            [&at.output, &at.gate, &at.up, &at.down].map(|place| reader.matrix(place));
+        let norm = |there: bool, part: &str, length: usize| {
+            let name = in_layer(index, &format!("{part}.weight"));
+            there.then(|| reader.vector(&name, length)).transpose()
+        };
+        let cache = |block: usize| Pages::new(self.blocks * description.kv_heads * block);
+        Ok(Layer {
+            kind: description.layers[index],
+            attention_norm: norm(true, "attn_norm", description.width)?.unwrap_or_default(),
+            query,
+            key,
+            value,
+            query_norm: norm(features.qk_norm, "attn_q_norm", description.head_dim)?,
+            key_norm: norm(features.qk_norm, "attn_k_norm", description.head_dim)?,
+            output: output?,
+            attention_post_norm: norm(
+                features.post_norm,
+                "post_attention_norm",
+                description.width,
+            )?,
+            feed_forward_norm: norm(true, "ffn_norm", description.width)?.unwrap_or_default(),
+            gate: gate?,
+            up: up?,
+            down: down?,
+            feed_forward_post_norm: norm(features.post_norm, "post_ffw_norm", description.width)?,
+            keys: cache(key_block_len(description.head_dim))?,
+            values: cache(value_block_len(description.head_dim))?,
+        })
+    }
+}
+
+/// Bytes read so far, and who hears of them.
+type Progress<'p> = Mutex<(u64, &'p mut (dyn FnMut(u64) + Send))>;
+
+/// Counts bytes that were read.
+fn tell(progress: &Progress<'_>, bytes: usize) {
+    let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
+    let (done, told) = &mut *progress;
+    *done += bytes as u64;
+    told(*done);
+}
+
+/// Reads tensors with several threads.
+struct Reader<'a, 'p> {
+    tensors: Tensors<'a>,
+    team: Team,
+    progress: Progress<'p>,
+}
+
+impl Reader<'_, '_> {
+    /// Reads and packs a matrix.
+    fn matrix(&mut self, place: &Place) -> Result<PackedMatrix, TensorError> {
+        let stored = self.tensors.matrix(place)?;
+        let format = format_of(&stored)?;
+        let mut matrix = PackedMatrix::new(format, stored.rows, stored.columns);
+        let tiles = (STEP / (TILE_ROWS * stored.row_bytes)).max(1);
+        let parts: Vec<_> = matrix.parts_mut(tiles).map(Some).map(Mutex::new).collect();
+        let failure = Mutex::new(None);
+        let failed = AtomicBool::new(false);
+        let this = &self.tensors;
+        let progress = &self.progress;
+        self.team.run(parts.len(), &|_, index| {
+            let part = parts[index].lock().ok().and_then(|mut part| part.take());
+            let Some(part) = part.filter(|_| !failed.load(Ordering::Relaxed)) else {
+                return;
+            };
+            let tiles = part.tiles();
+            let rows = tiles.start * TILE_ROWS..(tiles.end * TILE_ROWS).min(stored.rows);
+            let mut bytes = vec![0; rows.len() * stored.row_bytes];
+            if let Err(error) = this.read(&stored, rows, &mut bytes) {
+                failed.store(true, Ordering::Relaxed);
+                if let Ok(mut failure) = failure.lock() {
+                    *failure = Some(error);
+                }
+                return;
+            }
+            let tile_bytes = TILE_ROWS * stored.row_bytes;
+            part.pack_from(|tile| {
+                let start = (tile - tiles.start) * tile_bytes;
+                &bytes[start..bytes.len().min(start + tile_bytes)]
+            });
+            tell(progress, bytes.len());
+        });
+        drop(parts);
+        match failure.into_inner() {
+            Ok(None) => Ok(matrix),
+            Ok(Some(error)) => Err(error),
+            Err(_) => unreachable!("nothing panics while it holds the lock"),
+        }
+    }
+
+    /// Reads a vector as 32-bit floats.
+    fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, TensorError> {
+        let stored = self.tensors.vector(name, length)?;
+        let format = format_of(&stored)?;
+        let mut bytes = vec![0; stored.bytes()];
+        self.tensors.read(&stored, 0..1, &mut bytes)?;
+        let mut values = vec![0.0; length];
+        dequantize(format, &bytes, &mut values);
+        tell(&self.progress, bytes.len());
+        Ok(values)
+    }
+}
+
+fn format_of(stored: &Stored) -> Result<Format, TensorError> {
+    Format::from_gguf(stored.ty.id()).ok_or_else(|| TensorError::Type {
+        name: stored.name.clone(),
+        ty: stored.ty.name(),
+    })
+}

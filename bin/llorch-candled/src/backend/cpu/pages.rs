@@ -1,0 +1,41 @@
+//! Memory for the cache, which the system gives to the process page by page as it is used.
+
+use std::io;
+use std::ops::{Deref, DerefMut};
+
+use memmap2::MmapMut;
+
+/// A slice of half-precision floats as their bits, zeros at first.
+///
+/// A vector of this size may lie in memory that the allocator has to zero, and then takes all of it at once.
+pub struct Pages {
+    map: MmapMut,
+    length: usize,
+}
+
+impl Pages {
+    /// Reserves `length` elements.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the system refuses the address space.
+    pub fn new(length: usize) -> io::Result<Self> {
+        // The system gives no mapping of no bytes.
+        let map = MmapMut::map_anon((length * size_of::<u16>()).max(1))?;
+        Ok(Self { map, length })
+    }
+}
+
+impl Deref for Pages {
+    type Target = [u16];
+
+    fn deref(&self) -> &[u16] {
+        bytemuck::cast_slice(&self.map[..self.length * size_of::<u16>()])
+    }
+}
+
+impl DerefMut for Pages {
+    fn deref_mut(&mut self) -> &mut [u16] {
+        bytemuck::cast_slice_mut(&mut self.map[..self.length * size_of::<u16>()])
+    }
+}

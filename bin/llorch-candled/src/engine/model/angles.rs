@@ -1,0 +1,43 @@
+//! Cosines and sines of the rotary position embedding (Su et al. 2021).
+
+use super::description::Description;
+
+/// Turned pairs' angles per step of position, for each rotation of a model.
+#[derive(Debug, Clone)]
+pub struct Angles {
+    steps: Vec<Vec<f64>>,
+}
+
+impl Angles {
+    /// Prepares the rotations of a model. `factors` divide the frequencies of rotations that take them.
+    pub fn new(description: &Description, factors: Option<&[f32]>) -> Self {
+        let width = description.rope_dim;
+        let steps = description.rotations.iter().map(|rotation| {
+            let factors = factors.filter(|_| rotation.factors);
+            let step = |pair: usize| {
+                let exponent = (2 * pair) as f64 / width as f64;
+                let factor = factors.and_then(|factors| factors.get(pair));
+                let factor = factor.copied().map_or(1.0, f64::from);
+                // The standard library's functions differ from system to system in the last place.
+                1.0 / (libm::pow(rotation.base, exponent) * factor * rotation.divisor)
+            };
+            (0..width / 2).map(step).collect()
+        });
+        Self {
+            steps: steps.collect(),
+        }
+    }
+
+    /// Number of rotations.
+    pub fn rotations(&self) -> usize {
+        self.steps.len()
+    }
+
+    /// Returns cosine and sine of each pair's angle at a position.
+    pub fn at(&self, rotation: usize, position: usize) -> impl Iterator<Item = (f32, f32)> + '_ {
+        self.steps[rotation].iter().map(move |step| {
+            let (sine, cosine) = libm::sincos(position as f64 * step);
+            (cosine as f32, sine as f32)
+        })
+    }
+}

@@ -1,0 +1,383 @@
+//! What a model is, from its header: sizes, positions and the features that tell one family from another.
+
+use pool_core::catalog::gguf::{GgufError, GgufFile, Value};
+use pool_core::catalog::support::{self, Unsupported};
+use pool_core::lifecycle::DEFAULT_CONTEXT;
+
+/// Largest size of any dimension that is believed; far above real models, far below an overflow.
+const MAX_SIZE: u64 = 1 << 24;
+
+/// Why a model can't be run, though its file is in order.
+#[derive(Debug, thiserror::Error)]
+pub enum DescriptionError {
+    /// The header lacks something or contradicts itself.
+    #[error(transparent)]
+    Header(#[from] GgufError),
+    /// A family the decoder doesn't know.
+    #[error(transparent)]
+    Architecture(Unsupported),
+    /// A feature the decoder doesn't compute.
+    #[error("the model needs {feature}, which is not supported")]
+    Feature {
+        /// What it needs.
+        feature: String,
+    },
+    /// A number that can't be right.
+    #[error("the model's {what} is {found}, {expected}")]
+    Size {
+        /// Which number.
+        what: &'static str,
+        /// Its value.
+        found: u64,
+        /// What it should be.
+        expected: String,
+    },
+    /// More context asked for than the model has.
+    #[error("a context of {requested} tokens was asked for, the model was made for {available}")]
+    ContextTooLong {
+        /// What was asked for.
+        requested: usize,
+        /// What the model has.
+        available: usize,
+    },
+}
+
+/// Which elements of a head turn together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// Neighbours: 0 with 1, 2 with 3.
+    Interleaved,
+    /// Halves: 0 with d/2, 1 with d/2 + 1.
+    Halves,
+}
+
+/// Function that a feed-forward layer applies to its gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// x · σ(x).
+    Silu,
+    /// x · Φ(x), in the approximation by tanh (Hendrycks and Gimpel 2016).
+    GeluTanh,
+}
+
+/// Angles by which positions turn queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rotation {
+    /// Base of the frequencies.
+    pub base: f64,
+    /// Positions are divided by this (linear scaling; 1 for most models).
+    pub divisor: f64,
+    /// Whether the file's factors divide the frequencies.
+    pub factors: bool,
+}
+
+/// What tells one layer from another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerKind {
+    /// Number of latest positions that a position sees, itself included; `None` for all.
+    pub window: Option<usize>,
+    /// Index of its rotation in [`Description::rotations`].
+    pub rotation: usize,
+}
+
+/// Everything that a forward pass has to know of a model: sizes, and which of the known features it has.
+#[derive(Debug, Clone)]
+pub struct Description {
+    /// As the file names it.
+    pub architecture: String,
+    /// Layers, in order.
+    pub layers: Vec<LayerKind>,
+    /// Width of the hidden state.
+    pub width: usize,
+    /// Query heads of a layer.
+    pub heads: usize,
+    /// Key and value heads of a layer; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Width of a feed-forward layer.
+    pub feed_forward: usize,
+    /// Function of the gates.
+    pub activation: Activation,
+    /// Factor of the embeddings.
+    pub embedding_scale: f32,
+    /// Factor of the products of queries and keys.
+    pub query_scale: f32,
+    /// Leading elements of a head that are turned by position.
+    pub rope_dim: usize,
+    /// Which elements turn together.
+    pub rope_style: RopeStyle,
+    /// Ways of turning.
+    pub rotations: Vec<Rotation>,
+    /// Added to the mean square before its root is taken.
+    pub rms_epsilon: f32,
+    /// Which features it has.
+    pub features: Features,
+    /// Rows of the vocabulary.
+    pub vocab: usize,
+    /// Longest context the model was made for.
+    pub max_context: usize,
+}
+
+/// Features that some families have.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Features {
+    /// Queries, keys and values have biases.
+    pub attention_bias: bool,
+    /// Queries and keys are normalised head by head.
+    pub qk_norm: bool,
+    /// The results of attention and feed-forward are normalised before they are added.
+    pub post_norm: bool,
+}
+
+/// What a family of models has in common beyond what its files say.
+struct Family {
+    name: &'static str,
+    /// The converter of llama files permutes queries and keys; those of other families don't.
+    rope_style: RopeStyle,
+    activation: Activation,
+    features: Features,
+}
+
+const PLAIN: Features = Features {
+    attention_bias: false,
+    qk_norm: false,
+    post_norm: false,
+};
+
+const FAMILIES: [Family; 4] = [
+    Family {
+        name: "llama",
+        rope_style: RopeStyle::Interleaved,
+        activation: Activation::Silu,
+        features: PLAIN,
+    },
+    Family {
+        name: "qwen2",
+        rope_style: RopeStyle::Halves,
+        activation: Activation::Silu,
+        features: Features {
+            attention_bias: true,
+            ..PLAIN
+        },
+    },
+    Family {
+        name: "qwen3",
+        rope_style: RopeStyle::Halves,
+        activation: Activation::Silu,
+        features: Features {
+            qk_norm: true,
+            ..PLAIN
+        },
+    },
+    Family {
+        name: "gemma3",
+        rope_style: RopeStyle::Halves,
+        activation: Activation::GeluTanh,
+        features: Features {
+            qk_norm: true,
+            post_norm: true,
+            ..PLAIN
+        },
+    },
+];
+
+/// Every so many layers of gemma3, one sees all positions; the others have a window.
+const GEMMA3_PERIOD: usize = 6;
+/// Base of the rotation of gemma3's layers with a window.
+const GEMMA3_LOCAL_BASE: f64 = 10_000.0;
+/// Layers of the one size of gemma3 (27B) whose queries are scaled by the width divided by the heads.
+const GEMMA3_LARGEST: usize = 62;
+
+impl Description {
+    /// Reads the description from a header.
+    pub fn from_header(header: &GgufFile) -> Result<Self, DescriptionError> {
+        let architecture = header.architecture()?.to_owned();
+        support::check_architecture(&architecture).map_err(DescriptionError::Architecture)?;
+        let family = FAMILIES.iter().find(|family| family.name == architecture);
+        let family = family.ok_or_else(|| {
+            DescriptionError::Architecture(Unsupported::Architecture {
+                found: architecture.clone(),
+            })
+        })?;
+        if let Some(experts) = header.get_arch::<u64>("expert_count")?
+            && experts > 0
+        {
+            return Err(DescriptionError::Feature {
+                feature: format!("a mixture of {experts} experts"),
+            });
+        }
+        let heads = size("number of heads", header.head_count()?)?;
+        let kv_heads = size("number of key and value heads", header.head_count_kv()?)?;
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(DescriptionError::Size {
+                what: "number of key and value heads",
+                found: kv_heads as u64,
+                expected: format!("it must divide the number of heads, {heads}"),
+            });
+        }
+        let head_dim = size("head width", header.head_dim()?)?;
+        let value_dim = header.value_head_dim()?;
+        if value_dim != head_dim as u64 {
+            return Err(DescriptionError::Feature {
+                feature: format!(
+                    "value heads ({value_dim}) of another width than key heads ({head_dim})"
+                ),
+            });
+        }
+        let rope_dim = match header.get_arch::<u64>("rope.dimension_count")? {
+            Some(n) => size("number of rotated dimensions", n)?,
+            None => head_dim,
+        };
+        if rope_dim > head_dim || !rope_dim.is_multiple_of(2) {
+            return Err(DescriptionError::Size {
+                what: "number of rotated dimensions",
+                found: rope_dim as u64,
+                expected: format!("it must be even and at most the head width, {head_dim}"),
+            });
+        }
+        let count = size("number of blocks", header.block_count()?)?;
+        if count > header.tensors().len() {
+            return Err(DescriptionError::Size {
+                what: "number of blocks",
+                found: count as u64,
+                expected: format!("but the file has {} tensors", header.tensors().len()),
+            });
+        }
+        let width = size("embedding length", header.embedding_length()?)?;
+        let (layers, rotations) = layers(header, count)?;
+        let gemma = architecture == "gemma3";
+        let query_width = if gemma && count == GEMMA3_LARGEST {
+            width / heads
+        } else {
+            head_dim
+        };
+        let rms_epsilon = header.require_arch::<f64>("attention.layer_norm_rms_epsilon")? as f32;
+        Ok(Self {
+            layers,
+            width,
+            heads,
+            kv_heads,
+            head_dim,
+            feed_forward: feed_forward(header)?,
+            activation: family.activation,
+            embedding_scale: if gemma { (width as f32).sqrt() } else { 1.0 },
+            query_scale: 1.0 / (query_width as f32).sqrt(),
+            rope_dim,
+            rope_style: family.rope_style,
+            rotations,
+            rms_epsilon,
+            features: family.features,
+            vocab: size("vocabulary", header.vocab_size()?)?,
+            max_context: size("context length", header.context_length()?)?,
+            architecture,
+        })
+    }
+
+    /// The context to serve: what was asked for, else the smaller of the model's and [`DEFAULT_CONTEXT`].
+    pub fn context_length(&self, requested: Option<usize>) -> Result<usize, DescriptionError> {
+        match requested {
+            Some(requested) if requested > self.max_context => {
+                Err(DescriptionError::ContextTooLong {
+                    requested,
+                    available: self.max_context,
+                })
+            }
+            Some(0) => Err(DescriptionError::Size {
+                what: "context asked for",
+                found: 0,
+                expected: "it must be at least 1".to_owned(),
+            }),
+            Some(requested) => Ok(requested),
+            None => Ok(self.max_context.min(DEFAULT_CONTEXT as usize)),
+        }
+    }
+}
+
+fn size(what: &'static str, found: u64) -> Result<usize, DescriptionError> {
+    if found == 0 || found > MAX_SIZE {
+        return Err(DescriptionError::Size {
+            what,
+            found,
+            expected: format!("it must be from 1 to {MAX_SIZE}"),
+        });
+    }
+    Ok(found as usize)
+}
+
+fn positive(suffix: &str, header: &GgufFile, default: f64) -> Result<f64, DescriptionError> {
+    let value = header.get_arch::<f64>(suffix)?.unwrap_or(default);
+    if value.is_finite() && value > 0.0 {
+        return Ok(value);
+    }
+    Err(DescriptionError::Header(GgufError::WrongValue {
+        key: format!("{}.{suffix}", header.architecture()?),
+        expected: "a finite number above 0".to_owned(),
+        found: format!("the number {value}"),
+    }))
+}
+
+/// Linear scaling divides positions. The other ways of stretching a context change the computation, and a model
+/// that needs one would answer nonsense without it, so they are refused by name.
+fn rope_divisor(header: &GgufFile) -> Result<f64, DescriptionError> {
+    let key = format!("{}.rope.scaling.type", header.architecture()?);
+    match header.metadata().get(&key) {
+        None => Ok(1.0),
+        Some(Value::String(kind)) if kind == "none" => Ok(1.0),
+        Some(Value::String(kind)) if kind == "linear" => {
+            positive("rope.scaling.factor", header, 1.0)
+        }
+        Some(Value::String(kind)) => Err(DescriptionError::Feature {
+            feature: format!("rope scaling of type `{kind}`"),
+        }),
+        Some(_) => Err(DescriptionError::Header(GgufError::WrongValue {
+            key,
+            expected: "a text".to_owned(),
+            found: "something else".to_owned(),
+        })),
+    }
+}
+
+/// Returns the layers and the rotations that they name.
+fn layers(
+    header: &GgufFile,
+    count: usize,
+) -> Result<(Vec<LayerKind>, Vec<Rotation>), DescriptionError> {
+    let rotation = Rotation {
+        base: positive("rope.freq_base", header, 10_000.0)?,
+        divisor: rope_divisor(header)?,
+        factors: true,
+    };
+    let all = LayerKind {
+        window: None,
+        rotation: 0,
+    };
+    if header.architecture()? != "gemma3" {
+        return Ok((vec![all; count], vec![rotation]));
+    }
+    let window = header.require_arch::<u64>("attention.sliding_window")?;
+    let near = LayerKind {
+        window: Some(size("attention window", window)?),
+        rotation: 1,
+    };
+    let layer = |index: usize| {
+        if (index + 1).is_multiple_of(GEMMA3_PERIOD) {
+            all
+        } else {
+            near
+        }
+    };
+    let local = Rotation {
+        base: GEMMA3_LOCAL_BASE,
+        divisor: 1.0,
+        factors: false,
+    };
+    Ok(((0..count).map(layer).collect(), vec![rotation, local]))
+}
+
+/// Width of the feed-forward layers, which only the tensors tell for certain.
+fn feed_forward(header: &GgufFile) -> Result<usize, DescriptionError> {
+    let gate = header.tensor("blk.0.ffn_gate.weight");
+    let rows = gate.and_then(|tensor| tensor.dims.last().copied());
+    size("feed-forward width", rows.unwrap_or_default())
+}

@@ -1,0 +1,124 @@
+//! Tokens of one job on their way through the model.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::model::{BLOCK, Batch, Model, ModelError, Row};
+
+/// A model with the blocks of its cache that no sequence has.
+pub(super) struct Core {
+    pub model: Box<dyn Model>,
+    free: Vec<u32>,
+}
+
+impl Core {
+    /// Takes a model of which no block is used.
+    pub fn new(model: Box<dyn Model>) -> Self {
+        let blocks = u32::try_from(model.blocks()).unwrap_or(u32::MAX);
+        Self {
+            model,
+            free: (0..blocks).rev().collect(),
+        }
+    }
+}
+
+/// The cache has too few free blocks for a sequence.
+#[derive(Debug, thiserror::Error)]
+#[error("the cache has {free} free blocks, the sequence needs {needed}")]
+pub struct CacheFull {
+    /// Free blocks.
+    pub free: usize,
+    /// Blocks that the sequence needs.
+    pub needed: usize,
+}
+
+/// A sequence with its blocks of the cache, which go back when it is dropped. No other sequence has any of them.
+pub struct Sequence<'a> {
+    core: &'a Mutex<Core>,
+    table: Vec<u32>,
+    length: usize,
+}
+
+impl<'a> Sequence<'a> {
+    /// Takes the blocks for a sequence of at most `capacity` tokens.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there are too few.
+    pub(super) fn new(core: &'a Mutex<Core>, capacity: usize) -> Result<Self, CacheFull> {
+        let free = &mut lock(core).free;
+        let needed = capacity.div_ceil(BLOCK);
+        let Some(kept) = free.len().checked_sub(needed) else {
+            return Err(CacheFull {
+                free: free.len(),
+                needed,
+            });
+        };
+        Ok(Self {
+            core,
+            table: free.split_off(kept),
+            length: 0,
+        })
+    }
+
+    /// Returns the number of tokens that were computed.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether no token was computed.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// Computes `tokens` after those that were, without asking what comes next.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Model::forward`] does.
+    pub fn advance(&mut self, tokens: &[u32]) -> Result<(), ModelError> {
+        self.run(tokens, |_| false).map(|_| ())
+    }
+
+    /// Computes `tokens` after those that were, and returns the logits of what follows the last of them.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Model::forward`] does.
+    pub fn logits(&mut self, tokens: &[u32]) -> Result<Vec<f32>, ModelError> {
+        let last = tokens.len().wrapping_sub(1);
+        self.run(tokens, |index| index == last)
+    }
+
+    fn run(
+        &mut self,
+        tokens: &[u32],
+        wanted: impl Fn(usize) -> bool,
+    ) -> Result<Vec<f32>, ModelError> {
+        let row = |(index, token): (usize, &u32)| Row {
+            token: *token,
+            position: self.length + index,
+            sequence: 0,
+            wanted: wanted(index),
+        };
+        let rows: Vec<Row> = tokens.iter().enumerate().map(row).collect();
+        let batch = Batch {
+            rows: &rows,
+            tables: &[&self.table],
+        };
+        let mut logits = Vec::new();
+        lock(self.core).model.forward(&batch, &mut logits)?;
+        self.length += tokens.len();
+        Ok(logits)
+    }
+}
+
+impl Drop for Sequence<'_> {
+    fn drop(&mut self) {
+        lock(self.core).free.append(&mut self.table);
+    }
+}
+
+/// A pass that panicked leaves nothing that another one relies on: a cache's content counts only within its sequence.
+fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
+    core.lock().unwrap_or_else(PoisonError::into_inner)
+}
