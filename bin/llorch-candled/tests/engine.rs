@@ -3,12 +3,14 @@
 mod support;
 
 use std::cell::Cell;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::lanes::Tier;
+use llorch_candled::engine::model::{Batch, Model, Row};
 use llorch_candled::engine::{Control, Engine, Failure, Halted};
 use pool_core::api::worker::{
     ContextOverflow, ExecuteRequest, Origin, Resume, Sampling, StopReason, WorkerErrorCode,
@@ -105,6 +107,96 @@ fn bits_depend_neither_on_instructions_nor_on_threads() {
             }
         }
     }
+}
+
+// [CAND-014] [CAND-013]
+#[test]
+fn sequences_in_one_batch_have_the_bits_that_each_has_alone() {
+    for architecture in ARCHITECTURES {
+        let (folder, model) = (tempfile::tempdir().unwrap(), of_architecture(architecture));
+        let path = folder.path().join("tiny.gguf");
+        model.write(&path).unwrap();
+        let header = GgufFile::open(&path).unwrap();
+        let load = |threads| {
+            let tier = Tier::best();
+            let device = Device::Cpu { threads, tier };
+            device.load(&path, &header, 8, &mut |_| ()).unwrap()
+        };
+        let tokens = |step: u32, count: u32| (0..count).map(|i| (i * step) % 230).collect();
+        let sequences: [Vec<u32>; 2] = [tokens(11, 40), tokens(17, 23)];
+        let tables: [&[u32]; 2] = [&[5, 0, 6], &[3, 7]];
+        let rows =
+            |sequence: usize, range: Range<usize>| range.map(move |position| (sequence, position));
+        let compute = |model: &mut dyn Model, places: Vec<(usize, usize)>| {
+            let row = |(sequence, position): (usize, usize)| Row {
+                token: sequences[sequence][position],
+                position,
+                sequence,
+                wanted: position + 1 == sequences[sequence].len(),
+            };
+            let rows: Vec<Row> = places.into_iter().map(row).collect();
+            let mut logits = Vec::new();
+            let batch = Batch {
+                rows: &rows,
+                tables: &tables,
+            };
+            model.forward(&batch, &mut logits).unwrap();
+            logits.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+        };
+        let mut alone = Vec::new();
+        for (index, sequence) in sequences.iter().enumerate() {
+            let places = rows(index, 0..sequence.len()).collect();
+            alone.extend(compute(&mut *load(1), places));
+        }
+        let mut both = load(2);
+        let first = rows(0, 0..10).chain(rows(1, 0..17)).collect();
+        assert!(compute(&mut *both, first).is_empty());
+        let rest = rows(0, 10..40).chain(rows(1, 17..23)).collect();
+        assert_eq!(compute(&mut *both, rest), alone, "{architecture}");
+    }
+}
+
+// [CAND-014]
+#[test]
+fn a_batch_that_contradicts_itself_is_refused() {
+    let row = |token, position, sequence| Row {
+        token,
+        position,
+        sequence,
+        wanted: false,
+    };
+    let refused = |rows: &[Row], tables: &[&[u32]]| {
+        let batch = Batch { rows, tables };
+        batch.runs(100, 64, 4).map_err(|error| error.to_string())
+    };
+    let one: &[&[u32]] = &[&[0, 3]];
+    for (rows, tables, reason) in [
+        (
+            &[row(100, 0, 0)][..],
+            one,
+            "a token is none of the vocabulary",
+        ),
+        (
+            &[row(0, 64, 0)],
+            one,
+            "a position is beyond the model's context",
+        ),
+        (&[row(0, 32, 0)], one, "a row has no block"),
+        (&[row(0, 0, 1)], one, "a row has no block"),
+        (&[row(0, 0, 0), row(0, 2, 0)], one, "positions have gaps"),
+        (&[row(0, 0, 0)], &[&[4][..]], "a block is none of the cache"),
+        (
+            &[row(0, 0, 0), row(0, 0, 1), row(0, 1, 0)],
+            &[&[0][..], &[1]],
+            "rows of a sequence are apart",
+        ),
+    ] {
+        let found = refused(rows, tables).unwrap_err();
+        assert!(found.ends_with(reason), "{found} instead of {reason}");
+    }
+    let runs = refused(&[row(0, 5, 0), row(0, 6, 0), row(1, 0, 1)], &[&[0], &[1]]).unwrap();
+    let rows: Vec<_> = runs.into_iter().map(|run| run.rows).collect();
+    assert_eq!(rows, [0..2, 2..3]);
 }
 
 // [CAND-011]

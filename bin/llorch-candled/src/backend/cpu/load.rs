@@ -9,7 +9,7 @@ use pool_core::catalog::gguf::GgufFile;
 use super::attention::{key_block_len, value_block_len};
 use super::format::{Format, dequantize};
 use super::lanes::Tier;
-use super::model::{CpuModel, Layer, Projection};
+use super::model::{CpuModel, Layer, Projection, Weights};
 use super::pack::{PackedMatrix, TILE_ROWS};
 use super::pages::Pages;
 use super::team::Team;
@@ -56,26 +56,24 @@ impl Load {
             .map(|index| self.layer(&mut reader, &description, index))
             .collect::<Result<_, _>>()?;
         let output_norm = reader.vector(places::OUTPUT_NORM, description.width)?;
-        let output = reader
-            .tensors
-            .has(places::OUTPUT)
-            .then(|| reader.matrix(&description.output_place()))
-            .transpose()?;
-        let factors = reader
-            .tensors
-            .has(places::ROPE_FACTORS)
-            .then(|| reader.vector(places::ROPE_FACTORS, description.rope_dim / 2))
-            .transpose()?;
-        let angles = Angles::new(&description, factors.as_deref());
+        let has = |name| reader.tensors.has(name);
+        let (has_output, has_factors) = (has(places::OUTPUT), has(places::ROPE_FACTORS));
+        let output = has_output.then(|| reader.matrix(&description.output_place()));
+        let weights = Weights {
+            embedding,
+            layers,
+            output_norm,
+            output: output.transpose()?,
+        };
+        let factors =
+            has_factors.then(|| reader.vector(places::ROPE_FACTORS, description.rope_dim / 2));
+        let angles = Angles::new(&description, factors.transpose()?.as_deref());
         Ok(CpuModel::new(
             description,
             self,
             reader.team,
             angles,
-            embedding,
-            layers,
-            output_norm,
-            output,
+            weights,
         ))
     }
 

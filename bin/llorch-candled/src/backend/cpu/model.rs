@@ -50,17 +50,22 @@ pub(super) struct Layer {
     pub values: Pages,
 }
 
+/// Weights of a model.
+pub(super) struct Weights {
+    pub embedding: PackedMatrix,
+    pub layers: Vec<Layer>,
+    pub output_norm: Vec<f32>,
+    /// `None` where the embedding serves.
+    pub output: Option<PackedMatrix>,
+}
+
 /// A loaded model.
 pub struct CpuModel {
     description: Description,
     tier: Tier,
     team: Team,
     angles: Angles,
-    embedding: PackedMatrix,
-    layers: Vec<Layer>,
-    output_norm: Vec<f32>,
-    /// `None` where the embedding serves.
-    output: Option<PackedMatrix>,
+    weights: Weights,
     blocks: usize,
     buffers: Buffers,
     on_layer: Option<Box<dyn Fn() + Send + Sync>>,
@@ -175,16 +180,12 @@ struct Piece {
 }
 
 impl CpuModel {
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn new(
         description: Description,
         load: Load,
         team: Team,
         angles: Angles,
-        embedding: PackedMatrix,
-        layers: Vec<Layer>,
-        output_norm: Vec<f32>,
-        output: Option<PackedMatrix>,
+        weights: Weights,
     ) -> Self {
         let buffers = Buffers {
             turns: vec![Vec::new(); angles.rotations()],
@@ -196,10 +197,7 @@ impl CpuModel {
             tier: load.tier,
             team,
             angles,
-            embedding,
-            layers,
-            output_norm,
-            output,
+            weights,
             blocks: load.blocks,
             buffers,
             on_layer: None,
@@ -219,13 +217,12 @@ impl CpuModel {
             runs,
             pieces: pieces(batch, runs),
         };
-        let (team, buffers) = (&mut self.team, &mut self.buffers);
-        pass.begin(&self.angles, &self.embedding, buffers);
+        let (team, buffers, weights) = (&mut self.team, &mut self.buffers, &mut self.weights);
+        pass.begin(&self.angles, &weights.embedding, buffers);
         let mut post_norm = None;
         let mut updated = false;
-        for layer in &mut self.layers {
-            let weights = [&layer.query.matrix, &layer.key.matrix, &layer.value.matrix];
-            let needs = Needs::of(&weights);
+        for layer in &mut weights.layers {
+            let needs = Needs::of(&[&layer.query.matrix, &layer.key.matrix, &layer.value.matrix]);
             pass.add_and_norm(
                 team,
                 buffers,
@@ -279,8 +276,15 @@ impl CpuModel {
                 told();
             }
         }
-        let output = self.output.as_ref().unwrap_or(&self.embedding);
-        pass.finish(team, buffers, post_norm, &self.output_norm, output, logits)
+        let output = weights.output.as_ref().unwrap_or(&weights.embedding);
+        pass.finish(
+            team,
+            buffers,
+            post_norm,
+            &weights.output_norm,
+            output,
+            logits,
+        )
     }
 }
 
@@ -780,6 +784,7 @@ impl Model for CpuModel {
 
     fn cache_bytes(&self) -> u64 {
         let halves: usize = self
+            .weights
             .layers
             .iter()
             .map(|layer| layer.keys.len() + layer.values.len())

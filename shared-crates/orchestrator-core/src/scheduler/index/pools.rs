@@ -1,5 +1,6 @@
 //! Pools and their workers: what stands elsewhere because of them.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use foldhash::{HashSet, HashSetExt as _};
@@ -166,14 +167,18 @@ impl Index {
 
     fn clear_worker(&mut self, place: usize, pool: &Pool, worker: usize) {
         if let Some(rank) = pool.ranks[worker] {
-            let context = pool.state.workers[worker].capacity();
-            let free = self.models[pool.worker_models[worker]].free_mut(context);
-            // Mostly it is the best one that was taken.
-            let first = free.first().map(|free| (free.pool, free.worker));
-            if first == Some((place, worker)) {
+            let model = &mut self.models[pool.worker_models[worker]];
+            // Mostly it is the best one that was taken, which is found without a look at its state.
+            let is_first = |free: &BTreeSet<Free>| {
+                let first = free.first().map(|free| (free.pool, free.worker));
+                first == Some((place, worker))
+            };
+            if let Some((_, free)) = model.free.iter_mut().find(|(_, free)| is_first(free)) {
                 free.pop_first();
             } else {
-                free.remove(&free_entry(place, pool, worker, rank));
+                let context = pool.state.workers[worker].capacity();
+                let entry = free_entry(place, pool, worker, rank);
+                model.free_mut(context).remove(&entry);
             }
         }
         if let Some(since) = pool.idle[worker] {

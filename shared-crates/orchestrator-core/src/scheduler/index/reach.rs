@@ -68,11 +68,14 @@ impl Index {
 
     /// Records a change of a pool, if it may affect which jobs can run there.
     pub(super) fn note_reach(&mut self, old: Option<&PoolState>, new: Option<&PoolState>) {
+        if self.reach_changed {
+            return;
+        }
         let same = match (old, new) {
             (Some(old), Some(new)) => has_same_reach(old, new),
             _ => false,
         };
-        self.reach_changed |= !same;
+        self.reach_changed = !same;
     }
 
     /// Returns whether a pool can run the class at present.
