@@ -8,7 +8,6 @@
 //! [`wall`] converts a point of the timeline to wall-clock time. Only shown and stored wall-clock times follow the wall
 //! clock.
 
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
@@ -31,7 +30,18 @@ struct Reckoning {
     ahead: AtomicI64,
 }
 
-static RECKONING: LazyLock<Reckoning> = LazyLock::new(Reckoning::new);
+#[cfg(not(test))]
+fn with_reckoning<T>(work: impl FnOnce(&Reckoning) -> T) -> T {
+    static RECKONING: std::sync::LazyLock<Reckoning> = std::sync::LazyLock::new(Reckoning::new);
+    work(&RECKONING)
+}
+
+/// A process has one database, and so one timeline. Tests of one process open many: each has its own thread and timeline.
+#[cfg(test)]
+fn with_reckoning<T>(work: impl FnOnce(&Reckoning) -> T) -> T {
+    thread_local!(static RECKONING: Reckoning = Reckoning::new());
+    RECKONING.with(work)
+}
 
 impl Reckoning {
     /// Returns a timeline that begins with the wall clock.
@@ -78,12 +88,12 @@ fn at(us: i64) -> Timestamp {
 
 /// Returns the present point of the timeline, in whole microseconds, so that a stored point reads back equal.
 pub fn now() -> Timestamp {
-    at(RECKONING.now_us())
+    at(with_reckoning(Reckoning::now_us))
 }
 
 /// Makes `point` the present point of the timeline.
 pub fn resume(point: Timestamp) {
-    RECKONING.resume(point);
+    with_reckoning(|reckoning| reckoning.resume(point));
 }
 
 /// Returns the time until `at`; zero if it has passed.
@@ -93,7 +103,7 @@ pub fn until(at: Timestamp) -> Duration {
 
 /// Returns the wall-clock time at a point of the timeline, as of the clock's latest step.
 pub fn wall(point: Timestamp) -> Timestamp {
-    RECKONING.wall(point)
+    with_reckoning(|reckoning| reckoning.wall(point))
 }
 
 /// Records the timeline's present point at intervals, until the daemon stops. A restart under the same boot needs no
