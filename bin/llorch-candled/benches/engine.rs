@@ -1,4 +1,4 @@
-//! What the engine makes of a model file: tokens a second of prefill and decode, time to load, memory.
+//! Speed of the engine on a model file: tokens a second of prefill and decode, load time, memory.
 //!
 //! ```text
 //! cargo bench -p llorch-candled --bench engine -- MODEL.gguf [threads=1,2] [tier=Avx2] [reference]

@@ -95,7 +95,7 @@ impl<'a> Tensors<'a> {
         Ok(Self { header, file })
     }
 
-    /// Whether the file has this tensor.
+    /// Returns whether the file has this tensor.
     pub fn has(&self, name: &str) -> bool {
         self.header.tensor(name).is_some()
     }

@@ -49,7 +49,7 @@ impl<'a> Weights<'a> {
         self.device
     }
 
-    /// Whether the file has this tensor.
+    /// Returns whether the file has this tensor.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.has(name)
     }

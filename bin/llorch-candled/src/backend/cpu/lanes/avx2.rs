@@ -9,14 +9,14 @@ use super::{Kernel, LANES, Lanes};
 #[derive(Debug, Clone, Copy)]
 pub struct Avx2<const VNNI: bool>(());
 
-/// Whether the processor has the instructions of the tier without AVX-VNNI.
+/// Returns whether the processor has the instructions of the tier without AVX-VNNI.
 pub fn is_available() -> bool {
     is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c")
 }
 
-/// Whether the processor has the instructions of the tier with AVX-VNNI.
+/// Returns whether the processor has the instructions of the tier with AVX-VNNI.
 pub fn has_vnni() -> bool {
     is_available() && is_x86_feature_detected!("avxvnni")
 }

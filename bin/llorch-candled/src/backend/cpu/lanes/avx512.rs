@@ -8,7 +8,7 @@ use super::{Kernel, LANES, Lanes};
 #[derive(Debug, Clone, Copy)]
 pub struct Avx512(());
 
-/// Whether the processor has all instructions of this tier.
+/// Returns whether the processor has all instructions of this tier.
 pub fn is_available() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
