@@ -26,7 +26,11 @@ Feature: The fleet
     When I run `llorch pool list`
     Then standard output contains "online"
     When I run `llorch-pool daemon drain`
-    Then `llorch pool list` soon shows "drained"
+    And I run `llorch pool list`
+    Then standard output contains "drained"
+    When I run `llorch-pool daemon resume`
+    And I run `llorch pool list`
+    Then standard output contains "online"
 
   # [BDD-122] P24
   Scenario: Tasks can name what was just imported

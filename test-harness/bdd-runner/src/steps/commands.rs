@@ -30,15 +30,6 @@ fn output_contains(house: &mut House, text: String) {
     assert!(house.last().stdout.contains(&text), "{:?}", house.last());
 }
 
-/// Waits for a change that reaches another daemon a moment after the command that made it returns.
-#[then(expr = "`{}` soon shows {string}")]
-async fn soon_shows(house: &mut House, line: String, text: String) {
-    let started = std::time::Instant::now();
-    while !house.succeed(&line).await.stdout.contains(&text) {
-        assert!(started.elapsed() < WAIT_LIMIT, "{:?}", house.last());
-    }
-}
-
 #[then(expr = "standard output begins with {string}")]
 fn output_begins(house: &mut House, text: String) {
     assert!(house.last().stdout.starts_with(&text), "{:?}", house.last());
