@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use pool_core::ModelRef;
 use pool_core::worker::WorkerStatus;
 
-use super::{Index, Pass, Scope};
+use super::{Index, Jobs, Pass, Scope};
 use crate::job::JobErrorCode;
 use crate::queue::{QueuedJob, TurnKey};
 use crate::scheduler::REGISTRATION;
@@ -173,10 +173,17 @@ impl Index {
                 self.change_pool(pool, |state| {
                     state.reserve_start(&model, device, context, now, turn);
                 });
-                // Where a start was refused, there may now be too little memory for one: then workers are evicted for it.
-                self.classes_where(|jobs| jobs.settled == Some(WaitReason::StartRefused))
-                    .into_iter()
-                    .for_each(|class| self.look_at_all(class));
+                // Where a start was refused, or waits for workers that end, there may now be too little memory for it: then
+                // others are evicted.
+                let counts_on_memory = |jobs: &Jobs| {
+                    matches!(
+                        jobs.settled,
+                        Some(WaitReason::StartRefused | WaitReason::Evicting)
+                    )
+                };
+                for class in self.classes_where(counts_on_memory) {
+                    self.look_at_all(class);
+                }
                 let pool = name(self, pool);
                 self.last_starts.insert(pool.clone(), turn);
                 pass.actions.push(Action::StartWorker {

@@ -228,6 +228,44 @@ fn a_refused_start_is_judged_again_when_another_takes_its_memory() {
     assert_eq!(tested.index.pass(at(60)).actions, [evict]);
 }
 
+// [ORCHCORE-066] A start may take the memory that a worker leaves which was told to stop for another model: then that one
+// needs a further eviction.
+#[test]
+fn a_class_that_waits_for_memory_is_judged_again_when_a_start_takes_it() {
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let ending = WorkerState {
+        status: WorkerStatus::Draining,
+        memory_bytes: 2,
+        ..idle("w0", 3)
+    };
+    tested.index.set_pool(PoolState {
+        devices: vec![DeviceState {
+            device: device(0),
+            free_bytes: 1,
+            total_bytes: 6,
+        }],
+        workers: vec![
+            ending,
+            WorkerState {
+                memory_bytes: 3,
+                ..idle("w1", 0)
+            },
+        ],
+        models: vec![on_disk(1, 3), on_disk(3, 1)],
+        ..bare_pool("p0")
+    });
+    tested.change(put(1), JobId::random());
+    tested.pass().unwrap();
+    tested.change(put(3), JobId::random());
+    tested.pass().unwrap();
+    let evict = Action::EvictWorker {
+        pool: "p0".into(),
+        worker: "w1".into(),
+        needed_by: model(1),
+    };
+    assert_eq!(tested.index.pass(at(0)).actions, [evict]);
+}
+
 // [ORCHCORE-066] Where the only pool with the file can't run it any more, another may download it.
 #[test]
 fn a_class_that_was_short_of_memory_may_come_to_lack_the_model() {
