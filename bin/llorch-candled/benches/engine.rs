@@ -1,10 +1,11 @@
-//! Speed of the engine on a model file: tokens a second of prefill and decode, load time, memory.
+//! Speed of the engine on a model file: tokens a second of prefill, of decode, and of several answers side by side; load time,
+//! memory.
 //!
 //! ```text
-//! cargo bench -p llorch-candled --bench engine -- MODEL.gguf [threads=1,2] [tier=Avx2] [reference]
+//! cargo bench -p llorch-candled --bench engine -- MODEL.gguf [threads=1,2] [tier=Avx2] [reference] [answers=8]
 //! ```
 //!
-//! `reference` measures candle's products instead. Figures are medians of five runs, with the least and the largest.
+//! `reference` measures candle's products instead; `answers` only so many answers side by side. Figures are medians of five runs, with the least and the largest.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -12,8 +13,10 @@ use std::time::{Duration, Instant};
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::host::private_bytes;
 use llorch_candled::backend::cpu::lanes::Tier;
-use llorch_candled::engine::Engine;
+use llorch_candled::engine::batcher::Batcher;
 use llorch_candled::engine::sequence::Sequence;
+use llorch_candled::engine::{Control, Engine, Halted, Sizes};
+use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEvent};
 
 const PREFILL: usize = 512;
 const DECODE: usize = 128;
@@ -45,37 +48,103 @@ fn main() {
             true => Device::Reference,
             false => Device::Cpu { threads, tier },
         };
-        measure(Path::new(&model), device);
+        let answers = value("answers").map(|n| n.parse().expect("a number of answers"));
+        measure(Path::new(&model), device, answers);
     }
 }
 
-fn measure(model: &Path, device: Device) {
+fn measure(model: &Path, device: Device, answers: Option<u64>) {
+    let sizes = Sizes {
+        context_length: Some(2 * PREFILL),
+        cache_tokens: Some(4 * PREFILL),
+        ..Sizes::default()
+    };
     let start = Instant::now();
-    let engine =
-        Engine::load(model, device, Some(2 * PREFILL), 1, &mut |_, _| ()).expect("the model loads");
+    let engine = Engine::load(model, device, sizes, &mut |_, _| ()).expect("the model loads");
     let loaded = start.elapsed();
     engine.warm_up().expect("the model computes");
     let mib = private_bytes().unwrap_or_default() >> 20;
     println!("{device:?}: loaded in {loaded:.0?}, {mib} MiB of its own");
+    if let Some(answers) = answers {
+        return show_answers(&engine, answers);
+    }
     let vocab = engine.description().vocab as u32;
     let tokens: Vec<u32> = (0..PREFILL as u32)
         .map(|i| (i * 7919 + 13) % vocab)
         .collect();
-    show("prefill 512", PREFILL, || {
+    show("prefill 512", || {
         let mut sequence = engine.sequence(PREFILL).expect("room");
-        timed(|| drop(prefill(&mut sequence, &tokens)))
+        rate(PREFILL, || drop(prefill(&mut sequence, &tokens)))
     });
     for depth in [1, PREFILL] {
-        show(&format!("decode 128 at {depth}"), DECODE, || {
+        show(&format!("decode 128 at {depth}"), || {
             let mut sequence = engine.sequence(depth + DECODE).expect("room");
             prefill(&mut sequence, &tokens[..depth]);
-            timed(|| {
+            rate(DECODE, || {
                 for token in &tokens[..DECODE] {
                     sequence.logits(&[*token]).expect("the model computes");
                 }
             })
         });
     }
+    for answers in [1, 4, 8] {
+        show_answers(&engine, answers);
+    }
+}
+
+fn show_answers(engine: &Engine, answers: u64) {
+    show(&format!("{answers} answers"), || {
+        let (time, tokens) = side_by_side(engine, answers);
+        f64::from(tokens) / time.as_secs_f64()
+    });
+}
+
+/// Writes answers of 128 tokens to short prompts; returns how long that takes, and how many tokens there are in the end.
+fn side_by_side(engine: &Engine, answers: u64) -> (Duration, u32) {
+    let mut batcher = Batcher::new(engine);
+    let start = Instant::now();
+    for seed in 0..answers {
+        let request = ExecuteRequest {
+            job_id: String::new(),
+            attempt: 1,
+            fence: 1,
+            prompt: Some(format!("Once upon a time there were {seed} small")),
+            messages: None,
+            raw: true,
+            allow_special: false,
+            system: None,
+            sampling: Sampling::default(),
+            seed,
+            max_tokens: DECODE as u32,
+            stop: Vec::new(),
+            resume: None,
+            cache_scope: None,
+        };
+        let generation = engine.prepare(request, start).expect("the prompt is valid");
+        batcher.add(generation, Silent);
+    }
+    let mut tokens = 0;
+    while !batcher.is_empty() {
+        for ended in batcher.step().1 {
+            tokens += ended.outcome.expect("the model computes").tokens_out;
+        }
+    }
+    (start.elapsed(), tokens)
+}
+
+/// Tells nobody anything.
+struct Silent;
+
+impl Control for Silent {
+    fn check(&self) -> Result<(), Halted> {
+        Ok(())
+    }
+
+    fn event(&mut self, _: WorkerEvent) {}
+
+    fn progress(&mut self) {}
+
+    fn drawn(&mut self) {}
 }
 
 fn prefill(sequence: &mut Sequence<'_>, tokens: &[u32]) -> Vec<f32> {
@@ -83,17 +152,17 @@ fn prefill(sequence: &mut Sequence<'_>, tokens: &[u32]) -> Vec<f32> {
         .expect("the model computes")
 }
 
-fn timed(work: impl FnOnce()) -> Duration {
+/// Returns the tokens a second of work on `tokens` tokens.
+fn rate(tokens: usize, work: impl FnOnce()) -> f64 {
     let start = Instant::now();
     work();
-    start.elapsed()
+    tokens as f64 / start.elapsed().as_secs_f64()
 }
 
-fn show(what: &str, tokens: usize, mut run: impl FnMut() -> Duration) {
+/// Runs a measurement that gives tokens a second, once more than it counts, and prints what came out.
+fn show(what: &str, mut run: impl FnMut() -> f64) {
     run();
-    let mut rates: Vec<f64> = (0..RUNS)
-        .map(|_| tokens as f64 / run().as_secs_f64())
-        .collect();
+    let mut rates: Vec<f64> = (0..RUNS).map(|_| run()).collect();
     rates.sort_by(f64::total_cmp);
     let (least, median, most) = (rates[0], rates[RUNS / 2], rates[RUNS - 1]);
     println!("  {what:<18} {median:>8.1} tokens/s [{least:.1}..{most:.1}]");

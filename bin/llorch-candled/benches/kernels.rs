@@ -1,6 +1,7 @@
-//! Measures products on one thread: bytes a second of a single row, and multiply-adds a second of several.
+//! Measures products on one thread: bytes a second of one and a few rows with weights that are in no cache, and multiply-adds a
+//! second of many.
 //!
-//! `cargo bench -p llorch-candled --bench kernels -- [row|rows|all] [tier] [format]`. Every figure is the median, with the least and the largest, of some repetitions.
+//! `cargo bench -p llorch-candled --bench kernels -- [few|rows|all] [tier] [format]`. Every figure is the median, with the least and the largest, of some repetitions.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -29,7 +30,7 @@ const SHAPES: [(Format, usize, usize); 14] = [
     (Format::F32, 1536, 576),
 ];
 
-/// Bytes of distinct matrices for a single row: more than any cache holds.
+/// Bytes of distinct matrices for a few rows: more than any cache holds.
 fn cold_bytes() -> usize {
     let mib = std::env::var("COLD_MIB")
         .ok()
@@ -171,74 +172,76 @@ fn main() {
             }
             let source = noise(format, n * format.row_bytes(k));
             let weights = PackedMatrix::pack(format, n, k, &source);
-            if argument(0) != "row" {
+            if argument(0) != "few" {
                 several_rows(tier, &weights);
             }
             if argument(0) != "rows" {
-                single_row(tier, weights, &source);
+                few_rows(tier, weights, &source);
             }
         }
     }
 }
 
-fn single_row(tier: Tier, first: PackedMatrix, source: &[u8]) {
+fn few_rows(tier: Tier, first: PackedMatrix, source: &[u8]) {
     let (format, n, k) = (first.format(), first.rows(), first.columns());
     let count = cold_bytes().div_ceil(first.bytes());
     let mut all = vec![first];
     all.extend((1..count).map(|_| PackedMatrix::pack(format, n, k, source)));
     let memory = vec![1; cold_bytes()];
-    let mut results = vec![0.0; n];
-    let case = Case::new(tier, format, 1, k);
     let bytes = (count * all[0].bytes()) as f64;
-    // Both are measured in turn, since the machine's memory is shared.
-    let mut ratios = Vec::new();
-    let mut reads = Vec::new();
-    let mut larges = Vec::new();
-    let mut products = Vec::new();
-    for _ in 0..7 {
-        let [large, ..] = rates(memory.len() as f64, 1, || {
-            black_box(Tier::best().run(ReadAll(&memory)));
-        });
-        larges.push(large);
-        let [read, ..] = rates(bytes, 1, || {
-            for weights in &all {
-                black_box(Tier::best().run(ReadAll(weights.as_bytes())));
-            }
-        });
-        let [product, ..] = rates(bytes, 1, || {
-            for weights in &all {
-                case.multiply(weights, &mut results);
-            }
-        });
-        ratios.push(product / read);
-        reads.push(read);
-        products.push(product);
+    for m in [1, 2, 4, 8] {
+        let mut results = vec![0.0; m * n];
+        let case = Case::new(tier, format, m, k);
+        // Both are measured in turn, since the machine's memory is shared.
+        let mut ratios = Vec::new();
+        let mut reads = Vec::new();
+        let mut larges = Vec::new();
+        let mut products = Vec::new();
+        for _ in 0..7 {
+            let [large, ..] = rates(memory.len() as f64, 1, || {
+                black_box(Tier::best().run(ReadAll(&memory)));
+            });
+            larges.push(large);
+            let [read, ..] = rates(bytes, 1, || {
+                for weights in &all {
+                    black_box(Tier::best().run(ReadAll(weights.as_bytes())));
+                }
+            });
+            let [product, ..] = rates(bytes, 1, || {
+                for weights in &all {
+                    case.multiply(weights, &mut results);
+                }
+            });
+            ratios.push(product / read);
+            reads.push(read);
+            products.push(product);
+        }
+        let sorted = |mut x: Vec<f64>| {
+            x.sort_by(f64::total_cmp);
+            x
+        };
+        let (ratios, reads, products, larges) = (
+            sorted(ratios),
+            sorted(reads),
+            sorted(products),
+            sorted(larges),
+        );
+        println!(
+            "{tier:?} {format:?} {n}×{k} m={m}: {:.1} [{:.1}..{:.1}] GB/s, read {:.1} [{:.1}..{:.1}], ratio {:.2} [{:.2}..{:.2}]; read of one allocation {:.1} [{:.1}..{:.1}]",
+            products[3],
+            products[0],
+            products[6],
+            reads[3],
+            reads[0],
+            reads[6],
+            ratios[3],
+            ratios[0],
+            ratios[6],
+            larges[3],
+            larges[0],
+            larges[6]
+        );
     }
-    let sorted = |mut x: Vec<f64>| {
-        x.sort_by(f64::total_cmp);
-        x
-    };
-    let (ratios, reads, products, larges) = (
-        sorted(ratios),
-        sorted(reads),
-        sorted(products),
-        sorted(larges),
-    );
-    println!(
-        "{tier:?} {format:?} {n}×{k} m=1: {:.1} [{:.1}..{:.1}] GB/s, read {:.1} [{:.1}..{:.1}], ratio {:.2} [{:.2}..{:.2}]; read of one allocation {:.1} [{:.1}..{:.1}]",
-        products[3],
-        products[0],
-        products[6],
-        reads[3],
-        reads[0],
-        reads[6],
-        ratios[3],
-        ratios[0],
-        ratios[6],
-        larges[3],
-        larges[0],
-        larges[6]
-    );
 }
 
 fn several_rows(tier: Tier, weights: &PackedMatrix) {

@@ -1,25 +1,26 @@
-//! The compute thread: loads the model, then runs one execution after the other. Nothing here ever runs on the async
-//! runtime, so `/health` answers however busy the processors are.
+//! The threads that compute: one loads the model and then runs all executions side by side, and one makes tokens of their
+//! prompts before, which takes a while for a long one. Nothing here ever runs on the async runtime, so `/health` answers
+//! however busy the processors are.
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
 
-use pool_core::api::worker::{
-    ExecuteRequest, WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent,
-};
+use pool_core::api::worker::{WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent};
 use pool_core::crash::crash_point;
 use tokio::sync::oneshot;
 
 use crate::backend::Device;
 use crate::backend::cpu::host::private_bytes;
-use crate::engine::{Control, Engine, Failure, Halted, LoadError};
+use crate::engine::batcher::{Batcher, Ended};
+use crate::engine::{Control, Engine, Failure, Generation, Halted, LoadError, Sizes};
 use crate::executions::{Execution, Executions};
 use crate::metrics::Metrics;
 use crate::panics::caught;
 use crate::status::{Loaded, Status};
 
-/// What the thread works with.
+/// What the threads work with.
 pub struct Compute {
     /// The model file.
     pub model: PathBuf,
@@ -27,10 +28,10 @@ pub struct Compute {
     pub sha256: Option<String>,
     /// Where to compute.
     pub device: Device,
-    /// Tokens of context asked for.
-    pub context_length: Option<usize>,
-    /// Sequences that may hold a cache at once.
-    pub slots: usize,
+    /// Tokens of context and of the cache, and sequences at once.
+    pub sizes: Sizes,
+    /// Whether tokens are guessed.
+    pub speculates: bool,
     /// The worker's account of itself.
     pub status: Arc<Status>,
     /// Where events go.
@@ -39,50 +40,120 @@ pub struct Compute {
     pub metrics: Arc<Metrics>,
 }
 
+/// An execution with its prompt as tokens.
+type Prepared = (Arc<Execution>, Generation);
+
 impl Compute {
-    /// Starts the thread. `loaded` hears how loading went.
+    /// Starts the threads. `loaded` hears how loading went.
     pub fn start(
         self,
         queue: Receiver<Arc<Execution>>,
         loaded: oneshot::Sender<Result<(), LoadError>>,
     ) -> std::io::Result<()> {
-        std::thread::Builder::new()
-            .name("compute".to_owned())
-            .spawn(move || self.run(&queue, loaded))
-            .map(|_| ())
-    }
-
-    fn run(
-        &self,
-        queue: &Receiver<Arc<Execution>>,
-        loaded: oneshot::Sender<Result<(), LoadError>>,
-    ) {
-        let engine = match self.load() {
-            Ok(engine) => engine,
-            Err(error) => {
-                self.status.failed(error.to_string());
-                // Nobody listens only when the process ends anyway.
-                let _ = loaded.send(Err(error));
-                return;
+        let compute = Arc::new(self);
+        let (engine_sender, engine_receiver) = channel::<Arc<Engine>>();
+        let (prepared_sender, prepared) = channel();
+        let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            let builder = std::thread::Builder::new().name(name.to_owned());
+            builder.spawn(work).map(|_| ())
+        };
+        let own = Arc::clone(&compute);
+        let prepare = move || {
+            if let Ok(engine) = engine_receiver.recv() {
+                own.prepare(&engine, &queue, &prepared_sender);
             }
         };
-        let _ = loaded.send(Ok(()));
+        spawn("prepare", Box::new(prepare))?;
+        let run = move || {
+            let engine = match compute.load() {
+                Ok(engine) => Arc::new(engine),
+                Err(error) => {
+                    compute.status.failed(error.to_string());
+                    // Nobody listens only when the process ends anyway.
+                    let _ = loaded.send(Err(error));
+                    return;
+                }
+            };
+            let _ = engine_sender.send(Arc::clone(&engine));
+            let _ = loaded.send(Ok(()));
+            compute.run(&engine, &prepared);
+        };
+        spawn("compute", Box::new(run))
+    }
+
+    /// Makes tokens of the prompts of executions, one after the other.
+    fn prepare(
+        &self,
+        engine: &Engine,
+        queue: &Receiver<Arc<Execution>>,
+        prepared: &Sender<Prepared>,
+    ) {
         while let Ok(execution) = queue.recv() {
-            self.execute(&engine, &execution);
+            // A queue hands every execution out once.
+            let Some(request) = execution.take_request() else {
+                continue;
+            };
+            let (job_id, attempt) = (execution.job_id(), execution.attempt());
+            tracing::info!(job_id, attempt, "execution started");
+            let prepare = || {
+                execution.check()?;
+                engine.prepare(request, execution.accepted())
+            };
+            let outcome = caught(prepare).unwrap_or_else(|panicked| Err(panicked.into()));
+            match outcome {
+                Ok(generation) => {
+                    if prepared.send((execution, generation)).is_err() {
+                        return;
+                    }
+                }
+                Err(failure) => self.end(&execution, 0, Err(failure)),
+            }
         }
+    }
+
+    /// Runs executions, all those that there are side by side.
+    fn run(&self, engine: &Engine, prepared: &Receiver<Prepared>) {
+        let mut batcher = Batcher::new(engine).speculate(self.speculates);
+        loop {
+            if batcher.is_empty() {
+                let Ok(next) = prepared.recv() else {
+                    return;
+                };
+                self.begin(&mut batcher, next);
+            }
+            for next in prepared.try_iter() {
+                self.begin(&mut batcher, next);
+            }
+            let start = Instant::now();
+            let (step, ended) = batcher.step();
+            let waiting = batcher.waiting();
+            self.metrics
+                .step(&step, start.elapsed(), waiting, engine.room());
+            for Ended { control, outcome } in ended {
+                self.end(&control.execution, control.drawn, outcome);
+            }
+        }
+    }
+
+    fn begin<'a>(
+        &'a self,
+        batcher: &mut Batcher<'_, Running<'a>>,
+        (execution, generation): Prepared,
+    ) {
+        let control = Running {
+            compute: self,
+            execution,
+            drawn: 0,
+        };
+        batcher.add(generation, control);
     }
 
     fn load(&self) -> Result<Engine, LoadError> {
         let load = || {
-            let mut engine = Engine::load(
-                &self.model,
-                self.device,
-                self.context_length,
-                self.slots,
-                &mut |done, total| {
+            let mut engine =
+                Engine::load(&self.model, self.device, self.sizes, &mut |done, total| {
                     self.status.loading(done, total);
-                },
-            )?;
+                })?;
             if let Some(sha256) = &self.sha256 {
                 engine.set_sha256(sha256);
             }
@@ -103,21 +174,9 @@ impl Compute {
         Ok(engine)
     }
 
-    fn execute(&self, engine: &Engine, execution: &Arc<Execution>) {
-        // A queue hands every execution out once.
-        let Some(request) = execution.take_request() else {
-            return;
-        };
+    /// Tells an execution's end, after which its slot is free.
+    fn end(&self, execution: &Arc<Execution>, drawn: u64, outcome: Result<WorkerEnd, Failure>) {
         let (job_id, attempt) = (execution.job_id(), execution.attempt());
-        tracing::info!(job_id, attempt, "execution started");
-        let mut control = Running {
-            compute: self,
-            execution,
-            drawn: 0,
-        };
-        let outcome = caught(|| run_request(engine, execution, request, &mut control))
-            .unwrap_or_else(|panicked| Err(panicked.into()));
-        let drawn = control.drawn;
         crash_point("execute.ending");
         let last = match outcome {
             Ok(end) => {
@@ -164,21 +223,10 @@ impl Compute {
     }
 }
 
-fn run_request(
-    engine: &Engine,
-    execution: &Execution,
-    request: ExecuteRequest,
-    control: &mut dyn Control,
-) -> Result<WorkerEnd, Failure> {
-    control.check()?;
-    let generation = engine.prepare(request, execution.accepted())?;
-    engine.generate(&generation, control)
-}
-
 /// An execution that runs.
 struct Running<'a> {
     compute: &'a Compute,
-    execution: &'a Arc<Execution>,
+    execution: Arc<Execution>,
     drawn: u64,
 }
 
@@ -191,7 +239,7 @@ impl Control for Running<'_> {
         if let WorkerEvent::Started(started) = &event {
             self.compute.metrics.prompt(started.tokens_in);
         }
-        self.compute.executions.push(self.execution, &event);
+        self.compute.executions.push(&self.execution, &event);
     }
 
     fn progress(&mut self) {

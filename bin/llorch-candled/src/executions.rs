@@ -450,6 +450,7 @@ mod tests {
             max_tokens: 1,
             stop: Vec::new(),
             resume: None,
+            cache_scope: None,
         }
     }
 

@@ -1,4 +1,4 @@
-//! The worker: one model on one device, answering one job at a time over HTTP.
+//! The worker: one model on one device, answering jobs side by side over HTTP.
 //!
 //! It binds its port, then loads the model on a thread of its own, then tells the pool. The `engine` knows nothing of
 //! HTTP; `executions` holds what readers see; `api` joins the two.
@@ -29,7 +29,7 @@ use tokio::sync::oneshot;
 
 use backend::BackendError;
 use compute::Compute;
-use engine::LoadError;
+use engine::{LoadError, Sizes};
 use executions::{Executions, Limits};
 use metrics::Metrics;
 use status::Status;
@@ -50,6 +50,8 @@ pub struct Config {
     pub nonce: String,
     /// Number of threads that compute.
     pub threads: usize,
+    /// Whether tokens are guessed from the text before and checked together.
+    pub speculates: bool,
     /// How long an execution's buffer lives after its end.
     pub execution_ttl: Duration,
     /// Bytes of all buffers together.
@@ -137,6 +139,7 @@ pub async fn run(
         secret,
         nonce,
         threads,
+        speculates,
         execution_ttl,
         buffer_bytes,
     } = config;
@@ -169,8 +172,12 @@ pub async fn run(
         model: args.model.clone(),
         sha256: args.sha256.clone(),
         device,
-        context_length: args.context_length.map(|tokens| tokens as usize),
-        slots: limits.slots,
+        sizes: Sizes {
+            context_length: args.context_length.map(|tokens| tokens as usize),
+            cache_tokens: args.cache_tokens.map(|tokens| tokens as usize),
+            slots: limits.slots,
+        },
+        speculates,
         status: Arc::clone(&status),
         executions: Arc::clone(&executions),
         metrics: Arc::clone(&metrics),

@@ -5,23 +5,27 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{CommandFactory, Parser, error::ErrorKind};
+use clap::Parser;
 use llorch_candled::{Config, RunError, backend, handed_over, panics, run};
 use pool_core::service::threads::{self, RuntimeError};
 use pool_core::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Threads in addition to the compute threads: the runtime's, the one that leads the computation, and a template's.
-const OWN_THREADS: usize = 9;
+/// Threads in addition to the compute threads: the runtime's, the one that leads the computation, the one that prepares, and a
+/// template's.
+const OWN_THREADS: usize = 10;
 
 /// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which hand over
-/// LLORCH_WORKER_SECRET and LLORCH_WORKER_NONCE in the environment. It runs one sequence at a time: `--slots` takes 1 only.
+/// LLORCH_WORKER_SECRET and LLORCH_WORKER_NONCE in the environment.
 #[derive(Debug, Parser)]
 #[command(name = "llorch-candled", version)]
 struct Cli {
     #[command(flatten)]
     worker: WorkerArgs,
+    /// Compute every token by itself instead of guessing some from the text before. The answers are the same.
+    #[arg(long)]
+    no_speculation: bool,
     /// Seconds that an execution's events stay available after its end.
     #[arg(long, default_value_t = 600)]
     execution_ttl_s: u64,
@@ -33,14 +37,6 @@ struct Cli {
 fn main() -> ExitCode {
     panics::report_place_only();
     let cli = Cli::parse();
-    if cli.worker.slots != 1 {
-        Cli::command()
-            .error(
-                ErrorKind::InvalidValue,
-                "this version runs one sequence at a time: `--slots` must be 1",
-            )
-            .exit();
-    }
     let wanted = cli
         .worker
         .threads
@@ -91,6 +87,7 @@ fn start(cli: Cli, threads: u32, fewer: bool) -> anyhow::Result<()> {
         secret,
         nonce,
         threads: threads as usize,
+        speculates: !cli.no_speculation,
         execution_ttl: Duration::from_secs(cli.execution_ttl_s),
         buffer_bytes: cli.buffer_mib << 20,
     };

@@ -1,11 +1,17 @@
 //! Figures for Prometheus.
 
+use std::time::Duration;
+
 use pool_core::api::worker::{WorkerEnd, WorkerErrorCode};
 use pool_core::service::Load;
+use prometheus::core::Collector;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
+
+use crate::engine::batcher::Step;
+use crate::engine::cache::Room;
 
 /// The outcome of an execution with a complete text.
 const END: &str = "end";
@@ -29,6 +35,14 @@ pub struct Metrics {
     generated_tokens: IntCounter,
     ttft: Histogram,
     tpot: Histogram,
+    batch: Histogram,
+    step: Histogram,
+    waiting: IntGauge,
+    cached_tokens: IntCounter,
+    guessed_tokens: IntCounter,
+    right_tokens: IntCounter,
+    cache_blocks: IntGauge,
+    cache_blocks_used: IntGauge,
     active: IntGauge,
     buffer_bytes: IntGauge,
     load: Load,
@@ -75,6 +89,39 @@ impl Metrics {
                 "Mean time of a token after the first.",
                 0.001,
             )?,
+            batch: Histogram::with_opts(
+                HistogramOpts::new(
+                    "candled_batch_sequences",
+                    "Sequences that shared a step of the computation.",
+                )
+                .buckets(prometheus::exponential_buckets(1.0, 2.0, 7)?),
+            )?,
+            step: seconds(
+                "candled_step_seconds",
+                "Time of a step of the computation.",
+                0.001,
+            )?,
+            waiting: IntGauge::new(
+                "candled_waiting_sequences",
+                "Sequences that wait for room in the cache.",
+            )?,
+            cached_tokens: IntCounter::new(
+                "candled_cached_tokens_total",
+                "Tokens that were not computed because the cache had them.",
+            )?,
+            guessed_tokens: IntCounter::new(
+                "candled_guessed_tokens_total",
+                "Tokens that were guessed from the text before.",
+            )?,
+            right_tokens: IntCounter::new(
+                "candled_rightly_guessed_tokens_total",
+                "Tokens that were guessed rightly, and needed no step of their own.",
+            )?,
+            cache_blocks: IntGauge::new("candled_cache_blocks", "Blocks of the cache.")?,
+            cache_blocks_used: IntGauge::new(
+                "candled_cache_blocks_used",
+                "Blocks of the cache that sequences have.",
+            )?,
             active: IntGauge::new(
                 "candled_active_executions",
                 "Executions that run or are about to.",
@@ -95,42 +142,55 @@ impl Metrics {
             &["version"],
         )?;
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
-        metrics.registry.register(Box::new(build))?;
-        metrics.registry.register(Box::new(limit))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.connections.clone()))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.refused.clone()))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.executions.clone()))?;
+        let collectors: [Box<dyn Collector>; 19] = [
+            Box::new(build),
+            Box::new(limit),
+            Box::new(metrics.connections.clone()),
+            Box::new(metrics.refused.clone()),
+            Box::new(metrics.executions.clone()),
+            Box::new(metrics.prompt_tokens.clone()),
+            Box::new(metrics.generated_tokens.clone()),
+            Box::new(metrics.ttft.clone()),
+            Box::new(metrics.tpot.clone()),
+            Box::new(metrics.batch.clone()),
+            Box::new(metrics.step.clone()),
+            Box::new(metrics.waiting.clone()),
+            Box::new(metrics.cached_tokens.clone()),
+            Box::new(metrics.guessed_tokens.clone()),
+            Box::new(metrics.right_tokens.clone()),
+            Box::new(metrics.cache_blocks.clone()),
+            Box::new(metrics.cache_blocks_used.clone()),
+            Box::new(metrics.active.clone()),
+            Box::new(metrics.buffer_bytes.clone()),
+        ];
+        for collector in collectors {
+            metrics.registry.register(collector)?;
+        }
         // Rates and alerts miss a series that begins with its first event.
         for outcome in ERRORS.map(WorkerErrorCode::as_str) {
             metrics.executions.with_label_values(&[outcome]);
         }
         metrics.executions.with_label_values(&[END]);
-        metrics
-            .registry
-            .register(Box::new(metrics.prompt_tokens.clone()))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.generated_tokens.clone()))?;
-        metrics.registry.register(Box::new(metrics.ttft.clone()))?;
-        metrics.registry.register(Box::new(metrics.tpot.clone()))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.active.clone()))?;
-        metrics
-            .registry
-            .register(Box::new(metrics.buffer_bytes.clone()))?;
         Ok(metrics)
     }
 
     /// Counts the prompt tokens of an execution that started.
     pub fn prompt(&self, tokens: u32) {
         self.prompt_tokens.inc_by(tokens.into());
+    }
+
+    /// Notes a step of the computation, after which `waiting` sequences wait for room in the cache.
+    pub fn step(&self, step: &Step, took: Duration, waiting: usize, room: Room) {
+        if step.sequences > 0 {
+            self.batch.observe(step.sequences as f64);
+            self.step.observe(took.as_secs_f64());
+        }
+        self.cached_tokens.inc_by(step.found as u64);
+        self.guessed_tokens.inc_by(step.guessed as u64);
+        self.right_tokens.inc_by(step.right as u64);
+        self.waiting.set(waiting as i64);
+        self.cache_blocks.set(room.total as i64);
+        self.cache_blocks_used.set((room.total - room.free) as i64);
     }
 
     /// A token was generated.

@@ -11,7 +11,7 @@ use std::time::Instant;
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::lanes::Tier;
 use llorch_candled::engine::model::{Batch, Model, Row};
-use llorch_candled::engine::{Control, Engine, Failure, Halted};
+use llorch_candled::engine::{Control, Engine, Failure, Halted, Sizes};
 use pool_core::api::worker::{
     ContextOverflow, ExecuteRequest, Origin, Resume, Sampling, StopReason, WorkerErrorCode,
     WorkerEvent,
@@ -185,6 +185,16 @@ fn a_batch_that_contradicts_itself_is_refused() {
         (&[row(0, 0, 1)], one, "a row has no block"),
         (&[row(0, 0, 0), row(0, 2, 0)], one, "positions have gaps"),
         (&[row(0, 0, 0)], &[&[4][..]], "a block is none of the cache"),
+        (
+            &[row(0, 5, 0), row(0, 4, 1)],
+            &[&[2][..], &[2]],
+            "two rows go to one place of the cache",
+        ),
+        (
+            &[row(0, 15, 0), row(0, 16, 0)],
+            &[&[2, 2][..]],
+            "two rows go to one place of the cache",
+        ),
         (
             &[row(0, 0, 0), row(0, 0, 1), row(0, 1, 0)],
             &[&[0][..], &[1]],
@@ -449,7 +459,7 @@ fn tokens_of_elsewhere_are_gone_on_from_only_where_the_text_stays_one() {
         };
         let generation = engine.prepare(request, Instant::now()).unwrap();
         let mut control = support::Collect::default();
-        engine.generate(&generation, &mut control).unwrap();
+        engine.generate(generation, &mut control).unwrap();
         let Some(WorkerEvent::Started(started)) = control.events.first() else {
             panic!("{:?}", control.events.first())
         };
@@ -632,7 +642,11 @@ fn half_of_its_context() -> Engine {
         ..TinyModel::default()
     };
     model.write(&path).expect("the model is written");
-    Engine::load(&path, cpu(), Some(32), 1, &mut |_, _| {}).expect("the model loads")
+    let sizes = Sizes {
+        context_length: Some(32),
+        ..Sizes::default()
+    };
+    Engine::load(&path, cpu(), sizes, &mut |_, _| ()).expect("the model loads")
 }
 
 // [CAND-052] [CAND-056]
@@ -767,16 +781,16 @@ fn a_halt_takes_effect_within_a_chunk_or_a_token() {
             tokens: 0,
             chunks: 0,
         };
-        let failure = engine.generate(&generation, &mut control).unwrap_err();
+        let failure = engine.generate(generation, &mut control).unwrap_err();
         assert!(matches!(failure, Failure::Halted(Halted::Cancelled)));
         (control.chunks, control.tokens)
     };
+    assert_eq!(halt(640, 4), (4, 0), "4 of 10 chunks were let through");
     assert_eq!(
-        halt(640, 4),
-        (3, 0),
-        "4 of 10 chunks were let through, the fourth begun after 3 were done"
+        halt(10, 6),
+        (0, 6),
+        "6 steps were let through, the first with the prompt"
     );
-    assert_eq!(halt(10, 6), (0, 5), "1 chunk and 5 tokens were let through");
 }
 
 // [CAND-049]
@@ -789,7 +803,7 @@ fn damaged_weights_are_an_error_and_not_an_answer() {
     let weights = bytes.len() / 2;
     bytes[weights..].fill(0xff);
     std::fs::write(&path, bytes).unwrap();
-    let engine = Engine::load(&path, cpu(), None, 1, &mut |_, _| ()).unwrap();
+    let engine = Engine::load(&path, cpu(), Sizes::default(), &mut |_, _| ()).unwrap();
     let code = run(&engine, greedy("hello")).map_err(|failure| failure.code());
     assert_eq!(code.err(), Some(WorkerErrorCode::InferenceFailed));
 }

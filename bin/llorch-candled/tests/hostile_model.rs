@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use gguf_mutants::{with_text, without};
-use llorch_candled::engine::Engine;
+use llorch_candled::engine::{Engine, Sizes};
 use pool_core::api::worker::{ExecuteRequest, Message, Role};
 
 const TIME_LIMIT: Duration = Duration::from_millis(100);
@@ -105,7 +105,12 @@ fn a_child_loads_a_model_and_measures_itself() {
         return;
     };
     let mut start = processor_time();
-    let engine = Engine::load(Path::new(&path), support::cpu(), None, 1, &mut |_, _| ());
+    let engine = Engine::load(
+        Path::new(&path),
+        support::cpu(),
+        Sizes::default(),
+        &mut |_, _| (),
+    );
     let verdict = match (engine, std::env::var_os(JOB_VAR)) {
         (Err(error), _) => format!("refused {error}"),
         (Ok(engine), None) => {

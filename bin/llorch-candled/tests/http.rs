@@ -55,6 +55,7 @@ fn config(model: PathBuf) -> Config {
             port: 0,
             pool_url: None,
             context_length: Some(LONG),
+            cache_tokens: None,
             slots: 1,
             threads: None,
             stop_grace_s: PATIENCE.as_secs(),
@@ -62,6 +63,7 @@ fn config(model: PathBuf) -> Config {
         secret: Secret::new("s3cret"),
         nonce: "nonce-7".into(),
         threads: 1,
+        speculates: true,
         execution_ttl: PATIENCE,
         buffer_bytes: 16 << 20,
     }
@@ -361,6 +363,43 @@ async fn fences_attach_replace_and_refuse() {
     assert!(matches!(newer.last(), Some((_, WorkerEvent::End(_)))));
     assert_eq!(last_error(&rest(first).await), WorkerErrorCode::Replaced);
     assert_eq!(last_error(&rest(attached).await), WorkerErrorCode::Replaced);
+    worker.stop().await;
+}
+
+// [CAND-060] [CAND-015]
+#[tokio::test]
+async fn as_many_jobs_run_side_by_side_as_there_are_slots() {
+    let worker = Worker::with(|config| config.args.slots = 2).await;
+    let mut endless_one = worker.execute(&endless("job-1", 1)).await.unwrap();
+    next(&mut endless_one).await;
+    let beside = rest(worker.execute(&short("job-2", 1)).await.unwrap()).await;
+    let mut second = worker.execute(&endless("job-3", 1)).await.unwrap();
+    next(&mut second).await;
+    let health = worker.health().await;
+    assert_eq!((health.slots, health.active), (2, 2));
+    assert_eq!(
+        api_code(&worker.execute(&short("job-4", 1)).await.unwrap_err()),
+        (429, "BUSY")
+    );
+    for job in ["job-1", "job-3"] {
+        assert!(worker.cancel(job, 1).await.unwrap().cancelled);
+    }
+    assert_eq!(last_error(&rest(second).await), WorkerErrorCode::Cancelled);
+    assert_eq!(
+        last_error(&rest(endless_one).await),
+        WorkerErrorCode::Cancelled
+    );
+    let alone = rest(worker.execute(&short("job-5", 1)).await.unwrap()).await;
+    let tokens = |events: &[(usize, WorkerEvent)]| {
+        let events = events.iter().map(|(_, event)| event.clone());
+        events
+            .filter(|event| matches!(event, WorkerEvent::Token(_)))
+            .collect::<Vec<_>>()
+    };
+    assert!(!tokens(&alone).is_empty());
+    assert_eq!(tokens(&beside), tokens(&alone));
+    let metrics = worker.client.get_text("/metrics").await.unwrap();
+    assert!(metrics.contains("candled_cache_blocks_used 0"), "{metrics}");
     worker.stop().await;
 }
 

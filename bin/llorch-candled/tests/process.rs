@@ -33,6 +33,7 @@ fn args(model: &Path, port: u16) -> WorkerArgs {
         port,
         pool_url: None,
         context_length: None,
+        cache_tokens: None,
         slots: 1,
         threads: Some(1),
         stop_grace_s: 10,
@@ -150,7 +151,7 @@ fn wrong_usage_is_said_before_anything_starts() {
     assert_eq!(code, Some(2));
     assert!(line.contains(SECRET_VAR), "{line}");
     let output = command(&WorkerArgs {
-        slots: 2,
+        slots: 65,
         ..args(&model, 0)
     })
     .output()

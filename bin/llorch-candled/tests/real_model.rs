@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::time::Instant;
 
-use llorch_candled::engine::Engine;
+use llorch_candled::engine::{Engine, Sizes};
 use pool_core::api::worker::{ExecuteRequest, Message, Role, StopReason};
 use serde::Deserialize;
 use support::{cpu, greedy, run};
@@ -21,7 +21,7 @@ fn model_path() -> PathBuf {
 }
 
 static ENGINE: LazyLock<Engine> = LazyLock::new(|| {
-    Engine::load(&model_path(), cpu(), None, 1, &mut |_, _| ()).expect("the model loads")
+    Engine::load(&model_path(), cpu(), Sizes::default(), &mut |_, _| ()).expect("the model loads")
 });
 
 #[derive(Deserialize)]
@@ -206,7 +206,7 @@ fn a_web_page_with_forged_turns_is_text() {
 fn loading_tells_every_few_mebibytes_that_it_moves() {
     let mut told = Vec::new();
     let mut progress = |done, total| told.push((done, total));
-    Engine::load(&model_path(), cpu(), None, 1, &mut progress).expect("the model loads");
+    Engine::load(&model_path(), cpu(), Sizes::default(), &mut progress).expect("the model loads");
     // Its largest tensor has 27 MiB.
     for pair in told.windows(2) {
         let step = pair[1].0.checked_sub(pair[0].0);

@@ -251,6 +251,8 @@ fn a_drain_is_asked_for_watched_and_ended() {
             .contains("is drained")
     );
     host.run(&["daemon", "resume"]).exits(0);
+    let again = host.run(&["daemon", "resume"]).exits(0);
+    assert!(again.out.contains("was not drained"), "{}", again.out);
     assert!(
         host.run(&["daemon", "status"])
             .exits(0)

@@ -172,7 +172,7 @@ impl Pool {
         found
             .map(|Offered { model, aliases }| {
                 let estimator = self.lifecycle.estimator();
-                let estimate = estimator.estimate(&model, None, 1);
+                let estimate = estimator.estimate(&model, None, None, None);
                 let unsupported = estimator.unsupported(&model);
                 ModelOnDisk {
                     needed_bytes: estimate.needed_bytes,

@@ -42,6 +42,10 @@ pub struct OrchestratorConfig {
     /// Most pools that are registered at once, those that are not heard from included; further ones get 429, known ones
     /// never. Default 1000, the size that the scheduler is made for.
     pub max_pools: u32,
+    /// Jobs of which a worker computes a common beginning once: `all`, or those of one `session`. With `all`, the time to a
+    /// job's first token tells who submitted it whether somebody else's prompt began alike: choose `session` where submitters
+    /// don't trust each other. Default `all`.
+    pub prefix_sharing: PrefixSharing,
     /// The queue of waiting jobs.
     pub queue: QueueConfig,
     /// What is kept of jobs that are over.
@@ -62,6 +66,7 @@ impl Default for OrchestratorConfig {
             pool_token_file: None,
             recovery_window_ms: 20_000,
             max_pools: 1000,
+            prefix_sharing: PrefixSharing::All,
             queue: QueueConfig::default(),
             store: StoreConfig::default(),
             scheduler: SchedulerConfig::default(),
@@ -69,6 +74,18 @@ impl Default for OrchestratorConfig {
             log: LogConfig::default(),
         }
     }
+}
+
+/// Jobs that have a common beginning of their prompts computed once.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum PrefixSharing {
+    /// All jobs.
+    #[default]
+    All,
+    /// Jobs of one session. A job without a session shares nothing.
+    Session,
 }
 
 /// `[queue]`.

@@ -16,6 +16,9 @@ pub const SECRET_VAR: &str = "LLORCH_WORKER_SECRET";
 /// Environment variable with the number that tells one start of a worker from another.
 pub const NONCE_VAR: &str = "LLORCH_WORKER_NONCE";
 
+/// The most sequences that a worker may be asked to run at once.
+pub const MAX_SLOTS: u32 = 64;
+
 /// Exit code of a worker whose port was taken: the pool tries the next port.
 pub const EXIT_PORT_TAKEN: i32 = 75;
 /// Exit code of a worker that refuses its model file; the last log line that begins with `error: ` says why.
@@ -62,8 +65,12 @@ pub struct WorkerArgs {
     /// Tokens of context [default: the smaller of the model's and 8192].
     #[cfg_attr(feature = "cli", arg(long, value_name = "TOKENS"))]
     pub context_length: Option<u32>,
-    /// Sequences that run at once; this version runs 1.
-    #[cfg_attr(feature = "cli", arg(long, default_value_t = 1))]
+    /// Tokens that all sequences together have room for [default: one sequence of the context's length].
+    #[cfg_attr(feature = "cli", arg(long, value_name = "TOKENS"))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_tokens: Option<u32>,
+    /// Sequences that run at once.
+    #[cfg_attr(feature = "cli", arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_SLOTS))))]
     pub slots: u32,
     /// Compute threads [default: one less than the host's processors].
     #[cfg_attr(feature = "cli", arg(long))]
@@ -113,6 +120,7 @@ impl WorkerArgs {
                 "--context-length",
                 self.context_length.map(|n| n.to_string()),
             ),
+            ("--cache-tokens", self.cache_tokens.map(|n| n.to_string())),
             ("--threads", self.threads.map(|n| n.to_string())),
         ];
         for (name, value) in optional {
@@ -149,6 +157,7 @@ mod tests {
             port: 8001,
             pool_url: Some("http://127.0.0.1:9200".into()),
             context_length: Some(2048),
+            cache_tokens: Some(8192),
             slots: 2,
             threads: Some(4),
             stop_grace_s: 30,
@@ -158,6 +167,7 @@ mod tests {
             sha256: None,
             pool_url: None,
             context_length: None,
+            cache_tokens: None,
             threads: None,
             ..full.clone()
         };

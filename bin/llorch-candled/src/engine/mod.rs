@@ -1,6 +1,9 @@
-//! The engine: a loaded model, and generations on it one after the other. It knows nothing of HTTP.
+//! The engine: a loaded model, and generations that run on it side by side. It knows nothing of HTTP.
 
-mod decode;
+pub mod batcher;
+pub mod cache;
+mod flight;
+mod lookup;
 pub mod model;
 mod origin;
 mod output;
@@ -11,7 +14,7 @@ pub mod stop;
 
 use std::error::Error;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use pool_core::api::worker::{
@@ -25,6 +28,8 @@ use crate::backend::{self, Device};
 use crate::chat_template::{ChatTemplate, Conversation, Rendered, TemplateError};
 use crate::panics::Panicked;
 use crate::tokenizer::{Tokenizer, TokenizerError};
+use batcher::Batcher;
+use cache::Room;
 use model::description::{Description, DescriptionError};
 use model::{BLOCK, ModelError};
 use output::Output;
@@ -182,14 +187,32 @@ fn overflow_message(overflow: &ContextOverflow) -> String {
 
 /// What a generation asks and tells while it runs.
 pub trait Control {
-    /// Whether to go on. Asked before every chunk of prefill and every token of decode.
+    /// Whether to go on. Asked before every step.
     fn check(&self) -> Result<(), Halted>;
     /// Something to tell the readers.
     fn event(&mut self, event: WorkerEvent);
-    /// A chunk or a token was computed.
+    /// A step was computed.
     fn progress(&mut self);
     /// A token was drawn.
     fn drawn(&mut self);
+}
+
+impl<C: Control + ?Sized> Control for &mut C {
+    fn check(&self) -> Result<(), Halted> {
+        (**self).check()
+    }
+
+    fn event(&mut self, event: WorkerEvent) {
+        (**self).event(event);
+    }
+
+    fn progress(&mut self) {
+        (**self).progress();
+    }
+
+    fn drawn(&mut self) {
+        (**self).drawn();
+    }
 }
 
 /// A request with its prompt as tokens.
@@ -208,6 +231,17 @@ impl Generation {
     }
 }
 
+/// How large the cache is, and what it is for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sizes {
+    /// Most tokens of a sequence; `None` for the smaller of the model's context and the default.
+    pub context_length: Option<usize>,
+    /// Tokens of the whole cache; `None`, like less, for one sequence of the context's length.
+    pub cache_tokens: Option<usize>,
+    /// Sequences that are meant to run at once. More do, and may have to wait for blocks.
+    pub slots: usize,
+}
+
 /// A loaded model with its tokenizer and chat template.
 pub struct Engine {
     core: Mutex<Core>,
@@ -216,17 +250,16 @@ pub struct Engine {
     /// The chat template, or why none is usable. A model without a template accepts raw prompts only.
     template: Result<ChatTemplate, TemplateError>,
     context_length: usize,
+    slots: usize,
     origin: Origin,
 }
 
 impl Engine {
-    /// Loads a model file, with a cache for `slots` sequences of the context's length. `progress` hears the bytes of weights
-    /// read, and how many there are, at every step of it.
+    /// Loads a model file. `progress` hears the bytes of weights read, and how many there are, at every step of it.
     pub fn load(
         path: &Path,
         device: Device,
-        context_length: Option<usize>,
-        slots: usize,
+        sizes: Sizes,
         progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<Self, LoadError> {
         // Looked at first: what is read afterwards may be newer than it says, and is then nobody's match.
@@ -234,7 +267,7 @@ impl Engine {
         let header = GgufFile::open(path)?;
         // Everything that can be refused without reading the weights is refused before.
         let description = Description::from_header(&header)?;
-        let context_length = description.context_length(context_length)?;
+        let context_length = description.context_length(sizes.context_length)?;
         let tokenizer = Tokenizer::from_header(&header)?;
         let template = read_template(&header, &tokenizer);
         if let Err(error) = &template {
@@ -243,7 +276,8 @@ impl Engine {
         let total: u64 = header.tensors().iter().map(|t| t.size_bytes).sum();
         // The tokenizer was a step too.
         progress(0, total);
-        let blocks = context_length.div_ceil(BLOCK) * slots;
+        let cache_tokens = sizes.cache_tokens.unwrap_or(0).max(context_length);
+        let blocks = cache_tokens.div_ceil(BLOCK);
         let model = device.load(path, &header, blocks, &mut |bytes| progress(bytes, total))?;
         Ok(Self {
             core: Mutex::new(Core::new(model)),
@@ -251,6 +285,7 @@ impl Engine {
             tokenizer,
             template,
             context_length,
+            slots: sizes.slots.max(1),
             origin,
         })
     }
@@ -286,12 +321,12 @@ impl Engine {
         }
     }
 
-    /// Returns the bytes that computing takes at most, besides the weights: the cache, and what a chunk of a prompt takes at the
-    /// end of the context.
+    /// Returns the bytes that computing takes at most, besides the weights: the cache, and what a step takes at the end of the
+    /// context.
     pub fn working_bytes(&self) -> u64 {
-        let core = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        let chunk = prefill::CHUNK.min(self.context_length);
-        core.model.cache_bytes() + core.model.pass_bytes(chunk, self.context_length)
+        let core = self.core();
+        let rows = prefill::CHUNK.min(self.context_length) + self.slots - 1;
+        core.model.cache_bytes() + core.model.pass_bytes(rows, self.slots, self.context_length)
     }
 
     /// Tokens of context of a sequence.
@@ -402,13 +437,29 @@ impl Engine {
         }
     }
 
-    /// Runs a generation to its end.
+    /// Runs a generation alone to its end.
     pub fn generate(
         &self,
-        generation: &Generation,
+        generation: Generation,
         control: &mut dyn Control,
     ) -> Result<WorkerEnd, Failure> {
-        decode::generate(self, generation, control)
+        let mut batcher = Batcher::new(self);
+        batcher.add(generation, control);
+        loop {
+            let (_, mut ended) = batcher.step();
+            if let Some(ended) = ended.pop() {
+                return ended.outcome;
+            }
+        }
+    }
+
+    /// Returns how full the cache is.
+    pub fn room(&self) -> Room {
+        self.core().cache.room()
+    }
+
+    fn core(&self) -> MutexGuard<'_, Core> {
+        sequence::lock(&self.core)
     }
 
     fn prompt_text(&self, request: &ExecuteRequest) -> Result<Rendered, Failure> {

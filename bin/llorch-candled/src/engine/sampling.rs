@@ -126,10 +126,53 @@ fn keep_top_k(candidates: &mut Vec<Candidate>, k: usize) {
     candidates.truncate(k);
 }
 
-/// Weight of a candidate's logit; the likeliest token's is 1.
+/// Weight of a candidate's logit, which is its exponential; the likeliest token's is 1.
+///
+/// A vocabulary has up to 262,144 of them for each token of an answer. There is no branch, so that the compiler computes
+/// several at once; and only sums and products, each rounded as IEEE 754 says, so that the bits are the same on every system,
+/// which those of the standard library's function are not.
+#[inline(always)]
 fn weight(logit: f32) -> f64 {
-    // The standard library's function differs from system to system in the last place.
-    libm::exp(f64::from(logit))
+    /// ln 2, in a part with so few digits that its products with whole numbers are exact, and the rest.
+    const LN_2: [f64; 2] = [0.693_147_180_369_123_8, 1.908_214_929_270_587_7e-10];
+    /// Added and subtracted, it rounds to a whole number, which is in the lowest bits in between.
+    const ROUND: f64 = 6_755_399_441_055_744.0;
+    /// exp(-708) is near the least number of full precision.
+    const LEAST: f64 = -708.0;
+    // 1/n! for n from 13 down to 0: enough terms for the range that is left.
+    const TERMS: [f64; 14] = [
+        1.605_904_383_682_161_3e-10,
+        2.087_675_698_786_81e-9,
+        2.505_210_838_544_172e-8,
+        2.755_731_922_398_589_3e-7,
+        2.755_731_922_398_589e-6,
+        2.480_158_730_158_73e-5,
+        1.984_126_984_126_984e-4,
+        1.388_888_888_888_889e-3,
+        8.333_333_333_333_333e-3,
+        4.166_666_666_666_666_4e-2,
+        0.166_666_666_666_666_66,
+        0.5,
+        1.0,
+        1.0,
+    ];
+    let x = f64::from(logit);
+    let bounded = if x > LEAST { x } else { LEAST };
+    let rounded = bounded * std::f64::consts::LOG2_E + ROUND;
+    let whole = rounded - ROUND;
+    let rest = bounded - whole * LN_2[0] - whole * LN_2[1];
+    let mut sum = TERMS[0];
+    for term in &TERMS[1..] {
+        sum = sum * rest + term;
+    }
+    let power = f64::from_bits(rounded.to_bits().wrapping_add(1023) << 52);
+    let result = sum * power;
+    if x > LEAST { result } else { 0.0 }
+}
+
+/// Weights of all candidates.
+fn weights(candidates: &[Candidate]) -> Vec<f64> {
+    candidates.iter().map(|(_, logit)| weight(*logit)).collect()
 }
 
 fn keep_top_p(candidates: &mut Vec<Candidate>, p: f64) {
@@ -138,10 +181,7 @@ fn keep_top_p(candidates: &mut Vec<Candidate>, p: f64) {
     }
     // Summed in order of ids, so that the sum doesn't depend on how the candidates were selected.
     candidates.sort_unstable_by_key(|(id, _)| *id);
-    let goal = p * candidates
-        .iter()
-        .map(|(_, logit)| weight(*logit))
-        .sum::<f64>();
+    let goal = p * weights(candidates).iter().sum::<f64>();
     let mut sum = 0.0;
     let mut ordered = 0;
     let mut part = FIRST_PART;
@@ -172,11 +212,11 @@ fn keep_min_p(candidates: &mut Vec<Candidate>, p: f64) {
 }
 
 fn draw(candidates: &[Candidate], uniform: f64) -> Option<u32> {
-    let total: f64 = candidates.iter().map(|(_, logit)| weight(*logit)).sum();
-    let goal = uniform * total;
+    let weights = weights(candidates);
+    let goal = uniform * weights.iter().sum::<f64>();
     let mut sum = 0.0;
-    for (id, logit) in candidates {
-        sum += weight(*logit);
+    for ((id, _), weight) in candidates.iter().zip(weights) {
+        sum += weight;
         if sum > goal {
             return Some(*id);
         }
@@ -189,6 +229,19 @@ fn draw(candidates: &[Candidate], uniform: f64) -> Option<u32> {
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
+
+    #[test] // [CAND-040]
+    fn weights_are_exponentials() {
+        let logits = (0..200_000).map(|i| -(i as f32) * 0.0036);
+        for logit in logits.chain([-0.0, 1e-30, -707.9, -f32::MIN_POSITIVE]) {
+            let exact = f64::from(logit).exp();
+            let error = (weight(logit) - exact).abs() / exact;
+            assert!(error < 5e-16 || exact < 1e-307, "{logit}: {error}");
+        }
+        for logit in [-709.0, -1e30, f32::NEG_INFINITY] {
+            assert_eq!(weight(logit), 0.0);
+        }
+    }
 
     const LOGITS: [f32; 5] = [1.0, 3.0, -1.0, 2.0, 0.0];
 

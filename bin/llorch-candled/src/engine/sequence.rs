@@ -1,23 +1,21 @@
-//! Tokens of one job on their way through the model.
+//! One sequence alone on its way through the model, for who asks for logits and wants no text.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::cache::BlockCache;
 use super::model::{BLOCK, Batch, Model, ModelError, Row};
 
-/// A model with the blocks of its cache that no sequence has.
+/// A model and its cache.
 pub(super) struct Core {
     pub model: Box<dyn Model>,
-    free: Vec<u32>,
+    pub cache: BlockCache,
 }
 
 impl Core {
     /// Takes a model of which no block is used.
     pub fn new(model: Box<dyn Model>) -> Self {
-        let blocks = u32::try_from(model.blocks()).unwrap_or(u32::MAX);
-        Self {
-            model,
-            free: (0..blocks).rev().collect(),
-        }
+        let cache = BlockCache::new(model.blocks());
+        Self { model, cache }
     }
 }
 
@@ -45,17 +43,14 @@ impl<'a> Sequence<'a> {
     ///
     /// Fails if there are too few.
     pub(super) fn new(core: &'a Mutex<Core>, capacity: usize) -> Result<Self, CacheFull> {
-        let free = &mut lock(core).free;
-        let needed = capacity.div_ceil(BLOCK);
-        let Some(kept) = free.len().checked_sub(needed) else {
-            return Err(CacheFull {
-                free: free.len(),
-                needed,
-            });
-        };
+        let cache = &mut lock(core).cache;
+        let (free, needed) = (cache.room().free, capacity.div_ceil(BLOCK));
+        if free < needed {
+            return Err(CacheFull { free, needed });
+        }
         Ok(Self {
             core,
-            table: free.split_off(kept),
+            table: (0..needed).map_while(|_| cache.take()).collect(),
             length: 0,
         })
     }
@@ -114,11 +109,11 @@ impl<'a> Sequence<'a> {
 
 impl Drop for Sequence<'_> {
     fn drop(&mut self) {
-        lock(self.core).free.append(&mut self.table);
+        lock(self.core).cache.release(&mut self.table);
     }
 }
 
 /// A pass that panicked leaves nothing that another one relies on: a cache's content counts only within its sequence.
-fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
+pub(super) fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
     core.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::lanes::Tier;
-use llorch_candled::engine::{Control, Engine, Failure, Halted, LoadError};
+use llorch_candled::engine::{Control, Engine, Failure, Halted, LoadError, Sizes};
 use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEnd, WorkerEvent};
 
 /// What came out of a request.
@@ -37,7 +37,7 @@ pub fn tiny_on(device: Device, model: &tiny_model::TinyModel) -> Result<Engine, 
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("tiny.gguf");
     model.write(&path).expect("the model is written");
-    Engine::load(&path, device, None, 1, &mut |_, _| ())
+    Engine::load(&path, device, Sizes::default(), &mut |_, _| ())
 }
 
 /// Collects events; never halts.
@@ -76,6 +76,7 @@ pub fn greedy(prompt: &str) -> ExecuteRequest {
         max_tokens: 16,
         stop: Vec::new(),
         resume: None,
+        cache_scope: None,
     }
 }
 
@@ -83,7 +84,7 @@ pub fn greedy(prompt: &str) -> ExecuteRequest {
 pub fn run(engine: &Engine, request: ExecuteRequest) -> Result<Answer, Failure> {
     let generation = engine.prepare(request, Instant::now())?;
     let mut control = Collect::default();
-    let end = engine.generate(&generation, &mut control)?;
+    let end = engine.generate(generation, &mut control)?;
     let pieces: Vec<_> = control
         .events
         .into_iter()

@@ -106,7 +106,8 @@ impl<'a> Running<'a> {
 
     /// Starts the execution and runs the attempt until it is known how it ends.
     pub(super) async fn start(mut self, endpoint: &WorkerEndpoint, seam: Seam) -> Verdict {
-        let request = worker::request(self.live.id, self.lease, seam);
+        let sharing = self.app.config.prefix_sharing;
+        let request = worker::request(self.live.id, self.lease, seam, sharing);
         let mut connection = match Connection::new(endpoint, self.live) {
             Ok(connection) => connection,
             Err(error) => return Verdict::Lost(error.to_string()),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use orchestrator_core::JobId;
+use orchestrator_core::config::PrefixSharing;
 use orchestrator_core::job::Input;
 use pool_core::api::pool::WorkerEndpoint;
 use pool_core::api::worker::{
@@ -19,8 +20,18 @@ use crate::state::{Lease, Seam};
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// What the worker is asked to do: to go on after the tokens of the seam, where readers were shown any.
-pub(super) fn request(job: JobId, lease: &Lease, seam: Seam) -> ExecuteRequest {
+pub(super) fn request(
+    job: JobId,
+    lease: &Lease,
+    seam: Seam,
+    sharing: PrefixSharing,
+) -> ExecuteRequest {
     let spec = &lease.spec;
+    let cache_scope = match (sharing, &spec.session_id) {
+        (PrefixSharing::All, _) => None,
+        (PrefixSharing::Session, Some(session)) => Some(format!("session {session}")),
+        (PrefixSharing::Session, None) => Some(format!("job {job}")),
+    };
     let (prompt, messages) = match &spec.input {
         Input::Prompt(prompt) => (Some(prompt.clone()), None),
         Input::Messages(messages) => (None, Some(messages.clone())),
@@ -46,6 +57,7 @@ pub(super) fn request(job: JobId, lease: &Lease, seam: Seam) -> ExecuteRequest {
             origin: Some(origin),
             seen_more: seam.seen_more,
         }),
+        cache_scope,
     }
 }
 

@@ -236,6 +236,7 @@ fn start_worker(app: &App, pool: &str, asked: &Asked, now: Timestamp) {
         backend: device.backend,
         gpu: (device.backend != Backend::Cpu).then_some(device.index),
         context_length: *context_length,
+        cache_tokens: None,
         slots: None,
         port: None,
     };

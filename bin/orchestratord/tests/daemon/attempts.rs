@@ -2,6 +2,7 @@
 
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::tasks::TaskList;
+use orchestrator_core::config::PrefixSharing;
 use orchestrator_core::job::{AttemptOutcome, JobErrorCode};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::worker::WorkerErrorCode;
@@ -76,6 +77,36 @@ async fn a_job_whose_time_runs_out_expires() {
     for job in [running, waiting] {
         let view = orchestrator.until(job, JobStatus::Expired).await;
         assert_eq!(view.error.unwrap().code, JobErrorCode::Timeout);
+    }
+}
+
+// [ORCHD-062]
+#[tokio::test(flavor = "multi_thread")]
+async fn jobs_of_different_sessions_share_blocks_only_where_that_is_allowed() {
+    for (sharing, expected) in [
+        (PrefixSharing::All, [None, None]),
+        (PrefixSharing::Session, [Some("session tea"), Some("job ")]),
+    ] {
+        let orchestrator = Orchestrator::start_with(|config| config.prefix_sharing = sharing).await;
+        let worker = FakeWorker::start("worker-cpu-0").await;
+        let pool = FakePool::start("pool-a").await.has(&worker);
+        pool.register(&orchestrator).await;
+        worker.be_fluent();
+        for session in [json!("tea"), json!(null)] {
+            let body = json!({"model": MODEL, "prompt": "hi", "session_id": session});
+            let job = orchestrator.submit(body).await.unwrap().job_id;
+            orchestrator.until(job, JobStatus::Completed).await;
+        }
+        let scopes = worker
+            .requests()
+            .into_iter()
+            .map(|request| request.cache_scope);
+        for (scope, expected) in scopes.zip(expected) {
+            assert_eq!(scope.is_some(), expected.is_some());
+            let scope = scope.unwrap_or_default();
+            assert!(scope.starts_with(expected.unwrap_or_default()), "{scope}");
+        }
+        assert_eq!(worker.requests().len(), 2);
     }
 }
 

@@ -51,7 +51,10 @@ pub enum Command {
         /// Tokens of context of each sequence [default: the smaller of the model's and 8192].
         #[arg(long, value_name = "TOKENS")]
         context_length: Option<u32>,
-        /// Sequences at once; this version runs 1.
+        /// Tokens that all sequences together have room for [default: one sequence of the context's length].
+        #[arg(long, value_name = "TOKENS")]
+        cache_tokens: Option<u32>,
+        /// Sequences at once [default: one for each 1,024 tokens of the cache, 1 to 8].
         #[arg(long, value_name = "N")]
         slots: Option<u32>,
         /// Port to listen on [default: a free one of the pool's range].
@@ -154,6 +157,7 @@ impl Command {
                 model,
                 gpu,
                 context_length,
+                cache_tokens,
                 slots,
                 port,
                 wait,
@@ -170,6 +174,7 @@ impl Command {
                     backend,
                     gpu,
                     context_length,
+                    cache_tokens,
                     slots,
                     port,
                 };

@@ -404,6 +404,7 @@ async fn a_model_that_comes_or_goes_by_hand_is_told_within_moments() {
         backend: Backend::Cpu,
         gpu: None,
         context_length: None,
+        cache_tokens: None,
         slots: None,
         port: None,
     };

@@ -115,6 +115,7 @@ impl Host {
             backend: Backend::Cpu,
             gpu: None,
             context_length: None,
+            cache_tokens: None,
             slots: None,
             port: None,
         }

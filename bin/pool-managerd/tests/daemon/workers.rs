@@ -361,7 +361,7 @@ async fn wrong_requests_get_the_envelope_and_leave_nothing() {
             (400, "INVALID_REQUEST"),
         ),
         (
-            json!({"model": host.request("serve").model, "backend": "cpu", "slots": 2}),
+            json!({"model": host.request("serve").model, "backend": "cpu", "slots": 65}),
             (400, "INVALID_REQUEST"),
         ),
         (

@@ -126,6 +126,7 @@ impl House {
             backend: Backend::Cpu,
             gpu: None,
             context_length: None,
+            cache_tokens: None,
             slots: None,
             port: None,
         }
@@ -361,6 +362,7 @@ pub async fn generate(record: &WorkerRecord, job: u64, max_tokens: u32) -> Resul
         max_tokens,
         stop: Vec::new(),
         resume: None,
+        cache_scope: None,
     };
     let request = client.request(Method::POST, "/execute").json(&request);
     let mut events = client

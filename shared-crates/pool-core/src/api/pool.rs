@@ -28,7 +28,10 @@ pub struct WorkerSpawnRequest {
     /// Tokens of context of each sequence; the smaller of the model's and 8,192 where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
-    /// Sequences at once; 1 where absent, and this version runs no more.
+    /// Tokens that all sequences together have room for; one sequence of the context's length where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_tokens: Option<u32>,
+    /// Sequences at once; where absent one for each 1,024 tokens of the cache, 1 to 8.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slots: Option<u32>,
     /// The port to use; a free one of the configured range where absent.

@@ -133,6 +133,9 @@ pub struct ExecuteRequest {
     /// Go on after these tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume: Option<Resume>,
+    /// Jobs with the same text here may have blocks of the cache in common; all those without one may as well.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_scope: Option<String>,
 }
 
 /// Body of `POST /cancel`.

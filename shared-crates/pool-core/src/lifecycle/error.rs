@@ -49,7 +49,7 @@ pub enum SpawnError {
         reason: Arc<Unsupported>,
     },
     /// A number of sequences that the worker does not run.
-    #[error("`slots` is {asked}, and a worker of this version runs {most} sequence at a time")]
+    #[error("`slots` is {asked}, a worker has 1 to {most}")]
     Slots {
         /// Slots asked for.
         asked: u32,
@@ -168,7 +168,7 @@ impl SpawnError {
             }
             Self::PortZero | Self::PortTaken { .. } => "leave `port` out to take a free one",
             Self::Draining { .. } => "`llorch-pool daemon resume` makes it take them again",
-            Self::Slots { .. } => "leave `slots` out; a second worker runs a second sequence",
+            Self::Slots { .. } => "leave `slots` out to have the default",
             Self::Context { .. }
             | Self::MemoryUnknown(_)
             | Self::Exec { .. }

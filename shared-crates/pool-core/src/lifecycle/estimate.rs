@@ -34,6 +34,8 @@ const PROGRAM_BYTES: u64 = 16 << 20;
 const TOKENIZER_BYTES_PER_TEXT: u64 = 256;
 /// A row of logits, the probabilities made of it, and the order that sampling sorts them into.
 const SAMPLING_BYTES_PER_TEXT: u64 = 32;
+/// Most sequences that a worker runs at once where nobody says how many.
+pub(super) const MOST_DEFAULT_SLOTS: u32 = 8;
 /// For a file whose header can't be read.
 const ROUGH_BYTES: u64 = 96 << 20;
 
@@ -91,7 +93,7 @@ impl Shape {
         })
     }
 
-    /// Returns the memory of a worker with `slots` sequences, as a function of its context.
+    /// Returns the memory of a worker with `slots` sequences and a cache for one of its context, as a function of that.
     fn memory(self, slots: u32) -> ContextMemory {
         let held = [
             PROGRAM_BYTES,
@@ -104,9 +106,16 @@ impl Shape {
             .row_floats
             .saturating_mul(FLOAT_BYTES)
             .saturating_add(self.widest.saturating_mul(ROUNDED_BYTES) / 32);
-        let working = row
-            .saturating_mul(PREFILL_CHUNK)
-            .saturating_add(self.vocab.saturating_mul(SAMPLING_BYTES_PER_TEXT));
+        let others = u64::from(slots.saturating_sub(1));
+        let working = [
+            row.saturating_mul(PREFILL_CHUNK + others),
+            self.vocab.saturating_mul(SAMPLING_BYTES_PER_TEXT),
+            self.vocab
+                .saturating_mul(FLOAT_BYTES)
+                .saturating_mul(others),
+        ]
+        .into_iter()
+        .fold(0, u64::saturating_add);
         let tokens = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
         ContextMemory {
             max_tokens: tokens(self.context),
@@ -114,17 +123,19 @@ impl Shape {
             base_bytes: held.saturating_add(working).min(MAX_EXACT_INTEGER),
             token_bytes: self
                 .kv_bytes_per_token
-                .saturating_mul(slots.into())
                 .saturating_add(SCORE_BYTES)
                 .min(MAX_EXACT_INTEGER),
             floor_bytes: held.min(MAX_EXACT_INTEGER),
         }
     }
 
-    fn needed_bytes(self, context: Option<u32>, slots: u32) -> u64 {
+    fn needed_bytes(self, context: Option<u32>, cache_tokens: Option<u32>, slots: u32) -> u64 {
         let memory = self.memory(slots);
+        let context = context.unwrap_or(memory.default_tokens);
+        let further = cache_tokens.unwrap_or(0).saturating_sub(context);
         memory
-            .needed_bytes(context.unwrap_or(memory.default_tokens))
+            .needed_bytes(context)
+            .saturating_add(self.kv_bytes_per_token.saturating_mul(further.into()))
             .min(MAX_EXACT_INTEGER)
     }
 }
@@ -180,11 +191,13 @@ impl MemoryEstimator {
         &self,
         model: &ResolvedModel,
         context: Option<u32>,
-        slots: u32,
+        cache_tokens: Option<u32>,
+        slots: Option<u32>,
     ) -> MemoryEstimate {
+        let slots = slots.unwrap_or(MOST_DEFAULT_SLOTS);
         match self.facts(model).shape {
             Some(shape) => MemoryEstimate {
-                needed_bytes: shape.needed_bytes(context, slots),
+                needed_bytes: shape.needed_bytes(context, cache_tokens, slots),
                 model_context: Some(shape.context),
                 context: Some(shape.memory(slots)),
             },
@@ -224,6 +237,7 @@ impl MemoryEstimator {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::worker_args::MAX_SLOTS;
 
     #[test] // [POOLD-014]
     fn the_estimate_counts_program_tokenizer_weights_cache_and_working_memory() {
@@ -239,27 +253,33 @@ mod tests {
         let base =
             PROGRAM_BYTES + 49_152 * (256 + 32) + 96_500_000 + 64 * (6336 * 4 + 1536 * 44 / 32);
         assert_eq!(
-            shape.needed_bytes(None, 1),
+            shape.needed_bytes(None, None, 1),
             base + 8192 * (23_040 + SCORE_BYTES)
         );
         assert_eq!(
-            shape.needed_bytes(Some(1000), 3),
-            base + 1000 * (3 * 23_040 + SCORE_BYTES),
-            "each slot has a cache"
+            shape.needed_bytes(Some(1000), Some(3000), 3),
+            base + 1000 * SCORE_BYTES
+                + 3000 * 23_040
+                + 2 * (6336 * 4 + 1536 * 44 / 32)
+                + 2 * 49_152 * 4,
+            "sequences share the cache, and each has a row of a step and logits"
         );
         let short = Shape {
             context: 512,
             ..shape
         };
         assert_eq!(
-            short.needed_bytes(None, 1),
-            shape.needed_bytes(Some(512), 1)
+            short.needed_bytes(None, None, 1),
+            shape.needed_bytes(Some(512), None, 1)
         );
         let huge = Shape {
             kv_bytes_per_token: u64::MAX,
             ..shape
         };
-        assert_eq!(huge.needed_bytes(Some(u32::MAX), 256), MAX_EXACT_INTEGER);
+        assert_eq!(
+            huge.needed_bytes(Some(u32::MAX), Some(u32::MAX), MAX_SLOTS),
+            MAX_EXACT_INTEGER
+        );
     }
 
     #[test] // [POOLD-014]

@@ -9,6 +9,7 @@ use std::process::Child;
 
 use jiff::Timestamp;
 
+use super::estimate::MOST_DEFAULT_SLOTS;
 use super::{
     ExitFacts, Held, Launched, Lifecycle, MemoryShort, SpawnError, WorkerCommand, choose_port,
     find_program, free_bytes, ports, program_name, roomiest, what_to_stop,
@@ -22,10 +23,17 @@ use crate::process::{self, ProcessIdentity};
 use crate::registry::{Moments, WorkerRecord, ports_in_use};
 use crate::secret::Secret;
 use crate::worker::{Backend, Device, WorkerInfo, WorkerMemory, WorkerStatus};
-use crate::worker_args::WorkerArgs;
+use crate::worker_args::{MAX_SLOTS, WorkerArgs};
 
-/// The most slots a worker may be asked for: the engine runs one sequence at a time.
-const MAX_SLOTS: u32 = 1;
+/// Tokens of the cache for each sequence that a worker runs at once, where nobody says how many it runs. Few jobs need more.
+const TOKENS_PER_SLOT: u32 = 1024;
+
+/// Returns how many sequences a worker runs at once whose cache has this many tokens.
+fn default_slots(cache_tokens: Option<u32>) -> u32 {
+    cache_tokens.map_or(1, |tokens| {
+        (tokens / TOKENS_PER_SLOT).clamp(1, MOST_DEFAULT_SLOTS)
+    })
+}
 
 /// A worker that was just started.
 #[derive(Debug)]
@@ -41,10 +49,11 @@ impl Lifecycle {
     /// process and records that too. It returns while the worker still loads.
     pub fn spawn(&self, request: &WorkerSpawnRequest) -> Result<Started, SpawnError> {
         crash_point("spawn.received");
-        let slots = request.slots.unwrap_or(1);
-        if !(1..=MAX_SLOTS).contains(&slots) {
+        if let Some(asked) = request.slots
+            && !(1..=MAX_SLOTS).contains(&asked)
+        {
             return Err(SpawnError::Slots {
-                asked: slots,
+                asked,
                 most: MAX_SLOTS,
             });
         }
@@ -57,9 +66,12 @@ impl Lifecycle {
         }
         let gpus = self.usable_gpus(request.backend, request.gpu)?;
         let program = self.program(request.backend)?;
-        let estimate = self
-            .estimator
-            .estimate(&model, request.context_length, slots);
+        let estimate = self.estimator.estimate(
+            &model,
+            request.context_length,
+            request.cache_tokens,
+            request.slots,
+        );
         if let (Some(asked), Some(most)) = (request.context_length, estimate.model_context)
             && (asked == 0 || u64::from(asked) > most)
         {
@@ -69,6 +81,13 @@ impl Lifecycle {
                 model_ref: request.model.clone(),
             });
         }
+
+        let context_length = request
+            .context_length
+            .or(estimate.context.map(|context| context.default_tokens));
+        let slots = request
+            .slots
+            .unwrap_or_else(|| default_slots(context_length.max(request.cache_tokens)));
 
         let locked = self.registry.lock()?;
         // A drain begins under the same lock: no worker slips in behind it.
@@ -116,9 +135,7 @@ impl Lifecycle {
                 status: WorkerStatus::Starting,
                 pid: None,
                 port,
-                context_length: request
-                    .context_length
-                    .or(estimate.context.map(|context| context.default_tokens)),
+                context_length,
                 slots,
                 active: 0,
                 load_percent: 0,
@@ -147,6 +164,7 @@ impl Lifecycle {
                 port,
                 pool_url: self.pool_url.clone(),
                 context_length: request.context_length,
+                cache_tokens: request.cache_tokens,
                 slots,
                 threads: self.config.workers.threads.map(Into::into),
                 stop_grace_s: self.config.workers.stop_timeout_s,

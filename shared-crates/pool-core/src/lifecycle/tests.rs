@@ -13,7 +13,7 @@ use crate::process::SignalOutcome;
 use crate::registry::Moments;
 use crate::secret::Secret;
 use crate::worker::{ExitReason, WorkerMemory};
-use crate::worker_args::{EXIT_PORT_TAKEN, WorkerArgs};
+use crate::worker_args::{EXIT_PORT_TAKEN, MAX_SLOTS, WorkerArgs};
 
 /// The record of a worker that was just started.
 pub(crate) fn record(number: u64) -> WorkerRecord {
@@ -58,6 +58,7 @@ pub(crate) fn record(number: u64) -> WorkerRecord {
             port: 8001,
             pool_url: None,
             context_length: None,
+            cache_tokens: None,
             slots: 2,
             threads: None,
             stop_grace_s: 10,
@@ -125,6 +126,7 @@ impl Host {
             backend: Backend::Cpu,
             gpu: None,
             context_length: None,
+            cache_tokens: None,
             slots: None,
             port: None,
         }
@@ -137,7 +139,8 @@ fn spawns_at_once_never_promise_the_same_memory_port_or_id() {
     let each = host.lifecycle().estimator().estimate(
         &host.lifecycle().resolve(&host.request().model).unwrap(),
         None,
-        1,
+        None,
+        None,
     );
     host.config.memory.cpu_limit_bytes = Some(each.needed_bytes * 3 + 1);
     let outcomes: Vec<_> = std::thread::scope(|scope| {
@@ -480,11 +483,11 @@ fn what_cannot_be_started_is_refused_with_a_hint_and_leaves_no_record() {
         ),
         (
             WorkerSpawnRequest {
-                slots: Some(2),
+                slots: Some(MAX_SLOTS + 1),
                 ..good.clone()
             },
-            "runs 1 sequence",
-            "second worker",
+            "1 to 64",
+            "leave",
         ),
         (good, "0 B free", "never fits"),
     ] {

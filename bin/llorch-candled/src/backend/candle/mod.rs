@@ -331,11 +331,11 @@ impl Model for CandleModel {
         (elements * size_of::<f32>()) as u64
     }
 
-    fn pass_bytes(&self, rows: usize, positions: usize) -> u64 {
+    fn pass_bytes(&self, rows: usize, wanted: usize, positions: usize) -> u64 {
         // Scores of all heads before and after their mask and as shares, the mask, and copies of keys and values.
         let scores = (3 * self.description.heads + 1) * rows * positions;
         let copies = 2 * self.description.kv_width() * positions;
-        ((scores + copies) * size_of::<f32>()) as u64
+        ((scores + copies + wanted * self.description.vocab) * size_of::<f32>()) as u64
     }
 
     fn on_layer(&mut self, told: Box<dyn Fn() + Send + Sync>) {

@@ -30,4 +30,4 @@ pub use load::Load;
 
 /// Names the arithmetic of this backend. A change that changes a bit of a result changes the number: an answer is continued only
 /// by the arithmetic that began it.
-pub const ARITHMETIC: &str = "cpu 1";
+pub const ARITHMETIC: &str = "cpu 2";

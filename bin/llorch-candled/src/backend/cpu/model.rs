@@ -493,7 +493,7 @@ impl Pass<'_> {
         team.run(self.pieces.len(), &|_, index| {
             let Piece { rows, block } = &self.pieces[index];
             let block = |length: usize| block * kv_heads * length..(block + 1) * kv_heads * length;
-            // SAFETY: no two pieces have a block in common, or a row.
+            // SAFETY: no two pieces have a row in common, or a block: `Batch::runs` has seen to that.
             let (keys, values) =
                 unsafe { (keys.part(block(key_len)), values.part(block(value_len))) };
             for row in rows.clone() {
@@ -792,7 +792,7 @@ impl Model for CpuModel {
         (halves * size_of::<u16>()) as u64
     }
 
-    fn pass_bytes(&self, rows: usize, positions: usize) -> u64 {
+    fn pass_bytes(&self, rows: usize, wanted: usize, positions: usize) -> u64 {
         let Description {
             width,
             feed_forward,
@@ -801,7 +801,7 @@ impl Model for CpuModel {
             ..
         } = self.description;
         let (queries, kvs) = (self.description.query_width(), self.description.kv_width());
-        let floats = rows * (3 * width + 2 * queries + 2 * kvs + 2 * feed_forward) + vocab;
+        let floats = rows * (3 * width + 2 * queries + 2 * kvs + 2 * feed_forward) + wanted * vocab;
         // At most 44 bytes for 32 values.
         let quantised = rows * width.max(feed_forward).max(queries) / 32 * size_of::<Block32>();
         let scores = self.team.threads() * TOGETHER * (positions + head_dim);

@@ -386,20 +386,32 @@ fn dot_pair<L: Lanes, C: Chunk, const P: usize, const T: usize, const M: usize>(
     }
 }
 
-/// How far ahead of a single row's products weights are asked for, in bytes. Tiles follow each other, so most of what is asked
-/// for at the end of a tile is needed too.
+/// How far ahead of products weights are asked for, in bytes. Tiles follow each other, so most of what is asked for at the end
+/// of a tile is needed too.
 const AHEAD: usize = 4096;
 
-/// Asks for what lies [`AHEAD`] of some weights, if there is a single row. It waits for memory, and what the processor fetches
-/// by itself is less than what memory could give. What is asked for at a time is little, so that the requests find room.
+/// Asks for what lies `ahead` bytes of some weights; for nothing if that is 0. The first of the products with a tile wait for
+/// memory, and what the processor fetches by itself is less than what memory could give. What is asked for at a time is little,
+/// so that the requests find room.
 #[inline(always)]
-fn prefetch<L: Lanes, const T: usize, const M: usize>(lanes: L, weights: [&[u8]; T]) {
-    if M == 1 {
+fn prefetch<L: Lanes, const T: usize>(lanes: L, ahead: usize, weights: [&[u8]; T]) {
+    if ahead > 0 {
         for weights in weights {
             for line in weights.iter().step_by(64) {
-                lanes.prefetch(line, AHEAD);
+                lanes.prefetch(line, ahead);
             }
         }
+    }
+}
+
+/// Returns how far ahead to ask for weights at `start` bytes of `T` tiles of this length, of which a first product reads
+/// several side by side: the end of each is followed by a tile of the next `T`.
+#[inline(always)]
+fn ahead<const T: usize>(start: usize, tile_bytes: usize) -> usize {
+    if start + AHEAD < tile_bytes {
+        AHEAD
+    } else {
+        AHEAD + (T - 1) * tile_bytes
     }
 }
 
@@ -412,9 +424,10 @@ trait Weights {
 
     /// Returns the blocks of a tile.
     fn blocks(tile: &[u8]) -> &[Self::Block];
-    /// Adds the products of a block of each of `T` tiles with the same block of `M` rows.
+    /// Adds the products of a block of each of `T` tiles with the same block of `M` rows. Asks for weights `ahead` bytes of them.
     fn add<L: Lanes, const T: usize, const M: usize>(
         lanes: L,
+        ahead: usize,
         weights: [&Self::Block; T],
         rows: [&Self::Activations; M],
         results: &mut Results<L, T, M>,
@@ -438,11 +451,12 @@ impl<C: Chunk, const BYTES: usize, const OFFSET: i32, const MINIMUM: bool> Weigh
     #[inline(always)]
     fn add<L: Lanes, const T: usize, const M: usize>(
         lanes: L,
+        ahead: usize,
         weights: [&Self::Block; T],
         rows: [&Self::Activations; M],
         results: &mut Results<L, T, M>,
     ) {
-        prefetch::<L, T, M>(lanes, weights.map(|block| block.as_slice()));
+        prefetch(lanes, ahead, weights.map(|block| block.as_slice()));
         // No integer overflows: 32 products of a byte raised to at most 255 with one of at most 127, and the start of at most
         // 128 times the sum of 32 such, are below 2²¹.
         let mut start = [lanes.splat_int(0); M];
@@ -582,6 +596,7 @@ impl<C: Chunk, const BYTES: usize, const GROUP: usize, const OFFSET: i32> Weight
     #[inline(always)]
     fn add<L: Lanes, const T: usize, const M: usize>(
         lanes: L,
+        ahead: usize,
         weights: [&Self::Block; T],
         rows: [&Self::Activations; M],
         results: &mut Results<L, T, M>,
@@ -593,7 +608,7 @@ impl<C: Chunk, const BYTES: usize, const GROUP: usize, const OFFSET: i32> Weight
         for chunk in 0..8 {
             let chunks = weights.map(|block| &block[C::BYTES * chunk..][..C::BYTES]);
             let quads = rows.map(|row| &row.quads[chunk]);
-            prefetch::<L, T, M>(lanes, chunks);
+            prefetch(lanes, ahead, chunks);
             let mut sums =
                 Self::start::<L, T, M>(lanes, rows, if GROUP == 16 { 2 * chunk } else { chunk });
             dot_pair::<L, C, 0, T, M>(lanes, chunks, quads, &mut sums);
@@ -607,7 +622,7 @@ impl<C: Chunk, const BYTES: usize, const GROUP: usize, const OFFSET: i32> Weight
             let last = if GROUP == 16 { 2 * chunk + 1 } else { chunk };
             Self::add_group(lanes, weights, last, sums, &mut totals);
         }
-        prefetch::<L, T, M>(lanes, weights.map(|block| &block[Self::SCALES..]));
+        prefetch(lanes, ahead, weights.map(|block| &block[Self::SCALES..]));
         for t in 0..T {
             let scale = load_halves(lanes, at(weights[t], Self::SCALE));
             for m in 0..M {
@@ -666,24 +681,25 @@ impl<W: Weights> Product<'_, '_, W> {
     fn tiles<L: Lanes, const T: usize>(&mut self, lanes: L, tile: usize, rows: Range<usize>) {
         let mut row = rows.start;
         while row < rows.end {
-            let left = rows.end - row;
+            let (left, first) = (rows.end - row, row == rows.start);
             row += if T == 2 && left >= 6 && left != 8 {
-                self.block::<L, T, 6>(lanes, tile, row)
+                self.block::<L, T, 6>(lanes, first, tile, row)
             } else if left >= 4 {
-                self.block::<L, T, 4>(lanes, tile, row)
+                self.block::<L, T, 4>(lanes, first, tile, row)
             } else if left >= 2 {
-                self.block::<L, T, 2>(lanes, tile, row)
+                self.block::<L, T, 2>(lanes, first, tile, row)
             } else {
-                self.block::<L, T, 1>(lanes, tile, row)
+                self.block::<L, T, 1>(lanes, first, tile, row)
             };
         }
     }
 
-    /// Multiplies `T` tiles with `M` rows. Returns `M`.
+    /// Multiplies `T` tiles with `M` rows, the `first` of them or others. Returns `M`.
     #[inline(always)]
     fn block<L: Lanes, const T: usize, const M: usize>(
         &mut self,
         lanes: L,
+        first: bool,
         tile: usize,
         row: usize,
     ) -> usize {
@@ -693,9 +709,20 @@ impl<W: Weights> Product<'_, '_, W> {
         // Slices of one length: the compiler sees that no block is outside of them.
         let rows: [_; M] = std::array::from_fn(|m| &self.activations.row(row + m)[..blocks]);
         let mut results = [[lanes.splat(0.0); M]; T];
+        let (block_bytes, tile_bytes) = (size_of::<W::Block>(), size_of_val(weights[0]));
         for block in 0..blocks {
+            let ahead = match first {
+                true => ahead::<T>(block * block_bytes, tile_bytes),
+                false => 0,
+            };
             let weights = weights.map(|tile| &tile[block]);
-            W::add(lanes, weights, rows.map(|row| &row[block]), &mut results);
+            W::add(
+                lanes,
+                ahead,
+                weights,
+                rows.map(|row| &row[block]),
+                &mut results,
+            );
         }
         for (t, results) in results.into_iter().enumerate() {
             for (m, result) in results.into_iter().enumerate() {
@@ -757,12 +784,13 @@ impl<W: FloatWeight<N>, const N: usize> Kernel for FloatProduct<'_, '_, W, N> {
                 let mut row = rows.start;
                 while row < rows.end {
                     let left = rows.end - row;
+                    let first = row == rows.start;
                     row += if L::WIDE && left >= 6 {
-                        self.block::<L, 6>(lanes, tile, row)
+                        self.block::<L, 6>(lanes, first, tile, row)
                     } else if left >= 2 {
-                        self.block::<L, 2>(lanes, tile, row)
+                        self.block::<L, 2>(lanes, first, tile, row)
                     } else {
-                        self.block::<L, 1>(lanes, tile, row)
+                        self.block::<L, 1>(lanes, first, tile, row)
                     };
                 }
             }
@@ -780,9 +808,15 @@ impl<'a, 'o, W: FloatWeight<N>, const N: usize> FloatProduct<'a, 'o, W, N> {
         }
     }
 
-    /// Multiplies a tile with `M` rows. Returns `M`.
+    /// Multiplies a tile with `M` rows, the `first` of it or others. Returns `M`.
     #[inline(always)]
-    fn block<L: Lanes, const M: usize>(&mut self, lanes: L, tile: usize, row: usize) -> usize {
+    fn block<L: Lanes, const M: usize>(
+        &mut self,
+        lanes: L,
+        first: bool,
+        tile: usize,
+        row: usize,
+    ) -> usize {
         let columns = self.weights.columns();
         let (weights, _) = self.weights.tile(tile).as_chunks::<N>();
         let (fours, rest) = weights.as_chunks::<4>();
@@ -792,7 +826,11 @@ impl<'a, 'o, W: FloatWeight<N>, const N: usize> FloatProduct<'a, 'o, W, N> {
         });
         let mut sums = [[lanes.splat(0.0); 4]; M];
         for (i, weights) in fours.iter().enumerate() {
-            prefetch::<L, 1, M>(lanes, [weights.as_flattened()]);
+            prefetch(
+                lanes,
+                if first { AHEAD } else { 0 },
+                [weights.as_flattened()],
+            );
             for (j, weight) in weights.iter().enumerate() {
                 let weight = W::load(lanes, weight);
                 for m in 0..M {

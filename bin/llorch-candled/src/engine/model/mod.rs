@@ -25,7 +25,8 @@ pub struct Row {
 /// Tokens of one or several sequences to compute in one pass.
 ///
 /// Rows of a sequence stand together, at ascending positions without gaps. Keys and values of all positions before its first
-/// row are in the cache already, in the blocks that its table names; those of its rows go there.
+/// row are in the cache already, in the blocks that its table names; those of its rows go there. Sequences may have blocks in
+/// common that no row goes to.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
     /// The tokens.
@@ -60,9 +61,9 @@ pub trait Model: Send {
     /// Returns the bytes of the whole cache. The system gives them to the process as they are used.
     fn cache_bytes(&self) -> u64;
 
-    /// Returns the bytes that a pass of `rows` rows takes at most, at the end of a context of `positions` positions, besides
-    /// the cache.
-    fn pass_bytes(&self, rows: usize, positions: usize) -> u64;
+    /// Returns the bytes that a pass of `rows` rows takes at most, of which `wanted` want logits, at the end of a context of
+    /// `positions` positions, besides the cache.
+    fn pass_bytes(&self, rows: usize, wanted: usize, positions: usize) -> u64;
 
     /// Calls `told` whenever a layer was computed, from now on: a pass takes a large model minutes on a crowded processor.
     fn on_layer(&mut self, told: Box<dyn Fn() + Send + Sync>);
@@ -133,6 +134,17 @@ impl Batch<'_> {
                 }
             }
         }
+        let blocks_of = |run: &Run| {
+            let first = self.rows[run.rows.start].position / BLOCK;
+            let last = self.rows[run.rows.end - 1].position / BLOCK;
+            &self.tables[run.sequence][first..=last]
+        };
+        let mut written: Vec<u32> = runs.iter().flat_map(blocks_of).copied().collect();
+        written.sort_unstable();
+        refuse(
+            written.array_windows().any(|[a, b]| a == b),
+            "two rows go to one place of the cache",
+        )?;
         let mut numbers = self.tables.iter().flat_map(|table| table.iter());
         refuse(
             numbers.any(|number| *number as usize >= blocks),

@@ -64,16 +64,22 @@ impl Args {
 
 /// Takes new workers again.
 pub async fn resume(context: &Context) -> Result<Exit, CliError> {
-    match Pool::reach(context).await? {
-        Pool::Daemon(client) => drop(client.post::<_, PoolStatus>("/resume", &()).await?),
+    let was_drained = match Pool::reach(context).await? {
+        Pool::Daemon(client) => {
+            let before: PoolStatus = client.get("/status").await?;
+            client.post::<_, PoolStatus>("/resume", &()).await?;
+            before.drain.is_some()
+        }
         // The drain is on disk, and would hold for workers that are started directly.
-        Pool::Direct(lifecycle) => drop(
-            lifecycle
-                .end_drain()
-                .map_err(|error| registry_error(&error))?,
-        ),
-    }
-    say("the pool takes new workers")?;
+        Pool::Direct(lifecycle) => lifecycle
+            .end_drain()
+            .map_err(|error| registry_error(&error))?,
+    };
+    say(if was_drained {
+        "the pool takes new workers"
+    } else {
+        "the pool was not drained: it takes new workers already"
+    })?;
     Ok(Exit::Done)
 }
 

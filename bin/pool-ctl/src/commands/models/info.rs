@@ -62,7 +62,7 @@ impl Info {
             value.ok().filter(|figure| *figure <= MAX_EXACT_INTEGER)
         };
         let needed_bytes = MemoryEstimator::default()
-            .estimate(&model, None, 1)
+            .estimate(&model, None, None, None)
             .needed_bytes;
         let unsupported = support::check_file(&model.path, &file).err();
         Ok(Self {

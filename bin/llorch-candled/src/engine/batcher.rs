@@ -1,0 +1,359 @@
+//! Continuous batching: all generations that run share each pass through the weights.
+//!
+//! A step takes one token of every answer that is being written, and a chunk of the prompts that are being read, those that
+//! have waited longest first. So a long prompt slows the others down by the chunk in each step, and never stops them.
+//!
+//! Blocks are given out as sequences grow. When there are none left, the generation that came last gives its own back and
+//! waits; later it finds them in the cache, or computes them again. The oldest one always goes on.
+
+use std::collections::VecDeque;
+
+use pool_core::api::worker::WorkerEnd;
+
+use super::flight::Flight;
+use super::model::Batch;
+use super::prefill::CHUNK;
+use super::sequence::Core;
+use super::{Control, Engine, Failure, Generation, Halted};
+use crate::panics::caught;
+
+/// A generation that has come to its end.
+pub struct Ended<C> {
+    /// What it was begun with.
+    pub control: C,
+    /// How it ended.
+    pub outcome: Result<WorkerEnd, Failure>,
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Step {
+    /// Sequences of the batch.
+    pub sequences: usize,
+    /// Tokens that were computed.
+    pub tokens: usize,
+    /// Tokens that did not have to be, because the cache had them.
+    pub found: usize,
+    /// Tokens that were guessed.
+    pub guessed: usize,
+    /// Tokens that were guessed rightly.
+    pub right: usize,
+}
+
+/// Generations that run on a model.
+pub struct Batcher<'e, C> {
+    engine: &'e Engine,
+    /// Those that have blocks, in the order in which they got their first ones.
+    running: Vec<Flight<'e, C>>,
+    /// Those that wait for blocks.
+    waiting: VecDeque<Flight<'e, C>>,
+    /// Those that failed before they began.
+    failed: Vec<(Flight<'e, C>, Failure)>,
+    speculates: bool,
+    steps: u64,
+}
+
+/// What one sequence computes in a step.
+#[derive(Debug, Clone, Copy)]
+struct Part {
+    /// Index in [`Batcher::running`].
+    flight: usize,
+    /// Known tokens.
+    known: usize,
+    /// Guessed tokens.
+    guessed: usize,
+}
+
+impl Part {
+    fn tokens(self) -> usize {
+        self.known + self.guessed
+    }
+}
+
+/// Rows of a step up to which tokens are guessed. With more of them, checking a guess costs as much as computing it.
+const ROWS_WITH_GUESSES: usize = 8;
+
+impl<'e, C: Control> Batcher<'e, C> {
+    /// Returns a batcher without generations.
+    pub fn new(engine: &'e Engine) -> Self {
+        Self {
+            engine,
+            running: Vec::new(),
+            waiting: VecDeque::new(),
+            failed: Vec::new(),
+            speculates: true,
+            steps: 0,
+        }
+    }
+
+    /// Says whether tokens are guessed. What comes out is the same.
+    pub fn speculate(mut self, speculates: bool) -> Self {
+        self.speculates = speculates;
+        self
+    }
+
+    /// Adds a generation.
+    pub fn add(&mut self, generation: Generation, control: C) {
+        let (mut flight, resumed) = Flight::begin(self.engine, generation, control);
+        match caught(|| flight.take_up(&resumed)) {
+            Ok(()) => self.waiting.push_back(flight),
+            Err(panicked) => self.failed.push((flight, panicked.into())),
+        }
+    }
+
+    /// Returns the number of generations.
+    pub fn len(&self) -> usize {
+        self.running.len() + self.waiting.len() + self.failed.len()
+    }
+
+    /// Returns how many of them wait for blocks.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Returns whether there is nothing to do.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Computes the next tokens, and returns the generations that ended.
+    pub fn step(&mut self) -> (Step, Vec<Ended<C>>) {
+        let core = &mut *self.engine.core();
+        let failed = self.failed.drain(..);
+        let mut ended: Vec<_> = failed
+            .map(|(flight, failure)| end(flight, core, Err(failure)))
+            .collect();
+        self.sweep(core, |control| control.check(), &mut ended);
+        let found = self.admit(core);
+        let parts = self.plan(core);
+        let mut step = Step {
+            sequences: parts.len(),
+            tokens: parts.iter().map(|part| part.tokens()).sum(),
+            found,
+            guessed: parts.iter().map(|part| part.guessed).sum(),
+            right: 0,
+        };
+        let failures = self.compute(core, &parts, &mut step);
+        for (flight, failure) in failures.into_iter().rev() {
+            ended.push(end(self.running.remove(flight), core, Err(failure)));
+        }
+        self.sweep(core, |_| Ok(()), &mut ended);
+        for flight in &mut self.running {
+            flight.control.progress();
+        }
+        (step, ended)
+    }
+
+    /// Takes out what is complete or was told to end.
+    fn sweep(
+        &mut self,
+        core: &mut Core,
+        check: impl Fn(&C) -> Result<(), Halted>,
+        ended: &mut Vec<Ended<C>>,
+    ) {
+        let outcome = |flight: &Flight<'e, C>| match flight.stopped() {
+            Some(reason) => Some(Ok(flight.end(reason))),
+            None => check(&flight.control)
+                .err()
+                .map(|halted| Err(halted.into())),
+        };
+        for index in (0..self.running.len()).rev() {
+            if let Some(outcome) = outcome(&self.running[index]) {
+                ended.push(end(self.running.remove(index), core, outcome));
+            }
+        }
+        for index in (0..self.waiting.len()).rev() {
+            if let Some(outcome) = outcome(&self.waiting[index])
+                && let Some(flight) = self.waiting.remove(index)
+            {
+                ended.push(end(flight, core, outcome));
+            }
+        }
+    }
+
+    /// Lets those run that there is room for, in their order. Returns how many of their tokens the cache had.
+    fn admit(&mut self, core: &mut Core) -> usize {
+        let mut found = 0;
+        while let Some(mut flight) = self.waiting.pop_front() {
+            let known = flight.find(&mut core.cache);
+            // One block more for each that runs then, so that it does not have to give its own back at once.
+            let needed = flight.missing(flight.pending()) + self.running.len() + 1;
+            if needed > core.cache.room().free && !self.running.is_empty() {
+                flight.release(&mut core.cache);
+                self.waiting.push_front(flight);
+                break;
+            }
+            found += known;
+            self.running.push(flight);
+        }
+        found
+    }
+
+    /// Decides who computes how many tokens, and gives them the blocks that this takes.
+    fn plan(&mut self, core: &mut Core) -> Vec<Part> {
+        self.steps += 1;
+        let mut counts: Vec<usize> = self
+            .running
+            .iter()
+            .map(|f| usize::from(f.pending() == 1))
+            .collect();
+        let mut readers: Vec<usize> = (0..counts.len())
+            .filter(|index| counts[*index] == 0)
+            .collect();
+        readers.sort_by_key(|index| self.running[*index].turn);
+        let mut left = CHUNK;
+        for index in readers {
+            if left == 0 {
+                break;
+            }
+            let flight = &mut self.running[index];
+            counts[index] = flight.pending().min(left);
+            left -= counts[index];
+            flight.turn = self.steps;
+        }
+        let mut parts: Vec<Part> = counts
+            .into_iter()
+            .enumerate()
+            .map(|(flight, known)| Part {
+                flight,
+                known,
+                guessed: 0,
+            })
+            .collect();
+        self.guess(core, &mut parts);
+        let mut index = 0;
+        while index < self.running.len() {
+            let tokens = parts[index].tokens();
+            if self.running[index].missing(tokens) == 0 {
+                index += 1;
+            } else if let Some(block) = core.cache.take() {
+                self.running[index].give(block);
+            } else {
+                self.pause_last(core);
+            }
+        }
+        parts.truncate(self.running.len());
+        parts.retain(|part| part.known > 0);
+        parts
+    }
+
+    /// Guesses tokens for those that write, while there is room for their rows and blocks.
+    fn guess(&mut self, core: &Core, parts: &mut [Part]) {
+        if !self.speculates || core.cache.room().free <= self.running.len() {
+            return;
+        }
+        let mut rows: usize = parts.iter().map(|part| part.known).sum();
+        for part in parts {
+            let flight = &mut self.running[part.flight];
+            if flight.pending() == 1 && rows < ROWS_WITH_GUESSES {
+                part.guessed = flight.guess(ROWS_WITH_GUESSES - rows);
+                rows += part.guessed;
+            }
+        }
+    }
+
+    /// Takes its blocks from the generation that came last.
+    fn pause_last(&mut self, core: &mut Core) {
+        if let Some(mut flight) = self.running.pop() {
+            flight.release(&mut core.cache);
+            self.waiting.push_front(flight);
+        }
+    }
+
+    /// Computes the parts, and draws the tokens that follow. Returns those that failed, by ascending index.
+    fn compute(
+        &mut self,
+        core: &mut Core,
+        parts: &[Part],
+        step: &mut Step,
+    ) -> Vec<(usize, Failure)> {
+        if parts.is_empty() {
+            return Vec::new();
+        }
+        let mut logits = Vec::new();
+        match self.forward(core, parts, &mut logits) {
+            Ok(()) => self.draw(core, parts, &mut logits, step),
+            Err(failure) => match parts {
+                // What was guessed wrongly is no fault of anybody's.
+                [one] if one.guessed > 0 => {
+                    self.running[one.flight].forget_guess();
+                    let known = Part { guessed: 0, ..*one };
+                    self.compute(core, &[known], step)
+                }
+                [one] => vec![(one.flight, failure)],
+                // One of them is at fault, and the others are not to suffer for it. What was computed of them is computed
+                // again to the same bits.
+                _ => parts
+                    .iter()
+                    .flat_map(|part| self.compute(core, &[*part], step))
+                    .collect(),
+            },
+        }
+    }
+
+    fn forward(
+        &self,
+        core: &mut Core,
+        parts: &[Part],
+        logits: &mut Vec<f32>,
+    ) -> Result<(), Failure> {
+        let mut rows = Vec::new();
+        let mut tables = Vec::new();
+        for (sequence, part) in parts.iter().enumerate() {
+            let flight = &self.running[part.flight];
+            rows.extend(flight.rows(part.tokens(), sequence));
+            tables.push(flight.table());
+        }
+        let batch = Batch {
+            rows: &rows,
+            tables: &tables,
+        };
+        let forward = || core.model.forward(&batch, logits);
+        Ok(caught(forward)??)
+    }
+
+    fn draw(
+        &mut self,
+        core: &mut Core,
+        parts: &[Part],
+        logits: &mut [f32],
+        step: &mut Step,
+    ) -> Vec<(usize, Failure)> {
+        let mut failures = Vec::new();
+        let mut logits = logits.chunks_exact_mut(self.engine.description().vocab);
+        for part in parts {
+            let flight = &mut self.running[part.flight];
+            flight.advance(part.known, &mut core.cache);
+            if flight.pending() > 0 {
+                continue;
+            }
+            let drawn = caught(|| flight.draw(&mut logits, &mut core.cache));
+            match drawn.unwrap_or_else(|panicked| Err(panicked.into())) {
+                Ok(right) => step.right += right,
+                Err(failure) => failures.push((part.flight, failure)),
+            }
+        }
+        failures
+    }
+}
+
+impl<C> Drop for Batcher<'_, C> {
+    fn drop(&mut self) {
+        let core = &mut *self.engine.core();
+        for flight in self.running.iter_mut().chain(&mut self.waiting) {
+            flight.release(&mut core.cache);
+        }
+    }
+}
+
+fn end<C>(
+    mut flight: Flight<'_, C>,
+    core: &mut Core,
+    outcome: Result<WorkerEnd, Failure>,
+) -> Ended<C> {
+    flight.release(&mut core.cache);
+    Ended {
+        control: flight.control,
+        outcome,
+    }
+}

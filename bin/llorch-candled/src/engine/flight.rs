@@ -1,0 +1,320 @@
+//! A generation that runs: its tokens, its blocks of the cache, and what its readers have seen.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use pool_core::api::worker::{
+    ExecuteRequest, StopReason, WorkerEnd, WorkerEvent, WorkerMetrics, WorkerStarted,
+};
+
+use super::cache::{Before, BlockCache, Scope};
+use super::lookup::Lookup;
+use super::model::{BLOCK, Row};
+use super::output::{Output, Step};
+use super::sampling::sample;
+use super::{Control, Engine, Failure, Generation};
+
+/// Tokens between two `metrics` events.
+const METRICS_EVERY: usize = 16;
+
+/// A generation that runs.
+///
+/// Its tokens are those of the prompt and then those of the answer, as far as they are known. Those that have been computed
+/// have keys and values in the cache; when all are, the logits of the last one give the next. So a prompt, an answer that
+/// goes on from an earlier attempt's tokens, and one that gave its blocks up meanwhile are all the same.
+pub(super) struct Flight<'e, C> {
+    pub control: C,
+    engine: &'e Engine,
+    request: ExecuteRequest,
+    accepted: Instant,
+    tokens: Vec<u32>,
+    /// Tokens of the prompt.
+    prompt: usize,
+    /// Most tokens of the answer.
+    limit: usize,
+    output: Output<'e>,
+    stop: Option<StopReason>,
+    first: Option<Instant>,
+    last: Option<Instant>,
+    /// Blocks for the tokens that have been computed and are about to be.
+    table: Vec<u32>,
+    computed: usize,
+    /// Full blocks that the cache was told of, and what stands before the next one.
+    noted: usize,
+    before: Before,
+    scope: Scope,
+    lookup: Lookup,
+    /// Guess of the tokens that follow.
+    guess: Vec<u32>,
+    /// Number of the last step that computed a part of its prompt.
+    pub turn: u64,
+}
+
+impl<C> Flight<'_, C> {
+    /// Gives its blocks back. What it needs of them again it finds or computes again.
+    pub fn release(&mut self, cache: &mut BlockCache) {
+        cache.release(&mut self.table);
+        (self.computed, self.noted) = (0, 0);
+    }
+}
+
+impl<'e, C: Control> Flight<'e, C> {
+    /// Begins a generation, and tells its readers so. Returns it with the tokens of earlier attempts that it goes on from.
+    pub fn begin(engine: &'e Engine, generation: Generation, mut control: C) -> (Self, Vec<u32>) {
+        let Generation {
+            request,
+            prompt,
+            resumed,
+            accepted,
+        } = generation;
+        control.event(WorkerEvent::Started(WorkerStarted {
+            job_id: request.job_id.clone(),
+            attempt: request.attempt,
+            fence: request.fence,
+            tokens_in: prompt.len() as u32,
+            origin: Some(engine.origin().clone()),
+            continues: resumed.is_some(),
+        }));
+        let scope: Scope = request.cache_scope.as_deref().map(Arc::from);
+        let flight = Self {
+            limit: engine.limit(&request, prompt.len()),
+            output: Output::new(engine.tokenizer(), &request.stop),
+            prompt: prompt.len(),
+            tokens: prompt,
+            control,
+            engine,
+            request,
+            accepted,
+            stop: None,
+            first: None,
+            last: None,
+            table: Vec::new(),
+            computed: 0,
+            noted: 0,
+            before: Before::Start(scope.clone()),
+            scope,
+            lookup: Lookup::default(),
+            guess: Vec::new(),
+            turn: 0,
+        };
+        (flight, resumed.unwrap_or_default())
+    }
+
+    /// Takes up the tokens of earlier attempts: as when they were drawn, but silently, because its readers have seen them.
+    pub fn take_up(&mut self, resumed: &[u32]) {
+        for id in resumed {
+            if self.stop.is_some() || self.answered() == self.limit {
+                break;
+            }
+            self.push(*id);
+        }
+        self.stop_at_limit();
+    }
+
+    /// Returns why the answer is complete; `None` while it isn't.
+    pub fn stopped(&self) -> Option<StopReason> {
+        self.stop
+    }
+
+    /// Returns how many known tokens have not been computed: more than one while there is a prompt to read.
+    pub fn pending(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// Guesses at most `most` of the tokens that follow the known ones, and returns how many it has guessed.
+    pub fn guess(&mut self, most: usize) -> usize {
+        // The last token of an answer is never computed.
+        let left = self.limit - self.answered() - 1;
+        self.guess = self.lookup.guess(&self.tokens, most.min(left));
+        self.guess.len()
+    }
+
+    /// Forgets what it has guessed.
+    pub fn forget_guess(&mut self) {
+        self.guess.clear();
+    }
+
+    /// Returns the rows of the next `count` tokens, known or guessed, for the sequence with this index of a batch. Logits are
+    /// wanted from the last known token on.
+    pub fn rows(&self, count: usize, sequence: usize) -> impl Iterator<Item = Row> {
+        let last = self.tokens.len() - 1;
+        let tokens = self.tokens.iter().chain(&self.guess);
+        let tokens = tokens.enumerate().skip(self.computed).take(count);
+        tokens.map(move |(position, token)| Row {
+            token: *token,
+            position,
+            sequence,
+            wanted: position >= last,
+        })
+    }
+
+    /// Returns its blocks.
+    pub fn table(&self) -> &[u32] {
+        &self.table
+    }
+
+    /// Takes from the cache what it has of a sequence that has no blocks, and returns how many tokens that are.
+    pub fn find(&mut self, cache: &mut BlockCache) -> usize {
+        // The last token is computed in any case: its logits are not in the cache.
+        let known = &self.tokens[..self.tokens.len() - 1];
+        let prefix = cache.find(self.scope.clone(), known);
+        self.guess.clear();
+        self.noted = prefix.blocks.len();
+        self.computed = prefix.blocks.len() * BLOCK;
+        (self.table, self.before) = (prefix.blocks, prefix.before);
+        self.computed
+    }
+
+    /// Returns how many blocks it needs besides its own to compute `count` more tokens.
+    pub fn missing(&self, count: usize) -> usize {
+        (self.computed + count)
+            .div_ceil(BLOCK)
+            .saturating_sub(self.table.len())
+    }
+
+    /// Takes a block for what comes next.
+    pub fn give(&mut self, block: u32) {
+        self.table.push(block);
+    }
+
+    /// Notes that `count` more of the known tokens were computed.
+    pub fn advance(&mut self, count: usize, cache: &mut BlockCache) {
+        self.computed += count;
+        self.note(cache);
+        if self.pending() > 0 {
+            self.tell();
+        }
+    }
+
+    /// Tells the cache of the blocks that are full.
+    fn note(&mut self, cache: &mut BlockCache) {
+        let full = self.tokens[..self.computed].as_chunks::<BLOCK>().0;
+        for (tokens, block) in full.iter().zip(&self.table).skip(self.noted) {
+            self.before = cache.note(*block, self.before.clone(), *tokens);
+            self.noted += 1;
+        }
+    }
+
+    /// Draws the tokens that follow the last known one: the next, and for each that was guessed and drawn one more. Takes their
+    /// logits, and returns how many tokens were guessed rightly.
+    pub fn draw<'l>(
+        &mut self,
+        logits: &mut impl Iterator<Item = &'l mut [f32]>,
+        cache: &mut BlockCache,
+    ) -> Result<usize, Failure> {
+        let guess = std::mem::take(&mut self.guess);
+        let mut right = 0;
+        // All rows of this sequence are taken, whatever is drawn.
+        let rows: Vec<_> = logits.take(1 + guess.len()).collect();
+        for row in rows {
+            self.draw_one(row)?;
+            let drawn = self.tokens.last();
+            if self.stop.is_some() || guess.get(right) != drawn {
+                break;
+            }
+            right += 1;
+            self.computed += 1;
+        }
+        self.lookup.learn(guess.len(), right, self.tokens.len());
+        self.note(cache);
+        Ok(right)
+    }
+
+    fn draw_one(&mut self, logits: &mut [f32]) -> Result<(), Failure> {
+        let id = sample(
+            logits,
+            self.tokens.iter().copied(),
+            &self.request.sampling,
+            self.request.seed,
+            self.answered() as u64,
+        )?;
+        let now = Instant::now();
+        self.first.get_or_insert(now);
+        self.last = Some(now);
+        self.control.drawn();
+        let step = self.push(id);
+        self.emit(step);
+        if self.answered().is_multiple_of(METRICS_EVERY) {
+            self.tell();
+        }
+        self.stop_at_limit();
+        Ok(())
+    }
+
+    /// Returns what the end of the answer says.
+    pub fn end(&self, stop_reason: StopReason) -> WorkerEnd {
+        let since =
+            |start: Instant, end: Instant| end.saturating_duration_since(start).as_millis() as u64;
+        WorkerEnd {
+            tokens_in: self.prompt as u32,
+            tokens_out: self.answered() as u32,
+            stop_reason,
+            seed: self.request.seed,
+            ttft_ms: self.first.map_or(0, |first| since(self.accepted, first)),
+            decode_time_ms: self
+                .first
+                .zip(self.last)
+                .map_or(0, |(first, last)| since(first, last)),
+        }
+    }
+
+    /// Tokens of the answer so far.
+    fn answered(&self) -> usize {
+        self.tokens.len() - self.prompt
+    }
+
+    /// Takes a token of the answer.
+    fn push(&mut self, id: u32) -> Step {
+        if self.engine.tokenizer().is_end(id) {
+            self.stop = Some(StopReason::Eos);
+            return self.output.finish();
+        }
+        self.tokens.push(id);
+        let step = self.output.push(id);
+        if step.stopped {
+            self.stop = Some(StopReason::StopSequence);
+        }
+        step
+    }
+
+    fn stop_at_limit(&mut self) {
+        if self.stop.is_some() || self.answered() < self.limit {
+            return;
+        }
+        // Text that was held back may complete a stop text only now that a broken character is given up.
+        let step = self.output.finish();
+        self.stop = Some(if step.stopped {
+            StopReason::StopSequence
+        } else if self.limit == self.request.max_tokens as usize {
+            StopReason::MaxTokens
+        } else {
+            StopReason::ContextFull
+        });
+        self.emit(step);
+    }
+
+    fn emit(&mut self, step: Step) {
+        if let Some(piece) = step.piece {
+            self.control.event(WorkerEvent::Token(piece));
+        }
+    }
+
+    /// Tells how far it is. A sequence that computes again what it had given up has been further, of which nothing is told.
+    fn tell(&mut self) {
+        let drawn = self.first.is_some();
+        let prefill = if drawn {
+            self.prompt
+        } else {
+            self.computed.min(self.prompt)
+        };
+        let answered = if drawn {
+            self.answered()
+        } else {
+            self.computed - prefill
+        };
+        self.control.event(WorkerEvent::Metrics(WorkerMetrics {
+            prefill_tokens: prefill as u32,
+            tokens_out: answered as u32,
+        }));
+    }
+}
