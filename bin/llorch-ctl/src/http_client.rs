@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::Args;
 use orchestrator_core::api::events::EventId;
+use orchestrator_core::api::models::ModelList;
 use orchestrator_core::api::pools::{PoolList, PoolView};
 use orchestrator_core::api::scheduler::SchedulerView;
 use orchestrator_core::api::tasks::{
@@ -268,6 +269,16 @@ impl Orchestrator {
                     .request(Method::POST, &format!("/v2/tasks/{id}/cancel")),
             )
             .await
+    }
+
+    /// The token that it is sent.
+    pub fn token(&self) -> Option<&Secret> {
+        self.token.as_ref()
+    }
+
+    /// All models that it knows.
+    pub async fn models(&self) -> Result<ModelList, ClientError> {
+        self.client.get("/v2/models").await
     }
 
     /// All registered pools.

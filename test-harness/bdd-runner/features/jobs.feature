@@ -33,6 +33,14 @@ Feature: Jobs
     When I run `llorch jobs submit --model smollm2-135m --temperature 0 --prompt "What is 2+2?"`
     Then standard output is "The answer to this classic math problem is 4."
 
+  # [BDD-018]
+  Scenario: How fast it is can be measured
+    When I run `llorch dev bench --concurrency 1,2 --requests 3 --prompt-tokens 20 --output-tokens 4 --format json`
+    Then it exits with 0
+    And standard output contains '"concurrency": 2'
+    And standard output contains '"errors": 0'
+    And standard output contains '"tokens_out": 12'
+
   # [BDD-013]
   Scenario: A running job is cancelled
     When I submit a job of 2000 tokens with the prompt "Once upon a time"

@@ -1,0 +1,182 @@
+//! `llorch dev bench`.
+
+mod figures;
+mod prompt;
+mod server;
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use futures_util::{StreamExt, stream};
+use pool_core::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::terminal::paint::{Cell, Style};
+use pool_core::terminal::{CliError, Exit, Format, note, print_json, print_table, progress};
+use serde::Serialize;
+
+use crate::http_client::ConnectArgs;
+use figures::{Level, Outcome};
+use server::{Api, Server, Task};
+
+/// Measure how fast a running server answers: an orchestrator, a worker, or any server with an OpenAI-style API.
+///
+/// For each number of requests at once it sends requests with prompts that have nothing in common, and shows the time to the
+/// first token (TTFT), the time per token after it (TPOT), and the tokens a second of all requests together. One request
+/// before the first measurement is not counted.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Bench {
+    /// The kind of server [default: what it says it is]
+    #[arg(long, value_enum)]
+    api: Option<Api>,
+    /// The model to ask for [default: the only one that the server has]
+    #[arg(long, short)]
+    model: Option<String>,
+    /// Requests at once, measured one after the other
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_values_t = [1, 4, 8], value_parser = clap::value_parser!(u16).range(1..=1024))]
+    concurrency: Vec<u16>,
+    /// Requests for each measurement [default: three for each at once, at least 8]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    requests: Option<u32>,
+    /// Tokens of a prompt, as nearly as words tell
+    #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    prompt_tokens: u32,
+    /// Most tokens of an answer
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    output_tokens: u32,
+    /// How to print the figures. JSON: an object with `url`, `api`, `model` and `levels`, times in milliseconds
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+    #[command(flatten)]
+    connect: ConnectArgs,
+}
+
+const EXAMPLES: &str = "Examples:
+  llorch dev bench --model llama3.2-1b
+  llorch dev bench --url http://127.0.0.1:8081 --api openai --concurrency 8 --format json
+  LLORCH_WORKER_SECRET=... llorch dev bench --url http://127.0.0.1:8001 --api worker
+
+Exit codes: 0 all requests were answered, 1 some failed.";
+
+/// What is printed as JSON.
+#[derive(Debug, Serialize)]
+struct Report {
+    url: String,
+    api: Api,
+    model: Option<String>,
+    levels: Vec<Level>,
+}
+
+impl Bench {
+    /// Measures every level.
+    pub async fn run(self) -> Result<Exit, CliError> {
+        let server = Server::connect(&self.connect, self.api, self.model.clone()).await?;
+        let interrupt = Interrupt::catch()?;
+        let mut numbers = 0..;
+        let task = |numbers: &mut dyn Iterator<Item = u64>| {
+            let number = numbers.next().unwrap_or_default();
+            Task {
+                number,
+                prompt: prompt::of(number, self.prompt_tokens),
+                output_tokens: self.output_tokens,
+            }
+        };
+        // The first request may have to wait for a worker to start, and for what is prepared at first use.
+        let spinner = progress::spinner("waiting for the first answer");
+        let first = tokio::select! {
+            first = server.answer(task(&mut numbers)) => first?,
+            () = interrupt.wait() => return Err(interrupted("the benchmark")),
+        };
+        drop(spinner);
+        let measured = first.tokens_in;
+        if measured.abs_diff(self.prompt_tokens) > self.prompt_tokens / 10 {
+            note(format!("the prompts have about {measured} tokens"));
+        }
+        let mut levels = Vec::new();
+        for concurrency in &self.concurrency {
+            let count = self
+                .requests
+                .unwrap_or_else(|| (3 * u32::from(*concurrency)).max(8));
+            let tasks: Vec<Task> = (0..count).map(|_| task(&mut numbers)).collect();
+            let bar = progress::count(count.into(), format!("{concurrency} at once"));
+            let start = Instant::now();
+            let mut work = stream::iter(tasks)
+                .map(|task| server.answer(task))
+                .buffer_unordered((*concurrency).into());
+            let mut outcomes = Vec::new();
+            loop {
+                let outcome = tokio::select! {
+                    outcome = work.next() => match outcome {
+                        Some(Ok(answer)) => Outcome::Answered(answer),
+                        Some(Err(error)) => Outcome::Failed(error),
+                        None => break,
+                    },
+                    () = interrupt.wait() => return Err(interrupted("the benchmark")),
+                };
+                outcomes.push(outcome);
+                let failed = outcomes.iter().filter(|o| matches!(o, Outcome::Failed(_)));
+                bar.set_count(outcomes.len() as u64, failed.count() as u64);
+            }
+            let took: Duration = start.elapsed();
+            drop(bar);
+            levels.push(Level::of(*concurrency, took, &outcomes));
+            let failure = outcomes.into_iter().find_map(|outcome| match outcome {
+                Outcome::Failed(error) => Some(error),
+                Outcome::Answered(_) => None,
+            });
+            if let Some(error) = failure {
+                note(format!("with {concurrency} at once: {error}"));
+            }
+        }
+        let exit = match levels.iter().all(|level| level.errors == 0) {
+            true => Exit::Done,
+            false => Exit::Failed,
+        };
+        match self.format {
+            Format::Json => print_json(&Report {
+                url: server.url().to_owned(),
+                api: server.api(),
+                model: server.model().map(str::to_owned),
+                levels,
+            })?,
+            Format::Table => table(&levels)?,
+        }
+        Ok(exit)
+    }
+}
+
+fn table(levels: &[Level]) -> Result<(), CliError> {
+    let plain = |text: String| Cell::new(text, Style::Plain);
+    let rows = levels.iter().map(|level| {
+        let times = |times: &Option<figures::Times>| match times {
+            Some(times) => format!("{:.0} / {:.0} / {:.0}", times.p50, times.p95, times.p99),
+            None => "-".to_owned(),
+        };
+        let fine = |times: &Option<figures::Times>| match times {
+            Some(times) => format!("{:.1} / {:.1} / {:.1}", times.p50, times.p95, times.p99),
+            None => "-".to_owned(),
+        };
+        let errors = match level.errors {
+            0 => plain("0".to_owned()),
+            errors => Cell::new(errors.to_string(), Style::Bad),
+        };
+        vec![
+            plain(level.concurrency.to_string()),
+            plain(level.requests.to_string()),
+            errors,
+            plain(times(&level.ttft_ms)),
+            plain(fine(&level.tpot_ms)),
+            plain(format!("{:.1}", level.output_tokens_per_s)),
+        ]
+    });
+    print_table(
+        &[
+            "AT ONCE",
+            "REQUESTS",
+            "ERRORS",
+            "TTFT MS P50/P95/P99",
+            "TPOT MS P50/P95/P99",
+            "TOKENS/S",
+        ],
+        rows,
+    )
+}
