@@ -7,13 +7,15 @@
 //!
 //! `reference` measures candle's products instead; `answers` only so many answers side by side. Figures are medians of five runs, with the least and the largest.
 
+use std::cell::Cell;
 use std::path::Path;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::host::private_bytes;
 use llorch_candled::backend::cpu::lanes::Tier;
-use llorch_candled::engine::batcher::Batcher;
+use llorch_candled::engine::batcher::{Batcher, Ended};
 use llorch_candled::engine::sequence::Sequence;
 use llorch_candled::engine::{Control, Engine, Halted, Sizes};
 use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEvent};
@@ -21,6 +23,8 @@ use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEvent};
 const PREFILL: usize = 512;
 const DECODE: usize = 128;
 const RUNS: usize = 5;
+/// Tokens of a long prompt.
+const LONG: usize = 4000;
 
 fn main() {
     let arguments = std::env::args().skip(1);
@@ -90,6 +94,104 @@ fn measure(model: &Path, device: Device, answers: Option<u64>) {
     for answers in [1, 4, 8] {
         show_answers(&engine, answers);
     }
+    drop(engine);
+    show_pause(model, device);
+}
+
+/// Shows for how long answers pause at most while a long prompt is read beside them.
+fn show_pause(model: &Path, device: Device) {
+    let sizes = Sizes {
+        context_length: Some(LONG + 1),
+        cache_tokens: Some(LONG + 8 * 512),
+        slots: 9,
+    };
+    let Ok(engine) = Engine::load(model, device, sizes, &mut |_, _| ()) else {
+        return println!("  the model's context is too short for a prompt of {LONG} tokens");
+    };
+    let mut pauses: Vec<f64> = (0..RUNS)
+        .map(|run| longest_pause(&engine, run as u64).as_secs_f64() * 1000.0)
+        .collect();
+    pauses.sort_by(f64::total_cmp);
+    let (least, median, most) = (pauses[0], pauses[RUNS / 2], pauses[RUNS - 1]);
+    println!(
+        "  longest pause of 8 answers beside a prompt of {LONG} tokens: {median:.0} ms [{least:.0}..{most:.0}]"
+    );
+}
+
+fn longest_pause(engine: &Engine, run: u64) -> Duration {
+    let longest = Rc::new(Cell::new(Duration::ZERO));
+    let paced = || Paced {
+        last: None,
+        longest: Rc::clone(&longest),
+    };
+    let mut batcher = Batcher::new(engine);
+    for seed in 0..8 {
+        let request = request(
+            &format!("Once upon a time there were {seed} small"),
+            seed,
+            400,
+        );
+        let generation = engine.prepare(request, Instant::now());
+        batcher.add(generation.expect("the prompt is valid"), paced());
+    }
+    for _ in 0..16 {
+        batcher.step();
+    }
+    longest.set(Duration::ZERO);
+    // Another one in each run: the cache is not to have it.
+    let words = (0..).map(|n| format!(" {}", (n + run) % 10));
+    let prompt: String = words.take(LONG / 2 - 50).collect();
+    let generation = engine.prepare(request(&prompt, 9, 1), Instant::now());
+    batcher.add(generation.expect("the prompt fits"), paced());
+    let is_long = |ended: &Ended<Paced>| {
+        let end = ended.outcome.as_ref().expect("the model computes");
+        end.tokens_in as usize > LONG / 2
+    };
+    while !batcher.step().1.iter().any(is_long) {}
+    longest.get()
+}
+
+/// Notes the longest time between two tokens.
+struct Paced {
+    last: Option<Instant>,
+    longest: Rc<Cell<Duration>>,
+}
+
+impl Control for Paced {
+    fn check(&self) -> Result<(), Halted> {
+        Ok(())
+    }
+
+    fn event(&mut self, _: WorkerEvent) {}
+
+    fn progress(&mut self) {}
+
+    fn drawn(&mut self) {
+        let now = Instant::now();
+        if let Some(last) = self.last.replace(now) {
+            self.longest.set(self.longest.get().max(now - last));
+        }
+    }
+}
+
+/// Returns a request with a raw prompt.
+fn request(prompt: &str, seed: u64, max_tokens: u32) -> ExecuteRequest {
+    ExecuteRequest {
+        job_id: String::new(),
+        attempt: 1,
+        fence: 1,
+        prompt: Some(prompt.to_owned()),
+        messages: None,
+        raw: true,
+        allow_special: false,
+        system: None,
+        sampling: Sampling::default(),
+        seed,
+        max_tokens,
+        stop: Vec::new(),
+        resume: None,
+        cache_scope: None,
+    }
 }
 
 fn show_answers(engine: &Engine, answers: u64) {
@@ -104,22 +206,8 @@ fn side_by_side(engine: &Engine, answers: u64) -> (Duration, u32) {
     let mut batcher = Batcher::new(engine);
     let start = Instant::now();
     for seed in 0..answers {
-        let request = ExecuteRequest {
-            job_id: String::new(),
-            attempt: 1,
-            fence: 1,
-            prompt: Some(format!("Once upon a time there were {seed} small")),
-            messages: None,
-            raw: true,
-            allow_special: false,
-            system: None,
-            sampling: Sampling::default(),
-            seed,
-            max_tokens: DECODE as u32,
-            stop: Vec::new(),
-            resume: None,
-            cache_scope: None,
-        };
+        let prompt = format!("Once upon a time there were {seed} small");
+        let request = request(&prompt, seed, DECODE as u32);
         let generation = engine.prepare(request, start).expect("the prompt is valid");
         batcher.add(generation, Silent);
     }

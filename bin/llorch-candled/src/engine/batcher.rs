@@ -7,15 +7,17 @@
 //! waits; later it finds them in the cache, or computes them again. The oldest one always goes on.
 
 use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use pool_core::api::worker::WorkerEnd;
 
 use super::flight::Flight;
-use super::model::Batch;
+use super::model::{BLOCK, Batch};
 use super::prefill::CHUNK;
 use super::sequence::Core;
 use super::{Control, Engine, Failure, Generation, Halted};
-use crate::panics::caught;
+use crate::panics::{Panicked, caught};
 
 /// A generation that has come to its end.
 pub struct Ended<C> {
@@ -50,6 +52,8 @@ pub struct Batcher<'e, C> {
     /// Those that failed before they began.
     failed: Vec<(Flight<'e, C>, Failure)>,
     speculates: bool,
+    /// Time that a row of a prompt took last.
+    row_time: Duration,
     steps: u64,
 }
 
@@ -73,6 +77,9 @@ impl Part {
 /// Rows of a step up to which tokens are guessed. With more of them, checking a guess costs as much as computing it.
 const ROWS_WITH_GUESSES: usize = 8;
 
+/// How long a step takes at most, as nearly as the one before tells, while answers are written beside a prompt.
+const LONGEST_STEP: Duration = Duration::from_millis(100);
+
 impl<'e, C: Control> Batcher<'e, C> {
     /// Returns a batcher without generations.
     pub fn new(engine: &'e Engine) -> Self {
@@ -82,6 +89,7 @@ impl<'e, C: Control> Batcher<'e, C> {
             waiting: VecDeque::new(),
             failed: Vec::new(),
             speculates: true,
+            row_time: Duration::ZERO,
             steps: 0,
         }
     }
@@ -133,7 +141,11 @@ impl<'e, C: Control> Batcher<'e, C> {
             guessed: parts.iter().map(|part| part.guessed).sum(),
             right: 0,
         };
+        let start = Instant::now();
         let failures = self.compute(core, &parts, &mut step);
+        if parts.iter().any(|part| part.known > 1) {
+            self.row_time = start.elapsed() / u32::try_from(step.tokens).unwrap_or(1).max(1);
+        }
         for (flight, failure) in failures.into_iter().rev() {
             ended.push(end(self.running.remove(flight), core, Err(failure)));
         }
@@ -201,7 +213,7 @@ impl<'e, C: Control> Batcher<'e, C> {
             .filter(|index| counts[*index] == 0)
             .collect();
         readers.sort_by_key(|index| self.running[*index].turn);
-        let mut left = CHUNK;
+        let mut left = self.chunk(readers.len() < counts.len());
         for index in readers {
             if left == 0 {
                 break;
@@ -235,6 +247,15 @@ impl<'e, C: Control> Batcher<'e, C> {
         parts.truncate(self.running.len());
         parts.retain(|part| part.known > 0);
         parts
+    }
+
+    /// Returns how many tokens of prompts a step computes: fewer where that would keep those waiting that write.
+    fn chunk(&self, some_write: bool) -> usize {
+        let fitting = match some_write && !self.row_time.is_zero() {
+            true => LONGEST_STEP.as_nanos() / self.row_time.as_nanos(),
+            false => return CHUNK,
+        };
+        usize::try_from(fitting).map_or(CHUNK, |rows| rows.clamp(BLOCK, CHUNK))
     }
 
     /// Guesses tokens for those that write, while there is room for their rows and blocks.
@@ -319,21 +340,54 @@ impl<'e, C: Control> Batcher<'e, C> {
         logits: &mut [f32],
         step: &mut Step,
     ) -> Vec<(usize, Failure)> {
-        let mut failures = Vec::new();
-        let mut logits = logits.chunks_exact_mut(self.engine.description().vocab);
+        let mut ready = Vec::new();
         for part in parts {
             let flight = &mut self.running[part.flight];
             flight.advance(part.known, &mut core.cache);
-            if flight.pending() > 0 {
-                continue;
+            if flight.pending() == 0 {
+                ready.push(part.flight);
             }
-            let drawn = caught(|| flight.draw(&mut logits, &mut core.cache));
-            match drawn.unwrap_or_else(|panicked| Err(panicked.into())) {
+        }
+        let mut drawn = self.draw_all(core, &ready, logits).into_iter();
+        let mut failures = Vec::new();
+        for index in ready {
+            let flight = &mut self.running[index];
+            let taken = caught(|| flight.take(&mut drawn, &mut core.cache));
+            match taken.unwrap_or_else(|panicked| Err(panicked.into())) {
                 Ok(right) => step.right += right,
-                Err(failure) => failures.push((part.flight, failure)),
+                Err(failure) => failures.push((index, failure)),
             }
         }
         failures
+    }
+
+    /// Draws the tokens of some generations with all threads: a vocabulary has up to 262,144 candidates.
+    fn draw_all(
+        &self,
+        core: &mut Core,
+        ready: &[usize],
+        logits: &mut [f32],
+    ) -> Vec<Result<u32, Failure>> {
+        let rows = logits.chunks_exact_mut(self.engine.description().vocab);
+        let draws = ready.iter().flat_map(|index| self.running[*index].draws());
+        let units: Vec<_> = draws
+            .zip(rows)
+            .map(|(draw, row)| Mutex::new((draw, row, None)))
+            .collect();
+        core.model.share(units.len(), &|index| {
+            let mut unit = units[index].lock().unwrap_or_else(PoisonError::into_inner);
+            let (draw, row, drawn) = &mut *unit;
+            let outcome = caught(|| draw.draw(row));
+            *drawn = Some(match outcome {
+                Ok(outcome) => outcome.map_err(Failure::from),
+                Err(panicked) => Err(panicked.into()),
+            });
+        });
+        let drawn = units.into_iter().map(|unit| {
+            let (_, _, drawn) = unit.into_inner().unwrap_or_else(PoisonError::into_inner);
+            drawn.unwrap_or_else(|| Err(Panicked.into()))
+        });
+        drawn.collect()
     }
 }
 

@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pool_core::api::worker::{
-    ExecuteRequest, StopReason, WorkerEnd, WorkerEvent, WorkerMetrics, WorkerStarted,
+    ExecuteRequest, Sampling, StopReason, WorkerEnd, WorkerEvent, WorkerMetrics, WorkerStarted,
 };
 
 use super::cache::{Before, BlockCache, Scope};
 use super::lookup::Lookup;
 use super::model::{BLOCK, Row};
 use super::output::{Output, Step};
-use super::sampling::sample;
+use super::sampling::{SamplingError, sample};
 use super::{Control, Engine, Failure, Generation};
 
 /// Tokens between two `metrics` events.
@@ -48,6 +48,25 @@ pub(super) struct Flight<'e, C> {
     guess: Vec<u32>,
     /// Number of the last step that computed a part of its prompt.
     pub turn: u64,
+}
+
+/// A token to draw, with all that decides which it is beside its logits.
+pub(super) struct Draw<'a> {
+    tokens: &'a [u32],
+    /// Guessed tokens that stand before it.
+    guess: &'a [u32],
+    sampling: &'a Sampling,
+    seed: u64,
+    /// Its place in the answer.
+    position: u64,
+}
+
+impl Draw<'_> {
+    /// Draws the token.
+    pub fn draw(&self, logits: &mut [f32]) -> Result<u32, SamplingError> {
+        let seen = self.tokens.iter().chain(self.guess).copied();
+        sample(logits, seen, self.sampling, self.seed, self.position)
+    }
 }
 
 impl<C> Flight<'_, C> {
@@ -195,19 +214,30 @@ impl<'e, C: Control> Flight<'e, C> {
         }
     }
 
-    /// Draws the tokens that follow the last known one: the next, and for each that was guessed and drawn one more. Takes their
-    /// logits, and returns how many tokens were guessed rightly.
-    pub fn draw<'l>(
+    /// Returns the draws of the tokens that follow the last known one: the next, and for each that is guessed one more, which
+    /// counts only if the guess is right.
+    pub fn draws(&self) -> impl Iterator<Item = Draw<'_>> {
+        (0..=self.guess.len()).map(|guessed| Draw {
+            tokens: &self.tokens,
+            guess: &self.guess[..guessed],
+            sampling: &self.request.sampling,
+            seed: self.request.seed,
+            position: (self.answered() + guessed) as u64,
+        })
+    }
+
+    /// Takes what its draws gave, and tells its readers. Returns how many tokens were guessed rightly.
+    pub fn take(
         &mut self,
-        logits: &mut impl Iterator<Item = &'l mut [f32]>,
+        drawn: &mut impl Iterator<Item = Result<u32, Failure>>,
         cache: &mut BlockCache,
     ) -> Result<usize, Failure> {
         let guess = std::mem::take(&mut self.guess);
         let mut right = 0;
-        // All rows of this sequence are taken, whatever is drawn.
-        let rows: Vec<_> = logits.take(1 + guess.len()).collect();
-        for row in rows {
-            self.draw_one(row)?;
+        // All of its own are taken, whatever they are.
+        let drawn: Vec<_> = drawn.take(1 + guess.len()).collect();
+        for id in drawn {
+            self.take_one(id?);
             let drawn = self.tokens.last();
             if self.stop.is_some() || guess.get(right) != drawn {
                 break;
@@ -220,14 +250,7 @@ impl<'e, C: Control> Flight<'e, C> {
         Ok(right)
     }
 
-    fn draw_one(&mut self, logits: &mut [f32]) -> Result<(), Failure> {
-        let id = sample(
-            logits,
-            self.tokens.iter().copied(),
-            &self.request.sampling,
-            self.request.seed,
-            self.answered() as u64,
-        )?;
+    fn take_one(&mut self, id: u32) {
         let now = Instant::now();
         self.first.get_or_insert(now);
         self.last = Some(now);
@@ -238,7 +261,6 @@ impl<'e, C: Control> Flight<'e, C> {
             self.tell();
         }
         self.stop_at_limit();
-        Ok(())
     }
 
     /// Returns what the end of the answer says.

@@ -15,11 +15,14 @@
 //! Of equal logits the lower id counts as larger, everywhere. The random number of a token depends on the seed and the
 //! token's place in the answer alone, so a resumed job draws what it would have drawn.
 
+use std::cell::RefCell;
 use std::cmp::Ordering;
 
 use pool_core::api::worker::Sampling;
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, SeedableRng};
+
+use crate::backend::cpu::lanes::{Kernel, Lanes, Tier};
 
 /// How many of the likeliest candidates are put in order first when only the likeliest part is wanted.
 const FIRST_PART: usize = 64;
@@ -61,18 +64,29 @@ pub fn sample(
     if sampling.temperature == 0.0 || !largest.is_finite() {
         return Ok(likeliest);
     }
-    // Less the largest one before the division: however small the temperature, the largest stays 0 and the others
-    // become negative, at worst without a bound.
+    let random = uniform(seed, position);
+    let nothing_filtered = sampling.top_k == 0 && sampling.top_p >= 1.0 && sampling.min_p <= 0.0;
+    if nothing_filtered {
+        let id = draw_any(logits, largest, sampling.temperature, random);
+        return Ok(id.unwrap_or(likeliest));
+    }
     let scaled = logits
         .iter()
-        .map(|logit| (logit - largest) / sampling.temperature);
+        .map(|logit| scale(*logit, largest, sampling.temperature));
     let mut candidates: Vec<Candidate> = (0u32..).zip(scaled).collect();
     keep_top_k(&mut candidates, sampling.top_k as usize);
     keep_top_p(&mut candidates, f64::from(sampling.top_p));
     keep_min_p(&mut candidates, f64::from(sampling.min_p));
     // Drawing in order of ids makes a filter that removes nothing change nothing.
     candidates.sort_unstable_by_key(|(id, _)| *id);
-    Ok(draw(&candidates, uniform(seed, position)).unwrap_or(likeliest))
+    Ok(draw(&candidates, random).unwrap_or(likeliest))
+}
+
+/// Returns the logit less the largest one, divided by the temperature. However small that is, the largest becomes 0 and the others
+/// negative, at worst without a bound.
+#[inline(always)]
+fn scale(logit: f32, largest: f32, temperature: f32) -> f32 {
+    (logit - largest) / temperature
 }
 
 /// A number in [0, 1) that depends on the seed and the position alone.
@@ -212,17 +226,60 @@ fn keep_min_p(candidates: &mut Vec<Candidate>, p: f64) {
 }
 
 fn draw(candidates: &[Candidate], uniform: f64) -> Option<u32> {
-    let weights = weights(candidates);
+    let index = draw_weight(&weights(candidates), uniform)?;
+    candidates.get(index).map(|(id, _)| *id)
+}
+
+/// Draws from all tokens, as [`draw`] does from candidates that are all of them.
+fn draw_any(logits: &[f32], largest: f32, temperature: f32, uniform: f64) -> Option<u32> {
+    thread_local! {
+        /// Megabytes that are not to be asked of the system for every token.
+        static WEIGHTS: RefCell<Vec<f64>> = const { RefCell::new(Vec::new()) };
+    }
+    WEIGHTS.with_borrow_mut(|weights| {
+        weights.resize(logits.len(), 0.0);
+        // The bits are the same whatever the processor computes with.
+        Tier::best().run(Weigh {
+            logits,
+            largest,
+            temperature,
+            weights,
+        });
+        draw_weight(weights, uniform).and_then(|index| u32::try_from(index).ok())
+    })
+}
+
+/// Computes the weights of all logits.
+struct Weigh<'a> {
+    logits: &'a [f32],
+    largest: f32,
+    temperature: f32,
+    weights: &'a mut [f64],
+}
+
+impl Kernel for Weigh<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) {
+        for (to, logit) in self.weights.iter_mut().zip(self.logits) {
+            *to = weight(scale(*logit, self.largest, self.temperature));
+        }
+    }
+}
+
+/// Draws an index by its weight.
+fn draw_weight(weights: &[f64], uniform: f64) -> Option<usize> {
     let goal = uniform * weights.iter().sum::<f64>();
     let mut sum = 0.0;
-    for ((id, _), weight) in candidates.iter().zip(weights) {
+    for (index, weight) in weights.iter().enumerate() {
         sum += weight;
         if sum > goal {
-            return Some(*id);
+            return Some(index);
         }
     }
     // Rounding kept the sum at the goal: the last one it is.
-    candidates.last().map(|(id, _)| *id)
+    weights.len().checked_sub(1)
 }
 
 #[cfg(test)]

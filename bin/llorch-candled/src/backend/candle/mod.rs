@@ -342,6 +342,10 @@ impl Model for CandleModel {
         self.on_layer = Some(told);
     }
 
+    fn share(&mut self, units: usize, unit: &(dyn Fn(usize) + Sync)) {
+        (0..units).for_each(unit);
+    }
+
     fn forward(&mut self, batch: &Batch<'_>, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         let Description {
             vocab, max_context, ..

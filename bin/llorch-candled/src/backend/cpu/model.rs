@@ -812,6 +812,10 @@ impl Model for CpuModel {
         self.on_layer = Some(told);
     }
 
+    fn share(&mut self, units: usize, unit: &(dyn Fn(usize) + Sync)) {
+        self.team.run(units, &|_, index| unit(index));
+    }
+
     fn forward(&mut self, batch: &Batch<'_>, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         let Description {
             vocab, max_context, ..

@@ -68,6 +68,9 @@ pub trait Model: Send {
     /// Calls `told` whenever a layer was computed, from now on: a pass takes a large model minutes on a crowded processor.
     fn on_layer(&mut self, told: Box<dyn Fn() + Send + Sync>);
 
+    /// Runs some units of other work with the threads that compute, and waits for them.
+    fn share(&mut self, units: usize, unit: &(dyn Fn(usize) + Sync));
+
     /// Computes a batch. `logits` then holds a row of the vocabulary's width for each row that wants one, in order.
     ///
     /// # Errors
