@@ -377,3 +377,24 @@ async fn a_freeze_of_the_daemon_is_not_the_silence_of_its_pools() {
     assert_eq!(liveness(&daemon).await, PoolLiveness::Offline);
     assert!(worker.info(WorkerStatus::Ready).exit.is_none());
 }
+
+// [ORCHD-224] P7: silence before a freeze of the daemon doesn't add up with silence after it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_has_its_full_time_again_after_a_freeze_of_the_daemon() {
+    // Less than the 3.5 seconds after which a pool with this interval is lost, and more than half of them.
+    const SILENCE: Duration = Duration::from_millis(2_300);
+    let daemon = Stepped::begin().await;
+    let mut pool = FakePool::start("pool-a").await;
+    pool.interval_ms = 1_000;
+    pool.register(&daemon).await;
+    tokio::time::sleep(SILENCE).await;
+    signal(&daemon.child, Signal::STOP);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    signal(&daemon.child, Signal::CONT);
+    tokio::time::sleep(SILENCE).await;
+    assert_ne!(liveness(&daemon).await, PoolLiveness::Offline);
+    eventually("the pool is lost", async || {
+        (liveness(&daemon).await == PoolLiveness::Offline).then_some(())
+    })
+    .await;
+}

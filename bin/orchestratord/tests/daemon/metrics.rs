@@ -3,11 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use orchestrator_core::JobStatus;
+use pool_core::worker::WorkerStatus;
 use promql_parser::label::MatchOp;
 use promql_parser::parser::{self, Expr, VectorSelector};
 use serde_json::{Value, json};
 
-use crate::support::{MODEL, Orchestrator, one_worker};
+use crate::support::{FakePool, FakeWorker, MODEL, Orchestrator, ended, one_worker};
 
 /// Every series that exists before any event, except those of models and pools.
 const SERIES: [&str; 42] = [
@@ -227,6 +228,33 @@ async fn counters_count_once_what_their_names_say() {
             .any(|series| series.starts_with("orchd_pool_state"))
     );
     assert_eq!(figures["orchd_pools{state=\"drained\"}"], 0.0);
+    orchestrator.stop().await;
+}
+
+#[tokio::test] // [ORCHD-172]
+async fn each_attempt_is_a_dispatch() {
+    let orchestrator = Orchestrator::start().await;
+    let mut pool = FakePool::start("pool-a").await;
+    pool.register(&orchestrator).await;
+    let job = orchestrator.job().await;
+    for (attempt, dispatched) in [(1, 1.0), (2, 2.0)] {
+        let worker = FakeWorker::start(&format!("worker-cpu-{attempt}")).await;
+        pool.workers = vec![worker.info(WorkerStatus::Ready)];
+        pool.endpoints = vec![worker.endpoint()];
+        pool.beat(&orchestrator).await;
+        worker.request(1).await;
+        worker.started(job);
+        let found = figures(&orchestrator).await["orchd_tasks_dispatched_total"];
+        assert_eq!(found, dispatched);
+        worker.kill().await;
+        pool.workers = vec![ended(
+            worker.info(WorkerStatus::Failed),
+            "killed by signal 9",
+            false,
+        )];
+        pool.endpoints.clear();
+        pool.beat(&orchestrator).await;
+    }
     orchestrator.stop().await;
 }
 

@@ -254,14 +254,9 @@ async fn a_model_of_a_pool_that_has_not_reported_yet_is_not_unknown() {
     let pool = FakePool::start("pool-a").await;
     pool.introduce(&orchestrator).await;
     let task = json!({"model": "its-own", "prompt": "hi"});
-    assert_eq!(
-        orchestrator
-            .submit(task.clone())
-            .await
-            .unwrap_err()
-            .status(),
-        Some(503)
-    );
+    let error = orchestrator.submit(task.clone()).await.unwrap_err();
+    assert_eq!(error.status(), Some(503));
+    assert!(error.api().unwrap().retry_after_ms.is_some());
     pool.beat(&orchestrator).await;
     assert_eq!(
         orchestrator.submit(task).await.unwrap_err().status(),
@@ -327,7 +322,10 @@ async fn a_model_that_is_being_downloaded_is_not_unknown() {
     let hub = "hf:org/repo@v1::file=sub/tiny.gguf";
     let status = async |model: &str| {
         let task = json!({"model": model, "prompt": "hi"});
-        orchestrator.submit(task).await.unwrap_err().status()
+        let error = orchestrator.submit(task).await.unwrap_err();
+        let again = error.api().unwrap().retry_after_ms;
+        assert_eq!(again.is_some(), error.status() == Some(503));
+        error.status()
     };
     assert_eq!(status(hub).await, Some(404));
     pool.beat_with(&orchestrator, |status| {
