@@ -2,10 +2,11 @@
 //! memory.
 //!
 //! ```text
-//! cargo bench -p llorch-candled --bench engine -- MODEL.gguf [threads=1,2] [tier=Avx2] [reference] [answers=8]
+//! cargo bench -p llorch-candled --bench engine -- MODEL.gguf [threads=1,2] [tier=Avx2] [reference] [answers=8] [runs=5] [single]
 //! ```
 //!
-//! `reference` measures candle's products instead; `answers` only so many answers side by side. Figures are medians of five runs, with the least and the largest.
+//! `reference` measures candle's products instead; `answers` only so many answers side by side, `single` only one sequence.
+//! Figures are medians of the runs, with the least and the largest.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -22,7 +23,6 @@ use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEvent};
 
 const PREFILL: usize = 512;
 const DECODE: usize = 128;
-const RUNS: usize = 5;
 /// Tokens of a long prompt.
 const LONG: usize = 4000;
 
@@ -52,12 +52,25 @@ fn main() {
             true => Device::Reference,
             false => Device::Cpu { threads, tier },
         };
-        let answers = value("answers").map(|n| n.parse().expect("a number of answers"));
-        measure(Path::new(&model), device, answers);
+        let what = What {
+            runs: value("runs").map_or(5, |n| n.parse().expect("a number of runs")),
+            answers: value("answers").map(|n| n.parse().expect("a number of answers")),
+            single: arguments.iter().any(|a| a == "single"),
+        };
+        measure(Path::new(&model), device, &what);
     }
 }
 
-fn measure(model: &Path, device: Device, answers: Option<u64>) {
+/// What to measure.
+struct What {
+    runs: usize,
+    /// Only so many answers side by side.
+    answers: Option<u64>,
+    /// Only one sequence.
+    single: bool,
+}
+
+fn measure(model: &Path, device: Device, what: &What) {
     let sizes = Sizes {
         context_length: Some(2 * PREFILL),
         cache_tokens: Some(4 * PREFILL),
@@ -69,19 +82,19 @@ fn measure(model: &Path, device: Device, answers: Option<u64>) {
     engine.warm_up().expect("the model computes");
     let mib = private_bytes().unwrap_or_default() >> 20;
     println!("{device:?}: loaded in {loaded:.0?}, {mib} MiB of its own");
-    if let Some(answers) = answers {
-        return show_answers(&engine, answers);
+    if let Some(answers) = what.answers {
+        return show_answers(&engine, answers, what.runs);
     }
     let vocab = engine.description().vocab as u32;
     let tokens: Vec<u32> = (0..PREFILL as u32)
         .map(|i| (i * 7919 + 13) % vocab)
         .collect();
-    show("prefill 512", || {
+    show("prefill 512", what.runs, || {
         let mut sequence = engine.sequence(PREFILL).expect("room");
         rate(PREFILL, || drop(prefill(&mut sequence, &tokens)))
     });
     for depth in [1, PREFILL] {
-        show(&format!("decode 128 at {depth}"), || {
+        show(&format!("decode 128 at {depth}"), what.runs, || {
             let mut sequence = engine.sequence(depth + DECODE).expect("room");
             prefill(&mut sequence, &tokens[..depth]);
             rate(DECODE, || {
@@ -91,15 +104,18 @@ fn measure(model: &Path, device: Device, answers: Option<u64>) {
             })
         });
     }
+    if what.single {
+        return;
+    }
     for answers in [1, 4, 8] {
-        show_answers(&engine, answers);
+        show_answers(&engine, answers, what.runs);
     }
     drop(engine);
-    show_pause(model, device);
+    show_pause(model, device, what.runs);
 }
 
 /// Shows for how long answers pause at most while a long prompt is read beside them.
-fn show_pause(model: &Path, device: Device) {
+fn show_pause(model: &Path, device: Device, runs: usize) {
     let sizes = Sizes {
         context_length: Some(LONG + 1),
         cache_tokens: Some(LONG + 8 * 512),
@@ -108,11 +124,11 @@ fn show_pause(model: &Path, device: Device) {
     let Ok(engine) = Engine::load(model, device, sizes, &mut |_, _| ()) else {
         return println!("  the model's context is too short for a prompt of {LONG} tokens");
     };
-    let mut pauses: Vec<f64> = (0..RUNS)
+    let mut pauses: Vec<f64> = (0..runs)
         .map(|run| longest_pause(&engine, run as u64).as_secs_f64() * 1000.0)
         .collect();
     pauses.sort_by(f64::total_cmp);
-    let (least, median, most) = (pauses[0], pauses[RUNS / 2], pauses[RUNS - 1]);
+    let (least, median, most) = (pauses[0], pauses[runs / 2], pauses[runs - 1]);
     println!(
         "  longest pause of 8 answers beside a prompt of {LONG} tokens: {median:.0} ms [{least:.0}..{most:.0}]"
     );
@@ -194,8 +210,8 @@ fn request(prompt: &str, seed: u64, max_tokens: u32) -> ExecuteRequest {
     }
 }
 
-fn show_answers(engine: &Engine, answers: u64) {
-    show(&format!("{answers} answers"), || {
+fn show_answers(engine: &Engine, answers: u64, runs: usize) {
+    show(&format!("{answers} answers"), runs, || {
         let (time, tokens) = side_by_side(engine, answers);
         f64::from(tokens) / time.as_secs_f64()
     });
@@ -248,10 +264,10 @@ fn rate(tokens: usize, work: impl FnOnce()) -> f64 {
 }
 
 /// Runs a measurement that gives tokens a second, once more than it counts, and prints what came out.
-fn show(what: &str, mut run: impl FnMut() -> f64) {
+fn show(what: &str, runs: usize, mut run: impl FnMut() -> f64) {
     run();
-    let mut rates: Vec<f64> = (0..RUNS).map(|_| run()).collect();
+    let mut rates: Vec<f64> = (0..runs).map(|_| run()).collect();
     rates.sort_by(f64::total_cmp);
-    let (least, median, most) = (rates[0], rates[RUNS / 2], rates[RUNS - 1]);
+    let (least, median, most) = (rates[0], rates[runs / 2], rates[runs - 1]);
     println!("  {what:<18} {median:>8.1} tokens/s [{least:.1}..{most:.1}]");
 }
