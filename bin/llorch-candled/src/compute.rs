@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use pool_core::api::worker::{WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent};
 use pool_core::crash::crash_point;
@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use crate::backend::Device;
 use crate::backend::cpu::host::private_bytes;
-use crate::engine::batcher::{Batcher, Ended};
+use crate::engine::batcher::{Batcher, Ended, Step};
 use crate::engine::{Control, Engine, Failure, Generation, Halted, LoadError, Sizes};
 use crate::executions::{Execution, Executions};
 use crate::metrics::Metrics;
@@ -165,6 +165,8 @@ impl Compute {
         // A file that passes every check of ours may still break an assumption of the program.
         let engine = caught(load).unwrap_or_else(|panicked| Err(panicked.into()))?;
         crash_point("load.done");
+        self.metrics
+            .step(&Step::default(), Duration::ZERO, 0, engine.room());
         // What is not taken yet, but for the little that the warm-up took.
         let to_come = engine.working_bytes();
         self.status.ready(Loaded {

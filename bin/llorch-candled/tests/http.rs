@@ -564,6 +564,8 @@ async fn figures_count_what_was_done() {
     for line in [
         "candled_executions_total{outcome=\"end\"} 0",
         "candled_executions_total{outcome=\"CANCELLED\"} 0",
+        // 60,000 tokens, in blocks of 16.
+        "candled_cache_blocks 3750",
         concat!(
             "candled_build_info{version=\"",
             env!("CARGO_PKG_VERSION"),
