@@ -87,7 +87,11 @@ mod tests {
             for argument in command.get_arguments() {
                 let name = argument.get_id().as_str();
                 assert!(
-                    !name.contains("token") || matches!(name, "token_file" | "max_tokens"),
+                    !name.contains("token")
+                        || matches!(
+                            name,
+                            "token_file" | "max_tokens" | "prompt_tokens" | "output_tokens"
+                        ),
                     "{name}"
                 );
             }

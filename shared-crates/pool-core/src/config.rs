@@ -26,10 +26,11 @@ pub const FILE_NAME: &str = "pool-managerd.toml";
 pub const ALIASES: [(&str, &str); 1] = [("LLORCH_POOL_BIND", "bind")];
 /// Variables of the orchestrator's own settings, which share their environment with a pool on the same host: a name, or
 /// the beginning of the names of a section. `orchestrator-core` tests that none is missing.
-pub const ORCHESTRATOR_VARIABLES: [&str; 13] = [
+pub const ORCHESTRATOR_VARIABLES: [&str; 14] = [
     "LLORCH_MAX_POOLS",
     "LLORCH_ORCHESTRATOR_BIND",
     "LLORCH_POOL_TOKEN_FILE",
+    "LLORCH_PREFIX_SHARING",
     "LLORCH_QUEUE_",
     "LLORCH_RECOVERY_WINDOW_MS",
     "LLORCH_SCHEDULER_",

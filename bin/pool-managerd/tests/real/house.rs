@@ -127,7 +127,7 @@ impl House {
             gpu: None,
             context_length: None,
             cache_tokens: None,
-            slots: None,
+            slots: Some(1),
             port: None,
         }
     }
