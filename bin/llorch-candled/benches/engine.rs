@@ -61,7 +61,7 @@ fn main() {
     }
 }
 
-/// What to measure.
+/// Selection of measurements.
 struct What {
     runs: usize,
     /// Only so many answers side by side.
@@ -114,7 +114,7 @@ fn measure(model: &Path, device: Device, what: &What) {
     show_pause(model, device, what.runs);
 }
 
-/// Shows for how long answers pause at most while a long prompt is read beside them.
+/// Prints the longest pause of answers beside a long prompt.
 fn show_pause(model: &Path, device: Device, runs: usize) {
     let sizes = Sizes {
         context_length: Some(LONG + 1),
@@ -236,7 +236,7 @@ fn side_by_side(engine: &Engine, answers: u64) -> (Duration, u32) {
     (start.elapsed(), tokens)
 }
 
-/// Tells nobody anything.
+/// Control that ignores all events.
 struct Silent;
 
 impl Control for Silent {

@@ -20,7 +20,7 @@ use crate::metrics::Metrics;
 use crate::panics::caught;
 use crate::status::{Loaded, Status};
 
-/// What the threads work with.
+/// Model file, device and shared state of the compute threads.
 pub struct Compute {
     /// The model file.
     pub model: PathBuf,
@@ -30,7 +30,7 @@ pub struct Compute {
     pub device: Device,
     /// Tokens of context and of the cache, and sequences at once.
     pub sizes: Sizes,
-    /// Whether tokens are guessed.
+    /// True if tokens are guessed from the text before and checked together.
     pub speculates: bool,
     /// The worker's account of itself.
     pub status: Arc<Status>,

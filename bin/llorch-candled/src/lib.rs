@@ -50,7 +50,7 @@ pub struct Config {
     pub nonce: String,
     /// Number of threads that compute.
     pub threads: usize,
-    /// Whether tokens are guessed from the text before and checked together.
+    /// True if tokens are guessed from the text before and checked together.
     pub speculates: bool,
     /// How long an execution's buffer lives after its end.
     pub execution_ttl: Duration,

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use axum::body::Body;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -49,7 +49,13 @@ async fn models(State(fake): State<Arc<Fake>>) -> Json<Value> {
     Json(json!({"data": models}))
 }
 
-async fn complete(State(fake): State<Arc<Fake>>, Json(request): Json<Value>) -> Response {
+async fn complete(
+    State(fake): State<Arc<Fake>>,
+    headers: HeaderMap,
+    Json(request): Json<Value>,
+) -> Response {
+    // The secret of a worker goes to no other server.
+    assert!(!headers.contains_key(header::AUTHORIZATION));
     assert_eq!(request["stream"], true);
     assert_eq!(request["max_tokens"], 5);
     assert_eq!(request["prompt"].as_str().unwrap().split(' ').count(), 7);
@@ -77,7 +83,9 @@ async fn bench(url: &str, more: &[&str]) -> Ran {
     let mut args = vec!["dev", "bench", "--url", url, "--prompt-tokens", "7"];
     args.extend(["--output-tokens", "5", "--requests", "9"]);
     args.extend(more);
-    ran(llorch(&args)).await
+    let mut command = llorch(&args);
+    command.env("LLORCH_WORKER_SECRET", "s3cret");
+    ran(command).await
 }
 
 #[tokio::test] // [LLORCH-100]

@@ -21,13 +21,13 @@ use crate::panics::{Panicked, caught};
 
 /// A generation that has come to its end.
 pub struct Ended<C> {
-    /// What it was begun with.
+    /// The control that was given to [`Batcher::add`].
     pub control: C,
-    /// How it ended.
+    /// Its end, or the reason why it has none.
     pub outcome: Result<WorkerEnd, Failure>,
 }
 
-/// What a step did.
+/// Counts of one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Step {
     /// Sequences of the batch.
@@ -57,7 +57,7 @@ pub struct Batcher<'e, C> {
     steps: u64,
 }
 
-/// What one sequence computes in a step.
+/// Share of one sequence in a step.
 #[derive(Debug, Clone, Copy)]
 struct Part {
     /// Index in [`Batcher::running`].
@@ -77,7 +77,7 @@ impl Part {
 /// Rows of a step up to which tokens are guessed. With more of them, checking a guess costs as much as computing it.
 const ROWS_WITH_GUESSES: usize = 8;
 
-/// How long a step takes at most, as nearly as the one before tells, while answers are written beside a prompt.
+/// Longest step while answers are written beside a prompt, as estimated from the step before.
 const LONGEST_STEP: Duration = Duration::from_millis(100);
 
 impl<'e, C: Control> Batcher<'e, C> {

@@ -386,7 +386,7 @@ fn dot_pair<L: Lanes, C: Chunk, const P: usize, const T: usize, const M: usize>(
     }
 }
 
-/// How far ahead of products weights are asked for, in bytes. Tiles follow each other, so most of what is asked for at the end
+/// Distance in bytes at which weights are prefetched ahead of products. Tiles follow each other, so most of what is asked for at the end
 /// of a tile is needed too.
 const AHEAD: usize = 4096;
 

@@ -14,7 +14,7 @@ use pool_core::terminal::{CliError, Exit, Format, note, print_json, print_table,
 use serde::Serialize;
 
 use crate::http_client::ConnectArgs;
-use figures::{Level, Outcome};
+use figures::{Level, Outcome, Times};
 use server::{Api, Server, Task};
 
 /// Measure how fast a running server answers: an orchestrator, a worker, or any server with an OpenAI-style API.
@@ -57,7 +57,7 @@ const EXAMPLES: &str = "Examples:
 
 Exit codes: 0 all requests were answered, 1 some failed.";
 
-/// What is printed as JSON.
+/// Report in JSON.
 #[derive(Debug, Serialize)]
 struct Report {
     url: String,
@@ -71,19 +71,15 @@ impl Bench {
     pub async fn run(self) -> Result<Exit, CliError> {
         let server = Server::connect(&self.connect, self.api, self.model.clone()).await?;
         let interrupt = Interrupt::catch()?;
-        let mut numbers = 0..;
-        let task = |numbers: &mut dyn Iterator<Item = u64>| {
-            let number = numbers.next().unwrap_or_default();
-            Task {
-                number,
-                prompt: prompt::of(number, self.prompt_tokens),
-                output_tokens: self.output_tokens,
-            }
+        let task = |number| Task {
+            number,
+            prompt: prompt::of(number, self.prompt_tokens),
+            output_tokens: self.output_tokens,
         };
         // The first request may have to wait for a worker to start, and for what is prepared at first use.
         let spinner = progress::spinner("waiting for the first answer");
         let first = tokio::select! {
-            first = server.answer(task(&mut numbers)) => first?,
+            first = server.answer(task(0)) => first?,
             () = interrupt.wait() => return Err(interrupted("the benchmark")),
         };
         drop(spinner);
@@ -91,12 +87,13 @@ impl Bench {
         if measured.abs_diff(self.prompt_tokens) > self.prompt_tokens / 10 {
             note(format!("the prompts have about {measured} tokens"));
         }
+        let mut numbers = 1..;
         let mut levels = Vec::new();
         for concurrency in &self.concurrency {
             let count = self
                 .requests
                 .unwrap_or_else(|| (3 * u32::from(*concurrency)).max(8));
-            let tasks: Vec<Task> = (0..count).map(|_| task(&mut numbers)).collect();
+            let tasks: Vec<Task> = numbers.by_ref().take(count as usize).map(task).collect();
             let bar = progress::count(count.into(), format!("{concurrency} at once"));
             let start = Instant::now();
             let mut work = stream::iter(tasks)
@@ -147,12 +144,10 @@ impl Bench {
 fn table(levels: &[Level]) -> Result<(), CliError> {
     let plain = |text: String| Cell::new(text, Style::Plain);
     let rows = levels.iter().map(|level| {
-        let times = |times: &Option<figures::Times>| match times {
-            Some(times) => format!("{:.0} / {:.0} / {:.0}", times.p50, times.p95, times.p99),
-            None => "-".to_owned(),
-        };
-        let fine = |times: &Option<figures::Times>| match times {
-            Some(times) => format!("{:.1} / {:.1} / {:.1}", times.p50, times.p95, times.p99),
+        let times = |times: &Option<Times>, digits: usize| match times {
+            Some(Times { p50, p95, p99 }) => {
+                format!("{p50:.digits$} / {p95:.digits$} / {p99:.digits$}")
+            }
             None => "-".to_owned(),
         };
         let errors = match level.errors {
@@ -163,8 +158,8 @@ fn table(levels: &[Level]) -> Result<(), CliError> {
             plain(level.concurrency.to_string()),
             plain(level.requests.to_string()),
             errors,
-            plain(times(&level.ttft_ms)),
-            plain(fine(&level.tpot_ms)),
+            plain(times(&level.ttft_ms, 0)),
+            plain(times(&level.tpot_ms, 1)),
             plain(format!("{:.1}", level.output_tokens_per_s)),
         ]
     });

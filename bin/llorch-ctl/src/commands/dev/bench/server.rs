@@ -8,7 +8,7 @@ use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::models::ModelList;
 use orchestrator_core::api::tasks::TaskSubmitRequest;
 use pool_core::api::version::VersionInfo;
-use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEvent};
+use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEvent, WorkerHealth};
 use pool_core::client::{ApiClient, ClientError, EventStream, Method, ServerEvent};
 use pool_core::secret::Secret;
 use pool_core::terminal::{CliError, Exit};
@@ -66,18 +66,24 @@ impl Server {
         model: Option<String>,
     ) -> Result<Self, CliError> {
         let orchestrator = Orchestrator::find(connect)?;
-        let secret = std::env::var(SECRET_VAR).ok().filter(|s| !s.is_empty());
-        let url = orchestrator.url().to_owned();
-        let token = match (api, secret) {
-            (Some(Api::Worker) | None, Some(secret)) => Some(Secret::new(secret)),
-            _ => orchestrator.token().cloned(),
-        };
-        let client = ApiClient::new(&url, token)?
+        let client = ApiClient::new(orchestrator.url(), orchestrator.token().cloned())?
             .with_answer_timeout(PATIENCE)
             .with_idle_timeout(PATIENCE);
         let api = match api {
             Some(api) => api,
             None => detect(&client).await?,
+        };
+        // A worker's secret is nobody else's business.
+        let client = match api {
+            Api::Worker => {
+                let secret = std::env::var(SECRET_VAR).ok().filter(|s| !s.is_empty());
+                let secret = secret.ok_or_else(|| {
+                    CliError::new(Exit::Usage, "a worker answers only who has its secret")
+                        .hint(format!("put it into {SECRET_VAR}"))
+                })?;
+                client.at(orchestrator.url(), Some(Secret::new(secret)))
+            }
+            Api::Orchestrator | Api::Openai => client,
         };
         if api == Api::Orchestrator {
             orchestrator.version().await.map_err(shown)?;
@@ -244,9 +250,12 @@ impl Server {
 
 /// Asks a server what it is. One that has no version of ours is taken for one with an OpenAI-style API.
 async fn detect(client: &ApiClient) -> Result<Api, CliError> {
+    // A worker tells that much without its secret.
+    if client.get::<WorkerHealth>("/health").await.is_ok() {
+        return Ok(Api::Worker);
+    }
     match client.get::<VersionInfo>("/version").await {
         Ok(info) if info.name == "orchestratord" => Ok(Api::Orchestrator),
-        Ok(info) if info.name == "llorch-candled" => Ok(Api::Worker),
         Ok(info) => Err(CliError::new(
             Exit::Usage,
             format!("{} at {} runs no tasks", info.name, client.base_url()),
