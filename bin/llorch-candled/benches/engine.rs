@@ -207,6 +207,7 @@ fn request(prompt: &str, seed: u64, max_tokens: u32) -> ExecuteRequest {
         stop: Vec::new(),
         resume: None,
         cache_scope: None,
+        refuse_if_full: false,
     }
 }
 

@@ -124,11 +124,13 @@ impl Compute {
             for next in prepared.try_iter() {
                 self.begin(&mut batcher, next);
             }
+            self.status.room(batcher.room());
             let start = Instant::now();
             let (step, ended) = batcher.step();
             let waiting = batcher.waiting();
             self.metrics
                 .step(&step, start.elapsed(), waiting, engine.room());
+            self.status.room(batcher.room());
             for Ended { control, outcome } in ended {
                 self.end(&control.execution, control.drawn, outcome);
             }
@@ -140,6 +142,9 @@ impl Compute {
         batcher: &mut Batcher<'_, Running<'a>>,
         (execution, generation): Prepared,
     ) {
+        if let Some(shortage) = batcher.shortage(&generation) {
+            return self.end(&execution, 0, Err(Failure::Shortage(shortage)));
+        }
         let control = Running {
             compute: self,
             execution,
@@ -169,6 +174,7 @@ impl Compute {
             .step(&Step::default(), Duration::ZERO, 0, engine.room());
         // What is not taken yet, but for the little that the warm-up took.
         let to_come = engine.working_bytes();
+        self.status.room(engine.room());
         self.status.ready(Loaded {
             context_length: engine.context_length() as u32,
             measured_bytes: private_bytes().map(|bytes| bytes + to_come),
@@ -218,6 +224,7 @@ impl Compute {
                     message: failure.to_string(),
                     retriable: failure.retriable(),
                     overflow: failure.overflow(),
+                    shortage: failure.shortage(),
                 })
             }
         };

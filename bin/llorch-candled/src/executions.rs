@@ -451,6 +451,7 @@ mod tests {
             stop: Vec::new(),
             resume: None,
             cache_scope: None,
+            refuse_if_full: false,
         }
     }
 
@@ -460,6 +461,7 @@ mod tests {
             message: "x".into(),
             retriable: false,
             overflow: None,
+            shortage: None,
         })
     }
 

@@ -16,7 +16,7 @@ use crate::engine::cache::Room;
 /// The outcome of an execution with a complete text.
 const END: &str = "end";
 /// The errors that an execution may end with.
-const ERRORS: [WorkerErrorCode; 7] = [
+const ERRORS: [WorkerErrorCode; 8] = [
     WorkerErrorCode::InvalidRequest,
     WorkerErrorCode::ContextOverflow,
     WorkerErrorCode::TemplateFailed,
@@ -24,6 +24,7 @@ const ERRORS: [WorkerErrorCode; 7] = [
     WorkerErrorCode::Cancelled,
     WorkerErrorCode::Replaced,
     WorkerErrorCode::ShuttingDown,
+    WorkerErrorCode::CacheFull,
 ];
 
 /// Every figure of the worker. Names and labels carry nothing of a job.

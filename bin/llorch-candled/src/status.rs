@@ -1,11 +1,14 @@
 //! How ready the worker is, for anybody who asks: plain memory that no computation ever holds up.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use pool_core::api::worker::{HealthState, WorkerHealth};
+use pool_core::api::worker::{CacheRoom, HealthState, WorkerHealth};
 use pool_core::crash::crash_point;
 use pool_core::worker_args::WorkerArgs;
+
+use crate::engine::batcher::tokens_of;
+use crate::engine::cache::Room;
 
 /// What is known once the model is loaded.
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +34,8 @@ pub struct Status {
     nonce: String,
     phase: Mutex<Phase>,
     load_percent: AtomicU8,
+    cache_tokens: AtomicU32,
+    cache_free_tokens: AtomicU32,
     progress: AtomicU64,
 }
 
@@ -42,6 +47,8 @@ impl Status {
             nonce,
             phase: Mutex::new(Phase::Loading),
             load_percent: AtomicU8::new(0),
+            cache_tokens: AtomicU32::new(0),
+            cache_free_tokens: AtomicU32::new(0),
             progress: AtomicU64::new(0),
         }
     }
@@ -68,6 +75,13 @@ impl Status {
     /// The model can't be loaded.
     pub fn failed(&self, reason: String) {
         self.set(Phase::Failed(reason));
+    }
+
+    /// The cache is this full if what runs comes to need all that it may.
+    pub fn room(&self, room: Room) {
+        let store = |at: &AtomicU32, blocks| at.store(tokens_of(blocks), Ordering::Relaxed);
+        store(&self.cache_tokens, room.total);
+        store(&self.cache_free_tokens, room.free);
     }
 
     /// Something was computed: a layer, a chunk, a token, a step of loading.
@@ -98,6 +112,10 @@ impl Status {
             context_length: loaded.map(|loaded| loaded.context_length),
             slots: self.args.slots,
             active: active as u32,
+            cache: loaded.map(|_| CacheRoom {
+                tokens: self.cache_tokens.load(Ordering::Relaxed),
+                free_tokens: self.cache_free_tokens.load(Ordering::Relaxed),
+            }),
             measured_bytes: loaded.and_then(|loaded| loaded.measured_bytes),
             progress: self.progress.load(Ordering::Relaxed),
         }

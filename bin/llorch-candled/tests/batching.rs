@@ -231,6 +231,42 @@ fn a_beginning_that_was_computed_is_not_computed_again() {
     assert_eq!(batcher.step().0.found, 0);
 }
 
+// [CAND-024]
+#[test]
+fn room_is_counted_for_whole_answers_and_shared_beginnings_once() {
+    let engine = engine("llama");
+    let mut batcher = Batcher::new(&engine);
+    let refuses = |number, length, max_tokens| ExecuteRequest {
+        refuse_if_full: true,
+        ..request(number, length, max_tokens)
+    };
+    let shortage = |batcher: &Batcher<'_, Listener>, request| {
+        let generation = engine.prepare(request, Instant::now()).unwrap();
+        let shortage = batcher.shortage(&generation);
+        shortage.map(|short| (short.needed_tokens, short.free_tokens))
+    };
+    // Nothing runs that it could wait for.
+    assert_eq!(shortage(&batcher, refuses(0, 100, 150)), None);
+    add(&mut batcher, &engine, 0, refuses(0, 100, 125));
+    batcher.step();
+    // The cache has 512 tokens, the first may come to 224, all full blocks.
+    assert_eq!(batcher.room().free * 16, 512 - 224);
+    assert_eq!(shortage(&batcher, refuses(7, 100, 150)), None);
+    add(&mut batcher, &engine, 1, refuses(7, 100, 61));
+    assert_eq!(shortage(&batcher, refuses(15, 100, 61)), Some((160, 128)));
+    assert_eq!(shortage(&batcher, request(15, 100, 61)), None, "it waits");
+    // Six blocks of its prompt are those of the first.
+    while engine.room().free > 512 / 16 - 7 - 7 {
+        batcher.step();
+    }
+    assert_eq!(shortage(&batcher, refuses(0, 100, 61)), None);
+    let apart = ExecuteRequest {
+        cache_scope: Some("session 7".into()),
+        ..refuses(0, 100, 61)
+    };
+    assert_eq!(shortage(&batcher, apart), Some((160, 128)));
+}
+
 // [CAND-019]
 #[test]
 fn guesses_change_nothing_but_the_number_of_steps() {

@@ -53,6 +53,7 @@ fn pool(index: usize, free: usize) -> PoolState {
         context_length: Some(4096),
         slots: 1,
         active: 0,
+        free_tokens: Some(8192),
         full: false,
         memory_bytes: 4 * GIB,
         created_at: now(),
@@ -104,6 +105,7 @@ fn job(index: usize) -> QueuedJob {
         bytes: 1000,
         max_tokens: 256,
         context_needed: None,
+        cache_needed: None,
     }
 }
 

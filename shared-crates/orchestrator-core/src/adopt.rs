@@ -135,7 +135,8 @@ pub struct Refused {
 /// What a policy has asked for so far in a pass: places that are promised are gone.
 #[derive(Debug, Clone, Default)]
 pub struct Promised {
-    active: HashMap<(usize, usize), u32>,
+    /// Jobs that go to each worker, and the tokens that they need of its cache.
+    active: HashMap<(usize, usize), (u32, u32)>,
     taken: HashMap<(usize, Device), u64>,
     starts: Vec<(usize, Device, ModelRef, Option<u32>)>,
     evicted: HashSet<(usize, usize)>,
@@ -163,6 +164,12 @@ fn placement_fits(placement: &Placement, pool: &PoolState, device: Device) -> Re
 }
 
 impl Promised {
+    /// Jobs that go to the worker, and the tokens that they need of its cache.
+    fn promised(&self, pool: usize, worker: usize) -> (u32, u32) {
+        let known = self.active.get(&(pool, worker));
+        known.copied().unwrap_or_default()
+    }
+
     /// Slots of the worker that are still free.
     pub fn free_slots(&self, snapshot: &Snapshot, pool: usize, worker: usize) -> u32 {
         let Some(state) = worker_at(snapshot, pool, worker) else {
@@ -171,11 +178,20 @@ impl Promised {
         if state.full {
             return 0;
         }
-        let promised = self.active.get(&(pool, worker)).copied().unwrap_or(0);
+        let (promised, _) = self.promised(pool, worker);
         state
             .slots
             .saturating_sub(state.active)
             .saturating_sub(promised)
+    }
+
+    /// Tokens of the worker's cache that are still free; `None` if unknown, or if it has no job and so room for any.
+    pub fn free_tokens(&self, snapshot: &Snapshot, pool: usize, worker: usize) -> Option<u32> {
+        let state = worker_at(snapshot, pool, worker)?;
+        let (promised, tokens) = self.promised(pool, worker);
+        let idle = state.active + promised == 0;
+        let free = state.free_tokens.filter(|_| !idle)?;
+        Some(free.saturating_sub(tokens))
     }
 
     /// Bytes that a further worker may take on the device.
@@ -246,6 +262,14 @@ impl Promised {
             }
             if state.full {
                 return Err("it had no room a moment ago".to_owned());
+            }
+            let tokens = queued.cache_needed.unwrap_or(0);
+            let free_tokens = self.free_tokens(snapshot, pool, worker);
+            if free_tokens.is_some_and(|free| free < tokens) {
+                return Err(format!(
+                    "the job needs {tokens} tokens of its cache, {} are free",
+                    free_tokens.unwrap_or(0)
+                ));
             }
             if self.free_slots(snapshot, pool, worker) == 0 {
                 return Err(format!("all {} of its slots are taken", state.slots));
@@ -399,7 +423,7 @@ impl Promised {
                 return Err("the settings allow no eviction".to_owned());
             }
             takes_work(on)?;
-            let promised = self.active.get(&(pool, worker)).copied().unwrap_or(0);
+            let (promised, _) = self.promised(pool, worker);
             // One that is full without a lease of ours works for somebody else.
             let works = state.full || state.active + promised > 0;
             if state.status != WorkerStatus::Ready || works {
@@ -441,7 +465,10 @@ impl Promised {
             Proposal::Dispatch { job, pool, worker } => {
                 self.may_dispatch(snapshot, *job, *pool, *worker)?;
                 self.settled.insert(*job);
-                *self.active.entry((*pool, *worker)).or_default() += 1;
+                let tokens = job_at(snapshot, *job)?.cache_needed.unwrap_or(0);
+                let promised = self.active.entry((*pool, *worker)).or_default();
+                promised.0 += 1;
+                promised.1 = promised.1.saturating_add(tokens);
             }
             Proposal::StartWorker {
                 pool,
@@ -480,8 +507,10 @@ impl Promised {
     /// The snapshot's pools with everything that is promised taken away.
     fn pools_after(&self, snapshot: &Snapshot) -> Vec<Arc<PoolState>> {
         let mut pools = snapshot.pools.clone();
-        for (&(pool, worker), count) in &self.active {
-            Arc::make_mut(&mut pools[pool]).workers[worker].active += count;
+        for (&(pool, worker), &(count, tokens)) in &self.active {
+            let state = &mut Arc::make_mut(&mut pools[pool]).workers[worker];
+            state.active += count;
+            state.free_tokens = state.free_tokens.map(|free| free.saturating_sub(tokens));
         }
         for &(pool, worker) in &self.evicted {
             Arc::make_mut(&mut pools[pool]).workers[worker].status = WorkerStatus::Draining;
@@ -532,6 +561,7 @@ fn is_out_of_reach(reason: WaitReason) -> bool {
         | R::StartRefused
         | R::WorkerStarting
         | R::SlotsBusy
+        | R::CacheFull
         | R::PolicyHeld => false,
     }
 }
@@ -692,11 +722,16 @@ fn keep_house(snapshot: &Snapshot, built_in: &Plan, promised: &Promised, plan: &
     plan.actions.extend(kept.cloned());
 }
 
-/// Model, placement and required context, shared by jobs that wait for the same workers.
-type Kind<'a> = (&'a ModelRef, &'a Placement, Option<u32>);
+/// Model, placement and required tokens of context and cache, shared by jobs that wait for the same workers.
+type Kind<'a> = (&'a ModelRef, &'a Placement, Option<u32>, Option<u32>);
 
 fn kind(job: &QueuedJob) -> Kind<'_> {
-    (&job.model, &job.placement, job.context_needed)
+    (
+        &job.model,
+        &job.placement,
+        job.context_needed,
+        job.cache_needed,
+    )
 }
 
 /// Says of every job that stays why it does.

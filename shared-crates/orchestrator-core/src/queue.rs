@@ -51,6 +51,9 @@ pub struct QueuedJob {
     /// them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_needed: Option<u32>,
+    /// Tokens of a worker's cache that the job takes, absent until a worker that had no room for them has counted them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_needed: Option<u32>,
 }
 
 impl QueuedJob {
@@ -68,6 +71,7 @@ impl QueuedJob {
             bytes: job.spec.bytes(),
             max_tokens: job.spec.max_tokens,
             context_needed: job.context_needed,
+            cache_needed: None,
         }
     }
 }
@@ -493,6 +497,7 @@ mod tests {
             bytes: 0,
             max_tokens: 256,
             context_needed: None,
+            cache_needed: None,
         }
     }
 

@@ -7,7 +7,9 @@
 //! - a job takes as long on its worker as its last attempt took, whichever worker it is; one that the trace never ran takes
 //!   the median of its model's jobs, or of all;
 //! - a worker loads for as long as the trace's workers of its model did, or for as long as reading its bytes at
-//!   500 MB/s takes, and has as many slots as they had;
+//!   500 MB/s takes, and has as many slots and as large a cache as they had;
+//! - a job takes as much of its worker's cache as a worker counted, or as is estimated from its size; a worker without that
+//!   room refuses it;
 //! - pools come, go, drain and have models and devices as in the trace; memory is what the policy's own workers leave.
 //!
 //! Lost attempts, refused starts and downloads are not played again.
@@ -34,6 +36,8 @@ pub const STARVED: SignedDuration = SignedDuration::from_mins(5);
 const AFTERWARDS: SignedDuration = SignedDuration::from_hours(24);
 /// Bytes a second at which a model loads whose loading the trace does not show.
 const LOAD_RATE: u64 = 500_000_000;
+/// How long a worker takes to refuse a job.
+const REFUSING: SignedDuration = SignedDuration::from_millis(5);
 /// How long a worker takes to end and give its memory back.
 const ENDING: SignedDuration = SignedDuration::from_millis(100);
 
@@ -194,6 +198,10 @@ struct World {
     service_of_all: SignedDuration,
     loading: HashMap<ModelRef, SignedDuration>,
     slots: HashMap<ModelRef, u32>,
+    /// Tokens of a worker's cache, as far as any told.
+    cache: HashMap<ModelRef, u32>,
+    /// Tokens of a cache that jobs need, where a worker counted them.
+    needed: HashMap<JobId, u32>,
     pools: Vec<(Timestamp, PoolChange)>,
 }
 
@@ -220,6 +228,8 @@ impl World {
         let mut leased: HashMap<JobId, Timestamp> = HashMap::new();
         let mut service: HashMap<JobId, SignedDuration> = HashMap::new();
         let mut slots: HashMap<ModelRef, u32> = HashMap::new();
+        let mut cache: HashMap<ModelRef, u32> = HashMap::new();
+        let mut needed: HashMap<JobId, u32> = HashMap::new();
         // When a worker was first seen to load.
         let mut loading_since: HashMap<(String, String), Timestamp> = HashMap::new();
         let mut loads: HashMap<ModelRef, Vec<SignedDuration>> = HashMap::new();
@@ -228,6 +238,7 @@ impl World {
             let (saw, now) = (&pass.saw, pass.saw.now);
             for (_, job) in &saw.jobs {
                 left.remove(&job.id);
+                needed.extend(job.cache_needed.map(|tokens| (job.id, tokens)));
                 known.entry(job.id).or_insert_with(|| {
                     arrivals.push((job.created_at.clamp(begin, now), Arc::clone(job)));
                     Arc::clone(job)
@@ -253,6 +264,10 @@ impl World {
                         loading_since.entry(key).or_insert(worker.created_at);
                     } else if worker.serves() {
                         slots.insert(worker.model.clone(), worker.slots);
+                        if let Some(free) = worker.free_tokens {
+                            let most = cache.entry(worker.model.clone()).or_default();
+                            *most = free.max(*most);
+                        }
                         if let Some(since) = loading_since.remove(&key) {
                             let ready = worker.ready_at.unwrap_or(now);
                             let took = ready.duration_since(since).max(SignedDuration::ZERO);
@@ -303,6 +318,8 @@ impl World {
             service_of_all: of_all.unwrap_or(SignedDuration::from_secs(1)),
             loading: medians(loads),
             slots,
+            cache,
+            needed,
             pools,
         })
     }
@@ -311,6 +328,12 @@ impl World {
         let of_model = || self.service_by_model.get(&job.model).copied();
         let own = self.service.get(&job.id).copied();
         own.or_else(of_model).unwrap_or(self.service_of_all)
+    }
+
+    /// Tokens that the job takes of its worker's cache.
+    fn needed(&self, job: &QueuedJob) -> u32 {
+        let counted = self.needed.get(&job.id).copied();
+        counted.unwrap_or_else(|| job.context_wished())
     }
 
     fn loading(&self, model: &ModelRef, bytes: u64) -> SignedDuration {
@@ -334,6 +357,7 @@ enum Event {
     Pool(usize),
     Finished {
         job: JobId,
+        tokens: u32,
         pool: String,
         worker: String,
     },
@@ -514,11 +538,19 @@ impl<'a> Sim<'a> {
                     state.idle_since = Some(now);
                 }
             }
-            Event::Finished { pool, worker, .. } => {
+            Event::Finished {
+                pool,
+                worker,
+                tokens,
+                ..
+            } => {
                 let now = self.clock;
                 self.last_done = now;
                 if let Some(state) = self.worker(&pool, &worker) {
                     state.active = state.active.saturating_sub(1);
+                    let all = world.cache.get(&state.model).copied().unwrap_or(u32::MAX);
+                    let free = state.free_tokens;
+                    state.free_tokens = free.map(|free| free.saturating_add(tokens).min(all));
                     if state.active == 0 {
                         state.idle_since = Some(now);
                         if state.status == WorkerStatus::Busy {
@@ -561,6 +593,7 @@ impl<'a> Sim<'a> {
                 let mut worker = worker.clone();
                 worker.active = 0;
                 worker.last_turn = 0;
+                worker.free_tokens = self.world.cache.get(&worker.model).copied();
                 if worker.serves() {
                     worker.status = WorkerStatus::Ready;
                     worker.idle_since = worker.idle_since.or(Some(self.clock));
@@ -636,6 +669,16 @@ impl<'a> Sim<'a> {
                 };
                 self.turns += 1;
                 let turn = self.turns;
+                let tokens = self.world.needed(&queued);
+                let state = self.worker(&pool, &worker);
+                if state.is_some_and(|state| !state.has_room(tokens)) {
+                    self.queue.put_back(QueuedJob {
+                        cache_needed: Some(tokens),
+                        ..queued.as_ref().clone()
+                    });
+                    self.at(REFUSING, Event::Wake);
+                    return;
+                }
                 self.placed.push(Placed {
                     job,
                     arrived: queued.created_at.max(self.world.begin),
@@ -648,13 +691,17 @@ impl<'a> Sim<'a> {
                     self.sessions.insert(session.clone(), pool.clone());
                 }
                 if let Some(state) = self.worker(&pool, &worker) {
-                    state.active += 1;
+                    state.take_slot(turn, tokens);
                     state.status = WorkerStatus::Busy;
-                    state.idle_since = None;
-                    state.last_turn = turn;
                 }
                 let service = self.world.service(&queued);
-                self.at(service, Event::Finished { job, pool, worker });
+                let finished = Event::Finished {
+                    job,
+                    tokens,
+                    pool,
+                    worker,
+                };
+                self.at(service, finished);
             }
             Action::StartWorker {
                 pool,
@@ -680,6 +727,7 @@ impl<'a> Sim<'a> {
                 state.workers.push(WorkerState {
                     id: id.clone(),
                     slots,
+                    free_tokens: self.world.cache.get(&model).copied(),
                     ..WorkerState::asked_for(&file, device, context_length, now)
                 });
                 self.report.worker_starts += 1;

@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::ModelRef;
+use crate::api::worker::CacheRoom;
 use crate::units::human_bytes_up;
 
 /// What computes: the part of `llorch-candled` that a worker uses.
@@ -333,6 +334,10 @@ pub struct WorkerInfo {
     pub slots: u32,
     /// How many sequences it runs now.
     pub active: u32,
+    /// Its cache, as far as the pool knows; `None` before the worker was ready. What is free is told in steps of an
+    /// eighth.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheRoom>,
     /// How far loading is, in percent.
     pub load_percent: u8,
     /// Predicted and measured memory.

@@ -10,8 +10,9 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use pool_core::api::worker::WorkerEnd;
+use pool_core::api::worker::{CacheShortage, WorkerEnd};
 
+use super::cache::Room;
 use super::flight::Flight;
 use super::model::{BLOCK, Batch};
 use super::prefill::CHUNK;
@@ -74,6 +75,11 @@ impl Part {
     }
 }
 
+/// Returns the tokens that blocks hold.
+pub(crate) fn tokens_of(blocks: usize) -> u32 {
+    u32::try_from(blocks * BLOCK).unwrap_or(u32::MAX)
+}
+
 /// Rows of a step up to which tokens are guessed. With more of them, checking a guess costs as much as computing it.
 const ROWS_WITH_GUESSES: usize = 8;
 
@@ -98,6 +104,30 @@ impl<'e, C: Control> Batcher<'e, C> {
     pub fn speculate(mut self, speculates: bool) -> Self {
         self.speculates = speculates;
         self
+    }
+
+    /// Returns how full the cache is if what runs and waits comes to need all that it may.
+    pub fn room(&self) -> Room {
+        let room = self.engine.room();
+        let flights = self.running.iter().chain(&self.waiting);
+        let to_come: usize = flights.map(Flight::to_come).sum();
+        Room {
+            free: room.free.saturating_sub(to_come),
+            ..room
+        }
+    }
+
+    /// Returns what the generation lacks of the cache if it may not wait for it; `None` if it may be added.
+    pub fn shortage(&self, generation: &Generation) -> Option<CacheShortage> {
+        if self.is_empty() || !generation.request.refuse_if_full {
+            return None;
+        }
+        let needed = self.engine.blocks_for(generation);
+        let free = self.room().free;
+        (needed > free).then(|| CacheShortage {
+            needed_tokens: tokens_of(needed),
+            free_tokens: tokens_of(free),
+        })
     }
 
     /// Adds a generation.

@@ -114,6 +114,23 @@ impl BlockCache {
         Prefix { blocks, before }
     }
 
+    /// Returns how many blocks at the beginning of `tokens` other sequences have.
+    pub fn shared(&self, scope: Scope, tokens: &[u32]) -> usize {
+        let mut before = Before::Start(scope);
+        let shared = tokens.as_chunks::<BLOCK>().0.iter().take_while(|tokens| {
+            let content = Content {
+                before: before.clone(),
+                tokens: **tokens,
+            };
+            let Some(&(number, content)) = self.known.get(&content) else {
+                return false;
+            };
+            before = Before::Content(content);
+            self.blocks[number as usize].users > 0
+        });
+        shared.count()
+    }
+
     /// Gives a block to the caller: an empty one, or else the one that was released first. `None` if sequences have all.
     pub fn take(&mut self) -> Option<u32> {
         let number = self.empty.pop().or_else(|| {

@@ -14,6 +14,16 @@ use super::output::{Output, Step};
 use super::sampling::{SamplingError, sample};
 use super::{Control, Engine, Failure, Generation};
 
+/// Returns the blocks that a sequence takes at most. The last token of an answer is never computed.
+pub(super) fn most_blocks(prompt: usize, limit: usize) -> usize {
+    (prompt + limit).saturating_sub(1).div_ceil(BLOCK)
+}
+
+/// Returns whose blocks the request may have in common with others.
+pub(super) fn scope(request: &ExecuteRequest) -> Scope {
+    request.cache_scope.as_deref().map(Arc::from)
+}
+
 /// Tokens between two `metrics` events.
 const METRICS_EVERY: usize = 16;
 
@@ -94,7 +104,7 @@ impl<'e, C: Control> Flight<'e, C> {
             origin: Some(engine.origin().clone()),
             continues: resumed.is_some(),
         }));
-        let scope: Scope = request.cache_scope.as_deref().map(Arc::from);
+        let scope = scope(&request);
         let flight = Self {
             limit: engine.limit(&request, prompt.len()),
             output: Output::new(engine.tokenizer(), &request.stop),
@@ -189,6 +199,12 @@ impl<'e, C: Control> Flight<'e, C> {
         (self.computed + count)
             .div_ceil(BLOCK)
             .saturating_sub(self.table.len())
+    }
+
+    /// Returns how many blocks it may need besides its own before it ends.
+    pub fn to_come(&self) -> usize {
+        let all = most_blocks(self.prompt, self.limit);
+        all.saturating_sub(self.table.len())
     }
 
     /// Takes a block for what comes next.

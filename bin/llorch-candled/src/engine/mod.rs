@@ -18,8 +18,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use pool_core::api::worker::{
-    ContextOverflow, ExecuteRequest, Message, Origin, Resume, Role, WorkerEnd, WorkerErrorCode,
-    WorkerEvent,
+    CacheShortage, ContextOverflow, ExecuteRequest, Message, Origin, Resume, Role, WorkerEnd,
+    WorkerErrorCode, WorkerEvent,
 };
 use pool_core::catalog::gguf::{GgufError, GgufFile};
 use pool_core::chat_template::TemplateProblem;
@@ -122,6 +122,13 @@ pub enum Failure {
     /// There is no room for its keys and values.
     #[error(transparent)]
     CacheFull(#[from] CacheFull),
+    /// There is no room for its keys and values now, and it was not to wait.
+    #[error(
+        "the cache has room for {} more tokens, the prompt and the longest answer need {}",
+        .0.free_tokens,
+        .0.needed_tokens
+    )]
+    Shortage(CacheShortage),
     /// The choice of a token.
     #[error("the computation failed: {0}")]
     Sampling(#[from] SamplingError),
@@ -146,6 +153,7 @@ impl Failure {
             Self::Halted(Halted::Cancelled) => WorkerErrorCode::Cancelled,
             Self::Halted(Halted::Replaced) => WorkerErrorCode::Replaced,
             Self::Halted(Halted::ShuttingDown) => WorkerErrorCode::ShuttingDown,
+            Self::Shortage(_) => WorkerErrorCode::CacheFull,
             Self::Compute(_) | Self::CacheFull(_) | Self::Sampling(_) | Self::Panicked(_) => {
                 WorkerErrorCode::InferenceFailed
             }
@@ -155,13 +163,22 @@ impl Failure {
     /// Whether another attempt, on this worker or another, may succeed.
     pub fn retriable(&self) -> bool {
         let by_request = self.code() != WorkerErrorCode::InferenceFailed;
-        !by_request || matches!(self, Self::Halted(Halted::ShuttingDown))
+        let passes = matches!(self, Self::Halted(Halted::ShuttingDown) | Self::Shortage(_));
+        !by_request || passes
     }
 
     /// Returns the sizes of a context that is too small; `None` for other errors.
     pub fn overflow(&self) -> Option<ContextOverflow> {
         match self {
             Self::ContextOverflow(overflow) => Some(*overflow),
+            _ => None,
+        }
+    }
+
+    /// Returns the sizes of a cache that has no room; `None` for other errors.
+    pub fn shortage(&self) -> Option<CacheShortage> {
+        match self {
+            Self::Shortage(shortage) => Some(*shortage),
             _ => None,
         }
     }
@@ -456,6 +473,17 @@ impl Engine {
     /// Returns how full the cache is.
     pub fn room(&self) -> Room {
         self.core().cache.room()
+    }
+
+    /// Returns how many blocks a generation takes at most that no other sequence has.
+    fn blocks_for(&self, generation: &Generation) -> usize {
+        let Generation {
+            request, prompt, ..
+        } = generation;
+        let most = flight::most_blocks(prompt.len(), self.limit(request, prompt.len()));
+        // The last token is computed in any case.
+        let known = &prompt[..prompt.len() - 1];
+        most - self.core().cache.shared(flight::scope(request), known)
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {

@@ -77,6 +77,7 @@ pub fn greedy(prompt: &str) -> ExecuteRequest {
         stop: Vec::new(),
         resume: None,
         cache_scope: None,
+        refuse_if_full: false,
     }
 }
 

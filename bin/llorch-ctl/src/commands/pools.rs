@@ -153,6 +153,7 @@ mod tests {
             context_length: None,
             slots: 1,
             active: 0,
+            cache: None,
             load_percent: 0,
             memory: WorkerMemory::default(),
             created_at: Timestamp::UNIX_EPOCH,

@@ -17,6 +17,7 @@ use jiff::SignedDuration;
 use orchestrator_core::job::{AttemptOutcome, JobErrorCode, backoff_ms};
 use orchestrator_core::queue::QueuedJob;
 use pool_core::api::pool::WorkerEndpoint;
+use pool_core::api::worker::CacheShortage;
 use pool_core::crash::crash_point;
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -279,6 +280,25 @@ async fn conclude(
             tracing::info!(job = %live.id, attempt = lease.attempt, needed, "the worker's context is too small");
             let queued = QueuedJob {
                 context_needed: Some(needed),
+                ..at_once
+            };
+            requeue(queued, AttemptOutcome::Refused, reason).await;
+        }
+        Verdict::NoRoom { shortage, reason } => {
+            let CacheShortage {
+                needed_tokens,
+                free_tokens,
+            } = shortage;
+            tracing::info!(job = %live.id, attempt = lease.attempt, needed_tokens, free_tokens,
+                "the worker's cache has no room now");
+            app.fleet.mark_short(
+                &attempt.pool_id,
+                &attempt.worker_id,
+                free_tokens,
+                clock::now(),
+            );
+            let queued = QueuedJob {
+                cache_needed: Some(needed_tokens),
                 ..at_once
             };
             requeue(queued, AttemptOutcome::Refused, reason).await;

@@ -8,7 +8,7 @@ use futures_util::future::BoxFuture;
 use jiff::SignedDuration;
 use orchestrator_core::api::events::{End as EndEvent, FurtherAttempt, Started, TaskEvent, Token};
 use pool_core::api::pool::WorkerEndpoint;
-use pool_core::api::worker::{Origin, WorkerEvent, WorkerStarted, WorkerToken};
+use pool_core::api::worker::{ExecuteRequest, Origin, WorkerEvent, WorkerStarted, WorkerToken};
 use pool_core::client::ClientError;
 use pool_core::crash::crash_point;
 use pool_core::errors::with_causes;
@@ -107,7 +107,13 @@ impl<'a> Running<'a> {
     /// Starts the execution and runs the attempt until it is known how it ends.
     pub(super) async fn start(mut self, endpoint: &WorkerEndpoint, seam: Seam) -> Verdict {
         let sharing = self.app.config.prefix_sharing;
-        let request = worker::request(self.live.id, self.lease, seam, sharing);
+        let request = ExecuteRequest {
+            refuse_if_full: self
+                .app
+                .fleet
+                .tells_room(&self.attempt.pool_id, &self.attempt.worker_id),
+            ..worker::request(self.live.id, self.lease, seam, sharing)
+        };
         let mut connection = match Connection::new(endpoint, self.live) {
             Ok(connection) => connection,
             Err(error) => return Verdict::Lost(error.to_string()),

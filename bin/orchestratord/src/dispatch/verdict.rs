@@ -2,7 +2,7 @@
 
 use orchestrator_core::api::events::End;
 use orchestrator_core::job::{JobError, JobErrorCode};
-use pool_core::api::worker::{WorkerError, WorkerErrorCode};
+use pool_core::api::worker::{CacheShortage, WorkerError, WorkerErrorCode};
 use pool_core::client::ClientError;
 
 use crate::metrics::Metrics;
@@ -24,6 +24,13 @@ pub(super) enum Verdict {
     Cramped {
         /// Smallest context that runs the job, in tokens.
         needed: u32,
+        /// The worker's error message.
+        reason: String,
+    },
+    /// The worker's cache has no room for the job now; the attempt does not count.
+    NoRoom {
+        /// What it needs, and what is free.
+        shortage: CacheShortage,
         /// The worker's error message.
         reason: String,
     },
@@ -50,7 +57,7 @@ impl Verdict {
             Self::Failed(_) => "failed",
             Self::Lost(_) => "lost",
             Self::NotFound(_) => "not_found",
-            Self::Refused(_) | Self::Cramped { .. } => "refused",
+            Self::Refused(_) | Self::Cramped { .. } | Self::NoRoom { .. } => "refused",
             Self::Broken => "broken",
             Self::Over => "over",
             Self::Stopping => return None,
@@ -73,7 +80,9 @@ fn of_code(code: WorkerErrorCode, message: &str, retriable: bool) -> Verdict {
         W::ContextOverflow => failed(JobErrorCode::ContextOverflow),
         W::TemplateFailed => failed(JobErrorCode::TemplateFailed),
         W::InferenceFailed if !retriable => failed(JobErrorCode::InferenceFailed),
-        W::Busy | W::Loading => Verdict::Refused(format!("{}: {message}", code.as_str())),
+        W::Busy | W::CacheFull | W::Loading => {
+            Verdict::Refused(format!("{}: {message}", code.as_str()))
+        }
         W::InferenceFailed
         | W::Cancelled
         | W::Replaced
@@ -85,6 +94,14 @@ fn of_code(code: WorkerErrorCode, message: &str, retriable: bool) -> Verdict {
 
 /// What an `error` event means.
 pub(super) fn of_error(error: &WorkerError) -> Verdict {
+    if let Some(shortage) = error.shortage
+        && error.code == WorkerErrorCode::CacheFull
+    {
+        return Verdict::NoRoom {
+            shortage,
+            reason: format!("{}: {}", error.code.as_str(), error.message),
+        };
+    }
     if let Some(overflow) = error.overflow
         && error.code == WorkerErrorCode::ContextOverflow
         && overflow.needed_tokens <= overflow.model_context
@@ -138,7 +155,7 @@ mod tests {
             ),
             ("failed", "lost")
         );
-        for code in [W::Busy, W::Loading] {
+        for code in [W::Busy, W::CacheFull, W::Loading] {
             assert_eq!(label(code, true), "refused", "{code:?}");
         }
         for code in [
@@ -166,6 +183,7 @@ mod tests {
                     context_length: 512,
                     model_context,
                 }),
+                shortage: None,
             })
         };
         let cramped = Verdict::Cramped {

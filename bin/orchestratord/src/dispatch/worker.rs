@@ -58,6 +58,7 @@ pub(super) fn request(
             seen_more: seam.seen_more,
         }),
         cache_scope,
+        refuse_if_full: false,
     }
 }
 

@@ -99,6 +99,7 @@ mod tests {
             context_length: None,
             slots: 1,
             active: 0,
+            cache: None,
             memory: WorkerMemory {
                 predicted_bytes: 1,
                 measured_bytes: None,

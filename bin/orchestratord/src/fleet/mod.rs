@@ -747,11 +747,27 @@ impl Fleet {
     /// Notes that a worker had no room, whatever is known of it. It is left alone for a moment, and for a longer one each
     /// time in a row, until its pool says something else of it.
     pub fn mark_full(&self, pool: &str, worker: &str, now: Timestamp) {
+        self.mark(pool, worker, None, now);
+    }
+
+    /// Notes that a worker has only `free_tokens` of its cache left.
+    pub fn mark_short(&self, pool: &str, worker: &str, free_tokens: u32, now: Timestamp) {
+        self.mark(pool, worker, Some(free_tokens), now);
+    }
+
+    fn mark(&self, pool: &str, worker: &str, free_tokens: Option<u32>, now: Timestamp) {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
         let Inner { pools, overlay, .. } = &mut *inner;
         let said = pools.get(pool).and_then(|pool| pool.worker(worker));
-        overlay.mark_full(pool, worker, said.map(Load::of), now);
+        overlay.mark_full(pool, worker, (said.map(Load::of), free_tokens), now);
+    }
+
+    /// Whether the worker says how full its cache is, and so knows of refusals for that reason.
+    pub fn tells_room(&self, pool: &str, worker: &str) -> bool {
+        let inner = self.lock();
+        let worker = inner.pools.get(pool).and_then(|pool| pool.worker(worker));
+        worker.is_some_and(|worker| worker.cache.is_some())
     }
 
     /// Notes that a worker had room after all.

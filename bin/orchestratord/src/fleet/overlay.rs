@@ -9,6 +9,7 @@ use orchestrator_core::scheduler::{
 };
 use pool_core::ModelRef;
 use pool_core::api::pool::PoolStatus;
+use pool_core::api::worker::CacheRoom;
 use pool_core::worker::{Device, ExitReason, WorkerInfo, WorkerStatus};
 
 /// How long a start is believed in that no heartbeat shows.
@@ -95,6 +96,7 @@ struct Refusal {
 pub(super) struct Load {
     status: WorkerStatus,
     active: u32,
+    cache: Option<CacheRoom>,
 }
 
 impl Load {
@@ -102,6 +104,7 @@ impl Load {
         Self {
             status: worker.status,
             active: worker.active,
+            cache: worker.cache,
         }
     }
 }
@@ -110,6 +113,8 @@ impl Load {
 struct Full {
     /// What its pool said of it when it refused.
     said: Option<Load>,
+    /// Tokens that its cache had left, if it lacked these and no slot.
+    free_tokens: Option<u32>,
     until: Timestamp,
     /// How long the next pause is, where it refuses again.
     next: SignedDuration,
@@ -193,13 +198,14 @@ impl Overlay {
         &mut self,
         pool: &str,
         worker: &str,
-        said: Option<Load>,
+        (said, free_tokens): (Option<Load>, Option<u32>),
         now: Timestamp,
     ) {
         let key = (pool.to_owned(), worker.to_owned());
         let pause = self.full.get(&key).map_or(FULL.0, |full| full.next);
         let full = Full {
             said,
+            free_tokens,
             until: after(now, pause),
             next: (pause * 2).min(FULL.1),
         };
@@ -208,7 +214,9 @@ impl Overlay {
 
     pub(super) fn mark_open(&mut self, pool: &str, worker: &str) -> bool {
         let key = (pool.to_owned(), worker.to_owned());
-        self.full.remove(&key).is_some()
+        // One that took a small job may lack the room for a large one all the same.
+        let lacks_slots = |full: &Full| full.free_tokens.is_none();
+        self.full.get(&key).is_some_and(lacks_slots) && self.full.remove(&key).is_some()
     }
 
     /// Notes that a worker is being told to stop.
@@ -399,8 +407,13 @@ impl Overlay {
                 worker.status = WorkerStatus::Draining;
             }
             let full = self.full.get(&key);
-            if full.is_some_and(|full| full.until > now) {
-                worker.full = true;
+            match full.filter(|full| full.until > now) {
+                Some(Full {
+                    free_tokens: Some(free),
+                    ..
+                }) => worker.free_tokens = Some(*free),
+                Some(_) => worker.full = true,
+                None => {}
             }
         }
         let mut starts: Vec<_> = self.starts.iter().collect();
@@ -464,6 +477,7 @@ mod tests {
     const BUSY: Option<Load> = Some(Load {
         status: WorkerStatus::Busy,
         active: 1,
+        cache: None,
     });
 
     // [ORCHD-035]
@@ -472,7 +486,7 @@ mod tests {
         let mut overlay = Overlay::default();
         let mut now = Timestamp::UNIX_EPOCH;
         let mut refused = |overlay: &mut Overlay| {
-            overlay.mark_full("pool-a", "worker-cpu-0", BUSY, now);
+            overlay.mark_full("pool-a", "worker-cpu-0", (BUSY, None), now);
             let until = overlay.deadlines().min().unwrap();
             let pause = until.duration_since(now).as_millis();
             now = until;

@@ -547,6 +547,7 @@ async fn recover_one(
                 .try_get::<Option<i64>, _>("context_needed")?
                 .map(number)
                 .transpose()?,
+            cache_needed: None,
         },
         deadline: optional_time(row.try_get("deadline_us")?)?,
         last_event,

@@ -6,7 +6,7 @@ use orchestrator_core::job::{AttemptOutcome, JobErrorCode};
 use orchestrator_core::scheduler::{Filter, WaitReason};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::pool::{ContextMemory, PoolStatus};
-use pool_core::api::worker::ContextOverflow;
+use pool_core::api::worker::{CacheRoom, CacheShortage, ContextOverflow};
 use pool_core::worker::WorkerStatus;
 use serde_json::json;
 
@@ -160,6 +160,71 @@ async fn a_worker_that_refuses_what_fits_costs_attempts() {
     worker.overflow(job, LONG);
     let view = orchestrator.until(job, JobStatus::Failed).await;
     assert_eq!(view.error.unwrap().code, JobErrorCode::WorkerLost);
+}
+
+// [ORCHD-198]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_waits_for_room_in_the_cache_and_those_behind_it_wait_too() {
+    let orchestrator = Orchestrator::start().await;
+    let mut pool = FakePool::start("pool-a").await;
+    let worker = worker_with(&mut pool, "worker-cpu-0", 8192).await;
+    let room = |free_tokens| {
+        Some(CacheRoom {
+            tokens: 8192,
+            free_tokens,
+        })
+    };
+    (pool.workers[0].slots, pool.workers[0].cache) = (4, room(8192));
+    pool.register(&orchestrator).await;
+    let first = only_once(&orchestrator).await;
+    assert!(worker.request(1).await.refuse_if_full);
+    worker.started(first);
+    let large = only_once(&orchestrator).await;
+    worker.request(2).await;
+    worker.short(
+        large,
+        CacheShortage {
+            needed_tokens: 5000,
+            free_tokens: 3000,
+        },
+    );
+    let waiting = waits_for(&orchestrator, large, WaitReason::CacheFull).await;
+    let said = &waiting.explanation.message;
+    assert!(said.contains("5000") && said.contains("3000"), "{said}");
+    let later = only_once(&orchestrator).await;
+    waits_for(&orchestrator, later, WaitReason::CacheFull).await;
+    // Not all that is free is enough.
+    pool.workers[0].cache = room(4096);
+    pool.beat(&orchestrator).await;
+    assert_eq!(worker.requests().len(), 2);
+    pool.workers[0].cache = room(5120);
+    pool.beat(&orchestrator).await;
+    // Both in one pass: their requests may arrive in any order.
+    let mut given = [worker.request(3).await, worker.request(4).await].map(|asked| asked.job_id);
+    given.sort_unstable();
+    assert_eq!(given, [large, later].map(|job| job.to_string()));
+    for job in [first, large, later] {
+        completes(&orchestrator, &worker, job).await;
+    }
+    let outcomes = orchestrator.show(large).await.attempts;
+    let outcomes: Vec<_> = outcomes.iter().map(|attempt| attempt.outcome).collect();
+    assert_eq!(
+        outcomes,
+        [
+            Some(AttemptOutcome::Refused),
+            Some(AttemptOutcome::Completed)
+        ]
+    );
+}
+
+// [ORCHD-198] A worker of an earlier build knows neither the field nor the refusal.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_says_nothing_of_its_cache_is_not_told_to_refuse() {
+    let orchestrator = Orchestrator::start().await;
+    let (_pool, worker) = small_worker(&orchestrator).await;
+    let job = only_once(&orchestrator).await;
+    assert!(!worker.request(1).await.refuse_if_full);
+    completes(&orchestrator, &worker, job).await;
 }
 
 // [ORCHD-110] [ORCHCORE-183]

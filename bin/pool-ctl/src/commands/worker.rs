@@ -98,7 +98,7 @@ pub enum Command {
         #[command(flatten)]
         reach: ReachArgs,
         /// How to print it. JSON: an array of workers with `id`, `status`, `model_ref`, `device`, `port`, `pid`,
-        /// `context_length`, `slots`, `active`, `load_percent`, `memory`, `created_at`, `ready_at`,
+        /// `context_length`, `slots`, `active`, `cache`, `load_percent`, `memory`, `created_at`, `ready_at`,
         /// `ending` (why the pool is ending it) and `exit`.
         #[arg(long, value_enum, default_value_t)]
         format: Format,

@@ -427,6 +427,7 @@ async fn only_the_worker_itself_can_say_that_it_is_ready() {
         context_length: Some(64),
         slots: 1,
         active: 0,
+        cache: None,
         measured_bytes: None,
         progress: 9,
     };

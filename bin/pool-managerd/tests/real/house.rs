@@ -363,6 +363,7 @@ pub async fn generate(record: &WorkerRecord, job: u64, max_tokens: u32) -> Resul
         stop: Vec::new(),
         resume: None,
         cache_scope: None,
+        refuse_if_full: false,
     };
     let request = client.request(Method::POST, "/execute").json(&request);
     let mut events = client

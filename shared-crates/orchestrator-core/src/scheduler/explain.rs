@@ -9,11 +9,11 @@ use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
 
 use super::judge::{
-    Class, Verdict, Wish, World, alive, fitting, has_backend, judge, may_download, next_spare,
-    runs, startable, usable,
+    Class, Held, Verdict, Wish, World, alive, fitting, has_backend, judge, may_download,
+    next_spare, runs, startable, usable,
 };
 use super::policy::{BuiltIn, WorkerChoice};
-use super::snapshot::PoolState;
+use super::snapshot::{PoolState, WorkerState};
 use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
 
@@ -46,10 +46,22 @@ pub enum WaitReason {
     WorkerStarting,
     /// All workers with the model are busy.
     SlotsBusy,
+    /// No worker with the model has the room in its cache, or the room is kept for a job before this one.
+    CacheFull,
     /// There is a place, and the policy gives it to nobody.
     PolicyHeld,
     /// The job waits a moment after a lost attempt.
     BackingOff,
+}
+
+impl WaitReason {
+    /// Why a job waits for the workers that serve its model. `has_slot` says whether one of them has a free slot.
+    pub(super) fn of_serving(has_slot: bool) -> Self {
+        match has_slot {
+            true => Self::CacheFull,
+            false => Self::SlotsBusy,
+        }
+    }
 }
 
 /// How many pools one filter left.
@@ -81,6 +93,8 @@ pub enum Filter {
     MemoryFits,
     /// Has a worker with a free slot.
     Slots,
+    /// Has one whose cache has room for the job too.
+    Cache,
     /// The policy agrees.
     Policy,
 }
@@ -100,8 +114,13 @@ pub struct Explanation {
 }
 
 /// Explains why jobs of the class wait.
-pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) -> Explanation {
-    let (reason, cause) = match judge(class, &Wish::default(), pools, world) {
+pub(super) fn explain(
+    class: &Class,
+    pools: &[&PoolState],
+    held: Held<'_>,
+    world: &World<'_>,
+) -> Explanation {
+    let (reason, cause) = match judge(class, &Wish::default(), pools, held, world) {
         Verdict::Wait(reason) => (reason, None),
         Verdict::Reject { message, .. } => (WaitReason::PoolsAway, Some(message)),
         _ => (WaitReason::PolicyHeld, None),
@@ -122,7 +141,7 @@ pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) ->
         reason,
         message,
         hint,
-        filters: filters(class, pools),
+        filters: filters(class, pools, held),
     }
 }
 
@@ -218,11 +237,14 @@ pub(super) fn backing_off(job: &QueuedJob, now: Timestamp) -> Explanation {
 }
 
 /// Counts what each filter leaves, up to the first that leaves nothing.
-fn filters(class: &Class, pools: &[&PoolState]) -> Vec<FilterCount> {
-    let has_slot = |pool: &PoolState| {
+fn filters(class: &Class, pools: &[&PoolState], held: Held<'_>) -> Vec<FilterCount> {
+    let has = |pool: &PoolState, place: &dyn Fn(&WorkerState) -> bool| {
         let mut workers = pool.workers.iter();
-        workers.any(|w| class.admits_worker(&pool.id, w) && w.has_slot())
+        workers.any(|w| class.admits_worker(&pool.id, w) && place(w))
     };
+    let has_slot = |pool: &PoolState| has(pool, &WorkerState::has_slot);
+    let has_room =
+        |pool: &PoolState| has(pool, &|w| class.finds_place(w) && !held.keeps(&pool.id, w));
     let fits = |pool: &PoolState| {
         startable(class, pool)
             .is_some_and(|size| fitting(class, pool, size.bytes, false).next().is_some())
@@ -232,7 +254,7 @@ fn filters(class: &Class, pools: &[&PoolState]) -> Vec<FilterCount> {
         ..class.clone()
     };
     type Test<'a> = &'a dyn Fn(&PoolState) -> bool;
-    let tests: [(Filter, Test<'_>); 7] = [
+    let tests: [(Filter, Test<'_>); 8] = [
         (Filter::Known, &|p| class.admits_pool(&p.id)),
         (Filter::Alive, &alive),
         (Filter::Backend, &|p| has_backend(class, p)),
@@ -244,6 +266,7 @@ fn filters(class: &Class, pools: &[&PoolState]) -> Vec<FilterCount> {
         }),
         (Filter::MemoryFits, &|p| runs(class, p) || fits(p)),
         (Filter::Slots, &has_slot),
+        (Filter::Cache, &has_room),
     ];
     let mut left: Vec<&PoolState> = pools.to_vec();
     let mut counts = Vec::with_capacity(tests.len());
@@ -324,9 +347,8 @@ impl Words<'_> {
             ),
             WaitReason::SlotsBusy => {
                 let mine = |pool: &PoolState| {
-                    let mine = |w: &&super::WorkerState| {
-                        w.serves() && self.class.admits_worker(&pool.id, w)
-                    };
+                    let mine =
+                        |w: &&WorkerState| w.serves() && self.class.admits_worker(&pool.id, w);
                     pool.workers.iter().filter(mine).count()
                 };
                 let count: usize = self.left().map(mine).sum();
@@ -336,6 +358,7 @@ impl Words<'_> {
                 };
                 (message, "it starts when a job before it ends")
             }
+            WaitReason::CacheFull => return self.cache_full(),
             WaitReason::PolicyHeld => (
                 "there is a place, and the scheduler has not given it to this job".to_owned(),
                 "it is decided in a moment; where a script schedules, see `llorch orchestrator scheduler show`",
@@ -345,6 +368,31 @@ impl Words<'_> {
                 "it goes on by itself",
             ),
         };
+        (message, hint.to_owned())
+    }
+
+    fn cache_full(&self) -> (String, String) {
+        let model = &self.class.model;
+        let workers = self
+            .left()
+            .flat_map(|pool| pool.workers.iter().map(move |w| (pool, w)));
+        let mine = workers.filter(|(pool, w)| {
+            w.has_slot() && self.class.admits_worker(&pool.id, w) && !w.has_room(self.class.cache)
+        });
+        let most = mine.max_by_key(|(pool, w)| (w.free_tokens, Reverse((&pool.id, &w.id))));
+        let needed = self.class.cache;
+        let message = match most {
+            Some((pool, worker)) => format!(
+                "the prompt and the longest answer need {needed} tokens of a worker's cache; the most that is free is {}, of `{}` on pool `{}`",
+                worker.free_tokens.unwrap_or(0),
+                worker.id,
+                pool.id
+            ),
+            None => format!(
+                "a job before it waits for room in the caches of the workers with `{model}`"
+            ),
+        };
+        let hint = "it starts when jobs before it have ended; to have more room, start a worker with a larger cache: `llorch-pool worker spawn --cache-tokens`";
         (message, hint.to_owned())
     }
 

@@ -158,6 +158,8 @@ struct Model {
     files: BTreeMap<usize, StartCost>,
     /// Classes of jobs that ask for the model, by required context.
     classes: BTreeSet<(u32, usize)>,
+    /// Number of those that wait for room in the caches of workers.
+    cramped: usize,
 }
 
 impl Model {

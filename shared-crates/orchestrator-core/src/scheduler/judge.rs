@@ -24,6 +24,8 @@ pub(super) struct Class {
     pub(super) placement: Placement,
     /// Required tokens of context, if a worker has counted them; 0 otherwise.
     pub(super) context: u32,
+    /// Required tokens of a worker's cache, if a worker has counted them; 0 otherwise.
+    pub(super) cache: u32,
 }
 
 impl Class {
@@ -32,6 +34,7 @@ impl Class {
             model: job.model.clone(),
             placement: job.placement.clone(),
             context: job.context_needed.unwrap_or(0),
+            cache: job.cache_needed.unwrap_or(0),
         }
     }
 
@@ -52,6 +55,28 @@ impl Class {
             && self.admits_device(worker.device)
             && self.admits_pool(pool)
             && worker.capacity() >= self.context
+    }
+
+    /// Whether the worker can be given one of these jobs now.
+    pub(super) fn finds_place(&self, worker: &WorkerState) -> bool {
+        worker.has_slot() && worker.has_room(self.cache)
+    }
+}
+
+/// Classes that wait for room in the caches of workers, each with a job whose turn was before. What they could use is kept
+/// for them: else jobs that need little would take it again and again, and one that needs much would never start.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Held<'a>(pub(super) &'a [&'a Class]);
+
+impl Held<'_> {
+    /// Whether nothing is kept.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether the worker is kept.
+    pub(super) fn keeps(&self, pool: &str, worker: &WorkerState) -> bool {
+        self.0.iter().any(|class| class.admits_worker(pool, worker))
     }
 }
 
@@ -88,7 +113,13 @@ impl<'a> Wish<'a> {
             let refused = pool.refused(&class.model, device.device, size.context);
             size.bytes <= device.free_bytes && refused.is_none()
         };
-        let roomy = cost.roomy(class.context, self.max_tokens).filter(may);
+        let prompt = match class.context {
+            0 => self.context.saturating_sub(self.max_tokens),
+            context => context - 1,
+        };
+        let roomy = cost
+            .roomy(class.context, prompt, self.max_tokens)
+            .filter(may);
         roomy.or_else(|| cost.least(class.context))?.context
     }
 }
@@ -305,6 +336,7 @@ pub(super) fn judge(
     class: &Class,
     wish: &Wish<'_>,
     pools: &[&PoolState],
+    held: Held<'_>,
     world: &World<'_>,
 ) -> Verdict {
     let places = || pools.iter().enumerate();
@@ -331,7 +363,9 @@ pub(super) fn judge(
     let mine: Vec<_> = workers
         .filter(|(_, pool, _, w)| w.status.is_live() && class.admits_worker(&pool.id, w))
         .collect();
-    let free = mine.iter().filter(|(_, _, _, w)| w.has_slot());
+    let place =
+        |pool: &PoolState, w: &WorkerState| class.finds_place(w) && !held.keeps(&pool.id, w);
+    let free = mine.iter().filter(|(_, pool, _, w)| place(pool, w));
     let best = free.min_by_key(|(_, pool, _, worker)| {
         let rank = world.policy.rank_worker(&WorkerChoice { pool, worker });
         let cramped = worker.capacity() < wish.context;
@@ -380,7 +414,8 @@ pub(super) fn judge(
         };
     }
     if serving {
-        return Verdict::Wait(WaitReason::SlotsBusy);
+        let has_slot = mine.iter().any(|(_, _, _, w)| w.has_slot());
+        return Verdict::Wait(WaitReason::of_serving(has_slot));
     }
     if !refused.is_empty() {
         return Verdict::Wait(WaitReason::StartRefused);

@@ -9,8 +9,8 @@ use pool_core::worker::{Device, WorkerStatus};
 use serde::{Deserialize, Serialize};
 
 use super::REGISTRATION;
-use super::explain::{self, Explanation};
-use super::judge::{Class, Verdict, Wish, World, alive, judge, next_spare, startable};
+use super::explain::{self, Explanation, WaitReason};
+use super::judge::{Class, Held, Verdict, Wish, World, alive, judge, next_spare, startable};
 use super::policy::Policy;
 use super::snapshot::{DownloadState, PoolState, Snapshot, WorkerState};
 use crate::job::{JobErrorCode, JobId};
@@ -87,6 +87,14 @@ pub struct Plan {
     pub wake: Option<Timestamp>,
 }
 
+/// What a class has come to in a pass.
+struct Settled {
+    /// Why its jobs are rejected, if they are.
+    rejection: Option<(JobErrorCode, String)>,
+    /// How many of the classes that workers are kept for had their turn before.
+    held: usize,
+}
+
 /// Decides what to do with the waiting jobs and the idle workers.
 pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
     let classes: HashSet<Class> = snapshot.jobs.iter().map(|job| Class::of(job)).collect();
@@ -112,7 +120,8 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
     };
     let mut waiting: Vec<(&QueuedJob, Class)> = Vec::new();
     // A class that has to wait, or can't run at all, does so for the rest of the pass: within one, places are only taken.
-    let mut settled: HashMap<Class, Option<(JobErrorCode, String)>> = HashMap::new();
+    let mut settled: HashMap<Class, Settled> = HashMap::new();
+    let mut held: Vec<Class> = Vec::new();
     for job in &snapshot.jobs {
         let class = Class::of(job);
         if job.backs_off(snapshot.now) {
@@ -121,21 +130,30 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
             continue;
         }
         if !settled.contains_key(&class) {
-            match pass.judge(&class, job, &world) {
+            let before = held.len();
+            let kept: Vec<&Class> = held.iter().collect();
+            let verdict = pass.judge(&class, job, Held(&kept), &world);
+            let rejection = match verdict {
                 Verdict::Dispatch { pool, worker } => {
                     pass.dispatch(job, pool, worker);
                     continue;
                 }
-                Verdict::Reject { code, message } => {
-                    settled.insert(class.clone(), Some((code, message)));
-                }
+                Verdict::Reject { code, message } => Some((code, message)),
                 verdict => {
                     pass.take(&class, &verdict, &world);
-                    settled.insert(class.clone(), None);
+                    if verdict == Verdict::Wait(WaitReason::CacheFull) {
+                        held.push(class.clone());
+                    }
+                    None
                 }
-            }
+            };
+            let settling = Settled {
+                rejection,
+                held: before,
+            };
+            settled.insert(class.clone(), settling);
         }
-        match &settled[&class] {
+        match &settled[&class].rejection {
             Some(_) if awaits_pools(job, snapshot.now, snapshot.started_at) => {
                 pass.wake_at(snapshot.started_at.checked_add(REGISTRATION).ok());
                 waiting.push((job, class));
@@ -167,7 +185,9 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
         let explanation = if job.backs_off(snapshot.now) {
             Arc::new(explain::backing_off(job, snapshot.now))
         } else {
-            let explain = || Arc::new(explain::explain(class, &pools, &world));
+            let kept = settled.get(class).map_or(0, |settled| settled.held);
+            let kept: Vec<&Class> = held[..kept].iter().collect();
+            let explain = || Arc::new(explain::explain(class, &pools, Held(&kept), &world));
             Arc::clone(explained.entry(class.clone()).or_insert_with(explain))
         };
         (job.id, explanation)
@@ -195,21 +215,21 @@ impl<'a> Pass<'a> {
         self.wake = self.wake.into_iter().chain(at).min();
     }
 
-    fn judge(&self, class: &Class, job: &QueuedJob, world: &World<'_>) -> Verdict {
+    fn judge(&self, class: &Class, job: &QueuedJob, held: Held<'_>, world: &World<'_>) -> Verdict {
         let session = job.session_id.as_deref();
         let prefer = session.and_then(|session| {
             let known = self.snapshot.sessions.get(session);
             self.sessions.get(session).or(known).map(String::as_str)
         });
         let pools: Vec<&PoolState> = self.pools.iter().map(Arc::as_ref).collect();
-        judge(class, &Wish::of(job, prefer), &pools, world)
+        judge(class, &Wish::of(job, prefer), &pools, held, world)
     }
 
     fn dispatch(&mut self, job: &'a QueuedJob, pool: usize, worker: usize) {
         self.turns += 1;
         let pool = Arc::make_mut(&mut self.pools[pool]);
         let worker = &mut pool.workers[worker];
-        worker.take_slot(self.turns);
+        worker.take_slot(self.turns, job.cache_needed.unwrap_or(0));
         if let Some(session) = &job.session_id {
             self.sessions.insert(session, pool.id.clone());
         }
@@ -259,7 +279,7 @@ impl<'a> Pass<'a> {
                     model: class.model.clone(),
                 });
             }
-            Verdict::Wait(super::WaitReason::MemoryShort) if world.settings.evict => {
+            Verdict::Wait(WaitReason::MemoryShort) if world.settings.evict => {
                 let with_file = self
                     .pools
                     .iter()

@@ -1,3 +1,6 @@
+#[path = "plan_tests/cache.rs"]
+mod cache;
+
 use std::collections::BTreeMap;
 
 use jiff::SignedDuration;
@@ -32,6 +35,7 @@ fn worker(id: &str, status: WorkerStatus, active: u32) -> WorkerState {
         context_length: None,
         slots: 2,
         active,
+        free_tokens: None,
         full: false,
         memory_bytes: GIB,
         created_at: Timestamp::UNIX_EPOCH,
@@ -91,6 +95,7 @@ fn job_for(model: &str, placement: Placement) -> QueuedJob {
         bytes: 0,
         max_tokens: 256,
         context_needed: None,
+        cache_needed: None,
     }
 }
 
@@ -919,6 +924,22 @@ fn a_worker_with_more_room_is_started_for_a_job_that_needs_it() {
     };
     // Room for the answer, in steps of 256 tokens.
     assert_eq!(start(8 * GIB, needs(732)), Some(Some(1024)));
+    // Before any worker has counted, the size of the request tells about how long the prompt is.
+    let uncounted = QueuedJob {
+        bytes: 512 + 4 * 1500,
+        ..job_for("m", Placement::default())
+    };
+    let new = |free_bytes: u64| {
+        let mut pool = with_contexts(pool("a", vec![]));
+        pool.devices[0].free_bytes = free_bytes;
+        let plan = plan(std::slice::from_ref(&uncounted), vec![pool]);
+        match plan.actions.as_slice() {
+            [Action::StartWorker { context_length, .. }] => *context_length,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(new(8 * GIB), Some(1792));
+    assert_eq!(new(GIB), None);
     // If that does not fit, room for the prompt.
     assert_eq!(start(GIB + GIB / 2, needs(732)), Some(Some(1024)));
     assert_eq!(

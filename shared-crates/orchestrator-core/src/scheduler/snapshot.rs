@@ -222,15 +222,15 @@ impl StartCost {
         Some(self.rounded(&memory, tokens))
     }
 
-    /// Returns the preferred worker for such a job: at least the default context, with room for an answer of `answer`
-    /// tokens. An answer limit that is unlikely to be reached takes no more than the default context.
-    pub(crate) fn roomy(&self, tokens: u32, answer: u32) -> Option<StartSize> {
+    /// Returns the preferred worker for such a job: at least the default context, with room for a prompt of about `prompt`
+    /// tokens and an answer of `answer`. An answer limit that is unlikely to be reached takes no more than the default
+    /// context.
+    pub(crate) fn roomy(&self, tokens: u32, prompt: u32, answer: u32) -> Option<StartSize> {
         let memory = self.context.filter(|memory| tokens <= memory.max_tokens)?;
         let answer = answer.min(memory.default_tokens);
-        let wanted = (tokens.saturating_sub(1)).saturating_add(answer);
-        match tokens {
-            0 => None,
-            _ => Some(self.rounded(&memory, wanted.max(memory.default_tokens))),
+        match prompt.saturating_add(answer) {
+            wanted if wanted <= memory.default_tokens => Some(self.size(None)),
+            wanted => Some(self.rounded(&memory, wanted)),
         }
     }
 }
@@ -255,6 +255,10 @@ pub struct WorkerState {
     pub slots: u32,
     /// Sequences that it runs now.
     pub active: u32,
+    /// Tokens of its cache that nothing that runs has or may come to need, less what was given away since; `None` if
+    /// unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub free_tokens: Option<u32>,
     /// It had no room a moment ago, whatever is known of its slots: it is left alone for a while.
     pub full: bool,
     /// Bytes that become free when it ends.
@@ -303,6 +307,7 @@ impl WorkerState {
             context_length: worker.context_length,
             slots: worker.slots,
             active: 0,
+            free_tokens: worker.cache.map(|cache| cache.free_tokens),
             full: false,
             memory_bytes: memory.measured_bytes.unwrap_or(memory.predicted_bytes),
             created_at: worker.created_at,
@@ -334,6 +339,7 @@ impl WorkerState {
             context_length: context_length.or(default),
             slots: 1,
             active: 0,
+            free_tokens: None,
             full: false,
             memory_bytes: model.bytes(context_length),
             created_at: now,
@@ -360,9 +366,16 @@ impl WorkerState {
         self.serves() && !self.full && self.active < self.slots
     }
 
-    /// Gives a slot to a job: the dispatch with the number `turn`.
-    pub fn take_slot(&mut self, turn: u64) {
+    /// Whether its cache holds a job that needs `tokens` of it, as far as is known. A worker without a job has room for
+    /// whatever its context holds.
+    pub fn has_room(&self, tokens: u32) -> bool {
+        self.active == 0 || self.free_tokens.is_none_or(|free| free >= tokens)
+    }
+
+    /// Gives a slot to a job that needs `tokens` of its cache: the dispatch with the number `turn`.
+    pub fn take_slot(&mut self, turn: u64, tokens: u32) {
         self.active += 1;
+        self.free_tokens = self.free_tokens.map(|free| free.saturating_sub(tokens));
         self.idle_since = None;
         self.last_turn = turn;
     }

@@ -181,6 +181,7 @@ pub fn sample() -> Snapshot {
                     bytes: 600 + 10 * u64::from(max_tokens),
                     max_tokens,
                     context_needed: None,
+                    cache_needed: None,
                 })
             });
     Snapshot {

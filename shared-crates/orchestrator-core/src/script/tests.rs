@@ -92,6 +92,7 @@ fn job(model: &str, max_tokens: u32) -> QueuedJob {
         bytes: 100,
         max_tokens,
         context_needed: None,
+        cache_needed: None,
     }
 }
 
@@ -362,6 +363,40 @@ fn decide(snapshot: &Arc<Snapshot>, source: &str) -> Decision {
     Decider::script(&LeastLoaded, script, Costs::default(), LONG)
         .unwrap()
         .decide(snapshot)
+}
+
+// [ORCHCORE-186] [ORCHCORE-145]
+#[test]
+fn a_script_is_held_to_the_room_in_a_workers_cache() {
+    let mut busy = worker("w", "a", 1);
+    (busy.slots, busy.free_tokens) = (4, Some(1000));
+    let large = |tokens| QueuedJob {
+        cache_needed: Some(tokens),
+        ..job("a", 100)
+    };
+    let snapshot = snapshot(
+        vec![large(900), large(1001), large(600)],
+        vec![pool("p", 4 << 30, vec![busy])],
+    );
+    let decided = |answer: &str| decide(&snapshot, &body(answer));
+    for (answer, why) in [
+        (
+            "[dispatch(ctx.jobs[1], ctx.workers[0])]",
+            "the job needs 1001 tokens of its cache, 1000 are free",
+        ),
+        (
+            "[dispatch(ctx.jobs[0], ctx.workers[0]), dispatch(ctx.jobs[2], ctx.workers[0])]",
+            "the job needs 600 tokens of its cache, 100 are free",
+        ),
+    ] {
+        let error = decided(answer).error.unwrap();
+        assert!(error.message.contains(why), "{answer}: {error}");
+    }
+    let seen = "let w = ctx.workers[0]; let first = dispatch(ctx.jobs[0], w); \
+        if w.free_tokens != 100 || ctx.jobs[1].cache_needed != 1001 { throw `${w.free_tokens}`; }; [first]";
+    let decision = decided(seen);
+    assert!(decision.error.is_none(), "{:?}", decision.error);
+    assert_eq!(decision.plan.actions.len(), 1);
 }
 
 // [ORCHCORE-181] [ORCHCORE-182] [ORCHCORE-145] A script sees the context that a job needs, and can't give it less.

@@ -239,6 +239,12 @@ impl Worker {
             .free_slots(self.shared.snapshot(), self.pool, self.at)
     }
 
+    fn free_tokens(&self) -> Option<u32> {
+        self.shared
+            .promised()
+            .free_tokens(self.shared.snapshot(), self.pool, self.at)
+    }
+
     fn idle_ms(&mut self) -> Dynamic {
         optional(self.get().idle_since.map(|at| self.shared.ms_since(at)))
     }
@@ -469,6 +475,9 @@ pub(super) fn register(engine: &mut Engine) {
         .register_get("context_needed", |job: &mut Job| {
             optional(job.get().context_needed.map(|tokens| int(tokens.into())))
         })
+        .register_get("cache_needed", |job: &mut Job| {
+            optional(job.get().cache_needed.map(|tokens| int(tokens.into())))
+        })
         .register_get("pool", |job: &mut Job| {
             optional(job.get().placement.pool.clone())
         })
@@ -534,6 +543,9 @@ pub(super) fn register(engine: &mut Engine) {
         })
         .register_get("free_slots", |worker: &mut Worker| {
             int(u64::from(worker.free_slots()))
+        })
+        .register_get("free_tokens", |worker: &mut Worker| {
+            optional(worker.free_tokens().map(|tokens| int(tokens.into())))
         })
         .register_get("memory_bytes", |worker: &mut Worker| {
             int(worker.get().memory_bytes)

@@ -141,6 +141,7 @@ fn trace(pools: &[PoolState], jobs: &[Sent]) -> Trace {
                 bytes: 100,
                 max_tokens: sent.tokens,
                 context_needed: None,
+                cache_needed: None,
             })),
             What::Leased => {
                 snapshot.jobs.retain(|queued| queued.id != job);
@@ -335,4 +336,28 @@ fn a_replay_finds_every_decision_again_and_tells_the_first_that_differs() {
     assert_eq!((changed.equal, changed.first_difference), (149, Some(18)));
     let none = replay(&trace, BuiltIn::LeastLoaded, &[], Some(Duration::ZERO));
     assert!(matches!(none, Err(SimulateError::TooLong(_))), "{none:?}");
+}
+
+// [ORCHCORE-188] Jobs that a cache has no room for at once run one after the other, though there are slots.
+#[test]
+fn a_simulation_knows_the_workers_caches() {
+    let with = |free_tokens: Option<u32>| {
+        let mut pool = pool("p", 0, &["a"]);
+        pool.workers[0].slots = 4;
+        pool.workers[0].free_tokens = free_tokens;
+        // 300 tokens and a little take two seconds.
+        let job = |at_ms| Sent {
+            takes_ms: 2000,
+            ..sent(at_ms, "a", 300)
+        };
+        let jobs = [job(0), job(10), job(20)];
+        run(&trace(&[pool], &jobs), &built_in())
+    };
+    let unbounded = with(None);
+    assert_eq!([0, 1, 2].map(|n| unbounded.waited_ms(n)), [0, 0, 0]);
+    // Two find room, and the third waits for the end of the first.
+    let bounded = with(Some(700));
+    assert_eq!([0, 1].map(|n| bounded.waited_ms(n)), [0, 0]);
+    let third = bounded.waited_ms(2);
+    assert!((1980..2000).contains(&third), "{third}");
 }

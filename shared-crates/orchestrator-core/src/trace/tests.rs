@@ -65,6 +65,7 @@ fn any_snapshot() -> impl Strategy<Value = Snapshot> {
                     bytes: 1,
                     max_tokens,
                     context_needed: None,
+                    cache_needed: None,
                 })
             });
             let pools: BTreeMap<u8, _> = pools

@@ -136,6 +136,11 @@ pub struct ExecuteRequest {
     /// Jobs with the same text here may have blocks of the cache in common; all those without one may as well.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_scope: Option<String>,
+    /// If true, the worker refuses with `CACHE_FULL` where its cache can't hold the prompt and the longest answer now,
+    /// instead of letting the request wait for room.
+    // Omitted when false, for the same reason.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub refuse_if_full: bool,
 }
 
 /// Body of `POST /cancel`.
@@ -245,6 +250,9 @@ pub struct WorkerError {
     /// Sizes of a `CONTEXT_OVERFLOW`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overflow: Option<ContextOverflow>,
+    /// Sizes of a `CACHE_FULL`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shortage: Option<CacheShortage>,
 }
 
 /// Sizes of a request that does not fit the worker's context.
@@ -259,6 +267,26 @@ pub struct ContextOverflow {
     pub context_length: u32,
     /// Tokens of context that the model was trained for.
     pub model_context: u32,
+}
+
+/// Sizes of a request that the worker's cache has no room for now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct CacheShortage {
+    /// Tokens that the prompt and the longest answer need, less those that they have in common with what runs.
+    pub needed_tokens: u32,
+    /// Tokens of the cache that nothing that runs has or may come to need.
+    pub free_tokens: u32,
+}
+
+/// Size of a worker's cache of keys and values, which all its sequences share, and what is left of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct CacheRoom {
+    /// Tokens that it holds.
+    pub tokens: u32,
+    /// Tokens that nothing that runs has or may come to need.
+    pub free_tokens: u32,
 }
 
 /// Codes of a worker's `error` event and of its error envelopes.
@@ -282,6 +310,8 @@ pub enum WorkerErrorCode {
     ShuttingDown,
     /// No free slot.
     Busy,
+    /// No room in the cache.
+    CacheFull,
     /// The fence is older than the current one.
     StaleFence,
     /// The model is still being loaded.
@@ -302,6 +332,7 @@ impl WorkerErrorCode {
             Self::Replaced => "REPLACED",
             Self::ShuttingDown => "SHUTTING_DOWN",
             Self::Busy => "BUSY",
+            Self::CacheFull => "CACHE_FULL",
             Self::StaleFence => "STALE_FENCE",
             Self::Loading => "LOADING",
             Self::NotFound => "NOT_FOUND",
@@ -425,6 +456,9 @@ pub struct WorkerHealth {
     pub slots: u32,
     /// Sequences that run now.
     pub active: u32,
+    /// Its cache; `None` while loading.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheRoom>,
     /// What the process needs: its private bytes after loading (its own memory, no mapped files), and what is still to
     /// come: the KV caches that its slots may fill, and what computing takes while a prompt fills one. `None` while
     /// loading.

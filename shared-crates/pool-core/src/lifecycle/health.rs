@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use jiff::Timestamp;
 
 use super::spawner;
-use crate::api::worker::{HealthState, WorkerHealth};
+use crate::api::worker::{CacheRoom, HealthState, WorkerHealth};
 use crate::registry::WorkerRecord;
 use crate::worker::WorkerEvent;
 
@@ -52,6 +52,7 @@ pub fn apply_health(
     let info = &mut record.info;
     info.load_percent = health.load_percent.min(100);
     info.active = health.active;
+    info.cache = health.cache.map(in_steps).or(info.cache);
     info.context_length = health.context_length.or(info.context_length);
     info.memory.measured_bytes = health.measured_bytes.or(info.memory.measured_bytes);
     // Of the other two states, loading is where a worker begins, and the process of a failed one is about to end,
@@ -71,6 +72,19 @@ pub fn apply_health(
         let _ = record.apply(event);
     }
     Ok(())
+}
+
+/// Rounds what is free of the cache down to an eighth of it, so that a record is not written at every token.
+fn in_steps(room: CacheRoom) -> CacheRoom {
+    let step = room.tokens.div_ceil(8).max(1);
+    let free_tokens = match room.free_tokens >= room.tokens {
+        true => room.tokens,
+        false => room.free_tokens / step * step,
+    };
+    CacheRoom {
+        free_tokens,
+        ..room
+    }
 }
 
 /// How often a worker is asked whose silence would mean its end.
@@ -104,9 +118,27 @@ mod tests {
             context_length: Some(4096),
             slots: 2,
             active: 0,
+            cache: None,
             measured_bytes: Some(77),
             progress: 1,
         }
+    }
+
+    #[test] // [POOLD-025]
+    fn what_is_left_of_the_cache_is_noted_in_steps() {
+        let mut record = record(0);
+        let mut says = health(&record);
+        let mut noted = |tokens, free_tokens| {
+            says.cache = Some(CacheRoom {
+                tokens,
+                free_tokens,
+            });
+            apply_health(&mut record, &says, Timestamp::UNIX_EPOCH).unwrap();
+            record.info.cache.unwrap().free_tokens
+        };
+        let free = [8192, 8191, 7168, 7167, 1024, 1023, 0].map(|free| noted(8192, free));
+        assert_eq!(free, [8192, 7168, 7168, 6144, 1024, 0, 0]);
+        assert_eq!([100, 99].map(|free| noted(100, free)), [100, 91]);
     }
 
     #[test] // [POOLD-013]

@@ -221,6 +221,7 @@ mod tests {
             context_length: None,
             slots: 1,
             active,
+            cache: None,
             measured_bytes: None,
             progress,
         }

@@ -138,6 +138,7 @@ impl Lifecycle {
                 context_length,
                 slots,
                 active: 0,
+                cache: None,
                 load_percent: 0,
                 memory: WorkerMemory {
                     predicted_bytes: estimate.needed_bytes,

@@ -35,6 +35,7 @@ pub(crate) fn record(number: u64) -> WorkerRecord {
             context_length: None,
             slots: 2,
             active: 0,
+            cache: None,
             load_percent: 0,
             memory: WorkerMemory::default(),
             created_at: Timestamp::UNIX_EPOCH,

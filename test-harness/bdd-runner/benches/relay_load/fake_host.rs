@@ -184,6 +184,7 @@ impl FakeHost {
             context_length: Some(1 << 20),
             slots: self.slots,
             active: 0,
+            cache: None,
             load_percent: 100,
             memory: WorkerMemory::default(),
             created_at: jiff::Timestamp::now(),

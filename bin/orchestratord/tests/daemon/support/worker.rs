@@ -15,8 +15,9 @@ use jiff::Timestamp;
 use orchestrator_core::JobId;
 use pool_core::api::pool::WorkerEndpoint;
 use pool_core::api::worker::{
-    CancelRequest, CancelResponse, ContextOverflow, ExecuteRequest, NEWEST_EVENT, Origin,
-    StopReason, WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent, WorkerStarted, WorkerToken,
+    CacheShortage, CancelRequest, CancelResponse, ContextOverflow, ExecuteRequest, NEWEST_EVENT,
+    Origin, StopReason, WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent, WorkerStarted,
+    WorkerToken,
 };
 use pool_core::service::{Json, ServiceError};
 use pool_core::worker::{
@@ -305,6 +306,7 @@ impl FakeWorker {
             message: "as the test wants".into(),
             retriable: true,
             overflow: None,
+            shortage: None,
         };
         self.send(job, WorkerEvent::Error(error));
     }
@@ -316,6 +318,19 @@ impl FakeWorker {
             message: "no room".into(),
             retriable: false,
             overflow: Some(overflow),
+            shortage: None,
+        };
+        self.send(job, WorkerEvent::Error(error));
+    }
+
+    /// Reports that the worker's cache has no room for the job.
+    pub fn short(&self, job: JobId, shortage: CacheShortage) {
+        let error = WorkerError {
+            code: WorkerErrorCode::CacheFull,
+            message: "the cache is full".into(),
+            retriable: true,
+            overflow: None,
+            shortage: Some(shortage),
         };
         self.send(job, WorkerEvent::Error(error));
     }
@@ -575,6 +590,7 @@ pub fn worker_info(id: &str, status: WorkerStatus) -> WorkerInfo {
         context_length: Some(4096),
         slots: 1,
         active: 0,
+        cache: None,
         load_percent: 100,
         memory: WorkerMemory::default(),
         created_at: Timestamp::UNIX_EPOCH,

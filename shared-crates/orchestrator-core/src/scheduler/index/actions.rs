@@ -35,9 +35,13 @@ impl Index {
             found,
             WaitReason::NoPool | WaitReason::PoolsAway | WaitReason::NoBackend
         );
-        if !(partial && lacks) {
-            jobs.settled = Some(found);
-        }
+        let reason = if partial && lacks {
+            jobs.settled
+        } else {
+            Some(found)
+        };
+        self.set_settled(class, reason);
+        let jobs = self.class_mut(class);
         jobs.scope = Scope::Nothing;
         let (old, new) = (jobs.wake, jobs.wake.into_iter().chain(wake).min());
         jobs.wake = new;
@@ -65,7 +69,8 @@ impl Index {
         self.leave(job, key, class);
         self.turns += 1;
         let turn = self.turns;
-        self.change_worker(place, worker, |state, _| state.take_slot(turn));
+        let tokens = job.cache_needed.unwrap_or(0);
+        self.change_worker(place, worker, |state, _| state.take_slot(turn, tokens));
         let Some(state) = &mut self.pools[place] else {
             return;
         };

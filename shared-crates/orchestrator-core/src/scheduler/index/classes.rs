@@ -27,9 +27,19 @@ impl Index {
             jobs.later += 1;
             self.later.insert((at, job.id));
         } else {
-            jobs.ready.insert(key);
-            self.look_again(class);
+            self.make_ready(class, key);
         }
+    }
+
+    /// Lets a job of the class have its turn.
+    pub(super) fn make_ready(&mut self, class: usize, key: TurnKey) {
+        let jobs = self.class_mut(class);
+        jobs.ready.insert(key);
+        // What is kept for jobs before the others may not be kept for jobs before this one.
+        if jobs.settled == Some(WaitReason::CacheFull) && jobs.ready.first() == Some(&key) {
+            self.look_at_all(class);
+        }
+        self.look_again(class);
     }
 
     /// Takes a job out that wants no turn any more.
@@ -54,6 +64,10 @@ impl Index {
         // Mostly it had its turn.
         if jobs.ready.first() == Some(&key) {
             jobs.ready.pop_first();
+            if jobs.settled == Some(WaitReason::CacheFull) {
+                let model = jobs.model;
+                self.keep_less(model);
+            }
             return;
         }
         if jobs.ready.remove(&key) {
@@ -100,6 +114,50 @@ impl Index {
         id
     }
 
+    /// Notes what the class waits for.
+    pub(super) fn set_settled(&mut self, class: usize, reason: Option<WaitReason>) {
+        let jobs = self.class_mut(class);
+        let (model, before) = (jobs.model, jobs.settled);
+        jobs.settled = reason;
+        let cramped = |reason| usize::from(reason == Some(WaitReason::CacheFull));
+        let count = &mut self.models[model].cramped;
+        *count = *count + cramped(reason) - cramped(before);
+        if cramped(before) > cramped(reason) {
+            self.keep_less(model);
+        }
+    }
+
+    /// Lets the classes look again that wait for room in the caches of the model's workers: less of it may be kept for jobs
+    /// before theirs.
+    pub(super) fn keep_less(&mut self, model: usize) {
+        if self.models[model].cramped == 0 {
+            return;
+        }
+        let cramped =
+            |jobs: &Jobs| jobs.model == model && jobs.settled == Some(WaitReason::CacheFull);
+        for class in self.classes_where(cramped) {
+            self.look_at_all(class);
+        }
+    }
+
+    /// Returns the classes for which workers are kept from a job of this class with this turn.
+    pub(super) fn held(&self, class: usize, key: TurnKey) -> Vec<&Class> {
+        let Some(jobs) = &self.classes[class] else {
+            return Vec::new();
+        };
+        let model = &self.models[jobs.model];
+        if model.cramped == 0 {
+            return Vec::new();
+        }
+        let others = model.classes.iter().filter(|(_, other)| *other != class);
+        let others = others.filter_map(|(_, other)| self.classes[*other].as_ref());
+        let cramped = others.filter(|other| {
+            other.settled == Some(WaitReason::CacheFull)
+                && other.ready.first().is_some_and(|first| *first < key)
+        });
+        cramped.map(|other| &other.class).collect()
+    }
+
     /// Lets classes that wait for memory look at all pools again. A worker's eviction follows other rules while a job could
     /// use that worker, so the first and the last such job change what may be evicted.
     fn look_for_memory_again(&mut self) {
@@ -114,6 +172,7 @@ impl Index {
         if !self.classes[class].as_ref().is_some_and(empty) {
             return;
         }
+        self.set_settled(class, None);
         if let Some(jobs) = self.classes[class].take() {
             self.class_ids.remove(&jobs.class);
             let entry = (jobs.class.context, class);
@@ -155,9 +214,12 @@ impl Index {
         // where the only pool with the file can't run it any more, another may download it.
         let looked_everywhere = match jobs.settled {
             Some(WaitReason::MemoryShort) => !downloads,
-            Some(WaitReason::ModelMissing | WaitReason::SlotsBusy | WaitReason::WorkerStarting) => {
-                true
-            }
+            Some(
+                WaitReason::ModelMissing
+                | WaitReason::SlotsBusy
+                | WaitReason::CacheFull
+                | WaitReason::WorkerStarting,
+            ) => true,
             _ => false,
         };
         match &mut jobs.scope {

@@ -71,7 +71,7 @@ impl Index {
         let turn = self.turns;
         let (_, found) = self.change_usage(pool, worker, |usage| usage.take(turn));
         if let Some((place, worker)) = found {
-            self.change_worker(place, worker, |state, _| state.take_slot(turn));
+            self.change_worker(place, worker, |state, _| state.take_slot(turn, 0));
         }
     }
 

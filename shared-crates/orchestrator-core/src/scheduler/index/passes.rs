@@ -46,7 +46,7 @@ impl Index {
                 self.reject(&job, key, class, now, (*code, message), &mut pass);
                 continue;
             }
-            match self.judge(class, &job, now) {
+            match self.judge(class, &job, key, now) {
                 (Verdict::Dispatch { pool, worker }, _) => {
                     let chooser = Chooser::Policy(self.policy_name);
                     self.dispatch(&job, key, class, (pool, worker), chooser, &mut pass);
@@ -62,6 +62,7 @@ impl Index {
                             emptied.push(class);
                         }
                     }
+                    self.call_up(key, &mut turns);
                 }
                 (Verdict::Reject { code, message }, _) => {
                     // Its jobs are rejected each at its own turn.
@@ -81,14 +82,7 @@ impl Index {
                     self.settle(class, &verdict, wake);
                     let model = self.class_mut(class).class.model.clone();
                     self.take(&model, verdict, now, &mut pass);
-                    // What that changed for a class whose turn is still to come counts in this pass already.
-                    for class in std::mem::take(&mut self.dirty) {
-                        match self.class_mut(class).ready.first() {
-                            Some(next) if *next > key => turns.push(Reverse((*next, class))),
-                            Some(_) => _ = self.dirty.insert(class),
-                            None => {}
-                        }
-                    }
+                    self.call_up(key, &mut turns);
                 }
             }
         }
@@ -100,6 +94,17 @@ impl Index {
         pass
     }
 
+    /// Lets classes that have something to look at have their turn in this pass, if it comes after `key`.
+    fn call_up(&mut self, key: TurnKey, turns: &mut BinaryHeap<Reverse<(TurnKey, usize)>>) {
+        for class in std::mem::take(&mut self.dirty) {
+            match self.class_mut(class).ready.first() {
+                Some(next) if *next > key => turns.push(Reverse((*next, class))),
+                Some(_) => _ = self.dirty.insert(class),
+                None => {}
+            }
+        }
+    }
+
     /// Lets batch jobs that have waited for long count as interactive, in their classes as in the queue.
     pub(super) fn promote(&mut self, now: Timestamp) {
         for id in self.queue.promote(now) {
@@ -109,7 +114,9 @@ impl Index {
             let old = (true, key.1, key.2, key.3);
             let jobs = self.class_mut(class);
             if jobs.ready.remove(&old) {
-                jobs.ready.insert(key);
+                let model = jobs.model;
+                self.make_ready(class, key);
+                self.keep_less(model);
             }
         }
     }
@@ -153,7 +160,7 @@ impl Index {
                 let (place, worker) = self.worker_place(pool, worker)?;
                 let state = &self.pools[place].as_ref()?.state;
                 let fits = alive(state)
-                    && state.workers[worker].has_slot()
+                    && Class::of(&job).finds_place(&state.workers[worker])
                     && Class::of(&job).admits_worker(pool, &state.workers[worker])
                     && !job.backs_off(now);
                 let at = (place, worker);
@@ -224,10 +231,8 @@ impl Index {
         {
             self.later.pop_first();
             if let Some((key, class)) = self.place_of(id) {
-                let jobs = self.class_mut(class);
-                jobs.later -= 1;
-                jobs.ready.insert(key);
-                self.look_again(class);
+                self.class_mut(class).later -= 1;
+                self.make_ready(class, key);
             }
         }
         while let Some(&(at, class)) = self.wakes.first()

@@ -50,6 +50,7 @@ enum Change {
         session: Option<u8>,
         pause: Option<i64>,
         context: Option<u32>,
+        cache: Option<u32>,
         max_tokens: u32,
     },
     Cancel(prop::sample::Index),
@@ -73,7 +74,10 @@ fn worker() -> impl Strategy<Value = WorkerState> {
         status,
         0usize..4,
         0usize..2,
-        1u32..3,
+        (
+            1u32..4,
+            prop::option::of(prop::sample::select(vec![0u32, 300, 900])),
+        ),
         1u64..4,
         prop::option::of(0i64..100),
         prop::option::of(0i64..100),
@@ -84,7 +88,17 @@ fn worker() -> impl Strategy<Value = WorkerState> {
         ),
     )
         .prop_map(
-            |(status, m, d, slots, memory, ready, idle, full, (failed, context_length))| {
+            |(
+                status,
+                m,
+                d,
+                (slots, free_tokens),
+                memory,
+                ready,
+                idle,
+                full,
+                (failed, context_length),
+            )| {
                 WorkerState {
                     id: String::new(),
                     model: model(m),
@@ -94,6 +108,7 @@ fn worker() -> impl Strategy<Value = WorkerState> {
                     context_length,
                     slots,
                     active: 0,
+                    free_tokens,
                     full,
                     memory_bytes: memory * UNIT,
                     created_at: at(0),
@@ -210,19 +225,25 @@ fn change() -> impl Strategy<Value = Change> {
         any::<bool>(),
         prop::option::of(0u8..3),
         prop::option::weighted(0.1, 1i64..40),
-        prop::option::weighted(0.4, prop::sample::select(vec![500u32, 700, 1500, 3000])),
+        (
+            prop::option::weighted(0.4, prop::sample::select(vec![500u32, 700, 1500, 3000])),
+            prop::option::weighted(0.3, prop::sample::select(vec![200u32, 800, 1500])),
+        ),
         prop::sample::select(vec![10u32, 600, 2000]),
     )
         .prop_map(
-            |(model, pool, device, batch, session, pause, context, max_tokens)| Change::Put {
-                model,
-                pool,
-                device,
-                batch,
-                session,
-                pause,
-                context,
-                max_tokens,
+            |(model, pool, device, batch, session, pause, (context, cache), max_tokens)| {
+                Change::Put {
+                    model,
+                    pool,
+                    device,
+                    batch,
+                    session,
+                    pause,
+                    context,
+                    cache,
+                    max_tokens,
+                }
             },
         );
     prop_oneof![
@@ -323,6 +344,7 @@ impl Tested {
                 session,
                 pause,
                 context,
+                cache,
                 max_tokens,
             } => {
                 let job = QueuedJob {
@@ -344,6 +366,7 @@ impl Tested {
                     bytes: 1,
                     max_tokens,
                     context_needed: context,
+                    cache_needed: cache,
                 };
                 self.jobs.push(job.id);
                 self.index.put(job);

@@ -3,12 +3,12 @@
 use jiff::Timestamp;
 use pool_core::worker::{Device, WorkerStatus};
 
-use super::{Index, Jobs, Scope};
-use crate::queue::QueuedJob;
+use super::{Free, Index, Jobs, Scope};
+use crate::queue::{QueuedJob, TurnKey};
 use crate::scheduler::explain::WaitReason;
 use crate::scheduler::judge::{
-    EvictionKey, Verdict, Wish, World, alive, eviction_key, fitting, judge, next_spare, stopping,
-    victims,
+    EvictionKey, Held, Verdict, Wish, World, alive, eviction_key, fitting, judge, next_spare,
+    stopping, victims,
 };
 use crate::scheduler::policy::{Rank, StartChoice};
 use crate::scheduler::snapshot::{PoolState, StartSize, WorkerState};
@@ -49,6 +49,7 @@ impl Index {
         &self,
         class: usize,
         job: &QueuedJob,
+        key: TurnKey,
         now: Timestamp,
     ) -> (Verdict, Option<Timestamp>) {
         let Some(jobs) = &self.classes[class] else {
@@ -58,22 +59,30 @@ impl Index {
         // Among workers of one context the wish for a long one makes no difference, and the job need not be looked at.
         let differ = self.models[jobs.model].free.len() > 1;
         let roomy = differ.then(|| jobs.class.context.max(job.context_wished()));
-        let found = roomy.and_then(|context| self.free_worker(jobs, prefer, context));
-        let found = found.or_else(|| self.free_worker(jobs, prefer, jobs.class.context));
+        let held = self.held(class, key);
+        let held = Held(&held);
+        let free = |context| self.free_worker(jobs, prefer, context, held);
+        let found = roomy.and_then(free);
+        let found = found.or_else(|| free(jobs.class.context));
         if let Some((pool, worker)) = found {
             return (Verdict::Dispatch { pool, worker }, None);
         }
         let wish = Wish::of(job, prefer);
-        self.with_world(now, |world| self.judge_starts(jobs, &wish, world))
+        self.with_world(now, |world| self.judge_starts(jobs, &wish, held, world))
     }
 
-    /// Returns the best worker with a free slot and at least this context.
+    /// Returns the best worker that has a place for a job of the class, and at least this context.
     fn free_worker(
         &self,
         jobs: &Jobs,
         prefer: Option<&str>,
         context: u32,
+        held: Held<'_>,
     ) -> Option<(usize, usize)> {
+        let class = &jobs.class;
+        let takes = |pool: &str, worker: &WorkerState| {
+            class.finds_place(worker) && !held.keeps(pool, worker)
+        };
         let on_pool = |name: &str| {
             let place = self.pool_place(name)?;
             let pool = self.pools[place].as_ref()?;
@@ -83,6 +92,7 @@ impl Index {
                 model == jobs.model
                     && jobs.class.admits_device(state.device)
                     && state.capacity() >= context
+                    && takes(name, state)
             })
             .filter_map(|(worker, _)| {
                 Some((pool.ranks[worker]?, &pool.worker_names[worker], worker))
@@ -93,13 +103,30 @@ impl Index {
         if let Some(wanted) = &jobs.class.placement.pool {
             return on_pool(wanted);
         }
+        // What has a free slot has a place for most jobs, and its state need not be looked at.
+        let any = class.cache == 0 && held.is_empty();
         prefer.and_then(on_pool).or_else(|| {
             let best = self.models[jobs.model].free(context).filter_map(|free| {
                 let mut free = free.iter();
-                free.find(|free| jobs.class.admits_device(free.device))
+                free.find(|free| {
+                    class.admits_device(free.device) && (any || self.is_at(free, &takes))
+                })
             });
             best.min().map(|free| (free.pool, free.worker))
         })
+    }
+
+    /// Whether the test passes for the worker.
+    fn is_at(&self, free: &Free, test: &dyn Fn(&str, &WorkerState) -> bool) -> bool {
+        let pool = self.pools[free.pool].as_ref();
+        pool.is_some_and(|pool| test(&free.pool_name, &pool.state.workers[free.worker]))
+    }
+
+    /// Whether a worker for the class has a free slot.
+    fn has_free_slot(&self, jobs: &Jobs) -> bool {
+        let class = &jobs.class;
+        let mut free = self.models[jobs.model].free(class.context).flatten();
+        free.any(|free| class.admits_device(free.device) && class.admits_pool(&free.pool_name))
     }
 
     /// How many workers for the class start, and how many serve.
@@ -160,6 +187,7 @@ impl Index {
         &self,
         jobs: &Jobs,
         wish: &Wish<'_>,
+        held: Held<'_>,
         world: &World<'_>,
     ) -> (Verdict, Option<Timestamp>) {
         let class = &jobs.class;
@@ -196,18 +224,20 @@ impl Index {
             return (start, None);
         }
         if serving > 0 {
-            return (Verdict::Wait(WaitReason::SlotsBusy), None);
+            let reason = WaitReason::of_serving(self.has_free_slot(jobs));
+            return (Verdict::Wait(reason), None);
         }
         if refused {
             return (Verdict::Wait(WaitReason::StartRefused), None);
         }
-        self.judge_evictions(jobs, wish, world)
+        self.judge_evictions(jobs, wish, held, world)
     }
 
     fn judge_evictions(
         &self,
         jobs: &Jobs,
         wish: &Wish<'_>,
+        held: Held<'_>,
         world: &World<'_>,
     ) -> (Verdict, Option<Timestamp>) {
         let class = &jobs.class;
@@ -246,11 +276,17 @@ impl Index {
         if any || (jobs.settled == Some(WaitReason::MemoryShort) && jobs.scope != Scope::All) {
             return (Verdict::Wait(WaitReason::MemoryShort), wake);
         }
-        (self.judge_plainly(jobs, wish, world), None)
+        (self.judge_plainly(jobs, wish, held, world), None)
     }
 
     /// Judges a class whose model no pool can start, which is rare, the plain way.
-    fn judge_plainly(&self, jobs: &Jobs, wish: &Wish<'_>, world: &World<'_>) -> Verdict {
+    fn judge_plainly(
+        &self,
+        jobs: &Jobs,
+        wish: &Wish<'_>,
+        held: Held<'_>,
+        world: &World<'_>,
+    ) -> Verdict {
         let places: Vec<usize> = match &jobs.scope {
             Scope::Pools(pools) => pools.clone(),
             _ => self.ordered_places(),
@@ -259,7 +295,7 @@ impl Index {
             .into_iter()
             .filter_map(|place| Some((place, self.pools[place].as_ref()?.state.as_ref())))
             .unzip();
-        match judge(&jobs.class, wish, &pools, world) {
+        match judge(&jobs.class, wish, &pools, held, world) {
             Verdict::Dispatch { pool, worker } => Verdict::Dispatch {
                 pool: places[pool],
                 worker,

@@ -10,7 +10,7 @@ use super::{Index, Waiting};
 use crate::job::JobId;
 use crate::queue::TurnKey;
 use crate::scheduler::explain::{self, Explanation, WaitReason};
-use crate::scheduler::judge::alive;
+use crate::scheduler::judge::{Held, World, alive};
 use crate::scheduler::snapshot::{PoolState, WorkerState};
 
 impl Index {
@@ -71,7 +71,12 @@ impl Index {
             .into_iter()
             .filter_map(|place| Some(self.pools[place].as_ref()?.state.as_ref()))
             .collect();
-        Some(self.with_world(now, |world| explain::explain(&jobs.class, &pools, world)))
+        let held = match jobs.ready.first() {
+            Some(first) => self.held(class, *first),
+            None => Vec::new(),
+        };
+        let explain = |world: &World<'_>| explain::explain(&jobs.class, &pools, Held(&held), world);
+        Some(self.with_world(now, explain))
     }
 
     /// How long until a job of the class starts.

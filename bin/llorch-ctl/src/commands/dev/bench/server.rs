@@ -186,6 +186,7 @@ impl Server {
             stop: Vec::new(),
             resume: None,
             cache_scope: None,
+            refuse_if_full: false,
         };
         let mut clock = Clock::start();
         let mut stream = self.open("/execute", &request).await?;

@@ -230,6 +230,7 @@ mod tests {
                 context_length: None,
                 slots: 1,
                 active: 0,
+                cache: None,
                 load_percent: 100,
                 memory: WorkerMemory::default(),
                 created_at: Timestamp::UNIX_EPOCH,

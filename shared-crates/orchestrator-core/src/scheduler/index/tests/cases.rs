@@ -51,6 +51,7 @@ fn put(model: usize) -> Change {
         session: None,
         pause: None,
         context: None,
+        cache: None,
         max_tokens: 256,
     }
 }
@@ -398,4 +399,52 @@ fn jobs_that_nothing_can_run_are_counted_apart() {
         tested.index.remove(id);
     }
     assert_eq!(tested.index.stranded(), load(0));
+}
+
+// [ORCHCORE-187] Whoever the room was kept for is gone, or has it: the others are looked at in the same pass or the next.
+#[test]
+fn what_was_kept_for_a_job_is_given_to_others_when_it_is_gone() {
+    let busy = WorkerState {
+        status: WorkerStatus::Busy,
+        slots: 4,
+        free_tokens: Some(300),
+        idle_since: None,
+        ..idle("w0", 0)
+    };
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    tested.index.lease("p0", "w0");
+    let state = |free_tokens| PoolState {
+        workers: vec![WorkerState {
+            free_tokens: Some(free_tokens),
+            ..busy.clone()
+        }],
+        ..bare_pool("p0")
+    };
+    tested.index.set_pool(state(300));
+    let ids: Vec<_> = (0..4).map(|_| JobId::random()).collect();
+    let needs = |cache| {
+        let mut change = put(0);
+        if let Change::Put { cache: needed, .. } = &mut change {
+            *needed = cache;
+        }
+        change
+    };
+    for (id, cache) in ids.iter().zip([Some(800), None, Some(900), None]) {
+        tested.change(needs(cache), *id);
+    }
+    let given = |pass: Pass| -> Vec<JobId> {
+        let jobs = pass.actions.into_iter().map(|action| match action {
+            Action::Dispatch { job, .. } => job,
+            other => panic!("{other:?}"),
+        });
+        jobs.collect()
+    };
+    assert_eq!(given(tested.index.pass(at(100))), []);
+    // A cancelled job keeps nothing.
+    tested.index.remove(ids[0]);
+    assert_eq!(given(tested.index.pass(at(100))), [ids[1]]);
+    assert_eq!(given(tested.index.pass(at(100))), []);
+    // One that has got its room keeps nothing either.
+    tested.index.set_pool(state(950));
+    assert_eq!(given(tested.index.pass(at(100))), [ids[2], ids[3]]);
 }

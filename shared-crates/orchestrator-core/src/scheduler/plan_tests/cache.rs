@@ -1,0 +1,104 @@
+//! Jobs whose prompt and answer a worker's cache must have room for.
+
+use super::*;
+
+/// A worker with four slots that runs a job and has this much of its cache left.
+fn with_room(id: &str, free_tokens: u32) -> WorkerState {
+    WorkerState {
+        slots: 4,
+        free_tokens: Some(free_tokens),
+        ..worker(id, WorkerStatus::Busy, 1)
+    }
+}
+
+/// A job that a worker has counted.
+fn takes(tokens: u32) -> QueuedJob {
+    QueuedJob {
+        cache_needed: Some(tokens),
+        ..job()
+    }
+}
+
+// [ORCHCORE-186]
+#[test]
+fn a_job_goes_where_the_cache_has_room_and_waits_with_the_numbers_where_none_has() {
+    let pools = |left: u32| {
+        let workers = vec![with_room("w0", 512), with_room("w1", left)];
+        vec![pool("a", workers)]
+    };
+    let large = takes(3000);
+    let fits = plan(std::slice::from_ref(&large), pools(3000));
+    assert_eq!(dispatched(&fits), [("a", "w1")]);
+    // The second one finds what the first has left.
+    let twice = plan(&[large.clone(), takes(3000)], pools(5999));
+    assert_eq!(dispatched(&twice), [("a", "w1")]);
+
+    let waits = plan(std::slice::from_ref(&large), pools(2999));
+    assert_eq!(dispatched(&waits), []);
+    let why = &waits.waiting[&large.id];
+    assert_eq!(why.reason, WaitReason::CacheFull);
+    assert!(
+        why.message.contains("need 3000 tokens")
+            && why.message.contains("2999, of `w1` on pool `a`"),
+        "{}",
+        why.message
+    );
+    let last = why.filters.last().map(|left| (left.filter, left.pools));
+    assert_eq!(last, Some((Filter::Cache, 0)));
+    // Another device with the memory is better than to wait.
+    let mut elsewhere = pools(2999);
+    elsewhere.push(pool("b", vec![]));
+    let started = plan(&[large], elsewhere);
+    assert!(
+        matches!(&started.actions[..], [Action::StartWorker { pool, .. }] if pool == "b"),
+        "{started:?}"
+    );
+}
+
+// [ORCHCORE-186] Otherwise a job that is larger than the cache, or counted wrongly, would wait forever.
+#[test]
+fn a_worker_without_a_job_has_room_for_any() {
+    let idle = WorkerState {
+        free_tokens: Some(100),
+        ..worker("w0", WorkerStatus::Ready, 0)
+    };
+    let large = plan(&[takes(9000), takes(9000)], vec![pool("a", vec![idle])]);
+    assert_eq!(dispatched(&large), [("a", "w0")]);
+    // One that says nothing of its cache is asked.
+    let silent = WorkerState {
+        free_tokens: None,
+        ..with_room("w0", 0)
+    };
+    let asked = plan(&[takes(9000)], vec![pool("a", vec![silent])]);
+    assert_eq!(dispatched(&asked), [("a", "w0")]);
+}
+
+// [ORCHCORE-187] Jobs that need little don't take again and again what one that needs much waits for.
+#[test]
+fn room_is_kept_for_the_job_whose_turn_was_before() {
+    let (small, large, later) = (job(), takes(3000), job());
+    let workers = || vec![with_room("w0", 2000)];
+    let plan_of = |pools| plan(&[small.clone(), large.clone(), later.clone()], pools);
+    let kept = plan_of(vec![pool("a", workers())]);
+    let to: Vec<_> = kept.actions.iter().collect();
+    assert!(
+        matches!(&to[..], [Action::Dispatch { job, .. }] if *job == small.id),
+        "{to:?}"
+    );
+    let why = &kept.waiting[&later.id];
+    assert_eq!(why.reason, WaitReason::CacheFull);
+    assert!(
+        why.message.contains("a job before it waits"),
+        "{}",
+        why.message
+    );
+    // What it can't use is not kept.
+    let other = WorkerState {
+        model: "m2".parse().unwrap(),
+        ..with_room("w1", 2000)
+    };
+    let mut pools = vec![pool("a", workers())];
+    pools[0].workers.push(other);
+    let others = plan(&[large, job_for("m2", Placement::default())], pools);
+    assert_eq!(dispatched(&others), [("a", "w1")]);
+}
