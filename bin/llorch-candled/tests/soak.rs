@@ -1,0 +1,291 @@
+//! A worker process under a thousand random jobs, which are read, cut off, cancelled, replaced and left alone.
+
+#![cfg(target_os = "linux")]
+#![allow(clippy::unwrap_used)] // What the tests share may fail as a test does.
+
+mod support;
+
+use std::net::{Ipv4Addr, TcpListener};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures_util::StreamExt as _;
+use pool_core::api::worker::{
+    CacheRoom, CancelRequest, CancelResponse, ExecuteRequest, HealthState, Sampling,
+    WorkerErrorCode, WorkerEvent, WorkerHealth,
+};
+use pool_core::client::{ApiClient, EventStream, Method};
+use pool_core::secret::Secret;
+use pool_core::worker::Backend;
+use pool_core::worker_args::{NONCE_VAR, SECRET_VAR, WorkerArgs};
+use rand::rngs::ChaCha12Rng;
+use rand::{RngExt as _, SeedableRng as _};
+use serde::de::IgnoredAny;
+use support::greedy;
+use support::tiny_model::TinyModel;
+use tokio::time::timeout;
+
+const JOBS: u64 = 1000;
+/// Jobs after which everything that grows once has grown.
+const WARM: u64 = 300;
+/// Clients at once: more than the worker has slots.
+const CLIENTS: u64 = 6;
+const CONTEXT: u32 = 256;
+/// Room for two of the longest jobs at once: others are paused, or refused.
+const CACHE: u32 = 512;
+/// Growth of the memory in 700 jobs that is not a leak yet: what the allocator and the buffers of open streams differ by.
+const SLACK: u64 = 6 << 20;
+/// Longer than anything here takes; reached only where something hangs.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// A worker that is killed when the test is over.
+struct Worker {
+    child: Child,
+    client: ApiClient,
+    _folder: tempfile::TempDir,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Worker {
+    async fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("tiny.gguf");
+        TinyModel::default().write(&model).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        drop(listener);
+        let args = WorkerArgs {
+            worker_id: "worker-cpu-0".into(),
+            model,
+            model_ref: None,
+            sha256: None,
+            backend: Backend::Cpu,
+            gpu: 0,
+            bind: Ipv4Addr::LOCALHOST.into(),
+            port,
+            pool_url: None,
+            context_length: Some(CONTEXT),
+            cache_tokens: Some(CACHE),
+            slots: 4,
+            threads: Some(1),
+            stop_grace_s: 10,
+        };
+        let child = Command::new(env!("CARGO_BIN_EXE_llorch-candled"))
+            .args(args.to_args())
+            .env(SECRET_VAR, "s3cret")
+            .env(NONCE_VAR, "n")
+            .env_remove("LLORCH_LOG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let url = format!("http://127.0.0.1:{port}");
+        let worker = Self {
+            child,
+            client: ApiClient::new(&url, Some(Secret::new("s3cret"))).unwrap(),
+            _folder: folder,
+        };
+        worker
+            .until(|health| health.state == HealthState::Ready)
+            .await;
+        worker
+    }
+
+    async fn until(&self, condition: impl Fn(&WorkerHealth) -> bool) -> WorkerHealth {
+        let wait = async {
+            loop {
+                if let Ok(health) = self.client.get::<WorkerHealth>("/health").await
+                    && condition(&health)
+                {
+                    return health;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, wait)
+            .await
+            .expect("the worker gets there")
+    }
+
+    /// Bytes of its own memory, without mapped files.
+    fn private_bytes(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(path).unwrap();
+        let mut lines = status.lines();
+        let line = lines.find_map(|line| line.strip_prefix("RssAnon:"));
+        let kib = line.unwrap().trim().trim_end_matches(" kB");
+        kib.parse::<u64>().unwrap() * 1024
+    }
+
+    /// Sends a job, waiting for a slot if there is none, and does something with it. Returns how it ended, if that was seen.
+    async fn job(&self, number: u64, seed: u64) -> Outcome {
+        let mut rng = ChaCha12Rng::seed_from_u64(seed.wrapping_mul(JOBS) ^ number);
+        let request = request(number, &mut rng);
+        let read = rng.random_range(0..20);
+        let what = rng.random_range(0..5);
+        let outcome = self.play(&request, read, what).await;
+        // Nobody asks again for most of them.
+        if rng.random_bool(0.7) {
+            let path = format!("/executions/{}", request.job_id);
+            let _ = self.client.delete::<IgnoredAny>(&path).await;
+        }
+        outcome
+    }
+
+    async fn play(&self, request: &ExecuteRequest, read: usize, what: u8) -> Outcome {
+        let open = async |request: &ExecuteRequest| loop {
+            let post = self.client.request(Method::POST, "/execute").json(request);
+            match self.client.events(post).await {
+                Err(error) if error.status() == Some(429) => {
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+                other => return other.expect("the worker takes it"),
+            }
+        };
+        let mut events = open(request).await;
+        if what >= 2 {
+            for _ in 0..read {
+                if let Some(outcome) = last(&mut events).await {
+                    return outcome;
+                }
+            }
+        }
+        let cancel = CancelRequest {
+            job_id: request.job_id.clone(),
+            fence: request.fence,
+        };
+        match what {
+            // Read to its end.
+            0 | 1 => {}
+            2 => {
+                let _ = self
+                    .client
+                    .post::<_, CancelResponse>("/cancel", &cancel)
+                    .await;
+            }
+            3 => {
+                let next = ExecuteRequest {
+                    attempt: 2,
+                    fence: request.fence + 1,
+                    ..request.clone()
+                };
+                events = open(&next).await;
+            }
+            _ => return Outcome::LeftAlone,
+        }
+        loop {
+            if let Some(outcome) = last(&mut events).await {
+                return outcome;
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Ended,
+    Error(WorkerErrorCode),
+    LeftAlone,
+}
+
+/// Reads an event; returns how the execution ended if it is the last one.
+async fn last(events: &mut EventStream) -> Option<Outcome> {
+    let event = events.next().await.expect("a last event").unwrap();
+    match WorkerEvent::parse(&event.event, &event.data).unwrap() {
+        WorkerEvent::End(_) => Some(Outcome::Ended),
+        WorkerEvent::Error(error) => Some(Outcome::Error(error.code)),
+        _ => None,
+    }
+}
+
+fn request(number: u64, rng: &mut ChaCha12Rng) -> ExecuteRequest {
+    let text = "the quick brown fox jumps over the lazy dog. ";
+    let prompt: String = text
+        .chars()
+        .cycle()
+        .skip(rng.random_range(0..8))
+        .take(rng.random_range(1..150))
+        .collect();
+    ExecuteRequest {
+        job_id: format!("job-{number}"),
+        raw: true,
+        max_tokens: rng.random_range(1..100),
+        seed: rng.random(),
+        sampling: Sampling {
+            temperature: f32::from(rng.random_range(0..2u8)),
+            ..Sampling::default()
+        },
+        cache_scope: rng
+            .random_bool(0.3)
+            .then(|| format!("session {}", number % 3)),
+        refuse_if_full: rng.random_bool(0.3),
+        ..greedy(&prompt)
+    }
+}
+
+// [CAND-016] [CAND-024]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_random_jobs_leave_the_cache_empty_and_the_memory_flat() {
+    let seed = std::env::var("LLORCH_TEST_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or(1);
+    println!("seed {seed}: LLORCH_TEST_SEED={seed} repeats it");
+    let worker = Arc::new(Worker::start().await);
+    let empty = |health: &WorkerHealth| {
+        let whole = CacheRoom {
+            tokens: CACHE,
+            free_tokens: CACHE,
+        };
+        health.active == 0 && health.cache == Some(whole)
+    };
+    let next = Arc::new(AtomicU64::new(0));
+    let mut warm = 0;
+    let mut outcomes = Vec::new();
+    for until in [WARM, JOBS] {
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|_| {
+                let (worker, next) = (Arc::clone(&worker), Arc::clone(&next));
+                tokio::spawn(async move {
+                    let mut outcomes = Vec::new();
+                    loop {
+                        let number = next.fetch_add(1, Ordering::Relaxed);
+                        if number >= until {
+                            return outcomes;
+                        }
+                        outcomes.push(worker.job(number, seed).await);
+                    }
+                })
+            })
+            .collect();
+        for client in clients {
+            outcomes.extend(timeout(PATIENCE, client).await.unwrap().unwrap());
+        }
+        next.store(until, Ordering::Relaxed);
+        worker.until(empty).await;
+        if until == WARM {
+            warm = worker.private_bytes();
+        }
+    }
+    let grown = worker.private_bytes().saturating_sub(warm);
+    let count = |wanted: Outcome| outcomes.iter().filter(|o| **o == wanted).count();
+    let (ended, left) = (count(Outcome::Ended), count(Outcome::LeftAlone));
+    let cancelled = count(Outcome::Error(WorkerErrorCode::Cancelled));
+    let refused = count(Outcome::Error(WorkerErrorCode::CacheFull));
+    println!(
+        "{ended} ended, {cancelled} cancelled, {refused} refused, {left} left alone; {grown} bytes more"
+    );
+    assert_eq!(outcomes.len() as u64, JOBS);
+    assert_eq!(ended + cancelled + refused + left, outcomes.len());
+    assert!(cancelled > 50 && refused > 20 && left > 100);
+    assert!(grown < SLACK, "{grown} bytes more after {JOBS} jobs");
+}
