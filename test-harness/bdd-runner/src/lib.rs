@@ -3,6 +3,7 @@
 pub mod chain;
 pub mod checker;
 pub mod clients;
+pub mod determinism;
 pub mod house;
 pub mod leftovers;
 pub mod memory;

@@ -1,9 +1,10 @@
-//! The scenarios of `features/` against the binaries next to this one, and the long runs: `bdd-runner soak` and
-//! `bdd-runner freezes`.
+//! The scenarios of `features/` against the binaries next to this one, and the long runs: `bdd-runner soak`, `bdd-runner
+//! freezes` and `bdd-runner determinism`.
 
 use std::process::ExitCode;
 use std::time::Duration;
 
+use bdd_runner::determinism;
 use bdd_runner::house::House;
 use bdd_runner::leftovers::{self, EndsAll};
 use bdd_runner::selection::Selection;
@@ -30,6 +31,7 @@ Examples:
   bdd-runner --list                        what would run
   bdd-runner soak --kills 500 --seed 7     the long run, with victims drawn from a seed
   bdd-runner freezes                       the long run in which daemons are frozen
+  bdd-runner determinism                   the long run in which jobs must give the same tokens
 
 Environment:
   LLORCH_TEST_MODEL  The file of the catalogue's default model; `scripts/test` fetches it and sets the variable
@@ -75,6 +77,7 @@ struct Arguments {
 enum Command {
     Soak(soak::Options),
     Freezes(soak::freezes::Options),
+    Determinism(determinism::Options),
     /// Clean up after a killed run.
     #[command(name = leftovers::WATCH, hide = true)]
     Watch,
@@ -98,6 +101,7 @@ async fn main() -> ExitCode {
         match &arguments.command {
             Some(Command::Soak(options)) => long_run(options).await,
             Some(Command::Freezes(options)) => freezes(options).await,
+            Some(Command::Determinism(options)) => same_tokens(options.clone()).await,
             _ => scenarios(&arguments).await,
         }
     };
@@ -223,6 +227,21 @@ async fn freezes(options: &soak::freezes::Options) -> ExitCode {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+async fn same_tokens(options: determinism::Options) -> ExitCode {
+    let compare = move || determinism::compare(&options, |outcome| println!("{outcome}"));
+    match tokio::task::spawn_blocking(compare).await {
+        Ok(Ok(outcomes)) if outcomes.iter().all(determinism::Outcome::is_equal) => {
+            ExitCode::SUCCESS
+        }
+        Ok(Ok(_)) => ExitCode::FAILURE,
+        Ok(Err(error)) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+        Err(_) => ExitCode::FAILURE,
     }
 }
 
