@@ -179,14 +179,13 @@ impl Index {
                     state.reserve_start(&model, device, context, now, turn);
                 });
                 // Where a start was refused, or waits for workers that end, there may now be too little memory for it: then
-                // others are evicted.
-                let counts_on_memory = |jobs: &Jobs| {
-                    matches!(
-                        jobs.settled,
-                        Some(WaitReason::StartRefused | WaitReason::Evicting)
-                    )
+                // others are evicted. And a class that waits for room in a cache may wait for this worker instead.
+                let is_concerned = |jobs: &Jobs| match jobs.settled {
+                    Some(WaitReason::StartRefused | WaitReason::Evicting) => true,
+                    Some(WaitReason::CacheFull) => jobs.class.model == model,
+                    _ => false,
                 };
-                for class in self.classes_where(counts_on_memory) {
+                for class in self.classes_where(is_concerned) {
                     self.look_at_all(class);
                 }
                 let pool = name(self, pool);
