@@ -535,9 +535,10 @@ fn what_no_worker_runs_is_refused_by_name() {
 #[test] // [POOLCTL-060]
 fn an_entry_that_no_worker_runs_is_not_downloaded() {
     let home = Home::new();
+    home.catalogue("architecture = \"mamba\"", &[HUB]);
     // No hub is reachable: every request to one fails with 5.
-    let ran = home.run(&["models", "download", "phi3"]).exits(4);
-    let ran = ran.says(&["`phi3` can't run: architecture `phi3` is not supported"]);
+    let ran = home.run(&["models", "download", "m"]).exits(4);
+    let ran = ran.says(&["`m` can't run: architecture `mamba` is not supported"]);
     ran.says(&["hint: take another model: `llorch-pool models catalog`"]);
     let rows = home
         .run(&["models", "catalog", "--format", "json"])
@@ -551,18 +552,18 @@ fn an_entry_that_no_worker_runs_is_not_downloaded() {
             .unwrap()
             .clone()
     };
-    assert_eq!(row("phi3")["runnable"], false);
+    assert_eq!(row("m")["runnable"], false);
     assert!(
-        row("phi3")["unsupported"]
+        row("m")["unsupported"]
             .as_str()
             .unwrap()
-            .contains("`phi3`")
+            .contains("`mamba`")
     );
     assert_eq!(row("smollm2-135m")["runnable"], true);
     assert!(row("smollm2-135m")["unsupported"].is_null());
     home.run(&["models", "catalog"])
         .exits(0)
-        .says(&["phi3 can't run: architecture `phi3`"]);
+        .says(&["m can't run: architecture `mamba`"]);
 }
 
 #[test] // [POOLCTL-063] [STORE-003]

@@ -37,7 +37,7 @@ async fn raw(
 // [ORCHD-010] Each wrong input has its status, code and hint, and leaves nothing behind.
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_input_is_refused_with_an_envelope_and_nothing_is_stored() {
-    let orchestrator = Orchestrator::start().await;
+    let orchestrator = Orchestrator::start_knowing_mamba().await;
     let task = |change: Value| {
         let mut task = json!({"model": MODEL, "prompt": "hi"});
         task.as_object_mut()
@@ -105,10 +105,10 @@ async fn wrong_input_is_refused_with_an_envelope_and_nothing_is_stored() {
         ),
         (
             "a model that no worker runs",
-            task(json!({"model": "phi3"})),
+            task(json!({"model": "mamba"})),
             422,
             "MODEL_UNSUPPORTED",
-            "architecture `phi3`",
+            "architecture `mamba`",
         ),
         (
             "hub file",
@@ -606,7 +606,7 @@ async fn a_job_can_be_cancelled_as_soon_as_anybody_knows_it() {
 // [ORCHD-019]
 #[tokio::test(flavor = "multi_thread")]
 async fn what_runs_is_what_the_pools_say_that_have_it() {
-    let orchestrator = Orchestrator::start().await;
+    let orchestrator = Orchestrator::start_knowing_mamba().await;
     let submit = async |model: &str| {
         let task = json!({"model": model, "prompt": "x"});
         let outcome = orchestrator.submit(task).await;
@@ -624,8 +624,8 @@ async fn what_runs_is_what_the_pools_say_that_have_it() {
         let view = view.unwrap();
         (view.runnable, view.unsupported.is_some())
     };
-    assert_eq!(submit("phi3").await, refused);
-    assert_eq!(shown("phi3").await, (false, true));
+    assert_eq!(submit("mamba").await, refused);
+    assert_eq!(shown("mamba").await, (false, true));
     assert_eq!(shown("smollm2-135m").await, (true, false));
 
     let model = |name: &str, unsupported: Option<&str>| ModelOnDisk {
@@ -638,20 +638,20 @@ async fn what_runs_is_what_the_pools_say_that_have_it() {
     };
     let mut old = FakePool::start("old").await;
     old.models = vec![
-        model("phi3", Some("not supported here")),
+        model("mamba", Some("not supported here")),
         model("own", Some("it is an adapter")),
         model("smollm2-135m", Some("its tensors are odd")),
     ];
     old.register(&orchestrator).await;
-    for name in ["phi3", "own", "smollm2-135m"] {
+    for name in ["mamba", "own", "smollm2-135m"] {
         assert_eq!(submit(name).await, refused, "{name}");
         assert_eq!(shown(name).await, (false, true), "{name}");
     }
     // A pool of a newer build supports more models than this orchestrator.
     let mut new = FakePool::start("new").await;
-    new.models = vec![model("phi3", None), model("smollm2-135m", None)];
+    new.models = vec![model("mamba", None), model("smollm2-135m", None)];
     new.register(&orchestrator).await;
-    for name in ["phi3", "smollm2-135m"] {
+    for name in ["mamba", "smollm2-135m"] {
         assert_eq!(submit(name).await, Ok(()), "{name}");
         assert_eq!(shown(name).await, (true, false), "{name}");
     }

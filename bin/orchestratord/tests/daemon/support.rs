@@ -84,6 +84,21 @@ impl Orchestrator {
             .unwrap()
     }
 
+    /// Starts with a catalogue that also has `mamba`, which no worker runs.
+    pub async fn start_knowing_mamba() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let home = Home::at(folder.path());
+        home.ensure().unwrap();
+        let text = "[[models]]\nid = \"mamba\"\narchitecture = \"mamba\"\n\
+                    [[models.sources]]\nkind = \"hf\"\nrepo = \"a/b\"\nfile = \"mamba.gguf\"\n";
+        std::fs::write(home.config_file("catalog.toml"), text).unwrap();
+        let config = OrchestratorConfig {
+            bind: ([127, 0, 0, 1], 0).into(),
+            ..Default::default()
+        };
+        Self::start_in(Arc::new(folder), config).await.unwrap()
+    }
+
     pub async fn start_in(
         home: Arc<tempfile::TempDir>,
         config: OrchestratorConfig,

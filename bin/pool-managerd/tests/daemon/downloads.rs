@@ -184,12 +184,15 @@ async fn a_daemon_that_ends_takes_its_downloads_with_it() {
 async fn what_may_not_be_downloaded_is_refused_before_anything_runs() {
     let mut host = Host::new();
     let folder = downloader(&host);
+    let own = "[[models]]\nid = \"mamba\"\narchitecture = \"mamba\"\n\
+               [[models.sources]]\nkind = \"hf\"\nrepo = \"a/b\"\nfile = \"mamba.gguf\"\n";
+    fs::write(host.home().config_file("catalog.toml"), own).unwrap();
     let daemon = host.start().await;
     for (model, status, code) in [
         ("smollm-135m", 404, "MODEL_NOT_FOUND"),
         ("hf:some/where::file=x.gguf", 400, "MODEL_NOT_ALLOWED"),
         ("file:/etc/passwd", 400, "INVALID_REQUEST"),
-        ("phi3", 422, "MODEL_UNSUPPORTED"),
+        ("mamba", 422, "MODEL_UNSUPPORTED"),
     ] {
         let refused = download(&daemon, model).await.map(drop);
         assert_eq!(refusal(refused), (status, code.to_owned()), "{model}");

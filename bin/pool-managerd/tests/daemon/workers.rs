@@ -541,7 +541,7 @@ async fn a_model_that_no_worker_runs_is_not_started_and_is_told_as_such() {
     let folder = host.home().models_dir();
     for (name, draft) in [
         ("able", GgufDraft::servable()),
-        ("phi", GgufDraft::servable().of_architecture("phi3")),
+        ("mamba", GgufDraft::servable().of_architecture("mamba")),
     ] {
         fs::create_dir_all(folder.join(name)).unwrap();
         let file = format!("{name}.gguf");
@@ -559,17 +559,17 @@ async fn a_model_that_no_worker_runs_is_not_started_and_is_told_as_such() {
         .map(|model| (model.model_ref.to_string(), model.unsupported))
         .collect();
     assert_eq!(reasons[0], ("able".to_owned(), None));
-    assert_eq!(reasons[1].0, "phi");
+    assert_eq!(reasons[1].0, "mamba");
     assert!(
         reasons[1]
             .1
             .as_ref()
             .unwrap()
-            .contains("architecture `phi3`")
+            .contains("architecture `mamba`")
     );
 
     let request = WorkerSpawnRequest {
-        model: "phi".parse().unwrap(),
+        model: "mamba".parse().unwrap(),
         ..host.request("works")
     };
     let refused = daemon
@@ -581,6 +581,6 @@ async fn a_model_that_no_worker_runs_is_not_started_and_is_told_as_such() {
         panic!("{refused}")
     };
     assert_eq!((status, &*error.code), (422, "MODEL_UNSUPPORTED"));
-    assert!(error.message.contains("architecture `phi3`") && error.hint.is_some());
+    assert!(error.message.contains("architecture `mamba`") && error.hint.is_some());
     daemon.shut_down().await;
 }

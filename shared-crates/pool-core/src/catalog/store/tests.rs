@@ -760,8 +760,8 @@ fn a_deleted_model_leaves_nothing_and_other_files_stay() {
 fn a_file_that_no_worker_runs_is_neither_imported_nor_placed() {
     let setup = Setup::new(false);
     let folder = setup.root.path();
-    let phi = GgufDraft::servable().of_architecture("phi3").bytes();
-    let error = setup.place(&phi).unwrap_err();
+    let mamba = GgufDraft::servable().of_architecture("mamba").bytes();
+    let error = setup.place(&mamba).unwrap_err();
     assert!(matches!(error, CheckError::Unsupported(_)), "{error}");
     assert_eq!(setup.files_below_models(), [".locks/m"]);
 
@@ -771,7 +771,7 @@ fn a_file_that_no_worker_runs_is_neither_imported_nor_placed() {
     // Later parts name no architecture, and may show only by their file name that they are parts.
     let nameless = GgufDraft::servable().without("general.architecture");
     for (name, bytes, reason) in [
-        ("phi.gguf", phi, "architecture `phi3`"),
+        ("mamba.gguf", mamba, "architecture `mamba`"),
         (
             "part.gguf",
             part.bytes(),
@@ -804,9 +804,15 @@ fn a_file_that_no_worker_runs_is_neither_imported_nor_placed() {
 #[test] // [CATALOG-004]
 fn an_entry_that_no_worker_runs_says_so() {
     let mut catalog = Catalog::embedded();
-    let text = "[[models]]\nid = \"parts\"\n[[models.sources]]\nkind = \"hf\"\nrepo = \"a/b\"\n\
-                file = \"x/m-00001-of-00002.gguf\"\n";
-    catalog.overlay(text, Path::new("own.toml")).unwrap();
+    let entry = |id: &str, facts: &str, file: &str| {
+        format!(
+            "[[models]]\nid = \"{id}\"\n{facts}\n\
+             [[models.sources]]\nkind = \"hf\"\nrepo = \"a/b\"\nfile = \"{file}\"\n"
+        )
+    };
+    let text = entry("parts", "", "x/m-00001-of-00002.gguf")
+        + &entry("mamba", "architecture = \"mamba\"", "mamba.gguf");
+    catalog.overlay(&text, Path::new("own.toml")).unwrap();
     let reason = |id: &str| {
         let entry = catalog.get(id).unwrap();
         assert_eq!(
@@ -820,7 +826,7 @@ fn an_entry_that_no_worker_runs_says_so() {
     for runs in ["smollm2-135m", "tinyllama", "qwen", "llama3", "mistral"] {
         assert_eq!(reason(runs), None, "{runs}");
     }
-    assert!(reason("phi3").unwrap().contains("architecture `phi3`"));
+    assert!(reason("mamba").unwrap().contains("architecture `mamba`"));
     assert!(reason("parts").unwrap().contains("part 1 of a model"));
     let part = Slot::of_hub("a/b", None, "y/n-00002-of-00009.gguf");
     assert!(part.unsupported(&catalog).is_some());

@@ -65,8 +65,8 @@ fn every_reason_for_a_refusal_has_its_name() {
             "a file of type `mmproj`",
         ),
         (
-            whole().of_architecture("phi3"),
-            "architecture `phi3` is not supported (supported: gemma3, llama, qwen2, qwen3)",
+            whole().of_architecture("mamba"),
+            "architecture `mamba` is not supported (supported: gemma3, llama, qwen2, qwen3)",
         ),
         (
             whole().without("general.architecture"),
