@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::lanes::Tier;
+use llorch_candled::engine::model::description::Description;
 use llorch_candled::engine::model::{Batch, Model, Row};
 use llorch_candled::engine::{Control, Engine, Failure, Halted, Sizes};
 use pool_core::api::worker::{
@@ -120,7 +121,9 @@ fn sequences_in_one_batch_have_the_bits_that_each_has_alone() {
         let load = |threads| {
             let tier = Tier::best();
             let device = Device::Cpu { threads, tier };
-            device.load(&path, &header, 8, &mut |_| ()).unwrap()
+            let description = Description::from_header(&header, None).unwrap();
+            let load = device.load(&path, &header, description, 8, &mut |_| ());
+            load.unwrap()
         };
         let tokens = |step: u32, count: u32| (0..count).map(|i| (i * step) % 230).collect();
         let sequences: [Vec<u32>; 2] = [tokens(11, 40), tokens(17, 23)];

@@ -10,7 +10,7 @@ use pool_core::catalog::gguf::GgufFile;
 use pool_core::worker::Backend;
 
 use crate::engine::model::Model;
-use crate::engine::model::description::DescriptionError;
+use crate::engine::model::description::{Description, DescriptionError};
 use cpu::lanes::Tier;
 pub use tensors::TensorError;
 
@@ -86,8 +86,8 @@ impl Device {
         }
     }
 
-    /// Loads the model that `header` describes from the file at `path`, with a cache of `blocks` blocks. `progress` hears the
-    /// bytes read so far.
+    /// Loads a model from the file at `path`, which `header` was read from, with a cache of `blocks` blocks. `progress` hears
+    /// the bytes read so far.
     ///
     /// # Errors
     ///
@@ -96,6 +96,7 @@ impl Device {
         self,
         path: &Path,
         header: &GgufFile,
+        description: Description,
         blocks: usize,
         progress: &mut (dyn FnMut(u64) + Send),
     ) -> Result<Box<dyn Model>, LoadError> {
@@ -106,12 +107,17 @@ impl Device {
                     tier,
                     blocks,
                 };
-                Box::new(load.model(path, header, progress)?)
+                Box::new(load.model(path, header, description, progress)?)
             }
             Self::Reference => {
                 let device = candle_core::Device::Cpu;
                 Box::new(candle::CandleModel::load(
-                    path, header, &device, blocks, progress,
+                    path,
+                    header,
+                    description,
+                    &device,
+                    blocks,
+                    progress,
                 )?)
             }
         })

@@ -266,7 +266,6 @@ pub struct Engine {
     tokenizer: Tokenizer,
     /// The chat template, or why none is usable. A model without a template accepts raw prompts only.
     template: Result<ChatTemplate, TemplateError>,
-    context_length: usize,
     slots: usize,
     origin: Origin,
 }
@@ -283,8 +282,7 @@ impl Engine {
         let origin = origin::of(path, device)?;
         let header = GgufFile::open(path)?;
         // Everything that can be refused without reading the weights is refused before.
-        let description = Description::from_header(&header)?;
-        let context_length = description.context_length(sizes.context_length)?;
+        let description = Description::from_header(&header, sizes.context_length)?;
         let tokenizer = Tokenizer::from_header(&header)?;
         let template = read_template(&header, &tokenizer);
         if let Err(error) = &template {
@@ -293,15 +291,16 @@ impl Engine {
         let total: u64 = header.tensors().iter().map(|t| t.size_bytes).sum();
         // The tokenizer was a step too.
         progress(0, total);
-        let cache_tokens = sizes.cache_tokens.unwrap_or(0).max(context_length);
+        let cache_tokens = sizes.cache_tokens.unwrap_or(0).max(description.context);
         let blocks = cache_tokens.div_ceil(BLOCK);
-        let model = device.load(path, &header, blocks, &mut |bytes| progress(bytes, total))?;
+        let model = device.load(path, &header, description.clone(), blocks, &mut |bytes| {
+            progress(bytes, total);
+        })?;
         Ok(Self {
             core: Mutex::new(Core::new(model)),
             description,
             tokenizer,
             template,
-            context_length,
             slots: sizes.slots.max(1),
             origin,
         })
@@ -328,7 +327,7 @@ impl Engine {
     /// Computes two tokens, so that what is prepared at first use is in memory before anybody measures it, and a model that
     /// computes nothing sensible is refused before it gets a job.
     pub fn warm_up(&self) -> Result<(), LoadError> {
-        let tokens = &[0; 3][..self.context_length.min(3)];
+        let tokens = &[0; 3][..self.description.context.min(3)];
         let mut sequence = self.sequence(tokens.len())?;
         sequence.advance(&tokens[1..])?;
         let logits = sequence.logits(&tokens[..1])?;
@@ -342,13 +341,16 @@ impl Engine {
     /// context.
     pub fn working_bytes(&self) -> u64 {
         let core = self.core();
-        let rows = prefill::CHUNK.min(self.context_length) + self.slots - 1;
-        core.model.cache_bytes() + core.model.pass_bytes(rows, self.slots, self.context_length)
+        let rows = prefill::CHUNK.min(self.description.context) + self.slots - 1;
+        core.model.cache_bytes()
+            + core
+                .model
+                .pass_bytes(rows, self.slots, self.description.context)
     }
 
     /// Tokens of context of a sequence.
     pub fn context_length(&self) -> usize {
-        self.context_length
+        self.description.context
     }
 
     /// The tokenizer.
@@ -413,21 +415,21 @@ impl Engine {
     /// Refuses a prompt that leaves no room in the context for an answer of at least `answer` tokens.
     fn check_room(&self, prompt: usize, answer: usize) -> Result<(), Failure> {
         let needed = prompt + answer;
-        if needed <= self.context_length {
+        if needed <= self.description.context {
             return Ok(());
         }
         let tokens = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         Err(Failure::ContextOverflow(ContextOverflow {
             prompt_tokens: tokens(prompt),
             needed_tokens: tokens(needed),
-            context_length: tokens(self.context_length),
+            context_length: tokens(self.description.context),
             model_context: tokens(self.description.max_context),
         }))
     }
 
     /// Most tokens of an answer: `max_tokens`, or what the context has left.
     fn limit(&self, request: &ExecuteRequest, prompt: usize) -> usize {
-        (request.max_tokens as usize).min(self.context_length - prompt)
+        (request.max_tokens as usize).min(self.description.context - prompt)
     }
 
     /// Whether an answer may go on from these tokens so that its readers see one text. Another build may where its own

@@ -14,6 +14,7 @@ use pool_core::catalog::gguf::GgufFile;
 
 use crate::backend::LoadError;
 use crate::backend::tensors::TensorError;
+use crate::engine::model::angles::Angles;
 use crate::engine::model::description::{Activation, Description, LayerKind};
 use crate::engine::model::places::{self, in_layer};
 use crate::engine::model::{BLOCK, Batch, Model, ModelError, Run};
@@ -95,8 +96,8 @@ pub struct CandleModel {
 }
 
 impl CandleModel {
-    /// Loads the weights that `header` describes from the file at `path`, with a cache of `blocks` blocks. `progress` hears
-    /// the bytes read so far.
+    /// Loads the weights of a model from the file at `path`, which `header` was read from, with a cache of `blocks` blocks.
+    /// `progress` hears the bytes read so far.
     ///
     /// # Errors
     ///
@@ -104,11 +105,11 @@ impl CandleModel {
     pub fn load(
         path: &Path,
         header: &GgufFile,
+        description: Description,
         device: &Device,
         blocks: usize,
         progress: &mut dyn FnMut(u64),
     ) -> Result<Self, LoadError> {
-        let description = Description::from_header(header)?;
         let mut weights = Weights::open(path, header, device, progress).map_err(LoadError::Io)?;
         let embedding = Arc::new(weights.quantized(&description.embedding_place())?);
         let layers = (0..description.layers.len())
@@ -121,8 +122,11 @@ impl CandleModel {
             // The output shares the embedding's memory.
             QMatMul::from_arc(Arc::clone(&embedding))?
         };
-        let factors = load_rope_factors(&mut weights, &description)?;
-        let rope = Rope::new(&description, factors.as_deref(), device);
+        let angles = Angles::new(&description, |name| {
+            let factors = weights.vector(name, description.rope_dim / 2)?;
+            factors.to_vec1().map_err(LoadError::from)
+        })?;
+        let rope = Rope::new(&description, angles, device);
         Ok(Self {
             description,
             device: device.clone(),
@@ -417,15 +421,4 @@ fn load_layer(
         },
         feed_forward_post_norm,
     })
-}
-
-fn load_rope_factors(
-    weights: &mut Weights<'_>,
-    description: &Description,
-) -> Result<Option<Vec<f32>>, LoadError> {
-    if !weights.has(places::ROPE_FACTORS) {
-        return Ok(None);
-    }
-    let factors = weights.vector(places::ROPE_FACTORS, description.rope_dim / 2)?;
-    Ok(Some(factors.to_vec1()?))
 }

@@ -21,10 +21,10 @@ pub struct Turn {
 }
 
 impl Rope {
-    /// `factors` divide the frequencies where a file carries them (`rope_freqs.weight`, Llama 3.1 and later).
-    pub fn new(description: &Description, factors: Option<&[f32]>, device: &Device) -> Self {
+    /// Returns the rotations of a model, with these angles.
+    pub fn new(description: &Description, angles: Angles, device: &Device) -> Self {
         Self {
-            angles: Angles::new(description, factors),
+            angles,
             style: description.rope_style,
             rope_dim: description.rope_dim,
             head_dim: description.head_dim,

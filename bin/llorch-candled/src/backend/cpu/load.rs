@@ -34,7 +34,7 @@ pub struct Load {
 }
 
 impl Load {
-    /// Loads the model that `header` describes from the file at `path`. `progress` hears the bytes read so far.
+    /// Loads a model from the file at `path`, which `header` was read from. `progress` hears the bytes read so far.
     ///
     /// # Errors
     ///
@@ -43,9 +43,9 @@ impl Load {
         self,
         path: &Path,
         header: &GgufFile,
+        description: Description,
         progress: &mut (dyn FnMut(u64) + Send),
     ) -> Result<CpuModel, LoadError> {
-        let description = Description::from_header(header)?;
         let mut reader = Reader {
             tensors: Tensors::open(path, header)?,
             team: Team::new(self.threads)?,
@@ -56,8 +56,7 @@ impl Load {
             .map(|index| self.layer(&mut reader, &description, index))
             .collect::<Result<_, _>>()?;
         let output_norm = reader.vector(places::OUTPUT_NORM, description.width)?;
-        let has = |name| reader.tensors.has(name);
-        let (has_output, has_factors) = (has(places::OUTPUT), has(places::ROPE_FACTORS));
+        let has_output = reader.tensors.has(places::OUTPUT);
         let output = has_output.then(|| reader.matrix(&description.output_place()));
         let weights = Weights {
             embedding,
@@ -65,9 +64,9 @@ impl Load {
             output_norm,
             output: output.transpose()?,
         };
-        let factors =
-            has_factors.then(|| reader.vector(places::ROPE_FACTORS, description.rope_dim / 2));
-        let angles = Angles::new(&description, factors.transpose()?.as_deref());
+        let angles = Angles::new(&description, |name| {
+            reader.vector(name, description.rope_dim / 2)
+        })?;
         Ok(CpuModel::new(
             description,
             self,

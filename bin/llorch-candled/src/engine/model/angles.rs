@@ -9,23 +9,30 @@ pub struct Angles {
 }
 
 impl Angles {
-    /// Prepares the rotations of a model. `factors` divide the frequencies of rotations that take them.
-    pub fn new(description: &Description, factors: Option<&[f32]>) -> Self {
+    /// Prepares the rotations of a model. `read` returns the tensor of that name, with one number for each pair.
+    ///
+    /// # Errors
+    ///
+    /// Fails if `read` does.
+    pub fn new<E>(
+        description: &Description,
+        mut read: impl FnMut(&str) -> Result<Vec<f32>, E>,
+    ) -> Result<Self, E> {
         let width = description.rope_dim;
         let steps = description.rotations.iter().map(|rotation| {
-            let factors = factors.filter(|_| rotation.factors);
+            let factors = rotation.factors.map(&mut read).transpose()?;
             let step = |pair: usize| {
                 let exponent = (2 * pair) as f64 / width as f64;
-                let factor = factors.and_then(|factors| factors.get(pair));
+                let factor = factors.as_ref().and_then(|factors| factors.get(pair));
                 let factor = factor.copied().map_or(1.0, f64::from);
                 // The standard library's functions differ from system to system in the last place.
                 1.0 / (libm::pow(rotation.base, exponent) * factor * rotation.divisor)
             };
-            (0..width / 2).map(step).collect()
+            Ok((0..width / 2).map(step).collect())
         });
-        Self {
-            steps: steps.collect(),
-        }
+        Ok(Self {
+            steps: steps.collect::<Result<_, _>>()?,
+        })
     }
 
     /// Number of rotations.

@@ -4,6 +4,8 @@ use pool_core::catalog::gguf::{GgufError, GgufFile, Value};
 use pool_core::catalog::support::{self, Unsupported};
 use pool_core::lifecycle::DEFAULT_CONTEXT;
 
+use super::places::ROPE_FACTORS;
+
 /// Largest size of any dimension that is believed; far above real models, far below an overflow.
 const MAX_SIZE: u64 = 1 << 24;
 
@@ -67,8 +69,8 @@ pub struct Rotation {
     pub base: f64,
     /// Positions are divided by this (linear scaling; 1 for most models).
     pub divisor: f64,
-    /// Whether the file's factors divide the frequencies.
-    pub factors: bool,
+    /// Tensor with a divisor for each frequency, where the file has one.
+    pub factors: Option<&'static str>,
 }
 
 /// What tells one layer from another.
@@ -117,6 +119,8 @@ pub struct Description {
     pub vocab: usize,
     /// Longest context the model was made for.
     pub max_context: usize,
+    /// Longest context of a sequence: the one to serve.
+    pub context: usize,
 }
 
 /// Features that some families have.
@@ -190,8 +194,17 @@ const GEMMA3_LOCAL_BASE: f64 = 10_000.0;
 const GEMMA3_LARGEST: usize = 62;
 
 impl Description {
-    /// Reads the description from a header.
-    pub fn from_header(header: &GgufFile) -> Result<Self, DescriptionError> {
+    /// Reads the description from a header. The context to serve is the requested one, else the smaller of the model's and
+    /// [`DEFAULT_CONTEXT`].
+    ///
+    /// # Errors
+    ///
+    /// Fails if the header lacks a number or has an impossible one, if the decoder doesn't compute the model, or if the model
+    /// has less context than requested.
+    pub fn from_header(
+        header: &GgufFile,
+        requested: Option<usize>,
+    ) -> Result<Self, DescriptionError> {
         let architecture = header.architecture()?.to_owned();
         support::check_architecture(&architecture).map_err(DescriptionError::Architecture)?;
         let family = FAMILIES.iter().find(|family| family.name == architecture);
@@ -245,6 +258,7 @@ impl Description {
             });
         }
         let width = size("embedding length", header.embedding_length()?)?;
+        let max_context = size("context length", header.context_length()?)?;
         let (layers, rotations) = layers(header, count)?;
         let gemma = architecture == "gemma3";
         let query_width = if gemma && count == GEMMA3_LARGEST {
@@ -269,28 +283,27 @@ impl Description {
             rms_epsilon,
             features: family.features,
             vocab: size("vocabulary", header.vocab_size()?)?,
-            max_context: size("context length", header.context_length()?)?,
+            max_context,
+            context: context(requested, max_context)?,
             architecture,
         })
     }
+}
 
-    /// The context to serve: what was asked for, else the smaller of the model's and [`DEFAULT_CONTEXT`].
-    pub fn context_length(&self, requested: Option<usize>) -> Result<usize, DescriptionError> {
-        match requested {
-            Some(requested) if requested > self.max_context => {
-                Err(DescriptionError::ContextTooLong {
-                    requested,
-                    available: self.max_context,
-                })
-            }
-            Some(0) => Err(DescriptionError::Size {
-                what: "context asked for",
-                found: 0,
-                expected: "it must be at least 1".to_owned(),
-            }),
-            Some(requested) => Ok(requested),
-            None => Ok(self.max_context.min(DEFAULT_CONTEXT as usize)),
-        }
+/// Returns the context to serve.
+fn context(requested: Option<usize>, available: usize) -> Result<usize, DescriptionError> {
+    match requested {
+        Some(requested) if requested > available => Err(DescriptionError::ContextTooLong {
+            requested,
+            available,
+        }),
+        Some(0) => Err(DescriptionError::Size {
+            what: "context asked for",
+            found: 0,
+            expected: "it must be at least 1".to_owned(),
+        }),
+        Some(requested) => Ok(requested),
+        None => Ok(available.min(DEFAULT_CONTEXT as usize)),
     }
 }
 
@@ -346,7 +359,7 @@ fn layers(
     let rotation = Rotation {
         base: positive("rope.freq_base", header, 10_000.0)?,
         divisor: rope_divisor(header)?,
-        factors: true,
+        factors: header.tensor(ROPE_FACTORS).map(|_| ROPE_FACTORS),
     };
     let all = LayerKind {
         window: None,
@@ -370,7 +383,7 @@ fn layers(
     let local = Rotation {
         base: GEMMA3_LOCAL_BASE,
         divisor: 1.0,
-        factors: false,
+        factors: None,
     };
     Ok(((0..count).map(layer).collect(), vec![rotation, local]))
 }
