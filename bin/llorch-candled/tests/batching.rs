@@ -13,7 +13,7 @@ use pool_core::catalog::gguf::GgufFile;
 use support::tiny_model::TinyModel;
 use support::{cpu, greedy, run};
 
-const ARCHITECTURES: [&str; 4] = ["gemma3", "llama", "qwen2", "qwen3"];
+const ARCHITECTURES: [&str; 5] = ["gemma3", "llama", "phi3", "qwen2", "qwen3"];
 
 /// An engine with a context of 256 tokens, and a cache for two sequences of that length.
 fn engine(architecture: &'static str) -> Engine {

@@ -53,7 +53,7 @@ fn assert_contiguous(answer: &Answer) {
     assert!(answer.pieces.iter().all(|p| !p.t.is_empty()));
 }
 
-const ARCHITECTURES: [&str; 4] = ["gemma3", "llama", "qwen2", "qwen3"];
+const ARCHITECTURES: [&str; 5] = ["gemma3", "llama", "phi3", "qwen2", "qwen3"];
 
 /// A model with enough layers that all kinds of them are there.
 fn of_architecture(architecture: &'static str) -> TinyModel {
@@ -250,7 +250,7 @@ fn other_architectures_are_refused_by_name() {
     };
     let text = error.to_string();
     assert!(
-        text.contains("`mamba`") && text.contains("gemma3, llama, qwen2, qwen3"),
+        text.contains("`mamba`") && text.contains("gemma3, llama, phi3, qwen2, qwen3"),
         "{text}"
     );
 }

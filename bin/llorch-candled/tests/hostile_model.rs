@@ -10,9 +10,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use gguf_mutants::{with_text, without};
+use gguf_mutants::{Field, Layout, with_text, without};
 use llorch_candled::engine::{Engine, Sizes};
 use pool_core::api::worker::{ExecuteRequest, Message, Role};
+use support::tiny_model::{Phi3, TinyModel};
 
 const TIME_LIMIT: Duration = Duration::from_millis(100);
 const MEMORY_LIMIT_BYTES: u64 = 50 << 20;
@@ -241,7 +242,7 @@ fn all_end(files: &[(&str, Vec<u8>, &str)], job: bool, begins: &str) {
 }
 
 fn valid() -> Vec<u8> {
-    support::tiny_model::TinyModel::default().bytes()
+    TinyModel::default().bytes()
 }
 
 // [CAND-074]
@@ -272,6 +273,147 @@ fn a_model_without_a_usable_tokenizer_is_refused() {
         ),
     ];
     all_end(&files, false, "refused");
+}
+
+/// Returns a file of `phi3` with LongRoPE.
+fn phi3(attn_factor: Option<f32>) -> Vec<u8> {
+    let model = TinyModel {
+        architecture: "phi3",
+        phi3: Phi3 {
+            original_context: Some(256),
+            attn_factor,
+            ..Phi3::default()
+        },
+        ..TinyModel::default()
+    };
+    model.bytes()
+}
+
+/// Returns a file with another name of its first tensor called so. Both names have the same length.
+fn with_tensor_called(file: &[u8], from: &str, to: &str) -> Vec<u8> {
+    let mut file = file.to_vec();
+    let mut names = file.windows(from.len());
+    let at = names.position(|bytes| bytes == from.as_bytes());
+    let at = at.expect("the tensor is there");
+    file[at..at + to.len()].copy_from_slice(to.as_bytes());
+    file
+}
+
+// [CAND-092]
+#[cfg(target_os = "linux")]
+#[test]
+fn fused_tensors_and_context_factors_that_contradict_the_numbers_are_refused() {
+    let valid = phi3(Some(1.25));
+    let layout = Layout::of(&valid);
+    let with = |key: &str, value: [u8; 4]| {
+        let mut file = valid.clone();
+        let at = layout.value(&format!("phi3.{key}")).at;
+        file[at..at + 4].copy_from_slice(&value);
+        file
+    };
+    let with_number = |key: &str, value: u32| with(key, value.to_le_bytes());
+    let mut files = Vec::new();
+    for (key, value, says) in [
+        (
+            "feed_forward_length",
+            57,
+            "tensor `blk.0.ffn_up.weight` is [112, 32], the model's numbers ask for [114, 32]",
+        ),
+        (
+            "feed_forward_length",
+            1 << 24,
+            "tensor `blk.0.ffn_up.weight`",
+        ),
+        ("feed_forward_length", 0, "`phi3.feed_forward_length`"),
+        (
+            "feed_forward_length",
+            1 << 31,
+            "feed-forward width is 2147483648",
+        ),
+        (
+            "attention.head_count_kv",
+            2,
+            "tensor `blk.0.attn_qkv.weight` is [48, 32], the model's numbers ask for [64, 32]",
+        ),
+        ("attention.head_count", 2, "tensor `blk.0.attn_qkv.weight`"),
+        (
+            "rope.dimension_count",
+            4,
+            "tensor `rope_factors_long.weight` is [3]",
+        ),
+        ("rope.dimension_count", 7, "rotated dimensions is 7"),
+        ("rope.dimension_count", 10, "rotated dimensions is 10"),
+        (
+            "rope.scaling.original_context_length",
+            0,
+            "original context length is 0",
+        ),
+        (
+            "rope.scaling.original_context_length",
+            1,
+            "original context length is 1",
+        ),
+        (
+            "rope.scaling.original_context_length",
+            1 << 31,
+            "original context length is 2147483648",
+        ),
+    ] {
+        files.push((key, with_number(key, value), says));
+    }
+    for value in [f32::NAN, f32::INFINITY, 0.0, -1.0] {
+        let key = "rope.scaling.attn_factor";
+        let says = "`phi3.rope.scaling.attn_factor`";
+        files.push((key, with(key, value.to_le_bytes()), says));
+    }
+    for (from, to, says) in [
+        (
+            "rope_factors_long",
+            "rope_factors_none",
+            "no tensor `rope_factors_long.weight`",
+        ),
+        (
+            "blk.0.attn_qkv",
+            "blk.0.attn_qvk",
+            "no tensor `blk.0.attn_qkv.weight`",
+        ),
+        (
+            "blk.0.ffn_up",
+            "blk.0.ffn_pu",
+            "no tensor `blk.0.ffn_up.weight`",
+        ),
+        // The file then seems to have a gate of its own.
+        (
+            "blk.0.ffn_down",
+            "blk.0.ffn_gate",
+            "tensor `blk.0.ffn_gate.weight` is [32, 56]",
+        ),
+    ] {
+        files.push((from, with_tensor_called(&valid, from, to), says));
+    }
+    // As many elements, in other rows.
+    let mut narrow = valid.clone();
+    let fused = layout
+        .all(Field::Dimension)
+        .filter(|place| place.of == "blk.0.attn_qkv.weight");
+    for (place, size) in fused.zip([16u64, 96]) {
+        narrow[place.at..place.at + 8].copy_from_slice(&size.to_le_bytes());
+    }
+    files.push((
+        "narrow rows",
+        narrow,
+        "tensor `blk.0.attn_qkv.weight` is [96, 16]",
+    ));
+    all_end(&files, false, "refused");
+    for (change, file) in [
+        ("no factor of the angles", phi3(None)),
+        (
+            "a wide window",
+            with_number("attention.sliding_window", u32::MAX),
+        ),
+    ] {
+        all_end(&[(change, file, "")], false, "accepted");
+    }
 }
 
 // [CAND-021] [CAND-074]

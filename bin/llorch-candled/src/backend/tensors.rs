@@ -61,14 +61,14 @@ pub struct Tensors<'a> {
     file: File,
 }
 
-/// A tensor as it stands in the file.
+/// A tensor, or some rows of one, as it stands in the file.
 #[derive(Debug, Clone)]
 pub struct Stored {
     /// Name of the tensor.
     pub name: String,
     /// Its element type.
     pub ty: GgmlType,
-    /// Number of rows.
+    /// Number of these rows.
     pub rows: usize,
     /// Elements of a row.
     pub columns: usize,
@@ -81,6 +81,16 @@ impl Stored {
     /// Returns the number of bytes of all rows.
     pub fn bytes(&self) -> usize {
         self.rows * self.row_bytes
+    }
+
+    /// Returns `rows` rows from `first`.
+    fn part(self, first: usize, rows: usize) -> Self {
+        debug_assert!(first + rows <= self.rows);
+        Self {
+            rows,
+            offset: self.offset + (first * self.row_bytes) as u64,
+            ..self
+        }
     }
 }
 
@@ -104,9 +114,10 @@ impl<'a> Tensors<'a> {
     ///
     /// # Errors
     ///
-    /// Fails if the file doesn't have it, or has it in another shape.
+    /// Fails if the file doesn't have its tensor, or has it in another shape.
     pub fn matrix(&self, place: &Place) -> Result<Stored, TensorError> {
-        self.find(&place.name, &[place.rows, place.columns])
+        let whole = self.find(&place.name, &[place.of, place.columns])?;
+        Ok(whole.part(place.first, place.rows))
     }
 
     /// Finds a vector, as a matrix of one row.

@@ -279,10 +279,13 @@ impl Engine {
         progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<Self, LoadError> {
         // Looked at first: what is read afterwards may be newer than it says, and is then nobody's match.
-        let origin = origin::of(path, device)?;
+        let mut origin = origin::of(path, device)?;
         let header = GgufFile::open(path)?;
         // Everything that can be refused without reading the weights is refused before.
         let description = Description::from_header(&header, sizes.context_length)?;
+        if description.is_long() {
+            origin.build.push_str(", long context");
+        }
         let tokenizer = Tokenizer::from_header(&header)?;
         let template = read_template(&header, &tokenizer);
         if let Err(error) = &template {

@@ -9,7 +9,7 @@ use std::path::Path;
 /// What a tiny model is like.
 #[derive(Debug, Clone)]
 pub struct TinyModel {
-    /// `gemma3`, `llama`, `qwen2` or `qwen3`; any other name makes a file that is refused.
+    /// `gemma3`, `llama`, `phi3`, `qwen2` or `qwen3`; any other name makes a file that is refused.
     pub architecture: &'static str,
     /// Other seeds make other models.
     pub seed: u64,
@@ -25,6 +25,36 @@ pub struct TinyModel {
     pub blocks: usize,
     /// A special token that the model prefers to write; with `None`, the model writes no special token.
     pub likes: Option<u32>,
+    /// Further features of a file of `phi3`.
+    pub phi3: Phi3,
+}
+
+/// Features in which files of `phi3` differ.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Phi3 {
+    /// Whether each matrix has a tensor of its own, instead of one for queries, keys and values, and one for gate and
+    /// up-projection.
+    pub split: bool,
+    /// Whether the embedding is the output matrix.
+    pub tied: bool,
+    /// Value of the key for the window; `None` leaves the key out.
+    pub window: Option<u32>,
+    /// Original context of a model with LongRoPE.
+    pub original_context: Option<u32>,
+    /// Factor of cosines and sines, if the file has one.
+    pub attn_factor: Option<f32>,
+}
+
+impl Default for Phi3 {
+    fn default() -> Self {
+        Self {
+            split: false,
+            tied: false,
+            window: Some(WINDOW),
+            original_context: None,
+            attn_factor: None,
+        }
+    }
 }
 
 impl Default for TinyModel {
@@ -40,20 +70,24 @@ impl Default for TinyModel {
             eos: END,
             blocks: BLOCKS,
             likes: None,
+            phi3: Phi3::default(),
         }
     }
 }
 
-const WIDTH: usize = 32;
-const HEADS: usize = 4;
-const KV_HEADS: usize = 2;
-const HEAD_DIM: usize = 8;
-const INNER: usize = 64;
+/// Width of the hidden state.
+pub const WIDTH: usize = 32;
+/// Query heads.
+pub const HEADS: usize = 4;
+/// Width of a head.
+pub const HEAD_DIM: usize = 8;
+/// Elements of a head of `phi3` that are turned.
+pub const PHI3_ROPE_DIM: usize = 6;
 /// Default number of layers.
 pub const BLOCKS: usize = 2;
 
-/// Positions that most layers of `gemma3` see.
-const WINDOW: u32 = 20;
+/// Positions that most layers of `gemma3` see, and all of `phi3`.
+pub const WINDOW: u32 = 20;
 
 /// Tokens 0 to 255 are the bytes in GPT-2's order of characters; the special ones follow.
 const BYTES: usize = 256;
@@ -61,7 +95,7 @@ const BYTES: usize = 256;
 pub const END: u32 = 257;
 
 /// Name, dimensions (the contiguous one first) and values.
-type Tensor = (String, Vec<usize>, Vec<f32>);
+pub type Tensor = (String, Vec<usize>, Vec<f32>);
 
 impl TinyModel {
     /// Writes the model to `path`.
@@ -103,6 +137,20 @@ impl TinyModel {
         file.0
     }
 
+    fn is_phi3(&self) -> bool {
+        self.architecture == "phi3"
+    }
+
+    /// Key and value heads. Those of `phi3` make fused tensors whose parts don't begin at a multiple of 16 rows.
+    pub fn kv_heads(&self) -> usize {
+        if self.is_phi3() { 1 } else { 2 }
+    }
+
+    /// Width of the feed-forward layers, for `phi3` no multiple of 16.
+    pub fn inner(&self) -> usize {
+        if self.is_phi3() { 56 } else { 64 }
+    }
+
     fn metadata(&self) -> Vec<(String, Writer)> {
         let own = |suffix: &str| format!("{}.{suffix}", self.architecture);
         let number = |key: String, value: u32| (key, Writer::value(4, |w| w.u32(value)));
@@ -118,9 +166,9 @@ impl TinyModel {
             number(own("block_count"), self.blocks as u32),
             number(own("context_length"), self.context),
             number(own("embedding_length"), WIDTH as u32),
-            number(own("feed_forward_length"), INNER as u32),
+            number(own("feed_forward_length"), self.inner() as u32),
             number(own("attention.head_count"), HEADS as u32),
-            number(own("attention.head_count_kv"), KV_HEADS as u32),
+            number(own("attention.head_count_kv"), self.kv_heads() as u32),
             float(own("attention.layer_norm_rms_epsilon"), 1e-5),
             float(own("rope.freq_base"), 10_000.0),
             text("tokenizer.ggml.model", "gpt2"),
@@ -144,6 +192,19 @@ impl TinyModel {
         if self.architecture == "gemma3" {
             metadata.push(number(own("attention.sliding_window"), WINDOW));
         }
+        if self.is_phi3() {
+            let rope_dim = PHI3_ROPE_DIM as u32;
+            metadata.push(number(own("rope.dimension_count"), rope_dim));
+            let original = self.phi3.original_context;
+            for (key, value) in [
+                ("attention.sliding_window", self.phi3.window),
+                ("rope.scaling.original_context_length", original),
+            ] {
+                metadata.extend(value.map(|value| number(own(key), value)));
+            }
+            let factor = self.phi3.attn_factor;
+            metadata.extend(factor.map(|value| float(own("rope.scaling.attn_factor"), value)));
+        }
         metadata.extend(
             self.chat_template
                 .map(|template| text("tokenizer.chat_template", template)),
@@ -151,7 +212,8 @@ impl TinyModel {
         metadata
     }
 
-    fn tensors(&self) -> Vec<Tensor> {
+    /// Returns the tensors in the order of the file.
+    pub fn tensors(&self) -> Vec<Tensor> {
         let mut random = Random(self.seed);
         let mut tensors: Vec<Tensor> = Vec::new();
         let mut matrix = |name: String, columns: usize, rows: usize, scale: f32| {
@@ -161,26 +223,49 @@ impl TinyModel {
             tensors.push((name, vec![columns, rows], values));
         };
         let vocab = BYTES + self.special.len();
-        let (query, kv) = (HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM);
+        let (query, kv) = (HEADS * HEAD_DIM, self.kv_heads() * HEAD_DIM);
+        let inner = self.inner();
+        let is_tied = self.is_phi3() && self.phi3.tied;
         matrix("token_embd.weight".into(), WIDTH, vocab, 1.0);
-        matrix("output.weight".into(), WIDTH, vocab, 0.9);
+        if !is_tied {
+            matrix("output.weight".into(), WIDTH, vocab, 0.9);
+        }
+        let fused = [
+            ("attn_qkv", WIDTH, query + 2 * kv),
+            ("attn_output", query, WIDTH),
+            ("ffn_up", WIDTH, 2 * inner),
+            ("ffn_down", inner, WIDTH),
+        ];
+        let split = [
+            ("attn_q", WIDTH, query),
+            ("attn_k", WIDTH, kv),
+            ("attn_v", WIDTH, kv),
+            ("attn_output", query, WIDTH),
+            ("ffn_gate", WIDTH, inner),
+            ("ffn_up", WIDTH, inner),
+            ("ffn_down", inner, WIDTH),
+        ];
+        let parts = match self.is_phi3() && !self.phi3.split {
+            true => &fused[..],
+            false => &split,
+        };
         for block in 0..self.blocks {
-            for (part, columns, rows) in [
-                ("attn_q", WIDTH, query),
-                ("attn_k", WIDTH, kv),
-                ("attn_v", WIDTH, kv),
-                ("attn_output", query, WIDTH),
-                ("ffn_gate", WIDTH, INNER),
-                ("ffn_up", WIDTH, INNER),
-                ("ffn_down", INNER, WIDTH),
-            ] {
-                matrix(format!("blk.{block}.{part}.weight"), columns, rows, 0.4);
+            for (part, columns, rows) in parts {
+                matrix(format!("blk.{block}.{part}.weight"), *columns, *rows, 0.4);
             }
         }
-        self.silence_unprintable(&mut tensors[1].2);
+        if !is_tied {
+            self.silence_unprintable(&mut tensors[1].2);
+        }
         let mut vector =
             |name: String, values: Vec<f32>| tensors.push((name, vec![values.len()], values));
         vector("output_norm.weight".into(), vec![1.0; WIDTH]);
+        if self.is_phi3() && self.phi3.original_context.is_some() {
+            for (name, most) in [("rope_factors_long", 9.0), ("rope_factors_short", 1.5)] {
+                let values = (0..PHI3_ROPE_DIM / 2).map(|_| 1.0 + random.uniform() * (most - 1.0));
+                vector(format!("{name}.weight"), values.collect());
+            }
+        }
         for block in 0..self.blocks {
             vector(format!("blk.{block}.attn_norm.weight"), vec![1.0; WIDTH]);
             vector(format!("blk.{block}.ffn_norm.weight"), vec![1.0; WIDTH]);

@@ -15,6 +15,18 @@ pub struct Architecture {
     pub name: &'static str,
     /// The tensors of each block, without the prefix `blk.N.`.
     pub block_tensors: &'static [&'static str],
+    /// Whether files may have one tensor for queries, keys and values of a block (`attn_qkv`), and one for gate and
+    /// up-projection (`ffn_up`).
+    pub fused: bool,
+    /// Whether files may have two sets of divisors of the rotary frequencies (LongRoPE).
+    pub long_rope: bool,
+}
+
+impl Architecture {
+    /// Returns whether the engine computes a context extension (`ARCH.rope.scaling.type`).
+    pub fn has_scaling(&self, kind: &str) -> bool {
+        ROPE_SCALING.contains(&kind) || self.long_rope && LONG_ROPE.contains(&kind)
+    }
 }
 
 /// Every architecture that the engine computes.
@@ -36,6 +48,8 @@ pub const ARCHITECTURES: &[Architecture] = &[
             "ffn_down.weight",
             "post_ffw_norm.weight",
         ],
+        fused: false,
+        long_rope: false,
     },
     Architecture {
         name: "llama",
@@ -50,6 +64,24 @@ pub const ARCHITECTURES: &[Architecture] = &[
             "ffn_up.weight",
             "ffn_down.weight",
         ],
+        fused: false,
+        long_rope: false,
+    },
+    Architecture {
+        name: "phi3",
+        block_tensors: &[
+            "attn_norm.weight",
+            "attn_q.weight",
+            "attn_k.weight",
+            "attn_v.weight",
+            "attn_output.weight",
+            "ffn_norm.weight",
+            "ffn_gate.weight",
+            "ffn_up.weight",
+            "ffn_down.weight",
+        ],
+        fused: true,
+        long_rope: true,
     },
     Architecture {
         name: "qwen2",
@@ -67,6 +99,8 @@ pub const ARCHITECTURES: &[Architecture] = &[
             "ffn_up.weight",
             "ffn_down.weight",
         ],
+        fused: false,
+        long_rope: false,
     },
     Architecture {
         name: "qwen3",
@@ -83,6 +117,8 @@ pub const ARCHITECTURES: &[Architecture] = &[
             "ffn_up.weight",
             "ffn_down.weight",
         ],
+        fused: false,
+        long_rope: false,
     },
 ];
 
@@ -101,8 +137,17 @@ pub const TENSOR_TYPES: &[&str] = &[
     "Q6_K",
 ];
 
-/// Context extensions (`ARCH.rope.scaling.type`) that the engine computes.
+/// Context extensions (`ARCH.rope.scaling.type`) that the engine computes for every architecture.
 const ROPE_SCALING: [&str; 2] = ["none", "linear"];
+
+/// Names of LongRoPE as a context extension. Most files with it have the tensors and no name.
+const LONG_ROPE: [&str; 2] = ["longrope", "su"];
+
+/// The tensor with the divisors of rotary frequencies for a context that is longer than the original one (LongRoPE).
+pub const LONG_FACTORS: &str = "rope_factors_long.weight";
+
+/// The tensor with the divisors for other contexts.
+pub const SHORT_FACTORS: &str = "rope_factors_short.weight";
 
 /// The reason why no worker of this version runs a model.
 #[derive(Debug, thiserror::Error)]
@@ -201,7 +246,7 @@ fn names(architectures: &[Architecture]) -> Vec<&'static str> {
 pub fn check(header: &GgufFile) -> Result<(), Unsupported> {
     check_kind(header)?;
     let architecture = check_architecture(header.architecture()?)?;
-    check_features(header)?;
+    check_features(header, architecture)?;
     check_tokenizer(header)?;
     check_tensors(header, architecture)
 }
@@ -260,7 +305,19 @@ fn check_kind(header: &GgufFile) -> Result<(), Unsupported> {
     }
 }
 
-fn check_features(header: &GgufFile) -> Result<(), Unsupported> {
+/// Returns whether a file has two sets of divisors of the rotary frequencies, one for the original context and one for longer
+/// ones.
+pub fn has_long_rope(header: &GgufFile, architecture: &Architecture) -> Result<bool, GgufError> {
+    if !architecture.long_rope {
+        return Ok(false);
+    }
+    let kind = header.get_arch::<&str>("rope.scaling.type")?;
+    let has = |name| header.tensor(name).is_some();
+    let is_named = kind.is_some_and(|kind| LONG_ROPE.contains(&kind));
+    Ok(is_named || has(LONG_FACTORS) || has(SHORT_FACTORS))
+}
+
+fn check_features(header: &GgufFile, architecture: &Architecture) -> Result<(), Unsupported> {
     let feature = |feature: String| Err(Unsupported::Feature { feature });
     let experts = header.expert_count()?;
     if experts > 0 {
@@ -274,7 +331,7 @@ fn check_features(header: &GgufFile) -> Result<(), Unsupported> {
     }
     let key = format!("{}.rope.scaling.type", header.architecture()?);
     if let Some(Value::String(kind)) = header.metadata().get(&key)
-        && !ROPE_SCALING.contains(&kind.as_str())
+        && !architecture.has_scaling(kind)
     {
         return feature(format!("rope scaling of type `{kind}`"));
     }
@@ -282,8 +339,11 @@ fn check_features(header: &GgufFile) -> Result<(), Unsupported> {
     header.head_count_kv()?;
     header.context_length()?;
     header.require_arch::<f64>("attention.layer_norm_rms_epsilon")?;
-    if header.architecture()? == "gemma3" {
+    if architecture.name == "gemma3" {
         header.require_arch::<u64>("attention.sliding_window")?;
+    }
+    if architecture.fused && header.tensor("blk.0.ffn_gate.weight").is_none() {
+        header.feed_forward_length()?;
     }
     Ok(())
 }
@@ -322,14 +382,34 @@ fn check_tensors(header: &GgufFile, architecture: &Architecture) -> Result<(), U
         readable(name.to_owned())?;
     }
     for block in 0..header.block_count()? {
+        let name = |part: &str| format!("blk.{block}.{part}");
         for part in architecture.block_tensors {
-            readable(format!("blk.{block}.{part}"))?;
+            let fused = fused_tensor(part).filter(|_| architecture.fused);
+            let fused = fused.filter(|(first, _)| !found.contains_key(name(first).as_str()));
+            readable(name(fused.map_or(part, |(_, fused)| fused)))?;
+        }
+    }
+    if has_long_rope(header, architecture)? {
+        for name in [LONG_FACTORS, SHORT_FACTORS] {
+            readable(name.to_owned())?;
         }
     }
     // An optional tensor, checked only if present.
     match found.contains_key("output.weight") {
         true => readable("output.weight".to_owned()),
         false => Ok(()),
+    }
+}
+
+/// Returns the fused tensor that may hold a tensor of a block, and the first tensor that it holds: a file without that one has
+/// the fused one.
+fn fused_tensor(part: &str) -> Option<(&'static str, &'static str)> {
+    match part {
+        "attn_q.weight" | "attn_k.weight" | "attn_v.weight" => {
+            Some(("attn_q.weight", "attn_qkv.weight"))
+        }
+        "ffn_gate.weight" => Some(("ffn_gate.weight", "ffn_up.weight")),
+        _ => None,
     }
 }
 

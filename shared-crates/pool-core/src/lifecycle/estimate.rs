@@ -74,17 +74,19 @@ impl Shape {
             .unwrap_or(width.saturating_mul(4));
         let queries = file.head_count()?.saturating_mul(file.head_dim()?);
         let kvs = file.head_count_kv()?.saturating_mul(file.head_dim()?);
+        let held = |tensor: &TensorInfo| {
+            let parts = parts(tensor, [queries, kvs, feed_forward]).into_iter();
+            parts
+                .map(|rows| held_bytes(tensor, rows))
+                .fold(0, u64::saturating_add)
+        };
         // Hidden state, update and norm; queries and what attention makes of them; keys and values; gate and up-projection.
         let row_floats = [(3, width), (2, queries), (2, kvs), (2, feed_forward)]
             .into_iter()
             .map(|(count, of): (u64, u64)| of.saturating_mul(count))
             .fold(0, u64::saturating_add);
         Ok(Self {
-            weights_bytes: file
-                .tensors()
-                .iter()
-                .map(held_bytes)
-                .fold(0, u64::saturating_add),
+            weights_bytes: file.tensors().iter().map(held).fold(0, u64::saturating_add),
             kv_bytes_per_token: file.kv_cache_bytes(1, CACHE_ELEMENT_BYTES)?,
             row_floats,
             widest: width.max(queries).max(feed_forward),
@@ -140,10 +142,30 @@ impl Shape {
     }
 }
 
-/// Bytes of a tensor as the worker holds it: vectors as 32-bit floats, matrices in tiles, in which scales and minima of six
-/// bits take whole bytes, and values of two or three bits take four.
-fn held_bytes(tensor: &TensorInfo) -> u64 {
-    let [columns, rows] = tensor.dims[..] else {
+/// Returns the rows of each matrix that a tensor holds, for a model with these widths of queries, of keys and of feed-forward
+/// layers. Most tensors are one matrix; the worker takes fused ones apart.
+fn parts(tensor: &TensorInfo, [queries, kvs, feed_forward]: [u64; 3]) -> Vec<u64> {
+    let rows = match tensor.dims[..] {
+        [_, rows] => rows,
+        _ => 1,
+    };
+    let fused = if tensor.name.ends_with(".attn_qkv.weight") {
+        vec![queries, kvs, kvs]
+    } else if tensor.name.ends_with(".ffn_up.weight") {
+        vec![feed_forward; 2]
+    } else {
+        Vec::new()
+    };
+    let sum = fused
+        .iter()
+        .try_fold(0u64, |sum, rows| sum.checked_add(*rows));
+    if sum == Some(rows) { fused } else { vec![rows] }
+}
+
+/// Bytes of some rows of a tensor as the worker holds them: vectors as 32-bit floats, matrices in tiles, in which scales and
+/// minima of six bits take whole bytes, and values of two or three bits take four.
+fn held_bytes(tensor: &TensorInfo, rows: u64) -> u64 {
+    let [columns, _] = tensor.dims[..] else {
         return tensor.elements().saturating_mul(FLOAT_BYTES);
     };
     let block_bytes = match tensor.ty.name() {
@@ -282,10 +304,9 @@ mod tests {
         );
     }
 
-    #[test] // [POOLD-014]
-    fn tensors_count_as_the_worker_holds_them() {
-        let tensor = |dims: &[u64], ty: &str| TensorInfo {
-            name: "blk.0.attn_q.weight".to_owned(),
+    fn tensor(name: &str, dims: &[u64], ty: &str) -> TensorInfo {
+        TensorInfo {
+            name: format!("blk.0.{name}.weight"),
             dims: dims.to_vec(),
             ty: (0..40)
                 .filter_map(crate::catalog::gguf::GgmlType::from_id)
@@ -293,14 +314,34 @@ mod tests {
                 .unwrap(),
             offset: 0,
             size_bytes: 0,
-        };
+        }
+    }
+
+    #[test] // [POOLD-014]
+    fn a_fused_tensor_counts_as_the_matrices_in_it() {
+        let rows = |name, rows| parts(&tensor(name, &[64, rows], "Q8_0"), [40, 8, 56]);
+        assert_eq!(rows("attn_qkv", 56), [40, 8, 8]);
+        assert_eq!(rows("ffn_up", 112), [56, 56]);
+        // Not fused, or not as the numbers say.
+        assert_eq!(rows("ffn_up", 56), [56]);
+        assert_eq!(rows("attn_qkv", 60), [60]);
+        assert_eq!(rows("attn_q", 40), [40]);
+        assert_eq!(parts(&tensor("attn_norm", &[64], "F32"), [40, 8, 56]), [1]);
+        let huge = [u64::MAX, u64::MAX, 1];
+        assert_eq!(parts(&tensor("attn_qkv", &[64, 8], "F32"), huge), [8]);
+    }
+
+    #[test] // [POOLD-014]
+    fn tensors_count_as_the_worker_holds_them() {
         for (dims, ty, bytes) in [
             (&[64, 10][..], "Q8_0", 16 * 2 * 34),
             (&[64, 16], "F16", 16 * 64 * 2),
             (&[512, 32], "Q4_K", 32 * 2 * 148),
             (&[64], "F16", 64 * 4),
         ] {
-            assert_eq!(held_bytes(&tensor(dims, ty)), bytes, "{ty}");
+            let tensor = tensor("attn_q", dims, ty);
+            let rows = *dims.get(1).unwrap_or(&1);
+            assert_eq!(held_bytes(&tensor, rows), bytes, "{ty}");
         }
     }
 }

@@ -65,6 +65,17 @@ impl GgufDraft {
         }
     }
 
+    /// Returns a file of the architecture `phi3` that a worker accepts, with fused tensors.
+    pub fn phi3() -> Self {
+        let mut draft = Self::servable().of_architecture("phi3");
+        for part in ["attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"] {
+            draft = draft.without_tensor(&format!("blk.0.{part}.weight"));
+        }
+        draft
+            .with_tensor("blk.0.attn_qkv.weight", &[2, 6])
+            .with_tensor("blk.0.ffn_up.weight", &[2, 4])
+    }
+
     /// Sets a metadata value.
     pub fn with(mut self, key: &str, value: Meta) -> Self {
         self.metadata.retain(|(known, _)| known != key);
@@ -88,6 +99,12 @@ impl GgufDraft {
         self
     }
 
+    /// Adds a tensor of 32-bit floats.
+    pub fn with_tensor(mut self, name: &str, dims: &[u64]) -> Self {
+        self.tensors.push((name.to_owned(), dims.to_vec(), 0));
+        self
+    }
+
     /// Removes a tensor.
     pub fn without_tensor(mut self, name: &str) -> Self {
         self.tensors.retain(|(known, ..)| known != name);
@@ -96,8 +113,12 @@ impl GgufDraft {
 
     /// Changes the architecture, and the keys that begin with its name.
     pub fn of_architecture(mut self, name: &str) -> Self {
+        let known = self.metadata.iter().find_map(|(key, value)| match value {
+            Meta::Text(known) if key == "general.architecture" => Some(format!("{known}.")),
+            _ => None,
+        });
         for (key, _) in &mut self.metadata {
-            if let Some(rest) = key.strip_prefix("llama.") {
+            if let Some(rest) = known.as_ref().and_then(|known| key.strip_prefix(known)) {
                 *key = format!("{name}.{rest}");
             }
         }

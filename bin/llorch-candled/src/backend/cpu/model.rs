@@ -14,7 +14,8 @@ use super::quantize::{Block32, Block256, Grouping, Quantized, Rows, quantize_row
 use super::shared::Shared;
 use super::team::Team;
 use crate::engine::model::angles::Angles;
-use crate::engine::model::description::{self, Description, LayerKind, RopeStyle};
+use crate::engine::model::description::{self, Description, RopeStyle};
+use crate::engine::model::layers::LayerKind;
 use crate::engine::model::{BLOCK, Batch, Model, ModelError, Row, Run};
 
 /// Query rows that attention computes together.

@@ -2,10 +2,10 @@
 
 use super::description::Description;
 
-/// Turned pairs' angles per step of position, for each rotation of a model.
+/// Turned pairs' angles per step of position, and the factor of their cosines and sines, for each rotation of a model.
 #[derive(Debug, Clone)]
 pub struct Angles {
-    steps: Vec<Vec<f64>>,
+    rotations: Vec<(Vec<f64>, f64)>,
 }
 
 impl Angles {
@@ -19,7 +19,7 @@ impl Angles {
         mut read: impl FnMut(&str) -> Result<Vec<f32>, E>,
     ) -> Result<Self, E> {
         let width = description.rope_dim;
-        let steps = description.rotations.iter().map(|rotation| {
+        let rotations = description.rotations.iter().map(|rotation| {
             let factors = rotation.factors.map(&mut read).transpose()?;
             let step = |pair: usize| {
                 let exponent = (2 * pair) as f64 / width as f64;
@@ -28,23 +28,24 @@ impl Angles {
                 // The standard library's functions differ from system to system in the last place.
                 1.0 / (libm::pow(rotation.base, exponent) * factor * rotation.divisor)
             };
-            Ok((0..width / 2).map(step).collect())
+            Ok(((0..width / 2).map(step).collect(), rotation.magnitude))
         });
         Ok(Self {
-            steps: steps.collect::<Result<_, _>>()?,
+            rotations: rotations.collect::<Result<_, _>>()?,
         })
     }
 
     /// Number of rotations.
     pub fn rotations(&self) -> usize {
-        self.steps.len()
+        self.rotations.len()
     }
 
-    /// Returns cosine and sine of each pair's angle at a position.
+    /// Returns cosine and sine of each pair's angle at a position, each times the rotation's factor.
     pub fn at(&self, rotation: usize, position: usize) -> impl Iterator<Item = (f32, f32)> + '_ {
-        self.steps[rotation].iter().map(move |step| {
+        let (steps, magnitude) = &self.rotations[rotation];
+        steps.iter().map(move |step| {
             let (sine, cosine) = libm::sincos(position as f64 * step);
-            (cosine as f32, sine as f32)
+            ((cosine * magnitude) as f32, (sine * magnitude) as f32)
         })
     }
 }

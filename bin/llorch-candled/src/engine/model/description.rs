@@ -1,10 +1,11 @@
 //! What a model is, from its header: sizes, positions and the features that tell one family from another.
 
-use pool_core::catalog::gguf::{GgufError, GgufFile, Value};
+use pool_core::catalog::gguf::{GgufError, GgufFile};
 use pool_core::catalog::support::{self, Unsupported};
 use pool_core::lifecycle::DEFAULT_CONTEXT;
 
-use super::places::ROPE_FACTORS;
+use super::layers::{self, LayerKind, Windows};
+use super::rotation::Rotation;
 
 /// Largest size of any dimension that is believed; far above real models, far below an overflow.
 const MAX_SIZE: u64 = 1 << 24;
@@ -60,26 +61,6 @@ pub enum Activation {
     Silu,
     /// x · Φ(x), in the approximation by tanh (Hendrycks and Gimpel 2016).
     GeluTanh,
-}
-
-/// Angles by which positions turn queries and keys.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Rotation {
-    /// Base of the frequencies.
-    pub base: f64,
-    /// Positions are divided by this (linear scaling; 1 for most models).
-    pub divisor: f64,
-    /// Tensor with a divisor for each frequency, where the file has one.
-    pub factors: Option<&'static str>,
-}
-
-/// What tells one layer from another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LayerKind {
-    /// Number of latest positions that a position sees, itself included; `None` for all.
-    pub window: Option<usize>,
-    /// Index of its rotation in [`Description::rotations`].
-    pub rotation: usize,
 }
 
 /// Everything that a forward pass has to know of a model: sizes, and which of the known features it has.
@@ -141,6 +122,7 @@ struct Family {
     rope_style: RopeStyle,
     activation: Activation,
     features: Features,
+    windows: Windows,
 }
 
 const PLAIN: Features = Features {
@@ -149,12 +131,13 @@ const PLAIN: Features = Features {
     post_norm: false,
 };
 
-const FAMILIES: [Family; 4] = [
+const FAMILIES: [Family; 5] = [
     Family {
         name: "llama",
         rope_style: RopeStyle::Interleaved,
         activation: Activation::Silu,
         features: PLAIN,
+        windows: Windows::None,
     },
     Family {
         name: "qwen2",
@@ -164,6 +147,7 @@ const FAMILIES: [Family; 4] = [
             attention_bias: true,
             ..PLAIN
         },
+        windows: Windows::None,
     },
     Family {
         name: "qwen3",
@@ -173,6 +157,7 @@ const FAMILIES: [Family; 4] = [
             qk_norm: true,
             ..PLAIN
         },
+        windows: Windows::None,
     },
     Family {
         name: "gemma3",
@@ -183,13 +168,24 @@ const FAMILIES: [Family; 4] = [
             post_norm: true,
             ..PLAIN
         },
+        windows: Windows::Most(6),
+    },
+    Family {
+        name: "phi3",
+        rope_style: RopeStyle::Halves,
+        activation: Activation::Silu,
+        features: PLAIN,
+        windows: Windows::All,
     },
 ];
 
-/// Every so many layers of gemma3, one sees all positions; the others have a window.
-const GEMMA3_PERIOD: usize = 6;
-/// Base of the rotation of gemma3's layers with a window.
-const GEMMA3_LOCAL_BASE: f64 = 10_000.0;
+/// Rotation of gemma3's layers with a window.
+const GEMMA3_LOCAL: Rotation = Rotation {
+    base: 10_000.0,
+    divisor: 1.0,
+    factors: None,
+    magnitude: 1.0,
+};
 /// Layers of the one size of gemma3 (27B) whose queries are scaled by the width divided by the heads.
 const GEMMA3_LARGEST: usize = 62;
 
@@ -206,7 +202,8 @@ impl Description {
         requested: Option<usize>,
     ) -> Result<Self, DescriptionError> {
         let architecture = header.architecture()?.to_owned();
-        support::check_architecture(&architecture).map_err(DescriptionError::Architecture)?;
+        let known =
+            support::check_architecture(&architecture).map_err(DescriptionError::Architecture)?;
         let family = FAMILIES.iter().find(|family| family.name == architecture);
         let family = family.ok_or_else(|| {
             DescriptionError::Architecture(Unsupported::Architecture {
@@ -259,8 +256,13 @@ impl Description {
         }
         let width = size("embedding length", header.embedding_length()?)?;
         let max_context = size("context length", header.context_length()?)?;
-        let (layers, rotations) = layers(header, count)?;
+        let context = context(requested, max_context)?;
+        let layers = layers::layers(header, known, family.windows, count, max_context)?;
+        let mut rotations = vec![Rotation::from_header(header, known, max_context, context)?];
         let gemma = architecture == "gemma3";
+        if gemma {
+            rotations.push(GEMMA3_LOCAL);
+        }
         let query_width = if gemma && count == GEMMA3_LARGEST {
             width / heads
         } else {
@@ -268,12 +270,12 @@ impl Description {
         };
         let rms_epsilon = header.require_arch::<f64>("attention.layer_norm_rms_epsilon")? as f32;
         Ok(Self {
-            layers,
             width,
             heads,
             kv_heads,
             head_dim,
-            feed_forward: feed_forward(header)?,
+            feed_forward: layers::feed_forward(header, &layers)?,
+            layers,
             activation: family.activation,
             embedding_scale: if gemma { (width as f32).sqrt() } else { 1.0 },
             query_scale: 1.0 / (query_width as f32).sqrt(),
@@ -284,9 +286,16 @@ impl Description {
             features: family.features,
             vocab: size("vocabulary", header.vocab_size()?)?,
             max_context,
-            context: context(requested, max_context)?,
+            context,
             architecture,
         })
+    }
+
+    /// Returns whether the divisors for a long context are in use. A worker that serves a shorter context of the same model
+    /// gives other results.
+    pub fn is_long(&self) -> bool {
+        let mut rotations = self.rotations.iter();
+        rotations.any(|rotation| rotation.factors == Some(support::LONG_FACTORS))
     }
 }
 
@@ -307,7 +316,8 @@ fn context(requested: Option<usize>, available: usize) -> Result<usize, Descript
     }
 }
 
-fn size(what: &'static str, found: u64) -> Result<usize, DescriptionError> {
+/// Returns a number that may be the size of something.
+pub(super) fn size(what: &'static str, found: u64) -> Result<usize, DescriptionError> {
     if found == 0 || found > MAX_SIZE {
         return Err(DescriptionError::Size {
             what,
@@ -318,7 +328,12 @@ fn size(what: &'static str, found: u64) -> Result<usize, DescriptionError> {
     Ok(found as usize)
 }
 
-fn positive(suffix: &str, header: &GgufFile, default: f64) -> Result<f64, DescriptionError> {
+/// Returns the finite number above 0 that the header has for `ARCH.suffix`, else the default.
+pub(super) fn positive(
+    suffix: &str,
+    header: &GgufFile,
+    default: f64,
+) -> Result<f64, DescriptionError> {
     let value = header.get_arch::<f64>(suffix)?.unwrap_or(default);
     if value.is_finite() && value > 0.0 {
         return Ok(value);
@@ -328,69 +343,4 @@ fn positive(suffix: &str, header: &GgufFile, default: f64) -> Result<f64, Descri
         expected: "a finite number above 0".to_owned(),
         found: format!("the number {value}"),
     }))
-}
-
-/// Linear scaling divides positions. The other ways of stretching a context change the computation, and a model
-/// that needs one would answer nonsense without it, so they are refused by name.
-fn rope_divisor(header: &GgufFile) -> Result<f64, DescriptionError> {
-    let key = format!("{}.rope.scaling.type", header.architecture()?);
-    match header.metadata().get(&key) {
-        None => Ok(1.0),
-        Some(Value::String(kind)) if kind == "none" => Ok(1.0),
-        Some(Value::String(kind)) if kind == "linear" => {
-            positive("rope.scaling.factor", header, 1.0)
-        }
-        Some(Value::String(kind)) => Err(DescriptionError::Feature {
-            feature: format!("rope scaling of type `{kind}`"),
-        }),
-        Some(_) => Err(DescriptionError::Header(GgufError::WrongValue {
-            key,
-            expected: "a text".to_owned(),
-            found: "something else".to_owned(),
-        })),
-    }
-}
-
-/// Returns the layers and the rotations that they name.
-fn layers(
-    header: &GgufFile,
-    count: usize,
-) -> Result<(Vec<LayerKind>, Vec<Rotation>), DescriptionError> {
-    let rotation = Rotation {
-        base: positive("rope.freq_base", header, 10_000.0)?,
-        divisor: rope_divisor(header)?,
-        factors: header.tensor(ROPE_FACTORS).map(|_| ROPE_FACTORS),
-    };
-    let all = LayerKind {
-        window: None,
-        rotation: 0,
-    };
-    if header.architecture()? != "gemma3" {
-        return Ok((vec![all; count], vec![rotation]));
-    }
-    let window = header.require_arch::<u64>("attention.sliding_window")?;
-    let near = LayerKind {
-        window: Some(size("attention window", window)?),
-        rotation: 1,
-    };
-    let layer = |index: usize| {
-        if (index + 1).is_multiple_of(GEMMA3_PERIOD) {
-            all
-        } else {
-            near
-        }
-    };
-    let local = Rotation {
-        base: GEMMA3_LOCAL_BASE,
-        divisor: 1.0,
-        factors: None,
-    };
-    Ok(((0..count).map(layer).collect(), vec![rotation, local]))
-}
-
-/// Width of the feed-forward layers, which only the tensors tell for certain.
-fn feed_forward(header: &GgufFile) -> Result<usize, DescriptionError> {
-    let gate = header.tensor("blk.0.ffn_gate.weight");
-    let rows = gate.and_then(|tensor| tensor.dims.last().copied());
-    size("feed-forward width", rows.unwrap_or_default())
 }

@@ -2,7 +2,9 @@
 
 pub mod angles;
 pub mod description;
+pub mod layers;
 pub mod places;
+pub mod rotation;
 
 use description::Description;
 

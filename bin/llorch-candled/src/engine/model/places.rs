@@ -2,15 +2,50 @@
 
 use super::description::Description;
 
-/// A matrix of a model file.
+/// A matrix of a model file: a tensor, or some rows of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// Name of the tensor.
     pub name: String,
+    /// First row of the matrix in the tensor.
+    pub first: usize,
     /// Number of rows.
     pub rows: usize,
+    /// Number of rows of the tensor.
+    pub of: usize,
     /// Columns.
     pub columns: usize,
+}
+
+impl Place {
+    /// Returns the place of a whole tensor.
+    fn whole(name: String, rows: usize, columns: usize) -> Self {
+        Self {
+            name,
+            first: 0,
+            rows,
+            of: rows,
+            columns,
+        }
+    }
+
+    /// Returns the places of matrices with these numbers of rows, which are one tensor, each below the one
+    /// before it.
+    fn stacked<const N: usize>(name: &str, rows: [usize; N], columns: usize) -> [Self; N] {
+        let of = rows.iter().sum();
+        let mut end = 0;
+        rows.map(|rows| {
+            let first = end;
+            end += rows;
+            Self {
+                name: name.to_owned(),
+                first,
+                rows,
+                of,
+                columns,
+            }
+        })
+    }
 }
 
 /// The embedding, and the output matrix of files that have no other.
@@ -61,19 +96,28 @@ impl Description {
     pub fn layer_places(&self, layer: usize) -> LayerPlaces {
         let (width, inner) = (self.width, self.feed_forward);
         let (queries, kvs) = (self.query_width(), self.kv_width());
-        let place = |part: &str, rows, columns| Place {
-            name: in_layer(layer, &format!("{part}.weight")),
-            rows,
-            columns,
+        let kind = self.layers[layer];
+        let name = |part: &str| in_layer(layer, &format!("{part}.weight"));
+        let whole = |part: &str, rows, columns| Place::whole(name(part), rows, columns);
+        let [query, key, value] = if kind.fused_attention {
+            Place::stacked(&name("attn_qkv"), [queries, kvs, kvs], width)
+        } else {
+            let parts = [("attn_q", queries), ("attn_k", kvs), ("attn_v", kvs)];
+            parts.map(|(part, rows)| whole(part, rows, width))
+        };
+        let [gate, up] = if kind.fused_gate {
+            Place::stacked(&name("ffn_up"), [inner, inner], width)
+        } else {
+            ["ffn_gate", "ffn_up"].map(|part| whole(part, inner, width))
         };
         LayerPlaces {
-            query: place("attn_q", queries, width),
-            key: place("attn_k", kvs, width),
-            value: place("attn_v", kvs, width),
-            output: place("attn_output", width, queries),
-            gate: place("ffn_gate", inner, width),
-            up: place("ffn_up", inner, width),
-            down: place("ffn_down", width, inner),
+            query,
+            key,
+            value,
+            output: whole("attn_output", width, queries),
+            gate,
+            up,
+            down: whole("ffn_down", width, inner),
         }
     }
 
@@ -88,10 +132,6 @@ impl Description {
     }
 
     fn vocabulary_place(&self, name: &str) -> Place {
-        Place {
-            name: name.to_owned(),
-            rows: self.vocab,
-            columns: self.width,
-        }
+        Place::whole(name.to_owned(), self.vocab, self.width)
     }
 }

@@ -823,7 +823,14 @@ fn an_entry_that_no_worker_runs_says_so() {
         );
         entry.unsupported().map(|reason| reason.to_string())
     };
-    for runs in ["smollm2-135m", "tinyllama", "qwen", "llama3", "mistral"] {
+    for runs in [
+        "smollm2-135m",
+        "tinyllama",
+        "qwen",
+        "phi3",
+        "llama3",
+        "mistral",
+    ] {
         assert_eq!(reason(runs), None, "{runs}");
     }
     assert!(reason("mamba").unwrap().contains("architecture `mamba`"));

@@ -35,6 +35,65 @@ fn a_file_with_all_that_the_engine_needs_passes() {
 }
 
 #[test] // [GGUF-040]
+fn tensors_of_phi3_may_be_fused_or_not() {
+    let fused = GgufDraft::phi3;
+    check(&read(&fused())).unwrap();
+    check(&read(&GgufDraft::servable().of_architecture("phi3"))).unwrap();
+    let long = || {
+        fused()
+            .with_tensor("rope_factors_long.weight", &[1])
+            .with_tensor("rope_factors_short.weight", &[1])
+    };
+    check(&read(&long())).unwrap();
+    for kind in ["longrope", "su", "linear", "none"] {
+        check(&read(&long().with_text("phi3.rope.scaling.type", kind))).unwrap();
+    }
+    for (draft, reason) in [
+        (
+            fused().without_tensor("blk.0.attn_qkv.weight"),
+            "the file has no tensor `blk.0.attn_qkv.weight`",
+        ),
+        (
+            fused().without_tensor("blk.0.ffn_up.weight"),
+            "the file has no tensor `blk.0.ffn_up.weight`",
+        ),
+        // With queries of their own, keys and values are looked for as well.
+        (
+            fused().with_tensor("blk.0.attn_q.weight", &[2, 2]),
+            "the file has no tensor `blk.0.attn_k.weight`",
+        ),
+        (
+            fused().without("phi3.feed_forward_length"),
+            "the metadata has no `phi3.feed_forward_length`",
+        ),
+        (
+            long().without_tensor("rope_factors_long.weight"),
+            "the file has no tensor `rope_factors_long.weight`",
+        ),
+        (
+            fused().with_text("phi3.rope.scaling.type", "longrope"),
+            "the file has no tensor `rope_factors_long.weight`",
+        ),
+        (
+            long().with_text("phi3.rope.scaling.type", "yarn"),
+            "rope scaling of type `yarn`",
+        ),
+        // No other architecture has them.
+        (
+            GgufDraft::phi3().of_architecture("llama"),
+            "the file has no tensor `blk.0.attn_q.weight`",
+        ),
+        (
+            GgufDraft::servable().with_text("llama.rope.scaling.type", "longrope"),
+            "rope scaling of type `longrope`",
+        ),
+    ] {
+        let refusal = refusal(&draft);
+        assert!(refusal.contains(reason), "{refusal}, not {reason}");
+    }
+}
+
+#[test] // [GGUF-040]
 fn every_reason_for_a_refusal_has_its_name() {
     let whole = GgufDraft::servable;
     let mut with_type = whole();
@@ -66,7 +125,7 @@ fn every_reason_for_a_refusal_has_its_name() {
         ),
         (
             whole().of_architecture("mamba"),
-            "architecture `mamba` is not supported (supported: gemma3, llama, qwen2, qwen3)",
+            "architecture `mamba` is not supported (supported: gemma3, llama, phi3, qwen2, qwen3)",
         ),
         (
             whole().without("general.architecture"),
