@@ -27,6 +27,9 @@ pub(super) struct Built {
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Words end before a capital letter, and what is left of a contraction belongs to its word. llama.cpp has no classes of
+/// capital and small letters and takes those of ASCII, so it splits words with other letters in fewer places.
+const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const SINGLE_DIGIT: &str = r"\p{N}";
 /// What llama.cpp does for a file that names no way of splitting.
 const DEFAULT: [&str; 4] = [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"];
@@ -51,6 +54,9 @@ fn pre_rules(name: &str) -> Result<PreRules, TokenizerError> {
     Ok(match name {
         "default" => plain(&DEFAULT),
         "gpt-2" => plain(&[GPT2]),
+        // Phi-4-mini has the first, Phi-4 the second.
+        "gpt-4o" => plain(&[GPT4O]),
+        "dbrx" => plain(&[LLAMA3]),
         "smollm" => plain(&[SINGLE_DIGIT, GPT2]),
         "llama-bpe" => PreRules {
             ignore_merges: true,

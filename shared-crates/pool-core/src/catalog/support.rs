@@ -129,7 +129,15 @@ const MODEL_TENSORS: [&str; 2] = ["token_embd.weight", "output_norm.weight"];
 pub const TOKENIZER_KINDS: &[&str] = &["gpt2", "llama"];
 
 /// Rules for splitting text before merging (`tokenizer.ggml.pre`) that the worker knows for the kind `gpt2`.
-pub const PRE_TOKENIZERS: &[&str] = &["default", "gpt-2", "smollm", "llama-bpe", "qwen2"];
+pub const PRE_TOKENIZERS: &[&str] = &[
+    "default",
+    "dbrx",
+    "gpt-2",
+    "gpt-4o",
+    "smollm",
+    "llama-bpe",
+    "qwen2",
+];
 
 /// Element types that the engine can multiply.
 pub const TENSOR_TYPES: &[&str] = &[

@@ -1,6 +1,8 @@
 use pool_core::catalog::gguf::{GgufFile, Vocabulary, VocabularyError};
 use pool_core::catalog::support::PRE_TOKENIZERS;
 
+use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
+
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// Text, score, kind.
@@ -164,6 +166,39 @@ fn each_way_of_splitting_has_its_own_rules_for_digits() {
     assert_eq!(lengths("default"), [3, 1]);
     assert_eq!(lengths("qwen2"), [1, 1, 1, 1]);
     assert_eq!(lengths("smollm"), [1, 1, 1, 1]);
+    assert_eq!(lengths("gpt-4o"), [3, 1]);
+    assert_eq!(lengths("dbrx"), [3, 1]);
+}
+
+/// Returns the pieces that a text is split into before merging.
+fn splits<'t>(pre: &str, text: &'t str) -> Vec<&'t str> {
+    let vocabulary = [("a", 0.0, NORMAL), ("b", 0.0, NORMAL)];
+    let tokenizer = Tokenizer::from_header(&header("gpt2", Some(pre), &[], &vocabulary)).unwrap();
+    let splitter = tokenizer.inner.get_pre_tokenizer().unwrap();
+    let mut split = PreTokenizedString::from(text);
+    splitter.pre_tokenize(&mut split).unwrap();
+    let pieces = split.get_splits(OffsetReferential::Original, OffsetType::Byte);
+    let places = pieces.into_iter().map(|(_, (start, end), _)| start..end);
+    places.map(|place| &text[place]).collect()
+}
+
+// [CAND-030]
+#[test]
+fn gpt_4o_splits_words_before_capitals_and_keeps_contractions() {
+    for (text, pieces) in [
+        (
+            "HelloWorld's 12345",
+            &["Hello", "World's", " ", "123", "45"][..],
+        ),
+        ("don't STOP", &["don't", " STOP"]),
+        ("ABCdef", &["ABCdef"]),
+        ("naïveÉcole", &["naïve", "École"]),
+        ("日本語 кот", &["日本語", " кот"]),
+        ("a/b\n\n  c", &["a", "/b", "\n\n", " ", " c"]),
+        ("??\n/x", &["??\n/", "x"]),
+    ] {
+        assert_eq!(splits("gpt-4o", text), pieces);
+    }
 }
 
 const USER_DEFINED: u32 = 4;
