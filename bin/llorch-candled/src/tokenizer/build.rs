@@ -2,7 +2,7 @@
 //!
 //! candle-core has a reader of its own; it puts a space before texts that should have none and refuses SentencePiece.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use pool_core::catalog::gguf::{GgufFile, StringArray, TokenKind, Vocabulary, VocabularyError};
 use tokenizers::models::bpe::{BPE, Vocab};
@@ -22,6 +22,8 @@ pub(super) struct Built {
     pub(super) tokenizer: Tokenizer,
     pub(super) pieces: Vec<Box<[u8]>>,
     pub(super) adds_bos_by_default: bool,
+    /// Control tokens after which white space is left out.
+    pub(super) trims: BTreeSet<u32>,
 }
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
@@ -131,6 +133,7 @@ pub(super) fn byte_level(
         tokenizer,
         pieces,
         adds_bos_by_default: rules.adds_bos,
+        trims: BTreeSet::new(),
     })
 }
 
@@ -184,7 +187,23 @@ pub(super) fn sentence_piece(
         tokenizer,
         pieces,
         adds_bos_by_default: true,
+        trims: trims(header, vocabulary)?,
     })
+}
+
+/// Control tokens of Phi-3 after which white space is kept.
+const KEEP_SPACE: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+
+/// Returns the control tokens after which white space is left out. The templates of Phi-3 put a line break after each token
+/// of a turn, with which the model was not trained. No key of a file says so.
+fn trims(header: &GgufFile, vocabulary: &Vocabulary) -> Result<BTreeSet<u32>, TokenizerError> {
+    if header.get("general.architecture")? != Some("phi3") {
+        return Ok(BTreeSet::new());
+    }
+    let control = (0u32..)
+        .zip(&vocabulary.texts)
+        .filter(|(id, text)| vocabulary.steers(*id) && !KEEP_SPACE.contains(&text.as_str()));
+    Ok(control.map(|(id, _)| id).collect())
 }
 
 /// SentencePiece joins the pair whose joined piece scores best; as merge rules these are all pairs of pieces that form

@@ -55,6 +55,8 @@ pub struct Tokenizer {
     /// Tokenizer of the text tokens; `control` finds the tokens that steer the model.
     inner: tokenizers::Tokenizer,
     control: ControlTokens,
+    /// Control tokens after which white space is left out.
+    trims: BTreeSet<u32>,
     /// The bytes each token stands for in a text; empty for those that are no text.
     pieces: Vec<Box<[u8]>>,
     bos: Option<(u32, String)>,
@@ -96,6 +98,7 @@ impl Tokenizer {
         Ok(Self {
             inner: built.tokenizer,
             control,
+            trims: built.trims,
             pieces: built.pieces,
             bos,
             eos_text: eos.map(|(_, text)| text),
@@ -128,9 +131,13 @@ impl Tokenizer {
         let mut ids = Vec::new();
         let mut end = 0;
         for (token, place) in self.control.find(text, breaks) {
-            self.encode_text(&text[end..place.start], &mut ids)?;
+            // A name may begin with white space that is left out.
+            self.encode_text(&text[end.min(place.start)..place.start], &mut ids)?;
             ids.push(token);
-            end = place.end;
+            end = end.max(place.end);
+            if self.trims.contains(&token) {
+                end = text.len() - text[end..].trim_start().len();
+            }
         }
         self.encode_text(&text[end..], &mut ids)?;
         Ok(ids)

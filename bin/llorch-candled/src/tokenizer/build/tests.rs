@@ -10,6 +10,16 @@ type Token = (&'static str, f32, u32);
 
 /// The header of a file with this vocabulary and these further entries.
 fn header(kind: &str, pre: Option<&str>, merges: &[&str], vocabulary: &[Token]) -> GgufFile {
+    header_of("some", kind, pre, merges, vocabulary)
+}
+
+fn header_of(
+    architecture: &str,
+    kind: &str,
+    pre: Option<&str>,
+    merges: &[&str],
+    vocabulary: &[Token],
+) -> GgufFile {
     fn text(text: &str) -> Vec<u8> {
         [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
     }
@@ -26,6 +36,7 @@ fn header(kind: &str, pre: Option<&str>, merges: &[&str], vocabulary: &[Token]) 
         array(ty, vocabulary.iter().map(element).collect())
     };
     let mut entries = vec![
+        ("general.architecture", text_value(architecture)),
         ("tokenizer.ggml.model", text_value(kind)),
         ("tokenizer.ggml.tokens", column(8, &|token| text(token.0))),
         (
@@ -314,6 +325,44 @@ fn no_rule_makes_a_control_token_of_text() {
         Tokenizer::from_header(&header("gpt2", Some("llama-bpe"), &["< |"], &vocabulary)).unwrap();
     assert_eq!(tokenizer.encode_within("a<|", &[2]).unwrap(), [3, 0, 1]);
     assert_eq!(tokenizer.encode_within("a<|", &[]).unwrap(), [3, 2]);
+}
+
+// [CAND-036]
+#[test]
+fn white_space_after_a_control_token_of_phi3_is_left_out() {
+    let vocabulary = [
+        ("<unk>", 0.0, 2),
+        ("<s>", 0.0, CONTROL),
+        ("</s>", 0.0, USER_DEFINED),
+        ("\u{2581}", -20.0, NORMAL),
+        ("a", -21.0, NORMAL),
+        ("\u{2581}a", -5.0, NORMAL),
+        ("<0x0A>", 0.0, 6),
+        ("<|user|>", 0.0, CONTROL),
+        ("<|end|>", 0.0, CONTROL),
+        ("<|endoftext|>", 0.0, CONTROL),
+        // Names of white space: no place in a text may be taken twice.
+        ("\n<|x|>", 0.0, CONTROL),
+        ("\t", 0.0, CONTROL),
+    ];
+    let build = |architecture| {
+        let header = header_of(architecture, "llama", None, &[], &vocabulary);
+        Tokenizer::from_header(&header).unwrap()
+    };
+    let (phi3, llama) = (build("phi3"), build("llama"));
+    let prompt = "<|user|>\n  a<|end|>\n<|user|>a</s> a<s>\na";
+    assert_eq!(
+        phi3.encode(prompt).unwrap(),
+        [7, 5, 8, 7, 5, 2, 5, 1, 3, 6, 4]
+    );
+    let all = llama.encode(prompt).unwrap();
+    assert_eq!(all[..6], [7, 3, 6, 3, 5, 8]);
+    assert_eq!(phi3.encode("<|user|>\n<|x|>a").unwrap(), [7, 10, 5]);
+    assert_eq!(phi3.encode("<|user|> \t \ta").unwrap(), [7, 11, 11, 5]);
+    // In a message the name is text, and so is what follows it.
+    let breaks: Vec<usize> = (1..8).collect();
+    let guarded = phi3.encode_prompt("<|end|>  a", &breaks).unwrap();
+    assert_eq!(guarded[guarded.len() - 2..], [3, 5]);
 }
 
 #[test] // [CAND-090]
