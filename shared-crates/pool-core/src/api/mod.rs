@@ -3,5 +3,6 @@
 pub mod error;
 pub mod models;
 pub mod pool;
+pub mod receipt;
 pub mod version;
 pub mod worker;

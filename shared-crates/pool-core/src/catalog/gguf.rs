@@ -11,6 +11,7 @@
 //! `general.architecture`. Whether a model can be served is the worker's to say: it refuses a header without a
 //! tokenizer.
 
+mod digest;
 mod error;
 mod read;
 mod tensor;

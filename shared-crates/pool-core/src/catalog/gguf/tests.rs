@@ -732,3 +732,64 @@ proptest! {
         }
     }
 }
+
+// [GGUF-050] The expected hash was computed outside of this program from the documented bytes.
+#[test]
+fn a_tokenizer_is_identified_by_its_own_metadata_alone() {
+    let hash = |built: &Build| read(&built.bytes()).unwrap().tokenizer_sha256();
+    let own = hash(&Build::model());
+    assert_eq!(
+        own,
+        "b78c2da3f52bfe8f6270641ff915c3007db1dad78d1e703b5243cfc0dec0faa9"
+    );
+    for (key, value) in [
+        ("general.name", text_value("Another")),
+        ("llama.context_length", u32_value(4096)),
+        ("tokenizer.chat_template", text_value("{{ x }}")),
+        ("tokenizer.huggingface.json", text_value("{}")),
+    ] {
+        assert_eq!(hash(&Build::model().with(key, value)), own, "{key}");
+    }
+    let mut seen = vec![own];
+    let key = "tokenizer.ggml.";
+    let texts = |texts: &[&str]| {
+        let content: Vec<_> = texts.iter().flat_map(|t| text(t)).collect();
+        array(8, texts.len() as u64, &content)
+    };
+    let mut changes = vec![
+        ("pre", text_value("gpt-2")),
+        ("bos_token_id", u32_value(1)),
+        ("bos_token_id", u32_value(0)),
+        ("eos_token_id", u32_value(1)),
+        ("add_bos_token", concat(&[&7u32.to_le_bytes(), &[1]])),
+        ("scale", concat(&[&6u32.to_le_bytes(), &1f32.to_le_bytes()])),
+        ("tokens", texts(&["ab", ""])),
+        ("tokens", texts(&["a", "b", ""])),
+    ];
+    // An array of every other type, with other values than the one before.
+    for (ty, width) in [
+        (0, 1),
+        (1, 1),
+        (2, 2),
+        (3, 2),
+        (4, 4),
+        (5, 4),
+        (6, 4),
+        (7, 1),
+        (10, 8),
+        (11, 8),
+        (12, 8),
+    ] {
+        let mut content = vec![0; 2 * width];
+        // Truth values are 0 and 1 alone.
+        let (first, rest) = if ty == 7 { (0, 1) } else { (1, ty as u8) };
+        content[width..].fill(rest);
+        content[0] = first;
+        changes.push(("more", array(ty, 2, &content)));
+    }
+    for (name, value) in changes {
+        let changed = hash(&Build::model().with(&format!("{key}{name}"), value));
+        assert!(!seen.contains(&changed), "{name}");
+        seen.push(changed);
+    }
+}
