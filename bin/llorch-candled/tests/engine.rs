@@ -13,6 +13,7 @@ use llorch_candled::backend::cpu::lanes::Tier;
 use llorch_candled::engine::model::description::Description;
 use llorch_candled::engine::model::{Batch, Model, Row};
 use llorch_candled::engine::{Control, Engine, Failure, Halted, Sizes};
+use pool_core::api::receipt::{Receipt, hash_of_ids, hash_of_stops};
 use pool_core::api::worker::{
     ContextOverflow, ExecuteRequest, Origin, Resume, Sampling, StopReason, WorkerErrorCode,
     WorkerEvent,
@@ -426,7 +427,160 @@ fn an_answer_goes_on_wherever_it_was_cut() {
                     whole.end.stop_reason
                 )
             );
+            // [CAND-111]
+            assert_eq!(rest.end.receipt, whole.end.receipt, "cut after {cut}");
         }
+    }
+}
+
+fn receipt(engine: &Engine, request: ExecuteRequest) -> Receipt {
+    *answer(engine, request).end.receipt.expect("a receipt")
+}
+
+// [CAND-110]
+#[test]
+fn a_receipt_says_what_produced_the_answer() {
+    let mut engine = engine();
+    let request = ExecuteRequest {
+        stop: vec!["\u{7f}never".into()],
+        ..sampled(5, warm())
+    };
+    let whole = answer(&engine, request.clone());
+    let first = whole.end.receipt.expect("a receipt");
+    let generation = engine.prepare(request.clone(), Instant::now()).unwrap();
+    assert_eq!(
+        (first.prompt_sha256.as_str(), first.prompt_tokens),
+        (
+            hash_of_ids(generation.prompt()).as_str(),
+            generation.prompt().len() as u32
+        )
+    );
+    assert_eq!(
+        (first.output_sha256.as_str(), first.output_tokens),
+        (hash_of_ids(&whole.ids).as_str(), 60)
+    );
+    assert_eq!(first.stop_sha256, hash_of_stops(&request.stop));
+    assert_eq!(
+        first.engine,
+        concat!("llorch-candled ", env!("CARGO_PKG_VERSION"))
+    );
+    assert_eq!(first.arithmetic, engine.origin().build);
+    assert_eq!((first.model_sha256.as_deref(), first.seed), (None, 5));
+    assert_eq!((first.temperature, first.max_tokens), (0.8, 60));
+    assert!(first.earlier_arithmetic.is_empty() && first.chat_template_sha256.is_some());
+    engine.set_sha256("ab12");
+    let named = Some("ab12".to_owned());
+    let named = Receipt {
+        model_sha256: named,
+        ..*first
+    };
+    assert_eq!(receipt(&engine, request.clone()), named);
+
+    // Each part of the request shows in its own field.
+    let raw = receipt(
+        &engine,
+        ExecuteRequest {
+            raw: true,
+            ..request.clone()
+        },
+    );
+    assert_eq!(raw.chat_template_sha256, None);
+    assert_ne!(raw.prompt_sha256, named.prompt_sha256);
+    let other = receipt(
+        &engine,
+        ExecuteRequest {
+            stop: Vec::new(),
+            max_tokens: 4,
+            ..sampled(6, Sampling { top_k: 2, ..warm() })
+        },
+    );
+    assert_eq!(
+        other,
+        Receipt {
+            top_k: 2,
+            seed: 6,
+            stop_sha256: None,
+            max_tokens: 4,
+            output_tokens: 4,
+            output_sha256: other.output_sha256.clone(),
+            ..named.clone()
+        }
+    );
+    assert_ne!(other.output_sha256, named.output_sha256);
+
+    // What the worker's context leaves is less than what is asked for.
+    let long = ExecuteRequest {
+        max_tokens: 1_000_000,
+        ..greedy("hello")
+    };
+    let cut = receipt(&engine, long);
+    let context = engine.context_length() as u32;
+    assert_eq!(cut.max_tokens, context - cut.prompt_tokens);
+
+    let of_model = |model: TinyModel| receipt(&tiny(&model).unwrap(), request.clone());
+    let other_tokenizer = of_model(TinyModel {
+        eos: 256,
+        ..TinyModel::default()
+    });
+    let other_template = of_model(TinyModel {
+        chat_template: Some("{{ messages[0].content }}"),
+        ..TinyModel::default()
+    });
+    for (other, tokenizer, template) in [
+        (other_tokenizer, false, true),
+        (other_template, true, false),
+    ] {
+        let same_tokenizer = other.tokenizer_sha256 == named.tokenizer_sha256;
+        let same_template = other.chat_template_sha256 == named.chat_template_sha256;
+        assert_eq!((same_tokenizer, same_template), (tokenizer, template));
+    }
+}
+
+// [CAND-111]
+#[test]
+fn the_receipt_of_a_continued_answer_names_other_arithmetic_before_it() {
+    let engine = engine();
+    let whole = answer(&engine, sampled(5, warm()));
+    let first = whole.end.receipt.unwrap();
+    let here = engine.origin().clone();
+    let continued = |pieces: &[_], origin| {
+        let ids = |p: &pool_core::api::worker::WorkerToken| p.ids.clone();
+        let resume = Resume {
+            token_ids: pieces.iter().flat_map(ids).collect(),
+            next_index: Some(pieces.len() as u32),
+            origin,
+            seen_more: false,
+        };
+        let request = ExecuteRequest {
+            resume: Some(resume),
+            ..sampled(5, warm())
+        };
+        receipt(&engine, request)
+    };
+    let other = Origin {
+        build: "another".into(),
+        ..here.clone()
+    };
+    let other_model = Origin {
+        model: "sha256:00".into(),
+        ..here.clone()
+    };
+    let seven = &whole.pieces[..7];
+    for (pieces, origin, earlier) in [
+        (seven, Some(here), &[][..]),
+        (seven, Some(other.clone()), &["another"]),
+        (seven, None, &["unknown"]),
+        // Nothing was computed elsewhere, or nothing of it counts.
+        (&[], Some(other), &[]),
+        (seven, Some(other_model), &[]),
+    ] {
+        let continued = continued(pieces, origin);
+        assert_eq!(continued.earlier_arithmetic, earlier);
+        let expected = Receipt {
+            earlier_arithmetic: continued.earlier_arithmetic.clone(),
+            ..(*first).clone()
+        };
+        assert_eq!(continued, expected);
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use llorch_candled::{Config, RunError, run};
+use pool_core::api::receipt::hash_of_ids;
 use pool_core::api::worker::{
     CancelRequest, CancelResponse, ExecuteRequest, HealthState, NEWEST_EVENT, Sampling, StopReason,
     WorkerErrorCode, WorkerEvent, WorkerHealth,
@@ -245,6 +246,28 @@ async fn an_execution_streams_started_tokens_and_end_in_order() {
         (end.tokens_in, end.tokens_out, end.stop_reason),
         (12, 20, StopReason::MaxTokens)
     );
+    worker.stop().await;
+}
+
+// [CAND-110]
+#[tokio::test]
+async fn the_end_carries_a_receipt_that_names_the_model() {
+    let sha256 = "ab".repeat(32);
+    let worker = Worker::with(|config| config.args.sha256 = Some(sha256.clone())).await;
+    let events = rest(worker.execute(&short("job-1", 1)).await.unwrap()).await;
+    let mut ids = Vec::new();
+    for (_, event) in &events {
+        match event {
+            WorkerEvent::Token(token) => ids.extend(&token.ids),
+            WorkerEvent::End(end) => {
+                let receipt = end.receipt.as_ref().expect("a receipt");
+                assert_eq!(receipt.model_sha256.as_ref(), Some(&sha256));
+                assert_eq!((receipt.prompt_tokens, receipt.output_tokens), (12, 20));
+                assert_eq!(receipt.output_sha256, hash_of_ids(&ids));
+            }
+            _ => {}
+        }
+    }
     worker.stop().await;
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use pool_core::api::receipt::{Receipt, hash_of_ids};
 use pool_core::api::worker::{
     ExecuteRequest, Sampling, StopReason, WorkerEnd, WorkerEvent, WorkerMetrics, WorkerStarted,
 };
@@ -36,6 +37,7 @@ pub(super) struct Flight<'e, C> {
     pub control: C,
     engine: &'e Engine,
     request: ExecuteRequest,
+    receipt: Box<Receipt>,
     accepted: Instant,
     tokens: Vec<u32>,
     /// Tokens of the prompt.
@@ -94,6 +96,7 @@ impl<'e, C: Control> Flight<'e, C> {
             request,
             prompt,
             resumed,
+            receipt,
             accepted,
         } = generation;
         control.event(WorkerEvent::Started(WorkerStarted {
@@ -113,6 +116,7 @@ impl<'e, C: Control> Flight<'e, C> {
             control,
             engine,
             request,
+            receipt,
             accepted,
             stop: None,
             first: None,
@@ -293,6 +297,16 @@ impl<'e, C: Control> Flight<'e, C> {
                 .first
                 .zip(self.last)
                 .map_or(0, |(first, last)| since(first, last)),
+            receipt: Some(Box::new(self.receipt())),
+        }
+    }
+
+    /// Returns the receipt of the answer as it stands, the tokens of earlier attempts included.
+    fn receipt(&self) -> Receipt {
+        Receipt {
+            output_tokens: self.answered() as u32,
+            output_sha256: hash_of_ids(&self.tokens[self.prompt..]),
+            ..(*self.receipt).clone()
         }
     }
 

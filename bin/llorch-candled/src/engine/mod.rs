@@ -8,6 +8,7 @@ pub mod model;
 mod origin;
 mod output;
 pub mod prefill;
+mod receipt;
 pub mod sampling;
 pub mod sequence;
 pub mod stop;
@@ -17,6 +18,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::{
     CacheShortage, ContextOverflow, ExecuteRequest, Message, Origin, Resume, Role, WorkerEnd,
     WorkerErrorCode, WorkerEvent,
@@ -33,6 +35,7 @@ use cache::Room;
 use model::description::{Description, DescriptionError};
 use model::{BLOCK, ModelError};
 use output::Output;
+use receipt::FileHashes;
 use sampling::SamplingError;
 use sequence::{CacheFull, Core, Sequence};
 
@@ -238,6 +241,8 @@ pub struct Generation {
     prompt: Vec<u32>,
     /// Tokens of earlier attempts that it goes on from; `None` begins anew.
     resumed: Option<Vec<u32>>,
+    /// Its receipt, as far as it is known before the answer.
+    receipt: Box<Receipt>,
     accepted: Instant,
 }
 
@@ -268,6 +273,7 @@ pub struct Engine {
     template: Result<ChatTemplate, TemplateError>,
     slots: usize,
     origin: Origin,
+    hashes: FileHashes,
 }
 
 impl Engine {
@@ -291,6 +297,7 @@ impl Engine {
         if let Err(error) = &template {
             tracing::warn!(%error, "the model takes raw prompts only");
         }
+        let hashes = FileHashes::of(&header);
         let total: u64 = header.tensors().iter().map(|t| t.size_bytes).sum();
         // The tokenizer was a step too.
         progress(0, total);
@@ -306,6 +313,7 @@ impl Engine {
             template,
             slots: sizes.slots.max(1),
             origin,
+            hashes,
         })
     }
 
@@ -398,9 +406,9 @@ impl Engine {
             )));
         }
         let resume = request.resume.take();
-        let resumed = resume
-            .filter(|resume| self.may_go_on(resume, &request))
-            .map(|resume| resume.token_ids);
+        let resume = resume.filter(|resume| self.may_go_on(resume, &request));
+        let receipt = self.receipt(&request, &prompt, resume.as_ref());
+        let resumed = resume.map(|resume| resume.token_ids);
         if let Some(ids) = &resumed {
             // Text already sent to readers is not voided for lack of room that another worker has.
             let answer = (ids.len() + 1).min(request.max_tokens as usize);
@@ -411,6 +419,7 @@ impl Engine {
             request,
             prompt,
             resumed,
+            receipt: Box::new(receipt),
             accepted,
         })
     }

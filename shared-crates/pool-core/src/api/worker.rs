@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::receipt::Receipt;
 use crate::ModelRef;
 
 /// Who says a message of a conversation.
@@ -210,7 +211,7 @@ pub struct WorkerToken {
 }
 
 /// The end of a generation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerEnd {
     /// Tokens of the prompt.
@@ -225,6 +226,9 @@ pub struct WorkerEnd {
     pub ttft_ms: u64,
     /// From the first token to the last, milliseconds.
     pub decode_time_ms: u64,
+    /// Receipt of the text; absent from workers of earlier builds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<Box<Receipt>>,
 }
 
 /// A momentary figure of a running generation.

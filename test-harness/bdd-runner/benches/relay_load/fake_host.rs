@@ -315,6 +315,7 @@ async fn generate(shared: Shared, execution: Arc<Mutex<Execution>>) {
         seed: request.seed,
         ttft_ms: 1,
         decode_time_ms: 1,
+        receipt: None,
     }));
 }
 

@@ -296,6 +296,7 @@ impl FakeWorker {
             seed: 1,
             ttft_ms: 2,
             decode_time_ms: 5,
+            receipt: None,
         };
         self.send(job, WorkerEvent::End(end));
     }
@@ -481,6 +482,7 @@ fn a_few_words(request: &ExecuteRequest) -> Vec<WorkerEvent> {
         seed: request.seed,
         ttft_ms: 2,
         decode_time_ms: 5,
+        receipt: None,
     });
     std::iter::once(started)
         .chain(tokens)
