@@ -297,7 +297,7 @@ pub async fn end(
             _ => (JobEvent::Errored, AttemptOutcome::Failed),
         },
     };
-    let (usage, error) = match &end {
+    let (usage, receipt, error) = match &end {
         End::Completed(end) => {
             let usage = Usage {
                 tokens_in: end.tokens_in,
@@ -306,9 +306,9 @@ pub async fn end(
                 ttft_ms: end.ttft_ms,
                 decode_time_ms: end.decode_time_ms,
             };
-            (Some(usage), None)
+            (Some(usage), end.receipt.clone(), None)
         }
-        End::Error(error) => (None, Some(error.clone())),
+        End::Error(error) => (None, None, Some(error.clone())),
     };
     let last = last_event(live, end);
     let mut events = live.hub.unwritten();
@@ -323,6 +323,7 @@ pub async fn end(
         at: clock::now(),
         progress,
         usage,
+        receipt,
         error,
         outcome,
     };

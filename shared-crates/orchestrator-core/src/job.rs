@@ -15,6 +15,7 @@ use std::sync::{Mutex, PoisonError};
 
 use jiff::Timestamp;
 use pool_core::ModelRef;
+use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::{Message, StopReason};
 use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
@@ -502,6 +503,8 @@ pub struct Job {
     pub text: String,
     /// Figures of a completed job.
     pub usage: Option<Usage>,
+    /// Receipt of a completed job; absent if its worker gave none.
+    pub receipt: Option<Receipt>,
     /// Why it did not complete.
     pub error: Option<JobError>,
 }
@@ -522,6 +525,7 @@ impl Job {
             attempts: Vec::new(),
             text: String::new(),
             usage: None,
+            receipt: None,
             error: None,
         }
     }

@@ -22,6 +22,7 @@ use orchestrator_core::api::tasks::{TaskView, TaskWaiting};
 use orchestrator_core::job::{Job, JobError, JobErrorCode, JobStatus, Usage};
 use orchestrator_core::scheduler::{Explanation, WaitReason};
 use orchestrator_core::{JobId, TaskSubmitRequest};
+use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::StopReason;
 use pool_core::process::{ProcessIdentity, Signal};
 use serde_json::{Value, json};
@@ -57,6 +58,10 @@ pub struct Fake {
     pub cancel_answers: Option<JobStatus>,
     /// The text that `GET /v2/tasks/{id}` shows; the job is running where it is `None`.
     pub text: Option<&'static str>,
+    /// Jobs that are over, with their events; a submit answers [`JOB`], as ever.
+    pub finished: Vec<(TaskView, Vec<Step>)>,
+    /// Status and code with which submits are refused.
+    pub refuses: Option<(StatusCode, &'static str)>,
     /// The jobs in lists, newest first, with the state of each in the first, second, ... list; empty for [`JOB`] alone.
     pub jobs: Vec<(&'static str, Vec<JobStatus>)>,
 }
@@ -68,6 +73,8 @@ pub struct Asked {
     pub submits: Vec<(String, TaskSubmitRequest)>,
     /// `Last-Event-ID` of each connection to the events.
     pub resumed_after: Vec<Option<String>>,
+    /// Jobs that were to be cancelled.
+    pub cancels: Vec<JobId>,
     /// Queries of lists.
     pub lists: Vec<Vec<(String, String)>>,
     /// All requests.
@@ -144,6 +151,9 @@ async fn submit(
         headers["idempotency-key"].to_str().unwrap().to_owned(),
         request,
     ));
+    if let Some((status, code)) = shared.fake.refuses {
+        return refusal(status, code);
+    }
     if asked.submits.len() <= shared.fake.broken_submits {
         // The length says that more comes, and then the connection is gone.
         let cut = async_stream::stream! { yield Err::<&str, io::Error>(io::Error::other("cut")) };
@@ -226,10 +236,18 @@ fn a_job() -> Job {
     )
 }
 
+fn refusal(status: StatusCode, code: &str) -> Response {
+    let error = json!({"code": code, "message": "it is not there", "correlation_id": "c", "retriable": false});
+    (status, Json(json!({"error": error}))).into_response()
+}
+
 async fn job(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) -> Response {
+    let mut finished = shared.fake.finished.iter();
+    if let Some((view, _)) = finished.find(|(view, _)| view.id.to_string() == id) {
+        return Json(view).into_response();
+    }
     if id != JOB {
-        let error = json!({"error": {"code": "JOB_NOT_FOUND", "message": format!("there is no job {id}"), "correlation_id": "c", "retriable": false}});
-        return (StatusCode::NOT_FOUND, Json(error)).into_response();
+        return refusal(StatusCode::NOT_FOUND, "JOB_NOT_FOUND");
     }
     let mut job = a_job();
     job.status = JobStatus::Running;
@@ -247,7 +265,15 @@ async fn job(State(shared): State<Shared>, UrlPath(id): UrlPath<String>) -> Resp
     Json(TaskView::new(job, None)).into_response()
 }
 
-async fn events(State(shared): State<Shared>, headers: HeaderMap) -> Response {
+async fn events(
+    State(shared): State<Shared>,
+    UrlPath(id): UrlPath<JobId>,
+    headers: HeaderMap,
+) -> Response {
+    let mut finished = shared.fake.finished.iter();
+    if let Some((_, steps)) = finished.find(|(view, _)| view.id == id) {
+        return play(steps.clone());
+    }
     let number = {
         let mut asked = shared.asked.lock().unwrap();
         let after = headers
@@ -256,7 +282,10 @@ async fn events(State(shared): State<Shared>, headers: HeaderMap) -> Response {
         asked.resumed_after.push(after);
         asked.resumed_after.len() - 1
     };
-    let steps = shared.fake.streams[number.min(shared.fake.streams.len() - 1)].clone();
+    play(shared.fake.streams[number.min(shared.fake.streams.len() - 1)].clone())
+}
+
+fn play(steps: Vec<Step>) -> Response {
     if let [Step::Over] = steps[..] {
         return StatusCode::NO_CONTENT.into_response();
     }
@@ -288,6 +317,7 @@ async fn cancel(
     State(shared): State<Shared>,
     UrlPath(id): UrlPath<JobId>,
 ) -> Result<Json<Value>, Infallible> {
+    shared.asked.lock().unwrap().cancels.push(id);
     let status = shared.fake.cancel_answers.unwrap_or(JobStatus::Cancelled);
     Ok(Json(json!({"job_id": id, "status": status})))
 }
@@ -345,6 +375,11 @@ pub fn token(i: u32, text: &str) -> TaskEvent {
 
 /// The job is completed.
 pub fn end() -> TaskEvent {
+    end_with(None)
+}
+
+/// The job is completed with a receipt.
+pub fn end_with(receipt: Option<Receipt>) -> TaskEvent {
     TaskEvent::End(End {
         tokens_in: 5,
         tokens_out: 3,
@@ -353,6 +388,7 @@ pub fn end() -> TaskEvent {
         ttft_ms: 12,
         decode_time_ms: 100,
         worker_id: "worker-cpu-0".into(),
+        receipt: receipt.map(Box::new),
     })
 }
 

@@ -8,6 +8,7 @@ use futures_util::future::BoxFuture;
 use jiff::SignedDuration;
 use orchestrator_core::api::events::{End as EndEvent, FurtherAttempt, Started, TaskEvent, Token};
 use pool_core::api::pool::WorkerEndpoint;
+use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::{ExecuteRequest, Origin, WorkerEvent, WorkerStarted, WorkerToken};
 use pool_core::client::ClientError;
 use pool_core::crash::crash_point;
@@ -60,6 +61,8 @@ pub(super) struct Running<'a> {
     next_index: u32,
     /// Where the text stood when the attempt began.
     seam_index: u32,
+    /// Classes of arithmetic that computed that text.
+    seam_classes: Vec<String>,
     /// Whether everything has come that readers may have seen of it.
     caught_up: bool,
     /// Whether readers may have seen more than the log has of an attempt before.
@@ -96,6 +99,7 @@ impl<'a> Running<'a> {
             untold: None,
             next_index: seam.next_index,
             seam_index: seam.next_index,
+            seam_classes: seam.classes.clone(),
             caught_up: true,
             seen_before: seam.seen_more,
             heard: 0,
@@ -343,10 +347,20 @@ impl<'a> Running<'a> {
                     ttft_ms: end.ttft_ms,
                     decode_time_ms: end.decode_time_ms,
                     worker_id: self.attempt.worker_id.clone(),
+                    receipt: self.receipt(end.receipt),
                 }))
             }
             WorkerEvent::Error(error) => Some(verdict::of_error(&error)),
         }
+    }
+
+    /// Completes a worker's receipt. A worker knows the last attempt before its own; the log knows which attempts computed
+    /// tokens.
+    fn receipt(&self, receipt: Option<Box<Receipt>>) -> Option<Box<Receipt>> {
+        let mut receipt = receipt?;
+        receipt.earlier_arithmetic.clear();
+        receipt.note_earlier(self.seam_classes.iter().map(String::as_str));
+        Some(receipt)
     }
 
     fn lost(&self, what: &str) -> Verdict {
@@ -370,6 +384,9 @@ impl<'a> Running<'a> {
         if !self.started && self.caught_up {
             let metrics = &self.app.metrics;
             metrics.prompted(&self.lease.spec.model, started.tokens_in);
+        }
+        if !started.continues {
+            self.seam_classes.clear();
         }
         let origin = started.origin.clone();
         let event = self.announcement(started);

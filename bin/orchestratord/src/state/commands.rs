@@ -460,6 +460,13 @@ pub(super) async fn end(
         .bind(job.to_string())
         .execute(&mut *conn)
         .await?;
+    if let Some(receipt) = &ending.receipt {
+        sqlx::query("INSERT INTO receipts (job_id, receipt) VALUES (?, ?)")
+            .bind(job.to_string())
+            .bind(to_json(receipt)?)
+            .execute(&mut *conn)
+            .await?;
+    }
     let reason = ending.error.as_ref().map(|error| error.message.as_str());
     end_attempt(conn, job, ending.at, ending.outcome, reason).await?;
     Ok(status)

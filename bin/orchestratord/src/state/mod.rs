@@ -31,6 +31,7 @@ use orchestrator_core::job::{
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::pool::RegisterRequest;
+use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::Origin;
 use sqlx::sqlite::{
     SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous,
@@ -265,6 +266,8 @@ pub struct Ending {
     pub progress: Progress,
     /// Figures of a completed job.
     pub usage: Option<Usage>,
+    /// Receipt of a completed job.
+    pub receipt: Option<Box<Receipt>>,
     /// Why it did not complete.
     pub error: Option<JobError>,
     /// How the running attempt ends, where there is one.

@@ -43,8 +43,8 @@ pub(super) async fn job(
 ) -> Result<Option<(Job, EventId)>, StoreError> {
     // One transaction, so that state, attempts and text are of one moment.
     let mut transaction = pool.begin().await?;
-    let sql = "SELECT status, spec, created_us, started_us, ended_us, dropped_us, fence, context_needed, usage, error FROM jobs \
-               JOIN requests ON job_id = id WHERE id = ?";
+    let sql = "SELECT status, spec, created_us, started_us, ended_us, dropped_us, fence, context_needed, usage, error, \
+               (SELECT receipt FROM receipts WHERE job_id = id) AS receipt FROM jobs JOIN requests ON job_id = id WHERE id = ?";
     let Some(row) = sqlx::query(sql)
         .bind(id.to_string())
         .fetch_optional(&mut *transaction)
@@ -100,6 +100,10 @@ pub(super) async fn job(
         text,
         usage: row
             .try_get::<Option<&str>, _>("usage")?
+            .map(from_json)
+            .transpose()?,
+        receipt: row
+            .try_get::<Option<&str>, _>("receipt")?
             .map(from_json)
             .transpose()?,
         error: row

@@ -8,13 +8,14 @@ use sqlx::{Connection as _, Row as _, SqliteConnection};
 use super::{StoreError, holder};
 
 /// Every version's script, the first one making version 1. A script that was released is never edited.
-const MIGRATIONS: [&str; 6] = [
+const MIGRATIONS: [&str; 7] = [
     include_str!("migrations/0001_jobs.sql"),
     include_str!("migrations/0002_holder_and_retention.sql"),
     include_str!("migrations/0003_given_up.sql"),
     include_str!("migrations/0004_pool_identity.sql"),
     include_str!("migrations/0005_timeline.sql"),
     include_str!("migrations/0006_context_needed.sql"),
+    include_str!("migrations/0007_receipts.sql"),
 ];
 
 /// The version that this build reads and writes.

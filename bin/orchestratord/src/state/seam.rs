@@ -21,6 +21,8 @@ pub struct Seam {
     pub next_index: u32,
     /// What the latest of the attempts computed with.
     pub origin: Option<Origin>,
+    /// Classes of arithmetic (the `build` of origins) that computed tokens of the text, in order, each once.
+    pub classes: Vec<String>,
     /// Whether readers may have seen more than the log has: an attempt was given up of which the daemon's end had cut
     /// off the last tokens, and none has been told of since.
     pub seen_more: bool,
@@ -50,6 +52,9 @@ pub(super) async fn seam(pool: &SqlitePool, job: JobId) -> Result<Seam, StoreErr
                     };
                 }
                 TaskEvent::Token(token) => {
+                    let class = seam.origin.as_ref().map(|origin| &origin.build);
+                    seam.classes
+                        .extend(class.filter(|class| !seam.classes.contains(class)).cloned());
                     seam.token_ids.extend(ids);
                     seam.next_index = token.i + 1;
                 }

@@ -1,6 +1,7 @@
 mod backup;
 mod model;
 mod open;
+mod receipts;
 mod retention;
 
 use super::commands::{StoredEvent, to_json};
@@ -84,6 +85,7 @@ fn ending(event: JobEvent, fence: Option<u64>, last: Arc<LogEntry>) -> Ending {
         at: crate::clock::now(),
         progress: events([last]),
         usage: None,
+        receipt: None,
         error: None,
         outcome: AttemptOutcome::Failed,
     }

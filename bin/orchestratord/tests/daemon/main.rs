@@ -25,6 +25,7 @@ mod pools;
 mod process;
 #[path = "../../../../shared-crates/pool-core/tests/support/promtool.rs"]
 mod promtool;
+mod receipts;
 mod restart;
 mod retention;
 mod scheduling;

@@ -11,6 +11,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use pool_core::ModelRef;
+use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::{StopReason, WorkerMetrics};
 use serde::{Deserialize, Serialize};
 
@@ -115,7 +116,7 @@ pub struct Token {
 }
 
 /// The text is whole.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct End {
     /// Tokens of the prompt.
@@ -132,6 +133,9 @@ pub struct End {
     pub decode_time_ms: u64,
     /// The worker.
     pub worker_id: String,
+    /// Receipt of the text; absent if the worker gave none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub receipt: Option<Box<Receipt>>,
 }
 
 /// This reader is too slow and is closed; it can resume.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
+use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::Message;
 use pool_core::json_number::MAX_EXACT_INTEGER;
 use serde::{Deserialize, Serialize};
@@ -541,6 +542,9 @@ pub struct TaskView {
     pub text: String,
     /// Figures of a completed job.
     pub usage: Option<Usage>,
+    /// Receipt of a completed job: hashes and settings, which are kept when the texts are dropped. `null` if the worker gave
+    /// none.
+    pub receipt: Option<Receipt>,
     /// Why it did not complete.
     pub error: Option<JobError>,
     /// Path of its event stream.
@@ -562,6 +566,7 @@ impl TaskView {
             waiting,
             text: job.text,
             usage: job.usage,
+            receipt: job.receipt,
             error: job.error,
             events_url: events_url(job.id),
         }

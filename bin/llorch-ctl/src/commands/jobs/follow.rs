@@ -97,6 +97,7 @@ fn ending_of(view: TaskView) -> Result<Ending, CliError> {
             ttft_ms: usage.ttft_ms,
             decode_time_ms: usage.decode_time_ms,
             worker_id: worker_id.unwrap_or_default(),
+            receipt: view.receipt.map(Box::new),
         })),
         (None, Some(error)) => Ok(Ending::Failed(error)),
         (None, None) => Err(CliError::new(
@@ -457,6 +458,7 @@ mod tests {
             ttft_ms: 812,
             decode_time_ms: 500,
             worker_id: "worker-cpu-0".into(),
+            receipt: None,
         };
         insta::assert_snapshot!(summary(id, &end), @"job-01900000-0000-7000-8000-000000000000: 11 tokens by worker-cpu-0, TTFT 812ms, 20.0 tokens/s, seed 7");
         let cut = End {

@@ -103,6 +103,7 @@ async fn a_database_of_the_first_version_is_migrated_with_everything_in_it() {
         assert_eq!((job.spec.seed, job.text.as_str()), (u64::MAX, "1,2,"));
         assert_eq!(job.attempts.len(), usize::from(status != "queued"));
         assert_eq!((job.fence, last.seq), (1, 2));
+        assert_eq!(job.receipt, None);
         let key = IdempotencyKey {
             caller: "c".into(),
             key: status.into(),

@@ -14,10 +14,11 @@ use futures_util::Stream;
 use jiff::Timestamp;
 use orchestrator_core::JobId;
 use pool_core::api::pool::WorkerEndpoint;
+use pool_core::api::receipt::{Receipt, hash_of_ids};
 use pool_core::api::worker::{
     CacheShortage, CancelRequest, CancelResponse, ContextOverflow, ExecuteRequest, NEWEST_EVENT,
-    Origin, StopReason, WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent, WorkerStarted,
-    WorkerToken,
+    Origin, Resume, StopReason, WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent,
+    WorkerStarted, WorkerToken,
 };
 use pool_core::service::{Json, ServiceError};
 use pool_core::worker::{
@@ -34,6 +35,8 @@ struct Execution {
     events: Vec<WorkerEvent>,
     /// Streams opened before this many breaks are cut.
     breaks: u64,
+    /// What it said to compute with.
+    build: String,
 }
 
 #[derive(Default)]
@@ -246,6 +249,18 @@ impl FakeWorker {
 
     /// Sends `started` as a real one of this build does.
     pub fn started_as(&self, job: JobId, build: &str) {
+        self.started_where(job, build, |resume, origin| {
+            let build = resume.origin.as_ref().is_some_and(|from| from == origin);
+            build || !resume.seen_more
+        });
+    }
+
+    /// Sends `started` as one that does not go on from what it is given.
+    pub fn starts_over(&self, job: JobId, build: &str) {
+        self.started_where(job, build, |_, _| false);
+    }
+
+    fn started_where(&self, job: JobId, build: &str, continues: impl Fn(&Resume, &Origin) -> bool) {
         let fence = self.inner.lock().unwrap().executions[&job.to_string()].fence;
         let requests = self.requests();
         let request = requests
@@ -257,10 +272,12 @@ impl FakeWorker {
             model: "sha256:00".into(),
             build: build.into(),
         };
-        let continues = request.resume.as_ref().is_some_and(|resume| {
-            let build = resume.origin.as_ref().is_some_and(|from| *from == origin);
-            build || !resume.seen_more
+        self.change(|inner| {
+            let execution = inner.executions.get_mut(&job.to_string());
+            execution.unwrap().build = build.into();
         });
+        let resume = request.resume.as_ref();
+        let continues = resume.is_some_and(|resume| continues(resume, &origin));
         self.send(
             job,
             WorkerEvent::Started(WorkerStarted {
@@ -288,7 +305,13 @@ impl FakeWorker {
         }
     }
 
+    /// Ends the text after so many tokens, with a receipt.
     pub fn end(&self, job: JobId, tokens_out: u32) {
+        let receipt = self.receipt(job, tokens_out);
+        self.end_with(job, tokens_out, Some(receipt));
+    }
+
+    pub fn end_with(&self, job: JobId, tokens_out: u32, receipt: Option<Receipt>) {
         let end = WorkerEnd {
             tokens_in: 3,
             tokens_out,
@@ -296,9 +319,17 @@ impl FakeWorker {
             seed: 1,
             ttft_ms: 2,
             decode_time_ms: 5,
-            receipt: None,
+            receipt: receipt.map(Box::new),
         };
         self.send(job, WorkerEvent::End(end));
+    }
+
+    /// The receipt of an answer of so many tokens.
+    pub fn receipt(&self, job: JobId, tokens_out: u32) -> Receipt {
+        let inner = self.inner.lock().unwrap();
+        let job = job.to_string();
+        let request = inner.requests.iter().rfind(|r| r.job_id == job).unwrap();
+        receipt(request, &inner.executions[&job].build, tokens_out)
     }
 
     pub fn error(&self, job: JobId, code: WorkerErrorCode) {
@@ -458,6 +489,35 @@ pub fn correlation_of(headers: &HeaderMap) -> String {
     id.map_or_else(String::new, |id| id.to_str().unwrap().to_owned())
 }
 
+/// What a worker with one rare model says of an answer whose ids count from 100.
+fn receipt(request: &ExecuteRequest, build: &str, tokens_out: u32) -> Receipt {
+    let resume = request.resume.as_ref();
+    let ids: Vec<u32> = (100..100 + tokens_out).collect();
+    let mut receipt = Receipt {
+        model_sha256: Some("00".into()),
+        engine: "fake 1".into(),
+        arithmetic: build.into(),
+        earlier_arithmetic: Vec::new(),
+        tokenizer_sha256: "01".into(),
+        chat_template_sha256: Some("02".into()),
+        prompt_tokens: 3,
+        prompt_sha256: hash_of_ids(&[1, 2, 3]),
+        temperature: request.sampling.temperature,
+        top_p: request.sampling.top_p,
+        top_k: request.sampling.top_k,
+        min_p: request.sampling.min_p,
+        repetition_penalty: request.sampling.repetition_penalty,
+        seed: request.seed,
+        max_tokens: request.max_tokens,
+        stop_sha256: None,
+        output_tokens: tokens_out,
+        output_sha256: hash_of_ids(&ids),
+    };
+    let origin = resume.and_then(|resume| resume.origin.as_ref());
+    receipt.note_earlier(origin.map(|origin| origin.build.as_str()));
+    receipt
+}
+
 /// A whole execution.
 fn a_few_words(request: &ExecuteRequest) -> Vec<WorkerEvent> {
     let started = WorkerEvent::Started(WorkerStarted {
@@ -482,7 +542,7 @@ fn a_few_words(request: &ExecuteRequest) -> Vec<WorkerEvent> {
         seed: request.seed,
         ttft_ms: 2,
         decode_time_ms: 5,
-        receipt: None,
+        receipt: Some(Box::new(receipt(request, "a-build", 3))),
     });
     std::iter::once(started)
         .chain(tokens)
