@@ -115,6 +115,11 @@ pub fn tokens_per_second(tokens_out: u32, decode_time_ms: u64) -> Option<f64> {
     })
 }
 
+/// Returns the digits of a hash that are shown to people.
+fn short_hash(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(hash)
+}
+
 /// Formats `TTFT 812ms, 31.4 tokens/s`.
 fn speed(usage: &Usage) -> String {
     let rate = tokens_per_second(usage.tokens_out, usage.decode_time_ms);

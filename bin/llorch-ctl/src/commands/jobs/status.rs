@@ -6,13 +6,14 @@ use clap::Args;
 use jiff::Timestamp;
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::{Attempt, JobIdPrefix};
+use pool_core::api::receipt::Receipt;
 use pool_core::terminal::paint::Cell;
 use pool_core::terminal::sanitize::clean;
 use pool_core::terminal::{
     CliError, Exit, Format, age, human_duration, in_commands, paint, print_json, render_table, say,
 };
 
-use super::speed;
+use super::{short_hash, speed};
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
 /// Show one job: its state, its attempts, and why it waits.
@@ -77,6 +78,9 @@ fn render(job: &TaskView, now: Timestamp, colour: bool) -> String {
         lines.push(("tokens", tokens));
         lines.push(("speed", speed(usage)));
     }
+    if let Some(receipt) = &job.receipt {
+        lines.push(("receipt", in_short(receipt)));
+    }
     if let Some(error) = &job.error {
         lines.push((
             "error",
@@ -108,6 +112,17 @@ fn render(job: &TaskView, now: Timestamp, colour: bool) -> String {
         shown.push_str(&render_attempts(&job.attempts, now, colour));
     }
     shown.trim_end().to_owned()
+}
+
+/// Returns the parts of a receipt that tell runs apart, with short hashes.
+fn in_short(receipt: &Receipt) -> String {
+    let model = receipt.model_sha256.as_deref();
+    let model = model.map_or(String::new(), |hash| {
+        format!(", model {}", short_hash(hash))
+    });
+    let output = short_hash(&receipt.output_sha256);
+    let (engine, arithmetic) = (&receipt.engine, &receipt.arithmetic);
+    format!("{engine}, arithmetic {arithmetic}{model}, output {output}")
 }
 
 fn render_attempts(attempts: &[Attempt], now: Timestamp, colour: bool) -> String {
@@ -219,6 +234,26 @@ mod tests {
             ttft_ms: 812,
             decode_time_ms: 100,
         });
+        job.receipt = Some(Receipt {
+            model_sha256: Some("0123456789abcdef".into()),
+            engine: "llorch-candled 0.1.0".into(),
+            arithmetic: "cpu 2".into(),
+            earlier_arithmetic: Vec::new(),
+            tokenizer_sha256: "01".into(),
+            chat_template_sha256: None,
+            prompt_tokens: 9,
+            prompt_sha256: "02".into(),
+            temperature: 0.7,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 7,
+            max_tokens: 256,
+            stop_sha256: None,
+            output_tokens: 3,
+            output_sha256: "fedcba9876543210".into(),
+        });
         insta::assert_snapshot!(render(&TaskView::new(job, None), at(NOW), false), @r"
         job        job-01900000-0000-7000-8000-000000000001
         status     completed
@@ -227,6 +262,7 @@ mod tests {
         submitted  1m15s ago
         tokens     9 in, 3 out, EOS
         speed      TTFT 812ms, 20.0 tokens/s
+        receipt    llorch-candled 0.1.0, arithmetic cpu 2, model 0123456789ab, output fedcba987654
         text       4 characters: llorch jobs output job-01900000-0000-7000-8000-000000000001
 
         ATTEMPT  POOL  WORKER        TIME  OUTCOME      REASON
