@@ -7,6 +7,7 @@ mod explain;
 mod follow;
 mod list;
 mod output;
+mod replay;
 mod situation;
 mod status;
 mod submit;
@@ -41,6 +42,7 @@ enum Command {
     Events(events::Events),
     Wait(wait::Wait),
     Output(output::Output),
+    Replay(replay::Replay),
 }
 
 impl Jobs {
@@ -57,6 +59,7 @@ impl Jobs {
             Command::Events(command) => command.run(connect).await,
             Command::Wait(command) => command.run(connect).await,
             Command::Output(command) => command.run(connect).await,
+            Command::Replay(command) => command.run(connect).await,
         }
     }
 }
