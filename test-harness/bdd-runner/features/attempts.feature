@@ -11,6 +11,7 @@ Feature: Attempts
     When the same job is submitted again and its worker is killed after <tokens> tokens
     And I follow the rest of its events
     Then its text is the one of the undisturbed job, token by token
+    And its receipt is the one of the undisturbed job
     And it took two attempts, the second of which continued
     And a late word of the first attempt is refused
 
@@ -25,6 +26,7 @@ Feature: Attempts
     When the same job is submitted again and the orchestrator gets SIG<signal> after 10 tokens
     And I follow the rest of its events
     Then its text is the one of the undisturbed job, token by token
+    And its receipt is the one of the undisturbed job
     And it took one attempt
     And every place of its stream leads to the same rest
 

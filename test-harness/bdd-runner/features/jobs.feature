@@ -33,6 +33,22 @@ Feature: Jobs
     When I run `llorch jobs submit --model smollm2-135m --temperature 0 --prompt "What is 2+2?"`
     Then standard output is "The answer to this classic math problem is 4."
 
+  # [BDD-019]
+  Scenario: A job is run again and gives the same tokens
+    When I run `llorch-pool models verify smollm2-135m`
+    And I submit a job at temperature 0.8 with the prompt "Write a haiku about rain."
+    And I run `llorch jobs status JOB`
+    Then standard output contains "receipt    llorch-candled"
+    And standard output contains "model b179c9523d0e"
+    When I run `llorch jobs replay JOB --verify`
+    Then it exits with 0
+    And standard output begins with "same "
+    And standard error contains " replays JOB"
+    When I run `llorch jobs replay JOB --verify --format json`
+    Then it exits with 0
+    And standard output contains '"compared": "tokens"'
+    And standard output contains '"receipt_differences": []'
+
   # [BDD-018]
   Scenario: How fast it is can be measured
     When I run `llorch dev bench --concurrency 1,2 --requests 3 --prompt-tokens 20 --output-tokens 4 --format json`

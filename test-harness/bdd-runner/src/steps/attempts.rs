@@ -125,6 +125,18 @@ async fn same_tokens(house: &mut House) {
     assert_eq!(end(&house.events), end(&house.undisturbed));
 }
 
+#[then("its receipt is the one of the undisturbed job")]
+async fn same_receipt(house: &mut House) {
+    let receipt = |events: &[Received]| match &events.last().expect("events").event {
+        TaskEvent::End(end) => end.receipt.clone().expect("a receipt"),
+        other => panic!("{other:?}"),
+    };
+    let undisturbed = receipt(&house.undisturbed);
+    assert_eq!(receipt(&house.events), undisturbed);
+    assert_eq!(house.task().await.receipt, Some(*undisturbed.clone()));
+    assert_eq!(undisturbed.output_tokens, 60);
+}
+
 #[then("it took two attempts, the second of which continued")]
 async fn two_attempts(house: &mut House) {
     let task = house.task().await;

@@ -24,6 +24,16 @@ async fn submit(house: &mut House, tokens: u32, prompt: String) {
     house.job = Some(job);
 }
 
+#[when(expr = "I submit a job at temperature {float} with the prompt {string}")]
+async fn submit_warm(house: &mut House, temperature: f64, prompt: String) {
+    let line = format!(
+        "llorch jobs submit --model smollm2-135m --temperature {temperature} --max-tokens 40 --detach --prompt \"{prompt}\""
+    );
+    let job = house.succeed(&line).await.stdout.trim().to_owned();
+    house.succeed(&format!("llorch jobs wait {job}")).await;
+    house.job = Some(job);
+}
+
 #[when("I follow its events to the end")]
 async fn follow(house: &mut House) {
     house.events = stream::follow(&house.url("/v2/tasks/JOB/events"), None, JOB_LIMIT, |_| {
