@@ -113,6 +113,8 @@ struct Jobs {
     stranded: bool,
     /// What the class waits for since it was looked at.
     settled: Option<WaitReason>,
+    /// Whether workers were kept from the class for jobs before its own when it was looked at.
+    held: bool,
     wake: Option<Timestamp>,
 }
 

@@ -20,7 +20,13 @@ const SESSIONS: usize = 10_000;
 
 impl Index {
     /// Notes what a class waits for.
-    pub(super) fn settle(&mut self, class: usize, verdict: &Verdict, wake: Option<Timestamp>) {
+    pub(super) fn settle(
+        &mut self,
+        class: usize,
+        key: TurnKey,
+        verdict: &Verdict,
+        wake: Option<Timestamp>,
+    ) {
         let found = match verdict {
             Verdict::Start { .. } => WaitReason::WorkerStarting,
             Verdict::Evict { .. } => WaitReason::Evicting,
@@ -41,7 +47,9 @@ impl Index {
             Some(found)
         };
         self.set_settled(class, reason);
+        let held = !self.held(class, key).is_empty();
         let jobs = self.class_mut(class);
+        jobs.held = held;
         jobs.scope = Scope::Nothing;
         let (old, new) = (jobs.wake, jobs.wake.into_iter().chain(wake).min());
         jobs.wake = new;
@@ -139,7 +147,7 @@ impl Index {
     ) {
         if awaits_pools(job, now, self.started_at) {
             let wake = self.started_at.checked_add(REGISTRATION).ok();
-            self.settle(class, &Verdict::Wait(WaitReason::PoolsAway), wake);
+            self.settle(class, key, &Verdict::Wait(WaitReason::PoolsAway), wake);
             // Only what came before the restart waits: what comes to the class now is looked at.
             self.class_mut(class).scope = Scope::All;
             return;

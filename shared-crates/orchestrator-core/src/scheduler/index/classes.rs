@@ -36,7 +36,7 @@ impl Index {
         let jobs = self.class_mut(class);
         jobs.ready.insert(key);
         // What is kept for jobs before the others may not be kept for jobs before this one.
-        if jobs.settled == Some(WaitReason::CacheFull) && jobs.ready.first() == Some(&key) {
+        if jobs.held && jobs.ready.first() == Some(&key) {
             self.look_at_all(class);
         }
         self.look_again(class);
@@ -108,6 +108,7 @@ impl Index {
             load: Load::default(),
             stranded,
             settled: None,
+            held: false,
             wake: None,
         });
         self.look_for_memory_again();
@@ -127,15 +128,10 @@ impl Index {
         }
     }
 
-    /// Lets the classes look again that wait for room in the caches of the model's workers: less of it may be kept for jobs
-    /// before theirs.
+    /// Lets the classes look again that workers of the model were kept from: fewer may be kept for jobs before theirs.
     pub(super) fn keep_less(&mut self, model: usize) {
-        if self.models[model].cramped == 0 {
-            return;
-        }
-        let cramped =
-            |jobs: &Jobs| jobs.model == model && jobs.settled == Some(WaitReason::CacheFull);
-        for class in self.classes_where(cramped) {
+        let held = |jobs: &Jobs| jobs.model == model && jobs.held;
+        for class in self.classes_where(held) {
             self.look_at_all(class);
         }
     }

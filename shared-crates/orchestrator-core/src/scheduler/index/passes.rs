@@ -79,7 +79,7 @@ impl Index {
                 }
                 (verdict, wake) => {
                     turns.pop();
-                    self.settle(class, &verdict, wake);
+                    self.settle(class, key, &verdict, wake);
                     let model = self.class_mut(class).class.model.clone();
                     self.take(&model, verdict, now, &mut pass);
                     self.call_up(key, &mut turns);
@@ -116,7 +116,9 @@ impl Index {
             if jobs.ready.remove(&old) {
                 let model = jobs.model;
                 self.make_ready(class, key);
-                self.keep_less(model);
+                if self.models[model].cramped > 0 {
+                    self.keep_less(model);
+                }
             }
         }
     }
