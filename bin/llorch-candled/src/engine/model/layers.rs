@@ -71,7 +71,8 @@ pub(super) fn layers(
     Ok((0..count).map(layer).collect())
 }
 
-/// Context and window of the files of Phi-3 that were made before there was a key for the window.
+/// Context, and window, of the models whose files may be older than the key for the window: Phi-3 mini and medium with 4k. The
+/// window is `sliding_window` of their configuration.
 const UNSAID_WINDOW: (usize, u64) = (4096, 2047);
 
 /// Returns the window of a model whose layers all have one. Files whose models have none say 0, or more positions than the

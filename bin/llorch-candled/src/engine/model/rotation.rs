@@ -100,7 +100,7 @@ fn long_rope(
 }
 
 /// Returns the factor that makes up for the spread of attention over a longer context: √(1 + ln s / ln L), where s is the
-/// available context divided by the original one, L > 1 (Ding et al. 2024, section 3).
+/// available context divided by the original one, L > 1. Source: `_compute_longrope_parameters` of the `transformers` library.
 fn long_magnitude(available: usize, original: usize) -> f64 {
     if available <= original {
         return 1.0;
