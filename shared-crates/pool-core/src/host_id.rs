@@ -7,6 +7,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use crate::fsio;
+use crate::hex::hex;
 use crate::secret::Secret;
 
 /// File in the pool's state folder that holds the random half of the identity.
@@ -41,11 +42,7 @@ fn host_id_on(state: &Path, machine: &str) -> io::Result<String> {
         hash.update(part);
         hash.update([0]);
     }
-    let hash = hash.finalize();
-    Ok(hash[..16]
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    Ok(hex(&hash.finalize()[..16]))
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ pub mod crash;
 pub mod errors;
 pub mod fsio;
 pub mod gpu;
+pub mod hex;
 pub mod home;
 pub mod host_id;
 pub mod json_number;

@@ -334,8 +334,8 @@ pub struct WorkerInfo {
     pub slots: u32,
     /// How many sequences it runs now.
     pub active: u32,
-    /// Its cache, as far as the pool knows; `None` before the worker was ready. What is free is told in steps of an
-    /// eighth.
+    /// Its cache; `None` before the worker was ready. The free tokens are rounded down to a multiple of an eighth of the
+    /// cache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheRoom>,
     /// How far loading is, in percent.

@@ -29,6 +29,7 @@ use crate::explain;
 use crate::life::{self, Accepted, LetGo};
 use crate::state::{IdempotencyKey, ListFilter, apply_to_text};
 use crate::streams;
+use pool_core::hex::hex;
 
 /// Jobs of a list where the request does not say, and the most that it may ask for.
 const LIST: (u32, u32) = (50, 500);
@@ -142,7 +143,7 @@ fn idempotency_key(
         asked["seed"] = serde_json::Value::Null;
     }
     let digest = Sha256::digest(asked.to_string());
-    let fingerprint = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let fingerprint = hex(&digest);
     let caller = match caller {
         Caller::Anonymous => "anonymous",
         Caller::Operator => "operator",

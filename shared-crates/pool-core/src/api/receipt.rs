@@ -6,8 +6,11 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-/// The origin of a job's text: model, arithmetic, prompt and settings. Two receipts that agree in everything but `output_tokens` and `output_sha256` promise
-/// the same text. The receipt of a job that was interrupted and continued covers the whole text.
+use crate::hex::hex;
+
+/// The origin of a job's text: model, arithmetic, prompt and settings. Two receipts that agree in everything but
+/// `output_tokens` and `output_sha256` promise the same text. The receipt of a job that was interrupted and continued covers
+/// the whole text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Receipt {
@@ -21,7 +24,8 @@ pub struct Receipt {
     /// Other classes that computed the beginning of a continued text, in order; empty if there are none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub earlier_arithmetic: Vec<String>,
-    /// Hash of the tokenizer: the metadata of the model file below `tokenizer.ggml.`, which decides token ids.
+    /// Hash of the tokenizer: the metadata of the model file below `tokenizer.ggml.`, which with the architecture decides
+    /// token ids.
     pub tokenizer_sha256: String,
     /// Hash of the chat template's text; absent for a raw prompt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -55,7 +59,7 @@ pub struct Receipt {
 }
 
 impl Receipt {
-    /// Notes the classes of arithmetic that computed the beginning of the text. Its own class and known ones are left out.
+    /// Adds classes of arithmetic that computed the beginning of the text, without the receipt's own class and known ones.
     pub fn note_earlier<'a>(&mut self, classes: impl IntoIterator<Item = &'a str>) {
         for class in classes {
             let known =
@@ -89,10 +93,6 @@ pub fn hash_of_stops(stops: &[String]) -> Option<String> {
 /// Returns the hash of a text.
 pub fn hash_of_text(text: &str) -> String {
     hex(&Sha256::digest(text))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

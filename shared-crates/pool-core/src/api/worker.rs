@@ -137,8 +137,8 @@ pub struct ExecuteRequest {
     /// Jobs with the same text here may have blocks of the cache in common; all those without one may as well.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_scope: Option<String>,
-    /// If true, the worker refuses with `CACHE_FULL` where its cache can't hold the prompt and the longest answer now,
-    /// instead of letting the request wait for room.
+    /// True to refuse with `CACHE_FULL` if the cache can't hold the prompt and the longest answer now, instead of waiting for
+    /// room.
     // Omitted when false, for the same reason.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub refuse_if_full: bool,
@@ -273,23 +273,23 @@ pub struct ContextOverflow {
     pub model_context: u32,
 }
 
-/// Sizes of a request that the worker's cache has no room for now.
+/// Sizes of a request that does not fit the worker's cache now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct CacheShortage {
-    /// Tokens that the prompt and the longest answer need, less those that they have in common with what runs.
+    /// Tokens of the cache that the prompt and the longest answer need, without blocks shared with running executions.
     pub needed_tokens: u32,
-    /// Tokens of the cache that nothing that runs has or may come to need.
+    /// Tokens of the cache that remain free if all running executions write their longest answers.
     pub free_tokens: u32,
 }
 
-/// Size of a worker's cache of keys and values, which all its sequences share, and what is left of it.
+/// Size and free part of a worker's cache of keys and values, which all its sequences share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct CacheRoom {
-    /// Tokens that it holds.
+    /// Tokens that the cache holds.
     pub tokens: u32,
-    /// Tokens that nothing that runs has or may come to need.
+    /// Tokens that remain free if all running executions write their longest answers.
     pub free_tokens: u32,
 }
 

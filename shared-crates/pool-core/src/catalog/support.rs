@@ -15,10 +15,10 @@ pub struct Architecture {
     pub name: &'static str,
     /// The tensors of each block, without the prefix `blk.N.`.
     pub block_tensors: &'static [&'static str],
-    /// Whether files may have one tensor for queries, keys and values of a block (`attn_qkv`), and one for gate and
+    /// True if files may have one tensor for queries, keys and values of a block (`attn_qkv`), and one for gate and
     /// up-projection (`ffn_up`).
     pub fused: bool,
-    /// Whether files may have two sets of divisors of the rotary frequencies (LongRoPE).
+    /// True if files may have two sets of divisors of the rotary frequencies (LongRoPE).
     pub long_rope: bool,
 }
 
@@ -28,6 +28,19 @@ impl Architecture {
         ROPE_SCALING.contains(&kind) || self.long_rope && LONG_ROPE.contains(&kind)
     }
 }
+
+/// The tensors of a block with nothing but attention, a gated feed-forward layer and their norms.
+const PLAIN_BLOCK: [&str; 9] = [
+    "attn_norm.weight",
+    "attn_q.weight",
+    "attn_k.weight",
+    "attn_v.weight",
+    "attn_output.weight",
+    "ffn_norm.weight",
+    "ffn_gate.weight",
+    "ffn_up.weight",
+    "ffn_down.weight",
+];
 
 /// Every architecture that the engine computes.
 pub const ARCHITECTURES: &[Architecture] = &[
@@ -53,33 +66,13 @@ pub const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture {
         name: "llama",
-        block_tensors: &[
-            "attn_norm.weight",
-            "attn_q.weight",
-            "attn_k.weight",
-            "attn_v.weight",
-            "attn_output.weight",
-            "ffn_norm.weight",
-            "ffn_gate.weight",
-            "ffn_up.weight",
-            "ffn_down.weight",
-        ],
+        block_tensors: &PLAIN_BLOCK,
         fused: false,
         long_rope: false,
     },
     Architecture {
         name: "phi3",
-        block_tensors: &[
-            "attn_norm.weight",
-            "attn_q.weight",
-            "attn_k.weight",
-            "attn_v.weight",
-            "attn_output.weight",
-            "ffn_norm.weight",
-            "ffn_gate.weight",
-            "ffn_up.weight",
-            "ffn_down.weight",
-        ],
+        block_tensors: &PLAIN_BLOCK,
         fused: true,
         long_rope: true,
     },

@@ -74,7 +74,7 @@ pub fn apply_health(
     Ok(())
 }
 
-/// Rounds what is free of the cache down to an eighth of it, so that a record is not written at every token.
+/// Rounds the free tokens down to a multiple of an eighth of the cache, so that the record does not change at every token.
 fn in_steps(room: CacheRoom) -> CacheRoom {
     let step = room.tokens.div_ceil(8).max(1);
     let free_tokens = match room.free_tokens >= room.tokens {

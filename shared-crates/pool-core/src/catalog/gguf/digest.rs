@@ -3,6 +3,7 @@
 use sha2::{Digest as _, Sha256};
 
 use super::{Array, GgufFile, Value};
+use crate::hex::hex;
 
 /// Beginning of the keys that decide which ids a text has.
 const TOKENIZER: &str = "tokenizer.ggml.";
@@ -21,8 +22,7 @@ impl GgufFile {
             text(&mut hash, key.as_bytes());
             scalar_or_array(&mut hash, value);
         }
-        let digest = hash.finalize();
-        digest.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&hash.finalize())
     }
 }
 

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use super::{Against, CheckError, Progress};
 use crate::catalog::gguf::GgufFile;
 use crate::catalog::support;
+use crate::hex::hex;
 
 /// The SHA-256 of a file that passes: right size, right hash, and a header that a worker could load.
 pub(super) fn check(
@@ -60,9 +61,4 @@ fn hash_file(path: &Path, progress: Progress) -> Result<String, CheckError> {
         }
     }
     Ok(hex(&hasher.finalize()))
-}
-
-/// Lower-case hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -3,10 +3,10 @@
 use sha2::{Digest, Sha256};
 
 use super::Record;
-use super::check::hex;
 use crate::ModelRef;
 use crate::catalog::support::{self, Unsupported};
 use crate::catalog::{Catalog, CatalogEntry, Source};
+use crate::hex::hex;
 
 /// What the folders of models from the hub begin with that no catalogue entry covers. No alias has this character.
 const HUB_PREFIX: char = '@';

@@ -73,7 +73,7 @@ impl Server {
             Some(api) => api,
             None => detect(&client).await?,
         };
-        // A worker's secret is nobody else's business.
+        // The secret goes to a worker only: any other server must not learn it.
         let client = match api {
             Api::Worker => {
                 let secret = std::env::var(SECRET_VAR).ok().filter(|s| !s.is_empty());

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use orchestrator_core::api::tasks::TaskSubmitRequest;
 use orchestrator_core::job::Priority;
+use pool_core::hex::hex;
 use pool_core::terminal::{CliError, Exit, sanitize};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
@@ -145,9 +146,7 @@ fn key(run: &str, request: &str, count: u64) -> String {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    let digest = hash.finalize();
-    let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("batch-{hex}")
+    format!("batch-{}", hex(&hash.finalize()))
 }
 
 #[cfg(test)]
