@@ -51,7 +51,7 @@ pub struct QueuedJob {
     /// them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_needed: Option<u32>,
-    /// Tokens of a worker's cache that the job takes, absent until a worker that had no room for them has counted them.
+    /// Tokens of a worker's cache that the job takes; absent until a worker without that room has counted them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_needed: Option<u32>,
 }
@@ -80,6 +80,11 @@ impl QueuedJob {
     /// Whether it waits for its next attempt.
     pub fn backs_off(&self, now: Timestamp) -> bool {
         self.not_before.is_some_and(|at| at > now)
+    }
+
+    /// Returns the required tokens of a worker's cache; 0 if no worker has counted them.
+    pub fn cache_tokens(&self) -> u32 {
+        self.cache_needed.unwrap_or(0)
     }
 
     /// Returns an estimate of the tokens of context that hold the prompt and the longest answer. The estimate ranks

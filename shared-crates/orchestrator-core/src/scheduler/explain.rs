@@ -46,7 +46,7 @@ pub enum WaitReason {
     WorkerStarting,
     /// All workers with the model are busy.
     SlotsBusy,
-    /// No worker with the model has the room in its cache, or the room is kept for a job before this one.
+    /// No worker with the model has enough room in its cache, or the room is kept for an earlier job.
     CacheFull,
     /// There is a place, and the policy gives it to nobody.
     PolicyHeld,
@@ -55,7 +55,7 @@ pub enum WaitReason {
 }
 
 impl WaitReason {
-    /// Why a job waits for the workers that serve its model. `has_slot` says whether one of them has a free slot.
+    /// Returns the reason of a job that waits for the workers that serve its model: one of them has a free slot, or none.
     pub(super) fn of_serving(has_slot: bool) -> Self {
         match has_slot {
             true => Self::CacheFull,
@@ -93,7 +93,7 @@ pub enum Filter {
     MemoryFits,
     /// Has a worker with a free slot.
     Slots,
-    /// Has one whose cache has room for the job too.
+    /// Has a worker with a free slot and room for the job in its cache.
     Cache,
     /// The policy agrees.
     Policy,
@@ -114,13 +114,8 @@ pub struct Explanation {
 }
 
 /// Explains why jobs of the class wait.
-pub(super) fn explain(
-    class: &Class,
-    pools: &[&PoolState],
-    held: Held<'_>,
-    world: &World<'_>,
-) -> Explanation {
-    let (reason, cause) = match judge(class, &Wish::default(), pools, held, world) {
+pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) -> Explanation {
+    let (reason, cause) = match judge(class, &Wish::default(), pools, world) {
         Verdict::Wait(reason) => (reason, None),
         Verdict::Reject { message, .. } => (WaitReason::PoolsAway, Some(message)),
         _ => (WaitReason::PolicyHeld, None),
@@ -141,7 +136,7 @@ pub(super) fn explain(
         reason,
         message,
         hint,
-        filters: filters(class, pools, held),
+        filters: filters(class, pools, world.held),
     }
 }
 

@@ -113,7 +113,7 @@ struct Jobs {
     stranded: bool,
     /// What the class waits for since it was looked at.
     settled: Option<WaitReason>,
-    /// Whether workers were kept from the class for jobs before its own when it was looked at.
+    /// True if workers were kept for earlier jobs of other classes when the class was looked at.
     held: bool,
     wake: Option<Timestamp>,
 }
@@ -160,8 +160,8 @@ struct Model {
     files: BTreeMap<usize, StartCost>,
     /// Classes of jobs that ask for the model, by required context.
     classes: BTreeSet<(u32, usize)>,
-    /// Number of those that wait for room in the caches of workers.
-    cramped: usize,
+    /// Number of the classes that wait for room in the caches of workers.
+    short_of_cache: usize,
 }
 
 impl Model {

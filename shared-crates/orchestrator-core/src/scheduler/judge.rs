@@ -34,7 +34,7 @@ impl Class {
             model: job.model.clone(),
             placement: job.placement.clone(),
             context: job.context_needed.unwrap_or(0),
-            cache: job.cache_needed.unwrap_or(0),
+            cache: job.cache_tokens(),
         }
     }
 
@@ -57,24 +57,25 @@ impl Class {
             && worker.capacity() >= self.context
     }
 
-    /// Whether the worker can be given one of these jobs now.
+    /// Returns whether the worker, which admits the class, has a slot and the room for one of its jobs now.
     pub(super) fn finds_place(&self, worker: &WorkerState) -> bool {
         worker.has_slot() && worker.has_room(self.cache)
     }
 }
 
-/// Classes that wait for room in the caches of workers, each with a job whose turn was before. What they could use is kept
-/// for them: else jobs that need little would take it again and again, and one that needs much would never start.
+/// Classes that wait for room in the caches of workers, with jobs whose turn came earlier. Later jobs get no place on a worker
+/// that one of these classes could use: otherwise small jobs would take the room again and again, and a large job would
+/// never start.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Held<'a>(pub(super) &'a [&'a Class]);
 
 impl Held<'_> {
-    /// Whether nothing is kept.
+    /// Returns whether no worker is kept.
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether the worker is kept.
+    /// Returns whether the worker is kept.
     pub(super) fn keeps(&self, pool: &str, worker: &WorkerState) -> bool {
         self.0.iter().any(|class| class.admits_worker(pool, worker))
     }
@@ -134,7 +135,8 @@ pub(crate) fn start_context(job: &QueuedJob, choice: &StartChoice<'_>) -> Option
     Wish::of(job, None).size(&Class::of(job), choice)
 }
 
-/// What a judgement depends on beside the class and the pools.
+/// Input of a judgement, besides the class and the pools.
+#[derive(Clone, Copy)]
 pub(super) struct World<'a> {
     pub(super) now: Timestamp,
     pub(super) settings: &'a Settings,
@@ -142,6 +144,8 @@ pub(super) struct World<'a> {
     pub(super) sizes: &'a BTreeMap<ModelRef, u64>,
     /// Whether a waiting job could use the worker.
     pub(super) needed: &'a dyn Fn(&str, &WorkerState) -> bool,
+    /// Classes that workers are kept for.
+    pub(super) held: Held<'a>,
 }
 
 /// What can be done. Pools and workers are given by their places in what was judged.
@@ -336,7 +340,6 @@ pub(super) fn judge(
     class: &Class,
     wish: &Wish<'_>,
     pools: &[&PoolState],
-    held: Held<'_>,
     world: &World<'_>,
 ) -> Verdict {
     let places = || pools.iter().enumerate();
@@ -364,7 +367,7 @@ pub(super) fn judge(
         .filter(|(_, pool, _, w)| w.status.is_live() && class.admits_worker(&pool.id, w))
         .collect();
     let place =
-        |pool: &PoolState, w: &WorkerState| class.finds_place(w) && !held.keeps(&pool.id, w);
+        |pool: &PoolState, w: &WorkerState| class.finds_place(w) && !world.held.keeps(&pool.id, w);
     let free = mine.iter().filter(|(_, pool, _, w)| place(pool, w));
     let best = free.min_by_key(|(_, pool, _, worker)| {
         let rank = world.policy.rank_worker(&WorkerChoice { pool, worker });

@@ -87,11 +87,11 @@ pub struct Plan {
     pub wake: Option<Timestamp>,
 }
 
-/// What a class has come to in a pass.
+/// Outcome of a class for the rest of a pass.
 struct Settled {
-    /// Why its jobs are rejected, if they are.
+    /// Code and message of the rejection of its jobs; `None` if they wait.
     rejection: Option<(JobErrorCode, String)>,
-    /// How many of the classes that workers are kept for had their turn before.
+    /// Number of classes with an earlier turn that workers are kept for.
     held: usize,
 }
 
@@ -109,6 +109,7 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
         policy,
         sizes: &snapshot.sizes,
         needed: &needed,
+        held: Held::default(),
     };
     let mut pass = Pass {
         snapshot,
@@ -132,8 +133,11 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
         if !settled.contains_key(&class) {
             let before = held.len();
             let kept: Vec<&Class> = held.iter().collect();
-            let verdict = pass.judge(&class, job, Held(&kept), &world);
-            let rejection = match verdict {
+            let world = World {
+                held: Held(&kept),
+                ..world
+            };
+            let rejection = match pass.judge(&class, job, &world) {
                 Verdict::Dispatch { pool, worker } => {
                     pass.dispatch(job, pool, worker);
                     continue;
@@ -187,7 +191,11 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
         } else {
             let kept = settled.get(class).map_or(0, |settled| settled.held);
             let kept: Vec<&Class> = held[..kept].iter().collect();
-            let explain = || Arc::new(explain::explain(class, &pools, Held(&kept), &world));
+            let world = World {
+                held: Held(&kept),
+                ..world
+            };
+            let explain = || Arc::new(explain::explain(class, &pools, &world));
             Arc::clone(explained.entry(class.clone()).or_insert_with(explain))
         };
         (job.id, explanation)
@@ -215,21 +223,21 @@ impl<'a> Pass<'a> {
         self.wake = self.wake.into_iter().chain(at).min();
     }
 
-    fn judge(&self, class: &Class, job: &QueuedJob, held: Held<'_>, world: &World<'_>) -> Verdict {
+    fn judge(&self, class: &Class, job: &QueuedJob, world: &World<'_>) -> Verdict {
         let session = job.session_id.as_deref();
         let prefer = session.and_then(|session| {
             let known = self.snapshot.sessions.get(session);
             self.sessions.get(session).or(known).map(String::as_str)
         });
         let pools: Vec<&PoolState> = self.pools.iter().map(Arc::as_ref).collect();
-        judge(class, &Wish::of(job, prefer), &pools, held, world)
+        judge(class, &Wish::of(job, prefer), &pools, world)
     }
 
     fn dispatch(&mut self, job: &'a QueuedJob, pool: usize, worker: usize) {
         self.turns += 1;
         let pool = Arc::make_mut(&mut self.pools[pool]);
         let worker = &mut pool.workers[worker];
-        worker.take_slot(self.turns, job.cache_needed.unwrap_or(0));
+        worker.take_slot(self.turns, job.cache_tokens());
         if let Some(session) = &job.session_id {
             self.sessions.insert(session, pool.id.clone());
         }

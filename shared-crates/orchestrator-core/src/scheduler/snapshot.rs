@@ -255,8 +255,8 @@ pub struct WorkerState {
     pub slots: u32,
     /// Sequences that it runs now.
     pub active: u32,
-    /// Tokens of its cache that nothing that runs has or may come to need, less what was given away since; `None` if
-    /// unknown.
+    /// Tokens of its cache that remain free if all its jobs write their longest answers, as the pool reported, less those
+    /// given to jobs since; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub free_tokens: Option<u32>,
     /// It had no room a moment ago, whatever is known of its slots: it is left alone for a while.
@@ -366,8 +366,8 @@ impl WorkerState {
         self.serves() && !self.full && self.active < self.slots
     }
 
-    /// Whether its cache holds a job that needs `tokens` of it, as far as is known. A worker without a job has room for
-    /// whatever its context holds.
+    /// Returns whether its cache has room for a job that needs `tokens` of it, as far as is known. A worker without a job has
+    /// room for any job that its context holds.
     pub fn has_room(&self, tokens: u32) -> bool {
         self.active == 0 || self.free_tokens.is_none_or(|free| free >= tokens)
     }

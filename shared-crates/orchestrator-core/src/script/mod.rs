@@ -21,6 +21,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use pool_core::hex::hex;
 use rhai::{AST, Engine, EvalAltResult, Position};
 use sha2::{Digest as _, Sha256};
 
@@ -92,8 +93,7 @@ impl fmt::Debug for Script {
 
 /// The SHA-256 of a source, in hexadecimal: the name of this version of a script.
 pub fn source_hash(source: &[u8]) -> String {
-    let digest = Sha256::digest(source);
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(source))
 }
 
 impl Script {

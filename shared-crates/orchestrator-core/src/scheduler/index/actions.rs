@@ -11,7 +11,7 @@ use crate::job::JobErrorCode;
 use crate::queue::{QueuedJob, TurnKey};
 use crate::scheduler::REGISTRATION;
 use crate::scheduler::explain::{Chooser, WaitReason, Why};
-use crate::scheduler::judge::Verdict;
+use crate::scheduler::judge::{Held, Verdict};
 use crate::scheduler::plan::{Action, awaits_pools};
 use crate::scheduler::policy::WorkerChoice;
 
@@ -77,7 +77,7 @@ impl Index {
         self.leave(job, key, class);
         self.turns += 1;
         let turn = self.turns;
-        let tokens = job.cache_needed.unwrap_or(0);
+        let tokens = job.cache_tokens();
         self.change_worker(place, worker, |state, _| state.take_slot(turn, tokens));
         let Some(state) = &mut self.pools[place] else {
             return;
@@ -187,13 +187,13 @@ impl Index {
                     state.reserve_start(&model, device, context, now, turn);
                 });
                 // Where a start was refused, or waits for workers that end, there may now be too little memory for it: then
-                // others are evicted. And a class that waits for room in a cache may wait for this worker instead.
-                let is_concerned = |jobs: &Jobs| match jobs.settled {
+                // others are evicted. A class that waits for room in a cache may now wait for this worker instead.
+                let is_affected = |jobs: &Jobs| match jobs.settled {
                     Some(WaitReason::StartRefused | WaitReason::Evicting) => true,
                     Some(WaitReason::CacheFull) => jobs.class.model == model,
                     _ => false,
                 };
-                for class in self.classes_where(is_concerned) {
+                for class in self.classes_where(is_affected) {
                     self.look_at_all(class);
                 }
                 let pool = name(self, pool);
@@ -258,7 +258,7 @@ impl Index {
             return;
         };
         let due = |since: &Timestamp| since.checked_add(ttl).is_ok_and(|at| at <= now);
-        let mut due: Vec<(String, usize, usize)> = self.with_world(now, |world| {
+        let mut due: Vec<(String, usize, usize)> = self.with_world(now, Held::default(), |world| {
             let due = self.idle.iter().take_while(|(since, ..)| due(since));
             let spare = due.filter_map(|&(_, place, worker)| {
                 let state = &self.pools[place].as_ref()?.state;

@@ -35,7 +35,7 @@ impl Index {
     pub(super) fn make_ready(&mut self, class: usize, key: TurnKey) {
         let jobs = self.class_mut(class);
         jobs.ready.insert(key);
-        // What is kept for jobs before the others may not be kept for jobs before this one.
+        // Workers that are kept from the other jobs of the class may not be kept from this earlier one.
         if jobs.held && jobs.ready.first() == Some(&key) {
             self.look_at_all(class);
         }
@@ -115,20 +115,20 @@ impl Index {
         id
     }
 
-    /// Notes what the class waits for.
+    /// Sets the reason of the class's wait.
     pub(super) fn set_settled(&mut self, class: usize, reason: Option<WaitReason>) {
         let jobs = self.class_mut(class);
         let (model, before) = (jobs.model, jobs.settled);
         jobs.settled = reason;
-        let cramped = |reason| usize::from(reason == Some(WaitReason::CacheFull));
-        let count = &mut self.models[model].cramped;
-        *count = *count + cramped(reason) - cramped(before);
-        if cramped(before) > cramped(reason) {
+        let is_short = |reason| usize::from(reason == Some(WaitReason::CacheFull));
+        let count = &mut self.models[model].short_of_cache;
+        *count = *count + is_short(reason) - is_short(before);
+        if is_short(before) > is_short(reason) {
             self.keep_less(model);
         }
     }
 
-    /// Lets the classes look again that workers of the model were kept from: fewer may be kept for jobs before theirs.
+    /// Lets the classes look again that workers of the model were kept from: fewer workers may be kept now.
     pub(super) fn keep_less(&mut self, model: usize) {
         let held = |jobs: &Jobs| jobs.model == model && jobs.held;
         for class in self.classes_where(held) {
@@ -136,22 +136,22 @@ impl Index {
         }
     }
 
-    /// Returns the classes for which workers are kept from a job of this class with this turn.
+    /// Returns the classes that workers are kept for from a job of this class with this turn.
     pub(super) fn held(&self, class: usize, key: TurnKey) -> Vec<&Class> {
         let Some(jobs) = &self.classes[class] else {
             return Vec::new();
         };
         let model = &self.models[jobs.model];
-        if model.cramped == 0 {
+        if model.short_of_cache == 0 {
             return Vec::new();
         }
         let others = model.classes.iter().filter(|(_, other)| *other != class);
         let others = others.filter_map(|(_, other)| self.classes[*other].as_ref());
-        let cramped = others.filter(|other| {
+        let earlier = others.filter(|other| {
             other.settled == Some(WaitReason::CacheFull)
                 && other.ready.first().is_some_and(|first| *first < key)
         });
-        cramped.map(|other| &other.class).collect()
+        earlier.map(|other| &other.class).collect()
     }
 
     /// Lets classes that wait for memory look at all pools again. A worker's eviction follows other rules while a job could

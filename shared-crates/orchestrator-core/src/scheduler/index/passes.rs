@@ -94,7 +94,7 @@ impl Index {
         pass
     }
 
-    /// Lets classes that have something to look at have their turn in this pass, if it comes after `key`.
+    /// Adds the classes to look at to this pass if their turn comes after `key`; the others stay for the next pass.
     fn call_up(&mut self, key: TurnKey, turns: &mut BinaryHeap<Reverse<(TurnKey, usize)>>) {
         for class in std::mem::take(&mut self.dirty) {
             match self.class_mut(class).ready.first() {
@@ -116,7 +116,7 @@ impl Index {
             if jobs.ready.remove(&old) {
                 let model = jobs.model;
                 self.make_ready(class, key);
-                if self.models[model].cramped > 0 {
+                if self.models[model].short_of_cache > 0 {
                     self.keep_less(model);
                 }
             }
@@ -161,9 +161,11 @@ impl Index {
                 let job = Arc::clone(self.queue.get(*job)?);
                 let (place, worker) = self.worker_place(pool, worker)?;
                 let state = &self.pools[place].as_ref()?.state;
-                let fits = alive(state)
-                    && Class::of(&job).finds_place(&state.workers[worker])
-                    && Class::of(&job).admits_worker(pool, &state.workers[worker])
+                let alive = alive(state);
+                let (wanted, state) = (Class::of(&job), &state.workers[worker]);
+                let fits = alive
+                    && wanted.admits_worker(pool, state)
+                    && wanted.finds_place(state)
                     && !job.backs_off(now);
                 let at = (place, worker);
                 fits.then(|| self.dispatch(&job, key, class, at, chooser, pass))

@@ -17,7 +17,12 @@ use crate::scheduler::snapshot::{PoolState, StartSize, WorkerState};
 type StartKey<'a> = (bool, Rank, &'a str, Device);
 
 impl Index {
-    pub(super) fn with_world<T>(&self, now: Timestamp, work: impl FnOnce(&World<'_>) -> T) -> T {
+    pub(super) fn with_world<T>(
+        &self,
+        now: Timestamp,
+        held: Held<'_>,
+        work: impl FnOnce(&World<'_>) -> T,
+    ) -> T {
         let needed = |pool: &str, worker: &WorkerState| {
             let Some(&model) = self.model_ids.get(&worker.model) else {
                 return false;
@@ -36,6 +41,7 @@ impl Index {
             policy: self.policy,
             sizes: &self.sizes,
             needed: &needed,
+            held,
         })
     }
 
@@ -68,7 +74,7 @@ impl Index {
             return (Verdict::Dispatch { pool, worker }, None);
         }
         let wish = Wish::of(job, prefer);
-        self.with_world(now, |world| self.judge_starts(jobs, &wish, held, world))
+        self.with_world(now, held, |world| self.judge_starts(jobs, &wish, world))
     }
 
     /// Returns the best worker that has a place for a job of the class, and at least this context.
@@ -90,7 +96,7 @@ impl Index {
             own.filter(|&(worker, &model)| {
                 let state = &pool.state.workers[worker];
                 model == jobs.model
-                    && jobs.class.admits_device(state.device)
+                    && class.admits_device(state.device)
                     && state.capacity() >= context
                     && takes(name, state)
             })
@@ -100,10 +106,10 @@ impl Index {
             .min()
             .map(|(.., worker)| (place, worker))
         };
-        if let Some(wanted) = &jobs.class.placement.pool {
+        if let Some(wanted) = &class.placement.pool {
             return on_pool(wanted);
         }
-        // What has a free slot has a place for most jobs, and its state need not be looked at.
+        // For most jobs a free slot is a place, and the states of workers need not be read.
         let any = class.cache == 0 && held.is_empty();
         prefer.and_then(on_pool).or_else(|| {
             let best = self.models[jobs.model].free(context).filter_map(|free| {
@@ -116,13 +122,13 @@ impl Index {
         })
     }
 
-    /// Whether the test passes for the worker.
+    /// Returns whether the test passes for the worker.
     fn is_at(&self, free: &Free, test: &dyn Fn(&str, &WorkerState) -> bool) -> bool {
         let pool = self.pools[free.pool].as_ref();
         pool.is_some_and(|pool| test(&free.pool_name, &pool.state.workers[free.worker]))
     }
 
-    /// Whether a worker for the class has a free slot.
+    /// Returns whether a worker for the class has a free slot.
     fn has_free_slot(&self, jobs: &Jobs) -> bool {
         let class = &jobs.class;
         let mut free = self.models[jobs.model].free(class.context).flatten();
@@ -187,7 +193,6 @@ impl Index {
         &self,
         jobs: &Jobs,
         wish: &Wish<'_>,
-        held: Held<'_>,
         world: &World<'_>,
     ) -> (Verdict, Option<Timestamp>) {
         let class = &jobs.class;
@@ -230,14 +235,13 @@ impl Index {
         if refused {
             return (Verdict::Wait(WaitReason::StartRefused), None);
         }
-        self.judge_evictions(jobs, wish, held, world)
+        self.judge_evictions(jobs, wish, world)
     }
 
     fn judge_evictions(
         &self,
         jobs: &Jobs,
         wish: &Wish<'_>,
-        held: Held<'_>,
         world: &World<'_>,
     ) -> (Verdict, Option<Timestamp>) {
         let class = &jobs.class;
@@ -276,17 +280,11 @@ impl Index {
         if any || (jobs.settled == Some(WaitReason::MemoryShort) && jobs.scope != Scope::All) {
             return (Verdict::Wait(WaitReason::MemoryShort), wake);
         }
-        (self.judge_plainly(jobs, wish, held, world), None)
+        (self.judge_plainly(jobs, wish, world), None)
     }
 
     /// Judges a class whose model no pool can start, which is rare, the plain way.
-    fn judge_plainly(
-        &self,
-        jobs: &Jobs,
-        wish: &Wish<'_>,
-        held: Held<'_>,
-        world: &World<'_>,
-    ) -> Verdict {
+    fn judge_plainly(&self, jobs: &Jobs, wish: &Wish<'_>, world: &World<'_>) -> Verdict {
         let places: Vec<usize> = match &jobs.scope {
             Scope::Pools(pools) => pools.clone(),
             _ => self.ordered_places(),
@@ -295,7 +293,7 @@ impl Index {
             .into_iter()
             .filter_map(|place| Some((place, self.pools[place].as_ref()?.state.as_ref())))
             .unzip();
-        match judge(&jobs.class, wish, &pools, held, world) {
+        match judge(&jobs.class, wish, &pools, world) {
             Verdict::Dispatch { pool, worker } => Verdict::Dispatch {
                 pool: places[pool],
                 worker,

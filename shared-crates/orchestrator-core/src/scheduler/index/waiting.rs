@@ -75,8 +75,8 @@ impl Index {
             Some(first) => self.held(class, *first),
             None => Vec::new(),
         };
-        let explain = |world: &World<'_>| explain::explain(&jobs.class, &pools, Held(&held), world);
-        Some(self.with_world(now, explain))
+        let explain = |world: &World<'_>| explain::explain(&jobs.class, &pools, world);
+        Some(self.with_world(now, Held(&held), explain))
     }
 
     /// How long until a job of the class starts.

@@ -1,0 +1,434 @@
+//! The rules that bind a proposal, and the places that earlier proposals of the pass have taken.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use pool_core::ModelRef;
+use pool_core::units::{human_bytes_down, human_bytes_up, human_duration, human_seconds};
+use pool_core::worker::{Device, WorkerStatus};
+
+use super::{Proposal, Refusal};
+use crate::job::Placement;
+use crate::pool::PoolLiveness;
+use crate::queue::QueuedJob;
+use crate::scheduler::{
+    DeviceState, PoolState, Snapshot, StartChoice, WorkerState, could_use, start_context,
+};
+
+/// The places that a policy has asked for so far in a pass. Promised places are no longer free.
+#[derive(Debug, Clone, Default)]
+pub struct Promised {
+    /// Number of jobs for each worker, and the tokens that they need of its cache.
+    active: HashMap<(usize, usize), (u32, u32)>,
+    taken: HashMap<(usize, Device), u64>,
+    starts: Vec<(usize, Device, ModelRef, Option<u32>)>,
+    evicted: HashSet<(usize, usize)>,
+    settled: HashSet<usize>,
+}
+
+fn takes_work(pool: &PoolState) -> Result<(), String> {
+    if pool.liveness != PoolLiveness::Online {
+        return Err(format!("the pool is {}", pool.liveness));
+    }
+    if pool.draining {
+        return Err("the pool drains".to_owned());
+    }
+    Ok(())
+}
+
+fn placement_fits(placement: &Placement, pool: &PoolState, device: Device) -> Result<(), String> {
+    if let Some(wanted) = placement.pool.as_ref().filter(|wanted| **wanted != pool.id) {
+        return Err(format!("the job asks for pool `{wanted}`"));
+    }
+    if let Some(wanted) = placement.device.filter(|wanted| *wanted != device) {
+        return Err(format!("the job asks for {wanted}"));
+    }
+    Ok(())
+}
+
+impl Promised {
+    /// Returns the number of jobs for the worker, and the tokens that they need of its cache.
+    fn promised(&self, pool: usize, worker: usize) -> (u32, u32) {
+        let known = self.active.get(&(pool, worker));
+        known.copied().unwrap_or_default()
+    }
+
+    /// Slots of the worker that are still free.
+    pub fn free_slots(&self, snapshot: &Snapshot, pool: usize, worker: usize) -> u32 {
+        let Some(state) = worker_at(snapshot, pool, worker) else {
+            return 0;
+        };
+        if state.full {
+            return 0;
+        }
+        let (promised, _) = self.promised(pool, worker);
+        state
+            .slots
+            .saturating_sub(state.active)
+            .saturating_sub(promised)
+    }
+
+    /// Returns the tokens of the worker's cache that are still free; `None` if they are unknown, or if the worker has no job
+    /// and so has room for any.
+    pub fn free_tokens(&self, snapshot: &Snapshot, pool: usize, worker: usize) -> Option<u32> {
+        let state = worker_at(snapshot, pool, worker)?;
+        let (promised, tokens) = self.promised(pool, worker);
+        let idle = state.active + promised == 0;
+        let free = state.free_tokens.filter(|_| !idle)?;
+        Some(free.saturating_sub(tokens))
+    }
+
+    /// Bytes that a further worker may take on the device.
+    pub fn free_bytes(&self, snapshot: &Snapshot, pool: usize, device: Device) -> u64 {
+        let found = snapshot
+            .pools
+            .get(pool)
+            .and_then(|pool| pool.devices.iter().find(|state| state.device == device));
+        let taken = self.taken.get(&(pool, device)).copied().unwrap_or(0);
+        found.map_or(0, |state| state.free_bytes.saturating_sub(taken))
+    }
+
+    /// Workers that are loading the model, those included that were asked for in this pass.
+    pub fn starting(&self, snapshot: &Snapshot, model: &ModelRef) -> usize {
+        let shown = snapshot
+            .pools
+            .iter()
+            .flat_map(|pool| &pool.workers)
+            .filter(|w| w.model == *model && w.status == WorkerStatus::Starting);
+        shown.count() + self.starts.iter().filter(|(_, _, m, _)| m == model).count()
+    }
+
+    /// Whether the job has an action already.
+    pub fn is_settled(&self, job: usize) -> bool {
+        self.settled.contains(&job)
+    }
+
+    /// Whether the job may go to the worker now.
+    pub fn may_dispatch(
+        &self,
+        snapshot: &Snapshot,
+        job: usize,
+        pool: usize,
+        worker: usize,
+    ) -> Result<(), Refusal> {
+        let queued = job_at(snapshot, job)?;
+        if self.is_settled(job) {
+            return Err(Refusal::Twice(queued.id));
+        }
+        let (Some(on), Some(state)) = (snapshot.pools.get(pool), worker_at(snapshot, pool, worker))
+        else {
+            return Err(Refusal::Unknown(format!("worker {worker} of pool {pool}")));
+        };
+        let check = || {
+            if queued.not_before.is_some_and(|at| at > snapshot.now) {
+                return Err("the job waits a moment after a lost attempt".to_owned());
+            }
+            takes_work(on)?;
+            if state.model != queued.model {
+                return Err(format!(
+                    "it runs `{}`, the job asks for `{}`",
+                    state.model, queued.model
+                ));
+            }
+            placement_fits(&queued.placement, on, state.device)?;
+            let needed = queued.context_needed.unwrap_or(0);
+            if state.capacity() < needed {
+                return Err(format!(
+                    "the job needs a context of {needed} tokens, the worker has {}",
+                    state.capacity()
+                ));
+            }
+            if !state.serves() {
+                return Err(format!("the worker is {}", state.status));
+            }
+            if self.evicted.contains(&(pool, worker)) {
+                return Err("the worker is being evicted".to_owned());
+            }
+            if state.full {
+                return Err("it had no room a moment ago".to_owned());
+            }
+            let tokens = queued.cache_tokens();
+            let free_tokens = self.free_tokens(snapshot, pool, worker);
+            if free_tokens.is_some_and(|free| free < tokens) {
+                return Err(format!(
+                    "the job needs {tokens} tokens of its cache, {} are free",
+                    free_tokens.unwrap_or(0)
+                ));
+            }
+            if self.free_slots(snapshot, pool, worker) == 0 {
+                return Err(format!("all {} of its slots are taken", state.slots));
+            }
+            Ok(())
+        };
+        check().map_err(|why| Refusal::Dispatch {
+            job: queued.id,
+            pool: on.id.clone(),
+            worker: state.id.clone(),
+            why,
+        })
+    }
+
+    /// Returns the smallest context with which a worker may be started on the device for this job now.
+    pub fn may_start_for(
+        &self,
+        snapshot: &Snapshot,
+        pool: usize,
+        device: Device,
+        job: usize,
+    ) -> Result<Option<u32>, Refusal> {
+        let queued = job_at(snapshot, job)?;
+        let Some(on) = snapshot.pools.get(pool) else {
+            return Err(Refusal::Unknown(format!("pool {pool}")));
+        };
+        let needed = queued.context_needed.unwrap_or(0);
+        let context_length = match on.model(&queued.model) {
+            Some(file) => match file.cost().least(needed) {
+                Some(size) => size.context,
+                None => {
+                    return Err(Refusal::Start {
+                        model: queued.model.to_string(),
+                        device,
+                        pool: on.id.clone(),
+                        why: format!(
+                            "the job needs a context of {needed} tokens, more than the file allows"
+                        ),
+                    });
+                }
+            },
+            None => None,
+        };
+        let worker = (device, &queued.model, context_length);
+        self.may_start(snapshot, pool, worker, Some(job))?;
+        Ok(context_length)
+    }
+
+    /// Returns the best context for a new worker on the device for this job, after [`Promised::may_start_for`]: room
+    /// for the whole answer, if there is memory for it.
+    pub fn start_context(
+        &self,
+        snapshot: &Snapshot,
+        pool: usize,
+        device: Device,
+        job: usize,
+    ) -> Option<u32> {
+        let (on, queued) = (snapshot.pools.get(pool)?, snapshot.jobs.get(job)?);
+        let state = on.devices.iter().find(|state| state.device == device)?;
+        let device = DeviceState {
+            free_bytes: self.free_bytes(snapshot, pool, device),
+            ..*state
+        };
+        start_context(queued, &StartChoice { pool: on, device })
+    }
+
+    /// Returns whether a worker with this device, model and context may be started now, for this job or for any waiting
+    /// job.
+    fn may_start(
+        &self,
+        snapshot: &Snapshot,
+        pool: usize,
+        (device, model, context_length): (Device, &ModelRef, Option<u32>),
+        job: Option<usize>,
+    ) -> Result<(), Refusal> {
+        let Some(on) = snapshot.pools.get(pool) else {
+            return Err(Refusal::Unknown(format!("pool {pool}")));
+        };
+        let check = || {
+            takes_work(on)?;
+            if !on.devices.iter().any(|state| state.device == device) {
+                return Err("the pool has no worker program for it".to_owned());
+            }
+            let Some(file) = on.model(model) else {
+                return Err("the pool does not have the model".to_owned());
+            };
+            if let Some(failure) = on.start_failure(file) {
+                return Err(format!("its file could not be loaded: {failure}"));
+            }
+            if let Some(asked) = context_length {
+                let Some(context) = file.context else {
+                    return Err("the pool does not say which contexts the file allows".to_owned());
+                };
+                let most = context.max_tokens;
+                if !(1..=most).contains(&asked) {
+                    return Err(format!(
+                        "the context is {asked} tokens, the file allows up to {most}"
+                    ));
+                }
+            }
+            if let Some(refused) = on.refused(model, device, context_length) {
+                return Err(format!(
+                    "the pool refused a moment ago: {}",
+                    refused.message
+                ));
+            }
+            let free = self.free_bytes(snapshot, pool, device);
+            let needed = file.bytes(context_length);
+            if needed > free {
+                return Err(format!(
+                    "it needs {}, {} are free",
+                    human_bytes_up(needed),
+                    human_bytes_down(free)
+                ));
+            }
+            let worker = WorkerState::asked_for(file, device, context_length, snapshot.now);
+            let wants = |(index, job): (usize, &Arc<QueuedJob>)| {
+                !self.is_settled(index) && could_use(job, &on.id, &worker)
+            };
+            let wanted = match job {
+                Some(index) => job_at(snapshot, index).is_ok_and(|job| wants((index, job))),
+                None => snapshot.jobs.iter().enumerate().any(wants),
+            };
+            if !wanted {
+                return Err("no waiting job could use it".to_owned());
+            }
+            Ok(())
+        };
+        check().map_err(|why| Refusal::Start {
+            model: model.to_string(),
+            device,
+            pool: on.id.clone(),
+            why,
+        })
+    }
+
+    /// Whether the worker may be stopped now to make room for the model.
+    pub fn may_evict(
+        &self,
+        snapshot: &Snapshot,
+        pool: usize,
+        worker: usize,
+        needed_by: &ModelRef,
+    ) -> Result<(), Refusal> {
+        let (Some(on), Some(state)) = (snapshot.pools.get(pool), worker_at(snapshot, pool, worker))
+        else {
+            return Err(Refusal::Unknown(format!("worker {worker} of pool {pool}")));
+        };
+        let check = || {
+            if !snapshot.settings.evict {
+                return Err("the settings allow no eviction".to_owned());
+            }
+            takes_work(on)?;
+            let (promised, _) = self.promised(pool, worker);
+            // One that is full without a lease of ours works for somebody else.
+            let works = state.full || state.active + promised > 0;
+            if state.status != WorkerStatus::Ready || works {
+                return Err("it is not idle".to_owned());
+            }
+            if self.evicted.contains(&(pool, worker)) {
+                return Err("it is being evicted already".to_owned());
+            }
+            let missed = snapshot
+                .jobs
+                .iter()
+                .any(|job| could_use(job, &on.id, state));
+            let residence = snapshot.settings.residence(state);
+            if let Some(ready) = state.ready_at.filter(|at| *at + residence > snapshot.now)
+                && missed
+            {
+                let age = snapshot.now.duration_since(ready).as_secs();
+                return Err(format!(
+                    "it has been ready for {}; while jobs wait for it, it stays for {}",
+                    human_seconds(age),
+                    human_duration(residence.unsigned_abs())
+                ));
+            }
+            if !snapshot.jobs.iter().any(|job| job.model == *needed_by) {
+                return Err(format!("no waiting job asks for `{needed_by}`"));
+            }
+            Ok(())
+        };
+        check().map_err(|why| Refusal::Evict {
+            worker: state.id.clone(),
+            pool: on.id.clone(),
+            why,
+        })
+    }
+
+    /// Takes the place that the proposal asks for, where the rules allow it.
+    pub fn take(&mut self, snapshot: &Snapshot, proposal: &Proposal) -> Result<(), Refusal> {
+        match proposal {
+            Proposal::Dispatch { job, pool, worker } => {
+                self.may_dispatch(snapshot, *job, *pool, *worker)?;
+                self.settled.insert(*job);
+                let tokens = job_at(snapshot, *job)?.cache_tokens();
+                let promised = self.active.entry((*pool, *worker)).or_default();
+                promised.0 += 1;
+                promised.1 = promised.1.saturating_add(tokens);
+            }
+            Proposal::StartWorker {
+                pool,
+                device,
+                model,
+                context_length,
+            } => {
+                let worker = (*device, model, *context_length);
+                self.may_start(snapshot, *pool, worker, None)?;
+                let needed = snapshot.pools[*pool]
+                    .model(model)
+                    .map_or(0, |file| file.bytes(*context_length));
+                let taken = self.taken.entry((*pool, *device)).or_default();
+                *taken = taken.saturating_add(needed);
+                let start = (*pool, *device, model.clone(), *context_length);
+                self.starts.push(start);
+            }
+            Proposal::EvictWorker {
+                pool,
+                worker,
+                needed_by,
+            } => {
+                self.may_evict(snapshot, *pool, *worker, needed_by)?;
+                self.evicted.insert((*pool, *worker));
+            }
+            Proposal::Wait { job, .. } => {
+                let queued = job_at(snapshot, *job)?;
+                if !self.settled.insert(*job) {
+                    return Err(Refusal::Twice(queued.id));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Returns the workers that have a job, or are told to end: the places of their pools and their own.
+    pub(super) fn workers_in_use(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.active.keys().chain(&self.evicted).copied()
+    }
+
+    /// The snapshot's pools with everything that is promised taken away.
+    pub(super) fn pools_after(&self, snapshot: &Snapshot) -> Vec<Arc<PoolState>> {
+        let mut pools = snapshot.pools.clone();
+        for (&(pool, worker), &(count, tokens)) in &self.active {
+            let state = &mut Arc::make_mut(&mut pools[pool]).workers[worker];
+            state.active += count;
+            state.free_tokens = state.free_tokens.map(|free| free.saturating_sub(tokens));
+        }
+        for &(pool, worker) in &self.evicted {
+            Arc::make_mut(&mut pools[pool]).workers[worker].status = WorkerStatus::Draining;
+        }
+        for (pool, device, model, context_length) in &self.starts {
+            let pool = Arc::make_mut(&mut pools[*pool]);
+            let Some(file) = pool.model(model).cloned() else {
+                continue;
+            };
+            if let Some(state) = pool.devices.iter_mut().find(|d| d.device == *device) {
+                let needed = file.bytes(*context_length);
+                state.free_bytes = state.free_bytes.saturating_sub(needed);
+            }
+            pool.workers.push(WorkerState::asked_for(
+                &file,
+                *device,
+                *context_length,
+                snapshot.now,
+            ));
+        }
+        pools
+    }
+}
+
+fn worker_at(snapshot: &Snapshot, pool: usize, worker: usize) -> Option<&WorkerState> {
+    snapshot.pools.get(pool)?.workers.get(worker)
+}
+
+fn job_at(snapshot: &Snapshot, job: usize) -> Result<&Arc<QueuedJob>, Refusal> {
+    let found = snapshot.jobs.get(job);
+    found.ok_or_else(|| Refusal::Unknown(format!("job {job}")))
+}
