@@ -115,7 +115,7 @@ impl<'a> Running<'a> {
             refuse_if_full: self
                 .app
                 .fleet
-                .tells_room(&self.attempt.pool_id, &self.attempt.worker_id),
+                .reports_room(&self.attempt.pool_id, &self.attempt.worker_id),
             ..worker::request(self.live.id, self.lease, seam, sharing)
         };
         let mut connection = match Connection::new(endpoint, self.live) {

@@ -29,7 +29,7 @@ pub(super) enum Verdict {
     },
     /// The worker's cache has no room for the job now; the attempt does not count.
     NoRoom {
-        /// What it needs, and what is free.
+        /// Sizes of the request and of the free cache.
         shortage: CacheShortage,
         /// The worker's error message.
         reason: String,

@@ -4,6 +4,7 @@
 mod ages;
 mod overlay;
 mod reach;
+mod requests;
 mod standing;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -27,7 +28,7 @@ use tokio::sync::watch;
 
 use ages::WorkerTimes;
 pub use overlay::Asked;
-use overlay::{Load, Overlay};
+use overlay::Overlay;
 
 use crate::clock;
 use crate::state::StoredPool;
@@ -648,134 +649,6 @@ impl Fleet {
         }
         let silence = Some(self.silence_counts_from(&inner, now)).filter(|at| *at > now);
         inner.due.into_iter().chain(silence).min()
-    }
-
-    /// Notes that a pool is being asked to start a worker, and returns the number under which that is remembered.
-    pub fn begin_start(
-        &self,
-        pool: &str,
-        asked: &Asked,
-        now: Timestamp,
-    ) -> Option<(u64, ApiClient)> {
-        let mut inner = self.lock();
-        inner.changed.insert(pool.to_owned());
-        let client = inner.pools.get(pool)?.client.clone();
-        Some((inner.overlay.begin_start(pool, asked, now), client))
-    }
-
-    /// Notes that the pool starts a worker.
-    pub fn start_accepted(&self, start: u64, pool: &str, worker: &str, now: Timestamp) {
-        let mut inner = self.lock();
-        inner.changed.insert(pool.to_owned());
-        let Inner { pools, overlay, .. } = &mut *inner;
-        overlay.start_accepted(start, worker, |pool| {
-            pools
-                .get(pool)
-                .is_some_and(|pool| pool.worker(worker).is_some())
-        });
-        // The pool may have told what became of it before it answered.
-        if let Some(status) = pools.get(pool).and_then(|pool| pool.status.as_ref()) {
-            overlay.settle(pool, status, now);
-        }
-    }
-
-    /// Notes that the pool refused to; it is not asked again for a moment.
-    pub fn start_refused(&self, start: u64, pool: &str, message: &str, now: Timestamp) {
-        let mut inner = self.lock();
-        inner.changed.insert(pool.to_owned());
-        inner.overlay.start_refused(start, message, now);
-    }
-
-    /// Notes that a worker is being told to stop, so that it gets no work meanwhile.
-    pub fn begin_stop(&self, pool: &str, worker: &str, now: Timestamp) -> Option<ApiClient> {
-        let mut inner = self.lock();
-        inner.changed.insert(pool.to_owned());
-        let client = inner.pools.get(pool)?.client.clone();
-        inner.overlay.begin_stop(pool, worker, now);
-        Some(client)
-    }
-
-    /// Notes that the pool did not stop it.
-    pub fn stop_refused(&self, pool: &str, worker: &str, now: Timestamp) {
-        let mut inner = self.lock();
-        inner.changed.insert(pool.to_owned());
-        inner.overlay.stop_refused(pool, worker, now);
-    }
-
-    /// Notes that a pool is being asked to download a model.
-    pub fn begin_download(&self, pool: &str, model: &ModelRef, size: u64) -> Option<ApiClient> {
-        let mut inner = self.lock();
-        inner.changed.insert(pool.to_owned());
-        let client = inner.pools.get(pool)?.client.clone();
-        inner.overlay.begin_download(pool, model, size);
-        Some(client)
-    }
-
-    /// Notes how far a download is; false where that is known.
-    pub fn download_moved(&self, pool: &str, model: &ModelRef, percent: u8) -> bool {
-        let mut inner = self.lock();
-        let moved = inner.overlay.download_moved(pool, model, percent);
-        if moved {
-            inner.changed.insert(pool.to_owned());
-        }
-        moved
-    }
-
-    /// Notes that a download ended well.
-    pub fn download_ended(&self, pool: &str, model: &ModelRef, now: Timestamp) {
-        let mut inner = self.lock();
-        inner.changed.insert(pool.to_owned());
-        inner.overlay.download_ended(pool, model, now);
-    }
-
-    /// Notes that a download came to nothing; it is not asked for again for a while.
-    pub fn download_failed(
-        &self,
-        pool: &str,
-        model: &ModelRef,
-        message: String,
-        retriable: bool,
-        now: Timestamp,
-    ) {
-        let mut inner = self.lock();
-        inner.changed.insert(pool.to_owned());
-        inner
-            .overlay
-            .download_failed(pool, model, message, retriable, now);
-    }
-
-    /// Notes that a worker had no room, whatever is known of it. It is left alone for a moment, and for a longer one each
-    /// time in a row, until its pool says something else of it.
-    pub fn mark_full(&self, pool: &str, worker: &str, now: Timestamp) {
-        self.mark(pool, worker, None, now);
-    }
-
-    /// Notes that a worker has only `free_tokens` of its cache left.
-    pub fn mark_short(&self, pool: &str, worker: &str, free_tokens: u32, now: Timestamp) {
-        self.mark(pool, worker, Some(free_tokens), now);
-    }
-
-    fn mark(&self, pool: &str, worker: &str, free_tokens: Option<u32>, now: Timestamp) {
-        let mut inner = self.lock();
-        inner.changed.insert(pool.to_owned());
-        let Inner { pools, overlay, .. } = &mut *inner;
-        let said = pools.get(pool).and_then(|pool| pool.worker(worker));
-        overlay.mark_full(pool, worker, (said.map(Load::of), free_tokens), now);
-    }
-
-    /// Whether the worker says how full its cache is, and so knows of refusals for that reason.
-    pub fn tells_room(&self, pool: &str, worker: &str) -> bool {
-        let inner = self.lock();
-        let worker = inner.pools.get(pool).and_then(|pool| pool.worker(worker));
-        worker.is_some_and(|worker| worker.cache.is_some())
-    }
-
-    /// Notes that a worker had room after all.
-    pub fn mark_open(&self, pool: &str, worker: &str) {
-        let mut inner = self.lock();
-        if inner.overlay.mark_open(pool, worker) {
-            inner.changed.insert(pool.to_owned());
-        }
     }
 }
 

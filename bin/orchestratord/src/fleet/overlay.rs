@@ -113,7 +113,7 @@ impl Load {
 struct Full {
     /// What its pool said of it when it refused.
     said: Option<Load>,
-    /// Tokens that its cache had left, if it lacked these and no slot.
+    /// Tokens that its cache had left; `None` if it lacked a slot.
     free_tokens: Option<u32>,
     until: Timestamp,
     /// How long the next pause is, where it refuses again.
@@ -198,7 +198,8 @@ impl Overlay {
         &mut self,
         pool: &str,
         worker: &str,
-        (said, free_tokens): (Option<Load>, Option<u32>),
+        said: Option<Load>,
+        free_tokens: Option<u32>,
         now: Timestamp,
     ) {
         let key = (pool.to_owned(), worker.to_owned());
@@ -214,7 +215,7 @@ impl Overlay {
 
     pub(super) fn mark_open(&mut self, pool: &str, worker: &str) -> bool {
         let key = (pool.to_owned(), worker.to_owned());
-        // One that took a small job may lack the room for a large one all the same.
+        // A worker that takes a small job may still lack the room for a large one.
         let lacks_slots = |full: &Full| full.free_tokens.is_none();
         self.full.get(&key).is_some_and(lacks_slots) && self.full.remove(&key).is_some()
     }
@@ -472,6 +473,10 @@ fn after(at: Timestamp, pause: SignedDuration) -> Timestamp {
 
 #[cfg(test)]
 mod tests {
+    use orchestrator_core::pool::PoolLiveness;
+    use orchestrator_core::scheduler::ModelState;
+    use pool_core::worker::ModelFile;
+
     use super::*;
 
     const BUSY: Option<Load> = Some(Load {
@@ -486,7 +491,7 @@ mod tests {
         let mut overlay = Overlay::default();
         let mut now = Timestamp::UNIX_EPOCH;
         let mut refused = |overlay: &mut Overlay| {
-            overlay.mark_full("pool-a", "worker-cpu-0", (BUSY, None), now);
+            overlay.mark_full("pool-a", "worker-cpu-0", BUSY, None, now);
             let until = overlay.deadlines().min().unwrap();
             let pause = until.duration_since(now).as_millis();
             now = until;
@@ -501,5 +506,40 @@ mod tests {
         refused(&mut overlay);
         overlay.expire(after(Timestamp::UNIX_EPOCH, SignedDuration::from_hours(1)));
         assert_eq!(refused(&mut overlay), 500);
+    }
+
+    // [ORCHD-198]
+    #[test]
+    fn a_worker_that_is_short_of_cache_takes_small_jobs_and_no_large_one() {
+        let model = ModelState {
+            model: "m".parse().unwrap(),
+            file: ModelFile {
+                size_bytes: 1,
+                modified_ns: 1,
+                sha256: None,
+            },
+            needed_bytes: 1,
+            context: None,
+        };
+        let now = Timestamp::UNIX_EPOCH;
+        let worker = WorkerState {
+            id: "worker-cpu-0".to_owned(),
+            status: WorkerStatus::Busy,
+            free_tokens: Some(8192),
+            ..WorkerState::asked_for(&model, Device::CPU, None, now)
+        };
+        let mut overlay = Overlay::default();
+        let seen = |overlay: &Overlay, now| {
+            let mut state = PoolState::unheard("pool-a", PoolLiveness::Online);
+            state.workers.push(worker.clone());
+            overlay.apply(&mut state, now, |_| true);
+            (state.workers[0].full, state.workers[0].free_tokens)
+        };
+        overlay.mark_full("pool-a", "worker-cpu-0", BUSY, Some(3000), now);
+        assert_eq!(seen(&overlay, now), (false, Some(3000)));
+        // A small job that it takes says nothing of the room for a large one.
+        assert!(!overlay.mark_open("pool-a", "worker-cpu-0"));
+        assert_eq!(seen(&overlay, now), (false, Some(3000)));
+        assert_eq!(seen(&overlay, after(now, FULL.0)), (false, Some(8192)));
     }
 }
