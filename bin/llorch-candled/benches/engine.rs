@@ -114,7 +114,7 @@ fn measure(model: &Path, device: Device, what: &What) {
     show_pause(model, device, what.runs);
 }
 
-/// Prints the longest pause of answers beside a long prompt.
+/// Prints the longest pause of answers while a long prompt is read.
 fn show_pause(model: &Path, device: Device, runs: usize) {
     let sizes = Sizes {
         context_length: Some(LONG + 1),

@@ -124,13 +124,13 @@ impl Compute {
             for next in prepared.try_iter() {
                 self.begin(&mut batcher, next);
             }
-            self.status.room(batcher.room());
+            self.status.set_room(batcher.room());
             let start = Instant::now();
             let (step, ended) = batcher.step();
             let waiting = batcher.waiting();
             self.metrics
                 .step(&step, start.elapsed(), waiting, engine.room());
-            self.status.room(batcher.room());
+            self.status.set_room(batcher.room());
             for Ended { control, outcome } in ended {
                 self.end(&control.execution, control.drawn, outcome);
             }
@@ -174,7 +174,7 @@ impl Compute {
             .step(&Step::default(), Duration::ZERO, 0, engine.room());
         // What is not taken yet, but for the little that the warm-up took.
         let to_come = engine.working_bytes();
-        self.status.room(engine.room());
+        self.status.set_room(engine.room());
         self.status.ready(Loaded {
             context_length: engine.context_length() as u32,
             measured_bytes: private_bytes().map(|bytes| bytes + to_come),

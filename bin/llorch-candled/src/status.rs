@@ -77,8 +77,8 @@ impl Status {
         self.set(Phase::Failed(reason));
     }
 
-    /// The cache is this full if what runs comes to need all that it may.
-    pub fn room(&self, room: Room) {
+    /// Sets how full the cache is if all executions write their longest answers.
+    pub fn set_room(&self, room: Room) {
         let store = |at: &AtomicU32, blocks| at.store(tokens_of(blocks), Ordering::Relaxed);
         store(&self.cache_tokens, room.total);
         store(&self.cache_free_tokens, room.free);

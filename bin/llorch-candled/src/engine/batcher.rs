@@ -75,7 +75,7 @@ impl Part {
     }
 }
 
-/// Returns the tokens that blocks hold.
+/// Returns the number of tokens that blocks hold.
 pub(crate) fn tokens_of(blocks: usize) -> u32 {
     u32::try_from(blocks * BLOCK).unwrap_or(u32::MAX)
 }
@@ -83,7 +83,7 @@ pub(crate) fn tokens_of(blocks: usize) -> u32 {
 /// Rows of a step up to which tokens are guessed. With more of them, checking a guess costs as much as computing it.
 const ROWS_WITH_GUESSES: usize = 8;
 
-/// Longest step while answers are written beside a prompt, as estimated from the step before.
+/// Longest step that computes answers together with a prompt, as estimated from the step before.
 const LONGEST_STEP: Duration = Duration::from_millis(100);
 
 impl<'e, C: Control> Batcher<'e, C> {
@@ -106,7 +106,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         self
     }
 
-    /// Returns how full the cache is if what runs and waits comes to need all that it may.
+    /// Returns how full the cache is if all generations write their longest answers.
     pub fn room(&self) -> Room {
         let room = self.engine.room();
         let flights = self.running.iter().chain(&self.waiting);
@@ -117,7 +117,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         }
     }
 
-    /// Returns what the generation lacks of the cache if it may not wait for it; `None` if it may be added.
+    /// Returns the sizes of a generation that does not fit the cache now and that says not to wait; `None` if it may be added.
     pub fn shortage(&self, generation: &Generation) -> Option<CacheShortage> {
         if self.is_empty() || !generation.request.refuse_if_full {
             return None;

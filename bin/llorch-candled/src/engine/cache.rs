@@ -93,6 +93,18 @@ impl BlockCache {
 
     /// Finds the longest beginning of `tokens` of which the cache has all blocks, and gives them to the caller.
     pub fn find(&mut self, scope: Scope, tokens: &[u32]) -> Prefix {
+        let prefix = self.known_prefix(scope, tokens);
+        for number in &prefix.blocks {
+            let block = &mut self.blocks[*number as usize];
+            if block.users == 0 {
+                self.idle.remove(&block.released);
+            }
+            block.users += 1;
+        }
+        prefix
+    }
+
+    fn known_prefix(&self, scope: Scope, tokens: &[u32]) -> Prefix {
         let mut before = Before::Start(scope);
         let mut blocks = Vec::new();
         for tokens in tokens.as_chunks::<BLOCK>().0 {
@@ -103,32 +115,17 @@ impl BlockCache {
             let Some(&(number, content)) = self.known.get(&content) else {
                 break;
             };
-            let block = &mut self.blocks[number as usize];
-            if block.users == 0 {
-                self.idle.remove(&block.released);
-            }
-            block.users += 1;
             blocks.push(number);
             before = Before::Content(content);
         }
         Prefix { blocks, before }
     }
 
-    /// Returns how many blocks at the beginning of `tokens` other sequences have.
+    /// Returns the number of blocks that hold the beginning of `tokens` and that sequences have.
     pub fn shared(&self, scope: Scope, tokens: &[u32]) -> usize {
-        let mut before = Before::Start(scope);
-        let shared = tokens.as_chunks::<BLOCK>().0.iter().take_while(|tokens| {
-            let content = Content {
-                before: before.clone(),
-                tokens: **tokens,
-            };
-            let Some(&(number, content)) = self.known.get(&content) else {
-                return false;
-            };
-            before = Before::Content(content);
-            self.blocks[number as usize].users > 0
-        });
-        shared.count()
+        let blocks = self.known_prefix(scope, tokens).blocks.into_iter();
+        let in_use = blocks.filter(|number| self.blocks[*number as usize].users > 0);
+        in_use.count()
     }
 
     /// Gives a block to the caller: an empty one, or else the one that was released first. `None` if sequences have all.

@@ -15,18 +15,18 @@ use super::output::{Output, Step};
 use super::sampling::{SamplingError, sample};
 use super::{Control, Engine, Failure, Generation};
 
-/// Returns the blocks that a sequence takes at most. The last token of an answer is never computed.
+/// Tokens between two `metrics` events.
+const METRICS_EVERY: usize = 16;
+
+/// Returns the number of blocks that a sequence with the longest answer takes. The last token of an answer is never computed.
 pub(super) fn most_blocks(prompt: usize, limit: usize) -> usize {
     (prompt + limit).saturating_sub(1).div_ceil(BLOCK)
 }
 
-/// Returns whose blocks the request may have in common with others.
+/// Returns the scope in which the request may share blocks.
 pub(super) fn scope(request: &ExecuteRequest) -> Scope {
     request.cache_scope.as_deref().map(Arc::from)
 }
-
-/// Tokens between two `metrics` events.
-const METRICS_EVERY: usize = 16;
 
 /// A generation that runs.
 ///
@@ -205,7 +205,7 @@ impl<'e, C: Control> Flight<'e, C> {
             .saturating_sub(self.table.len())
     }
 
-    /// Returns how many blocks it may need besides its own before it ends.
+    /// Returns the number of blocks that it may still need, besides its own, before it ends.
     pub fn to_come(&self) -> usize {
         let all = most_blocks(self.prompt, self.limit);
         all.saturating_sub(self.table.len())

@@ -125,7 +125,7 @@ pub enum Failure {
     /// There is no room for its keys and values.
     #[error(transparent)]
     CacheFull(#[from] CacheFull),
-    /// There is no room for its keys and values now, and it was not to wait.
+    /// There is no room for its keys and values now, and the request says not to wait.
     #[error(
         "the cache has room for {} more tokens, the prompt and the longest answer need {}",
         .0.free_tokens,
@@ -241,7 +241,7 @@ pub struct Generation {
     prompt: Vec<u32>,
     /// Tokens of earlier attempts that it goes on from; `None` begins anew.
     resumed: Option<Vec<u32>>,
-    /// Its receipt, as far as it is known before the answer.
+    /// Receipt without the answer.
     receipt: Box<Receipt>,
     accepted: Instant,
 }
@@ -352,11 +352,9 @@ impl Engine {
     /// context.
     pub fn working_bytes(&self) -> u64 {
         let core = self.core();
-        let rows = prefill::CHUNK.min(self.description.context) + self.slots - 1;
-        core.model.cache_bytes()
-            + core
-                .model
-                .pass_bytes(rows, self.slots, self.description.context)
+        let context = self.description.context;
+        let rows = prefill::CHUNK.min(context) + self.slots - 1;
+        core.model.cache_bytes() + core.model.pass_bytes(rows, self.slots, context)
     }
 
     /// Tokens of context of a sequence.
@@ -489,7 +487,7 @@ impl Engine {
         self.core().cache.room()
     }
 
-    /// Returns how many blocks a generation takes at most that no other sequence has.
+    /// Returns the number of blocks that a generation with the longest answer takes, without those that sequences have.
     fn blocks_for(&self, generation: &Generation) -> usize {
         let Generation {
             request, prompt, ..

@@ -8,7 +8,7 @@ use super::Engine;
 
 /// Name and version of this program, as `--version` prints them.
 const ENGINE: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
-/// Class of arithmetic of tokens whose origin nobody knows.
+/// Class of arithmetic of tokens of unknown origin.
 const UNKNOWN: &str = "unknown";
 
 /// Hashes of the parts of a model file that decide a prompt's token ids. Computed once, at load.

@@ -15,9 +15,9 @@ pub struct LayerKind {
     pub window: Option<usize>,
     /// Index of its rotation in [`Description::rotations`](super::description::Description::rotations).
     pub rotation: usize,
-    /// Whether the matrices of queries, keys and values are one tensor.
+    /// True if queries, keys and values share one tensor.
     pub fused_attention: bool,
-    /// Whether the gate and the up-projection are one tensor.
+    /// True if gate and up-projection share one tensor.
     pub fused_gate: bool,
 }
 
