@@ -8,6 +8,7 @@ mod support;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use gguf_mutants::{Field, Layout, with_text, without};
@@ -175,16 +176,18 @@ fn run_child(path: &Path, job: bool) -> (Cost, String) {
     if job {
         command.env(JOB_VAR, "1");
     }
-    let mut child = command.spawn().expect("this program can be started again");
+    let child = command.spawn().expect("this program can be started again");
+    let pid = rustix::process::Pid::from_child(&child);
     let start = Instant::now();
-    while child.try_wait().expect("a child can be asked").is_none() {
-        if start.elapsed() > CHILD_LIMIT {
-            child.kill().expect("a child can be ended");
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    let output = child.wait_with_output().expect("a child that ended");
+    let (ended, end) = mpsc::channel();
+    std::thread::spawn(move || ended.send(child.wait_with_output()));
+    let output = end.recv_timeout(CHILD_LIMIT).or_else(|_| {
+        // Nobody has waited for it yet, or it has just ended.
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        end.recv()
+    });
+    let output = output.expect("a child that ended");
+    let output = output.expect("a child can be waited for");
     let shown = String::from_utf8_lossy(&output.stdout).into_owned();
     let Some((_, line)) = shown.lines().find_map(|line| line.split_once("COST ")) else {
         let cost = Cost {

@@ -23,14 +23,11 @@ use pool_core::service::Shutdown;
 use pool_core::worker::Backend;
 use pool_core::worker_args::WorkerArgs;
 use serde::de::IgnoredAny;
-use support::greedy;
 use support::tiny_model::TinyModel;
+use support::{PATIENCE, greedy, until};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-
-/// Longer than anything here takes; reached only where something hangs.
-const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A context in which a generation goes on for longer than any test.
 const LONG: u32 = 60_000;
@@ -111,18 +108,8 @@ impl Worker {
     }
 
     async fn until(&self, condition: impl Fn(&WorkerHealth) -> bool) -> WorkerHealth {
-        let wait = async {
-            loop {
-                let health = self.health().await;
-                if condition(&health) {
-                    return health;
-                }
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        timeout(PATIENCE, wait)
-            .await
-            .expect("the worker gets there")
+        let met = || async { Some(self.health().await).filter(&condition) };
+        until("the worker gets there", met).await
     }
 
     async fn execute(&self, request: &ExecuteRequest) -> Result<EventStream, ClientError> {

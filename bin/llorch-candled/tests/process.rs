@@ -3,10 +3,10 @@
 mod support;
 
 use std::io::{BufRead, BufReader, Write as _};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use pool_core::api::worker::{
@@ -15,34 +15,10 @@ use pool_core::api::worker::{
 use pool_core::client::{ApiClient, Method};
 use pool_core::secret::Secret;
 use pool_core::worker::Backend;
-use pool_core::worker_args::{
-    EXIT_MODEL_INVALID, EXIT_PORT_TAKEN, NONCE_VAR, SECRET_VAR, WorkerArgs,
-};
-use support::greedy;
+use pool_core::worker_args::{EXIT_MODEL_INVALID, EXIT_PORT_TAKEN, SECRET_VAR, WorkerArgs};
+use support::process::{Running, SECRET, args, command, free_port, prepared};
 use support::tiny_model::TinyModel;
-
-fn args(model: &Path, port: u16) -> WorkerArgs {
-    WorkerArgs {
-        worker_id: "worker-cpu-0".into(),
-        model: model.into(),
-        model_ref: None,
-        sha256: None,
-        backend: Backend::Cpu,
-        gpu: 0,
-        bind: Ipv4Addr::LOCALHOST.into(),
-        port,
-        pool_url: None,
-        context_length: None,
-        cache_tokens: None,
-        slots: 1,
-        threads: Some(1),
-        stop_grace_s: 10,
-    }
-}
-
-fn command(args: &WorkerArgs) -> Command {
-    prepared(Command::new(env!("CARGO_BIN_EXE_llorch-candled")), args)
-}
+use support::{PATIENCE, greedy, until};
 
 /// Returns [`command`], started under `limit`, a shell command.
 fn limited(args: &WorkerArgs, limit: &str) -> Command {
@@ -52,19 +28,6 @@ fn limited(args: &WorkerArgs, limit: &str) -> Command {
         .arg(format!("{limit} && exec \"$0\" \"$@\""))
         .arg(env!("CARGO_BIN_EXE_llorch-candled"));
     prepared(shell, args)
-}
-
-fn prepared(mut command: Command, args: &WorkerArgs) -> Command {
-    command
-        .args(args.to_args())
-        .env(SECRET_VAR, "s3cret")
-        .env(NONCE_VAR, "n")
-        .env_remove("LLORCH_LOG");
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command
 }
 
 /// The exit code and the last line of standard error.
@@ -212,30 +175,15 @@ fn a_hang_up_changes_nothing() {
     assert_eq!(child.0.wait().unwrap().code(), Some(0));
 }
 
-/// A worker that is killed when the test is over.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// Longer than anything here takes; reached only where something hangs.
-const PATIENCE: Duration = Duration::from_secs(300);
-
 /// Drives the worker at `port` as far as it goes: load, a long job, some tokens, a cancel.
 async fn drive(port: u16) -> Option<()> {
     let url = format!("http://127.0.0.1:{port}");
-    let client = ApiClient::new(&url, Some(Secret::new("s3cret"))).expect("the address is one");
-    loop {
-        match client.get::<WorkerHealth>("/health").await {
-            Ok(health) if health.state == HealthState::Ready => break,
-            // Not there yet, or not any more: the caller knows when to give up.
-            _ => tokio::time::sleep(Duration::from_millis(5)).await,
-        }
-    }
+    let client = ApiClient::new(&url, Some(Secret::new(SECRET))).expect("the address is one");
+    let ready = || async {
+        let health = client.get::<WorkerHealth>("/health").await.ok()?;
+        (health.state == HealthState::Ready).then_some(())
+    };
+    until("the worker is ready", ready).await;
     for (job_id, max_tokens) in [("short", 3), ("long", 60_000)] {
         let request = ExecuteRequest {
             job_id: job_id.into(),
@@ -270,20 +218,14 @@ async fn strangers_leave_the_fleet_its_places() {
     };
     let model = tiny_file(folder.path(), &tiny);
     for descriptors in [64, 256] {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        drop(listener);
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, free_port()));
         let args = WorkerArgs {
             context_length: Some(60_100),
             ..args(&model, address.port())
         };
         let mut child = limited(&args, &format!("ulimit -n {descriptors}"));
         let _child = Running(child.stderr(Stdio::null()).spawn().unwrap());
-        let begun = Instant::now();
-        while TcpStream::connect(address).is_err() {
-            assert!(begun.elapsed() < PATIENCE, "it never listens");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        until("it listens", || async { TcpStream::connect(address).ok() }).await;
         // Half of these connections send a request, without the secret, and stay open.
         let strangers: Vec<TcpStream> = (0..400)
             .map(|number| {
@@ -310,11 +252,7 @@ async fn a_crash_anywhere_leaves_nothing_in_the_way() {
         ..TinyModel::default()
     };
     let model = tiny_file(folder.path(), &tiny);
-    let port = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let port = free_port();
     let args = WorkerArgs {
         context_length: Some(60_100),
         ..args(&model, port)
@@ -330,14 +268,7 @@ async fn a_crash_anywhere_leaves_nothing_in_the_way() {
         let mut child = command(&args);
         child.env("LLORCH_CRASH_AT", point).stderr(Stdio::null());
         let mut child = Running(child.spawn().unwrap());
-        let crashed = async {
-            loop {
-                if let Some(status) = child.0.try_wait().unwrap() {
-                    return status;
-                }
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
+        let crashed = until(point, || std::future::ready(child.0.try_wait().unwrap()));
         let driven = async {
             drive(port).await;
             std::future::pending::<()>().await;
@@ -345,7 +276,6 @@ async fn a_crash_anywhere_leaves_nothing_in_the_way() {
         tokio::select! {
             status = crashed => assert_eq!(status.signal(), Some(9), "{point}: {status}"),
             () = driven => {}
-            () = tokio::time::sleep(PATIENCE) => panic!("{point} was never reached"),
         }
     }
     // The next one on the same port does all of it.

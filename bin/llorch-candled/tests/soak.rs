@@ -5,11 +5,9 @@
 
 mod support;
 
-use std::net::{Ipv4Addr, TcpListener};
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use pool_core::api::worker::{
@@ -18,13 +16,13 @@ use pool_core::api::worker::{
 };
 use pool_core::client::{ApiClient, EventStream, Method};
 use pool_core::secret::Secret;
-use pool_core::worker::Backend;
-use pool_core::worker_args::{NONCE_VAR, SECRET_VAR, WorkerArgs};
+use pool_core::worker_args::WorkerArgs;
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt as _, SeedableRng as _};
 use serde::de::IgnoredAny;
-use support::greedy;
+use support::process::{Running, SECRET, args, command, free_port};
 use support::tiny_model::TinyModel;
+use support::{PATIENCE, greedy, until};
 use tokio::time::timeout;
 
 const JOBS: u64 = 1000;
@@ -37,21 +35,10 @@ const CONTEXT: u32 = 256;
 const CACHE: u32 = 512;
 /// Growth of the memory in 700 jobs that is not a leak yet: what the allocator and the buffers of open streams differ by.
 const SLACK: u64 = 6 << 20;
-/// Longer than anything here takes; reached only where something hangs.
-const PATIENCE: Duration = Duration::from_secs(300);
-
-/// A worker that is killed when the test is over.
 struct Worker {
-    child: Child,
+    process: Running,
     client: ApiClient,
     _folder: tempfile::TempDir,
-}
-
-impl Drop for Worker {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 impl Worker {
@@ -59,39 +46,22 @@ impl Worker {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("tiny.gguf");
         TinyModel::default().write(&model).unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        drop(listener);
+        let port = free_port();
         let args = WorkerArgs {
-            worker_id: "worker-cpu-0".into(),
-            model,
-            model_ref: None,
-            sha256: None,
-            backend: Backend::Cpu,
-            gpu: 0,
-            bind: Ipv4Addr::LOCALHOST.into(),
-            port,
-            pool_url: None,
             context_length: Some(CONTEXT),
             cache_tokens: Some(CACHE),
             slots: 4,
-            threads: Some(1),
-            stop_grace_s: 10,
+            ..args(&model, port)
         };
-        let child = Command::new(env!("CARGO_BIN_EXE_llorch-candled"))
-            .args(args.to_args())
-            .env(SECRET_VAR, "s3cret")
-            .env(NONCE_VAR, "n")
-            .env_remove("LLORCH_LOG")
-            .stdin(Stdio::null())
+        let child = command(&args)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
         let url = format!("http://127.0.0.1:{port}");
         let worker = Self {
-            child,
-            client: ApiClient::new(&url, Some(Secret::new("s3cret"))).unwrap(),
+            process: Running(child),
+            client: ApiClient::new(&url, Some(Secret::new(SECRET))).unwrap(),
             _folder: folder,
         };
         worker
@@ -101,24 +71,16 @@ impl Worker {
     }
 
     async fn until(&self, condition: impl Fn(&WorkerHealth) -> bool) -> WorkerHealth {
-        let wait = async {
-            loop {
-                if let Ok(health) = self.client.get::<WorkerHealth>("/health").await
-                    && condition(&health)
-                {
-                    return health;
-                }
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
+        let met = || async {
+            let health = self.client.get::<WorkerHealth>("/health").await.ok()?;
+            Some(health).filter(&condition)
         };
-        timeout(PATIENCE, wait)
-            .await
-            .expect("the worker gets there")
+        until("the worker gets there", met).await
     }
 
     /// Bytes of its own memory, without mapped files.
     fn private_bytes(&self) -> u64 {
-        let path = format!("/proc/{}/status", self.child.id());
+        let path = format!("/proc/{}/status", self.process.0.id());
         let status = std::fs::read_to_string(path).unwrap();
         let mut lines = status.lines();
         let line = lines.find_map(|line| line.strip_prefix("RssAnon:"));
@@ -141,17 +103,20 @@ impl Worker {
         outcome
     }
 
-    async fn play(&self, request: &ExecuteRequest, read: usize, what: u8) -> Outcome {
-        let open = async |request: &ExecuteRequest| loop {
+    /// Starts an execution as soon as a slot is free.
+    async fn open(&self, request: &ExecuteRequest) -> EventStream {
+        let answered = || async {
             let post = self.client.request(Method::POST, "/execute").json(request);
             match self.client.events(post).await {
-                Err(error) if error.status() == Some(429) => {
-                    tokio::time::sleep(Duration::from_millis(2)).await;
-                }
-                other => return other.expect("the worker takes it"),
+                Err(error) if error.status() == Some(429) => None,
+                other => Some(other.expect("the worker takes it")),
             }
         };
-        let mut events = open(request).await;
+        until("a slot is free", answered).await
+    }
+
+    async fn play(&self, request: &ExecuteRequest, read: usize, what: u8) -> Outcome {
+        let mut events = self.open(request).await;
         if what >= 2 {
             for _ in 0..read {
                 if let Some(outcome) = last(&mut events).await {
@@ -178,7 +143,7 @@ impl Worker {
                     fence: request.fence + 1,
                     ..request.clone()
                 };
-                events = open(&next).await;
+                events = self.open(&next).await;
             }
             _ => return Outcome::LeftAlone,
         }

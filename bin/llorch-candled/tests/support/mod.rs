@@ -2,14 +2,36 @@
 
 #![allow(dead_code)] // Every test binary uses its own part of this.
 
+pub mod process;
 pub mod tiny_model;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::lanes::Tier;
 use llorch_candled::engine::{Control, Engine, Failure, Halted, LoadError, Sizes};
 use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEnd, WorkerEvent};
+
+/// Longer than anything here takes; reached only where something hangs.
+pub const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Asks until there is an answer.
+pub async fn until<T, F>(what: &str, mut answer: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Option<T>>,
+{
+    let asked = async {
+        loop {
+            if let Some(answer) = answer().await {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, asked)
+        .await
+        .unwrap_or_else(|_| panic!("it never happened: {what}"))
+}
 
 /// What came out of a request.
 pub struct Answer {
@@ -100,4 +122,39 @@ pub fn run(engine: &Engine, request: ExecuteRequest) -> Result<Answer, Failure> 
         pieces,
         end,
     })
+}
+
+/// The engine of a tiny model.
+pub fn engine() -> Engine {
+    tiny(&tiny_model::TinyModel::default()).expect("the tiny model loads")
+}
+
+/// A request with this seed and sampling.
+pub fn sampled(seed: u64, sampling: Sampling) -> ExecuteRequest {
+    ExecuteRequest {
+        seed,
+        sampling,
+        max_tokens: 60,
+        ..greedy("hello")
+    }
+}
+
+/// Sampling at temperature 0.8.
+pub fn warm() -> Sampling {
+    Sampling {
+        temperature: 0.8,
+        ..Sampling::default()
+    }
+}
+
+/// Runs a request that can be run.
+pub fn answer(engine: &Engine, request: ExecuteRequest) -> Answer {
+    run(engine, request).expect("the request runs")
+}
+
+/// Checks that the pieces are numbered without a gap, and none is empty.
+pub fn assert_contiguous(answer: &Answer) {
+    let indices: Vec<u32> = answer.pieces.iter().map(|p| p.i).collect();
+    assert_eq!(indices, (0..answer.pieces.len() as u32).collect::<Vec<_>>());
+    assert!(answer.pieces.iter().all(|p| !p.t.is_empty()));
 }

@@ -32,10 +32,10 @@ pub struct TinyModel {
 /// Features in which files of `phi3` differ.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Phi3 {
-    /// Whether each matrix has a tensor of its own, instead of one for queries, keys and values, and one for gate and
-    /// up-projection.
+    /// True if each matrix has its own tensor; otherwise queries, keys and values share one, and gate and up-projection share
+    /// one.
     pub split: bool,
-    /// Whether the embedding is the output matrix.
+    /// True if the embedding is the output matrix too.
     pub tied: bool,
     /// Value of the key for the window; `None` leaves the key out.
     pub window: Option<u32>,
