@@ -2,11 +2,12 @@
 //! memory.
 //!
 //! ```text
-//! cargo bench -p llorch-candled --bench engine -- MODEL.gguf [threads=1,2] [tier=Avx2] [reference] [answers=8] [runs=5] [single]
+//! cargo bench -p llorch-candled --bench engine -- MODEL.gguf [threads=1,2] [tier=Avx2] [reference] [runs=5] [WHAT]
 //! ```
 //!
-//! `reference` measures candle's products instead; `answers` only so many answers side by side, `single` only one sequence.
-//! Figures are medians of the runs, with the least and the largest.
+//! `reference` measures candle's products instead. WHAT is `prefill`, `depth=0,512` (decode at these depths only), `single` (both,
+//! for one sequence) or `answers=8` (only so many answers side by side). Figures are medians of the runs, with the least and
+//! the largest.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -29,10 +30,7 @@ const LONG: usize = 4000;
 fn main() {
     let arguments = std::env::args().skip(1);
     let arguments: Vec<String> = arguments.filter(|a| !a.starts_with("--")).collect();
-    let value = |name: &str| {
-        let prefix = format!("{name}=");
-        arguments.iter().find_map(|a| a.strip_prefix(&prefix))
-    };
+    let value = |name: &str| value(&arguments, name);
     let model = arguments.first().cloned();
     let Some(model) = model.or_else(|| std::env::var("LLORCH_TEST_MODEL").ok()) else {
         println!("skipped: no model file is named");
@@ -46,34 +44,67 @@ fn main() {
     });
     let tier = tier.unwrap_or_else(Tier::best);
     let reference = arguments.iter().any(|a| a == "reference");
+    let what = What::from(&arguments);
     for threads in value("threads").unwrap_or("1,2").split(',') {
         let threads: usize = threads.parse().expect("a number of threads");
         let device = match reference {
             true => Device::Reference,
             false => Device::Cpu { threads, tier },
         };
-        let what = What {
-            runs: value("runs").map_or(5, |n| n.parse().expect("a number of runs")),
-            answers: value("answers").map(|n| n.parse().expect("a number of answers")),
-            single: arguments.iter().any(|a| a == "single"),
-        };
         measure(Path::new(&model), device, &what);
     }
+}
+
+/// Returns what follows `name=`.
+fn value<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
+    let mut values = arguments.iter().filter_map(|a| a.strip_prefix(name));
+    values.find_map(|value| value.strip_prefix('='))
+}
+
+fn number(text: &str) -> usize {
+    text.parse().expect("a number")
 }
 
 /// Selection of measurements.
 struct What {
     runs: usize,
+    /// Prompts.
+    prefill: bool,
+    /// Decode after so many tokens.
+    depths: Vec<usize>,
     /// Only so many answers side by side.
     answers: Option<u64>,
     /// Only one sequence.
     single: bool,
 }
 
+impl What {
+    fn from(arguments: &[String]) -> Self {
+        let has = |word: &str| arguments.iter().any(|a| a == word);
+        let value = |name: &str| value(arguments, name);
+        let depths = value("depth").map(|depths| depths.split(',').map(number).collect());
+        let is_part = has("prefill") || depths.is_some();
+        Self {
+            runs: value("runs").map_or(5, number),
+            prefill: depths.is_none(),
+            depths: match depths {
+                Some(depths) => depths,
+                None if has("prefill") => Vec::new(),
+                None => vec![0, PREFILL],
+            },
+            answers: value("answers").map(|answers| number(answers) as u64),
+            single: is_part || has("single"),
+        }
+    }
+}
+
 fn measure(model: &Path, device: Device, what: &What) {
+    let deepest = what.depths.iter().copied().max().unwrap_or(0);
+    let context = PREFILL.max(deepest + DECODE);
     let sizes = Sizes {
-        context_length: Some(2 * PREFILL),
-        cache_tokens: Some(4 * PREFILL),
+        context_length: Some(context),
+        // Room for answers side by side.
+        cache_tokens: Some(context.max(4 * PREFILL)),
         ..Sizes::default()
     };
     let start = Instant::now();
@@ -86,17 +117,21 @@ fn measure(model: &Path, device: Device, what: &What) {
         return show_answers(&engine, answers, what.runs);
     }
     let vocab = engine.description().vocab as u32;
-    let tokens: Vec<u32> = (0..PREFILL as u32)
+    let tokens: Vec<u32> = (0..context as u32)
         .map(|i| (i * 7919 + 13) % vocab)
         .collect();
-    show("prefill 512", what.runs, || {
-        let mut sequence = engine.sequence(PREFILL).expect("room");
-        rate(PREFILL, || drop(prefill(&mut sequence, &tokens)))
-    });
-    for depth in [1, PREFILL] {
+    if what.prefill {
+        show("prefill 512", what.runs, || {
+            let mut sequence = engine.sequence(PREFILL).expect("room");
+            rate(PREFILL, || drop(prefill(&mut sequence, &tokens[..PREFILL])))
+        });
+    }
+    for depth in &what.depths {
         show(&format!("decode 128 at {depth}"), what.runs, || {
             let mut sequence = engine.sequence(depth + DECODE).expect("room");
-            prefill(&mut sequence, &tokens[..depth]);
+            if *depth > 0 {
+                prefill(&mut sequence, &tokens[..*depth]);
+            }
             rate(DECODE, || {
                 for token in &tokens[..DECODE] {
                     sequence.logits(&[*token]).expect("the model computes");

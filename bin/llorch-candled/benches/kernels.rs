@@ -1,9 +1,16 @@
 //! Measures products on one thread: bytes a second of one and a few rows with weights that are in no cache, and multiply-adds a
 //! second of many.
 //!
-//! `cargo bench -p llorch-candled --bench kernels -- [few|rows|all] [tier] [format]`. Every figure is the median, with the least and the largest, of some repetitions.
+//! ```text
+//! cargo bench -p llorch-candled --bench kernels -- [few|rows|all] [tier] [format]
+//! cargo bench -p llorch-candled --bench kernels -- machine [threads]
+//! ```
+//!
+//! `machine` measures what limits products: bytes that so many threads read a second, and byte products of registers. Every
+//! figure is the median, with the least and the largest, of some repetitions.
 
 use std::hint::black_box;
+use std::sync::Barrier;
 use std::time::Instant;
 
 use llorch_candled::backend::cpu::format::Format;
@@ -57,6 +64,34 @@ impl Kernel for ReadAll<'_> {
             lanes.or_bytes(sums[2], sums[3]),
         );
         lanes.sum_int(lanes.to_bits(lanes.bytes_as_floats(ored)))
+    }
+}
+
+/// Places that [`ReadAhead`] reads at the same time, and bytes that it asks for ahead. More of either reads no faster.
+const PLACES: usize = 4;
+const AHEAD: usize = 4096;
+
+/// Adds up memory as fast as a loop can.
+struct ReadAhead<'a>(&'a [u8]);
+
+impl Kernel for ReadAhead<'_> {
+    type Output = i32;
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) -> i32 {
+        let lines = self.0.as_chunks::<64>().0;
+        let part = lines.len() / PLACES;
+        let mut sums = [lanes.splat_byte(0); PLACES];
+        for index in 0..part {
+            for (place, sum) in sums.iter_mut().enumerate() {
+                let line = &lines[place * part + index];
+                lanes.prefetch(&line[0], AHEAD);
+                *sum = lanes.or_bytes(*sum, lanes.load_bytes(line));
+            }
+        }
+        let sum = sums.into_iter().reduce(|a, b| lanes.or_bytes(a, b));
+        let sum = sum.unwrap_or_else(|| lanes.splat_byte(0));
+        lanes.sum_int(lanes.to_bits(lanes.bytes_as_floats(sum)))
     }
 }
 
@@ -158,6 +193,10 @@ fn main() {
     let arguments = std::env::args().skip(1);
     let arguments: Vec<String> = arguments.filter(|a| !a.starts_with("--")).collect();
     let argument = |i: usize| arguments.get(i).map_or("all", String::as_str);
+    if argument(0) == "machine" {
+        let threads = arguments.get(1).map_or(1, |n| n.parse().expect("a number"));
+        return machine(threads);
+    }
     let tiers: Vec<Tier> = match argument(1) {
         "all" => vec![Tier::best()],
         name => Tier::ALL
@@ -180,6 +219,50 @@ fn main() {
             }
         }
     }
+}
+
+/// Loops of [`Peak`] in a measurement.
+const PEAK_LOOPS: usize = 4_000_000;
+/// Products of bytes in a loop of [`Peak`].
+const PEAK_PRODUCTS: usize = 12 * 64;
+
+/// Prints what the machine can do at most with so many threads.
+fn machine(threads: usize) {
+    let tier = Tier::best();
+    let memory: Vec<Vec<u8>> = (0..threads).map(|_| vec![1; cold_bytes()]).collect();
+    let bytes = (threads * cold_bytes()) as f64;
+    let read = rates(bytes, 7, || {
+        together(threads, |thread| {
+            black_box(tier.run(ReadAhead(&memory[thread])));
+        });
+    });
+    // So many that starting the threads does not count.
+    let loops = 10 * PEAK_LOOPS;
+    let work = (threads * loops * PEAK_PRODUCTS) as f64;
+    let peak = rates(work, 7, || {
+        together(threads, |_| {
+            black_box(tier.run(Peak(black_box(loops))));
+        });
+    });
+    let show = |what, [median, least, most]: [f64; 3], unit| {
+        println!("{what} with {threads} threads: {median:.2} [{least:.2}..{most:.2}] {unit}");
+    };
+    show("read", read, "GB/s");
+    show("products", peak, "GMAC/s");
+}
+
+/// Runs work on several threads at the same time.
+fn together(threads: usize, work: impl Fn(usize) + Sync) {
+    let (start, work) = (Barrier::new(threads), &work);
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            let start = &start;
+            scope.spawn(move || {
+                start.wait();
+                work(thread);
+            });
+        }
+    });
 }
 
 fn few_rows(tier: Tier, first: PackedMatrix, source: &[u8]) {
@@ -246,9 +329,8 @@ fn few_rows(tier: Tier, first: PackedMatrix, source: &[u8]) {
 
 fn several_rows(tier: Tier, weights: &PackedMatrix) {
     let (format, n, k) = (weights.format(), weights.rows(), weights.columns());
-    let loops = 4_000_000;
-    let [peak, ..] = rates((loops * 12 * 64) as f64, 3, || {
-        black_box(tier.run(Peak(black_box(loops))));
+    let [peak, ..] = rates((PEAK_LOOPS * PEAK_PRODUCTS) as f64, 3, || {
+        black_box(tier.run(Peak(black_box(PEAK_LOOPS))));
     });
     print!("{tier:?} {format:?} {n}×{k}, peak {peak:.0} GMAC/s:");
     for rows in [512, 64, 8] {
