@@ -1,18 +1,17 @@
-//! The real model, SmolLM2-135M-Instruct Q4_1, against what llama.cpp makes of the same file.
+//! Real models, SmolLM2-135M-Instruct Q4_1 and Gemma 3 270M Q4_K_M, against what llama.cpp makes of the same files.
 
 mod support;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::Instant;
 
 use llorch_candled::engine::{Engine, Sizes};
+use llorch_candled::tokenizer::Tokenizer;
 use pool_core::api::worker::{ExecuteRequest, Message, Role, StopReason};
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use support::{cpu, greedy, run};
-
-/// Where the reference's best token leads the second by less than this, rounding may choose the other.
-const MARGIN: f32 = 0.25;
 
 fn model_path() -> PathBuf {
     std::env::var_os("LLORCH_TEST_MODEL").map(PathBuf::from).expect(
@@ -20,9 +19,56 @@ fn model_path() -> PathBuf {
     )
 }
 
-static ENGINE: LazyLock<Engine> = LazyLock::new(|| {
-    Engine::load(&model_path(), cpu(), Sizes::default(), &mut |_, _| ()).expect("the model loads")
+fn load(path: &Path) -> Engine {
+    Engine::load(path, cpu(), Sizes::default(), &mut |_, _| ()).expect("the model loads")
+}
+
+static ENGINE: LazyLock<Engine> = LazyLock::new(|| load(&model_path()));
+
+/// Gemma, if its file is there.
+static GEMMA: LazyLock<Option<Engine>> = LazyLock::new(|| {
+    let path = std::env::var_os("LLORCH_TEST_GEMMA").map(PathBuf::from);
+    if path.is_none() {
+        println!("skipped for Gemma: `scripts/test` fetches its file and sets LLORCH_TEST_GEMMA");
+    }
+    path.map(|path| load(&path))
 });
+
+/// A model with what llama.cpp makes of its file.
+struct Real {
+    engine: &'static Engine,
+    /// Lead of the reference's best token below which rounding may choose the second.
+    margin: f32,
+    vectors: Vec<Vector>,
+    prompts: Vec<Prompt>,
+}
+
+impl Real {
+    /// Takes the model's part of the reference.
+    fn new(engine: &'static Engine, name: &str, margin: f32) -> Self {
+        Self {
+            engine,
+            margin,
+            vectors: part(include_str!("data/tokenizer-vectors.json"), name),
+            prompts: part(include_str!("data/reference-greedy.json"), name),
+        }
+    }
+
+    fn smollm() -> Self {
+        Self::new(&ENGINE, "smollm2-135m-q4_1", 0.25)
+    }
+
+    /// Gemma, if its file is there. Leads in llama.cpp itself differ by 0.6 from processor to processor.
+    fn gemma() -> Option<Self> {
+        let engine = GEMMA.as_ref()?;
+        Some(Self::new(engine, "gemma-3-270m-q4_k_m", 1.0))
+    }
+}
+
+fn part<T: DeserializeOwned>(file: &str, model: &str) -> T {
+    let mut all: serde_json::Value = serde_json::from_str(file).expect("valid JSON");
+    serde_json::from_value(all[model].take()).expect(model)
+}
 
 #[derive(Deserialize)]
 struct Vector {
@@ -30,22 +76,22 @@ struct Vector {
     ids: Vec<u32>,
 }
 
-#[derive(Deserialize)]
-struct Vectors {
-    vectors: Vec<Vector>,
-}
-
 // [CAND-030]
 #[test]
 fn token_ids_equal_the_references_and_read_back_as_the_text() {
-    let data: Vectors = serde_json::from_str(include_str!("data/tokenizer-vectors.json")).unwrap();
-    assert_eq!(data.vectors.len(), 67);
-    let tokenizer = ENGINE.tokenizer();
-    for Vector { text, ids } in data.vectors {
-        assert_eq!(tokenizer.encode(&text).unwrap(), ids, "{text:?}");
-        if text.contains("<|") {
-            continue;
+    for model in [Some(Real::smollm()), Real::gemma()].into_iter().flatten() {
+        assert_eq!(model.vectors.len(), 67);
+        for vector in model.vectors {
+            check_vector(model.engine.tokenizer(), vector);
         }
+    }
+}
+
+fn check_vector(tokenizer: &Tokenizer, Vector { text, ids }: Vector) {
+    let found = tokenizer.encode(&text).expect("text");
+    assert_eq!(found, ids, "{text:?}");
+    // Control tokens have no text.
+    if !ids.iter().any(|id| tokenizer.control().has(*id)) {
         let mut reader = tokenizer.detokenizer();
         let mut back: String = ids.iter().map(|id| reader.push(*id)).collect();
         back.push_str(&reader.finish());
@@ -61,39 +107,35 @@ struct Prompt {
     margin: Vec<f32>,
 }
 
-#[derive(Deserialize)]
-struct Reference {
-    prompts: Vec<Prompt>,
+/// A request for the likeliest `tokens` tokens after a raw prompt.
+fn raw(prompt: &str, tokens: usize) -> ExecuteRequest {
+    ExecuteRequest {
+        max_tokens: tokens as u32,
+        raw: true,
+        ..greedy(prompt)
+    }
 }
 
 // [CAND-012]
 #[test]
 fn greedy_text_equals_the_reference_up_to_the_first_near_tie() {
-    let data: Reference = serde_json::from_str(include_str!("data/reference-greedy.json")).unwrap();
-    assert_eq!(data.prompts.len(), 8);
+    let model = Real::smollm();
+    assert_eq!(model.prompts.len(), 8);
     for Prompt {
         prompt,
         text,
         ids,
         margin,
-    } in data.prompts
+    } in model.prompts
     {
         let clear = margin
             .iter()
-            .position(|m| *m < MARGIN)
+            .position(|m| *m < model.margin)
             .unwrap_or(margin.len());
         if clear == 0 {
             continue; // Covered by the test below.
         }
-        let answer = run(
-            &ENGINE,
-            ExecuteRequest {
-                max_tokens: clear as u32,
-                raw: true,
-                ..greedy(&prompt)
-            },
-        )
-        .unwrap();
+        let answer = run(model.engine, raw(&prompt, clear)).unwrap();
         assert_eq!(answer.ids, ids[..clear], "{prompt:?}");
         assert!(
             text.starts_with(&answer.text),
@@ -106,49 +148,57 @@ fn greedy_text_equals_the_reference_up_to_the_first_near_tie() {
 // [CAND-012]
 #[test]
 fn along_the_reference_the_likeliest_token_is_the_references() {
-    let data: Reference = serde_json::from_str(include_str!("data/reference-greedy.json")).unwrap();
-    for Prompt {
+    let model = Real::smollm();
+    for prompt in model.prompts {
+        follow(model.engine, prompt, 24, model.margin);
+    }
+}
+
+// [CAND-012]
+#[test]
+fn along_the_reference_the_likeliest_token_of_gemma_is_the_references() {
+    let Some(model) = Real::gemma() else {
+        return;
+    };
+    for prompt in model.prompts {
+        follow(model.engine, prompt, 8, model.margin);
+    }
+}
+
+/// Reads a prompt and the first tokens of the reference's answer, and checks each one that leads clearly.
+fn follow(engine: &Engine, reference: Prompt, tokens: usize, clear: f32) {
+    let Prompt {
         prompt,
         ids,
         margin,
         ..
-    } in data.prompts
-    {
-        let tokens = ENGINE.tokenizer().encode(&prompt).unwrap();
-        let mut sequence = ENGINE.sequence(tokens.len() + ids.len()).unwrap();
-        let mut logits = sequence.logits(&tokens).unwrap();
-        for (at, (id, margin)) in ids.iter().zip(margin).enumerate().take(24) {
-            let best = (0u32..)
-                .zip(&logits)
-                .max_by(|a, b| a.1.total_cmp(b.1))
-                .unwrap()
-                .0;
-            assert!(
-                best == *id || margin < MARGIN,
-                "{prompt:?}, token {at}: {best} instead of {id}"
-            );
-            logits = sequence.logits(&[*id]).unwrap();
-        }
+    } = reference;
+    let generation = engine
+        .prepare(raw(&prompt, 1), Instant::now())
+        .expect("text");
+    let read = generation.prompt();
+    let mut sequence = engine.sequence(read.len() + tokens).expect("room");
+    let mut logits = sequence.logits(read).expect("the model computes");
+    for (at, (id, margin)) in ids.iter().zip(margin).enumerate().take(tokens) {
+        let best = (0u32..)
+            .zip(&logits)
+            .max_by(|a, b| a.1.total_cmp(b.1))
+            .expect("a vocabulary")
+            .0;
+        assert!(
+            best == *id || margin < clear,
+            "{prompt:?}, token {at}: {best} instead of {id}"
+        );
+        logits = sequence.logits(&[*id]).expect("the model computes");
     }
 }
 
 // [CAND-012]
 #[test]
 fn well_known_prompts_are_answered_as_by_the_reference() {
-    let raw = |prompt: &str, tokens| {
-        run(
-            &ENGINE,
-            ExecuteRequest {
-                max_tokens: tokens,
-                raw: true,
-                ..greedy(prompt)
-            },
-        )
-        .unwrap()
-        .text
-    };
-    assert_eq!(raw("The capital of France is", 2), " Paris.");
-    assert_eq!(raw("1, 2, 3, 4, 5,", 8), " 6, 7, 8");
+    let text = |prompt, tokens| run(&ENGINE, raw(prompt, tokens)).unwrap().text;
+    assert_eq!(text("The capital of France is", 2), " Paris.");
+    assert_eq!(text("1, 2, 3, 4, 5,", 8), " 6, 7, 8");
     let chat = run(
         &ENGINE,
         ExecuteRequest {
