@@ -3,11 +3,12 @@
 //!
 //! ```text
 //! cargo bench -p llorch-candled --bench kernels -- [few|rows|all] [tier] [format]
-//! cargo bench -p llorch-candled --bench kernels -- machine [threads]
+//! cargo bench -p llorch-candled --bench kernels -- machine THREADS MB
 //! ```
 //!
-//! `machine` measures what limits products: bytes that so many threads read a second, and byte products of registers. Every
-//! figure is the median, with the least and the largest, of some repetitions.
+//! `machine` measures what limits products: bytes that the threads read a second if they share so many megabytes and read them
+//! again and again, and byte products of registers. Every figure is the median, with the least and the largest, of some
+//! repetitions.
 
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -194,8 +195,8 @@ fn main() {
     let arguments: Vec<String> = arguments.filter(|a| !a.starts_with("--")).collect();
     let argument = |i: usize| arguments.get(i).map_or("all", String::as_str);
     if argument(0) == "machine" {
-        let threads = arguments.get(1).map_or(1, |n| n.parse().expect("a number"));
-        return machine(threads);
+        let number = |i: usize| argument(i).parse::<usize>().expect("a number");
+        return machine(number(1), number(2));
     }
     let tiers: Vec<Tier> = match argument(1) {
         "all" => vec![Tier::best()],
@@ -226,17 +227,20 @@ const PEAK_LOOPS: usize = 4_000_000;
 /// Products of bytes in a loop of [`Peak`].
 const PEAK_PRODUCTS: usize = 12 * 64;
 
-/// Prints what the machine can do at most with so many threads.
-fn machine(threads: usize) {
+/// Prints what the machine can do at most with so many threads. A cache may hold some of `megabytes`, as it does of a model.
+fn machine(threads: usize, megabytes: usize) {
     let tier = Tier::best();
-    let memory: Vec<Vec<u8>> = (0..threads).map(|_| vec![1; cold_bytes()]).collect();
-    let bytes = (threads * cold_bytes()) as f64;
-    let read = rates(bytes, 7, || {
+    let share = megabytes * 1_000_000 / threads;
+    let memory: Vec<Vec<u8>> = (0..threads).map(|_| vec![1; share]).collect();
+    // Both are so much work that starting the threads does not count.
+    let times = 1_000_usize.div_ceil(megabytes);
+    let read = rates((times * threads * share) as f64, 7, || {
         together(threads, |thread| {
-            black_box(tier.run(ReadAhead(&memory[thread])));
+            for _ in 0..times {
+                black_box(tier.run(ReadAhead(black_box(&memory[thread]))));
+            }
         });
     });
-    // So many that starting the threads does not count.
     let loops = 10 * PEAK_LOOPS;
     let work = (threads * loops * PEAK_PRODUCTS) as f64;
     let peak = rates(work, 7, || {
