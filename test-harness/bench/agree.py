@@ -145,7 +145,7 @@ class Worker:
 
 def build():
     command = ["cargo", "build", "--release", "--locked", "-p", "llorch-candled", "--example", "probe"]
-    done = subprocess.run([*command, "--message-format=json"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*command, "--message-format=json-render-diagnostics"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit("error: the worker's example does not build")
     messages = map(json.loads, done.stdout.splitlines())
