@@ -238,7 +238,8 @@ class Session:
     def with_tensor(self, path):
         """Returns a small file with the tokenizer of `path`. It has one tensor, for the worker reads no file without any."""
         copy = self.folder / "tokenizer.gguf"
-        writer = gguf.GGUFWriter(copy, "llama")
+        architecture = gguf.GGUFReader(path).fields["general.architecture"].contents()
+        writer = gguf.GGUFWriter(copy, architecture)
         random_model.copy_tokenizer(writer, path)
         writer.add_tensor("token_embd.weight", np.zeros((1, 32), dtype=np.float32))
         random_model.finish(writer)
