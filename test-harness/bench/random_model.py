@@ -43,6 +43,8 @@ class Family:
     keys: dict = field(default_factory=dict)
 
 
+LONGROPE = {"rope_factors_long.weight": 8.0, "rope_factors_short.weight": 1.5}
+LONGROPE_KEYS = {"rope.scaling.attn_factor": 1.19}
 FAMILIES = {
     "llama": Family("llama"),
     # As Llama 3: factors of the frequencies in a tensor.
@@ -65,6 +67,10 @@ FAMILIES = {
             "rope.scaling.factor": 8.0,
         },
     ),
+    "phi3": Family("phi3", fused=True),
+    # As Phi-3.5: contexts that are longer than the original one have factors of their own.
+    "phi3-short": Family("phi3", fused=True, factors=LONGROPE, keys={"rope.scaling.original_context_length": 2048} | LONGROPE_KEYS),
+    "phi3-long": Family("phi3", fused=True, factors=LONGROPE, keys={"rope.scaling.original_context_length": 32} | LONGROPE_KEYS),
 }
 
 

@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::lanes::Tier;
+use llorch_candled::engine::model::description::Description;
 use llorch_candled::engine::model::{BLOCK, Batch, Row};
 use llorch_candled::engine::prefill::CHUNK;
 use llorch_candled::tokenizer::Tokenizer;
@@ -67,8 +68,9 @@ fn tier(name: &str) -> anyhow::Result<Tier> {
 fn logits(path: &Path, device: Device, rows: usize) -> anyhow::Result<()> {
     let ids: Vec<u32> = serde_json::from_reader(io::stdin().lock())?;
     let header = GgufFile::open(path)?;
+    let description = Description::from_header(&header, Some(ids.len()))?;
     let blocks = ids.len().div_ceil(BLOCK);
-    let mut model = device.load(path, &header, blocks, &mut |_| ())?;
+    let mut model = device.load(path, &header, description, blocks, &mut |_| ())?;
     let table: Vec<u32> = (0..).take(blocks).collect();
     let mut output = BufWriter::new(io::stdout().lock());
     let mut logits = Vec::new();
