@@ -168,12 +168,16 @@ pub fn dequantize(format: Format, bytes: &[u8], out: &mut [f32]) {
         "the length of {format:?} data"
     );
     let blocks = bytes.chunks_exact(format.block_bytes());
+    let mut block = Block::ZERO;
     for (bytes, out) in blocks.zip(out.chunks_exact_mut(format.block_len())) {
         match format {
             Format::F32 => out[0] = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
             Format::F16 => out[0] = f16::from_bits(pair(bytes, 0)).to_f32(),
             Format::BF16 => out[0] = bf16::from_bits(pair(bytes, 0)).to_f32(),
-            _ => Block::read(format, bytes).numbers(format, out),
+            _ => {
+                block.read(format, bytes);
+                block.numbers(format, out);
+            }
         }
     }
 }
@@ -184,41 +188,43 @@ fn pair(bytes: &[u8], at: usize) -> u16 {
 }
 
 impl Block {
-    /// Takes a block of a quantised format apart.
+    /// A block of zeros.
+    pub const ZERO: Self = Self {
+        quants: [0; 256],
+        scales: [1; 16],
+        minima: [1; 16],
+        scale: 0,
+        minimum: 0,
+    };
+
+    /// Takes a block of a quantised format apart. What this block held must be of the same format or [`ZERO`](Self::ZERO): a
+    /// block is large, and many are read one after the other.
     ///
     /// # Panics
     ///
     /// Panics if the format is a float, or `bytes` is not one block.
-    pub fn read(format: Format, bytes: &[u8]) -> Self {
+    pub fn read(&mut self, format: Format, bytes: &[u8]) {
         assert_eq!(
             bytes.len(),
             format.block_bytes(),
             "the length of a block of {format:?}"
         );
-        let mut block = Self {
-            quants: [0; 256],
-            scales: [1; 16],
-            minima: [1; 16],
-            scale: 0,
-            minimum: 0,
-        };
         match format {
-            Format::Q4_0 => block.read_small(bytes, false, 0),
-            Format::Q4_1 => block.read_small(bytes, true, 0),
-            Format::Q5_0 => block.read_small(bytes, false, 4),
-            Format::Q5_1 => block.read_small(bytes, true, 4),
+            Format::Q4_0 => self.read_small(bytes, false, 0),
+            Format::Q4_1 => self.read_small(bytes, true, 0),
+            Format::Q5_0 => self.read_small(bytes, false, 4),
+            Format::Q5_1 => self.read_small(bytes, true, 4),
             Format::Q8_0 => {
-                block.scale = pair(bytes, 0);
-                block.quants[..32].copy_from_slice(&bytes[2..]);
+                self.scale = pair(bytes, 0);
+                self.quants[..32].copy_from_slice(&bytes[2..]);
             }
-            Format::Q2_K => block.read_q2(bytes),
-            Format::Q3_K => block.read_q3(bytes),
-            Format::Q4_K => block.read_q4(bytes, 0),
-            Format::Q5_K => block.read_q4(bytes, 32),
-            Format::Q6_K => block.read_q6(bytes),
+            Format::Q2_K => self.read_q2(bytes),
+            Format::Q3_K => self.read_q3(bytes),
+            Format::Q4_K => self.read_q4(bytes, 0),
+            Format::Q5_K => self.read_q4(bytes, 32),
+            Format::Q6_K => self.read_q6(bytes),
             Format::F32 | Format::F16 | Format::BF16 => panic!("{format:?} has no blocks"),
         }
-        block
     }
 
     /// Writes the numbers that the block stands for, each the exact value rounded once to `f32`.

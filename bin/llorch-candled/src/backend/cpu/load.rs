@@ -19,7 +19,7 @@ use crate::engine::model::angles::Angles;
 use crate::engine::model::description::Description;
 use crate::engine::model::places::{self, Place, in_layer};
 
-/// Bytes of the file that a thread reads and packs at a time.
+/// Bytes of the file that a thread reads and packs at a time, if all threads have something to do.
 const STEP: usize = 1 << 20;
 
 /// How to load a model.
@@ -152,7 +152,9 @@ impl Reader<'_, '_> {
         let stored = self.tensors.matrix(place)?;
         let format = format_of(&stored)?;
         let mut matrix = PackedMatrix::new(format, stored.rows, stored.columns);
-        let tiles = (STEP / (TILE_ROWS * stored.row_bytes)).max(1);
+        let step = STEP / (TILE_ROWS * stored.row_bytes);
+        let share = matrix.tiles().div_ceil(self.team.threads());
+        let tiles = step.min(share).max(1);
         let parts: Vec<_> = matrix.parts_mut(tiles).map(Some).map(Mutex::new).collect();
         let failure = Mutex::new(None);
         let failed = AtomicBool::new(false);

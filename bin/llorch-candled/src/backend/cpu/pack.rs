@@ -58,30 +58,31 @@ impl Chunk {
 
     /// Writes one chunk: `quants` of 32 columns of each row.
     fn write(self, quants: [&[u8; 32]; TILE_ROWS], to: &mut [u8]) {
+        /// The lower halves of four bytes.
+        const LOWER: u32 = 0x0F0F_0F0F;
         let (to, planes) = to.split_at_mut(if self == Self::Bytes { 512 } else { 256 });
         for (row, quants) in quants.into_iter().enumerate() {
-            let (quads, _) = quants.as_chunks::<4>();
             let at = 4 * row;
+            let quads: [u32; 8] =
+                std::array::from_fn(|i| u32::from_le_bytes(quants.as_chunks().0[i]));
+            let put =
+                |line: &mut [u8], quad: u32| line[at..at + 4].copy_from_slice(&quad.to_le_bytes());
             if self == Self::Bytes {
                 for (part, quad) in to.chunks_exact_mut(LINE).zip(quads) {
-                    part[at..at + 4].copy_from_slice(quad);
+                    put(part, quad);
                 }
                 continue;
             }
-            for (part, pair) in to.chunks_exact_mut(LINE).zip(quads.chunks_exact(2)) {
-                for j in 0..4 {
-                    part[at + j] = pair[0][j] & 15 | pair[1][j] << 4;
-                }
+            for (part, [first, second]) in to.chunks_exact_mut(LINE).zip(quads.as_chunks().0) {
+                put(part, first & LOWER | (second & LOWER) << 4);
             }
             let bits = if self == Self::Fives { 1 } else { 2 };
             for (plane, quads) in planes.chunks_exact_mut(LINE).zip(quads.chunks(8 / bits)) {
-                for j in 0..4 {
-                    let upper = quads
-                        .iter()
-                        .enumerate()
-                        .map(|(i, quad)| quad[j] >> 4 << (bits * i));
-                    plane[at + j] = upper.fold(0, |all, bits| all | bits);
-                }
+                let upper = quads
+                    .iter()
+                    .enumerate()
+                    .map(|(i, quad)| (quad >> 4 & LOWER) << (bits * i));
+                put(plane, upper.fold(0, |all, bits| all | bits));
             }
         }
     }
@@ -410,13 +411,7 @@ impl PartMut<'_> {
 fn unpack(format: Format, bytes: &[u8], row: usize) -> Block {
     let chunk = Chunk::of(format);
     let (chunks, tail) = bytes.split_at(format.block_len() / 32 * chunk.bytes());
-    let mut block = Block {
-        quants: [0; 256],
-        scales: [1; 16],
-        minima: [1; 16],
-        scale: 0,
-        minimum: 0,
-    };
+    let mut block = Block::ZERO;
     for (from, to) in chunks
         .chunks_exact(chunk.bytes())
         .zip(block.quants.chunks_exact_mut(32))
@@ -436,25 +431,23 @@ fn pack_tile(format: Format, columns: usize, rows: &[u8], to: &mut [u8]) {
         "at most {TILE_ROWS} rows"
     );
     let block_bytes = format.block_bytes();
-    let zeros = [0; 256];
-    for (block, to) in to
+    let mut blocks = [Block::ZERO; TILE_ROWS];
+    for (index, to) in to
         .chunks_exact_mut(tile_block_bytes(format))
         .take(columns / format.block_len())
         .enumerate()
     {
-        // All formats have zeros for a block of zero bytes.
-        let blocks: [&[u8]; TILE_ROWS] = std::array::from_fn(|row| {
-            let row = rows.get(row * row_bytes..(row + 1) * row_bytes);
-            row.map_or(&zeros[..block_bytes], |row| {
-                &row[block * block_bytes..][..block_bytes]
-            })
-        });
+        let rows = rows.chunks_exact(row_bytes);
+        let sources = rows.map(|row| &row[index * block_bytes..][..block_bytes]);
         if format.block_len() == 1 {
-            for (to, element) in to.chunks_exact_mut(block_bytes).zip(blocks) {
+            for (to, element) in to.chunks_exact_mut(block_bytes).zip(sources) {
                 to.copy_from_slice(element);
             }
         } else {
-            pack_block(format, &blocks.map(|bytes| Block::read(format, bytes)), to);
+            for (block, source) in blocks.iter_mut().zip(sources) {
+                block.read(format, source);
+            }
+            pack_block(format, &blocks, to);
         }
     }
 }

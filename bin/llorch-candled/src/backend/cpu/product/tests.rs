@@ -78,8 +78,9 @@ fn tiers() -> impl Iterator<Item = Tier> {
 fn magnitudes(format: Format, bytes: &[u8]) -> Vec<f64> {
     let half = |bits| f64::from(half::f16::from_bits(bits).to_f32()).abs();
     let mut all = Vec::new();
+    let mut block = Block::ZERO;
     for bytes in bytes.chunks_exact(format.block_bytes()) {
-        let block = Block::read(format, bytes);
+        block.read(format, bytes);
         for column in 0..format.block_len() {
             let quant = match format {
                 Format::Q8_0 => i32::from(block.quants[column].cast_signed()),
