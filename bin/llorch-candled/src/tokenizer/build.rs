@@ -1,4 +1,4 @@
-//! Builds the `tokenizers` pipeline from a file's own fields.
+//! Builds what splits text from a file's own fields: for byte-level vocabularies a pipeline of the `tokenizers` library.
 //!
 //! candle-core has a reader of its own; it puts a space before texts that should have none and refuses SentencePiece.
 
@@ -7,7 +7,6 @@ use std::collections::{BTreeSet, HashMap};
 use pool_core::catalog::gguf::{GgufFile, StringArray, TokenKind, Vocabulary, VocabularyError};
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::unicode::NFC;
-use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
@@ -15,11 +14,12 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::TokenizerError;
+use super::sentence_piece::{SPACE, SentencePiece, byte_token};
+use super::{Splitter, TokenizerError};
 
 /// A tokenizer with what else its kind decides.
 pub(super) struct Built {
-    pub(super) tokenizer: Tokenizer,
+    pub(super) splitter: Splitter,
     pub(super) pieces: Vec<Box<[u8]>>,
     pub(super) adds_bos_by_default: bool,
     /// Control tokens after which white space is left out.
@@ -119,7 +119,9 @@ pub(super) fn byte_level(
     if rules.compose {
         tokenizer.with_normalizer(Some(NFC))?;
     }
-    add_whole_tokens(&mut tokenizer, vocabulary)?;
+    let whole = whole_tokens(vocabulary);
+    let whole = whole.map(|(_, text)| AddedToken::from(text, false).normalized(false));
+    tokenizer.add_tokens(whole.collect::<Vec<_>>())?;
     let bytes = byte_of_char();
     let piece = |text: &str| {
         text.chars()
@@ -130,15 +132,12 @@ pub(super) fn byte_level(
         piece(text).unwrap_or_else(|| text.as_bytes().to_vec())
     });
     Ok(Built {
-        tokenizer,
+        splitter: Splitter::ByteLevel(Box::new(tokenizer)),
         pieces,
         adds_bos_by_default: rules.adds_bos,
         trims: BTreeSet::new(),
     })
 }
-
-/// The space of SentencePiece.
-const SPACE: char = '\u{2581}';
 
 /// A SentencePiece vocabulary (`llama`): pieces with scores, bytes as tokens where no piece fits.
 pub(super) fn sentence_piece(
@@ -155,36 +154,18 @@ pub(super) fn sentence_piece(
         }
         .into());
     }
-    let ids = ids_by_text(vocabulary);
-    let mut model = BPE::builder()
-        .byte_fallback(true)
-        .fuse_unk(true)
-        .cache_capacity(0);
-    let unknown = vocabulary
-        .kinds
-        .iter()
-        .position(|kind| *kind == TokenKind::Unknown);
-    if let Some(unknown) = unknown {
-        model = model.unk_token(vocabulary.texts[unknown].clone());
-    }
-    let merges = merges_by_score(vocabulary, &ids, scores);
-    let mut tokenizer = Tokenizer::new(model.vocab_and_merges(ids, merges).build()?);
-    let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
-    if header
+    let adds_space = header
         .get("tokenizer.ggml.add_space_prefix")?
-        .unwrap_or(true)
-    {
-        normalizers.push(Prepend::new(SPACE.to_string()).into());
-    }
-    normalizers.push(Replace::new(" ", SPACE.to_string())?.into());
-    tokenizer.with_normalizer(Some(Normalizers::new(normalizers)))?;
-    add_whole_tokens(&mut tokenizer, vocabulary)?;
+        .unwrap_or(true);
+    let whole = whole_tokens(vocabulary);
+    let splitter = SentencePiece::new(vocabulary, scores, whole, adds_space)?;
     let pieces = pieces(vocabulary, |text| match byte_token(text) {
         Some(byte) => vec![byte],
-        None => text.replace(SPACE, " ").into_bytes(),
+        None if text.contains(SPACE) => text.replace(SPACE, " ").into_bytes(),
+        None => text.as_bytes().to_vec(),
     });
     Ok(Built {
-        tokenizer,
+        splitter: Splitter::SentencePiece(Box::new(splitter)),
         pieces,
         adds_bos_by_default: true,
         trims: trims(header, vocabulary)?,
@@ -206,46 +187,18 @@ fn trims(header: &GgufFile, vocabulary: &Vocabulary) -> Result<BTreeSet<u32>, To
     Ok(control.map(|(id, _)| id).collect())
 }
 
-/// SentencePiece joins the pair whose joined piece scores best; as merge rules these are all pairs of pieces that form
-/// a piece, the best first.
-fn merges_by_score(vocabulary: &Vocabulary, ids: &Vocab, scores: &[f32]) -> Vec<(String, String)> {
-    let mut rules: Vec<(f32, [u32; 2], (&str, &str))> = Vec::new();
-    for ((id, text), score) in (0u32..).zip(&vocabulary.texts).zip(scores) {
-        // Text spells neither a control token nor a byte token.
-        if vocabulary.steers(id) || vocabulary.kinds[id as usize] == TokenKind::Byte {
-            continue;
-        }
-        for (border, _) in text.char_indices().skip(1) {
-            let (left, right) = text.split_at(border);
-            if let (Some(l), Some(r)) = (ids.get(left), ids.get(right)) {
-                rules.push((*score, [*l, *r], (left, right)));
-            }
-        }
-    }
-    rules.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
-    rules
-        .into_iter()
-        .map(|(_, _, (left, right))| (left.to_owned(), right.to_owned()))
-        .collect()
-}
-
 fn ids_by_text(vocabulary: &Vocabulary) -> Vocab {
     vocabulary.texts.iter().cloned().zip(0..).collect()
 }
 
-/// Adds the text tokens that match before the text is split, and that are never split themselves.
-fn add_whole_tokens(
-    tokenizer: &mut Tokenizer,
-    vocabulary: &Vocabulary,
-) -> Result<(), TokenizerError> {
-    let added = (0u32..)
+/// Returns the text tokens that match before the text is split, and that are never split themselves.
+fn whole_tokens(vocabulary: &Vocabulary) -> impl Iterator<Item = (u32, &str)> {
+    (0u32..)
         .zip(vocabulary.texts.iter().zip(&vocabulary.kinds))
         .filter(|(id, (text, kind))| {
             **kind == TokenKind::UserDefined && !text.is_empty() && !vocabulary.steers(*id)
         })
-        .map(|(_, (text, _))| AddedToken::from(text.as_str(), false).normalized(false));
-    tokenizer.add_tokens(added.collect::<Vec<_>>())?;
-    Ok(())
+        .map(|(id, (text, _))| (id, text.as_str()))
 }
 
 fn pieces(vocabulary: &Vocabulary, bytes: impl Fn(&str) -> Vec<u8>) -> Vec<Box<[u8]>> {
@@ -260,14 +213,6 @@ fn pieces(vocabulary: &Vocabulary, bytes: impl Fn(&str) -> Vec<u8>) -> Vec<Box<[
             TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Box::default(),
         })
         .collect()
-}
-
-/// `<0x0A>` is the byte 10.
-fn byte_token(text: &str) -> Option<u8> {
-    let hex = text.strip_prefix("<0x")?.strip_suffix('>')?;
-    (hex.len() == 2)
-        .then(|| u8::from_str_radix(hex, 16).ok())
-        .flatten()
 }
 
 /// GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on.

@@ -3,6 +3,7 @@
 mod build;
 mod control;
 mod detokenizer;
+mod sentence_piece;
 
 use std::collections::BTreeSet;
 
@@ -11,6 +12,7 @@ use pool_core::catalog::support::{PRE_TOKENIZERS, TOKENIZER_KINDS};
 
 pub use control::ControlTokens;
 pub use detokenizer::Detokenizer;
+use sentence_piece::SentencePiece;
 
 /// Why a vocabulary can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -50,10 +52,16 @@ impl From<tokenizers::Error> for TokenizerError {
     }
 }
 
+/// What splits text without control tokens into tokens.
+enum Splitter {
+    ByteLevel(Box<tokenizers::Tokenizer>),
+    SentencePiece(Box<SentencePiece>),
+}
+
 /// A model's tokenizer.
 pub struct Tokenizer {
-    /// Tokenizer of the text tokens; `control` finds the tokens that steer the model.
-    inner: tokenizers::Tokenizer,
+    splitter: Splitter,
+    /// Finds the tokens that steer the model.
     control: ControlTokens,
     /// Control tokens after which white space is left out.
     trims: BTreeSet<u32>,
@@ -96,7 +104,7 @@ impl Tokenizer {
             .get("tokenizer.ggml.add_bos_token")?
             .unwrap_or(built.adds_bos_by_default);
         Ok(Self {
-            inner: built.tokenizer,
+            splitter: built.splitter,
             control,
             trims: built.trims,
             pieces: built.pieces,
@@ -145,8 +153,12 @@ impl Tokenizer {
 
     /// Appends the ids of text without control tokens.
     fn encode_text(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), TokenizerError> {
-        if !text.is_empty() {
-            ids.extend_from_slice(self.inner.encode_fast(text, false)?.get_ids());
+        match &self.splitter {
+            Splitter::ByteLevel(_) if text.is_empty() => (),
+            Splitter::ByteLevel(tokenizer) => {
+                ids.extend_from_slice(tokenizer.encode_fast(text, false)?.get_ids());
+            }
+            Splitter::SentencePiece(tokenizer) => tokenizer.encode(text, ids),
         }
         Ok(())
     }

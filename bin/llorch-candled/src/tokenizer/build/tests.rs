@@ -1,15 +1,19 @@
 use pool_core::catalog::gguf::{GgufFile, Vocabulary, VocabularyError};
 use pool_core::catalog::support::PRE_TOKENIZERS;
 
+use proptest::prelude::*;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
 
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::tokenizer::sentence_piece::SPACE;
+use crate::tokenizer::{Splitter, Tokenizer, TokenizerError};
 
 /// Text, score, kind.
-type Token = (&'static str, f32, u32);
+type Token<'t> = (&'t str, f32, u32);
 
 /// The header of a file with this vocabulary and these further entries.
-fn header(kind: &str, pre: Option<&str>, merges: &[&str], vocabulary: &[Token]) -> GgufFile {
+fn header(kind: &str, pre: Option<&str>, merges: &[&str], vocabulary: &[Token<'_>]) -> GgufFile {
     header_of("some", kind, pre, merges, vocabulary)
 }
 
@@ -18,7 +22,7 @@ fn header_of(
     kind: &str,
     pre: Option<&str>,
     merges: &[&str],
-    vocabulary: &[Token],
+    vocabulary: &[Token<'_>],
 ) -> GgufFile {
     fn text(text: &str) -> Vec<u8> {
         [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
@@ -32,7 +36,7 @@ fn header_of(
         [head.concat(), elements.concat()].concat()
     }
     let text_value = |value: &str| [8u32.to_le_bytes().to_vec(), text(value)].concat();
-    let column = |ty: u32, element: &dyn Fn(&Token) -> Vec<u8>| {
+    let column = |ty: u32, element: &dyn Fn(&Token<'_>) -> Vec<u8>| {
         array(ty, vocabulary.iter().map(element).collect())
     };
     let mut entries = vec![
@@ -131,6 +135,86 @@ fn sentence_piece_joins_the_best_scored_pair_first() {
 }
 
 // [CAND-033]
+// [CAND-032]
+#[test]
+fn of_pairs_with_one_score_the_leftmost_is_joined() {
+    let mut vocabulary = vec![
+        ("<unk>", 0.0, 2),
+        ("<s>", 0.0, CONTROL),
+        ("</s>", 0.0, CONTROL),
+    ];
+    vocabulary.extend(["\u{2581}", "a", "b", "ba", "ab"].map(|text| (text, -1.0, NORMAL)));
+    let tokenizer = Tokenizer::from_header(&header("llama", None, &[], &vocabulary)).unwrap();
+    assert_eq!(tokenizer.encode("abab").unwrap(), [3, 7, 7]);
+    assert_eq!(tokenizer.encode("aab").unwrap(), [3, 4, 7]);
+    assert_eq!(
+        tokenizer.encode("a?!b").unwrap(),
+        [3, 4, 0, 5],
+        "unknown ones in a row are one"
+    );
+}
+
+/// Returns the `tokenizers` library's pipeline for pieces, with a rule for each pair that forms one, the best first.
+fn rules_of(pieces: &[Token<'_>]) -> tokenizers::Tokenizer {
+    let vocab: Vocab = (0..)
+        .zip(pieces)
+        .map(|(id, piece)| (piece.0.to_owned(), id))
+        .collect();
+    let mut rules: Vec<(f32, (String, String))> = Vec::new();
+    for (text, score, _) in pieces.iter().filter(|piece| piece.2 == NORMAL) {
+        for (border, _) in text.char_indices().skip(1) {
+            let (left, right) = text.split_at(border);
+            if vocab.contains_key(left) && vocab.contains_key(right) {
+                rules.push((*score, (left.to_owned(), right.to_owned())));
+            }
+        }
+    }
+    rules.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let rules = rules.into_iter().map(|(_, rule)| rule).collect();
+    let model = BPE::builder()
+        .byte_fallback(true)
+        .fuse_unk(true)
+        .unk_token("<unk>".to_owned())
+        .vocab_and_merges(vocab, rules);
+    let mut tokenizer = tokenizers::Tokenizer::new(model.build().expect("rules of the vocabulary"));
+    let space = || SPACE.to_string();
+    let normalizers: [NormalizerWrapper; 2] = [
+        Prepend::new(space()).into(),
+        Replace::new(" ", space()).expect("a pattern").into(),
+    ];
+    tokenizer
+        .with_normalizer(Some(Normalizers::new(normalizers.to_vec())))
+        .expect("normalizers");
+    tokenizer
+}
+
+/// Pieces of several characters, the best first.
+fn drawn_pieces() -> impl Strategy<Value = Vec<String>> {
+    let pieces = proptest::collection::btree_set("[ab\u{2581}é]{2,5}", 0..40);
+    pieces.prop_map(Vec::from_iter).prop_shuffle()
+}
+
+proptest! {
+    // [CAND-032]
+    #[test]
+    fn pieces_are_joined_as_by_rules(
+        drawn in drawn_pieces(),
+        accented in any::<bool>(),
+        text in "[abé c\u{2581}]{0,40}",
+    ) {
+        let mut pieces = vec![("<unk>", 0.0, 2), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)];
+        pieces.extend([("<0xC3>", 0.0, 6), ("<0xA9>", 0.0, 6), ("<0x63>", 0.0, 6)]);
+        let characters = ["a", "b", "\u{2581}", "é"].into_iter().take(if accented { 4 } else { 3 });
+        pieces.extend(characters.map(|text| (text, -100.0, NORMAL)));
+        // The library joins no character that is no piece with another.
+        let drawn = drawn.iter().filter(|text| accented || !text.contains('é'));
+        pieces.extend((0u8..).zip(drawn).map(|(rank, text)| (text.as_str(), -f32::from(rank), NORMAL)));
+        let ours = Tokenizer::from_header(&header("llama", None, &[], &pieces)).expect("a vocabulary");
+        let rules = rules_of(&pieces).encode_fast(text.as_str(), false).expect("text");
+        prop_assert_eq!(ours.encode(&text).expect("text"), rules.get_ids());
+    }
+}
+
 #[test]
 fn vocabularies_that_are_not_understood_are_refused_by_name() {
     let error = |header: &GgufFile| match Tokenizer::from_header(header) {
@@ -185,7 +269,10 @@ fn each_way_of_splitting_has_its_own_rules_for_digits() {
 fn splits<'t>(pre: &str, text: &'t str) -> Vec<&'t str> {
     let vocabulary = [("a", 0.0, NORMAL), ("b", 0.0, NORMAL)];
     let tokenizer = Tokenizer::from_header(&header("gpt2", Some(pre), &[], &vocabulary)).unwrap();
-    let splitter = tokenizer.inner.get_pre_tokenizer().unwrap();
+    let Splitter::ByteLevel(tokenizer) = &tokenizer.splitter else {
+        panic!("a byte-level vocabulary");
+    };
+    let splitter = tokenizer.get_pre_tokenizer().unwrap();
     let mut split = PreTokenizedString::from(text);
     splitter.pre_tokenize(&mut split).unwrap();
     let pieces = split.get_splits(OffsetReferential::Original, OffsetType::Byte);
@@ -215,7 +302,7 @@ fn gpt_4o_splits_words_before_capitals_and_keeps_contractions() {
 const USER_DEFINED: u32 = 4;
 
 /// Returns the texts of the tokens that end an answer.
-fn ends(vocabulary: &[Token]) -> Vec<String> {
+fn ends(vocabulary: &[Token<'_>]) -> Vec<String> {
     let header = header("gpt2", Some("gpt-2"), &[], vocabulary);
     let vocabulary = Vocabulary::from_header(&header).expect("a good vocabulary");
     vocabulary.ends().map(|end| end.text).collect()
