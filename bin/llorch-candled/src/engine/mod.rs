@@ -14,8 +14,10 @@ pub mod sequence;
 pub mod stop;
 
 use std::error::Error;
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Instant;
 
 use pool_core::api::receipt::Receipt;
@@ -287,33 +289,34 @@ impl Engine {
         // Looked at first: what is read afterwards may be newer than it says, and is then nobody's match.
         let mut origin = origin::of(path, device)?;
         let header = GgufFile::open(path)?;
-        // Everything that can be refused without reading the weights is refused before.
+        // What a header's numbers say is refused before the weights are read.
         let description = Description::from_header(&header, sizes.context_length)?;
         if description.is_long() {
             origin.build.push_str(", long context");
         }
-        let tokenizer = Tokenizer::from_header(&header)?;
-        let template = read_template(&header, &tokenizer);
-        if let Err(error) = &template {
-            tracing::warn!(%error, "the model takes raw prompts only");
-        }
-        let hashes = FileHashes::of(&header);
         let total: u64 = header.tensors().iter().map(|t| t.size_bytes).sum();
-        // The tokenizer was a step too.
         progress(0, total);
         let cache_tokens = sizes.cache_tokens.unwrap_or(0).max(description.context);
         let blocks = cache_tokens.div_ceil(BLOCK);
-        let model = device.load(path, &header, description.clone(), blocks, &mut |bytes| {
-            progress(bytes, total);
+        let mut progress = |bytes| progress(bytes, total);
+        // A large vocabulary takes longer than the weights of a small model, and one thread.
+        let (text, model) = thread::scope(|scope| {
+            let builder = thread::Builder::new().name("tokenizer".to_owned());
+            let text = builder
+                .spawn_scoped(scope, || TextParts::read(&header))
+                .map_err(backend::LoadError::Io)?;
+            let model = device.load(path, &header, description.clone(), blocks, &mut progress);
+            let text = text.join().unwrap_or_else(|panic| resume_unwind(panic));
+            Ok::<_, LoadError>((text?, model?))
         })?;
         Ok(Self {
             core: Mutex::new(Core::new(model)),
             description,
-            tokenizer,
-            template,
+            tokenizer: text.tokenizer,
+            template: text.template,
             slots: sizes.slots.max(1),
             origin,
-            hashes,
+            hashes: text.hashes,
         })
     }
 
@@ -520,6 +523,28 @@ impl Engine {
 }
 
 /// Compiles a file's chat template.
+/// Parts of an engine that turn text into tokens.
+struct TextParts {
+    tokenizer: Tokenizer,
+    template: Result<ChatTemplate, TemplateError>,
+    hashes: FileHashes,
+}
+
+impl TextParts {
+    fn read(header: &GgufFile) -> Result<Self, TokenizerError> {
+        let tokenizer = Tokenizer::from_header(header)?;
+        let template = read_template(header, &tokenizer);
+        if let Err(error) = &template {
+            tracing::warn!(%error, "the model takes raw prompts only");
+        }
+        Ok(Self {
+            tokenizer,
+            template,
+            hashes: FileHashes::of(header),
+        })
+    }
+}
+
 fn read_template(header: &GgufFile, tokenizer: &Tokenizer) -> Result<ChatTemplate, TemplateError> {
     let source = header
         .chat_template()
