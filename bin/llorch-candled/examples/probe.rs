@@ -10,6 +10,7 @@
 //! writes a JSON array of arrays. Names of special tokens become these tokens, and none is added.
 
 use std::io::{self, BufWriter, Write};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -70,7 +71,9 @@ fn logits(path: &Path, device: Device, rows: usize) -> anyhow::Result<()> {
     let header = GgufFile::open(path)?;
     let description = Description::from_header(&header, Some(ids.len()))?;
     let blocks = ids.len().div_ceil(BLOCK);
-    let mut model = device.load(path, &header, description, blocks, &mut |_| ())?;
+    let mut model = device.load(path, &header, description, blocks, &mut |_| {
+        ControlFlow::Continue(())
+    })?;
     let table: Vec<u32> = (0..).take(blocks).collect();
     let mut output = BufWriter::new(io::stdout().lock());
     let mut logits = Vec::new();

@@ -3,10 +3,10 @@
 mod support;
 
 use std::cell::Cell;
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::lanes::Tier;
@@ -55,6 +55,30 @@ fn every_architecture_computes_what_the_reference_computes() {
     }
 }
 
+// [CAND-074]
+#[test]
+fn an_unusable_tokenizer_ends_the_reading_of_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    let model = TinyModel {
+        blocks: 40,
+        ..TinyModel::default()
+    };
+    let mut file = model.bytes();
+    let place = file.windows(5).position(|text| text == b"gpt-2");
+    file[place.expect("its way of splitting") + 4] = b'9';
+    std::fs::write(&path, file).unwrap();
+    let (mut read, mut total) = (0, 0);
+    let loaded = Engine::load(&path, cpu(), Sizes::default(), &mut |now, all| {
+        (read, total) = (now, all);
+        // A small file takes as long as a large one.
+        std::thread::sleep(Duration::from_millis(1));
+    });
+    let error = loaded.map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("gpt-9"), "{error}");
+    assert!(read < total, "{read} of {total} bytes were read");
+}
+
 // [CAND-014]
 #[test]
 fn bits_depend_neither_on_instructions_nor_on_threads() {
@@ -91,7 +115,8 @@ fn sequences_in_one_batch_have_the_bits_that_each_has_alone() {
             let tier = Tier::best();
             let device = Device::Cpu { threads, tier };
             let description = Description::from_header(&header, None).unwrap();
-            let load = device.load(&path, &header, description, 8, &mut |_| ());
+            let mut go_on = |_| ControlFlow::Continue(());
+            let load = device.load(&path, &header, description, 8, &mut go_on);
             load.unwrap()
         };
         let tokens = |step: u32, count: u32| (0..count).map(|i| (i * step) % 230).collect();

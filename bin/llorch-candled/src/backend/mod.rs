@@ -4,6 +4,7 @@ pub mod candle;
 pub mod cpu;
 mod tensors;
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use pool_core::catalog::gguf::GgufFile;
@@ -87,7 +88,7 @@ impl Device {
     }
 
     /// Loads a model from the file at `path`, which `header` was read from, with a cache of `blocks` blocks. `progress` hears
-    /// the bytes read so far.
+    /// the bytes read so far, and may stop it.
     ///
     /// # Errors
     ///
@@ -98,7 +99,7 @@ impl Device {
         header: &GgufFile,
         description: Description,
         blocks: usize,
-        progress: &mut (dyn FnMut(u64) + Send),
+        progress: &mut (dyn FnMut(u64) -> ControlFlow<()> + Send),
     ) -> Result<Box<dyn Model>, LoadError> {
         Ok(match self {
             Self::Cpu { threads, tier } => {

@@ -44,6 +44,9 @@ pub enum TensorError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Loading was stopped.
+    #[error("nobody waits for the model any more")]
+    Stopped,
     /// The backend's library refuses it.
     #[error("could not prepare tensor `{name}`: {reason}")]
     Backend {

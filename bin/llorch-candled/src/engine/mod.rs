@@ -14,8 +14,10 @@ pub mod sequence;
 pub mod stop;
 
 use std::error::Error;
+use std::ops::ControlFlow;
 use std::panic::resume_unwind;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
@@ -298,12 +300,25 @@ impl Engine {
         progress(0, total);
         let cache_tokens = sizes.cache_tokens.unwrap_or(0).max(description.context);
         let blocks = cache_tokens.div_ceil(BLOCK);
-        let mut progress = |bytes| progress(bytes, total);
-        // A large vocabulary takes longer than the weights of a small model, and one thread.
+        // A large vocabulary takes as long as the weights of a small model, and one thread. One that is refused ends the reading
+        // of large weights.
+        let refused = AtomicBool::new(false);
+        let mut progress = |bytes| {
+            progress(bytes, total);
+            match refused.load(Ordering::Relaxed) {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            }
+        };
+        let read_text = || {
+            let text = TextParts::read(&header);
+            refused.store(text.is_err(), Ordering::Relaxed);
+            text
+        };
         let (text, model) = thread::scope(|scope| {
             let builder = thread::Builder::new().name("tokenizer".to_owned());
             let text = builder
-                .spawn_scoped(scope, || TextParts::read(&header))
+                .spawn_scoped(scope, read_text)
                 .map_err(backend::LoadError::Io)?;
             let model = device.load(path, &header, description.clone(), blocks, &mut progress);
             let text = text.join().unwrap_or_else(|panic| resume_unwind(panic));

@@ -4,6 +4,7 @@
 mod rope;
 mod weights;
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -98,7 +99,7 @@ pub struct CandleModel {
 
 impl CandleModel {
     /// Loads the weights of a model from the file at `path`, which `header` was read from, with a cache of `blocks` blocks.
-    /// `progress` hears the bytes read so far.
+    /// `progress` hears the bytes read so far, and may stop it.
     ///
     /// # Errors
     ///
@@ -109,7 +110,7 @@ impl CandleModel {
         description: Description,
         device: &Device,
         blocks: usize,
-        progress: &mut dyn FnMut(u64),
+        progress: &mut dyn FnMut(u64) -> ControlFlow<()>,
     ) -> Result<Self, LoadError> {
         let mut weights = Weights::open(path, header, device, progress).map_err(LoadError::Io)?;
         let embedding = Arc::new(weights.quantized(&description.embedding_place())?);

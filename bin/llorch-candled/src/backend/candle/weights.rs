@@ -1,6 +1,7 @@
 //! Tensors of a model file as candle's.
 
 use std::borrow::Cow;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
@@ -23,7 +24,7 @@ pub struct Weights<'a> {
     /// Reused from tensor to tensor, so that loading needs little more than the weights themselves.
     buffer: Vec<u8>,
     loaded_bytes: u64,
-    progress: &'a mut dyn FnMut(u64),
+    progress: &'a mut dyn FnMut(u64) -> ControlFlow<()>,
 }
 
 impl<'a> Weights<'a> {
@@ -33,7 +34,7 @@ impl<'a> Weights<'a> {
         path: &Path,
         header: &'a GgufFile,
         device: &'a Device,
-        progress: &'a mut dyn FnMut(u64),
+        progress: &'a mut dyn FnMut(u64) -> ControlFlow<()>,
     ) -> std::io::Result<Self> {
         Ok(Self {
             tensors: Tensors::open(path, header)?,
@@ -102,7 +103,9 @@ impl<'a> Weights<'a> {
             let part = &mut bytes[rows.start * stored.row_bytes..rows.end * stored.row_bytes];
             self.loaded_bytes += part.len() as u64;
             self.tensors.read(stored, rows, part)?;
-            (self.progress)(self.loaded_bytes);
+            if (self.progress)(self.loaded_bytes).is_break() {
+                return Err(TensorError::Stopped);
+            }
         }
         Ok(bytes)
     }

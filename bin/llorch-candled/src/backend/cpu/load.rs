@@ -1,5 +1,6 @@
 //! Reads a model file into packed weights.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -34,7 +35,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// Loads a model from the file at `path`, which `header` was read from. `progress` hears the bytes read so far.
+    /// Loads a model from the file at `path`, which `header` was read from. `progress` hears the bytes read so
+    /// far, and may stop it.
     ///
     /// # Errors
     ///
@@ -44,7 +46,7 @@ impl Load {
         path: &Path,
         header: &GgufFile,
         description: Description,
-        progress: &mut (dyn FnMut(u64) + Send),
+        progress: &mut (dyn FnMut(u64) -> ControlFlow<()> + Send),
     ) -> Result<CpuModel, LoadError> {
         let mut reader = Reader {
             tensors: Tensors::open(path, header)?,
@@ -129,14 +131,17 @@ impl Load {
 }
 
 /// Bytes read so far, and who hears of them.
-type Progress<'p> = Mutex<(u64, &'p mut (dyn FnMut(u64) + Send))>;
+type Progress<'p> = Mutex<(u64, &'p mut (dyn FnMut(u64) -> ControlFlow<()> + Send))>;
 
-/// Counts bytes that were read.
-fn tell(progress: &Progress<'_>, bytes: usize) {
+/// Counts bytes that were read. Fails if that is enough.
+fn tell(progress: &Progress<'_>, bytes: usize) -> Result<(), TensorError> {
     let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
     let (done, told) = &mut *progress;
     *done += bytes as u64;
-    told(*done);
+    match told(*done) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(TensorError::Stopped),
+    }
 }
 
 /// Reads tensors with several threads.
@@ -168,7 +173,9 @@ impl Reader<'_, '_> {
             let tiles = part.tiles();
             let rows = tiles.start * TILE_ROWS..(tiles.end * TILE_ROWS).min(stored.rows);
             let mut bytes = vec![0; rows.len() * stored.row_bytes];
-            if let Err(error) = this.read(&stored, rows, &mut bytes) {
+            let read = this.read(&stored, rows, &mut bytes);
+            let read = read.and_then(|()| tell(progress, bytes.len()));
+            if let Err(error) = read {
                 failed.store(true, Ordering::Relaxed);
                 if let Ok(mut failure) = failure.lock() {
                     *failure = Some(error);
@@ -180,7 +187,6 @@ impl Reader<'_, '_> {
                 let start = (tile - tiles.start) * tile_bytes;
                 &bytes[start..bytes.len().min(start + tile_bytes)]
             });
-            tell(progress, bytes.len());
         });
         drop(parts);
         match failure.into_inner() {
@@ -198,7 +204,7 @@ impl Reader<'_, '_> {
         self.tensors.read(&stored, 0..1, &mut bytes)?;
         let mut values = vec![0.0; length];
         dequantize(format, &bytes, &mut values);
-        tell(&self.progress, bytes.len());
+        tell(&self.progress, bytes.len())?;
         Ok(values)
     }
 }
