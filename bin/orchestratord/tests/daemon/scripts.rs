@@ -14,6 +14,7 @@ use orchestrator_core::script::Script;
 use orchestrator_core::simulate;
 use orchestrator_core::trace::{By, EndReason, Trace};
 use orchestrator_core::{JobId, JobStatus};
+use pool_core::api::worker::CacheRoom;
 use pool_core::client::Method;
 use serde_json::json;
 
@@ -296,7 +297,8 @@ async fn a_script_can_be_checked_before_it_is_used() {
 /// Jobs of a live trace.
 const JOBS: usize = 1000;
 
-/// Lets a daemon run [`JOBS`] jobs on two pools, and returns the trace that it records meanwhile.
+/// Lets a daemon run [`JOBS`] jobs on two pools, and returns the trace that it records meanwhile. Now and then a worker has less of
+/// its cache left than the longer jobs may need.
 async fn record_a_thousand(script: Option<PathBuf>) -> String {
     let orchestrator = Orchestrator::start_with(|config| {
         config.queue.capacity = -1;
@@ -323,6 +325,7 @@ async fn record_a_thousand(script: Option<PathBuf>) -> String {
         worker.be_fluent();
         let mut pool = FakePool::start(id).await.has(&worker);
         pool.workers[0].slots = 4;
+        pool.workers[0].cache = left_of_cache(8192);
         pool.register(&orchestrator).await;
         pools.push(pool);
         workers.push(worker);
@@ -343,8 +346,19 @@ async fn record_a_thousand(script: Option<PathBuf>) -> String {
     };
     // A few at once, so that some wait; never so many that a pass takes long.
     for first in (0..JOBS).step_by(20) {
+        let scarce = first % 100 == 0;
+        if scarce {
+            workers[0].has_left(Some(300));
+        }
         for accepted in join_all((first..first + 20).map(submit)).await {
             accepted.unwrap();
+        }
+        if scarce {
+            for free_tokens in [300, 8192] {
+                pools[0].workers[0].cache = left_of_cache(free_tokens);
+                pools[0].beat(&orchestrator).await;
+            }
+            workers[0].has_left(None);
         }
         until("orchd_queue_depth", &|waiting| waiting < 20.0).await;
     }
@@ -357,6 +371,13 @@ async fn record_a_thousand(script: Option<PathBuf>) -> String {
         assert!(!text.contains(secret), "the trace holds `{secret}`");
     }
     text
+}
+
+fn left_of_cache(free_tokens: u32) -> Option<CacheRoom> {
+    Some(CacheRoom {
+        tokens: 8192,
+        free_tokens,
+    })
 }
 
 /// Plays a live trace: every pass is decided again to the same bytes, and the workload runs under either policy.
@@ -375,6 +396,8 @@ fn replay_a_thousand(text: &str, scripts: &[(String, Script)]) -> Trace {
         })
         .collect();
     assert_eq!(dispatched.len(), JOBS);
+    let needs = text.matches("\"cache_needed\"").count();
+    assert!(needs > 0, "no job has found a cache too full");
     let answer = simulate::compare(&trace, scripts, &[], None).unwrap();
     let replay = answer.replay.unwrap();
     assert_eq!(replay.first_difference, None, "{replay:?}");

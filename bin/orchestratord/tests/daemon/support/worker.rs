@@ -55,6 +55,8 @@ struct WorkerInner {
     correlations: Vec<String>,
     /// Whether each execution says a few words and ends, without being told to.
     fluent: bool,
+    /// Free tokens of its cache, if a fluent one refuses longer answers.
+    free_tokens: Option<u32>,
 }
 
 /// A FAKE worker.
@@ -203,6 +205,11 @@ impl FakeWorker {
     /// From now on each execution says three tokens and ends.
     pub fn be_fluent(&self) {
         self.change(|inner| inner.fluent = true);
+    }
+
+    /// Lets a fluent one refuse answers that may be longer than what its cache has left.
+    pub fn has_left(&self, free_tokens: Option<u32>) {
+        self.change(|inner| inner.free_tokens = free_tokens);
     }
 
     /// Lets cancels wait for their answers, or go on.
@@ -357,14 +364,7 @@ impl FakeWorker {
 
     /// Reports that the worker's cache has no room for the job.
     pub fn short(&self, job: JobId, shortage: CacheShortage) {
-        let error = WorkerError {
-            code: WorkerErrorCode::CacheFull,
-            message: "the cache is full".into(),
-            retriable: true,
-            overflow: None,
-            shortage: Some(shortage),
-        };
-        self.send(job, WorkerEvent::Error(error));
+        self.send(job, self::shortage(shortage));
     }
 
     /// Drops the execution as if it had never been there.
@@ -462,10 +462,14 @@ async fn execute(
             Some(fence) if request.fence < fence => return refusal(WorkerErrorCode::StaleFence),
             Some(fence) if request.fence == fence => {}
             _ => {
-                let events = if inner.fluent {
-                    a_few_words(&request)
-                } else {
-                    Vec::new()
+                let free_tokens = inner.free_tokens.filter(|free| request.max_tokens > *free);
+                let events = match (inner.fluent, free_tokens) {
+                    (false, _) => Vec::new(),
+                    (true, None) => a_few_words(&request),
+                    (true, Some(free_tokens)) => vec![shortage(CacheShortage {
+                        needed_tokens: request.max_tokens,
+                        free_tokens,
+                    })],
                 };
                 inner.executions.insert(
                     job.clone(),
@@ -516,6 +520,17 @@ fn receipt(request: &ExecuteRequest, build: &str, tokens_out: u32) -> Receipt {
     let origin = resume.and_then(|resume| resume.origin.as_ref());
     receipt.note_earlier(origin.map(|origin| origin.build.as_str()));
     receipt
+}
+
+/// What a worker says that lacks room for an answer.
+fn shortage(shortage: CacheShortage) -> WorkerEvent {
+    WorkerEvent::Error(WorkerError {
+        code: WorkerErrorCode::CacheFull,
+        message: "the cache is full".into(),
+        retriable: true,
+        overflow: None,
+        shortage: Some(shortage),
+    })
 }
 
 /// A whole execution.
