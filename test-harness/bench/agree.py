@@ -10,8 +10,8 @@
 
 Both engines round the inputs of products with quantised weights to bytes, each in its own way, so the distributions differ a
 little. A third computation shows how little is right. It is called exact: llama.cpp with the same weights, keys and values as
-32-bit floats. (Only gemma3's GELU is still looked up in a table of half-precision floats.) A row fails if the worker is much farther from exact than llama.cpp is, or if its bits change when it
-computes one position at a time, as it does for an answer.
+32-bit floats. (Only gemma3's GELU is still looked up in a table of half-precision floats.) A row fails if the worker is much
+farther from exact than llama.cpp is, or if its bits change when it computes one position at a time, as it does for an answer.
 
 Needs `pip install numpy gguf llama-cpp-python`. LLAMA_CPP_LIB_PATH names the folder of another libllama.so than that package's.
 Exit codes: 0 all agree, 1 something differs.
@@ -117,10 +117,10 @@ class WorkerError(Exception):
 class Worker:
     """The example `probe`, which computes as the worker does."""
 
-    def __init__(self, threads, tier):
+    def __init__(self, threads, tier, cache):
         print("building the worker's example", file=sys.stderr, flush=True)
         self.program = build()
-        self.options = [f"threads={threads}"] + ([f"tier={tier}"] if tier else [])
+        self.options = [f"threads={threads}", f"cache={cache}"] + ([f"tier={tier}"] if tier else [])
 
     def logits(self, path, ids, rows):
         """Returns the logits after each id, computed so many rows at a time."""
@@ -283,6 +283,7 @@ def parse_arguments():
     add("--random-positions", type=int, default=256, help="positions of a random model [default: 256]")
     add("--texts", type=int, default=3000, help="random texts for each tokenizer [default: 3000]")
     add("--seed", type=int, default=1, help="seed of the random texts [default: 1]")
+    add("--cache", choices=["f16", "q8_0"], default="f16", help="form of the worker's cache [default: f16]")
     add("--tier", help="instructions that the worker uses: portable, avx2, ... [default: the best]")
     add("--threads", type=int, default=os.cpu_count(), help="[default: all processors]")
     add("--format", choices=["table", "json"], default="table", help="JSON: an object with `models`, `tokenizers` and `refused`")
@@ -320,7 +321,7 @@ def main():
         sys.exit("error: nothing to compare\nhint: name files with --model, --vocabulary or --tokenizer")
     as_json = args.format == "json"
     show = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
-    worker = Worker(args.threads, args.tier)
+    worker = Worker(args.threads, args.tier, args.cache)
     show(HEAD)
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -2,7 +2,7 @@
 //! memory.
 //!
 //! ```text
-//! cargo bench -p llorch-candled --bench engine -- MODEL.gguf [threads=1,2] [tier=Avx2] [reference] [runs=5] [WHAT]
+//! cargo bench -p llorch-candled --bench engine -- MODEL.gguf [threads=1,2] [tier=Avx2] [reference] [cache=q8_0] [runs=5] [WHAT]
 //! ```
 //!
 //! `reference` measures candle's products instead. WHAT is `prefill`, `depth=0,512` (decode at these depths only), `single` (both,
@@ -14,6 +14,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::host::private_bytes;
 use llorch_candled::backend::cpu::lanes::Tier;
@@ -21,6 +22,7 @@ use llorch_candled::engine::batcher::{Batcher, Ended};
 use llorch_candled::engine::sequence::Sequence;
 use llorch_candled::engine::{Control, Engine, Halted, Sizes};
 use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEvent};
+use pool_core::worker::CacheType;
 
 const PREFILL: usize = 512;
 const DECODE: usize = 128;
@@ -76,6 +78,8 @@ struct What {
     answers: Option<u64>,
     /// Only one sequence.
     single: bool,
+    /// Form of the cache.
+    cache: CacheType,
 }
 
 impl What {
@@ -94,6 +98,8 @@ impl What {
             },
             answers: value("answers").map(|answers| number(answers) as u64),
             single: is_part || has("single"),
+            cache: CacheType::from_str(value("cache").unwrap_or("f16"), false)
+                .expect("`f16` or `q8_0`"),
         }
     }
 }
@@ -105,6 +111,7 @@ fn measure(model: &Path, device: Device, what: &What) {
         context_length: Some(context),
         // Room for answers side by side.
         cache_tokens: Some(context.max(4 * PREFILL)),
+        cache_type: what.cache,
         ..Sizes::default()
     };
     let start = Instant::now();
@@ -146,19 +153,21 @@ fn measure(model: &Path, device: Device, what: &What) {
         show_answers(&engine, answers, what.runs);
     }
     drop(engine);
-    show_pause(model, device, what.runs);
+    show_pause(model, device, what);
 }
 
 /// Prints the longest pause of answers while a long prompt is read.
-fn show_pause(model: &Path, device: Device, runs: usize) {
+fn show_pause(model: &Path, device: Device, what: &What) {
     let sizes = Sizes {
         context_length: Some(LONG + 1),
         cache_tokens: Some(LONG + 8 * 512),
+        cache_type: what.cache,
         slots: 9,
     };
     let Ok(engine) = Engine::load(model, device, sizes, &mut |_, _| ()) else {
         return println!("  the model's context is too short for a prompt of {LONG} tokens");
     };
+    let runs = what.runs;
     let mut pauses: Vec<f64> = (0..runs)
         .map(|run| longest_pause(&engine, run as u64).as_secs_f64() * 1000.0)
         .collect();

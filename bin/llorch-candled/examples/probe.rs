@@ -1,8 +1,8 @@
 //! Computes logits and token ids as the worker does. `test-harness/bench/agree.py` compares them with those of llama.cpp.
 //!
 //! ```text
-//! probe logits MODEL.gguf [threads=1] [rows=64] [tier=Avx2]    ids to logits
-//! probe tokens MODEL.gguf                                      texts to ids
+//! probe logits MODEL.gguf [threads=1] [rows=64] [tier=Avx2] [cache=q8_0]    ids to logits
+//! probe tokens MODEL.gguf                                                   texts to ids
 //! ```
 //!
 //! Input is a JSON array: of the ids of one sequence, or of texts. `logits` writes a row of 32-bit floats (little-endian) for
@@ -15,6 +15,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use clap::ValueEnum;
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::lanes::Tier;
 use llorch_candled::engine::model::description::Description;
@@ -22,6 +23,7 @@ use llorch_candled::engine::model::{BLOCK, Batch, Row};
 use llorch_candled::engine::prefill::CHUNK;
 use llorch_candled::tokenizer::Tokenizer;
 use pool_core::catalog::gguf::GgufFile;
+use pool_core::worker::CacheType;
 
 fn main() -> ExitCode {
     match run() {
@@ -49,7 +51,9 @@ fn run() -> anyhow::Result<()> {
                 threads: number("threads", 1)?,
                 tier: value("tier").map_or(Ok(Tier::best()), tier)?,
             };
-            logits(Path::new(model), device, number("rows", CHUNK)?)
+            let cache = value("cache").unwrap_or("f16");
+            let cache = CacheType::from_str(cache, false).map_err(anyhow::Error::msg)?;
+            logits(Path::new(model), device, cache, number("rows", CHUNK)?)
         }
         [mode, model] if mode == "tokens" => tokens(Path::new(model)),
         _ => bail!("usage: probe logits|tokens MODEL.gguf [NAME=VALUE]..."),
@@ -66,10 +70,11 @@ fn tier(name: &str) -> anyhow::Result<Tier> {
     })
 }
 
-fn logits(path: &Path, device: Device, rows: usize) -> anyhow::Result<()> {
+fn logits(path: &Path, device: Device, cache: CacheType, rows: usize) -> anyhow::Result<()> {
     let ids: Vec<u32> = serde_json::from_reader(io::stdin().lock())?;
     let header = GgufFile::open(path)?;
-    let description = Description::from_header(&header, Some(ids.len()))?;
+    let mut description = Description::from_header(&header, Some(ids.len()))?;
+    description.cache = cache;
     let blocks = ids.len().div_ceil(BLOCK);
     let mut model = device.load(path, &header, description, blocks, &mut |_| {
         ControlFlow::Continue(())

@@ -175,6 +175,7 @@ pub async fn run(
         sizes: Sizes {
             context_length: args.context_length.map(|tokens| tokens as usize),
             cache_tokens: args.cache_tokens.map(|tokens| tokens as usize),
+            cache_type: args.cache_type,
             slots: limits.slots,
         },
         speculates,

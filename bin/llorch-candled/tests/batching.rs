@@ -33,6 +33,7 @@ fn loaded(file: &[u8]) -> Engine {
         context_length: Some(256),
         cache_tokens: Some(512),
         slots: 8,
+        ..Sizes::default()
     };
     Engine::load(&path, cpu(), sizes, &mut |_, _| ()).expect("the model loads")
 }

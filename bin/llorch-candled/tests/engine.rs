@@ -19,8 +19,11 @@ use pool_core::api::worker::{
 use pool_core::catalog::gguf::GgufFile;
 use pool_core::catalog::support as supported;
 use pool_core::errors::with_causes;
+use pool_core::worker::CacheType;
 use support::tiny_model::{BLOCKS, TinyModel};
-use support::{answer, assert_contiguous, cpu, engine, greedy, run, sampled, tiny, tiny_on, warm};
+use support::{
+    answer, assert_contiguous, cpu, engine, greedy, run, sampled, tiny, tiny_on, tiny_sized, warm,
+};
 
 const ARCHITECTURES: [&str; 5] = ["gemma3", "llama", "phi3", "qwen2", "qwen3"];
 
@@ -82,11 +85,15 @@ fn an_unusable_tokenizer_ends_the_reading_of_weights() {
 // [CAND-014]
 #[test]
 fn bits_depend_neither_on_instructions_nor_on_threads() {
-    for architecture in ARCHITECTURES {
+    for (architecture, cache_type) in architectures_and_caches() {
         let model = of_architecture(architecture);
         let tokens: Vec<u32> = (0..70).map(|i| (i * 13) % 230).collect();
+        let sizes = Sizes {
+            cache_type,
+            ..Sizes::default()
+        };
         let bits = |threads, tier| {
-            let engine = tiny_on(Device::Cpu { threads, tier }, &model).unwrap();
+            let engine = tiny_sized(Device::Cpu { threads, tier }, sizes, &model).unwrap();
             let logits = logits(&engine, &tokens);
             logits.into_iter().map(f32::to_bits).collect::<Vec<_>>()
         };
@@ -96,7 +103,7 @@ fn bits_depend_neither_on_instructions_nor_on_threads() {
                 assert_eq!(
                     bits(threads, tier),
                     expected,
-                    "{architecture}, {tier:?}, {threads}"
+                    "{architecture}, {cache_type}, {tier:?}, {threads}"
                 );
             }
         }
@@ -106,7 +113,7 @@ fn bits_depend_neither_on_instructions_nor_on_threads() {
 // [CAND-014] [CAND-013]
 #[test]
 fn sequences_in_one_batch_have_the_bits_that_each_has_alone() {
-    for architecture in ARCHITECTURES {
+    for (architecture, cache_type) in architectures_and_caches() {
         let (folder, model) = (tempfile::tempdir().unwrap(), of_architecture(architecture));
         let path = folder.path().join("tiny.gguf");
         model.write(&path).unwrap();
@@ -114,7 +121,8 @@ fn sequences_in_one_batch_have_the_bits_that_each_has_alone() {
         let load = |threads| {
             let tier = Tier::best();
             let device = Device::Cpu { threads, tier };
-            let description = Description::from_header(&header, None).unwrap();
+            let mut description = Description::from_header(&header, None).unwrap();
+            description.cache = cache_type;
             let mut go_on = |_| ControlFlow::Continue(());
             let load = device.load(&path, &header, description, 8, &mut go_on);
             load.unwrap()
@@ -149,7 +157,49 @@ fn sequences_in_one_batch_have_the_bits_that_each_has_alone() {
         let first = rows(0, 0..10).chain(rows(1, 0..17)).collect();
         assert!(compute(&mut *both, first).is_empty());
         let rest = rows(0, 10..40).chain(rows(1, 17..23)).collect();
-        assert_eq!(compute(&mut *both, rest), alone, "{architecture}");
+        assert_eq!(
+            compute(&mut *both, rest),
+            alone,
+            "{architecture}, {cache_type}"
+        );
+    }
+}
+
+fn architectures_and_caches() -> impl Iterator<Item = (&'static str, CacheType)> {
+    let caches = [CacheType::F16, CacheType::Q8_0];
+    ARCHITECTURES
+        .into_iter()
+        .flat_map(move |architecture| caches.map(|cache| (architecture, cache)))
+}
+
+// [CAND-093]
+#[test]
+fn a_cache_of_bytes_takes_less_memory_and_changes_little() {
+    for architecture in ARCHITECTURES {
+        let model = of_architecture(architecture);
+        let load = |cache_type| {
+            let sizes = Sizes {
+                cache_type,
+                ..Sizes::default()
+            };
+            tiny_sized(cpu(), sizes, &model).expect("the model loads")
+        };
+        let (halves, bytes) = (load(CacheType::F16), load(CacheType::Q8_0));
+        assert!(bytes.working_bytes() < halves.working_bytes());
+        let tokens: Vec<u32> = (0..70).map(|i| (i * 13) % 230).collect();
+        let [expected, found] = [&halves, &bytes].map(|engine| logits(engine, &tokens));
+        let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
+        let difference: Vec<f32> = found.iter().zip(&expected).map(|(a, b)| a - b).collect();
+        let error = norm(&difference) / norm(&expected);
+        assert!(
+            error > 0.0 && error < 5e-2,
+            "{architecture}: the error is {error}"
+        );
+        assert_ne!(
+            halves.origin(),
+            bytes.origin(),
+            "tokens are of another origin"
+        );
     }
 }
 

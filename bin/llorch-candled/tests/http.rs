@@ -21,6 +21,7 @@ use pool_core::client::{ApiClient, ClientError, EventStream, Method};
 use pool_core::secret::Secret;
 use pool_core::service::Shutdown;
 use pool_core::worker::Backend;
+use pool_core::worker::CacheType;
 use pool_core::worker_args::WorkerArgs;
 use serde::de::IgnoredAny;
 use support::tiny_model::TinyModel;
@@ -54,6 +55,7 @@ fn config(model: PathBuf) -> Config {
             pool_url: None,
             context_length: Some(LONG),
             cache_tokens: None,
+            cache_type: CacheType::F16,
             slots: 1,
             threads: None,
             stop_grace_s: PATIENCE.as_secs(),

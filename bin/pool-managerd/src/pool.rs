@@ -12,7 +12,7 @@ use pool_core::api::pool::{ModelOnDisk, PoolSnapshot, PoolStatus, WorkerEndpoint
 use pool_core::catalog::store::{Offer, Offered};
 use pool_core::client::ApiClient;
 use pool_core::clock;
-use pool_core::lifecycle::Lifecycle;
+use pool_core::lifecycle::{Lifecycle, WorkerSizes};
 use pool_core::registry::{RegistryError, WorkerRecord};
 use pool_core::service::{Load, Shutdown};
 use tokio::sync::{Notify, watch};
@@ -172,7 +172,7 @@ impl Pool {
         found
             .map(|Offered { model, aliases }| {
                 let estimator = self.lifecycle.estimator();
-                let estimate = estimator.estimate(&model, None, None, None);
+                let estimate = estimator.estimate(&model, WorkerSizes::default());
                 let unsupported = estimator.unsupported(&model);
                 ModelOnDisk {
                     needed_bytes: estimate.needed_bytes,

@@ -50,6 +50,50 @@ impl fmt::Display for Backend {
     }
 }
 
+/// Form of the keys and values in a worker's cache.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum CacheType {
+    /// Half-precision floats: 2 bytes a number.
+    #[default]
+    #[serde(rename = "f16")]
+    F16,
+    /// Signed bytes with a scale for each 32: 17/16 bytes a number. Answers differ a little from those with `f16`.
+    #[serde(rename = "q8_0")]
+    #[cfg_attr(feature = "cli", value(name = "q8_0"))]
+    Q8_0,
+}
+
+impl CacheType {
+    /// The name on the wire and on command lines.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Q8_0 => "q8_0",
+        }
+    }
+
+    /// Returns whether it is the one that workers have unless told otherwise.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Returns the bytes of so many numbers.
+    pub fn bytes(self, numbers: u64) -> u64 {
+        match self {
+            Self::F16 => numbers.saturating_mul(2),
+            Self::Q8_0 => numbers.saturating_add(numbers.div_ceil(16)),
+        }
+    }
+}
+
+impl fmt::Display for CacheType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
 /// Where a worker computes: `cpu`, `cuda:N` or `metal:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Device {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::ModelRef;
-use crate::worker::Backend;
+use crate::worker::{Backend, CacheType};
 
 /// Environment variable with the secret without which a worker executes nothing.
 pub const SECRET_VAR: &str = "LLORCH_WORKER_SECRET";
@@ -69,6 +69,13 @@ pub struct WorkerArgs {
     #[cfg_attr(feature = "cli", arg(long, value_name = "TOKENS"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_tokens: Option<u32>,
+    /// Form of keys and values in the cache. `q8_0` takes about half the memory, and changes answers a little.
+    #[cfg_attr(
+        feature = "cli",
+        arg(long, value_enum, value_name = "TYPE", default_value_t)
+    )]
+    #[serde(default, skip_serializing_if = "CacheType::is_default")]
+    pub cache_type: CacheType,
     /// Sequences that run at once.
     #[cfg_attr(feature = "cli", arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_SLOTS))))]
     pub slots: u32,
@@ -107,6 +114,7 @@ impl WorkerArgs {
         push("--gpu", self.gpu.to_string().into());
         push("--bind", self.bind.to_string().into());
         push("--port", self.port.to_string().into());
+        push("--cache-type", self.cache_type.as_str().into());
         push("--slots", self.slots.to_string().into());
         push("--stop-grace-s", self.stop_grace_s.to_string().into());
         let optional = [
@@ -158,6 +166,7 @@ mod tests {
             pool_url: Some("http://127.0.0.1:9200".into()),
             context_length: Some(2048),
             cache_tokens: Some(8192),
+            cache_type: CacheType::Q8_0,
             slots: 2,
             threads: Some(4),
             stop_grace_s: 30,
@@ -168,6 +177,7 @@ mod tests {
             pool_url: None,
             context_length: None,
             cache_tokens: None,
+            cache_type: CacheType::F16,
             threads: None,
             ..full.clone()
         };

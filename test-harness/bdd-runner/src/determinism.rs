@@ -199,6 +199,7 @@ fn run(model: &Path, way: Way, jobs: Vec<ExecuteRequest>) -> anyhow::Result<Vec<
         context_length: Some(CONTEXT),
         cache_tokens: Some(CACHE),
         slots: way.at_once,
+        ..Sizes::default()
     };
     let engine = Engine::load(model, device, sizes, &mut |_, _| ())
         .with_context(|| format!("could not load {}", model.display()))?;

@@ -29,6 +29,7 @@ use pool_core::api::worker::{
 };
 use pool_core::catalog::gguf::{GgufError, GgufFile};
 use pool_core::chat_template::TemplateProblem;
+use pool_core::worker::CacheType;
 
 use crate::backend::{self, Device};
 use crate::chat_template::{ChatTemplate, Conversation, Rendered, TemplateError};
@@ -264,6 +265,8 @@ pub struct Sizes {
     pub context_length: Option<usize>,
     /// Tokens of the whole cache; `None`, like less, for one sequence of the context's length.
     pub cache_tokens: Option<usize>,
+    /// Form of keys and values in the cache, where our kernels compute.
+    pub cache_type: CacheType,
     /// Sequences that are meant to run at once. More do, and may have to wait for blocks.
     pub slots: usize,
 }
@@ -292,9 +295,14 @@ impl Engine {
         let mut origin = origin::of(path, device)?;
         let header = GgufFile::open(path)?;
         // What a header's numbers say is refused before the weights are read.
-        let description = Description::from_header(&header, sizes.context_length)?;
+        let mut description = Description::from_header(&header, sizes.context_length)?;
         if description.is_long() {
             origin.build.push_str(", long context");
+        }
+        description.cache = sizes.cache_type;
+        if description.cache != CacheType::F16 {
+            let form = format!(", {} cache", description.cache);
+            origin.build.push_str(&form);
         }
         let total: u64 = header.tensors().iter().map(|t| t.size_bytes).sum();
         progress(0, total);

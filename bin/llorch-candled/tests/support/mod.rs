@@ -56,10 +56,19 @@ pub fn tiny(model: &tiny_model::TinyModel) -> Result<Engine, LoadError> {
 
 /// Loads a tiny model on a device.
 pub fn tiny_on(device: Device, model: &tiny_model::TinyModel) -> Result<Engine, LoadError> {
+    tiny_sized(device, Sizes::default(), model)
+}
+
+/// Loads a tiny model on a device with these sizes.
+pub fn tiny_sized(
+    device: Device,
+    sizes: Sizes,
+    model: &tiny_model::TinyModel,
+) -> Result<Engine, LoadError> {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("tiny.gguf");
     model.write(&path).expect("the model is written");
-    Engine::load(&path, device, Sizes::default(), &mut |_, _| ())
+    Engine::load(&path, device, sizes, &mut |_, _| ())
 }
 
 /// Collects events; never halts.

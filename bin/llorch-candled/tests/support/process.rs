@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use pool_core::worker::Backend;
+use pool_core::worker::CacheType;
 use pool_core::worker_args::{NONCE_VAR, SECRET_VAR, WorkerArgs};
 
 /// Secret of the workers that tests start.
@@ -24,6 +25,7 @@ pub fn args(model: &Path, port: u16) -> WorkerArgs {
         pool_url: None,
         context_length: None,
         cache_tokens: None,
+        cache_type: CacheType::F16,
         slots: 1,
         threads: Some(1),
         stop_grace_s: 10,

@@ -15,7 +15,7 @@ use orchestrator_core::job::JobErrorCode;
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::scheduler::Action;
 use pool_core::api::pool::{WorkerSpawnRequest, WorkerStopRequest};
-use pool_core::worker::{Backend, WorkerInfo};
+use pool_core::worker::{Backend, CacheType, WorkerInfo};
 use serde::de::IgnoredAny;
 
 use crate::app::App;
@@ -237,6 +237,7 @@ fn start_worker(app: &App, pool: &str, asked: &Asked, now: Timestamp) {
         gpu: (device.backend != Backend::Cpu).then_some(device.index),
         context_length: *context_length,
         cache_tokens: None,
+        cache_type: CacheType::default(),
         slots: None,
         port: None,
     };

@@ -14,7 +14,7 @@ use pool_core::api::pool::{
 };
 use pool_core::process::Signal;
 use pool_core::service::state_files::RunFiles;
-use pool_core::worker::{Backend, WorkerStatus};
+use pool_core::worker::{Backend, CacheType, WorkerStatus};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
@@ -405,6 +405,7 @@ async fn a_model_that_comes_or_goes_by_hand_is_told_within_moments() {
         gpu: None,
         context_length: None,
         cache_tokens: None,
+        cache_type: CacheType::F16,
         slots: None,
         port: None,
     };

@@ -18,7 +18,7 @@ use pool_core::registry::{Registry, WorkerRecord};
 use pool_core::run_files::local_url;
 use pool_core::secret::Secret;
 use pool_core::service::Shutdown;
-use pool_core::worker::{Backend, WorkerInfo, WorkerStatus};
+use pool_core::worker::{Backend, CacheType, WorkerInfo, WorkerStatus};
 use pool_managerd::RunError;
 use tokio::task::JoinHandle;
 
@@ -116,6 +116,7 @@ impl Host {
             gpu: None,
             context_length: None,
             cache_tokens: None,
+            cache_type: CacheType::F16,
             slots: None,
             port: None,
         }

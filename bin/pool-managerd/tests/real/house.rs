@@ -15,7 +15,7 @@ use pool_core::home::Home;
 use pool_core::process::{ProcessIdentity, Signal};
 use pool_core::registry::{Registry, WorkerRecord};
 use pool_core::run_files::local_url;
-use pool_core::worker::{Backend, WorkerInfo, WorkerStatus};
+use pool_core::worker::{Backend, CacheType, WorkerInfo, WorkerStatus};
 
 use crate::program::write_program;
 
@@ -127,6 +127,7 @@ impl House {
             gpu: None,
             context_length: None,
             cache_tokens: None,
+            cache_type: CacheType::F16,
             slots: Some(1),
             port: None,
         }

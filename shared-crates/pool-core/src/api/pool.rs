@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ModelRef;
 use crate::gpu::GpuInfo;
-use crate::worker::{Backend, Device, ModelFile, WorkerInfo};
+use crate::worker::{Backend, CacheType, Device, ModelFile, WorkerInfo};
 
 /// Milliseconds between heartbeats that pools may choose and the orchestrator takes.
 pub const HEARTBEAT_INTERVAL_MS: RangeInclusive<u64> = 20..=600_000;
@@ -31,6 +31,9 @@ pub struct WorkerSpawnRequest {
     /// Tokens that all sequences together have room for; one sequence of the context's length where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_tokens: Option<u32>,
+    /// Form of keys and values in the cache.
+    #[serde(default, skip_serializing_if = "CacheType::is_default")]
+    pub cache_type: CacheType,
     /// Sequences at once; where absent one for each 1,024 tokens of the cache, 1 to 8.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slots: Option<u32>,

@@ -310,8 +310,7 @@ impl GgufFile {
     /// Bytes of KV cache for `tokens` positions of one sequence, in `bytes_per_element` wide elements:
     /// `blocks * kv_heads * (key_width + value_width) * bytes_per_element * tokens`.
     ///
-    /// Our worker holds 32-bit floats: 4 bytes an element. [`GgufError::SizeOverflow`] past `u64`, which means a
-    /// corrupt header.
+    /// [`GgufError::SizeOverflow`] past `u64`, which means a corrupt header.
     pub fn kv_cache_bytes(&self, tokens: u64, bytes_per_element: u64) -> Result<u64, GgufError> {
         let key = format!("{}.attention.head_count_kv", self.architecture()?);
         let heads = match self.metadata.get(&key) {

@@ -4,17 +4,15 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::api::pool::ContextMemory;
+use crate::api::pool::{ContextMemory, WorkerSpawnRequest};
 use crate::catalog::gguf::{GgufError, GgufFile, TensorInfo};
 use crate::catalog::store::ResolvedModel;
 use crate::catalog::support::{self, Unsupported};
 use crate::json_number::MAX_EXACT_INTEGER;
-use crate::worker::ModelFile;
+use crate::worker::{CacheType, ModelFile};
 
 /// Context of a sequence where nobody asks for another and the model takes as much.
 pub const DEFAULT_CONTEXT: u32 = 8192;
-/// Bytes of an element of the KV cache: half-precision floats.
-const CACHE_ELEMENT_BYTES: u64 = 2;
 /// Positions of the KV cache that are given out together.
 pub const CACHE_BLOCK: u64 = 16;
 /// Tokens of a prompt that the worker computes together.
@@ -50,12 +48,37 @@ pub struct MemoryEstimate {
     pub context: Option<ContextMemory>,
 }
 
+/// What of a worker decides about its memory. What is absent has its default.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct WorkerSizes {
+    /// Tokens of context of each sequence.
+    pub context_length: Option<u32>,
+    /// Tokens that all sequences together have room for.
+    pub cache_tokens: Option<u32>,
+    /// Form of keys and values in the cache.
+    pub cache_type: CacheType,
+    /// Sequences at once.
+    pub slots: Option<u32>,
+}
+
+impl From<&WorkerSpawnRequest> for WorkerSizes {
+    fn from(request: &WorkerSpawnRequest) -> Self {
+        Self {
+            context_length: request.context_length,
+            cache_tokens: request.cache_tokens,
+            cache_type: request.cache_type,
+            slots: request.slots,
+        }
+    }
+}
+
 /// What of a model file decides about memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Shape {
     /// The weights as the worker holds them.
     weights_bytes: u64,
-    kv_bytes_per_token: u64,
+    /// Numbers of the KV cache for each token.
+    kv_per_token: u64,
     /// Floats that a row of a pass takes in all buffers.
     row_floats: u64,
     /// Widest input of a product.
@@ -87,7 +110,7 @@ impl Shape {
             .fold(0, u64::saturating_add);
         Ok(Self {
             weights_bytes: file.tensors().iter().map(held).fold(0, u64::saturating_add),
-            kv_bytes_per_token: file.kv_cache_bytes(1, CACHE_ELEMENT_BYTES)?,
+            kv_per_token: file.kv_cache_bytes(1, 1)?,
             row_floats,
             widest: width.max(queries).max(feed_forward),
             vocab: file.vocab_size()?,
@@ -95,8 +118,8 @@ impl Shape {
         })
     }
 
-    /// Returns the memory of a worker with `slots` sequences and a cache for one of its context, as a function of that.
-    fn memory(self, slots: u32) -> ContextMemory {
+    /// Returns the memory of a worker of these sizes with a cache for one sequence of its context, as a function of that.
+    fn memory(self, sizes: WorkerSizes) -> ContextMemory {
         let held = [
             PROGRAM_BYTES,
             self.vocab.saturating_mul(TOKENIZER_BYTES_PER_TEXT),
@@ -108,6 +131,7 @@ impl Shape {
             .row_floats
             .saturating_mul(FLOAT_BYTES)
             .saturating_add(self.widest.saturating_mul(ROUNDED_BYTES) / 32);
+        let slots = sizes.slots.unwrap_or(MOST_DEFAULT_SLOTS);
         let others = u64::from(slots.saturating_sub(1));
         let working = [
             row.saturating_mul(PREFILL_CHUNK + others),
@@ -123,21 +147,23 @@ impl Shape {
             max_tokens: tokens(self.context),
             default_tokens: tokens(self.context).min(DEFAULT_CONTEXT),
             base_bytes: held.saturating_add(working).min(MAX_EXACT_INTEGER),
-            token_bytes: self
-                .kv_bytes_per_token
+            token_bytes: sizes
+                .cache_type
+                .bytes(self.kv_per_token)
                 .saturating_add(SCORE_BYTES)
                 .min(MAX_EXACT_INTEGER),
             floor_bytes: held.min(MAX_EXACT_INTEGER),
         }
     }
 
-    fn needed_bytes(self, context: Option<u32>, cache_tokens: Option<u32>, slots: u32) -> u64 {
-        let memory = self.memory(slots);
-        let context = context.unwrap_or(memory.default_tokens);
-        let further = cache_tokens.unwrap_or(0).saturating_sub(context);
+    fn needed_bytes(self, sizes: WorkerSizes) -> u64 {
+        let memory = self.memory(sizes);
+        let context = sizes.context_length.unwrap_or(memory.default_tokens);
+        let further = sizes.cache_tokens.unwrap_or(0).saturating_sub(context);
+        let further_bytes = sizes.cache_type.bytes(self.kv_per_token);
         memory
             .needed_bytes(context)
-            .saturating_add(self.kv_bytes_per_token.saturating_mul(further.into()))
+            .saturating_add(further_bytes.saturating_mul(further.into()))
             .min(MAX_EXACT_INTEGER)
     }
 }
@@ -209,19 +235,12 @@ impl HeaderFacts {
 impl MemoryEstimator {
     /// What a worker with this model needs. A file whose header can't be read gets a rough guess: it is the worker
     /// that refuses it, with the reason, like any other bad file.
-    pub fn estimate(
-        &self,
-        model: &ResolvedModel,
-        context: Option<u32>,
-        cache_tokens: Option<u32>,
-        slots: Option<u32>,
-    ) -> MemoryEstimate {
-        let slots = slots.unwrap_or(MOST_DEFAULT_SLOTS);
+    pub fn estimate(&self, model: &ResolvedModel, sizes: WorkerSizes) -> MemoryEstimate {
         match self.facts(model).shape {
             Some(shape) => MemoryEstimate {
-                needed_bytes: shape.needed_bytes(context, cache_tokens, slots),
+                needed_bytes: shape.needed_bytes(sizes),
                 model_context: Some(shape.context),
-                context: Some(shape.memory(slots)),
+                context: Some(shape.memory(sizes)),
             },
             None => {
                 let size = model.file.size_bytes;
@@ -266,7 +285,7 @@ mod tests {
         // SmolLM2 135M: 30 blocks, 3 KV heads of 64, keys and values, 2 bytes: 23,040 bytes a token.
         let shape = Shape {
             weights_bytes: 96_500_000,
-            kv_bytes_per_token: 23_040,
+            kv_per_token: 11_520,
             row_floats: 3 * 576 + 2 * 576 + 2 * 192 + 2 * 1536,
             widest: 1536,
             vocab: 49_152,
@@ -274,12 +293,29 @@ mod tests {
         };
         let base =
             PROGRAM_BYTES + 49_152 * (256 + 32) + 96_500_000 + 64 * (6336 * 4 + 1536 * 44 / 32);
+        let one = WorkerSizes {
+            slots: Some(1),
+            ..WorkerSizes::default()
+        };
         assert_eq!(
-            shape.needed_bytes(None, None, 1),
+            shape.needed_bytes(one),
             base + 8192 * (23_040 + SCORE_BYTES)
         );
+        let bytes = WorkerSizes {
+            cache_type: CacheType::Q8_0,
+            ..one
+        };
         assert_eq!(
-            shape.needed_bytes(Some(1000), Some(3000), 3),
+            shape.needed_bytes(bytes),
+            base + 8192 * (11_520 * 17 / 16 + SCORE_BYTES)
+        );
+        assert_eq!(
+            shape.needed_bytes(WorkerSizes {
+                context_length: Some(1000),
+                cache_tokens: Some(3000),
+                slots: Some(3),
+                ..one
+            }),
             base + 1000 * SCORE_BYTES
                 + 3000 * 23_040
                 + 2 * (6336 * 4 + 1536 * 44 / 32)
@@ -291,15 +327,23 @@ mod tests {
             ..shape
         };
         assert_eq!(
-            short.needed_bytes(None, None, 1),
-            shape.needed_bytes(Some(512), None, 1)
+            short.needed_bytes(one),
+            shape.needed_bytes(WorkerSizes {
+                context_length: Some(512),
+                ..one
+            })
         );
         let huge = Shape {
-            kv_bytes_per_token: u64::MAX,
+            kv_per_token: u64::MAX,
             ..shape
         };
         assert_eq!(
-            huge.needed_bytes(Some(u32::MAX), Some(u32::MAX), MAX_SLOTS),
+            huge.needed_bytes(WorkerSizes {
+                context_length: Some(u32::MAX),
+                cache_tokens: Some(u32::MAX),
+                slots: Some(MAX_SLOTS),
+                ..one
+            }),
             MAX_EXACT_INTEGER
         );
     }

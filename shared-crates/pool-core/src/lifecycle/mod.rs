@@ -29,6 +29,7 @@ pub use end::Ended;
 pub use error::{MemoryShort, SpawnError, StopError};
 pub use estimate::{
     CACHE_BLOCK, DEFAULT_CONTEXT, MemoryEstimate, MemoryEstimator, PREFILL_CHUNK, TILE_ROWS,
+    WorkerSizes,
 };
 pub use exit::{Circumstances, ExitFacts, classify_exit};
 pub use health::{HealthRefused, apply_health};

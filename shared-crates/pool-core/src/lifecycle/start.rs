@@ -66,12 +66,7 @@ impl Lifecycle {
         }
         let gpus = self.usable_gpus(request.backend, request.gpu)?;
         let program = self.program(request.backend)?;
-        let estimate = self.estimator.estimate(
-            &model,
-            request.context_length,
-            request.cache_tokens,
-            request.slots,
-        );
+        let estimate = self.estimator.estimate(&model, request.into());
         if let (Some(asked), Some(most)) = (request.context_length, estimate.model_context)
             && (asked == 0 || u64::from(asked) > most)
         {
@@ -166,6 +161,7 @@ impl Lifecycle {
                 pool_url: self.pool_url.clone(),
                 context_length: request.context_length,
                 cache_tokens: request.cache_tokens,
+                cache_type: request.cache_type,
                 slots,
                 threads: self.config.workers.threads.map(Into::into),
                 stop_grace_s: self.config.workers.stop_timeout_s,

@@ -12,7 +12,7 @@ use super::*;
 use crate::process::SignalOutcome;
 use crate::registry::Moments;
 use crate::secret::Secret;
-use crate::worker::{ExitReason, WorkerMemory};
+use crate::worker::{CacheType, ExitReason, WorkerMemory};
 use crate::worker_args::{EXIT_PORT_TAKEN, MAX_SLOTS, WorkerArgs};
 
 /// The record of a worker that was just started.
@@ -60,6 +60,7 @@ pub(crate) fn record(number: u64) -> WorkerRecord {
             pool_url: None,
             context_length: None,
             cache_tokens: None,
+            cache_type: CacheType::F16,
             slots: 2,
             threads: None,
             stop_grace_s: 10,
@@ -128,6 +129,7 @@ impl Host {
             gpu: None,
             context_length: None,
             cache_tokens: None,
+            cache_type: CacheType::F16,
             slots: None,
             port: None,
         }
@@ -139,9 +141,7 @@ fn spawns_at_once_never_promise_the_same_memory_port_or_id() {
     let mut host = Host::new();
     let each = host.lifecycle().estimator().estimate(
         &host.lifecycle().resolve(&host.request().model).unwrap(),
-        None,
-        None,
-        None,
+        WorkerSizes::default(),
     );
     host.config.memory.cpu_limit_bytes = Some(each.needed_bytes * 3 + 1);
     let outcomes: Vec<_> = std::thread::scope(|scope| {

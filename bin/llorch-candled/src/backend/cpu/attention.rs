@@ -1,95 +1,47 @@
-//! Attention over a paged cache of keys and values in half precision.
+//! Attention over a paged cache of keys and values.
 //!
-//! A block of the cache holds [`BLOCK`] positions of one head of one layer: keys as `[dimension][position]`, so that a lane is
-//! a position while scores are computed, and values as `[group of 16 dimensions][position][dimension]`, so that a lane is a
-//! dimension while they are mixed. Scores, sums and mixtures run over positions in ascending order, from a multiple of the
-//! block, in fixed lanes; positions that a row doesn't see have weight 0, which changes no sum. So a row's result is
-//! independent of the other rows in the batch and of how the prompt was cut.
+//! Scores, sums and mixtures run over positions in ascending order, from a multiple of the block, in fixed lanes; positions that
+//! a row doesn't see have weight 0, which changes no sum. So a row's result is independent of the other rows in the batch and of
+//! how the prompt was cut.
 
+use super::cache::Layout;
 use super::exp::exp;
 use super::lanes::{Kernel, LANES, Lanes};
 use crate::engine::model::BLOCK;
 
-/// A lane is a position of a block.
-const _: () = assert!(BLOCK == LANES);
-
-/// Elements of a block of keys for one head.
-pub const fn key_block_len(head_dim: usize) -> usize {
-    head_dim * BLOCK
-}
-
-/// Elements of a block of values for one head.
-pub const fn value_block_len(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(LANES) * BLOCK
-}
-
-/// Writes the key of one position into its block, rounded to half precision.
-pub struct StoreKey<'a> {
+/// Writes key and value of one position and head into their blocks.
+pub struct Store<'a, C> {
+    /// How the blocks hold them.
+    pub layout: C,
     /// The key.
     pub key: &'a [f32],
-    /// The head's block, `[dimension][position]`.
-    pub block: &'a mut [u16],
-    /// The position within the block.
-    pub slot: usize,
-}
-
-impl Kernel for StoreKey<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<L: Lanes>(self, lanes: L) {
-        let rows = self.block.as_chunks_mut::<BLOCK>().0;
-        for (part, rows) in self.key.chunks(LANES).zip(rows.chunks_mut(LANES)) {
-            for (half, row) in halves(lanes, part).into_iter().zip(rows) {
-                row[self.slot] = half;
-            }
-        }
-    }
-}
-
-/// Writes the value of one position into its block, rounded to half precision.
-pub struct StoreValue<'a> {
     /// The value.
     pub value: &'a [f32],
-    /// The head's block, `[group of 16 dimensions][position][dimension]`.
-    pub block: &'a mut [u16],
+    /// The head's block of keys.
+    pub keys: &'a mut [u8],
+    /// The head's block of values.
+    pub values: &'a mut [u8],
     /// The position within the block.
     pub slot: usize,
 }
 
-impl Kernel for StoreValue<'_> {
+impl<C: Layout> Kernel for Store<'_, C> {
     type Output = ();
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        let groups = self
-            .block
-            .as_chunks_mut::<LANES>()
-            .0
-            .as_chunks_mut::<BLOCK>()
-            .0;
-        for (part, group) in self.value.chunks(LANES).zip(groups) {
-            group[self.slot] = halves(lanes, part);
-        }
+        C::store_key(lanes, self.key, self.keys, self.slot);
+        C::store_value(lanes, self.value, self.values, self.slot);
     }
-}
-
-#[inline(always)]
-fn halves<L: Lanes>(lanes: L, part: &[f32]) -> [u16; LANES] {
-    let mut whole = [0.0; LANES];
-    whole[..part.len()].copy_from_slice(part);
-    let mut halves = [0; LANES];
-    lanes.store_f16(&mut halves, lanes.load(&whole));
-    halves
 }
 
 /// The keys and values of one head, layer and sequence in the cache.
 #[derive(Clone, Copy)]
 pub struct Seen<'a> {
     /// Keys of the layer: for each block of the cache, the blocks of all heads.
-    pub keys: &'a [u16],
+    pub keys: &'a [u8],
     /// Values of the layer, likewise.
-    pub values: &'a [u16],
+    pub values: &'a [u8],
     /// Numbers of the sequence's blocks, in the order of positions.
     pub table: &'a [u32],
     /// Number of key and value heads.
@@ -103,27 +55,18 @@ pub struct Seen<'a> {
 }
 
 impl<'a> Seen<'a> {
+    /// Returns the head's part of a block, of which each head has `length` bytes.
     #[inline(always)]
-    fn key_block(&self, number: u32) -> &'a [[u16; LANES]] {
-        let length = key_block_len(self.head_dim);
+    fn block(&self, all: &'a [u8], number: u32, length: usize) -> &'a [u8] {
         let start = (number as usize * self.heads + self.head) * length;
-        self.keys[start..start + length].as_chunks().0
-    }
-
-    #[inline(always)]
-    fn value_block(&self, number: u32) -> &'a [[[u16; LANES]; BLOCK]] {
-        let length = value_block_len(self.head_dim);
-        let start = (number as usize * self.heads + self.head) * length;
-        self.values[start..start + length]
-            .as_chunks()
-            .0
-            .as_chunks()
-            .0
+        &all[start..start + length]
     }
 }
 
 /// Attention of `ROWS` query rows: softmax(q · kᵀ) · v.
-pub struct Attend<'a, const ROWS: usize> {
+pub struct Attend<'a, C, const ROWS: usize> {
+    /// How the cache holds keys and values.
+    pub layout: C,
     /// Keys and values that the rows attend to.
     pub seen: Seen<'a>,
     /// The queries, scaled: one row each of the width of a head.
@@ -141,7 +84,7 @@ const NUMBERS: [i32; LANES] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
 /// Score of a position that isn't seen, before it is replaced by weight 0.
 const UNSEEN: f32 = -1e30;
 
-impl<const ROWS: usize> Kernel for Attend<'_, ROWS> {
+impl<C: Layout, const ROWS: usize> Kernel for Attend<'_, C, ROWS> {
     type Output = ();
 
     #[inline(always)]
@@ -152,6 +95,7 @@ impl<const ROWS: usize> Kernel for Attend<'_, ROWS> {
             positions,
             scratch,
             out,
+            ..
         } = self;
         let (first, last) = (positions[0], positions[ROWS - 1]);
         let begin = (first + 1).saturating_sub(seen.window) / BLOCK;
@@ -180,8 +124,9 @@ impl<const ROWS: usize> Kernel for Attend<'_, ROWS> {
             (seen_from, seen_to)
         };
         let numbers = lanes.load_int(&NUMBERS);
+        let key_bytes = C::key_block_bytes(seen.head_dim);
         for (block, (number, scores)) in table.iter().zip(scores.iter_mut()).enumerate() {
-            let sums = score(lanes, seen.key_block(*number), queries);
+            let sums = C::score(lanes, seen.block(seen.keys, *number, key_bytes), queries);
             for row in 0..ROWS {
                 let (from, to) = bounds(row, block);
                 let mut score = sums[row];
@@ -216,15 +161,17 @@ impl<const ROWS: usize> Kernel for Attend<'_, ROWS> {
 
         // Unwritten positions of the last block are skipped: they may hold NaN of an earlier sequence.
         let in_last = last % BLOCK + 1;
+        let value_bytes = C::value_block_bytes(seen.head_dim);
         for group in 0..seen.head_dim.div_ceil(LANES) {
             let mut sums = [lanes.splat(0.0); ROWS];
             for (block, (number, weights)) in table.iter().zip(scores.iter()).enumerate() {
-                let values = &seen.value_block(*number)[group];
-                if block + 1 < table.len() {
-                    sums = mix(lanes, values, weights, BLOCK, sums);
+                let count = if block + 1 < table.len() {
+                    BLOCK
                 } else {
-                    sums = mix(lanes, values, weights, in_last, sums);
-                }
+                    in_last
+                };
+                let values = seen.block(seen.values, *number, value_bytes);
+                sums = C::mix(lanes, values, group, weights, count, sums);
             }
             for row in 0..ROWS {
                 let mut chunk = [0.0; LANES];
@@ -237,67 +184,24 @@ impl<const ROWS: usize> Kernel for Attend<'_, ROWS> {
     }
 }
 
-/// Returns the products of a block's keys with each query. Even and odd dimensions are summed apart, to have more sums under
-/// way.
-#[inline(always)]
-fn score<L: Lanes, const ROWS: usize>(
-    lanes: L,
-    keys: &[[u16; LANES]],
-    queries: &[[f32; ROWS]],
-) -> [L::F; ROWS] {
-    let mut even = [lanes.splat(0.0); ROWS];
-    let mut odd = [lanes.splat(0.0); ROWS];
-    let (key_pairs, key_rest) = keys.as_chunks::<2>();
-    let (query_pairs, query_rest) = queries.as_chunks::<2>();
-    for (keys, queries) in key_pairs.iter().zip(query_pairs) {
-        let (first, second) = (lanes.load_f16(&keys[0]), lanes.load_f16(&keys[1]));
-        for row in 0..ROWS {
-            even[row] = lanes.mul_add(first, lanes.splat(queries[0][row]), even[row]);
-            odd[row] = lanes.mul_add(second, lanes.splat(queries[1][row]), odd[row]);
-        }
-    }
-    for (key, query) in key_rest.iter().zip(query_rest) {
-        let key = lanes.load_f16(key);
-        for row in 0..ROWS {
-            even[row] = lanes.mul_add(key, lanes.splat(query[row]), even[row]);
-        }
-    }
-    std::array::from_fn(|row| lanes.add(even[row], odd[row]))
-}
-
-/// Adds the weighted values of a block's first `count` positions.
-#[inline(always)]
-fn mix<L: Lanes, const ROWS: usize>(
-    lanes: L,
-    values: &[[u16; LANES]; BLOCK],
-    weights: &[[f32; BLOCK]; ROWS],
-    count: usize,
-    mut sums: [L::F; ROWS],
-) -> [L::F; ROWS] {
-    for position in 0..count.min(BLOCK) {
-        let value = lanes.load_f16(&values[position]);
-        for row in 0..ROWS {
-            sums[row] = lanes.mul_add(value, lanes.splat(weights[row][position]), sums[row]);
-        }
-    }
-    sums
-}
-
 #[cfg(test)]
 mod tests {
     use half::f16;
 
     use super::*;
+    use crate::backend::cpu::cache::{Bytes, Halves};
     use crate::backend::cpu::lanes::Tier;
+    use crate::backend::cpu::pages::Pages;
 
     /// A cache of a few positions, and queries on it.
-    struct Case {
+    struct Case<C> {
+        layout: C,
         heads: usize,
         head_dim: usize,
         window: usize,
         table: Vec<u32>,
-        keys: Vec<u16>,
-        values: Vec<u16>,
+        keys: Pages,
+        values: Pages,
         key: Vec<Vec<f32>>,
         value: Vec<Vec<f32>>,
         query: Vec<Vec<f32>>,
@@ -315,38 +219,45 @@ mod tests {
         }
     }
 
-    impl Case {
+    /// Returns memory of bytes with which every float and every scale is NaN.
+    fn not_numbers(length: usize) -> Pages {
+        let mut pages = Pages::new(length).expect("memory");
+        pages.fill(0xFF);
+        pages
+    }
+
+    impl<C: Layout> Case<C> {
         /// Fills the second of two heads; all other places of the cache hold NaN.
-        fn new(tier: Tier, length: usize, head_dim: usize, window: usize, seed: u64) -> Self {
+        fn new(
+            layout: C,
+            tier: Tier,
+            (length, head_dim, window): (usize, usize, usize),
+            seed: u64,
+        ) -> Self {
             let mut random = Random(seed);
             let heads = 2;
             let blocks = length.div_ceil(BLOCK);
             let table: Vec<u32> = (0..blocks as u32).rev().map(|block| block * 2).collect();
-            let nan = f16::NAN.to_bits();
-            let mut keys = vec![nan; 2 * blocks * heads * key_block_len(head_dim)];
-            let mut values = vec![nan; 2 * blocks * heads * value_block_len(head_dim)];
+            let (key_bytes, value_bytes) =
+                (C::key_block_bytes(head_dim), C::value_block_bytes(head_dim));
+            let mut keys = not_numbers(2 * blocks * heads * key_bytes);
+            let mut values = not_numbers(2 * blocks * heads * value_bytes);
             let mut row = || (0..head_dim).map(|_| random.number()).collect::<Vec<_>>();
             let (key, value): (Vec<_>, Vec<_>) = (0..length).map(|_| (row(), row())).unzip();
             let query = (0..length).map(|_| row()).collect();
             for position in 0..length {
                 let place = table[position / BLOCK] as usize * heads + 1;
-                let slot = position % BLOCK;
-                let length = key_block_len(head_dim);
-                let block = &mut keys[place * length..][..length];
-                tier.run(StoreKey {
+                tier.run(Store {
+                    layout,
                     key: &key[position],
-                    block,
-                    slot,
-                });
-                let length = value_block_len(head_dim);
-                let block = &mut values[place * length..][..length];
-                tier.run(StoreValue {
                     value: &value[position],
-                    block,
-                    slot,
+                    keys: &mut keys[place * key_bytes..][..key_bytes],
+                    values: &mut values[place * value_bytes..][..value_bytes],
+                    slot: position % BLOCK,
                 });
             }
             Self {
+                layout,
                 heads,
                 head_dim,
                 window,
@@ -362,7 +273,8 @@ mod tests {
         fn attend<const ROWS: usize>(&self, tier: Tier, first: usize) -> Vec<Vec<f32>> {
             let mut out = vec![vec![0.0; self.head_dim]; ROWS];
             let mut rows = out.iter_mut();
-            let attend = Attend::<ROWS> {
+            let attend = Attend::<C, ROWS> {
+                layout: self.layout,
                 seen: Seen {
                     keys: &self.keys,
                     values: &self.values,
@@ -381,68 +293,124 @@ mod tests {
             out
         }
 
-        fn exact(&self, position: usize) -> Vec<f64> {
-            let half = |x: f32| f64::from(f16::from_f32(x).to_f32());
+        /// Attends in double precision, with keys and values as `stored` has them.
+        fn exact(&self, stored: impl Fn(&[f32]) -> Vec<f64>, position: usize) -> Vec<f64> {
             let seen = (position + 1).saturating_sub(self.window)..=position;
             let score = |at: usize| {
-                let products = self.query[position].iter().zip(&self.key[at]);
-                products.map(|(q, k)| f64::from(*q) * half(*k)).sum::<f64>()
+                let key = stored(&self.key[at]);
+                let products = self.query[position].iter().zip(key);
+                products.map(|(q, k)| f64::from(*q) * k).sum::<f64>()
             };
-            let largest = seen.clone().map(score).fold(f64::MIN, f64::max);
-            let weights: Vec<_> = seen.clone().map(|at| (score(at) - largest).exp()).collect();
+            let scores: Vec<f64> = seen.clone().map(score).collect();
+            let largest = scores.iter().copied().fold(f64::MIN, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
             let sum: f64 = weights.iter().sum();
-            let mixed = |dimension: usize| {
-                let values = seen.clone().zip(&weights);
-                values
-                    .map(|(at, weight)| weight / sum * half(self.value[at][dimension]))
-                    .sum()
-            };
-            (0..self.head_dim).map(mixed).collect()
+            let mut mixed = vec![0.0; self.head_dim];
+            for (at, weight) in seen.zip(weights) {
+                for (mixed, value) in mixed.iter_mut().zip(stored(&self.value[at])) {
+                    *mixed += weight / sum * value;
+                }
+            }
+            mixed
         }
     }
 
+    fn as_halves(row: &[f32]) -> Vec<f64> {
+        let half = |x: &f32| f16::from_f32(*x).to_f64();
+        row.iter().map(half).collect()
+    }
+
+    /// Rounds as the format Q8_0 says.
+    fn as_bytes(row: &[f32]) -> Vec<f64> {
+        let group = |group: &[f32]| {
+            let largest = group.iter().fold(0.0, |a: f32, b| a.max(b.abs()));
+            let scale = f16::from_f32(largest / 127.0).to_f64();
+            let byte = |x: &f32| f64::from((x * (127.0 / largest)).round_ties_even());
+            group.iter().map(|x| byte(x) * scale).collect::<Vec<_>>()
+        };
+        row.chunks(32).flat_map(group).collect()
+    }
+
+    const SHAPES: [(usize, usize, usize); 7] = [
+        (1, 16, 99),
+        (5, 8, 99),
+        (70, 64, 1000),
+        (70, 24, 20),
+        (50, 80, 99),
+        (100, 64, 16),
+        (40, 128, 1),
+    ];
+
     #[test]
     fn a_row_has_the_same_bits_on_every_tier_and_in_every_company() {
-        for (length, head_dim, window) in [
-            (1, 16, 99),
-            (5, 8, 99),
-            (70, 64, 1000),
-            (70, 24, 20),
-            (100, 64, 16),
-            (40, 128, 1),
-        ] {
-            let case = Case::new(Tier::Portable, length, head_dim, window, length as u64);
-            let alone: Vec<_> = (0..length)
-                .map(|at| case.attend::<1>(Tier::Portable, at).remove(0))
-                .collect();
-            for (at, row) in alone.iter().enumerate() {
-                for (found, exact) in row.iter().zip(case.exact(at)) {
-                    assert!((f64::from(*found) - exact).abs() < 2e-5, "{found} {exact}");
-                }
+        for shape in SHAPES {
+            check(Halves, shape, as_halves);
+            check(Bytes, shape, as_bytes);
+        }
+    }
+
+    fn check<C: Layout>(
+        layout: C,
+        shape: (usize, usize, usize),
+        stored: impl Fn(&[f32]) -> Vec<f64> + Copy,
+    ) {
+        let length = shape.0;
+        let case = Case::new(layout, Tier::Portable, shape, length as u64);
+        let alone: Vec<_> = (0..length)
+            .map(|at| case.attend::<1>(Tier::Portable, at).remove(0))
+            .collect();
+        for (at, row) in alone.iter().enumerate() {
+            for (found, exact) in row.iter().zip(case.exact(stored, at)) {
+                assert!((f64::from(*found) - exact).abs() < 2e-5, "{found} {exact}");
             }
-            for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
-                let same = Case::new(tier, length, head_dim, window, length as u64);
-                assert_eq!((&same.keys, &same.values), (&case.keys, &case.values));
-                for (at, alone) in alone.iter().enumerate() {
-                    assert_eq!(case.attend::<1>(tier, at)[0], *alone, "{tier:?}");
-                }
-                for at in 0..length.saturating_sub(3) {
-                    assert_eq!(case.attend::<4>(tier, at), &alone[at..at + 4], "{tier:?}");
-                }
-                for at in 0..length.saturating_sub(7) {
-                    assert_eq!(case.attend::<8>(tier, at), &alone[at..at + 8], "{tier:?}");
-                }
+        }
+        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
+            let same = Case::new(layout, tier, shape, length as u64);
+            assert_eq!(
+                (&*same.keys, &*same.values),
+                (&*case.keys, &*case.values),
+                "{tier:?}"
+            );
+            for (at, alone) in alone.iter().enumerate() {
+                assert_eq!(case.attend::<1>(tier, at)[0], *alone, "{tier:?}");
+            }
+            for at in 0..length.saturating_sub(3) {
+                assert_eq!(case.attend::<4>(tier, at), &alone[at..at + 4], "{tier:?}");
+            }
+            for at in 0..length.saturating_sub(7) {
+                assert_eq!(case.attend::<8>(tier, at), &alone[at..at + 8], "{tier:?}");
             }
         }
     }
 
     #[test]
     fn what_is_no_number_stays_none() {
-        let mut case = Case::new(Tier::Portable, 20, 16, 99, 3);
+        check_not_numbers(Halves);
+        check_not_numbers(Bytes);
+    }
+
+    fn check_not_numbers<C: Layout>(layout: C) {
+        let mut case = Case::new(layout, Tier::Portable, (20, 16, 99), 3);
         case.query[19][3] = f32::NAN;
         for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
             assert!(case.attend::<1>(tier, 19)[0].iter().all(|x| x.is_nan()));
             assert!(case.attend::<1>(tier, 18)[0].iter().all(|x| x.is_finite()));
+        }
+        let bytes = C::key_block_bytes(16);
+        let place = case.table[1] as usize * case.heads + 1;
+        case.key[17][5] = f32::INFINITY;
+        Tier::Portable.run(Store {
+            layout,
+            key: &case.key[17],
+            value: &case.value[17],
+            keys: &mut case.keys[place * bytes..][..bytes],
+            values: &mut case.values[place * C::value_block_bytes(16)..]
+                [..C::value_block_bytes(16)],
+            slot: 17 % BLOCK,
+        });
+        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
+            assert!(case.attend::<1>(tier, 18)[0].iter().all(|x| x.is_nan()));
+            assert!(case.attend::<1>(tier, 16)[0].iter().all(|x| x.is_finite()));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use pool_core::catalog::gguf::GgufFile;
 
-use super::attention::{key_block_len, value_block_len};
+use super::cache::{key_block_bytes, value_block_bytes};
 use super::format::{Format, dequantize};
 use super::lanes::Tier;
 use super::model::{CpuModel, Layer, Projection, Weights};
@@ -124,8 +124,8 @@ impl Load {
             up: up?,
             down: down?,
             feed_forward_post_norm: norm(features.post_norm, "post_ffw_norm", description.width)?,
-            keys: cache(key_block_len(description.head_dim))?,
-            values: cache(value_block_len(description.head_dim))?,
+            keys: cache(key_block_bytes(description.cache, description.head_dim))?,
+            values: cache(value_block_bytes(description.cache, description.head_dim))?,
         })
     }
 }

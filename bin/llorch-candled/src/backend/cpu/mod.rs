@@ -5,6 +5,7 @@
 //! what else is in the batch.
 
 pub mod attention;
+pub mod cache;
 pub mod elementwise;
 pub mod exp;
 pub mod format;

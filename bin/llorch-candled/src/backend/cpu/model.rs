@@ -3,7 +3,10 @@
 //! A layer is eleven sections of work, of which the team shares out those that are large: the rows of the batch for norms and
 //! gates, tiles of weights for products, blocks of the cache for keys and values, heads for attention.
 
-use super::attention::{Attend, Seen, StoreKey, StoreValue, key_block_len, value_block_len};
+use pool_core::worker::CacheType;
+
+use super::attention::{Attend, Seen, Store};
+use super::cache::{Bytes, Halves, Layout};
 use super::elementwise::{Activation, Gate, RmsNorm, RmsNormInPlace};
 use super::lanes::Tier;
 use super::load::Load;
@@ -250,8 +253,10 @@ impl CpuModel {
                     (&layer.value.matrix, values),
                 ],
             );
-            pass.place(team, buffers, layer);
-            pass.attend(team, buffers, layer);
+            match self.description.cache {
+                CacheType::F16 => pass.attention(Halves, team, buffers, layer),
+                CacheType::Q8_0 => pass.attention(Bytes, team, buffers, layer),
+            }
             pass.product(team, buffers, &layer.output, |buffers| &buffers.attended);
             let needs = Needs::of(&[&layer.gate, &layer.up]);
             let post = layer.attention_post_norm.as_deref();
@@ -472,8 +477,26 @@ impl Pass<'_> {
         buffers.update = update;
     }
 
+    /// Puts keys and values into the cache, and attends to them.
+    fn attention<C: Layout + Sync>(
+        &self,
+        layout: C,
+        team: &mut Team,
+        buffers: &mut Buffers,
+        layer: &mut Layer,
+    ) {
+        self.place(layout, team, buffers, layer);
+        self.attend(layout, team, buffers, layer);
+    }
+
     /// Prepares the queries, and puts keys and values into the cache.
-    fn place(&self, team: &mut Team, buffers: &mut Buffers, layer: &mut Layer) {
+    fn place<C: Layout + Sync>(
+        &self,
+        layout: C,
+        team: &mut Team,
+        buffers: &mut Buffers,
+        layer: &mut Layer,
+    ) {
         let Description {
             heads,
             kv_heads,
@@ -481,7 +504,7 @@ impl Pass<'_> {
             ..
         } = *self.description;
         let (query_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
-        let (key_len, value_len) = (key_block_len(head_dim), value_block_len(head_dim));
+        let (key_len, value_len) = (C::key_block_bytes(head_dim), C::value_block_bytes(head_dim));
         let queries = Shared::new(&mut buffers.queries);
         let fresh_keys = Shared::new(&mut buffers.keys);
         let fresh_values = Shared::new(&mut buffers.values);
@@ -514,17 +537,21 @@ impl Pass<'_> {
                 self.prepare(fresh_keys, key.bias.as_deref(), key_norm, turns);
                 add_bias(fresh_values, value.bias.as_deref());
                 let slot = self.batch.rows[row].position % BLOCK;
-                for (key, block) in fresh_keys
+                let keys = fresh_keys
                     .chunks_exact(head_dim)
-                    .zip(keys.chunks_exact_mut(key_len))
-                {
-                    self.tier.run(StoreKey { key, block, slot });
-                }
-                for (value, block) in fresh_values
+                    .zip(keys.chunks_exact_mut(key_len));
+                let values = fresh_values
                     .chunks_exact(head_dim)
-                    .zip(values.chunks_exact_mut(value_len))
-                {
-                    self.tier.run(StoreValue { value, block, slot });
+                    .zip(values.chunks_exact_mut(value_len));
+                for ((key, keys), (value, values)) in keys.zip(values) {
+                    self.tier.run(Store {
+                        layout,
+                        key,
+                        value,
+                        keys,
+                        values,
+                        slot,
+                    });
                 }
             }
         });
@@ -551,7 +578,13 @@ impl Pass<'_> {
         }
     }
 
-    fn attend(&self, team: &mut Team, buffers: &mut Buffers, layer: &Layer) {
+    fn attend<C: Layout + Sync>(
+        &self,
+        layout: C,
+        team: &mut Team,
+        buffers: &mut Buffers,
+        layer: &Layer,
+    ) {
         let Description {
             heads, kv_heads, ..
         } = *self.description;
@@ -566,6 +599,7 @@ impl Pass<'_> {
         }
         units.reverse();
         let work = Attention {
+            layout,
             pass: self,
             layer,
             queries: &buffers.queries,
@@ -688,14 +722,15 @@ impl Pass<'_> {
 
 /// The attention of a layer.
 #[derive(Clone, Copy)]
-struct Attention<'a> {
+struct Attention<'a, C> {
+    layout: C,
     pass: &'a Pass<'a>,
     layer: &'a Layer,
     queries: &'a [f32],
     attended: Shared<'a, f32>,
 }
 
-impl<'a> Attention<'a> {
+impl<'a, C: Layout> Attention<'a, C> {
     /// What a head of a run sees.
     fn seen(&self, run: &Run, head: usize) -> Seen<'a> {
         Seen {
@@ -736,7 +771,8 @@ impl<'a> Attention<'a> {
             let start = row * width + head * seen.head_dim;
             start..start + seen.head_dim
         };
-        let attend = Attend::<ROWS> {
+        let attend = Attend::<C, ROWS> {
+            layout: self.layout,
             seen,
             queries: std::array::from_fn(|index| &self.queries[range(places[index])]),
             positions: std::array::from_fn(|index| self.pass.batch.rows[places[index].0].position),
@@ -784,13 +820,11 @@ impl Model for CpuModel {
     }
 
     fn cache_bytes(&self) -> u64 {
-        let halves: usize = self
-            .weights
-            .layers
-            .iter()
+        let layers = self.weights.layers.iter();
+        let bytes: usize = layers
             .map(|layer| layer.keys.len() + layer.values.len())
             .sum();
-        (halves * size_of::<u16>()) as u64
+        bytes as u64
     }
 
     fn pass_bytes(&self, rows: usize, wanted: usize, positions: usize) -> u64 {

@@ -5,7 +5,7 @@ use std::ops::{Deref, DerefMut};
 
 use memmap2::MmapMut;
 
-/// A slice of half-precision floats as their bits, zeros at first.
+/// A slice of bytes, zeros at first, that begins at a page.
 ///
 /// A vector of this size may lie in memory that the allocator has to zero, and then takes all of it at once.
 pub struct Pages {
@@ -14,28 +14,28 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// Reserves `length` elements.
+    /// Reserves `length` bytes.
     ///
     /// # Errors
     ///
     /// Fails if the system refuses the address space.
     pub fn new(length: usize) -> io::Result<Self> {
         // The system gives no mapping of no bytes.
-        let map = MmapMut::map_anon((length * size_of::<u16>()).max(1))?;
+        let map = MmapMut::map_anon(length.max(1))?;
         Ok(Self { map, length })
     }
 }
 
 impl Deref for Pages {
-    type Target = [u16];
+    type Target = [u8];
 
-    fn deref(&self) -> &[u16] {
-        bytemuck::cast_slice(&self.map[..self.length * size_of::<u16>()])
+    fn deref(&self) -> &[u8] {
+        &self.map[..self.length]
     }
 }
 
 impl DerefMut for Pages {
-    fn deref_mut(&mut self) -> &mut [u16] {
-        bytemuck::cast_slice_mut(&mut self.map[..self.length * size_of::<u16>()])
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.map[..self.length]
     }
 }

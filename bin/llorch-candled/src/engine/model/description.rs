@@ -3,6 +3,7 @@
 use pool_core::catalog::gguf::{GgufError, GgufFile};
 use pool_core::catalog::support::{self, Unsupported};
 use pool_core::lifecycle::DEFAULT_CONTEXT;
+use pool_core::worker::CacheType;
 
 use super::layers::{self, LayerKind, Windows};
 use super::rotation::Rotation;
@@ -102,6 +103,8 @@ pub struct Description {
     pub max_context: usize,
     /// Longest context of a sequence: the one to serve.
     pub context: usize,
+    /// Form of keys and values in the cache; [`CacheType::F16`] unless somebody sets another.
+    pub cache: CacheType,
 }
 
 /// Features that some families have.
@@ -287,6 +290,7 @@ impl Description {
             vocab: size("vocabulary", header.vocab_size()?)?,
             max_context,
             context,
+            cache: CacheType::default(),
             architecture,
         })
     }

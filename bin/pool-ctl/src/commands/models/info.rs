@@ -9,9 +9,10 @@ use pool_core::catalog::store::{ResolvedModel, Store};
 use pool_core::catalog::support;
 use pool_core::chat_template;
 use pool_core::json_number::MAX_EXACT_INTEGER;
-use pool_core::lifecycle::MemoryEstimator;
+use pool_core::lifecycle::{MemoryEstimator, WorkerSizes};
 use pool_core::terminal::paint::Cell;
 use pool_core::terminal::{CliError, Exit, Format, human_bytes, print_json, print_table};
+use pool_core::worker::CacheType;
 use serde::Serialize;
 
 use super::HashState;
@@ -62,7 +63,7 @@ impl Info {
             value.ok().filter(|figure| *figure <= MAX_EXACT_INTEGER)
         };
         let needed_bytes = MemoryEstimator::default()
-            .estimate(&model, None, None, None)
+            .estimate(&model, WorkerSizes::default())
             .needed_bytes;
         let unsupported = support::check_file(&model.path, &file).err();
         Ok(Self {
@@ -86,8 +87,10 @@ impl Info {
             heads: figure(file.head_count()),
             kv_heads: figure(file.head_count_kv()),
             head_dim: figure(file.head_dim()),
-            // The worker keeps its cache in 32-bit floats.
-            kv_cache_bytes_per_token: figure(file.kv_cache_bytes(1, 4)),
+            kv_cache_bytes_per_token: figure(
+                file.kv_cache_bytes(1, 1)
+                    .map(|numbers| CacheType::default().bytes(numbers)),
+            ),
             vocabulary: figure(file.vocab_size()),
             tokenizer: text(file.tokenizer_kind()),
             chat_template: file.has_chat_template(),
