@@ -1,4 +1,4 @@
-//! How keys and values lie in the cache.
+//! Layouts of keys and values in the cache.
 //!
 //! A block of the cache holds [`BLOCK`] positions of one head of one layer. Keys come as rows of a dimension, so that a lane is
 //! a position while scores are computed; values as groups of 16 dimensions, in each of which a position is a row, so that a
