@@ -114,7 +114,6 @@ impl WorkerArgs {
         push("--gpu", self.gpu.to_string().into());
         push("--bind", self.bind.to_string().into());
         push("--port", self.port.to_string().into());
-        push("--cache-type", self.cache_type.as_str().into());
         push("--slots", self.slots.to_string().into());
         push("--stop-grace-s", self.stop_grace_s.to_string().into());
         let optional = [
@@ -129,6 +128,11 @@ impl WorkerArgs {
                 self.context_length.map(|n| n.to_string()),
             ),
             ("--cache-tokens", self.cache_tokens.map(|n| n.to_string())),
+            // Programs of earlier builds know no other cache, and not the option.
+            (
+                "--cache-type",
+                (!self.cache_type.is_default()).then(|| self.cache_type.to_string()),
+            ),
             ("--threads", self.threads.map(|n| n.to_string())),
         ];
         for (name, value) in optional {
