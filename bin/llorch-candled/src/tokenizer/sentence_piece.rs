@@ -237,7 +237,7 @@ impl Eq for Pair {}
 /// `<0x0A>` is the byte 10.
 pub(super) fn byte_token(text: &str) -> Option<u8> {
     let hex = text.strip_prefix("<0x")?.strip_suffix('>')?;
-    (hex.len() == 2)
-        .then(|| u8::from_str_radix(hex, 16).ok())
-        .flatten()
+    // Reading a number would take a sign as well.
+    let is_byte = hex.len() == 2 && hex.bytes().all(|digit| digit.is_ascii_hexdigit());
+    is_byte.then(|| u8::from_str_radix(hex, 16).ok()).flatten()
 }

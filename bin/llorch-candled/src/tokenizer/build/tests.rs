@@ -6,7 +6,7 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
 
-use crate::tokenizer::sentence_piece::SPACE;
+use crate::tokenizer::sentence_piece::{SPACE, byte_token};
 use crate::tokenizer::{Splitter, Tokenizer, TokenizerError};
 
 /// Text, score, kind.
@@ -134,7 +134,6 @@ fn sentence_piece_joins_the_best_scored_pair_first() {
     assert!(tokenizer.is_end(2) && !tokenizer.is_end(11));
 }
 
-// [CAND-033]
 // [CAND-032]
 #[test]
 fn of_pairs_with_one_score_the_leftmost_is_joined() {
@@ -152,6 +151,13 @@ fn of_pairs_with_one_score_the_leftmost_is_joined() {
         [3, 4, 0, 5],
         "unknown ones in a row are one"
     );
+}
+
+// [CAND-032]
+#[test]
+fn tokens_of_bytes_have_two_hexadecimal_digits() {
+    let bytes = ["<0x0A>", "<0xfF>", "<0x+A>", "<0xA>", "<0x0A", "0x0A"].map(byte_token);
+    assert_eq!(bytes, [Some(10), Some(255), None, None, None, None]);
 }
 
 /// Returns the `tokenizers` library's pipeline for pieces, with a rule for each pair that forms one, the best first.
@@ -215,6 +221,7 @@ proptest! {
     }
 }
 
+// [CAND-033]
 #[test]
 fn vocabularies_that_are_not_understood_are_refused_by_name() {
     let error = |header: &GgufFile| match Tokenizer::from_header(header) {
