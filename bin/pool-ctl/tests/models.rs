@@ -468,6 +468,13 @@ fn info_tells_what_ends_a_turn_and_whether_the_chat_template_is_usable() {
         )
     };
     let (info, table) = import("odd", Some("{{ messages[0].content }}{% frobnicate %}"));
+    let figure = |name: &str| info[name].as_u64().expect(name);
+    let numbers = figure("layers") * figure("kv_heads") * figure("head_dim") * 2;
+    assert_eq!(
+        figure("kv_cache_bytes_per_token"),
+        2 * numbers,
+        "keys and values are half-precision floats"
+    );
     assert_eq!(
         info["end_tokens"],
         serde_json::json!([
