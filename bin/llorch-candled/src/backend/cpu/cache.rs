@@ -34,7 +34,7 @@ pub fn value_block_bytes(cache: CacheType, head_dim: usize) -> usize {
 }
 
 /// A form of the cache.
-pub trait Layout: Copy {
+pub trait Layout: Copy + Sync {
     /// Returns the bytes of a block of keys for one head.
     fn key_block_bytes(head_dim: usize) -> usize;
     /// Returns the bytes of a block of values for one head.
