@@ -132,7 +132,9 @@ fn ways() -> Vec<Way> {
         Way { threads: 2, ..full },
         Way { cut: true, ..full },
     ];
-    let others = Tier::ALL.into_iter().filter(|tier| tier.is_available());
+    // The slowest comes last.
+    let others = Tier::ALL.into_iter().rev();
+    let others = others.filter(|tier| tier.is_available());
     let others = others.filter(|tier| *tier != reference.tier);
     ways.extend(others.map(|tier| Way { tier, ..full }));
     ways
