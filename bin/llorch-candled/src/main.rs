@@ -12,8 +12,8 @@ use pool_core::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Threads in addition to the compute threads: the runtime's, the one that leads the computation, the one that prepares, and a
-/// template's.
+/// Threads in addition to the compute threads: the runtime's, the one that leads the computation, the one that prepares, a
+/// template's, and, while the model is loaded, the tokenizer's.
 const OWN_THREADS: usize = 10;
 
 /// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which hand over

@@ -6,10 +6,11 @@ use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use crate::hex::hex;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+
+use crate::hex::hex;
 
 /// A token. Printing it shows its fingerprint only; it is serialised in the clear, so the types that hold one belong
 /// in 0600 files and authenticated requests alone.

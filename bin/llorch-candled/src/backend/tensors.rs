@@ -45,7 +45,7 @@ pub enum TensorError {
         source: std::io::Error,
     },
     /// Loading was stopped.
-    #[error("nobody waits for the model any more")]
+    #[error("loading was stopped")]
     Stopped,
     /// The backend's library refuses it.
     #[error("could not prepare tensor `{name}`: {reason}")]

@@ -545,7 +545,6 @@ impl Engine {
     }
 }
 
-/// Compiles a file's chat template.
 /// Parts of an engine that turn text into tokens.
 struct TextParts {
     tokenizer: Tokenizer,
@@ -568,6 +567,7 @@ impl TextParts {
     }
 }
 
+/// Compiles a file's chat template.
 fn read_template(header: &GgufFile, tokenizer: &Tokenizer) -> Result<ChatTemplate, TemplateError> {
     let source = header
         .chat_template()

@@ -52,7 +52,7 @@ impl From<tokenizers::Error> for TokenizerError {
     }
 }
 
-/// What splits text without control tokens into tokens.
+/// Splitter of text that contains no control token.
 enum Splitter {
     ByteLevel(Box<tokenizers::Tokenizer>),
     SentencePiece(Box<SentencePiece>),

@@ -18,6 +18,7 @@ use orchestrator_core::job::{JobIdPrefix, JobSpec, Priority};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
 use pool_core::crash::crash_point;
+use pool_core::hex::hex;
 use pool_core::service::{Caller, CorrelationId, Json, Path, Query, ServiceError, ServiceResult};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
@@ -29,7 +30,6 @@ use crate::explain;
 use crate::life::{self, Accepted, LetGo};
 use crate::state::{IdempotencyKey, ListFilter, apply_to_text};
 use crate::streams;
-use pool_core::hex::hex;
 
 /// Jobs of a list where the request does not say, and the most that it may ask for.
 const LIST: (u32, u32) = (50, 500);

@@ -98,12 +98,12 @@ impl Promised {
         shown.count() + self.starts.iter().filter(|(_, _, m, _)| m == model).count()
     }
 
-    /// Whether the job has an action already.
+    /// Returns whether the job has an action already.
     pub fn is_settled(&self, job: usize) -> bool {
         self.settled.contains(&job)
     }
 
-    /// Whether the job may go to the worker now.
+    /// Checks whether the job may go to the worker now.
     pub fn may_dispatch(
         &self,
         snapshot: &Snapshot,
@@ -290,7 +290,7 @@ impl Promised {
         })
     }
 
-    /// Whether the worker may be stopped now to make room for the model.
+    /// Checks whether the worker may be stopped now to make room for the model.
     pub fn may_evict(
         &self,
         snapshot: &Snapshot,

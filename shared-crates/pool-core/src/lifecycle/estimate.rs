@@ -37,7 +37,7 @@ pub(super) const MOST_DEFAULT_SLOTS: u32 = 8;
 /// For a file whose header can't be read.
 const ROUGH_BYTES: u64 = 96 << 20;
 
-/// What a worker will need.
+/// Memory that a worker will need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryEstimate {
     /// Needed memory in bytes; [`MAX_EXACT_INTEGER`] stands for all larger values, which no machine has.
@@ -48,7 +48,7 @@ pub struct MemoryEstimate {
     pub context: Option<ContextMemory>,
 }
 
-/// What of a worker decides about its memory. What is absent has its default.
+/// Sizes of a worker that decide about its memory. Absent ones have their defaults.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct WorkerSizes {
     /// Tokens of context of each sequence.
@@ -72,7 +72,7 @@ impl From<&WorkerSpawnRequest> for WorkerSizes {
     }
 }
 
-/// What of a model file decides about memory.
+/// Sizes of a model file that decide about memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Shape {
     /// The weights as the worker holds them.
@@ -233,7 +233,7 @@ impl HeaderFacts {
 }
 
 impl MemoryEstimator {
-    /// What a worker with this model needs. A file whose header can't be read gets a rough guess: it is the worker
+    /// Estimates the memory of a worker with this model. A file whose header can't be read gets a rough guess: it is the worker
     /// that refuses it, with the reason, like any other bad file.
     pub fn estimate(&self, model: &ResolvedModel, sizes: WorkerSizes) -> MemoryEstimate {
         match self.facts(model).shape {

@@ -11,7 +11,7 @@ use crate::engine::model::BLOCK;
 
 /// Writes key and value of one position and head into their blocks.
 pub struct Store<'a, C> {
-    /// How the blocks hold them.
+    /// Form of the blocks.
     pub layout: C,
     /// The key.
     pub key: &'a [f32],
@@ -65,7 +65,7 @@ impl<'a> Seen<'a> {
 
 /// Attention of `ROWS` query rows: softmax(q · kᵀ) · v.
 pub struct Attend<'a, C, const ROWS: usize> {
-    /// How the cache holds keys and values.
+    /// Form of the cache.
     pub layout: C,
     /// Keys and values that the rows attend to.
     pub seen: Seen<'a>,

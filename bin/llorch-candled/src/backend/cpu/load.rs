@@ -20,7 +20,7 @@ use crate::engine::model::angles::Angles;
 use crate::engine::model::description::Description;
 use crate::engine::model::places::{self, Place, in_layer};
 
-/// Bytes of the file that a thread reads and packs at a time, if all threads have something to do.
+/// Most bytes of the file that a thread reads and packs at a time. The threads share out smaller matrices.
 const STEP: usize = 1 << 20;
 
 /// How to load a model.
@@ -133,7 +133,7 @@ impl Load {
 /// Bytes read so far, and who hears of them.
 type Progress<'p> = Mutex<(u64, &'p mut (dyn FnMut(u64) -> ControlFlow<()> + Send))>;
 
-/// Counts bytes that were read. Fails if that is enough.
+/// Counts bytes that were read. Fails if loading is to stop.
 fn tell(progress: &Progress<'_>, bytes: usize) -> Result<(), TensorError> {
     let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
     let (done, told) = &mut *progress;

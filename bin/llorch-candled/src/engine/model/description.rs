@@ -103,7 +103,7 @@ pub struct Description {
     pub max_context: usize,
     /// Longest context of a sequence: the one to serve.
     pub context: usize,
-    /// Form of keys and values in the cache; [`CacheType::F16`] unless somebody sets another.
+    /// Form of keys and values in the cache; the default one unless the engine sets another.
     pub cache: CacheType,
 }
 

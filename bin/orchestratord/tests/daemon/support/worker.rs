@@ -522,7 +522,7 @@ fn receipt(request: &ExecuteRequest, build: &str, tokens_out: u32) -> Receipt {
     receipt
 }
 
-/// What a worker says that lacks room for an answer.
+/// Returns the error of a worker that lacks room for an answer.
 fn shortage(shortage: CacheShortage) -> WorkerEvent {
     WorkerEvent::Error(WorkerError {
         code: WorkerErrorCode::CacheFull,
