@@ -12,6 +12,7 @@ use std::ops::Range;
 
 use crate::backend::cpu::format::{Block, Format, dequantize};
 use crate::backend::cpu::lanes::LANES;
+use crate::backend::cpu::pages::prefer_large_pages;
 
 /// Rows of a tile.
 pub const TILE_ROWS: usize = LANES;
@@ -235,7 +236,8 @@ impl PackedMatrix {
             "{format:?} has no rows of {columns}"
         );
         let tile_bytes = tile_bytes(format, columns);
-        let buffer = vec![0; rows.div_ceil(TILE_ROWS) * tile_bytes + LINE - 1];
+        let mut buffer = vec![0; rows.div_ceil(TILE_ROWS) * tile_bytes + LINE - 1];
+        prefer_large_pages(&mut buffer);
         let start = buffer.as_ptr().addr().next_multiple_of(LINE) - buffer.as_ptr().addr();
         Self {
             format,

@@ -1,4 +1,4 @@
-//! Memory for the cache, which the system gives to the process page by page as it is used.
+//! Memory by pages: that of the cache, which the system gives to the process as it is used, and that of the weights.
 
 use std::io;
 use std::ops::{Deref, DerefMut};
@@ -39,3 +39,24 @@ impl DerefMut for Pages {
         &mut self.map[..self.length]
     }
 }
+
+/// Asks the system for large pages behind memory that is not yet in use. Every token reads all weights, and with small pages each
+/// 4 KiB of them needs an address translation of its own.
+#[cfg(all(target_os = "linux", not(miri)))]
+#[allow(unsafe_code)]
+pub fn prefer_large_pages(buffer: &mut [u8]) {
+    /// A multiple of every system's page size.
+    const PAGE: usize = 64 << 10;
+    let start = buffer.as_mut_ptr();
+    let skipped = start.align_offset(PAGE);
+    let whole = buffer.len().saturating_sub(skipped) / PAGE * PAGE;
+    if whole > 0 {
+        // SAFETY: the range is within the buffer, and the advice changes none of its bytes. If the system does not take the
+        // advice, pages stay small.
+        unsafe { libc::madvise(start.add(skipped).cast(), whole, libc::MADV_HUGEPAGE) };
+    }
+}
+
+/// Does nothing: the system chooses the pages.
+#[cfg(any(not(target_os = "linux"), miri))]
+pub fn prefer_large_pages(_: &mut [u8]) {}
