@@ -7,8 +7,7 @@ use pool_core::service::{Json, ServiceResult};
 use super::App;
 use super::error::refused;
 
-/// Tells a job to end, which it does within one token or one chunk of its prompt; 409 `STALE_FENCE` where a newer
-/// attempt runs.
+/// Asks a job to stop, which takes one token or one chunk of its prompt. Answers 409 `STALE_FENCE` if a newer attempt is known.
 pub async fn cancel(
     State(app): State<App>,
     Json(request): Json<CancelRequest>,

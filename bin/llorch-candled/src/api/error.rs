@@ -1,4 +1,4 @@
-//! What the worker answers when it can't do what was asked: the only place that picks status codes.
+//! Error responses of the worker: the only place that picks status codes.
 
 use std::time::Duration;
 
@@ -8,10 +8,10 @@ use pool_core::service::ServiceError;
 
 use crate::executions::Refusal;
 
-/// When to ask a worker again that is busy or loading.
+/// Delay before a client may retry while the worker is busy or loading.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// An execution that can't start, or be cancelled.
+/// Returns the error for an execution that can't start or be cancelled.
 pub fn refused(refusal: Refusal) -> ServiceError {
     match refusal {
         Refusal::Busy { active } => error(
@@ -34,7 +34,7 @@ pub fn refused(refusal: Refusal) -> ServiceError {
     }
 }
 
-/// The model isn't there yet.
+/// Returns the error for a request that arrives before the model is loaded.
 pub fn loading() -> ServiceError {
     error(
         StatusCode::SERVICE_UNAVAILABLE,
@@ -45,7 +45,7 @@ pub fn loading() -> ServiceError {
     .retry_after(RETRY_AFTER)
 }
 
-/// The request breaks a rule.
+/// Returns the error for a request that breaks a rule.
 pub fn invalid(message: impl Into<String>) -> ServiceError {
     error(
         StatusCode::BAD_REQUEST,
@@ -54,7 +54,7 @@ pub fn invalid(message: impl Into<String>) -> ServiceError {
     )
 }
 
-/// No such execution.
+/// Returns the error for an execution that doesn't exist.
 pub fn not_found(job_id: &str) -> ServiceError {
     error(
         StatusCode::NOT_FOUND,
@@ -64,7 +64,7 @@ pub fn not_found(job_id: &str) -> ServiceError {
     .hint("its buffer was deleted or has outlived its time")
 }
 
-/// The execution still runs.
+/// Returns the error for a deletion while the execution still runs.
 pub fn still_running(job_id: &str) -> ServiceError {
     error(
         StatusCode::CONFLICT,

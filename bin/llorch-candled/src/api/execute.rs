@@ -10,10 +10,10 @@ use super::App;
 use super::error::{invalid, loading, refused};
 use super::executions::{last_event_id, stream};
 
-/// Most stop texts of a request.
+/// Most stop texts in a request.
 const MAX_STOPS: usize = 4;
 
-/// Starts an execution, or attaches to it where it runs already, and streams its events.
+/// Starts an execution, or attaches to the job's execution with the same fence, and streams the events.
 pub async fn execute(
     State(app): State<App>,
     headers: HeaderMap,
@@ -28,7 +28,7 @@ pub async fn execute(
     stream(execution, position)
 }
 
-/// The rules that no type expresses.
+/// Checks the rules that no type expresses.
 fn validate(request: &ExecuteRequest) -> Result<(), String> {
     let sampling = &request.sampling;
     if request.job_id.is_empty() || request.job_id.len() > 128 {

@@ -18,7 +18,7 @@ use crate::executions::{Execution, StoredEvent};
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 const NEWEST: HeaderName = HeaderName::from_static(NEWEST_EVENT);
-/// A comment is sent after this long without an event, so that a reader can tell silence from a dead connection.
+/// Silence after which a comment is sent, so that a reader can distinguish a quiet stream from a dead connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// Streams the events of an execution, from the start or after `Last-Event-ID`.
@@ -35,7 +35,7 @@ pub async fn events(
     stream(execution, position)
 }
 
-/// Drops the buffer of a finished execution; 409 while it runs.
+/// Drops the buffer of a finished execution. Answers 409 while the execution runs.
 pub async fn delete(
     State(app): State<App>,
     Path(job_id): Path<String>,
@@ -47,7 +47,7 @@ pub async fn delete(
     }
 }
 
-/// The number of events that the reader has seen.
+/// Returns the number of events that the reader has seen: `Last-Event-ID`, or 0 without the header.
 pub fn last_event_id(headers: &HeaderMap) -> ServiceResult<usize> {
     let Some(value) = headers.get(LAST_EVENT_ID) else {
         return Ok(0);
@@ -59,7 +59,7 @@ pub fn last_event_id(headers: &HeaderMap) -> ServiceResult<usize> {
     number.ok_or_else(|| invalid("`Last-Event-ID` is not the number of an event"))
 }
 
-/// The events of an execution after `position`.
+/// Streams the events of an execution after `position`.
 pub fn stream(execution: Arc<Execution>, position: usize) -> ServiceResult<impl IntoResponse> {
     if let Some(length) = execution.final_length()
         && position > length
@@ -82,7 +82,7 @@ fn follow(
         let mut changed = execution.subscribe();
         let mut metrics_seen = 0;
         loop {
-            // Marked as seen before reading: what comes in between wakes the next round.
+            // Marked as seen before reading, so that an event in between wakes the next round.
             changed.borrow_and_update();
             let batch = execution.read(position, metrics_seen);
             for event in batch.events {

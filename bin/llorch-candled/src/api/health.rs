@@ -6,7 +6,7 @@ use pool_core::service::Json;
 
 use super::App;
 
-/// How ready the worker is; 200 in every state, the body tells.
+/// Reports the worker's health: 200 in every state, with the state in the body.
 pub async fn health(State(app): State<App>) -> Json<WorkerHealth> {
     Json(app.status.health(app.executions.active()))
 }

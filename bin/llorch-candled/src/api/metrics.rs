@@ -5,7 +5,7 @@ use pool_core::service::{ServiceError, ServiceResult};
 
 use super::App;
 
-/// Figures in Prometheus' text format.
+/// Returns the metrics in Prometheus' text format.
 pub async fn metrics(State(app): State<App>) -> ServiceResult<String> {
     app.metrics
         .render(app.executions.active(), app.executions.buffer_bytes())

@@ -18,20 +18,20 @@ use crate::executions::Executions;
 use crate::metrics::Metrics;
 use crate::status::Status;
 
-/// What handlers work with.
+/// The state that handlers share.
 #[derive(Clone)]
 pub struct App {
-    /// The worker's account of itself.
+    /// State behind `/health`.
     pub status: Arc<Status>,
-    /// Its jobs.
+    /// Running and finished executions.
     pub executions: Arc<Executions>,
-    /// Its figures.
+    /// Metrics behind `/metrics`.
     pub metrics: Arc<Metrics>,
-    /// Ends the worker.
+    /// Trigger that stops the worker.
     pub shutdown: Shutdown,
 }
 
-/// All routes.
+/// Returns the router with all routes.
 pub fn router(app: App) -> Router {
     Router::new()
         .route("/health", get(health::health))

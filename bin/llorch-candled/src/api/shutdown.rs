@@ -5,7 +5,8 @@ use axum::http::StatusCode;
 
 use super::App;
 
-/// 202: the worker takes no more jobs, finishes what runs within its limit, and ends. As SIGTERM does.
+/// Stops the worker as SIGTERM does: 202, then it refuses new jobs, lets running ones finish within the grace period, and
+/// exits.
 pub async fn shutdown(State(app): State<App>) -> StatusCode {
     app.shutdown.trigger();
     StatusCode::ACCEPTED
