@@ -1,4 +1,4 @@
-//! Conversations as the model was trained to read them: the file's own chat template, rendered within bounds.
+//! Conversations in the form that the model was trained on: the file's own chat template, rendered within bounds.
 
 mod budget;
 mod filters;
@@ -20,55 +20,55 @@ use pool_core::chat_template::{NAME, TemplateProblem, check_length, compile, lit
 
 use crate::tokenizer::ControlTokens;
 
-/// Fuel of a rendering: about one a step, and one for every 64 bytes that are made. Real templates take a few dozen
-/// steps a message. It bounds time and memory alike: this much makes 6 MiB at most.
+/// Fuel of a rendering: about one unit per step, and one per 64 bytes produced. Real templates take a few dozen steps per
+/// message. Fuel bounds both time and memory: this much produces at most 6 MiB.
 const FUEL: u64 = 100_000;
-/// Fuel for each message on top.
+/// Additional fuel for each message.
 const FUEL_PER_MESSAGE: u64 = 2_000;
-/// Bytes of a message that add one fuel: a template may copy each of them 32 times over.
+/// Bytes of message text that add one unit of fuel: a template may copy each byte 32 times.
 const BYTES_PER_FUEL: u64 = 2;
-/// How deep macros may call each other.
+/// Deepest nesting of macro calls.
 const MAX_DEPTH: usize = 200;
-/// Address space for the stack. The engine recurses as deep as a template nests its operators, and as deep as the values
-/// that it makes: a step can nest a list into itself.
+/// Bytes of address space for the stack. The engine recurses as deep as a template nests its operators, and as deep as the
+/// values that it builds: a step can nest a list into itself.
 const STACK_BYTES: usize = 1 << 30;
-/// Memory of a compilation or rendering beyond what the fuel pays for.
+/// Bytes of memory that a compilation or rendering may take beyond what the fuel pays for.
 const SPARE_BYTES: u64 = 16 << 20;
-/// Longest time for either. Fuel runs out in a fraction of a second.
+/// Longest time of a compilation or rendering. Fuel runs out in a fraction of a second.
 const TIME_LIMIT: Duration = Duration::from_secs(10);
-/// Bytes a template may put out beyond the messages themselves.
+/// Bytes that a template may output beyond twice the bytes of the messages.
 const MAX_OVERHEAD_BYTES: usize = 1 << 20;
 
-/// Why a conversation can't be rendered.
+/// Reason why a conversation can't be rendered.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum TemplateError {
     /// The template can't be compiled.
     #[error("{0}; the model takes only a `prompt` with `raw: true`")]
     Unsupported(#[from] TemplateProblem),
-    /// The file has none.
+    /// The model file has no template.
     #[error("the model has no chat template, so it takes only a `prompt` with `raw: true`")]
     Missing,
-    /// It refuses these messages, or is wrong.
+    /// The template refuses these messages, or is faulty.
     #[error("the model's chat template can't render these messages: {0}")]
     Render(String),
-    /// It runs without end, or takes memory without end.
+    /// The template runs or allocates without end.
     #[error(
         "the model's chat template takes too many steps or too much memory: more than {fuel} units of work"
     )]
     Endless {
-        /// The units it had.
+        /// Units of fuel that the template had.
         fuel: u64,
     },
-    /// It ran past every bound before, and is not tried again.
+    /// The template got past the fuel's bounds and exceeded its memory or time. It is not tried again.
     #[error("the model's chat template takes memory or time without end, and is not tried again")]
     RanAway,
-    /// There was no thread for it, or the engine panicked.
+    /// No thread could be started for the template, or the engine panicked.
     #[error("the model's chat template can't be run")]
     Failed,
-    /// It writes without end.
+    /// The template writes without end.
     #[error("the model's chat template puts out more than {limit} bytes")]
     Output {
-        /// The limit it ran into.
+        /// Exceeded limit in bytes.
         limit: usize,
     },
     /// The text of a message can't be distinguished from the template's own control tokens.
@@ -81,10 +81,10 @@ pub enum TemplateError {
 /// The input of a chat template.
 #[derive(Debug, Clone)]
 pub struct Conversation {
-    /// Mappings with `role`, `content` and whatever else a template reads. The caller vouches for a role; all other
-    /// texts are untrusted.
+    /// Mappings with `role`, `content` and whatever else a template reads. The caller vouches for the roles; all other texts
+    /// are untrusted.
     pub messages: Vec<Value>,
-    /// Descriptions of tools, a list; none if the request has no tools.
+    /// List of tool descriptions; none if the request has no tools.
     pub tools: Value,
 }
 
@@ -106,24 +106,24 @@ impl Conversation {
     }
 }
 
-/// A rendered conversation.
+/// The prompt made from a conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendered {
-    /// The prompt.
+    /// Text up to the place where the answer begins.
     pub text: String,
-    /// Byte positions, ascending, that no control token may span: at least one side is the text of a message.
+    /// Byte positions, ascending, that no control token may span: at least one side of each is the text of a message.
     pub breaks: Vec<usize>,
 }
 
 /// A compiled chat template.
 pub struct ChatTemplate {
     compiled: Arc<Compiled>,
-    /// Quoted texts in the template, sorted.
+    /// String literals in the template, sorted.
     literals: Vec<String>,
     ran_away: AtomicBool,
 }
 
-/// What a rendering needs; shared with its thread.
+/// A compiled template with the names it writes out, shared with the rendering thread.
 struct Compiled {
     source: String,
     environment: Environment<'static>,
@@ -132,9 +132,9 @@ struct Compiled {
 }
 
 impl ChatTemplate {
-    /// Compiles a template and tries it on a conversation of one message, so that one that never ends is refused
-    /// before the model gets a job. A template may refuse that conversation. `bos` and `eos` are the names of the
-    /// model's tokens, which templates write out.
+    /// Compiles a template and tries it on a conversation of one message, so that a template that never ends is refused before
+    /// the model gets a job. A template may refuse the trial conversation. `bos` and `eos` are the names of the model's tokens,
+    /// which templates write out.
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, TemplateError> {
         check_length(source)?;
         let literals = literals(source);
@@ -151,20 +151,19 @@ impl ChatTemplate {
             content: "Hello!".to_owned(),
         };
         match template.render(&Conversation::new(&[trial]), None) {
-            // The template's own refusal, or a conversation that is not to its taste.
+            // An error raised by the template itself may concern only the trial conversation.
             Ok(_) | Err(TemplateError::Render(_)) => Ok(template),
             Err(error) => Err(error),
         }
     }
 
-    /// Renders the prompt for a conversation, up to where the model's answer begins, and finds the parts that come from
-    /// the messages, so that none of these parts becomes a token in `control`; without control tokens, nothing is kept
-    /// apart.
+    /// Renders the prompt for a conversation, up to the place where the model's answer begins. Finds the parts that come from
+    /// the messages, so that none of them becomes a token in `control`. Without `control`, no parts are kept apart.
     ///
-    /// A template may transform the text of a message in any way, so the prompt is always the rendering of the plain
-    /// messages. Further renderings, of messages with marks in them, show where its text comes from: a marked rendering
-    /// counts if its text is the same but for the marks. The first has marks around every character; a template that
-    /// inspects the messages may see the marks, so later renderings have fewer.
+    /// A template may transform the text of a message in any way, so the prompt is always the rendering of the plain messages.
+    /// Further renderings, of messages with marks in them, show where its text comes from: a marked rendering counts if
+    /// removing its marks yields the same text. The first has marks around every character. A template that inspects the
+    /// messages may see the marks, so later renderings have fewer.
     pub fn render(
         &self,
         conversation: &Conversation,
@@ -217,13 +216,13 @@ impl ChatTemplate {
     }
 }
 
-/// Runs a compilation or rendering on a thread with a stack of its own and bounded memory.
+/// Runs a compilation or rendering on a separate thread with a large stack and bounded memory and time.
 fn bounded<T: Send + 'static>(
     fuel: u64,
     work: impl FnOnce() -> Result<T, TemplateError> + Send + 'static,
 ) -> Result<T, TemplateError> {
     let budget = Budget {
-        // A value may be there twice while it is made.
+        // A value may exist twice while it is built.
         bytes: SPARE_BYTES + 2 * fuel * methods::BYTES_PER_FUEL as u64,
         stack_bytes: STACK_BYTES,
         time: TIME_LIMIT,
@@ -231,7 +230,7 @@ fn bounded<T: Send + 'static>(
     budget::within(&budget, work).unwrap_or_else(|no_result| {
         Err(match no_result {
             NoResult::RanAway => TemplateError::RanAway,
-            // A panic is in the log by its place alone (CAND-064).
+            // The log has only the place of a panic (CAND-064).
             NoResult::Failed => TemplateError::Failed,
         })
     })
@@ -272,7 +271,7 @@ impl Compiled {
             limit,
             exceeded: false,
         };
-        // Fuel and time belong to the environment, and differ between conversations.
+        // Fuel and clock are set on the environment, and differ between conversations.
         let mut environment = self.environment.clone();
         environment.set_fuel(Some(fuel));
         environment.add_function("strftime_now", move |format: &str| strftime(format, &now));
@@ -301,12 +300,12 @@ fn role_name(role: Role) -> &'static str {
     }
 }
 
-/// How templates refuse what they can't express.
+/// Implements `raise_exception`, by which templates refuse conversations that they can't express.
 fn raise_exception(message: &str) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message.to_owned()))
 }
 
-/// Formats the local date and time, for templates that write the current day.
+/// Formats the local date and time, for templates that write the current date.
 fn strftime(format: &str, now: &Zoned) -> Result<String, Error> {
     jiff::fmt::strtime::format(format, now)
         .map_err(|error| Error::new(ErrorKind::InvalidOperation, error.to_string()))

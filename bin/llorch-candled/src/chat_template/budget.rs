@@ -1,9 +1,9 @@
-//! A bound on the memory of a thread, for work that somebody else's text decides.
+//! A memory limit for a thread whose work is controlled by untrusted text.
 //!
-//! Fuel bounds what the template engine charges for, which is nearly everything: adding lists is not. So the program's
-//! allocator counts what a rendering holds. It can't fail a request for memory (that ends the process) nor unwind out
-//! of one (that is undefined), but it may keep it waiting: a thread over its budget sleeps for good, and whoever waits for it
-//! is told. What it holds is lost, no more than its budget; the processor is not.
+//! Fuel bounds what the template engine charges for, which is nearly everything, but not the addition of lists. So the
+//! program's allocator counts the memory that a rendering holds. The allocator can't fail an allocation (that ends the process)
+//! nor unwind out of one (that is undefined behaviour), but it may delay one: a thread over its budget sleeps forever, and its
+//! caller gets an error. Such a thread keeps its memory, at most its budget, but takes no processor time.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -14,7 +14,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often a waiting thread looks whether the other ran away.
+/// Interval at which the caller checks whether the thread exceeded its budget.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 struct Counting;
@@ -23,9 +23,9 @@ struct Counting;
 static ALLOCATOR: Counting = Counting;
 
 thread_local! {
-    /// Bytes this thread may still take; as much as there is for threads without a budget.
+    /// Bytes that this thread may still allocate; the maximum for threads without a budget.
     static LEFT: Cell<i64> = const { Cell::new(i64::MAX) };
-    /// Set when this thread has to stop, or did. Null for threads without a budget.
+    /// Flag that is set once this thread must stop. Null for threads without a budget.
     static STOP: Cell<*const AtomicBool> = const { Cell::new(ptr::null()) };
 }
 
@@ -39,7 +39,7 @@ fn take(bytes: usize) {
         .get()
         .saturating_sub(i64::try_from(bytes).unwrap_or(i64::MAX));
     LEFT.set(left);
-    // SAFETY: the thread owns a reference to the flag for as long as it runs, and a thread that sleeps for good runs.
+    // SAFETY: the thread owns a reference to the flag for as long as it runs, and a thread that sleeps forever still runs.
     let stop = unsafe { &*stop };
     if left < 0 {
         stop.store(true, Ordering::Release);
@@ -60,24 +60,25 @@ fn give(bytes: usize) {
     }
 }
 
-// SAFETY: every call goes to the system's allocator unchanged.
+// SAFETY: every call is forwarded to the system's allocator unchanged.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         take(layout.size());
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc`.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         take(layout.size());
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc_zeroed`.
         unsafe { System.alloc_zeroed(layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        // The old block may exist until the new one is filled, so the new size is taken in full first.
         take(size);
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::realloc`.
         let moved = unsafe { System.realloc(pointer, layout, size) };
         give(layout.size());
         moved
@@ -85,30 +86,30 @@ unsafe impl GlobalAlloc for Counting {
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         give(layout.size());
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::dealloc`.
         unsafe { System.dealloc(pointer, layout) }
     }
 }
 
-/// What a thread may use.
+/// The limits of a thread.
 pub(super) struct Budget {
-    /// Memory, beyond its stack.
+    /// Bytes of memory, without the stack.
     pub(super) bytes: u64,
-    /// Address space for its stack.
+    /// Bytes of address space for the stack.
     pub(super) stack_bytes: usize,
-    /// Time.
+    /// Longest time that the work may take.
     pub(super) time: Duration,
 }
 
-/// Why there is no result.
+/// Reason why there is no result.
 pub(super) enum NoResult {
-    /// The work took too much memory or time. It sleeps now, or will at its next request for memory.
+    /// The work took too much memory or time. Its thread sleeps now, or will at its next allocation.
     RanAway,
-    /// It panicked, or no thread could be started.
+    /// The work panicked, or no thread could be started.
     Failed,
 }
 
-/// Runs `work` on a thread with a budget.
+/// Runs `work` on a separate thread with a budget.
 pub(super) fn within<T: Send + 'static>(
     budget: &Budget,
     work: impl FnOnce() -> T + Send + 'static,
@@ -124,7 +125,7 @@ pub(super) fn within<T: Send + 'static>(
             LEFT.set(bytes);
             STOP.set(Arc::as_ptr(&own_stop));
             let outcome = work();
-            // From here on the thread takes what it needs to end.
+            // From here on the thread may allocate whatever it needs to end.
             STOP.set(ptr::null());
             sender.send(outcome).ok();
         })
@@ -133,7 +134,7 @@ pub(super) fn within<T: Send + 'static>(
     loop {
         match result.recv_timeout(LOOK_EVERY) {
             Ok(outcome) => return Ok(outcome),
-            // The flag outlives a thread that unwinds: its destructors run before that of the closure.
+            // The flag outlives the destructors of an unwinding thread, which run before the closure is dropped.
             Err(RecvTimeoutError::Disconnected) => return Err(NoResult::Failed),
             Err(RecvTimeoutError::Timeout) => {
                 if start.elapsed() > budget.time {

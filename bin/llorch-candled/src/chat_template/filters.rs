@@ -1,4 +1,4 @@
-//! Filters and tests that behave differently in Python's Jinja and in the template engine.
+//! Filters and tests that Python's Jinja and the template engine define differently.
 
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, State, escape_formatter};
@@ -23,8 +23,8 @@ pub(super) fn add(environment: &mut Environment<'static>) {
     });
 }
 
-/// Returns whether a value is a sequence. In Python every value with a length and an index is one, texts and mappings
-/// included.
+/// Returns whether a value is a sequence. In Python, every value with a length and an index is a sequence, including texts and
+/// mappings.
 fn is_sequence(value: &Value) -> bool {
     matches!(
         value.kind(),
@@ -32,7 +32,7 @@ fn is_sequence(value: &Value) -> bool {
     )
 }
 
-/// Returns whether a value can be iterated. In Python `none` can't.
+/// Returns whether a value can be iterated. In Python, `none` can't.
 fn is_iterable(value: &Value) -> bool {
     !value.is_none() && value.try_iter().is_ok()
 }
@@ -46,7 +46,7 @@ fn wordcount(state: &State, text: &str) -> Result<usize, Error> {
     Ok(text.split_whitespace().count())
 }
 
-/// Converts a value to an integer. A value that is no number becomes the default, or 0.
+/// Converts a value to an integer. A value that isn't a number becomes the default, or 0.
 fn int(value: &Value, default: Option<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     let default = default_of(default, &kwargs, Value::from(0))?;
     if value.is_integer() {
@@ -58,7 +58,7 @@ fn int(value: &Value, default: Option<Value>, kwargs: Kwargs) -> Result<Value, E
     }
     Ok(match number_of(value) {
         #[allow(clippy::cast_possible_truncation)]
-        // As in Python, but for numbers that no template has.
+        // As in Python, except for numbers beyond 64 bits, which no template has.
         Some(number) if number.is_finite() => Value::from(number.trunc() as i64),
         _ => default,
     })

@@ -1,25 +1,25 @@
-//! The filter `tojson` as the `transformers` library defines it: Python's `json.dumps`, not Jinja's filter, which escapes for
-//! HTML and sorts.
+//! The filter `tojson` as the `transformers` library defines it: Python's `json.dumps`. Jinja's own filter escapes for HTML and
+//! sorts keys.
 
 use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Error, ErrorKind, State};
 
 use super::methods::charge;
 
-/// Most spaces of an indentation. `json.dumps` takes any.
+/// Longest indentation in bytes. `json.dumps` accepts any.
 const MAX_INDENT: usize = 64;
 
-/// Separators, indentation and escapes of the written JSON.
+/// The format of the written JSON.
 struct Style {
     ensure_ascii: bool,
-    /// Indentation of each level, with one line for each element; `None` for a single line.
+    /// Indentation per level, with each element on a line of its own; `None` for a single line.
     indent: Option<String>,
     between_elements: String,
     after_key: String,
     sort_keys: bool,
 }
 
-/// Arguments by their places.
+/// Positional arguments after the value.
 type Arguments = (Option<Value>, Option<Value>, Option<Value>, Option<Value>);
 
 /// Implements the filter `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
@@ -210,7 +210,7 @@ impl Style {
     }
 }
 
-/// Returns the JSON name of a key.
+/// Returns a key as the text of a JSON name.
 fn key_text(key: &Value) -> Result<String, Error> {
     match key.kind() {
         ValueKind::String => Ok(key.as_str().unwrap_or_default().to_owned()),
@@ -240,7 +240,8 @@ pub(super) fn number(value: &Value) -> String {
     if !number.is_finite() {
         return number.to_string().to_lowercase();
     }
-    // Both write the shortest digits that read back as the same number. They differ in when they use an exponent.
+    // Rust and Python both write the shortest digits that read back as the same number. They differ in when they use an
+    // exponent.
     let scientific = format!("{number:e}");
     match scientific.split_once('e') {
         Some((digits, exponent)) => match exponent.parse::<i32>() {

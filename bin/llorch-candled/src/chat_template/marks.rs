@@ -1,4 +1,4 @@
-//! Marks in the text of messages, by which a rendering shows where its text comes from.
+//! Marks in the text of messages, which show where the text of a rendering comes from.
 
 use aho_corasick::{AhoCorasick, MatchKind};
 use minijinja::value::{Value, ValueKind};
@@ -6,24 +6,24 @@ use minijinja::value::{Value, ValueKind};
 use super::Conversation;
 use crate::tokenizer::ControlTokens;
 
-/// Deepest nesting in a value that is searched. JSON readers stop at 128.
+/// Deepest nesting of values that is searched. JSON readers stop at 128.
 const MAX_DEPTH: usize = 128;
 
 /// Places of the marks in a text.
 #[derive(Debug, Clone, Copy)]
 enum Places {
-    /// Around every character but white space, which templates trim. A text that the template searches for (its own
-    /// quoted texts) may count as one character, and the mark on either side may be left out.
+    /// Around every character except white space, which templates trim. A text that the template searches for (one of its
+    /// string literals) may count as one character, and the mark on either side may be left out.
     All {
         whole_literals: bool,
         before: bool,
         after: bool,
     },
-    /// Within the names of control tokens.
+    /// Within the names of control tokens only.
     InNames,
 }
 
-/// The ways to mark a conversation, the most informative first.
+/// Ways to mark a conversation, most informative first.
 const PLACES: [Places; 5] = [
     Places::All {
         whole_literals: false,
@@ -53,13 +53,13 @@ pub(super) struct Marking<'a> {
     mark: char,
     places: Places,
     control: &'a ControlTokens,
-    /// The template's texts in quotes, sorted.
+    /// String literals of the template, sorted.
     literals: &'a [String],
-    /// Finds the quoted texts that count as one character.
+    /// Matcher of the literals that count as one character; `None` if none do.
     whole: Option<AhoCorasick>,
 }
 
-/// Returns the ways to mark a conversation, the most thorough first.
+/// Returns the ways to mark a conversation, most thorough first.
 pub(super) fn markings<'a>(
     mark: char,
     control: &'a ControlTokens,
@@ -86,10 +86,10 @@ pub(super) fn markings<'a>(
     })
 }
 
-/// Returns a character that is neither in the template nor in the conversation, that templates pass on unchanged, and
-/// that is no white space.
+/// Returns a character that is neither in the template nor in the conversation, that templates pass on unchanged, and that
+/// isn't white space. Returns `None` if every candidate is in use.
 pub(super) fn unused(source: &str, conversation: &Conversation) -> Option<char> {
-    // One byte for the first, and characters that no text should have.
+    // The first takes only one byte in UTF-8. The others are noncharacters, which no text should contain.
     let mut candidates = ['\u{7f}'].into_iter().chain('\u{fdd0}'..='\u{fdef}');
     candidates.find(|candidate| {
         let has = |value: &Value| any_text(value, 0, &mut |text| text.contains(*candidate));
@@ -114,7 +114,7 @@ impl Marking<'_> {
         }
     }
 
-    /// Returns the places of the marks in a rendering, if its text without them is `text`.
+    /// Returns the byte positions of the marks in a rendering, or `None` if the rendering without marks is not `text`.
     pub(super) fn breaks(&self, text: &str, marked: &str) -> Option<Vec<usize>> {
         let mut breaks = Vec::new();
         let mut rest = text;
@@ -125,7 +125,7 @@ impl Marking<'_> {
                 breaks.push(place);
             }
         }
-        // The last piece ends with the text, not with a mark.
+        // No mark follows the last piece.
         if !marked.ends_with(self.mark) {
             breaks.pop();
         }
@@ -149,7 +149,7 @@ impl Marking<'_> {
         }
     }
 
-    /// Marks a key. Templates look up keys by name, so only names of control tokens are marked in them.
+    /// Marks a key. Templates look up keys by name, so only the names of control tokens are marked in keys.
     fn key(&self, key: &Value) -> Value {
         match key.as_str() {
             Some(text) => Value::from(self.within_names(text)),
@@ -161,7 +161,7 @@ impl Marking<'_> {
         let Places::All { before, after, .. } = self.places else {
             return self.within_names(text);
         };
-        // The template itself may write such a text, and compare others with it.
+        // The template may write this text itself, and compare messages with it.
         let own = self.literals.binary_search_by(|own| own.as_str().cmp(text));
         if own.is_ok() && !self.control.is_named_in(text) {
             return text.to_owned();
@@ -193,7 +193,7 @@ impl Marking<'_> {
         marked
     }
 
-    /// Marks every place between two characters of a name.
+    /// Marks every place between two characters of a control token's name.
     fn within_names(&self, text: &str) -> String {
         let names = self.control.names_in(text);
         if names.is_empty() {
@@ -224,7 +224,7 @@ pub(super) fn bytes(value: &Value) -> usize {
     bytes
 }
 
-/// Returns whether `is` holds for a text in a value, the keys of mappings included.
+/// Returns whether `is` holds for any text in a value, including the keys of mappings.
 fn any_text(value: &Value, depth: usize, is: &mut dyn FnMut(&str) -> bool) -> bool {
     if let Some(text) = value.as_str() {
         return is(text);
@@ -242,7 +242,7 @@ fn any_text(value: &Value, depth: usize, is: &mut dyn FnMut(&str) -> bool) -> bo
     })
 }
 
-/// Changes the entries of a mapping and keeps their order.
+/// Maps the entries of a mapping and keeps their order.
 fn map(value: &Value, change: &mut dyn FnMut(&Value, &Value) -> (Value, Value)) -> Value {
     let Ok(keys) = value.try_iter() else {
         return value.clone();

@@ -1,17 +1,18 @@
 //! Python's methods of texts and dictionaries, which chat templates call, paid for with fuel.
 //!
-//! The template engine charges a method for what it returns, once it exists. A replacement can make gigabytes out of two short
-//! texts and a repeated list can be walked for ever before that, so what a method is about to do is charged here first.
+//! The template engine charges for the result of a method, once the result exists. Before that, a replacement can make
+//! gigabytes out of two short texts, and the walk over a repeated list may never end. So the cost of a method is charged here,
+//! before the call.
 
 use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-/// Bytes that one fuel pays for, as in the template engine.
+/// Bytes that one unit of fuel pays for, as in the template engine.
 pub(super) const BYTES_PER_FUEL: usize = 64;
-/// Bytes of a list's element.
+/// Bytes of a list element.
 const SLOT_BYTES: usize = 32;
-/// Most digits of a width in a format: the width sets the length of the output.
+/// Most digits of a number in a format: such a number may be a width, which sets the length of the output.
 const MAX_WIDTH_DIGITS: usize = 3;
 /// Most bytes of a formatted number or of a text's padding.
 const FORMATTED_BYTES: usize = 1000;
@@ -25,7 +26,7 @@ pub(super) fn call(
 ) -> Result<Value, Error> {
     match value.kind() {
         ValueKind::String => {}
-        // Values never change, so a mapping is its own copy.
+        // Values are immutable, so a mapping is its own copy.
         ValueKind::Map if method == "copy" && args.is_empty() => return Ok(value.clone()),
         ValueKind::Map => return unknown_method_callback(state, value, method, args),
         _ => return Err(Error::from(ErrorKind::UnknownMethod)),
@@ -41,7 +42,7 @@ pub(super) fn call(
             let limit = args.get(2).and_then(Value::as_usize).unwrap_or(all);
             all.min(limit).saturating_mul(new.len())
         }
-        // Each part may be an element, and each line.
+        // Each part may become a list element; each line below as well.
         "split" | "rsplit" => {
             let parts = match arg(0) {
                 Some(separator) => text.matches(separator).count(),
@@ -50,12 +51,12 @@ pub(super) fn call(
             parts.saturating_mul(SLOT_BYTES)
         }
         "splitlines" => text.split(is_line_end).count().saturating_mul(SLOT_BYTES),
-        // Each character may be compared with each of those to take away.
+        // Each character may be compared with each character of the set.
         "strip" | "lstrip" | "rstrip" => {
             let set = arg(0).unwrap_or_default();
             text.len().saturating_add(4).saturating_mul(set.len())
         }
-        // One text, or a list of them.
+        // The argument is a text or a list of texts.
         "startswith" | "endswith" => {
             let count = args.first().and_then(Value::len).unwrap_or(0);
             count.saturating_mul(SLOT_BYTES)
@@ -130,7 +131,7 @@ fn is_line_end(c: char) -> bool {
     matches!(c, '\n'..='\r' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}')
 }
 
-/// Joins texts. The engine's own filter charges fuel as it runs, and accepts values that are no texts.
+/// Joins texts. The engine's own filter charges fuel as it runs, but accepts values that are not texts.
 fn join(state: &mut State, separator: &Value, args: &[Value]) -> Result<Value, Error> {
     let (values,): (&Value,) = from_args(args)?;
     for value in values.try_iter()? {
@@ -178,7 +179,8 @@ fn split(text: &str, from_end: bool, args: &[Value]) -> Result<Value, Error> {
     Ok(found.into_iter().map(Value::from).collect())
 }
 
-/// Splits a text into words; the last word is the rest of the text. From the end, the words come in reverse order.
+/// Splits a text into at most `parts` words, of which the last is the rest of the text. With `from_end`, the words are taken
+/// from the end and come in reverse order.
 fn split_at_space(text: &str, parts: usize, from_end: bool) -> Vec<&str> {
     let mut words = Vec::new();
     let mut rest = text.trim_matches(is_space);
@@ -269,8 +271,8 @@ fn pad(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
     Ok(Value::from(format!("{sign}{before}{digits}{after}")))
 }
 
-/// Returns the most bytes that a format can produce. A width is a number in the text and an argument has any size, so
-/// both are bounded.
+/// Returns the most bytes that a format can produce. Refuses formats without a useful bound: long numbers, widths taken from
+/// arguments, and arguments that are neither texts nor numbers.
 fn format_bytes(text: &str, args: &[Value]) -> Result<usize, Error> {
     let digits = text.split(|c: char| !c.is_ascii_digit());
     if digits.map(str::len).max() > Some(MAX_WIDTH_DIGITS) {
@@ -294,7 +296,7 @@ fn format_bytes(text: &str, args: &[Value]) -> Result<usize, Error> {
     Ok(fields.saturating_mul(longest + FORMATTED_BYTES))
 }
 
-/// Returns whether a field of a format contains a field.
+/// Returns whether a field of a format contains another field.
 fn takes_width(text: &str) -> bool {
     let mut open = 0usize;
     text.replace("{{", "").replace("}}", "").chars().any(|c| {

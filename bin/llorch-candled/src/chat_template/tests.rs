@@ -74,7 +74,7 @@ fn a_template_that_does_not_end_for_some_messages_is_an_error_for_them() {
 // [CAND-021]
 #[test]
 fn long_conversations_have_work_in_proportion() {
-    // What the heaviest real templates do with each message: look for markers, split, strip, and put together.
+    // The work of the heaviest real templates on each message: search for markers, split, strip and concatenate.
     let source = "{% for m in messages %}{% set c = m.content.split('</think>')[-1].lstrip('\n') %}{% if '<tool>' in c or c.startswith('x') %}{{ c|trim }}{% endif %}{{ '<|im_start|>' + m.role + '\n' + c.replace('\r', '') + '<|im_end|>\n' }}{% endfor %}";
     let template = ChatTemplate::new(source, None, None).unwrap();
     let short: Vec<Message> = (0..5000).map(|_| user("Hi")).collect();
