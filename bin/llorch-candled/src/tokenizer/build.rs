@@ -1,6 +1,6 @@
-//! Builds what splits text from a file's own fields: for byte-level vocabularies a pipeline of the `tokenizers` library.
+//! Construction of text splitters from a file's own fields: for byte-level vocabularies a pipeline of the `tokenizers` library.
 //!
-//! candle-core has a reader of its own; it puts a space before texts that should have none and refuses SentencePiece.
+//! candle-core's own reader is not used: it puts a space before texts that should have none and refuses SentencePiece.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -17,31 +17,31 @@ use tokenizers::{AddedToken, Tokenizer};
 use super::sentence_piece::{SPACE, SentencePiece, byte_token};
 use super::{Splitter, TokenizerError};
 
-/// A tokenizer with what else its kind decides.
+/// A splitter with the other properties that depend on the kind of vocabulary.
 pub(super) struct Built {
     pub(super) splitter: Splitter,
     pub(super) pieces: Vec<Box<[u8]>>,
     pub(super) adds_bos_by_default: bool,
-    /// Control tokens after which white space is left out.
+    /// Control tokens after which white space is dropped.
     pub(super) trims: BTreeSet<u32>,
 }
 
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 const LLAMA3: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// Words end before a capital letter, and what is left of a contraction belongs to its word. llama.cpp has no classes of
-/// capital and small letters and takes those of ASCII, so it splits words with other letters in fewer places.
+/// Pattern under which words end before a capital letter and keep the suffix of a contraction. llama.cpp has no classes of
+/// upper-case and lower-case letters and uses those of ASCII, so it splits words with other letters in fewer places.
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const SINGLE_DIGIT: &str = r"\p{N}";
-/// What llama.cpp does for a file that names no way of splitting.
+/// Patterns of llama.cpp for a file that names no pre-tokenizer.
 const DEFAULT: [&str; 4] = [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"];
 
-/// How a byte-level vocabulary wants its text split.
+/// The rules by which a byte-level vocabulary splits text.
 struct PreRules {
     patterns: &'static [&'static str],
-    /// Whole words of the vocabulary are taken without asking the merge rules.
+    /// True if words that are tokens bypass the merge rules.
     ignore_merges: bool,
-    /// Characters are composed first.
+    /// True if characters are composed (NFC) first.
     compose: bool,
     adds_bos: bool,
 }
@@ -56,7 +56,7 @@ fn pre_rules(name: &str) -> Result<PreRules, TokenizerError> {
     Ok(match name {
         "default" => plain(&DEFAULT),
         "gpt-2" => plain(&[GPT2]),
-        // Phi-4-mini has the first, Phi-4 the second.
+        // Phi-4-mini uses `gpt-4o`, Phi-4 uses `dbrx`.
         "gpt-4o" => plain(&[GPT4O]),
         "dbrx" => plain(&[LLAMA3]),
         "smollm" => plain(&[SINGLE_DIGIT, GPT2]),
@@ -77,7 +77,7 @@ fn pre_rules(name: &str) -> Result<PreRules, TokenizerError> {
     })
 }
 
-/// A byte-level BPE vocabulary (`gpt2`): each byte has a printable character, merge rules are in the file.
+/// Builds a byte-level BPE vocabulary (`gpt2`): a printable character stands for each byte, and the file has the merge rules.
 pub(super) fn byte_level(
     header: &GgufFile,
     vocabulary: &Vocabulary,
@@ -95,7 +95,7 @@ pub(super) fn byte_level(
     let (texts, control): (Vocab, Vocab) = ids_by_text(vocabulary)
         .into_iter()
         .partition(|(text, id)| text.chars().nth(1).is_none() || !vocabulary.steers(*id));
-    // Text must become no control token, neither by merge rules nor as a whole word.
+    // Text must not become a control token, neither by merge rules nor as a whole word.
     merges.retain(|(left, right)| {
         let joined = format!("{left}{right}");
         ![left, right, &joined]
@@ -139,7 +139,7 @@ pub(super) fn byte_level(
     })
 }
 
-/// A SentencePiece vocabulary (`llama`): pieces with scores, bytes as tokens where no piece fits.
+/// Builds a SentencePiece vocabulary (`llama`): pieces have scores, and bytes are tokens where no piece fits.
 pub(super) fn sentence_piece(
     header: &GgufFile,
     vocabulary: &Vocabulary,
@@ -175,8 +175,8 @@ pub(super) fn sentence_piece(
 /// Control tokens of Phi-3 after which white space is kept.
 const KEEP_SPACE: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
 
-/// Returns the control tokens after which white space is left out. The templates of Phi-3 put a line break after each token
-/// of a turn, with which the model was not trained. No key of a file says so.
+/// Returns the control tokens after which white space is dropped. The templates of Phi-3 put a line break after each token of a
+/// turn, but the model was trained without these line breaks. No key of the file says so.
 fn trims(header: &GgufFile, vocabulary: &Vocabulary) -> Result<BTreeSet<u32>, TokenizerError> {
     if header.get("general.architecture")? != Some("phi3") {
         return Ok(BTreeSet::new());
@@ -191,7 +191,7 @@ fn ids_by_text(vocabulary: &Vocabulary) -> Vocab {
     vocabulary.texts.iter().cloned().zip(0..).collect()
 }
 
-/// Returns the text tokens that match before the text is split, and that are never split themselves.
+/// Returns the text tokens that are matched before the text is split, and are never split themselves.
 fn whole_tokens(vocabulary: &Vocabulary) -> impl Iterator<Item = (u32, &str)> {
     (0u32..)
         .zip(vocabulary.texts.iter().zip(&vocabulary.kinds))
@@ -208,14 +208,14 @@ fn pieces(vocabulary: &Vocabulary, bytes: impl Fn(&str) -> Vec<u8>) -> Vec<Box<[
         .zip(&vocabulary.kinds)
         .map(|(text, kind)| match kind {
             TokenKind::Normal | TokenKind::Byte => bytes(text).into_boxed_slice(),
-            // Stored as the text it stands for, not as characters for bytes.
+            // Stored as the text itself, not as characters for bytes.
             TokenKind::UserDefined => text.as_bytes().into(),
             TokenKind::Control | TokenKind::Unknown | TokenKind::Unused => Box::default(),
         })
         .collect()
 }
 
-/// GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on.
+/// Returns GPT-2's table: printable Latin-1 characters stand for themselves, characters from U+0100 on for the other bytes.
 fn byte_of_char() -> HashMap<char, u8> {
     let mut next = 0x100u32;
     let mut table = HashMap::new();

@@ -1,7 +1,7 @@
-//! Token ids to text, as they come.
+//! Incremental conversion of token ids to text.
 
-/// Puts the bytes of tokens together to characters. A character may lie across several tokens; its bytes wait until it
-/// is whole, and U+FFFD stands only for bytes that no further token can make whole.
+/// Assembler of characters from the bytes of tokens. A character may span several tokens, and its bytes wait until the last has
+/// come. U+FFFD replaces only bytes that no further token can complete.
 pub struct Detokenizer<'a> {
     pieces: &'a [Box<[u8]>],
     waiting: Vec<u8>,
@@ -15,7 +15,7 @@ impl<'a> Detokenizer<'a> {
         }
     }
 
-    /// Takes a token; gives the text that is whole now. Tokens that are no text give none.
+    /// Adds a token and returns the text that is complete now; empty for tokens that aren't text.
     pub fn push(&mut self, id: u32) -> String {
         if let Some(piece) = self.pieces.get(id as usize) {
             self.waiting.extend_from_slice(piece);
@@ -30,7 +30,7 @@ impl<'a> Detokenizer<'a> {
                 }
                 Err(error) => {
                     let (whole, rest) = self.waiting.split_at(error.valid_up_to());
-                    // The split is where the bytes stop being UTF-8, so nothing is replaced here.
+                    // The bytes before the split are valid UTF-8, so nothing is replaced here.
                     text.push_str(&String::from_utf8_lossy(whole));
                     let Some(broken) = error.error_len() else {
                         self.waiting = rest.to_vec();
@@ -43,7 +43,7 @@ impl<'a> Detokenizer<'a> {
         }
     }
 
-    /// What is left when no token follows: one U+FFFD for a character that was begun, else nothing.
+    /// Returns the remaining text when no token follows: one U+FFFD for an incomplete character, else nothing.
     pub fn finish(&mut self) -> String {
         let text = String::from_utf8_lossy(&self.waiting).into_owned();
         self.waiting.clear();

@@ -1,4 +1,4 @@
-//! Text to token ids and back, from the vocabulary inside the model file.
+//! Conversion between text and token ids, with the vocabulary of the model file.
 
 mod build;
 mod control;
@@ -14,34 +14,34 @@ pub use control::ControlTokens;
 pub use detokenizer::Detokenizer;
 use sentence_piece::SentencePiece;
 
-/// Why a vocabulary can't be used.
+/// Reason why a vocabulary can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// The header lacks something or contradicts itself.
+    /// The header lacks a field or contradicts itself.
     #[error(transparent)]
     Header(#[from] GgufError),
-    /// A kind of vocabulary that isn't understood.
+    /// The kind of vocabulary is not supported.
     #[error("tokenizer kind `{found}` is not supported (supported: {})", TOKENIZER_KINDS.join(", "))]
     Kind {
-        /// What the file names.
+        /// Kind that the file names.
         found: String,
     },
-    /// A way of splitting text that isn't known.
+    /// The way of splitting text is not supported.
     #[error("pre-tokenizer `{found}` is not supported (supported: {})", PRE_TOKENIZERS.join(", "))]
     PreTokenizer {
-        /// What the file names.
+        /// Pre-tokenizer that the file names.
         found: String,
     },
     /// The vocabulary can't be read.
     #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
-    /// A merge rule that can't be read.
+    /// A merge rule can't be read.
     #[error("merge rule {index} is not two parts with a space between them")]
     Merge {
-        /// Its number.
+        /// Index of the rule, from 0.
         index: usize,
     },
-    /// The tokenizers library refuses it, or a text.
+    /// A library refused the vocabulary or a text.
     #[error("{0}")]
     Library(String),
 }
@@ -52,7 +52,7 @@ impl From<tokenizers::Error> for TokenizerError {
     }
 }
 
-/// Splitter of text that contains no control token.
+/// A splitter of text that contains no control token.
 enum Splitter {
     ByteLevel(Box<tokenizers::Tokenizer>),
     SentencePiece(Box<SentencePiece>),
@@ -61,11 +61,11 @@ enum Splitter {
 /// A model's tokenizer.
 pub struct Tokenizer {
     splitter: Splitter,
-    /// Finds the tokens that steer the model.
+    /// Matcher of control tokens, which steer the model.
     control: ControlTokens,
-    /// Control tokens after which white space is left out.
+    /// Control tokens after which white space is dropped.
     trims: BTreeSet<u32>,
-    /// The bytes each token stands for in a text; empty for those that are no text.
+    /// Bytes of text that each token stands for; empty for tokens that aren't text.
     pieces: Vec<Box<[u8]>>,
     bos: Option<(u32, String)>,
     eos_text: Option<String>,
@@ -115,15 +115,15 @@ impl Tokenizer {
         })
     }
 
-    /// Returns the ids of `text`, with names of special tokens turned into those tokens. Adds no tokens before or after
-    /// the text.
+    /// Returns the ids of `text`, in which names of special tokens become those tokens. Adds no tokens before or after the
+    /// text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         self.encode_within(text, &[])
     }
 
-    /// Returns the ids of a whole prompt: `text` after the token for the beginning of a sequence, if the model wants
-    /// this token and the text (a chat template's, for example) does not contain it. A control token with a position in
-    /// `breaks` (byte positions, ascending) within its name is left as text.
+    /// Returns the ids of a whole prompt: those of `text`, after the beginning-of-sequence token if the model wants that token
+    /// and the text (a chat template's, for example) doesn't begin with it. A control token whose name contains a position in
+    /// `breaks` (byte positions, ascending) is left as text.
     pub fn encode_prompt(&self, text: &str, breaks: &[usize]) -> Result<Vec<u32>, TokenizerError> {
         let mut ids = self.encode_within(text, breaks)?;
         if let Some((bos, _)) = &self.bos
@@ -139,7 +139,7 @@ impl Tokenizer {
         let mut ids = Vec::new();
         let mut end = 0;
         for (token, place) in self.control.find(text, breaks) {
-            // A name may begin with white space that is left out.
+            // A name may begin with white space that the token before it has dropped.
             self.encode_text(&text[end.min(place.start)..place.start], &mut ids)?;
             ids.push(token);
             end = end.max(place.end);
@@ -168,27 +168,27 @@ impl Tokenizer {
         &self.control
     }
 
-    /// Whether a model that draws this token has ended its answer.
+    /// Returns whether a model that draws this token has ended its answer.
     pub fn is_end(&self, id: u32) -> bool {
         self.ends.contains(&id)
     }
 
-    /// A fresh reader of a sequence's text.
+    /// Returns a new detokenizer for one sequence.
     pub fn detokenizer(&self) -> Detokenizer<'_> {
         Detokenizer::new(&self.pieces)
     }
 
-    /// The name of the token for the beginning of a sequence.
+    /// Returns the name of the beginning-of-sequence token, if the file has one.
     pub fn bos_text(&self) -> Option<&str> {
         self.bos.as_ref().map(|(_, text)| text.as_str())
     }
 
-    /// The name of the token for the end of a sequence.
+    /// Returns the name of the end-of-sequence token, if the file has one.
     pub fn eos_text(&self) -> Option<&str> {
         self.eos_text.as_deref()
     }
 
-    /// Number of tokens.
+    /// Returns the number of tokens in the vocabulary.
     pub fn vocab_size(&self) -> usize {
         self.pieces.len()
     }

@@ -1,7 +1,7 @@
-//! SentencePiece vocabularies: pieces with scores, of which those that score best are joined first.
+//! SentencePiece vocabularies: pieces with scores, where the best-scoring pieces are joined first.
 //!
-//! Source: T. Kudo and J. Richardson, SentencePiece (2018), the BPE model. The `tokenizers` library joins by rules, one for each
-//! pair that forms a piece; to find and to store those of 262,000 pieces takes half a second at every start.
+//! Source: T. Kudo and J. Richardson, SentencePiece (2018), the BPE model. The `tokenizers` library joins by rules, one for
+//! each pair that forms a piece. Finding and storing the rules of 262,000 pieces takes half a second at every start.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, HashMap};
@@ -11,10 +11,10 @@ use pool_core::catalog::gguf::{TokenKind, Vocabulary};
 
 use super::TokenizerError;
 
-/// The space of SentencePiece.
+/// Character that SentencePiece writes for a space.
 pub(super) const SPACE: char = '\u{2581}';
 
-/// A token that text is joined to.
+/// A token that can be joined from parts.
 #[derive(Debug, Clone, Copy)]
 struct Piece {
     id: u32,
@@ -26,25 +26,25 @@ pub(super) struct SentencePiece {
     pieces: HashMap<Box<str>, Piece>,
     /// Bytes of the longest piece.
     longest: usize,
-    /// Texts that become a token before the rest is split.
+    /// Matcher of texts that become tokens before the rest is split.
     whole: AhoCorasick,
     /// Tokens of these texts, in the order of the patterns.
     whole_ids: Vec<u32>,
-    /// Tokens of single bytes, for characters that are no piece.
+    /// Tokens of single bytes, for characters that aren't pieces.
     bytes: [Option<u32>; 256],
-    /// Token of characters that neither pieces nor bytes can write.
+    /// Token for characters that neither pieces nor bytes can write.
     unknown: Option<u32>,
-    /// A text has a space before it.
+    /// True if a space is put before each text.
     adds_space: bool,
 }
 
 impl SentencePiece {
-    /// Collects the pieces of a vocabulary with their scores. `whole` are the tokens that text is never joined to but has as a
-    /// whole.
+    /// Collects the pieces of a vocabulary with their scores. `whole` are the tokens that are matched as a whole instead of
+    /// being joined from parts.
     ///
     /// # Errors
     ///
-    /// Fails if there are too many of `whole`.
+    /// Fails if `whole` has too many tokens.
     pub(super) fn new<'v>(
         vocabulary: &'v Vocabulary,
         scores: &[f32],
@@ -53,7 +53,7 @@ impl SentencePiece {
     ) -> Result<Self, TokenizerError> {
         let tokens = || (0u32..).zip(vocabulary.texts.iter().zip(&vocabulary.kinds));
         let mut bytes = [None; 256];
-        // Text spells no control token, and no byte token but for its byte.
+        // Text never becomes a control token, and becomes a byte token only to write that byte.
         for (id, (text, _)) in tokens().filter(|(id, _)| !vocabulary.steers(*id)) {
             if let Some(byte) = byte_token(text) {
                 bytes[usize::from(byte)] = Some(id);
@@ -110,7 +110,7 @@ impl SentencePiece {
             } else if bytes().all(|id| id.is_some()) {
                 ids.extend(bytes().flatten());
             } else {
-                // Unknown characters in a row are one token.
+                // Consecutive unknown characters become one token.
                 ids.extend(self.unknown.filter(|_| !is_unknown));
                 is_unknown = true;
                 continue;
@@ -119,8 +119,8 @@ impl SentencePiece {
         }
     }
 
-    /// Splits a text into pieces and characters that are none: of all neighbours that form a piece, those of the best score are
-    /// joined, the leftmost ones if several have it, until none do.
+    /// Splits a text into pieces and into characters that aren't pieces: joins the best-scoring neighbours that form a piece,
+    /// the leftmost if several score best, until no neighbours form one.
     fn join<'t>(&self, text: &'t str) -> impl Iterator<Item = &'t str> {
         let mut symbols = Symbols::of(text);
         let mut pairs = BinaryHeap::new();
@@ -128,7 +128,7 @@ impl SentencePiece {
             pairs.extend(self.pair(text, &symbols, left));
         }
         while let Some(pair) = pairs.pop() {
-            // One of the two may have been joined with another neighbour meanwhile.
+            // One of the two may have been joined with another neighbour since.
             if symbols.place(pair.left) != Some((pair.start, pair.end)) {
                 continue;
             }
@@ -142,7 +142,7 @@ impl SentencePiece {
         symbols.filter_map(|symbol| text.get(symbol.start..symbol.end).filter(|s| !s.is_empty()))
     }
 
-    /// Returns a symbol and its right neighbour, if they form a piece.
+    /// Returns a symbol and its right neighbour as a pair, if they form a piece.
     fn pair(&self, text: &str, symbols: &Symbols, left: usize) -> Option<Pair> {
         let (start, end) = symbols.place(left)?;
         let known = (end - start <= self.longest).then(|| self.pieces.get(&text[start..end]));
@@ -156,7 +156,7 @@ impl SentencePiece {
     }
 }
 
-/// A part of a text: a character, or several that were joined. Those that were joined to another one are empty.
+/// A part of a text: a character, or several joined ones. A symbol that was joined to its left neighbour is empty.
 #[derive(Debug, Clone, Copy)]
 struct Symbol {
     start: usize,
@@ -182,7 +182,7 @@ impl Symbols {
         Self(symbols.collect())
     }
 
-    /// Returns the place of a symbol and its right neighbour together; `None` if it has none or is empty.
+    /// Returns the range of a symbol and its right neighbour together; `None` if the symbol has no such neighbour or is empty.
     fn place(&self, left: usize) -> Option<(usize, usize)> {
         let symbol = self.0[left];
         let after = self.0[symbol.after?];
@@ -204,7 +204,7 @@ impl Symbols {
     }
 }
 
-/// Neighbours that form a piece. The greatest is joined first.
+/// Neighbours that form a piece. The greatest pair is joined first.
 #[derive(Debug)]
 struct Pair {
     score: f32,
@@ -234,10 +234,10 @@ impl PartialEq for Pair {
 
 impl Eq for Pair {}
 
-/// `<0x0A>` is the byte 10.
+/// Returns the byte of a token such as `<0x0A>`.
 pub(super) fn byte_token(text: &str) -> Option<u8> {
     let hex = text.strip_prefix("<0x")?.strip_suffix('>')?;
-    // Reading a number would take a sign as well.
+    // Parsing a number would accept a sign as well.
     let is_byte = hex.len() == 2 && hex.bytes().all(|digit| digit.is_ascii_hexdigit());
     is_byte.then(|| u8::from_str_radix(hex, 16).ok()).flatten()
 }

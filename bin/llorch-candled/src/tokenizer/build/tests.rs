@@ -9,10 +9,10 @@ use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer
 use crate::tokenizer::sentence_piece::{SPACE, byte_token};
 use crate::tokenizer::{Splitter, Tokenizer, TokenizerError};
 
-/// Text, score, kind.
+/// Text, score and kind of a token.
 type Token<'t> = (&'t str, f32, u32);
 
-/// The header of a file with this vocabulary and these further entries.
+/// Returns the header of a file with this tokenizer.
 fn header(kind: &str, pre: Option<&str>, merges: &[&str], vocabulary: &[Token<'_>]) -> GgufFile {
     header_of("some", kind, pre, merges, vocabulary)
 }
@@ -160,7 +160,7 @@ fn tokens_of_bytes_have_two_hexadecimal_digits() {
     assert_eq!(bytes, [Some(10), Some(255), None, None, None, None]);
 }
 
-/// Returns the `tokenizers` library's pipeline for pieces, with a rule for each pair that forms one, the best first.
+/// Returns the `tokenizers` library's pipeline for pieces, with a rule for each pair that forms a piece, best first.
 fn rules_of(pieces: &[Token<'_>]) -> tokenizers::Tokenizer {
     let vocab: Vocab = (0..)
         .zip(pieces)
@@ -194,7 +194,7 @@ fn rules_of(pieces: &[Token<'_>]) -> tokenizers::Tokenizer {
     tokenizer
 }
 
-/// Pieces of several characters, the best first.
+/// Pieces of several characters, best first.
 fn drawn_pieces() -> impl Strategy<Value = Vec<String>> {
     let pieces = proptest::collection::btree_set("[ab\u{2581}é]{2,5}", 0..40);
     pieces.prop_map(Vec::from_iter).prop_shuffle()
@@ -212,7 +212,7 @@ proptest! {
         pieces.extend([("<0xC3>", 0.0, 6), ("<0xA9>", 0.0, 6), ("<0x63>", 0.0, 6)]);
         let characters = ["a", "b", "\u{2581}", "é"].into_iter().take(if accented { 4 } else { 3 });
         pieces.extend(characters.map(|text| (text, -100.0, NORMAL)));
-        // The library joins no character that is no piece with another.
+        // The library never joins a character that isn't a piece with another.
         let drawn = drawn.iter().filter(|text| accented || !text.contains('é'));
         pieces.extend((0u8..).zip(drawn).map(|(rank, text)| (text.as_str(), -f32::from(rank), NORMAL)));
         let ours = Tokenizer::from_header(&header("llama", None, &[], &pieces)).expect("a vocabulary");
