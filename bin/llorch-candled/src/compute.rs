@@ -1,6 +1,6 @@
-//! The threads that compute: one loads the model and then runs all executions side by side, and one makes tokens of their
-//! prompts before, which takes a while for a long one. Nothing here ever runs on the async runtime, so `/health` answers
-//! however busy the processors are.
+//! The compute threads: one loads the model and then runs all executions concurrently, the other tokenizes their prompts
+//! beforehand, which takes a while for long prompts. Nothing here runs on the async runtime, so `/health` answers even while
+//! all processors are busy.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,31 +20,31 @@ use crate::metrics::Metrics;
 use crate::panics::caught;
 use crate::status::{Loaded, Status};
 
-/// Model file, device and shared state of the compute threads.
+/// The model file, device and shared state of the compute threads.
 pub struct Compute {
-    /// The model file.
+    /// Path of the model file.
     pub model: PathBuf,
-    /// Its hash, where the pool knows it.
+    /// SHA-256 of the file, if the pool knows it.
     pub sha256: Option<String>,
-    /// Where to compute.
+    /// Device that computes the model.
     pub device: Device,
-    /// Tokens of context and of the cache, and sequences at once.
+    /// Tokens of context and of the cache, and number of concurrent sequences.
     pub sizes: Sizes,
-    /// True if tokens are guessed from the text before and checked together.
+    /// True if tokens are guessed from the preceding text and verified together.
     pub speculates: bool,
-    /// The worker's account of itself.
+    /// State behind `/health`, updated while computing.
     pub status: Arc<Status>,
-    /// Where events go.
+    /// Executions whose buffers receive the events.
     pub executions: Arc<Executions>,
-    /// Figures.
+    /// Counters and histograms of the computation.
     pub metrics: Arc<Metrics>,
 }
 
-/// An execution with its prompt as tokens.
+/// An execution with its tokenized prompt.
 type Prepared = (Arc<Execution>, Generation);
 
 impl Compute {
-    /// Starts the threads. `loaded` hears how loading went.
+    /// Starts the threads. `loaded` receives the outcome of loading.
     pub fn start(
         self,
         queue: Receiver<Arc<Execution>>,
@@ -69,7 +69,7 @@ impl Compute {
                 Ok(engine) => Arc::new(engine),
                 Err(error) => {
                     compute.status.failed(error.to_string());
-                    // Nobody listens only when the process ends anyway.
+                    // Sending fails only without a receiver, that is, while the process ends.
                     let _ = loaded.send(Err(error));
                     return;
                 }
@@ -81,7 +81,7 @@ impl Compute {
         spawn("compute", Box::new(run))
     }
 
-    /// Makes tokens of the prompts of executions, one after the other.
+    /// Tokenizes the prompts of executions one after the other.
     fn prepare(
         &self,
         engine: &Engine,
@@ -89,7 +89,7 @@ impl Compute {
         prepared: &Sender<Prepared>,
     ) {
         while let Ok(execution) = queue.recv() {
-            // A queue hands every execution out once.
+            // Always present: the queue yields each execution once.
             let Some(request) = execution.take_request() else {
                 continue;
             };
@@ -111,7 +111,7 @@ impl Compute {
         }
     }
 
-    /// Runs executions, all those that there are side by side.
+    /// Runs all executions concurrently.
     fn run(&self, engine: &Engine, prepared: &Receiver<Prepared>) {
         let mut batcher = Batcher::new(engine).speculate(self.speculates);
         loop {
@@ -172,7 +172,7 @@ impl Compute {
         crash_point("load.done");
         self.metrics
             .step(&Step::default(), Duration::ZERO, 0, engine.room());
-        // What is not taken yet, but for the little that the warm-up took.
+        // Memory that is not allocated yet, except for the little that the warm-up allocated.
         let to_come = engine.working_bytes();
         self.status.set_room(engine.room());
         self.status.ready(Loaded {
@@ -182,7 +182,7 @@ impl Compute {
         Ok(engine)
     }
 
-    /// Tells an execution's end, after which its slot is free.
+    /// Publishes the end of an execution, which frees its slot.
     fn end(&self, execution: &Arc<Execution>, drawn: u64, outcome: Result<WorkerEnd, Failure>) {
         let (job_id, attempt) = (execution.job_id(), execution.attempt());
         crash_point("execute.ending");
@@ -211,7 +211,7 @@ impl Compute {
             }
             Err(failure) => {
                 let code = failure.code();
-                // What a template or a request says may quote a prompt; it goes to the reader alone.
+                // The message of a template or a request error may quote a prompt, so only the reader sees it.
                 if code == WorkerErrorCode::InferenceFailed {
                     tracing::error!(job_id, attempt, error = %failure, "the computation failed");
                 } else {
@@ -232,7 +232,7 @@ impl Compute {
     }
 }
 
-/// An execution that runs.
+/// The control of a running execution.
 struct Running<'a> {
     compute: &'a Compute,
     execution: Arc<Execution>,

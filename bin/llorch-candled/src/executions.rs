@@ -1,7 +1,7 @@
-//! The jobs this worker runs or has run: who may start one, and what readers can still see of them.
+//! The jobs that this worker runs or has run: which of them may start, and which of their events readers can still see.
 //!
-//! An execution and its buffer don't belong to the connection that asked for them. A reader may go away and come back at
-//! any event; the buffer stays until it is deleted, until some time after the end, or until newer ones need the room.
+//! An execution and its buffer don't belong to the connection that asked for them. A reader may disconnect and resume at any
+//! event. The buffer stays until it is deleted, until some time after the end, or until newer buffers need the room.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -16,40 +16,40 @@ use tokio::sync::watch;
 
 use crate::engine::Halted;
 
-/// What is kept of finished executions.
+/// Limits on running executions and on buffers.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Sequences that run at once.
+    /// Executions that may run at once.
     pub slots: usize,
-    /// How long a buffer lives after its end.
+    /// Lifetime of a buffer after the end of its execution.
     pub ttl: Duration,
-    /// Bytes of all buffers together; the oldest finished ones go first.
+    /// Bytes that all buffers together may take. The oldest finished executions are dropped first.
     pub buffer_bytes: usize,
 }
 
-/// Why an execution can't start.
+/// Reason why an execution can't start or be cancelled.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// Another job runs.
+    /// All slots are in use.
     Busy {
-        /// How many run.
+        /// Number of slots in use.
         active: usize,
     },
-    /// The job has been here with a newer fence.
+    /// The worker has seen the job with a newer fence.
     StaleFence {
-        /// The newest fence seen.
+        /// Fence of the job's newest execution.
         current: u64,
     },
-    /// The worker is about to end.
+    /// The worker is shutting down.
     ShuttingDown,
 }
 
-/// An event as readers get it.
+/// An event as sent to readers.
 #[derive(Debug, Clone)]
 pub struct StoredEvent {
-    /// The SSE `event:` name.
+    /// SSE `event:` name.
     pub name: &'static str,
-    /// The SSE `data:` text.
+    /// SSE `data:` text.
     pub data: Arc<str>,
 }
 
@@ -66,16 +66,16 @@ impl StoredEvent {
     }
 }
 
-/// What a reader gets at once.
+/// The events that a reader hasn't seen yet.
 #[derive(Debug)]
 pub struct Batch {
     /// Events after the reader's position.
     pub events: Vec<StoredEvent>,
-    /// The newest figure, if the reader hasn't seen it.
+    /// Newest metrics event, if the reader hasn't seen it and the execution hasn't ended.
     pub metrics: Option<StoredEvent>,
-    /// The number of that figure.
+    /// Version of the newest metrics event, 0 before the first.
     pub metrics_version: u64,
-    /// No event will follow these.
+    /// True if no event will follow these.
     pub ended: bool,
 }
 
@@ -85,7 +85,7 @@ struct EventLog {
     bytes: usize,
     metrics: Option<StoredEvent>,
     metrics_version: u64,
-    /// End of the execution in this process's own time, so that a gap in which the worker did not run ages no buffer.
+    /// Time of the end on the process's own clock, so that a pause of the whole worker ages no buffer; `None` before the end.
     ended: Option<Duration>,
 }
 
@@ -96,9 +96,9 @@ pub struct Execution {
     attempt: u32,
     fence: u64,
     accepted: Instant,
-    /// 0, or what [`halt_code`] says.
+    /// Reason to stop, encoded by [`halt_code`]; 0 while the execution may continue.
     halt: AtomicU8,
-    /// Taken when the execution begins, so that a prompt is kept no longer than needed.
+    /// Taken when the execution begins, so that the prompt is kept no longer than needed.
     request: Mutex<Option<ExecuteRequest>>,
     log: Mutex<EventLog>,
     changed: watch::Sender<()>,
@@ -118,27 +118,27 @@ impl Execution {
         }
     }
 
-    /// The job.
+    /// Returns the id of the job.
     pub fn job_id(&self) -> &str {
         &self.job_id
     }
 
-    /// Number of the attempt.
+    /// Returns the number of the attempt.
     pub fn attempt(&self) -> u32 {
         self.attempt
     }
 
-    /// When the request came.
+    /// Returns the time at which the request was accepted.
     pub fn accepted(&self) -> Instant {
         self.accepted
     }
 
-    /// The request, once.
+    /// Takes the request. Returns `None` after the first call.
     pub fn take_request(&self) -> Option<ExecuteRequest> {
         lock(&self.request).take()
     }
 
-    /// Whether to go on.
+    /// Fails with the reason to stop, if there is one.
     pub fn check(&self) -> Result<(), Halted> {
         match self.halt.load(Ordering::Acquire) {
             0 => Ok(()),
@@ -148,14 +148,14 @@ impl Execution {
         }
     }
 
-    /// Tells the execution to end; the first reason given is the one readers learn.
+    /// Asks the execution to stop. Readers learn only the first reason given.
     fn halt(&self, why: Halted) {
         let _ = self
             .halt
             .compare_exchange(0, halt_code(why), Ordering::AcqRel, Ordering::Acquire);
     }
 
-    /// Adds an event to the buffer and wakes the readers.
+    /// Adds an event to the buffer and wakes the readers. A metrics event replaces the previous one.
     fn push(&self, event: &WorkerEvent) {
         let mut log = lock(&self.log);
         let stored = StoredEvent::new(event);
@@ -173,7 +173,7 @@ impl Execution {
         self.changed.send_replace(());
     }
 
-    /// What a reader that has seen `position` events, and figures up to `metrics_version`, hasn't seen.
+    /// Returns the events after `position`, and the metrics event if its version is above `metrics_version`.
     pub fn read(&self, position: usize, metrics_version: u64) -> Batch {
         let log = lock(&self.log);
         Batch {
@@ -187,17 +187,17 @@ impl Execution {
         }
     }
 
-    /// Wakes when there is something new.
+    /// Returns a receiver that wakes after every event.
     pub fn subscribe(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
 
-    /// The number of events so far.
+    /// Returns the number of events so far, without metrics events.
     pub fn length(&self) -> usize {
         lock(&self.log).events.len()
     }
 
-    /// The number of events, once no more will come.
+    /// Returns the number of events, or `None` before the end.
     pub fn final_length(&self) -> Option<usize> {
         let log = lock(&self.log);
         log.ended.map(|_| log.events.len())
@@ -222,15 +222,16 @@ fn halt_code(why: Halted) -> u8 {
 
 #[derive(Debug, Default)]
 struct Table {
-    /// The newest execution of each job.
+    /// Newest execution of each job.
     jobs: HashMap<String, Arc<Execution>>,
-    /// Executions that haven't ended, in the order they came.
+    /// Executions that haven't ended, in order of arrival.
     active: Vec<Arc<Execution>>,
     shutting_down: bool,
 }
 
 impl Table {
-    /// Executions that hold a slot: one that was told to end frees its slot within a token, so it doesn't count.
+    /// Returns the number of executions that hold a slot. An execution that was asked to stop soon frees its slot, so it
+    /// doesn't count.
     fn busy_slots(&self) -> usize {
         self.active
             .iter()
@@ -264,13 +265,13 @@ impl Table {
 pub struct Executions {
     table: Mutex<Table>,
     limits: Limits,
-    /// Wakes who waits for the worker to be idle.
+    /// True while no execution runs; [`Executions::drain`] waits for it.
     idle: watch::Sender<bool>,
     compute: Sender<Arc<Execution>>,
 }
 
 impl Executions {
-    /// No executions yet. New ones are sent to `compute`.
+    /// Returns an empty table, which sends new executions to `compute`.
     pub fn new(limits: Limits, compute: Sender<Arc<Execution>>) -> Self {
         Self {
             table: Mutex::default(),
@@ -280,7 +281,7 @@ impl Executions {
         }
     }
 
-    /// Starts an execution, or attaches to the one that has the same fence already.
+    /// Starts an execution, or attaches to the job's execution with the same fence.
     pub fn submit(&self, request: ExecuteRequest) -> Result<Arc<Execution>, Refusal> {
         let mut table = lock(&self.table);
         table.sweep(&self.limits, clock::elapsed());
@@ -305,7 +306,7 @@ impl Executions {
             return Err(Refusal::Busy { active });
         }
         let execution = Arc::new(Execution::new(request));
-        // The compute thread lives as long as the worker: it fails only when the process ends.
+        // Fails only while the process ends: the receiving thread lives as long as the worker.
         self.compute
             .send(Arc::clone(&execution))
             .map_err(|_| Refusal::ShuttingDown)?;
@@ -318,14 +319,14 @@ impl Executions {
         Ok(execution)
     }
 
-    /// The newest execution of a job.
+    /// Returns the newest execution of a job.
     pub fn get(&self, job_id: &str) -> Option<Arc<Execution>> {
         let mut table = lock(&self.table);
         table.sweep(&self.limits, clock::elapsed());
         table.jobs.get(job_id).cloned()
     }
 
-    /// Tells a job to end. `false` where it had ended or was never here.
+    /// Asks a job to stop. Returns `false` if the job has ended or is unknown.
     pub fn cancel(&self, job_id: &str, fence: u64) -> Result<bool, Refusal> {
         let table = lock(&self.table);
         let Some(execution) = table.jobs.get(job_id) else {
@@ -344,7 +345,7 @@ impl Executions {
         Ok(true)
     }
 
-    /// Forgets a finished execution. `None` where there is none, `false` where it still runs.
+    /// Removes a finished execution. Returns `None` if the job is unknown and `false` if it still runs.
     pub fn delete(&self, job_id: &str) -> Option<bool> {
         let mut table = lock(&self.table);
         let ended = table.jobs.get(job_id)?.ended().is_some();
@@ -354,14 +355,14 @@ impl Executions {
         Some(ended)
     }
 
-    /// Adds an event to an execution's buffer; the last one frees its slot.
+    /// Adds an event to an execution's buffer. The last event frees the slot.
     pub fn push(&self, execution: &Arc<Execution>, event: &WorkerEvent) {
         if !event.is_last() {
             execution.push(event);
             return;
         }
         let mut table = lock(&self.table);
-        // Under the table's lock, so that who reads the end can take the slot at once.
+        // Under the table's lock, so that a reader of the last event can take the slot at once.
         execution.push(event);
         table
             .active
@@ -372,12 +373,12 @@ impl Executions {
         }
     }
 
-    /// How many executions haven't ended.
+    /// Returns the number of executions that haven't ended.
     pub fn active(&self) -> usize {
         lock(&self.table).active.len()
     }
 
-    /// Bytes of all buffers.
+    /// Returns the bytes of all buffers.
     pub fn buffer_bytes(&self) -> usize {
         lock(&self.table)
             .jobs
@@ -386,12 +387,12 @@ impl Executions {
             .sum()
     }
 
-    /// Drops what has outlived its time.
+    /// Drops expired buffers, and the oldest finished ones above the byte limit.
     pub fn sweep(&self) {
         lock(&self.table).sweep(&self.limits, clock::elapsed());
     }
 
-    /// Takes no more jobs, gives those that run `limit` to finish, then tells them to end. Returns when all have.
+    /// Refuses new jobs, gives running ones `limit` to finish, then asks the rest to stop. Returns when all have ended.
     pub async fn drain(&self, limit: Duration) {
         lock(&self.table).shutting_down = true;
         let mut idle = self.idle.subscribe();
@@ -404,12 +405,12 @@ impl Executions {
         for execution in &lock(&self.table).active {
             execution.halt(Halted::ShuttingDown);
         }
-        // This side holds a sender itself, so the channel can't close.
+        // `self.idle` is the sender, so the channel can't close.
         let _ = idle.wait_for(|idle| *idle).await;
     }
 }
 
-/// A thread that panicked while it held a lock left nothing half done: every change here is one assignment.
+/// Locks a mutex, even after a panic under the lock: no change here can stop halfway.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -574,7 +575,7 @@ mod tests {
     #[tokio::test]
     async fn draining_waits_then_halts_and_takes_nothing_new() {
         let (executions, _compute) = executions(HOUR, 1 << 20);
-        executions.drain(HOUR).await; // Idle: at once.
+        executions.drain(HOUR).await; // Idle: returns at once.
         assert_eq!(
             executions.submit(request("a", 1)).unwrap_err(),
             Refusal::ShuttingDown

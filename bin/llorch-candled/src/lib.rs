@@ -1,7 +1,7 @@
-//! The worker: one model on one device, answering jobs side by side over HTTP.
+//! The worker: one model on one device, serving jobs concurrently over HTTP.
 //!
-//! It binds its port, then loads the model on a thread of its own, then tells the pool. The `engine` knows nothing of
-//! HTTP; `executions` holds what readers see; `api` joins the two.
+//! The worker binds its port, loads the model on a separate thread, and then notifies the pool. `engine` knows nothing of HTTP,
+//! `executions` holds the events for readers, and `api` joins the two.
 
 pub mod api;
 pub mod backend;
@@ -34,68 +34,68 @@ use executions::{Executions, Limits};
 use metrics::Metrics;
 use status::Status;
 
-/// A task of the largest size with the ids to resume from, as JSON.
+/// Largest request body in bytes: a task of the largest size with the token ids to resume from, as JSON.
 const BODY_LIMIT: usize = 16 << 20;
-/// How often buffers that have outlived their time are looked for.
+/// Interval between sweeps for expired buffers.
 const SWEEP: Duration = Duration::from_secs(10);
 
-/// What a worker is started with.
+/// The settings of a worker.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The command line that the pool builds.
+    /// Command line, as built by the pool.
     pub args: WorkerArgs,
-    /// The secret that opens its routes.
+    /// Secret that every route but `/health` requires.
     pub secret: Secret,
-    /// Tells this start of the worker from others.
+    /// Value that distinguishes this start of the worker from others.
     pub nonce: String,
-    /// Number of threads that compute.
+    /// Number of compute threads.
     pub threads: usize,
-    /// True if tokens are guessed from the text before and checked together.
+    /// True if tokens are guessed from the preceding text and verified together.
     pub speculates: bool,
-    /// How long an execution's buffer lives after its end.
+    /// Lifetime of an execution's buffer after its end.
     pub execution_ttl: Duration,
-    /// Bytes of all buffers together.
+    /// Bytes that all buffers together may take.
     pub buffer_bytes: usize,
 }
 
-/// Why a worker ends badly.
+/// A failure that ends the worker.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The secret is missing.
+    /// The environment contains no secret.
     #[error("{SECRET_VAR} is not set: without a secret a worker would execute for anybody")]
     NoSecret,
-    /// It can't listen.
+    /// The worker can't listen on its port.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// It can't compute on the device.
+    /// The worker can't compute on the device.
     #[error(transparent)]
     Backend(#[from] BackendError),
     /// It can't use the model.
     #[error("`{model}` can't be served")]
     Model {
-        /// The file.
+        /// Path of the model file.
         model: String,
-        /// What is wrong with it.
+        /// Reason why the file can't be served.
         source: Box<LoadError>,
     },
-    /// The system refuses what it needs.
+    /// The system refused a resource.
     #[error("could not start")]
     System(#[from] std::io::Error),
-    /// Its figures can't be set up.
+    /// The metrics can't be registered.
     #[error("could not set up metrics")]
     Metrics(#[from] prometheus::Error),
-    /// The compute thread is gone.
+    /// The compute thread ended without an outcome.
     #[error("the compute thread ended")]
     ComputeGone,
 }
 
 impl RunError {
-    /// The exit code that tells the pool what happened.
+    /// Returns the exit code, which tells the pool the kind of failure.
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::NoSecret => 2,
             Self::Model { source, .. } if source.is_usage() => 2,
-            // The system's trouble may pass, and the orchestrator gives a refused file no second chance.
+            // A system error may be temporary, but the orchestrator never retries a refused file.
             Self::Model { source, .. } if source.is_io() => 1,
             Self::Bind(BindError::InUse { .. }) => EXIT_PORT_TAKEN,
             Self::Model { .. } => EXIT_MODEL_INVALID,
@@ -103,7 +103,7 @@ impl RunError {
         }
     }
 
-    /// What to try next.
+    /// Returns what to try next.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::NoSecret => {
@@ -116,7 +116,7 @@ impl RunError {
     }
 }
 
-/// The secret and the nonce that the pool hands over in the environment.
+/// Returns the secret and the nonce that the pool passes in the environment. A missing nonce is empty.
 pub fn handed_over() -> Result<(Secret, String), RunError> {
     let secret = std::env::var(SECRET_VAR)
         .ok()
@@ -128,7 +128,7 @@ pub fn handed_over() -> Result<(Secret, String), RunError> {
     ))
 }
 
-/// Runs a worker until `shutdown`. `listening` hears its address, which port 0 leaves open until then.
+/// Runs a worker until `shutdown`. Calls `listening` with the bound address, which is not known earlier if the port is 0.
 pub async fn run(
     config: Config,
     shutdown: Shutdown,
@@ -147,7 +147,8 @@ pub async fn run(
         token: Some(secret.clone()),
         open_paths: vec!["/health"],
         body_limit: BODY_LIMIT,
-        // Only the fleet has the secret; a caller without the secret is refused as soon as its head is read.
+        // Every request counts as control traffic: only the fleet has the secret, and other callers are refused after their
+        // request head.
         is_control: |_, _| true,
         is_stream: |_, _, _| false,
         ..ServiceOptions::new(
@@ -198,7 +199,7 @@ pub async fn run(
     let outcome = serve(&args, secret, &status, &executions, &shutdown, loaded).await;
     closing.trigger();
     if outcome.is_ok() {
-        // A panic in the server has been reported already.
+        // The server has already reported a panic of its own.
         let _ = server.await;
     }
     outcome
@@ -244,7 +245,7 @@ async fn serve(
         () = told => {}
         () = swept => {}
     }
-    // The port stays open meanwhile: readers that lost their connection can come back for the end.
+    // The port stays open while jobs drain, so that readers that lost their connection can return for the end.
     executions.drain(args.stop_grace()).await;
     Ok(())
 }

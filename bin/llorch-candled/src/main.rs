@@ -12,24 +12,24 @@ use pool_core::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Threads in addition to the compute threads: the runtime's, the one that leads the computation, the one that prepares, a
-/// template's, and, while the model is loaded, the tokenizer's.
+/// Threads in addition to the compute threads: those of the runtime, the leader of the computation, the preparer of prompts,
+/// the renderer of chat templates and, while the model is loaded, the builder of the tokenizer.
 const OWN_THREADS: usize = 10;
 
-/// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which hand over
-/// LLORCH_WORKER_SECRET and LLORCH_WORKER_NONCE in the environment.
+/// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which pass LLORCH_WORKER_SECRET and
+/// LLORCH_WORKER_NONCE in the environment.
 #[derive(Debug, Parser)]
 #[command(name = "llorch-candled", version)]
 struct Cli {
     #[command(flatten)]
     worker: WorkerArgs,
-    /// Compute every token by itself instead of guessing some from the text before. The answers are the same.
+    /// Compute each token separately instead of guessing tokens from the preceding text. The answers do not change.
     #[arg(long)]
     no_speculation: bool,
     /// Seconds that an execution's events stay available after its end.
     #[arg(long, default_value_t = 600)]
     execution_ttl_s: u64,
-    /// MiB that the events of all executions may take; the oldest finished ones go first.
+    /// MiB that the events of all executions may take. The oldest finished executions are dropped first.
     #[arg(long, default_value_t = 64)]
     buffer_mib: usize,
 }
@@ -57,7 +57,8 @@ fn main() -> ExitCode {
                 .and_then(RunError::hint)
                 .map(|hint| format!(" ({hint})"))
                 .unwrap_or_default();
-            // The pool shows the last line that begins like this as the reason of the worker's end, so it is one line.
+            // The pool shows the last line with this prefix as the reason of the worker's end, so the error must fit on one
+            // line.
             let line = format!("{error:#}").replace('\n', " ");
             let _ = writeln!(io::stderr(), "error: {line}{hint}");
             let code = known.map_or(1, RunError::exit_code);
@@ -91,16 +92,17 @@ fn start(cli: Cli, threads: u32, fewer: bool) -> anyhow::Result<()> {
         execution_ttl: Duration::from_secs(cli.execution_ttl_s),
         buffer_bytes: cli.buffer_mib << 20,
     };
-    // Two threads are plenty for the events of one computation, and leave the processors to it.
+    // Two threads are plenty for the events of one computation, and leave the processors to the computation.
     let runtime = pool_core::service::threads::runtime(2, 2)?;
     let outcome = runtime.block_on(async {
-        // A daemon that dies leaves the worker's process group without a parent in its session, upon which the kernel
-        // hangs up a worker that somebody had stopped for a moment. Asking for the signal is enough to survive it.
+        // If the daemon dies, the worker's process group is orphaned, and the kernel sends SIGHUP to an orphaned group with a
+        // stopped member. Registering for the signal is enough to survive it.
         let _hangups = signal(SignalKind::hangup()).map_err(RunError::System)?;
         let shutdown = Shutdown::on_signals().map_err(RunError::System)?;
         run(config, shutdown, |_| ()).await
     });
-    // A model that is still being read, or a client that doesn't read its events, must not hold the process up.
+    // Don't wait for blocking work: a model that is still being read, or a client that doesn't read its events, must not delay
+    // the exit.
     runtime.shutdown_background();
     Ok(outcome?)
 }

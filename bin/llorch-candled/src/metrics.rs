@@ -1,4 +1,4 @@
-//! Figures for Prometheus.
+//! Metrics for Prometheus.
 
 use std::time::Duration;
 
@@ -13,9 +13,9 @@ use prometheus::{
 use crate::engine::batcher::Step;
 use crate::engine::cache::Room;
 
-/// The outcome of an execution with a complete text.
+/// Outcome label of an execution with a complete text.
 const END: &str = "end";
-/// The errors that an execution may end with.
+/// Errors that an execution may end with.
 const ERRORS: [WorkerErrorCode; 8] = [
     WorkerErrorCode::InvalidRequest,
     WorkerErrorCode::ContextOverflow,
@@ -27,7 +27,7 @@ const ERRORS: [WorkerErrorCode; 8] = [
     WorkerErrorCode::CacheFull,
 ];
 
-/// Every figure of the worker. Names and labels carry nothing of a job.
+/// All metrics of the worker. Names and labels reveal nothing about a job.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
@@ -52,7 +52,7 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Figures that all stand at zero.
+    /// Creates and registers the metrics. Counters start at zero.
     pub fn new(load: Load) -> prometheus::Result<Self> {
         let limit = IntGauge::new(
             "candled_connections_limit",
@@ -167,7 +167,7 @@ impl Metrics {
         for collector in collectors {
             metrics.registry.register(collector)?;
         }
-        // Rates and alerts miss a series that begins with its first event.
+        // Rates and alerts miss a series that begins with its first event, so every series begins here.
         for outcome in ERRORS.map(WorkerErrorCode::as_str) {
             metrics.executions.with_label_values(&[outcome]);
         }
@@ -180,7 +180,7 @@ impl Metrics {
         self.prompt_tokens.inc_by(tokens.into());
     }
 
-    /// Notes a step of the computation, after which `waiting` sequences wait for room in the cache.
+    /// Records a step of the computation, after which `waiting` sequences wait for room in the cache.
     pub fn step(&self, step: &Step, took: Duration, waiting: usize, room: Room) {
         if step.sequences > 0 {
             self.batch.observe(step.sequences as f64);
@@ -194,12 +194,12 @@ impl Metrics {
         self.cache_blocks_used.set((room.total - room.free) as i64);
     }
 
-    /// A token was generated.
+    /// Counts a generated token.
     pub fn token(&self) {
         self.generated_tokens.inc();
     }
 
-    /// An execution came to a good end after `drawn` tokens of its own.
+    /// Records an execution with a complete text, of which this attempt drew `drawn` tokens.
     pub fn ended(&self, end: &WorkerEnd, drawn: u64) {
         self.executions.with_label_values(&[END]).inc();
         if drawn > 0 {
@@ -211,12 +211,12 @@ impl Metrics {
         }
     }
 
-    /// An execution ended with this error code.
+    /// Counts an execution that ended with this error code.
     pub fn failed(&self, code: &str) {
         self.executions.with_label_values(&[code]).inc();
     }
 
-    /// All figures as text.
+    /// Returns all metrics in Prometheus' text format.
     pub fn render(&self, active: usize, buffer_bytes: usize) -> prometheus::Result<String> {
         self.active.set(active as i64);
         self.buffer_bytes.set(buffer_bytes as i64);

@@ -1,16 +1,16 @@
-//! What is said of a panic. Its message may quote a prompt, as that of a slice that splits a character does, so nobody
-//! hears it: the place tells a developer where to look.
+//! Panic reports without the panic's message. The message may quote a prompt, as that of a slice that splits a character does,
+//! so only the place is printed, which shows a developer where to look.
 
 use std::any::Any;
 use std::io::{self, Write as _};
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 
-/// A panic, as users hear of it.
+/// A panic, as reported to users.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the worker broke off because of a fault of its own; its log says where")]
 pub struct Panicked;
 
-/// Runs `work`, and makes a panic in it an error without its message. What `work` changed is for the caller to judge.
+/// Runs `work` and turns a panic in it into an error without a message. The caller judges the state that `work` leaves behind.
 pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, Panicked> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|_: Box<dyn Any + Send>| Panicked)
 }
@@ -18,7 +18,7 @@ pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, Panicked> {
 /// Makes panics of this process print where they happened, and nothing else.
 pub fn report_place_only() {
     std::panic::set_hook(Box::new(|info| {
-        // A panic in here would end the process, and standard error may lie on a full disk.
+        // A panic in here would end the process, and standard error may be a file on a full disk.
         let _ = writeln!(io::stderr(), "{}", place(info));
     }));
 }

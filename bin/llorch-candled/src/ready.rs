@@ -1,4 +1,4 @@
-//! Telling the pool manager that the worker is ready. It only hastens what the pool finds out by `/health` anyway.
+//! Notification of the pool manager that the worker is ready. The pool learns this from `/health` anyway, only later.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use serde::de::IgnoredAny;
 const TRIES: u32 = 5;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 
-/// Posts `health` to the pool's `/workers/ready`, a few times if need be. A pool that can't be told is logged, no more.
+/// Posts `health` to the pool's `/workers/ready`, at most `TRIES` times. A failure is only logged.
 pub async fn report(pool_url: &str, secret: Secret, health: WorkerHealth) {
     let client = match ApiClient::new(pool_url, Some(secret)) {
         Ok(client) => client,
@@ -26,7 +26,7 @@ pub async fn report(pool_url: &str, secret: Secret, health: WorkerHealth) {
             .await
         {
             Ok(_) => return,
-            // The pool understood and refused: it won't change its mind.
+            // The pool understood and refused, so a retry would not help.
             Err(
                 error @ ClientError::Api {
                     status: 400..=499, ..

@@ -1,4 +1,4 @@
-//! How ready the worker is, for anybody who asks: plain memory that no computation ever holds up.
+//! The worker's health, kept in plain memory so that no computation ever delays `/health`.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -10,13 +10,13 @@ use pool_core::worker_args::WorkerArgs;
 use crate::engine::batcher::tokens_of;
 use crate::engine::cache::Room;
 
-/// What is known once the model is loaded.
+/// Properties that are known once the model is loaded.
 #[derive(Debug, Clone, Copy)]
 pub struct Loaded {
-    /// Tokens of context of a sequence.
+    /// Context length of a sequence in tokens.
     pub context_length: u32,
-    /// What the process needs: its private bytes, the KV caches that its slots may fill, and what computing takes then.
-    /// `None` where the system doesn't tell.
+    /// Bytes that the process needs: its private memory, the KV caches that its slots may fill, and the working memory of a
+    /// computation. `None` if the system doesn't report them.
     pub measured_bytes: Option<u64>,
 }
 
@@ -27,7 +27,7 @@ enum Phase {
     Failed(String),
 }
 
-/// The worker's own account of itself.
+/// The state behind `/health`.
 #[derive(Debug)]
 pub struct Status {
     args: WorkerArgs,
@@ -40,7 +40,7 @@ pub struct Status {
 }
 
 impl Status {
-    /// A worker that begins to load.
+    /// Returns the status of a worker that begins to load.
     pub fn new(args: WorkerArgs, nonce: String) -> Self {
         Self {
             args,
@@ -53,9 +53,9 @@ impl Status {
         }
     }
 
-    /// Loading got this far.
+    /// Records that `done` of `total` is loaded.
     pub fn loading(&self, done: u64, total: u64) {
-        // 100 is for a model that is ready.
+        // 100 is reserved for a model that is ready.
         let percent = done
             .saturating_mul(100)
             .checked_div(total)
@@ -66,35 +66,35 @@ impl Status {
         crash_point("load.step");
     }
 
-    /// The model is loaded.
+    /// Records that the model is loaded.
     pub fn ready(&self, loaded: Loaded) {
         self.load_percent.store(100, Ordering::Relaxed);
         self.set(Phase::Ready(loaded));
     }
 
-    /// The model can't be loaded.
+    /// Records that the model can't be loaded.
     pub fn failed(&self, reason: String) {
         self.set(Phase::Failed(reason));
     }
 
-    /// Sets how full the cache is if all executions write their longest answers.
+    /// Sets the room in the cache, on the assumption that every execution writes its longest answer.
     pub fn set_room(&self, room: Room) {
         let store = |at: &AtomicU32, blocks| at.store(tokens_of(blocks), Ordering::Relaxed);
         store(&self.cache_tokens, room.total);
         store(&self.cache_free_tokens, room.free);
     }
 
-    /// Something was computed: a layer, a chunk, a token, a step of loading.
+    /// Counts a step of progress: a layer, a chunk, a token or a step of loading.
     pub fn advance(&self) {
         self.progress.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Whether the model is loaded.
+    /// Returns whether the model is loaded.
     pub fn is_ready(&self) -> bool {
         matches!(self.get(), Phase::Ready(_))
     }
 
-    /// The account, with `active` executions.
+    /// Returns the body of `/health`, with `active` executions.
     pub fn health(&self, active: usize) -> WorkerHealth {
         let (state, reason, loaded) = match self.get() {
             Phase::Loading => (HealthState::Loading, None, None),
