@@ -1,4 +1,4 @@
-//! The compute threads: one loads the model and then runs all executions concurrently, the other tokenizes their prompts
+//! The compute threads: one loads the model and then runs all executions concurrently, the other tokenises their prompts
 //! beforehand, which takes a while for long prompts. Nothing here runs on the async runtime, so `/health` answers even while
 //! all processors are busy.
 
@@ -40,7 +40,7 @@ pub struct Compute {
     pub metrics: Arc<Metrics>,
 }
 
-/// An execution with its tokenized prompt.
+/// An execution with its tokenised prompt.
 type Prepared = (Arc<Execution>, Generation);
 
 impl Compute {
@@ -81,7 +81,7 @@ impl Compute {
         spawn("compute", Box::new(run))
     }
 
-    /// Tokenizes the prompts of executions one after the other.
+    /// Tokenises the prompts of executions one after the other.
     fn prepare(
         &self,
         engine: &Engine,

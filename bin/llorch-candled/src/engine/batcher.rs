@@ -1,10 +1,10 @@
-//! Continuous batching: all generations that run share each pass through the weights.
+//! Continuous batching: all running generations share each pass through the weights.
 //!
-//! A step takes one token of every answer that is being written, and a chunk of the prompts that are being read, those that
-//! have waited longest first. So a long prompt slows the others down by the chunk in each step, and never stops them.
+//! A step computes one token of every answer in decode, and a chunk of the prompts in prefill, those that have waited longest
+//! first. So a long prompt slows the other generations by one chunk per step, and never stops them.
 //!
-//! Blocks are given out as sequences grow. When there are none left, the generation that came last gives its own back and
-//! waits; later it finds them in the cache, or computes them again. The oldest one always goes on.
+//! Blocks are allocated as sequences grow. When none are left, the generation admitted last releases its blocks and waits;
+//! later it finds them in the cache, or computes them again. The oldest generation always proceeds.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
@@ -20,52 +20,52 @@ use super::sequence::Core;
 use super::{Control, Engine, Failure, Generation, Halted};
 use crate::panics::{Panicked, caught};
 
-/// A generation that has come to its end.
+/// A generation that has ended.
 pub struct Ended<C> {
     /// The control that was given to [`Batcher::add`].
     pub control: C,
-    /// Its end, or the reason why it has none.
+    /// End of the answer, or the reason why there is none.
     pub outcome: Result<WorkerEnd, Failure>,
 }
 
-/// Counts of one step.
+/// The counts of one step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Step {
-    /// Sequences of the batch.
+    /// Sequences in the batch.
     pub sequences: usize,
-    /// Tokens that were computed.
+    /// Tokens that were computed, guesses included.
     pub tokens: usize,
-    /// Tokens that did not have to be, because the cache had them.
+    /// Tokens that the cache had, so that they were not computed.
     pub found: usize,
     /// Tokens that were guessed.
     pub guessed: usize,
-    /// Tokens that were guessed rightly.
+    /// Tokens that were guessed correctly.
     pub right: usize,
 }
 
-/// Generations that run on a model.
+/// The generations that run on a model.
 pub struct Batcher<'e, C> {
     engine: &'e Engine,
-    /// Those that have blocks, in the order in which they got their first ones.
+    /// Generations with blocks, in order of admission.
     running: Vec<Flight<'e, C>>,
-    /// Those that wait for blocks.
+    /// Generations that wait for blocks, in order of admission.
     waiting: VecDeque<Flight<'e, C>>,
-    /// Those that failed before they began.
+    /// Generations that failed before they began.
     failed: Vec<(Flight<'e, C>, Failure)>,
     speculates: bool,
-    /// Time that a row of a prompt took last.
+    /// Time per row of the last step that computed a prompt.
     row_time: Duration,
     steps: u64,
 }
 
-/// Share of one sequence in a step.
+/// The share of one sequence in a step.
 #[derive(Debug, Clone, Copy)]
 struct Part {
     /// Index in [`Batcher::running`].
     flight: usize,
-    /// Known tokens.
+    /// Number of known tokens to compute.
     known: usize,
-    /// Guessed tokens.
+    /// Number of guessed tokens to verify.
     guessed: usize,
 }
 
@@ -75,15 +75,15 @@ impl Part {
     }
 }
 
-/// Returns the number of tokens that blocks hold.
+/// Returns the number of tokens that fit in `blocks`.
 pub(crate) fn tokens_of(blocks: usize) -> u32 {
     u32::try_from(blocks * BLOCK).unwrap_or(u32::MAX)
 }
 
-/// Rows of a step up to which tokens are guessed. With more of them, checking a guess costs as much as computing it.
+/// Rows in a step up to which tokens are guessed. With more rows, verifying a guess costs as much as computing the token.
 const ROWS_WITH_GUESSES: usize = 8;
 
-/// Longest step that computes answers together with a prompt, as estimated from the step before.
+/// Longest step that computes answers together with a prompt, as estimated from the last step with a prompt.
 const LONGEST_STEP: Duration = Duration::from_millis(100);
 
 impl<'e, C: Control> Batcher<'e, C> {
@@ -100,7 +100,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         }
     }
 
-    /// Says whether tokens are guessed. What comes out is the same.
+    /// Sets whether tokens are guessed (the default), which does not change the answers.
     pub fn speculate(mut self, speculates: bool) -> Self {
         self.speculates = speculates;
         self
@@ -117,7 +117,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         }
     }
 
-    /// Returns the sizes of a generation that does not fit the cache now and that says not to wait; `None` if it may be added.
+    /// Returns the sizes of a generation that does not fit the cache now and must not wait. Returns `None` if it may be added.
     pub fn shortage(&self, generation: &Generation) -> Option<CacheShortage> {
         if self.is_empty() || !generation.request.refuse_if_full {
             return None;
@@ -130,7 +130,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         })
     }
 
-    /// Adds a generation.
+    /// Adds a generation. If it fails at once, the next [`step`](Self::step) returns the failure.
     pub fn add(&mut self, generation: Generation, control: C) {
         let (mut flight, resumed) = Flight::begin(self.engine, generation, control);
         match caught(|| flight.take_up(&resumed)) {
@@ -139,22 +139,22 @@ impl<'e, C: Control> Batcher<'e, C> {
         }
     }
 
-    /// Returns the number of generations.
+    /// Returns the number of generations, including waiting ones.
     pub fn len(&self) -> usize {
         self.running.len() + self.waiting.len() + self.failed.len()
     }
 
-    /// Returns how many of them wait for blocks.
+    /// Returns the number of generations that wait for blocks.
     pub fn waiting(&self) -> usize {
         self.waiting.len()
     }
 
-    /// Returns whether there is nothing to do.
+    /// Returns whether the batcher is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Computes the next tokens, and returns the generations that ended.
+    /// Computes the next tokens and returns the generations that ended.
     pub fn step(&mut self) -> (Step, Vec<Ended<C>>) {
         let core = &mut *self.engine.core();
         let failed = self.failed.drain(..);
@@ -186,7 +186,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         (step, ended)
     }
 
-    /// Takes out what is complete or was told to end.
+    /// Removes generations that are complete or were asked to stop.
     fn sweep(
         &mut self,
         core: &mut Core,
@@ -213,12 +213,13 @@ impl<'e, C: Control> Batcher<'e, C> {
         }
     }
 
-    /// Lets those run that there is room for, in their order. Returns how many of their tokens the cache had.
+    /// Admits waiting generations in order while there is room. Returns the number of their tokens that the cache had.
     fn admit(&mut self, core: &mut Core) -> usize {
         let mut found = 0;
         while let Some(mut flight) = self.waiting.pop_front() {
             let known = flight.find(&mut core.cache);
-            // One block more for each that runs then, so that it does not have to give its own back at once.
+            // One more block for each generation that would run, so that the new one does not have to release its blocks at
+            // once.
             let needed = flight.missing(flight.pending()) + self.running.len() + 1;
             if needed > core.cache.room().free && !self.running.is_empty() {
                 flight.release(&mut core.cache);
@@ -231,7 +232,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         found
     }
 
-    /// Decides who computes how many tokens, and gives them the blocks that this takes.
+    /// Decides how many tokens each generation computes, and allocates the blocks for them.
     fn plan(&mut self, core: &mut Core) -> Vec<Part> {
         self.steps += 1;
         let mut counts: Vec<usize> = self
@@ -268,6 +269,7 @@ impl<'e, C: Control> Batcher<'e, C> {
             let tokens = parts[index].tokens();
             if self.running[index].missing(tokens) == 0 {
                 index += 1;
+            // `pause_last` may remove the generation at `index` itself, so the loop tests the length again.
             } else if let Some(block) = core.cache.take() {
                 self.running[index].give(block);
             } else {
@@ -279,7 +281,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         parts
     }
 
-    /// Returns how many tokens of prompts a step computes: fewer where that would keep those waiting that write.
+    /// Returns the number of prompt tokens that a step computes: fewer if a full chunk would delay answers in decode.
     fn chunk(&self, some_write: bool) -> usize {
         let fitting = match some_write && !self.row_time.is_zero() {
             true => LONGEST_STEP.as_nanos() / self.row_time.as_nanos(),
@@ -288,7 +290,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         usize::try_from(fitting).map_or(CHUNK, |rows| rows.clamp(BLOCK, CHUNK))
     }
 
-    /// Guesses tokens for those that write, while there is room for their rows and blocks.
+    /// Guesses tokens for answers in decode, while there is room for their rows and blocks.
     fn guess(&mut self, core: &Core, parts: &mut [Part]) {
         if !self.speculates || core.cache.room().free <= self.running.len() {
             return;
@@ -303,7 +305,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         }
     }
 
-    /// Takes its blocks from the generation that came last.
+    /// Releases the blocks of the generation admitted last, and makes it wait.
     fn pause_last(&mut self, core: &mut Core) {
         if let Some(mut flight) = self.running.pop() {
             flight.release(&mut core.cache);
@@ -311,7 +313,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         }
     }
 
-    /// Computes the parts, and draws the tokens that follow. Returns those that failed, by ascending index.
+    /// Computes the parts and draws the tokens that follow. Returns the failures by ascending index.
     fn compute(
         &mut self,
         core: &mut Core,
@@ -325,15 +327,15 @@ impl<'e, C: Control> Batcher<'e, C> {
         match self.forward(core, parts, &mut logits) {
             Ok(()) => self.draw(core, parts, &mut logits, step),
             Err(failure) => match parts {
-                // What was guessed wrongly is no fault of anybody's.
+                // The guess may be the cause, for which the generation is not to blame, so compute again without the guess.
                 [one] if one.guessed > 0 => {
                     self.running[one.flight].forget_guess();
                     let known = Part { guessed: 0, ..*one };
                     self.compute(core, &[known], step)
                 }
                 [one] => vec![(one.flight, failure)],
-                // One of them is at fault, and the others are not to suffer for it. What was computed of them is computed
-                // again to the same bits.
+                // One generation is the cause, and the others must not fail with it. Computing their tokens again yields equal
+                // bits.
                 _ => parts
                     .iter()
                     .flat_map(|part| self.compute(core, &[*part], step))
@@ -391,7 +393,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         failures
     }
 
-    /// Draws the tokens of some generations with all threads: a vocabulary has up to 262,144 candidates.
+    /// Draws the tokens of several generations on all threads: a vocabulary has up to 262,144 candidates.
     fn draw_all(
         &self,
         core: &mut Core,

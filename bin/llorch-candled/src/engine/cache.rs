@@ -1,27 +1,27 @@
-//! Which sequences have which blocks of a model's cache, and what is left in those that none has.
+//! Allocation of a model's cache blocks to sequences, and reuse of the content left in blocks that no sequence holds.
 //!
-//! A full block whose tokens are known can be found again: by its tokens and by the block before it, so that equal blocks
-//! after different beginnings are different. What a block holds depends on the tokens up to its end only, so a sequence
-//! that begins as another did takes the other's blocks and computes the rest.
+//! A full block whose tokens are known can be found again by its tokens and by the block before it, so equal blocks after
+//! different beginnings are different. The content of a block depends only on the tokens up to its end. So a sequence that
+//! begins like another takes the other's blocks and computes the rest.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::model::BLOCK;
 
-/// Whose sequences may have blocks in common: those of one session, or all, for which it is `None`.
+/// The sequences that may share blocks: those of one session, or those without a session (`None`).
 pub type Scope = Option<Arc<str>>;
 
-/// What stands before a block.
+/// The content before a block.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Before {
-    /// Nothing: it is the first one of a sequence.
+    /// No content: the block is the first of a sequence in this scope.
     Start(Scope),
-    /// The content with this number.
+    /// Content with this number.
     Content(u64),
 }
 
-/// What a full block holds.
+/// The content of a full block.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Content {
     before: Before,
@@ -30,40 +30,40 @@ struct Content {
 
 #[derive(Debug, Default)]
 struct Block {
-    /// Sequences that have it.
+    /// Number of sequences that hold the block.
     users: u32,
     content: Option<Arc<Content>>,
-    /// Place in [`BlockCache::idle`].
+    /// Key in [`BlockCache::idle`].
     released: u64,
 }
 
-/// A beginning of a sequence that was found in the cache.
+/// The beginning of a sequence, found in the cache.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Prefix {
-    /// Its blocks, which the sequence has from now on.
+    /// Blocks of the beginning, which the sequence holds from now on.
     pub blocks: Vec<u32>,
-    /// What stands before the next block.
+    /// Content before the next block.
     pub before: Before,
 }
 
-/// Numbers that tell how full the cache is.
+/// The fill level of a cache, in blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Room {
-    /// All blocks.
+    /// Blocks in the whole cache.
     pub total: usize,
-    /// Blocks that no sequence has. Some of them may be found again until they are needed for something else.
+    /// Blocks that no sequence holds. Some may be found again until they are needed for other content.
     pub free: usize,
 }
 
-/// The blocks of a cache.
+/// The blocks of a cache, with an index of their content.
 #[derive(Debug)]
 pub struct BlockCache {
     blocks: Vec<Block>,
     /// Blocks without users and without content.
     empty: Vec<u32>,
-    /// Blocks without users that may be found again, by when they were released.
+    /// Blocks without users that may be found again, in order of release.
     idle: BTreeMap<u64, u32>,
-    /// Where known content is, and its number.
+    /// Block and number of each known content.
     known: HashMap<Arc<Content>, (u32, u64)>,
     releases: u64,
     contents: u64,
@@ -91,7 +91,7 @@ impl BlockCache {
         }
     }
 
-    /// Finds the longest beginning of `tokens` of which the cache has all blocks, and gives them to the caller.
+    /// Finds the longest beginning of `tokens` whose blocks are all in the cache, and adds the caller to their users.
     pub fn find(&mut self, scope: Scope, tokens: &[u32]) -> Prefix {
         let prefix = self.known_prefix(scope, tokens);
         for number in &prefix.blocks {
@@ -121,14 +121,14 @@ impl BlockCache {
         Prefix { blocks, before }
     }
 
-    /// Returns the number of blocks that hold the beginning of `tokens` and that sequences have.
+    /// Returns the number of blocks that contain the beginning of `tokens` and that sequences hold.
     pub fn shared(&self, scope: Scope, tokens: &[u32]) -> usize {
         let blocks = self.known_prefix(scope, tokens).blocks.into_iter();
         let in_use = blocks.filter(|number| self.blocks[*number as usize].users > 0);
         in_use.count()
     }
 
-    /// Gives a block to the caller: an empty one, or else the one that was released first. `None` if sequences have all.
+    /// Allocates a block: an empty one, or else the one released first. Returns `None` if sequences hold all blocks.
     pub fn take(&mut self) -> Option<u32> {
         let number = self.empty.pop().or_else(|| {
             let (_, number) = self.idle.pop_first()?;
@@ -141,8 +141,8 @@ impl BlockCache {
         Some(number)
     }
 
-    /// Notes what a block of the caller's holds now that it is full; returns what stands before the next one. Of equal
-    /// blocks the one that was noted first is found again.
+    /// Records the content of the caller's block now that the block is full. Returns the content before the next block. Of
+    /// equal blocks, only the first recorded is found again.
     pub fn note(&mut self, block: u32, before: Before, tokens: [u32; BLOCK]) -> Before {
         let content = Arc::new(Content { before, tokens });
         if let Some((_, known)) = self.known.get(&content) {
@@ -154,9 +154,9 @@ impl BlockCache {
         Before::Content(self.contents)
     }
 
-    /// Takes the blocks of a sequence back.
+    /// Releases the blocks of a sequence.
     pub fn release(&mut self, table: &mut Vec<u32>) {
-        // The last one first: a block can be found only as long as all before it are there.
+        // Last block first: a block can be found only while all blocks before it are present.
         for number in table.drain(..).rev() {
             let block = &mut self.blocks[number as usize];
             block.users -= 1;
@@ -183,7 +183,7 @@ mod tests {
         [token; BLOCK]
     }
 
-    /// Computes a sequence of full blocks as a worker does, as far as there is room. Returns its table and how many blocks it
+    /// Computes a sequence of full blocks as a worker does, while there is room. Returns its table and the number of blocks
     /// found.
     fn run(cache: &mut BlockCache, scope: Scope, blocks: &[u32]) -> (Vec<u32>, usize) {
         let tokens: Vec<u32> = blocks.iter().flat_map(|token| block(*token)).collect();
@@ -207,7 +207,7 @@ mod tests {
         let mut cache = BlockCache::new(8);
         let (mut first, found) = run(&mut cache, None, &[1, 2, 3]);
         assert_eq!(found, 0);
-        // While the other still runs, and after it.
+        // While the other sequence still runs, and after both have ended.
         let (mut second, found) = run(&mut cache, None, &[1, 2, 4]);
         assert_eq!((found, &second[..2]), (2, &first[..2]));
         cache.release(&mut first);
@@ -252,8 +252,8 @@ mod tests {
     }
 
     proptest! {
-        // [CAND-017] Whatever runs and ends in whatever order, each block belongs to whom it was given, a found block holds
-        // what was looked for, and in the end all are free.
+        // [CAND-017] In every order of starts and ends, each block belongs to the sequence it was given to, a found block has
+        // the content looked for, and in the end all blocks are free.
         #[test]
         fn blocks_are_never_lost_or_mixed_up(
             steps in prop::collection::vec((prop::collection::vec(0u32..3, 1..5), any::<bool>(), any::<prop::sample::Index>()), 1..60),

@@ -1,4 +1,4 @@
-//! A generation that runs: its tokens, its blocks of the cache, and what its readers have seen.
+//! A running generation: its tokens, its blocks of the cache, and the output that its readers have seen.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,21 +18,21 @@ use super::{Control, Engine, Failure, Generation};
 /// Tokens between two `metrics` events.
 const METRICS_EVERY: usize = 16;
 
-/// Returns the number of blocks that a sequence with the longest answer takes. The last token of an answer is never computed.
+/// Returns the number of blocks of a sequence with the longest answer. The last token of an answer is never computed.
 pub(super) fn most_blocks(prompt: usize, limit: usize) -> usize {
     (prompt + limit).saturating_sub(1).div_ceil(BLOCK)
 }
 
-/// Returns the scope in which the request may share blocks.
+/// Returns the scope in which a request may share blocks.
 pub(super) fn scope(request: &ExecuteRequest) -> Scope {
     request.cache_scope.as_deref().map(Arc::from)
 }
 
-/// A generation that runs.
+/// A generation in progress.
 ///
-/// Its tokens are those of the prompt and then those of the answer, as far as they are known. Those that have been computed
-/// have keys and values in the cache; when all are, the logits of the last one give the next. So a prompt, an answer that
-/// goes on from an earlier attempt's tokens, and one that gave its blocks up meanwhile are all the same.
+/// Its tokens are those of the prompt, followed by those of the answer that are known. Computed tokens have keys and values in
+/// the cache. Once all tokens are computed, the logits of the last one yield the next. So a prompt, an answer that continues an
+/// earlier attempt, and an answer that released its blocks meanwhile are all handled alike.
 pub(super) struct Flight<'e, C> {
     pub control: C,
     engine: &'e Engine,
@@ -40,7 +40,7 @@ pub(super) struct Flight<'e, C> {
     receipt: Box<Receipt>,
     accepted: Instant,
     tokens: Vec<u32>,
-    /// Tokens of the prompt.
+    /// Number of prompt tokens.
     prompt: usize,
     /// Most tokens of the answer.
     limit: usize,
@@ -48,33 +48,33 @@ pub(super) struct Flight<'e, C> {
     stop: Option<StopReason>,
     first: Option<Instant>,
     last: Option<Instant>,
-    /// Blocks for the tokens that have been computed and are about to be.
+    /// Blocks for the tokens that are computed or about to be.
     table: Vec<u32>,
     computed: usize,
-    /// Full blocks that the cache was told of, and what stands before the next one.
+    /// Number of full blocks recorded in the cache; `before` is the content before the next one.
     noted: usize,
     before: Before,
     scope: Scope,
     lookup: Lookup,
-    /// Guess of the tokens that follow.
+    /// Guess of the tokens after the known ones.
     guess: Vec<u32>,
-    /// Number of the last step that computed a part of its prompt.
+    /// Number of the last step that computed a part of the prompt.
     pub turn: u64,
 }
 
-/// A token to draw, with all that decides which it is beside its logits.
+/// The inputs of a draw, without the logits.
 pub(super) struct Draw<'a> {
     tokens: &'a [u32],
-    /// Guessed tokens that stand before it.
+    /// Guessed tokens before this one.
     guess: &'a [u32],
     sampling: &'a Sampling,
     seed: u64,
-    /// Its place in the answer.
+    /// Position in the answer, from 0.
     position: u64,
 }
 
 impl Draw<'_> {
-    /// Draws the token.
+    /// Draws the token from its logits.
     pub fn draw(&self, logits: &mut [f32]) -> Result<u32, SamplingError> {
         let seen = self.tokens.iter().chain(self.guess).copied();
         sample(logits, seen, self.sampling, self.seed, self.position)
@@ -82,7 +82,7 @@ impl Draw<'_> {
 }
 
 impl<C> Flight<'_, C> {
-    /// Gives its blocks back. What it needs of them again it finds or computes again.
+    /// Releases the blocks. The generation finds their content again, or computes it again, when it resumes.
     pub fn release(&mut self, cache: &mut BlockCache) {
         cache.release(&mut self.table);
         (self.computed, self.noted) = (0, 0);
@@ -90,7 +90,7 @@ impl<C> Flight<'_, C> {
 }
 
 impl<'e, C: Control> Flight<'e, C> {
-    /// Begins a generation, and tells its readers so. Returns it with the tokens of earlier attempts that it goes on from.
+    /// Begins a generation and sends its `started` event. Returns it with the tokens of earlier attempts that it continues.
     pub fn begin(engine: &'e Engine, generation: Generation, mut control: C) -> (Self, Vec<u32>) {
         let Generation {
             request,
@@ -133,7 +133,7 @@ impl<'e, C: Control> Flight<'e, C> {
         (flight, resumed.unwrap_or_default())
     }
 
-    /// Takes up the tokens of earlier attempts: as when they were drawn, but silently, because its readers have seen them.
+    /// Restores the tokens of earlier attempts. Sends none of their text, because the readers have seen it.
     pub fn take_up(&mut self, resumed: &[u32]) {
         for id in resumed {
             if self.stop.is_some() || self.answered() == self.limit {
@@ -144,17 +144,17 @@ impl<'e, C: Control> Flight<'e, C> {
         self.stop_at_limit();
     }
 
-    /// Returns why the answer is complete; `None` while it isn't.
+    /// Returns the reason why the answer is complete, or `None` while it is not.
     pub fn stopped(&self) -> Option<StopReason> {
         self.stop
     }
 
-    /// Returns how many known tokens have not been computed: more than one while there is a prompt to read.
+    /// Returns the number of known tokens that are not computed: more than one while there is a prompt to compute.
     pub fn pending(&self) -> usize {
         self.tokens.len() - self.computed
     }
 
-    /// Guesses at most `most` of the tokens that follow the known ones, and returns how many it has guessed.
+    /// Guesses at most `most` of the tokens that follow the known ones, and returns their number.
     pub fn guess(&mut self, most: usize) -> usize {
         // The last token of an answer is never computed.
         let left = self.limit - self.answered() - 1;
@@ -162,12 +162,12 @@ impl<'e, C: Control> Flight<'e, C> {
         self.guess.len()
     }
 
-    /// Forgets what it has guessed.
+    /// Discards the guess.
     pub fn forget_guess(&mut self) {
         self.guess.clear();
     }
 
-    /// Returns the rows of the next `count` tokens, known or guessed, for the sequence with this index of a batch. Logits are
+    /// Returns the rows of the next `count` tokens, known or guessed, for the sequence with this index in a batch. Logits are
     /// wanted from the last known token on.
     pub fn rows(&self, count: usize, sequence: usize) -> impl Iterator<Item = Row> {
         let last = self.tokens.len() - 1;
@@ -181,14 +181,14 @@ impl<'e, C: Control> Flight<'e, C> {
         })
     }
 
-    /// Returns its blocks.
+    /// Returns the numbers of the sequence's blocks.
     pub fn table(&self) -> &[u32] {
         &self.table
     }
 
-    /// Takes from the cache what it has of a sequence that has no blocks, and returns how many tokens that are.
+    /// Takes the blocks that the cache has for this sequence, which must hold none. Returns the number of tokens in them.
     pub fn find(&mut self, cache: &mut BlockCache) -> usize {
-        // The last token is computed in any case: its logits are not in the cache.
+        // The last token is always computed, because its logits are not in the cache.
         let known = &self.tokens[..self.tokens.len() - 1];
         let prefix = cache.find(self.scope.clone(), known);
         self.guess.clear();
@@ -198,25 +198,25 @@ impl<'e, C: Control> Flight<'e, C> {
         self.computed
     }
 
-    /// Returns how many blocks it needs besides its own to compute `count` more tokens.
+    /// Returns the number of blocks that are missing to compute `count` more tokens.
     pub fn missing(&self, count: usize) -> usize {
         (self.computed + count)
             .div_ceil(BLOCK)
             .saturating_sub(self.table.len())
     }
 
-    /// Returns the number of blocks that it may still need, besides its own, before it ends.
+    /// Returns the most blocks that the generation may still need before it ends.
     pub fn to_come(&self) -> usize {
         let all = most_blocks(self.prompt, self.limit);
         all.saturating_sub(self.table.len())
     }
 
-    /// Takes a block for what comes next.
+    /// Adds a block for the next tokens.
     pub fn give(&mut self, block: u32) {
         self.table.push(block);
     }
 
-    /// Notes that `count` more of the known tokens were computed.
+    /// Records that `count` more of the known tokens are computed.
     pub fn advance(&mut self, count: usize, cache: &mut BlockCache) {
         self.computed += count;
         self.note(cache);
@@ -225,7 +225,7 @@ impl<'e, C: Control> Flight<'e, C> {
         }
     }
 
-    /// Tells the cache of the blocks that are full.
+    /// Records full blocks in the cache.
     fn note(&mut self, cache: &mut BlockCache) {
         let full = self.tokens[..self.computed].as_chunks::<BLOCK>().0;
         for (tokens, block) in full.iter().zip(&self.table).skip(self.noted) {
@@ -234,7 +234,7 @@ impl<'e, C: Control> Flight<'e, C> {
         }
     }
 
-    /// Returns the draws of the tokens that follow the last known one: the next, and for each that is guessed one more, which
+    /// Returns the draws of the tokens that follow the last known one: the next token, and one more for each guess, which
     /// counts only if the guess is right.
     pub fn draws(&self) -> impl Iterator<Item = Draw<'_>> {
         (0..=self.guess.len()).map(|guessed| Draw {
@@ -246,7 +246,7 @@ impl<'e, C: Control> Flight<'e, C> {
         })
     }
 
-    /// Takes what its draws gave, and tells its readers. Returns how many tokens were guessed rightly.
+    /// Adds the results of the draws and sends them to the readers. Returns the number of tokens guessed correctly.
     pub fn take(
         &mut self,
         drawn: &mut impl Iterator<Item = Result<u32, Failure>>,
@@ -254,7 +254,7 @@ impl<'e, C: Control> Flight<'e, C> {
     ) -> Result<usize, Failure> {
         let guess = std::mem::take(&mut self.guess);
         let mut right = 0;
-        // All of its own are taken, whatever they are.
+        // Consume all results of this generation, even after a failure: those of the next generation follow.
         let drawn: Vec<_> = drawn.take(1 + guess.len()).collect();
         for id in drawn {
             self.take_one(id?);
@@ -283,7 +283,7 @@ impl<'e, C: Control> Flight<'e, C> {
         self.stop_at_limit();
     }
 
-    /// Returns what the end of the answer says.
+    /// Returns the `end` event of the answer.
     pub fn end(&self, stop_reason: StopReason) -> WorkerEnd {
         let since =
             |start: Instant, end: Instant| end.saturating_duration_since(start).as_millis() as u64;
@@ -301,7 +301,7 @@ impl<'e, C: Control> Flight<'e, C> {
         }
     }
 
-    /// Returns the receipt of the answer as it stands, the tokens of earlier attempts included.
+    /// Returns the receipt of the answer so far, including the tokens of earlier attempts.
     fn receipt(&self) -> Receipt {
         Receipt {
             output_tokens: self.answered() as u32,
@@ -310,12 +310,12 @@ impl<'e, C: Control> Flight<'e, C> {
         }
     }
 
-    /// Tokens of the answer so far.
+    /// Returns the number of answer tokens so far.
     fn answered(&self) -> usize {
         self.tokens.len() - self.prompt
     }
 
-    /// Takes a token of the answer.
+    /// Adds a token to the answer, or ends the answer if the token says so.
     fn push(&mut self, id: u32) -> Step {
         if self.engine.tokenizer().is_end(id) {
             self.stop = Some(StopReason::Eos);
@@ -333,7 +333,7 @@ impl<'e, C: Control> Flight<'e, C> {
         if self.stop.is_some() || self.answered() < self.limit {
             return;
         }
-        // Text that was held back may complete a stop text only now that a broken character is given up.
+        // Text that was held back may complete a stop text only now that an incomplete character is given up.
         let step = self.output.finish();
         self.stop = Some(if step.stopped {
             StopReason::StopSequence
@@ -351,7 +351,7 @@ impl<'e, C: Control> Flight<'e, C> {
         }
     }
 
-    /// Tells how far it is. A sequence that computes again what it had given up has been further, of which nothing is told.
+    /// Sends a `metrics` event. Once a token was drawn, the event doesn't show that released blocks are computed again.
     fn tell(&mut self) {
         let drawn = self.first.is_some();
         let prefill = if drawn {

@@ -1,28 +1,28 @@
-//! Guesses of the next tokens of a text, from the text itself: what followed the same three tokens before follows them again
-//! (prompt lookup decoding). A guess is checked in the pass that computes the next token anyway, so that a right one costs
+//! Guesses of the next tokens of a text, from the text itself: the tokens that followed the same three tokens before may follow
+//! them again (prompt lookup decoding). The pass that computes the next token verifies a guess as well, so a right guess costs
 //! little, and a wrong one changes nothing but time.
 
 use std::collections::HashMap;
 
-/// Tokens that must have come before in the same order.
+/// Number of latest tokens that must have occurred before in the same order.
 const CONTEXT: usize = 3;
-/// Tokens of the first guess, and of one after a wrong one.
+/// Tokens of the first guess, and of a guess after a wrong one.
 const FIRST: usize = 3;
-/// Most tokens of a guess. A pass of so many rows takes a processor less than twice the time of one row.
+/// Most tokens of a guess. A pass with so many rows takes a processor less than twice the time of one row.
 pub const LONGEST: usize = 7;
-/// Most tokens after a wrong guess for which none is made.
+/// Most tokens without a guess after a wrong one.
 const LONGEST_PAUSE: usize = 32;
 
-/// Guesses for one text.
+/// The guesses for one text.
 #[derive(Debug)]
 pub struct Lookup {
-    /// For each context that came, where what followed it last begins.
+    /// Position after the last occurrence of each context, where its followers begin.
     followers: HashMap<[u32; CONTEXT], usize>,
-    /// Tokens of the text whose contexts are in `followers`.
+    /// Number of tokens of the text whose contexts are in `followers`.
     seen: usize,
     length: usize,
     pause: usize,
-    /// Tokens of the text up to which no guess is made.
+    /// Number of tokens of the text below which no guess is made.
     silent_until: usize,
 }
 
@@ -39,7 +39,7 @@ impl Default for Lookup {
 }
 
 impl Lookup {
-    /// Guesses at most `most` tokens that follow `tokens`, which begin with those of the last call.
+    /// Guesses at most `most` tokens that follow `tokens`, which must begin with those of the last call.
     pub fn guess(&mut self, tokens: &[u32], most: usize) -> Vec<u32> {
         let Some((_, context)) = tokens.split_last_chunk::<CONTEXT>() else {
             return Vec::new();
@@ -60,7 +60,7 @@ impl Lookup {
         })
     }
 
-    /// Learns how many tokens of a guess were right, after which the text has `tokens` tokens.
+    /// Adapts to the number of right tokens in a guess, after which the text has `tokens` tokens.
     pub fn learn(&mut self, guessed: usize, right: usize, tokens: usize) {
         if guessed == 0 {
             return;
@@ -89,7 +89,7 @@ mod tests {
         let again = [&text[..], &[1, 2, 3]].concat();
         assert_eq!(lookup.guess(&again, 7), [6, 7, 8]);
         assert_eq!(lookup.guess(&again, 2), [6, 7]);
-        // Also where the text repeats itself at once.
+        // Also where the text repeats itself immediately.
         assert_eq!(Lookup::default().guess(&[5; 4], 7), [5]);
     }
 

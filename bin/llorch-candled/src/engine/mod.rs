@@ -1,4 +1,4 @@
-//! The engine: a loaded model, and generations that run on it side by side. It knows nothing of HTTP.
+//! The engine: a loaded model, and generations that run on it concurrently. The engine knows nothing of HTTP.
 
 pub mod batcher;
 pub mod cache;
@@ -44,34 +44,34 @@ use receipt::FileHashes;
 use sampling::SamplingError;
 use sequence::{CacheFull, Core, Sequence};
 
-/// Why a model file can't be served.
+/// Reason why a model file can't be served.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// Its header.
+    /// The header is damaged or can't be read.
     #[error(transparent)]
     Header(#[from] GgufError),
-    /// Its numbers or features.
+    /// A number or feature in the header is not supported.
     #[error(transparent)]
     Description(#[from] DescriptionError),
-    /// Its vocabulary.
+    /// The vocabulary can't be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
-    /// Its weights.
+    /// The weights can't be loaded.
     #[error(transparent)]
     Backend(#[from] backend::LoadError),
-    /// It can't be computed with.
+    /// The trial computation failed.
     #[error("the model can't be computed: {0}")]
     Compute(#[from] ModelError),
-    /// Its cache.
+    /// The cache has no room for the trial computation.
     #[error(transparent)]
     CacheFull(#[from] CacheFull),
-    /// It broke an assumption of the program.
+    /// The file broke an assumption of the program.
     #[error("the model can't be computed: {0}")]
     Panicked(#[from] Panicked),
 }
 
 impl LoadError {
-    /// What to try next.
+    /// Returns what to try next.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Header(error) => error.hint(),
@@ -79,7 +79,7 @@ impl LoadError {
         }
     }
 
-    /// Whether it is the command line that asks for what the model doesn't have, rather than the file that is bad.
+    /// Returns whether the command line is at fault, rather than the file: it asks for more than the model has.
     pub fn is_usage(&self) -> bool {
         matches!(
             self,
@@ -87,60 +87,60 @@ impl LoadError {
         )
     }
 
-    /// Whether the system could not read the file, which says nothing about what is in it.
+    /// Returns whether the system could not read the file, which shows nothing about the content.
     pub fn is_io(&self) -> bool {
         let mut causes = std::iter::successors(self.source(), |cause| (*cause).source());
         causes.any(<dyn Error>::is::<std::io::Error>)
     }
 }
 
-/// Why a generation that runs is to end.
+/// Reason why a running generation must stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Halted {
-    /// Somebody cancelled it.
+    /// The job was cancelled.
     Cancelled,
-    /// A higher fence took over.
+    /// An attempt with a higher fence took over.
     Replaced,
     /// The worker is stopping.
     ShuttingDown,
 }
 
-/// Why a generation did not come to a good end.
+/// Reason why a generation did not complete.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// The request can't be run.
     #[error("{0}")]
     Request(String),
-    /// Prompt and context do not fit.
+    /// The prompt or the answer doesn't fit the context.
     #[error("{}", overflow_message(.0))]
     ContextOverflow(ContextOverflow),
-    /// The chat template.
+    /// The chat template can't render the conversation.
     #[error(transparent)]
     Template(#[from] TemplateError),
-    /// It was told to end.
+    /// The generation was asked to stop.
     #[error("{}", match .0 {
         Halted::Cancelled => "the execution was cancelled",
         Halted::Replaced => "a newer attempt took over",
         Halted::ShuttingDown => "the worker is stopping",
     })]
     Halted(Halted),
-    /// The computation.
+    /// A pass through the model failed.
     #[error("the computation failed: {0}")]
     Compute(#[from] ModelError),
-    /// There is no room for its keys and values.
+    /// The cache has no room for a sequence.
     #[error(transparent)]
     CacheFull(#[from] CacheFull),
-    /// There is no room for its keys and values now, and the request says not to wait.
+    /// The cache has no room for the generation now, and the request says not to wait.
     #[error(
         "the cache has room for {} more tokens, the prompt and the longest answer need {}",
         .0.free_tokens,
         .0.needed_tokens
     )]
     Shortage(CacheShortage),
-    /// The choice of a token.
+    /// No token could be drawn from the logits.
     #[error("the computation failed: {0}")]
     Sampling(#[from] SamplingError),
-    /// It broke an assumption of the program.
+    /// The computation broke an assumption of the program.
     #[error("the computation failed: {0}")]
     Panicked(#[from] Panicked),
 }
@@ -152,7 +152,7 @@ impl From<Halted> for Failure {
 }
 
 impl Failure {
-    /// The code on the wire.
+    /// Returns the error code on the wire.
     pub fn code(&self) -> WorkerErrorCode {
         match self {
             Self::Request(_) => WorkerErrorCode::InvalidRequest,
@@ -168,7 +168,7 @@ impl Failure {
         }
     }
 
-    /// Whether another attempt, on this worker or another, may succeed.
+    /// Returns whether another attempt, on this worker or another, may succeed.
     pub fn retriable(&self) -> bool {
         let by_request = self.code() != WorkerErrorCode::InferenceFailed;
         let passes = matches!(self, Self::Halted(Halted::ShuttingDown) | Self::Shortage(_));
@@ -210,15 +210,15 @@ fn overflow_message(overflow: &ContextOverflow) -> String {
     }
 }
 
-/// What a generation asks and tells while it runs.
+/// The callbacks of a running generation.
 pub trait Control {
-    /// Whether to go on. Asked before every step.
+    /// Fails with the reason to stop, if there is one. Called before every step.
     fn check(&self) -> Result<(), Halted>;
-    /// Something to tell the readers.
+    /// Sends an event to the readers.
     fn event(&mut self, event: WorkerEvent);
-    /// A step was computed.
+    /// Reports that a step was computed.
     fn progress(&mut self);
-    /// A token was drawn.
+    /// Reports that a token was drawn.
     fn drawn(&mut self);
 }
 
@@ -240,11 +240,11 @@ impl<C: Control + ?Sized> Control for &mut C {
     }
 }
 
-/// A request with its prompt as tokens.
+/// A request with its tokenised prompt.
 pub struct Generation {
     request: ExecuteRequest,
     prompt: Vec<u32>,
-    /// Tokens of earlier attempts that it goes on from; `None` begins anew.
+    /// Tokens of earlier attempts that the answer continues; `None` for an answer from the beginning.
     resumed: Option<Vec<u32>>,
     /// Receipt without the answer.
     receipt: Box<Receipt>,
@@ -258,16 +258,16 @@ impl Generation {
     }
 }
 
-/// How large the cache is, and what it is for.
+/// The sizes of the cache and of its sequences.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Sizes {
     /// Most tokens of a sequence; `None` for the smaller of the model's context and the default.
     pub context_length: Option<usize>,
-    /// Tokens of the whole cache; `None`, like less, for one sequence of the context's length.
+    /// Tokens of the whole cache. `None`, or fewer than one sequence of the context's length needs, means that length.
     pub cache_tokens: Option<usize>,
-    /// Form of keys and values in the cache, where our kernels compute.
+    /// Form of keys and values in the cache of our own kernels.
     pub cache_type: CacheType,
-    /// Sequences that are meant to run at once. More do, and may have to wait for blocks.
+    /// Sequences that are expected to run at once. More may run, but may have to wait for blocks.
     pub slots: usize,
 }
 
@@ -276,7 +276,7 @@ pub struct Engine {
     core: Mutex<Core>,
     description: Description,
     tokenizer: Tokenizer,
-    /// The chat template, or why none is usable. A model without a template accepts raw prompts only.
+    /// The chat template, or the reason why none is usable. A model without a template accepts only raw prompts.
     template: Result<ChatTemplate, TemplateError>,
     slots: usize,
     origin: Origin,
@@ -284,17 +284,17 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Loads a model file. `progress` hears the bytes of weights read, and how many there are, at every step of it.
+    /// Loads a model file. Calls `progress` at every step with the bytes of weights read and their total.
     pub fn load(
         path: &Path,
         device: Device,
         sizes: Sizes,
         progress: &mut (dyn FnMut(u64, u64) + Send),
     ) -> Result<Self, LoadError> {
-        // Looked at first: what is read afterwards may be newer than it says, and is then nobody's match.
+        // Read before the content: if the file changes in between, this origin matches that of no other worker.
         let mut origin = origin::of(path, device)?;
         let header = GgufFile::open(path)?;
-        // What a header's numbers say is refused before the weights are read.
+        // A header with impossible numbers is refused before the weights are read.
         let mut description = Description::from_header(&header, sizes.context_length)?;
         if description.is_long() {
             origin.build.push_str(", long context");
@@ -308,8 +308,8 @@ impl Engine {
         progress(0, total);
         let cache_tokens = sizes.cache_tokens.unwrap_or(0).max(description.context);
         let blocks = cache_tokens.div_ceil(BLOCK);
-        // A large vocabulary takes as long as the weights of a small model, and one thread. One that is refused ends the reading
-        // of large weights.
+        // A large vocabulary takes one thread as long as the weights of a small model, so both are read at once. A refused
+        // vocabulary stops the reading of large weights.
         let refused = AtomicBool::new(false);
         let mut progress = |bytes| {
             progress(bytes, total);
@@ -343,17 +343,17 @@ impl Engine {
         })
     }
 
-    /// Names the model by its hash, where somebody knows it.
+    /// Identifies the model by the hash of its file instead of the file's metadata.
     pub fn set_sha256(&mut self, sha256: &str) {
         self.origin.model = format!("sha256:{sha256}");
     }
 
-    /// What decides, beside a request, which tokens come out.
+    /// Returns the origin of answers: the model and the arithmetic, which together with a request decide the tokens.
     pub fn origin(&self) -> &Origin {
         &self.origin
     }
 
-    /// Calls `told` whenever a layer was computed, from now on.
+    /// Calls `told` after every computed layer from now on.
     pub fn on_layer(&mut self, told: impl Fn() + Send + Sync + 'static) {
         let core = self.core.get_mut();
         core.unwrap_or_else(PoisonError::into_inner)
@@ -361,8 +361,8 @@ impl Engine {
             .on_layer(Box::new(told));
     }
 
-    /// Computes two tokens, so that what is prepared at first use is in memory before anybody measures it, and a model that
-    /// computes nothing sensible is refused before it gets a job.
+    /// Computes three tokens at most. So everything prepared at first use is in memory before the memory is measured, and a
+    /// model that computes nonsense is refused before it gets a job.
     pub fn warm_up(&self) -> Result<(), LoadError> {
         let tokens = &[0; 3][..self.description.context.min(3)];
         let mut sequence = self.sequence(tokens.len())?;
@@ -374,8 +374,7 @@ impl Engine {
         }
     }
 
-    /// Returns the bytes that computing takes at most, besides the weights: the cache, and what a step takes at the end of the
-    /// context.
+    /// Returns the most bytes that computing takes besides the weights: the cache, and a step at the end of the context.
     pub fn working_bytes(&self) -> u64 {
         let core = self.core();
         let context = self.description.context;
@@ -383,17 +382,17 @@ impl Engine {
         core.model.cache_bytes() + core.model.pass_bytes(rows, self.slots, context)
     }
 
-    /// Tokens of context of a sequence.
+    /// Returns the context length of a sequence in tokens.
     pub fn context_length(&self) -> usize {
         self.description.context
     }
 
-    /// The tokenizer.
+    /// Returns the tokenizer built from the model file.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
 
-    /// Returns what the model is like.
+    /// Returns the properties of the model.
     pub fn description(&self) -> &Description {
         &self.description
     }
@@ -402,7 +401,7 @@ impl Engine {
     ///
     /// # Errors
     ///
-    /// Fails if the cache has no room for it.
+    /// Fails if the cache has too few free blocks.
     pub fn sequence(&self, capacity: usize) -> Result<Sequence<'_>, CacheFull> {
         Sequence::new(&self.core, capacity)
     }
@@ -434,7 +433,7 @@ impl Engine {
         let receipt = self.receipt(&request, &prompt, resume.as_ref());
         let resumed = resume.map(|resume| resume.token_ids);
         if let Some(ids) = &resumed {
-            // Text already sent to readers is not voided for lack of room that another worker has.
+            // Rather than void text that readers have seen, fail: another worker may have the room.
             let answer = (ids.len() + 1).min(request.max_tokens as usize);
             let most = self.description.max_context - prompt.len();
             self.check_room(prompt.len(), answer.clamp(1, most))?;
@@ -463,14 +462,15 @@ impl Engine {
         }))
     }
 
-    /// Most tokens of an answer: `max_tokens`, or what the context has left.
+    /// Returns the most tokens of an answer: `max_tokens`, or what the context has left.
     fn limit(&self, request: &ExecuteRequest, prompt: usize) -> usize {
         (request.max_tokens as usize).min(self.description.context - prompt)
     }
 
-    /// Whether an answer may go on from these tokens so that its readers see one text. Another build may where its own
-    /// tokens are the first that follow the ones given: where readers may have seen more it would draw others, and where
-    /// the last piece was text held back until the answer's end, it may not end there.
+    /// Returns whether an answer may continue from these tokens so that its readers see one text. Another build may continue it
+    /// only if the first token that it draws follows the given ones directly. If readers may have seen more, the build could
+    /// draw different tokens; and if the last piece was text held back until the end of the answer, the answer may not end
+    /// there.
     fn may_go_on(&self, resume: &Resume, request: &ExecuteRequest) -> bool {
         let Resume {
             token_ids,
@@ -513,13 +513,14 @@ impl Engine {
         self.core().cache.room()
     }
 
-    /// Returns the number of blocks that a generation with the longest answer takes, without those that sequences have.
+    /// Returns the number of blocks that a generation with the longest answer takes, without blocks that sequences hold
+    /// already.
     fn blocks_for(&self, generation: &Generation) -> usize {
         let Generation {
             request, prompt, ..
         } = generation;
         let most = flight::most_blocks(prompt.len(), self.limit(request, prompt.len()));
-        // The last token is computed in any case.
+        // The last token is always computed, because its logits are not in the cache.
         let known = &prompt[..prompt.len() - 1];
         most - self.core().cache.shared(flight::scope(request), known)
     }
@@ -530,7 +531,7 @@ impl Engine {
 
     fn prompt_text(&self, request: &ExecuteRequest) -> Result<Rendered, Failure> {
         if request.raw {
-            // A raw prompt is entirely the caller's own text: names in it become special tokens.
+            // A raw prompt is entirely the caller's own text, so names in it become special tokens.
             let text = request
                 .prompt
                 .clone()
@@ -545,7 +546,7 @@ impl Engine {
     }
 }
 
-/// Parts of an engine that turn text into tokens.
+/// The parts of an engine that turn text into tokens.
 struct TextParts {
     tokenizer: Tokenizer,
     template: Result<ChatTemplate, TemplateError>,
@@ -576,7 +577,7 @@ fn read_template(header: &GgufFile, tokenizer: &Tokenizer) -> Result<ChatTemplat
     ChatTemplate::new(source, tokenizer.bos_text(), tokenizer.eos_text())
 }
 
-/// The messages of a request: `system` first, then `messages`, or `prompt` as what the user says.
+/// Returns the messages of a request: `system` first, then `messages`, or `prompt` as the user's message.
 fn conversation(request: &ExecuteRequest) -> Vec<Message> {
     let message = |role, content: &String| Message {
         role,

@@ -1,4 +1,4 @@
-//! What an answer's tokens depend on beside the request: the model file and the arithmetic.
+//! The origin of tokens: the model file and the arithmetic, on which an answer depends in addition to the request.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -8,8 +8,8 @@ use pool_core::catalog::gguf::GgufError;
 
 use crate::backend::Device;
 
-/// The origin of what a model file gives on a device. Without a hash of the file its place on the disk, size and time of
-/// change stand for it: two files that agree in all of them are one.
+/// Returns the origin of tokens that a model file yields on a device. While the hash of the file is unknown, its device, inode,
+/// size and modification time identify it: two files that agree in all of them count as one.
 pub fn of(path: &Path, device: Device) -> Result<Origin, GgufError> {
     let metadata = std::fs::metadata(path)?;
     let (device_id, inode, size) = (metadata.dev(), metadata.ino(), metadata.len());

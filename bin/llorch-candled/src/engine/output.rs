@@ -1,21 +1,21 @@
-//! Tokens to the pieces of text that readers see.
+//! Conversion of tokens to the pieces of text that readers see.
 
 use pool_core::api::worker::WorkerToken;
 
 use super::stop::StopFilter;
 use crate::tokenizer::{Detokenizer, Tokenizer};
 
-/// What a token led to.
+/// The outcome of adding a token.
 pub struct Step {
-    /// A piece of text, if any came out.
+    /// Piece of text that is complete now, if any.
     pub piece: Option<WorkerToken>,
-    /// A stop text came up.
+    /// True if a stop text appeared.
     pub stopped: bool,
 }
 
-/// Makes `token` events. Ids whose text is not out yet (a part of a character, the possible beginning of a stop text) wait
-/// for the event that brings it. The state depends on the ids alone, so that feeding logged ids through it silently
-/// takes up the text, and the count of pieces, exactly where it was.
+/// A source of `token` events. Ids whose text is incomplete (a part of a character, a possible beginning of a stop text) wait
+/// for the event that carries the text. The state depends only on the ids, so logged ids, fed through it silently, restore the
+/// exact text and count of pieces.
 pub struct Output<'a> {
     reader: Detokenizer<'a>,
     filter: StopFilter,
@@ -24,7 +24,7 @@ pub struct Output<'a> {
 }
 
 impl<'a> Output<'a> {
-    /// The output of an answer that hasn't begun.
+    /// Returns the output of an answer that hasn't begun.
     pub fn new(tokenizer: &'a Tokenizer, stop: &[String]) -> Self {
         Self {
             reader: tokenizer.detokenizer(),
@@ -34,7 +34,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// Takes a token of the answer.
+    /// Adds a token of the answer.
     pub fn push(&mut self, id: u32) -> Step {
         self.waiting.push(id);
         let text = self.reader.push(id);
@@ -45,7 +45,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// The last piece of an answer that ends without a stop text: what was held back.
+    /// Ends an answer without a stop text, and returns the text that was held back.
     pub fn finish(&mut self) -> Step {
         let passed = self.filter.push(&self.reader.finish());
         let mut text = passed.text;
@@ -58,7 +58,7 @@ impl<'a> Output<'a> {
         }
     }
 
-    /// How many pieces came out so far.
+    /// Returns the number of pieces so far.
     pub fn pieces(&self) -> u32 {
         self.pieces
     }

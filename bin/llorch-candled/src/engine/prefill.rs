@@ -1,4 +1,4 @@
-//! Running the prompt.
+//! Prefill: the computation of a prompt.
 
 use super::sequence::Sequence;
 use super::{Failure, Halted};
@@ -6,8 +6,8 @@ use super::{Failure, Halted};
 /// Tokens of the prompt that are computed together. A cancel waits for one such chunk at most.
 pub const CHUNK: usize = pool_core::lifecycle::PREFILL_CHUNK as usize;
 
-/// Runs `prompt` on an empty sequence; gives the logits of what follows. `between` is called before each chunk with the
-/// number of tokens done; it may end the run. Only the last position's logits are computed.
+/// Runs `prompt` on an empty sequence and returns the logits of the next token. Calls `between` before each chunk with the
+/// number of tokens done; an error from `between` ends the run. Only the logits of the last position are computed.
 pub fn prefill(
     sequence: &mut Sequence<'_>,
     prompt: &[u32],

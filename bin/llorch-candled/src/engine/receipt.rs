@@ -8,13 +8,13 @@ use super::Engine;
 
 /// Name and version of this program, as `--version` prints them.
 const ENGINE: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
-/// Class of arithmetic of tokens of unknown origin.
+/// Arithmetic class of tokens of unknown origin.
 const UNKNOWN: &str = "unknown";
 
-/// Hashes of the parts of a model file that decide a prompt's token ids. Computed once, at load.
+/// Hashes of the parts of a model file that decide a prompt's token ids, computed once at load.
 pub(super) struct FileHashes {
     tokenizer: String,
-    /// Absent in a file without a chat template.
+    /// `None` for a file without a chat template.
     chat_template: Option<String>,
 }
 
@@ -30,7 +30,7 @@ impl FileHashes {
 }
 
 impl Engine {
-    /// Returns the receipt of a request that continues `resume`, without the answer.
+    /// Returns the receipt of a request, without the answer. `resume` is the earlier answer that the request continues.
     pub(super) fn receipt(
         &self,
         request: &ExecuteRequest,

@@ -1,19 +1,18 @@
-//! How the next token is drawn from logits.
+//! Sampling: drawing the next token from logits.
 //!
-//! In this order, each step as its definition says:
+//! The steps, in this order, each according to its definition:
 //!
-//! 1. **repetition penalty** θ (Keskar et al. 2019): the logit of every token in the prompt or the text so far is divided
-//!    by θ where it is positive and multiplied by θ where it is negative;
-//! 2. **temperature** T: 0 takes the largest logit (of equals the lowest id) and ends here, else logits are divided by T.
-//!    So does a penalty so small that the largest logit is no finite number any more, and no probabilities are left;
-//! 3. **top_k**: the k largest logits stay;
-//! 4. **top_p** (Holtzman et al. 2020): of the probabilities of those that stay, the fewest largest whose sum is at
-//!    least p stay;
-//! 5. **min_p** (Nguyen et al. 2024): those at least p times as likely as the likeliest stay;
-//! 6. one of those that stay is **drawn** by its probability.
+//! 1. **repetition penalty** θ (Keskar et al. 2019): the logit of every token in the prompt or the text so far is divided by θ
+//!    if it is positive, and multiplied by θ if it is negative;
+//! 2. **temperature** T: 0 takes the largest logit (of equal ones the lowest id) and ends here, else logits are divided by T. A
+//!    penalty so small that the largest logit is no longer finite has the effect of 0, because no probabilities are left;
+//! 3. **top_k**: the k largest logits remain;
+//! 4. **top_p** (Holtzman et al. 2020): of the remaining probabilities, the fewest largest whose sum is at least p remain;
+//! 5. **min_p** (Nguyen et al. 2024): tokens at least p times as likely as the likeliest remain;
+//! 6. one of the remaining tokens is **drawn** by its probability.
 //!
-//! Of equal logits the lower id counts as larger, everywhere. The random number of a token depends on the seed and the
-//! token's place in the answer alone, so a resumed job draws what it would have drawn.
+//! Of equal logits, the lower id counts as larger everywhere. The random number of a token depends only on the seed and on the
+//! token's position in the answer, so a resumed job draws the tokens that it would have drawn without interruption.
 
 use std::cell::RefCell;
 use std::cmp::Ordering;
@@ -24,16 +23,16 @@ use rand::{Rng, SeedableRng};
 
 use crate::backend::cpu::lanes::{Kernel, Lanes, Tier};
 
-/// How many of the likeliest candidates are put in order first when only the likeliest part is wanted.
+/// Number of likeliest candidates that are sorted first when only the likeliest part is wanted.
 const FIRST_PART: usize = 64;
 
-/// Why no token can be chosen.
+/// Reason why no token can be chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SamplingError {
     /// A logit is not a number.
     #[error("the logit of token {id} is not a number")]
     NotANumber {
-        /// The token.
+        /// Id of the token.
         id: usize,
     },
     /// The vocabulary is empty.
@@ -41,11 +40,11 @@ pub enum SamplingError {
     NoLogits,
 }
 
-/// A candidate: its id and its logit after penalty and temperature, less the largest one, which makes that 0.
+/// A candidate: its id, and its logit after penalty and temperature, relative to the largest logit, which becomes 0.
 type Candidate = (u32, f32);
 
-/// Draws the token at `position` of the answer (counted from 0). `seen` are all tokens of the prompt and the answer so
-/// far, in any order. Fails where the logits have a value that is not a number.
+/// Draws the token at `position` of the answer, from 0. `seen` are all tokens of the prompt and the answer so far, in any
+/// order. Fails if a logit is not a number, or if `logits` is empty.
 pub fn sample(
     logits: &mut [f32],
     seen: impl IntoIterator<Item = u32>,
@@ -77,23 +76,23 @@ pub fn sample(
     keep_top_k(&mut candidates, sampling.top_k as usize);
     keep_top_p(&mut candidates, f64::from(sampling.top_p));
     keep_min_p(&mut candidates, f64::from(sampling.min_p));
-    // Drawing in order of ids makes a filter that removes nothing change nothing.
+    // Drawing in order of ids, as without filters, so that a filter that removes nothing changes nothing.
     candidates.sort_unstable_by_key(|(id, _)| *id);
     Ok(draw(&candidates, random).unwrap_or(likeliest))
 }
 
-/// Returns the logit less the largest one, divided by the temperature. However small that is, the largest becomes 0 and the others
-/// negative, at worst without a bound.
+/// Returns the logit minus the largest one, divided by the temperature. However small the temperature, the largest logit
+/// becomes 0 and smaller ones negative, at worst minus infinity.
 #[inline(always)]
 fn scale(logit: f32, largest: f32, temperature: f32) -> f32 {
     (logit - largest) / temperature
 }
 
-/// A number in [0, 1) that depends on the seed and the position alone.
+/// Returns a number in [0, 1) that depends only on the seed and the position.
 fn uniform(seed: u64, position: u64) -> f64 {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     random.set_stream(position);
-    // The 53 highest bits: as many as a double holds exactly.
+    // The 53 highest bits: as many as a double represents exactly.
     (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64
 }
 
@@ -104,7 +103,7 @@ fn penalise(logits: &mut [f32], seen: impl IntoIterator<Item = u32>, penalty: f3
     let mut done = vec![false; logits.len()];
     for id in seen {
         let index = id as usize;
-        // Each token once, however often it came up.
+        // Each token counts once, however often it appeared.
         if done.get(index).is_none_or(|done| *done) {
             continue;
         }
@@ -125,7 +124,7 @@ fn argmax(logits: &[f32]) -> Option<u32> {
     best.map(|(id, _)| id)
 }
 
-/// Larger logits first, of equals the lower id.
+/// Orders larger logits first, and equal ones by ascending id.
 fn larger_first(a: &Candidate, b: &Candidate) -> Ordering {
     b.1.partial_cmp(&a.1)
         .unwrap_or(Ordering::Equal)
@@ -140,20 +139,20 @@ fn keep_top_k(candidates: &mut Vec<Candidate>, k: usize) {
     candidates.truncate(k);
 }
 
-/// Weight of a candidate's logit, which is its exponential; the likeliest token's is 1.
+/// Returns the weight of a candidate: the exponential of its logit, which is 1 for the likeliest token.
 ///
-/// A vocabulary has up to 262,144 of them for each token of an answer. There is no branch, so that the compiler computes
-/// several at once; and only sums and products, each rounded as IEEE 754 says, so that the bits are the same on every system,
-/// which those of the standard library's function are not.
+/// A vocabulary has up to 262,144 candidates for each token of an answer. The code has no branch, so that the compiler computes
+/// several at once. It consists only of sums and products, each rounded as IEEE 754 requires, so that every system computes the
+/// same bits, which the standard library's function does not guarantee.
 #[inline(always)]
 fn weight(logit: f32) -> f64 {
-    /// ln 2, in a part with so few digits that its products with whole numbers are exact, and the rest.
+    /// ln 2 in two parts: one with so few digits that its products with whole numbers are exact, and the rest.
     const LN_2: [f64; 2] = [0.693_147_180_369_123_8, 1.908_214_929_270_587_7e-10];
-    /// Added and subtracted, it rounds to a whole number, which is in the lowest bits in between.
+    /// Constant that rounds to a whole number when added and subtracted. In between, the lowest bits are that number.
     const ROUND: f64 = 6_755_399_441_055_744.0;
-    /// exp(-708) is near the least number of full precision.
+    /// Lower bound of exponents: exp(-708) is near the least number of full precision.
     const LEAST: f64 = -708.0;
-    // 1/n! for n from 13 down to 0: enough terms for the range that is left.
+    // 1/n! for n from 13 down to 0: enough terms for the range of `rest`.
     const TERMS: [f64; 14] = [
         1.605_904_383_682_161_3e-10,
         2.087_675_698_786_81e-9,
@@ -179,12 +178,13 @@ fn weight(logit: f32) -> f64 {
     for term in &TERMS[1..] {
         sum = sum * rest + term;
     }
+    // Shifted into the place of the exponent, the whole number with its bias becomes a power of two.
     let power = f64::from_bits(rounded.to_bits().wrapping_add(1023) << 52);
     let result = sum * power;
     if x > LEAST { result } else { 0.0 }
 }
 
-/// Weights of all candidates.
+/// Returns the weights of all candidates.
 fn weights(candidates: &[Candidate]) -> Vec<f64> {
     candidates.iter().map(|(_, logit)| weight(*logit)).collect()
 }
@@ -193,13 +193,13 @@ fn keep_top_p(candidates: &mut Vec<Candidate>, p: f64) {
     if p >= 1.0 {
         return;
     }
-    // Summed in order of ids, so that the sum doesn't depend on how the candidates were selected.
+    // Sum in order of ids, so that the sum doesn't depend on how the candidates were selected.
     candidates.sort_unstable_by_key(|(id, _)| *id);
     let goal = p * weights(candidates).iter().sum::<f64>();
     let mut sum = 0.0;
     let mut ordered = 0;
     let mut part = FIRST_PART;
-    // The likeliest few usually carry the sum: put in order only as many as are needed.
+    // The likeliest few usually reach the sum, so only as many as needed are sorted.
     while ordered < candidates.len() {
         let end = candidates.len().min(ordered + part);
         let rest = &mut candidates[ordered..];
@@ -230,15 +230,15 @@ fn draw(candidates: &[Candidate], uniform: f64) -> Option<u32> {
     candidates.get(index).map(|(id, _)| *id)
 }
 
-/// Draws from all tokens, as [`draw`] does from candidates that are all of them.
+/// Draws from all tokens, as [`draw`] does if every token is a candidate.
 fn draw_any(logits: &[f32], largest: f32, temperature: f32, uniform: f64) -> Option<u32> {
     thread_local! {
-        /// Megabytes that are not to be asked of the system for every token.
+        /// Buffer of megabytes, kept because a request to the system for every token would be slow.
         static WEIGHTS: RefCell<Vec<f64>> = const { RefCell::new(Vec::new()) };
     }
     WEIGHTS.with_borrow_mut(|weights| {
         weights.resize(logits.len(), 0.0);
-        // The bits are the same whatever the processor computes with.
+        // Every tier computes the same bits.
         Tier::best().run(Weigh {
             logits,
             largest,
@@ -249,7 +249,7 @@ fn draw_any(logits: &[f32], largest: f32, temperature: f32, uniform: f64) -> Opt
     })
 }
 
-/// Computes the weights of all logits.
+/// A kernel that computes the weights of all logits.
 struct Weigh<'a> {
     logits: &'a [f32],
     largest: f32,
@@ -268,7 +268,7 @@ impl Kernel for Weigh<'_> {
     }
 }
 
-/// Draws an index by its weight.
+/// Draws an index by its weight. Returns `None` if `weights` is empty.
 fn draw_weight(weights: &[f64], uniform: f64) -> Option<usize> {
     let goal = uniform * weights.iter().sum::<f64>();
     let mut sum = 0.0;
@@ -278,7 +278,7 @@ fn draw_weight(weights: &[f64], uniform: f64) -> Option<usize> {
             return Some(index);
         }
     }
-    // Rounding kept the sum at the goal: the last one it is.
+    // Rounding kept the sum from exceeding the goal, so the last index is drawn.
     weights.len().checked_sub(1)
 }
 
@@ -326,7 +326,7 @@ mod tests {
         .unwrap()
     }
 
-    /// How often each token is drawn over many positions.
+    /// Returns the share of each token in the draws of many positions.
     fn shares(logits: &[f32], seen: &[u32], sampling: &Sampling) -> BTreeMap<u32, f64> {
         const DRAWS: u64 = 20_000;
         let mut counts = BTreeMap::new();
@@ -448,7 +448,7 @@ mod tests {
     // [CAND-043]
     #[test]
     fn top_p_keeps_the_fewest_that_reach_the_sum() {
-        // 3, 2 and 1 have 0.64, 0.23 and 0.09.
+        // The logits 3, 2 and 1 have probabilities 0.64, 0.23 and 0.09.
         for (p, keep) in [(0.6, &[1][..]), (0.7, &[1, 3]), (0.9, &[0, 1, 3])] {
             let sampling = Sampling {
                 top_p: p,
@@ -471,7 +471,7 @@ mod tests {
     // [CAND-044]
     #[test]
     fn min_p_compares_with_the_likeliest() {
-        // Relative to 3: 2 has e^-1 = 0.37, 1 has 0.14.
+        // Relative to the logit 3, the logit 2 has e^-1 = 0.37 and the logit 1 has 0.14.
         for (p, keep) in [(0.4, &[1][..]), (0.3, &[1, 3]), (0.1, &[0, 1, 3])] {
             let sampling = Sampling {
                 min_p: p,

@@ -1,4 +1,4 @@
-//! One sequence alone on its way through the model, for who asks for logits and wants no text.
+//! A single sequence on its way through the model, for callers that want logits instead of text.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -12,24 +12,24 @@ pub(super) struct Core {
 }
 
 impl Core {
-    /// Takes a model of which no block is used.
+    /// Pairs a model with an allocator of its blocks, all of which are free.
     pub fn new(model: Box<dyn Model>) -> Self {
         let cache = BlockCache::new(model.blocks());
         Self { model, cache }
     }
 }
 
-/// The cache has too few free blocks for a sequence.
+/// A lack of free cache blocks for a sequence.
 #[derive(Debug, thiserror::Error)]
 #[error("the cache has {free} free blocks, the sequence needs {needed}")]
 pub struct CacheFull {
-    /// Free blocks.
+    /// Number of free blocks.
     pub free: usize,
-    /// Blocks that the sequence needs.
+    /// Number of blocks that the sequence needs.
     pub needed: usize,
 }
 
-/// A sequence with its blocks of the cache, which go back when it is dropped. No other sequence has any of them.
+/// A sequence with its cache blocks, which are released on drop. No other sequence shares them.
 pub struct Sequence<'a> {
     core: &'a Mutex<Core>,
     table: Vec<u32>,
@@ -37,11 +37,11 @@ pub struct Sequence<'a> {
 }
 
 impl<'a> Sequence<'a> {
-    /// Takes the blocks for a sequence of at most `capacity` tokens.
+    /// Allocates the blocks for a sequence of at most `capacity` tokens.
     ///
     /// # Errors
     ///
-    /// Fails if there are too few.
+    /// Fails if there are too few free blocks.
     pub(super) fn new(core: &'a Mutex<Core>, capacity: usize) -> Result<Self, CacheFull> {
         let cache = &mut lock(core).cache;
         let (free, needed) = (cache.room().free, capacity.div_ceil(BLOCK));
@@ -55,17 +55,17 @@ impl<'a> Sequence<'a> {
         })
     }
 
-    /// Returns the number of tokens that were computed.
+    /// Returns the number of computed tokens.
     pub fn len(&self) -> usize {
         self.length
     }
 
-    /// Whether no token was computed.
+    /// Returns whether no token was computed.
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }
 
-    /// Computes `tokens` after those that were, without asking what comes next.
+    /// Computes `tokens` after the earlier ones, without logits.
     ///
     /// # Errors
     ///
@@ -74,7 +74,7 @@ impl<'a> Sequence<'a> {
         self.run(tokens, |_| false).map(|_| ())
     }
 
-    /// Computes `tokens` after those that were, and returns the logits of what follows the last of them.
+    /// Computes `tokens` after the earlier ones, and returns the logits of the token after the last.
     ///
     /// # Errors
     ///
@@ -113,7 +113,8 @@ impl Drop for Sequence<'_> {
     }
 }
 
-/// A pass that panicked leaves nothing that another one relies on: a cache's content counts only within its sequence.
+/// Locks the core, even after a panic under the lock: a panicked pass leaves nothing that another pass relies on, because a
+/// cache's content counts only within its sequence.
 pub(super) fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
     core.lock().unwrap_or_else(PoisonError::into_inner)
 }

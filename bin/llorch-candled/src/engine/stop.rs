@@ -1,15 +1,15 @@
-//! Texts that end an answer, found across the borders of tokens.
+//! Stop texts, which end an answer, found across the boundaries of tokens.
 
-/// What a piece of text led to.
+/// The outcome of filtering a piece of text.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Passed {
-    /// Text that may be shown: it holds no stop text and can't be the beginning of one.
+    /// Text that may be shown: it contains no stop text, and its end can't be the beginning of one.
     pub text: String,
-    /// A stop text came up; nothing may follow.
+    /// True if a stop text appeared, after which nothing may follow.
     pub stopped: bool,
 }
 
-/// Lets text through up to the first stop text. What may turn out to be the beginning of one is held back.
+/// A filter that passes text up to the first stop text. Text that may be the beginning of a stop text is held back.
 #[derive(Debug)]
 pub struct StopFilter {
     stops: Vec<String>,
@@ -17,7 +17,7 @@ pub struct StopFilter {
 }
 
 impl StopFilter {
-    /// A filter for these texts; empty ones are ignored.
+    /// Returns a filter for these stop texts. Empty ones are ignored.
     pub fn new(stops: &[String]) -> Self {
         Self {
             stops: stops.iter().filter(|s| !s.is_empty()).cloned().collect(),
@@ -25,7 +25,7 @@ impl StopFilter {
         }
     }
 
-    /// Takes the next piece of text.
+    /// Filters the next piece of text.
     pub fn push(&mut self, piece: &str) -> Passed {
         self.held.push_str(piece);
         let found = self
@@ -53,15 +53,15 @@ impl StopFilter {
         }
     }
 
-    /// The text held back, once nothing can follow it.
+    /// Returns the text held back, once nothing can follow it.
     pub fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 }
 
-/// Length of the longest end of `text` that is a proper beginning of `stop`.
+/// Returns the length of the longest end of `text` that is a proper beginning of `stop`.
 fn begun(text: &str, stop: &str) -> usize {
-    // An end that matches a beginning of `stop` begins with its first character, so it begins between characters.
+    // Such an end begins with the first character of `stop`, so it begins between characters of `text`.
     (1..stop.len())
         .rev()
         .filter(|length| stop.is_char_boundary(*length))

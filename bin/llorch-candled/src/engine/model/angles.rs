@@ -2,14 +2,14 @@
 
 use super::description::Description;
 
-/// Turned pairs' angles per step of position, and the factor of their cosines and sines, for each rotation of a model.
+/// Angles of the rotated pairs per step of position, and the factor of their cosines and sines, for each rotation of a model.
 #[derive(Debug, Clone)]
 pub struct Angles {
     rotations: Vec<(Vec<f64>, f64)>,
 }
 
 impl Angles {
-    /// Prepares the rotations of a model. `read` returns the tensor of that name, with one number for each pair.
+    /// Prepares the rotations of a model. `read` returns the tensor with the given name, which has one number for each pair.
     ///
     /// # Errors
     ///
@@ -25,7 +25,7 @@ impl Angles {
                 let exponent = (2 * pair) as f64 / width as f64;
                 let factor = factors.as_ref().and_then(|factors| factors.get(pair));
                 let factor = factor.copied().map_or(1.0, f64::from);
-                // The standard library's functions differ from system to system in the last place.
+                // The standard library's functions differ between systems in the last place.
                 1.0 / (libm::pow(rotation.base, exponent) * factor * rotation.divisor)
             };
             Ok(((0..width / 2).map(step).collect(), rotation.magnitude))
@@ -35,12 +35,12 @@ impl Angles {
         })
     }
 
-    /// Number of rotations.
+    /// Returns the number of rotations.
     pub fn rotations(&self) -> usize {
         self.rotations.len()
     }
 
-    /// Returns cosine and sine of each pair's angle at a position, each times the rotation's factor.
+    /// Returns the cosine and sine of each pair's angle at a position, multiplied by the rotation's factor.
     pub fn at(&self, rotation: usize, position: usize) -> impl Iterator<Item = (f32, f32)> + '_ {
         let (steps, magnitude) = &self.rotations[rotation];
         steps.iter().map(move |step| {

@@ -1,4 +1,4 @@
-//! What a model is, from its header: sizes, positions and the features that tell one family from another.
+//! Description of a model from its header: sizes, positions and the features that distinguish one family from another.
 
 use pool_core::catalog::gguf::{GgufError, GgufFile};
 use pool_core::catalog::support::{self, Unsupported};
@@ -8,45 +8,45 @@ use pool_core::worker::CacheType;
 use super::layers::{self, LayerKind, Windows};
 use super::rotation::Rotation;
 
-/// Largest size of any dimension that is believed; far above real models, far below an overflow.
+/// Largest plausible size of any dimension: far above real models, far below an overflow.
 const MAX_SIZE: u64 = 1 << 24;
 
-/// Why a model can't be run, though its file is in order.
+/// Reason why a model can't be run although its file can be read.
 #[derive(Debug, thiserror::Error)]
 pub enum DescriptionError {
-    /// The header lacks something or contradicts itself.
+    /// The header lacks a value or contradicts itself.
     #[error(transparent)]
     Header(#[from] GgufError),
-    /// A family the decoder doesn't know.
+    /// The decoder doesn't know the family.
     #[error(transparent)]
     Architecture(Unsupported),
-    /// A feature the decoder doesn't compute.
+    /// The decoder doesn't compute a feature of the model.
     #[error("the model needs {feature}, which is not supported")]
     Feature {
-        /// What it needs.
+        /// Feature that the model needs.
         feature: String,
     },
-    /// A number that can't be right.
+    /// A number can't be right.
     #[error("the model's {what} is {found}, {expected}")]
     Size {
-        /// Which number.
+        /// Name of the number.
         what: &'static str,
-        /// Its value.
+        /// Number in the header or the request.
         found: u64,
-        /// What it should be.
+        /// Condition that the number breaks.
         expected: String,
     },
-    /// More context asked for than the model has.
+    /// More context was requested than the model has.
     #[error("a context of {requested} tokens was asked for, the model was made for {available}")]
     ContextTooLong {
-        /// What was asked for.
+        /// Requested context in tokens.
         requested: usize,
-        /// What the model has.
+        /// Longest context of the model in tokens.
         available: usize,
     },
 }
 
-/// Which elements of a head turn together.
+/// The pairs of elements of a head that are rotated together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeStyle {
     /// Neighbours: 0 with 1, 2 with 3.
@@ -55,7 +55,7 @@ pub enum RopeStyle {
     Halves,
 }
 
-/// Function that a feed-forward layer applies to its gate.
+/// The function that a feed-forward layer applies to its gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// x · σ(x).
@@ -64,10 +64,10 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// Everything that a forward pass has to know of a model: sizes, and which of the known features it has.
+/// The properties of a model that a forward pass depends on: sizes and features.
 #[derive(Debug, Clone)]
 pub struct Description {
-    /// As the file names it.
+    /// Family, as the file names it.
     pub architecture: String,
     /// Layers, in order.
     pub layers: Vec<LayerKind>,
@@ -81,44 +81,44 @@ pub struct Description {
     pub head_dim: usize,
     /// Width of a feed-forward layer.
     pub feed_forward: usize,
-    /// Function of the gates.
+    /// Activation function of the gates.
     pub activation: Activation,
-    /// Factor of the embeddings.
+    /// Factor of the embeddings (1 for most models).
     pub embedding_scale: f32,
     /// Factor of the products of queries and keys.
     pub query_scale: f32,
-    /// Leading elements of a head that are turned by position.
+    /// Number of leading elements of a head that are rotated by position.
     pub rope_dim: usize,
-    /// Which elements turn together.
+    /// Pairs of elements that are rotated together.
     pub rope_style: RopeStyle,
-    /// Ways of turning.
+    /// Rotations, to which [`LayerKind::rotation`] refers.
     pub rotations: Vec<Rotation>,
-    /// Added to the mean square before its root is taken.
+    /// Number added to the mean square before its root is taken.
     pub rms_epsilon: f32,
-    /// Which features it has.
+    /// Features of the family.
     pub features: Features,
-    /// Rows of the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub vocab: usize,
-    /// Longest context the model was made for.
+    /// Longest context that the model was made for, in tokens.
     pub max_context: usize,
-    /// Longest context of a sequence: the one to serve.
+    /// Longest context that is served, in tokens.
     pub context: usize,
-    /// Form of keys and values in the cache; the default one unless the engine sets another.
+    /// Form of keys and values in the cache; the default unless the engine sets another.
     pub cache: CacheType,
 }
 
-/// Features that some families have.
+/// The features that only some families have.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Features {
-    /// Queries, keys and values have biases.
+    /// True if queries, keys and values have biases.
     pub attention_bias: bool,
-    /// Queries and keys are normalised head by head.
+    /// True if queries and keys are normalised head by head.
     pub qk_norm: bool,
-    /// The results of attention and feed-forward are normalised before they are added.
+    /// True if the results of attention and feed-forward are normalised before they are added.
     pub post_norm: bool,
 }
 
-/// What a family of models has in common beyond what its files say.
+/// The properties that a family's models share and that their files don't state.
 struct Family {
     name: &'static str,
     /// The converter of llama files permutes queries and keys; those of other families don't.
@@ -189,11 +189,11 @@ const GEMMA3_LOCAL: Rotation = Rotation {
     factors: None,
     magnitude: 1.0,
 };
-/// Layers of the one size of gemma3 (27B) whose queries are scaled by the width divided by the heads.
+/// Number of layers of the largest gemma3 (27B), the only one whose queries are scaled by the width divided by the heads.
 const GEMMA3_LARGEST: usize = 62;
 
 impl Description {
-    /// Reads the description from a header. The context to serve is the requested one, else the smaller of the model's and
+    /// Reads the description from a header. The context to serve is the requested one, or else the smaller of the model's and
     /// [`DEFAULT_CONTEXT`].
     ///
     /// # Errors
@@ -296,14 +296,14 @@ impl Description {
     }
 
     /// Returns whether the divisors for a long context are in use. A worker that serves a shorter context of the same model
-    /// gives other results.
+    /// computes different results.
     pub fn is_long(&self) -> bool {
         let mut rotations = self.rotations.iter();
         rotations.any(|rotation| rotation.factors == Some(support::LONG_FACTORS))
     }
 }
 
-/// Returns the context to serve.
+/// Returns the context to serve, in tokens.
 fn context(requested: Option<usize>, available: usize) -> Result<usize, DescriptionError> {
     match requested {
         Some(requested) if requested > available => Err(DescriptionError::ContextTooLong {
@@ -320,7 +320,7 @@ fn context(requested: Option<usize>, available: usize) -> Result<usize, Descript
     }
 }
 
-/// Returns a number that may be the size of something.
+/// Returns a number that is plausible as a size. Fails if it is 0 or above [`MAX_SIZE`].
 pub(super) fn size(what: &'static str, found: u64) -> Result<usize, DescriptionError> {
     if found == 0 || found > MAX_SIZE {
         return Err(DescriptionError::Size {
@@ -332,7 +332,7 @@ pub(super) fn size(what: &'static str, found: u64) -> Result<usize, DescriptionE
     Ok(found as usize)
 }
 
-/// Returns the finite number above 0 that the header has for `ARCH.suffix`, else the default.
+/// Returns the header's number for `ARCH.suffix`, or else the default. Fails unless the number is finite and above 0.
 pub(super) fn positive(
     suffix: &str,
     header: &GgufFile,

@@ -8,12 +8,12 @@ use pool_core::catalog::support::Architecture;
 use super::description::{DescriptionError, size};
 use super::places::in_layer;
 
-/// Features in which a layer may differ from others.
+/// The features in which a layer may differ from others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerKind {
-    /// Number of latest positions that a position sees, itself included; `None` for all.
+    /// Number of latest positions that a position sees, including itself; `None` for all.
     pub window: Option<usize>,
-    /// Index of its rotation in [`Description::rotations`](super::description::Description::rotations).
+    /// Index of the layer's rotation in [`Description::rotations`](super::description::Description::rotations).
     pub rotation: usize,
     /// True if queries, keys and values share one tensor.
     pub fused_attention: bool,
@@ -21,18 +21,18 @@ pub struct LayerKind {
     pub fused_gate: bool,
 }
 
-/// Layers of a family that have a window.
+/// The layers of a family that have an attention window.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Windows {
-    /// None.
+    /// No layer.
     None,
-    /// All but every so many, which have a rotation of their own.
+    /// All but every n-th layer. The layers with a window use the second rotation.
     Most(usize),
-    /// All.
+    /// All layers.
     All,
 }
 
-/// Returns the layers of a model of at most `available` positions.
+/// Returns the layers of a model with at most `available` positions.
 pub(super) fn layers(
     header: &GgufFile,
     architecture: &Architecture,
@@ -53,7 +53,7 @@ pub(super) fn layers(
         Windows::Most(_) => (window, 1),
         Windows::None | Windows::All => (window, 0),
     };
-    // Looked up once: a file may have thousands of layers, and of tensors.
+    // Collected once: a file may have thousands of layers and of tensors.
     let tensors = header.tensors().iter().map(|tensor| tensor.name.as_str());
     let names: HashSet<&str> = tensors.filter(|_| architecture.fused).collect();
     let lacks = |index: usize, part: &str| {
@@ -71,12 +71,12 @@ pub(super) fn layers(
     Ok((0..count).map(layer).collect())
 }
 
-/// Context, and window, of the models whose files may be older than the key for the window: Phi-3 mini and medium with 4k. The
-/// window is `sliding_window` of their configuration.
+/// Context and window of models whose files may predate the key for the window: Phi-3 mini and medium with 4k. The window is
+/// `sliding_window` in their configuration.
 const UNSAID_WINDOW: (usize, u64) = (4096, 2047);
 
-/// Returns the window of a model whose layers all have one. Files whose models have none say 0, or more positions than the
-/// model has.
+/// Returns the window of a model whose layers all have one. Files of models without a window say 0, or at least as many
+/// positions as the model has.
 fn window_of_all(header: &GgufFile, available: usize) -> Result<Option<usize>, DescriptionError> {
     let window = header.get_arch::<u64>("attention.sliding_window")?;
     let (context, unsaid) = UNSAID_WINDOW;
@@ -85,8 +85,8 @@ fn window_of_all(header: &GgufFile, available: usize) -> Result<Option<usize>, D
     Ok((1..available).contains(&window).then_some(window))
 }
 
-/// Returns the width of the feed-forward layers: that of the gate, which only its tensor tells for certain, or where gate and
-/// up-projection are one tensor, the header's.
+/// Returns the width of the feed-forward layers: the rows of the gate, whose tensor alone is certain to have it, or the
+/// header's number if gate and up-projection share one tensor.
 pub(super) fn feed_forward(
     header: &GgufFile,
     layers: &[LayerKind],

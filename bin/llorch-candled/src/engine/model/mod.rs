@@ -1,4 +1,4 @@
-//! The seam between the engine and what computes: a model runs batches of tokens, and knows nothing of jobs.
+//! The seam between the engine and the backends: a model runs batches of tokens, and knows nothing of jobs.
 
 pub mod angles;
 pub mod description;
@@ -8,91 +8,90 @@ pub mod rotation;
 
 use description::Description;
 
-/// Positions in a block of the cache.
+/// Number of positions in a block of the cache.
 pub const BLOCK: usize = pool_core::lifecycle::CACHE_BLOCK as usize;
 
 /// A token to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Row {
-    /// Its id.
+    /// Id of the token.
     pub token: u32,
-    /// Its position in its sequence.
+    /// Position in the sequence, from 0.
     pub position: usize,
-    /// Index of its sequence in [`Batch::tables`].
+    /// Index of the sequence in [`Batch::tables`].
     pub sequence: usize,
-    /// Whether the logits of what follows it are wanted.
+    /// True if the logits of the next token are wanted.
     pub wanted: bool,
 }
 
 /// Tokens of one or several sequences to compute in one pass.
 ///
-/// Rows of a sequence stand together, at ascending positions without gaps. Keys and values of all positions before its first
-/// row are in the cache already, in the blocks that its table names; those of its rows go there. Sequences may have blocks in
-/// common that no row goes to.
+/// Rows of a sequence are adjacent, at ascending positions without gaps. Keys and values of all positions before a sequence's
+/// first row are already in the cache, in the blocks that its table names; those of its rows are written there. Sequences may
+/// share blocks that no row is written to.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
-    /// The tokens.
+    /// Tokens to compute.
     pub rows: &'a [Row],
-    /// For each sequence the numbers of its blocks: position p is in block `table[p / BLOCK]`.
+    /// Numbers of the blocks of each sequence: position p is in block `table[p / BLOCK]`.
     pub tables: &'a [&'a [u32]],
 }
 
-/// Why a batch was not computed.
+/// Reason why a batch was not computed.
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// Rows or tables contradict each other or the cache.
     #[error("the batch is not one: {0}")]
     Batch(&'static str),
-    /// Values ran out of the range of numbers.
+    /// Values exceeded the range of numbers.
     #[error("the last layer's values are not finite: the file may be damaged")]
     NotFinite,
-    /// The backend's library.
+    /// The backend's library failed.
     #[error("{0}")]
     Backend(String),
 }
 
-/// A loaded model. What it computes for a row depends on the model, the tokens of the row's sequence up to the row and
-/// nothing else.
+/// A loaded model. The result of a row depends only on the model and on the tokens of the row's sequence up to the row.
 pub trait Model: Send {
-    /// Returns what the model is like.
+    /// Returns the properties of the model.
     fn description(&self) -> &Description;
 
-    /// Returns how many blocks the cache has.
+    /// Returns the number of blocks in the cache.
     fn blocks(&self) -> usize;
 
-    /// Returns the bytes of the whole cache. The system gives them to the process as they are used.
+    /// Returns the bytes of the whole cache, which the system allocates as they are first used.
     fn cache_bytes(&self) -> u64;
 
-    /// Returns the bytes that a pass of `rows` rows takes at most, of which `wanted` want logits, at the end of a context of
-    /// `positions` positions, besides the cache.
+    /// Returns the most bytes that a pass of `rows` rows takes besides the cache. `wanted` of the rows want logits, and the
+    /// pass is at the end of a context of `positions` positions.
     fn pass_bytes(&self, rows: usize, wanted: usize, positions: usize) -> u64;
 
-    /// Calls `told` whenever a layer was computed, from now on: a pass takes a large model minutes on a crowded processor.
+    /// Calls `told` after every computed layer from now on: a pass of a large model takes minutes on a crowded processor.
     fn on_layer(&mut self, told: Box<dyn Fn() + Send + Sync>);
 
-    /// Runs some units of other work with the threads that compute, and waits for them.
+    /// Runs `unit` once for each index below `units` on the compute threads, and waits for all.
     fn share(&mut self, units: usize, unit: &(dyn Fn(usize) + Sync));
 
-    /// Computes a batch. `logits` then holds a row of the vocabulary's width for each row that wants one, in order.
+    /// Computes a batch. Afterwards `logits` contains a row of the vocabulary's width for each row that wants one, in order.
     ///
     /// # Errors
     ///
-    /// Fails if the batch contradicts itself, or if the values are no numbers. The cache may then hold anything at the
-    /// positions of the batch.
+    /// Fails if the batch contradicts itself, or if values are not finite. The cache may then hold anything at the positions of
+    /// the batch.
     fn forward(&mut self, batch: &Batch<'_>, logits: &mut Vec<f32>) -> Result<(), ModelError>;
 }
 
-/// Rows of one sequence in a batch.
+/// The rows of one sequence in a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Run {
-    /// Index of its sequence.
+    /// Index of the sequence in [`Batch::tables`].
     pub sequence: usize,
-    /// Its rows.
+    /// Range of the rows in [`Batch::rows`].
     pub rows: std::ops::Range<usize>,
 }
 
 impl Batch<'_> {
-    /// Checks the batch, and returns its runs.
+    /// Checks the batch and returns its runs.
     ///
     /// # Errors
     ///

@@ -1,8 +1,8 @@
-//! Where a model's weights stand in its file.
+//! Locations of a model's weights in its file.
 
 use super::description::Description;
 
-/// A matrix of a model file: a tensor, or some rows of one.
+/// A matrix in a model file: a tensor, or some rows of one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// Name of the tensor.
@@ -13,7 +13,7 @@ pub struct Place {
     pub rows: usize,
     /// Number of rows of the tensor.
     pub of: usize,
-    /// Columns.
+    /// Number of columns.
     pub columns: usize,
 }
 
@@ -29,8 +29,7 @@ impl Place {
         }
     }
 
-    /// Returns the places of matrices with these numbers of rows, which are one tensor, each below the one
-    /// before it.
+    /// Returns the places of matrices that are stacked in one tensor, in order, with these numbers of rows.
     fn stacked<const N: usize>(name: &str, rows: [usize; N], columns: usize) -> [Self; N] {
         let of = rows.iter().sum();
         let mut end = 0;
@@ -48,31 +47,31 @@ impl Place {
     }
 }
 
-/// The embedding, and the output matrix of files that have no other.
+/// Name of the embedding, which is also the output matrix in files without [`OUTPUT`].
 pub const EMBEDDING: &str = "token_embd.weight";
-/// The output matrix.
+/// Name of the output matrix.
 pub const OUTPUT: &str = "output.weight";
-/// Weights of the last norm.
+/// Name of the weights of the last norm.
 pub const OUTPUT_NORM: &str = "output_norm.weight";
-/// Factors that divide the frequencies of rotations (Llama 3.1 and later).
+/// Name of the factors that divide the frequencies of rotations (Llama 3.1 and later).
 pub const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// Matrices of a layer.
+/// The places of a layer's matrices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerPlaces {
-    /// Queries.
+    /// Projection to queries.
     pub query: Place,
-    /// Keys.
+    /// Projection to keys.
     pub key: Place,
-    /// Values.
+    /// Projection to values.
     pub value: Place,
-    /// Result of the attention.
+    /// Projection of the attention's result.
     pub output: Place,
-    /// Gate of the feed-forward.
+    /// Gate of the feed-forward layer.
     pub gate: Place,
-    /// Up-projection.
+    /// Up-projection of the feed-forward layer.
     pub up: Place,
-    /// Down-projection.
+    /// Down-projection of the feed-forward layer.
     pub down: Place,
 }
 
@@ -87,7 +86,7 @@ impl Description {
         self.heads * self.head_dim
     }
 
-    /// Returns the width of all keys of a position, and of its values.
+    /// Returns the width of all keys of a position, which is also that of its values.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
@@ -126,7 +125,7 @@ impl Description {
         self.vocabulary_place(EMBEDDING)
     }
 
-    /// Returns the place of the output matrix, if it is another than the embedding.
+    /// Returns the place of an output matrix that is separate from the embedding.
     pub fn output_place(&self) -> Place {
         self.vocabulary_place(OUTPUT)
     }

@@ -1,4 +1,4 @@
-//! Angles by which a model turns its queries and keys, from its header.
+//! Rotations of queries and keys by position, from the header of a model.
 
 use pool_core::catalog::gguf::{GgufError, GgufFile, Value};
 use pool_core::catalog::support::{self, Architecture};
@@ -6,22 +6,22 @@ use pool_core::catalog::support::{self, Architecture};
 use super::description::{DescriptionError, positive, size};
 use super::places::ROPE_FACTORS;
 
-/// Angles by which positions turn queries and keys.
+/// The angles by which positions rotate queries and keys.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rotation {
     /// Base of the frequencies.
     pub base: f64,
-    /// Positions are divided by this (linear scaling; 1 for most models).
+    /// Divisor of positions (linear scaling; 1 for most models).
     pub divisor: f64,
-    /// Tensor with a divisor for each frequency, where the file has one.
+    /// Tensor with a divisor for each frequency, if the file has one.
     pub factors: Option<&'static str>,
     /// Factor of cosines and sines (1 for most models).
     pub magnitude: f64,
 }
 
 impl Rotation {
-    /// Returns the rotation that a header describes, for a model of at most `available` positions that serves `context` of
-    /// them.
+    /// Returns the rotation that a header describes, for a model of at most `available` positions of which `context` are
+    /// served.
     ///
     /// # Errors
     ///
@@ -47,8 +47,8 @@ impl Rotation {
     }
 }
 
-/// Linear scaling divides positions. The other ways of stretching a context change the computation, and a model
-/// that needs one would answer nonsense without it, so those that are not computed are refused by name.
+/// Returns the divisor of positions for linear scaling, else 1. Other ways of stretching a context change the computation, and
+/// a model that needs one would answer nonsense without it, so unsupported ways are refused by name.
 fn divisor(header: &GgufFile, architecture: &Architecture) -> Result<f64, DescriptionError> {
     let key = format!("{}.rope.scaling.type", architecture.name);
     match header.metadata().get(&key) {
@@ -70,9 +70,9 @@ fn divisor(header: &GgufFile, architecture: &Architecture) -> Result<f64, Descri
 
 /// Returns the tensor with the divisors, and the factor of cosines and sines, of a model with LongRoPE.
 ///
-/// Such a model has one set of divisors for the context that it was first trained with, and one for longer contexts (Ding et
-/// al. 2024). The keys of a sequence are in the cache as they were turned, so a sequence can't change from one set to the
-/// other: the context to serve decides, for as long as the model is loaded.
+/// Such a model has one set of divisors for the context of its first training, and one for longer contexts (Ding et al. 2024).
+/// The cache holds keys after their rotation, so a sequence can't change from one set to the other: the context to serve
+/// decides, for as long as the model is loaded.
 fn long_rope(
     header: &GgufFile,
     available: usize,
@@ -99,7 +99,7 @@ fn long_rope(
     Ok((factors, magnitude))
 }
 
-/// Returns the factor that makes up for the spread of attention over a longer context: √(1 + ln s / ln L), where s is the
+/// Returns the factor that compensates for the spread of attention over a longer context: √(1 + ln s / ln L), where s is the
 /// available context divided by the original one, L > 1. Source: `_compute_longrope_parameters` of the `transformers` library.
 fn long_magnitude(available: usize, original: usize) -> f64 {
     if available <= original {
@@ -115,7 +115,7 @@ mod tests {
 
     #[test] // [CAND-091]
     fn the_magnitude_of_a_long_context_is_that_of_the_published_models() {
-        // Phi-3.5-mini and Phi-4-mini: 128k made of 4k.
+        // Phi-3.5-mini and Phi-4-mini: 128k, extended from 4k.
         assert!((long_magnitude(131_072, 4096) - 1.190_238).abs() < 1e-6);
         assert_eq!(long_magnitude(4096, 4096), 1.0);
     }
