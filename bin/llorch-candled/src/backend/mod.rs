@@ -1,4 +1,4 @@
-//! What computes models, by kind of processor.
+//! Backends that compute models, by kind of processor.
 
 pub mod candle;
 pub mod cpu;
@@ -15,30 +15,30 @@ use crate::engine::model::description::{Description, DescriptionError};
 use cpu::lanes::Tier;
 pub use tensors::TensorError;
 
-/// Why a backend can't be used.
+/// Reason why a backend can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
-    /// This build doesn't have it.
+    /// This build doesn't contain the backend.
     #[error("this build of llorch-candled has no `{backend}` backend, only `cpu`")]
     NotBuilt {
-        /// What was asked for.
+        /// Backend that was requested.
         backend: Backend,
     },
 }
 
-/// Why a model can't be loaded.
+/// Reason why a model can't be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// Its numbers or features.
+    /// A number or feature of the model is not supported.
     #[error(transparent)]
     Description(#[from] DescriptionError),
-    /// Its tensors.
+    /// A tensor can't be used.
     #[error(transparent)]
     Tensor(#[from] TensorError),
-    /// The file, or what the system has to give.
+    /// The file can't be read, or the system refused threads or memory.
     #[error("could not load the model")]
     Io(#[from] std::io::Error),
-    /// The backend's library.
+    /// The backend's library failed.
     #[error("the model can't be computed: {0}")]
     Backend(String),
 }
@@ -49,17 +49,17 @@ impl From<candle_core::Error> for LoadError {
     }
 }
 
-/// What computes a model.
+/// The code and resources that compute a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Device {
-    /// Kernels of our own.
+    /// Our own kernels on the CPU.
     Cpu {
         /// Number of threads.
         threads: usize,
-        /// Instructions to use.
+        /// Instructions that the kernels use.
         tier: Tier,
     },
-    /// candle on the CPU: the reference.
+    /// candle on the CPU, the reference.
     Reference,
 }
 
@@ -79,7 +79,7 @@ impl Device {
         }
     }
 
-    /// Names what the bits of a result depend on besides the model.
+    /// Returns the name of the arithmetic, on which the bits of a result depend besides the model.
     pub fn arithmetic(self) -> &'static str {
         match self {
             Self::Cpu { .. } => cpu::ARITHMETIC,
@@ -87,12 +87,12 @@ impl Device {
         }
     }
 
-    /// Loads a model from the file at `path`, which `header` was read from, with a cache of `blocks` blocks. `progress` hears
-    /// the bytes read so far, and may stop it.
+    /// Loads a model from the file at `path`, which `header` was read from, with a cache of `blocks` blocks. Calls `progress`
+    /// with the bytes read so far; a `Break` stops the loading.
     ///
     /// # Errors
     ///
-    /// Fails if the file lacks something, or if the system refuses threads or memory.
+    /// Fails if the file lacks a tensor, if the system refuses threads or memory, or if `progress` stops the loading.
     pub fn load(
         self,
         path: &Path,

@@ -1,4 +1,4 @@
-//! Reads tensors from a model file, checking each against the shape that the model's description asks for.
+//! Reading of tensors from a model file, each checked against the shape that the model's description expects.
 
 use std::fs::File;
 use std::ops::Range;
@@ -9,50 +9,50 @@ use pool_core::catalog::gguf::{GgmlType, GgufFile};
 
 use crate::engine::model::places::Place;
 
-/// Why a tensor can't be used.
+/// Reason why a tensor can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TensorError {
-    /// The file doesn't have it.
+    /// The file doesn't have the tensor.
     #[error("the file has no tensor `{name}`")]
     Missing {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
     },
-    /// It has another shape than the model's numbers say.
+    /// The shape of the tensor contradicts the model's numbers.
     #[error("tensor `{name}` is {found:?}, the model's numbers ask for {expected:?}")]
     Shape {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// Its dimensions in the file, outermost first.
+        /// Dimensions in the file, outermost first.
         found: Vec<u64>,
-        /// What they should be.
+        /// Dimensions that the model's numbers require.
         expected: Vec<usize>,
     },
-    /// Its element type can't be computed with.
+    /// The element type of the tensor is not supported.
     #[error("tensor `{name}` is stored as {ty}, which is not supported")]
     Type {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// Its element type.
+        /// Element type of the tensor, as ggml names it.
         ty: &'static str,
     },
-    /// The file can't be read.
+    /// The tensor can't be read from the file.
     #[error("could not read tensor `{name}`")]
     Io {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// What the system said.
+        /// Error from the system.
         source: std::io::Error,
     },
-    /// Loading was stopped.
+    /// The caller stopped the loading.
     #[error("loading was stopped")]
     Stopped,
-    /// The backend's library refuses it.
+    /// The backend's library refused the tensor.
     #[error("could not prepare tensor `{name}`: {reason}")]
     Backend {
-        /// Its name.
+        /// Name of the tensor.
         name: String,
-        /// What the library said.
+        /// Message of the library.
         reason: String,
     },
 }
@@ -64,24 +64,24 @@ pub struct Tensors<'a> {
     file: File,
 }
 
-/// A tensor, or some rows of one, as it stands in the file.
+/// A tensor in the file, or some rows of one.
 #[derive(Debug, Clone)]
 pub struct Stored {
     /// Name of the tensor.
     pub name: String,
-    /// Its element type.
+    /// Element type of the tensor.
     pub ty: GgmlType,
-    /// Number of these rows.
+    /// Number of rows, which may be a part of the tensor's.
     pub rows: usize,
-    /// Elements of a row.
+    /// Number of elements in a row.
     pub columns: usize,
-    /// Bytes of a row.
+    /// Number of bytes in a row.
     pub row_bytes: usize,
     offset: u64,
 }
 
 impl Stored {
-    /// Returns the number of bytes of all rows.
+    /// Returns the number of bytes of these rows.
     pub fn bytes(&self) -> usize {
         self.rows * self.row_bytes
     }
@@ -102,13 +102,13 @@ impl<'a> Tensors<'a> {
     ///
     /// # Errors
     ///
-    /// Fails if the system can't open it.
+    /// Fails if the system can't open the file.
     pub fn open(path: &Path, header: &'a GgufFile) -> std::io::Result<Self> {
         let file = File::open(path)?;
         Ok(Self { header, file })
     }
 
-    /// Returns whether the file has this tensor.
+    /// Returns whether the file has a tensor with this name.
     pub fn has(&self, name: &str) -> bool {
         self.header.tensor(name).is_some()
     }
@@ -117,7 +117,7 @@ impl<'a> Tensors<'a> {
     ///
     /// # Errors
     ///
-    /// Fails if the file doesn't have its tensor, or has it in another shape.
+    /// Fails if the file doesn't have the tensor, or has it in another shape.
     pub fn matrix(&self, place: &Place) -> Result<Stored, TensorError> {
         let whole = self.find(&place.name, &[place.of, place.columns])?;
         Ok(whole.part(place.first, place.rows))
@@ -127,7 +127,7 @@ impl<'a> Tensors<'a> {
     ///
     /// # Errors
     ///
-    /// Fails if the file doesn't have it, or has it in another length.
+    /// Fails if the file doesn't have the vector, or has it in another length.
     pub fn vector(&self, name: &str, length: usize) -> Result<Stored, TensorError> {
         self.find(name, &[length])
     }
@@ -155,17 +155,17 @@ impl<'a> Tensors<'a> {
             ty: info.ty,
             rows,
             columns,
-            // The header was checked: a row is a whole number of blocks.
+            // The header was checked, so a row is a whole number of blocks.
             row_bytes: info.size_bytes as usize / rows,
             offset: self.header.data_offset() + info.offset,
         })
     }
 
-    /// Reads `rows` of a tensor, counted from the first of `stored`, into `buffer`, which has exactly their size.
+    /// Reads `rows` of a tensor, counted from the first of `stored`, into `buffer`, which must have exactly their size.
     ///
     /// # Errors
     ///
-    /// Fails if the system can't read them.
+    /// Fails if the system can't read the rows.
     pub fn read(
         &self,
         stored: &Stored,

@@ -1,5 +1,4 @@
-//! A model computed with candle's tensors and quantised products: plain and slow, the reference that other backends are
-//! compared with.
+//! A model computed with candle's tensors and quantised products: a plain and slow reference to compare other backends with.
 
 mod rope;
 mod weights;
@@ -29,7 +28,7 @@ impl From<candle_core::Error> for ModelError {
     }
 }
 
-/// A weight matrix with its bias, where the model has one.
+/// A weight matrix with its bias, if the model has one.
 struct Linear {
     weight: QMatMul,
     bias: Option<Tensor>,
@@ -84,7 +83,7 @@ struct Layer {
     cache: [Tensor; 2],
 }
 
-/// A loaded model.
+/// A model computed by candle.
 pub struct CandleModel {
     description: Description,
     device: Device,
@@ -99,11 +98,11 @@ pub struct CandleModel {
 
 impl CandleModel {
     /// Loads the weights of a model from the file at `path`, which `header` was read from, with a cache of `blocks` blocks.
-    /// `progress` hears the bytes read so far, and may stop it.
+    /// Calls `progress` with the bytes read so far; a `Break` stops the loading.
     ///
     /// # Errors
     ///
-    /// Fails if a tensor is missing, or has another shape or type than expected.
+    /// Fails if a tensor is missing, has an unexpected shape or type, or can't be read, or if `progress` stops the loading.
     pub fn load(
         path: &Path,
         header: &GgufFile,
@@ -184,7 +183,7 @@ impl CandleModel {
         }
         let wanted = Tensor::from_slice(&wanted, wanted.len(), &self.device)?;
         let normed = norm(&x.index_select(&wanted, 0)?, &self.output_norm)?;
-        // Quantising for the product below would turn what is no number into zeros, and zeros into a plausible token.
+        // Quantising for the product below would turn NaN and infinity into zeros, and zeros into a plausible token.
         let rows: Vec<f32> = normed.flatten_all()?.to_vec1()?;
         if rows.iter().any(|value| !value.is_finite()) {
             return Err(ModelError::NotFinite);
@@ -249,7 +248,7 @@ impl CandleModel {
         attention.output.forward(&Tensor::cat(&mixed, 0)?)
     }
 
-    /// Attention of the rows of one sequence: (rows, width of the queries).
+    /// Computes the attention of the rows of one sequence: (rows, width of the queries).
     fn attend_run(
         &self,
         layer: &Layer,
@@ -271,7 +270,7 @@ impl CandleModel {
                 .transpose(0, 1)?
                 .contiguous()
         });
-        // Query heads that share a key head lie side by side, so one product a key head serves all of them.
+        // Query heads that share a key head are adjacent, so one product per key head serves all of them.
         let group = description.heads / description.kv_heads;
         let query = query
             .narrow(0, run.rows.start, count)?
@@ -292,7 +291,7 @@ impl CandleModel {
             .flatten_from(D::Minus2)
     }
 
-    /// 0 where a position may look, minus infinity where it would look ahead or behind its window.
+    /// Returns 0 where a position may look, and minus infinity ahead of it and behind its window.
     fn mask(
         &self,
         first: usize,
@@ -338,7 +337,7 @@ impl Model for CandleModel {
     }
 
     fn pass_bytes(&self, rows: usize, wanted: usize, positions: usize) -> u64 {
-        // Scores of all heads before and after their mask and as shares, the mask, and copies of keys and values.
+        // Scores of all heads (before their mask, after it, and as shares), the mask, and copies of keys and values.
         let scores = (3 * self.description.heads + 1) * rows * positions;
         let copies = 2 * self.description.kv_width() * positions;
         ((scores + copies + wanted * self.description.vocab) * size_of::<f32>()) as u64
@@ -361,7 +360,7 @@ impl Model for CandleModel {
     }
 }
 
-/// Place of a position in the cache.
+/// Returns the place of a position in the cache.
 fn place(table: &[u32], position: usize) -> usize {
     table[position / BLOCK] as usize * BLOCK + position % BLOCK
 }

@@ -5,7 +5,7 @@ use candle_core::{Device, Result, Tensor};
 use crate::engine::model::angles::Angles;
 use crate::engine::model::description::{Description, RopeStyle};
 
-/// Turns queries and keys by their positions.
+/// The rotation of queries and keys by their positions.
 pub struct Rope {
     angles: Angles,
     style: RopeStyle,
@@ -14,14 +14,14 @@ pub struct Rope {
     device: Device,
 }
 
-/// Cosines and sines of the rows of a pass: made once, used by every layer of the rotation.
+/// Cosines and sines for the rows of a pass, computed once for all layers with the rotation.
 pub struct Turn {
     cos: Tensor,
     sin: Tensor,
 }
 
 impl Rope {
-    /// Returns the rotations of a model, with these angles.
+    /// Returns the rotations of a model that have these angles.
     pub fn new(description: &Description, angles: Angles, device: &Device) -> Self {
         Self {
             angles,
@@ -32,7 +32,7 @@ impl Rope {
         }
     }
 
-    /// The turns of rows at these positions, by each rotation.
+    /// Returns the turns of rows at these positions, one for each rotation.
     pub fn turns(&self, positions: &[usize]) -> Result<Vec<Turn>> {
         let shape = (positions.len(), self.rope_dim / 2);
         let turn = |rotation| {
@@ -48,7 +48,7 @@ impl Rope {
         (0..self.angles.rotations()).map(turn).collect()
     }
 
-    /// Turns `heads` (heads, positions, width).
+    /// Rotates `heads` (heads, positions, width).
     pub fn apply(&self, heads: &Tensor, turn: &Turn) -> Result<Tensor> {
         let whole = heads.unsqueeze(0)?;
         let turned = |part: &Tensor| match self.style {

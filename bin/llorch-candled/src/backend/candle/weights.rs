@@ -1,4 +1,4 @@
-//! Tensors of a model file as candle's.
+//! Conversion of a model file's tensors to candle's.
 
 use std::borrow::Cow;
 use std::ops::ControlFlow;
@@ -11,24 +11,24 @@ use pool_core::catalog::gguf::{GgmlType, GgufFile};
 use crate::backend::tensors::{Stored, TensorError, Tensors};
 use crate::engine::model::places::Place;
 
-/// Strictest alignment of any block type: candle looks at the bytes as blocks, so they must begin on such a border.
+/// Strictest alignment of any block type. candle casts the bytes to blocks, so they must be aligned.
 const BLOCK_ALIGNMENT: usize = 16;
 
-/// Bytes that are read before loading tells that it moves: a large tensor on a slow disk takes minutes.
+/// Bytes read between calls of `progress`: a large tensor on a slow disk takes minutes.
 const STEP: usize = 16 << 20;
 
 /// The tensors of an open model file, on their way to a device.
 pub struct Weights<'a> {
     tensors: Tensors<'a>,
     device: &'a Device,
-    /// Reused from tensor to tensor, so that loading needs little more than the weights themselves.
+    /// Reused between tensors, so that loading needs little more memory than the weights themselves.
     buffer: Vec<u8>,
     loaded_bytes: u64,
     progress: &'a mut dyn FnMut(u64) -> ControlFlow<()>,
 }
 
 impl<'a> Weights<'a> {
-    /// Opens the file that `header` was read from. `progress` hears the bytes read so far after each tensor, and
+    /// Opens the file that `header` was read from. `progress` is called with the bytes read so far after each tensor, and
     /// several times within a large one.
     pub fn open(
         path: &Path,
@@ -45,23 +45,23 @@ impl<'a> Weights<'a> {
         })
     }
 
-    /// The device that tensors go to.
+    /// Returns the device that tensors are moved to.
     pub fn device(&self) -> &'a Device {
         self.device
     }
 
-    /// Returns whether the file has this tensor.
+    /// Returns whether the file has a tensor with this name.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.has(name)
     }
 
-    /// A matrix to multiply with.
+    /// Reads a matrix to multiply with.
     pub fn matrix(&mut self, place: &Place) -> Result<QMatMul, TensorError> {
         let tensor = self.quantized(place)?;
         QMatMul::from_qtensor(tensor).map_err(|error| refused(&place.name, &error))
     }
 
-    /// A vector of 32-bit floats.
+    /// Reads a vector of 32-bit floats.
     pub fn vector(&mut self, name: &str, length: usize) -> Result<Tensor, TensorError> {
         let stored = self.tensors.vector(name, length)?;
         let tensor = self.tensor(&stored, &[length])?;
@@ -70,7 +70,7 @@ impl<'a> Weights<'a> {
             .map_err(|error| refused(name, &error))
     }
 
-    /// A matrix as it is stored.
+    /// Reads a matrix in its stored form.
     pub fn quantized(&mut self, place: &Place) -> Result<QTensor, TensorError> {
         let stored = self.tensors.matrix(place)?;
         self.tensor(&stored, &[stored.rows, stored.columns])
@@ -89,7 +89,7 @@ impl<'a> Weights<'a> {
             .map_err(|error| refused(name, &error))
     }
 
-    /// The bytes of a tensor, on a border of [`BLOCK_ALIGNMENT`].
+    /// Reads the bytes of a tensor, aligned to [`BLOCK_ALIGNMENT`].
     fn read(&mut self, stored: &Stored) -> Result<&[u8], TensorError> {
         let length = stored.bytes();
         if self.buffer.len() < length + BLOCK_ALIGNMENT {
@@ -118,7 +118,7 @@ fn refused(name: &str, error: &candle_core::Error) -> TensorError {
     }
 }
 
-/// The element types that candle multiplies with.
+/// Returns candle's element type for `ty`, or `None` if candle can't multiply with it.
 fn candle_type(ty: GgmlType) -> Option<GgmlDType> {
     Some(match ty.name() {
         "F32" => GgmlDType::F32,

@@ -1,27 +1,27 @@
 //! Attention over a paged cache of keys and values.
 //!
-//! Scores, sums and mixtures run over positions in ascending order, from a multiple of the block, in fixed lanes; positions that
-//! a row doesn't see have weight 0, which changes no sum. So a row's result is independent of the other rows in the batch and of
-//! how the prompt was cut.
+//! Scores, sums and mixtures run over positions in ascending order, from a multiple of the block size, in fixed lanes.
+//! Positions that a row doesn't see have weight 0, which changes no sum. So a row's result depends neither on the other rows in
+//! the batch nor on how the prompt was split.
 
 use super::cache::Layout;
 use super::exp::exp;
 use super::lanes::{Kernel, LANES, Lanes};
 use crate::engine::model::BLOCK;
 
-/// Writes key and value of one position and head into their blocks.
+/// Kernel that writes the key and value of one position and head into their blocks.
 pub struct Store<'a, C> {
-    /// Form of the blocks.
+    /// Storage form of the blocks.
     pub layout: C,
-    /// The key.
+    /// Key of the position, as wide as a head.
     pub key: &'a [f32],
-    /// The value.
+    /// Value of the position, as wide as a head.
     pub value: &'a [f32],
-    /// The head's block of keys.
+    /// Block of the head's keys.
     pub keys: &'a mut [u8],
-    /// The head's block of values.
+    /// Block of the head's values.
     pub values: &'a mut [u8],
-    /// The position within the block.
+    /// Position within the block.
     pub slot: usize,
 }
 
@@ -40,22 +40,22 @@ impl<C: Layout> Kernel for Store<'_, C> {
 pub struct Seen<'a> {
     /// Keys of the layer: for each block of the cache, the blocks of all heads.
     pub keys: &'a [u8],
-    /// Values of the layer, likewise.
+    /// Values of the layer, in the order of the keys.
     pub values: &'a [u8],
     /// Numbers of the sequence's blocks, in the order of positions.
     pub table: &'a [u32],
     /// Number of key and value heads.
     pub heads: usize,
-    /// The head.
+    /// Index of the head among the key and value heads.
     pub head: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Number of latest positions that a row sees, itself included.
+    /// Number of latest positions that a row sees, including itself.
     pub window: usize,
 }
 
 impl<'a> Seen<'a> {
-    /// Returns the head's part of a block, of which each head has `length` bytes.
+    /// Returns the head's part of a block. Each head has `length` bytes of a block.
     #[inline(always)]
     fn block(&self, all: &'a [u8], number: u32, length: usize) -> &'a [u8] {
         let start = (number as usize * self.heads + self.head) * length;
@@ -63,25 +63,25 @@ impl<'a> Seen<'a> {
     }
 }
 
-/// Attention of `ROWS` query rows: softmax(q · kᵀ) · v.
+/// Kernel that computes the attention of `ROWS` query rows: softmax(q · kᵀ) · v.
 pub struct Attend<'a, C, const ROWS: usize> {
-    /// Form of the cache.
+    /// Storage form of the cache.
     pub layout: C,
     /// Keys and values that the rows attend to.
     pub seen: Seen<'a>,
-    /// The queries, scaled: one row each of the width of a head.
+    /// Scaled queries, each as wide as a head.
     pub queries: [&'a [f32]; ROWS],
-    /// The position of each row, ascending.
+    /// Positions of the rows, ascending.
     pub positions: [usize; ROWS],
-    /// Room for scores, which grows as needed.
+    /// Scratch memory for scores, which grows as needed.
     pub scratch: &'a mut Vec<f32>,
     /// Destination of the results.
     pub out: [&'a mut [f32]; ROWS],
 }
 
-/// The lanes' numbers.
+/// Numbers of the lanes.
 const NUMBERS: [i32; LANES] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
-/// Score of a position that isn't seen, before it is replaced by weight 0.
+/// Score of an unseen position, before it is replaced by weight 0.
 const UNSEEN: f32 = -1e30;
 
 impl<C: Layout, const ROWS: usize> Kernel for Attend<'_, C, ROWS> {
@@ -112,12 +112,12 @@ impl<C: Layout, const ROWS: usize> Kernel for Attend<'_, C, ROWS> {
         }
         let queries = transposed.as_chunks::<ROWS>().0;
 
-        // Scores are kept as [block][row][position].
+        // Scores are stored as [block][row][position].
         let scores = scores.as_chunks_mut::<BLOCK>().0.as_chunks_mut::<ROWS>().0;
         let mut largest = [lanes.splat(UNSEEN); ROWS];
         let mut poison = [lanes.splat(0.0); ROWS];
         let bounds = |row: usize, block: usize| {
-            // Positions of the block that the row sees: from the first of these to before the second.
+            // Range of the block's positions that the row sees: from the first number to before the second.
             let start = ((begin + block) * BLOCK) as i32;
             let seen_to = positions[row] as i32 + 1 - start;
             let seen_from = seen_to.saturating_sub(seen.window.min(i32::MAX as usize) as i32);
@@ -138,6 +138,7 @@ impl<C: Layout, const ROWS: usize> Kernel for Attend<'_, C, ROWS> {
                     sound = lanes.select_below(numbers, from, lanes.splat(0.0), sound);
                     sound = lanes.select_below(numbers, to, sound, lanes.splat(0.0));
                 }
+                // `exp` would hide a seen score that is NaN or infinite. Times 0 it is NaN, and makes the sum of weights NaN.
                 poison[row] = lanes.mul_add(sound, lanes.splat(0.0), poison[row]);
                 largest[row] = lanes.max(largest[row], score);
                 lanes.store(&mut scores[row], score);
@@ -159,7 +160,7 @@ impl<C: Layout, const ROWS: usize> Kernel for Attend<'_, C, ROWS> {
         }
         let factors = sums.map(|sum| 1.0 / lanes.sum(sum));
 
-        // Unwritten positions of the last block are skipped: they may hold NaN of an earlier sequence.
+        // Skip unwritten positions of the last block: they may contain NaN from an earlier sequence.
         let in_last = last % BLOCK + 1;
         let value_bytes = C::value_block_bytes(seen.head_dim);
         for group in 0..seen.head_dim.div_ceil(LANES) {
@@ -193,7 +194,7 @@ mod tests {
     use crate::backend::cpu::lanes::Tier;
     use crate::backend::cpu::pages::Pages;
 
-    /// A cache of a few positions, and queries on it.
+    /// A cache of a few positions, and queries to it.
     struct Case<C> {
         layout: C,
         heads: usize,
@@ -219,7 +220,7 @@ mod tests {
         }
     }
 
-    /// Returns memory of bytes with which every float and every scale is NaN.
+    /// Returns memory filled with bytes that make every float and every scale NaN.
     fn not_numbers(length: usize) -> Pages {
         let mut pages = Pages::new(length).expect("memory");
         pages.fill(0xFF);
@@ -227,7 +228,7 @@ mod tests {
     }
 
     impl<C: Layout> Case<C> {
-        /// Fills the second of two heads; all other places of the cache hold NaN.
+        /// Fills the second of two heads; all other places of the cache are NaN.
         fn new(
             layout: C,
             tier: Tier,
@@ -293,7 +294,7 @@ mod tests {
             out
         }
 
-        /// Attends in double precision, with keys and values as `stored` has them.
+        /// Attends in double precision to keys and values as `stored` returns them.
         fn exact(&self, stored: impl Fn(&[f32]) -> Vec<f64>, position: usize) -> Vec<f64> {
             let seen = (position + 1).saturating_sub(self.window)..=position;
             let score = |at: usize| {
@@ -320,7 +321,7 @@ mod tests {
         row.iter().map(half).collect()
     }
 
-    /// Rounds as the format Q8_0 says.
+    /// Rounds a row as the format Q8_0 does.
     fn as_bytes(row: &[f32]) -> Vec<f64> {
         let group = |group: &[f32]| {
             let largest = group.iter().fold(0.0, |a: f32, b| a.max(b.abs()));

@@ -1,8 +1,9 @@
 //! Layouts of keys and values in the cache.
 //!
-//! A block of the cache holds [`BLOCK`] positions of one head of one layer. Keys come as rows of a dimension, so that a lane is
-//! a position while scores are computed; values as groups of 16 dimensions, in each of which a position is a row, so that a
-//! lane is a dimension while they are mixed. Nothing of a position depends on the others of its block.
+//! A block of the cache holds [`BLOCK`] positions of one head of one layer. Keys are stored as one row per dimension, so that a
+//! lane is a position while scores are computed. Values are stored in groups of 16 dimensions with one row per position, so
+//! that a lane is a dimension while values are mixed. The data of a position doesn't depend on the other positions of its
+//! block.
 
 use half::f16;
 use pool_core::worker::CacheType;
@@ -14,7 +15,7 @@ use crate::engine::model::BLOCK;
 /// A lane is a position of a block.
 const _: () = assert!(BLOCK == LANES);
 
-/// Dimensions with one scale.
+/// Number of dimensions that share a scale.
 const GROUP: usize = Block32::LEN;
 
 /// Returns the bytes of a block of keys for one head.
@@ -33,15 +34,15 @@ pub fn value_block_bytes(cache: CacheType, head_dim: usize) -> usize {
     }
 }
 
-/// A form of the cache.
+/// A storage form of keys and values.
 pub trait Layout: Copy + Sync {
     /// Returns the bytes of a block of keys for one head.
     fn key_block_bytes(head_dim: usize) -> usize;
     /// Returns the bytes of a block of values for one head.
     fn value_block_bytes(head_dim: usize) -> usize;
-    /// Writes the key of the position `slot` of a block.
+    /// Writes the key of position `slot` of a block.
     fn store_key<L: Lanes>(lanes: L, key: &[f32], block: &mut [u8], slot: usize);
-    /// Writes the value of the position `slot` of a block.
+    /// Writes the value of position `slot` of a block.
     fn store_value<L: Lanes>(lanes: L, value: &[f32], block: &mut [u8], slot: usize);
     /// Returns the products of a block's keys with each query.
     fn score<L: Lanes, const ROWS: usize>(
@@ -49,7 +50,7 @@ pub trait Layout: Copy + Sync {
         block: &[u8],
         queries: &[[f32; ROWS]],
     ) -> [L::F; ROWS];
-    /// Adds the weighted values of a block's first `count` positions, in a group of 16 dimensions.
+    /// Adds the weighted values of a block's first `count` positions to `sums`, for one group of 16 dimensions.
     fn mix<L: Lanes, const ROWS: usize>(
         lanes: L,
         block: &[u8],
@@ -64,17 +65,17 @@ pub trait Layout: Copy + Sync {
 #[derive(Debug, Clone, Copy)]
 pub struct Halves;
 
-/// Rows of halves.
+/// Returns a block as rows of halves.
 fn halves(block: &[u8]) -> &[[u16; LANES]] {
     bytemuck::cast_slice::<_, u16>(block).as_chunks().0
 }
 
-/// The same, to write.
+/// Returns a block as mutable rows of halves.
 fn halves_mut(block: &mut [u8]) -> &mut [[u16; LANES]] {
     bytemuck::cast_slice_mut::<_, u16>(block).as_chunks_mut().0
 }
 
-/// Rounds up to 16 floats to half precision.
+/// Rounds up to 16 floats to half precision; missing ones count as 0.
 #[inline(always)]
 fn rounded<L: Lanes>(lanes: L, part: &[f32]) -> [u16; LANES] {
     let mut whole = [0.0; LANES];
@@ -141,8 +142,8 @@ impl Layout for Halves {
     }
 }
 
-/// Returns the products of keys, a row for each dimension, with each query. Even and odd dimensions are summed apart, to have
-/// more sums under way.
+/// Returns the products of keys, one row per dimension, with each query. Even and odd dimensions are summed separately, so that
+/// more sums are in flight.
 #[inline(always)]
 fn products<L: Lanes, T, const ROWS: usize>(
     lanes: L,
@@ -170,7 +171,7 @@ fn products<L: Lanes, T, const ROWS: usize>(
     std::array::from_fn(|row| lanes.add(even[row], odd[row]))
 }
 
-/// Adds the weighted values of the first `count` positions.
+/// Adds the weighted values of the first `count` positions to `sums`.
 #[inline(always)]
 fn add_values<L: Lanes, T, const ROWS: usize>(
     lanes: L,
@@ -189,17 +190,17 @@ fn add_values<L: Lanes, T, const ROWS: usize>(
     sums
 }
 
-/// Signed bytes with a half-precision scale for each 32 dimensions of a position: the numbers of a GGUF file's Q8_0.
+/// Signed bytes with a half-precision scale for each 32 dimensions of a position: the numbers of Q8_0 in GGUF files.
 ///
-/// Keys come as `[group of 32 dimensions]`, each the scales `[position]` and the bytes `[dimension][position]`; values as
-/// `[group of 32 dimensions]`, each the scales `[position]` and the bytes `[group of 16 dimensions][position][dimension]`. A
-/// last group may be shorter.
+/// Keys are stored as `[group of 32 dimensions]`, each with the scales `[position]` and the bytes `[dimension][position]`.
+/// Values are stored as `[group of 32 dimensions]`, each with the scales `[position]` and the bytes `[group of 16
+/// dimensions][position][dimension]`. The last group may be shorter.
 #[derive(Debug, Clone, Copy)]
 pub struct Bytes;
 
-/// Bytes of the scales of a group.
+/// Bytes that the scales of a group take.
 const SCALES: usize = BLOCK * size_of::<u16>();
-/// Bytes of a group of keys or values.
+/// Bytes that a group of keys or values takes.
 const GROUP_BYTES: usize = SCALES + GROUP * BLOCK;
 
 /// Splits a group into its scales and rows of bytes.
@@ -224,7 +225,7 @@ fn quantised<L: Lanes>(lanes: L, part: &[f32]) -> (u16, [u8; GROUP]) {
     )
 }
 
-/// Writes the scale of a position of a group.
+/// Writes the scale of a position in a group.
 fn store_scale(group: &mut [u8], slot: usize, scale: u16) {
     group[2 * slot..2 * slot + 2].copy_from_slice(&scale.to_ne_bytes());
 }

@@ -5,11 +5,11 @@ use super::lanes::{Kernel, LANES, Lanes};
 
 /// Root mean square norm of a row: out = x · w / √(mean(x²) + ε) (Zhang and Sennrich 2019).
 pub struct RmsNorm<'a> {
-    /// The row.
+    /// Row to normalise.
     pub x: &'a [f32],
-    /// A weight for each element.
+    /// Weights, one per element.
     pub weight: &'a [f32],
-    /// ε.
+    /// ε, added to the mean square.
     pub epsilon: f32,
     /// Destination of the result.
     pub out: &'a mut [f32],
@@ -33,13 +33,13 @@ impl Kernel for RmsNorm<'_> {
     }
 }
 
-/// The same norm, in place.
+/// Root mean square norm of a row, in place.
 pub struct RmsNormInPlace<'a> {
-    /// The row.
+    /// Row to normalise, and the result.
     pub x: &'a mut [f32],
-    /// A weight for each element.
+    /// Weights, one per element.
     pub weight: &'a [f32],
-    /// ε.
+    /// ε, added to the mean square.
     pub epsilon: f32,
 }
 
@@ -56,7 +56,7 @@ impl Kernel for RmsNormInPlace<'_> {
     }
 }
 
-/// Sums squares in sixteen lanes, element i in lane i mod 16, then over the lanes.
+/// Returns the sum of squares: first in sixteen lanes, element i in lane i mod 16, then over the lanes.
 #[inline(always)]
 fn sum_of_squares<L: Lanes>(lanes: L, x: &[f32]) -> f32 {
     let (chunks, rest) = x.as_chunks::<LANES>();
@@ -74,7 +74,7 @@ fn sum_of_squares<L: Lanes>(lanes: L, x: &[f32]) -> f32 {
     lanes.sum(sum)
 }
 
-/// Function that a gated feed-forward layer applies to its gate.
+/// The function that a gated feed-forward layer applies to its gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// x · σ(x).
@@ -85,11 +85,11 @@ pub enum Activation {
 
 /// Gates a row: gate = f(gate) · up.
 pub struct Gate<'a> {
-    /// The function f.
+    /// Activation function f.
     pub activation: Activation,
-    /// The gate's row, and the result.
+    /// Row of the gate, and the result.
     pub gate: &'a mut [f32],
-    /// The up-projection's row.
+    /// Row of the up-projection.
     pub up: &'a [f32],
 }
 
@@ -115,7 +115,7 @@ impl Kernel for Gate<'_> {
     }
 }
 
-/// Both functions are x · σ(z), with z = x or z = 2 √(2/π) (x + 0.044715 x³).
+/// Returns f(gate) · up. Both functions f are x · σ(z), with z = x or z = 2 √(2/π) (x + 0.044715 x³).
 #[inline(always)]
 fn gated<L: Lanes>(lanes: L, activation: Activation, gate: L::F, up: L::F) -> L::F {
     let one = lanes.splat(1.0);

@@ -2,8 +2,8 @@
 
 use super::lanes::Lanes;
 
-/// Coefficients of the polynomial for (e^r − 1 − r) / r², of the highest power first: those of `expf` in the Cephes library
-/// (S. L. Moshier).
+/// Coefficients of the polynomial for (e^r − 1 − r) / r², highest power first: those of `expf` in the Cephes library (S. L.
+/// Moshier).
 const POLYNOMIAL: [f32; 6] = [
     1.987_569_1e-4,
     1.398_199_9e-3,
@@ -12,12 +12,12 @@ const POLYNOMIAL: [f32; 6] = [
     1.666_666_5e-1,
     0.5,
 ];
-/// ln 2 in two parts, of which the first has few bits, so that its product with a small integer is exact.
+/// ln 2 in two parts. The first has few bits, so that its product with a small integer is exact.
 const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
-/// Arguments outside are taken as the nearest bound: results stay normal numbers.
+/// Range of arguments. Arguments outside are clamped, so that results stay normal numbers.
 const BOUNDS: [f32; 2] = [-87.0, 88.0];
 
-/// Returns e^x in each lane, within 2 units in the last place. NaN gives some finite number.
+/// Returns e^x in each lane, within 2 units in the last place. NaN yields some finite number.
 #[inline(always)]
 pub fn exp<L: Lanes>(lanes: L, x: L::F) -> L::F {
     let x = lanes.min(x, lanes.splat(BOUNDS[1]));

@@ -1,12 +1,12 @@
-//! The element types of GGUF tensors: how they lie in a file, and what numbers they stand for.
+//! The element types of GGUF tensors: their layout in a file, and the numbers that they represent.
 //!
 //! The formats are those of ggml (`ggml-common.h` and `ggml-quants.c` of <https://github.com/ggml-org/ggml>). A row is a
-//! sequence of blocks. A block of 32 columns has one scale, and some formats a minimum. A block of 256 columns (the "K"
-//! formats) has them too, and within it smaller groups have integer scales (and minima) that multiply those.
+//! sequence of blocks. A block of 32 columns has one scale, and in some formats a minimum. A block of 256 columns (the "K"
+//! formats) also has them, and its smaller groups have integer scales (and minima) that multiply them.
 
 use half::{bf16, f16};
 
-/// Element type of a matrix.
+/// The element type of a matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types)] // The names are ggml's.
 pub enum Format {
@@ -24,32 +24,32 @@ pub enum Format {
     Q5_0,
     /// d · q + m, q of 5 bits.
     Q5_1,
-    /// d · q, q of 8 bits with a sign.
+    /// d · q, q of 8 bits, signed.
     Q8_0,
-    /// d · s · q − m · t, q of 2 bits, s and t of 4 bits for 16 columns.
+    /// d · s · q − m · t, q of 2 bits, s and t of 4 bits for each 16 columns.
     Q2_K,
-    /// d · s · (q − 4), q of 3 bits, s of 6 bits with a sign for 16 columns.
+    /// d · s · (q − 4), q of 3 bits, s of 6 bits, signed, for each 16 columns.
     Q3_K,
-    /// d · s · q − m · t, q of 4 bits, s and t of 6 bits for 32 columns.
+    /// d · s · q − m · t, q of 4 bits, s and t of 6 bits for each 32 columns.
     Q4_K,
-    /// d · s · q − m · t, q of 5 bits, s and t of 6 bits for 32 columns.
+    /// d · s · q − m · t, q of 5 bits, s and t of 6 bits for each 32 columns.
     Q5_K,
-    /// d · s · (q − 32), q of 6 bits, s of 8 bits with a sign for 16 columns.
+    /// d · s · (q − 32), q of 6 bits, s of 8 bits, signed, for each 16 columns.
     Q6_K,
 }
 
-/// One block of a quantised format, taken apart.
+/// One decoded block of a quantised format.
 #[derive(Debug, Clone)]
 pub(crate) struct Block {
-    /// The values q, as the file has them: [`Format::Q8_0`]'s are the bits of signed bytes, all others have no sign.
+    /// Values q as in the file: those of [`Format::Q8_0`] are the bits of signed bytes, all others are unsigned.
     pub quants: [u8; 256],
-    /// Integer scale of each 16 columns. All 1 in formats that have none.
+    /// Integer scale of each 16 columns. All 1 in formats without integer scales.
     pub scales: [i8; 16],
-    /// Integer minimum of each 16 columns. All 1 in formats that have none.
+    /// Integer minimum of each 16 columns. All 1 in formats without integer minima.
     pub minima: [u8; 16],
-    /// The scale d, as the bits of a half-precision float.
+    /// Scale d, as the bits of a half-precision float.
     pub scale: u16,
-    /// The minimum m, as the bits of a half-precision float.
+    /// Minimum m, as the bits of a half-precision float.
     pub minimum: u16,
 }
 
@@ -71,7 +71,7 @@ impl Format {
         Self::Q6_K,
     ];
 
-    /// Returns the format with this number in a GGUF file (`ggml_type`), if it is one of these.
+    /// Returns the format with this number in a GGUF file (`ggml_type`), or `None` if it is not one of these.
     pub fn from_gguf(number: u32) -> Option<Self> {
         Some(match number {
             0 => Self::F32,
@@ -91,7 +91,7 @@ impl Format {
         })
     }
 
-    /// Returns the number of columns of a block. A row has a multiple of it.
+    /// Returns the number of columns in a block. The length of a row is a multiple of it.
     pub fn block_len(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
@@ -122,7 +122,7 @@ impl Format {
     ///
     /// # Panics
     ///
-    /// Panics if `columns` is no multiple of the block length.
+    /// Panics if `columns` is not a multiple of the block length.
     pub fn row_bytes(self, columns: usize) -> usize {
         let blocks = columns / self.block_len();
         assert_eq!(
@@ -133,7 +133,7 @@ impl Format {
         blocks * self.block_bytes()
     }
 
-    /// Returns what is subtracted from every q.
+    /// Returns the number that is subtracted from every q.
     pub(crate) fn offset(self) -> i32 {
         match self {
             Self::Q3_K => 4,
@@ -144,7 +144,7 @@ impl Format {
         }
     }
 
-    /// Returns the sign with which the minimum is added, 0 where there is none.
+    /// Returns the sign with which the minimum is added, or 0 for formats without minima.
     fn minimum_sign(self) -> f64 {
         match self {
             Self::Q4_1 | Self::Q5_1 => 1.0,
@@ -154,13 +154,13 @@ impl Format {
     }
 }
 
-/// Writes the numbers that `bytes` stand for into `out`, each the exact value rounded once to `f32`.
+/// Writes the numbers that `bytes` represent to `out`, each the exact value rounded once to `f32`.
 ///
-/// `bytes` are whole blocks, of one row or several, as a file has them.
+/// `bytes` are whole blocks of one row or several, as in a file.
 ///
 /// # Panics
 ///
-/// Panics if `bytes` isn't as long as `out` needs.
+/// Panics if `bytes` isn't as long as `out` requires.
 pub fn dequantize(format: Format, bytes: &[u8], out: &mut [f32]) {
     assert_eq!(
         bytes.len(),
@@ -197,8 +197,8 @@ impl Block {
         minimum: 0,
     };
 
-    /// Takes a block of a quantised format apart. What this block held must be of the same format or [`ZERO`](Self::ZERO): a
-    /// block is large, and many are read one after the other.
+    /// Decodes a block of a quantised format. `self` must be [`ZERO`](Self::ZERO) or hold a block of the same format. Blocks
+    /// are reused because a block is large, and many are read one after the other.
     ///
     /// # Panics
     ///
@@ -227,10 +227,10 @@ impl Block {
         }
     }
 
-    /// Writes the numbers that the block stands for, each the exact value rounded once to `f32`.
+    /// Writes the numbers that the block represents, each the exact value rounded once to `f32`.
     pub fn numbers(&self, format: Format, out: &mut [f32]) {
-        // The products below have at most 11 + 7 + 6 + 2 significant bits, so `f64` holds them, and a sum of two, exactly or
-        // (minima far from the scale) so nearly that rounding it to `f32` gives what rounding once gives.
+        // The products below have at most 11 + 7 + 6 + 2 significant bits, so `f64` holds them exactly. A sum of two is exact
+        // or (for minima far from the scale) so nearly exact that rounding it to `f32` yields the value rounded once.
         let scale = f16::from_bits(self.scale).to_f64();
         let minimum = f16::from_bits(self.minimum).to_f64() * format.minimum_sign();
         for (column, out) in out.iter_mut().enumerate() {
@@ -240,12 +240,12 @@ impl Block {
             };
             let group = column / 16;
             let product = scale * f64::from(self.scales[group]) * f64::from(quant);
-            // A format without minima has no minimum that could be infinite or NaN: `minimum` is 0 or −0 there.
+            // No infinity or NaN comes from formats without minima: their `minimum` is 0 or −0.
             *out = (product + minimum * f64::from(self.minima[group])) as f32;
         }
     }
 
-    /// Scale, minimum if there is one, `plane` bytes with the fifth bit of each column, and 16 bytes of 4-bit values:
+    /// Reads a scale, a minimum if there is one, `plane` bytes with the fifth bit of each column, and 16 bytes of 4-bit values:
     /// the first 16 columns in the lower halves, the others in the upper ones.
     fn read_small(&mut self, bytes: &[u8], has_minimum: bool, plane: usize) {
         self.scale = pair(bytes, 0);
@@ -266,7 +266,7 @@ impl Block {
         }
     }
 
-    /// 16 bytes with a scale in the lower and a minimum in the upper half, 64 bytes of 2-bit values, scale and minimum.
+    /// Reads 16 bytes with a scale in the lower and a minimum in the upper half, 64 bytes of 2-bit values, scale and minimum.
     fn read_q2(&mut self, bytes: &[u8]) {
         for (group, &both) in bytes[..16].iter().enumerate() {
             self.scales[group] = (both & 15).cast_signed();
@@ -277,7 +277,7 @@ impl Block {
         self.minimum = pair(bytes, 82);
     }
 
-    /// 32 bytes with the third bit of columns l, 32 + l, … in byte l, 64 bytes of 2-bit values, 12 bytes of 6-bit scales
+    /// Reads 32 bytes with the third bit of columns l, 32 + l, … in byte l, 64 bytes of 2-bit values, 12 bytes of 6-bit scales
     /// raised by 32 (16 lower halves of four bits, then 16 upper pairs of bits), and the scale.
     fn read_q3(&mut self, bytes: &[u8]) {
         self.read_two_bits(&bytes[32..96]);
@@ -293,7 +293,7 @@ impl Block {
         self.scale = pair(bytes, 108);
     }
 
-    /// Each half of the columns has 32 bytes, with columns l, 32 + l, 64 + l and 96 + l of the half in byte l.
+    /// Reads 32 bytes for each half of the columns, with columns l, 32 + l, 64 + l and 96 + l of the half in byte l.
     fn read_two_bits(&mut self, bytes: &[u8]) {
         for (column, quant) in self.quants.iter_mut().enumerate() {
             let byte = bytes[column / 128 * 32 + column % 32];
@@ -301,7 +301,7 @@ impl Block {
         }
     }
 
-    /// Scale, minimum, 12 bytes of 6-bit scales and minima, `plane` bytes with the fifth bits (columns l, 32 + l, … in
+    /// Reads scale, minimum, 12 bytes of 6-bit scales and minima, `plane` bytes with the fifth bits (columns l, 32 + l, … in
     /// byte l), and 32 bytes of 4-bit values for each 64 columns: the first 32 in the lower halves.
     fn read_q4(&mut self, bytes: &[u8], plane: usize) {
         self.scale = pair(bytes, 0);
@@ -322,9 +322,9 @@ impl Block {
         }
     }
 
-    /// 128 bytes with the lower four bits, 64 bytes with the upper two, 16 scales of 8 bits, and the scale. Each half of
-    /// the columns has 64 bytes of the former (the first 64 columns in the lower halves) and 32 of the latter (columns l,
-    /// 32 + l, 64 + l and 96 + l in byte l).
+    /// Reads 128 bytes with the lower four bits, 64 bytes with the upper two, 16 scales of 8 bits, and the scale. Each half of
+    /// the columns has 64 bytes of lower bits (the first 64 columns in the lower halves) and 32 of upper bits (columns l, 32 +
+    /// l, 64 + l and 96 + l in byte l).
     fn read_q6(&mut self, bytes: &[u8]) {
         let (low, high) = (&bytes[..128], &bytes[128..192]);
         for (column, quant) in self.quants.iter_mut().enumerate() {
@@ -340,8 +340,8 @@ impl Block {
     }
 }
 
-/// Returns scale and minimum of a group. The first four groups have theirs in the lower six bits of bytes 0–3 and 4–7; the
-/// others have four bits in bytes 8–11, and their upper two bits in what the first four leave.
+/// Returns the scale and minimum of a group. Those of the first four groups are in the lower six bits of bytes 0–3 and 4–7. The
+/// others have four bits in bytes 8–11, and their upper two bits in the bits left over by the first four.
 fn six_bits(packed: &[u8], group: usize) -> (u8, u8) {
     if group < 4 {
         return (packed[group] & 63, packed[group + 4] & 63);
@@ -396,7 +396,7 @@ mod tests {
                     - half(82) * f64::from(both >> 4)
             }
             Format::Q3_K => {
-                // The scales as ggml takes them apart: four words, of which the bytes are the scales.
+                // The scales as ggml decodes them: four words, whose bytes are the scales.
                 let word = |at: usize| u32::from_le_bytes([x[at], x[at + 1], x[at + 2], x[at + 3]]);
                 let (a, b, c) = (word(96), word(100), word(104));
                 let (lower, upper) = (0x0F0F_0F0F, 0x0303_0303);
@@ -455,7 +455,7 @@ mod tests {
         }
     }
 
-    /// A row of 32 worked out by hand from the definition.
+    /// Checks a row of 32 worked out by hand from the definition.
     #[test]
     fn a_row_of_q4_0() {
         let mut bytes = vec![0x00, 0x3C]; // 1.0

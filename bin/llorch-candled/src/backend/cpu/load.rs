@@ -1,4 +1,4 @@
-//! Reads a model file into packed weights.
+//! Loading of a model file into packed weights.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -20,27 +20,28 @@ use crate::engine::model::angles::Angles;
 use crate::engine::model::description::Description;
 use crate::engine::model::places::{self, Place, in_layer};
 
-/// Most bytes of the file that a thread reads and packs at a time. The threads share out smaller matrices.
+/// Most bytes of the file that a thread reads and packs at a time. Smaller matrices are split among the threads.
 const STEP: usize = 1 << 20;
 
-/// How to load a model.
+/// The settings for loading a model.
 #[derive(Debug, Clone, Copy)]
 pub struct Load {
-    /// Number of threads that compute, and that load.
+    /// Number of threads that load and compute.
     pub threads: usize,
-    /// Instructions that compute.
+    /// Instructions that the kernels use.
     pub tier: Tier,
-    /// Blocks of the cache.
+    /// Number of blocks in the cache.
     pub blocks: usize,
 }
 
 impl Load {
-    /// Loads a model from the file at `path`, which `header` was read from. `progress` hears the bytes read so
-    /// far, and may stop it.
+    /// Loads a model from the file at `path`, which `header` was read from. Calls `progress` with the bytes read so far; a
+    /// `Break` stops the loading.
     ///
     /// # Errors
     ///
-    /// Fails if a tensor is missing, has an unexpected shape or type, or can't be read, or if the system refuses a thread.
+    /// Fails if a tensor is missing, has an unexpected shape or type, or can't be read, if the system refuses a thread or
+    /// memory, or if `progress` stops the loading.
     pub fn model(
         self,
         path: &Path,
@@ -130,10 +131,10 @@ impl Load {
     }
 }
 
-/// Bytes read so far, and who hears of them.
+/// Bytes read so far, and the callback that receives them.
 type Progress<'p> = Mutex<(u64, &'p mut (dyn FnMut(u64) -> ControlFlow<()> + Send))>;
 
-/// Counts bytes that were read. Fails if loading is to stop.
+/// Counts bytes that were read. Fails if the callback stops the loading.
 fn tell(progress: &Progress<'_>, bytes: usize) -> Result<(), TensorError> {
     let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
     let (done, told) = &mut *progress;
@@ -144,7 +145,7 @@ fn tell(progress: &Progress<'_>, bytes: usize) -> Result<(), TensorError> {
     }
 }
 
-/// Reads tensors with several threads.
+/// A reader of tensors that uses several threads.
 struct Reader<'a, 'p> {
     tensors: Tensors<'a>,
     team: Team,

@@ -1,8 +1,8 @@
-//! Kernels of our own: quantised weights repacked at load, several threads, the same bits on every processor.
+//! Our own kernels: quantised weights repacked at load, several threads, and identical bits on every processor.
 //!
-//! Products of whole blocks are exact integers, and everything that is rounded is rounded in one fixed order, so a row's
-//! result depends on the model and the row's sequence alone: not on the instructions of the processor, the number of threads, or
-//! what else is in the batch.
+//! Products of whole blocks are exact integers, and all rounding happens in one fixed order. So a row's result depends only on
+//! the model and on the row's sequence: not on the instructions of the processor, the number of threads, or the other rows in
+//! the batch.
 
 pub mod attention;
 pub mod cache;
@@ -29,6 +29,6 @@ mod testing;
 
 pub use load::Load;
 
-/// Names the arithmetic of this backend. A change that changes a bit of a result changes the number: an answer is continued only
-/// by the arithmetic that began it.
+/// Name of this backend's arithmetic. A change to any bit of a result must change the number: only the arithmetic that began an
+/// answer may continue it.
 pub const ARITHMETIC: &str = "cpu 2";

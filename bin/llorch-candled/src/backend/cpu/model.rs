@@ -1,7 +1,7 @@
 //! The forward pass.
 //!
-//! A layer is eleven sections of work, of which the team shares out those that are large: the rows of the batch for norms and
-//! gates, tiles of weights for products, blocks of the cache for keys and values, heads for attention.
+//! A layer consists of eleven sections of work. The team splits the large ones: by rows of the batch for norms and gates, by
+//! tiles of weights for products, by blocks of the cache for keys and values, and by heads for attention.
 
 mod attend;
 
@@ -19,12 +19,12 @@ use crate::engine::model::description::{self, Description};
 use crate::engine::model::layers::LayerKind;
 use crate::engine::model::{BLOCK, Batch, Model, ModelError, Row, Run};
 
-/// Query rows that attention computes together.
+/// Number of query rows that attention computes together.
 const TOGETHER: usize = 8;
-/// Units of a product for each thread: enough that a thread that comes late delays nobody for long.
+/// Units of a product for each thread: enough that a late thread doesn't delay the others for long.
 const UNITS_PER_THREAD: usize = 6;
 
-/// A weight matrix with its bias, where the model has one.
+/// A weight matrix with its bias, if the model has one.
 pub(super) struct Projection {
     pub matrix: PackedMatrix,
     pub bias: Option<Vec<f32>>,
@@ -57,11 +57,11 @@ pub(super) struct Weights {
     pub embedding: PackedMatrix,
     pub layers: Vec<Layer>,
     pub output_norm: Vec<f32>,
-    /// `None` where the embedding serves.
+    /// `None` if the embedding is the output matrix as well.
     pub output: Option<PackedMatrix>,
 }
 
-/// A loaded model.
+/// A model computed by our own kernels.
 pub struct CpuModel {
     description: Description,
     tier: Tier,
@@ -73,12 +73,12 @@ pub struct CpuModel {
     on_layer: Option<Box<dyn Fn() + Send + Sync>>,
 }
 
-/// What a pass works with, kept from pass to pass.
+/// Working memory of a pass, kept between passes.
 #[derive(Default)]
 struct Buffers {
     /// Hidden state: rows × width.
     hidden: Vec<f32>,
-    /// What is added to it next.
+    /// Result of the last product, to be added to the hidden state.
     update: Vec<f32>,
     normed: Vec<f32>,
     queries: Vec<f32>,
@@ -87,21 +87,21 @@ struct Buffers {
     attended: Vec<f32>,
     gates: Vec<f32>,
     ups: Vec<f32>,
-    /// Cosines and sines by rotation, row and pair.
+    /// Cosines and sines for each rotation, by row and pair.
     turns: Vec<Vec<(f32, f32)>>,
     input: Input,
-    /// For each thread, scores of an attention.
+    /// Attention scores, one buffer per thread.
     scores: Vec<Vec<f32>>,
 }
 
-/// What a product takes: rows of floats in the groupings that its weights need.
+/// The input of a product: rows of floats, quantised in the groupings that the weights need.
 #[derive(Default)]
 struct Input {
     by_32: Rows<Block32>,
     by_256: Rows<Block256>,
 }
 
-/// Groupings that some weights need.
+/// The groupings that some weights need.
 #[derive(Clone, Copy)]
 struct Needs {
     by_32: bool,
@@ -122,7 +122,7 @@ impl Needs {
     }
 }
 
-/// [`Input`] while its rows are written.
+/// [`Input`] while its rows are being written.
 #[derive(Clone, Copy)]
 struct Writing<'a> {
     tier: Tier,
@@ -148,7 +148,7 @@ impl Input {
     }
 }
 
-/// Makes room for rows, and returns their blocks and how many a row has.
+/// Resizes `all`, and returns its blocks and the number of blocks in a row.
 fn open<B: Quantized>(all: &mut Rows<B>, rows: usize, columns: usize) -> (Shared<'_, B>, usize) {
     all.resize(rows, columns);
     let length = all.row_blocks();
@@ -160,22 +160,22 @@ impl Writing<'_> {
     ///
     /// # Safety
     ///
-    /// Nobody else may write the same row at the same time.
+    /// No other thread may write this row at the same time.
     unsafe fn row(&self, row: usize, floats: &[f32]) {
         if let Some((blocks, length)) = self.by_32 {
-            // SAFETY: the caller keeps rows apart.
+            // SAFETY: the caller guarantees that each row has one writer.
             let blocks = unsafe { blocks.part(row * length..(row + 1) * length) };
             quantize_row(self.tier, floats, blocks);
         }
         if let Some((blocks, length)) = self.by_256 {
-            // SAFETY: the caller keeps rows apart.
+            // SAFETY: the caller guarantees that each row has one writer.
             let blocks = unsafe { blocks.part(row * length..(row + 1) * length) };
             quantize_row(self.tier, floats, blocks);
         }
     }
 }
 
-/// Rows of a run whose keys and values are in one block of the cache.
+/// Rows of a run whose keys and values belong to one block of the cache.
 struct Piece {
     rows: std::ops::Range<usize>,
     block: usize,
@@ -289,7 +289,7 @@ impl CpuModel {
     }
 }
 
-/// Splits runs at the borders of blocks.
+/// Splits runs at block boundaries.
 fn pieces(batch: &Batch<'_>, runs: &[Run]) -> Vec<Piece> {
     let mut pieces: Vec<Piece> = Vec::new();
     for run in runs {
@@ -309,7 +309,7 @@ fn pieces(batch: &Batch<'_>, runs: &[Run]) -> Vec<Piece> {
     pieces
 }
 
-/// One pass, with what stays the same in it.
+/// A pass, with the inputs that don't change in it.
 struct Pass<'a> {
     description: &'a Description,
     tier: Tier,
@@ -328,7 +328,7 @@ impl Pass<'_> {
         self.batch.rows.len()
     }
 
-    /// Makes room, looks up the embeddings, and prepares the angles.
+    /// Sizes the buffers, looks up the embeddings, and prepares the angles.
     fn begin(&self, angles: &Angles, embedding: &PackedMatrix, buffers: &mut Buffers) {
         let Description {
             width,
@@ -370,8 +370,8 @@ impl Pass<'_> {
         }
     }
 
-    /// Adds the update, if there is one, to the hidden state, normalised first where the model says so; then normalises the
-    /// sum for the next products.
+    /// Adds the update, if there is one, to the hidden state, after normalising the update if the model requires it. Then
+    /// normalises the sum for the next products.
     fn add_and_norm(
         &self,
         team: &mut Team,
@@ -393,7 +393,7 @@ impl Pass<'_> {
         let writing = buffers.input.write(tier, rows, width, needs);
         team.run(rows, &|_, index| {
             let range = index * width..(index + 1) * width;
-            // SAFETY: each unit has the row of its number in every matrix.
+            // SAFETY: unit i accesses only row i of every matrix.
             let [hidden, update, normed] =
                 [hidden, update, normed].map(|matrix| unsafe { matrix.part(range.clone()) });
             if updated {
@@ -412,7 +412,7 @@ impl Pass<'_> {
                 epsilon,
                 out: normed,
             });
-            // SAFETY: each unit has its own row.
+            // SAFETY: each unit writes only its own row.
             unsafe { writing.row(index, normed) };
         });
     }
@@ -451,14 +451,14 @@ impl Pass<'_> {
             .collect();
         team.run(units.len(), &|_, index| {
             let (weights, output, tiles) = &units[index];
-            // SAFETY: the units' tiles are apart.
+            // SAFETY: the units' tiles are disjoint.
             let mut part = unsafe { output.part(tiles.clone()) };
             let activations = input.activations(weights, floats);
             multiply(tier, weights, activations, &mut part);
         });
     }
 
-    /// Multiplies one input, which is in the buffers, into the update.
+    /// Multiplies one input, which is in the buffers, and stores the result in the update.
     fn product(
         &self,
         team: &mut Team,
@@ -483,12 +483,12 @@ impl Pass<'_> {
     ) {
         let writing = input.write(self.tier, self.rows(), width, Needs::of(&[weights]));
         team.run(self.rows(), &|_, index| {
-            // SAFETY: each unit has its own row.
+            // SAFETY: each unit writes only its own row.
             unsafe { writing.row(index, row(values, index, width)) };
         });
     }
 
-    /// Gates the up-projections.
+    /// Applies the gates to the up-projections, and quantises the result for the down-projection.
     fn gate(&self, team: &mut Team, buffers: &mut Buffers, down: &PackedMatrix) {
         let (tier, width) = (self.tier, self.description.feed_forward);
         let activation = match self.description.activation {
@@ -500,14 +500,14 @@ impl Pass<'_> {
         let ups = &buffers.ups;
         let writing = buffers.input.write(tier, rows, width, Needs::of(&[down]));
         team.run(rows, &|_, index| {
-            // SAFETY: each unit has its own row.
+            // SAFETY: each unit accesses only its own row.
             let gate = unsafe { gates.part(index * width..(index + 1) * width) };
             tier.run(Gate {
                 activation,
                 gate,
                 up: row(ups, index, width),
             });
-            // SAFETY: the same.
+            // SAFETY: each unit writes only its own row.
             unsafe { writing.row(index, gate) };
         });
     }
@@ -541,7 +541,7 @@ impl Pass<'_> {
                 .copy_within(from * width..(from + 1) * width, to * width);
         }
         buffers.normed.truncate(wanted.len() * width);
-        // Quantising turns some values that are no numbers into zeros, and zeros into a plausible token.
+        // Quantising turns NaN and infinity into zeros for some formats, and zeros into a plausible token.
         if buffers.normed.iter().any(|value| !value.is_finite()) {
             return Err(ModelError::NotFinite);
         }

@@ -1,9 +1,9 @@
-//! Weight matrices, repacked when they are loaded so that a lane computes a row.
+//! Weight matrices, repacked at load so that a lane computes a row.
 //!
 //! A [`PackedMatrix`] is a sequence of tiles of 16 rows, each a sequence of blocks, so a product reads memory from the first
-//! byte to the last. A block of a quantised format has, for each 32 columns, a *chunk*: for every four columns the four
-//! values of each of the 16 rows, 64 bytes of 8-bit values or half as many of 4-bit ones, and one or two planes of upper bits.
-//! After its chunks come the scales, sixteen of each kind. No format takes more bits than in a file, except that
+//! byte to the last. A block of a quantised format has, for each 32 columns, a *chunk*: for every four columns the four values
+//! of each of the 16 rows, 64 bytes of 8-bit values or half as many of 4-bit ones, and one or two planes of upper bits. The
+//! scales follow the chunks, sixteen of each kind. No format takes more bits than in a file, except that
 //!
 //! - 6-bit scales and minima are whole bytes: 4.625 instead of 4.5 bits a weight for Q4_K, 5.625 instead of 5.5 for Q5_K;
 //! - Q2_K and Q3_K have 4-bit values and scales of whole bytes: 5.125 and 4.56 bits a weight instead of 2.625 and 3.44.
@@ -19,20 +19,20 @@ pub const TILE_ROWS: usize = LANES;
 
 const _: () = assert!(TILE_ROWS == pool_core::lifecycle::TILE_ROWS as usize);
 
-/// Bytes of a cache line, at whose multiples tiles begin.
+/// Bytes of a cache line. Tiles begin at multiples of it.
 const LINE: usize = 64;
 
 /// Bytes of sixteen half-precision floats.
 pub(crate) const HALVES: usize = 2 * LANES;
 
-/// How the values of 32 columns and 16 rows lie in a chunk.
+/// The layout of the values of 32 columns and 16 rows in a chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Chunk {
-    /// 4 × 64 bytes: columns 8p + j in the lower halves of bytes 4 · row + j of part p, columns 8p + 4 + j in the upper.
+    /// 4 × 64 bytes: columns 8p + j in the lower halves of bytes 4 · row + j of part p, columns 8p + 4 + j in the upper halves.
     Nibbles,
-    /// The same, and 64 bytes with the fifth bit of columns 4g + j at bit g of byte 4 · row + j.
+    /// As `Nibbles`, and 64 bytes with the fifth bit of columns 4g + j at bit g of byte 4 · row + j.
     Fives,
-    /// The same, and 2 × 64 bytes with two more bits of columns 16v + 4i + j at bit 2i of byte 4 · row + j of part v.
+    /// As `Nibbles`, and 2 × 64 bytes with two more bits of columns 16v + 4i + j at bit 2i of byte 4 · row + j of part v.
     Sixes,
     /// 8 × 64 bytes: columns 4g + j in bytes 4 · row + j of part g.
     Bytes,
@@ -57,9 +57,9 @@ impl Chunk {
         }
     }
 
-    /// Writes one chunk: `quants` of 32 columns of each row.
+    /// Writes one chunk. `quants` are the values of 32 columns of each row.
     fn write(self, quants: [&[u8; 32]; TILE_ROWS], to: &mut [u8]) {
-        /// The lower halves of four bytes.
+        /// Mask of the lower halves of four bytes.
         const LOWER: u32 = 0x0F0F_0F0F;
         let (to, planes) = to.split_at_mut(if self == Self::Bytes { 512 } else { 256 });
         for (row, quants) in quants.into_iter().enumerate() {
@@ -90,7 +90,7 @@ impl Chunk {
 }
 
 impl Chunk {
-    /// Reads a row's 32 values.
+    /// Reads the 32 values of a row.
     fn read(self, from: &[u8], row: usize, quants: &mut [u8]) {
         let at = 4 * row;
         let (quads, planes) = from.split_at(if self == Self::Bytes { 512 } else { 256 });
@@ -114,14 +114,14 @@ impl Chunk {
     }
 }
 
-/// What follows the chunks of a block.
+/// The scales and minima after the chunks of a block.
 #[derive(Debug, Clone, Copy)]
 struct Tail {
-    /// Number of integer scales of a row: 16 bytes each.
+    /// Number of integer scales of a row; each takes 16 bytes per tile.
     scales: usize,
-    /// Number of integer minima of a row: 64 bytes for every four.
+    /// Number of integer minima of a row; every four take 64 bytes per tile.
     minima: usize,
-    /// Whether a half-precision minimum follows the half-precision scale.
+    /// True if a half-precision minimum follows the half-precision scale.
     has_minimum: bool,
 }
 
@@ -145,7 +145,7 @@ impl Tail {
         (self.scales + self.minima) * LANES + HALVES * (1 + usize::from(self.has_minimum))
     }
 
-    /// Reads a row's scales and minima.
+    /// Reads the scales and minima of a row.
     fn read(self, from: &[u8], row: usize, block: &mut Block) {
         let (scales, from) = from.split_at(self.scales * LANES);
         let (minima, from) = from.split_at(self.minima * LANES);
@@ -173,8 +173,8 @@ impl Tail {
         }
     }
 
-    /// Writes the integer scales by group, then the integer minima by four groups, of which the bytes of a row are in the
-    /// order 0, 2, 1, 3 (so that the even bytes are groups 0 and 1), then scale and minimum.
+    /// Writes the integer scales by group, then the integer minima, then scale and minimum. Four groups of minima are together,
+    /// and the bytes of a row are in the order 0, 2, 1, 3, so that the even bytes are groups 0 and 1.
     fn write(self, blocks: &[Block; TILE_ROWS], to: &mut [u8]) {
         let (scales, to) = to.split_at_mut(self.scales * LANES);
         let (minima, to) = to.split_at_mut(self.minima * LANES);
@@ -196,7 +196,7 @@ impl Tail {
     }
 }
 
-/// Returns the number of bytes that a block of a tile takes; for floats, a column.
+/// Returns the number of bytes of a tile's block; for float formats, those of a column.
 pub(crate) fn tile_block_bytes(format: Format) -> usize {
     match format {
         Format::F32 => 4 * LANES,
@@ -210,25 +210,25 @@ fn tile_bytes(format: Format, columns: usize) -> usize {
     (columns / format.block_len() * tile_block_bytes(format)).next_multiple_of(LINE)
 }
 
-/// A weight matrix of `rows` × `columns`, in tiles of 16 rows. The last tile is filled up with rows of zeros.
+/// A weight matrix of `rows` × `columns`, in tiles of 16 rows. The last tile is padded with rows of zeros.
 #[derive(Debug)]
 pub struct PackedMatrix {
     format: Format,
     rows: usize,
     columns: usize,
     tile_bytes: usize,
-    /// The tiles begin at `start`, which is a multiple of 64 in memory. It is never reallocated.
+    /// The tiles begin at `start`, which is a multiple of 64 in memory. The buffer is never reallocated.
     buffer: Vec<u8>,
     start: usize,
 }
 
 impl PackedMatrix {
-    /// Returns a matrix of zeros, to be filled by [`parts_mut`](Self::parts_mut). Its memory comes from the system untouched,
-    /// so that the thread that fills a part is the first to touch it.
+    /// Returns a matrix of zeros, to be filled by [`parts_mut`](Self::parts_mut). The system provides its memory untouched, so
+    /// the thread that fills a part is the first to touch it.
     ///
     /// # Panics
     ///
-    /// Panics if `columns` is no multiple of the format's block length.
+    /// Panics if `columns` is not a multiple of the format's block length.
     pub fn new(format: Format, rows: usize, columns: usize) -> Self {
         assert_eq!(
             columns % format.block_len(),
@@ -249,7 +249,7 @@ impl PackedMatrix {
         }
     }
 
-    /// Packs a matrix, given as a file has it, on this thread.
+    /// Packs a matrix in the layout of a file, on this thread.
     ///
     /// # Panics
     ///
@@ -272,7 +272,7 @@ impl PackedMatrix {
         self.format
     }
 
-    /// Returns the number of rows, without those that fill up the last tile.
+    /// Returns the number of rows, without the padding of the last tile.
     pub fn rows(&self) -> usize {
         self.rows
     }
@@ -287,7 +287,7 @@ impl PackedMatrix {
         self.rows.div_ceil(TILE_ROWS)
     }
 
-    /// Returns the number of bytes of all tiles: what a product reads.
+    /// Returns the number of bytes of all tiles, which a product reads.
     pub fn bytes(&self) -> usize {
         self.tiles() * self.tile_bytes
     }
@@ -304,11 +304,11 @@ impl PackedMatrix {
         &self.buffer[self.start + tile * self.tile_bytes..][..blocks]
     }
 
-    /// Writes the numbers of a row, each the exact value rounded once to `f32`.
+    /// Writes the numbers of a row to `out`, each the exact value rounded once to `f32`.
     ///
     /// # Panics
     ///
-    /// Panics if there is no such row, or `out` has another length than a row.
+    /// Panics if the row does not exist, or if `out` isn't as long as a row.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         assert!(
             row < self.rows && out.len() == self.columns,
@@ -330,7 +330,7 @@ impl PackedMatrix {
         }
     }
 
-    /// Returns the tiles in parts of at most `tiles`, so that several threads can pack a part each.
+    /// Returns the tiles in parts of at most `tiles`, so that several threads can each pack a part.
     ///
     /// # Panics
     ///
@@ -341,7 +341,7 @@ impl PackedMatrix {
             (self.format, self.rows, self.columns, self.tile_bytes);
         let count = self.tiles();
         let bytes = &mut self.buffer[self.start..][..count * tile_bytes];
-        // A matrix without columns has tiles of no bytes, and nothing to pack.
+        // A matrix without columns has empty tiles, and nothing to pack.
         let part_bytes = tiles.min(count).max(1) * tile_bytes.max(1);
         bytes
             .chunks_mut(part_bytes)
@@ -373,12 +373,12 @@ pub struct PartMut<'a> {
 }
 
 impl PartMut<'_> {
-    /// Returns which tiles of the matrix these are.
+    /// Returns the range of these tiles in the matrix.
     pub fn tiles(&self) -> Range<usize> {
         self.tiles.clone()
     }
 
-    /// Packs these tiles of a matrix, given whole, as a file has it.
+    /// Packs these tiles from `source`, the whole matrix in the layout of a file.
     ///
     /// # Panics
     ///
@@ -396,12 +396,12 @@ impl PartMut<'_> {
         }
     }
 
-    /// Packs each tile of rows that `rows_of` returns for it: up to 16 rows of one matrix, as a file has them. With it a
-    /// matrix can be made of several.
+    /// Packs each tile from the rows that `rows_of` returns for it: up to 16 rows of one matrix in the layout of a file. So a
+    /// matrix can be assembled from several.
     ///
     /// # Panics
     ///
-    /// Panics if `rows_of` returns no whole rows or more than 16.
+    /// Panics if `rows_of` returns incomplete rows or more than 16.
     pub fn pack_from<'s>(self, mut rows_of: impl FnMut(usize) -> &'s [u8]) {
         for (tile, to) in self.tiles.zip(self.bytes.chunks_exact_mut(self.tile_bytes)) {
             pack_tile(self.format, self.columns, rows_of(tile), to);
@@ -409,7 +409,7 @@ impl PartMut<'_> {
     }
 }
 
-/// Takes a row's part of a block of a tile apart.
+/// Extracts a row's part from a block of a tile.
 fn unpack(format: Format, bytes: &[u8], row: usize) -> Block {
     let chunk = Chunk::of(format);
     let (chunks, tail) = bytes.split_at(format.block_len() / 32 * chunk.bytes());
@@ -424,7 +424,7 @@ fn unpack(format: Format, bytes: &[u8], row: usize) -> Block {
     block
 }
 
-/// Packs up to 16 rows; those that are missing are zeros.
+/// Packs up to 16 rows; missing rows are zeros.
 fn pack_tile(format: Format, columns: usize, rows: &[u8], to: &mut [u8]) {
     let row_bytes = format.row_bytes(columns);
     assert_eq!(rows.len() % row_bytes, 0, "whole rows");

@@ -5,9 +5,9 @@ use std::ops::{Deref, DerefMut};
 
 use memmap2::MmapMut;
 
-/// A slice of bytes, zeros at first, that begins at a page.
+/// A slice of bytes, initially zero, that begins at a page boundary.
 ///
-/// A vector of this size may lie in memory that the allocator has to zero, and then takes all of it at once.
+/// A vector of this size may be in memory that the allocator has to zero, which would allocate all of it at once.
 pub struct Pages {
     map: MmapMut,
     length: usize,
@@ -20,7 +20,7 @@ impl Pages {
     ///
     /// Fails if the system refuses the address space.
     pub fn new(length: usize) -> io::Result<Self> {
-        // The system gives no mapping of no bytes.
+        // The system refuses an empty mapping.
         let map = MmapMut::map_anon(length.max(1))?;
         Ok(Self { map, length })
     }

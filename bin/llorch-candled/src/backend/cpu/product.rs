@@ -1,7 +1,7 @@
 //! Products of activations with packed weights: `out[m][n] = Σ activations[m][k] · weights[n][k]`.
 //!
-//! Every element is computed by the same operations in the same order, whatever the tier, however many rows there are, and
-//! however tiles are shared out to threads:
+//! Every element is computed by the same operations in the same order, on every tier, for any number of rows, and for any
+//! distribution of tiles to threads:
 //!
 //! - floats: four sums, of the columns with k mod 4 = 0, 1, 2 and 3, by fused multiply-adds in the order of k, then
 //!   (0 + 1) + (2 + 3);
@@ -19,7 +19,8 @@ use crate::backend::cpu::pack::{HALVES, PackedMatrix, TILE_ROWS, tile_block_byte
 use crate::backend::cpu::quantize::{Block32, Block256, Quantized, Rows};
 use float::{Brains, FloatProduct, Halves, Singles};
 
-/// Rows of activations, as the format of the weights takes them ([`Grouping::of`](crate::backend::cpu::quantize::Grouping::of)).
+/// Rows of activations, in the form that the weights' format takes
+/// ([`Grouping::of`](crate::backend::cpu::quantize::Grouping::of)).
 #[derive(Debug, Clone, Copy)]
 pub enum Activations<'a> {
     /// Row-major floats, with as many columns as the weights.
@@ -30,7 +31,7 @@ pub enum Activations<'a> {
     By256(&'a Rows<Block256>),
 }
 
-/// A row-major matrix of results, parts of which several threads write.
+/// A row-major matrix of results, whose parts several threads write.
 #[derive(Debug)]
 pub struct Output<'a> {
     start: *mut f32,
@@ -40,13 +41,13 @@ pub struct Output<'a> {
     lifetime: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: a shared `Output` gives access to memory only by `part`, whose callers keep parts apart.
+// SAFETY: a shared `Output` gives access to memory only through `part`, whose callers keep parts disjoint.
 unsafe impl Sync for Output<'_> {}
-// SAFETY: it stands for a `&mut [f32]`, which can be sent.
+// SAFETY: it represents a `&mut [f32]`, which is `Send`.
 unsafe impl Send for Output<'_> {}
 
 impl<'a> Output<'a> {
-    /// Takes `rows` × `columns` of `values`, in which rows begin every `stride`.
+    /// Wraps `rows` × `columns` of `values`, in which a row begins every `stride` elements.
     ///
     /// # Panics
     ///
@@ -77,19 +78,19 @@ impl<'a> Output<'a> {
     /// Returns all columns.
     pub fn whole(&mut self) -> Part<'_> {
         let tiles = 0..self.tiles();
-        // SAFETY: while the part lives, this is mutably borrowed, and nothing else gives access.
+        // SAFETY: while the part lives, `self` is mutably borrowed, and nothing else gives access.
         unsafe { self.part(tiles) }
     }
 
-    /// Returns the columns of some tiles of the weights.
+    /// Returns the columns that belong to some tiles of the weights.
     ///
     /// # Safety
     ///
-    /// While the part lives, no other part may have one of the same tiles.
+    /// While the part lives, no other part may contain any of these tiles.
     ///
     /// # Panics
     ///
-    /// Panics if there are no such tiles.
+    /// Panics if the tiles don't exist.
     pub unsafe fn part(&self, tiles: Range<usize>) -> Part<'_> {
         assert!(
             tiles.start <= tiles.end && tiles.end <= self.tiles(),
@@ -106,7 +107,7 @@ impl<'a> Output<'a> {
     }
 }
 
-/// The columns of some tiles of an [`Output`].
+/// The columns that belong to some tiles, in an [`Output`].
 #[derive(Debug)]
 pub struct Part<'a> {
     start: *mut f32,
@@ -117,11 +118,11 @@ pub struct Part<'a> {
     lifetime: PhantomData<&'a mut f32>,
 }
 
-// SAFETY: a part is the only access to its elements, as a `&mut` is.
+// SAFETY: a part has exclusive access to its elements, as a `&mut` does.
 unsafe impl Send for Part<'_> {}
 
 impl Part<'_> {
-    /// Writes a tile's results for a row.
+    /// Writes the results of a tile for a row.
     #[inline(always)]
     fn store<L: Lanes>(&mut self, lanes: L, row: usize, tile: usize, results: L::F) {
         assert!(
@@ -130,8 +131,8 @@ impl Part<'_> {
         );
         let column = tile * TILE_ROWS;
         let len = (self.columns - column).min(TILE_ROWS);
-        // SAFETY: `Output::new` saw that all elements of these rows and columns are within its slice, and `Output::part`'s
-        // callers that only this part has this tile's.
+        // SAFETY: `Output::new` checked that all elements of these rows and columns are within its slice, and the callers of
+        // `Output::part` guarantee that only this part contains this tile.
         let to = unsafe {
             std::slice::from_raw_parts_mut(self.start.add(row * self.stride + column), len)
         };
@@ -149,7 +150,7 @@ impl Part<'_> {
 ///
 /// # Panics
 ///
-/// Panics if the activations are not of the kind the weights take, or shapes don't agree.
+/// Panics if the weights take activations of another kind, or if shapes don't agree.
 pub fn multiply(
     tier: Tier,
     weights: &PackedMatrix,
@@ -223,7 +224,7 @@ fn run<W: Weights>(
     });
 }
 
-/// Returns the `N` bytes at `at`. Both are known when a kernel is compiled, and `bytes` is an array: no check remains.
+/// Returns the `N` bytes at `at`. Both are known when a kernel is compiled, and `bytes` is an array, so no check remains.
 #[inline(always)]
 fn at<const N: usize>(bytes: &[u8], at: usize) -> &[u8; N] {
     bytes[at..].first_chunk().expect("the layout of a block")
@@ -241,23 +242,23 @@ fn sixteen_bits(bytes: &[u8; HALVES]) -> [u16; LANES] {
     std::array::from_fn(|lane| u16::from_le_bytes(pairs[lane]))
 }
 
-/// How the values of a chunk of 32 columns are stored.
+/// The storage of the values in a chunk of 32 columns.
 trait Chunk {
     /// Bytes of a chunk.
     const BYTES: usize;
-    /// Whether the values have a sign.
+    /// True if the values are signed.
     const SIGNED: bool;
-    /// Returns columns 8 · `P` to 8 · `P` + 3 and the four after them.
+    /// Returns columns 8 · `P` to 8 · `P` + 3, and the next four.
     fn pair<L: Lanes, const P: usize>(lanes: L, chunk: &[u8]) -> [L::B; 2];
 }
 
-/// 4-bit values.
+/// Unsigned 4-bit values.
 struct Nibbles;
-/// 5-bit values.
+/// Unsigned 5-bit values.
 struct Fives;
-/// 6-bit values.
+/// Unsigned 6-bit values.
 struct Sixes;
-/// 8-bit values with a sign.
+/// Signed 8-bit values.
 struct Bytes;
 
 impl Chunk for Nibbles {
@@ -282,7 +283,7 @@ impl Chunk for Fives {
     #[inline(always)]
     fn pair<L: Lanes, const P: usize>(lanes: L, chunk: &[u8]) -> [L::B; 2] {
         let [first, second] = Nibbles::pair::<L, P>(lanes, chunk);
-        // Bit g belongs to group g of four columns. It moves to bit 4.
+        // Bit g belongs to group g of four columns, and moves to bit 4.
         let plane = lanes.load_bytes(at(chunk, 256));
         let (even, odd) = match P {
             0 => (
@@ -314,7 +315,7 @@ impl Chunk for Sixes {
     #[inline(always)]
     fn pair<L: Lanes, const P: usize>(lanes: L, chunk: &[u8]) -> [L::B; 2] {
         let [first, second] = Nibbles::pair::<L, P>(lanes, chunk);
-        // Bits 2i and 2i + 1 belong to group i of this half of the chunk. They move to bits 4 and 5.
+        // Bits 2i and 2i + 1 belong to group i of this half of the chunk, and move to bits 4 and 5.
         let plane = lanes.load_bytes(at(chunk, 256 + 64 * (P / 2)));
         let (even, odd) = match P % 2 {
             0 => (
@@ -344,8 +345,8 @@ impl Chunk for Bytes {
     }
 }
 
-// Closures don't have the instructions of the function they are in, and what they call might not be inlined: so loops, not
-// `map`, wherever lanes are computed with.
+// Closures lack the target features of the function they are in, and functions that they call might not be inlined. So code
+// that computes with lanes uses loops instead of `map`.
 
 /// Integers of `T` tiles and `M` rows.
 type Sums<L, const T: usize, const M: usize> = [[<L as Lanes>::I; M]; T];
@@ -353,7 +354,7 @@ type Sums<L, const T: usize, const M: usize> = [[<L as Lanes>::I; M]; T];
 /// Results of `T` tiles and `M` rows.
 type Results<L, const T: usize, const M: usize> = [[<L as Lanes>::F; M]; T];
 
-/// Adds the products of 8 columns. One broadcast of activations serves all tiles, one decoding of weights all rows.
+/// Adds the products of 8 columns. One broadcast of activations serves all tiles, and one decoding of weights all rows.
 #[inline(always)]
 fn dot_pair<L: Lanes, C: Chunk, const P: usize, const T: usize, const M: usize>(
     lanes: L,
@@ -389,13 +390,13 @@ fn dot_pair<L: Lanes, C: Chunk, const P: usize, const T: usize, const M: usize>(
     }
 }
 
-/// Distance in bytes at which weights are prefetched ahead of products. Tiles follow each other, so most of what is prefetched at
-/// the end of a tile is needed too.
+/// Distance in bytes at which weights are prefetched ahead of products. Tiles are contiguous, so most bytes prefetched at the
+/// end of a tile are needed too.
 const AHEAD: usize = 4096;
 
-/// Asks for what lies `ahead` bytes of some weights; for nothing if that is 0. The first of the products with a tile wait for
-/// memory, and what the processor fetches by itself is less than what memory could give. What is asked for at a time is little,
-/// so that the requests find room.
+/// Prefetches the bytes at a distance of `ahead` after some weights; does nothing if `ahead` is 0. The first products with a
+/// tile wait for memory, and the processor's own prefetcher uses less than the full bandwidth. Each call requests little, so
+/// that the requests find room.
 #[inline(always)]
 fn prefetch<L: Lanes, const T: usize>(lanes: L, ahead: usize, weights: [&[u8]; T]) {
     if ahead > 0 {
@@ -407,8 +408,8 @@ fn prefetch<L: Lanes, const T: usize>(lanes: L, ahead: usize, weights: [&[u8]; T
     }
 }
 
-/// Returns how far ahead to ask for weights at `start` bytes of `T` tiles of this length, of which a first product reads
-/// several side by side: the end of each is followed by a tile of the next `T`.
+/// Returns the distance at which to prefetch weights at `start` bytes of `T` tiles of this length. A product reads the `T`
+/// tiles side by side, so the tile to read after the end of one is `T` tiles further.
 #[inline(always)]
 fn ahead<const T: usize>(start: usize, tile_bytes: usize) -> usize {
     if start + AHEAD < tile_bytes {
@@ -418,16 +419,17 @@ fn ahead<const T: usize>(start: usize, tile_bytes: usize) -> usize {
     }
 }
 
-/// Weights of a quantised format.
+/// The weights of a quantised format.
 trait Weights {
-    /// Blocks of activations that go with its blocks.
+    /// Kind of block of the activations that these weights take.
     type Activations: Quantized;
-    /// A block of a tile.
+    /// Block of a tile, in bytes.
     type Block;
 
     /// Returns the blocks of a tile.
     fn blocks(tile: &[u8]) -> &[Self::Block];
-    /// Adds the products of a block of each of `T` tiles with the same block of `M` rows. Asks for weights `ahead` bytes of them.
+    /// Adds the products of one block of each of `T` tiles with the matching block of `M` rows. Prefetches weights at a
+    /// distance of `ahead` bytes.
     fn add<L: Lanes, const T: usize, const M: usize>(
         lanes: L,
         ahead: usize,
@@ -437,7 +439,7 @@ trait Weights {
     );
 }
 
-/// Blocks of `BYTES` for 32 columns. `OFFSET` is subtracted from the values; `MINIMUM` says whether there is one.
+/// Blocks of `BYTES` for 32 columns. `OFFSET` is subtracted from the values. `MINIMUM` is true if the format has minima.
 struct Weights32<C, const BYTES: usize, const OFFSET: i32, const MINIMUM: bool>(PhantomData<C>);
 
 impl<C: Chunk, const BYTES: usize, const OFFSET: i32, const MINIMUM: bool> Weights
@@ -460,8 +462,8 @@ impl<C: Chunk, const BYTES: usize, const OFFSET: i32, const MINIMUM: bool> Weigh
         results: &mut Results<L, T, M>,
     ) {
         prefetch(lanes, ahead, weights.map(|block| block.as_slice()));
-        // No integer overflows: 32 products of a byte raised to at most 255 with one of at most 127, and the start of at most
-        // 128 times the sum of 32 such, are below 2²¹.
+        // No integer overflows: 32 products of a byte raised to at most 255 with one of at most 127, and a start value of at
+        // most 128 times the sum of 32 such bytes, are below 2²¹.
         let mut start = [lanes.splat_int(0); M];
         for m in 0..M {
             start[m] = match C::SIGNED {
@@ -493,18 +495,18 @@ impl<C: Chunk, const BYTES: usize, const OFFSET: i32, const MINIMUM: bool> Weigh
     }
 }
 
-/// Blocks of `BYTES` for 256 columns, with integer scales for each `GROUP` (16 or 32). `OFFSET` is subtracted from the values
-/// and scales have a sign; or it is 0, and there are minima.
+/// Blocks of `BYTES` for 256 columns, with integer scales for each `GROUP` (16 or 32). Either `OFFSET` is subtracted from the
+/// values and scales are signed, or `OFFSET` is 0 and there are minima.
 struct Weights256<C, const BYTES: usize, const GROUP: usize, const OFFSET: i32>(PhantomData<C>);
 
 impl<C: Chunk, const BYTES: usize, const GROUP: usize, const OFFSET: i32>
     Weights256<C, BYTES, GROUP, OFFSET>
 {
-    /// Where the integer scales are.
+    /// Offset of the integer scales in a block.
     const SCALES: usize = 8 * C::BYTES;
-    /// Where the integer minima are.
+    /// Offset of the integer minima, if there are any.
     const MINIMA: usize = Self::SCALES + 256 / GROUP * LANES;
-    /// Where the scale is.
+    /// Offset of the half-precision scale.
     const SCALE: usize = if OFFSET == 0 {
         Self::MINIMA + 256 / GROUP * LANES
     } else {
@@ -522,7 +524,7 @@ impl<C: Chunk, const BYTES: usize, const GROUP: usize, const OFFSET: i32>
         }
     }
 
-    /// Returns what the sums of a group begin with.
+    /// Returns the start values of a group's sums.
     #[inline(always)]
     fn start<L: Lanes, const T: usize, const M: usize>(
         lanes: L,
@@ -538,7 +540,7 @@ impl<C: Chunk, const BYTES: usize, const GROUP: usize, const OFFSET: i32>
         [start; T]
     }
 
-    /// Adds a group's sums times its scales.
+    /// Adds a group's sums, multiplied by its scales, to the totals.
     #[inline(always)]
     fn add_group<L: Lanes, const T: usize, const M: usize>(
         lanes: L,
@@ -555,7 +557,7 @@ impl<C: Chunk, const BYTES: usize, const GROUP: usize, const OFFSET: i32>
         }
     }
 
-    /// Returns the sums of the integer minima times the sums of their groups' activations.
+    /// Returns the sums of the integer minima multiplied by the sums of their groups' activations.
     #[inline(always)]
     fn minima<L: Lanes, const T: usize, const M: usize>(
         lanes: L,
@@ -604,9 +606,9 @@ impl<C: Chunk, const BYTES: usize, const GROUP: usize, const OFFSET: i32> Weight
         rows: [&Self::Activations; M],
         results: &mut Results<L, T, M>,
     ) {
-        // No integer overflows. A group's sum is within 16 · 127 · (63 + 32) < 2¹⁸ (6 bits with an offset) or
-        // 32 · 127 · 31 < 2¹⁷ (5 bits); times a scale of at most 128 for 16 groups, or 63 for 8, that is below 2²⁹. Minima
-        // are at most 63, and 256 activations sum up to at most 256 · 127: below 2²².
+        // No integer overflows. A group's sum is within 16 · 127 · (63 + 32) < 2¹⁸ (6 bits with an offset) or 32 · 127 · 31 <
+        // 2¹⁷ (5 bits). Multiplied by a scale of at most 128 for 16 groups, or 63 for 8, the total is below 2²⁹. Minima are at
+        // most 63, and 256 activations sum up to at most 256 · 127: below 2²².
         let mut totals = [[lanes.splat_int(0); M]; T];
         for chunk in 0..8 {
             let chunks = weights.map(|block| &block[C::BYTES * chunk..][..C::BYTES]);
@@ -647,8 +649,8 @@ impl<C: Chunk, const BYTES: usize, const GROUP: usize, const OFFSET: i32> Weight
     }
 }
 
-/// Rows that are multiplied with all tiles before the next. Their activations stay in the second-level cache, and the pages
-/// they and their results lie in within the reach of the first-level address cache.
+/// Rows that are multiplied with all tiles before the next rows. Their activations stay in the second-level cache, and the
+/// pages of activations and results stay within reach of the first-level TLB.
 const ROWS: usize = 48;
 
 struct Product<'a, 'o, W: Weights> {
@@ -679,7 +681,7 @@ impl<W: Weights> Kernel for Product<'_, '_, W> {
 }
 
 impl<W: Weights> Product<'_, '_, W> {
-    /// Multiplies `T` tiles with rows, as many at once as registers hold.
+    /// Multiplies `T` tiles with rows, as many rows at once as fit in registers.
     #[inline(always)]
     fn tiles<L: Lanes, const T: usize>(&mut self, lanes: L, tile: usize, rows: Range<usize>) {
         let mut row = rows.start;
@@ -697,7 +699,8 @@ impl<W: Weights> Product<'_, '_, W> {
         }
     }
 
-    /// Multiplies `T` tiles with `M` rows, the `first` of them or others. Returns `M`.
+    /// Multiplies `T` tiles with `M` rows. `first` is true for the first rows with these tiles, which prefetch weights. Returns
+    /// `M`.
     #[inline(always)]
     fn block<L: Lanes, const T: usize, const M: usize>(
         &mut self,
@@ -709,7 +712,7 @@ impl<W: Weights> Product<'_, '_, W> {
         let weights: [_; T] = std::array::from_fn(|t| W::blocks(self.weights.tile(tile + t)));
         let blocks = weights[0].len();
         let weights = weights.map(|tile| &tile[..blocks]);
-        // Slices of one length: the compiler sees that no block is outside of them.
+        // Slices of equal length, so that the compiler sees that no block is out of bounds.
         let rows: [_; M] = std::array::from_fn(|m| &self.activations.row(row + m)[..blocks]);
         let mut results = [[lanes.splat(0.0); M]; T];
         let (block_bytes, tile_bytes) = (size_of::<W::Block>(), size_of_val(weights[0]));

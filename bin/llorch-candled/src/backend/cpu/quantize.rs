@@ -3,10 +3,10 @@
 use crate::backend::cpu::format::Format;
 use crate::backend::cpu::lanes::{Kernel, LANES, Lanes, Tier};
 
-/// What activations a format's product takes.
+/// The form of activations that a format's product takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Grouping {
-    /// Floats as they are.
+    /// Floats, not quantised.
     Floats,
     /// Signed bytes with a scale for each 32.
     By32,
@@ -15,7 +15,7 @@ pub enum Grouping {
 }
 
 impl Grouping {
-    /// Returns what a product with weights of a format takes.
+    /// Returns the form that a product with weights of this format takes.
     pub fn of(format: Format) -> Self {
         match format.block_len() {
             1 => Self::Floats,
@@ -25,11 +25,11 @@ impl Grouping {
     }
 }
 
-/// 32 activations: each is about `scale` · its byte.
+/// 32 activations, each about `scale` times its byte.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[repr(C)]
 pub struct Block32 {
-    /// The bytes, from −127 to 127, four in each integer, the first in its lowest bits.
+    /// Bytes from −127 to 127, four in each integer, the first in the lowest bits.
     pub quads: [i32; 8],
     /// Largest magnitude / 127.
     pub scale: f32,
@@ -39,23 +39,23 @@ pub struct Block32 {
     pub scaled_sum: f32,
 }
 
-/// 256 activations: each is about `scale` · its byte.
+/// 256 activations, each about `scale` times its byte.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[repr(C)]
 pub struct Block256 {
-    /// The bytes of each 32, from −127 to 127, four in each integer, the first in its lowest bits.
+    /// Bytes of each 32 activations, from −127 to 127, four in each integer, the first in the lowest bits.
     pub quads: [[i32; 8]; 8],
     /// Sum of the bytes of each 16.
     pub sums: [i32; 16],
-    /// The same, two in each integer as 16-bit numbers, the first in its lower half.
+    /// The `sums`, two in each integer as 16-bit numbers, the first in the lower half.
     pub pairs_of_16: [i32; 8],
-    /// Sum of the bytes of each 32, two in each integer.
+    /// Sum of the bytes of each 32, two in each integer as 16-bit numbers.
     pub pairs_of_32: [i32; 4],
     /// Largest magnitude / 127.
     pub scale: f32,
 }
 
-/// Rows of quantised activations. It is meant to be kept: [`resize`](Self::resize) allocates only to grow.
+/// Rows of quantised activations. Meant to be reused: [`resize`](Self::resize) allocates only to grow.
 #[derive(Debug, Clone, Default)]
 pub struct Rows<B> {
     blocks: Vec<B>,
@@ -72,12 +72,12 @@ pub trait Quantized: Copy + Default {
 }
 
 impl<B: Quantized> Rows<B> {
-    /// Returns no rows.
+    /// Returns a matrix without rows.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Makes room for `rows` of `columns`, padded with zeros to whole blocks. What the rows hold is not defined until they
+    /// Makes room for `rows` of `columns`, padded with zeros to whole blocks. The content of the rows is unspecified until they
     /// are quantised.
     pub fn resize(&mut self, rows: usize, columns: usize) {
         self.rows = rows;
@@ -85,12 +85,12 @@ impl<B: Quantized> Rows<B> {
         self.blocks.resize(rows * self.row_blocks, B::default());
     }
 
-    /// Returns the blocks of all rows, one after the other.
+    /// Returns the blocks of all rows, in order.
     pub fn blocks_mut(&mut self) -> &mut [B] {
         &mut self.blocks
     }
 
-    /// Returns the number of blocks of a row.
+    /// Returns the number of blocks in a row.
     pub fn row_blocks(&self) -> usize {
         self.row_blocks
     }
@@ -100,12 +100,12 @@ impl<B: Quantized> Rows<B> {
         self.rows
     }
 
-    /// Whether there are no rows.
+    /// Returns whether the matrix is without rows.
     pub fn is_empty(&self) -> bool {
         self.rows == 0
     }
 
-    /// Returns the number of columns, padding included.
+    /// Returns the number of columns, including padding.
     pub fn columns(&self) -> usize {
         self.row_blocks * B::LEN
     }
@@ -115,7 +115,7 @@ impl<B: Quantized> Rows<B> {
         &self.blocks[row * self.row_blocks..][..self.row_blocks]
     }
 
-    /// Returns each row's blocks, for [`quantize_row`]. Several threads can have rows of their own.
+    /// Returns the blocks of each row, for [`quantize_row`]. Several threads may each take rows.
     pub fn rows_mut(&mut self) -> impl ExactSizeIterator<Item = &mut [B]> {
         self.blocks.chunks_exact_mut(self.row_blocks.max(1))
     }
@@ -124,7 +124,7 @@ impl<B: Quantized> Rows<B> {
     ///
     /// # Panics
     ///
-    /// Panics if `columns` is 0 or no multiple of 16, or `from` has not whole rows.
+    /// Panics if `columns` is 0 or not a multiple of 16, or if `from` isn't whole rows.
     pub fn quantize(&mut self, tier: Tier, from: &[f32], columns: usize) {
         assert_eq!(from.len() % columns, 0, "whole rows");
         self.resize(from.len() / columns, columns);
@@ -136,13 +136,13 @@ impl<B: Quantized> Rows<B> {
 
 /// Quantises a row of floats.
 ///
-/// A byte is the float · (127 / largest magnitude of the block), rounded to nearest, of two equally near the even one. Where
-/// the largest magnitude is so small that the factor overflows (below 4e-37), scale and bytes are 0. Where a float is
-/// infinite or NaN, the scale is NaN and the bytes are 0, so that every product with the block is NaN.
+/// A byte is the float · (127 / largest magnitude of the block), rounded to nearest, ties to even. If the largest magnitude is
+/// so small that the factor overflows (below 4e-37), scale and bytes are 0. If a float is infinite or NaN, the scale is NaN and
+/// the bytes are 0, so that every product with the block is NaN.
 ///
 /// # Panics
 ///
-/// Panics if the length of `from` is no multiple of 16, or `to` has not as many blocks as it needs.
+/// Panics if the length of `from` is not a multiple of 16, or if `to` doesn't have the number of blocks that it needs.
 pub fn quantize_row<B: Quantized>(tier: Tier, from: &[f32], to: &mut [B]) {
     let (from, rest) = from.as_chunks();
     assert!(rest.is_empty(), "a multiple of {LANES} columns");
@@ -170,7 +170,7 @@ impl<B: Quantized> Kernel for QuantizeRow<'_, B> {
     }
 }
 
-/// Returns the scale of a block, and the factor that makes bytes of its floats.
+/// Returns the scale of a block, and the factor that converts its floats to bytes.
 #[inline(always)]
 fn scale_and_factor<L: Lanes>(lanes: L, from: &[[f32; LANES]]) -> (f32, f32) {
     let magnitude = lanes.splat_int(i32::MAX);
@@ -179,7 +179,7 @@ fn scale_and_factor<L: Lanes>(lanes: L, from: &[[f32; LANES]]) -> (f32, f32) {
         let bits = lanes.and_int(lanes.to_bits(lanes.load(from)), magnitude);
         largest = lanes.max_int(largest, bits);
     }
-    // As integers, the bits of magnitudes have the magnitudes' order, with infinity and NaN above all.
+    // As integers, the bits of magnitudes are ordered like the magnitudes, with infinity and NaN above all.
     let largest = f32::from_bits(lanes.largest_int(largest).cast_unsigned());
     let factor = 127.0 / largest;
     if !largest.is_finite() {
@@ -194,7 +194,7 @@ fn scale_and_factor<L: Lanes>(lanes: L, from: &[[f32; LANES]]) -> (f32, f32) {
 /// Returns sixteen bytes, as four quads, and their sum.
 #[inline(always)]
 fn sixteen<L: Lanes>(lanes: L, from: &[f32; LANES], factor: f32) -> ([i32; 4], i32) {
-    // A NaN or infinite float has factor 0, and would not be 0 with it.
+    // Factor 0 also marks blocks with NaN or infinite floats, which times 0 would not be 0.
     if factor == 0.0 {
         return ([0; 4], 0);
     }
@@ -240,7 +240,7 @@ impl Quantized for Block256 {
         for ((from, quads), sum) in from.iter().zip(quads).zip(&mut block.sums) {
             (*quads, *sum) = sixteen(lanes, from, factor);
         }
-        // Sums are within 32 · 127, so 16 bits hold them.
+        // Sums are within 32 · 127, so they fit in 16 bits.
         let pair = |low: i32, high: i32| low & 0xFFFF | high << 16;
         let sums = block.sums;
         block.pairs_of_16 = std::array::from_fn(|i| pair(sums[2 * i], sums[2 * i + 1]));
@@ -267,14 +267,14 @@ mod tests {
             .collect()
     }
 
-    /// Quantises a row on every tier and returns what all of them give.
+    /// Quantises a row on every tier and returns the common result.
     fn quantize<B: Quantized + PartialEq + std::fmt::Debug>(row: &[f32]) -> Vec<B> {
         let mut expected = vec![B::default(); row.len().div_ceil(B::LEN)];
         quantize_row(Tier::Portable, row, &mut expected);
         for tier in tiers() {
             let mut blocks = vec![B::default(); expected.len()];
             quantize_row(tier, row, &mut blocks);
-            // As text, since NaN is no NaN's equal.
+            // Compared as text, because NaN doesn't equal itself.
             assert_eq!(format!("{blocks:?}"), format!("{expected:?}"), "{tier:?}");
         }
         expected

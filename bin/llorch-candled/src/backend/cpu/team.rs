@@ -1,8 +1,8 @@
-//! Threads that compute together.
+//! A team of threads that compute together.
 //!
-//! A section of work is a number of units, which the caller and the team's threads claim one by one. A thread that the
-//! system doesn't run at the moment claims nothing and delays nobody: the caller waits only for threads that are in the midst
-//! of a unit. Which thread computes a unit changes no result.
+//! A section of work is a number of units, which the caller and the team's threads claim one by one. A thread that the system
+//! doesn't run at the moment claims nothing and delays no other thread: the caller waits only for threads that are in the
+//! middle of a unit. No result depends on which thread computes a unit.
 
 use std::cell::UnsafeCell;
 use std::io;
@@ -12,17 +12,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
-/// How long a thread looks for the next section before it sleeps: longer than the gaps between the sections of a token.
+/// Time for which a thread looks for the next section before it sleeps: longer than the gaps between the sections of a token.
 const LOOKING: Duration = Duration::from_micros(100);
 
-/// Set in the state while a section can be entered.
+/// Bit of the state that is set while the section can be entered.
 const OPEN: u64 = 1 << 31;
-/// One section in the upper half of the state, which counts sections.
+/// Lowest bit of the section number, in the upper half of the state.
 const SECTION: u64 = 1 << 32;
-/// Threads in the section, in the lower half of the state.
+/// Mask of the number of threads in the section, in the lower half of the state.
 const INSIDE: u64 = OPEN - 1;
 
-/// The work of a section, of a lifetime that only [`Team::run`] knows.
+/// The work of a section. Only [`Team::run`] knows the lifetime of the function.
 #[derive(Clone, Copy)]
 struct Work {
     units: usize,
@@ -30,7 +30,7 @@ struct Work {
 }
 
 struct Shared {
-    /// Number of the section, whether it is open, and threads in it.
+    /// Number of the section, [`OPEN`], and number of threads in the section.
     state: AtomicU64,
     work: UnsafeCell<Option<Work>>,
     /// Next unit to claim.
@@ -40,16 +40,16 @@ struct Shared {
     asleep: Vec<AtomicBool>,
 }
 
-// SAFETY: `work` is written only while the section is closed and nobody is inside, and read only inside; the transitions of
-// `state` order both. What it points to is `Sync`.
+// SAFETY: `work` is written only while the section is closed and no thread is inside, and read only inside. The transitions of
+// `state` order both. The function that it points to is `Sync`.
 unsafe impl Sync for Shared {}
-// SAFETY: the same.
+// SAFETY: as for `Sync`.
 unsafe impl Send for Shared {}
 
 impl Shared {
-    /// Claims and computes units until none is left.
+    /// Claims and computes units until none are left.
     fn work(&self, thread: usize, work: Work) {
-        // SAFETY: the caller of `Team::run` keeps the function alive until nobody is inside.
+        // SAFETY: the caller of `Team::run` keeps the function alive until no thread is inside.
         let unit = unsafe { &*work.unit };
         loop {
             let claimed = self.next.fetch_add(1, Ordering::Relaxed);
@@ -60,7 +60,7 @@ impl Shared {
         }
     }
 
-    /// Enters the open section unless it is the one of number `seen`. Returns its number.
+    /// Enters the section if it is open and its number is not `seen`. Returns its number.
     fn enter(&self, seen: u64) -> Option<u64> {
         let state = self.state.load(Ordering::Acquire);
         if state & OPEN == 0 || state / SECTION == seen {
@@ -93,7 +93,8 @@ impl Shared {
             } else {
                 let asleep = &self.asleep[thread - 1];
                 asleep.store(true, Ordering::SeqCst);
-                // A section that opened meanwhile may have seen nobody asleep.
+                // A section that opened just before the store above may not have woken this thread, so look again before
+                // sleeping.
                 let state = self.state.load(Ordering::SeqCst);
                 if state & OPEN == 0 && !self.ending.load(Ordering::SeqCst) {
                     thread::park();
@@ -105,14 +106,14 @@ impl Shared {
     }
 }
 
-/// A fixed number of threads, of which the caller is one.
+/// A fixed number of threads, including the caller, that compute together.
 pub struct Team {
     shared: Arc<Shared>,
     threads: Vec<(Thread, JoinHandle<()>)>,
 }
 
 impl Team {
-    /// Starts a team of `threads`, the caller included.
+    /// Starts a team of `threads`, including the caller.
     ///
     /// # Errors
     ///
@@ -141,13 +142,13 @@ impl Team {
         Ok(team)
     }
 
-    /// Returns the number of threads, the caller included.
+    /// Returns the number of threads, including the caller.
     pub fn threads(&self) -> usize {
         self.threads.len() + 1
     }
 
-    /// Computes units 0 to `units` − 1, each once, on any thread. `unit` gets the number of the thread, below
-    /// [`threads`](Self::threads), and that of the unit.
+    /// Computes units 0 to `units` − 1, each once, on any thread. Calls `unit` with the number of the thread, below
+    /// [`threads`](Self::threads), and the number of the unit.
     ///
     /// # Panics
     ///
@@ -158,12 +159,12 @@ impl Team {
             (0..units).for_each(|claimed| unit(0, claimed));
             return;
         }
-        // SAFETY: only the lifetime changes. Nobody is inside when this function returns or unwinds.
+        // SAFETY: only the lifetime changes. No thread is inside when this function returns or unwinds.
         let unit: *const (dyn Fn(usize, usize) + Sync + 'static) =
             unsafe { std::mem::transmute(std::ptr::from_ref(unit)) };
         let work = Work { units, unit };
-        // SAFETY: the section is closed and nobody is inside: the call before this one saw to that, and `&mut self` says that
-        // no other call runs.
+        // SAFETY: the section is closed and no thread is inside: the previous call waited for that, and `&mut self` excludes a
+        // concurrent call.
         unsafe { *shared.work.get() = Some(work) };
         shared.next.store(0, Ordering::Relaxed);
         let before = shared.state.load(Ordering::Relaxed);
@@ -181,7 +182,7 @@ impl Team {
         while shared.state.load(Ordering::Acquire) & INSIDE != 0 {
             waited += 1;
             if waited.is_multiple_of(1 << 12) {
-                // Another thread has a unit but perhaps no processor.
+                // Another thread has a unit, but perhaps no processor.
                 thread::yield_now();
             }
             std::hint::spin_loop();
@@ -201,7 +202,7 @@ impl Drop for Team {
         self.shared.ending.store(true, Ordering::SeqCst);
         for (thread, handle) in self.threads.drain(..) {
             thread.unpark();
-            // A panic was reported when it happened.
+            // A panic was already reported when it happened.
             let _ = handle.join();
         }
     }
@@ -240,7 +241,7 @@ mod tests {
             let seen: Vec<_> = (0..3).map(|_| AtomicUsize::new(0)).collect();
             team.run(3, &|thread, _| {
                 seen[thread].fetch_add(1, Ordering::Relaxed);
-                // Long enough for the others to wake up and claim theirs.
+                // Long enough for the other threads to wake up and claim their units.
                 thread::sleep(Duration::from_millis(20));
             });
             assert!(seen.iter().all(|seen| seen.load(Ordering::Relaxed) == 1));

@@ -1,10 +1,10 @@
-//! Test data.
+//! Random test data.
 
 use half::f16;
 
 use crate::backend::cpu::format::Format;
 
-/// Numbers that look random, the same in every run (SplitMix64).
+/// Pseudo-random numbers, identical in every run with the same seed (SplitMix64).
 pub struct Random(u64);
 
 impl Random {
@@ -29,7 +29,7 @@ impl Random {
     }
 }
 
-/// Where in a block half-precision scale and minimum are.
+/// Returns the offsets of the half-precision scale and minimum in a block.
 fn halves(format: Format) -> &'static [usize] {
     match format {
         Format::F32 | Format::F16 | Format::BF16 => &[],
@@ -41,7 +41,7 @@ fn halves(format: Format) -> &'static [usize] {
     }
 }
 
-/// Replaces scales and minima by numbers of a usual size.
+/// Replaces scales and minima by numbers of typical size.
 pub fn fill_scales(format: Format, bytes: &mut [u8], random: &mut Random) {
     for block in bytes.chunks_exact_mut(format.block_bytes()) {
         for &at in halves(format) {
@@ -51,7 +51,7 @@ pub fn fill_scales(format: Format, bytes: &mut [u8], random: &mut Random) {
     }
 }
 
-/// Fills blocks with random values, and scales and minima of a usual size.
+/// Fills blocks with random values, and with scales and minima of typical size.
 pub fn fill_moderate(format: Format, bytes: &mut [u8], random: &mut Random) {
     random.bytes(bytes);
     fill_scales(format, bytes, random);
@@ -66,7 +66,7 @@ pub fn fill_moderate(format: Format, bytes: &mut [u8], random: &mut Random) {
     }
 }
 
-/// Fills blocks with random bytes: scales and minima are of any size, infinite or NaN.
+/// Fills blocks with random bytes, so that scales and minima may have any size, or be infinite or NaN.
 pub fn fill_extreme(format: Format, bytes: &mut [u8], random: &mut Random) {
     random.bytes(bytes);
     for block in bytes.chunks_exact_mut(format.block_bytes()) {

@@ -4,8 +4,8 @@ use std::arch::x86_64::*;
 
 use super::{Kernel, LANES, Lanes};
 
-/// Lanes in two 256-bit registers; `VNNI` says whether dot products take one instruction. A value proves that the
-/// processor has the instructions.
+/// Lanes in two 256-bit registers. `VNNI` is true if a dot product takes one instruction. A value proves that the processor has
+/// the instructions.
 #[derive(Debug, Clone, Copy)]
 pub struct Avx2<const VNNI: bool>(());
 
@@ -60,7 +60,7 @@ macro_rules! halves {
     };
 }
 
-/// Evaluates an expression for both halves. A closure would do, but has not the instructions of the function it is in.
+/// Evaluates an expression for both halves. A closure would lack the target features of the function it is in.
 macro_rules! both {
     ($half:ident in $halves:expr => $value:expr) => {{
         let [low, high] = $halves;
@@ -228,7 +228,7 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     }
     #[inline(always)]
     fn shift_left<const N: u32>(self, a: Self::I) -> Self::I {
-        // The immediate of this intrinsic is an `i32`.
+        // The intrinsic with an immediate takes an `i32`, to which `N` can't be converted at compile time.
         both!(half in a => _mm256_sll_epi32(half, _mm_cvtsi32_si128(N.cast_signed())))
     }
 
@@ -260,7 +260,7 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     #[inline(always)]
     fn bytes_where(self, bits: u64, x: u8) -> Self::B {
         both!(bits in [bits as u32, (bits >> 32) as u32] => {
-            // Byte b of every quarter gets the byte of `bits` that holds its bit, then looks at that bit.
+            // Byte b of every quarter gets the byte of `bits` that holds its bit, then tests that bit.
             let spread = _mm256_shuffle_epi8(
                 _mm256_set1_epi32(bits.cast_signed()),
                 _mm256_setr_epi64x(
@@ -282,7 +282,7 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         if VNNI {
             halves!(_mm256_dpbusd_avx_epi32(sum, w, a))
         } else {
-            // Pairs of products stay below 2 · 127 · 127, so 16 bits hold them.
+            // Pairs of products stay below 2 · 127 · 127, so they fit in 16 bits.
             let products = halves!(_mm256_maddubs_epi16(w, a));
             let ones = [call!(_mm256_set1_epi16(1)); 2];
             self.add_int(sum, halves!(_mm256_madd_epi16(products, ones)))
@@ -293,7 +293,7 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
         if VNNI {
             return self.dot_u7(self.dot_u7(sum, w[0], a[0]), w[1], a[1]);
         }
-        // Four products stay below 4 · 63 · 127, so 16 bits hold them, and are widened together.
+        // Four products stay below 4 · 63 · 127, so they fit in 16 bits, and are widened together.
         let (w, v, a, b) = (w[0], w[1], self.splat_int(a[0]), self.splat_int(a[1]));
         let first = halves!(_mm256_maddubs_epi16(w, a));
         let second = halves!(_mm256_maddubs_epi16(v, b));
@@ -303,7 +303,7 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     }
     #[inline(always)]
     fn dot_i8_start(self, sum: i32) -> Self::I {
-        // The VNNI instruction takes unsigned weights: they are raised by 128, and this takes it back.
+        // The VNNI instruction takes unsigned weights, so weights are raised by 128, for which this value compensates.
         self.splat_int(if VNNI { -128 * sum } else { 0 })
     }
     #[inline(always)]
@@ -312,8 +312,8 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
             let raise = self.splat_byte(128);
             return self.dot_u7(sum, halves!(_mm256_xor_si256(w, raise)), a);
         }
-        // The sign of a weight moves to the activation. A weight of −128 becomes 128 without a sign, and pairs of products
-        // stay below 2 · 128 · 127.
+        // Move the sign of a weight to the activation. A weight of −128 becomes an unsigned 128, and pairs of products stay
+        // below 2 · 128 · 127.
         let a = self.splat_int(a);
         let magnitude = halves!(_mm256_abs_epi8(w));
         let signed = halves!(_mm256_sign_epi8(a, w));
@@ -340,7 +340,7 @@ impl<const VNNI: bool> Lanes for Avx2<VNNI> {
     }
     #[inline(always)]
     fn prefetch(self, from: &u8, ahead: usize) {
-        // A prefetch of an address that is not mapped does nothing.
+        // A prefetch of an unmapped address does nothing.
         call!(_mm_prefetch::<_MM_HINT_T1>(
             std::ptr::from_ref(from).wrapping_add(ahead).cast()
         ));

@@ -1,4 +1,4 @@
-//! Lanes on x86-64 with AVX-512 and AVX-512 VNNI: one register holds all of them.
+//! Lanes on x86-64 with AVX-512 and AVX-512 VNNI: one register holds all sixteen.
 
 use std::arch::x86_64::*;
 
@@ -214,7 +214,7 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     fn dot_i8_start(self, sum: i32) -> Self::I {
-        // The instruction takes unsigned weights: they are raised by 128, and this takes it back.
+        // The instruction takes unsigned weights, so weights are raised by 128, for which this value compensates.
         call!(_mm512_set1_epi32(-128 * sum))
     }
     #[inline(always)]
@@ -244,7 +244,7 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     fn prefetch(self, from: &u8, ahead: usize) {
-        // A prefetch of an address that is not mapped does nothing.
+        // A prefetch of an unmapped address does nothing.
         call!(_mm_prefetch::<_MM_HINT_T1>(
             std::ptr::from_ref(from).wrapping_add(ahead).cast()
         ));

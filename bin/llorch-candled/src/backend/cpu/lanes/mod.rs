@@ -1,8 +1,8 @@
-//! Sixteen lanes, the unit in which every kernel computes, on each kind of processor.
+//! Sixteen lanes, the unit of computation of every kernel, on each kind of processor.
 //!
-//! A kernel is written once, over [`Lanes`], and compiled once for each tier. Every operation here has one defined result
-//! (IEEE 754 with round to nearest, fused multiply-add, exact integers), and sums over lanes go up one fixed tree, so a
-//! kernel's result has the same bits on every tier.
+//! A kernel is written once, over [`Lanes`], and compiled once for each tier. Every operation here has one defined result (IEEE
+//! 754 with round to nearest, fused multiply-add, exact integers), and sums over lanes follow one fixed tree, so a kernel's
+//! result has the same bits on every tier.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -17,9 +17,9 @@ pub use portable::Portable;
 /// Number of lanes.
 pub const LANES: usize = 16;
 
-/// Operations on sixteen lanes.
+/// The operations on sixteen lanes.
 ///
-/// A value of an implementing type proves that the processor has the tier's instructions: only [`Tier::run`] makes one.
+/// A value of an implementing type proves that the processor has the tier's instructions: only [`Tier::run`] creates one.
 pub trait Lanes: Copy {
     /// Sixteen 32-bit floats.
     type F: Copy;
@@ -27,9 +27,9 @@ pub trait Lanes: Copy {
     type I: Copy;
     /// Sixty-four bytes, four for each lane.
     type B: Copy;
-    /// Whether 32 registers hold sixteen lanes each, so that kernels keep more results at once.
+    /// True if there are 32 registers of sixteen lanes each, so that kernels keep more results at once.
     const WIDE: bool;
-    /// Whether [`dot_u6_twice`](Self::dot_u6_twice) takes less than two [`dot_u7`](Self::dot_u7).
+    /// True if [`dot_u6_twice`](Self::dot_u6_twice) is faster than two calls of [`dot_u7`](Self::dot_u7).
     const TWICE: bool = false;
 
     /// Returns `x` in every lane.
@@ -60,7 +60,7 @@ pub trait Lanes: Copy {
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
     /// Returns the smaller of each pair. Neither may be NaN.
     fn min(self, a: Self::F, b: Self::F) -> Self::F;
-    /// Returns the nearest integers, of two equally near the even one. Lanes must be within the range of `i32`.
+    /// Returns the nearest integers, ties to even. Lanes must be within the range of `i32`.
     fn round(self, x: Self::F) -> Self::I;
     /// Returns integers as floats, rounded to nearest even.
     fn to_float(self, x: Self::I) -> Self::F;
@@ -72,7 +72,7 @@ pub trait Lanes: Copy {
         reason = "`self` is the token, as everywhere here"
     )]
     fn from_bits(self, x: Self::I) -> Self::F;
-    /// Returns the lanes of `a` where `index` is below `bound`, those of `b` elsewhere.
+    /// Returns the lanes of `a` where `index` is below `bound`, and those of `b` elsewhere.
     fn select_below(self, index: Self::I, bound: i32, a: Self::F, b: Self::F) -> Self::F;
 
     /// Returns `x` in every lane.
@@ -106,37 +106,37 @@ pub trait Lanes: Copy {
     fn and_bytes(self, a: Self::B, b: Self::B) -> Self::B;
     /// Returns a OR b.
     fn or_bytes(self, a: Self::B, b: Self::B) -> Self::B;
-    /// Shifts each pair of bytes right by `N` bits: bits of the upper byte come into the lower one.
+    /// Shifts each pair of bytes right by `N` bits: bits of the upper byte move into the lower one.
     fn shift_right_pairs<const N: u32>(self, a: Self::B) -> Self::B;
-    /// Shifts each pair of bytes left by `N` bits: bits of the lower byte come into the upper one.
+    /// Shifts each pair of bytes left by `N` bits: bits of the lower byte move into the upper one.
     fn shift_left_pairs<const N: u32>(self, a: Self::B) -> Self::B;
     /// Returns `x` in the bytes whose bit is set in `bits`, 0 in the others.
     fn bytes_where(self, bits: u64, x: u8) -> Self::B;
 
-    /// Adds to each lane the dot product of its four bytes of `w`, unsigned and below 128, with the four signed bytes of
-    /// `a`. Exact where no lane overflows. No byte of `a` may be −128.
+    /// Adds to each lane the dot product of its four bytes of `w`, unsigned and below 128, with the four signed bytes of `a`.
+    /// Exact if no lane overflows. No byte of `a` may be −128.
     fn dot_u7(self, sum: Self::I, w: Self::B, a: i32) -> Self::I;
-    /// Adds both dot products, as [`dot_u7`](Self::dot_u7) does, of weights below 64. No byte of `a` may be −128.
+    /// Adds both dot products, as [`dot_u7`](Self::dot_u7) does, for weights below 64. No byte of `a` may be −128.
     #[inline(always)]
     fn dot_u6_twice(self, sum: Self::I, w: [Self::B; 2], a: [i32; 2]) -> Self::I {
         self.dot_u7(self.dot_u7(sum, w[0], a[0]), w[1], a[1])
     }
-    /// Returns what a sum of [`dot_i8`](Self::dot_i8) begins with, for activations whose sum is `sum`.
+    /// Returns the start value of a sum of [`dot_i8`](Self::dot_i8), for activations whose sum is `sum`.
     fn dot_i8_start(self, sum: i32) -> Self::I;
-    /// Adds to each lane the dot product of its four signed bytes of `w` with the four signed bytes of `a`, given that the
-    /// sum began with [`dot_i8_start`](Self::dot_i8_start). No byte of `a` may be −128.
+    /// Adds to each lane the dot product of its four signed bytes of `w` with the four signed bytes of `a`. The sum must have
+    /// begun with [`dot_i8_start`](Self::dot_i8_start). No byte of `a` may be −128.
     fn dot_i8(self, sum: Self::I, w: Self::B, a: i32) -> Self::I;
 
     /// Returns 255 in the lower byte of each pair, 0 in the upper.
     fn low_bytes_of_pairs(self) -> Self::B;
     /// Adds to each lane the dot product of its two signed 16-bit numbers of `w` (each a pair of bytes, the lower first) with
-    /// those of `a`. Exact where no lane overflows. None may be −32768.
+    /// those of `a`. Exact if no lane overflows. No number may be −32768.
     fn dot_i16(self, sum: Self::I, w: Self::B, a: i32) -> Self::I;
 
     /// Returns bytes as the floats with these bits, in little-endian order.
     fn bytes_as_floats(self, x: Self::B) -> Self::F;
-    /// Asks for the cache line `ahead` bytes after `from`, which need not exist, without waiting for it. It comes into
-    /// the second-level cache.
+    /// Prefetches the cache line `ahead` bytes after `from` into the second-level cache, without waiting. The address need not
+    /// exist.
     fn prefetch(self, from: &u8, ahead: usize);
 
     /// Returns the sum of all lanes, wrapping.
@@ -155,7 +155,7 @@ pub trait Lanes: Copy {
         lanes.into_iter().fold(i32::MIN, i32::max)
     }
 
-    /// Returns the sum of all lanes, along one tree: lane i and i + 8, then i + 4, i + 2, i + 1.
+    /// Returns the sum of all lanes, along one tree: lanes i and i + 8, then i + 4, i + 2, i + 1.
     #[inline(always)]
     fn sum(self, x: Self::F) -> f32 {
         let mut lanes = [0.0; LANES];
@@ -168,7 +168,7 @@ pub trait Lanes: Copy {
         lanes[0]
     }
 
-    /// Returns the largest lane. None may be NaN.
+    /// Returns the largest lane. No lane may be NaN.
     #[inline(always)]
     fn largest(self, x: Self::F) -> f32 {
         let mut lanes = [0.0; LANES];
@@ -179,9 +179,9 @@ pub trait Lanes: Copy {
 
 /// A computation over [`Lanes`]. Implementations mark `run` as `#[inline(always)]`, so that it is compiled for the tier.
 pub trait Kernel {
-    /// What it returns.
+    /// Result of the computation.
     type Output;
-    /// Computes.
+    /// Computes the result with `lanes`.
     fn run<L: Lanes>(self, lanes: L) -> Self::Output;
 }
 
@@ -192,7 +192,7 @@ pub enum Tier {
     Portable,
     /// x86-64 with AVX2, FMA and F16C.
     Avx2,
-    /// The same with AVX-VNNI.
+    /// x86-64 with AVX2, FMA, F16C and AVX-VNNI.
     AvxVnni,
     /// x86-64 with AVX-512 (F, BW, DQ, VL) and AVX-512 VNNI.
     Avx512,
@@ -201,7 +201,7 @@ pub enum Tier {
 }
 
 impl Tier {
-    /// Every tier, the slowest first.
+    /// Every tier, slowest first.
     pub const ALL: [Self; 5] = [
         Self::Portable,
         Self::Avx2,
@@ -216,7 +216,7 @@ impl Tier {
         available.unwrap_or(Self::Portable)
     }
 
-    /// Whether this processor has the tier's instructions.
+    /// Returns whether this processor has the tier's instructions.
     pub fn is_available(self) -> bool {
         match self {
             Self::Portable => true,
@@ -237,7 +237,7 @@ impl Tier {
     ///
     /// # Panics
     ///
-    /// Panics if the processor doesn't have them.
+    /// Panics if the processor doesn't have the tier's instructions.
     #[inline]
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         assert!(

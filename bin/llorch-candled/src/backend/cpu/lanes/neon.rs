@@ -9,7 +9,7 @@ use super::{Kernel, LANES, Lanes};
 #[derive(Debug, Clone, Copy)]
 pub struct Neon(());
 
-/// Whether the processor has all instructions of this tier.
+/// Returns whether the processor has all instructions of this tier.
 pub fn is_available() -> bool {
     std::arch::is_aarch64_feature_detected!("neon")
         && std::arch::is_aarch64_feature_detected!("dotprod")
@@ -25,11 +25,11 @@ pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Neon(()))
 }
 
-/// Evaluates an expression for each quarter. A closure would do, but has not the instructions of the function it is in.
+/// Evaluates an expression for each quarter. A closure would lack the target features of the function it is in.
 macro_rules! quarters {
     ($quarter:ident => $value:expr) => {{
-        // SAFETY: a value of `Neon` exists only where the processor has the instructions; memory is accessed through
-        // references to arrays, at quarters of them.
+        // SAFETY: a value of `Neon` exists only where the processor has the instructions; memory is accessed through references
+        // to arrays, at quarters of them.
         unsafe {
             [
                 {
@@ -59,17 +59,17 @@ fn at<T>(from: &[T; LANES], quarter: usize) -> *const T {
     from[4 * quarter..][..4].as_ptr()
 }
 
-/// Returns a pointer to a quarter of an array of sixteen.
+/// Returns a mutable pointer to a quarter of an array of sixteen.
 #[inline(always)]
 fn at_mut<T>(to: &mut [T; LANES], quarter: usize) -> *mut T {
     to[4 * quarter..][..4].as_mut_ptr()
 }
 
-/// Widens half-precision floats: the intrinsic needs a type that is not stable.
+/// Widens half-precision floats in assembly, because the intrinsic needs an unstable type.
 #[inline(always)]
 fn widen(halves: uint16x4_t) -> float32x4_t {
     let floats;
-    // SAFETY: every AArch64 processor with NEON has the instruction; it only computes.
+    // SAFETY: every AArch64 processor with NEON has the instruction, which only computes.
     unsafe {
         asm!("fcvtl {0:v}.4s, {1:v}.4h", out(vreg) floats, in(vreg) halves,
              options(pure, nomem, nostack, preserves_flags));
@@ -77,11 +77,11 @@ fn widen(halves: uint16x4_t) -> float32x4_t {
     floats
 }
 
-/// Rounds to half-precision floats.
+/// Rounds to half-precision floats in assembly, because the intrinsic needs an unstable type.
 #[inline(always)]
 fn narrow(floats: float32x4_t) -> uint16x4_t {
     let halves;
-    // SAFETY: as above. The rounding is to nearest even unless someone changed the control register, which Rust forbids.
+    // SAFETY: as in `widen`. The rounding is to nearest even unless the control register was changed, which Rust forbids.
     unsafe {
         asm!("fcvtn {0:v}.4h, {1:v}.4s", out(vreg) halves, in(vreg) floats,
              options(pure, nomem, nostack, preserves_flags));
@@ -89,7 +89,7 @@ fn narrow(floats: float32x4_t) -> uint16x4_t {
     halves
 }
 
-/// Adds to each lane the dot product of its four signed bytes: the intrinsic is not stable.
+/// Adds to each lane the dot product of its four signed bytes in assembly, because the intrinsic is unstable.
 #[inline(always)]
 fn sdot(mut sum: int32x4_t, w: uint8x16_t, a: int32x4_t) -> int32x4_t {
     // SAFETY: only methods of `Neon` call this, and its value proves that the processor has the extension.
@@ -155,7 +155,7 @@ impl Lanes for Neon {
     fn neg_mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
         quarters!(i => vfmsq_f32(c[i], a[i], b[i]))
     }
-    // The instructions for the larger and the smaller tell 0 from −0, which other tiers don't.
+    // The min and max instructions distinguish 0 from −0, which other tiers don't.
     #[inline(always)]
     fn max(self, a: Self::F, b: Self::F) -> Self::F {
         quarters!(i => vbslq_f32(vcgtq_f32(a[i], b[i]), a[i], b[i]))
@@ -329,7 +329,7 @@ impl Lanes for Neon {
     #[inline(always)]
     fn prefetch(self, from: &u8, ahead: usize) {
         let address = std::ptr::from_ref(from).wrapping_add(ahead);
-        // SAFETY: a prefetch of an address that is not mapped does nothing.
+        // SAFETY: a prefetch of an unmapped address does nothing.
         unsafe {
             asm!("prfm pldl2keep, [{0}]", in(reg) address, options(readonly, nostack, preserves_flags));
         }

@@ -1,10 +1,10 @@
-//! Lanes in plain Rust: the definition of every operation, and the tier of processors that have no other.
+//! Lanes in plain Rust: the definition of every operation, and the tier of processors without another.
 
 use half::{bf16, f16};
 
 use super::{LANES, Lanes};
 
-/// Lanes in plain Rust.
+/// Lanes as arrays, on any processor.
 #[derive(Debug, Clone, Copy)]
 pub struct Portable;
 

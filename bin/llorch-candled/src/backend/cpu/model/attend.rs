@@ -1,4 +1,4 @@
-//! The attention of a pass: the batch's keys and values into the cache, and its queries over what they see of it.
+//! The attention of a pass: stores the batch's keys and values in the cache, and attends with the queries.
 
 use pool_core::worker::CacheType;
 
@@ -12,7 +12,7 @@ use crate::engine::model::description::{Description, RopeStyle};
 use crate::engine::model::{BLOCK, Run};
 
 impl Pass<'_> {
-    /// Puts keys and values into the cache, and attends to them.
+    /// Stores keys and values in the cache, and attends to them.
     pub(super) fn attention(&self, team: &mut Team, buffers: &mut Buffers, layer: &mut Layer) {
         match self.description.cache {
             CacheType::F16 => self.attention_over(Halves, team, buffers, layer),
@@ -31,7 +31,7 @@ impl Pass<'_> {
         self.attend(layout, team, buffers, layer);
     }
 
-    /// Prepares the queries, and puts keys and values into the cache.
+    /// Prepares the queries, and stores keys and values in the cache.
     fn place<C: Layout>(
         &self,
         layout: C,
@@ -59,12 +59,12 @@ impl Pass<'_> {
         team.run(self.pieces.len(), &|_, index| {
             let Piece { rows, block } = &self.pieces[index];
             let block = |length: usize| block * kv_heads * length..(block + 1) * kv_heads * length;
-            // SAFETY: no two pieces have a row in common, or a block: `Batch::runs` has seen to that.
+            // SAFETY: no two pieces have a row or a block in common, which `Batch::runs` has checked.
             let (keys, values) =
                 unsafe { (keys.part(block(key_len)), values.part(block(value_len))) };
             for row in rows.clone() {
                 let of = |width: usize| row * width..(row + 1) * width;
-                // SAFETY: the same.
+                // SAFETY: as above.
                 let (queries, fresh_keys, fresh_values) = unsafe {
                     (
                         queries.part(of(query_width)),
@@ -99,7 +99,7 @@ impl Pass<'_> {
         });
     }
 
-    /// Adds the bias, normalises and turns the heads of a row.
+    /// Adds the bias to the heads of a row, normalises and rotates them.
     fn prepare(
         &self,
         heads: &mut [f32],
@@ -125,7 +125,8 @@ impl Pass<'_> {
             heads, kv_heads, ..
         } = *self.description;
         let group = heads / kv_heads;
-        // A unit is a key head and some rows of a run; the rows that see most come first.
+        // A unit is a key head and some rows of a run. The rows that see most come first, so that no long unit is left for the
+        // end.
         let mut units = Vec::new();
         for run in self.runs {
             for start in run.rows.clone().step_by(TOGETHER) {
@@ -144,7 +145,7 @@ impl Pass<'_> {
         let scores = Shared::new(&mut buffers.scores);
         team.run(units.len(), &|thread, index| {
             let (run, kv_head, rows) = &units[index];
-            // SAFETY: each thread has its own.
+            // SAFETY: each thread has its own element.
             let scores = &mut unsafe { scores.part(thread..thread + 1) }[0];
             let seen = work.seen(run, *kv_head);
             if rows.len() >= TOGETHER {
@@ -166,7 +167,7 @@ impl Pass<'_> {
     }
 }
 
-/// Rows that attend to a layer's keys and values.
+/// The rows that attend to a layer's keys and values.
 #[derive(Clone, Copy)]
 struct Attention<'a, C> {
     layout: C,
@@ -190,7 +191,7 @@ impl<'a, C: Layout> Attention<'a, C> {
         }
     }
 
-    /// Attends with these rows' heads, of which the rows ascend.
+    /// Attends with the heads of these rows, which must ascend.
     fn attend(&self, seen: Seen<'a>, places: &[(usize, usize)], scores: &mut Vec<f32>) {
         let mut rest = places;
         while !rest.is_empty() {
@@ -205,7 +206,7 @@ impl<'a, C: Layout> Attention<'a, C> {
         }
     }
 
-    /// Attends with the first places, and returns the others.
+    /// Attends with the first places, and returns the rest.
     fn some<'p, const ROWS: usize>(
         &self,
         seen: Seen<'a>,
@@ -223,7 +224,7 @@ impl<'a, C: Layout> Attention<'a, C> {
             queries: std::array::from_fn(|index| &self.queries[range(places[index])]),
             positions: std::array::from_fn(|index| self.pass.batch.rows[places[index].0].position),
             scratch,
-            // SAFETY: each place of each unit is another row or head.
+            // SAFETY: every place of every unit is a different row or head.
             out: std::array::from_fn(|index| unsafe { self.attended.part(range(places[index])) }),
         };
         self.pass.tier.run(attend);
@@ -237,7 +238,7 @@ fn add_bias(values: &mut [f32], bias: Option<&[f32]>) {
     }
 }
 
-/// Turns the leading elements of a head by its position's angles.
+/// Rotates the leading elements of a head by its position's angles.
 fn turn(head: &mut [f32], turns: &[(f32, f32)], style: RopeStyle) {
     let turned =
         |x: f32, y: f32, (cosine, sine): (f32, f32)| (x * cosine - y * sine, x * sine + y * cosine);

@@ -1,4 +1,4 @@
-//! Products with weights that are floats.
+//! Products with float weights.
 
 use std::marker::PhantomData;
 
@@ -6,7 +6,7 @@ use super::{AHEAD, Part, ROWS, load_halves, prefetch, sixteen_bits};
 use crate::backend::cpu::lanes::{Kernel, Lanes};
 use crate::backend::cpu::pack::{HALVES, PackedMatrix};
 
-/// Loads the weights of a column from `N` bytes.
+/// A float format whose weights of a column take `N` bytes.
 pub(super) trait FloatWeight<const N: usize> {
     fn load<L: Lanes>(lanes: L, bytes: &[u8; N]) -> L::F;
 }
@@ -15,7 +15,7 @@ pub(super) trait FloatWeight<const N: usize> {
 pub(super) struct Singles;
 /// Half-precision floats.
 pub(super) struct Halves;
-/// Upper halves of 32-bit floats.
+/// Upper halves of 32-bit floats (bfloat16).
 pub(super) struct Brains;
 
 impl FloatWeight<64> for Singles {
@@ -81,7 +81,7 @@ impl<'a, 'o, W: FloatWeight<N>, const N: usize> FloatProduct<'a, 'o, W, N> {
         }
     }
 
-    /// Multiplies a tile with `M` rows, the `first` of it or others. Returns `M`.
+    /// Multiplies a tile with `M` rows. `first` is true for the first rows with this tile, which prefetch weights. Returns `M`.
     #[inline(always)]
     fn block<L: Lanes, const M: usize>(
         &mut self,

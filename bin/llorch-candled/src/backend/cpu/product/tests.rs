@@ -35,7 +35,7 @@ impl Owned {
         }
     }
 
-    /// Returns the numbers that a row stands for.
+    /// Returns the numbers that a row represents.
     fn row(&self, row: usize, columns: usize) -> Vec<f64> {
         let values = |quads: &[i32], scale: f32| -> Vec<f64> {
             let bytes = quads.iter().flat_map(|quad| quad.to_le_bytes());
@@ -74,7 +74,7 @@ fn tiers() -> impl Iterator<Item = Tier> {
     Tier::ALL.into_iter().filter(|tier| tier.is_available())
 }
 
-/// Returns the magnitudes of what a product adds up for a row of weights: of scale and minimum apart.
+/// Returns the magnitudes of the terms that a product adds up for a row of weights, scale and minimum separately.
 fn magnitudes(format: Format, bytes: &[u8]) -> Vec<f64> {
     let half = |bits| f64::from(half::f16::from_bits(bits).to_f32()).abs();
     let mut all = Vec::new();
@@ -94,7 +94,7 @@ fn magnitudes(format: Format, bytes: &[u8]) -> Vec<f64> {
     all
 }
 
-/// Every sum of n terms that are added one by one is within n half-units of the last place of the sum of magnitudes.
+/// Checks that every sum of n terms, added one by one, is within n half-units in the last place of the sum of magnitudes.
 #[test]
 fn products_agree_with_exact_ones() {
     let mut random = Random::new(1);
@@ -156,7 +156,7 @@ fn assert_same(a: &[f32], b: &[f32], what: impl std::fmt::Debug) {
     }
 }
 
-/// Compares all tiers and counts of rows with rows computed one by one on the portable tier.
+/// Compares all tiers and numbers of rows with rows computed one by one on the portable tier.
 fn assert_tiers_agree(format: Format, fill: fn(Format, &mut [u8], &mut Random), most: usize) {
     let mut random = Random::new(2);
     let (n, columns) = (50, format.block_len().max(18) * 2);
@@ -196,14 +196,14 @@ fn tiers_agree_on_arbitrary_bytes() {
     }
 }
 
-/// Weights and activations whose integer sums are the largest.
+/// Checks weights and activations whose integer sums are the largest.
 #[test]
 fn integers_do_not_overflow() {
     for format in Format::ALL
         .into_iter()
         .filter(|format| format.block_len() > 1)
     {
-        // 0xFF: the largest values without a sign, scales of −1 or 63; 0x7F, 0x80: the largest 8-bit values and scales.
+        // 0xFF: the largest unsigned values, scales of −1 or 63; 0x7F, 0x80: the largest 8-bit values and scales.
         for byte in [0xFF, 0x7F, 0x80, 0x00] {
             let mut source = vec![byte; 16 * format.block_bytes()];
             let mut random = Random::new(3);
@@ -285,7 +285,7 @@ fn what_is_no_number_stays_none() {
     }
 }
 
-/// Parts and tiles that several threads pack and multiply give what one does, also where rows are apart.
+/// Checks that several threads that pack and multiply parts and tiles get the result of one thread, also if rows are apart.
 #[test]
 fn threads_share_tiles() {
     let mut random = Random::new(5);
@@ -313,7 +313,7 @@ fn threads_share_tiles() {
         for tiles in [0..3, 3..4, 4..4, 4..8] {
             let (weights, out, activations) = (&weights, &out, activations.view());
             scope.spawn(move || {
-                // SAFETY: each thread has tiles of its own.
+                // SAFETY: each thread has its own tiles.
                 let mut part = unsafe { out.part(tiles) };
                 multiply(Tier::best(), weights, activations, &mut part);
             });
