@@ -1,13 +1,13 @@
-//! Speed of the engine on a model file: tokens a second of prefill, of decode, and of several answers side by side; load time,
-//! memory.
+//! Speed of the engine on a model file: tokens per second of prefill, of decode and of several concurrent answers, load time,
+//! and memory.
 //!
 //! ```text
 //! cargo bench -p llorch-candled --bench engine -- MODEL.gguf [threads=1,2] [tier=Avx2] [reference] [cache=q8_0] [runs=5] [WHAT]
 //! ```
 //!
-//! `reference` measures candle's products instead. WHAT is `prefill`, `depth=0,512` (decode at these depths only), `single` (both,
-//! for one sequence) or `answers=8` (only so many answers side by side). Figures are medians of the runs, with the least and
-//! the largest.
+//! `reference` measures candle's products instead. WHAT is `prefill`, `depth=0,512` (decode at these depths only), `single`
+//! (both, for one sequence) or `answers=8` (only this number of concurrent answers). Figures are medians of the runs, with the
+//! minimum and the maximum.
 
 use std::cell::Cell;
 use std::path::Path;
@@ -57,7 +57,7 @@ fn main() {
     }
 }
 
-/// Returns what follows `name=`.
+/// Returns the text after `name=`.
 fn value<'a>(arguments: &'a [String], name: &str) -> Option<&'a str> {
     let mut values = arguments.iter().filter_map(|a| a.strip_prefix(name));
     values.find_map(|value| value.strip_prefix('='))
@@ -67,18 +67,18 @@ fn number(text: &str) -> usize {
     text.parse().expect("a number")
 }
 
-/// Selection of measurements.
+/// The selection of measurements.
 struct What {
     runs: usize,
-    /// Prompts.
+    /// True to measure prefill.
     prefill: bool,
-    /// Decode after so many tokens.
+    /// Numbers of earlier tokens after which decode is measured.
     depths: Vec<usize>,
-    /// Only so many answers side by side.
+    /// Number of concurrent answers, if only they are measured.
     answers: Option<u64>,
-    /// Only one sequence.
+    /// True to measure only one sequence.
     single: bool,
-    /// Form of the cache.
+    /// Form of keys and values in the cache.
     cache: CacheType,
 }
 
@@ -109,7 +109,7 @@ fn measure(model: &Path, device: Device, what: &What) {
     let context = PREFILL.max(deepest + DECODE);
     let sizes = Sizes {
         context_length: Some(context),
-        // Room for answers side by side.
+        // Room for concurrent answers.
         cache_tokens: Some(context.max(4 * PREFILL)),
         cache_type: what.cache,
         ..Sizes::default()
@@ -156,7 +156,7 @@ fn measure(model: &Path, device: Device, what: &What) {
     show_pause(model, device, what);
 }
 
-/// Prints the longest pause of answers while a long prompt is read.
+/// Prints the longest pause of answers while a long prompt is computed.
 fn show_pause(model: &Path, device: Device, what: &What) {
     let sizes = Sizes {
         context_length: Some(LONG + 1),
@@ -198,7 +198,7 @@ fn longest_pause(engine: &Engine, run: u64) -> Duration {
         batcher.step();
     }
     longest.set(Duration::ZERO);
-    // Another one in each run: the cache is not to have it.
+    // A different prompt in each run, so that the cache doesn't have it.
     let words = (0..).map(|n| format!(" {}", (n + run) % 10));
     let prompt: String = words.take(LONG / 2 - 50).collect();
     let generation = engine.prepare(request(&prompt, 9, 1), Instant::now());
@@ -211,7 +211,7 @@ fn longest_pause(engine: &Engine, run: u64) -> Duration {
     longest.get()
 }
 
-/// Notes the longest time between two tokens.
+/// A control that records the longest time between two tokens.
 struct Paced {
     last: Option<Instant>,
     longest: Rc<Cell<Duration>>,
@@ -262,7 +262,7 @@ fn show_answers(engine: &Engine, answers: u64, runs: usize) {
     });
 }
 
-/// Writes answers of 128 tokens to short prompts; returns how long that takes, and how many tokens there are in the end.
+/// Writes answers of 128 tokens to short prompts. Returns the time taken and the number of tokens.
 fn side_by_side(engine: &Engine, answers: u64) -> (Duration, u32) {
     let mut batcher = Batcher::new(engine);
     let start = Instant::now();
@@ -281,7 +281,7 @@ fn side_by_side(engine: &Engine, answers: u64) -> (Duration, u32) {
     (start.elapsed(), tokens)
 }
 
-/// Control that ignores all events.
+/// A control that ignores all events.
 struct Silent;
 
 impl Control for Silent {
@@ -301,14 +301,14 @@ fn prefill(sequence: &mut Sequence<'_>, tokens: &[u32]) -> Vec<f32> {
         .expect("the model computes")
 }
 
-/// Returns the tokens a second of work on `tokens` tokens.
+/// Returns the tokens per second of work on `tokens` tokens.
 fn rate(tokens: usize, work: impl FnOnce()) -> f64 {
     let start = Instant::now();
     work();
     tokens as f64 / start.elapsed().as_secs_f64()
 }
 
-/// Runs a measurement that gives tokens a second, once more than it counts, and prints what came out.
+/// Runs a measurement in tokens per second, once more than it counts, and prints the result.
 fn show(what: &str, runs: usize, mut run: impl FnMut() -> f64) {
     run();
     let mut rates: Vec<f64> = (0..runs).map(|_| run()).collect();

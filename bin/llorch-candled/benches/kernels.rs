@@ -1,14 +1,14 @@
-//! Measures products on one thread: bytes a second of one and a few rows with weights that are in no cache, and multiply-adds a
-//! second of many.
+//! Measures products on one thread: bytes per second of one or a few rows with weights that are in no cache, and multiply-adds
+//! per second of many rows.
 //!
 //! ```text
 //! cargo bench -p llorch-candled --bench kernels -- [few|rows|all] [tier] [format]
 //! cargo bench -p llorch-candled --bench kernels -- machine THREADS MB
 //! ```
 //!
-//! `machine` measures what limits products: bytes that the threads read a second if they share so many megabytes and read them
-//! again and again, and byte products of registers. Every figure is the median, with the least and the largest, of some
-//! repetitions.
+//! `machine` measures the limits of products: bytes that the threads read per second if they share this number of megabytes and
+//! read them again and again, and byte products in registers. Every figure is the median of some repetitions, with the minimum
+//! and the maximum.
 
 use std::hint::black_box;
 use std::sync::Barrier;
@@ -46,7 +46,7 @@ fn cold_bytes() -> usize {
     mib.unwrap_or(600) << 20
 }
 
-/// Adds up memory, to measure how fast it is read.
+/// Kernel that sums memory, to measure how fast it is read.
 struct ReadAll<'a>(&'a [u8]);
 
 impl Kernel for ReadAll<'_> {
@@ -68,11 +68,12 @@ impl Kernel for ReadAll<'_> {
     }
 }
 
-/// Places that [`ReadAhead`] reads at the same time, and bytes that it asks for ahead. More of either reads no faster.
+/// Number of places that [`ReadAhead`] reads concurrently, and distance in bytes at which it prefetches. Larger values read no
+/// faster.
 const PLACES: usize = 4;
 const AHEAD: usize = 4096;
 
-/// Adds up memory as fast as a loop can.
+/// Kernel that sums memory as fast as a loop can.
 struct ReadAhead<'a>(&'a [u8]);
 
 impl Kernel for ReadAhead<'_> {
@@ -96,7 +97,7 @@ impl Kernel for ReadAhead<'_> {
     }
 }
 
-/// Dot products of registers: what the processor can do at most, in multiply-adds.
+/// Kernel of dot products in registers: the most multiply-adds that the processor can do.
 struct Peak(usize);
 
 impl Kernel for Peak {
@@ -117,7 +118,7 @@ impl Kernel for Peak {
     }
 }
 
-/// Returns median, least and largest of `work` / seconds, in units of 10⁹.
+/// Returns median, minimum and maximum of `work` / seconds, in units of 10⁹.
 fn rates(work: f64, repetitions: usize, mut run: impl FnMut()) -> [f64; 3] {
     run();
     let mut rates: Vec<f64> = (0..repetitions)
@@ -131,7 +132,7 @@ fn rates(work: f64, repetitions: usize, mut run: impl FnMut()) -> [f64; 3] {
     [rates[repetitions / 2], rates[0], rates[repetitions - 1]]
 }
 
-/// Returns bytes that look random, with an exponent bit of every pair cleared so that scales are finite. Floats are usual ones.
+/// Returns pseudo-random bytes. An exponent bit of every pair is cleared so that scales are finite. Floats have typical values.
 fn noise(format: Format, bytes: usize) -> Vec<u8> {
     if format == Format::F32 {
         return (0..bytes / 4)
@@ -227,12 +228,12 @@ const PEAK_LOOPS: usize = 4_000_000;
 /// Products of bytes in a loop of [`Peak`].
 const PEAK_PRODUCTS: usize = 12 * 64;
 
-/// Prints what the machine can do at most with so many threads. A cache may hold some of `megabytes`, as it does of a model.
+/// Prints the limits of the machine with this number of threads. A cache may hold a part of `megabytes`, as of a model.
 fn machine(threads: usize, megabytes: usize) {
     let tier = Tier::best();
     let share = megabytes * 1_000_000 / threads;
     let memory: Vec<Vec<u8>> = (0..threads).map(|_| vec![1; share]).collect();
-    // Both are so much work that starting the threads does not count.
+    // Both take so long that the start of the threads does not count.
     let times = 1_000_usize.div_ceil(megabytes);
     let read = rates((times * threads * share) as f64, 7, || {
         together(threads, |thread| {
@@ -255,7 +256,7 @@ fn machine(threads: usize, megabytes: usize) {
     show("products", peak, "GMAC/s");
 }
 
-/// Runs work on several threads at the same time.
+/// Runs work on several threads concurrently.
 fn together(threads: usize, work: impl Fn(usize) + Sync) {
     let (start, work) = (Barrier::new(threads), &work);
     std::thread::scope(|scope| {
@@ -279,7 +280,7 @@ fn few_rows(tier: Tier, first: PackedMatrix, source: &[u8]) {
     for m in [1, 2, 4, 8] {
         let mut results = vec![0.0; m * n];
         let case = Case::new(tier, format, m, k);
-        // Both are measured in turn, since the machine's memory is shared.
+        // Both are measured in turn, because the machine's memory bandwidth is shared.
         let mut ratios = Vec::new();
         let mut reads = Vec::new();
         let mut larges = Vec::new();
