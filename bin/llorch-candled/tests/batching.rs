@@ -1,4 +1,4 @@
-//! Generations that run side by side: what each gets, and what none loses.
+//! Concurrent generations: what each of them gets, and what none of them loses.
 
 mod support;
 
@@ -15,7 +15,7 @@ use support::{cpu, greedy, run};
 
 const ARCHITECTURES: [&str; 5] = ["gemma3", "llama", "phi3", "qwen2", "qwen3"];
 
-/// An engine with a context of 256 tokens, and a cache for two sequences of that length.
+/// Returns an engine with a context of 256 tokens, and a cache for two sequences of that length.
 fn engine(architecture: &'static str) -> Engine {
     let model = TinyModel {
         architecture,
@@ -38,7 +38,7 @@ fn loaded(file: &[u8]) -> Engine {
     Engine::load(&path, cpu(), sizes, &mut |_, _| ()).expect("the model loads")
 }
 
-/// What a generation has told, and whether it is to end.
+/// The events of a generation, and whether it must end.
 #[derive(Default)]
 struct Heard {
     text: String,
@@ -73,7 +73,7 @@ impl Control for Listener {
     }
 }
 
-/// A request with a prompt of `length` tokens.
+/// Returns a request with a prompt of `length` tokens.
 fn request(number: usize, length: usize, max_tokens: u32) -> ExecuteRequest {
     let text = "the quick brown fox jumps over the lazy dog. ";
     let prompt: String = text.chars().cycle().skip(number).take(length).collect();
@@ -107,7 +107,7 @@ fn add(
     listener
 }
 
-/// SplitMix64.
+/// Pseudo-random numbers (SplitMix64).
 struct Random(u64);
 
 impl Random {
@@ -120,7 +120,7 @@ impl Random {
     }
 }
 
-// [CAND-015] [CAND-016] The cache is too small for all of them: some have to wait, and some to give their blocks back.
+// [CAND-015] [CAND-016] The cache is too small for all: some have to wait, and some to release their blocks.
 #[test]
 fn each_gets_in_any_company_what_it_gets_alone() {
     for architecture in ARCHITECTURES {
@@ -137,7 +137,7 @@ fn each_gets_in_any_company_what_it_gets_alone() {
         let mut left = requests.into_iter().enumerate();
         let (mut texts, mut paused, mut largest) = (vec![None; alone.len()], 0, 0);
         loop {
-            // Two at once, then one with each step.
+            // Two at once, then one more with each step.
             for (name, request) in left.by_ref().take(2 - batcher.len().min(1)) {
                 add(&mut batcher, &engine, name, request);
             }
@@ -193,7 +193,7 @@ fn whatever_is_cancelled_when_every_block_is_free_in_the_end() {
             assert_eq!(room.free, room.total);
         }
     }
-    // The rest is broken off.
+    // The remaining generations are dropped while they run.
     drop(batcher);
     assert!(
         ended > 150 && cancelled > 50,
@@ -220,10 +220,10 @@ fn a_beginning_that_was_computed_is_not_computed_again() {
         computed.push(tokens);
         texts.push(listener.heard.borrow().text.clone());
     }
-    // 100 tokens of the prompt and four of the answer; six blocks of 16 are found the second time.
+    // 100 tokens of the prompt and four of the answer. The second time, six blocks of 16 are found.
     assert_eq!(computed, [104, 104 - 96]);
     assert_eq!(texts[0], texts[1]);
-    // A job of another scope finds nothing of them.
+    // A job of another scope finds none of the blocks.
     let apart = ExecuteRequest {
         cache_scope: Some("session 7".into()),
         ..request(1, 100, 5)
@@ -246,17 +246,17 @@ fn room_is_counted_for_whole_answers_and_shared_beginnings_once() {
         let shortage = batcher.shortage(&generation);
         shortage.map(|short| (short.needed_tokens, short.free_tokens))
     };
-    // Nothing runs that it could wait for.
+    // Nothing runs, so there is nothing to wait for.
     assert_eq!(shortage(&batcher, refuses(0, 100, 150)), None);
     add(&mut batcher, &engine, 0, refuses(0, 100, 125));
     batcher.step();
-    // The cache has 512 tokens, the first may come to 224, all full blocks.
+    // The cache has 512 tokens, and the first generation may take 224, all in full blocks.
     assert_eq!(batcher.room().free * 16, 512 - 224);
     assert_eq!(shortage(&batcher, refuses(7, 100, 150)), None);
     add(&mut batcher, &engine, 1, refuses(7, 100, 61));
     assert_eq!(shortage(&batcher, refuses(15, 100, 61)), Some((160, 128)));
     assert_eq!(shortage(&batcher, request(15, 100, 61)), None, "it waits");
-    // Six blocks of its prompt are those of the first.
+    // Six blocks of its prompt are those of the first generation.
     while engine.room().free > 512 / 16 - 7 - 7 {
         batcher.step();
     }
@@ -281,7 +281,7 @@ fn guesses_change_nothing_but_the_number_of_steps() {
             for name in 0..3 {
                 let repeated = ExecuteRequest {
                     sampling: Sampling {
-                        // The likeliest token of a small model comes again and again.
+                        // The likeliest token of a small model recurs often.
                         temperature: if name < 2 { 0.0 } else { 0.3 },
                         ..Sampling::default()
                     },
@@ -349,7 +349,7 @@ fn one_that_fails_takes_nobody_along() {
     let mut bytes = model.bytes();
     let header = GgufFile::read(&bytes[..], bytes.len() as u64).unwrap();
     let embedding = header.tensor("token_embd.weight").unwrap();
-    // The embedding of the letter z is no number.
+    // The embedding of the letter z is NaN.
     let tokenizer = loaded(&bytes);
     let z = tokenizer
         .prepare(raw("z"), Instant::now())

@@ -1,4 +1,4 @@
-//! Answers that go on from the tokens of earlier attempts, and receipts of answers.
+//! Answers that continue from the tokens of earlier attempts, and receipts of answers.
 
 mod support;
 
@@ -48,7 +48,7 @@ fn a_resumed_answer_goes_on_as_the_undisturbed_one() {
     }
 }
 
-// [CAND-048] The seam may lie anywhere: inside a character, inside a text that ends the answer, before the last piece.
+// [CAND-048] The cut may be anywhere: inside a character, inside a stop text, before the last piece.
 #[test]
 fn an_answer_goes_on_wherever_it_was_cut() {
     let engine = engine();
@@ -59,7 +59,8 @@ fn an_answer_goes_on_wherever_it_was_cut() {
     let plain = answer(&engine, asked.clone());
     let chars: Vec<char> = plain.text.chars().collect();
     let stop: String = chars[20..24].iter().collect();
-    // The second never comes up whole: the end of the text is held back as its beginning until the answer ends.
+    // The second stop text never appears in full: the end of the text, its possible beginning, is held back until the answer
+    // ends.
     let held = format!(
         "{}\u{7f}",
         chars[chars.len() - 3..].iter().collect::<String>()
@@ -82,7 +83,7 @@ fn an_answer_goes_on_wherever_it_was_cut() {
                 seen_more: true,
             };
             let rest = answer(&engine, request(Some(resume)));
-            // The last piece may come once more: what was held back comes out when the answer ends, and that is now.
+            // The last piece may come again: text that was held back comes out when the answer ends, which is now.
             let new = rest.pieces.iter().filter(|piece| piece.i as usize >= cut);
             let joined: Vec<_> = whole.pieces[..cut].iter().chain(new).cloned().collect();
             assert_eq!(joined, whole.pieces, "cut after {cut}, stop {stop:?}");
@@ -148,7 +149,7 @@ fn a_receipt_says_what_produced_the_answer() {
     };
     assert_eq!(receipt(&engine, request.clone()), named);
 
-    // Each part of the request shows in its own field.
+    // Each part of the request appears in its own field.
     let raw = receipt(
         &engine,
         ExecuteRequest {
@@ -180,7 +181,7 @@ fn a_receipt_says_what_produced_the_answer() {
     );
     assert_ne!(other.output_sha256, named.output_sha256);
 
-    // What the worker's context leaves is less than what is asked for.
+    // The worker's context leaves less room than the request asks for.
     let long = ExecuteRequest {
         max_tokens: 1_000_000,
         ..greedy("hello")
@@ -242,7 +243,7 @@ fn the_receipt_of_a_continued_answer_names_other_arithmetic_before_it() {
         (seven, Some(here), &[][..]),
         (seven, Some(other.clone()), &["another"]),
         (seven, None, &["unknown"]),
-        // Nothing was computed elsewhere, or nothing of it counts.
+        // Either no token was computed elsewhere, or none of those tokens counts.
         (&[], Some(other), &[]),
         (seven, Some(other_model), &[]),
     ] {
@@ -321,7 +322,7 @@ fn tokens_of_elsewhere_are_gone_on_from_only_where_the_text_stays_one() {
     );
 }
 
-// [CAND-065] Where the pool knows the file's hash, the same file on another host is the same model.
+// [CAND-065] If the pool knows the hash of the file, that file on another host is the same model.
 #[test]
 fn a_model_is_named_by_its_hash_or_by_its_file() {
     let mut first = engine();

@@ -1,4 +1,4 @@
-//! The engine on tiny models: what each request field does, and what never changes.
+//! The engine on tiny models: the effect of each request field, and the invariants.
 
 mod support;
 
@@ -27,7 +27,7 @@ use support::{
 
 const ARCHITECTURES: [&str; 5] = ["gemma3", "llama", "phi3", "qwen2", "qwen3"];
 
-/// A model with enough layers that all kinds of them are there.
+/// Returns a model with enough layers to include every kind of layer.
 fn of_architecture(architecture: &'static str) -> TinyModel {
     TinyModel {
         architecture,
@@ -36,7 +36,7 @@ fn of_architecture(architecture: &'static str) -> TinyModel {
     }
 }
 
-/// Logits of the last of some tokens, computed in one pass.
+/// Returns the logits of the last of some tokens, computed in one pass.
 fn logits(engine: &Engine, tokens: &[u32]) -> Vec<f32> {
     let mut sequence = engine.sequence(tokens.len()).expect("the cache has room");
     sequence.logits(tokens).expect("the model computes")
@@ -53,7 +53,7 @@ fn every_architecture_computes_what_the_reference_computes() {
         let norm = |x: &[f32]| x.iter().map(|x| x * x).sum::<f32>().sqrt();
         let difference: Vec<f32> = found.iter().zip(&expected).map(|(a, b)| a - b).collect();
         let error = norm(&difference) / norm(&expected);
-        // Keys and values are half-precision floats here, and full ones there.
+        // The cache here holds half-precision keys and values, the reference full-precision ones.
         assert!(error < 5e-3, "{architecture}: the error is {error}");
     }
 }
@@ -75,7 +75,7 @@ fn an_unusable_tokenizer_ends_the_reading_of_weights() {
     let (mut read, mut total) = (0, 0);
     let loaded = Engine::load(&path, cpu(), Sizes::default(), &mut |now, all| {
         (read, total) = (now, all);
-        // A small file takes as long as a large one.
+        // Wait for the tokenizer, so that reading a small file takes as long as a large one.
         while has_thread("tokenizer") {
             std::thread::yield_now();
         }
@@ -85,7 +85,7 @@ fn an_unusable_tokenizer_ends_the_reading_of_weights() {
     assert!(read < total, "{read} of {total} bytes were read");
 }
 
-/// Returns whether this process has a thread of this name.
+/// Returns whether this process has a thread with this name.
 #[cfg(target_os = "linux")]
 fn has_thread(name: &str) -> bool {
     let threads = std::fs::read_dir("/proc/self/task").expect("the threads of this process");
@@ -480,7 +480,7 @@ fn the_context_bounds_prompt_and_answer() {
     assert_eq!((overflow.needed_tokens, overflow.model_context), (65, 64));
 }
 
-/// Returns an engine with the tiny model of 64 tokens of context, served with 32.
+/// Returns an engine whose tiny model has 64 tokens of context, of which 32 are served.
 fn half_of_its_context() -> Engine {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("tiny.gguf");
@@ -564,7 +564,7 @@ fn prompts_are_conversations_unless_raw() {
         }),
         3
     );
-    // <|im_start|>user:abc<|im_end|>
+    // The prompt is <|im_start|>user:abc<|im_end|>
     assert_eq!(tokens_in(greedy("abc")), 10);
     assert_eq!(
         tokens_in(ExecuteRequest {
@@ -583,7 +583,7 @@ fn prompts_are_conversations_unless_raw() {
     assert_eq!(failure.code(), WorkerErrorCode::TemplateFailed);
 }
 
-/// Halts at the nth question.
+/// A control that halts at the nth check.
 struct HaltAt {
     asked: Cell<usize>,
     at: usize,
@@ -646,7 +646,7 @@ fn damaged_weights_are_an_error_and_not_an_answer() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("damaged.gguf");
     let mut bytes = TinyModel::default().bytes();
-    // The second half of the file is weights; all bits set is no number in any float format.
+    // The second half of the file is weights. With all bits set, every float format is NaN.
     let weights = bytes.len() / 2;
     bytes[weights..].fill(0xff);
     std::fs::write(&path, bytes).unwrap();
@@ -655,7 +655,7 @@ fn damaged_weights_are_an_error_and_not_an_answer() {
     assert_eq!(code.err(), Some(WorkerErrorCode::InferenceFailed));
 }
 
-// [CAND-002] A prompt's chunk of a large model takes minutes: who waits for it to move hears of each layer.
+// [CAND-002] A chunk of a prompt takes minutes on a large model, so progress is reported after each layer.
 #[test]
 fn every_layer_is_told() {
     let mut engine = tiny(&TinyModel::default()).unwrap();
@@ -664,7 +664,7 @@ fn every_layer_is_told() {
     engine.on_layer(move || {
         theirs.fetch_add(1, Ordering::Relaxed);
     });
-    // It runs the layers twice.
+    // The warm-up runs the layers twice.
     engine.warm_up().unwrap();
     assert_eq!(told.load(Ordering::Relaxed), 2 * BLOCKS);
 }

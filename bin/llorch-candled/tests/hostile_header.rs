@@ -1,4 +1,4 @@
-//! How much memory a hostile header can make the reader take. A test binary of its own: it counts every allocation.
+//! The memory that a hostile header can make the reader allocate. A separate test binary, because it counts all allocations.
 
 #[allow(dead_code)]
 #[path = "support/tiny_model.rs"]
@@ -9,23 +9,23 @@ use std::cell::Cell;
 
 use pool_core::catalog::gguf::GgufFile;
 
-/// The system's allocator, with the largest request of each thread.
+/// The system's allocator, with a record of each thread's largest request.
 struct Counting;
 
 thread_local! {
     static LARGEST: Cell<usize> = const { Cell::new(0) };
 }
 
-// SAFETY: every call goes to the system's allocator unchanged.
+// SAFETY: every call is forwarded to the system's allocator unchanged.
 #[allow(unsafe_code)]
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LARGEST.set(LARGEST.get().max(layout.size()));
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc`.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promises are passed on.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::dealloc`.
         unsafe { System.dealloc(pointer, layout) }
     }
 }

@@ -1,5 +1,5 @@
-//! Model files that only the worker can judge: without a usable tokenizer, or with a chat template that never ends.
-//! Each file is loaded in a measured process of its own, as are templates that turn hostile in a job.
+//! Model files that only the worker can judge: without a usable tokenizer, or with a chat template that never ends. Each file
+//! is loaded in a separate, measured process, as are templates that turn hostile in a job.
 
 #[path = "../../../shared-crates/pool-core/tests/support/gguf_mutants.rs"]
 mod gguf_mutants;
@@ -18,13 +18,13 @@ use support::tiny_model::{Phi3, TinyModel};
 
 const TIME_LIMIT: Duration = Duration::from_millis(100);
 const MEMORY_LIMIT_BYTES: u64 = 50 << 20;
-/// Set for a child process: the model it shall load.
+/// Variable with the path of the model to load, set for a child process.
 const FILE_VAR: &str = "CANDLED_TEST_LOAD_MODEL";
 
-/// What the template engine has no price for: 33 additions make a list of 2^33 elements.
+/// A computation that the template engine charges no fuel for: 33 additions make a list of 2^33 elements.
 const RUNAWAY: &str = "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x|length }}";
 
-/// Templates that never end, or that take memory without end. Each a way of its own.
+/// Templates that never end, or that allocate without end, each in a different way.
 const ENDLESS: [(&str, &str); 16] = [
     (
         "loops within loops",
@@ -99,23 +99,23 @@ impl Cost {
     }
 }
 
-/// Returns whether a sanitizer checks every access, which takes time and memory that the limits are not for.
+/// Returns whether a sanitizer checks every access, which takes more time and memory than the limits allow for.
 fn is_sanitized() -> bool {
     std::env::var_os("LLORCH_TEST_SANITIZED").is_some()
 }
 
-/// Set, with a second message in the job, for a child that shall run one as well.
+/// Variable with a second message for the job, set for a child process that must run one as well.
 const JOB_VAR: &str = "CANDLED_TEST_RUN_JOB";
-/// A child that takes longer will never end.
+/// Longest time for a child. A slower one would never end.
 const CHILD_LIMIT: Duration = Duration::from_secs(30);
 
-/// Processor time that this process has taken: what a machine does for others meanwhile does not count.
+/// Returns the processor time of this process, which doesn't depend on the load of the machine.
 fn processor_time() -> Duration {
     let taken = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     Duration::new(taken.tv_sec as u64, taken.tv_nsec as u32)
 }
 
-/// The other side of [`in_a_child`]: in a usual run there is nothing to do.
+/// Acts as the child of [`in_a_child`]. There is nothing to do in a normal run.
 #[test]
 fn a_child_loads_a_model_and_measures_itself() {
     let Some(path) = std::env::var_os(FILE_VAR) else {
@@ -177,7 +177,7 @@ fn a_child_loads_a_model_and_measures_itself() {
     println!("COST {micros} {} {verdict}", peak << 10);
 }
 
-/// Runs this program again, as a child that loads `path`.
+/// Runs this program as a child that loads `path`.
 fn run_child(path: &Path, job: bool) -> (Cost, String) {
     let mut command = Command::new(std::env::current_exe().expect("a running program has a path"));
     command
@@ -197,7 +197,7 @@ fn run_child(path: &Path, job: bool) -> (Cost, String) {
     let (ended, end) = mpsc::channel();
     std::thread::spawn(move || ended.send(child.wait_with_output()));
     let output = end.recv_timeout(CHILD_LIMIT).or_else(|_| {
-        // Nobody has waited for it yet, or it has just ended.
+        // The child has not been waited for, or has just ended.
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         end.recv()
     });
@@ -227,7 +227,7 @@ fn run_child(path: &Path, job: bool) -> (Cost, String) {
 
 fn in_a_child(path: &Path, job: bool) -> (Cost, String) {
     let mut best = run_child(path, job);
-    // A machine that is busy with other things makes a run late; it does not do so five times.
+    // A busy machine may slow down a run, but not five times.
     for _ in 0..4 {
         if best.0.is_fast() || best.0.time > CHILD_LIMIT {
             break;
@@ -240,7 +240,7 @@ fn in_a_child(path: &Path, job: bool) -> (Cost, String) {
     best
 }
 
-/// Each of `files` ends as `begins` and says what it says, within the limits.
+/// Checks that each of `files` ends with a message that begins with `begins` and contains its own text, within the limits.
 fn all_end(files: &[(&str, Vec<u8>, &str)], job: bool, begins: &str) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("hostile.gguf");
@@ -293,7 +293,7 @@ fn a_model_without_a_usable_tokenizer_is_refused() {
     all_end(&files, false, "refused");
 }
 
-/// Returns a file of `phi3` with LongRoPE.
+/// Returns a `phi3` file with LongRoPE.
 fn phi3(attn_factor: Option<f32>) -> Vec<u8> {
     let model = TinyModel {
         architecture: "phi3",
@@ -307,7 +307,7 @@ fn phi3(attn_factor: Option<f32>) -> Vec<u8> {
     model.bytes()
 }
 
-/// Returns a file with another name of its first tensor called so. Both names have the same length.
+/// Returns a file in which the first tensor named `from` is named `to`. Both names have the same length.
 fn with_tensor_called(file: &[u8], from: &str, to: &str) -> Vec<u8> {
     let mut file = file.to_vec();
     let mut names = file.windows(from.len());
@@ -400,7 +400,7 @@ fn fused_tensors_and_context_factors_that_contradict_the_numbers_are_refused() {
             "blk.0.ffn_pu",
             "no tensor `blk.0.ffn_up.weight`",
         ),
-        // The file then seems to have a gate of its own.
+        // With this name the file seems to have a separate gate.
         (
             "blk.0.ffn_down",
             "blk.0.ffn_gate",
@@ -409,7 +409,7 @@ fn fused_tensors_and_context_factors_that_contradict_the_numbers_are_refused() {
     ] {
         files.push((from, with_tensor_called(&valid, from, to), says));
     }
-    // As many elements, in other rows.
+    // The same number of elements, in rows of another length.
     let mut narrow = valid.clone();
     let fused = layout
         .all(Field::Dimension)
@@ -487,7 +487,7 @@ fn a_template_that_runs_away_is_stopped_by_its_memory() {
             verdict.starts_with(begins) && verdict.contains("not tried again"),
             "{verdict}"
         );
-        // It takes the time that a budget of memory takes to fill.
+        // Filling the memory budget takes time, so only the memory is checked.
         assert!(cost.is_small(), "{cost:?}");
     }
 }
@@ -521,6 +521,6 @@ fn a_template_that_nests_deeply_costs_little() {
         let bytes = with_text(&file, "tokenizer.chat_template", &source);
         (change, bytes, "")
     });
-    // Whether it is refused or not: it ends.
+    // The files may be refused or not, but loading them ends.
     all_end(&files, false, "");
 }

@@ -1,6 +1,6 @@
 //! The worker's HTTP API, in this process, on tiny models.
 
-#![allow(clippy::unwrap_used)] // What the tests share may fail as a test does.
+#![allow(clippy::unwrap_used)] // Shared helpers may fail as a test does.
 
 #[path = "../../../shared-crates/pool-core/tests/support/promtool.rs"]
 mod promtool;
@@ -30,7 +30,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-/// A context in which a generation goes on for longer than any test.
+/// Context in which a generation runs for longer than any test.
 const LONG: u32 = 60_000;
 
 struct Worker {
@@ -155,7 +155,7 @@ impl Worker {
     }
 }
 
-/// The next event that isn't a momentary figure, with its number.
+/// Returns the next event that isn't a `metrics` event, with its number.
 async fn next(stream: &mut EventStream) -> Option<(usize, WorkerEvent)> {
     loop {
         let event = timeout(PATIENCE, stream.next())

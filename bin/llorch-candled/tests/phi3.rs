@@ -1,5 +1,5 @@
-//! Phi-3's features, each against a plain forward pass in double precision, written after the model's description in
-//! transformers (`modeling_phi3`) and sharing no code with the worker.
+//! Phi-3's features, each against a plain forward pass in double precision, which follows the model's description in
+//! transformers (`modeling_phi3`) and shares no code with the worker.
 
 mod support;
 
@@ -10,7 +10,7 @@ use llorch_candled::backend::cpu::lanes::Tier;
 use llorch_candled::engine::{Engine, Sizes};
 use support::tiny_model::{HEAD_DIM, HEADS, PHI3_ROPE_DIM, Phi3, TinyModel, WIDTH};
 
-/// Rows of numbers.
+/// A matrix as a vector of rows.
 type Matrix = Vec<Vec<f64>>;
 
 /// A model and the context that it serves.
@@ -104,7 +104,7 @@ fn logits(engine: &Engine, tokens: &[u32]) -> Matrix {
     tokens.iter().map(&mut after).collect()
 }
 
-/// A model's tensors, and what its rows are turned by.
+/// A model's tensors, with the parameters of its rotation.
 struct Reference {
     tensors: HashMap<String, (usize, Vec<f32>)>,
     kv_heads: usize,
@@ -177,7 +177,7 @@ impl Reference {
         x.iter().map(row).collect()
     }
 
-    /// Turns the leading elements of each head of a position.
+    /// Rotates the leading elements of each head of a position.
     fn turn(&self, row: &mut [f64], position: usize) {
         let pairs = PHI3_ROPE_DIM / 2;
         for head in row.chunks_exact_mut(HEAD_DIM) {
@@ -274,7 +274,7 @@ fn add(x: &mut Matrix, y: &Matrix) {
     }
 }
 
-/// Returns the error relative to what is expected.
+/// Returns the error relative to `expected`.
 fn error(found: &Matrix, expected: &Matrix) -> f64 {
     let rows = || found.iter().flatten().zip(expected.iter().flatten());
     let difference: f64 = rows().map(|(a, b)| (a - b) * (a - b)).sum();
@@ -341,7 +341,7 @@ fn the_window_is_the_files_unless_the_model_has_no_more_positions() {
     for none in [None, Some(0), Some(1024), Some(262_144), Some(u32::MAX)] {
         assert_eq!(window(1024, none), None, "{none:?}");
     }
-    // Files of the models with 4096 tokens of context that are older than the key.
+    // Files of models with 4096 tokens of context that predate the key.
     assert_eq!(window(4096, None), Some(2047));
     assert_eq!(window(4096, Some(0)), None);
 }

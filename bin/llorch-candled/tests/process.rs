@@ -1,4 +1,4 @@
-//! The worker as a process: what its exit codes and last words tell the pool.
+//! The worker as a process: its exit codes and the last line of its log, from which the pool learns the cause.
 
 mod support;
 
@@ -20,7 +20,7 @@ use support::process::{Running, SECRET, args, command, free_port, prepared};
 use support::tiny_model::TinyModel;
 use support::{PATIENCE, greedy, until};
 
-/// Returns [`command`], started under `limit`, a shell command.
+/// Returns [`command`], run under `limit`, a shell command.
 fn limited(args: &WorkerArgs, limit: &str) -> Command {
     let mut shell = Command::new("/bin/sh");
     shell
@@ -30,7 +30,7 @@ fn limited(args: &WorkerArgs, limit: &str) -> Command {
     prepared(shell, args)
 }
 
-/// The exit code and the last line of standard error.
+/// Returns the exit code and the last line of standard error.
 fn ended(output: &Output) -> (Option<i32>, String) {
     let text = String::from_utf8_lossy(&output.stderr);
     (
@@ -91,7 +91,7 @@ fn a_bad_model_is_refused_with_its_reason_as_last_words() {
             "{name}: {line}"
         );
     }
-    // That there is no file now says nothing about the one that may be there later.
+    // The file may appear later, so its absence must not count as a bad model.
     let (code, line) = ended(
         &command(&args(&folder.path().join("missing"), 0))
             .output()
@@ -171,11 +171,11 @@ fn a_hang_up_changes_nothing() {
     for signal in [rustix::process::Signal::HUP, rustix::process::Signal::TERM] {
         rustix::process::kill_process(pid, signal).unwrap();
     }
-    // The first would have ended it with a signal.
+    // Unhandled, the first signal would have ended the worker.
     assert_eq!(child.0.wait().unwrap().code(), Some(0));
 }
 
-/// Drives the worker at `port` as far as it goes: load, a long job, some tokens, a cancel.
+/// Drives the worker at `port` as far as possible: load, a long job, some tokens, a cancel.
 async fn drive(port: u16) -> Option<()> {
     let url = format!("http://127.0.0.1:{port}");
     let client = ApiClient::new(&url, Some(Secret::new(SECRET))).expect("the address is one");
@@ -226,7 +226,7 @@ async fn strangers_leave_the_fleet_its_places() {
         let mut child = limited(&args, &format!("ulimit -n {descriptors}"));
         let _child = Running(child.stderr(Stdio::null()).spawn().unwrap());
         until("it listens", || async { TcpStream::connect(address).ok() }).await;
-        // Half of these connections send a request, without the secret, and stay open.
+        // Half of these connections send a request without the secret, and stay open.
         let strangers: Vec<TcpStream> = (0..400)
             .map(|number| {
                 let mut stream = TcpStream::connect(address).unwrap();
@@ -278,7 +278,7 @@ async fn a_crash_anywhere_leaves_nothing_in_the_way() {
             () = driven => {}
         }
     }
-    // The next one on the same port does all of it.
+    // The next worker on this port completes all steps.
     let mut child = command(&args);
     let _child = Running(child.stderr(Stdio::null()).spawn().unwrap());
     let driven = tokio::time::timeout(PATIENCE, drive(port)).await;

@@ -1,4 +1,4 @@
-//! Real models, SmolLM2-135M-Instruct Q4_1 and Gemma 3 270M Q4_K_M, against what llama.cpp makes of the same files.
+//! Real models, SmolLM2-135M-Instruct Q4_1 and Gemma 3 270M Q4_K_M, compared with llama.cpp's results for the same files.
 
 mod support;
 
@@ -25,7 +25,7 @@ fn load(path: &Path) -> Engine {
 
 static ENGINE: LazyLock<Engine> = LazyLock::new(|| load(&model_path()));
 
-/// Gemma, if its file is there.
+/// Gemma, if the file is present.
 static GEMMA: LazyLock<Option<Engine>> = LazyLock::new(|| {
     let path = std::env::var_os("LLORCH_TEST_GEMMA").map(PathBuf::from);
     if path.is_none() {
@@ -34,7 +34,7 @@ static GEMMA: LazyLock<Option<Engine>> = LazyLock::new(|| {
     path.map(|path| load(&path))
 });
 
-/// A model with what llama.cpp makes of its file.
+/// A model with llama.cpp's results for its file.
 struct Real {
     engine: &'static Engine,
     /// Lead of the reference's best token below which rounding may choose the second.
@@ -44,7 +44,7 @@ struct Real {
 }
 
 impl Real {
-    /// Takes the model's part of the reference.
+    /// Takes the model's part from the reference.
     fn new(engine: &'static Engine, name: &str, margin: f32) -> Self {
         Self {
             engine,
@@ -58,7 +58,7 @@ impl Real {
         Self::new(&ENGINE, "smollm2-135m-q4_1", 0.25)
     }
 
-    /// Gemma, if its file is there. Leads in llama.cpp itself differ by 0.6 from processor to processor.
+    /// Returns Gemma, if the file is present. Leads in llama.cpp itself differ by 0.6 between processors.
     fn gemma() -> Option<Self> {
         let engine = GEMMA.as_ref()?;
         Some(Self::new(engine, "gemma-3-270m-q4_k_m", 1.0))
@@ -107,7 +107,7 @@ struct Prompt {
     margin: Vec<f32>,
 }
 
-/// A request for the likeliest `tokens` tokens after a raw prompt.
+/// Returns a request for the likeliest `tokens` tokens after a raw prompt.
 fn raw(prompt: &str, tokens: usize) -> ExecuteRequest {
     ExecuteRequest {
         max_tokens: tokens as u32,
@@ -165,7 +165,7 @@ fn along_the_reference_the_likeliest_token_of_gemma_is_the_references() {
     }
 }
 
-/// Reads a prompt and the first tokens of the reference's answer, and checks each one that leads clearly.
+/// Computes a prompt and the first tokens of the reference's answer, and checks each token that leads clearly.
 fn follow(engine: &Engine, reference: Prompt, tokens: usize, clear: f32) {
     let Prompt {
         prompt,
@@ -236,7 +236,7 @@ fn a_web_page_with_forged_turns_is_text() {
     };
     let (forged, harmless) = (prompt(page), prompt("Recipes"));
     let signs = |ids: &[u32]| ids.iter().filter(control).copied().collect::<Vec<_>>();
-    // The template's own tokens: its system message, three turns, and the beginning of the answer.
+    // The template's own tokens: those of its system message, three turns, and the beginning of the answer.
     assert_eq!(signs(&forged), signs(&harmless));
     assert_eq!(signs(&forged).len(), 9);
     // The page has the ids of plain text, and decodes to the same text.
@@ -257,7 +257,7 @@ fn loading_tells_every_few_mebibytes_that_it_moves() {
     let mut told = Vec::new();
     let mut progress = |done, total| told.push((done, total));
     Engine::load(&model_path(), cpu(), Sizes::default(), &mut progress).expect("the model loads");
-    // Its largest tensor has 27 MiB.
+    // The largest tensor has 27 MiB.
     for pair in told.windows(2) {
         let step = pair[1].0.checked_sub(pair[0].0);
         assert!(step.is_some_and(|step| step <= 16 << 20), "{pair:?}");

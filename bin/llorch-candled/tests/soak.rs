@@ -1,7 +1,7 @@
-//! A worker process under a thousand random jobs, which are read, cut off, cancelled, replaced and left alone.
+//! A worker process under a thousand random jobs, which are read, cut off, cancelled, replaced or abandoned.
 
 #![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used)] // What the tests share may fail as a test does.
+#![allow(clippy::unwrap_used)] // Shared helpers may fail as a test does.
 
 mod support;
 
@@ -26,14 +26,14 @@ use support::{PATIENCE, greedy, until};
 use tokio::time::timeout;
 
 const JOBS: u64 = 1000;
-/// Jobs after which everything that grows once has grown.
+/// Number of jobs after which everything that grows once has grown.
 const WARM: u64 = 300;
-/// Clients at once: more than the worker has slots.
+/// Concurrent clients: more than the worker has slots.
 const CLIENTS: u64 = 6;
 const CONTEXT: u32 = 256;
-/// Room for two of the longest jobs at once: others are paused, or refused.
+/// Tokens of the cache: room for two of the longest jobs at once, so that others are paused or refused.
 const CACHE: u32 = 512;
-/// Growth of the memory in 700 jobs that is not a leak yet: what the allocator and the buffers of open streams differ by.
+/// Growth of memory over 700 jobs that is not yet a leak: the variation of the allocator and of open streams' buffers.
 const SLACK: u64 = 6 << 20;
 struct Worker {
     process: Running,
@@ -78,7 +78,7 @@ impl Worker {
         until("the worker gets there", met).await
     }
 
-    /// Bytes of its own memory, without mapped files.
+    /// Returns the private bytes of the worker, without mapped files.
     fn private_bytes(&self) -> u64 {
         let path = format!("/proc/{}/status", self.process.0.id());
         let status = std::fs::read_to_string(path).unwrap();
@@ -88,14 +88,14 @@ impl Worker {
         kib.parse::<u64>().unwrap() * 1024
     }
 
-    /// Sends a job, waiting for a slot if there is none, and does something with it. Returns how it ended, if that was seen.
+    /// Sends a job, waiting for a slot if necessary, and plays a random client. Returns the outcome if it was seen.
     async fn job(&self, number: u64, seed: u64) -> Outcome {
         let mut rng = ChaCha12Rng::seed_from_u64(seed.wrapping_mul(JOBS) ^ number);
         let request = request(number, &mut rng);
         let read = rng.random_range(0..20);
         let what = rng.random_range(0..5);
         let outcome = self.play(&request, read, what).await;
-        // Nobody asks again for most of them.
+        // Most jobs are not asked for again.
         if rng.random_bool(0.7) {
             let path = format!("/executions/{}", request.job_id);
             let _ = self.client.delete::<IgnoredAny>(&path).await;
@@ -129,7 +129,7 @@ impl Worker {
             fence: request.fence,
         };
         match what {
-            // Read to its end.
+            // Read to the end.
             0 | 1 => {}
             2 => {
                 let _ = self
@@ -162,7 +162,7 @@ enum Outcome {
     LeftAlone,
 }
 
-/// Reads an event; returns how the execution ended if it is the last one.
+/// Reads an event. Returns the outcome of the execution if the event is the last one.
 async fn last(events: &mut EventStream) -> Option<Outcome> {
     let event = events.next().await.expect("a last event").unwrap();
     match WorkerEvent::parse(&event.event, &event.data).unwrap() {

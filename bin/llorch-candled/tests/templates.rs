@@ -1,5 +1,5 @@
-//! Chat templates and the tokens of a prompt: text of a message stays text, answers end where the model ends them, and
-//! an unusable template does not affect raw prompts.
+//! Chat templates and the tokens of a prompt: text of a message stays text, answers end where the model ends them, and an
+//! unusable template does not affect raw prompts.
 
 mod support;
 
@@ -14,8 +14,7 @@ use support::{greedy, run, tiny};
 const START: u32 = 256;
 const END: u32 = 257;
 
-/// Templates that treat the text of messages as published ones do, each with the number of control tokens for a
-/// message.
+/// Templates that treat the text of messages as published ones do, each with the number of control tokens per message.
 const TEMPLATES: [(&str, usize); 10] = [
     (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
@@ -164,7 +163,7 @@ fn a_template_that_looks_for_control_tokens_in_messages_fails_the_job_that_has_t
     );
 }
 
-/// Generates parts of names and other texts that templates cut at.
+/// Generates parts of control tokens' names, and other texts at which templates split.
 fn part() -> impl Strategy<Value = String> {
     let parts = [
         "<|im_start|>",
@@ -265,7 +264,7 @@ fn an_answer_ends_with_a_token_of_a_known_text_whatever_its_type() {
             ended += usize::from(answer.end.stop_reason == StopReason::Eos);
         }
         assert!(ended > 0, "type {kind}: the model likes the token");
-        // In a template's text the name becomes the token as well.
+        // In a template's own text the name becomes the token as well.
         assert_eq!(control_tokens(&engine, greedy("x")), 2, "type {kind}");
     }
 }

@@ -1,6 +1,6 @@
-//! What the integration tests share: running a request on an engine, and making tiny models.
+//! Helpers of the integration tests, which run requests on an engine and make tiny models.
 
-#![allow(dead_code)] // Every test binary uses its own part of this.
+#![allow(dead_code)] // Every test binary uses its own part.
 
 pub mod process;
 pub mod tiny_model;
@@ -12,10 +12,10 @@ use llorch_candled::backend::cpu::lanes::Tier;
 use llorch_candled::engine::{Control, Engine, Failure, Halted, LoadError, Sizes};
 use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEnd, WorkerEvent};
 
-/// Longer than anything here takes; reached only where something hangs.
+/// Longer than anything here takes, so reached only if something hangs.
 pub const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Asks until there is an answer.
+/// Polls until there is an answer.
 pub async fn until<T, F>(what: &str, mut answer: impl FnMut() -> F) -> T
 where
     F: Future<Output = Option<T>>,
@@ -33,7 +33,7 @@ where
         .unwrap_or_else(|_| panic!("it never happened: {what}"))
 }
 
-/// What came out of a request.
+/// The outcome of a request.
 pub struct Answer {
     pub text: String,
     pub ids: Vec<u32>,
@@ -41,7 +41,7 @@ pub struct Answer {
     pub end: WorkerEnd,
 }
 
-/// The CPU with one thread, and the fastest instructions that this processor has.
+/// Returns the CPU with one thread and the fastest instructions that this processor has.
 pub fn cpu() -> Device {
     Device::Cpu {
         threads: 1,
@@ -71,7 +71,7 @@ pub fn tiny_sized(
     Engine::load(&path, device, sizes, &mut |_, _| ())
 }
 
-/// Collects events; never halts.
+/// A control that collects events and never halts.
 #[derive(Default)]
 pub struct Collect {
     pub events: Vec<WorkerEvent>,
@@ -88,7 +88,7 @@ impl Control for Collect {
     fn drawn(&mut self) {}
 }
 
-/// A request for the likeliest answer to `prompt`.
+/// Returns a request for the likeliest answer to `prompt`.
 pub fn greedy(prompt: &str) -> ExecuteRequest {
     ExecuteRequest {
         job_id: "job-1".into(),
@@ -133,12 +133,12 @@ pub fn run(engine: &Engine, request: ExecuteRequest) -> Result<Answer, Failure> 
     })
 }
 
-/// The engine of a tiny model.
+/// Returns the engine of a tiny model.
 pub fn engine() -> Engine {
     tiny(&tiny_model::TinyModel::default()).expect("the tiny model loads")
 }
 
-/// A request with this seed and sampling.
+/// Returns a request with this seed and sampling.
 pub fn sampled(seed: u64, sampling: Sampling) -> ExecuteRequest {
     ExecuteRequest {
         seed,
@@ -148,7 +148,7 @@ pub fn sampled(seed: u64, sampling: Sampling) -> ExecuteRequest {
     }
 }
 
-/// Sampling at temperature 0.8.
+/// Returns sampling at temperature 0.8.
 pub fn warm() -> Sampling {
     Sampling {
         temperature: 0.8,
@@ -156,12 +156,12 @@ pub fn warm() -> Sampling {
     }
 }
 
-/// Runs a request that can be run.
+/// Runs a request that is expected to succeed.
 pub fn answer(engine: &Engine, request: ExecuteRequest) -> Answer {
     run(engine, request).expect("the request runs")
 }
 
-/// Checks that the pieces are numbered without a gap, and none is empty.
+/// Checks that the pieces are numbered without gaps, and that none is empty.
 pub fn assert_contiguous(answer: &Answer) {
     let indices: Vec<u32> = answer.pieces.iter().map(|p| p.i).collect();
     assert_eq!(indices, (0..answer.pieces.len() as u32).collect::<Vec<_>>());

@@ -1,4 +1,4 @@
-//! Worker processes.
+//! Worker processes for tests.
 
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
@@ -11,7 +11,7 @@ use pool_core::worker_args::{NONCE_VAR, SECRET_VAR, WorkerArgs};
 /// Secret of the workers that tests start.
 pub const SECRET: &str = "s3cret";
 
-/// Arguments of a worker with one slot and one thread.
+/// Returns the arguments of a worker with one slot and one thread.
 pub fn args(model: &Path, port: u16) -> WorkerArgs {
     WorkerArgs {
         worker_id: "worker-cpu-0".into(),
@@ -32,7 +32,7 @@ pub fn args(model: &Path, port: u16) -> WorkerArgs {
     }
 }
 
-/// Returns the command of a worker.
+/// Returns the command that starts a worker.
 pub fn command(args: &WorkerArgs) -> Command {
     prepared(Command::new(env!("CARGO_BIN_EXE_llorch-candled")), args)
 }
@@ -57,7 +57,7 @@ pub fn free_port() -> u16 {
     listener.local_addr().expect("it has an address").port()
 }
 
-/// A worker that is killed when the test is over.
+/// A worker that is killed at the end of the test.
 pub struct Running(pub Child);
 
 impl Drop for Running {

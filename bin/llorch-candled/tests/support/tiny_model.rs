@@ -1,19 +1,18 @@
-//! Makes tiny models with random weights: real GGUF files of any supported architecture, a few hundred kilobytes, fast
-//! enough to generate thousands of tokens a second. It needs nothing but the standard library, so other test crates
-//! can include this file.
+//! Tiny models with random weights: real GGUF files of any supported architecture, a few hundred kilobytes, fast enough to
+//! generate thousands of tokens per second. This file needs only the standard library, so other test crates can include it.
 
 use std::fs;
 use std::io;
 use std::path::Path;
 
-/// What a tiny model is like.
+/// The properties of a tiny model.
 #[derive(Debug, Clone)]
 pub struct TinyModel {
     /// `gemma3`, `llama`, `phi3`, `qwen2` or `qwen3`; any other name makes a file that is refused.
     pub architecture: &'static str,
-    /// Other seeds make other models.
+    /// Seed of the weights.
     pub seed: u64,
-    /// Longest context.
+    /// Longest context in tokens.
     pub context: u32,
     /// Written as `tokenizer.chat_template`.
     pub chat_template: Option<&'static str>,
@@ -21,25 +20,25 @@ pub struct TinyModel {
     pub special: Vec<(&'static str, u32)>,
     /// Id in `tokenizer.ggml.eos_token_id`.
     pub eos: u32,
-    /// Number of layers: a model with many of them is slow, and still small.
+    /// Number of layers. A model with many layers is slow and still small.
     pub blocks: usize,
     /// A special token that the model prefers to write; with `None`, the model writes no special token.
     pub likes: Option<u32>,
-    /// Further features of a file of `phi3`.
+    /// Further features of a `phi3` file.
     pub phi3: Phi3,
 }
 
-/// Features in which files of `phi3` differ.
+/// The features in which `phi3` files differ.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Phi3 {
-    /// True if each matrix has its own tensor; otherwise queries, keys and values share one, and gate and up-projection share
-    /// one.
+    /// True if each matrix has its own tensor. Otherwise one tensor holds queries, keys and values, and another holds gate and
+    /// up-projection.
     pub split: bool,
-    /// True if the embedding is the output matrix too.
+    /// True if the embedding is the output matrix as well.
     pub tied: bool,
-    /// Value of the key for the window; `None` leaves the key out.
+    /// Value of the key for the window; `None` omits the key.
     pub window: Option<u32>,
-    /// Original context of a model with LongRoPE.
+    /// Original context of a model with LongRoPE; `None` without LongRoPE.
     pub original_context: Option<u32>,
     /// Factor of cosines and sines, if the file has one.
     pub attn_factor: Option<f32>,
@@ -77,19 +76,19 @@ impl Default for TinyModel {
 
 /// Width of the hidden state.
 pub const WIDTH: usize = 32;
-/// Query heads.
+/// Number of query heads.
 pub const HEADS: usize = 4;
 /// Width of a head.
 pub const HEAD_DIM: usize = 8;
-/// Elements of a head of `phi3` that are turned.
+/// Number of elements of a `phi3` head that are rotated.
 pub const PHI3_ROPE_DIM: usize = 6;
 /// Default number of layers.
 pub const BLOCKS: usize = 2;
 
-/// Positions that most layers of `gemma3` see, and all of `phi3`.
+/// Number of positions that most layers of `gemma3` see, and all layers of `phi3`.
 pub const WINDOW: u32 = 20;
 
-/// Tokens 0 to 255 are the bytes in GPT-2's order of characters; the special ones follow.
+/// Number of byte tokens. Tokens 0 to 255 are the bytes in GPT-2's order of characters; the special tokens follow.
 const BYTES: usize = 256;
 /// Id of the token that ends an answer.
 pub const END: u32 = 257;
@@ -103,7 +102,7 @@ impl TinyModel {
         fs::write(path, self.bytes())
     }
 
-    /// The model as a file's content.
+    /// Returns the model as the content of a file.
     pub fn bytes(&self) -> Vec<u8> {
         let tensors = self.tensors();
         let mut file = Writer(Vec::new());
@@ -141,12 +140,12 @@ impl TinyModel {
         self.architecture == "phi3"
     }
 
-    /// Key and value heads. Those of `phi3` make fused tensors whose parts don't begin at a multiple of 16 rows.
+    /// Returns the number of key and value heads. With `phi3`, the parts of fused tensors don't begin at a multiple of 16 rows.
     pub fn kv_heads(&self) -> usize {
         if self.is_phi3() { 1 } else { 2 }
     }
 
-    /// Width of the feed-forward layers, for `phi3` no multiple of 16.
+    /// Returns the width of the feed-forward layers, which for `phi3` is not a multiple of 16.
     pub fn inner(&self) -> usize {
         if self.is_phi3() { 56 } else { 64 }
     }
@@ -290,7 +289,7 @@ impl TinyModel {
         tensors
     }
 
-    /// Only printable ASCII has a likelihood to speak of, so answers are readable and don't end by chance.
+    /// Makes all but printable ASCII unlikely, so that answers are readable and don't end by chance.
     fn silence_unprintable(&self, output: &mut [f32]) {
         for (id, text) in self.vocabulary().iter().enumerate() {
             let printable =
@@ -354,11 +353,11 @@ impl Writer {
     }
 }
 
-/// SplitMix64: small, and the same everywhere.
+/// SplitMix64: small, and identical on every system.
 struct Random(u64);
 
 impl Random {
-    /// Roughly normal, of mean 0 and variance 1.
+    /// Returns a roughly normal number of mean 0 and variance 1.
     fn number(&mut self) -> f32 {
         let sum: f32 = (0..4).map(|_| self.uniform()).sum();
         (sum - 2.0) * 1.732
