@@ -1,4 +1,4 @@
-//! Measures products on one thread: bytes per second of one or a few rows with weights that are in no cache, and multiply-adds
+//! Speed of products on one thread: bytes per second of one or a few rows with weights that are in no cache, and multiply-adds
 //! per second of many rows.
 //!
 //! ```text

@@ -59,7 +59,7 @@ pub enum TemplateError {
         /// Units of fuel that the template had.
         fuel: u64,
     },
-    /// The template got past the fuel's bounds and exceeded its memory or time. It is not tried again.
+    /// The template evaded the limit on fuel and exceeded the one on memory or time. It is not tried again.
     #[error("the model's chat template takes memory or time without end, and is not tried again")]
     RanAway,
     /// No thread could be started for the template, or the engine panicked.

@@ -167,7 +167,7 @@ impl Compute {
             engine.warm_up()?;
             Ok::<_, LoadError>(engine)
         };
-        // A file that passes every check of ours may still break an assumption of the program.
+        // A file that passes all our checks may still break an assumption of the program.
         let engine = caught(load).unwrap_or_else(|panicked| Err(panicked.into()))?;
         crash_point("load.done");
         self.metrics

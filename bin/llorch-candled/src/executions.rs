@@ -230,8 +230,8 @@ struct Table {
 }
 
 impl Table {
-    /// Returns the number of executions that hold a slot. An execution that was asked to stop soon frees its slot, so it
-    /// doesn't count.
+    /// Returns the number of executions that hold a slot. An execution that was asked to stop doesn't count, because it frees
+    /// its slot within a token.
     fn busy_slots(&self) -> usize {
         self.active
             .iter()

@@ -70,7 +70,7 @@ pub enum RunError {
     /// The worker can't compute on the device.
     #[error(transparent)]
     Backend(#[from] BackendError),
-    /// It can't use the model.
+    /// The worker can't use the model file.
     #[error("`{model}` can't be served")]
     Model {
         /// Path of the model file.

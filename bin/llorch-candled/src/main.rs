@@ -12,8 +12,8 @@ use pool_core::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Threads in addition to the compute threads: those of the runtime, the leader of the computation, the preparer of prompts,
-/// the renderer of chat templates and, while the model is loaded, the builder of the tokenizer.
+/// Threads in addition to the compute threads: those of the runtime, and one each for leading the computation, preparing
+/// prompts, rendering chat templates and, while the model is loaded, building the tokenizer.
 const OWN_THREADS: usize = 10;
 
 /// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which pass LLORCH_WORKER_SECRET and

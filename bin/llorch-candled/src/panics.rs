@@ -15,7 +15,7 @@ pub fn caught<T>(work: impl FnOnce() -> T) -> Result<T, Panicked> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|_: Box<dyn Any + Send>| Panicked)
 }
 
-/// Makes panics of this process print where they happened, and nothing else.
+/// Sets a panic hook that prints only the place of a panic.
 pub fn report_place_only() {
     std::panic::set_hook(Box::new(|info| {
         // A panic in here would end the process, and standard error may be a file on a full disk.

@@ -7,7 +7,8 @@ use pool_core::service::{Json, ServiceResult};
 use super::App;
 use super::error::refused;
 
-/// Asks a job to stop, which takes one token or one chunk of its prompt. Answers 409 `STALE_FENCE` if a newer attempt is known.
+/// Asks a job to stop, which takes at most one token or one chunk of its prompt. Answers 409 `STALE_FENCE` if a newer attempt
+/// is known.
 pub async fn cancel(
     State(app): State<App>,
     Json(request): Json<CancelRequest>,

@@ -5,8 +5,8 @@ use axum::http::StatusCode;
 
 use super::App;
 
-/// Stops the worker as SIGTERM does: 202, then it refuses new jobs, lets running ones finish within the grace period, and
-/// exits.
+/// Answers 202 and stops the worker as SIGTERM does: new jobs are refused, running ones may finish within the grace period, and
+/// the process exits.
 pub async fn shutdown(State(app): State<App>) -> StatusCode {
     app.shutdown.trigger();
     StatusCode::ACCEPTED

@@ -32,7 +32,7 @@ fn is_sequence(value: &Value) -> bool {
     )
 }
 
-/// Returns whether a value can be iterated. In Python, `none` can't.
+/// Returns whether a value is iterable. In Python, `none` isn't.
 fn is_iterable(value: &Value) -> bool {
     !value.is_none() && value.try_iter().is_ok()
 }

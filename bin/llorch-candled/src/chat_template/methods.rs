@@ -42,7 +42,7 @@ pub(super) fn call(
             let limit = args.get(2).and_then(Value::as_usize).unwrap_or(all);
             all.min(limit).saturating_mul(new.len())
         }
-        // Each part may become a list element; each line below as well.
+        // Each part may become a list element, as may each line below.
         "split" | "rsplit" => {
             let parts = match arg(0) {
                 Some(separator) => text.matches(separator).count(),

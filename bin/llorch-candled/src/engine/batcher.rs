@@ -48,7 +48,7 @@ pub struct Batcher<'e, C> {
     engine: &'e Engine,
     /// Generations with blocks, in order of admission.
     running: Vec<Flight<'e, C>>,
-    /// Generations that wait for blocks, in order of admission.
+    /// Generations that wait for blocks, in order of their next admission.
     waiting: VecDeque<Flight<'e, C>>,
     /// Generations that failed before they began.
     failed: Vec<(Flight<'e, C>, Failure)>,
@@ -176,6 +176,7 @@ impl<'e, C: Control> Batcher<'e, C> {
         if parts.iter().any(|part| part.known > 1) {
             self.row_time = start.elapsed() / u32::try_from(step.tokens).unwrap_or(1).max(1);
         }
+        // From the back, so that each removal leaves the remaining indices valid.
         for (flight, failure) in failures.into_iter().rev() {
             ended.push(end(self.running.remove(flight), core, Err(failure)));
         }

@@ -263,6 +263,7 @@ impl<'e, C: Control> Flight<'e, C> {
                 break;
             }
             right += 1;
+            // The pass that verified the guess has computed its row.
             self.computed += 1;
         }
         self.lookup.learn(guess.len(), right, self.tokens.len());
@@ -315,7 +316,7 @@ impl<'e, C: Control> Flight<'e, C> {
         self.tokens.len() - self.prompt
     }
 
-    /// Adds a token to the answer, or ends the answer if the token says so.
+    /// Adds a token to the answer, or ends the answer if it is an end token.
     fn push(&mut self, id: u32) -> Step {
         if self.engine.tokenizer().is_end(id) {
             self.stop = Some(StopReason::Eos);

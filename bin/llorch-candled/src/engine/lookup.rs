@@ -8,7 +8,7 @@ use std::collections::HashMap;
 const CONTEXT: usize = 3;
 /// Tokens of the first guess, and of a guess after a wrong one.
 const FIRST: usize = 3;
-/// Most tokens of a guess. A pass with so many rows takes a processor less than twice the time of one row.
+/// Most tokens of a guess. A pass with this many rows takes less than twice as long as a pass with one row.
 pub const LONGEST: usize = 7;
 /// Most tokens without a guess after a wrong one.
 const LONGEST_PAUSE: usize = 32;

@@ -87,7 +87,7 @@ impl LoadError {
         )
     }
 
-    /// Returns whether the system could not read the file, which shows nothing about the content.
+    /// Returns whether the system could not read the file, which says nothing about the content.
     pub fn is_io(&self) -> bool {
         let mut causes = std::iter::successors(self.source(), |cause| (*cause).source());
         causes.any(<dyn Error>::is::<std::io::Error>)
@@ -361,8 +361,8 @@ impl Engine {
             .on_layer(Box::new(told));
     }
 
-    /// Computes three tokens at most. So everything prepared at first use is in memory before the memory is measured, and a
-    /// model that computes nonsense is refused before it gets a job.
+    /// Computes at most three tokens in two passes. So everything prepared at first use is in memory before the memory is
+    /// measured, and a model that computes nonsense is refused before it gets a job.
     pub fn warm_up(&self) -> Result<(), LoadError> {
         let tokens = &[0; 3][..self.description.context.min(3)];
         let mut sequence = self.sequence(tokens.len())?;
@@ -467,10 +467,9 @@ impl Engine {
         (request.max_tokens as usize).min(self.description.context - prompt)
     }
 
-    /// Returns whether an answer may continue from these tokens so that its readers see one text. Another build may continue it
-    /// only if the first token that it draws follows the given ones directly. If readers may have seen more, the build could
-    /// draw different tokens; and if the last piece was text held back until the end of the answer, the answer may not end
-    /// there.
+    /// Returns whether an answer may continue from these tokens so that its readers see one text. Another build may draw
+    /// different tokens, so it may continue only if readers have seen nothing beyond the given ones. Nor may it continue if the
+    /// last piece was text held back until the end of the answer, because its answer may not end there.
     fn may_go_on(&self, resume: &Resume, request: &ExecuteRequest) -> bool {
         let Resume {
             token_ids,

@@ -3,7 +3,7 @@
 use super::sequence::Sequence;
 use super::{Failure, Halted};
 
-/// Tokens of the prompt that are computed together. A cancel waits for one such chunk at most.
+/// Tokens of the prompt that are computed together. A cancel waits for at most one chunk.
 pub const CHUNK: usize = pool_core::lifecycle::PREFILL_CHUNK as usize;
 
 /// Runs `prompt` on an empty sequence and returns the logits of the next token. Calls `between` before each chunk with the

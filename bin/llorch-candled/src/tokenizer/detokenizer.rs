@@ -1,7 +1,7 @@
 //! Incremental conversion of token ids to text.
 
-/// Assembler of characters from the bytes of tokens. A character may span several tokens, and its bytes wait until the last has
-/// come. U+FFFD replaces only bytes that no further token can complete.
+/// A decoder that assembles characters from the bytes of tokens. A character may span several tokens; its bytes wait until the
+/// last one arrives. U+FFFD replaces only bytes that no further token can complete.
 pub struct Detokenizer<'a> {
     pieces: &'a [Box<[u8]>],
     waiting: Vec<u8>,

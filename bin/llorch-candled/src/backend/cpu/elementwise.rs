@@ -83,7 +83,7 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// Gates a row: gate = f(gate) · up.
+/// Kernel that gates a row: gate = f(gate) · up.
 pub struct Gate<'a> {
     /// Activation function f.
     pub activation: Activation,

@@ -31,6 +31,7 @@ pub fn exp<L: Lanes>(lanes: L, x: L::F) -> L::F {
         p = lanes.mul_add(p, r, lanes.splat(*coefficient));
     }
     let p = lanes.mul_add(lanes.mul(p, r), r, lanes.add(r, lanes.splat(1.0)));
+    // 2^n, made from its bits: the biased exponent begins at bit 23.
     let scale = lanes.shift_left::<23>(lanes.add_int(power, lanes.splat_int(127)));
     lanes.mul(p, lanes.from_bits(scale))
 }

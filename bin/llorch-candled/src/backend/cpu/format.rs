@@ -188,7 +188,7 @@ fn pair(bytes: &[u8], at: usize) -> u16 {
 }
 
 impl Block {
-    /// A block of zeros.
+    /// A block whose numbers are all 0.
     pub const ZERO: Self = Self {
         quants: [0; 256],
         scales: [1; 16],

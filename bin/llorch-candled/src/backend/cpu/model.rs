@@ -417,7 +417,7 @@ impl Pass<'_> {
         });
     }
 
-    /// Multiplies one input with several matrices.
+    /// Multiplies one input by several matrices.
     fn products(
         &self,
         team: &mut Team,
@@ -458,7 +458,7 @@ impl Pass<'_> {
         });
     }
 
-    /// Multiplies one input, which is in the buffers, and stores the result in the update.
+    /// Multiplies one input, which is in the buffers, by a matrix, and stores the result in the update.
     fn product(
         &self,
         team: &mut Team,
@@ -535,6 +535,7 @@ impl Pass<'_> {
         if wanted.is_empty() {
             return Ok(());
         }
+        // Rows move only towards the front, so each is copied before it is overwritten.
         for (to, from) in wanted.iter().enumerate() {
             buffers
                 .normed

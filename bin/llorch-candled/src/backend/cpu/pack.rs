@@ -5,8 +5,8 @@
 //! of each of the 16 rows, 64 bytes of 8-bit values or half as many of 4-bit ones, and one or two planes of upper bits. The
 //! scales follow the chunks, sixteen of each kind. No format takes more bits than in a file, except that
 //!
-//! - 6-bit scales and minima are whole bytes: 4.625 instead of 4.5 bits a weight for Q4_K, 5.625 instead of 5.5 for Q5_K;
-//! - Q2_K and Q3_K have 4-bit values and scales of whole bytes: 5.125 and 4.56 bits a weight instead of 2.625 and 3.44.
+//! - 6-bit scales and minima are whole bytes: 4.625 instead of 4.5 bits per weight for Q4_K, 5.625 instead of 5.5 for Q5_K;
+//! - Q2_K and Q3_K have 4-bit values and scales of whole bytes: 5.125 and 4.56 bits per weight instead of 2.625 and 3.44.
 
 use std::ops::Range;
 

@@ -25,9 +25,9 @@ use float::{Brains, FloatProduct, Halves, Singles};
 pub enum Activations<'a> {
     /// Row-major floats, with as many columns as the weights.
     Floats(&'a [f32]),
-    /// Bytes with a scale for each 32.
+    /// Bytes with a scale for each 32 columns.
     By32(&'a Rows<Block32>),
-    /// Bytes with a scale for each 256.
+    /// Bytes with a scale for each 256 columns.
     By256(&'a Rows<Block256>),
 }
 

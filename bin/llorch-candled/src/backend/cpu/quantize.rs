@@ -8,9 +8,9 @@ use crate::backend::cpu::lanes::{Kernel, LANES, Lanes, Tier};
 pub enum Grouping {
     /// Floats, not quantised.
     Floats,
-    /// Signed bytes with a scale for each 32.
+    /// Signed bytes with a scale for each 32 columns.
     By32,
-    /// Signed bytes with a scale for each 256.
+    /// Signed bytes with a scale for each 256 columns.
     By256,
 }
 
@@ -100,7 +100,7 @@ impl<B: Quantized> Rows<B> {
         self.rows
     }
 
-    /// Returns whether the matrix is without rows.
+    /// Returns whether the number of rows is 0.
     pub fn is_empty(&self) -> bool {
         self.rows == 0
     }

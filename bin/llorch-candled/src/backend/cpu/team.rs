@@ -168,6 +168,8 @@ impl Team {
         unsafe { *shared.work.get() = Some(work) };
         shared.next.store(0, Ordering::Relaxed);
         let before = shared.state.load(Ordering::Relaxed);
+        // This store and the loads of `asleep` below are sequentially consistent, as are the store of `asleep` and the load of
+        // `state` in a thread that is about to sleep. So either this thread sees the sleeper, or the sleeper sees the section.
         shared
             .state
             .store(before.wrapping_add(SECTION) | OPEN, Ordering::SeqCst);

@@ -41,7 +41,7 @@ pub unsafe fn run_vnni<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx2::<true>(()))
 }
 
-/// Calls intrinsics whose instructions the token proves.
+/// Calls intrinsics. The token proves that the processor has their instructions.
 macro_rules! call {
     ($call:expr) => {
         // SAFETY: a value of `Avx2` exists only where the processor has the instructions; memory is accessed through

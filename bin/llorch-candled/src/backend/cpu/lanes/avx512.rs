@@ -30,7 +30,7 @@ pub unsafe fn run<K: Kernel>(kernel: K) -> K::Output {
     kernel.run(Avx512(()))
 }
 
-/// Calls intrinsics whose instructions the token proves.
+/// Calls intrinsics. The token proves that the processor has their instructions.
 macro_rules! call {
     ($call:expr) => {
         // SAFETY: a value of `Avx512` exists only where the processor has the instructions; memory is accessed through

@@ -136,7 +136,7 @@ pub trait Lanes: Copy {
     /// Returns bytes as the floats with these bits, in little-endian order.
     fn bytes_as_floats(self, x: Self::B) -> Self::F;
     /// Prefetches the cache line `ahead` bytes after `from` into the second-level cache, without waiting. The address need not
-    /// exist.
+    /// be mapped.
     fn prefetch(self, from: &u8, ahead: usize);
 
     /// Returns the sum of all lanes, wrapping.
