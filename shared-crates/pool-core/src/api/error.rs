@@ -2,35 +2,35 @@
 
 use serde::{Deserialize, Serialize};
 
-/// `{"error": {...}}`.
+/// The envelope of every error answer: `{"error": {...}}`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ErrorEnvelope {
-    /// The error itself.
+    /// Code, message and details of the error.
     pub error: ErrorBody,
 }
 
-/// One error as a client sees it.
+/// One error, as a client sees it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ErrorBody {
-    /// UPPER_SNAKE, from the API's list of codes.
+    /// Code in UPPER_SNAKE case, from the API's list of codes.
     pub code: String,
-    /// What went wrong and why, for people.
+    /// Human-readable failure and its cause.
     pub message: String,
-    /// What to try.
+    /// Suggested remedy; absent if none is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
-    /// The numbers behind the message.
+    /// Values behind the message, as JSON; absent if there are none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub details: Option<serde_json::Value>,
-    /// Finds the request in the daemons' logs.
+    /// Identifier of the request in the daemons' logs.
     #[serde(default)]
     pub correlation_id: String,
-    /// Whether the same request may succeed later.
+    /// True if a retry of the same request may succeed.
     #[serde(default)]
     pub retriable: bool,
-    /// How long to wait before that, in milliseconds.
+    /// Milliseconds to wait before a retry; absent if no delay is suggested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_ms: Option<u64>,
 }

@@ -1,5 +1,5 @@
-//! Downloads of models: the events of `POST /models/download`, which `llorch-pool models download --progress json`
-//! prints one a line.
+//! Model downloads: the events of `POST /models/download`. `llorch-pool models download --progress json` prints the same
+//! events, one per line.
 
 use std::path::PathBuf;
 
@@ -12,53 +12,53 @@ use crate::ModelRef;
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ModelDownloadRequest {
-    /// The model: a catalogue id, or an `hf:` reference where the pool allows it.
+    /// Model to download: a catalogue id, or an `hf:` reference if the pool allows those.
     pub model: ModelRef,
 }
 
-/// What a download is doing.
+/// The phase of a download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum DownloadPhase {
-    /// Bytes come from a source.
+    /// Receiving bytes from a source.
     Downloading,
-    /// The file is taken out of its wheel.
+    /// Extracting the file from its wheel.
     Unpacking,
-    /// The whole file is read and compared with its hash.
+    /// Reading the whole file to compare its hash.
     Checking,
 }
 
-/// What happens in a download: any number of `progress` and `waiting`, then exactly one `end` or `error`. As a line of
-/// JSON it carries its name as `event`; in an event stream the name is the event's.
+/// An event of a download: any number of `progress` and `waiting`, then exactly one `end` or `error`. In a line of JSON, the
+/// `event` field holds the event's name; in an event stream, the stream's `event:` field holds it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum DownloadEvent {
-    /// It moves.
+    /// The download advances.
     Progress {
-        /// What it does.
+        /// Current phase.
         phase: DownloadPhase,
-        /// Bytes done in this phase, those of an earlier download that it goes on from included.
+        /// Bytes done in this phase, including those of an earlier download that this download resumes.
         done_bytes: u64,
-        /// Bytes of the phase in all, where anybody knows.
+        /// Bytes of the whole phase; `null` if unknown.
         total_bytes: Option<u64>,
-        /// Bytes in each second lately.
+        /// Recent throughput in bytes per second.
         bytes_per_s: u64,
     },
-    /// Another process downloads the same model.
+    /// Another process is downloading the same model.
     Waiting {
-        /// For what, as people read it.
+        /// Human-readable reason for the wait.
         message: String,
     },
-    /// The file is whole, checked and in place.
+    /// The file is complete, verified and in place.
     End(DownloadEnd),
-    /// There is no file.
+    /// The download failed, and no file is in place.
     Error(DownloadFailure),
 }
 
 impl DownloadEvent {
-    /// Its name in an event stream.
+    /// Returns the event's name in an event stream.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Progress { .. } => "progress",
@@ -68,69 +68,69 @@ impl DownloadEvent {
         }
     }
 
-    /// Whether nothing follows it.
+    /// Returns whether the event is the last of its download.
     pub fn is_last(&self) -> bool {
         matches!(self, Self::End(_) | Self::Error(_))
     }
 }
 
-/// How a download ended well.
+/// The result of a successful download.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct DownloadEnd {
-    /// How tasks name the model.
+    /// Reference that tasks use for the model.
     pub model_ref: ModelRef,
-    /// The file on its host.
+    /// Path of the file on the pool's host.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub path: PathBuf,
-    /// Its size.
+    /// Size of the file in bytes.
     pub size_bytes: u64,
-    /// Its SHA-256.
+    /// SHA-256 of the file, in lower-case hexadecimal.
     pub sha256: String,
-    /// Whether it was there before.
+    /// True if the file was already in place.
     pub already_there: bool,
 }
 
-/// Why a download gave no file.
+/// The reason a download produced no file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct DownloadFailure {
-    /// The kind of reason.
+    /// Kind of failure.
     pub code: DownloadErrorCode,
-    /// The reason for people.
+    /// Human-readable reason.
     pub message: String,
-    /// What to try.
+    /// Suggested remedy; absent if none is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
-    /// Whether the same request may do better later.
+    /// True if a retry of the same request may succeed.
     pub retriable: bool,
 }
 
-/// Kinds of reasons for which a download gives no file.
+/// Kinds of download failures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum DownloadErrorCode {
     /// No source has the model.
     ModelNotFound,
-    /// The disk has too little room.
+    /// The disk has too little free space.
     NoSpace,
-    /// What a source gave is not the model: wrong size, hash or header.
+    /// The source's file is not the model: wrong size, hash or header.
     WrongFile,
     /// No worker of this version can run the model.
     ModelUnsupported,
-    /// The source wants a token, or another one.
+    /// The source requires a token, or rejects the token that was sent.
     SourceRefused,
     /// No source could be reached.
     SourceUnreachable,
-    /// The download was told to end; what had come is kept.
+    /// The download was interrupted; the bytes received are kept.
     Interrupted,
-    /// Anything else, as a network that is away.
+    /// Any other failure, such as a broken network connection.
     DownloadFailed,
 }
 
 impl DownloadErrorCode {
-    /// Whether the same request may do better later without anybody mending anything.
+    /// Returns whether a retry of the same request may succeed without any change by the operator.
     pub fn is_retriable(self) -> bool {
         match self {
             Self::Interrupted | Self::SourceUnreachable | Self::DownloadFailed => true,

@@ -1,4 +1,4 @@
-//! The pool manager's API, and what a pool tells the orchestrator.
+//! The pool manager's API, and the registration and heartbeats that a pool sends to the orchestrator.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -10,7 +10,7 @@ use crate::ModelRef;
 use crate::gpu::GpuInfo;
 use crate::worker::{Backend, CacheType, Device, ModelFile, WorkerInfo};
 
-/// Milliseconds between heartbeats that pools may choose and the orchestrator takes.
+/// Heartbeat intervals, in milliseconds, that a pool may choose and the orchestrator accepts.
 pub const HEARTBEAT_INTERVAL_MS: RangeInclusive<u64> = 20..=600_000;
 
 /// Body of `POST /workers/spawn`.
@@ -18,26 +18,26 @@ pub const HEARTBEAT_INTERVAL_MS: RangeInclusive<u64> = 20..=600_000;
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct WorkerSpawnRequest {
-    /// The model.
+    /// Model to serve.
     pub model: ModelRef,
-    /// Where to compute.
+    /// Backend that the worker computes on.
     pub backend: Backend,
-    /// GPU to use, with `cuda` and `metal`.
+    /// Index of the GPU, for `cuda` and `metal`; if absent, the usable GPU with the most free memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu: Option<u32>,
-    /// Tokens of context of each sequence; the smaller of the model's and 8,192 where absent.
+    /// Tokens of context per sequence; if absent, the model's context or 8,192, whichever is smaller.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
-    /// Tokens that all sequences together have room for; one sequence of the context's length where absent.
+    /// Tokens of cache that all sequences share; if absent, room for one sequence of full context.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_tokens: Option<u32>,
-    /// Form of keys and values in the cache.
+    /// Element type of the cached keys and values.
     #[serde(default, skip_serializing_if = "CacheType::is_default")]
     pub cache_type: CacheType,
-    /// Sequences at once; where absent one for each 1,024 tokens of the cache, 1 to 8.
+    /// Sequences that run at once; if absent, one per 1,024 tokens of cache, from 1 to 8.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slots: Option<u32>,
-    /// The port to use; a free one of the configured range where absent.
+    /// Port to listen on; if absent, a free port of the configured range.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
 }
@@ -47,64 +47,64 @@ pub struct WorkerSpawnRequest {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct WorkerStopRequest {
-    /// End it at once instead of letting it finish what runs.
+    /// True to end the worker at once instead of letting its running jobs finish.
     pub force: bool,
 }
 
-/// Body of `POST /drain`. Without one, the pool takes no new workers and nothing else happens to those it has.
+/// Body of `POST /drain`. An empty body only stops the pool from accepting new workers; its current workers are unaffected.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct DrainRequest {
-    /// Milliseconds, at most a week, after which the workers that still run something are told to stop. Without it they
-    /// have all the time they need.
+    /// Milliseconds, at most a week, until workers that are still busy are asked to stop. If absent, they may take as long as
+    /// they need.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
-    /// Whether workers are told to stop as soon as they run nothing, so that none is left in the end. Otherwise those
-    /// that run nothing stay, and serve again after `POST /resume`.
+    /// True to stop each worker as soon as it is idle, until none is left. Otherwise idle workers stay alive, and serve again
+    /// after `POST /resume`.
     pub stop_workers: bool,
 }
 
-/// How far a pool that drains has come.
+/// The progress of a drain.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct DrainStatus {
-    /// Since when it drains.
+    /// Start of the drain.
     pub since: Timestamp,
-    /// When the workers that are left are told to stop; `None` for never.
+    /// Time at which the remaining workers are asked to stop; `None` if there is no deadline.
     pub deadline: Option<Timestamp>,
-    /// Whether workers are stopped once they run nothing.
+    /// True if workers are stopped once they are idle.
     pub stop_workers: bool,
-    /// The workers that the drain waits for, oldest first: those that run something, or with `stop_workers` all that
-    /// live. Empty when the drain is done.
+    /// Ids of the workers that the drain waits for, oldest first: the busy ones, or with `stop_workers` all live ones. Empty
+    /// when the drain is complete.
     pub remaining: Vec<String>,
 }
 
-/// Answer of `POST /workers/cleanup`: what was cleared away.
+/// Answer of `POST /workers/cleanup`: the workers and files removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct CleanupReport {
-    /// Workers that were on record as running and whose process is gone.
+    /// Ids of workers recorded as running whose process is gone.
     pub reaped: Vec<String>,
-    /// Ended workers that were forgotten, with their logs; those of `reaped` are among them.
+    /// Ids of ended workers whose records and logs were removed, including those of `reaped`.
     pub forgotten: Vec<String>,
-    /// Names of other files that were removed: logs of workers that nobody remembers, records that could not be read,
-    /// and what a killed program left half-written.
+    /// Names of other files removed: logs without a worker record, unreadable records, and files left half-written by a killed
+    /// program.
     pub files: Vec<String>,
-    /// Bytes that all this took.
+    /// Bytes freed in total.
     pub freed_bytes: u64,
 }
 
-/// Codes of the pool manager's error envelopes, beside those that every daemon has.
+/// Error codes of the pool manager, in addition to those common to all daemons.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum PoolErrorCode {
-    /// The request breaks the API's rules, or asks for what the model can't do.
+    /// The request violates the API's rules, or asks for something the model does not support.
     InvalidRequest,
-    /// No catalogue entry, or no file, has this name.
+    /// No catalogue entry or file has this name.
     ModelNotFound,
-    /// The catalogue knows the model, and this host does not have its file.
+    /// The catalogue lists the model, but its file is not on this host.
     ModelNotDownloaded,
     /// No worker of this version can run the model.
     ModelUnsupported,
@@ -116,28 +116,28 @@ pub enum PoolErrorCode {
     NoDevice,
     /// The device has too little memory left.
     OutOfMemory,
-    /// All ports of the pool's range are given away.
+    /// Every port of the pool's range is in use.
     NoPort,
-    /// The port asked for is somebody's.
+    /// The requested port is in use.
     PortTaken,
     /// The process could not be started.
     SpawnFailed,
-    /// The pool takes no new workers.
+    /// The pool is draining and accepts no new workers.
     PoolDraining,
-    /// There is no such worker.
+    /// No worker has this id.
     WorkerNotFound,
     /// The worker has ended.
     WorkerEnded,
     /// The worker does not answer.
     WorkerUnreachable,
-    /// The caller is not the worker it says it is, or no longer.
+    /// The caller is not, or is no longer, the worker it claims to be.
     NotThisWorker,
-    /// The program that downloads is not installed.
+    /// The download program is not installed.
     NoDownloader,
 }
 
 impl PoolErrorCode {
-    /// The name on the wire.
+    /// Returns the code as it appears on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::InvalidRequest => "INVALID_REQUEST",
@@ -173,34 +173,34 @@ pub struct WorkerList {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct DeviceInfo {
-    /// Which one.
+    /// Identifier, such as `cpu` or `cuda:0`.
     pub device: Device,
-    /// Name for people.
+    /// Human-readable name.
     pub name: String,
-    /// Memory in all, bytes.
+    /// Total memory in bytes.
     pub memory_total_bytes: u64,
-    /// Memory that a further worker could take, bytes: the smaller of what the device reports free and what is
-    /// not reserved.
+    /// Memory available to another worker, in bytes: the smaller of the memory that the device reports free and the memory that
+    /// is not reserved.
     pub memory_free_bytes: u64,
-    /// Sum of the live workers' reservations, bytes.
+    /// Memory reserved by live workers, in bytes.
     pub memory_reserved_bytes: u64,
-    /// What a GPU has to tell besides.
+    /// Further properties of a GPU; absent for the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu: Option<GpuInfo>,
 }
 
-/// A model file that the pool has.
+/// A model file on the pool's host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ModelOnDisk {
-    /// How tasks name it.
+    /// Reference that tasks use for the model.
     pub model_ref: ModelRef,
     /// Alternative names for the model in tasks: paths to its file below `models.allow_paths`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub aliases: Vec<ModelRef>,
-    /// The file's identity.
+    /// Identity of the file.
     pub file: ModelFile,
-    /// Memory that a worker with default settings needs, bytes.
+    /// Memory that a worker with default settings needs, in bytes.
     pub needed_bytes: u64,
     /// Possible contexts of a worker, and their memory; absent if the file's header can't be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -248,9 +248,9 @@ pub struct ModelList {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct DiskInfo {
-    /// Bytes in all.
+    /// Total size in bytes.
     pub total_bytes: u64,
-    /// Bytes that can be used.
+    /// Bytes available for models.
     pub free_bytes: u64,
 }
 
@@ -260,33 +260,33 @@ pub struct DiskInfo {
 pub struct PoolStatus {
     /// Name of the pool.
     pub pool_id: String,
-    /// New at each start of the daemon.
+    /// Identifier of this run of the daemon; each start creates a new one.
     pub instance_id: String,
-    /// Version of the program.
+    /// Version of the daemon.
     pub version: String,
-    /// When this instance started.
+    /// Start time of this run of the daemon.
     pub started_at: Timestamp,
-    /// Whether it refuses new workers.
+    /// True if the pool accepts no new workers.
     pub draining: bool,
-    /// How far draining has come, where it drains.
+    /// Progress of the drain; absent unless the pool is draining.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainStatus>,
-    /// Backends that a worker can be started with here.
+    /// Backends available for new workers on this host.
     pub backends: Vec<Backend>,
-    /// Devices; the CPU always is one.
+    /// Devices of the host; always includes the CPU.
     pub devices: Vec<DeviceInfo>,
-    /// Workers, failed ones included.
+    /// Workers of the registry, including failed ones.
     pub workers: Vec<WorkerInfo>,
     /// Models on disk.
     pub models: Vec<ModelOnDisk>,
-    /// Models that the daemon downloads at present.
+    /// Models that the daemon is downloading.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub downloads: Vec<ModelRef>,
-    /// The disk that holds the models.
+    /// Space of the disk that holds the models.
     pub disk: DiskInfo,
 }
 
-/// Answer of the pool's `GET /status`: the public part of a heartbeat, and the pool's standing with its orchestrator.
+/// Answer of the pool's `GET /status`: the public part of a heartbeat, and the state of the pool's registration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolReport {
@@ -328,7 +328,7 @@ pub struct Registration {
     /// Address of the orchestrator; absent if none is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub orchestrator: Option<String>,
-    /// Start of the present state.
+    /// Start of the current state.
     pub since: Timestamp,
     /// Time of the latest accepted heartbeat.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -361,22 +361,22 @@ pub struct RegisterRequest {
         schema(min_length = 1, max_length = 128, pattern = "^[A-Za-z0-9._-]+$")
     )]
     pub pool_id: String,
-    /// New at each start of the daemon.
+    /// Identifier of this run of the daemon; each start creates a new one.
     #[cfg_attr(
         feature = "openapi",
         schema(min_length = 1, max_length = 128, pattern = "^[A-Za-z0-9._-]+$")
     )]
     pub instance_id: String,
-    /// Where the orchestrator reaches the pool.
+    /// Base URL at which the orchestrator reaches the pool.
     #[cfg_attr(feature = "openapi", schema(pattern = "^https?://[^/?#]+"))]
     pub url: String,
-    /// The pool API's version that the pool speaks.
+    /// Version of the pool API that the pool implements.
     pub api_version: u32,
     /// Milliseconds between heartbeats.
     #[cfg_attr(feature = "openapi", schema(minimum = 20, maximum = 600000))]
     pub heartbeat_interval_ms: u64,
-    /// Identity of the host and its state folder, the same at each start of the daemon: it distinguishes a restart from
-    /// a second host with the same pool id. Older pools send none.
+    /// Identity of the host and its state folder, stable across restarts of the daemon. It distinguishes a restart from a
+    /// second host with the same pool id. Older pools omit it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
         feature = "openapi",
@@ -385,15 +385,15 @@ pub struct RegisterRequest {
     pub host_id: Option<String>,
 }
 
-/// Where the orchestrator reaches a worker, and the secret that opens it. Travels in heartbeats alone.
+/// A worker's address and the secret that grants access to it. Sent only in heartbeats.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerEndpoint {
-    /// The worker.
+    /// Identifier of the worker on its pool.
     pub worker_id: String,
-    /// Its address.
+    /// Base URL of the worker.
     pub url: String,
-    /// Its bearer token.
+    /// Bearer token that the worker requires.
     pub secret: String,
 }
 
@@ -406,11 +406,11 @@ impl std::fmt::Debug for WorkerEndpoint {
     }
 }
 
-/// What a pool is at one moment, with what only the orchestrator may know.
+/// The state of a pool at one moment, including secrets meant only for the orchestrator.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolSnapshot {
-    /// The public part.
+    /// The part that `GET /status` also returns.
     pub status: PoolStatus,
     /// Addresses and secrets of the ready workers.
     pub endpoints: Vec<WorkerEndpoint>,
@@ -436,10 +436,10 @@ pub struct WorkerAges {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Heartbeat {
-    /// The instance that speaks.
+    /// Identifier of the daemon's run that sends the heartbeat.
     pub instance_id: String,
-    /// Grows with every heartbeat of the instance; an old one is refused.
+    /// Sequence number, which increases with every heartbeat of the instance; older numbers are refused.
     pub seq: u64,
-    /// What the pool is now.
+    /// Current state of the pool.
     pub snapshot: PoolSnapshot,
 }

@@ -1,4 +1,4 @@
-//! Receipts: the origin of a text as hashes and settings, with which another run of the same request is compared.
+//! Receipts: the origin of a text as hashes and settings, used to compare it with another run of the same request.
 //!
 //! A receipt contains no text. All hashes are SHA-256 in lower-case hexadecimal. A hash of token ids covers the ids as
 //! little-endian 32-bit numbers, without separators; the token that ends an answer is not part of the answer.
@@ -14,7 +14,7 @@ use crate::hex::hex;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Receipt {
-    /// Hash of the model file; absent if nobody has computed it on the pool's host.
+    /// Hash of the model file; absent if it has not been computed on the pool's host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_sha256: Option<String>,
     /// Name and version of the worker program, such as `llorch-candled 0.1.0`.
@@ -34,19 +34,19 @@ pub struct Receipt {
     pub prompt_tokens: u32,
     /// Hash of the prompt's token ids.
     pub prompt_sha256: String,
-    /// Temperature of the draws; 0 takes the likeliest token.
+    /// Sampling temperature; 0 takes the likeliest token.
     pub temperature: f32,
-    /// Sum of the probabilities that were kept; 1 is all.
+    /// Sum of the probabilities kept (nucleus sampling); 1 keeps all tokens.
     pub top_p: f32,
-    /// Number of the likeliest tokens that were kept; 0 is all.
+    /// Number of the likeliest tokens kept; 0 keeps all.
     pub top_k: u32,
-    /// Least probability relative to the likeliest token; 0 is off.
+    /// Minimum probability relative to the likeliest token; 0 is off.
     pub min_p: f32,
     /// Divisor of the logits of tokens seen before; 1 is off.
     pub repetition_penalty: f32,
     /// Seed of the random numbers.
     pub seed: u64,
-    /// Most tokens of the answer: those that the request allowed, or fewer if the worker's context had no more room.
+    /// Maximum tokens of the answer: the request's limit, or fewer if the worker's context has no room for more.
     pub max_tokens: u32,
     /// Hash of the texts that end the answer, each as its length in bytes (little-endian, 32 bits) and its bytes; absent
     /// if there are none.
@@ -59,7 +59,7 @@ pub struct Receipt {
 }
 
 impl Receipt {
-    /// Adds classes of arithmetic that computed the beginning of the text, without the receipt's own class and known ones.
+    /// Adds the classes of arithmetic that computed the beginning of the text. Skips the receipt's own class and duplicates.
     pub fn note_earlier<'a>(&mut self, classes: impl IntoIterator<Item = &'a str>) {
         for class in classes {
             let known =
@@ -78,11 +78,11 @@ pub fn hash_of_ids(ids: &[u32]) -> String {
     hex(&hash.finalize())
 }
 
-/// Returns the hash of texts that end an answer; `None` without texts.
+/// Returns the hash of the texts that end an answer, or `None` if there are none.
 pub fn hash_of_stops(stops: &[String]) -> Option<String> {
     let mut hash = Sha256::new();
     for stop in stops {
-        // Requests are smaller than 4 GiB by far.
+        // Request bodies are limited to far less than 4 GiB, so the length always fits.
         let length = u32::try_from(stop.len()).unwrap_or(u32::MAX);
         hash.update(length.to_le_bytes());
         hash.update(stop);

@@ -1,15 +1,15 @@
-//! `GET /version`, the same on every daemon.
+//! The answer of `GET /version`, common to all daemons.
 
 use serde::{Deserialize, Serialize};
 
-/// Which program answers, and which API it speaks.
+/// Name and version of the answering program, and the version of its API.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct VersionInfo {
-    /// The program's name.
+    /// Name of the program, such as `pool-managerd`.
     pub name: String,
-    /// The program's version.
+    /// Version of the program, such as `0.1.0`.
     pub version: String,
-    /// The version of its HTTP API.
+    /// Version of the program's HTTP API.
     pub api_version: u32,
 }
