@@ -1,15 +1,15 @@
 //! A bounded reader of GGUF headers (versions 2 and 3, little-endian).
 //!
-//! A model file comes from the network or from a user's disk, so nothing in it is trusted: every count, length,
-//! dimension, offset and alignment is compared with the file's size before memory is taken for it, tensors have to
-//! fill the file side by side, and a file that breaks a rule is a [`GgufError`] that names the place and the numbers.
-//! Metadata is kept as compactly as it is stored, and a header ends within [`MAX_HEADER_BYTES`], so no file takes
-//! more than about 45 MiB, whatever it announces and however large it is (a sparse file is large for nothing).
+//! A model file comes from the network or a user's disk, so nothing in it is trusted. Every count, length, dimension, offset
+//! and alignment is compared with the file's size before memory is allocated for it. Tensors must fill the file without gaps or
+//! overlaps. A file that violates a rule yields a [`GgufError`] that names the place and the numbers. Metadata is kept as
+//! compactly as it is stored, and a header ends within [`MAX_HEADER_BYTES`], so reading takes at most about 45 MiB, regardless
+//! of the counts in the file and of its size (sparse files can be arbitrarily large).
 //!
-//! The tensors themselves are not read here: [`TensorInfo`] says where each one lies. Keys are those of the
-//! [specification](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), where `ARCH` stands for the value of
-//! `general.architecture`. Whether a model can be served is the worker's to say: it refuses a header without a
-//! tokenizer.
+//! The tensor data is not read; [`TensorInfo`] holds its location. Keys are those of the
+//! [specification](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), where `ARCH` is the value of
+//! `general.architecture`. This module does not decide whether a model can be served; the worker, for example, refuses a header
+//! without a tokenizer.
 
 mod digest;
 mod error;
@@ -30,27 +30,27 @@ pub use tensor::{GgmlType, TensorInfo};
 pub use value::{Array, FromValue, StringArray, Value};
 pub use vocabulary::{EndToken, TokenKind, Vocabulary, VocabularyError};
 
-/// Most bytes from the start of a file to the end of its tensor descriptions. The largest published headers, with
-/// vocabularies of 260,000 tokens and twice as many merges, have 16 MiB.
+/// Maximum number of bytes from the start of a file to the end of its tensor descriptions. The largest published headers, with
+/// vocabularies of 260,000 tokens and twice as many merges, take 16 MiB.
 pub const MAX_HEADER_BYTES: u64 = 32 << 20;
-/// Most tensors a file may declare. The largest published models have a few thousand.
+/// Maximum number of tensors in a file. The largest published models have a few thousand.
 pub const MAX_TENSORS: u64 = 1 << 15;
-/// Most metadata entries a file may declare. Published models have a few dozen.
+/// Maximum number of metadata entries in a file. Published models have a few dozen.
 pub const MAX_METADATA: u64 = 1 << 14;
-/// Longest metadata key in bytes (the format's own limit).
+/// Maximum length of a metadata key in bytes (the format's own limit).
 pub const MAX_KEY_BYTES: u64 = (1 << 16) - 1;
-/// Longest tensor name in bytes. ggml itself stops at 64.
+/// Maximum length of a tensor name in bytes. ggml allows 64.
 pub const MAX_TENSOR_NAME_BYTES: u64 = 256;
-/// Most dimensions of a tensor.
+/// Maximum number of dimensions of a tensor.
 pub const MAX_DIMS: u32 = 4;
-/// Largest alignment of the tensor data that is believed.
+/// Maximum alignment of the tensor data, in bytes.
 pub const MAX_ALIGNMENT: u64 = 1 << 16;
-/// Alignment of the tensor data where the file names none.
+/// Alignment of the tensor data, in bytes, if the file specifies none.
 pub const DEFAULT_ALIGNMENT: u64 = 32;
 
 const MAGIC: [u8; 4] = *b"GGUF";
 
-/// The header of a GGUF file: its metadata and where its tensors lie.
+/// The header of a GGUF file: metadata and tensor descriptions.
 #[derive(Debug, Clone)]
 pub struct GgufFile {
     version: u32,
@@ -63,7 +63,7 @@ pub struct GgufFile {
 impl GgufFile {
     /// Reads the header of the file at `path`.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
-        // Asked before it is opened: opening a named pipe waits for somebody to write into it.
+        // Checked before opening, because opening a named pipe blocks until another process writes to it.
         if !fs::metadata(path)?.is_file() {
             let error = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
             return Err(error.into());
@@ -73,7 +73,7 @@ impl GgufFile {
         Self::read(BufReader::with_capacity(1 << 16, file), size)
     }
 
-    /// Reads a header from a reader over a file of `file_size` bytes, positioned at its start.
+    /// Reads a header from `reader`, which is at the start of a file of `file_size` bytes.
     pub fn read(reader: impl Read, file_size: u64) -> Result<Self, GgufError> {
         let mut input = Input {
             reader,
@@ -95,37 +95,37 @@ impl GgufFile {
         })
     }
 
-    /// The format's version: 2 or 3.
+    /// Returns the version of the format: 2 or 3.
     pub fn version(&self) -> u32 {
         self.version
     }
 
-    /// Size of the whole file in bytes.
+    /// Returns the size of the whole file in bytes.
     pub fn file_size(&self) -> u64 {
         self.file_size
     }
 
-    /// Where the tensor data begins in the file.
+    /// Returns the offset of the tensor data in the file, in bytes.
     pub fn data_offset(&self) -> u64 {
         self.data_offset
     }
 
-    /// All metadata, by key.
+    /// Returns all metadata by key.
     pub fn metadata(&self) -> &BTreeMap<String, Value> {
         &self.metadata
     }
 
-    /// All tensors, in the file's order.
+    /// Returns all tensors in the file's order.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }
 
-    /// The tensor with this name.
+    /// Returns the tensor named `name`, or `None` if the file has none.
     pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors.iter().find(|t| t.name == name)
     }
 
-    /// The value of `key` as a `T`; `None` where the file has no such key.
+    /// Returns the value of `key` as a `T`, or `None` if the file has no such key.
     pub fn get<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<Option<T>, GgufError> {
         let Some(value) = self.metadata.get(key) else {
             return Ok(None);
@@ -136,70 +136,70 @@ impl GgufFile {
         }
     }
 
-    /// The value of `key` as a `T`; an error where the file has no such key.
+    /// Returns the value of `key` as a `T`. A missing key is an error.
     pub fn require<'a, T: FromValue<'a>>(&'a self, key: &str) -> Result<T, GgufError> {
         self.get(key)?.ok_or_else(|| GgufError::MissingKey {
             key: key.to_owned(),
         })
     }
 
-    /// `general.architecture`: `llama`, `qwen2`, `gemma3`, ...
+    /// Returns `general.architecture`: `llama`, `qwen2`, `gemma3`, ...
     pub fn architecture(&self) -> Result<&str, GgufError> {
         self.require("general.architecture")
     }
 
-    /// `general.name`: what its makers call the model.
+    /// Returns `general.name`, the model's name as given by its authors.
     pub fn name(&self) -> Result<Option<&str>, GgufError> {
         self.get("general.name")
     }
 
-    /// `general.license`: an SPDX expression, as a rule.
+    /// Returns `general.license`, usually an SPDX expression.
     pub fn license(&self) -> Result<Option<&str>, GgufError> {
         self.get("general.license")
     }
 
-    /// The value of `ARCH.suffix`.
+    /// Returns the value of `ARCH.suffix`, or `None` if the file has no such key.
     pub fn get_arch<'a, T: FromValue<'a>>(&'a self, suffix: &str) -> Result<Option<T>, GgufError> {
         self.get(&format!("{}.{suffix}", self.architecture()?))
     }
 
-    /// The value of `ARCH.suffix`; an error where the file has none.
+    /// Returns the value of `ARCH.suffix`. A missing key is an error.
     pub fn require_arch<'a, T: FromValue<'a>>(&'a self, suffix: &str) -> Result<T, GgufError> {
         self.require(&format!("{}.{suffix}", self.architecture()?))
     }
 
-    /// `ARCH.context_length`: longest context the model was made for, in tokens.
+    /// Returns `ARCH.context_length`, the longest context in tokens that the model was made for.
     pub fn context_length(&self) -> Result<u64, GgufError> {
         self.positive("context_length")
     }
 
-    /// `ARCH.block_count`: number of transformer blocks, which are the layers.
+    /// Returns `ARCH.block_count`, the number of transformer blocks (layers).
     pub fn block_count(&self) -> Result<u64, GgufError> {
         self.positive("block_count")
     }
 
-    /// `ARCH.embedding_length`: width of the hidden state.
+    /// Returns `ARCH.embedding_length`, the width of the hidden state.
     pub fn embedding_length(&self) -> Result<u64, GgufError> {
         self.positive("embedding_length")
     }
 
-    /// `ARCH.feed_forward_length`: width inside a feed-forward layer.
+    /// Returns `ARCH.feed_forward_length`, the inner width of a feed-forward layer.
     pub fn feed_forward_length(&self) -> Result<u64, GgufError> {
         self.positive("feed_forward_length")
     }
 
-    /// `ARCH.expert_count`: number of experts of a mixture; 0 for a dense model.
+    /// Returns `ARCH.expert_count`, the number of experts in a mixture; 0 for a dense model.
     pub fn expert_count(&self) -> Result<u64, GgufError> {
         Ok(self.get_arch("expert_count")?.unwrap_or(0))
     }
 
-    /// `ARCH.attention.head_count`: number of query heads of a block.
+    /// Returns `ARCH.attention.head_count`, the number of query heads per block.
     pub fn head_count(&self) -> Result<u64, GgufError> {
         self.positive("attention.head_count")
     }
 
-    /// `ARCH.attention.head_count_kv`: number of key and value heads of a block; that of query heads where the file
-    /// names none. An error where it differs from block to block: see [`head_counts_kv`](Self::head_counts_kv).
+    /// Returns `ARCH.attention.head_count_kv`, the number of key and value heads per block. Defaults to the number of query
+    /// heads. Fails if the number differs between blocks: see [`head_counts_kv`](Self::head_counts_kv).
     pub fn head_count_kv(&self) -> Result<u64, GgufError> {
         match self.get_arch::<u64>("attention.head_count_kv")? {
             Some(_) => self.positive("attention.head_count_kv"),
@@ -207,14 +207,14 @@ impl GgufFile {
         }
     }
 
-    /// `ARCH.attention.head_count_kv` for each block: some architectures give an array with one number a block, 0 for
-    /// blocks without attention.
+    /// Returns `ARCH.attention.head_count_kv` for each block. Some architectures store an array with one number per block,
+    /// which is 0 for blocks without attention.
     pub fn head_counts_kv(&self) -> Result<Vec<u64>, GgufError> {
         let key = format!("{}.attention.head_count_kv", self.architecture()?);
         let blocks = self.block_count()?;
         let Some(Value::Array(_)) = self.metadata.get(&key) else {
             let heads = self.head_count_kv()?;
-            // One number for all blocks: nothing in the file backs their count, which may be anything.
+            // A single number for all blocks: the file's size does not bound the block count, so check it before allocating.
             if blocks > MAX_TENSORS {
                 let found = format!("the number {blocks}");
                 let key = format!("{}.block_count", self.architecture()?);
@@ -231,7 +231,7 @@ impl GgufFile {
         Ok(heads)
     }
 
-    /// Width of a key head: `ARCH.attention.key_length`, else the hidden width divided by the number of heads.
+    /// Returns the width of a key head: `ARCH.attention.key_length`, or the hidden width divided by the number of heads.
     pub fn head_dim(&self) -> Result<u64, GgufError> {
         match self.get_arch::<u64>("attention.key_length")? {
             Some(_) => self.positive("attention.key_length"),
@@ -249,7 +249,7 @@ impl GgufFile {
         }
     }
 
-    /// Width of a value head: `ARCH.attention.value_length`, else that of a key head.
+    /// Returns the width of a value head: `ARCH.attention.value_length`, or the width of a key head.
     pub fn value_head_dim(&self) -> Result<u64, GgufError> {
         match self.get_arch::<u64>("attention.value_length")? {
             Some(_) => self.positive("attention.value_length"),
@@ -257,7 +257,7 @@ impl GgufFile {
         }
     }
 
-    /// Number of tokens in the vocabulary: the length of `tokenizer.ggml.tokens`, else `ARCH.vocab_size`.
+    /// Returns the number of tokens in the vocabulary: the length of `tokenizer.ggml.tokens`, or `ARCH.vocab_size`.
     pub fn vocab_size(&self) -> Result<u64, GgufError> {
         match self.get::<&StringArray>("tokenizer.ggml.tokens")? {
             Some(tokens) => Ok(tokens.len() as u64),
@@ -265,8 +265,8 @@ impl GgufFile {
         }
     }
 
-    /// The quantisation as people name it, such as `Q4_K_M`: what `general.file_type` says, else the element type
-    /// that most bytes have.
+    /// Returns the common name of the quantisation, such as `Q4_K_M`. Derived from `general.file_type`, or else from the
+    /// element type that takes the most bytes.
     pub fn quantization(&self) -> String {
         self.get::<u32>("general.file_type")
             .ok()
@@ -277,40 +277,40 @@ impl GgufFile {
             .to_owned()
     }
 
-    /// Number of weights, counted over all tensors.
+    /// Returns the number of weights in all tensors.
     pub fn parameter_count(&self) -> u64 {
-        // No two tensors share a byte, so the sum fits for every file that a disk can hold.
+        // Tensors do not overlap, so the sum can only overflow for files larger than any disk.
         self.tensors
             .iter()
             .map(TensorInfo::elements)
             .fold(0, u64::saturating_add)
     }
 
-    /// `tokenizer.chat_template`: the Jinja template of conversations; `None` where the file has none or an empty one.
+    /// Returns `tokenizer.chat_template`, the Jinja template of conversations, or `None` if it is absent or empty.
     pub fn chat_template(&self) -> Result<Option<&str>, GgufError> {
         let template = self.get::<&str>("tokenizer.chat_template")?;
         Ok(template.filter(|text| !text.is_empty()))
     }
 
-    /// Whether the file carries a chat template.
+    /// Returns whether the file contains a chat template.
     pub fn has_chat_template(&self) -> bool {
         matches!(self.chat_template(), Ok(Some(_)))
     }
 
-    /// `tokenizer.ggml.model`: the tokenizer's kind, `gpt2` (byte-level BPE), `llama` (SentencePiece), ...
+    /// Returns `tokenizer.ggml.model`, the kind of tokenizer: `gpt2` (byte-level BPE), `llama` (SentencePiece), ...
     pub fn tokenizer_kind(&self) -> Result<&str, GgufError> {
         self.require("tokenizer.ggml.model")
     }
 
-    /// `tokenizer.ggml.pre`: how a byte-level BPE splits text before merging, such as `llama-bpe`.
+    /// Returns `tokenizer.ggml.pre`, the way a byte-level BPE splits text before merging, such as `llama-bpe`.
     pub fn tokenizer_pre(&self) -> Result<Option<&str>, GgufError> {
         self.get("tokenizer.ggml.pre")
     }
 
-    /// Bytes of KV cache for `tokens` positions of one sequence, in `bytes_per_element` wide elements:
+    /// Returns the bytes of KV cache for `tokens` positions of one sequence, with elements of `bytes_per_element` bytes:
     /// `blocks * kv_heads * (key_width + value_width) * bytes_per_element * tokens`.
     ///
-    /// [`GgufError::SizeOverflow`] past `u64`, which means a corrupt header.
+    /// Fails with [`GgufError::SizeOverflow`] past `u64`, which means a corrupt header.
     pub fn kv_cache_bytes(&self, tokens: u64, bytes_per_element: u64) -> Result<u64, GgufError> {
         let key = format!("{}.attention.head_count_kv", self.architecture()?);
         let heads = match self.metadata.get(&key) {
@@ -362,7 +362,7 @@ fn product<const N: usize>(what: &'static str, factors: [u64; N]) -> Result<u64,
         .ok_or(GgufError::SizeOverflow { what })
 }
 
-/// The names of `general.file_type`.
+/// Returns the name of a `general.file_type`, or `None` if it is unknown.
 fn file_type_name(id: u32) -> Option<&'static str> {
     Some(match id {
         0 => "F32",

@@ -1,7 +1,7 @@
-//! Models: what the catalogue knows, what GGUF files say, and what is on disk.
+//! Models: the catalogue, GGUF headers and the models folder.
 //!
-//! The catalogue is `catalog.toml` at the top of the project, which every binary embeds, and the user's own
-//! `catalog.toml` in the configuration folder, whose entries are added or take the place of those with the same id.
+//! The catalogue combines the project's `catalog.toml`, which every binary embeds, with the user's own `catalog.toml` in the
+//! configuration folder. The user's entries are added, or replace those with the same id.
 
 use std::fmt;
 use std::io;
@@ -28,7 +28,7 @@ use support::Unsupported;
 
 const EMBEDDED: &str = include_str!("../../../../catalog.toml");
 
-/// The models known by name, in the order they are shown.
+/// The models known by name, in display order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Catalog {
     entries: Vec<CatalogEntry>,
@@ -37,29 +37,29 @@ pub struct Catalog {
 /// A model known by name.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct CatalogEntry {
-    /// How tasks and commands name it.
+    /// Id of the model, by which tasks and commands name it.
     pub id: String,
-    /// Name for people; the id where the catalogue gives none.
+    /// Human-readable name; the id if the catalogue gives none.
     pub name: String,
-    /// Architecture as GGUF files spell it.
+    /// Architecture as spelled in GGUF files; `None` if unknown.
     pub architecture: Option<String>,
-    /// Quantization for people, as `Q4_K_M`.
+    /// Human-readable quantisation, such as `Q4_K_M`; `None` if unknown.
     pub quantization: Option<String>,
-    /// Exact size of the file.
+    /// Exact size of the file in bytes; `None` if unknown.
     pub size_bytes: Option<u64>,
-    /// SHA-256 of the file in lower-case hexadecimal; `None` where nobody has checked one.
+    /// SHA-256 of the file in lower-case hexadecimal; `None` if unknown.
     pub sha256: Option<String>,
-    /// Tokens of context that the model was trained for.
+    /// Tokens of context that the model was trained for; `None` if unknown.
     pub context_length: Option<u32>,
-    /// Licence for people.
+    /// Human-readable licence; `None` if unknown.
     pub license: Option<String>,
-    /// Whether commands that name no model mean this one.
+    /// True if commands without a model use this one.
     pub default: bool,
-    /// Where the file comes from, best first; all give the same bytes.
+    /// Sources of the file in order of preference; all provide the same bytes.
     pub sources: Vec<Source>,
 }
 
-/// Where the file of an entry comes from.
+/// A place to download a model file from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Source {
@@ -69,7 +69,7 @@ pub enum Source {
         repo: String,
         /// Path of the file inside the repository.
         file: String,
-        /// Branch, tag or commit; the hub's default where absent.
+        /// Branch, tag or commit; absent for the hub's default.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         revision: Option<String>,
     },
@@ -111,13 +111,13 @@ impl fmt::Display for Source {
 }
 
 impl CatalogEntry {
-    /// Name of the file in the models folder: the last step of the first source's path.
+    /// Returns the name of the file in the models folder: the last component of the first source's path.
     pub fn file_name(&self) -> &str {
         let path = self.sources.first().map_or("", Source::inner_path);
         path.rsplit('/').next().unwrap_or(path)
     }
 
-    /// Whether the catalogue says which bytes are the right ones.
+    /// Returns whether the catalogue contains the hash of the file.
     pub fn is_verified(&self) -> bool {
         self.sha256.is_some()
     }
@@ -147,7 +147,7 @@ impl CatalogEntry {
         spellings.iter().map(of_spelling).fold(0.0, f64::max)
     }
 
-    /// Returns why no worker of this version can run the model, as far as the entry says; `None` if nothing in it is
+    /// Returns why no worker of this version can run the model, judging only by the entry; `None` if nothing in the entry is
     /// unsupported.
     pub fn unsupported(&self) -> Option<Unsupported> {
         if let Some(architecture) = &self.architecture
@@ -158,7 +158,7 @@ impl CatalogEntry {
         support::check_file_name(self.file_name()).err()
     }
 
-    /// The reference that names this entry.
+    /// Returns the reference that names this entry.
     pub fn model_ref(&self) -> ModelRef {
         ModelRef::Alias(self.id.clone())
     }
@@ -181,27 +181,27 @@ fn spellings(name: &str) -> Vec<String> {
     vec![base.to_owned(), last.replace(':', "-")]
 }
 
-/// Why a catalogue can't be used.
+/// The reason a catalogue can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CatalogError {
     /// The file can't be read.
     #[error("could not read the catalogue {}", path.display())]
     Read {
-        /// The file in question.
+        /// Path of the catalogue.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// Something in the file is wrong.
+    /// The content of the file is invalid.
     #[error("{origin}:{line}: {}{message}", entry_prefix(.entry.as_deref()))]
     Invalid {
-        /// The file in question.
+        /// Path or name of the catalogue.
         origin: String,
-        /// Line, from 1.
+        /// Line number, from 1.
         line: usize,
-        /// Id of the entry, or `number N` where it has none.
+        /// Id of the entry, or `number N` if the entry has no id; `None` outside of entries.
         entry: Option<String>,
-        /// What is wrong there.
+        /// Description of the problem.
         message: String,
     },
 }
@@ -211,7 +211,7 @@ fn entry_prefix(entry: Option<&str>) -> String {
 }
 
 impl CatalogError {
-    /// What to try next.
+    /// Returns what to try next.
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Read { .. } => "check the file's owner and mode",
@@ -223,16 +223,16 @@ impl CatalogError {
 }
 
 impl Catalog {
-    /// The catalogue that is part of the program.
+    /// Returns the catalogue that is part of the program.
     pub fn embedded() -> Self {
-        // A test reads the embedded text, so a mistake in it never leaves the workshop.
+        // A unit test parses the embedded text, so a mistake in it never reaches a release.
         Self {
             entries: parse(EMBEDDED, "catalog.toml")
                 .expect("the embedded catalogue is checked by a test"),
         }
     }
 
-    /// The embedded catalogue with the user's own `catalog.toml` over it, if there is one.
+    /// Loads the embedded catalogue and overlays the user's own `catalog.toml`, if there is one.
     pub fn load(home: &Home) -> Result<Self, CatalogError> {
         let mut catalog = Self::embedded();
         let path = home.config_file("catalog.toml");
@@ -244,8 +244,8 @@ impl Catalog {
         Ok(catalog)
     }
 
-    /// Adds the entries of `text`; an entry with a known id takes the place of the old one, and an entry marked as
-    /// default takes that mark from the others.
+    /// Adds the entries of `text`. An entry with a known id replaces the old one, and a default entry clears the mark of the
+    /// earlier default.
     pub fn overlay(&mut self, text: &str, path: &Path) -> Result<(), CatalogError> {
         for entry in parse(text, &path.display().to_string())? {
             if entry.default {
@@ -259,12 +259,12 @@ impl Catalog {
         Ok(())
     }
 
-    /// The entry with this id.
+    /// Returns the entry with this id.
     pub fn get(&self, id: &str) -> Option<&CatalogEntry> {
         self.entries.iter().find(|entry| entry.id == id)
     }
 
-    /// The entry that `model` means: by id, or because the reference names one of its sources on the hub.
+    /// Returns the entry that `model` refers to, by id or as one of the entry's sources on the hub.
     pub fn find(&self, model: &ModelRef) -> Option<&CatalogEntry> {
         match model {
             ModelRef::Alias(id) => self.get(id),
@@ -292,13 +292,13 @@ impl Catalog {
         }
     }
 
-    /// The known id nearest to `id`, for "did you mean".
+    /// Returns the known id closest to `id`, for "did you mean" hints.
     pub fn nearest(&self, id: &str) -> Option<&str> {
         self.nearest_ids(id).first().copied()
     }
 
-    /// Returns at most three known ids that a name may mean, the nearest first. Accepts the spellings of other programs
-    /// and of the hub: `llama3.2:1b`, `org/Repo-GGUF`.
+    /// Returns at most three known ids that `name` may refer to, closest first. Accepts spellings of other programs and of the
+    /// hub: `llama3.2:1b`, `org/Repo-GGUF`.
     pub fn nearest_ids(&self, name: &str) -> Vec<&str> {
         let spellings = spellings(name);
         let mut scored: Vec<_> = self
@@ -316,7 +316,7 @@ impl Catalog {
             .collect()
     }
 
-    /// The entry that commands mean which name none: the one marked so, else the first.
+    /// Returns the entry for commands that name no model: the one marked as default, or else the first.
     pub fn default_entry(&self) -> &CatalogEntry {
         self.entries
             .iter()
@@ -324,7 +324,7 @@ impl Catalog {
             .unwrap_or(&self.entries[0])
     }
 
-    /// All entries in order.
+    /// Returns all entries in order.
     pub fn iter(&self) -> std::slice::Iter<'_, CatalogEntry> {
         self.entries.iter()
     }
@@ -339,7 +339,7 @@ impl<'a> IntoIterator for &'a Catalog {
     }
 }
 
-/// An entry as written, each value with its place so that an error can name the line.
+/// An entry as written. Each value has its position, so that an error can name the line.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawEntry {
@@ -355,7 +355,7 @@ struct RawEntry {
     sources: Spanned<Vec<Spanned<RawSource>>>,
 }
 
-/// A source as written. A tagged enum would read it too, but loses the places of what it reads.
+/// A source as written. A tagged enum would parse it too, but would lose the positions of the values.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawSource {
@@ -367,7 +367,7 @@ struct RawSource {
     member: Option<String>,
 }
 
-/// What is wrong, and where in the text.
+/// A problem and its position in the text.
 struct Problem {
     span: Range<usize>,
     message: String,
@@ -446,7 +446,7 @@ fn id_of(model: &Spanned<DeValue<'_>>) -> Option<String> {
 }
 
 fn read_entry(model: Spanned<DeValue<'_>>) -> Result<CatalogEntry, Problem> {
-    // The deserialiser's own errors have no place where a key is missing; the entry's beginning is near enough.
+    // The deserialiser reports no position for a missing key, so use the start of the entry.
     let span = model.span();
     let raw = RawEntry::deserialize(model.into_deserializer()).map_err(|error| {
         let problem = Problem::from(error);
@@ -528,8 +528,8 @@ fn read_source(raw: Spanned<RawSource>) -> Result<Source, Problem> {
                 file,
                 revision: raw.revision,
             };
-            // One parser decides what may be passed on to `hf`. A part that holds another part's separator would be
-            // read as something else, which the comparison notices.
+            // The parser of model references decides which values may be passed to `hf`. A part that contains another part's
+            // separator is parsed differently, which the comparison detects.
             match (&source, source.to_string().parse::<ModelRef>()) {
                 (Source::Hf { repo, file, revision }, Ok(parsed))
                     if parsed
@@ -571,7 +571,7 @@ fn read_source(raw: Spanned<RawSource>) -> Result<Source, Problem> {
     Ok(source)
 }
 
-/// A short text for people, which must not be able to upset a terminal or a table.
+/// Reads a short human-readable text. Rejects characters that could upset a terminal or a table.
 fn text(key: &str, value: Option<Spanned<String>>) -> Result<Option<String>, Problem> {
     let Some(value) = value else { return Ok(None) };
     let plain = !value.get_ref().trim().is_empty()
@@ -589,12 +589,13 @@ fn text(key: &str, value: Option<Spanned<String>>) -> Result<Option<String>, Pro
     Ok(Some(value.into_inner()))
 }
 
-/// Whether `text` is a SHA-256 in lower-case hexadecimal.
+/// Returns whether `text` is a SHA-256 in lower-case hexadecimal.
 fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// `NAME==VERSION` in the characters that package names and versions have, so that pip can take it for nothing else.
+/// Returns whether `text` is `NAME==VERSION`, limited to the characters of package names and versions so that pip can't mistake
+/// it for anything else.
 fn is_pinned_package(text: &str) -> bool {
     let Some((name, version)) = text.split_once("==") else {
         return false;

@@ -1,17 +1,17 @@
-//! The models folder: which file a model reference means, and how a new file gets there.
+//! The models folder: it resolves model references to files and puts new files in place.
 //!
 //! ```text
-//! MODELS/<id>/<file>.gguf     the model, only ever under this name when it is whole
-//! MODELS/<id>/model.json      what was checked: SHA-256, size, source, when
-//! MODELS/.partial/<id>/       the private folder of the one download of <id> that may run (`download`)
-//! MODELS/.locks/<id>          the lock that makes it the one
+//! MODELS/<id>/<file>.gguf     the model; exists under this name only when complete
+//! MODELS/<id>/model.json      the result of the last check: SHA-256, size, source, time
+//! MODELS/.partial/<id>/       the private folder of the single download of <id> that may run (`download`)
+//! MODELS/.locks/<id>          the lock that ensures there is only one
 //! ```
 //!
-//! `<id>` is a catalogue id, the name that an imported file was given, or, for a file of the hub that no catalogue
-//! entry covers, `@ORG--REPO--HASH`, which no other name can be.
+//! `<id>` is a catalogue id, the name given to an imported file, or `@ORG--REPO--HASH` for a file of the hub that no catalogue
+//! entry covers. No other name starts with `@`.
 //!
-//! How the bytes are fetched is the caller's matter; everything that decides stands here: which source is next,
-//! whether the disk has room, whether the bytes are right, and that a file takes its final name in one step.
+//! The caller fetches the bytes. This module makes the decisions: it selects the next source, checks the disk space, verifies
+//! the bytes, and gives the file its final name in one step.
 
 mod check;
 mod download;
@@ -46,22 +46,22 @@ pub use slot::Slot;
 
 use check::check;
 
-/// Told how many bytes are done so far; may break off the work.
+/// A callback that receives the number of bytes done so far and may stop the work.
 pub type Progress<'a> = &'a mut dyn FnMut(u64) -> ControlFlow<()>;
 
-/// What became of a model that was removed.
+/// The result of removing a model.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Deleted {
-    /// Whether there was anything.
+    /// True if there was anything to remove.
     pub was_there: bool,
-    /// Bytes that the disk has back: none of a file that has other names.
+    /// Bytes freed on the disk; 0 if the file has other names.
     pub freed_bytes: u64,
-    /// Other names (hard links) by which the file is still there.
+    /// Number of other names (hard links) under which the file still exists.
     pub other_names: u64,
 }
 
 impl Deleted {
-    /// What removing the name at `path` would do. Of a symbolic link that is the link: what it leads to stays.
+    /// Predicts the result of removing `path`. For a symbolic link, only the link is removed.
     pub fn foreseen(path: &Path) -> Self {
         let Ok(metadata) = fs::symlink_metadata(path) else {
             return Self::default();
@@ -75,48 +75,48 @@ impl Deleted {
     }
 }
 
-/// The models folder.
+/// The models folder of a host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Store {
     dir: PathBuf,
 }
 
-/// A model that is on disk.
+/// A model on disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ResolvedModel {
-    /// How tasks name it.
+    /// Reference that tasks use for the model.
     pub model_ref: ModelRef,
-    /// The file, without symbolic links where it was given as `file:`.
+    /// Path of the file; without symbolic links if the reference is a `file:`.
     pub path: PathBuf,
-    /// The file's identity; its hash only where it was checked and the file has not changed since.
+    /// Identity of the file. Contains the hash only if the file has not changed since its last check.
     pub file: ModelFile,
 }
 
-/// What was found when a model file was last checked, kept beside it.
+/// The result of the last check of a model file, stored next to the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    /// Name of the file.
+    /// Name of the file in its folder.
     pub file: String,
-    /// How the model is named, where its folder's name does not say it.
+    /// Reference of the model; `None` if the folder's name is the model's alias.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model_ref: Option<ModelRef>,
-    /// Its identity at the time.
+    /// Identity of the file at the time of the check.
     #[serde(flatten)]
     pub identity: ModelFile,
-    /// Where it came from; `None` for a file that was put there by hand.
+    /// Source of the file; `None` if the file was placed by hand.
     pub source: Option<Source>,
-    /// When it was checked.
+    /// Time of the check.
     pub checked_at: Timestamp,
 }
 
-/// Whether an entry's file is in the folder.
+/// The presence of an entry's file in the folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Presence {
-    /// It is not there.
+    /// The file is missing.
     Missing,
-    /// A file is there that was never checked, was changed since, or is not what the catalogue says now.
+    /// A file is there, but it was never checked, has changed since, or differs from the current catalogue.
     Unchecked,
-    /// It is there as it was checked.
+    /// The file is unchanged since its check.
     Checked(Box<Record>),
 }
 
@@ -125,13 +125,13 @@ pub enum Presence {
 pub struct Verified {
     /// Record of the check's result.
     pub record: Record,
-    /// The reference that the file was compared with.
+    /// Reference that the file was compared with.
     pub against: Against,
     /// Reason why the record could not be written; `None` if it was.
     pub unrecorded: Option<CheckError>,
 }
 
-/// What a check compared the file with.
+/// The reference value of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Against {
@@ -139,75 +139,75 @@ pub enum Against {
     Catalogue,
     /// The hash that the hub announced.
     Hub,
-    /// The hash recorded when the file came.
+    /// The hash recorded when the file was downloaded or imported.
     Record,
-    /// Nothing: this hash is the first one seen.
+    /// Nothing: the hash had not been known before.
     Nothing,
 }
 
-/// Why no file stands behind a model reference.
+/// The reason a model reference can't be resolved to a file.
 #[derive(Debug, thiserror::Error)]
 pub enum ResolveError {
     /// The catalogue has no such id.
     #[error("there is no model `{id}` in the catalogue")]
     Unknown {
-        /// The id asked for.
+        /// Requested id.
         id: String,
-        /// The known id nearest to it.
+        /// Closest known id, if any is similar.
         nearest: Option<String>,
     },
-    /// A reference to the hub that no entry of the catalogue covers.
+    /// No catalogue entry covers a reference to the hub.
     #[error("no entry of the catalogue covers `{model_ref}`")]
     NotCatalogued {
-        /// The reference.
+        /// Requested reference.
         model_ref: ModelRef,
     },
-    /// A reference to the hub that several files on this host fit.
+    /// A reference to the hub matches several files on this host.
     #[error("`{model_ref}` may be each of {}", found.iter().map(|found| format!("`{found}`")).collect::<Vec<_>>().join(", "))]
     Ambiguous {
-        /// The reference.
+        /// Requested reference.
         model_ref: ModelRef,
-        /// What it may mean.
+        /// Complete references of the matching files.
         found: Vec<ModelRef>,
     },
-    /// The catalogue knows the model and its file is not on this host.
+    /// The catalogue lists the model, but its file is not on this host.
     #[error("the model `{id}` is not downloaded on this host")]
     NotDownloaded {
-        /// What a download of it names.
+        /// Name of the model in a download command.
         id: String,
     },
-    /// A path outside the folders from which models may be taken.
+    /// The path is outside the folders that models may be taken from.
     #[error("{} is not below a folder that models may be taken from", path.display())]
     Forbidden {
-        /// The path asked for.
+        /// Requested path.
         path: PathBuf,
-        /// The folders that are allowed.
+        /// Allowed folders.
         allowed: Vec<PathBuf>,
     },
     /// No file has this path.
     #[error("there is no file {}", path.display())]
     Missing {
-        /// The path asked for.
+        /// Requested path.
         path: PathBuf,
     },
-    /// The path names a folder or something stranger.
+    /// The path is a folder or a special file.
     #[error("{} is not a regular file", path.display())]
     NotAFile {
-        /// The path asked for.
+        /// Requested path.
         path: PathBuf,
     },
-    /// The file can't be looked at.
+    /// The file's metadata can't be read.
     #[error("could not look at {}", path.display())]
     Io {
-        /// The path in question.
+        /// Path whose metadata was read.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
 }
 
 impl ResolveError {
-    /// What to try next.
+    /// Returns what to try next, if anything is known to help.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Unknown {
@@ -240,44 +240,44 @@ impl ResolveError {
     }
 }
 
-/// Why a file is not the model it should be.
+/// The reason a file is not the expected model.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckError {
-    /// Its length is another one.
+    /// The size of the file differs from the catalogue.
     #[error("it has {found} bytes, the catalogue says {expected}")]
     Size {
-        /// Bytes according to the catalogue.
+        /// Bytes, according to the catalogue.
         expected: u64,
-        /// Bytes of the file.
+        /// Bytes in the file.
         found: u64,
     },
-    /// Its content is another one.
+    /// The hash of the file differs from the expected one.
     #[error("its SHA-256 is {found}, expected {expected} ({})", match against { Against::Record => "recorded at the first download", Against::Hub => "the hub's", _ => "the catalogue's" })]
     Hash {
-        /// The right hash.
+        /// Expected SHA-256, in lower-case hexadecimal.
         expected: String,
-        /// The file's hash.
+        /// SHA-256 of the file, in lower-case hexadecimal.
         found: String,
-        /// Where the right hash is from.
+        /// Origin of the expected hash.
         against: Against,
     },
-    /// It is not a GGUF file that a worker could load.
+    /// The file is not a GGUF file that a worker could load.
     #[error("it is not a usable GGUF file")]
     Header(#[source] GgufError),
-    /// No worker of this version can run it.
+    /// No worker of this version can run the model.
     #[error("no worker can run it")]
     Unsupported(#[source] Unsupported),
-    /// It can't be read or put in place.
+    /// A file operation failed.
     #[error("could not {what} {}", path.display())]
     Io {
-        /// What was tried.
+        /// Operation as a verb, such as `open`.
         what: &'static str,
-        /// The path in question.
+        /// Path of the file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// The caller broke the check off.
+    /// The caller stopped the check.
     #[error("the check was broken off")]
     Stopped,
 }
@@ -290,32 +290,32 @@ impl CheckError {
 }
 
 impl Store {
-    /// The folder `dir`, which need not exist yet.
+    /// Returns the store of the folder `dir`, which need not exist yet.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into() }
     }
 
-    /// The models folder of a home.
+    /// Returns the store of a home.
     pub fn of(home: &Home) -> Self {
         Self::new(home.models_dir())
     }
 
-    /// The folder itself.
+    /// Returns the path of the models folder.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Where the file of `slot` is, or would be.
+    /// Returns the path of the file of `slot`, which need not exist.
     pub fn path_of(&self, slot: &Slot) -> PathBuf {
         self.folder_of(slot).join(&slot.file_name)
     }
 
-    /// The place of the model that `model` means: of a catalogue entry whether it is here or not, of anything else
-    /// only where it is.
+    /// Returns the slot of the model that `model` refers to. A catalogue entry always has a slot; any other reference has one
+    /// only if its file is on this host.
     pub fn slot(&self, model: &ModelRef, catalog: &Catalog) -> Result<Slot, ResolveError> {
         let listed = catalog.find(model).map(Slot::from);
         match (listed, model) {
-            // A file that was fetched before the catalogue got an entry for it is as good.
+            // A file that was fetched before the catalogue got an entry for it is used as well.
             (Some(slot), ModelRef::Hub { .. }) if !self.path_of(&slot).exists() => {
                 Ok(self.kept_of_hub(model).unwrap_or(slot))
             }
@@ -329,7 +329,7 @@ impl Store {
         }
     }
 
-    /// The file that `model` means. A `file:` is taken from below `allow_paths` only (none given: the models folder).
+    /// Returns the file that `model` refers to. Accepts a `file:` only below `allow_paths` (by default, the models folder).
     pub fn resolve(
         &self,
         model: &ModelRef,
@@ -350,8 +350,8 @@ impl Store {
         }
     }
 
-    /// All models on disk: entries of the catalogue in its order, then what was imported or fetched from the hub
-    /// without an entry, then other GGUF files of the folder (as `file:`) by path.
+    /// Returns all models on disk: catalogue entries in their order, then models imported or fetched from the hub without an
+    /// entry, then other GGUF files of the folder (as `file:`) by path.
     pub fn list(&self, catalog: &Catalog) -> Result<Vec<ResolvedModel>, ResolveError> {
         let mut models = self.named(catalog)?;
         let mut others = Vec::new();
@@ -359,8 +359,8 @@ impl Store {
             if models.iter().any(|model| model.path == path) {
                 continue;
             }
-            // A name that is no model reference could not be asked for, so it is not offered either. A link that
-            // leads out of the folder would be refused.
+            // Skip names that cannot be written as a model reference, because no task could request them. `resolve` fails for a
+            // link that leads out of the folder.
             let Ok(model_ref) = format!("file:{}", path.display()).parse() else {
                 continue;
             };
@@ -373,8 +373,7 @@ impl Store {
         Ok(models)
     }
 
-    /// Returns the models on disk that have a name: entries of the catalogue, then imported models and those from the
-    /// hub.
+    /// Returns the models on disk that have a name: catalogue entries, then imported models and those from the hub.
     fn named(&self, catalog: &Catalog) -> Result<Vec<ResolvedModel>, ResolveError> {
         let mut models = Vec::new();
         let kept = self.all_kept()?;
@@ -392,7 +391,7 @@ impl Store {
         Ok(models)
     }
 
-    /// Whether the file of `slot` is there as it was checked; looks at sizes and times, reads no content.
+    /// Returns the presence of the file of `slot`. Compares sizes and times only, and reads no content.
     pub fn presence(&self, slot: &Slot) -> Presence {
         let Ok(metadata) = fs::metadata(self.path_of(slot)) else {
             return Presence::Missing;
@@ -413,10 +412,10 @@ impl Store {
         }
     }
 
-    /// Reads the whole file of `slot` and compares it with the catalogue, else with the record; records the result where
-    /// this user may write.
+    /// Reads the whole file of `slot` and compares it with the catalogue, or else with the record. Records the result if this
+    /// user may write to the folder.
     ///
-    /// `None` where there is no file.
+    /// Returns `None` if there is no file.
     pub fn verify(&self, slot: &Slot, progress: Progress) -> Result<Option<Verified>, CheckError> {
         let path = self.path_of(slot);
         if !path.exists() {
@@ -438,7 +437,7 @@ impl Store {
             progress,
         )?;
         let record = self.new_record(slot, sha256, old.and_then(|record| record.source))?;
-        // The file can be right even if the record can't be written.
+        // The file can be valid even if the record can't be written.
         let unrecorded = self.save_record(slot, &record).err();
         Ok(Some(Verified {
             record,
@@ -447,13 +446,13 @@ impl Store {
         }))
     }
 
-    /// The SHA-256 of a file that has no place of its own, after a look at its header.
+    /// Returns the SHA-256 of a file that has no slot, after reading the file's header.
     pub fn hash(&self, path: &Path, progress: Progress) -> Result<String, CheckError> {
         check(path, None, None, progress)
     }
 
-    /// Removes the model in `slot`, what was checked of it, and the beginning of a download. `None` while another
-    /// process downloads it.
+    /// Removes the model in `slot`, its record and its partial download. Returns `None` while another process downloads the
+    /// model.
     pub fn delete(&self, slot: &Slot) -> Result<Option<Deleted>, CheckError> {
         let Some(mut download) = self.try_begin(slot)? else {
             return Ok(None);
@@ -461,9 +460,10 @@ impl Store {
         let part = download.part().map(|part| part.bytes);
         download.forget_part()?;
         let (folder, path) = (self.folder_of(slot), self.path_of(slot));
-        // Looked at before it is gone.
+        // Read before the removal, because the number of links is lost with the file.
         let file = Deleted::foreseen(&path);
-        // The record goes first: without the file it would be a lie, the file without it is only unchecked.
+        // The record goes first. If the removal stops half-way, a file without a record is only unchecked, whereas a record
+        // without a file would be wrong.
         for file in [folder.join("model.json"), path] {
             match fs::remove_file(&file) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -472,7 +472,7 @@ impl Store {
                 _ => {}
             }
         }
-        // Other files that somebody put there stay, and the folder with them.
+        // Unrelated files in the folder are kept, and so is the folder that holds them.
         let _ = fs::remove_dir(&folder);
         sync_dir(&self.dir)?;
         Ok(Some(Deleted {
@@ -482,7 +482,7 @@ impl Store {
         }))
     }
 
-    /// The model in the folder `id` by its own record, for one that no catalogue lists.
+    /// Returns the slot of a model that no catalogue lists, from the record in the folder `id`.
     fn kept(&self, id: &str) -> Option<Slot> {
         if !is_alias(id) && !slot::is_hub_id(id) {
             return None;
@@ -509,7 +509,7 @@ impl Store {
         Ok(kept)
     }
 
-    /// The one file of the hub on this host that `model` fits.
+    /// Returns the only file of the hub on this host that matches `model`.
     fn kept_of_hub(&self, model: &ModelRef) -> Result<Slot, ResolveError> {
         let mut fitting: Vec<Slot> = self
             .all_kept()?
@@ -531,9 +531,9 @@ impl Store {
         }
     }
 
-    /// Space of the disk that holds the folder.
+    /// Returns the space of the disk that holds the folder.
     pub fn disk(&self) -> io::Result<DiskInfo> {
-        // Before the first download the folder may not exist; the disk is the one of its nearest ancestor.
+        // The folder may not exist before the first download, so use its nearest existing ancestor.
         let existing = self
             .dir
             .ancestors()
@@ -550,7 +550,7 @@ impl Store {
         self.dir.join(&slot.id)
     }
 
-    /// Resolves `path` and refuses what is not below an allowed folder, before and after symbolic links.
+    /// Resolves `path`. Refuses a path that is not below an allowed folder, both before and after symbolic links are resolved.
     fn check_allowed(&self, path: &Path, allow_paths: &[PathBuf]) -> Result<PathBuf, ResolveError> {
         let allowed = if allow_paths.is_empty() {
             vec![self.dir.clone()]
@@ -566,8 +566,8 @@ impl Store {
                 .iter()
                 .any(|folder| path != folder && path.starts_with(folder))
         };
-        // A path that is outside by its name alone is refused before the disk is asked, so that the answer does not
-        // tell a stranger which files exist.
+        // Refuse a path that is outside by its name before accessing the disk, so that the answer does not reveal which files
+        // exist.
         if !below(path, &allowed) && !below(path, &real) {
             return Err(ResolveError::Forbidden {
                 path: path.to_path_buf(),
@@ -686,7 +686,7 @@ fn identity(metadata: &fs::Metadata) -> ModelFile {
     }
 }
 
-/// Whether the record was made of the file as it is now.
+/// Returns whether the record describes the current file.
 fn matches(record: &Record, name: &str, metadata: &fs::Metadata) -> bool {
     let now = identity(metadata);
     record.file == name
@@ -694,8 +694,7 @@ fn matches(record: &Record, name: &str, metadata: &fs::Metadata) -> bool {
         && record.identity.modified_ns == now.modified_ns
 }
 
-/// The record in `folder`. One that can't be read counts as none: it only spares work, and the next check makes a
-/// new one.
+/// Reads the record in `folder`. An unreadable record is ignored: it only saves work, and the next check writes a new one.
 fn read_record(folder: &Path) -> Option<Record> {
     serde_json::from_slice(&fs::read(folder.join("model.json")).ok()?).ok()
 }

@@ -1,7 +1,7 @@
 //! The model files that a worker of this version can run.
 //!
-//! Everything that accepts a model (import, download, catalogue, spawn, submit) uses this module, and the worker takes
-//! its own lists from here. A file that passes [`check`] has every feature, tensor and tokenizer that the engine needs.
+//! Everything that accepts a model (import, download, catalogue, spawn, submit) uses this module, and the worker takes its own
+//! lists from here. A file that passes [`check`] has every feature, tensor and tokenizer that the engine needs.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -13,23 +13,23 @@ use super::gguf::{GgufError, GgufFile, Value};
 pub struct Architecture {
     /// Name of the architecture in GGUF files.
     pub name: &'static str,
-    /// The tensors of each block, without the prefix `blk.N.`.
+    /// Names of each block's tensors, without the prefix `blk.N.`.
     pub block_tensors: &'static [&'static str],
-    /// True if files may have one tensor for queries, keys and values of a block (`attn_qkv`), and one for gate and
+    /// True if a file may have one tensor for queries, keys and values of a block (`attn_qkv`), and one for gate and
     /// up-projection (`ffn_up`).
     pub fused: bool,
-    /// True if files may have two sets of divisors of the rotary frequencies (LongRoPE).
+    /// True if a file may have two sets of divisors of the rotary frequencies (LongRoPE).
     pub long_rope: bool,
 }
 
 impl Architecture {
-    /// Returns whether the engine computes a context extension (`ARCH.rope.scaling.type`).
+    /// Returns whether the engine supports a context extension (`ARCH.rope.scaling.type`).
     pub fn has_scaling(&self, kind: &str) -> bool {
         ROPE_SCALING.contains(&kind) || self.long_rope && LONG_ROPE.contains(&kind)
     }
 }
 
-/// The tensors of a block with nothing but attention, a gated feed-forward layer and their norms.
+/// The tensors of a plain block: attention, a gated feed-forward layer and their norms.
 const PLAIN_BLOCK: [&str; 9] = [
     "attn_norm.weight",
     "attn_q.weight",
@@ -42,7 +42,7 @@ const PLAIN_BLOCK: [&str; 9] = [
     "ffn_down.weight",
 ];
 
-/// Every architecture that the engine computes.
+/// All architectures that the engine supports.
 pub const ARCHITECTURES: &[Architecture] = &[
     Architecture {
         name: "gemma3",
@@ -115,13 +115,13 @@ pub const ARCHITECTURES: &[Architecture] = &[
     },
 ];
 
-/// Tensors outside the blocks that every model has. Without an output matrix, the embedding serves as one.
+/// Tensors outside of the blocks that every model has. Without an output matrix, the embedding takes its role.
 const MODEL_TENSORS: [&str; 2] = ["token_embd.weight", "output_norm.weight"];
 
-/// Kinds of vocabulary that the worker reads (`tokenizer.ggml.model`).
+/// Kinds of vocabulary that the worker supports (`tokenizer.ggml.model`).
 pub const TOKENIZER_KINDS: &[&str] = &["gpt2", "llama"];
 
-/// Rules for splitting text before merging (`tokenizer.ggml.pre`) that the worker knows for the kind `gpt2`.
+/// Rules for splitting text before merging (`tokenizer.ggml.pre`) that the worker supports for the kind `gpt2`.
 pub const PRE_TOKENIZERS: &[&str] = &[
     "default",
     "dbrx",
@@ -132,25 +132,25 @@ pub const PRE_TOKENIZERS: &[&str] = &[
     "qwen2",
 ];
 
-/// Element types that the engine can multiply.
+/// Element types that the engine supports.
 pub const TENSOR_TYPES: &[&str] = &[
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
     "Q6_K",
 ];
 
-/// Context extensions (`ARCH.rope.scaling.type`) that the engine computes for every architecture.
+/// Context extensions (`ARCH.rope.scaling.type`) that the engine supports for every architecture.
 const ROPE_SCALING: [&str; 2] = ["none", "linear"];
 
-/// Names of LongRoPE as a context extension. Most files with it have the tensors and no name.
+/// Names of LongRoPE as a context extension. Most files that use it have the tensors but no name.
 const LONG_ROPE: [&str; 2] = ["longrope", "su"];
 
-/// The tensor with the divisors of rotary frequencies for a context that is longer than the original one (LongRoPE).
+/// Tensor with the divisors of rotary frequencies for contexts longer than the original one (LongRoPE).
 pub const LONG_FACTORS: &str = "rope_factors_long.weight";
 
-/// The tensor with the divisors for other contexts.
+/// Tensor with the divisors for all other contexts.
 pub const SHORT_FACTORS: &str = "rope_factors_short.weight";
 
-/// The reason why no worker of this version runs a model.
+/// The reason no worker of this version can run a model.
 #[derive(Debug, thiserror::Error)]
 pub enum Unsupported {
     /// The file is one of several that make up the model.
@@ -163,37 +163,37 @@ pub enum Unsupported {
         /// Number of parts.
         count: u64,
     },
-    /// The file supplements a model: an adapter, a projector.
+    /// The file supplements a model, such as an adapter or a projector.
     #[error("it is a file of type `{found}`, not a language model")]
     NotAModel {
         /// `general.type` of the file.
         found: String,
     },
-    /// The engine does not compute the architecture.
+    /// The engine does not support the architecture.
     #[error("architecture `{found}` is not supported (supported: {})", names(ARCHITECTURES).join(", "))]
     Architecture {
-        /// The architecture of the file or the catalogue entry.
+        /// Architecture of the file or the catalogue entry.
         found: String,
     },
-    /// The engine does not compute a feature of the model.
+    /// The engine does not support a feature of the model.
     #[error("the model needs {feature}, which is not supported")]
     Feature {
-        /// The unsupported feature, in words.
+        /// Description of the feature.
         feature: String,
     },
-    /// The worker does not read the vocabulary.
+    /// The worker does not support the kind of vocabulary.
     #[error("tokenizer kind `{found}` is not supported (supported: {})", TOKENIZER_KINDS.join(", "))]
     Tokenizer {
         /// `tokenizer.ggml.model` of the file.
         found: String,
     },
-    /// The worker does not know how to split the model's text.
+    /// The worker does not support the splitting rule.
     #[error("pre-tokenizer `{found}` is not supported (supported: {})", PRE_TOKENIZERS.join(", "))]
     PreTokenizer {
         /// `tokenizer.ggml.pre` of the file.
         found: String,
     },
-    /// The engine does not read the element type of a tensor.
+    /// The engine does not support the element type of a tensor.
     #[error("tensor `{tensor}` is stored as {ty}, which is not supported (supported: {})", TENSOR_TYPES.join(", "))]
     TensorType {
         /// Name of the tensor.
@@ -201,7 +201,7 @@ pub enum Unsupported {
         /// Element type of the tensor.
         ty: &'static str,
     },
-    /// A part of the model is not in the file.
+    /// A tensor of the model is missing.
     #[error("the file has no tensor `{tensor}`")]
     MissingTensor {
         /// Name of the tensor.
@@ -213,7 +213,7 @@ pub enum Unsupported {
 }
 
 impl Unsupported {
-    /// Returns a remedy.
+    /// Returns what to try next.
     pub fn hint(&self) -> &'static str {
         match self {
             Self::Split { .. } => {
@@ -263,7 +263,7 @@ pub fn check_file(path: &Path, header: &GgufFile) -> Result<(), Unsupported> {
     Err(refused)
 }
 
-/// Fails unless the engine computes the architecture called `name`.
+/// Returns the architecture called `name`, or fails if the engine does not support it.
 pub fn check_architecture(name: &str) -> Result<&'static Architecture, Unsupported> {
     let known = ARCHITECTURES.iter().find(|known| known.name == name);
     known.ok_or_else(|| Unsupported::Architecture {
@@ -271,7 +271,7 @@ pub fn check_architecture(name: &str) -> Result<&'static Architecture, Unsupport
     })
 }
 
-/// Fails if a file's name marks it as one part of a model: `NAME-00001-of-00003.gguf`.
+/// Fails if a file's name marks it as one part of a split model: `NAME-00001-of-00003.gguf`.
 pub fn check_file_name(name: &str) -> Result<(), Unsupported> {
     let number = |digits: &str| {
         (digits.len() == 5)
@@ -307,7 +307,7 @@ fn check_kind(header: &GgufFile) -> Result<(), Unsupported> {
 }
 
 /// Returns whether a file has two sets of divisors of the rotary frequencies, one for the original context and one for longer
-/// ones.
+/// contexts.
 pub fn has_long_rope(header: &GgufFile, architecture: &Architecture) -> Result<bool, GgufError> {
     if !architecture.long_rope {
         return Ok(false);
@@ -336,7 +336,7 @@ fn check_features(header: &GgufFile, architecture: &Architecture) -> Result<(), 
     {
         return feature(format!("rope scaling of type `{kind}`"));
     }
-    // The engine can't compute without these numbers.
+    // Require the values without which the engine can't compute.
     header.head_count_kv()?;
     header.context_length()?;
     header.require_arch::<f64>("attention.layer_norm_rms_epsilon")?;
@@ -356,7 +356,7 @@ fn check_tokenizer(header: &GgufFile) -> Result<(), Unsupported> {
             found: kind.to_owned(),
         });
     }
-    // A vocabulary of pieces with scores needs no rule for splitting.
+    // A vocabulary of scored pieces needs no splitting rule.
     match header.tokenizer_pre()? {
         Some(pre) if kind == "gpt2" && !PRE_TOKENIZERS.contains(&pre) => {
             Err(Unsupported::PreTokenizer {
@@ -368,7 +368,7 @@ fn check_tokenizer(header: &GgufFile) -> Result<(), Unsupported> {
 }
 
 fn check_tensors(header: &GgufFile, architecture: &Architecture) -> Result<(), Unsupported> {
-    // Indexed by name once: a large model has thousands of tensors.
+    // Index the tensors by name once, because a large model has thousands.
     let found: HashMap<_, _> = header
         .tensors()
         .iter()
@@ -395,15 +395,15 @@ fn check_tensors(header: &GgufFile, architecture: &Architecture) -> Result<(), U
             readable(name.to_owned())?;
         }
     }
-    // An optional tensor, checked only if present.
+    // The output matrix is optional, so it is checked only if present.
     match found.contains_key("output.weight") {
         true => readable("output.weight".to_owned()),
         false => Ok(()),
     }
 }
 
-/// Returns the fused tensor that may hold a tensor of a block, and the first tensor that it holds: a file without that one has
-/// the fused one.
+/// Returns the name of the first tensor in the same fused tensor as `part`, and the name of the fused tensor. A file without
+/// the first has the fused one.
 fn fused_tensor(part: &str) -> Option<(&'static str, &'static str)> {
     match part {
         "attn_q.weight" | "attn_k.weight" | "attn_v.weight" => {

@@ -1,20 +1,20 @@
-//! The identity of a file's tokenizer, whatever the weights beside it.
+//! The identity of a file's tokenizer, independent of the weights.
 
 use sha2::{Digest as _, Sha256};
 
 use super::{Array, GgufFile, Value};
 use crate::hex::hex;
 
-/// Beginning of the keys that decide which ids a text has.
+/// Prefix of the keys that determine the token ids of a text.
 const TOKENIZER: &str = "tokenizer.ggml.";
 
 impl GgufFile {
     /// Returns the SHA-256 of all metadata below `tokenizer.ggml.` (vocabulary, merge rules, scores, types, special tokens,
-    /// way of splitting), in lower-case hexadecimal.
+    /// splitting rule), in lower-case hexadecimal.
     ///
-    /// The bytes that are hashed are, for each key in ascending order: the key, and the value behind a letter for its type
-    /// (`u`, `i`, `f`, `b` or `s`, for arrays `a` with the number of elements and their width). Texts have their length in
-    /// front. Numbers, lengths included, are little-endian; single ones have 64 bits.
+    /// The hashed bytes are, for each key in ascending order, the key and the value. A value starts with a letter for its type:
+    /// `u`, `i`, `f`, `b`, `s`, or `a` for an array, followed by the number of elements and their width. Texts are prefixed
+    /// with their length. Numbers, including lengths, are little-endian; single numbers have 64 bits.
     pub fn tokenizer_sha256(&self) -> String {
         let mut hash = Sha256::new();
         let entries = self.metadata().range(TOKENIZER.to_owned()..);
@@ -77,7 +77,7 @@ fn numbers<T, const WIDTH: usize>(
     values.iter().for_each(|value| hash.update(bytes(value)));
 }
 
-/// Hashes the beginning of an array; texts have the width 0.
+/// Hashes the prefix of an array; the width of texts is 0.
 fn head(hash: &mut Sha256, length: usize, width: usize) {
     hash.update(b"a");
     hash.update((length as u64).to_le_bytes());

@@ -1,28 +1,28 @@
-//! What can be wrong with a GGUF file.
+//! The errors of reading a GGUF file.
 
 use std::fmt;
 use std::io;
 
-/// Where in a file a problem was found.
+/// The part of a file that an error refers to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Section {
     /// Magic, version and counts.
     Header,
-    /// A metadata entry: its number, and its key once that has been read.
+    /// One metadata entry.
     Metadata {
-        /// Counted from 0.
+        /// Position of the entry, from 0.
         index: u64,
-        /// Empty while the key itself is being read.
+        /// Key of the entry; empty until the key has been read.
         key: String,
     },
-    /// A tensor's description: its number, and its name once that has been read.
+    /// One tensor's description.
     TensorInfo {
-        /// Counted from 0.
+        /// Position of the tensor, from 0.
         index: u64,
-        /// Empty while the name itself is being read.
+        /// Name of the tensor; empty until the name has been read.
         name: String,
     },
-    /// The tensors' bytes.
+    /// The data of the tensors.
     TensorData,
 }
 
@@ -39,103 +39,103 @@ impl fmt::Display for Section {
     }
 }
 
-/// Why a file is not a usable GGUF model.
+/// The reason a file is not a usable GGUF model.
 #[derive(Debug, thiserror::Error)]
 pub enum GgufError {
     /// The file could not be opened or read.
     #[error("could not read the file")]
     Io(#[from] io::Error),
-    /// The first four bytes are something else.
+    /// The first four bytes are not the magic number.
     #[error(
         "not a GGUF file: it begins with {found:02x?}, a GGUF file with 47 47 55 46 (\"GGUF\")"
     )]
     BadMagic {
-        /// The first bytes of the file.
+        /// First bytes of the file, up to four.
         found: Vec<u8>,
     },
-    /// A version this reader does not know.
+    /// The reader does not support this version.
     #[error("GGUF version {found} is not supported (2 and 3 are)")]
     UnsupportedVersion {
-        /// The version the file names.
+        /// Version number in the file.
         found: u32,
     },
-    /// The numbers are stored the other way round.
+    /// The file is in the opposite byte order.
     #[error("the file is big-endian GGUF, only little-endian files are supported")]
     BigEndian,
-    /// The file ends before what it announces.
+    /// The file is shorter than its header requires.
     #[error("truncated: {section} says {needed} bytes are needed, the file has {actual}")]
     Truncated {
-        /// What announced the bytes.
+        /// Part of the file that requires the bytes.
         section: Section,
-        /// The size the file would need to have, at least.
+        /// Minimum size of a complete file, in bytes.
         needed: u64,
-        /// The size it has.
+        /// Size of the file, in bytes.
         actual: u64,
     },
-    /// A count or length beyond what any real model has.
+    /// A count or length exceeds the reader's limit, which is beyond any real model.
     #[error("{section} at byte {offset}: {what} is {found}, the limit is {limit}")]
     TooLarge {
-        /// Where.
+        /// Part of the file.
         section: Section,
-        /// Offset in the file.
+        /// Offset in the file, in bytes.
         offset: u64,
-        /// Which number.
+        /// Name of the number.
         what: &'static str,
-        /// Its value.
+        /// Number in the file.
         found: u64,
-        /// The largest value accepted.
+        /// Largest accepted number.
         limit: u64,
     },
-    /// A value the format does not allow.
+    /// The format does not allow a value.
     #[error("{section} at byte {offset}: {what}")]
     Invalid {
-        /// Where.
+        /// Part of the file.
         section: Section,
-        /// Offset in the file.
+        /// Offset in the file, in bytes.
         offset: u64,
-        /// What is wrong with it.
+        /// Description of the problem.
         what: String,
     },
-    /// Two tensors claim the same bytes.
+    /// Two tensors overlap.
     #[error(
         "tensors `{first}` and `{second}` overlap: one ends at byte {first_end}, the other begins at {second_start} of the tensor data"
     )]
     Overlap {
-        /// The tensor that begins first.
+        /// Name of the tensor that starts first.
         first: String,
-        /// The tensor that begins inside it.
+        /// Name of the tensor that starts within it.
         second: String,
-        /// End of the first, counted from the start of the tensor data.
+        /// End of the first tensor, relative to the start of the tensor data.
         first_end: u64,
-        /// Start of the second.
+        /// Start of the second tensor, relative to the start of the tensor data.
         second_start: u64,
     },
-    /// A metadata key that is needed is not there.
+    /// A required metadata key is missing.
     #[error("the metadata has no `{key}`")]
     MissingKey {
-        /// The key.
+        /// Name of the missing key.
         key: String,
     },
-    /// A metadata value has another type or an impossible value.
+    /// A metadata value has the wrong type or is out of range.
     #[error("metadata `{key}` is {found}, expected {expected}")]
     WrongValue {
-        /// The key.
+        /// Key of the value.
         key: String,
-        /// What a reader wants.
+        /// Description of the expected value.
         expected: String,
-        /// What the file has.
+        /// Description of the value in the file.
         found: String,
     },
-    /// A product of sizes does not fit 64 bits.
+    /// A product of sizes overflows 64 bits.
     #[error("the size of {what} overflows 64 bits, so the header must be wrong")]
     SizeOverflow {
-        /// What was being computed.
+        /// Name of the computed size.
         what: &'static str,
     },
 }
 
 impl GgufError {
-    /// What to try next.
+    /// Returns what to try next, if anything is known to help.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::BadMagic { .. } => {

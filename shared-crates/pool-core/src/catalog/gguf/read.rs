@@ -1,4 +1,4 @@
-//! Reads the parts of a header, each within the bytes that are left.
+//! Readers of a header's parts. Each checks the remaining size before reading.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -12,7 +12,7 @@ use super::{
     MAX_METADATA, MAX_TENSOR_NAME_BYTES, MAX_TENSORS,
 };
 
-/// The bytes of a file in order, with how many are left.
+/// A sequential reader of a file that tracks its position.
 pub(super) struct Input<R> {
     pub(super) reader: R,
     pub(super) position: u64,
@@ -20,8 +20,8 @@ pub(super) struct Input<R> {
 }
 
 impl<R: Read> Input<R> {
-    /// Fails unless `bytes` more bytes are in the file and belong to a header of believable size: called before
-    /// anything is allocated for them.
+    /// Fails unless the next `bytes` bytes are within the file and within [`MAX_HEADER_BYTES`]. Must be called before memory is
+    /// allocated for them.
     fn ensure(&self, bytes: u64, section: &Section) -> Result<(), GgufError> {
         let needed = self.position.saturating_add(bytes);
         if needed > self.size {
@@ -74,7 +74,7 @@ impl<R: Read> Input<R> {
         Ok(())
     }
 
-    /// A text with its length before it, of at most `limit` bytes.
+    /// Reads a length-prefixed text of at most `limit` bytes.
     fn text(
         &mut self,
         what: &'static str,
@@ -83,7 +83,7 @@ impl<R: Read> Input<R> {
     ) -> Result<String, GgufError> {
         let offset = self.position;
         let length = self.u64(section)?;
-        // A text that is longer than the file is a cut-off file rather than one with a long text.
+        // Checked before the limit: a length beyond the end of the file means a truncated file rather than a long text.
         self.ensure(length, section)?;
         if length > limit {
             return Err(GgufError::TooLarge {
@@ -125,7 +125,7 @@ pub(super) fn read_preamble<R: Read>(input: &mut Input<R>) -> Result<(u32, u64, 
     let version = input.u32(&section)?;
     match version {
         2 | 3 => {}
-        // A small number stored in the other byte order.
+        // A small number in the opposite byte order.
         v if v != 0 && v.swap_bytes() <= 0xffff => return Err(GgufError::BigEndian),
         found => return Err(GgufError::UnsupportedVersion { found }),
     }
@@ -134,7 +134,7 @@ pub(super) fn read_preamble<R: Read>(input: &mut Input<R>) -> Result<(u32, u64, 
         return Err(input.invalid(&section, "it has no tensors, so it is no model".to_owned()));
     }
     let metadata = read_count(input, "the number of metadata entries", MAX_METADATA)?;
-    // The least a metadata entry (empty key, one byte) and a tensor (empty name, one dimension) can take.
+    // The smallest possible metadata entry (empty key, one byte) and tensor description (empty name, one dimension).
     input.ensure(
         metadata * (8 + 4 + 1) + tensors * (8 + 4 + 8 + 4 + 8),
         &section,
@@ -228,7 +228,7 @@ fn not_a_bool(byte: u8) -> String {
 fn read_array<R: Read>(input: &mut Input<R>, section: &Section) -> Result<Array, GgufError> {
     let ty = input.u32(section)?;
     let count = input.u64(section)?;
-    /// Numbers of `N` bytes each; the whole array is known to be in the file before memory is taken for it.
+    /// Reads numbers of `N` bytes each. Checks that the file contains the whole array before allocating memory for it.
     fn numbers<R: Read, T, const N: usize>(
         input: &mut Input<R>,
         count: u64,
@@ -271,7 +271,7 @@ fn read_strings<R: Read>(
     count: u64,
     section: &Section,
 ) -> Result<StringArray, GgufError> {
-    // Each string has its length before it: that much must be there before memory is taken for their ends.
+    // Each string has a length prefix, so the file must contain at least that much before memory is allocated for the ends.
     input.ensure(count.saturating_mul(8), section)?;
     let mut strings = StringArray {
         bytes: Vec::new(),
@@ -320,7 +320,7 @@ pub(super) fn read_tensor_infos<R: Read>(
     count: u64,
     alignment: u64,
 ) -> Result<Vec<TensorInfo>, GgufError> {
-    // The preamble saw to it that the file is long enough for so many.
+    // The preamble check ensures that the file is long enough for this many tensors.
     let mut tensors: Vec<TensorInfo> = Vec::with_capacity(count as usize);
     for index in 0..count {
         let mut section = Section::TensorInfo {
@@ -398,9 +398,9 @@ fn read_tensor_info<R: Read>(
     })
 }
 
-/// The tensors fill the file from `data_offset` to its end, one after the other, with no more between and behind them
-/// than the alignment asks for: what all writers do and ggml insists on. A count or a dimension that is too small
-/// shows in the bytes that nobody owns.
+/// Checks that the tensors fill the file from `data_offset` to its end, in sequence, with no gaps except alignment padding. All
+/// writers produce this layout, and ggml insists on it. A count or dimension that is too small is found by the bytes that
+/// belong to no tensor.
 pub(super) fn check_layout(
     tensors: &[TensorInfo],
     data_offset: u64,

@@ -1,4 +1,4 @@
-//! Element types, and where tensors lie.
+//! Tensor descriptions and element types.
 
 /// The element type of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -9,7 +9,7 @@ pub struct GgmlType {
     pub(super) block_bytes: u64,
 }
 
-/// Every element type whose layout is known: id, name, elements a block, bytes a block.
+/// All element types of known layout: id, name, elements per block, bytes per block.
 const GGML_TYPES: &[(u32, &str, u64, u64)] = &[
     (0, "F32", 1, 4),
     (1, "F16", 1, 2),
@@ -46,7 +46,7 @@ const GGML_TYPES: &[(u32, &str, u64, u64)] = &[
 ];
 
 impl GgmlType {
-    /// The type with this number, if its layout is known.
+    /// Returns the type with this number, or `None` if its layout is unknown.
     pub fn from_id(id: u32) -> Option<Self> {
         GGML_TYPES.iter().find(|(known, ..)| *known == id).map(
             |&(id, name, block_elements, block_bytes)| Self {
@@ -58,46 +58,46 @@ impl GgmlType {
         )
     }
 
-    /// The type's number in the file.
+    /// Returns the number of the type in the file.
     pub fn id(self) -> u32 {
         self.id
     }
 
-    /// The name everybody uses, such as `Q4_K`.
+    /// Returns the common name of the type, such as `Q4_K`.
     pub fn name(self) -> &'static str {
         self.name
     }
 
-    /// Elements that are stored together.
+    /// Returns the number of elements stored as one block.
     pub fn block_elements(self) -> u64 {
         self.block_elements
     }
 
-    /// Bytes such a block takes.
+    /// Returns the size of a block in bytes.
     pub fn block_bytes(self) -> u64 {
         self.block_bytes
     }
 }
 
-/// Where a tensor lies and what it holds.
+/// The location and shape of a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
-    /// Its name, such as `blk.0.attn_q.weight`.
+    /// Name of the tensor, such as `blk.0.attn_q.weight`.
     pub name: String,
-    /// Its dimensions in the file's order: the first one is contiguous in memory.
+    /// Dimensions in the file's order; the first one is contiguous in memory.
     pub dims: Vec<u64>,
-    /// Its element type.
+    /// Element type, which determines the size of a block.
     pub ty: GgmlType,
-    /// Its first byte, counted from [`GgufFile::data_offset`].
+    /// Offset of the first byte, relative to [`GgufFile::data_offset`].
     pub offset: u64,
-    /// Its size in bytes.
+    /// Size in bytes.
     pub size_bytes: u64,
 }
 
 impl TensorInfo {
-    /// How many elements it has.
+    /// Returns the number of elements.
     pub fn elements(&self) -> u64 {
-        // The product was checked when the file was read.
+        // The product was checked for overflow when the file was read.
         self.dims.iter().product()
     }
 }

@@ -85,7 +85,7 @@ impl Build {
         }
     }
 
-    /// All but the tensors' bytes.
+    /// Everything but the tensor data.
     fn header(&self) -> Vec<u8> {
         let mut bytes = b"GGUF".to_vec();
         bytes.extend(self.version.to_le_bytes());
@@ -334,7 +334,7 @@ fn a_file_cut_anywhere_says_how_many_bytes_are_missing() {
     assert!(error.hint().unwrap().contains("fetch it again"));
 }
 
-/// Values that arithmetic goes wrong with.
+/// Values that tend to break arithmetic.
 const NASTY: [u64; 6] = [0, 1, 1 << 31, 1 << 32, 1 << 63, u64::MAX];
 
 #[test] // [GGUF-005]
@@ -372,7 +372,7 @@ fn counts_and_lengths_are_compared_with_the_file() {
             );
         }
     }
-    // Counts within the limits that the file can't hold.
+    // Counts within the limits, but too large for the file.
     for build in [
         Build {
             tensor_count: Some(MAX_TENSORS),
@@ -436,7 +436,7 @@ fn alignments_other_than_powers_of_two_are_refused() {
         aligned(64).error().contains("not a multiple of 64"),
         "a tensor at 160"
     );
-    // Without alignment the data begins right after the descriptions.
+    // Without alignment, the data begins right after the descriptions.
     let mut packed = aligned(1);
     packed.tensors[1] = tensor("norm.weight", &[64], 0, 136);
     read(&concat(&[&packed.header(), &[0; 136 + 256]])).unwrap();
@@ -618,7 +618,7 @@ fn widths_and_names_come_from_what_the_file_gives() {
     ];
     bare.metadata.retain(|(key, _)| !dropped.contains(key));
     let file = read(&bare.with("llama.vocab_size", u32_value(9)).bytes()).unwrap();
-    // Most bytes are those of the norm.
+    // The norm takes most of the bytes.
     assert_eq!(
         (file.quantization().as_str(), file.vocab_size().unwrap()),
         ("F32", 9)
@@ -635,7 +635,7 @@ fn widths_and_names_come_from_what_the_file_gives() {
         let named = Build::model().with("general.file_type", u32_value(id));
         assert_eq!(read(&named.bytes()).unwrap().quantization(), name);
     }
-    // Numbers that were given up, or don't exist yet, are named after the weights.
+    // Retired and future numbers: the name comes from the weights.
     for id in 0..64 {
         let named = Build::model().with("general.file_type", u32_value(id));
         assert_ne!(
@@ -664,7 +664,7 @@ fn every_refusal_says_what_to_try() {
     assert!(hint(&damaged.bytes()).contains("damaged"));
 }
 
-/// A file of so many zeros that nobody has to hold.
+/// Reads a file padded with zeros to `size`, without holding it in memory.
 fn sparse(header: &[u8], size: u64) -> Result<GgufFile, GgufError> {
     let rest = std::io::repeat(0).take(size - header.len() as u64);
     GgufFile::read(header.chain(rest), size)
@@ -724,7 +724,7 @@ proptest! {
         }
         for file in [&bytes[..], &bytes[..cut.index(bytes.len())]] {
             if let Ok(file) = read(file) {
-                // What a file says may still be nonsense: asking must be safe.
+                // The values may still be nonsense, but reading them must not panic.
                 let _ = (file.context_length(), file.head_dim(), file.head_count_kv(), file.vocab_size());
                 let _ = (file.kv_cache_bytes(u64::MAX, 4), file.parameter_count(), file.quantization());
                 prop_assert!(file.tensors().iter().all(|t| file.data_offset() + t.offset + t.size_bytes <= file.file_size()));
@@ -733,7 +733,7 @@ proptest! {
     }
 }
 
-// [GGUF-050] The expected hash was computed outside of this program from the documented bytes.
+// [GGUF-050] The expected hash was computed from the documented bytes by another program.
 #[test]
 fn a_tokenizer_is_identified_by_its_own_metadata_alone() {
     let hash = |built: &Build| read(&built.bytes()).unwrap().tokenizer_sha256();
@@ -766,7 +766,7 @@ fn a_tokenizer_is_identified_by_its_own_metadata_alone() {
         ("tokens", texts(&["ab", ""])),
         ("tokens", texts(&["a", "b", ""])),
     ];
-    // An array of every other type, with other values than the one before.
+    // An array of every other type, each with different values.
     for (ty, width) in [
         (0, 1),
         (1, 1),
@@ -781,7 +781,7 @@ fn a_tokenizer_is_identified_by_its_own_metadata_alone() {
         (12, 8),
     ] {
         let mut content = vec![0; 2 * width];
-        // Truth values are 0 and 1 alone.
+        // Booleans are only 0 or 1.
         let (first, rest) = if ty == 7 { (0, 1) } else { (1, ty as u8) };
         content[width..].fill(rest);
         content[0] = first;

@@ -1,6 +1,6 @@
-//! Metadata values, kept as compactly as they are stored.
+//! Metadata values, held in memory as compactly as they are stored in the file.
 
-/// Strings of a metadata array, held as they are stored: one run of bytes and where each string ends.
+/// The strings of a metadata array, held as one buffer of bytes and the end of each string.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StringArray {
     pub(super) bytes: Vec<u8>,
@@ -8,17 +8,17 @@ pub struct StringArray {
 }
 
 impl StringArray {
-    /// How many strings there are.
+    /// Returns the number of strings.
     pub fn len(&self) -> usize {
         self.ends.len()
     }
 
-    /// Whether there are none.
+    /// Returns whether the array has no strings.
     pub fn is_empty(&self) -> bool {
         self.ends.is_empty()
     }
 
-    /// The string at `index`, as bytes: vocabularies exist that are not quite UTF-8.
+    /// Returns the string at `index` as bytes, because some vocabularies are not valid UTF-8.
     pub fn get(&self, index: usize) -> Option<&[u8]> {
         let end = *self.ends.get(index)? as usize;
         let start = if index == 0 {
@@ -29,13 +29,13 @@ impl StringArray {
         self.bytes.get(start..end)
     }
 
-    /// All strings in order; bytes that are not UTF-8 become U+FFFD.
+    /// Returns all strings in order, with U+FFFD in place of invalid UTF-8.
     pub fn iter(&self) -> impl Iterator<Item = std::borrow::Cow<'_, str>> {
         (0..self.len()).map(|i| String::from_utf8_lossy(self.get(i).unwrap_or_default()))
     }
 }
 
-/// A metadata array; arrays of arrays are refused.
+/// A metadata array. Nested arrays are not supported.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Array {
     /// Unsigned bytes.
@@ -58,14 +58,14 @@ pub enum Array {
     F32(Vec<f32>),
     /// 64-bit floats.
     F64(Vec<f64>),
-    /// Truth values.
+    /// Booleans.
     Bool(Vec<bool>),
     /// Strings.
     String(StringArray),
 }
 
 impl Array {
-    /// How many elements there are.
+    /// Returns the number of elements.
     pub fn len(&self) -> usize {
         match self {
             Self::U8(v) => v.len(),
@@ -83,12 +83,12 @@ impl Array {
         }
     }
 
-    /// Whether there are none.
+    /// Returns whether the array has no elements.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The elements as unsigned numbers, if that is what all of them are.
+    /// Returns the elements as unsigned numbers, or `None` if any of them is not one.
     pub(super) fn to_u64s(&self) -> Option<Vec<u64>> {
         fn all<T: Copy + TryInto<u64>>(values: &[T]) -> Option<Vec<u64>> {
             values.iter().map(|v| (*v).try_into().ok()).collect()
@@ -107,27 +107,27 @@ impl Array {
     }
 }
 
-/// A metadata value.
+/// A metadata value, with integers widened to 64 bits.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Value {
-    /// An unsigned number of any width.
+    /// Unsigned integer of any width in the file.
     Unsigned(u64),
-    /// A signed number of any width.
+    /// Signed integer of any width in the file.
     Signed(i64),
-    /// A 32-bit float.
+    /// 32-bit float.
     F32(f32),
-    /// A 64-bit float.
+    /// 64-bit float.
     F64(f64),
-    /// A truth value.
+    /// Boolean; 0 or 1 in the file.
     Bool(bool),
-    /// A text.
+    /// UTF-8 text.
     String(String),
-    /// An array.
+    /// Array of elements of one type.
     Array(Array),
 }
 
 impl Value {
-    /// What kind of value this is, for error messages.
+    /// Returns a description of the value for error messages.
     pub(super) fn describe(&self) -> String {
         match self {
             Self::Unsigned(v) => format!("the number {v}"),
@@ -141,11 +141,11 @@ impl Value {
     }
 }
 
-/// A type that metadata values can be read as.
+/// A type that a metadata value can be converted to.
 pub trait FromValue<'a>: Sized {
-    /// What a reader wants, for error messages.
+    /// Description of the expected value, for error messages.
     const EXPECTED: &'static str;
-    /// The value as this type, if it is one.
+    /// Converts the value, or returns `None` if it has another type or is out of range.
     fn from_value(value: &'a Value) -> Option<Self>;
 }
 

@@ -1,8 +1,8 @@
 //! The tokens of a model file by purpose: text, control, end of a turn.
 //!
-//! Files are unreliable here. A file names one or two tokens that end an answer, models use others as well, and
-//! converters type such tokens as ordinary text. So tokens are recognised as in llama.cpp: by the keys that name them,
-//! and by known texts regardless of their type.
+//! Files are unreliable here. A file names one or two tokens that end an answer, but models use others as well, and converters
+//! mark such tokens as ordinary text. So tokens are recognised as in llama.cpp: by the keys that name them, and by known texts
+//! regardless of their type.
 
 use std::collections::BTreeMap;
 
@@ -55,7 +55,7 @@ const END_TEXTS: [&str; 40] = [
     "<|file_sep|>",
 ];
 
-/// Keys that name a token which ends an answer.
+/// Keys that name a token that ends an answer.
 const END_KEYS: [&str; 6] = [
     "tokenizer.ggml.eos_token_id",
     "tokenizer.ggml.eot_token_id",
@@ -68,7 +68,7 @@ const END_KEYS: [&str; 6] = [
 /// Key of a list of tokens that end an answer.
 const END_LIST_KEY: &str = "tokenizer.ggml.eos_token_ids";
 
-/// Further keys of tokens that are never text.
+/// Further keys of tokens that are never ordinary text.
 const CONTROL_KEYS: [&str; 9] = [
     "tokenizer.ggml.bos_token_id",
     "tokenizer.ggml.unknown_token_id",
@@ -100,16 +100,16 @@ const TURN_TEXTS: [&str; 15] = [
     "<sop>",
 ];
 
-/// Reason why a vocabulary can't be read.
+/// The reason a vocabulary can't be read.
 #[derive(Debug, thiserror::Error)]
 pub enum VocabularyError {
-    /// A value of the header is missing or has another type.
+    /// A required value of the header is missing or has the wrong type.
     #[error(transparent)]
     Header(#[from] GgufError),
     /// A list with one entry per token has the wrong length.
     #[error("`{key}` has {found} entries for {tokens} tokens")]
     Length {
-        /// Key of the list.
+        /// Metadata key of the list.
         key: &'static str,
         /// Length of the list.
         found: usize,
@@ -119,7 +119,7 @@ pub enum VocabularyError {
     /// The id of a special token is outside the vocabulary.
     #[error("`{key}` is {id}, the vocabulary ends at {last}")]
     Id {
-        /// Key of the id.
+        /// Metadata key of the id.
         key: String,
         /// Id beyond the last token.
         id: u32,
@@ -128,20 +128,20 @@ pub enum VocabularyError {
     },
 }
 
-/// Purpose of a token.
+/// The purpose of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TokenKind {
-    /// Text.
+    /// Ordinary text.
     Normal,
-    /// Replacement for text that the vocabulary can't express.
+    /// Placeholder for text that the vocabulary can't express.
     Unknown,
     /// Signal to the model; never text.
     Control,
     /// Text that is never split.
     UserDefined,
-    /// Id without a use.
+    /// Unused id.
     Unused,
-    /// One byte.
+    /// Single byte.
     Byte,
 }
 
@@ -165,16 +165,16 @@ pub struct EndToken {
     pub id: u32,
     /// Text in the vocabulary.
     pub text: String,
-    /// Metadata key that names the token; absent for a token recognised by its text.
+    /// Metadata key that names the token; absent if the token was recognised by its text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<&'static str>,
 }
 
 /// The vocabulary of a model file.
 pub struct Vocabulary {
-    /// Texts of the tokens, by id.
+    /// Texts of the tokens, indexed by id.
     pub texts: Vec<String>,
-    /// Purposes of the tokens, by id. A token that ends an answer is `Control`, regardless of its type in the file.
+    /// Purposes of the tokens, indexed by id. A token that ends an answer is `Control`, regardless of its type in the file.
     pub kinds: Vec<TokenKind>,
     ends: BTreeMap<u32, Option<&'static str>>,
 }
@@ -209,7 +209,7 @@ impl Vocabulary {
         Ok(vocabulary)
     }
 
-    /// Returns the token that a key names; `None` if the key is absent.
+    /// Returns the token id that `key` holds, or `None` if the key is absent.
     pub fn id(&self, header: &GgufFile, key: &str) -> Result<Option<u32>, VocabularyError> {
         match header.get::<u32>(key)? {
             Some(id) if id as usize >= self.texts.len() => Err(VocabularyError::Id {
@@ -221,7 +221,7 @@ impl Vocabulary {
         }
     }
 
-    /// Returns the tokens that end an answer, by id.
+    /// Returns the tokens that end an answer, in order of their ids.
     pub fn ends(&self) -> impl Iterator<Item = EndToken> {
         self.ends.iter().map(|(id, key)| EndToken {
             id: *id,
@@ -230,8 +230,8 @@ impl Vocabulary {
         })
     }
 
-    /// Returns whether a token steers the model, so that the text of a message must never become it: every control
-    /// token, and every token typed as text that ends or marks a turn.
+    /// Returns whether a token steers the model, so that the text of a message must never be tokenized to it. This holds for
+    /// every control or unknown token, and for every user-defined token that ends or marks a turn.
     pub fn steers(&self, id: u32) -> bool {
         let index = id as usize;
         match self.kinds.get(index) {
@@ -248,7 +248,7 @@ impl Vocabulary {
             }
         }
         for key in END_KEYS {
-            // A wrong padding id does not affect answers.
+            // An invalid padding id does not affect answers, so it is ignored.
             let id = match key.contains("fim") {
                 true => self.id(header, key).unwrap_or(None),
                 false => self.id(header, key)?,
@@ -285,7 +285,7 @@ impl Vocabulary {
             });
     }
 
-    /// Changes control tokens that are typed as text to control tokens.
+    /// Retypes control tokens that the file marks as text.
     fn correct_kinds(&mut self, header: &GgufFile) {
         let named = CONTROL_KEYS
             .into_iter()
@@ -294,7 +294,7 @@ impl Vocabulary {
         for id in ids {
             let index = id as usize;
             let known = ends_turns(&self.texts[index]);
-            // Some files name a letter or a byte as padding: such a token stays text.
+            // Some files name a letter or a byte as the padding token; such a token stays text.
             let typed_as_text = matches!(
                 self.kinds[index],
                 TokenKind::Normal | TokenKind::UserDefined
@@ -315,7 +315,7 @@ fn marks_turns(text: &str) -> bool {
 }
 
 fn ends_turns(text: &str) -> bool {
-    // Called for each of 100,000 tokens or more.
+    // Called for each of 100,000 tokens or more, so a cheap check of the first character comes first.
     text.starts_with(['<', '[', '_']) && END_TEXTS.contains(&text)
 }
 

@@ -1,4 +1,4 @@
-//! Whether a file is the model it should be.
+//! Verification of a model file: size, hash and header.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -11,7 +11,7 @@ use crate::catalog::gguf::GgufFile;
 use crate::catalog::support;
 use crate::hex::hex;
 
-/// The SHA-256 of a file that passes: right size, right hash, and a header that a worker could load.
+/// Checks the size, the hash and the header of the file at `path`. Returns its SHA-256.
 pub(super) fn check(
     path: &Path,
     size: Option<u64>,
@@ -36,7 +36,7 @@ pub(super) fn check(
     Ok(sha256)
 }
 
-/// Fails unless the header of the file at `path` passes for a worker.
+/// Fails unless a worker of this version can run the file at `path`, judging by its header.
 pub(super) fn check_support(path: &Path) -> Result<(), CheckError> {
     let header = GgufFile::open(path).map_err(CheckError::Header)?;
     support::check_file(path, &header).map_err(CheckError::Unsupported)

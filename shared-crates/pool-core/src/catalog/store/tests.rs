@@ -61,7 +61,7 @@ impl Setup {
             .resolve(&model.parse().unwrap(), &self.catalog, &[])
     }
 
-    /// Downloads `bytes` as the first source would.
+    /// Downloads `bytes` from the first source.
     fn place(&self, bytes: &[u8]) -> Result<Record, CheckError> {
         let mut download = self.store.try_begin(&self.slot()).unwrap().unwrap();
         let source = download.next_source().unwrap().unwrap();
@@ -442,7 +442,7 @@ fn what_tasks_may_name_has_every_name_that_leads_to_it() {
     assert_eq!(name_of("hf:a/b", models.join("m/m.gguf")), "m");
 }
 
-/// A download of the hub's source that was broken off with `bytes` come.
+/// Interrupts a download from the hub after `bytes`.
 fn broken_off(setup: &Setup, bytes: &[u8]) -> PartOrigin {
     let mut download = setup.store.try_begin(&setup.slot()).unwrap().unwrap();
     let origin = PartOrigin {
@@ -452,7 +452,7 @@ fn broken_off(setup: &Setup, bytes: &[u8]) -> PartOrigin {
     let file = download.folder().join("incomplete");
     fs::write(&file, &bytes[..2]).unwrap();
     download.keep(&file, &origin).unwrap();
-    // The program goes on writing, and in the end removes its own name.
+    // The program continues to write, and finally removes its own name.
     fs::write(&file, bytes).unwrap();
     download.keep(&file, &origin).unwrap();
     fs::remove_file(file).unwrap();
@@ -472,7 +472,7 @@ fn the_beginning_of_a_file_is_kept_and_continued() {
     let source = download.next_source().unwrap().unwrap();
     let part = download.part().unwrap();
     assert_eq!((part.bytes, &part.origin), (40, &origin));
-    // What is there needs no more room.
+    // The bytes already on disk need no further space.
     let disk = DiskInfo {
         total_bytes: 1 << 40,
         free_bytes: whole.len() as u64 - 40 + DISK_RESERVE_BYTES,
@@ -510,13 +510,13 @@ fn a_program_left_by_a_killed_download_is_ended() {
     let setup = Setup::new(true);
     let download = setup.store.try_begin(&setup.slot()).unwrap().unwrap();
     broken_off_by(&download);
-    // It ends by itself soon enough where nobody does it.
+    // If nothing kills the program, it exits after 20 seconds.
     let mut program = std::process::Command::new("sleep")
         .arg("20")
         .spawn()
         .unwrap();
     download.note_program(program.id()).unwrap();
-    // As a kill leaves it: nothing is tidied up, and the lock is free.
+    // Restore the state that a kill leaves: no cleanup, but a free lock.
     let left = fs::read(setup.store.dir().join(".partial/m/program.json")).unwrap();
     drop(download);
     fs::write(setup.store.dir().join(".partial/m/program.json"), left).unwrap();
@@ -525,7 +525,7 @@ fn a_program_left_by_a_killed_download_is_ended() {
     assert_eq!(program.wait().unwrap().signal(), Some(9));
 }
 
-/// Leaves a beginning, so that the private folder stays.
+/// Leaves a partial file, so that the private folder is kept.
 fn broken_off_by(download: &Download) {
     download.clear_folder().unwrap();
     let file = download.folder().join("incomplete");
@@ -623,7 +623,7 @@ fn an_imported_file_becomes_the_entry_that_has_its_hash() {
         [".locks/m", "m/m.gguf", "m/model.json"]
     );
 
-    // Under a name of its own where that is wanted; the catalogue's other names stay what they are.
+    // Imports under an explicit name. The catalogue's entry is unaffected.
     let named = import(&setup, &given, Some("mine")).unwrap();
     assert_eq!(named.slot.model_ref.to_string(), "mine");
     assert!(setup.resolve("mine").unwrap().file.sha256.is_some());
@@ -738,7 +738,7 @@ fn a_deleted_model_leaves_nothing_and_other_files_stay() {
     let nothing = setup.store.delete(&setup.slot()).unwrap();
     assert_eq!(nothing, Some(Deleted::default()));
 
-    // A file that has other names gives nothing back.
+    // Removing a file that has other names frees nothing.
     setup.place(&tiny_gguf()).unwrap();
     for name in ["a", "b"] {
         fs::hard_link(

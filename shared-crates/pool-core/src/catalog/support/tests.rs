@@ -24,7 +24,7 @@ fn a_file_with_all_that_the_engine_needs_passes() {
         &whole.clone().with_text("llama.rope.scaling.type", "linear"),
     ))
     .unwrap();
-    // The rule for splitting has no meaning for a vocabulary of scored pieces.
+    // The splitting rule does not apply to a vocabulary of scored pieces.
     check(&read(
         &whole
             .clone()
@@ -57,7 +57,7 @@ fn tensors_of_phi3_may_be_fused_or_not() {
             fused().without_tensor("blk.0.ffn_up.weight"),
             "the file has no tensor `blk.0.ffn_up.weight`",
         ),
-        // With queries of their own, keys and values are looked for as well.
+        // If queries have a tensor of their own, keys and values must have one as well.
         (
             fused().with_tensor("blk.0.attn_q.weight", &[2, 2]),
             "the file has no tensor `blk.0.attn_k.weight`",
@@ -78,7 +78,7 @@ fn tensors_of_phi3_may_be_fused_or_not() {
             long().with_text("phi3.rope.scaling.type", "yarn"),
             "rope scaling of type `yarn`",
         ),
-        // No other architecture has them.
+        // Other architectures have no fused tensors.
         (
             GgufDraft::phi3().of_architecture("llama"),
             "the file has no tensor `blk.0.attn_q.weight`",
@@ -163,7 +163,7 @@ fn every_reason_for_a_refusal_has_its_name() {
             whole().without_tensor("blk.0.ffn_up.weight"),
             "the file has no tensor `blk.0.ffn_up.weight`",
         ),
-        // The tensors of the second block are in another file, and the header does not say so.
+        // The second block is in another file, although the header does not mention a split.
         (
             whole().with_number("llama.block_count", 2),
             "the file has no tensor `blk.1.attn_norm.weight`",
