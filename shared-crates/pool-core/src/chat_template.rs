@@ -12,37 +12,38 @@ use minijinja::syntax::SyntaxConfig;
 
 pub use scan::literals;
 
-/// Most bytes of one tag, its texts left out: the engine takes time with the square of the operators in a tag. Real tags
-/// have a few hundred.
+/// Maximum bytes of one tag, without its quoted texts. The engine takes quadratic time in the number of operators in a tag.
+/// Real tags have a few hundred bytes.
 pub const MAX_TAG_BYTES: usize = 1 << 12;
-/// Longest template that is compiled. The longest published ones have 25 KiB.
+/// Maximum bytes of a template to compile. The longest published ones have 25 KiB.
 pub const MAX_TEMPLATE_BYTES: usize = 1 << 16;
 /// Name of the template in its environment.
 pub const NAME: &str = "chat_template";
-/// Address space for the stack of a compilation. The engine recurses as deep as a template nests its operators.
+/// Address space for the stack of a compilation. The engine's recursion depth equals the nesting depth of a template's
+/// operators.
 const STACK_BYTES: usize = 1 << 30;
 
-/// Reason why a template can't be compiled.
+/// The reason a template can't be compiled.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateProblem {
     /// A syntax error, or a statement that the dialect lacks.
     #[error("the model's chat template is not supported: {0}")]
     Syntax(String),
-    /// A template longer than any real one.
+    /// The template is longer than any real one.
     #[error("the model's chat template has {found} bytes, the limit is {MAX_TEMPLATE_BYTES}")]
     TooLong {
-        /// Length in bytes.
+        /// Length of the template in bytes.
         found: usize,
     },
-    /// A tag longer than any real one.
+    /// A tag is longer than any real one.
     #[error("the model's chat template has a tag of more than {MAX_TAG_BYTES} bytes")]
     LongTag,
-    /// No thread for the compilation, or a panic of the compiler.
+    /// The compiler panicked, or its thread could not be started.
     #[error("the model's chat template can't be compiled")]
     Failed,
 }
 
-/// Refuses a template that is too long to compile within bounds.
+/// Fails if a template is too long to compile within bounds.
 pub fn check_length(source: &str) -> Result<(), TemplateProblem> {
     if source.len() > MAX_TEMPLATE_BYTES {
         return Err(TemplateProblem::TooLong {
@@ -55,11 +56,11 @@ pub fn check_length(source: &str) -> Result<(), TemplateProblem> {
     }
 }
 
-/// Compiles a template under [`NAME`], on the caller's stack: call [`check_length`] first, with a large stack.
+/// Compiles a template under [`NAME`] on the caller's stack. Call [`check_length`] first, and provide a large stack.
 pub fn compile(source: &str) -> Result<Environment<'static>, TemplateProblem> {
     let syntax_error = |error: minijinja::Error| TemplateProblem::Syntax(explain(&error));
     let mut environment = Environment::new();
-    // Templates are written for these settings of the Python library.
+    // Chat templates are written for these settings of the Python library.
     let syntax = SyntaxConfig::builder()
         .trim_blocks(true)
         .lstrip_blocks(true)
@@ -71,7 +72,7 @@ pub fn compile(source: &str) -> Result<Environment<'static>, TemplateProblem> {
     Ok(environment)
 }
 
-/// Compiles a template within bounds, and discards the result.
+/// Compiles a template within bounds and discards the result.
 pub fn check(source: &str) -> Result<(), TemplateProblem> {
     check_length(source)?;
     let source = source.to_owned();
@@ -84,7 +85,7 @@ pub fn check(source: &str) -> Result<(), TemplateProblem> {
         .unwrap_or(Err(TemplateProblem::Failed))
 }
 
-/// Returns the engine's message without the template's name, which is always the same.
+/// Returns the engine's message without the template's name, which never varies.
 fn explain(error: &minijinja::Error) -> String {
     let what = error
         .detail()

@@ -1,4 +1,4 @@
-//! A scanner for the tags of a template that does not compile it.
+//! A scanner that finds the tags of a template without compiling it.
 
 use std::ops::Range;
 
@@ -11,8 +11,8 @@ enum Tag {
     Statement(Range<usize>),
 }
 
-/// Returns the inner ranges of all tags. Comments and `raw` blocks have none. An unclosed tag is left out: the compiler
-/// refuses it.
+/// Returns the inner ranges of all tags outside of comments and `raw` blocks. Omits an unclosed tag, because the compiler
+/// rejects it.
 fn tags(source: &str) -> Vec<Tag> {
     let mut tags = Vec::new();
     let mut at = 0;
@@ -39,7 +39,7 @@ fn tags(source: &str) -> Vec<Tag> {
     tags
 }
 
-/// Returns the place after the delimiter that ends the tag whose content begins at `from`.
+/// Returns the position after the delimiter that closes the tag whose content begins at `from`.
 fn end_of_tag(source: &str, from: usize, delimiter: u8) -> Option<usize> {
     let bytes = source.as_bytes();
     let (mut at, mut open) = (from, 0usize);
@@ -58,7 +58,7 @@ fn end_of_tag(source: &str, from: usize, delimiter: u8) -> Option<usize> {
     None
 }
 
-/// Returns the place of the quote that ends a text.
+/// Returns the position of the quote that closes a text.
 fn end_of_text(bytes: &[u8], from: usize, quote: u8) -> Option<usize> {
     let mut at = from;
     loop {
@@ -92,8 +92,8 @@ fn word(statement: &str) -> (usize, &str) {
     (start, &begun[..end])
 }
 
-/// Replaces `generation` and `endgeneration`, which mark the answers in training texts for the `transformers` library,
-/// by a block that only limits the scope of names, as in that library.
+/// Replaces `generation` and `endgeneration`, which mark answers in training texts, by a block that only limits the scope of
+/// names. The `transformers` library treats them the same way.
 pub(super) fn without_generation(source: &str) -> String {
     let mut rewritten = String::with_capacity(source.len());
     let mut copied = 0;
@@ -106,7 +106,7 @@ pub(super) fn without_generation(source: &str) -> String {
             _ => continue,
         };
         let start = inner.start + start;
-        // With further text after its name, the statement is not part of the dialect either.
+        // A statement with further text after its name is not part of the dialect, so the compiler must reject it.
         let rest = source[start + name.len()..inner.end].trim();
         if matches!(rest, "" | "-" | "+") {
             rewritten.push_str(&source[copied..start]);
@@ -118,7 +118,7 @@ pub(super) fn without_generation(source: &str) -> String {
     rewritten
 }
 
-/// Returns the quoted texts inside a template's tags, as written.
+/// Returns the values of all quoted texts inside a template's tags, sorted and without duplicates.
 pub fn literals(source: &str) -> Vec<String> {
     let bytes = source.as_bytes();
     let mut texts = Vec::new();
@@ -141,7 +141,7 @@ pub fn literals(source: &str) -> Vec<String> {
     texts
 }
 
-/// Returns the value of a quoted text. Unusual escapes stay unchanged.
+/// Returns the value of a quoted text. Keeps unusual escapes unchanged.
 fn unescaped(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
     let mut chars = text.chars();
@@ -165,8 +165,8 @@ fn unescaped(text: &str) -> String {
     plain
 }
 
-/// Returns the bytes of the longest tag between `{{` and `}}` or `{%` and `%}`, without quoted texts. This is an upper
-/// bound, so comments and `raw` blocks count as tags.
+/// Returns the bytes of the longest tag between `{{` and `}}` or `{%` and `%}`, without quoted texts. This is an upper bound,
+/// because comments and `raw` blocks count as tags.
 pub(super) fn longest_tag(source: &str) -> usize {
     let (mut longest, mut length) = (0, None::<usize>);
     let mut quote = None;
@@ -175,7 +175,7 @@ pub(super) fn longest_tag(source: &str) -> usize {
         match (length, quote, byte) {
             (None, _, b'{') if matches!(bytes.peek(), Some(b'{' | b'%')) => length = Some(0),
             (None, ..) => {}
-            // A quoted character follows.
+            // Skip the escaped character.
             (_, Some(_), b'\\') => drop(bytes.next()),
             (_, Some(open), _) if byte == open => quote = None,
             (_, Some(_), _) => {}
