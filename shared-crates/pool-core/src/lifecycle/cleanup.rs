@@ -1,4 +1,4 @@
-//! Clearing away what ended workers left behind.
+//! Removal of the records and files that ended workers leave behind.
 
 use std::collections::HashSet;
 use std::fs;
@@ -10,17 +10,17 @@ use crate::api::pool::CleanupReport;
 use crate::registry::RegistryError;
 
 impl Lifecycle {
-    /// Forgets every worker that has ended, with its log; one whose process has gone counts as ended from now on.
-    /// Removes as well what no worker owns: logs without a record, records that could not be read, and files that a
-    /// killed program left half-written. Live workers are not touched. Workers that are `watched` are left to
-    /// whoever watches them, as in [`Lifecycle::reconcile`].
+    /// Removes the records and logs of all ended workers; a worker whose process is gone counts as ended. Also removes files
+    /// that belong to no worker: logs without a record, unreadable records, and files that a killed program left half-written.
+    /// Live workers are not touched. Skips workers for which `watched` returns true, as in [`Lifecycle::reconcile`].
     pub fn cleanup(&self, watched: &dyn Fn(&str) -> bool) -> Result<CleanupReport, RegistryError> {
         let reconciled = self.reconcile(watched)?;
         let mut report = CleanupReport {
             reaped: reconciled.ended.into_iter().map(|info| info.id).collect(),
             ..CleanupReport::default()
         };
-        // Nobody starts a worker, or writes a record, while this is held: whatever lies here unfinished is left over.
+        // No process starts a worker or writes a record while this lock is held, so unfinished files in the folders are
+        // leftovers.
         let locked = self.registry.lock()?;
         let records = locked.load()?.records;
         let ended = records
@@ -110,7 +110,7 @@ mod tests {
         live.info.status = WorkerStatus::Ready;
         let mut ended = record(1);
         ended.info.status = WorkerStatus::Failed;
-        // It has no process, so it counts as gone.
+        // The worker has no process, so it counts as gone.
         let mut lost = record(2);
         lost.info.status = WorkerStatus::Ready;
         for record in [&live, &ended, &lost] {
@@ -121,7 +121,7 @@ mod tests {
         fs::write(home.workers_dir().join(".write-abc"), "half").unwrap();
         fs::write(home.workers_dir().join("worker-cpu-9.json"), "{").unwrap();
 
-        // Somebody watches the one that lives.
+        // The live worker is watched.
         let watched = |id: &str| id == "worker-cpu-0";
         let report = lifecycle.cleanup(&watched).unwrap();
         assert_eq!(report.reaped, ["worker-cpu-2"]);

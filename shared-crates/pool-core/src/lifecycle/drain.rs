@@ -1,7 +1,7 @@
-//! Draining: a pool that takes no new workers, and lets those it has come to an end.
+//! Draining: the pool accepts no new workers and lets its current workers finish.
 //!
-//! That a pool drains is a file beside the registry, written under the registry's lock: it survives restarts of the
-//! daemon, and holds as well for a worker that is started without one.
+//! The state of a drain is a file next to the registry, written under the registry's lock. It survives restarts of the daemon
+//! and also applies to workers that are started without a daemon.
 
 use std::fs;
 use std::io;
@@ -19,32 +19,32 @@ use crate::process;
 use crate::registry::RegistryError;
 use crate::worker::{WorkerInfo, WorkerStatus};
 
-/// What the operator asked for.
+/// A drain requested by the operator.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Drain {
-    /// Since when the pool drains.
+    /// Start of the drain.
     pub since: Timestamp,
-    /// Wall-clock time at which the remaining workers are stopped, for display.
+    /// Wall-clock time at which the remaining workers are stopped, for display only; `None` if there is no deadline.
     pub deadline: Option<Timestamp>,
-    /// The same deadline, unaffected by steps of the wall clock. `None` without a deadline, and in the file of an
+    /// The same deadline on a clock that ignores steps of the wall clock. `None` if there is no deadline, or in a file of an
     /// earlier build.
     #[serde(default)]
     pub due: Option<Due>,
-    /// Whether workers are stopped once they run nothing.
+    /// True if workers are stopped once they are idle.
     pub stop_workers: bool,
 }
 
-/// A moment of one boot of the host.
+/// A point in time within one boot of the host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Due {
-    /// Id of the boot. After another boot no worker remains to be stopped.
+    /// Id of the boot. After a reboot, no worker remains to be stopped.
     pub boot_id: String,
     /// Time since that boot.
     pub since_boot: Duration,
 }
 
 impl Drain {
-    /// Returns the time until the deadline, zero if it has passed; `None` without one.
+    /// Returns the time until the deadline, zero if it has passed, or `None` if there is no deadline.
     pub fn time_left(&self) -> Option<Duration> {
         let deadline = self.deadline?;
         Some(match &self.due {
@@ -59,7 +59,7 @@ impl Drain {
         })
     }
 
-    /// Returns whether `worker` must be stopped; `over` says whether the drain's deadline has passed.
+    /// Returns whether `worker` must be stopped now. `over` is true once the drain's deadline has passed.
     pub fn is_due(&self, worker: &WorkerInfo, over: bool) -> bool {
         let told = worker.status == WorkerStatus::Draining;
         worker.status.is_live()
@@ -71,13 +71,13 @@ impl Drain {
             }
     }
 
-    /// Whether the drain waits for `worker`.
+    /// Returns whether the drain waits for `worker`.
     pub fn waits_for(&self, worker: &WorkerInfo) -> bool {
         let told = worker.status == WorkerStatus::Draining;
         worker.status.is_live() && (self.stop_workers || told || is_working(worker))
     }
 
-    /// How far it has come with these workers.
+    /// Returns the progress of the drain, given the workers of the registry.
     pub fn status(&self, workers: &[WorkerInfo]) -> DrainStatus {
         let remaining = workers.iter().filter(|worker| self.waits_for(worker));
         DrainStatus {
@@ -89,13 +89,13 @@ impl Drain {
     }
 }
 
-/// A worker that loads runs nothing that could be finished.
+/// Returns whether a worker runs anything that could be finished, which is not the case while it loads.
 fn is_working(worker: &WorkerInfo) -> bool {
     worker.active > 0 || worker.status == WorkerStatus::Busy
 }
 
 impl Lifecycle {
-    /// The drain under way. A file that can't be understood still says that nothing may be started.
+    /// Returns the drain in progress. An unreadable file counts as a drain, so that no worker is started by mistake.
     pub fn drain(&self) -> Result<Option<Drain>, RegistryError> {
         let path = self.drain_file();
         let bytes = match fs::read(&path) {
@@ -116,8 +116,8 @@ impl Lifecycle {
         )))
     }
 
-    /// Takes no new workers from now on. Where the pool drains already, the new request replaces the old one, whose
-    /// deadline stays unless the new one has another: who only repeats the request must not lift it.
+    /// Starts a drain, or replaces the request of the drain in progress. The earlier deadline is kept unless the new request
+    /// has one, so that a repeated request does not lift it.
     pub fn start_drain(&self, request: &DrainRequest) -> Result<Drain, RegistryError> {
         let _locked = self.registry.lock()?;
         let now = Timestamp::now();
@@ -147,7 +147,7 @@ impl Lifecycle {
         Ok(drain)
     }
 
-    /// Postpones the deadline of the present drain by `gap`.
+    /// Postpones the deadline of the drain in progress by `gap`.
     pub fn postpone_drain(&self, gap: Duration) -> Result<(), RegistryError> {
         let _locked = self.registry.lock()?;
         let Some(mut drain) = self.drain()?.filter(|drain| drain.due.is_some()) else {
@@ -169,7 +169,7 @@ impl Lifecycle {
             .map_err(|source| failed("write", path, source))
     }
 
-    /// Takes new workers again; says whether it did not before.
+    /// Ends the drain. Returns whether there was one.
     pub fn end_drain(&self) -> Result<bool, RegistryError> {
         let _locked = self.registry.lock()?;
         let path = self.drain_file();
@@ -212,7 +212,7 @@ mod tests {
         let here = process::boot_id().unwrap();
         let drain = |boot_id: &str| Drain {
             since: Timestamp::UNIX_EPOCH,
-            // The wall clock has stepped past it.
+            // The wall clock has stepped past the deadline.
             deadline: Some(Timestamp::UNIX_EPOCH),
             due: Some(Due {
                 boot_id: boot_id.to_owned(),
@@ -240,7 +240,7 @@ mod tests {
             due: None,
             stop_workers,
         };
-        // (deadline, stop_workers, now, worker) -> (told to stop, waited for)
+        // (deadline, stop_workers, now, worker) -> (due to stop, waited for)
         for (deadline, stop_workers, now, status, active, due, waits) in [
             (None, false, 9, Ready, 0, false, false),
             (None, false, 9, Ready, 1, false, true),

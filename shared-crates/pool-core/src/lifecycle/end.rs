@@ -1,4 +1,4 @@
-//! The end of a worker: told to stop, condemned, signalled, and explained once its process is gone.
+//! The end of a worker: stop requests, verdicts, signals, and the record of its exit.
 
 use std::io;
 use std::time::Duration;
@@ -16,30 +16,29 @@ use crate::registry::{RegistryError, Verdict, WorkerRecord, ports_in_use};
 use crate::worker::{WorkerEvent, WorkerInfo, WorkerStatus};
 use crate::worker_args::EXIT_PORT_TAKEN;
 
-/// How many ports a worker tries before it gives up: enough for the workers of a few neighbours on one host.
+/// Number of ports a worker tries before it gives up: enough for the workers of a few neighbours on one host.
 const PORT_ATTEMPTS: usize = 64;
-/// How many lines of its log an ended worker's record keeps.
+/// Number of log lines kept in the record of an ended worker.
 const EXIT_LOG_LINES: usize = 20;
-/// How much of each: the record travels in every heartbeat.
+/// Maximum characters of each kept line, because the record is part of every heartbeat.
 const EXIT_LOG_LINE_CHARS: usize = 500;
-/// How long a process that was killed may take to be gone; one that waits for a device in the kernel takes longer.
+/// Time limit for a killed process to disappear. A process that waits for a device in the kernel may take longer.
 const DYING: Duration = Duration::from_secs(5);
 
-/// What became of a worker whose process ended.
+/// The result of the end of a worker's process.
 #[derive(Debug)]
 pub enum Ended {
-    /// Its port was taken, and it was started again on another one.
+    /// The worker's port was taken, so the worker was restarted on another port.
     Restarted(Started),
-    /// It is over.
+    /// The worker has ended.
     Over(WorkerInfo),
-    /// Another process is the worker's by now, and the end of the earlier one makes no difference to it.
+    /// The worker already has another process, which the end of the earlier one does not affect.
     Replaced(WorkerInfo),
 }
 
 impl Lifecycle {
-    /// Records that a worker's process ended: the one that `watched` was the record of, by its nonce, for who brings
-    /// the news may be late. One that found its port taken is started again on the next. `None` if the worker is
-    /// forgotten.
+    /// Records that the process of `watched` has ended. The nonce identifies the process, because the report may arrive after a
+    /// restart. A worker that found its port taken is restarted on the next one. Returns `None` if the worker has no record.
     pub fn process_ended(
         &self,
         watched: &WorkerRecord,
@@ -68,7 +67,7 @@ impl Lifecycle {
             if let Ok(port) = self.next_port(&ports_in_use(&others), &record.ports_tried) {
                 record.info.port = port;
                 record.args.port = port;
-                // From here on nothing that is said of the process that ended is said of this one.
+                // A new nonce ensures that late reports about the old process do not apply to the new one.
                 record.nonce = new_nonce();
                 (record.identity, record.info.pid) = (None, None);
                 locked.save(&record)?;
@@ -91,8 +90,7 @@ impl Lifecycle {
         Ok(Some(Ended::Over(record.info)))
     }
 
-    /// Tells a worker to stop: to finish what runs and end, or with `force` to end at once. It returns before the
-    /// process has ended, unless that had happened already.
+    /// Asks a worker to finish its running jobs and end, or with `force` to end at once. Does not wait for the process to end.
     pub fn request_stop(&self, id: &str, force: bool) -> Result<WorkerRecord, StopError> {
         let unknown = || StopError::Unknown { id: id.to_owned() };
         let updated = self
@@ -120,8 +118,8 @@ impl Lifecycle {
         Ok(record)
     }
 
-    /// Writes down why a worker has to end, from when on it takes no work. Returns its record with the verdict that
-    /// counts, which is the first; `None` where there is nothing to end: somebody else told it to stop, or it is over.
+    /// Records why a worker has to end, after which the worker accepts no more work. The first verdict counts. Returns the
+    /// record, or `None` if the worker has ended or was already asked to stop.
     pub fn condemn(
         &self,
         id: &str,
@@ -139,8 +137,8 @@ impl Lifecycle {
         Ok(record.filter(|record| record.verdict.is_some() && record.info.status.is_live()))
     }
 
-    /// Sends `signal` to a worker's process if it still is the one that was recorded. A kill takes along what the
-    /// process has started.
+    /// Sends `signal` to a worker's process, unless that process is not the recorded one. `KILL` also reaches the processes
+    /// that the worker started.
     pub fn signal(&self, record: &WorkerRecord, signal: Signal) -> io::Result<SignalOutcome> {
         match &record.identity {
             Some(identity) if spawner::carries_nonce(identity.pid, &record.nonce) => {
@@ -154,7 +152,7 @@ impl Lifecycle {
         }
     }
 
-    /// Kills a condemned worker and records its end; `None` while its process is still there.
+    /// Kills a condemned worker and records its end. Returns `None` if its process still exists.
     pub(super) fn end_now(
         &self,
         record: &WorkerRecord,
@@ -162,7 +160,7 @@ impl Lifecycle {
         let Some(identity) = &record.identity else {
             return Ok(None);
         };
-        // Where the signal or the wait fails the worker stays as it is, memory and all, until the next time.
+        // If the signal or the wait fails, the worker keeps its record and its memory, and the caller retries later.
         let killed = self.signal(record, Signal::KILL);
         if killed.is_err() || !identity.wait_gone(DYING).unwrap_or(false) {
             return Ok(None);
@@ -174,15 +172,15 @@ impl Lifecycle {
     }
 
     pub(super) fn finish(&self, record: &mut WorkerRecord, facts: ExitFacts) {
-        // A worker that the pool ended has failed, also where somebody told it to stop after that.
+        // A worker that the pool condemned has failed, even if it was asked to stop afterwards.
         let event = if record.stop_requested && record.verdict.is_none() {
             WorkerEvent::StopFinished
         } else {
             WorkerEvent::Died
         };
-        // Both ends may follow any state.
+        // Both events may follow any live state, so this can't fail.
         let _ = record.apply(event);
-        // What an earlier start said is no reason for this one's end.
+        // Only the lines of the latest start can explain this end.
         let log = self.log_file(&record.info.id);
         let tail = logs::log_tail_from(&log, record.log_start, EXIT_LOG_LINES).unwrap_or_default();
         let tail = tail

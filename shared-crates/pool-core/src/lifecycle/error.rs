@@ -1,4 +1,4 @@
-//! Why a worker can't be started or stopped.
+//! The errors of starting and stopping a worker.
 
 use std::io;
 use std::path::PathBuf;
@@ -15,29 +15,29 @@ use crate::registry::RegistryError;
 use crate::units::{human_bytes_down, human_bytes_up};
 use crate::worker::{Backend, Device, WorkerStatus};
 
-/// A device with too little memory left for a worker.
-// What is free is rounded down and what is needed up, so that the sentence never contradicts itself.
+/// A shortage of device memory for a new worker.
+// Free bytes are rounded down and needed bytes up, so that the message never contradicts itself.
 #[derive(Debug, thiserror::Error)]
 #[error("{device} has {} free, `{model_ref}` needs {}", human_bytes_down(*free_bytes), human_bytes_up(*needed_bytes))]
 pub struct MemoryShort {
-    /// The device.
+    /// Device that the worker would have used.
     pub device: Device,
-    /// The model asked for.
+    /// Requested model.
     pub model_ref: ModelRef,
-    /// Bytes the worker would need.
+    /// Bytes that the worker needs.
     pub needed_bytes: u64,
-    /// Bytes that are free.
+    /// Bytes available to a new worker.
     pub free_bytes: u64,
-    /// Bytes that workers may take in all.
+    /// Bytes that workers may take in total.
     pub total_bytes: u64,
-    /// Workers whose end would make room; empty where that would not do.
+    /// Workers whose end would free enough memory; empty if stopping all of them would not.
     pub stop: Vec<StopCandidate>,
 }
 
-/// Why a worker was not started.
+/// The reason a worker was not started.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
-    /// No usable file stands behind the model reference.
+    /// The model reference can't be resolved to a usable file.
     #[error(transparent)]
     Model(#[from] ResolveError),
     /// No worker of this version can run the model.
@@ -48,56 +48,56 @@ pub enum SpawnError {
         /// Reason against the model.
         reason: Arc<Unsupported>,
     },
-    /// A number of sequences that the worker does not run.
+    /// The requested number of slots is out of range.
     #[error("`slots` is {asked}, a worker has 1 to {most}")]
     Slots {
-        /// Slots asked for.
+        /// Requested slots.
         asked: u32,
-        /// The most there may be.
+        /// Maximum number of slots.
         most: u32,
     },
-    /// A context that the model was not made for.
+    /// The requested context is out of the model's range.
     #[error("`context_length` is {asked}, the model `{model_ref}` takes 1 to {most}")]
     Context {
-        /// Tokens asked for.
+        /// Requested tokens of context.
         asked: u32,
-        /// Tokens the model was made for.
+        /// Tokens of context that the model was made for.
         most: u64,
-        /// The model.
+        /// Requested model.
         model_ref: ModelRef,
     },
-    /// A GPU was named for work on the CPU.
+    /// A GPU was requested along with the backend `cpu`.
     #[error("`gpu` has no meaning with the backend `cpu`")]
     GpuWithCpu,
     /// The host has no such device.
     #[error("this host has no device {device}")]
     NoDevice {
-        /// The device asked for.
+        /// Requested device.
         device: Device,
     },
-    /// The device is there and can't be used.
+    /// The device exists but can't be used.
     #[error("{device} is {}: its driver does not answer for it", state.as_str())]
     DeviceDown {
-        /// The device asked for.
+        /// Requested device.
         device: Device,
-        /// What is wrong with it.
+        /// State of the device.
         state: GpuState,
     },
     /// No worker program for the backend is installed.
     #[error("no worker is built for the backend `{backend}`: there is no `{program}`")]
     NoProgram {
-        /// The backend asked for.
+        /// Requested backend.
         backend: Backend,
-        /// The program that would serve it.
+        /// Name of the program that serves the backend.
         program: &'static str,
     },
     /// The device has too little memory left.
     #[error(transparent)]
     MemoryShort(Box<MemoryShort>),
-    /// The system does not say how much memory there is.
+    /// The system does not report how much memory is free.
     #[error("could not find out how much memory is free")]
     MemoryUnknown(#[source] io::Error),
-    /// All ports are given away.
+    /// All ports of the range are in use.
     #[error("no port is left between {first} and {last}")]
     NoPort {
         /// First port of the range.
@@ -105,29 +105,29 @@ pub enum SpawnError {
         /// Last port of the range.
         last: u16,
     },
-    /// Port 0 was asked for, which is none.
+    /// The requested port is 0, which is not a valid port.
     #[error("`port` is 0, it must be 1 to 65535")]
     PortZero,
-    /// The port asked for is somebody's.
+    /// The requested port is in use.
     #[error("port {port} is taken by {holder}")]
     PortTaken {
-        /// The port asked for.
+        /// Requested port.
         port: u16,
-        /// Who has it: a worker, or a program that nothing is known of.
+        /// Id of the worker that uses the port, or `another program`.
         holder: String,
     },
-    /// The pool takes no new workers.
+    /// The pool is draining and accepts no new workers.
     #[error("this pool is being drained since {since} and takes no new workers")]
     Draining {
-        /// Since when.
+        /// Start of the drain.
         since: Timestamp,
     },
     /// The process could not be started.
     #[error("could not start `{}`", program.display())]
     Exec {
-        /// The program.
+        /// Path of the worker program.
         program: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
     /// The registry can't be used.
@@ -136,7 +136,7 @@ pub enum SpawnError {
 }
 
 impl SpawnError {
-    /// What to try next: printed under the error as `hint: ...`, and sent as `hint`.
+    /// Returns what to try next, if anything is known to help. The CLI prints it as `hint: ...`; the API sends it as `hint`.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Model(source) => return source.hint(),
@@ -180,7 +180,7 @@ impl SpawnError {
     }
 }
 
-/// Names the workers to stop, with what each gives back.
+/// Lists the workers to stop, with the memory that each would free.
 fn stop_hint(stop: &[StopCandidate]) -> String {
     let described = |candidate: &StopCandidate| {
         let state = match candidate.status {
@@ -202,29 +202,29 @@ fn stop_hint(stop: &[StopCandidate]) -> String {
     )
 }
 
-/// Why a worker was not stopped.
+/// The reason a worker was not stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum StopError {
-    /// There is no such worker.
+    /// No worker has this id.
     #[error("there is no worker `{}`", id.escape_debug())]
     Unknown {
-        /// The id asked for.
+        /// Requested id.
         id: String,
     },
-    /// The system refused to pass the signal on.
+    /// The system refused to deliver the signal.
     #[error("could not signal {id}")]
     Signal {
-        /// The worker.
+        /// Id of the worker.
         id: String,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// The process survives being killed, as one that waits for a device in the kernel does.
+    /// The process survived a kill, as a process does that waits for a device in the kernel.
     #[error("{id} (pid {pid}) does not end although it was killed")]
     Unstoppable {
-        /// The worker.
+        /// Id of the worker.
         id: String,
-        /// Its process.
+        /// Process id.
         pid: u32,
     },
     /// The registry can't be used.
@@ -233,7 +233,7 @@ pub enum StopError {
 }
 
 impl StopError {
-    /// What to try next.
+    /// Returns what to try next, if anything is known to help.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Unknown { .. } => Some("`llorch-pool worker list` shows the workers"),

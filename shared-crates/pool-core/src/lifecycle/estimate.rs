@@ -1,4 +1,4 @@
-//! How much memory a worker will need, from its model's header.
+//! Estimates of the memory that a worker will need, based on its model's header.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -11,53 +11,53 @@ use crate::catalog::support::{self, Unsupported};
 use crate::json_number::MAX_EXACT_INTEGER;
 use crate::worker::{CacheType, ModelFile};
 
-/// Context of a sequence where nobody asks for another and the model takes as much.
+/// Default context of a sequence in tokens, unless the model's context is smaller.
 pub const DEFAULT_CONTEXT: u32 = 8192;
-/// Positions of the KV cache that are given out together.
+/// Positions of the KV cache that are allocated together.
 pub const CACHE_BLOCK: u64 = 16;
-/// Tokens of a prompt that the worker computes together.
+/// Tokens of a prompt that the worker computes in one pass.
 pub const PREFILL_CHUNK: u64 = 64;
-/// Rows of a matrix that the worker packs together; the last rows of a matrix are filled up with zeros.
+/// Rows of a matrix that the worker packs together; the last group is padded with zeros.
 pub const TILE_ROWS: u64 = 16;
-/// The worker computes in 32-bit floats.
+/// Size of the 32-bit floats that the worker computes in.
 const FLOAT_BYTES: u64 = 4;
-/// Bytes for each 32 values of an input that is rounded for a product: the values, their scale and two sums.
+/// Bytes per 32 values of an input that is quantised for a product: the values, their scale and two sums.
 const ROUNDED_BYTES: u64 = 44;
-/// Bytes for each position that attention looks back at: scores of eight rows, for eight threads.
+/// Bytes per position that attention looks back at: scores of eight rows, for eight threads.
 const SCORE_BYTES: u64 = 8 * 8 * FLOAT_BYTES;
-/// The program itself, its threads' stacks and their buffers, and what they read of the file while they load it.
+/// The program, its threads' stacks and buffers, and the read buffers of loading.
 const PROGRAM_BYTES: u64 = 16 << 20;
-/// A text of the vocabulary with its places in the tokenizer's tables, and the merge rule that made it. SmolLM2's 49,152
-/// take 11 MB.
+/// A text of the vocabulary with its entries in the tokenizer's tables, and the merge rule that produces it. SmolLM2's 49,152
+/// texts take 11 MB.
 const TOKENIZER_BYTES_PER_TEXT: u64 = 256;
-/// A row of logits, the probabilities made of it, and the order that sampling sorts them into.
+/// A row of logits, their probabilities, and the order into which sampling sorts them.
 const SAMPLING_BYTES_PER_TEXT: u64 = 32;
-/// Most sequences that a worker runs at once where nobody says how many.
+/// Maximum of the default number of sequences that run at once.
 pub(super) const MOST_DEFAULT_SLOTS: u32 = 8;
-/// For a file whose header can't be read.
+/// Allowance for a worker whose model header can't be read.
 const ROUGH_BYTES: u64 = 96 << 20;
 
-/// Memory that a worker will need.
+/// The memory that a worker will need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryEstimate {
     /// Needed memory in bytes; [`MAX_EXACT_INTEGER`] stands for all larger values, which no machine has.
     pub needed_bytes: u64,
-    /// Tokens of context the model was made for; `None` where the file doesn't say.
+    /// Tokens of context that the model was made for; `None` if the header can't be read.
     pub model_context: Option<u64>,
-    /// Possible contexts of a worker, and their memory; `None` if the file doesn't say.
+    /// Possible contexts of a worker, and their memory; `None` if the header can't be read.
     pub context: Option<ContextMemory>,
 }
 
-/// Sizes of a worker that decide about its memory. Absent ones have their defaults.
+/// The sizes of a worker that determine its memory; `None` stands for the default.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct WorkerSizes {
-    /// Tokens of context of each sequence.
+    /// Tokens of context per sequence.
     pub context_length: Option<u32>,
-    /// Tokens that all sequences together have room for.
+    /// Tokens of cache that all sequences share.
     pub cache_tokens: Option<u32>,
-    /// Form of keys and values in the cache.
+    /// Element type of the cached keys and values.
     pub cache_type: CacheType,
-    /// Sequences at once.
+    /// Sequences that run at once.
     pub slots: Option<u32>,
 }
 
@@ -72,16 +72,16 @@ impl From<&WorkerSpawnRequest> for WorkerSizes {
     }
 }
 
-/// Sizes of a model file that decide about memory.
+/// The sizes of a model file that determine its memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Shape {
-    /// The weights as the worker holds them.
+    /// Bytes of the weights as the worker holds them.
     weights_bytes: u64,
-    /// Numbers of the KV cache for each token.
+    /// Elements of the KV cache per token.
     kv_per_token: u64,
-    /// Floats that a row of a pass takes in all buffers.
+    /// Floats per row of a pass, over all buffers.
     row_floats: u64,
-    /// Widest input of a product.
+    /// Width of the widest input of a product.
     widest: u64,
     vocab: u64,
     context: u64,
@@ -103,7 +103,7 @@ impl Shape {
                 .map(|rows| held_bytes(tensor, rows))
                 .fold(0, u64::saturating_add)
         };
-        // Hidden state, update and norm; queries and what attention makes of them; keys and values; gate and up-projection.
+        // Hidden state, update and norm; queries and attention output; keys and values; gate and up-projection.
         let row_floats = [(3, width), (2, queries), (2, kvs), (2, feed_forward)]
             .into_iter()
             .map(|(count, of): (u64, u64)| of.saturating_mul(count))
@@ -118,7 +118,7 @@ impl Shape {
         })
     }
 
-    /// Returns the memory of a worker of these sizes with a cache for one sequence of its context, as a function of that.
+    /// Returns the memory of a worker as a function of its context. The cache has room for one sequence of that context.
     fn memory(self, sizes: WorkerSizes) -> ContextMemory {
         let held = [
             PROGRAM_BYTES,
@@ -168,8 +168,8 @@ impl Shape {
     }
 }
 
-/// Returns the rows of each matrix that a tensor holds, for a model with these widths of queries, of keys and of feed-forward
-/// layers. Most tensors are one matrix; the worker takes fused ones apart.
+/// Returns the number of rows of each matrix in a tensor, for a model with these widths of queries, keys and feed-forward
+/// layers. Most tensors hold one matrix; the worker splits fused ones.
 fn parts(tensor: &TensorInfo, [queries, kvs, feed_forward]: [u64; 3]) -> Vec<u64> {
     let rows = match tensor.dims[..] {
         [_, rows] => rows,
@@ -188,8 +188,8 @@ fn parts(tensor: &TensorInfo, [queries, kvs, feed_forward]: [u64; 3]) -> Vec<u64
     if sum == Some(rows) { fused } else { vec![rows] }
 }
 
-/// Bytes of some rows of a tensor as the worker holds them: vectors as 32-bit floats, matrices in tiles, in which scales and
-/// minima of six bits take whole bytes, and values of two or three bits take four.
+/// Returns the bytes that `rows` rows of a tensor take in the worker: vectors as 32-bit floats, matrices in tiles, where
+/// six-bit scales and minima take whole bytes, and two- or three-bit values take four bits.
 fn held_bytes(tensor: &TensorInfo, rows: u64) -> u64 {
     let [columns, _] = tensor.dims[..] else {
         return tensor.elements().saturating_mul(FLOAT_BYTES);
@@ -206,13 +206,13 @@ fn held_bytes(tensor: &TensorInfo, rows: u64) -> u64 {
     rows.saturating_mul(blocks).saturating_mul(block_bytes)
 }
 
-/// Estimates memory from the headers of model files, and remembers them for as long as the files stay as they are.
+/// An estimator of workers' memory that caches the headers of model files until the files change.
 #[derive(Debug, Default)]
 pub struct MemoryEstimator {
     headers: Mutex<HashMap<PathBuf, (ModelFile, HeaderFacts)>>,
 }
 
-/// Cached values of a header.
+/// The values of a header that are cached.
 #[derive(Debug, Clone, Default)]
 struct HeaderFacts {
     shape: Option<Shape>,
@@ -221,7 +221,7 @@ struct HeaderFacts {
 
 impl HeaderFacts {
     fn of(path: &Path) -> Self {
-        // The worker itself refuses a file that is no GGUF file, with the reason.
+        // The worker itself rejects a file that is not GGUF and reports the reason.
         let Ok(header) = GgufFile::open(path) else {
             return Self::default();
         };
@@ -233,8 +233,8 @@ impl HeaderFacts {
 }
 
 impl MemoryEstimator {
-    /// Estimates the memory of a worker with this model. A file whose header can't be read gets a rough guess: it is the worker
-    /// that refuses it, with the reason, like any other bad file.
+    /// Estimates the memory of a worker with this model. An unreadable header results in a rough estimate rather than an error,
+    /// because the worker rejects such a file and reports the reason.
     pub fn estimate(&self, model: &ResolvedModel, sizes: WorkerSizes) -> MemoryEstimate {
         match self.facts(model).shape {
             Some(shape) => MemoryEstimate {
@@ -262,7 +262,7 @@ impl MemoryEstimator {
     }
 
     fn facts(&self, model: &ResolvedModel) -> HeaderFacts {
-        // A panic while the lock was held can't have left half an entry.
+        // A panic can't leave a partial entry, so a poisoned lock is still usable.
         let known = || self.headers.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((file, facts)) = known().get(&model.path)
             && *file == model.file
@@ -282,7 +282,7 @@ mod tests {
 
     #[test] // [POOLD-014]
     fn the_estimate_counts_program_tokenizer_weights_cache_and_working_memory() {
-        // SmolLM2 135M: 30 blocks, 3 KV heads of 64, keys and values, 2 bytes: 23,040 bytes a token.
+        // SmolLM2 135M: 30 blocks, 3 KV heads of 64, keys and values, 2 bytes: 23,040 bytes per token.
         let shape = Shape {
             weights_bytes: 96_500_000,
             kv_per_token: 11_520,
@@ -366,7 +366,7 @@ mod tests {
         let rows = |name, rows| parts(&tensor(name, &[64, rows], "Q8_0"), [40, 8, 56]);
         assert_eq!(rows("attn_qkv", 56), [40, 8, 8]);
         assert_eq!(rows("ffn_up", 112), [56, 56]);
-        // Not fused, or not as the numbers say.
+        // The tensor is not fused, or its rows do not match the widths.
         assert_eq!(rows("ffn_up", 56), [56]);
         assert_eq!(rows("attn_qkv", 60), [60]);
         assert_eq!(rows("attn_q", 40), [40]);

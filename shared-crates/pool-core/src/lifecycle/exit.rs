@@ -1,4 +1,4 @@
-//! Why a worker ended, told from what is known of its process.
+//! The classification of a worker's end, based on what is known about its process.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -10,24 +10,24 @@ use crate::registry::Verdict;
 use crate::worker::{ExitReason, WorkerExit};
 use crate::worker_args::{EXIT_MODEL_INVALID, EXIT_PORT_TAKEN};
 
-/// How a worker begins the line that says why it gives up.
+/// Prefix of the log line in which a worker reports why it gives up.
 const ERROR_PREFIX: &str = "error: ";
 
-/// What is known of the end of a process.
+/// The known facts about the end of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ExitFacts {
-    /// It exited with this code.
+    /// The process exited with this code.
     Exited(i32),
-    /// This signal ended it.
+    /// This signal ended the process.
     Signalled(i32),
-    /// It has ended; it was not our child, so nobody can say how.
+    /// The process has ended. It was not a child of this process, so its exit status is unknown.
     Unknown,
-    /// It never came to be, for this reason.
+    /// The process could not be started, for this reason.
     NotStarted(String),
 }
 
 impl ExitFacts {
-    /// What the system says of a child.
+    /// Converts the exit status of a child.
     pub fn of(status: ExitStatus) -> Self {
         match (status.code(), status.signal()) {
             (Some(code), _) => Self::Exited(code),
@@ -36,7 +36,7 @@ impl ExitFacts {
         }
     }
 
-    /// Whether a process that we told to end, and then killed, may end like this.
+    /// Returns whether a process may end like this after being asked to stop and then killed by the pool.
     fn may_be_ours(&self) -> bool {
         matches!(
             self,
@@ -52,21 +52,21 @@ impl ExitFacts {
     }
 }
 
-/// What else than its process is known of the end of a worker.
+/// The circumstances of a worker's end, apart from its process.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Circumstances<'a> {
-    /// Somebody told it to stop.
+    /// True if the worker was asked to stop.
     pub stop_requested: bool,
-    /// The pool was ending it.
+    /// Reason for which the pool was ending the worker; `None` if it was not.
     pub verdict: Option<&'a Verdict>,
-    /// The kernel has killed in its memory cgroup since it was last seen well.
+    /// True if the kernel has killed a process in the worker's memory cgroup since the worker was last seen healthy.
     pub oom_evidence: bool,
-    /// It was ready once.
+    /// True if the worker had become ready.
     pub was_ready: bool,
 }
 
-/// The account of a worker's end. What the pool ended it for, or the stop it was told, goes before how its process
-/// ended; the last line of its log that begins with `error: ` explains an end that the system can't.
+/// Classifies the end of a worker. The pool's verdict or a requested stop takes precedence over the exit status. If the system
+/// does not explain the end, the last line of the log that begins with `error: ` does.
 pub fn classify_exit(
     facts: ExitFacts,
     circumstances: Circumstances<'_>,
@@ -79,7 +79,7 @@ pub fn classify_exit(
         oom_evidence,
         was_ready,
     } = circumstances;
-    // One that ended by itself, before our signal came, has its own reason.
+    // A worker that ended before our signal arrived has a reason of its own.
     let verdict = verdict.filter(|_| facts.may_be_ours());
     let by_kill = matches!(facts, ExitFacts::Signalled(9) | ExitFacts::Unknown);
     let own_words = || {

@@ -1,4 +1,4 @@
-//! What a worker says of itself, and what of it goes into its record.
+//! The health reports of workers, and their transfer into the workers' records.
 
 use std::net::SocketAddr;
 
@@ -9,26 +9,26 @@ use crate::api::worker::{CacheRoom, HealthState, WorkerHealth};
 use crate::registry::WorkerRecord;
 use crate::worker::WorkerEvent;
 
-/// Why an account was not taken over.
+/// The reason a health report was rejected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HealthRefused {
-    /// Another program, or another start of a worker, answers in this one's place.
+    /// The answer came from another program, or from another start of the worker.
     #[error("the answer is not {id}'s: {what} is another")]
     Stranger {
-        /// The worker meant.
+        /// Id of the expected worker.
         id: String,
-        /// What gives the stranger away.
+        /// Part of the report that differs.
         what: &'static str,
     },
-    /// The worker has ended already.
+    /// The worker has already ended.
     #[error("{id} has ended")]
     Over {
-        /// The worker.
+        /// Id of the worker.
         id: String,
     },
 }
 
-/// Takes over what the worker says. A worker becomes ready or busy by this alone.
+/// Applies a worker's health report to its record. Only such a report makes a worker ready or busy.
 pub fn apply_health(
     record: &mut WorkerRecord,
     health: &WorkerHealth,
@@ -55,8 +55,8 @@ pub fn apply_health(
     info.cache = health.cache.map(in_steps).or(info.cache);
     info.context_length = health.context_length.or(info.context_length);
     info.memory.measured_bytes = health.measured_bytes.or(info.memory.measured_bytes);
-    // Of the other two states, loading is where a worker begins, and the process of a failed one is about to end,
-    // which says more than it can say itself.
+    // The other states need no event. Every worker begins as loading. The process of a failed worker is about to end, and its
+    // exit says more than its report.
     if health.state == HealthState::Ready {
         info.ready_at = info.ready_at.or(Some(now));
         let event = if health.active >= health.slots {
@@ -68,13 +68,13 @@ pub fn apply_health(
             0 => info.idle_since.or(Some(now)),
             _ => None,
         };
-        // Every live state may see both.
+        // Every live state accepts both events, so this can't fail.
         let _ = record.apply(event);
     }
     Ok(())
 }
 
-/// Rounds the free tokens down to a multiple of an eighth of the cache, so that the record does not change at every token.
+/// Rounds the free tokens down to a multiple of an eighth of the cache, so that the record does not change with every token.
 fn in_steps(room: CacheRoom) -> CacheRoom {
     let step = room.tokens.div_ceil(8).max(1);
     let free_tokens = match room.free_tokens >= room.tokens {
@@ -87,11 +87,11 @@ fn in_steps(room: CacheRoom) -> CacheRoom {
     }
 }
 
-/// How often a worker is asked whose silence would mean its end.
+/// Number of requests before a silent worker may be ended.
 const ASKED: u32 = 3;
 
-/// What the worker at `address` says of itself, if it says anything; blocks for up to a second and a half. For those who have
-/// no HTTP client at hand.
+/// Requests the health report of the worker at `address`; `None` if there is no valid answer. Blocks for about 1.5 seconds if
+/// the worker is silent. Intended for callers without an HTTP client.
 pub(super) fn ask(address: SocketAddr) -> Option<WorkerHealth> {
     (0..ASKED).find_map(|_| {
         let answer = spawner::ask_health(address).ok()?;

@@ -1,19 +1,19 @@
-//! The end of a worker's log.
+//! The last lines of a worker's log.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
-/// How much of a log is looked at, however few lines that turns out to be.
+/// Maximum number of bytes read from the end of a log, even if they hold fewer lines than requested.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// The last `lines` lines of the file; none if there is no such file. A line that lies only partly within the last
-/// mebibyte is left out, unless it is all there is.
+/// Returns the last `lines` lines of the file, or none if there is no file. Omits a line that begins before the last mebibyte,
+/// unless it is the only one.
 pub fn log_tail(path: &Path, lines: usize) -> io::Result<Vec<String>> {
     log_tail_from(path, 0, lines)
 }
 
-/// As [`log_tail`], of what stands behind the first `start` bytes.
+/// Returns the last lines like [`log_tail`], but only from the part after the first `start` bytes.
 pub(super) fn log_tail_from(path: &Path, start: u64, lines: usize) -> io::Result<Vec<String>> {
     let mut file = match File::open(path) {
         Ok(file) => file,

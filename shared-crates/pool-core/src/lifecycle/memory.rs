@@ -1,4 +1,4 @@
-//! Memory: what a device has, and what workers may still take of it.
+//! The memory of devices, and the part available to workers.
 
 use std::collections::HashMap;
 use std::io;
@@ -10,19 +10,19 @@ use crate::gpu::{Gpu, GpuState};
 use crate::registry::WorkerRecord;
 use crate::worker::{Backend, Device, WorkerStatus};
 
-/// What a device says of its memory.
+/// A reading of a device's memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct DeviceMemory {
-    /// Bytes that workers may take in all.
+    /// Bytes that workers may take in total.
     pub total_bytes: u64,
-    /// Bytes that nobody used then.
+    /// Bytes that were unused at the time of the reading.
     pub available_bytes: u64,
-    /// Time of the reading, as the time since the host's boot; `None` for just now.
+    /// Time of the reading, measured from the host's boot; `None` for just now.
     pub as_of: Option<Duration>,
 }
 
 impl DeviceMemory {
-    /// The same memory, of which workers may take at most `limit`.
+    /// Limits the memory that workers may take to `limit`.
     #[must_use]
     pub fn limited(self, limit: Option<u64>) -> Self {
         Self {
@@ -31,7 +31,7 @@ impl DeviceMemory {
         }
     }
 
-    /// The same memory inside a cgroup that may use `limit` bytes and has `left` of them.
+    /// Restricts the memory to that of a cgroup with a limit of `limit` bytes, of which `left` remain.
     #[must_use]
     pub fn inside(self, limit: Option<u64>, left: Option<u64>) -> Self {
         let at_most = |bytes: u64, most: Option<u64>| most.map_or(bytes, |most| bytes.min(most));
@@ -42,7 +42,8 @@ impl DeviceMemory {
         }
     }
 
-    /// What workers may take of a GPU: nothing of one whose memory nobody knows, or that does not answer.
+    /// Returns the memory that workers may take on a GPU. A GPU of unknown memory has none, and one that does not respond has
+    /// none available.
     pub fn of_gpu(gpu: &Gpu) -> Self {
         let memory = gpu.reading.memory.unwrap_or_default();
         let available = gpu.state == GpuState::Ok;
@@ -53,37 +54,37 @@ impl DeviceMemory {
         }
     }
 
-    /// What a worker is still going to take of what nobody used when this was read: what is set aside for it and it does
-    /// not hold. A cache is touched as it fills, so a worker that is ready may hold much less than it will need.
+    /// Returns how much of the available memory a worker is still going to take: its reservation minus the bytes that it holds.
+    /// A cache is touched only as it fills, so a ready worker may hold much less than it will need.
     fn outstanding(self, record: &WorkerRecord, held: &Held) -> u64 {
         match held.0.get(&record.info.id) {
             Some(now) => record.reserved_bytes().saturating_sub(*now),
-            // Nobody says what it holds: all of it once it is ready, as with a driver that allocates at once.
+            // If the held bytes are unknown, assume that a ready worker has allocated everything, as GPU drivers do at once.
             None if self.is_before(record) => record.reserved_bytes(),
             None => 0,
         }
     }
 
-    /// Whether a worker has taken its memory after this was read, or is still going to.
+    /// Returns whether a worker has taken its memory after this reading, or is still going to.
     fn is_before(&self, record: &WorkerRecord) -> bool {
         let seen = |ready: Duration| self.as_of.is_none_or(|as_of| ready < as_of);
         record.info.status == WorkerStatus::Starting || !record.moments.ready.is_none_or(seen)
     }
 }
 
-/// Bytes that workers hold now, by their ids, of the memory that [`DeviceMemory::available_bytes`] counts.
+/// The bytes that each worker holds, by worker id, of the memory that [`DeviceMemory::available_bytes`] measures.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Held(HashMap<String, u64>);
 
 impl Held {
-    /// What the live workers among `records` that compute on the processors hold, as far as the system tells. To be
-    /// read *before* what the host has free: a worker that takes memory in between is then counted twice, not never.
+    /// Reads the bytes held by the live CPU workers among `records`, where the system reports them. Must be called *before* the
+    /// host's free memory is read: memory that a worker takes in between is then counted twice, rather than not at all.
     pub fn by(records: &[WorkerRecord]) -> Self {
         let on_cpu = |record: &&WorkerRecord| {
             record.info.status.is_live() && record.info.device.backend == Backend::Cpu
         };
         let held = |record: &WorkerRecord| {
-            // A stranger with its pid holds nothing of ours.
+            // A reused pid belongs to another process, which holds none of the worker's memory.
             let identity = record.identity.as_ref().filter(|it| it.is_alive())?;
             Some((record.info.id.clone(), private_bytes(identity.pid)?))
         };
@@ -91,34 +92,34 @@ impl Held {
     }
 }
 
-/// Memory of a process that is its own and not a mapped file, and not swapped out. `None` where the system doesn't tell.
+/// Returns the private memory of a process (no mapped files, not swapped out), or `None` if the system does not report it.
 #[cfg(target_os = "linux")]
 fn private_bytes(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     kibibytes(&status, "RssAnon:")
 }
 
-/// Memory of a process that is its own. Not told on this system.
+/// Returns `None`, because this system does not report the private memory of a process.
 #[cfg(not(target_os = "linux"))]
 fn private_bytes(_pid: u32) -> Option<u64> {
     None
 }
 
-/// Whether two devices take from the same memory, as the processors and the GPU of a Mac do.
+/// Returns whether two devices share one memory, as the CPU and the GPU of a Mac do.
 pub fn shares_memory(a: Device, b: Device) -> bool {
     let unified = |device: Device| matches!(device.backend, Backend::Cpu | Backend::Metal);
     a == b || (unified(a) && unified(b))
 }
 
-/// Memory set aside for the live workers that take from the memory of `device`.
+/// Returns the bytes reserved for live workers in the memory of `device`.
 pub fn reserved_bytes(device: Device, records: &[WorkerRecord]) -> u64 {
     beside(device, records)
         .map(WorkerRecord::reserved_bytes)
         .fold(0, u64::saturating_add)
 }
 
-/// Memory that a further worker on `device` may take: the smaller of what is not reserved, and what nobody uses and none
-/// of the workers is still going to use.
+/// Returns the memory available to another worker on `device`: the smaller of the unreserved memory, and the unused memory
+/// minus what the current workers are still going to use.
 pub fn free_bytes(
     memory: DeviceMemory,
     device: Device,
@@ -137,7 +138,7 @@ pub fn free_bytes(
         .min(unreserved)
 }
 
-/// The device with the most memory for a further worker; of several the first.
+/// Returns the device with the most memory for another worker, or the first of several with equal memory.
 pub fn roomiest(
     devices: impl IntoIterator<Item = (Device, DeviceMemory)>,
     records: &[WorkerRecord],
@@ -154,27 +155,26 @@ pub fn roomiest(
     })
 }
 
-/// A worker whose end would make room.
+/// A worker whose end would free memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StopCandidate {
-    /// The worker.
+    /// Id of the worker.
     pub id: String,
-    /// Its state.
+    /// State of the worker at the time of the choice.
     pub status: WorkerStatus,
-    /// Bytes that are set aside for it.
+    /// Bytes reserved for the worker.
     pub memory_bytes: u64,
 }
 
-/// Which workers to stop so that `missing_bytes` more are free on `device`: idle ones before those that load or
-/// compute, then those first that have been idle for longest, and none in vain. Empty where stopping all of them would
-/// not do.
+/// Returns the workers to stop so that `missing_bytes` more are free on `device`. Prefers idle workers to loading or busy ones,
+/// then the longest idle, and includes none needlessly. Returns an empty list if stopping all of them would not suffice.
 pub fn what_to_stop(
     missing_bytes: u64,
     device: Device,
     records: &[WorkerRecord],
 ) -> Vec<StopCandidate> {
     let mut candidates: Vec<_> = beside(device, records)
-        // One that is stopping already makes its room without being told.
+        // A worker that is already stopping frees its memory anyway.
         .filter(|record| record.info.status != WorkerStatus::Draining)
         .collect();
     candidates.sort_by_key(|record| {
@@ -193,7 +193,7 @@ pub fn what_to_stop(
     if freed < missing_bytes {
         return Vec::new();
     }
-    // A large one that was added last may make small ones before it needless.
+    // A large worker that was added last may make earlier, smaller ones unnecessary.
     chosen.retain(|record| {
         let without = freed - record.reserved_bytes();
         let needed = without < missing_bytes;
@@ -210,7 +210,7 @@ pub fn what_to_stop(
     chosen.into_iter().map(candidate).collect()
 }
 
-/// The live workers that take from the memory of `device`.
+/// Returns the live workers that share the memory of `device`.
 fn beside(device: Device, records: &[WorkerRecord]) -> impl Iterator<Item = &WorkerRecord> {
     records.iter().filter(move |record| {
         record.info.status.is_live() && shares_memory(record.info.device, device)
@@ -239,7 +239,7 @@ fn parse_meminfo(text: &str) -> Option<DeviceMemory> {
     })
 }
 
-/// The field called `name` of a file of `/proc`, which are in `kB`, in bytes.
+/// Returns a field of a file in `/proc`, converted from `kB` to bytes.
 #[cfg(target_os = "linux")]
 fn kibibytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
@@ -247,7 +247,7 @@ fn kibibytes(text: &str, name: &str) -> Option<u64> {
     kibibytes.checked_mul(1024)
 }
 
-/// Main memory of this host. Compiled on macOS only, and not run by this project's tests; what it reads is.
+/// Returns the main memory of this host. This project's tests do not run this function, but they do test the parsing.
 #[cfg(target_os = "macos")]
 pub fn cpu_memory() -> io::Result<DeviceMemory> {
     crate::macos::memory()
@@ -344,8 +344,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever other programs use and however much of its memory each worker has touched: once all of them hold
-        /// all that was promised to them, everything fits into the host and the limit, and no byte was held back.
+        /// For any use by other programs and any share of memory that the workers have touched: once every worker holds its
+        /// full reservation, everything fits into the host and the limit, and no byte was held back.
         #[test] // [POOLD-014] P14
         fn what_is_promised_can_be_kept_and_touching_memory_changes_nothing(
             total in 0..1000u64,
@@ -404,7 +404,7 @@ mod tests {
 
     #[test] // [POOLD-014]
     fn what_a_worker_took_after_the_reading_is_not_free() {
-        // A driver was asked at 10 s; one worker was ready before, the other has taken its memory since.
+        // The driver was read at 10 s. One worker was ready before; the other has taken its memory since.
         let at = Duration::from_secs;
         let memory = DeviceMemory {
             total_bytes: 16 * GB,

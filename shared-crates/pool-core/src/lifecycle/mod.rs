@@ -1,7 +1,7 @@
-//! The life of a worker's process: started against reserved memory, watched, stopped, and explained when it ends.
+//! The lifecycle of a worker's process: started against reserved memory, watched, stopped, and explained when it ends.
 //!
-//! `pool-managerd` and `llorch-pool` without a daemon use the same functions on the same registry. What is decided
-//! (port, memory, kind of end) stands in plain functions of the submodules; [`Lifecycle`] carries the decisions out.
+//! `pool-managerd`, and `llorch-pool` without a daemon, use the same functions on the same registry. Plain functions of the
+//! submodules make the decisions (port, memory, kind of end); [`Lifecycle`] carries them out.
 
 mod cleanup;
 mod drain;
@@ -59,7 +59,7 @@ use crate::process::{ProcessIdentity, Signal};
 use crate::registry::{Damaged, Registry, RegistryError, Verdict, WorkerRecord};
 use crate::worker::{Backend, Device, WorkerInfo, WorkerStatus};
 
-/// Starts and ends the workers of one home.
+/// An interface to start and end the workers of one home.
 #[derive(Clone)]
 pub struct Lifecycle {
     home: Home,
@@ -73,19 +73,19 @@ pub struct Lifecycle {
     pool_url: Option<String>,
 }
 
-/// What [`Lifecycle::reconcile`] found.
+/// The result of [`Lifecycle::reconcile`].
 #[derive(Debug, Default)]
 pub struct Reconciled {
     /// Live workers.
     pub live: Vec<WorkerRecord>,
     /// Workers whose process was found to have ended.
     pub ended: Vec<WorkerInfo>,
-    /// Record files that hold no record; they were renamed.
+    /// Unreadable record files, which were renamed.
     pub damaged: Vec<Damaged>,
 }
 
 impl Lifecycle {
-    /// The lifecycle of `home`, whose folders must exist ([`Home::ensure`]).
+    /// Creates the lifecycle of `home`, whose folders must exist ([`Home::ensure`]).
     pub fn new(home: Home, config: PoolConfig) -> Result<Self, CatalogError> {
         Ok(Self {
             catalog: Catalog::load(&home)?,
@@ -100,63 +100,63 @@ impl Lifecycle {
         })
     }
 
-    /// Tells workers to report to the pool manager at `url` when they are ready.
+    /// Makes new workers report to the pool manager at `url` when they are ready.
     #[must_use]
     pub fn with_pool_url(mut self, url: impl Into<String>) -> Self {
         self.pool_url = Some(url.into());
         self
     }
 
-    /// Starts processes through `spawner`.
+    /// Replaces the spawner, which starts the processes.
     #[must_use]
     pub fn with_spawner(mut self, spawner: impl Spawner + 'static) -> Self {
         self.spawner = Arc::new(spawner);
         self
     }
 
-    /// Takes the GPUs from `gpus`.
+    /// Replaces the inventory of GPUs.
     #[must_use]
     pub fn with_gpus(mut self, gpus: GpuInventory) -> Self {
         self.gpus = Arc::new(gpus);
         self
     }
 
-    /// The GPUs of this host.
+    /// Returns the inventory of this host's GPUs.
     pub fn gpus(&self) -> &GpuInventory {
         &self.gpus
     }
 
-    /// The registry of workers.
+    /// Returns the registry of workers.
     pub fn registry(&self) -> &Registry {
         &self.registry
     }
 
-    /// Where the files are.
+    /// Returns the home that holds the files.
     pub fn home(&self) -> &Home {
         &self.home
     }
 
-    /// The settings in force.
+    /// Returns the settings in effect.
     pub fn config(&self) -> &PoolConfig {
         &self.config
     }
 
-    /// The models folder.
+    /// Returns the models folder.
     pub fn store(&self) -> &Store {
         &self.store
     }
 
-    /// The models known by name.
+    /// Returns the catalogue of models known by name.
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
     }
 
-    /// What memory a worker with this model needs.
+    /// Returns the estimator of workers' memory.
     pub fn estimator(&self) -> &MemoryEstimator {
         &self.estimator
     }
 
-    /// Where a worker's output goes.
+    /// Returns the path of a worker's log.
     pub fn log_file(&self, id: &str) -> PathBuf {
         self.home
             .logs_dir()
@@ -164,8 +164,8 @@ impl Lifecycle {
             .join(format!("{id}.log"))
     }
 
-    /// Returns the file behind a model reference, as far as this pool's settings allow it. It has the name under which
-    /// the pool offers it, so that a worker serves every task that means the same file.
+    /// Returns the file that a model reference resolves to, within the limits of this pool's settings. Its name is the one
+    /// under which the pool offers it, so that a worker serves every task that refers to the same file.
     pub fn resolve(&self, model: &ModelRef) -> Result<ResolvedModel, SpawnError> {
         let allowed = self.config.allow_paths(&self.home);
         let mut found = self.store.resolve(model, &self.catalog, &allowed)?;
@@ -173,13 +173,13 @@ impl Lifecycle {
         Ok(found)
     }
 
-    /// Returns the models on this host that tasks may name, at most `limit` of them by path alone.
+    /// Returns the models on this host that tasks may request; at most `limit` of them are named only by a path.
     pub fn offer(&self, limit: usize) -> Result<Offer, ResolveError> {
         let allowed = self.config.allow_paths(&self.home);
         self.store.offer(&self.catalog, &allowed, limit)
     }
 
-    /// Backends that a worker can be started with here: those with a program and a device.
+    /// Returns the backends available for new workers: those with a program and a usable device.
     pub fn backends(&self) -> Vec<Backend> {
         let gpus = self.gpus.now();
         let usable = |backend: &Backend| {
@@ -192,15 +192,14 @@ impl Lifecycle {
             .collect()
     }
 
-    /// The CPU and the GPUs, as far as they are known now, with the memory that a further worker could take beside
-    /// `records`.
+    /// Returns the CPU and the GPUs known so far, with the memory available to another worker, given `records`.
     pub fn devices(&self, records: &[WorkerRecord]) -> io::Result<Vec<DeviceInfo>> {
         let ours = records
             .iter()
             .filter(|record| record.info.status.is_live())
             .filter_map(|record| record.info.pid)
             .collect();
-        // Before anything says what is free, as `Held` wants it.
+        // Read before any free memory, as `Held` requires.
         let held = Held::by(records);
         let gpu = |gpu: Gpu| {
             let memory = self.gpu_memory(&gpu);
@@ -240,8 +239,8 @@ impl Lifecycle {
         DeviceMemory::of_gpu(gpu).limited(self.config.memory.gpu_limit_bytes)
     }
 
-    /// Takes over what a worker says of itself, and returns what it was before and is now. `None` if there is no such
-    /// worker, or nothing changed.
+    /// Applies a worker's health report to its record. Returns the worker before and after; `None` if there is no such worker
+    /// or nothing changed.
     pub fn observe(
         &self,
         id: &str,
@@ -261,8 +260,8 @@ impl Lifecycle {
         ))
     }
 
-    /// Writes down again which process is the worker's, for who has watched `process` since it was started with `nonce`.
-    /// `None` where the worker has ended, or another process is its by now.
+    /// Restores the process identity in a worker's record. Called by the task that has watched `process` since its start with
+    /// `nonce`. Returns `None` if the worker has ended or has another process by now.
     pub fn restore_process(
         &self,
         id: &str,
@@ -278,16 +277,16 @@ impl Lifecycle {
         Ok(updated.map(|updated| updated.record).filter(is_its))
     }
 
-    /// Remembers what the worker's memory cgroup had counted while the worker was seen to be well.
+    /// Records the kill counter of the worker's memory cgroup at a time when the worker was healthy.
     pub fn mark_memory(&self, id: &str, mark: &OomMark) -> Result<(), RegistryError> {
         let mark = Some(mark.clone());
         self.registry.update(id, |record| record.oom_mark = mark)?;
         Ok(())
     }
 
-    /// What a daemon goes on doing, done once, for those who work without one: after [`Lifecycle::reconcile`], workers
-    /// that are not ready in time are ended, and so are those whose end a daemon began and did not live to see. That a
-    /// worker stands still is seen only by who watches it for longer.
+    /// Performs once, for a caller without a daemon, the work that a daemon repeats. Calls [`Lifecycle::reconcile`], then ends
+    /// workers that are not ready in time and workers that a daemon condemned but did not see end. Detecting a stalled worker
+    /// takes longer observation, so this function does not.
     pub fn tend(&self) -> Result<Reconciled, RegistryError> {
         let mut found = self.reconcile(&|_| false)?;
         let mut live = Vec::new();
@@ -304,7 +303,7 @@ impl Lifecycle {
         Ok(found)
     }
 
-    /// The record of a worker that has to end, if this one has to.
+    /// Returns the record of a worker that has to end, or `None` if the worker may continue.
     fn overdue(&self, record: &WorkerRecord) -> Result<Option<WorkerRecord>, RegistryError> {
         if record.verdict.is_some() {
             return Ok(Some(record.clone()));
@@ -317,7 +316,7 @@ impl Lifecycle {
         {
             return Ok(None);
         }
-        // Perhaps it has been ready for long, and nobody came to see it.
+        // The worker may have become ready long ago without any process observing it.
         if let Some(health) = health::ask(record.local_addr())
             && let Ok(Some((_, now))) = self.observe(&record.info.id, &health)
             && now.status != WorkerStatus::Starting
@@ -328,9 +327,9 @@ impl Lifecycle {
         self.condemn(&record.info.id, &Verdict::StartTimeout { after_s })
     }
 
-    /// Makes the registry true to the processes: live workers whose process has ended are marked so, and a record that
-    /// names no process, as when the starter was killed, or a wrong one names the worker's again. Workers that are `watched` are
-    /// left alone: whoever waits for them knows better how they end.
+    /// Updates the registry to match the processes. Live workers whose process has ended are marked as ended. A record with a
+    /// missing or wrong process, such as after the starter was killed, gets the worker's process. Skips workers for which
+    /// `watched` returns true: the task that waits for such a worker sees its exit status.
     pub fn reconcile(&self, watched: &dyn Fn(&str) -> bool) -> Result<Reconciled, RegistryError> {
         let locked = self.registry.lock()?;
         let contents = locked.load()?;
@@ -348,7 +347,7 @@ impl Lifecycle {
                 continue;
             }
             crash_point("adopt");
-            // The lock is held, so nobody is about to record this process.
+            // While this lock is held, no other process is about to record this one.
             if let Some(process) = spawner::process_of(&record) {
                 if record.identity.as_ref() != Some(&process) {
                     record.set_process(process);
@@ -374,10 +373,10 @@ impl std::fmt::Debug for Lifecycle {
     }
 }
 
-/// Why a worker's own account was not taken over.
+/// The reason a health report was not recorded.
 #[derive(Debug, thiserror::Error)]
 pub enum ObserveError {
-    /// It is not the account of that worker.
+    /// The report is invalid for this worker.
     #[error(transparent)]
     Refused(#[from] HealthRefused),
     /// The registry can't be used.
@@ -385,13 +384,13 @@ pub enum ObserveError {
     Registry(#[from] RegistryError),
 }
 
-/// Starts a worker without a daemon and returns once it listens or has ended. Its caller soon exits, so the worker
-/// is nobody's child afterwards and its exit code can't be asked for.
+/// Starts a worker without a daemon. Returns once the worker listens or has ended. The caller soon exits, so the worker becomes
+/// an orphan and its exit code is lost.
 pub fn spawn_worker(
     request: &WorkerSpawnRequest,
     lifecycle: &Lifecycle,
 ) -> Result<WorkerInfo, SpawnError> {
-    // Memory of workers that ended, or should have, while nobody watched is free for this one.
+    // Frees the memory of workers that have ended, or should have, while no process watched them.
     lifecycle.tend()?;
     let mut started = lifecycle.spawn(request)?;
     loop {
@@ -419,8 +418,8 @@ pub fn spawn_worker(
     }
 }
 
-/// Stops a worker and waits until its process has ended: it may finish what runs within the stop timeout, after
-/// which, or at once with `force`, it is killed.
+/// Stops a worker and waits until its process has ended. The worker may finish its running jobs within the stop timeout and is
+/// then killed; with `force`, it is killed at once.
 pub fn stop_worker(id: &str, force: bool, lifecycle: &Lifecycle) -> Result<WorkerInfo, StopError> {
     let signal_error = |source| StopError::Signal {
         id: id.to_owned(),
@@ -430,7 +429,7 @@ pub fn stop_worker(id: &str, force: bool, lifecycle: &Lifecycle) -> Result<Worke
     if !record.info.status.is_live() {
         return Ok(record.info);
     }
-    // Nobody waits for a stranger whom the record names.
+    // If the recorded process is not the worker's, there is no process to wait for.
     if let Some(identity) = spawner::process_of(&record) {
         let timeout = record.args.stop_timeout();
         if !identity.wait_gone(timeout).map_err(signal_error)? {
@@ -445,7 +444,7 @@ pub fn stop_worker(id: &str, force: bool, lifecycle: &Lifecycle) -> Result<Worke
             }
         }
     }
-    // A daemon that watches the worker may have recorded its end already; the record then stays as it is.
+    // A daemon that watches the worker may have recorded the end already, in which case the record stays unchanged.
     match lifecycle.process_ended(&record, ExitFacts::Unknown)? {
         Some(Ended::Over(info) | Ended::Replaced(info)) => Ok(info),
         Some(Ended::Restarted(started)) => Ok(started.info),

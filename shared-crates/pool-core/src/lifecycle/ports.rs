@@ -1,4 +1,4 @@
-//! Which port a worker gets.
+//! The choice of a worker's port.
 
 use std::collections::HashSet;
 use std::io::ErrorKind;
@@ -8,8 +8,8 @@ use std::ops::RangeInclusive;
 use super::SpawnError;
 use crate::registry::WorkerRecord;
 
-/// The lowest port of `range` that no live worker has and that this worker has not found taken; `None` when there is
-/// none left.
+/// Returns the lowest port of `range` that is not in use by a live worker and that this worker has not yet found taken; `None`
+/// if no port is left.
 pub fn choose_port(
     range: RangeInclusive<u16>,
     in_use: &HashSet<u16>,
@@ -20,8 +20,8 @@ pub fn choose_port(
         .find(|port| !in_use.contains(port) && !tried.contains(port))
 }
 
-/// `port`, which was asked for by number, if nobody has it. A program that takes it after this look is found by the
-/// worker itself.
+/// Returns the explicitly requested `port` if it is free. If another program takes it after this check, the worker itself
+/// detects that.
 pub(super) fn claimable(
     port: u16,
     records: &[WorkerRecord],

@@ -1,9 +1,9 @@
-//! Whether a worker moves. An answering `/health` proves that a process can answer, not that anything comes out of it,
-//! so what counts is that its counter grows while it has work.
+//! Detection of stalled workers. An answer to `/health` only proves that the process can answer, so a worker counts as moving
+//! only if its progress counter increases while it has work.
 //!
-//! Time is counted in looks. A look that comes late, because the watcher itself or the whole host stood still, counts
-//! nothing, so that neither a suspended host nor a stopped daemon makes a worker look stuck that could not be watched.
-//! Where one look after the other is late the host is merely slow, and they count as long as one can take.
+//! Time is counted in looks. A look comes late if the watcher itself or the whole host was suspended. Such a gap counts as no
+//! time, so that a suspended host or a stopped daemon does not make an unwatched worker appear stuck. If consecutive looks are
+//! late, the host is merely slow, and each look counts as the longest regular step.
 
 use std::time::{Duration, Instant};
 
@@ -11,34 +11,32 @@ use crate::api::worker::{HealthState, WorkerHealth};
 use crate::units::human_duration;
 use crate::worker::Backend;
 
-/// The longest time between two looks of a watcher that has its turn.
+/// Longest regular time between two looks.
 const LONGEST_STEP: Duration = Duration::from_secs(3);
-/// How many looks in a row must have found the worker where it was: one alone may have come at a bad moment.
+/// Number of consecutive looks without progress before a worker counts as stalled. A single look may come at a bad moment.
 const LEAST_LOOKS: u32 = 3;
-/// Slowest source of a model that is still taken for alive, bytes a second, and the part of a file that its largest
-/// tensor, the longest step of loading, is taken for.
+/// Slowest believable source of a model, in bytes per second, and the assumed share of a file's largest tensor, which is the
+/// longest step of loading.
 const LOAD_BYTES_PER_S: u64 = 100_000_000;
 const LARGEST_TENSOR_PART: u64 = 4;
-/// Bytes of weights that a device works through in a second with the 64 tokens of a prefill chunk: a slow processor with
-/// one thread, and a slow GPU. A worker moves with every layer of it: what the whole chunk may take leaves room for
-/// neighbours that compute on the same processor.
+/// Bytes of weights that a device processes per second for the 64 tokens of a prefill chunk: a slow CPU with one thread, and a
+/// slow GPU. A worker progresses with every layer, so a limit for the whole chunk leaves room for neighbours on the same CPU.
 const CPU_CHUNK_BYTES_PER_S: u64 = 32_000_000;
 const GPU_CHUNK_BYTES_PER_S: u64 = 320_000_000;
 
-/// How long a worker may stand still.
+/// The time limits for a worker without progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Deadlines {
-    /// Between two steps of loading.
+    /// Limit between two steps of loading.
     pub load: Duration,
-    /// Between two tokens, or chunks of a prompt.
+    /// Limit between two tokens, or two chunks of a prompt.
     pub compute: Duration,
-    /// Without an answer while it has nothing to do.
+    /// Limit for a missing answer while the worker is idle.
     pub answer: Duration,
 }
 
 impl Deadlines {
-    /// The deadlines of a worker with a model file of this size: at least `floor`, and longer where the size asks for
-    /// it.
+    /// Returns the deadlines of a worker for a model file of this size: at least `floor`, and longer for large files.
     pub fn of(file_bytes: u64, backend: Backend, floor: Duration) -> Self {
         let rate = match backend {
             Backend::Cpu => CPU_CHUNK_BYTES_PER_S,
@@ -53,30 +51,30 @@ impl Deadlines {
     }
 }
 
-/// What a worker was at, going by its last answer.
+/// The activity of a worker, according to its last answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum At {
-    /// It has not answered yet, or loads.
+    /// The worker is loading, or has not answered yet.
     Loading,
-    /// It runs this many sequences.
+    /// The worker runs this many sequences.
     Work(u32),
-    /// It has nothing to do.
+    /// The worker is idle.
     Rest,
-    /// It has said that it can't serve, after which it should end.
+    /// The worker has reported that it can't serve, after which it should end.
     Ending,
 }
 
-/// A worker that stands still.
+/// The diagnosis of a worker that makes no progress.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stall {
     at: At,
-    /// Whether it still answers.
+    /// True if the worker still answers `/health`.
     answers: bool,
-    /// How long it has stood still, as far as it was watched.
+    /// Time without progress, counting only watched time.
     pub stood_for: Duration,
-    /// How long it may.
+    /// Deadline that was exceeded.
     pub limit: Duration,
-    /// Where its counter stands; `None` if it never told.
+    /// Progress counter of the worker; `None` if the worker never reported one.
     pub progress: Option<u64>,
 }
 
@@ -102,7 +100,7 @@ impl std::fmt::Display for Stall {
         if let Some(progress) = self.progress {
             write!(f, ", at progress {progress}")?;
         }
-        // Which of the two it was tells a stopped process from a stuck computation.
+        // The answer distinguishes a stopped process from a stuck computation.
         match (self.at, self.answers) {
             (At::Rest, _) => Ok(()),
             (_, true) => f.write_str("; /health still answers"),
@@ -111,7 +109,7 @@ impl std::fmt::Display for Stall {
     }
 }
 
-/// What is seen of one process of a worker, look by look.
+/// The observation of one process of a worker, look by look.
 #[derive(Debug, Clone)]
 pub struct ProgressWatch {
     deadlines: Deadlines,
@@ -125,7 +123,7 @@ pub struct ProgressWatch {
 }
 
 impl ProgressWatch {
-    /// Begins to watch at `now`.
+    /// Starts watching at `now`.
     pub fn new(deadlines: Deadlines, now: Instant) -> Self {
         Self {
             deadlines,
@@ -139,12 +137,12 @@ impl ProgressWatch {
         }
     }
 
-    /// How long the worker was watched, without the time in which the watcher itself did not run.
+    /// Returns how long the worker was watched, excluding time in which the watcher itself did not run.
     pub fn watched_for(&self) -> Duration {
         self.watched_for
     }
 
-    /// Takes note that the worker has told, perhaps before it was watched, that its model is loaded.
+    /// Notes that the worker has reported its model as loaded, possibly before the watch began.
     pub fn heard_ready(&mut self) {
         if self.at == At::Loading {
             self.at = At::Rest;
@@ -152,8 +150,8 @@ impl ProgressWatch {
         }
     }
 
-    /// Takes note of a look that ended at `now`: what the worker answered, or that it did not. Returns how it stands
-    /// still, if it does for too long.
+    /// Notes a look that ended at `now`, with the worker's answer if there was one. Returns the stall if the worker has
+    /// exceeded its deadline.
     pub fn look(&mut self, now: Instant, answer: Option<&WorkerHealth>) -> Option<Stall> {
         let passed = now.saturating_duration_since(self.looked_at);
         let late_before = std::mem::replace(&mut self.late, passed > LONGEST_STEP);
@@ -227,7 +225,7 @@ mod tests {
         }
     }
 
-    /// Looks once a second from the start on; an answer is given until it changes.
+    /// A watch with one look per second, and its current time.
     struct Clock(ProgressWatch, Instant);
 
     impl Clock {
@@ -241,7 +239,7 @@ mod tests {
             self.0.look(self.1, answer)
         }
 
-        /// The seconds until it counts as stuck.
+        /// Returns the seconds and the message of a stall, repeating one answer every second.
         fn until_stalled(&mut self, answer: Option<&WorkerHealth>) -> Option<(u64, String)> {
             (1..=60).find_map(|s| Some((s, self.after(1, answer)?.to_string())))
         }
@@ -327,7 +325,7 @@ mod tests {
                 );
             }
         }
-        // Work that begins after a long rest has its whole time.
+        // Work that begins after a long rest gets its full deadline.
         assert_eq!(
             clock.after(1, Some(&health(HealthState::Ready, 0, 20))),
             None
@@ -342,14 +340,14 @@ mod tests {
         let mut clock = Clock::new();
         let busy = health(HealthState::Ready, 1, 90);
         assert_eq!(clock.after(1, Some(&busy)), None);
-        // The host was asleep, or the daemon was stopped, for a day, and the worker has not had its turn yet.
+        // The host was asleep, or the daemon was stopped, for a day, and the worker has not run yet.
         assert_eq!(clock.after(86_400, None), None);
         assert_eq!(clock.0.watched_for(), Duration::from_secs(1));
         for _ in 0..9 {
             assert_eq!(clock.after(1, None), None);
         }
         assert!(clock.after(1, None).is_some());
-        // A host on which every look is late still finds the stuck, with a count of three seconds a look.
+        // If every look is late, a stuck worker is still found; each look counts as three seconds.
         let mut clock = Clock::new();
         assert_eq!(clock.after(1, Some(&busy)), None);
         let looks = (1..).find(|_| clock.after(60, Some(&busy)).is_some());
@@ -400,7 +398,8 @@ mod tests {
     }
 
     proptest! {
-        // [POOLD-060] Whatever comes before: who moves within each limit is never stuck, and who never moves again is.
+        // [POOLD-060] For any history, a worker that moves within each limit is never stuck, and one that stops moving is
+        // found.
         #[test]
         fn movers_live_and_the_stuck_are_found(steps in proptest::collection::vec((0u64..3, any::<bool>()), 0..60)) {
             let mut clock = Clock::new();

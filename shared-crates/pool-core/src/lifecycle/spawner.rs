@@ -1,4 +1,4 @@
-//! Starting processes, and recognising them afterwards.
+//! Starting worker processes and recognising them later.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -14,8 +14,8 @@ use crate::registry::WorkerRecord;
 use crate::secret::Secret;
 use crate::worker_args::{NONCE_VAR, SECRET_VAR};
 
-/// The only variables that a worker gets of its starter's: tokens of ours are none of its business. RUST_BACKTRACE stays out:
-/// candle writes backtraces into its messages, and those are shown as the reason of a worker's end.
+/// The only environment variables that a worker inherits, so that it does not see the user's tokens. RUST_BACKTRACE is excluded
+/// because candle adds backtraces to its messages, which are shown as the reason of a worker's end.
 const PASSED_ON: &[&str] = &[
     "PATH",
     "HOME",
@@ -29,40 +29,41 @@ const PASSED_ON: &[&str] = &[
     "LLORCH_LOG",
 ];
 
-/// How long a worker that was started without a daemon is watched while it begins to listen.
+/// Time limit for a worker to start listening when it is started without a daemon.
 pub(crate) const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// All that starting a worker takes.
+/// The parameters of a worker's start.
 #[derive(Debug)]
 pub struct WorkerCommand {
-    /// The program.
+    /// Path of the worker program.
     pub program: PathBuf,
-    /// Its arguments.
+    /// Command-line arguments, without the program's name.
     pub args: Vec<OsString>,
-    /// Goes into its environment.
+    /// Bearer token, passed in the environment.
     pub secret: Secret,
-    /// Goes into its environment.
+    /// Identifier of this start, passed in the environment.
     pub nonce: String,
-    /// Takes what it prints.
+    /// File that receives the process's output.
     pub log: File,
 }
 
-/// A process that was started.
+/// A started process.
 #[derive(Debug)]
 pub struct Launched {
-    /// Its process id.
+    /// Process id.
     pub pid: u32,
-    /// The handle to wait for it with, where it is a child of this process.
+    /// Handle to wait for the process; `None` if it is not a child of this process.
     pub child: Option<Child>,
 }
 
-/// Starts worker processes.
+/// A way to start worker processes.
 pub trait Spawner: Send + Sync {
-    /// Starts one. It must not be waited for before its identity has been read, which needs its pid to stay its own.
+    /// Starts a process. The caller must read the process's identity before waiting for it, because the pid may be reused after
+    /// that.
     fn spawn(&self, command: WorkerCommand) -> io::Result<Launched>;
 }
 
-/// Starts real processes.
+/// A spawner of real processes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct OsSpawner;
 
@@ -77,14 +78,14 @@ impl Spawner for OsSpawner {
             .envs(passed_on)
             .env(SECRET_VAR, command.secret.expose())
             .env(NONCE_VAR, &command.nonce)
-            // A GPU's number means the same to the worker as to the inventory. Left to itself CUDA numbers by speed, and
-            // by what CUDA_VISIBLE_DEVICES leaves over, which is therefore not passed on.
+            // Makes GPU numbers agree between worker and inventory. By default CUDA orders GPUs by speed and counts only those
+            // in CUDA_VISIBLE_DEVICES, which is therefore not passed on.
             .env("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(command.log.try_clone()?)
             .stderr(command.log)
-            // A group of its own: Ctrl-C in the terminal of its starter is not meant for it.
+            // A separate process group, so that Ctrl-C in the starter's terminal does not reach the worker.
             .process_group(0)
             .spawn()?;
         Ok(Launched {
@@ -94,8 +95,8 @@ impl Spawner for OsSpawner {
     }
 }
 
-/// Whether the process with this pid was started with this nonce. Where the system does not show the environments of
-/// processes, the rest of their identity has to do.
+/// Returns whether the process with this pid was started with this nonce. On systems that do not show the environments of
+/// processes, this is always true, and the rest of the identity has to suffice.
 pub(super) fn carries_nonce(pid: u32, nonce: &str) -> bool {
     if cfg!(not(target_os = "linux")) {
         return true;
@@ -103,8 +104,8 @@ pub(super) fn carries_nonce(pid: u32, nonce: &str) -> bool {
     environment_of(pid).is_some_and(|environment| holds(&environment, nonce))
 }
 
-/// Whether the process with this pid is known to have been started with another nonce, or none. Nothing is known of a
-/// process whose environment can't be read.
+/// Returns whether the process with this pid is known to have been started with a different nonce, or none. A process with an
+/// unreadable environment is not.
 fn is_anothers(pid: u32, nonce: &str) -> bool {
     environment_of(pid).is_some_and(|environment| !holds(&environment, nonce))
 }
@@ -116,14 +117,14 @@ fn holds(environment: &[u8], nonce: &str) -> bool {
         .any(|variable| variable == wanted.as_bytes())
 }
 
-/// The environment that a process was started with; that of one that has ended is empty.
+/// Returns the environment that a process was started with, or `None` if it is unreadable or the process has ended.
 fn environment_of(pid: u32) -> Option<Vec<u8>> {
     let environment = std::fs::read(format!("/proc/{pid}/environ")).ok()?;
     (!environment.is_empty()).then_some(environment)
 }
 
-/// The process that stands behind a worker, whatever its record says: the recorded one, unless that has ended or is
-/// known to be another's, else the one that was started with the record's nonce. What can't be told is no end.
+/// Returns the process of a worker: the recorded one, unless it has ended or is known to belong to another worker, or else the
+/// one that was started with the record's nonce. A process in an unknown state counts as running.
 pub(super) fn process_of(record: &WorkerRecord) -> Option<ProcessIdentity> {
     let may_be_it = |process: &&ProcessIdentity| {
         process.runs().unwrap_or(true) && !is_anothers(process.pid, &record.nonce)
@@ -132,19 +133,19 @@ pub(super) fn process_of(record: &WorkerRecord) -> Option<ProcessIdentity> {
     recorded.cloned().or_else(|| find_by_nonce(&record.nonce))
 }
 
-/// The process that was started with this nonce, if it lives and the system lets us look for it.
+/// Returns the live process that was started with this nonce, if the system allows the search.
 fn find_by_nonce(nonce: &str) -> Option<ProcessIdentity> {
     let processes = std::fs::read_dir("/proc").ok()?;
     processes
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .filter(|pid| cfg!(target_os = "linux") && carries_nonce(*pid, nonce))
         .filter_map(|pid| ProcessIdentity::of(pid).ok()?)
-        // A child of the worker inherits its environment. It stays in the group that the worker leads, and is younger.
+        // Children of the worker inherit its environment, but stay in its process group and are younger.
         .filter(ProcessIdentity::leads_a_group)
         .min_by_key(|identity| identity.start_time)
 }
 
-/// Watches a worker that was just started until it listens (`None`) or has ended.
+/// Watches a newly started worker until it listens (returns `None`) or ends.
 pub(super) fn ended_before_listening(
     child: &mut Child,
     address: SocketAddr,
@@ -163,12 +164,12 @@ pub(super) fn ended_before_listening(
     Ok(None)
 }
 
-/// Whether the worker with this nonce answers at `address`, and not somebody who had the port before it.
+/// Returns whether the worker with this nonce answers at `address`, rather than another program that has the port.
 fn answers_with(address: SocketAddr, nonce: &str) -> io::Result<bool> {
     Ok(ask_health(address)?.contains(nonce))
 }
 
-/// Asks whoever listens at `address` for its `/health`; returns the whole answer, head and body.
+/// Requests `/health` from `address`. Returns the whole answer, head and body.
 pub(super) fn ask_health(address: SocketAddr) -> io::Result<String> {
     let patience = Duration::from_millis(500);
     let mut stream = TcpStream::connect_timeout(&address, patience)?;
@@ -178,7 +179,7 @@ pub(super) fn ask_health(address: SocketAddr) -> io::Result<String> {
         format!("GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").as_bytes(),
     )?;
     let mut answer = String::new();
-    // Whatever listens there may send without end.
+    // Bounded, because an unknown program may send without end.
     let _ = stream.take(16 << 10).read_to_string(&mut answer);
     Ok(answer)
 }

@@ -1,4 +1,4 @@
-//! The start of a worker: where it runs, with what, and which process it is.
+//! The start of a worker: the choice of its device and sizes, and the launch of its process.
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -25,10 +25,10 @@ use crate::secret::Secret;
 use crate::worker::{Backend, Device, WorkerInfo, WorkerMemory, WorkerStatus};
 use crate::worker_args::{MAX_SLOTS, WorkerArgs};
 
-/// Tokens of the cache for each sequence that a worker runs at once, where nobody says how many it runs. Few jobs need more.
+/// Cache tokens per default slot. Few jobs need more.
 const TOKENS_PER_SLOT: u32 = 1024;
 
-/// Returns how many sequences a worker runs at once whose cache has this many tokens.
+/// Returns the default number of slots for a cache of this many tokens.
 fn default_slots(cache_tokens: Option<u32>) -> u32 {
     cache_tokens.map_or(1, |tokens| {
         (tokens / TOKENS_PER_SLOT).clamp(1, MOST_DEFAULT_SLOTS)
@@ -38,15 +38,15 @@ fn default_slots(cache_tokens: Option<u32>) -> u32 {
 /// A worker that was just started.
 #[derive(Debug)]
 pub struct Started {
-    /// The worker.
+    /// Public part of the worker's record.
     pub info: WorkerInfo,
-    /// Its process, for the caller to wait for: nobody else learns how it exits.
+    /// Process of the worker, which the caller must wait for: only the parent learns the exit status.
     pub child: Option<Child>,
 }
 
 impl Lifecycle {
-    /// Starts a worker: checks model, backend and device, reserves its memory, records the intent, starts the
-    /// process and records that too. It returns while the worker still loads.
+    /// Starts a worker: checks the model, backend and device, reserves memory, records the intent, starts the process and
+    /// records it as well. Returns while the worker is still loading.
     pub fn spawn(&self, request: &WorkerSpawnRequest) -> Result<Started, SpawnError> {
         crash_point("spawn.received");
         if let Some(asked) = request.slots
@@ -85,7 +85,7 @@ impl Lifecycle {
             .unwrap_or_else(|| default_slots(context_length.max(request.cache_tokens)));
 
         let locked = self.registry.lock()?;
-        // A drain begins under the same lock: no worker slips in behind it.
+        // A drain begins under the same lock, so no worker can start after it.
         if let Some(drain) = self.drain()? {
             return Err(SpawnError::Draining { since: drain.since });
         }
@@ -94,7 +94,7 @@ impl Lifecycle {
         let on_gpu = gpus.iter().map(|gpu| (gpu.device, self.gpu_memory(gpu)));
         let (device, memory) = match roomiest(on_gpu, &records, &held) {
             Some(found) => found,
-            // The CPU: a backend of GPUs without one was refused above.
+            // Only the CPU has no candidates here; a GPU backend without a usable GPU was refused above.
             None => {
                 let memory = self.cpu_memory().map_err(SpawnError::MemoryUnknown)?;
                 (Device::CPU, memory)
@@ -179,11 +179,11 @@ impl Lifecycle {
             },
             log_start: 0,
         };
-        // The intent comes first: whatever happens from here on, a record says that this process may exist.
+        // Record the intent first: if this process is killed later, a record shows that the worker's process may exist.
         locked.save(&record)?;
         crash_point("spawn.intended");
         for id in locked.prune(&records, self.config.workers.keep_ended)? {
-            // Best effort: the worker is forgotten either way.
+            // Best effort: the record of that worker is gone either way.
             let _ = fs::remove_file(self.log_file(&id));
         }
         let child = match self.launch(&mut record) {
@@ -203,8 +203,8 @@ impl Lifecycle {
         })
     }
 
-    /// The GPUs that a worker of this backend may be started on: the one asked for, or all that work. None for the CPU,
-    /// which waits for no driver.
+    /// Returns the GPUs that a worker of this backend may use: the requested one, or all usable ones. Returns none for the CPU,
+    /// which does not have to wait for a driver.
     fn usable_gpus(&self, backend: Backend, asked: Option<u32>) -> Result<Vec<Gpu>, SpawnError> {
         if backend == Backend::Cpu {
             return match asked {
@@ -254,7 +254,7 @@ impl Lifecycle {
         choose_port(first..=last, in_use, tried).ok_or(SpawnError::NoPort { first, last })
     }
 
-    /// Starts the process that `record` describes and notes which one it is.
+    /// Starts the process that `record` describes and adds its identity to `record`.
     pub(super) fn launch(&self, record: &mut WorkerRecord) -> Result<Option<Child>, SpawnError> {
         let failed = |source| SpawnError::Exec {
             program: record.program.clone(),
@@ -295,13 +295,13 @@ impl Lifecycle {
     }
 }
 
-/// Tells one start of a process from every other.
+/// Returns a random nonce, which distinguishes one start of a process from all others.
 pub(super) fn new_nonce() -> String {
     uuid::Uuid::new_v4().simple().to_string()
 }
 
-/// Reads which process was started, while it is not waited for yet, so that its pid can't have gone to another. Where
-/// that fails the process ends: nobody could ever recognise it, and stop it.
+/// Reads the identity of a started process before it is waited for, so that its pid can't have been reused. On failure the
+/// process is killed, because no later process could recognise or stop it.
 pub(super) fn identified(
     mut launched: Launched,
     identify: impl Fn(u32) -> io::Result<Option<ProcessIdentity>>,
@@ -310,7 +310,7 @@ pub(super) fn identified(
         Ok(identity) => Ok((launched, identity)),
         Err(error) => {
             if let Some(child) = &mut launched.child {
-                // It fails only for a child that has ended already.
+                // Fails only if the child has already ended.
                 let _ = child.kill();
                 let _ = child.wait();
             }

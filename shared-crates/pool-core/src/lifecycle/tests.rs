@@ -15,7 +15,7 @@ use crate::secret::Secret;
 use crate::worker::{CacheType, ExitReason, WorkerMemory};
 use crate::worker_args::{EXIT_PORT_TAKEN, MAX_SLOTS, WorkerArgs};
 
-/// The record of a worker that was just started.
+/// Returns the record of a worker that was just started.
 pub(crate) fn record(number: u64) -> WorkerRecord {
     let id = format!("worker-cpu-{number}");
     let model_ref: ModelRef = "smollm2-135m".parse().unwrap();
@@ -77,7 +77,7 @@ pub(crate) fn record(number: u64) -> WorkerRecord {
     }
 }
 
-/// Starts nothing: every process it pretends to start is this one.
+/// A spawner that starts nothing: every process it returns is the test itself.
 struct FakeSpawner;
 
 impl Spawner for FakeSpawner {
@@ -97,7 +97,7 @@ impl Spawner for FailingSpawner {
     }
 }
 
-/// A home with a worker program and a file that stands in for a model.
+/// A home with a worker program and a fake model file.
 struct Host {
     dir: tempfile::TempDir,
     config: PoolConfig,
@@ -145,7 +145,7 @@ fn spawns_at_once_never_promise_the_same_memory_port_or_id() {
     );
     host.config.memory.cpu_limit_bytes = Some(each.needed_bytes * 3 + 1);
     let outcomes: Vec<_> = std::thread::scope(|scope| {
-        // Each with a lifecycle of its own, as a daemon and several command lines have.
+        // Each thread has its own lifecycle, like a daemon and several command lines.
         let spawn = || {
             host.lifecycle()
                 .with_spawner(FakeSpawner)
@@ -202,7 +202,7 @@ fn numbers_are_never_used_again_and_old_records_go() {
         .iter()
         .map(|record| record.info.id.as_str())
         .collect();
-    // One is kept when a new worker comes, which then fails as well.
+    // One ended worker is kept when a new one is started, which then fails as well.
     assert_eq!(ids, ["worker-cpu-2", "worker-cpu-3"]);
     let exit = records[1].info.exit.as_ref().unwrap();
     assert_eq!(
@@ -237,7 +237,7 @@ fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
         (&again.info.id, again.info.port, again.info.status),
         (&first.id, 8003, WorkerStatus::Starting)
     );
-    // A second watcher of the first process is late. What it saw says nothing of the second process.
+    // A second watcher of the first process is late. Its report does not apply to the second process.
     let late = lifecycle
         .process_ended(&watched, ExitFacts::Unknown)
         .unwrap();
@@ -247,7 +247,7 @@ fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
     assert!(restored.unwrap().is_none());
     let record = lifecycle.registry().get(&first.id).unwrap();
     assert_eq!(record.info, again.info);
-    // What the first process said is no reason for the end of the second.
+    // The output of the first process does not explain the end of the second.
     let over = lifecycle.process_ended(&record, ExitFacts::Unknown);
     let Some(Ended::Over(over)) = over.unwrap() else {
         panic!("it goes on")
@@ -287,7 +287,7 @@ fn a_process_that_cannot_be_recognised_later_does_not_stay() {
     };
     let error = identified(launched, |_| Err(io::Error::other("no /proc"))).unwrap_err();
     assert_eq!(error.to_string(), "no /proc");
-    // It was waited for as well: not even a zombie has the pid.
+    // The process was also reaped, so not even a zombie has the pid.
     assert_eq!(ProcessIdentity::of(pid).unwrap(), None);
 }
 
@@ -307,7 +307,7 @@ fn a_worker_gets_the_address_and_the_grace_of_the_settings() {
         record.url(),
         format!("http://127.0.0.1:{}", record.info.port)
     );
-    // The worker ends orderly before anybody takes it for stuck.
+    // The worker ends gracefully before it is considered stuck.
     let orderly = record.args.stop_grace() + crate::worker_args::STOP_FLUSH;
     assert!(record.args.stop_timeout() > orderly);
 }
@@ -316,7 +316,7 @@ fn a_worker_gets_the_address_and_the_grace_of_the_settings() {
 fn a_stranger_with_the_recorded_pid_is_not_signalled() {
     let host = Host::new();
     let lifecycle = host.lifecycle().with_spawner(FakeSpawner);
-    // The record names this very process, which was not started with the worker's nonce.
+    // The record names the test's own process, which was not started with the worker's nonce.
     let started = lifecycle.spawn(&host.request()).unwrap();
     let record = lifecycle.request_stop(&started.info.id, true).unwrap();
     assert_eq!(record.info.status, WorkerStatus::Draining);
@@ -343,7 +343,7 @@ fn a_process_whose_starter_was_killed_is_found_again_and_can_be_stopped() {
     let found = lifecycle.reconcile(&|_| false).unwrap();
     assert_eq!(found.live[0].info.pid, started.info.pid);
 
-    // Nobody waits for the child of a process that is gone; here the test stands in for the system.
+    // The starter is gone, so no parent reaps the child; here the test does so in place of the system.
     let mut child = started.child.take().unwrap();
     let reaper = std::thread::spawn(move || child.wait());
     let stopped = stop_worker(&id, false, &lifecycle).unwrap();
