@@ -1,4 +1,4 @@
-//! Settings of a pool host, read by `pool-managerd` and by `llorch-pool` when it works without the daemon.
+//! Settings of a pool host, read by `pool-managerd`, and by `llorch-pool` when it works without the daemon.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
@@ -15,17 +15,17 @@ use crate::settings::{self, Loaded, Origin, SettingsError, UnknownVariable};
 use crate::worker::Backend;
 use crate::worker_args::DEFAULT_STOP_GRACE_S;
 
-/// The port of the pool manager where nothing else is said.
+/// Default port of the pool manager.
 pub const DEFAULT_PORT: u16 = 9200;
-/// Where an orchestrator listens where nothing else is said.
+/// Default URL of an orchestrator on the same host.
 pub const STANDARD_ORCHESTRATOR_URL: &str = "http://127.0.0.1:8080";
-/// The settings file in the configuration folder.
+/// Name of the settings file in the configuration folder.
 pub const FILE_NAME: &str = "pool-managerd.toml";
-/// Variables beside those that every key has: (variable, key). The other documented names (LLORCH_POOL_ID,
-/// LLORCH_ORCHESTRATOR_URL, LLORCH_MODELS_DIR) are those that the keys have anyway.
+/// Additional variables as (variable, key). The other documented names (LLORCH_POOL_ID, LLORCH_ORCHESTRATOR_URL,
+/// LLORCH_MODELS_DIR) follow from the names of their keys.
 pub const ALIASES: [(&str, &str); 1] = [("LLORCH_POOL_BIND", "bind")];
-/// Variables of the orchestrator's own settings, which share their environment with a pool on the same host: a name, or
-/// the beginning of the names of a section. `orchestrator-core` tests that none is missing.
+/// Variables of the orchestrator's settings, which may be in the environment of a pool on the same host: full names, or
+/// prefixes of a section's names. A test in `orchestrator-core` ensures that none is missing.
 pub const ORCHESTRATOR_VARIABLES: [&str; 14] = [
     "LLORCH_MAX_POOLS",
     "LLORCH_ORCHESTRATOR_BIND",
@@ -42,43 +42,43 @@ pub const ORCHESTRATOR_VARIABLES: [&str; 14] = [
     "LLORCH_SERVICE_STOP_TIMEOUT_S",
     "LLORCH_STORE_",
 ];
-/// The `orchestrator_url` of a pool that reports to nobody.
+/// The `orchestrator_url` of a pool without an orchestrator.
 const NO_ORCHESTRATOR: &str = "none";
 
-/// `pool-managerd.toml`.
+/// The settings in `pool-managerd.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct PoolConfig {
     /// Name of this pool in the fleet. Default: the host's short name.
     pub pool_id: String,
-    /// Address to listen on; port 0 takes a free one. Default `127.0.0.1:9200`. Any other than a loopback address
-    /// needs a token.
+    /// Address to listen on; port 0 takes a free one. Default `127.0.0.1:9200`. Any address other than loopback requires a
+    /// token.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     #[serde(deserialize_with = "address::deserialize_bind")]
     pub bind: SocketAddr,
-    /// Where the orchestrator reaches this pool. Default: the address it listens on.
+    /// URL at which the orchestrator reaches this pool. Default: the address it listens on.
     #[serde(deserialize_with = "address::deserialize_url")]
     pub advertise_url: Option<String>,
-    /// The orchestrator to register with; `none` for none. Default: the one that runs on this home, else, for a pool
-    /// without a token, one at the standard address `http://127.0.0.1:8080`.
+    /// URL of the orchestrator to register with, or `none`. Default: the one that runs on this home, or, for a pool without a
+    /// token, one at the standard address `http://127.0.0.1:8080`.
     #[serde(deserialize_with = "address::deserialize_url")]
     pub orchestrator_url: Option<String>,
-    /// File (mode 0600) with the pool's token; the variable `LLORCH_POOL_TOKEN` goes before it.
+    /// File (mode 0600) with the pool's token; the variable `LLORCH_POOL_TOKEN` takes precedence.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub token_file: Option<PathBuf>,
-    /// The checkout that `llorch-pool git` works on. Default: the one that the command runs in.
+    /// The checkout that `llorch-pool git` works on. Default: the one that contains the current folder.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub repo_path: Option<PathBuf>,
     /// Milliseconds between heartbeats when nothing changes, 20 to 600000. Default 15000.
     pub heartbeat_interval_ms: u64,
-    /// How workers are started, watched and stopped.
+    /// Start, supervision and stop of workers.
     pub workers: WorkersConfig,
-    /// How much memory workers may take.
+    /// Memory available to workers.
     pub memory: MemoryConfig,
-    /// How GPUs are asked for.
+    /// Access to GPUs.
     pub gpu: GpuConfig,
-    /// Which models may be used.
+    /// Models that may be used.
     pub models: ModelsConfig,
     /// Limits of the HTTP server.
     pub service: ServiceConfig,
@@ -86,15 +86,14 @@ pub struct PoolConfig {
     pub log: LogConfig,
 }
 
-/// `[log]`, of either daemon. SIGHUP applies changes of this section; others need a restart.
+/// The `[log]` section of either daemon. SIGHUP applies changes to this section; all others require a restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
     /// Logged events, such as `info,orchestratord=debug`; the variable `LLORCH_LOG` overrides it. Default `info`.
     pub filter: String,
-    /// Size in bytes at which the log file (`--log-file`) is renamed and started again, at least 4096; 0 for never.
-    /// Default 67108864 (64 MiB).
+    /// Size in bytes at which the log file (`--log-file`) is rotated, at least 4096; 0 for never. Default 67108864 (64 MiB).
     pub max_bytes: u64,
     /// Number of earlier log files to keep, 0 to 100: `NAME.log.1` is the newest. Default 5.
     pub keep: u32,
@@ -111,7 +110,7 @@ impl Default for LogConfig {
 }
 
 impl LogConfig {
-    /// Returns the key of an invalid value, with the reason; `None` if all are valid.
+    /// Returns the key of an invalid value and the reason, or `None` if all values are valid.
     pub fn fault(&self) -> Option<(&'static str, &'static str)> {
         match self {
             Self {
@@ -123,7 +122,7 @@ impl LogConfig {
     }
 }
 
-/// `[workers]`.
+/// The `[workers]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
@@ -132,57 +131,57 @@ pub struct WorkersConfig {
     pub port_min: u16,
     /// Last port given to workers. Default 8999.
     pub port_max: u16,
-    /// Seconds that a worker may take to load. Default 120; a file of over 12 GB gets a second for each 100 MB.
+    /// Seconds that a worker may take to load. Default 120; a file of over 12 GB gets one second per 100 MB.
     pub start_timeout_s: u64,
-    /// Address that workers listen on. Default `127.0.0.1`, which serves an orchestrator on this host alone. An
-    /// orchestrator elsewhere calls them at the host of `advertise_url`, with the secret that every worker has.
+    /// Address that workers listen on. Default `127.0.0.1`, which only serves an orchestrator on this host. An orchestrator
+    /// elsewhere reaches them at the host of `advertise_url`, with the secret of each worker.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     #[serde(deserialize_with = "address::deserialize_ip")]
     pub bind: IpAddr,
-    /// Seconds that a worker has to finish what runs when it is told to stop; it is killed where it is still there
+    /// Seconds that a worker may take to finish its running jobs when it is asked to stop. It is killed if it is still running
     /// 5 seconds later. Default 10.
     pub stop_timeout_s: u64,
-    /// Seconds that a worker may stand still, 1 to 86400: without a step of loading, without a token or a part of a
-    /// prompt while it has work, without an answer while it has none. It is taken for stuck and ended after that.
-    /// Default 30; a model of over 1 GB gets longer for its work, a second for each 32 MB (on a GPU 320 MB).
+    /// Seconds that a worker may make no progress, 1 to 86400: no step of loading, no token or part of a prompt while it has
+    /// work, no answer while it has none. It is then considered stuck and ended. Default 30; a model of over 1 GB gets more
+    /// time for its work, one second per 32 MB (320 MB on a GPU).
     pub stall_timeout_s: u64,
     /// Compute threads of a worker on the CPU. Default: one less than the host's processors.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<u32>))]
     pub threads: Option<NonZeroU32>,
-    /// How many ended workers are remembered, with their logs. Default 20.
+    /// Number of ended workers whose records and logs are kept. Default 20.
     pub keep_ended: usize,
-    /// Folder that is searched first for `llorch-candled`. Default: beside the running program, then the PATH.
+    /// Folder that is searched first for `llorch-candled`. Default: next to the running program, then the PATH.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub programs_dir: Option<PathBuf>,
 }
 
-/// `[memory]`.
+/// The `[memory]` section.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct MemoryConfig {
-    /// Bytes of main memory that all workers together may take. Default: what the host, or the memory cgroup that the
-    /// pool runs in, has.
+    /// Bytes of main memory that all workers together may take. Default: all memory of the host, or of the memory cgroup that
+    /// the pool runs in.
     pub cpu_limit_bytes: Option<u64>,
-    /// Bytes of its own memory that the workers on one GPU together may take. Default: what the GPU has.
+    /// Bytes of GPU memory that all workers on one GPU may take together. Default: all memory of the GPU.
     pub gpu_limit_bytes: Option<u64>,
 }
 
-/// `[gpu]`.
+/// The `[gpu]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct GpuConfig {
-    /// NVIDIA's management library. Default: `libnvidia-ml.so.1` where the system finds it.
+    /// Path of NVIDIA's management library. Default: `libnvidia-ml.so.1` from the system's library path.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub nvml_library: Option<PathBuf>,
     /// Milliseconds between two readings of a GPU, 100 to 600000. Default 2000.
     pub poll_interval_ms: u64,
-    /// Milliseconds after which a GPU whose driver has not answered counts as unresponsive, 10 to 60000. Default 2000.
+    /// Milliseconds after which a GPU counts as unresponsive if its driver has not answered, 10 to 60000. Default 2000.
     pub deadline_ms: u64,
 }
 
-/// `[models]`.
+/// The `[models]` section.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
@@ -190,30 +189,30 @@ pub struct ModelsConfig {
     /// The models folder. Default: `models` of the home.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub dir: Option<PathBuf>,
-    /// Folders below which a `file:` reference may point. Default: the models folder alone.
+    /// Folders below which a `file:` reference may point. Default: only the models folder.
     #[cfg_attr(feature = "openapi", schema(value_type = Vec<String>))]
     pub allow_paths: Vec<PathBuf>,
-    /// Whether a client of the pool manager may have it download `hf:` references that no catalogue entry covers.
-    /// Default: no, because it would let anybody with the pool's token fill the disk.
+    /// True if clients of the pool manager may start downloads of `hf:` references that no catalogue entry covers. Default:
+    /// false, because any client with the pool's token could fill the disk.
     pub allow_hub: bool,
 }
 
-/// `[service]`.
+/// The `[service]` section.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ServiceConfig {
-    /// Most connections at once; fewer if the limit on open files or memory is too low. Default 256.
+    /// Maximum number of simultaneous connections; fewer if the limit on open files or memory is too low. Default 256.
     pub max_connections: usize,
-    /// Bytes of a request's body. Default 65536.
+    /// Maximum bytes of a request's body. Default 65536.
     pub body_limit_bytes: usize,
-    /// Milliseconds that a client has to send its request's head. Default 10000.
+    /// Milliseconds that a client may take to send a request's head. Default 10000.
     pub header_timeout_ms: u64,
-    /// Milliseconds that it has for the body after that. Default 30000.
+    /// Milliseconds that a client may take to send the body after the head. Default 30000.
     pub body_timeout_ms: u64,
-    /// Milliseconds that open requests have to end after SIGTERM. Default 2000.
+    /// Milliseconds that open requests may take to finish after SIGTERM. Default 2000.
     pub shutdown_grace_ms: u64,
-    /// Host names, besides loopback names and the address listened on, that requests without a token may be made to.
+    /// Host names that requests without a token may use, in addition to loopback names and the address listened on.
     pub allowed_hosts: Vec<String>,
 }
 
@@ -276,37 +275,37 @@ impl Default for ServiceConfig {
     }
 }
 
-/// Which orchestrator a pool reports to.
+/// The orchestrator that a pool reports to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Orchestrator<'a> {
-    /// The one of this host, wherever it listens.
+    /// The orchestrator of this host, at whichever address it listens.
     Local,
-    /// The one at this address.
+    /// The orchestrator at this URL.
     At(&'a str),
-    /// None.
+    /// No orchestrator.
     None,
 }
 
-/// Why the pool's settings can't be used.
+/// The reason the pool's settings can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// They can't be read.
+    /// The settings can't be read.
     #[error(transparent)]
     Settings(#[from] SettingsError),
-    /// A value that the type allows makes no sense.
+    /// A value is valid for its type but not for its key.
     #[error("{}`{key}`: {reason}", origin.as_ref().map(|origin| format!("{origin}: ")).unwrap_or_default())]
     Invalid {
-        /// Where the value was set, if that is known.
+        /// Place where the value was set, if known.
         origin: Option<String>,
-        /// The key with its section.
+        /// Key, with its section.
         key: &'static str,
-        /// What is wrong with its value.
+        /// Requirement that the value violates.
         reason: String,
     },
 }
 
 impl ConfigError {
-    /// What to try next.
+    /// Returns what to try next, if anything is known to help.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Settings(error) => error.hint(),
@@ -324,20 +323,20 @@ impl ConfigError {
 }
 
 impl PoolConfig {
-    /// The settings in force: the `LLORCH_*` variables over the file over the defaults. `explicit` is the file the
-    /// user named; without it `pool-managerd.toml` of the configuration folder counts, if there is one.
+    /// Loads the settings: `LLORCH_*` variables override the file, which overrides the defaults. `explicit` is the file named
+    /// by the user. Without it, `pool-managerd.toml` of the configuration folder is used, if it exists.
     pub fn load(home: &Home, explicit: Option<&Path>) -> Result<Self, ConfigError> {
         Self::load_with(home, explicit, &|name| std::env::var(name).ok())
     }
 
-    /// Which of the variables called `set` sets nothing, here or in another of our programs.
+    /// Returns those of the variables `set` that no program of this project reads.
     pub fn unknown_variables(set: impl IntoIterator<Item = String>) -> Vec<UnknownVariable> {
-        // The defaults are a tree of keys, as every load shows.
+        // The default settings always serialise to a tree of keys, as loading requires.
         let own = settings::variables::<Self>(&ALIASES).unwrap_or_default();
         settings::unknown_variables(set, &own, &ORCHESTRATOR_VARIABLES)
     }
 
-    /// As [`PoolConfig::load`], with the environment passed in.
+    /// Loads the settings like [`PoolConfig::load`], with the environment passed in.
     pub fn load_with(
         home: &Home,
         explicit: Option<&Path>,
@@ -346,7 +345,8 @@ impl PoolConfig {
         Self::load_traced(home, explicit, None, env).map(|loaded| loaded.value)
     }
 
-    /// As [`PoolConfig::load_with`], with where each setting comes from, and the address of the flag `--bind` over all.
+    /// Loads the settings like [`PoolConfig::load_with`], along with the origin of each. `bind`, from the flag `--bind`,
+    /// overrides all other origins.
     pub fn load_traced(
         home: &Home,
         explicit: Option<&Path>,
@@ -376,7 +376,7 @@ impl PoolConfig {
         }
     }
 
-    /// Completes addresses to URLs, which other programs can read.
+    /// Completes addresses to URLs, which other programs can parse.
     fn complete_addresses(&mut self) {
         for setting in [&mut self.advertise_url, &mut self.orchestrator_url] {
             if let Some(url) = setting.as_deref().and_then(|text| address::url(text).ok()) {
@@ -385,8 +385,8 @@ impl PoolConfig {
         }
     }
 
-    /// Fails if an orchestrator on another host can't learn how to reach the pool. Only a pool manager needs this:
-    /// commands that only read settings work without.
+    /// Fails if an orchestrator on another host cannot find out how to reach the pool. Only a pool manager needs this check;
+    /// commands that merely read settings do not.
     pub fn check_advertised(&self) -> Result<(), ConfigError> {
         let elsewhere = matches!(self.orchestrator(), Orchestrator::At(_));
         if self.advertise_url.is_some() || !elsewhere || !self.bind.ip().is_unspecified() {
@@ -400,7 +400,7 @@ impl PoolConfig {
         })
     }
 
-    /// Refuses values that fit their type and make no sense.
+    /// Rejects values that are valid for their type but not for their key.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let refuse = |key, reason: &str| {
             Err(ConfigError::Invalid {
@@ -512,7 +512,7 @@ impl PoolConfig {
         Ok(())
     }
 
-    /// Which orchestrator to report to.
+    /// Returns the orchestrator to report to.
     pub fn orchestrator(&self) -> Orchestrator<'_> {
         match self.orchestrator_url.as_deref() {
             None => Orchestrator::Local,
@@ -521,12 +521,12 @@ impl PoolConfig {
         }
     }
 
-    /// The models folder in force.
+    /// Returns the models folder.
     pub fn models_dir(&self, home: &Home) -> PathBuf {
         self.models.dir.clone().unwrap_or_else(|| home.models_dir())
     }
 
-    /// Folders below which a `file:` reference may point.
+    /// Returns the folders below which a `file:` reference may point.
     pub fn allow_paths(&self, home: &Home) -> Vec<PathBuf> {
         if self.models.allow_paths.is_empty() {
             vec![self.models_dir(home)]
@@ -537,13 +537,13 @@ impl PoolConfig {
 }
 
 impl WorkersConfig {
-    /// How long a worker with a model file of this size may take to load. A disk or network share that gives less
-    /// than 100 MB/s is taken for stuck.
+    /// Returns the time that a worker may take to load a model file of this size. A disk or network share slower than 100 MB/s
+    /// counts as stuck.
     pub fn start_timeout(&self, file_bytes: u64) -> Duration {
         Duration::from_secs(self.start_timeout_s.max(file_bytes / 100_000_000))
     }
 
-    /// How long a worker with a model file of this size may stand still.
+    /// Returns the time limits for a worker with a model file of this size.
     pub fn deadlines(&self, file_bytes: u64, backend: Backend) -> Deadlines {
         Deadlines::of(
             file_bytes,
@@ -553,7 +553,7 @@ impl WorkersConfig {
     }
 }
 
-/// The host's name up to its first dot, in the characters that a pool's name may have.
+/// Returns the host's name up to the first dot, with `-` in place of characters that a pool's name can't have.
 fn short_host_name() -> String {
     let name = rustix::system::uname()
         .nodename()
@@ -720,12 +720,12 @@ mod tests {
         assert_eq!(none.orchestrator(), Orchestrator::None);
         let none = load("", &[("LLORCH_ORCHESTRATOR_URL", "none")]).unwrap();
         assert_eq!(none.orchestrator(), Orchestrator::None);
-        // An empty variable is one that is not set.
+        // An empty variable counts as unset.
         let local = load("", &[("LLORCH_ORCHESTRATOR_URL", "")]).unwrap();
         assert_eq!(local.orchestrator(), Orchestrator::Local);
         let named = load("orchestrator_url = \"http://blep:8080\"", &[]).unwrap();
         assert_eq!(named.orchestrator(), Orchestrator::At("http://blep:8080"));
-        // Reporting to nobody, or to a neighbour on the same host, needs no address that others can use.
+        // Without an orchestrator, or with one on the same host, the pool needs no address that other hosts can reach.
         for url in ["", "orchestrator_url = \"none\""] {
             load(&format!("bind = \"0.0.0.0:1\"\n{url}"), &[]).unwrap();
         }

@@ -1,7 +1,7 @@
-//! The GPUs of this host: what a driver says of them, bounded, and how it is asked without anybody waiting for it.
+//! The GPUs of this host: bounded readings from a driver, taken in the background.
 //!
-//! A driver may lie, fail or hang. Each GPU is asked on a thread of its own, so that one that hangs holds up nobody
-//! who only wants to know: a [`GpuInventory`] answers from memory, with the last figures and how old they are.
+//! A driver may report nonsense, fail or hang. Each GPU is read on a thread of its own, so that one that hangs does not block
+//! anything else: a [`GpuInventory`] answers from memory, with the last readings and their age.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -16,33 +16,33 @@ use crate::clock;
 use crate::config::GpuConfig;
 use crate::worker::{Backend, Device};
 
-/// More GPUs than one host has; the rest of a longer list is left out.
+/// Maximum number of GPUs, more than one host has; further ones are ignored.
 const MOST_GPUS: u32 = 64;
-/// More processes than one GPU is shared by.
+/// Maximum number of processes listed for one GPU.
 const MOST_PROCESSES: usize = 256;
-/// More memory than one GPU has: whoever says more is not believed.
+/// Maximum believable memory of a GPU. Larger values are ignored.
 const MOST_MEMORY_BYTES: u64 = 4 << 40;
 const MOST_CELSIUS: u32 = 200;
 const MOST_MILLIWATTS: u32 = 100_000_000;
 const MOST_NAME_CHARS: usize = 80;
-/// How often a driver is looked for that was not there. One that is loaded later, as at boot, is found so.
+/// Interval between searches for a missing driver, which may be loaded later, for example during boot.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
-/// Whether a GPU can be used.
+/// The usability of a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum GpuState {
-    /// Its figures are current.
+    /// The readings are current.
     Ok,
-    /// The driver does not answer for it in time, or only with errors; the figures are the last known ones.
+    /// The driver does not answer in time or returns errors; the readings are the last known ones.
     Unresponsive,
-    /// The driver says that it is gone, as one that fell off the bus.
+    /// The driver reports the GPU as lost, for example because it fell off the bus.
     Lost,
 }
 
 impl GpuState {
-    /// The name on the wire and in tables.
+    /// Returns the name on the wire and in tables.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -52,33 +52,33 @@ impl GpuState {
     }
 }
 
-/// What only GPUs have to tell, beside what every device does.
+/// The properties of a GPU that other devices do not have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct GpuInfo {
-    /// Whether it can be used.
+    /// Usability of the GPU.
     pub state: GpuState,
-    /// When these figures were read; `None` where it has never answered.
+    /// Time of the reading; `None` if the GPU has never answered.
     pub measured_at: Option<Timestamp>,
-    /// Its identity, which stays when its number changes.
+    /// Identity of the GPU, which is stable even if its number changes.
     pub uuid: Option<String>,
-    /// Memory of the card in all, bytes; `None` where it doesn't say, or says what can't be.
+    /// Total memory in bytes; `None` if the driver reports none, or an impossible value.
     pub memory_total_bytes: Option<u64>,
-    /// Memory in use by anybody, bytes.
+    /// Memory in use by any process, in bytes.
     pub memory_used_bytes: Option<u64>,
-    /// Memory that nobody uses, bytes.
+    /// Unused memory in bytes.
     pub memory_free_bytes: Option<u64>,
-    /// Share of the last moments in which it computed.
+    /// Percentage of the last sampling period in which the GPU was computing.
     pub utilization_percent: Option<u32>,
-    /// Temperature of the chip, degrees Celsius.
+    /// Temperature of the chip in degrees Celsius.
     pub temperature_c: Option<u32>,
-    /// Power that it draws, thousandths of a watt.
+    /// Power draw in milliwatts.
     pub power_milliwatts: Option<u32>,
-    /// CUDA compute capability, like `9.0`.
+    /// CUDA compute capability, such as `9.0`.
     pub compute_capability: Option<String>,
-    /// Version of the driver.
+    /// Version of the driver, such as `550.54.15`.
     pub driver_version: Option<String>,
-    /// Processes on it that are not workers of this pool.
+    /// Processes on the GPU that are not workers of this pool.
     pub foreign_processes: Vec<GpuProcess>,
 }
 
@@ -86,51 +86,51 @@ pub struct GpuInfo {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct GpuProcess {
-    /// Its process id.
+    /// Process id.
     pub pid: u32,
-    /// Its program's name, where it can be read.
+    /// Name of the program; `None` if it can't be read.
     pub name: Option<String>,
-    /// Memory of the GPU that it uses, bytes, where the driver tells.
+    /// GPU memory in use by the process, in bytes; `None` if the driver does not report it.
     pub memory_bytes: Option<u64>,
 }
 
-/// Memory of a GPU, bytes.
+/// Sizes of a GPU's memory, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct GpuMemory {
-    /// In all.
+    /// Total bytes.
     pub total_bytes: u64,
-    /// In use by anybody.
+    /// Bytes in use by any process.
     pub used_bytes: u64,
-    /// In use by nobody.
+    /// Unused bytes.
     pub free_bytes: u64,
 }
 
-/// What a driver says of a GPU at one moment. A figure that it can't give is `None`.
+/// A driver's reading of a GPU at one moment. Unavailable values are `None`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GpuReading {
-    /// Name for people.
+    /// Human-readable name.
     pub name: Option<String>,
-    /// Its identity.
+    /// Identity of the GPU.
     pub uuid: Option<String>,
-    /// Its memory.
+    /// Memory sizes.
     pub memory: Option<GpuMemory>,
-    /// Share of the last moments in which it computed.
+    /// Percentage of the last sampling period in which the GPU was computing.
     pub utilization_percent: Option<u32>,
-    /// Degrees Celsius.
+    /// Temperature in degrees Celsius.
     pub temperature_c: Option<u32>,
-    /// Thousandths of a watt.
+    /// Power draw in milliwatts.
     pub power_milliwatts: Option<u32>,
-    /// CUDA compute capability.
+    /// CUDA compute capability, as major and minor version.
     pub compute_capability: Option<(i32, i32)>,
     /// Version of the driver.
     pub driver_version: Option<String>,
-    /// Processes on it, ours included; those that compute and draw may be listed twice.
+    /// Processes on the GPU, including ours. A process that both computes and draws may be listed twice.
     pub processes: Vec<GpuProcess>,
 }
 
 impl GpuReading {
-    /// The same with everything left out that can't be, and the more careful of two figures that contradict each
-    /// other. A total that differs from `total_before` is believed once two readings agree; until then the smaller counts.
+    /// Drops impossible values, and takes the more cautious of two values that contradict each other. If the total differs from
+    /// `total_before`, the smaller one counts until two readings agree.
     #[must_use]
     pub fn bounded(self, total_before: Option<u64>) -> Self {
         let memory = self
@@ -183,7 +183,7 @@ impl GpuReading {
     }
 }
 
-/// A name without what would move a terminal's cursor; `None` where nothing is left of it.
+/// Removes control characters, which could move a terminal's cursor. Returns `None` if nothing remains.
 fn plain(text: &str) -> Option<String> {
     let kept: String = text
         .chars()
@@ -199,29 +199,29 @@ fn is_uuid(text: &str) -> bool {
     (1..=MOST_NAME_CHARS).contains(&text.len()) && text.chars().all(plain)
 }
 
-/// A GPU as it is known now.
+/// The latest known state of a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gpu {
-    /// Which one: numbers are those of the driver, in the order of the bus.
+    /// Identifier with the driver's number, in the order of the bus.
     pub device: Device,
-    /// Whether it can be used.
+    /// Usability of the GPU.
     pub state: GpuState,
-    /// When the figures were read; `None` where it has never answered.
+    /// Time of the reading; `None` if the GPU has never answered.
     pub measured_at: Option<Timestamp>,
-    /// The same moment, as the time since the host's boot.
+    /// Time of the reading, measured from the host's boot.
     pub read_at: Option<Duration>,
-    /// The last figures, bounded.
+    /// Last reading, bounded.
     pub reading: GpuReading,
 }
 
 impl Gpu {
-    /// Name for people.
+    /// Returns the human-readable name.
     pub fn name(&self) -> String {
         let nameless = || format!("GPU {}", self.device.index);
         self.reading.name.clone().unwrap_or_else(nameless)
     }
 
-    /// What is told of it beside its memory for workers; `ours` are the processes of this pool's workers.
+    /// Returns the properties that only GPUs have. `ours` holds the process ids of this pool's workers.
     pub fn info(&self, ours: &HashSet<u32>) -> GpuInfo {
         let reading = &self.reading;
         let foreign = reading
@@ -247,7 +247,7 @@ impl Gpu {
     }
 }
 
-/// Takes an identity that two GPUs claim from both: neither can be told by it.
+/// Removes an identity that two GPUs claim, because it distinguishes neither.
 fn without_doubles(mut gpus: Vec<Gpu>) -> Vec<Gpu> {
     let (mut seen, mut doubled) = (HashSet::new(), HashSet::new());
     for uuid in gpus.iter().filter_map(|gpu| gpu.reading.uuid.clone()) {
@@ -265,31 +265,31 @@ fn without_doubles(mut gpus: Vec<Gpu>) -> Vec<Gpu> {
     gpus
 }
 
-/// Why a GPU could not be read.
+/// The reason a GPU could not be read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ReadError {
-    /// The driver says that it is gone.
+    /// The driver reports the GPU as lost.
     #[error("the driver has lost the GPU")]
     Lost,
-    /// The driver can't say anything of it now.
+    /// The driver currently can't read the GPU.
     #[error("{0}")]
     Failed(String),
 }
 
-/// What tells of GPUs: a driver's library. Its functions may take for ever, and are called from several threads.
+/// A source of readings, such as a driver's library. Its functions may block indefinitely and are called from several threads.
 pub trait GpuSource: Send + Sync {
-    /// The backend that computes on these GPUs.
+    /// Returns the backend that computes on these GPUs.
     fn backend(&self) -> Backend;
-    /// How many there are.
+    /// Returns the number of GPUs.
     fn count(&self) -> Result<u32, String>;
-    /// What one of them is now.
+    /// Takes a reading of one GPU.
     fn read(&self, index: u32) -> Result<GpuReading, ReadError>;
 }
 
-/// Finds what tells of the GPUs, or says why there is nothing that does.
+/// A function that finds the source of readings, or returns why there is none.
 type Open = dyn Fn() -> Result<Arc<dyn GpuSource>, String> + Send + Sync;
 
-/// The GPUs of this host, asked in the background from the first question on.
+/// The GPUs of this host, read in the background from the first query on.
 pub struct GpuInventory {
     open: Arc<Open>,
     interval: Duration,
@@ -298,13 +298,13 @@ pub struct GpuInventory {
 }
 
 impl GpuInventory {
-    /// The GPUs that this build can ask for: NVIDIA's with the feature `nvml`, and a Mac's own.
+    /// Creates an inventory of the GPUs that this build can read: NVIDIA's with the feature `nvml`, and a Mac's own.
     pub fn new(config: &GpuConfig) -> Self {
         let library: Option<PathBuf> = config.nvml_library.clone();
         Self::of(config, move || open(library.as_deref()))
     }
 
-    /// The GPUs that `open` finds.
+    /// Creates an inventory of the GPUs that `open` finds.
     pub fn of(
         config: &GpuConfig,
         open: impl Fn() -> Result<Arc<dyn GpuSource>, String> + Send + Sync + 'static,
@@ -317,7 +317,7 @@ impl GpuInventory {
         }
     }
 
-    /// What is known now, by number. It waits for nothing.
+    /// Returns the last known state of all GPUs, in order of their numbers. Does not block.
     pub fn now(&self) -> Vec<Gpu> {
         let Some(found) = self.running().found() else {
             return Vec::new();
@@ -343,7 +343,7 @@ impl GpuInventory {
         without_doubles(gpus.collect())
     }
 
-    /// As [`GpuInventory::now`], once every GPU has answered a first time or the deadline has passed.
+    /// Returns the state of all GPUs like [`GpuInventory::now`], after each has answered once or the deadline has passed.
     pub fn settled(&self) -> Vec<Gpu> {
         let until = Instant::now() + self.deadline;
         let shared = &self.running().shared;
@@ -372,7 +372,7 @@ impl std::fmt::Debug for GpuInventory {
     }
 }
 
-/// The library of the driver, where this build and this host have one.
+/// Opens the driver's library, if this build and this host have one.
 fn open(library: Option<&std::path::Path>) -> Result<Arc<dyn GpuSource>, String> {
     #[cfg(feature = "nvml")]
     if library.is_some() || !cfg!(target_os = "macos") {
@@ -386,7 +386,7 @@ fn open(library: Option<&std::path::Path>) -> Result<Arc<dyn GpuSource>, String>
     Err("this build asks no driver".to_owned())
 }
 
-/// The threads that ask. Dropping it ends them as soon as the driver lets them go.
+/// The polling threads. Dropping this value ends them as soon as their current driver call returns.
 struct Running {
     shared: Arc<Shared>,
 }
@@ -397,14 +397,14 @@ struct Shared {
     news: Condvar,
 }
 
-/// What the threads have found so far.
+/// The shared results of the polling threads.
 #[derive(Default)]
 struct Board {
     stop: bool,
-    /// Whether it is known if there is a driver.
+    /// True once the first search for a driver has finished.
     looked: bool,
     found: Option<Found>,
-    /// How many GPUs have answered, or failed to, at least once.
+    /// Number of GPUs that have answered or failed at least once.
     answered: usize,
 }
 
@@ -414,18 +414,18 @@ struct Found {
     slots: Arc<[Mutex<Slot>]>,
 }
 
-/// One GPU.
+/// The state of one GPU.
 #[derive(Debug, Default)]
 struct Slot {
-    /// The last figures and when they were read.
+    /// Last reading and its time.
     last: Option<(GpuReading, Timestamp)>,
-    /// Time of the reading, as the time since the host's boot.
+    /// Time of the reading, measured from the host's boot.
     read_at: Option<Duration>,
-    /// The total of the last reading as the driver said it.
+    /// Total bytes of the last reading, as reported by the driver.
     total_said: Option<u64>,
-    /// Since when an answer is waited for.
+    /// Start of the driver call in progress; `None` between calls.
     asked_at: Option<Instant>,
-    /// What the last answer was, where it was no figures.
+    /// Result of the last call if it failed.
     failed: Option<GpuState>,
 }
 
@@ -435,7 +435,7 @@ impl Slot {
         if self.asked_at.is_some_and(overdue) {
             return GpuState::Unresponsive;
         }
-        // One that has never answered has no figures that could be current.
+        // A GPU that has never answered has no current readings.
         let so_far = match self.last {
             Some(_) => GpuState::Ok,
             None => GpuState::Unresponsive,
@@ -490,7 +490,7 @@ impl Drop for Running {
 }
 
 impl Shared {
-    /// Waits; true where everything is to end.
+    /// Waits for the interval to pass. Returns true if the thread must end.
     fn pause(&self, how_long: Duration) -> bool {
         let board = lock(&self.board);
         let waited = self
@@ -505,7 +505,7 @@ impl Shared {
     }
 }
 
-/// Looks for the driver until there is one, then starts a thread for each of its GPUs.
+/// Searches for the driver until there is one, then starts a thread for each of its GPUs.
 fn find(open: &Arc<Open>, interval: Duration, shared: &Arc<Shared>) {
     let mut said = None;
     let (count, source) = loop {
@@ -549,7 +549,7 @@ fn find(open: &Arc<Open>, interval: Duration, shared: &Arc<Shared>) {
     }
 }
 
-/// Asks for one GPU, again and again.
+/// Reads one GPU repeatedly.
 fn ask(
     source: &dyn GpuSource,
     index: usize,
@@ -580,14 +580,15 @@ fn ask(
     }
 }
 
-/// Starts a thread. Without it there are no GPUs, which is what a host without threads to spare should have.
+/// Starts a thread. On failure there are simply no GPUs, which is appropriate for a host that has no threads to spare.
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
     if let Err(error) = thread::Builder::new().name(name.to_owned()).spawn(work) {
         tracing::error!(%error, "could not start a thread that asks for GPUs");
     }
 }
 
-/// A panic of a thread leaves a whole value behind: every change is one assignment after what may panic.
+/// Locks a mutex, even if it is poisoned. A panic leaves a consistent value behind, because every change is a single assignment
+/// after the code that may panic.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -621,7 +622,7 @@ mod tests {
             ((80, 10, 90), None, memory(80, 10, 70)),
             ((0, 0, 0), None, None),
             ((u64::MAX, 1, 1), None, None),
-            // A total that grows, or shrinks, is believed once two readings agree.
+            // A total that grows or shrinks is believed once two readings agree.
             ((80, 10, 70), Some(40), memory(40, 10, 30)),
             ((40, 10, 30), Some(80), memory(40, 10, 30)),
         ] {
@@ -689,7 +690,7 @@ mod tests {
         assert_eq!(slot.state(now, deadline), GpuState::Unresponsive);
     }
 
-    /// Answers for one GPU, and counts how often it was asked.
+    /// A source with one GPU that counts its readings.
     struct Source(Arc<AtomicU32>);
 
     impl GpuSource for Source {

@@ -1,12 +1,12 @@
-//! What a Mac tells of its memory, which processors and GPU share, and of that GPU.
+//! Readings of a Mac's memory, which the CPU and the GPU share, and of the GPU.
 //!
-//! The programs are run on macOS only, and not by this project's tests; what is made of their output is plain text
-//! work, tested everywhere.
+//! The programs run only on macOS and not in this project's tests. The parsing of their output is plain text processing, which
+//! is tested everywhere.
 
 const GIB: u64 = 1 << 30;
 
-/// Bytes that a Mac with `memory_bytes` lets its GPU use. Metal tells it as `recommendedMaxWorkingSetSize`; Macs give two
-/// thirds of up to 32 GiB, and three quarters of more: 10.7 GiB of 16, 21.3 of 32, 27 of 36, 48 of 64.
+/// Returns the bytes that a Mac with `memory_bytes` lets its GPU use, which Metal reports as `recommendedMaxWorkingSetSize`.
+/// Macs allow two thirds of up to 32 GiB, and three quarters of more: 10.7 GiB of 16, 21.3 of 32, 27 of 36, 48 of 64.
 fn working_set_bytes(memory_bytes: u64, wired_limit_mib: Option<u64>) -> u64 {
     match wired_limit_mib {
         Some(limit) if limit > 0 => limit.saturating_mul(1 << 20).min(memory_bytes),
@@ -15,7 +15,7 @@ fn working_set_bytes(memory_bytes: u64, wired_limit_mib: Option<u64>) -> u64 {
     }
 }
 
-/// Bytes that nobody uses, or that are given up at once, from the output of `vm_stat`.
+/// Returns the bytes that are unused or immediately reclaimable, according to the output of `vm_stat`.
 fn available_bytes(vm_stat: &str) -> Option<u64> {
     let (_, after) = vm_stat.split_once("page size of ")?;
     let page_bytes: u64 = after.split_whitespace().next()?.parse().ok()?;
@@ -42,10 +42,10 @@ mod run {
     use crate::lifecycle::DeviceMemory;
     use crate::worker::Backend;
 
-    /// A limit that the user has set for the GPU, in MiB; 0 where none is set. Older systems don't have it.
+    /// Name of the user's limit for the GPU in MiB, which is 0 if unset. Older systems lack it.
     const WIRED_LIMIT: &str = "iogpu.wired_limit_mb";
 
-    /// Main memory of this host.
+    /// Returns the main memory of this host.
     pub fn memory() -> io::Result<DeviceMemory> {
         let total_bytes: u64 = sysctl("hw.memsize")?.parse().map_err(io::Error::other)?;
         let available = available_bytes(&output("/usr/bin/vm_stat", &[])?)
@@ -57,7 +57,7 @@ mod run {
         })
     }
 
-    /// The GPU of a Mac with Apple's own chip.
+    /// The GPU of a Mac with an Apple chip.
     pub struct MetalSource;
 
     impl GpuSource for MetalSource {

@@ -1,9 +1,9 @@
-//! One parser for the names of models, used by every binary.
+//! The parser of model references, used by every binary.
 //!
 //! ```text
 //! alias                                  a catalogue id: [a-z0-9][a-z0-9._-]{0,63}
 //! hf:ORG/REPO[@REVISION][::file=PATH]    a file on the hub
-//! file:/absolute/path.gguf               a file of the pool host
+//! file:/absolute/path.gguf               a file on the pool host
 //! ```
 
 use std::fmt;
@@ -14,10 +14,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::catalog::Catalog;
 
-/// Longest model reference in bytes.
+/// Maximum length of a model reference in bytes.
 pub const MAX_BYTES: usize = 512;
 
-/// A checked model reference. Its text form is what users write and what travels on the wire.
+/// A validated model reference. Its text form is used by users and on the wire.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum ModelRef {
     /// The id of a catalogue entry.
@@ -26,34 +26,34 @@ pub enum ModelRef {
     Hub {
         /// `ORG/REPO`.
         repo: String,
-        /// Branch, tag or commit; the hub's default where absent.
+        /// Branch, tag or commit; `None` for the hub's default.
         revision: Option<String>,
-        /// Path of the file inside the repository; the only GGUF file where absent.
+        /// Path of the file inside the repository; `None` for the only GGUF file.
         file: Option<String>,
     },
     /// An absolute path on the pool host.
     File(PathBuf),
 }
 
-/// Why a text is not a model reference.
+/// The reason a text is not a model reference.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{shown}` is not a model reference: {reason}{near}")]
 pub struct ModelRefError {
     shown: String,
     reason: &'static str,
-    /// Suggested catalogue ids for the given name, as the end of a sentence; empty if none is near.
+    /// Suggested catalogue ids, as the end of a sentence; empty if none is similar.
     near: String,
 }
 
 impl ModelRefError {
-    /// What to write instead.
+    /// Returns what to write instead.
     pub fn hint(&self) -> &'static str {
         "write a catalogue id such as `smollm2-135m`, `hf:ORG/REPO[@REVISION][::file=PATH]`, or `file:/absolute/path.gguf`"
     }
 }
 
 impl ModelRef {
-    /// The catalogue id, for an alias.
+    /// Returns the catalogue id of an alias, or `None` for other references.
     pub fn alias(&self) -> Option<&str> {
         match self {
             Self::Alias(id) => Some(id),
@@ -61,8 +61,7 @@ impl ModelRef {
         }
     }
 
-    /// Returns whether `asked`, a reference to the hub that may leave revision and file open, may mean this file of the
-    /// hub.
+    /// Returns whether `asked`, a reference to the hub that may omit revision and file, may refer to this file of the hub.
     pub fn is_meant_by(&self, asked: &Self) -> bool {
         match (self, asked) {
             (
@@ -86,7 +85,7 @@ impl ModelRef {
     }
 }
 
-/// Whether `text` may be a catalogue id: `[a-z0-9][a-z0-9._-]{0,63}`, without `..`.
+/// Returns whether `text` has the form of a catalogue id: `[a-z0-9][a-z0-9._-]{0,63}`, without `..`.
 pub fn is_alias(text: &str) -> bool {
     let bytes = text.as_bytes();
     let first_ok = bytes
@@ -98,7 +97,7 @@ pub fn is_alias(text: &str) -> bool {
     first_ok && rest_ok && bytes.len() <= 64 && !text.contains("..")
 }
 
-/// Refuses parts that a program could take for an option, a parent folder or a terminal command.
+/// Rejects parts that a program could mistake for an option, a parent folder or a terminal command.
 fn check_part(part: &str, allowed_extra: &str) -> Result<(), &'static str> {
     if part.is_empty() {
         return Err("a part of it is empty");
@@ -166,7 +165,7 @@ fn parse_file(rest: &str) -> Result<ModelRef, &'static str> {
     Ok(ModelRef::File(path.to_owned()))
 }
 
-/// Returns the reason why a text without `hf:` and `file:` is no catalogue id.
+/// Returns why a text without `hf:` and `file:` is not a catalogue id.
 fn why_no_alias(text: &str) -> &'static str {
     if is_alias(&text.to_ascii_lowercase()) {
         "catalogue ids are lower case"
@@ -189,7 +188,7 @@ fn why_no_alias(text: &str) -> &'static str {
     }
 }
 
-/// Returns the embedded catalogue's ids that may be meant, as the end of the sentence that refuses the name.
+/// Returns similar ids of the embedded catalogue, as the end of the sentence that rejects the name.
 fn known_instead(text: &str) -> String {
     let catalog = Catalog::embedded();
     let quoted = |ids: Vec<&str>| {
@@ -239,7 +238,7 @@ impl FromStr for ModelRef {
     }
 }
 
-/// Characters that change how text around them is shown: bidirectional marks and overrides, zero-width joints.
+/// Returns whether `c` changes the display of the text around it: bidirectional marks and overrides, zero-width joiners.
 pub fn is_invisible(c: char) -> bool {
     matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}')
 }

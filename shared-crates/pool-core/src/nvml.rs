@@ -1,4 +1,4 @@
-//! NVIDIA's management library, which tells of GPUs without using them.
+//! NVIDIA's management library, which reports the state of GPUs without using them.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -12,18 +12,18 @@ use nvml_wrapper::{Device, Nvml};
 use crate::gpu::{GpuMemory, GpuProcess, GpuReading, GpuSource, ReadError};
 use crate::worker::Backend;
 
-/// The library's name as drivers install it; the one without a number comes with development packages only.
+/// The library's name as drivers install it. Only development packages provide the name without a number.
 const LIBRARY: &str = "libnvidia-ml.so.1";
-/// More processes than this on one GPU are not asked for: the wrapper takes memory for as many as the driver says.
+/// Maximum number of processes on one GPU to ask for, because the wrapper allocates memory for as many as the driver reports.
 const MOST_PROCESSES: u32 = 4096;
 
-/// The loaded library.
+/// A source of readings backed by the loaded library.
 pub struct NvmlSource {
     nvml: Nvml,
 }
 
 impl NvmlSource {
-    /// Loads the library, from `path` where the system's own search would not find it. The error is one sentence.
+    /// Loads the library, from `path` if given, or else from the system's library path. The error is one sentence.
     pub fn open(path: Option<&Path>) -> Result<Self, String> {
         let library = path.map_or(OsStr::new(LIBRARY), Path::as_os_str);
         let nvml = Nvml::builder().lib_path(library).init();
@@ -99,7 +99,7 @@ fn process(found: ProcessInfo) -> GpuProcess {
     }
 }
 
-/// A figure that a GPU or a driver does not have is none; a GPU that is gone has no figures at all.
+/// Converts an unavailable value to `None`. Fails only if the GPU is lost, since it has no values at all.
 fn optional<T>(outcome: Result<T, NvmlError>) -> Result<Option<T>, ReadError> {
     match outcome {
         Ok(value) => Ok(Some(value)),

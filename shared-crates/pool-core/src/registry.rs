@@ -1,9 +1,9 @@
-//! The workers of this host, as files: one JSON record a worker in the state folder, shared by `pool-managerd` and by
-//! `llorch-pool` run without it.
+//! The workers of this host, stored as one JSON record per worker in the state folder. `pool-managerd` shares the registry with
+//! `llorch-pool`, which also works without the daemon.
 //!
-//! Records are replaced atomically, so reading one needs no lock. Every change is made between taking and dropping
-//! the registry's lock, which spawns hold from the look at the free memory until the process is recorded: that is
-//! what keeps two spawns, by whomever, from promising the same memory or port twice.
+//! Records are replaced atomically, so reading one needs no lock. All changes are made under the registry's lock. A spawn holds
+//! the lock from reading the free memory until the process is recorded, so that no two spawns, from any programs, can reserve
+//! the same memory or port.
 
 use std::collections::HashSet;
 use std::fs;
@@ -27,79 +27,79 @@ use crate::worker::{
 };
 use crate::worker_args::WorkerArgs;
 
-/// All that is known of a worker, its secret included: the file has mode 0600.
+/// Everything known about a worker, including its secret; the file therefore has mode 0600.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct WorkerRecord {
-    /// What may be shown.
+    /// Public part of the record.
     #[serde(flatten)]
     pub info: WorkerInfo,
-    /// Its process, once there is one. No other is ever signalled.
+    /// Process of the worker; `None` before its start. No other process is ever signalled.
     pub identity: Option<ProcessIdentity>,
-    /// Handed to the process in its environment and repeated in its `/health`: tells this start of a process from any
-    /// other, also of the same worker.
+    /// Identifier of this start of the process, distinct from every other start of any worker. The process receives it in its
+    /// environment and repeats it in `/health`.
     pub nonce: String,
-    /// The bearer token without which it executes nothing.
+    /// Bearer token that the worker requires.
     pub secret: Secret,
-    /// The program it was started with.
+    /// Path of the worker program.
     pub program: PathBuf,
-    /// The arguments it was started with.
+    /// Arguments of the worker program.
     pub args: WorkerArgs,
-    /// Whether its port was asked for by number, so that no other may be tried.
+    /// True if the port was requested explicitly, so that no other port may be tried.
     pub port_fixed: bool,
-    /// Ports that it found taken.
+    /// Ports that the worker found taken.
     pub ports_tried: Vec<u16>,
-    /// Whether somebody told it to stop.
+    /// True if the worker was asked to stop.
     pub stop_requested: bool,
-    /// Why the pool ends it although nobody told it to stop: written down before anything is signalled, so that the
-    /// cause outlives the daemon that found it.
+    /// Reason for which the pool itself ends the worker. Recorded before any signal is sent, so that the reason is kept even if
+    /// the daemon that found it ends.
     #[serde(default)]
     pub verdict: Option<Verdict>,
-    /// What the memory cgroup that it was last seen in had counted then.
+    /// Kill counter of the worker's memory cgroup when the worker was last seen healthy.
     #[serde(default)]
     pub oom_mark: Option<OomMark>,
-    /// Events of the worker's life, unaffected by steps of the wall clock.
+    /// Times of the worker's events, unaffected by steps of the wall clock.
     #[serde(default)]
     pub moments: Moments,
-    /// Who started the process, and watches it while it begins to listen.
+    /// Process that started the worker and watches it until it listens.
     #[serde(default)]
     pub starter: Option<ProcessIdentity>,
-    /// When the process was started, on the clock of [`process::uptime`].
+    /// Start of the process, on the clock of [`process::uptime`].
     #[serde(default)]
     pub launched_at: Option<Duration>,
-    /// Bytes that stood in the worker's log when the process was started: an earlier start's, which found its port taken.
+    /// Size of the worker's log in bytes when the process was started; nonzero if an earlier start found its port taken.
     #[serde(default)]
     pub log_start: u64,
 }
 
-/// Events of a worker's life, as times since the host's boot.
+/// Times of a worker's events, measured from the host's boot.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Moments {
-    /// Moment of [`WorkerInfo::created_at`].
+    /// Time of [`WorkerInfo::created_at`].
     pub created: Option<Duration>,
-    /// Moment of [`WorkerInfo::ready_at`].
+    /// Time of [`WorkerInfo::ready_at`].
     pub ready: Option<Duration>,
-    /// Moment of [`WorkerInfo::idle_since`].
+    /// Time of [`WorkerInfo::idle_since`].
     pub idle: Option<Duration>,
 }
 
-/// Why the pool itself ends a worker.
+/// The reason for which the pool itself ends a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Verdict {
-    /// It was not ready in time.
+    /// The worker was not ready in time.
     StartTimeout {
-        /// The time that it had, in seconds.
+        /// Time that the worker had, in seconds.
         after_s: u64,
     },
-    /// It stood still.
+    /// The worker made no progress.
     Stalled {
-        /// What stood still, for how long, and where.
+        /// Description of the stall: missing progress, its duration and the position.
         message: String,
     },
 }
 
 impl Verdict {
-    /// The same for people, and for whoever lists workers.
+    /// Returns the verdict in human-readable form, for lists of workers.
     pub fn ending(&self) -> WorkerEnding {
         let (reason, message) = match self {
             Self::StartTimeout { after_s } => (
@@ -116,13 +116,13 @@ impl Verdict {
 }
 
 impl WorkerRecord {
-    /// Makes `event` happen to the worker.
+    /// Applies `event` to the worker's state.
     pub fn apply(&mut self, event: WorkerEvent) -> Result<(), IllegalWorkerTransition> {
         self.info.status = self.info.status.transition(event)?;
         Ok(())
     }
 
-    /// Where it answers a caller on this host: who listens on every address listens on the loopback one.
+    /// Returns the address for callers on this host. A worker that listens on every address is reached through loopback.
     pub fn local_addr(&self) -> SocketAddr {
         let ip = match self.args.bind {
             IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
@@ -132,12 +132,12 @@ impl WorkerRecord {
         SocketAddr::new(ip, self.info.port)
     }
 
-    /// [`WorkerRecord::local_addr`] as a URL.
+    /// Returns the URL of [`WorkerRecord::local_addr`].
     pub fn url(&self) -> String {
         format!("http://{}", self.local_addr())
     }
 
-    /// Memory that is set aside for it, bytes: the estimate until it has measured itself, nothing once it has ended.
+    /// Returns the bytes reserved for the worker: the estimate until the worker has measured itself, and 0 once it has ended.
     pub fn reserved_bytes(&self) -> u64 {
         if !self.info.status.is_live() {
             return 0;
@@ -148,13 +148,13 @@ impl WorkerRecord {
             .unwrap_or(self.info.memory.predicted_bytes)
     }
 
-    /// How long its process has run, without time in which the host was asleep. Nothing for a record without one.
+    /// Returns how long the process has run, not counting time in which the host was suspended; zero before the first start.
     pub fn age(&self) -> Duration {
         let since = |launched_at| process::uptime().saturating_sub(launched_at);
         self.launched_at.map_or(Duration::ZERO, since)
     }
 
-    /// Records the moments that the worker's info now contains.
+    /// Records the times of the events that the worker's info contains, and clears those of the others.
     pub(crate) fn note_moments(&mut self, now: Duration) {
         let noted = |known: Option<Duration>, named: bool| named.then(|| known.unwrap_or(now));
         self.moments = Moments {
@@ -164,7 +164,7 @@ impl WorkerRecord {
         };
     }
 
-    /// Returns the worker's ages. `None` for a worker of an earlier build, which has no record of its moments.
+    /// Returns the ages of the worker's events, or `None` for a record of an earlier build, which has no times.
     pub fn ages(&self, now: Duration) -> Option<WorkerAges> {
         let ms =
             |at: Duration| u64::try_from(now.saturating_sub(at).as_millis()).unwrap_or(u64::MAX);
@@ -175,8 +175,8 @@ impl WorkerRecord {
         })
     }
 
-    /// Whether another process, which is still there, started the worker a moment ago: it waits until the worker
-    /// listens, and knows better how it ends, or starts it again on another port.
+    /// Returns whether another live process started the worker a moment ago. That process waits until the worker listens, so it
+    /// sees the exit status and may restart the worker on another port.
     pub fn is_with_its_starter(&self) -> bool {
         let another =
             |starter: &ProcessIdentity| starter.pid != std::process::id() && starter.is_alive();
@@ -185,7 +185,7 @@ impl WorkerRecord {
             && self.starter.as_ref().is_some_and(another)
     }
 
-    /// Makes `process` the worker's.
+    /// Sets the worker's process.
     pub(crate) fn set_process(&mut self, process: ProcessIdentity) {
         self.info.pid = Some(process.pid);
         self.identity = Some(process);
@@ -196,32 +196,32 @@ impl WorkerRecord {
     }
 }
 
-/// `N` of `worker-BACKEND-N`; `None` for anything else, so that no text from outside becomes part of a path.
+/// Returns `N` of `worker-BACKEND-N`. Returns `None` for anything else, so that no untrusted text becomes part of a path.
 fn number_of(id: &str) -> Option<u64> {
     let (backend, number) = id.strip_prefix("worker-")?.split_once('-')?;
     let canonical = !number.starts_with('+') && (number == "0" || !number.starts_with('0'));
     (matches!(backend, "cpu" | "cuda" | "metal") && canonical).then(|| number.parse().ok())?
 }
 
-/// Why the registry can't be used.
+/// The reason the registry can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
-    /// A file or folder of it can't be read or written.
+    /// A file or folder of the registry can't be read or written.
     #[error("could not {action} {}", path.display())]
     Io {
-        /// What was tried.
+        /// Operation as a verb, such as `read`.
         action: &'static str,
-        /// The file in question.
+        /// Path of the file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// A record can't be written as JSON, as with a path that is not Unicode.
+    /// A record can't be encoded as JSON, for example because a path is not valid Unicode.
     #[error("could not write the record of {id}")]
     Encode {
-        /// The worker.
+        /// Id of the worker.
         id: String,
-        /// What stands against it.
+        /// Error of the encoder.
         source: serde_json::Error,
     },
 }
@@ -232,26 +232,26 @@ impl RegistryError {
         let Self::Io { source, .. } = self else {
             return false;
         };
-        // A missing folder could not be created.
+        // A missing folder means that this user could not create it.
         fsio::is_read_only(source) || source.kind() == io::ErrorKind::NotFound
     }
 }
 
-/// A record file that holds no record.
+/// A record file that can't be read as a record.
 #[derive(Debug)]
 pub struct Damaged {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Why it can't be read.
+    /// Description of the problem.
     pub reason: String,
 }
 
-/// What the registry holds at one moment.
+/// The content of the registry at one moment.
 #[derive(Debug, Default)]
 pub struct Contents {
     /// The records, oldest first.
     pub records: Vec<WorkerRecord>,
-    /// Files that can't be read.
+    /// Files that can't be read as records.
     pub damaged: Vec<Damaged>,
 }
 
@@ -264,10 +264,10 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// The registry of `home`, whose folders must exist ([`Home::ensure`]).
+    /// Returns the registry of `home`, whose folders must exist ([`Home::ensure`]).
     pub fn new(home: &Home) -> Self {
         let state = home.pool_state();
-        // Not `lock`, which the daemon holds for as long as it runs.
+        // A separate file, because the daemon holds the lock called `lock` for as long as it runs.
         Self {
             workers: home.workers_dir(),
             lock: state.join("registry.lock"),
@@ -275,7 +275,7 @@ impl Registry {
         }
     }
 
-    /// Waits for the lock that every change needs.
+    /// Takes the lock that every change requires. Blocks until the lock is free.
     pub fn lock(&self) -> Result<Locked<'_>, RegistryError> {
         let guard = fsio::lock_exclusive(&self.lock).map_err(io_error("lock", &self.lock))?;
         Ok(Locked {
@@ -284,7 +284,7 @@ impl Registry {
         })
     }
 
-    /// Every worker.
+    /// Reads all records.
     pub fn load(&self) -> Result<Contents, RegistryError> {
         let entries = match fs::read_dir(&self.workers) {
             Ok(entries) => entries,
@@ -307,14 +307,14 @@ impl Registry {
         Ok(contents)
     }
 
-    /// The worker with this id; `None` as well for a text that is no id, and for a damaged record.
+    /// Returns the record of a worker, or `None` if there is none, it is damaged, or `id` is not a valid id.
     pub fn get(&self, id: &str) -> Option<WorkerRecord> {
         number_of(id)?;
         read(&self.path(id)).ok().flatten()
     }
 
-    /// Changes the worker with this id under the lock, and writes it if `change` made a difference. Returns it as it
-    /// is afterwards; `None` if there is no such worker.
+    /// Changes a record under the lock, and writes it if `change` made a difference. Returns the new record, or `None` if there
+    /// is no such worker.
     pub fn update(
         &self,
         id: &str,
@@ -338,16 +338,16 @@ impl Registry {
     }
 }
 
-/// A worker after [`Registry::update`].
+/// The result of [`Registry::update`].
 #[derive(Debug)]
 pub struct Updated {
-    /// The worker now.
+    /// Record after the change.
     pub record: WorkerRecord,
-    /// Whether anything is different from before.
+    /// True if the change made a difference.
     pub changed: bool,
 }
 
-/// The registry with its lock held.
+/// The registry while its lock is held.
 #[derive(Debug)]
 pub struct Locked<'a> {
     registry: &'a Registry,
@@ -355,7 +355,7 @@ pub struct Locked<'a> {
 }
 
 impl Locked<'_> {
-    /// Every worker. A file that holds no record is renamed, so that it is reported once and can be looked at.
+    /// Reads all records. Renames damaged files, so that each is reported once and can be inspected.
     pub fn load(&self) -> Result<Contents, RegistryError> {
         let mut contents = self.registry.load()?;
         for damaged in &mut contents.damaged {
@@ -366,10 +366,10 @@ impl Locked<'_> {
         Ok(contents)
     }
 
-    /// A number that no worker of this pool has had.
+    /// Returns a number that no worker of this pool has had.
     pub fn take_number(&self, known: &[WorkerRecord]) -> Result<u64, RegistryError> {
         let next = &self.registry.next;
-        // The file is only missing at first; if somebody removed or spoilt it, the records are the next best source.
+        // The file is only missing at first. If it was removed or damaged, the records are the next best source.
         let written = fs::read_to_string(next)
             .ok()
             .and_then(|text| text.trim().parse::<u64>().ok())
@@ -385,13 +385,13 @@ impl Locked<'_> {
         Ok(number)
     }
 
-    /// Writes a record, whether it is new or known.
+    /// Creates or replaces a record.
     pub fn save(&self, record: &WorkerRecord) -> Result<(), RegistryError> {
         let path = self.registry.path(&record.info.id);
         fsio::write_atomic(&path, encode(record)?, 0o600).map_err(io_error("write", &path))
     }
 
-    /// Forgets the oldest ended workers beyond the `keep` youngest, and returns their ids.
+    /// Removes the records of ended workers except for the `keep` newest. Returns the ids of the removed ones.
     pub fn prune(
         &self,
         records: &[WorkerRecord],
@@ -415,7 +415,7 @@ impl Locked<'_> {
     }
 }
 
-/// Ports that belong to live workers.
+/// Returns the ports of all live workers.
 pub fn ports_in_use(records: &[WorkerRecord]) -> HashSet<u16> {
     records
         .iter()
@@ -440,7 +440,7 @@ fn encode(record: &WorkerRecord) -> Result<Vec<u8>, RegistryError> {
     })
 }
 
-/// The record in a file; `None` if the file is gone.
+/// Reads a record file. Returns `None` if the file does not exist.
 fn read(path: &Path) -> Result<Option<WorkerRecord>, String> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,

@@ -1,4 +1,4 @@
-//! One notation for durations, sizes and counts, in every program's output, options and settings.
+//! A common notation for durations, sizes and counts, in every program's output, options and settings.
 
 use std::time::Duration;
 
@@ -6,27 +6,27 @@ use jiff::SignedDuration;
 
 const BYTE_UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
 
-/// Formats bytes for people, rounded to the nearest: `93.8 MiB`, `324 MiB`, `1.5 GiB`.
+/// Formats bytes in human-readable form, rounded to the nearest: `93.8 MiB`, `324 MiB`, `1.5 GiB`.
 pub fn human_bytes(bytes: u64) -> String {
     show_bytes(bytes, f64::round)
 }
 
-/// Formats bytes for people, rounded up: for a need, next to an available amount from [`human_bytes_down`].
+/// Formats bytes like [`human_bytes`], rounded up: for a requirement, next to an available amount from [`human_bytes_down`].
 pub fn human_bytes_up(bytes: u64) -> String {
     show_bytes(bytes, f64::ceil)
 }
 
-/// Formats bytes for people, rounded down.
+/// Formats bytes like [`human_bytes`], rounded down.
 pub fn human_bytes_down(bytes: u64) -> String {
     show_bytes(bytes, f64::floor)
 }
 
-#[allow(clippy::cast_precision_loss)] // Three digits are shown.
+#[allow(clippy::cast_precision_loss)] // At most four digits are shown.
 fn show_bytes(bytes: u64, round: fn(f64) -> f64) -> String {
     let mut value = bytes as f64;
     let mut unit = 0;
     let shown = |value: f64| {
-        // Three digits are enough for a comparison.
+        // Three or four digits are enough for a comparison.
         let scale = if value < 100.0 { 10.0 } else { 1.0 };
         round(value * scale) / scale
     };
@@ -37,8 +37,8 @@ fn show_bytes(bytes: u64, round: fn(f64) -> f64) -> String {
     format!("{} {}", shown(value), BYTE_UNITS[unit])
 }
 
-/// Formats a duration for people, in its two largest units: `850ms`, `3.2s`, `1m15s`, `2h05m`, `3d04h`. Zero units at
-/// the end are left out: `2s`, `30s`, `10m`.
+/// Formats a duration in its two largest units: `850ms`, `3.2s`, `1m15s`, `2h05m`, `3d04h`. Omits a second unit of zero: `2s`,
+/// `30s`, `10m`.
 pub fn human_duration(duration: Duration) -> String {
     let seconds = duration.as_secs();
     let pair = |large: u64, unit: char, small: u64, rest: char| match small {
@@ -82,7 +82,7 @@ pub fn human_count(count: u64) -> String {
     shown
 }
 
-/// Parses a duration as [`human_duration`] formats it: `90s`, `5m`, `1h30m`, `250ms`, `7d`, or a number of seconds. For
+/// Parses a duration as formatted by [`human_duration`]: `90s`, `5m`, `1h30m`, `250ms`, `7d`, or a number of seconds. For
 /// clap's `value_parser`.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let text = text.trim();
@@ -96,7 +96,7 @@ fn read_duration(text: &str) -> Option<Duration> {
     {
         return Duration::try_from_secs_f64(text.parse().ok()?).ok();
     }
-    // The library has no unit for days, because days of the calendar differ in length; here a day has 24 hours.
+    // The library has no unit for days, because calendar days differ in length; here a day has 24 hours.
     let (days, rest) = match text.split_once('d') {
         Some((days, rest)) if days.bytes().all(|byte| byte.is_ascii_digit()) => {
             (days.parse().ok()?, rest)
@@ -127,7 +127,7 @@ pub fn parse_seconds(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Parses a size as [`human_bytes`] formats it: `324 MiB`, `1.5GiB`, `500 MB`, or a number of bytes.
+/// Parses a size as formatted by [`human_bytes`]: `324 MiB`, `1.5GiB`, `500 MB`, or a number of bytes.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let text = text.trim();
     read_bytes(text).ok_or_else(|| "write it like `512 MiB`, `1.5 GiB` or `500 MB`".to_owned())

@@ -1,4 +1,4 @@
-//! Workers as the pool sees them: what they are, what state they are in, and why they ended.
+//! Workers as the pool sees them: identity, state, and reason of their end.
 //!
 //! ```text
 //! starting ──ready──► ready ◄──idle── busy
@@ -19,22 +19,22 @@ use crate::ModelRef;
 use crate::api::worker::CacheRoom;
 use crate::units::human_bytes_up;
 
-/// What computes: the part of `llorch-candled` that a worker uses.
+/// The part of `llorch-candled` that a worker computes with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Backend {
-    /// The host's processors.
+    /// CPU of the host.
     Cpu,
-    /// An NVIDIA GPU.
+    /// NVIDIA GPU.
     Cuda,
-    /// An Apple GPU.
+    /// Apple GPU.
     Metal,
 }
 
 impl Backend {
-    /// The name on the wire and on command lines.
+    /// Returns the name on the wire and on command lines.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Cpu => "cpu",
@@ -50,23 +50,23 @@ impl fmt::Display for Backend {
     }
 }
 
-/// Form of the keys and values in a worker's cache.
+/// The element type of the keys and values in a worker's cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum CacheType {
-    /// Half-precision floats: 2 bytes a number.
+    /// Half-precision floats: 2 bytes per element.
     #[default]
     #[serde(rename = "f16")]
     F16,
-    /// Signed bytes with a scale for each 32: 17/16 bytes a number. Answers differ a little from those with `f16`.
+    /// Signed bytes with one scale per 32: 17/16 bytes per element. Answers differ slightly from those with `f16`.
     #[serde(rename = "q8_0")]
     #[cfg_attr(feature = "cli", value(name = "q8_0"))]
     Q8_0,
 }
 
 impl CacheType {
-    /// The name on the wire and on command lines.
+    /// Returns the name on the wire and on command lines.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::F16 => "f16",
@@ -74,12 +74,12 @@ impl CacheType {
         }
     }
 
-    /// Returns whether it is the one that workers have unless told otherwise.
+    /// Returns whether this is the default type of workers.
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }
 
-    /// Returns the bytes of so many numbers.
+    /// Returns the bytes of `numbers` elements.
     pub fn bytes(self, numbers: u64) -> u64 {
         match self {
             Self::F16 => numbers.saturating_mul(2),
@@ -94,17 +94,17 @@ impl fmt::Display for CacheType {
     }
 }
 
-/// Where a worker computes: `cpu`, `cuda:N` or `metal:N`.
+/// A place to compute: `cpu`, `cuda:N` or `metal:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Device {
-    /// The kind of device.
+    /// Kind of device.
     pub backend: Backend,
-    /// The device's number; always 0 for `cpu`.
+    /// Number of the device; always 0 for `cpu`.
     pub index: u32,
 }
 
 impl Device {
-    /// The host's processors.
+    /// The CPU of the host.
     pub const CPU: Self = Self {
         backend: Backend::Cpu,
         index: 0,
@@ -120,7 +120,7 @@ impl fmt::Display for Device {
     }
 }
 
-/// Why a text names no device.
+/// The error for a text that names no device.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` names no device: write `cpu`, `cuda:N` or `metal:N`")]
 pub struct DeviceError(String);
@@ -165,32 +165,32 @@ impl<'de> Deserialize<'de> for Device {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum WorkerStatus {
-    /// The process is being started or loads its model.
+    /// The process is starting or loading its model.
     Starting,
-    /// It can take a job.
+    /// The worker can accept a job.
     Ready,
-    /// All its slots have a job.
+    /// All slots have a job.
     Busy,
-    /// It finishes its jobs and takes no more.
+    /// The worker finishes its jobs and accepts no more.
     Draining,
-    /// It ended, or never came up, without being told to.
+    /// The worker ended, or never started, without being asked to stop.
     Failed,
-    /// It ended because it was told to.
+    /// The worker ended because it was asked to stop.
     Stopped,
 }
 
-/// What happens to a worker.
+/// An event in a worker's life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WorkerEvent {
-    /// Its `/health` answers `ready` with a free slot.
+    /// The worker's `/health` reports `ready` with a free slot.
     BecameReady,
-    /// Its `/health` answers `ready` without a free slot.
+    /// The worker's `/health` reports `ready` without a free slot.
     BecameBusy,
-    /// It was told to take no more work.
+    /// The worker was asked to accept no more work.
     Drain,
-    /// Its process ended, or could not be started, without having been told to stop.
+    /// The process ended without being asked to stop, or could not be started.
     Died,
-    /// Its process ended after it was told to stop.
+    /// The process ended after being asked to stop.
     StopFinished,
 }
 
@@ -198,37 +198,37 @@ pub enum WorkerEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a worker that is {from} cannot see {event:?}")]
 pub struct IllegalWorkerTransition {
-    /// The state at the time.
+    /// State before the event.
     pub from: WorkerStatus,
-    /// What was said to have happened.
+    /// Reported event.
     pub event: WorkerEvent,
 }
 
 impl WorkerStatus {
-    /// The state after `event`, or [`IllegalWorkerTransition`] where it cannot happen.
+    /// Returns the state after `event`, or [`IllegalWorkerTransition`] if `event` cannot happen in this state.
     pub fn transition(self, event: WorkerEvent) -> Result<Self, IllegalWorkerTransition> {
         use {WorkerEvent as E, WorkerStatus as S};
         match (self, event) {
             (S::Starting | S::Ready | S::Busy, E::BecameReady) => Ok(S::Ready),
             (S::Starting | S::Ready | S::Busy, E::BecameBusy) => Ok(S::Busy),
-            // A worker told to drain says nothing of readiness that would make it take work again.
+            // A draining worker stays draining even if it reports as ready, so that it gets no further work.
             (S::Draining, E::BecameReady | E::BecameBusy) => Ok(S::Draining),
             (S::Starting | S::Ready | S::Busy | S::Draining, E::Drain) => Ok(S::Draining),
             (S::Starting | S::Ready | S::Busy | S::Draining, E::Died) => Ok(S::Failed),
             (S::Starting | S::Ready | S::Busy | S::Draining, E::StopFinished) => Ok(S::Stopped),
-            // Both ends are final: a late report of the same end changes nothing.
+            // Both end states are final: a late report of the same end changes nothing.
             (S::Failed, E::Died | E::StopFinished) => Ok(S::Failed),
             (S::Stopped, E::Died | E::StopFinished) => Ok(S::Stopped),
             (from, event) => Err(IllegalWorkerTransition { from, event }),
         }
     }
 
-    /// Whether a process stands, or may stand, behind a worker in this state.
+    /// Returns whether a worker in this state has, or may have, a process.
     pub fn is_live(self) -> bool {
         !matches!(self, Self::Failed | Self::Stopped)
     }
 
-    /// The name on the wire and in tables.
+    /// Returns the name on the wire and in tables.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Starting => "starting",
@@ -247,38 +247,38 @@ impl fmt::Display for WorkerStatus {
     }
 }
 
-/// Why a worker ended.
+/// The reason a worker ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind", content = "value")]
 pub enum ExitReason {
-    /// It exited by itself with this code; `None` where an adopted process can't be asked.
+    /// The process exited with this code; `None` if the code of an adopted process is unknown.
     Exited(Option<i32>),
-    /// A signal ended it.
+    /// This signal ended the process.
     Signal(i32),
-    /// The kernel killed it for want of memory: the counter of its cgroup says so.
+    /// The kernel killed the process for lack of memory, according to the counter of its cgroup.
     OomKilled,
-    /// It had work and stood still, or did not even answer, and was killed.
+    /// The worker made no progress on its work, or did not respond at all, and was killed.
     Stalled,
-    /// It was not ready within the start timeout.
+    /// The worker was not ready within the start timeout.
     StartTimeout,
-    /// It refused its model file.
+    /// The worker rejected its model file.
     ModelInvalid,
     /// The process could not be started at all.
     SpawnFailed,
-    /// It was told to stop.
+    /// The worker was asked to stop.
     Stopped,
-    /// A kind of end that only a later version knows. It is kept and shown as it came, so that a newer pool can report to
-    /// an older orchestrator.
+    /// A kind of end that only a later version knows. It is stored and displayed as received, so that a newer pool can report
+    /// to an older orchestrator.
     #[serde(untagged)]
     Later(LaterReason),
 }
 
-/// What a later version says of an end.
+/// The content of a reason that only a later version knows.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LaterReason {
-    /// Its name of the kind.
+    /// Name of the kind.
     pub kind: String,
-    /// What belongs to it.
+    /// Data of the kind; `None` if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub value: Option<serde_json::Value>,
 }
@@ -286,7 +286,7 @@ pub struct LaterReason {
 impl fmt::Display for ExitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            // Another program's words: no line of ours is to be broken by them.
+            // The text comes from another program, so escape it to keep it on one line.
             Self::Later(LaterReason { kind, value }) => {
                 write!(f, "{}", kind.escape_debug())?;
                 value
@@ -306,44 +306,44 @@ impl fmt::Display for ExitReason {
     }
 }
 
-/// Why a worker is being ended.
+/// The reason a worker is being ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerEnding {
-    /// The kind of end that it will have had, unless it ends by itself before.
+    /// Kind of the expected end, unless the worker ends earlier for another reason.
     pub reason: ExitReason,
-    /// One sentence for people.
+    /// Human-readable sentence.
     pub message: String,
 }
 
-/// The end of a worker: reason, the sentence that explains it, and the last lines of its log.
+/// The end of a worker: the reason, an explanation, and the last lines of the log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerExit {
-    /// The kind of end.
+    /// Kind of end.
     pub reason: ExitReason,
-    /// One sentence for people: the worker's own last error where it gave one.
+    /// Human-readable sentence: the worker's own last error if it reported one.
     pub message: String,
-    /// Whether it ended before it was ever ready.
+    /// True if the worker ended before it was ready.
     pub during_start: bool,
-    /// When the end was noticed.
+    /// Time at which the end was noticed.
     pub at: Timestamp,
-    /// Up to 20 last lines of its log.
+    /// Last lines of the log, at most 20.
     pub log_tail: Vec<String>,
 }
 
-/// Memory of a worker, in bytes.
+/// The memory of a worker, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerMemory {
-    /// Estimate from the model file: weights, KV cache for context × slots, working memory.
+    /// Estimate from the model file: weights, KV cache and working memory.
     pub predicted_bytes: u64,
-    /// What the worker itself measured after loading, the KV caches that its slots may fill included; `None` until then.
+    /// Measurement by the worker after loading, including the KV cache that its slots may fill; `None` while loading.
     pub measured_bytes: Option<u64>,
 }
 
 impl fmt::Display for WorkerMemory {
-    /// `predicted 312 MiB, measured 298 MiB`, or the first half of it.
+    /// Formats as `predicted 312 MiB, measured 298 MiB`, or only the first half if nothing was measured.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "predicted {}", human_bytes_up(self.predicted_bytes))?;
         match self.measured_bytes {
@@ -353,64 +353,63 @@ impl fmt::Display for WorkerMemory {
     }
 }
 
-/// A worker as `GET /workers`, `llorch-pool worker list` and heartbeats show it: everything but its secret.
+/// A worker as shown by `GET /workers`, `llorch-pool worker list` and heartbeats: everything but its secret.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct WorkerInfo {
-    /// `worker-BACKEND-N`; N is never used again on this pool.
+    /// Identifier `worker-BACKEND-N`; N is never reused on this pool.
     pub id: String,
-    /// The model as it was asked for.
+    /// Reference of the model, under the name that the pool offers.
     pub model_ref: ModelRef,
-    /// What the model file was when the worker was started, so that a failure can be told from one of an older file.
+    /// Identity of the model file at the start, so that a failure with an older file can be told apart.
     pub model_file: ModelFile,
-    /// Where it computes.
+    /// Device that the worker computes on.
     pub device: Device,
-    /// State.
+    /// State of the worker.
     pub status: WorkerStatus,
-    /// Its process id; `None` before the process exists.
+    /// Process id; `None` before the process exists.
     pub pid: Option<u32>,
-    /// The port it listens on; 0 before one is chosen.
+    /// Port that the worker listens on.
     pub port: u16,
-    /// Tokens of context of each sequence: the requested number until the worker reports its own. `None` if the model's
-    /// file does not say.
+    /// Tokens of context per sequence: the requested or default number until the worker reports its own. `None` if unknown.
     pub context_length: Option<u32>,
-    /// How many sequences it runs at once.
+    /// Number of sequences that can run at once.
     pub slots: u32,
-    /// How many sequences it runs now.
+    /// Number of sequences running.
     pub active: u32,
-    /// Its cache; `None` before the worker was ready. The free tokens are rounded down to a multiple of an eighth of the
-    /// cache.
+    /// Size and free part of the KV cache; `None` before the worker is ready. The free tokens are rounded down to a multiple of
+    /// an eighth of the cache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<CacheRoom>,
-    /// How far loading is, in percent.
+    /// Progress of loading, 0 to 100.
     pub load_percent: u8,
     /// Predicted and measured memory.
     pub memory: WorkerMemory,
-    /// When it was asked for.
+    /// Time of the request for the worker.
     pub created_at: Timestamp,
-    /// When it was ready for the first time.
+    /// Time at which the worker was first ready; `None` before that.
     pub ready_at: Option<Timestamp>,
-    /// Since when it has had nothing to do; `None` while it computes, and before it was ready.
+    /// Start of the current idle period; `None` while the worker computes, and before it is ready.
     #[serde(default)]
     pub idle_since: Option<Timestamp>,
-    /// Why the pool ends it although nobody told it to stop, from when that is decided until it has ended.
+    /// Reason for which the pool itself is ending the worker, from the decision until the end; `None` otherwise.
     #[serde(default)]
     pub ending: Option<WorkerEnding>,
-    /// How it ended, once it has.
+    /// End of the worker; `None` while it is live.
     pub exit: Option<WorkerExit>,
 }
 
-/// Identity of a model file: enough to see that it was replaced.
+/// The identity of a model file, sufficient to detect a replacement.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ModelFile {
     /// Size in bytes.
     pub size_bytes: u64,
-    /// Last modification, in nanoseconds since 1970, as a decimal string: the number has more than 53 bits.
+    /// Time of the last modification in nanoseconds since 1970, as a decimal string because the number has more than 53 bits.
     #[serde(with = "crate::json_number::decimal")]
     #[cfg_attr(feature = "openapi", schema(value_type = crate::json_number::Decimal))]
     pub modified_ns: u64,
-    /// SHA-256 in lower-case hexadecimal, where the pool knows it.
+    /// SHA-256 in lower-case hexadecimal; `None` if the pool has not computed it.
     pub sha256: Option<String>,
 }
 
@@ -419,7 +418,7 @@ mod tests {
     use super::*;
     use std::fmt::Write as _;
 
-    // [POOLCORE-003] The whole table, so that a change of any cell is seen.
+    // [POOLCORE-003] The whole table, so that a change of any cell is noticed.
     #[test]
     fn every_state_and_event() {
         use {WorkerEvent as E, WorkerStatus as S};

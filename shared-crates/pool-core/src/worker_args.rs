@@ -1,5 +1,5 @@
-//! The worker's command line. One type builds it (in the pool) and parses it (in `llorch-candled`), so that the two
-//! cannot drift apart.
+//! The worker's command line. One type builds it (in the pool) and parses it (in `llorch-candled`), so that the two cannot
+//! diverge.
 
 use std::ffi::OsString;
 use std::net::IpAddr;
@@ -11,27 +11,27 @@ use serde::{Deserialize, Serialize};
 use crate::ModelRef;
 use crate::worker::{Backend, CacheType};
 
-/// Environment variable with the secret without which a worker executes nothing.
+/// Environment variable with the bearer token that the worker requires.
 pub const SECRET_VAR: &str = "LLORCH_WORKER_SECRET";
-/// Environment variable with the number that tells one start of a worker from another.
+/// Environment variable with the nonce, which distinguishes one start of a worker from another.
 pub const NONCE_VAR: &str = "LLORCH_WORKER_NONCE";
 
-/// The most sequences that a worker may be asked to run at once.
+/// Maximum number of sequences that a worker can run at once.
 pub const MAX_SLOTS: u32 = 64;
 
-/// Exit code of a worker whose port was taken: the pool tries the next port.
+/// Exit code of a worker whose port was taken, after which the pool tries the next port.
 pub const EXIT_PORT_TAKEN: i32 = 75;
-/// Exit code of a worker that refuses its model file; the last log line that begins with `error: ` says why.
+/// Exit code of a worker that rejects its model file; the last log line that begins with `error: ` has the reason.
 pub const EXIT_MODEL_INVALID: i32 = 65;
 
-/// Seconds that what runs may take to finish once a worker is told to stop, where nothing else is said.
+/// Default number of seconds that running jobs may take to finish once a worker is asked to stop.
 pub const DEFAULT_STOP_GRACE_S: u64 = 10;
-/// How long readers have to fetch the last events once everything has ended.
+/// Time that readers have to fetch the last events once everything has ended.
 pub const STOP_FLUSH: Duration = Duration::from_secs(2);
-/// How long a worker has, beyond its grace and the flush, to notice that its time is up and be gone.
+/// Time that a worker has, beyond the grace period and the flush, to exit.
 const STOP_MARGIN: Duration = Duration::from_secs(3);
 
-/// Arguments of `llorch-candled`.
+/// Command-line arguments of `llorch-candled`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "cli", derive(clap::Args))]
 pub struct WorkerArgs {
@@ -41,16 +41,16 @@ pub struct WorkerArgs {
     /// GGUF file to load.
     #[cfg_attr(feature = "cli", arg(long, value_name = "PATH"))]
     pub model: PathBuf,
-    /// The model as users name it.
+    /// Reference that users name the model by.
     #[cfg_attr(feature = "cli", arg(long))]
     pub model_ref: Option<ModelRef>,
-    /// SHA-256 of the model file as the pool knows it, passed on in `/health`.
+    /// SHA-256 of the model file as known to the pool, repeated in `/health`.
     #[cfg_attr(feature = "cli", arg(long, value_name = "HEX"))]
     pub sha256: Option<String>,
-    /// Where to compute.
+    /// Backend to compute on.
     #[cfg_attr(feature = "cli", arg(long, value_enum))]
     pub backend: Backend,
-    /// GPU to use with `cuda` and `metal`.
+    /// Number of the GPU for `cuda` and `metal`.
     #[cfg_attr(feature = "cli", arg(long, default_value_t = 0))]
     pub gpu: u32,
     /// Address to listen on.
@@ -59,52 +59,52 @@ pub struct WorkerArgs {
     /// Port to listen on.
     #[cfg_attr(feature = "cli", arg(long))]
     pub port: u16,
-    /// Address of the pool manager to tell when the model is loaded.
+    /// URL of the pool manager to notify when the model is loaded.
     #[cfg_attr(feature = "cli", arg(long, value_name = "URL"))]
     pub pool_url: Option<String>,
-    /// Tokens of context [default: the smaller of the model's and 8192].
+    /// Tokens of context per sequence [default: the model's context, at most 8192].
     #[cfg_attr(feature = "cli", arg(long, value_name = "TOKENS"))]
     pub context_length: Option<u32>,
-    /// Tokens that all sequences together have room for [default: one sequence of the context's length].
+    /// Tokens of cache that all sequences share [default: one sequence of full context].
     #[cfg_attr(feature = "cli", arg(long, value_name = "TOKENS"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_tokens: Option<u32>,
-    /// Form of keys and values in the cache. `q8_0` takes about half the memory, and changes answers a little.
+    /// Element type of the KV cache. `q8_0` takes about half the memory and changes answers slightly.
     #[cfg_attr(
         feature = "cli",
         arg(long, value_enum, value_name = "TYPE", default_value_t)
     )]
     #[serde(default, skip_serializing_if = "CacheType::is_default")]
     pub cache_type: CacheType,
-    /// Sequences that run at once.
+    /// Maximum number of sequences that run at once.
     #[cfg_attr(feature = "cli", arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_SLOTS))))]
     pub slots: u32,
     /// Compute threads [default: one less than the host's processors].
     #[cfg_attr(feature = "cli", arg(long))]
     pub threads: Option<u32>,
-    /// Seconds that a running execution may take to finish once the worker is told to stop.
+    /// Seconds that running jobs may take to finish once the worker is asked to stop.
     #[cfg_attr(feature = "cli", arg(long, value_name = "SECONDS", default_value_t = DEFAULT_STOP_GRACE_S))]
     #[serde(default = "default_stop_grace_s")]
     pub stop_grace_s: u64,
 }
 
-/// Of records that an earlier version wrote.
+/// Returns the value for records of an earlier version, which lack the field.
 fn default_stop_grace_s() -> u64 {
     DEFAULT_STOP_GRACE_S
 }
 
 impl WorkerArgs {
-    /// How long what runs may take to finish once the worker is told to stop.
+    /// Returns the time that running jobs may take to finish once the worker is asked to stop.
     pub fn stop_grace(&self) -> Duration {
         Duration::from_secs(self.stop_grace_s)
     }
 
-    /// How long after it was told to stop a worker is taken for stuck: what it was promised itself, and a margin.
+    /// Returns the time after a stop request at which a worker counts as stuck: its own grace period and flush, and a margin.
     pub fn stop_timeout(&self) -> Duration {
         self.stop_grace() + STOP_FLUSH + STOP_MARGIN
     }
 
-    /// The argument list that [`WorkerArgs`] parses back to the same value.
+    /// Returns the argument list, which [`WorkerArgs`] parses back to the same value.
     pub fn to_args(&self) -> Vec<OsString> {
         let mut args: Vec<OsString> = Vec::new();
         let mut push = |name: &str, value: OsString| args.extend([OsString::from(name), value]);
@@ -128,7 +128,7 @@ impl WorkerArgs {
                 self.context_length.map(|n| n.to_string()),
             ),
             ("--cache-tokens", self.cache_tokens.map(|n| n.to_string())),
-            // Programs of earlier builds know no other cache, and not the option.
+            // Programs of earlier builds support only the default cache, and do not know the option.
             (
                 "--cache-type",
                 (!self.cache_type.is_default()).then(|| self.cache_type.to_string()),
