@@ -35,7 +35,7 @@ pub enum DownloadPhase {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum DownloadEvent {
-    /// The download advances.
+    /// The download received, extracted or verified further bytes.
     Progress {
         /// Current phase.
         phase: DownloadPhase,

@@ -15,7 +15,7 @@ pub enum Role {
     System,
     /// The person or agent asking.
     User,
-    /// The model.
+    /// The model, for its earlier answers.
     Assistant,
 }
 

@@ -70,6 +70,7 @@ impl Lifecycle {
                 // A new nonce ensures that late reports about the old process do not apply to the new one.
                 record.nonce = new_nonce();
                 (record.identity, record.info.pid) = (None, None);
+                // As in `spawn`, the intent is recorded before the process exists.
                 locked.save(&record)?;
                 match self.launch(&mut record) {
                     Ok(child) => {

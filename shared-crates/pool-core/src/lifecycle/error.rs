@@ -56,7 +56,7 @@ pub enum SpawnError {
         /// Maximum number of slots.
         most: u32,
     },
-    /// The requested context is out of the model's range.
+    /// The requested context is outside the model's range.
     #[error("`context_length` is {asked}, the model `{model_ref}` takes 1 to {most}")]
     Context {
         /// Requested tokens of context.

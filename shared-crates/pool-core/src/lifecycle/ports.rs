@@ -40,6 +40,7 @@ pub(super) fn claimable(
             port,
             holder: "another program".to_owned(),
         }),
+        // The worker itself reports any other error.
         _ => Ok(port),
     }
 }

@@ -1,9 +1,9 @@
 //! Detection of stalled workers. An answer to `/health` only proves that the process can answer, so a worker counts as moving
 //! only if its progress counter increases while it has work.
 //!
-//! Time is counted in looks. A look comes late if the watcher itself or the whole host was suspended. Such a gap counts as no
-//! time, so that a suspended host or a stopped daemon does not make an unwatched worker appear stuck. If consecutive looks are
-//! late, the host is merely slow, and each look counts as the longest regular step.
+//! The watcher looks at a worker at regular intervals, and sums up the time between looks. A look comes late if the watcher or
+//! the host was suspended. Such a gap counts as no time, so that a worker does not appear stuck because it was not watched. If
+//! several consecutive looks are late, the host is merely slow, and each gap counts as the longest regular step.
 
 use std::time::{Duration, Instant};
 
@@ -155,6 +155,7 @@ impl ProgressWatch {
     pub fn look(&mut self, now: Instant, answer: Option<&WorkerHealth>) -> Option<Stall> {
         let passed = now.saturating_duration_since(self.looked_at);
         let late_before = std::mem::replace(&mut self.late, passed > LONGEST_STEP);
+        // Only the first of several late looks is taken for a suspension.
         let step = if self.late && !late_before {
             Duration::ZERO
         } else {

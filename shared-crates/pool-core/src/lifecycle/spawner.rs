@@ -47,7 +47,7 @@ pub struct WorkerCommand {
     pub log: File,
 }
 
-/// A started process.
+/// A process that a [`Spawner`] has started.
 #[derive(Debug)]
 pub struct Launched {
     /// Process id.

@@ -287,6 +287,7 @@ impl Store {
         let goal = download.folder().join("imported.gguf");
         let linked = fs::hard_link(path, &goal).is_ok();
         let record = if linked {
+            // The link shares its bytes with the original, which may have changed since they were hashed.
             let now = fs::metadata(&goal)
                 .map_err(|source| fail(CheckError::io("look at", &goal)(source)))?;
             let same = |of: fn(&fs::Metadata) -> i64| of(&now) == of(seen);

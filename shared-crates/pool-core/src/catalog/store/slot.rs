@@ -88,6 +88,7 @@ impl Slot {
 
     /// Returns the slot that the record in the folder `id` describes, or `None` if the record is invalid.
     pub(super) fn from_record(id: &str, record: Record) -> Option<Self> {
+        // The name becomes part of a path, so it must not lead out of the folder.
         let plain = !record.file.is_empty()
             && !record.file.starts_with('.')
             && !record.file.contains(['/', '\0']);

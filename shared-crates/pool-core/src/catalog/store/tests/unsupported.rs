@@ -1,4 +1,4 @@
-//! Files and entries that no worker runs.
+//! Tests with files and entries that no worker can run.
 
 use super::*;
 
@@ -14,7 +14,7 @@ fn a_file_that_no_worker_runs_is_neither_imported_nor_placed() {
     let part = GgufDraft::servable()
         .with_number("split.count", 3)
         .with_number("split.no", 1);
-    // Later parts name no architecture, and may show only by their file name that they are parts.
+    // Later parts have no architecture, and may be recognisable only by their file name.
     let nameless = GgufDraft::servable().without("general.architecture");
     for (name, bytes, reason) in [
         ("mamba.gguf", mamba, "architecture `mamba`"),
@@ -41,7 +41,7 @@ fn a_file_that_no_worker_runs_is_neither_imported_nor_placed() {
         assert!(why.to_string().contains(reason), "{why}");
         assert_eq!(error.hint(), Some(why.hint()));
     }
-    // A whole file may have any name.
+    // A complete file may have any name, even that of a part.
     let whole = folder.join("m-00001-of-00002.gguf");
     fs::write(&whole, tiny_gguf()).unwrap();
     import(&setup, &whole, Some("joined")).unwrap();
