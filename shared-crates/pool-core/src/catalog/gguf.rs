@@ -3,8 +3,8 @@
 //! A model file comes from the network or a user's disk, so nothing in it is trusted. Every count, length, dimension, offset
 //! and alignment is compared with the file's size before memory is allocated for it. Tensors must fill the file without gaps or
 //! overlaps. A file that violates a rule yields a [`GgufError`] that names the place and the numbers. Metadata is kept as
-//! compactly as it is stored, and a header ends within [`MAX_HEADER_BYTES`], so reading takes at most about 45 MiB, regardless
-//! of the counts in the file and of its size (sparse files can be arbitrarily large).
+//! compactly as it is stored, and a header ends within [`MAX_HEADER_BYTES`], so reading takes at most about 45 MiB of
+//! memory, regardless of the counts in the file and of its size (sparse files can be arbitrarily large).
 //!
 //! The tensor data is not read; [`TensorInfo`] holds its location. Keys are those of the
 //! [specification](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md), where `ARCH` is the value of

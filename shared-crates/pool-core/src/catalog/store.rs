@@ -1,4 +1,4 @@
-//! The models folder: it resolves model references to files and puts new files in place.
+//! The models folder: resolution of model references to files, and placement of new files.
 //!
 //! ```text
 //! MODELS/<id>/<file>.gguf     the model; exists under this name only when complete

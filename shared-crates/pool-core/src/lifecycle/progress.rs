@@ -15,13 +15,14 @@ use crate::worker::Backend;
 const LONGEST_STEP: Duration = Duration::from_secs(3);
 /// Number of consecutive looks without progress before a worker counts as stalled. A single look may come at a bad moment.
 const LEAST_LOOKS: u32 = 3;
-/// Slowest believable source of a model, in bytes per second, and the assumed share of a file's largest tensor, which is the
-/// longest step of loading.
+/// Slowest believable source of a model, in bytes per second.
 const LOAD_BYTES_PER_S: u64 = 100_000_000;
+/// Assumed share of the largest tensor in a file, as a divisor. The largest tensor is the longest step of loading.
 const LARGEST_TENSOR_PART: u64 = 4;
-/// Bytes of weights that a device processes per second for the 64 tokens of a prefill chunk: a slow CPU with one thread, and a
-/// slow GPU. A worker progresses with every layer, so a limit for the whole chunk leaves room for neighbours on the same CPU.
+/// Bytes of weights that a slow CPU with one thread processes per second for the 64 tokens of a prefill chunk. A worker
+/// progresses with every layer, so a limit for the whole chunk leaves room for neighbours on the same CPU.
 const CPU_CHUNK_BYTES_PER_S: u64 = 32_000_000;
+/// The same rate for a slow GPU.
 const GPU_CHUNK_BYTES_PER_S: u64 = 320_000_000;
 
 /// The time limits for a worker without progress.
@@ -348,7 +349,7 @@ mod tests {
             assert_eq!(clock.after(1, None), None);
         }
         assert!(clock.after(1, None).is_some());
-        // If every look is late, a stuck worker is still found; each look counts as three seconds.
+        // If every look is late, a stuck worker is still found: each look after the first counts as three seconds.
         let mut clock = Clock::new();
         assert_eq!(clock.after(1, Some(&busy)), None);
         let looks = (1..).find(|_| clock.after(60, Some(&busy)).is_some());

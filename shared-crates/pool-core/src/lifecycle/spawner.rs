@@ -104,8 +104,8 @@ pub(super) fn carries_nonce(pid: u32, nonce: &str) -> bool {
     environment_of(pid).is_some_and(|environment| holds(&environment, nonce))
 }
 
-/// Returns whether the process with this pid is known to have been started with a different nonce, or none. A process with an
-/// unreadable environment is not.
+/// Returns whether the process with this pid is known to have been started with a different nonce, or none. Returns false if
+/// the environment is unreadable.
 fn is_anothers(pid: u32, nonce: &str) -> bool {
     environment_of(pid).is_some_and(|environment| !holds(&environment, nonce))
 }

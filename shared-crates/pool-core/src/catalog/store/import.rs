@@ -274,7 +274,7 @@ impl Store {
                     copied: false,
                 }));
             }
-            // An entry with a hash gets the correct bytes. Without a hash, never replace a file that may belong to a user.
+            // If the catalogue has a hash, the verified bytes replace a wrong file. Otherwise the file may be a user's: keep it.
             Presence::Checked(_) | Presence::Unchecked if slot.sha256.is_none() => {
                 return Err(ImportError::NameTaken {
                     name: slot.id.clone(),
