@@ -1,5 +1,6 @@
-//! A client of our HTTP APIs: tokens, the error envelope, event streams. It never repeats a request by itself: what
-//! may be repeated is for the caller to know.
+//! Client of our HTTP APIs: tokens, the error envelope, event streams.
+//!
+//! The client never retries: only the caller knows which requests may be repeated.
 
 use std::fmt;
 use std::pin::Pin;
@@ -23,90 +24,90 @@ use crate::errors::with_causes;
 use crate::secret::Secret;
 use crate::units::human_duration;
 
-/// How long a connection may take: our daemons stand on the same host or in the next room.
+/// Time limit for connecting. Our daemons run on the same host or the local network.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Lifetime of an idle connection: shorter than in daemons, so that a descriptor is soon free again.
+/// Lifetime of an idle connection, shorter than a daemon's own limit, so that its descriptor is free again soon.
 const KEPT_IDLE: Duration = Duration::from_secs(5);
-/// How long an answer may take by default, its body included.
+/// Default time limit for an answer, including its body.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long an event stream may be silent by default: four of the comments that daemons send every 15 seconds.
+/// Default limit on the silence of an event stream: four intervals of the comments that daemons send every 15 seconds.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How much of an unknown answer an error shows.
+/// Most characters of an unexpected answer that an error shows.
 const DETAIL_CHARS: usize = 200;
 
-/// Why a call failed.
+/// A failed call.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// The address can't be used.
+    /// An unusable address.
     #[error("`{url}` is not an address of a daemon: {detail}")]
     BadUrl {
-        /// The address as given.
+        /// The address, without a user or password that it may contain.
         url: String,
-        /// What is wrong with it.
+        /// The problem with the address.
         detail: String,
     },
-    /// Nothing listens there, or the connection broke before an answer.
+    /// Nothing listens at the address, or the connection broke before an answer.
     #[error("could not reach {url}")]
     Unreachable {
-        /// The address that was called.
+        /// The URL called.
         url: String,
-        /// What the system said.
+        /// The transport's error, without the URL.
         source: reqwest::Error,
     },
-    /// The daemon refused, and said why.
+    /// A refusal by the daemon, with its reason.
     #[error("{}", error.message)]
     Api {
-        /// The HTTP status.
+        /// The HTTP status of the refusal.
         status: u16,
-        /// The error of the envelope.
+        /// The error from the envelope.
         error: Box<ErrorBody>,
     },
-    /// Something answered, but not as one of our daemons does.
+    /// An answer that none of our daemons would give.
     #[error("{url} answered {status}, and not as a llama-orch daemon does: {detail}")]
     NotOurs {
-        /// The address that was called.
+        /// The URL called.
         url: String,
-        /// The HTTP status.
+        /// The HTTP status of the answer.
         status: u16,
-        /// The beginning of the answer, or what is wrong with it.
+        /// The beginning of the answer, with the parser's error if there is one.
         detail: String,
     },
-    /// The connection broke within an event stream.
+    /// A connection that broke during an event stream.
     #[error("the event stream of {url} broke: {detail}")]
     Broken {
-        /// The address that was called.
+        /// The URL called.
         url: String,
-        /// How it broke.
+        /// The cause of the break.
         detail: String,
     },
-    /// No answer, or no event, in time.
+    /// No answer in time, or too long a silence in a stream.
     #[error("{url} did not answer within {}", human_duration(*after))]
     Timeout {
-        /// The address that was called.
+        /// The URL called.
         url: String,
-        /// How long was waited.
+        /// The time limit that passed.
         after: Duration,
     },
-    /// The other side speaks another version of the API.
+    /// A daemon with a different version of the API.
     #[error(
         "{url} is {name} {version} and speaks API version {theirs}; this program speaks version {ours}"
     )]
     VersionMismatch {
-        /// The address that was called.
+        /// The base URL of the daemon.
         url: String,
-        /// The other side's name.
+        /// The daemon's name, from `/version`.
         name: String,
-        /// The other side's version.
+        /// The daemon's own version.
         version: String,
-        /// Its API version.
+        /// The API version of the daemon.
         theirs: u32,
-        /// Ours.
+        /// The API version of this program.
         ours: u32,
     },
 }
 
 impl ClientError {
-    /// What to try next.
+    /// Returns a remedy, if there is one. For a refusal this is the daemon's own hint.
     pub fn hint(&self) -> Option<String> {
         let hint = match self {
             Self::Api { error, .. } => return error.hint.clone(),
@@ -125,7 +126,7 @@ impl ClientError {
         Some(hint.to_owned())
     }
 
-    /// The error of the envelope, when the daemon gave one.
+    /// Returns the error from the envelope; `None` unless this is a refusal by the daemon.
     pub fn api(&self) -> Option<&ErrorBody> {
         match self {
             Self::Api { error, .. } => Some(error),
@@ -133,7 +134,7 @@ impl ClientError {
         }
     }
 
-    /// The HTTP status, when there was an answer.
+    /// Returns the HTTP status; `None` without a complete answer.
     pub fn status(&self) -> Option<u16> {
         match self {
             Self::Api { status, .. } | Self::NotOurs { status, .. } => Some(*status),
@@ -142,7 +143,7 @@ impl ClientError {
     }
 }
 
-/// Calls one daemon. Cheap to clone; clones share their connections.
+/// A client of one daemon. Cheap to clone; clones share their connections.
 #[derive(Clone)]
 pub struct ApiClient {
     http: reqwest::Client,
@@ -154,7 +155,7 @@ pub struct ApiClient {
 }
 
 impl ApiClient {
-    /// A client of the daemon at `base_url`, which sends `token` with every request.
+    /// Returns a client of the daemon at `base_url` that sends `token` with every request.
     pub fn new(base_url: &str, token: Option<Secret>) -> Result<Self, ClientError> {
         let bad = |detail: String| ClientError::BadUrl {
             // Text before an `@` may contain a password.
@@ -167,7 +168,7 @@ impl ApiClient {
             return Err(bad("it must begin with http:// or https://".to_owned()));
         }
         if !url.username().is_empty() || url.password().is_some() {
-            // Addresses are shown and logged: this one not even here.
+            // Addresses are shown and logged, so a password must not appear even in this error.
             return Err(ClientError::BadUrl {
                 url: url.host_str().unwrap_or_default().to_owned(),
                 detail: "it must not hold a user or a password; a token goes into the settings"
@@ -178,12 +179,12 @@ impl ApiClient {
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_idle_timeout(KEPT_IDLE)
             .tcp_nodelay(true)
-            // A proxy of the environment is for the internet, not for daemons next door; and a redirect could carry
-            // the token to a stranger.
+            // A proxy from the environment is meant for the internet, not for local daemons; and a redirect could
+            // carry the token to another server.
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none());
         if url.scheme() == "http" {
-            // The system's certificates are not needed, and a bare machine may have none.
+            // Plain HTTP needs no certificates, and a minimal host may have none to load.
             builder = builder.tls_certs_only([]);
         }
         Ok(Self {
@@ -196,7 +197,8 @@ impl ApiClient {
         })
     }
 
-    /// A client of another daemon that shares this one's connections.
+    /// Returns a client of another daemon that shares this client's connection pool. `base_url` must be a complete URL
+    /// without a slash at its end: it is not checked.
     pub fn at(&self, base_url: impl Into<String>, token: Option<Secret>) -> Self {
         Self {
             base: base_url.into(),
@@ -205,34 +207,34 @@ impl ApiClient {
         }
     }
 
-    /// Sends `id` as `X-Correlation-Id` with every request.
+    /// Sets an `id` that is sent as `X-Correlation-Id` with every request.
     #[must_use]
     pub fn with_correlation_id(mut self, id: impl Into<String>) -> Self {
         self.correlation_id = Some(id.into());
         self
     }
 
-    /// Waits this long for a whole answer, or for the beginning of an event stream. Default 30 seconds.
+    /// Sets the time limit for a whole answer, or for the beginning of an event stream. Default 30 seconds.
     #[must_use]
     pub fn with_answer_timeout(mut self, timeout: Duration) -> Self {
         self.answer_timeout = timeout;
         self
     }
 
-    /// Takes an event stream for broken after this long without a byte. Default 60 seconds.
+    /// Sets the time without a byte after which an event stream counts as broken. Default 60 seconds.
     #[must_use]
     pub fn with_idle_timeout(mut self, timeout: Duration) -> Self {
         self.idle_timeout = timeout;
         self
     }
 
-    /// The daemon's address, without a slash at the end.
+    /// Returns the daemon's URL, without a slash at its end.
     pub fn base_url(&self) -> &str {
         &self.base
     }
 
-    /// A request to `path` (`/v2/tasks`), to be completed and given to [`ApiClient::fetch`] or
-    /// [`ApiClient::events`].
+    /// Begins a request to `path` (such as `/v2/tasks`), to be completed and passed to [`ApiClient::fetch`],
+    /// [`ApiClient::events`] or [`ApiClient::relay`].
     pub fn request(&self, method: Method, path: &str) -> Request {
         let url = format!("{}{path}", self.base);
         let mut builder = self.http.request(method, &url);
@@ -248,12 +250,12 @@ impl ApiClient {
         Request { url, builder }
     }
 
-    /// `GET`, with a JSON answer.
+    /// Sends a `GET` and reads a JSON answer.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         self.fetch(self.request(Method::GET, path)).await
     }
 
-    /// `POST` of a JSON body, with a JSON answer.
+    /// Sends a `POST` with a JSON body and reads a JSON answer.
     pub async fn post<B: Serialize + ?Sized, T: DeserializeOwned>(
         &self,
         path: &str,
@@ -263,17 +265,17 @@ impl ApiClient {
             .await
     }
 
-    /// `DELETE`, with a JSON answer.
+    /// Sends a `DELETE` and reads a JSON answer.
     pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
         self.fetch(self.request(Method::DELETE, path)).await
     }
 
-    /// `GET`, with the answer as it is.
+    /// Sends a `GET` and returns the answer's text unparsed.
     pub async fn get_text(&self, path: &str) -> Result<String, ClientError> {
         Ok(self.answer(self.request(Method::GET, path)).await?.body)
     }
 
-    /// Sends a request and reads a JSON answer. An empty one (204) reads as `null`, so `T` may be `()`.
+    /// Sends a request and reads a JSON answer. An empty answer (204) reads as `null`, so `T` may be `()`.
     pub async fn fetch<T: DeserializeOwned>(&self, request: Request) -> Result<T, ClientError> {
         let url = request.url.clone();
         let answer = self.answer(request).await?;
@@ -289,7 +291,7 @@ impl ApiClient {
         })
     }
 
-    /// Fails unless the daemon speaks `expected`, the API version this program was built for.
+    /// Fails unless the daemon's API version is `expected`, the version this program was built for.
     pub async fn check_version(&self, expected: u32) -> Result<VersionInfo, ClientError> {
         let info: VersionInfo = self.get("/version").await?;
         if info.api_version == expected {
@@ -304,7 +306,7 @@ impl ApiClient {
         })
     }
 
-    /// Opens an event stream. An answer of 204 is a stream without events: the reader has them all.
+    /// Opens an event stream. An answer of 204 is a stream without events: the reader already has all of them.
     pub async fn events(&self, request: Request) -> Result<EventStream, ClientError> {
         let url = request.url.clone();
         let sent = request.builder.header(ACCEPT, "text/event-stream").send();
@@ -338,7 +340,7 @@ impl ApiClient {
         })
     }
 
-    /// Sends a request for somebody else, who gets the answer as it is and as it comes, whatever its status.
+    /// Sends a request on behalf of another client, and returns its answer unchanged and unbuffered, whatever the status.
     pub async fn relay(&self, request: Request) -> Result<RelayedAnswer, ClientError> {
         let url = request.url;
         let sent = request.builder.send();
@@ -409,7 +411,7 @@ impl ApiClient {
                 after: self.answer_timeout,
             }
         } else {
-            // The address is named already; reqwest would name it again.
+            // Our error names the address already; reqwest's would repeat it.
             ClientError::Unreachable {
                 url,
                 source: error.without_url(),
@@ -432,7 +434,7 @@ struct Answer {
     body: String,
 }
 
-/// An answer on its way to somebody else. Dropping it lets go of the connection.
+/// An answer to be relayed to another client. Dropping it releases the connection.
 #[derive(Debug)]
 pub struct RelayedAnswer {
     url: String,
@@ -441,17 +443,17 @@ pub struct RelayedAnswer {
 }
 
 impl RelayedAnswer {
-    /// The HTTP status.
+    /// Returns the HTTP status.
     pub fn status(&self) -> StatusCode {
         self.response.status()
     }
 
-    /// The answer's headers.
+    /// Returns the answer's headers.
     pub fn headers(&self) -> &HeaderMap {
         self.response.headers()
     }
 
-    /// The next piece of the body, as soon as there is one; `None` after the last.
+    /// Waits for the next chunk of the body; `None` after the last.
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, ClientError> {
         match clock::timeout(self.idle_timeout, self.response.chunk()).await {
             Ok(Ok(chunk)) => Ok(chunk),
@@ -467,7 +469,7 @@ impl RelayedAnswer {
     }
 }
 
-/// A request that is being put together.
+/// A request under construction.
 #[derive(Debug)]
 pub struct Request {
     url: String,
@@ -475,21 +477,21 @@ pub struct Request {
 }
 
 impl Request {
-    /// Adds a header; a name or value that HTTP does not allow fails when the request is sent.
+    /// Adds a header. A name or value that HTTP does not allow makes the sending fail.
     #[must_use]
     pub fn header(mut self, name: &str, value: &str) -> Self {
         self.builder = self.builder.header(name, value);
         self
     }
 
-    /// Adds parameters to the query, encoded as needed.
+    /// Adds query parameters, encoded as needed.
     #[must_use]
     pub fn query<Q: Serialize + ?Sized>(mut self, parameters: &Q) -> Self {
         self.builder = self.builder.query(parameters);
         self
     }
 
-    /// Sets a body that is somebody else's.
+    /// Sets a body of raw bytes, such as that of a relayed request.
     #[must_use]
     pub fn body(mut self, bytes: Bytes) -> Self {
         self.builder = self.builder.body(bytes);
@@ -509,16 +511,16 @@ impl Request {
 pub struct ServerEvent {
     /// The event's name; `message` when the stream gave none.
     pub event: String,
-    /// Its data, JSON in our APIs.
+    /// The event's data: JSON in our APIs.
     pub data: String,
-    /// Its id, for `Last-Event-ID`. Momentary events have none.
+    /// The event's id, for `Last-Event-ID`. Transient events have none.
     pub id: Option<String>,
-    /// How long the daemon asks to wait before connecting again.
+    /// Delay before connecting again, if the daemon asks for one.
     pub retry: Option<Duration>,
 }
 
 impl ServerEvent {
-    /// The data as `T`.
+    /// Parses the data as `T`.
     pub fn json<T: DeserializeOwned>(&self) -> serde_json::Result<T> {
         serde_json::from_str(&self.data)
     }
@@ -526,7 +528,7 @@ impl ServerEvent {
 
 type Events = Pin<Box<dyn Stream<Item = Result<ServerEvent, ClientError>> + Send>>;
 
-/// An open event stream. It ends with `None` when the daemon closed it in order, and with one error when it broke.
+/// An open event stream. Ends with `None` when the daemon closed it in an orderly way, and with one error when it broke.
 pub struct EventStream {
     status: StatusCode,
     headers: HeaderMap,
@@ -534,12 +536,12 @@ pub struct EventStream {
 }
 
 impl EventStream {
-    /// The answer's HTTP status.
+    /// Returns the HTTP status of the answer.
     pub fn status(&self) -> u16 {
         self.status.as_u16()
     }
 
-    /// A header of the answer, as `Location`.
+    /// Returns a header of the answer, such as `Location`.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
     }
@@ -561,13 +563,13 @@ impl fmt::Debug for EventStream {
     }
 }
 
-/// How a stream of bytes went wrong.
+/// A failure of the byte stream below the events.
 enum Fault {
     Silent,
     Transport(String),
 }
 
-/// Bytes to events. The deadline is on bytes, so that a comment sent to keep the stream alive counts.
+/// Decodes bytes into events. The time limit applies to bytes, so a comment sent to keep the stream alive counts.
 fn decode<B, E>(
     url: String,
     idle: Duration,
@@ -577,7 +579,7 @@ where
     B: AsRef<[u8]> + Send + 'static,
     E: std::error::Error + Send + 'static,
 {
-    // One timer that is put off with each chunk: tokio does that without a lock.
+    // A single timer, reset with each chunk: tokio can postpone a timer without taking a lock.
     let silent = Patience::new(idle);
     let chunks = stream::unfold(Some((Box::pin(bytes), silent)), move |state| async move {
         let (mut bytes, mut silent) = state?;
@@ -591,14 +593,14 @@ where
             () = &mut silent => Some((Err(Fault::Silent), None)),
         }
     });
-    // The decoder looks for a byte order mark at the beginning only, and takes it for one byte long: an empty comment
-    // in front keeps it from looking.
+    // The decoder strips a byte order mark at the beginning as if it were one byte long. An empty comment in front
+    // keeps it from finding one.
     let chunks = stream::once(async { Ok(b":\n".to_vec()) }).chain(chunks);
     let mut last_id = String::new();
     let events = chunks.eventsource().map(move |item| match item {
         Ok(event) => {
-            // By the SSE standard an id sticks to the events after it. In our APIs no id is given twice, so one that
-            // is the same again was carried over, and the event has none of its own.
+            // By the SSE standard, an id also applies to the events after it. In our APIs each id is given once, so
+            // a repeated id was carried over from an earlier event, and this event has none.
             let id = (event.id != last_id).then(|| event.id.clone());
             last_id = event.id;
             Ok(ServerEvent {
@@ -625,7 +627,7 @@ where
             detail: format!("it is not an event stream ({:?})", error.code),
         }),
     });
-    // Nothing sensible follows an error.
+    // Nothing after an error can be trusted, so the stream ends with it.
     Box::pin(events.scan(false, |broken, item| {
         let ended = std::mem::replace(broken, item.is_err());
         std::future::ready((!ended).then_some(item))

@@ -1,8 +1,8 @@
-//! One way to configure every binary: `LLORCH_*` variables over a TOML file over `Default`.
+//! Settings of every binary: `LLORCH_*` variables override a TOML file, which overrides `Default`.
 //!
-//! The settings type itself says which keys exist: its serialised `Default` is the tree of keys. A field that is
-//! `None` by default must be serialised as null (no `skip_serializing_if`), or nobody could set it. A table that is
-//! empty by default takes any key, as a map does.
+//! The settings type defines which keys exist: its serialised `Default` is the tree of keys. A field that is `None` by
+//! default must be serialised as null (no `skip_serializing_if`), otherwise its key is unknown. A table that is empty by
+//! default accepts any key, like a map.
 
 #[cfg(feature = "openapi")]
 mod annotated;
@@ -23,37 +23,37 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use toml::de::{DeTable, DeValue};
 
-/// Why the settings can't be used.
+/// Unusable settings.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
-    /// The file can't be read.
+    /// A settings file that can't be read.
     #[error("could not read the settings file {}", path.display())]
     Read {
-        /// The file in question.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The file is not TOML.
+    /// A file that is not TOML.
     #[error("{}:{line}: {message}", path.display())]
     Syntax {
-        /// The file in question.
+        /// Path of the file.
         path: PathBuf,
         /// Line, from 1.
         line: usize,
-        /// What is wrong there.
+        /// The parser's message.
         message: String,
     },
-    /// A key that no setting has.
+    /// An unknown key.
     #[error("{}:{line}: there is no setting `{key}`", path.display())]
     UnknownKey {
-        /// The file in question.
+        /// Path of the file.
         path: PathBuf,
         /// Line, from 1.
         line: usize,
-        /// The key with its section.
+        /// The key, including its section.
         key: String,
-        /// The known key nearest to it.
+        /// The most similar known key; `None` if none is similar.
         nearest: Option<String>,
     },
     /// A value of the wrong type or outside its range.
@@ -61,18 +61,18 @@ pub enum SettingsError {
     Invalid {
         /// `FILE:LINE`, or the name of the variable.
         origin: String,
-        /// The key with its section.
+        /// The key, including its section.
         key: String,
-        /// What is wrong with the value.
+        /// The problem with the value.
         message: String,
     },
-    /// The defaults don't describe a tree of keys: a mistake in the program.
+    /// Defaults that can't be serialised: a bug in the program.
     #[error("the default settings can't be serialised")]
     Defaults(#[source] serde_json::Error),
 }
 
 impl SettingsError {
-    /// What to try next.
+    /// Returns a remedy, if there is one.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::UnknownKey {
@@ -87,26 +87,26 @@ impl SettingsError {
     }
 }
 
-/// Where a setting comes from.
+/// The source of a setting's value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Origin {
-    /// The settings file.
+    /// A key in the settings file.
     File {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Line, from 1.
         line: usize,
     },
-    /// A variable.
+    /// An environment variable, by name.
     Variable(String),
-    /// An option of the command.
+    /// A command-line option, by name.
     Flag(&'static str),
-    /// Nobody said anything else.
+    /// The built-in default.
     Default,
 }
 
 impl Origin {
-    /// `file`, `variable`, `flag` or `default`.
+    /// Returns `file`, `variable`, `flag` or `default`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::File { .. } => "file",
@@ -128,17 +128,17 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Settings, and where they come from.
+/// Settings with the sources of their values.
 #[derive(Debug, Clone)]
 pub struct Loaded<T> {
-    /// The settings.
+    /// The merged settings.
     pub value: T,
-    /// The keys that something else than the defaults decided, a later entry over an earlier one.
+    /// The keys that don't have their default, with their sources. A later entry overrides an earlier one.
     pub origins: Vec<(String, Origin)>,
 }
 
 impl<T> Loaded<T> {
-    /// Where the value of `key` comes from.
+    /// Returns the source of the value of `key`.
     pub fn origin(&self, key: &str) -> Origin {
         let found = self
             .origins
@@ -149,20 +149,20 @@ impl<T> Loaded<T> {
     }
 }
 
-/// One setting.
+/// A setting in force.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Setting {
-    /// Its key with its section.
+    /// The key, including its section.
     pub key: String,
-    /// Its value; null for none.
+    /// The value; null if unset.
     pub value: Value,
     /// `flag`, `variable`, `file` or `default`.
     pub source: &'static str,
-    /// Which one: the variable's name, or the file and the line.
+    /// Name of the variable or flag, or `FILE:LINE`; `None` for a default.
     pub origin: Option<String>,
 }
 
-/// Every setting in force, by key.
+/// Returns every setting in force, sorted by section and key.
 pub fn list<T: Serialize>(loaded: &Loaded<T>) -> Result<Vec<Setting>, SettingsError> {
     let tree = serde_json::to_value(&loaded.value).map_err(SettingsError::Defaults)?;
     let mut settings: Vec<Setting> = leaves(&tree)
@@ -177,7 +177,7 @@ pub fn list<T: Serialize>(loaded: &Loaded<T>) -> Result<Vec<Setting>, SettingsEr
             }
         })
         .collect();
-    // By section, the keys outside of any first.
+    // Keys outside any section sort first.
     settings.sort_by(|a, b| place(&a.key).cmp(&place(&b.key)));
     Ok(settings)
 }
@@ -199,17 +199,17 @@ pub fn differences<T: Serialize>(one: &T, other: &T) -> Vec<String> {
     keys
 }
 
-/// The section of a key, and its name.
+/// Splits a key into its section (empty for none) and its name.
 fn place(key: &str) -> (&str, &str) {
     key.rsplit_once('.').unwrap_or(("", key))
 }
 
-/// Loads settings: `env` over the TOML file over `T::default()`.
+/// Loads settings: `env` overrides the TOML file, which overrides `T::default()`.
 ///
-/// `file` is what the user named and must exist; without it `default_file` is read if it exists. Every key has the
-/// variable `LLORCH_SECTION_KEY`; `aliases` adds shorter ones as (variable, dotted key), which yield to the long
-/// form. An empty variable counts as unset. A list is written with commas, or as TOML if it begins with `[`. A key
-/// whose name ends in a unit accepts a number of that unit or a text with another unit: `body_limit_bytes = "64 KiB"`.
+/// `file` is the file named by the user, and must exist; without it, `default_file` is read if it exists. Every key has
+/// the variable `LLORCH_SECTION_KEY`; `aliases` adds shorter names as (variable, dotted key), which the long name
+/// overrides. An empty variable counts as unset. A list is written with commas, or as TOML if it begins with `[`. A key
+/// whose name ends in a unit accepts a number in that unit, or text with any unit: `body_limit_bytes = "64 KiB"`.
 pub fn load<T: Serialize + DeserializeOwned + Default>(
     file: Option<&Path>,
     default_file: &Path,
@@ -219,7 +219,7 @@ pub fn load<T: Serialize + DeserializeOwned + Default>(
     load_traced(file, default_file, env, aliases).map(|loaded| loaded.value)
 }
 
-/// As [`load`], and remembers where each setting comes from.
+/// Like [`load`], but also returns the source of each setting.
 pub fn load_traced<T: Serialize + DeserializeOwned + Default>(
     file: Option<&Path>,
     default_file: &Path,
@@ -263,8 +263,8 @@ pub fn load_traced<T: Serialize + DeserializeOwned + Default>(
             Ok(number) => vec![number],
             Err(message) => return Err(invalid(message)),
         };
-        // An optional setting does not show its type in the defaults, so the text is read in every way it could be
-        // meant and the settings type decides.
+        // A default of `None` does not reveal the setting's type, so try every possible meaning of the text, and take
+        // the first that the settings type accepts.
         let fitting = candidates.iter().find(|value| {
             let mut trial = merged.clone();
             put(&mut trial, &key, (*value).clone());
@@ -311,7 +311,7 @@ fn read(
     }
 }
 
-/// The file being read, for errors that name a line.
+/// The settings file being read. Its text turns an offset into a line number for errors.
 struct Source<'a> {
     path: &'a Path,
     text: &'a str,
@@ -392,13 +392,13 @@ impl Source<'_> {
     }
 }
 
-/// The known key that a mistyped one is nearest to; sections count as keys as well.
+/// Returns the known key or section most similar to a mistyped one; `None` if none is similar enough.
 fn nearest(known: &Value, typed: &str, prefix: &str) -> Option<String> {
     let candidates = known.as_object()?.keys();
     let (distance, best) = candidates
         .map(|key| (strsim::damerau_levenshtein(key, typed), key))
         .min()?;
-    // Further than half of the word away is a guess, not a suggestion.
+    // A key that differs in more than half of its characters would be a guess, not a suggestion.
     (distance * 2 <= typed.chars().count().max(2)).then(|| {
         if prefix.is_empty() {
             best.clone()
@@ -433,7 +433,7 @@ fn json(value: &DeValue<'_>) -> Value {
     }
 }
 
-/// Every key of the tree with its dotted path and default.
+/// Returns the dotted path and default of every key in the tree.
 fn leaves(tree: &Value) -> Vec<(String, &Value)> {
     fn walk<'a>(prefix: &str, value: &'a Value, out: &mut Vec<(String, &'a Value)>) {
         match value {
@@ -460,14 +460,14 @@ fn leaves(tree: &Value) -> Vec<(String, &Value)> {
     out
 }
 
-/// What a variable's text may mean for a setting with this default, the likeliest first.
+/// Returns the possible values of a variable's text for a setting with this default, the likeliest first.
 fn readings(text: &str, default: &Value) -> Vec<Value> {
     let string = Value::String(text.to_owned());
-    // TOML knows how to write every kind of value, so a variable can be written as the file would have it.
+    // Variables may use the same syntax as the file, which covers every kind of value.
     let as_toml = || {
         let document = format!("value = {text}");
         let table = DeTable::parse(&document).ok()?;
-        // One value, not a smuggled second line.
+        // The text must not smuggle in a second line with another key.
         (table.get_ref().len() == 1).then(|| {
             table
                 .get_ref()
@@ -501,7 +501,7 @@ fn put(tree: &mut Value, key: &str, value: Value) {
     *place = value;
 }
 
-/// Whether `path` is `key` or lies inside it (`a.b`, `a.b.c` and `a.b[0]` for the key `a.b`).
+/// Returns whether `path` is `key` or inside it (`a.b`, `a.b.c` and `a.b[0]` for the key `a.b`).
 fn path_covers(path: &str, key: &str) -> bool {
     path.strip_prefix(key)
         .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
@@ -569,7 +569,7 @@ mod tests {
         load(None, &path, &env, ALIASES)
     }
 
-    /// The error's text without the folder, which differs from run to run.
+    /// Returns the error's text without the folder, which differs from run to run.
     fn message(error: &SettingsError) -> String {
         let text = error.to_string();
         text.split_once("settings.toml")

@@ -15,7 +15,7 @@ fn expected() -> Vec<ServerEvent> {
     vec![
         event("queued", "{\"a\":1}", Some("0.1"), None),
         event("token", "{\"t\":\"é漢🦙\"}", Some("1.2"), None),
-        // An event without an id must not seem to have the last one's: readers resume by ids.
+        // An event without an id must not inherit the previous one: readers resume by ids.
         event("message", "line one\nline two", None, None),
         event("shutdown", "{}", None, Some(Duration::from_millis(1500))),
     ]
@@ -78,7 +78,7 @@ async fn a_silent_stream_times_out() {
     assert!(matches!(events[1], Err(ClientError::Timeout { .. })));
 }
 
-/// A server that answers one request with `answer` and gives back what it was sent.
+/// Starts a server that answers one request with `answer`. Returns its URL, and a task that returns the request's head.
 async fn answering(answer: String) -> (String, tokio::task::JoinHandle<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
@@ -136,7 +136,7 @@ async fn a_daemons_refusal_is_told_from_a_strangers_answer() {
         matches!(error, ClientError::NotOurs { status: 200, .. }),
         "{error}"
     );
-    // A redirect could send the token elsewhere, so it is not followed.
+    // Redirects are not followed: they could send the token elsewhere.
     let error = get(answer("302 Found", "text/html", "")).await.unwrap_err();
     assert!(
         matches!(error, ClientError::NotOurs { status: 302, .. }),

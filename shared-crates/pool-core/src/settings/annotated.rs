@@ -1,5 +1,5 @@
-//! A settings file that explains itself. Keys, defaults and meanings come from the settings type: its serialised value and
-//! the doc comments of its fields.
+//! A settings file that documents itself. Keys and values come from the serialised settings, descriptions from the doc
+//! comments of the settings type's fields.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,11 +12,11 @@ use utoipa::openapi::{RefOr, Schema};
 use super::variables::variable_of;
 use super::{Loaded, Origin, SettingsError, list, place};
 
-/// How wide a comment becomes.
+/// Line width of comments, in bytes.
 const WIDTH: usize = 100;
 
-/// The settings as a TOML file with every key and what it means. A key that is at its default stands in a comment, so
-/// that a later release may choose a better one.
+/// Returns the settings as a TOML file that lists and describes every key. A key at its default is commented out, so
+/// that a later release may change the default.
 pub fn annotated<T: Serialize + ToSchema>(
     loaded: &Loaded<T>,
     aliases: &[(&str, &str)],
@@ -44,7 +44,7 @@ pub fn annotated<T: Serialize + ToSchema>(
         }
         let mark = if origin == Origin::Default { "#" } else { "" };
         let value = toml_text(&setting.value);
-        // TOML has no word for nothing: such a key is left out.
+        // TOML has no null, so an unset key stays commented out.
         let line = match value {
             Some(value) => format!("{mark}{name} = {value}"),
             None => format!("#{name} ="),
@@ -57,8 +57,8 @@ pub fn annotated<T: Serialize + ToSchema>(
 fn toml_text(value: &Value) -> Option<String> {
     match value {
         Value::Null => None,
-        // JSON's numbers, truth values and lists of texts are written alike.
         Value::Object(fields) if fields.is_empty() => Some("{}".to_owned()),
+        // Numbers, booleans and lists of strings have the same form in JSON and TOML.
         value => toml::Value::try_from(value)
             .ok()
             .map(|value| value.to_string()),
@@ -77,7 +77,7 @@ fn comment(text: &mut String, words: &str) {
     let _ = writeln!(text, "{line}");
 }
 
-/// The doc comment of every key.
+/// Returns the doc comment of every key that has one.
 fn meanings<T: ToSchema>() -> BTreeMap<String, String> {
     let mut known = Vec::new();
     T::schemas(&mut known);
@@ -112,7 +112,7 @@ fn walk(
         if let Some(text) = field["description"].as_str() {
             found.insert(key.clone(), text.to_owned());
         }
-        // A section is named; its description, where it has one of its own, stands beside the name.
+        // A section is a `$ref` to another schema, alone or inside one of these lists.
         let parts = ["allOf", "oneOf", "anyOf"]
             .into_iter()
             .filter_map(|how| field[how].as_array())
@@ -150,7 +150,7 @@ mod tests {
             assert!(text.contains(&format!("\n#{name} =")), "{name}:\n{text}");
         }
         assert!(text.contains("# Variable: LLORCH_BIND or LLORCH_POOL_BIND\n#bind = "));
-        // As somebody would who wants everything in sight.
+        // Uncomment every key, as a user might.
         let uncommented: String = text
             .lines()
             .map(|line| match line.strip_prefix('#') {

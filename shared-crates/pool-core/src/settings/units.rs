@@ -1,10 +1,10 @@
-//! Settings with a unit: a key that ends in a unit accepts `"30s"` or `"4 GiB"` for the number.
+//! Settings with a unit: a key whose name ends in a unit accepts text such as `"30s"` or `"4 GiB"` for its number.
 
 use serde_json::Value;
 
 use crate::units::{parse_bytes, parse_ms, parse_seconds};
 
-/// Returns a setting's value; converts a text with a unit to a number if the key's name ends in a unit.
+/// Returns a setting's value, with text converted to a number if the key's name ends in a unit.
 pub(super) fn number(key: &str, value: Value) -> Result<Value, String> {
     let Value::String(text) = &value else {
         return Ok(value);
@@ -18,13 +18,13 @@ pub(super) fn number(key: &str, value: Value) -> Result<Value, String> {
     };
     match read {
         Ok(number) => Ok(number.into()),
-        // The setting's own type refuses numbers that fit no unsigned type, with its range.
+        // Leave negative and too large numbers to the setting's own type: its error states the accepted range.
         Err(_) if text.parse::<i128>().is_ok() => whole(text),
         Err(reason) => Err(format!("`{text}`: {reason}")),
     }
 }
 
-/// Parses a bare number, which has the key's own unit.
+/// Parses a bare number in the key's own unit.
 fn whole(text: &str) -> Result<Value, String> {
     let number = text.parse::<i128>().ok();
     let number = number.and_then(serde_json::Number::from_i128);
@@ -49,7 +49,7 @@ mod tests {
             ("workers.stop_timeout_s", json!("90"), json!(90)),
             ("workers.stop_timeout_s", json!("-1"), json!(-1)),
             ("heartbeat_interval_ms", json!("15s"), json!(15_000)),
-            // A bare number has the key's unit.
+            // A bare number is in the key's unit.
             ("heartbeat_interval_ms", json!("15000"), json!(15_000)),
             ("heartbeat_interval_ms", json!(15_000), json!(15_000)),
             ("workers.threads", json!("4"), json!("4")),

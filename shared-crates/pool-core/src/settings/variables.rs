@@ -1,4 +1,4 @@
-//! Variables that begin as ours do and that nothing reads: most are mistyped.
+//! Detection of `LLORCH_*` variables that no program reads, most of them mistyped.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::{SettingsError, leaves};
 
-/// Variables that are no setting's: each is read by one of our programs.
+/// Variables without a setting that our programs read.
 const OTHER: [&str; 6] = [
     "LLORCH_HOME",
     "LLORCH_LOG",
@@ -15,8 +15,8 @@ const OTHER: [&str; 6] = [
     "LLORCH_ORCHESTRATOR_URL",
     "LLORCH_POOL_URL",
 ];
-/// Variables that our programs hand to each other; a name that ends with `_` is the beginning of many, for tests,
-/// benchmarks and demonstrations.
+/// Variables that our programs pass to each other. A name that ends in `_` is a prefix, for tests, benchmarks and
+/// demonstrations.
 const INTERNAL: [&str; 6] = [
     "LLORCH_WORKER_SECRET",
     "LLORCH_WORKER_NONCE",
@@ -26,18 +26,18 @@ const INTERNAL: [&str; 6] = [
     "LLORCH_DEMO_",
 ];
 
-/// A variable that sets nothing.
+/// A `LLORCH_*` variable that no program reads.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct UnknownVariable {
-    /// Its name.
+    /// The variable's name, unescaped.
     pub name: String,
-    /// The known one nearest to it.
+    /// The most similar known name; `None` if none is similar.
     pub nearest: Option<String>,
 }
 
 impl fmt::Display for UnknownVariable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Whoever set it chose its characters.
+        // The name may contain control characters.
         write!(f, "{} sets nothing", self.name.escape_debug())?;
         match &self.nearest {
             Some(nearest) => write!(f, ": did you mean {nearest}?"),
@@ -46,12 +46,12 @@ impl fmt::Display for UnknownVariable {
     }
 }
 
-/// The variable of a key.
+/// Returns the name of the variable that sets a key.
 pub(super) fn variable_of(key: &str) -> String {
     format!("LLORCH_{}", key.replace('.', "_").to_uppercase())
 }
 
-/// The variables that set something in `T`, `aliases` (as of [`super::load`]) included.
+/// Returns the variables that set a key of `T`, including `aliases` (see [`super::load`]).
 pub fn variables<T: Serialize + Default>(
     aliases: &[(&str, &str)],
 ) -> Result<Vec<String>, SettingsError> {
@@ -63,8 +63,9 @@ pub fn variables<T: Serialize + Default>(
     Ok(long.chain(short).collect())
 }
 
-/// Which of the variables called `set` nothing reads: not the program whose `own` ones are known, nor another that may
-/// share its environment, whose ones are `others` (a name that ends with `_` is the beginning of many).
+/// Returns the `LLORCH_*` variables among the names in `set` that no program reads: neither this program, whose
+/// variables are `own`, nor those that may share its environment, whose variables are `others` (a name that ends in
+/// `_` is a prefix).
 pub fn unknown_variables(
     set: impl IntoIterator<Item = String>,
     own: &[String],
@@ -88,7 +89,7 @@ pub fn unknown_variables(
     unknown
 }
 
-/// The names of this process's variables.
+/// Returns the names of all variables in this process's environment.
 pub fn names_in_environment() -> impl Iterator<Item = String> {
     std::env::vars_os().map(|(name, _)| name.to_string_lossy().into_owned())
 }
@@ -102,7 +103,7 @@ fn nearest(name: &str, known: &[&str]) -> Option<String> {
             Some((strsim::damerau_levenshtein(rest, typed), *known))
         })
         .min()?;
-    // Further than half of the word away is a guess, not a suggestion.
+    // A name that differs in more than half of its characters would be a guess, not a suggestion.
     (distance * 2 <= typed.chars().count()).then(|| best.to_owned())
 }
 
