@@ -1,4 +1,4 @@
-//! Starting, stopping and watching a daemon of ours on this machine.
+//! Starting, stopping and watching a daemon on this machine.
 
 use std::ffi::OsString;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -16,69 +16,71 @@ use crate::programs;
 use crate::run_files::{self, PidRecord};
 use crate::units::human_duration;
 
-/// How often a start looks whether the daemon has come up.
+/// Interval at which a start checks whether the daemon is up.
 const POLL: Duration = Duration::from_millis(25);
-/// How long one look at `/health` may take.
+/// Time limit for one call of `/health`.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
-/// Lines of a log that explain a failed start.
+/// Log lines shown after a failed start.
 const FAILURE_LINES: usize = 20;
-/// How far back from its end a log is read for its last lines.
+/// Most bytes read from the end of a log to find its last lines.
 const TAIL_BYTES: u64 = 1 << 20;
-/// How long a process has to end after SIGKILL: the kernel may have to write its memory out first.
+/// Time limit for a process to end after SIGKILL. The kernel may have to write its memory out first.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A daemon to start.
 #[derive(Debug, Clone)]
 pub struct DaemonSpec {
-    /// The binary.
+    /// Path of the binary.
     pub program: PathBuf,
     /// The daemon's name, for messages.
     pub name: &'static str,
-    /// Where it writes `pid.json` and `addr`.
+    /// Folder in which the daemon writes `pid.json` and `addr`.
     pub state_dir: PathBuf,
-    /// Where its output is appended to.
+    /// File to which the daemon's output is appended.
     pub log_file: PathBuf,
-    /// Its arguments. Secrets belong into `env`.
+    /// The daemon's arguments. Secrets belong in `env`.
     pub args: Vec<OsString>,
-    /// Variables beside those of this process.
+    /// Environment variables, in addition to those of this process.
     pub env: Vec<(OsString, OsString)>,
-    /// How long it may take until `/health` answers.
+    /// Time limit until `/health` answers.
     pub start_timeout: Duration,
 }
 
-/// A daemon that runs.
+/// A running daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Running {
-    /// Its process.
+    /// Identity of the daemon's process.
     pub process: ProcessIdentity,
-    /// Its version.
+    /// Version that the daemon wrote into `pid.json`.
     pub version: String,
-    /// Where it answers.
+    /// URL at which the daemon answers on this machine.
     pub url: String,
-    /// Whether it ran before [`start`] was called.
+    /// True if [`start`] found the daemon running, or another process started it in the meantime.
     pub already_running: bool,
 }
 
-/// How a daemon was stopped.
+/// Outcome of a stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stopped {
-    /// It did not run.
+    /// The daemon was not running.
     NotRunning,
-    /// It ended by itself when it was asked to.
+    /// The daemon ended after SIGTERM.
     Orderly {
-        /// The pid it had.
+        /// The former process id.
         pid: u32,
     },
-    /// It did not end in time and was killed.
+    /// The daemon did not end in time and was killed.
     Killed {
-        /// The pid it had.
+        /// The former process id.
         pid: u32,
     },
 }
 
-/// Starts a daemon in a session of its own, so that neither Ctrl-C nor a closed terminal reaches it, and returns when
-/// its `/health` answers. A daemon that runs already is not started again. One that fails to come up is ended, and
-/// the error shows the last lines of its log.
+/// Starts a daemon and returns when its `/health` answers.
+///
+/// The daemon gets a session of its own, so that neither Ctrl-C nor a closed terminal reaches it. A daemon that is
+/// already running is not started again. A daemon that fails to come up is ended, and the error shows the last lines of
+/// its log.
 pub async fn start(spec: &DaemonSpec) -> Result<Running, CliError> {
     if let Some(running) = running_already(spec).await? {
         return Ok(running);
@@ -86,20 +88,21 @@ pub async fn start(spec: &DaemonSpec) -> Result<Running, CliError> {
     launch(spec, true).await
 }
 
-/// As [`start`], but beside a daemon of the same state folder that is frozen: it is for the daemon, with its arguments, to
-/// take the folder from that one or to refuse.
+/// Like [`start`], but ignores a running, frozen daemon of the same state folder. The new daemon decides by its arguments
+/// whether to take over the folder or to refuse.
 pub async fn start_beside(spec: &DaemonSpec) -> Result<Running, CliError> {
     launch(spec, false).await
 }
 
-/// Starts the daemon and waits until it answers. `any_will_do`: one that somebody else started meanwhile is as good.
+/// Starts the daemon and waits until it answers. With `any_will_do`, accepts a daemon that another process started in the
+/// meantime.
 async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<Running, CliError> {
     let could_not = |what: &str, error: &io::Error| {
         CliError::caused(Exit::Failed, format!("could not {what}"), error)
     };
     let log = open_log(&spec.log_file)
         .map_err(|error| could_not(&format!("open the log {}", spec.log_file.display()), &error))?;
-    // Earlier starts have left lines here; only those of this one explain how it went.
+    // Earlier starts have left lines in the log; only later lines explain this one.
     let log_start = log.metadata()?.len();
     let mut child = spawn(spec, log)
         .map_err(|error| could_not(&format!("start {}", spec.program.display()), &error))?;
@@ -107,7 +110,7 @@ async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<Running, CliErro
     let deadline = Instant::now() + spec.start_timeout;
     loop {
         if let Some(exit) = child.try_wait()? {
-            // Another start may have won the race for the state folder; then all is as the user wants it.
+            // Another start may have won the race for the state folder, which is just as good for the user.
             if let Some(running) = status(&spec.state_dir).filter(|_| any_will_do) {
                 return Ok(Running {
                     already_running: true,
@@ -144,8 +147,8 @@ async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<Running, CliErro
     }
 }
 
-/// The daemon of the state folder, where one runs and answers. One that was just killed is on its way out and gives way; one
-/// that lives and is silent is an error, because another could not start beside it.
+/// Returns the daemon of the state folder, or `None` if no daemon is running. Waits a moment for a killed daemon to end.
+/// Fails if the daemon is running but does not answer, because a second one could not start.
 async fn running_already(spec: &DaemonSpec) -> Result<Option<Running>, CliError> {
     let Some(running) = status(&spec.state_dir) else {
         return Ok(None);
@@ -168,7 +171,7 @@ async fn running_already(spec: &DaemonSpec) -> Result<Option<Running>, CliError>
         .hint("its log may say why; stop it, then start it again"))
 }
 
-/// Asks the daemon of a state folder to end, waits for at most `timeout`, and kills it if that was not enough.
+/// Sends SIGTERM to the daemon of a state folder, waits for at most `timeout`, and then kills it.
 pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<Stopped, CliError> {
     let Some(process) = PidRecord::read(state_dir).map(|record| record.process) else {
         return Ok(Stopped::NotRunning);
@@ -200,7 +203,7 @@ pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<Sto
     ))
 }
 
-/// The daemon of a state folder, if one runs and has said where it answers.
+/// Returns the daemon of a state folder, if one is running and has published its address.
 pub fn status(state_dir: &Path) -> Option<Running> {
     let record = PidRecord::read(state_dir)?;
     let url = run_files::local_url(state_dir)?;
@@ -212,7 +215,7 @@ pub fn status(state_dir: &Path) -> Option<Running> {
     })
 }
 
-/// One of our binaries: beside this one, else on the `PATH`.
+/// Returns the path of one of our binaries: in the folder of this program, otherwise on the `PATH`.
 pub fn find_sibling(name: &str) -> Result<PathBuf, CliError> {
     programs::find_beside_or_on_path(name).ok_or_else(|| {
         let package = match name {
@@ -228,8 +231,8 @@ pub fn find_sibling(name: &str) -> Result<PathBuf, CliError> {
     })
 }
 
-/// The last `lines` lines of a file; an incomplete last line counts.
-/// Lines that the log lacks because it was started again come from the file before it.
+/// Returns the last `lines` lines of a log; an incomplete last line counts. If a new log file has fewer lines, the rest
+/// comes from the previous file.
 pub fn tail(path: &Path, lines: usize) -> io::Result<String> {
     let newest = tail_from(path, lines, 0)?;
     let missing = lines.saturating_sub(newest.lines().count());
@@ -240,23 +243,25 @@ pub fn tail(path: &Path, lines: usize) -> io::Result<String> {
     Ok(earlier + &newest)
 }
 
-/// Returns the path of the `number`-th earlier log file.
+/// Returns the path of the `number`-th previous log file.
 fn numbered(path: &Path, number: u32) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(format!(".{number}"));
     name.into()
 }
 
-/// Returns whether another file has replaced `file`.
+/// Returns whether another file has replaced `file` at `path`.
 fn is_replaced(file: &File, path: &Path) -> io::Result<bool> {
     let ours = file.metadata()?;
-    // A renamed file without a successor is still written to.
+    // A renamed file without a successor is still being written to.
     let there = path.metadata();
     Ok(there.is_ok_and(|there| (there.dev(), there.ino()) != (ours.dev(), ours.ino())))
 }
 
-/// Prints the last `lines` lines of a log, then what is appended to it, also after it is renamed and begun again, until nothing more comes because `is_over`, `print`
-/// fails, or the future is dropped.
+/// Prints the last `lines` lines of a log, then follows it, even when a new file replaces it.
+///
+/// Returns after the last line once `is_over` returns true, and fails when `print` does. Otherwise runs until the future
+/// is dropped.
 pub async fn follow(
     path: &Path,
     lines: usize,
@@ -268,18 +273,18 @@ pub async fn follow(
     print(&tail(path, lines)?)?;
     let mut pending = Vec::new();
     loop {
-        // Asked before the file is read: what was written until then is in it.
+        // Asked before reading, so that everything written by then is printed.
         let over = is_over();
-        // Checked before the file is read, so that its last lines are read too.
+        // Checked before reading, so that the old file's last lines are printed too.
         let replaced = is_replaced(&file, path)?;
         let length = file.metadata()?.len();
         if length < seen {
-            // Somebody emptied the log: what is in it now is new.
+            // The log was truncated, so all of its content is new.
             seen = 0;
         }
         file.seek(SeekFrom::Start(seen))?;
         seen += (&mut file).take(TAIL_BYTES).read_to_end(&mut pending)? as u64;
-        // Up to the last line's end, so that no character is printed by halves.
+        // Print complete lines only, so that no multi-byte character is split.
         if let Some(end) = pending.iter().rposition(|byte| *byte == b'\n') {
             let complete: Vec<u8> = pending.drain(..=end).collect();
             print(&String::from_utf8_lossy(&complete))?;
@@ -318,7 +323,7 @@ fn spawn(spec: &DaemonSpec, log: File) -> io::Result<Child> {
     let mut command = Command::new(&spec.program);
     command
         .args(&spec.args)
-        // The daemon manages the file: it renames it by size and reopens it at SIGHUP.
+        // The daemon manages the file: it starts a new one at a size limit and reopens it on SIGHUP.
         .arg("--log-file")
         .arg(&spec.log_file)
         .envs(absolute_folders()?)
@@ -326,8 +331,8 @@ fn spawn(spec: &DaemonSpec, log: File) -> io::Result<Child> {
         .stdin(Stdio::null())
         .stdout(log.try_clone()?)
         .stderr(log);
-    // SAFETY: between fork and exec only async-signal-safe calls are allowed. `setsid` is a bare system call, and
-    // making an `io::Error` of its error number allocates nothing.
+    // SAFETY: only async-signal-safe calls are allowed between fork and exec. `setsid` is a bare system call, and
+    // converting its error number to an `io::Error` does not allocate.
     #[allow(unsafe_code)]
     unsafe {
         command.pre_exec(|| rustix::process::setsid().map(|_| ()).map_err(Into::into));
@@ -346,7 +351,7 @@ async fn answers(url: &str) -> bool {
     }
 }
 
-/// Ends a daemon that did not come up: politely for a moment, then not.
+/// Ends a daemon that did not come up: with SIGTERM, and with SIGKILL if that takes more than two seconds.
 fn end(child: &mut Child) {
     if let Ok(Some(process)) = ProcessIdentity::of(child.id()) {
         let _ = process.signal(Signal::TERM);
@@ -365,7 +370,7 @@ async fn gone(process: &ProcessIdentity, timeout: Duration) -> io::Result<bool> 
 
 fn with_log(error: CliError, log: &Path, start: u64) -> CliError {
     let hint = format!("the whole log is {}", log.display());
-    // A log that was started again meanwhile has no lines of earlier starts.
+    // If a new log file was started in the meantime, it has no lines of earlier starts.
     let begun_again = log.metadata().is_ok_and(|log| log.len() < start);
     let start = if begun_again { 0 } else { start };
     match tail_from(log, FAILURE_LINES, start) {
@@ -390,7 +395,8 @@ fn tail_from(path: &Path, lines: usize, start: u64) -> io::Result<String> {
     Ok(kept[kept.len().saturating_sub(lines)..].concat())
 }
 
-/// The variables that name folders, made absolute: the daemon stands in another folder than its user.
+/// Returns the variables that name folders, made absolute: a relative path would name another folder in a process with
+/// another working directory, such as a worker.
 fn absolute_folders() -> io::Result<Vec<(&'static str, PathBuf)>> {
     ["LLORCH_HOME", "LLORCH_MODELS_DIR"]
         .into_iter()
@@ -407,7 +413,7 @@ mod tests {
     use std::fs;
     use std::io::Write;
 
-    /// A daemon that is a shell script, in a folder of its own.
+    /// Returns a daemon that is a shell script, with state and log below `dir`.
     fn script(dir: &Path, body: &str) -> DaemonSpec {
         DaemonSpec {
             program: "/bin/sh".into(),
@@ -503,7 +509,7 @@ mod tests {
             .unwrap();
             fs::write(state.join(run_files::ADDR), "http://127.0.0.1:1\n").unwrap();
             assert_eq!(status(&state).unwrap().url, "http://127.0.0.1:1");
-            // Its session is its own: a signal to our terminal's group does not reach it.
+            // The daemon leads its own session, so a signal to our terminal's process group does not reach it.
             let session = rustix::process::getsid(rustix::process::Pid::from_raw(
                 i32::try_from(pid).unwrap(),
             ))
@@ -528,7 +534,7 @@ mod tests {
             assert_eq!(status(&state), None);
             child.wait().unwrap();
         }
-        // The record of a process that is gone stops nobody.
+        // A record of a process that has ended stops nothing.
         assert_eq!(
             stop(&state, "testd", Duration::ZERO).await.unwrap(),
             Stopped::NotRunning

@@ -1,4 +1,4 @@
-//! The commands that both programs have for their daemon, on top of [`super::daemon`].
+//! Commands that both programs have for their daemons, on top of [`super::daemon`].
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -13,10 +13,10 @@ use super::{CliError, Exit, sanitize, say, write};
 use crate::run_files;
 use crate::units::human_duration;
 
-/// Which part of a log is shown.
+/// Arguments of the commands that show a log.
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub struct LogArgs {
-    /// Go on with what is written, until Ctrl-C
+    /// Follow the log until Ctrl-C
     #[arg(short, long)]
     pub follow: bool,
     /// Lines to show at first
@@ -24,7 +24,7 @@ pub struct LogArgs {
     pub lines: usize,
 }
 
-/// A daemon's arguments for a settings file. The path is made absolute: the daemon stands in another folder.
+/// Returns a daemon's arguments for a settings file, with its path made absolute.
 pub fn config_args(config: Option<&Path>) -> Result<Vec<OsString>, CliError> {
     match config {
         Some(path) => Ok(vec!["--config".into(), std::path::absolute(path)?.into()]),
@@ -32,12 +32,12 @@ pub fn config_args(config: Option<&Path>) -> Result<Vec<OsString>, CliError> {
     }
 }
 
-/// Starts the daemon and says where it runs.
+/// Starts the daemon and prints its address.
 pub async fn start(spec: &DaemonSpec) -> Result<(), CliError> {
     say_running(spec.name, &daemon::start(spec).await?)
 }
 
-/// Starts the daemon beside one that is frozen, and says where it runs.
+/// Starts the daemon despite a running, frozen one of the same state folder, and prints its address.
 pub async fn start_beside(spec: &DaemonSpec) -> Result<(), CliError> {
     say_running(spec.name, &daemon::start_beside(spec).await?)
 }
@@ -54,7 +54,7 @@ fn say_running(name: &str, running: &Running) -> Result<(), CliError> {
     ))
 }
 
-/// Stops the daemon and says how it ended.
+/// Stops the daemon and prints how it ended.
 pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<(), CliError> {
     match daemon::stop(state_dir, name, timeout).await? {
         Stopped::NotRunning => say(format!("{name} does not run")),
@@ -66,16 +66,16 @@ pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<(),
     }
 }
 
-/// Where a daemon of this host is, as `status` shows it.
+/// Address and process of a daemon, as `status` shows them.
 #[derive(Debug, Serialize)]
 pub struct Whereabouts {
-    /// Whether it runs.
+    /// True if the daemon is running.
     pub running: bool,
-    /// Process id; `None` for a daemon of another home.
+    /// Process id; `None` if not running, or for a daemon of another home.
     pub pid: Option<u32>,
-    /// Its version.
+    /// The daemon's version; `None` if not running.
     pub version: Option<String>,
-    /// Where it answers.
+    /// URL at which the daemon answers; `None` if not running.
     pub url: Option<String>,
 }
 
@@ -94,13 +94,13 @@ impl From<Option<Running>> for Whereabouts {
     }
 }
 
-/// Returns the daemon of a state folder, if one runs; fails if this user may not look.
+/// Returns the daemon of a state folder, if one is running. Fails if this user may not read the folder.
 pub fn status(state_dir: &Path, name: &str) -> Result<Option<Running>, CliError> {
     check_readable(state_dir, name)?;
     Ok(daemon::status(state_dir))
 }
 
-/// Fails if this user may not see whether the daemon called `name` runs.
+/// Fails if this user may not read the state folder, and so can't see whether the daemon called `name` is running.
 pub fn check_readable(state_dir: &Path, name: &str) -> Result<(), CliError> {
     run_files::check_readable(state_dir).map_err(|error| {
         let folder = state_dir.display();
@@ -114,7 +114,7 @@ pub fn check_readable(state_dir: &Path, name: &str) -> Result<(), CliError> {
 }
 
 impl Whereabouts {
-    /// Returns the status of a daemon of another home, which answered at `url`.
+    /// Returns the whereabouts of a daemon of another home, which answered at `url`.
     pub fn elsewhere(version: String, url: &str) -> Self {
         Self {
             running: true,
@@ -124,7 +124,7 @@ impl Whereabouts {
         }
     }
 
-    /// Says where the daemon called `name` runs, or how it is started: with `start`.
+    /// Prints the address of the daemon called `name`, or that the command `start` starts it.
     pub fn say(&self, name: &str, start: &str) -> Result<(), CliError> {
         match (self.pid, &self.version, &self.url) {
             (Some(pid), Some(version), Some(url)) => {
@@ -135,7 +135,7 @@ impl Whereabouts {
         }
     }
 
-    /// How `status` exits, where `answers` says whether the daemon told what it does.
+    /// Returns the exit code of `status`. `answers` is true if the daemon answered.
     pub fn exit(&self, answers: bool) -> Exit {
         match (self.running, answers) {
             (true, true) => Exit::Done,
@@ -145,7 +145,7 @@ impl Whereabouts {
     }
 }
 
-/// The option of a command that starts a daemon, or looks at its settings.
+/// Option of commands that start a daemon or read its settings.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ConfigArgs {
     /// Settings file [default: the daemon's own in the configuration folder, if there is one]
@@ -153,12 +153,12 @@ pub struct ConfigArgs {
     pub config: Option<PathBuf>,
 }
 
-/// Prints the end of a log of this host, and with `follow` what comes after it until Ctrl-C.
+/// Prints the end of a log on this host. With `follow`, also prints later lines until Ctrl-C.
 pub async fn show_log(path: &Path, args: LogArgs) -> Result<Exit, CliError> {
     show_log_until(path, args, || false).await
 }
 
-/// As [`show_log`], but following ends as well when nobody writes to the log any more.
+/// Like [`show_log`], but following also ends once `is_over` returns true and everything is printed.
 pub async fn show_log_until(
     path: &Path,
     args: LogArgs,

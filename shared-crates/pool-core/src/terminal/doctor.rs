@@ -1,4 +1,4 @@
-//! What a doctor found on a host, and how it is shown.
+//! Findings of the doctor commands, and their output.
 
 pub mod host;
 
@@ -7,33 +7,33 @@ use serde::Serialize;
 use super::paint::{self, Cell, Style};
 use super::{CliError, Exit, Format, print_json, render_table, say};
 
-/// How a check came out.
+/// Outcome of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
-    /// As it should be.
+    /// No problem.
     Ok,
-    /// Works, with a loss.
+    /// Usable, with a disadvantage.
     Warn,
     /// Something required is missing.
     Fail,
 }
 
-/// What one check found.
+/// Result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What was looked at.
+    /// Name of the check.
     pub check: &'static str,
-    /// How it came out.
+    /// Outcome of the check.
     pub status: Verdict,
-    /// What was seen.
+    /// The observed state, in words.
     pub message: String,
-    /// The command, or the sentence, that mends it.
+    /// The command that fixes the problem, or advice in words; `None` without a problem.
     pub fix: Option<String>,
 }
 
 impl Finding {
-    /// All is well.
+    /// Returns a finding without a problem.
     pub fn ok(check: &'static str, message: impl Into<String>) -> Self {
         Self {
             check,
@@ -43,7 +43,7 @@ impl Finding {
         }
     }
 
-    /// Something is not as it should be, and can be lived with.
+    /// Returns a finding of a tolerable problem.
     pub fn warn(check: &'static str, message: impl Into<String>, fix: impl Into<String>) -> Self {
         Self {
             check,
@@ -53,7 +53,7 @@ impl Finding {
         }
     }
 
-    /// Something required is missing.
+    /// Returns a finding that something required is missing.
     pub fn fail(check: &'static str, message: impl Into<String>, fix: impl Into<String>) -> Self {
         Self {
             status: Verdict::Fail,
@@ -62,7 +62,7 @@ impl Finding {
     }
 }
 
-/// Prints findings and says how the doctor's command ends: with 1 if something required is missing.
+/// Prints findings. Returns the exit code of the command: 1 if something required is missing.
 pub fn report(findings: &[Finding], format: Format) -> Result<Exit, CliError> {
     match format {
         Format::Json => print_json(findings)?,

@@ -1,4 +1,4 @@
-//! Selection of another daemon by a variable, for commands about the daemon of this home.
+//! Detection of a variable that names another daemon, for commands about the daemon of this home.
 
 use std::path::Path;
 
@@ -13,14 +13,15 @@ use crate::run_files;
 pub struct Elsewhere {
     variable: &'static str,
     name: &'static str,
-    /// Address in the variable, unless it is that of the daemon of this home.
+    /// Address in the variable; `None` if unset, or if it belongs to the daemon of this home.
     named: Option<String>,
-    /// The address of the daemon of this home, if one runs.
+    /// Address of the daemon of this home; `None` if not running.
     local: Option<String>,
 }
 
 impl Elsewhere {
-    /// Reads `variable`, which names the daemon called `name`; the daemon of this home has its state in `state_dir`.
+    /// Reads `variable`, which may hold the address of a daemon called `name`. The daemon of this home keeps its state in
+    /// `state_dir`.
     pub fn from_env(variable: &'static str, name: &'static str, state_dir: &Path) -> Self {
         let named = std::env::var(variable).ok();
         Self::new(variable, name, named, run_files::local_url(state_dir))
@@ -33,7 +34,7 @@ impl Elsewhere {
         local: Option<String>,
     ) -> Self {
         let named = named
-            // A pool that reports to no orchestrator has `none` in the same variable.
+            // `none` in the same variable tells a pool to report to no orchestrator.
             .filter(|url| !url.is_empty() && url != "none")
             .filter(|url| local.as_ref().is_none_or(|local| !is_same(url, local)));
         Self {
@@ -49,7 +50,7 @@ impl Elsewhere {
         self.named.as_deref()
     }
 
-    /// Fails if `command`, which acts on the daemon of this home, may be meant for the other one.
+    /// Fails if `command`, which acts on the daemon of this home, may be meant for the other daemon.
     pub fn refuse(&self, command: &str) -> Result<(), CliError> {
         let Some(named) = &self.named else {
             return Ok(());
@@ -57,7 +58,7 @@ impl Elsewhere {
         let Self { variable, name, .. } = self;
         let of_home = match &self.local {
             Some(local) => format!("{name} of this home, at {local}"),
-            // No daemon runs here, and the variable may name the one that ran here.
+            // No daemon is running here, so the variable may name the daemon of this home, which has stopped.
             None if is_loopback(named) => {
                 self.note(&format!("`{command}`"));
                 return Ok(());
@@ -73,7 +74,7 @@ impl Elsewhere {
         )))
     }
 
-    /// Prints a remark that `what` is about the daemon of this home, if the variable names another one.
+    /// Prints a note that `what` is about the daemon of this home, if the variable names another one.
     pub fn note(&self, what: &str) {
         let Self { variable, name, .. } = self;
         if let Some(named) = &self.named {
@@ -84,7 +85,7 @@ impl Elsewhere {
     }
 }
 
-/// Returns whether two addresses belong to the same daemon, by their text.
+/// Returns whether two addresses have the same host and port. Resolves no name but `localhost`.
 fn is_same(a: &str, b: &str) -> bool {
     let place = |text: &str| {
         let client = ApiClient::new(text, None).ok()?;
@@ -135,7 +136,7 @@ mod tests {
         elsewhere("http://host.lan:8080", None)
             .refuse("x stop")
             .unwrap_err();
-        // The daemon that ran here may be meant.
+        // The address may be that of the daemon of this home, which has stopped.
         elsewhere("http://127.0.0.1:8080", None)
             .refuse("x stop")
             .unwrap();

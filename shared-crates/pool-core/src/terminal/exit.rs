@@ -1,4 +1,4 @@
-//! How a command ends: its exit code, and for a failure what went wrong, why, and what to try.
+//! Exit codes of commands, and errors with causes and hints.
 
 use std::fmt;
 use std::future::Future;
@@ -18,17 +18,17 @@ use crate::settings::SettingsError;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
-    /// Done.
+    /// Success.
     Done = 0,
-    /// Failed for another reason than those below.
+    /// A failure that no other code describes.
     Failed = 1,
     /// Wrong usage, or a request out of range.
     Usage = 2,
-    /// What was asked for does not exist.
+    /// The requested object does not exist.
     NotFound = 3,
-    /// Refused: queue full, conflict, no memory.
+    /// The request was refused: queue full, conflict, no memory.
     Refused = 4,
-    /// A daemon could not be reached, or did not take the token.
+    /// A daemon could not be reached, or rejected the token.
     Unreachable = 5,
     /// The job itself failed, was cancelled or expired.
     JobFailed = 6,
@@ -44,23 +44,23 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// Why a command failed, as the terminal shows it.
+/// A failed command, as the terminal shows it.
 #[derive(Debug)]
 pub struct CliError {
-    /// The exit code.
+    /// The exit code of the process.
     pub exit: Exit,
-    /// What went wrong.
+    /// Description of the failure.
     pub message: String,
-    /// Why, the nearest cause first.
+    /// The causes, nearest first.
     pub causes: Vec<String>,
-    /// What to try.
+    /// The remedy, if there is one.
     pub hint: Option<String>,
-    /// Nothing is printed: the reader of standard output has gone, as in `... | head`.
+    /// True if nothing is printed, because the reader of standard output has gone, as in `... | head`.
     quiet: bool,
 }
 
 impl CliError {
-    /// A failure with its exit code.
+    /// Returns an error without causes or a hint.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self {
             exit,
@@ -71,7 +71,7 @@ impl CliError {
         }
     }
 
-    /// A failure with the error behind it, whose own causes follow.
+    /// Returns an error with `cause`, followed by the cause's own causes.
     pub fn caused(
         exit: Exit,
         message: impl Into<String>,
@@ -85,21 +85,21 @@ impl CliError {
         }
     }
 
-    /// Says what to try; the latest hint counts.
+    /// Sets the hint, replacing an earlier one.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }
 
-    /// Adds a cause after those that are known.
+    /// Appends a cause.
     #[must_use]
     pub fn cause(mut self, cause: impl Into<String>) -> Self {
         self.causes.push(cause.into());
         self
     }
 
-    /// Writing to standard output failed. A reader that left is no failure of this command.
+    /// Returns the error of a failed write to standard output. A reader that has gone is not a failure of the command.
     pub(super) fn output(error: &io::Error) -> Self {
         let gone = error.kind() == io::ErrorKind::BrokenPipe;
         let exit = if gone { Exit::Done } else { Exit::Failed };
@@ -109,7 +109,7 @@ impl CliError {
         }
     }
 
-    /// An error of the cores as it is: its text, its causes, and its hint.
+    /// Converts an error, keeping its text and causes.
     pub fn of(exit: Exit, error: &(dyn std::error::Error + 'static), hint: Option<String>) -> Self {
         Self {
             causes: causes(error).collect(),
@@ -122,7 +122,7 @@ impl CliError {
         if self.quiet {
             return;
         }
-        // Texts may come from a daemon or a model, and go to a terminal.
+        // Messages may contain text from a daemon or a model, which must not control the terminal.
         let show = |label: &str, text: &str| {
             note(format!("{label}: {}", sanitize::clean(&in_commands(text))));
         };
@@ -167,7 +167,7 @@ impl From<ClientError> for CliError {
                 Self::of(exit, &error, hint).cause(cause)
             }
             ClientError::Unreachable { source, .. } => {
-                // Between the two stand only the layers of the HTTP client.
+                // The causes in between are only layers of the HTTP client.
                 let mut error = Self::of(Exit::Unreachable, &error, hint);
                 let root = causes(source).last();
                 error.causes = vec![root.unwrap_or_else(|| source.to_string())];
@@ -218,8 +218,8 @@ impl From<SecretError> for CliError {
     }
 }
 
-/// The arguments of this process as `T`. Wrong ones, or a command that lacks its subcommand, print the help and end
-/// the process with 2; `--help` and `--version` end it with 0.
+/// Parses this process's arguments as `T`. Exits with 2 after invalid arguments (printing the error) or a missing
+/// subcommand (printing the help), and with 0 after `--help` or `--version`.
 pub fn parse<T: Parser>() -> T {
     let matched = help_without_subcommand(T::command()).try_get_matches();
     matched
@@ -238,7 +238,7 @@ fn help_without_subcommand(command: Command) -> Command {
     }
 }
 
-/// Runs a command to its exit code on an async runtime of its own, and prints its error.
+/// Runs a command on its own async runtime, prints its error, and returns its exit code.
 pub fn run_cli<F, R>(command: F) -> ExitCode
 where
     F: FnOnce() -> R,
@@ -260,7 +260,7 @@ where
         error.print();
         error.exit
     });
-    // A thread that still waits for standard input must not hold the process.
+    // A thread that still waits for standard input must not keep the process alive.
     runtime.shutdown_background();
     exit.into()
 }

@@ -1,4 +1,4 @@
-//! Ctrl-C, SIGTERM and a closed terminal, as something that can be awaited and asked.
+//! Ctrl-C, SIGTERM and a closed terminal as a state that can be awaited or polled.
 
 use std::ops::ControlFlow;
 
@@ -6,12 +6,12 @@ use super::{CliError, Exit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-/// Whether this process was asked to end. Cheap to clone.
+/// A request that this process end. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Interrupt(watch::Receiver<bool>);
 
 impl Interrupt {
-    /// From now on the signals no longer end the process by themselves: whoever holds this does.
+    /// Starts catching SIGINT, SIGTERM and SIGHUP, which from now on no longer end the process.
     pub fn catch() -> Result<Self, CliError> {
         let mut signals = [
             SignalKind::interrupt(),
@@ -34,21 +34,21 @@ impl Interrupt {
                 }
             })
             .await;
-            // Nobody may be listening any more, which is fine.
+            // Fails if all receivers are gone, which is harmless.
             let _ = told.send(true);
-            // The channel stays open, so that those who await it later see it too.
+            // Keeps the channel open while receivers exist, so that a later `wait` does not fail.
             told.closed().await;
         });
         Ok(Self(asked))
     }
 
-    /// Returns when a signal has come.
+    /// Waits for a signal. Returns at once if one has arrived.
     pub async fn wait(&self) {
-        // The sender lives as long as a receiver does, so this can't fail.
+        // Can't fail: the sender lives as long as any receiver.
         let _ = self.0.clone().wait_for(|asked| *asked).await;
     }
 
-    /// Breaks off a loop once a signal has come.
+    /// Returns `Break` once a signal has arrived.
     pub fn check(&self) -> ControlFlow<()> {
         if *self.0.borrow() {
             ControlFlow::Break(())
@@ -58,7 +58,7 @@ impl Interrupt {
     }
 }
 
-/// The error of a command that was interrupted.
+/// Returns the error of an interrupted command. `what` names the interrupted work or the state it leaves behind.
 pub fn interrupted(what: &str) -> CliError {
     CliError::new(Exit::Interrupted, format!("interrupted: {what}"))
 }

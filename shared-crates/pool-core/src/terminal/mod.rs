@@ -1,5 +1,5 @@
-//! What both command line programs are: arguments, exit codes, errors with hints, tables and JSON, progress, and the
-//! starting and stopping of a daemon. Results go to standard output, everything else to standard error.
+//! The base of both command-line programs: arguments, exit codes, errors with hints, tables and JSON, progress, and
+//! starting and stopping a daemon. Results go to standard output, everything else to standard error.
 
 pub mod daemon;
 pub mod daemon_commands;

@@ -1,4 +1,5 @@
-//! Results on standard output, remarks on standard error. `println!` panics when the reader has gone; these don't.
+//! Results on standard output, notes on standard error. Unlike `println!`, these functions don't panic when the reader
+//! has gone.
 
 use std::io::{self, Write};
 use std::time::Duration;
@@ -10,17 +11,17 @@ use serde::Serialize;
 use super::{CliError, sanitize};
 use crate::units::human_duration;
 
-/// How a command that reads prints what it read.
+/// Output format of commands that print data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Format {
-    /// Columns for people.
+    /// Columns for people
     #[default]
     Table,
-    /// JSON for programs; stable and documented.
+    /// JSON for programs, stable and documented
     Json,
 }
 
-/// Writes `text` to standard output as it is, and flushes it: the way a streamed answer is printed.
+/// Writes `text` to standard output without a newline, and flushes it, as needed for a streamed answer.
 pub fn write(text: impl AsRef<str>) -> Result<(), CliError> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_ref().as_bytes())
@@ -33,7 +34,7 @@ pub fn say(text: impl AsRef<str>) -> Result<(), CliError> {
     writeln!(io::stdout().lock(), "{}", text.as_ref()).map_err(|error| CliError::output(&error))
 }
 
-/// Writes a remark to standard error. Nobody reading it is no reason to fail.
+/// Writes a note to standard error. Ignores a failure, as when the reader has gone.
 pub fn note(text: impl AsRef<str>) {
     let _ = writeln!(io::stderr().lock(), "{}", text.as_ref());
 }
@@ -44,7 +45,7 @@ pub fn print_json(value: &(impl Serialize + ?Sized)) -> Result<(), CliError> {
     say(text)
 }
 
-/// Prints rows in plain columns under their headers, without borders, so that `awk` and people can read them.
+/// Prints rows in columns under headers, without borders, so that both people and `awk` can read them.
 pub fn print_table(
     headers: &[&str],
     rows: impl IntoIterator<Item = Vec<paint::Cell>>,
@@ -52,7 +53,7 @@ pub fn print_table(
     say(render_table(headers, rows, paint::on_stdout()))
 }
 
-/// The text that [`print_table`] prints, with or without colour.
+/// Returns the text that [`print_table`] prints, with or without colour.
 pub fn render_table(
     headers: &[&str],
     rows: impl IntoIterator<Item = Vec<paint::Cell>>,
@@ -89,29 +90,29 @@ pub fn render_table(
     table.trim_fmt()
 }
 
-/// Colour, used by meaning. Only on a terminal, and never with `NO_COLOR`.
+/// Colours by meaning, only on a terminal and never with `NO_COLOR`.
 pub mod paint {
     use std::io::{self, IsTerminal};
 
     use colored::Colorize;
 
-    /// What a text means.
+    /// The meaning of a text, which determines its colour.
     #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
     pub enum Style {
-        /// Nothing in particular.
+        /// No special meaning.
         #[default]
         Plain,
-        /// As it should be.
+        /// Success or a healthy state.
         Good,
         /// Needs attention.
         Warn,
-        /// Failed.
+        /// A failure.
         Bad,
         /// Less important.
         Dim,
     }
 
-    /// A cell of a table.
+    /// A table cell: text and its style.
     #[derive(Debug, Clone, PartialEq, Eq)]
     pub struct Cell {
         pub(super) text: String,
@@ -119,7 +120,7 @@ pub mod paint {
     }
 
     impl Cell {
-        /// A cell in a style.
+        /// Returns a cell with this text and style.
         pub fn new(text: impl Into<String>, style: Style) -> Self {
             Self {
                 text: text.into(),
@@ -127,7 +128,7 @@ pub mod paint {
             }
         }
 
-        /// A state of a job, worker or pool, coloured by what it means.
+        /// Returns a cell with the state of a job, worker or pool, in the state's style.
         pub fn status(name: impl Into<String>) -> Self {
             let name = name.into();
             let style = match name.as_str() {
@@ -151,37 +152,37 @@ pub mod paint {
         }
     }
 
-    /// A text for standard output that says all is well.
+    /// Returns text for standard output in the style [`Style::Good`].
     pub fn ok(text: &str) -> String {
         apply(Style::Good, text, on_stdout())
     }
 
-    /// A text for standard output that asks for attention.
+    /// Returns text for standard output in the style [`Style::Warn`].
     pub fn warn(text: &str) -> String {
         apply(Style::Warn, text, on_stdout())
     }
 
-    /// A text for standard output that says what failed.
+    /// Returns text for standard output in the style [`Style::Bad`].
     pub fn bad(text: &str) -> String {
         apply(Style::Bad, text, on_stdout())
     }
 
-    /// A text for standard output that may be overlooked.
+    /// Returns text for standard output in the style [`Style::Dim`].
     pub fn dim(text: &str) -> String {
         apply(Style::Dim, text, on_stdout())
     }
 
-    /// A text for standard error.
+    /// Returns text for standard error in this style.
     pub fn on_stderr(style: Style, text: &str) -> String {
         apply(style, text, wanted(io::stderr().is_terminal()))
     }
 
-    /// Whether standard output gets colour.
+    /// Returns whether standard output gets colour.
     pub fn on_stdout() -> bool {
         wanted(io::stdout().is_terminal())
     }
 
-    /// The rule of no-color.org: any value but an empty one switches colour off.
+    /// Applies the rule of no-color.org: any non-empty value of `NO_COLOR` switches colour off.
     fn wanted(terminal: bool) -> bool {
         terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
     }
@@ -200,13 +201,13 @@ pub mod paint {
     }
 }
 
-/// Returns the columns of standard output: those of the terminal, or 80 without a terminal.
+/// Returns the width of standard output in columns: that of the terminal, but at least 40; 80 without a terminal.
 pub fn width() -> usize {
     let terminal = Table::new().width();
     terminal.map_or(80, usize::from).max(40)
 }
 
-/// Returns a text, cut to its beginning and `…` if it is longer than `most` characters.
+/// Returns the text, or its beginning and `…` if it is longer than `most` characters.
 pub fn shorten(text: &str, most: usize) -> String {
     if text.chars().count() <= most {
         return text.to_owned();
@@ -217,7 +218,7 @@ pub fn shorten(text: &str, most: usize) -> String {
         .collect()
 }
 
-/// Returns a text, cut to `…` and its end if it is longer than `most` characters.
+/// Returns the text, or `…` and its end if it is longer than `most` characters.
 pub fn shorten_start(text: &str, most: usize) -> String {
     let count = text.chars().count();
     if count <= most {
@@ -229,7 +230,7 @@ pub fn shorten_start(text: &str, most: usize) -> String {
         .collect()
 }
 
-/// How long ago `then` was at `now`; a clock that went back makes that nothing.
+/// Formats the time from `then` to `now`: `0s` if the clock went back.
 pub fn age(then: jiff::Timestamp, now: jiff::Timestamp) -> String {
     let seconds = now.duration_since(then).as_secs();
     human_duration(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))

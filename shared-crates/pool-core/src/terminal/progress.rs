@@ -1,4 +1,4 @@
-//! Progress of long work, on standard error: a live line on a terminal, else a plain line every few seconds.
+//! Progress of long work on standard error: a live line on a terminal, otherwise a plain line every few seconds.
 
 use std::fmt;
 use std::io::{self, IsTerminal};
@@ -9,12 +9,12 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 
 use super::{human_bytes, human_duration, note, sanitize};
 
-/// How often a log gets a line.
+/// Shortest interval between two lines without a terminal.
 const PLAIN_EVERY: Duration = Duration::from_secs(3);
-/// How often a spinner turns.
+/// Interval at which the live line is redrawn.
 const TICK: Duration = Duration::from_millis(100);
 
-/// A bar for work of `total` bytes. A total of 0 means that it isn't known.
+/// Returns a bar for work of `total` bytes; a spinner if `total` is 0, which means unknown.
 pub fn bar(total: u64, label: impl Into<String>) -> Progress {
     if total == 0 {
         return Progress::turning("{spinner} {msg} {bytes} {bytes_per_sec}", label.into());
@@ -26,7 +26,7 @@ pub fn bar(total: u64, label: impl Into<String>) -> Progress {
     )
 }
 
-/// A bar for work that is done by percent.
+/// Returns a bar for work measured in percent.
 pub fn percent(label: impl Into<String>) -> Progress {
     Progress::new(
         ProgressBar::new(100),
@@ -35,7 +35,7 @@ pub fn percent(label: impl Into<String>) -> Progress {
     )
 }
 
-/// A bar for work of `total` things.
+/// Returns a bar for work of `total` items.
 pub fn count(total: u64, label: impl Into<String>) -> Progress {
     let progress = Progress::new(
         ProgressBar::new(total),
@@ -43,18 +43,18 @@ pub fn count(total: u64, label: impl Into<String>) -> Progress {
         label.into(),
     );
     if progress.live {
-        // The time advances even without progress.
+        // Keeps the elapsed time current between items.
         progress.bar.enable_steady_tick(TICK);
     }
     progress
 }
 
-/// A spinner for work that can't be measured.
+/// Returns a spinner for work that can't be measured.
 pub fn spinner(label: impl Into<String>) -> Progress {
     Progress::turning("{spinner} {msg} {elapsed}", label.into())
 }
 
-/// Work under way. Dropped without [`Progress::finish`], its live line disappears.
+/// Work in progress. The live line disappears when this is dropped.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
@@ -66,7 +66,7 @@ impl Progress {
     fn new(bar: ProgressBar, template: &str, label: String) -> Self {
         let label = one_line(&label);
         let live = io::stderr().is_terminal();
-        // Without a terminal the bar only counts; the lines are ours.
+        // Without a terminal, the bar only counts, and `plain` prints the lines.
         bar.set_draw_target(if live {
             ProgressDrawTarget::stderr()
         } else {
@@ -94,18 +94,18 @@ impl Progress {
         progress
     }
 
-    /// Says that `done` bytes were there before the work began: they count for nothing in its speed.
+    /// Sets the number of bytes that were present before the work began. They don't count towards the speed.
     pub fn begin_at(&self, done: u64) {
         self.bar.set_position(done);
         self.bar.reset_eta();
     }
 
-    /// Says how many bytes are done.
+    /// Sets the number of finished bytes.
     pub fn set(&self, done: u64) {
         self.bar.set_position(done);
         self.plain(|| {
             let (message, speed) = (self.bar.message(), self.bar.per_sec());
-            // A float becomes the nearest whole number, or the largest.
+            // The cast saturates, so any float is safe.
             let speed = human_bytes(speed as u64);
             match self.bar.length() {
                 Some(total) => format!(
@@ -119,13 +119,13 @@ impl Progress {
         });
     }
 
-    /// Says how many percent of a [`percent`] bar are done.
+    /// Sets the finished percentage of a [`percent`] bar.
     pub fn set_percent(&self, done: u8) {
         self.bar.set_position(done.into());
         self.plain(|| format!("{}: {done} %", self.bar.message()));
     }
 
-    /// Says how many things of a [`count`] bar are done, and how many of them failed.
+    /// Sets the number of finished items of a [`count`] bar, and how many of them failed.
     pub fn set_count(&self, done: u64, failed: u64) {
         self.bar.set_position(done);
         let trouble = match failed {
@@ -143,24 +143,24 @@ impl Progress {
         }
     }
 
-    /// Says that `bytes` more are done.
+    /// Adds to the number of finished bytes.
     pub fn add(&self, bytes: u64) {
         self.set(self.bar.position().saturating_add(bytes));
     }
 
-    /// Says what is being done now.
+    /// Sets the description of the current step.
     pub fn message(&self, text: impl Into<String>) {
         let text = one_line(&text.into());
         self.plain(|| text.clone());
         self.bar.set_message(text);
     }
 
-    /// Prints a line without disturbing the live one.
+    /// Prints a line above the live line.
     pub fn println(&self, text: impl AsRef<str>) {
         self.bar.suspend(|| note(text));
     }
 
-    /// Ends the work with a last line.
+    /// Ends the work and prints a last line.
     pub fn finish(self, text: impl AsRef<str>) {
         self.bar.finish_and_clear();
         note(text);
@@ -187,13 +187,13 @@ impl Drop for Progress {
     }
 }
 
-/// Formats sizes and times in a template as all other output does.
+/// Makes the style format sizes and times like all other output.
 fn in_our_units(style: ProgressStyle) -> ProgressStyle {
     type Key = fn(&ProgressState) -> String;
     let keys: [(&'static str, Key); 5] = [
         ("bytes", |state| human_bytes(state.pos())),
         ("total_bytes", |state| human_bytes(state.len().unwrap_or(0))),
-        // A float becomes the nearest whole number, or the largest.
+        // The cast saturates, so any float is safe.
         ("bytes_per_sec", |state| {
             format!("{}/s", human_bytes(state.per_sec() as u64))
         }),
@@ -204,19 +204,19 @@ fn in_our_units(style: ProgressStyle) -> ProgressStyle {
         style.with_key(
             name,
             move |state: &ProgressState, out: &mut dyn fmt::Write| {
-                // A line that can't be drawn is soon drawn again.
+                // A failure is harmless: the line is soon drawn again.
                 let _ = out.write_str(&key(state));
             },
         )
     })
 }
 
-/// Formats a time that changes once a second.
+/// Formats a time in whole seconds, so that the live line changes only once a second.
 fn whole_seconds(duration: Duration) -> String {
     human_duration(Duration::from_secs(duration.as_secs()))
 }
 
-/// A label that can't steer the terminal: it may name files, and others named those.
+/// Returns a label that can't control the terminal: it may contain file names chosen by others.
 fn one_line(label: &str) -> String {
     sanitize::clean(label).replace(['\n', '\t'], " ")
 }

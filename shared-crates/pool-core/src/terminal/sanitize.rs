@@ -1,9 +1,9 @@
-//! Text that others wrote, made safe for a terminal: without escape sequences and control characters.
+//! Removal of escape sequences and control characters from untrusted text, to make it safe for a terminal.
 
 use std::borrow::Cow;
 use std::io::{self, IsTerminal};
 
-/// `text` without escape sequences and control characters, save newline and tab.
+/// Returns `text` without escape sequences and control characters, except newline and tab.
 pub fn clean(text: &str) -> Cow<'_, str> {
     if text.chars().all(is_plain) {
         Cow::Borrowed(text)
@@ -12,7 +12,7 @@ pub fn clean(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// [`clean`] when standard output is a terminal; a file or a pipe gets every byte.
+/// Cleans text with [`clean`] if standard output is a terminal. A file or pipe gets every byte.
 pub fn for_terminal(text: &str) -> Cow<'_, str> {
     if io::stdout().is_terminal() {
         clean(text)
@@ -21,7 +21,7 @@ pub fn for_terminal(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// [`for_terminal`] for text that comes in pieces: an escape sequence may begin in one and end in another.
+/// A filter for text that arrives in pieces. An escape sequence may begin in one piece and end in another.
 #[derive(Debug, Clone)]
 pub struct TerminalFilter {
     active: bool,
@@ -32,16 +32,16 @@ pub struct TerminalFilter {
 enum State {
     /// Ordinary text.
     Text,
-    /// After ESC, and after its intermediate bytes.
+    /// After ESC and any intermediate bytes.
     Escape,
-    /// Parameters of a control sequence, up to its final byte.
+    /// Inside a control sequence, up to its final byte.
     Control,
-    /// A string for the terminal (title, clipboard, ...), up to BEL or ESC `\`.
+    /// Inside a string for the terminal (title, clipboard, ...), up to BEL or ESC `\`.
     String,
 }
 
 impl TerminalFilter {
-    /// A filter for standard output: it removes nothing unless that is a terminal.
+    /// Returns a filter for standard output, which removes nothing unless that is a terminal.
     pub fn for_stdout() -> Self {
         Self {
             active: io::stdout().is_terminal(),
@@ -49,7 +49,7 @@ impl TerminalFilter {
         }
     }
 
-    /// A filter that always removes.
+    /// Returns a filter that always removes.
     pub fn always() -> Self {
         Self {
             active: true,
@@ -57,7 +57,7 @@ impl TerminalFilter {
         }
     }
 
-    /// What may be printed of the next piece.
+    /// Returns the printable part of the next piece.
     pub fn push<'a>(&mut self, piece: &'a str) -> Cow<'a, str> {
         if !self.active || (self.state == State::Text && piece.chars().all(is_plain)) {
             return Cow::Borrowed(piece);
@@ -68,7 +68,7 @@ impl TerminalFilter {
     fn passes(&mut self, c: char) -> bool {
         let (next, passes) = match (self.state, c) {
             (_, '\x1b') => (State::Escape, false),
-            // The one-character forms of `ESC [` and of the sequences that take a string.
+            // C1 control characters: the one-character forms of `ESC [` and of the sequences that take a string.
             (State::Text, '\u{9b}') => (State::Control, false),
             (State::Text, '\u{90}' | '\u{98}' | '\u{9d}'..='\u{9f}') => (State::String, false),
             (State::Text, c) => (State::Text, is_plain(c)),
@@ -82,11 +82,11 @@ impl TerminalFilter {
             (State::Control, '@'..='~') => (State::Text, false),
 
             (State::String, '\x07' | '\u{9c}') => (State::Text, false),
-            // A string that nobody ends must not swallow the rest of an answer.
+            // An unterminated string must not swallow the rest of an answer.
             (State::String, '\n') => (State::Text, true),
             (State::String, _) => (State::String, false),
 
-            // No sequence goes on like this: the character is text again.
+            // Not a valid continuation of a sequence, so the character is text again.
             (State::Escape | State::Control, c) => (State::Text, is_plain(c)),
         };
         self.state = next;

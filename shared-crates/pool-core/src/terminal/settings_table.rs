@@ -1,11 +1,11 @@
-//! Settings as people compare them: what each is, and who said so.
+//! Table of settings with their values and sources.
 
 use serde_json::Value;
 
 use super::{CliError, print_table};
 use crate::settings::Setting;
 
-/// Prints each setting with its value and where that comes from.
+/// Prints each setting with its value and its source.
 pub fn print_settings(settings: &[Setting]) -> Result<(), CliError> {
     let rows = settings.iter().map(|setting| {
         let value = match &setting.value {

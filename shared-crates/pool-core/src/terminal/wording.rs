@@ -1,11 +1,11 @@
-//! The wording of daemons about their API, translated to that of the command lines.
+//! Translation of the daemons' API terms into commands and options.
 //!
-//! A daemon's hint addresses callers of its API: `GET /v2/models`, `placement.device`. The command line programs show
-//! the same texts to people who know commands and options, so they translate them, all in this module.
+//! A daemon's hint addresses callers of its API: `GET /v2/models`, `placement.device`. The command-line programs show
+//! the hint to people who know commands and options, so they translate it first.
 
 use std::borrow::Cow;
 
-/// Daemon wordings and their command line equivalents. Longer texts precede those that they contain.
+/// API terms and their command-line equivalents. Longer texts precede those that they contain.
 const WORDS: &[(&str, &str)] = &[
     (
         "send `Authorization: Bearer TOKEN`; our command line programs take it from LLORCH_API_TOKEN or LLORCH_POOL_TOKEN",
@@ -37,7 +37,7 @@ const WORDS: &[(&str, &str)] = &[
     ),
 ];
 
-/// Returns `text` with the words of the API replaced by those of the command lines.
+/// Returns `text` with API terms replaced by commands and options.
 pub fn in_commands(text: &str) -> Cow<'_, str> {
     let mut text = Cow::Borrowed(text);
     for (api, command) in WORDS {

@@ -1,4 +1,4 @@
-//! Checks that every host of ours needs: settings, folders, disk, ports.
+//! Checks for any llama-orch host: settings, folders, disk, ports.
 
 use std::error::Error;
 use std::fs;
@@ -11,7 +11,7 @@ use super::Finding;
 use crate::errors::with_causes;
 use crate::terminal::human_bytes;
 
-/// A path as a word of a shell's command.
+/// Returns a path quoted as one word of a shell command.
 pub fn quoted(path: &Path) -> String {
     let text = path.to_string_lossy();
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+@:".contains(c);
@@ -21,7 +21,7 @@ pub fn quoted(path: &Path) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-/// Settings that were read from `file`, or why they can't be used.
+/// Reports whether the settings in `file` are usable; `broken` is the error, with its hint, if they are not.
 pub fn settings(file: &Path, broken: Option<(&dyn Error, Option<String>)>) -> Finding {
     let Some((error, hint)) = broken else {
         let message = match file.exists() {
@@ -35,7 +35,7 @@ pub fn settings(file: &Path, broken: Option<(&dyn Error, Option<String>)>) -> Fi
     Finding::fail("settings", with_causes(error), fix)
 }
 
-/// A folder of ours must be writable for us, and closed to others.
+/// Checks that a folder is writable for this user and closed to others. A missing folder is no problem.
 pub fn private_folder(check: &'static str, path: &Path) -> Finding {
     let shown = path.display();
     match fs::metadata(path) {
@@ -72,7 +72,7 @@ pub fn private_folder(check: &'static str, path: &Path) -> Finding {
     }
 }
 
-/// Files in `folder` that belong to another user, or that others may read: at most one finding of each kind.
+/// Checks that all files below `folder` belong to this user and are closed to others. Names the first offending file.
 pub fn private_files(check: &'static str, folder: &Path) -> Finding {
     let ours = rustix::process::geteuid().as_raw();
     let mut todo = vec![folder.to_path_buf()];
@@ -109,16 +109,16 @@ pub fn private_files(check: &'static str, folder: &Path) -> Finding {
     }
 }
 
-/// What a disk should have, and what it must have.
+/// Limits on the free space of a disk.
 #[derive(Debug, Clone, Copy)]
 pub struct Room {
-    /// Fewer free bytes are told.
+    /// Fewer free bytes are a warning.
     pub warn_bytes: u64,
-    /// With fewer, nothing works.
+    /// Fewer free bytes are a failure.
     pub fail_bytes: u64,
 }
 
-/// The disk that holds `path`, or will once it is made; `what` is kept there.
+/// Checks the free space of the disk that holds `path`, or will hold it once created. `what` names the content.
 pub fn disk(path: &Path, what: &str, room: Room, fix: &str) -> Finding {
     let Some(existing) = path.ancestors().find(|path| path.exists()) else {
         return Finding::warn(
@@ -151,7 +151,8 @@ pub fn disk(path: &Path, what: &str, room: Room, fix: &str) -> Finding {
     }
 }
 
-/// Whether `address` can be listened on; else why not, with the program that does where the system tells.
+/// Fails with the reason if `address` can't be listened on. The reason names the present listener if the system reveals
+/// it.
 pub fn port_free(address: SocketAddr) -> Result<(), String> {
     match TcpListener::bind(address) {
         Ok(_) => Ok(()),
@@ -165,8 +166,8 @@ pub fn port_free(address: SocketAddr) -> Result<(), String> {
     }
 }
 
-/// The process that listens on a TCP port, as `NAME (pid N)`. Only Linux tells, and only of our own processes unless we
-/// are root.
+/// Returns the process that listens on a TCP port, as `NAME (pid N)`. Only Linux reveals it, and only for processes of
+/// this user unless it is root.
 fn listener(port: u16) -> Option<String> {
     let tables = ["/proc/net/tcp", "/proc/net/tcp6"];
     let sockets: Vec<String> = tables
@@ -198,7 +199,7 @@ fn listener(port: u16) -> Option<String> {
     None
 }
 
-/// The numbers of the sockets that listen on `port`, from a table of the kernel.
+/// Returns the inode numbers of the sockets that listen on `port`, from a table in `/proc/net`.
 fn sockets_of(table: &str, port: u16) -> Vec<String> {
     const LISTENING: &str = "0A";
     let port = format!(":{port:04X}");
