@@ -1,4 +1,4 @@
-//! The accept loop: bounded connections, bounded time for headers, and an end in bounded time.
+//! The accept loop, with limits on the number of connections, the time for headers and the time to stop.
 
 use std::convert::Infallible;
 use std::io;
@@ -24,19 +24,19 @@ use super::capacity::{Load, Want};
 use super::linger::{Lingering, Unread};
 use super::{ServiceError, ServiceOptions, Shutdown, codes, correlation};
 
-/// Time limit for a request on a spare connection, so that silent connections hold their places briefly.
+/// Time limit for the headers on a spare connection, so that silent connections hold their places only briefly.
 const SPARE_HEAD: Duration = Duration::from_secs(2);
-/// The same limit while other connections wait. An active client sends its request along with its connection.
+/// The same limit while other connections wait. An active client sends its request right after connecting.
 const PRESSED_HEAD: Duration = Duration::from_millis(250);
-/// Interval at which a silent connection checks whether others wait for its place.
+/// Interval at which a silent connection checks whether others are waiting for its place.
 const LOOK: Duration = Duration::from_millis(50);
-/// How long the system is left alone after it refused a connection for want of files or memory.
+/// Pause after the system failed to accept a connection, for example for lack of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// How a service ended.
+/// Outcome of a service's stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Stopped {
-    /// Connections that were still open when the grace was over, and were cut.
+    /// Number of connections cut at the end of the grace period.
     pub cut: usize,
 }
 
@@ -71,19 +71,19 @@ pub(super) async fn run(
     loop {
         let accepted = tokio::select! {
             () = &mut requested => break,
-            // Only here are places taken, so one that was free is free still when somebody comes.
+            // Only this loop takes places, so a place that is free now is still free when a connection arrives.
             accepted = async {
                 load.a_place().await;
                 listener.accept().await
             } => accepted,
-            // Keeps the set as small as the number of open connections.
+            // Reap finished tasks, so that the set does not outgrow the open connections.
             Some(_) = connections.join_next() => continue,
         };
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) if is_about_one_connection(&error) => continue,
             Err(error) => {
-                // Logged once, not for each attempt until accepting works again.
+                // Log only the first of consecutive failures.
                 if !std::mem::replace(&mut failing, true) {
                     tracing::warn!(%error, "could not accept a connection");
                 }
@@ -92,7 +92,7 @@ pub(super) async fn run(
             }
         };
         failing = false;
-        // Events are small and must leave at once.
+        // Events are small and must be sent immediately.
         let _ = stream.set_nodelay(true);
         if let Some(place) = load.connection() {
             let app = app.clone();
@@ -111,7 +111,7 @@ pub(super) async fn run(
             let shutdown = shutdown.clone();
             connections.spawn(async move {
                 tokio::select! {
-                    // What has arrived whole counts as asked.
+                    // A request that has arrived completely is answered, so poll the connection first.
                     biased;
                     outcome = connection => if let Err(error) = outcome {
                         tracing::debug!(%error, "a connection ended with an error");
@@ -125,11 +125,11 @@ pub(super) async fn run(
         }
     }
 
-    // Nobody new may queue up behind a daemon that is about to go.
+    // New connections must not queue up for a daemon that is about to end.
     drop(listener);
     let ended = async {
         graceful.shutdown().await;
-        // Who is being refused gets to read it.
+        // Let refused clients read their answers.
         load.spare_empty().await;
     };
     let finished = tokio::time::timeout(grace, ended).await.is_ok();
@@ -141,7 +141,7 @@ pub(super) async fn run(
     Stopped { cut }
 }
 
-/// Returns at the stop, if nothing was asked on a connection by then.
+/// Returns at the stop if no request has arrived on the connection by then; otherwise never returns.
 async fn stop_before(shutdown: &Shutdown, asked: &AtomicBool) {
     shutdown.requested().await;
     if asked.load(Ordering::Relaxed) {
@@ -149,7 +149,7 @@ async fn stop_before(shutdown: &Shutdown, asked: &AtomicBool) {
     }
 }
 
-/// The spare places, for connections beyond the limit.
+/// Server for connections beyond the limit, which take the spare places.
 #[derive(Clone)]
 struct Spare {
     http: http1::Builder,
@@ -160,7 +160,7 @@ struct Spare {
 }
 
 impl Spare {
-    /// Answers one request: serves it if it belongs to the control path, otherwise refuses it.
+    /// Serves one request if it belongs to the control path, otherwise refuses it.
     async fn serve(self, stream: TcpStream, _place: OwnedSemaphorePermit) {
         let asked = AtomicBool::new(false);
         let unread = Unread::default();
@@ -175,7 +175,7 @@ impl Spare {
                     return app.oneshot(request).await;
                 }
                 if has_body {
-                    // The body is not read, and may still be arriving.
+                    // The body is not read and may still be arriving.
                     unread.expect();
                 }
                 load.refuse(Want::Connections);
@@ -193,7 +193,7 @@ impl Spare {
     }
 }
 
-/// Returns when a connection without a request blocks others.
+/// Returns when a connection without a request keeps others waiting; never returns once a request has arrived.
 async fn pressed(load: &Load, asked: &AtomicBool) {
     tokio::time::sleep(PRESSED_HEAD).await;
     while !asked.load(Ordering::Relaxed) {
@@ -223,7 +223,7 @@ fn refusal() -> hyper::Response<Body> {
     response.unwrap_or_default()
 }
 
-/// Whether the error says something about the one connection that failed, rather than about the listener.
+/// Returns whether the error concerns only the failed connection rather than the listener.
 fn is_about_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(

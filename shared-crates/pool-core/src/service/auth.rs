@@ -1,4 +1,4 @@
-//! Who may call what: tokens, and for callers without one the `Host` and `Origin` that keep a browser's pages out.
+//! Access control: tokens, and for callers without one, checks of `Host` and `Origin` that keep foreign web pages out.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -13,21 +13,21 @@ use axum::response::{IntoResponse, Response};
 use super::{ServiceError, ServiceOptions, codes};
 use crate::secret::Secret;
 
-/// A token that opens the paths it is meant for and nothing else.
+/// A token that opens only certain methods and paths.
 #[derive(Debug, Clone)]
 pub struct ScopedToken {
-    /// Who holds it, as [`Caller`] tells handlers.
+    /// Name of the holder, passed to handlers in [`Caller`].
     pub caller: &'static str,
-    /// The token.
+    /// The token's text.
     pub secret: Secret,
-    /// Whether it opens this method and path.
+    /// Test for the methods and paths that the token opens.
     pub opens: fn(&Method, &str) -> bool,
 }
 
-/// Who made a request, as its token says; an extension of every request.
+/// The caller of a request, according to its token. An extension of every request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Caller {
-    /// Nobody in particular: the path or the whole daemon needs no token.
+    /// A caller without a valid token, on a path or daemon that needs none.
     Anonymous,
     /// The holder of the daemon's own token.
     Operator,
@@ -35,7 +35,7 @@ pub enum Caller {
     Scoped(&'static str),
 }
 
-/// The rules of one daemon.
+/// Access rules of one daemon.
 #[derive(Debug, Clone)]
 pub(super) struct Guard(Arc<Rules>);
 
@@ -72,7 +72,7 @@ impl Guard {
     }
 }
 
-/// Lets a request through with its [`Caller`], or answers why not.
+/// Passes a request on with its [`Caller`], or refuses it.
 pub(super) async fn check(
     State(guard): State<Guard>,
     mut request: Request,
@@ -92,8 +92,8 @@ pub(super) async fn check(
     }
 }
 
-/// A request says once which server it is meant for. One that says it twice could mean one thing to whoever passed it
-/// on, and another to us.
+/// Refuses a request that names its server more than once. A proxy could have acted on one name, and this daemon on the
+/// other.
 fn check_target(uri: &Uri, headers: &HeaderMap) -> Result<(), ServiceError> {
     let refuse = |message: &str| {
         Err(ServiceError::new(
@@ -144,7 +144,7 @@ impl Rules {
         }
         self.check_host(headers)?;
         self.check_origin(headers)?;
-        // A path that some token opens needs one of those; any other needs none.
+        // Without a token for all paths, only paths that a scoped token opens need one.
         let needs_token = self.token.is_some() || scoped().next().is_some();
         if !needs_token || self.open_paths.contains(&path) {
             return Ok(Caller::Anonymous);
@@ -162,7 +162,8 @@ impl Rules {
         })
     }
 
-    /// A page that made its own name point to this machine (DNS rebinding) still sends its own name.
+    /// Refuses a request to a foreign host name. A web page whose name resolves to this machine (DNS rebinding) still sends
+    /// that name.
     fn check_host(&self, headers: &HeaderMap) -> Result<(), ServiceError> {
         let host = headers
             .get(HOST)
@@ -185,7 +186,7 @@ impl Rules {
         )
     }
 
-    /// A browser says which page a request comes from; pages of this daemon alone may call it without a token.
+    /// Refuses a browser's request on behalf of a page of another origin.
     fn check_origin(&self, headers: &HeaderMap) -> Result<(), ServiceError> {
         const FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
         let foreign_site = headers
@@ -225,14 +226,14 @@ impl Rules {
             .trim_end_matches('.')
             .to_lowercase();
         match host.parse::<IpAddr>() {
-            // Who listens on every address can't list them, and a numeric address can't be rebound to another.
+            // The addresses behind an unspecified one are not known, so accept any: DNS can't rebind a numeric address.
             Ok(ip) => ip.is_loopback() || self.bound.is_unspecified() || ip == self.bound,
             Err(_) => self.hosts.contains(&host),
         }
     }
 }
 
-/// The token of a request's `Authorization: Bearer`.
+/// Returns the token in a request's `Authorization: Bearer` header.
 pub fn bearer(headers: &HeaderMap) -> Option<&str> {
     let (scheme, token) = headers.get(AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())

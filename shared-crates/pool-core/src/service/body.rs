@@ -1,6 +1,5 @@
-//! Bounds on a request's body: one that trickles holds its connection no longer than its time, and what is left of one
-//! that no handler reads is discarded, so that its sender receives the answer. All bodies together stay within a memory
-//! limit.
+//! Limits on request bodies. A body that trickles in is cut off after a time limit. The rest of a body that no handler
+//! reads is discarded, so that its sender receives the answer. All bodies together stay within a memory limit.
 
 use std::error::Error;
 use std::pin::Pin;
@@ -24,54 +23,54 @@ use super::linger::Unread;
 use crate::clock::Patience;
 use crate::units::human_duration;
 
-/// How much of a body is thrown away at most, and for how long. A connection that is closed while its sender still writes
-/// is reset, and the answer that says why is lost on the way; one that sends without end is reset all the same.
+/// Most bytes of a refused body that are read and discarded, and the time limit for that. Closing a connection while its
+/// client still sends resets it, and the client loses the answer. A client that exceeds these limits is reset anyway.
 const DISCARD: (usize, Duration) = (64 * 1024 * 1024, Duration::from_secs(5));
 
-/// Most bytes of a body on the control path that are accepted however many other bodies there are.
+/// Most bytes of a control-path body that is accepted regardless of the memory that other bodies hold.
 const SMALL: u64 = 256 << 10;
 
-/// The body was not whole in time.
+/// A body that was not complete within this time limit.
 #[derive(Debug, thiserror::Error)]
 #[error("the body did not arrive within {}", human_duration(*.0))]
 pub(super) struct BodyTimeout(pub(super) Duration);
 
 impl BodyTimeout {
-    /// Finds it among the causes of what a reader of the body was told.
+    /// Returns this error if it is `error` or among its causes.
     pub(super) fn among<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
         std::iter::successors(Some(error), |cause| (*cause).source())
             .find_map(|cause| cause.downcast_ref())
     }
 }
 
-/// Other bodies hold the memory for more of this body.
+/// A body for which no memory is left, because other bodies hold it.
 #[derive(Debug, thiserror::Error)]
 #[error("this daemon holds too many request bodies at once")]
 pub(super) struct BodiesFull;
 
 impl BodiesFull {
-    /// Returns whether this error is among the causes of `error`.
+    /// Returns whether this error is `error` or among its causes.
     pub(super) fn is_among(error: &(dyn Error + 'static)) -> bool {
         std::iter::successors(Some(error), |cause| (*cause).source())
             .any(|cause| cause.is::<Self>())
     }
 }
 
-/// The bounds of bodies.
+/// Limits of a service on bodies.
 #[derive(Debug, Clone)]
 pub(super) struct Bound {
     /// Time limit for a body.
     pub time: Duration,
-    /// Room shared by all bodies.
+    /// The memory shared by all bodies.
     pub load: Load,
-    /// Test for requests whose small bodies need no room: heartbeats must get through.
+    /// Test for requests whose small bodies take none of that memory: heartbeats must get through.
     pub is_control: fn(&Method, &str) -> bool,
 }
 
-/// Room held by one body, returned when the request is answered.
+/// Memory reserved for one body, released when the request is answered.
 #[derive(Debug, Clone)]
 struct Room {
-    /// `None` for a body that needs no room.
+    /// `None` for a body that is exempt from the limit.
     load: Option<Load>,
     taken: Arc<Mutex<Option<OwnedSemaphorePermit>>>,
 }
@@ -95,8 +94,8 @@ impl Room {
     }
 }
 
-/// Limits the request's body to its time limit from now on, and to the remaining room. Answers, including event
-/// streams, are not limited.
+/// Applies the time limit to the request's body, starting now, and the memory limit. Answers, including event streams, are
+/// not limited.
 pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Next) -> Response {
     let Bound {
         time,
@@ -113,8 +112,8 @@ pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Ne
         load: (!exempt).then_some(load),
         taken: Arc::default(),
     };
-    // Who asks before it sends has sent nothing, and sends nothing after a refusal. To read the body would be to ask for
-    // it; so what comes of it unasked is taken when the connection is closed.
+    // A client that sends `Expect: 100-continue` waits for permission, so a refused body should never arrive, and reading
+    // it would grant the permission. A client that sends the body anyway is dealt with when the connection closes.
     let waits = request.headers().contains_key(EXPECT);
     let unread = request.extensions().get::<Unread>().cloned();
     let request = request.map(|body| {
@@ -134,21 +133,21 @@ pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Ne
         }
     });
     let response = next.run(request).await;
-    // The handler may hold the bytes until here.
+    // The handler may hold the bytes until it has answered.
     drop(room);
     response
 }
 
-/// What becomes of a body that nobody read to its end.
+/// Treatment of a body that was not read to its end.
 enum Rest {
-    /// It is read and thrown away.
+    /// Read and discard the rest.
     Discarded,
-    /// Nothing of it should be here yet.
+    /// Leave the rest to the connection's end: the client was not asked to send it.
     ToCome(Unread),
 }
 
 struct Timed {
-    /// `None` once it has come to its end.
+    /// `None` once the body has ended.
     inner: Option<Body>,
     if_refused: Rest,
     limit: Duration,
@@ -164,7 +163,7 @@ impl HttpBody for Timed {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        // The clock is looked at first: bytes that keep coming must not put it off.
+        // Check the time limit first, because bytes that keep coming must not postpone it.
         if Pin::new(&mut self.over).poll(context).is_ready() {
             self.inner = None;
             return Poll::Ready(Some(Err(BodyTimeout(self.limit).into())));
@@ -209,7 +208,7 @@ impl Drop for Timed {
     }
 }
 
-/// Reads what is left of a body that was refused, beside the answer.
+/// Reads and discards the rest of a refused body, concurrently with the answer.
 async fn discard(mut body: Body) {
     let (limit, time) = DISCARD;
     let all = async {

@@ -12,19 +12,19 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{BindError, ServiceOptions};
 
-/// Fewest descriptors with which a service works, without those of its own files.
+/// Fewest descriptors with which a service works, not counting those of its own files.
 const FEWEST: usize = 16;
-/// Least and most spare places.
+/// Fewest and most spare places.
 const SPARE: (usize, usize) = (4, 128);
 /// Fewest connections under a low memory limit.
 const FEWEST_BY_MEMORY: usize = 8;
 /// Most bytes of request bodies held at once, regardless of available memory.
 const MOST_BODY_BYTES: u64 = 256 << 20;
-/// Bytes that the kernel buffers for a connection whose client does not read.
+/// Bytes that the kernel buffers for a connection whose client does not read them.
 pub(super) const SEND_BUFFER: u32 = 128 << 10;
-/// Interval in which at most one refusal is logged.
+/// Interval in which at most one refusal of each kind is logged.
 const LOG_EVERY: Duration = Duration::from_secs(60);
-/// Open files of a process if macOS gives no limit (`OPEN_MAX`).
+/// Most open files of a process on macOS (`OPEN_MAX`), which rejects a higher limit even if it reports none.
 const OPEN_MAX: u64 = 10_240;
 
 /// Resources of a process.
@@ -34,11 +34,11 @@ pub(super) struct Resources {
     pub descriptors: usize,
     /// Descriptors that are already open.
     pub open: usize,
-    /// Bytes of memory that the process may use.
+    /// Bytes of memory that the process may use at most.
     pub memory_bytes: u64,
 }
 
-/// Numbers of places of a service, derived from its resources and settings. Default 0 of each.
+/// Number of places of each kind, derived from a service's resources and settings. Default 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Places {
     /// Connections with any request.
@@ -66,8 +66,8 @@ impl Resources {
 
 /// Raises the soft limit on open files to the hard one. Returns the limit in force.
 ///
-/// Child processes inherit the raised limit: a worker needs it as well, and `git` and `hf` allocate no table of that
-/// size.
+/// Child processes inherit the raised limit. Workers need it too, and it does no harm to `git` and `hf`, which allocate
+/// no table of that size.
 fn raise_descriptor_limit() -> u64 {
     let limit = getrlimit(Resource::Nofile);
     let now = limit.current.unwrap_or(u64::MAX);
@@ -84,7 +84,7 @@ fn raise_descriptor_limit() -> u64 {
     now
 }
 
-/// Returns the number of open descriptors; an estimate if the system lists none.
+/// Returns the number of open descriptors, or an estimate if the system does not list them.
 fn open_descriptors() -> usize {
     let folder = match cfg!(target_os = "linux") {
         true => "/proc/self/fd",
@@ -94,7 +94,8 @@ fn open_descriptors() -> usize {
     std::fs::read_dir(folder).map_or(FEWEST, |entries| entries.count().saturating_sub(1))
 }
 
-/// Returns the memory available to the process: the host's, or less by its cgroup or its limit on address space.
+/// Returns the bytes of memory available to the process: those of the host, or fewer under a limit of its cgroup, address
+/// space or data segment.
 fn memory_bytes() -> u64 {
     let host = crate::lifecycle::cpu_memory().map_or(u64::MAX, |memory| memory.total_bytes);
     let limits = [Resource::As, Resource::Data].map(|limit| getrlimit(limit).current);
@@ -102,7 +103,7 @@ fn memory_bytes() -> u64 {
 }
 
 impl Places {
-    /// Returns the places requested in `options`, as far as `has` allows them.
+    /// Returns the places that `options` ask for, limited by the resources `has`.
     pub(super) fn of(options: &ServiceOptions, has: Resources) -> Result<Self, BindError> {
         let taken = has.open + options.own_files;
         let free = has.descriptors.saturating_sub(taken);
@@ -116,7 +117,7 @@ impl Places {
         let rest = free - spare;
         // A relayed stream takes two descriptors.
         let calls = rest / if options.relays { 2 } else { 4 };
-        // A head fills at most one buffer, and an unread answer another.
+        // The head of a request fills at most one buffer, and an unread answer another.
         let per_connection = 2 * options.header_limit as u64 + u64::from(SEND_BUFFER);
         let by_memory = usize::try_from(has.memory_bytes / 4 / per_connection)
             .unwrap_or(usize::MAX)
@@ -149,7 +150,7 @@ pub(super) enum Want {
     Calls,
 }
 
-/// The places of a service and the taken ones. Clones share the same places.
+/// The places of a service and their use. Clones share the same places.
 #[derive(Debug, Clone)]
 pub struct Load(Arc<Lanes>);
 
@@ -175,7 +176,7 @@ impl Load {
             streams: semaphore(places.streams),
             spare: semaphore(places.spare),
             bodies: semaphore(places.body_bytes.min(Semaphore::MAX_PERMITS)),
-            // Short calls have a quarter of the descriptors.
+            // A quarter of the descriptors is left for short calls, which take no permit.
             calls: semaphore((places.calls - places.calls / 4).min(Semaphore::MAX_PERMITS)),
             refused: AtomicU64::new(0),
             logged: Mutex::default(),
@@ -196,7 +197,7 @@ impl Load {
         (connections + spare).saturating_sub(free)
     }
 
-    /// Returns the number of requests refused so far for lack of a place.
+    /// Returns the number of requests refused so far for lack of a place or of room for their bodies.
     pub fn refused(&self) -> u64 {
         self.0.refused.load(Ordering::Relaxed)
     }
@@ -213,7 +214,7 @@ impl Load {
         Arc::clone(&self.0.streams).try_acquire_owned().ok()
     }
 
-    /// Takes a descriptor for a long call to another daemon; `None` if all are taken.
+    /// Reserves a descriptor for a long call to another daemon; `None` if all are taken.
     pub fn call(&self) -> Option<OwnedSemaphorePermit> {
         let place = Arc::clone(&self.0.calls).try_acquire_owned().ok();
         if place.is_none() {
@@ -222,14 +223,14 @@ impl Load {
         place
     }
 
-    /// Takes room for this many bytes of a body; `None` if there is too little.
+    /// Reserves memory for this many bytes of a body; `None` if too little is left.
     pub(super) fn body(&self, bytes: u32) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.0.bodies)
             .try_acquire_many_owned(bytes)
             .ok()
     }
 
-    /// Returns when a new connection would find a place.
+    /// Waits until a new connection would find a place.
     pub(super) async fn a_place(&self) {
         tokio::select! {
             biased;
@@ -238,7 +239,7 @@ impl Load {
         }
     }
 
-    /// Returns when no connection holds a spare place.
+    /// Waits until no connection holds a spare place.
     pub(super) async fn spare_empty(&self) {
         let all = u32::try_from(self.0.places.spare).unwrap_or(u32::MAX);
         let _ = self.0.spare.acquire_many(all).await;
@@ -249,7 +250,7 @@ impl Load {
         self.0.spare.available_permits() == 0
     }
 
-    /// Counts a refusal. Logs at most one refusal a minute.
+    /// Counts a refusal, and logs at most one of each kind a minute.
     pub(super) fn refuse(&self, want: Want) {
         self.0.refused.fetch_add(1, Ordering::Relaxed);
         self.log(want);
@@ -349,7 +350,7 @@ mod tests {
         assert_eq!(found(64 * GIB).body_bytes, 256 << 20);
         let small = found(64 << 20);
         assert_eq!((small.connections, small.body_bytes), (64, 4 << 20));
-        // One request must be possible, however low the limit.
+        // One request must be possible even under the lowest limit.
         let least = found(1 << 20);
         assert_eq!((least.connections, least.body_bytes), (8, 4 << 20));
     }

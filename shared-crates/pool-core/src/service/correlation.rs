@@ -1,4 +1,4 @@
-//! The id that finds one request in the logs of every daemon it passed through.
+//! Correlation ids, which identify a request in the logs of all daemons that it passes through.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use tracing::Instrument;
 
 use super::ServiceError;
 
-/// The header that carries it.
+/// The header that carries the correlation id.
 pub(super) const HEADER: HeaderName = HeaderName::from_static("x-correlation-id");
 const MAX_LEN: usize = 64;
 
@@ -19,27 +19,28 @@ tokio::task_local! {
     static CURRENT: CorrelationId;
 }
 
-/// A correlation id: `[A-Za-z0-9-]{1,64}`. As a handler's argument it is the request's own.
+/// A correlation id: `[A-Za-z0-9-]{1,64}`. As an argument of a handler, the id of the current request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CorrelationId(String);
 
 impl CorrelationId {
-    /// The id of the request that the current task answers.
+    /// Returns the id of the request that the current task answers; `None` outside a request.
     pub fn current() -> Option<Self> {
         CURRENT.try_with(Clone::clone).ok()
     }
 
-    /// A fresh one.
+    /// Returns a new id: a random UUID.
     pub fn random() -> Self {
         Self(uuid::Uuid::new_v4().to_string())
     }
 
-    /// The id as text.
+    /// Returns the id as text.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The id that a caller gave, if it is one. Anything else is replaced rather than refused: it is only a name.
+    /// Returns the caller's id, if it is valid. An invalid id is replaced rather than refused, because it only serves to
+    /// search logs.
     fn from_headers(headers: &HeaderMap) -> Option<Self> {
         let text = headers.get(HEADER)?.to_str().ok()?;
         let fits = (1..=MAX_LEN).contains(&text.len())
@@ -64,10 +65,10 @@ impl<S: Send + Sync> FromRequestParts<S> for CorrelationId {
     }
 }
 
-/// Gives the request its id: in the task, in the log, in the answer.
+/// Attaches the request's id to its task, its log lines and its answer.
 pub(super) async fn scope(request: Request, next: Next) -> Response {
     let id = CorrelationId::from_headers(request.headers()).unwrap_or_else(CorrelationId::random);
-    // The path without its query: a query may hold what belongs in no log.
+    // Log the path without its query, which may contain confidential data.
     let span = tracing::info_span!("request", correlation_id = %id, method = %request.method(), path = request.uri().path());
     let mut response = CURRENT
         .scope(id.clone(), next.run(request).instrument(span))

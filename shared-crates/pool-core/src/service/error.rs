@@ -1,4 +1,4 @@
-//! What went wrong with a request, in the one form that every daemon answers.
+//! Errors of requests, in the envelope that all daemons use.
 
 use std::any::Any;
 use std::time::Duration;
@@ -12,48 +12,48 @@ use super::CorrelationId;
 use crate::api::error::{ErrorBody, ErrorEnvelope};
 use crate::errors::with_causes;
 
-/// The codes of errors that any daemon can give.
+/// Error codes common to all daemons.
 pub mod codes {
-    /// 400: the request or its body can't be understood.
+    /// 400: the request or its body is invalid.
     pub const INVALID_REQUEST: &str = "INVALID_REQUEST";
     /// 400: the body is not JSON.
     pub const BAD_JSON: &str = "BAD_JSON";
     /// 401: no token, or a wrong one.
     pub const UNAUTHORIZED: &str = "UNAUTHORIZED";
-    /// 403: the `Host` header names no name of this server.
+    /// 403: the `Host` header does not name this server.
     pub const UNKNOWN_HOST: &str = "UNKNOWN_HOST";
-    /// 403: a browser sends this for a page of another origin.
+    /// 403: a browser sent the request for a page of another origin.
     pub const FOREIGN_ORIGIN: &str = "FOREIGN_ORIGIN";
     /// 404: there is no such path.
     pub const NO_SUCH_PATH: &str = "NO_SUCH_PATH";
-    /// 405: the path exists, the method does not.
+    /// 405: the path does not support the method.
     pub const METHOD_NOT_ALLOWED: &str = "METHOD_NOT_ALLOWED";
     /// 408: the body did not arrive in time.
     pub const REQUEST_TIMEOUT: &str = "REQUEST_TIMEOUT";
-    /// 413: the body is larger than the daemon takes.
+    /// 413: the body is larger than the daemon accepts.
     pub const TOO_LARGE: &str = "TOO_LARGE";
     /// 415: the body is not declared as JSON.
     pub const UNSUPPORTED_MEDIA_TYPE: &str = "UNSUPPORTED_MEDIA_TYPE";
-    /// 500: a fault of the daemon.
+    /// 500: an internal error of the daemon.
     pub const INTERNAL: &str = "INTERNAL";
-    /// 503: too many connections.
+    /// 503: too many connections, event streams or request bodies at once.
     pub const OVERLOADED: &str = "OVERLOADED";
-    /// 503: the daemon stops before what was asked for is done.
+    /// 503: the daemon is stopping and did not complete the request.
     pub const STOPPING: &str = "STOPPING";
 }
 
-/// An error on its way to the client. `?` in a handler turns it into the envelope.
+/// An error answer. As the error of a handler, it becomes the envelope.
 #[derive(Debug, Clone)]
 pub struct ServiceError {
     status: StatusCode,
     body: Box<ErrorBody>,
 }
 
-/// What a handler returns.
+/// Return type of handlers.
 pub type ServiceResult<T> = Result<T, ServiceError>;
 
 impl ServiceError {
-    /// An error with its status, its code and what went wrong. 429 and 503 are retriable from the start.
+    /// Returns an error with a status, code and message. 429 and 503 are retriable by default.
     pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
         let retriable = matches!(
             status,
@@ -74,7 +74,8 @@ impl ServiceError {
         }
     }
 
-    /// A fault of ours. The cause goes to the log, not to the client: it may name paths or hold what somebody wrote.
+    /// Returns an internal error. Logs the cause and withholds it from the client: it may contain paths or the content of
+    /// requests.
     pub fn internal(cause: &(dyn std::error::Error + 'static)) -> Self {
         tracing::error!(error = with_causes(cause), "internal error");
         Self::new(
@@ -85,28 +86,28 @@ impl ServiceError {
         .hint("its log has the cause beside this correlation id")
     }
 
-    /// Says what to try.
+    /// Sets the remedy.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.body.hint = Some(hint.into());
         self
     }
 
-    /// Adds the numbers behind the message.
+    /// Sets the values behind the message, for programs.
     #[must_use]
     pub fn details(mut self, details: serde_json::Value) -> Self {
         self.body.details = Some(details);
         self
     }
 
-    /// Says whether the same request may succeed later.
+    /// Sets whether the same request may succeed later.
     #[must_use]
     pub fn retriable(mut self, retriable: bool) -> Self {
         self.body.retriable = retriable;
         self
     }
 
-    /// Says when to try again; sets `Retry-After`, in whole seconds rounded up.
+    /// Marks the error as retriable after this time. `Retry-After` gives the time in whole seconds, rounded up.
     #[must_use]
     pub fn retry_after(mut self, after: Duration) -> Self {
         self.body.retriable = true;
@@ -114,17 +115,17 @@ impl ServiceError {
         self
     }
 
-    /// The HTTP status.
+    /// Returns the HTTP status.
     pub fn status(&self) -> StatusCode {
         self.status
     }
 
-    /// The error as the envelope will hold it.
+    /// Returns the content of the envelope. The correlation id is still empty.
     pub fn body(&self) -> &ErrorBody {
         &self.body
     }
 
-    /// The envelope, with the correlation id of the request being answered.
+    /// Converts the error into the envelope, with the correlation id of the current request.
     pub(super) fn envelope(self) -> ErrorEnvelope {
         let id = CorrelationId::current().unwrap_or_else(CorrelationId::random);
         ErrorEnvelope {
@@ -164,7 +165,7 @@ impl IntoResponse for ServiceError {
             status,
             StatusCode::REQUEST_TIMEOUT | StatusCode::PAYLOAD_TOO_LARGE
         ) {
-            // The rest of the body may still be on its way, and is no next request.
+            // The rest of the body may still arrive, and must not be parsed as the next request.
             response
                 .headers_mut()
                 .insert(CONNECTION, HeaderValue::from_static("close"));
@@ -198,8 +199,8 @@ pub(super) async fn no_such_method(request: Request) -> ServiceError {
     .hint("the `Allow` header lists what it takes")
 }
 
-/// A handler that panicked is a fault of ours like any other; the daemon goes on.
-#[allow(clippy::needless_pass_by_value)] // The shape that tower-http's panic layer asks for.
+/// Turns a handler's panic into an internal error, so that the daemon continues.
+#[allow(clippy::needless_pass_by_value)] // The signature that tower-http's panic layer requires.
 pub(super) fn from_panic(panic: Box<dyn Any + Send + 'static>) -> Response {
     let text = panic
         .downcast_ref::<&str>()

@@ -1,4 +1,4 @@
-//! axum's extractors with our error envelope instead of plain text.
+//! Variants of axum's extractors that answer with our error envelope instead of plain text.
 
 use std::error::Error;
 use std::time::Duration;
@@ -19,19 +19,19 @@ use super::body::{BodiesFull, BodyTimeout};
 use super::{ServiceError, ServiceResult, codes, strict};
 use crate::units::human_bytes;
 
-/// A JSON body; as an answer the same as `axum::Json`. `Option<Json<T>>` is `None` for a request without a body.
+/// A JSON body. `Option<Json<T>>` is `None` for a request without a body. As an answer, equivalent to `axum::Json`.
 #[derive(Debug, Clone, Copy)]
 pub struct Json<T>(pub T);
 
-/// A body as it came, within the limits on its size and time.
+/// An unparsed body, within the limits on size and time.
 #[derive(Debug, Clone)]
 pub struct RawBody(pub Bytes);
 
-/// The parameters of a query.
+/// Parameters of a query.
 #[derive(Debug, Clone, Copy)]
 pub struct Query<T>(pub T);
 
-/// The parameters of a path.
+/// Parameters of a path.
 #[derive(Debug, Clone, Copy)]
 pub struct Path<T>(pub T);
 
@@ -62,8 +62,8 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for Json<T> {
     }
 }
 
-/// The body, if it keeps within its limits. One that says at its head that it won't is not read at all, so a client that
-/// waits to be asked for it is not asked.
+/// Reads the body within its limits. A body that is announced as too large is not read at all, so that a client that sent
+/// `Expect: 100-continue` is not asked for it.
 async fn whole_body<S: Send + Sync>(request: Request, state: &S) -> ServiceResult<Bytes> {
     let announced = request.body().size_hint().lower();
     let request = request.with_limited_body();
@@ -94,7 +94,7 @@ impl<T> Json<T> {
     }
 }
 
-/// `application/json`, or another kind that is written as JSON (`application/problem+json`).
+/// Returns whether the content type is `application/json` or another JSON type, such as `application/problem+json`.
 fn is_json(headers: &HeaderMap) -> bool {
     let declared = headers
         .get(header::CONTENT_TYPE)
@@ -223,8 +223,8 @@ impl From<PathRejection> for ServiceError {
     }
 }
 
-/// What axum's rejection says about its cause, without axum's own preamble. The first cause below axum's layers
-/// carries the field (`serde_path_to_error`), the next one would not.
+/// Returns the cause of a rejection, without axum's own preamble. The first cause below axum's layers names the field
+/// (`serde_path_to_error`); the next one would not.
 fn cause(rejection: &(dyn Error + 'static)) -> String {
     rejection.source().unwrap_or(rejection).to_string()
 }

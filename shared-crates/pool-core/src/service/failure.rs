@@ -1,4 +1,4 @@
-//! How a daemon that can't run says so.
+//! Report of a daemon that can't run.
 
 use std::error::Error;
 use std::io::{self, Write as _};
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use super::telemetry;
 
-/// Prints on standard error what is wrong, why, and what to try; returns the exit code that goes with it.
+/// Prints an error with its causes and hint on standard error, and returns the exit code of failure.
 pub fn report_failure(error: &(dyn Error + 'static), hint: Option<&str>) -> ExitCode {
     let mut text = format!("error: {error}\n");
     for cause in std::iter::successors(error.source(), |cause| (*cause).source()) {
@@ -15,7 +15,7 @@ pub fn report_failure(error: &(dyn Error + 'static), hint: Option<&str>) -> Exit
     if let Some(hint) = hint {
         text += &format!("hint: {hint}\n");
     }
-    // Where it can't be written, as on a disk that is full, the exit code has to do.
+    // If writing fails, for example on a full disk, the exit code must suffice.
     let _ = io::stderr().write_all(text.as_bytes());
     telemetry::notify_starter(&text);
     ExitCode::FAILURE

@@ -1,7 +1,7 @@
-//! A connection that is closed so that its client still gets to what it was answered.
+//! A connection whose close lets the client read the last answer.
 //!
-//! The system resets a connection that is closed while bytes of its client are unread, and a reset throws away what the
-//! client has not read yet: the very answer that says why nobody wanted those bytes.
+//! The system resets a connection that is closed while bytes from the client are unread. A reset discards everything that
+//! the client has not read yet, including the answer that explains the refusal.
 
 use std::io;
 use std::pin::Pin;
@@ -14,28 +14,28 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
-/// How much is read and thrown away after the last word to a client, and for how long. Who sends longer is reset.
+/// Most bytes read and discarded after the last answer, and the time limit for that. A client that exceeds them is reset.
 const LINGER: (usize, Duration) = (16 * 1024 * 1024, Duration::from_secs(2));
 
-/// Says that more may come on a connection than anybody reads; an extension of its requests.
+/// A mark that more bytes may arrive on a connection than are read. An extension of the connection's requests.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Unread(Arc<AtomicBool>);
 
 impl Unread {
-    /// There may be something unread when the connection is closed.
+    /// Marks that bytes may be unread when the connection is closed.
     pub(super) fn expect(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
-/// A connection that ends with our last word, and where something [`Unread`] is expected takes what the client still
-/// sends until that closes its side as well.
+/// A connection that, after its last answer, reads and discards what the client still sends until the client closes its
+/// side too. Does so only if [`Unread`] is set.
 #[derive(Debug)]
 pub(super) struct Lingering {
     stream: TcpStream,
     unread: Unread,
     left: usize,
-    /// Runs from our last word on.
+    /// Time limit, which starts after the last answer.
     over: Option<Pin<Box<Sleep>>>,
 }
 

@@ -1,5 +1,5 @@
-//! A log file that the daemon owns: standard output and error lead into it, so that panics and the output of libraries
-//! are logged too, and it is renamed and started again at a size limit.
+//! A log file that the daemon manages. Standard output and error are redirected to it, so that panics and the output of
+//! libraries are logged too. At a size limit, the file is renamed and a new one is started.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
@@ -24,7 +24,7 @@ pub(super) struct LogFile {
 
 #[derive(Debug)]
 struct State {
-    /// Bytes of the file, as far as they went through the log.
+    /// Size of the file in bytes at its opening, plus the bytes logged since.
     bytes: u64,
     /// Size in bytes at which the file is renamed; `None` for never.
     turn_at: Option<u64>,
@@ -32,7 +32,7 @@ struct State {
 }
 
 impl LogFile {
-    /// Opens the file at `path`, and replaces standard output and error by it.
+    /// Opens the file at `path` and redirects standard output and error to it.
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = std::path::absolute(path)?;
         let mut state = State {
@@ -47,7 +47,7 @@ impl LogFile {
         })
     }
 
-    /// Opens the path again: after a rename this creates a new file.
+    /// Opens the path again. After an external rename, this creates a new file.
     pub fn reopen(&self) -> io::Result<()> {
         self.state().begin(&append(&self.path)?)
     }
@@ -68,14 +68,14 @@ impl LogFile {
                 .and_then(|file| state.begin(&file))
                 .is_err()
         {
-            // The rename failed, for example on a full disk, so the log continues in the old file. An attempt for each
-            // line would be slow.
+            // The rename failed, for example on a full disk, so the log continues in the old file. Retry only after
+            // another eighth of the limit, because an attempt for each line would be slow.
             let later = state.limits.max_bytes / 8 + 1;
             state.turn_at = Some(state.bytes.saturating_add(later));
         }
     }
 
-    /// Returns the state. A panic of a logging thread leaves it consistent.
+    /// Locks the state. A panic of a logging thread leaves it consistent, so poisoning is ignored.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -100,8 +100,8 @@ fn append(path: &Path) -> io::Result<File> {
     options.create(true).append(true).mode(0o600).open(path)
 }
 
-/// Renames the file at `path` to `path.1`, that file to `path.2`, and so on up to `keep`, and returns a new file at
-/// `path`. Creates the new file first: if that fails, nothing is renamed.
+/// Renames the file at `path` to `path.1`, the earlier `path.1` to `path.2`, and so on up to `keep`, and returns a new
+/// file at `path`. Creates the new file first: if that fails, nothing is renamed.
 fn turn(path: &Path, keep: u32) -> io::Result<File> {
     let fresh = numbered(path, 0);
     let _ = fs::remove_file(&fresh);
@@ -116,7 +116,7 @@ fn turn(path: &Path, keep: u32) -> io::Result<File> {
     Ok(file)
 }
 
-/// Returns the path of the `number`-th earlier log file.
+/// Returns the path of the `number`-th previous log file; 0 is the new file before its rename.
 fn numbered(path: &Path, number: u32) -> PathBuf {
     let mut name = OsString::from(path);
     name.push(format!(".{number}"));
@@ -126,8 +126,8 @@ fn numbered(path: &Path, number: u32) -> PathBuf {
 #[allow(unsafe_code)]
 fn put_in_place(file: &File) -> io::Result<()> {
     for descriptor in STANDARD {
-        // SAFETY: standard output and error are open for the whole run of a program, as std itself assumes, and
-        // `ManuallyDrop` keeps this view from closing them.
+        // SAFETY: standard output and error stay open for the lifetime of the process, as std itself assumes, and
+        // `ManuallyDrop` keeps this `OwnedFd` from closing them.
         let mut standard = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(descriptor) });
         rustix::io::dup2(file, &mut standard)?;
     }
@@ -152,7 +152,7 @@ mod tests {
             ("four".into(), "three".into(), String::new())
         );
         assert_eq!(fs::read_to_string(&path).unwrap(), "");
-        // Without files to keep, the log starts again in place.
+        // With no files to keep, the new file replaces the old one.
         fs::write(&path, "five").unwrap();
         turn(&path, 0).unwrap();
         assert_eq!(read(1), "four");

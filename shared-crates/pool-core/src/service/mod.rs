@@ -1,5 +1,5 @@
-//! What every daemon of ours is: an accept loop with limits, token and `Host` check, correlation id, error envelope,
-//! `/version`, orderly stop, and the files that tell others where it runs. A daemon adds its routes.
+//! The HTTP service common to all daemons: an accept loop with limits, token and `Host` checks, correlation ids, the error
+//! envelope, `/version`, an orderly stop, and the files by which clients find the daemon. Each daemon adds its routes.
 
 mod accept;
 mod auth;
@@ -47,54 +47,54 @@ use capacity::Resources;
 use crate::api::version::VersionInfo;
 use crate::secret::Secret;
 
-/// What a daemon chooses about its service.
+/// Options that a daemon sets for its service.
 #[derive(Debug, Clone)]
 pub struct ServiceOptions {
-    /// The program's name, as `/version` tells it.
+    /// The program's name, as `/version` reports it.
     pub name: &'static str,
-    /// The program's version.
+    /// The program's version, as `/version` reports it.
     pub version: &'static str,
-    /// The version of its API.
+    /// The version of the daemon's API.
     pub api_version: u32,
-    /// The token that opens every path. Without one, loopback callers need none.
+    /// The token that opens every path. `None` is allowed only on a loopback address.
     pub token: Option<Secret>,
-    /// Tokens that open some paths only.
+    /// Tokens for some paths only.
     pub scoped_tokens: Vec<ScopedToken>,
     /// Paths that need no token. Default `/health` and `/metrics`.
     pub open_paths: Vec<&'static str>,
-    /// Names, beside the loopback names, the bound address and the machine's own name, that a `Host` header may give.
+    /// Names that a `Host` header may give, in addition to `localhost`, the bound address and the machine's own name.
     pub allowed_hosts: Vec<String>,
-    /// When the headers of a request fill this many bytes and are not complete, the answer is 431. One read may exceed
-    /// it, so this is no exact bound. Default 64 KiB.
+    /// Bytes of incomplete request headers after which the answer is 431. A single read may exceed the limit, so it is not
+    /// exact. Default 64 KiB.
     pub header_limit: usize,
-    /// The largest body in bytes. Default 4 MiB.
+    /// Most bytes of a request's body. Default 4 MiB.
     pub body_limit: usize,
-    /// How long the headers of a request may take, and how long a kept connection may idle. Default 10 seconds.
+    /// Time limit for the headers of a request, and for an idle connection that is kept alive. Default 10 seconds.
     pub header_timeout: Duration,
-    /// How long the body of a request may take, from the end of its headers. Default 30 seconds.
+    /// Time limit for the body of a request, from the end of its headers. Default 30 seconds.
     pub body_timeout: Duration,
-    /// Most open connections; fewer if the process has too few descriptors or too little memory. A further connection
-    /// is served if its request belongs to the control path, otherwise answered with 503 and closed; at most 128 of
-    /// these at a time, others wait to be accepted. Default 1024.
+    /// Most open connections; fewer if the process has too few descriptors or too little memory. A further connection is
+    /// served if its request belongs to the control path; otherwise it is answered with 503 and closed. At most 128 such
+    /// connections are open at a time; others wait to be accepted. Default 1024.
     pub max_connections: usize,
-    /// Descriptors for the daemon's own files, without those open at the bind. Default 8.
+    /// Descriptors reserved for the daemon's own files, not counting those already open at the bind. Default 8.
     pub own_files: usize,
-    /// True if a stream to a client is relayed from another daemon, and so takes two descriptors. Default no.
+    /// True if streams to clients are relayed from other daemons, so that each takes two descriptors. Default false.
     pub relays: bool,
-    /// Test for requests of the control path, which has places of its own: short requests that the fleet depends on.
+    /// Test for requests of the control path: short requests that the fleet depends on, for which places are reserved.
     /// Default [`is_about_the_daemon`].
     pub is_control: fn(&Method, &str) -> bool,
     /// Test for requests for an event stream. Default [`asks_for_events`].
     pub is_stream: fn(&Method, &str, &HeaderMap) -> bool,
 }
 
-/// Returns whether a request belongs to those that every daemon answers about itself.
+/// Returns whether a request asks for a daemon's own state: `/health`, `/ready`, `/metrics` or `/version`.
 pub fn is_about_the_daemon(_: &Method, path: &str) -> bool {
     matches!(path, "/health" | "/ready" | "/metrics" | "/version")
 }
 
 impl ServiceOptions {
-    /// The defaults, for a program of this name and version.
+    /// Returns the defaults, for a program with this name and version.
     pub fn new(name: &'static str, version: &'static str, api_version: u32) -> Self {
         Self {
             name,
@@ -117,45 +117,45 @@ impl ServiceOptions {
     }
 }
 
-/// Connections that may wait to be taken, as far as the system lets them: with the usual 128 a flood of refusals makes
-/// others try to connect again and again, at intervals that grow.
+/// Most connections that may wait to be accepted; the system may lower it. With the usual 128, a flood of refused
+/// connections would make other clients retry the connect at growing intervals.
 const BACKLOG: u32 = 4096;
 
-/// Why a service can't listen.
+/// A service that can't listen.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// Everybody in the network could use it.
+    /// The address is reachable from the network, and there is no token.
     #[error("refusing to listen on {addr} without a token: it can be reached from other machines")]
     Exposed {
-        /// The address asked for.
+        /// The requested address.
         addr: SocketAddr,
     },
-    /// Another program listens there.
+    /// Another program listens on the address.
     #[error("another program already listens on {addr}")]
     InUse {
-        /// The address asked for.
+        /// The requested address.
         addr: SocketAddr,
     },
-    /// The process may not open enough files.
+    /// The limit on open files is too low.
     #[error("the limit of {limit} open files is too low: at least {needed} are needed")]
     Descriptors {
-        /// The limit.
+        /// The limit in force.
         limit: usize,
         /// The lowest limit with which the daemon works.
         needed: usize,
     },
-    /// The system refused.
+    /// Another error of the system.
     #[error("could not listen on {addr}")]
     Listen {
-        /// The address asked for.
+        /// The requested address.
         addr: SocketAddr,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
 
 impl BindError {
-    /// What to try next.
+    /// Returns a remedy, if there is one.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Exposed { .. } => {
@@ -180,8 +180,8 @@ pub struct Service {
 }
 
 impl Service {
-    /// Listens on `addr`. An address that other machines can reach needs a token. Raises the process's limit on open
-    /// files as far as the system allows, and derives the places of clients from it.
+    /// Listens on `addr`. An address that other machines can reach needs a token. Also raises the process's limit on open
+    /// files as far as the system allows, and derives the number of places from it.
     pub async fn bind(addr: SocketAddr, options: ServiceOptions) -> Result<Self, BindError> {
         if !addr.ip().is_loopback() && options.token.is_none() {
             return Err(BindError::Exposed { addr });
@@ -219,23 +219,23 @@ impl Service {
         })
     }
 
-    /// Returns the service's places, and the taken ones.
+    /// Returns a shared handle on the service's places and their use.
     pub fn load(&self) -> Load {
         self.load.clone()
     }
 
-    /// The address in use, with the port that port 0 became.
+    /// Returns the bound address, with the actual port if port 0 was requested.
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
 
-    /// The address as a client on this machine writes it.
+    /// Returns the URL for clients on this machine.
     pub fn url(&self) -> String {
         state_files::url_of(self.local_addr)
     }
 
-    /// Answers requests until `shutdown` is requested. Then it takes no more connections, lets the open ones finish
-    /// for at most `grace`, and cuts those that are left.
+    /// Answers requests until `shutdown` is requested. Then accepts no more connections, lets open requests finish for at
+    /// most `grace`, and cuts the remaining connections.
     pub fn serve(
         self,
         router: Router,
@@ -252,7 +252,7 @@ fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
         SocketAddr::V4(_) => TcpSocket::new_v4()?,
         SocketAddr::V6(_) => TcpSocket::new_v6()?,
     };
-    // As `TcpListener::bind` has it: connections that an earlier run closed keep nobody from its port.
+    // Like `TcpListener::bind`: connections of an earlier run in TIME_WAIT must not block the port.
     socket.set_reuseaddr(true)?;
     // Accepted connections inherit this size: a client that does not read must not fill megabytes of the kernel's
     // memory.
@@ -261,7 +261,7 @@ fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-/// The daemon's routes inside everything that is the same for all daemons.
+/// Wraps the daemon's routes in the layers common to all daemons.
 fn app(router: Router, local_addr: SocketAddr, options: &ServiceOptions, load: &Load) -> Router {
     let version = VersionInfo {
         name: options.name.to_owned(),
@@ -269,7 +269,7 @@ fn app(router: Router, local_addr: SocketAddr, options: &ServiceOptions, load: &
         api_version: options.api_version,
     };
     let guard = auth::Guard::new(local_addr, options);
-    // The outermost layer stands last: the correlation id is known wherever an error is made.
+    // The last layer is the outermost: the correlation id is known wherever an error arises.
     router
         .route("/version", get(routes::version).with_state(version))
         .fallback(error::no_such_path)

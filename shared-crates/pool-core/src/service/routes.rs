@@ -1,4 +1,4 @@
-//! Routes that daemons have in common: `/version`, `/health`, and `/openapi.json` of what describes itself.
+//! Routes common to all daemons: `/version`, `/health`, and `/openapi.json` for APIs that describe themselves.
 
 use std::sync::Arc;
 
@@ -13,9 +13,8 @@ use serde_json::Value;
 use super::{Json, ServiceError, ServiceResult};
 use crate::api::version::VersionInfo;
 
-/// Which program answers, and which API it speaks.
-///
-/// The service that all daemons share answers it, so a daemon describes it and does not route it.
+/// Returns the program's name and version, and the version of its API.
+// The service routes this path itself. Daemons only add it to the description of their API.
 #[cfg_attr(
     feature = "openapi",
     utoipa::path(get, path = "/version", tag = "daemon", responses((status = 200, body = VersionInfo)))
@@ -32,7 +31,7 @@ pub struct Health {
     pub status: &'static str,
 }
 
-/// The process answers.
+/// Returns `ok` while the process can answer.
 #[cfg_attr(
     feature = "openapi",
     utoipa::path(get, path = "/health", tag = "daemon", security(()), responses((status = 200, body = Health)))
@@ -41,19 +40,19 @@ pub async fn health() -> Json<Health> {
     Json(Health { status: "ok" })
 }
 
-/// A description of an API as it is sent; an extension that [`openapi`] looks for.
+/// The serialised description of an API. An extension of requests to [`openapi`].
 #[derive(Debug, Clone)]
 pub struct Document(Arc<Result<Vec<u8>, serde_json::Error>>);
 
 impl Document {
-    /// The description, written as text.
+    /// Serialises the description.
     pub fn of(description: serde_json::Result<Value>) -> Self {
         let text = description.and_then(|description| serde_json::to_vec(&description));
         Self(Arc::new(text))
     }
 }
 
-/// This description.
+/// Returns this description of the API.
 #[cfg_attr(
     feature = "openapi",
     utoipa::path(get, path = "/openapi.json", tag = "daemon", responses((status = 200, description = "An OpenAPI 3.1 document.")))

@@ -1,25 +1,25 @@
-//! One request to stop that every part of a daemon hears.
+//! Request to stop, shared by all parts of a daemon.
 
 use std::io;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-/// Asks a daemon to stop. Clones are the same request; it can't be taken back.
+/// A request that a daemon stop. Clones share the request, which can't be withdrawn.
 #[derive(Debug, Clone)]
 pub struct Shutdown {
     state: watch::Sender<bool>,
 }
 
 impl Shutdown {
-    /// A request that only [`Shutdown::trigger`] makes.
+    /// Returns a request that only [`Shutdown::trigger`] makes.
     pub fn manual() -> Self {
         Self {
             state: watch::Sender::new(false),
         }
     }
 
-    /// A request that SIGTERM or SIGINT makes as well. Must be called within a tokio runtime.
+    /// Returns a request that SIGTERM and SIGINT make as well. Must be called within a tokio runtime.
     pub fn on_signals() -> io::Result<Self> {
         let shutdown = Self::manual();
         let mut terminate = signal(SignalKind::terminate())?;
@@ -36,19 +36,19 @@ impl Shutdown {
         Ok(shutdown)
     }
 
-    /// Makes the request.
+    /// Requests the stop.
     pub fn trigger(&self) {
         self.state.send_replace(true);
     }
 
-    /// Whether it was made.
+    /// Returns whether the stop was requested.
     pub fn is_requested(&self) -> bool {
         *self.state.borrow()
     }
 
-    /// Returns when it is made, at once if it was.
+    /// Waits until the stop is requested. Returns at once if it already was.
     pub async fn requested(&self) {
-        // This side holds a sender itself, so the channel can't close.
+        // `self` holds a sender, so the channel can't close.
         let _ = self
             .state
             .subscribe()

@@ -1,4 +1,4 @@
-//! The files by which others find a running daemon: `lock`, `pid.json` and `addr` in its state folder.
+//! Files by which clients find a running daemon: `lock`, `pid.json` and `addr` in its state folder.
 
 use std::fs;
 use std::io;
@@ -11,34 +11,34 @@ use crate::fsio::{self, LockGuard};
 use crate::process::ProcessIdentity;
 use crate::run_files::{ADDR, LOCK, PID, PidRecord};
 
-/// How long a process that was killed may take to be gone.
+/// Time limit for a killed process to end and release its lock.
 const DYING: Duration = Duration::from_secs(1);
 
-/// Why a daemon can't claim its state folder.
+/// A state folder that a daemon can't claim.
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
-    /// Another process runs on the same folder.
+    /// Another daemon uses the folder.
     #[error("{name} already runs on {}{}", dir.display(), pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default())]
     Held {
-        /// The daemon's name.
+        /// Name of this daemon, which is also that of the holder.
         name: &'static str,
-        /// The state folder.
+        /// Path of the state folder.
         dir: PathBuf,
-        /// The holder's pid, if it has written one already.
+        /// The holder's pid; `None` if not written yet.
         pid: Option<u32>,
     },
-    /// The folder can't be used.
+    /// An error of the system while using the folder.
     #[error("could not use the state folder {}", dir.display())]
     Io {
-        /// The state folder.
+        /// Path of the state folder.
         dir: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
 
 impl ClaimError {
-    /// What to try next.
+    /// Returns a remedy, if there is one.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Held { .. } => {
@@ -52,8 +52,8 @@ impl ClaimError {
     }
 }
 
-/// A claim on a state folder. Dropping it removes `addr` and `pid.json`; the lock file stays, because a lock on a name
-/// that was unlinked excludes nobody.
+/// A claim on a state folder. Dropping it removes `addr` and `pid.json`. The lock file stays, because a lock on an
+/// unlinked file would exclude no other process.
 #[derive(Debug)]
 pub struct RunFiles {
     dir: PathBuf,
@@ -61,7 +61,7 @@ pub struct RunFiles {
 }
 
 impl RunFiles {
-    /// Claims `dir` for this process, or says who holds it.
+    /// Claims `dir` for this process. Fails with [`ClaimError::Held`] if another process holds it.
     pub fn claim(dir: &Path, name: &'static str, version: &str) -> Result<Self, ClaimError> {
         let failed = |source| ClaimError::Io {
             dir: dir.to_path_buf(),
@@ -79,8 +79,10 @@ impl RunFiles {
         Self::write(dir, lock, version).map_err(failed)
     }
 
-    /// Claims `dir` whoever holds it. The holder keeps a lock that has no name any more, and takes away none of the files
-    /// when it ends. It is for the caller to see to it that it does no harm until then.
+    /// Claims `dir` even if another process holds it.
+    ///
+    /// The earlier holder keeps the lock on a file without a name, and removes no files when it ends. The caller must ensure
+    /// that the earlier holder does no harm until then.
     pub fn take_over(dir: &Path, version: &str) -> Result<Self, ClaimError> {
         let failed = |source| ClaimError::Io {
             dir: dir.to_path_buf(),
@@ -92,7 +94,7 @@ impl RunFiles {
     }
 
     fn write(dir: &Path, lock: LockGuard, version: &str) -> io::Result<Self> {
-        // What a killed predecessor left would send clients to a dead or, worse, a foreign port.
+        // The address of a killed predecessor would send clients to a closed port or, worse, to another program's.
         let _ = fs::remove_file(dir.join(ADDR));
         let record = PidRecord {
             process: ProcessIdentity::current()?,
@@ -106,19 +108,19 @@ impl RunFiles {
         })
     }
 
-    /// Tells clients on this machine where to call.
+    /// Publishes the daemon's address for clients on this machine.
     pub fn write_addr(&self, addr: SocketAddr) -> io::Result<()> {
         fsio::write_atomic(self.dir.join(ADDR), url_of(addr) + "\n", 0o600)
     }
 }
 
-/// Takes the lock. A holder that was killed a moment ago has it until the system has closed its files, so one that does not
-/// let go at once is given a moment.
+/// Takes the lock; `None` if another process still holds it after `DYING`. A killed holder keeps its lock until the system
+/// has closed its files.
 fn lock_soon(path: &Path) -> io::Result<Option<LockGuard>> {
     let deadline = Instant::now() + DYING;
     loop {
         let lock = fsio::try_lock_exclusive(path)?;
-        // A lock whose file lost its name to another's while it was being taken excludes nobody.
+        // A lock is worthless if another process replaced its file meanwhile.
         let taken = match &lock {
             Some(lock) => lock.is_at(path)?,
             None => false,
@@ -135,7 +137,7 @@ fn lock_soon(path: &Path) -> io::Result<Option<LockGuard>> {
 
 impl Drop for RunFiles {
     fn drop(&mut self) {
-        // After a take-over they are another's.
+        // After a takeover, the files belong to another daemon.
         if !self.lock.is_at(self.dir.join(LOCK)).unwrap_or(false) {
             return;
         }
@@ -145,7 +147,7 @@ impl Drop for RunFiles {
     }
 }
 
-/// `http://...` for a client on this machine: who listens on every address listens on the loopback one.
+/// Returns the `http://` URL for clients on this machine. An unspecified address becomes the loopback address.
 pub fn url_of(mut addr: SocketAddr) -> String {
     if addr.ip().is_unspecified() {
         addr.set_ip(if addr.is_ipv4() {

@@ -1,4 +1,4 @@
-//! A bound on event streams: they stay open, and readers must leave room for short requests.
+//! Limit on event streams: they stay open for long, and must leave connections to short requests.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -18,7 +18,7 @@ use super::{ServiceError, codes};
 
 const EVENT_STREAM: &str = "text/event-stream";
 
-/// Returns whether a request asks for events, by its path or its `Accept` header.
+/// Returns whether a request asks for events, according to its path or its `Accept` header.
 pub fn asks_for_events(_: &Method, path: &str, headers: &HeaderMap) -> bool {
     let accepted = headers.get_all(ACCEPT).iter();
     path.ends_with("/events")
@@ -27,14 +27,15 @@ pub fn asks_for_events(_: &Method, path: &str, headers: &HeaderMap) -> bool {
             .any(|value| value.to_ascii_lowercase().contains(EVENT_STREAM))
 }
 
-/// The bound of one service.
+/// Limit of one service on event streams.
 #[derive(Debug, Clone)]
 pub(super) struct Bound {
     pub load: Load,
     pub is_stream: fn(&Method, &str, &HeaderMap) -> bool,
 }
 
-/// Refuses a stream without a free place. Runs before the handler: a stored task must not be answered with a refusal.
+/// Refuses an event stream if no place is free. Runs before the handler, because a task that is already stored must not be
+/// answered with a refusal.
 pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Next) -> Response {
     let Bound { load, is_stream } = bound;
     if !is_stream(request.method(), request.uri().path(), request.headers()) {
@@ -49,7 +50,7 @@ pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Ne
         )
         .hint("ask for the state instead of following it, or come back later")
         .retry_after(Duration::from_secs(1));
-        // A refused reader keeps no connection that others could use.
+        // A refused reader must not hold a connection that others could use.
         return ([(CONNECTION, "close")], refusal).into_response();
     };
     let response = next.run(request).await;
@@ -65,7 +66,7 @@ pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Ne
     response
 }
 
-/// A body that releases its place at its end.
+/// A body that holds a place until it is dropped.
 struct Held {
     inner: Body,
     _place: OwnedSemaphorePermit,

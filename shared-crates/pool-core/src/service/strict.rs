@@ -1,9 +1,9 @@
-//! JSON as our contracts read it, which is stricter than serde on its own: an object is written as an object, and says
-//! each of its names once, however deep it stands. And, as JSON Schema has it, a number without a fraction is an
-//! integer, however it is written.
+//! JSON deserialisation that is stricter than serde's: at any depth, a structure must be written as an object, and no name
+//! may be repeated in an object. As in JSON Schema, a number without a fraction is an integer, so `7.0` and `70e-1` are
+//! integers.
 //!
-//! serde takes an array for a structure and assigns its values by position, and of a name that a map is given twice it
-//! keeps the last. Two programs that read such a body may then act on different requests.
+//! serde also accepts an array for a structure, assigning its values by position, and keeps the last of two values with
+//! one name in a map. Two programs that read such a body could then act on different requests.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -14,7 +14,7 @@ use serde::de::{
     IntoDeserializer as _, MapAccess, SeqAccess, Unexpected, VariantAccess, Visitor,
 };
 
-/// Reads `bytes`; an error names the field.
+/// Parses `bytes`. An error names the field.
 pub(super) fn from_slice<T: DeserializeOwned>(
     bytes: &[u8],
 ) -> Result<T, serde_path_to_error::Error<serde_json::Error>> {
@@ -31,23 +31,23 @@ pub(super) fn from_slice<T: DeserializeOwned>(
     }
 }
 
-/// Passes everything on, and looks at objects on the way.
+/// A wrapper that forwards to serde's types and applies the rules on the way.
 struct Strict<T>(T);
 
-/// The same for a visitor.
+/// A [`Strict`] visitor.
 struct StrictVisitor<V> {
     inner: V,
     expected: Expected,
 }
 
-/// What the rules look at of what a value is to become.
+/// Kind of the type that a value is deserialised into, as far as the rules depend on it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Expected {
     /// A structure with named fields.
     Object,
-    /// A whole number.
+    /// An integer type.
     Integer,
-    /// Anything else.
+    /// Any other type.
     Other,
 }
 
@@ -98,7 +98,8 @@ impl<'de, D: Deserializer<'de>> Deserializer<'de> for Strict<D> {
         self.0.deserialize_struct(name, fields, visitor)
     }
 
-    /// `serde_json` calls anything but a text and an object a mistake of syntax here, without a word of what is expected.
+    /// Deserialises an enum by hand: for anything but a string or an object, `serde_json` would report a syntax error without
+    /// saying what is expected.
     fn deserialize_enum<V: Visitor<'de>>(
         self,
         _: &'static str,
@@ -161,7 +162,7 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for StrictVisitor<V> {
     type Value = V::Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // serde would name the Rust type.
+        // serde's own text would name the Rust type.
         match self.expected {
             Expected::Object => f.write_str("an object with named fields"),
             _ => self.inner.expecting(f),
@@ -179,7 +180,7 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for StrictVisitor<V> {
         const ABOVE_U64: f64 = 18_446_744_073_709_551_616.0;
         const LEAST_I64: f64 = -9_223_372_036_854_775_808.0;
         let whole = self.expected == Expected::Integer && value.fract() == 0.0;
-        // Within these bounds a whole number converts exactly.
+        // Within these bounds, a float without a fraction converts exactly.
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         match value {
             0.0..ABOVE_U64 if whole => self.inner.visit_u64(value as u64),
@@ -223,7 +224,7 @@ impl<'de, V: Visitor<'de>> Visitor<'de> for StrictVisitor<V> {
     }
 }
 
-/// The same for an enumeration: the name of a variant, or an object with that name and what belongs to it.
+/// A visitor for an enum: the name of a variant, or an object with that name as its key and the variant's content.
 struct OneOf<V> {
     inner: V,
     variants: &'static [&'static str],
@@ -273,7 +274,7 @@ impl<'de, A: SeqAccess<'de>> SeqAccess<'de> for Strict<A> {
     }
 }
 
-/// An object and the names that were read of it.
+/// An object and the names read from it so far.
 struct StrictMap<A> {
     inner: A,
     seen: BTreeSet<String>,

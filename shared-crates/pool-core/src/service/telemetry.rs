@@ -1,5 +1,4 @@
-//! The log of a daemon: on standard error, where the parent process or a service manager collects it, or in a file of
-//! its own.
+//! Log of a daemon, either on standard error, for the parent process or a service manager, or in a file of its own.
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -16,45 +15,45 @@ use super::log_file::LogFile;
 use crate::config::LogConfig;
 use crate::settings;
 
-/// The file of this process's log; unset for standard error.
+/// Log file of this process; unset if the log is standard error.
 static FILE: OnceLock<LogFile> = OnceLock::new();
-/// The earlier standard error, which the log file replaced; unset if it was a file.
+/// The original standard error, which the log file replaced; unset if it was a regular file.
 static STARTER: OnceLock<File> = OnceLock::new();
-/// Replaces the filter of this process's log.
+/// Function that replaces the filter of this process's log.
 static REPLACE: OnceLock<Replace> = OnceLock::new();
 
 type Replace = Box<dyn Fn(EnvFilter) -> bool + Send + Sync>;
 
-/// Redirects standard output and error, and so the log, to the file at `path`. Call before [`init`].
+/// Redirects standard output and error, and with them the log, to the file at `path`. Call before [`init`].
 pub fn to_file(path: &Path) -> io::Result<()> {
     let starter = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     let file = LogFile::open(path)?;
-    // An earlier log file must not stay open: its bytes would take space after it is deleted.
+    // A regular file, such as an earlier log, must not stay open: it would take up disk space even after its deletion.
     if !starter.metadata()?.is_file() {
         let _ = STARTER.set(starter);
     }
-    // A second call would be a mistake; the first file stays the log.
+    // A second call would be a bug. `FILE` keeps the first file.
     let _ = FILE.set(file);
     Ok(())
 }
 
-/// Prints to the earlier standard error why the daemon can't run, if its log is in a file.
+/// Prints `text`, the reason why the daemon can't run, to the original standard error if the log is in a file.
 pub(super) fn notify_starter(text: &str) {
     if let Some(mut starter) = STARTER.get() {
         let _ = starter.write_all(text.as_bytes());
     }
 }
 
-/// Starts logging. `LLORCH_LOG` says what is logged (as `info,orchestratord=debug`), else `filter_default`. A terminal
-/// gets lines for people, anything else JSON.
+/// Starts logging. The filter is `LLORCH_LOG` (such as `info,orchestratord=debug`), otherwise `filter_default`. A terminal
+/// gets human-readable lines, anything else JSON.
 pub fn init(filter_default: &str) -> Result<(), FilterError> {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter(filter_default)?)
         .with_writer(|| Log)
-        // It would say on standard error that standard error can't be written to, and panic: on a full disk a log that
-        // lies there would end whatever logs.
+        // Otherwise a failed write to standard error would be reported on standard error, which would panic: a full disk
+        // would end every thread that logs.
         .log_internal_errors(false);
-    // `try_init` fails when a subscriber stands already, as in tests that start several daemons in one process.
+    // `try_init` fails if there is a subscriber already, as in tests that start several daemons in one process.
     if io::stderr().is_terminal() {
         let builder = builder.with_filter_reloading();
         let handle = builder.reload_handle();
@@ -83,7 +82,7 @@ fn filter(default: &str) -> Result<EnvFilter, FilterError> {
     EnvFilter::builder().parse(chosen.as_deref().unwrap_or(default))
 }
 
-/// Applies the settings of the log.
+/// Applies the log settings: filter and size limits. `LLORCH_LOG` still overrides the filter.
 pub fn configure(log: &LogConfig) -> Result<(), FilterError> {
     let filter = filter(&log.filter)?;
     if let Some(replace) = REPLACE.get() {
@@ -95,7 +94,7 @@ pub fn configure(log: &LogConfig) -> Result<(), FilterError> {
     Ok(())
 }
 
-/// Makes SIGHUP reopen the log file and call `reload`, instead of ending the process. Must be called within a tokio
+/// Makes SIGHUP reopen the log file and call `reload` instead of ending the process. Must be called within a tokio
 /// runtime.
 pub fn on_hangup(reload: impl Fn() + Send + 'static) -> io::Result<()> {
     let mut hangups = signal(SignalKind::hangup())?;
@@ -112,8 +111,8 @@ pub fn on_hangup(reload: impl Fn() + Send + 'static) -> io::Result<()> {
     Ok(())
 }
 
-/// Applies the reloadable part of settings that were read again, and logs which keys differ from those that the daemon
-/// `started` with.
+/// Applies the reloadable part of the settings `read` again, and logs which keys differ from the settings `started`, with
+/// which the daemon started.
 pub fn take_settings<T: Serialize>(started: &T, read: &T, log: &LogConfig) {
     if let Err(error) = configure(log) {
         tracing::error!(%error, "`log.filter` is not a log filter; the earlier one stays");
@@ -133,7 +132,7 @@ pub fn take_settings<T: Serialize>(started: &T, read: &T, log: &LogConfig) {
     }
 }
 
-/// The writer of log lines: the present standard error.
+/// Writer of log lines to the current standard error.
 struct Log;
 
 impl Write for Log {

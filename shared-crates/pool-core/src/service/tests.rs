@@ -1,4 +1,4 @@
-//! A service as its clients meet it: over a socket, with requests written by hand.
+//! Tests of a service from the client's side: over a socket, with handwritten requests.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -117,7 +117,7 @@ impl Server {
         }
     }
 
-    /// Sends one request, whose `Host` is right unless `head` gives another, and reads the answer to its end.
+    /// Sends one request and reads the answer to its end. Adds the right `Host` unless `head` has one.
     async fn send(&self, head: impl AsRef<str>, body: &str) -> Answer {
         let head = head.as_ref();
         let host = if head.to_lowercase().contains("\nhost:") {
@@ -145,7 +145,7 @@ impl Server {
         let mut stream = TcpStream::connect(self.addr).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut text = Vec::new();
-        // The daemon may close while it still has unread bytes of ours; what it said before counts.
+        // The daemon may reset the connection while bytes of the request are unread. The answer before that counts.
         let _ = timeout(Duration::from_secs(10), stream.read_to_end(&mut text))
             .await
             .expect("the answer ends");
@@ -179,7 +179,7 @@ impl Answer {
         }
     }
 
-    /// The error of the envelope, whose correlation id must be the one of the header.
+    /// Returns the error from the envelope, whose correlation id must match the header.
     fn error(&self) -> Value {
         let envelope: Value = serde_json::from_str(&self.body)
             .unwrap_or_else(|_| panic!("not an envelope: {self:?}"));
@@ -275,7 +275,7 @@ async fn every_refusal_is_an_envelope() {
         );
         assert!(refusal.2.contains(message), "{head} {body}: {}", refusal.2);
     }
-    // Where it is a field that does not fit, a program can read which.
+    // An error in one field names that field for programs.
     for (body, field) in [
         (r#"{"a":1,"b":300}"#, Some("b")),
         (r#"{"a":1}"#, None),
@@ -308,7 +308,7 @@ async fn every_refusal_is_an_envelope() {
             .body,
         "true"
     );
-    // The panic took nothing down.
+    // The daemon survived the panic.
     assert_eq!(
         server.send("GET /version", "").await.body,
         r#"{"name":"testd","version":"1.2.3","api_version":7}"#
@@ -388,7 +388,7 @@ async fn a_body_that_is_announced_as_too_large_is_refused_before_it_comes() {
         );
         assert_eq!(answer.headers["connection"], "close");
     }
-    // Who asks first, and then does not wait for the answer, still gets to it.
+    // A client that asks for permission but sends without waiting still gets the answer.
     let body = vec![b' '; 12_000_000];
     let mut stream = TcpStream::connect(server.addr).await.unwrap();
     let mut text = String::new();
@@ -500,7 +500,7 @@ async fn a_token_opens_what_it_is_for() {
             .status,
         401
     );
-    // What needs no token, and what the pool's token does not open.
+    // A path that needs no token, and paths that the pool's token does not open.
     assert_eq!(server.send("GET /health", "").await.status, 200);
     assert_eq!(
         server
@@ -625,7 +625,7 @@ async fn a_body_that_trickles_is_cut_off_and_an_answer_that_does_is_not() {
     );
     stream.write_all(head.as_bytes()).await.unwrap();
     let (mut reading, mut writing) = stream.into_split();
-    // More often than any pause that a timeout between bytes would notice.
+    // Often enough that a timeout between bytes would never fire.
     let trickle = tokio::spawn(async move {
         while writing.write_all(b" ").await.is_ok() {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -645,7 +645,7 @@ async fn a_body_that_trickles_is_cut_off_and_an_answer_that_does_is_not() {
             "the body did not arrive within 300ms".into()
         )
     );
-    // The stream is older than that, and open.
+    // The stream is older than the time limit, and still open.
     let more = timeout(Duration::from_millis(50), events.read_u8()).await;
     assert!(more.is_err(), "{more:?}");
 }
@@ -724,7 +724,7 @@ async fn a_flood_of_silent_connections_costs_nobody_who_speaks_the_answer() {
     for _ in 0..200 {
         silent.push(TcpStream::connect(server.addr).await.unwrap());
     }
-    // More than the system's buffers hold.
+    // More than the system's socket buffers hold.
     let body = vec![b' '; 12_000_000];
     let asking = (0..20).map(|_| async {
         let mut stream = TcpStream::connect(server.addr).await.unwrap();
@@ -733,7 +733,7 @@ async fn a_flood_of_silent_connections_costs_nobody_who_speaks_the_answer() {
             body.len()
         );
         let mut text = String::new();
-        // Like many a client it reads nothing before all is sent.
+        // Like many clients, read nothing before everything is sent.
         stream.write_all(head.as_bytes()).await?;
         stream.write_all(&body).await?;
         stream.read_to_string(&mut text).await?;
@@ -751,14 +751,14 @@ async fn a_flood_of_silent_connections_costs_nobody_who_speaks_the_answer() {
         );
         assert_eq!(answer.refusal().1, "OVERLOADED");
     }
-    // The silent ones are let go in order, too.
+    // The silent connections are closed in an orderly way, too.
     for mut stream in silent {
         let read = timeout(Duration::from_secs(60), stream.read(&mut [0])).await;
         assert_eq!(read.expect("it is closed").expect("in order"), 0);
     }
 }
 
-/// Returns ample places, of which each test overrides some.
+/// Returns ample places. Each test overrides some.
 fn places() -> Places {
     Places {
         connections: 100,
@@ -871,7 +871,7 @@ async fn connections_too_many_that_are_silent_do_not_hold_up_a_stop() {
     for _ in 0..100 {
         silent.push(TcpStream::connect(server.addr).await.unwrap());
     }
-    // Connections are taken in order: after this answer those before it are waited for.
+    // Connections are accepted in order: after this answer, all earlier ones have been accepted.
     assert_eq!(server.send("GET /who", "").await.status, 503);
     server.shutdown.trigger();
     let stopped = timeout(Duration::from_secs(20), server.stopped).await;
@@ -959,7 +959,7 @@ async fn a_stop_without_open_work_is_immediate() {
         .write_all(b"GET /health HTTP/1.1\r\nHost: loc")
         .await
         .unwrap();
-    // Connections are taken in order: after this answer those before it are being served.
+    // Connections are accepted in order: after this answer, the earlier ones are being served.
     assert_eq!(server.send("GET /health", "").await.status, 200);
     server.shutdown.trigger();
     let stopped = timeout(Duration::from_secs(20), server.stopped)
@@ -1027,12 +1027,12 @@ fn a_state_folder_has_one_daemon() {
     drop(files);
     assert_eq!(run_files::local_url(&state), None);
     assert!(PidRecord::read(&state).is_none() && state.join("lock").exists());
-    // A killed daemon leaves its files behind; the next one is not led astray by them.
+    // A killed daemon leaves its files behind. The next daemon must ignore them.
     std::fs::write(state.join("addr"), "http://127.0.0.1:1").unwrap();
     let files = RunFiles::claim(&state, "testd", "1.2.4").unwrap();
     assert_eq!(run_files::local_url(&state), None);
 
-    // A taken folder is the new daemon's: the old one's end leaves its files alone, and a third one is refused.
+    // After a takeover, the old daemon's end leaves the new daemon's files alone, and a third daemon is refused.
     let taken = RunFiles::take_over(&state, "1.2.5").unwrap();
     taken.write_addr("127.0.0.1:9".parse().unwrap()).unwrap();
     drop(files);

@@ -1,8 +1,8 @@
-//! The runtime of a daemon, with as many threads as the system allows.
+//! Async runtime of a daemon, sized to the threads that the system allows.
 //!
-//! A runtime starts its threads on demand, and panics, or waits forever, if the system allows none (a cgroup's
-//! `pids.max`, a user's `RLIMIT_NPROC`). So the available threads are counted first, and those that the control path
-//! needs are started at once and kept.
+//! A runtime starts threads on demand, and panics or waits forever if the system allows none (a cgroup's `pids.max`, a
+//! user's `RLIMIT_NPROC`). So this module counts the available threads first, and starts and keeps those that the control
+//! path needs.
 
 use std::io;
 use std::sync::{Arc, Barrier, Mutex, mpsc};
@@ -14,26 +14,26 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::units::{human_bytes, human_bytes_up};
 
-/// Threads for blocking work: the permanent ones, and the most in all.
+/// Threads for blocking work: the permanent ones, and the most in total.
 const BLOCKING: (usize, usize) = (2, 64);
-/// Lifetime of an idle thread for blocking work: later the system may allow none.
+/// Lifetime of an idle thread for blocking work. Threads are kept because the system may not allow new ones later.
 const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Bytes of address space that a daemon's code, data and buffers take at most, without its threads.
+/// Most bytes of address space that a daemon's code, data and buffers take, not counting its threads.
 const ADDRESS_SPACE: u64 = 256 << 20;
-/// Bytes of address space of a thread's stack, with what the system adds.
+/// Bytes of address space of a thread's stack, including the system's overhead.
 const STACK: u64 = (2 << 20) + (64 << 10);
-/// Threads and processes left for short-lived children of the daemon.
+/// Threads and processes left over for short-lived children of the daemon.
 const MARGIN: usize = 4;
 
-/// Reason why there is no runtime.
+/// A runtime that could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
     /// The system allows too few threads.
     #[error("the system gives {found} more threads: at least {needed} are needed")]
     Threads {
-        /// Threads that could be started.
+        /// Additional threads that could be started.
         found: usize,
-        /// Fewest threads with which the daemon works.
+        /// Fewest additional threads with which the daemon works.
         needed: usize,
     },
     /// The limit on address space is too low.
@@ -45,10 +45,10 @@ pub enum RuntimeError {
     AddressSpace {
         /// The limit in bytes.
         limit: u64,
-        /// Fewest bytes with which the daemon works.
+        /// The lowest limit in bytes with which the daemon works.
         needed: u64,
     },
-    /// The system refused another resource.
+    /// Another error of the system.
     #[error("could not start the runtime")]
     System(#[source] io::Error),
 }
@@ -69,7 +69,7 @@ impl RuntimeError {
     }
 }
 
-/// Returns how many of `wanted` threads can run at once in addition to the running ones.
+/// Returns how many threads, at most `wanted`, can run in addition to the running ones. Starts them to find out.
 pub fn available(wanted: usize) -> usize {
     let (hold, held) = mpsc::channel::<()>();
     let held = Arc::new(Mutex::new(held));
@@ -78,7 +78,7 @@ pub fn available(wanted: usize) -> usize {
         let held = Arc::clone(&held);
         let wait = move || {
             let held = held.lock();
-            // Returns when the sender is dropped.
+            // Blocks until the sender is dropped.
             let _ = held.map(|held| held.recv());
         };
         match thread::Builder::new().spawn(wait) {
@@ -94,7 +94,7 @@ pub fn available(wanted: usize) -> usize {
     found
 }
 
-/// Returns a runtime of at most `workers` worker threads, which leaves `own` threads to the daemon.
+/// Starts a runtime of at most `workers` worker threads that leaves `own` threads to the daemon.
 pub fn runtime(workers: usize, own: usize) -> Result<Runtime, RuntimeError> {
     let (least_blocking, most_blocking) = BLOCKING;
     let needed = 1 + least_blocking + own;
@@ -123,12 +123,12 @@ pub fn runtime(workers: usize, own: usize) -> Result<Runtime, RuntimeError> {
     Ok(runtime)
 }
 
-/// Fails if the limit on address space does not hold this many threads, and otherwise keeps the allocator within it.
+/// Fails if this many threads don't fit the limit on address space; otherwise keeps the allocator from exceeding it.
 fn fit_address_space(threads: u64) -> Result<(), RuntimeError> {
     let Some(limit) = getrlimit(Resource::As).current else {
         return Ok(());
     };
-    // Each thread reserves 64 MiB and more for allocations of its own, up to eight times the number of processors.
+    // glibc gives each thread an arena that reserves 64 MiB or more, up to eight arenas for each processor.
     share_one_arena();
     let needed = ADDRESS_SPACE + threads * STACK;
     if limit < needed {
@@ -137,17 +137,17 @@ fn fit_address_space(threads: u64) -> Result<(), RuntimeError> {
     Ok(())
 }
 
-/// Makes all threads allocate from one region, as only glibc's allocator has to be told.
+/// Makes all threads allocate from one arena. Only glibc's allocator needs this setting.
 fn share_one_arena() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: the function takes two numbers, changes a setting of the allocator under its lock, and touches no memory of ours.
+    // SAFETY: `mallopt` takes two numbers and changes a setting of the allocator under the allocator's lock.
     #[allow(unsafe_code)]
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }
 
-/// Starts threads for blocking work, so that later work always finds an idle thread.
+/// Starts `count` threads for blocking work and waits until all of them run, so that later work finds them idle.
 fn start_blocking_threads(runtime: &Runtime, count: usize) {
     let all = Arc::new(Barrier::new(count + 1));
     for _ in 0..count {
