@@ -1,16 +1,16 @@
-//! Addresses of daemons, as written by people.
+//! Parsing of daemons' addresses as people write them.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use serde::{Deserialize, Deserializer, de};
 
-/// The accepted forms of a daemon's address.
+/// The accepted forms of a daemon's address, as a hint.
 pub const FORMS: &str =
     "write it like `http://127.0.0.1:8080`, `localhost:8080`, `:8080` or `8080`";
 
-/// Parses the address of a called daemon: a URL, `HOST:PORT`, `:PORT` or `PORT`, the latter two on this host. Returns
-/// the URL, without a slash at its end.
+/// Parses the address of a daemon to call: a URL, `HOST:PORT`, `:PORT` or `PORT`, the last two on this host. Returns the
+/// URL, without a slash at its end.
 pub fn url(text: &str) -> Result<String, String> {
     let text = text.trim();
     match port(text)? {
@@ -33,8 +33,8 @@ pub fn url(text: &str) -> Result<String, String> {
     Ok(whole.trim_end_matches('/').to_owned())
 }
 
-/// Parses the address to listen on: `ADDRESS:PORT`, `localhost:PORT`, `:PORT` or `PORT`, the latter three on loopback.
-/// For clap's `value_parser`.
+/// Parses an address to listen on: `ADDRESS:PORT`, `localhost:PORT`, `:PORT` or `PORT`, the last three on loopback. For
+/// clap's `value_parser`.
 pub fn bind(text: &str) -> Result<SocketAddr, String> {
     let text = text.trim();
     if let Some(port) = port(text)? {
@@ -49,7 +49,7 @@ pub fn bind(text: &str) -> Result<SocketAddr, String> {
     })
 }
 
-/// Returns the port of `:PORT` or `PORT`; `None` for another form.
+/// Returns the port of `:PORT` or `PORT`; `None` for any other form.
 fn port(text: &str) -> Result<Option<u16>, String> {
     let digits = text.strip_prefix(':').unwrap_or(text);
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -60,7 +60,7 @@ fn port(text: &str) -> Result<Option<u16>, String> {
         .map_err(|_| format!("{digits} is no port: ports are 0 to 65535"))
 }
 
-/// An address in a settings file: a text, or a port number.
+/// A visitor for an address in a settings file: a string, or a port number.
 struct Written;
 
 impl de::Visitor<'_> for Written {

@@ -1,17 +1,18 @@
-//! The memory cgroup of a process: what it may use, what it uses, and how often the kernel killed for it.
+//! Memory cgroup of a process: limit, usage and number of OOM kills.
 //!
-//! Both versions of cgroups are read, also where a host mounts version 2 beside the memory controller of version 1.
-//! On systems without cgroups, and for processes in none, there is nothing to say.
+//! Supports both versions of cgroups, including hosts that mount version 2 next to the memory controller of version 1.
+//! On systems without cgroups, and for processes in no cgroup, the functions return `None`.
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// A limit of version 1 from which on it is none: the kernel writes "no limit" as the largest number of pages.
+/// A limit of version 1 from which on there is none: without a limit, the kernel reports the largest whole number of pages,
+/// in bytes.
 const V1_UNLIMITED: u64 = 1 << 62;
 
-/// Which files tell about a cgroup.
+/// Version of cgroups, which determines the files to read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Version {
     V1,
@@ -22,45 +23,46 @@ enum Version {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryCgroup {
     version: Version,
-    /// Where the hierarchy is mounted; the folders between here and `path` limit it too.
+    /// Mount point of the hierarchy. The limits of all folders from here to `path` apply.
     root: PathBuf,
     path: PathBuf,
 }
 
-/// How many processes of a cgroup the kernel had killed for want of memory at one moment.
+/// Number of OOM kills in a cgroup at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OomMark {
     /// The cgroup's folder.
     pub path: PathBuf,
-    /// Its counter.
+    /// Value of the kernel's counter of OOM kills.
     pub kills: u64,
 }
 
 impl MemoryCgroup {
-    /// The memory cgroup that the process with this pid is in now.
+    /// Returns the current memory cgroup of the process with this pid.
     pub fn of(pid: u32) -> Option<Self> {
         let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
         let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         find(&mounts, &groups)
     }
 
-    /// The memory cgroup that this process is in.
+    /// Returns the memory cgroup of this process.
     pub fn current() -> Option<Self> {
         Self::of(std::process::id())
     }
 
-    /// Its folder.
+    /// Returns the cgroup's folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The most bytes that its processes may use together: the smallest limit on the way up. `None` without a limit.
+    /// Returns the limit in bytes for all processes of the cgroup together: the lowest limit up to the root. `None` without a
+    /// limit.
     pub fn limit_bytes(&self) -> Option<u64> {
         self.limits().map(|(_, limit)| limit).min()
     }
 
-    /// Bytes that its processes may still take: what is left where the least is left on the way up, as a limit further up
-    /// is shared with the neighbours. `None` without a limit.
+    /// Returns the bytes that the processes may still allocate: the least that any limit up to the root leaves, because other
+    /// cgroups share the limits above. `None` without a limit.
     pub fn left_bytes(&self) -> Option<u64> {
         let left = |(folder, limit): (&Path, u64)| {
             limit.saturating_sub(self.usage_of(folder).unwrap_or(0))
@@ -68,9 +70,9 @@ impl MemoryCgroup {
         self.limits().map(left).min()
     }
 
-    /// The folders with a limit from this one on upwards, with it.
+    /// Returns the folders with a limit, from the cgroup's own upwards, each with the limit in bytes.
     fn limits(&self) -> impl Iterator<Item = (&Path, u64)> {
-        // Above `memory.high` the kernel kills no process but throttles all, so a worker must fit below it.
+        // Above `memory.high`, the kernel throttles all processes without killing any, so a worker must fit below it.
         let files: &[&str] = match self.version {
             Version::V1 => &["memory.limit_in_bytes"],
             Version::V2 => &["memory.max", "memory.high"],
@@ -89,9 +91,9 @@ impl MemoryCgroup {
 
     /// Returns the bytes used by the processes in a folder and below, without the clean page cache.
     ///
-    /// The kernel drops clean file pages before it kills for lack of memory, on the active list as well as on the
-    /// inactive one. The file lists hold neither shmem (tmpfs) nor locked pages, and kernel memory is no page of a
-    /// file. Mapped pages count as cache: to match, [`crate::lifecycle::Held`] counts anonymous memory alone.
+    /// The kernel drops clean file pages, on the active list as well as on the inactive one, before it kills for lack of
+    /// memory. The file lists contain no shmem (tmpfs), no locked pages and no kernel memory. Mapped pages count as cache; to
+    /// match, [`crate::lifecycle::Held`] counts only anonymous memory.
     fn usage_of(&self, folder: &Path) -> Option<u64> {
         let (usage, cached, unwritten) = match self.version {
             Version::V1 => (
@@ -115,13 +117,12 @@ impl MemoryCgroup {
         Some(used.saturating_sub(clean))
     }
 
-    /// How many of its processes the kernel has killed for want of memory, those of its subgroups not counted where
-    /// the kernel can tell them apart.
+    /// Returns the number of OOM kills in the cgroup; without its subgroups if the kernel counts those separately.
     pub fn oom_kills(&self) -> Option<u64> {
         kills_in(&self.path)
     }
 
-    /// The counter of [`MemoryCgroup::oom_kills`] now, to be compared later.
+    /// Returns the current count of [`MemoryCgroup::oom_kills`], for a later comparison.
     pub fn oom_mark(&self) -> Option<OomMark> {
         Some(OomMark {
             path: self.path.clone(),
@@ -131,28 +132,28 @@ impl MemoryCgroup {
 }
 
 impl OomMark {
-    /// The mark of the process with this pid, if it is in a memory cgroup that counts.
+    /// Returns the mark of the process with this pid; `None` if it is in no memory cgroup that counts OOM kills.
     pub fn of(pid: u32) -> Option<Self> {
         MemoryCgroup::of(pid)?.oom_mark()
     }
 
-    /// Whether the kernel has killed in this cgroup since. `false` where that can't be read any more.
+    /// Returns whether there were OOM kills in the cgroup since the mark; `false` if the counter is no longer readable.
     pub fn has_risen(&self) -> bool {
         kills_in(&self.path).is_some_and(|now| now > self.kills)
     }
 }
 
-/// Bytes of main memory that the cgroup of this process allows it and its workers; `None` without a limit.
+/// Returns the limit in bytes on the main memory of this process and its workers, set by its cgroup; `None` without a limit.
 pub fn memory_limit() -> Option<u64> {
     MemoryCgroup::current()?.limit_bytes()
 }
 
-/// Bytes of main memory that the cgroup of this process leaves to it and its workers; `None` without a limit.
+/// Returns the bytes of main memory that this process's cgroup still leaves to it and its workers; `None` without a limit.
 pub fn memory_left() -> Option<u64> {
     MemoryCgroup::current()?.left_bytes()
 }
 
-/// The memory cgroup among those of a process (`/proc/PID/cgroup`), found through the mounts (`/proc/self/mountinfo`).
+/// Returns the memory cgroup of a process, from its cgroups (`/proc/PID/cgroup`) and the mounts (`/proc/self/mountinfo`).
 fn find(mounts: &str, groups: &str) -> Option<MemoryCgroup> {
     let group = |wanted: &dyn Fn(&str) -> bool| {
         groups.lines().find_map(|line| {
@@ -161,7 +162,7 @@ fn find(mounts: &str, groups: &str) -> Option<MemoryCgroup> {
         })
     };
     let memory = |list: &str| list.split(',').any(|name| name == "memory");
-    // Where version 1 has the memory controller, version 2 has none.
+    // A controller belongs to one version only, so prefer version 1 if it has the memory controller.
     let (version, path) = match group(&memory) {
         Some(path) => (Version::V1, path),
         None => (Version::V2, group(&str::is_empty)?),
@@ -180,7 +181,7 @@ fn find(mounts: &str, groups: &str) -> Option<MemoryCgroup> {
             return None;
         }
         let root = PathBuf::from(unescape(mount_point));
-        // A container may see only its own part of the hierarchy, under the name that it has outside.
+        // A container may see only its own part of the hierarchy, mounted under the name that the part has outside.
         let inside = Path::new(path)
             .strip_prefix(unescape(mounted_part))
             .or_else(|_| Path::new(path).strip_prefix("/"))
@@ -196,7 +197,7 @@ fn find(mounts: &str, groups: &str) -> Option<MemoryCgroup> {
     })
 }
 
-/// Spaces and the like in a path of mountinfo are octal.
+/// Decodes the octal escapes that mountinfo uses for white space and backslashes in paths.
 fn unescape(path: &str) -> String {
     [
         ("\\040", " "),
@@ -210,7 +211,7 @@ fn unescape(path: &str) -> String {
     })
 }
 
-/// The counter of kills of the cgroup in this folder: version 1's, else version 2's.
+/// Returns the number of OOM kills of the cgroup in this folder: version 1's counter, otherwise version 2's.
 fn kills_in(folder: &Path) -> Option<u64> {
     ["memory.oom_control", "memory.events.local", "memory.events"]
         .iter()
@@ -221,7 +222,7 @@ fn number_in(path: &Path) -> Option<u64> {
     fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
-/// The number after `name` in a file of lines `name number`.
+/// Returns the number after `name` in a file of lines `name number`.
 fn field_in(path: &Path, name: &str) -> Option<u64> {
     field_of(&fs::read_to_string(path).ok()?, name)
 }
@@ -306,7 +307,7 @@ mod tests {
         assert!(!mark.has_risen());
         write("outer/inner/memory.events", "oom 9\noom_kill 5\n");
         assert!(mark.has_risen());
-        // The cgroup's own counter goes before the one that counts its subgroups as well.
+        // The counter of the cgroup alone takes precedence over the one that includes subgroups.
         write("outer/inner/memory.events.local", "oom_kill 1\n");
         assert_eq!(v2.oom_kills(), Some(1));
         fs::remove_dir_all(&inner).unwrap();
@@ -339,8 +340,8 @@ mod tests {
             };
             cgroup.left_bytes()
         };
-        // 300 active and 100 inactive bytes of files, of which 30 are dirty and 20 under writeback; shmem, locked pages
-        // and the kernel's own are part of `memory.current`, and of `file` if they belong to files.
+        // 300 active and 100 inactive bytes of files, of which 30 are dirty and 20 under writeback. `memory.current`
+        // includes shmem, locked pages and kernel memory; `file` includes shmem and the locked pages of files.
         let stat = "anon 200\nfile 550\nkernel 80\nslab_reclaimable 60\nshmem 100\nfile_mapped 90\n\
             file_dirty 30\nfile_writeback 20\ninactive_anon 100\nactive_anon 200\ninactive_file 100\n\
             active_file 300\nunevictable 50\n";
@@ -364,7 +365,7 @@ mod tests {
             ("memory.stat", stat),
         ];
         assert_eq!(left(Version::V1, &v1), Some(1000 - (830 - 350)));
-        // A dirty count that exceeds the lists, because the kernel updates them at different moments, frees nothing.
+        // A dirty count above the sum of the lists (the kernel updates them at different times) frees nothing.
         let ahead = "total_dirty 900\ntotal_inactive_file 100\n";
         assert_eq!(left(Version::V1, &[("memory.stat", ahead)]), Some(170));
     }

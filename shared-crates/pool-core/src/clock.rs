@@ -1,10 +1,9 @@
-//! A clock that neither steps nor counts this process's own standstill against others.
+//! A clock that never steps and leaves out the time in which this process did not run.
 //!
-//! The wall clock steps: by an hour, by years, in both directions. Every duration is therefore measured with the time
-//! since the host's boot, which only grows and also runs while the host sleeps. A process that was stopped or suspended
-//! could take its own absence for the silence of others, so [`elapsed`] leaves out the gaps in which this process did
-//! not run. A dedicated thread reads the clock several times a second; a reading much later than the previous one
-//! follows a gap.
+//! The wall clock steps: by an hour, by years, in both directions. Durations are therefore measured with the time since
+//! the host's boot, which only increases and includes sleep. A process that was stopped or suspended could mistake its
+//! own absence for the silence of others, so [`elapsed`] leaves out the gaps in which this process did not run. A
+//! dedicated thread reads the clock several times a second; a reading much later than the previous one ends a gap.
 
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::thread;
@@ -12,18 +11,18 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// Time between two readings of the watching thread.
+/// Interval between two readings of the watching thread.
 const TICK: Duration = Duration::from_millis(100);
-/// Longest time between two readings that is no gap. A busy host runs the thread late.
+/// Longest time between two readings that does not count as a gap: a busy host may run the thread late.
 const LATE: Duration = Duration::from_millis(500);
 
-/// The clock that includes sleep: on macOS, the monotonic clock.
+/// The clock that includes sleep. On macOS, that is the monotonic clock.
 #[cfg(target_os = "macos")]
 const BOOT: ClockId = ClockId::Monotonic;
 #[cfg(not(target_os = "macos"))]
 const BOOT: ClockId = ClockId::Boottime;
 
-/// Returns the time since the host's boot, sleep included.
+/// Returns the time since the host's boot, including sleep.
 pub fn since_boot() -> Duration {
     let time = clock_gettime(BOOT);
     Duration::new(
@@ -32,12 +31,12 @@ pub fn since_boot() -> Duration {
     )
 }
 
-/// Returns the time that this process has run since the first call, without gaps. Never decreases.
+/// Returns the time since the clock's first use, without gaps. Never decreases.
 pub fn elapsed() -> Duration {
     OWN.read().ran
 }
 
-/// Returns the sum of the gaps since the first call of this module.
+/// Returns the total length of the gaps since the clock's first use.
 pub fn stood() -> Duration {
     OWN.read().stood
 }
@@ -70,7 +69,7 @@ impl Own {
 
     fn read(&self) -> Reading {
         let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
-        // Read under the lock, so that readings are in order.
+        // Read the clock under the lock, so that readings stay in order.
         let gap = reading.advance(since_boot(), self.watched);
         let copy = *reading;
         drop(reading);
@@ -101,7 +100,7 @@ impl Reading {
         }
     }
 
-    /// Records the time since boot, and returns the gap that the reading ends, if any.
+    /// Records a reading, the time since boot, and returns the gap that it ends, if any.
     fn advance(&mut self, now: Duration, watched: bool) -> Option<Duration> {
         let passed = now.saturating_sub(self.at);
         self.at = self.at.max(now);
@@ -112,11 +111,11 @@ impl Reading {
     }
 }
 
-/// A wait that ended without its outcome.
+/// A wait that timed out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Elapsed;
 
-/// Waits for `work` at most `limit`. After a gap the limit starts again: the outcome may have arrived while this
+/// Waits for `work` for at most `limit`. After a gap, the limit starts again: the outcome may have arrived while this
 /// process did not run, and needs a moment to be processed.
 #[cfg(any(feature = "client", feature = "service"))]
 pub async fn timeout<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, Elapsed> {
@@ -129,7 +128,7 @@ pub async fn timeout<T>(limit: Duration, work: impl Future<Output = T>) -> Resul
     }
 }
 
-/// A timer that ends after a limit without a gap, measured from the latest [`Patience::renew`].
+/// A timer that ends after `limit` without a gap, measured from the latest [`Patience::renew`].
 #[cfg(any(feature = "client", feature = "service"))]
 #[derive(Debug)]
 pub struct Patience {
@@ -166,7 +165,7 @@ impl Future for Patience {
     ) -> std::task::Poll<()> {
         loop {
             std::task::ready!(self.timer.as_mut().poll(context));
-            // The timer's clock runs through gaps, so it may end before data that arrived meanwhile is read.
+            // The timer's clock includes gaps, so the timer may end before data that arrived in a gap is read.
             let stood = stood();
             if stood == self.stood {
                 return std::task::Poll::Ready(());
@@ -208,7 +207,7 @@ mod tests {
     fn own_time_passes() {
         let before = (since_boot(), elapsed());
         thread::sleep(MS(20));
-        // In the reverse order of the first readings, so that the second clock is read within the first one's span.
+        // In the reverse order of the first readings, so that the span of the second clock lies within that of the first.
         let own = elapsed() - before.1;
         let passed = (since_boot() - before.0, own);
         assert!(passed.0 >= MS(20) && passed.1 <= passed.0, "{passed:?}");

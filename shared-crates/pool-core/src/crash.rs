@@ -1,7 +1,7 @@
-//! Places where a crash is tried. Without the feature `crash-points`, which only tests turn on, they are nothing.
+//! Crash points for tests. Without the feature `crash-points`, which only tests enable, they do nothing.
 
-/// Kills this process here, as SIGKILL does, if the variable `LLORCH_CRASH_AT` names this place: `name`, or `name@N`
-/// for the Nth time that it is reached.
+/// Kills this process with SIGKILL if the variable `LLORCH_CRASH_AT` names this point: `name`, or `name@N` for the Nth
+/// time that the point is reached.
 #[cfg(feature = "crash-points")]
 pub fn crash_point(name: &str) {
     use std::sync::OnceLock;
@@ -21,12 +21,12 @@ pub fn crash_point(name: &str) {
     });
     let here = wanted.as_ref().filter(|(wanted, _)| wanted == name);
     if here.is_some_and(|(_, nth)| REACHED.fetch_add(1, Ordering::Relaxed) + 1 == *nth) {
-        // Nothing is flushed, dropped or answered from here on.
+        // SIGKILL, so that nothing is flushed, dropped or answered any more.
         let _ = kill_process(getpid(), Signal::KILL);
     }
 }
 
-/// Nothing: this build has no places to crash at.
+/// Does nothing: this build has no crash points.
 #[cfg(not(feature = "crash-points"))]
 #[inline(always)]
 pub fn crash_point(_name: &str) {}

@@ -1,13 +1,13 @@
-//! An error together with what stands behind it.
+//! Errors together with their causes.
 
 use std::error::Error;
 
-/// What stands behind an error, the nearest cause first.
+/// Returns the causes of an error, nearest first.
 pub fn causes(error: &dyn Error) -> impl Iterator<Item = String> {
     std::iter::successors(error.source(), |cause| (*cause).source()).map(ToString::to_string)
 }
 
-/// An error and its causes in one line.
+/// Returns an error and its causes in one line.
 pub fn with_causes(error: &dyn Error) -> String {
     causes(error).fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

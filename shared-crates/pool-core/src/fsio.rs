@@ -1,12 +1,12 @@
-//! Files that survive a crash, and locks between processes.
+//! Crash-safe file writes, and locks between processes.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
-/// Replaces `path` by `bytes` with the permission bits `mode`: a reader sees the old content or the new, never a
-/// part, and after a return of `Ok` the new content survives a power loss.
+/// Replaces the file at `path` with `bytes` and the permission bits `mode`. Readers see either the old or the new content,
+/// never a part. Once this returns `Ok`, the new content survives a power loss.
 pub fn write_atomic(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>, mode: u32) -> io::Result<()> {
     let path = path.as_ref();
     let folder = match path.parent() {
@@ -17,7 +17,7 @@ pub fn write_atomic(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>, mode: u32) 
         .prefix(".write-")
         .tempfile_in(folder)?;
     temp.write_all(bytes.as_ref())?;
-    // Set on the open file, because the mode given at creation is subject to the umask.
+    // Set on the open file, because a mode given at creation is subject to the umask.
     temp.as_file()
         .set_permissions(fs::Permissions::from_mode(mode))?;
     temp.as_file().sync_all()?;
@@ -25,15 +25,14 @@ pub fn write_atomic(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>, mode: u32) 
     File::open(folder)?.sync_all()
 }
 
-/// A lock on a file, held until dropped. The kernel lets go of it when the process dies, however it dies.
+/// A lock on a file, held until dropped. The kernel releases it when the process ends, even by a crash.
 #[derive(Debug)]
 pub struct LockGuard {
     file: File,
 }
 
 impl LockGuard {
-    /// Whether the file that is locked still has the name `path`. Another process may have put a file of its own there
-    /// with [`replace_lock`].
+    /// Returns whether the locked file is still at `path`. Another process may have replaced it with [`replace_lock`].
     pub fn is_at(&self, path: impl AsRef<Path>) -> io::Result<bool> {
         let ours = self.file.metadata()?;
         match fs::metadata(path) {
@@ -44,15 +43,15 @@ impl LockGuard {
     }
 }
 
-/// Waits for the exclusive lock on `path`, which is made (0600) if missing. The file is never removed: a lock on a
-/// name that another process has just unlinked would exclude nobody.
+/// Waits for the exclusive lock on `path`. Creates the file (0600) if missing, and never removes it: a lock on an unlinked
+/// file would exclude no other process.
 pub fn lock_exclusive(path: impl AsRef<Path>) -> io::Result<LockGuard> {
     let file = open_lock(path.as_ref())?;
     file.lock()?;
     Ok(LockGuard { file })
 }
 
-/// As [`lock_exclusive`], but returns `None` at once when another process holds the lock.
+/// Like [`lock_exclusive`], but returns `None` at once if another process holds the lock.
 pub fn try_lock_exclusive(path: impl AsRef<Path>) -> io::Result<Option<LockGuard>> {
     let file = open_lock(path.as_ref())?;
     match file.try_lock() {
@@ -62,8 +61,8 @@ pub fn try_lock_exclusive(path: impl AsRef<Path>) -> io::Result<Option<LockGuard
     }
 }
 
-/// Puts a new file at `path` and takes its lock, whoever holds the lock of the file that was there. That one holds a file
-/// without a name from then on; [`LockGuard::is_at`] tells it so.
+/// Replaces the file at `path` with a new, locked file, even if another process holds the lock on the old file. That
+/// process keeps the lock on a file without a name, which it can detect with [`LockGuard::is_at`].
 pub fn replace_lock(path: impl AsRef<Path>) -> io::Result<LockGuard> {
     let path = path.as_ref();
     let folder = path.parent().unwrap_or(Path::new("."));
@@ -75,8 +74,8 @@ pub fn replace_lock(path: impl AsRef<Path>) -> io::Result<LockGuard> {
     Ok(LockGuard { file })
 }
 
-/// Whether a process holds the lock on `path` that [`lock_exclusive`] takes. Looking holds nobody up for longer than the
-/// look takes.
+/// Returns whether a process holds the exclusive lock on `path`. Takes a shared lock to find out, so for that moment
+/// another process can't take the exclusive lock.
 pub fn is_locked(path: impl AsRef<Path>) -> io::Result<bool> {
     let file = match File::open(path) {
         Ok(file) => file,
@@ -90,7 +89,7 @@ pub fn is_locked(path: impl AsRef<Path>) -> io::Result<bool> {
     }
 }
 
-/// Returns whether a write failed because this user, or every user, may only read there.
+/// Returns whether a write failed for lack of permission or because the file system is read-only.
 pub fn is_read_only(error: &io::Error) -> bool {
     matches!(
         error.kind(),

@@ -1,4 +1,4 @@
-//! Bytes in lower-case hexadecimal, as hashes and fingerprints are written.
+//! Lower-case hexadecimal, for hashes and fingerprints.
 
 use std::fmt::Write as _;
 
@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 pub fn hex(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len() * 2);
     for byte in bytes {
-        // Writing to a text never fails.
+        // Writing to a `String` never fails.
         let _ = write!(text, "{byte:02x}");
     }
     text

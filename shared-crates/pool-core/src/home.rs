@@ -1,4 +1,4 @@
-//! Where llama-orch keeps its files: one folder under `LLORCH_HOME`, else the XDG base directories.
+//! Folders of llama-orch: below `LLORCH_HOME`, otherwise in the XDG base directories.
 
 use std::fs::{self, DirBuilder, Permissions};
 use std::io;
@@ -17,24 +17,24 @@ pub struct Home {
     pool: PathBuf,
 }
 
-/// Why the folders could not be found or made.
+/// Folders that could not be determined or created.
 #[derive(Debug, thiserror::Error)]
 pub enum HomeError {
-    /// Neither `LLORCH_HOME` nor `HOME` says where to look.
+    /// Neither `LLORCH_HOME` nor `HOME` is set.
     #[error("neither LLORCH_HOME nor HOME is set")]
     Unknown,
-    /// A folder can't be made or protected.
+    /// A folder that can't be created or protected.
     #[error("could not prepare the folder {}", path.display())]
     Prepare {
-        /// The folder in question.
+        /// Path of the folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
 }
 
 impl HomeError {
-    /// What to try next.
+    /// Returns a remedy.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Unknown => Some("set LLORCH_HOME to a folder that llama-orch may use"),
@@ -54,19 +54,20 @@ impl HomeError {
 }
 
 impl Home {
-    /// The home that the environment describes: `LLORCH_HOME`, else XDG; `LLORCH_MODELS_DIR` moves the models.
+    /// Returns the home that the environment describes: `LLORCH_HOME`, otherwise XDG. `LLORCH_MODELS_DIR` overrides the folder
+    /// of models.
     pub fn from_env() -> Result<Self, HomeError> {
         Self::from_lookup(&|name| std::env::var(name).ok())
     }
 
-    /// As [`Home::from_env`], with the environment passed in.
+    /// Like [`Home::from_env`], with the environment passed in.
     pub fn from_lookup(env: &dyn Fn(&str) -> Option<String>) -> Result<Self, HomeError> {
         let set = |name: &str| env(name).filter(|value| !value.is_empty());
         let mut home = match set("LLORCH_HOME") {
             Some(root) => Self::at(root),
             None => {
                 let user = set("HOME").map(PathBuf::from);
-                // The XDG specification says that relative paths are to be ignored.
+                // The XDG specification requires relative paths to be ignored.
                 let base = |name: &str, default: &str| {
                     set(name)
                         .map(PathBuf::from)
@@ -93,7 +94,7 @@ impl Home {
         Ok(home)
     }
 
-    /// A home with everything under `root`. A relative `root` is taken from the current folder, once.
+    /// Returns a home with everything under `root`. A relative `root` is resolved now, against the current directory.
     pub fn at(root: impl Into<PathBuf>) -> Self {
         let root = absolute(root.into());
         Self {
@@ -107,53 +108,53 @@ impl Home {
         }
     }
 
-    /// The one folder that everything is under: the `LLORCH_HOME` of a program that is to work with this home.
+    /// Returns the root folder, for the `LLORCH_HOME` of a child process; `None` for a home in XDG directories.
     pub fn root(&self) -> Option<&Path> {
         self.root.as_deref()
     }
 
-    /// Configuration files, and the user's own `catalog.toml`.
+    /// Returns the folder of configuration files and of the user's own `catalog.toml`.
     pub fn config_dir(&self) -> PathBuf {
         self.config.clone()
     }
 
-    /// A file in the configuration folder, as `orchestratord.toml`.
+    /// Returns the path of a file in the configuration folder, such as `orchestratord.toml`.
     pub fn config_file(&self, name: &str) -> PathBuf {
         self.config.join(name)
     }
 
-    /// Downloaded models.
+    /// Returns the folder of downloaded models.
     pub fn models_dir(&self) -> PathBuf {
         self.models.clone()
     }
 
-    /// The private Python environment of `llorch-pool dev setup`, in the data folder.
+    /// Returns the folder of the private Python environment that `llorch-pool dev setup` creates.
     pub fn venv_dir(&self) -> PathBuf {
         self.venv.clone()
     }
 
-    /// Log files of daemons and workers.
+    /// Returns the folder of the daemons' and workers' log files.
     pub fn logs_dir(&self) -> PathBuf {
         self.logs.clone()
     }
 
-    /// State of `orchestratord`: `jobs.db`, `lock`, `pid.json`, `addr`.
+    /// Returns the state folder of `orchestratord`: `jobs.db`, `lock`, `pid.json`, `addr`.
     pub fn orchestratord_state(&self) -> PathBuf {
         self.orchestratord.clone()
     }
 
-    /// State of the pool: `workers/ID.json`, `lock`, `pid.json`, `addr`.
+    /// Returns the state folder of the pool: `workers/ID.json`, `lock`, `pid.json`, `addr`.
     pub fn pool_state(&self) -> PathBuf {
         self.pool.clone()
     }
 
-    /// The worker registry, a folder of [`Home::pool_state`].
+    /// Returns the folder of the worker registry, inside [`Home::pool_state`].
     pub fn workers_dir(&self) -> PathBuf {
         self.pool.join("workers")
     }
 
-    /// Makes the folders that are missing, with mode 0700. The folders of state and logs are tightened to that
-    /// as well; configuration and models keep the mode their owner gave them.
+    /// Creates missing folders with mode 0700. Existing folders of state and logs are restricted to that mode too;
+    /// configuration and models keep the mode that their owner chose.
     pub fn ensure(&self) -> Result<(), HomeError> {
         for dir in [&self.config, &self.models] {
             make(dir)?;

@@ -1,4 +1,4 @@
-//! Identity of a host and its pool's state folder.
+//! Identity of a host together with its pool's state folder.
 
 use std::fs;
 use std::io;
@@ -12,11 +12,11 @@ use crate::secret::Secret;
 
 /// File in the pool's state folder that holds the random half of the identity.
 const FILE: &str = "host-id";
-/// Identities of the operating system, stable across restarts: a copied state folder does not contain them.
+/// Files with the operating system's identity, which is stable across restarts and not part of a copied state folder.
 const MACHINE_IDS: [&str; 2] = ["/etc/machine-id", "/var/lib/dbus/machine-id"];
 
-/// Returns the identity of this host with the state folder `state`, the same at every call. The first call writes the
-/// random half into the folder.
+/// Returns the identity of this host with the state folder `state`: 32 hexadecimal digits, the same at every call. The
+/// first call writes the random half into the folder.
 pub fn host_id(state: &Path) -> io::Result<String> {
     let machine = MACHINE_IDS
         .iter()

@@ -1,4 +1,4 @@
-//! Integers that every JSON reader preserves. Many readers (JavaScript, `jq` 1.6) hold numbers as 64-bit floats, which
+//! Integers that every JSON reader preserves. Many readers (JavaScript, `jq` 1.6) store numbers as 64-bit floats, which
 //! round integers of more than 53 bits.
 
 /// The largest integer that a 64-bit float and both its neighbours represent exactly: 2^53 - 1.
@@ -43,7 +43,7 @@ pub mod decimal {
         fn visit_f64<E: de::Error>(self, number: f64) -> Result<u64, E> {
             const ABOVE_U64: f64 = 18_446_744_073_709_551_616.0;
             if (0.0..ABOVE_U64).contains(&number) && number.fract() == 0.0 {
-                // Within these bounds a whole number converts exactly.
+                // Within these bounds, a float without a fraction converts exactly.
                 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
                 return Ok(number as u64);
             }

@@ -1,9 +1,10 @@
-//! What a pool host is: model references, the catalogue, workers and their registry, and the wire types that
+//! Domain types of a pool host: model references, the catalogue, workers and their registry, and the wire types that
 //! `pool-managerd`, `llorch-pool`, the worker and the orchestrator exchange.
 //!
-//! It is also the ground floor of every llama-orch binary. What several of them would write again stands here once,
-//! behind features that are off by default: `chat-template` (the dialect of chat templates), `cli` (the worker's argument list), `client` (a client of our HTTP APIs),
-//! `openapi` (schemas of the wire types and settings), `service` (what every daemon is) and `terminal` (what both command line programs are).
+//! This crate also holds the code common to several llama-orch binaries, behind features that are off by default:
+//! `chat-template` (the dialect of chat templates), `cli` (the worker's argument list), `client` (a client of our HTTP
+//! APIs), `openapi` (schemas of the wire types and settings), `service` (the HTTP service of the daemons) and `terminal`
+//! (the base of both command-line programs).
 
 pub mod address;
 pub mod api;
@@ -47,9 +48,9 @@ pub mod worker_args;
 
 pub use model_ref::ModelRef;
 
-/// Version of the orchestrator's HTTP API that this build speaks; `/version` tells it.
+/// Version of the orchestrator's HTTP API in this build, as `/version` reports it.
 pub const ORCHESTRATOR_API_VERSION: u32 = 2;
-/// Version of the pool manager's HTTP API that this build speaks.
+/// Version of the pool manager's HTTP API in this build.
 pub const POOL_API_VERSION: u32 = 1;
-/// Version of the worker's HTTP API that this build speaks.
+/// Version of the worker's HTTP API in this build.
 pub const WORKER_API_VERSION: u32 = 1;

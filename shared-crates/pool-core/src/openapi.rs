@@ -1,4 +1,4 @@
-//! Schemas of types that are written as text.
+//! OpenAPI schemas of types with a text form, and corrections to derived schemas.
 
 use serde_json::{Map, Value, json};
 use utoipa::openapi::schema::{AnyOfBuilder, ObjectBuilder, SchemaFormat, SchemaType, Type};
@@ -10,10 +10,10 @@ use crate::json_number::Decimal;
 use crate::model_ref::MAX_BYTES;
 use crate::worker::{Device, ExitReason};
 
-/// What a model reference must not contain: control characters, and those that hide or reorder others.
+/// Characters that a model reference must not contain: control characters, and those that hide or reorder others.
 const HIDDEN: &str = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff";
 
-/// A text with a meaning of its own.
+/// Returns the schema of a string of at most `longest` characters.
 fn text(description: &str, example: &str, pattern: &str, longest: usize) -> RefOr<Schema> {
     let schema = ObjectBuilder::new().schema_type(Type::String);
     schema
@@ -24,10 +24,11 @@ fn text(description: &str, example: &str, pattern: &str, longest: usize) -> RefO
         .into()
 }
 
-/// The grammar of [`crate::model_ref`] in three regular expressions, without look-around, which not every validator has.
+/// Returns the grammar of [`crate::model_ref`] as three regular expressions, without look-around, which not every validator
+/// supports.
 fn model_ref_patterns() -> [String; 3] {
     let alias = r"[a-z0-9][a-z0-9_-]*(\.[a-z0-9_-]+)*\.?";
-    // One step of a path or name: neither `.` nor `..`, and no leading `-`.
+    // A component of a path or name: neither `.` nor `..`, and no leading `-`.
     let step = |more: &str| {
         let first = format!("[A-Za-z0-9_{more}]");
         let rest = format!("[A-Za-z0-9._{more}-]");
@@ -102,7 +103,7 @@ impl PartialSchema for Decimal {
 
 impl ToSchema for Decimal {}
 
-/// One form for all kinds, because later versions add to them, and may say more of those that there are.
+/// A single schema for all kinds, because later versions may add kinds, and values to the existing kinds.
 impl PartialSchema for ExitReason {
     fn schema() -> RefOr<Schema> {
         let kind = ObjectBuilder::new()
@@ -132,8 +133,8 @@ impl PartialSchema for ExitReason {
 
 impl ToSchema for ExitReason {}
 
-/// Says plainly what a derive only hints at, in the whole of a document: how large each integer may be, whose `format`
-/// alone is a remark; and that a time may be null, without leaving open whether its format then counts.
+/// Makes explicit, throughout a document, what derived schemas leave implicit: the range of each integer, for which
+/// `format` alone is not binding, and that the format of a nullable time does not apply to null.
 pub fn clarify(document: &mut Value) {
     match document {
         Value::Object(fields) => {

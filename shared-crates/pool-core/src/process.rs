@@ -1,4 +1,4 @@
-//! Which process is meant: a pid alone names a stranger as soon as the system uses it again.
+//! Identity of processes. A pid alone is not enough: the system may reuse it for another process.
 
 use std::io;
 use std::time::Duration;
@@ -7,52 +7,52 @@ pub use rustix::process::Signal;
 use rustix::process::{Pid, getpgid};
 use serde::{Deserialize, Serialize};
 
-/// One process, for good: no other process on this machine, before or after a restart, has the same three values.
+/// Permanent identity of a process: no other process on this machine, even after a reboot, has the same three values.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessIdentity {
-    /// The process id.
+    /// Process id, which the system may reuse.
     pub pid: u32,
-    /// When it began, in the platform's own unit: clock ticks since boot on Linux, seconds since 1970 on macOS.
+    /// Start time in the platform's own unit: clock ticks since boot on Linux, seconds since 1970 on macOS.
     pub start_time: u64,
-    /// Which start of the machine the process belongs to.
+    /// Id of the machine's boot in which the process runs.
     pub boot_id: String,
 }
 
-/// Time since the machine started, without what it spent asleep. Steps of the wall clock don't touch it, and two
-/// processes of one start of the machine read the same clock.
+/// Returns the time since the machine's boot, without sleep. The wall clock does not affect it, and all processes of one
+/// boot share it.
 pub fn uptime() -> Duration {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     Duration::try_from(now).unwrap_or_default()
 }
 
-/// What became of a signal.
+/// Outcome of sending a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SignalOutcome {
-    /// The process got it.
+    /// The signal was sent.
     Sent,
-    /// The process has ended, or its pid belongs to another one now: nothing was sent.
+    /// Nothing was sent, because the process has ended or its pid now belongs to another process.
     Gone,
 }
 
-/// What the system says about a pid at one moment.
+/// The system's data about a pid at one moment.
 struct Observed {
     start_time: u64,
     zombie: bool,
 }
 
-/// Returns the id of the host's present boot.
+/// Returns the id of the host's current boot.
 pub fn boot_id() -> io::Result<String> {
     platform::boot_id()
 }
 
 impl ProcessIdentity {
-    /// This process.
+    /// Returns the identity of this process.
     pub fn current() -> io::Result<Self> {
         Self::of(std::process::id())?
             .ok_or_else(|| io::Error::other("the system does not list this process"))
     }
 
-    /// The process that has `pid` now, if one does. A child that has ended but was not waited for still counts.
+    /// Returns the process that currently has `pid`, if any. An ended process whose parent has not waited for it still counts.
     pub fn of(pid: u32) -> io::Result<Option<Self>> {
         let Some(seen) = platform::observe(pid)? else {
             return Ok(None);
@@ -64,38 +64,38 @@ impl ProcessIdentity {
         }))
     }
 
-    /// Whether the process still runs. One that has ended and only waits for its parent does not.
+    /// Returns whether the process is running; `false` for a zombie, or if that can't be determined.
     pub fn is_alive(&self) -> bool {
         self.runs().unwrap_or(false)
     }
 
-    /// Whether the process still runs, or why that can't be told: what must not be taken for an end.
+    /// Returns whether the process is running; `false` for a zombie. An error must not be mistaken for the process's end.
     pub fn runs(&self) -> io::Result<bool> {
         Ok(self.observe()?.is_some_and(|seen| !seen.zombie))
     }
 
-    /// Whether a group of processes is named after this one.
+    /// Returns whether the process is the leader of a process group.
     pub fn leads_a_group(&self) -> bool {
         let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
         pid.is_some_and(|pid| getpgid(Some(pid)) == Ok(pid))
     }
 
-    /// Kills this process, and with it the group that it leads, if it leads one. No other process or group is hit.
+    /// Kills this process, and the process group that it leads, if any. Never kills another process or group.
     pub fn kill_group(&self) -> io::Result<SignalOutcome> {
         platform::kill_group(self)
     }
 
-    /// Sends `signal` to this process and to no other.
+    /// Sends `signal` to this process, and never to another process with its pid.
     pub fn signal(&self, signal: Signal) -> io::Result<SignalOutcome> {
         platform::signal(self, signal)
     }
 
-    /// Waits until the process has ended; `false` when `timeout` came first. Blocks the thread.
+    /// Waits until the process has ended; returns `false` after `timeout`. Blocks the thread.
     pub fn wait_gone(&self, timeout: Duration) -> io::Result<bool> {
         platform::wait_gone(self, timeout)
     }
 
-    /// What the system says about *this* process: `None` when the pid is free or somebody else's.
+    /// Returns the system's data about *this* process: `None` if the pid is free or belongs to another process.
     fn observe(&self) -> io::Result<Option<Observed>> {
         if platform::boot_id()? != self.boot_id {
             return Ok(None);
@@ -139,7 +139,7 @@ mod platform {
             .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has an unknown form")))
     }
 
-    /// `pid (command) state ...`, where the command may itself hold spaces and brackets. The state is field 3 and
+    /// Parses `pid (command) state ...`, where the command itself may contain spaces and brackets. The state is field 3 and
     /// the start time field 22 of proc_pid_stat(5).
     pub(super) fn parse_stat(stat: &str) -> Option<Observed> {
         let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
@@ -151,8 +151,8 @@ mod platform {
         })
     }
 
-    /// A handle on the process. It is checked *after* the handle is opened: if the pid belongs to the recorded
-    /// process now, it did so when the handle was opened, and from here on the handle can't come to mean another.
+    /// Opens a handle on the process. The identity is checked *after* opening: if the pid belongs to the recorded process
+    /// then, it also did when the handle was opened, and a handle can't change its process.
     fn open(identity: &ProcessIdentity) -> io::Result<Option<OwnedFd>> {
         let Some(pid) = i32::try_from(identity.pid).ok().and_then(Pid::from_raw) else {
             return Ok(None);
@@ -176,8 +176,9 @@ mod platform {
         }
     }
 
-    /// A group is named by a number, which is safe only while the leader has it. So the leader is stopped first,
-    /// after which it can't end by itself, and looked at again before the group is killed.
+    /// Kills the process and the group that it leads. A group is identified by its leader's pid, which is reliable only
+    /// while the leader exists. So this stops the leader, so that it can't exit, and checks it again before killing the
+    /// group.
     pub fn kill_group(identity: &ProcessIdentity) -> io::Result<SignalOutcome> {
         let Some(handle) = open(identity)? else {
             return Ok(SignalOutcome::Gone);
@@ -190,11 +191,11 @@ mod platform {
         let pid = i32::try_from(identity.pid).ok().and_then(Pid::from_raw);
         if let Some(pid) = pid
             && send(Signal::STOP)? == SignalOutcome::Sent
-            // Where that can't be told the leader must still not be left stopped.
+            // An error must not return here, which would leave the leader stopped.
             && identity.runs().unwrap_or(false)
             && getpgid(Some(pid)) == Ok(pid)
         {
-            // What is not of ours to signal in there stays; the leader is killed below in any case.
+            // Processes that we may not signal survive. The leader is killed below in any case.
             let _ = kill_process_group(pid, Signal::KILL);
         }
         send(Signal::KILL)
@@ -208,7 +209,7 @@ mod platform {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let left = Timespec::try_from(left).map_err(io::Error::other)?;
-            // A pidfd turns readable when its process ends, whether or not the parent has waited for it.
+            // A pidfd becomes readable when its process ends, whether or not the parent has waited for it.
             match poll(&mut [PollFd::new(&handle, PollFlags::IN)], Some(&left)) {
                 Ok(ready) => return Ok(ready > 0),
                 Err(Errno::INTR) => {}
@@ -218,8 +219,8 @@ mod platform {
     }
 }
 
-/// macOS has no pidfd and no `/proc`: start times come from `ps`, and between the check and the signal there is a
-/// moment in which the pid could change hands. Compiled for that platform only, and not run by this project's tests.
+/// Implementation for macOS, which has no pidfd and no `/proc`. Start times come from `ps`, and the pid could be reused
+/// between the check and the signal. Not covered by this project's tests.
 #[cfg(target_os = "macos")]
 mod platform {
     use std::io;
@@ -300,7 +301,7 @@ mod tests {
     use super::*;
     use std::process::{Child, Command};
 
-    /// A real child that ends when the test does.
+    /// A real child process that ends with the test.
     struct Sleeper(Child);
 
     impl Sleeper {
@@ -328,7 +329,7 @@ mod tests {
         assert!(!identity.wait_gone(Duration::from_millis(10)).unwrap());
 
         assert_eq!(identity.signal(Signal::TERM).unwrap(), SignalOutcome::Sent);
-        // It has not been waited for: a zombie is gone, though its pid is still taken.
+        // The child is now a zombie, which counts as gone although its pid is still taken.
         assert!(identity.wait_gone(Duration::from_secs(10)).unwrap());
         assert!(!identity.is_alive());
 

@@ -1,11 +1,11 @@
-//! Where programs are found.
+//! Search for programs.
 
 use std::path::PathBuf;
 
 use rustix::fs::{Access, access};
 
-/// The program `name` in the first of `folders` that has one that may be run. A relative or empty folder is passed
-/// over: as a step of the PATH it would mean whatever folder this program happens to stand in.
+/// Returns the path of the executable `name` in the first of `folders` that has it. Skips relative and empty folders: in a
+/// PATH, they would depend on the current directory.
 pub fn find_in(name: &str, folders: impl IntoIterator<Item = PathBuf>) -> Option<PathBuf> {
     let runnable = |path: &PathBuf| path.is_file() && access(path, Access::EXEC_OK).is_ok();
     folders
@@ -15,12 +15,12 @@ pub fn find_in(name: &str, folders: impl IntoIterator<Item = PathBuf>) -> Option
         .find(runnable)
 }
 
-/// The program `name` on the PATH.
+/// Returns the path of the program `name` on the PATH.
 pub fn find_on_path(name: &str) -> Option<PathBuf> {
     find_in(name, path_folders())
 }
 
-/// The program `name` beside the running one, else on the PATH.
+/// Returns the path of the program `name`, in the folder of the running program or else on the PATH.
 pub fn find_beside_or_on_path(name: &str) -> Option<PathBuf> {
     find_in(
         name,
@@ -65,7 +65,7 @@ mod tests {
 
     #[test]
     fn a_relative_folder_is_passed_over() {
-        // `cargo` runs tests in the crate's folder, where this one is.
+        // `cargo` runs tests in the crate's folder, which contains this file.
         assert!(Path::new("src/programs.rs").exists());
         assert_eq!(find_in("programs.rs", [PathBuf::from("src")]), None);
         assert_eq!(find_in("src", [PathBuf::new()]), None);

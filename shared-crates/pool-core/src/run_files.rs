@@ -1,4 +1,4 @@
-//! What a running daemon leaves in its state folder, as the daemon writes it and its clients read it.
+//! Files that a running daemon writes to its state folder for clients.
 
 use std::fs;
 use std::io;
@@ -9,17 +9,17 @@ use serde::{Deserialize, Serialize};
 use crate::fsio;
 use crate::process::ProcessIdentity;
 
-/// Held by the daemon as long as it runs.
+/// File that the daemon keeps locked while it runs.
 pub const LOCK: &str = "lock";
-/// Which process it is, a [`PidRecord`].
+/// File with the daemon's process and version, a [`PidRecord`].
 pub const PID: &str = "pid.json";
-/// Where it answers, as `http://127.0.0.1:8080`.
+/// File with the daemon's URL, such as `http://127.0.0.1:8080`.
 pub const ADDR: &str = "addr";
 
-/// The content of `pid.json`.
+/// Content of `pid.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PidRecord {
-    /// The daemon's process.
+    /// Identity of the daemon's process.
     #[serde(flatten)]
     pub process: ProcessIdentity,
     /// The daemon's version.
@@ -27,13 +27,13 @@ pub struct PidRecord {
 }
 
 impl PidRecord {
-    /// The record in the state folder `dir`, if there is one. It may be of a process that is gone: ask it.
+    /// Reads the record in the state folder `dir`; `None` if it is missing or unreadable. The recorded process may have ended.
     pub fn read(dir: &Path) -> Option<Self> {
         serde_json::from_slice(&fs::read(dir.join(PID)).ok()?).ok()
     }
 }
 
-/// Fails if this process may not read the state folder `dir`: the state of its daemon is then unknown.
+/// Fails if this process can't read the state folder `dir`, so that the state of its daemon is unknown.
 pub fn check_readable(dir: &Path) -> io::Result<()> {
     match fs::File::open(dir.join(PID)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
@@ -41,14 +41,14 @@ pub fn check_readable(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// The daemon that has the state folder `dir` for itself, whether it answers or not.
+/// The daemon that holds a state folder, whether or not it answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Owner {
-    /// Its pid, if it has written one already.
+    /// Process id; `None` if not written yet.
     pub pid: Option<u32>,
 }
 
-/// Who has the state folder `dir` for itself; `None` where no daemon runs on it.
+/// Returns the daemon that holds the state folder `dir`; `None` if no daemon is running on it.
 pub fn owner(dir: &Path) -> io::Result<Option<Owner>> {
     let pid = PidRecord::read(dir)
         .filter(|record| record.process.is_alive())
@@ -57,8 +57,8 @@ pub fn owner(dir: &Path) -> io::Result<Option<Owner>> {
     Ok(owned.then_some(Owner { pid }))
 }
 
-/// The address of the daemon whose state folder is `dir`, if one runs and listens. An address that a killed daemon
-/// left behind does not count: its port may be a stranger's by now.
+/// Returns the URL of the daemon with the state folder `dir`, if it is running and has published its address. Ignores the
+/// address left behind by a killed daemon, whose port may belong to another program by now.
 pub fn local_url(dir: &Path) -> Option<String> {
     let record = PidRecord::read(dir)?;
     let url = fs::read_to_string(dir.join(ADDR)).ok()?;

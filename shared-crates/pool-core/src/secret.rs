@@ -1,4 +1,4 @@
-//! Tokens: kept out of logs, compared in constant time, read only from private files.
+//! Tokens, which are kept out of logs, compared in constant time, and read only from private files.
 
 use std::fmt;
 use std::fs::File;
@@ -12,41 +12,41 @@ use subtle::ConstantTimeEq;
 
 use crate::hex::hex;
 
-/// A token. Printing it shows its fingerprint only; it is serialised in the clear, so the types that hold one belong
-/// in 0600 files and authenticated requests alone.
+/// A token. Its `Debug` output shows only a fingerprint. It is serialised in the clear, so types that contain a token
+/// belong only in 0600 files and authenticated requests.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
 
-/// Why a token can't be used.
+/// A token that can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SecretError {
-    /// The file can't be read.
+    /// A token file that can't be read.
     #[error("could not read the token file {}", path.display())]
     Read {
-        /// The file in question.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// Other users may read the file.
+    /// A token file that other users can access.
     #[error("the token file {} has mode {mode:04o}: others than its owner can use it", path.display())]
     Exposed {
-        /// The file in question.
+        /// Path of the file.
         path: PathBuf,
-        /// Its permission bits.
+        /// Permission bits of the file.
         mode: u32,
     },
-    /// The token can't be sent in a header.
+    /// A token that can't be sent in a header.
     #[error("the token from {origin} is empty or has characters other than visible ASCII")]
     Malformed {
-        /// Where it came from.
+        /// The source of the token: the environment, or a file's path.
         origin: String,
     },
 }
 
 impl SecretError {
-    /// What to try next.
+    /// Returns a remedy, if there is one.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Read { .. } => None,
@@ -58,25 +58,25 @@ impl SecretError {
     }
 }
 
-/// Longer than any sensible token, shorter than what a header may hold.
+/// Most bytes of a token: more than any sensible token has, fewer than a header may have.
 const MAX_BYTES: u64 = 4096;
 
 impl Secret {
-    /// A token from its text.
+    /// Returns a token with this text, unchecked.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }
 
-    /// A fresh token: 256 bits from the operating system as 64 hexadecimal digits.
+    /// Returns a new random token: 256 bits from the operating system, as 64 hexadecimal digits.
     pub fn random() -> Self {
         let mut bytes = [0u8; 32];
-        // Without randomness from the system no secret of ours means anything; there is no way to go on.
+        // Without randomness from the system, no token would be secret, so there is no way to continue.
         getrandom::fill(&mut bytes).expect("the operating system gives random bytes");
         Self(hex(&bytes))
     }
 
-    /// The token of an environment variable, else that of a file, else none. An empty variable counts as unset;
-    /// surrounding white space is dropped.
+    /// Loads a token from the value of an environment variable, otherwise from a file. An empty variable counts as unset;
+    /// surrounding white space is dropped. `None` without either.
     pub fn load(
         env_value: Option<String>,
         file: Option<&Path>,
@@ -119,21 +119,21 @@ impl Secret {
         }
     }
 
-    /// The token itself, for a header or a child's environment.
+    /// Returns the token in the clear, for a header or a child's environment.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// Whether `candidate` is this token. Takes as long for a near miss as for any other of that length.
+    /// Returns whether `candidate` is this token. The time taken does not reveal how much of it is right.
     pub fn matches(&self, candidate: &str) -> bool {
-        // Digests have one length, so not even the token's length shows.
+        // Digests have a fixed length, so not even the token's length is revealed.
         Sha256::digest(&self.0)
             .as_slice()
             .ct_eq(Sha256::digest(candidate).as_slice())
             .into()
     }
 
-    /// The first 8 hexadecimal digits of the token's SHA-256: what a log may show.
+    /// Returns the first 8 hexadecimal digits of the token's SHA-256, which may be logged.
     pub fn fingerprint(&self) -> String {
         hex(&Sha256::digest(&self.0)[..4])
     }
