@@ -1,8 +1,8 @@
-//! A fake of NVIDIA's management library (NVML), for tests: it tells of GPUs that nobody has, and lies, fails and hangs
-//! as its script says.
+//! Fake of NVIDIA's management library (NVML) for tests. Reports fictional GPUs, and gives wrong answers, fails or hangs
+//! as its script demands.
 //!
-//! The script is the file beside the library with `.json` after its name, read again at every call, so that a test can
-//! change it while the library is loaded:
+//! The script is a file next to the library, with the library's name plus `.json`. Every call reads it again, so that a
+//! test can change it while the library is loaded:
 //!
 //! ```json
 //! {"driver": "580.95.05", "gpus": [{"name": "Fake H100", "uuid": "GPU-1", "total": 80, "used": 10, "free": 70,
@@ -10,10 +10,10 @@
 //!   "hang": false, "lost": false, "index": 0, "process_count": 1}]}
 //! ```
 //!
-//! A figure that is left out is one that the GPU does not support. `count` replaces the number of GPUs, and `hang` at the
-//! top makes the whole library hang.
+//! A value that is left out is one that the GPU does not support. At the top level, `count` overrides the number of GPUs,
+//! and `hang` makes the whole library hang.
 
-// A C library is made of raw pointers.
+// A C interface needs raw pointers and C names.
 #![allow(unsafe_code, missing_docs, non_snake_case)]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
@@ -28,7 +28,7 @@ const NOT_SUPPORTED: c_uint = 3;
 const INSUFFICIENT_SIZE: c_uint = 7;
 const GPU_IS_LOST: c_uint = 15;
 
-/// A GPU's number and one, because a handle is never null.
+/// A GPU's index plus one, because a handle must not be null.
 type Handle = *mut c_void;
 
 #[repr(C)]
@@ -66,7 +66,7 @@ unsafe extern "C" {
     fn dladdr(address: *const c_void, found: *mut Symbol) -> c_int;
 }
 
-/// The script of this copy of the library.
+/// Reads the script of this copy of the library; null without one.
 fn script() -> Value {
     let mut found = Symbol {
         file: std::ptr::null(),
@@ -74,7 +74,7 @@ fn script() -> Value {
         name: std::ptr::null(),
         address: std::ptr::null_mut(),
     };
-    // SAFETY: `found` is written to, and the name of a loaded file stays.
+    // SAFETY: `found` is valid for writes, and the file name of a loaded library stays valid.
     let file = unsafe {
         if dladdr(nvmlInit_v2 as *const c_void, &mut found) == 0 {
             return Value::Null;
@@ -82,12 +82,12 @@ fn script() -> Value {
         CStr::from_ptr(found.file).to_string_lossy().into_owned()
     };
     let path = PathBuf::from(format!("{file}.json"));
-    // A test replaces the script as a whole, so it is always there and always whole.
+    // Tests replace the script atomically, so it is always complete.
     let text = std::fs::read_to_string(path).unwrap_or_default();
     serde_json::from_str(&text).unwrap_or_default()
 }
 
-/// What the script says of a GPU now. It does not return while the GPU hangs.
+/// Returns the script's entry for a GPU. Blocks while the GPU or the whole library hangs.
 fn gpu(handle: Handle) -> Result<Value, c_uint> {
     let index = (handle as usize).checked_sub(1).ok_or(INVALID_ARGUMENT)?;
     loop {
@@ -114,15 +114,15 @@ fn number(handle: Handle, name: &str) -> Result<u64, c_uint> {
     figure(handle, name)?.as_u64().ok_or(NOT_SUPPORTED)
 }
 
-/// Hands a value out, or says why not.
+/// Writes a value to `out`, or returns its error code.
 ///
 /// # Safety
 ///
-/// `out` points to a place for it.
+/// `out` must be valid for writes of a `T`.
 unsafe fn give<T>(out: *mut T, value: Result<T, c_uint>) -> c_uint {
     match value {
         Ok(value) => {
-            // SAFETY: the caller vouches for it.
+            // SAFETY: guaranteed by the caller.
             unsafe { out.write(value) };
             SUCCESS
         }
@@ -130,18 +130,18 @@ unsafe fn give<T>(out: *mut T, value: Result<T, c_uint>) -> c_uint {
     }
 }
 
-/// Hands a text out, cut off where it does not fit.
+/// Writes a text to `out`, truncated if it does not fit, with a zero byte at its end.
 ///
 /// # Safety
 ///
-/// `out` points to `length` bytes.
+/// `out` must be valid for writes of `length` bytes, and `length` must not be 0.
 unsafe fn give_text(out: *mut c_char, length: c_uint, text: Result<Value, c_uint>) -> c_uint {
     let text = match &text {
         Ok(text) => text.as_str().unwrap_or_default().as_bytes(),
         Err(code) => return *code,
     };
     let kept = &text[..text.len().min(length as usize - 1)];
-    // SAFETY: the bytes and the zero after them fit.
+    // SAFETY: the kept bytes and the zero after them fit into `length` bytes.
     unsafe {
         std::ptr::copy_nonoverlapping(kept.as_ptr().cast(), out, kept.len());
         out.add(kept.len()).write(0);
@@ -161,7 +161,7 @@ pub extern "C" fn nvmlShutdown() -> c_uint {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nvmlSystemGetDriverVersion(out: *mut c_char, length: c_uint) -> c_uint {
-    // SAFETY: the caller gives a buffer of that length.
+    // SAFETY: the caller passes a buffer of that length.
     unsafe { give_text(out, length, Ok(script()["driver"].clone())) }
 }
 
@@ -170,7 +170,7 @@ unsafe extern "C" fn nvmlDeviceGetCount_v2(out: *mut c_uint) -> c_uint {
     let script = script();
     let listed = script["gpus"].as_array().map_or(0, Vec::len) as u64;
     let count = script["count"].as_u64().unwrap_or(listed);
-    // SAFETY: the caller gives a place for it; so below.
+    // SAFETY: the caller passes a pointer that is valid for writes, here and in the functions below.
     unsafe { give(out, Ok(count as c_uint)) }
 }
 
@@ -193,13 +193,13 @@ unsafe extern "C" fn nvmlDeviceGetIndex(handle: Handle, out: *mut c_uint) -> c_u
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nvmlDeviceGetName(handle: Handle, out: *mut c_char, length: c_uint) -> c_uint {
-    // SAFETY: the caller gives a buffer of that length.
+    // SAFETY: the caller passes a buffer of that length.
     unsafe { give_text(out, length, figure(handle, "name")) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nvmlDeviceGetUUID(handle: Handle, out: *mut c_char, length: c_uint) -> c_uint {
-    // SAFETY: the caller gives a buffer of that length.
+    // SAFETY: the caller passes a buffer of that length.
     unsafe { give_text(out, length, figure(handle, "uuid")) }
 }
 
@@ -277,7 +277,7 @@ unsafe extern "C" fn nvmlDeviceGetComputeRunningProcesses_v3(
     };
     let listed = gpu["processes"].as_array().cloned().unwrap_or_default();
     let said = gpu["process_count"].as_u64().unwrap_or(listed.len() as u64);
-    // SAFETY: the caller gives a place for the count, which is the room behind `out` when it calls.
+    // SAFETY: `count` is valid for reads and writes, and on entry holds the number of elements that fit at `out`.
     unsafe {
         let room = *count as usize;
         count.write(said as c_uint);

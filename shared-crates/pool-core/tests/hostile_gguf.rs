@@ -1,4 +1,4 @@
-//! Files that want to hurt whoever opens them: each is refused, in a process of its own that is measured.
+//! Tests that hostile GGUF files are refused. Separate processes measure the cost in time and memory.
 
 #[path = "support/gguf_mutants.rs"]
 mod gguf_mutants;
@@ -32,7 +32,7 @@ fn the_valid_file_is_valid_and_its_layout_is_whole() {
     assert_eq!(end, valid.len());
 }
 
-/// All kinds that the reader refuses, which are those of `promises.md` but for the two that the worker refuses.
+/// All kinds of hostile files that the reader refuses: those of `promises.md`, except the two that the worker refuses.
 const KINDS: [&str; 36] = [
     "truncated in the header",
     "truncated in a key",
@@ -98,23 +98,23 @@ fn every_kind_of_hostile_file_is_refused() {
     );
 }
 
-/// What a child process measured of itself.
+/// Cost of opening a file, as measured by the child process itself.
 #[derive(Debug, Clone, Copy)]
 struct Cost {
     time: Duration,
     peak_bytes: u64,
 }
 
-/// Set for a child process: the file it shall open.
+/// Variable with the path of the file that a child process must open.
 const FILE_VAR: &str = "POOL_CORE_TEST_OPEN_GGUF";
 
-/// Processor time that this process has taken: what a machine does for others meanwhile does not count.
+/// Returns the processor time of this process, which does not depend on the load of the machine.
 fn processor_time() -> Duration {
     let taken = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
     Duration::new(taken.tv_sec as u64, taken.tv_nsec as u32)
 }
 
-/// The other side of [`open_in_a_child`]: in a usual run there is nothing to do.
+/// The child's side of [`open_in_a_child`]. Does nothing in a normal test run.
 #[test]
 fn a_child_opens_a_file_and_measures_itself() {
     let Some(path) = std::env::var_os(FILE_VAR) else {
@@ -130,7 +130,7 @@ fn a_child_opens_a_file_and_measures_itself() {
     println!("COST {micros} {} {verdict}", peak_bytes());
 }
 
-/// The most memory this process ever had resident, the program's own pages included.
+/// Returns the peak resident memory of this process in bytes, including the program's own pages.
 fn peak_bytes() -> u64 {
     let status = fs::read_to_string("/proc/self/status").expect("Linux has /proc");
     let line = status
@@ -146,7 +146,7 @@ fn peak_bytes() -> u64 {
     kib << 10
 }
 
-/// Opens a file in a process of its own: what it cost, and what the reader said.
+/// Opens a file in a separate process. Returns the cost, and `accepted` or `refused` with the reader's error.
 fn open_in_a_child(path: &Path) -> (Cost, String) {
     let run = || {
         let output = Command::new(std::env::current_exe().expect("a running program has a path"))
@@ -182,7 +182,7 @@ fn open_in_a_child(path: &Path) -> (Cost, String) {
         };
         (cost, words.next().expect("a verdict").to_owned())
     };
-    // A machine that is busy with other things makes a run late; it does not do so five times.
+    // A busy machine may slow down one run, but hardly five.
     let mut best = run();
     for _ in 0..4 {
         if best.0.time < TIME_LIMIT {
@@ -213,7 +213,7 @@ fn a_hostile_file_costs_little_time_and_memory() {
         bytes,
     } in hostile(&valid())
     {
-        // The first, the last and some between would all do; every file was refused above already.
+        // Four files of each kind are enough here: the test above covers all of them.
         let taken = taken.entry(kind).or_default();
         if *taken == 4 {
             continue;
@@ -241,8 +241,8 @@ fn a_hostile_file_costs_little_time_and_memory() {
     );
 }
 
-/// The header that takes the most memory of all that keep within the limits: `texts` empty texts in one array, the most
-/// entries, the most tensors, and an announced size that a sparse file has for nothing.
+/// Writes the file whose header takes the most memory within the limits: the most metadata entries, the most tensors, and
+/// an array of one-character texts that fills the rest of the header. With `bad_end`, the last tensor has an unknown type.
 fn heaviest(folder: &Path, name: &str, bad_end: bool) -> std::path::PathBuf {
     let text = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
     let mut entries = Vec::new();
@@ -314,7 +314,7 @@ fn the_heaviest_header_stays_within_the_memory_limit() {
         assert!(verdict.starts_with(says), "{name}: {verdict}");
         assert!(cost.peak_bytes < MEMORY_LIMIT_BYTES, "{name}: {cost:?}");
     }
-    // A file of 8 TiB that has an array of 2^31 bytes, truly.
+    // A sparse file of 8 TiB, which really has the announced array of 2^31 bytes.
     let path = folder.path().join("sparse.gguf");
     let mut header = b"GGUF\x03\0\0\0".to_vec();
     header.extend([1u64.to_le_bytes(), 1u64.to_le_bytes(), 1u64.to_le_bytes()].concat());

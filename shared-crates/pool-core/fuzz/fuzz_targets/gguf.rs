@@ -1,4 +1,5 @@
-//! What must hold for any bytes that the GGUF reader gets. See "Fuzzing and coverage" in `.specs/02_gguf.md` of pool-core.
+//! Fuzz target of the GGUF reader: properties that must hold for any input. See "Fuzzing and coverage" in
+//! `.specs/02_gguf.md` of pool-core.
 
 #![no_main]
 
@@ -12,7 +13,7 @@ use pool_core::catalog::gguf::{
 fuzz_target!(|bytes: &[u8]| {
     let size = bytes.len() as u64;
     let Ok(file) = GgufFile::read(bytes, size) else {
-        // A size that was announced and isn't there, as when a file is cut while it is read.
+        // An announced size larger than the data, as for a file that is truncated during the read.
         let _ = GgufFile::read(bytes, size.saturating_add(1 << 40));
         return;
     };
@@ -21,16 +22,16 @@ fuzz_target!(|bytes: &[u8]| {
     sums_hold(&file);
     questions_are_safe(&file);
 
-    // Reading is a function of the bytes, and reads no more of them than the header.
+    // The result depends only on the bytes of the header.
     let header = &bytes[..file.data_offset() as usize];
     let again = GgufFile::read(header, size).expect("the header alone is enough");
     assert_eq!(again.tensors(), file.tensors());
-    // Compared as text: a float that is no number equals nothing, not even itself.
+    // Compared as text, because NaN does not equal itself.
     assert_eq!(
         format!("{:?}", again.metadata()),
         format!("{:?}", file.metadata())
     );
-    // One byte less, and a tensor is cut off, unless it was padding.
+    // With one byte fewer, not counting padding, a tensor is cut off.
     let used: u64 = file
         .tensors()
         .iter()
@@ -103,7 +104,7 @@ fn sums_hold(file: &GgufFile) {
         let width = file.head_dim().ok().zip(file.value_head_dim().ok());
         if let Some((key, value)) = width {
             let sum: u128 = heads.iter().map(|n| u128::from(*n)).sum();
-            // Without attention there is no cache, whatever width its heads would have.
+            // Without attention there is no cache, and the width of the heads is irrelevant.
             if sum == 0 {
                 return;
             }
@@ -114,7 +115,7 @@ fn sums_hold(file: &GgufFile) {
     }
 }
 
-/// What a file says may be nonsense: asking is safe, and an error can be shown.
+/// Checks that queries are safe even if the metadata is nonsense, and that errors can be displayed.
 fn questions_are_safe(file: &GgufFile) {
     let show = |error: pool_core::catalog::gguf::GgufError| {
         assert!(!error.to_string().is_empty());

@@ -1,4 +1,4 @@
-//! Writes the seed corpus: the valid file and its hostile variants, into the folder that is named.
+//! Program that writes the seed corpus, the valid file and its hostile variants, to the folder given as its argument.
 
 #[path = "../../tests/support/gguf_mutants.rs"]
 mod gguf_mutants;

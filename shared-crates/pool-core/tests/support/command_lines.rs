@@ -1,9 +1,9 @@
-//! Check of the commands in messages and docs against the command lines themselves.
+//! Check that commands in messages and docs exist.
 //!
 //! A hint that names a missing command helps no reader. This module finds every mention of a program in the sources of
-//! all crates and in the README, and follows its subcommands and options.
+//! all crates and in the README, and follows the mention's subcommands and options.
 
-// A helper that fails is a test that fails.
+// A panic in a helper fails the test.
 #![allow(clippy::unwrap_used, dead_code)]
 
 use std::fs;
@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub struct Mention {
     pub place: String,
-    /// The words after the program's name.
+    /// Words after the program's name.
     pub words: Vec<String>,
 }
 
@@ -30,7 +30,7 @@ pub fn mentions(program: &str) -> Vec<Mention> {
     for file in files {
         let text = fs::read_to_string(&file).unwrap();
         for (number, line) in text.lines().enumerate() {
-            // Tests are at the end of their files.
+            // Test modules are at the end of their files.
             if line == "#[cfg(test)]" {
                 break;
             }
@@ -70,9 +70,9 @@ fn in_line<'a>(line: &'a str, program: &'a str) -> impl Iterator<Item = Vec<Stri
         let rest = line[at + program.len()..].strip_prefix(' ')?;
         let quoted = match before {
             Some('`') => rest.split('`').next()?,
-            // A sentence may begin with the name.
+            // A text may begin with the name without being a command: `program: ...`.
             Some('"') => rest.split('"').next().filter(|text| !text.contains(": "))?,
-            // A line of a console, or of an example.
+            // A line of console output, or of an example.
             Some(' ') if matches!(line[..at].trim(), "" | "$" | "///" | "note(\"") => {
                 rest.split('"').next()?
             }
@@ -102,7 +102,7 @@ pub fn check(command: &clap::Command, mention: &Mention) -> Result<(), String> {
     while command.has_subcommands() {
         let Some(word) = words.peek() else { break };
         if word.starts_with('{') {
-            // The text inserts a value here.
+            // A format string inserts a value here.
             return Ok(());
         }
         let alternatives: Vec<&str> = word.split('|').collect();
@@ -152,7 +152,7 @@ pub fn every_mention_can_be_run(program: &str, mut command: clap::Command, least
         })
         .collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    // The check itself detects wrong mentions.
+    // Ensure that the check itself detects wrong mentions.
     for line in ["models fetch x", "jobs liste", "status --no-such-option"] {
         let words = line.split(' ').map(str::to_owned).collect();
         let place = String::new();

@@ -1,6 +1,6 @@
-//! An API held against its own description, for the tests of every daemon that has one.
+//! Checks of an API against its own OpenAPI description, for the tests of the daemons.
 
-// A helper that fails is a test that fails.
+// A panic in a helper fails the test.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeSet;
@@ -8,7 +8,8 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-/// Every route of the daemon at `addr` stands in `document`, those of `designed` among them, and nothing else does.
+/// Checks that `document` describes exactly the methods of the daemon at `addr` on each described path, and includes all
+/// routes in `designed`.
 pub async fn every_route_is_described(addr: &str, document: &Value, designed: &[&str]) {
     assert!(document["openapi"].as_str().unwrap().starts_with("3.1"));
     let paths = document["paths"].as_object().unwrap();
@@ -24,7 +25,7 @@ pub async fn every_route_is_described(addr: &str, document: &Value, designed: &[
     }
 }
 
-/// A method that a path does not take is answered with those that it does.
+/// Returns the methods that a path accepts, from the `Allow` header of the answer to an unsupported method.
 async fn taken(addr: &str, path: &str) -> BTreeSet<String> {
     let concrete = path.replace(['{', '}'], "");
     let request = format!("PATCH {concrete} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n");
@@ -44,12 +45,12 @@ async fn taken(addr: &str, path: &str) -> BTreeSet<String> {
     allow
         .split(',')
         .map(|method| method.trim().to_owned())
-        // Every GET is a HEAD as well.
+        // axum answers HEAD wherever it answers GET.
         .filter(|method| method != "HEAD")
         .collect()
 }
 
-/// Holds an answer against what the document says of it.
+/// Validates an answer against its schema in the document.
 pub fn check(document: &Value, method: &str, path: &str, status: &str, answer: &Value) {
     let described = &document["paths"][path][method]["responses"][status]["content"]["application/json"]
         ["schema"];
@@ -69,7 +70,7 @@ pub fn check(document: &Value, method: &str, path: &str, status: &str, answer: &
     if let Err(fault) = schemas.validate(answer, described) {
         panic!("{method} {path}: {answer}\n{fault:#}");
     }
-    // Described with care: a schema that allows anything would pass everything.
+    // A schema that allows anything would accept any answer, so it must refuse a bare number.
     assert!(
         schemas.validate(&json!(7), described).is_err(),
         "{method} {path} {status}"

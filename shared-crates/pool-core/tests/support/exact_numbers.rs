@@ -1,6 +1,6 @@
 //! Check that other JSON readers preserve answers, for the tests of every daemon.
 
-// A helper that fails is a test that fails.
+// A panic in a helper fails the test.
 #![allow(
     clippy::unwrap_used,
     clippy::cast_possible_truncation,
@@ -15,8 +15,8 @@ use serde_json::{Number, Value};
 /// 2^53 - 1: larger integers are not safe in JavaScript and in `jq` 1.6.
 const MOST: u64 = (1 << 53) - 1;
 
-/// Fails if `json` holds a number that a reader with 64-bit floats changes, or if `jq` or Node.js really changes one.
-/// Each of `texts` is one JSON document with its name.
+/// Fails if a document has a number that a reader with 64-bit floats would change, or that `jq` or Node.js do change. Each
+/// of `texts` is the name of a JSON document and its text.
 pub fn assert_exact(texts: &[(String, String)]) {
     let mut numbers = 0;
     for (name, text) in texts {
@@ -34,12 +34,12 @@ pub fn assert_exact(texts: &[(String, String)]) {
     }
 }
 
-/// Counts the numbers of `value`, and fails unless each is exact.
+/// Counts the numbers in `value`. Fails unless each is exact.
 fn check(place: &str, value: &Value) -> usize {
     match value {
         Value::Number(number) => {
             let size = number.as_u64().or(number.as_i64().map(i64::unsigned_abs));
-            // A float that bounds a value in the description is exact in every reader.
+            // Floats are allowed: every reader represents them exactly.
             assert!(size.is_none_or(|size| size <= MOST), "{place}: {number}");
             1
         }
@@ -59,7 +59,7 @@ fn check(place: &str, value: &Value) -> usize {
     }
 }
 
-/// Returns a document in a normal form, in which 1 and 1.0 are equal.
+/// Returns a document in a normal form in which 1 and 1.0 are equal.
 fn plain(text: &str) -> String {
     fn unify(value: &mut Value) {
         match value {
@@ -91,7 +91,7 @@ fn node(texts: &[(String, String)]) -> Vec<String> {
     read_with(Command::new("node").args(["-e", script]), texts)
 }
 
-/// Returns the documents as `command` rewrites them, one a line.
+/// Returns the documents as `command` rewrites them, one per line.
 fn read_with(command: &mut Command, texts: &[(String, String)]) -> Vec<String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();

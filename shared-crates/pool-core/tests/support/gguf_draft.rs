@@ -1,9 +1,9 @@
 //! GGUF files for tests: a file whose header a worker accepts, and variants of it.
 //!
-//! This module needs only the standard library, so that other test crates can include the file. The tensors are zeros:
-//! [`GgufDraft::bytes`] makes a file for importing, downloading and listing, not for computing.
+//! This module needs only the standard library, so that other test crates can include it. All tensors are zero:
+//! [`GgufDraft::bytes`] produces files for importing, downloading and listing, not for inference.
 
-#![allow(dead_code)] // Every user has its own part of this.
+#![allow(dead_code)] // Each test crate uses only a part of this module.
 
 /// Value of a metadata key, by type.
 #[derive(Debug, Clone)]
@@ -14,11 +14,11 @@ pub enum Meta {
     Texts(Vec<String>),
 }
 
-/// A file that is not written yet.
+/// A GGUF file under construction.
 #[derive(Debug, Clone)]
 pub struct GgufDraft {
     pub metadata: Vec<(String, Meta)>,
-    /// Name, dimensions, number of the element type (0 is F32).
+    /// Name, dimensions, and number of the element type (0 is F32).
     pub tensors: Vec<(String, Vec<u64>, u32)>,
 }
 
@@ -111,7 +111,7 @@ impl GgufDraft {
         self
     }
 
-    /// Changes the architecture, and the keys that begin with its name.
+    /// Changes the architecture, and renames the keys that begin with its name.
     pub fn of_architecture(mut self, name: &str) -> Self {
         let known = self.metadata.iter().find_map(|(key, value)| match value {
             Meta::Text(known) if key == "general.architecture" => Some(format!("{known}.")),
@@ -125,8 +125,8 @@ impl GgufDraft {
         self.with_text("general.architecture", name)
     }
 
-    /// Returns the file's content. Tensors have the right size only for F32 and for types whose blocks divide the
-    /// tensor's rows.
+    /// Returns the file's content. Panics for element types other than F32 and IQ2_XXS; a tensor of the latter needs a multiple
+    /// of 256 elements.
     pub fn bytes(&self) -> Vec<u8> {
         let mut file = b"GGUF".to_vec();
         file.extend(3u32.to_le_bytes());

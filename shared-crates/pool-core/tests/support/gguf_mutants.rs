@@ -1,12 +1,12 @@
-//! Hostile GGUF files, made from a valid one by changes that know its structure.
+//! Hostile GGUF files, made from a valid file by structure-aware mutations.
 //!
-//! [`Layout`] finds every field of a valid file (it does not use the reader that is under test), and [`hostile`] turns
-//! each of them into what `promises.md` lists under "Bad input". It needs nothing but the standard library, so the
-//! fuzz target and other test crates include this file.
+//! [`Layout`] finds every field of a valid file, without the reader under test, and [`hostile`] mutates each field as
+//! `promises.md` lists under "Bad input". This module needs only the standard library, so that the fuzz target and other
+//! test crates can include it.
 
-#![allow(dead_code)] // Every user has its own part of this.
+#![allow(dead_code)] // Each test crate uses only a part of this module.
 
-/// What a run of bytes of a file is.
+/// Kind of a field of the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Field {
     Magic,
@@ -16,13 +16,13 @@ pub enum Field {
     KeyLength,
     Key,
     ValueType,
-    /// A number, a truth value, or the bytes of a text.
+    /// A number, a boolean, or the bytes of a text.
     Value,
     TextLength,
     ElementType,
     ElementCount,
     ElementTextLength,
-    /// The numbers of an array, or the bytes of one of its texts.
+    /// All numbers of an array, or the bytes of one of its texts.
     Elements,
     NameLength,
     Name,
@@ -34,7 +34,7 @@ pub enum Field {
     TensorData,
 }
 
-/// A field, where it lies, and to which entry it belongs: a key, a tensor's name, or nothing.
+/// A field with its offset and length in bytes, and the metadata key or tensor name that it belongs to (empty for none).
 #[derive(Debug, Clone)]
 pub struct Place {
     pub field: Field,
@@ -43,7 +43,7 @@ pub struct Place {
     pub of: String,
 }
 
-/// Every byte of a valid file, in order.
+/// All fields of a valid file in order, which together cover every byte.
 #[derive(Debug, Clone)]
 pub struct Layout {
     pub places: Vec<Place>,
@@ -107,7 +107,7 @@ fn width(ty: u64) -> usize {
 }
 
 impl Layout {
-    /// The layout of a valid file.
+    /// Returns the layout of a valid file.
     pub fn of(file: &[u8]) -> Self {
         let mut walk = Walk {
             file,
@@ -141,12 +141,12 @@ impl Layout {
         }
     }
 
-    /// All fields of this kind.
+    /// Returns all fields of this kind.
     pub fn all(&self, field: Field) -> impl Iterator<Item = &Place> {
         self.places.iter().filter(move |place| place.field == field)
     }
 
-    /// The value of the metadata entry `key`.
+    /// Returns the value field of the metadata entry `key`.
     pub fn value(&self, key: &str) -> &Place {
         let mut values = self.all(Field::Value);
         values
@@ -155,17 +155,17 @@ impl Layout {
     }
 }
 
-/// A hostile file.
+/// A hostile variant of the valid file.
 #[derive(Debug, Clone)]
 pub struct Mutant {
-    /// The kind of `promises.md`.
+    /// Kind of attack, as listed in `promises.md`.
     pub kind: &'static str,
-    /// What was changed.
+    /// Description of the change.
     pub change: String,
     pub bytes: Vec<u8>,
 }
 
-/// A small valid file: every type of value, three tensors, a vocabulary and a chat template.
+/// Returns a small valid file with every type of value, three tensors, a vocabulary and a chat template.
 pub fn valid() -> Vec<u8> {
     let mut metadata: Vec<(&str, u32, Vec<u8>)> = vec![
         ("general.architecture", 8, text("llama")),
@@ -210,7 +210,7 @@ pub fn valid() -> Vec<u8> {
             text("{{ messages[0].content }}"),
         ),
     ];
-    // Arrays of every other type, which no reader asks for.
+    // Arrays of all other types, under keys that no reader looks up.
     let zeros = |ty, width: usize| array(ty, 2, vec![0; 2 * width]);
     let names = [
         "x.0", "x.1", "x.2", "x.3", "x.5", "x.7", "x.10", "x.11", "x.12",
@@ -265,7 +265,7 @@ fn array(ty: u32, count: u64, content: Vec<u8>) -> Vec<u8> {
     [&ty.to_le_bytes()[..], &count.to_le_bytes(), &content].concat()
 }
 
-/// The values that arithmetic goes wrong with, as `promises.md` lists them.
+/// Values that are likely to break arithmetic, as `promises.md` lists them.
 pub const NASTY: [(&str, u64); 5] = [
     ("0", 0),
     ("1", 1),
@@ -274,7 +274,7 @@ pub const NASTY: [(&str, u64); 5] = [
     ("2^64-1", u64::MAX),
 ];
 
-/// Every hostile file of the kinds that the header reader refuses, made from the valid file `valid`.
+/// Returns all hostile variants of `valid` that the header reader must refuse.
 pub fn hostile(valid: &[u8]) -> Vec<Mutant> {
     let layout = Layout::of(valid);
     let mut mutants = Vec::new();
@@ -297,7 +297,7 @@ pub fn hostile(valid: &[u8]) -> Vec<Mutant> {
             ("inside", place.at + place.length.div_ceil(2)),
         ] {
             let change = format!("cut {what} {:?} `{}`", place.field, place.of);
-            // The middle of a field of one byte is its end; the end of the last one is the file's.
+            // The middle of a one-byte field is its end, which is the start of the next field or the end of the file.
             if length < place.at + place.length {
                 add(truncated(place.field), change, valid[..length].to_vec());
             }
@@ -335,7 +335,7 @@ pub fn hostile(valid: &[u8]) -> Vec<Mutant> {
             for ((shown, value), kind) in NASTY.into_iter().zip(kinds) {
                 let mut bytes = value.to_le_bytes().to_vec();
                 if place.length == 4 && value > u64::from(u32::MAX) {
-                    // As much as the field takes of 2^63 and 2^64-1.
+                    // A 4-byte field gets the upper half of 2^63 or 2^64-1: 2^31 or 2^32-1.
                     bytes = bytes[4..].to_vec();
                 }
                 let file = patched(place, &bytes[..place.length]);
@@ -357,7 +357,7 @@ pub fn hostile(valid: &[u8]) -> Vec<Mutant> {
             "as a 32-bit number".to_owned(),
             patched(alignment, &wrong.to_le_bytes()),
         );
-        // The same number in another type of the same width.
+        // The same number as another type of the same width.
         let ty = Place {
             at: alignment.at - 4,
             ..alignment.clone()
@@ -463,12 +463,12 @@ fn truncated(field: Field) -> &'static str {
     }
 }
 
-/// The file without the metadata entry `key`. The tensor data keeps its place relative to its beginning.
+/// Returns the file without the metadata entry `key`. Tensor offsets stay valid: they count from the start of the data.
 pub fn without(valid: &[u8], key: &str) -> Vec<u8> {
     rebuilt(valid, key, None)
 }
 
-/// The file with another text as the value of `key`.
+/// Returns the file with another text as the value of `key`.
 pub fn with_text(valid: &[u8], key: &str, value: &str) -> Vec<u8> {
     rebuilt(valid, key, Some(text(value)))
 }
@@ -493,7 +493,7 @@ fn rebuilt(valid: &[u8], key: &str, value: Option<Vec<u8>>) -> Vec<u8> {
         file.extend(&valid[first.at..first.at + 4]);
         file.extend(value);
     } else {
-        // The key and its length, which stand before what belongs to it.
+        // Remove the key and its length, which precede the fields that belong to the key.
         file.truncate(file.len() - key.len() - 8);
         let count = layout
             .all(Field::MetadataCount)

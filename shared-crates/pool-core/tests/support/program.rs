@@ -1,12 +1,13 @@
-//! Programs that a test writes and then runs. Tests of other crates use it as well.
+//! Programs that a test writes and then runs. Tests of other crates use this module too.
 
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Writes a program that can be run at once. Another process writes it: were the file open in this one, a child that
-/// another thread starts at that moment would have it open too until it has become its own program, and a file that is open
-/// for writing can't be run (`ETXTBSY`).
+/// Writes a program that can be run at once.
+///
+/// Another process writes the file. If it were open in this process, a child forked by another thread at that moment
+/// would keep it open until its `exec`, and a file open for writing can't be run (`ETXTBSY`).
 pub fn write_program(path: &Path, content: impl AsRef<[u8]>) {
     let mut writer = Command::new("sh")
         .args(["-c", "cat > \"$0\" && chmod 755 \"$0\""])

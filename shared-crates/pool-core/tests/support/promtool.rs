@@ -1,17 +1,17 @@
 //! Checks of metrics and scrape settings with Prometheus' own `promtool`.
 
-// A helper that fails is a test that fails, and each test file uses only some helpers.
+// A panic in a helper fails the test, and each test file uses only some helpers.
 #![allow(clippy::unwrap_used, dead_code)]
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
-/// Fails if `promtool` objects to the text form of metrics, including names and helps.
+/// Fails if `promtool` objects to metrics in the text format, including their names and help texts.
 pub fn check_metrics(text: &str) {
     check(&["check", "metrics"], text);
 }
 
-/// Fails if `promtool` rejects a configuration.
+/// Fails if `promtool` rejects a Prometheus configuration.
 pub fn check_config(text: &str) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();
