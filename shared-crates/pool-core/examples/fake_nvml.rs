@@ -66,7 +66,7 @@ unsafe extern "C" {
     fn dladdr(address: *const c_void, found: *mut Symbol) -> c_int;
 }
 
-/// Reads the script of this copy of the library; null without one.
+/// Reads the script of this copy of the library; null if it is missing or invalid.
 fn script() -> Value {
     let mut found = Symbol {
         file: std::ptr::null(),

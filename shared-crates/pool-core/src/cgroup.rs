@@ -8,8 +8,8 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-/// A limit of version 1 from which on there is none: without a limit, the kernel reports the largest whole number of pages,
-/// in bytes.
+/// Values of a version 1 limit from here on mean "no limit": the kernel reports its absence as the largest whole number of
+/// pages, in bytes.
 const V1_UNLIMITED: u64 = 1 << 62;
 
 /// Version of cgroups, which determines the files to read.

@@ -35,10 +35,10 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Most characters of an unexpected answer that an error shows.
 const DETAIL_CHARS: usize = 200;
 
-/// A failed call.
+/// An error of a call to a daemon.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// An unusable address.
+    /// An address that can't be used, with the reason.
     #[error("`{url}` is not an address of a daemon: {detail}")]
     BadUrl {
         /// The address, without a user or password that it may contain.
@@ -46,7 +46,7 @@ pub enum ClientError {
         /// The problem with the address.
         detail: String,
     },
-    /// Nothing listens at the address, or the connection broke before an answer.
+    /// A connection that failed, or broke before an answer.
     #[error("could not reach {url}")]
     Unreachable {
         /// The URL called.

@@ -20,7 +20,7 @@ pub struct Home {
 /// Folders that could not be determined or created.
 #[derive(Debug, thiserror::Error)]
 pub enum HomeError {
-    /// Neither `LLORCH_HOME` nor `HOME` is set.
+    /// An environment with neither `LLORCH_HOME` nor `HOME`.
     #[error("neither LLORCH_HOME nor HOME is set")]
     Unknown,
     /// A folder that can't be created or protected.

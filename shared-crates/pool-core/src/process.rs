@@ -129,6 +129,7 @@ mod platform {
         let stat = match fs::read_to_string(format!("/proc/{pid}/stat")) {
             Ok(stat) => stat,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            // The process ended between opening and reading the file.
             Err(error) if error.raw_os_error() == Some(Errno::SRCH.raw_os_error()) => {
                 return Ok(None);
             }
@@ -191,7 +192,7 @@ mod platform {
         let pid = i32::try_from(identity.pid).ok().and_then(Pid::from_raw);
         if let Some(pid) = pid
             && send(Signal::STOP)? == SignalOutcome::Sent
-            // An error must not return here, which would leave the leader stopped.
+            // On an error, continue with the kill below: returning would leave the leader stopped.
             && identity.runs().unwrap_or(false)
             && getpgid(Some(pid)) == Ok(pid)
         {

@@ -101,6 +101,7 @@ impl Secret {
             });
         }
         let mut text = String::new();
+        // One byte beyond the limit, so that `checked` detects a longer file.
         file.take(MAX_BYTES + 1)
             .read_to_string(&mut text)
             .map_err(read)?;

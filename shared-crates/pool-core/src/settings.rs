@@ -44,7 +44,7 @@ pub enum SettingsError {
         /// The parser's message.
         message: String,
     },
-    /// An unknown key.
+    /// A key in the file that matches no setting.
     #[error("{}:{line}: there is no setting `{key}`", path.display())]
     UnknownKey {
         /// Path of the file.
@@ -131,7 +131,7 @@ impl fmt::Display for Origin {
 /// Settings with the sources of their values.
 #[derive(Debug, Clone)]
 pub struct Loaded<T> {
-    /// The merged settings.
+    /// The settings, merged from all sources.
     pub value: T,
     /// The keys that don't have their default, with their sources. A later entry overrides an earlier one.
     pub origins: Vec<(String, Origin)>,

@@ -41,7 +41,7 @@ pub(super) struct Resources {
 /// Number of places of each kind, derived from a service's resources and settings. Default 0.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Places {
-    /// Connections with any request.
+    /// Connections for any request.
     pub connections: usize,
     /// Event streams among the connections, so that readers leave room for other requests.
     pub streams: usize,
@@ -124,6 +124,7 @@ impl Places {
             .max(FEWEST_BY_MEMORY);
         let connections = options.max_connections.min(rest - calls).min(by_memory);
         let calls = rest - connections;
+        // A quarter of the connections is left for short requests.
         let streams = connections - connections / 4;
         let body_limit = options.body_limit as u64;
         let most_bodies = MOST_BODY_BYTES.max(body_limit);
@@ -141,7 +142,7 @@ impl Places {
     }
 }
 
-/// A refusal for lack of places.
+/// The kind of place that a refused request needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Want {
     Connections,

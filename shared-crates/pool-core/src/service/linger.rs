@@ -28,8 +28,8 @@ impl Unread {
     }
 }
 
-/// A connection that, after its last answer, reads and discards what the client still sends until the client closes its
-/// side too. Does so only if [`Unread`] is set.
+/// A connection that, if [`Unread`] is set, reads and discards what the client still sends after the last answer, until the
+/// client closes its side too.
 #[derive(Debug)]
 pub(super) struct Lingering {
     stream: TcpStream,

@@ -124,19 +124,19 @@ const BACKLOG: u32 = 4096;
 /// A service that can't listen.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The address is reachable from the network, and there is no token.
+    /// An address that is reachable from the network, without a token.
     #[error("refusing to listen on {addr} without a token: it can be reached from other machines")]
     Exposed {
-        /// The requested address.
+        /// The address passed to [`Service::bind`].
         addr: SocketAddr,
     },
-    /// Another program listens on the address.
+    /// An address on which another program listens.
     #[error("another program already listens on {addr}")]
     InUse {
-        /// The requested address.
+        /// The address passed to [`Service::bind`].
         addr: SocketAddr,
     },
-    /// The limit on open files is too low.
+    /// A limit on open files that is too low.
     #[error("the limit of {limit} open files is too low: at least {needed} are needed")]
     Descriptors {
         /// The limit in force.
@@ -147,7 +147,7 @@ pub enum BindError {
     /// Another error of the system.
     #[error("could not listen on {addr}")]
     Listen {
-        /// The requested address.
+        /// The address passed to [`Service::bind`].
         addr: SocketAddr,
         /// The system's error.
         source: io::Error,

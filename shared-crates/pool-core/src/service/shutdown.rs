@@ -5,7 +5,7 @@ use std::io;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-/// A request that a daemon stop. Clones share the request, which can't be withdrawn.
+/// A request to stop a daemon. Clones share the request, which can't be withdrawn.
 #[derive(Debug, Clone)]
 pub struct Shutdown {
     state: watch::Sender<bool>,

@@ -17,7 +17,7 @@ const DYING: Duration = Duration::from_secs(1);
 /// A state folder that a daemon can't claim.
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
-    /// Another daemon uses the folder.
+    /// A folder that another daemon holds.
     #[error("{name} already runs on {}{}", dir.display(), pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default())]
     Held {
         /// Name of this daemon, which is also that of the holder.

@@ -31,10 +31,10 @@ pub(super) fn from_slice<T: DeserializeOwned>(
     }
 }
 
-/// A wrapper that forwards to serde's types and applies the rules on the way.
+/// A wrapper of one of serde's types that applies the rules and forwards everything else.
 struct Strict<T>(T);
 
-/// A [`Strict`] visitor.
+/// The counterpart of [`Strict`] for visitors.
 struct StrictVisitor<V> {
     inner: V,
     expected: Expected,
@@ -45,7 +45,7 @@ struct StrictVisitor<V> {
 enum Expected {
     /// A structure with named fields.
     Object,
-    /// An integer type.
+    /// An integer type of any width.
     Integer,
     /// Any other type.
     Other,

@@ -111,8 +111,8 @@ pub fn on_hangup(reload: impl Fn() + Send + 'static) -> io::Result<()> {
     Ok(())
 }
 
-/// Applies the reloadable part of the settings `read` again, and logs which keys differ from the settings `started`, with
-/// which the daemon started.
+/// Applies the reloadable part of the newly `read` settings, and logs the keys that differ from `started`, the settings at
+/// the daemon's start.
 pub fn take_settings<T: Serialize>(started: &T, read: &T, log: &LogConfig) {
     if let Err(error) = configure(log) {
         tracing::error!(%error, "`log.filter` is not a log filter; the earlier one stays");

@@ -402,7 +402,7 @@ async fn a_body_that_is_announced_as_too_large_is_refused_before_it_comes() {
     exchanged.expect("the answer ends").expect("nothing is cut");
     assert_eq!(Answer::parse(&text).refusal().1, "TOO_LARGE");
 
-    // A body that fits is asked for.
+    // The daemon asks for a body that fits.
     let mut stream = TcpStream::connect(server.addr).await.unwrap();
     let head = head(13, "Expect: 100-continue\r\nConnection: close\r\n");
     stream.write_all(head.as_bytes()).await.unwrap();
@@ -784,7 +784,7 @@ async fn silent_connections_do_not_keep_the_control_path_waiting() {
     }
     let begun = Instant::now();
     assert_eq!(server.send("GET /health", "").await.status, 200);
-    // With the time limit of an uncontended connection this would take 20 s.
+    // With the time limit of an uncontended connection, this would take 20 s.
     assert!(begun.elapsed() < Duration::from_secs(10));
 }
 

@@ -28,7 +28,7 @@ const MARGIN: usize = 4;
 /// A runtime that could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
-    /// The system allows too few threads.
+    /// Too few threads allowed by the system.
     #[error("the system gives {found} more threads: at least {needed} are needed")]
     Threads {
         /// Additional threads that could be started.
@@ -36,14 +36,14 @@ pub enum RuntimeError {
         /// Fewest additional threads with which the daemon works.
         needed: usize,
     },
-    /// The limit on address space is too low.
+    /// A limit on address space that is too low.
     #[error(
         "the limit on address space (`ulimit -v`) is {}: at least {} are needed",
         human_bytes(*limit),
         human_bytes_up(*needed)
     )]
     AddressSpace {
-        /// The limit in bytes.
+        /// The limit in force, in bytes.
         limit: u64,
         /// The lowest limit in bytes with which the daemon works.
         needed: u64,

@@ -46,7 +46,7 @@ pub struct DaemonSpec {
     pub start_timeout: Duration,
 }
 
-/// A running daemon.
+/// A daemon that is running, as its state folder describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Running {
     /// Identity of the daemon's process.
@@ -124,6 +124,7 @@ async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<Running, CliErro
                 log_start,
             ));
         }
+        // The record of another process, for example of a killed daemon, says nothing about this start.
         if let Some(running) =
             status(&spec.state_dir).filter(|running| running.process.pid == child.id())
             && answers(&running.url).await

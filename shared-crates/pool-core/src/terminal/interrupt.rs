@@ -6,7 +6,7 @@ use super::{CliError, Exit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
-/// A request that this process end. Cheap to clone.
+/// A request to end this process. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Interrupt(watch::Receiver<bool>);
 

@@ -106,7 +106,7 @@ pub mod paint {
         Good,
         /// Needs attention.
         Warn,
-        /// A failure.
+        /// A failure or a lost pool.
         Bad,
         /// Less important.
         Dim,
