@@ -1,16 +1,16 @@
-//! The codes of the orchestrator's error envelopes.
+//! Error codes of the orchestrator's API.
 
 use serde::{Deserialize, Serialize};
 
-/// Every `code` that `orchestratord`'s own handlers answer with. What all daemons share (`UNAUTHORIZED`,
-/// `PAYLOAD_TOO_LARGE`, ...) stands with the service that they run on.
+/// Codes that `orchestratord`'s own handlers return. Codes common to all daemons (`UNAUTHORIZED`, `PAYLOAD_TOO_LARGE`, ...) are
+/// defined by the HTTP service that the daemons share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum ApiErrorCode {
     /// A field is missing, out of range or unknown.
     InvalidRequest,
-    /// The model is in no catalogue, or may not be named by a task.
+    /// The model is in no catalogue, or tasks may not name it.
     ModelNotFound,
     /// No worker can run the model.
     ModelUnsupported,
@@ -20,34 +20,34 @@ pub enum ApiErrorCode {
     PoolNotFound,
     /// The queue is full.
     QueueFull,
-    /// As many pools are registered as may be.
+    /// The limit on registered pools is reached.
     TooManyPools,
-    /// The idempotency key was used for another request.
+    /// The idempotency key was used for a different request.
     IdempotencyMismatch,
-    /// `Last-Event-ID` is malformed or was never given to a reader of this job.
+    /// `Last-Event-ID` is malformed, or was never sent to a reader of this job.
     InvalidEventId,
-    /// The job's events were dropped: it ended too long ago.
+    /// The job's events were dropped, because it ended too long ago.
     EventsGone,
-    /// The instance or sequence number is older than what is known.
+    /// The instance or sequence number is older than the latest one.
     StaleHeartbeat,
     /// Another live instance holds the pool id.
     PoolIdTaken,
-    /// The pool speaks another version of the API.
+    /// The pool uses another version of the API.
     VersionMismatch,
-    /// The store can't take writes now.
+    /// The store can't take writes at present.
     StoreUnavailable,
     /// The daemon is stopping.
     ShuttingDown,
-    /// As many such requests are served as may be at once.
+    /// The limit on concurrent requests of this kind is reached.
     Busy,
-    /// The pool did not answer, or does not let this orchestrator in.
+    /// The pool did not answer, or did not accept this orchestrator's credentials.
     PoolUnavailable,
-    /// The pool refused what was passed on to it; `details.pool_code` is its own word for why.
+    /// The pool refused the forwarded request; `details.pool_code` is its own error code.
     PoolRefused,
 }
 
 impl ApiErrorCode {
-    /// The name on the wire.
+    /// Returns the name used on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::InvalidRequest => "INVALID_REQUEST",

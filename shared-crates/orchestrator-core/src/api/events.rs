@@ -1,4 +1,4 @@
-//! The events of a job's stream.
+//! Events of a job's stream.
 //!
 //! ```text
 //! queued → started → (token | metrics)* → end | error        `attempt` before each further attempt
@@ -18,10 +18,11 @@ use serde::{Deserialize, Serialize};
 use crate::api::tasks::TaskWaiting;
 use crate::job::{JobError, JobId};
 
-/// `ATTEMPT.SEQ`. `SEQ` rises by one through the job's whole life, from 1; `ATTEMPT` is 0 before the first attempt.
+/// Event id, written `ATTEMPT.SEQ`. `SEQ` starts at 1 and increases by one throughout the job's life; `ATTEMPT` is 0 before the
+/// first attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct EventId {
-    /// Number of the newest attempt that readers were told of.
+    /// Number of the newest attempt announced to readers.
     pub attempt: u32,
     /// Position in the job's event log.
     pub seq: u64,
@@ -54,134 +55,134 @@ impl FromStr for EventId {
     }
 }
 
-/// The job is stored and waits.
+/// Notice that the job is stored and waits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Queued {
-    /// The job.
+    /// Id of the job.
     pub job_id: JobId,
-    /// The model.
+    /// Reference of the requested model.
     pub model: ModelRef,
-    /// How many jobs were before it.
+    /// Number of jobs ahead of it.
     pub queue_position: u64,
 }
 
-/// The first attempt runs.
+/// Start of the first attempt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Started {
-    /// Number of the attempt.
+    /// Number of the attempt, from 1.
     pub attempt: u32,
-    /// The pool.
+    /// Name of the worker's pool.
     pub pool_id: String,
-    /// The worker.
+    /// Id of the worker on its pool.
     pub worker_id: String,
-    /// Tokens of the prompt.
+    /// Number of tokens in the prompt.
     pub tokens_in: u32,
-    /// Why it went there, for people.
+    /// Reason for choosing this worker, for people; absent if not recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
 
-/// A further attempt runs. It is announced before its first token; but where the orchestrator was killed and the attempt
-/// first has to draw again what readers may have seen already, after its last one, before the `end`.
+/// Start of a further attempt, normally announced before its first token. After a crash of the orchestrator, an attempt that
+/// has to generate text again that readers may have seen is announced after its last token instead, before the `end`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct FurtherAttempt {
     /// Number of the attempt.
     pub attempt: u32,
-    /// The pool.
+    /// Name of the worker's pool.
     pub pool_id: String,
-    /// The worker.
+    /// Id of the worker on its pool.
     pub worker_id: String,
-    /// Tokens of the prompt.
+    /// Number of tokens in the prompt.
     pub tokens_in: u32,
-    /// True: the text goes on at the next index. False: the text so far is void and indices start from 0.
+    /// True if the text continues at the next index. False if the text so far is void and indices restart at 0.
     pub continues: bool,
-    /// Why the attempt before is over.
+    /// Reason for the end of the previous attempt.
     pub reason: String,
-    /// Why it went there, for people.
+    /// Reason for choosing this worker, for people; absent if not recorded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
 }
 
-/// A piece of text.
+/// A piece of the generated text.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Token {
-    /// Text; never splits a character, never contains a stop sequence.
+    /// Text. Never splits a character, and never contains a stop sequence.
     pub t: String,
-    /// Counts from 0; starts again only after a void.
+    /// Index, counting from 0. Restarts only after the text was declared void.
     pub i: u32,
 }
 
-/// The text is whole.
+/// End of a completed job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct End {
-    /// Tokens of the prompt.
+    /// Number of tokens in the prompt.
     pub tokens_in: u32,
-    /// Tokens generated.
+    /// Number of tokens generated.
     pub tokens_out: u32,
-    /// Why the generation ended.
+    /// Cause for ending the generation.
     pub stop_reason: StopReason,
-    /// The seed in use; below 2^53 unless the client gave a larger one.
+    /// Seed in use; below 2^53 unless the client gave a larger one.
     pub seed: u64,
-    /// From the worker's acceptance to the first token, milliseconds.
+    /// Milliseconds from the worker's acceptance to the first token.
     pub ttft_ms: u64,
-    /// From the first token to the last, milliseconds.
+    /// Milliseconds from the first token to the last.
     pub decode_time_ms: u64,
-    /// The worker.
+    /// Id of the worker that completed the text.
     pub worker_id: String,
     /// Receipt of the text; absent if the worker gave none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub receipt: Option<Box<Receipt>>,
 }
 
-/// This reader is too slow and is closed; it can resume.
+/// Notice that this reader is too slow and is disconnected. It can resume.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Lagged {
-    /// Events that were not sent.
+    /// Number of events that were not sent.
     pub missed: u64,
 }
 
-/// The orchestrator stops; the job goes on when it is back.
+/// Notice that the orchestrator is stopping. The job continues after its restart.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ShutdownNotice {
-    /// What to do.
+    /// Advice to the reader.
     pub message: String,
 }
 
-/// One event of a job's stream. On the wire the variant is the SSE `event:` name and the content is `data:`.
+/// An event of a job's stream. On the wire, the variant is the SSE `event:` name and its content the `data:`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(tag = "event", content = "data", rename_all = "lowercase")]
 pub enum TaskEvent {
-    /// Stored.
+    /// The job is stored.
     Queued(Queued),
-    /// Why it waits.
+    /// The reason that the job waits.
     Waiting(TaskWaiting),
-    /// The first attempt runs.
+    /// The first attempt started.
     Started(Started),
-    /// A further attempt runs.
+    /// A further attempt started.
     Attempt(FurtherAttempt),
-    /// Text.
+    /// A piece of the text.
     Token(Token),
-    /// A momentary figure of the generation.
+    /// Momentary figures of the generation.
     Metrics(WorkerMetrics),
-    /// The text is whole. Last.
+    /// The text is complete. Last event.
     End(End),
-    /// It did not complete. Last.
+    /// The job did not complete. Last event.
     Error(JobError),
-    /// The reader was too slow. Closes the stream, not the job.
+    /// The reader was too slow. Ends the stream, not the job.
     Lagged(Lagged),
-    /// The orchestrator stops. Closes the stream, not the job.
+    /// The orchestrator is stopping. Ends the stream, not the job.
     Shutdown(ShutdownNotice),
 }
 
-/// An event that this build does not know, or whose data it can't read.
+/// An event that is unknown to this build, or has malformed data.
 #[derive(Debug, thiserror::Error)]
 #[error("`{event}` event that can't be read")]
 pub struct UnreadableEvent {
@@ -190,7 +191,7 @@ pub struct UnreadableEvent {
 }
 
 impl TaskEvent {
-    /// The SSE `event:` name.
+    /// Returns the SSE `event:` name.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Queued(_) => "queued",
@@ -206,7 +207,7 @@ impl TaskEvent {
         }
     }
 
-    /// The SSE `data:` text.
+    /// Returns the SSE `data:` text.
     pub fn data(&self) -> String {
         let json = match self {
             Self::Queued(data) => serde_json::to_string(data),
@@ -223,7 +224,7 @@ impl TaskEvent {
         json.expect("plain structures of numbers and texts always serialise")
     }
 
-    /// Reads an event back from its SSE parts.
+    /// Parses an event from its SSE parts.
     pub fn parse(event: &str, data: &str) -> Result<Self, UnreadableEvent> {
         let unreadable = |source| UnreadableEvent {
             event: event.chars().take(40).collect(),
@@ -234,7 +235,7 @@ impl TaskEvent {
             .map_err(unreadable)
     }
 
-    /// Whether it is kept and replayed, and so carries an id.
+    /// Returns whether the event is logged and replayed, and therefore carries an id.
     pub fn is_logged(&self) -> bool {
         !matches!(
             self,
@@ -242,7 +243,7 @@ impl TaskEvent {
         )
     }
 
-    /// Whether the job is over with it.
+    /// Returns whether the event ends the job.
     pub fn is_last(&self) -> bool {
         matches!(self, Self::End(_) | Self::Error(_))
     }

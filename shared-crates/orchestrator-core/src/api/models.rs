@@ -1,45 +1,46 @@
-//! The models as the orchestrator shows them.
+//! Models as the orchestrator's API shows them.
 
 use pool_core::ModelRef;
 use serde::{Deserialize, Serialize};
 
-/// A model as `GET /v2/models` shows it.
+/// A model in `GET /v2/models`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ModelView {
-    /// How tasks name it.
+    /// Reference by which tasks name the model.
     pub model_ref: ModelRef,
-    /// Name for people.
+    /// Name for people; `None` if no catalogue gives one.
     pub name: Option<String>,
-    /// Architecture as GGUF files spell it.
+    /// Architecture, spelled as in GGUF files.
     pub architecture: Option<String>,
-    /// Quantization for people.
+    /// Quantization, for people.
     pub quantization: Option<String>,
-    /// Exact size of the file.
+    /// Exact size of the file in bytes.
     pub size_bytes: Option<u64>,
-    /// Tokens of context that the model was trained for.
+    /// Context length that the model was trained for, in tokens.
     pub context_length: Option<u32>,
-    /// Licence for people.
+    /// Licence, for people.
     pub license: Option<String>,
-    /// Whether commands that name no model mean this one.
+    /// True if commands that name no model use this one.
     pub default: bool,
-    /// True if a worker can run the model: as reported by the pools that have it, else by the catalogue's architecture.
+    /// True if a worker can run the model, as reported by the pools that have it, otherwise judged by the catalogue's
+    /// architecture.
     #[serde(default = "runnable")]
     pub runnable: bool,
     /// Reason why no worker can run the model; absent if one can.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unsupported: Option<String>,
-    /// The pools that have it on their disks.
+    /// Names of the pools that have the model on disk.
     pub pools: Vec<String>,
 }
 
-/// Returns the default of a field that earlier versions do not send.
+/// Returns the default for answers of earlier versions, which lack the field.
 fn runnable() -> bool {
     true
 }
 
 impl ModelView {
-    /// A model of which no catalogue says anything.
+    /// Returns a model that is in no catalogue.
     pub fn uncatalogued(
         model_ref: ModelRef,
         unsupported: Option<String>,
@@ -65,6 +66,6 @@ impl ModelView {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ModelList {
-    /// The catalogue in its order, then what else pools have.
+    /// Catalogue models in catalogue order, followed by other models found on pools.
     pub models: Vec<ModelView>,
 }

@@ -1,4 +1,4 @@
-//! The fleet as the orchestrator shows it.
+//! Pools as the orchestrator's API shows them.
 
 use jiff::Timestamp;
 use pool_core::api::pool::PoolStatus;
@@ -6,26 +6,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::pool::PoolLiveness;
 
-/// A pool as `GET /v2/pools` shows it.
+/// A pool in `GET /v2/pools`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolView {
-    /// Name.
+    /// Unique name.
     pub id: String,
-    /// Where the orchestrator reaches it.
+    /// Address at which the orchestrator reaches the pool.
     pub url: String,
-    /// The pool's state in one word.
+    /// State of the pool in one word.
     pub state: PoolViewState,
     /// Liveness of the pool: `online`, `suspect` or `offline`. An awaited pool is `suspect`, a stopped one `offline`.
     pub liveness: PoolLiveness,
-    /// When it registered.
+    /// Time of registration.
     pub registered_at: Timestamp,
-    /// Milliseconds since the pool's latest heartbeat; for an awaited pool since its registration or, after a restart
-    /// of the orchestrator, since the restart.
+    /// Milliseconds since the pool's latest heartbeat. For an awaited pool: since its registration or, after a restart of the
+    /// orchestrator, since the restart.
     pub heartbeat_age_ms: u64,
-    /// What it said last; `None` before its first heartbeat.
+    /// Latest report of the pool; `None` before its first heartbeat.
     pub status: Option<PoolStatus>,
-    /// Another instance that claims the same pool id, while its attempts continue.
+    /// Another instance that claims the same pool id; present as long as it keeps trying to register.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub conflict: Option<PoolConflict>,
 }
@@ -37,22 +37,22 @@ pub struct PoolView {
 pub enum PoolViewState {
     /// Heartbeats arrive, and the pool takes work.
     Online,
-    /// Heartbeats arrive; the pool takes no new work and still finishes some.
+    /// Heartbeats arrive. The pool takes no new work but is still finishing some.
     Draining,
-    /// Heartbeats arrive; the pool takes no new work and runs none.
+    /// Heartbeats arrive. The pool takes no new work and runs none.
     Drained,
     /// One heartbeat is missing.
     Suspect,
     /// Three heartbeats are missing.
     Offline,
-    /// The pool is registered, and no heartbeat has arrived yet, or none since the orchestrator restarted.
+    /// The pool is registered, but no heartbeat has arrived yet, or none since the orchestrator restarted.
     Awaited,
     /// The pool stopped on purpose. Its workers may still run.
     Stopped,
 }
 
 impl PoolViewState {
-    /// The name on the wire and in tables.
+    /// Returns the name used on the wire and in tables.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Online => "online",
@@ -66,15 +66,15 @@ impl PoolViewState {
     }
 }
 
-/// An instance whose registration is refused because another live one holds its pool id.
+/// An instance whose registration is refused, because another live instance holds its pool id.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct PoolConflict {
     /// Address of the refused instance.
     pub url: String,
-    /// The refused instance.
+    /// Id of the refused instance.
     pub instance_id: String,
-    /// Milliseconds since the instance's latest attempt.
+    /// Milliseconds since the instance's latest attempt to register.
     pub age_ms: u64,
 }
 
@@ -90,11 +90,11 @@ pub struct PoolList {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Registered {
-    /// The pool.
+    /// Name of the registered pool.
     pub pool_id: String,
 }
 
-/// Answer of `POST /v2/pools/{id}/heartbeat`: it was taken in. There is nothing to say yet.
+/// Empty answer of `POST /v2/pools/{id}/heartbeat`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct HeartbeatAccepted {}

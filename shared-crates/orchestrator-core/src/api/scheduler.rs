@@ -1,4 +1,4 @@
-//! The scheduler as the orchestrator shows it, and what can be asked of it.
+//! State of the scheduler as the orchestrator's API shows it, and the requests to check and simulate scripts.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,29 +9,29 @@ use serde::{Deserialize, Serialize};
 use crate::job::JobId;
 use crate::scheduler::{Action, BuiltIn, WaitReason};
 
-/// What went wrong, in a word that may label a metric.
+/// Kind of a script error, short enough to label a metric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ScriptErrorKind {
     /// The source can't be compiled.
     Compile,
-    /// It threw, or did something that the language does not allow.
+    /// The script threw an error, or used an operation that the language does not allow.
     Runtime,
-    /// It reached a limit other than that of time.
+    /// The script reached a limit other than the time limit.
     Limit,
-    /// It took too long.
+    /// The script took too long.
     Timeout,
-    /// It returned something else than a list of actions.
+    /// The script returned a value other than a list of actions.
     Result,
-    /// One of its actions breaks a rule.
+    /// An action of the script breaks a rule.
     Action,
-    /// The run before has not ended yet.
+    /// The script's previous run has not ended yet.
     Busy,
 }
 
 impl ScriptErrorKind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Self; 7] = [
         Self::Compile,
         Self::Runtime,
@@ -42,7 +42,7 @@ impl ScriptErrorKind {
         Self::Busy,
     ];
 
-    /// The name on the wire and in metrics.
+    /// Returns the name used on the wire and in metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Compile => "compile",
@@ -62,17 +62,17 @@ impl fmt::Display for ScriptErrorKind {
     }
 }
 
-/// Why a script is of no use, or was of none in one pass.
+/// The error that made a script unusable, in general or in one pass.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ScriptError {
-    /// What went wrong.
+    /// Kind of the error.
     pub kind: ScriptErrorKind,
-    /// The same, for people.
+    /// Description of the error, for people.
     pub message: String,
-    /// The line in the source, from 1.
+    /// Line in the source, from 1; absent if the error has no position.
     pub line: Option<usize>,
-    /// The column in that line, from 1.
+    /// Column in that line, from 1; absent if the error has no column.
     pub column: Option<usize>,
 }
 
@@ -91,7 +91,7 @@ impl fmt::Display for ScriptError {
 }
 
 impl ScriptError {
-    /// What to try next.
+    /// Returns what to try next.
     pub fn hint(&self) -> &'static str {
         match self.kind {
             ScriptErrorKind::Compile => {
@@ -118,47 +118,47 @@ impl ScriptError {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SchedulerView {
-    /// The built-in policy in force. Where there is a script as well, it decides what the script can't.
+    /// Built-in policy in force. If there is a script, this policy decides the passes that the script can't.
     pub policy: String,
-    /// The script, where the settings name one.
+    /// State of the script; `null` if the settings name none.
     pub script: Option<ScriptView>,
-    /// How many recordings are under way.
+    /// Number of trace recordings in progress.
     pub recordings: usize,
 }
 
-/// A script as the daemon has it.
+/// State of the scheduler's script.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct ScriptView {
-    /// Its file.
+    /// Path of the script's file.
     pub path: String,
-    /// SHA-256 of the version that decides; null where none has compiled yet, and the built-in policy decides.
+    /// SHA-256 of the version in force; `null` if none has compiled yet, so that the built-in policy decides.
     pub sha256: Option<String>,
-    /// When that version was loaded.
+    /// Time at which that version was loaded.
     pub loaded_at: Option<Timestamp>,
     /// Milliseconds that a pass may take.
     pub limit_ms: u64,
-    /// Passes that it was asked in.
+    /// Number of passes in which the script was run.
     pub runs: u64,
-    /// Passes in which the built-in policy decided in its place.
+    /// Number of passes in which the built-in policy decided in place of the script.
     pub fallbacks: u64,
-    /// Errors of each kind.
+    /// Number of errors of each kind.
     pub errors: BTreeMap<ScriptErrorKind, u64>,
-    /// The latest error.
+    /// Most recent error; `null` if there was none.
     pub last_error: Option<LastScriptError>,
-    /// The version in the file that is not in force, where there is one, and why.
+    /// Error of the file's current version, if that version is not in force.
     pub refused: Option<LastScriptError>,
 }
 
-/// An error of a script, and when it was.
+/// An error of a script, with its time.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct LastScriptError {
-    /// When.
+    /// Time of the error.
     pub at: Timestamp,
-    /// SHA-256 of the version that it is about; null where the file can't be read.
+    /// SHA-256 of the faulty version; `null` if the file can't be read.
     pub sha256: Option<String>,
-    /// What went wrong.
+    /// Error itself, flattened into this object.
     #[serde(flatten)]
     pub error: ScriptError,
 }
@@ -168,7 +168,7 @@ pub struct LastScriptError {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CheckRequest {
-    /// The source of a script.
+    /// Source of the script to check.
     pub script: String,
 }
 
@@ -176,29 +176,29 @@ pub struct CheckRequest {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct CheckAnswer {
-    /// Whether the script compiles and answers the sample.
+    /// True if the script compiles and returns valid actions for the sample.
     pub ok: bool,
     /// SHA-256 of the source.
     pub sha256: String,
-    /// What is wrong with it.
+    /// Error of the script; `null` if `ok` is true.
     pub error: Option<ScriptError>,
-    /// What it decided on the sample, in order.
+    /// Actions that the script decided for the sample, in order.
     pub actions: Vec<Action>,
-    /// Why the sample's other jobs wait.
+    /// Jobs of the sample that keep waiting, with the reasons.
     pub waits: Vec<SampleWait>,
-    /// What it printed.
+    /// Lines that the script printed.
     pub printed: Vec<String>,
 }
 
-/// A job of the sample that waits.
+/// A job of the sample that keeps waiting.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SampleWait {
-    /// The job.
+    /// Id of the job.
     pub job: JobId,
-    /// Why.
+    /// Kind of the reason.
     pub reason: WaitReason,
-    /// The same, for people.
+    /// Description of the reason, for people.
     pub message: String,
 }
 
@@ -207,12 +207,12 @@ pub struct SampleWait {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SimulateRequest {
-    /// A trace as `GET /v2/scheduler/trace` gives it.
+    /// A trace in the format of `GET /v2/scheduler/trace`.
     pub trace: String,
-    /// The source of a script to try.
+    /// Source of a script to try.
     #[serde(default)]
     pub script: Option<String>,
-    /// Built-in policies to try; empty is the recorded one beside a script, else all.
+    /// Built-in policies to try. If empty: the recorded policy if there is a script, otherwise all.
     #[serde(default)]
     pub policies: Vec<BuiltIn>,
 }
@@ -221,54 +221,54 @@ pub struct SimulateRequest {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct SimulateAnswer {
-    /// How the recorded decisions compare with those that are made again; null where the trace's policy is not known.
+    /// Comparison of the recorded decisions with repeated ones; `null` if the trace's policy is unknown.
     pub replay: Option<Replay>,
-    /// What each policy made of the workload.
+    /// Results of each policy for the workload.
     pub reports: Vec<Report>,
 }
 
-/// How the recorded decisions compare with those that the same code makes again.
+/// Comparison of the recorded decisions with those that the same code makes when it repeats them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Replay {
-    /// Passes in the trace.
+    /// Number of passes in the trace.
     pub passes: u64,
-    /// Decisions that came out the same, byte for byte.
+    /// Number of decisions that are identical, byte for byte.
     pub equal: u64,
-    /// Passes that can't be decided again here: another policy or version of the script decided.
+    /// Number of passes that can't be repeated here, because another policy or script version decided them.
     pub skipped: u64,
-    /// The first pass that came out otherwise.
+    /// Number of the first pass with a different decision; `null` if there is none.
     pub first_difference: Option<u64>,
 }
 
-/// What a policy made of the workload.
+/// Results of a policy for a workload.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Report {
-    /// The policy: a built-in one's name, or what the script was called (`script` in the API).
+    /// Name of the policy: that of a built-in one, or the name given to the script (`script` in the API).
     pub policy: String,
-    /// Jobs that arrived.
+    /// Number of jobs that arrived.
     pub jobs: u64,
-    /// Jobs that were given a worker.
+    /// Number of jobs that got a worker.
     pub dispatched: u64,
-    /// Half of the jobs waited for no longer than this, in milliseconds.
+    /// Median of the waiting times, in milliseconds.
     pub wait_p50_ms: u64,
-    /// 95 of 100 did.
+    /// 95th percentile of the waiting times, in milliseconds.
     pub wait_p95_ms: u64,
-    /// 99 of 100 did.
+    /// 99th percentile of the waiting times, in milliseconds.
     pub wait_p99_ms: u64,
-    /// Workers that were started.
+    /// Number of workers started.
     pub worker_starts: u64,
-    /// Idle workers that were stopped, for memory or after `idle_ttl`.
+    /// Number of idle workers stopped, for memory or after `idle_ttl`.
     pub evictions: u64,
-    /// Jobs that waited for longer than five minutes, or were never given a worker.
+    /// Number of jobs that waited for more than five minutes, or never got a worker.
     pub starved: u64,
-    /// Bytes that ready workers without work held, on average over the time until the last job was done.
+    /// Bytes held by ready workers without work, averaged over the time until the last job was done.
     pub idle_memory_bytes: u64,
-    /// Milliseconds from the first arrival until the last job was done.
+    /// Milliseconds from the first arrival to the end of the last job.
     pub makespan_ms: u64,
-    /// Passes.
+    /// Number of scheduling passes.
     pub passes: u64,
-    /// Passes in which the script was of no use.
+    /// Number of passes in which the built-in policy had to replace the script.
     pub fallbacks: u64,
 }

@@ -1,4 +1,4 @@
-//! `POST /v2/tasks` and the shapes in which jobs are shown.
+//! Body of `POST /v2/tasks`, and the forms in which the API shows jobs.
 
 use std::collections::BTreeMap;
 
@@ -15,21 +15,21 @@ use crate::job::{
 use crate::sampling::Sampling;
 use crate::scheduler::{Explanation, Waiting};
 
-/// Most tokens that are generated where a request does not say.
+/// Default limit on generated tokens.
 pub const DEFAULT_MAX_TOKENS: u32 = 256;
-/// Attempts where a request does not say.
+/// Default limit on attempts.
 pub const DEFAULT_MAX_ATTEMPTS: u32 = 3;
-/// Most `max_attempts` that a request may ask for.
+/// Highest `max_attempts` that a request may ask for.
 pub const MOST_ATTEMPTS: u32 = 10;
 /// Longest `timeout_ms`: 30 days.
 pub const MOST_TIMEOUT_MS: u64 = 30 * 24 * 3600 * 1000;
-/// Most `stop` texts.
+/// Most `stop` texts of a request.
 pub const MOST_STOPS: usize = 4;
-/// Longest `stop` text in characters.
+/// Longest `stop` text, in characters.
 pub const MOST_STOP_CHARS: usize = 256;
-/// Most labels.
+/// Most labels of a request.
 pub const MOST_LABELS: usize = 16;
-/// Longest label key, label value or session id in characters.
+/// Longest label key, label value or session id, in characters.
 pub const MOST_LABEL_CHARS: usize = 128;
 /// Most messages of a conversation.
 pub const MOST_MESSAGES: usize = 4096;
@@ -39,10 +39,10 @@ pub const MOST_MESSAGES: usize = 4096;
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct TaskSubmitRequest {
-    /// The model: catalogue id, `hf:...` or `file:...`.
+    /// Model to run: a catalogue id, `hf:...` or `file:...`.
     #[cfg_attr(feature = "openapi", schema(value_type = ModelRef))]
     pub model: String,
-    /// A text; wrapped with the model's chat template as one user message, unless `raw`.
+    /// A text, which becomes one user message of the model's chat template, unless `raw` is set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(min_length = 1))]
     pub prompt: Option<String>,
@@ -50,58 +50,58 @@ pub struct TaskSubmitRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(min_items = 1, max_items = 4096))]
     pub messages: Option<Vec<Message>>,
-    /// Give `prompt` to the model as it is.
+    /// If true, `prompt` goes to the model without the chat template.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     #[cfg_attr(feature = "openapi", schema(default = false))]
     pub raw: bool,
-    /// If true, names of control tokens in messages become those tokens; otherwise text stays text. In a raw prompt
-    /// names always become tokens.
+    /// If true, names of control tokens in messages become those tokens; otherwise they stay text. In a raw prompt, such names
+    /// always become tokens.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     #[cfg_attr(feature = "openapi", schema(default = false))]
     pub allow_special: bool,
-    /// A system message before the others.
+    /// A system message to put before the others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub system: Option<String>,
-    /// Most tokens to generate (256).
+    /// Most tokens to generate. Default 256.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
         feature = "openapi",
         schema(default = 256, minimum = 1, maximum = 4294967295u32)
     )]
     pub max_tokens: Option<u32>,
-    /// 0 to 2 (0.7); 0 is greedy.
+    /// Sampling temperature, 0 to 2; 0 is greedy. Default 0.7.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(default = 0.7, minimum = 0, maximum = 2))]
     pub temperature: Option<f64>,
-    /// (0, 1] (1).
+    /// Nucleus size, above 0 to 1; 1 keeps all tokens. Default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
         feature = "openapi",
         schema(default = 1, exclusive_minimum = 0, maximum = 1)
     )]
     pub top_p: Option<f64>,
-    /// 0 is off (0).
+    /// Number of most likely tokens to keep; 0 keeps all. Default 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
         feature = "openapi",
         schema(default = 0, minimum = 0, maximum = 4294967295u32)
     )]
     pub top_k: Option<u32>,
-    /// [0, 1) (0).
+    /// Lowest probability to keep, relative to the most likely token, from 0 to below 1; 0 keeps all. Default 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
         feature = "openapi",
         schema(default = 0, minimum = 0, exclusive_maximum = 1)
     )]
     pub min_p: Option<f64>,
-    /// (0, 2] (1).
+    /// Penalty on tokens seen before, above 0 to 2; 1 changes nothing. Default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(
         feature = "openapi",
         schema(default = 1, exclusive_minimum = 0, maximum = 2)
     )]
     pub repetition_penalty: Option<f64>,
-    /// At most 4 texts that end the generation and are not part of it.
+    /// Up to 4 texts that end the generation. They are not part of the answer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[cfg_attr(feature = "openapi", schema(value_type = Vec<crate::openapi::StopText>, max_items = 4))]
     pub stop: Vec<String>,
@@ -109,39 +109,39 @@ pub struct TaskSubmitRequest {
     /// numbers.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
-    /// `interactive` or `batch`.
+    /// Scheduling class: `interactive` or `batch`. Default `interactive`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub priority: Option<Priority>,
-    /// Jobs of one session share their turns in the queue.
+    /// Session of the job. Jobs of one session share their turns in the queue.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::openapi::ShortText>))]
     pub session_id: Option<String>,
-    /// Milliseconds from submit after which the job expires.
+    /// Milliseconds between submission and expiry; absent if the job never expires.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(minimum = 1, maximum = 2592000000u64))]
     pub timeout_ms: Option<u64>,
-    /// 1 to 10 (3).
+    /// Attempts that may be lost before the job fails, 1 to 10. Default 3.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(default = 3, minimum = 1, maximum = 10))]
     pub max_attempts: Option<u32>,
-    /// Where it must run.
+    /// Constraints on the place where the job runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub placement: Option<Placement>,
-    /// At most 16 short pairs.
+    /// Up to 16 short key-value pairs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[cfg_attr(feature = "openapi", schema(value_type = crate::openapi::Labels))]
     pub labels: BTreeMap<String, String>,
 }
 
-/// Why a request is refused.
+/// Reason for refusing a request.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{field}` {reason}")]
 pub struct ValidationError {
-    /// The field.
+    /// Name of the invalid field.
     pub field: &'static str,
-    /// What is wrong with it.
+    /// Problem with its value, as part of a sentence.
     pub reason: String,
-    /// What to write instead.
+    /// Remedy, as an imperative.
     pub hint: &'static str,
 }
 
@@ -157,7 +157,7 @@ fn refuse<T>(
     })
 }
 
-/// Checks a short text that is shown in lists: no control characters, no marks that change how text around is shown.
+/// Checks a short text that lists display: no control characters, and no marks that change how surrounding text is shown.
 fn check_short(field: &'static str, text: &str) -> Result<(), ValidationError> {
     let length = text.chars().count();
     if length == 0 || length > MOST_LABEL_CHARS {
@@ -192,13 +192,13 @@ fn in_range(
     }
 }
 
-/// Draws a seed that every JSON reader preserves.
+/// Draws a seed below 2^53, which every JSON reader preserves.
 fn draw_seed() -> u64 {
     rand::random_range(0..=MAX_EXACT_INTEGER)
 }
 
 impl TaskSubmitRequest {
-    /// The job that the request asks for, with a drawn seed where it names none; or the first field that is wrong.
+    /// Returns the requested job, with a drawn seed if the request has none. Fails with the first invalid field.
     pub fn validate(self) -> Result<JobSpec, ValidationError> {
         let model: ModelRef = match self.model.parse() {
             Ok(model) => model,
@@ -356,29 +356,29 @@ impl TaskSubmitRequest {
     }
 }
 
-/// Answer of `POST /v2/tasks`: the job is stored.
+/// Answer of `POST /v2/tasks`, sent once the job is stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskAccepted {
-    /// The job.
+    /// Id of the new job, or of the earlier one with this idempotency key.
     pub job_id: JobId,
-    /// Its state when it was stored, or its state now where the idempotency key named a job of before.
+    /// State of the job when it was stored; for an earlier job with this idempotency key, its current state.
     pub status: JobStatus,
-    /// How many jobs are before it, where it waits.
+    /// Number of jobs ahead of it; `null` if the job does not wait.
     pub queue_position: Option<u64>,
-    /// Path of its event stream.
+    /// Path of the job's event stream.
     pub events_url: String,
 }
 
-/// Why a job waits.
+/// The reason that a job waits, with its place in the queue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskWaiting {
-    /// How many jobs are before it.
+    /// Number of jobs ahead of it.
     pub queue_position: u64,
-    /// What the last scheduling pass found.
+    /// Explanation from the latest scheduling pass.
     pub explanation: Explanation,
-    /// Milliseconds until it starts, from how long others took; `null` where too little is known.
+    /// Estimated milliseconds until the job starts, based on how long others took; `null` if too little is known.
     #[serde(default)]
     pub estimated_start_ms: Option<u64>,
 }
@@ -398,83 +398,83 @@ impl From<Waiting> for TaskWaiting {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskExplanation {
-    /// Id.
+    /// Id of the job.
     pub id: JobId,
-    /// State.
+    /// Current state.
     pub status: JobStatus,
-    /// Why it waits, while it does.
+    /// Explanation of a waiting job; `null` otherwise.
     pub waiting: Option<TaskWaiting>,
-    /// Why nothing is heard of the attempt that is under way, while nothing is.
+    /// Explanation of an attempt whose worker is unreachable; `null` otherwise.
     pub out_of_reach: Option<OutOfReach>,
-    /// Where its attempts went, in order.
+    /// Places of the job's attempts, in order.
     pub placements: Vec<AttemptPlacement>,
 }
 
-/// An attempt that is under way on a worker which nobody reaches.
+/// An attempt in progress on an unreachable worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct OutOfReach {
-    /// The pool.
+    /// Name of the worker's pool.
     pub pool_id: String,
-    /// The worker.
+    /// Id of the worker on its pool.
     pub worker_id: String,
-    /// What is wrong.
+    /// Description of the problem.
     pub message: String,
-    /// What is done about it, and what happens when that is in vain.
+    /// Description of the countermeasures, and of the consequence if they fail.
     pub then: String,
-    /// When the pool spoke last; `null` where it has left, or has not spoken since `orchestratord` started.
+    /// Time of the pool's latest message; `null` if the pool has left, or has sent none since `orchestratord` started.
     pub last_heard: Option<Timestamp>,
-    /// When the attempt is given up, if nothing changes until then; `null` where the pool's word decides.
+    /// Time at which the attempt is given up unless something changes; `null` if the pool's next report decides instead.
     pub given_up_at: Option<Timestamp>,
 }
 
-/// Where an attempt went.
+/// Place of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct AttemptPlacement {
     /// Number of the attempt.
     pub attempt: u32,
-    /// The pool.
+    /// Name of the worker's pool.
     pub pool_id: String,
-    /// The worker.
+    /// Id of the worker on its pool.
     pub worker_id: String,
-    /// Why there; `null` for an attempt that ended before its worker began.
+    /// Reason for choosing this worker; `null` if the attempt ended before its worker began.
     pub why: Option<String>,
 }
 
-/// A job as `GET /v2/tasks` lists it: without its texts.
+/// A job as `GET /v2/tasks` lists it, without its texts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskSummary {
-    /// Id.
+    /// Id of the job.
     pub id: JobId,
-    /// State.
+    /// Current state.
     pub status: JobStatus,
-    /// The model.
+    /// Reference of the requested model.
     pub model: ModelRef,
-    /// Who goes first.
+    /// Scheduling class.
     pub priority: Priority,
-    /// The session, where it has one.
+    /// Session of the job; `null` if it has none.
     pub session_id: Option<String>,
-    /// The client's own marks.
+    /// Labels chosen by the client.
     pub labels: BTreeMap<String, String>,
-    /// When it was accepted.
+    /// Time at which the job was accepted.
     pub created_at: Timestamp,
-    /// When the first attempt started.
+    /// Time at which the first attempt started; `null` before.
     pub started_at: Option<Timestamp>,
-    /// When it reached its terminal state.
+    /// Time at which the job reached its terminal state; `null` before.
     pub ended_at: Option<Timestamp>,
     /// Number of the latest attempt; 0 before the first.
     pub attempt: u32,
-    /// Pool of the latest attempt.
+    /// Pool of the latest attempt; `null` before the first.
     pub pool_id: Option<String>,
-    /// Worker of the latest attempt.
+    /// Worker of the latest attempt; `null` before the first.
     pub worker_id: Option<String>,
-    /// Tokens generated, once completed.
+    /// Number of tokens generated; `null` unless the job completed.
     pub tokens_out: Option<u32>,
-    /// Why it did not complete.
+    /// Error of a job that ended without completing.
     pub error: Option<JobError>,
-    /// The shortest beginning of the id that no other stored job shares, without `job-`; only with `short_ids`.
+    /// Shortest prefix of the id, without `job-`, that no other stored job shares; present only with `short_ids`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub short_id: Option<String>,
 }
@@ -506,11 +506,11 @@ impl From<&Job> for TaskSummary {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskList {
-    /// Newest first.
+    /// Matching jobs of this page, newest first.
     pub jobs: Vec<TaskSummary>,
-    /// Where the next page begins; `None` on the last.
+    /// Start of the next page; `null` on the last.
     pub next_cursor: Option<String>,
-    /// Number of matching jobs on all pages; only with `count`.
+    /// Number of matching jobs on all pages; present only with `count`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub total: Option<u64>,
 }
@@ -519,40 +519,40 @@ pub struct TaskList {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct TaskView {
-    /// Id.
+    /// Id of the job.
     pub id: JobId,
-    /// State.
+    /// Current state.
     pub status: JobStatus,
-    /// What was asked for, with the defaults and the seed in place.
+    /// The request, with defaults and drawn seed filled in.
     pub request: JobSpec,
-    /// When it was accepted.
+    /// Time at which the job was accepted.
     pub created_at: Timestamp,
-    /// When the first attempt started.
+    /// Time at which the first attempt started; `null` before.
     pub started_at: Option<Timestamp>,
-    /// When it reached its terminal state.
+    /// Time at which the job reached its terminal state; `null` before.
     pub ended_at: Option<Timestamp>,
-    /// When its prompt, text and events were dropped: some time after its end, as `store.retention_s` of the
-    /// orchestrator says.
+    /// Time at which the prompt, text and events were dropped, which the orchestrator's `store.retention_s` determines; `null`
+    /// while they are kept.
     pub dropped_at: Option<Timestamp>,
     /// All attempts, in order.
     pub attempts: Vec<Attempt>,
-    /// Why it waits, while it does.
+    /// Explanation of a waiting job; `null` otherwise.
     pub waiting: Option<TaskWaiting>,
-    /// The text so far, or the whole.
+    /// Text generated so far.
     pub text: String,
-    /// Figures of a completed job.
+    /// Token counts and times; `null` unless the job completed.
     pub usage: Option<Usage>,
     /// Receipt of a completed job: hashes and settings, which are kept when the texts are dropped. `null` if the worker gave
     /// none.
     pub receipt: Option<Receipt>,
-    /// Why it did not complete.
+    /// Error of a job that ended without completing.
     pub error: Option<JobError>,
-    /// Path of its event stream.
+    /// Path of the job's event stream.
     pub events_url: String,
 }
 
 impl TaskView {
-    /// The job as the API shows it.
+    /// Returns the API's view of a job.
     pub fn new(job: Job, waiting: Option<TaskWaiting>) -> Self {
         Self {
             id: job.id,
@@ -573,7 +573,7 @@ impl TaskView {
     }
 }
 
-/// Path of a job's event stream.
+/// Returns the path of a job's event stream.
 pub fn events_url(id: JobId) -> String {
     format!("/v2/tasks/{id}/events")
 }
@@ -582,9 +582,9 @@ pub fn events_url(id: JobId) -> String {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct CancelResponse {
-    /// The job.
+    /// Id of the job.
     pub job_id: JobId,
-    /// The state that won: `cancelled`, or the terminal state that it had reached before.
+    /// Resulting state: `cancelled`, or the terminal state that the job had reached before.
     pub status: JobStatus,
 }
 
@@ -623,7 +623,7 @@ mod tests {
     fn a_seed_is_drawn_where_none_is_given() {
         let draw = || request(r#"{"model": "m", "prompt": "hi"}"#).unwrap().seed;
         assert_ne!(draw(), draw());
-        // Half of all 64-bit seeds have the highest bit: 64 small ones are no accident.
+        // Half of all 64-bit seeds have the highest bit set, so 64 small seeds in a row can't be chance.
         for _ in 0..64 {
             let seed = draw();
             assert!(seed < 1 << 53, "{seed}");
@@ -691,7 +691,7 @@ mod tests {
             (default.allow_special, allowed.allow_special),
             (false, true)
         );
-        // Stored jobs of earlier builds lack the field, and their keys must still mean the same request.
+        // Stored jobs of earlier builds lack the field, and their idempotency keys must still match the same request.
         let stored = serde_json::to_string(&default).unwrap();
         assert!(!stored.contains("allow_special"), "{stored}");
         assert_eq!(serde_json::from_str::<JobSpec>(&stored).unwrap(), default);
