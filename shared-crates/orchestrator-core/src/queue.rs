@@ -1,8 +1,8 @@
-//! The order in which waiting jobs get their turn.
+//! Order in which waiting jobs get their turn.
 //!
-//! `interactive` jobs go before `batch` jobs; a batch job that has waited for `promote_after` counts as
-//! interactive. Inside a class sessions take turns, and inside a session the first to come is the first to go. The
-//! database is the record; this order lives in memory and is built again from it at start.
+//! `interactive` jobs come before `batch` jobs; a batch job that has waited for `promote_after` counts as interactive. Within a
+//! class, sessions take turns, and within a session, jobs are served first come, first served. The database is the record; this
+//! order lives in memory and is rebuilt from the database at start.
 
 mod drain;
 mod order;
@@ -24,40 +24,39 @@ use order::Ordered;
 /// Approximate bytes of text per token.
 const TOKEN_BYTES: u64 = 4;
 
-/// What the queue needs to know of a waiting job.
+/// A waiting job as the queue and the scheduler see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueuedJob {
-    /// Id.
+    /// Id of the job.
     pub id: JobId,
-    /// The model.
+    /// Reference of the requested model.
     pub model: ModelRef,
-    /// Class.
+    /// Class that the job was submitted with.
     pub priority: Priority,
-    /// Jobs of one session share their turns; a job without one is a session of its own.
+    /// Session, whose jobs share their turns; a job without one is a session of its own.
     pub session_id: Option<String>,
-    /// When it was accepted; a job that comes back keeps its place.
+    /// Time at which the job was accepted. A job that returns to the queue keeps it.
     pub created_at: Timestamp,
-    /// Not before this, while it backs off after a lost attempt.
+    /// End of the pause after a lost attempt; `None` without a pause.
     pub not_before: Option<Timestamp>,
-    /// Where it must run.
+    /// Constraints on the place where the job runs.
     pub placement: Placement,
-    /// Its turn, once the queue has given it one: a job that comes back keeps it.
+    /// Turn that the queue assigned; `None` before. A job that returns to the queue keeps its turn.
     pub turn: Option<u64>,
-    /// About how many bytes its request takes.
+    /// Approximate size of the request in bytes.
     pub bytes: u64,
-    /// Most tokens that it may generate.
+    /// Most tokens that the job may generate.
     pub max_tokens: u32,
-    /// Smallest context that runs the job, in tokens; absent until a worker whose context is too small has counted
-    /// them.
+    /// Smallest context that runs the job, in tokens. `None` until a worker whose context is too small has counted the tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_needed: Option<u32>,
-    /// Tokens of a worker's cache that the job takes; absent until a worker without that room has counted them.
+    /// Tokens that the job takes in a worker's cache. `None` until a worker without that room has counted them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_needed: Option<u32>,
 }
 
 impl QueuedJob {
-    /// The queue's view of `job`.
+    /// Returns the queue's view of `job`, without a turn.
     pub fn new(job: &Job, not_before: Option<Timestamp>) -> Self {
         Self {
             id: job.id,
@@ -77,7 +76,7 @@ impl QueuedJob {
 }
 
 impl QueuedJob {
-    /// Whether it waits for its next attempt.
+    /// Returns whether the job is still pausing after a lost attempt.
     pub fn backs_off(&self, now: Timestamp) -> bool {
         self.not_before.is_some_and(|at| at > now)
     }
@@ -87,8 +86,8 @@ impl QueuedJob {
         self.cache_needed.unwrap_or(0)
     }
 
-    /// Returns an estimate of the tokens of context that hold the prompt and the longest answer. The estimate ranks
-    /// free workers and excludes none.
+    /// Returns an estimate of the context that holds the prompt and the longest answer, in tokens. The estimate only ranks free
+    /// workers; it excludes none.
     pub fn context_wished(&self) -> u32 {
         let prompt = self.context_needed.map_or_else(
             || {
@@ -101,16 +100,16 @@ impl QueuedJob {
     }
 }
 
-/// Why a job can't be queued.
+/// Reason for refusing a job.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum QueueError {
-    /// The queue holds as many jobs as it may.
+    /// The limit on waiting jobs is reached.
     #[error("the queue is full: {capacity} jobs wait")]
     Full {
         /// Most jobs that may wait.
         capacity: usize,
     },
-    /// The requests of the waiting jobs take as many bytes as they may.
+    /// The request would exceed the limit on bytes of waiting requests.
     #[error(
         "the queue is full: with this request of {} those that wait would take more than {}",
         human_bytes(*bytes),
@@ -119,16 +118,16 @@ pub enum QueueError {
     FullBytes {
         /// Most bytes that requests of waiting jobs may take.
         capacity_bytes: u64,
-        /// The bytes of the request that was refused.
+        /// Bytes of the refused request.
         bytes: u64,
     },
-    /// The share of jobs that nothing can run is full.
+    /// The share of jobs that nothing can run at present is full.
     #[error("the queue is full for jobs that nothing can run now: {share} of them wait")]
     FullShare {
         /// Most such jobs that may wait.
         share: usize,
     },
-    /// The requests of waiting jobs that nothing can run fill their share of bytes.
+    /// The request would exceed the share of bytes for jobs that nothing can run at present.
     #[error(
         "the queue is full for jobs that nothing can run now: with this request of {} those that wait would take more than {}",
         human_bytes(*bytes),
@@ -137,30 +136,30 @@ pub enum QueueError {
     FullShareBytes {
         /// Most bytes for the requests of such jobs.
         share_bytes: u64,
-        /// The bytes of the request that was refused.
+        /// Bytes of the refused request.
         bytes: u64,
     },
-    /// The job is in the queue already.
+    /// The job is already in the queue.
     #[error("{0} waits already")]
     Duplicate(JobId),
 }
 
-/// Waiting jobs in the order of their turns.
+/// A queue of waiting jobs, ordered by turn.
 pub trait JobQueue {
-    /// Adds a job.
+    /// Adds a job. Fails if the queue is full or already contains the job.
     fn enqueue(&mut self, job: QueuedJob) -> Result<(), QueueError>;
-    /// Takes the job whose turn it is.
+    /// Removes and returns the job whose turn it is.
     fn dequeue(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>>;
-    /// The job whose turn it is.
+    /// Returns the job whose turn it is.
     fn peek(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>>;
 }
 
-/// What the queue holds at most; `None` is any number.
+/// Limits of the queue; `None` is unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Capacity {
-    /// Jobs.
+    /// Most waiting jobs.
     pub jobs: Option<usize>,
-    /// Bytes of their requests.
+    /// Most bytes of their requests.
     pub bytes: Option<u64>,
 }
 
@@ -209,11 +208,11 @@ impl std::ops::Sub for Load {
     }
 }
 
-/// Divisor of the capacity that gives the share of jobs that nothing can run.
+/// Divisor of the capacity that yields the share for jobs that nothing can run at present.
 const STRANDED_PART: u8 = 10;
 
 impl Capacity {
-    /// Fails unless a job of `bytes` may be added to the waiting ones. If no job waits, the size does not matter.
+    /// Fails unless a job of `bytes` may join the waiting ones. An empty queue accepts a job of any size.
     pub fn admit(&self, waiting: Load, bytes: u64) -> Result<(), QueueError> {
         if let Some(capacity) = self.jobs
             && waiting.jobs >= capacity
@@ -233,7 +232,7 @@ impl Capacity {
         }
     }
 
-    /// Fails unless a job of `bytes` that nothing can run may be added to the waiting jobs of this kind.
+    /// Fails unless a job of `bytes` that nothing can run at present may join the waiting jobs of this kind.
     pub fn admit_stranded(&self, waiting: Load, bytes: u64) -> Result<(), QueueError> {
         let share = Self {
             jobs: self
@@ -255,22 +254,22 @@ impl Capacity {
     }
 }
 
-/// Class (`true` is batch), turn, arrival: lower goes first.
+/// Sort key: class (`true` is batch), turn, arrival, id. Lower keys go first.
 pub type TurnKey = (bool, u64, Timestamp, JobId);
 
-/// The order of `design.md`: classes, promotion, turns between sessions, first come first served.
+/// The queue order of `design.md`: classes, promotion, turns between sessions, first come first served.
 ///
-/// Turns are start tags of fair queueing: a job's tag is the tag after its session's latest, but not below the queue's
-/// clock, and the clock is the highest tag that had its turn. So a session that sends a hundred jobs waits behind
-/// another's first, however many of the hundred have run already.
+/// Turns are the start tags of start-time fair queueing. A job's tag is one above its session's latest tag, but at least the
+/// queue's clock; the clock is the highest tag served so far. A session that submits a hundred jobs therefore waits behind
+/// another session's first job, however many of the hundred have already run.
 #[derive(Debug, Clone)]
 pub struct FairQueue {
-    /// In the order of their turns. A batch job that was promoted counts as interactive in its key.
+    /// Keys of all waiting jobs. The key of a promoted batch job has the interactive class.
     order: Ordered<TurnKey>,
     entries: HashMap<JobId, Entry>,
-    /// Batch jobs that were not promoted, by arrival.
+    /// Batch jobs not yet promoted, by arrival.
     to_promote: BTreeSet<(Timestamp, JobId)>,
-    /// The tag that a session's next job gets, while that is ahead of the clock.
+    /// Tag of each session's next job, if it is ahead of the clock.
     next_tags: HashMap<(Priority, String), u64>,
     clock: u64,
     bytes: u64,
@@ -285,11 +284,11 @@ struct Entry {
     key: TurnKey,
 }
 
-/// Sessions whose next tags are remembered without need, before they are looked through.
+/// Number of `next_tags` entries, beyond the number of waiting jobs, that triggers a removal of outdated ones.
 const STALE_TAGS: usize = 1024;
 
 impl FairQueue {
-    /// An empty queue.
+    /// Returns an empty queue.
     pub fn new(capacity: Capacity, promote_after: SignedDuration) -> Self {
         Self {
             order: Ordered::default(),
@@ -304,17 +303,17 @@ impl FairQueue {
         }
     }
 
-    /// How many jobs wait.
+    /// Returns the number of waiting jobs.
     pub fn len(&self) -> usize {
         self.order.len()
     }
 
-    /// Whether no job waits.
+    /// Returns whether no job waits.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// How many jobs of a class wait, promoted ones under the class that they were submitted with.
+    /// Returns the number of waiting jobs of a class. Promoted jobs count under the class that they were submitted with.
     pub fn depth(&self, priority: Priority) -> usize {
         match priority {
             Priority::Batch => self.batch,
@@ -335,8 +334,8 @@ impl FairQueue {
         }
     }
 
-    /// Puts a job in whatever the capacity says: it was accepted before. One that had its turn has it again. Returns it
-    /// as it waits now.
+    /// Adds a job regardless of the capacity, because it was accepted earlier. A job that already had a turn keeps it. Returns
+    /// the job as it now waits.
     pub fn put_back(&mut self, mut job: QueuedJob) -> Arc<QueuedJob> {
         self.remove(job.id);
         let tag = job.turn.unwrap_or_else(|| {
@@ -365,11 +364,11 @@ impl FairQueue {
         job
     }
 
-    /// Takes a job out that has its turn now.
+    /// Removes a job because its turn has come, and advances the clock.
     pub fn take(&mut self, id: JobId) -> Option<Arc<QueuedJob>> {
         let entry = self.remove_entry(id)?;
         self.clock = self.clock.max(entry.key.1);
-        // A tag that the clock has passed is as good as none.
+        // A tag that the clock has passed has no effect any more.
         if self.next_tags.len() > STALE_TAGS + self.len() {
             let clock = self.clock;
             self.next_tags.retain(|_, tag| *tag > clock);
@@ -377,7 +376,7 @@ impl FairQueue {
         Some(entry.job)
     }
 
-    /// Takes a job out that wants no turn any more.
+    /// Removes a job that needs no turn any more.
     pub fn remove(&mut self, id: JobId) -> Option<Arc<QueuedJob>> {
         Some(self.remove_entry(id)?.job)
     }
@@ -393,7 +392,7 @@ impl FairQueue {
         Some(entry)
     }
 
-    /// Lets batch jobs that have waited for long count as interactive, and returns them.
+    /// Promotes batch jobs that have waited long enough to count as interactive, and returns them.
     pub fn promote(&mut self, now: Timestamp) -> Vec<JobId> {
         let mut promoted = Vec::new();
         while let Some((arrived, id)) = self.to_promote.first().copied()
@@ -410,36 +409,36 @@ impl FairQueue {
         promoted
     }
 
-    /// Whether the job waits.
+    /// Returns whether the job waits.
     pub fn contains(&self, id: JobId) -> bool {
         self.entries.contains_key(&id)
     }
 
-    /// The job, while it waits.
+    /// Returns the job if it waits.
     pub fn get(&self, id: JobId) -> Option<&Arc<QueuedJob>> {
         Some(&self.entries.get(&id)?.job)
     }
 
-    /// The place of a waiting job in the order of turns.
+    /// Returns the sort key of a waiting job.
     pub fn key(&self, id: JobId) -> Option<TurnKey> {
         Some(self.entries.get(&id)?.key)
     }
 
-    /// All waiting jobs in the order of their turns.
+    /// Returns all waiting jobs in queue order.
     pub fn ordered(&mut self, now: Timestamp) -> Vec<Arc<QueuedJob>> {
         self.promote(now);
         let jobs = self.order.iter().filter_map(|key| self.get(key.3));
         jobs.cloned().collect()
     }
 
-    /// How many jobs have their turn before `id`; `None` where it does not wait.
+    /// Returns the number of jobs ahead of `id`; `None` if that job does not wait.
     pub fn position(&mut self, id: JobId, now: Timestamp) -> Option<u64> {
         self.promote(now);
         let key = self.key(id)?;
         Some(self.order.rank(&key) as u64)
     }
 
-    /// How many jobs would have their turn before `job`, were it added now.
+    /// Returns the number of jobs that would be ahead of `job` if it were added now.
     pub fn position_of_new(&mut self, job: &QueuedJob, now: Timestamp) -> u64 {
         self.promote(now);
         let batch = job.priority == Priority::Batch;
@@ -556,7 +555,7 @@ mod tests {
         );
     }
 
-    // [ORCHCORE-041] Who comes later does not make up for the turns that others had before.
+    // [ORCHCORE-041] A late session does not catch up on turns that others had before.
     #[test]
     fn a_session_that_comes_later_takes_turns_from_then_on() {
         let mut queue = queue();
@@ -623,7 +622,7 @@ mod tests {
             bytes,
             ..job(5, Priority::Interactive, None)
         };
-        // One that is larger than the queue is taken by an empty queue: it could never come in otherwise.
+        // An empty queue accepts a job larger than the queue, which could never get in otherwise.
         let large = sized(5000);
         queue.enqueue(large.clone()).unwrap();
         queue.remove(large.id).unwrap();
@@ -674,7 +673,7 @@ mod tests {
         );
     }
 
-    // [ORCHCORE-040] A promoted job counts as interactive in every place it is counted.
+    // [ORCHCORE-040] A promoted job counts as interactive in its position, but keeps its class in the depths.
     #[test]
     fn promotion_changes_places() {
         let mut queue = queue();

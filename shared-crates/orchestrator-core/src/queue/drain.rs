@@ -1,27 +1,27 @@
-//! How fast the queue drains.
+//! Estimate of the rate at which the queue drains.
 
 use std::collections::VecDeque;
 
 use jiff::{SignedDuration, Timestamp};
 
-/// Departures that are remembered.
+/// Number of departures kept.
 const KEPT: usize = 64;
-/// Older departures say nothing about now.
+/// Age beyond which a departure is ignored.
 const WINDOW: SignedDuration = SignedDuration::from_mins(5);
-/// What is said where too little is known.
+/// Estimate without any departure, and the shortest one with fewer than two recent departures.
 const UNKNOWN: SignedDuration = SignedDuration::from_secs(5);
-/// The shortest and the longest time that is told.
+/// Shortest and longest estimate.
 const BOUNDS: (SignedDuration, SignedDuration) =
     (SignedDuration::from_secs(1), SignedDuration::from_secs(60));
 
-/// When jobs left the queue lately.
+/// Recent times at which jobs left the queue.
 #[derive(Debug, Clone, Default)]
 pub struct Departures {
     at: VecDeque<Timestamp>,
 }
 
 impl Departures {
-    /// Notes that a job left the queue.
+    /// Records that a job left the queue.
     pub fn note(&mut self, now: Timestamp) {
         if self.at.len() == KEPT {
             self.at.pop_front();
@@ -29,14 +29,15 @@ impl Departures {
         self.at.push_back(now);
     }
 
-    /// When somebody who found the queue full should come back: the time in which one job leaves, in whole seconds.
+    /// Returns the time after which a client that found the queue full should retry: the time in which one job leaves, in whole
+    /// seconds.
     pub fn retry_after(&self, now: Timestamp) -> SignedDuration {
         retry_after(&self.at, now)
     }
 }
 
-/// The mean time between departures up to now, so that a queue that stands still is given ever more time. Whole seconds
-/// from 1 to 60.
+/// Returns the mean time between recent departures, in whole seconds from 1 to 60. The time since the last departure counts, so
+/// that a stalled queue yields ever longer times.
 fn retry_after(departures: &VecDeque<Timestamp>, now: Timestamp) -> SignedDuration {
     let recent = || {
         departures
@@ -72,17 +73,17 @@ mod tests {
     // [ORCHCORE-045]
     #[test]
     fn who_finds_the_queue_full_is_told_the_time_in_which_a_job_leaves() {
-        // One every 3 s.
+        // A departure every 3 s.
         assert_eq!(told((0..20).map(|i| i * 3000), 60_000), 3);
-        // Faster than seconds can tell.
+        // Departures faster than one per second.
         assert_eq!(told((0..50).map(|i| i * 10), 500), 1);
-        // It has stood still since: ever longer, up to a minute.
+        // A stalled queue yields ever longer times, up to a minute.
         assert_eq!(told([0, 1000], 40_000), 20);
         assert_eq!(told([0, 1000], 290_000), 60);
         assert_eq!(told([0, 1000], 10_000_000), 60);
-        // Nothing is known.
+        // No departures are known.
         assert_eq!(told([], 1000), 5);
-        // A clock that was set back.
+        // The clock was set back.
         assert_eq!(told([5000, 6000], 0), 1);
     }
 }

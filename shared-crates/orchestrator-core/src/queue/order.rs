@@ -1,15 +1,15 @@
-//! A sorted list that knows the place of each of its entries.
+//! A sorted list that can compute the rank of an entry.
 
 use std::collections::VecDeque;
 
-/// Entries of one chunk: small enough to move, many enough that counting chunks is quick.
+/// Most entries of a chunk: few enough to shift cheaply, enough to keep the number of chunks small.
 const CHUNK: usize = 128;
 
-/// A sorted list without duplicates, in chunks. Inserting, removing and finding a place look at one chunk and at the
-/// lengths of those before it; what goes at either end of a chunk moves no other.
+/// A sorted list without duplicates, stored in chunks. Inserting, removing and ranking touch one chunk and the lengths of the
+/// chunks before it. Changes at either end of a chunk shift no other entries.
 #[derive(Debug, Clone)]
 pub(crate) struct Ordered<K> {
-    /// None is empty.
+    /// Chunks in order. None of them is empty.
     chunks: Vec<VecDeque<K>>,
     len: usize,
 }
@@ -36,7 +36,7 @@ impl<K: Ord> Ordered<K> {
         self.chunks.first()?.front()
     }
 
-    /// How many entries are before `key`.
+    /// Returns the number of entries before `key`.
     pub(crate) fn rank(&self, key: &K) -> usize {
         let chunk = self.chunk_of(key);
         let before: usize = self.chunks[..chunk].iter().map(VecDeque::len).sum();
@@ -63,7 +63,7 @@ impl<K: Ord> Ordered<K> {
     }
 
     pub(crate) fn remove(&mut self, key: &K) -> bool {
-        // What goes is mostly the first of all.
+        // Most removals take the first entry of the list.
         let chunk = match self.first() {
             Some(first) if first == key => 0,
             _ => self.chunk_of(key),
@@ -85,7 +85,7 @@ impl<K: Ord> Ordered<K> {
         true
     }
 
-    /// The first chunk that does not end before `key`.
+    /// Returns the index of the first chunk that does not end before `key`.
     fn chunk_of(&self, key: &K) -> usize {
         self.chunks
             .partition_point(|entries| entries.back().is_some_and(|last| last < key))
