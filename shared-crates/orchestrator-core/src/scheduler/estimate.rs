@@ -1,23 +1,23 @@
-//! When a waiting job starts, from how long others took.
+//! Estimates of a waiting job's start, based on measured times.
 
 use std::collections::{HashMap, VecDeque};
 
 use jiff::SignedDuration;
 use pool_core::ModelRef;
 
-/// Times that are remembered of each kind.
+/// Number of measurements kept per model and kind.
 const KEPT: usize = 32;
 
-/// Measured times.
+/// Measured times, by model.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Estimates {
-    /// How long jobs ran, by model.
+    /// Run times of jobs.
     service: HashMap<ModelRef, Recent>,
-    /// How long workers took to come up, by model.
+    /// Load times of workers.
     starts: HashMap<ModelRef, Recent>,
 }
 
-/// The latest times.
+/// The latest measurements, at most [`KEPT`].
 #[derive(Debug, Clone, Default)]
 struct Recent(VecDeque<SignedDuration>);
 
@@ -38,18 +38,18 @@ impl Recent {
 }
 
 impl Estimates {
-    /// Notes how long a job ran.
+    /// Records the run time of a job.
     pub(super) fn completed(&mut self, model: &ModelRef, took: SignedDuration) {
         self.service.entry(model.clone()).or_default().note(took);
     }
 
-    /// Notes how long a worker took to come up.
+    /// Records the load time of a worker.
     pub(super) fn started(&mut self, model: &ModelRef, took: SignedDuration) {
         self.starts.entry(model.clone()).or_default().note(took);
     }
 
-    /// How long until a job runs that has `before` jobs before it, where `slots` jobs run at a time and all slots are
-    /// taken: one leaves in each `slots`th part of a job's time.
+    /// Returns the time until a job starts that has `before` jobs ahead of it, if all `slots` slots are in use. On average, a
+    /// slot becomes free every `slots`th part of a job's run time.
     pub(super) fn turn(
         &self,
         model: &ModelRef,
@@ -62,7 +62,7 @@ impl Estimates {
         mean.checked_mul(places)?.checked_div(slots)
     }
 
-    /// How long until a job runs that has `before` jobs before it and waits for a worker that has been starting for
+    /// Returns the time until a job starts that has `before` jobs ahead of it and waits for a worker that has been loading for
     /// `since`.
     pub(super) fn start(
         &self,

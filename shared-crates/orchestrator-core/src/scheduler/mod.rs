@@ -1,12 +1,11 @@
-//! Which job runs where, decided by a pure function: the same snapshot gives the same plan.
+//! Scheduler: a pure function that decides which job runs where. The same snapshot always gives the same plan.
 //!
-//! For each waiting job, in the order of their turns, pools are filtered: known → alive → backend → model present →
-//! context → memory fits → slots. The remaining places go to the [`Policy`]. If none remains, the job gets the counts
-//! of every
-//! filter, the constraint that binds, and what would lift it. A job that can't run now never holds up one behind it.
+//! For each waiting job, in queue order, the pools pass through filters: known → alive → backend → model present → context →
+//! memory fits → slots. The [`Policy`] picks among the remaining places. If none remains, the job gets an explanation: the
+//! counts of every filter, the binding constraint, and its remedy. A job that can't run now never blocks the jobs behind it.
 //!
-//! [`snapshot`] is what a plan depends on, [`plan`] makes one, [`policy`] chooses among the places that are left, and
-//! [`explain`] has the words for a job that waits.
+//! [`snapshot`] is the input, [`plan`] makes a plan, [`policy`] ranks the remaining places, and [`explain`] words the
+//! explanations of waiting jobs. [`index`] makes the same plans incrementally.
 
 mod estimate;
 pub mod explain;
@@ -32,6 +31,6 @@ pub use snapshot::{
     Snapshot, Usage, WorkerState,
 };
 
-/// How long pools have to register after a restart of the orchestrator: a little more than the default interval of their
+/// Time that pools have to register after a restart of the orchestrator: a little more than the default interval of their
 /// heartbeats.
 pub const REGISTRATION: SignedDuration = SignedDuration::from_secs(20);

@@ -1,4 +1,4 @@
-//! Policies: which of several places is the best one.
+//! Policies, which rank the possible places for a job or a new worker.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,32 +7,32 @@ use serde::{Deserialize, Serialize};
 
 use super::snapshot::{DeviceState, PoolState, WorkerState};
 
-/// How good a place is: lower is better, compared from the left. Places of the same rank are taken by the names of pool
-/// and worker, or pool and device, so that a choice never depends on the order in which places were looked at.
+/// Rank of a place: lower is better, compared from the left. Ties go to the lower names of pool and worker, or pool and device,
+/// so that a choice never depends on the order in which places were examined.
 pub type Rank = [u64; 3];
 
 /// A worker that could take the job.
 #[derive(Debug, Clone, Copy)]
 pub struct WorkerChoice<'a> {
-    /// Its pool.
+    /// Pool of the worker.
     pub pool: &'a PoolState,
-    /// The worker.
+    /// A worker with a free slot.
     pub worker: &'a WorkerState,
 }
 
 /// A device on which a worker could be started.
 #[derive(Debug, Clone, Copy)]
 pub struct StartChoice<'a> {
-    /// Its pool.
+    /// Pool of the device.
     pub pool: &'a PoolState,
-    /// The device.
+    /// A device with enough free memory.
     pub device: DeviceState,
 }
 
-/// Chooses among the places that passed every filter.
+/// A rule that picks among the places that passed every filter.
 ///
-/// A rank depends on nothing but the choice itself, so that it needs to be worked out again only where the place has
-/// changed; that of a worker depends on the worker and on its pool's devices, and not on its neighbours.
+/// A rank depends only on the choice itself, so it must be recomputed only if the place has changed. The rank of a worker
+/// depends on the worker and on its pool's devices, but not on the pool's other workers.
 pub trait Policy: Send + Sync {
     /// Ranks a worker with a free slot.
     fn rank_worker(&self, choice: &WorkerChoice<'_>) -> Rank;
@@ -41,7 +41,7 @@ pub trait Policy: Send + Sync {
 }
 
 impl WorkerChoice<'_> {
-    /// Bytes that a further worker could take on the worker's device.
+    /// Returns the bytes that another worker could take on the worker's device.
     pub(super) fn free_bytes(&self) -> u64 {
         let mut devices = self.pool.devices.iter();
         devices
@@ -49,19 +49,19 @@ impl WorkerChoice<'_> {
             .map_or(0, |d| d.free_bytes)
     }
 
-    /// The share of the worker's slots that is in use, as a whole number that orders like it.
+    /// Returns the share of the worker's slots that is in use, as an integer of the same order.
     fn load(&self) -> u64 {
         (u64::from(self.worker.active) << 32) / u64::from(self.worker.slots.max(1))
     }
 }
 
-/// More of `bytes` is better.
+/// Maps more bytes to a lower, hence better, number.
 fn most(bytes: u64) -> u64 {
     u64::MAX - bytes
 }
 
-/// The default policy: the worker with the smallest share of its slots in use, the device of the pool with the least
-/// work. Ties go to the most free memory, then the least work, then the lower id.
+/// The default policy. Prefers the worker with the smallest share of its slots in use, and the device of the pool with the
+/// least work. Ties go to the most free memory, then the least work, then the lower id.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct LeastLoaded;
 
@@ -80,8 +80,8 @@ impl Policy for LeastLoaded {
     }
 }
 
-/// The worker on the device with the most free memory, and the device with the most free memory. Ties go to the least
-/// work, then the lower id.
+/// A policy that prefers the worker on the device with the most free memory, and the device with the most free memory. Ties go
+/// to the least work, then the lower id.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct MostVramFree;
 
@@ -97,8 +97,8 @@ impl Policy for MostVramFree {
     }
 }
 
-/// The worker that got a job longest ago, and the pool that started a worker longest ago. Ties go to the most free
-/// memory, then the least work, then the lower id. Whose turn it is stands in the snapshot, as the numbers of the latest
+/// A policy that prefers the worker that got a job longest ago, and the pool that started a worker longest ago. Ties go to the
+/// most free memory, then the least work, then the lower id. The snapshot holds the turns, as the numbers of the latest
 /// dispatches and starts.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RoundRobin;
@@ -119,25 +119,25 @@ impl Policy for RoundRobin {
     }
 }
 
-/// The built-in policies, by the names that `scheduler.policy` takes.
+/// A built-in policy, by its name in `scheduler.policy`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[cfg_attr(feature = "openapi", schema(rename_all = "kebab-case"))]
 pub enum BuiltIn {
-    /// [`LeastLoaded`].
+    /// See [`LeastLoaded`].
     #[default]
     LeastLoaded,
-    /// [`MostVramFree`].
+    /// See [`MostVramFree`].
     MostVramFree,
-    /// [`RoundRobin`].
+    /// See [`RoundRobin`].
     RoundRobin,
 }
 
 impl BuiltIn {
-    /// All of them.
+    /// All built-in policies.
     pub const ALL: [Self; 3] = [Self::LeastLoaded, Self::MostVramFree, Self::RoundRobin];
 
-    /// The name in the configuration.
+    /// Returns the name used in the configuration.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::LeastLoaded => "least-loaded",
@@ -146,7 +146,7 @@ impl BuiltIn {
         }
     }
 
-    /// The policy of this name.
+    /// Returns the policy of this name.
     pub fn policy(self) -> &'static dyn Policy {
         match self {
             Self::LeastLoaded => &LeastLoaded,

@@ -1,4 +1,4 @@
-//! What a plan depends on.
+//! The scheduler's input: the state of jobs and fleet at one moment.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,37 +12,37 @@ use serde::{Deserialize, Serialize};
 use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
 
-/// Everything a plan depends on. Cloning one is cheap: jobs and pools are shared.
+/// Everything that a plan depends on. Cloning is cheap, because jobs and pools are shared.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// The time.
+    /// Time of the pass.
     pub now: Timestamp,
-    /// When this orchestrator started: until its pools had time to register, no job of before is rejected.
+    /// Start of this orchestrator. Jobs stored before are not rejected until their pools have had time to register.
     pub started_at: Timestamp,
-    /// What the operator allows.
+    /// The operator's limits on the scheduler.
     pub settings: Settings,
-    /// Waiting jobs in the order of their turns.
+    /// Waiting jobs in queue order.
     pub jobs: Vec<Arc<QueuedJob>>,
-    /// Registered pools, by name.
+    /// Registered pools, sorted by name.
     pub pools: Vec<Arc<PoolState>>,
-    /// The pool on which each session ran last.
+    /// Pool of each session's latest run.
     pub sessions: BTreeMap<String, String>,
-    /// Bytes of the models that pools may be asked to download.
+    /// Size in bytes of each model that pools may be asked to download.
     pub sizes: BTreeMap<ModelRef, u64>,
-    /// How many dispatches and starts there were: the number that the next one gets. See [`WorkerState::last_turn`].
+    /// Number of the next dispatch or start, which increases by one with each. See [`WorkerState::last_turn`].
     pub turns: u64,
 }
 
-/// What the operator allows the scheduler to do beside dispatching and starting.
+/// The operator's limits on actions other than dispatches and starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
-    /// A worker that has been idle for this long is stopped; `None` never stops one for that.
+    /// Idle time after which a worker is stopped; `None` keeps idle workers running.
     pub idle_ttl: Option<SignedDuration>,
-    /// Whether idle workers are stopped where a waiting job needs their memory.
+    /// True if idle workers are stopped when a waiting job needs their memory.
     pub evict: bool,
     /// Longest residence of an idle worker that waiting jobs could use. See [`Settings::residence`].
     pub min_residence: SignedDuration,
-    /// Whether pools are asked to download a model that none of them has.
+    /// True if pools are asked to download a model that none of them has.
     pub download: bool,
 }
 
@@ -57,12 +57,13 @@ impl Default for Settings {
     }
 }
 
-/// Residence of a worker in load times: loading takes at most a quarter of the time when two models take turns.
+/// Residence of a worker as a multiple of its load time. With 3, loading takes at most a quarter of the time when two models
+/// take turns.
 const RESIDENCE_LOADS: i32 = 3;
 
 impl Settings {
-    /// Returns the time for which a worker stays while waiting jobs could use it: two models that don't fit in memory
-    /// together take turns of this length instead of loading without end.
+    /// Returns the time for which a worker stays while waiting jobs could use it: two models that don't fit in memory together
+    /// take turns of this length instead of reloading endlessly.
     pub fn residence(&self, worker: &WorkerState) -> SignedDuration {
         let loading = worker
             .ready_at
@@ -79,79 +80,79 @@ impl Settings {
 /// A pool as the scheduler sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolState {
-    /// Name.
+    /// Unique name.
     pub id: String,
-    /// Whether it is heard from.
+    /// Liveness, judged by the pool's heartbeats.
     pub liveness: PoolLiveness,
-    /// Whether it refuses new workers.
+    /// True if the pool refuses new work.
     pub draining: bool,
-    /// Devices on which a worker can be started, with the memory that one may take.
+    /// Devices on which a worker can be started, with their memory.
     pub devices: Vec<DeviceState>,
-    /// Workers, failed ones included.
+    /// Workers, including failed ones.
     pub workers: Vec<WorkerState>,
-    /// Models on its disk.
+    /// Models on the pool's disk.
     pub models: Vec<ModelState>,
-    /// Bytes that its disk has left for models.
+    /// Bytes of disk space left for models.
     pub disk_free_bytes: u64,
-    /// Models that it was asked to download.
+    /// Downloads in progress, including requested ones.
     pub downloads: Vec<DownloadState>,
-    /// Starts that it refused a moment ago and that are not to be asked for again yet.
+    /// Recently refused starts, which are not requested again yet.
     pub refused_starts: Vec<RefusedStart>,
-    /// Downloads that failed a moment ago and that are not to be asked for again yet.
+    /// Recently failed downloads, which are not requested again yet.
     pub refused_downloads: Vec<RefusedDownload>,
-    /// The number of the latest worker start here, 0 for none. See [`WorkerState::last_turn`].
+    /// Number of the latest worker start on this pool; 0 if there was none. See [`WorkerState::last_turn`].
     pub last_start: u64,
 }
 
 /// A start that a pool refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefusedStart {
-    /// The model.
+    /// Model that the worker was to load.
     pub model: ModelRef,
-    /// Where the worker should have computed.
+    /// Device that the worker was to compute on.
     pub device: Device,
     /// Requested tokens of context; `None` for the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
-    /// What the pool said.
+    /// The pool's error message.
     pub message: String,
 }
 
-/// A download that a pool refused, or that failed there.
+/// A download that a pool refused or that failed on it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefusedDownload {
-    /// The model.
+    /// Model that was to be downloaded.
     pub model: ModelRef,
-    /// What the pool said.
+    /// The pool's error message.
     pub message: String,
 }
 
-/// A download under way.
+/// A download in progress.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DownloadState {
-    /// The model.
+    /// Model that is being downloaded.
     pub model: ModelRef,
-    /// How far it is, in percent, where anybody knows.
+    /// Progress in percent; `None` if unknown.
     pub percent: Option<u8>,
 }
 
 /// A device on which a worker can be started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
-    /// Which one.
+    /// Backend and number of the device.
     pub device: Device,
-    /// Bytes that a further worker may take.
+    /// Bytes that another worker may take.
     pub free_bytes: u64,
-    /// Bytes in all.
+    /// Bytes of memory in total.
     pub total_bytes: u64,
 }
 
 /// A model on a pool's disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelState {
-    /// How jobs name it.
+    /// Reference by which jobs name the model.
     pub model: ModelRef,
-    /// The file's identity.
+    /// Identity of the file.
     pub file: ModelFile,
     /// Bytes that a worker of the model needs with the default context.
     pub needed_bytes: u64,
@@ -238,56 +239,58 @@ impl StartCost {
 /// A worker as the scheduler sees it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerState {
-    /// Id on its pool; empty for one that was asked for a moment ago.
+    /// Id on its pool; empty if the worker was just requested.
     pub id: String,
-    /// Its model.
+    /// Model that the worker loaded.
     pub model: ModelRef,
-    /// The file that it was started with.
+    /// Identity of the file that the worker was started with.
     pub file: ModelFile,
-    /// Where it computes.
+    /// Device that the worker computes on.
     pub device: Device,
-    /// State.
+    /// State, as its pool reported it.
     pub status: WorkerStatus,
     /// Tokens of context of each sequence; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_length: Option<u32>,
-    /// Sequences that it runs at once.
+    /// Most sequences that the worker runs at once.
     pub slots: u32,
-    /// Sequences that it runs now.
+    /// Sequences that the worker runs now.
     pub active: u32,
-    /// Tokens of its cache that remain free if all its jobs write their longest answers, as the pool reported, less those
-    /// given to jobs since; `None` if unknown.
+    /// Tokens of the cache that remain free if all jobs of the worker generate their longest answers, as the pool reported,
+    /// minus those given to jobs since; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub free_tokens: Option<u32>,
-    /// It had no room a moment ago, whatever is known of its slots: it is left alone for a while.
+    /// True if the worker recently refused a job for lack of room. It gets no jobs for a while, whatever its slots say.
     pub full: bool,
-    /// Bytes that become free when it ends.
+    /// Bytes that become free when the worker ends.
     pub memory_bytes: u64,
-    /// When it was asked for.
+    /// Time at which the worker was requested.
     pub created_at: Timestamp,
-    /// When it was ready for the first time.
+    /// Time at which the worker first became ready; `None` before.
     pub ready_at: Option<Timestamp>,
-    /// Since when it has had nothing to do; `None` while it has, and before it was ready.
+    /// Start of the current idle time; `None` while the worker has work, and before it was ready.
     pub idle_since: Option<Timestamp>,
-    /// The number of the latest dispatch to it, 0 for none: whoever has the lowest number has waited longest for its turn.
+    /// Number of the latest dispatch to the worker; 0 if there was none. The worker with the lowest number has waited longest
+    /// for its turn.
     pub last_turn: u64,
-    /// Why it refused its model's file, where it did. Another end while it started says nothing of the file.
+    /// Error with which the worker refused its model's file; `None` otherwise. Other ends during the start say nothing about
+    /// the file.
     pub start_failure: Option<String>,
 }
 
-/// What the orchestrator itself knows of a worker's use: newer than any heartbeat.
+/// The orchestrator's own record of a worker's use, which is newer than any heartbeat.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Slots that its own leases hold.
+    /// Slots held by the worker's leases.
     pub active: u32,
-    /// When the latest of its leases ended.
+    /// Time at which the latest lease ended; `None` if none did.
     pub released_at: Option<Timestamp>,
-    /// The number of the latest dispatch to it.
+    /// Number of the latest dispatch to the worker; 0 if there was none.
     pub last_turn: u64,
 }
 
 impl Usage {
-    /// Notes a lease, which the dispatch of this number gave.
+    /// Records a lease given by the dispatch with the number `turn`.
     pub(super) fn take(&mut self, turn: u64) {
         self.active += 1;
         self.last_turn = turn;
@@ -295,7 +298,8 @@ impl Usage {
 }
 
 impl WorkerState {
-    /// The scheduler's view of what a pool said of a worker. [`WorkerState::apply`] adds what is known besides.
+    /// Returns the scheduler's view of a worker that a pool reported. [`WorkerState::apply`] adds the orchestrator's own
+    /// knowledge.
     fn new(worker: &WorkerInfo) -> Self {
         let memory = worker.memory;
         Self {
@@ -350,29 +354,29 @@ impl WorkerState {
         }
     }
 
-    /// Lays the orchestrator's own knowledge over what the pool said.
+    /// Overlays the orchestrator's own record on the pool's report.
     pub fn apply(&mut self, usage: Usage) {
         self.active = usage.active;
         self.last_turn = usage.last_turn;
-        // A pool that has not heard of our latest lease calls the worker idle since before.
+        // A heartbeat sent before our latest lease still reports the worker as idle, since an earlier time.
         self.idle_since = match usage.active {
             0 => self.idle_since.max(self.idle_since.and(usage.released_at)),
             _ => None,
         };
     }
 
-    /// Whether it can be given a job now.
+    /// Returns whether the worker can take a job now.
     pub fn has_slot(&self) -> bool {
         self.serves() && !self.full && self.active < self.slots
     }
 
-    /// Returns whether its cache has room for a job that needs `tokens` of it, as far as is known. A worker without a job has
-    /// room for any job that its context holds.
+    /// Returns whether the worker's cache has room for a job that needs `tokens` of it. Unknown free space counts as room, and
+    /// a worker without a job has room for any job that its context holds.
     pub fn has_room(&self, tokens: u32) -> bool {
         self.active == 0 || self.free_tokens.is_none_or(|free| free >= tokens)
     }
 
-    /// Gives a slot to a job that needs `tokens` of its cache: the dispatch with the number `turn`.
+    /// Gives a slot to a job that needs `tokens` of the worker's cache, by the dispatch with the number `turn`.
     pub fn take_slot(&mut self, turn: u64, tokens: u32) {
         self.active += 1;
         self.free_tokens = self.free_tokens.map(|free| free.saturating_sub(tokens));
@@ -380,7 +384,7 @@ impl WorkerState {
         self.last_turn = turn;
     }
 
-    /// Returns the tokens of context that a job can count on. A starting worker may turn out to have any number.
+    /// Returns the tokens of context that a job can rely on. A starting worker may turn out to have any number.
     pub fn capacity(&self) -> u32 {
         match (self.context_length, self.status) {
             (Some(tokens), _) => tokens,
@@ -389,14 +393,14 @@ impl WorkerState {
         }
     }
 
-    /// Whether it takes jobs when it has a slot.
+    /// Returns whether the worker takes jobs when it has a free slot.
     pub fn serves(&self) -> bool {
         matches!(self.status, WorkerStatus::Ready | WorkerStatus::Busy)
     }
 }
 
 impl PoolState {
-    /// The scheduler's view of what a pool said last. Leases are not in it: [`WorkerState::apply`] adds them.
+    /// Returns the scheduler's view of a pool's latest report. Leases are not included: [`WorkerState::apply`] adds them.
     pub fn new(status: &PoolStatus, liveness: PoolLiveness) -> Self {
         let devices = status
             .devices
@@ -449,13 +453,13 @@ impl PoolState {
         }
     }
 
-    /// The model as it lies on the pool's disk.
+    /// Returns the model, if it is on the pool's disk.
     pub fn model(&self, model: &ModelRef) -> Option<&ModelState> {
         self.models.iter().find(|m| m.model == *model)
     }
 
-    /// Why the model as it lies on this pool's disk now could not be started here, where that was tried. A file that
-    /// was replaced since is given a new chance.
+    /// Returns the error with which the model's current file failed to load on this pool; `None` if no start failed that way.
+    /// A file that was replaced since gets a new chance.
     pub fn start_failure(&self, model: &ModelState) -> Option<&str> {
         let same = |w: &&WorkerState| {
             w.status == WorkerStatus::Failed && w.model == model.model && w.file == model.file
@@ -466,7 +470,7 @@ impl PoolState {
             .find_map(|w| w.start_failure.as_deref())
     }
 
-    /// Returns the refusal that blocks this start for now: of a worker with this context or a shorter one.
+    /// Returns the refusal that blocks this start for now: that of a worker with this context or a shorter one.
     pub fn refused(
         &self,
         model: &ModelRef,
@@ -480,7 +484,7 @@ impl PoolState {
         })
     }
 
-    /// Sequences that its workers run now.
+    /// Returns the number of sequences that the pool's workers run now.
     pub fn active(&self) -> u32 {
         self.workers.iter().map(|w| w.active).sum()
     }
