@@ -1,7 +1,7 @@
-//! What a policy of the operator's own asks for, held against the snapshot by the rules that bind the built-in ones.
+//! Validation of a scheduler script's proposals against a snapshot, by the rules that bind the built-in policies.
 //!
-//! A script proposes; nothing that it says is done before it has passed here. One proposal that breaks a rule spoils the
-//! whole answer: half a plan of somebody who is wrong about the fleet is worth less than the built-in policy's whole one.
+//! A script only proposes; no proposal takes effect before it has passed these checks. A single invalid proposal rejects the
+//! whole answer: a partial plan from a script with a wrong picture of the fleet is worse than a complete built-in plan.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -21,120 +21,120 @@ mod promised;
 
 pub use promised::Promised;
 
-/// Most jobs that a script is shown in one pass.
+/// Most jobs offered to a script in one pass.
 pub const MAX_CANDIDATES: usize = 256;
-/// Most actions that it may return.
+/// Most actions that a script may return.
 pub const MAX_ACTIONS: usize = 1024;
-/// Longest reason that a script may give, in characters; the rest is cut off.
+/// Longest reason that a script may give, in characters. Longer reasons are truncated.
 pub const MAX_REASON: usize = 200;
-/// The soonest that a script may ask to be run again for a job that it lets wait, and the latest.
+/// Shortest and longest delay after which a script may ask to be run again for a job that it lets wait.
 pub const AGAIN: (SignedDuration, SignedDuration) = (
     SignedDuration::from_millis(100),
     SignedDuration::from_hours(1),
 );
 
-/// One thing that a policy asks for. Jobs, pools and workers are places in the snapshot.
+/// An action requested by a policy. Jobs, pools and workers are indices into the snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Proposal {
     /// Lease the job to the worker.
     Dispatch {
-        /// The job.
+        /// Index of the job among the snapshot's jobs.
         job: usize,
-        /// The worker's pool.
+        /// Index of the worker's pool.
         pool: usize,
-        /// The worker.
+        /// Index of the worker in its pool.
         worker: usize,
     },
     /// Start a worker.
     StartWorker {
-        /// The pool.
+        /// Index of the pool.
         pool: usize,
-        /// Where it shall compute.
+        /// Device that the worker computes on.
         device: Device,
-        /// The model.
+        /// Model that the worker loads.
         model: ModelRef,
         /// Tokens of context; `None` for the pool's default.
         context_length: Option<u32>,
     },
     /// Stop an idle worker.
     EvictWorker {
-        /// The worker's pool.
+        /// Index of the worker's pool.
         pool: usize,
-        /// The worker.
+        /// Index of the worker in its pool.
         worker: usize,
-        /// The model that the memory is for.
+        /// Model that needs the memory.
         needed_by: ModelRef,
     },
-    /// Let the job wait although there may be a place.
+    /// Let the job wait, even if there may be a place for it.
     Wait {
-        /// The job.
+        /// Index of the job among the snapshot's jobs.
         job: usize,
-        /// Why, for people; may be empty.
+        /// Explanation for people; may be empty.
         reason: String,
-        /// When to look again if nothing happens before.
+        /// Delay until the next pass if nothing triggers one earlier.
         again: Option<SignedDuration>,
     },
 }
 
-/// Why a proposal can't be taken.
+/// Reason for rejecting a proposal.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// The snapshot has no such job, pool or worker, or the job was not offered.
+    /// The snapshot has no such job, pool or worker, or the job was not offered to the script.
     #[error("{0} is not in this pass")]
     Unknown(String),
-    /// The job has an action already.
+    /// The job already has an action.
     #[error("{0} has an action already")]
     Twice(JobId),
-    /// The job can't go there.
+    /// The job can't be dispatched to this worker.
     #[error("{job} can't go to `{worker}` on pool `{pool}`: {why}")]
     Dispatch {
-        /// The job.
+        /// Id of the job.
         job: JobId,
-        /// The pool.
+        /// Name of the worker's pool.
         pool: String,
-        /// The worker.
+        /// Id of the worker on its pool.
         worker: String,
-        /// What is against it.
+        /// Rule that the dispatch breaks, as part of a sentence.
         why: String,
     },
     /// The worker can't be started.
     #[error("a worker with `{model}` can't start on {device} of pool `{pool}`: {why}")]
     Start {
-        /// The model.
+        /// Reference of the model to load.
         model: String,
-        /// Where.
+        /// Device that the worker was to compute on.
         device: Device,
-        /// The pool.
+        /// Name of the pool.
         pool: String,
-        /// What is against it.
+        /// Rule that the start breaks, as part of a sentence.
         why: String,
     },
     /// The worker can't be stopped.
     #[error("`{worker}` on pool `{pool}` can't be evicted: {why}")]
     Evict {
-        /// The worker.
+        /// Id of the worker on its pool.
         worker: String,
-        /// The pool.
+        /// Name of the worker's pool.
         pool: String,
-        /// What is against it.
+        /// Rule that the eviction breaks, as part of a sentence.
         why: String,
     },
-    /// More actions than are allowed.
+    /// The answer has more than [`MAX_ACTIONS`] actions.
     #[error("{0} actions; at most {MAX_ACTIONS} are allowed")]
     TooMany(usize),
 }
 
-/// The proposal that spoils an answer.
+/// The proposal that invalidates an answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{why}")]
 pub struct Refused {
-    /// Its place in the answer.
+    /// Index of the proposal in the answer.
     pub index: usize,
-    /// What is wrong with it.
+    /// Rule that the proposal breaks.
     pub why: Refusal,
 }
 
-/// Whether no policy could do anything for a job that waits for this reason: it waits for the fleet to change.
+/// Returns whether a job that waits for this reason is out of every policy's reach, because only a change of the fleet helps.
 fn is_out_of_reach(reason: WaitReason) -> bool {
     use WaitReason as R;
     match reason {
@@ -164,9 +164,9 @@ fn rejected(plan: &Plan) -> HashSet<JobId> {
     rejects.collect()
 }
 
-/// The jobs that a script is shown, as places in the snapshot, in the order of their turns: those for which something can
-/// be done, at most [`MAX_CANDIDATES`]. Where there are more, every kind of job (model and placement) has its share, so
-/// that a thousand jobs of one model hide none of another.
+/// Returns the jobs offered to a script, as indices into the snapshot, in queue order: those that an action could help, at most
+/// [`MAX_CANDIDATES`]. If there are more, every class of jobs (model and placement) gets its share, so that a thousand jobs for
+/// one model don't hide the jobs for another.
 pub fn candidates(snapshot: &Snapshot, built_in: &Plan) -> Vec<usize> {
     let rejected = rejected(built_in);
     let within_reach = |job: &QueuedJob| {
@@ -201,11 +201,11 @@ pub fn candidates(snapshot: &Snapshot, built_in: &Plan) -> Vec<usize> {
     chosen
 }
 
-/// Makes a plan of what a policy asks for, or says what is wrong with it.
+/// Turns a policy's proposals into a plan, or returns the first proposal that breaks a rule.
 ///
-/// The policy decides on dispatches, starts and evictions. What is nobody's choice stays with the built-in plan: jobs that
-/// can't be done by anybody are ended, workers that nobody needed for `idle_ttl` are stopped, missing models are
-/// downloaded. Every job that waits has its explanation, and one that waits only because the policy lets it says so.
+/// The policy decides on dispatches, starts and evictions. The built-in plan keeps the decisions that involve no choice:
+/// rejecting jobs that no pool can ever run, stopping workers that were idle for `idle_ttl`, and downloading missing models.
+/// Every waiting job gets an explanation; if only the policy holds the job back, the explanation says so.
 pub fn adopt(
     snapshot: &Snapshot,
     policy: &dyn Policy,
@@ -291,7 +291,7 @@ pub fn adopt(
     Ok(plan)
 }
 
-/// Adds what the built-in plan does that is no policy's choice.
+/// Adds the built-in plan's rejections, downloads and idle stops, which are no policy's choice.
 fn keep_house(snapshot: &Snapshot, built_in: &Plan, promised: &Promised, plan: &mut Plan) {
     let in_use: HashSet<(&str, &str)> = promised
         .workers_in_use()
@@ -322,7 +322,7 @@ fn kind(job: &QueuedJob) -> Kind<'_> {
     )
 }
 
-/// Says of every job that stays why it does.
+/// Adds an explanation for every job that keeps waiting.
 fn explain(
     snapshot: &Snapshot,
     policy: &dyn Policy,
@@ -345,7 +345,8 @@ fn explain(
             _ => held.push(index),
         }
     }
-    // One job of each kind is asked for: what the built-in policy would still find for it tells what binds it now.
+    // One job of each kind represents the others: its explanation by the built-in policy, after the promises of this pass,
+    // names the constraint that binds it now.
     let mut classes: HashMap<Kind<'_>, Arc<Explanation>> = HashMap::new();
     let mut first: Vec<&Arc<QueuedJob>> = Vec::new();
     let mut seen: HashSet<Kind<'_>> = HashSet::new();
@@ -358,6 +359,7 @@ fn explain(
     let after = Snapshot {
         jobs: first.iter().map(|job| Arc::clone(job)).collect(),
         pools: promised.pools_after(snapshot),
+        // The explanations must not announce evictions that this plan does not make.
         settings: Settings {
             evict: false,
             ..snapshot.settings
@@ -412,7 +414,7 @@ fn held_back(reason: &str, snapshot: &Snapshot) -> Explanation {
     }
 }
 
-/// A reason as it is kept: one line of bounded length without control characters.
+/// Returns a reason in its stored form: one line without control characters, at most [`MAX_REASON`] characters long.
 pub fn tidy_reason(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })

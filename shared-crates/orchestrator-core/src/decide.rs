@@ -1,7 +1,7 @@
-//! The decision of one pass: the built-in policy's, or a script's where there is one and it is of use.
+//! The decision of one pass: that of a script if there is one and its answer is valid, otherwise that of the built-in policy.
 //!
-//! The daemon, the simulator and `scheduler check` all decide here. What differs is only who waits for the script: the
-//! daemon without blocking, the others on the spot.
+//! The daemon, the simulator and `scheduler check` all use this module. They differ only in how they run the script: the daemon
+//! does not block on it, the others do.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,24 +13,24 @@ use crate::scheduler::{Plan, Policy, Snapshot, schedule};
 use crate::script::{Act, Pass, Runner, Script};
 use crate::trace::By;
 
-/// What pools cost, by name.
+/// Cost of each pool, by name.
 pub type Costs = Arc<BTreeMap<String, f64>>;
 
-/// What a pass decided, and who.
+/// Outcome of a pass, with its origin.
 #[derive(Debug, Clone)]
 pub struct Decision {
-    /// What to do.
+    /// Actions to take, and explanations for the jobs that wait.
     pub plan: Plan,
-    /// Who decided.
+    /// Origin of the plan.
     pub by: By,
-    /// SHA-256 of the script in force, where there is one, whoever decided.
+    /// SHA-256 of the script in force, even if the built-in policy decided; `None` without a script.
     pub script: Option<String>,
-    /// What was wrong with the script, where the built-in policy had to decide in its place.
+    /// Error of the script, if the built-in policy had to replace it.
     pub error: Option<ScriptError>,
 }
 
 impl Decision {
-    /// The built-in policy's own.
+    /// Returns a decision of the built-in policy, without a script.
     pub fn built_in(plan: Plan) -> Self {
         Self {
             plan,
@@ -40,14 +40,14 @@ impl Decision {
         }
     }
 
-    /// Notes which script was in force.
+    /// Records the script that was in force.
     pub fn with(mut self, script: &Script) -> Self {
         self.script = Some(script.sha256().to_owned());
         self
     }
 }
 
-/// What a script is asked, or `None` where there is nothing to ask: no job waits for which anything could be done.
+/// Returns the input of a script; `None` if no waiting job could be helped by any action.
 pub fn offer(snapshot: &Arc<Snapshot>, built_in: &Plan, costs: &Costs) -> Option<Arc<Pass>> {
     let candidates = adopt::candidates(snapshot, built_in);
     (!candidates.is_empty()).then(|| {
@@ -59,7 +59,7 @@ pub fn offer(snapshot: &Arc<Snapshot>, built_in: &Plan, costs: &Costs) -> Option
     })
 }
 
-/// Takes what a script answered, or the built-in plan where that is of no use.
+/// Adopts a script's answer, or the built-in plan if the answer is an error or breaks a rule.
 pub fn settle(
     policy: &dyn Policy,
     built_in: Plan,
@@ -99,7 +99,7 @@ pub fn settle(
     }
 }
 
-/// Decides on the spot.
+/// A synchronous decision maker, for the simulator and `scheduler check`.
 pub struct Decider {
     policy: &'static dyn Policy,
     script: Option<(Script, Runner)>,
@@ -108,7 +108,7 @@ pub struct Decider {
 }
 
 impl Decider {
-    /// Decides with a built-in policy.
+    /// Returns a decider that uses a built-in policy only.
     pub fn built_in(policy: &'static dyn Policy) -> Self {
         Self {
             policy,
@@ -118,7 +118,7 @@ impl Decider {
         }
     }
 
-    /// Decides with a script, which may take `limit` for a pass, and with `policy` where the script is of no use.
+    /// Returns a decider that runs a script for up to `limit` per pass, and falls back to `policy`.
     pub fn script(
         policy: &'static dyn Policy,
         script: Script,
@@ -133,12 +133,12 @@ impl Decider {
         })
     }
 
-    /// The script, where there is one.
+    /// Returns the script; `None` if the built-in policy always decides.
     pub fn source(&self) -> Option<&Script> {
         self.script.as_ref().map(|(script, _)| script)
     }
 
-    /// Decides.
+    /// Decides a pass, blocking until the script has answered or its time is up.
     pub fn decide(&self, snapshot: &Arc<Snapshot>) -> Decision {
         let built_in = schedule(snapshot, self.policy);
         let Some((script, runner)) = &self.script else {

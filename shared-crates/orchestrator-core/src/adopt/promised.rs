@@ -1,4 +1,4 @@
-//! The rules that bind a proposal, and the places that earlier proposals of the pass have taken.
+//! The rules that a proposal must satisfy, and the places already promised by earlier proposals of the pass.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -15,14 +15,17 @@ use crate::scheduler::{
     DeviceState, PoolState, Snapshot, StartChoice, WorkerState, could_use, start_context,
 };
 
-/// The places that a policy has asked for so far in a pass. Promised places are no longer free.
+/// Places promised to a policy so far in a pass. A promised place is no longer free.
 #[derive(Debug, Clone, Default)]
 pub struct Promised {
-    /// Number of jobs for each worker, and the tokens that they need of its cache.
+    /// Jobs promised to each worker, keyed by pool and worker index, with the tokens that they need of its cache.
     active: HashMap<(usize, usize), (u32, u32)>,
+    /// Bytes promised on each device, by pool index.
     taken: HashMap<(usize, Device), u64>,
+    /// Promised starts: pool index, device, model and context.
     starts: Vec<(usize, Device, ModelRef, Option<u32>)>,
     evicted: HashSet<(usize, usize)>,
+    /// Jobs that already have an action.
     settled: HashSet<usize>,
 }
 
@@ -47,13 +50,13 @@ fn placement_fits(placement: &Placement, pool: &PoolState, device: Device) -> Re
 }
 
 impl Promised {
-    /// Returns the number of jobs for the worker, and the tokens that they need of its cache.
+    /// Returns the number of jobs promised to the worker, and the tokens that they need of its cache.
     fn promised(&self, pool: usize, worker: usize) -> (u32, u32) {
         let known = self.active.get(&(pool, worker));
         known.copied().unwrap_or_default()
     }
 
-    /// Slots of the worker that are still free.
+    /// Returns the worker's free slots: 0 if the worker is unknown or has refused for lack of room.
     pub fn free_slots(&self, snapshot: &Snapshot, pool: usize, worker: usize) -> u32 {
         let Some(state) = worker_at(snapshot, pool, worker) else {
             return 0;
@@ -78,7 +81,7 @@ impl Promised {
         Some(free.saturating_sub(tokens))
     }
 
-    /// Bytes that a further worker may take on the device.
+    /// Returns the bytes that another worker may take on the device: 0 if the pool or device is unknown.
     pub fn free_bytes(&self, snapshot: &Snapshot, pool: usize, device: Device) -> u64 {
         let found = snapshot
             .pools
@@ -88,7 +91,7 @@ impl Promised {
         found.map_or(0, |state| state.free_bytes.saturating_sub(taken))
     }
 
-    /// Workers that are loading the model, those included that were asked for in this pass.
+    /// Returns the number of workers that are loading the model, including those promised in this pass.
     pub fn starting(&self, snapshot: &Snapshot, model: &ModelRef) -> usize {
         let shown = snapshot
             .pools
@@ -98,7 +101,7 @@ impl Promised {
         shown.count() + self.starts.iter().filter(|(_, _, m, _)| m == model).count()
     }
 
-    /// Returns whether the job has an action already.
+    /// Returns whether the job already has an action.
     pub fn is_settled(&self, job: usize) -> bool {
         self.settled.contains(&job)
     }
@@ -168,7 +171,8 @@ impl Promised {
         })
     }
 
-    /// Returns the smallest context with which a worker may be started on the device for this job now.
+    /// Returns the smallest context with which a worker may be started on the device for this job now. `None` stands for the
+    /// default context.
     pub fn may_start_for(
         &self,
         snapshot: &Snapshot,
@@ -220,8 +224,8 @@ impl Promised {
         start_context(queued, &StartChoice { pool: on, device })
     }
 
-    /// Returns whether a worker with this device, model and context may be started now, for this job or for any waiting
-    /// job.
+    /// Checks whether a worker with this device, model and context may be started now for `job`, or for any waiting job if that
+    /// is `None`.
     fn may_start(
         &self,
         snapshot: &Snapshot,
@@ -308,7 +312,7 @@ impl Promised {
             }
             takes_work(on)?;
             let (promised, _) = self.promised(pool, worker);
-            // One that is full without a lease of ours works for somebody else.
+            // A worker that is full without a lease of ours works for another client.
             let works = state.full || state.active + promised > 0;
             if state.status != WorkerStatus::Ready || works {
                 return Err("it is not idle".to_owned());
@@ -343,7 +347,7 @@ impl Promised {
         })
     }
 
-    /// Takes the place that the proposal asks for, where the rules allow it.
+    /// Reserves the place that the proposal asks for, if the rules allow it.
     pub fn take(&mut self, snapshot: &Snapshot, proposal: &Proposal) -> Result<(), Refusal> {
         match proposal {
             Proposal::Dispatch { job, pool, worker } => {
@@ -388,12 +392,12 @@ impl Promised {
         Ok(())
     }
 
-    /// Returns the workers that have a job, or are told to end: the places of their pools and their own.
+    /// Returns the workers that were promised a job or an eviction, as pairs of pool and worker index.
     pub(super) fn workers_in_use(&self) -> impl Iterator<Item = (usize, usize)> {
         self.active.keys().chain(&self.evicted).copied()
     }
 
-    /// The snapshot's pools with everything that is promised taken away.
+    /// Returns the snapshot's pools without the places promised so far.
     pub(super) fn pools_after(&self, snapshot: &Snapshot) -> Vec<Arc<PoolState>> {
         let mut pools = snapshot.pools.clone();
         for (&(pool, worker), &(count, tokens)) in &self.active {
