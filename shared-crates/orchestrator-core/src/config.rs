@@ -16,41 +16,42 @@ use crate::scheduler::{BuiltIn, Settings};
 
 /// Name of the settings file in the configuration folder.
 pub const FILE_NAME: &str = "orchestratord.toml";
-/// Variables beside those that every key has: (variable, key).
+/// Additional environment variables, as pairs of variable and key. Every key also has a variable of its own.
 pub const ALIASES: [(&str, &str); 1] = [("LLORCH_ORCHESTRATOR_BIND", "bind")];
 
-/// `orchestratord.toml`. Flags win over `LLORCH_*` variables, those over the file, the file over these defaults.
+/// `orchestratord.toml`. Flags override `LLORCH_*` variables, variables override the file, and the file overrides these
+/// defaults.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct OrchestratorConfig {
-    /// Address to listen on. Default `127.0.0.1:8080`; port 0 takes a free one. Elsewhere than on loopback a token
-    /// must be set.
+    /// Address to listen on. Default `127.0.0.1:8080`; port 0 takes a free one. Any address other than loopback requires a
+    /// token.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     #[serde(deserialize_with = "pool_core::address::deserialize_bind")]
     pub bind: SocketAddr,
-    /// File with the token of clients and operators, mode 0600; `LLORCH_API_TOKEN` goes before it. Default: none.
+    /// File with the token of clients and operators, mode 0600; `LLORCH_API_TOKEN` takes precedence. Default: none.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub token_file: Option<PathBuf>,
-    /// File with the token of the pools, mode 0600; `LLORCH_POOL_TOKEN` goes before it. Default: none.
+    /// File with the token of the pools, mode 0600; `LLORCH_POOL_TOKEN` takes precedence. Default: none.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub pool_token_file: Option<PathBuf>,
-    /// Milliseconds after a start, and after the last of all pools fell silent, in which silence means nothing: no attempt
-    /// is given up because its pool is not heard. Default 20000, a little more than the default interval of the pools'
-    /// heartbeats; make it longer where theirs is.
+    /// Recovery window in milliseconds: for this long after a start, and after the last of all pools fell silent, no attempt is
+    /// given up because its pool is silent. Default 20000, a little more than the default interval of the pools' heartbeats;
+    /// raise it along with that interval.
     pub recovery_window_ms: u64,
-    /// Most pools that are registered at once, those that are not heard from included; further ones get 429, known ones
-    /// never. Default 1000, the size that the scheduler is made for.
+    /// Most registered pools, silent ones included. Further pools get 429; a registered pool never does. Default 1000, the size
+    /// that the scheduler is designed for.
     pub max_pools: u32,
-    /// Jobs of which a worker computes a common beginning once: `all`, or those of one `session`. With `all`, the time to a
-    /// job's first token tells who submitted it whether somebody else's prompt began alike: choose `session` where submitters
-    /// don't trust each other. Default `all`.
+    /// Jobs among which a worker computes a common prompt prefix only once: `all`, or those of one `session`. With `all`, the
+    /// time to a job's first token reveals to its submitter whether another submitter's prompt had the same prefix: choose
+    /// `session` if submitters don't trust each other. Default `all`.
     pub prefix_sharing: PrefixSharing,
     /// The queue of waiting jobs.
     pub queue: QueueConfig,
-    /// What is kept of jobs that are over.
+    /// Retention of finished jobs.
     pub store: StoreConfig,
-    /// What runs where.
+    /// Scheduling policy and its limits.
     pub scheduler: SchedulerConfig,
     /// Bounds of the HTTP server.
     pub service: ServiceConfig,
@@ -76,7 +77,7 @@ impl Default for OrchestratorConfig {
     }
 }
 
-/// Jobs that have a common beginning of their prompts computed once.
+/// Scope within which jobs share the computation of a common prompt prefix.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
@@ -88,7 +89,7 @@ pub enum PrefixSharing {
     Session,
 }
 
-/// `[queue]`.
+/// The `[queue]` section: limits of the queue of waiting jobs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
@@ -116,7 +117,7 @@ impl Default for QueueConfig {
 }
 
 impl QueueConfig {
-    /// What the queue holds at most.
+    /// Returns the limits of the queue; -1 becomes `None`.
     pub fn capacity(&self) -> Capacity {
         Capacity {
             jobs: usize::try_from(self.capacity).ok(),
@@ -124,22 +125,22 @@ impl QueueConfig {
         }
     }
 
-    /// How long a batch job waits until it counts as interactive.
+    /// Returns the time after which a waiting batch job counts as interactive.
     pub fn promote_after(&self) -> SignedDuration {
         SignedDuration::from_secs(i64::try_from(self.promote_after_s).unwrap_or(i64::MAX))
     }
 }
 
-/// `[store]`.
+/// The `[store]` section: retention of finished jobs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct StoreConfig {
-    /// Seconds for which the prompt, the text and the events of a job are kept after its end. Default 604800 (7 days);
-    /// 0 keeps everything for ever.
+    /// Seconds for which the prompt, the text and the events of a job are kept after its end. Default 604800 (7 days); 0 keeps
+    /// them forever.
     pub retention_s: u64,
     /// Seconds for which the rest of a job is kept after its end: its state, times, figures and idempotency key. Default
-    /// 7776000 (90 days), at least 86400 (a day), and never shorter than `retention_s`; 0 keeps it for ever.
+    /// 7776000 (90 days), at least 86400 (a day), and never shorter than `retention_s`; 0 keeps it forever.
     pub history_s: u64,
 }
 
@@ -152,32 +153,32 @@ impl Default for StoreConfig {
     }
 }
 
-/// `[scheduler]`.
+/// The `[scheduler]` section: scheduling policy and its limits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct SchedulerConfig {
-    /// Which of several places a job or a new worker gets: `least-loaded`, `most-vram-free` or `round-robin`. Default
-    /// `least-loaded`.
+    /// Rule that picks among several possible places for a job or a new worker: `least-loaded`, `most-vram-free` or
+    /// `round-robin`. Default `least-loaded`.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub policy: BuiltIn,
-    /// Seconds after which an idle worker is stopped. Default 600; 0 never stops one for that.
+    /// Seconds after which an idle worker is stopped. Default 600; 0 keeps idle workers running.
     pub idle_ttl_s: u64,
-    /// Whether idle workers are stopped where a waiting job needs their memory. Default true.
+    /// True if idle workers are stopped when a waiting job needs their memory. Default true.
     pub evict: bool,
     /// Longest residence, in seconds after it became ready, of an idle worker that waiting jobs could use, while other
     /// jobs need its memory. Default 60. Within this bound a worker stays for three times its load time: two models
     /// that don't fit in memory together take turns of that length, instead of loading without end. An idle worker that
     /// no waiting job could use is stopped at once.
     pub min_residence_s: u64,
-    /// Whether pools are asked to download a catalogue model that none of them has. Default false.
+    /// True if pools are asked to download a catalogue model that none of them has. Default false.
     pub download: bool,
-    /// A Rhai script that decides in place of the built-in policy. Loaded anew when the file changes. Default: none.
+    /// A Rhai script that decides in place of the built-in policy. Reloaded when the file changes. Default: none.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub script: Option<PathBuf>,
-    /// Milliseconds that the script may take for a pass, 1 to 1000; then the built-in policy decides. Default 50.
+    /// Milliseconds that the script may take for a pass, 1 to 1000. After that the built-in policy decides. Default 50.
     pub script_limit_ms: u64,
-    /// What hosts cost, by pool: `costs = { gpu-box = 3.0 }`. Scripts see it; a pool that is not named costs 1.
+    /// Cost of hosts by pool, for scripts: `costs = { gpu-box = 3.0 }`. A pool without an entry costs 1.
     pub costs: HostCosts,
 }
 
@@ -199,25 +200,25 @@ impl Default for SchedulerConfig {
 const DAY_S: u64 = 24 * 3600;
 
 impl StoreConfig {
-    /// How long prompts, texts and events are kept; `None` is for ever.
+    /// Returns the time for which prompts, texts and events are kept after a job's end. `None` is forever.
     pub fn retention(&self) -> Option<SignedDuration> {
         seconds(self.retention_s)
     }
 
-    /// How long the rest of a job is kept; `None` is for ever.
+    /// Returns the time for which the rest of a job is kept after its end, at least as long as its texts. `None` is forever.
     pub fn history(&self) -> Option<SignedDuration> {
         seconds(self.history_s).map(|history| history.max(self.retention().unwrap_or_default()))
     }
 }
 
-/// A time of which 0 means that there is none.
+/// Returns `None` for 0, which stands for no limit.
 fn seconds(seconds: u64) -> Option<SignedDuration> {
     let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
     (seconds > 0).then(|| SignedDuration::from_secs(seconds))
 }
 
 impl SchedulerConfig {
-    /// What the scheduler may do.
+    /// Returns the scheduler's view of these settings.
     pub fn settings(&self) -> Settings {
         let seconds = |s: u64| {
             SignedDuration::from_secs(i64::try_from(s).unwrap_or(i64::MAX).min(MOST_SECONDS))
@@ -231,26 +232,26 @@ impl SchedulerConfig {
     }
 }
 
-/// A hundred years: longer is for ever, and sums with it stay in range.
+/// A hundred years. Longer settings are cut to this, so that adding them to a timestamp stays in range.
 const MOST_SECONDS: i64 = 100 * 366 * 24 * 3600;
 
 impl SchedulerConfig {
-    /// How long the script may take for a pass.
+    /// Returns the time that the script may take for a pass.
     pub fn script_limit(&self) -> Duration {
         Duration::from_millis(self.script_limit_ms)
     }
 }
 
-/// What hosts cost, by the names of their pools. Finite and not negative, once validated.
+/// Cost of each host, by the name of its pool. `validate` ensures that costs are finite and not negative.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(transparent)]
 pub struct HostCosts(pub BTreeMap<String, f64>);
 
-/// `validate` refuses the one number that is not equal to itself.
+/// Holds because `validate` refuses NaN, the only value that differs from itself.
 impl Eq for HostCosts {}
 
-/// `[service]`.
+/// The `[service]` section: limits of the HTTP server.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
@@ -258,17 +259,17 @@ pub struct ServiceConfig {
     /// Most connections at once; fewer if the limit on open files or memory is too low. Further connections are
     /// answered with 503 and closed, unless they send a request of the control path. Default 1024.
     pub max_connections: usize,
-    /// Seconds that the headers of a request may take, and that a kept connection may idle. Default 10.
+    /// Seconds that the headers of a request may take, and that a kept-alive connection may stay idle. Default 10.
     pub header_timeout_s: u64,
-    /// Seconds that the body of a request may take, from the end of its headers; one that is later gets 408. Default 30.
+    /// Seconds that the body of a request may take, from the end of its headers; a later one gets 408. Default 30.
     pub body_timeout_s: u64,
     /// Most bytes that the headers of a request may have, 8192 to 1048576; larger ones get 431. Default 65536.
     pub header_limit_bytes: usize,
     /// Most bytes that the body of a request may have, 1024 to 67108864; a larger one gets 413. Default 4194304.
     pub body_limit_bytes: usize,
-    /// Seconds after which a silent event stream shows with a comment that it lives. Default 15.
+    /// Seconds after which a silent event stream sends a comment as a sign of life. Default 15.
     pub keep_alive_s: u64,
-    /// Seconds that open connections have to end after SIGTERM. Default 5.
+    /// Seconds that open connections have to finish after SIGTERM. Default 5.
     pub stop_timeout_s: u64,
 }
 
@@ -293,7 +294,7 @@ impl ServiceConfig {
             ("header_timeout_s", self.header_timeout_s, 1, 3600),
             ("body_timeout_s", self.body_timeout_s, 1, 3600),
             ("keep_alive_s", self.keep_alive_s, 1, 3600),
-            // Less and the server could not read a plain request; more and a few clients could fill the memory.
+            // A lower limit would refuse plain requests; a higher one would let a few clients fill the memory.
             (
                 "header_limit_bytes",
                 figure(self.header_limit_bytes),
@@ -320,7 +321,7 @@ impl ServiceConfig {
     }
 }
 
-/// Why a configuration can't be used.
+/// Invalid configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A file or variable can't be read.
@@ -343,35 +344,35 @@ pub enum ConfigError {
     /// `max_pools` is 0.
     #[error("`max_pools` is 0: no pool could register")]
     MaxPools,
-    /// A cost is negative or no number.
+    /// A cost is negative, infinite or not a number.
     #[error("`scheduler.costs` says {cost} for `{pool}`: a cost is a number from 0")]
     Cost {
-        /// The pool.
+        /// Name of the pool.
         pool: String,
-        /// What was set.
+        /// Rejected value.
         cost: f64,
     },
     /// `service.max_connections` is 0.
     #[error("`service.max_connections` is 0: nobody could connect")]
     MaxConnections,
-    /// A setting of the log is invalid.
+    /// A setting of the log has an invalid value.
     #[error("`{key}` {reason}")]
     Log {
         /// Dotted key of the setting.
         key: &'static str,
-        /// Fault of its value, as part of a sentence.
+        /// Problem with its value, as part of a sentence.
         reason: &'static str,
     },
-    /// A bound of the HTTP server outside its range.
+    /// A limit of the HTTP server is outside its range.
     #[error("`service.{key}` is {value}: use {least} to {most}")]
     Service {
-        /// The key.
+        /// Key within `[service]`.
         key: &'static str,
-        /// What it is.
+        /// Rejected value.
         value: u64,
-        /// The least it may be.
+        /// Lowest value allowed.
         least: u64,
-        /// The most it may be.
+        /// Highest value allowed.
         most: u64,
     },
 }
@@ -387,12 +388,13 @@ impl ConfigError {
 }
 
 impl OrchestratorConfig {
-    /// Loads `explicit`, or `orchestratord.toml` of the configuration folder where it exists, with the environment over it.
+    /// Loads `explicit`, or else `orchestratord.toml` of the configuration folder if it exists. Environment variables override
+    /// both.
     pub fn load(home: &Home, explicit: Option<&Path>) -> Result<Self, ConfigError> {
         Self::load_traced(home, explicit).map(|loaded| loaded.value)
     }
 
-    /// As [`OrchestratorConfig::load`], with where each setting comes from.
+    /// Loads as [`OrchestratorConfig::load`] does, and also returns the origin of each setting.
     pub fn load_traced(home: &Home, explicit: Option<&Path>) -> Result<Loaded<Self>, ConfigError> {
         let environment = |name: &str| std::env::var(name).ok();
         let own = home.config_file(FILE_NAME);
@@ -401,9 +403,9 @@ impl OrchestratorConfig {
         Ok(loaded)
     }
 
-    /// Which of the variables called `set` sets nothing, here or in a pool manager on the same host.
+    /// Returns the variables of `set` that set nothing, neither here nor in a pool manager on the same host.
     pub fn unknown_variables(set: impl IntoIterator<Item = String>) -> Vec<UnknownVariable> {
-        // The defaults are trees of keys, as every load shows.
+        // The fallback is never used: default settings always form a tree of keys.
         let own = settings::variables::<Self>(&ALIASES).unwrap_or_default();
         let pools =
             settings::variables::<PoolConfig>(&pool_core::config::ALIASES).unwrap_or_default();
@@ -411,12 +413,12 @@ impl OrchestratorConfig {
         settings::unknown_variables(set, &own, &pools)
     }
 
-    /// How long silence that may be our own fault means nothing.
+    /// Returns the time for which silence does not count as a loss, because our own downtime may have caused it.
     pub fn recovery_window(&self) -> SignedDuration {
         SignedDuration::from_millis(i64::try_from(self.recovery_window_ms).unwrap_or(i64::MAX))
     }
 
-    /// Refuses values that are readable and make no sense.
+    /// Rejects values that parse but make no sense.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.queue.capacity < -1 || self.queue.capacity == 0 {
             return Err(ConfigError::Capacity(self.queue.capacity));

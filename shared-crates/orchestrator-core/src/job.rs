@@ -30,7 +30,7 @@ use crate::sampling::Sampling;
 pub struct JobId(Uuid);
 
 impl JobId {
-    /// A new id.
+    /// Returns a new id, stamped with the current time.
     pub fn random() -> Self {
         Self(Uuid::now_v7())
     }
@@ -63,7 +63,7 @@ impl FromStr for JobId {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let uuid = text.strip_prefix("job-").ok_or(JobIdError)?;
         let parsed = Uuid::try_parse(uuid).map_err(|_| JobIdError)?;
-        // One spelling an id: what is stored is what is shown.
+        // An id has only one valid spelling, so stored and displayed ids can be compared as text.
         if parsed.as_hyphenated().to_string() == uuid {
             Ok(Self(parsed))
         } else {
@@ -91,38 +91,38 @@ impl<'de> Deserialize<'de> for JobId {
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum JobStatus {
-    /// It waits for a worker.
+    /// Waiting for a worker.
     Queued,
-    /// A worker is being given it.
+    /// Leased to a worker that has not sent an event yet.
     Dispatched,
-    /// A worker runs it.
+    /// Running on a worker.
     Running,
-    /// Its text is whole.
+    /// Finished with its complete text.
     Completed,
-    /// It can't be done; its error says why.
+    /// Failed for good; the job's error gives the cause.
     Failed,
-    /// Somebody cancelled it.
+    /// Cancelled on request.
     Cancelled,
-    /// Its time ran out.
+    /// Stopped at its deadline.
     Expired,
 }
 
-/// What happens to a job.
+/// A change in the life of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum JobEvent {
     /// A worker was chosen and the lease is committed.
     Leased,
     /// The worker sent its first event.
     Started,
-    /// The attempt is over and another may follow: its worker or pool was lost, or refused it.
+    /// The attempt is over and another may follow: its worker or pool was lost, or refused the job.
     AttemptLost,
-    /// The worker finished the text.
+    /// The worker completed the text.
     Finished,
-    /// It failed for good.
+    /// The job failed for good.
     Errored,
-    /// Its deadline passed.
+    /// The job's deadline passed.
     DeadlinePassed,
-    /// Somebody asked to cancel it.
+    /// A client asked to cancel the job.
     Cancel,
 }
 
@@ -130,9 +130,9 @@ pub enum JobEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a job that is {from} cannot see {event:?}")]
 pub struct IllegalTransition {
-    /// The state at the time.
+    /// State of the job when the event arrived.
     pub from: JobStatus,
-    /// What was said to have happened.
+    /// Event that the state does not allow.
     pub event: JobEvent,
 }
 
@@ -151,7 +151,7 @@ impl JobStatus {
     /// The states of an unfinished job.
     pub const ACTIVE: [Self; 3] = [Self::Queued, Self::Dispatched, Self::Running];
 
-    /// The final states.
+    /// The final states, which a job never leaves.
     pub const TERMINAL: [Self; 4] = [
         Self::Completed,
         Self::Failed,
@@ -159,12 +159,13 @@ impl JobStatus {
         Self::Expired,
     ];
 
-    /// The state after `event`, or [`IllegalTransition`] where it cannot happen.
+    /// Returns the state after `event`, or [`IllegalTransition`] if `event` cannot happen in this state.
     pub fn transition(self, event: JobEvent) -> Result<Self, IllegalTransition> {
         use {JobEvent as E, JobStatus as S};
         match (self, event) {
             (S::Queued, E::Leased) => Ok(S::Dispatched),
             (S::Dispatched, E::Started) => Ok(S::Running),
+            // The next attempt continues from the tokens already logged.
             (S::Dispatched | S::Running, E::AttemptLost) => Ok(S::Queued),
             (S::Running, E::Finished) => Ok(S::Completed),
             (S::Queued | S::Dispatched | S::Running, E::Errored) => Ok(S::Failed),
@@ -176,7 +177,7 @@ impl JobStatus {
         }
     }
 
-    /// Whether the state never changes again.
+    /// Returns whether the state is final.
     pub fn is_terminal(self) -> bool {
         matches!(
             self,
@@ -184,7 +185,7 @@ impl JobStatus {
         )
     }
 
-    /// The name on the wire, in the database and in tables.
+    /// Returns the name used on the wire, in the database and in tables.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Queued => "queued",
@@ -220,15 +221,15 @@ impl FromStr for JobStatus {
     }
 }
 
-/// Who goes first.
+/// Scheduling class of a job.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Priority {
-    /// Somebody waits for it.
+    /// A user is waiting for the result.
     #[default]
     Interactive,
-    /// It may wait; promoted when it has waited for long.
+    /// The job may wait; once it has waited for long, it counts as interactive.
     Batch,
 }
 
@@ -236,7 +237,7 @@ impl Priority {
     /// All classes, in the order of their turns.
     pub const ALL: [Self; 2] = [Self::Interactive, Self::Batch];
 
-    /// The name on the wire, in the database and in tables.
+    /// Returns the name used on the wire, in the database and in tables.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Interactive => "interactive",
@@ -268,48 +269,48 @@ impl FromStr for Priority {
     }
 }
 
-/// Where a job must run.
+/// Constraints on the place where a job runs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct Placement {
-    /// Only on this pool.
+    /// Name of the only pool allowed; absent for any pool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::openapi::ShortText>))]
     pub pool: Option<String>,
-    /// Only on this device.
+    /// The only device allowed; absent for any device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<Device>,
 }
 
-/// What the model is given.
+/// Input of the model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Input {
-    /// A text: one user message, or with `raw` the prompt as it is.
+    /// A text: one user message, or the literal prompt if `raw` is set.
     Prompt(String),
-    /// A conversation.
+    /// Messages of a conversation, oldest first.
     Messages(Vec<Message>),
 }
 
-/// A validated request with every default and drawn value in place: what an attempt needs, and nothing of HTTP.
+/// A validated request with all defaults and drawn values filled in: everything that an attempt needs, and nothing about HTTP.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct JobSpec {
-    /// The model.
+    /// Reference of the model to run.
     pub model: ModelRef,
-    /// What the model is given.
+    /// Prompt or conversation.
     pub input: Input,
-    /// Skip the chat template.
+    /// If true, the prompt is passed to the model without the chat template.
     pub raw: bool,
     /// If true, names of control tokens in messages become those tokens.
     // Omitted when false: jobs and fingerprints of earlier builds have no such field.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub allow_special: bool,
-    /// A system message before the others.
+    /// A system message to put before the others.
     pub system: Option<String>,
-    /// How tokens are drawn.
+    /// Sampling parameters.
     pub sampling: Sampling,
     /// Most tokens to generate.
     pub max_tokens: u32,
@@ -317,17 +318,17 @@ pub struct JobSpec {
     pub stop: Vec<String>,
     /// Seed of the random numbers. A drawn seed is below 2^53, so that every JSON reader preserves it.
     pub seed: u64,
-    /// Who goes first.
+    /// Scheduling class.
     pub priority: Priority,
-    /// Jobs of one session share their turns in the queue.
+    /// Session of the job. Jobs of one session share their turns in the queue.
     pub session_id: Option<String>,
-    /// Milliseconds from submit after which the job expires.
+    /// Milliseconds between submission and expiry; absent if the job never expires.
     pub timeout_ms: Option<u64>,
     /// Most attempts that may be lost before the job fails.
     pub max_attempts: u32,
-    /// Where it must run.
+    /// Constraints on the place where the job runs.
     pub placement: Placement,
-    /// The client's own marks.
+    /// Labels chosen by the client.
     pub labels: std::collections::BTreeMap<String, String>,
 }
 
@@ -335,7 +336,7 @@ impl JobSpec {
     /// Bytes of a job in addition to its texts.
     pub const FIXED_BYTES: u64 = 512;
 
-    /// About how many bytes it takes: its texts, and a little for the rest.
+    /// Returns an estimate of the memory that the job takes, in bytes: its texts plus a fixed overhead.
     pub fn bytes(&self) -> u64 {
         let input = match &self.input {
             Input::Prompt(text) => text.len(),
@@ -353,29 +354,29 @@ impl JobSpec {
     }
 }
 
-/// Why an attempt is over.
+/// Outcome of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum AttemptOutcome {
-    /// It finished the text.
+    /// The text is complete.
     Completed,
-    /// The job failed in it.
+    /// The attempt failed and the job with it.
     Failed,
-    /// Its worker or pool was lost.
+    /// The worker or its pool was lost.
     WorkerLost,
-    /// The worker could not take it; such an attempt does not count against `max_attempts`.
+    /// The worker could not take the job. Such an attempt does not count against `max_attempts`.
     Refused,
-    /// The orchestrator restarted while it ran; such an attempt does not count against `max_attempts`.
+    /// The orchestrator restarted during the attempt. Such an attempt does not count against `max_attempts`.
     OrchestratorRestarted,
     /// The job was cancelled.
     Cancelled,
-    /// The job's time ran out.
+    /// The job's deadline passed.
     Expired,
 }
 
 impl AttemptOutcome {
-    /// Whether the attempt counts against `max_attempts`.
+    /// Returns whether the attempt counts against `max_attempts`.
     pub fn counts(self) -> bool {
         !matches!(self, Self::Refused | Self::OrchestratorRestarted)
     }
@@ -385,53 +386,53 @@ impl AttemptOutcome {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Attempt {
-    /// From 1.
+    /// Number of the attempt within its job, from 1.
     pub number: u32,
-    /// The lease's fence: rises with every lease of the job.
+    /// Fencing token of the lease. Increases with every lease of the job.
     pub fence: u64,
-    /// The pool.
+    /// Name of the worker's pool.
     pub pool_id: String,
-    /// The worker.
+    /// Id of the worker on its pool.
     pub worker_id: String,
-    /// When the lease was committed.
+    /// Time at which the lease was committed.
     pub leased_at: Timestamp,
-    /// When the worker sent its first event.
+    /// Time of the worker's first event; absent before.
     pub started_at: Option<Timestamp>,
-    /// When it was over.
+    /// Time at which the attempt ended; absent while it runs.
     pub ended_at: Option<Timestamp>,
-    /// Why it was over.
+    /// Outcome of the attempt; absent while it runs.
     pub outcome: Option<AttemptOutcome>,
-    /// The cause, for people.
+    /// Cause of the end, for people; absent while the attempt runs and after success.
     pub reason: Option<String>,
 }
 
-/// Codes with which a job ends that did not complete.
+/// Error codes of jobs that ended without completing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum JobErrorCode {
-    /// Somebody cancelled it.
+    /// A client cancelled the job.
     Cancelled,
-    /// Its time ran out.
+    /// The job's deadline passed.
     Timeout,
-    /// Prompt and context do not fit.
+    /// The prompt does not fit in the context.
     ContextOverflow,
     /// The chat template can't render these messages.
     TemplateFailed,
-    /// The worker refused the request itself.
+    /// The worker rejected the request as invalid.
     InvalidRequest,
-    /// The computation failed.
+    /// The computation of the tokens failed.
     InferenceFailed,
-    /// Its workers were lost `max_attempts` times.
+    /// The job lost `max_attempts` attempts.
     WorkerLost,
     /// No pool can load the model's file.
     ModelFailed,
-    /// The orchestrator could not go on with it.
+    /// An error inside the orchestrator ended the job.
     Internal,
 }
 
 impl JobErrorCode {
-    /// The name on the wire.
+    /// Returns the name used on the wire.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Cancelled => "CANCELLED",
@@ -447,70 +448,69 @@ impl JobErrorCode {
     }
 }
 
-/// Why a job ended without completing.
+/// The error with which a job ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct JobError {
-    /// What kind of end.
+    /// Kind of the error.
     pub code: JobErrorCode,
-    /// What happened, for people.
+    /// Description of the error, for people.
     pub message: String,
-    /// Whether the same request may succeed when it is submitted again.
+    /// True if the same request may succeed when submitted again.
     pub retriable: bool,
 }
 
-/// What a completed job used.
+/// Token counts and times of a completed job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Usage {
-    /// Tokens of the prompt.
+    /// Number of tokens in the prompt.
     pub tokens_in: u32,
-    /// Tokens generated.
+    /// Number of tokens generated.
     pub tokens_out: u32,
-    /// Why the generation ended.
+    /// Cause for ending the generation.
     pub stop_reason: StopReason,
-    /// From the worker's acceptance to the first token, milliseconds.
+    /// Milliseconds from the worker's acceptance to the first token.
     pub ttft_ms: u64,
-    /// From the first token to the last, milliseconds.
+    /// Milliseconds from the first token to the last.
     pub decode_time_ms: u64,
 }
 
-/// The record of a task.
+/// The stored record of a task.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Job {
-    /// Id.
+    /// Unique id, which sorts by creation time.
     pub id: JobId,
-    /// What was asked for.
+    /// The validated request.
     pub spec: JobSpec,
-    /// State.
+    /// Current state.
     pub status: JobStatus,
-    /// When it was accepted.
+    /// Time at which the job was accepted.
     pub created_at: Timestamp,
-    /// When the first attempt started.
+    /// Time at which the first attempt started; `None` before.
     pub started_at: Option<Timestamp>,
-    /// When it reached its terminal state.
+    /// Time at which the job reached its terminal state; `None` before.
     pub ended_at: Option<Timestamp>,
-    /// When its prompt, text and log were dropped, some time after its end.
+    /// Time at which the prompt, text and log were dropped, some time after the end; `None` while they are kept.
     pub dropped_at: Option<Timestamp>,
-    /// Fence of the latest lease; 0 before the first. Never goes back.
+    /// Fence of the latest lease; 0 before the first. Never decreases.
     pub fence: u64,
-    /// Smallest context that runs the job, in tokens; absent until a worker whose context is too small has counted
-    /// them.
+    /// Smallest context that runs the job, in tokens. `None` until a worker whose context is too small has counted the tokens.
     pub context_needed: Option<u32>,
     /// All attempts so far, in order.
     pub attempts: Vec<Attempt>,
-    /// The text so far, or the whole.
+    /// Text generated so far.
     pub text: String,
-    /// Figures of a completed job.
+    /// Token counts and times; `None` unless the job completed.
     pub usage: Option<Usage>,
-    /// Receipt of a completed job; absent if its worker gave none.
+    /// Receipt of a completed job; `None` if its worker gave none.
     pub receipt: Option<Receipt>,
-    /// Why it did not complete.
+    /// Error of a job that ended without completing.
     pub error: Option<JobError>,
 }
 
 impl Job {
-    /// A job that has just been accepted.
+    /// Returns a newly accepted job in state `queued`.
     pub fn new(id: JobId, spec: JobSpec, now: Timestamp) -> Self {
         Self {
             id,
@@ -530,7 +530,7 @@ impl Job {
         }
     }
 
-    /// When the job expires, where it has a deadline.
+    /// Returns the time at which the job expires; `None` if it has no deadline.
     pub fn deadline(&self) -> Option<Timestamp> {
         let millis = i64::try_from(self.spec.timeout_ms?).ok()?;
         self.created_at
@@ -538,7 +538,7 @@ impl Job {
             .ok()
     }
 
-    /// Attempts that count against `max_attempts`.
+    /// Returns the number of attempts that count against `max_attempts`.
     pub fn lost_attempts(&self) -> u32 {
         let counted = self
             .attempts
@@ -549,8 +549,8 @@ impl Job {
     }
 }
 
-/// Pause before the next attempt, after `lost` attempts were lost: 250 ms doubling to at most 30 s, of which `jitter`
-/// (0 to 1) decides the upper half, so that jobs lost together do not come back together.
+/// Returns the pause in milliseconds before the next attempt, after `lost` attempts were lost: 250 ms, doubling up to 30 s.
+/// `jitter` (0 to 1) decides the upper half of the pause, so that jobs lost together do not come back together.
 pub fn backoff_ms(lost: u32, jitter: f64) -> u64 {
     let full = 250u64
         .saturating_mul(1 << lost.saturating_sub(1).min(16))
@@ -564,7 +564,7 @@ mod tests {
     use super::*;
     use std::fmt::Write as _;
 
-    // [ORCHCORE-001] The whole table, so that a change of any cell is seen.
+    // [ORCHCORE-001] A snapshot of the whole table shows a change of any cell.
     #[test]
     fn every_state_and_event() {
         use JobEvent as E;

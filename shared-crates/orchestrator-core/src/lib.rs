@@ -1,7 +1,7 @@
-//! What the orchestrator decides: jobs and their life, the queue's order, scheduling, and the wire types of its API.
+//! Core of the orchestrator: jobs and their states, queue order, scheduling decisions and the wire types of the API.
 //!
-//! Everything here is types, pure decisions and validation. `orchestratord` adds HTTP, SQLite and background work;
-//! `llorch` adds a command line.
+//! This crate contains types, pure decisions and validation. `orchestratord` adds HTTP, SQLite and background work; `llorch`
+//! adds a command line.
 
 pub mod adopt;
 pub mod api;

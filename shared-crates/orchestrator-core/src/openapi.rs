@@ -1,5 +1,4 @@
-//! Schemas of what serde reads and writes by hand, and of values whose rules a derive can't tell, for the OpenAPI
-//! document.
+//! OpenAPI schemas of types with handwritten serde impls, and of values with rules that a derive can't express.
 
 use utoipa::openapi::schema::{ObjectBuilder, Type};
 use utoipa::openapi::{RefOr, Schema};
@@ -8,7 +7,7 @@ use utoipa::{PartialSchema, ToSchema};
 use crate::api::tasks::{MOST_LABEL_CHARS, MOST_LABELS, MOST_STOP_CHARS};
 use crate::job::JobId;
 
-/// What [`crate::api::tasks`] takes for a short text: no control character, and none that hides or reorders others.
+/// Pattern of a short text as [`crate::api::tasks`] accepts it: no control characters, and none that hide or reorder others.
 const SHORT: &str =
     r"^[^\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]+$";
 
@@ -37,7 +36,7 @@ impl PartialSchema for JobId {
 
 impl ToSchema for JobId {}
 
-/// A label's value, a session's name, a pool's name.
+/// A label, a session name or a pool name.
 #[derive(Debug)]
 pub struct ShortText;
 
@@ -51,7 +50,7 @@ impl PartialSchema for ShortText {
 
 impl ToSchema for ShortText {}
 
-/// A text that ends a generation.
+/// A text that ends the generation.
 #[derive(Debug)]
 pub struct StopText;
 
@@ -67,7 +66,7 @@ impl PartialSchema for StopText {
 
 impl ToSchema for StopText {}
 
-/// The labels of a job.
+/// Labels of a job.
 #[derive(Debug)]
 pub struct Labels;
 

@@ -1,30 +1,30 @@
-//! Pools as the orchestrator knows them: from what they say, and how long ago they said it.
+//! Liveness of pools, judged by the age of their heartbeats.
 
 use std::fmt;
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-/// Whether a pool is heard from.
+/// State of contact with a pool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum PoolLiveness {
-    /// Heartbeats arrive.
+    /// Heartbeats arrive on time.
     Online,
-    /// One heartbeat is missing: no new work.
+    /// One heartbeat is missing. The pool gets no new work.
     Suspect,
     /// Three heartbeats are missing.
     Offline,
-    /// The pool is registered, and no heartbeat of this registration has arrived yet: no work. Becomes `Online` or
-    /// `Offline`.
+    /// The pool is registered, but no heartbeat of this registration has arrived yet. The pool gets no work. Becomes `Online`
+    /// or `Offline`.
     Awaited,
-    /// The pool stopped on purpose less than three heartbeats ago: no work, and it may return soon.
+    /// The pool stopped on purpose less than three heartbeats ago. It gets no work, but may return soon.
     Stopped,
 }
 
 impl PoolLiveness {
-    /// The name on the wire and in tables.
+    /// Returns the name used on the wire and in tables.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Online => "online",
@@ -35,8 +35,8 @@ impl PoolLiveness {
         }
     }
 
-    /// Judges a pool by the age of its latest heartbeat. A heartbeat counts as missing half an interval after it was
-    /// due, so that one that is merely late changes nothing.
+    /// Judges a pool by the age of its latest heartbeat. A heartbeat counts as missing half an interval after it was due, so
+    /// that a slightly late one changes nothing.
     pub fn judge(last_heartbeat: Timestamp, interval: SignedDuration, now: Timestamp) -> Self {
         let missed_after = |count: i32| interval * count + interval / 2;
         let age = now.duration_since(last_heartbeat);
@@ -49,7 +49,8 @@ impl PoolLiveness {
         }
     }
 
-    /// The moments after a heartbeat at which [`PoolLiveness::judge`] changes its mind.
+    /// Returns the times after a heartbeat at which the result of [`PoolLiveness::judge`] changes: to `Suspect`, then to
+    /// `Offline`.
     pub fn deadlines(last_heartbeat: Timestamp, interval: SignedDuration) -> [Timestamp; 2] {
         let just_past = SignedDuration::from_millis(1);
         [1, 3].map(|count| {
@@ -81,7 +82,7 @@ mod tests {
         assert_eq!([after(0), after(15)], [PoolLiveness::Online; 2]);
         assert_eq!([after(16), after(35)], [PoolLiveness::Suspect; 2]);
         assert_eq!(after(36), PoolLiveness::Offline);
-        // A clock that was set back makes nobody offline.
+        // Setting the clock back must not take a pool offline.
         assert_eq!(after(-100), PoolLiveness::Online);
         let states = PoolLiveness::deadlines(start, interval)
             .map(|at| PoolLiveness::judge(start, interval, at));

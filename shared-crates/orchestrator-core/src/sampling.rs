@@ -3,19 +3,19 @@
 use pool_core::api::worker;
 use serde::{Deserialize, Serialize};
 
-/// Sampling settings. Numbers read back unchanged for the client; workers get them in their own precision.
+/// Sampling settings. Clients read back the exact numbers they sent; workers get them rounded to their own precision.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Sampling {
-    /// 0 to 2; 0 takes the likeliest token.
+    /// Sampling temperature, 0 to 2; 0 always takes the most likely token.
     pub temperature: f64,
-    /// Keep the likeliest tokens whose probabilities reach this sum, (0, 1]; 1 keeps all.
+    /// Nucleus size, (0, 1]: keep the most likely tokens whose probabilities add up to this; 1 keeps all.
     pub top_p: f64,
-    /// Keep this many of the likeliest tokens; 0 keeps all.
+    /// Number of most likely tokens to keep; 0 keeps all.
     pub top_k: u32,
-    /// Keep tokens at least this likely relative to the likeliest, [0, 1); 0 keeps all.
+    /// Lowest probability to keep, relative to the most likely token, [0, 1); 0 keeps all.
     pub min_p: f64,
-    /// Divide positive (multiply negative) logits of tokens seen before by this, (0, 2]; 1 changes nothing.
+    /// Penalty on tokens seen before, (0, 2]: positive logits are divided by it, negative ones multiplied; 1 changes nothing.
     pub repetition_penalty: f64,
 }
 
@@ -32,8 +32,8 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Returns whether `temperature` is in range. NaN is not, here and in the other checks, because it compares with
-    /// nothing.
+    /// Returns whether `temperature` is in range. NaN is out of range, here and in the other checks, because every comparison
+    /// with it is false.
     pub fn is_temperature(value: f64) -> bool {
         (0.0..=2.0).contains(&value)
     }

@@ -1,19 +1,19 @@
-//! The beginning of a job id, as typed by people.
+//! Prefixes of job ids, as typed by people.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::JobId;
 
-/// Digits of the shortest offered prefix. They contain the whole time of a UUID of version 7, so only jobs of the same
-/// millisecond need more, and a later job never makes a prefix ambiguous.
+/// Digits of the shortest prefix offered. They contain the full timestamp of a version 7 UUID, so only jobs of the same
+/// millisecond need more digits, and a later job never makes a prefix ambiguous.
 const SHORTEST_DIGITS: usize = 12;
-/// Digits before each hyphen of a UUID.
+/// Number of digits before each hyphen of a UUID.
 const GROUP_ENDS: [usize; 4] = [8, 12, 16, 20];
-/// Digits of a UUID.
+/// Number of digits in a UUID.
 const DIGITS: usize = 32;
 
-/// The beginning of a job id, spelled like the whole id: `job-019abcde-f0`.
+/// A prefix of a job id, spelled like the full id: `job-019abcde-f0`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobIdPrefix(String);
 
@@ -25,7 +25,7 @@ pub struct JobIdPrefix(String);
 pub struct JobIdPrefixError;
 
 impl JobIdPrefix {
-    /// Returns the id, if the prefix is a whole id.
+    /// Returns the id if the prefix is a full id.
     pub fn whole(&self) -> Option<JobId> {
         self.0.parse().ok()
     }
