@@ -1,4 +1,4 @@
-//! Why a job waits, in words and numbers.
+//! Explanations of waits and dispatches, in words and numbers.
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -17,30 +17,30 @@ use super::snapshot::{PoolState, WorkerState};
 use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
 
-/// The constraint that binds.
+/// The constraint that keeps a job waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum WaitReason {
     /// No pool is registered, or not the one that the job asks for.
     NoPool,
-    /// Pools are registered, and none is heard from or takes work.
+    /// Pools are registered, but none of them is online and takes work.
     PoolsAway,
-    /// No pool has the device that the job asks for, or a worker program for one.
+    /// No pool has the device that the job asks for, or a worker program for any device.
     NoBackend,
     /// No pool has the model on its disk.
     ModelMissing,
-    /// A pool downloads the model.
+    /// A pool is downloading the model.
     Downloading,
-    /// The model should be downloaded, and no pool has the room on its disk, or none got it a moment ago.
+    /// The model should be downloaded, but no pool has room on its disk, or the latest downloads failed.
     DownloadRefused,
     /// The prompt needs a longer context than any worker has, and than any pool's file allows.
     ContextShort,
     /// No pool has enough free memory.
     MemoryShort,
-    /// Idle workers were told to stop, so that their memory becomes free.
+    /// Idle workers were asked to stop, to free their memory.
     Evicting,
-    /// Every pool that could start a worker refused to, a moment ago.
+    /// Every pool that could start a worker recently refused to.
     StartRefused,
     /// A worker with the model is loading it.
     WorkerStarting,
@@ -48,14 +48,14 @@ pub enum WaitReason {
     SlotsBusy,
     /// No worker with the model has enough room in its cache, or the room is kept for an earlier job.
     CacheFull,
-    /// There is a place, and the policy gives it to nobody.
+    /// There is a place, but the policy left it empty.
     PolicyHeld,
-    /// The job waits a moment after a lost attempt.
+    /// The job pauses after a lost attempt.
     BackingOff,
 }
 
 impl WaitReason {
-    /// Returns the reason of a job that waits for the workers that serve its model: one of them has a free slot, or none.
+    /// Returns the reason of a job that waits for the workers serving its model, of which one or none has a free slot.
     pub(super) fn of_serving(has_slot: bool) -> Self {
         match has_slot {
             true => Self::CacheFull,
@@ -64,50 +64,50 @@ impl WaitReason {
     }
 }
 
-/// How many pools one filter left.
+/// Number of pools left by a filter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct FilterCount {
-    /// The filter.
+    /// Filter that was applied.
     pub filter: Filter,
-    /// Pools left after it.
+    /// Number of pools that passed it and all filters before.
     pub pools: u32,
 }
 
-/// The filters, in their order.
+/// A filter on pools. Variants are in the order of application.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum Filter {
-    /// Registered, and the one that the job asks for.
+    /// The pool is registered, and is the one that the job asks for, if any.
     Known,
-    /// Heard from and taking work.
+    /// The pool is online and takes work.
     Alive,
-    /// Has the device.
+    /// The pool has the device that the job asks for.
     Backend,
-    /// Has the model, and did not fail to start it.
+    /// The pool has the model and has not failed to start it.
     ModelPresent,
     /// The pool has a worker with the context that the job needs, or a file that allows it.
     Context,
     /// The pool runs the model with that context, or has the memory for it.
     MemoryFits,
-    /// Has a worker with a free slot.
+    /// The pool has a worker with a free slot.
     Slots,
-    /// Has a worker with a free slot and room for the job in its cache.
+    /// The pool has a worker with a free slot and room for the job in its cache.
     Cache,
-    /// The policy agrees.
+    /// The policy gave the job a place on the pool.
     Policy,
 }
 
-/// Why a job waits.
+/// The reason that a job waits, in words and numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Explanation {
-    /// The constraint that binds.
+    /// Constraint that keeps the job waiting.
     pub reason: WaitReason,
-    /// The same, for people, with its numbers.
+    /// Description of the constraint for people, with its numbers.
     pub message: String,
-    /// What would lift it.
+    /// Remedy that would lift the constraint.
     pub hint: String,
     /// Pools left after each filter, in order.
     pub filters: Vec<FilterCount>,
@@ -140,7 +140,7 @@ pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) ->
     }
 }
 
-/// Who chose where a job goes.
+/// The origin of a choice among places.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Chooser {
     /// A built-in policy.
@@ -149,17 +149,18 @@ pub enum Chooser {
     Script,
 }
 
-/// Why a job goes where it goes. Put into words when somebody reads them: a pass may give a place to thousands.
+/// The reason for dispatching a job to its worker. Formatted only when displayed, because a pass may dispatch thousands of
+/// jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Why {
-    /// Whether the job asks for the pool, and for the device.
+    /// True if the job asks for the pool, and for the device.
     asked: (bool, bool),
-    /// Whether the job's session ran on this pool last.
+    /// True if the latest job of the job's session ran on this pool.
     session_was_here: bool,
-    /// Workers with the model that had a free slot.
+    /// Number of workers with the model that had a free slot.
     free_workers: usize,
     chooser: Chooser,
-    /// Slots of the worker: in use, and all.
+    /// Slots of the worker before the dispatch: in use, and in total.
     slots: (u32, u32),
     device: Device,
     free_bytes: u64,
@@ -217,7 +218,7 @@ impl fmt::Display for Why {
     }
 }
 
-/// Explains the wait of a job whose last attempt was lost.
+/// Returns the explanation of a job that pauses after a lost attempt.
 pub(super) fn backing_off(job: &QueuedJob, now: Timestamp) -> Explanation {
     let pause = job
         .not_before
@@ -231,7 +232,7 @@ pub(super) fn backing_off(job: &QueuedJob, now: Timestamp) -> Explanation {
     }
 }
 
-/// Counts what each filter leaves, up to the first that leaves nothing.
+/// Counts the pools that each filter leaves, up to the first filter that leaves none.
 fn filters(class: &Class, pools: &[&PoolState], held: Held<'_>) -> Vec<FilterCount> {
     let has = |pool: &PoolState, place: &dyn Fn(&WorkerState) -> bool| {
         let mut workers = pool.workers.iter();
@@ -275,7 +276,7 @@ fn filters(class: &Class, pools: &[&PoolState], held: Held<'_>) -> Vec<FilterCou
             return counts;
         }
     }
-    // Every built-in policy takes what the filters leave; only a script can leave a place empty.
+    // Every built-in policy uses the places that the filters leave; only a script can leave one empty.
     counts.push(FilterCount {
         filter: Filter::Policy,
         pools: 0,
@@ -287,7 +288,7 @@ fn filters(class: &Class, pools: &[&PoolState], held: Held<'_>) -> Vec<FilterCou
 const REPORTS_SOON: &str =
     "it reports by itself; if it does not, see `llorch-pool daemon status` on its host";
 
-/// Finds the words for a reason.
+/// Wording of a reason for a class, with its numbers from the pools.
 struct Words<'a> {
     class: &'a Class,
     pools: &'a [&'a PoolState],
@@ -636,7 +637,7 @@ impl Words<'_> {
     }
 }
 
-/// The pool as it were with an empty disk and no refusal.
+/// Returns the pool as if its disk were empty and no download had been refused.
 fn with_room(pool: &PoolState) -> PoolState {
     PoolState {
         disk_free_bytes: u64::MAX,

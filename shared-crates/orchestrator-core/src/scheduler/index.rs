@@ -1,14 +1,14 @@
-//! The scheduler that remembers: it takes changes, and a pass looks only at what they may have changed.
+//! The incremental scheduler: it records changes, and a pass examines only the jobs that they may affect.
 //!
-//! It decides what [`schedule`](super::schedule) decides from [`Index::snapshot`]; a property test compares the two. What
-//! makes it quick:
+//! Its decisions equal those of [`schedule`](super::schedule) for [`Index::snapshot`]; a property test compares the two. Four
+//! techniques make it fast:
 //!
-//! - Jobs that ask for the same model in the same place form a class, and wait for the same thing. A pass looks at the
-//!   first job of each class, and at a class only when something changed that could give it a place.
-//! - Workers with a free slot stand in the order of their ranks, a set for each model.
-//! - Pools that have a model's file are known, so that a start looks at no other; and a class that waits for memory looks
-//!   again only at the pools that changed.
-//! - Explanations are worked out when somebody asks.
+//! - Jobs that ask for the same model in the same place form a class and wait for the same reason. A pass examines the first
+//!   job of each class, and a class only after a change that could give it a place.
+//! - For each model, the workers with a free slot are kept sorted by rank.
+//! - The pools with a model's file are indexed, so that a start examines no others. A class that waits for memory examines only
+//!   the pools that have changed.
+//! - Explanations are computed on request.
 
 mod actions;
 mod classes;
@@ -36,34 +36,34 @@ use crate::scheduler::plan::Action;
 use crate::scheduler::policy::{BuiltIn, Policy, Rank};
 use crate::scheduler::snapshot::{PoolState, Settings, Snapshot, StartCost, Usage};
 
-/// What a pass decided. Everything in it is done as far as the index goes: jobs that were dispatched wait no more and
-/// hold their slots, workers that were asked for take their memory.
+/// Result of a pass. The index already reflects it: dispatched jobs have left the queue and hold their slots, and requested
+/// workers occupy their memory.
 #[derive(Debug, Default)]
 pub struct Pass {
-    /// What to do, in order.
+    /// Actions to take, in order.
     pub actions: Vec<Action>,
-    /// Of each action that dispatches or rejects a job, in their order: the job as it stood in the queue.
+    /// Job of each dispatch and rejection, in the order of the actions, as it stood in the queue.
     pub jobs: Vec<Arc<QueuedJob>>,
-    /// Of each action that dispatches a job, in their order: why there.
+    /// Reason for each dispatch, in the order of the actions.
     pub why: Vec<Why>,
-    /// When time alone makes the next pass due.
+    /// Time at which the next pass is due even without a change; `None` if there is none.
     pub wake: Option<Timestamp>,
-    /// Whether any job was looked at: if not, every job waits for what it waited for before.
+    /// True if any job was examined. If false, every job waits for the same reason as before.
     pub judged: bool,
 }
 
-/// Why a job waits, and for how long.
+/// The reason that a job waits, with its place in the queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Waiting {
-    /// How many jobs have their turn before it.
+    /// Number of jobs ahead of it.
     pub position: u64,
-    /// Why.
+    /// Explanation from the current state of the pools.
     pub explanation: Arc<Explanation>,
-    /// How long until it starts, as far as measured times tell; `None` where they don't.
+    /// Estimated time until the job starts; `None` if too little was measured.
     pub estimated_start: Option<SignedDuration>,
 }
 
-/// Jobs, pools and leases, and what follows from them.
+/// Index of jobs, pools and leases, from which passes are computed incrementally.
 pub struct Index {
     started_at: Timestamp,
     settings: Settings,
@@ -71,23 +71,23 @@ pub struct Index {
     policy_name: BuiltIn,
     sizes: BTreeMap<ModelRef, u64>,
     queue: FairQueue,
-    /// Jobs that wait for their next attempt, by when that may begin.
+    /// Jobs that pause after a lost attempt, by the end of the pause.
     later: BTreeSet<(Timestamp, JobId)>,
     classes: Vec<Option<Jobs>>,
     class_ids: HashMap<Class, usize>,
-    /// Classes that a pass has to look at, if they have jobs.
+    /// Classes that the next pass examines if they have jobs.
     dirty: BTreeSet<usize>,
-    /// When a class is to be looked at whatever happens.
+    /// Times at which a class is due for examination, even without a change.
     wakes: BTreeSet<(Timestamp, usize)>,
     pools: Vec<Option<Pool>>,
     by_name: HashMap<Arc<str>, usize>,
     models: Vec<Model>,
     model_ids: HashMap<ModelRef, usize>,
-    /// Workers of live pools that have nothing to do, by since when.
+    /// Idle workers of live pools, by the start of their idle time.
     idle: BTreeSet<(Timestamp, usize, usize)>,
-    /// Workers with leases that are on no pool's list now, by pool and worker.
+    /// Use of workers with leases that their pool does not list now, by pool and worker.
     away: HashMap<String, HashMap<String, Usage>>,
-    /// The pool of each session, and the number of the dispatch that made it so.
+    /// Pool of each session's latest run, and the number of the dispatch that chose it.
     sessions: HashMap<String, (Arc<str>, u64)>,
     last_starts: HashMap<String, u64>,
     turns: u64,
@@ -98,69 +98,69 @@ pub struct Index {
     reach_changed: bool,
 }
 
-/// The jobs of a class.
+/// A class and its jobs.
 struct Jobs {
     class: Class,
     model: usize,
-    /// Those whose turn may come.
+    /// Keys of the jobs that are not pausing.
     ready: BTreeSet<TurnKey>,
-    /// How many wait for their next attempt.
+    /// Number of jobs that pause after a lost attempt.
     later: usize,
     scope: Scope,
     /// Number and bytes of the class's jobs.
     load: Load,
     /// True if nothing can run the jobs of the class at present.
     stranded: bool,
-    /// What the class waits for since it was looked at.
+    /// Reason found by the latest examination; `None` before.
     settled: Option<WaitReason>,
-    /// True if workers were kept for earlier jobs of other classes when the class was looked at.
+    /// True if workers were reserved for earlier jobs of other classes at the latest examination.
     held: bool,
     wake: Option<Timestamp>,
 }
 
-/// Which pools may give a class a place that it did not have when it was looked at.
+/// The pools that may offer a class a place that they did not have at its latest examination.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Scope {
-    /// None.
+    /// No pool.
     Nothing,
-    /// These.
+    /// Only these pools.
     Pools(Vec<usize>),
-    /// Any.
+    /// Any pool.
     All,
 }
 
-/// A pool with what stands elsewhere because of it.
+/// A pool, with the entries that the other tables hold for it.
 struct Pool {
     state: Arc<PoolState>,
-    /// What the orchestrator's own leases say of its workers.
+    /// Use of each worker by the orchestrator's own leases.
     usage: Vec<Usage>,
-    /// What the pool itself says of its workers' idleness, before our own leases are laid over it.
+    /// Start of each worker's idle time as reported by the pool, before our own leases are applied.
     reported_idle: Vec<Option<Timestamp>>,
     name: Arc<str>,
     worker_names: Vec<Arc<str>>,
-    /// The models of its workers.
+    /// Index of each worker's model.
     worker_models: Vec<usize>,
-    /// The ranks under which workers stand in [`Model::free`].
+    /// Ranks of the workers in [`Model::free`]; `None` for a worker without an entry.
     ranks: Vec<Option<Rank>>,
-    /// Since when workers stand in [`Index::idle`].
+    /// Times of the workers in [`Index::idle`]; `None` for a worker without an entry.
     idle: Vec<Option<Timestamp>>,
-    /// The models that the pool can start, with the cost of each.
+    /// Models that the pool can start, with the cost of each.
     files: Vec<(usize, StartCost)>,
 }
 
-/// A model and where it is.
+/// A model, with its workers, files and classes.
 #[derive(Default)]
 struct Model {
-    /// Workers of live pools with a free slot, best first, by their context. Workers of a model rarely differ in it, so a
-    /// list is searched faster than a map.
+    /// Workers of live pools with a free slot, best first, grouped by context. The workers of a model rarely differ in context,
+    /// so searching a list is faster than searching a map.
     free: Vec<(u32, BTreeSet<Free>)>,
-    /// Workers of live pools by device and context: the number starting, and the number serving.
+    /// Numbers of starting and of serving workers on live pools, by device and context.
     workers: Vec<((Device, u32), (u32, u32))>,
     /// Pools that can start the model, with the cost of each.
     files: BTreeMap<usize, StartCost>,
     /// Classes of jobs that ask for the model, by required context.
     classes: BTreeSet<(u32, usize)>,
-    /// Number of the classes that wait for room in the caches of workers.
+    /// Number of these classes that wait for room in the caches of workers.
     short_of_cache: usize,
 }
 
@@ -188,7 +188,7 @@ impl Model {
         &mut self.free[index].1
     }
 
-    /// Returns the numbers of workers on this device with this context.
+    /// Returns the numbers of starting and serving workers on this device with this context.
     fn workers_mut(&mut self, device: Device, context: u32) -> &mut (u32, u32) {
         let key = (device, context);
         let known = self.workers.iter().position(|(of, _)| *of == key);
@@ -201,7 +201,7 @@ impl Model {
     }
 }
 
-/// A worker with a free slot, in the order in which they are taken.
+/// A worker with a free slot. Sorts in the order in which free workers are used.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Free {
     rank: Rank,
@@ -222,7 +222,7 @@ impl std::fmt::Debug for Index {
 }
 
 impl Index {
-    /// An index without pools for the jobs of `queue`, which is empty.
+    /// Returns an index without pools. `queue` must be empty.
     pub fn new(
         queue: FairQueue,
         policy: BuiltIn,
@@ -257,24 +257,24 @@ impl Index {
         }
     }
 
-    /// The waiting jobs.
+    /// Returns the queue of waiting jobs.
     pub fn queue(&self) -> &FairQueue {
         &self.queue
     }
 
-    /// How many jobs have their turn before `id`; `None` where it does not wait.
+    /// Returns the number of jobs ahead of `id`; `None` if that job does not wait.
     pub fn position(&mut self, id: JobId, now: Timestamp) -> Option<u64> {
         self.promote(now);
         self.queue.position(id, now)
     }
 
-    /// How many jobs would have their turn before `job`, were it added now.
+    /// Returns the number of jobs that would be ahead of `job` if it were added now.
     pub fn position_of_new(&mut self, job: &QueuedJob, now: Timestamp) -> u64 {
         self.promote(now);
         self.queue.position_of_new(job, now)
     }
 
-    /// Everything that the next pass depends on.
+    /// Returns the complete input of the next pass.
     pub fn snapshot(&mut self, now: Timestamp) -> Snapshot {
         self.promote(now);
         Snapshot {

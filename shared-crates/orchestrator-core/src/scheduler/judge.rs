@@ -1,4 +1,4 @@
-//! What can be done for the jobs of one class, as the pools are now.
+//! Judgement of a class: the best action for its jobs in the current state of the pools.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -14,10 +14,10 @@ use crate::job::{JobErrorCode, Placement};
 use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
 
-/// What a download leaves free on a pool's disk.
+/// Bytes that a download leaves free on a pool's disk.
 pub const DISK_RESERVE: u64 = 1 << 30;
 
-/// What jobs share that ask for the same model in the same place: what holds for one of them holds for all.
+/// The model, placement and needs that jobs have in common. A judgement of one job holds for all jobs of its class.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct Class {
     pub(super) model: ModelRef,
@@ -49,7 +49,7 @@ impl Class {
         self.placement.device.is_none_or(|wanted| wanted == device)
     }
 
-    /// Whether the worker is one for these jobs, whatever its state.
+    /// Returns whether the worker suits these jobs, regardless of its state.
     pub(super) fn admits_worker(&self, pool: &str, worker: &WorkerState) -> bool {
         worker.model == self.model
             && self.admits_device(worker.device)
@@ -57,25 +57,25 @@ impl Class {
             && worker.capacity() >= self.context
     }
 
-    /// Returns whether the worker, which admits the class, has a slot and the room for one of its jobs now.
+    /// Returns whether the worker, which admits the class, has a slot and cache room for one of its jobs now.
     pub(super) fn finds_place(&self, worker: &WorkerState) -> bool {
         worker.has_slot() && worker.has_room(self.cache)
     }
 }
 
 /// Classes that wait for room in the caches of workers, with jobs whose turn came earlier. Later jobs get no place on a worker
-/// that one of these classes could use: otherwise small jobs would take the room again and again, and a large job would
-/// never start.
+/// that one of these classes could use: otherwise small jobs would take the room again and again, and a large job would never
+/// start.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Held<'a>(pub(super) &'a [&'a Class]);
 
 impl Held<'_> {
-    /// Returns whether no worker is kept.
+    /// Returns whether no worker is reserved.
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Returns whether the worker is kept.
+    /// Returns whether the worker is reserved for one of the classes.
     pub(super) fn keeps(&self, pool: &str, worker: &WorkerState) -> bool {
         self.0.iter().any(|class| class.admits_worker(pool, worker))
     }
@@ -84,9 +84,9 @@ impl Held<'_> {
 /// Preferences of the first job of a class. They reserve no place for the job.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Wish<'a> {
-    /// The pool on which the job's session ran last.
+    /// Pool of the session's latest run.
     pub(super) pool: Option<&'a str>,
-    /// Tokens of context that hold the job's prompt and the longest answer, as estimated.
+    /// Estimated tokens of context that hold the job's prompt and its longest answer.
     pub(super) context: u32,
     /// Most tokens of the job's answer.
     pub(super) max_tokens: u32,
@@ -105,8 +105,8 @@ impl<'a> Wish<'a> {
         self.pool.is_some_and(|wanted| wanted != pool.id)
     }
 
-    /// Returns the context for a new worker on the device: room for the whole answer if there is memory for it, else
-    /// the smallest sufficient one.
+    /// Returns the context for a new worker on the device: room for the whole answer if there is memory for it, otherwise the
+    /// smallest sufficient context.
     pub(super) fn size(&self, class: &Class, choice: &StartChoice<'_>) -> Option<u32> {
         let StartChoice { pool, device } = choice;
         let cost = pool.model(&class.model)?.cost();
@@ -114,6 +114,7 @@ impl<'a> Wish<'a> {
             let refused = pool.refused(&class.model, device.device, size.context);
             size.bytes <= device.free_bytes && refused.is_none()
         };
+        // The needed context is the prompt and one token of the answer.
         let prompt = match class.context {
             0 => self.context.saturating_sub(self.max_tokens),
             context => context - 1,
@@ -135,20 +136,20 @@ pub(crate) fn start_context(job: &QueuedJob, choice: &StartChoice<'_>) -> Option
     Wish::of(job, None).size(&Class::of(job), choice)
 }
 
-/// Input of a judgement, besides the class and the pools.
+/// Input of a judgement, in addition to the class and the pools.
 #[derive(Clone, Copy)]
 pub(super) struct World<'a> {
     pub(super) now: Timestamp,
     pub(super) settings: &'a Settings,
     pub(super) policy: &'a dyn Policy,
     pub(super) sizes: &'a BTreeMap<ModelRef, u64>,
-    /// Whether a waiting job could use the worker.
+    /// Test of whether a waiting job could use the worker.
     pub(super) needed: &'a dyn Fn(&str, &WorkerState) -> bool,
-    /// Classes that workers are kept for.
+    /// Classes for which workers are reserved.
     pub(super) held: Held<'a>,
 }
 
-/// What can be done. Pools and workers are given by their places in what was judged.
+/// Result of a judgement. Pools and workers are indices into its input.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Verdict {
     Dispatch {
@@ -174,23 +175,23 @@ pub(super) enum Verdict {
     Wait(WaitReason),
 }
 
-/// Whether the pool takes work.
+/// Returns whether the pool is online and takes work.
 pub(super) fn alive(pool: &PoolState) -> bool {
     pool.liveness == PoolLiveness::Online && !pool.draining
 }
 
-/// Whether the pool has a device for the class, or a worker that runs on one.
+/// Returns whether the pool has a device for the class, or a worker that already runs on one.
 pub(super) fn has_backend(class: &Class, pool: &PoolState) -> bool {
     pool.devices.iter().any(|d| class.admits_device(d.device)) || runs(class, pool)
 }
 
-/// Whether the pool has a live worker for the class.
+/// Returns whether the pool has a live worker for the class.
 pub(super) fn runs(class: &Class, pool: &PoolState) -> bool {
     let mut workers = pool.workers.iter();
     workers.any(|w| w.status.is_live() && class.admits_worker(&pool.id, w))
 }
 
-/// The class's model, where it lies on the pool's disk and was not found bad.
+/// Returns the class's model, if it is on the pool's disk and has not failed to load.
 pub(super) fn usable<'a>(class: &Class, pool: &'a PoolState) -> Option<&'a ModelState> {
     let model = pool.model(&class.model)?;
     pool.start_failure(model).is_none().then_some(model)
@@ -201,8 +202,8 @@ pub(super) fn startable(class: &Class, pool: &PoolState) -> Option<StartSize> {
     usable(class, pool)?.cost().least(class.context)
 }
 
-/// The devices on which a worker for the class fits. Where others serve already, only devices that have none: a second
-/// worker beside the first would share its device and load the model twice.
+/// Returns the devices on which a worker for the class fits. With `spread`, devices that already have a live worker with the
+/// model are excluded, because a second worker would share the device and load the model twice.
 pub(super) fn fitting<'a>(
     class: &'a Class,
     pool: &'a PoolState,
@@ -219,7 +220,7 @@ pub(super) fn fitting<'a>(
         .filter(move |d| !(spread && has_one(d.device)))
 }
 
-/// Bytes of the device that become free when the workers have ended that were told to.
+/// Returns the bytes of the device that become free once its draining workers have ended.
 pub(super) fn stopping(pool: &PoolState, device: Device) -> u64 {
     let ending = |w: &&WorkerState| w.device == device && w.status == WorkerStatus::Draining;
     pool.workers
@@ -229,8 +230,8 @@ pub(super) fn stopping(pool: &PoolState, device: Device) -> u64 {
         .sum()
 }
 
-/// Returns the time from which the worker may be stopped for others: any time if no waiting job could use it, else the
-/// end of its residence. `None` while it works.
+/// Returns the time from which the worker may be stopped for others: any time if no waiting job could use it, otherwise the end
+/// of its residence. `None` while it works.
 pub(super) fn spare_from(
     world: &World<'_>,
     pool: &PoolState,
@@ -247,8 +248,8 @@ pub(super) fn spare_from(
     idle.then_some(Timestamp::MIN)
 }
 
-/// Returns the idle workers of the device to stop so that `needed` bytes fit: first those that no job waits for, then
-/// the least recently used, and no more than necessary. `None` if that is not enough.
+/// Returns the idle workers of the device to stop so that `needed` bytes fit: first those that no job waits for, then the least
+/// recently used, and no more than necessary. `None` if stopping all of them would not be enough.
 pub(super) fn victims(
     world: &World<'_>,
     pool: &PoolState,
@@ -280,7 +281,7 @@ pub(super) fn victims(
     if free < needed {
         return None;
     }
-    // A small worker that went first may not be needed once a large one has gone.
+    // A small worker chosen early may be unnecessary once a large one was chosen.
     for place in (0..chosen.len()).rev() {
         let bytes = chosen[place].1;
         if free - bytes >= needed {
@@ -291,7 +292,7 @@ pub(super) fn victims(
     Some(chosen.into_iter().map(|(index, _)| index).collect())
 }
 
-/// The next moment at which a worker of the device may be evicted that may not yet.
+/// Returns the next time at which a worker of the device that is still protected may be evicted.
 pub(super) fn next_spare(world: &World<'_>, pool: &PoolState, device: Device) -> Option<Timestamp> {
     pool.workers
         .iter()
@@ -301,10 +302,10 @@ pub(super) fn next_spare(world: &World<'_>, pool: &PoolState, device: Device) ->
         .min()
 }
 
-/// Order of evictions: workers that no job waits for first, then the least recently used, then the fewest workers.
+/// Sort key of evictions: workers that no job waits for first, then the least recently used, then the fewest workers.
 pub(super) type EvictionKey<'a> = (bool, Option<Timestamp>, usize, Rank, &'a str, Device);
 
-/// The key of an eviction.
+/// Returns the sort key of an eviction.
 pub(super) fn eviction_key<'a>(
     world: &World<'_>,
     pool: &'a PoolState,
@@ -318,7 +319,8 @@ pub(super) fn eviction_key<'a>(
     (missed, latest, victims.len(), rank, &pool.id, device.device)
 }
 
-/// Whether a download of `size` bytes may go to the pool: there is room on its disk, and a device that can hold the model.
+/// Returns the device with the most free memory among those that can hold the model, if a download of `size` bytes may go to
+/// the pool. `None` if the disk lacks the room, a download was refused, or no device is large enough.
 pub(super) fn may_download(class: &Class, pool: &PoolState, size: u64) -> Option<DeviceState> {
     let room = pool.disk_free_bytes.checked_sub(DISK_RESERVE)? >= size;
     let refused = pool
@@ -358,7 +360,7 @@ pub(super) fn judge(
         return Verdict::Wait(WaitReason::NoBackend);
     }
 
-    // A worker with a free slot.
+    // First choice: a worker with a free slot.
     let workers = left.iter().flat_map(|&(index, pool)| {
         let own = pool.workers.iter().enumerate();
         own.map(move |(w, worker)| (index, pool, w, worker))
@@ -378,7 +380,7 @@ pub(super) fn judge(
         return Verdict::Dispatch { pool, worker };
     }
 
-    // A further worker.
+    // Second choice: another worker.
     if mine
         .iter()
         .any(|(_, _, _, w)| w.status == WorkerStatus::Starting)
@@ -424,7 +426,7 @@ pub(super) fn judge(
         return Verdict::Wait(WaitReason::StartRefused);
     }
 
-    // Memory that others hold.
+    // Last choice: memory that other workers hold.
     let devices = || {
         with_file.iter().flat_map(|&(index, pool, size)| {
             let admitted = pool
@@ -474,7 +476,7 @@ fn missing(
         let why = pool.start_failure(pool.model(&class.model)?)?;
         Some((&pool.id, why))
     });
-    // An unreachable pool may have a good copy. A pool that has not reported yet may have one, too.
+    // An unreachable pool may have a good copy, and so may a pool that has not reported yet.
     let away = pools.iter().find(|p| {
         let may_have = p.liveness == PoolLiveness::Awaited || usable(class, p).is_some();
         class.admits_pool(&p.id) && !alive(p) && may_have
@@ -492,7 +494,7 @@ fn missing(
     if left.iter().any(|(_, pool)| downloads(pool)) {
         return Verdict::Wait(WaitReason::Downloading);
     }
-    // One that is gone for long is not waited for, where the file can be had otherwise.
+    // If the file can be downloaded, waiting for an offline pool is pointless.
     let wanted = world
         .sizes
         .get(&class.model)

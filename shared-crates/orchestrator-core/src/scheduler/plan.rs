@@ -1,4 +1,4 @@
-//! Makes a plan from a snapshot: the plain way, which every faster one is measured against.
+//! The reference implementation of a pass, against which the incremental one is tested.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -16,27 +16,27 @@ use super::snapshot::{DownloadState, PoolState, Snapshot, WorkerState};
 use crate::job::{JobErrorCode, JobId};
 use crate::queue::QueuedJob;
 
-/// One thing to do.
+/// An action of the scheduler.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(tag = "action", rename_all = "snake_case")]
 pub enum Action {
     /// Lease the job to the worker.
     Dispatch {
-        /// The job.
+        /// Id of the job.
         job: JobId,
-        /// The pool.
+        /// Name of the worker's pool.
         pool: String,
-        /// The worker.
+        /// Id of the worker on its pool.
         worker: String,
     },
     /// Start a worker.
     StartWorker {
-        /// The pool.
+        /// Name of the pool.
         pool: String,
-        /// The model.
+        /// Model that the worker loads.
         model: ModelRef,
-        /// Where it shall compute.
+        /// Device that the worker computes on.
         device: Device,
         /// Requested tokens of context; absent for the pool's default.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -44,58 +44,58 @@ pub enum Action {
     },
     /// Stop an idle worker, because a waiting job needs its memory.
     EvictWorker {
-        /// The pool.
+        /// Name of the worker's pool.
         pool: String,
-        /// The worker.
+        /// Id of the worker on its pool.
         worker: String,
-        /// The model that the memory is for.
+        /// Model that needs the memory.
         needed_by: ModelRef,
     },
     /// Stop a worker that has been idle for too long.
     UnloadWorker {
-        /// The pool.
+        /// Name of the worker's pool.
         pool: String,
-        /// The worker.
+        /// Id of the worker on its pool.
         worker: String,
     },
     /// Let a pool download a model.
     Download {
-        /// The pool.
+        /// Name of the pool.
         pool: String,
-        /// The model.
+        /// Model to download.
         model: ModelRef,
     },
-    /// The job can't be done by anybody: end it.
+    /// End a job that no pool can ever run.
     Reject {
-        /// The job.
+        /// Id of the job.
         job: JobId,
-        /// The code it ends with.
+        /// Error code with which the job ends.
         code: JobErrorCode,
-        /// What happened, for people.
+        /// Description of the error, for people.
         message: String,
     },
 }
 
-/// What a pass decided.
+/// Result of a pass.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// What to do, in order.
+    /// Actions to take, in order.
     pub actions: Vec<Action>,
-    /// Why each of the other jobs waits. Jobs that wait for the same share one explanation.
+    /// Explanations of all other jobs. Jobs that wait for the same reason share one explanation.
     pub waiting: HashMap<JobId, Arc<Explanation>>,
-    /// When time alone makes the next plan another one, if nothing else happens before.
+    /// Time from which the plan may change without any other event; `None` if time alone changes nothing.
     pub wake: Option<Timestamp>,
 }
 
-/// Outcome of a class for the rest of a pass.
+/// Verdict on a class, which holds for the rest of a pass.
 struct Settled {
     /// Code and message of the rejection of its jobs; `None` if they wait.
     rejection: Option<(JobErrorCode, String)>,
-    /// Number of classes with an earlier turn that workers are kept for.
+    /// Number of classes with an earlier turn for which workers are reserved.
     held: usize,
 }
 
-/// Decides what to do with the waiting jobs and the idle workers.
+/// Plans dispatches, worker starts and stops, downloads and rejections for the waiting jobs and the idle workers.
 pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
     let classes: HashSet<Class> = snapshot.jobs.iter().map(|job| Class::of(job)).collect();
     let needed = |pool: &str, worker: &WorkerState| {
@@ -120,7 +120,8 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
         wake: None,
     };
     let mut waiting: Vec<(&QueuedJob, Class)> = Vec::new();
-    // A class that has to wait, or can't run at all, does so for the rest of the pass: within one, places are only taken.
+    // A class that has to wait, or can't run at all, does so for the rest of the pass, because places are only taken within
+    // one.
     let mut settled: HashMap<Class, Settled> = HashMap::new();
     let mut held: Vec<Class> = Vec::new();
     for job in &snapshot.jobs {
@@ -172,7 +173,7 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
     }
     pass.unload(&world);
 
-    // What is explained is what is left when all is done.
+    // Explanations describe the state after all actions of the pass.
     let classes: HashSet<&Class> = waiting.iter().map(|(_, class)| class).collect();
     let still_needed = |pool: &str, worker: &WorkerState| {
         classes
@@ -207,11 +208,11 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
     }
 }
 
-/// The pools as a pass changes them.
+/// State of the pools, changed by the actions of a pass.
 struct Pass<'a> {
     snapshot: &'a Snapshot,
     pools: Vec<Arc<PoolState>>,
-    /// Where sessions ran in this pass.
+    /// Pool of each session that got a place in this pass.
     sessions: HashMap<&'a str, String>,
     turns: u64,
     actions: Vec<Action>,
@@ -248,7 +249,7 @@ impl<'a> Pass<'a> {
         });
     }
 
-    /// Does what a verdict says that is not about one job.
+    /// Carries out a verdict that concerns the whole class, not just one job.
     fn take(&mut self, class: &Class, verdict: &Verdict, world: &World<'_>) {
         match verdict {
             Verdict::Start {
@@ -304,7 +305,7 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Stops what has been idle for too long.
+    /// Stops workers that have been idle for longer than `idle_ttl`.
     fn unload(&mut self, world: &World<'_>) {
         let Some(ttl) = world.settings.idle_ttl else {
             return;
@@ -333,7 +334,7 @@ impl<'a> Pass<'a> {
     }
 }
 
-/// When a worker has been idle for `ttl`, while it is.
+/// Returns the time at which the worker's idle time reaches `ttl`; `None` while the worker is not idle.
 pub(super) fn idle_until(worker: &WorkerState, ttl: jiff::SignedDuration) -> Option<Timestamp> {
     let idle = worker.status == WorkerStatus::Ready && worker.active == 0;
     worker
@@ -342,14 +343,14 @@ pub(super) fn idle_until(worker: &WorkerState, ttl: jiff::SignedDuration) -> Opt
         .and_then(|since| since.checked_add(ttl).ok())
 }
 
-/// Whether the job is of before a restart, and pools that could do it may not have registered since.
+/// Returns whether the job was stored before a restart, and the pools that could run it may not have registered since.
 pub(super) fn awaits_pools(job: &QueuedJob, now: Timestamp, started_at: Timestamp) -> bool {
     job.created_at < started_at && now.duration_since(started_at) < REGISTRATION
 }
 
 impl PoolState {
-    /// Takes the memory of a worker that is about to be started, so that a later job of the pass does not count on it,
-    /// and shows the worker as starting, so that a job of another placement does not start a second one.
+    /// Reserves the memory of a worker that is about to be started, so that a later job of the pass does not count on it. Adds
+    /// the worker as starting, so that a job with another placement does not start a second one.
     pub(super) fn reserve_start(
         &mut self,
         model: &ModelRef,
@@ -370,7 +371,7 @@ impl PoolState {
             .push(WorkerState::asked_for(&found, device, context_length, now));
     }
 
-    /// Takes the room of a download that is about to begin.
+    /// Reserves the disk space of a download that is about to begin.
     pub(super) fn reserve_download(&mut self, model: &ModelRef, size: u64) {
         self.disk_free_bytes = self.disk_free_bytes.saturating_sub(size);
         self.downloads.push(DownloadState {

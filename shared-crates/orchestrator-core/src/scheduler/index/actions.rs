@@ -1,4 +1,4 @@
-//! Doing what was decided, as far as the index goes.
+//! Application of a pass's decisions to the index.
 
 use std::sync::Arc;
 
@@ -15,11 +15,11 @@ use crate::scheduler::judge::{Held, Verdict};
 use crate::scheduler::plan::{Action, awaits_pools};
 use crate::scheduler::policy::WorkerChoice;
 
-/// Sessions whose last pool is remembered.
+/// Most sessions whose latest pool is remembered. Beyond that, the older half is dropped.
 const SESSIONS: usize = 10_000;
 
 impl Index {
-    /// Notes what a class waits for.
+    /// Records the reason that a class waits, after an examination.
     pub(super) fn settle(
         &mut self,
         class: usize,
@@ -35,7 +35,7 @@ impl Index {
             _ => return,
         };
         let jobs = self.class_mut(class);
-        // A look at a few pools finds what these hold back, and not what all the others lack.
+        // An examination of a few pools finds their limits, but not what all the other pools lack.
         let partial = matches!(jobs.scope, Scope::Pools(_));
         let lacks = matches!(
             found,
@@ -97,7 +97,7 @@ impl Index {
         pass.actions.push(action);
     }
 
-    /// Why the job goes to this worker.
+    /// Returns the reason for dispatching the job to this worker.
     fn why(
         &self,
         class: usize,
@@ -135,7 +135,7 @@ impl Index {
         }
     }
 
-    /// Rejects a job, unless pools may still come for it.
+    /// Rejects a job, unless a pool that could run it may still register after a restart.
     pub(super) fn reject(
         &mut self,
         job: &Arc<QueuedJob>,
@@ -148,7 +148,7 @@ impl Index {
         if awaits_pools(job, now, self.started_at) {
             let wake = self.started_at.checked_add(REGISTRATION).ok();
             self.settle(class, key, &Verdict::Wait(WaitReason::PoolsAway), wake);
-            // Only what came before the restart waits: what comes to the class now is looked at.
+            // Only jobs from before the restart wait for pools. A new job of the class must be examined.
             self.class_mut(class).scope = Scope::All;
             return;
         }
@@ -162,7 +162,7 @@ impl Index {
         pass.jobs.push(Arc::clone(job));
     }
 
-    /// Does what a verdict says that is not about one job.
+    /// Carries out a verdict that concerns the whole class, not just one job.
     pub(super) fn take(
         &mut self,
         model: &ModelRef,
@@ -186,8 +186,8 @@ impl Index {
                 self.change_pool(pool, |state| {
                     state.reserve_start(&model, device, context, now, turn);
                 });
-                // Where a start was refused, or waits for workers that end, there may now be too little memory for it: then
-                // others are evicted. A class that waits for room in a cache may now wait for this worker instead.
+                // If a start was refused, or waits for workers to end, there may now be too little memory for it, so that other
+                // workers must be evicted. A class that waits for room in a cache may now wait for this worker instead.
                 let is_affected = |jobs: &Jobs| match jobs.settled {
                     Some(WaitReason::StartRefused | WaitReason::Evicting) => true,
                     Some(WaitReason::CacheFull) => jobs.class.model == model,
@@ -206,7 +206,7 @@ impl Index {
                 });
             }
             Verdict::Evict { pool, workers } => {
-                // Classes that counted on one of the workers may have to start another, on any pool.
+                // Classes that relied on one of these workers may have to start another, on any pool.
                 for class in self.classes_that_could_use(pool, &workers) {
                     self.look_at_all(class);
                 }
@@ -240,7 +240,7 @@ impl Index {
         })
     }
 
-    /// Shows workers as told to stop, and returns their names.
+    /// Marks workers as draining, and returns their ids.
     pub(super) fn stop(&mut self, place: usize, workers: &[usize]) -> Vec<String> {
         let mut names = Vec::with_capacity(workers.len());
         self.change_pool(place, |state| {
@@ -252,7 +252,7 @@ impl Index {
         names
     }
 
-    /// Stops what has been idle for too long.
+    /// Stops workers that have been idle for longer than `idle_ttl`.
     pub(super) fn unload(&mut self, now: Timestamp, pass: &mut Pass) {
         let Some(ttl) = self.settings.idle_ttl else {
             return;

@@ -1,4 +1,4 @@
-//! Jobs and their classes: which of them a pass has to look at.
+//! Jobs and their classes, and which of them a pass has to examine.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,11 +9,11 @@ use crate::queue::{Load, QueuedJob, TurnKey};
 use crate::scheduler::explain::WaitReason;
 use crate::scheduler::judge::Class;
 
-/// Changed pools up to which a class looks at each of them instead of at all.
+/// Number of changed pools up to which a class examines only these. Beyond that, it examines all pools.
 const FEW_POOLS: usize = 16;
 
 impl Index {
-    /// Lets a job wait for its turn.
+    /// Adds a job to the queue and to its class.
     pub fn put(&mut self, job: QueuedJob) {
         self.remove(job.id);
         let job = self.queue.put_back(job);
@@ -31,18 +31,18 @@ impl Index {
         }
     }
 
-    /// Lets a job of the class have its turn.
+    /// Adds a job of the class to those whose turn may come.
     pub(super) fn make_ready(&mut self, class: usize, key: TurnKey) {
         let jobs = self.class_mut(class);
         jobs.ready.insert(key);
-        // Workers that are kept from the other jobs of the class may not be kept from this earlier one.
+        // Workers reserved from the other jobs of the class may not be reserved from this earlier one.
         if jobs.held && jobs.ready.first() == Some(&key) {
             self.look_at_all(class);
         }
         self.look_again(class);
     }
 
-    /// Takes a job out that wants no turn any more.
+    /// Removes a job that needs no turn any more.
     pub fn remove(&mut self, id: JobId) -> Option<Arc<QueuedJob>> {
         let (key, class) = self.place_of(id)?;
         let job = self.queue.remove(id)?;
@@ -57,11 +57,11 @@ impl Index {
         Some((self.queue.key(id)?, class))
     }
 
-    /// Takes a job that has left the queue out of its class.
+    /// Removes a job that has left the queue from its class.
     pub(super) fn leave(&mut self, job: &QueuedJob, key: TurnKey, class: usize) {
         self.count_out(class, job.bytes);
         let jobs = self.class_mut(class);
-        // Mostly it had its turn.
+        // Most jobs leave because their turn has come.
         if jobs.ready.first() == Some(&key) {
             jobs.ready.pop_first();
             if jobs.settled == Some(WaitReason::CacheFull) {
@@ -115,7 +115,7 @@ impl Index {
         id
     }
 
-    /// Sets the reason of the class's wait.
+    /// Sets the reason that the class waits, and keeps `short_of_cache` in step.
     pub(super) fn set_settled(&mut self, class: usize, reason: Option<WaitReason>) {
         let jobs = self.class_mut(class);
         let (model, before) = (jobs.model, jobs.settled);
@@ -128,7 +128,8 @@ impl Index {
         }
     }
 
-    /// Lets the classes look again that workers of the model were kept from: fewer workers may be kept now.
+    /// Marks the classes for examination that workers of the model were reserved from, because fewer workers may be reserved
+    /// now.
     pub(super) fn keep_less(&mut self, model: usize) {
         let held = |jobs: &Jobs| jobs.model == model && jobs.held;
         for class in self.classes_where(held) {
@@ -136,7 +137,7 @@ impl Index {
         }
     }
 
-    /// Returns the classes that workers are kept for from a job of this class with this turn.
+    /// Returns the classes whose reserved workers are off limits for a job of this class with this turn.
     pub(super) fn held(&self, class: usize, key: TurnKey) -> Vec<&Class> {
         let Some(jobs) = &self.classes[class] else {
             return Vec::new();
@@ -154,15 +155,15 @@ impl Index {
         earlier.map(|other| &other.class).collect()
     }
 
-    /// Lets classes that wait for memory look at all pools again. A worker's eviction follows other rules while a job could
-    /// use that worker, so the first and the last such job change what may be evicted.
+    /// Marks the classes that wait for memory for an examination of all pools. Different rules apply to the eviction of a
+    /// worker while a job could use it, so the first and the last such job change which workers may be evicted.
     fn look_for_memory_again(&mut self) {
         for class in self.classes_where(|jobs| jobs.settled == Some(WaitReason::MemoryShort)) {
             self.look_at_all(class);
         }
     }
 
-    /// Forgets a class without jobs. What only its jobs needed may now be evicted for others.
+    /// Drops a class without jobs. Workers that only its jobs could use may now be evicted for others.
     pub(super) fn drop_if_empty(&mut self, class: usize) {
         let empty = |jobs: &Jobs| jobs.ready.is_empty() && jobs.later == 0;
         if !self.classes[class].as_ref().is_some_and(empty) {
@@ -189,7 +190,7 @@ impl Index {
             .collect()
     }
 
-    /// Lets the next pass look at the class, where it has a job and something changed for it.
+    /// Marks the class for examination by the next pass, if it has a job and anything has changed for it.
     pub(super) fn look_again(&mut self, class: usize) {
         let jobs = self.class_mut(class);
         if jobs.scope != Scope::Nothing && !jobs.ready.is_empty() {
@@ -202,12 +203,12 @@ impl Index {
         self.look_again(class);
     }
 
-    /// Notes that the pool may have a place for the class.
+    /// Records that the pool may have a place for the class.
     pub(super) fn look_at(&mut self, class: usize, pool: usize) {
         let downloads = self.settings.download;
         let jobs = self.class_mut(class);
-        // These were found after every pool was looked at. The others end the search early, and say nothing of the rest; and
-        // where the only pool with the file can't run it any more, another may download it.
+        // The search for these reasons examined every pool. Other reasons end the search early and say nothing about the
+        // remaining pools. With downloads, another pool may download a file that its only owner can no longer run.
         let looked_everywhere = match jobs.settled {
             Some(WaitReason::MemoryShort) => !downloads,
             Some(

@@ -1,4 +1,4 @@
-//! What the orchestrator's own leases say of workers.
+//! Use of workers by the orchestrator's own leases.
 
 use jiff::{SignedDuration, Timestamp};
 
@@ -7,8 +7,8 @@ use crate::scheduler::explain::WaitReason;
 use crate::scheduler::snapshot::Usage;
 
 impl Index {
-    /// What leases say of these workers, which are all that the pool has now. Those of its workers that are not among
-    /// them any more are remembered for as long as they have leases.
+    /// Returns the use of these workers, which are all that the pool has now. Other workers of the pool stay recorded as long
+    /// as they have leases.
     pub(super) fn usage_of<'a>(
         &mut self,
         place: usize,
@@ -40,7 +40,7 @@ impl Index {
         Some((place, worker))
     }
 
-    /// Changes what leases say of a worker, and returns it with the worker's place, where it has one.
+    /// Changes the recorded use of a worker. Returns the new record, and the worker's indices if its pool lists it.
     fn change_usage(
         &mut self,
         pool: &str,
@@ -65,7 +65,7 @@ impl Index {
         (usage, None)
     }
 
-    /// Notes a lease that no pass gave: one of an earlier run of the orchestrator that still runs.
+    /// Records a lease that no pass gave: one from an earlier run of the orchestrator whose attempt is still running.
     pub fn lease(&mut self, pool: &str, worker: &str) {
         self.turns += 1;
         let turn = self.turns;
@@ -75,7 +75,7 @@ impl Index {
         }
     }
 
-    /// Notes that a lease is over.
+    /// Records the end of a lease.
     pub fn release(&mut self, pool: &str, worker: &str, now: Timestamp) {
         let (usage, found) = self.change_usage(pool, worker, |usage| {
             usage.active = usage.active.saturating_sub(1);
@@ -98,7 +98,7 @@ impl Index {
         }
     }
 
-    /// Notes how long a job ran on the worker that completed.
+    /// Records the run time of a job on the worker that completed it.
     pub fn completed(&mut self, pool: &str, worker: &str, took: SignedDuration) {
         let Some((place, worker)) = self.worker_place(pool, worker) else {
             return;

@@ -1,4 +1,4 @@
-//! Passes: whose turn it is, and what time alone brings about.
+//! Passes: the order of examinations, and changes due to time alone.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -15,7 +15,7 @@ use crate::scheduler::judge::{Class, Verdict, alive};
 use crate::scheduler::plan::Action;
 
 impl Index {
-    /// Decides what to do with the waiting jobs and the idle workers, and does it as far as the index goes.
+    /// Decides on the waiting jobs and the idle workers, and applies the decisions to the index.
     pub fn pass(&mut self, now: Timestamp) -> Pass {
         let mut pass = Pass::default();
         self.let_time_pass(now);
@@ -30,7 +30,7 @@ impl Index {
             }
         }
         pass.judged = !turns.is_empty();
-        // About as many jobs as will get a place: what grows while thousands do is copied again and again.
+        // An estimate of the number of dispatches, which avoids growing the lists while thousands of jobs are dispatched.
         pass.actions.reserve(slots);
         pass.jobs.reserve(slots);
         pass.why.reserve(slots);
@@ -51,7 +51,7 @@ impl Index {
                     let chooser = Chooser::Policy(self.policy_name);
                     self.dispatch(&job, key, class, (pool, worker), chooser, &mut pass);
                     match self.class_mut(class).ready.first() {
-                        // In the place of the one before: cheaper than to take that out first.
+                        // Replacing the top of the heap is cheaper than removing it first.
                         Some(next) => {
                             if let Some(mut turn) = turns.peek_mut() {
                                 *turn = Reverse((*next, class));
@@ -65,7 +65,7 @@ impl Index {
                     self.call_up(key, &mut turns);
                 }
                 (Verdict::Reject { code, message }, _) => {
-                    // Its jobs are rejected each at its own turn.
+                    // The jobs of the class are rejected one by one, each at its own turn.
                     turns.pop();
                     let others = self.class_mut(class).ready.iter().copied();
                     turns.extend(
@@ -94,7 +94,7 @@ impl Index {
         pass
     }
 
-    /// Adds the classes to look at to this pass if their turn comes after `key`; the others stay for the next pass.
+    /// Adds the classes due for examination to this pass if their turn comes after `key`. The others stay for the next pass.
     fn call_up(&mut self, key: TurnKey, turns: &mut BinaryHeap<Reverse<(TurnKey, usize)>>) {
         for class in std::mem::take(&mut self.dirty) {
             match self.class_mut(class).ready.first() {
@@ -105,7 +105,7 @@ impl Index {
         }
     }
 
-    /// Lets batch jobs that have waited for long count as interactive, in their classes as in the queue.
+    /// Promotes batch jobs that have waited long enough, in their classes as well as in the queue.
     pub(super) fn promote(&mut self, now: Timestamp) {
         for id in self.queue.promote(now) {
             let Some((key, class)) = self.place_of(id) else {
@@ -123,9 +123,8 @@ impl Index {
         }
     }
 
-    /// Does, as far as the index goes, what a plan says that was made from an [`Index::snapshot`], by a script or by
-    /// [`schedule`](super::schedule). An action that does not fit any more is left out. When time makes the next pass due
-    /// is for the plan to say.
+    /// Applies the actions of a plan that a script or [`schedule`](super::schedule) made from an [`Index::snapshot`]. Actions
+    /// that are no longer possible are skipped. The time of the next pass comes from the plan, not from the returned [`Pass`].
     pub fn apply(&mut self, actions: &[Action], chooser: Chooser, now: Timestamp) -> Pass {
         let mut pass = Pass {
             judged: true,
@@ -140,14 +139,14 @@ impl Index {
                 self.drop_if_empty(class);
             }
         }
-        // Somebody else may have left undone what a pass would have done, or stopped what a class counts on.
+        // The plan may have omitted an action that a pass would have taken, or stopped a worker that a class relied on.
         for class in self.classes_where(|_| true) {
             self.look_at_all(class);
         }
         pass
     }
 
-    /// `None` where the action does not fit.
+    /// Applies an action. Returns `None` if the action is no longer possible.
     fn apply_one(
         &mut self,
         action: &Action,
@@ -218,16 +217,16 @@ impl Index {
         }
     }
 
-    /// The place of a worker that has nothing to do.
+    /// Returns the indices of a worker that has no work.
     fn idle_worker_place(&self, pool: &str, worker: &str) -> Option<(usize, usize)> {
         let (place, index) = self.worker_place(pool, worker)?;
         let state = &self.pools[place].as_ref()?.state.workers[index];
-        // A pool that has not seen the end of the lease still reports the worker as busy.
+        // A pool that has not yet seen the end of the lease still reports the worker as busy.
         let idle = state.serves() && state.active == 0;
         idle.then_some((place, index))
     }
 
-    /// Does what time alone brings about.
+    /// Applies the changes that are due to time alone.
     fn let_time_pass(&mut self, now: Timestamp) {
         self.promote(now);
         while let Some(&(at, id)) = self.later.first()

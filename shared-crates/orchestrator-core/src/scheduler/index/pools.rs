@@ -1,4 +1,4 @@
-//! Pools and their workers: what stands elsewhere because of them.
+//! Pools and their workers, and the index entries that depend on them.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::scheduler::policy::{Rank, WorkerChoice};
 use crate::scheduler::snapshot::{PoolState, StartCost, Usage, WorkerState};
 
 impl Index {
-    /// Takes in what a pool is now. Leases are known here, and laid over it.
+    /// Updates the index with a pool's new state. Our own leases, which the index records, are applied to that state.
     pub fn set_pool(&mut self, mut state: PoolState) {
         let reported_idle: Vec<_> = state.workers.iter().map(|w| w.idle_since).collect();
         state.last_start = self.last_starts.get(&state.id).copied().unwrap_or(0);
@@ -74,7 +74,7 @@ impl Index {
         self.announce(place, &name, whole, &changed);
     }
 
-    /// Forgets a pool.
+    /// Removes a pool. Leases on its workers stay recorded.
     pub fn remove_pool(&mut self, name: &str) {
         let Some(place) = self.by_name.remove(name) else {
             return;
@@ -87,7 +87,7 @@ impl Index {
         self.announce(place, name, true, &HashSet::new());
     }
 
-    /// Tells classes of a pool that has changed.
+    /// Marks the classes for examination that a change of the pool may affect.
     fn announce(&mut self, place: usize, name: &str, whole: bool, changed: &HashSet<usize>) {
         for class in self.classes_where(|jobs| jobs.class.admits_pool(name)) {
             if whole || changed.contains(&self.class_mut(class).model) {
@@ -113,7 +113,7 @@ impl Index {
         self.by_name.get(name).copied()
     }
 
-    /// The places of all pools, in the order of the pools' names.
+    /// Returns the indices of all pools, sorted by the pools' names.
     pub(super) fn ordered_places(&self) -> Vec<usize> {
         let mut named: Vec<_> = self.by_name.iter().collect();
         named.sort_unstable();
@@ -139,7 +139,7 @@ impl Index {
             .collect()
     }
 
-    /// Takes everything away that stands elsewhere because of the pool.
+    /// Removes all index entries of the pool.
     fn uninstall(&mut self, place: usize, pool: &Pool) {
         for &(model, _) in &pool.files {
             self.models[model].files.remove(&place);
@@ -150,7 +150,7 @@ impl Index {
         }
     }
 
-    /// Counts a worker in or out of its model's live workers.
+    /// Adds a worker to the counts of its model's live workers, or subtracts it.
     pub(super) fn count(&mut self, pool: &Pool, worker: usize, change: fn(u32, u32) -> u32) {
         let state = &pool.state.workers[worker];
         if !alive(&pool.state) {
@@ -168,7 +168,7 @@ impl Index {
     fn clear_worker(&mut self, place: usize, pool: &Pool, worker: usize) {
         if let Some(rank) = pool.ranks[worker] {
             let model = &mut self.models[pool.worker_models[worker]];
-            // Mostly it is the best one that was taken, which is found without a look at its state.
+            // The worker is usually the best one, just taken, which is found without reading its state.
             let is_first = |free: &BTreeSet<Free>| {
                 let first = free.first().map(|free| (free.pool, free.worker));
                 first == Some((place, worker))
@@ -186,7 +186,7 @@ impl Index {
         }
     }
 
-    /// Puts all workers of a pool where they belong that stand nowhere.
+    /// Adds the index entries of all workers of a pool, which must have none.
     fn refresh(&mut self, place: usize) {
         let Some(mut pool) = self.pools[place].take() else {
             return;
@@ -220,7 +220,7 @@ impl Index {
         }
     }
 
-    /// Changes one worker's use: nothing but its own place changes.
+    /// Changes the use of one worker. Only that worker's own entries change.
     pub(super) fn change_worker(
         &mut self,
         place: usize,
@@ -240,7 +240,7 @@ impl Index {
         self.pools[place] = Some(pool);
     }
 
-    /// Changes a pool in what may move all of its workers.
+    /// Changes a pool in a way that may affect the entries of all its workers.
     pub(super) fn change_pool(&mut self, place: usize, change: impl FnOnce(&mut PoolState)) {
         let Some(mut pool) = self.pools[place].take() else {
             return;
@@ -265,7 +265,7 @@ impl Index {
         self.refresh(place);
     }
 
-    /// Learns how long workers took to come up.
+    /// Records the load times of workers that have become ready.
     fn note_starts(&mut self, old: &PoolState, new: &PoolState) {
         for worker in &new.workers {
             let before = old.workers.iter().find(|w| w.id == worker.id);
@@ -289,7 +289,7 @@ fn free_entry(place: usize, pool: &Pool, worker: usize, rank: Rank) -> Free {
     }
 }
 
-/// The models whose workers or files are others than before.
+/// Returns the models whose workers or files differ.
 fn changed_models(old: &Pool, new: &Pool) -> HashSet<usize> {
     let mut changed = HashSet::new();
     let workers = |pool: &Pool, other: &Pool, changed: &mut HashSet<usize>| {

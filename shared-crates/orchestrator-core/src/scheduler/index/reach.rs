@@ -1,4 +1,4 @@
-//! Jobs that nothing can run at present: they must not take the queue places of others.
+//! Stranded jobs, which nothing can run at present. They must not use up the queue's capacity for other jobs.
 
 use std::collections::BTreeMap;
 
@@ -30,8 +30,7 @@ impl Index {
         self.stranded
     }
 
-    /// Finds the classes that nothing can run any more, and those that something can run again. Runs only after pools'
-    /// models or devices change.
+    /// Updates which classes are stranded. Does nothing unless a pool's models or devices have changed.
     fn look_through(&mut self) {
         if !std::mem::take(&mut self.reach_changed) {
             return;
@@ -94,7 +93,7 @@ impl Index {
     }
 }
 
-/// Returns whether the pool takes work. A pool that missed one heartbeat most likely does.
+/// Returns whether the pool takes work. A pool that missed a single heartbeat most likely does.
 fn takes_work(pool: &PoolState) -> bool {
     pool.liveness != PoolLiveness::Offline && !pool.draining
 }
@@ -122,7 +121,7 @@ fn could_run(
     runs(class, pool) || fits() || downloads()
 }
 
-/// Returns whether the same jobs can run on a pool in both states.
+/// Returns whether a pool can run the same jobs in both states.
 fn has_same_reach(old: &PoolState, new: &PoolState) -> bool {
     takes_work(old) == takes_work(new)
         && old.models == new.models
@@ -133,18 +132,18 @@ fn has_same_reach(old: &PoolState, new: &PoolState) -> bool {
         && failed(old).eq(failed(new))
 }
 
-/// Returns the devices with their memory.
+/// Returns the devices with their total memory.
 fn totals(pool: &PoolState) -> impl Iterator<Item = (Device, u64)> {
     pool.devices.iter().map(|d| (d.device, d.total_bytes))
 }
 
-/// Returns what decides which jobs the pool's workers can run.
+/// Returns the properties of workers that determine which jobs they can run.
 fn live(pool: &PoolState) -> impl Iterator<Item = (&ModelRef, Device, u32)> {
     let live = pool.workers.iter().filter(|w| w.status.is_live());
     live.map(|w| (&w.model, w.device, w.capacity()))
 }
 
-/// Returns what decides which models the pool does not start again.
+/// Returns the properties of failed workers that determine which models the pool does not start again.
 fn failed(pool: &PoolState) -> impl Iterator<Item = (&ModelRef, &ModelFile, Option<&str>)> {
     let failed = pool.workers.iter();
     let failed = failed.filter(|w| w.status == WorkerStatus::Failed);

@@ -1,4 +1,4 @@
-//! What can be done for a class, from what is known already.
+//! Judgement of a class with the help of the index.
 
 use jiff::Timestamp;
 use pool_core::worker::{Device, WorkerStatus};
@@ -13,7 +13,7 @@ use crate::scheduler::judge::{
 use crate::scheduler::policy::{Rank, StartChoice};
 use crate::scheduler::snapshot::{PoolState, StartSize, WorkerState};
 
-/// Order of possible starts.
+/// Sort key of possible starts.
 type StartKey<'a> = (bool, Rank, &'a str, Device);
 
 impl Index {
@@ -28,7 +28,7 @@ impl Index {
                 return false;
             };
             let least = self.models[model].classes.iter();
-            // Classes that need a longer context come later.
+            // Classes are sorted by context, so the rest need longer ones than the worker has.
             let mut classes = least.take_while(|(context, _)| *context <= worker.capacity());
             classes.any(|&(_, class)| {
                 let jobs = self.classes[class].as_ref();
@@ -50,7 +50,8 @@ impl Index {
         Some(&self.sessions.get(session)?.0)
     }
 
-    /// What [`judge`] says, from what is known already. With it, when the class is to be looked at again.
+    /// Returns the result of [`judge`], computed from the index, and the time at which the class is due for the next
+    /// examination.
     pub(super) fn judge(
         &self,
         class: usize,
@@ -62,7 +63,8 @@ impl Index {
             return (Verdict::Wait(WaitReason::PolicyHeld), None);
         };
         let prefer = self.prefers(job);
-        // Among workers of one context the wish for a long one makes no difference, and the job need not be looked at.
+        // If all free workers have the same context, a preference for a long one makes no difference, and the job's size is
+        // irrelevant.
         let differ = self.models[jobs.model].free.len() > 1;
         let roomy = differ.then(|| jobs.class.context.max(job.context_wished()));
         let held = self.held(class, key);
@@ -77,7 +79,7 @@ impl Index {
         self.with_world(now, held, |world| self.judge_starts(jobs, &wish, world))
     }
 
-    /// Returns the best worker that has a place for a job of the class, and at least this context.
+    /// Returns the best worker with at least this context that has a place for a job of the class.
     fn free_worker(
         &self,
         jobs: &Jobs,
@@ -109,7 +111,7 @@ impl Index {
         if let Some(wanted) = &class.placement.pool {
             return on_pool(wanted);
         }
-        // For most jobs a free slot is a place, and the states of workers need not be read.
+        // For most jobs, any free slot is a place, so the state of the workers need not be read.
         let any = class.cache == 0 && held.is_empty();
         prefer.and_then(on_pool).or_else(|| {
             let best = self.models[jobs.model].free(context).filter_map(|free| {
@@ -122,7 +124,7 @@ impl Index {
         })
     }
 
-    /// Returns whether the test passes for the worker.
+    /// Returns whether the worker passes the test.
     fn is_at(&self, free: &Free, test: &dyn Fn(&str, &WorkerState) -> bool) -> bool {
         let pool = self.pools[free.pool].as_ref();
         pool.is_some_and(|pool| test(&free.pool_name, &pool.state.workers[free.worker]))
@@ -135,7 +137,7 @@ impl Index {
         free.any(|free| class.admits_device(free.device) && class.admits_pool(&free.pool_name))
     }
 
-    /// How many workers for the class start, and how many serve.
+    /// Returns the numbers of starting and of serving workers for the class.
     fn live_workers(&self, jobs: &Jobs) -> (u32, u32) {
         if let Some(wanted) = &jobs.class.placement.pool {
             let pool = self.pool_place(wanted);
@@ -162,7 +164,7 @@ impl Index {
             })
     }
 
-    /// Returns the live pools to examine that can start a worker for the class, with the size of the smallest.
+    /// Returns the live pools in scope that can start a worker for the class, with the size of the smallest such worker.
     fn with_file<'a>(
         &'a self,
         jobs: &'a Jobs,
@@ -283,7 +285,7 @@ impl Index {
         (self.judge_plainly(jobs, wish, world), None)
     }
 
-    /// Judges a class whose model no pool can start, which is rare, the plain way.
+    /// Judges a class whose model no pool can start with the reference implementation. This case is rare.
     fn judge_plainly(&self, jobs: &Jobs, wish: &Wish<'_>, world: &World<'_>) -> Verdict {
         let places: Vec<usize> = match &jobs.scope {
             Scope::Pools(pools) => pools.clone(),

@@ -1,4 +1,4 @@
-//! Why a job waits, and for how long.
+//! Explanations and estimates for waiting jobs.
 
 use std::sync::Arc;
 
@@ -14,13 +14,13 @@ use crate::scheduler::judge::{Held, World, alive};
 use crate::scheduler::snapshot::{PoolState, WorkerState};
 
 impl Index {
-    /// Why the job waits, while it does.
+    /// Returns the reason that the job waits; `None` if it does not wait.
     pub fn waiting(&mut self, id: JobId, now: Timestamp) -> Option<Waiting> {
         let mut known = HashMap::new();
         self.waiting_with(id, now, &mut known)
     }
 
-    /// Why each of the jobs waits that do. An explanation is worked out once for all jobs of a class.
+    /// Returns the reasons for those of the jobs that wait. An explanation is computed once for all jobs of a class.
     pub fn waiting_all(
         &mut self,
         ids: impl IntoIterator<Item = JobId>,
@@ -79,7 +79,7 @@ impl Index {
         Some(self.with_world(now, Held(&held), explain))
     }
 
-    /// How long until a job of the class starts.
+    /// Estimates the time until a job of the class starts.
     fn estimate(
         &self,
         class: usize,
