@@ -1,11 +1,12 @@
-//! Traces: what the scheduler saw and what it decided, pass for pass, as JSON Lines.
+//! Traces: the scheduler's input and decision of every pass, as JSON Lines.
 //!
-//! The first line is the [`Header`]. Then every pass has two: `saw` holds what has changed in the snapshot since the pass
-//! before, `decided` the decision. Replaying a trace rebuilds every snapshot, decides again with the same code, and
-//! compares the `decided` lines byte for byte. A last line `end` says why the recording ended; without one it was cut off.
+//! The first line is the [`Header`]. Every pass adds two lines: `saw` holds the changes of the snapshot since the previous
+//! pass, `decided` the decision. Replaying a trace rebuilds every snapshot, decides again with the same code, and compares the
+//! `decided` lines byte for byte. A final `end` line gives the reason that the recording ended; a trace without that line was
+//! cut off.
 //!
-//! A trace holds ids, model references, names of pools, workers and sessions, sizes and times. It holds no prompt, no
-//! text, no token, and neither address nor secret of anything.
+//! A trace holds ids, model references, names of pools, workers and sessions, sizes and times. It holds no prompts, texts or
+//! tokens, and no addresses or secrets.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -19,71 +20,71 @@ use crate::job::JobId;
 use crate::queue::QueuedJob;
 use crate::scheduler::{Action, Plan, PoolState, Snapshot, WaitReason};
 
-/// The version of the format. Readers refuse any other.
+/// Version of the format. Readers refuse any other version.
 pub const VERSION: u32 = 1;
 
-/// One line.
+/// A line of a trace.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Line {
-    /// The first one.
+    /// First line: header of the whole trace.
     Trace(Header),
-    /// What a pass saw.
+    /// Input of a pass.
     Saw(Saw),
-    /// What it decided.
+    /// Decision of a pass.
     Decided(Decided),
-    /// The last one.
+    /// Last line: end of the recording.
     End(End),
 }
 
-/// What the whole trace is about.
+/// Header of a trace.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Header {
-    /// [`VERSION`].
+    /// Version of the format: [`VERSION`] in new traces.
     pub version: u32,
-    /// The program that recorded it, with its version.
+    /// Name and version of the recording program.
     pub recorded_by: String,
-    /// When the recording began.
+    /// Start of the recording.
     pub recorded_at: Timestamp,
-    /// The built-in policy in force.
+    /// Name of the built-in policy in force.
     pub policy: String,
     /// Seconds after which a waiting batch job counts as interactive.
     pub promote_after_s: u64,
-    /// What the operator says that pools cost.
+    /// Cost of each pool, as set by the operator.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub costs: BTreeMap<String, f64>,
 }
 
-/// What has changed since the pass before; since an empty snapshot, for the first.
+/// Input of a pass: the changes since the previous pass, or since an empty snapshot for the first.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Saw {
     /// Number of the pass, from 1.
     pub pass: u64,
-    /// The time.
+    /// Time of the pass.
     pub now: Timestamp,
-    /// Jobs that wait no more.
+    /// Jobs that no longer wait.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub jobs_gone: Vec<JobId>,
-    /// Jobs that are new, or not what they were, with their places in the new order, in rising order.
+    /// New and changed jobs, with their positions in the new order, in ascending order of position.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub jobs: Vec<(usize, Arc<QueuedJob>)>,
-    /// The whole order, where the others did not keep theirs.
+    /// The full queue order, present only if the unchanged jobs changed their order.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub order: Option<Vec<JobId>>,
-    /// Pools that are gone.
+    /// Pools that were removed.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub pools_gone: Vec<String>,
-    /// Pools that are new, or not what they were.
+    /// New and changed pools.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub pools: Vec<Arc<PoolState>>,
-    /// What has changed of everything else in the snapshot, as a JSON merge patch (RFC 7386).
+    /// Changes of all other parts of the snapshot, as a JSON merge patch (RFC 7386).
     #[serde(skip_serializing_if = "Value::is_null")]
     pub rest: Value,
-    /// Attempts that began to hold a slot, apart from those that a recorded decision began.
+    /// Attempts that began to hold a slot, except those that a recorded decision began.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub leased: Vec<Lease>,
-    /// Jobs whose attempt holds its slot no more.
+    /// Jobs whose attempt no longer holds its slot.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub freed: Vec<JobId>,
 }
@@ -91,69 +92,69 @@ pub struct Saw {
 /// An attempt that holds a slot of a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Lease {
-    /// The job.
+    /// Id of the job.
     pub job: JobId,
-    /// The pool.
+    /// Name of the worker's pool.
     pub pool: String,
-    /// The worker.
+    /// Id of the worker on its pool.
     pub worker: String,
 }
 
-/// Who decided.
+/// The origin of a decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum By {
-    /// The built-in policy.
+    /// The built-in policy, without a script error.
     BuiltIn,
-    /// The script.
+    /// A script.
     Script,
-    /// The built-in policy, because the script was of no use.
+    /// The built-in policy, because the script failed.
     Fallback(ScriptErrorKind),
 }
 
-/// What a pass decided.
+/// Decision of a pass.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Decided {
-    /// Number of the pass.
+    /// Number of the pass, from 1.
     pub pass: u64,
-    /// Who decided.
+    /// Origin of the decision.
     pub by: By,
-    /// SHA-256 of the script in force.
+    /// SHA-256 of the script in force; absent without a script.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub script: Option<String>,
-    /// What to do, in order.
+    /// Actions to take, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub actions: Vec<Action>,
-    /// Jobs that wait for another reason than at the pass before, in the order of their turns.
+    /// Jobs whose reason to wait differs from the previous pass, in queue order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub waits: Vec<(JobId, WaitReason)>,
-    /// When time alone makes the next decision another one.
+    /// Time from which the next decision may differ without any other event; absent if time alone changes nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wake: Option<Timestamp>,
 }
 
-/// Why a recording ended.
+/// End of a recording.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct End {
-    /// Passes in the trace.
+    /// Number of passes in the trace.
     pub passes: u64,
-    /// Why.
+    /// Reason for the end.
     pub reason: EndReason,
 }
 
-/// Why a recording ended.
+/// The reason that a recording ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EndReason {
-    /// It was meant to.
+    /// The recording ended as requested.
     Done,
-    /// Its reader was too slow.
+    /// The reader was too slow.
     Lagged,
-    /// The daemon stopped.
+    /// The daemon shut down.
     Shutdown,
 }
 
-/// Turns decisions into `decided` lines: only what is new of the waits is told.
+/// Converts decisions to `decided` lines, which contain only the wait reasons that changed.
 #[derive(Debug, Default)]
 pub struct Scribe {
     passes: u64,
@@ -161,12 +162,12 @@ pub struct Scribe {
 }
 
 impl Scribe {
-    /// Passes so far.
+    /// Returns the number of passes so far.
     pub fn passes(&self) -> u64 {
         self.passes
     }
 
-    /// Passes over a decision that is not made again: what it says of waits counts as said.
+    /// Skips a recorded decision that is not repeated, but takes over its wait reasons.
     pub fn skip(&mut self, decided: &Decided) {
         self.passes += 1;
         for action in &decided.actions {
@@ -177,7 +178,7 @@ impl Scribe {
         self.reasons.extend(decided.waits.iter().copied());
     }
 
-    /// The decision of the next pass as it is written down.
+    /// Returns the decision of the next pass in its recorded form.
     pub fn write(
         &mut self,
         snapshot: &Snapshot,
@@ -209,7 +210,7 @@ impl Scribe {
     }
 }
 
-/// Records passes.
+/// A recorder of passes, which keeps the state that the next pass is compared with.
 #[derive(Debug)]
 pub struct Recorder {
     scribe: Scribe,
@@ -232,12 +233,12 @@ impl Default for Recorder {
 }
 
 impl Recorder {
-    /// Passes so far.
+    /// Returns the number of passes so far.
     pub fn passes(&self) -> u64 {
         self.scribe.passes()
     }
 
-    /// The two lines of a pass.
+    /// Returns the two lines of a pass.
     pub fn pass(
         &mut self,
         snapshot: &Snapshot,
@@ -258,7 +259,7 @@ impl Recorder {
         saw.rest = merge_patch(&self.rest, &rest).unwrap_or(Value::Null);
         self.rest = rest;
         let decided = self.scribe.write(snapshot, plan, by, script);
-        // A job may be done before the next pass looks: its lease begins here.
+        // The job may end before the next pass, so its lease is recorded here.
         for action in &plan.actions {
             if let Action::Dispatch { job, pool, worker } = action {
                 let lease = Lease {
@@ -341,7 +342,7 @@ impl Recorder {
     }
 }
 
-/// What a snapshot holds beside its time, its jobs and its pools.
+/// Returns the snapshot without its time, jobs and pools.
 fn rest_of(snapshot: &Snapshot) -> Result<Value, serde_json::Error> {
     let bare = Snapshot {
         jobs: Vec::new(),
@@ -357,7 +358,7 @@ fn rest_of(snapshot: &Snapshot) -> Result<Value, serde_json::Error> {
     Ok(rest)
 }
 
-/// The patch that makes `old` into `new`, or `None` where they are equal.
+/// Returns the patch that turns `old` into `new`; `None` if they are equal.
 fn merge_patch(old: &Value, new: &Value) -> Option<Value> {
     let (Value::Object(before), Value::Object(after)) = (old, new) else {
         return (old != new).then(|| new.clone());
@@ -396,7 +397,7 @@ fn apply_patch(to: &mut Value, patch: &Value) {
     }
 }
 
-/// Takes out what is gone or changed, and puts what is new where it belongs.
+/// Removes the jobs that are gone or changed, and inserts the new and changed ones at their positions.
 fn place_jobs(jobs: &mut Vec<Arc<QueuedJob>>, saw: &Saw) {
     let out: HashSet<JobId> = saw
         .jobs_gone
@@ -412,47 +413,47 @@ fn place_jobs(jobs: &mut Vec<Arc<QueuedJob>>, saw: &Saw) {
     }
 }
 
-/// Why a trace can't be read.
+/// Error in a trace.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("line {line} of the trace: {message}")]
 pub struct TraceError {
-    /// The line, from 1.
+    /// Number of the line, from 1.
     pub line: usize,
-    /// What is wrong with it.
+    /// Problem with the line.
     pub message: String,
 }
 
 impl TraceError {
-    /// What to try next.
+    /// Returns what to try next.
     pub fn hint(&self) -> &'static str {
         "traces are recorded with `llorch orchestrator scheduler record FILE`"
     }
 }
 
-/// One pass of a trace.
+/// A pass of a trace.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PassRecord {
-    /// What it saw.
+    /// Input of the pass.
     pub saw: Saw,
-    /// What it decided.
+    /// Decision of the pass.
     pub decided: Decided,
-    /// The same, byte for byte.
+    /// Decision as the original line, for a byte-for-byte comparison.
     pub decided_line: String,
 }
 
-/// A whole trace.
+/// A complete trace.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Trace {
-    /// What it is about.
+    /// Header with version, policy and costs.
     pub header: Header,
-    /// Its passes.
+    /// Passes in order; pass numbers start at 1 without gaps.
     pub passes: Vec<PassRecord>,
-    /// Why it ended; `None` where it was cut off.
+    /// End of the recording; `None` if the trace was cut off.
     pub end: Option<End>,
 }
 
 impl Trace {
-    /// Reads a trace. A last pass that was cut off is left out.
+    /// Parses a trace. An incomplete last pass is dropped.
     pub fn read(text: &str) -> Result<Self, TraceError> {
         let mut lines = text
             .lines()
@@ -485,7 +486,7 @@ impl Trace {
         while let Some((number, line)) = lines.next() {
             let parsed = match serde_json::from_str::<Line>(line) {
                 Ok(parsed) => parsed,
-                // The last line of a recording that was killed.
+                // The recording was killed while writing its last line.
                 Err(error) if error.is_eof() && lines.peek().is_none() => break,
                 Err(error) => return Err(wrong(number, error.to_string())),
             };
@@ -532,7 +533,7 @@ impl Default for Rebuild {
 }
 
 impl Rebuild {
-    /// The snapshot of the next pass.
+    /// Returns the snapshot of the next pass. Fails if the trace contradicts itself.
     pub fn next(&mut self, saw: &Saw) -> Result<Arc<Snapshot>, String> {
         place_jobs(&mut self.jobs, saw);
         if let Some(order) = &saw.order {

@@ -39,7 +39,8 @@ fn id(number: u8) -> JobId {
         .unwrap()
 }
 
-/// A snapshot of a few jobs and pools, drawn from small numbers so that neighbours share much and differ in all ways.
+/// Generates snapshots of a few jobs and pools. The numbers are small, so that neighbours have much in common but may differ in
+/// every way.
 fn any_snapshot() -> impl Strategy<Value = Snapshot> {
     let job = (0u8..6, 0u8..2, 0u32..2);
     let pool = (0u8..3, 0u32..3, any::<bool>());
@@ -129,8 +130,8 @@ fn text(lines: impl IntoIterator<Item = Line>) -> String {
 }
 
 proptest! {
-    // [ORCHCORE-150] Whatever changes from pass to pass, a trace gives back every snapshot, and deciding again gives
-    // back every decision, byte for byte.
+    // [ORCHCORE-150] Whatever changes from pass to pass, a trace reproduces every snapshot, and repeating the decisions
+    // reproduces each of them, byte for byte.
     #[test]
     fn a_trace_gives_back_what_was_seen_and_decided(
         snapshots in proptest::collection::vec(any_snapshot(), 1..8),
@@ -157,7 +158,7 @@ proptest! {
     }
 }
 
-// [ORCHCORE-152] A job may be done before the next pass looks; how long it took is told all the same.
+// [ORCHCORE-152] A job may end before the next pass, but its duration is still recorded.
 #[test]
 fn a_slot_that_a_decision_takes_is_freed_by_the_pass_that_does_not_see_it_any_more() {
     let dispatch = |number| Action::Dispatch {
@@ -194,7 +195,7 @@ fn a_slot_that_a_decision_takes_is_freed_by_the_pass_that_does_not_see_it_any_mo
     };
     let before = pass(&[lease(9)], vec![dispatch(1), dispatch(2)]);
     assert_eq!(before, (vec![lease(9)], vec![]));
-    // The first is over already, the second runs: the decision told of it.
+    // The first job has ended and the second still runs. The decision already recorded their leases.
     assert_eq!(pass(&[lease(2), lease(9)], vec![]), (vec![], vec![id(1)]));
     assert_eq!(pass(&[lease(9)], vec![]), (vec![], vec![id(2)]));
     assert_eq!(pass(&[], vec![]), (vec![], vec![id(9)]));
