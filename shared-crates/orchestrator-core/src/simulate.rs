@@ -1,18 +1,18 @@
-//! The simulator: a recorded workload under another policy, on a virtual clock.
+//! Simulator, which runs a recorded workload under another policy on a virtual clock.
 //!
-//! It decides with the daemon's own code ([`crate::decide`]), orders jobs with the daemon's own queue, and lets the
-//! rest of the world answer as the trace says that it did:
+//! It decides with the daemon's own code ([`crate::decide`]) and orders jobs with the daemon's own queue. The rest of the world
+//! responds as it did in the trace:
 //!
-//! - jobs arrive when they arrived, and leave the queue by themselves when they did so in the trace;
-//! - a job takes as long on its worker as its last attempt took, whichever worker it is; one that the trace never ran takes
-//!   the median of its model's jobs, or of all;
-//! - a worker loads for as long as the trace's workers of its model did, or for as long as reading its bytes at
-//!   500 MB/s takes, and has as many slots and as large a cache as they had;
-//! - a job takes as much of its worker's cache as a worker counted, or as is estimated from its size; a worker without that
-//!   room refuses it;
-//! - pools come, go, drain and have models and devices as in the trace; memory is what the policy's own workers leave.
+//! - Jobs arrive at their recorded times, and leave the queue without a worker if they did so in the trace.
+//! - A job takes as long as its last attempt took, on any worker. A job that the trace never ran takes the median time of its
+//!   model's jobs, or of all jobs.
+//! - A worker loads for as long as the trace's workers of its model did, or for the time that reading its bytes at 500 MB/s
+//!   takes. It has as many slots and as large a cache as they had.
+//! - A job takes as much of its worker's cache as a worker counted, or as is estimated from its size. A worker without that
+//!   room refuses the job.
+//! - Pools come, go and drain, and have models and devices, as in the trace. Free memory depends on the policy's own workers.
 //!
-//! Lost attempts, refused starts and downloads are not played again.
+//! Lost attempts, refused starts and downloads are not simulated.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap, HashSet};
@@ -30,64 +30,64 @@ use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use pool_core::worker::{Device, WorkerStatus};
 
-/// A job that waits for longer than this counts as starved.
+/// Waiting time above which a job counts as starved.
 pub const STARVED: SignedDuration = SignedDuration::from_mins(5);
-/// How long the world goes on after the trace: long enough to run what is left.
+/// Time that the simulation continues after the trace: long enough to run the remaining jobs.
 const AFTERWARDS: SignedDuration = SignedDuration::from_hours(24);
-/// Bytes a second at which a model loads whose loading the trace does not show.
+/// Load rate in bytes per second of a model whose loading the trace does not show.
 const LOAD_RATE: u64 = 500_000_000;
-/// How long a worker takes to refuse a job.
+/// Time that a worker takes to refuse a job.
 const REFUSING: SignedDuration = SignedDuration::from_millis(5);
-/// How long a worker takes to end and give its memory back.
+/// Time that a worker takes to end and free its memory.
 const ENDING: SignedDuration = SignedDuration::from_millis(100);
 
-/// Why a trace can't be simulated.
+/// Reason that a trace can't be simulated.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SimulateError {
-    /// It holds nothing to simulate.
+    /// The trace has no passes.
     #[error("the trace holds no pass")]
     Empty,
-    /// It contradicts itself.
+    /// The trace contradicts itself.
     #[error("the trace contradicts itself: {0}")]
     Broken(String),
-    /// The script has nothing to run on.
+    /// The thread for the script could not be started.
     #[error("no thread for the script: {0}")]
     NoThread(String),
-    /// It would take too long.
+    /// The simulation exceeded its time limit.
     #[error("the simulation took longer than {}", pool_core::units::human_duration(*.0))]
     TooLong(Duration),
 }
 
-/// A job that was given a worker.
+/// A job that got a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placed {
-    /// The job.
+    /// Id of the job.
     pub job: JobId,
-    /// When it arrived.
+    /// Time of arrival.
     pub arrived: Timestamp,
-    /// When it was given its worker.
+    /// Time of the dispatch.
     pub at: Timestamp,
-    /// The worker's pool.
+    /// Name of the worker's pool.
     pub pool: String,
-    /// The worker.
+    /// Id of the worker on its pool.
     pub worker: String,
 }
 
-/// What became of a workload under a policy.
+/// Outcome of a workload under a policy.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Simulation {
-    /// In figures.
+    /// Summary in numbers.
     pub report: Report,
-    /// Job for job, in the order in which they were given their workers.
+    /// Placements of the individual jobs, in the order of their dispatch.
     pub placed: Vec<Placed>,
 }
 
-/// How long a script may take for a pass here, where nobody waits for it.
+/// Time that a script may take for a pass. It is longer than in the daemon, because no jobs are waiting.
 const SCRIPT_LIMIT: Duration = Duration::from_secs(5);
 
 /// Plays the trace under each of the named built-in policies and each of the scripts, which come with the names for their
-/// reports; without the name of a policy, under the recorded one beside a script, else under all. Compares the recorded
-/// decisions with those that are made again, too. Ends with an error after `limit`.
+/// reports. Without policy names, plays the recorded policy if there is a script, otherwise all policies. Also replays the
+/// trace and compares its decisions. Fails after `limit`.
 pub fn compare(
     trace: &Trace,
     scripts: &[(String, Script)],
@@ -123,7 +123,7 @@ pub fn compare(
     Ok(SimulateAnswer { replay, reports })
 }
 
-/// Decides every pass of the trace again, with the built-in policy and whichever of the scripts decided then, and compares.
+/// Repeats the decision of every pass, with the built-in policy or the script that made it, and compares the results.
 pub fn replay(
     trace: &Trace,
     policy: BuiltIn,
@@ -154,7 +154,7 @@ pub fn replay(
                 let decision = script.decide(&snapshot);
                 (decision.by, decision.plan)
             }
-            // That a run took too long, or was refused, is a fact of that moment; what followed from it is not.
+            // The timeout or refusal of a run can't be reproduced, but the fallback decision that followed can.
             (by @ (By::BuiltIn | By::Fallback(_)), _) if same_policy => {
                 (by, built_in.decide(&snapshot).plan)
             }
@@ -182,7 +182,7 @@ fn check_time(begun: Instant, limit: Option<Duration>) -> Result<(), SimulateErr
     }
 }
 
-/// What a trace tells of the world: what happened to it, and how long things took.
+/// The world as a trace describes it: recorded events, and the durations of jobs and loads.
 struct World {
     begin: Timestamp,
     end: Timestamp,
@@ -191,16 +191,16 @@ struct World {
     sizes: BTreeMap<ModelRef, u64>,
     promote_after: SignedDuration,
     arrivals: Vec<(Timestamp, Arc<QueuedJob>)>,
-    /// Jobs that left the queue without a worker.
+    /// Jobs that left the queue without a worker, with the time.
     left: HashMap<JobId, Timestamp>,
     service: HashMap<JobId, SignedDuration>,
     service_by_model: HashMap<ModelRef, SignedDuration>,
     service_of_all: SignedDuration,
     loading: HashMap<ModelRef, SignedDuration>,
     slots: HashMap<ModelRef, u32>,
-    /// Tokens of a worker's cache, as far as any told.
+    /// Most free tokens that a worker of the model ever reported, as the size of its cache.
     cache: HashMap<ModelRef, u32>,
-    /// Tokens of a cache that jobs need, where a worker counted them.
+    /// Tokens that jobs take in a cache, if a worker has counted them.
     needed: HashMap<JobId, u32>,
     pools: Vec<(Timestamp, PoolChange)>,
 }
@@ -230,7 +230,7 @@ impl World {
         let mut slots: HashMap<ModelRef, u32> = HashMap::new();
         let mut cache: HashMap<ModelRef, u32> = HashMap::new();
         let mut needed: HashMap<JobId, u32> = HashMap::new();
-        // When a worker was first seen to load.
+        // Start of each worker that was seen loading.
         let mut loading_since: HashMap<(String, String), Timestamp> = HashMap::new();
         let mut loads: HashMap<ModelRef, Vec<SignedDuration>> = HashMap::new();
         let mut snapshot = None;
@@ -253,7 +253,7 @@ impl World {
             }
             for lease in &saw.leased {
                 left.remove(&lease.job);
-                // The decision that led to it was made a moment before; the next pass sees it.
+                // The decision that led to the lease was slightly earlier, but only the next pass shows the lease.
                 leased.insert(lease.job, now);
             }
             for pool in &saw.pools {
@@ -288,7 +288,7 @@ impl World {
             snapshot = Some(rebuild.next(saw).map_err(SimulateError::Broken)?);
         }
         let snapshot = snapshot.ok_or(SimulateError::Empty)?;
-        // A job whose attempt goes on at the end of the trace took at least until then.
+        // A job whose attempt is still running at the end of the trace took at least until then.
         for (id, since) in leased {
             service
                 .entry(id)
@@ -330,7 +330,7 @@ impl World {
         own.or_else(of_model).unwrap_or(self.service_of_all)
     }
 
-    /// Tokens that the job takes of its worker's cache.
+    /// Returns the tokens that the job takes in its worker's cache.
     fn needed(&self, job: &QueuedJob) -> u32 {
         let counted = self.needed.get(&job.id).copied();
         counted.unwrap_or_else(|| job.context_wished())
@@ -351,7 +351,7 @@ fn medians(of: HashMap<ModelRef, Vec<SignedDuration>>) -> HashMap<ModelRef, Sign
         .collect()
 }
 
-/// What happens on the virtual clock. The order settles what comes first at one instant.
+/// An event on the virtual clock. The order of variants decides between events at the same time.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
     Pool(usize),
@@ -380,11 +380,11 @@ struct Sim<'a> {
     clock: Timestamp,
     events: BinaryHeap<Reverse<(Timestamp, Event)>>,
     queue: FairQueue,
-    /// Pools as the trace says, with the policy's own workers.
+    /// Pools as recorded, with the policy's own workers.
     pools: BTreeMap<String, PoolState>,
-    /// Bytes that workers may take together, by pool and device.
+    /// Bytes that workers may take in total, by pool and device.
     room: HashMap<(String, Device), u64>,
-    /// Workers of the trace that the policy under test knows of.
+    /// Recorded workers that the policy under test may use.
     shown: HashSet<(String, String)>,
     sessions: BTreeMap<String, String>,
     turns: u64,
@@ -396,7 +396,7 @@ struct Sim<'a> {
     last_done: Timestamp,
 }
 
-/// Plays the trace's workload under the policy.
+/// Plays the trace's workload under the policy. Fails after `limit`.
 pub fn play(
     trace: &Trace,
     decider: &Decider,
@@ -414,7 +414,7 @@ pub fn play(
         check_time(begun, limit)?;
         sim.advance(at);
         sim.happen(event);
-        // Everything of one instant is seen by one pass, as a burst is by the daemon's.
+        // Simultaneous events are handled by a single pass, as the daemon handles a burst.
         while let Some(Reverse((next, _))) = sim.events.peek()
             && *next == at
         {
@@ -481,7 +481,7 @@ impl<'a> Sim<'a> {
         self.events.push(Reverse((at, event)));
     }
 
-    /// Moves the clock, and counts what lay idle meanwhile.
+    /// Advances the clock, and adds up the memory that was idle meanwhile.
     fn advance(&mut self, to: Timestamp) {
         let ms = to.duration_since(self.clock).as_millis().max(0);
         if self.work_is_left() {
@@ -524,7 +524,7 @@ impl<'a> Sim<'a> {
             Event::Pool(index) => match &world.pools[index].1 {
                 PoolChange::Is(pool) => self.show(pool),
                 PoolChange::Gone(id) => {
-                    // Its running jobs end as they would have: lost attempts are not played.
+                    // Its running jobs end as recorded, because lost attempts are not simulated.
                     if let Some(pool) = self.pools.get_mut(id) {
                         pool.draining = true;
                     }
@@ -571,7 +571,7 @@ impl<'a> Sim<'a> {
         }
     }
 
-    /// Takes over what the trace says of a pool, apart from what is the policy's doing.
+    /// Updates a pool to its recorded state, except for effects of the recorded policy.
     fn show(&mut self, recorded: &Arc<PoolState>) {
         let held = |device: Device| {
             let on = move |w: &&WorkerState| w.device == device && w.status.is_live();
@@ -586,8 +586,8 @@ impl<'a> Sim<'a> {
         let mut workers = known.map(|pool| pool.workers).unwrap_or_default();
         for worker in &recorded.workers {
             let key = (recorded.id.clone(), worker.id.clone());
-            // Workers that were there before the recording belong to the world; those that came later came from the
-            // recorded policy's decisions, and the policy under test makes its own.
+            // Workers that existed before the recording are part of the world. Later ones came from the recorded policy's
+            // decisions, and the policy under test makes its own.
             let comes_up = worker.serves() || worker.status == WorkerStatus::Starting;
             if first && comes_up && !worker.id.is_empty() && self.shown.insert(key) {
                 let mut worker = worker.clone();
@@ -617,7 +617,7 @@ impl<'a> Sim<'a> {
         self.account(&recorded.id);
     }
 
-    /// Works out what is free: what there is room for, less what the workers hold.
+    /// Updates the free memory of the pool's devices: the total room minus the memory of the workers.
     fn account(&mut self, pool: &str) {
         let Some(state) = self.pools.get_mut(pool) else {
             return;

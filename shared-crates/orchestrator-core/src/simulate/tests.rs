@@ -42,7 +42,7 @@ fn model(name: &str, gib: u64) -> ModelState {
     }
 }
 
-/// A pool with models `a` and `b` of 1 GiB, and ready workers for these models, of one slot each.
+/// Returns a pool with the models `a` and `b` of 1 GiB each, and a ready worker with one slot for each listed model.
 fn pool(id: &str, free_gib: u64, workers: &[&str]) -> PoolState {
     let worker = |(number, of): (usize, &&str)| WorkerState {
         id: format!("worker-cpu-{number}"),
@@ -70,7 +70,7 @@ fn pool(id: &str, free_gib: u64, workers: &[&str]) -> PoolState {
     }
 }
 
-/// A job of a made-up trace.
+/// A job of an invented trace.
 #[derive(Clone)]
 struct Sent {
     at_ms: i64,
@@ -85,13 +85,13 @@ fn sent(at_ms: i64, model: &'static str, tokens: u32) -> Sent {
         at_ms,
         model,
         tokens,
-        // 20 tokens a second.
+        // 20 tokens per second.
         takes_ms: i64::from(tokens) * 50,
         priority: Priority::Interactive,
     }
 }
 
-/// A trace in which the jobs came and took as long as they say, whoever ran them and when.
+/// Returns a trace in which the jobs arrive and take as long as they say, regardless of place and time.
 fn trace(pools: &[PoolState], jobs: &[Sent]) -> Trace {
     enum What<'a> {
         Came(&'a Sent),
@@ -198,7 +198,7 @@ impl Simulation {
 // [ORCHCORE-170]
 #[test]
 fn a_simulation_tells_what_a_policy_makes_of_the_workload() {
-    // One worker, ten jobs of a second each, all at once: they wait 0 to 9 seconds.
+    // One worker and ten simultaneous jobs of one second each, which wait 0 to 9 seconds.
     let jobs: Vec<_> = (0..10).map(|_| sent(0, "a", 20)).collect();
     let trace = trace(&[pool("p", 0, &["a"])], &jobs);
     let report = run(&trace, &built_in()).report;
@@ -215,7 +215,8 @@ fn a_simulation_tells_what_a_policy_makes_of_the_workload() {
     assert_eq!(report, run(&trace, &built_in()).report);
 }
 
-// [ORCHCORE-170] A worker that is started loads at 500 MB/s where the trace shows no other; memory bounds their number.
+// [ORCHCORE-170] A started worker loads at 500 MB/s if the trace shows no load of its model. Memory limits the number of
+// workers.
 #[test]
 fn a_simulated_policy_starts_its_own_workers() {
     let jobs = [sent(0, "a", 20), sent(100, "b", 20)];
@@ -244,7 +245,7 @@ fn what_was_never_given_a_worker_is_starved() {
 // [ORCHCORE-172]
 #[test]
 fn shortest_job_first_lets_short_jobs_go_before_long_ones() {
-    // A long job runs; three long ones and then three short ones wait for it.
+    // A long job runs. Three long jobs and then three short ones wait for it.
     let mut jobs = vec![sent(0, "a", 200)];
     jobs.extend((0..3).map(|n| sent(10 + n, "a", 400)));
     jobs.extend((0..3).map(|n| sent(20 + n, "a", 10)));
@@ -260,7 +261,7 @@ fn shortest_job_first_lets_short_jobs_go_before_long_ones() {
     assert!(shortest.report.wait_p50_ms < plain.report.wait_p50_ms);
 }
 
-// [ORCHCORE-172] For ten minutes there is always a shorter job.
+// [ORCHCORE-172] For ten minutes, there is always a shorter job.
 #[test]
 fn shortest_job_first_starves_nobody() {
     let mut jobs = vec![sent(0, "a", 40), sent(1, "a", 1000)];
@@ -278,7 +279,7 @@ fn shortest_job_first_starves_nobody() {
 // [ORCHCORE-173]
 #[test]
 fn keep_model_together_waits_for_company_and_no_longer_than_it_may() {
-    // `a` has the only place; a job of `b` comes alone, and three more a minute later.
+    // `a` has the only place. In the first run, a job for `b` comes alone; in the second, three more follow within seconds.
     let alone = vec![sent(0, "a", 20), sent(1000, "b", 20)];
     let place = [pool("p", 0, &["a"])];
     let patient = run(&trace(&place, &alone), &script(TOGETHER, &[]));
@@ -305,7 +306,7 @@ fn prefer_host_by_cost_takes_the_cheap_host_and_lets_batch_jobs_wait_for_it() {
         ..sent(at_ms, "a", 20)
     };
     let jobs = [sent(0, "a", 200), sent(10, "a", 20), batch(20), batch(21)];
-    // The dear host would come first by name.
+    // By name, the expensive host would come first.
     let pools = [pool("a-dear", 0, &["a"]), pool("b-cheap", 0, &["a"])];
     let trace = trace(&pools, &jobs);
     let by_cost = run(
@@ -338,14 +339,14 @@ fn a_replay_finds_every_decision_again_and_tells_the_first_that_differs() {
     assert!(matches!(none, Err(SimulateError::TooLong(_))), "{none:?}");
 }
 
-// [ORCHCORE-188] Jobs that a cache has no room for at once run one after the other, though there are slots.
+// [ORCHCORE-188] Jobs that don't fit in a cache together run one after the other, even with free slots.
 #[test]
 fn a_simulation_knows_the_workers_caches() {
     let with = |free_tokens: Option<u32>| {
         let mut pool = pool("p", 0, &["a"]);
         pool.workers[0].slots = 4;
         pool.workers[0].free_tokens = free_tokens;
-        // 300 tokens and a little take two seconds.
+        // A little more than 300 tokens take two seconds.
         let job = |at_ms| Sent {
             takes_ms: 2000,
             ..sent(at_ms, "a", 300)
@@ -355,7 +356,7 @@ fn a_simulation_knows_the_workers_caches() {
     };
     let unbounded = with(None);
     assert_eq!([0, 1, 2].map(|n| unbounded.waited_ms(n)), [0, 0, 0]);
-    // Two find room, and the third waits for the end of the first.
+    // Two jobs find room, and the third waits for the first to end.
     let bounded = with(Some(700));
     assert_eq!([0, 1].map(|n| bounded.waited_ms(n)), [0, 0]);
     let third = bounded.waited_ms(2);
