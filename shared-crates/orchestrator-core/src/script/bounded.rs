@@ -1,6 +1,6 @@
-//! Functions of the language that are replaced, because Rhai's own escape the limits: its `sort` and `dedup` go on when
-//! their comparer was stopped, so that a sort within a sort runs for hours after its time is up; and its `replace` builds a
-//! text before anybody looks at its length.
+//! Replacements for Rhai functions that escape the limits. Rhai's `sort` and `dedup` continue after their comparer was stopped,
+//! so that a sort within a sort runs for hours after its time is up. Its `replace` builds a text before the limit on its length
+//! is checked.
 
 use rhai::{
     Array, Dynamic, Engine, EvalAltResult, FnPtr, INT, ImmutableString, NativeCallContext, Position,
@@ -24,7 +24,7 @@ pub(super) fn register(engine: &mut Engine) {
         );
 }
 
-/// Sorts by what a function of the script says, which is asked no more once it fails. Equal elements keep their order.
+/// Sorts by a comparer of the script, and stops at the comparer's first error. Equal elements keep their order.
 fn sort_by(context: NativeCallContext<'_>, array: &mut Array, comparer: FnPtr) -> Result<()> {
     let mut sorted = Array::with_capacity(array.len());
     for item in array.iter() {
@@ -43,7 +43,7 @@ fn sort_by(context: NativeCallContext<'_>, array: &mut Array, comparer: FnPtr) -
     Ok(())
 }
 
-/// A comparer says a number, below zero where the first goes before the second, or whether it does.
+/// Calls a comparer, which returns either a negative number or `true` if the first element goes before the second.
 fn goes_before(
     context: &NativeCallContext<'_>,
     comparer: &FnPtr,
@@ -61,7 +61,7 @@ fn goes_before(
     })
 }
 
-/// Leaves out each element that is equal to the one before, by what a function of the script says.
+/// Removes each element that equals the one before it, according to a comparer of the script.
 fn dedup_by(context: NativeCallContext<'_>, array: &mut Array, comparer: FnPtr) -> Result<()> {
     let mut kept = Array::with_capacity(array.len());
     for item in array.iter() {
@@ -81,7 +81,7 @@ fn dedup_by(context: NativeCallContext<'_>, array: &mut Array, comparer: FnPtr) 
     Ok(())
 }
 
-/// Replaces a part of a text wherever it stands, unless the text would grow past the limit of all texts.
+/// Replaces all occurrences of a text, unless the result would exceed the limit on strings.
 fn replace(
     _: NativeCallContext<'_>,
     text: &mut ImmutableString,

@@ -1,4 +1,4 @@
-//! `scheduler check`: compiles a script and lets it decide on a sample.
+//! `scheduler check`: compiles a script and runs it on a sample.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,11 +18,11 @@ use crate::scheduler::{
     DeviceState, LeastLoaded, ModelState, PoolState, Settings, Snapshot, WorkerState, schedule,
 };
 
-/// How long the sample may take: longer than a pass, because nothing waits for it.
+/// Time limit for the sample: longer than that of a pass, because no jobs are waiting.
 const LIMIT: Duration = Duration::from_secs(1);
 const GIB: u64 = 1 << 30;
 
-/// Compiles a script and lets it decide on [`sample`]. Takes a second at the most.
+/// Compiles a script and runs it on [`sample`]. Takes a second at most.
 pub fn check(source: &[u8]) -> CheckAnswer {
     let mut answer = CheckAnswer {
         ok: false,
@@ -72,8 +72,8 @@ pub fn check(source: &[u8]) -> CheckAnswer {
     answer
 }
 
-/// A small fleet with something of everything: two pools, a worker with a free slot, a busy one, one that loads, one that
-/// could be evicted, and jobs of every kind.
+/// Returns a small fleet with a bit of everything: two pools, a worker with a free slot, a busy one, one that is loading, one
+/// that could be evicted, and jobs of every kind.
 pub fn sample() -> Snapshot {
     let now = Timestamp::from_second(1_800_000_000).unwrap_or_default();
     let ago = |seconds: i64| now - SignedDuration::from_secs(seconds);
@@ -147,7 +147,7 @@ pub fn sample() -> Snapshot {
         vec![worker("worker-cuda-0", &small, gpu, 4, 0)],
         vec![small, large],
     );
-    // Ids that are the same in every run, so that two checks of a script can be compared.
+    // Fixed ids, so that two checks of a script can be compared.
     let id = |number: usize| -> JobId {
         format!("job-01900000-0000-7000-8000-{number:012}")
             .parse()

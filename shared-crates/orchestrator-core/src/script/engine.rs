@@ -1,4 +1,4 @@
-//! The language: which packages it has, what is taken away, and its limits.
+//! The script engine: its packages, disabled features and limits.
 
 use std::cell::{Cell, RefCell};
 use std::time::Instant;
@@ -13,10 +13,10 @@ use super::{
     MAX_ARRAY, MAX_CALLS, MAX_EXPRESSION, MAX_MAP, MAX_OPERATIONS, MAX_STRING, bounded, views,
 };
 
-/// How often the clock is looked at, in operations. One operation takes microseconds: what it works on is bounded. Only
-/// those that search a large fleet take longer.
+/// Number of operations between two checks of the clock. An operation takes microseconds, because its data is bounded; only
+/// operations that search a large fleet take longer.
 const LOOK_EVERY: u64 = 8;
-/// Most lines that `print` keeps, and the most characters of one.
+/// Most lines that `print` keeps, and most characters per line.
 const PRINTED: (usize, usize) = (100, 200);
 
 thread_local! {
@@ -24,7 +24,7 @@ thread_local! {
     static PRINTS: RefCell<Option<Vec<String>>> = const { RefCell::new(None) };
 }
 
-/// Runs on this thread until `deadline` at the latest, and keeps what `print` says where that is wanted.
+/// Runs `work` on this thread, stopping scripts at `deadline`. Keeps the output of `print` if `keep_prints` is set.
 pub(super) fn with_deadline<T>(
     deadline: Instant,
     keep_prints: bool,
@@ -45,9 +45,9 @@ fn print(text: &str) {
     });
 }
 
-/// An engine in its sandbox.
+/// Returns a sandboxed engine.
 pub(super) fn new() -> Engine {
-    // Without packages an engine knows no functions at all. The language-core package stays out: it has `sleep`.
+    // Without packages, an engine has no functions at all. The language-core package is left out because it has `sleep`.
     let mut engine = Engine::new_raw();
     ArithmeticPackage::new().register_into_engine(&mut engine);
     LogicPackage::new().register_into_engine(&mut engine);
@@ -57,8 +57,7 @@ pub(super) fn new() -> Engine {
     BasicMathPackage::new().register_into_engine(&mut engine);
     BasicArrayPackage::new().register_into_engine(&mut engine);
     BasicMapPackage::new().register_into_engine(&mut engine);
-    // `eval` would compile what was never checked; curried values are counted by no size limit and can double
-    // themselves.
+    // `eval` would compile unchecked code. Curried values are not counted by any size limit, and can grow exponentially.
     for symbol in ["eval", "curry"] {
         engine.disable_symbol(symbol);
     }
@@ -72,7 +71,7 @@ pub(super) fn new() -> Engine {
         .set_max_variables(128)
         .set_max_functions(128)
         .set_max_strings_interned(256)
-        // Optimising would run parts of a script before its limits apply.
+        // The optimizer would run parts of a script before its limits apply.
         .set_optimization_level(OptimizationLevel::None)
         .set_fail_on_invalid_map_property(true);
     engine.on_progress(|operations| {

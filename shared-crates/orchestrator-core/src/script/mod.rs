@@ -1,11 +1,11 @@
 //! Scheduler scripts in Rhai: `fn schedule(ctx)` returns a list of actions.
 //!
-//! The sandbox is made of what is left out: no I/O, no modules, no `eval`, no clock, no random numbers, no `sleep`, no
-//! captured variables (they would be shared values that can form cycles and escape the size limits). What is left runs
-//! under limits on source bytes, operations, depth of calls and expressions, sizes of strings, arrays and maps, and wall
-//! time, on a thread of its own (see [`Runner`]).
+//! The sandbox works by omission: no I/O, no modules, no `eval`, no clock, no random numbers, no `sleep`, and no captured
+//! variables (as shared values they could form cycles and escape the size limits). Scripts run under limits on source bytes,
+//! operations, depth of calls and expressions, sizes of strings, arrays and maps, and wall time, on a thread of their own (see
+//! [`Runner`]).
 //!
-//! The language that scripts see is documented in `bin/orchestratord/policies/README.md`.
+//! `bin/orchestratord/policies/README.md` documents the language for authors of scripts.
 
 mod bounded;
 mod check;
@@ -32,23 +32,23 @@ pub use views::{Act, Pass};
 
 /// Longest source of a script, in bytes.
 pub const MAX_SOURCE: usize = 64 * 1024;
-/// Most operations of one run: what a fast machine does in a good part of a second.
+/// Most operations of a run: a good part of a second on a fast machine.
 pub const MAX_OPERATIONS: u64 = 2_000_000;
-/// Longest run, where the settings do not say.
+/// Default time limit of a run.
 pub const WALL: Duration = Duration::from_millis(50);
-/// Most elements of an array, those of arrays inside it included. Shows every worker of a fleet of a thousand pools.
+/// Most elements of an array, including those of nested arrays. Enough to list every worker of a fleet of a thousand pools.
 pub const MAX_ARRAY: usize = 4096;
 /// Most bytes of a string, or of all strings inside an array or map.
 pub const MAX_STRING: usize = 16 * 1024;
-/// Most entries of a map, those of maps inside it included.
+/// Most entries of a map, including those of nested maps.
 pub const MAX_MAP: usize = 1024;
 /// Deepest nesting of calls.
 pub const MAX_CALLS: usize = 32;
-/// Deepest nesting of an expression, outside of functions and inside.
+/// Deepest nesting of an expression, outside of functions and within them.
 pub const MAX_EXPRESSION: (usize, usize) = (64, 48);
-/// Longest message of an error, in characters.
+/// Longest error message, in characters.
 const MAX_MESSAGE: usize = 300;
-/// Enough for values that are nested as deeply as [`MAX_ARRAY`] allows to be compared, printed and dropped.
+/// Stack size in bytes, large enough to compare, print and drop values nested as deeply as [`MAX_ARRAY`] allows.
 const STACK: usize = 64 << 20;
 
 impl ScriptError {
@@ -68,7 +68,7 @@ impl ScriptError {
     }
 }
 
-/// One bounded line without control characters: a script writes its own messages.
+/// Returns one line of bounded length without control characters, because scripts write their own messages.
 fn tidy(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })
@@ -76,7 +76,7 @@ fn tidy(text: &str) -> String {
         .collect()
 }
 
-/// A script that compiles.
+/// A script that has compiled.
 #[derive(Clone)]
 pub struct Script {
     ast: Arc<AST>,
@@ -91,13 +91,13 @@ impl fmt::Debug for Script {
     }
 }
 
-/// The SHA-256 of a source, in hexadecimal: the name of this version of a script.
+/// Returns the SHA-256 of a source in hexadecimal, which names this version of a script.
 pub fn source_hash(source: &[u8]) -> String {
     hex(&Sha256::digest(source))
 }
 
 impl Script {
-    /// Compiles a script. Takes milliseconds; the parser runs on a thread with room for the deepest source.
+    /// Compiles a script. Takes milliseconds. The parser runs on a thread with enough stack for the deepest source.
     pub fn compile(source: &[u8]) -> Result<Self, ScriptError> {
         let refuse = |message: String| ScriptError::new(ScriptErrorKind::Compile, message);
         if source.len() > MAX_SOURCE {
@@ -129,7 +129,7 @@ impl Script {
         })
     }
 
-    /// The SHA-256 of its source, in hexadecimal.
+    /// Returns the SHA-256 of the source in hexadecimal.
     pub fn sha256(&self) -> &str {
         &self.sha256
     }
@@ -155,7 +155,7 @@ fn compile_with(engine: &Engine, text: &str) -> Result<AST, ScriptError> {
     Err(ScriptError::new(ScriptErrorKind::Compile, message))
 }
 
-/// Rhai's error as ours. Its position is the innermost one: where it happened, not where the function was called.
+/// Converts a Rhai error. The position is the innermost one: that of the error itself, not of the function call around it.
 fn from_rhai(error: EvalAltResult) -> ScriptError {
     use EvalAltResult as E;
     let mut inner = error;

@@ -11,12 +11,12 @@ use rhai::{CallFnOptions, Dynamic, Engine, Scope};
 use super::views::{Act, Ctx, Pass};
 use super::{STACK, Script, ScriptError, ScriptErrorKind, engine, from_rhai};
 
-/// What a run came to.
+/// Outcome of a run.
 #[derive(Debug)]
 pub struct Ran {
-    /// The actions, or why there are none.
+    /// Actions of the script, or the error that ended the run.
     pub result: Result<Vec<Act>, ScriptError>,
-    /// What the script printed, where that was asked for.
+    /// Lines that the script printed; empty unless they were requested.
     pub printed: Vec<String>,
 }
 
@@ -30,8 +30,8 @@ struct Work {
     done: Done,
 }
 
-/// A thread on which scripts run, one run at a time. Whoever waits for a run does so for its limit and no longer: a run
-/// that can't be interrupted goes on alone, its late result is dropped, and until it has ended every other run is refused.
+/// A thread that runs scripts one at a time. Callers wait at most for the limit of their run. A run that can't be interrupted
+/// continues alone, and its late result is dropped; until it ends, all other runs are refused.
 #[derive(Debug)]
 pub struct Runner {
     work: mpsc::SyncSender<Work>,
@@ -39,7 +39,7 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// Starts the thread. It ends when the runner is dropped and its last run is over.
+    /// Starts the thread, which ends once the runner is dropped and its last run has ended.
     pub fn start() -> std::io::Result<Self> {
         let (work, incoming) = mpsc::sync_channel::<Work>(1);
         let busy = Arc::new(AtomicBool::new(false));
@@ -57,7 +57,8 @@ impl Runner {
                         keep_prints,
                         done,
                     } = work;
-                    // A little less than whoever waits: it is the script that is told that its time is over, mostly.
+                    // Slightly shorter than the caller's wait, so that usually the script is stopped before the caller gives
+                    // up.
                     let deadline = Instant::now() + limit * 9 / 10;
                     let (result, printed) = engine::with_deadline(deadline, keep_prints, || {
                         catch_unwind(AssertUnwindSafe(|| run(&engine, &script, pass)))
@@ -68,6 +69,7 @@ impl Runner {
                             "the interpreter gave up on it",
                         ))
                     });
+                    // Released before `done`, so that a caller that has the result can submit the next run.
                     running.store(false, Ordering::Release);
                     done(Ran { result, printed });
                 }
@@ -75,7 +77,7 @@ impl Runner {
         Ok(Self { work, busy })
     }
 
-    /// Runs a script and hands what came of it to `done`, on the runner's thread. Refused while a run is under way.
+    /// Runs a script on the runner's thread, which passes the outcome to `done`. Fails while another run is in progress.
     pub fn submit(
         &self,
         script: &Script,
@@ -103,7 +105,7 @@ impl Runner {
         self.work.try_send(work).map_err(|_| busy())
     }
 
-    /// Runs a script to its end, or to the end of its time.
+    /// Runs a script and waits for its outcome, at most for `limit`.
     pub fn run(&self, script: &Script, pass: Arc<Pass>, limit: Duration, keep_prints: bool) -> Ran {
         let failed = |error| Ran {
             result: Err(error),
@@ -122,7 +124,7 @@ impl Runner {
     }
 }
 
-/// The error of a run that nobody waits for any more.
+/// Returns the error of a run that exceeded its limit.
 pub fn too_long(limit: Duration) -> ScriptError {
     ScriptError::new(
         ScriptErrorKind::Timeout,
@@ -134,7 +136,7 @@ pub fn too_long(limit: Duration) -> ScriptError {
 }
 
 fn run(engine: &Engine, script: &Script, pass: Arc<Pass>) -> Result<Vec<Act>, ScriptError> {
-    // Statements outside of functions are not run: what they would set, functions can't see.
+    // Statements outside of functions are not run, because functions can't see the variables that they set.
     let options = CallFnOptions::new().eval_ast(false);
     let returned: Dynamic = engine
         .call_fn_with_options(

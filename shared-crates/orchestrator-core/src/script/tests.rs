@@ -19,7 +19,7 @@ use crate::scheduler::{
 };
 use crate::trace::By;
 
-/// Only a broken limit makes a run take this long: the machine may be busy.
+/// Only a broken limit makes a run take this long, even on a busy machine.
 const LONG: Duration = Duration::from_secs(30);
 
 static RUNNER: LazyLock<Mutex<Runner>> = LazyLock::new(|| Mutex::new(Runner::start().unwrap()));
@@ -185,7 +185,7 @@ fn a_script_returns_actions_made_of_what_it_sees() {
     );
 }
 
-// [ORCHCORE-141] Every name of the documentation, with the value that it must have here.
+// [ORCHCORE-141] Every name in the documentation, with its expected value for this snapshot.
 #[test]
 fn views_and_helpers_tell_what_the_snapshot_holds() {
     let mut jobs = vec![job("a", 10), job("b", 20)];
@@ -232,7 +232,7 @@ fn views_and_helpers_tell_what_the_snapshot_holds() {
         ("ctx.pools[0].models", r#"["a", "b"]"#),
         ("ctx.pools[1].devices[0].id", "cpu"),
         ("ctx.pools[1].devices[0].pool", "dear"),
-        // The rule for numbers that are larger than a script's: the largest one.
+        // Numbers above the range of a script's integers appear as the largest integer.
         ("ctx.pools[0].devices[0].free_bytes", "9223372036854775807"),
         ("free_bytes(ctx.pools[0])", "9223372036854775807"),
         ("free_bytes(ctx.pools[1], \"cpu\")", "7"),
@@ -270,7 +270,7 @@ fn views_and_helpers_tell_what_the_snapshot_holds() {
     }
 }
 
-// [ORCHCORE-141] What is replaced does what the language says of it.
+// [ORCHCORE-141] The replaced functions behave as the language defines them.
 #[test]
 fn lists_are_sorted_and_texts_replaced_as_rhai_does() {
     let checks = [
@@ -466,7 +466,7 @@ fn a_script_is_held_to_the_context_that_a_job_needs() {
     }
 }
 
-// [ORCHCORE-145] [P21] Each breaks one rule; nothing of the answer is done, the built-in policy's plan is.
+// [ORCHCORE-145] [P21] Each answer breaks one rule. None of its actions takes effect; the built-in plan replaces it.
 #[test]
 fn one_invalid_action_leaves_the_pass_to_the_built_in_policy() {
     let mut jobs = vec![job("a", 10), job("a", 20), job("b", 30), job("a", 40)];
@@ -570,7 +570,7 @@ fn a_scripts_plan_is_done_and_every_other_job_has_its_reason() {
         &body("[dispatch(ctx.jobs[1], ctx.workers[0]), wait(ctx.jobs[0], \"not\\nyet\", 5000)]"),
     );
     assert_eq!(decision.by, By::Script);
-    // The idle worker has been so for longer than `idle_ttl`: that is no policy's choice.
+    // The idle worker has been idle for longer than `idle_ttl`. Stopping it is not up to the script.
     assert_eq!(
         decision.plan.actions[0],
         Action::Dispatch {

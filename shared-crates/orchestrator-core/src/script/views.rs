@@ -1,7 +1,6 @@
-//! What scripts see: views that look into one shared snapshot when they are asked, and the functions that go with them.
+//! Views that scripts have of a pass, which read one shared snapshot on demand, and the functions that work on them.
 //!
-//! Numbers cross by one rule: a `u64` that is larger than a Rhai integer can be is shown as the largest one (`i64::MAX`).
-//! Ids are strings.
+//! Numbers follow one rule: a `u64` above the largest Rhai integer appears as the largest one (`i64::MAX`). Ids are strings.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,27 +20,27 @@ use crate::scheduler::{
     WorkerState,
 };
 
-/// What one run of a script is about.
+/// Input of a script's run.
 #[derive(Debug, Clone)]
 pub struct Pass {
-    /// The snapshot.
+    /// Snapshot that the script decides on.
     pub snapshot: Arc<Snapshot>,
-    /// The jobs that it is shown, as places in the snapshot.
+    /// Jobs offered to the script, as indices into the snapshot.
     pub candidates: Vec<usize>,
-    /// What the operator says that pools cost; a pool that is not named costs 1.
+    /// Cost of each pool, as set by the operator; a pool without an entry costs 1.
     pub costs: Arc<BTreeMap<String, f64>>,
 }
 
-/// An action as a script returned it, with the place in the script that made it.
+/// An action returned by a script, with its position in the source.
 #[derive(Debug, Clone)]
 pub struct Act {
-    /// What it asks for.
+    /// Proposal to check.
     pub proposal: Proposal,
-    /// Where it was made.
+    /// Position of the call that created the action.
     pub position: Position,
 }
 
-/// A pass under way: what the script has asked for so far is gone from what it sees.
+/// A pass in progress. The places that the script has requested so far no longer appear free to it.
 struct Shared {
     pass: Arc<Pass>,
     promised: Mutex<Promised>,
@@ -79,7 +78,7 @@ impl Shared {
     }
 }
 
-/// The rule for numbers.
+/// Converts a number, capping it at `i64::MAX`.
 fn int(value: u64) -> INT {
     INT::try_from(value).unwrap_or(INT::MAX)
 }
@@ -88,12 +87,12 @@ fn count(value: usize) -> INT {
     INT::try_from(value).unwrap_or(INT::MAX)
 }
 
-/// `()` for what there is not.
+/// Converts `None` to `()`.
 fn optional<T: Into<Dynamic>>(value: Option<T>) -> Dynamic {
     value.map_or(Dynamic::UNIT, Into::into)
 }
 
-/// What `schedule` is given.
+/// The argument of `schedule`.
 #[derive(Clone)]
 pub(super) struct Ctx(Arc<Shared>);
 
@@ -267,7 +266,7 @@ fn fits_device(job: &Job, device: &DeviceView) -> bool {
         .is_ok()
 }
 
-/// The worker that the built-in policy would take for the job, or `()`.
+/// Returns the worker that the default policy would choose for the job, or `()`.
 fn best_worker(ctx: &mut Ctx, job: Job) -> Dynamic {
     let snapshot = ctx.0.snapshot();
     let promised = ctx.0.promised();
@@ -303,7 +302,7 @@ fn best_worker(ctx: &mut Ctx, job: Job) -> Dynamic {
     }))
 }
 
-/// The device on which the built-in policy would start a worker for the job, or `()`.
+/// Returns the device on which the default policy would start a worker for the job, or `()`.
 fn best_device(ctx: &mut Ctx, job: Job) -> Dynamic {
     let snapshot = ctx.0.snapshot();
     let promised = ctx.0.promised();
@@ -337,8 +336,8 @@ fn best_device(ctx: &mut Ctx, job: Job) -> Dynamic {
     }))
 }
 
-/// Makes an action, and shows the script from here on that its place is taken. Whether it may be is judged when the
-/// script returns it; one that is made and not returned is not done.
+/// Creates an action, and reserves its place for the rest of the run. The action is validated when the script returns it; an
+/// action that is not returned has no effect.
 fn act(context: &NativeCallContext<'_>, shared: &Shared, proposal: Proposal) -> Act {
     let _ = shared.promised().take(shared.snapshot(), &proposal);
     Act {
@@ -413,7 +412,7 @@ fn wait(context: &NativeCallContext<'_>, job: &Job, reason: &str, again: Option<
     act(context, &job.shared, proposal)
 }
 
-/// Workers that could serve jobs of the model, now or when a slot is free.
+/// Returns the workers that can serve jobs of the model, now or once a slot is free.
 fn workers_with(ctx: &mut Ctx, model: &str) -> Array {
     let Ok(model) = model.parse::<ModelRef>() else {
         return Array::new();
@@ -428,7 +427,7 @@ fn starting(ctx: &mut Ctx, model: &str) -> INT {
     count(ctx.0.promised().starting(ctx.0.snapshot(), &model))
 }
 
-/// Free memory of the pool's roomiest device, or of one of them.
+/// Returns the most free memory of any device of the pool, or the free memory of one device.
 fn pool_free_bytes(pool: &Pool, device: Option<Device>) -> INT {
     let promised = pool.shared.promised();
     let devices = pool.get().devices.iter().map(|state| state.device);

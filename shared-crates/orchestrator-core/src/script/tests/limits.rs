@@ -1,4 +1,4 @@
-//! What a script may cost, and that no run goes beyond it.
+//! Tests that every run of a script stays within its limits.
 
 use std::process::Command;
 
@@ -205,17 +205,17 @@ fn hostile_scripts_end_at_a_limit() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
-    // The thread is as good as new.
+    // The thread still works.
     assert_eq!(
         proposals(&body("[dispatch(ctx.jobs[0], ctx.workers[0])]")).len(),
         1
     );
 }
 
-/// Set for the process of a test that measures memory.
+/// Environment variable that is set for the process of a test that measures memory.
 const ALONE: &str = "ORCHCORE_TEST_ALONE";
 
-/// The most memory that this process ever had, in KiB.
+/// Returns the peak memory of this process so far, in KiB.
 fn peak_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:"));
@@ -223,10 +223,10 @@ fn peak_kib() -> u64 {
     words.unwrap().parse().unwrap()
 }
 
-// [ORCHCORE-142] [P21] 16,000 letters, each of them replaced by 16,000 others, would take 256 MB.
+// [ORCHCORE-142] [P21] Replacing each of 16,000 letters by 16,000 others would take 256 MB.
 #[test]
 fn a_text_that_may_not_be_is_never_built() {
-    // In a process of its own: the other tests of this one take memory as well.
+    // Runs in a process of its own, because other tests of this process take memory as well.
     if std::env::var_os(ALONE).is_none() {
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["a_text_that_may_not_be_is_never_built", "--nocapture"])
@@ -284,7 +284,7 @@ fn every_wrong_return_value_is_an_error() {
 #[test]
 fn a_run_that_takes_too_long_is_given_up() {
     let runner = Runner::start().unwrap();
-    // Few operations, each of which is slow: the limit on operations does not help here.
+    // Few operations, each of them slow, so that the limit on operations does not apply.
     let source =
         body("let a = []; a.pad(4000, 0); let n = 0; while n < 1900000 { a.sort(); n += 1; } []");
     let slow = Script::compile(source.as_bytes()).unwrap();
@@ -295,7 +295,7 @@ fn a_run_that_takes_too_long_is_given_up() {
     let took = begun.elapsed();
     assert_eq!(ran.result.unwrap_err().kind, ScriptErrorKind::Timeout);
     assert!(took < Duration::from_secs(5), "{took:?}");
-    // The thread comes back, and is refused until then.
+    // The thread becomes available again, and refuses runs until then.
     let quick = Script::compile(body("[]").as_bytes()).unwrap();
     let end = Instant::now() + LONG;
     loop {
@@ -308,7 +308,7 @@ fn a_run_that_takes_too_long_is_given_up() {
     }
 }
 
-// [ORCHCORE-142] [P21] One operation may search the whole fleet, and is not interrupted; nobody waits for it.
+// [ORCHCORE-142] [P21] A single operation may search the whole fleet without interruption, but callers don't wait for it.
 #[test]
 fn a_run_that_can_not_be_interrupted_is_not_waited_for() {
     let workers = |pool: usize| (0..4).map(move |w| worker(&format!("w{pool}-{w}"), "a", 2));
@@ -322,7 +322,8 @@ fn a_run_that_can_not_be_interrupted_is_not_waited_for() {
         let ran = runner.run(&slow, Arc::clone(&pass), limit, false);
         ran.result.unwrap_err().kind
     };
-    // Whoever finds a run under way finds one that was not waited for. On a busy machine one may be late and end at once.
+    // A run is refused as busy only if an earlier one was abandoned. On a busy machine, a run may notice its deadline and end
+    // in time.
     let kinds: Vec<_> = (0..50)
         .map(|_| run(Duration::from_millis(5)))
         .take_while(|kind| *kind != ScriptErrorKind::Busy)
