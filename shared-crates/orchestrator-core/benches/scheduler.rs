@@ -1,7 +1,7 @@
-//! What a scheduling pass costs: `cargo bench -p orchestrator-core --bench scheduler`.
+//! Cost of a scheduling pass: `cargo bench -p orchestrator-core --bench scheduler`.
 //!
-//! The fleet is the one of the project's target: 1,000 pools with four workers each, 50 models with five of them on each
-//! disk, 10,000 waiting jobs. Sizes around it show how the cost grows.
+//! The main fleet has the size that the project aims for: 1,000 pools with four workers each, 50 models with five of them on
+//! each disk, and 10,000 waiting jobs. Smaller and larger fleets show how the cost grows.
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -38,7 +38,7 @@ fn file() -> ModelFile {
     }
 }
 
-/// A pool with four workers, of which those whose number is below `free` have a free slot; its memory is full.
+/// Returns a pool with full memory and four workers, of which the first `free` have a free slot.
 fn pool(index: usize, free: usize) -> PoolState {
     let worker = |w: usize| WorkerState {
         id: format!("worker-cpu-{w}"),
@@ -109,7 +109,7 @@ fn job(index: usize) -> QueuedJob {
     }
 }
 
-/// An index that has made no pass yet. `free` says how many workers of each pool have a free slot.
+/// Returns an index that has not made a pass yet. `free` is the number of workers per pool with a free slot.
 fn index(pools: usize, jobs: usize, free: usize) -> Index {
     let queue = FairQueue::new(Capacity::default(), SignedDuration::from_mins(5));
     let mut index = Index::new(
@@ -124,7 +124,7 @@ fn index(pools: usize, jobs: usize, free: usize) -> Index {
     index
 }
 
-/// The first pass, which looks at everything: with a quarter of the slots free, and with all.
+/// Measures the first pass, which examines everything, with a quarter of the slots free and with all of them free.
 fn full_pass(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("full_pass");
     group.sample_size(20);
@@ -146,7 +146,7 @@ fn full_pass(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// The plain function on the same snapshots, which the index is held against.
+/// Measures the reference implementation on the same snapshots, for comparison with the index.
 fn plain(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("plain_function");
     group.sample_size(10);
@@ -162,7 +162,7 @@ fn plain(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// The pass after one change, in a fleet where every slot is taken and every job waits.
+/// Measures the pass after a single change, in a fleet where every slot is taken and every job waits.
 fn one_change(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("pass_after_one_change");
     for (pools, jobs) in [(250, 2_500), (500, 5_000), (1_000, 10_000), (2_000, 20_000)] {
@@ -187,7 +187,7 @@ fn one_change(criterion: &mut Criterion) {
         let mut fleet = ready();
         group.bench_function(BenchmarkId::new("a_slot_became_free", &name), |bench| {
             bench.iter(|| {
-                // The job that gets the slot is followed by another, so that the queue stays as long as it is.
+                // Another job replaces the one that gets the slot, so that the queue keeps its length.
                 fleet.release("pool-00000", "worker-cpu-0", now());
                 let pass = black_box(fleet.pass(now()));
                 assert_eq!(pass.actions.len(), 1);

@@ -193,7 +193,7 @@ fn memory_given_to_one_start_is_gone_for_the_next() {
     assert_eq!(plan.waiting[&jobs[1].id].reason, WaitReason::MemoryShort);
 }
 
-// [ORCHCORE-052] One scenario for each reason; in each, the thing it names is what is missing.
+// [ORCHCORE-052] One scenario per reason, in each of which the named thing is missing.
 #[test]
 fn every_wait_has_its_reason() {
     assert_eq!(reason(&job(), vec![]), WaitReason::NoPool);
@@ -456,7 +456,7 @@ fn a_policy_that_is_misspelt_is_answered_with_the_nearest() {
     assert!(error.contains("did you mean `round-robin`"), "{error}");
 }
 
-/// A pool whose memory is full, with an idle worker of another model.
+/// Returns a pool whose memory is full, with an idle worker of another model.
 fn crowded(id: &str, idle_since: i64) -> PoolState {
     let mut pool = pool(id, vec![idle("w0", "other", idle_since)]);
     pool.devices[0].free_bytes = 0;
@@ -504,7 +504,7 @@ fn taken() -> PoolState {
     }
 }
 
-/// Returns a job for the model of [`loaded`] that waits for its next attempt.
+/// Returns a job for the model of [`loaded`] that pauses after a lost attempt.
 fn backing_off() -> QueuedJob {
     QueuedJob {
         not_before: Some(Timestamp::from_second(1000).unwrap()),
@@ -531,7 +531,7 @@ fn a_session_goes_back_to_its_pool() {
         &[of_session(), job()],
     );
     assert_eq!(dispatched(&plan), [("b", "w0"), ("a", "w0")]);
-    // Not at any price: another pool's free slot goes before a wait.
+    // The preference has limits: a free slot on another pool is better than waiting.
     let full = vec![worker("w0", WorkerStatus::Busy, 2)];
     let plan = with(vec![pool("a", ready()), pool("b", full)], &[of_session()]);
     assert_eq!(dispatched(&plan), [("a", "w0")]);
@@ -581,7 +581,7 @@ fn a_model_that_no_pool_has_is_downloaded_where_that_is_allowed() {
             .collect::<Vec<_>>()
     };
     let why = |plan: &Plan| plan.waiting[&waiting.id].clone();
-    // `a` would be left with less than the reserve.
+    // The download would leave `a` with less than the reserve.
     let pools = || vec![bare("a", 2 * GIB - 1), bare("b", 2 * GIB)];
     let plan = schedule(&snapshot(pools()), &LeastLoaded);
     assert_eq!(downloads(&plan), ["b"]);
@@ -596,7 +596,7 @@ fn a_model_that_no_pool_has_is_downloaded_where_that_is_allowed() {
     );
     assert!(why(&plan).hint.contains("scheduler.download"), "{plan:?}");
 
-    // Nobody downloads what a pool has that will be back.
+    // A model is not downloaded while a pool that has it will soon be back.
     let away = PoolState {
         liveness: PoolLiveness::Suspect,
         ..pool("c", vec![])
@@ -650,15 +650,15 @@ fn another_host_helps_out_when_all_workers_are_busy() {
         matches!(&helped.actions[..], [Action::StartWorker { pool, .. }] if pool == "b"),
         "{helped:?}"
     );
-    // A second worker on the same device would only share it.
+    // A second worker on the same device would only share that device.
     assert_eq!(plan(&jobs, vec![busy()]).actions, []);
-    // One at a time.
+    // Only one additional worker is started at a time.
     let starting = pool("b", vec![worker("w0", WorkerStatus::Starting, 0)]);
     assert_eq!(
         plan(&jobs, vec![busy(), starting, pool("c", vec![])]).actions,
         []
     );
-    // Nobody is evicted only to help out.
+    // Helping out is no reason to evict a worker.
     let full = crowded("b", 1);
     let waits = at(100, snapshot(&jobs, vec![busy(), full]));
     assert_eq!(waits.actions, []);

@@ -39,7 +39,7 @@ fn file() -> ModelFile {
     }
 }
 
-/// One thing that happens.
+/// A change of the world.
 #[derive(Debug, Clone)]
 enum Change {
     Put {
@@ -258,7 +258,7 @@ fn change() -> impl Strategy<Value = Change> {
     ]
 }
 
-/// Something that a script may ask for.
+/// A random proposal of a script, independent of the snapshot.
 #[derive(Debug, Clone)]
 struct Wish {
     what: usize,
@@ -278,7 +278,7 @@ fn wish() -> impl Strategy<Value = Wish> {
 }
 
 impl Wish {
-    /// The wish in terms of what there is.
+    /// Returns the proposal for the jobs and places of this snapshot; `None` if they offer no such choice.
     fn proposal(&self, snapshot: &Snapshot, offered: &[usize]) -> Option<Proposal> {
         if offered.is_empty() || snapshot.pools.is_empty() {
             return None;
@@ -314,7 +314,7 @@ impl Wish {
     }
 }
 
-/// An index, and what the test has to know of it.
+/// An index under test, with the jobs and leases that the test expects.
 struct Tested {
     index: Index,
     now: i64,
@@ -391,7 +391,7 @@ impl Tested {
         }
     }
 
-    /// Notes what actions mean for jobs and leases.
+    /// Records the effect of actions on jobs and leases.
     fn note(&mut self, actions: &[Action]) {
         for action in actions {
             match action {
@@ -405,8 +405,8 @@ impl Tested {
         }
     }
 
-    /// Does what a policy of somebody else's decides, who asks for what `wishes` draw. Everything that the rules allow is
-    /// done, and nothing else.
+    /// Adopts the plan of a script that proposes `wishes`. Every proposal that the rules allow is carried out, and nothing
+    /// else.
     fn adopt(&mut self, wishes: &[Wish]) -> Result<(), TestCaseError> {
         let now = at(self.now);
         let snapshot = self.index.snapshot(now);
@@ -438,7 +438,7 @@ impl Tested {
         Ok(())
     }
 
-    /// An index made of nothing but what this one shows.
+    /// Returns a new index built only from this one's snapshot.
     fn made_anew(&mut self) -> Index {
         let snapshot = self.index.snapshot(at(self.now));
         let queue = FairQueue::new(Capacity::default(), SignedDuration::from_secs(50));
@@ -474,7 +474,7 @@ impl Tested {
         fresh
     }
 
-    /// Makes a pass, and compares it with the plain function.
+    /// Makes a pass, and compares it with the reference implementation.
     fn pass(&mut self) -> Result<(), TestCaseError> {
         let now = at(self.now);
         let snapshot = self.index.snapshot(now);
@@ -503,7 +503,7 @@ impl Tested {
             }
         }
         prop_assert_eq!(self.index.stranded(), stranded);
-        // It may wake early, never late.
+        // The index may wake early, but never late.
         if let Some(wake) = plan.wake {
             prop_assert!(
                 pass.wake.is_some_and(|at| at <= wake),
@@ -540,13 +540,13 @@ proptest! {
             }
         }
         tested.pass()?;
-        // Nothing has changed: nothing is left to do, but what the end of the last pass made possible.
+        // Without changes there is nothing to do, except for actions that became possible at the end of the last pass.
         tested.pass()?;
         tested.pass()?;
     }
 }
 
-/// Most lists of wishes are long enough to name everything that a small fleet has.
+/// Generates proposals. Most lists are long enough to name everything in a small fleet.
 fn wishes() -> impl Strategy<Value = Vec<Wish>> {
     prop::collection::vec(wish(), 0..40)
 }
@@ -554,8 +554,8 @@ fn wishes() -> impl Strategy<Value = Vec<Wish>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    // [ORCHCORE-068] A plan that somebody else made leaves the index as a pass would: what follows is decided as by the
-    // plain function, and as by an index made of nothing but what this one shows.
+    // [ORCHCORE-068] A plan from elsewhere leaves the index in the same state as a pass: later decisions equal those of the
+    // reference implementation, and those of a new index built from the snapshot.
     #[test]
     fn a_plan_that_is_applied_leaves_nothing_behind(
         policy in prop::sample::select(BuiltIn::ALL.to_vec()),
@@ -588,8 +588,8 @@ proptest! {
         tested.pass()?;
     }
 
-    // [ORCHCORE-068] A daemon that is recorded decides the plain way and applies the plan; the same changes bring it to
-    // the same state as one that is not.
+    // [ORCHCORE-068] While it is recorded, a daemon decides with the reference implementation and applies the plan. The same
+    // changes bring it to the same state as a daemon that is not recorded.
     #[test]
     fn to_decide_plainly_and_apply_the_plan_is_to_pass(
         policy in prop::sample::select(BuiltIn::ALL.to_vec()),

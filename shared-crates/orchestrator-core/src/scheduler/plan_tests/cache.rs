@@ -1,8 +1,8 @@
-//! Jobs whose prompt and answer a worker's cache must have room for.
+//! Tests of jobs whose prompt and answer must fit in a worker's cache.
 
 use super::*;
 
-/// A worker with four slots that runs a job and has this much of its cache left.
+/// Returns a worker with four slots that runs a job and has this many free tokens in its cache.
 fn with_room(id: &str, free_tokens: u32) -> WorkerState {
     WorkerState {
         slots: 4,
@@ -11,7 +11,7 @@ fn with_room(id: &str, free_tokens: u32) -> WorkerState {
     }
 }
 
-/// A job that a worker has counted.
+/// Returns a job that a worker has counted.
 fn takes(tokens: u32) -> QueuedJob {
     QueuedJob {
         cache_needed: Some(tokens),
@@ -29,7 +29,7 @@ fn a_job_goes_where_the_cache_has_room_and_waits_with_the_numbers_where_none_has
     let large = takes(3000);
     let fits = plan(std::slice::from_ref(&large), pools(3000));
     assert_eq!(dispatched(&fits), [("a", "w1")]);
-    // The second one finds what the first has left.
+    // The second job gets the room that the first has left.
     let twice = plan(&[large.clone(), takes(3000)], pools(5999));
     assert_eq!(dispatched(&twice), [("a", "w1")]);
 
@@ -45,7 +45,7 @@ fn a_job_goes_where_the_cache_has_room_and_waits_with_the_numbers_where_none_has
     );
     let last = why.filters.last().map(|left| (left.filter, left.pools));
     assert_eq!(last, Some((Filter::Cache, 0)));
-    // Another device with the memory is better than to wait.
+    // Starting a worker on another device with enough memory is better than waiting.
     let mut elsewhere = pools(2999);
     elsewhere.push(pool("b", vec![]));
     let started = plan(&[large], elsewhere);
@@ -55,7 +55,7 @@ fn a_job_goes_where_the_cache_has_room_and_waits_with_the_numbers_where_none_has
     );
 }
 
-// [ORCHCORE-186] Otherwise a job that is larger than the cache, or counted wrongly, would wait forever.
+// [ORCHCORE-186] Otherwise, a job larger than the cache, or counted incorrectly, would wait forever.
 #[test]
 fn a_worker_without_a_job_has_room_for_any() {
     let idle = WorkerState {
@@ -64,7 +64,7 @@ fn a_worker_without_a_job_has_room_for_any() {
     };
     let large = plan(&[takes(9000), takes(9000)], vec![pool("a", vec![idle])]);
     assert_eq!(dispatched(&large), [("a", "w0")]);
-    // One that says nothing of its cache is asked.
+    // A worker that reports nothing about its cache gets the job.
     let silent = WorkerState {
         free_tokens: None,
         ..with_room("w0", 0)
@@ -73,7 +73,7 @@ fn a_worker_without_a_job_has_room_for_any() {
     assert_eq!(dispatched(&asked), [("a", "w0")]);
 }
 
-// [ORCHCORE-187] Jobs that need little don't take again and again what one that needs much waits for.
+// [ORCHCORE-187] Small jobs don't take the room that a large job waits for, again and again.
 #[test]
 fn room_is_kept_for_the_job_whose_turn_was_before() {
     let (small, large, later) = (job(), takes(3000), job());
@@ -92,7 +92,7 @@ fn room_is_kept_for_the_job_whose_turn_was_before() {
         "{}",
         why.message
     );
-    // What it can't use is not kept.
+    // Workers that the job can't use are not reserved.
     let other = WorkerState {
         model: "m2".parse().unwrap(),
         ..with_room("w1", 2000)

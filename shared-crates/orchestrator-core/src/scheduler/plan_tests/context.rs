@@ -1,4 +1,4 @@
-//! Jobs that need a longer context than a worker has.
+//! Tests of jobs that need a longer context than a worker has.
 
 use super::*;
 
@@ -43,7 +43,7 @@ fn a_job_goes_to_no_worker_whose_context_is_too_small() {
     };
     let to_large = plan(&[needs(732), job()], pools());
     assert_eq!(dispatched(&to_large), [("a", "w1"), ("a", "w0")]);
-    // A worker whose context is exactly large enough.
+    // The context of one worker is exactly large enough.
     assert_eq!(
         dispatched(&plan(
             &[needs(512)],
@@ -60,7 +60,7 @@ fn a_job_goes_to_no_worker_whose_context_is_too_small() {
     assert_eq!(dispatched(&both), [("a", "w0")]);
 }
 
-// [ORCHCORE-181] Before any worker has counted, the worker with the most room for prompt and answer is the better
+// [ORCHCORE-181] Before any worker has counted the tokens, the worker with the most room for prompt and answer is the better
 // guess.
 #[test]
 fn of_free_workers_one_that_probably_has_the_room_is_taken() {
@@ -98,7 +98,7 @@ fn a_worker_with_more_room_is_started_for_a_job_that_needs_it() {
     };
     // Room for the answer, in steps of 256 tokens.
     assert_eq!(start(8 * GIB, needs(732)), Some(Some(1024)));
-    // Before any worker has counted, the size of the request tells about how long the prompt is.
+    // Before any worker has counted the tokens, the size of the request gives an estimate of the prompt's length.
     let uncounted = QueuedJob {
         bytes: 512 + 4 * 1500,
         ..job_for("m", Placement::default())
@@ -114,18 +114,18 @@ fn a_worker_with_more_room_is_started_for_a_job_that_needs_it() {
     };
     assert_eq!(new(8 * GIB), Some(1792));
     assert_eq!(new(GIB), None);
-    // If that does not fit, room for the prompt.
+    // If the memory does not suffice for that, room for the prompt.
     assert_eq!(start(GIB + GIB / 2, needs(732)), Some(Some(1024)));
     assert_eq!(
         start(GIB / 2 + 768 * (GIB / 1024), needs(732)),
         Some(Some(768))
     );
     assert_eq!(start(GIB / 2 + 768 * (GIB / 1024) - 1, needs(732)), None);
-    // Never beyond the model's own limit.
+    // Never more than the model's own limit.
     assert_eq!(start(8 * GIB, needs(4000)), Some(Some(4096)));
     assert_eq!(start(8 * GIB, needs(4096)), Some(Some(4096)));
     assert_eq!(start(8 * GIB, needs(4097)), None);
-    // A starting worker with that context is awaited.
+    // The job waits for a starting worker with that context.
     let starting = WorkerState {
         context_length: Some(1024),
         ..worker("w1", WorkerStatus::Starting, 0)

@@ -1,4 +1,4 @@
-//! Workers that make room for others, and workers that are idle for long.
+//! Tests of workers that make room for others, and of workers with long idle times.
 
 use super::*;
 
@@ -10,7 +10,7 @@ fn the_least_recently_used_idle_worker_makes_room() {
     let plan = at(100, snapshot(std::slice::from_ref(&waiting), pools));
     assert_eq!(evicted(&plan), [("b", "w0")]);
     assert_eq!(plan.waiting[&waiting.id].reason, WaitReason::Evicting);
-    // It is stopping: nothing else has to go.
+    // A worker is already stopping, so no other has to go.
     let mut stopping = crowded("b", 10);
     stopping.workers[0].status = WorkerStatus::Draining;
     let plan = at(
@@ -64,7 +64,7 @@ fn a_worker_with_work_is_never_evicted() {
     let mut computing = crowded("a", 1);
     computing.workers[0].idle_since = None;
     short(vec![computing], &[job()]);
-    // It has no room, so somebody else's work is on it.
+    // The worker has no room, so it must be working for another client.
     let mut full = crowded("a", 1);
     full.workers[0].full = true;
     short(vec![full], &[job()]);
@@ -82,7 +82,7 @@ fn an_idle_worker_that_no_job_waits_for_makes_room_at_once() {
     );
 }
 
-// [ORCHCORE-061] Three times its load time, and no longer than the settings allow.
+// [ORCHCORE-061] Three times its load time, but no longer than the settings allow.
 #[test]
 fn a_worker_stays_for_its_time_while_jobs_wait_for_it() {
     let waiting = job();
@@ -105,8 +105,8 @@ fn a_worker_stays_for_its_time_while_jobs_wait_for_it() {
     assert_eq!(evicted(&at(115, bounded)), [("a", "w0")]);
 }
 
-// [ORCHCORE-061] Two models that fit one at a time: the model whose turn it is gets the memory, but not before a reload
-// pays.
+// [ORCHCORE-061] Two models that fit one at a time: the model whose turn it is gets the memory, but not before a reload pays
+// off.
 #[test]
 fn models_that_do_not_fit_together_take_turns() {
     let (first, second) = (job(), job_for("other", Placement::default()));
@@ -130,7 +130,7 @@ fn models_that_do_not_fit_together_take_turns() {
             (evicted(&due), dispatched(&due)),
             (vec![("a", "w0")], vec![])
         );
-        // In the opposite order the job of the resident model comes first, and its worker runs.
+        // In the opposite order, the job of the resident model comes first and runs on its worker.
         let later = at(130, both([&second, &first], pool));
         assert_eq!(
             (evicted(&later), dispatched(&later)),
@@ -155,7 +155,7 @@ fn a_worker_that_is_idle_for_long_is_unloaded() {
         (false, Timestamp::from_second(700).ok())
     );
     assert!(unload(&at(700, snapshot(&[], pools()))));
-    // A job that backs off comes back to it.
+    // A job that pauses after a lost attempt will need the worker again.
     let later = QueuedJob {
         not_before: Some(Timestamp::from_second(1000).unwrap()),
         ..job_for("other", Placement::default())

@@ -1,4 +1,4 @@
-//! One case each, most of them found by the properties.
+//! Individual cases, most of them found by the property tests.
 
 use super::*;
 
@@ -11,7 +11,7 @@ fn on_disk(m: usize, needed_bytes: u64) -> ModelState {
     }
 }
 
-/// A worker that has had nothing to do for long.
+/// Returns a worker that has long been idle.
 fn idle(id: &str, m: usize) -> WorkerState {
     WorkerState {
         id: id.into(),
@@ -56,7 +56,8 @@ fn put(model: usize) -> Change {
     }
 }
 
-// [ORCHCORE-068] A script takes its time. What is gone when it answers is left out; the rest of its plan is done.
+// [ORCHCORE-068] A script takes time. Actions that are impossible by the time it answers are skipped; the rest of the plan is
+// applied.
 #[test]
 fn what_has_changed_since_the_snapshot_is_left_out_of_the_plan() {
     let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
@@ -91,7 +92,7 @@ fn what_has_changed_since_the_snapshot_is_left_out_of_the_plan() {
         worker: worker.into(),
         needed_by: model(2),
     };
-    // Meanwhile a job was cancelled, and an attempt of before a restart was found again on a worker.
+    // In the meantime, a job was cancelled, and an attempt from before a restart was adopted on a worker.
     tested.index.remove(ids[0]);
     tested.index.lease("p0", "w1");
     let plan = [
@@ -112,7 +113,7 @@ fn what_has_changed_since_the_snapshot_is_left_out_of_the_plan() {
     assert!(tested.index.queue.contains(ids[1]));
 }
 
-// [ORCHCORE-068] A script may stop the very worker that jobs wait for. Found by the property test above.
+// [ORCHCORE-068] A script may stop the very worker that jobs wait for. Found by the property test.
 #[test]
 fn a_pass_after_a_plan_of_somebody_else_looks_everywhere_again() {
     let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
@@ -129,7 +130,7 @@ fn a_pass_after_a_plan_of_somebody_else_looks_everywhere_again() {
     tested.index.lease("p1", "w1");
     tested.change(put(0), JobId::random());
     tested.pass().unwrap();
-    // The slot is free again, and the job would have it.
+    // The slot is free again, so the job could have it.
     tested.index.release("p1", "w1", at(100));
     let evict = |pool: &str, worker: &str| Action::EvictWorker {
         pool: pool.into(),
@@ -144,7 +145,7 @@ fn a_pass_after_a_plan_of_somebody_else_looks_everywhere_again() {
     assert_eq!(pass.actions, [evict("p0", "w0")]);
 }
 
-// [ORCHCORE-068] A model whose last job a script has placed is needed by nobody any more.
+// [ORCHCORE-068] A model is no longer needed once a script has placed its last job.
 #[test]
 fn a_plan_of_somebody_else_leaves_no_model_needed_without_jobs() {
     let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
@@ -159,7 +160,7 @@ fn a_plan_of_somebody_else_leaves_no_model_needed_without_jobs() {
         pool: "p0".into(),
         worker: "w0".into(),
     };
-    // Longer than an idle worker stays.
+    // Later than the idle limit of a worker.
     let late = at(3600);
     let applied = tested
         .index
@@ -172,7 +173,7 @@ fn a_plan_of_somebody_else_leaves_no_model_needed_without_jobs() {
     assert_eq!(tested.index.pass(late).actions, [unload]);
 }
 
-// [ORCHCORE-066] What came before a restart waits for pools that may still register; what comes after it is judged.
+// [ORCHCORE-066] Jobs from before a restart wait for pools that may still register; later jobs are judged at once.
 #[test]
 fn a_job_of_after_a_restart_does_not_wait_with_those_of_before() {
     let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
@@ -196,7 +197,7 @@ fn a_job_of_after_a_restart_does_not_wait_with_those_of_before() {
     assert!(!tested.jobs.contains(&late) && tested.jobs.len() == 1);
 }
 
-// [ORCHCORE-066] A start may take the memory for which another was refused: then that one needs an eviction.
+// [ORCHCORE-066] A start may take the memory for which another was refused, so that the other one now needs an eviction.
 #[test]
 fn a_refused_start_is_judged_again_when_another_takes_its_memory() {
     let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
@@ -229,8 +230,8 @@ fn a_refused_start_is_judged_again_when_another_takes_its_memory() {
     assert_eq!(tested.index.pass(at(60)).actions, [evict]);
 }
 
-// [ORCHCORE-066] A start may take the memory that a worker leaves which was told to stop for another model: then that one
-// needs a further eviction.
+// [ORCHCORE-066] A start may take the memory of a worker that was stopped for another model, so that the other model needs a
+// further eviction.
 #[test]
 fn a_class_that_waits_for_memory_is_judged_again_when_a_start_takes_it() {
     let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
@@ -267,7 +268,7 @@ fn a_class_that_waits_for_memory_is_judged_again_when_a_start_takes_it() {
     assert_eq!(tested.index.pass(at(0)).actions, [evict]);
 }
 
-// [ORCHCORE-066] Where the only pool with the file can't run it any more, another may download it.
+// [ORCHCORE-066] If the only pool with the file can't run it any more, another pool may download it.
 #[test]
 fn a_class_that_was_short_of_memory_may_come_to_lack_the_model() {
     let settings = Settings {
@@ -298,7 +299,7 @@ fn a_class_that_was_short_of_memory_may_come_to_lack_the_model() {
     assert_eq!(tested.index.pass(at(0)).actions, [download]);
 }
 
-// [ORCHCORE-062] What a pool says of a worker's idleness may be older than our own leases.
+// [ORCHCORE-062] A pool's report of a worker's idleness may be older than our own leases.
 #[test]
 fn idleness_counts_from_the_end_of_the_latest_lease() {
     let settings = Settings {
@@ -366,7 +367,7 @@ fn jobs_that_nothing_can_run_are_counted_apart() {
         models: vec![on_disk(0, 9 * UNIT)],
         ..bare_pool("p0")
     };
-    // Other workers hold the memory, and may release it.
+    // Other workers hold the memory, but may release it.
     tested.index.set_pool(pool());
     assert_eq!(tested.index.stranded(), load(1));
     tested.change(put(0), JobId::random());
@@ -401,7 +402,8 @@ fn jobs_that_nothing_can_run_are_counted_apart() {
     assert_eq!(tested.index.stranded(), load(0));
 }
 
-// [ORCHCORE-187] Whoever the room was kept for is gone, or has it: the others are looked at in the same pass or the next.
+// [ORCHCORE-187] If the job that workers were reserved for is gone or has its room, the others are examined in the same pass or
+// the next.
 #[test]
 fn what_was_kept_for_a_job_is_given_to_others_when_it_is_gone() {
     let busy = WorkerState {
@@ -440,16 +442,16 @@ fn what_was_kept_for_a_job_is_given_to_others_when_it_is_gone() {
         jobs.collect()
     };
     assert_eq!(given(tested.index.pass(at(100))), []);
-    // A cancelled job keeps nothing.
+    // No worker stays reserved for a cancelled job.
     tested.index.remove(ids[0]);
     assert_eq!(given(tested.index.pass(at(100))), [ids[1]]);
     assert_eq!(given(tested.index.pass(at(100))), []);
-    // One that has got its room keeps nothing either.
+    // No worker stays reserved for a job that got its room.
     tested.index.set_pool(state(950));
     assert_eq!(given(tested.index.pass(at(100))), [ids[2], ids[3]]);
 }
 
-// [ORCHCORE-187] Nothing is kept any more for a job that another worker is being started for.
+// [ORCHCORE-187] No worker stays reserved for a job that another worker is being started for.
 #[test]
 fn what_was_kept_for_a_job_is_given_to_others_when_a_worker_starts_for_it() {
     let tested = || {
@@ -492,7 +494,8 @@ fn what_was_kept_for_a_job_is_given_to_others_when_a_worker_starts_for_it() {
             }
             tested.change(change, *id);
         }
-        // The large one waits for room, the small one behind it, and for the long one a worker is started that both can use.
+        // The large job waits for room, with the small one behind it. A worker is started for the long job, and both can use
+        // that worker.
         tested.pass().unwrap();
         assert_eq!(tested.jobs, ids);
         tested.pass().unwrap();
