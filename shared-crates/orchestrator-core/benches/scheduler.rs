@@ -124,7 +124,7 @@ fn index(pools: usize, jobs: usize, free: usize) -> Index {
     index
 }
 
-/// Measures the first pass, which examines everything, with a quarter of the slots free and with all of them free.
+/// Measures the first pass, which evaluates everything, with a quarter of the slots free and with all of them free.
 fn full_pass(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("full_pass");
     group.sample_size(20);

@@ -100,7 +100,7 @@ pub enum Refusal {
     /// The worker can't be started.
     #[error("a worker with `{model}` can't start on {device} of pool `{pool}`: {why}")]
     Start {
-        /// Reference of the model to load.
+        /// Reference to the model to load.
         model: String,
         /// Device that the worker was to compute on.
         device: Device,

@@ -53,7 +53,7 @@ pub struct OrchestratorConfig {
     pub store: StoreConfig,
     /// Scheduling policy and its limits.
     pub scheduler: SchedulerConfig,
-    /// Bounds of the HTTP server.
+    /// Limits of the HTTP server.
     pub service: ServiceConfig,
     /// Settings of the daemon's log.
     pub log: LogConfig,
@@ -162,13 +162,13 @@ pub struct SchedulerConfig {
     /// `round-robin`. Default `least-loaded`.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub policy: BuiltIn,
-    /// Seconds after which an idle worker is stopped. Default 600; 0 keeps idle workers running.
+    /// Seconds after which an idle worker is stopped. Default 600; 0 never stops a worker for being idle.
     pub idle_ttl_s: u64,
     /// True if idle workers are stopped when a waiting job needs their memory. Default true.
     pub evict: bool,
     /// Longest residence, in seconds after it became ready, of an idle worker that waiting jobs could use, while other
     /// jobs need its memory. Default 60. Within this bound a worker stays for three times its load time: two models
-    /// that don't fit in memory together take turns of that length, instead of loading without end. An idle worker that
+    /// that don't fit in memory together take turns of that length, instead of reloading endlessly. An idle worker that
     /// no waiting job could use is stopped at once.
     pub min_residence_s: u64,
     /// True if pools are asked to download a catalogue model that none of them has. Default false.
@@ -321,7 +321,7 @@ impl ServiceConfig {
     }
 }
 
-/// Invalid configuration.
+/// Error in the configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// A file or variable can't be read.

@@ -25,7 +25,7 @@ pub use prefix::{JobIdPrefix, JobIdPrefixError};
 
 use crate::sampling::Sampling;
 
-/// Id of a job: `job-` and a UUID of version 7, so that ids sort by the time they were made.
+/// Id of a job: `job-` and a UUID of version 7, so that ids sort by creation time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobId(Uuid);
 
@@ -37,6 +37,7 @@ impl JobId {
 
     /// Returns a new id that sorts after every earlier id, as long as `now` does not go back.
     pub fn at(now: Timestamp) -> Self {
+        // A single counter for the whole process orders the ids of one millisecond.
         static MADE: Mutex<ContextV7> = Mutex::new(ContextV7::new());
         let seconds = u64::try_from(now.as_second()).unwrap_or(0);
         let nanoseconds = now.subsec_nanosecond().unsigned_abs();
@@ -52,7 +53,7 @@ impl fmt::Display for JobId {
     }
 }
 
-/// A text that is not a job id.
+/// Error for a text that is not a job id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a job id: ids are `job-` and a UUID, as `POST /v2/tasks` answers them")]
 pub struct JobIdError;
@@ -126,13 +127,13 @@ pub enum JobEvent {
     Cancel,
 }
 
-/// A job event that cannot happen in this state.
+/// Error for an event that the job's state does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("a job that is {from} cannot see {event:?}")]
 pub struct IllegalTransition {
     /// State of the job when the event arrived.
     pub from: JobStatus,
-    /// Event that the state does not allow.
+    /// Rejected event.
     pub event: JobEvent,
 }
 
@@ -205,7 +206,7 @@ impl fmt::Display for JobStatus {
     }
 }
 
-/// A text that names no job state.
+/// Error for a text that names no job state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{0}` is no job state: use one of queued, dispatched, running, completed, failed, cancelled, expired"
@@ -252,7 +253,7 @@ impl fmt::Display for Priority {
     }
 }
 
-/// A text that names no priority.
+/// Error for a text that names no priority.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is no priority: use interactive or batch")]
 pub struct PriorityError(String);
@@ -298,7 +299,7 @@ pub enum Input {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct JobSpec {
-    /// Reference of the model to run.
+    /// Reference to the model to run.
     pub model: ModelRef,
     /// Prompt or conversation.
     pub input: Input,
@@ -481,7 +482,7 @@ pub struct Usage {
 pub struct Job {
     /// Unique id, which sorts by creation time.
     pub id: JobId,
-    /// The validated request.
+    /// Validated request, with defaults filled in.
     pub spec: JobSpec,
     /// Current state.
     pub status: JobStatus,

@@ -29,7 +29,7 @@ const TOKEN_BYTES: u64 = 4;
 pub struct QueuedJob {
     /// Id of the job.
     pub id: JobId,
-    /// Reference of the requested model.
+    /// Reference to the requested model.
     pub model: ModelRef,
     /// Class that the job was submitted with.
     pub priority: Priority,
@@ -37,7 +37,7 @@ pub struct QueuedJob {
     pub session_id: Option<String>,
     /// Time at which the job was accepted. A job that returns to the queue keeps it.
     pub created_at: Timestamp,
-    /// End of the pause after a lost attempt; `None` without a pause.
+    /// End of the backoff after a lost attempt; `None` without a backoff.
     pub not_before: Option<Timestamp>,
     /// Constraints on the place where the job runs.
     pub placement: Placement,
@@ -76,7 +76,7 @@ impl QueuedJob {
 }
 
 impl QueuedJob {
-    /// Returns whether the job is still pausing after a lost attempt.
+    /// Returns whether the job is still backing off after a lost attempt.
     pub fn backs_off(&self, now: Timestamp) -> bool {
         self.not_before.is_some_and(|at| at > now)
     }

@@ -106,7 +106,7 @@ pub struct Lease {
 pub enum By {
     /// The built-in policy, without a script error.
     BuiltIn,
-    /// A script.
+    /// The operator's script.
     Script,
     /// The built-in policy, because the script failed.
     Fallback(ScriptErrorKind),
@@ -408,6 +408,7 @@ fn place_jobs(jobs: &mut Vec<Arc<QueuedJob>>, saw: &Saw) {
     if !out.is_empty() {
         jobs.retain(|job| !out.contains(&job.id));
     }
+    // Positions ascend, so a later insertion never shifts an earlier one.
     for (at, job) in &saw.jobs {
         jobs.insert((*at).min(jobs.len()), Arc::clone(job));
     }
@@ -441,7 +442,7 @@ pub struct PassRecord {
     pub decided_line: String,
 }
 
-/// A complete trace.
+/// A trace in memory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Trace {
     /// Header with version, policy and costs.

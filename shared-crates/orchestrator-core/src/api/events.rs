@@ -34,7 +34,7 @@ impl fmt::Display for EventId {
     }
 }
 
-/// A text that is not an event id.
+/// Error for a text that is not an event id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("an event id is `ATTEMPT.SEQ`, two numbers, as the stream's `id:` lines give them")]
 pub struct EventIdError;
@@ -61,7 +61,7 @@ impl FromStr for EventId {
 pub struct Queued {
     /// Id of the job.
     pub job_id: JobId,
-    /// Reference of the requested model.
+    /// Reference to the requested model.
     pub model: ModelRef,
     /// Number of jobs ahead of it.
     pub queue_position: u64,
@@ -182,7 +182,7 @@ pub enum TaskEvent {
     Shutdown(ShutdownNotice),
 }
 
-/// An event that is unknown to this build, or has malformed data.
+/// Error for an event that is unknown to this build, or has malformed data.
 #[derive(Debug, thiserror::Error)]
 #[error("`{event}` event that can't be read")]
 pub struct UnreadableEvent {

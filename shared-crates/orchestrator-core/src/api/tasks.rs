@@ -450,7 +450,7 @@ pub struct TaskSummary {
     pub id: JobId,
     /// Current state.
     pub status: JobStatus,
-    /// Reference of the requested model.
+    /// Reference to the requested model.
     pub model: ModelRef,
     /// Scheduling class.
     pub priority: Priority,

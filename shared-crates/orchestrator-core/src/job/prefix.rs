@@ -17,7 +17,7 @@ const DIGITS: usize = 32;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobIdPrefix(String);
 
-/// A text that no job id begins with.
+/// Error for a text that no job id begins with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "not a job id or the beginning of one: ids are `job-` and a UUID, as `llorch jobs list` shows them"

@@ -45,6 +45,7 @@ impl<K: Ord> Ordered<K> {
     }
 
     pub(crate) fn insert(&mut self, key: K) {
+        // A key beyond all others goes to the end of the last chunk.
         let chunk = self.chunk_of(&key).min(self.chunks.len().saturating_sub(1));
         if self.chunks.is_empty() {
             self.chunks.push(VecDeque::new());

@@ -46,11 +46,11 @@ pub enum WaitReason {
     WorkerStarting,
     /// All workers with the model are busy.
     SlotsBusy,
-    /// No worker with the model has enough room in its cache, or the room is kept for an earlier job.
+    /// No worker with the model has enough room in its cache, or the room is reserved for an earlier job.
     CacheFull,
     /// There is a place, but the policy left it empty.
     PolicyHeld,
-    /// The job pauses after a lost attempt.
+    /// The job is backing off after a lost attempt.
     BackingOff,
 }
 
@@ -218,7 +218,7 @@ impl fmt::Display for Why {
     }
 }
 
-/// Returns the explanation of a job that pauses after a lost attempt.
+/// Returns the explanation of a job that is backing off after a lost attempt.
 pub(super) fn backing_off(job: &QueuedJob, now: Timestamp) -> Explanation {
     let pause = job
         .not_before

@@ -1,13 +1,13 @@
-//! The incremental scheduler: it records changes, and a pass examines only the jobs that they may affect.
+//! The incremental scheduler: it records changes, and a pass evaluates only the jobs that they may affect.
 //!
 //! Its decisions equal those of [`schedule`](super::schedule) for [`Index::snapshot`]; a property test compares the two. Four
 //! techniques make it fast:
 //!
-//! - Jobs that ask for the same model in the same place form a class and wait for the same reason. A pass examines the first
+//! - Jobs that ask for the same model in the same place form a class and wait for the same reason. A pass evaluates the first
 //!   job of each class, and a class only after a change that could give it a place.
 //! - For each model, the workers with a free slot are kept sorted by rank.
-//! - The pools with a model's file are indexed, so that a start examines no others. A class that waits for memory examines only
-//!   the pools that have changed.
+//! - The pools with a model's file are indexed, so that a start considers no others. For a class that waits for
+//!   memory, only the pools that have changed are considered.
 //! - Explanations are computed on request.
 
 mod actions;
@@ -48,7 +48,7 @@ pub struct Pass {
     pub why: Vec<Why>,
     /// Time at which the next pass is due even without a change; `None` if there is none.
     pub wake: Option<Timestamp>,
-    /// True if any job was examined. If false, every job waits for the same reason as before.
+    /// True if any job was evaluated. If false, every job waits for the same reason as before.
     pub judged: bool,
 }
 
@@ -71,13 +71,13 @@ pub struct Index {
     policy_name: BuiltIn,
     sizes: BTreeMap<ModelRef, u64>,
     queue: FairQueue,
-    /// Jobs that pause after a lost attempt, by the end of the pause.
+    /// Jobs backing off after a lost attempt, by the end of the backoff.
     later: BTreeSet<(Timestamp, JobId)>,
     classes: Vec<Option<Jobs>>,
     class_ids: HashMap<Class, usize>,
-    /// Classes that the next pass examines if they have jobs.
+    /// Classes that the next pass evaluates if they have jobs.
     dirty: BTreeSet<usize>,
-    /// Times at which a class is due for examination, even without a change.
+    /// Times at which a class is due for evaluation, even without a change.
     wakes: BTreeSet<(Timestamp, usize)>,
     pools: Vec<Option<Pool>>,
     by_name: HashMap<Arc<str>, usize>,
@@ -102,23 +102,23 @@ pub struct Index {
 struct Jobs {
     class: Class,
     model: usize,
-    /// Keys of the jobs that are not pausing.
+    /// Keys of the jobs that are not backing off.
     ready: BTreeSet<TurnKey>,
-    /// Number of jobs that pause after a lost attempt.
+    /// Number of jobs backing off after a lost attempt.
     later: usize,
     scope: Scope,
     /// Number and bytes of the class's jobs.
     load: Load,
     /// True if nothing can run the jobs of the class at present.
     stranded: bool,
-    /// Reason found by the latest examination; `None` before.
+    /// Reason found by the latest evaluation; `None` before.
     settled: Option<WaitReason>,
-    /// True if workers were reserved for earlier jobs of other classes at the latest examination.
+    /// True if workers were reserved for earlier jobs of other classes at the latest evaluation.
     held: bool,
     wake: Option<Timestamp>,
 }
 
-/// The pools that may offer a class a place that they did not have at its latest examination.
+/// The pools that may offer a class a place that they did not have at its latest evaluation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Scope {
     /// No pool.
@@ -181,6 +181,7 @@ impl Model {
     fn free_mut(&mut self, context: u32) -> &mut BTreeSet<Free> {
         let known = self.free.iter().position(|(of, _)| *of == context);
         let index = known.unwrap_or_else(|| {
+            // Contexts that no free worker has any more would only slow down the search.
             self.free.retain(|(_, free)| !free.is_empty());
             self.free.push((context, BTreeSet::new()));
             self.free.len() - 1

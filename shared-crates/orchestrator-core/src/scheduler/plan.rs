@@ -81,7 +81,7 @@ pub enum Action {
 pub struct Plan {
     /// Actions to take, in order.
     pub actions: Vec<Action>,
-    /// Explanations of all other jobs. Jobs that wait for the same reason share one explanation.
+    /// Explanations of the jobs that keep waiting. Jobs that wait for the same reason share one.
     pub waiting: HashMap<JobId, Arc<Explanation>>,
     /// Time from which the plan may change without any other event; `None` if time alone changes nothing.
     pub wake: Option<Timestamp>,

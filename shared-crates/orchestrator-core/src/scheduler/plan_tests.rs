@@ -504,7 +504,7 @@ fn taken() -> PoolState {
     }
 }
 
-/// Returns a job for the model of [`loaded`] that pauses after a lost attempt.
+/// Returns a job for the model of [`loaded`] that is backing off after a lost attempt.
 fn backing_off() -> QueuedJob {
     QueuedJob {
         not_before: Some(Timestamp::from_second(1000).unwrap()),

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::snapshot::{DeviceState, PoolState, WorkerState};
 
 /// Rank of a place: lower is better, compared from the left. Ties go to the lower names of pool and worker, or pool and device,
-/// so that a choice never depends on the order in which places were examined.
+/// so that a choice never depends on the order in which places were considered.
 pub type Rank = [u64; 3];
 
 /// A worker that could take the job.
@@ -162,7 +162,7 @@ impl fmt::Display for BuiltIn {
     }
 }
 
-/// A text that names no built-in policy.
+/// Error for a text that names no built-in policy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{typed}` is no policy; did you mean `{nearest}`? There are least-loaded, most-vram-free and round-robin"

@@ -36,7 +36,7 @@ pub struct Snapshot {
 /// The operator's limits on actions other than dispatches and starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Settings {
-    /// Idle time after which a worker is stopped; `None` keeps idle workers running.
+    /// Idle time after which a worker is stopped; `None` never stops a worker for being idle.
     pub idle_ttl: Option<SignedDuration>,
     /// True if idle workers are stopped when a waiting job needs their memory.
     pub evict: bool,

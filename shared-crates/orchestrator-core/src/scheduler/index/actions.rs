@@ -19,7 +19,7 @@ use crate::scheduler::policy::WorkerChoice;
 const SESSIONS: usize = 10_000;
 
 impl Index {
-    /// Records the reason that a class waits, after an examination.
+    /// Records the reason that a class waits, after its evaluation.
     pub(super) fn settle(
         &mut self,
         class: usize,
@@ -35,7 +35,7 @@ impl Index {
             _ => return,
         };
         let jobs = self.class_mut(class);
-        // An examination of a few pools finds their limits, but not what all the other pools lack.
+        // An evaluation of a few pools finds their limits, but not those of all the other pools.
         let partial = matches!(jobs.scope, Scope::Pools(_));
         let lacks = matches!(
             found,
@@ -148,7 +148,7 @@ impl Index {
         if awaits_pools(job, now, self.started_at) {
             let wake = self.started_at.checked_add(REGISTRATION).ok();
             self.settle(class, key, &Verdict::Wait(WaitReason::PoolsAway), wake);
-            // Only jobs from before the restart wait for pools. A new job of the class must be examined.
+            // Only jobs from before the restart wait for pools. A new job of the class must be evaluated.
             self.class_mut(class).scope = Scope::All;
             return;
         }

@@ -1,4 +1,4 @@
-//! Jobs and their classes, and which of them a pass has to examine.
+//! Jobs and their classes, and which of them a pass has to evaluate.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use crate::queue::{Load, QueuedJob, TurnKey};
 use crate::scheduler::explain::WaitReason;
 use crate::scheduler::judge::Class;
 
-/// Number of changed pools up to which a class examines only these. Beyond that, it examines all pools.
+/// Number of changed pools up to which a class is evaluated against these only. Beyond that, all pools are considered.
 const FEW_POOLS: usize = 16;
 
 impl Index {
@@ -128,8 +128,7 @@ impl Index {
         }
     }
 
-    /// Marks the classes for examination that workers of the model were reserved from, because fewer workers may be reserved
-    /// now.
+    /// Marks for evaluation the classes that workers of the model were reserved from, because fewer workers may be reserved now.
     pub(super) fn keep_less(&mut self, model: usize) {
         let held = |jobs: &Jobs| jobs.model == model && jobs.held;
         for class in self.classes_where(held) {
@@ -155,7 +154,7 @@ impl Index {
         earlier.map(|other| &other.class).collect()
     }
 
-    /// Marks the classes that wait for memory for an examination of all pools. Different rules apply to the eviction of a
+    /// Marks for evaluation against all pools the classes that wait for memory. Different rules apply to the eviction of a
     /// worker while a job could use it, so the first and the last such job change which workers may be evicted.
     fn look_for_memory_again(&mut self) {
         for class in self.classes_where(|jobs| jobs.settled == Some(WaitReason::MemoryShort)) {
@@ -190,7 +189,7 @@ impl Index {
             .collect()
     }
 
-    /// Marks the class for examination by the next pass, if it has a job and anything has changed for it.
+    /// Marks the class for evaluation by the next pass, if it has a job and anything has changed for it.
     pub(super) fn look_again(&mut self, class: usize) {
         let jobs = self.class_mut(class);
         if jobs.scope != Scope::Nothing && !jobs.ready.is_empty() {
@@ -207,7 +206,7 @@ impl Index {
     pub(super) fn look_at(&mut self, class: usize, pool: usize) {
         let downloads = self.settings.download;
         let jobs = self.class_mut(class);
-        // The search for these reasons examined every pool. Other reasons end the search early and say nothing about the
+        // The search for these reasons considered every pool. Other reasons end the search early and say nothing about the
         // remaining pools. With downloads, another pool may download a file that its only owner can no longer run.
         let looked_everywhere = match jobs.settled {
             Some(WaitReason::MemoryShort) => !downloads,

@@ -1,4 +1,4 @@
-//! Passes: the order of examinations, and changes due to time alone.
+//! Passes: the order of evaluations, and changes due to time alone.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -94,7 +94,7 @@ impl Index {
         pass
     }
 
-    /// Adds the classes due for examination to this pass if their turn comes after `key`. The others stay for the next pass.
+    /// Adds the classes due for evaluation to this pass if their turn comes after `key`. The others stay for the next pass.
     fn call_up(&mut self, key: TurnKey, turns: &mut BinaryHeap<Reverse<(TurnKey, usize)>>) {
         for class in std::mem::take(&mut self.dirty) {
             match self.class_mut(class).ready.first() {

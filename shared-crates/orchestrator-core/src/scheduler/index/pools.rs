@@ -87,7 +87,7 @@ impl Index {
         self.announce(place, name, true, &HashSet::new());
     }
 
-    /// Marks the classes for examination that a change of the pool may affect.
+    /// Marks for evaluation the classes that a change of the pool may affect.
     fn announce(&mut self, place: usize, name: &str, whole: bool, changed: &HashSet<usize>) {
         for class in self.classes_where(|jobs| jobs.class.admits_pool(name)) {
             if whole || changed.contains(&self.class_mut(class).model) {

@@ -51,7 +51,7 @@ impl Index {
     }
 
     /// Returns the result of [`judge`], computed from the index, and the time at which the class is due for the next
-    /// examination.
+    /// evaluation.
     pub(super) fn judge(
         &self,
         class: usize,

@@ -155,7 +155,7 @@ fn a_worker_that_is_idle_for_long_is_unloaded() {
         (false, Timestamp::from_second(700).ok())
     );
     assert!(unload(&at(700, snapshot(&[], pools()))));
-    // A job that pauses after a lost attempt will need the worker again.
+    // A job that is backing off will need the worker again.
     let later = QueuedJob {
         not_before: Some(Timestamp::from_second(1000).unwrap()),
         ..job_for("other", Placement::default())

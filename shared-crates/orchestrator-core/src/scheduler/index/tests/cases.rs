@@ -402,7 +402,7 @@ fn jobs_that_nothing_can_run_are_counted_apart() {
     assert_eq!(tested.index.stranded(), load(0));
 }
 
-// [ORCHCORE-187] If the job that workers were reserved for is gone or has its room, the others are examined in the same pass or
+// [ORCHCORE-187] If the job that workers were reserved for is gone or has its room, the others are evaluated in the same pass or
 // the next.
 #[test]
 fn what_was_kept_for_a_job_is_given_to_others_when_it_is_gone() {
