@@ -93,7 +93,8 @@ impl Index {
     }
 }
 
-/// Returns whether the pool takes work. A pool that missed a single heartbeat most likely does.
+/// Returns whether the pool takes work, or is likely to soon: a pool that missed a single heartbeat, has not reported yet or was
+/// just stopped counts, too.
 fn takes_work(pool: &PoolState) -> bool {
     pool.liveness != PoolLiveness::Offline && !pool.draining
 }
