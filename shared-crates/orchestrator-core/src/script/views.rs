@@ -266,7 +266,7 @@ fn fits_device(job: &Job, device: &DeviceView) -> bool {
         .is_ok()
 }
 
-/// Returns the worker that the default policy would choose for the job, or `()`.
+/// Returns the worker that `least-loaded` would choose for the job, or `()`.
 fn best_worker(ctx: &mut Ctx, job: Job) -> Dynamic {
     let snapshot = ctx.0.snapshot();
     let promised = ctx.0.promised();
@@ -302,7 +302,7 @@ fn best_worker(ctx: &mut Ctx, job: Job) -> Dynamic {
     }))
 }
 
-/// Returns the device on which the default policy would start a worker for the job, or `()`.
+/// Returns the device on which `least-loaded` would start a worker for the job, or `()`.
 fn best_device(ctx: &mut Ctx, job: Job) -> Dynamic {
     let snapshot = ctx.0.snapshot();
     let promised = ctx.0.promised();
