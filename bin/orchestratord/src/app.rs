@@ -1,4 +1,4 @@
-//! What every part of the daemon shares.
+//! State shared by all parts of the daemon.
 
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -19,40 +19,40 @@ use crate::queue::Jobs;
 use crate::scheduler::{Recordings, ScriptPolicy};
 use crate::state::Store;
 
-/// Shared by handlers, scheduler and attempts.
+/// The daemon's state, as handlers, scheduler and attempts share it.
 pub type App = Arc<Orchestrator>;
 
 /// The daemon's parts.
 pub struct Orchestrator {
-    /// Its configuration.
+    /// The daemon's settings.
     pub config: OrchestratorConfig,
-    /// The models known by name.
+    /// The models that tasks may name by an alias.
     pub catalog: Catalog,
-    /// The record of all jobs.
+    /// The job database.
     pub store: Store,
     /// The jobs that are not over.
     pub jobs: Arc<Jobs>,
-    /// The pools.
+    /// The registered pools.
     pub fleet: Fleet,
-    /// The operator's own policy, where there is one.
+    /// The operator's own policy, if the settings name a script.
     pub script: ScriptPolicy,
-    /// Those who record what the scheduler sees and decides.
+    /// The open recordings of the scheduler's input and decisions.
     pub recordings: Recordings,
-    /// What an earlier run of the daemon left at workers.
+    /// Executions that an earlier run of the daemon may have left running at workers.
     pub orphans: Orphans,
-    /// Its figures.
+    /// The metrics of `GET /metrics`.
     pub metrics: Metrics,
-    /// Lets one script or trace be tried at a time: both take a processor for a while.
+    /// Limits trials of a script or trace to one at a time: each keeps a processor busy for a while.
     pub trials: Arc<Semaphore>,
     /// The request to stop.
     pub shutdown: Shutdown,
-    /// Wakes the scheduler; any number of calls make one pass.
+    /// Wakes the scheduler. Any number of notifications cause one pass.
     pub changed: Notify,
     tasks: Mutex<JoinSet<()>>,
 }
 
 impl Orchestrator {
-    /// Puts the parts together.
+    /// Assembles the daemon's state. No task runs yet.
     pub fn new(
         config: OrchestratorConfig,
         catalog: Catalog,
@@ -79,12 +79,12 @@ impl Orchestrator {
         })
     }
 
-    /// The name of the built-in policy.
+    /// Returns the name of the built-in policy.
     pub fn policy_name(&self) -> &'static str {
         self.config.scheduler.policy.as_str()
     }
 
-    /// Runs something that outlives the request that caused it.
+    /// Spawns a task that outlives the request that caused it. A panic in the task is logged.
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
         while tasks.try_join_next().is_some() {}
@@ -96,8 +96,7 @@ impl Orchestrator {
         });
     }
 
-    /// Runs something to its end, even where the request that waits for it is dropped half-way: a commit must be
-    /// followed by what it means for the memory.
+    /// Runs `work` to completion even if the waiting request is dropped: after a commit, the in-memory state must follow.
     pub async fn complete<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl Future<Output = T> + Send + 'static,
@@ -105,7 +104,7 @@ impl Orchestrator {
         tokio::spawn(work).await
     }
 
-    /// Waits for what [`Orchestrator::spawn`] started, and cuts it off after `grace`.
+    /// Waits for the tasks of [`Orchestrator::spawn`], and aborts those that still run after `grace`.
     pub async fn finish_tasks(&self, grace: Duration) {
         let mut tasks =
             std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));

@@ -1,4 +1,4 @@
-//! Whose the state folder is: one daemon's at a time, and who may take it from a frozen one.
+//! The claim on the state folder: one daemon holds it at a time, and another may take it over from a frozen one.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,38 +13,38 @@ use pool_core::service::state_files::{ClaimError, RunFiles};
 use crate::state::StoreError;
 use crate::{Hinted, NAME, VERSION, hinted};
 
-/// How long a daemon may take to answer `/health` until it counts as frozen.
+/// Time after which a daemon that has not answered `/health` counts as frozen.
 const ANSWER: Duration = Duration::from_secs(3);
-/// Held while one daemon takes over from another.
+/// Lock file held during a take-over, so that only one daemon takes over at a time.
 const TAKE_OVER_LOCK: &str = "take-over.lock";
 
-/// What to do about a daemon that holds the state folder.
+/// Treatment of a daemon that already holds the state folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Holder {
-    /// Leave it alone, and don't start.
+    /// Respect the claim and fail to start.
     Respect,
-    /// Take the folder from it, if it does not answer.
+    /// Take over the folder if the holder does not answer.
     Replace,
 }
 
 /// A claim on the state folder.
 pub(crate) enum Claim {
-    /// The folder is ours.
+    /// The folder is claimed by this process.
     Ours(RunFiles),
-    /// A frozen daemon holds it, and we may take it.
+    /// The folder is held by a frozen daemon, and this process may take it over.
     Frozen(TakeOver),
 }
 
-/// The right to take the folder from a frozen daemon.
+/// The right to take over the folder from a frozen daemon.
 pub(crate) struct TakeOver {
-    /// Nobody else does the same meanwhile.
+    /// Excludes other take-overs.
     _alone: LockGuard,
-    /// The frozen one's pid.
+    /// Process id of the frozen daemon, if its record names one.
     pid: Option<u32>,
 }
 
 impl TakeOver {
-    /// The frozen daemon still listens where this one shall.
+    /// Returns the error for an address on which the frozen daemon still listens.
     pub(crate) fn address_in_use(&self, error: BindError) -> anyhow::Error {
         let hint = format!(
             "the frozen orchestratord still has the address: end it with `kill -9 {}`, or choose another address with --bind",
@@ -53,7 +53,7 @@ impl TakeOver {
         hinted(Some(&hint), error)
     }
 
-    /// The frozen daemon holds the database's lock.
+    /// Returns the error for a database that the frozen daemon keeps locked.
     pub(crate) fn database_locked(&self, error: StoreError) -> anyhow::Error {
         let hint = format!(
             "the frozen orchestratord stands in the midst of a write: end it with `kill -9 {}`; what it has not finished \
@@ -67,7 +67,8 @@ impl TakeOver {
         self.pid.map_or("PID".to_owned(), |pid| pid.to_string())
     }
 
-    /// Takes the folder. The database must be ours by then: that is what keeps the frozen daemon from doing harm.
+    /// Takes over the folder. The database must have been opened before: that is what keeps a frozen daemon that wakes up from
+    /// writing.
     pub(crate) fn finish(self, dir: &Path) -> anyhow::Result<RunFiles> {
         let files = RunFiles::take_over(dir, VERSION);
         let files = files.map_err(|error| hinted(error.hint(), error))?;
@@ -79,7 +80,7 @@ impl TakeOver {
     }
 }
 
-/// Claims the folder, or says who holds it.
+/// Claims the folder. Fails if another daemon holds it, unless `holder` allows a take-over and that daemon does not answer.
 pub(crate) async fn claim(dir: &Path, holder: Holder) -> anyhow::Result<Claim> {
     let error = match RunFiles::claim(dir, NAME, VERSION) {
         Ok(files) => return Ok(Claim::Ours(files)),

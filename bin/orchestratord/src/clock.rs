@@ -36,7 +36,8 @@ fn with_reckoning<T>(work: impl FnOnce(&Reckoning) -> T) -> T {
     work(&RECKONING)
 }
 
-/// A process has one database, and so one timeline. Tests of one process open many: each has its own thread and timeline.
+/// Gives each thread its own timeline. A process normally has one database and so one timeline, but tests in one process open
+/// many databases, each on its own thread.
 #[cfg(test)]
 fn with_reckoning<T>(work: impl FnOnce(&Reckoning) -> T) -> T {
     thread_local!(static RECKONING: Reckoning = Reckoning::new());

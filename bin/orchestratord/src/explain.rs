@@ -1,4 +1,4 @@
-//! Why a job waits, and why it went where it went.
+//! Explanations of a job's wait and of its attempts' placements.
 
 use orchestrator_core::JobId;
 use orchestrator_core::api::events::{EventId, TaskEvent};
@@ -8,12 +8,12 @@ use crate::app::App;
 use crate::clock;
 use crate::state::StoreError;
 
-/// Events of the log that are read at once.
+/// Number of log events read at once.
 const PAGE: usize = 1024;
 
-/// Explains a job; `None` where there is none.
+/// Explains a job's wait and placements. Returns `None` if the job does not exist.
 pub async fn explain(app: &App, id: JobId) -> Result<Option<TaskExplanation>, StoreError> {
-    // The attempt that runs, before the database is read: should it end meanwhile, its log tells of it.
+    // Read the running attempt before the database: if it ends in between, the log already has the reason for its placement.
     let running = app.jobs.attempt(id);
     let mut waiting = app.jobs.waiting(id, clock::now());
     if let Some(waiting) = &mut waiting
@@ -55,7 +55,7 @@ pub async fn explain(app: &App, id: JobId) -> Result<Option<TaskExplanation>, St
     }))
 }
 
-/// What the log says of attempts that began: their numbers, and why each went where it went.
+/// Reads the attempts that began from the log: each attempt's number, and the reason for its placement if one was logged.
 async fn begun(app: &App, id: JobId) -> Result<Vec<(u32, Option<String>)>, StoreError> {
     let mut begun = Vec::new();
     let mut place = EventId { attempt: 0, seq: 0 };

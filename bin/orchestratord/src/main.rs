@@ -28,19 +28,19 @@ struct Args {
     /// `log.keep`), and SIGHUP reopens it [default: log to standard error].
     #[arg(long, value_name = "PATH")]
     log_file: Option<PathBuf>,
-    /// Start although another orchestratord holds the jobs, if that one is frozen and does not answer. Should it wake up,
-    /// it can change nothing any more and ends by itself.
+    /// Start even if another orchestratord holds the state folder, provided that daemon is frozen and does not answer. If the
+    /// frozen daemon wakes up, it can no longer write to the database, and exits.
     #[arg(long)]
     take_over: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Copy the job database to a file, while a daemon uses it or not.
+    /// Copy the job database to a file, whether or not a daemon uses it.
     Backup {
-        /// The file to make (mode 0600). A daemon whose state folder holds it as `jobs.db` goes on from there.
+        /// File to create (mode 0600). As `jobs.db` in a state folder, it is the database that the next start continues from.
         path: PathBuf,
-        /// Overwrite a file that is there.
+        /// Overwrite an existing file.
         #[arg(long)]
         force: bool,
     },

@@ -16,16 +16,16 @@ use prometheus::{
     TextEncoder,
 };
 
-/// Seconds: from a warm tiny model to a queue that is minutes long.
+/// Histogram buckets in seconds, from a warm tiny model to a queue that is minutes long.
 const SECONDS: [f64; 14] = [
     0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0,
 ];
 
-/// A scheduling pass: from an idle fleet to thousands of jobs.
+/// Histogram buckets in seconds for a scheduling pass, from an idle fleet to thousands of jobs.
 const PASS_SECONDS: [f64; 12] = [
     0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5,
 ];
-/// What becomes of submits.
+/// The outcomes of a submit.
 pub const SUBMIT_OUTCOMES: [&str; 4] = ["accepted", "queue_full", "refused", "unavailable"];
 /// The outcomes of an attempt. An attempt that continues on its worker while the daemon stops has not ended.
 const ATTEMPT_OUTCOMES: [&str; 7] = [
@@ -37,7 +37,7 @@ const ATTEMPT_OUTCOMES: [&str; 7] = [
     "broken",
     "over",
 ];
-/// What becomes of heartbeats.
+/// The outcomes of a heartbeat.
 pub const HEARTBEAT_OUTCOMES: [&str; 2] = ["accepted", "refused"];
 
 /// The states of a pool, as `GET /v2/pools` names them.
@@ -50,22 +50,22 @@ const POOL_STATES: [PoolViewState; 7] = [
     PoolViewState::Awaited,
     PoolViewState::Stopped,
 ];
-/// Most models with series of their own; the others share [`OTHER_MODEL`].
+/// Number of models with series of their own; the others share [`OTHER_MODEL`].
 const MOST_MODELS: usize = 200;
 /// The label of models without series of their own. Paths of files belong here: `/metrics` needs no token, and a path
 /// reveals something about its host.
 const OTHER_MODEL: &str = "other";
 
-/// The daemon's figures.
+/// The daemon's metrics.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     queue_depth: IntGaugeVec,
     /// Submits, by outcome.
     pub submitted: IntCounterVec,
-    /// Jobs that were stored and queued.
+    /// Jobs that were stored and queued, by priority.
     pub enqueued: IntCounterVec,
-    /// Jobs that ended, by how.
+    /// Jobs that ended, by outcome.
     pub finished: IntCounterVec,
     /// Jobs sent to a worker, once for each attempt.
     pub dispatched: IntCounter,
@@ -82,19 +82,19 @@ pub struct Metrics {
     load: Load,
     connections: IntGauge,
     refused: IntCounter,
-    /// Event streams that are open.
+    /// Open event streams of clients.
     pub active_streams: IntGauge,
-    /// Readers that were closed for being slow.
+    /// Readers that were disconnected for being too slow.
     pub lagged: IntCounter,
-    /// Heartbeats, by what became of them.
+    /// Heartbeats, by outcome.
     pub heartbeats: IntCounterVec,
     /// Errors of the scheduler's script, by kind.
     pub script_errors: IntCounterVec,
     /// 1 while the version in the script's file is refused and an older one, or the built-in policy, decides.
     pub script_refused: IntGauge,
-    /// From submit to first token.
+    /// Seconds from submit to first token.
     pub ttft: Histogram,
-    /// From submit to the first lease.
+    /// Seconds from submit to first lease.
     pub queue_wait: Histogram,
 }
 
@@ -319,7 +319,7 @@ impl Metrics {
             gauge.set(0);
         }
         for pool in pools {
-            // Series of a model on a pool exist before its first token.
+            // Create the series of a pool's models before their first tokens.
             let models = pool.status.iter().flat_map(|status| &status.models);
             models.for_each(|model| self.model_label(&model.model_ref, |_| ()));
             for (state, gauge) in &gauges {
@@ -376,7 +376,7 @@ impl Metrics {
         &self.load
     }
 
-    /// A scheduling pass took so long.
+    /// Records the duration of a scheduling pass.
     pub fn passed(&self, took: Duration) {
         self.scheduling_latency.observe(took.as_secs_f64());
     }
@@ -390,7 +390,7 @@ impl Metrics {
     }
 }
 
-/// A stream that is open.
+/// An open stream of a client, counted until dropped.
 #[derive(Debug)]
 pub struct OpenStream {
     gauge: IntGauge,

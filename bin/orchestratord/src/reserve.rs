@@ -1,5 +1,5 @@
-//! Room on the disk that is kept for starts. On a disk that is full a daemon could write down neither that it runs nor
-//! that the database is its own, and so not even show what it has.
+//! Disk space reserved for starts. On a full disk, a daemon could record neither its address nor that the database is its own,
+//! and so could not even show the stored jobs.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -9,18 +9,18 @@ use std::time::Duration;
 
 use pool_core::service::Shutdown;
 
-/// The file that takes the room, in the state folder.
+/// Name of the file in the state folder that occupies the space.
 const FILE: &str = "reserve";
-/// What a start writes, amply: who runs and where, the index and the beginning of the write-ahead log.
+/// Bytes that a start writes, rounded up generously: the run files, the index and the beginning of the write-ahead log.
 const A_START: u64 = 128 << 10;
-/// What is kept: some starts in a row.
+/// Bytes reserved: enough for several starts in a row.
 const KEPT: u64 = 8 * A_START;
-/// With less room than this nothing is put aside: jobs need it more.
+/// Free bytes below which nothing is reserved: jobs need the space more.
 const PLENTY: u64 = 2 * KEPT;
-/// How often it is looked whether there is room again.
+/// Interval between two checks for free space.
 const LOOK: Duration = Duration::from_secs(60);
 
-/// Gives room for one start back, if the disk has not got that.
+/// Frees space for one start if the disk lacks it.
 pub(crate) fn release(dir: &Path) {
     let Some(free_bytes) = free(dir).ok().filter(|free| *free < A_START) else {
         return;
@@ -38,7 +38,7 @@ pub(crate) fn release(dir: &Path) {
     }
 }
 
-/// Puts room aside where there is plenty. Without any the next start on a full disk fails, and nothing else.
+/// Fills the reserve if there is plenty of free space. Without a reserve, nothing fails but the next start on a full disk.
 pub(crate) fn keep(dir: &Path) {
     let path = dir.join(FILE);
     let kept = fs::metadata(&path).map_or(0, |file| file.len());
@@ -51,7 +51,7 @@ pub(crate) fn keep(dir: &Path) {
     }
 }
 
-/// Puts room aside again after a disk was full, until the daemon stops.
+/// Refills the reserve once a full disk has space again, until the daemon stops.
 pub(crate) async fn keep_up(dir: PathBuf, shutdown: Shutdown) {
     loop {
         tokio::select! {
@@ -71,7 +71,7 @@ fn free(dir: &Path) -> io::Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Whether there was something to take away.
+/// Frees space for one start. Returns whether there was any reserve to free.
 fn shrink(path: &Path) -> io::Result<bool> {
     let file = OpenOptions::new().write(true).open(path)?;
     let kept = file.metadata()?.len();
@@ -79,7 +79,8 @@ fn shrink(path: &Path) -> io::Result<bool> {
     Ok(kept > 0)
 }
 
-/// Written and not merely made long, which takes no room. Not all zeros: some file systems keep nothing of those.
+/// Writes the bytes instead of only extending the file, which would reserve nothing. The bytes are random because some file
+/// systems allocate nothing for zeros.
 fn fill(path: &Path) -> io::Result<()> {
     let mut file: File = OpenOptions::new()
         .write(true)

@@ -1,4 +1,5 @@
-//! Keeps the database from growing for ever: drops what is older than the settings say, between the commits of others.
+//! Retention: deletes records older than the settings allow, in steps between other commits, so that the database stops
+//! growing.
 
 use std::time::Duration;
 
@@ -9,19 +10,19 @@ use crate::app::App;
 use crate::clock;
 use crate::state::{Cutoffs, Step};
 
-/// Between two steps: leaves most of the writer's time to the others.
+/// Pause between two steps. It leaves most of the writer's time to other commits.
 const PAUSE: Duration = Duration::from_millis(10);
-/// Bounds of the time between two looks.
+/// Shortest and longest interval between two sweeps.
 const LOOKS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
 
-/// Sweeps until the daemon stops.
+/// Sweeps the database at intervals until the daemon stops.
 pub async fn run(app: App) {
     let Some(keep) = app.config.store.retention() else {
         return;
     };
-    // A tenth of what is promised is soon enough.
+    // Records outlive their retention by at most a tenth.
     let every = (keep.unsigned_abs() / 10).clamp(LOOKS.0, LOOKS.1);
-    // What an earlier run dropped may still stand in the log that it left.
+    // The write-ahead log of an earlier run may still hold deleted texts.
     let mut in_log = true;
     loop {
         tokio::select! {
@@ -35,7 +36,7 @@ pub async fn run(app: App) {
     }
 }
 
-/// What is old now.
+/// Returns the times before which texts are dropped and records forgotten.
 fn cutoffs(config: &StoreConfig, now: Timestamp) -> Cutoffs {
     let before = |keep: Option<SignedDuration>| now.checked_sub(keep?).ok();
     Cutoffs {
@@ -44,7 +45,7 @@ fn cutoffs(config: &StoreConfig, now: Timestamp) -> Cutoffs {
     }
 }
 
-/// `in_log` says whether the write-ahead log may hold texts that were dropped.
+/// Deletes what has outlived its retention. `in_log` says whether the write-ahead log may still hold deleted texts.
 async fn sweep(app: &App, in_log: &mut bool) {
     let (mut dropped, mut forgotten, mut changed) = (0, 0, false);
     loop {
@@ -56,7 +57,7 @@ async fn sweep(app: &App, in_log: &mut bool) {
             Ok(Step::Forgotten(jobs)) => forgotten += jobs,
             Ok(Step::Purged | Step::Shrunk) => {}
             Err(error) => {
-                // Most likely the disk; the next look tries again.
+                // Most likely the disk is full; the next sweep tries again.
                 tracing::warn!(%error, "could not drop what is old");
                 return;
             }
@@ -65,7 +66,7 @@ async fn sweep(app: &App, in_log: &mut bool) {
         tokio::time::sleep(PAUSE).await;
     }
     if *in_log {
-        // One that a reader needs just now is emptied after the next look.
+        // While a reader uses the log, it can't be emptied. The next sweep tries again.
         *in_log = !app.store.forget_log().await;
     }
     if changed {
