@@ -1,4 +1,4 @@
-//! How the daemon does: `/ready`, `/metrics`.
+//! The daemon's own state: `/ready` and `/metrics`.
 
 use axum::extract::State;
 use axum::http::HeaderValue;
@@ -12,7 +12,7 @@ use super::error;
 use crate::app::App;
 use crate::clock;
 
-/// Whether jobs can be taken: not while the database can't be used, nor while the daemon stops.
+/// Reports whether the daemon takes jobs. Fails while the database is unusable or the daemon is stopping.
 #[utoipa::path(get, path = "/ready", tag = "daemon", responses((status = 200, body = Health)))]
 pub(super) async fn ready(State(app): State<App>) -> ServiceResult<Json<Health>> {
     if app.shutdown.is_requested() {
@@ -22,7 +22,7 @@ pub(super) async fn ready(State(app): State<App>) -> ServiceResult<Json<Health>>
     Ok(Json(Health { status: "ready" }))
 }
 
-/// Figures in Prometheus' text format.
+/// Returns the metrics in Prometheus' text format.
 #[utoipa::path(
     get, path = "/metrics", tag = "daemon", security(()),
     responses((status = 200, body = String, content_type = "text/plain"))

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use utoipa::OpenApi as _;
 use utoipa::openapi::OpenApi;
 
-/// What a stream of events is, for the responses that are one: OpenAPI 3.1 has no words of its own for it.
+/// Description of the responses that are event streams, for which OpenAPI 3.1 has no vocabulary.
 pub const STREAM: &str = "The job's events as server-sent events: `queued`, `started`, (`token` | `metrics`)*, then `end` \
     or `error`, with `attempt` for each further attempt and `waiting` while it waits. `event:` is the tag and `data:` \
     the content of `TaskEvent`. Logged events carry `id: ATTEMPT.SEQ`, which a reader that was cut off sends as \
@@ -18,14 +18,14 @@ pub const STREAM: &str = "The job's events as server-sent events: `queued`, `sta
     stream alive. The stream ends after `end` or `error`; a request that resumes there gets 204, which ends a browser's \
     `EventSource`.";
 
-/// What a recording is, for the response that is one.
+/// Description of the response that is a recording.
 pub const TRACE: &str = "A trace: one JSON object a line. First `trace` (version, policy, costs), then for each pass `saw` \
     (what changed in what the scheduler sees) and `decided` (who decided, actions, new reasons to wait), at last `end`. \
     Empty lines show that a silent recording is alive. It holds neither prompts nor texts nor secrets.";
 
-/// The events that are not logged, and so carry no id.
+/// Events that are not logged, and so carry no id.
 const MOMENTARY: [&str; 4] = ["waiting", "metrics", "lagged", "shutdown"];
-/// The form of an event's id; what is longer is none.
+/// Pattern of an event's id. A longer text is refused.
 const EVENT_ID: &str = "^[0-9]{1,9}[.][0-9]{1,19}$";
 
 #[derive(utoipa::OpenApi)]
@@ -49,20 +49,20 @@ const EVENT_ID: &str = "^[0-9]{1,9}[.][0-9]{1,19}$";
 )]
 struct Frame;
 
-/// All of the document that is not about a route.
+/// Returns the part of the document that does not describe routes.
 pub fn frame() -> OpenApi {
     Frame::openapi()
 }
 
-/// Completes the document of the routes and hands it to their handler of `/openapi.json`.
+/// Completes the document of the routes and returns it as the extension from which `/openapi.json` is answered.
 pub fn layer(description: &OpenApi) -> Extension<Document> {
     Extension(Document::of(
         serde_json::to_value(description).map(complete),
     ))
 }
 
-/// Adds what holds for every route, so that no route has to say it: tokens, the correlation id, and the refusals that
-/// come before any handler.
+/// Adds what holds for every route, so that no route has to declare it: tokens, the correlation id, and the refusals that
+/// precede every handler.
 fn complete(mut document: Value) -> Value {
     clarify(&mut document);
     document["components"]["securitySchemes"] = json!({
@@ -105,7 +105,7 @@ fn complete(mut document: Value) -> Value {
     document
 }
 
-/// What the service or hyper answers before a handler is asked.
+/// Responses that the service or hyper sends before a handler runs.
 const COMMON: [(&str, &str); 5] = [
     ("400", "The request can't be understood."),
     ("401", "No token, or a wrong one."),
@@ -119,7 +119,7 @@ const COMMON: [(&str, &str); 5] = [
         "Not now: stopping, overloaded, or without its database.",
     ),
 ];
-/// The same for requests with a body.
+/// Further such responses, for requests with a body.
 const WITH_BODY: [(&str, &str); 3] = [
     ("408", "The body did not arrive in time."),
     ("413", "The body is larger than the daemon takes."),
@@ -131,7 +131,7 @@ fn complete_operation(operation: &mut Value) {
     let parameters = operation["parameters"].take();
     let mut parameters = parameters.as_array().cloned().unwrap_or_default();
     for parameter in &mut parameters {
-        // One that is left out is absent, which is not the same as `null`.
+        // An optional parameter may be left out, but not sent as `null`.
         if let Some(kinds) = parameter["schema"]["type"].as_array() {
             parameter["schema"]["type"] = kinds[0].clone();
         }
@@ -162,25 +162,25 @@ fn complete_response(status: &str, response: &mut Value) {
         add("Retry-After", "RetryAfter");
     }
     response["headers"] = headers.into();
-    // Asked for by index, a response without content would get one that is null.
+    // Indexing would add a `content` of null to a response that has none.
     let content = response.get_mut("content");
     if let Some(stream) = content.and_then(|content| content.get_mut("text/event-stream")) {
         *stream = json!({"schema": {"$ref": "#/components/schemas/StreamEvent"}});
     }
-    // Every refusal is the envelope, so no route needs to say it.
+    // Every refusal has this envelope, so no route has to declare it.
     if status.starts_with(['4', '5']) {
         let envelope = json!({"$ref": "#/components/schemas/ErrorEnvelope"});
         response["content"] = json!({"application/json": {"schema": envelope}});
     }
 }
 
-/// One event as it stands in the stream: the tag of [`TaskEvent`] is its name, the content its data.
+/// Describes one event as sent in the stream: the tag of [`TaskEvent`] is its name, the content its data.
 fn stream_event(event: &Value) -> Value {
     let variants = event["oneOf"].as_array().into_iter().flatten();
     let variants = variants.map(|variant| {
         let name = &variant["properties"]["event"]["enum"][0];
         let momentary = MOMENTARY.iter().any(|momentary| name == momentary);
-        // A reader of such streams hands an event that has no id of its own the one of the event before.
+        // A client of such streams gives an event without an id the id of the preceding event.
         let id = if momentary {
             "That of the event before: this one has none of its own."
         } else {
@@ -211,8 +211,8 @@ fn stream_event(event: &Value) -> Value {
     })
 }
 
-/// A task gives a prompt, a raw prompt or a conversation. Each is described on its own, so that what fits the schema is
-/// taken.
+/// Splits a task's schema into three: a prompt, a raw prompt and a conversation. With a schema for each, every request that
+/// fits the document is accepted.
 fn three_ways(request: &Value) -> Value {
     let way = |title: &str, required: &str, without: &[&str], raw: Value| {
         let mut way = request.clone();
@@ -251,7 +251,7 @@ fn forbid(properties: &mut Map<String, Value>, name: &str) {
     properties.insert(name.to_owned(), null);
 }
 
-/// An optional property that may be `null` as well becomes one that may not.
+/// Removes `null` from an optional property's types.
 fn require(properties: &mut Map<String, Value>, name: &str) {
     if let Some(kinds) = properties[name]["type"].as_array_mut() {
         kinds.retain(|kind| kind != "null");

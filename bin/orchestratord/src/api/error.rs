@@ -1,4 +1,4 @@
-//! The one place that chooses status codes.
+//! Error responses: the one place that chooses status codes.
 
 use std::time::Duration;
 
@@ -18,37 +18,37 @@ use crate::life::SubmitError;
 use crate::queue::Refused;
 use crate::state::StoreError;
 
-/// When a client may come back that found the database unusable.
+/// `Retry-After` of a request that found the database unusable.
 const STORE_RETRY: Duration = Duration::from_secs(5);
-/// When a client may come back that asked for what an awaited pool may have.
+/// `Retry-After` of a request for something that an awaited pool may have.
 const POOL_RETRY: Duration = Duration::from_secs(2);
-/// When a pool may come back that found the fleet full.
+/// `Retry-After` of a registration that found the fleet full.
 const FLEET_RETRY: Duration = Duration::from_secs(60);
 
 fn refuse(status: StatusCode, code: Code, message: impl Into<String>) -> ServiceError {
     ServiceError::new(status, code.as_str(), message)
 }
 
-/// 400: a value is malformed or out of range.
+/// Returns 400 for a value that is malformed or out of range.
 pub(super) fn invalid(message: impl Into<String>) -> ServiceError {
     refuse(StatusCode::BAD_REQUEST, Code::InvalidRequest, message)
 }
 
-/// 400: a validated request.
+/// Returns 400 for a request that failed validation.
 pub(super) fn validation(error: &ValidationError) -> ServiceError {
     invalid(error.to_string())
         .hint(error.hint)
         .details(json!({"field": error.field}))
 }
 
-/// 404: no such job. An id that none could have is one that none has.
+/// Returns 404 for an unknown job. A malformed id gets the same answer, because no job can have it.
 pub(super) fn no_job(id: &str) -> ServiceError {
     let shown: String = id.chars().take(80).collect();
     refuse(StatusCode::NOT_FOUND, Code::JobNotFound, format!("there is no job `{shown}`"))
         .hint("ids are `job-` and a UUID, as `POST /v2/tasks` answers them; `GET /v2/tasks` lists the jobs")
 }
 
-/// 404: no such pool.
+/// Returns 404 for an unknown pool.
 pub(super) fn no_pool(id: &str) -> ServiceError {
     let shown: String = id.chars().take(80).collect();
     refuse(
@@ -59,7 +59,7 @@ pub(super) fn no_pool(id: &str) -> ServiceError {
     .hint("`GET /v2/pools` lists the pools; a pool registers by itself when its daemon runs")
 }
 
-/// 400: a `Last-Event-ID` that is none.
+/// Returns 400 for a malformed `Last-Event-ID`.
 pub(super) fn malformed_event_id(error: impl std::error::Error) -> ServiceError {
     refuse(
         StatusCode::BAD_REQUEST,
@@ -69,7 +69,7 @@ pub(super) fn malformed_event_id(error: impl std::error::Error) -> ServiceError 
     .hint("leave it out to get all events from the start")
 }
 
-/// 400: a `Last-Event-ID` after the last event of a job that is over.
+/// Returns 400 for a `Last-Event-ID` after the last event of a finished job.
 pub(super) fn event_id_ahead(job: JobId) -> ServiceError {
     refuse(
         StatusCode::BAD_REQUEST,
@@ -79,7 +79,7 @@ pub(super) fn event_id_ahead(job: JobId) -> ServiceError {
     .hint("leave it out to get all events from the start, or read the job itself")
 }
 
-/// 410: a log that was dropped.
+/// Returns 410 for an event log that was dropped.
 pub(super) fn events_gone(job: JobId, dropped_at: jiff::Timestamp) -> ServiceError {
     let at = dropped_at.round(jiff::Unit::Second).unwrap_or(dropped_at);
     let message = format!("the events of {job} were dropped at {at}, some time after its end");
@@ -87,14 +87,14 @@ pub(super) fn events_gone(job: JobId, dropped_at: jiff::Timestamp) -> ServiceErr
         .hint("`GET /v2/tasks/{id}` still shows how it ended; `store.retention_s` says how long events are kept")
 }
 
-/// 429: somebody else is being served.
+/// Returns 429 while another request uses the limited resource.
 pub(super) fn too_many(message: &str, retry: Duration) -> ServiceError {
     refuse(StatusCode::TOO_MANY_REQUESTS, Code::Busy, message)
         .hint("try again in a moment")
         .retry_after(retry)
 }
 
-/// 503: the daemon stops.
+/// Returns 503 while the daemon stops.
 pub(super) fn stopping() -> ServiceError {
     refuse(
         StatusCode::SERVICE_UNAVAILABLE,
@@ -105,11 +105,11 @@ pub(super) fn stopping() -> ServiceError {
     .retry_after(Duration::from_secs(1))
 }
 
-/// 502 and the like: what a pool, or the way to it, said to a call that was passed on.
+/// Returns the refusal or failure of a call that was passed on to a pool: the pool's own status, or 502.
 pub(super) fn from_pool(pool: &str, error: &ClientError) -> ServiceError {
     if let ClientError::Api { status, error } = error {
-        // The pool's own word, under its own status: it knows what it refused, and why. But where it does not let this
-        // orchestrator in, the caller can't mend that with a token of its own.
+        // The pool knows best what it refused and why, so its status is passed on. The exception is a pool that rejects this
+        // orchestrator's credentials: the caller can't fix that with a token of its own.
         let (status, code) = match StatusCode::from_u16(*status) {
             Ok(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) | Err(_) => {
                 (StatusCode::BAD_GATEWAY, Code::PoolUnavailable)

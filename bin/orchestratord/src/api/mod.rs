@@ -1,4 +1,4 @@
-//! HTTP: each handler checks, makes one call into the domain, and shapes the answer.
+//! The HTTP API: each handler checks the request, makes one domain call and shapes the response.
 
 mod daemon;
 mod document;
@@ -15,8 +15,8 @@ use utoipa_axum::routes;
 
 use crate::app::App;
 
-/// All routes but `/version`, which every service has. Each is made from the description that `/openapi.json` shows, so
-/// that none can lack one.
+/// Returns all routes but `/version`, which every service has. Each route is built from its description in `/openapi.json`, so
+/// none can lack one.
 pub fn router(app: App) -> Router {
     let (router, description) = routes().split_for_parts();
     router.layer(document::layer(&description)).with_state(app)

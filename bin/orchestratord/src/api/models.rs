@@ -1,4 +1,4 @@
-//! `/v2/models`.
+//! `/v2/models`: the models that tasks may name.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use crate::app::App;
 use crate::clock;
 use crate::life::unsupported;
 
-/// The catalogue and what else pools offer, each with the pools that have it.
+/// Lists the models of the catalogue and of the pools, each with the pools that have it.
 #[utoipa::path(get, path = "/v2/models", tag = "fleet", responses((status = 200, body = ModelList)))]
 pub(super) async fn list(State(app): State<App>) -> Json<ModelList> {
     let mut on_pools: BTreeMap<String, Vec<String>> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! `/v2/pools`: the fleet, the pools' side of it, and calls that are passed on to a pool.
+//! `/v2/pools`: the fleet, the calls of pool managers, and calls that are passed on to a pool.
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -19,7 +19,7 @@ use crate::clock;
 use crate::dispatch;
 use crate::scheduler;
 
-/// All registered pools.
+/// Lists all registered pools.
 #[utoipa::path(get, path = "/v2/pools", tag = "fleet", responses((status = 200, body = PoolList)))]
 pub(super) async fn list(State(app): State<App>) -> Json<PoolList> {
     Json(PoolList {
@@ -27,7 +27,7 @@ pub(super) async fn list(State(app): State<App>) -> Json<PoolList> {
     })
 }
 
-/// A registered pool.
+/// Returns a registered pool.
 #[utoipa::path(
     get, path = "/v2/pools/{id}", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
     responses((status = 200, body = PoolView), (status = 404, description = "The pool has not registered."))
@@ -42,7 +42,7 @@ pub(super) async fn show(
         .ok_or_else(|| error::no_pool(&id))
 }
 
-/// A pool takes part from now on, or a new instance of it does. What it has, it says in its first heartbeat.
+/// Registers a pool, or a new instance of one. The first heartbeat reports what the pool has.
 #[utoipa::path(
     post, path = "/v2/pools/register", tag = "pools' own",
     security(("pool_token" = []), ("api_token" = []), ()),
@@ -56,7 +56,7 @@ pub(super) async fn register(
     let (id, now) = (request.pool_id.clone(), clock::now());
     make_room(&app, &request).await;
     app.fleet.register(request.clone(), now)?;
-    // On a full disk the pool serves all the same; only a restart would not know it before it speaks.
+    // Even with a full disk, the pool can serve now. Only a restarted orchestratord won't know it until it registers again.
     if let Err(error) = app.store.save_pool(request, now).await {
         tracing::warn!(pool = id, %error, "the registration is not written down");
     }
@@ -79,7 +79,7 @@ async fn make_room(app: &App, request: &RegisterRequest) {
     }
 }
 
-/// What a pool has and does. Taken from its newest instance alone, in rising order.
+/// Takes a pool's report of what it has and does. Only reports of the newest instance count, in rising order.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/heartbeat", tag = "pools' own", params(("id" = String, Path, description = "The pool.")),
     security(("pool_token" = []), ("api_token" = []), ()),
@@ -114,14 +114,14 @@ pub(super) async fn heartbeat(
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct RemoveQuery {
-    /// The instance that stops. Without an instance, the pool is forgotten.
+    /// Instance that stops. Without an instance, the pool is forgotten.
     instance_id: Option<String>,
 }
 
-/// The pool takes part no longer. Streams of its workers that run go on.
+/// Removes a pool from the fleet. Running streams of its workers continue.
 ///
 /// With `instance_id`, that instance stops on purpose: the pool is shown as stopped until it registers again. Without
-/// it, the pool is forgotten.
+/// `instance_id`, the pool is forgotten.
 #[utoipa::path(
     delete, path = "/v2/pools/{id}", tag = "pools' own",
     params(("id" = String, Path, description = "The pool."), RemoveQuery),
@@ -157,28 +157,28 @@ pub(super) async fn remove(
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// How a call ends that is passed on to a pool, but not taken by it.
+/// Responses to a call that was passed on to a pool and did not succeed there.
 #[derive(utoipa::IntoResponses)]
 #[expect(dead_code, reason = "only its description is used")]
 enum RefusedByPool {
-    /// The pool refused it as malformed.
+    /// The pool refused the request as malformed.
     #[response(status = 400)]
     Malformed,
-    /// The pool has not registered, or has nothing of that name.
+    /// The pool has not registered, or does not have what the request names.
     #[response(status = 404)]
     Unknown,
-    /// The pool refused it in its present state.
+    /// The pool refused the request in its present state.
     #[response(status = 409)]
     Conflict,
-    /// The pool does not answer, or does not let this orchestrator in.
+    /// The pool does not answer, or rejects this orchestrator's credentials.
     #[response(status = 502)]
     Unreachable,
-    /// The pool can't now.
+    /// The pool can't serve the request now.
     #[response(status = 503)]
     NotNow,
 }
 
-/// Starts a worker on a pool; passed on to it.
+/// Starts a worker on a pool. The request is passed on to the pool.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/workers/spawn", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
     request_body = WorkerSpawnRequest,
@@ -194,7 +194,7 @@ pub(super) async fn spawn_worker(
     Ok((StatusCode::ACCEPTED, Json(answer)))
 }
 
-/// Tells a worker to stop, and answers what it is now; passed on to its pool.
+/// Stops a worker and returns its present state. The request is passed on to the pool.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/workers/{worker}/stop", tag = "fleet",
     params(("id" = String, Path, description = "The pool."), ("worker" = String, Path, pattern = "^[A-Za-z0-9-]+$", description = "The worker.")),
@@ -207,7 +207,7 @@ pub(super) async fn stop_worker(
     correlation: CorrelationId,
     body: Option<Json<Option<WorkerStopRequest>>>,
 ) -> ServiceResult<Json<WorkerInfo>> {
-    // The name becomes a part of a path on the pool.
+    // The id becomes part of a path on the pool.
     if worker.is_empty()
         || !worker
             .bytes()
@@ -230,7 +230,7 @@ pub(super) async fn stop_worker(
     .map(Json)
 }
 
-/// The pool takes no new workers, and as the body says stops those it has; passed on to it.
+/// Drains a pool: it takes no new workers, and stops its workers as the body says. The request is passed on to the pool.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/drain", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
     request_body(content = Option<DrainRequest>),
@@ -248,7 +248,7 @@ pub(super) async fn drain(
         .map(Json)
 }
 
-/// The pool takes new workers again; passed on to it.
+/// Ends a pool's drain: it takes new workers again. The request is passed on to the pool.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/resume", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
     responses((status = 200, body = PoolStatus), RefusedByPool)

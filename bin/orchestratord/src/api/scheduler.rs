@@ -1,4 +1,4 @@
-//! `/v2/scheduler`: the policy in force, and what can be asked of it.
+//! `/v2/scheduler`: the policy in force, checks of scripts, simulations and recordings.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,16 +22,16 @@ use super::{document, error};
 use crate::app::App;
 use crate::clock;
 
-/// Longest simulation: somebody waits for the answer, and the daemon has other work.
+/// Longest simulation. A client waits for the answer, and the daemon has other work.
 const SIMULATION: Duration = Duration::from_secs(10);
-/// How long a recording may be asked to last.
+/// Accepted lengths of a recording, in milliseconds.
 const RECORDING_MS: std::ops::RangeInclusive<u64> = 1..=86_400_000;
-/// How often a recording shows that it is alive while nothing happens: with an empty line, which readers pass over.
+/// Interval of the empty lines that show a silent recording to be alive. Readers skip them.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// When a client may come back that found somebody else's check or simulation under way.
+/// `Retry-After` while another check or simulation runs.
 const BUSY_RETRY: Duration = Duration::from_secs(1);
 
-/// The policy in force, and how its script does.
+/// Returns the policy in force, and the state of its script.
 #[utoipa::path(get, path = "/v2/scheduler", tag = "scheduler", responses((status = 200, body = SchedulerView)))]
 pub(super) async fn show(State(app): State<App>) -> Json<SchedulerView> {
     Json(SchedulerView {
@@ -41,7 +41,7 @@ pub(super) async fn show(State(app): State<App>) -> Json<SchedulerView> {
     })
 }
 
-/// Compiles a script and lets it decide on a sample. Whether it is of use is in the answer.
+/// Compiles a script and lets it decide on a sample. The answer says whether the script is usable.
 #[utoipa::path(
     post, path = "/v2/scheduler/check", tag = "scheduler", request_body = CheckRequest,
     responses((status = 200, body = CheckAnswer), (status = 429, description = "Another script or trace is being tried."))
@@ -54,7 +54,7 @@ pub(super) async fn check(
     attempt(&app, move || Ok(script::check(request.script.as_bytes()))).await
 }
 
-/// Plays a trace under other policies, and decides every pass of it again.
+/// Replays a trace under other policies, and decides each of its passes again.
 #[utoipa::path(
     post, path = "/v2/scheduler/simulate", tag = "scheduler", request_body = SimulateRequest,
     responses(
@@ -98,7 +98,7 @@ pub(super) async fn simulate(
     .await
 }
 
-/// The body, or why it is none with what to send instead.
+/// Returns the body. An error without a hint gets `hint`, which says what to send instead.
 fn asked<T>(body: ServiceResult<Json<T>>, hint: &str) -> ServiceResult<T> {
     let Json(request) = body.map_err(|error| match error.body().hint {
         Some(_) => error,
@@ -107,7 +107,8 @@ fn asked<T>(body: ServiceResult<Json<T>>, hint: &str) -> ServiceResult<T> {
     Ok(request)
 }
 
-/// Tries a script or a trace aside, one at a time: it may take long, and the daemon has other work.
+/// Runs a trial of a script or trace on a blocking thread, one trial at a time: a trial may take long, and the daemon has other
+/// work.
 async fn attempt<T: Send + 'static>(
     app: &App,
     work: impl FnOnce() -> ServiceResult<T> + Send + 'static,
@@ -130,12 +131,12 @@ async fn attempt<T: Send + 'static>(
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct RecordQuery {
-    /// Milliseconds after which the recording ends by itself; left out, it goes on for as long as it is read.
+    /// Length of the recording in milliseconds. If absent, the recording lasts for as long as it is read.
     #[param(minimum = 1, maximum = 86_400_000, nullable = false)]
     for_ms: Option<u64>,
 }
 
-/// What the scheduler sees and decides, from now on: JSON Lines, pass for pass, for as long as the client reads.
+/// Records what the scheduler sees and decides from now on, as JSON Lines, pass by pass, for as long as the client reads.
 #[utoipa::path(
     get, path = "/v2/scheduler/trace", tag = "scheduler", params(RecordQuery),
     responses(
@@ -169,7 +170,7 @@ pub(super) async fn record(
             BUSY_RETRY,
         ));
     };
-    // The first pass shows the fleet as it is, whether anything happens or not.
+    // The first pass shows the fleet as it is, so trigger one even if nothing else happens.
     app.changed.notify_one();
     let shutdown = app.shutdown.clone();
     drop(app);

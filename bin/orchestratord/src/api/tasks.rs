@@ -1,4 +1,4 @@
-//! `/v2/tasks`.
+//! `/v2/tasks`: submits and lists jobs, and shows, explains, streams and cancels one.
 
 use std::cmp::Ordering;
 use std::sync::Arc;
@@ -31,13 +31,13 @@ use crate::life::{self, Accepted, LetGo};
 use crate::state::{IdempotencyKey, ListFilter, apply_to_text};
 use crate::streams;
 
-/// Jobs of a list where the request does not say, and the most that it may ask for.
+/// Default and greatest number of jobs on a page of a list.
 const LIST: (u32, u32) = (50, 500);
 
-/// Submits a task. Once this is answered, the job is stored and survives whatever happens to the processes.
+/// Submits a task. Once the request is answered, the job is stored and survives a crash of any process.
 ///
-/// Where the client accepts `text/event-stream`, the answer is the job's event stream; its id is in the `queued` event and
-/// in `Location`. A client that goes away does not cancel its job.
+/// If the client accepts `text/event-stream`, the answer is the job's event stream; the job's id is in the `queued` event and
+/// in `Location`. A client that disconnects does not cancel its job.
 #[utoipa::path(
     post, path = "/v2/tasks", tag = "tasks",
     params(("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]([ -~]{0,253}[!-~])?$", description = "Names the request: however often it is sent with the same key, there is one job.")),
@@ -113,8 +113,8 @@ async fn accept(
     Ok(submitted.map_err(|error| ServiceError::internal(&error))??)
 }
 
-/// The request's `Idempotency-Key`, with the digest of what was asked for: the validated request, without a seed that
-/// was drawn for it.
+/// Returns the request's `Idempotency-Key` with a digest of the validated request. A seed that was drawn for the request is
+/// left out of the digest.
 fn idempotency_key(
     caller: Caller,
     headers: &HeaderMap,
@@ -136,7 +136,7 @@ fn idempotency_key(
             .hint("a UUID does well")
     })?;
     let mut asked = serde_json::to_value(spec).map_err(|error| ServiceError::internal(&error))?;
-    // The precision of the first version, so that a key keeps its meaning across updates.
+    // Digest the sampling in the precision of the first version, so that a key keeps its meaning across updates.
     asked["sampling"] = serde_json::to_value(spec.sampling.for_worker())
         .map_err(|error| ServiceError::internal(&error))?;
     if !seed_given {
@@ -156,15 +156,15 @@ fn idempotency_key(
     }))
 }
 
-/// A header that may be given once. Of two nobody knows which one is meant, and who passed the request on may have read
-/// the other.
+/// Returns a header that may be given once. Of two values, it is unclear which one is meant, and a proxy in front may have
+/// acted on the other.
 fn only<'a>(headers: &'a HeaderMap, name: &str) -> Result<Option<&'a HeaderValue>, TwiceGiven> {
     let mut given = headers.get_all(name).iter();
     let first = given.next();
     given.next().map_or(Ok(first), |_| Err(TwiceGiven))
 }
 
-/// A header that may be given once was given again.
+/// Error for a header that is given more than once.
 #[derive(Debug, thiserror::Error)]
 #[error("it is given more than once")]
 struct TwiceGiven;
@@ -199,7 +199,7 @@ async fn stream(app: &App, id: JobId, after: Option<EventId>) -> ServiceResult<R
     let mut response = sse::Sse::new(events)
         .keep_alive(sse::KeepAlive::new().interval(silence))
         .into_response();
-    // Proxies that collect an answer before they pass it on would undo the streaming.
+    // A proxy that buffers the response would undo the streaming.
     response
         .headers_mut()
         .insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -249,21 +249,21 @@ pub(super) struct ListQuery {
         nullable = false
     )]
     id_prefix: Option<String>,
-    /// With `total`, the number of jobs on all pages.
+    /// Include `total`, the number of jobs on all pages.
     #[param(nullable = false)]
     count: Option<bool>,
-    /// With `short_id` in each job.
+    /// Include `short_id` in each job.
     #[param(nullable = false)]
     short_ids: Option<bool>,
-    /// Jobs of a page.
+    /// Number of jobs on a page.
     #[param(default = 50, minimum = 1, maximum = 500, nullable = false)]
     limit: Option<u32>,
-    /// The `next_cursor` of the page before.
+    /// `next_cursor` of the previous page.
     #[param(value_type = Option<JobId>, nullable = false)]
     cursor: Option<String>,
 }
 
-/// Jobs, newest first, without their texts.
+/// Lists jobs, newest first, without their texts.
 #[utoipa::path(
     get, path = "/v2/tasks", tag = "tasks", params(ListQuery),
     responses((status = 200, body = TaskList), (status = 400, description = "A parameter is unknown or out of range."))
@@ -299,7 +299,7 @@ pub(super) async fn list(
         model: model.map(|model| model.to_string()),
         prefix,
         before,
-        // One more than is shown tells whether another page follows.
+        // One job more than the page holds shows whether another page follows.
         limit: limit + 1,
         short_ids: query.short_ids == Some(true),
     };
@@ -338,7 +338,7 @@ fn statuses(text: &str) -> ServiceResult<Vec<JobStatus>> {
         .map_err(|error| error::invalid(error.to_string()))
 }
 
-/// A job with its text so far.
+/// Returns a job with its text so far.
 #[utoipa::path(
     get, path = "/v2/tasks/{id}", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
     responses((status = 200, body = TaskView), (status = 404, description = "There is no such job."))
@@ -348,7 +348,7 @@ pub(super) async fn show(
     Path(id): Path<String>,
 ) -> ServiceResult<Json<TaskView>> {
     let id = parse_id(&id)?;
-    // Taken before the database is read: what is not written down by then is here.
+    // Read the recent events before the database, so that an event not yet logged by then is among them.
     let recent = app
         .jobs
         .get(id)
@@ -367,7 +367,7 @@ pub(super) async fn show(
     Ok(Json(TaskView::new(job, waiting)))
 }
 
-/// Why a job waits, what would lift that, and why its attempts went where they went.
+/// Explains why a job waits, what would end the wait, and why its attempts were placed as they were.
 #[utoipa::path(
     get, path = "/v2/tasks/{id}/explain", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
     responses((status = 200, body = TaskExplanation), (status = 404, description = "There is no such job."))
@@ -383,9 +383,9 @@ pub(super) async fn explain(
         .ok_or_else(|| error::no_job(&id.to_string()))
 }
 
-/// A job's events from the start, or after `Last-Event-ID`, and on until it is over. Any number of readers may follow.
+/// Streams a job's events, from the start or after `Last-Event-ID`, until the job is over. Any number of readers may follow.
 ///
-/// A reader that is too slow is closed with `lagged`, and can come back.
+/// A reader that is too slow is closed with `lagged`, and can reconnect.
 #[utoipa::path(
     get, path = "/v2/tasks/{id}/events", tag = "tasks",
     params(
@@ -420,7 +420,7 @@ pub(super) async fn events(
     stream(&app, id, after).await
 }
 
-/// Cancels a job. The first terminal state wins; the answer names it, and it is committed.
+/// Cancels a job. The first terminal state wins; the answer names the state that was committed.
 #[utoipa::path(
     post, path = "/v2/tasks/{id}/cancel", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
     responses((status = 200, body = CancelResponse), (status = 404, description = "There is no such job."))
@@ -436,7 +436,7 @@ pub(super) async fn cancel(
     Ok(Json(CancelResponse { job_id: id, status }))
 }
 
-/// The same as `POST /v2/tasks/{id}/cancel`: the job ends, and its record stays.
+/// Cancels a job as `POST /v2/tasks/{id}/cancel` does: the job ends, and its record stays.
 #[utoipa::path(
     delete, path = "/v2/tasks/{id}", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
     responses((status = 200, body = CancelResponse), (status = 404, description = "There is no such job."))
