@@ -1,5 +1,5 @@
-//! The pools as they describe themselves. Who they are is known again after a restart of the orchestrator; what they have
-//! lives in memory only, and comes with their next heartbeat.
+//! The pools, as they describe themselves. Registrations survive a restart of the orchestrator; the rest is only in memory, and
+//! comes back with the pools' next heartbeats.
 
 mod ages;
 mod overlay;
@@ -33,22 +33,22 @@ use overlay::Overlay;
 use crate::clock;
 use crate::state::StoredPool;
 
-/// Why a pool's call is refused.
+/// A refused call of a pool.
 #[derive(Debug, thiserror::Error)]
 pub enum FleetError {
-    /// It has not registered with this process.
+    /// The pool has not registered with this process.
     #[error("pool `{0}` has not registered")]
     Unknown(String),
-    /// It speaks another version of the API.
+    /// The pool speaks another version of the API.
     #[error(
         "pool `{pool}` speaks version {theirs} of the pool API; this orchestrator speaks version {ours}"
     )]
     Version {
-        /// The pool.
+        /// Id of the pool.
         pool: String,
-        /// Its version.
+        /// Version of the API that the pool speaks.
         theirs: u32,
-        /// Ours.
+        /// Version of the API that this orchestrator speaks.
         ours: u32,
     },
     /// Another live instance holds the pool id.
@@ -59,52 +59,52 @@ pub enum FleetError {
         /// Address of the holder.
         holder: String,
     },
-    /// Something newer was heard from the pool.
+    /// A newer report of the pool, or of a newer instance, has arrived already.
     #[error("this heartbeat of pool `{pool}` is stale: {detail}")]
     Stale {
-        /// The pool.
+        /// Id of the pool.
         pool: String,
-        /// What is newer.
+        /// The newer report or instance.
         detail: String,
     },
-    /// A field makes no sense.
+    /// A field of the request is malformed.
     #[error("`{field}` {reason}")]
     Invalid {
-        /// The field.
+        /// Name of the field.
         field: &'static str,
-        /// What is wrong with it.
+        /// Predicate that completes the message: "must be ...".
         reason: String,
     },
-    /// It is one too many.
+    /// The greatest number of pools has registered.
     #[error("pool `{pool}` is one too many: {limit} have registered")]
     Full {
-        /// The pool.
+        /// Id of the refused pool.
         pool: String,
-        /// How many may be.
+        /// Greatest number of pools.
         limit: usize,
     },
-    /// Its address can't be used.
+    /// The pool's address can't be used.
     #[error("`url` can't be used")]
     Url(#[source] ClientError),
 }
 
-/// What became of a worker, as its pool says.
+/// The fate of a worker, according to its pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
-    /// It lives, or nothing newer is known.
+    /// The worker lives, or nothing newer is known.
     Alive,
-    /// It ended, and why.
+    /// The worker has ended, for this reason.
     Gone(String),
-    /// Its pool is away.
+    /// The pool has left or is silent, with a message that says which.
     PoolAway(String),
 }
 
-/// How a pool looks to the scheduler now.
+/// A change of a pool, as the scheduler sees it.
 #[derive(Debug)]
 pub enum PoolChange {
-    /// Like this.
+    /// New state of the pool.
     Is(Box<PoolState>),
-    /// The pool has left.
+    /// Id of a pool that has left.
     Gone(String),
 }
 
@@ -113,11 +113,11 @@ pub enum PoolChange {
 pub struct Fleet {
     inner: Mutex<Inner>,
     token: Option<Secret>,
-    /// How many pools may be registered.
+    /// Greatest number of registered pools.
     limit: usize,
-    /// When the daemon started.
+    /// Start of the daemon.
     started_at: Timestamp,
-    /// How long silence that may be our own fault counts for nothing.
+    /// Time for which silence does not count against pools, because the fault may be on this side.
     window: SignedDuration,
     heard: watch::Sender<()>,
 }
@@ -125,12 +125,12 @@ pub struct Fleet {
 #[derive(Debug, Default)]
 struct Inner {
     pools: BTreeMap<String, Pool>,
-    /// Pools of an earlier run that have not said yet what they have.
+    /// Pools of an earlier run that have not reported to this one.
     awaited: BTreeSet<String>,
     overlay: Overlay,
-    /// Pools that may look different since the scheduler took them in.
+    /// Pools whose state may have changed since the scheduler last took it.
     changed: BTreeSet<String>,
-    /// Before this moment time alone changes no pool.
+    /// Time until which the passing of time alone changes no pool; `None` if not known.
     due: Option<Timestamp>,
     /// Sum of this process's gaps for which the pools' silence was excused.
     excused: Duration,
@@ -150,11 +150,11 @@ struct Pool {
     silent_since: Timestamp,
     seq: u64,
     status: Option<PoolStatus>,
-    /// What the instance before had on its disk, until this one has said what it has.
+    /// Models on the disk of the previous instance, used until this one reports its own.
     models_before: Vec<ModelOnDisk>,
     endpoints: HashMap<String, WorkerEndpoint>,
     times: WorkerTimes,
-    /// How alive it was when the scheduler took it in.
+    /// Liveness when the scheduler last took the pool's state.
     shown: PoolLiveness,
     /// Identity of the pool's host; older pools send none.
     host_id: Option<String>,
@@ -203,7 +203,7 @@ impl Pool {
         self.stood_before = own_clock::stood();
     }
 
-    /// What it has on its disk, as far as that is known.
+    /// Returns the models on the pool's disk. Until the first heartbeat, these are the previous instance's.
     fn models(&self) -> &[ModelOnDisk] {
         let status = self.status.as_ref();
         status.map_or(&self.models_before, |status| &status.models)
@@ -239,8 +239,8 @@ impl Pool {
 }
 
 impl Fleet {
-    /// No pool yet. `token` opens the pools; silence counts for nothing before the recovery window has passed since `now`,
-    /// and since the moment at which no pool was heard any more.
+    /// Creates a fleet without pools. `token` opens the pools' APIs. Silence does not count until the recovery window has
+    /// passed, both since `now` and since the moment at which the last pool fell silent.
     pub fn new(token: Option<Secret>, config: &OrchestratorConfig, now: Timestamp) -> Self {
         Self {
             inner: Mutex::default(),
@@ -252,20 +252,20 @@ impl Fleet {
         }
     }
 
-    /// Wakes whenever a pool spoke.
+    /// Returns a receiver that wakes at each heartbeat.
     pub fn subscribe(&self) -> watch::Receiver<()> {
         self.heard.subscribe()
     }
 
-    /// When the pool last said what it has; one that has registered and said no more has not said it.
+    /// Returns the time of the pool's last heartbeat; `None` if the pool is unknown, or has registered but not reported.
     pub fn last_told(&self, pool: &str) -> Option<Timestamp> {
         let inner = self.lock();
         let told = |pool: &&Pool| pool.status.is_some();
         Some(inner.pools.get(pool).filter(told)?.last_heartbeat)
     }
 
-    /// From when on a pool's silence says something about the pool. After a start all of them have to find us again, and
-    /// where all are silent at once the fault is probably ours.
+    /// Returns the time from which a silent pool counts as lost. After a start, every pool has to find this orchestrator again.
+    /// If all pools are silent at once, the fault is probably on this side.
     fn silence_counts_from(&self, inner: &Inner, now: Timestamp) -> Timestamp {
         let offline = inner.pools.values().map(|pool| pool.deadlines()[1]);
         let none_left = offline.max().filter(|at| *at <= now);
@@ -282,12 +282,12 @@ impl Fleet {
         inner
     }
 
-    /// Takes a pool in, or a new instance of it. What it has is known with its first heartbeat.
+    /// Registers a pool, or a new instance of one. The pool's first heartbeat reports what it has.
     pub fn register(&self, request: RegisterRequest, now: Timestamp) -> Result<(), FleetError> {
         self.take_in(request, self.limit, now)
     }
 
-    /// Takes a pool in, if it is known or there are fewer than `limit`.
+    /// Registers a pool, if it is known or fewer than `limit` pools are registered.
     fn take_in(
         &self,
         request: RegisterRequest,
@@ -374,7 +374,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// Takes a pool in that registered with an earlier run. It counts as heard from now, so that it has time to speak.
+    /// Registers a pool of an earlier run. It counts as heard from at `now`, so that it has time to report.
     pub fn restore(&self, stored: StoredPool, now: Timestamp) -> Result<(), FleetError> {
         let StoredPool {
             request,
@@ -382,7 +382,7 @@ impl Fleet {
             stopped_at,
         } = stored;
         let id = request.pool_id.clone();
-        // It was let in then; a limit that was lowered since is for those that come.
+        // The pool was admitted under the limit in force then. A lowered limit applies to new pools only.
         self.take_in(request, usize::MAX, now)?;
         let mut inner = self.lock();
         if let Some(pool) = inner.pools.get_mut(&id) {
@@ -395,7 +395,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// Takes in what a pool says of itself.
+    /// Takes a pool's report.
     pub fn heartbeat(
         &self,
         id: &str,
@@ -456,7 +456,7 @@ impl Fleet {
         overlay.heard(id, &snapshot.status, now);
         pool.status = Some(snapshot.status);
         changed.insert(id.to_owned());
-        // It may be due before all others.
+        // This pool's deadline may be earlier than all others.
         let [silent, _] = pool.deadlines();
         *due = due.iter().copied().chain([silent]).min();
         drop(inner);
@@ -464,7 +464,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// Forgets a pool that said goodbye; false where it was unknown.
+    /// Forgets a pool. Returns false if it was unknown.
     pub fn remove(&self, id: &str) -> bool {
         let mut inner = self.lock();
         inner.overlay.forget_pool(id);
@@ -473,7 +473,7 @@ impl Fleet {
         inner.pools.remove(id).is_some()
     }
 
-    /// All pools, by name.
+    /// Returns all pools, by id.
     pub fn views(&self, now: Timestamp) -> Vec<PoolView> {
         self.lock()
             .pools
@@ -482,17 +482,17 @@ impl Fleet {
             .collect()
     }
 
-    /// One pool.
+    /// Returns one pool; `None` if it has not registered.
     pub fn view(&self, id: &str, now: Timestamp) -> Option<PoolView> {
         self.lock().pools.get(id).map(|pool| pool.view(id, now))
     }
 
-    /// A client of a pool's API.
+    /// Returns a client of a pool's API; `None` if the pool has not registered.
     pub fn client(&self, id: &str) -> Option<ApiClient> {
         self.lock().pools.get(id).map(|pool| pool.client.clone())
     }
 
-    /// Where a worker is reached.
+    /// Returns the endpoint of a worker; `None` if its pool has not reported one.
     pub fn endpoint(&self, pool: &str, worker: &str) -> Option<WorkerEndpoint> {
         self.lock().pools.get(pool)?.endpoints.get(worker).cloned()
     }
@@ -561,7 +561,7 @@ impl Fleet {
         !spoken && now < self.silence_counts_from(&inner, now)
     }
 
-    /// What became of a worker.
+    /// Returns the fate of a worker, as its pool reports it. The pool's own silence counts only after the recovery window.
     pub fn fate(&self, pool_id: &str, worker: &str, now: Timestamp) -> Fate {
         let inner = self.lock();
         let away = |why: &str| {
@@ -589,7 +589,7 @@ impl Fleet {
                     worker.id
                 ))
             }
-            // A new instance says with its first heartbeat what it has.
+            // A new instance reports its workers only with its first heartbeat.
             None if pool.status.is_none() => Fate::Alive,
             None => Fate::Gone(format!(
                 "pool `{pool_id}` has no worker `{worker}` any more"
@@ -597,8 +597,8 @@ impl Fleet {
         }
     }
 
-    /// The pools that look different since the last call, as the scheduler shall see them: what they said, and what was
-    /// done since.
+    /// Returns the pools whose state may have changed since the last call, as the scheduler must see them: their reports, with
+    /// later requests and answers laid over them.
     pub fn take_changes(&self, now: Timestamp) -> Vec<PoolChange> {
         let mut inner = self.lock();
         let Inner {
@@ -631,17 +631,17 @@ impl Fleet {
             PoolChange::Is(Box::new(state))
         });
         let changes = changes.collect();
-        // A pool that has spoken since only moves its moment away: the look is early then, and never late.
+        // A heartbeat since then can only move its pool's deadlines later. So `due` may be too early, but never too late.
         if due.is_none_or(|due| due <= now) {
             *due = next_change(pools, overlay, now);
         }
         changes
     }
 
-    /// The next moment after `now` at which time alone changes how pools look, or an earlier one.
+    /// Returns the next moment after `now` at which the passing of time alone changes the pools' states, or an earlier one.
     pub fn next_change(&self, now: Timestamp) -> Option<Timestamp> {
         let mut inner = self.lock();
-        // What was done since the pools were looked at may have its own, earlier moments.
+        // Requests since `due` was computed may have earlier deadlines.
         let overlay = inner.overlay.deadlines().filter(|at| *at > now).min();
         inner.due = inner.due.into_iter().chain(overlay).min();
         if inner.due.is_none() {
@@ -664,7 +664,7 @@ fn next_change(
         .min()
 }
 
-/// Names come from other machines and are shown to people and put into paths.
+/// Checks a name. Names come from other machines, are shown to people, and become parts of paths.
 fn check_name(field: &'static str, name: &str) -> Result<(), FleetError> {
     let fits = (1..=128).contains(&name.len())
         && name

@@ -1,4 +1,4 @@
-//! What an attempt waits for whose worker nobody reaches.
+//! Explanation of an attempt whose worker is unreachable.
 
 use jiff::Timestamp;
 use orchestrator_core::api::tasks::OutOfReach;
@@ -8,8 +8,8 @@ use super::Fleet;
 use crate::clock;
 
 impl Fleet {
-    /// Explains an attempt without an open stream. As [`Fleet::fate`] has it: a pool that is heard decides by what it says,
-    /// one that is silent when its silence counts.
+    /// Explains an attempt without an open stream. As in [`Fleet::fate`], the reports of a pool that sends heartbeats decide,
+    /// and silence decides once it counts.
     pub fn out_of_reach(&self, pool_id: &str, worker_id: &str, now: Timestamp) -> OutOfReach {
         let inner = self.lock();
         let pool = inner.pools.get(pool_id);

@@ -8,7 +8,7 @@ use super::overlay::Load;
 use super::{Asked, Fleet, Inner};
 
 impl Fleet {
-    /// Notes that a pool is being asked to start a worker, and returns the number under which that is remembered.
+    /// Records that a pool is being asked to start a worker. Returns the start's number and a client of the pool.
     pub fn begin_start(
         &self,
         pool: &str,
@@ -21,7 +21,7 @@ impl Fleet {
         Some((inner.overlay.begin_start(pool, asked, now), client))
     }
 
-    /// Notes that the pool starts a worker.
+    /// Records that the pool starts a worker.
     pub fn start_accepted(&self, start: u64, pool: &str, worker: &str, now: Timestamp) {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
@@ -31,20 +31,20 @@ impl Fleet {
                 .get(pool)
                 .is_some_and(|pool| pool.worker(worker).is_some())
         });
-        // The pool may have told what became of it before it answered.
+        // A heartbeat that arrived before this answer may already show the worker's outcome.
         if let Some(status) = pools.get(pool).and_then(|pool| pool.status.as_ref()) {
             overlay.settle(pool, status, now);
         }
     }
 
-    /// Notes that the pool refused to; it is not asked again for a moment.
+    /// Records that the pool refused the start. The same start is not requested again for a while.
     pub fn start_refused(&self, start: u64, pool: &str, message: &str, now: Timestamp) {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
         inner.overlay.start_refused(start, message, now);
     }
 
-    /// Notes that a worker is being told to stop, so that it gets no work meanwhile.
+    /// Records that a worker is being asked to stop, so that it gets no more work.
     pub fn begin_stop(&self, pool: &str, worker: &str, now: Timestamp) -> Option<ApiClient> {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
@@ -53,14 +53,14 @@ impl Fleet {
         Some(client)
     }
 
-    /// Notes that the pool did not stop it.
+    /// Records that the pool did not stop the worker.
     pub fn stop_refused(&self, pool: &str, worker: &str, now: Timestamp) {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
         inner.overlay.stop_refused(pool, worker, now);
     }
 
-    /// Notes that a pool is being asked to download a model.
+    /// Records that a pool is being asked to download a model.
     pub fn begin_download(&self, pool: &str, model: &ModelRef, size: u64) -> Option<ApiClient> {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
@@ -69,7 +69,7 @@ impl Fleet {
         Some(client)
     }
 
-    /// Notes how far a download is; false where that is known.
+    /// Records the progress of a download. Returns false if nothing changed.
     pub fn download_moved(&self, pool: &str, model: &ModelRef, percent: u8) -> bool {
         let mut inner = self.lock();
         let moved = inner.overlay.download_moved(pool, model, percent);
@@ -79,14 +79,14 @@ impl Fleet {
         moved
     }
 
-    /// Notes that a download ended well.
+    /// Records that a download succeeded.
     pub fn download_ended(&self, pool: &str, model: &ModelRef, now: Timestamp) {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
         inner.overlay.download_ended(pool, model, now);
     }
 
-    /// Notes that a download came to nothing; it is not asked for again for a while.
+    /// Records that a download failed. It is not requested again for a while.
     pub fn download_failed(
         &self,
         pool: &str,
@@ -102,8 +102,8 @@ impl Fleet {
             .download_failed(pool, model, message, retriable, now);
     }
 
-    /// Notes that a worker had no room, whatever is known of it. It is left alone for a moment, and for a longer one each
-    /// time in a row, until its pool says something else of it.
+    /// Records that a worker had no room. Unless its pool reports a change of its state, the worker gets no work for a pause
+    /// that grows with each such refusal in a row.
     pub fn mark_full(&self, pool: &str, worker: &str, now: Timestamp) {
         self.mark(pool, worker, None, now);
     }
@@ -128,7 +128,7 @@ impl Fleet {
         worker.is_some_and(|worker| worker.cache.is_some())
     }
 
-    /// Notes that a worker had room after all.
+    /// Records that a worker had room after all.
     pub fn mark_open(&self, pool: &str, worker: &str) {
         let mut inner = self.lock();
         if inner.overlay.mark_open(pool, worker) {

@@ -74,7 +74,7 @@ impl Pool {
         }
     }
 
-    /// Records and returns the refusal of a registration; the record is shown with the pool.
+    /// Records and returns the refusal of a registration. The pool's view shows the record.
     pub(super) fn refuse(&mut self, request: &RegisterRequest, now: Timestamp) -> FleetError {
         let known = self.conflict(now);
         if known.is_none_or(|known| known.instance_id != request.instance_id) {

@@ -1,4 +1,4 @@
-//! Downloads that the scheduler asks for: begun, followed, and told to the fleet.
+//! Downloads that the scheduler requests from pools: their requests, progress and outcomes.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use pool_core::client::{ApiClient, Method, ServerEvent};
 use crate::app::App;
 use crate::clock;
 
-/// Why there is no file, and whether the same request may do better later.
+/// The failure of a download, and whether a later request may succeed.
 struct Failure {
     message: String,
     retriable: bool,
@@ -25,7 +25,7 @@ impl Failure {
     }
 }
 
-/// Asks a pool for a model. A pool that has the download under way already lets us follow it.
+/// Requests a model from a pool. If the pool is already downloading it, the request follows that download.
 pub(super) fn begin(app: &App, pool: &str, model: &ModelRef) {
     let size = app.catalog.find(model).and_then(|entry| entry.size_bytes);
     let Some(client) = app
@@ -70,7 +70,7 @@ async fn follow(
         .json(&request);
     let mut events = client.events(call).await.map_err(|error| Failure {
         message: error.to_string(),
-        // What a pool refuses outright stays refused until somebody mends it.
+        // A pool's outright refusal lasts until its cause is fixed.
         retriable: error.api().is_none_or(|body| body.retriable),
     })?;
     while let Some(event) = events.next().await {
@@ -95,14 +95,14 @@ async fn follow(
                     retriable: failure.retriable,
                 });
             }
-            // Another process of the pool downloads it; or a newer pool has something to tell that we don't know.
+            // Another process of the pool downloads the model, or a newer pool sends an event unknown to this release.
             Some(DownloadEvent::Waiting { .. }) | None => {}
         }
     }
     Err(Failure::passing("the pool said no more of the download"))
 }
 
-/// In an event stream the event's name stands before its data instead of in it.
+/// Parses an event. A stream carries the event's name outside the data, but [`DownloadEvent`] expects it inside.
 fn parse(event: &ServerEvent) -> Option<DownloadEvent> {
     let mut data: serde_json::Value = serde_json::from_str(&event.data).ok()?;
     data.as_object_mut()?
@@ -110,7 +110,7 @@ fn parse(event: &ServerEvent) -> Option<DownloadEvent> {
     serde_json::from_value(data).ok()
 }
 
-/// How much of the bytes are there; unpacking and checking come after the last of them.
+/// Returns the percentage of bytes downloaded. Unpacking and checking count as 100, because they follow the last byte.
 fn percent(phase: DownloadPhase, done: u64, total: Option<u64>) -> Option<u8> {
     match phase {
         DownloadPhase::Downloading => {

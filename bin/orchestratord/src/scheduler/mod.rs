@@ -1,7 +1,7 @@
-//! Drives the scheduler: lets it make a pass when something changed, and does what the pass decided.
+//! The scheduler's driver: makes a pass when something has changed, and carries out the pass's decisions.
 //!
-//! There is no tick. A pass runs when a job came or ended, a pool spoke, or the moment has come at which time alone
-//! changes something; any number of changes while a pass runs make one more pass.
+//! There is no tick. A pass runs after a job arrived or ended, after a pool reported, or when the passing of time alone changes
+//! something. Any number of changes during a pass cause one more pass.
 
 mod downloads;
 mod recording;
@@ -28,7 +28,7 @@ use crate::queue::{self, ActiveAttempt, LiveJob, Order, Passed};
 pub use recording::Recordings;
 pub use script::{ScriptPolicy, watch_script};
 
-/// When something is tried again that the database or a pool refused.
+/// Pause before retrying an action that the database or a pool refused.
 const RETRY: SignedDuration = SignedDuration::from_secs(1);
 
 /// Schedules until the daemon stops.
@@ -51,8 +51,8 @@ pub async fn run(app: App) {
     }
 }
 
-/// Decides a pass. The index does so by itself where there is no script and nobody records; else a plan is made of a whole
-/// snapshot, which comes to the same decisions.
+/// Decides a pass. Without a script and recordings, the index decides. Otherwise a plan is made from a whole snapshot, which
+/// under the built-in policy comes to the same decisions.
 async fn decide(app: &App, now: Timestamp) -> Passed {
     let changes = app.fleet.take_changes(now);
     let recorded = app.recordings.count() > 0;
@@ -67,7 +67,7 @@ async fn decide(app: &App, now: Timestamp) -> Passed {
     app.jobs.apply(&decision, now)
 }
 
-/// One pass. Returns when time alone makes the next one due.
+/// Makes one pass. Returns the time at which the next one is due even if nothing changes.
 async fn pass(app: &App) -> Option<Timestamp> {
     let now = clock::now();
     let expires = expire(app, now);
@@ -121,12 +121,12 @@ async fn pass(app: &App) -> Option<Timestamp> {
         }
     }
     queue::publish(passed.news);
-    // After the actions: a start that they began has a deadline as well.
+    // Read this after the actions: a start that they began has a deadline as well.
     let changes = app.fleet.next_change(now);
     [expires, wake, changes].into_iter().flatten().min()
 }
 
-/// Ends the jobs whose time has run out, and tells when the next one's does.
+/// Ends the jobs whose time has run out, and returns the next expiry time.
 fn expire(app: &App, now: Timestamp) -> Option<Timestamp> {
     let (due, next) = app.jobs.expired(now);
     let retry = (!due.is_empty())
@@ -143,13 +143,13 @@ fn expire(app: &App, now: Timestamp) -> Option<Timestamp> {
     next.into_iter().chain(retry).min()
 }
 
-/// Tells attempts what their pools say of their workers. Called for every heartbeat, because a pass may come only after
-/// the next one has replaced it, and with it the reason why a worker ended.
+/// Notifies attempts of their pools' reports about their workers. Runs on every heartbeat: by the time of the next pass, a
+/// newer heartbeat may have replaced the report that said why a worker ended.
 pub fn tell_attempts(app: &App) {
     tell(app, &app.jobs.attempts(), clock::now());
 }
 
-/// An open stream knows better than a pool that is silent.
+/// Orders attempts to end whose workers are gone. While an attempt's stream is open, its pool's silence does not count.
 fn tell(app: &App, attempts: &[Arc<ActiveAttempt>], now: Timestamp) {
     for attempt in attempts {
         match app.fleet.fate(&attempt.pool_id, &attempt.worker_id, now) {
@@ -162,9 +162,9 @@ fn tell(app: &App, attempts: &[Arc<ActiveAttempt>], now: Timestamp) {
     }
 }
 
-/// Lets a job wait again for which the pass decided something that could not be done.
+/// Queues a job again after an action on it failed.
 fn put_back(app: &App, live: &LiveJob, queued: &QueuedJob, now: Timestamp) {
-    // A job that ended while the pass ran waits no more.
+    // A job that ended during the pass must not wait again.
     if live.ended().is_none() {
         app.jobs.put(QueuedJob {
             not_before: now.checked_add(RETRY).ok(),
@@ -183,7 +183,7 @@ fn dispatch(
     now: Timestamp,
 ) {
     let endpoint = app.fleet.endpoint(pool, worker);
-    // An attempt holds a descriptor while it runs. Without a descriptor, its worker would look unreachable.
+    // Reserve a file descriptor for the attempt. Without one, its worker would look unreachable.
     let place = app.metrics.load().call();
     let (Some(live), Some(endpoint), Some(place)) = (app.jobs.get(queued.id), endpoint, place)
     else {
@@ -269,7 +269,7 @@ fn stop_worker(app: &App, pool: &str, worker: &str, now: Timestamp) {
     let (app_, pool, worker) = (Arc::clone(app), pool.to_owned(), worker.to_owned());
     app.spawn(async move {
         let path = format!("/workers/{worker}/stop");
-        // Not by force: should somebody else use it, that is finished first.
+        // A graceful stop: if the worker has got other work, it finishes that first.
         let request = WorkerStopRequest::default();
         let answer = tokio::select! {
             answer = client.post::<_, IgnoredAny>(&path, &request) => answer,

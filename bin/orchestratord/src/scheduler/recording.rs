@@ -1,5 +1,5 @@
-//! Recordings: whoever reads `GET /v2/scheduler/trace` gets a trace of what the scheduler sees and decides, for as long as
-//! it reads. Nothing is kept here: a recording leaves no file on this host, and costs nothing while nobody reads.
+//! Recordings: a reader of `GET /v2/scheduler/trace` gets a trace of the scheduler's input and decisions for as long as it
+//! reads. Nothing is stored: a recording leaves no file on this host, and costs nothing without readers.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -9,12 +9,12 @@ use orchestrator_core::scheduler::Snapshot;
 use orchestrator_core::trace::{End, EndReason, Header, Lease, Line, Recorder};
 use tokio::sync::mpsc;
 
-/// Passes that may wait for a reader before it counts as too slow.
+/// Number of passes buffered for a reader. A reader further behind is too slow.
 const BEHIND: usize = 1024;
-/// Most recordings at once.
+/// Greatest number of recordings at once.
 const MOST: usize = 4;
 
-/// The recordings under way.
+/// The open recordings.
 #[derive(Debug, Default)]
 pub struct Recordings {
     tapes: Mutex<Vec<Running>>,
@@ -26,7 +26,7 @@ struct Running {
     lines: mpsc::Sender<Bytes>,
 }
 
-/// What a reader gets.
+/// A reader's end of a recording.
 #[derive(Debug)]
 pub struct Tape {
     lines: mpsc::Receiver<Bytes>,
@@ -38,14 +38,14 @@ impl Recordings {
         self.tapes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many are under way.
+    /// Returns the number of open recordings.
     pub fn count(&self) -> usize {
         let mut tapes = self.lock();
         tapes.retain(|tape| !tape.lines.is_closed());
         tapes.len()
     }
 
-    /// Begins a recording; `None` where there are as many as there may be.
+    /// Begins a recording. Returns `None` if the greatest number are open.
     pub fn begin(&self, header: Header) -> Option<Tape> {
         let mut tapes = self.lock();
         tapes.retain(|tape| !tape.lines.is_closed());
@@ -64,7 +64,7 @@ impl Recordings {
         })
     }
 
-    /// Records a pass. A reader that can't keep up loses its recording, and is told.
+    /// Records a pass. A reader that can't keep up loses its recording, and its trace says so.
     pub fn pass(&self, snapshot: &Snapshot, leases: &[Lease], decision: &Decision) {
         let mut tapes = self.lock();
         tapes.retain(|tape| !tape.lines.is_closed());
@@ -86,14 +86,14 @@ impl Recordings {
 }
 
 impl Tape {
-    /// The next piece; `None` where the reader was too slow.
+    /// Returns the next piece of the trace; `None` if the reader was too slow.
     pub async fn next(&mut self) -> Option<Bytes> {
         let piece = self.lines.recv().await?;
         self.passes += 1;
         Some(piece)
     }
 
-    /// The last line.
+    /// Returns the trace's last line.
     pub fn end(&self, reason: EndReason) -> Option<Bytes> {
         // The first piece was the header.
         let passes = self.passes.saturating_sub(1);

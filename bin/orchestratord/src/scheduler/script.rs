@@ -1,7 +1,7 @@
-//! The operator's own policy: a script in a file, loaded anew when the file changes.
+//! The operator's own policy: a script in a file, reloaded when the file changes.
 //!
-//! A version that does not compile changes nothing: the one before stays in force. Whatever a script does, a pass costs
-//! its limit at the most and the built-in policy decides then. Its runs happen on a thread of their own.
+//! A version that does not compile changes nothing: the previous one stays in force. A script costs a pass at most its time
+//! limit; after that, the built-in policy decides. Scripts run on a thread of their own.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, Metadata};
@@ -24,12 +24,12 @@ use crate::app::App;
 use crate::clock;
 use crate::metrics::Metrics;
 
-/// How often the file is looked at: a person who saves it does not wait for longer.
+/// Interval of checks for a new version: an operator who saves the file waits no longer than this.
 const LOOK: Duration = Duration::from_secs(1);
-/// Most kinds of errors of one version that are remembered as logged.
+/// Greatest number of kinds of errors logged for one version.
 const LOGGED: usize = 100;
 
-/// The script that decides, where the settings name one.
+/// The script that decides, if the settings name one.
 #[derive(Debug)]
 pub struct ScriptPolicy {
     costs: Costs,
@@ -47,18 +47,18 @@ struct ScriptFile {
 #[derive(Debug, Default)]
 struct State {
     in_force: Option<(Script, Timestamp)>,
-    /// What the file looked like when it was read last.
+    /// Stamp of the file as last read.
     seen: Option<Stamp>,
     refused: Option<LastScriptError>,
     last_error: Option<LastScriptError>,
     runs: u64,
     fallbacks: u64,
     errors: BTreeMap<ScriptErrorKind, u64>,
-    /// What was logged of the version in force: an error of every pass would fill the log.
+    /// Kinds and lines of logged errors of the version in force. An error in every pass would otherwise fill the log.
     logged: HashSet<(ScriptErrorKind, Option<usize>)>,
 }
 
-/// What tells one version of a file from the next without reading it.
+/// A version of the file, told apart from others without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp {
     modified: (i64, i64),
@@ -93,8 +93,8 @@ impl State {
 }
 
 impl ScriptPolicy {
-    /// Loads the script that the settings name. One that can't be loaded keeps nobody from starting: the built-in policy
-    /// decides until its file is mended.
+    /// Loads the script that the settings name. A script that can't be loaded does not prevent a start: the built-in policy
+    /// decides until the file is fixed.
     pub fn start(config: &SchedulerConfig, metrics: &Metrics) -> std::io::Result<Self> {
         let file = match &config.script {
             None => None,
@@ -113,19 +113,19 @@ impl ScriptPolicy {
         Ok(policy)
     }
 
-    /// Whether a script decides.
+    /// Returns whether a script decides.
     pub fn is_in_force(&self) -> bool {
         self.file
             .as_ref()
             .is_some_and(|file| file.lock().in_force.is_some())
     }
 
-    /// What hosts cost.
+    /// Returns the costs of hosts, from the settings.
     pub fn costs(&self) -> &Costs {
         &self.costs
     }
 
-    /// What `GET /v2/scheduler` tells of it.
+    /// Returns the script's state for `GET /v2/scheduler`; `None` if the settings name no script.
     pub fn view(&self) -> Option<ScriptView> {
         let file = self.file.as_ref()?;
         let state = file.lock();
@@ -174,7 +174,7 @@ impl ScriptPolicy {
         let submitted = file
             .runner
             .submit(&script, Arc::clone(&pass), self.limit, false, |ran| {
-                // Nobody may be waiting any more: a late result is worth nothing.
+                // After a timeout nothing waits for the result; drop it.
                 let _ = done.send(ran);
             });
         let answer = match submitted {
@@ -189,8 +189,8 @@ impl ScriptPolicy {
         decision.with(&script)
     }
 
-    /// Looks at the file, and takes a new version in that compiles. Blocks for as long as that takes. Returns whether
-    /// another version is in force.
+    /// Puts a new version of the file into force if it compiles. Blocks while reading and compiling. Returns whether another
+    /// version is in force.
     pub fn reload(&self, metrics: &Metrics) -> bool {
         self.file.as_ref().is_some_and(|file| file.reload(metrics))
     }
@@ -233,7 +233,7 @@ impl ScriptFile {
             let sha256 = source_hash(&source);
             Script::compile(&source).map_err(|error| (Some(sha256), error))
         });
-        // No pass waits while a script is compiled.
+        // The lock is taken only now, so that no pass waits for a compilation.
         let mut state = self.lock();
         match loaded {
             Ok(script) => {
@@ -252,7 +252,7 @@ impl ScriptFile {
             Err((sha256, error)) => {
                 let known = state.refused.as_ref();
                 let news = known.is_none_or(|known| known.error != error || known.sha256 != sha256);
-                // A file that can't be read is tried again, and told once.
+                // A file that can't be read is tried again, but the error is reported once.
                 state.seen = stamp;
                 if news {
                     state.failed(sha256, &error, metrics);
@@ -269,7 +269,7 @@ impl ScriptFile {
         }
     }
 
-    /// The file as it is now; `None` where it looks as before.
+    /// Reads the file; `None` if it has not changed.
     fn read(&self) -> Result<Option<(Stamp, Vec<u8>)>, ScriptError> {
         let unreadable = |error: std::io::Error| ScriptError {
             kind: ScriptErrorKind::Compile,
@@ -279,7 +279,7 @@ impl ScriptFile {
         };
         let metadata = std::fs::metadata(&self.path).map_err(unreadable)?;
         if !metadata.is_file() {
-            // A pipe could be opened for ever.
+            // Opening a pipe could block forever.
             return Err(unreadable(std::io::Error::other("it is no regular file")));
         }
         let stamp = Stamp::of(&metadata);
@@ -294,19 +294,19 @@ impl ScriptFile {
     }
 }
 
-/// Lets other work go on while a decision is worked out: for a large fleet that takes longer than the index does.
+/// Works out a decision on a blocking thread: for a large fleet, the work takes too long for the runtime's threads.
 async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime is going down.
+            // The runtime is shutting down.
             Err(_) => std::future::pending().await,
         },
     }
 }
 
-/// Takes in new versions of the script until the daemon stops.
+/// Watches the file for new versions of the script until the daemon stops.
 pub async fn watch_script(app: App) {
     if app.script.file.is_none() {
         return;
@@ -339,7 +339,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(30);
 
-    /// The sample, on a fleet so large that one look at all of it takes longer than a pass may.
+    /// Returns the sample on a fleet so large that one look at all of it takes longer than a pass may.
     fn large() -> Arc<Snapshot> {
         let mut snapshot = sample();
         let pool = snapshot.pools[0].as_ref().clone();
@@ -351,7 +351,7 @@ mod tests {
         Arc::new(snapshot)
     }
 
-    // [ORCHD-142] [P21] A pass does not wait for what can not be interrupted.
+    // [ORCHD-142] [P21] A pass does not wait for a call that can't be interrupted.
     #[tokio::test]
     async fn a_run_that_goes_on_is_not_waited_for() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -379,7 +379,8 @@ mod tests {
                 .submit(&quick, Arc::clone(&pass), LIMIT, false, |ran| {
                     let _ = done.send(ran);
                 });
-            // A run that is still under way was not waited for. On a busy machine one may begin late and end at once.
+            // A run still under way shows that the pass did not wait for it. On a busy machine, a run may begin late and end at
+            // once.
             match next {
                 Ok(()) => assert!(came.await.unwrap().result.is_ok()),
                 Err(busy) => {
