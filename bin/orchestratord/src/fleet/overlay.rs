@@ -1,5 +1,5 @@
-//! What was done since the pools spoke last, laid over what they said: workers that were asked for, starts that were
-//! refused, workers that turned out to be full or were told to stop, downloads.
+//! Requests and answers since the pools' last heartbeats, laid over their reports: requested workers, refused starts, workers
+//! that turned out to be full or are being stopped, and downloads.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -12,21 +12,21 @@ use pool_core::api::pool::PoolStatus;
 use pool_core::api::worker::CacheRoom;
 use pool_core::worker::{Device, ExitReason, WorkerInfo, WorkerStatus};
 
-/// How long a start is believed in that no heartbeat shows.
+/// Time for which a start counts although no heartbeat shows it.
 const START_SHOWS: SignedDuration = SignedDuration::from_secs(60);
-/// How long a worker is left alone that had no room, at first and at the most.
+/// First and longest pause after a worker had no room.
 const FULL: (SignedDuration, SignedDuration) = (
     SignedDuration::from_millis(500),
     SignedDuration::from_secs(10),
 );
-/// How long a worker is believed to be stopping that no heartbeat shows so: after the pool agreed, and after it did not.
+/// Time for which a worker counts as stopping although no heartbeat shows it: from the request, and from the pool's refusal.
 const STOP_SHOWS: (SignedDuration, SignedDuration) =
     (SignedDuration::from_secs(60), SignedDuration::from_secs(5));
-/// The pause after a first download that failed for reasons that may pass, and the longest one, which also follows a
-/// failure that somebody has to mend.
+/// Pause after a first download that failed for a passing reason, and the longest pause, which also follows a failure with a
+/// lasting cause.
 const DOWNLOAD_REFUSED: (SignedDuration, SignedDuration) =
     (SignedDuration::from_secs(5), SignedDuration::from_mins(10));
-/// The pause after a first refused start, and the longest one.
+/// First and longest pause after a refused start.
 const REFUSED: (SignedDuration, SignedDuration) =
     (SignedDuration::from_secs(1), SignedDuration::from_secs(60));
 
@@ -37,11 +37,11 @@ pub(super) struct Overlay {
     hoped_for: HashMap<(String, String), Asked>,
     refusals: Vec<Refusal>,
     full: HashMap<(String, String), Full>,
-    /// Workers that were told to stop, and until when that is believed.
+    /// Workers that are being stopped, each with the time until which that counts.
     stops: HashMap<(String, String), Timestamp>,
     downloads: HashMap<(String, ModelRef), Download>,
     failed_downloads: HashMap<(String, ModelRef), FailedDownload>,
-    /// When the deadlines were looked at last.
+    /// Time at which the deadlines were last checked.
     looked_at: Timestamp,
     count: u64,
 }
@@ -70,7 +70,7 @@ struct Start {
 struct Download {
     size: u64,
     percent: Option<u8>,
-    /// Set when it has ended well: so long is the model believed to be there that no heartbeat shows.
+    /// Set once the download has succeeded: time until which the model counts as present although no heartbeat shows it.
     until: Option<Timestamp>,
 }
 
@@ -78,7 +78,7 @@ struct Download {
 struct FailedDownload {
     message: String,
     until: Timestamp,
-    /// How long the next pause is, where it fails again.
+    /// Length of the next pause, if the download fails again.
     next: SignedDuration,
 }
 
@@ -87,11 +87,11 @@ struct Refusal {
     pool: String,
     refused: RefusedStart,
     until: Timestamp,
-    /// How long the next pause is, where it is refused again.
+    /// Length of the next pause, if the start is refused again.
     next: SignedDuration,
 }
 
-/// What a pool says of a worker that bears on whether it has room.
+/// The part of a worker's report that bears on whether the worker has room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Load {
     status: WorkerStatus,
@@ -111,12 +111,12 @@ impl Load {
 
 #[derive(Debug)]
 struct Full {
-    /// What its pool said of it when it refused.
+    /// The pool's report of the worker when it refused.
     said: Option<Load>,
-    /// Tokens that its cache had left; `None` if it lacked a slot.
+    /// Free tokens of the worker's cache; `None` if the worker lacked a slot.
     free_tokens: Option<u32>,
     until: Timestamp,
-    /// How long the next pause is, where it refuses again.
+    /// Length of the next pause, if the worker refuses again.
     next: SignedDuration,
 }
 
@@ -220,13 +220,13 @@ impl Overlay {
         self.full.get(&key).is_some_and(lacks_slots) && self.full.remove(&key).is_some()
     }
 
-    /// Notes that a worker is being told to stop.
+    /// Records that a worker is being asked to stop.
     pub(super) fn begin_stop(&mut self, pool: &str, worker: &str, now: Timestamp) {
         let key = (pool.to_owned(), worker.to_owned());
         self.stops.insert(key, after(now, STOP_SHOWS.0));
     }
 
-    /// Notes that the pool did not stop it. It is left alone for a moment all the same: it may be stopping.
+    /// Records that the pool did not stop the worker. The worker gets no work for a moment, because it may be stopping.
     pub(super) fn stop_refused(&mut self, pool: &str, worker: &str, now: Timestamp) {
         let key = (pool.to_owned(), worker.to_owned());
         if let Some(until) = self.stops.get_mut(&key) {
@@ -234,7 +234,7 @@ impl Overlay {
         }
     }
 
-    /// Notes that a pool is being asked for a model.
+    /// Records that a pool is being asked for a model.
     pub(super) fn begin_download(&mut self, pool: &str, model: &ModelRef, size: u64) {
         let download = Download {
             size,
@@ -245,7 +245,7 @@ impl Overlay {
             .insert((pool.to_owned(), model.clone()), download);
     }
 
-    /// Notes how far a download is; false where that is known.
+    /// Records the progress of a download. Returns false if nothing changed.
     pub(super) fn download_moved(&mut self, pool: &str, model: &ModelRef, percent: u8) -> bool {
         let key = (pool.to_owned(), model.clone());
         self.downloads
@@ -253,7 +253,7 @@ impl Overlay {
             .is_some_and(|known| known.percent.replace(percent) != Some(percent))
     }
 
-    /// Notes that the pool has the model. Its next heartbeat shows it.
+    /// Records that the pool has the model. The model counts as present until the pool's heartbeat shows it.
     pub(super) fn download_ended(&mut self, pool: &str, model: &ModelRef, now: Timestamp) {
         let key = (pool.to_owned(), model.clone());
         if let Some(download) = self.downloads.get_mut(&key) {
@@ -262,7 +262,7 @@ impl Overlay {
         self.failed_downloads.remove(&key);
     }
 
-    /// Notes that a download came to nothing, and pauses the next one.
+    /// Records that a download failed, and pauses the next one.
     pub(super) fn download_failed(
         &mut self,
         pool: &str,
@@ -286,7 +286,7 @@ impl Overlay {
         self.failed_downloads.insert(key, failed);
     }
 
-    /// A pool spoke: what it shows need not be remembered.
+    /// Drops the entries that a pool's heartbeat makes obsolete.
     pub(super) fn heard(&mut self, pool: &str, status: &PoolStatus, now: Timestamp) {
         let shows = |id: &str| status.workers.iter().any(|worker| worker.id == id);
         self.starts
@@ -308,8 +308,8 @@ impl Overlay {
         self.settle(pool, status, now);
     }
 
-    /// Looks what became of workers that were started here: one that came up ends the pauses, one that did not, though
-    /// its file is good, makes the next start wait.
+    /// Checks the outcome of workers that were started here. A worker that became ready ends the pauses. A worker that failed,
+    /// other than by an invalid model file or a stop, delays the next start.
     pub(super) fn settle(&mut self, pool: &str, status: &PoolStatus, now: Timestamp) {
         let hoped: Vec<_> = self
             .hoped_for
@@ -348,8 +348,8 @@ impl Overlay {
         self.failed_downloads.retain(|(of, _), _| of != pool);
     }
 
-    /// Drops what is too old to count, and names the pools for which a moment has passed since the last look. What is
-    /// refused is kept twice as long, for the length of the next pause.
+    /// Drops expired entries, and returns the pools with a deadline between the last check and `now`. A refusal is kept for the
+    /// length of the next pause as well, so that a repetition within that time gets the longer pause.
     pub(super) fn expire(&mut self, now: Timestamp) -> BTreeSet<String> {
         let due = self.dated();
         let due = due.filter(|(_, at)| *at > self.looked_at && *at <= now);
@@ -368,7 +368,7 @@ impl Overlay {
         due
     }
 
-    /// The moments at which time alone changes how a pool looks.
+    /// Returns the moments at which the passing of time alone changes a pool's state.
     fn dated(&self) -> impl Iterator<Item = (&String, Timestamp)> {
         let starts = self.starts.values().map(|start| (&start.pool, start.until));
         let full = self.full.iter().map(|((pool, _), full)| (pool, full.until));
@@ -391,7 +391,7 @@ impl Overlay {
         self.dated().map(|(_, at)| at)
     }
 
-    /// Lays it over what the pool said. `reachable` says whether the pool told where a worker is reached.
+    /// Lays the overlay over a pool's report. `reachable` says whether the pool has reported a worker's endpoint.
     pub(super) fn apply(
         &self,
         state: &mut PoolState,
@@ -459,7 +459,7 @@ impl Overlay {
                 message: failed.message.clone(),
             })
             .collect();
-        // Maps have no order of their own; the same state must look the same twice.
+        // Maps have no order, but equal states must compare equal.
         state.downloads.sort_by(|a, b| a.model.cmp(&b.model));
         state
             .refused_downloads
@@ -502,7 +502,7 @@ mod tests {
         assert_eq!(pauses, [500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
         overlay.mark_open("pool-a", "worker-cpu-0");
         assert_eq!(refused(&mut overlay), 500);
-        // Long after the pause a refusal is the first of its kind again.
+        // Long after the pause, a refusal counts as the first again.
         refused(&mut overlay);
         overlay.expire(after(Timestamp::UNIX_EPOCH, SignedDuration::from_hours(1)));
         assert_eq!(refused(&mut overlay), 500);
@@ -537,7 +537,7 @@ mod tests {
         };
         overlay.mark_full("pool-a", "worker-cpu-0", BUSY, Some(3000), now);
         assert_eq!(seen(&overlay, now), (false, Some(3000)));
-        // A small job that it takes says nothing of the room for a large one.
+        // A small job that the worker takes says nothing about the room for a large one.
         assert!(!overlay.mark_open("pool-a", "worker-cpu-0"));
         assert_eq!(seen(&overlay, now), (false, Some(3000)));
         assert_eq!(seen(&overlay, after(now, FULL.0)), (false, Some(8192)));

@@ -1,8 +1,8 @@
-//! The jobs that are not over, in memory: the order of those that wait, what they wait for, and the hub and attempt of
-//! each.
+//! The jobs that are not over, in memory: the order of the waiting jobs, the reasons they wait, and the hub and attempt of each
+//! job.
 //!
-//! The database is the record. What stands here is built from it at start and changed after each commit. Waiting jobs,
-//! leases and pools stand in one index under one lock, so that a pass sees all of them at one moment.
+//! The database is the record. This state is built from it at start and changed after each commit. Waiting jobs, leases and
+//! pools share one index under one lock, so that a pass sees all of them at one moment.
 
 mod live;
 
@@ -41,19 +41,19 @@ struct Inner {
     /// Places promised to submits whose commit is under way.
     promised: Promised,
     live: HashMap<JobId, Arc<LiveJob>>,
-    /// When live jobs expire.
+    /// Expiry times of live jobs.
     deadlines: BTreeSet<(Timestamp, JobId)>,
-    /// Outlive their jobs: a slot is held until the worker has let go of it.
+    /// Attempts that hold slots. An attempt may outlive its job: the slot is held until the worker has released it.
     attempts: HashMap<JobId, Arc<ActiveAttempt>>,
-    /// How many readers follow a job, and what they were told last of its wait.
+    /// Number of readers of each followed job, and the explanation last sent to them.
     followed: HashMap<JobId, (usize, Option<Arc<Explanation>>)>,
-    /// What the operator's script said of jobs that it lets wait.
+    /// The script's explanations for jobs that it holds back.
     held: HashMap<JobId, Arc<Explanation>>,
-    /// Whether a job came since the last pass: its readers have not been told why it waits.
+    /// True if a job was queued since the last pass: its readers do not know yet why it waits.
     came: bool,
 }
 
-/// Places promised to submits, apart for jobs that nothing can run.
+/// Places promised to submits, counted apart for jobs that nothing can run.
 #[derive(Debug, Clone, Copy, Default)]
 struct Promised {
     within_reach: Load,
@@ -69,18 +69,18 @@ impl Promised {
     }
 }
 
-/// Why a job is not admitted, and when to come back.
+/// The refusal of a job, with the time after which a new try may succeed.
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
 pub struct Refused {
-    /// Why.
+    /// Reason for the refusal.
     pub error: QueueError,
-    /// When a place may be free.
+    /// Estimated time until a place is free.
     pub retry_after: SignedDuration,
 }
 
 impl Jobs {
-    /// None yet.
+    /// Creates an empty queue with the limits and policy of `config`. `catalog` gives the sizes of models.
     pub fn new(config: &OrchestratorConfig, catalog: &Catalog) -> Self {
         let queue = FairQueue::new(config.queue.capacity(), config.queue.promote_after());
         let sizes = catalog
@@ -138,7 +138,7 @@ impl Jobs {
         Ok((promise, position))
     }
 
-    /// Makes a job known. From here on its events can be followed.
+    /// Adds a job that is not over. From here on its events can be followed.
     pub fn insert(&self, live: Arc<LiveJob>) {
         let mut inner = self.lock();
         if let Some(deadline) = live.deadline {
@@ -147,12 +147,12 @@ impl Jobs {
         inner.live.insert(live.id, live);
     }
 
-    /// The job, unless it is over or unknown.
+    /// Returns the job, unless it is over or unknown.
     pub fn get(&self, id: JobId) -> Option<Arc<LiveJob>> {
         self.lock().live.get(&id).cloned()
     }
 
-    /// Forgets a job that is over, or that was never stored.
+    /// Removes a job that is over, or that was never stored.
     pub fn forget(&self, id: JobId) {
         let mut inner = self.lock();
         if let Some(live) = inner.live.remove(&id)
@@ -165,7 +165,7 @@ impl Jobs {
         }
     }
 
-    /// Forgets a job that ended, and learns from how long it ran.
+    /// Removes a job that ended. The duration of a completed job improves the estimates for later ones.
     pub fn finished(&self, id: JobId, status: JobStatus) {
         if status == JobStatus::Completed
             && let Some(attempt) = self.attempt(id)
@@ -179,7 +179,7 @@ impl Jobs {
         self.forget(id);
     }
 
-    /// The jobs whose time has run out, and when the next one's does.
+    /// Returns the jobs whose time has run out, and the next expiry time after `now`.
     pub fn expired(&self, now: Timestamp) -> (Vec<Arc<LiveJob>>, Option<Timestamp>) {
         let inner = self.lock();
         let due = inner.deadlines.iter().take_while(|(at, _)| *at <= now);
@@ -194,14 +194,14 @@ impl Jobs {
         (due, next)
     }
 
-    /// Notes that an attempt at the job holds a slot, which no pass gave it.
+    /// Records that an attempt at the job holds a slot that no pass assigned.
     pub fn begin_attempt(&self, id: JobId, attempt: Arc<ActiveAttempt>) {
         let mut inner = self.lock();
         inner.index.lease(&attempt.pool_id, &attempt.worker_id);
         inner.attempts.insert(id, attempt);
     }
 
-    /// Notes that the attempt holds its slot no more. An attempt that follows it is left alone.
+    /// Records that the attempt no longer holds its slot. A later attempt at the same job is left alone.
     pub fn end_attempt(&self, id: JobId, attempt: &ActiveAttempt) {
         let mut inner = self.lock();
         let holds = |held: &Arc<ActiveAttempt>| std::ptr::eq(Arc::as_ptr(held), attempt);
@@ -213,17 +213,17 @@ impl Jobs {
         }
     }
 
-    /// The attempt at the job that holds a slot.
+    /// Returns the attempt at the job that holds a slot.
     pub fn attempt(&self, id: JobId) -> Option<Arc<ActiveAttempt>> {
         self.lock().attempts.get(&id).cloned()
     }
 
-    /// All attempts that hold slots, those at jobs included that ended a moment ago.
+    /// Returns all attempts that hold slots, including those whose jobs have just ended.
     pub fn attempts(&self) -> Vec<Arc<ActiveAttempt>> {
         self.lock().attempts.values().cloned().collect()
     }
 
-    /// Which job holds a slot of which worker.
+    /// Returns the slots held by jobs: the job, the pool and the worker of each.
     pub fn leases(&self) -> Vec<Lease> {
         let inner = self.lock();
         let attempts = inner.attempts.iter();
@@ -236,15 +236,15 @@ impl Jobs {
             .collect()
     }
 
-    /// Lets a job wait for its turn.
+    /// Queues a job.
     pub fn put(&self, job: QueuedJob) {
         let mut inner = self.lock();
         inner.index.put(job);
         inner.came = true;
     }
 
-    /// One pass, after the pools have changed as told. Jobs that it dispatches hold their slots and wait no more; each
-    /// comes with its attempt.
+    /// Applies `changes` and makes a pass. Jobs that the pass dispatches hold their slots and no longer wait; each comes with
+    /// its attempt.
     pub fn pass(&self, changes: Vec<PoolChange>, now: Timestamp) -> Passed {
         let mut inner = self.lock();
         inner.take_in(changes);
@@ -253,16 +253,16 @@ impl Jobs {
         inner.passed(pass, now)
     }
 
-    /// Everything that the next pass depends on, after the pools have changed as told: for a plan that somebody else
-    /// makes. [`Jobs::apply`] follows.
+    /// Applies `changes` and returns the input of the next pass, for a plan that is made outside the lock. [`Jobs::apply`] must
+    /// follow.
     pub fn look(&self, changes: Vec<PoolChange>, now: Timestamp) -> Snapshot {
         let mut inner = self.lock();
         inner.take_in(changes);
         inner.index.snapshot(now)
     }
 
-    /// A pass that does what was decided. What does not fit any more, after what has changed since the snapshot that it was
-    /// decided from, is left out.
+    /// Carries out a decision as a pass. Actions that no longer fit, because something changed since the decision's snapshot,
+    /// are left out.
     pub fn apply(&self, decision: &Decision, now: Timestamp) -> Passed {
         let plan = &decision.plan;
         let chooser = match decision.by {
@@ -280,7 +280,7 @@ impl Jobs {
         inner.passed(pass, now)
     }
 
-    /// Counts a reader of the job until the guard is dropped. A waiting job that is followed is explained.
+    /// Counts a reader of the job until the guard is dropped. Readers of a waiting job receive its explanation.
     pub fn follow(self: &Arc<Self>, id: JobId) -> Followed {
         let mut inner = self.lock();
         inner.followed.entry(id).or_default().0 += 1;
@@ -293,19 +293,19 @@ impl Jobs {
         }
     }
 
-    /// Why the job waits and how many are before it, while it does.
+    /// Returns why the job waits and the number of jobs ahead of it; `None` if it does not wait.
     pub fn waiting(&self, id: JobId, now: Timestamp) -> Option<TaskWaiting> {
         let mut inner = self.lock();
         let waiting = inner.index.waiting(id, now)?;
         Some(inner.said(id, waiting).into())
     }
 
-    /// How many jobs are before it, while it waits.
+    /// Returns the number of jobs ahead of a waiting job; `None` if it does not wait.
     pub fn position(&self, id: JobId, now: Timestamp) -> Option<u64> {
         self.lock().index.position(id, now)
     }
 
-    /// How many jobs of each class wait.
+    /// Returns the number of waiting jobs of each class.
     pub fn depths(&self) -> [(Priority, usize); 2] {
         let inner = self.lock();
         let queue = inner.index.queue();
@@ -313,20 +313,20 @@ impl Jobs {
     }
 }
 
-/// What a pass came to.
+/// The outcome of a pass.
 pub struct Passed {
-    /// What the index decided.
+    /// Decisions of the index.
     pub pass: Pass,
-    /// The attempts of the jobs that it dispatched.
+    /// Attempts of the dispatched jobs.
     pub attempts: HashMap<JobId, Arc<ActiveAttempt>>,
-    /// Jobs with readers that wait for something else than before.
+    /// New explanations for followed jobs, where the reason to wait has changed.
     pub news: Vec<News>,
 }
 
-/// A job, and why it waits now.
+/// A job and its new reason to wait.
 pub type News = (Arc<LiveJob>, TaskWaiting);
 
-/// Tells readers why their jobs wait.
+/// Sends the readers of waiting jobs their new explanations.
 pub fn publish(news: Vec<News>) {
     use orchestrator_core::api::events::TaskEvent;
     for (live, waiting) in news {
@@ -375,7 +375,7 @@ impl Inner {
         }
     }
 
-    /// What the script said of the job that it lets wait, where that is what it waits for.
+    /// Replaces the index's explanation by the script's, if the script holds the job back.
     fn said(&self, id: JobId, waiting: Waiting) -> Waiting {
         match self.held.get(&id) {
             Some(held) => Waiting {
@@ -387,7 +387,7 @@ impl Inner {
         }
     }
 
-    /// What follows from a pass.
+    /// Derives what follows from a pass: the attempts of dispatched jobs, and the news for readers.
     fn passed(&mut self, pass: Pass, now: Timestamp) -> Passed {
         for _ in &pass.jobs {
             self.departures.note(now);
@@ -401,7 +401,7 @@ impl Inner {
             let attempt = Arc::new(ActiveAttempt::chosen(pool, worker, *why));
             self.attempts.insert(job, Arc::clone(&attempt));
             attempts.insert(job, attempt);
-            // Should it come back, its readers are told why it waits again.
+            // If the job is queued again, its readers need the explanation once more.
             if let Some((_, told)) = self.followed.get_mut(&job) {
                 *told = None;
             }
@@ -446,13 +446,13 @@ impl Inner {
     }
 }
 
-/// Whether two explanations say the same; a pause that grows shorter is no news.
+/// Returns whether two explanations say the same. A back-off that grows shorter is no news.
 fn same(old: &Arc<Explanation>, new: &Arc<Explanation>) -> bool {
     use orchestrator_core::scheduler::WaitReason::BackingOff;
     Arc::ptr_eq(old, new) || (old.reason == BackingOff && new.reason == BackingOff) || old == new
 }
 
-/// A place in the queue that is kept free. Dropping it gives the place back: by then the job holds one, or never will.
+/// A reserved place in the queue. Dropping the promise frees the place: by then the job is queued, or never will be.
 #[derive(Debug)]
 pub struct Promise<'a> {
     jobs: &'a Jobs,
@@ -467,7 +467,7 @@ impl Drop for Promise<'_> {
     }
 }
 
-/// A reader of a job.
+/// A reader of a job, counted until dropped.
 #[derive(Debug)]
 pub struct Followed {
     jobs: Arc<Jobs>,

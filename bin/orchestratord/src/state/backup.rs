@@ -1,4 +1,4 @@
-//! A copy of the database as it is at one moment, also while a daemon writes to it.
+//! Backups: a copy of the database as it is at one moment, even while a daemon writes to it.
 
 use std::fs::File;
 use std::io;
@@ -9,24 +9,24 @@ use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 
 use super::{BUSY_TIMEOUT, StoreError, while_opening};
 
-/// Why there is no backup. Nothing has the final name then that had it not before.
+/// A failed backup. No new file has the final name.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupError {
-    /// Nothing to copy.
+    /// There is no database to copy.
     #[error("there is no job database {}", .0.display())]
     NoDatabase(PathBuf),
-    /// The goal exists.
+    /// The destination exists.
     #[error("{} exists already", .0.display())]
     Exists(PathBuf),
-    /// The goal is the database, or a file beside it that SQLite uses.
+    /// The destination is the database, or one of the side files that SQLite uses.
     #[error("{} belongs to the job database itself", .0.display())]
     Itself(PathBuf),
-    /// The goal can't be written.
+    /// The destination can't be written.
     #[error("could not write {}", path.display())]
     Io {
-        /// The goal.
+        /// Path of the destination.
         path: PathBuf,
-        /// What the system said.
+        /// Cause, as the system reports it.
         source: io::Error,
     },
     /// The database can't be read, or the copy can't be written.
@@ -35,7 +35,7 @@ pub enum BackupError {
 }
 
 impl BackupError {
-    /// What to try next.
+    /// Returns what to try next.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::NoDatabase(_) => {
@@ -49,16 +49,16 @@ impl BackupError {
     }
 }
 
-/// A backup that is complete and on the disk.
+/// A complete backup, synced to the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BackedUp {
-    /// Jobs in it.
+    /// Number of jobs in the backup.
     pub jobs: u64,
-    /// Its size.
+    /// Size of the file.
     pub bytes: u64,
 }
 
-/// Copies `database` to `goal` (mode 0600). `overwrite` replaces a file that is there.
+/// Copies `database` to `goal` (mode 0600). `overwrite` replaces an existing file.
 pub async fn backup(
     database: &Path,
     goal: &Path,
@@ -81,7 +81,8 @@ pub async fn backup(
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    // Made with mode 0600 under a name of its own, and renamed when it is complete: removed again if it never is.
+    // The copy has mode 0600 and a name of its own until it is complete. If it is never complete, dropping the guard removes
+    // it.
     let copy = tempfile::Builder::new()
         .prefix(".backup-")
         .tempfile_in(folder)
@@ -105,7 +106,7 @@ pub async fn backup(
     Ok(BackedUp { jobs, bytes })
 }
 
-/// Whether `goal` is the database, its log or the log's index.
+/// Returns whether `goal` is the database, its log or the log's index.
 fn is_of(database: &Path, goal: &Path) -> bool {
     let same_folder = || {
         let folder = |path: &Path| match path.parent() {
@@ -126,9 +127,9 @@ fn is_of(database: &Path, goal: &Path) -> bool {
     (taken.iter().any(|name| name == goal_name) && same_folder()) || linked()
 }
 
-/// Writes the copy into the empty file `copy`, and returns how many jobs it holds.
+/// Writes the copy into the empty file `copy`, and returns the number of jobs in it.
 async fn copy_into(database: &Path, copy: &Path) -> Result<u64, StoreError> {
-    // Not read-only: a killed daemon's log may have to be written back first, which needs its index.
+    // Not read-only: the log of a killed daemon may have to be written back first, which needs the log's index.
     let mut source = SqliteConnectOptions::new()
         .filename(database)
         .busy_timeout(BUSY_TIMEOUT)

@@ -1,4 +1,4 @@
-//! What changes the database. Each function runs inside the writer's transaction.
+//! Commands that change the database. Each function runs inside the writer's transaction.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ use super::{
     Submitted,
 };
 
-/// An event as a log row holds it; its id follows from the row.
+/// An event as a log row stores it. The event's id follows from the row.
 #[derive(Serialize, Deserialize)]
 pub(super) struct StoredEvent<E> {
     pub(super) e: E,
@@ -68,7 +68,7 @@ pub(super) fn parse<T: std::str::FromStr<Err: ToString>>(text: &str) -> Result<T
     text.parse().map_err(StoreError::corrupt)
 }
 
-/// The name of a unit variant, as serde writes it.
+/// Returns the name of a unit variant, as serde writes it.
 fn outcome_name(outcome: AttemptOutcome) -> Result<String, StoreError> {
     Ok(to_json(&outcome)?.trim_matches('"').to_owned())
 }
@@ -77,7 +77,7 @@ pub(super) fn parse_outcome(name: &str) -> Result<AttemptOutcome, StoreError> {
     from_json(&format!("\"{name}\""))
 }
 
-/// The part of a job that decides what may happen to it.
+/// The part of a job's record that decides which changes are legal.
 struct Head {
     status: JobStatus,
     fence: u64,
@@ -95,7 +95,7 @@ async fn head(conn: &mut SqliteConnection, job: JobId) -> Result<Head, StoreErro
     })
 }
 
-/// The job as the holder of `fence` may change it.
+/// Loads the job's head for a change on behalf of an attempt. Fails unless `fence` is the job's latest.
 async fn head_for(conn: &mut SqliteConnection, job: JobId, fence: u64) -> Result<Head, StoreError> {
     let head = head(conn, job).await?;
     if head.fence == fence {
@@ -160,7 +160,8 @@ pub(super) async fn submit(
         ids: first.token_ids.clone(),
         from: first.origin.clone(),
     };
-    // One way to the database's thread and back for all three. The log is new, so what `append` looks after needs no look.
+    // One round trip to the database's thread for all three statements. The log is new, so `append` and its checks aren't
+    // needed.
     let sql = "INSERT INTO jobs (id, status, model, priority, session_id, placement, labels, max_attempts, created_us, \
                created_steady_us, deadline_us, fence) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?); \
                INSERT INTO requests (job_id, spec) VALUES (?, ?); \
@@ -220,8 +221,8 @@ pub(super) async fn last_event(
     .transpose()
 }
 
-/// Adds events to the log. Those that are there already are left out, so a write whose answer was lost may be repeated;
-/// a gap is refused, because readers take ids for contiguous.
+/// Appends events to the log. Stored events are skipped, so that a write whose answer was lost may be repeated. A gap is
+/// refused, because readers rely on contiguous ids.
 async fn append(
     conn: &mut SqliteConnection,
     job: JobId,
@@ -263,8 +264,9 @@ async fn append(
     Ok(())
 }
 
-/// Whether an attempt since `told`, the newest that readers were told of, was given up because it could not be found again
-/// after a restart: readers may have seen tokens of it that no log has. What is told of a later one follows all of them.
+/// Returns whether an attempt since `told`, the newest attempt announced to readers, had started and was given up because it
+/// could not be found after a restart. Readers may have seen tokens of such an attempt that no log has. The announcement of a
+/// later attempt follows all of them.
 pub(super) async fn given_up(
     conn: &mut SqliteConnection,
     job: JobId,
@@ -281,7 +283,7 @@ pub(super) async fn given_up(
     Ok(row.try_get(0)?)
 }
 
-/// The attempts at a job with a lower fence.
+/// Summary of the attempts at a job with lower fences.
 pub(super) struct Earlier {
     pub(super) count: u32,
     pub(super) lost: u32,
@@ -369,7 +371,7 @@ pub(super) async fn progress(
     progress: &Progress,
 ) -> Result<(), StoreError> {
     let head = head_for(conn, job, fence).await?;
-    // Only a job that an attempt holds can make progress, whatever the fence: a cancelled one keeps its last fence.
+    // The fence alone does not suffice: a cancelled job keeps its last fence, but only a job held by an attempt makes progress.
     if !matches!(head.status, JobStatus::Dispatched | JobStatus::Running) {
         return Err(StoreError::Illegal(
             orchestrator_core::job::IllegalTransition {
@@ -382,7 +384,7 @@ pub(super) async fn progress(
     Ok(())
 }
 
-/// Writes down what was not yet, and returns the state after it.
+/// Records what is not recorded yet, and returns the resulting state.
 async fn catch_up(
     conn: &mut SqliteConnection,
     job: JobId,
@@ -411,7 +413,7 @@ async fn catch_up(
     Ok(status)
 }
 
-/// Closes the attempt that is open, where one is.
+/// Closes the open attempt, if there is one.
 async fn end_attempt(
     conn: &mut SqliteConnection,
     job: JobId,
@@ -478,7 +480,7 @@ pub(super) async fn requeue(
     requeue: &Requeue,
 ) -> Result<(), StoreError> {
     let head = head_for(conn, job, requeue.fence).await?;
-    // Checked before the log is touched: a job that is over gets no more events.
+    // Check this before appending to the log: a job that is over gets no more events.
     head.status.transition(JobEvent::AttemptLost)?;
     let status = catch_up(conn, job, &head, &requeue.progress)
         .await?
@@ -536,7 +538,7 @@ async fn recover_one(
         .await?
         .ok_or_else(|| StoreError::corrupt(format!("{job} has no log")))?;
     let runs = interrupted.as_ref().is_some_and(|attempt| attempt.started);
-    // Not only what ran just now: the job may have waited for a pool over several restarts.
+    // The latest run alone does not tell: the job may have waited for a pool over several restarts.
     let seen_more = runs || given_up(conn, job, last_event.attempt).await?;
     Ok(Recovered {
         queued: QueuedJob {

@@ -1,8 +1,7 @@
-//! The record of all jobs: one SQLite file. No other module knows SQL.
+//! The record of all jobs: one SQLite file. No other module contains SQL.
 //!
-//! One task writes (see [`writer`]); readers use connections of their own that can't. Every change of a job's state goes
-//! through [`JobStatus::transition`], and every change on behalf of an attempt compares its fence in the same
-//! transaction.
+//! One task writes (see [`writer`]); readers use read-only connections of their own. Every change of a job's state goes through
+//! [`JobStatus::transition`], and every change on behalf of an attempt compares its fence in the same transaction.
 
 mod backup;
 mod commands;
@@ -48,12 +47,12 @@ pub use retention::{Cutoffs, Step};
 pub use seam::Seam;
 use writer::Writer;
 
-/// Connections for reading.
+/// Number of connections for reading.
 const READERS: u32 = 4;
-/// How long a statement waits for a lock; only a program other than ours could hold one.
+/// Time for which a statement waits for a lock, which only another program could hold.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why the store did not do it.
+/// A failed operation of the store.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
     /// The disk is full or broken, or the file can't be written.
@@ -62,57 +61,57 @@ pub enum StoreError {
     /// The store is stopping.
     #[error("the job database is closed")]
     Closed,
-    /// No such job.
+    /// There is no such job.
     #[error("there is no {0}")]
     NotFound(JobId),
-    /// The report comes from a lease that is over.
+    /// The report comes from a lease that has been superseded.
     #[error("fence {given} of {job} is stale: the current one is {current}")]
     StaleFence {
-        /// The job.
+        /// Job of the report.
         job: JobId,
-        /// The report's fence.
+        /// Fence of the report.
         given: u64,
-        /// The fence of the latest lease.
+        /// Fence of the job's latest lease.
         current: u64,
     },
-    /// The job is in a state in which this can't happen.
+    /// The job's state does not allow the change.
     #[error(transparent)]
     Illegal(#[from] IllegalTransition),
-    /// The idempotency key was used for another request.
+    /// The idempotency key was used for another request, which made this job.
     #[error("this Idempotency-Key was used for another request, {0}")]
     KeyMismatch(JobId),
-    /// A newer build has written this file.
+    /// A newer build has migrated this file.
     #[error(
         "the job database has version {found}; this build of orchestratord knows up to version {known}"
     )]
     NewerDatabase {
-        /// The file's version.
+        /// Version of the file.
         found: i64,
-        /// The newest that this build knows.
+        /// Newest version that this build knows.
         known: i64,
     },
     /// Another run of the daemon has raised the epoch.
     #[error("another orchestratord has taken over the job database")]
     TakenOver,
-    /// Another process stands in the midst of a write.
+    /// Another process holds the database's lock in the middle of a write.
     #[error("another process holds the job database in the midst of a write")]
     Locked,
-    /// The file is not sound.
+    /// The file is damaged.
     #[error("the job database is damaged: {0}")]
     Damaged(String),
     /// The linked SQLite has a known bug in its write-ahead log.
     #[error("this build contains SQLite {version}; 3.51.3 or later is needed")]
     OldLibrary {
-        /// What is linked.
+        /// Version of the linked library.
         version: String,
     },
-    /// A row or a statement is not what this build expects.
+    /// A row or a statement violates this build's expectations.
     #[error("the job database holds something unexpected: {0}")]
     Corrupt(String),
 }
 
 impl StoreError {
-    /// What to try next.
+    /// Returns what to try next, if something may help.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Unavailable(error) if is_out_of_memory(error) => Some(
@@ -146,7 +145,7 @@ impl StoreError {
     }
 }
 
-/// Whether SQLite was refused memory (`SQLITE_NOMEM`).
+/// Returns whether SQLite was refused memory (`SQLITE_NOMEM`).
 fn is_out_of_memory(error: &sqlx::Error) -> bool {
     let code = error.as_database_error().and_then(|error| error.code());
     code.is_some_and(|code| code == "7")
@@ -154,7 +153,8 @@ fn is_out_of_memory(error: &sqlx::Error) -> bool {
 
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
-        // A statement that broke a rule of the schema is a mistake of ours and fails alone; anything else is the disk.
+        // A statement that violates the schema is a bug in this program and fails alone. Any other failure counts as the
+        // disk's.
         let broke_a_rule = error.as_database_error().is_some_and(|database| {
             database.is_unique_violation()
                 || database.is_check_violation()
@@ -173,13 +173,14 @@ impl From<sqlx::Error> for StoreError {
     }
 }
 
-/// The primary result code of SQLite's.
+/// Returns SQLite's primary result code.
 fn sqlite_code(error: &sqlx::Error) -> Option<i32> {
     let code = error.as_database_error()?.code()?;
     Some(code.parse::<i32>().ok()? & 0xff)
 }
 
-/// What an error means while the database is being opened: nobody of ours uses it yet, and what is wrong stays wrong.
+/// Maps an error to its meaning while the database is being opened. This process does not use the file yet, so a lock is
+/// another process's, and a retry would not help.
 fn while_opening(error: StoreError) -> StoreError {
     const BUSY: i32 = 5;
     const CORRUPT: i32 = 11;
@@ -197,97 +198,97 @@ fn while_opening(error: StoreError) -> StoreError {
 /// One event of a job's log.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LogEntry {
-    /// Its id.
+    /// Id of the event: the attempt, and the event's number in the job.
     pub id: EventId,
-    /// The event.
+    /// Content of the event, as readers get it.
     pub event: TaskEvent,
-    /// The token ids that a `token` event came from.
+    /// Ids of the tokens in a `token` event.
     pub token_ids: Vec<u32>,
-    /// Of `started` and `attempt`: what the tokens after it come from.
+    /// In `started` and `attempt` events, the origin of the tokens that follow.
     pub origin: Option<Origin>,
 }
 
-/// An `Idempotency-Key` with what it stands for.
+/// An `Idempotency-Key` with the request that it names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IdempotencyKey {
-    /// Whose key it is.
+    /// Credential that the key belongs to: `anonymous`, `operator` or the name of a scope.
     pub caller: String,
-    /// The key.
+    /// Value of the header.
     pub key: String,
-    /// Digest of the request.
+    /// SHA-256 of the request, in hexadecimal.
     pub fingerprint: String,
 }
 
-/// What a submit came to.
+/// The outcome of a submit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Submitted {
     /// The job is stored.
     New,
-    /// The key names a job of before.
+    /// The key names an earlier job, which is in this state.
     Known(JobId, JobStatus),
 }
 
-/// A lease that is committed.
+/// A committed lease.
 #[derive(Debug, Clone)]
 pub struct Lease {
     /// Number of the attempt.
     pub attempt: u32,
-    /// Its fence.
+    /// The lease's fencing token.
     pub fence: u64,
-    /// What to do.
+    /// Task to run.
     pub spec: JobSpec,
     /// Attempts so far that count against `max_attempts`.
     pub lost: u32,
-    /// Whether an earlier attempt has told readers that it started.
+    /// True if an earlier attempt was announced to readers as started.
     pub started_before: bool,
-    /// Why the attempt before is over.
+    /// Reason for the end of the previous attempt.
     pub last_reason: Option<String>,
 }
 
-/// What an attempt has done since it was last written down. Writing it twice changes nothing.
+/// An attempt's progress since the last write. Writing it twice changes nothing.
 #[derive(Debug, Clone, Default)]
 pub struct Progress {
-    /// When the worker sent its first event.
+    /// Time of the worker's first event.
     pub started_at: Option<Timestamp>,
-    /// Events after those in the log; ones that are there already are left out.
+    /// Events after those in the log. Events that are logged already are skipped.
     pub events: Vec<Arc<LogEntry>>,
 }
 
 /// The end of a job.
 #[derive(Debug, Clone)]
 pub struct Ending {
-    /// What happened.
+    /// Transition of the job's state.
     pub event: JobEvent,
-    /// The fence on whose behalf; `None` where it is not an attempt that ends the job.
+    /// Fence of the attempt that ends the job; `None` if no attempt does.
     pub fence: Option<u64>,
-    /// When.
+    /// Time of the end.
     pub at: Timestamp,
-    /// What was not yet written down, the last event included.
+    /// Progress not yet recorded, including the last event.
     pub progress: Progress,
-    /// Figures of a completed job.
+    /// Token counts and times of a completed job.
     pub usage: Option<Usage>,
     /// Receipt of a completed job.
     pub receipt: Option<Box<Receipt>>,
-    /// Why it did not complete.
+    /// Error of a job that did not complete.
     pub error: Option<JobError>,
-    /// How the running attempt ends, where there is one.
+    /// Outcome of the running attempt, if there is one.
     pub outcome: AttemptOutcome,
 }
 
-/// The end of an attempt that another may follow.
+/// The end of an attempt after which the job waits again.
 #[derive(Debug, Clone)]
 pub struct Requeue {
-    /// The attempt's fence.
+    /// Fence of the attempt.
     pub fence: u64,
-    /// When.
+    /// Time of the end.
     pub at: Timestamp,
-    /// What was not yet written down.
+    /// Progress not yet recorded.
     pub progress: Progress,
-    /// How it ended.
+    /// Outcome of the attempt.
     pub outcome: AttemptOutcome,
-    /// Why, for people.
+    /// Reason for the end, for people to read.
     pub reason: String,
-    /// Not leased again before this.
+    /// Time before which the job is not leased again.
     pub not_before: Option<Timestamp>,
     /// Smallest context that runs the job, in tokens, if a worker has counted them.
     pub context_needed: Option<u32>,
@@ -296,69 +297,69 @@ pub struct Requeue {
 /// A job that is not over when the daemon starts.
 #[derive(Debug, Clone)]
 pub struct Recovered {
-    /// The queue's view of it.
+    /// The job as the queue orders it.
     pub queued: QueuedJob,
-    /// When it expires.
+    /// Time at which the job expires.
     pub deadline: Option<Timestamp>,
-    /// The end of its log.
+    /// Id of the last logged event.
     pub last_event: EventId,
-    /// Whether readers may have seen tokens that its log has not, under ids that nothing else may take.
+    /// True if readers may have seen tokens that the log lacks. Their ids must not be used again.
     pub seen_more: bool,
     /// The attempt that was under way when the daemon ended.
     pub interrupted: Option<Interrupted>,
 }
 
-/// An attempt that was under way when the daemon ended: its worker may go on with it.
+/// An attempt that was under way when the daemon ended. Its worker may still run it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interrupted {
-    /// The lease's fence.
+    /// Fence of the lease.
     pub fence: u64,
-    /// The pool.
+    /// Pool that the job was leased to.
     pub pool_id: String,
-    /// The worker.
+    /// Worker that the job was leased to.
     pub worker_id: String,
-    /// Whether readers were told that it started, and so may have seen tokens of it.
+    /// True if readers were told that the attempt started, and so may have seen tokens of it.
     pub started: bool,
 }
 
-/// An execution that nobody waits for, which its worker may not have heard.
+/// An execution whose result is no longer wanted, of which its worker may not know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Orphan {
-    /// The job.
+    /// Job of the execution.
     pub job: JobId,
-    /// The attempt's fence.
+    /// Fence of the attempt.
     pub fence: u64,
-    /// The pool.
+    /// Pool of the worker.
     pub pool_id: String,
-    /// The worker.
+    /// Worker that may still run the execution.
     pub worker_id: String,
 }
 
-/// How far a job's log goes.
+/// The end of a job's log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LogEnd {
-    /// The job's state.
+    /// State of the job.
     pub status: JobStatus,
-    /// The last event.
+    /// Id of the last event; `None` for an empty log.
     pub last: Option<EventId>,
-    /// When the log was dropped.
+    /// Time at which the log was dropped.
     pub dropped_at: Option<Timestamp>,
 }
 
-/// Which jobs a list shows.
+/// The selection of jobs in a list.
 #[derive(Debug, Clone, Default)]
 pub struct ListFilter {
     /// Accepted states; empty for all.
     pub statuses: Vec<JobStatus>,
-    /// Of this model.
+    /// Required model; `None` for all.
     pub model: Option<String>,
-    /// Of this class.
+    /// Required class; `None` for all.
     pub priority: Option<Priority>,
     /// Required beginning of the id.
     pub prefix: Option<JobIdPrefix>,
-    /// Older than this one.
+    /// Job that the listed ones are older than; `None` for the first page.
     pub before: Option<JobId>,
-    /// At most this many.
+    /// Greatest number of jobs.
     pub limit: u32,
     /// True to add the shortest unambiguous beginning of each id.
     pub short_ids: bool,
@@ -373,15 +374,15 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the database at `path`, makes it if there is none (mode 0600), and brings it to this build's version. From then
-    /// on it is this run's: an earlier one that still has it open can't write.
+    /// Opens the database at `path`, creates it if there is none (mode 0600), and migrates it to this build's version. From
+    /// then on this run owns it: an earlier run that still has the file open can't write.
     pub async fn open(path: &Path) -> Result<Self, StoreError> {
         Self::open_now(path).await.map_err(while_opening)
     }
 
     async fn open_now(path: &Path) -> Result<Self, StoreError> {
         let io = |error: std::io::Error| StoreError::unavailable(sqlx::Error::Io(error));
-        // Made here for its mode; SQLite gives its side files the same.
+        // Create the file here for its mode; SQLite gives its side files the same mode.
         OpenOptions::new()
             .read(true)
             .write(true)
@@ -393,11 +394,11 @@ impl Store {
         let options = SqliteConnectOptions::new()
             .filename(path)
             .busy_timeout(BUSY_TIMEOUT)
-            // Before the journal mode, which makes the file's first page.
+            // This must precede the journal mode, which writes the file's first page.
             .auto_vacuum(SqliteAutoVacuum::Incremental)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
-            // What is dropped is gone from the file, and not only from its tables.
+            // Overwrite deleted texts, so that they are gone from the file and not only from its tables.
             .pragma("secure_delete", "ON")
             .disable_statement_logging();
         let mut conn = options.connect().await?;
@@ -415,7 +416,7 @@ impl Store {
             .disable_statement_logging();
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
-            // All connections open at the start and stay: later there may be no descriptor or thread.
+            // Open all connections now and keep them: later, no descriptor or thread may be free.
             .min_connections(READERS)
             .idle_timeout(None)
             .max_lifetime(None)
@@ -429,18 +430,18 @@ impl Store {
         })
     }
 
-    /// Returns when another run of the daemon has taken over the database. From then on every write is refused as if the
-    /// store were closed.
+    /// Returns once another run of the daemon has taken over the database. From then on every write is refused as if the store
+    /// were closed.
     pub async fn taken_over(&self) {
         self.writer.taken_over().await;
     }
 
-    /// Whether another run of the daemon has taken over the database.
+    /// Returns whether another run of the daemon has taken over the database.
     pub fn is_taken_over(&self) -> bool {
         self.writer.is_taken_over()
     }
 
-    /// Closes the database once all its other users are gone, and waits for that at most `grace`.
+    /// Closes the database once its other users are gone, but waits at most `grace`.
     pub async fn close(self, grace: Duration) {
         let Self {
             writer,
@@ -449,7 +450,7 @@ impl Store {
         } = self;
         let task = task.lock().await.take();
         let closed = async {
-            // The last connection to close writes the log back and removes it, and a reader can't.
+            // Close the readers first: the last connection to close writes the log back and removes it, and a reader can't.
             readers.close().await;
             drop(writer);
             if let Some(task) = task {
@@ -463,7 +464,7 @@ impl Store {
         }
     }
 
-    /// Dies as a killed daemon does: whatever is under way is cut off.
+    /// Simulates a killed daemon: whatever is under way is cut off.
     #[cfg(test)]
     async fn crash(&self) {
         if let Some(task) = self.task.lock().await.take() {
@@ -473,7 +474,7 @@ impl Store {
         self.readers.close().await;
     }
 
-    /// Stores a new job with its first event, unless `key` names one that is stored already.
+    /// Stores a new job with its first event, unless `key` names a stored job.
     pub async fn submit(
         &self,
         job: Job,
@@ -503,7 +504,7 @@ impl Store {
             .await
     }
 
-    /// Writes down what the attempt with `fence` has done.
+    /// Records the progress of the attempt with `fence`.
     pub async fn progress(
         &self,
         job: JobId,
@@ -517,52 +518,52 @@ impl Store {
             .await
     }
 
-    /// Ends a job, and returns the state that it is in: a job that is over stays as it ended.
+    /// Ends a job, and returns its state. A job that is over keeps its state.
     pub async fn end(&self, job: JobId, ending: Ending) -> Result<JobStatus, StoreError> {
         self.writer
             .run(move |conn| Box::pin(async move { commands::end(conn, job, &ending).await }))
             .await
     }
 
-    /// Ends an attempt and puts its job back to wait.
+    /// Ends an attempt and queues its job again.
     pub async fn requeue(&self, job: JobId, requeue: Requeue) -> Result<(), StoreError> {
         self.writer
             .run(move |conn| Box::pin(async move { commands::requeue(conn, job, &requeue).await }))
             .await
     }
 
-    /// The jobs that are not over.
+    /// Returns the jobs that are not over.
     pub async fn recover(&self) -> Result<Vec<Recovered>, StoreError> {
         let mut conn = self.readers.acquire().await?;
         commands::recover(&mut conn).await
     }
 
-    /// The lease with `fence`, where an attempt still holds the job with it.
+    /// Returns the lease with `fence`, if an attempt still holds the job under it.
     pub async fn held_lease(&self, job: JobId, fence: u64) -> Result<Option<Lease>, StoreError> {
         seam::held_lease(&self.readers, job, fence).await
     }
 
-    /// Where the job's text stands. Reads its whole log.
+    /// Returns the resume point of the job's text. Reads the whole log.
     pub async fn seam(&self, job: JobId) -> Result<Seam, StoreError> {
         seam::seam(&self.readers, job).await
     }
 
-    /// Executions that were given up since `since`: their workers may not have heard it.
+    /// Returns the executions that were given up since `since`, of which their workers may not know.
     pub async fn orphans(&self, since: Timestamp) -> Result<Vec<Orphan>, StoreError> {
         seam::orphans(&self.readers, since).await
     }
 
-    /// The job with its attempts and the text that its log gives, and the end of that log.
+    /// Returns the job with its attempts and its logged text, and the id of the last logged event.
     pub async fn job(&self, id: JobId) -> Result<Option<(Job, EventId)>, StoreError> {
         queries::job(&self.readers, id).await
     }
 
-    /// The job's state.
+    /// Returns the job's state; `None` if there is no such job.
     pub async fn status(&self, id: JobId) -> Result<Option<JobStatus>, StoreError> {
         queries::status(&self.readers, id).await
     }
 
-    /// The job that a key names.
+    /// Returns the job that a key names.
     pub async fn known_key(
         &self,
         key: &IdempotencyKey,
@@ -571,7 +572,7 @@ impl Store {
         commands::known_key(&mut conn, key).await
     }
 
-    /// Jobs, newest first.
+    /// Lists jobs, newest first.
     pub async fn list(&self, filter: &ListFilter) -> Result<Vec<TaskSummary>, StoreError> {
         queries::list(&self.readers, filter).await
     }
@@ -581,7 +582,7 @@ impl Store {
         queries::count(&self.readers, filter).await
     }
 
-    /// At least one event after `after` where there is any, in order, and about `limit` of them.
+    /// Returns about `limit` events after `after`, in order: at least one if there is any.
     pub async fn events_after(
         &self,
         job: JobId,
@@ -591,12 +592,12 @@ impl Store {
         queries::events_after(&self.readers, job, after, limit).await
     }
 
-    /// How far the job's log goes.
+    /// Returns the end of the job's log; `None` if there is no such job.
     pub async fn log_end(&self, job: JobId) -> Result<Option<LogEnd>, StoreError> {
         queries::log_end(&self.readers, job).await
     }
 
-    /// Does one small step of dropping what is old.
+    /// Performs one small step of retention.
     pub async fn sweep(&self, cutoffs: Cutoffs, now: Timestamp) -> Result<Step, StoreError> {
         self.writer
             .run(move |conn| Box::pin(async move { retention::step(conn, cutoffs, now).await }))
@@ -610,7 +611,7 @@ impl Store {
             .await
     }
 
-    /// Notes what a pool said when it registered.
+    /// Stores a pool's registration.
     pub async fn save_pool(
         &self,
         request: RegisterRequest,
@@ -637,17 +638,17 @@ impl Store {
             .await
     }
 
-    /// Returns the registered pools, by name.
+    /// Returns the registered pools, by id.
     pub async fn pools(&self) -> Result<Vec<StoredPool>, StoreError> {
         pools::all(&self.readers).await
     }
 
-    /// Empties the write-ahead log, in which dropped texts may still stand. False where a reader needs it just now.
+    /// Empties the write-ahead log, which may still hold dropped texts. Returns false while a reader needs the log.
     pub async fn forget_log(&self) -> bool {
         self.writer.forget_log().await
     }
 
-    /// Fails unless the database can be read, and as far as is known written.
+    /// Fails if the database can't be read, or if writing has failed and is not known to work again.
     pub async fn check(&self) -> Result<(), StoreError> {
         sqlx::query("SELECT 1 FROM jobs LIMIT 1")
             .fetch_optional(&self.readers)
@@ -656,7 +657,7 @@ impl Store {
     }
 }
 
-/// What a reader who kept everything has after `event`.
+/// Applies an event to the text of a job, as a reader of all events sees it.
 pub fn apply_to_text(text: &mut String, event: &TaskEvent) {
     match event {
         TaskEvent::Attempt(attempt) if !attempt.continues => text.clear(),

@@ -1,4 +1,4 @@
-//! What pools said when they registered. What they have is known with their next heartbeat, and never stored.
+//! Stored registrations of pools. What a pool has is never stored: it comes with the next heartbeat.
 
 use jiff::Timestamp;
 use pool_core::POOL_API_VERSION;
@@ -72,7 +72,7 @@ pub(super) async fn all(readers: &SqlitePool) -> Result<Vec<StoredPool>, StoreEr
             pool_id: row.try_get("id")?,
             instance_id: row.try_get("instance_id")?,
             url: row.try_get("url")?,
-            // One of another version was refused, and not stored.
+            // A registration of another version was refused, and never stored.
             api_version: POOL_API_VERSION,
             heartbeat_interval_ms: number(row.try_get("heartbeat_interval_ms")?)?,
             host_id: row.try_get("host_id")?,

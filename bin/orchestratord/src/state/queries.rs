@@ -1,4 +1,4 @@
-//! What only reads.
+//! Queries that only read.
 
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::api::tasks::TaskSummary;
@@ -60,7 +60,7 @@ pub(super) async fn job(
         .await?;
     let dropped_at = optional_time(row.try_get("dropped_us")?)?;
     let mut log = Vec::new();
-    // Some rows of a log that is being dropped may still be there; what they give is no text.
+    // While a log is being dropped, some of its rows may remain, but their text is no longer shown.
     if dropped_at.is_none() {
         let sql =
             "SELECT attempt, last_seq, payload FROM events WHERE job_id = ? ORDER BY first_seq";
@@ -131,8 +131,8 @@ fn attempt(row: &SqliteRow) -> Result<Attempt, StoreError> {
     })
 }
 
-/// Jobs, newest first. Each combination of what the filter leaves open is one range of an index whose end is read: the cost
-/// depends on how many jobs are shown, never on how many are stored.
+/// Lists jobs, newest first. For each state and class that the filter allows, one range of an index is read from its end: the
+/// cost depends on the number of jobs shown, never on the number stored.
 pub(super) async fn list(
     pool: &SqlitePool,
     filter: &ListFilter,
@@ -194,7 +194,7 @@ pub(super) async fn count(pool: &SqlitePool, filter: &ListFilter) -> Result<u64,
     number(query.build().fetch_one(pool).await?.try_get(0)?)
 }
 
-/// The ranges of the indexes that hold what the filter asks for. `None` is all jobs.
+/// Returns the index ranges that hold the filter's jobs. `None` stands for all jobs.
 fn ranges(filter: &ListFilter) -> Vec<Option<(JobStatus, Priority)>> {
     if filter.statuses.is_empty() && (filter.priority, &filter.model) == (None, &None) {
         return vec![None];
@@ -272,8 +272,8 @@ pub(super) async fn events_after(
     after: EventId,
     limit: usize,
 ) -> Result<Vec<LogEntry>, StoreError> {
-    // The numbers rise together, so comparing the pairs is comparing places in the log; and an id that a reader got
-    // from an attempt whose last tokens were never logged still stands before the attempt that voids them.
+    // Attempt and sequence number rise together, so comparing pairs compares positions in the log. If the last tokens of an
+    // attempt were never logged, their ids still precede the attempt that voids them.
     let sql = "SELECT attempt, first_seq, payload FROM events WHERE job_id = ? AND (attempt, last_seq) > (?, ?) \
                ORDER BY first_seq LIMIT ?";
     let rows = sqlx::query(sql)

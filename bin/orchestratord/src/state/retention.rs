@@ -1,4 +1,4 @@
-//! Dropping what is old, a little at a time: each step is one short command of the writer, so submits go between.
+//! Deletion of old records, a little at a time: each step is one short command of the writer, so that submits fit in between.
 
 use jiff::Timestamp;
 use sqlx::{Row as _, SqliteConnection};
@@ -6,39 +6,39 @@ use sqlx::{Row as _, SqliteConnection};
 use super::StoreError;
 use super::commands::micros;
 
-/// Jobs of one step.
+/// Number of jobs in one step.
 const JOBS: i64 = 64;
-/// Log rows of one step.
+/// Number of log rows in one step.
 const ROWS: i64 = 256;
-/// Pages that one step gives back, and free ones that are kept for what comes.
+/// Number of pages freed in one step, and of free pages that are kept for new records.
 const PAGES: (i64, i64) = (256, 512);
 
-/// Deletes some rows of the logs that are being dropped. `CROSS` keeps SQLite from walking the other way: through the logs
-/// of all jobs, in search of more rows than there are.
+/// Deletes some rows of the logs that are being dropped. `CROSS` keeps SQLite from joining the other way: it would scan the
+/// logs of all jobs for more rows than there are.
 pub(super) const PURGE: &str = "DELETE FROM events WHERE (job_id, first_seq) IN \
     (SELECT e.job_id, e.first_seq FROM purges p CROSS JOIN events e ON e.job_id = p.job_id LIMIT ?)";
 
-/// Points of the timeline before which records are old.
+/// Points of the timeline that separate old records from new ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cutoffs {
-    /// Jobs that ended before this lose their prompt, text and log.
+    /// Time before which a job must have ended to lose its prompt, text and log; `None` keeps them.
     pub drop: Option<Timestamp>,
-    /// Jobs that ended before this, and have lost those, are forgotten.
+    /// Time before which a job must have ended to be forgotten, once its texts are gone; `None` keeps it.
     pub forget: Option<Timestamp>,
 }
 
-/// What one step did.
+/// The outcome of one retention step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
     /// Nothing is left to do.
     Done,
-    /// So many jobs lost prompt and text; nobody can read their logs any more.
+    /// This many jobs lost their texts. From now on their logs can't be read.
     Dropped(u64),
-    /// Rows of such logs are gone.
+    /// Some rows of such logs were deleted.
     Purged,
-    /// So many jobs are forgotten.
+    /// This many jobs were deleted.
     Forgotten(u64),
-    /// The file has become smaller.
+    /// The file has shrunk.
     Shrunk,
 }
 
@@ -70,7 +70,7 @@ pub(super) async fn step(
     }
 }
 
-/// Deletes some rows of the logs that are being dropped; false where none is.
+/// Deletes some rows of the logs that are being dropped. Returns false if there are no such logs.
 async fn purge(conn: &mut SqliteConnection) -> Result<bool, StoreError> {
     let pending = sqlx::query("SELECT 1 FROM purges LIMIT 1")
         .fetch_optional(&mut *conn)
@@ -84,8 +84,8 @@ async fn purge(conn: &mut SqliteConnection) -> Result<bool, StoreError> {
     Ok(true)
 }
 
-/// Takes prompt and text from the jobs that ended first, and hands their logs over to be deleted. Figures, settings and
-/// labels stay. No job is being purged when this is called.
+/// Drops prompts and texts of the jobs that ended first, and queues their logs for deletion. Token counts, settings and labels
+/// stay. The caller makes sure that no log is queued yet.
 async fn drop_texts(
     conn: &mut SqliteConnection,
     before: Timestamp,
@@ -107,14 +107,14 @@ async fn drop_texts(
         .bind(micros(now))
         .execute(&mut *conn)
         .await?;
-    // The functions copy numbers as they are written, so a seed beyond 2^63 stays exact.
+    // SQLite's JSON functions copy numbers as written, so a seed beyond 2^63 stays exact.
     let sql = "UPDATE requests SET spec = json_set(spec, '$.input', json('{\"prompt\":\"\"}'), '$.system', NULL, \
                '$.stop', json('[]')) WHERE job_id IN (SELECT job_id FROM purges)";
     sqlx::query(sql).execute(conn).await?;
     Ok(jobs)
 }
 
-/// Deletes the jobs that ended first of those that have lost their texts, with their attempts and keys.
+/// Deletes the jobs that ended first among those without texts, with their attempts and keys.
 async fn forget(conn: &mut SqliteConnection, before: Timestamp) -> Result<u64, StoreError> {
     let sql = "DELETE FROM jobs WHERE id IN \
                (SELECT id FROM jobs WHERE dropped_us IS NOT NULL AND ended_steady_us < ? ORDER BY ended_steady_us LIMIT ?)";
@@ -126,7 +126,7 @@ async fn forget(conn: &mut SqliteConnection, before: Timestamp) -> Result<u64, S
     Ok(deleted.rows_affected())
 }
 
-/// Gives some free pages back to the file system.
+/// Returns some free pages to the file system. Returns false if none could be.
 async fn shrink(conn: &mut SqliteConnection) -> Result<bool, StoreError> {
     let free: i64 = sqlx::query("PRAGMA freelist_count")
         .fetch_one(&mut *conn)
@@ -144,6 +144,6 @@ async fn shrink(conn: &mut SqliteConnection) -> Result<bool, StoreError> {
         .fetch_one(conn)
         .await?
         .get(0);
-    // A file that can't shrink would be tried for ever.
+    // Without progress, stop: a file that can't shrink would otherwise be tried forever.
     Ok(left < free)
 }

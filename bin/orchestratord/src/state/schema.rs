@@ -1,4 +1,4 @@
-//! Bringing a database to the version that this build knows.
+//! Migration of a database to the version that this build knows.
 
 use std::time::Instant;
 
@@ -7,7 +7,7 @@ use sqlx::{Connection as _, Row as _, SqliteConnection};
 
 use super::{StoreError, holder};
 
-/// Every version's script, the first one making version 1. A script that was released is never edited.
+/// Scripts of all versions, beginning with the one that creates version 1. A released script is never edited.
 const MIGRATIONS: [&str; 7] = [
     include_str!("migrations/0001_jobs.sql"),
     include_str!("migrations/0002_holder_and_retention.sql"),
@@ -18,16 +18,16 @@ const MIGRATIONS: [&str; 7] = [
     include_str!("migrations/0007_receipts.sql"),
 ];
 
-/// The version that this build reads and writes.
+/// Version that this build reads and writes.
 pub(super) const VERSION: i64 = MIGRATIONS.len() as i64;
 
-/// The first version that notes whether it was closed in order.
+/// First version that records whether it was closed in order.
 const NOTES_ITS_END: i64 = 2;
 
-/// SQLite before this can corrupt a write-ahead log in a rare race.
+/// Oldest usable SQLite. Earlier versions can corrupt a write-ahead log in a rare race.
 const OLDEST_SQLITE: (u32, u32, u32) = (3, 51, 3);
 
-/// Refuses a library that is too old.
+/// Fails if the linked SQLite is too old.
 pub(super) async fn check_library(conn: &mut SqliteConnection) -> Result<(), StoreError> {
     let version: String = sqlx::query("SELECT sqlite_version()")
         .fetch_one(&mut *conn)
@@ -44,7 +44,7 @@ pub(super) async fn check_library(conn: &mut SqliteConnection) -> Result<(), Sto
     }
 }
 
-/// The database's version; 0 is a new file. One that a newer build wrote is refused.
+/// Returns the database's version, 0 for a new file. Fails if a newer build has written the file.
 pub(super) async fn version(conn: &mut SqliteConnection) -> Result<i64, StoreError> {
     let found: i64 = sqlx::query("PRAGMA user_version")
         .fetch_one(conn)
@@ -59,8 +59,8 @@ pub(super) async fn version(conn: &mut SqliteConnection) -> Result<i64, StoreErr
     Ok(found)
 }
 
-/// Reads the whole file for damage, unless the run before closed it in order: after a crash or a power loss on a disk that
-/// lies about its syncs, damage is found before it spreads.
+/// Reads the whole file for damage, unless the previous run closed it in order. After a crash, or a power loss on a disk that
+/// lies about its syncs, this finds damage before it spreads.
 pub(super) async fn check_for_damage(
     conn: &mut SqliteConnection,
     version: i64,
@@ -82,13 +82,13 @@ pub(super) async fn check_for_damage(
     Ok(())
 }
 
-/// Runs the scripts that a database of version `found` has not seen, each in a transaction with its version number.
+/// Runs the scripts that a database of version `found` lacks, each in a transaction with its version number.
 pub(super) async fn migrate(conn: &mut SqliteConnection, found: i64) -> Result<(), StoreError> {
     let pending = MIGRATIONS
         .iter()
         .zip(1i64..)
         .skip(usize::try_from(found).unwrap_or(0));
-    // A script that rebuilds a table drops the old one, and what refers to that must stay. SQLite heeds this pragma only
+    // A script that rebuilds a table drops the old one, but rows that refer to it must stay. SQLite heeds this pragma only
     // outside of transactions.
     execute(conn, "PRAGMA foreign_keys = OFF".to_owned()).await?;
     for (script, version) in pending {
@@ -101,7 +101,7 @@ pub(super) async fn migrate(conn: &mut SqliteConnection, found: i64) -> Result<(
             let what = format!("{} rows would refer to nothing", broken.len());
             return Err(StoreError::corrupt(what));
         }
-        // A pragma takes no parameters; the number is ours.
+        // A pragma takes no parameters; the number is this program's own.
         execute(&mut transaction, format!("PRAGMA user_version = {version}")).await?;
         crash_point("migrate.uncommitted");
         transaction.commit().await?;
@@ -111,8 +111,8 @@ pub(super) async fn migrate(conn: &mut SqliteConnection, found: i64) -> Result<(
     execute(conn, "PRAGMA foreign_keys = ON".to_owned()).await
 }
 
-/// Lets the file give space back where it was made by a build that did not ask for that. It takes as much free space as the
-/// file has, so where that fails the file stays as it is: its pages are used again, just never given back.
+/// Enables incremental vacuum in a file that an older build created without it. The rewrite needs as much free space as the
+/// file has. If it fails, the file stays as it is: free pages are reused, but never returned to the file system.
 pub(super) async fn let_it_shrink(conn: &mut SqliteConnection) -> Result<(), StoreError> {
     const INCREMENTAL: i64 = 2;
     let mode: i64 = sqlx::query("PRAGMA auto_vacuum")

@@ -1,8 +1,8 @@
 //! The timeline that measures durations, kept across restarts.
 //!
-//! It grows by the time that processes observe. Under one boot the time since boot also covers the time without a
-//! daemon. After a reboot only the wall clock could give the length of the absence, and a wrong clock would make every
-//! record old: so the timeline then continues from its last point, which can only delay what is due.
+//! The timeline grows by the time that processes observe. Under one boot, the time since boot also covers the time without a
+//! daemon. After a reboot, only the wall clock could give the length of the absence, and a wrong clock would make every record
+//! old. So the timeline then continues from its last point, which can only delay what is due.
 
 use std::time::Duration;
 

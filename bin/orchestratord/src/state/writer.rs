@@ -1,5 +1,5 @@
-//! The one task that writes. Commands that arrived together share a transaction, each in a savepoint of its own, and one
-//! COMMIT; none is answered before it. So a hundred submits cost about as many syncs as one.
+//! The only task that writes. Commands that arrive together share a transaction and one COMMIT, each in a savepoint of its own,
+//! and none is answered before the commit. So a hundred submits cost about as many syncs as one.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,22 +12,22 @@ use tokio::task::JoinHandle;
 use super::holder::{self, Epoch};
 use super::{BUSY_TIMEOUT, StoreError};
 
-/// Most commands of one transaction: bounds how long the first of them waits for the last.
+/// Greatest number of commands in one transaction. Bounds the time that the first of them waits for the last.
 const BATCH: usize = 256;
-/// Commands that may wait for the writer; senders beyond wait for room.
+/// Greatest number of commands that wait for the writer. Further senders wait for room.
 const BACKLOG: usize = 1024;
-/// How often a writer with nothing to write looks whether the database is still its own.
+/// Interval at which an idle writer checks that this run still owns the database.
 const LOOK: Duration = Duration::from_secs(2);
-/// How long a failed transaction counts: as long as its clients are told to wait before they try again.
+/// Time for which a failed transaction counts: the `Retry-After` of the refusals that it causes.
 const FAILURE_COUNTS: Duration = Duration::from_secs(5);
 
 pub(super) type Future<'a, T> = Pin<Box<dyn std::future::Future<Output = T> + Send + 'a>>;
 
-/// A command with its answer, whatever type that has.
+/// A command with its answer, whose type is erased.
 trait Command: Send {
-    /// Runs it; the error of a broken database ends the whole batch.
+    /// Runs the command. An error of the database itself ends the whole batch.
     fn run<'a>(&'a mut self, conn: &'a mut SqliteConnection) -> Future<'a, Ran>;
-    /// Tells the sender what became of it.
+    /// Sends the outcome to the command's sender.
     fn answer(self: Box<Self>, broken: Option<StoreError>);
 }
 
@@ -69,12 +69,12 @@ where
             Some(error) => Err(error),
             None => self.result.unwrap_or(Err(StoreError::Closed)),
         };
-        // A sender that went away has nothing to do with whether the command counts.
+        // The command counts whether or not its sender still waits.
         let _ = self.reply.send(result);
     }
 }
 
-/// Sends commands to the writer.
+/// A handle that sends commands to the writer.
 #[derive(Clone)]
 pub(super) struct Writer {
     commands: mpsc::Sender<Box<dyn Command>>,
@@ -83,11 +83,11 @@ pub(super) struct Writer {
     failure: LastFailure,
 }
 
-/// The latest transaction that failed, and when, until a later [`Writer::probe`] finds that all is well.
+/// The latest failed transaction and its time, until a later [`Writer::probe`] finds that writing works.
 type LastFailure = Arc<Mutex<Option<(Instant, StoreError)>>>;
 
 impl Writer {
-    /// Starts the writer on `conn`. It ends, and closes the connection, when every `Writer` is dropped.
+    /// Starts the writer on `conn`. The writer ends, and closes the connection, when every `Writer` is dropped.
     pub(super) fn start(conn: SqliteConnection, epoch: Epoch) -> (Self, JoinHandle<()>) {
         let (commands, inbox) = mpsc::channel(BACKLOG);
         let (tidy, asked) = mpsc::channel(1);
@@ -119,22 +119,22 @@ impl Writer {
         (writer, tokio::spawn(task))
     }
 
-    /// Returns when another run has taken over the database.
+    /// Returns once another run has taken over the database.
     pub(super) async fn taken_over(&self) {
         let mut taken_over = self.taken_over.clone();
-        // A writer that ended in order is gone without a word, and nobody can take anything over from it.
+        // A writer that ended in order closed the channel without a take-over, and none can follow.
         if taken_over.wait_for(|taken| *taken).await.is_err() {
             std::future::pending::<()>().await;
         }
     }
 
-    /// Whether another run has taken over the database.
+    /// Returns whether another run has taken over the database.
     pub(super) fn is_taken_over(&self) -> bool {
         *self.taken_over.borrow()
     }
 
-    /// Fails where a transaction failed a moment ago, or something did before that and still nothing can be written. A
-    /// small write may find room where a job would not: so a success alone says nothing.
+    /// Fails if a transaction failed in the last few seconds, or failed earlier and writing still does not work. The seconds
+    /// matter because a small write may find room where a job would not: its success alone proves nothing.
     pub(super) async fn probe(&self) -> Result<(), StoreError> {
         let failure = || self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         let Some((at, error)) = failure().clone() else {
@@ -148,13 +148,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Empties the write-ahead log if no reader needs it; false where it stays.
+    /// Empties the write-ahead log unless a reader needs it. Returns false if the log stays.
     pub(super) async fn forget_log(&self) -> bool {
         let (reply, done) = oneshot::channel();
         self.tidy.send(reply).await.is_ok() && done.await.unwrap_or(false)
     }
 
-    /// Runs `work` in a transaction and returns once that is committed.
+    /// Runs `work` in a transaction and returns once it is committed.
     pub(super) async fn run<T, F>(&self, work: F) -> Result<T, StoreError>
     where
         T: Send + 'static,
@@ -176,15 +176,15 @@ impl Writer {
     }
 }
 
-/// How the writer's work ended.
+/// The reason for the end of the writer's work.
 enum Ended {
-    /// Nobody sends commands any more.
+    /// All senders of commands are gone.
     InOrder,
-    /// The database is another run's.
+    /// Another run owns the database.
     TakenOver,
 }
 
-/// The database as its one writer has it.
+/// The database, as held by its only writer.
 struct Held {
     conn: SqliteConnection,
     epoch: Epoch,
@@ -210,7 +210,7 @@ impl Held {
                     let _ = reply.send(emptied.unwrap_or(false));
                     continue;
                 }
-                // One that slept and has nothing to write shall end as well.
+                // A writer that slept through a take-over must end even if it has nothing to write.
                 () = tokio::time::sleep(LOOK) => {
                     match holder::check(&mut self.conn, self.epoch).await {
                         Err(StoreError::TakenOver) => return Ended::TakenOver,
@@ -227,11 +227,11 @@ impl Held {
                 tracing::error!(%error, commands = batch.len(), "could not write to the database");
                 *self.failure.lock().unwrap_or_else(PoisonError::into_inner) =
                     Some((Instant::now(), error.clone()));
-                // SQLite may have rolled back by itself already; then this one has nothing to do.
+                // SQLite may have rolled back already; then this statement does nothing.
                 let _ = execute(&mut self.conn, "ROLLBACK").await;
             }
             if let Some(StoreError::TakenOver) = broken {
-                // Those who sent commands learn from the closed store that this run is over: it has no word in what
+                // Dropping the commands makes the store look closed to their senders: this run has no say any more in what
                 // becomes of its jobs.
                 batch.clear();
                 return Ended::TakenOver;
@@ -249,9 +249,9 @@ impl Held {
         execute(conn, "SAVEPOINT command").await?;
         for command in batch {
             match command.run(conn).await {
-                // One way to the database's thread and back, not two: that is most of what a short statement costs.
+                // One round trip to the database's thread instead of two, which are most of the cost of a short statement.
                 Ran::Keep => execute(conn, "RELEASE command; SAVEPOINT command").await?,
-                // The savepoint stays, and is the next command's.
+                // The savepoint stays, and serves the next command.
                 Ran::Undo => execute(conn, "ROLLBACK TO command").await?,
                 Ran::Broken(error) => return Err(error),
             }
@@ -259,8 +259,8 @@ impl Held {
         execute(conn, "COMMIT").await
     }
 
-    /// Writes the log back into the file and empties it. A reader in the midst of a long read is not waited for, because the
-    /// writer has others to serve: then the log stays, and this is false.
+    /// Writes the log back into the file and empties it. Does not wait for a reader in a long read, because other commands wait
+    /// for the writer: the log then stays, and the result is false.
     async fn forget_log(&mut self) -> Result<bool, StoreError> {
         let conn = &mut self.conn;
         holder::check(conn, self.epoch).await?;
@@ -273,7 +273,7 @@ impl Held {
         sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
             .execute(conn)
             .await?;
-        // A log that is needed is no error: the first column tells.
+        // A log in use is not an error; the first column says whether it is.
         Ok(emptied?.try_get::<i64, _>(0)? == 0)
     }
 
@@ -295,7 +295,7 @@ async fn execute(conn: &mut SqliteConnection, sql: &'static str) -> Result<(), S
     Ok(())
 }
 
-/// Ends the process where the writer panics: without it nothing would be written any more, and everybody would wait.
+/// Aborts the process if the writer panics: otherwise nothing would be written any more, and all senders would wait.
 struct EndIfPanics;
 
 impl Drop for EndIfPanics {
@@ -306,8 +306,8 @@ impl Drop for EndIfPanics {
     }
 }
 
-/// After a failed sync the kernel may have dropped the pages and would call the next sync a success: what is on disk is
-/// only known again after the database was opened anew.
+/// Aborts the process after a failed sync. The kernel may have dropped the pages, and would call the next sync a success: the
+/// state of the disk is known again only after the database is reopened.
 fn end_if_sync_failed(error: &StoreError) {
     const IOERR_FSYNC: &str = "1034";
     const IOERR_DIR_FSYNC: &str = "1290";
