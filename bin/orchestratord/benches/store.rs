@@ -1,8 +1,8 @@
-//! What the store costs, over HTTP and on the real binary: durable submits beside the disk's own limit, lists and start-up
-//! of a large database, and submits while old jobs are being dropped.
+//! The costs of the store, over HTTP and on the real binary: durable submits compared with the disk's own limit, lists and
+//! start-up of a large database, and submits while old jobs are being dropped.
 //!
-//! `cargo bench -p orchestratord --bench store [-- submits|lists|sweep]`. The environment may say ROUNDS (5), SECONDS (4),
-//! CONNECTIONS (64), JOBS (1000000) and BENCH_DIR, a folder on the disk that is meant.
+//! `cargo bench -p orchestratord --bench store [-- submits|lists|sweep]`. Environment variables: ROUNDS (5), SECONDS (4),
+//! CONNECTIONS (64), JOBS (1000000) and BENCH_DIR, a folder on the disk to measure.
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
@@ -28,14 +28,14 @@ fn setting(name: &str, default: u64) -> u64 {
 struct Daemon {
     child: Child,
     addr: SocketAddr,
-    /// From the start of the process until `/health` answered.
+    /// Time from the start of the process to the first answer of `/health`.
     up_after: Duration,
 }
 
 impl Daemon {
     async fn start(home: &Path, variables: &[(&str, &str)]) -> Self {
         let file = home.join("state/orchestratord/addr");
-        // A daemon that was killed has left its address.
+        // A killed daemon has left its address.
         let _ = std::fs::remove_file(&file);
         let start = Instant::now();
         let child = Command::new(env!("CARGO_BIN_EXE_orchestratord"))
@@ -71,7 +71,7 @@ impl Daemon {
         daemon
     }
 
-    /// Resident memory in MiB.
+    /// Returns the resident memory in MiB.
     fn resident_mib(&self) -> f64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
         let line = status
@@ -86,7 +86,7 @@ impl Daemon {
             / 1024.0
     }
 
-    /// Processor time so far.
+    /// Returns the processor time used so far.
     fn busy(&self) -> Duration {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
         let fields: Vec<_> = stat
@@ -113,7 +113,7 @@ impl Drop for Daemon {
     }
 }
 
-/// One connection that is kept. As little as will do: the load shall not cost more than what it measures.
+/// A kept-alive connection. Minimal, so that the load costs no more than the work it measures.
 struct Http {
     stream: BufReader<TcpStream>,
 }
@@ -156,7 +156,7 @@ impl Http {
     }
 }
 
-/// Submits over many connections for some time; returns how long each took, sorted, and the whole time.
+/// Submits over many connections for `time`. Returns the sorted latencies, and the total time.
 async fn submit(addr: SocketAddr, connections: u64, time: Duration) -> (Vec<Duration>, Duration) {
     let stop = Arc::new(AtomicBool::new(false));
     let start = Instant::now();
@@ -196,7 +196,7 @@ fn quantile(sorted: &[Duration], q: f64) -> f64 {
     sorted[at].as_secs_f64() * 1e3
 }
 
-/// Appends that the disk acknowledges a second, of `size` bytes each: no group of submits can be committed more often.
+/// Returns the number of appends of `size` bytes that the disk syncs in a second: an upper bound for commits.
 fn sync_ceiling(dir: &Path, size: usize) -> f64 {
     let path = dir.join("ceiling");
     let mut file = OpenOptions::new()
@@ -217,7 +217,7 @@ fn sync_ceiling(dir: &Path, size: usize) -> f64 {
     rate
 }
 
-/// The smallest, the median and the largest of some figures.
+/// Formats the median of some figures, with the smallest and the largest.
 fn spread(mut figures: Vec<f64>) -> String {
     figures.sort_by(f64::total_cmp);
     let (first, last) = (figures[0], figures[figures.len() - 1]);
@@ -270,7 +270,7 @@ async fn submits() {
     println!("  ceiling: 128 KiB append + fdatasync/s  {large}");
 }
 
-/// Fills a database that a daemon has made with jobs that are over: they ended a minute ago, or `age_s` earlier.
+/// Fills a daemon's database with finished jobs, which ended a minute and `age_s` seconds ago.
 async fn fill(database: &Path, jobs: u64, age_s: u64) {
     let mut conn = SqliteConnectOptions::new()
         .filename(database)
@@ -283,7 +283,7 @@ async fn fill(database: &Path, jobs: u64, age_s: u64) {
     let numbers = format!(
         "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {jobs} - 1)"
     );
-    // Ids of version 7 that rise; one status in a thousand is rare, and so is one model.
+    // The ids are rising UUIDs of version 7. One job in a thousand has a rare status, and few have a rare model.
     let id = "printf('job-01a0%04x-%04x-7000-8000-%012x', i >> 16, i & 65535, i)";
     let status = "CASE WHEN i % 1000 = 0 THEN 'failed' WHEN i % 50 = 1 THEN 'cancelled' ELSE 'completed' END";
     let model = "CASE WHEN i % 100000 = 7 THEN 'rare' ELSE 'model-' || (i % 40) END";
@@ -319,7 +319,7 @@ async fn fill(database: &Path, jobs: u64, age_s: u64) {
     conn.close().await.unwrap();
 }
 
-/// A home whose database holds so many jobs that are over.
+/// Returns a home whose database holds `jobs` finished jobs.
 async fn filled(jobs: u64, age_s: u64) -> tempfile::TempDir {
     let home = folder();
     Daemon::start(home.path(), &[]).await.stop();
@@ -344,7 +344,7 @@ async fn lists() {
             daemon
         };
         start("a stop in order").await.stop();
-        // Dropped, it is killed.
+        // Dropping a daemon kills it.
         drop(start("another").await);
         let daemon = start("a kill").await;
         let mut http = Http::connect(daemon.addr).await;

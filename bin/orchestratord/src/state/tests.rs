@@ -150,7 +150,7 @@ async fn a_stale_fence_changes_nothing() {
     assert_eq!(store.job(id).await.unwrap(), before);
 }
 
-// [ORCHD-003] P5: repeated writes change nothing, gaps are refused with all that came with them.
+// [ORCHD-003] P5: repeated writes change nothing, and a gap refuses the whole write.
 #[tokio::test]
 async fn the_log_takes_every_event_once_and_no_gap() {
     let dir = tempfile::tempdir().unwrap();
@@ -193,13 +193,13 @@ async fn the_log_takes_every_event_once_and_no_gap() {
     assert_eq!(from_inside_a_row[0].id, EventId { attempt: 1, seq: 3 });
 }
 
-// [ORCHD-006] P16: refused while the disk is full, healed by itself; nothing of a refused batch stays.
+// [ORCHD-006] P16: submits are refused while the disk is full, and succeed again after; nothing of a refused batch stays.
 #[tokio::test]
 async fn a_full_disk_refuses_and_heals() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(&dir).await;
     let kept = submitted(&store).await;
-    // SQLite takes the present size for a limit below it: from now on the file can't grow, as on a full disk.
+    // SQLite raises a limit below the present size to that size: from now on the file can't grow, as on a full disk.
     sql(&store, "PRAGMA max_page_count = 1".into()).await;
     let big = || {
         let prompt = Some("x".repeat(100_000));
@@ -241,7 +241,7 @@ async fn a_full_disk_refuses_and_heals() {
     submit(big()).await.unwrap();
 }
 
-// [ORCHD-007] A command that is refused takes nothing of those with it that share its transaction.
+// [ORCHD-007] A refused command does not affect other commands of its transaction.
 #[tokio::test]
 async fn commands_of_one_commit_fail_alone() {
     let dir = tempfile::tempdir().unwrap();
@@ -267,13 +267,13 @@ async fn what_is_done_again_and_again_walks_through_no_table() {
             .await
             .unwrap();
         let steps: Vec<String> = plan.iter().map(|row| row.get("detail")).collect();
-        // Of what is being purged everything is looked at; that is never much.
+        // All logs that are being purged are scanned; there are never many.
         let walks = |step: &&String| step.starts_with("SCAN") && *step != "SCAN p";
         assert_eq!(steps.iter().find(walks), None, "{sql}: {steps:?}");
     }
 }
 
-// [ORCHD-015] Whatever is filtered by, a list is what a look at every job gives, page after page.
+// [ORCHD-015] With any filter, a list has the same jobs as a full scan, page after page.
 #[tokio::test]
 async fn lists_are_those_of_a_full_look() {
     let dir = tempfile::tempdir().unwrap();

@@ -29,7 +29,7 @@ async fn a_waiting_job_can_be_cancelled() {
     );
 }
 
-// [ORCHD-030] P9: nothing follows the cancel, although the worker goes on for a while.
+// [ORCHD-030] P9: no token follows the cancel, although the worker keeps sending for a while.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_cancel_no_token_is_seen() {
     let (orchestrator, _pool, worker) = one_worker().await;
@@ -61,7 +61,7 @@ async fn after_a_cancel_no_token_is_seen() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_whose_time_runs_out_expires() {
     let (orchestrator, _pool, worker) = one_worker().await;
-    // Time enough to begin.
+    // Enough time for the job to start.
     let running = orchestrator
         .submit(json!({"model": MODEL, "prompt": "hi", "timeout_ms": 3000}))
         .await
@@ -191,7 +191,7 @@ async fn a_lost_worker_is_not_a_lost_job_until_the_third_time() {
     );
 }
 
-// [ORCHD-033] P5: a broken connection to a worker that lives costs nothing.
+// [ORCHD-033] P5: a broken connection to a live worker costs nothing.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broken_stream_is_opened_again_where_it_broke() {
     let (orchestrator, _pool, worker) = one_worker().await;
@@ -213,7 +213,7 @@ async fn a_broken_stream_is_opened_again_where_it_broke() {
     assert_eq!(orchestrator.show(job).await.attempts.len(), 1);
 }
 
-// [ORCHD-096] P7: a pool's silence takes what has no stream, and nothing that has one.
+// [ORCHD-096] P7: a pool's silence ends attempts without an open stream, and no others.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silent_pool_loses_only_what_has_no_stream() {
     let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = 300).await;
@@ -242,7 +242,7 @@ async fn a_silent_pool_loses_only_what_has_no_stream() {
     })
     .await;
 
-    // The pool falls silent, and one of its workers can't be reached any more. Another pool is heard all the time.
+    // The pool falls silent, and one of its workers becomes unreachable. Another pool sends heartbeats all the time.
     broken.kill().await;
     let elsewhere = FakeWorker::start("worker-cpu-0").await;
     let mut other = FakePool::start("pool-b").await.has(&elsewhere);
@@ -268,14 +268,14 @@ async fn a_silent_pool_loses_only_what_has_no_stream() {
     assert_eq!((view.text.as_str(), view.attempts.len()), ("<0><1>", 1));
 }
 
-// [ORCHD-093] P7: when nobody is heard the fault is probably ours, and nothing is given up for a while.
+// [ORCHD-093] P7: if all pools are silent, the fault is probably on this side, and no attempt is given up for a while.
 #[tokio::test(flavor = "multi_thread")]
 async fn silence_of_all_pools_at_once_takes_nothing_before_the_window_has_passed() {
     const WINDOW: u64 = 1200;
     let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = WINDOW).await;
     let start = std::time::Instant::now();
     let (worker, pool, job) = orchestrator.runs_on_a_hasty_pool().await;
-    // The window of the start is over before anybody falls silent.
+    // The window after the start is over before the pool falls silent.
     let silent = eventually("the end of the first window", async || {
         let now = std::time::Instant::now();
         pool.beat(&orchestrator).await;
@@ -284,7 +284,7 @@ async fn silence_of_all_pools_at_once_takes_nothing_before_the_window_has_passed
     .await;
     worker.kill().await;
     orchestrator.until(job, JobStatus::Queued).await;
-    // Three heartbeats and a half, and the window.
+    // Three and a half heartbeat intervals, and the window.
     let waited = silent.elapsed().as_millis();
     assert!(waited >= u128::from(WINDOW) + 350, "{waited} ms");
 }
@@ -333,7 +333,7 @@ async fn a_worker_that_is_full_after_all_costs_no_attempt() {
     assert_eq!(outline(&events), ["queued 0.1", "started 3.2", "end 3.3"]);
 }
 
-// [ORCHD-036] One slot runs one job; the next follows when it is free.
+// [ORCHD-036] A slot runs one job at a time; the next job follows when the slot is free.
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_wait_for_a_slot_in_their_order() {
     let (orchestrator, _pool, worker) = one_worker().await;
@@ -351,7 +351,7 @@ async fn jobs_wait_for_a_slot_in_their_order() {
     orchestrator.until(jobs[2], JobStatus::Completed).await;
 }
 
-// [ORCHD-036] A cancelled job holds its slot until the worker knows.
+// [ORCHD-036] A cancelled job holds its slot until the worker has the cancel.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slot_is_free_when_the_worker_has_heard_the_cancel() {
     let (orchestrator, pool, worker) = one_worker().await;
@@ -373,7 +373,7 @@ async fn a_slot_is_free_when_the_worker_has_heard_the_cancel() {
     assert_eq!(worker.request(2).await.job_id, next.to_string());
 }
 
-/// Spoils what the database has of a job.
+/// Damages the database's record of a job.
 async fn spoil(orchestrator: &Orchestrator, job: JobId, statements: &[&'static str]) {
     use sqlx::ConnectOptions as _;
     let path = orchestrator.home.path().join("state/orchestratord/jobs.db");
@@ -387,7 +387,7 @@ async fn spoil(orchestrator: &Orchestrator, job: JobId, statements: &[&'static s
 
 const NO_SPEC: &str = "UPDATE requests SET spec = '{}' WHERE job_id = ?";
 
-// [ORCHD-037] A job that can't be leased fails for all to see, and the next one runs.
+// [ORCHD-037] A job that can't be leased fails visibly, and the next one runs.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_whose_record_is_broken_fails_and_is_not_left_behind() {
     let orchestrator = Orchestrator::start().await;
@@ -413,7 +413,7 @@ async fn a_job_whose_record_is_broken_fails_and_is_not_left_behind() {
     assert_eq!(worker.request(1).await.job_id, next.to_string());
 }
 
-// [ORCHD-037] P3: where not even that can be written down readers are told of no end, for the record would know nothing of it.
+// [ORCHD-037] P3: if the failure can't be recorded, readers get no end, because the record would not have it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_can_t_even_fail_is_let_go_without_an_end() {
     let orchestrator = Orchestrator::start().await;

@@ -64,7 +64,7 @@ async fn a_backup_of_a_busy_daemon_is_complete_and_a_daemon_runs_on_it() {
         (0o600, vec!["jobs.backup".to_owned()])
     );
 
-    // It overwrites only what it is told to, and never the database.
+    // A backup overwrites only with `--force`, and never the database itself.
     let first = std::fs::read(&goal).unwrap();
     let (status, said) = run(&mut backup(home.path(), &goal)).await;
     assert!(!status.success() && said.contains("--force"), "{said}");
@@ -78,7 +78,7 @@ async fn a_backup_of_a_busy_daemon_is_complete_and_a_daemon_runs_on_it() {
         );
     }
 
-    // Killed: what stands in the log alone is in the next backup all the same.
+    // After a kill, the next backup includes what is only in the log.
     submits.abort();
     let _ = submits.await;
     daemon.kill().await.unwrap();
@@ -111,7 +111,7 @@ async fn a_backup_of_a_busy_daemon_is_complete_and_a_daemon_runs_on_it() {
     assert!(status.success(), "{said}");
 }
 
-// [ORCHD-076] One that can't be finished leaves nothing behind.
+// [ORCHD-076] A backup that can't be finished leaves nothing behind.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_that_finds_no_room_leaves_nothing() {
     let home = tempfile::tempdir().unwrap();

@@ -84,7 +84,7 @@ impl Stepped {
     }
 
     fn step(&self, offset: &str) {
-        // Written atomically, or the daemon could read half of the file.
+        // Written atomically: otherwise the daemon could read half of the file.
         let file = self.home.path().join("offset");
         let new = file.with_extension("new");
         std::fs::write(&new, offset).unwrap();
@@ -151,7 +151,7 @@ async fn liveness(daemon: &Stepped) -> PoolLiveness {
     view.liveness
 }
 
-/// A finished job with a key, a running job, and two waiting jobs, whose timeouts are ten minutes and some seconds.
+/// A finished job with a key, a running job, and two waiting jobs with timeouts of ten minutes and of [`HASTY`].
 struct Jobs {
     keyed: JobId,
     running: JobId,
@@ -240,7 +240,7 @@ async fn a_step_of_the_wall_clock_ends_no_wait_and_deletes_nothing() {
     .await;
 }
 
-// [ORCHD-222] P25, P2: a start with a clock that is wrong.
+// [ORCHD-222] P25, P2: a start with a wrong clock.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_with_a_wrong_wall_clock_expires_and_deletes_nothing() {
     join_all(STEPS.map(async |(step, seconds)| {
@@ -336,7 +336,7 @@ async fn what_waits_for_a_time_to_pass_does_so_whatever_the_wall_clock_says() {
     .await;
 }
 
-// [ORCHD-224] P25, P7: after its own freeze, the daemon doubts itself first.
+// [ORCHD-224] P25, P7: after a freeze, the daemon suspects itself before its pools.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_freeze_of_the_daemon_is_not_the_silence_of_its_pools() {
     const FREEZE: Duration = Duration::from_secs(7);
@@ -353,7 +353,7 @@ async fn a_freeze_of_the_daemon_is_not_the_silence_of_its_pools() {
     let timed = daemon.job_within(Duration::from_secs(4)).await;
 
     signal(&daemon.child, Signal::STOP);
-    // The worker's stream breaks meanwhile, so no open stream vouches for the attempt.
+    // The worker's stream breaks during the freeze, so that no open stream proves the attempt alive.
     worker.cut_streams(job);
     tokio::time::sleep(FREEZE).await;
     worker.tokens(job, 0..2);
@@ -368,7 +368,7 @@ async fn a_freeze_of_the_daemon_is_not_the_silence_of_its_pools() {
     })
     .await;
     assert_eq!((view.status, view.attempts.len()), (JobStatus::Running, 1));
-    // The job's timeout continues where it stopped, and a pool that dies now is lost on time.
+    // The job's timeout resumes where it stopped, and a pool that dies now is lost on time.
     daemon.until(timed, JobStatus::Expired).await;
     assert!(awake.elapsed() > Duration::from_secs(2), "{awake:?}");
     worker.kill().await;

@@ -193,7 +193,7 @@ async fn a_job_waits_for_room_in_the_cache_and_those_behind_it_wait_too() {
     assert!(said.contains("5000") && said.contains("3000"), "{said}");
     let later = only_once(&orchestrator).await;
     waits_for(&orchestrator, later, WaitReason::CacheFull).await;
-    // Not all that is free is enough.
+    // A part of the free tokens is reserved.
     pool.workers[0].cache = room(4096);
     pool.beat(&orchestrator).await;
     assert_eq!(worker.requests().len(), 2);

@@ -9,10 +9,10 @@ use serde_json::json;
 
 use crate::support::{MODEL, Process, eventually};
 
-/// Rounds of submits and kills; each has its own instant.
+/// Rounds of submits and kills, each with a kill at a different moment.
 const ROUNDS: u64 = 4;
 
-// [ORCHD-001] P1: whatever was answered 202 is there after a SIGKILL at any instant.
+// [ORCHD-001] P1: every job answered with 202 is there after a SIGKILL at any moment.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_acknowledged_job_survives_a_kill() {
     let mut home = Arc::new(tempfile::tempdir().unwrap());
@@ -38,7 +38,7 @@ async fn every_acknowledged_job_survives_a_kill() {
                 })
             })
             .collect();
-        // After a number of answers rather than a time, so that every round catches submits half-way on any machine.
+        // Kill after a number of answers, not a time, so that every round catches submits half-way on any machine.
         let enough = usize::try_from(round * 37 % 150).unwrap() + 1;
         eventually("some answers", async || {
             (answered.lock().unwrap().len() >= enough).then_some(())

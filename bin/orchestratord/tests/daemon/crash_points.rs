@@ -1,5 +1,5 @@
-//! The real daemon is killed at each place where a crash matters, in a chain of real pools and real workers, with jobs queued,
-//! running and finishing; it starts again, everything comes to its end, and the checker judges.
+//! Crashes of the real daemon at each place where a crash matters, with real pools and workers, and with jobs queued, running
+//! and finishing. After each crash the daemon starts again, all jobs end, and the checker judges the record.
 
 use std::collections::BTreeMap;
 use std::os::unix::process::ExitStatusExt as _;
@@ -17,13 +17,13 @@ use serde_json::json;
 use tokio::task::JoinSet;
 
 const CRASH_AT: &str = "LLORCH_CRASH_AT";
-/// Enough for any point to be reached, on a machine that has other things to do.
+/// Time limit for reaching any point, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// Jobs of one round: more than there are workers, so that some wait.
 const JOBS: usize = 8;
 const VARIANTS: usize = 4;
 
-/// Drawn with a temperature, so that a splice or a wrong sampler state shows in the text.
+/// Returns a request with a temperature, so that a splice or a wrong sampler state shows in the text.
 fn request(variant: usize, models: &[String]) -> TaskSubmitRequest {
     TaskSubmitRequest {
         model: models[variant % models.len()].clone(),
@@ -86,8 +86,8 @@ impl Stage {
         }
     }
 
-    /// Starts the daemon so that it dies at `point`, lets clients do what brings it there, starts it again, and waits until
-    /// all they asked for is over.
+    /// Starts the daemon so that it dies at `point`, lets clients make the requests that lead there, starts it again, and waits
+    /// until all their jobs are over.
     async fn crash_at(&mut self, point: &str) {
         self.restart(Some(point)).await;
         self.round(point, async |stage| stage.crashed(point).await)
@@ -121,7 +121,7 @@ impl Stage {
         );
     }
 
-    /// Clients submit, read, come back and cancel, while `crash` waits for the daemon's end; then it is started again.
+    /// Lets clients submit, read, reconnect and cancel while `crash` waits for the daemon's end; then starts the daemon again.
     async fn round(&mut self, what: &str, crash: impl AsyncFnOnce(&mut Self)) {
         self.rounds += 1;
         let mut tasks = JoinSet::new();
@@ -143,7 +143,7 @@ impl Stage {
                     clients.read(job, "first", &reading).await?;
                     job
                 };
-                // Asked again, and read from the start by another.
+                // Submitted again, and read from the start by another reader.
                 clients.submit(&key, &request).await?;
                 clients.read(job, "second", &Reading::default()).await?;
                 clients.wait(job).await?;
@@ -168,7 +168,7 @@ impl Stage {
         self.judge(what, &[]).await;
     }
 
-    /// Nothing may be lost, doubled or spliced.
+    /// Fails if the record has a lost, doubled or spliced text.
     async fn judge(&self, what: &str, hosts: &[bdd_runner::checker::Host]) {
         let evidence = Evidence {
             history: self.clients.history(),
@@ -185,7 +185,7 @@ impl Stage {
         );
     }
 
-    /// Waits until so many jobs are given to workers which say nothing.
+    /// Waits until `count` jobs are dispatched to workers that send nothing.
     async fn until_given_out(&self, count: usize) {
         let begun = tokio::time::Instant::now();
         loop {
@@ -196,7 +196,7 @@ impl Stage {
                 .filter(|job| job.status == JobStatus::Dispatched)
                 .count();
             if given >= count {
-                // The request follows the commit at once.
+                // The request to the worker follows the commit at once.
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 return;
             }
@@ -236,7 +236,7 @@ async fn killed_while_jobs_are_given_to_workers_and_run() {
         stage.crash_at(point).await;
         stage.crash_at(&format!("{point}@4")).await;
     }
-    // Sent and not answered: the workers are frozen, so their hosts' kernels take the request and nobody reads it.
+    // Sent and not answered: the workers are frozen, so their hosts' kernels accept the request, but no process reads it.
     stage.restart(None).await;
     let crash = async |stage: &mut Stage| {
         let workers: Vec<_> = stage.chain.pools[0]
@@ -287,7 +287,7 @@ async fn killed_while_it_stops_and_while_it_starts_again() {
         };
         stage.round(point, crash).await;
     }
-    // Again and again, in the middle of the recovery from the crash before.
+    // Repeated crashes, in the middle of the recovery from the previous crash.
     stage.restart(None).await;
     let crash = async |stage: &mut Stage| {
         running(&stage.clients).await;
@@ -304,7 +304,7 @@ async fn killed_while_it_stops_and_while_it_starts_again() {
     stage.end().await;
 }
 
-/// Waits until clients are in the midst of their streams.
+/// Waits until clients are reading streams.
 async fn running(clients: &Clients) {
     let before = clients.connections();
     let begun = tokio::time::Instant::now();
@@ -340,7 +340,7 @@ impl Alone {
         Record::read(&self.state().join("jobs.db")).await.unwrap()
     }
 
-    /// Its address once it listens; or how it ended before.
+    /// Returns the daemon's address once it listens, or its exit status if it ends before.
     async fn up(&self, child: &mut std::process::Child) -> Result<String, ExitStatus> {
         let begun = tokio::time::Instant::now();
         loop {
@@ -356,7 +356,7 @@ impl Alone {
     }
 }
 
-// [ORCHD-181] P17: in the midst of each script, and after each commit.
+// [ORCHD-181] P17: in the middle of each script, and after each commit.
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_while_the_database_is_migrated() {
     for point in ["migrate.uncommitted", "migrate.committed"] {
@@ -364,7 +364,8 @@ async fn killed_while_the_database_is_migrated() {
             home: tempfile::tempdir().unwrap(),
         };
         let mut crashes = 0;
-        // What was committed is not done again, so the next crash needs a later hit only where nothing was.
+        // A committed script does not run again. Only an uncommitted one does, so only then must the next crash come a hit
+        // later.
         let url = loop {
             let hit = if point == "migrate.committed" {
                 1
@@ -390,7 +391,7 @@ async fn killed_while_the_database_is_migrated() {
     }
 }
 
-// [ORCHD-182] P1: the log is written back into the database file by SQLite itself, in the midst of a commit.
+// [ORCHD-182] P1: SQLite itself writes the log back into the database file, in the middle of a commit.
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_while_the_log_is_written_back() {
     use rustix::fs::inotify;
@@ -400,11 +401,11 @@ async fn killed_while_the_log_is_written_back() {
     };
     let mut acknowledged = Vec::new();
     let mut half_done = 0;
-    // Nearly every kill comes in the midst of it; some too late.
+    // Nearly every kill comes in the middle of the write-back; some come too late.
     for _ in 0..40 {
         let mut child = alone.launch("nowhere");
         let url = alone.up(&mut child).await.unwrap();
-        // In this mode of SQLite's, nothing else writes to this file.
+        // In WAL mode, only the write-back writes to this file.
         let watch = inotify::init(inotify::CreateFlags::CLOEXEC).unwrap();
         inotify::add_watch(
             &watch,
@@ -424,7 +425,7 @@ async fn killed_while_the_log_is_written_back() {
             let (client, url) = (client.clone(), url.clone());
             submits.spawn(async move {
                 let mut jobs = Vec::new();
-                // A prompt of many pages, so that the log is soon long enough to be written back.
+                // A prompt of many pages makes the log long enough to be written back soon.
                 let body = json!({"model": "smollm2-135m", "prompt": "x".repeat(200_000)});
                 loop {
                     let Ok(answer) = client
@@ -462,8 +463,8 @@ async fn killed_while_the_log_is_written_back() {
     }
 }
 
-/// Whether a killed process left the log half written back: the file that SQLite shares between processes says how many
-/// pages were about to be, and how many are.
+/// Returns whether a killed process left the log half written back. The file that SQLite shares between processes holds the
+/// number of pages attempted, and of pages done.
 fn half_written_back(state: &Path) -> bool {
     const DONE: usize = 96;
     const ATTEMPTED: usize = 128;

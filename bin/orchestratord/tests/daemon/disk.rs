@@ -1,4 +1,4 @@
-//! A disk that is full, and one that fails, under the real binary.
+//! A full disk and a failing disk, under the real binary.
 
 use std::fs;
 use std::io::Write as _;
@@ -15,7 +15,7 @@ use crate::process::{command, ended, run, signal, spawn, start};
 use crate::small_disk::Disk;
 use crate::support::{FakePool, FakeWorker, MODEL, Reader, eventually, outline};
 
-/// Fills the disk to its last block, and returns the file that does.
+/// Fills the disk to its last block, and returns the file that fills it.
 fn fill(disk: &Disk) -> PathBuf {
     let path = disk.0.join("filler");
     let mut file = fs::File::create(&path).unwrap();
@@ -36,8 +36,8 @@ async fn show(client: &ApiClient, job: impl std::fmt::Display) -> TaskView {
     client.get(&format!("/v2/tasks/{job}")).await.unwrap()
 }
 
-// [ORCHD-006] [ORCHD-017] [ORCHD-077] P16: on a disk without room submits are refused, a running job goes on and its
-// readers see it, and with room everything is as if nothing had been.
+// [ORCHD-006] [ORCHD-017] [ORCHD-077] P16: on a full disk, submits are refused, and a running job continues in front of its
+// readers. Once there is room, everything works as before.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
     let place = tempfile::tempdir().unwrap();
@@ -79,7 +79,7 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
     };
 
     let filler = fill(&disk);
-    // The log has some room of its own; when that is used up every submit is refused.
+    // The log has some room of its own. Once that is used up, every submit is refused.
     let big = "x".repeat(1 << 20);
     let mut accepted = 0;
     let refused = loop {
@@ -100,7 +100,7 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
     let ready = client.get::<Value>("/ready").await.unwrap_err();
     assert_eq!(ready.status(), Some(503), "{ready}");
 
-    // What runs goes on in front of its readers, and reads are answered.
+    // The running job continues in front of its readers, and reads are answered.
     worker.tokens(job, 3..200);
     let mut seen = Vec::new();
     while seen.len() < 202 {
@@ -114,7 +114,7 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
     assert!(daemon.try_wait().unwrap().is_none());
 
     fs::remove_file(filler).unwrap();
-    // It need not be a submit that finds out.
+    // Readiness returns without a submit.
     eventually("the daemon is ready", async || {
         client.get::<Value>("/ready").await.ok()
     })
@@ -131,7 +131,7 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
         202
     );
 
-    // Nothing was broken by it: the check after a kill finds the file sound.
+    // The full disk has broken nothing: the check after a kill finds the file sound.
     daemon.kill().await.unwrap();
     let (_daemon, client) = start(&disk.0).await;
     assert_eq!(show(&client, job).await.status, JobStatus::Completed);
@@ -139,8 +139,8 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
     assert_eq!(all["jobs"].as_array().unwrap().len(), accepted + 3);
 }
 
-// [ORCHD-082] P16: a start on a disk without room shows what there is, refuses submits, and heals; where it can't be
-// done it says why.
+// [ORCHD-082] P16: a daemon that starts on a full disk shows the stored jobs, refuses submits, and recovers. If the start is
+// impossible, the error says why.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_comes_up_on_a_full_disk() {
     let place = tempfile::tempdir().unwrap();
@@ -155,7 +155,7 @@ async fn a_daemon_comes_up_on_a_full_disk() {
     let body = json!({"model": MODEL, "prompt": "waits", "seed": 1});
     let accepted = client.post::<_, TaskAccepted>("/v2/tasks", &body).await;
     let job = accepted.unwrap().job_id;
-    // Ended by a signal and in order: the latter leaves no side files of the database.
+    // After a signal, and after a stop in order, which leaves no side files of the database.
     for end in [Signal::KILL, Signal::TERM] {
         signal(&daemon, end);
         daemon.wait().await.unwrap();
@@ -179,7 +179,7 @@ async fn a_daemon_comes_up_on_a_full_disk() {
     signal(&daemon, Signal::TERM);
     daemon.wait().await.unwrap();
 
-    // Without the room that was kept there is a clear word.
+    // Without the reserve, the error is clear.
     fs::remove_file(disk.0.join("state/orchestratord/reserve")).unwrap();
     let filler = fill(&disk);
     let (status, said) = run(&mut command(&disk.0)).await;
@@ -196,8 +196,8 @@ async fn a_daemon_comes_up_on_a_full_disk() {
     assert_eq!(show(&client, job).await.status, JobStatus::Queued);
 }
 
-// [ORCHD-083] P16: the log lies on the same disk, as it does where the CLI starts the daemon. That nothing can be logged
-// stops nothing, and with room all goes on.
+// [ORCHD-083] P16: the log is on the same disk, as when the CLI starts the daemon. A failing log stops nothing, and works again
+// once there is room.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_log_on_the_full_disk_stops_nothing() {
     let place = tempfile::tempdir().unwrap();
@@ -210,7 +210,7 @@ async fn a_log_on_the_full_disk_stops_nothing() {
     };
     let log = fs::File::create(disk.0.join("log")).unwrap();
     let mut command = command(&disk.0);
-    // Every request and every commit has something to say.
+    // At this level, every request and every commit logs a line.
     command.env("LLORCH_LOG", "debug").stderr(log);
     let (_daemon, client) = spawn(&disk.0, &mut command).await;
     let accepted = submit(client.base_url(), "before").await;
@@ -232,7 +232,7 @@ async fn a_log_on_the_full_disk_stops_nothing() {
     assert_eq!(submit(client.base_url(), "after").await.status(), 202);
 }
 
-/// A library whose `fdatasync` and `fsync` fail while a file is there.
+/// Builds a library whose `fdatasync` and `fsync` fail while a file exists.
 fn failing_syncs(dir: &Path) -> Result<PathBuf, String> {
     let (source, library) = (dir.join("syncs.c"), dir.join("syncs.so"));
     let code = r#"
@@ -267,7 +267,7 @@ fn failing_syncs(dir: &Path) -> Result<PathBuf, String> {
     }
 }
 
-// [ORCHD-078] P16: after a sync that failed nobody knows what is on the disk: nothing is acknowledged, and the process ends.
+// [ORCHD-078] P16: after a failed sync, the disk's state is unknown: nothing is acknowledged, and the process ends.
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sync_that_fails_ends_the_process_before_anything_is_acknowledged() {
@@ -302,7 +302,7 @@ async fn a_sync_that_fails_ends_the_process_before_anything_is_acknowledged() {
         "{said}"
     );
 
-    // Opened anew it says again what is there.
+    // Once reopened, the database is known again.
     fs::remove_file(&trigger).unwrap();
     let (_daemon, client) = start(home.path()).await;
     assert_eq!(show(&client, kept).await.status, JobStatus::Queued);

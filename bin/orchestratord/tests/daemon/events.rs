@@ -62,7 +62,7 @@ async fn a_submit_that_accepts_events_is_answered_with_them() {
         stream: orchestrator.client.events(request).await.unwrap(),
     };
     assert_eq!(reader.stream.status(), 200);
-    // A proxy must not collect it.
+    // A proxy must not buffer the stream.
     assert_eq!(reader.stream.header("x-accel-buffering"), Some("no"));
     let first = reader.logged().await.unwrap();
     let TaskEvent::Queued(queued) = first.event else {
@@ -78,7 +78,7 @@ async fn a_submit_that_accepts_events_is_answered_with_them() {
     assert_eq!(outline(&reader.rest().await), ["started 1.2", "end 1.3"]);
 }
 
-// [ORCHD-023] P11: wherever a reader comes in, while the job runs and after, it gets every later event once.
+// [ORCHD-023] P11: a reader that joins anywhere, during the job or after, gets every later event once.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_may_come_in_anywhere() {
     let (orchestrator, _pool, worker) = one_worker().await;
@@ -95,7 +95,7 @@ async fn a_reader_may_come_in_anywhere() {
                 break got;
             }
         };
-        // One that goes on after what came, one from an arbitrary earlier place: some of it in the log, some not yet.
+        // One reader continues after the last event, another from an earlier place: some events are logged, some not yet.
         let place = got.id.unwrap();
         readers.push((
             place.seq,
@@ -161,7 +161,7 @@ async fn event_ids_that_make_no_sense_are_refused_and_those_ahead_wait() {
     worker.request(1).await;
     worker.started(job);
     worker.end(job, 0);
-    // It has not seen the end, for the job was not over when it came.
+    // This reader has not seen the end, because the job was not over when it joined.
     assert_eq!(outline(&ahead.rest().await), ["end 1.3"]);
     let error = orchestrator.follow(job, Some("7.700")).await.err().unwrap();
     assert_eq!(
@@ -201,7 +201,7 @@ async fn a_slow_reader_is_closed_and_can_resume_and_slows_nobody() {
     assert_eq!(&beginning, b"HTTP/1.1 200 OK");
     let quick = orchestrator.follow(job, None).await.unwrap();
 
-    // More than what the sockets on the way can hold. The quick one gets everything while the slow one reads nothing.
+    // More than the sockets on the way can hold. The quick reader gets everything while the slow one reads nothing.
     let text = "x".repeat(2 * 1024);
     let mut quick = quick;
     for i in 0..4000 {

@@ -1,4 +1,4 @@
-//! Numbers that every reader of JSON keeps.
+//! Numbers in answers, which every JSON parser must keep.
 
 use orchestrator_core::JobStatus;
 use serde_json::{Value, json};
@@ -25,7 +25,7 @@ async fn events(orchestrator: &Orchestrator, path: &str) -> Vec<(String, String)
 #[tokio::test(flavor = "multi_thread")] // [ORCHD-168]
 async fn every_reader_of_json_keeps_every_number() {
     let (orchestrator, pool, worker) = one_worker().await;
-    // Half of all 64-bit numbers, and one in two of those with 54 bits, would fail at once.
+    // Half of all random 64-bit numbers would fail at once, as would half of those with 54 bits.
     let task = json!({"model": MODEL, "prompt": "hi", "temperature": 0.7, "top_p": 0.9, "min_p": 0.05,
         "repetition_penalty": 1.1, "timeout_ms": 2_592_000_000u64});
     let mut texts = Vec::new();

@@ -1,4 +1,4 @@
-//! The description of the API, held against the API.
+//! The description of the API, compared with the API.
 
 use orchestrator_core::JobStatus;
 use reqwest::Method;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::described::{check, every_route_is_described};
 use crate::support::{MODEL, Orchestrator, one_worker};
 
-/// The methods and paths that the design names.
+/// The methods and paths of the design.
 const DESIGNED: [&str; 25] = [
     "DELETE /v2/pools/{id}",
     "DELETE /v2/tasks/{id}",
@@ -143,8 +143,7 @@ async fn answers_are_as_described() {
             "{simulated}"
         );
     }
-    // And refusals.
-    // A worker's name becomes a part of a path on the pool.
+    // Refusals are described as well. A worker's id becomes part of a path on the pool.
     let stop = "/v2/pools/{id}/workers/{worker}/stop";
     let elsewhere = "/v2/pools/pool-a/workers/..%2f..%2fdrain%3f/stop";
     let refused = ask(post.clone(), stop, elsewhere, None).await;
@@ -162,7 +161,7 @@ async fn answers_are_as_described() {
     orchestrator.stop().await;
 }
 
-/// What the document takes, the daemon takes, and the other way round.
+/// The daemon accepts exactly the tasks that the document allows.
 #[tokio::test] // [ORCHD-162]
 async fn tasks_are_described_as_they_are_taken() {
     let orchestrator = Orchestrator::start().await;
@@ -242,7 +241,7 @@ async fn tasks_are_described_as_they_are_taken() {
     orchestrator.stop().await;
 }
 
-/// The parser of model references and the pattern that stands for it.
+/// The parser of model references accepts what the document's pattern allows.
 #[tokio::test] // [ORCHD-162]
 async fn models_are_described_as_they_are_parsed() {
     let orchestrator = Orchestrator::start().await;

@@ -228,7 +228,7 @@ async fn a_refused_start_is_explained_and_not_hammered() {
         pool.beat(&orchestrator).await;
         orchestrator.job().await;
     }
-    // The pause is of a second at least.
+    // The pause is at least a second.
     let tries = pool.spawned.lock().unwrap().len();
     let took = begun.elapsed();
     assert!(tries as u64 <= 1 + took.as_secs(), "{tries} in {took:?}");

@@ -11,7 +11,7 @@ use tokio::process::{Child, Command};
 
 use crate::support::{eventually, soon};
 
-/// `orchestratord` on a home, on a free port. It is killed when dropped.
+/// Returns the command for `orchestratord` on a home and a free port. The process is killed when dropped.
 pub fn command(home: &Path) -> Command {
     command_of(env!("CARGO_BIN_EXE_orchestratord"), home)
 }
@@ -30,12 +30,12 @@ pub fn command_of(program: &str, home: &Path) -> Command {
     command
 }
 
-/// Starts it, and returns when it answers.
+/// Starts the daemon, and returns once it answers.
 pub async fn start(home: &Path) -> (Child, ApiClient) {
     spawn(home, &mut command(home)).await
 }
 
-/// Starts `command` on `home`, and returns when that process answers.
+/// Starts `command` on `home`, and returns once that process answers.
 pub async fn spawn(home: &Path, command: &mut Command) -> (Child, ApiClient) {
     let child = command.spawn().unwrap();
     let state = home.join("state/orchestratord");
@@ -50,13 +50,13 @@ pub async fn spawn(home: &Path, command: &mut Command) -> (Child, ApiClient) {
     (child, client)
 }
 
-/// Sends a signal to a process of ours.
+/// Sends a signal to a child process.
 pub fn signal(child: &Child, signal: Signal) {
     let pid = Pid::from_raw(child.id().unwrap().try_into().unwrap()).unwrap();
     kill_process(pid, signal).unwrap();
 }
 
-/// Runs `command` to its end, and returns what it said on standard error.
+/// Runs `command` to its end, and returns its status and standard error.
 pub async fn run(command: &mut Command) -> (ExitStatus, String) {
     let child = command.stderr(Stdio::piped()).spawn().unwrap();
     ended(child).await

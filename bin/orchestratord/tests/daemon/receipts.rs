@@ -1,4 +1,4 @@
-//! Receipts: from a worker's `end` to whoever asks for the job.
+//! Receipts, from a worker's `end` to the clients that read the job.
 
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::{JobId, JobStatus};
@@ -11,7 +11,7 @@ use crate::support::{
     Api, FakePool, FakeWorker, MODEL, Orchestrator, ended, eventually, one_worker,
 };
 
-/// The receipts of a job: in its view, and in its event stream from the start.
+/// Returns a job's receipts: the one in its view, and the one in its event stream.
 async fn receipts(api: &Api, job: JobId) -> [Option<Receipt>; 2] {
     let events = api.follow(job, None).await.unwrap().rest().await;
     let streamed = match &events.last().unwrap().event {
@@ -50,7 +50,7 @@ async fn a_receipt_is_shown_streamed_and_there_after_a_restart() {
     orchestrator.stop().await;
 }
 
-// [ORCHD-240] A worker of an earlier build gives none, and a text that is not whole has none.
+// [ORCHD-240] A worker of an earlier build sends no receipt, and an incomplete text has none.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_without_a_receipt_ends_as_before() {
     let (orchestrator, _pool, worker) = one_worker().await;
@@ -77,7 +77,7 @@ async fn a_job_without_a_receipt_ends_as_before() {
     orchestrator.stop().await;
 }
 
-// [ORCHD-241] Each worker knows the attempt before it; the log knows which attempts computed tokens.
+// [ORCHD-241] Each worker knows only the attempt before its own; the log knows which attempts computed tokens.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_receipt_of_a_continued_text_names_the_arithmetic_of_all_its_tokens() {
     let orchestrator = Orchestrator::start().await;
@@ -125,7 +125,7 @@ async fn the_receipt_of_a_continued_text_names_the_arithmetic_of_all_its_tokens(
     orchestrator.stop().await;
 }
 
-// [ORCHD-241] What was computed before a void is no part of the text.
+// [ORCHD-241] Tokens computed before a void are not part of the text.
 #[tokio::test(flavor = "multi_thread")]
 async fn void_text_leaves_no_trace_in_the_receipt() {
     let orchestrator = Orchestrator::start().await;

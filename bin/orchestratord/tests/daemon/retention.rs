@@ -1,4 +1,4 @@
-//! What a daemon with a short memory forgets, and what it keeps.
+//! Retention in a daemon: the deleted texts, and the records that stay.
 
 use orchestrator_core::JobStatus;
 use serde_json::json;
@@ -31,7 +31,7 @@ async fn the_events_of_a_job_that_ended_long_ago_are_gone_and_its_state_is_kept(
     );
     assert_eq!(dropped.usage.as_ref().unwrap().tokens_out, 3);
 
-    // It is in no file any more, though the daemon goes on writing to them.
+    // The text is in no file any more, although the daemon keeps writing to them.
     let state = orchestrator.home.path().join("state/orchestratord");
     let holds = |file: std::io::Result<std::fs::DirEntry>| {
         let bytes = std::fs::read(file.unwrap().path()).unwrap();
@@ -53,7 +53,7 @@ async fn the_events_of_a_job_that_ended_long_ago_are_gone_and_its_state_is_kept(
         assert!(error.hint.as_ref().unwrap().contains("store.retention_s"));
     }
     assert_eq!(orchestrator.cancel(job).await, JobStatus::Completed);
-    // A job that is not over loses nothing, however long it waits.
+    // A job that is not over keeps everything, however long it waits.
     let view = orchestrator.show(waiting).await;
     assert!(!view.status.is_terminal(), "{}", view.status);
     assert_eq!(view.dropped_at, None);

@@ -1,4 +1,4 @@
-//! What runs where, why a job waits, and what lifts it.
+//! Scheduling: the choice of a worker, the reasons for waiting, and the end of each reason.
 
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ async fn started(pool: &FakePool) {
     .await;
 }
 
-/// Lets the pool start the worker that it is asked for, and waits until that has the job.
+/// Starts the worker that the pool was asked for, and waits until the worker has the job.
 async fn runs(orchestrator: &Orchestrator, pool: &mut FakePool, job: JobId) {
     started(pool).await;
     let latest = pool.spawned.lock().unwrap().len() - 1;
@@ -58,7 +58,7 @@ async fn runs(orchestrator: &Orchestrator, pool: &mut FakePool, job: JobId) {
     assert_eq!(worker.request(1).await.job_id, job.to_string());
 }
 
-/// An idle worker of another model that holds half of the pool's memory.
+/// Returns an idle worker of another model that holds half of the pool's memory.
 fn idle_worker() -> WorkerInfo {
     let mut info = worker_info("worker-cpu-9", WorkerStatus::Ready);
     info.model_ref = "tinyllama".parse().unwrap();
@@ -68,7 +68,7 @@ fn idle_worker() -> WorkerInfo {
     info
 }
 
-/// A pool with these workers.
+/// Returns a pool with these workers.
 async fn pool_with(workers: Vec<WorkerInfo>) -> FakePool {
     let mut pool = FakePool::start("pool-a").await;
     let endpoint = |worker: &WorkerInfo| WorkerEndpoint {
@@ -81,8 +81,8 @@ async fn pool_with(workers: Vec<WorkerInfo>) -> FakePool {
     pool
 }
 
-/// A job that waits for `reason` on a pool which says of itself what `wrong` does. When the pool is as it should be, and
-/// nothing else changes, the job starts.
+/// Checks that a job waits for `reason` on a pool whose report `wrong` has changed, and that the job starts once the pool's
+/// report is right again, with no other change.
 async fn lifted_by_the_pool(reason: WaitReason, wrong: impl FnOnce(&mut PoolStatus)) {
     let orchestrator = Orchestrator::start().await;
     let mut pool = FakePool::start("pool-a").await;
@@ -210,7 +210,7 @@ async fn worker_starting_is_lifted_by_the_worker_being_ready() {
     assert_eq!(worker.request(1).await.job_id, job.to_string());
 }
 
-// [ORCHD-110] A worker is ready for its pool before the orchestrator knows how to reach it.
+// [ORCHD-110] A worker is ready for its pool before the orchestrator has its endpoint.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_starting_is_lifted_by_the_address_of_the_worker() {
     let orchestrator = Orchestrator::start().await;
@@ -234,7 +234,7 @@ async fn slots_busy_is_lifted_by_the_end_of_the_job_before_and_the_start_is_esti
     worker.request(1).await;
     let (second, third) = (orchestrator.job().await, orchestrator.job().await);
     let waiting = waits_for(&orchestrator, second, WaitReason::SlotsBusy).await;
-    // No job has shown how long one takes.
+    // No job has shown yet how long a job takes.
     assert_eq!(
         (waiting.queue_position, waiting.estimated_start_ms),
         (0, None)
@@ -293,7 +293,7 @@ async fn evicting_is_lifted_by_the_end_of_the_idle_worker() {
         (*pool.asked.stops.lock().unwrap() == ["worker-cpu-9"]).then_some(())
     })
     .await;
-    // A heartbeat that was under way changes nothing, and no second stop is sent.
+    // A late heartbeat changes nothing, and no second stop is sent.
     pool.beat_with(&orchestrator, |status| {
         status.devices[0].memory_free_bytes = 0;
     })
@@ -326,7 +326,7 @@ async fn a_worker_with_work_is_not_evicted() {
     let body = json!({"model": "tinyllama", "prompt": "hi"});
     let waiting = orchestrator.submit(body).await.unwrap().job_id;
     waits_for(&orchestrator, waiting, WaitReason::MemoryShort).await;
-    // The pool has not noticed that its worker works: it still calls it idle.
+    // The pool has not noticed the worker's job, and still reports the worker as idle.
     pool.beat_with(&orchestrator, full).await;
     waits_for(&orchestrator, waiting, WaitReason::MemoryShort).await;
     assert!(pool.asked.stops.lock().unwrap().is_empty());
@@ -355,7 +355,7 @@ async fn a_worker_that_is_idle_for_long_is_unloaded() {
         (!stops().is_empty()).then_some(())
     })
     .await;
-    // Nothing happens but time.
+    // Only time passes.
     eventually("the second stop", async || {
         (stops() == ["worker-cpu-9", "worker-cpu-8"]).then_some(())
     })
@@ -412,7 +412,7 @@ async fn download_refused_is_lifted_by_room_and_downloading_by_the_file() {
         sha256: "ab".into(),
         already_there: false,
     }));
-    // The pool has not spoken since: it is not asked a second time.
+    // No heartbeat shows the model yet, but the download is not requested a second time.
     pool.beat_with(&orchestrator, large_disk).await;
     waits_for(&orchestrator, job, WaitReason::Downloading).await;
     pool.beat(&orchestrator).await;
@@ -446,7 +446,7 @@ async fn a_download_that_failed_is_explained_and_not_asked_for_again_and_again()
         orchestrator.job().await;
     }
     waits_for(&orchestrator, job, WaitReason::DownloadRefused).await;
-    // The pause is of five seconds at least.
+    // The pause is at least five seconds.
     let (asked, took) = (ask_count(&pool) as u64, begun.elapsed());
     assert!(asked <= 1 + took.as_secs() / 5, "{asked} in {took:?}");
 }
@@ -467,7 +467,7 @@ async fn nothing_is_downloaded_unless_that_is_allowed() {
     assert_eq!(ask_count(&pool), 0);
 }
 
-/// Two pools with a worker each.
+/// Returns two pools with one worker each.
 async fn two_pools(orchestrator: &Orchestrator) -> [(FakePool, FakeWorker); 2] {
     let mut pools = Vec::new();
     for id in ["pool-a", "pool-b"] {
@@ -503,7 +503,7 @@ async fn a_session_goes_back_to_its_pool_and_a_placement_is_honoured() {
     let first = run_to_end(&orchestrator, on_b, placed).await;
     let why = async |job| explain(&orchestrator, job).await.placements[0].why.clone();
     assert!(why(first).await.unwrap().contains("asks for this pool"));
-    // Alone it would go to `pool-a`, which is before `pool-b`.
+    // Without the session, the job would go to `pool-a`, which is before `pool-b`.
     let second = json!({"model": MODEL, "prompt": "hi", "session_id": "s"});
     let second = run_to_end(&orchestrator, on_b, second).await;
     assert!(why(second).await.unwrap().contains("session"));

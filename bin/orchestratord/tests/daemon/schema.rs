@@ -1,5 +1,5 @@
-//! A schema tester against the daemon: requests drawn from `/openapi.json`, valid ones and broken ones, and every answer
-//! held against the document.
+//! A schema tester against the daemon: valid and broken requests generated from `/openapi.json`, with every answer checked
+//! against the document.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -20,13 +20,13 @@ use crate::support::{FakePool, FakeWorker, Orchestrator, model_file};
 
 /// Examples of each operation.
 const EXAMPLES: u32 = 100;
-/// Longer than the tester takes.
+/// Time limit for the tester.
 const PATIENCE: Duration = Duration::from_secs(1800);
-/// Known to the pool and to no catalogue, so that any number of tokens may be asked for.
+/// A model that the pool has but no catalogue lists, so that requests may ask for any number of tokens.
 const FREE_MODEL: &str = "file:/models/fake.gguf";
 
-/// The pool comes back when a drawn request removed it, and jobs that nothing can run are ended, so that their streams
-/// end.
+/// Registers the pools again when a generated request has removed them, and ends jobs that nothing can run, so that their
+/// streams end.
 async fn keep_house(
     client: pool_core::client::ApiClient,
     pool: Arc<FakePool>,
@@ -51,10 +51,10 @@ async fn keep_house(
     }
 }
 
-/// What was answered to each operation: how often with which status.
+/// Counts of answers, by operation and status.
 type Calls = BTreeMap<String, BTreeMap<u16, u32>>;
 
-/// Lets the tester loose on all operations, or on those that `more` names; it must find no fault.
+/// Runs the tester on all operations, or on those that `more` selects. Fails if the tester finds a fault.
 async fn run_tester(
     tester: &OsStr,
     orchestrator: &Orchestrator,
@@ -71,7 +71,7 @@ async fn run_tester(
         .arg(here.join("schemathesis.toml"))
         .args(["run", &format!("{}/openapi.json", orchestrator.url())])
         .args(["--checks", "all", "--continue-on-failure"])
-        // A cancelled job's record stays, and the fake pool comes back whenever it is removed.
+        // A cancelled job's record stays, and the fake pool returns whenever it is removed.
         .args(["--exclude-checks", "use_after_free"])
         .args(["--max-examples", &EXAMPLES.to_string(), "--seed", &seed])
         .args(["--request-timeout", "120"])
@@ -131,7 +131,7 @@ async fn a_schema_tester_finds_no_fault() {
     ));
 
     let mut calls = run_tester(&tester, &orchestrator, &house, &[]).await;
-    // Beside other operations the tester spares those that delete.
+    // Among other operations, the tester avoids those that delete.
     let deletes = ["--include-method", "DELETE", "--phases", "fuzzing"];
     for (operation, answers) in run_tester(&tester, &orchestrator, &house, &deletes).await {
         let sum = calls.entry(operation).or_default();
@@ -143,7 +143,7 @@ async fn a_schema_tester_finds_no_fault() {
     let document: Value = orchestrator.client.get("/openapi.json").await.unwrap();
     for (path, item) in document["paths"].as_object().unwrap() {
         for method in item.as_object().unwrap().keys() {
-            // The tester reads this one itself, once, to know of the others.
+            // The tester itself reads this one, once, to learn the others.
             if path == "/openapi.json" {
                 continue;
             }
@@ -151,7 +151,7 @@ async fn a_schema_tester_finds_no_fault() {
             let answers = calls.get(&operation).expect(&operation);
             let count: u32 = answers.values().sum();
             assert!(count >= EXAMPLES, "{operation}: {count} examples");
-            // A trace that could be played is nothing that can be drawn.
+            // A trace that can be simulated can't be generated.
             let drawable = path != "/v2/scheduler/simulate";
             assert!(
                 !drawable || answers.keys().any(|status| *status < 300),
@@ -160,7 +160,7 @@ async fn a_schema_tester_finds_no_fault() {
             assert!(!answers.contains_key(&500), "{operation}: {answers:?}");
         }
     }
-    // It went deep: jobs were run, and the daemon is as well as before.
+    // The requests went deep: jobs ran, and the daemon still works.
     let done = orchestrator
         .client
         .get::<TaskList>("/v2/tasks?status=completed")

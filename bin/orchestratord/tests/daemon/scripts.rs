@@ -1,4 +1,4 @@
-//! Scheduler scripts in a daemon that runs.
+//! Scheduler scripts in a running daemon.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -20,7 +20,7 @@ use serde_json::json;
 
 use crate::support::{FakePool, FakeWorker, MODEL, Orchestrator, eventually, soon};
 
-/// A daemon whose scheduler has a script, with one worker of one slot.
+/// A daemon with a scheduler script, and one worker with one slot.
 struct Scripted {
     orchestrator: Orchestrator,
     worker: FakeWorker,
@@ -30,7 +30,7 @@ struct Scripted {
 }
 
 impl Scripted {
-    /// The limit is long where it is not what is tested: the machine may be busy.
+    /// Tests of anything but the limit choose a long one, because the machine may be busy.
     async fn start(source: &[u8], limit_ms: u64) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("policy.rhai");
@@ -52,7 +52,7 @@ impl Scripted {
         }
     }
 
-    /// A new version, put in place as editors do.
+    /// Saves a new version the way editors do, by a rename.
     fn save(&self, source: &str) {
         let new = self.path.with_extension("new");
         std::fs::write(&new, source).unwrap();
@@ -68,7 +68,7 @@ impl Scripted {
         self.orchestrator.submit(body).await.unwrap().job_id
     }
 
-    /// Runs the job that the worker was given as its `count`th to its end.
+    /// Runs the worker's `count`th job to its end.
     async fn finish(&self, count: usize) -> JobId {
         let job: JobId = self.worker.request(count).await.job_id.parse().unwrap();
         self.worker.started(job);
@@ -101,7 +101,7 @@ async fn a_script_decides_in_place_of_the_built_in_policy() {
     assert_eq!(script.sha256.unwrap().len(), 64);
 }
 
-// [ORCHD-141] A job that a script lets wait says so, and goes when the script said that it would look again.
+// [ORCHD-141] A job that a script holds back says so, and is reconsidered at the time that the script gave.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_that_a_script_lets_wait_says_so_and_is_looked_at_again() {
     let source = "fn schedule(ctx) {
@@ -113,7 +113,7 @@ async fn a_job_that_a_script_lets_wait_says_so_and_is_looked_at_again() {
     }";
     let scripted = Scripted::start(source.as_bytes(), 1000).await;
     let job = scripted.job(10).await;
-    // Until the script has been asked nobody has said why.
+    // Until the script has run, there is no explanation from it.
     let waiting = eventually("the script's word", async || {
         let waiting = scripted.orchestrator.show(job).await.waiting;
         waiting.filter(|waiting| waiting.explanation.message.ends_with("not yet"))
@@ -129,7 +129,7 @@ async fn a_job_that_a_script_lets_wait_says_so_and_is_looked_at_again() {
     assert_eq!(scripted.finish(1).await, job);
 }
 
-// [ORCHD-142] [P21] Whatever the script does, jobs flow: each pass costs the limit at most.
+// [ORCHD-142] [P21] Whatever the script does, jobs flow: a pass costs at most the limit.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hostile_script_costs_its_limit_and_the_built_in_policy_decides() {
     let body = |statements: &str| format!("fn schedule(ctx) {{ {statements} }}");
@@ -172,7 +172,7 @@ async fn a_hostile_script_costs_its_limit_and_the_built_in_policy_decides() {
     }
 }
 
-// [ORCHD-143] [P21] What can't be loaded at all keeps nobody from starting.
+// [ORCHD-143] [P21] A script that can't be loaded does not prevent a start.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_script_that_does_not_load_leaves_the_built_in_policy_in_force() {
     let big = format!("fn schedule(ctx) {{ [] }}{}", " ".repeat(10 << 20));
@@ -294,11 +294,11 @@ async fn a_script_can_be_checked_before_it_is_used() {
     assert_eq!((view.policy.as_str(), view.script), ("least-loaded", None));
 }
 
-/// Jobs of a live trace.
+/// Number of jobs in a live trace.
 const JOBS: usize = 1000;
 
-/// Lets a daemon run [`JOBS`] jobs on two pools, and returns the trace that it records meanwhile. Now and then a worker has less of
-/// its cache left than the longer jobs may need.
+/// Runs [`JOBS`] jobs on two pools, and returns the daemon's recording of them. Now and then a worker's cache has less room
+/// than the longer jobs may need.
 async fn record_a_thousand(script: Option<PathBuf>) -> String {
     let orchestrator = Orchestrator::start_with(|config| {
         config.queue.capacity = -1;
@@ -344,7 +344,7 @@ async fn record_a_thousand(script: Option<PathBuf>) -> String {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    // A few at once, so that some wait; never so many that a pass takes long.
+    // A few jobs at once, so that some wait, but never so many that a pass takes long.
     for first in (0..JOBS).step_by(20) {
         let scarce = first % 100 == 0;
         if scarce {
@@ -380,7 +380,7 @@ fn left_of_cache(free_tokens: u32) -> Option<CacheRoom> {
     })
 }
 
-/// Plays a live trace: every pass is decided again to the same bytes, and the workload runs under either policy.
+/// Replays a live trace: each pass must be decided to the same bytes again, and the workload must run under either policy.
 fn replay_a_thousand(text: &str, scripts: &[(String, Script)]) -> Trace {
     let trace = Trace::read(text).unwrap();
     let end = trace.end.clone().unwrap();
@@ -410,8 +410,8 @@ fn replay_a_thousand(text: &str, scripts: &[(String, Script)]) -> Trace {
     trace
 }
 
-// [ORCHD-146] [ORCHD-147] A daemon records a thousand jobs while it runs them; the simulator decides every pass again and
-// comes to the same bytes. The trace holds neither prompt nor secret.
+// [ORCHD-146] [ORCHD-147] A daemon records a thousand jobs while it runs them. The simulator decides every pass again, to the
+// same bytes. The trace contains neither prompts nor secrets.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trace_of_a_thousand_jobs_is_decided_again_byte_for_byte() {
     let trace = replay_a_thousand(&record_a_thousand(None).await, &[]);
@@ -423,7 +423,7 @@ async fn a_trace_of_a_thousand_jobs_is_decided_again_byte_for_byte() {
     );
 }
 
-// [ORCHD-146] The same with a script in force.
+// [ORCHD-146] The same holds with a script in force.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trace_of_a_thousand_jobs_under_a_script_is_decided_again_byte_for_byte() {
     let folder = tempfile::tempdir().unwrap();

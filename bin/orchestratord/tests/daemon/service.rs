@@ -1,4 +1,4 @@
-//! What the server does with requests before any handler: bounds, names given twice, correlation ids, keep-alive, stop.
+//! Checks of requests before any handler: bounds, repeated names, correlation ids, keep-alive, stop.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use crate::support::{LONG, MODEL, Orchestrator, eventually, one_worker, soon};
 
-/// Sends the parts of a request with a pause between them, and reads the answer to its end.
+/// Sends the parts of a request with a pause between them, and reads the whole answer.
 async fn raw(orchestrator: &Orchestrator, head: &str, parts: &[&[u8]], pause: Duration) -> String {
     let mut stream = TcpStream::connect(orchestrator.addr).await.unwrap();
     let head = format!(
@@ -26,7 +26,7 @@ async fn raw(orchestrator: &Orchestrator, head: &str, parts: &[&[u8]], pause: Du
             }
             tokio::time::sleep(pause).await;
         }
-        // The daemon ends the connection, not this side.
+        // Wait for the daemon to close the connection.
         std::future::pending::<()>().await;
     };
     let mut answer = Vec::new();
@@ -108,7 +108,7 @@ async fn the_bounds_of_requests_are_settings() {
     assert!(answer.starts_with("HTTP/1.1 413"), "{answer}");
     assert!(answer.contains(r#""code":"TOO_LARGE""#), "{answer}");
 
-    // Bytes that keep coming put the end off no further.
+    // A body that keeps trickling in does not extend its time limit.
     let trickle: Vec<&[u8]> = std::iter::once(&b"\r\n{"[..])
         .chain(std::iter::repeat_n(&b" "[..], 200))
         .collect();
@@ -124,7 +124,7 @@ async fn the_bounds_of_requests_are_settings() {
     .await;
     assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
 
-    // Headers that never end get no answer, and no place for ever either.
+    // Headers that never end get no answer, and don't keep their place forever.
     let slow: Vec<&[u8]> = std::iter::repeat_n(&b"X-A: b\r\n"[..], 200).collect();
     let answer = soon(
         "slow headers",
@@ -161,7 +161,7 @@ async fn a_correlation_id_goes_from_the_client_to_pool_and_worker() {
     let answer = post("/v2/pools/pool-a/workers/spawn", spawn).await.unwrap();
     assert_eq!(answer.status(), 202);
     assert_eq!(*pool.correlations.lock().unwrap(), ["trace-42"]);
-    // A refusal names it as well.
+    // A refusal carries the id as well.
     let answer = post("/v2/tasks", json!({})).await.unwrap();
     let body: Value = answer.json().await.unwrap();
     assert_eq!(body["error"]["correlation_id"], "trace-42");
@@ -204,7 +204,7 @@ async fn a_stop_waits_for_nobody_for_long() {
     worker.started(job);
     let mut reader = orchestrator.follow(job, None).await.unwrap();
     while reader.logged().await.unwrap().event.name() != "started" {}
-    // One that never sends the rest of its request, and one that never reads its stream.
+    // One client never sends the rest of its request, and one never reads its stream.
     let mut half = TcpStream::connect(orchestrator.addr).await.unwrap();
     let head = format!(
         "POST /v2/tasks HTTP/1.1\r\nHost: {}\r\nContent-Length: 100\r\nContent-Type: application/json\r\n\r\n{{",
@@ -230,7 +230,7 @@ async fn a_stop_waits_for_nobody_for_long() {
     }
     assert!(told, "the stream was told");
     orchestrator.stop().await;
-    // The default grace is 5 s, and what is wound up after it takes 2 s at most; a body may take 30 s.
+    // The default grace is 5 s, and winding up takes at most 2 s more, whereas a body may take 30 s.
     assert!(
         begun.elapsed() < Duration::from_secs(20),
         "{:?} of {LONG:?}",

@@ -1,4 +1,4 @@
-//! Streams that are open while their pool is not heard from.
+//! Open streams of workers whose pool is silent.
 
 use std::time::Duration;
 
@@ -10,8 +10,8 @@ use orchestrator_core::pool::PoolLiveness;
 
 use crate::support::{Orchestrator, eventually};
 
-// [ORCHD-096] P7: a stream outlives the silence of its pool, however long that lasts. When the stream breaks then, there is
-// nothing to wait for any more: the attempt is given up, though nothing else happens.
+// [ORCHD-096] P7: a stream outlives any silence of its pool. If the stream then breaks, there is nothing left to wait for: the
+// attempt is given up, even if nothing else happens.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_outlives_the_silence_of_its_pool_and_nothing_is_waited_for_after_it() {
     let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = 300).await;
@@ -21,7 +21,7 @@ async fn a_stream_outlives_the_silence_of_its_pool_and_nothing_is_waited_for_aft
         (view.liveness == PoolLiveness::Offline).then_some(())
     })
     .await;
-    // Longer than the window, and than the last words may take of a worker that is gone.
+    // Longer than the window, and than a dead worker's last report may take.
     tokio::time::sleep(Duration::from_secs(3)).await;
     worker.tokens(job, 0..3);
     eventually("the text", async || {
@@ -34,7 +34,7 @@ async fn a_stream_outlives_the_silence_of_its_pool_and_nothing_is_waited_for_aft
     assert_eq!(reasons, [Some("pool `pool-a` is not heard from")]);
 }
 
-// [ORCHD-120] A job whose worker can't be reached says what it waits for, until when, and what happens then.
+// [ORCHD-120] A job whose worker is unreachable says so, until when it waits, and what happens then.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_of_which_nothing_is_heard_says_what_it_waits_for() {
     let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = 5000).await;

@@ -1,13 +1,13 @@
-//! A disk that is soon full. The tests of `llorch-pool` use it as well.
+//! A small disk that is easily filled. The tests of `llorch-pool` use it as well.
 
 use std::path::PathBuf;
 use std::process::Command;
 
-/// A small disk of its own, gone with the test.
+/// A small disk of its own, unmounted when dropped.
 pub struct Disk(pub PathBuf);
 
 impl Disk {
-    /// A disk of so many bytes at this folder, or why none can be made here: that takes the right to mount.
+    /// Mounts a disk of `bytes` at `folder`. Fails without the right to mount, with the reason.
     pub fn new(folder: PathBuf, bytes: u64) -> Result<Self, String> {
         std::fs::create_dir_all(&folder).map_err(|error| error.to_string())?;
         let mounted = Command::new("mount")

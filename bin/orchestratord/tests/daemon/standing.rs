@@ -98,8 +98,7 @@ async fn a_second_host_with_the_same_pool_id_is_refused_and_shown() {
     first.beat(&orchestrator).await;
     assert_eq!(view(&orchestrator).await.url, first.registration().url);
 
-    // A restart on the host of the holder replaces the holder at once, at any address; the predecessor is refused
-    // afterwards.
+    // A restart on the holder's host replaces the holder at once, at any address; the predecessor is refused afterwards.
     let mut restarted = FakePool::start("pool-a").await;
     (restarted.instance, restarted.host_id) = ("instance-2".into(), first.host_id.clone());
     registration(&orchestrator, &restarted).await.unwrap();

@@ -1,4 +1,4 @@
-//! `POST /v2/tasks` and lists: what is accepted, what is refused, and with which words.
+//! `POST /v2/tasks` and lists: accepted requests, refused requests and their messages.
 
 use orchestrator_core::api::models::{ModelList, ModelView};
 use orchestrator_core::api::tasks::{TaskAccepted, TaskList};
@@ -17,7 +17,7 @@ async fn jobs(orchestrator: &Orchestrator, query: &str) -> TaskList {
         .unwrap()
 }
 
-/// Sends a body as it is.
+/// Sends a body unchanged.
 async fn raw(
     orchestrator: &Orchestrator,
     content_type: &str,
@@ -34,7 +34,7 @@ async fn raw(
     (status, answer.json().await.unwrap())
 }
 
-// [ORCHD-010] Each wrong input has its status, code and hint, and leaves nothing behind.
+// [ORCHD-010] Each wrong input has its status, code and hint, and nothing is stored.
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_input_is_refused_with_an_envelope_and_nothing_is_stored() {
     let orchestrator = Orchestrator::start_knowing_mamba().await;
@@ -256,7 +256,7 @@ async fn a_full_queue_refuses_and_takes_again() {
     orchestrator.job().await;
 }
 
-// [ORCHD-013] P19: submits at one time don't squeeze past the bound.
+// [ORCHD-013] P19: simultaneous submits do not exceed the bound.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_bound_holds_for_submits_at_one_time() {
     let orchestrator = Orchestrator::start_with(|config| config.queue.capacity = 10).await;
@@ -294,7 +294,7 @@ async fn a_key_names_one_job_however_often_and_after_a_restart() {
         submit(&orchestrator, "k", body.clone()),
     )
     .await;
-    // Either may find the one place taken by the other before that one's commit; then it was told to come back.
+    // One submit may find the only place promised to the other before the other's commit, and is then refused.
     let ids: Vec<_> = [both.0, both.1]
         .into_iter()
         .flatten()
@@ -304,7 +304,7 @@ async fn a_key_names_one_job_however_often_and_after_a_restart() {
         !ids.is_empty() && ids.iter().all(|id| *id == ids[0]),
         "{ids:?}"
     );
-    // The same in other words: the queue is full, and the job is known.
+    // The same request in other words: the queue is full, but the job is known.
     let spelled = json!({"prompt": "hi", "model": MODEL, "temperature": 0.7, "max_tokens": 256});
     assert_eq!(
         submit(&orchestrator, "k", spelled).await.unwrap()["job_id"],
@@ -332,7 +332,7 @@ async fn a_key_names_one_job_however_often_and_after_a_restart() {
     assert_eq!(jobs(&orchestrator, "").await.jobs.len(), 1);
 }
 
-// [ORCHD-014] [ORCHD-024] Of two keys none is taken: whoever passed the request on could mean the other one.
+// [ORCHD-014] [ORCHD-024] Of two keys neither is taken: a proxy in front may have meant the other one.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_with_two_keys_or_two_places_in_the_log_is_refused() {
     let orchestrator = Orchestrator::start().await;
@@ -515,7 +515,7 @@ async fn a_drawn_seed_is_reported() {
     );
 }
 
-// [ORCHD-017] P16: a database that can't be written refuses with the right words, and reads go on.
+// [ORCHD-017] P16: a database that can't be written causes refusals with the right words, and reads continue.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_can_not_write_is_a_503_and_heals() {
     use sqlx::ConnectOptions as _;
@@ -546,7 +546,7 @@ async fn a_store_that_can_not_write_is_a_503_and_heals() {
     orchestrator.job().await;
 }
 
-// [ORCHD-011] [ORCHD-014] What `GET /v2/models` lists can be asked for; a repeated key gets its job when it is gone.
+// [ORCHD-011] [ORCHD-014] Tasks may name the models of `GET /v2/models`. A repeated key gets its job even without the model.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_model_that_only_a_pool_has_can_be_asked_for_while_it_is_there() {
     let orchestrator = Orchestrator::start().await;
@@ -580,7 +580,7 @@ async fn a_model_that_only_a_pool_has_can_be_asked_for_while_it_is_there() {
     assert_eq!(refused.api().unwrap().code, "MODEL_NOT_FOUND");
 }
 
-// [ORCHD-014] [ORCHD-030] Whoever has the id of a job can cancel it, however early.
+// [ORCHD-014] [ORCHD-030] A client that has a job's id can cancel the job, however early.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_can_be_cancelled_as_soon_as_anybody_knows_it() {
     let orchestrator = Orchestrator::start().await;

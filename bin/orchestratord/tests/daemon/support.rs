@@ -1,5 +1,5 @@
-//! A daemon under test, and the FAKE pool and FAKE workers that it talks to. The fakes compute nothing: a test says
-//! which events a worker sends and when. They speak the wire types of `pool-core` over real connections.
+//! A daemon under test, with FAKE pools and FAKE workers. The fakes compute nothing: a test says which events a worker sends,
+//! and when. They speak the wire types of `pool-core` over real connections.
 
 mod pool;
 mod worker;
@@ -24,10 +24,10 @@ pub use pool::FakePool;
 pub use worker::{FakeWorker, ended, model_file, worker_info};
 
 pub const MODEL: &str = "smollm2-135m";
-/// Longer than anything here takes; only a failing test waits for it.
+/// Time limit for everything. Only a failing test reaches it.
 pub const LONG: Duration = Duration::from_secs(60);
 
-/// Waits for `condition`, and fails with `what` when it does not come.
+/// Polls `condition` until it returns a value. Fails with `what` at the time limit.
 pub async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Option<T>) -> T {
     let end = tokio::time::Instant::now() + LONG;
     loop {
@@ -42,7 +42,7 @@ pub async fn eventually<T>(what: &str, mut condition: impl AsyncFnMut() -> Optio
     }
 }
 
-/// `work`, unless it takes suspiciously long.
+/// Awaits `work`, and fails at the time limit.
 pub async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
     match tokio::time::timeout(LONG, work).await {
         Ok(value) => value,
@@ -84,7 +84,7 @@ impl Orchestrator {
             .unwrap()
     }
 
-    /// Starts with a catalogue that also has `mamba`, which no worker runs.
+    /// Starts a daemon with a catalogue that also has `mamba`, a model that no worker runs.
     pub async fn start_knowing_mamba() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let home = Home::at(folder.path());
@@ -131,7 +131,7 @@ impl Orchestrator {
         (self.home, self.config)
     }
 
-    /// Returns when it ends by itself.
+    /// Waits until the daemon ends of its own accord.
     pub async fn ended(self) -> anyhow::Result<()> {
         self.daemon.finished().await
     }
@@ -167,7 +167,7 @@ impl Process {
         }
     }
 
-    /// Sends a signal and waits for the process's end.
+    /// Sends a signal and waits for the end of the process.
     pub async fn end(mut self, signal: &str) -> Arc<tempfile::TempDir> {
         let pid = self.child.id().unwrap().to_string();
         let sent = Command::new("kill").args([signal, &pid]).status().await;
@@ -176,7 +176,7 @@ impl Process {
         self.home
     }
 
-    /// A connection to the job database beside the daemon's.
+    /// Opens a connection to the job database while the daemon uses it.
     pub async fn database(&self) -> sqlx::SqliteConnection {
         use sqlx::ConnectOptions as _;
         let path = self.home.path().join("state/orchestratord/jobs.db");
@@ -185,7 +185,7 @@ impl Process {
     }
 }
 
-/// What a client of a daemon does.
+/// A client of a daemon.
 pub struct Api {
     pub client: ApiClient,
 }
@@ -203,7 +203,7 @@ impl Api {
             .job_id
     }
 
-    /// A job that runs on a worker of a pool that must be heard ten times a second.
+    /// Starts a job on a worker whose pool must send ten heartbeats a second.
     pub async fn runs_on_a_hasty_pool(&self) -> (FakeWorker, FakePool, JobId) {
         let worker = FakeWorker::start("worker-cpu-0").await;
         let mut pool = FakePool::start("pool-a").await.has(&worker);
@@ -251,7 +251,7 @@ impl Api {
     }
 }
 
-/// One event as a reader got it.
+/// An event as a reader got it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Got {
     pub id: Option<EventId>,
@@ -264,7 +264,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// The next event that is logged; momentary ones are skipped.
+    /// Returns the next logged event, and skips momentary ones.
     pub async fn logged(&mut self) -> Option<Got> {
         loop {
             let got = self.any().await?;
@@ -283,7 +283,7 @@ impl Reader {
         })
     }
 
-    /// All logged events until the stream ends.
+    /// Returns all logged events until the stream ends.
     pub async fn rest(mut self) -> Vec<Got> {
         let mut all = Vec::new();
         while let Some(got) = self.logged().await {
@@ -293,7 +293,7 @@ impl Reader {
     }
 }
 
-/// Names with ids, as `started 1.2`.
+/// Returns the names and ids of events, such as `started 1.2`.
 pub fn outline(events: &[Got]) -> Vec<String> {
     let line = |got: &Got| match got.id {
         Some(id) => format!("{} {id}", got.event.name()),
@@ -302,7 +302,7 @@ pub fn outline(events: &[Got]) -> Vec<String> {
     events.iter().map(line).collect()
 }
 
-/// The text that a reader keeps.
+/// Returns the text that a reader of these events has.
 pub fn kept_text(events: &[Got]) -> String {
     let mut text = String::new();
     for got in events {
@@ -315,7 +315,7 @@ pub fn kept_text(events: &[Got]) -> String {
     text
 }
 
-/// A daemon with one pool that has one ready worker.
+/// Starts a daemon with one pool, which has one ready worker.
 pub async fn one_worker() -> (Orchestrator, FakePool, FakeWorker) {
     let orchestrator = Orchestrator::start().await;
     let worker = FakeWorker::start("worker-cpu-0").await;

@@ -1,4 +1,4 @@
-//! One daemon a database: what becomes of one that was frozen while another took over.
+//! The single owner of a database, and the fate of a daemon that was frozen while another took over.
 
 use std::net::TcpListener;
 use std::process::Stdio;
@@ -26,7 +26,7 @@ async fn show(client: &ApiClient, job: orchestrator_core::JobId) -> TaskView {
     client.get(&format!("/v2/tasks/{job}")).await.unwrap()
 }
 
-// [ORCHD-081] P17: whoever can't have the address leaves the database as it is, so that the build before can go on with it.
+// [ORCHD-081] P17: a start that can't have the address leaves the database as it is, so that the older build can still open it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_database_is_migrated_only_where_the_address_is_free() {
     let home = Arc::new(tempfile::tempdir().unwrap());
@@ -69,8 +69,8 @@ async fn a_database_is_migrated_only_where_the_address_is_free() {
     orchestrator.stop().await;
 }
 
-// [ORCHD-070] [ORCHD-071] P13: a daemon is frozen with a job running, another takes over, the first wakes up with more to
-// write: nothing of that gets in, and it ends and says why.
+// [ORCHD-070] [ORCHD-071] P13: a daemon is frozen with a job running, another takes over, and the first wakes up with more to
+// write. None of that is written, and the first daemon exits and says why.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_daemon_that_wakes_up_after_a_take_over_changes_nothing() {
     let home = tempfile::tempdir().unwrap();
@@ -89,7 +89,7 @@ async fn a_frozen_daemon_that_wakes_up_after_a_take_over_changes_nothing() {
     .await;
     let waiting = submit(&old, "waits").await.job_id;
 
-    // Nobody takes over from one that answers.
+    // A daemon that answers can't be taken over.
     let (status, said) = run(command(home.path()).arg("--take-over")).await;
     assert!(
         !status.success() && said.contains("runs and answers"),
@@ -109,7 +109,7 @@ async fn a_frozen_daemon_that_wakes_up_after_a_take_over_changes_nothing() {
     let (status, said) = run(&mut command(home.path())).await;
     assert!(!status.success() && said.contains("already runs"), "{said}");
     pool.register_at(&new).await;
-    // The new one goes on where the frozen one was cut off; the worker sends its tokens to both.
+    // The new daemon continues where the frozen one was cut off; the worker sends its tokens to both.
     worker.tokens(job, 3..5);
     eventually("the new text", async || {
         (show(&new, job).await.text == "<0><1><2><3><4>").then_some(())
@@ -117,7 +117,7 @@ async fn a_frozen_daemon_that_wakes_up_after_a_take_over_changes_nothing() {
     .await;
     let before = (show(&new, job).await, show(&new, waiting).await);
 
-    // What the frozen one will find when it wakes up: the worker's tokens, a cancel, and another submit.
+    // Work that the frozen daemon finds when it wakes up: the worker's tokens, a cancel, and another submit.
     let cancel = tokio::spawn({
         let old = old.clone();
         async move {
@@ -139,7 +139,7 @@ async fn a_frozen_daemon_that_wakes_up_after_a_take_over_changes_nothing() {
     );
     for refused in [cancel.await.unwrap(), late.await.unwrap()] {
         let error = refused.unwrap_err();
-        // Where it was not too late for an answer at all.
+        // The daemon may have ended before it could answer.
         if let Some(status) = error.status() {
             assert_eq!(status, 503, "{error}");
         }
@@ -148,7 +148,7 @@ async fn a_frozen_daemon_that_wakes_up_after_a_take_over_changes_nothing() {
     assert_eq!((show(&new, job).await, show(&new, waiting).await), before);
     let all: Value = new.get("/v2/tasks").await.unwrap();
     assert_eq!(all["jobs"].as_array().unwrap().len(), 2);
-    // Its end took nothing of the new one's away.
+    // The frozen daemon's end removes nothing that belongs to the new one.
     assert_eq!(
         run_files::local_url(&state).as_deref(),
         Some(new.base_url())
@@ -162,7 +162,7 @@ async fn a_frozen_daemon_that_wakes_up_after_a_take_over_changes_nothing() {
     assert_eq!(show(&new, job).await.text, "<0><1><2><3><4><5>");
 }
 
-// [ORCHD-070] P13: from the moment of the take-over on, a write is refused as by a daemon that stops.
+// [ORCHD-070] P13: from the take-over on, writes are refused as by a daemon that stops.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_daemon_whose_database_was_taken_over_answers_503_and_ends() {
     let orchestrator = Orchestrator::start().await;
@@ -197,7 +197,7 @@ async fn a_daemon_whose_database_was_taken_over_answers_503_and_ends() {
     assert_eq!(jobs, [job.to_string()]);
 }
 
-// [ORCHD-071] An address or a lock that the frozen daemon still has is named, with what to do.
+// [ORCHD-071] An address or a lock that the frozen daemon still holds is named, with what to do.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_frozen_daemon_still_holds_is_said() {
     let home = tempfile::tempdir().unwrap();
@@ -213,7 +213,8 @@ async fn what_a_frozen_daemon_still_holds_is_said() {
         "{said}"
     );
 
-    // As if it were frozen in the midst of a write: awake while the lock is taken, for it may have been in the midst of one.
+    // Simulates a daemon frozen in the middle of a write. The daemon is awake while the lock is taken, because it may hold the
+    // lock itself.
     signal(&frozen, Signal::CONT);
     let path = home.path().join("state/orchestratord/jobs.db");
     let options = sqlx::sqlite::SqliteConnectOptions::new().filename(&path);
@@ -230,9 +231,9 @@ async fn what_a_frozen_daemon_still_holds_is_said() {
     );
     sqlx::query("ROLLBACK").execute(&mut writing).await.unwrap();
 
-    // Neither has changed anything: it still holds what it held, and goes on when it wakes up.
+    // Neither attempt has changed anything: the daemon still holds everything, and continues when it wakes up.
     signal(&frozen, Signal::CONT);
-    // Its old connections have had their time meanwhile.
+    // The old connections have timed out meanwhile.
     let client = ApiClient::new(client.base_url(), None).unwrap();
     submit(&client, "hi").await;
 }

@@ -1,11 +1,11 @@
-//! Copies of a database.
+//! Backups of a database.
 
 use sqlx::Connection as _;
 
 use super::*;
 use crate::state::backup::BackupError;
 
-// [ORCHD-076] A file that comes to stand at the goal while the copy is made is not overwritten.
+// [ORCHD-076] A file that appears at the destination while the copy is made is not overwritten.
 #[tokio::test]
 async fn a_goal_that_appears_meanwhile_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
@@ -14,7 +14,7 @@ async fn a_goal_that_appears_meanwhile_is_left_alone() {
     let opened = store(&dir).await;
     submitted(&opened).await;
     opened.close(Duration::from_secs(5)).await;
-    // Nobody else can read the file while this connection is open: the copy has begun, and can't go on.
+    // While this connection is open, no other one can read the file: the copy has begun, but can't continue.
     let path = dir.path().join("jobs.db");
     let mut alone = SqliteConnectOptions::new()
         .filename(&path)

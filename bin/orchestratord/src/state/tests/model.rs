@@ -1,10 +1,10 @@
-//! The store beside a simple model of it, under random operations and crashes.
+//! The store compared with a simple model, under random operations and crashes.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// What may happen to the store. `job` counts from the latest, `behind` says how old the fence is.
+/// An operation on the store. `job` counts back from the latest job, `behind` is the age of the fence.
 #[derive(Debug, Clone)]
 enum Op {
     Submit(Option<(u8, u8)>),
@@ -15,7 +15,7 @@ enum Op {
     Requeue(usize, u64),
     Restart,
     Sweep,
-    /// The daemon dies while it does this, after a number of turns of the runtime.
+    /// Death of the daemon during the operation, after a number of turns of the runtime.
     Crash(Box<Op>, u8),
 }
 
@@ -45,14 +45,14 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// A job as the state machine, the rule of the fence and the promises have it.
+/// A job according to the state machine, the rule of the fence and the promises.
 #[derive(Debug, Clone, PartialEq)]
 struct ModelJob {
     id: JobId,
     status: JobStatus,
     fence: u64,
     attempt: u32,
-    /// Its last event; 0 once its log was dropped.
+    /// Number of the last event; 0 once the log was dropped.
     last: u64,
     open_attempt: bool,
     dropped: bool,
@@ -69,14 +69,14 @@ impl ModelJob {
     }
 }
 
-/// All that the database must agree with.
+/// The state that the database must agree with.
 #[derive(Debug, Clone, Default, PartialEq)]
 struct Model {
     jobs: Vec<ModelJob>,
     keys: std::collections::BTreeMap<u8, (u8, JobId)>,
 }
 
-/// What the model says of an operation, and the operation itself with everything in it decided.
+/// The model's expectation of an operation, and the operation itself with all its values decided.
 struct Next {
     after: Model,
     accepted: bool,
@@ -84,7 +84,7 @@ struct Next {
 }
 
 impl Model {
-    /// Index of the job, where there are so many.
+    /// Returns the index of the job, if there are that many.
     fn at(&self, back: usize) -> Option<usize> {
         self.jobs.len().checked_sub(back + 1)
     }
@@ -240,7 +240,7 @@ impl Model {
     }
 }
 
-/// What the database says, in the model's words.
+/// Returns the database's state in terms of the model.
 async fn observed(store: &Store, model: &Model) -> Model {
     let mut found = Model::default();
     for expected in &model.jobs {
@@ -256,7 +256,7 @@ async fn observed(store: &Store, model: &Model) -> Model {
         let start = EventId { attempt: 0, seq: 0 };
         let log = store.events_after(job.id, start, usize::MAX).await.unwrap();
         let contiguous = log.iter().zip(1..).all(|(entry, seq)| entry.id.seq == seq);
-        // Of a log that is being dropped some rows may be left, and nobody is shown them.
+        // While a log is being dropped, some of its rows may remain, but no reader gets them.
         let whole = contiguous && log.len() as u64 == last.seq;
         assert!(whole || job.dropped_at.is_some(), "{log:?}");
         let open = job
@@ -288,8 +288,8 @@ async fn observed(store: &Store, model: &Model) -> Model {
     found
 }
 
-/// Opens the store again, as the daemon does when it starts. That alone changes nothing: what ran is looked for where it
-/// ran, under the lease that it had.
+/// Opens the store again, as the daemon's start does. Opening alone changes nothing: interrupted attempts keep their leases,
+/// and are looked for at their workers.
 async fn reopened(dir: &tempfile::TempDir, model: &Model) -> Store {
     let store = store(dir).await;
     let found = store.recover().await.unwrap();
@@ -314,8 +314,8 @@ async fn reopened(dir: &tempfile::TempDir, model: &Model) -> Store {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
-    // [ORCHD-008] P1, P2, P3, P4: whatever comes in whatever order, and wherever a crash falls, the database agrees with
-    // the model: what was acknowledged is there, what was not is there wholly or not at all.
+    // [ORCHD-008] P1, P2, P3, P4: after any operations in any order, and a crash anywhere, the database agrees with the model:
+    // acknowledged changes are there, others are there wholly or not at all.
     #[test]
     fn the_database_follows_the_model(ops in proptest::collection::vec(op(), 1..40)) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -341,7 +341,7 @@ proptest! {
                     if found == next.after {
                         model = next.after;
                     } else {
-                        // A sweep is many commits; whatever it got done is done.
+                        // A sweep makes many commits, and those made before the crash remain.
                         let swept = matches!(**op, Op::Sweep);
                         assert!(!acknowledged && (swept || found == model), "{op:?}: {found:?}");
                         if swept {

@@ -1,4 +1,4 @@
-//! What is done with a file that is there already, and whose it is.
+//! Opening of existing files, and their ownership.
 
 use std::os::unix::fs::PermissionsExt as _;
 
@@ -16,7 +16,7 @@ async fn a_newer_database_is_refused_with_both_versions_and_left_alone() {
     sql(&opened, format!("PRAGMA user_version = {newer}")).await;
     opened.close(Duration::from_secs(5)).await;
 
-    // Closed in order, it is one file that can be moved.
+    // After a close in order, the database is one file that can be moved.
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
     let path = dir.path().join("jobs.db");
     let error = Store::open(&path).await.err().unwrap();
@@ -41,8 +41,8 @@ async fn a_newer_database_is_refused_with_both_versions_and_left_alone() {
     assert_eq!(count, 1);
 }
 
-/// A database as the first version made it: a waiting job with a key, one that ran when the daemon was killed, and one that
-/// is over.
+/// Creates a database as the first version made it, with a waiting job with a key, a job that ran when the daemon was killed,
+/// and a job that is over.
 async fn version_1(path: &Path) -> [JobId; 3] {
     let spec = |prompt: &str| {
         let request = TaskSubmitRequest {
@@ -123,7 +123,7 @@ async fn a_database_of_the_first_version_is_migrated_with_everything_in_it() {
     assert_eq!(found, ids[..2]);
     let lease = store.lease(ids[0], "p", "w", crate::clock::now()).await;
     assert_eq!(lease.unwrap().fence, 2);
-    // What the schema promises holds for the migrated tables as well.
+    // The schema's guarantees hold for the migrated tables as well.
     let shrinks = store.writer.run(|conn| {
         Box::pin(async move {
             let mode = sqlx::query("PRAGMA auto_vacuum").fetch_one(&mut *conn);
@@ -181,7 +181,7 @@ async fn the_timeline_continues_where_it_stood() {
     }
 }
 
-/// Overwrites a part of every page behind the first of a closed database.
+/// Overwrites a part of every page but the first of a closed database.
 fn damage(path: &Path) {
     let mut bytes = std::fs::read(path).unwrap();
     for page in bytes.chunks_mut(4096).skip(1) {
@@ -197,7 +197,7 @@ async fn damage_is_looked_for_after_a_stop_that_was_not_in_order() {
     let path = dir.path().join("jobs.db");
     let opened = store(&dir).await;
     let id = submitted(&opened).await;
-    // What a killed daemon leaves: the files as they are now.
+    // A copy of the files as they are now, as a killed daemon leaves them.
     let crashed = tempfile::tempdir().unwrap();
     for file in std::fs::read_dir(dir.path()).unwrap() {
         let file = file.unwrap();
@@ -208,7 +208,7 @@ async fn damage_is_looked_for_after_a_stop_that_was_not_in_order() {
         let options = SqliteConnectOptions::new().filename(path);
         let mut conn = options.connect().await.unwrap();
         let released = holder::was_released(&mut conn).await.unwrap();
-        // A connection that is merely dropped is closed some time later.
+        // A connection that is merely dropped closes some time later.
         sqlx::Connection::close(conn).await.unwrap();
         released
     };
@@ -226,7 +226,7 @@ async fn damage_is_looked_for_after_a_stop_that_was_not_in_order() {
         .await
         .unwrap();
     sqlx::Connection::close(conn).await.unwrap();
-    // Whoever closes last writes the log back, and that is not always the one that was asked last.
+    // The last connection to close writes the log back, and it is not always the one closed last here.
     let log = crashed.with_extension("db-wal");
     tokio::time::timeout(Duration::from_secs(30), async {
         while log.exists() {
@@ -244,7 +244,7 @@ async fn damage_is_looked_for_after_a_stop_that_was_not_in_order() {
     let changed = left.iter().zip(&damaged).position(|(a, b)| a != b);
     assert_eq!((changed, left.len()), (None, damaged.len()));
 
-    // A file that is none at all.
+    // A file that is no database.
     std::fs::write(
         &crashed,
         "not a database, but long enough to be taken for one",
@@ -263,7 +263,7 @@ async fn a_run_that_another_has_followed_writes_nothing() {
     let lease = old.lease(id, "p", "w", crate::clock::now()).await.unwrap();
     let new = store(&dir).await;
     let before = new.job(id).await.unwrap();
-    // Not even what is committed already is written to another place.
+    // The old run may not even move committed pages from the log into the file.
     let log = || {
         std::fs::metadata(dir.path().join("jobs.db-wal"))
             .unwrap()
@@ -283,13 +283,13 @@ async fn a_run_that_another_has_followed_writes_nothing() {
     ));
     assert_eq!(new.job(id).await.unwrap(), before);
     assert_eq!(new.end(id, end).await.unwrap(), JobStatus::Cancelled);
-    // Its end does not say that the database was closed in order: it is still open.
+    // The old run's end must not mark the database as closed in order: the new run still has it open.
     old.close(Duration::from_secs(5)).await;
     let mut conn = new.readers.acquire().await.unwrap();
     assert!(!holder::was_released(&mut conn).await.unwrap());
 }
 
-// [ORCHD-070] P13: it need not try to write to find out.
+// [ORCHD-070] P13: a run notices the take-over without trying to write.
 #[tokio::test]
 async fn a_run_with_nothing_to_write_notices_that_another_has_followed() {
     let dir = tempfile::tempdir().unwrap();

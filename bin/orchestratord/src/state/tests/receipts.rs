@@ -33,7 +33,7 @@ fn finished(fence: u64) -> Ending {
     }
 }
 
-/// A job that runs, and the fence of its lease.
+/// Returns a running job, and the fence of its lease.
 async fn running(store: &Store) -> (JobId, u64) {
     let id = submitted(store).await;
     let now = crate::clock::now();
@@ -61,7 +61,7 @@ async fn a_receipt_is_written_with_the_end_or_not_at_all() {
     assert_eq!(stored(&opened, id).await, None);
     let status = opened.end(id, finished(fence)).await.unwrap();
     assert_eq!(status, JobStatus::Completed);
-    // Said again, it changes nothing, and another end adds nothing.
+    // A repeated end changes nothing, and a different end adds nothing.
     for event in [JobEvent::Cancel, JobEvent::Finished] {
         let again = Ending {
             event,

@@ -1,10 +1,10 @@
-//! What is old is dropped.
+//! Retention: old records are dropped.
 
 use orchestrator_core::job::Input;
 
 use super::*;
 
-/// Whether a file of the folder holds the text.
+/// Returns whether a file in the folder contains the text.
 fn a_file_holds(dir: &Path, needle: &str) -> bool {
     std::fs::read_dir(dir).unwrap().any(|file| {
         let bytes = std::fs::read(file.unwrap().path()).unwrap();
@@ -14,7 +14,7 @@ fn a_file_holds(dir: &Path, needle: &str) -> bool {
     })
 }
 
-/// Sweeps until nothing is left to do, and returns how many steps that took.
+/// Sweeps until nothing is left to do, and returns the number of steps.
 async fn sweep(store: &Store, cutoffs: Cutoffs, now: Timestamp) -> usize {
     for steps in 0..10_000 {
         if store.sweep(cutoffs, now).await.unwrap() == Step::Done {
@@ -48,7 +48,7 @@ async fn what_is_old_is_dropped_in_steps_and_later_forgotten() {
     let start = crate::clock::now();
     let hour = |n: i64| start + jiff::SignedDuration::from_hours(n);
     let mut ids = Vec::new();
-    // The first four end after 1, 2, 3 and 4 hours; the last one never does.
+    // The first four jobs end after 1, 2, 3 and 4 hours; the last one never does.
     for n in 0..5u64 {
         let job = Job::new(JobId::random(), request(n).validate().unwrap(), start);
         let id = job.id;
@@ -62,7 +62,7 @@ async fn what_is_old_is_dropped_in_steps_and_later_forgotten() {
             .await
             .unwrap();
         let fence = store.lease(id, "p", "w", start).await.unwrap().fence;
-        // Fewer at once than a task may do in a row, so that they are sent in this order.
+        // In batches smaller than a task's cooperative budget, so that the writes are sent in this order.
         for some in (2..LOG_ROWS).collect::<Vec<_>>().chunks(50) {
             let rows = some
                 .iter()
@@ -107,11 +107,11 @@ async fn what_is_old_is_dropped_in_steps_and_later_forgotten() {
         );
         let log = store.log_end(*id).await.unwrap().unwrap();
         assert_eq!((log.last, log.dropped_at), (None, Some(now)));
-        // P2: its key still names it.
+        // P2: the key still names the job.
         let known = store.known_key(&key(n as u64)).await.unwrap();
         assert_eq!(known, Some((*id, JobStatus::Cancelled)));
     }
-    // What ended at the cutoff or later is as it was, and so is what has not ended at all.
+    // Jobs that ended at the cutoff or later, or not at all, are unchanged.
     assert_eq!(store.job(ids[2]).await.unwrap(), before[0]);
     assert_eq!(store.job(ids[4]).await.unwrap(), before[1]);
     for dropped in ["the prompt of 0", "the prompt of 1"] {
@@ -123,13 +123,13 @@ async fn what_is_old_is_dropped_in_steps_and_later_forgotten() {
     assert!(a_file_holds(dir.path(), "the prompt of 2"));
     assert_eq!(store.sweep(cutoffs, now).await.unwrap(), Step::Done);
 
-    // Everything that is over goes, and the file gives the space back.
+    // Now all jobs that are over lose their texts, the oldest are deleted, and the file shrinks.
     let cutoffs = Cutoffs {
         drop: Some(hour(9)),
         forget: Some(hour(2)),
     };
     sweep(&store, cutoffs, now).await;
-    // Some free pages are kept for what comes.
+    // Some free pages are kept for new records.
     assert!(size() < full / 2, "{} of {full} bytes", size());
     assert_eq!(store.job(ids[0]).await.unwrap(), None);
     assert_eq!(store.known_key(&key(0)).await.unwrap(), None);
@@ -148,7 +148,7 @@ async fn what_is_old_is_dropped_in_steps_and_later_forgotten() {
     assert_eq!(store.job(ids[4]).await.unwrap(), before[1]);
 }
 
-// [ORCHD-074] A log that a reader needs stays, and that is said: it is emptied later.
+// [ORCHD-074] A log that a reader needs stays, the caller learns so, and the log is emptied later.
 #[tokio::test]
 async fn a_log_that_is_being_read_is_not_forgotten() {
     let dir = tempfile::tempdir().unwrap();
@@ -160,7 +160,7 @@ async fn a_log_that_is_being_read_is_not_forgotten() {
         .await
         .unwrap();
     assert!(!store.forget_log().await);
-    // The writer waits for nobody, and goes on.
+    // The writer does not wait for the reader.
     let now = crate::clock::now();
     store.lease(id, "p", "w", now).await.unwrap();
     reading.rollback().await.unwrap();

@@ -1,4 +1,4 @@
-//! FAKE pools: what a pool manager says to the orchestrator, and what it answers.
+//! FAKE pools: a pool manager's calls to the orchestrator, and its answers.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -29,7 +29,7 @@ use super::{Api, MODEL, Orchestrator, eventually};
 
 type Spawned = Arc<Mutex<Vec<WorkerSpawnRequest>>>;
 
-/// A FAKE pool: it says what a test wants, when a test wants.
+/// A FAKE pool, which reports what a test wants, when the test wants.
 pub struct FakePool {
     pub id: String,
     pub instance: String,
@@ -40,9 +40,9 @@ pub struct FakePool {
     pub interval_ms: u64,
     pub host_id: Option<String>,
     pub spawned: Spawned,
-    /// The message with which spawns are refused.
+    /// Message with which spawns are refused; `None` accepts them.
     pub refusal: Arc<Mutex<Option<String>>>,
-    /// Correlation ids of the spawns that it was asked for.
+    /// Correlation ids of the requested spawns.
     pub correlations: Arc<Mutex<Vec<String>>>,
     addr: SocketAddr,
     server: JoinHandle<()>,
@@ -51,7 +51,7 @@ pub struct FakePool {
 }
 
 impl FakePool {
-    /// A pool with the default model on its disk and no worker.
+    /// Starts a pool with the default model on its disk and no worker.
     pub async fn start(id: &str) -> Self {
         let asked = Asked::default();
         let (spawned, refusal) = (Spawned::default(), Arc::<Mutex<Option<String>>>::default());
@@ -97,7 +97,7 @@ impl FakePool {
         }
     }
 
-    /// Puts a ready worker into what the pool says.
+    /// Adds a ready worker to the pool's reports.
     pub fn has(mut self, worker: &FakeWorker) -> Self {
         self.workers.push(worker.info(WorkerStatus::Ready));
         self.endpoints.push(worker.endpoint());
@@ -142,7 +142,7 @@ impl FakePool {
         self.beat_at(orchestrator).await;
     }
 
-    /// Registers, and does not say yet what it has.
+    /// Registers, without a first heartbeat.
     pub async fn introduce(&self, orchestrator: &Api) {
         self.introduce_at(&orchestrator.client).await;
     }
@@ -154,7 +154,7 @@ impl FakePool {
             .unwrap();
     }
 
-    /// Speaks, and says something else of itself than usual.
+    /// Sends a heartbeat with a changed report.
     pub async fn beat_with(
         &self,
         orchestrator: &Orchestrator,
@@ -170,7 +170,7 @@ impl FakePool {
         self.beat_at(&orchestrator.client).await;
     }
 
-    /// Speaks again and again, as one does that must be heard within moments, until `condition` comes.
+    /// Sends heartbeats in quick succession, as a pool with a short interval must, until `condition` returns a value.
     pub async fn speaks_until<T>(
         &self,
         what: &str,
@@ -193,16 +193,16 @@ impl FakePool {
     }
 }
 
-/// What a FAKE pool was asked for besides workers.
+/// The requests to a FAKE pool other than spawns.
 #[derive(Clone, Default)]
 pub struct Asked {
-    /// Workers that it was told to stop.
+    /// Workers that the pool was asked to stop.
     pub stops: Arc<Mutex<Vec<String>>>,
-    /// Models that it was told to download.
+    /// Models that the pool was asked to download.
     pub downloads: Arc<Mutex<Vec<String>>>,
     /// Number of requests for a heartbeat.
     pub beats: Arc<AtomicU64>,
-    /// What it says of a download; the stream stays open until the last event is there.
+    /// Events of the next download. The stream stays open until the last event is there.
     pub events: Arc<Mutex<Vec<DownloadEvent>>>,
 }
 
@@ -262,7 +262,7 @@ impl Drop for FakePool {
     }
 }
 
-/// What a pool without workers and models says of itself.
+/// Returns the report of a pool without workers and models.
 fn pool_status(id: &str, instance: &str) -> PoolStatus {
     let device = DeviceInfo {
         device: Device::CPU,

@@ -1,4 +1,4 @@
-//! FAKE workers, which speak the real contract and say what a test lets them.
+//! FAKE workers, which speak the real contract and send what a test wants.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -35,7 +35,7 @@ struct Execution {
     events: Vec<WorkerEvent>,
     /// Streams opened before this many breaks are cut.
     breaks: u64,
-    /// What it said to compute with.
+    /// Build that the worker claims to compute with.
     build: String,
 }
 
@@ -47,15 +47,15 @@ struct WorkerInner {
     deleted: Vec<String>,
     /// Answers to the next `/execute` calls.
     refusals: Vec<WorkerErrorCode>,
-    /// Whether cancels wait for their answers.
+    /// True if cancels wait for their answers.
     slow_cancels: bool,
-    /// Whether `/execute` calls are lost on their way.
+    /// True if `/execute` calls are lost on their way.
     lose_executes: bool,
-    /// Correlation ids of the executions that it accepted.
+    /// Correlation ids of the accepted executions.
     correlations: Vec<String>,
-    /// Whether each execution says a few words and ends, without being told to.
+    /// True if each execution sends a few tokens and ends, without further instruction.
     fluent: bool,
-    /// Free tokens of its cache, if a fluent one refuses longer answers.
+    /// Free tokens of the cache, if a fluent worker refuses longer answers.
     free_tokens: Option<u32>,
 }
 
@@ -71,7 +71,7 @@ pub struct FakeWorker {
     lost: watch::Sender<usize>,
 }
 
-/// An address that leads to a worker.
+/// Another address that leads to a worker.
 pub struct Relay {
     pub addr: SocketAddr,
     closed: watch::Sender<bool>,
@@ -80,12 +80,12 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Lets no further connection through; those that are open stay.
+    /// Refuses further connections. Open ones stay.
     pub fn close(&self) {
         self.closed.send_replace(true);
     }
 
-    /// Waits until one more connection has been turned away.
+    /// Waits until one more connection has been refused.
     pub async fn turns_one_away(&self) {
         let mut refused = self.refused.subscribe();
         let before = *refused.borrow_and_update();
@@ -146,7 +146,7 @@ impl FakeWorker {
         }
     }
 
-    /// Waits until an `/execute` call went astray.
+    /// Waits until an `/execute` call was lost.
     pub async fn lost_execute(&self) {
         let mut lost = self.lost.subscribe();
         soon("a lost call", lost.wait_for(|count| *count > 0))
@@ -154,7 +154,7 @@ impl FakeWorker {
             .unwrap();
     }
 
-    /// Another address at which the same worker answers, as a pool that relays has after a restart.
+    /// Opens another address for the same worker, as a relaying pool has after a restart.
     pub async fn answers_elsewhere(&self) -> Relay {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (addr, goal) = (listener.local_addr().unwrap(), self.addr);
@@ -193,7 +193,7 @@ impl FakeWorker {
         self.change(|inner| inner.refusals.extend(codes));
     }
 
-    /// Lets `/execute` calls go astray: they arrive nowhere and are not answered.
+    /// Loses `/execute` calls, or stops losing them: lost calls arrive nowhere and get no answer.
     pub fn lose_executes(&self, lose: bool) {
         self.change(|inner| inner.lose_executes = lose);
     }
@@ -202,22 +202,22 @@ impl FakeWorker {
         self.inner.lock().unwrap().correlations.clone()
     }
 
-    /// From now on each execution says three tokens and ends.
+    /// Makes each further execution send three tokens and end.
     pub fn be_fluent(&self) {
         self.change(|inner| inner.fluent = true);
     }
 
-    /// Lets a fluent one refuse answers that may be longer than what its cache has left.
+    /// Makes a fluent worker refuse answers that may be longer than the free tokens of its cache.
     pub fn has_left(&self, free_tokens: Option<u32>) {
         self.change(|inner| inner.free_tokens = free_tokens);
     }
 
-    /// Lets cancels wait for their answers, or go on.
+    /// Makes cancels wait for their answers, or lets them continue.
     pub fn slow_cancels(&self, slow: bool) {
         self.change(|inner| inner.slow_cancels = slow);
     }
 
-    /// The request of the `count`th execution that it accepted.
+    /// Waits for the `count`th accepted execution, and returns its request.
     pub async fn request(&self, count: usize) -> ExecuteRequest {
         let what = format!("execution {count} on {}", self.id);
         eventually(&what, async || {
@@ -249,12 +249,12 @@ impl FakeWorker {
         });
     }
 
-    /// Sends `started` as a real one does that goes on from what it is given.
+    /// Sends `started` as a real worker does that continues the given text.
     pub fn started(&self, job: JobId) {
         self.started_as(job, "a-build");
     }
 
-    /// Sends `started` as a real one of this build does.
+    /// Sends `started` as a real worker of this build does.
     pub fn started_as(&self, job: JobId, build: &str) {
         self.started_where(job, build, |resume, origin| {
             let build = resume.origin.as_ref().is_some_and(|from| from == origin);
@@ -262,7 +262,7 @@ impl FakeWorker {
         });
     }
 
-    /// Sends `started` as one that does not go on from what it is given.
+    /// Sends `started` as a worker does that does not continue the given text.
     pub fn starts_over(&self, job: JobId, build: &str) {
         self.started_where(job, build, |_, _| false);
     }
@@ -298,7 +298,7 @@ impl FakeWorker {
         );
     }
 
-    /// Sends tokens `from..to`, each of which says its index.
+    /// Sends the tokens of `range`, each with its index as text.
     pub fn tokens(&self, job: JobId, range: std::ops::Range<u32>) {
         for i in range {
             self.send(
@@ -312,7 +312,7 @@ impl FakeWorker {
         }
     }
 
-    /// Ends the text after so many tokens, with a receipt.
+    /// Ends the text after `tokens_out` tokens, with a receipt.
     pub fn end(&self, job: JobId, tokens_out: u32) {
         let receipt = self.receipt(job, tokens_out);
         self.end_with(job, tokens_out, Some(receipt));
@@ -331,7 +331,7 @@ impl FakeWorker {
         self.send(job, WorkerEvent::End(end));
     }
 
-    /// The receipt of an answer of so many tokens.
+    /// Returns the receipt of an answer of `tokens_out` tokens.
     pub fn receipt(&self, job: JobId, tokens_out: u32) -> Receipt {
         let inner = self.inner.lock().unwrap();
         let job = job.to_string();
@@ -367,17 +367,17 @@ impl FakeWorker {
         self.send(job, self::shortage(shortage));
     }
 
-    /// Drops the execution as if it had never been there.
+    /// Forgets the execution, as if it had never existed.
     pub fn forget(&self, job: JobId) {
         self.change(|inner| inner.executions.remove(&job.to_string()));
     }
 
-    /// Cuts the open streams of the execution, which goes on.
+    /// Cuts the open streams of the execution, which continues.
     pub fn cut_streams(&self, job: JobId) {
         self.change(|inner| inner.executions.get_mut(&job.to_string()).unwrap().breaks += 1);
     }
 
-    /// Dies: every connection breaks and nothing listens any more.
+    /// Kills the worker: every connection breaks, and nothing listens any more.
     pub async fn kill(&self) {
         self.server.abort();
         self.alive.send_replace(false);
@@ -493,7 +493,7 @@ pub fn correlation_of(headers: &HeaderMap) -> String {
     id.map_or_else(String::new, |id| id.to_str().unwrap().to_owned())
 }
 
-/// What a worker with one rare model says of an answer whose ids count from 100.
+/// Returns the receipt of a worker with one rare model, for an answer whose ids count from 100.
 fn receipt(request: &ExecuteRequest, build: &str, tokens_out: u32) -> Receipt {
     let resume = request.resume.as_ref();
     let ids: Vec<u32> = (100..100 + tokens_out).collect();
@@ -533,7 +533,7 @@ fn shortage(shortage: CacheShortage) -> WorkerEvent {
     })
 }
 
-/// A whole execution.
+/// Returns the events of a whole execution.
 fn a_few_words(request: &ExecuteRequest) -> Vec<WorkerEvent> {
     let started = WorkerEvent::Started(WorkerStarted {
         job_id: request.job_id.clone(),
@@ -649,7 +649,7 @@ async fn cancel(State(state): State<WorkerState>, Json(request): Json<CancelRequ
 pub fn model_file() -> ModelFile {
     ModelFile {
         size_bytes: 1000,
-        // A time of today, which has more than 53 bits.
+        // A present-day time, which has more than 53 bits.
         modified_ns: 1_764_433_800_123_456_789,
         sha256: None,
     }
@@ -678,7 +678,7 @@ pub fn worker_info(id: &str, status: WorkerStatus) -> WorkerInfo {
     }
 }
 
-/// The record of a worker that refused its model's file, or was killed later.
+/// Returns the record of a worker that refused its model's file, or was killed later.
 pub fn ended(mut info: WorkerInfo, message: &str, during_start: bool) -> WorkerInfo {
     info.status = WorkerStatus::Failed;
     info.exit = Some(WorkerExit {
