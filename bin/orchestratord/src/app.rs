@@ -19,7 +19,7 @@ use crate::queue::Jobs;
 use crate::scheduler::{Recordings, ScriptPolicy};
 use crate::state::Store;
 
-/// The daemon's state, as handlers, scheduler and attempts share it.
+/// A handle to the daemon's state, shared by handlers, scheduler and attempts.
 pub type App = Arc<Orchestrator>;
 
 /// The daemon's parts.
@@ -28,15 +28,15 @@ pub struct Orchestrator {
     pub config: OrchestratorConfig,
     /// The models that tasks may name by an alias.
     pub catalog: Catalog,
-    /// The job database.
+    /// The job database, which is the record of all jobs.
     pub store: Store,
     /// The jobs that are not over.
     pub jobs: Arc<Jobs>,
-    /// The registered pools.
+    /// The registered pools and their latest reports.
     pub fleet: Fleet,
     /// The operator's own policy, if the settings name a script.
     pub script: ScriptPolicy,
-    /// The open recordings of the scheduler's input and decisions.
+    /// Open recordings of the scheduler's input and decisions.
     pub recordings: Recordings,
     /// Executions that an earlier run of the daemon may have left running at workers.
     pub orphans: Orphans,
@@ -52,7 +52,7 @@ pub struct Orchestrator {
 }
 
 impl Orchestrator {
-    /// Assembles the daemon's state. No task runs yet.
+    /// Assembles the daemon's state.
     pub fn new(
         config: OrchestratorConfig,
         catalog: Catalog,
@@ -87,6 +87,7 @@ impl Orchestrator {
     /// Spawns a task that outlives the request that caused it. A panic in the task is logged.
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        // Finished tasks stay in the set until they are joined.
         while tasks.try_join_next().is_some() {}
         let work = AssertUnwindSafe(work).catch_unwind();
         tasks.spawn(async move {

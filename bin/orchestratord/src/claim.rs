@@ -67,8 +67,7 @@ impl TakeOver {
         self.pid.map_or("PID".to_owned(), |pid| pid.to_string())
     }
 
-    /// Takes over the folder. The database must have been opened before: that is what keeps a frozen daemon that wakes up from
-    /// writing.
+    /// Takes over the folder. The database must be open by then: its new epoch keeps a frozen daemon that wakes up from writing.
     pub(crate) fn finish(self, dir: &Path) -> anyhow::Result<RunFiles> {
         let files = RunFiles::take_over(dir, VERSION);
         let files = files.map_err(|error| hinted(error.hint(), error))?;
@@ -90,6 +89,7 @@ pub(crate) async fn claim(dir: &Path, holder: Holder) -> anyhow::Result<Claim> {
         return Err(hinted(error.hint(), error));
     };
     let pid = *pid;
+    // Locked before the probe, so that two take-overs can't both find the holder frozen.
     let alone = fsio::try_lock_exclusive(dir.join(TAKE_OVER_LOCK))
         .with_context(|| format!("could not lock {}", dir.join(TAKE_OVER_LOCK).display()))?;
     let Some(alone) = alone else {

@@ -1,5 +1,4 @@
-//! Retention: deletes records older than the settings allow, in steps between other commits, so that the database stops
-//! growing.
+//! Retention: deletes old records in steps between other commits, so that the database does not grow without bound.
 
 use std::time::Duration;
 
@@ -20,7 +19,7 @@ pub async fn run(app: App) {
     let Some(keep) = app.config.store.retention() else {
         return;
     };
-    // Records outlive their retention by at most a tenth.
+    // A sweep every tenth of the retention is often enough.
     let every = (keep.unsigned_abs() / 10).clamp(LOOKS.0, LOOKS.1);
     // The write-ahead log of an earlier run may still hold deleted texts.
     let mut in_log = true;

@@ -118,7 +118,7 @@ pub(super) struct RemoveQuery {
     instance_id: Option<String>,
 }
 
-/// Removes a pool from the fleet. Running streams of its workers continue.
+/// Deregisters a pool. Running streams of its workers continue.
 ///
 /// With `instance_id`, that instance stops on purpose: the pool is shown as stopped until it registers again. Without
 /// `instance_id`, the pool is forgotten.
@@ -248,7 +248,7 @@ pub(super) async fn drain(
         .map(Json)
 }
 
-/// Ends a pool's drain: it takes new workers again. The request is passed on to the pool.
+/// Ends a pool's drain, so that it takes new workers again. The request is passed on to the pool.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/resume", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
     responses((status = 200, body = PoolStatus), RefusedByPool)

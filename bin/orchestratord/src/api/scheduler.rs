@@ -107,8 +107,7 @@ fn asked<T>(body: ServiceResult<Json<T>>, hint: &str) -> ServiceResult<T> {
     Ok(request)
 }
 
-/// Runs a trial of a script or trace on a blocking thread, one trial at a time: a trial may take long, and the daemon has other
-/// work.
+/// Runs a trial of a script or trace on a blocking thread, one at a time: a trial may take long, and the daemon has other work.
 async fn attempt<T: Send + 'static>(
     app: &App,
     work: impl FnOnce() -> ServiceResult<T> + Send + 'static,

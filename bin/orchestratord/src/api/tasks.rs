@@ -31,7 +31,7 @@ use crate::life::{self, Accepted, LetGo};
 use crate::state::{IdempotencyKey, ListFilter, apply_to_text};
 use crate::streams;
 
-/// Default and greatest number of jobs on a page of a list.
+/// Default and maximum number of jobs on a page of a list.
 const LIST: (u32, u32) = (50, 500);
 
 /// Submits a task. Once the request is answered, the job is stored and survives a crash of any process.
@@ -101,6 +101,7 @@ async fn accept(
             r#"send a task such as {"model": "smollm2-135m", "prompt": "Hello"}, of at most 4 MiB"#,
         ),
     })?;
+    // Read this first, because `validate` draws a missing seed.
     let seed_given = request.seed.is_some();
     let spec = request
         .validate()

@@ -75,12 +75,12 @@ pub enum FleetError {
         /// Predicate that completes the message: "must be ...".
         reason: String,
     },
-    /// The greatest number of pools has registered.
+    /// The limit on registered pools is reached.
     #[error("pool `{pool}` is one too many: {limit} have registered")]
     Full {
         /// Id of the refused pool.
         pool: String,
-        /// Greatest number of pools.
+        /// Maximum number of pools.
         limit: usize,
     },
     /// The pool's address can't be used.
@@ -108,12 +108,12 @@ pub enum PoolChange {
     Gone(String),
 }
 
-/// The registered pools.
+/// The registered pools, and the overlay of requests to them.
 #[derive(Debug)]
 pub struct Fleet {
     inner: Mutex<Inner>,
     token: Option<Secret>,
-    /// Greatest number of registered pools.
+    /// Maximum number of registered pools.
     limit: usize,
     /// Start of the daemon.
     started_at: Timestamp,
@@ -128,7 +128,7 @@ struct Inner {
     /// Pools of an earlier run that have not reported to this one.
     awaited: BTreeSet<String>,
     overlay: Overlay,
-    /// Pools whose state may have changed since the scheduler last took it.
+    /// Pools whose state may have changed since the scheduler last read it.
     changed: BTreeSet<String>,
     /// Time until which the passing of time alone changes no pool; `None` if not known.
     due: Option<Timestamp>,
@@ -154,7 +154,7 @@ struct Pool {
     models_before: Vec<ModelOnDisk>,
     endpoints: HashMap<String, WorkerEndpoint>,
     times: WorkerTimes,
-    /// Liveness when the scheduler last took the pool's state.
+    /// Liveness when the scheduler last read the pool's state.
     shown: PoolLiveness,
     /// Identity of the pool's host; older pools send none.
     host_id: Option<String>,
@@ -252,7 +252,7 @@ impl Fleet {
         }
     }
 
-    /// Returns a receiver that wakes at each heartbeat.
+    /// Returns a receiver that is notified at each heartbeat.
     pub fn subscribe(&self) -> watch::Receiver<()> {
         self.heard.subscribe()
     }
@@ -347,6 +347,7 @@ impl Fleet {
         let replaced = before.as_ref().map(|old| old.replaced_by(&instance_id));
         let models_before = before.as_ref().map(|old| old.models().to_vec());
         let contender = before.and_then(|old| old.contender);
+        // Requests before this registration may have gone to an earlier instance.
         inner.overlay.forget_pool(&pool_id);
         tracing::info!(pool = pool_id, url, "pool registered");
         let pool = Pool {

@@ -391,7 +391,7 @@ impl Overlay {
         self.dated().map(|(_, at)| at)
     }
 
-    /// Lays the overlay over a pool's report. `reachable` says whether the pool has reported a worker's endpoint.
+    /// Applies the overlay to a pool's report. `reachable` says whether the pool has reported a worker's endpoint.
     pub(super) fn apply(
         &self,
         state: &mut PoolState,

@@ -8,8 +8,8 @@ use super::Fleet;
 use crate::clock;
 
 impl Fleet {
-    /// Explains an attempt without an open stream. As in [`Fleet::fate`], the reports of a pool that sends heartbeats decide,
-    /// and silence decides once it counts.
+    /// Explains an attempt without an open stream. As in [`Fleet::fate`], a live pool's reports decide, and a silent pool's
+    /// silence does once it counts.
     pub fn out_of_reach(&self, pool_id: &str, worker_id: &str, now: Timestamp) -> OutOfReach {
         let inner = self.lock();
         let pool = inner.pools.get(pool_id);

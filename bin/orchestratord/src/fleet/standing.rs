@@ -8,7 +8,7 @@ use pool_core::api::pool::{PoolStatus, RegisterRequest};
 
 use super::{Fleet, FleetError, Pool};
 
-/// Most earlier instances of a pool kept in memory. If one of them returns, it is alive at the same time as its
+/// Number of earlier instances of a pool kept in memory. If one of them returns, it is alive at the same time as its
 /// successor.
 const REPLACED: usize = 8;
 

@@ -1,5 +1,4 @@
-//! The jobs that are not over, in memory: the order of the waiting jobs, the reasons they wait, and the hub and attempt of each
-//! job.
+//! The jobs that are not over, in memory: the order of the waiting ones, the reasons they wait, and each job's hub and attempt.
 //!
 //! The database is the record. This state is built from it at start and changed after each commit. Waiting jobs, leases and
 //! pools share one index under one lock, so that a pass sees all of them at one moment.
@@ -53,7 +52,7 @@ struct Inner {
     came: bool,
 }
 
-/// Places promised to submits, counted apart for jobs that nothing can run.
+/// Places promised to submits, counted separately for jobs that nothing can run.
 #[derive(Debug, Clone, Copy, Default)]
 struct Promised {
     within_reach: Load,

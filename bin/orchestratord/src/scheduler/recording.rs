@@ -11,10 +11,10 @@ use tokio::sync::mpsc;
 
 /// Number of passes buffered for a reader. A reader further behind is too slow.
 const BEHIND: usize = 1024;
-/// Greatest number of recordings at once.
+/// Maximum number of recordings at once.
 const MOST: usize = 4;
 
-/// The open recordings.
+/// The open recordings, at most `MOST`.
 #[derive(Debug, Default)]
 pub struct Recordings {
     tapes: Mutex<Vec<Running>>,
@@ -45,7 +45,7 @@ impl Recordings {
         tapes.len()
     }
 
-    /// Begins a recording. Returns `None` if the greatest number are open.
+    /// Begins a recording. Returns `None` at the limit.
     pub fn begin(&self, header: Header) -> Option<Tape> {
         let mut tapes = self.lock();
         tapes.retain(|tape| !tape.lines.is_closed());

@@ -26,7 +26,7 @@ use crate::metrics::Metrics;
 
 /// Interval of checks for a new version: an operator who saves the file waits no longer than this.
 const LOOK: Duration = Duration::from_secs(1);
-/// Greatest number of kinds of errors logged for one version.
+/// Maximum number of kinds of errors logged for one version.
 const LOGGED: usize = 100;
 
 /// The script that decides, if the settings name one.
@@ -58,7 +58,7 @@ struct State {
     logged: HashSet<(ScriptErrorKind, Option<usize>)>,
 }
 
-/// A version of the file, told apart from others without reading it.
+/// Metadata of the file that distinguishes its versions without reading them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Stamp {
     modified: (i64, i64),
@@ -379,8 +379,7 @@ mod tests {
                 .submit(&quick, Arc::clone(&pass), LIMIT, false, |ran| {
                     let _ = done.send(ran);
                 });
-            // A run still under way shows that the pass did not wait for it. On a busy machine, a run may begin late and end at
-            // once.
+            // A run still under way was not waited for. On a busy machine, a run may begin late and end at once.
             match next {
                 Ok(()) => assert!(came.await.unwrap().result.is_ok()),
                 Err(busy) => {

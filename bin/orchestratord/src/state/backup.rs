@@ -15,7 +15,7 @@ pub enum BackupError {
     /// There is no database to copy.
     #[error("there is no job database {}", .0.display())]
     NoDatabase(PathBuf),
-    /// The destination exists.
+    /// The destination exists, and must not be overwritten.
     #[error("{} exists already", .0.display())]
     Exists(PathBuf),
     /// The destination is the database, or one of the side files that SQLite uses.
@@ -81,8 +81,7 @@ pub async fn backup(
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    // The copy has mode 0600 and a name of its own until it is complete. If it is never complete, dropping the guard removes
-    // it.
+    // The copy has mode 0600, and a temporary name until it is complete. Dropping the guard removes an incomplete copy.
     let copy = tempfile::Builder::new()
         .prefix(".backup-")
         .tempfile_in(folder)

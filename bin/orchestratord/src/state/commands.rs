@@ -149,6 +149,7 @@ pub(super) async fn submit(
     key: Option<&IdempotencyKey>,
     first: &Arc<LogEntry>,
 ) -> Result<Submitted, StoreError> {
+    // Checked in the transaction of the insert, so that of concurrent submits with one key only the first makes a job.
     if let Some(key) = key
         && let Some((known, status)) = known_key(conn, key).await?
     {
@@ -160,8 +161,7 @@ pub(super) async fn submit(
         ids: first.token_ids.clone(),
         from: first.origin.clone(),
     };
-    // One round trip to the database's thread for all three statements. The log is new, so `append` and its checks aren't
-    // needed.
+    // One round trip to the database's thread for all three statements. A new log needs none of the checks in `append`.
     let sql = "INSERT INTO jobs (id, status, model, priority, session_id, placement, labels, max_attempts, created_us, \
                created_steady_us, deadline_us, fence) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?); \
                INSERT INTO requests (job_id, spec) VALUES (?, ?); \
@@ -538,7 +538,7 @@ async fn recover_one(
         .await?
         .ok_or_else(|| StoreError::corrupt(format!("{job} has no log")))?;
     let runs = interrupted.as_ref().is_some_and(|attempt| attempt.started);
-    // The latest run alone does not tell: the job may have waited for a pool over several restarts.
+    // The latest run alone does not show this: the job may have waited for a pool over several restarts.
     let seen_more = runs || given_up(conn, job, last_event.attempt).await?;
     Ok(Recovered {
         queued: QueuedJob {

@@ -77,7 +77,7 @@ pub enum StoreError {
     /// The job's state does not allow the change.
     #[error(transparent)]
     Illegal(#[from] IllegalTransition),
-    /// The idempotency key was used for another request, which made this job.
+    /// The idempotency key belongs to another request, the one that created this job.
     #[error("this Idempotency-Key was used for another request, {0}")]
     KeyMismatch(JobId),
     /// A newer build has migrated this file.
@@ -153,8 +153,7 @@ fn is_out_of_memory(error: &sqlx::Error) -> bool {
 
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
-        // A statement that violates the schema is a bug in this program and fails alone. Any other failure counts as the
-        // disk's.
+        // A statement that violates the schema is a bug in this program and fails alone. Any other error is blamed on the disk.
         let broke_a_rule = error.as_database_error().is_some_and(|database| {
             database.is_unique_violation()
                 || database.is_check_violation()
@@ -228,7 +227,7 @@ pub enum Submitted {
     Known(JobId, JobStatus),
 }
 
-/// A committed lease.
+/// A committed lease: an attempt's exclusive claim on its job.
 #[derive(Debug, Clone)]
 pub struct Lease {
     /// Number of the attempt.
@@ -359,7 +358,7 @@ pub struct ListFilter {
     pub prefix: Option<JobIdPrefix>,
     /// Job that the listed ones are older than; `None` for the first page.
     pub before: Option<JobId>,
-    /// Greatest number of jobs.
+    /// Maximum number of jobs.
     pub limit: u32,
     /// True to add the shortest unambiguous beginning of each id.
     pub short_ids: bool,
@@ -416,7 +415,7 @@ impl Store {
             .disable_statement_logging();
         let readers = SqlitePoolOptions::new()
             .max_connections(READERS)
-            // Open all connections now and keep them: later, no descriptor or thread may be free.
+            // Open all connections now and keep them: later, descriptors or threads may have run out.
             .min_connections(READERS)
             .idle_timeout(None)
             .max_lifetime(None)

@@ -12,9 +12,9 @@ use tokio::task::JoinHandle;
 use super::holder::{self, Epoch};
 use super::{BUSY_TIMEOUT, StoreError};
 
-/// Greatest number of commands in one transaction. Bounds the time that the first of them waits for the last.
+/// Maximum number of commands in one transaction. Bounds the time that the first of them waits for the last.
 const BATCH: usize = 256;
-/// Greatest number of commands that wait for the writer. Further senders wait for room.
+/// Maximum number of commands that wait for the writer. Further senders wait for room.
 const BACKLOG: usize = 1024;
 /// Interval at which an idle writer checks that this run still owns the database.
 const LOOK: Duration = Duration::from_secs(2);

@@ -193,7 +193,7 @@ async fn a_job_waits_for_room_in_the_cache_and_those_behind_it_wait_too() {
     assert!(said.contains("5000") && said.contains("3000"), "{said}");
     let later = only_once(&orchestrator).await;
     waits_for(&orchestrator, later, WaitReason::CacheFull).await;
-    // A part of the free tokens is reserved.
+    // 4096 free tokens are more than before, but still too few for the large job.
     pool.workers[0].cache = room(4096);
     pool.beat(&orchestrator).await;
     assert_eq!(worker.requests().len(), 2);

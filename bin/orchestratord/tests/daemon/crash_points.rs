@@ -364,8 +364,7 @@ async fn killed_while_the_database_is_migrated() {
             home: tempfile::tempdir().unwrap(),
         };
         let mut crashes = 0;
-        // A committed script does not run again. Only an uncommitted one does, so only then must the next crash come a hit
-        // later.
+        // After a crash before the commit, the same script runs again, so the next crash must come one hit later.
         let url = loop {
             let hit = if point == "migrate.committed" {
                 1

@@ -131,7 +131,7 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
         202
     );
 
-    // The full disk has broken nothing: the check after a kill finds the file sound.
+    // The full disk has damaged nothing: the check after a kill finds the file sound.
     daemon.kill().await.unwrap();
     let (_daemon, client) = start(&disk.0).await;
     assert_eq!(show(&client, job).await.status, JobStatus::Completed);
@@ -302,7 +302,7 @@ async fn a_sync_that_fails_ends_the_process_before_anything_is_acknowledged() {
         "{said}"
     );
 
-    // Once reopened, the database is known again.
+    // A reopened database is in a known state again.
     fs::remove_file(&trigger).unwrap();
     let (_daemon, client) = start(home.path()).await;
     assert_eq!(show(&client, kept).await.status, JobStatus::Queued);

@@ -1,4 +1,4 @@
-//! The figures of `/metrics`, and the dashboard that shows them.
+//! The metrics of `/metrics`, and the dashboard that shows them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -80,7 +80,7 @@ fn named_series() -> impl Iterator<Item = String> {
     }))
 }
 
-/// The lines of `/metrics` but those of a histogram's buckets and of times to first token.
+/// Returns the series of `/metrics` with their values.
 async fn figures(orchestrator: &Orchestrator) -> BTreeMap<String, f64> {
     let text = orchestrator.client.get_text("/metrics").await.unwrap();
     text.lines()
@@ -274,7 +274,7 @@ async fn promtool_accepts_metrics_and_the_scrape_example() {
     orchestrator.stop().await;
 }
 
-/// The selectors of an expression.
+/// Collects the selectors of an expression.
 fn selectors(expr: &Expr, found: &mut Vec<VectorSelector>) {
     match expr {
         Expr::VectorSelector(selector) => found.push(selector.clone()),
@@ -292,8 +292,8 @@ fn selectors(expr: &Expr, found: &mut Vec<VectorSelector>) {
     }
 }
 
-/// Every expression of the dashboard is PromQL, and asks for what there is: this daemon's names and label values here;
-/// those of the pool manager, which alone may be asked for besides, in its own tests.
+/// Every expression of the dashboard is PromQL and selects existing series. This test checks the names and label values of this
+/// daemon; the pool manager's own tests check the rest.
 #[tokio::test] // [ORCHD-171]
 async fn the_dashboard_shows_what_there_is() {
     let (orchestrator, _pool, _worker) = one_worker().await;
@@ -319,7 +319,7 @@ async fn the_dashboard_shows_what_there_is() {
             if name.starts_with("pool_mgr_") {
                 continue;
             }
-            // `instance` is what Prometheus adds.
+            // Prometheus adds `instance`.
             let mut matchers = selector.matchers.matchers.iter();
             let there = live.iter().any(|series| {
                 let (base, labels) = series.split_once('{').unwrap_or((series, ""));
@@ -341,7 +341,7 @@ async fn the_dashboard_shows_what_there_is() {
             );
         }
     }
-    // And nothing is left out: every figure has its place.
+    // Every series has a panel.
     for series in &live {
         let name = series.split('{').next().unwrap();
         let name = name.trim_end_matches("_count").trim_end_matches("_sum");

@@ -1,4 +1,4 @@
-//! Stopping and starting on the same database.
+//! Stops and starts on the same database.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::support::{
     one_worker, outline,
 };
 
-// [ORCHD-040] [ORCHD-090] P8: what waited waits, and what ran goes on at the next token.
+// [ORCHD-040] [ORCHD-090] P8: waiting jobs wait, and running jobs continue at the next token.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restart_interrupts_nothing() {
     let (orchestrator, pool, worker) = one_worker().await;
@@ -36,7 +36,7 @@ async fn a_restart_interrupts_nothing() {
         .job_id;
 
     let orchestrator = orchestrator.restart().await;
-    // No pool has registered yet: one waits, the other runs for all that is known, and neither is refused.
+    // No pool has registered yet. One job waits, the other counts as running, and neither is refused.
     orchestrator.until(waiting, JobStatus::Queued).await;
     let view = orchestrator.until(running, JobStatus::Running).await;
     assert_eq!(view.text, "<0><1><2><3>");
@@ -68,7 +68,7 @@ async fn a_restart_interrupts_nothing() {
     orchestrator.until(waiting, JobStatus::Completed).await;
 }
 
-// [ORCHD-090] P8: an execution that ended while nobody looked is read from its buffer.
+// [ORCHD-090] P8: an execution that ended while no daemon ran is read from the worker's buffer.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_ended_meanwhile_is_read_to_its_end() {
     let (orchestrator, pool, worker) = one_worker().await;
@@ -89,8 +89,8 @@ async fn what_ended_meanwhile_is_read_to_its_end() {
     .await;
 }
 
-/// A daemon of its own process, a pool with a worker, and a job of which a reader saw four tokens that are in the log and
-/// four that are not: the database could not be written.
+/// Returns a daemon in a process of its own, a pool with a worker, and a job. A reader has seen four logged tokens of the job
+/// and four that are not logged, because the database could not be written.
 async fn shown_and_not_logged() -> (
     Process,
     FakePool,
@@ -128,7 +128,7 @@ async fn shown_and_not_logged() -> (
     (daemon, pool, worker, job, seen, other)
 }
 
-// [ORCHD-091] P8, P11: wherever a reader was cut off, the stream goes on there, though the log had not got so far.
+// [ORCHD-091] P8, P11: a stream continues where its reader was cut off, even past the end of the log.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_cut_anywhere_goes_on_across_a_kill() {
     let (daemon, pool, worker, job, seen, other) = shown_and_not_logged().await;
@@ -162,7 +162,7 @@ async fn a_stream_cut_anywhere_goes_on_across_a_kill() {
     assert_eq!(daemon.show(job).await.attempts.len(), 1);
 }
 
-// [ORCHD-091] P20, P11: the same with an orderly stop, in which everything that was shown gets into the log.
+// [ORCHD-091] P20, P11: the same holds for an orderly stop, which logs everything that was shown.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_cut_anywhere_goes_on_across_a_stop() {
     let (orchestrator, pool, worker) = one_worker().await;
@@ -192,7 +192,7 @@ async fn a_stream_cut_anywhere_goes_on_across_a_stop() {
     }
 }
 
-// [ORCHD-022] [ORCHD-091] P5, P11: before the shown tokens have come again, an end stands after all of them.
+// [ORCHD-022] [ORCHD-091] P5, P11: an end that comes before the shown tokens are sent again follows all of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_after_a_kill_follows_everything_that_was_shown() {
     let (daemon, pool, worker, job, _, other) = shown_and_not_logged().await;
@@ -204,7 +204,7 @@ async fn a_cancel_after_a_kill_follows_everything_that_was_shown() {
     assert_eq!(outline(&ahead.rest().await), ["error 2.7"]);
     let late = daemon.follow(job, Some("1.10")).await.unwrap();
     assert_eq!(outline(&late.rest().await), ["error 2.7"]);
-    // The worker hears it when its pool speaks.
+    // The worker gets the cancel once its pool has registered.
     pool.register(&daemon).await;
     let cancel = eventually("the worker's cancel", async || {
         worker.cancels().first().cloned()
@@ -213,18 +213,18 @@ async fn a_cancel_after_a_kill_follows_everything_that_was_shown() {
     assert_eq!((cancel.job_id, cancel.fence), (job.to_string(), 1));
 }
 
-/// A job of which a reader saw more than the log has, while another worker goes on with it.
+/// A job of which a reader saw more than the log has, continued by another worker.
 struct Elsewhere {
     daemon: Process,
     pool: FakePool,
     worker: FakeWorker,
     job: JobId,
-    /// What the reader saw before the kill.
+    /// Events that the reader saw before the kill.
     seen: Vec<Got>,
 }
 
 impl Elsewhere {
-    /// After a kill the worker turns out to be gone, and another one of `build` goes on.
+    /// After a kill, the worker turns out to be gone, and another one of `build` continues the job.
     async fn begins(build: &str) -> Self {
         let (daemon, mut pool, worker, job, seen, other) = shown_and_not_logged().await;
         let home = daemon.end("-KILL").await;
@@ -258,7 +258,7 @@ impl Elsewhere {
         }
     }
 
-    /// The first two of the four tokens that are in no log have come again, and are in it.
+    /// Lets the first two of the four unlogged tokens come again and be logged.
     async fn comes_half_way() -> Self {
         let elsewhere = Self::begins("a-build").await;
         elsewhere.worker.tokens(elsewhere.job, 4..6);
@@ -266,7 +266,7 @@ impl Elsewhere {
         elsewhere
     }
 
-    /// Waits until the log has so many events.
+    /// Waits until the log has `count` events.
     async fn logged(&self, count: i64) {
         let mut other = self.daemon.database().await;
         let logged = "SELECT MAX(last_seq) FROM events WHERE job_id = ?";
@@ -288,10 +288,10 @@ impl Elsewhere {
         self.daemon.follow(self.job, Some(after)).await.unwrap()
     }
 
-    /// Says the rest of ten tokens and ends; every reader, wherever it comes in, gets one and the same stream, of which
-    /// what was seen before the first kill is a part. Returns what followed that.
+    /// Sends the rest of ten tokens and the end. Every reader, wherever it joins, gets the same stream, which begins with the
+    /// events seen before the first kill. Returns the events after those, and the attempts.
     async fn ends_as_one_stream(self, from: u32) -> (Vec<Got>, Vec<Attempt>) {
-        // One reader has seen all that was shown, one what the log had then.
+        // One reader has seen everything that was shown, the other only the logged part.
         let (ahead, behind) = (self.follow("1.10").await, self.follow("1.6").await);
         self.worker.tokens(self.job, from..10);
         self.worker.end(self.job, 10);
@@ -320,8 +320,8 @@ fn outcomes(attempts: &[Attempt]) -> Vec<AttemptOutcome> {
     outcomes.collect()
 }
 
-// [ORCHD-022] [ORCHD-095] P5, P11: the same build draws the shown tokens again, under the ids that they had. Of the attempt
-// readers are told when nothing that they saw is missing any more.
+// [ORCHD-022] [ORCHD-095] P5, P11: the same build computes the shown tokens again, under their earlier ids. The attempt is
+// announced to readers once none of the shown tokens is missing any more.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_shown_and_lost_is_drawn_again_by_the_same_build() {
     let elsewhere = Elsewhere::begins("a-build").await;
@@ -340,7 +340,7 @@ async fn what_was_shown_and_lost_is_drawn_again_by_the_same_build() {
     assert!(reason.contains("killed by signal 9"), "{reason}");
 }
 
-// [ORCHD-022] [ORCHD-095] P5, P8, P11: also where the daemon is killed again while they come.
+// [ORCHD-022] [ORCHD-095] P5, P8, P11: also if the daemon is killed again while the tokens are sent again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_kill_while_shown_tokens_come_again_changes_no_id() {
     let elsewhere = Elsewhere::comes_half_way().await.killed().await;
@@ -353,7 +353,7 @@ async fn a_second_kill_while_shown_tokens_come_again_changes_no_id() {
     assert_eq!(attempts.len(), 2);
 }
 
-// [ORCHD-022] [ORCHD-095] P5, P6, P11: also where their worker is lost while they come, with or without another kill.
+// [ORCHD-022] [ORCHD-095] P5, P6, P11: also if the worker is lost while it sends them again, with or without another kill.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_loss_while_shown_tokens_come_again_changes_no_id() {
     use AttemptOutcome::{Completed, OrchestratorRestarted, WorkerLost};
@@ -390,7 +390,7 @@ async fn a_second_loss_while_shown_tokens_come_again_changes_no_id() {
     }
 }
 
-// [ORCHD-022] P5, P9: a cancel while they come is after everything that was seen, whoever is found again in between.
+// [ORCHD-022] P5, P9: a cancel in the meantime follows everything that was shown, with or without another kill.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_while_shown_tokens_come_again_follows_everything_that_was_shown() {
     for killed in [false, true] {
@@ -410,7 +410,7 @@ async fn a_cancel_while_shown_tokens_come_again_follows_everything_that_was_show
     }
 }
 
-// [ORCHD-095] P5: another build may draw others, and so begins anew.
+// [ORCHD-095] P5: another build may compute other tokens, so its attempt voids the text.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_shown_and_lost_is_void_with_another_build() {
     let elsewhere = Elsewhere::begins("another-build").await;
@@ -432,8 +432,8 @@ async fn what_was_shown_and_lost_is_void_with_another_build() {
     assert_eq!(kept_text(&kept), "<0><1><2><3><4><5><6><7><8><9>");
 }
 
-// [ORCHD-020] P3, P11: of what is no token, readers are told when it is committed: neither a start nor an end that a kill
-// undoes was seen.
+// [ORCHD-020] P3, P11: except for tokens, readers get events only after the commit: a kill undoes no start and no end that a
+// reader saw.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_told_that_a_kill_undoes() {
     for (logged, last) in [(1, "queued 0.1"), (2, "started 1.2")] {
@@ -458,7 +458,7 @@ async fn nothing_is_told_that_a_kill_undoes() {
             worker.started(job);
         }
         worker.end(job, 0);
-        // Long enough to be told, were it told too early.
+        // Long enough for a premature event to arrive.
         tokio::time::sleep(std::time::Duration::from_millis(500)).await;
         let home = daemon.end("-KILL").await;
         seen.extend(reader.rest().await);
@@ -472,7 +472,7 @@ async fn nothing_is_told_that_a_kill_undoes() {
     }
 }
 
-// [ORCHD-092] P6: a worker that knows nothing of the attempt costs none.
+// [ORCHD-092] P6: an attempt that its worker does not know costs the job no attempt.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attempt_that_its_worker_has_forgotten_is_followed_by_one_that_goes_on() {
     let (orchestrator, pool, worker) = one_worker().await;
@@ -510,7 +510,7 @@ async fn an_attempt_that_its_worker_has_forgotten_is_followed_by_one_that_goes_o
     );
 }
 
-// [ORCHD-092] P4: what a worker keeps of an older attempt is not taken for the one that never reached it.
+// [ORCHD-092] P4: a worker's record of an older attempt is not taken for an attempt that never reached the worker.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attempt_that_never_arrived_is_not_mistaken_for_the_one_before() {
     let (orchestrator, pool, worker) = one_worker().await;
@@ -543,7 +543,7 @@ async fn an_attempt_that_never_arrived_is_not_mistaken_for_the_one_before() {
     assert_eq!(outcomes, [WorkerLost, OrchestratorRestarted, Completed]);
 }
 
-// [ORCHD-033] [ORCHD-096] P8: a pool that relays and comes back elsewhere takes no attempt with it.
+// [ORCHD-033] [ORCHD-096] P8: a relaying pool that returns at another address loses no attempt.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_goes_on_at_the_address_that_the_pool_gives_later() {
     let orchestrator = Orchestrator::start().await;
@@ -562,12 +562,12 @@ async fn a_stream_goes_on_at_the_address_that_the_pool_gives_later() {
     first.turns_one_away().await;
     worker.tokens(job, 2..4);
     worker.end(job, 4);
-    // Longer than a pool takes to say that a worker died, were it alive to see it.
+    // Longer than a live pool takes to report a worker's death.
     tokio::time::sleep(std::time::Duration::from_millis(1700)).await;
     let second = worker.answers_elsewhere().await;
     pool.endpoints[0].url = format!("http://{}", second.addr);
     pool.instance = "instance-2".into();
-    // A pool that is only known by name has not yet said what became of its worker.
+    // A pool that has only registered has not reported its worker's fate yet.
     pool.introduce(&orchestrator).await;
     first.turns_one_away().await;
     pool.beat(&orchestrator).await;
@@ -578,16 +578,16 @@ async fn a_stream_goes_on_at_the_address_that_the_pool_gives_later() {
     );
 }
 
-// [ORCHD-093] P7: no pool is given up before it had time to find the daemon again, and then its attempts are.
+// [ORCHD-093] P7: no pool is given up before it had time to find the daemon again; after that, its attempts are.
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_given_up_before_the_recovery_window_has_passed() {
     let orchestrator = Orchestrator::start_with(|config| config.recovery_window_ms = 1500).await;
-    // A restart knows the pool of before: its three missed heartbeats would be over long before the window is.
+    // A restart remembers the pool. Three missed heartbeats would give it up long before the window ends.
     let (_worker, _pool, job) = orchestrator.runs_on_a_hasty_pool().await;
     let (home, config) = orchestrator.stop().await;
     let started = std::time::Instant::now();
     let orchestrator = Orchestrator::start_in(home, config).await.unwrap();
-    // Another pool that has room is no reason to hurry.
+    // Another pool with room is no reason to hurry.
     let other = FakeWorker::start("worker-cpu-0").await;
     let second = FakePool::start("pool-b").await.has(&other);
     second.register(&orchestrator).await;
@@ -607,7 +607,7 @@ async fn nothing_is_given_up_before_the_recovery_window_has_passed() {
     );
 }
 
-// [ORCHD-094] P9: a cancel that was committed and not told reaches the worker after a restart.
+// [ORCHD-094] P9: a committed cancel that did not reach the worker is sent after a restart.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancel_that_the_worker_did_not_hear_is_told_after_a_restart() {
     let (orchestrator, pool, worker) = one_worker().await;
@@ -638,7 +638,7 @@ async fn a_second_daemon_on_the_same_state_is_refused() {
     );
 }
 
-// [ORCHD-002] What a restart finds is what was there.
+// [ORCHD-002] A restart changes no record.
 #[tokio::test(flavor = "multi_thread")]
 async fn finished_jobs_read_the_same_after_a_restart() {
     let (orchestrator, _pool, worker) = one_worker().await;
@@ -658,7 +658,7 @@ async fn finished_jobs_read_the_same_after_a_restart() {
     assert_eq!(orchestrator.cancel(done).await, JobStatus::Completed);
 }
 
-// [ORCHD-022] [ORCHD-094] P5: an id that a reader may have seen before a crash is never that of another event.
+// [ORCHD-022] [ORCHD-094] P5: an id that a reader may have seen before a crash is never used for another event.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_ends_an_interrupted_job_follows_everything_that_was_shown_of_it() {
     let (orchestrator, pool, worker) = one_worker().await;
@@ -670,7 +670,7 @@ async fn what_ends_an_interrupted_job_follows_everything_that_was_shown_of_it() 
         (orchestrator.show(job).await.text.len() == 12).then_some(())
     })
     .await;
-    // The second time nothing was running any more, and still no attempt has followed.
+    // At the second restart no attempt was running, and no later one has begun.
     let orchestrator = orchestrator.restart().await.restart().await;
     let ahead = orchestrator.follow(job, Some("1.57")).await.unwrap();
     assert_eq!(orchestrator.cancel(job).await, JobStatus::Cancelled);
@@ -678,7 +678,7 @@ async fn what_ends_an_interrupted_job_follows_everything_that_was_shown_of_it() 
     let late = orchestrator.follow(job, Some("1.57")).await.unwrap();
     assert_eq!(outline(&late.rest().await), ["error 2.7"]);
 
-    // The worker still computes for nobody, until its pool says where it is.
+    // The worker still computes, until its pool reports its address.
     pool.register(&orchestrator).await;
     let cancel = eventually("the orphan's cancel", async || {
         worker.cancels().first().cloned()
@@ -687,7 +687,7 @@ async fn what_ends_an_interrupted_job_follows_everything_that_was_shown_of_it() 
     assert_eq!((cancel.job_id, cancel.fence), (job.to_string(), 1));
 }
 
-// [ORCHD-079] A pool is known after a restart before it speaks, its next heartbeat is taken, and a goodbye is for good.
+// [ORCHD-079] A stored pool is known right after a restart, its next heartbeat is accepted, and a goodbye is final.
 #[tokio::test(flavor = "multi_thread")]
 async fn pools_are_known_after_a_restart() {
     let (orchestrator, mut pool, worker) = one_worker().await;
@@ -699,7 +699,7 @@ async fn pools_are_known_after_a_restart() {
         (&before.url, before.registered_at)
     );
     assert!(known.status.is_none());
-    // It may be the one that has the model.
+    // The pool may have the model.
     let unknown = json!({"model": "its-own", "prompt": "hi"});
     let said = orchestrator.submit(unknown.clone()).await.unwrap_err();
     let ClientError::Api { status, error } = &said else {
@@ -710,11 +710,11 @@ async fn pools_are_known_after_a_restart() {
         error.retriable && error.message.contains("`pool-a`"),
         "{said}"
     );
-    // Without another registration.
+    // The pool need not register again.
     pool.beat(&orchestrator).await;
     let said = orchestrator.submit(unknown).await.unwrap_err();
     assert_eq!(said.status(), Some(404));
-    // A new instance of the pool has the models of the one before until it says otherwise.
+    // Until a new instance reports, the models of the previous one count.
     let mut own = pool.models[0].clone();
     own.model_ref = "its-own".parse().unwrap();
     pool.models.push(own);

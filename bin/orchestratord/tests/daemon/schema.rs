@@ -25,8 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(1800);
 /// A model that the pool has but no catalogue lists, so that requests may ask for any number of tokens.
 const FREE_MODEL: &str = "file:/models/fake.gguf";
 
-/// Registers the pools again when a generated request has removed them, and ends jobs that nothing can run, so that their
-/// streams end.
+/// Registers the pools again when a generated request has removed them, and cancels jobs that stay unfinished for 200 ms, so
+/// that their streams end.
 async fn keep_house(
     client: pool_core::client::ApiClient,
     pool: Arc<FakePool>,

@@ -24,7 +24,7 @@ pub use pool::FakePool;
 pub use worker::{FakeWorker, ended, model_file, worker_info};
 
 pub const MODEL: &str = "smollm2-135m";
-/// Time limit for everything. Only a failing test reaches it.
+/// Time limit of every wait. Only a failing test reaches it.
 pub const LONG: Duration = Duration::from_secs(60);
 
 /// Polls `condition` until it returns a value. Fails with `what` at the time limit.

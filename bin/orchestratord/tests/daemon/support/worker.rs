@@ -33,7 +33,7 @@ use super::{MODEL, eventually, soon};
 struct Execution {
     fence: u64,
     events: Vec<WorkerEvent>,
-    /// Streams opened before this many breaks are cut.
+    /// Number of breaks so far. A break cuts all streams opened before it.
     breaks: u64,
     /// Build that the worker claims to compute with.
     build: String,
