@@ -38,7 +38,7 @@ struct Args {
 enum Command {
     /// Copy the job database to a file, whether or not a daemon uses it.
     Backup {
-        /// File to create (mode 0600). As `jobs.db` in a state folder, it is the database that the next start continues from.
+        /// File to create (mode 0600). To restore it, put it into a state folder as `jobs.db` before the daemon starts.
         path: PathBuf,
         /// Overwrite an existing file.
         #[arg(long)]

@@ -317,7 +317,7 @@ pub struct Interrupted {
     pub pool_id: String,
     /// Worker that the job was leased to.
     pub worker_id: String,
-    /// True if readers were told that the attempt started, and so may have seen tokens of it.
+    /// True if the attempt's start was announced to readers, so that they may have seen tokens of it.
     pub started: bool,
 }
 

@@ -231,8 +231,7 @@ impl Held {
                 let _ = execute(&mut self.conn, "ROLLBACK").await;
             }
             if let Some(StoreError::TakenOver) = broken {
-                // Dropping the commands makes the store look closed to their senders: this run has no say any more in what
-                // becomes of its jobs.
+                // Dropping the commands makes the store look closed to their senders: this run no longer decides about its jobs.
                 batch.clear();
                 return Ended::TakenOver;
             }

@@ -678,7 +678,7 @@ async fn what_ends_an_interrupted_job_follows_everything_that_was_shown_of_it() 
     let late = orchestrator.follow(job, Some("1.57")).await.unwrap();
     assert_eq!(outline(&late.rest().await), ["error 2.7"]);
 
-    // The worker still computes, until its pool reports its address.
+    // The worker keeps computing until its pool reports its address.
     pool.register(&orchestrator).await;
     let cancel = eventually("the orphan's cancel", async || {
         worker.cancels().first().cloned()

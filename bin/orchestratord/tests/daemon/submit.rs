@@ -515,7 +515,7 @@ async fn a_drawn_seed_is_reported() {
     );
 }
 
-// [ORCHD-017] P16: a database that can't be written causes refusals with the right words, and reads continue.
+// [ORCHD-017] P16: a database that can't be written causes refusals with 503, and reads continue.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_can_not_write_is_a_503_and_heals() {
     use sqlx::ConnectOptions as _;
