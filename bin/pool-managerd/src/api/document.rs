@@ -44,12 +44,12 @@ impl Modify for Token {
     }
 }
 
-/// All of the document that is not about a route.
+/// Returns all parts of the document except the routes.
 pub fn frame() -> OpenApi {
     Frame::openapi()
 }
 
-/// Completes the document of the routes and hands it to their handler of `/openapi.json`.
+/// Completes the document of the routes and passes it to the handler of `/openapi.json`.
 pub fn layer(mut description: OpenApi) -> Extension<Document> {
     let envelope = ResponseBuilder::new()
         .description("Anything else: refused, with the reason.")

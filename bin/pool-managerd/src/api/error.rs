@@ -1,4 +1,4 @@
-//! How errors of the domain become answers: status codes are picked here alone.
+//! Conversion of domain errors into responses. Only this module picks their status codes.
 
 use std::time::Duration;
 
@@ -20,10 +20,10 @@ use crate::downloads::DownloadRefused;
 /// Time after which a client may ask again for a model under download.
 const DOWNLOAD_RETRY: Duration = Duration::from_secs(5);
 
-/// An error on its way to the client.
+/// An error response to the client.
 pub struct ApiError(ServiceError);
 
-/// What handlers return.
+/// Result of a handler.
 pub type ApiResult<T> = Result<T, ApiError>;
 
 impl IntoResponse for ApiError {
@@ -51,7 +51,7 @@ fn error(code: PoolErrorCode, message: impl Into<String>) -> ServiceError {
 }
 
 impl ApiError {
-    /// There is no worker with this id.
+    /// Returns the error for a worker id that no worker has.
     pub fn no_worker(id: &str) -> Self {
         StopError::Unknown {
             id: id.chars().take(80).collect(),
@@ -59,7 +59,7 @@ impl ApiError {
         .into()
     }
 
-    /// There is no execution with this id, and can be none.
+    /// Returns the error for a job id that no execution can have.
     pub fn no_execution(job_id: &str) -> Self {
         let shown: String = job_id.chars().take(80).collect();
         Self(ServiceError::new(
@@ -69,7 +69,7 @@ impl ApiError {
         ))
     }
 
-    /// A worker that executes nothing any more.
+    /// Returns the error for a worker that has ended and executes nothing any more.
     pub fn worker_ended(worker: &WorkerInfo) -> Self {
         Self(
             error(
@@ -80,7 +80,7 @@ impl ApiError {
         )
     }
 
-    /// A worker that has not said yet that it is ready; it would answer the same itself.
+    /// Returns the error for a worker that has not reported ready. The worker itself would answer the same.
     pub fn worker_loading(worker: &WorkerInfo) -> Self {
         Self(
             ServiceError::new(
@@ -93,7 +93,7 @@ impl ApiError {
         )
     }
 
-    /// A worker that a request can't be passed on to.
+    /// Returns the error for a worker that a request can't be relayed to. Logs the cause.
     pub fn worker_unreachable(id: &str, cause: &ClientError) -> Self {
         tracing::warn!(worker = id, error = %cause, "could not pass a request on");
         Self(
@@ -117,7 +117,7 @@ impl ApiError {
         )
     }
 
-    /// The daemon stops before the worker has answered.
+    /// Returns the error for a request cut short because the daemon stops before the worker has answered.
     pub fn stopping() -> Self {
         Self(
             ServiceError::new(
@@ -130,7 +130,7 @@ impl ApiError {
         )
     }
 
-    /// A worker reports itself without its secret.
+    /// Returns the error for a worker report without the worker's secret.
     pub fn not_a_worker() -> Self {
         Self(
             ServiceError::new(
@@ -142,12 +142,12 @@ impl ApiError {
         )
     }
 
-    /// A number of the query is outside its range.
+    /// Returns the error for an invalid value in a request, such as a number outside its range.
     pub fn out_of_range(message: String) -> Self {
         Self(error(PoolErrorCode::InvalidRequest, message))
     }
 
-    /// A fault of ours.
+    /// Returns the error for a fault of the daemon itself.
     pub fn internal(cause: &(dyn std::error::Error + 'static)) -> Self {
         Self(ServiceError::internal(cause))
     }

@@ -1,4 +1,4 @@
-//! The HTTP API: who may call is decided by `pool_core::service`, what happens by the rest of this crate.
+//! The HTTP API. `pool_core::service` decides who may call, the rest of this crate what a call does.
 
 mod document;
 mod error;
@@ -18,14 +18,14 @@ use utoipa_axum::routes;
 
 use crate::pool::Pool;
 
-/// What handlers get.
+/// State passed to handlers.
 type App = State<Arc<Pool>>;
 
-/// Where workers report themselves: opened by a worker's own secret rather than by the pool's token.
+/// Path at which workers report themselves. A worker's own secret opens it, not the pool's token.
 pub const READY_PATH: &str = "/workers/ready";
 
-/// Returns whether a request has a place even when clients hold all others: only the fleet's short requests. A stream
-/// or a log could hold its place for long.
+/// Returns whether a request has a place even when clients hold all others. Only the fleet's short requests do: a stream or a
+/// log could hold its place for long.
 pub fn is_control(method: &Method, path: &str) -> bool {
     let long = ["/logs", "/events", "/execute"];
     is_about_the_daemon(method, path)
@@ -40,7 +40,7 @@ pub fn is_stream(method: &Method, path: &str, headers: &HeaderMap) -> bool {
         || path.ends_with("/execute")
 }
 
-/// All routes. Each is made from the description that `/openapi.json` shows, so that none can lack one.
+/// Returns all routes. Each is built from the description shown in `/openapi.json`, so none can lack one.
 pub fn router(pool: Arc<Pool>) -> Router {
     let (router, description) = routes().split_for_parts();
     router.layer(document::layer(description)).with_state(pool)

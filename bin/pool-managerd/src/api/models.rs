@@ -1,4 +1,4 @@
-//! `/models/download`.
+//! The route `/models/download`.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -16,13 +16,13 @@ use super::App;
 use super::error::ApiResult;
 use crate::downloads;
 
-/// How often a stream without news shows that it lives.
+/// Interval between keep-alive messages on a stream without events.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-/// Downloads a model and streams what happens.
+/// Downloads a model and streams the download's events.
 ///
-/// A second request for the same model follows the same download, and nobody who goes away ends it. Any number of
-/// `progress` and `waiting`, then exactly one `end` or `error`.
+/// A second request for the same model follows the same download. A client that disconnects does not end the download. The
+/// stream carries any number of `progress` and `waiting` events, then exactly one `end` or `error`.
 #[utoipa::path(
     post, path = "/models/download", tag = "pool",
     request_body = ModelDownloadRequest,
@@ -63,7 +63,7 @@ fn follow(
     }
 }
 
-/// The event's name goes before its data instead of into it.
+/// Returns the event with its name in the `event` field of SSE instead of the data.
 fn sse(event: &DownloadEvent) -> Event {
     let mut data = serde_json::to_value(event).unwrap_or_default();
     if let Value::Object(data) = &mut data {

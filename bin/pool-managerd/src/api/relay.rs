@@ -1,5 +1,5 @@
-//! A worker's own API, passed on for callers that can't reach the worker: the same requests, answers, events and
-//! positions to resume from. The caller shows the pool's token; the worker's secret is added here.
+//! The relay: a worker's own API, for callers that can't reach the worker. Requests, answers, events and resume positions are
+//! those of the worker. The caller sends the pool's token; the relay adds the worker's secret.
 
 use std::sync::Arc;
 
@@ -23,14 +23,15 @@ use super::App;
 use super::error::{ApiError, ApiResult};
 use crate::pool::Pool;
 
-/// The largest body of a request that is passed on: what the orchestrator takes, and so does the worker.
+/// Maximum size of a relayed request body, in bytes: the limit of the orchestrator and of the worker.
 pub const BODY_LIMIT: usize = 4 << 20;
-/// An event of a worker is a few hundred bytes; what grows beyond this without an end is no event.
+/// Maximum number of bytes held back until an event is complete. A worker's event takes a few hundred; longer data without an
+/// end is no event.
 const LONGEST_EVENT: usize = 1 << 20;
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
-/// What of a request concerns the worker.
+/// Request headers passed to the worker.
 const TOLD: [HeaderName; 3] = [CONTENT_TYPE, ACCEPT, LAST_EVENT_ID];
-/// What of its answer concerns the caller.
+/// Response headers passed to the caller.
 const ANSWERED: [HeaderName; 4] = [
     CONTENT_TYPE,
     CACHE_CONTROL,
@@ -40,8 +41,8 @@ const ANSWERED: [HeaderName; 4] = [
 
 /// Starts an execution on a worker, or attaches to it, and streams its events.
 ///
-/// As the worker's own `POST /execute`. A caller that goes away cancels nothing, and resumes with `Last-Event-ID`. When
-/// the pool manager stops, the stream ends with a `shutdown` event and the execution goes on.
+/// Works like the worker's own `POST /execute`. A caller that disconnects cancels nothing, and resumes with `Last-Event-ID`.
+/// When the pool manager stops, the stream ends with a `shutdown` event and the execution continues.
 #[utoipa::path(
     post, path = "/workers/{id}/execute", tag = "relay",
     params(("id" = String, Path, description = "The worker.")),
@@ -128,7 +129,8 @@ pub async fn cancel(
     relay(&pool, id, Method::POST, "/cancel", &headers, body).await
 }
 
-/// The worker's path of a job. A step of dots would lead elsewhere, however it is written.
+/// Returns the worker's path for the execution of a job. Dot segments are refused, because they lead elsewhere even when
+/// percent-encoded.
 fn execution(job_id: &str) -> ApiResult<String> {
     if matches!(job_id, "" | "." | "..") {
         return Err(ApiError::no_execution(job_id));
@@ -154,8 +156,8 @@ async fn relay(
         })
         .await;
     let (record, runs) = found.ok_or(unknown)?;
-    // A port may be a stranger's, who must not get the worker's secret: it is the worker's from when the worker has shown
-    // there who it is, for as long as its process runs.
+    // Another process may have taken the port, and must not get the worker's secret. The port is the worker's from the time the
+    // worker has proved its identity there, for as long as its process runs.
     if !record.info.status.is_live() {
         return Err(ApiError::worker_ended(&record.info));
     }
@@ -187,8 +189,8 @@ async fn relay(
         request = request.body(body);
     }
     let answer = tokio::select! {
-        // A worker that takes its time must not hold up the stop. Nothing is cancelled: whoever asks again is attached to
-        // what has begun.
+        // A slow worker must not delay the stop. Nothing is cancelled: a repeated request attaches to the execution that has
+        // begun.
         () = pool.shutdown.requested() => return Err(ApiError::stopping()),
         answer = client.relay(request) => answer,
     };
@@ -228,9 +230,8 @@ fn pieces(mut answer: RelayedAnswer) -> impl Stream<Item = Result<Bytes, ClientE
     }
 }
 
-/// Passes on whole events, as soon as they are whole: so that the notice of a stop can stand between two of them. The
-/// worker is read only as fast as the caller reads. A worker that dies breaks the stream off, as it does for those who
-/// call it directly.
+/// Relays events as soon as they are complete, so that the notice of a stop fits between two of them. Reads from the worker
+/// only as fast as the caller reads. If the worker dies, the stream breaks off, as it does for direct callers.
 fn whole_events(
     mut answer: RelayedAnswer,
     shutdown: Shutdown,
@@ -239,7 +240,7 @@ fn whole_events(
         let mut held = BytesMut::new();
         loop {
             let piece = tokio::select! {
-                // A worker that always has something to say must not drown the stop.
+                // A worker that sends events without pause must not starve the stop.
                 biased;
                 () = shutdown.requested() => {
                     yield Ok(shutdown_notice());
@@ -263,14 +264,14 @@ fn whole_events(
             if let Some(end) = end_of_events(&held) {
                 yield Ok(held.split_to(end).freeze());
             } else if held.len() > LONGEST_EVENT {
-                // Handed on as it comes: it is the caller's to make sense of.
+                // Relayed as it arrives, for the caller to interpret.
                 yield Ok(held.split().freeze());
             }
         }
     }
 }
 
-/// Where the last whole event ends.
+/// Returns the offset just past the last complete event; `None` if no event is complete.
 fn end_of_events(bytes: &[u8]) -> Option<usize> {
     let at = bytes.windows(2).rposition(|pair| pair == b"\n\n")?;
     Some(at + 2)

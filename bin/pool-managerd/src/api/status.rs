@@ -1,4 +1,4 @@
-//! What the pool is: `/status`, `/models`, `/drain`, `/resume`, `/ready`, `/metrics`.
+//! Status and control of the pool: `/status`, `/heartbeat`, `/models`, `/drain`, `/resume`, `/ready`, `/metrics`.
 
 use std::time::Duration;
 
@@ -20,9 +20,9 @@ use super::error::{ApiError, ApiResult};
 use crate::gpu_inventory;
 use crate::pool::Pool;
 
-/// Longest wait for the orchestrator before an answer.
+/// Longest wait for the orchestrator before the client gets its answer.
 const TELL_PATIENCE: Duration = Duration::from_secs(1);
-/// The longest deadline of a drain: beyond a week somebody mistook the unit.
+/// Maximum deadline of a drain: more than a week is probably a mistaken unit.
 const MAX_DEADLINE_MS: u64 = 7 * 24 * 3_600_000;
 
 /// Returns devices, workers, models, disk, and the registration with the orchestrator. Never includes a worker's
@@ -50,7 +50,7 @@ async fn status(State(pool): App) -> ApiResult<Json<PoolStatus>> {
     Ok(Json(pool.blocking(|pool| pool.status()).await?))
 }
 
-/// The models on disk that tasks can name.
+/// Returns the models on disk that tasks can name.
 #[utoipa::path(get, path = "/models", tag = "pool", responses((status = 200, body = ModelList)))]
 pub async fn models(State(pool): App) -> Json<ModelList> {
     Json(ModelList {
@@ -58,13 +58,13 @@ pub async fn models(State(pool): App) -> Json<ModelList> {
     })
 }
 
-/// Takes no new workers until `POST /resume`, also across restarts of the daemon.
+/// Refuses new workers until `POST /resume`, even after a restart of the daemon.
 ///
-/// What runs on the pool's workers goes on. At the deadline the workers that still run something are told to stop, oldest
-/// first, and have `workers.stop_timeout_s` to finish before they are killed. With `stop_workers` those that run nothing
-/// stop at once, and the others as soon as they run nothing. A further request replaces `stop_workers`, and the deadline if
-/// it has one. The orchestrator is told before the answer, if it can be reached within a second. The
-/// answer, and `GET /status` from then on, tells in `drain` which workers are waited for.
+/// Running executions continue. At the deadline, workers that still run something are told to stop, oldest first, and have
+/// `workers.stop_timeout_s` to finish before they are killed. With `stop_workers`, idle workers stop at once, and busy workers
+/// as soon as they are idle. A further request replaces `stop_workers`, and the deadline if the request has one. The
+/// orchestrator is notified before the answer, if it can be reached within a second. The answer, and `GET /status` from then
+/// on, lists in `drain` the workers waited for.
 #[utoipa::path(
     post, path = "/drain", tag = "pool",
     request_body(content = Option<DrainRequest>),
@@ -88,13 +88,13 @@ pub async fn drain(
     status(State(pool)).await
 }
 
-/// Tells the orchestrator of a change, so that whoever asks it after the answer hears of the change.
+/// Notifies the orchestrator of a change, so that a client can see the change there after this daemon's answer.
 async fn tell(pool: &Pool) {
     pool.changed();
     let _ = tokio::time::timeout(TELL_PATIENCE, pool.link.ask()).await;
 }
 
-/// Takes new workers again, and stops no more of those that are left.
+/// Accepts new workers again, and stops no more of the remaining workers.
 #[utoipa::path(post, path = "/resume", tag = "pool", responses((status = 200, body = PoolStatus)))]
 pub async fn resume(State(pool): App) -> ApiResult<Json<PoolStatus>> {
     if pool.blocking(|pool| pool.lifecycle.end_drain()).await? {
@@ -104,7 +104,7 @@ pub async fn resume(State(pool): App) -> ApiResult<Json<PoolStatus>> {
     status(State(pool)).await
 }
 
-/// Whether the daemon takes new workers.
+/// Returns whether the daemon accepts new workers.
 #[utoipa::path(
     get, path = "/ready", tag = "daemon",
     responses(
@@ -119,7 +119,7 @@ pub async fn ready(State(pool): App) -> ApiResult<Json<Health>> {
     }
 }
 
-/// Figures in Prometheus' text format.
+/// Returns metrics in the Prometheus text format.
 #[utoipa::path(
     get, path = "/metrics", tag = "daemon", security(()),
     responses((status = 200, body = String, content_type = "text/plain"))

@@ -1,4 +1,4 @@
-//! `/workers`.
+//! The routes below `/workers`.
 
 use std::sync::PoisonError;
 
@@ -18,10 +18,10 @@ use super::App;
 use super::error::{ApiError, ApiResult};
 use crate::worker_lifecycle;
 
-/// The most lines of a log that one request gets.
+/// Maximum number of log lines in one answer.
 const MAX_LOG_LINES: usize = 10_000;
 
-/// Starts a worker, which still loads when this is answered.
+/// Starts a worker. The worker is still loading when the request is answered.
 #[utoipa::path(
     post, path = "/workers/spawn", tag = "workers",
     request_body = WorkerSpawnRequest,
@@ -48,7 +48,7 @@ pub async fn spawn(
     }
 }
 
-/// All workers, the ended ones included.
+/// Returns all workers, including those that have ended.
 #[utoipa::path(get, path = "/workers", tag = "workers", responses((status = 200, body = WorkerList)))]
 pub async fn list(State(pool): App) -> ApiResult<Json<WorkerList>> {
     let records = pool
@@ -60,7 +60,7 @@ pub async fn list(State(pool): App) -> ApiResult<Json<WorkerList>> {
     }))
 }
 
-/// One worker.
+/// Returns one worker.
 #[utoipa::path(
     get, path = "/workers/{id}", tag = "workers", params(("id" = String, Path, description = "The worker.")),
     responses((status = 200, body = WorkerInfo), (status = 404, description = "There is no such worker.", body = ErrorEnvelope))
@@ -73,7 +73,7 @@ pub async fn show(State(pool): App, Path(id): Path<String>) -> ApiResult<Json<Wo
     Ok(Json(record.ok_or(unknown)?.info))
 }
 
-/// Tells a worker to stop, and answers what it is now. Repeating it is harmless.
+/// Asks a worker to stop, and returns its current state. Repeated requests are harmless.
 #[utoipa::path(
     post, path = "/workers/{id}/stop", tag = "workers", params(("id" = String, Path, description = "The worker.")),
     request_body(content = Option<WorkerStopRequest>),
@@ -90,7 +90,7 @@ pub async fn stop(
     ))
 }
 
-/// Forgets the workers that have ended, with their logs, and removes what no worker owns. Live ones are not touched.
+/// Removes workers that have ended, their logs, and files that no worker owns. Live workers are not touched.
 #[utoipa::path(post, path = "/workers/cleanup", tag = "workers", responses((status = 200, body = CleanupReport)))]
 pub async fn cleanup(State(pool): App) -> ApiResult<Json<CleanupReport>> {
     let report = pool
@@ -118,7 +118,7 @@ pub async fn cleanup(State(pool): App) -> ApiResult<Json<CleanupReport>> {
 #[serde(deny_unknown_fields, default)]
 #[into_params(parameter_in = Query)]
 pub struct LogsQuery {
-    /// How many lines at most, 1 to 10000.
+    /// Maximum number of lines, 1 to 10000.
     #[param(default = 100, minimum = 1, maximum = 10000)]
     lines: usize,
 }
@@ -129,7 +129,7 @@ impl Default for LogsQuery {
     }
 }
 
-/// The end of a worker's log as text.
+/// Returns the end of a worker's log as text.
 #[utoipa::path(
     get, path = "/workers/{id}/logs", tag = "workers",
     params(("id" = String, Path, description = "The worker."), LogsQuery),
@@ -152,7 +152,7 @@ pub async fn logs(
     let unknown = ApiError::no_worker(&id);
     let lines = pool
         .blocking(move |pool| {
-            // Only the id of a record becomes part of a path.
+            // Use the id of the record: text from a client must not become part of a path.
             let record = pool.lifecycle.registry().get(&id)?;
             Some(log_tail(
                 &pool.lifecycle.log_file(&record.info.id),
@@ -175,8 +175,8 @@ pub async fn logs(
     ))
 }
 
-/// A worker's own call once its model is loaded, with its secret as bearer token. It only saves the wait until the worker
-/// is asked again.
+/// Receives a worker's report that its model is loaded, with the worker's secret as bearer token. The report only saves the
+/// wait for the next check of the worker.
 #[utoipa::path(
     post, path = "/workers/ready", tag = "workers",
     request_body = WorkerHealth,
@@ -195,7 +195,7 @@ pub async fn ready(
     let record = pool
         .blocking(move |pool| pool.lifecycle.registry().get(&id))
         .await;
-    // A wrong secret and an unknown worker look the same to a caller who has to be neither.
+    // A wrong secret and an unknown worker get the same answer, so that a caller without the secret learns nothing.
     let record = record
         .filter(|record| bearer(&headers).is_some_and(|given| record.secret.matches(given)))
         .ok_or_else(ApiError::not_a_worker)?;
