@@ -1,4 +1,4 @@
-//! Waiting for a process to end.
+//! The wait for the end of a process.
 
 use std::io;
 use std::process::Child;
@@ -9,14 +9,13 @@ use pool_core::lifecycle::ExitFacts;
 use pool_core::process::ProcessIdentity;
 use tokio::sync::oneshot;
 
-/// The pause after a wait that failed.
+/// Pause after a wait that failed.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
-/// How the process ends, once it has, as far as that can be known: a child's exit status is its parent's to read, and of
-/// any other process only the end itself can be seen.
+/// Waits until the process has ended, and returns what can be known of its end. Only a parent can read a child's exit status;
+/// for any other process only the end itself can be seen.
 ///
-/// A plain thread waits, and not one of the runtime's, because the runtime waits for its own when the daemon stops;
-/// workers outlive the daemon.
+/// The wait needs a plain thread. The runtime waits for its own threads when the daemon stops, and workers outlive the daemon.
 pub async fn of(identity: Option<ProcessIdentity>, child: Option<Child>) -> ExitFacts {
     let thread = std::thread::Builder::new;
     of_in(Process { identity, child }, |wait| {
@@ -25,23 +24,23 @@ pub async fn of(identity: Option<ProcessIdentity>, child: Option<Child>) -> Exit
     .await
 }
 
-/// What waits for a process.
+/// Closure that waits for a process.
 type Wait = Box<dyn FnOnce() + Send>;
 
-/// [`of`], in threads that `start` begins. While the system has none to give, the process is looked at now and then, and
-/// is nowhere but here: nobody takes it for ended.
+/// Implements [`of`] with threads started by `start`. While the system can't start one, `process` stays here and is checked at
+/// intervals, so that a missing thread never counts as an end.
 async fn of_in(mut process: Process, mut start: impl FnMut(Wait) -> io::Result<()>) -> ExitFacts {
     let mut warned = false;
     loop {
         if let Some(facts) = process.look() {
             return facts;
         }
-        // Handed over once there is a thread to take it: a closure that never runs is dropped with all it holds.
+        // Hand the process over only once a thread receives it: a closure that never runs is dropped with all it holds.
         let (hand, handed) = mpsc::channel::<Process>();
         let (tell, told) = oneshot::channel();
         let wait = move || {
             if let Ok(process) = handed.recv() {
-                // Nobody listens any more once the daemon stops.
+                // There is no receiver any more once the daemon stops.
                 let _ = tell.send(process.wait());
             }
         };
@@ -51,7 +50,7 @@ async fn of_in(mut process: Process, mut start: impl FnMut(Wait) -> io::Result<(
                 let _ = hand.send(process);
                 match told.await {
                     Ok(facts) => return facts,
-                    // The thread failed, and its child's exit status with it. That is no end.
+                    // The thread failed and lost the child's exit status. The process may still run.
                     Err(_) => {
                         process = Process {
                             identity,
@@ -71,14 +70,14 @@ async fn of_in(mut process: Process, mut start: impl FnMut(Wait) -> io::Result<(
     }
 }
 
-/// A process, and its handle where it is a child.
+/// A process, with its handle if it is a child of this daemon.
 struct Process {
     identity: Option<ProcessIdentity>,
     child: Option<Child>,
 }
 
 impl Process {
-    /// Blocks until it has ended.
+    /// Blocks until the process has ended.
     fn wait(self) -> ExitFacts {
         match (self.child, self.identity) {
             (Some(mut child), _) => child.wait().map_or(ExitFacts::Unknown, ExitFacts::of),
@@ -94,7 +93,7 @@ impl Process {
         }
     }
 
-    /// How it ended, if it has.
+    /// Returns how the process ended, or `None` while it runs.
     fn look(&mut self) -> Option<ExitFacts> {
         match (&mut self.child, &self.identity) {
             (Some(child), _) => match child.try_wait() {
@@ -109,8 +108,8 @@ impl Process {
     }
 }
 
-/// Returns once the process is known to have ended. What can't be told is no end: with no file handle to spare nothing
-/// can, and memory that is still in use would be promised again.
+/// Returns once the process is known to have ended. An error proves no end: without free file descriptors every check fails,
+/// and memory that is still in use would be promised again.
 fn until_gone(
     identity: &ProcessIdentity,
     mut wait: impl FnMut() -> io::Result<bool>,
@@ -145,7 +144,7 @@ mod tests {
         assert_eq!(looks.len(), 0, "it was given up before it had ended");
     }
 
-    /// A child that exits with 3 when it is told to.
+    /// Starts a child that exits with 3 when its standard input is closed.
     fn child() -> Process {
         let child = Command::new("sh")
             .args(["-c", "read line; exit 3"])
@@ -160,7 +159,7 @@ mod tests {
 
     #[tokio::test] // [POOLD-023]
     async fn a_child_without_a_thread_stays_watched_and_tells_how_it_ended() {
-        // Never a thread, and one at the third attempt.
+        // Never a thread, and then one at the third attempt.
         for threads_from in [usize::MAX, 3] {
             let mut process = child();
             let mut told_to_end = process.child.as_mut().unwrap().stdin.take();
@@ -188,7 +187,7 @@ mod tests {
         let facts = of_in(process, |wait| {
             attempts += 1;
             match attempts {
-                // As if it had panicked: gone, with all that it was handed.
+                // Dropped with all that it holds, as after a panic.
                 1 => drop(wait),
                 2 => {
                     drop(told_to_end.take());

@@ -1,7 +1,7 @@
-//! Workers as running processes: started on request, watched until they end, taken over after a restart.
+//! Workers as running processes: started on request, watched until they end, adopted after a restart.
 //!
-//! Every live worker of the registry has one task here that watches it ([`monitor`]), whether this daemon started
-//! it, an earlier one did, or `llorch-pool` did by itself.
+//! Every live worker of the registry has one task ([`monitor`]) that watches it, whether this daemon, an earlier one or
+//! `llorch-pool` started the worker.
 
 mod ending;
 mod monitor;
@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 
 use crate::pool::{Pool, Watcher};
 
-/// How often workers are looked for that somebody else started.
+/// Interval between searches for workers that another process started.
 const ADOPT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Starts a worker and watches it from then on.
@@ -48,7 +48,7 @@ pub async fn start(
     .await
 }
 
-/// Tells a worker to stop. Its watcher sees to it that it does.
+/// Asks a worker to stop. Its watcher makes sure that it ends.
 pub async fn stop(pool: &Arc<Pool>, id: String, force: bool) -> Result<WorkerInfo, StopError> {
     pool.blocking(move |pool| {
         let record = pool.lifecycle.request_stop(&id, force)?;
@@ -62,7 +62,7 @@ pub async fn stop(pool: &Arc<Pool>, id: String, force: bool) -> Result<WorkerInf
     .await
 }
 
-/// Takes over the workers of the registry that live and that nobody here watches, and marks those that have ended.
+/// Adopts the live workers of the registry that this daemon does not watch yet, and records those that have ended.
 pub async fn adopt(pool: &Arc<Pool>) -> Result<(), RegistryError> {
     let runtime = tokio::runtime::Handle::current();
     pool.blocking(move |pool| {
@@ -87,7 +87,7 @@ pub async fn adopt(pool: &Arc<Pool>) -> Result<(), RegistryError> {
     .await
 }
 
-/// Goes on adopting, so that a worker started by `llorch-pool` beside the daemon is watched as well.
+/// Adopts workers again and again, so that a worker that `llorch-pool` starts meanwhile is watched as well.
 pub async fn keep_adopting(pool: Arc<Pool>) {
     loop {
         tokio::time::sleep(ADOPT_INTERVAL).await;
@@ -97,11 +97,11 @@ pub async fn keep_adopting(pool: Arc<Pool>) {
     }
 }
 
-/// Watches a worker; `child` is its process where this daemon is the parent. Needs a runtime.
+/// Watches a worker. `child` is its process if this daemon is the parent. Must be called within a runtime.
 fn watch(pool: &Arc<Pool>, record: WorkerRecord, child: Option<Child>) {
     let id = record.info.id.clone();
     let nudge = Arc::new(Notify::new());
-    // The entry is there before the task runs, so that the task can remove it at its end.
+    // Insert the entry before the task runs, so that the task can remove it at its end.
     pool.watched().insert(
         id.clone(),
         Watcher {
@@ -115,7 +115,7 @@ fn watch(pool: &Arc<Pool>, record: WorkerRecord, child: Option<Child>) {
     }
 }
 
-/// Says in log, metrics and heartbeat that a worker ended.
+/// Reports the end of a worker in log, metrics and heartbeat.
 fn report_end(pool: &Pool, info: &WorkerInfo) {
     if let Some(exit) = &info.exit {
         pool.metrics.ended(&exit.reason, exit.during_start);

@@ -1,4 +1,4 @@
-//! One worker, from start to end: its health taken over, its timeouts enforced, its end recorded.
+//! The watch over one worker: takes over its health, enforces its timeouts and records its end.
 
 use std::convert::Infallible;
 use std::process::Child;
@@ -20,18 +20,18 @@ use tokio::time::Instant;
 use super::{ending, report_end};
 use crate::pool::Pool;
 
-/// How often a worker that loads is asked how it is.
+/// Interval between checks of a worker that loads its model.
 const LOADING_INTERVAL: Duration = Duration::from_millis(250);
-/// How often one that has loaded is.
+/// Interval between checks of a worker that has loaded.
 const SERVING_INTERVAL: Duration = Duration::from_secs(1);
-/// How long it may take to answer: `/health` never waits for inference.
+/// Time limit for an answer to a check: `/health` never waits for inference.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a worker that has to end may take before it is killed.
+/// Time between SIGTERM and SIGKILL for a condemned worker.
 const CONDEMNED_GRACE: Duration = Duration::from_secs(2);
-/// How long a worker is watched at least before it is taken for one that never got ready.
+/// Shortest time that a worker is watched before it can exceed its start timeout.
 const HEARING: Duration = Duration::from_secs(5);
 
-/// Watches the worker until its process has ended and that is recorded.
+/// Watches the worker until its process has ended and the end is recorded.
 pub async fn watch(
     pool: Arc<Pool>,
     record: WorkerRecord,
@@ -43,12 +43,12 @@ pub async fn watch(
         id: record.info.id.clone(),
     };
     let mut next = Some((record, child));
-    // Once, or more often where a port was found taken: each process is watched by itself.
+    // Repeats only if a port was found taken: each process gets its own watch.
     while let Some((record, child)) = next {
         let ending = ending::of(record.identity.clone(), child);
         let mut watched = Watched::new(&pool, record);
         let facts = tokio::select! {
-            // Whatever else is going on, the end comes first.
+            // The end takes precedence over everything else.
             biased;
             facts = ending => facts,
             never = watched.look_after(&pool, &nudge) => match never {},
@@ -57,7 +57,7 @@ pub async fn watch(
     }
 }
 
-/// Says that the worker is watched. However the watch ends, also by a panic, the worker can be taken over again.
+/// The worker's entry among the watched ones. On drop, even after a panic, the worker can be adopted again.
 struct Entry {
     pool: Arc<Pool>,
     id: String,
@@ -69,17 +69,17 @@ impl Drop for Entry {
     }
 }
 
-/// One process of the worker.
+/// One process of the worker, under watch.
 struct Watched {
     record: WorkerRecord,
-    /// Which process it is, for good: what its record says of that later is not taken over.
+    /// Identity of the process, fixed when the watch began: a later one in the record is not taken over.
     process: Option<ProcessIdentity>,
     client: Option<ApiClient>,
     progress: ProgressWatch,
-    /// How old the process was when it was first watched.
+    /// Age of the process when the watch began.
     age: Duration,
-    /// Time at which the process is killed unless it has ended, in this process's own time: the worker may not have run
-    /// either during a gap of the daemon.
+    /// Time at which the process is killed unless it has ended, by the clock of this process's own running time: the worker may
+    /// not have run during a gap of the daemon either.
     kill_at: Option<Duration>,
 }
 
@@ -100,18 +100,18 @@ impl Watched {
         }
     }
 
-    /// Enforces the deadlines and takes over the worker's health, until it is dropped, which may be at any point.
+    /// Enforces the deadlines and takes over the worker's health until the future is dropped, which may happen at any await.
     async fn look_after(&mut self, pool: &Arc<Pool>, nudge: &Notify) -> Infallible {
         loop {
             self.look(pool, nudge).await;
         }
     }
 
-    /// One round of it, and the wait for the next.
+    /// Does one round of the watch, and waits for the next.
     async fn look(&mut self, pool: &Arc<Pool>, nudge: &Notify) {
         self.read_record(pool).await;
         let begun = Instant::now();
-        // Before the question, so that an answer proves that nothing counted here was this worker's own end.
+        // Read before the health check, so that an answer proves that no kill counted here was this worker's own.
         let mark = self.record.info.pid.and_then(OomMark::of);
         let answer = self.ask(pool).await;
         if answer.is_some() || self.has_moved_to(mark.as_ref()) {
@@ -141,14 +141,14 @@ impl Watched {
         }
     }
 
-    /// Takes over what others have written into the worker's record, save for which process it is: a record that names
-    /// another one would let a stop, or the next daemon, miss the worker, so it is put right.
+    /// Takes over changes by other processes to the worker's record, except its process identity. A record with another
+    /// identity would let a stop, or the next daemon, miss the worker, so it is corrected.
     async fn read_record(&mut self, pool: &Arc<Pool>) {
         let id = self.record.info.id.clone();
         let read = pool
             .blocking(move |pool| pool.lifecycle.registry().get(&id))
             .await;
-        // With another nonce it is the record of a later process; this one's end is about to be heard.
+        // Another nonce belongs to a later process. The end of this one is about to be noticed.
         let Some(record) = read.filter(|record| record.nonce == self.record.nonce) else {
             return;
         };
@@ -179,7 +179,7 @@ impl Watched {
         }
     }
 
-    /// Why the worker has to end, if it has to.
+    /// Returns the reason the worker must end, if there is one.
     fn verdict(&self, pool: &Pool, stall: Option<Stall>) -> Option<Verdict> {
         let timeout = pool
             .lifecycle
@@ -187,7 +187,7 @@ impl Watched {
             .workers
             .start_timeout(self.record.info.model_file.size_bytes);
         let watched = self.progress.watched_for();
-        // A worker that loaded while no daemon ran gets the time to say so.
+        // A worker that loaded while no daemon ran gets time to report ready.
         if self.record.info.status == WorkerStatus::Starting
             && self.age + watched >= timeout
             && watched >= timeout.min(HEARING)
@@ -201,7 +201,7 @@ impl Watched {
         })
     }
 
-    /// Writes the verdict down and begins to carry it out.
+    /// Records the verdict and begins to carry it out.
     async fn condemn(&mut self, pool: &Arc<Pool>, verdict: Verdict) {
         let id = self.record.info.id.clone();
         tracing::warn!(worker = id, ?verdict, "a worker has to end");
@@ -211,7 +211,7 @@ impl Watched {
         match condemned {
             Ok(Some(record)) => {
                 self.record = record;
-                // It takes no more work, which the orchestrator has to hear.
+                // The worker accepts no more work, and the orchestrator must know.
                 pool.changed();
                 self.see_it_end(pool).await;
             }
@@ -222,8 +222,8 @@ impl Watched {
         }
     }
 
-    /// Sees to it that a worker ends that was told to, or has to: it is told once more, since whoever told it may have
-    /// died before the signal was sent, and killed when its time is over.
+    /// Makes sure that a worker with a stop request or a verdict ends. It gets SIGTERM once more, since the process that made
+    /// the request may have died before it sent the signal, and SIGKILL when its grace period is over.
     async fn see_it_end(&mut self, pool: &Arc<Pool>) {
         let grace = match self.record.verdict {
             Some(_) => CONDEMNED_GRACE,
@@ -257,8 +257,8 @@ impl Watched {
         }
     }
 
-    /// Asks the worker how it is, and takes over what it says. A worker that doesn't answer is none yet, or none any
-    /// more, or too busy: its process says the rest.
+    /// Queries the worker's health and takes it over. Returns `None` without a valid answer: the worker may not listen yet, be
+    /// gone or be busy, which only its process can show.
     async fn ask(&mut self, pool: &Arc<Pool>) -> Option<WorkerHealth> {
         let health = match self.client.as_ref()?.get::<WorkerHealth>("/health").await {
             Ok(health) => health,
@@ -272,14 +272,14 @@ impl Watched {
             Ok(None) => {}
             Err(error) => {
                 tracing::debug!(worker = self.record.info.id, %error, "an account was not taken over");
-                // A stranger on the port is no sign of life.
+                // An answer refused as a stranger's is no sign of life.
                 return matches!(error, ObserveError::Registry(_)).then_some(health);
             }
         }
         Some(health)
     }
 
-    /// Whether the worker has been put into another cgroup, and still ran when that was read.
+    /// Returns whether the worker has been moved to another cgroup, and still ran when `mark` was read.
     fn has_moved_to(&self, mark: Option<&OomMark>) -> bool {
         let path = |mark: &OomMark| mark.path.clone();
         let runs = || {
@@ -291,7 +291,7 @@ impl Watched {
         mark.is_some() && mark.map(path) != self.record.oom_mark.as_ref().map(path) && runs()
     }
 
-    /// Remembers the memory cgroup that the worker is in, and its counter.
+    /// Records the worker's memory cgroup and its counter of kills.
     async fn remember(&mut self, pool: &Arc<Pool>, mark: Option<OomMark>) {
         let Some(mark) = mark.filter(|mark| self.record.oom_mark.as_ref() != Some(mark)) else {
             return;
@@ -308,7 +308,7 @@ impl Watched {
         }
     }
 
-    /// Sends it a signal; one that can't be sent is tried again when the next is due.
+    /// Sends the worker a signal. Logs a failure; the next signal due is the next attempt.
     async fn signal(&self, pool: &Arc<Pool>, signal: Signal) -> Option<SignalOutcome> {
         let record = self.record.clone();
         let outcome = pool
@@ -321,7 +321,7 @@ impl Watched {
             .ok()
     }
 
-    /// Records the end, and returns what to watch next if the worker was started again.
+    /// Records the end. Returns the process to watch next if the worker was started again.
     async fn ended(
         &mut self,
         pool: &Arc<Pool>,
@@ -335,7 +335,7 @@ impl Watched {
                 .await
             {
                 Ok(recorded) => break recorded,
-                // A full disk, say. The end has to be recorded, or the worker's memory stays reserved.
+                // For example, a full disk. The end must be recorded, or the worker's memory stays reserved.
                 Err(error) => {
                     tracing::error!(worker = self.record.info.id, %error, "could not record a worker's end");
                 }
@@ -361,13 +361,13 @@ impl Watched {
                 report_end(pool, &info);
                 None
             }
-            // Who started the later process watches it, and after that it is taken over like any other.
+            // The starter of the later process watches it. Without its starter, the process is adopted like any other.
             Some(Ended::Replaced(_)) | None => None,
         }
     }
 }
 
-/// Takes over what a worker says of itself, and tells everybody if that makes a difference.
+/// Takes over the health that a worker reports, and announces the change if there is one.
 pub async fn observe(
     pool: &Arc<Pool>,
     id: &str,
