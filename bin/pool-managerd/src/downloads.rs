@@ -1,5 +1,5 @@
-//! Downloads of models. `llorch-pool` does the work, as a child process: what it does for the owner at the keyboard and
-//! for the daemon is then the same thing, under the same lock.
+//! Downloads of models, each run by `llorch-pool` as a child process. A download for the daemon and one for the owner at the
+//! keyboard are then the same operation, under the same lock.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -21,9 +21,9 @@ use tokio::time::timeout;
 
 use crate::pool::Pool;
 
-/// The program that downloads.
+/// Name of the program that downloads models.
 const PROGRAM: &str = "llorch-pool";
-/// How long it may take to leave things in order when it is told to end. Within the time that the daemon itself has.
+/// Time the program has to end after each signal. Fits in the daemon's own time to stop.
 const GRACE: Duration = Duration::from_millis(1500);
 
 /// The latest event of a download; `None` before the first.
@@ -32,7 +32,7 @@ type Latest = Option<DownloadEvent>;
 /// The downloads under way.
 pub struct Downloads {
     running: Mutex<HashMap<ModelRef, watch::Receiver<Latest>>>,
-    /// True once all are to end.
+    /// Set to true once all downloads must end.
     over: watch::Sender<bool>,
 }
 
@@ -46,17 +46,17 @@ impl Default for Downloads {
 }
 
 impl Downloads {
-    /// Tells all downloads to end. What came of them is kept, and the next ones go on from there.
+    /// Asks all downloads to end. Partial files are kept, and later downloads resume from them.
     pub fn end(&self) {
         self.over.send_replace(true);
     }
 
-    /// Returns when all downloads have ended.
+    /// Waits until all downloads have ended.
     pub async fn ended(&self) {
         let running: Vec<_> = self.running().values().cloned().collect();
         for mut download in running {
             let last = |event: &Latest| event.as_ref().is_some_and(DownloadEvent::is_last);
-            // A sender that is gone has nothing more to end.
+            // A dropped sender belongs to a download that has ended.
             let _ = download.wait_for(last).await;
         }
     }
@@ -68,7 +68,7 @@ impl Downloads {
         models
     }
 
-    /// Returns whether `model` is being downloaded, even if it leaves revision or file open.
+    /// Returns whether `model` is being downloaded, even if it names no revision or file.
     pub fn is_under_way(&self, model: &ModelRef) -> bool {
         let running = self.running();
         running
@@ -77,18 +77,18 @@ impl Downloads {
     }
 
     fn running(&self) -> MutexGuard<'_, HashMap<ModelRef, watch::Receiver<Latest>>> {
-        // A panic can't leave half an entry.
+        // A panic under the lock can't leave a partial entry.
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Why a download is not begun.
+/// Reason a download is not started.
 #[derive(Debug, thiserror::Error)]
 pub enum DownloadRefused {
-    /// Nobody knows the model.
+    /// Reference that can't be resolved to a model.
     #[error(transparent)]
     Model(#[from] ResolveError),
-    /// No worker of this version can run the model.
+    /// Model that no worker of this version can run.
     #[error("`{model_ref}` can't run: {reason}")]
     Unsupported {
         /// Requested reference.
@@ -96,25 +96,25 @@ pub enum DownloadRefused {
         /// Reason against the model.
         reason: Box<Unsupported>,
     },
-    /// It is a file of this host.
+    /// Model without a download source, such as a file of this host.
     #[error("there is nowhere to download `{model_ref}` from")]
     NowhereFrom {
-        /// The model.
+        /// Reference of the model, as catalogued if it is in the catalogue.
         model_ref: ModelRef,
     },
-    /// No catalogue entry covers it, and the owner of the host has not allowed others.
+    /// Model outside the catalogue, on a host whose owner has not set `models.allow_hub`.
     #[error("no entry of the catalogue covers `{model_ref}`, and this pool downloads no others")]
     HubNotAllowed {
-        /// The model.
+        /// Requested reference.
         model_ref: ModelRef,
     },
-    /// The program that downloads is not installed.
+    /// Missing `llorch-pool`.
     #[error("`{PROGRAM}` is not installed on this host")]
     NoProgram,
 }
 
 impl DownloadRefused {
-    /// What to try next.
+    /// Returns what to try next; `None` if there is nothing to try.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Model(error) => error.hint(),
@@ -128,7 +128,7 @@ impl DownloadRefused {
     }
 }
 
-/// Begins the download of `model`, or finds the one under way. Reads files.
+/// Starts the download of `model`, or joins the one under way. Reads files.
 pub fn start(
     pool: &Arc<Pool>,
     model: &ModelRef,
@@ -146,7 +146,7 @@ pub fn start(
     Ok(download)
 }
 
-/// The download of `model` that is under way, or a new one, for the caller to carry out.
+/// Returns the download of `model` that is under way, or registers a new one for the caller to run.
 fn follow_or_begin(
     pool: &Arc<Pool>,
     model: &ModelRef,
@@ -166,13 +166,13 @@ fn follow_or_begin(
     (download, Some(begun))
 }
 
-/// A download that others can find and follow. However it ends, also by a panic, the next one finds it gone, and who
-/// follows it hears a last word.
+/// A download that others can find and follow. On drop, even after a panic, it deregisters itself and sends its followers a
+/// final event.
 struct UnderWay {
     pool: Arc<Pool>,
     model: ModelRef,
     tell: watch::Sender<Latest>,
-    /// How it ended.
+    /// Final event; `None` until the download has ended.
     last: Option<DownloadEvent>,
 }
 
@@ -186,14 +186,14 @@ impl Drop for UnderWay {
                     .to_owned(),
             )
         });
-        // First out of the list, then over: who comes between the two begins a new one and finds the file.
+        // Deregister before the final event: a request between the two starts a new download, which finds the file.
         self.pool.downloads.running().remove(&self.model);
         self.pool.changed();
         self.tell.send_replace(Some(last));
     }
 }
 
-/// The model by the name that its download goes by, if it may be had.
+/// Returns the reference under which `model` is downloaded, if this pool may download it.
 fn checked(pool: &Pool, model: &ModelRef) -> Result<ModelRef, DownloadRefused> {
     let nowhere = |model_ref| DownloadRefused::NowhereFrom { model_ref };
     let unsupported = |model_ref, reason| DownloadRefused::Unsupported {
@@ -271,14 +271,14 @@ fn spawn(pool: &Pool, model: &ModelRef, program: &Path) -> std::io::Result<Child
     command
         .args(["models", "download", "--progress", "json", "--"])
         .arg(model.to_string())
-        // Wherever the daemon's own settings have them.
+        // The daemon's settings decide where models are kept.
         .env("LLORCH_MODELS_DIR", lifecycle.store().dir())
         .env_remove("LLORCH_POOL_TOKEN")
         .env_remove("LLORCH_API_TOKEN")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        // A Ctrl-C at the daemon's terminal is the daemon's to pass on.
+        // A Ctrl-C at the daemon's terminal must reach only the daemon, which ends its downloads itself.
         .process_group(0);
     if let Some(root) = lifecycle.home().root() {
         command.env("LLORCH_HOME", root);
@@ -286,7 +286,7 @@ fn spawn(pool: &Pool, model: &ModelRef, program: &Path) -> std::io::Result<Child
     command.spawn()
 }
 
-/// Passes on what the program says until it has ended. Returns its last word.
+/// Forwards the program's events until the program has ended. Returns its final event.
 async fn follow(
     mut child: Child,
     model: &ModelRef,
@@ -299,7 +299,7 @@ async fn follow(
     let status = {
         let words = child.stdout.take();
         let told_to_end = async {
-            // A sender that is gone means the same.
+            // A dropped sender also asks for the end.
             let _ = over.wait_for(|over| *over).await;
         };
         tokio::select! {
@@ -336,7 +336,7 @@ async fn listen(
     let mut lines = BufReader::new(words).lines();
     while let Ok(Some(line)) = lines.next_line().await {
         match serde_json::from_str::<DownloadEvent>(&line) {
-            // Told when the process is gone and the counters are right.
+            // Held back until the process is gone and the counters are right.
             Ok(event) if event.is_last() => *last = Some(event),
             Ok(event) => {
                 tell.send_replace(Some(event));
@@ -346,7 +346,7 @@ async fn listen(
     }
 }
 
-/// Logs what the program remarks. Returns the last of it.
+/// Logs the program's standard error line by line. Returns its last line.
 async fn log(remarks: Option<impl AsyncRead + Unpin>, model: ModelRef) -> String {
     let mut last = String::new();
     let Some(remarks) = remarks else { return last };
@@ -358,13 +358,13 @@ async fn log(remarks: Option<impl AsyncRead + Unpin>, model: ModelRef) -> String
     last
 }
 
-/// Ends the program: politely, so that it ends what it started, then not.
+/// Ends the program's process group: with SIGTERM first, so that the program can end its own children, then with SIGKILL.
 async fn end(child: &mut Child) -> Option<std::process::ExitStatus> {
     for signal in [Signal::TERM, Signal::KILL] {
-        // While it has not been waited for, its id can belong to nobody else.
+        // The id can't be reused before the child has been waited for.
         let group = child.id().and_then(|id| i32::try_from(id).ok());
         let group = group.and_then(Pid::from_raw)?;
-        // Gone already is as good as ended.
+        // A process that is already gone needs no signal.
         let _ = kill_process_group(group, signal);
         if let Ok(status) = timeout(GRACE, child.wait()).await {
             return status.ok();
@@ -382,7 +382,7 @@ fn failed(code: DownloadErrorCode, message: String) -> DownloadEvent {
     })
 }
 
-/// The outcome in the metrics.
+/// Returns the metrics label of a failed download.
 fn label(code: DownloadErrorCode) -> &'static str {
     match code {
         DownloadErrorCode::ModelNotFound => "model_not_found",

@@ -1,5 +1,4 @@
-//! Carrying out a drain: workers are told to stop when their time has come, oldest first. Their watchers see to it that
-//! they do.
+//! Execution of a drain: workers that are due are told to stop, oldest first. Their watchers make sure that they end.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,15 +9,15 @@ use pool_core::registry::RegistryError;
 use crate::pool::Pool;
 use crate::worker_lifecycle;
 
-/// How often the workers of a pool that drains are looked at beyond what changes by itself.
+/// Longest time between two looks at the workers of a draining pool. Changes cause earlier ones.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
-/// Carries out whatever drain there is, also one that an earlier daemon left, until it is dropped.
+/// Carries out any drain, including one left by an earlier daemon, until the future is dropped.
 pub async fn keep(pool: Arc<Pool>) {
     let mut changes = pool.changes();
     let mut stood = clock::stood();
     loop {
-        // Seen before the look: a change during it makes another one.
+        // Mark changes as seen before the look: a change during it causes another look.
         changes.borrow_and_update();
         let gap = clock::stood().saturating_sub(stood);
         stood += gap;
@@ -49,15 +48,16 @@ pub async fn keep(pool: Arc<Pool>) {
     }
 }
 
-/// One look at a drain.
+/// The next step of a drain.
 struct Step {
-    /// The workers to stop now, in order.
+    /// Ids of the workers to stop now, in order.
     stop: Vec<String>,
-    /// When to look again.
+    /// Time until the next look.
     pause: Duration,
 }
 
-/// Returns the drain's next step, after a `gap` in which this process did not run: the workers may not have run either.
+/// Returns the drain's next step. A `gap` in which this process did not run postpones the deadline, because the workers may not
+/// have run either. Returns `None` if there is no drain.
 fn due(pool: &Pool, gap: Duration) -> Result<Option<Step>, RegistryError> {
     if !gap.is_zero() {
         pool.lifecycle.postpone_drain(gap)?;

@@ -1,6 +1,6 @@
-//! What the orchestrator hears of this pool: a registration, then heartbeats, regularly and at every change.
+//! Reports to the orchestrator: a registration, then heartbeats, at an interval and on every change.
 //!
-//! The pool serves on while the orchestrator is away. One call follows another, so `seq` grows in the order of the
+//! The pool keeps serving while the orchestrator is away. Calls are made one after another, so `seq` grows in the order of the
 //! snapshots.
 
 use std::path::PathBuf;
@@ -23,35 +23,35 @@ use serde::de::IgnoredAny;
 use crate::pool::Pool;
 use crate::registration::standing;
 
-/// How long the orchestrator may take to answer.
+/// Time limit for an answer of the orchestrator.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Changes within this time go into one heartbeat.
 const COALESCE: Duration = Duration::from_millis(20);
-/// The first pause after a failure; it doubles with each further one.
+/// Pause after the first failure. Each further failure doubles it.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// The longest pause while the orchestrator is away.
+/// Longest pause between attempts while the orchestrator is away.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// Time limit for the orchestrator to answer that this pool stops, within the daemon's own time to stop.
+/// Time limit for deregistration, within the daemon's own time to stop.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The orchestrator's code for a heartbeat of a replaced instance.
 const STALE_HEARTBEAT: &str = "STALE_HEARTBEAT";
 
-/// Which orchestrator is reported to.
+/// The orchestrator to report to.
 #[derive(Debug, Clone)]
 pub enum Goal {
-    /// The one at this address, whether it answers or not.
+    /// The orchestrator at this URL, even while it does not answer.
     Named(String),
-    /// The one of this home, which may come, go and change its address.
+    /// The orchestrator of this home, which may come, go and change its address.
     Local {
-        /// Where it writes its address.
+        /// State folder in which the orchestrator writes its address.
         state: PathBuf,
-        /// Whether one at the standard address will do while none runs on this home.
+        /// True if an orchestrator at the standard address is accepted while none runs on this home.
         or_standard: bool,
     },
 }
 
 impl Goal {
-    /// Its address at this moment. Reads files.
+    /// Returns the orchestrator's current URL; `None` if none runs on this home. Reads files.
     fn url(&self) -> Option<String> {
         match self {
             Self::Named(url) => Some(url.clone()),
@@ -68,25 +68,25 @@ pub struct Heart {
     token: Option<Secret>,
     /// Identity of this host; `None` if its folder is not writable.
     host_id: Option<String>,
-    /// Of the orchestrator that was spoken to last.
+    /// Client for the orchestrator that was called last; `None` before the first call.
     client: Option<ApiClient>,
     interval: Duration,
     registered: bool,
     seq: u64,
-    /// What was said of the last failure, until a heartbeat succeeds.
+    /// The failure logged last; `None` once a heartbeat succeeds.
     trouble: Option<String>,
 }
 
-/// Why the orchestrator did not take a heartbeat.
+/// Reason a heartbeat failed.
 #[derive(Debug, thiserror::Error)]
 enum BeatError {
-    /// There is none.
+    /// No orchestrator to report to.
     #[error("no orchestrator runs on this home")]
     Nobody,
-    /// The call failed.
+    /// Failed call.
     #[error(transparent)]
     Call(#[from] ClientError),
-    /// There was nothing to tell.
+    /// Registry that can't be read, which leaves nothing to report.
     #[error(transparent)]
     Registry(#[from] RegistryError),
 }
@@ -139,7 +139,7 @@ impl BeatError {
 }
 
 impl Heart {
-    /// Reports to the orchestrator that is the `goal`. An address that can't be one is refused here.
+    /// Creates the task that reports to the orchestrator `goal`. Fails if its URL is invalid.
     pub fn new(
         pool: Arc<Pool>,
         goal: Goal,
@@ -180,7 +180,7 @@ impl Heart {
         let (mut changes, mut asked) = (pool.changes(), pool.link.asked());
         let mut failures = 0u32;
         loop {
-            // Seen before the snapshot is taken: a change during the call makes another heartbeat.
+            // Mark changes as seen before the snapshot is taken: a change during the call causes another heartbeat.
             changes.borrow_and_update();
             let covered = *asked.borrow_and_update();
             let outcome = self.report().await;
@@ -237,7 +237,7 @@ impl Heart {
             BeatError::Nobody => RegistrationState::NoOrchestrator,
             BeatError::Registry(_) => RegistrationState::Failed,
             BeatError::Call(call) if call.status().is_some() => RegistrationState::Refused,
-            // An orchestrator may start at the standard address later; the settings name none now.
+            // An orchestrator may start at the standard address later. The settings name none now.
             BeatError::Call(_) if local && !self.registered => RegistrationState::NoOrchestrator,
             BeatError::Call(_) => RegistrationState::Unreachable,
         };
@@ -255,7 +255,7 @@ impl Heart {
         }
     }
 
-    /// Notifies the orchestrator that this pool stops on purpose. Its workers stay.
+    /// Notifies the orchestrator that this pool stops on purpose. The workers keep running.
     async fn say_goodbye(&self) {
         let known =
             self.registered || self.pool.link.standing().code.as_deref() == Some(POOL_ID_TAKEN);
@@ -276,12 +276,12 @@ impl Heart {
         }
     }
 
-    /// One heartbeat, after a registration where one is due.
+    /// Sends one heartbeat, after a registration if one is due.
     async fn report(&mut self) -> Result<(), BeatError> {
         let client = self.find().await?;
         if self.registered {
             match self.send(&client).await {
-                // The orchestrator forgot us, as one with a new database does.
+                // The orchestrator does not know this pool any more, for example because its database is new. Register again.
                 Err(error) if error.status() == Some(404) => self.registered = false,
                 other => {
                     return other
@@ -322,7 +322,7 @@ impl Heart {
             .inspect_err(|error| self.registered &= !matches!(error.status(), Some(404 | 409)))
     }
 
-    /// The orchestrator as it is to be reached now: one that has moved is another, which does not know this pool yet.
+    /// Returns a client for the orchestrator's current address. At a new address, the pool has to register again.
     async fn find(&mut self) -> Result<ApiClient, BeatError> {
         let goal = self.goal.clone();
         let url = self.pool.blocking(move |_| goal.url()).await;
@@ -358,7 +358,7 @@ impl Heart {
         self.client.as_ref().map(ApiClient::base_url)
     }
 
-    /// Says what is wrong, once for as long as it is the same.
+    /// Logs a failure, once until it changes or a heartbeat succeeds.
     fn complain(&mut self, error: &BeatError) {
         let trouble = format!("{error} {:?}", self.orchestrator());
         if self.trouble.as_ref() == Some(&trouble) {
@@ -370,7 +370,7 @@ impl Heart {
                 let hint = error.hint();
                 tracing::error!(orchestrator, %error, hint, "the orchestrator refuses this pool");
             }
-            // Nobody said that there is one.
+            // No setting says that there is an orchestrator, so its absence is no error.
             (_, Goal::Local { .. }) if !self.registered => {
                 tracing::info!(
                     orchestrator,
@@ -385,8 +385,9 @@ impl Heart {
     }
 }
 
-/// The pause after so many failures in a row: doubling, at most as long as the interval between heartbeats, and
-/// shortened by up to half with `roll` (0 to 1), so that the pools of a fleet don't all come back at once.
+/// Returns the pause after `failures` failures in a row. The pause doubles with each failure, up to [`LONGEST_PAUSE`] and the
+/// interval between heartbeats. `roll` (0 to 1) shortens it by up to half, so that the pools of a fleet don't all retry at
+/// once.
 fn pause_after(failures: u32, interval: Duration, roll: f64) -> Duration {
     let doubled = FIRST_PAUSE.saturating_mul(1 << failures.saturating_sub(1).min(16));
     doubled

@@ -1,7 +1,7 @@
 //! `pool-managerd`: worker lifecycle, inventory and heartbeats of one host.
 //!
-//! The decisions (what fits, which port, how an end is explained) are `pool_core::lifecycle`'s. Here they meet the
-//! world: an HTTP API, one task a worker that watches it, and heartbeats to the orchestrator.
+//! The decisions (memory, ports, the explanation of an end) are made in `pool_core::lifecycle`. This crate adds an HTTP API,
+//! one task per worker to watch it, and heartbeats to the orchestrator.
 
 mod api;
 mod downloads;
@@ -37,47 +37,47 @@ use crate::pool::Pool;
 
 const NAME: &str = "pool-managerd";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Descriptors of the daemon's own: the registry, its locks, logs and pipes of child processes, the heartbeat.
+/// File descriptors of the daemon itself: the registry, its locks, logs and pipes of child processes, the heartbeat.
 const OWN_FILES: usize = 16;
-/// The pool's own token: for its calls to the orchestrator, and for all calls to it.
+/// Environment variable with the pool's token, used for calls to the orchestrator and required of the pool's own callers.
 const TOKEN_VAR: &str = "LLORCH_POOL_TOKEN";
 /// Time limit for deregistration after the last open request has ended.
 const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Why the daemon can't run.
+/// Reason the daemon can't run.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// Its folders can't be used.
+    /// Unusable folders of the home.
     #[error(transparent)]
     Home(#[from] HomeError),
-    /// Its settings can't be used.
+    /// Unusable settings.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// Its token can't be used.
+    /// Unusable token.
     #[error(transparent)]
     Token(#[from] SecretError),
-    /// The user's catalogue can't be used.
+    /// Unusable catalogue of the user.
     #[error(transparent)]
     Catalog(#[from] CatalogError),
-    /// Another instance has this home.
+    /// Home in use by another instance.
     #[error(transparent)]
     Claim(#[from] ClaimError),
-    /// It can't listen.
+    /// Address that can't be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// The registry of workers can't be used.
+    /// Unusable registry of workers.
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// The orchestrator's address is none.
+    /// Invalid `orchestrator_url`.
     #[error("`orchestrator_url` can't be used")]
     Orchestrator(#[source] pool_core::client::ClientError),
-    /// The relay to the workers can't be set up.
+    /// Failed setup of connections to workers.
     #[error("could not set up connections to workers")]
     Client(#[source] pool_core::client::ClientError),
-    /// Logging can't be set up.
+    /// Failed setup of logging.
     #[error("LLORCH_LOG, or `log.filter`, can't be used")]
     Log(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The log file can't be opened.
+    /// Log file that can't be opened.
     #[error("could not open the log {}", path.display())]
     LogFile {
         /// Path of the log file.
@@ -85,16 +85,16 @@ pub enum RunError {
         /// Error of the operating system.
         source: io::Error,
     },
-    /// The address in use can't be written for others to find.
+    /// Address file that can't be written. Other programs find the daemon by it.
     #[error("could not write the daemon's address")]
     Address(#[source] io::Error),
-    /// The system gives no signals.
+    /// Signals that can't be listened for.
     #[error("could not listen for signals")]
     Signals(#[source] io::Error),
 }
 
 impl RunError {
-    /// What to try next.
+    /// Returns what to try next; `None` if there is nothing to try.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Home(error) => error.hint().map(str::to_owned),
@@ -114,7 +114,7 @@ impl RunError {
     }
 }
 
-/// Runs the daemon on `home` until `shutdown` is requested. Its workers stay when it ends.
+/// Runs the daemon on `home` until `shutdown` is requested. The workers keep running when it ends.
 pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(), RunError> {
     config.check_advertised()?;
     home.ensure()?;
@@ -123,7 +123,7 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
 
     let mut options = ServiceOptions::new(NAME, VERSION, POOL_API_VERSION);
     options.token.clone_from(&token);
-    // A worker that reports itself has a secret of its own, which the handler checks.
+    // A worker that reports itself sends its own secret, which the handler checks.
     options.open_paths.push(api::READY_PATH);
     options
         .allowed_hosts
@@ -161,7 +161,7 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     background.spawn(ModelWatch::new(&pool).await.keep());
     let goal = match config.orchestrator() {
         Orchestrator::At(url) => Some(Goal::Named(url.to_owned())),
-        // A token and the workers' secrets are not for whoever happens to listen at the standard port.
+        // With a token, skip the standard port: the token and the workers' secrets are not for any process that listens there.
         Orchestrator::Local => Some(Goal::Local {
             state: orchestrator_state,
             or_standard: token.is_none(),
@@ -191,7 +191,7 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     background.spawn({
         let (pool, shutdown) = (Arc::clone(&pool), shutdown.clone());
         async move {
-            // At once, so that those who follow a download hear how it ended.
+            // At once, so that followers of a download still receive its final event.
             shutdown.requested().await;
             pool.downloads.end();
         }
@@ -200,8 +200,7 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
         .serve(api::router(Arc::clone(&pool)), shutdown, grace)
         .await;
     background.shutdown().await;
-    // The task ends once the orchestrator is notified; an orchestrator that does not answer is abandoned after the
-    // limit.
+    // The task ends once the orchestrator is notified. An orchestrator that does not answer is given up after the limit.
     let _ = tokio::time::timeout(GOODBYE_PATIENCE, heart.join_next()).await;
     heart.shutdown().await;
     pool.downloads.end();

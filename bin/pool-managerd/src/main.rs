@@ -1,4 +1,4 @@
-//! The program: reads its arguments and settings, and runs the daemon until it is told to stop.
+//! The program: reads its arguments and settings, and runs the daemon until it is asked to stop.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -25,8 +25,8 @@ struct Args {
     /// Settings file [default: pool-managerd.toml in the configuration folder, if there is one].
     #[arg(long, value_name = "PATH")]
     config: Option<PathBuf>,
-    /// Address to listen on: `ADDRESS:PORT`, or `PORT` on loopback; port 0 takes a free one. Any but a loopback address needs a token [default:
-    /// 127.0.0.1:9200].
+    /// Address to listen on: `ADDRESS:PORT`, or `PORT` on loopback; port 0 takes a free one. Any but a loopback address needs a
+    /// token [default: 127.0.0.1:9200].
     #[arg(long, value_name = "ADDRESS:PORT", value_parser = pool_core::address::bind)]
     bind: Option<SocketAddr>,
     /// File to append the log to, including standard output and error. It is renamed by size (`log.max_bytes`,

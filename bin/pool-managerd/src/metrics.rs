@@ -1,4 +1,4 @@
-//! What `GET /metrics` tells, in Prometheus' text format.
+//! The metrics of `GET /metrics`, in the Prometheus text format.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -8,8 +8,7 @@ use pool_core::worker::{ExitReason, WorkerStatus};
 use prometheus::core::Collector;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
-/// How a start of a worker may turn out: it came up, was refused, could not be started, or ended before it was up (the
-/// reasons of an end).
+/// Outcomes of a worker's start: ready, refused, not started, or ended before it was ready (the reasons of an end).
 const START_OUTCOMES: [&str; 11] = [
     "ready",
     "refused",
@@ -23,7 +22,7 @@ const START_OUTCOMES: [&str; 11] = [
     "model_invalid",
     "stopped",
 ];
-/// Why a worker may end.
+/// Reasons for a worker's end.
 const STOP_REASONS: [&str; 8] = [
     "exited",
     "signal",
@@ -35,7 +34,7 @@ const STOP_REASONS: [&str; 8] = [
     "stopped",
 ];
 
-/// How a call to the orchestrator may turn out.
+/// Outcomes of a call to the orchestrator.
 const HEARTBEAT_OUTCOMES: [&str; 7] = [
     "ok",
     "unreachable",
@@ -46,7 +45,7 @@ const HEARTBEAT_OUTCOMES: [&str; 7] = [
     "no_snapshot",
 ];
 
-/// How downloads of models end: the outcomes of one that gives a file, and the codes of one that doesn't.
+/// Outcomes of a model's download: those that yield a file, and the codes of failures.
 const DOWNLOAD_OUTCOMES: [&str; 8] = [
     "completed",
     "present",
@@ -58,7 +57,7 @@ const DOWNLOAD_OUTCOMES: [&str; 8] = [
     "failed",
 ];
 
-/// The counters of one daemon.
+/// The metrics of one daemon.
 pub struct Metrics {
     registry: Registry,
     workers: IntGaugeVec,
@@ -168,7 +167,7 @@ impl Metrics {
             rendering: Mutex::default(),
             registry,
         };
-        // A series that only begins with the first event makes rates and alerts miss it.
+        // Create every series now: rates and alerts miss one that begins with its first event.
         for outcome in START_OUTCOMES {
             metrics.starts.with_label_values(&[outcome]);
         }
@@ -184,17 +183,17 @@ impl Metrics {
         metrics
     }
 
-    /// A download ended: `completed`, `present` (it was there already), or the code of its failure.
+    /// Counts the end of a download: `completed`, `present` (already on disk), or the code of its failure.
     pub fn downloaded(&self, outcome: &str) {
         self.downloads.with_label_values(&[outcome]).inc();
     }
 
-    /// A worker came up (`ready`), could not (the reason of its end), or was refused.
+    /// Counts the outcome of a worker's start: `ready`, `refused`, or the reason it failed.
     pub fn started(&self, outcome: &str) {
         self.starts.with_label_values(&[outcome]).inc();
     }
 
-    /// A worker ended.
+    /// Counts the end of a worker, and with `during_start` also its failed start.
     pub fn ended(&self, reason: &ExitReason, during_start: bool) {
         let label = reason_label(reason);
         self.ends.with_label_values(&[label]).inc();
@@ -203,15 +202,15 @@ impl Metrics {
         }
     }
 
-    /// A call to the orchestrator was made.
+    /// Counts a call to the orchestrator by its outcome.
     pub fn heartbeat(&self, outcome: &str) {
         self.heartbeats.with_label_values(&[outcome]).inc();
     }
 
-    /// Everything as text.
+    /// Renders all metrics as text.
     pub fn render(&self, list: &WorkerList, devices: &[DeviceInfo]) -> prometheus::Result<String> {
         use WorkerStatus::{Busy, Draining, Failed, Ready, Starting, Stopped};
-        // Two at once would each clear what the other has just set.
+        // Two concurrent calls would each clear the values that the other has just set.
         let _one_at_a_time = self
             .rendering
             .lock()
@@ -238,7 +237,7 @@ impl Metrics {
 }
 
 impl Metrics {
-    /// Only what is known now: a GPU that is gone leaves no series behind.
+    /// Sets the GPU metrics from `devices` alone, so that a GPU that is gone leaves no series behind.
     fn set_gpus(&self, devices: &[DeviceInfo]) {
         let figure = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
         for gauge in [
@@ -271,7 +270,7 @@ impl Metrics {
     }
 }
 
-/// The kind of end without its numbers, which would make a time series each.
+/// Returns the kind of end, without the numbers that would each make a time series.
 fn reason_label(reason: &ExitReason) -> &'static str {
     match reason {
         ExitReason::Exited(_) => "exited",
@@ -282,12 +281,12 @@ fn reason_label(reason: &ExitReason) -> &'static str {
         ExitReason::ModelInvalid => "model_invalid",
         ExitReason::SpawnFailed => "spawn_failed",
         ExitReason::Stopped => "stopped",
-        // No end of this version's; in the record of a later one.
+        // Never an end in this version: it comes from the record of a later one.
         ExitReason::Later(_) => "other",
     }
 }
 
-/// A collector that `registry` shows. Names and labels are constants, so this fails in every test or never.
+/// Registers a collector and returns it. Names and labels are constants, so a panic here fails every test.
 fn kept<C: Collector + Clone + 'static>(registry: &Registry, made: prometheus::Result<C>) -> C {
     let made = made.expect("the name is valid");
     let shown = registry.register(Box::new(made.clone()));

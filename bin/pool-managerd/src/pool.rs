@@ -1,4 +1,4 @@
-//! What all parts of the daemon share.
+//! State shared by all parts of the daemon.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -23,45 +23,45 @@ use crate::gpu_inventory;
 use crate::metrics::Metrics;
 use crate::registration::Link;
 
-/// Most model files without a name of their own in a heartbeat: about 200 bytes each.
+/// Maximum number of model files without a name of their own in a heartbeat, at about 200 bytes each.
 const OFFERED_FILES: usize = 1000;
 
-/// The pool: its workers, and what is known of this instance of the daemon.
+/// The pool: its workers, and the state of this instance of the daemon.
 pub struct Pool {
     pub lifecycle: Lifecycle,
-    /// New at each start, so that the orchestrator can tell this instance from the one before.
+    /// Random id, new at each start, so that the orchestrator can distinguish this instance from the previous one.
     pub instance_id: String,
     pub metrics: Metrics,
     /// The downloads under way.
     pub downloads: Downloads,
-    /// The pool's standing with its orchestrator.
+    /// The pool's registration with its orchestrator.
     pub link: Link,
-    /// Where others reach the pool.
+    /// URL at which others reach the pool: the advertised one, or else the one it listens at.
     pub url: String,
-    /// Its connections are those to the workers of callers who can't reach them.
+    /// Client for the relay. Its connections lead to workers, on behalf of callers that can't reach them.
     pub relay: ApiClient,
-    /// Asks the daemon to stop.
+    /// Handle to ask the daemon to stop.
     pub shutdown: Shutdown,
     started_at: Timestamp,
     changes: watch::Sender<u64>,
     watched: Mutex<HashMap<String, Watcher>>,
     /// True if the log already has the warning about too many model files.
     truncated: AtomicBool,
-    /// Held for reading from the start of a worker's process until it is watched, and for writing while workers that
-    /// nobody watches are looked for: otherwise one could be adopted that has just been started.
+    /// Read-locked from the start of a worker's process until the worker is watched. Write-locked during a search for unwatched
+    /// workers, which would otherwise adopt a worker that has just been started.
     pub starting: RwLock<()>,
 }
 
 /// The task that watches one worker.
 pub struct Watcher {
-    /// Makes it look at the worker's record at once.
+    /// Wakes the task to read the worker's record at once.
     pub nudge: Arc<Notify>,
-    /// Ends it; `None` for the moment before it runs.
+    /// Handle to abort the task; `None` for the moment before it runs.
     pub task: Option<AbortHandle>,
 }
 
 impl Pool {
-    /// The pool of `lifecycle`, which listens at `listens_at`.
+    /// Returns the pool of `lifecycle`, with `listens_at` as its URL unless the settings advertise another.
     pub fn new(
         lifecycle: Lifecycle,
         listens_at: String,
@@ -87,7 +87,7 @@ impl Pool {
         }
     }
 
-    /// Runs work that waits for files or locks where it stops nobody else.
+    /// Runs `work`, which may wait for files or locks, on a thread where it blocks no other task.
     pub async fn blocking<T: Send + 'static>(
         self: &Arc<Self>,
         work: impl FnOnce(&Arc<Self>) -> T + Send + 'static,
@@ -97,38 +97,38 @@ impl Pool {
             Ok(outcome) => outcome,
             Err(error) => match error.try_into_panic() {
                 Ok(cause) => panic::resume_unwind(cause),
-                // Only a runtime that ends drops work, and it drops whoever waits here as well.
+                // Only a runtime that shuts down drops such work, and it drops this task as well.
                 Err(_) => std::future::pending().await,
             },
         }
     }
 
-    /// Tells the heartbeat that the pool is different now.
+    /// Announces a change of the pool to the heartbeat and other receivers of [`Pool::changes`].
     pub fn changed(&self) {
         self.changes.send_modify(|count| *count += 1);
     }
 
-    /// Hears of every [`Pool::changed`].
+    /// Returns a receiver that wakes on each [`Pool::changed`].
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
     }
 
-    /// The tasks that watch workers, by worker.
+    /// Locks the tasks that watch workers, by worker id.
     pub fn watched(&self) -> MutexGuard<'_, HashMap<String, Watcher>> {
         // A panic can't leave half an entry.
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes the watcher of this worker look at once.
+    /// Makes the watcher of worker `id` look at once, if there is one.
     pub fn nudge(&self, id: &str) {
         if let Some(watcher) = self.watched().get(id) {
             watcher.nudge.notify_one();
         }
     }
 
-    /// Lets go of all workers, which stay.
+    /// Stops watching all workers. The workers keep running.
     pub fn stop_watching(&self) {
-        // Not under the lock, which a watcher takes when it is dropped.
+        // Abort outside the lock: a watcher takes the lock when it is dropped.
         let watched = std::mem::take(&mut *self.watched());
         for (_, watcher) in watched {
             if let Some(task) = watcher.task {
@@ -137,16 +137,16 @@ impl Pool {
         }
     }
 
-    /// What the pool is now, for everybody. Reads files.
+    /// Returns the pool's current status, without secrets. Reads files.
     pub fn status(&self) -> Result<PoolStatus, RegistryError> {
         let records = self.lifecycle.registry().load()?.records;
         self.status_of(&records)
     }
 
-    /// What the pool is now, with the secrets of its workers: for the orchestrator alone. Reads files.
+    /// Returns the pool's current status with its workers' secrets, for the orchestrator alone. Reads files.
     pub fn snapshot(&self) -> Result<PoolSnapshot, RegistryError> {
         let records = self.lifecycle.registry().load()?.records;
-        // A draining worker takes no more work, but what runs on it is still followed and cancelled.
+        // A draining worker accepts no more work, but its running executions are still followed and cancelled.
         let serving = records
             .iter()
             .filter(|record| record.info.status.is_live() && record.info.ready_at.is_some());
@@ -224,9 +224,9 @@ impl Pool {
     }
 }
 
-/// Where the orchestrator reaches a worker: on this host where it listens for nobody else, else on the host that the
-/// pool itself is reached at. A worker that listens on one address of several is taken by its word where the pool
-/// names none but this host.
+/// Returns the URL at which the orchestrator reaches a worker. A worker bound to loopback is reached on this host; any other is
+/// reached on the host of the pool's URL. If that host is loopback, a worker bound to one particular address is reached at that
+/// address.
 fn endpoint_url(record: &WorkerRecord, pool_url: &str) -> String {
     let bound = record.args.bind;
     let uri = pool_url.parse::<Uri>().unwrap_or_default();
@@ -238,7 +238,7 @@ fn endpoint_url(record: &WorkerRecord, pool_url: &str) -> String {
     }
 }
 
-/// Whether the host of a URL is this one, whoever reads it.
+/// Returns whether `host`, taken from a URL, is loopback.
 pub fn is_loopback(host: &str) -> bool {
     let ip = host.trim_start_matches('[').trim_end_matches(']');
     host.eq_ignore_ascii_case("localhost") || ip.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())

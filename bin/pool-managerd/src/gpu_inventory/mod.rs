@@ -1,4 +1,4 @@
-//! The devices of this host: the processors, and the GPUs that a driver tells of.
+//! The devices of this host: the CPU, and the GPUs that a driver reports.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,10 +11,11 @@ use pool_core::worker::Device;
 
 use crate::pool::Pool;
 
-/// How often it is looked whether a GPU can still be used. Looking asks no driver.
+/// Interval between two looks at the GPUs' states. A look queries no driver.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// All devices, with the memory that a further worker could take beside those in `records`.
+/// Returns all devices, with the memory left for another worker besides those in `records`. Returns none if the host's memory
+/// can't be read.
 pub fn devices(lifecycle: &Lifecycle, records: &[WorkerRecord]) -> Vec<DeviceInfo> {
     lifecycle.devices(records).unwrap_or_else(|error| {
         tracing::error!(%error, "could not find out how much memory the host has");
@@ -22,10 +23,10 @@ pub fn devices(lifecycle: &Lifecycle, records: &[WorkerRecord]) -> Vec<DeviceInf
     })
 }
 
-/// Tells log and orchestrator at once when a GPU comes, goes, falls silent or answers again.
+/// Logs every GPU that becomes usable or unusable, and notifies the orchestrator of each change at once.
 pub async fn watch(pool: Arc<Pool>) {
     let mut known: Vec<(Device, GpuState)> = Vec::new();
-    // Before it has answered a first time, every GPU looks silent.
+    // Every GPU looks unresponsive before its first answer.
     pool.blocking(|pool| pool.lifecycle.gpus().settled()).await;
     loop {
         let now: Vec<_> = pool
