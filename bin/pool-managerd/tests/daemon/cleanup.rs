@@ -1,4 +1,4 @@
-//! Clearing away what ended workers left.
+//! Cleanup after ended workers.
 
 use pool_core::api::pool::{CleanupReport, WorkerList};
 use pool_core::worker::WorkerStatus;

@@ -1,4 +1,4 @@
-//! `POST /models/download`, with a stand-in for `llorch-pool` that says what its file tells it to.
+//! `POST /models/download`, with a fake `llorch-pool` that is controlled by files.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 use crate::program::write_program;
 use crate::support::{Daemon, Host, refusal, until};
 
-/// Writes its pid and arguments, prints the lines of `before`, waits for `go`, prints `last`, and ends. SIGTERM makes
-/// it end as an interrupted download does.
+/// Fake downloader: writes its pid and arguments, prints its first events, waits for the file `go`, prints `last`, and ends. On
+/// SIGTERM it ends as an interrupted download does.
 const DOWNLOADER: &str = r#"#!/bin/sh
 here=$(dirname "$0")
 echo "$@" >> "$here/args"
@@ -47,7 +47,7 @@ async fn download(daemon: &Daemon, model: &str) -> Result<EventStream, ClientErr
     daemon.client.events(request).await
 }
 
-/// The next event's name and data.
+/// Returns the next event's name and data.
 async fn next(stream: &mut EventStream) -> Option<(String, Value)> {
     let event = stream.next().await?.unwrap();
     Some((event.event, serde_json::from_str(&event.data).unwrap()))
@@ -74,7 +74,7 @@ async fn one_download_serves_all_who_ask_and_outlives_them() {
         data,
         json!({"phase": "downloading", "done_bytes": 5, "total_bytes": 9, "bytes_per_s": 2})
     );
-    // Who goes away ends nothing.
+    // A client that disconnects ends nothing.
     drop(first);
     let process = pid_of(&folder).await;
     let mut second = download(&daemon, "smollm2-135m").await.unwrap();

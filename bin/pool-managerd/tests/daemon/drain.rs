@@ -1,4 +1,4 @@
-//! Draining.
+//! The drain of a pool.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ async fn drain(daemon: &Daemon, request: DrainRequest) -> PoolStatus {
     daemon.client.post("/drain", &request).await.unwrap()
 }
 
-/// A job on the worker, which runs until its tokens are let out.
+/// Starts a job on the worker. It runs until the worker's tokens are let out.
 pub async fn job(client: &ApiClient, worker: &str) -> pool_core::client::EventStream {
     let request = client
         .request(Method::POST, &format!("/workers/{worker}/execute"))
@@ -153,7 +153,7 @@ async fn a_drain_survives_the_daemon() {
         deadline_ms: Some(100),
         stop_workers: true,
     };
-    // The daemon goes before the deadline, which passes without it.
+    // The daemon stops before the deadline, which passes while no daemon runs.
     let before = drain(&daemon, request).await.drain.unwrap();
     daemon.shut_down().await;
     tokio::time::sleep(Duration::from_millis(150)).await;

@@ -1,4 +1,4 @@
-//! GPUs, told by a fake of NVIDIA's library that lies and hangs as the test says.
+//! GPUs as reported by a fake of NVIDIA's library, which lies and hangs as each test demands.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -14,13 +14,13 @@ use crate::support::{Daemon, Host, refusal, until};
 
 const GB: u64 = 1_000_000_000;
 
-/// The fake library, in a home's folder of its own: one that is loaded from another path is another one.
+/// The fake library, copied into each home: the dynamic loader treats another path as another library.
 pub struct FakeNvml {
     library: PathBuf,
 }
 
 impl FakeNvml {
-    /// A library that tells of `gpus`, for this host.
+    /// Installs a library that reports `gpus` on this host.
     fn install(host: &mut Host, gpus: Value) -> Self {
         let built = std::env::current_exe()
             .unwrap()
@@ -48,7 +48,7 @@ impl FakeNvml {
         fake
     }
 
-    /// Replaces what the library says, as a whole.
+    /// Replaces the library's script atomically.
     fn say(&self, script: Value) {
         let path = format!("{}.json", self.library.display());
         let new = format!("{path}.new");
@@ -61,7 +61,7 @@ impl FakeNvml {
     }
 }
 
-/// A GPU with `free` of 80 GB.
+/// Returns a GPU with `free` of 80 GB.
 fn gpu(number: u32, free: u64) -> Value {
     json!({
         "name": "Fake H100", "uuid": format!("GPU-{number}"), "total": 80 * GB, "used": 80 * GB - free, "free": free,
@@ -79,7 +79,7 @@ async fn devices(daemon: &Daemon) -> Vec<DeviceInfo> {
     status.devices
 }
 
-/// Waits until the GPUs are as `condition` says; the CPU, which comes first, is left out.
+/// Waits until `condition` holds for the GPUs, without the CPU that is listed first.
 async fn until_gpus(
     daemon: &Daemon,
     what: &str,
@@ -113,7 +113,7 @@ async fn status_and_metrics_tell_of_every_gpu_by_number() {
         "processes",
         json!([[mine, 5 * GB], [0, 1]]),
     );
-    // One that does not support most figures is a GPU all the same.
+    // A card that does not support most figures still counts as a GPU.
     let second = json!({"name": "Old card", "total": 4 * GB, "used": GB, "free": 3 * GB});
     let _fake = FakeNvml::install(&mut host, json!([first, second]));
     let daemon = host.start().await;
@@ -166,7 +166,7 @@ async fn status_and_metrics_tell_of_every_gpu_by_number() {
             "{line}\n{metrics}"
         );
     }
-    // [POOLD-170] What the dashboard asks of a pool manager is there; on a host without GPUs a part of it isn't.
+    // [POOLD-170] The daemon has every metric that the dashboard queries. A host without GPUs lacks some of them.
     let path = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/../../dashboards/llama-orch.json"
@@ -191,7 +191,7 @@ async fn a_driver_that_hangs_holds_up_nothing_else() {
         gpus.len() == 2 && gpus.iter().all(|gpu| gpu.memory_free_bytes > 0)
     })
     .await;
-    // Until a GPU has answered a first time it looks silent: that is not what is waited for below.
+    // A GPU looks unresponsive before its first answer, which is not the state awaited below.
     ear.until_last("the orchestrator hears of both", |beat| {
         let devices = &beat.snapshot.status.devices;
         devices.len() == 3 && devices[1..].iter().all(|gpu| state(gpu) == GpuState::Ok)
@@ -223,7 +223,7 @@ async fn a_driver_that_hangs_holds_up_nothing_else() {
             >= 500
     );
 
-    // It still hangs: heartbeats, status, a spawn on the CPU and the other GPU go on.
+    // While it hangs, heartbeats, status, a spawn on the CPU and the other GPU still work.
     ear.until_last("twenty more heartbeats", |beat| beat.seq > told.seq + 20)
         .await;
     assert_eq!(
@@ -329,7 +329,7 @@ async fn lies_of_a_driver_are_bounded() {
         (GpuState::Unresponsive, GpuState::Lost)
     );
 
-    // A huge number of GPUs, told to a daemon that starts.
+    // A huge number of GPUs, reported to a daemon that starts.
     daemon.shut_down().await;
     fake.say(json!({"driver": "1", "count": u32::MAX, "gpus": lies}));
     let daemon = host.start().await;
@@ -344,7 +344,7 @@ async fn lies_of_a_driver_are_bounded() {
 async fn workers_on_gpus_reserve_their_memory_like_those_on_the_cpu() {
     let mut host = Host::new();
     let _fake = FakeNvml::install(&mut host, json!([gpu(0, 60 * GB), gpu(1, 70 * GB)]));
-    // What a file without a readable header needs, twice and a bit.
+    // The need of a file without a readable header, twice with a little to spare.
     let needed = 96 << 20;
     host.config.memory.gpu_limit_bytes = Some(needed * 2 + GB / 50);
     let daemon = host.start().await;
@@ -363,7 +363,7 @@ async fn workers_on_gpus_reserve_their_memory_like_those_on_the_cpu() {
         gpu: index,
         ..host.request("load")
     };
-    // The limit makes both equally roomy, so the first is taken, then the other, and so on until both are full.
+    // The limit gives both the same room, so workers go to the first, then the second, in turn until both are full.
     let mut places = Vec::new();
     for _ in 0..4 {
         places.push(
@@ -392,7 +392,7 @@ async fn workers_on_gpus_reserve_their_memory_like_those_on_the_cpu() {
     assert_eq!(details["device"], "cuda:1");
     assert_eq!(details["stop"][0]["id"], "worker-cuda-1");
     assert!(error.hint.unwrap().contains("worker stop worker-cuda-1"));
-    // The host's own memory is another.
+    // The host's own memory is counted separately.
     let cpu = &devices(&daemon).await[0];
     assert_eq!((cpu.memory_reserved_bytes, &cpu.gpu), (0, &None));
     daemon.shut_down().await;

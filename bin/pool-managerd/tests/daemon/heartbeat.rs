@@ -1,4 +1,4 @@
-//! What the orchestrator hears, told by one that only listens.
+//! Reports to the orchestrator, received by a fake that only listens.
 
 use std::collections::HashMap;
 use std::fs;
@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 
 use crate::support::{Daemon, Host, until};
 
-/// An orchestrator that notes what it is told.
+/// An orchestrator that records the calls it receives.
 #[derive(Clone, Default)]
 pub struct Ear(Arc<Mutex<Heard>>);
 
@@ -101,7 +101,7 @@ impl Ear {
     }
 }
 
-/// What a local orchestrator writes for others to find it, and its ear. Dropping the files is its end.
+/// Sets up a local orchestrator: its run files, by which others find it, and its listener. Dropping the files ends it.
 async fn local_orchestrator(host: &Host) -> (Ear, RunFiles, tokio::task::JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let files = RunFiles::claim(&host.home().orchestratord_state(), "orchestratord", "1").unwrap();
@@ -117,7 +117,7 @@ async fn local_orchestrator(host: &Host) -> (Ear, RunFiles, tokio::task::JoinHan
 #[tokio::test] // [POOLD-033]
 async fn the_orchestrator_of_the_same_home_is_found_wherever_and_whenever_it_starts() {
     let mut host = Host::new();
-    // With a token nobody at the standard port is asked, so this test meets nobody there either.
+    // With a token, the standard port is not tried, so an orchestrator there can't disturb this test.
     host.require_token();
     host.config.orchestrator_url = None;
     host.config.heartbeat_interval_ms = 50;
@@ -167,7 +167,7 @@ pub async fn start(
 #[tokio::test] // [POOLD-030] [POOLD-032] P7
 async fn every_change_is_told_at_once_and_only_here_the_secrets() {
     let mut host = Host::new();
-    // The interval is far longer than the test: what is heard, is heard because something changed.
+    // The interval is far longer than the test, so every heartbeat is caused by a change.
     let (ear, daemon, _serving, _) = start(&mut host, 600_000).await;
     let first = ear.until_last("a first heartbeat", |_| true).await;
     assert_eq!((first.seq, first.snapshot.endpoints.len()), (1, 0));
@@ -237,7 +237,7 @@ async fn an_orchestrator_that_forgot_the_pool_or_was_away_hears_of_it_again() {
 
     serving.abort();
     let _ = serving.await;
-    // Without an orchestrator the pool serves on.
+    // Without an orchestrator the pool keeps serving.
     let id = daemon.spawn(&host.request("serve")).await.unwrap().id;
     daemon.until_status(&id, WorkerStatus::Ready).await;
     let metrics = until("a failed heartbeat", async || {
@@ -307,7 +307,7 @@ async fn a_refusal_is_shown_with_its_remedy_until_it_is_over() {
         assert!(refused.next_try_at.is_some() && refused.accepted_at == known.accepted_at);
         assert_eq!(registration(&daemon).await.code, refused.code);
         ear.0.lock().unwrap().refusal = None;
-        // A request does not wait for the next attempt, however late that is.
+        // A request does not wait for the next attempt, however late that attempt is due.
         assert_eq!(ask(&daemon).await.state, RegistrationState::Registered);
         daemon.shut_down().await;
     }
@@ -398,7 +398,7 @@ async fn a_model_that_comes_or_goes_by_hand_is_told_within_moments() {
     };
     assert_eq!(also.to_string(), alias);
 
-    // A worker has the name that the orchestrator knows, whichever name the request used.
+    // A worker gets the name that the orchestrator knows, whichever name the request used.
     let request = WorkerSpawnRequest {
         model: alias.parse().unwrap(),
         backend: Backend::Cpu,

@@ -1,5 +1,5 @@
-//! The daemon in this process, with a fake worker program: what a user of its API and the orchestrator rely on. The
-//! real worker is bdd-runner's matter.
+//! The daemon in this process, with a fake worker program: the behaviour that users of its API and the orchestrator rely on.
+//! bdd-runner covers the real worker.
 
 #![allow(clippy::unwrap_used)]
 

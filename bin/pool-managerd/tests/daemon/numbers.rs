@@ -1,4 +1,4 @@
-//! Numbers that every reader of JSON keeps.
+//! Numbers that every JSON reader keeps exactly.
 
 use pool_core::client::Method;
 use pool_core::worker::{Backend, WorkerStatus};
@@ -43,8 +43,8 @@ async fn every_reader_of_json_keeps_every_number() {
     daemon.shut_down().await;
 }
 
-/// Records in which an earlier version wrote the file's time as a number are still read: their workers are adopted
-/// after an update.
+/// Records of an earlier version, which wrote the file's time as a number, are still read, so their workers are adopted after
+/// an update.
 #[tokio::test] // [POOLD-048]
 async fn a_record_of_an_earlier_version_is_read() {
     let host = Host::new();

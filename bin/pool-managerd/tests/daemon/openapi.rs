@@ -1,4 +1,4 @@
-//! The description of the API, held against the API.
+//! The API's description, compared with the API.
 
 use pool_core::api::pool::DrainRequest;
 use pool_core::client::Method;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::described::{check, every_route_is_described};
 use crate::support::Host;
 
-/// The methods and paths that the design names.
+/// The methods and paths named in the design.
 const DESIGNED: [&str; 21] = [
     "DELETE /workers/{id}/executions/{job_id}",
     "GET /health",
@@ -121,7 +121,7 @@ async fn answers_are_as_described() {
     daemon
         .until_status(&id, pool_core::worker::WorkerStatus::Stopped)
         .await;
-    // With its exit.
+    // With the worker's exit.
     check(
         "get",
         "/workers",

@@ -1,4 +1,4 @@
-//! A worker's API through the pool.
+//! A worker's API, relayed by the pool.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ async fn execute(client: &ApiClient, worker: &str, body: &Value) -> EventStream 
     client.events(request.json(body)).await.unwrap()
 }
 
-/// The next events as `name id`, up to `count` of them.
+/// Reads up to `count` events, each as `name id`.
 async fn read(events: &mut EventStream, count: usize) -> Vec<String> {
     let mut seen = Vec::new();
     while seen.len() < count {
@@ -51,7 +51,7 @@ async fn the_events_are_the_workers_and_a_reader_resumes_where_it_was_cut_off() 
 
     host.let_out(1);
     let mut events = execute(&daemon.client, &worker.id, &body("job-1", 7, "x", 4)).await;
-    // Each comes when it is made: the next token is not let out yet.
+    // Each event arrives when it is made: the next token is not let out yet.
     assert_eq!(read(&mut events, 2).await, ["started 1", "token 2"]);
     drop(events);
     host.let_out(3);
@@ -62,7 +62,7 @@ async fn the_events_are_the_workers_and_a_reader_resumes_where_it_was_cut_off() 
         .events(request.header("Last-Event-ID", "2"))
         .await
         .unwrap();
-    // Whoever attaches again learns from it when it has caught up.
+    // A client that attaches again learns from this header when it has caught up.
     assert!(events.header(NEWEST_EVENT).is_some());
     assert_eq!(read(&mut events, 2).await, ["token 3", "token 4"]);
 
@@ -107,7 +107,7 @@ async fn what_cannot_be_passed_on_is_refused_with_the_reason() {
         post("worker-cpu-9", &small).await,
         (404, "WORKER_NOT_FOUND".into())
     );
-    // Above the limit of the daemon's other routes, and below this one's; then above both.
+    // Above the limit of the daemon's other routes but within this one's, then above both.
     let large = body("job-1", 1, &"x".repeat(1 << 20), 1);
     let path = format!("/workers/{}/execute", worker.id);
     let mut events = daemon
@@ -134,7 +134,7 @@ async fn nothing_is_passed_to_a_port_before_the_worker_has_shown_itself_there() 
     let host = Host::new();
     let daemon = host.start().await;
     let worker = daemon.spawn(&host.request("load")).await.unwrap();
-    // It answers there, so that what was passed on would be answered too.
+    // The worker answers on its port, so a relayed request would get an answer too.
     until("the worker is heard", async || {
         (daemon.worker(&worker.id).await.load_percent > 0).then_some(())
     })
@@ -202,7 +202,7 @@ async fn a_stop_tells_the_reader_and_cancels_nothing() {
 #[tokio::test] // [POOLD-075] [P20]
 async fn a_stop_does_not_wait_for_a_worker_that_does_not_answer() {
     let mut host = Host::new().executing();
-    // So that only an answer ends the connection in the time below.
+    // Long enough that only an answer can end the connection within the limit below.
     host.config.service.shutdown_grace_ms = 60_000;
     let daemon = host.start().await;
     let worker = daemon.ready(&host).await;
@@ -216,7 +216,7 @@ async fn a_stop_does_not_wait_for_a_worker_that_does_not_answer() {
         client.post::<_, Value>(&path, &body).await
     });
     until("the request is on its way to the worker", async || {
-        // The system takes connections, and what comes over them, for a process that stands still.
+        // The system accepts connections and their data for a stopped process.
         (unread(port) > 40_000).then_some(())
     })
     .await;
@@ -252,9 +252,9 @@ async fn a_reader_that_does_not_read_makes_nobody_hold_its_events() {
         (daemon.worker(&worker.id).await.active == 0).then_some(())
     })
     .await;
-    // Time enough for a daemon that reads ahead to have done so.
+    // Time enough for a daemon that reads ahead.
     tokio::time::sleep(Duration::from_secs(1)).await;
-    // What the daemon takes over is what the sockets and one event hold.
+    // The daemon may take only as much as the sockets and one event hold.
     let grown = resident_bytes().saturating_sub(before);
     assert!(
         grown < 60 << 20,
@@ -273,7 +273,7 @@ fn resident_bytes() -> u64 {
     kib * 1024
 }
 
-/// How many bytes wait to be read by whoever listens on this port of this host, on the connection that has the most.
+/// Returns the number of unread bytes on the fullest connection to this port of this host.
 fn unread(port: u16) -> u64 {
     let connections = std::fs::read_to_string("/proc/net/tcp").unwrap();
     let port = format!(":{port:04X}");

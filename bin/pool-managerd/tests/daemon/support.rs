@@ -25,10 +25,10 @@ use tokio::task::JoinHandle;
 use crate::program::write_program;
 
 const FAKE_WORKER: &str = include_str!("fake_worker.py");
-/// How long anything may take that happens by itself, on a machine with much else to do.
+/// Limit for anything that should happen without further action, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The home of one test. Dropping it ends the workers that were started in it.
+/// The home of one test. Dropping it ends the workers started in it.
 pub struct Host {
     dir: tempfile::TempDir,
     pub config: PoolConfig,
@@ -50,12 +50,12 @@ impl Host {
         write_program(&dir.path().join("llorch-candled"), FAKE_WORKER);
         let mut config = PoolConfig {
             bind: "127.0.0.1:0".parse().unwrap(),
-            // A test is no business of an orchestrator that this machine may have.
+            // The test must not report to an orchestrator that may run on this machine.
             orchestrator_url: Some("none".into()),
             ..PoolConfig::default()
         };
         config.workers.programs_dir = Some(dir.path().to_path_buf());
-        // Somewhere in the range of free ports; a worker that finds its own taken moves on.
+        // A worker whose port is taken moves on to the next.
         config.workers.port_min = free_port();
         config.workers.port_max = config.workers.port_min.saturating_add(50);
         Self {
@@ -65,27 +65,27 @@ impl Host {
         }
     }
 
-    /// Puts the fake worker where one for CUDA is looked for.
+    /// Installs the fake worker as the CUDA worker program.
     pub fn install_cuda_worker(&self) {
         write_program(&self.dir.path().join("llorch-candled-cuda"), FAKE_WORKER);
     }
 
-    /// Puts the fake worker in place that executes jobs.
+    /// Installs the fake worker that executes jobs.
     pub fn executing(self) -> Self {
         let program = self.dir.path().join("llorch-candled");
         write_program(&program, include_str!("executing_worker.py"));
         self
     }
 
-    /// Lets the executing worker give out its first `tokens` tokens.
+    /// Lets the executing worker emit its first `tokens` tokens.
     pub fn let_out(&self, tokens: usize) {
-        // Replaced as a whole: the worker may be reading it.
+        // Replaced atomically: the worker may be reading it.
         let (next, go) = (self.dir.path().join("next"), self.dir.path().join("go"));
         fs::write(&next, tokens.to_string()).unwrap();
         fs::rename(next, go).unwrap();
     }
 
-    /// Makes the daemon ask for a token, which its client then sends.
+    /// Makes the daemon require a token, which its client then sends.
     pub fn require_token(&mut self) {
         let (path, token) = (self.dir.path().join("token"), Secret::random());
         fs::write(&path, token.expose()).unwrap();
@@ -106,7 +106,7 @@ impl Host {
         self.registry().get(id).unwrap()
     }
 
-    /// A request for a worker that behaves as the fake worker's own text says.
+    /// Returns a request for a worker with this `behaviour`, one of those described in the fake worker's source.
     pub fn request(&self, behaviour: &str) -> WorkerSpawnRequest {
         let path = self.home().models_dir().join(format!("{behaviour}.gguf"));
         fs::write(&path, behaviour).unwrap();
@@ -171,7 +171,7 @@ impl Daemon {
             .await
     }
 
-    /// A worker that has come up.
+    /// Starts a worker and waits until it is ready.
     pub async fn ready(&self, host: &Host) -> WorkerInfo {
         let id = self.spawn(&host.request("serve")).await.unwrap().id;
         self.until_status(&id, WorkerStatus::Ready).await
@@ -186,7 +186,7 @@ impl Daemon {
         .await
     }
 
-    /// Ends the daemon as SIGTERM does, and returns how long that took.
+    /// Stops the daemon as SIGTERM does, and returns the time that took.
     pub async fn shut_down(self) -> Duration {
         let begun = Instant::now();
         self.shutdown.trigger();
@@ -195,7 +195,7 @@ impl Daemon {
     }
 }
 
-/// Waits for a condition that comes true by itself.
+/// Waits until a condition holds without further action.
 pub async fn until<T, F: Future<Output = Option<T>>>(
     what: &str,
     mut condition: impl FnMut() -> F,
@@ -210,7 +210,7 @@ pub async fn until<T, F: Future<Output = Option<T>>>(
     }
 }
 
-/// The status and the code of a refusal.
+/// Returns the status and the code of a refusal.
 pub fn refusal<T: std::fmt::Debug>(outcome: Result<T, ClientError>) -> (u16, String) {
     match outcome.unwrap_err() {
         ClientError::Api { status, error } => {

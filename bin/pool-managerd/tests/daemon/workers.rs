@@ -1,4 +1,4 @@
-//! Workers through the API.
+//! Workers, through the API.
 
 use std::fs;
 use std::net::TcpListener;
@@ -229,7 +229,7 @@ async fn a_worker_that_does_not_come_up_or_does_not_stop_in_time_is_killed() {
     assert_eq!(exit.reason, ExitReason::StartTimeout);
     daemon.shut_down().await;
 
-    // A second is too short for one that is to come up on a machine with much else to do.
+    // One second is too short for a worker that must come up on a busy machine.
     host.config.workers.start_timeout_s = patience;
     let daemon = host.start().await;
     let deaf = daemon.spawn(&host.request("deaf")).await.unwrap();
@@ -290,7 +290,7 @@ async fn workers_outlive_the_daemon_and_the_next_one_takes_them_over() {
 #[tokio::test] // [POOLD-014] P14
 async fn spawns_at_once_never_promise_the_same_memory() {
     let mut host = Host::new();
-    // Enough for one: a file that is no GGUF counts as working memory of 96 MiB.
+    // Enough for one worker: a file that is not GGUF counts as 96 MiB of working memory.
     host.config.memory.cpu_limit_bytes = Some(150 << 20);
     let daemon = host.start().await;
     let request = host.request("serve");
@@ -497,7 +497,7 @@ async fn a_second_daemon_on_the_same_home_is_refused_and_names_the_first() {
 async fn a_worker_started_beside_the_daemon_is_watched_too() {
     let host = Host::new();
     let daemon = host.start().await;
-    // As `llorch-pool` does when it finds no daemon.
+    // As `llorch-pool` does without a daemon.
     let lifecycle = pool_core::lifecycle::Lifecycle::new(host.home(), host.config.clone()).unwrap();
     let request = host.request("serve");
     let info = tokio::task::spawn_blocking(move || {
@@ -508,7 +508,7 @@ async fn a_worker_started_beside_the_daemon_is_watched_too() {
     .unwrap();
     daemon.until_status(&info.id, WorkerStatus::Ready).await;
     daemon.stop_worker(&info.id, false).await.unwrap();
-    // Its parent is this test, which waits for nobody: the process stays as a zombie, and counts as ended.
+    // Its parent is this test, which does not wait for it: the process stays a zombie, which counts as ended.
     until("it has stopped", async || {
         (daemon.worker(&info.id).await.status == WorkerStatus::Stopped).then_some(())
     })

@@ -1,4 +1,4 @@
-//! The daemon is killed at each place where a crash matters, and started again.
+//! The daemon, killed at each point where a crash matters, and started again.
 
 use pool_core::api::pool::WorkerStopRequest;
 use pool_core::client::ApiClient;
@@ -7,7 +7,7 @@ use pool_core::worker::{WorkerInfo, WorkerStatus};
 use crate::house::{House, reserved, spawn, stop, until, until_status, workers};
 
 const CRASH_AT: &str = "LLORCH_CRASH_AT";
-/// Enough for two workers: a file that is no GGUF counts as working memory of 96 MiB.
+/// Enough for two workers: a file that is not GGUF counts as 96 MiB of working memory.
 const LIMIT: u64 = 250 << 20;
 
 fn house(behaviour: &str, point: &str) -> House {
@@ -18,7 +18,7 @@ fn house(behaviour: &str, point: &str) -> House {
     house
 }
 
-/// Starts the daemon again, and makes sure that everything is in order and goes on.
+/// Starts the daemon again and checks its state.
 async fn recovered(house: &mut House) -> ApiClient {
     house.unset(CRASH_AT);
     let client = house.start().await;
@@ -26,7 +26,7 @@ async fn recovered(house: &mut House) -> ApiClient {
     client
 }
 
-/// A spawn works, the worker serves, and nothing is left of it after its stop.
+/// Checks that a new worker starts and serves, and that nothing is left of any worker after its stop.
 async fn goes_on(house: &House, client: &ApiClient) {
     let worker = spawn(client, house).await;
     until_status(client, &worker.id, WorkerStatus::Ready).await;
@@ -130,7 +130,7 @@ async fn crash_in_stop(point: &str) {
     let client = house.start().await;
     let worker = spawn(&client, &house).await;
     until_status(&client, &worker.id, WorkerStatus::Ready).await;
-    // The answer may or may not come before the crash.
+    // The answer may or may not arrive before the crash.
     let path = format!("/workers/{}/stop", worker.id);
     let _ = client
         .post::<_, WorkerInfo>(&path, &WorkerStopRequest { force: false })

@@ -1,4 +1,4 @@
-//! How workers end, and how soon that is known: the real worker with the real model, unless it has to lie.
+//! Ends of workers, and the time until they are known. The real worker with the real model, unless a test needs one that lies.
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use pool_core::worker::{ExitReason, WorkerExit, WorkerInfo, WorkerStatus};
 
 use crate::house::{House, PATIENCE, generate, reserved, spawn, until, until_status};
 
-/// A worker's death is known within this time.
+/// Time within which a worker's death must be known.
 const KNOWN_WITHIN: Duration = Duration::from_secs(2);
 
 async fn ready(client: &ApiClient, house: &House) -> WorkerInfo {
@@ -19,7 +19,7 @@ async fn ready(client: &ApiClient, house: &House) -> WorkerInfo {
     until_status(client, &id, WorkerStatus::Ready).await
 }
 
-/// A long answer in the background; what becomes of it is not the point.
+/// Starts a long answer in the background. Its outcome does not matter.
 fn work(house: &House, id: &str) -> tokio::task::JoinHandle<Result<u32, String>> {
     let record = house.record(id);
     tokio::spawn(async move { generate(&record, 1, 400).await })
@@ -29,7 +29,7 @@ async fn busy(client: &ApiClient, id: &str) {
     until_status(client, id, WorkerStatus::Busy).await;
 }
 
-/// The end of the worker, which gave its memory back and is gone.
+/// Waits for the worker's end, and checks that its memory is free and its process gone.
 async fn ended(client: &ApiClient, house: &House, id: &str) -> WorkerExit {
     let info = until(client, id, |info| !info.status.is_live()).await;
     assert_eq!(info.status, WorkerStatus::Failed);
@@ -75,8 +75,8 @@ async fn a_kill_is_known_within_two_seconds_idle_and_at_work() {
     }
 }
 
-/// Stops the worker's process and waits for the verdict: it takes no work from then on, keeps its memory as long as it
-/// is there, and is failed when it is gone.
+/// Stops the worker's process with SIGSTOP and waits for the verdict. From then on the worker accepts no work; it keeps its
+/// memory while its process exists, and is failed once that is gone.
 async fn freeze(client: &ApiClient, house: &House, id: &str) -> WorkerExit {
     let stopped_at = Timestamp::now();
     house
@@ -89,7 +89,7 @@ async fn freeze(client: &ApiClient, house: &House, id: &str) -> WorkerExit {
         info.status == WorkerStatus::Draining || info.exit.is_some()
     })
     .await;
-    // It does not react to SIGTERM, so for two seconds it is neither alive nor gone.
+    // A stopped process does not react to SIGTERM, so for two seconds it is neither serving nor gone.
     let record = house.record(id);
     if record.info.exit.is_none() {
         assert!(record.verdict.is_some() && record.reserved_bytes() > 0);
@@ -154,7 +154,7 @@ async fn long_work_in_time_and_a_stopped_daemon_are_no_stall() {
     let id = ready(&client, &house).await.id;
     let reader = work(&house, &id);
     busy(&client, &id).await;
-    // The whole host stands still, as far as the two can tell, for longer than the deadline: the worker is woken last.
+    // To both processes, the whole host seems suspended for longer than the deadline. The worker is woken last.
     let worker = house.record(&id).identity.unwrap();
     house.signal_daemon(Signal::STOP);
     worker.signal(Signal::STOP).unwrap();
@@ -181,7 +181,7 @@ async fn a_worker_that_answers_and_gets_nowhere_is_stalled() {
         ("load", "no step of loading for"),
     ] {
         let mut house = House::fake(behaviour);
-        // Time enough for its interpreter to start.
+        // Time enough for the fake worker's interpreter to start.
         house.set("LLORCH_WORKERS_STALL_TIMEOUT_S", 3);
         let client = house.start().await;
         let id = spawn(&client, &house).await.id;
@@ -205,11 +205,11 @@ async fn a_worker_that_answers_and_gets_nowhere_is_stalled() {
     }
 }
 
-/// A memory cgroup of its own, removed with the test: its folder, and the file with its limit.
+/// A memory cgroup, removed with the test: its folder, and the name of the file with its limit.
 struct Cgroup(PathBuf, &'static str);
 
 impl Cgroup {
-    /// `None` where this user or system has none to give.
+    /// Makes a cgroup. Returns `None` if this user or system can't.
     fn make(limit_bytes: u64) -> Option<Self> {
         let versions = [
             (
@@ -228,7 +228,7 @@ impl Cgroup {
         if !cgroup.0.join(limit).exists() {
             return None;
         }
-        // Without swap, so that the limit means something; not every kernel counts swap.
+        // Swap would defeat the limit. Not every kernel counts swap.
         let _ = fs::write(cgroup.0.join("memory.swappiness"), "0");
         let _ = fs::write(cgroup.0.join("memory.swap.max"), "0");
         cgroup.limit(limit_bytes);
@@ -242,7 +242,7 @@ impl Cgroup {
 
 impl Drop for Cgroup {
     fn drop(&mut self) {
-        // Possible once the last process in it is gone.
+        // Possible only once the last process in it is gone.
         for _ in 0..100 {
             if fs::remove_dir(&self.0).is_ok() {
                 return;
@@ -252,7 +252,7 @@ impl Drop for Cgroup {
     }
 }
 
-/// Waits until the daemon has seen that the worker, which lives, is in `cgroup`.
+/// Waits until the daemon has recorded that the live worker is in `cgroup`.
 async fn until_counted_in(cgroup: &Cgroup, house: &House, client: &ApiClient, id: &str) {
     until(client, id, |info| {
         assert!(info.status.is_live(), "{info:?}");
@@ -272,7 +272,7 @@ async fn a_worker_that_the_kernel_killed_for_memory_is_told_from_a_killed_one() 
     let client = house.start().await;
     let id = spawn(&client, &house).await.id;
     let worker = house.record(&id).identity.unwrap();
-    // Held still while it is moved: it must not have loaded before.
+    // Stopped while it is moved, so that it can't load before.
     worker.signal(Signal::STOP).unwrap();
     fs::write(cgroup.0.join("cgroup.procs"), worker.pid.to_string()).unwrap();
     until_counted_in(&cgroup, &house, &client, &id).await;
@@ -281,7 +281,7 @@ async fn a_worker_that_the_kernel_killed_for_memory_is_told_from_a_killed_one() 
     assert_eq!(exit.reason, ExitReason::OomKilled, "{}", exit.message);
     assert!(exit.during_start);
 
-    // The counter is no evidence for a worker that came later and was killed by somebody.
+    // The counter is no evidence for a later worker that was killed by a signal.
     let id = spawn(&client, &house).await.id;
     let worker = house.record(&id).identity.unwrap();
     worker.signal(Signal::STOP).unwrap();
@@ -291,8 +291,8 @@ async fn a_worker_that_the_kernel_killed_for_memory_is_told_from_a_killed_one() 
     let exit = ended(&client, &house, &id).await;
     assert_eq!(exit.reason, ExitReason::Signal(9), "{}", exit.message);
 
-    // Killed for memory while nobody watched: nobody can ask how it ended, and the counter still tells. It has loaded
-    // outside, and its next job is what the cgroup has no room for.
+    // Killed for memory while no daemon ran: its exit status is lost, but the counter shows the cause. The worker has loaded
+    // outside the cgroup, which has no room for its next job.
     let id = ready(&client, &house).await.id;
     let worker = house.record(&id).identity.unwrap();
     fs::write(cgroup.0.join("cgroup.procs"), worker.pid.to_string()).unwrap();

@@ -1,4 +1,4 @@
-//! A home with a daemon that can be killed, and what is left of it.
+//! A home with a daemon that can be killed, and checks of the state it leaves.
 
 use std::ffi::OsString;
 use std::fs;
@@ -19,14 +19,14 @@ use pool_core::worker::{Backend, CacheType, WorkerInfo, WorkerStatus};
 
 use crate::program::write_program;
 
-/// How long anything may take that happens by itself, on a machine that has other things to do.
+/// Limit for anything that should happen without further action, on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(300);
 
-/// A home. Dropping it ends what runs in it.
+/// A home. Dropping it ends all its processes.
 pub struct House {
     dir: tempfile::TempDir,
     settings: Vec<(&'static str, String)>,
-    /// Arguments of the daemon.
+    /// Command-line arguments of the daemon.
     pub args: Vec<OsString>,
     /// A shell command that runs before the daemon starts.
     pub limit: Option<String>,
@@ -35,7 +35,7 @@ pub struct House {
 }
 
 impl House {
-    /// With the fake worker, which behaves as `behaviour` says.
+    /// Creates a home with the fake worker, which behaves as `behaviour` says.
     pub fn fake(behaviour: &str) -> Self {
         let mut house = Self::empty();
         let programs = house.dir.path().join("programs");
@@ -47,7 +47,7 @@ impl House {
         house
     }
 
-    /// With the real worker and the real model.
+    /// Creates a home with the real worker and the real model.
     pub fn real() -> Self {
         let house = Self::empty();
         let worker =
@@ -84,7 +84,7 @@ impl House {
         };
         house.set("LLORCH_POOL_BIND", "127.0.0.1:0");
         house.set("LLORCH_POOL_ID", "live");
-        // A test is no business of an orchestrator that this machine may have.
+        // The test must not report to an orchestrator that may run on this machine.
         house.set("LLORCH_ORCHESTRATOR_URL", "none");
         house.set("LLORCH_WORKERS_THREADS", 1);
         house.set("LLORCH_WORKERS_PORT_MIN", first);
@@ -92,7 +92,7 @@ impl House {
         house
     }
 
-    /// Sets a variable for the daemons to come.
+    /// Sets an environment variable for daemons started later.
     pub fn set(&mut self, name: &'static str, value: impl ToString) {
         self.settings.retain(|(known, _)| *known != name);
         self.settings.push((name, value.to_string()));
@@ -133,7 +133,7 @@ impl House {
         }
     }
 
-    /// Starts the daemon and does not wait for it.
+    /// Starts the daemon without waiting for it.
     pub fn launch(&mut self) {
         let log = fs::OpenOptions::new()
             .create(true)
@@ -166,7 +166,7 @@ impl House {
         assert!(self.daemon.replace(child).is_none(), "one at a time");
     }
 
-    /// The running daemon, once it listens.
+    /// Waits until the daemon listens, and returns a client for it.
     pub async fn client(&mut self) -> ApiClient {
         let begun = Instant::now();
         loop {
@@ -193,7 +193,7 @@ impl House {
         self.client().await
     }
 
-    /// Ends the daemon as a power cut would.
+    /// Kills the daemon, as a power cut would.
     pub fn kill_daemon(&mut self) {
         let mut daemon = self.daemon.take().unwrap();
         daemon.kill().unwrap();
@@ -227,7 +227,7 @@ impl House {
         fs::read_to_string(self.dir.path().join("daemon.log")).unwrap_or_default()
     }
 
-    /// Processes of workers of this home, by their arguments.
+    /// Returns the pids of this home's workers, found by their arguments.
     pub fn worker_processes(&self) -> Vec<u32> {
         let model = self.model.display().to_string();
         let entries = fs::read_dir("/proc").unwrap();
@@ -239,7 +239,7 @@ impl House {
                 .split(|byte| *byte == 0)
                 .any(|argument| argument == model.as_bytes())
         })
-        // Where `python3` is a script that finds the real one, its children have the same arguments for a moment.
+        // If `python3` is a script that finds the real one, its children have the same arguments for a moment.
         .filter(|pid| {
             let process = ProcessIdentity::of(*pid).ok().flatten();
             process.is_some_and(|process| process.leads_a_group())
@@ -247,8 +247,8 @@ impl House {
         .collect()
     }
 
-    /// What must hold after any crash: every record can be read, every process has one live record and no record more
-    /// than one process, and what is reserved fits.
+    /// Checks the invariants after any crash: every record can be read, every process has one live record and no record more
+    /// than one process, and the reserved memory fits.
     pub fn check(&self, limit_bytes: u64) {
         let records = self.records();
         let live: Vec<_> = records
@@ -284,7 +284,7 @@ impl Drop for House {
             let _ = daemon.kill();
             let _ = daemon.wait();
         }
-        // Those that no record owns, too: only workers of this home have its model among their arguments.
+        // Including those without a record: only workers of this home have its model among their arguments.
         for pid in self.worker_processes() {
             if let Ok(Some(identity)) = ProcessIdentity::of(pid) {
                 let _ = identity.signal(Signal::KILL);
@@ -320,7 +320,7 @@ pub async fn reserved(client: &ApiClient) -> u64 {
     status.devices[0].memory_reserved_bytes
 }
 
-/// The worker, once the condition holds for it.
+/// Waits until the condition holds for the worker, and returns it.
 pub async fn until(
     client: &ApiClient,
     id: &str,
@@ -345,7 +345,8 @@ pub async fn until_status(client: &ApiClient, id: &str, status: WorkerStatus) ->
     .await
 }
 
-/// Runs one long answer on the worker itself; returns the tokens that came, in order and without a gap, to a good end.
+/// Runs one long answer on the worker directly. Returns the number of tokens, received in order, without a gap and to a proper
+/// end.
 pub async fn generate(record: &WorkerRecord, job: u64, max_tokens: u32) -> Result<u32, String> {
     let client =
         ApiClient::new(&record.url(), Some(record.secret.clone())).map_err(|e| e.to_string())?;

@@ -24,7 +24,7 @@ fn kept(addr: &str) -> TcpStream {
     stream
 }
 
-// [POOLD-052] [P23]: clients hold every place they can get; workers are still started, listed and stopped.
+// [POOLD-052] [P23]: clients hold all the places they can get; workers can still be started, listed and stopped.
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_leave_the_control_path_its_places() {
     for descriptors in [64, 256] {

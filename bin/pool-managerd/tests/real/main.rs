@@ -1,5 +1,5 @@
-//! The daemon as a process, so that it can be killed. Where it says so, with the real worker and the real model; else
-//! with the fake worker of the other tests.
+//! The daemon as a process, so that it can be killed. Tests use the real worker with the real model if they say so, otherwise
+//! the fake worker of the other tests.
 
 #![allow(clippy::unwrap_used)]
 

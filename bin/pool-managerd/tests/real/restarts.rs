@@ -1,4 +1,4 @@
-//! The daemon is killed again and again while its workers compute.
+//! The daemon, killed repeatedly while its workers compute.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -54,7 +54,7 @@ async fn twenty_kills_of_the_daemon_cost_no_worker_and_no_token() {
         tokio::time::sleep(Duration::from_millis(dice.random_range(0..500))).await;
         house.kill_daemon();
         house.launch();
-        // Every third dies while it starts or adopts.
+        // Every third daemon is killed while it starts or adopts.
         if kill % 3 == 2 {
             continue;
         }
@@ -79,7 +79,7 @@ async fn twenty_kills_of_the_daemon_cost_no_worker_and_no_token() {
         assert_eq!(found, wanted, "one process a worker, after kill {kill}");
     }
 
-    // It watches them as well: what they report from now on arrives.
+    // The new daemon watches them as well: their later reports arrive.
     client = house.client().await;
     for id in &ids {
         until_status(&client, id, WorkerStatus::Busy).await;

@@ -1,4 +1,4 @@
-//! Records that name a process which is not the worker's any more.
+//! Records that name a process that is no longer the worker's.
 
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use pool_core::worker::WorkerStatus;
 
 use crate::house::{House, reserved, spawn, stop, until, until_status};
 
-/// A process that has nothing to do with any of this.
+/// A process unrelated to any worker.
 struct Innocent(Child);
 
 impl Innocent {
@@ -23,9 +23,9 @@ impl Innocent {
         ProcessIdentity::of(self.0.id()).unwrap().unwrap()
     }
 
-    /// It runs, and was not even stopped.
+    /// Checks that the process runs, and was not even stopped.
     fn assert_untouched(&mut self, what: &str) {
-        // A signal that is under way arrives before the process is looked at.
+        // A signal in flight must arrive before the check.
         std::thread::sleep(Duration::from_millis(20));
         assert!(
             self.0.try_wait().unwrap().is_none(),
@@ -33,12 +33,12 @@ impl Innocent {
         );
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
         let state = stat.rsplit_once(") ").unwrap().1.chars().next();
-        // One that has just started may not have fallen asleep yet.
+        // A process that has just started may not be asleep yet.
         assert!(!matches!(state, Some('T' | 't' | 'Z')), "{what}: {state:?}");
     }
 
-    /// What a record may hold once the worker's pid has gone to this process: three lies, of which the last is the
-    /// whole identity of this process, without the worker's nonce in its environment.
+    /// Returns the identities that a record may hold once the worker's pid belongs to this process. The last one is the whole
+    /// identity of this process, which lacks the worker's nonce in its environment.
     fn mistaken_for(&self) -> [(&'static str, ProcessIdentity); 3] {
         let real = self.identity();
         let earlier = ProcessIdentity {
@@ -64,25 +64,25 @@ impl Drop for Innocent {
     }
 }
 
-/// The record of a worker that is long gone, whose pid is now another's.
+/// Writes the record of a worker that ended long ago and whose pid now belongs to another process.
 fn forge(house: &House, template: &WorkerRecord, id: u32, identity: &ProcessIdentity) -> String {
     let mut record = template.clone();
     record.info.id = format!("worker-cpu-{id}");
     record.args.worker_id.clone_from(&record.info.id);
-    // No two workers have the same.
+    // No two workers share a nonce.
     record.nonce = format!("{id}-{}", record.nonce);
     record.info.status = WorkerStatus::Starting;
     (record.info.exit, record.info.ready_at) = (None, None);
     (record.stop_requested, record.verdict, record.starter) = (false, None, None);
     record.info.pid = Some(identity.pid);
     record.identity = Some(identity.clone());
-    // Long overdue.
+    // Its start timeout passed long ago.
     record.launched_at = Some(Duration::ZERO);
     house.registry().lock().unwrap().save(&record).unwrap();
     record.info.id
 }
 
-/// Makes the record of a worker that lives name another process.
+/// Makes the record of a live worker name another process.
 fn lie_about(house: &House, id: &str, identity: &ProcessIdentity) {
     let lie = |record: &mut WorkerRecord| {
         record.identity = Some(identity.clone());
@@ -101,7 +101,7 @@ async fn an_innocent_process_is_never_signalled() {
     let template = house.record(&worker.id);
     let mut innocent = Innocent::start();
 
-    // Through the functions that the command line uses without a daemon. The daemon is stopped meanwhile.
+    // First through the functions that the command line uses without a daemon, so the daemon is stopped.
     house.kill_daemon();
     let config = PoolConfig::load_with(&house.home(), None, &|name| {
         (name == "LLORCH_WORKERS_START_TIMEOUT_S").then(|| "1".to_owned())
@@ -138,12 +138,12 @@ async fn an_innocent_process_is_never_signalled() {
                 "{lie}"
             );
         }
-        // Overdue, condemned and told to stop: cleaned up without a signal, and each gives its memory back.
+        // Overdue, condemned and asked to stop: cleaned up without a signal, and the memory of each is released.
         let found = lifecycle.tend().unwrap();
         assert_eq!(found.ended.len(), 4, "{lie}: {found:#?}");
         assert_eq!(found.live.len(), 1, "{lie}: the worker itself");
         innocent.assert_untouched(&format!("{lie}, clean-up"));
-        // The daemon adopts none of them either, but it adopts the worker whose own record lies.
+        // The daemon adopts none of them either, but adopts the worker whose own record is wrong.
         forged();
         lie_about(&house, &worker.id, &identity);
         let client = house.start().await;
@@ -157,7 +157,7 @@ async fn an_innocent_process_is_never_signalled() {
         innocent.assert_untouched(&format!("{lie}, adoption"));
         house.kill_daemon();
     }
-    // A stop waits for nobody who is not the worker, and ends the worker where its record names somebody else.
+    // A stop waits for no process but the worker's, and ends the worker even if its record names another process.
     for (number, (lie, identity)) in innocent.mistaken_for().into_iter().enumerate() {
         for force in [false, true] {
             let id = forge(&house, &template, 200 + number as u32, &identity);
@@ -174,8 +174,8 @@ async fn an_innocent_process_is_never_signalled() {
     innocent.assert_untouched("stop_worker of the worker");
     assert!(!template.identity.unwrap().is_alive());
 
-    // Through a daemon that watches the worker when its record begins to lie: whom the record names is not hit by a
-    // verdict, nor by a stop. The worker is, and gives its memory back.
+    // Finally through a daemon that watches the worker while its record begins to lie: neither a verdict nor a stop hits the
+    // process in the record. The worker ends, and its memory is released.
     for (lie, identity) in innocent.mistaken_for() {
         for end in ["stall", "stop", "forced stop"] {
             let client = house.start().await;
