@@ -1,9 +1,9 @@
-//! The real `git`, kept on a short lead.
+//! The real `git`, restricted.
 //!
-//! What a repository brings with it is the work of others: names, addresses, attributes, and, where somebody else made
-//! the checkout, its settings and hooks. So git is started with argument lists only; hooks, monitors, pagers, editors and
-//! prompts are off; it may speak only the protocols that the call names; settings of the repository that would run a
-//! program are refused before anything reads them ([`trust`]).
+//! The content of a repository comes from others: names, addresses, attributes and, if somebody else made the checkout, its
+//! settings and hooks. Therefore git is started with argument lists only; hooks, monitors, pagers, editors and prompts are off;
+//! git may use only the protocols that the call names; and settings of the repository that would run a program are refused
+//! before any command reads them ([`trust`]).
 
 mod parse;
 pub mod repo;
@@ -27,17 +27,17 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use crate::tool;
 use trust::Transport;
 
-/// Bytes of an answer that are read before git is stopped: the index of a checkout with half a million files.
+/// Maximum size of git's standard output in bytes: the index of a checkout with half a million files.
 const ANSWER_BYTES: usize = 64 << 20;
-/// How long a remote may say nothing at all before it is given up.
+/// Longest silence of a remote before the call is given up.
 const SILENCE: Duration = Duration::from_secs(300);
-/// How long the output of a git that has ended is waited for: an ssh that stays in the background holds it open.
+/// Longest wait for the output of a git that has ended: an ssh that stays in the background holds the pipe open.
 const GRACE: Duration = Duration::from_secs(1);
-/// How many last lines of standard error are kept, and how much of each.
+/// Number of last lines of standard error that are kept, and the maximum bytes of each.
 const TAIL_LINES: usize = 40;
 const LINE_BYTES: usize = 2048;
 
-/// Settings that go over all others. Each takes a program or a surprise out of git's hands.
+/// Settings that override all others. Each keeps git from running a program or from surprising the caller.
 const SETTINGS: [&str; 13] = [
     "core.hooksPath=/dev/null",
     "core.fsmonitor=false",
@@ -46,19 +46,19 @@ const SETTINGS: [&str; 13] = [
     "core.askPass=",
     "credential.interactive=false",
     "safe.bareRepository=explicit",
-    // Submodules are moved by us, one at a time, each after its settings were looked at.
+    // This program moves submodules itself, one at a time, after a check of each one's settings.
     "submodule.recurse=false",
     "log.showSignature=false",
     "color.ui=false",
-    // A tidying git would go on in the background after the command has ended.
+    // Maintenance by git would continue in the background after the command has ended.
     "gc.auto=0",
     "maintenance.auto=false",
-    // A transfer that stands still for a minute is a dead one.
+    // With `http.lowSpeedTime`: a transfer that stalls for a minute is given up.
     "http.lowSpeedLimit=1",
 ];
 
-/// What of the caller's own `GIT_*` variables reaches git: where the user's settings are, and how they reach a host.
-/// The others (`GIT_DIR` and its kin) would point it at another repository.
+/// The caller's own `GIT_*` variables that reach git: the places of the user's settings, and the ways to reach a host. Others,
+/// such as `GIT_DIR`, would point git at another repository.
 const KEPT_VARIABLES: [&str; 13] = [
     "GIT_CONFIG_GLOBAL",
     "GIT_CONFIG_SYSTEM",
@@ -75,12 +75,12 @@ const KEPT_VARIABLES: [&str; 13] = [
     "GIT_HTTP_PROXY_AUTHMETHOD",
 ];
 
-/// The ssh that asks nothing, and notices a peer that has gone.
+/// The ssh command that never prompts, and that notices a peer that is gone.
 const SSH: &str =
     "ssh -o BatchMode=yes -o ConnectTimeout=30 -o ServerAliveInterval=15 -o ServerAliveCountMax=4";
 
-/// What is set as `GIT_SSH_COMMAND`, which alone goes over `core.sshCommand`, so that a repository's own is never run:
-/// the program that the user named in `GIT_SSH`, which would not, else ours.
+/// Returns the value of `GIT_SSH_COMMAND`: the program that the user named in `GIT_SSH`, or else [`SSH`]. `GIT_SSH_COMMAND`
+/// overrides `core.sshCommand`, so a repository's own command never runs; `GIT_SSH` would not override it.
 fn ssh(of_user: Option<String>) -> String {
     match of_user {
         Some(program) if !program.is_empty() => parse::quoted(&program),
@@ -88,104 +88,104 @@ fn ssh(of_user: Option<String>) -> String {
     }
 }
 
-/// Why git did not do its work.
+/// Failure of a git command.
 #[derive(Debug, thiserror::Error)]
 pub enum GitError {
-    /// It can't be started.
+    /// Failed start of git.
     #[error("could not start `{}`", program.display())]
     Start {
-        /// The program.
+        /// Path of the program.
         program: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// It ended with a failure.
+    /// Command that ended with a failure.
     #[error("git {action} failed: {reason}")]
     Failed {
-        /// Which of its commands.
+        /// Name of the git command, such as `fetch`.
         action: String,
-        /// How it ended.
+        /// Exit status of git.
         status: ExitStatus,
-        /// What kind of failure it is, as far as can be told.
+        /// Kind of failure, as recognized from git's messages.
         why: Why,
-        /// Its own reason.
+        /// Main message of git.
         reason: String,
-        /// What else it said.
+        /// Other messages of git.
         more: Vec<String>,
     },
-    /// It answered more than anything sensible.
+    /// Output above the limit.
     #[error("git {action} answered more than {} MiB", ANSWER_BYTES >> 20)]
     TooLong {
-        /// Which of its commands.
+        /// Name of the git command.
         action: String,
     },
-    /// The remote stopped talking.
+    /// Remote that stopped sending.
     #[error("git {action}: nothing came from the remote for {}", pool_core::units::human_seconds(i64::try_from(*seconds).unwrap_or(i64::MAX)))]
     Silent {
-        /// Which of its commands.
+        /// Name of the git command.
         action: String,
-        /// How long.
+        /// Length of the silence in seconds.
         seconds: u64,
     },
-    /// This process was asked to end, and git was ended with it.
+    /// Interruption of this process, which ended git as well.
     #[error("interrupted")]
     Interrupted,
-    /// The folder is in no checkout.
+    /// Folder outside any checkout.
     #[error("{} is in no git checkout", path.display())]
     NotACheckout {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
     },
-    /// The repository's own settings put its files elsewhere.
+    /// Repository whose own settings put its files elsewhere.
     #[error("the repository at {} says that its files are in {}", path.display(), root.display())]
     Elsewhere {
-        /// Where it was looked for.
+        /// Path at which the files should be.
         path: PathBuf,
-        /// Where it says that it is.
+        /// Root of the files according to the repository.
         root: PathBuf,
     },
-    /// The repository's own settings name programs, or files outside of it, or take any server for its remote.
+    /// Repository whose own settings name programs or outside files, or accept any server as its remote.
     #[error("the settings of the repository {} would run programs, write files here, or trust any server: {}", path.display(), keys.join(", "))]
     ReachesOut {
-        /// The checkout.
+        /// Root of the checkout.
         path: PathBuf,
-        /// The settings.
+        /// Names of the settings.
         keys: Vec<String>,
     },
-    /// A remote or submodule has an address, a name or a path that may not be used.
+    /// Remote or submodule with an address, name or path that may not be used.
     #[error("{what} {reason}")]
     Untrusted {
-        /// Which one.
+        /// Subject of the message, such as a remote and its name.
         what: String,
-        /// What is wrong with it.
+        /// Rest of the message, such as `has no address`.
         reason: String,
     },
-    /// What it printed is not what it prints.
+    /// Output that can't be parsed.
     #[error("git {action} answered something that is not understood: {answer:?}")]
     Strange {
-        /// Which of its commands.
+        /// Name of the git command.
         action: String,
-        /// The beginning of the answer.
+        /// Beginning of the output.
         answer: String,
     },
 }
 
-/// Kinds of failures that are told apart by git's own words (which are asked for in English).
+/// Kinds of failure, recognized by git's own messages, which are requested in English.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Why {
-    /// Another git holds this lock, or one was killed while it did.
+    /// Lock file, by path, that another git holds or that a killed git left.
     Locked(String),
-    /// The checkout belongs to another user.
+    /// Checkout of another user.
     Foreign,
-    /// The remote asks for credentials that nobody here can be asked for, or refuses those it got.
+    /// Credentials that the remote requires but that can't be asked for here, or that the remote refuses.
     Credentials,
-    /// The remote can't be reached, or went away.
+    /// Remote that can't be reached, or that dropped the connection.
     Unreachable,
-    /// The remote does not have the branch or commit.
+    /// Branch or commit that the remote does not have.
     Missing,
-    /// The protocol is not on the list.
+    /// Protocol that is not allowed.
     Protocol,
-    /// Another reason.
+    /// Any other failure.
     Other,
 }
 
@@ -208,7 +208,7 @@ impl GitError {
         }
     }
 
-    /// What to try next.
+    /// Returns what to try next; `None` if there is nothing to try.
     fn hint(&self) -> Option<String> {
         Some(match self {
             Self::NotACheckout { .. } => {
@@ -241,7 +241,7 @@ impl GitError {
         })
     }
 
-    /// As a command's error; `state` says what an interruption leaves behind.
+    /// Returns the error for the user. `state` describes the state that an interruption leaves behind.
     pub fn told(&self, state: &str) -> CliError {
         if let Self::Interrupted = self {
             return interrupted(state);
@@ -260,25 +260,25 @@ impl From<GitError> for CliError {
     }
 }
 
-/// The program git, and what ends it early.
+/// The program git, and the interrupt that ends it early.
 #[derive(Debug, Clone)]
 pub struct Git {
     program: PathBuf,
     interrupt: Interrupt,
 }
 
-/// What a call may do beyond reading.
+/// Access that a call needs.
 enum Mode<'a> {
-    /// It takes no locks, and reaches nobody.
+    /// Read-only access, without locks or network.
     Read,
-    /// It changes the checkout, and reaches nobody.
+    /// Changes to the checkout, without network.
     Change,
-    /// It talks to a remote by these protocols.
+    /// Contact with a remote, by these protocols only.
     Remote(&'a [Transport], &'a Progress),
 }
 
 impl Git {
-    /// The git of the PATH.
+    /// Finds git on the PATH.
     pub fn find() -> Result<Self, CliError> {
         let program = find_on_path("git").ok_or_else(|| {
             CliError::new(Exit::Failed, "`git` is not installed")
@@ -290,7 +290,7 @@ impl Git {
         })
     }
 
-    /// What a command that changes nothing prints.
+    /// Runs a command that changes nothing, and returns its output.
     pub async fn read(&self, dir: &Path, args: &[&str]) -> Result<Vec<u8>, GitError> {
         self.run(dir, args.iter().map(Into::into).collect(), Mode::Read)
             .await
@@ -302,7 +302,7 @@ impl Git {
         self.run(dir, args, Mode::Change).await.map(drop)
     }
 
-    /// Runs a command that talks to a remote, by `transports` only.
+    /// Runs a command that contacts a remote, by `transports` only.
     pub async fn remote(
         &self,
         dir: &Path,
@@ -339,7 +339,7 @@ impl Git {
             .env("SSH_ASKPASS_REQUIRE", "never")
             .env("GIT_EDITOR", "true")
             .env("GIT_PAGER", "cat")
-            // A file called `:(glob)*` is a file.
+            // A file named `:(glob)*` is taken as a file.
             .env("GIT_LITERAL_PATHSPECS", "1")
             .env("LC_ALL", "C");
         if let Mode::Read = mode {
@@ -355,7 +355,7 @@ impl Git {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            // A group of its own: Ctrl-C at the terminal reaches us alone, and we end git with all that it started.
+            // In a group of its own: Ctrl-C at the terminal reaches only this process, which ends git and all its children.
             .process_group(0)
             .kill_on_drop(true);
         command
@@ -420,7 +420,7 @@ impl Git {
         let status = match ended {
             Ok(status) => status,
             Err(error) => {
-                // Told to end, git removes its locks and half files.
+                // On SIGTERM, git removes its locks and partial files.
                 tool::end(&mut child).await;
                 return Err(error);
             }
@@ -439,7 +439,7 @@ impl Git {
     }
 }
 
-/// The command's name, without the settings before it.
+/// Returns the command's name, with the subcommand of `submodule`.
 fn action_of(args: &[OsString]) -> String {
     let words = args.iter().map(|arg| arg.to_string_lossy());
     let named = words.take(2).filter(|word| !word.starts_with('-'));
@@ -451,7 +451,7 @@ fn action_of(args: &[OsString]) -> String {
     named.take(take).collect::<Vec<_>>().join(" ")
 }
 
-/// Reads an answer to its end; `false` if it is too long.
+/// Reads the output to its end. Returns `false` if it is too long.
 async fn read_answer(
     stream: Option<impl AsyncRead + Unpin>,
     answer: &mut Vec<u8>,
@@ -475,7 +475,7 @@ async fn read_answer(
     }
 }
 
-/// What git says on standard error: lines, and lines that it writes over again.
+/// git's standard error: the last messages, without progress lines.
 #[derive(Debug, Default)]
 struct Words {
     lines: Vec<String>,
@@ -531,8 +531,8 @@ impl Words {
         }
     }
 
-    /// The line that says why it failed, and the others. The first complaint is the cause, those after it are what
-    /// became of it.
+    /// Returns the line with the reason, and the other lines. The first complaint is the cause; later ones are its
+    /// consequences.
     fn reason(&self) -> (String, Vec<String>) {
         let complaint = |line: &&String| line.starts_with("fatal: ") || line.starts_with("error: ");
         let Some(line) = self.lines.iter().find(complaint).or(self.lines.last()) else {
@@ -547,7 +547,8 @@ impl Words {
     }
 }
 
-/// `Receiving objects:  45% (450/1000), 12.00 MiB | 1.20 MiB/s`, also with `remote: ` before it.
+/// Returns whether a line reports progress, such as `Receiving objects:  45% (450/1000), 12.00 MiB | 1.20 MiB/s`, with or
+/// without `remote: ` in front.
 fn is_progress(line: &str) -> bool {
     let bare = line.strip_prefix("remote: ").unwrap_or(line);
     let counts = ["Enumerating ", "Counting ", "Compressing ", "Receiving "];
@@ -555,7 +556,7 @@ fn is_progress(line: &str) -> bool {
     counts.into_iter().any(|word| bare.starts_with(word)) || bare.starts_with("Total ")
 }
 
-/// What kind of failure git's words describe.
+/// Returns the kind of failure that git's messages describe.
 fn why(lines: &[String]) -> Why {
     let lock = lines.iter().find_map(|line| {
         let rest = line.split_once("Unable to create '")?.1;

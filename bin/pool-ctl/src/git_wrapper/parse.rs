@@ -1,4 +1,4 @@
-//! Reads what git prints for programs. Pure: bytes in, values out.
+//! Parsers of git's machine-readable output. Pure: bytes in, values out.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -7,37 +7,37 @@ use std::path::Path;
 use pool_core::terminal::doctor::host;
 use serde::Serialize;
 
-/// What `git status --porcelain=v2 --branch -z` says.
+/// Contents of `git status --porcelain=v2 --branch -z`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {
-    /// The commit checked out; none on a branch without commits.
+    /// Commit that is checked out; `None` on a branch without commits.
     pub commit: Option<String>,
-    /// The branch; none with a detached HEAD.
+    /// Current branch; `None` with a detached HEAD.
     pub branch: Option<String>,
-    /// The remote's branch that it follows.
+    /// Remote branch that the current branch follows; `None` if it follows none.
     pub upstream: Option<String>,
-    /// Commits that only this side has, and that only the other has; none where one of them isn't there.
+    /// Numbers of commits that only the branch has, and that only its upstream has; `None` if one of the two is missing.
     pub ahead_behind: Option<(u64, u64)>,
-    /// What differs from the commit.
+    /// Files that differ from the commit.
     pub changes: Changes,
 }
 
-/// Files that differ from the commit, by what happened to them. Names are as in the checkout; what is not UTF-8 in them
-/// shows as `�`.
+/// Files that differ from the commit, by kind of difference. Names are those in the checkout, with `�` for bytes that are not
+/// UTF-8.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Changes {
-    /// Put into the index, as by `git add`.
+    /// Files put into the index, as by `git add`.
     pub staged: Vec<String>,
-    /// Changed, removed, or of another kind, in the working tree.
+    /// Files changed, removed or turned into another type in the working tree.
     pub modified: Vec<String>,
-    /// Left in conflict by a merge.
+    /// Files left in conflict by a merge.
     pub conflicted: Vec<String>,
-    /// Not known to git, and not ignored. A folder of such files is one entry, with a `/` at its end.
+    /// Files unknown to git and not ignored. A folder of such files is one entry that ends in `/`.
     pub untracked: Vec<String>,
 }
 
 impl Changes {
-    /// Files that git knows and that differ, each once.
+    /// Returns the changed files that git tracks, each once.
     pub fn tracked(&self) -> Vec<&str> {
         let mut files: Vec<&str> = [&self.conflicted, &self.staged, &self.modified]
             .into_iter()
@@ -50,23 +50,23 @@ impl Changes {
     }
 }
 
-/// An entry of a tree or index that is a submodule.
+/// A submodule among the entries of a tree or index.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Gitlink {
-    /// Its path in the checkout; none if that is not UTF-8.
+    /// Path in the checkout; `None` if it is not UTF-8.
     pub path: Option<String>,
-    /// The commit recorded.
+    /// Recorded commit.
     pub commit: String,
 }
 
-/// Fields that each end with a NUL.
+/// Splits the output into fields that each end with a NUL.
 pub fn fields(bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     let whole = bytes.strip_suffix(b"\0").unwrap_or(bytes);
     let nothing = bytes.is_empty();
     whole.split(|byte| *byte == 0).filter(move |_| !nothing)
 }
 
-/// Fields as text.
+/// Splits the output into fields, as text.
 pub fn texts(bytes: &[u8]) -> Vec<String> {
     fields(bytes).map(text).collect()
 }
@@ -75,7 +75,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// Reads `git status --porcelain=v2 --branch -z`; none if it says something else.
+/// Parses `git status --porcelain=v2 --branch -z`. Returns `None` for any other text.
 pub fn status(bytes: &[u8]) -> Option<Status> {
     let mut status = Status::default();
     let mut entries = fields(bytes);
@@ -90,7 +90,7 @@ pub fn status(bytes: &[u8]) -> Option<Status> {
                 let parts: Vec<&str> = rest.splitn(parts, ' ').collect();
                 let (states, path) = (*parts.first()?, *parts.last()?);
                 if kind == "2" {
-                    // The name that it had before.
+                    // The earlier name of the file.
                     entries.next()?;
                 }
                 let submodule = parts.get(1)?.starts_with('S');
@@ -132,8 +132,8 @@ fn header(status: &mut Status, line: &str) -> Option<()> {
     Some(())
 }
 
-/// The submodules among the entries of `git ls-files --stage -z` or `git ls-tree -r -z`. One in conflict has several; the
-/// first counts.
+/// Returns the submodules among the entries of `git ls-files --stage -z` or `git ls-tree -r -z`. A submodule in conflict has
+/// several entries, of which the first counts.
 pub fn gitlinks(bytes: &[u8]) -> Vec<Gitlink> {
     let mut links: Vec<Gitlink> = Vec::new();
     for entry in fields(bytes) {
@@ -160,8 +160,8 @@ pub fn gitlinks(bytes: &[u8]) -> Vec<Gitlink> {
     links
 }
 
-/// The files that git is told to pass over, among the entries of `git ls-files -v -z`, each with its mark: `S` is not to
-/// be written (`--skip-worktree`), a small letter is assumed to be unchanged (`--assume-unchanged`).
+/// Returns the files among the entries of `git ls-files -v -z` that git was told not to look at, each with its mark: `S` for
+/// `--skip-worktree`, a lower-case letter for `--assume-unchanged`.
 pub fn marked(bytes: &[u8]) -> impl Iterator<Item = (u8, &Path)> {
     fields(bytes).filter_map(|entry| match entry {
         [mark, b' ', name @ ..] if *mark == b'S' || mark.is_ascii_lowercase() => {
@@ -171,7 +171,7 @@ pub fn marked(bytes: &[u8]) -> impl Iterator<Item = (u8, &Path)> {
     })
 }
 
-/// Name and object of the entries of `git ls-files --stage -z`.
+/// Returns name and object id of the entries of `git ls-files --stage -z`.
 pub fn staged(bytes: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     fields(bytes).filter_map(|entry| {
         let tab = entry.iter().position(|byte| *byte == b'\t')?;
@@ -180,30 +180,30 @@ pub fn staged(bytes: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
     })
 }
 
-/// A setting, as `git config --list -z` prints it: the key, and the value where there is one.
+/// Parses a setting, as printed by `git config --list -z`, into key and value.
 pub fn setting(field: &[u8]) -> (String, String) {
     let line = text(field);
     match line.split_once('\n') {
         Some((key, value)) => (key.to_owned(), value.to_owned()),
-        // `[a] b` alone means that b is true.
+        // A variable without a value is true.
         None => (line, "true".to_owned()),
     }
 }
 
-/// What `.gitmodules` says of one submodule.
+/// A submodule as described by `.gitmodules`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Module {
-    /// Its name, the middle of its settings' keys.
+    /// Name, from the middle of the settings' keys.
     pub name: String,
-    /// Where it goes.
+    /// Path in the checkout.
     pub path: String,
-    /// Where it comes from.
+    /// Address to fetch from.
     pub url: Option<String>,
-    /// The branch that it follows.
+    /// Branch to follow.
     pub branch: Option<String>,
 }
 
-/// The submodules that settings describe, in their order; the last value of a setting counts.
+/// Returns the submodules that the settings describe, in their order. The last value of a setting counts.
 pub fn modules(settings: impl IntoIterator<Item = (String, String)>) -> Vec<Module> {
     let mut modules: Vec<Module> = Vec::new();
     for (key, value) in settings {
@@ -231,8 +231,8 @@ pub fn modules(settings: impl IntoIterator<Item = (String, String)>) -> Vec<Modu
     modules
 }
 
-/// A name that others chose, for one line of a terminal: control characters and those that reverse the reading are
-/// written out.
+/// Returns a name chosen by others in a form for one line of a terminal. Control characters, and characters that change the
+/// direction of the text, are escaped.
 pub fn shown(name: &str) -> String {
     if !name.contains(is_hidden) && !name.starts_with(['"', ' ']) && !name.ends_with(' ') {
         return name.to_owned();
@@ -249,8 +249,8 @@ pub fn shown(name: &str) -> String {
     out
 }
 
-/// A name that others chose, as one word of a command that somebody will copy into a shell. A character that can't be
-/// shown becomes `?`, so that such a word names nothing.
+/// Returns a name chosen by others as one word of a command that the user may copy into a shell. A character that can't be
+/// shown becomes `?`, so that such a word names no file.
 pub fn quoted(name: &str) -> String {
     host::quoted(Path::new(&name.replace(is_hidden, "?")))
 }

@@ -1,4 +1,4 @@
-//! A checkout: what is in it, what it follows, and how it moves. Its submodules have a file of their own.
+//! A checkout: its content, its upstream, and its moves between commits. Submodules have a file of their own.
 
 mod submodules;
 
@@ -17,24 +17,24 @@ use super::{Git, GitError};
 pub use super::parse::{Changes, Status, quoted, shown};
 pub use submodules::{Inspected, State, Submodule};
 
-/// How deep submodules may lie in each other.
+/// Maximum nesting depth of submodules.
 pub const MAX_DEPTH: usize = 8;
-/// How many commits are listed by name.
+/// Option that limits the number of commits listed by name.
 const LISTED_COMMITS: &str = "--max-count=1000";
 
-/// How many names one command is given.
+/// Maximum number of names passed to one command.
 const WORDS: usize = 500;
 
 /// A changed file that git was told not to look at.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PassedOver {
-    /// Its name.
+    /// Path in the checkout.
     pub name: String,
     /// The option of `git update-index` that lets git see it again.
     pub option: &'static str,
 }
 
-/// A checkout whose settings were looked at.
+/// A checkout whose settings have been checked.
 #[derive(Debug, Clone)]
 pub struct Repo {
     git: Git,
@@ -45,16 +45,16 @@ pub struct Repo {
 /// The branch of a remote that a local branch follows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Upstream {
-    /// The remote's name; `.` for this repository itself.
+    /// Name of the remote; `.` for this repository itself.
     pub remote: String,
-    /// The branch's full name there.
+    /// Full name of the branch on the remote.
     pub branch: String,
-    /// Where its last known commit is kept here, as a full name.
+    /// Full name of the local ref with the branch's last known commit.
     pub tracking: String,
 }
 
 impl Upstream {
-    /// As people write it: `origin/main`.
+    /// Returns the name for display, such as `origin/main`.
     pub fn shown(&self) -> String {
         let short = self.tracking.strip_prefix("refs/remotes/");
         let short = short.or(self.tracking.strip_prefix("refs/heads/"));
@@ -63,7 +63,7 @@ impl Upstream {
 }
 
 impl Repo {
-    /// The checkout that `at` is in. Refuses one whose settings reach out of it, or whose files are elsewhere.
+    /// Opens the checkout that `at` is in. Fails if its settings reach out of it, or if its files are elsewhere.
     pub async fn open(git: &Git, at: &Path) -> Result<Self, GitError> {
         let not = || GitError::NotACheckout {
             path: at.to_path_buf(),
@@ -89,7 +89,7 @@ impl Repo {
                 root,
             });
         }
-        // `core.worktree` may name a folder above, from which git finds another repository, or none.
+        // `core.worktree` may name a folder above, from which git finds another repository or none.
         let of = ["rev-parse", "--absolute-git-dir"];
         let from_root = match git.read(&root, &of).await {
             Err(GitError::Failed { .. }) => None,
@@ -127,19 +127,19 @@ impl Repo {
         }
     }
 
-    /// The checkout's folder.
+    /// Returns the root folder of the checkout.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The last value of one of the repository's own settings.
+    /// Returns the last value of one of the repository's own settings.
     pub fn setting(&self, key: &str) -> Option<&str> {
         let found = self.settings.iter().rev().find(|(name, _)| name == key);
         found.map(|(_, value)| value.as_str())
     }
 
-    /// The repository's own settings that decide how its remotes are reached over https: name and value, without a
-    /// password.
+    /// Returns the repository's own settings that decide how its remotes are reached over https, as name and value. Values are
+    /// without passwords.
     pub fn detours(&self) -> Vec<(String, String)> {
         let own = self.settings.iter();
         own.filter(|(key, value)| !value.is_empty() && trust::is_detour(key))
@@ -157,9 +157,9 @@ impl Repo {
         self.git.change(&self.root, args).await
     }
 
-    /// Branch, commit and changes.
+    /// Returns branch, commit and changes.
     pub async fn status(&self) -> Result<Status, GitError> {
-        // What is changed inside a submodule is asked of the submodule itself, after its settings were looked at.
+        // Changes inside a submodule are read from the submodule itself, after a check of its settings.
         let args = [
             "status",
             "--porcelain=v2",
@@ -174,7 +174,7 @@ impl Repo {
         parse::status(&answer).ok_or_else(|| strange("status", &answer))
     }
 
-    /// What was begun and not ended, as a merge or a rebase.
+    /// Returns the unfinished operation, such as a merge or a rebase.
     pub async fn operation(&self) -> Result<Option<&'static str>, GitError> {
         let folder = path_of(&self.read(&["rev-parse", "--absolute-git-dir"]).await?);
         let marks = [
@@ -190,7 +190,7 @@ impl Repo {
         Ok(begun.map(|(_, name)| name))
     }
 
-    /// What `branch` follows, if it follows anything.
+    /// Returns the upstream of `branch`, if it has one.
     pub async fn upstream(&self, branch: &str) -> Result<Option<Upstream>, GitError> {
         let of = |variable: &str| self.setting(&format!("branch.{branch}.{variable}"));
         let (Some(remote), Some(merge)) = (of("remote"), of("merge")) else {
@@ -224,7 +224,7 @@ impl Repo {
         }))
     }
 
-    /// How this checkout's own remote is reached: that of its branch, else `origin`.
+    /// Returns the transport to this checkout's own remote: that of its branch, or else `origin`. Empty without a remote.
     pub async fn transports(
         &self,
         upstream: Option<&Upstream>,
@@ -247,13 +247,13 @@ impl Repo {
         let answer = self.read(&args).await?;
         let url = String::from_utf8_lossy(&answer);
         match trust::transport_of(url.trim_end_matches('\n')).map_err(untrusted)? {
-            // Relative to the checkout.
+            // A path relative to the checkout.
             Transport::Relative => Ok(vec![Transport::File]),
             transport => Ok(vec![transport]),
         }
     }
 
-    /// Brings the last commit of `upstream` here, and says which it is. Nothing of the checkout changes.
+    /// Fetches the last commit of `upstream` and returns its id. The checkout itself does not change.
     pub async fn fetch(
         &self,
         upstream: &Upstream,
@@ -281,9 +281,9 @@ impl Repo {
         })
     }
 
-    /// Moves the branch that is checked out to `commit`, which is ahead of it.
+    /// Fast-forwards the current branch to `commit`, which is ahead of it.
     pub async fn forward_to(&self, commit: &str) -> Result<(), GitError> {
-        // The branch's own `mergeOptions` might have asked for a squash, which moves nothing.
+        // The branch's own `mergeOptions` may ask for a squash, which moves nothing.
         let args = [
             "merge",
             "--ff-only",
@@ -294,7 +294,7 @@ impl Repo {
         self.change(&[&args[..], &[commit]].concat()).await
     }
 
-    /// The commit that a full name stands for.
+    /// Returns the commit that a full name refers to; `None` if there is no such commit.
     pub async fn commit_of(&self, name: &str) -> Result<Option<String>, GitError> {
         let commit = format!("{name}^{{commit}}");
         let args = [
@@ -311,7 +311,7 @@ impl Repo {
         }
     }
 
-    /// Commits that only `ours` has, and that only `theirs` has.
+    /// Counts the commits that only `ours` has, and those that only `theirs` has.
     pub async fn ahead_behind(&self, ours: &str, theirs: &str) -> Result<(u64, u64), GitError> {
         let range = format!("{ours}...{theirs}");
         let args = ["rev-list", "--left-right", "--count", &range, "--"];
@@ -324,7 +324,7 @@ impl Repo {
         }
     }
 
-    /// The commits of `range`, as `1a2b3c4 subject`, the latest first.
+    /// Returns the commits of `range` as `1a2b3c4 subject`, latest first.
     pub async fn commits(&self, range: &[&str]) -> Result<Vec<String>, GitError> {
         let mut args = vec!["log", "-z", "--format=%h %s", LISTED_COMMITS];
         args.extend(range);
@@ -332,7 +332,7 @@ impl Repo {
         Ok(parse::texts(&self.read(&args).await?))
     }
 
-    /// Commits checked out here that no branch, tag or remote has: moving away from them leaves them to the reflog.
+    /// Returns the commits checked out here that no branch, tag or remote has. A move away leaves them to the reflog.
     pub async fn stray_commits(&self, status: &Status) -> Result<Vec<String>, GitError> {
         match (&status.branch, &status.commit) {
             (None, Some(commit)) => {
@@ -343,13 +343,13 @@ impl Repo {
         }
     }
 
-    /// How many files differ between two commits.
+    /// Counts the files that differ between two commits.
     pub async fn files_between(&self, from: &str, to: &str) -> Result<usize, GitError> {
         let args = ["diff-tree", "-r", "-z", "--name-only", from, to, "--"];
         Ok(parse::fields(&self.read(&args).await?).count())
     }
 
-    /// Files that `commit` would write over and that git does not know, be they ignored or not.
+    /// Returns files that git does not know, ignored or not, and that `commit` would overwrite.
     pub async fn in_the_way_of(&self, commit: &str) -> Result<Vec<String>, GitError> {
         let args = [
             "diff-index",
@@ -366,7 +366,7 @@ impl Repo {
         let mut unsure = Vec::new();
         for name in parse::fields(&new) {
             let name = Path::new(OsStr::from_bytes(name));
-            // The file itself, or a file where it needs a folder.
+            // The file itself, or a file in the place of one of its folders.
             let steps = name.ancestors().filter(|step| *step != Path::new(""));
             for (depth, step) in steps.enumerate() {
                 let Ok(there) = self.root.join(step).symlink_metadata() else {
@@ -376,8 +376,8 @@ impl Repo {
                     break;
                 }
                 let text = step.to_string_lossy().into_owned();
-                // A file of the name that the index has not is unknown. A folder there, or a file above, may well be
-                // known, and make room by itself.
+                // A file of this name is unknown, since the index lacks it. A folder in its place, or a file above, may be
+                // known to git, which then makes room itself.
                 match step.to_str() {
                     Some(_) if depth > 0 || there.is_dir() => unsure.push(text),
                     _ => found.push(text),
@@ -397,8 +397,9 @@ impl Repo {
         Ok(found)
     }
 
-    /// Changed files that git was told not to look at, and that stop it on the way to `commit`, or get lost there: those
-    /// that differ in `commit`, and where a command sets all files (`throws`), those assumed to be unchanged, too.
+    /// Returns changed files that git was told not to look at, and that block a move to `commit` or would get lost in it. These
+    /// are the files that differ in `commit`; for a command that resets all files (`throws`), also those assumed to be
+    /// unchanged.
     pub async fn passed_over(
         &self,
         commit: &str,
@@ -452,7 +453,7 @@ impl Repo {
         Ok(found)
     }
 
-    /// Makes sure that `commit` is known here, as `git submodule update` would before it moves anything.
+    /// Fetches `commit` unless it is known here, as `git submodule update` does before it moves anything.
     pub async fn bring(
         &self,
         commit: &str,
@@ -487,7 +488,7 @@ impl Repo {
         if self.commit_of(commit).await?.is_some() {
             return Ok(());
         }
-        // No branch has it; a host that allows that gives it by its name.
+        // No branch has it. Some hosts still serve a commit by its id.
         self.git
             .remote(
                 &self.root,
@@ -498,14 +499,14 @@ impl Repo {
             .await
     }
 
-    /// Sets a checkout to `commit`, on no branch, whatever lies there.
+    /// Checks out `commit` on no branch, and overwrites any files in the way.
     pub async fn force_to(&self, commit: &str) -> Result<(), GitError> {
         self.change(&["checkout", "--force", "--detach", "--quiet", commit, "--"])
             .await
     }
 }
 
-/// The first characters of a commit's id, as people read it.
+/// Returns the first ten characters of a commit's id, for display.
 pub fn short(commit: &str) -> &str {
     commit.get(..10).unwrap_or(commit)
 }

@@ -1,24 +1,24 @@
-//! What of a repository may be used: addresses, names and paths that others chose, and settings that name programs.
+//! Checks of a repository: addresses, names and paths chosen by others, and settings that name programs.
 
-/// A way to a remote.
+/// A transport to a remote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transport {
     /// `https://`
     Https,
     /// `ssh://`, or `user@host:path`
     Ssh,
-    /// `http://`: neither private nor safe from changes on the way.
+    /// `http://`: neither private nor safe from tampering.
     Http,
-    /// `git://`: the same.
+    /// `git://`: neither private nor safe from tampering.
     Git,
-    /// A path of this host.
+    /// A path on this host.
     File,
-    /// `./x` or `../x`: beside the repository that names it.
+    /// `./x` or `../x`: relative to the repository that names it.
     Relative,
 }
 
 impl Transport {
-    /// git's own name of it; a relative address has none.
+    /// Returns git's name for the protocol; `None` for a relative address.
     fn protocol(self) -> Option<&'static str> {
         match self {
             Self::Https => Some("https"),
@@ -31,8 +31,8 @@ impl Transport {
     }
 }
 
-/// The value of `GIT_ALLOW_PROTOCOL` for a checkout whose own remote is reached by `own`: https and ssh always, others
-/// only where the operator chose them when the checkout was made.
+/// Returns the value of `GIT_ALLOW_PROTOCOL` for a checkout whose own remote is reached by `own`. https and ssh are always
+/// allowed, other protocols only if the operator chose them when the checkout was made.
 pub fn protocols(own: &[Transport]) -> String {
     let own = own.iter().copied().filter_map(Transport::protocol);
     let mut names = vec!["https", "ssh"];
@@ -44,7 +44,7 @@ pub fn protocols(own: &[Transport]) -> String {
     names.join(":")
 }
 
-/// How the address `url` is reached, or what is wrong with it.
+/// Returns the transport for the address `url`, or the reason it may not be used.
 pub fn transport_of(url: &str) -> Result<Transport, &'static str> {
     if url.is_empty() {
         return Err("has no address");
@@ -95,7 +95,7 @@ fn check_host(authority: &str) -> Result<(), &'static str> {
     }
 }
 
-/// What is wrong with the name of a submodule or remote, which becomes a folder's name inside `.git`.
+/// Checks the name of a submodule or remote, which becomes the name of a folder inside `.git`.
 pub fn check_name(name: &str) -> Result<(), &'static str> {
     match name {
         "" => Err("has no name"),
@@ -109,7 +109,7 @@ pub fn check_name(name: &str) -> Result<(), &'static str> {
     }
 }
 
-/// What is wrong with the path of a submodule inside its checkout.
+/// Checks the path of a submodule inside its checkout.
 pub fn check_path(path: &str) -> Result<(), &'static str> {
     let odd = |step: &str| matches!(step, "" | "." | "..") || step.eq_ignore_ascii_case(".git");
     match path {
@@ -123,7 +123,7 @@ pub fn check_path(path: &str) -> Result<(), &'static str> {
     }
 }
 
-/// What is wrong with the name of a branch: git's own rules, as far as they keep it from being anything else.
+/// Checks the name of a branch by git's own rules, as far as they keep it from being taken for anything else.
 pub fn check_branch(name: &str) -> Result<(), &'static str> {
     let forbidden =
         |c: char| c.is_control() || matches!(c, ' ' | '~' | '^' | ':' | '?' | '*' | '[' | '\\');
@@ -144,9 +144,9 @@ pub fn check_branch(name: &str) -> Result<(), &'static str> {
     }
 }
 
-/// Whether the setting `key` (as git lists it: section and variable in lower case) with `value` makes git run a program
-/// or write a file outside the repository in one of the commands used here, in a way that can't be switched off from
-/// outside without changing the result, or makes it take any server for the one that was asked for.
+/// Returns whether the setting `key` (as git lists it, section and variable in lower case) with `value` makes git run a program
+/// or write a file outside the repository in one of the commands used here, in a way that can't be switched off from outside
+/// without changing the result. Also returns true if the setting makes git accept any server as the right one.
 pub fn reaches_out(key: &str, value: &str) -> bool {
     let (section, rest) = key.split_once('.').unwrap_or((key, ""));
     let variable = rest.rsplit('.').next().unwrap_or(rest);
@@ -157,28 +157,28 @@ pub fn reaches_out(key: &str, value: &str) -> bool {
         | ("gc", "recentobjectshook")
         | ("gpg", "program" | "defaultkeycommand")
         | ("hook", "command")
-        // The user's own `git-lfs` filter reads these, and starts what they name.
+        // The user's own `git-lfs` filter reads these, and runs the programs that they name.
         | ("lfs", "path" | "clean" | "smudge") => !value.is_empty(),
-        // Writes the file that `http.cookieFile` names. With an address in its key it goes over what we set.
+        // Writes the file that `http.cookieFile` names. With an address in its key, it overrides [`super::SETTINGS`].
         ("http", "savecookies") => !is_off(value),
-        // Likewise; and what is fetched becomes code that runs here.
+        // Likewise, and the fetched files become code that runs here.
         ("http", "sslverify") => is_off(value),
-        // Read once another branch is checked out, which is after everything was looked at.
+        // Takes effect once another branch is checked out, which is after all checks.
         ("includeif", "path") => rest.starts_with("onbranch:"),
-        // A bare word is a helper that is installed on this host; anything else goes through a shell.
+        // A bare word is a helper installed on this host; anything else is run by a shell.
         ("credential", "helper") => !value.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'),
         _ => false,
     }
 }
 
-/// How git writes that something is not so.
+/// Returns whether git reads `value` as false.
 fn is_off(value: &str) -> bool {
     let value = value.to_ascii_lowercase();
     matches!(value.as_str(), "false" | "no" | "off" | "0" | "")
 }
 
-/// Whether the setting `key` decides through whom a remote is reached, or whose certificates count. Companies need both,
-/// so they are used; but the user should know that the repository says so.
+/// Returns whether the setting `key` decides which proxy is used for a remote, or which certificates are trusted. Companies
+/// need both, so these settings are respected, but the user should know that the repository has them.
 pub fn is_detour(key: &str) -> bool {
     let (section, rest) = key.split_once('.').unwrap_or((key, ""));
     let variable = rest.rsplit('.').next().unwrap_or(rest);
@@ -188,7 +188,7 @@ pub fn is_detour(key: &str) -> bool {
     )
 }
 
-/// An address without the name and the password before its host.
+/// Returns an address without the user and password before its host.
 pub fn without_user(address: &str) -> &str {
     let rest = address.rsplit_once("://").map_or(address, |(_, rest)| rest);
     rest.rsplit_once('@').map_or(rest, |(_, host)| host)

@@ -1,4 +1,4 @@
-//! The submodules of a checkout: what is recorded of them, and how their own checkouts compare with that.
+//! The submodules of a checkout, as recorded and as checked out.
 
 use std::collections::HashMap;
 use std::fs;
@@ -11,27 +11,27 @@ use super::super::parse::{self, Module, Status};
 use super::super::trust::{self, Transport};
 use super::{GitError, Repo, path_of};
 
-/// Bytes of a `.gitmodules` that are read.
+/// Maximum size of `.gitmodules` in bytes.
 const MODULES_BYTES: u64 = 1 << 20;
 
 /// A submodule as the checkout records it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Submodule {
-    /// Its name.
+    /// Name in `.gitmodules`; the path if there is no entry.
     pub name: String,
-    /// Its path in the checkout.
+    /// Path in the checkout; empty if it is not UTF-8.
     pub path: String,
-    /// Where it comes from.
+    /// Address to fetch from, if there is one.
     pub url: Option<String>,
-    /// The branch that it is said to follow.
+    /// Branch that the submodule is configured to follow.
     pub follows: Option<String>,
-    /// The commit recorded.
+    /// Recorded commit.
     pub recorded: String,
-    /// Why it may not be used, as what follows its name: `has no address`.
+    /// Reason the submodule may not be used, as the rest of a sentence about it: `has no address`.
     pub problem: Option<String>,
 }
 
-/// How a submodule's own checkout compares with what is recorded.
+/// State of a submodule's own checkout, compared with the record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
@@ -39,18 +39,18 @@ pub enum State {
     InStep,
     /// At another commit.
     OutOfStep,
-    /// On a branch, at whatever commit.
+    /// On a branch, at any commit.
     OnBranch,
-    /// Files in it differ from its commit.
+    /// With files that differ from its commit.
     Modified,
     /// Not fetched yet.
     Missing,
-    /// Its name, path, address or settings may not be used.
+    /// With a name, path, address or settings that may not be used.
     Refused,
 }
 
 impl State {
-    /// Its name, as in JSON.
+    /// Returns the name used in JSON.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::InStep => "in_step",
@@ -62,7 +62,7 @@ impl State {
         }
     }
 
-    /// Judges a checkout that is there. Changes weigh most: they are what can be lost.
+    /// Judges an existing checkout. Changes take precedence, because they can be lost.
     fn of(status: &Status, recorded: &str) -> Self {
         if !status.changes.tracked().is_empty() {
             Self::Modified
@@ -76,21 +76,21 @@ impl State {
     }
 }
 
-/// A submodule and its own checkout.
+/// A submodule, compared with its own checkout.
 #[derive(Debug, Clone)]
 pub struct Inspected {
-    /// How they compare.
+    /// Result of the comparison.
     pub state: State,
-    /// Why it is refused, as what follows its name.
+    /// Reason for a refusal, as the rest of a sentence about the submodule.
     pub problem: Option<String>,
-    /// What its checkout says; nothing where it is missing or refused.
+    /// Status of the checkout; empty if it is missing or refused.
     pub status: Status,
-    /// The checkout itself.
+    /// The checkout itself; `None` if it is missing or refused.
     pub repo: Option<Repo>,
 }
 
 impl Repo {
-    /// The submodules that `commit` records: path and commit.
+    /// Returns the submodules that `commit` records, as path and commit.
     pub async fn links_of(&self, commit: &str) -> Result<HashMap<String, String>, GitError> {
         let args = ["ls-tree", "-r", "-z", "--full-tree", commit];
         let links = parse::gitlinks(&self.read(&args).await?);
@@ -100,7 +100,7 @@ impl Repo {
         Ok(known.collect())
     }
 
-    /// What lies in the folder of a submodule that is not fetched yet: git would write over it, or refuse to.
+    /// Returns the entries in the folder of a submodule that is not fetched yet. git would overwrite them, or refuse to.
     pub fn occupied(&self, submodule: &Submodule) -> Vec<String> {
         let place = self.root.join(&submodule.path);
         let Ok(there) = place.symlink_metadata() else {
@@ -109,7 +109,7 @@ impl Repo {
         if !there.is_dir() {
             return vec![submodule.path.clone()];
         }
-        // One whose fetching was interrupted has the files that git itself began to write.
+        // An interrupted fetch leaves files that git itself began to write.
         if place.join(".git").symlink_metadata().is_ok() {
             return Vec::new();
         }
@@ -121,7 +121,7 @@ impl Repo {
         names
     }
 
-    /// The submodules recorded in the index, in the order of their paths.
+    /// Returns the submodules recorded in the index, in the order of their paths.
     pub async fn submodules(&self) -> Result<Vec<Submodule>, GitError> {
         let links = parse::gitlinks(&self.read(&["ls-files", "--stage", "-z"]).await?);
         if links.is_empty() {
@@ -157,7 +157,7 @@ impl Repo {
         };
         let own = |variable: &str| self.setting(&format!("submodule.{}.{variable}", module.name));
         let follows = own("branch").map(str::to_owned).or(module.branch.clone());
-        // Both addresses can be used: the first one by `update`, the other one when it is fetched or reset.
+        // Both addresses may be used: the first by `update`, the second when the submodule is fetched or reset.
         let urls = [module.url.as_deref(), own("url")];
         let bad_url = match urls {
             [None, None] => Some("has no address"),
@@ -184,7 +184,7 @@ impl Repo {
         }
     }
 
-    /// Whether a step of `path` is a symbolic link, which could lead anywhere.
+    /// Returns whether a step of `path` is a symbolic link, which could lead anywhere.
     fn through_a_link(&self, path: &str) -> bool {
         Path::new(path)
             .ancestors()
@@ -216,7 +216,7 @@ impl Repo {
         Ok(parse::modules(parse::fields(&listed).map(parse::setting)))
     }
 
-    /// Looks at a submodule's own checkout.
+    /// Inspects a submodule's own checkout.
     pub async fn inspect(&self, submodule: &Submodule) -> Result<Inspected, GitError> {
         let without = |state, problem| Inspected {
             state,
@@ -255,7 +255,7 @@ impl Repo {
         }
         let index = path_of(&repo.read(&["rev-parse", "--git-path", "index"]).await?);
         if !repo.root.join(index).exists() {
-            // It was being fetched when somebody interrupted that: there is nothing of it to lose.
+            // Its fetch was interrupted, so there is nothing to lose.
             return Ok(without(State::Missing, None));
         }
         let status = repo.status().await?;
@@ -267,8 +267,8 @@ impl Repo {
         })
     }
 
-    /// Fetches a submodule if need be, and checks out the recorded commit. git refuses to overwrite changes and files that
-    /// it does not know, but not ignored ones: see [`Repo::in_the_way_of`].
+    /// Fetches a submodule if necessary, and checks out the recorded commit. git refuses to overwrite changes and unknown
+    /// files, but not ignored files: see [`Repo::in_the_way_of`].
     pub async fn check_out(
         &self,
         submodule: &Submodule,
@@ -289,7 +289,7 @@ impl Repo {
             .await
     }
 
-    /// Takes the submodule's address from `.gitmodules` again, where it may have changed.
+    /// Copies the submodule's address from `.gitmodules` again, in case it has changed.
     pub async fn renew_address(&self, submodule: &Submodule) -> Result<(), GitError> {
         self.change(&["submodule", "sync", "--quiet", "--", &submodule.path])
             .await
