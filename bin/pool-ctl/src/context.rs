@@ -1,4 +1,4 @@
-//! What every command works with: the home, the pool's settings, the catalogue and the models folder.
+//! The context of every command: the home, the pool's settings, the catalogue and the models folder.
 
 use std::path::Path;
 
@@ -14,22 +14,22 @@ use pool_core::terminal::{CliError, Exit};
 /// Home and settings of this pool host.
 #[derive(Debug, Clone)]
 pub struct Context {
-    /// Where files are.
+    /// Folders of this host's files.
     pub home: Home,
     /// The settings in force.
     pub config: PoolConfig,
 }
 
 impl Context {
-    /// From the environment and `pool-managerd.toml`. Makes nothing: a command that only looks must not fail for want
-    /// of a folder.
+    /// Loads the context from the environment and `pool-managerd.toml`. Creates no folder: a read-only command must not fail
+    /// because a folder is missing.
     pub fn load(config: Option<&Path>) -> Result<Self, CliError> {
         let home = Home::from_env()?;
         let config = PoolConfig::load(&home, config).map_err(config_error)?;
         Ok(Self { home, config })
     }
 
-    /// As [`Context::load`], for commands that work with the registry: the folders exist afterwards.
+    /// Loads a context like [`Context::load`] and creates the folders, for commands that work with the registry.
     pub fn open(config: Option<&Path>) -> Result<Self, CliError> {
         let context = Self::load(config)?;
         context.home.ensure()?;
@@ -46,18 +46,18 @@ impl Context {
         Ok(context)
     }
 
-    /// The models known by name.
+    /// Loads the catalogue, the models known by name.
     pub fn catalog(&self) -> Result<Catalog, CliError> {
         Catalog::load(&self.home).map_err(catalog_error)
     }
 
-    /// The models folder.
+    /// Returns the store of the models folder.
     pub fn store(&self) -> Store {
         Store::new(self.config.models_dir(&self.home))
     }
 }
 
-/// A broken settings file is wrong usage.
+/// Returns the error for a broken settings file, which counts as wrong usage.
 pub fn config_error(error: ConfigError) -> CliError {
     match error {
         ConfigError::Settings(error) => error.into(),
@@ -65,7 +65,7 @@ pub fn config_error(error: ConfigError) -> CliError {
     }
 }
 
-/// So is a broken catalogue.
+/// Returns the error for a broken catalogue, which counts as wrong usage.
 pub fn catalog_error(error: CatalogError) -> CliError {
     CliError::of(Exit::Usage, &error, Some(error.hint().to_owned()))
 }
@@ -75,7 +75,7 @@ pub fn unsupported_error(model: &ModelRef, reason: &Unsupported) -> CliError {
     CliError::new(Exit::Refused, format!("`{model}` can't run: {reason}")).hint(reason.hint())
 }
 
-/// A model that can't be used: not there, or not allowed.
+/// Returns the error for a model that can't be used, for example because it is missing or not allowed.
 pub fn resolve_error(error: &ResolveError) -> CliError {
     let exit = match error {
         ResolveError::Unknown { .. }

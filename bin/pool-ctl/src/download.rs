@@ -1,10 +1,10 @@
-//! Fetches a model: its sources in order, each checked before the file gets its final name.
+//! Downloads of models. Sources are tried in order, and a file is checked before it gets its final name.
 //!
-//! What is decided stands in [`pool_core::catalog::store`]; this file runs the programs and shows the progress.
+//! The decisions are made in [`pool_core::catalog::store`]; this file runs the programs and shows the progress.
 //!
-//! A file of the hub comes through `hf`. What it writes is kept under a second name from its first moment, so that a
-//! kill, an interrupt or a dead network leaves the file's beginning behind; the next download asks for the rest itself
-//! ([`crate::hub`]). Where the rest can't be had, or the whole turns out wrong, it says so and begins again.
+//! A file of the hub comes through `hf`. The file that `hf` writes is kept under a second name from the start, so that a kill,
+//! an interrupt or a network failure leaves its beginning behind. The next download requests the rest itself ([`crate::hub`]).
+//! If the rest can't be had, or the complete file is wrong, the download reports that and starts over.
 
 use std::fs;
 use std::io;
@@ -30,34 +30,34 @@ use crate::report::{Meter, Report};
 use crate::tool::{self, ToolError};
 use crate::{hf_wrapper, pip_wrapper};
 
-/// How often another process's download of the same model is looked at.
+/// Interval between attempts to start while another process downloads the same model.
 const WAIT_POLL: Duration = Duration::from_millis(200);
-/// How often the disk is looked at while the rest of a file comes.
+/// Interval between checks of the disk while the rest of a file is fetched.
 const TICK: Duration = Duration::from_millis(200);
-/// Bytes beyond what a download should take before it is stopped: room for what the programs keep for themselves.
+/// Bytes that a download may take beyond its expected size, as room for the programs' own files.
 const SLACK_BYTES: u64 = 64 << 20;
 /// Free bytes of the disk below which a download is stopped.
 const DISK_FLOOR_BYTES: u64 = 16 << 20;
-/// How often the rest of a file is asked for in a row without a byte coming.
+/// Maximum number of requests in a row for the rest of a file that yield no byte.
 const REST_TRIES: u32 = 5;
 
-/// A model that is on disk now.
+/// A model that is on disk.
 #[derive(Debug)]
 pub struct Fetched {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// What was found in it.
+    /// Record of the file's check.
     pub record: Record,
-    /// Whether it was there already.
+    /// True if the file was already on disk.
     pub already_there: bool,
 }
 
-/// Why there is no file, for people and for programs.
+/// Reason a download failed, for people and for programs.
 #[derive(Debug)]
 pub struct DownloadError {
-    /// The kind of reason.
+    /// Code for programs.
     pub code: DownloadErrorCode,
-    /// What the terminal shows.
+    /// Error shown on the terminal.
     pub error: CliError,
 }
 
@@ -82,15 +82,15 @@ impl From<CliError> for DownloadError {
     }
 }
 
-/// Why a source gave no file.
+/// Reason a source yielded no file.
 enum Failure {
-    /// The next source may do better.
+    /// Failure after which the next source is tried.
     Reason {
         code: DownloadErrorCode,
         text: String,
         hint: Option<String>,
     },
-    /// The user wants no more.
+    /// Interruption by the user, which ends the download.
     Interrupted,
 }
 
@@ -221,7 +221,7 @@ impl From<HubError> for Failure {
     }
 }
 
-/// What every step of a download needs.
+/// Data that every step of a download needs.
 struct Run<'a> {
     store: &'a Store,
     venv: &'a Path,
@@ -229,7 +229,7 @@ struct Run<'a> {
     interrupt: &'a Interrupt,
 }
 
-/// Brings the file of `slot` into the store. One that is whole already stays, unless `force` says otherwise.
+/// Downloads the file of `slot` into the store. Keeps a complete file, unless `force` is set.
 pub async fn run(
     store: &Store,
     slot: &Slot,
@@ -248,7 +248,7 @@ pub async fn run(
     let interrupt = Interrupt::catch()?;
     let mut download = wait_for_turn(store, slot, &interrupt, report).await?;
     if !force {
-        // While another process downloaded it, it may have come.
+        // Another process may have downloaded the file in the meantime.
         match store.presence(slot) {
             Presence::Checked(record) => return Ok(found(*record)),
             Presence::Unchecked => {
@@ -287,7 +287,7 @@ pub async fn run(
     Err(no_source_did(&download, failures))
 }
 
-/// The error of a download that the user ended: what is kept of it, and how it goes on.
+/// Returns the error for a download interrupted by the user, with the bytes kept and the way to continue.
 fn broken_off(download: &Download, source: &Source) -> CliError {
     let name = &download.slot().model_ref;
     let begins = |why: &str| {
@@ -386,7 +386,7 @@ async fn wait_for_turn(
     }
 }
 
-/// A file that is there and was never checked: right, it stays; wrong, it is fetched again.
+/// Checks a file on disk that was never checked. Returns its record if it is right, or `None` if it must be downloaded again.
 fn check_existing(
     store: &Store,
     slot: &Slot,
@@ -486,7 +486,7 @@ impl Run<'_> {
                         .await?
                 }
                 (_, Ok(_)) => Err("the hub has another file there now".to_owned()),
-                // What is kept would be lost to a new beginning, and that would hardly come further.
+                // Starting over would discard the kept part, and would hardly get any further.
                 (_, Err(_)) => {
                     return Err(seen.err().map_or(Failure::Interrupted, Failure::from));
                 }
@@ -534,7 +534,7 @@ impl Run<'_> {
             download.folder(),
             self.interrupt,
             |pid| {
-                // Without it a killed run leaves a program behind that ends by itself when it is done.
+                // If this fails, a killed run leaves behind a program that ends on its own when it is done.
                 let _ = download.note_program(pid);
             },
             || watch.tick_of_hf(source),
@@ -543,7 +543,7 @@ impl Run<'_> {
         drop(watch);
         let fetched = match (fetched, seen) {
             (Ok(fetched), _) => fetched,
-            // `hf` says it in a sentence that changes from version to version; what the hub itself answered does not.
+            // The wording of `hf` changes from version to version; the hub's own answer does not.
             (Err(error @ ToolError::Failed { .. }), Err(refused @ HubError::Refused { .. })) => {
                 return Err(match refused.into() {
                     Failure::Reason { code, text, hint } => Failure::Reason {
@@ -569,7 +569,7 @@ impl Run<'_> {
                         | CheckError::Header(_)
                         | CheckError::Unsupported(_)
                 ) {
-                    // Whole and wrong: nothing of it is worth keeping.
+                    // Complete but wrong: nothing of it is worth keeping.
                     download.forget_part()?;
                 }
                 Err(error.into())
@@ -577,7 +577,7 @@ impl Run<'_> {
         }
     }
 
-    /// A program fails in many words for want of room; the disk itself says it best.
+    /// Converts the failure of a program. Programs report a lack of space in many ways, so the disk itself is checked.
     fn tool_failure(&self, error: impl Into<Failure>) -> Failure {
         let full = |free_bytes| free_bytes < DISK_FLOOR_BYTES;
         match error.into() {
@@ -590,7 +590,7 @@ impl Run<'_> {
         }
     }
 
-    /// Completes what is kept. `Ok(Err(reason))` means that it can't be.
+    /// Completes the kept part. Returns `Ok(Err(reason))` if that can't be done.
     async fn fetch_rest(
         &self,
         download: &Download,
@@ -649,7 +649,7 @@ impl Run<'_> {
                 () = tokio::time::sleep(Duration::from_secs(1)) => {}
                 () = self.interrupt.wait() => return Err(Failure::Interrupted),
             }
-            // The address of the bytes may hold for a while only, and the file may have become another one.
+            // The address of the bytes may expire, and the file may have been replaced.
             let again = tokio::select! {
                 again = hub.look(repo, revision, file) => again,
                 () = self.interrupt.wait() => return Err(Failure::Interrupted),
@@ -657,7 +657,7 @@ impl Run<'_> {
             match again {
                 Ok(again) if again.etag == remote.etag => remote = again,
                 Ok(_) => return Ok(Err("the hub has another file there now".to_owned())),
-                // The old address may still do.
+                // The old address may still work.
                 Err(_) => {}
             }
         }
@@ -699,7 +699,7 @@ impl Run<'_> {
                 self.interrupt.check()
             })
         })?;
-        // From here on the disk need hold only one of the two.
+        // From here on, the disk needs room for only one of the two files.
         fs::remove_file(wheel).map_err(|error| Failure::because(with_causes(&error)))?;
         Ok(goal)
     }
@@ -718,7 +718,7 @@ impl Run<'_> {
     }
 }
 
-/// Reads the whole file at `path` for some check, shown, to its end or until the user interrupts it.
+/// Runs a check that reads the whole file at `path`, with a progress display. The user can interrupt it.
 pub fn with_meter<T, E>(
     path: &Path,
     label: &str,
@@ -736,7 +736,7 @@ pub fn with_meter<T, E>(
     })
 }
 
-/// Looks at the private folder while another program fills it: shows how far it is, and stops it when it takes more
+/// Watch over the private folder while another program fills it: shows the progress, and stops a program that takes more space
 /// than it should.
 struct Watch<'a> {
     download: &'a Download,
@@ -753,7 +753,7 @@ impl<'a> Watch<'a> {
         total: Option<u64>,
         done: u64,
     ) -> Self {
-        // pip holds a wheel twice for a moment, when it moves it to where it was asked to.
+        // pip has the wheel on disk twice for a moment, when it moves the file to its destination.
         let most = download.slot().size_bytes.or(total);
         Self {
             download,
@@ -767,7 +767,7 @@ impl<'a> Watch<'a> {
 
     fn tick(&self) -> ControlFlow<String> {
         let (bytes, largest) = tool::bytes_below(self.download.folder());
-        // Both programs fetch into one place and then move the file to another: the fuller one says how far they are.
+        // Both programs fetch into one place and then move the file to another: the fuller place shows the progress.
         self.meter.set(largest);
         if self.most_bytes.is_some_and(|most| bytes > most) {
             return ControlFlow::Break(format!(
@@ -778,15 +778,15 @@ impl<'a> Watch<'a> {
         self.check_disk()
     }
 
-    /// As [`Watch::tick`], and keeps what `hf` writes.
+    /// Does what [`Watch::tick`] does, and keeps the file that `hf` writes.
     fn tick_of_hf(&self, source: &Source) -> ControlFlow<String> {
         if let Some((file, etag)) = hf_wrapper::incomplete(self.download.folder()) {
             let origin = PartOrigin {
                 source: source.clone(),
                 etag,
             };
-            // A file system without second names, or a file that was done just now: then nothing is kept, and the
-            // download itself is none the worse.
+            // Fails on a file system without hard links, or if the file was completed just now. Then nothing is kept, which
+            // does not affect the download itself.
             let _ = self.download.keep(&file, &origin);
         }
         self.tick()

@@ -1,4 +1,4 @@
-//! The hub's own program `hf`, as a source of model files.
+//! `hf`, the hub's own program, as a source of model files.
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -9,14 +9,14 @@ use tokio::process::Command;
 use crate::tool::{self, ToolError};
 use pool_core::terminal::interrupt::Interrupt;
 
-/// Where `hf` is: in the PATH, else in the private environment that `llorch-pool dev setup` makes.
+/// Finds `hf` on the PATH, or else in the private environment that `llorch-pool dev setup` makes.
 pub fn find(venv: &Path) -> Option<PathBuf> {
     let private = venv.join("bin/hf");
     find_on_path("hf").or_else(|| private.is_file().then_some(private))
 }
 
-/// Fetches `file` of a repository into `folder` and returns where it lies. The parts of a source were checked when the
-/// catalogue was read: none of them can be taken for an option. `started` learns the program's process id.
+/// Downloads `file` of a repository into `folder` and returns its path. The parts of a source were checked when the catalogue
+/// was read, so none of them can be taken for an option. `started` receives the program's process id.
 pub async fn download(
     hf: &Path,
     (repo, file, revision): (&str, &str, Option<&str>),
@@ -33,14 +33,14 @@ pub async fn download(
         .env("HF_HUB_DISABLE_TELEMETRY", "1")
         .env("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         .env("HF_HUB_DISABLE_UPDATE_CHECK", "1")
-        // Its other transport writes a file in any order. By plain HTTP what is on disk is always the file's
-        // beginning, which a later run can go on from.
+        // The Xet transport writes a file in any order. Over plain HTTP the file on disk is always a beginning, which a later
+        // run can continue.
         .env("HF_HUB_DISABLE_XET", "1");
     tool::run("hf", command, interrupt, started, tick).await?;
     Ok(folder.join(file))
 }
 
-/// The file that `hf` is filling below `folder`, with the entity tag that is part of its name:
+/// Returns the file that `hf` is filling below `folder`, with the entity tag from its name:
 /// `.cache/huggingface/download/[FOLDERS/]HASH.ETAG.UNIQUE.incomplete`.
 pub fn incomplete(folder: &Path) -> Option<(PathBuf, String)> {
     let mut todo = vec![folder.join(".cache/huggingface/download")];

@@ -1,8 +1,8 @@
-//! The hub's protocol, as far as a download needs it beside `hf`: what a file is (size, hash, entity tag), which GGUF
-//! files a repository has, and the rest of a file that was broken off.
+//! The parts of the hub's protocol that a download needs besides `hf`: a file's size, hash and entity tag, the GGUF files of a
+//! repository, and the rest of an interrupted file.
 //!
-//! `hf` 2.x begins again after a kill. The address that it fetches from serves ranges, so the rest is asked for there;
-//! whether both halves are one file is decided by its entity tag before and by its hash afterwards.
+//! `hf` 2.x starts over after a kill. The address that it fetches from serves ranges, so the rest is requested there. The
+//! entity tag before and the hash afterwards decide whether both parts are of one file.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -17,18 +17,18 @@ use serde::Deserialize;
 use tokio::fs::OpenOptions;
 use tokio::io::AsyncWriteExt;
 
-/// The hub itself.
+/// Address of the hub, unless `HF_ENDPOINT` names another.
 const ENDPOINT: &str = "https://huggingface.co";
-/// How long a connection, and the beginning of an answer, may take.
+/// Time limit for a connection, and for the beginning of an answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
-/// How long a file's stream may be silent before it is asked for again.
+/// Longest silence of a file's stream before the file is requested again.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// The most steps from an address of the hub to where the bytes are.
+/// Maximum number of redirects from an address of the hub to the bytes.
 const MAX_REDIRECTS: usize = 5;
-/// The most bytes of a listing: a repository of thousands of files has one of a few megabytes.
+/// Maximum size of a listing in bytes. A repository with thousands of files has a listing of a few megabytes.
 const MAX_LISTING_BYTES: usize = 32 << 20;
 
-/// Calls the hub that `hf` would call, with the token that `hf` would send.
+/// Client of the hub that `hf` would call, with the token that `hf` would send.
 pub struct Hub {
     http: Client,
     endpoint: Url,
@@ -38,18 +38,18 @@ pub struct Hub {
 /// A file as the hub describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RemoteFile {
-    /// Tells this content from any other.
+    /// Entity tag, which identifies the content; `None` if the hub sends none.
     pub etag: Option<String>,
-    /// Bytes.
+    /// Size in bytes; `None` if the hub does not say.
     pub size: Option<u64>,
-    /// Where the bytes are.
+    /// Address of the bytes.
     url: Url,
-    /// The tag to send along with a request for a part, where the bytes are served by whoever gave it.
+    /// Tag for `If-Range`; `None` unless the host that serves the bytes gave a strong tag.
     validator: Option<HeaderValue>,
 }
 
 impl RemoteFile {
-    /// The SHA-256, which is the entity tag of large files.
+    /// Returns the SHA-256, which is the entity tag of large files.
     pub fn sha256(&self) -> Option<&str> {
         self.etag.as_deref().filter(|etag| {
             etag.len() == 64 && etag.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
@@ -57,44 +57,44 @@ impl RemoteFile {
     }
 }
 
-/// Why the hub gave no answer that helps.
+/// Reason the hub gave no useful answer.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
-    /// It refused.
+    /// Refusal by the hub.
     #[error("the hub answered {status}{}", code.as_deref().map(|code| format!(" ({code})")).unwrap_or_default())]
     Refused {
-        /// The HTTP status.
+        /// HTTP status of the answer.
         status: StatusCode,
-        /// Its `X-Error-Code`.
+        /// Value of `X-Error-Code`, if it was sent.
         code: Option<String>,
     },
-    /// It can't be reached, or the connection broke.
+    /// Hub that can't be reached, or connection that broke.
     #[error("the hub could not be reached")]
     Unreachable(#[source] reqwest::Error),
-    /// It sent nothing for a while.
+    /// Stream that was silent for too long, or that ended early.
     #[error(
         "the hub sent nothing for {}",
         pool_core::units::human_duration(IDLE_TIMEOUT)
     )]
     Silent,
-    /// It answered in a way that nobody expects.
+    /// Answer that was not expected.
     #[error("the hub's answer can't be used: {0}")]
     Odd(String),
-    /// What came can't be written.
+    /// Received bytes that can't be written.
     #[error("could not write {}", path.display())]
     Write {
-        /// The file in question.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: std::io::Error,
     },
-    /// The rest of the file can't be had on its own.
+    /// Rest of a file that can't be fetched separately, with the reason.
     #[error("{0}")]
     NoRest(String),
 }
 
 impl HubError {
-    /// Whether the same call may do better in a moment.
+    /// Returns whether the same call may succeed a moment later.
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Unreachable(_) | Self::Silent => true,
@@ -109,8 +109,8 @@ impl HubError {
 }
 
 impl Hub {
-    /// The hub of this environment: `HF_ENDPOINT`, and `HF_TOKEN` or the file that `hf auth login` writes. `None`
-    /// where it must not be called (`HF_HUB_OFFLINE`) or can't be.
+    /// Returns the hub of this environment, from `HF_ENDPOINT`, and `HF_TOKEN` or the file that `hf auth login` writes. Returns
+    /// `None` if the hub must not be called (`HF_HUB_OFFLINE`) or can't be.
     pub fn from_env() -> Option<Self> {
         let set = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
         let on = |name| set(name).is_some_and(|value| !matches!(&*value, "0" | "false" | "no"));
@@ -121,7 +121,7 @@ impl Hub {
         let http = Client::builder()
             .connect_timeout(ANSWER_TIMEOUT)
             .user_agent(concat!("llorch-pool/", env!("CARGO_PKG_VERSION")))
-            // Where a redirect leads decides whether the token goes along, so they are followed here.
+            // Redirects are followed in `send`, because their target decides whether the token is sent along.
             .redirect(reqwest::redirect::Policy::none());
         let token = set("HF_TOKEN")
             .or_else(|| set("HUGGING_FACE_HUB_TOKEN"))
@@ -138,7 +138,7 @@ impl Hub {
         })
     }
 
-    /// What the hub says of a file.
+    /// Returns the hub's description of a file.
     pub async fn look(
         &self,
         repo: &str,
@@ -151,9 +151,9 @@ impl Hub {
             .chain(["resolve", revision])
             .chain(file.split('/'));
         let mut headers = HeaderMap::new();
-        // Compressed, a file's length would be another one.
+        // A compressed answer would have a different length.
         headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        // The hub sends on to where the bytes are; that answer describes the file, and is not followed.
+        // The hub redirects to the host of the bytes. The redirect itself describes the file, so it is not followed.
         let (url, answer) = self
             .send(Method::HEAD, self.url(steps)?, &headers, false)
             .await?;
@@ -181,7 +181,7 @@ impl Hub {
         })
     }
 
-    /// The GGUF files of a repository.
+    /// Returns the GGUF files of a repository.
     pub async fn gguf_files(
         &self,
         repo: &str,
@@ -215,8 +215,8 @@ impl Hub {
         Ok(names.filter(|name| name.ends_with(".gguf")).collect())
     }
 
-    /// Appends to `part`, which has the first `have` bytes of `remote`, what lies behind them. `came` is told how much
-    /// there is, and how it ends does not matter: what was written stays and is the beginning of the same file.
+    /// Fetches the bytes of `remote` after the first `have`, and appends them to `part`, which has those already. `came`
+    /// receives the number of bytes so far. After a failure, the written bytes stay a valid beginning of the file.
     pub async fn fetch_rest(
         &self,
         remote: &RemoteFile,
@@ -283,7 +283,7 @@ impl Hub {
                 ));
             }
             file.write_all(&chunk).await.map_err(write)?;
-            // Written by another thread: without this an error would show at the next chunk only.
+            // A background thread writes: without this, an error would only show at the next chunk.
             file.flush().await.map_err(write)?;
             came(done);
         }
@@ -302,8 +302,8 @@ impl Hub {
         Ok(url)
     }
 
-    /// Sends a request and follows redirects: `away` ones, to another host, only where that is asked for, and never
-    /// with the token. Returns the address that answered.
+    /// Sends a request and follows redirects: those to another host only if `away` is set, and never with the token. Returns
+    /// the final address with its answer.
     async fn send(
         &self,
         method: Method,
@@ -353,7 +353,7 @@ impl Hub {
     }
 }
 
-/// Where `hf auth login` leaves the token.
+/// Returns the path at which `hf auth login` stores the token.
 fn token_file(set: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
     if let Some(path) = set("HF_TOKEN_PATH") {
         return Some(path.into());
@@ -366,12 +366,12 @@ fn token_file(set: &dyn Fn(&str) -> Option<String>) -> Option<PathBuf> {
     Some(home.join("token"))
 }
 
-/// An entity tag as `hf` compares it: without quotes, and weak or not.
+/// Returns an entity tag as `hf` compares it: without quotes, and without the mark of a weak tag.
 fn plain_etag(tag: &str) -> String {
     tag.trim_start_matches("W/").trim_matches('"').to_owned()
 }
 
-/// First byte and whole length of `bytes FIRST-LAST/LENGTH`.
+/// Parses `bytes FIRST-LAST/LENGTH` into the first byte and the whole length.
 fn parse_range(text: &str) -> Option<(u64, Option<u64>)> {
     let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
     let (first, _) = range.split_once('-')?;

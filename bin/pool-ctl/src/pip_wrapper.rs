@@ -10,7 +10,7 @@ use tokio::process::Command;
 use crate::tool::{self, ToolError};
 use pool_core::terminal::interrupt::Interrupt;
 
-/// Fetches the wheel of `package` (`NAME==VERSION`) into `folder` and returns where it lies.
+/// Downloads the wheel of `package` (`NAME==VERSION`) into `folder` and returns its path.
 pub async fn download(
     python: &Path,
     package: &str,
@@ -26,8 +26,8 @@ pub async fn download(
         })?;
     }
     let mut command = Command::new(python);
-    // `-m` puts the current folder first among those that Python loads modules from, so it had better be ours. What
-    // pip fetches goes to its temporary folder first: inside ours it is on the right disk, and can be counted.
+    // With `-m`, Python loads modules from the current folder first, so that must be a private one. pip first fetches into its
+    // temporary folder: inside `folder` that is on the right disk, and can be measured.
     command
         .args(arguments(package, &wheels))
         .current_dir(folder)
@@ -66,49 +66,49 @@ fn arguments(package: &str, wheels: &Path) -> Vec<std::ffi::OsString> {
     arguments
 }
 
-/// Why a wheel gave no file.
+/// Reason a wheel yielded no file.
 #[derive(Debug, thiserror::Error)]
 pub enum WheelError {
-    /// pip did not do its work.
+    /// Failed run of pip.
     #[error(transparent)]
     Pip(#[from] ToolError),
-    /// pip said it had succeeded, and left no wheel.
+    /// Missing wheel after a successful run of pip.
     #[error("pip left no wheel")]
     NoWheel,
-    /// The wheel can't be read as the archive that it should be.
+    /// Wheel that can't be read as an archive.
     #[error("the wheel can't be unpacked: {0}")]
     Archive(#[from] zip::result::ZipError),
-    /// The wheel does not have the file.
+    /// Wheel without the file.
     #[error("the wheel has no file `{0}`")]
     NoMember(String),
-    /// The file in it has another size than the catalogue says.
+    /// File in the wheel whose size is not the expected one.
     #[error("the file in the wheel has {found} bytes, the catalogue says {expected}")]
     Size {
-        /// Bytes according to the catalogue.
+        /// Bytes according to the catalogue, or else to the wheel.
         expected: u64,
-        /// Bytes according to the wheel, or as many as came before it was given up.
+        /// Bytes according to the wheel, or the number unpacked before the failure.
         found: u64,
     },
-    /// A file can't be read or written.
+    /// File that can't be read or written.
     #[error("could not write {}", path.display())]
     Write {
-        /// The file in question.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// The caller broke it off.
+    /// Interruption by the caller.
     #[error("interrupted")]
     Interrupted,
 }
 
-/// Bytes of `member` in the wheel, as the wheel itself says.
+/// Returns the size of `member` in bytes, according to the wheel.
 pub fn member_size(wheel: &Path, member: &str) -> Result<u64, WheelError> {
     Ok(find(&mut open(wheel)?, member)?.size())
 }
 
-/// Unpacks `member` of the wheel to `goal`, a piece at a time. Not more is written than `size` (the catalogue's), or,
-/// where nobody knows it, than the wheel itself announced.
+/// Unpacks `member` of the wheel to `goal`, chunk by chunk. Writes at most `size` bytes (the catalogue's), or if that is
+/// unknown, the number that the wheel announces.
 pub fn extract(
     wheel: &Path,
     member: &str,
@@ -139,7 +139,7 @@ pub fn extract(
         if count == 0 {
             break;
         }
-        // The announced size is the archive's word; what really comes out of it is counted.
+        // The announced size can be wrong, so the bytes that are unpacked are counted.
         done += count as u64;
         if done > expected {
             return Err(WheelError::Size {

@@ -1,4 +1,4 @@
-//! This host's workers, through the pool manager when it runs, else directly on the same registry.
+//! This host's workers, through the pool manager if it runs, otherwise directly on the same registry.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
@@ -22,33 +22,33 @@ use tokio::task::block_in_place;
 
 use crate::context::{Context, catalog_error, resolve_error};
 
-/// Variable that names the pool manager for commands.
+/// Environment variable with the URL of the pool manager for commands.
 pub const URL_VARIABLE: &str = "LLORCH_POOL_URL";
-/// How long the pool manager, or a worker, may take to say how it is. Both answer that while they compute.
+/// Time limit for the health of the pool manager or of a worker. Both answer while they compute.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a pool manager that has this host's workers is waited for: it may just be starting, or be busy.
+/// Longest wait for a pool manager that has this host's workers: it may be starting, or be busy.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
-/// How often it is tried in that time.
+/// Interval between attempts in that time.
 const ANSWER_POLL: Duration = Duration::from_millis(100);
-/// How often a worker that is to end is looked at.
+/// Interval between checks of a worker that must end.
 const STOP_POLL: Duration = Duration::from_millis(50);
 
-/// The workers of this host.
+/// Access to the workers of this host.
 pub enum Pool {
-    /// The pool manager has them.
+    /// Access through the pool manager.
     Daemon(ApiClient),
-    /// Nobody else looks after them.
+    /// Direct access, without a pool manager.
     Direct(Box<Lifecycle>),
 }
 
-/// The token of the pool manager's API.
+/// Loads the token of the pool manager's API.
 fn token(context: &Context) -> Result<Option<Secret>, CliError> {
     let token = std::env::var("LLORCH_POOL_TOKEN").ok();
     Ok(Secret::load(token, context.config.token_file.as_deref())?)
 }
 
 impl Pool {
-    /// The pool manager named by `LLORCH_POOL_URL`, else the one that runs with this home, else none.
+    /// Returns access through the pool manager named by `LLORCH_POOL_URL`, or else by [`Pool::of_this_home`].
     pub async fn reach(context: &Context) -> Result<Self, CliError> {
         if let Some(url) = std::env::var(URL_VARIABLE)
             .ok()
@@ -61,7 +61,7 @@ impl Pool {
         Self::of_this_home(context).await
     }
 
-    /// The pool manager that runs with this home, else none.
+    /// Returns access through the pool manager that runs on this home, or else direct access.
     pub async fn of_this_home(context: &Context) -> Result<Self, CliError> {
         match Self::local_daemon(context, token(context)?).await? {
             Some(client) => Ok(Self::Daemon(client)),
@@ -69,8 +69,8 @@ impl Pool {
         }
     }
 
-    /// The pool manager that runs with this home, once it answers. One that does not answer may be about to start or
-    /// stop workers, so nothing is done behind its back.
+    /// Returns a client for the pool manager that runs on this home, once it answers, or `None` if none runs. Fails if it does
+    /// not answer: it may be about to start or stop workers, so nothing must be done without it.
     async fn local_daemon(
         context: &Context,
         token: Option<Secret>,
@@ -108,7 +108,7 @@ impl Pool {
         }
     }
 
-    /// This host's workers without the pool manager, which must not run.
+    /// Returns direct access to this host's workers. Fails if the pool manager runs.
     pub fn direct_alone(context: &Context) -> Result<Self, CliError> {
         match run_files::owner(&context.home.pool_state())? {
             None => Self::direct(context),
@@ -120,14 +120,14 @@ impl Pool {
         }
     }
 
-    /// This host's workers without the pool manager, whether it runs or not.
+    /// Returns direct access to this host's workers, even if the pool manager runs.
     pub fn direct(context: &Context) -> Result<Self, CliError> {
         let lifecycle =
             Lifecycle::new(context.home.clone(), context.config.clone()).map_err(catalog_error)?;
         Ok(Self::Direct(Box::new(lifecycle)))
     }
 
-    /// Starts a worker, which may still load when this returns.
+    /// Starts a worker. The worker may still be loading when this returns.
     pub async fn spawn(&self, request: &WorkerSpawnRequest) -> Result<WorkerInfo, CliError> {
         match self {
             Self::Daemon(client) => Ok(client.post("/workers/spawn", request).await?),
@@ -138,7 +138,7 @@ impl Pool {
         }
     }
 
-    /// All workers, ended ones included, as they are now.
+    /// Returns the current state of all workers, including those that have ended.
     pub async fn list(&self) -> Result<Vec<WorkerInfo>, CliError> {
         match self {
             Self::Daemon(client) => Ok(client.get::<WorkerList>("/workers").await?.workers),
@@ -178,7 +178,7 @@ impl Pool {
         }
     }
 
-    /// One worker as it is now.
+    /// Returns the current state of one worker.
     pub async fn get(&self, id: &str) -> Result<WorkerInfo, CliError> {
         match self {
             Self::Daemon(client) => {
@@ -194,7 +194,7 @@ impl Pool {
         }
     }
 
-    /// Stops a worker and returns when it has ended; a worker that ended before stays as it was.
+    /// Stops a worker and waits until it has ended. A worker that ended earlier is left unchanged.
     pub async fn stop(&self, id: &str, force: bool) -> Result<WorkerInfo, CliError> {
         match self {
             Self::Daemon(client) => {
@@ -202,7 +202,7 @@ impl Pool {
                 let mut worker: WorkerInfo = client
                     .post(&format!("/workers/{id}/stop"), &WorkerStopRequest { force })
                     .await?;
-                // The pool kills a worker that does not end in time, so this comes to an end.
+                // This ends, because the pool kills a worker that does not end in time.
                 while worker.status.is_live() {
                     tokio::time::sleep(STOP_POLL).await;
                     worker = self.get(id).await?;
@@ -210,7 +210,7 @@ impl Pool {
                 Ok(worker)
             }
             Self::Direct(lifecycle) => {
-                // What became of the others is recorded first: one that has ended can't be stopped.
+                // Record the ends of workers first: a worker that has ended can't be stopped.
                 lifecycle
                     .reconcile(&|_| false)
                     .map_err(|error| registry_error(&error))?;
@@ -226,7 +226,7 @@ impl Pool {
         }
     }
 
-    /// Forgets the workers that have ended, and removes what no worker owns.
+    /// Removes workers that have ended, and files that no worker owns.
     pub async fn cleanup(&self) -> Result<CleanupReport, CliError> {
         match self {
             Self::Daemon(client) => Ok(client.post("/workers/cleanup", &()).await?),
@@ -239,7 +239,7 @@ impl Pool {
         }
     }
 
-    /// The last lines of a worker's log.
+    /// Returns the last lines of a worker's log.
     pub async fn log(&self, id: &str, lines: usize) -> Result<String, CliError> {
         match self {
             Self::Daemon(client) => {
@@ -249,7 +249,7 @@ impl Pool {
                     .await?)
             }
             Self::Direct(lifecycle) => {
-                // Only the id of a record becomes part of a path.
+                // Use the id of the record: an argument must not become part of a path.
                 let record = lifecycle.registry().get(id).ok_or_else(|| no_worker(id))?;
                 let lines = lifecycle::log_tail(&lifecycle.log_file(&record.info.id), lines)?;
                 Ok(lines
@@ -261,7 +261,7 @@ impl Pool {
     }
 }
 
-/// Which pool manager it is that runs.
+/// Describes the pool manager that runs, with its pid if that is known.
 fn runs(owner: Option<Owner>) -> String {
     match owner.and_then(|owner| owner.pid) {
         Some(pid) => format!("pool-managerd runs (pid {pid})"),
@@ -269,7 +269,7 @@ fn runs(owner: Option<Owner>) -> String {
     }
 }
 
-/// Records how workers ended that this very command started: nobody but their parent learns it.
+/// Records the ends of workers that this very command started: only their parent can read the exit status.
 fn collect_children(lifecycle: &Lifecycle) -> Result<(), RegistryError> {
     let records = lifecycle.registry().load()?.records;
     for record in records.iter().filter(|record| record.info.status.is_live()) {
@@ -278,7 +278,7 @@ fn collect_children(lifecycle: &Lifecycle) -> Result<(), RegistryError> {
             .pid
             .and_then(|pid| i32::try_from(pid).ok())
             .and_then(Pid::from_raw);
-        // A worker that another process started is no child of this one, which the system says at once.
+        // A worker started by another process is no child of this one, so the call fails at once.
         if let Some(Ok(Some((_, status)))) = pid.map(|pid| waitpid(Some(pid), WaitOptions::NOHANG))
         {
             let status = ExitStatus::from_raw(status.as_raw());
@@ -288,8 +288,8 @@ fn collect_children(lifecycle: &Lifecycle) -> Result<(), RegistryError> {
     Ok(())
 }
 
-/// Asks a worker how it is and records the answer. One that does not answer is still starting, or busy ending: its
-/// record says enough.
+/// Queries a worker's health and records it. A worker that does not answer is still starting or is ending, and its record
+/// suffices.
 async fn ask(lifecycle: &Lifecycle, record: &WorkerRecord) -> Result<(), CliError> {
     let Ok(client) = ApiClient::new(&record.url(), None) else {
         return Ok(());
@@ -302,13 +302,13 @@ async fn ask(lifecycle: &Lifecycle, record: &WorkerRecord) -> Result<(), CliErro
         return Ok(());
     };
     match lifecycle.observe(&record.info.id, &health) {
-        // A stranger on the worker's port has said nothing about the worker.
+        // A stranger on the worker's port says nothing about the worker.
         Ok(_) | Err(ObserveError::Refused(_)) => Ok(()),
         Err(ObserveError::Registry(error)) => Err(registry_error(&error)),
     }
 }
 
-/// An id is a step of a path in a request, so it can only be one that a worker may have.
+/// Checks that `id` may be a worker's, because it becomes part of a request's path.
 fn check_id(id: &str) -> Result<(), CliError> {
     let plain = !id.is_empty()
         && id.len() <= 64

@@ -15,7 +15,7 @@ use crate::pool::Pool;
 const FIRST_OUTCOME: Duration = Duration::from_secs(3);
 /// Interval between checks within that limit.
 const POLL: Duration = Duration::from_millis(50);
-/// Time limit for the daemon to report a change: the same as the daemon's own.
+/// Time limit for the daemon to report a change. Longer than the daemon's own wait for the outcome.
 const REPORT_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// Returns the registration as a part of a sentence about the pool.

@@ -1,4 +1,4 @@
-//! How a download tells what it does: bars and notes for people, or one line of JSON an event.
+//! Progress reports of a download: bars and notes for people, or one line of JSON per event.
 
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
@@ -8,20 +8,20 @@ use pool_core::api::models::{DownloadEvent, DownloadPhase};
 use pool_core::terminal::progress::{self, Progress};
 use pool_core::terminal::say;
 
-/// How often a program hears how far a download is.
+/// Shortest time between two progress events for programs.
 const JSON_EVERY: Duration = Duration::from_millis(250);
 
-/// Who is told.
+/// Recipient of the reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Report {
-    /// People: a bar on a terminal, else a line now and then.
+    /// For people: a bar on a terminal, otherwise a line now and then.
     #[default]
     Bar,
-    /// A program: one line of JSON an event on standard output, the last one `end` or `error`.
+    /// For programs: one line of JSON per event on standard output, the last one `end` or `error`.
     Json,
 }
 
-/// Work whose bytes are counted.
+/// Progress of work measured in bytes.
 pub struct Meter {
     phase: DownloadPhase,
     total: Option<u64>,
@@ -33,7 +33,7 @@ enum Shown {
     Json(RefCell<Pace>),
 }
 
-/// What came since the last line.
+/// State at the latest event, from which the speed is computed.
 struct Pace {
     at: Instant,
     done: u64,
@@ -41,7 +41,7 @@ struct Pace {
 }
 
 impl Report {
-    /// Begins work of `total` bytes, if anybody knows, of which `done` are there.
+    /// Begins work of `total` bytes (`None` if unknown), of which `done` are already there.
     pub fn meter(
         self,
         phase: DownloadPhase,
@@ -72,7 +72,7 @@ impl Report {
         meter
     }
 
-    /// Says that another process is awaited. The returned line turns until it is dropped.
+    /// Reports a wait for another process. The returned spinner turns until it is dropped.
     pub fn waiting(self, message: String) -> Option<Progress> {
         match self {
             Self::Bar => Some(progress::spinner(message)),
@@ -85,7 +85,7 @@ impl Report {
 }
 
 impl Meter {
-    /// Says how many bytes are done.
+    /// Reports the number of bytes that are done.
     pub fn set(&self, done: u64) {
         match &self.shown {
             Shown::Bar(bar) => bar.set(done),
@@ -117,7 +117,7 @@ impl Meter {
     }
 }
 
-/// Prints an event. Nobody reading it is no reason to stop a download.
+/// Prints an event. A closed output does not stop a download.
 pub fn emit(event: &DownloadEvent) {
     if let Ok(line) = serde_json::to_string(event) {
         let _ = say(line);

@@ -1,4 +1,4 @@
-//! Runs another program to its end: bounded in what it may write, and never outliving this one's interruption.
+//! Runs of other programs, with bounded output, and ended when this process is interrupted.
 
 use std::collections::VecDeque;
 use std::io;
@@ -16,48 +16,48 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use pool_core::terminal::interrupt::Interrupt;
 
-/// How often the caller is told that the program still runs.
+/// Interval between calls of `tick`.
 const TICK: Duration = Duration::from_millis(200);
-/// How long an interrupted program may tidy up before it is killed. Less than `pool-managerd` gives this process when it
-/// ends itself: whoever is killed first leaves what it started behind.
+/// Time an interrupted program has to clean up before it is killed. Shorter than the time that `pool-managerd` gives this
+/// process: if this process were killed first, it would leave its children behind.
 const GRACE: Duration = Duration::from_secs(1);
-/// How many last lines of standard error are kept.
+/// Number of last lines of standard error that are kept.
 const TAIL_LINES: usize = 12;
-/// How much of a line is kept.
+/// Maximum number of bytes of a line.
 const LINE_BYTES: u64 = 4096;
 
-/// Why a program did not do its work.
+/// Failure of a program.
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
-    /// It can't be started.
+    /// Failed start.
     #[error("could not start `{}`", program.display())]
     Start {
-        /// The program.
+        /// Path of the program.
         program: PathBuf,
-        /// What the system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// It ended with a failure; its own last words say why.
+    /// Run that ended with a failure, explained by the program's own last messages.
     #[error("{name} failed ({status}): {reason}")]
     Failed {
         /// Short name of the program.
         name: &'static str,
-        /// How it ended.
+        /// Exit status of the program.
         status: std::process::ExitStatus,
-        /// Its last line on standard error that looks like a reason.
+        /// Last line on standard error that looks like a reason.
         reason: String,
-        /// Its last lines on standard error.
+        /// Last lines on standard error.
         tail: Vec<String>,
     },
-    /// It was stopped because it did what it may not.
+    /// Run that was stopped because the program went beyond its limits.
     #[error("stopped {name}: {reason}")]
     Stopped {
         /// Short name of the program.
         name: &'static str,
-        /// What it did.
+        /// Description of the limit and the excess.
         reason: String,
     },
-    /// This process was asked to end, and the program was ended with it.
+    /// Interruption of this process, which ended the program as well.
     #[error("interrupted")]
     Interrupted,
 }
@@ -100,8 +100,8 @@ impl ToolError {
     }
 }
 
-/// Runs `command`, whose standard input is empty and whose standard output is dropped. `tick` is called several
-/// times a second and may have the program stopped, with the reason; `started` learns the process id.
+/// Runs `command` with empty standard input and discarded standard output. `tick` is called several times a second, and may
+/// return a reason to stop the program. `started` receives the process id.
 pub async fn run(
     name: &'static str,
     mut command: Command,
@@ -109,8 +109,8 @@ pub async fn run(
     started: impl FnOnce(u32),
     mut tick: impl FnMut() -> ControlFlow<String>,
 ) -> Result<(), ToolError> {
-    // A group of its own: a Ctrl-C at the terminal reaches us alone, and what we then end is the program with all
-    // that it started.
+    // In a group of its own: a Ctrl-C at the terminal reaches only this process, which then ends the program and all its
+    // children.
     command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -153,7 +153,7 @@ pub async fn run(
     if status.success() {
         return Ok(());
     }
-    // A grandchild could hold the pipe open; its words are not worth waiting for.
+    // A grandchild could hold the pipe open; its messages are not worth a longer wait.
     let tail: Vec<String> = timeout(GRACE, tail)
         .await
         .ok()
@@ -168,7 +168,7 @@ pub async fn run(
     })
 }
 
-/// The line that says most: the last one that speaks of an error, else the last.
+/// Returns the most helpful line: the last one that mentions an error, or else the last one.
 fn reason_of(tail: &[String]) -> String {
     let speaks = |line: &&String| line.to_ascii_lowercase().contains("error");
     let line = tail.iter().rev().find(speaks).or(tail.last());
@@ -189,7 +189,7 @@ async fn last_lines(stream: impl tokio::io::AsyncRead + Unpin) -> VecDeque<Strin
             Ok(0) | Err(_) => return tail,
             Ok(_) => {}
         }
-        // Some programs colour their words even on a pipe.
+        // Some programs colour their output even on a pipe.
         let text = String::from_utf8_lossy(&line);
         let text = sanitize::clean(&text).trim().to_owned();
         if !text.is_empty() {
@@ -201,10 +201,10 @@ async fn last_lines(stream: impl tokio::io::AsyncRead + Unpin) -> VecDeque<Strin
     }
 }
 
-/// Ends the program and all it started: politely, then not.
+/// Ends the program and all its children: with SIGTERM first, then with SIGKILL.
 pub async fn end(child: &mut Child) {
     for signal in [Signal::TERM, Signal::KILL] {
-        // While it has not been waited for, its id can belong to nobody else.
+        // The id can't be reused before the child has been waited for.
         let Some(group) = child
             .id()
             .and_then(|id| i32::try_from(id).ok())
@@ -212,7 +212,7 @@ pub async fn end(child: &mut Child) {
         else {
             return;
         };
-        // Gone already is as good as ended.
+        // A process that is already gone needs no signal.
         let _ = kill_process_group(group, signal);
         if timeout(GRACE, child.wait()).await.is_ok() {
             return;
@@ -220,8 +220,8 @@ pub async fn end(child: &mut Child) {
     }
 }
 
-/// Bytes of all files below `dir`, and of the part of them in its fullest entry. What disappears meanwhile counts for
-/// nothing.
+/// Returns the bytes of all files below `dir`, and the bytes in its largest entry. Files that disappear meanwhile are not
+/// counted.
 pub fn bytes_below(dir: &Path) -> (u64, u64) {
     let Ok(entries) = std::fs::read_dir(dir) else {
         return (0, 0);
@@ -274,7 +274,7 @@ mod tests {
     async fn a_stopped_program_takes_its_children_with_it() {
         let dir = tempfile::tempdir().unwrap();
         let pid_file = dir.path().join("pid");
-        // The polite signal is ignored, so that the other one is seen to follow.
+        // The script ignores SIGTERM, so that SIGKILL has to follow.
         let command = script(
             dir.path(),
             &format!(
