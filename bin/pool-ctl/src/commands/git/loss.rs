@@ -1,4 +1,4 @@
-//! What a command that throws work away would throw away.
+//! Losses that a destructive git command would cause.
 
 use std::collections::HashMap;
 
@@ -11,23 +11,23 @@ use crate::git_wrapper::GitError;
 use crate::git_wrapper::repo::{Inspected, Repo, State, Status, Submodule, short, shown};
 use crate::git_wrapper::trust::Transport;
 
-/// What would be lost in one checkout: the one at hand, or a submodule.
+/// Losses in one checkout: the one at hand, or a submodule.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Loss {
-    /// The path of the submodule; `.` for the checkout itself.
+    /// Path of the submodule; `.` for the checkout itself.
     pub place: String,
-    /// Files with changes.
+    /// Files whose changes would be lost.
     pub files: Vec<String>,
-    /// Files that git does not know, and that would be overwritten.
+    /// Files unknown to git that would be overwritten.
     pub overwritten: Vec<String>,
-    /// Files that git does not know, and that would be removed.
+    /// Files unknown to git that would be removed.
     pub removed: Vec<String>,
-    /// Commits that would only be found in the reflog.
+    /// Commits that only the reflog would still have.
     pub commits: Vec<String>,
 }
 
 impl Loss {
-    /// Of the checkout itself, when its branch is set to `target`.
+    /// Returns the losses in the checkout itself if its branch is set to `target`.
     pub async fn of_branch(
         repo: &Repo,
         status: &Status,
@@ -45,7 +45,7 @@ impl Loss {
         })
     }
 
-    /// Of a submodule, when it is set to `target`; nothing is overwritten, where that is not known here.
+    /// Returns the losses in a submodule if it is set to `target`. Without a known target, no file counts as overwritten.
     async fn of_submodule(
         repo: &Repo,
         status: &Status,
@@ -65,7 +65,7 @@ impl Loss {
 
     fn of_files(repo: &Repo, status: &Status, clean: bool, place: &str) -> Self {
         let files = status.changes.tracked().into_iter().map(str::to_owned);
-        // git leaves repositories that lie in the checkout unknown to it.
+        // git does not clean away repositories inside the checkout that it does not know.
         let goes = |name: &&String| !repo.root().join(name).join(".git").exists();
         let removed = status.changes.untracked.iter().filter(goes).cloned();
         Self {
@@ -76,7 +76,7 @@ impl Loss {
         }
     }
 
-    /// Whether there is nothing to lose.
+    /// Returns whether nothing would be lost.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty()
             && self.overwritten.is_empty()
@@ -103,12 +103,12 @@ impl Loss {
     }
 }
 
-/// What would be lost in submodules and in those inside them, gathered.
+/// Collector of the losses in submodules, including nested ones.
 pub(super) struct Losses<'a> {
     clean: bool,
     transports: &'a [Transport],
     progress: &'a Progress,
-    /// What was found.
+    /// Losses found so far.
     pub found: Vec<Loss>,
 }
 
@@ -122,8 +122,8 @@ impl<'a> Losses<'a> {
         }
     }
 
-    /// Adds what would be lost in a submodule of `outer`, at `place`, when it is set to `target`. The commit is fetched
-    /// for that, if need be, which changes no file. Refuses what could not be done later, before anything is moved.
+    /// Adds the losses in a submodule of `outer`, at `place`, if it is set to `target`. Fetches that commit if necessary, which
+    /// changes no file. Fails if the later move would be impossible, before anything is moved.
     pub async fn of(
         &mut self,
         outer: &Repo,
@@ -165,12 +165,12 @@ impl<'a> Losses<'a> {
         Ok(())
     }
 
-    /// Whether `target` is known in a submodule, at the latest now.
+    /// Returns whether `target` is known in a submodule, after a fetch if necessary.
     async fn bring(&self, repo: &Repo, target: &str, path: &str) -> Result<bool, CliError> {
         match repo.bring(target, self.transports, self.progress).await {
             Ok(()) => Ok(true),
             Err(error @ GitError::Interrupted) => Err(error.into()),
-            // Its address may be a new one, which is taken over when it is set.
+            // The submodule may have a new address, which is only copied when the submodule is set.
             Err(error) => {
                 note(sanitize::clean(&format!(
                     "note: {}: what would be overwritten there is not known before its commit {} is fetched: {error}",
@@ -183,7 +183,7 @@ impl<'a> Losses<'a> {
     }
 }
 
-/// The answer to a command that destroys and was not given `--yes`: what it would destroy.
+/// Returns the error of a destructive command that lacks `--yes`. Prints the losses first.
 pub(super) fn not_without_yes(what: &str, command: &str, losses: &[Loss]) -> CliError {
     let message = if losses.is_empty() {
         format!("{what}; nothing of yours would be lost")

@@ -18,10 +18,10 @@ use crate::context::Context;
 use crate::git_wrapper::Git;
 use crate::git_wrapper::repo::{Repo, short, shown};
 
-/// `llorch-pool git`.
+/// Arguments of `llorch-pool git`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The checkout [default: `repo_path` of the settings, else the one that the command runs in].
+    /// The checkout [default: `repo_path` of the settings, or else the checkout that the command runs in].
     #[arg(long, global = true, value_name = "PATH")]
     repo: Option<PathBuf>,
     #[command(subcommand)]
@@ -38,22 +38,22 @@ enum Command {
     Status(status::Args),
     /// Take over the commits of the upstream branch, if that needs no merge and touches no local change.
     ///
-    /// Only forward: with local changes or commits of its own on both sides it refuses (exit code 4), and says which.
-    /// Submodules that are at their recorded commit, unchanged and on no branch, move along, and new ones are fetched;
-    /// the others stay as they are and are named, with the command that updates them.
+    /// Moves only forward: with local changes, or with commits on both sides, it refuses (exit code 4) and names them.
+    /// Submodules that are at their recorded commit, unchanged and on no branch, move along, and new ones are fetched. The
+    /// others stay as they are and are listed, with the command that updates them.
     ///
-    /// JSON: an object with `branch`, `upstream`, `from`, `to`, `commits`, `files` (how many), and `submodules`: an
-    /// array of `name`, `path`, `action` (`updated`, `fetched`, `left`, `refused`), `from`, `to`, `reason`.
+    /// JSON: an object with `branch`, `upstream`, `from`, `to`, `commits`, `files` (their number), and `submodules`: an array
+    /// of `name`, `path`, `action` (`updated`, `fetched`, `left`, `refused`), `from`, `to`, `reason`.
     Pull(pull::Args),
-    /// Set branch, files and submodules to what the remote has. Local changes and commits are lost.
+    /// Set branch, files and submodules to the state of the remote. Local changes and commits are lost.
     ///
-    /// Without `--yes` it changes nothing, shows what would be lost, and exits with 4. Commits stay in git's reflog for
-    /// a while; changes of files don't.
+    /// Without `--yes` it changes nothing, shows what would be lost, and exits with 4. Commits stay in git's reflog for a
+    /// while; changes to files don't.
     ///
     /// JSON: as `git pull`, with `lost`: an array of `place` (the path of a submodule, or `.`), `files` (changes),
     /// `overwritten` (files unknown to git), `removed` (with --clean), `commits`.
     Sync(sync::Args),
-    /// The repositories inside the checkout.
+    /// List, check, update and reset the repositories inside the checkout.
     Submodules {
         #[command(subcommand)]
         command: submodules::Command,
@@ -61,7 +61,7 @@ enum Command {
 }
 
 impl Args {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self) -> Result<Exit, CliError> {
         let at = match self.repo {
             Some(path) => path,
@@ -80,25 +80,25 @@ impl Args {
     }
 }
 
-/// How to print what was done.
+/// Output options of a command.
 #[derive(Debug, Clone, Copy, clap::Args)]
 struct Printed {
-    /// How to print it; the long help says what JSON holds.
+    /// Output format; the long help describes the JSON.
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
 
-/// What became of a submodule.
+/// Outcome for a submodule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Action {
-    /// It is at another commit now.
+    /// Moved to another commit.
     Updated,
-    /// It was fetched for the first time.
+    /// Fetched for the first time.
     Fetched,
-    /// It is as it was, for a reason.
+    /// Left as it was, for a reason.
     Left,
-    /// It may not be used.
+    /// Refused, because it may not be used.
     Refused,
 }
 
@@ -130,11 +130,12 @@ impl Moved {
     }
 }
 
-/// Says what became of submodules; one that may not be used makes the command fail.
+/// Prints the outcome for each submodule.
 fn say_moved(moved: &[Moved]) -> Result<(), CliError> {
     moved.iter().try_for_each(|one| say(one.line()))
 }
 
+/// Returns the exit code of a command on submodules. Fails if one of them was refused.
 fn end_of(moved: &[Moved]) -> Result<Exit, CliError> {
     let refused: Vec<_> = moved
         .iter()
@@ -155,7 +156,7 @@ fn end_of(moved: &[Moved]) -> Result<Exit, CliError> {
     .hint("look at .gitmodules and at the submodule's own settings, and ask who wrote them"))
 }
 
-/// Names for one sentence: the first ones, and how many more there are.
+/// Joins names for one sentence: the first ones, and the number of the others.
 fn some(names: &[impl AsRef<str>]) -> String {
     const SHOWN: usize = 10;
     let first: Vec<_> = names
@@ -170,7 +171,7 @@ fn some(names: &[impl AsRef<str>]) -> String {
     }
 }
 
-/// `1 commit`, `2 commits`.
+/// Formats a count with its noun: `1 commit`, `2 commits`.
 fn counted(count: u64, what: &str) -> String {
     format!("{count} {what}{}", if count == 1 { "" } else { "s" })
 }

@@ -1,4 +1,4 @@
-//! `llorch-pool git pull`: forward, or not at all.
+//! `llorch-pool git pull`: a fast-forward, or nothing.
 
 use std::collections::HashMap;
 
@@ -19,7 +19,7 @@ pub struct Args {
     printed: Printed,
 }
 
-/// What a branch became.
+/// Result of moving a branch.
 #[derive(Debug, Serialize)]
 pub(super) struct Forward {
     pub branch: String,
@@ -38,7 +38,7 @@ struct Pulled {
 }
 
 impl Args {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self, repo: &Repo) -> Result<Exit, CliError> {
         let Course {
             status,
@@ -91,7 +91,7 @@ impl Forward {
     }
 }
 
-/// The error of a command whose first half is done: submodules are still to be moved.
+/// Returns the error of a command whose first half is done, and whose submodules still have to be moved.
 pub(super) fn half_done(error: CliError, at: &str) -> CliError {
     let hint = match error.hint.clone() {
         Some(hint) => format!("{hint}; then: llorch-pool git submodules update"),
@@ -102,8 +102,8 @@ pub(super) fn half_done(error: CliError, at: &str) -> CliError {
         .hint(hint)
 }
 
-/// What `git pull` and `git sync` begin with: where the checkout stands, and what it is to take over. While it is there, a
-/// spinner says that it is being fetched.
+/// First step of `git pull` and `git sync`: the state of the checkout, and the upstream to take over. The spinner announces the
+/// fetch for as long as it exists.
 pub(super) struct Course {
     pub status: Status,
     pub branch: String,
@@ -129,7 +129,7 @@ impl Course {
     }
 }
 
-/// Tells the owner of a repository why its own way of using ssh is not taken, and that its own way over https is.
+/// Prints which of the repository's own settings for https are in force, and that its own ssh command is ignored.
 pub(super) fn tell_own_ways(repo: &Repo) {
     for (key, value) in repo.detours() {
         note(format!(
@@ -145,7 +145,7 @@ pub(super) fn tell_own_ways(repo: &Repo) {
     }
 }
 
-/// The branch checked out, and what it follows; else why there is nothing to take over.
+/// Returns the current branch and its upstream, or an error that says why there is nothing to take over.
 pub(super) async fn followed(repo: &Repo, status: &Status) -> Result<(String, Upstream), CliError> {
     let Some(branch) = &status.branch else {
         let at = status.commit.as_deref().map_or("nothing", short);
@@ -165,7 +165,7 @@ pub(super) async fn followed(repo: &Repo, status: &Status) -> Result<(String, Up
     }
 }
 
-/// Fetches what `branch` follows and moves it there, if nothing stands against it.
+/// Fetches the upstream of `branch` and fast-forwards to it, unless something prevents that.
 pub(super) async fn fast_forward(
     repo: &Repo,
     status: &Status,
@@ -270,7 +270,7 @@ pub(super) async fn fast_forward(
     Ok(forward(behind, files, to))
 }
 
-/// Moves the submodules that were in step before the pull; `before` is how they were recorded then.
+/// Moves the submodules that were in step before the pull. `before` has the records of that time.
 async fn move_along(
     repo: &Repo,
     before: &[Submodule],
@@ -288,7 +288,7 @@ async fn move_along(
         let at = found.status.commit.as_deref();
         match (found.state, was) {
             (State::Refused, _) => mover.refuse(&submodule, found.problem.as_deref()),
-            // One that is new with this pull; another one was left out by the operator's choice.
+            // Only a submodule that is new with this pull: an earlier one is missing by the operator's choice.
             (State::Missing, None) => mover.check_out(repo, &submodule, &found).await?,
             (State::Missing, Some(_)) => {}
             (State::OutOfStep, Some(was)) if at == Some(was) => {
@@ -304,7 +304,7 @@ async fn move_along(
 }
 
 impl Moved {
-    /// An entry about a submodule.
+    /// Returns an entry about a submodule, without commits and reason.
     pub(super) fn of(submodule: &Submodule, action: Action) -> Self {
         Self {
             name: submodule.name.clone(),

@@ -1,4 +1,4 @@
-//! What `git status` and `git submodules status` show of a submodule.
+//! Rows of `git status` and `git submodules status` about submodules.
 
 use pool_core::terminal::CliError;
 use pool_core::terminal::paint::{Cell, Style};
@@ -9,7 +9,7 @@ use crate::git_wrapper::repo::{
     Changes, Inspected, MAX_DEPTH, Repo, State, Submodule, quoted, short, shown,
 };
 
-/// What `status` shows of one.
+/// One row about a submodule.
 #[derive(Debug, Serialize)]
 pub(super) struct Row {
     pub name: String,
@@ -21,12 +21,12 @@ pub(super) struct Row {
     #[serde(flatten)]
     pub changes: Changes,
     pub problem: Option<String>,
-    /// Paths of submodules inside it that are not as recorded.
+    /// Paths of nested submodules that are not as recorded.
     pub nested: Vec<String>,
 }
 
 impl Row {
-    /// What is worth knowing beyond the state.
+    /// Returns the note of the table, which adds details to the state.
     pub fn note(&self) -> String {
         let name = quoted(&self.path);
         match self.state {
@@ -48,7 +48,7 @@ impl Row {
         }
     }
 
-    /// The row of a table.
+    /// Returns the cells of the table.
     pub fn cells(&self) -> Vec<Cell> {
         let style = match self.state {
             State::InStep => Style::Good,
@@ -71,7 +71,7 @@ impl Row {
     }
 }
 
-/// Collects the paths of the submodules inside of a submodule that are not in step, however deep.
+/// Collects the paths of nested submodules that are not in step, down to [`MAX_DEPTH`].
 async fn odd_inside(
     outer: &Inspected,
     place: &str,
@@ -93,7 +93,7 @@ async fn odd_inside(
     Ok(())
 }
 
-/// What `status` shows of submodules.
+/// Returns the rows about `submodules`.
 pub(super) async fn rows(repo: &Repo, submodules: &[Submodule]) -> Result<Vec<Row>, CliError> {
     let mut rows = Vec::new();
     for one in submodules {

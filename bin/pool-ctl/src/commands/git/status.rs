@@ -10,13 +10,13 @@ use super::row::{Row, rows};
 use super::{Printed, counted};
 use crate::git_wrapper::repo::{Changes, Repo, State, Upstream, short, shown};
 
-/// Names of one kind that the table shows; JSON has all.
+/// Maximum number of names of one kind in the table. JSON has all names.
 const SHOWN_NAMES: usize = 20;
 
 /// Arguments of `llorch-pool git status`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Ask the remote first, so that `ahead` and `behind` are of now and not of the last time.
+    /// Ask the remote first, so that `ahead` and `behind` are current.
     #[arg(long)]
     fetch: bool,
     #[command(flatten)]
@@ -39,7 +39,7 @@ struct Report {
 }
 
 impl Args {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self, repo: &Repo) -> Result<Exit, CliError> {
         let mut status = repo.status().await?;
         let upstream = match &status.branch {

@@ -19,13 +19,13 @@ use crate::git_wrapper::repo::{
 };
 use crate::git_wrapper::trust::{self, Transport};
 
-/// `llorch-pool git submodules`.
+/// Subcommands of `llorch-pool git submodules`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// List the submodules: where they go, where they come from.
+    /// List the submodules with their paths and addresses.
     ///
-    /// JSON: an array of `name`, `path`, `url` (null if there is none), `follows` (the branch set for it, or null),
-    /// `recorded` (commit), `problem` (why it may not be used, or null).
+    /// JSON: an array of `name`, `path`, `url` (null if there is none), `follows` (the branch set for it, or null), `recorded`
+    /// (commit), `problem` (the reason it may not be used, or null).
     List {
         #[command(flatten)]
         printed: Printed,
@@ -35,8 +35,8 @@ pub enum Command {
     /// States: `in_step`; `out_of_step`, at another commit; `on_branch`; `modified`; `missing`, not fetched; `refused`.
     ///
     /// JSON: an array of `name`, `path`, `state`, `recorded`, `commit` and `branch` (null if there is none), `staged`,
-    /// `modified`, `conflicted`, `untracked` (lists of names), `problem` (why it is refused, or null), `nested` (paths of
-    /// submodules inside of it that are not in step).
+    /// `modified`, `conflicted`, `untracked` (lists of names), `problem` (the reason it is refused, or null), `nested` (paths
+    /// of submodules inside it that are not in step).
     Status {
         /// Names or paths [default: all].
         #[arg(value_name = "NAME")]
@@ -44,13 +44,13 @@ pub enum Command {
         #[command(flatten)]
         printed: Printed,
     },
-    /// Fetch submodules that are missing, and bring the others to the recorded commit.
+    /// Fetch missing submodules, and move the others to the recorded commit.
     ///
-    /// One that is on a branch goes forward on that branch. Refuses (exit code 4) before anything is changed if one of
-    /// them has changes, commits of its own, or files unknown to git, even ignored ones, that would be overwritten.
-    /// Submodules inside of submodules come along.
+    /// A submodule on a branch goes forward on that branch. Refuses (exit code 4) before anything is changed if a submodule has
+    /// changes, commits of its own, or files unknown to git, even ignored ones, that would be overwritten. Nested submodules
+    /// are updated as well.
     ///
-    /// JSON: an array as `submodules` of `git pull`.
+    /// JSON: an array like `submodules` of `git pull`.
     Update {
         /// Names or paths [default: all].
         #[arg(value_name = "NAME")]
@@ -60,40 +60,40 @@ pub enum Command {
     },
     /// Set submodules to the recorded commit, on no branch. Their changes are lost.
     ///
-    /// Without `--yes` nothing is changed, what would be lost is shown, and the exit code is 4.
+    /// Without `--yes` it changes nothing, shows what would be lost, and exits with 4.
     ///
-    /// JSON: an array as `submodules` of `git pull`.
+    /// JSON: an array like `submodules` of `git pull`.
     Reset {
         /// Names or paths [default: all].
         #[arg(value_name = "NAME")]
         names: Vec<String>,
-        /// Do it.
+        /// Do it. Without this option nothing is changed.
         #[arg(long)]
         yes: bool,
-        /// Also remove files that git does not know, save ignored ones.
+        /// Also remove files unknown to git, except ignored ones.
         #[arg(long)]
         clean: bool,
         #[command(flatten)]
         printed: Printed,
     },
-    /// Show the branch that a submodule follows, or check out another one and follow it from now on.
+    /// Show the branch that a submodule follows, or check out another branch and follow it from now on.
     ///
-    /// With BRANCH: fetches it, checks it out, and writes it into the settings of this checkout, where `git submodules
-    /// update` and git itself find it; `git submodules reset` goes back to the recorded commit. Refuses (exit code 4)
-    /// if the submodule has changes, or commits that would be lost from sight.
+    /// With BRANCH: fetches it, checks it out, and writes it into the settings of this checkout, where `git submodules update`
+    /// and git itself find it. `git submodules reset` returns to the recorded commit. Refuses (exit code 4) if the submodule
+    /// has changes, or commits that no branch has.
     ///
     /// JSON: an object with `name`, `path`, `follows`, `branch` (checked out) and `commit`, null if there is none.
     Branch {
         /// Name or path of the submodule.
         name: String,
-        /// The branch to follow.
+        /// Branch to follow from now on [default: only show the current one].
         branch: Option<String>,
         #[command(flatten)]
         printed: Printed,
     },
 }
 
-/// What `list` shows of one.
+/// One entry of `list`.
 #[derive(Serialize)]
 struct Listed {
     name: String,
@@ -114,7 +114,7 @@ struct Followed {
 }
 
 impl Command {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self, repo: &Repo) -> Result<Exit, CliError> {
         match self {
             Self::List { printed } => list(repo, printed).await,
@@ -140,7 +140,7 @@ impl Command {
     }
 }
 
-/// The submodules that `names` mean: all, where there are none.
+/// Returns the submodules that `names` refer to; all of them if `names` is empty.
 async fn chosen(repo: &Repo, names: &[String]) -> Result<Vec<Submodule>, CliError> {
     let all = repo.submodules().await?;
     if names.is_empty() {
@@ -220,13 +220,13 @@ async fn status(repo: &Repo, names: &[String], printed: Printed) -> Result<Exit,
     Ok(Exit::Done)
 }
 
-/// Moves submodules, and keeps account of it.
+/// A mover of submodules that records each move.
 pub(super) struct Mover<'a> {
     transports: &'a [Transport],
     progress: &'a Progress,
-    /// Files unknown to git that may be overwritten, since their owner was told.
+    /// Files unknown to git that may be overwritten, because the user has seen them listed.
     listed: HashSet<PathBuf>,
-    /// What became of them.
+    /// Outcomes so far.
     pub moved: Vec<Moved>,
 }
 
@@ -240,7 +240,7 @@ impl<'a> Mover<'a> {
         }
     }
 
-    /// Lets it overwrite what `losses` list, and nothing else.
+    /// Permits the mover to overwrite the files listed in `losses`, and no others.
     pub fn may_overwrite(mut self, repo: &Repo, losses: &[Loss]) -> Self {
         for loss in losses {
             let place = repo.root().join(&loss.place);
@@ -250,7 +250,7 @@ impl<'a> Mover<'a> {
         self
     }
 
-    /// Notes one that may not be used.
+    /// Records a submodule that may not be used.
     pub fn refuse(&mut self, submodule: &Submodule, problem: Option<&str>) {
         self.moved.push(Moved {
             reason: problem.map(str::to_owned),
@@ -258,7 +258,7 @@ impl<'a> Mover<'a> {
         });
     }
 
-    /// Notes one that stays as it is.
+    /// Records a submodule that stays as it is.
     pub fn leave(&mut self, submodule: &Submodule, found: &Inspected, state: State) {
         let path = quoted(&submodule.path);
         let reason = match (state, &found.status.branch) {
@@ -281,8 +281,8 @@ impl<'a> Mover<'a> {
         });
     }
 
-    /// Brings one without changes to the recorded commit, with all inside it; it stays where that would overwrite a file
-    /// that git does not know.
+    /// Moves a submodule without changes to the recorded commit, with all submodules inside it. Leaves it where it is if the
+    /// move would overwrite a file unknown to git.
     pub async fn check_out(
         &mut self,
         repo: &Repo,
@@ -291,7 +291,7 @@ impl<'a> Mover<'a> {
     ) -> Result<(), CliError> {
         self.progress
             .message(format!("updating the submodule {}", shown(&submodule.path)));
-        // git itself would write over ignored files without a word.
+        // git itself would silently overwrite ignored files.
         let stands = blocked(repo, submodule, found, (self.transports, self.progress))
             .await
             .map_err(|error| error.told(&unfinished(submodule)))?;
@@ -316,7 +316,7 @@ impl<'a> Mover<'a> {
         nested(self, &now, 1).await
     }
 
-    /// Sets one to the recorded commit, whatever is in it.
+    /// Sets a submodule to the recorded commit, whatever its state.
     pub async fn set(
         &mut self,
         repo: &Repo,
@@ -400,7 +400,7 @@ fn unfinished(submodule: &Submodule) -> String {
     )
 }
 
-/// Brings the submodules inside a submodule to their recorded commits; one with work of its own stays.
+/// Moves nested submodules to their recorded commits. A submodule with work of its own stays.
 pub(super) async fn nested(
     mover: &mut Mover<'_>,
     outer: &Inspected,
@@ -428,7 +428,7 @@ pub(super) async fn nested(
     Ok(())
 }
 
-/// How the checkout's own remote is reached: its submodules may be reached the same way.
+/// Returns the transports to the checkout's own remote, which its submodules may use too.
 async fn transports_of(repo: &Repo) -> Result<Vec<Transport>, CliError> {
     let upstream = match repo.status().await?.branch {
         Some(branch) => repo.upstream(&branch).await?,
@@ -505,7 +505,7 @@ fn in_submodule(mut error: CliError, submodule: &Submodule) -> CliError {
     error
 }
 
-/// Refuses to move a submodule in which there is something to lose.
+/// Refuses to move a submodule in which work could be lost.
 async fn not_with_work_in_it(submodule: &Submodule, found: &Inspected) -> Result<(), CliError> {
     let path = shown(&submodule.path);
     if found.state == State::Modified {
@@ -679,7 +679,7 @@ async fn set_branch(
         let files = inside.in_the_way_of(target).await?;
         if !files.is_empty() {
             let mut error = Blocked::Files(files).error(&submodule);
-            // A reset would go to the recorded commit.
+            // The usual hint, a reset, would go to the recorded commit.
             error.hint = Some("move them away".to_owned());
             return Err(error);
         }

@@ -1,4 +1,4 @@
-//! `llorch-pool git sync`: what the remote has, whatever is here.
+//! `llorch-pool git sync`: sets the checkout to the state of the remote, whatever its own.
 
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
@@ -13,10 +13,10 @@ use crate::git_wrapper::repo::{MAX_DEPTH, Repo, State, short, shown};
 /// Arguments of `llorch-pool git sync`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Do it. Without this nothing is changed, and what would be lost is shown.
+    /// Do it. Without this option nothing is changed, and what would be lost is shown.
     #[arg(long)]
     yes: bool,
-    /// Also remove files that git does not know, save ignored ones.
+    /// Also remove files unknown to git, except ignored ones.
     #[arg(long)]
     clean: bool,
     #[command(flatten)]
@@ -32,7 +32,7 @@ struct Synced {
 }
 
 impl Args {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self, repo: &Repo) -> Result<Exit, CliError> {
         let Course {
             status,
@@ -144,13 +144,13 @@ fn line(forward: &Forward) -> String {
     )
 }
 
-/// Sets every submodule that may be used to its recorded commit.
+/// Sets every usable submodule to its recorded commit.
 async fn set_all(repo: &Repo, clean: bool, mut mover: Mover<'_>) -> Result<Vec<Moved>, CliError> {
     set_inside(repo, clean, &mut mover, 0).await?;
     Ok(mover.moved)
 }
 
-/// [`set_all`], for the submodules of one checkout and those inside them.
+/// Implements [`set_all`] for the submodules of one checkout and those inside them.
 async fn set_inside(
     repo: &Repo,
     clean: bool,
@@ -174,7 +174,7 @@ async fn set_inside(
     Ok(())
 }
 
-/// Sets the chosen submodules of a checkout and all inside them, for `git submodules reset`.
+/// Sets a submodule and all submodules inside it, for `git submodules reset`.
 pub(super) async fn set_one(
     repo: &Repo,
     submodule: &crate::git_wrapper::repo::Submodule,

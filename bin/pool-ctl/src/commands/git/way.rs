@@ -1,4 +1,4 @@
-//! What stands in the way of a commit: files that git would write over without a word, or stop at half way.
+//! Obstacles to a move: files that git would silently overwrite, or at which it would stop half way.
 
 use pool_core::terminal::progress::Progress;
 use pool_core::terminal::{CliError, Exit};
@@ -8,18 +8,18 @@ use crate::git_wrapper::GitError;
 use crate::git_wrapper::repo::{Inspected, PassedOver, Repo, Submodule, quoted, shown};
 use crate::git_wrapper::trust::Transport;
 
-/// Why a submodule can't be moved without losing something.
+/// Reason a submodule can't be moved without a loss.
 pub(super) enum Blocked {
-    /// Files unknown to git, ignored ones among them, lie where the commit has its own.
+    /// Files unknown to git, even ignored ones, in places where the commit has its own.
     Files(Vec<String>),
-    /// Changed files that git was told to pass over.
+    /// Changed files that git was told not to look at.
     Hidden(Vec<PassedOver>),
-    /// The folder that it is to be fetched into has something in it.
+    /// Entries of the folder that the submodule would be fetched into.
     Occupied(Vec<String>),
 }
 
 impl Blocked {
-    /// What is wrong, after the name of the submodule.
+    /// Returns the reason, worded to follow the name of the submodule.
     pub fn reason(&self) -> String {
         match self {
             Self::Files(names) => format!(
@@ -35,7 +35,7 @@ impl Blocked {
         }
     }
 
-    /// What to do about it, in the submodule at `path`.
+    /// Returns the remedy, for the submodule at `path`.
     pub fn hint(&self, path: &str) -> String {
         match self {
             Self::Files(_) => format!(
@@ -47,7 +47,7 @@ impl Blocked {
         }
     }
 
-    /// As the error of a command that moves nothing then.
+    /// Returns the error of a command that moves nothing for this reason.
     pub fn error(&self, submodule: &Submodule) -> CliError {
         let message = format!("submodule {}: {}", shown(&submodule.path), self.reason());
         CliError::new(Exit::Refused, message).hint(self.hint(&submodule.path))
@@ -75,8 +75,8 @@ fn hidden_hint(files: &[PassedOver], place: Option<&str>) -> String {
     format!("let git see it again, then keep or drop the change: {command}")
 }
 
-/// Refuses where a command would stop at a file that git was told to pass over, or write over it unseen. `throws` says
-/// that the command sets all files, not only those that differ between the commits.
+/// Refuses a command that would stop at a file that git was told not to look at, or silently overwrite it. `throws` is true for
+/// a command that sets all files, not only those that differ between the commits.
 pub(super) async fn not_over_hidden(
     repo: &Repo,
     target: &str,
@@ -92,8 +92,8 @@ pub(super) async fn not_over_hidden(
     Err(CliError::new(Exit::Refused, message).hint(hidden_hint(&files, place)))
 }
 
-/// Why the submodule can't go to its recorded commit without losing something. The commit is fetched for that, if need
-/// be: nothing in its folder changes by that.
+/// Returns the reason the submodule can't go to its recorded commit without a loss, or `None`. Fetches the commit if necessary,
+/// which changes nothing in the submodule's folder.
 pub(super) async fn blocked(
     outer: &Repo,
     submodule: &Submodule,
