@@ -12,29 +12,29 @@ use serde::Serialize;
 
 use crate::context::{Context, resolve_error};
 
-/// What is to go.
+/// The file to delete.
 enum Target {
-    /// A model with a place of its own.
+    /// Model with a slot in the store.
     Slot(Slot),
-    /// Any other file of the models folder.
+    /// Any other file in the models folder.
     File(PathBuf),
 }
 
-/// What the user agreed to.
+/// Consent given by the user.
 #[derive(Clone, Copy)]
 pub struct Consent {
-    /// Remove it.
+    /// True if the file may be removed.
     pub yes: bool,
-    /// Although a worker uses it.
+    /// True if the file may be removed while a worker uses it.
     pub force: bool,
 }
 
-/// What came of it.
+/// Result of a removal.
 #[derive(Serialize)]
 struct Removal<'a> {
     model_ref: &'a ModelRef,
     path: &'a Path,
-    /// Now; those of a file that a worker has open follow when it ends.
+    /// Bytes freed at once. The bytes of a file that a worker has open are freed when the worker ends.
     freed_bytes: u64,
     other_names: u64,
     in_use_by: Vec<String>,
@@ -58,7 +58,7 @@ impl Removal<'_> {
     }
 }
 
-/// `2 other names of the file remain`.
+/// Formats `2 other names of the file remain`.
 fn still_called(other_names: u64) -> String {
     match other_names {
         1 => "1 other name of the file remains".to_owned(),
@@ -144,7 +144,7 @@ pub fn run(
 
 fn target(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result<Target, CliError> {
     if let ModelRef::File(_) = model {
-        // Of the models folder alone, wherever tasks may take models from.
+        // Only below the models folder, whichever folders tasks may take models from.
         let found = store
             .resolve(model, catalog, &[])
             .map_err(|error| resolve_error(&error))?;
@@ -158,7 +158,7 @@ fn target(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result<Target, 
 
 fn slot(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result<Slot, CliError> {
     match (store.slot(model, catalog), model) {
-        // Nothing may be there but the beginning of a download.
+        // There may be nothing but the beginning of a download.
         (
             Err(ResolveError::NotCatalogued { .. }),
             ModelRef::Hub {
@@ -171,7 +171,7 @@ fn slot(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result<Slot, CliE
     }
 }
 
-/// The live workers that have the file at `path` open.
+/// Returns the ids of the live workers that have the file at `path` open.
 fn users(context: &Context, path: &Path) -> Result<Vec<String>, CliError> {
     let records = Registry::new(&context.home)
         .load()
@@ -188,7 +188,7 @@ fn users(context: &Context, path: &Path) -> Result<Vec<String>, CliError> {
     let uses = records
         .into_iter()
         .filter(|record| record.info.status.is_live() && real(&record.args.model) == path)
-        // A record says that a worker lives until somebody has seen that it ended.
+        // A record stays live until some process has noticed the worker's end.
         .filter(|record| {
             record
                 .identity

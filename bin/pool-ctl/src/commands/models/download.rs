@@ -14,7 +14,7 @@ use crate::hub::{Hub, HubError};
 use crate::registration;
 use crate::report::{Report, emit};
 
-/// Downloads `model`, and tells how it ended the way `report` wants it.
+/// Downloads `model`, and reports the outcome in the form of `report`.
 pub async fn run(
     context: &Context,
     catalog: &Catalog,
@@ -66,7 +66,7 @@ async fn fetch(
     Ok((slot, fetched))
 }
 
-/// Where the file of `model` belongs, whether it is here or not.
+/// Returns the slot of `model`, whether its file is on disk or not. Asks the hub for the file of a reference that names none.
 async fn place_for(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result<Slot, CliError> {
     match (store.slot(model, catalog), model) {
         (Ok(slot), _) if slot.sources.is_empty() => Err(CliError::new(
@@ -105,7 +105,7 @@ async fn place_for(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result
     }
 }
 
-/// The GGUF file of a repository that has one only.
+/// Returns the GGUF file of a repository that has only one.
 async fn only_gguf(
     catalog: &Catalog,
     repo: &str,
@@ -133,7 +133,7 @@ async fn only_gguf(
         )
         .hint("is it spelt right? A model that needs a token opens with `HF_TOKEN`")
     })?;
-    // A part of a split model is no model.
+    // A part of a split model is not a model by itself.
     let (whole_files, parts): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| {
         support::check_file_name(file.rsplit('/').next().unwrap_or(file)).is_ok()
     });
@@ -143,7 +143,7 @@ async fn only_gguf(
             return Err(unsupported_error(&slot.model_ref, &reason));
         }
     }
-    // What becomes part of paths and arguments passes the one parser.
+    // Only names that the parser of references accepts may become part of paths and arguments.
     let files: Vec<String> = whole_files
         .into_iter()
         .filter(|file| {

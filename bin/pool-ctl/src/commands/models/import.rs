@@ -15,11 +15,11 @@ use crate::download::with_meter;
 use crate::registration;
 use crate::report::Report;
 
-/// How often another process's work on the same model is looked at.
+/// Interval between attempts while another process works on the same model.
 const WAIT_POLL: Duration = Duration::from_millis(200);
 
-/// Brings the file at `path` into the models folder, called `name`; with `force` also where its header speaks against
-/// that name's catalogue entry.
+/// Brings the file at `path` into the models folder, under `name`. With `force`, also if the file's header contradicts the
+/// catalogue entry of that name.
 pub async fn run(
     context: &Context,
     catalog: &Catalog,

@@ -18,7 +18,7 @@ use serde::Serialize;
 use super::HashState;
 use crate::context::resolve_error;
 
-/// What a header says; a fact that the file does not give, or gives wrongly, is absent.
+/// Facts from a file's header. A fact that the file does not give, or gives wrongly, is absent.
 #[derive(Serialize)]
 struct Info {
     model_ref: ModelRef,
@@ -221,14 +221,14 @@ fn end_token(end: &EndToken) -> String {
     }
 }
 
-/// Shows the header of the file that `model` means.
+/// Shows the header of the file that `model` refers to.
 pub fn run(
     catalog: &Catalog,
     store: &Store,
     model: &ModelRef,
     format: Format,
 ) -> Result<Exit, CliError> {
-    // Whoever runs this reads with their own rights; the allowed folders bind tasks.
+    // Users read with their own rights: the allowed folders bind only tasks.
     let model = store
         .resolve(model, catalog, &[PathBuf::from("/")])
         .map_err(|error| resolve_error(&error))?;
@@ -246,7 +246,7 @@ pub fn run(
     Ok(Exit::Done)
 }
 
-/// A count as people say it: `134.5 M`.
+/// Formats a count for people, such as `134.5 M`.
 fn human_count(count: u64) -> String {
     #[allow(clippy::cast_precision_loss)] // One decimal is shown.
     let scaled = |unit: u64| count as f64 / unit as f64;

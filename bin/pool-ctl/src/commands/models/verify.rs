@@ -26,19 +26,19 @@ struct Row {
 #[derive(Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Verdict {
-    /// As the catalogue says.
+    /// As in the catalogue.
     Right,
-    /// As recorded when it came.
+    /// As recorded when the file arrived.
     Unchanged,
     /// Nothing to compare with.
     Unverified,
-    /// Not what it should be.
+    /// Different from the expected content.
     Wrong,
-    /// This user may not read the file, or the disk fails.
+    /// Not readable by this user, or on a failing disk.
     Unreadable,
 }
 
-/// Checks `models`, or all that are on disk where none is named.
+/// Checks `models`, or all models on disk if none is named.
 pub fn run(
     catalog: &Catalog,
     store: &Store,
@@ -101,7 +101,7 @@ fn verify(
         let found = store
             .resolve(model, catalog, &["/".into()])
             .map_err(|error| resolve_error(&error))?;
-        // Its hash where it was recorded and the file has not changed since.
+        // The hash recorded earlier, if the file has not changed since.
         let recorded = found.file.sha256;
         let hash = with_meter(&found.path, &label, interrupt, Report::Bar, |progress| {
             store.hash(&found.path, progress)
