@@ -13,17 +13,17 @@ use pool_core::terminal::{CliError, Exit};
 /// A command with its arguments.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Models: what the catalogue knows, what is on disk, downloads.
+    /// Models: list, download, import, check and delete them.
     Models {
         #[command(subcommand)]
         command: models::Command,
     },
-    /// Workers: start, stop, list them, read their logs.
+    /// Workers: start, stop and list them, read their logs.
     Worker {
         #[command(subcommand)]
         command: worker::Command,
     },
-    /// The pool manager (`pool-managerd`): start it, stop it, look at it.
+    /// The pool manager (`pool-managerd`): start, stop, drain and check it.
     Daemon {
         #[command(subcommand)]
         command: daemon::Command,
@@ -40,7 +40,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self) -> Result<Exit, CliError> {
         match self {
             Self::Models { command } => command.run().await,

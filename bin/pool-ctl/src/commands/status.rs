@@ -42,7 +42,7 @@ struct ModelRow {
 }
 
 impl Args {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self) -> Result<Exit, CliError> {
         let context = Context::look()?;
         let pool = Pool::reach(&context).await?;
@@ -81,7 +81,7 @@ fn of_host(
     lifecycle: &Lifecycle,
     workers: Vec<WorkerInfo>,
 ) -> Result<Status, CliError> {
-    // Asked for here, because nobody has asked before: this waits at most for the deadline.
+    // Wait for the GPUs' first answer, which this process has not requested before. The wait ends at the deadline.
     lifecycle.gpus().settled();
     let records = lifecycle
         .registry()
@@ -167,7 +167,7 @@ fn show(status: &Status) -> Result<(), CliError> {
     print_table(&["MODEL", "SIZE"], rows)
 }
 
-/// What only GPUs have to tell. Nothing on a host without one.
+/// Prints facts that only GPUs have; nothing on a host without GPUs.
 fn show_gpus(devices: &[DeviceInfo]) -> Result<(), CliError> {
     let now = Timestamp::now();
     let rows: Vec<_> = devices
@@ -188,7 +188,7 @@ fn gpu_cells(device: &DeviceInfo, gpu: &GpuInfo, now: Timestamp) -> Vec<Cell> {
     let or_dash = |text: Option<String>| Cell::from(text.unwrap_or_else(|| "-".to_owned()));
     let state = match (gpu.state, gpu.measured_at) {
         (GpuState::Ok, _) => Cell::new("ok", Style::Good),
-        // The figures beside it are old, and how old says how long it has been silent.
+        // The other figures are old, and their age shows how long the GPU has been silent.
         (state, Some(at)) => {
             let text = format!("{}, figures {} old", state.as_str(), age(at, now));
             Cell::new(text, Style::Bad)

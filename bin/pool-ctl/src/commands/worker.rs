@@ -23,22 +23,22 @@ use pool_core::worker::{Backend, CacheType, ExitReason, WorkerInfo, WorkerStatus
 use crate::context::{Context, catalog_error};
 use crate::pool::Pool;
 
-/// How often a loading worker is looked at.
+/// Interval between checks of a loading worker.
 const LOAD_POLL: Duration = Duration::from_millis(100);
-/// How often a worker whose log is followed is looked at.
+/// Interval between checks of a worker whose log is followed.
 const LIFE_POLL: Duration = Duration::from_millis(500);
-/// How long the pool's own verdict on a worker that does not come up is waited for, after its time is over.
+/// Extra wait for the pool's own verdict on a worker that exceeds its start timeout.
 const VERDICT: Duration = Duration::from_secs(10);
 
-/// `llorch-pool worker`.
+/// Subcommands of `llorch-pool worker`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start a worker: one model on one device.
     ///
-    /// With a running pool manager it is asked to start the worker, else the worker is started directly. The model must
-    /// be on this host (`llorch-pool models download`).
+    /// A running pool manager is asked to start the worker; without one, the worker is started directly. The model must be on
+    /// this host (`llorch-pool models download`).
     Spawn {
-        /// Where to compute.
+        /// Backend to compute on.
         #[arg(value_enum)]
         backend: Backend,
         /// Id in the catalogue, `hf:ORG/REPO...` that an entry covers, or `file:/absolute/path.gguf` below an allowed
@@ -48,16 +48,16 @@ pub enum Command {
         /// GPU to use, with `cuda` and `metal`.
         #[arg(long, value_name = "N")]
         gpu: Option<u32>,
-        /// Tokens of context of each sequence [default: the smaller of the model's and 8192].
+        /// Context length of each sequence in tokens [default: the smaller of the model's and 8192].
         #[arg(long, value_name = "TOKENS")]
         context_length: Option<u32>,
-        /// Tokens that all sequences together have room for [default: one sequence of the context's length].
+        /// Number of tokens that the cache holds for all sequences together [default: one sequence of the context length].
         #[arg(long, value_name = "TOKENS")]
         cache_tokens: Option<u32>,
-        /// Form of keys and values in the cache. `q8_0` takes about half the memory, and changes answers a little.
+        /// Type of keys and values in the cache. `q8_0` takes about half the memory, and changes answers slightly.
         #[arg(long, value_enum, value_name = "TYPE", default_value_t)]
         cache_type: CacheType,
-        /// Sequences at once [default: one for each 1,024 tokens of the cache, 1 to 8].
+        /// Number of concurrent sequences [default: one for each 1,024 tokens of the cache, 1 to 8].
         #[arg(long, value_name = "N")]
         slots: Option<u32>,
         /// Port to listen on [default: a free one of the pool's range].
@@ -66,18 +66,18 @@ pub enum Command {
         /// Return when the worker is ready; fail if it fails to load. Ctrl-C leaves it loading.
         #[arg(long)]
         wait: bool,
-        /// How long to wait at most, as `90s` or `5m`; the worker goes on loading [default: what the pool gives it].
+        /// Longest wait, such as `90s` or `5m`; the worker keeps loading [default: the pool's own limit].
         #[arg(long, value_name = "DURATION", requires = "wait", value_parser = parse_duration)]
         timeout: Option<Duration>,
         #[command(flatten)]
         reach: ReachArgs,
-        /// How to print the worker. JSON: an object as in `worker list`.
+        /// Output format. JSON: an object as in `worker list`.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
-    /// Stop workers: they finish what runs, up to the pool's stop timeout.
+    /// Stop workers. They finish running work, up to the pool's stop timeout.
     Stop {
-        /// The worker.
+        /// Id of the worker, such as `worker-cpu-0`.
         #[arg(
             value_name = "ID",
             required_unless_present = "all",
@@ -87,39 +87,39 @@ pub enum Command {
         /// Stop every worker of this host.
         #[arg(long)]
         all: bool,
-        /// End it at once, with what it runs.
+        /// End the worker at once, with its running work.
         #[arg(long)]
         force: bool,
         #[command(flatten)]
         reach: ReachArgs,
     },
-    /// List the workers, those that ended lately included until `worker cleanup` forgets them.
+    /// List the workers, including recently ended ones until `worker cleanup` forgets them.
     List {
-        /// Leave out those that have ended.
+        /// Leave out workers that have ended.
         #[arg(long)]
         live: bool,
         #[command(flatten)]
         reach: ReachArgs,
-        /// How to print it. JSON: an array of workers with `id`, `status`, `model_ref`, `device`, `port`, `pid`,
-        /// `context_length`, `slots`, `active`, `cache`, `load_percent`, `memory`, `created_at`, `ready_at`,
-        /// `ending` (why the pool is ending it) and `exit`.
+        /// Output format. JSON: an array of workers with `id`, `status`, `model_ref`, `device`, `port`, `pid`,
+        /// `context_length`, `slots`, `active`, `cache`, `load_percent`, `memory`, `created_at`, `ready_at`, `ending` (the
+        /// reason the pool ends it) and `exit`.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
     /// Forget the workers that have ended, with their logs.
     ///
-    /// A worker whose process has gone counts as ended. Removes as well logs of workers that nobody remembers, records that
-    /// can't be read, and what a killed program left half-written. Nothing live is touched.
+    /// A worker whose process is gone counts as ended. Also removes logs without a worker, records that can't be read, and
+    /// half-written files of killed programs. Live workers are not touched.
     Cleanup {
         #[command(flatten)]
         reach: ReachArgs,
-        /// How to print it. JSON: an object with `reaped`, `forgotten`, `files` and `freed_bytes`.
+        /// Output format. JSON: an object with `reaped`, `forgotten`, `files` and `freed_bytes`.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
     /// Show the end of a worker's log. Following it works on the worker's own host only, and ends with the worker.
     Logs {
-        /// The worker.
+        /// Id of the worker, such as `worker-cpu-0`.
         #[arg(value_name = "ID")]
         id: String,
         #[command(flatten)]
@@ -129,10 +129,10 @@ pub enum Command {
     },
 }
 
-/// Through whom the workers are reached.
+/// Options for access to the workers.
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub struct ReachArgs {
-    /// Work on this host's registry without asking a pool manager; refused while one runs.
+    /// Work on this host's registry without a pool manager; refused while one runs.
     #[arg(long)]
     direct: bool,
 }
@@ -148,7 +148,7 @@ impl ReachArgs {
 }
 
 impl Command {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self) -> Result<Exit, CliError> {
         let context = match self {
             Self::List { .. } | Self::Logs { .. } => Context::look()?,
@@ -231,7 +231,7 @@ impl Command {
     }
 }
 
-/// Says what became of a worker that was started.
+/// Prints the outcome of a worker's start.
 fn started(worker: &WorkerInfo, format: Format) -> Result<Exit, CliError> {
     if worker.status == WorkerStatus::Failed {
         return Err(start_failed(worker));
@@ -326,7 +326,7 @@ fn stopped(worker: &WorkerInfo) -> Result<(), CliError> {
     }
 }
 
-/// Stops every live worker, oldest first, and says so; returns how many there were.
+/// Stops every live worker, oldest first, and prints each outcome. Returns the number of workers.
 pub async fn stop_all(pool: &Pool, force: bool) -> Result<usize, CliError> {
     let live: Vec<String> = pool
         .list()
@@ -337,7 +337,7 @@ pub async fn stop_all(pool: &Pool, force: bool) -> Result<usize, CliError> {
         .collect();
     let mut first_failure = None;
     for id in &live {
-        // One that resists must not keep the others running.
+        // A worker that resists must not keep the others running.
         match pool.stop(id, force).await {
             Ok(worker) => stopped(&worker)?,
             Err(error) => {
@@ -360,7 +360,7 @@ fn list(workers: &[WorkerInfo], format: Format) -> Result<Exit, CliError> {
     Ok(Exit::Done)
 }
 
-/// Says what was cleared away.
+/// Prints what was removed.
 fn cleaned(report: &CleanupReport, format: Format) -> Result<Exit, CliError> {
     if format == Format::Json {
         print_json(report)?;
@@ -384,7 +384,7 @@ fn cleaned(report: &CleanupReport, format: Format) -> Result<Exit, CliError> {
     Ok(Exit::Done)
 }
 
-/// The table of workers, as `worker list` and `status` show it.
+/// Prints the table of workers, for `worker list` and `status`.
 pub fn print_workers(workers: &[WorkerInfo]) -> Result<(), CliError> {
     let now = Timestamp::now();
     print_table(
@@ -440,7 +440,7 @@ fn cells(worker: &WorkerInfo, now: Timestamp) -> Vec<Cell> {
     ]
 }
 
-/// What is wrong with a worker: why it has failed, or why the pool is ending it.
+/// Returns the reason a worker has failed, or the reason the pool is ending it; empty for any other worker.
 fn trouble(worker: &WorkerInfo) -> String {
     match (&worker.exit, &worker.ending) {
         (Some(exit), _) if worker.status == WorkerStatus::Failed => {
@@ -478,7 +478,7 @@ async fn logs(
             match pool.get(&seen).await {
                 Ok(worker) if worker.status.is_live() => {}
                 Err(error) if error.exit != Exit::NotFound => {}
-                // It has ended, or was forgotten since.
+                // The worker has ended, or its record was removed.
                 _ => break watch.store(true, Ordering::Release),
             }
             tokio::time::sleep(LIFE_POLL).await;

@@ -13,28 +13,28 @@ use serde::Serialize;
 
 use crate::context::config_error;
 
-/// `llorch-pool daemon config`.
+/// Subcommands of `llorch-pool daemon config`.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// Check the settings, and list each with its value and where that comes from. Exits with 2 if they can't be used.
-    /// `LLORCH_*` variables that set nothing are named.
+    /// Check the settings, and list each with its value and origin. Exits with 2 if they can't be used. `LLORCH_*` variables
+    /// that set nothing are listed as well.
     Check {
         #[command(flatten)]
         file: ConfigArgs,
-        /// Address to listen on, as the pool manager's own option.
+        /// Address to listen on, as in the pool manager's own option.
         #[arg(long, value_name = "ADDRESS:PORT")]
         bind: Option<SocketAddr>,
-        /// How to print it. JSON: an object with `file` (null without one), `token` (whether there is one), `settings`, an
-        /// array of objects with `key`, `value`, `source` (`flag`, `variable`, `file` or `default`) and `origin`, and
+        /// Output format. JSON: an object with `file` (null without one), `token` (true if there is one), `settings`, an array
+        /// of objects with `key`, `value`, `source` (`flag`, `variable`, `file` or `default`) and `origin`, and
         /// `unknown_variables`, an array of objects with `name` and `nearest`.
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
-    /// Print a settings file with every key, its value and what it means. Keys at their default stand in comments.
+    /// Print a settings file with every key, its value and its meaning. Keys with their default value are commented out.
     Show {
         #[command(flatten)]
         file: ConfigArgs,
-        /// Print the defaults, whatever this host has set.
+        /// Print the defaults instead of this host's settings.
         #[arg(long, visible_alias = "print-default", conflicts_with = "config")]
         defaults: bool,
     },
@@ -49,7 +49,7 @@ struct Checked {
 }
 
 impl Command {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub fn run(self) -> Result<Exit, CliError> {
         match self {
             Self::Check { file, bind, format } => check(&file, bind, format),
@@ -66,7 +66,7 @@ impl Command {
     }
 }
 
-/// A settings file that explains every key and changes nothing.
+/// Returns a settings file that explains every key and changes nothing.
 pub fn explained() -> Result<String, CliError> {
     let defaults = Loaded {
         value: PoolConfig::default(),

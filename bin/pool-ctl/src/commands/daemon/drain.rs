@@ -11,28 +11,28 @@ use pool_core::terminal::{CliError, Exit, Format, note, parse_duration, print_js
 use crate::context::Context;
 use crate::pool::{Pool, registry_error};
 
-/// How often a drain is looked at.
+/// Interval between checks of a drain.
 const POLL: Duration = Duration::from_millis(250);
 
 /// Arguments of `llorch-pool daemon drain`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// How long what runs may go on, as `90s` or `1h` [default: as long as it needs].
+    /// Time that running work may still take, such as `90s` or `1h` [default: as long as it needs].
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     deadline: Option<Duration>,
-    /// Stop each worker once it runs nothing, so that none is left in the end.
+    /// Stop each worker once it is idle, so that none is left in the end.
     #[arg(long)]
     stop_workers: bool,
     /// Return when the drain is done. Ctrl-C leaves the pool draining.
     #[arg(long)]
     wait: bool,
-    /// How to print it. JSON: an object with `since`, `deadline`, `stop_workers` and `remaining`.
+    /// Output format. JSON: an object with `since`, `deadline`, `stop_workers` and `remaining`.
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
 
 impl Args {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self, context: &Context) -> Result<Exit, CliError> {
         let Pool::Daemon(client) = Pool::reach(context).await? else {
             return Err(CliError::new(
@@ -62,7 +62,7 @@ impl Args {
     }
 }
 
-/// Takes new workers again.
+/// Makes the pool accept new workers again.
 pub async fn resume(context: &Context) -> Result<Exit, CliError> {
     let was_drained = match Pool::reach(context).await? {
         Pool::Daemon(client) => {
@@ -70,7 +70,7 @@ pub async fn resume(context: &Context) -> Result<Exit, CliError> {
             client.post::<_, PoolStatus>("/resume", &()).await?;
             before.drain.is_some()
         }
-        // The drain is on disk, and would hold for workers that are started directly.
+        // The drain is on disk, and would also hold for workers started directly.
         Pool::Direct(lifecycle) => lifecycle
             .end_drain()
             .map_err(|error| registry_error(&error))?,
@@ -83,7 +83,7 @@ pub async fn resume(context: &Context) -> Result<Exit, CliError> {
     Ok(Exit::Done)
 }
 
-/// How far a drain has come, in words.
+/// Describes the progress of a drain.
 pub fn describe(drain: &DrainStatus) -> String {
     if drain.remaining.is_empty() {
         return "is drained".to_owned();

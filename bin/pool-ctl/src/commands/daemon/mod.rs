@@ -20,25 +20,25 @@ use crate::pool::{Pool, URL_VARIABLE};
 use crate::registration;
 
 const NAME: &str = "pool-managerd";
-/// How long the pool manager may take until it answers: it opens files and asks its workers how they are.
+/// Time limit for the pool manager to answer after its start: it opens files and queries its workers first.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long it has to end beyond the time that its open requests are given.
+/// Time it has to end beyond the time given to its open requests.
 const STOP_SLACK: Duration = Duration::from_secs(8);
 
-/// `llorch-pool daemon`.
+/// Subcommands of `llorch-pool daemon`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start the pool manager in the background and return when it answers. One that runs already is left alone.
+    /// Start the pool manager in the background and return when it answers. A running one is left alone.
     ///
     /// Shows whether the orchestrator accepts the pool. A refused pool still runs, with a warning.
     Start(ConfigArgs),
-    /// Stop the pool manager. Its workers go on, and the next pool manager takes them over.
+    /// Stop the pool manager. Its workers keep running, and the next pool manager takes them over.
     Stop {
         /// Stop the workers first, oldest first.
         #[arg(long)]
         workers: bool,
     },
-    /// Show whether the pool manager runs, and where it answers. Exits with 3 if it does not run.
+    /// Show whether the pool manager runs, and its address. Exits with 3 if it does not run.
     ///
     /// `LLORCH_POOL_URL` selects another pool manager than that of this home; the pid of such a pool manager is
     /// unknown.
@@ -48,14 +48,14 @@ pub enum Command {
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
-    /// Take no new workers, and let those that run come to an end; `resume` takes them again.
+    /// Refuse new workers, and let running work finish; `resume` accepts new workers again.
     ///
-    /// Holds across restarts of the pool manager. Without options, all that runs goes on for as long as it needs. At the
-    /// deadline, workers that still run something are told to stop, oldest first, and killed where they do not.
+    /// Holds across restarts of the pool manager. Without options, running work takes as long as it needs. At the deadline,
+    /// workers that still run something are told to stop, oldest first, and killed if they do not.
     Drain(drain::Args),
-    /// Take new workers again after `drain`.
+    /// Accept new workers again after `drain`.
     Resume,
-    /// The pool manager's settings: check them, or see them all with what they mean.
+    /// Check the pool manager's settings, or show them all with their meaning.
     Config {
         #[command(subcommand)]
         command: config::Command,
@@ -65,7 +65,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self) -> Result<Exit, CliError> {
         match self {
             Self::Start(ConfigArgs { config }) => start(config).await,
@@ -97,7 +97,7 @@ fn log_file(context: &Context) -> PathBuf {
 }
 
 async fn start(config: Option<PathBuf>) -> Result<Exit, CliError> {
-    // Reading the settings here as well finds a mistake before there is a process to fail on it.
+    // Load the settings here as well: a mistake is then found before a process fails on it.
     let context = Context::open(config.as_deref())?;
     context.config.check_advertised().map_err(config_error)?;
     daemon_commands::start(&DaemonSpec {
@@ -125,7 +125,7 @@ async fn stop(context: &Context, workers: bool) -> Result<Exit, CliError> {
                     ));
                 }
             }
-            // One that hangs is ended first; then nobody stands between this command and the workers.
+            // End a pool manager that hangs first: then this command can stop the workers itself.
             Err(error) if error.exit == Exit::Unreachable && owns_this_home(context)? => {
                 note(format!("{error}; it is ended before its workers"));
             }
@@ -135,7 +135,7 @@ async fn stop(context: &Context, workers: bool) -> Result<Exit, CliError> {
     let timeout = Duration::from_millis(context.config.service.shutdown_grace_ms) + STOP_SLACK;
     daemon_commands::stop(&context.home.pool_state(), NAME, timeout).await?;
     if workers {
-        // Until it ended, somebody may have had it start others; and it may have ended before they had.
+        // The pool manager may have started more workers until its end, or may have ended before its workers had.
         stop_all(&Pool::direct(context)?, false).await?;
         return Ok(Exit::Done);
     }
@@ -178,7 +178,7 @@ async fn status(context: &Context, format: Format) -> Result<Exit, CliError> {
         None => {
             let running = daemon_commands::status(&context.home.pool_state(), NAME)?;
             let pool = match &running {
-                // One that hangs, or that does not take our token, is shown all the same.
+                // A pool manager that hangs, or that refuses the token, is shown as well.
                 Some(_) => match Pool::of_this_home(context).await {
                     Ok(pool) => status_of(pool).await,
                     Err(error) => Err(error),

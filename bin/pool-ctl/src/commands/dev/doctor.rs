@@ -1,4 +1,4 @@
-//! `llorch-pool dev doctor`: what this host has and lacks. It looks, and changes nothing.
+//! `llorch-pool dev doctor`: checks of what this host has and lacks. Changes nothing.
 
 use std::fs;
 use std::io;
@@ -27,34 +27,34 @@ use crate::hf_wrapper;
 use crate::pool::Pool;
 use crate::registration;
 
-/// The disk of the models: below the first no mid-sized model fits, below the second not even the default one with its
-/// wheel.
+/// Limits for the disk of the models: below the first no mid-sized model fits, below the second not even the default model with
+/// its wheel.
 const ROOM: Room = Room {
     warn_bytes: 10_000_000_000,
     fail_bytes: 300_000_000,
 };
-/// The oldest git that is safe with submodules from elsewhere.
+/// Oldest git that is safe with submodules from others.
 const SAFE_GIT: (u32, u32, u32) = (2, 38, 1);
-/// The Rust that this workspace is built with.
+/// Oldest Rust that builds this workspace.
 const RUST: &str = env!("CARGO_PKG_RUST_VERSION");
 
 /// Arguments of `llorch-pool dev doctor`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// How to print it. JSON: an array of findings with `check`, `status` (ok, warn, fail), `message` and `fix` (null
-    /// where all is well).
+    /// Output format. JSON: an array of findings with `check`, `status` (ok, warn, fail), `message` and `fix` (null if all is
+    /// well).
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
 
 impl Args {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self) -> Result<Exit, CliError> {
         report(&examine().await?, self.format)
     }
 }
 
-/// Looks at everything.
+/// Runs all checks.
 pub(super) async fn examine() -> Result<Vec<Finding>, CliError> {
     let home = Home::from_env()?;
     let loaded = PoolConfig::load(&home, None);
@@ -62,7 +62,7 @@ pub(super) async fn examine() -> Result<Vec<Finding>, CliError> {
     let unreachable = unreachable.and_then(Result::err);
     let broken = loaded.as_ref().err().or(unreachable.as_ref());
     let mut findings = vec![settings(&home, broken), catalogue(&home)];
-    // Where the settings can't be used, the rest is judged by the defaults.
+    // If the settings can't be used, the other checks use the defaults.
     let config = loaded.unwrap_or_default();
     findings.push(folders(&home, &config));
     for (check, folder) in [
@@ -125,7 +125,7 @@ fn catalogue(home: &Home) -> Finding {
     }
 }
 
-/// Writes into each folder: modes say too little where a disk is mounted read-only, or is full.
+/// Checks that each folder can be written, by a write: its mode says too little if a disk is mounted read-only or full.
 fn folders(home: &Home, config: &PoolConfig) -> Finding {
     let models = config.models_dir(home);
     let dirs = [
@@ -161,7 +161,7 @@ fn folders(home: &Home, config: &PoolConfig) -> Finding {
     )
 }
 
-/// Writes to `dir`, or to the nearest folder above it where it isn't made yet; the error names which.
+/// Writes to `dir`, or to the nearest existing folder above it. The error names the folder.
 fn writable(dir: &Path) -> Result<(), (PathBuf, io::Error)> {
     let there = dir
         .ancestors()
@@ -174,7 +174,7 @@ fn writable(dir: &Path) -> Result<(), (PathBuf, io::Error)> {
         .map_err(|error| (there.to_path_buf(), error))
 }
 
-/// A folder of ours and the files in it: ours, and closed to others.
+/// Checks that a private folder and its files belong to this user and are closed to others.
 fn permissions(check: &'static str, folder: &Path) -> Finding {
     let of_folder = host::private_folder(check, folder);
     if of_folder.fix.is_some() || !folder.exists() {
@@ -183,7 +183,7 @@ fn permissions(check: &'static str, folder: &Path) -> Finding {
     host::private_files(check, folder)
 }
 
-/// The token, without which a pool may only listen on this host.
+/// Checks the token, without which a pool may listen on this host only.
 fn token(home: &Home, config: &PoolConfig, variable: Option<String>) -> Finding {
     let file = config.token_file.as_deref();
     let new = |path: &Path| format!("(umask 077; openssl rand -hex 32 > {})", quoted(path));
@@ -239,19 +239,19 @@ fn manager_program() -> Finding {
     }
 }
 
-/// Whether the kernel sees a card of NVIDIA's: a driver may be missing for it.
+/// Returns whether the kernel sees an NVIDIA card, whose driver may be missing.
 fn has_nvidia_card(devices: &Path) -> bool {
     let says = |path: PathBuf, words: &str| {
         fs::read_to_string(path).is_ok_and(|text| text.trim().starts_with(words))
     };
     let cards = fs::read_dir(devices).into_iter().flatten().flatten();
-    // Class 3 are displays and 3D controllers.
+    // Class 3: displays and 3D controllers.
     cards
         .map(|card| card.path())
         .any(|card| says(card.join("vendor"), "0x10de") && says(card.join("class"), "0x03"))
 }
 
-/// GPUs that workers could use, and whether there is a worker program for them.
+/// Checks the GPUs that workers could use, and the worker program for them.
 fn gpu(gpus: &[Gpu], card: bool, cuda: Option<&Path>) -> Finding {
     if gpus.is_empty() {
         return match card {
@@ -297,7 +297,7 @@ fn pip_finding(python: Option<&Path>, pip: Option<&str>, has_hf: bool) -> Findin
         }
         (None, _) => "no python3: models on the Python package index can't be downloaded",
     };
-    // One of the two ways to a model is enough.
+    // One of the two sources of models is enough.
     if has_hf {
         Finding::warn("pip", message, fix)
     } else {
@@ -335,7 +335,7 @@ async fn registration_finding() -> Option<Finding> {
     Some(registration::finding(&report.registration?))
 }
 
-/// The port of the pool manager, and the first free one for a worker.
+/// Checks the port of the pool manager, and finds the first free one for a worker.
 fn ports(home: &Home, config: &PoolConfig) -> [Finding; 2] {
     let bind = config.bind;
     let manager = match daemon::status(&home.pool_state()) {
@@ -387,7 +387,7 @@ async fn git_finding() -> Finding {
     }
 }
 
-/// The first version in a program's words.
+/// Returns the first version in a program's output.
 fn version_in(line: &str) -> Option<(u32, u32, u32)> {
     let word = line
         .split_whitespace()
@@ -400,7 +400,7 @@ fn version_in(line: &str) -> Option<(u32, u32, u32)> {
     Some((major, next(), next()))
 }
 
-/// The checkout at hand, if there is one, and its submodules.
+/// Checks the checkout at hand, if there is one, and its submodules.
 async fn checkout(config: &PoolConfig) -> Option<Finding> {
     let git = Git::find().ok()?;
     let at = match &config.repo_path {
@@ -409,7 +409,7 @@ async fn checkout(config: &PoolConfig) -> Option<Finding> {
     };
     let found = match Repo::open(&git, &at).await {
         Ok(repo) => submodules(&repo).await,
-        // Without a checkout there is nothing to say, unless one was promised.
+        // Without a checkout there is nothing to report, unless the settings name one.
         Err(GitError::NotACheckout { .. }) if config.repo_path.is_none() => return None,
         Err(error) => Err(error),
     };
@@ -458,7 +458,7 @@ async fn rust_finding() -> Finding {
     rust(line.as_deref(), rustc.is_some())
 }
 
-/// Only needed to build: with rustup an older one is no obstacle, because a checkout names its own.
+/// Checks the Rust compiler, which only builds need. With rustup an older one is no obstacle, because a checkout names its own.
 fn rust(line: Option<&str>, installed: bool) -> Finding {
     let needed = version_in(RUST).unwrap_or_default();
     match line {
@@ -483,7 +483,7 @@ fn rust(line: Option<&str>, installed: bool) -> Finding {
     }
 }
 
-/// A clock that stands before this program was written makes every certificate invalid.
+/// Checks the clock: with a date before this program was written, every certificate is invalid.
 fn clock(now: jiff::Timestamp) -> Finding {
     // 2025-01-01.
     const EARLIEST: i64 = 1_735_689_600;
@@ -544,7 +544,7 @@ mod tests {
         fs::create_dir(&card).unwrap();
         fs::write(card.join("vendor"), "0x10de\n").unwrap();
         fs::write(card.join("class"), "0x040300\n").unwrap();
-        // Its sound is no GPU.
+        // A sound device is not a GPU.
         assert!(!has_nvidia_card(dir.path()));
         fs::write(card.join("class"), "0x030000\n").unwrap();
         assert!(has_nvidia_card(dir.path()));

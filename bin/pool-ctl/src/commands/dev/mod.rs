@@ -1,4 +1,4 @@
-//! `llorch-pool dev`: sets a host up, and finds out what it lacks.
+//! `llorch-pool dev`: the setup of a host, and checks of what it lacks.
 
 mod doctor;
 mod setup;
@@ -12,26 +12,26 @@ use pool_core::terminal::{CliError, Exit};
 use tokio::process::Command as Program;
 use tokio::time::timeout;
 
-/// How long a program may take to tell its version.
+/// Time limit for a program to print its version.
 const VERSION_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// `llorch-pool dev`.
+/// Subcommands of `llorch-pool dev`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Make the folders and a private Python environment with the hub's program `hf`, then name what is left to do.
+    /// Make the folders and a private Python environment with the hub's program `hf`, then list what is left to do.
     ///
-    /// Needs no root, and may be repeated or broken off. What it can't do itself is named with the command for it.
+    /// Needs no root, and may be repeated or interrupted. Steps that it can't do itself are listed with their commands.
     Setup(setup::Args),
-    /// Check what this host has and lacks, with the command that mends each finding.
+    /// Check what this host has and lacks, with the command that fixes each finding.
     ///
-    /// Looks at settings and catalogue, folders and their permissions, disk, programs (workers, pool manager, Python,
-    /// hf, git, Rust), GPU, ports, ssh server, clock, and the checkout at hand with its submodules. Changes nothing.
-    /// Exits with 1 if something required is missing.
+    /// Checks settings and catalogue, folders and their permissions, disk, programs (workers, pool manager, Python, hf, git,
+    /// Rust), GPU, ports, ssh server, clock, and the checkout at hand with its submodules. Changes nothing. Exits with 1 if
+    /// something required is missing.
     Doctor(doctor::Args),
 }
 
 impl Command {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self) -> Result<Exit, CliError> {
         match self {
             Self::Setup(args) => args.run().await,
@@ -40,7 +40,7 @@ impl Command {
     }
 }
 
-/// The version that a program gives of itself; `None` if it does not start or does not say.
+/// Returns the version that a program prints; `None` if it does not start or prints none.
 async fn version_of(program: &Path) -> Option<String> {
     let line = first_line(program, &["--version"]).await?;
     Some(line.rsplit(' ').next().unwrap_or(&line).to_owned())
@@ -48,7 +48,7 @@ async fn version_of(program: &Path) -> Option<String> {
 
 async fn first_line(program: &Path, args: &[&str]) -> Option<String> {
     let mut command = Program::new(program);
-    // Not from here: Python would take modules from the current folder.
+    // Not in the current folder, from which Python would load modules.
     command
         .args(args)
         .current_dir("/")
@@ -60,7 +60,7 @@ async fn first_line(program: &Path, args: &[&str]) -> Option<String> {
         .ok()?;
     let text = String::from_utf8_lossy(&output.stdout);
     let line = text.lines().next()?.trim();
-    // pip adds the folder that it is in, which says little.
+    // pip adds its own folder, which is of little use here.
     let line = line.split(" from ").next().unwrap_or(line);
     (output.status.success() && !line.is_empty()).then(|| line.chars().take(80).collect())
 }

@@ -1,4 +1,4 @@
-//! `llorch-pool dev setup`: what can be done on a host without root.
+//! `llorch-pool dev setup`: the setup steps that need no root.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -27,7 +27,7 @@ pub struct Args {
 }
 
 impl Args {
-    /// Does what was asked for.
+    /// Runs the command and returns its exit code.
     pub async fn run(self) -> Result<Exit, CliError> {
         let context = Context::open(None)?;
         say(format!("models go to {}", context.store().dir().display()))?;
@@ -67,7 +67,7 @@ fn starter(path: &Path) -> Result<(), CliError> {
 async fn hf(context: &Context) -> Result<(), CliError> {
     let venv = context.home.venv_dir();
     let hf = venv.join("bin/hf");
-    // A program that starts, not just a file: an upgrade of Python leaves environments behind that don't work.
+    // The program must start, not just exist: an upgrade of Python leaves broken environments behind.
     if let Some(version) = version_of(&hf).await {
         return say(format!("hf {version} is already at {}", hf.display()));
     }
@@ -78,8 +78,8 @@ async fn hf(context: &Context) -> Result<(), CliError> {
     let interrupt = Interrupt::catch()?;
     let spinner = progress::spinner("installing huggingface_hub into a private Python environment");
     if version_of(&venv.join("bin/python")).await.is_none() {
-        // Without pip in it, because Debian's python3 lacks `ensurepip`, which would put it there. The host's pip
-        // can install into another environment.
+        // Without pip, because Debian's python3 lacks `ensurepip`, which would install it. The host's pip can install into
+        // another environment.
         let mut make = Program::new(&python);
         make.args(["-m", "venv", "--clear", "--without-pip"])
             .arg(&venv);
@@ -142,7 +142,7 @@ async fn hf(context: &Context) -> Result<(), CliError> {
     say(format!("hf {version} is at {}", hf.display()))
 }
 
-/// Names what the doctor finds and this command can't mend.
+/// Lists the doctor's findings that this command can't fix.
 async fn left_to_do() -> Result<(), CliError> {
     let findings = doctor::examine().await?;
     let open: Vec<_> = findings
@@ -195,7 +195,7 @@ mod tests {
         }
         let loaded = PoolConfig::load_with(&Home::at(dir.path()), None, &|_| None).unwrap();
         assert_eq!(loaded, PoolConfig::default());
-        // A second time it leaves what is there.
+        // A second run leaves an existing file alone.
         std::fs::write(&path, "pool_id = \"mine\"\n").unwrap();
         starter(&path).unwrap();
         assert_eq!(
