@@ -1,6 +1,6 @@
-//! `llorch-pool` as a user runs it: the real binary, a home of its own, the real pip. Nothing here needs a network.
+//! `llorch-pool` as a user runs it: the real binary, a home of its own, the real pip. These tests need no network.
 
-// The helpers below are tests too; clippy knows only the functions marked so.
+// clippy exempts only functions marked as tests, but the helpers below are test code too.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;

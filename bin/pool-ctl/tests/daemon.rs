@@ -110,7 +110,7 @@ fn a_pool_that_is_refused_does_not_look_healthy() {
         (&json!("fail"), &json!("set LLORCH_POOL_ID"))
     );
 
-    // A model that the orchestrator has not heard of is not reported as usable by tasks.
+    // A model that the orchestrator does not know yet is not reported as usable by tasks.
     let given = host.path("Own Model.gguf");
     fs::write(&given, tiny_gguf()).unwrap();
     let import = ["models", "import", given.to_str().unwrap()];
@@ -186,11 +186,11 @@ fn a_pool_manager_that_hangs_is_named_and_can_still_be_stopped_with_its_workers(
 fn a_worker_that_was_started_while_the_others_stopped_is_stopped_as_well() {
     let host = Host::with_manager();
     let model = host.model(&tiny_gguf());
-    // The stand-in lists one worker of its own alone, so this one is as if started right after it was asked.
+    // The stand-in lists only a worker of its own, so this worker looks as if it started right after that list was made.
     host.run(&["worker", "spawn", "cpu", "--model", &model, "--wait"])
         .exits(0);
     host.run(&["daemon", "start"]).exits(0);
-    // A command about this home goes to no other pool.
+    // A command about this home never goes to another pool.
     let mut command = host.command(&["daemon", "stop", "--workers"]);
     command.env("LLORCH_POOL_URL", "http://127.0.0.1:1");
     let out = Ran::from(command.output().unwrap()).exits(0).out;
@@ -288,7 +288,7 @@ fn the_settings_are_checked_and_shown_with_where_they_come_from() {
     )
     .exits(0)
     .json();
-    // [POOLCORE-047] A mistyped variable is told.
+    // [POOLCORE-047] A mistyped variable is reported.
     assert_eq!(
         checked["unknown_variables"],
         json!([{"name": "LLORCH_MEMORY_CPU_LIMIT_BYTE", "nearest": "LLORCH_MEMORY_CPU_LIMIT_BYTES"}])
@@ -325,7 +325,7 @@ fn the_settings_are_checked_and_shown_with_where_they_come_from() {
         shown.contains("\npool_id = \"mac\"\n") && shown.contains("\n#keep_ended = 20\n"),
         "{shown}"
     );
-    // It is a settings file.
+    // The output is itself a valid settings file.
     fs::write(&file, &shown).unwrap();
     host.run(&["daemon", "config", "check"]).exits(0);
     let defaults = host
@@ -397,7 +397,7 @@ fn a_named_pool_manager_is_never_mixed_with_the_one_of_this_home() {
     with(&other, &["daemon", "logs"])
         .exits(0)
         .says(&["this log is about pool-managerd of this home", &other]);
-    // A stop concerns this home, and says so.
+    // A stop concerns this home, and the output says so.
     with(&other, &["daemon", "stop"])
         .exits(0)
         .says(&["this stop is about pool-managerd of this home", &other]);

@@ -1,6 +1,6 @@
 //! `llorch-pool dev doctor` and `dev setup` as a user runs them, on homes that were broken on purpose.
 
-// The helpers below are tests too; clippy knows only the functions marked so.
+// clippy exempts only functions marked as tests, but the helpers below are test code too.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
@@ -16,12 +16,12 @@ use serde_json::Value;
 
 use support::{Home, link_program};
 
-/// A home, a folder of programs that stand for those of the host, and nothing else on the PATH.
+/// A home, and a folder of programs that replace those of the host. Nothing else is on the PATH.
 struct Host {
     base: Home,
 }
 
-/// What the doctor says of one check.
+/// The doctor's finding of one check.
 #[derive(Debug)]
 struct Found {
     status: String,
@@ -71,7 +71,7 @@ impl Host {
         fs::write(self.path("home/config/pool-managerd.toml"), text).unwrap();
     }
 
-    /// The program in a folder of its own, so that no sibling of it is found.
+    /// Returns the program in a folder of its own, so that it finds no sibling.
     fn command(&self, args: &[&str]) -> Command {
         let program = self.path("bin/llorch-pool");
         if !program.exists() {
@@ -93,7 +93,7 @@ impl Host {
         command
     }
 
-    /// What the doctor finds, and its exit code, which must fit.
+    /// Returns the doctor's findings, after a check that the exit code fits them.
     fn findings(&self, change: impl FnOnce(&mut Command)) -> BTreeMap<String, Found> {
         let mut command = self.command(&["dev", "doctor", "--format", "json"]);
         change(&mut command);
@@ -190,7 +190,7 @@ fn a_whole_host_has_nothing_to_mend_and_each_check_its_name() {
             findings[check]
         );
     }
-    // It looks, and leaves everything as it was.
+    // The doctor changes nothing.
     host.mode("home/logs", 0o755);
     host.findings(|_| {});
     let mode = fs::metadata(host.path("home/logs"))
@@ -250,7 +250,7 @@ fn a_token_that_others_can_read_or_that_is_missing_is_found() {
         "could not read the token file",
         "umask 077; openssl rand -hex 32 > '",
     );
-    // None at all is fine, but only on this host.
+    // No token is fine, but only on this host.
     host.settings("orchestrator_url = \"none\"\n");
     let findings = host.findings(|command| {
         command.env("LLORCH_POOL_BIND", "0.0.0.0:0");
@@ -412,7 +412,7 @@ fn setup_does_what_needs_no_root_and_names_the_rest() {
     let host = Host::new();
     fs::remove_dir_all(host.path("home")).unwrap();
     fs::remove_file(host.path("bin/llorch-candled")).unwrap();
-    // A Python that makes environments, and a pip in it that installs an `hf`.
+    // A Python that creates environments, with a pip that installs an `hf`.
     host.program(
         "python3",
         "case \"$*\" in\n\

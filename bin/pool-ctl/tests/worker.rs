@@ -267,7 +267,7 @@ fn a_port_that_is_somebodys_is_refused() {
     spawn("65536").exits(2);
 }
 
-/// Holds the state folder as a pool manager does that is busy starting, or hangs.
+/// Holds the state folder's lock, as a pool manager does that is busy with its start, or hangs.
 #[test] // [POOLCTL-028] [P14]
 fn nothing_is_done_behind_the_back_of_a_pool_manager_that_does_not_answer() {
     let host = Host::new();

@@ -1,6 +1,6 @@
 //! `llorch-pool git` as a user runs it: the real binary and the real git, on repositories built for the purpose.
 
-// The helpers below are tests too; clippy knows only the functions marked so.
+// clippy exempts only functions marked as tests, but the helpers below are test code too.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../support/mod.rs"]
@@ -22,7 +22,7 @@ use serde_json::Value;
 use support::program::write_program;
 use support::{Home, Ran};
 
-/// A folder with a remote (`remote.git`), somebody's clone that pushes to it (`author`), and the checkout of a pool host
+/// A folder with a remote (`remote.git`), another user's clone that pushes to it (`author`), and the checkout of a pool host
 /// (`host`).
 struct World {
     base: Home,
@@ -44,7 +44,7 @@ impl World {
         world
     }
 
-    /// A world whose checkout has the submodule `lib`.
+    /// Creates a world whose checkout has the submodule `lib`.
     fn with_submodule() -> Self {
         let world = Self::new();
         world.library("lib");
@@ -62,7 +62,7 @@ impl World {
         self.git("", &["init", "-q", "--bare", name]);
     }
 
-    /// A remote `NAME.git` with one commit, and the clone `NAME-author`.
+    /// Creates a remote `NAME.git` with one commit, and the clone `NAME-author`.
     fn library(&self, name: &str) {
         let (bare, clone) = (format!("{name}.git"), format!("{name}-author"));
         self.bare(&bare);
@@ -71,7 +71,7 @@ impl World {
         self.commit(&clone, "code");
     }
 
-    /// The library moves on, and the checkout of the author records that. Returns the new commit.
+    /// Adds a commit to the library and records it in the author's checkout. Returns the new commit.
     fn new_library_commit(&self, text: &str) -> String {
         self.write("lib-author/code", text);
         self.commit("lib-author", text.trim());
@@ -110,7 +110,7 @@ impl World {
             .stdin(Stdio::null());
     }
 
-    /// The real git, for building.
+    /// Runs the real git, to build repositories.
     #[track_caller]
     fn git(&self, dir: &str, args: &[&str]) -> String {
         let mut command = Command::new("git");
@@ -122,7 +122,7 @@ impl World {
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
-    /// Commits all there is, and pushes it if there is a remote.
+    /// Commits everything, and pushes it if there is a remote.
     #[track_caller]
     fn commit(&self, dir: &str, message: &str) {
         self.git(dir, &["add", "-A"]);
@@ -134,7 +134,7 @@ impl World {
         self.git(dir, &["rev-parse", "HEAD"])
     }
 
-    /// `llorch-pool git ARGS` in the checkout of the host.
+    /// Returns the command `llorch-pool git ARGS` in the checkout of the host.
     fn pool(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_llorch-pool"));
         self.environment(&mut command);
@@ -157,7 +157,7 @@ impl World {
             .json()
     }
 
-    /// A program that leaves a mark when it is run.
+    /// Creates a program that leaves a mark when it runs.
     fn trap(&self, name: &str) -> String {
         let path = self.path(name);
         let text = format!(

@@ -1,4 +1,4 @@
-//! `git pull`: forward, or not at all, and what stands against it.
+//! `git pull`: a fast-forward or nothing, and its obstacles.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -57,7 +57,7 @@ fn pull_refuses_on_local_changes_and_says_which() {
         (before.clone(), "mine\n".into())
     );
 
-    // A file that git does not know, where one is to come; ignored ones are no better.
+    // A file unknown to git in the place of a new one. Ignored files are treated alike.
     world.git("host", &["reset", "-q", "--hard"]);
     world.write("host/other", "precious");
     world
@@ -147,7 +147,7 @@ fn a_remote_that_is_away_or_dies_half_way_changes_nothing() {
         .run(&["pull"])
         .exits(5)
         .says(&["does not appear to be a git repository", "git remote -v"]);
-    // Nobody listens.
+    // No process listens at the address.
     let free = TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
@@ -156,7 +156,7 @@ fn a_remote_that_is_away_or_dies_half_way_changes_nothing() {
     world.run(&["pull"]).exits(5);
     url(&format!("git://{free}/x.git"));
     world.run(&["sync", "--yes"]).exits(5);
-    // Somebody listens, begins to answer, and goes away.
+    // A server that begins an answer and then breaks the connection.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     url(&format!("git://{}/x.git", listener.local_addr().unwrap()));
     let dying = std::thread::spawn(move || {
@@ -166,7 +166,7 @@ fn a_remote_that_is_away_or_dies_half_way_changes_nothing() {
     });
     world.run(&["pull"]).exits(5);
     dying.join().unwrap();
-    // It asks for a password: nobody is asked.
+    // A server that asks for a password: no user is prompted.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     url(&format!("http://{}/x.git", listener.local_addr().unwrap()));
     let asking = std::thread::spawn(move || {
@@ -205,7 +205,7 @@ fn a_lock_of_another_git_is_named() {
         .says(&["index.lock", "wait for the other git to end", ": rm /"]);
     world.run(&["sync", "--yes"]).exits(4).says(&["index.lock"]);
     assert_eq!(world.head("host"), before);
-    // Looking needs no lock.
+    // A read-only command needs no lock.
     world.run(&["status"]).exits(0);
     fs::remove_file(world.path("host/.git/index.lock")).unwrap();
     world.run(&["pull"]).exits(0);
@@ -215,7 +215,7 @@ fn a_lock_of_another_git_is_named() {
 fn an_interruption_ends_git_and_says_what_is_left() {
     let world = World::new();
     let before = world.head("host");
-    // A remote that takes the connection and never answers.
+    // A remote that accepts the connection and never answers.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("git://{}/x.git", listener.local_addr().unwrap());
     world.git("host", &["config", "remote.origin.url", &url]);
@@ -227,7 +227,7 @@ fn an_interruption_ends_git_and_says_what_is_left() {
         pool.ended()
             .exits(130)
             .says(&["interrupted: nothing was changed, main is still at"]);
-        // git went with it: its end of the connection is closed.
+        // git was ended as well: its end of the connection is closed.
         let (mut stream, _) = held;
         stream
             .set_read_timeout(Some(Duration::from_secs(30)))

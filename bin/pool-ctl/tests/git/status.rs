@@ -1,4 +1,4 @@
-//! `git status`: what is shown, and of which checkout.
+//! `git status`: the output, and the choice of the checkout.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -70,7 +70,7 @@ fn the_checkout_is_the_one_at_hand_the_configured_or_the_named_one() {
         .display()
         .to_string();
     assert!(String::from_utf8_lossy(&in_folder.stdout).contains(&root));
-    // From elsewhere.
+    // The command runs from another folder.
     let elsewhere = |args: &[&str]| -> Ran {
         world
             .pool(args)
@@ -92,7 +92,7 @@ fn the_checkout_is_the_one_at_hand_the_configured_or_the_named_one() {
     );
     assert!(elsewhere(&["status"]).exits(0).out.contains(&root));
     elsewhere(&["status", "--repo", "/no/such/place"]).exits(3);
-    // A bare repository has no files, and one inside a checkout could be anybody's.
+    // A bare repository has no files, and anyone may have put one inside a checkout.
     let bare = world.path("remote.git").display().to_string();
     elsewhere(&["status", "--repo", &bare]).exits(3);
 }
@@ -136,7 +136,7 @@ fn odd_names_are_shown_and_kept_in_line() {
     );
     assert!(!table.contains('\u{1b}'));
 
-    // And as submodules.
+    // The same names as paths of submodules.
     world.library("lib");
     for path in ["sub with space", "ünï/quo\"te'"] {
         world.git(

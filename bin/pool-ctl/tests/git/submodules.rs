@@ -1,4 +1,4 @@
-//! Submodules: with a pull, by themselves, and on a branch.
+//! Submodules: during a pull, with their own commands, and on a branch.
 
 use serde_json::Value;
 
@@ -15,7 +15,7 @@ fn pull_takes_submodules_along_that_were_in_step() {
         (new.clone(), "two\n".into())
     );
 
-    // One with changes stays, and is named with the command that mends it.
+    // A submodule with changes stays, and is listed with the command that fixes it.
     world.write("host/lib/code", "mine\n");
     let newer = world.new_library_commit("three\n");
     let ran = world.run(&["pull"]).exits(0);
@@ -60,7 +60,7 @@ fn a_new_submodule_comes_with_the_pull_and_one_left_out_stays_out() {
     let world = World::with_submodule();
     world.git("host", &["submodule", "--quiet", "deinit", "lib"]);
     world.library("tool");
-    // Inside of a submodule is another one.
+    // A submodule has another one inside it.
     world.git(
         "tool-author",
         &["submodule", "--quiet", "add", "../lib.git", "inner lib"],
@@ -92,7 +92,7 @@ fn a_new_submodule_comes_with_the_pull_and_one_left_out_stays_out() {
     world.run(&["submodules", "update", "lib"]).exits(0);
     assert_eq!(world.read("host/lib/code"), "one\n");
 
-    // What is not in step inside of one that is, is told.
+    // A nested submodule that is out of step is reported, even if the outer one is in step.
     world.git(
         "host/tools/tool",
         &["submodule", "--quiet", "deinit", "inner lib"],
@@ -168,7 +168,7 @@ fn a_submodule_can_follow_a_branch() {
         "next"
     );
 
-    // Forward along the branch.
+    // The submodule moves forward along the branch.
     world.write("lib-author/code", "later\n");
     world.git("lib-author", &["commit", "-q", "-am", "later"]);
     world.git("lib-author", &["push", "-q", "origin", "next"]);
@@ -178,7 +178,7 @@ fn a_submodule_can_follow_a_branch() {
         world.json(&["submodules", "branch", "lib"])["branch"],
         "next"
     );
-    // And back.
+    // A reset returns to the recorded commit.
     world.run(&["submodules", "reset", "--yes"]).exits(0);
     assert_eq!(world.head("host/lib"), recorded);
     assert_eq!(

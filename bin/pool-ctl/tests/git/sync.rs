@@ -1,4 +1,4 @@
-//! `git sync`: what the remote has, whatever is here.
+//! `git sync`: the state of the remote, whatever the checkout has.
 
 use crate::World;
 
@@ -58,7 +58,7 @@ fn sync_shows_what_would_be_lost_and_needs_yes() {
     );
     world.run(&["sync", "--clean", "--yes"]).exits(0);
     assert!(!world.path("host/scratch").exists());
-    // Nothing to lose: still nothing without --yes.
+    // Even with nothing to lose, nothing happens without --yes.
     world
         .run(&["sync"])
         .exits(4)

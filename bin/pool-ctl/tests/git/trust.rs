@@ -1,4 +1,4 @@
-//! What a repository brings along runs nothing, and leads nowhere.
+//! Content of a repository that must neither run a program nor lead out of the checkout.
 
 use std::fs;
 use std::path::Path;
@@ -80,7 +80,7 @@ fn hooks_and_settings_of_a_repository_are_not_run() {
     world.run(&["submodules", "update"]).exits(0);
     assert_eq!(world.read("host/lib/code"), "four\n");
     world.nothing_ran();
-    // The trap does snap.
+    // The trap works: the plain git runs it.
     let _ = Command::new("git")
         .args(["status"])
         .current_dir(world.path("host"))
@@ -119,7 +119,7 @@ fn settings_that_would_run_a_program_are_refused_by_name() {
         }
         world.git("host", &["config", "--unset", key]);
     }
-    // The same in a submodule: the checkout itself can be used, the submodule can't.
+    // The same settings in a submodule: the checkout itself can be used, the submodule can't.
     world.write("author/.gitattributes", "* filter=evil\n");
     world.write("lib-author/.gitattributes", "* filter=evil\n");
     world.new_library_commit("two\n");
@@ -146,7 +146,7 @@ fn a_repository_decides_nothing_about_certificates_and_a_detour_is_told() {
         ]);
         world.git("host", &["config", key, "true"]);
     }
-    // A proxy sees what it sees anyway, so it is used, and named without its password.
+    // A proxy sees only what any network sees, so it is used, and shown without its password.
     let proxy = "http://user:secret@proxy.example:3128";
     world.git("host", &["config", "http.proxy", proxy]);
     for args in [
@@ -167,7 +167,7 @@ fn a_repository_decides_nothing_about_certificates_and_a_detour_is_told() {
     assert!(!world.run(&["pull"]).exits(0).err.contains("proxy"));
 }
 
-/// git takes a repository's `core.sshCommand` before the variable `GIT_SSH`.
+/// git prefers a repository's `core.sshCommand` to the variable `GIT_SSH`.
 #[test] // [POOLCTL-041]
 fn the_ssh_of_the_user_goes_over_that_of_the_repository() {
     let world = World::new();
@@ -267,7 +267,7 @@ fn a_hostile_gitmodules_gets_nowhere() {
         world.git("author", &["add", ".gitmodules"]);
         world.git("author", &["commit", "-q", "-m", "hostile"]);
         world.git("author", &["push", "-q"]);
-        // The rest of the pull is done; the submodule is refused with its reason.
+        // The rest of the pull succeeds, and the submodule is refused with its reason.
         world
             .run(&["pull"])
             .exits(4)
@@ -295,7 +295,7 @@ fn a_hostile_gitmodules_gets_nowhere() {
         );
         world.nothing_ran();
     }
-    // The address in the checkout's own settings, and that of the remote, count too.
+    // The address in the checkout's own settings and the address of the remote are checked too.
     let world = World::with_submodule();
     world.git("host", &["config", "submodule.lib.url", &mark(&world)]);
     world
@@ -314,7 +314,7 @@ fn a_hostile_gitmodules_gets_nowhere() {
 #[test] // [POOLCTL-041]
 fn paths_that_lead_out_are_refused() {
     let world = World::with_submodule();
-    // A link where a folder of the way was: git can't record this, a hand can make it.
+    // A link in place of a folder of the path: git can't record one, but a user can create one.
     fs::create_dir(world.path("outside")).unwrap();
     fs::remove_dir_all(world.path("host/lib")).unwrap();
     std::os::unix::fs::symlink(world.path("outside"), world.path("host/lib")).unwrap();
@@ -323,7 +323,7 @@ fn paths_that_lead_out_are_refused() {
         .exits(4)
         .says(&["through a symbolic link"]);
     assert_eq!(fs::read_dir(world.path("outside")).unwrap().count(), 0);
-    // A repository that says that its files are elsewhere.
+    // A repository that claims to have its files elsewhere.
     world.write("outside/precious", "x");
     world.git(
         "host",
@@ -338,14 +338,14 @@ fn paths_that_lead_out_are_refused() {
         .exits(4)
         .says(&["says that its files are in", "core.worktree"]);
     assert_eq!(world.read("outside/precious"), "x");
-    // In a folder above, where git finds no repository.
+    // The files are claimed to be in a folder above, where git finds no repository.
     let above = world.path("").display().to_string();
     world.git("host", &["config", "core.worktree", &above]);
     world
         .run(&["status"])
         .exits(4)
         .says(&["says that its files are in", "core.worktree"]);
-    // The path `../x` never gets that far: git refuses to record it; nor does a `.gitmodules` that is a link.
+    // git refuses to record the path `../x`, and a `.gitmodules` that is a link is refused here.
     let world = World::with_submodule();
     fs::rename(world.path("host/.gitmodules"), world.path("modules")).unwrap();
     std::os::unix::fs::symlink(world.path("modules"), world.path("host/.gitmodules")).unwrap();

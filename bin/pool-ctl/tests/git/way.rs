@@ -1,11 +1,11 @@
-//! Files of the user that lie where a commit of a submodule has its own.
+//! Files of the user in places where a commit of a submodule has its own.
 
 use serde_json::json;
 
 use crate::World;
 
-/// A checkout whose submodule `lib` is to go to a commit with the file `notes`, where the user has one that git does
-/// not know, ignored or not.
+/// Creates a checkout whose submodule `lib` must move to a commit with the file `notes`. The user has a file `notes` that git
+/// does not know, ignored or not.
 fn with_notes(ignored: bool) -> World {
     let world = World::with_submodule();
     world.write("lib-author/notes", "theirs\n");
@@ -31,7 +31,7 @@ fn a_file_in_the_way_in_a_submodule_stays_until_its_owner_has_seen_it_named() {
             );
         };
 
-        // sync: named before anything is moved.
+        // `sync` names the file before anything is moved.
         world
             .run(&["sync"])
             .exits(4)
@@ -39,7 +39,7 @@ fn a_file_in_the_way_in_a_submodule_stays_until_its_owner_has_seen_it_named() {
         assert_eq!(world.head("host"), host);
         stays();
 
-        // pull: the submodule is left alone.
+        // `pull` leaves the submodule alone.
         let pulled = world.json(&["pull"]);
         assert_eq!(pulled["submodules"][0]["action"], "left");
         let reason = pulled["submodules"][0]["reason"].as_str().unwrap();
@@ -196,7 +196,7 @@ fn a_change_that_git_was_told_to_pass_over_is_named_beforehand() {
 fn sync_does_not_drop_a_change_unseen_where_the_remote_has_none() {
     let world = World::new();
     world.git("host", &["update-index", "--assume-unchanged", "README"]);
-    // Nobody changed it: nothing to name.
+    // The file is unchanged, so there is nothing to name.
     world.run(&["sync", "--yes"]).exits(0);
     world.write("host/README", "mine\n");
     world

@@ -1,4 +1,4 @@
-//! A pool host of its own for each test: the real `llorch-pool`, stand-ins for the worker and the pool manager.
+//! A pool host for each test: the real `llorch-pool`, and stand-ins for the worker and the pool manager.
 
 use std::fs;
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ pub struct Host {
 impl Host {
     pub fn new() -> Self {
         let base = Home::new();
-        // Siblings are looked for beside the program first, so the program is put beside them.
+        // `llorch-pool` looks for siblings in its own folder first, so it is put next to them.
         let program = base.path("bin/llorch-pool");
         let built = env!("CARGO_BIN_EXE_llorch-pool");
         link_program(built.as_ref(), &program);
@@ -29,7 +29,7 @@ impl Host {
         host
     }
 
-    /// With a stand-in for the pool manager.
+    /// Creates a host with a stand-in for the pool manager.
     pub fn with_manager() -> Self {
         let host = Self::new();
         host.base
@@ -45,7 +45,7 @@ impl Host {
         pool_core::home::Home::at(self.path("home"))
     }
 
-    /// A reference to a model file with this content, which tells the stand-in for the worker how to behave.
+    /// Returns a reference to a model file with this content, which tells the stand-in for the worker how to behave.
     pub fn model(&self, content: &[u8]) -> String {
         let path = self
             .home()
@@ -65,13 +65,13 @@ impl Host {
         self.command(args).output().unwrap().into()
     }
 
-    /// The process of the pool manager.
+    /// Returns the process of the pool manager; `None` if none has recorded itself.
     pub fn manager(&self) -> Option<ProcessIdentity> {
         PidRecord::read(&self.home().pool_state()).map(|record| record.process)
     }
 }
 
-/// The lifecycle's own path of a log.
+/// Returns the path of a worker's log, as the lifecycle names it.
 pub fn worker_log(home: &pool_core::home::Home, id: &str) -> PathBuf {
     home.logs_dir().join(format!("workers/{id}.log"))
 }

@@ -1,5 +1,5 @@
-//! A hub stand-in: a server on this host that speaks the hub's protocol as far as `hf download` of one file needs it,
-//! and misbehaves as it is told.
+//! A stand-in for the hub: a server on this host that implements the hub's protocol as needed for `hf download` of one file,
+//! and misbehaves on request.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -13,37 +13,37 @@ use tokio::runtime::Runtime;
 
 use super::sha256;
 
-/// The commit of everything it serves.
+/// Commit of all files served.
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
-/// Bytes that go out at once.
+/// Bytes sent at a time.
 const PIECE: usize = 256 * 1024;
 
-/// How it behaves, to be changed at any time.
+/// Behaviour of the server, which may change at any time.
 #[derive(Clone)]
 pub struct Behaviour {
-    /// The file.
+    /// Content of every file.
     pub content: Bytes,
-    /// What it says the entity tag is.
+    /// Entity tag that the server announces.
     pub etag: String,
-    /// Serves nothing behind this byte of the file, and keeps the connection open.
+    /// Position in the file after which nothing is sent, with the connection left open.
     pub stall_at: Option<usize>,
-    /// Breaks the connection there instead.
+    /// True to break the connection at that position instead.
     pub cut: bool,
-    /// Serves parts.
+    /// True to serve ranges.
     pub ranges: bool,
-    /// Answers everything with this and an `X-Error-Code`.
+    /// Status and `X-Error-Code` with which every request is answered.
     pub refuses: Option<(StatusCode, &'static str)>,
-    /// Wants this token, and shows it to nobody else.
+    /// Token that every request must have.
     pub token: Option<&'static str>,
-    /// Sends callers on to another host for the bytes.
+    /// True to redirect to another host for the bytes.
     pub elsewhere: bool,
     /// Pause between two pieces.
     pub pause: Duration,
-    /// The files it lists.
+    /// Files in the listing.
     pub files: Vec<&'static str>,
 }
 
-/// What it was asked for.
+/// A request to the server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Asked {
     pub method: Method,
@@ -65,7 +65,7 @@ struct Stand {
     port: u16,
 }
 
-/// A running hub stand-in; it ends when this is dropped.
+/// A running stand-in for the hub. Dropping it stops the server.
 pub struct Hub {
     stand: Stand,
     _runtime: Runtime,
@@ -110,7 +110,7 @@ impl Hub {
         }
     }
 
-    /// Its address, as `HF_ENDPOINT`.
+    /// Returns the server's address, for `HF_ENDPOINT`.
     pub fn url(&self) -> String {
         format!("http://127.0.0.1:{}", self.stand.port)
     }
@@ -119,17 +119,17 @@ impl Hub {
         self.stand.behaviour.lock().unwrap()
     }
 
-    /// Bytes of content that went out since the last call.
+    /// Returns the bytes of content sent since the last call.
     pub fn take_served(&self) -> u64 {
         std::mem::take(&mut self.stand.seen.lock().unwrap().served_bytes)
     }
 
-    /// What it was asked for since the last call of [`Hub::take_asked`].
+    /// Returns the requests since the last call of [`Hub::take_asked`].
     pub fn asked(&self) -> Vec<Asked> {
         self.stand.seen.lock().unwrap().asked.clone()
     }
 
-    /// What it was asked for since the last call.
+    /// Returns the requests since the last call.
     pub fn take_asked(&self) -> Vec<Asked> {
         std::mem::take(&mut self.stand.seen.lock().unwrap().asked)
     }
@@ -151,7 +151,7 @@ impl Stand {
     }
 }
 
-/// The refusal of a request that gets nothing.
+/// Returns the refusal of a request, if the behaviour demands one.
 fn refusal(behaviour: &Behaviour, request: &Request) -> Option<Response<Body>> {
     let given = request.headers().get(header::AUTHORIZATION);
     let wanted = behaviour.token.map(|token| format!("Bearer {token}"));
@@ -207,7 +207,7 @@ async fn resolve(
         .header("X-Repo-Commit", COMMIT)
         .header("X-Linked-Etag", format!("\"{}\"", behaviour.etag))
         .header("X-Linked-Size", behaviour.content.len())
-        // The same machine by another name is another host to a client.
+        // To a client, another name of the same machine is another host.
         .header(
             header::LOCATION,
             format!("http://localhost:{}/elsewhere/{file}", stand.port),
@@ -218,7 +218,7 @@ async fn resolve(
 
 async fn bytes(State(stand): State<Stand>, request: Request) -> Response<Body> {
     let behaviour = stand.note(&request);
-    // Who stores the bytes has tags of its own.
+    // The host that stores the bytes has entity tags of its own.
     serve(&stand, &behaviour, &request, "\"another tag\"")
 }
 
@@ -262,7 +262,7 @@ fn serve(stand: &Stand, behaviour: &Behaviour, request: &Request, etag: &str) ->
     answer.body(body).unwrap()
 }
 
-/// The content from `position` on, as the behaviour of the moment says.
+/// Streams the content from `position` on, according to the current behaviour.
 fn pieces(
     stand: Stand,
     mut position: usize,

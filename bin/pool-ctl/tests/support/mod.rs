@@ -1,7 +1,7 @@
-//! What the tests of the command line share: a home of its own each, the real binary, tiny models. Whatever was started
-//! in a home ends with it, also where the test fails.
+//! Helpers of the command line's tests: a home for each test, the real binary, tiny models. Every process started in a home
+//! ends with it, even if the test fails.
 
-// Each test binary uses a part of this, and the helpers are tests too; clippy knows only the functions marked so.
+// Each test binary uses a part of this module. clippy exempts only functions marked as tests, but these are test code too.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../../../../shared-crates/pool-core/tests/support/gguf_draft.rs"]
@@ -23,10 +23,10 @@ use sha2::{Digest, Sha256};
 
 pub use gguf_draft::GgufDraft;
 
-/// How long anything may take that happens by itself, on a machine with much else to do.
+/// Limit for anything that should happen without further action, on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
-/// A home in a folder of its own. When it goes, so does every process that was started in it.
+/// A home in a folder of its own. Dropping it ends every process that was started in it.
 pub struct Home {
     dir: tempfile::TempDir,
 }
@@ -69,7 +69,7 @@ impl Home {
                 command.env_remove(name);
             }
         }
-        // No test asks the real hub.
+        // No test contacts the real hub.
         command.env("HF_ENDPOINT", "http://127.0.0.1:1");
         command.stdin(Stdio::null());
         command
@@ -79,7 +79,7 @@ impl Home {
         self.command(args).output().unwrap().into()
     }
 
-    /// The user's own catalogue with one entry `m`.
+    /// Writes the user's own catalogue, with one entry `m`.
     pub fn catalogue(&self, facts: &str, sources: &[&str]) {
         let sources: String = sources
             .iter()
@@ -92,12 +92,12 @@ impl Home {
         .unwrap();
     }
 
-    /// A program that is found before those of the machine.
+    /// Installs a program that is found before those of the machine.
     pub fn program(&self, name: &str, text: &str) {
         program::write_program(&self.path("bin").join(name), text);
     }
 
-    /// All files below the models folder but locks.
+    /// Returns all files below the models folder except locks.
     pub fn model_files(&self) -> Vec<String> {
         let mut found = Vec::new();
         let mut todo = vec![self.path("home/models")];
@@ -127,7 +127,7 @@ impl Home {
 
 impl Drop for Home {
     fn drop(&mut self) {
-        // One that is being ended may start another one.
+        // A process that is being ended may start another one.
         for _ in 0..20 {
             let found = processes_of(self.dir.path());
             if found.is_empty() {
@@ -141,14 +141,14 @@ impl Drop for Home {
     }
 }
 
-/// Puts a program at another place.
+/// Makes a program available at another path.
 pub fn link_program(program: &Path, place: &Path) {
     if fs::hard_link(program, place).is_err() {
         program::write_program(place, fs::read(program).unwrap());
     }
 }
 
-/// The processes that have `dir` in an argument or a variable, as all have that were started in a home: commands and the
+/// Returns the processes that have `dir` in an argument or a variable. Every process started in a home does: commands and the
 /// pool manager by `LLORCH_HOME`, workers by their program and model, `hf` and pip by the folder that they fill.
 fn processes_of(dir: &Path) -> Vec<ProcessIdentity> {
     let name = dir.to_string_lossy();
@@ -208,7 +208,7 @@ impl Drop for Running {
     }
 }
 
-/// Waits for a condition that comes true by itself.
+/// Waits until a condition holds without further action.
 #[track_caller]
 pub fn until<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     let begun = Instant::now();
@@ -221,7 +221,7 @@ pub fn until<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-/// How a command ended.
+/// Result of a command.
 pub struct Ran {
     pub code: i32,
     pub out: String,
@@ -275,7 +275,7 @@ pub fn sha256(bytes: &[u8]) -> String {
         .collect()
 }
 
-/// Size and hash as the catalogue has them.
+/// Returns size and hash in the form of the catalogue.
 pub fn facts(bytes: &[u8]) -> String {
     format!(
         "size_bytes = {}\nsha256 = \"{}\"",

@@ -35,7 +35,7 @@ pub struct Host {
     token: Option<Secret>,
 }
 
-/// A running daemon.
+/// A daemon that runs in this process, with a client for it.
 pub struct Daemon {
     pub client: ApiClient,
     shutdown: Shutdown,
