@@ -213,6 +213,7 @@ impl Heart {
                 Err(error) => {
                     failures = failures.saturating_add(1);
                     self.complain(&error);
+                    // An earlier retry can't help: a person must change one of the two ids.
                     let pause = if error.is_contested() {
                         self.interval
                     } else {
@@ -283,6 +284,7 @@ impl Heart {
             match self.send(&client).await {
                 // The orchestrator does not know this pool any more, for example because its database is new. Register again.
                 Err(error) if error.status() == Some(404) => self.registered = false,
+                // A 409 means that another instance holds this pool's id, so the next report must register again.
                 other => {
                     return other
                         .inspect_err(|error| self.registered &= error.status() != Some(409));
@@ -370,7 +372,7 @@ impl Heart {
                 let hint = error.hint();
                 tracing::error!(orchestrator, %error, hint, "the orchestrator refuses this pool");
             }
-            // No setting says that there is an orchestrator, so its absence is no error.
+            // No setting names an orchestrator, so its absence is not an error.
             (_, Goal::Local { .. }) if !self.registered => {
                 tracing::info!(
                     orchestrator,

@@ -161,7 +161,8 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     background.spawn(ModelWatch::new(&pool).await.keep());
     let goal = match config.orchestrator() {
         Orchestrator::At(url) => Some(Goal::Named(url.to_owned())),
-        // With a token, skip the standard port: the token and the workers' secrets are not for any process that listens there.
+        // With a token, do not try the standard port: an unknown process that listens there must not get the token and the
+        // workers' secrets.
         Orchestrator::Local => Some(Goal::Local {
             state: orchestrator_state,
             or_standard: token.is_none(),

@@ -56,6 +56,7 @@ async fn start(args: Args) -> Result<(), RunError> {
         bind,
         log_file,
     } = args;
+    // Before the settings are loaded, so that the file also gets their errors.
     if let Some(path) = log_file {
         telemetry::to_file(&path).map_err(|source| RunError::LogFile { path, source })?;
     }

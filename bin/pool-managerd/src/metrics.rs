@@ -229,6 +229,7 @@ impl Metrics {
         let open = self.load.connections();
         self.connections
             .set(i64::try_from(open).unwrap_or(i64::MAX));
+        // The service keeps the total itself, and a counter can only be increased.
         let refused = self.load.refused();
         self.refused
             .inc_by(refused.saturating_sub(self.refused.get()));
@@ -281,7 +282,7 @@ fn reason_label(reason: &ExitReason) -> &'static str {
         ExitReason::ModelInvalid => "model_invalid",
         ExitReason::SpawnFailed => "spawn_failed",
         ExitReason::Stopped => "stopped",
-        // Never an end in this version: it comes from the record of a later one.
+        // Never recorded by this version, only by a later one.
         ExitReason::Later(_) => "other",
     }
 }

@@ -48,7 +48,7 @@ pub async fn start(
     .await
 }
 
-/// Asks a worker to stop. Its watcher makes sure that it ends.
+/// Asks a worker to stop. The worker's watcher makes sure that it ends.
 pub async fn stop(pool: &Arc<Pool>, id: String, force: bool) -> Result<WorkerInfo, StopError> {
     pool.blocking(move |pool| {
         let record = pool.lifecycle.request_stop(&id, force)?;

@@ -222,8 +222,8 @@ impl Watched {
         }
     }
 
-    /// Makes sure that a worker with a stop request or a verdict ends. It gets SIGTERM once more, since the process that made
-    /// the request may have died before it sent the signal, and SIGKILL when its grace period is over.
+    /// Makes sure that a worker with a stop request or a verdict ends. Sends SIGTERM again, since the process that made the
+    /// request may have died before it sent the signal, and SIGKILL when the grace period is over.
     async fn see_it_end(&mut self, pool: &Arc<Pool>) {
         let grace = match self.record.verdict {
             Some(_) => CONDEMNED_GRACE,
@@ -236,6 +236,7 @@ impl Watched {
                 self.signal(pool, Signal::TERM).await;
             }
             Some(kill_at) if now >= kill_at => {
+                // Set again, so that a signal that could not be sent is repeated after another grace period.
                 self.kill_at = Some(now + grace);
                 crash_point("stop.kill");
                 let worker = &self.record.info.id;

@@ -14,7 +14,7 @@ async fn drain(daemon: &Daemon, request: DrainRequest) -> PoolStatus {
     daemon.client.post("/drain", &request).await.unwrap()
 }
 
-/// Starts a job on the worker. It runs until the worker's tokens are let out.
+/// Starts a job on the worker, which runs until the test lets its tokens out.
 pub async fn job(client: &ApiClient, worker: &str) -> pool_core::client::EventStream {
     let request = client
         .request(Method::POST, &format!("/workers/{worker}/execute"))

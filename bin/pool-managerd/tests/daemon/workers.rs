@@ -508,7 +508,7 @@ async fn a_worker_started_beside_the_daemon_is_watched_too() {
     .unwrap();
     daemon.until_status(&info.id, WorkerStatus::Ready).await;
     daemon.stop_worker(&info.id, false).await.unwrap();
-    // Its parent is this test, which does not wait for it: the process stays a zombie, which counts as ended.
+    // The parent is this test, which waits for no child: the process stays a zombie, which counts as ended.
     until("it has stopped", async || {
         (daemon.worker(&info.id).await.status == WorkerStatus::Stopped).then_some(())
     })
