@@ -1,6 +1,6 @@
 //! The real `git`, restricted.
 //!
-//! The content of a repository comes from others: names, addresses, attributes and, if somebody else made the checkout, its
+//! The content of a repository comes from others: names, addresses, attributes and, if another user made the checkout, its
 //! settings and hooks. Therefore git is started with argument lists only; hooks, monitors, pagers, editors and prompts are off;
 //! git may use only the protocols that the call names; and settings of the repository that would run a program are refused
 //! before any command reads them ([`trust`]).
@@ -399,6 +399,7 @@ impl Git {
                         }
                     }
                     status = child.wait() => break status.map_err(start),
+                    // Only calls to a remote have a limit: local work may be silent for long.
                     _ = ticks.tick(), if progress.is_some() => {
                         if heard.get().elapsed() > SILENCE {
                             let seconds = SILENCE.as_secs();

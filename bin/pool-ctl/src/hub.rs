@@ -40,7 +40,7 @@ pub struct Hub {
 pub struct RemoteFile {
     /// Entity tag, which identifies the content; `None` if the hub sends none.
     pub etag: Option<String>,
-    /// Size in bytes; `None` if the hub does not say.
+    /// Size in bytes; `None` if the hub does not give it.
     pub size: Option<u64>,
     /// Address of the bytes.
     url: Url,
@@ -287,6 +287,7 @@ impl Hub {
             file.flush().await.map_err(write)?;
             came(done);
         }
+        // A stream that ends early counts as a silent one, so that the caller requests the rest again.
         if size.is_some_and(|size| done < size) {
             return Err(HubError::Silent);
         }

@@ -302,7 +302,7 @@ async fn ask(lifecycle: &Lifecycle, record: &WorkerRecord) -> Result<(), CliErro
         return Ok(());
     };
     match lifecycle.observe(&record.info.id, &health) {
-        // A stranger on the worker's port says nothing about the worker.
+        // An answer refused as a stranger's says nothing about the worker.
         Ok(_) | Err(ObserveError::Refused(_)) => Ok(()),
         Err(ObserveError::Registry(error)) => Err(registry_error(&error)),
     }

@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::context::Context;
 use crate::pool::Pool;
 
-/// Time limit for a new daemon to hear from its orchestrator before `daemon start` returns.
+/// Time limit for the orchestrator's first answer to a new daemon before `daemon start` returns.
 const FIRST_OUTCOME: Duration = Duration::from_secs(3);
 /// Interval between checks within that limit.
 const POLL: Duration = Duration::from_millis(50);

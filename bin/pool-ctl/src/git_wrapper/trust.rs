@@ -159,7 +159,8 @@ pub fn reaches_out(key: &str, value: &str) -> bool {
         | ("hook", "command")
         // The user's own `git-lfs` filter reads these, and runs the programs that they name.
         | ("lfs", "path" | "clean" | "smudge") => !value.is_empty(),
-        // Writes the file that `http.cookieFile` names. With an address in its key, it overrides [`super::SETTINGS`].
+        // Writes the file that `http.cookieFile` names. With an address in its key, no setting on the command line overrides
+        // it.
         ("http", "savecookies") => !is_off(value),
         // Likewise, and the fetched files become code that runs here.
         ("http", "sslverify") => is_off(value),

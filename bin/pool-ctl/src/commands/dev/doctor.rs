@@ -125,7 +125,7 @@ fn catalogue(home: &Home) -> Finding {
     }
 }
 
-/// Checks that each folder can be written, by a write: its mode says too little if a disk is mounted read-only or full.
+/// Checks that each folder is writable, by writing to it: its mode says too little if a disk is mounted read-only or full.
 fn folders(home: &Home, config: &PoolConfig) -> Finding {
     let models = config.models_dir(home);
     let dirs = [

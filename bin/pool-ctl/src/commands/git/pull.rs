@@ -145,7 +145,7 @@ pub(super) fn tell_own_ways(repo: &Repo) {
     }
 }
 
-/// Returns the current branch and its upstream, or an error that says why there is nothing to take over.
+/// Returns the current branch and its upstream, or an error that explains the lack of an upstream.
 pub(super) async fn followed(repo: &Repo, status: &Status) -> Result<(String, Upstream), CliError> {
     let Some(branch) = &status.branch else {
         let at = status.commit.as_deref().map_or("nothing", short);

@@ -361,12 +361,14 @@ impl<'a> Mover<'a> {
                 return Err(Blocked::Occupied(names).error(submodule));
             }
         }
+        // The recorded commit is the goal, so a branch chosen with `git submodules branch` is no longer followed.
         let key = format!("submodule.{}.branch", submodule.name);
         if repo.setting(&key).is_some() {
             repo.change(&["config", "--local", "--unset-all", &key])
                 .await
                 .map_err(told)?;
         }
+        // git would refuse to overwrite unknown files in the check-out below.
         if let (true, Some(inside)) = (overwrites, &found.repo) {
             inside.force_to(&submodule.recorded).await.map_err(told)?;
         }

@@ -1,4 +1,4 @@
-//! `llorch-pool git sync`: sets the checkout to the state of the remote, whatever its own.
+//! `llorch-pool git sync`: sets the checkout to the state of the remote, and discards its own.
 
 use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
