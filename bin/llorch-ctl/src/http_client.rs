@@ -1,4 +1,4 @@
-//! What `llorch` asks of `orchestratord`: where it is, and its API in types.
+//! Client of `orchestratord`'s API: finds the orchestrator's address and makes typed calls.
 
 mod feed;
 mod list;
@@ -29,14 +29,14 @@ use pool_core::terminal::{CliError, Exit, daemon_commands};
 pub use feed::{Feed, Item};
 pub use list::{JobFilter, JobPages};
 
-/// Where `orchestratord` listens unless something else is said.
+/// Default address of `orchestratord`.
 const STANDARD_URL: &str = "http://127.0.0.1:8080";
-/// Pauses before a call is made again whose answer did not arrive.
+/// Pauses before the retries of a failed call, in milliseconds.
 const PAUSES_MS: [u64; 6] = [100, 250, 500, 1000, 2000, 4000];
-/// Most jobs listed for an ambiguous prefix.
+/// Most jobs listed for an ambiguous id prefix.
 const SHOWN_CANDIDATES: usize = 5;
 
-/// Which orchestrator is meant, and the token for it.
+/// Address of the orchestrator, and the token for it.
 #[derive(Debug, Clone, Default, Args)]
 #[command(next_help_heading = "Connection")]
 pub struct ConnectArgs {
@@ -49,8 +49,8 @@ pub struct ConnectArgs {
         env = "LLORCH_ORCHESTRATOR_URL"
     )]
     pub url: Option<String>,
-    /// File (mode 0600) with the API token; without it LLORCH_API_TOKEN counts, then the file that
-    /// orchestratord.toml names
+    /// File (mode 0600) with the API token [default: LLORCH_API_TOKEN, else, without --url, the file that orchestratord.toml
+    /// names]
     #[arg(long, global = true, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
 }
@@ -62,13 +62,13 @@ impl ConnectArgs {
         self
     }
 
-    /// The address that was asked for; an empty variable asks for none.
+    /// Returns the requested address. An empty variable counts as unset.
     fn explicit_url(&self) -> Option<&str> {
         self.url.as_deref().filter(|url| !url.is_empty())
     }
 
-    /// The token to send. The local daemon's own settings are asked only where the local daemon is meant: its token
-    /// is nobody else's business.
+    /// Returns the token to send. Reads the local daemon's settings only if no address is given, because the local daemon's
+    /// token must not reach any other server.
     fn token(&self, home: &Home) -> Result<Option<Secret>, CliError> {
         if let Some(file) = &self.token_file {
             return Ok(Secret::load(None, Some(file))?);
@@ -101,12 +101,12 @@ impl ConnectArgs {
 pub struct Orchestrator {
     client: ApiClient,
     token: Option<Secret>,
-    /// The state folder of the local daemon, where nobody named an address: it may come back at another one.
+    /// State folder of the local daemon, which may listen on another port after a restart. `None` if an address was given.
     local: Option<PathBuf>,
 }
 
 impl Orchestrator {
-    /// Finds the orchestrator and makes sure that it speaks our version of the API.
+    /// Finds the orchestrator and checks that it speaks our version of the API.
     pub async fn connect(args: &ConnectArgs) -> Result<Self, CliError> {
         let orchestrator = Self::find(args)?;
         orchestrator.version().await.map_err(shown)?;
@@ -130,12 +130,12 @@ impl Orchestrator {
         Self::at(url, token).map_err(CliError::from)
     }
 
-    /// The local orchestrator, known to be at `url`.
+    /// Returns a client of the local orchestrator, which is known to listen at `url`.
     pub fn find_local(args: &ConnectArgs, url: &str) -> Result<Self, CliError> {
         Ok(Self::at(url, args.token(&Home::from_env()?)?)?)
     }
 
-    /// The orchestrator at an address.
+    /// Returns a client of the orchestrator at `url`.
     pub fn at(url: &str, token: Option<Secret>) -> Result<Self, ClientError> {
         Ok(Self {
             client: ApiClient::new(url, token.clone())?,
@@ -144,17 +144,17 @@ impl Orchestrator {
         })
     }
 
-    /// Its address.
+    /// Returns the base URL.
     pub fn url(&self) -> &str {
         self.client.base_url()
     }
 
-    /// Its version, or an error where it does not speak ours of the API.
+    /// Returns the orchestrator's version. Fails if its API version is not ours.
     pub async fn version(&self) -> Result<VersionInfo, ClientError> {
         self.client.check_version(ORCHESTRATOR_API_VERSION).await
     }
 
-    /// Follows a local daemon that was restarted and took another port.
+    /// Switches to the new address of a local daemon that was restarted on another port.
     fn relocate(&mut self) {
         let found = self.local.as_deref().and_then(run_files::local_url);
         if let Some(url) = found.filter(|url| url != self.url())
@@ -164,8 +164,8 @@ impl Orchestrator {
         }
     }
 
-    /// Submits a task. The key makes it safe to send the same request again when the connection broke before the
-    /// answer came: the orchestrator then names the job that it has stored already.
+    /// Submits a task. The key makes a retry safe after the connection broke before the answer: the orchestrator then returns
+    /// the job that it has already stored.
     pub async fn submit(
         &mut self,
         request: &TaskSubmitRequest,
@@ -182,7 +182,7 @@ impl Orchestrator {
         .await
     }
 
-    /// Makes a call that does no harm when it is made twice, and makes it again for as long as a restart takes.
+    /// Makes an idempotent call, and retries it for about as long as a restart takes.
     async fn again<T>(
         &mut self,
         on_retry: impl Fn(&ClientError),
@@ -204,19 +204,19 @@ impl Orchestrator {
         }
     }
 
-    /// A job, also where the orchestrator is being restarted.
+    /// Returns a job. Retries while the orchestrator restarts.
     pub async fn job_surely(&mut self, id: JobId) -> Result<TaskView, ClientError> {
         let path = format!("/v2/tasks/{id}");
         self.again(|_| {}, async |client| client.get(&path).await)
             .await
     }
 
-    /// A job.
+    /// Returns a job. Does not retry.
     pub async fn job(&self, id: JobId) -> Result<TaskView, ClientError> {
         self.client.get(&format!("/v2/tasks/{id}")).await
     }
 
-    /// Why a job waits, and why it ran where it ran.
+    /// Returns the reason why a job waits, or why its attempts ran where they did.
     pub async fn explain(&self, id: JobId) -> Result<TaskExplanation, ClientError> {
         self.client.get(&format!("/v2/tasks/{id}/explain")).await
     }
@@ -261,7 +261,7 @@ impl Orchestrator {
         }
     }
 
-    /// Cancels a job; the answer is the state that won.
+    /// Cancels a job. The answer has the resulting state: a job that was already over keeps its own.
     pub async fn cancel(&self, id: JobId) -> Result<CancelResponse, ClientError> {
         self.client
             .fetch(
@@ -271,27 +271,27 @@ impl Orchestrator {
             .await
     }
 
-    /// The token that it is sent.
+    /// Returns the token that is sent with each request; `None` without one.
     pub fn token(&self) -> Option<&Secret> {
         self.token.as_ref()
     }
 
-    /// All models that it knows.
+    /// Returns all models known to the orchestrator.
     pub async fn models(&self) -> Result<ModelList, ClientError> {
         self.client.get("/v2/models").await
     }
 
-    /// All registered pools.
+    /// Returns all registered pools.
     pub async fn pools(&self) -> Result<Vec<PoolView>, ClientError> {
         Ok(self.client.get::<PoolList>("/v2/pools").await?.pools)
     }
 
-    /// The policy in force.
+    /// Returns the policy in force.
     pub async fn scheduler(&self) -> Result<SchedulerView, ClientError> {
         self.client.get("/v2/scheduler").await
     }
 
-    /// What the scheduler sees and decides, from now on, as it happens.
+    /// Opens the live trace of the scheduler's snapshots and decisions.
     pub async fn trace(&self) -> Result<RelayedAnswer, ClientError> {
         let request = self.client.request(Method::GET, "/v2/scheduler/trace");
         let mut answer = self.client.relay(request).await?;
@@ -316,7 +316,7 @@ impl Orchestrator {
         })
     }
 
-    /// A job's events, from the start or after one, through every break of the connection.
+    /// Returns the feed of a job's events, from the start or after a given event, across broken connections.
     pub fn events(&self, id: JobId, after: Option<EventId>) -> Feed {
         Feed::new(self.clone(), id, after)
     }
@@ -336,7 +336,7 @@ impl Orchestrator {
     }
 }
 
-/// Returns the error of a prefix that several ids begin with.
+/// Returns the error for a prefix that several job ids share.
 fn ambiguous(prefix: &JobIdPrefix, jobs: &[TaskSummary]) -> CliError {
     let more = if jobs.len() > SHOWN_CANDIDATES {
         ", ..."
@@ -361,7 +361,7 @@ fn ambiguous(prefix: &JobIdPrefix, jobs: &[TaskSummary]) -> CliError {
     ))
 }
 
-/// Whether the same call may succeed in a moment: the daemon is being restarted, or the connection broke.
+/// Returns whether a retry of the call may succeed: the daemon is restarting, or the connection broke.
 fn is_passing(error: &ClientError) -> bool {
     match error {
         ClientError::Unreachable { .. }
@@ -374,7 +374,7 @@ fn is_passing(error: &ClientError) -> bool {
     }
 }
 
-/// A failed call as the terminal shows it, with the command that mends it.
+/// Converts a failed call into the error that the terminal shows, with a hint at the fix.
 pub fn shown(error: ClientError) -> CliError {
     match &error {
         ClientError::Unreachable { url, .. } => {

@@ -1,4 +1,4 @@
-//! A job's events as one sequence, however often the connection breaks in between.
+//! A job's events as one sequence, across broken connections.
 
 use std::time::{Duration, Instant};
 
@@ -10,23 +10,23 @@ use pool_core::client::{ClientError, EventStream, ServerEvent};
 
 use super::{Orchestrator, is_passing};
 
-/// How long a feed waits for an orchestrator that has gone away. A restart takes seconds.
+/// Default time for which a feed waits for an unreachable orchestrator. A restart takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// First and longest pause before connecting again.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
 
-/// What a feed yields.
+/// An item of a feed.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Item {
-    /// An event. Logged ones carry their id and come once.
+    /// An event. A logged event carries its id and comes once.
     Event(Option<EventId>, TaskEvent),
-    /// The connection is lost, for this reason in plain words; the feed reconnects.
+    /// Loss of the connection, with the reason in plain words. The feed reconnects.
     Lost(String),
-    /// The connection is back and events go on where they stopped.
+    /// Return of the connection. Events continue where they stopped.
     Back,
 }
 
-/// The events of one job. It resumes after the last event seen, so none is lost and none comes twice.
+/// The events of one job. After a break, the feed resumes after the last event seen, so no logged event is lost or repeated.
 #[derive(Debug)]
 pub struct Feed {
     orchestrator: Orchestrator,
@@ -34,7 +34,7 @@ pub struct Feed {
     after: Option<EventId>,
     stream: Option<EventStream>,
     outage: Option<Outage>,
-    /// An event that waits until [`Item::Back`] was told.
+    /// Item to yield before the stream is read any further.
     pending: Option<Item>,
     /// The orchestrator's reason for closing the stream, if it gave one.
     farewell: Option<Farewell>,
@@ -47,16 +47,16 @@ pub struct Feed {
 enum Farewell {
     /// This reader was too slow. The feed reconnects at once.
     Lagged,
-    /// The orchestrator stops.
+    /// The orchestrator is shutting down.
     Shutdown,
 }
 
-/// A connection that is gone, up to the first event after it.
+/// A lost connection, until the first event after the loss.
 #[derive(Debug)]
 struct Outage {
     since: Instant,
     pause: Duration,
-    /// True if the feed has reported [`Item::Lost`].
+    /// True if [`Item::Lost`] has been yielded.
     told: bool,
 }
 
@@ -75,24 +75,24 @@ impl Feed {
         }
     }
 
-    /// Gives up after this long without an orchestrator. Default one minute.
+    /// Sets how long the feed waits for an unreachable orchestrator. Default: one minute.
     #[must_use]
     pub fn with_patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
     }
 
-    /// The job.
+    /// Returns the id of the followed job.
     pub fn job(&self) -> JobId {
         self.job
     }
 
-    /// Returns the job's present record.
+    /// Returns the job's current record.
     pub async fn view(&self) -> Result<TaskView, ClientError> {
         self.orchestrator.job(self.job).await
     }
 
-    /// The next event or break; `None` after the job's last event.
+    /// Returns the next item; `None` after the job's last event.
     pub async fn next(&mut self) -> Result<Option<Item>, ClientError> {
         loop {
             if let Some(item) = self.pending.take() {
@@ -118,7 +118,7 @@ impl Feed {
                 }
                 Some(Err(error)) if is_passing(&error) => error,
                 Some(Err(error)) => return Err(error),
-                // Closed in order, as by a daemon that stops, but the job is not over.
+                // An orderly close, such as a daemon makes when it shuts down, but the job is not over.
                 None => ClientError::Broken {
                     url: self.orchestrator.url().to_owned(),
                     detail: "it was closed".into(),
@@ -170,8 +170,8 @@ impl Feed {
         }
     }
 
-    /// Whether a failure within an outage is to be borne. One before it is not: a daemon that was never there is
-    /// told at once.
+    /// Returns `Ok` if the feed should try again after `error`. Tolerates errors only within an outage: an orchestrator that
+    /// was never reachable is reported at once.
     fn bear(&self, error: ClientError) -> Result<(), ClientError> {
         match &self.outage {
             Some(outage) if is_passing(&error) && outage.since.elapsed() < self.patience => Ok(()),
@@ -179,7 +179,7 @@ impl Feed {
         }
     }
 
-    /// An event of the stream; `None` for one that was seen before.
+    /// Parses an event of the stream. Returns `None` for an event seen before.
     fn read(&mut self, event: &ServerEvent) -> Result<Option<Item>, ClientError> {
         let unreadable = |error: &dyn std::error::Error| ClientError::NotOurs {
             url: self.orchestrator.url().to_owned(),
@@ -194,8 +194,8 @@ impl Feed {
             .map(str::parse)
             .transpose()
             .map_err(|error| unreadable(&error))?;
-        // A stream that was opened after an event does not repeat it. This costs nothing and makes it certain. The last
-        // event is taken whatever its id: without it the feed would wait for ever.
+        // A stream opened after an event does not repeat that event; this check makes sure, at no cost. The last event is
+        // accepted whatever its id, because without it the feed would wait forever.
         if id.is_some() && id <= self.after && !content.is_last() {
             return Ok(None);
         }
@@ -210,8 +210,7 @@ impl Feed {
     }
 }
 
-/// Describes the end of a connection in plain words. The details go to logs, and to the error of a connection that
-/// stays lost.
+/// Describes the end of a connection in plain words. Details go to logs, and to the error of a connection that stays lost.
 fn plainly(error: &ClientError, farewell: Option<Farewell>) -> String {
     match error {
         _ if farewell == Some(Farewell::Shutdown) => "the orchestrator stops".to_owned(),
