@@ -22,32 +22,31 @@ use tasks::{Defaults, Task};
 
 /// Submit a file of tasks, a few at a time, and collect their results.
 ///
-/// Each line of the file is a task as `POST /v2/tasks` takes it. Each line of the results is an object with `line`, `key`,
-/// `id`, `status` (completed, failed, cancelled, expired, or refused), `text`, `usage` and `error`, written as the job
-/// ends.
+/// Each line of the file is a task as `POST /v2/tasks` accepts it. Each line of the results is an object with `line`, `key`,
+/// `id`, `status` (completed, failed, cancelled, expired, or refused), `text`, `usage` and `error`, written when the job ends.
 ///
-/// Nothing is done twice: after Ctrl-C, or whatever else ended it, the same command goes on with what is left, and
-/// jobs that run meanwhile are found again. Only another --run, or a file of results that lacks them after the
-/// orchestrator has forgotten them, makes new jobs of the same lines.
+/// No work is done twice: after Ctrl-C, or any other interruption, the same command continues with the remaining tasks and
+/// finds the jobs that run meanwhile. The same lines become new jobs only under another --run, or if the orchestrator has
+/// forgotten their jobs and the file of results lacks them.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Batch {
-    /// The file of tasks, or `-` for standard input
+    /// File of tasks, or `-` for standard input
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// Add the results to this file, and leave out the tasks that it has results of [default: standard output]
+    /// Append the results to this file, and skip the tasks whose results it already has [default: standard output]
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// The model of tasks that name none
+    /// Model of tasks that name none
     #[arg(long, short)]
     model: Option<String>,
-    /// The priority of tasks that name none: interactive or batch
+    /// Priority of tasks that name none: interactive or batch
     #[arg(long, default_value_t = Priority::Batch)]
     priority: Priority,
-    /// Most jobs that are under way at once
+    /// Most jobs in flight at once
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=256))]
     in_flight: u16,
-    /// A name for this run: the same lines under another name are other jobs
+    /// Name of this run: the same lines under another name are other jobs
     #[arg(long, value_name = "NAME", default_value = "")]
     run: String,
 }
@@ -62,7 +61,7 @@ A line of the file:
 Exit codes: 0 all completed, 6 some jobs failed, were cancelled or expired, 4 some tasks were refused."#;
 
 impl Batch {
-    /// Submits and collects.
+    /// Submits the tasks and collects the results.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let defaults = Defaults {
             model: self.model,
@@ -122,7 +121,7 @@ impl Batch {
     }
 }
 
-/// Says how to go on, beside what the error says itself.
+/// Appends to the error's hint how to continue the run.
 fn also(error: CliError, go_on: &str) -> CliError {
     let hint = match &error.hint {
         Some(hint) => format!("{hint}; {go_on}"),
@@ -172,8 +171,8 @@ async fn finish(
     Ok(Record::of(&task, job))
 }
 
-/// How long a submit waits that found the queue full: what the orchestrator says, and a little more for some than for
-/// others, so that they don't come back all at once.
+/// Returns the pause before another submit to a full queue: the time that the orchestrator asks for, and up to a quarter more,
+/// spread by line number so that submits don't all return at once.
 fn pause(retry_after_ms: Option<u64>, line: usize) -> Duration {
     let told = retry_after_ms.unwrap_or(1_000).clamp(10, 60_000);
     let spread = told / 4 * (line as u64 % 8) / 8;

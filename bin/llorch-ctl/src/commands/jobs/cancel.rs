@@ -12,7 +12,7 @@ use crate::http_client::{ConnectArgs, Orchestrator, shown};
 /// because no named job continues to run.
 #[derive(Debug, Args)]
 pub struct Cancel {
-    /// Ids of the jobs, or their beginnings
+    /// Job ids, or unique prefixes of them
     #[arg(required = true, value_name = "ID")]
     ids: Vec<JobIdPrefix>,
 }

@@ -9,35 +9,35 @@ use pool_core::terminal::{CliError, Exit};
 use super::follow::{JsonLines, Transcript, conclude, follow, wants_notices};
 use crate::http_client::{ConnectArgs, Orchestrator};
 
-/// Follow a job's events to its end, from the start or after one of them.
+/// Follow a job's events to its end, from the start or after a given event.
 ///
-/// It exits as `jobs submit` does: 0 when the job completed, 6 when it did not. Several readers may follow one job.
+/// Exits as `jobs submit` does: with 0 if the job completed, and with 6 if it did not. Several readers may follow one job.
 #[derive(Debug, Args)]
 pub struct Events {
-    /// Id of the job, or its beginning
+    /// Job id, or a unique prefix of it
     id: JobIdPrefix,
-    /// Go on after this event, as the stream's ids name it
+    /// Start after the event with this id
     #[arg(long, value_name = "ATTEMPT.SEQ")]
     after: Option<EventId>,
-    /// What to print: the text as it is written, or every event as JSON
+    /// Output: the text as it is written, or every event as JSON
     #[arg(long, value_enum, default_value_t)]
     format: EventFormat,
-    /// Tell on standard error what happens, also where that is no terminal
+    /// Report what happens on standard error, even if it is not a terminal
     #[arg(long, short)]
     verbose: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 enum EventFormat {
-    /// The text, as it is written
+    /// The text as it is written
     #[default]
     Text,
-    /// `{"id", "event", "data"}`, one a line; momentary events have no id
+    /// One object per line with `id`, `event` and `data`; the id of a momentary event is null
     Jsonl,
 }
 
 impl Events {
-    /// Follows.
+    /// Follows the job.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let orchestrator = Orchestrator::connect(connect).await?;
         let interrupt = Interrupt::catch()?;

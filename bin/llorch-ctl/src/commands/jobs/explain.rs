@@ -15,18 +15,18 @@ use pool_core::terminal::{
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
-/// Say why a job waits, when it may start and what would help, or why it ran where it ran.
+/// Explain why a job waits, when it may start and what would help, or why it ran where it did.
 #[derive(Debug, Args)]
 pub struct Explain {
-    /// Id of the job, or its beginning
+    /// Job id, or a unique prefix of it
     id: JobIdPrefix,
-    /// Lines for people, or JSON
+    /// Human-readable lines, or JSON
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
 
 impl Explain {
-    /// Explains it.
+    /// Prints the explanation.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let orchestrator = Orchestrator::connect(connect).await?;
         let explanation = orchestrator
@@ -41,7 +41,7 @@ impl Explain {
     }
 }
 
-/// The name that a value has on the wire.
+/// Returns the wire name of a value.
 fn name(value: impl serde::Serialize) -> String {
     let value = serde_json::to_value(value).ok();
     let text = value.and_then(|value| value.as_str().map(str::to_owned));
@@ -51,7 +51,7 @@ fn name(value: impl serde::Serialize) -> String {
 fn render(explanation: &TaskExplanation, colour: bool) -> String {
     let mut shown = String::new();
     let mut line = |name: &str, value: &str| {
-        // Writing to a text never fails.
+        // Writing to a `String` never fails.
         let _ = writeln!(shown, "{name:<11}{}", clean(value));
     };
     line("job", &explanation.id.to_string());

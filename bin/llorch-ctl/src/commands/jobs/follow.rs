@@ -1,4 +1,4 @@
-//! Following a job: its text on standard output as it is written, what else happens on standard error.
+//! Readers that follow a job: its text goes to standard output as it is written, remarks go to standard error.
 
 use std::io::{self, IsTerminal};
 use std::time::Instant;
@@ -17,18 +17,18 @@ use super::situation::Situation;
 use super::{job_failed, speed};
 use crate::http_client::{Feed, Item, shown};
 
-/// How a job ended.
+/// The end of a job.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Ending {
-    /// Its text is whole.
+    /// The job completed, and its text is whole.
     Completed(End),
-    /// It did not complete.
+    /// The job failed, expired or was cancelled.
     Failed(JobError),
 }
 
-/// What a follower does with the items of a feed.
+/// A consumer of a feed's items.
 pub trait Reader {
-    /// Takes the next one.
+    /// Takes the next item.
     fn take(&mut self, item: &Item) -> Result<(), CliError>;
 
     /// Returns the situation whose remarks this reader prints, if any.
@@ -77,7 +77,7 @@ pub async fn follow(
     }
 }
 
-/// Waits until a time; forever without one.
+/// Waits until `due`; forever without it.
 async fn at(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.into()).await,
@@ -107,17 +107,17 @@ fn ending_of(view: TaskView) -> Result<Ending, CliError> {
     }
 }
 
-/// The error of a command that was interrupted while its job runs.
+/// Returns the error of a command that was interrupted while its job runs on.
 pub fn goes_on(id: JobId) -> CliError {
     if io::stdout().is_terminal() {
-        // Off the line of the unfinished text.
+        // Ends the line of the unfinished text.
         note("");
     }
     CliError::new(Exit::Interrupted, "interrupted")
         .hint(format!("job {id} goes on; follow it with: llorch jobs events {id}, or end it with: llorch jobs cancel {id}"))
 }
 
-/// The error of a command whose orchestrator is gone for good.
+/// Returns the error of a command whose feed failed. If the orchestrator is gone, the hint says how to follow the job later.
 fn lost_sight(id: JobId, error: ClientError) -> CliError {
     let lost = matches!(
         error,
@@ -136,7 +136,7 @@ fn lost_sight(id: JobId, error: ClientError) -> CliError {
     ))
 }
 
-/// Prints the text of a job, and keeps it.
+/// A reader that prints the text of a job, and keeps it.
 #[derive(Debug)]
 pub struct Transcript {
     filter: TerminalFilter,
@@ -144,9 +144,9 @@ pub struct Transcript {
     next_index: u32,
     notices: bool,
     situation: Option<Situation>,
-    /// True if standard output and standard error lead to one place.
+    /// True if standard output and standard error are one terminal, file or pipe.
     shared: bool,
-    /// True if the printed text ends within a line.
+    /// True if the text printed last does not end with a newline.
     mid_line: bool,
 }
 
@@ -174,15 +174,15 @@ impl Transcript {
         }
     }
 
-    /// The text that was printed and still counts.
+    /// Returns the printed text, without what a later attempt made void.
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// Prints a remark on a line of its own.
+    /// Prints a remark on its own line.
     fn remark(&mut self, text: impl AsRef<str>) {
         if self.shared && self.mid_line {
-            // Goes to standard error, so that the text itself is unchanged.
+            // The newline goes to standard error, so that the text itself is unchanged.
             note("");
         }
         self.mid_line = false;
@@ -210,7 +210,7 @@ impl Transcript {
         let now = Instant::now();
         match event {
             TaskEvent::Token(token) => {
-                // An index that was printed is not printed again, whatever way it came twice.
+                // Each index is printed once, even if it arrives twice.
                 if token.i >= self.next_index {
                     self.next_index = token.i.saturating_add(1);
                     self.text.push_str(&token.t);
@@ -247,7 +247,7 @@ impl Transcript {
                         attempt.reason
                     ));
                 } else {
-                    // What was printed can't be taken back: a reader must know it, terminal or not.
+                    // Printed text can't be taken back, so the reader is informed even without `notices`.
                     self.print("\n")?;
                     self.remark(format!(
                         "the text above is void ({}); attempt {number} on {worker} begins anew",
@@ -278,7 +278,7 @@ impl Reader for Transcript {
     fn take(&mut self, item: &Item) -> Result<(), CliError> {
         match item {
             Item::Event(_, event) => self.event(event)?,
-            // Said with or without a terminal: it explains why nothing comes.
+            // Printed even without `notices`: it explains why no text comes.
             Item::Lost(why) => self.remark(lost(why)),
             Item::Back => self.remark("the orchestrator is back; the text goes on"),
         }
@@ -304,7 +304,7 @@ fn outputs_are_one() -> bool {
     both_terminals || out.ok().zip(err.ok()).is_some_and(|(out, err)| out == err)
 }
 
-/// Prints events as JSON, one a line.
+/// A reader that prints each event as one line of JSON.
 #[derive(Debug)]
 pub struct JsonLines;
 
@@ -340,12 +340,12 @@ impl Reader for JsonLines {
 pub struct Quiet(Situation);
 
 impl Quiet {
-    /// Returns a reader of a command's only job.
+    /// Returns the reader for a command with a single job.
     pub fn new() -> Self {
         Self(Situation::new(false))
     }
 
-    /// Returns a reader of one of several jobs, which its remarks name.
+    /// Returns a reader for one of several jobs. Its remarks name the job.
     pub fn of(job: JobId) -> Self {
         Self(Situation::of(job))
     }
@@ -354,7 +354,7 @@ impl Quiet {
 impl Reader for Quiet {
     fn take(&mut self, item: &Item) -> Result<(), CliError> {
         match item {
-            // Text is not shown here, so the live line stays.
+            // This reader prints no text, so the live line stays.
             Item::Event(_, TaskEvent::Token(_)) => {}
             Item::Event(_, event) => self.0.take(event, Instant::now()),
             Item::Lost(why) => self.0.remark(&lost(why)),
@@ -368,7 +368,7 @@ impl Reader for Quiet {
     }
 }
 
-/// Ends a command that showed a job's text: a summary on a terminal, or the error that the job ended with.
+/// Ends a command that showed a job's text: prints a summary if `notices`, or returns the error that ended the job.
 pub fn conclude(id: JobId, ending: &Ending, notices: bool) -> Result<Exit, CliError> {
     match ending {
         Ending::Completed(end) => {
@@ -408,18 +408,18 @@ fn summary(id: JobId, end: &End) -> String {
     )
 }
 
-/// Whether remarks are wanted: where somebody looks on, or asked for them.
+/// Returns whether to print notices: if standard error is a terminal, or if the user asks for them.
 pub fn wants_notices(verbose: bool) -> bool {
     verbose || io::stderr().is_terminal()
 }
 
-/// A remark on standard error, told apart from the text.
+/// Prints a remark on standard error, dimmed to distinguish it from the text.
 fn remark(text: impl AsRef<str>) {
     let text = pool_core::terminal::sanitize::clean(text.as_ref());
     note(paint::on_stderr(paint::Style::Dim, &text));
 }
 
-/// Prints a job's text as it is, and a newline.
+/// Prints a job's text and a newline. On a terminal, escape sequences are removed.
 pub fn print_text(text: &str) -> Result<(), CliError> {
     say(pool_core::terminal::sanitize::for_terminal(text))
 }

@@ -1,4 +1,4 @@
-//! `llorch jobs`: what becomes of prompts.
+//! `llorch jobs`: submits, follows, lists and cancels jobs.
 
 mod batch;
 mod cancel;
@@ -30,7 +30,7 @@ pub struct Jobs {
     command: Command,
 }
 
-// Each command's own type says what it does.
+// The description of each command is the doc comment of its own type.
 #[derive(Debug, Subcommand)]
 enum Command {
     Submit(Box<submit::Submit>),
@@ -64,7 +64,7 @@ impl Jobs {
     }
 }
 
-/// The error with which a command ends whose job did not complete.
+/// Returns the error with which a command ends if its job did not complete.
 pub fn job_failed(id: JobId, error: &JobError) -> CliError {
     let (what, hint) = match error.code {
         JobErrorCode::Cancelled => ("was cancelled", None),
@@ -100,7 +100,7 @@ pub fn job_failed(id: JobId, error: &JobError) -> CliError {
     }
 }
 
-/// The exit code that a job's terminal state means.
+/// Returns the exit code for a job's terminal state.
 pub fn exit_of(status: JobStatus) -> Exit {
     if status == JobStatus::Completed {
         Exit::Done
@@ -109,21 +109,21 @@ pub fn exit_of(status: JobStatus) -> Exit {
     }
 }
 
-/// Tokens per second after the first; `None` where there are too few to tell.
+/// Returns the tokens per second after the first token; `None` if there are too few to measure.
 pub fn tokens_per_second(tokens_out: u32, decode_time_ms: u64) -> Option<f64> {
     (tokens_out > 1 && decode_time_ms > 0).then(|| {
-        #[allow(clippy::cast_precision_loss)] // Milliseconds of one job.
+        #[allow(clippy::cast_precision_loss)] // Exact up to 2^53 ms.
         let seconds = decode_time_ms as f64 / 1000.0;
         f64::from(tokens_out - 1) / seconds
     })
 }
 
-/// Returns the digits of a hash that are shown to people.
+/// Returns the first 12 digits of a hash, for display.
 fn short_hash(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
 }
 
-/// Formats `TTFT 812ms, 31.4 tokens/s`.
+/// Formats figures as `TTFT 812ms, 31.4 tokens/s`.
 fn speed(usage: &Usage) -> String {
     let rate = tokens_per_second(usage.tokens_out, usage.decode_time_ms);
     let rate = rate.map_or(String::new(), |rate| format!(", {rate:.1} tokens/s"));

@@ -10,15 +10,15 @@ use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
 /// Print the text of a job that is over.
 ///
-/// Of a job that did not complete it prints what there is, and exits with 6.
+/// If the job did not complete, the command prints the text so far, and exits with 6.
 #[derive(Debug, Args)]
 pub struct Output {
-    /// Id of the job, or its beginning
+    /// Job id, or a unique prefix of it
     id: JobIdPrefix,
 }
 
 impl Output {
-    /// Prints.
+    /// Prints the text.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let orchestrator = Orchestrator::connect(connect).await?;
         let job = orchestrator

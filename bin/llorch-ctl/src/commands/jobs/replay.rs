@@ -24,11 +24,11 @@ use compare::{Comparison, Text};
 /// Label of a replay that names the original.
 const LABEL: &str = "replay-of";
 
-/// Run the request of a finished job again, and compare the tokens.
+/// Run the request of a finished job again; with --verify, compare the tokens.
 ///
-/// The replay is a job of its own, whose id goes to standard error. It has the model, prompt, settings and seed of the
-/// original, but not its priority, session, timeout, labels and placement; its label `replay-of` names the original.
-/// Ctrl-C cancels the replay.
+/// The replay is a new job, whose id goes to standard error. It has the model, prompt, settings and seed of the original, but
+/// not its priority, session, timeout, labels and placement; its label `replay-of` names the original. Ctrl-C cancels the
+/// replay.
 ///
 /// With --verify, it exits with 0 if the replay has the same tokens and with 1 if not, and names the first `token` event
 /// that differs (counted from 0) and the fields of the receipts that may explain the difference. If a job has no receipt,
@@ -36,7 +36,7 @@ const LABEL: &str = "replay-of";
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Replay {
-    /// Id of the job, or its beginning
+    /// Job id, or a unique prefix of it
     id: JobIdPrefix,
     /// Compare the tokens and the receipts of both jobs
     #[arg(long)]
@@ -50,7 +50,7 @@ pub struct Replay {
     /// Cancel the replay after this time, and exit with 124: `90s`, `5m`, or seconds [default: never]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     timeout: Option<Duration>,
-    /// The text as it is written, or the finished job as JSON; with --verify the verdict as lines or as JSON
+    /// Output: the text as it is written, or the finished job as JSON; with --verify, the verdict as lines or as JSON
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
@@ -82,7 +82,7 @@ impl Replay {
         original: &TaskView,
         interrupt: &Interrupt,
     ) -> Result<Exit, CliError> {
-        // Read before the replay runs: the retention may drop the text meanwhile.
+        // Read before the replay runs, because retention may drop the text in the meantime.
         let mut before = Pieces::silent();
         let feed = orchestrator.events(original.id, None);
         let whole = follow(feed, &mut before, interrupt).await.map_err(plain)?;
@@ -101,7 +101,7 @@ impl Replay {
         })
     }
 
-    /// Refuses a job that can't be replayed, or not compared.
+    /// Fails if the job can't be replayed or, with `--verify`, can't be compared.
     fn check(&self, job: &TaskView) -> Result<(), CliError> {
         let (id, status) = (job.id, job.status);
         if !status.is_terminal() {
@@ -122,7 +122,7 @@ impl Replay {
         Ok(())
     }
 
-    /// Returns the request of a job, with the placement of the options.
+    /// Returns the request of a job with the placement from the options.
     fn request(&self, job: &TaskView) -> TaskSubmitRequest {
         let spec = &job.request;
         let (prompt, messages) = match &spec.input {
@@ -243,7 +243,7 @@ fn plain(error: CliError) -> CliError {
     }
 }
 
-/// Returns a time limit once it has passed; never without one.
+/// Waits for a time limit and returns it; waits forever without one.
 async fn passed(limit: Option<Duration>) -> Duration {
     match limit {
         Some(limit) => tokio::time::sleep(limit).await,
@@ -281,7 +281,7 @@ fn text(id: JobId, ending: &Ending, pieces: Pieces) -> Result<Text, CliError> {
 /// A reader that keeps the text of each `token` event, and prints none.
 struct Pieces {
     list: Vec<String>,
-    /// Explains waits; absent for a job that is over.
+    /// Explains waits; `None` for a job that is over.
     quiet: Option<Quiet>,
 }
 
@@ -305,7 +305,7 @@ impl Reader for Pieces {
     fn take(&mut self, item: &Item) -> Result<(), CliError> {
         match item {
             Item::Event(_, TaskEvent::Attempt(attempt)) if !attempt.continues => self.list.clear(),
-            // A piece that came before is not kept twice.
+            // A piece that arrives again is not kept twice.
             Item::Event(_, TaskEvent::Token(token)) if token.i as usize >= self.list.len() => {
                 self.list.push(token.t.clone());
             }

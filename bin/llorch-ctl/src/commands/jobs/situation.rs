@@ -1,5 +1,5 @@
-//! The remarks of a command that follows a job, on standard error: why no text comes, and how much of the prompt is
-//! read. A terminal has a live line for the rest; elsewhere only lasting reasons get a line.
+//! The remarks of a command that follows a job, on standard error: why no text comes, and how much of the prompt has been read.
+//! A terminal has a live line for passing states; elsewhere, only lasting reasons get a line.
 
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use orchestrator_core::api::tasks::TaskWaiting;
 use pool_core::terminal::progress::{self, Progress};
 use pool_core::terminal::{human_count, human_duration, in_commands, note, paint, sanitize};
 
-/// Time after which a wait is printed without a terminal: a free worker takes a job sooner.
+/// Delay before a wait gets a line without `notices`. A free worker takes a job sooner.
 const WORTH_A_LINE: Duration = Duration::from_secs(1);
 /// Pause before a further line for the same reason, whose numbers have changed.
 const SAME_REASON: Duration = Duration::from_secs(60);

@@ -19,15 +19,15 @@ use crate::http_client::{ConnectArgs, Orchestrator, shown};
 /// Show one job: its state, its attempts, and why it waits.
 #[derive(Debug, Args)]
 pub struct Status {
-    /// Id of the job, or its beginning
+    /// Job id, or a unique prefix of it
     id: JobIdPrefix,
-    /// Lines for people, or the job as JSON with its request and its text
+    /// Human-readable lines, or the job as JSON with its request and its text
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
 
 impl Status {
-    /// Shows it.
+    /// Prints the job.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let orchestrator = Orchestrator::connect(connect).await?;
         let job = orchestrator
@@ -104,7 +104,7 @@ fn render(job: &TaskView, now: Timestamp, colour: bool) -> String {
     }
     let mut shown = String::new();
     for (name, value) in lines {
-        // Writing to a text never fails.
+        // Writing to a `String` never fails.
         let _ = writeln!(shown, "{name:<11}{}", clean(&value));
     }
     if !job.attempts.is_empty() {
@@ -114,7 +114,7 @@ fn render(job: &TaskView, now: Timestamp, colour: bool) -> String {
     shown.trim_end().to_owned()
 }
 
-/// Returns the parts of a receipt that tell runs apart, with short hashes.
+/// Formats the parts of a receipt that distinguish runs, with short hashes.
 fn in_short(receipt: &Receipt) -> String {
     let model = receipt.model_sha256.as_deref();
     let model = model.map_or(String::new(), |hash| {

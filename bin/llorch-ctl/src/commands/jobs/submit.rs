@@ -15,43 +15,43 @@ use pool_core::worker::Device;
 use super::follow::{JsonLines, Quiet, Transcript, conclude, follow, wants_notices};
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
-/// The orchestrator takes bodies of up to 4 MiB; a longer prompt could not be sent.
+/// Size limit of a prompt: the orchestrator accepts request bodies of up to 4 MiB.
 const MOST_PROMPT_BYTES: u64 = 4 << 20;
 
 /// Submit a prompt and print the answer as it is written.
 ///
-/// The job belongs to the orchestrator: Ctrl-C, a closed terminal or a broken connection end this command and not the
-/// job, and `llorch jobs events JOB` comes back to it.
+/// The job belongs to the orchestrator: Ctrl-C, a closed terminal or a broken connection end this command but not the job. To
+/// follow the job again, use `llorch jobs events JOB`.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Submit {
-    /// The model: an id of the catalogue, `hf:ORG/REPO::file=PATH` or `file:/PATH.gguf`
+    /// Model: an id of the catalogue, `hf:ORG/REPO::file=PATH` or `file:/PATH.gguf`
     #[arg(long, short)]
     model: String,
     #[command(flatten)]
     prompt: PromptArgs,
-    /// Give the prompt to the model as it is, without its chat template
+    /// Pass the prompt to the model as it is, without its chat template
     #[arg(long)]
     raw: bool,
-    /// Turn names of control tokens in the prompt (`<|im_end|>`) into those tokens, as --raw always does
+    /// Parse names of control tokens in the prompt (`<|im_end|>`) as those tokens, as --raw always does
     #[arg(long)]
     allow_special: bool,
-    /// A system message before the prompt
+    /// System message before the prompt
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     system: Option<String>,
-    /// Print the job's id and leave
+    /// Print the job's id and exit
     #[arg(long)]
     detach: bool,
-    /// Submitting the same request under the same key again names the same job [default: a new key]
+    /// Key under which a repeated submit of the same request returns the same job [default: a new key]
     #[arg(long, value_name = "KEY", value_parser = idempotency_key)]
     idempotency_key: Option<String>,
-    /// What to print: the text as it is written, the finished job, or every event
+    /// Output: the text as it is written, the finished job, or every event
     #[arg(long, value_enum, default_value_t)]
     format: OutputFormat,
-    /// Tell on standard error what happens, also where that is no terminal
+    /// Report what happens on standard error, even if it is not a terminal
     #[arg(long, short)]
     verbose: bool,
-    // Last, because their headings hold for everything that follows.
+    // Last, because their help headings apply to everything that follows.
     #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
@@ -65,65 +65,65 @@ Examples:
   git diff | llorch jobs submit --model llama3 --system 'Review this change.' --prompt -
   JOB=$(llorch jobs submit --model llama3 --file report.txt --priority batch --detach)";
 
-/// Where the prompt comes from.
+/// Source of the prompt.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 struct PromptArgs {
-    /// The prompt, or `-` to read it from standard input, exactly as it comes
+    /// Prompt, or `-` to read it unchanged from standard input
     #[arg(long, short, value_name = "TEXT", allow_hyphen_values = true)]
     prompt: Option<String>,
-    /// Read the prompt from a file, or from standard input (`-`), exactly as it is
+    /// Read the prompt unchanged from a file, or from standard input (`-`)
     #[arg(long, short, value_name = "PATH")]
     file: Option<PathBuf>,
 }
 
-/// How tokens are drawn and when the generation ends.
+/// Settings of the sampling, and limits of the generation.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Generation")]
 struct SamplingArgs {
     /// Most tokens to generate [default: 256]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_tokens: Option<u32>,
-    /// 0 (always the likeliest token) to 2 [default: 0.7]
+    /// Sampling temperature, 0 (always the likeliest token) to 2 [default: 0.7]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     temperature: Option<f64>,
-    /// Draw from the likeliest tokens that together have this probability, above 0 to 1 [default: 1]
+    /// Sample from the likeliest tokens that together have this probability, above 0 to 1 [default: 1]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     top_p: Option<f64>,
-    /// Draw from this many of the likeliest tokens; 0 is all [default: 0]
+    /// Sample from this many of the likeliest tokens; 0 is all [default: 0]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     top_k: Option<u32>,
-    /// Draw from tokens at least this likely relative to the likeliest, 0 to below 1 [default: 0]
+    /// Sample from tokens at least this likely relative to the likeliest, 0 to below 1 [default: 0]
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
     min_p: Option<f64>,
-    /// Make tokens that were there before less likely, above 0 to 2; 1 changes nothing [default: 1]
+    /// Penalty on tokens that have occurred before, above 0 to 2; 1 changes nothing [default: 1]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     repetition_penalty: Option<f64>,
-    /// End before this text; may be given up to 4 times
+    /// Stop before this text; may be given up to 4 times
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
-    /// Seed of the random numbers: the same seed and settings give the same text [default: drawn]
+    /// Random seed: the same seed and settings give the same text [default: random]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     seed: Option<u64>,
 }
 
-/// When and where the job runs.
+/// Time and place of the job's execution.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scheduling")]
 struct SchedulingArgs {
-    /// `interactive` or `batch`, which goes after it [default: interactive]
+    /// Priority: `interactive`, or `batch`, which comes after it [default: interactive]
     #[arg(long)]
     priority: Option<Priority>,
-    /// Jobs of one session share their turns in the queue
+    /// Session of the job; jobs of one session share their turns in the queue
     #[arg(long, value_name = "ID")]
     session_id: Option<String>,
     /// Time from now after which the job expires in any state: `90s`, `5m`, or seconds [default: never]
     #[arg(long, value_name = "DURATION", value_parser = parse_ms, allow_negative_numbers = true)]
     timeout: Option<u64>,
-    /// How many times its worker may be lost before the job fails, 1 to 10 [default: 3]
+    /// Number of lost attempts after which the job fails, 1 to 10 [default: 3]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_attempts: Option<u32>,
-    /// A mark of your own, as `KEY=VALUE`; may be given up to 16 times
+    /// Label, as `KEY=VALUE`; may be given up to 16 times
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     labels: Vec<(String, String)>,
     /// Run on this pool only
@@ -136,17 +136,17 @@ struct SchedulingArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 enum OutputFormat {
-    /// The text, as it is written
+    /// The text as it is written
     #[default]
     Text,
-    /// The job as JSON, when it is over; with --detach, the answer to the submit
+    /// The job as JSON, once it is over; with --detach, the answer to the submit
     Json,
-    /// Every event as JSON, one a line
+    /// Every event as JSON, one per line
     Jsonl,
 }
 
 impl Submit {
-    /// Submits, and follows unless told to leave.
+    /// Submits the task, and follows its job unless `--detach` is given.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let (detach, format) = (self.detach, self.format);
         let notices = wants_notices(self.verbose);
@@ -155,7 +155,7 @@ impl Submit {
             .clone()
             .unwrap_or_else(|| uuid::Uuid::now_v7().to_string());
         let request = self.request()?;
-        // The orchestrator's own check, before anything is sent.
+        // The orchestrator makes the same check, but here a mistake is found before anything is sent.
         request.clone().validate().map_err(refused)?;
 
         let interrupt = Interrupt::catch()?;
@@ -316,7 +316,7 @@ fn idempotency_key(text: &str) -> Result<String, String> {
         && text
             .bytes()
             .all(|byte| byte == b' ' || byte.is_ascii_graphic());
-    // On the way, HTTP takes spaces around it away.
+    // HTTP removes leading and trailing spaces of header values.
     if fits && text.trim() == text {
         Ok(text.to_owned())
     } else {

@@ -11,12 +11,12 @@ use super::exit_of;
 use super::follow::{Ending, Quiet, follow};
 use crate::http_client::{ConnectArgs, Orchestrator};
 
-/// Wait until jobs are over and print how each of them ended.
+/// Wait until jobs are over, and print the final state of each.
 ///
-/// The exit code is 0 when all completed, 6 when one did not, and 124 when the wait timed out; the jobs go on then.
+/// Exits with 0 if all completed, with 6 if one did not, and with 124 if the wait timed out; the jobs then continue.
 #[derive(Debug, Args)]
 pub struct Wait {
-    /// Ids of the jobs, or their beginnings
+    /// Job ids, or unique prefixes of them
     #[arg(required = true, value_name = "ID")]
     ids: Vec<JobIdPrefix>,
     /// Give up after this time: `90s`, `5m`, or seconds [default: never]
@@ -25,7 +25,7 @@ pub struct Wait {
 }
 
 impl Wait {
-    /// Waits.
+    /// Waits for the jobs.
     pub async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         let timeout = self.timeout;
         let Some(limit) = timeout else {
@@ -50,7 +50,7 @@ async fn wait(connect: &ConnectArgs, ids: &[JobIdPrefix]) -> Result<Exit, CliErr
     for id in ids {
         jobs.push(orchestrator.resolve(id).await?);
     }
-    // One after the other: the last to end decides how long it takes either way.
+    // Sequential, because the job that ends last decides the total time anyway.
     for id in jobs {
         let feed = orchestrator.events(id, None);
         let status = status_of(&follow(feed, &mut Quiet::of(id), &interrupt).await?);

@@ -1,4 +1,4 @@
-//! The results of a batch: one JSON object a line, added as jobs end.
+//! The results of a batch: one JSON object per line, appended as jobs end.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -17,29 +17,29 @@ use serde::{Deserialize, Serialize};
 
 use super::tasks::Task;
 
-/// The status of a task that the orchestrator did not take.
+/// Status of a task that the orchestrator refused.
 const REFUSED: &str = "refused";
 
-/// How one task went.
+/// The result of one task.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// Its line in the file of tasks.
+    /// Line in the file of tasks, from 1.
     line: usize,
-    /// The task, across runs.
+    /// Idempotency key, which identifies the task across runs.
     key: String,
-    /// The job; null where the task was refused.
+    /// Id of the job; null if the task was refused.
     id: Option<JobId>,
     /// The job's terminal state, or `refused`.
     status: String,
-    /// The text, so far as it came.
+    /// Text of the job, perhaps incomplete; null if the task was refused.
     text: Option<String>,
     /// Figures of a completed job.
     usage: Option<Usage>,
-    /// Why it did not complete.
+    /// Error of a task that was refused or did not complete.
     error: Option<Fault>,
 }
 
-/// Why a task did not complete.
+/// The reason why a task did not complete.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct Fault {
     code: String,
@@ -47,7 +47,7 @@ struct Fault {
 }
 
 impl Record {
-    /// A job that is over.
+    /// Returns the result of a job that is over.
     pub fn of(task: &Task, job: TaskView) -> Self {
         Self {
             line: task.line,
@@ -63,7 +63,7 @@ impl Record {
         }
     }
 
-    /// A task that the orchestrator did not take.
+    /// Returns the result of a task that the orchestrator refused.
     pub fn refused(task: &Task, error: &ErrorBody) -> Self {
         Self {
             line: task.line,
@@ -80,17 +80,17 @@ impl Record {
     }
 }
 
-/// Where results go, and those that were there before.
+/// The destination of results, and the results of earlier runs.
 #[derive(Debug)]
 pub struct Results {
-    /// `None`: standard output.
+    /// Path and open file; `None` for standard output.
     file: Option<(PathBuf, File)>,
     before: HashMap<String, Record>,
 }
 
 impl Results {
-    /// Opens the file, where there is one, and reads what an earlier run left in it. What that did not finish goes: a
-    /// half-written line, and tasks that were refused, which are tried again.
+    /// Opens the file, if any, and reads the results of earlier runs. Removes what they did not finish: a half-written line,
+    /// and refused tasks, which are submitted again.
     pub fn open(path: Option<PathBuf>) -> Result<Self, CliError> {
         let Some(path) = path else {
             return Ok(Self {
@@ -128,17 +128,17 @@ impl Results {
         })
     }
 
-    /// Whether an earlier run has the result of a task.
+    /// Returns whether an earlier run has the result of a task.
     pub fn has(&self, key: &str) -> bool {
         self.before.contains_key(key)
     }
 
-    /// The result that an earlier run has of a task.
+    /// Returns the result that an earlier run has of a task.
     pub fn of(&self, key: &str) -> Option<&Record> {
         self.before.get(key)
     }
 
-    /// Adds one, so that it is there whatever happens next to this process.
+    /// Writes a result at once, so that it survives the end of this process.
     pub fn add(&mut self, record: &Record) -> Result<(), CliError> {
         let line = serde_json::to_string(record).map_err(io::Error::from)?;
         match &mut self.file {
@@ -156,7 +156,7 @@ impl Results {
         }
     }
 
-    /// What to say to somebody whose run broke off.
+    /// Returns the hint how to continue an interrupted run.
     pub fn how_to_go_on(&self) -> String {
         match &self.file {
             Some((path, _)) => format!(
@@ -168,14 +168,14 @@ impl Results {
     }
 }
 
-/// Opens the file for this process alone: two batches would write over each other.
+/// Opens the file under an exclusive lock: two batches would overwrite each other's results.
 fn alone(path: &Path) -> Result<File, CliError> {
     let what = || format!("could not use {}", path.display());
     let failed = |error: io::Error| CliError::caused(Exit::Usage, what(), &error);
     let mut options = OpenOptions::new();
     options.read(true).append(true).create(true).mode(0o600);
     loop {
-        // Whatever else it is may never end.
+        // Reading anything else than a regular file may never end.
         if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
             let what = format!("{} is no regular file", path.display());
             return Err(CliError::new(Exit::Usage, what)
@@ -193,15 +193,15 @@ fn alone(path: &Path) -> Result<File, CliError> {
         }
         let (ours, there) = (file.metadata(), fs::metadata(path));
         let (ours, there) = (ours.map_err(failed)?, there.map_err(failed)?);
-        // Else the one that had the lock has put another file in its place.
+        // Otherwise the process that held the lock has replaced the file.
         if (ours.dev(), ours.ino()) == (there.dev(), there.ino()) {
             return Ok(file);
         }
     }
 }
 
-/// Puts a file with this text in the place of `path`, or of what that links to. It is this process's alone from the
-/// beginning.
+/// Replaces the file at `path`, or the target of a symbolic link there, with one that has this text. The new file is locked
+/// before it takes its place.
 fn replaced(path: &Path, text: &str) -> io::Result<File> {
     let path = fs::canonicalize(path)?;
     let folder = path.parent().unwrap_or(Path::new("/"));
@@ -215,8 +215,8 @@ fn replaced(path: &Path, text: &str) -> io::Result<File> {
     temp.persist(&path).map_err(|error| error.error)
 }
 
-/// What the file of an earlier run holds. The last line may be cut off; anything else that is no result means that the
-/// file is somebody else's.
+/// Parses the file of earlier runs. The last line may be incomplete; any other line that is not a result means that the file
+/// has another purpose, and must not be touched.
 fn earlier(text: &str, path: &Path) -> Result<Vec<Record>, CliError> {
     let mut records = Vec::new();
     for (index, line) in text.split_inclusive('\n').enumerate() {
@@ -240,7 +240,7 @@ fn earlier(text: &str, path: &Path) -> Result<Vec<Record>, CliError> {
     Ok(records)
 }
 
-/// How a run went.
+/// Counts of a run's results.
 #[derive(Debug)]
 pub struct Tally {
     completed: u64,
@@ -263,7 +263,7 @@ impl Default for Tally {
 }
 
 impl Tally {
-    /// Counts one in.
+    /// Counts a result.
     pub fn count(&mut self, record: &Record) {
         match record.status.as_str() {
             "completed" => self.completed += 1,
@@ -276,17 +276,17 @@ impl Tally {
             .map_or(0, |usage| u64::from(usage.tokens_out));
     }
 
-    /// Tasks that are over.
+    /// Returns the number of tasks that are over.
     pub fn jobs(&self) -> u64 {
         self.completed + self.trouble()
     }
 
-    /// Those that did not complete.
+    /// Returns the number of tasks that did not complete.
     pub fn trouble(&self) -> u64 {
         self.unfinished + self.refused
     }
 
-    /// The exit code of the whole.
+    /// Returns the exit code of the run. The worst outcome decides.
     pub fn exit(&self) -> Exit {
         if self.refused > 0 {
             Exit::Refused
@@ -338,7 +338,7 @@ mod tests {
         let path = folder.path().join("out.jsonl");
         let line = |record: &Record| serde_json::to_string(record).unwrap() + "\n";
         let (first, third) = (line(&record(1, false)), line(&record(3, false)));
-        // A refused one, and one that a kill cut off.
+        // A refused task, and a line that a kill cut off.
         let text = format!("{first}{}{third}{}", line(&record(2, true)), &third[..30]);
         fs::write(&path, text).unwrap();
         let mut results = Results::open(Some(path.clone())).unwrap();
@@ -353,7 +353,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let (path, link) = (folder.path().join("out.jsonl"), folder.path().join("link"));
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        // With something to tidy, so that another file takes the place of the first.
+        // The refused task makes the first batch replace the file.
         let line = serde_json::to_string(&record(2, true)).unwrap() + "\n";
         fs::write(&path, line).unwrap();
         let mut first = Results::open(Some(link.clone())).unwrap();

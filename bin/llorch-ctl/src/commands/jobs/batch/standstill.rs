@@ -1,4 +1,4 @@
-//! Remarks on a batch in which no job runs: the bar stands still, and a remark says why.
+//! Remarks on a batch in which no job runs: the progress bar does not move, and a remark says why.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -12,29 +12,29 @@ use pool_core::terminal::{CliError, Exit, sanitize};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 
-/// The orchestrator takes bodies of up to 4 MiB.
+/// Size limit of a line: the orchestrator accepts request bodies of up to 4 MiB.
 const MOST_LINE_BYTES: u64 = 4 << 20;
-/// Faulty lines that are told of at once.
+/// Most faulty lines that one error lists.
 const SHOWN_FAULTS: usize = 5;
 
-/// What a line may leave out.
+/// Values for fields that a line leaves out.
 pub struct Defaults {
-    /// The model.
+    /// Model; `None` if every line must name its own.
     pub model: Option<String>,
-    /// Who goes first.
+    /// Priority of the jobs.
     pub priority: Priority,
-    /// Name of the run.
+    /// Name of the run, which is part of every idempotency key.
     pub run: String,
 }
 
-/// A line.
+/// A task of the file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Task {
-    /// Its number, from 1.
+    /// Line number, from 1.
     pub line: usize,
-    /// The idempotency key: the same for the same line of the same run, wherever the line stands.
+    /// Idempotency key: the same for equal lines of a run, wherever a line is in the file.
     pub key: String,
-    /// What to submit.
+    /// Request to submit, with the defaults filled in.
     pub request: TaskSubmitRequest,
 }
 
@@ -51,7 +51,7 @@ pub fn read(path: &Path, defaults: &Defaults) -> Result<Vec<Task>, CliError> {
 
 fn parse(mut source: impl BufRead, name: &str, defaults: &Defaults) -> Result<Vec<Task>, CliError> {
     let (mut tasks, mut faults, mut fault_count) = (Vec::new(), Vec::new(), 0);
-    // Equal lines are as many jobs as there are lines.
+    // Number of earlier occurrences of each request: equal lines are separate jobs.
     let mut seen: HashMap<String, u64> = HashMap::new();
     let mut line = 0;
     loop {
@@ -74,7 +74,7 @@ fn parse(mut source: impl BufRead, name: &str, defaults: &Defaults) -> Result<Ve
             )
             .hint("each line is one task"));
         }
-        // Some editors begin a file with the mark of its encoding.
+        // Some editors start a file with a byte order mark.
         let text = match line {
             1 => bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&bytes),
             _ => &bytes,
@@ -133,7 +133,7 @@ fn task(line: &[u8], defaults: &Defaults) -> Result<TaskSubmitRequest, String> {
         .or_insert_with(|| defaults.priority.as_str().into());
     let request: TaskSubmitRequest =
         serde_json::from_value(fields.into()).map_err(|error| error.to_string())?;
-    // The orchestrator's own check.
+    // The orchestrator makes the same check.
     match request.clone().validate() {
         Ok(_) => Ok(request),
         Err(error) => Err(format!("{error}; {}", error.hint)),
@@ -171,7 +171,7 @@ mod tests {
         let (a, b) = (r#"{"prompt": "a"}"#, r#"{"prompt": "b", "model": "n"}"#);
         let first = keys(&format!("{a}\n\n{b}\n"), "");
         assert_eq!(first, [keys(a, ""), keys(b, "")].concat());
-        // However it is written; and twice is two jobs.
+        // Formatting does not change the key, and a repeated line is another job.
         let spaced = r#" {"priority": "batch",   "prompt": "a", "model": "m"}"#;
         let twice = keys(&format!("{b}\n{spaced}\n{a}"), "");
         assert_eq!(twice[..2], [first[1].clone(), first[0].clone()]);

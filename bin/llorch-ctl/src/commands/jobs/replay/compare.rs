@@ -51,19 +51,19 @@ const NO_RECEIPT: &str = "a receipt is missing, so only the texts were compared"
 
 /// The text of a completed job.
 pub struct Text {
-    /// The job.
+    /// Id of the job.
     pub id: JobId,
     /// Texts of its `token` events, by index.
     pub pieces: Vec<String>,
     /// Generated tokens.
     pub tokens: u32,
-    /// Reason of its end.
+    /// Reason for the end of the text.
     pub stop_reason: StopReason,
-    /// Its receipt.
+    /// Receipt of the job; `None` if it has none.
     pub receipt: Option<Box<Receipt>>,
 }
 
-/// A value of the original and of the replay.
+/// A value in the original and in the replay.
 #[derive(Debug, PartialEq, Serialize)]
 pub struct Pair<T> {
     original: T,
@@ -156,7 +156,7 @@ impl Comparison {
                 ]
             });
             let table = render_table(&["RECEIPT", "ORIGINAL", "REPLAY"], rows, colour);
-            // Writing to a text never fails.
+            // Writing to a `String` never fails.
             let _ = write!(shown, "\n\n{table}");
         }
         if let Some(explanation) = self.explanation {
@@ -216,7 +216,8 @@ fn fields(original: &Receipt, replay: &Receipt) -> Vec<Field> {
         .collect()
 }
 
-/// Returns the fields of a receipt by name, through its text: a 32-bit float becomes the same number as in other output.
+/// Returns the fields of a receipt by name. Goes through JSON text, so that a 32-bit float becomes the same number as in other
+/// output.
 fn values(receipt: &Receipt) -> Map<String, Value> {
     let json = serde_json::to_string(receipt).unwrap_or_default();
     serde_json::from_str(&json).unwrap_or_default()
@@ -228,10 +229,10 @@ fn cause(differences: &[Field]) -> &'static str {
     found.map_or(UNEXPLAINED, |(cause, _)| cause)
 }
 
-/// Returns the text of a token in quotes, or how the text ended before.
+/// Returns the text of a token in quotes, or how the text ended before it.
 fn quoted(text: Option<&String>, stop_reason: StopReason) -> String {
     match text {
-        // This form escapes whatever a terminal would act on.
+        // `Debug` escapes everything that a terminal would act on.
         Some(text) => format!("{text:?}"),
         None => {
             let reason = serde_json::to_value(stop_reason).unwrap_or_default();
@@ -240,7 +241,7 @@ fn quoted(text: Option<&String>, stop_reason: StopReason) -> String {
     }
 }
 
-/// Returns a value of a receipt as a cell shows it.
+/// Formats a value of a receipt for a table cell.
 fn short(value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),

@@ -133,7 +133,7 @@ fn a_text_that_ends_early_differs_where_it_ends() {
 fn tokens_that_differ_without_a_cause_are_reported_as_such() {
     let different = compared((&["a"], Some(receipt("aa"))), (&["b"], Some(receipt("bb"))));
     assert_eq!(different.explanation, Some(UNEXPLAINED));
-    // Other ids, which read as the same text.
+    // Different token ids that decode to the same text.
     let different = compared((&["a"], Some(receipt("aa"))), (&["a"], Some(receipt("bb"))));
     assert!(!different.same && different.first_difference.is_none());
     assert!(
