@@ -1,4 +1,4 @@
-//! One file a command. Each parses nothing but its own arguments, calls one function that does the work, and prints.
+//! One file per command. Each parses only its own arguments, calls one function that does the work, and prints the result.
 
 pub mod dev;
 pub mod jobs;
@@ -8,23 +8,23 @@ pub mod pools;
 use clap::Subcommand;
 use pool_core::terminal::{CliError, Exit};
 
-/// What `llorch` can do.
+/// Commands of `llorch`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start, stop and look after the orchestrator on this machine
+    /// Start, stop and manage the orchestrator on this machine
     #[command(subcommand)]
     Orchestrator(orchestrator::Command),
     /// Submit, follow, list and cancel jobs
     Jobs(jobs::Jobs),
     /// Show the pools and their workers
     Pool(pools::Pool),
-    /// See it work, and find what is wrong
+    /// Demonstrate, diagnose and benchmark the system
     #[command(subcommand)]
     Dev(dev::Command),
 }
 
 impl Command {
-    /// Runs the command to its exit code.
+    /// Runs the command and returns its exit code.
     pub async fn run(self) -> Result<Exit, CliError> {
         match self {
             Self::Orchestrator(command) => command.run().await,

@@ -1,4 +1,4 @@
-//! `llorch orchestrator`: `orchestratord` as a process of this machine.
+//! `llorch orchestrator`: controls `orchestratord` as a process on this machine.
 
 mod config;
 mod scheduler;
@@ -17,28 +17,28 @@ use serde::Serialize;
 
 use crate::http_client::{ConnectArgs, JobFilter, Orchestrator, shown};
 
-/// The daemon's name, and that of its binary.
+/// Name of the daemon and of its binary.
 pub const NAME: &str = "orchestratord";
-/// Variable that names the orchestrator for commands.
+/// Variable with the address of the orchestrator that commands use.
 const URL_VARIABLE: &str = "LLORCH_ORCHESTRATOR_URL";
-/// How long it may take until it answers: a large database of jobs may have to be recovered.
+/// Longest time from the start to the first answer. A large job database may need recovery.
 pub const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long it has to end beyond the time that its open connections are given.
+/// Time for the daemon to end, in addition to the grace period of its open connections.
 const STOP_SLACK: Duration = Duration::from_secs(10);
 
 /// `llorch orchestrator`.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start the orchestrator in the background and return when it answers; one that runs already is left alone
+    /// Start the orchestrator in the background and return once it answers; a running one is left alone
     Start(StartArgs),
-    /// Stop the orchestrator; its jobs are stored and go on when it is back
+    /// Stop the orchestrator; its jobs are stored and continue after the next start
     Stop,
-    /// Show whether the orchestrator runs, and where it answers; exits with 3 if it does not run
+    /// Show whether the orchestrator runs, and its address; exits with 3 if it does not run
     ///
-    /// LLORCH_ORCHESTRATOR_URL selects another orchestrator than the one on this machine; the pid of such an
-    /// orchestrator is unknown.
+    /// LLORCH_ORCHESTRATOR_URL selects an orchestrator other than the one on this machine; the pid of such an orchestrator is
+    /// unknown.
     Status {
-        /// Lines for people, or an object with `running`, `pid`, `version`, `url`, `jobs` and `pools`
+        /// Human-readable lines, or a JSON object with `running`, `pid`, `version`, `url`, `jobs` and `pools`
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
@@ -49,19 +49,19 @@ pub enum Command {
     Config(config::Command),
     /// Show, check, record and simulate the policy that decides what runs where
     Scheduler(scheduler::Scheduler),
-    /// Copy all jobs to a file, whether the orchestrator runs or not
+    /// Copy all jobs to a file, whether or not the orchestrator runs
     ///
-    /// The copy is of one moment, complete and on the disk when the command returns, and only its owner can read it. To
-    /// go on from it, put it as `jobs.db` into the state folder of an orchestrator that does not run.
+    /// The copy is a snapshot of one moment, complete and on disk when the command returns, and readable only by its owner. To
+    /// restore it, put it as `jobs.db` into the state folder of an orchestrator that does not run.
     Backup(BackupArgs),
 }
 
 /// Options of `llorch orchestrator backup`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct BackupArgs {
-    /// The file to make
+    /// File to create
     path: PathBuf,
-    /// Overwrite a file that is there
+    /// Overwrite an existing file
     #[arg(long)]
     force: bool,
 }
@@ -71,8 +71,8 @@ pub struct BackupArgs {
 pub struct StartArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Start although another one holds the jobs, if that one is frozen and does not answer; should it wake up, it can
-    /// change nothing any more and ends by itself
+    /// Take over the jobs of a frozen orchestrator that does not answer; if it wakes up, it can no longer change anything, and
+    /// exits
     #[arg(long)]
     take_over: bool,
 }
@@ -106,12 +106,12 @@ impl Command {
     }
 }
 
-/// Compares the orchestrator in the environment with the one of this home.
+/// Compares the orchestrator named in the environment with the one of this home.
 fn elsewhere(home: &Home) -> Elsewhere {
     Elsewhere::from_env(URL_VARIABLE, NAME, &home.orchestratord_state())
 }
 
-/// Where the daemon's output goes.
+/// Returns the path of the daemon's log.
 pub fn log_file(home: &Home) -> PathBuf {
     home.logs_dir().join(format!("{NAME}.log"))
 }
@@ -121,7 +121,7 @@ async fn start(home: &Home, args: StartArgs) -> Result<Exit, CliError> {
         config: ConfigArgs { config },
         take_over,
     } = args;
-    // Reading the settings here as well finds a mistake before there is a process to fail on it.
+    // Reading the settings here too reports a mistake before a process is started that would fail on it.
     OrchestratorConfig::load(home, config.as_deref()).map_err(|error| {
         let hint = error.hint();
         let shown = CliError::caused(
@@ -153,7 +153,7 @@ async fn start(home: &Home, args: StartArgs) -> Result<Exit, CliError> {
     Ok(Exit::Done)
 }
 
-/// The daemon's program alone knows the database, so it makes the copy.
+/// Makes the copy with the daemon's program, because only that program knows the database.
 async fn backup(args: BackupArgs) -> Result<Exit, CliError> {
     let BackupArgs { path, force } = args;
     if !force && path.symlink_metadata().is_ok() {
@@ -173,7 +173,7 @@ async fn backup(args: BackupArgs) -> Result<Exit, CliError> {
         .kill_on_drop(true)
         .status()
         .await?;
-    // It has said itself what is wrong.
+    // The program has already reported its error.
     Ok(if status.success() {
         Exit::Done
     } else {
@@ -182,7 +182,7 @@ async fn backup(args: BackupArgs) -> Result<Exit, CliError> {
 }
 
 async fn stop(home: &Home) -> Result<Exit, CliError> {
-    // A daemon with settings of its own, or with spoilt ones, is stopped all the same.
+    // Invalid settings, or a daemon that was started with another file, must not prevent the stop.
     let grace = OrchestratorConfig::load(home, None)
         .unwrap_or_default()
         .service
@@ -196,9 +196,9 @@ async fn stop(home: &Home) -> Result<Exit, CliError> {
 struct Status {
     #[serde(flatten)]
     daemon: Whereabouts,
-    /// Jobs that are not over; null where the daemon does not answer.
+    /// Jobs that are not over; null if the daemon does not answer.
     jobs: Option<JobCounts>,
-    /// Pools that it knows; null where the daemon does not answer.
+    /// Number of registered pools; null if the daemon does not answer.
     pools: Option<usize>,
 }
 
@@ -231,7 +231,7 @@ async fn status(home: &Home, format: Format) -> Result<Exit, CliError> {
             (running.into(), activity)
         }
     };
-    // One that hangs, or that does not take our token, is shown all the same.
+    // A daemon that hangs, or that refuses our token, is shown too.
     let (activity, problem) = match activity {
         Some(Ok(activity)) => (Some(activity), None),
         Some(Err(error)) => (None, Some(error)),

@@ -119,7 +119,7 @@ pub(super) fn conflict(pool: &PoolView) -> Option<String> {
     ))
 }
 
-/// One thing a line; a dash for none.
+/// Returns a cell with one item per line, or a dash for none.
 fn lines(things: &[String]) -> Cell {
     if things.is_empty() {
         Cell::from("-")

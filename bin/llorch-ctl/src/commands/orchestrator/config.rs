@@ -13,20 +13,20 @@ use serde::Serialize;
 /// `llorch orchestrator config`.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// Check the settings, and list each with its value and where that comes from; exits with 2 if they can't be used
+    /// Check the settings, and list each with its value and origin; exits with 2 if they are invalid
     Check {
         #[command(flatten)]
         file: ConfigArgs,
-        /// Columns, or an object with `file` (null without one), `api_token` and `pool_token` (whether there is one) and
+        /// Columns, or a JSON object with `file` (null without one), `api_token` and `pool_token` (true if there is one) and
         /// `settings`, an array of objects with `key`, `value`, `source` (variable, file or default) and `origin`
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
-    /// Print a settings file with every key, its value and what it means; keys at their default stand in comments
+    /// Print a settings file with every key, its value and its meaning; keys at their default are commented out
     Show {
         #[command(flatten)]
         file: ConfigArgs,
-        /// Print the defaults, whatever this host has set
+        /// Print the defaults, ignoring the settings of this host
         #[arg(long, conflicts_with = "config")]
         defaults: bool,
     },
@@ -41,7 +41,7 @@ struct Checked {
 }
 
 impl Command {
-    /// Does what was asked for.
+    /// Runs the command.
     pub fn run(self, home: &Home) -> Result<Exit, CliError> {
         match self {
             Self::Check { file, format } => check(home, file, format)?,
@@ -68,7 +68,7 @@ fn load(home: &Home, file: &ConfigArgs) -> Result<Loaded<OrchestratorConfig>, Cl
     })
 }
 
-/// Everything that the daemon looks at before it listens.
+/// Checks everything that the daemon checks before it listens, and prints the settings.
 fn check(home: &Home, file: ConfigArgs, format: Format) -> Result<(), CliError> {
     let loaded = load(home, &file)?;
     let config = &loaded.value;

@@ -1,4 +1,4 @@
-//! `llorch orchestrator scheduler`: the policy in force, and trying others before they are.
+//! `llorch orchestrator scheduler`: shows the policy in force, and tries out others.
 
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
@@ -24,7 +24,7 @@ use pool_core::terminal::{
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
-/// The largest trace that is read.
+/// Size limit of a trace: 1 GiB.
 const MOST_TRACE_BYTES: u64 = 1 << 30;
 
 /// `llorch orchestrator scheduler`.
@@ -38,55 +38,55 @@ pub struct Scheduler {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show the policy in force: the script's version, how it does, and its latest error
+    /// Show the policy in force: the script's version, statistics and latest error
     Show {
-        /// Lines for people, or the object of `GET /v2/scheduler`
+        /// Human-readable lines, or the object of `GET /v2/scheduler`
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
-    /// Compile a script and show what it decides on a sample; needs no orchestrator
+    /// Compile a script and show its decisions on a sample; needs no orchestrator
     Check(Check),
-    /// Record what the scheduler sees and decides, until Ctrl-C, into a file of JSON Lines
+    /// Record the scheduler's snapshots and decisions in a file of JSON Lines, until Ctrl-C
     Record(Record),
-    /// Play a recorded trace under other policies and compare them; needs no orchestrator
+    /// Simulate other policies on a recorded trace and compare them; needs no orchestrator
     Simulate(Simulate),
 }
 
 #[derive(Debug, Args)]
 struct Check {
-    /// The script
+    /// File with the script
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// Lines for people, or an object with `ok`, `error`, `actions` and `waits`
+    /// Human-readable lines, or a JSON object with `ok`, `error`, `actions` and `waits`
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
 
 #[derive(Debug, Args)]
 struct Record {
-    /// Where the trace goes; `-` is standard output
+    /// File to write the trace to; `-` is standard output
     #[arg(value_name = "FILE")]
     file: PathBuf,
-    /// End by itself after this long: `90s`, `10m`
+    /// Stop recording after this time: `90s`, `10m` [default: never]
     #[arg(long = "for", value_name = "DURATION", value_parser = parse_duration)]
     span: Option<Duration>,
-    /// Write over a file that exists
+    /// Overwrite an existing file
     #[arg(long)]
     force: bool,
 }
 
 #[derive(Debug, Args)]
 struct Simulate {
-    /// A trace that `record` wrote
+    /// Trace written by `record`
     #[arg(long, value_name = "FILE")]
     trace: PathBuf,
-    /// A script to play it under; repeatable
+    /// Script to simulate; repeatable
     #[arg(long, value_name = "FILE")]
     script: Vec<PathBuf>,
-    /// A built-in policy to play it under; repeatable [default: the recorded one beside a script, else all]
+    /// Built-in policy to simulate; repeatable [default: the recorded policy if there is a script, else all]
     #[arg(long, value_name = "NAME", value_parser = policies())]
     policy: Vec<BuiltIn>,
-    /// Columns, or an object with `replay` and `reports`
+    /// Columns, or a JSON object with `replay` and `reports`
     #[arg(long, value_enum, default_value_t)]
     format: Format,
 }
@@ -191,7 +191,7 @@ fn short(sha256: &str) -> &str {
     sha256.get(..12).unwrap_or(sha256)
 }
 
-/// Reads a script; one that is far too long is not read to its end.
+/// Reads a script, at most one byte past [`MAX_SOURCE`]: enough for the compiler to find that it is too long.
 fn read_script(path: &Path) -> Result<Vec<u8>, CliError> {
     use std::io::Read as _;
     let mut source = Vec::new();
@@ -343,7 +343,7 @@ impl Record {
         CliError::new(Exit::Refused, message).hint("--force writes over it")
     }
 
-    /// Refuses a file that exists before anybody is asked for anything.
+    /// Fails if the file exists and must not be overwritten. Called before the first request.
     fn look(&self) -> Result<(), CliError> {
         let standard_output = self.file.as_os_str() == "-";
         if !self.force && !standard_output && self.file.exists() {
@@ -373,12 +373,13 @@ impl Record {
     }
 }
 
-/// Lets whole passes through, counts them, and finds the last line. Comments that the recording is alive are left out.
+/// Filter of a recorded stream: lets only whole passes through, counts them, and finds the last line. Drops the empty lines
+/// that keep the connection alive.
 #[derive(Default)]
 struct Tail {
-    /// A line that has begun.
+    /// Beginning of a line whose end has not arrived.
     line: Vec<u8>,
-    /// What a pass saw, until it is known what it decided.
+    /// The `saw` line of a pass, held back until the decisions arrive.
     open: Vec<u8>,
     passes: u64,
     bytes: u64,
@@ -412,7 +413,7 @@ impl Tail {
         whole
     }
 
-    /// The last line of a recording that was ended here; nothing where the orchestrator ended it.
+    /// Returns the last line of a recording that is ended here; empty if the orchestrator has ended it.
     fn finish(&mut self) -> Result<Vec<u8>, CliError> {
         if self.end.is_some() {
             return Ok(Vec::new());
@@ -468,7 +469,7 @@ impl Simulate {
 }
 
 impl Simulate {
-    /// What a script is called beside the policies: its file's name, or the whole path where two have the same.
+    /// Returns the name of a script in the comparison: its file name, or its whole path if two scripts have the same file name.
     fn name(&self, path: &Path) -> String {
         let same = self
             .script
@@ -529,7 +530,7 @@ fn table(answer: &SimulateAnswer) -> Result<(), CliError> {
     Ok(())
 }
 
-/// How the recorded decisions compare, in a sentence.
+/// Describes in a sentence how the recorded decisions compare.
 fn compared(replay: &Replay) -> String {
     let Replay {
         passes,
