@@ -19,31 +19,31 @@ use server::{Api, Server, Task};
 
 /// Measure how fast a running server answers: an orchestrator, a worker, or any server with an OpenAI-style API.
 ///
-/// For each number of requests at once it sends requests with prompts that have nothing in common, and shows the time to the
-/// first token (TTFT), the time per token after it (TPOT), and the tokens a second of all requests together. One request
-/// before the first measurement is not counted.
+/// For each number of concurrent requests, it sends requests with prompts that have nothing in common, and shows the time to
+/// the first token (TTFT), the time per token after it (TPOT), and the tokens per second of all requests together. One warm-up
+/// request before the first measurement is not counted.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Bench {
-    /// The kind of server [default: what it says it is]
+    /// Kind of server [default: detected]
     #[arg(long, value_enum)]
     api: Option<Api>,
-    /// The model to ask for [default: the only one that the server has]
+    /// Model to request [default: the server's only model]
     #[arg(long, short)]
     model: Option<String>,
-    /// Requests at once, measured one after the other
+    /// Concurrent requests; several numbers are measured one after the other
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_values_t = [1, 4, 8], value_parser = clap::value_parser!(u16).range(1..=1024))]
     concurrency: Vec<u16>,
-    /// Requests for each measurement [default: three for each at once, at least 8]
+    /// Requests per measurement [default: three for each concurrent one, at least 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     requests: Option<u32>,
-    /// Tokens of a prompt, as nearly as words tell
+    /// Approximate number of tokens in a prompt
     #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     prompt_tokens: u32,
     /// Most tokens of an answer
     #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     output_tokens: u32,
-    /// How to print the figures. JSON: an object with `url`, `api`, `model` and `levels`, times in milliseconds
+    /// Columns, or a JSON object with `url`, `api`, `model` and `levels`, latencies in milliseconds
     #[arg(long, value_enum, default_value_t)]
     format: Format,
     #[command(flatten)]
@@ -57,7 +57,7 @@ const EXAMPLES: &str = "Examples:
 
 Exit codes: 0 all requests were answered, 1 some failed.";
 
-/// Report in JSON.
+/// The report in JSON.
 #[derive(Debug, Serialize)]
 struct Report {
     url: String,
@@ -67,7 +67,7 @@ struct Report {
 }
 
 impl Bench {
-    /// Measures every level.
+    /// Measures every level, and prints the report.
     pub async fn run(self) -> Result<Exit, CliError> {
         let server = Server::connect(&self.connect, self.api, self.model.clone()).await?;
         let interrupt = Interrupt::catch()?;
@@ -76,7 +76,7 @@ impl Bench {
             prompt: prompt::of(number, self.prompt_tokens),
             output_tokens: self.output_tokens,
         };
-        // The first request may have to wait for a worker to start, and for what is prepared at first use.
+        // The first request may wait for a worker to start, and for what the server prepares at first use.
         let spinner = progress::spinner("waiting for the first answer");
         let first = tokio::select! {
             first = server.answer(task(0)) => first?,

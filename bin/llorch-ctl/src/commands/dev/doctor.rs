@@ -15,15 +15,15 @@ use pool_core::terminal::{CliError, Exit, Format};
 use crate::commands::orchestrator::NAME;
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 
-/// Below the first it is time to make room: a day of many long answers. Below the second a submit may fail any moment.
+/// Limits of free disk space. Below the first, about a day of many long answers is left; below the second, any submit may fail.
 const ROOM: Room = Room {
     warn_bytes: 1_000_000_000,
     fail_bytes: 50_000_000,
 };
 
-/// Check what this machine has and lacks as the orchestrator's host, with the command that mends each finding.
+/// Check this machine as the orchestrator's host, and show the command that fixes each finding.
 ///
-/// Exits with 1 if something required is missing. A pool's host has a doctor of its own: `llorch-pool dev doctor`.
+/// Exits with 1 if something required is missing. To check a pool's host, use `llorch-pool dev doctor` there.
 #[derive(Debug, Args)]
 pub struct Doctor {
     #[command(flatten)]
@@ -34,7 +34,7 @@ pub struct Doctor {
 }
 
 impl Doctor {
-    /// Looks at everything, then says what was found.
+    /// Runs all checks, then prints the findings.
     pub async fn run(self) -> Result<Exit, CliError> {
         let home = Home::from_env()?;
         let mut findings = vec![program()];
@@ -94,7 +94,7 @@ fn port(home: &Home, bind: SocketAddr) -> Finding {
     }
 }
 
-/// The orchestrator as a client sees it, and its pools.
+/// Checks the orchestrator as a client sees it, and its pools.
 async fn daemon(connect: &ConnectArgs) -> Vec<Finding> {
     let orchestrator = match Orchestrator::find(connect) {
         Ok(orchestrator) => orchestrator,

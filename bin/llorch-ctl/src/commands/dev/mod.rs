@@ -1,4 +1,4 @@
-//! `llorch dev`: seeing it work, and finding what is wrong.
+//! `llorch dev`: demonstrates, diagnoses and benchmarks the system.
 
 mod bench;
 mod demo;
@@ -7,7 +7,7 @@ mod doctor;
 use clap::Subcommand;
 use pool_core::terminal::{CliError, Exit};
 
-/// `llorch dev`; each command's own type says what it does.
+/// `llorch dev`. The description of each command is the doc comment of its own type.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     Bench(bench::Bench),

@@ -1,16 +1,16 @@
-//! What measurements come to.
+//! Figures computed from measurements.
 
 use std::time::Duration;
 
 use pool_core::terminal::CliError;
 use serde::Serialize;
 
-/// A request that was answered.
+/// Measurements of an answered request.
 #[derive(Debug, Clone, Copy)]
 pub struct Answer {
-    /// From the request to the first token.
+    /// Time from the request to the first token.
     pub first: Duration,
-    /// From the request to the last token.
+    /// Time from the request to the last token.
     pub last: Duration,
     /// Tokens of the prompt, as the server counts them.
     pub tokens_in: u32,
@@ -18,35 +18,35 @@ pub struct Answer {
     pub tokens_out: u32,
 }
 
-/// How a request ended.
+/// The outcome of a request.
 #[derive(Debug)]
 pub enum Outcome {
-    /// With an answer.
+    /// The request got a whole answer.
     Answered(Answer),
-    /// Without one.
+    /// The request failed.
     Failed(CliError),
 }
 
-/// Figures of requests, so many of them at once.
+/// Figures of one measurement with a fixed number of concurrent requests.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Level {
-    /// Requests at once.
+    /// Concurrent requests.
     pub concurrency: u16,
-    /// All requests.
+    /// Number of requests, with those that failed.
     pub requests: usize,
-    /// Requests that failed.
+    /// Number of requests that failed.
     pub errors: usize,
     /// Time of all requests together, in seconds.
     pub seconds: f64,
-    /// Tokens of the answered prompts.
+    /// Prompt tokens of all answered requests.
     pub tokens_in: u64,
-    /// Tokens of the answers.
+    /// Generated tokens of all answered requests.
     pub tokens_out: u64,
-    /// Tokens of answers a second, of all requests together.
+    /// Generated tokens per second, of all requests together.
     pub output_tokens_per_s: f64,
-    /// Times from request to first token; `None` without an answer.
+    /// Time from request to first token, in milliseconds; `None` without an answer.
     pub ttft_ms: Option<Times>,
-    /// Times of a token after the first, each a mean over an answer; `None` without an answer of two tokens.
+    /// Time per token after the first, in milliseconds, as the mean of each answer; `None` without an answer of two tokens.
     pub tpot_ms: Option<Times>,
 }
 
@@ -55,14 +55,14 @@ pub struct Level {
 pub struct Times {
     /// Median.
     pub p50: f64,
-    /// 95 of 100 are at most this.
+    /// 95th percentile.
     pub p95: f64,
-    /// 99 of 100 are at most this.
+    /// 99th percentile.
     pub p99: f64,
 }
 
 impl Times {
-    /// Returns the percentiles of some times (nearest rank); `None` if there are none.
+    /// Returns the percentiles of `times` (nearest rank); `None` if there are none.
     fn of(times: impl Iterator<Item = Duration>) -> Option<Self> {
         let mut ms: Vec<f64> = times.map(|time| time.as_secs_f64() * 1000.0).collect();
         ms.sort_by(f64::total_cmp);
@@ -79,7 +79,7 @@ impl Times {
 }
 
 impl Level {
-    /// Returns the figures of requests that took this time together.
+    /// Returns the figures of requests that took `took` together.
     pub fn of(concurrency: u16, took: Duration, outcomes: &[Outcome]) -> Self {
         let answers: Vec<Answer> = outcomes
             .iter()

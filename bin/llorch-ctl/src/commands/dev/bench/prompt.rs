@@ -1,4 +1,4 @@
-//! Prompts that have nothing in common, so that no server finds a part of one in its cache.
+//! Prompts that have nothing in common, so that no server finds part of one in its cache.
 
 /// Words that most vocabularies have as one token each.
 const WORDS: [&str; 64] = [
@@ -70,7 +70,7 @@ const WORDS: [&str; 64] = [
 
 /// Returns the prompt with this number, of about `tokens` tokens.
 pub fn of(number: u64, tokens: u32) -> String {
-    // SplitMix64; another number begins with other words.
+    // SplitMix64, so that different numbers begin with different words.
     let mut state = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut word = || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -1,4 +1,4 @@
-//! The servers that can be measured, and how each is asked.
+//! The kinds of servers that can be measured, and the requests for each.
 
 use std::time::{Duration, Instant};
 
@@ -19,9 +19,9 @@ use serde_json::json;
 use super::figures::Answer;
 use crate::http_client::{ConnectArgs, Item, Orchestrator, shown};
 
-/// A server may read a long prompt before it says anything.
+/// Longest silence of a server, which may read a long prompt before its first answer.
 const PATIENCE: Duration = Duration::from_secs(600);
-/// A little warmer than most: with the likeliest token alone, small models repeat themselves.
+/// Sampling temperature. If only the likeliest token is drawn, small models repeat themselves.
 const TEMPERATURE: f32 = 0.7;
 
 /// Kinds of servers.
@@ -39,7 +39,7 @@ pub enum Api {
 /// A request to make.
 #[derive(Debug, Clone)]
 pub struct Task {
-    /// Tells it from all others of the run.
+    /// Number of the task, unique within the run.
     pub number: u64,
     /// Prompt, without a template.
     pub prompt: String,
@@ -54,12 +54,12 @@ pub struct Server {
     orchestrator: Orchestrator,
     client: ApiClient,
     model: Option<String>,
-    /// Tells the executions of this run from others.
+    /// Unique id of the run, which distinguishes its executions from others.
     run: String,
 }
 
 impl Server {
-    /// Finds the server, and what it is unless that is said.
+    /// Connects to a server. Detects its kind and its model unless they are given.
     pub async fn connect(
         connect: &ConnectArgs,
         api: Option<Api>,
@@ -111,22 +111,22 @@ impl Server {
         })
     }
 
-    /// Its address.
+    /// Returns the base URL.
     pub fn url(&self) -> &str {
         self.client.base_url()
     }
 
-    /// What it is.
+    /// Returns the kind of the server.
     pub fn api(&self) -> Api {
         self.api
     }
 
-    /// The model that is asked for; `None` for a worker, which has one.
+    /// Returns the requested model; `None` if a worker is measured and no model was named.
     pub fn model(&self) -> Option<&str> {
         self.model.as_deref()
     }
 
-    /// Makes a request, and reads its answer to the end.
+    /// Makes a request and reads the answer to its end.
     pub async fn answer(&self, task: Task) -> Result<Answer, CliError> {
         match self.api {
             Api::Orchestrator => self.task(task).await,
@@ -203,7 +203,7 @@ impl Server {
                 _ => {}
             }
         }
-        // Nobody comes back for it. If this fails, the worker forgets it later.
+        // No client resumes this execution. If the deletion fails, the worker forgets the execution later.
         let path = format!("/executions/{job_id}");
         let _ = self.client.delete::<serde_json::Value>(&path).await;
         ended.ok_or_else(without_end)
@@ -235,7 +235,7 @@ impl Server {
             }
             usage = chunk.usage.or(usage);
         }
-        // Servers that don't tell send a token with each piece.
+        // Servers without usage figures are assumed to send one token per piece.
         let usage = usage.unwrap_or(Usage {
             prompt_tokens: 0,
             completion_tokens: pieces,
@@ -249,9 +249,9 @@ impl Server {
     }
 }
 
-/// Asks a server what it is. One that has no version of ours is taken for one with an OpenAI-style API.
+/// Detects the kind of a server. A server without our version endpoint counts as one with an OpenAI-style API.
 async fn detect(client: &ApiClient) -> Result<Api, CliError> {
-    // A worker tells that much without its secret.
+    // A worker answers this request even without its secret.
     if client.get::<WorkerHealth>("/health").await.is_ok() {
         return Ok(Api::Worker);
     }
@@ -286,7 +286,7 @@ fn without_end() -> CliError {
     CliError::new(Exit::JobFailed, "the stream ended before the answer did")
 }
 
-/// Moments of an answer.
+/// Times of an answer, from the request on.
 struct Clock {
     start: Instant,
     first: Option<Duration>,

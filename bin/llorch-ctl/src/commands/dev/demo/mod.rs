@@ -1,4 +1,4 @@
-//! `llorch dev demo`: a real job through all the daemons.
+//! `llorch dev demo`: runs a real job through all the daemons.
 
 mod programs;
 mod stage;
@@ -32,37 +32,37 @@ use self::verdict::Facts;
 use crate::commands::jobs::{Reader, Transcript};
 use crate::http_client::{Item, Orchestrator, shown};
 
-/// A question that the default model answers rightly and shortly, the same way every time.
+/// A question that the default model answers correctly and briefly, the same way every time.
 const PROMPT: &str = "What is 2+2?";
-/// Most tokens of the answer where nothing is said.
+/// Default limit on the tokens of the answer.
 const MAX_TOKENS: u32 = 128;
-/// After this long the job expires: no machine that can run the default model needs it.
+/// Time after which the job expires, in milliseconds. Every machine that can run the default model is faster.
 const JOB_TIMEOUT_MS: u64 = 10 * 60 * 1000;
-/// How long the pool may take to register.
+/// Longest time for the pool to register.
 const ONLINE_TIMEOUT: Duration = Duration::from_secs(30);
-/// How often the daemons are looked at while the job runs.
+/// Interval between checks of the daemons while the job runs.
 const WATCH_EVERY: Duration = Duration::from_millis(200);
-/// How long a job may take to end once it is cancelled because its pool has ended.
+/// Longest time for a job to end after it was cancelled because its pool had failed.
 const AFTERMATH: Duration = Duration::from_secs(10);
 
 /// Run a real job through all the daemons, on this machine, and print its answer.
 ///
-/// In a checkout it first builds every program. It fetches the model if it is not there, starts the pool manager and
-/// the orchestrator on free ports in a folder of their own, submits the prompt through the HTTP API, prints the answer
-/// on standard output, checks that a model's tokens came through all the daemons, and stops what it started.
+/// In a checkout, the command first builds every program. It downloads the model if it is missing, starts the pool manager and
+/// the orchestrator on free ports in a folder of their own, submits the prompt through the HTTP API, prints the answer on
+/// standard output, checks that a model's tokens came through all the daemons, and stops what it started.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Demo {
-    /// What to ask
+    /// Prompt to submit
     #[arg(long, value_name = "TEXT", default_value = PROMPT, allow_hyphen_values = true)]
     prompt: String,
-    /// The model, an id of the catalogue [default: the catalogue's default]
+    /// Model: an id of the catalogue [default: the catalogue's default]
     #[arg(long)]
     model: Option<ModelRef>,
     /// Most tokens to generate
     #[arg(long, value_name = "N", default_value_t = MAX_TOKENS)]
     max_tokens: u32,
-    /// Leave everything running, and say how to use it
+    /// Leave everything running, and print how to use it
     #[arg(long)]
     keep: bool,
 }
@@ -73,7 +73,7 @@ Examples:
   llorch dev demo --prompt 'Write a haiku about rain.' --keep";
 
 impl Demo {
-    /// Builds, fetches, starts, submits, checks, stops.
+    /// Runs the demo: builds, downloads, starts, submits, checks and stops.
     pub async fn run(self) -> Result<Exit, CliError> {
         let interrupt = Interrupt::catch()?;
         let user = Home::from_env()?;
@@ -93,7 +93,7 @@ impl Demo {
             max_tokens: Some(self.max_tokens),
             temperature: Some(0.0),
             timeout_ms: Some(JOB_TIMEOUT_MS),
-            // A worker that is lost is a demo that failed.
+            // A lost worker means that the demo has failed, so there is no second attempt.
             max_attempts: Some(1),
             ..TaskSubmitRequest::default()
         };
@@ -176,14 +176,14 @@ fn foreign_variables() -> Vec<String> {
     names.into_iter().collect()
 }
 
-/// Starts both daemons, runs the job, and checks what came of it. Returns the summary.
+/// Starts both daemons, runs the job, and checks the outcome. Returns the summary.
 async fn perform(
     stage: &Stage,
     request: &TaskSubmitRequest,
     interrupt: &Interrupt,
 ) -> Result<String, CliError> {
     let progress = spinner("starting orchestratord");
-    // A start is not broken off in the middle: what it started would not be known.
+    // A start can't be interrupted, because its process would be unknown and could not be stopped.
     let orchestrator = stage.start_orchestrator().await?;
     progress.message("starting pool-managerd");
     let pool = stage.start_pool(orchestrator.url()).await?;
@@ -205,7 +205,7 @@ async fn perform(
     }
 }
 
-/// Submits the job, prints its text, and looks up what is known of it afterwards.
+/// Submits the job, prints its text, and collects the facts about it afterwards.
 async fn play(
     stage: &Stage,
     orchestrator: &Actor,
@@ -224,7 +224,7 @@ async fn play(
     progress.message("waiting for a worker");
     let mut watched = watch(&client, task.job_id, orchestrator, pool, progress).await?;
 
-    // The last look, after everything is said: a pool that died while the worker's stream went on is found here.
+    // The last check, after the text is complete: it finds a pool that died while the worker's stream continued.
     for actor in [orchestrator, pool] {
         if !watched
             .troubles
@@ -279,32 +279,32 @@ async fn until_online(client: &Orchestrator, pool: &Actor) -> Result<(), CliErro
     }
 }
 
-/// What can happen while the job runs.
+/// An observation while the job runs.
 enum Happening {
-    /// An event of the job, or a break of its stream.
+    /// An event of the job, or a break in its stream.
     Item(Item),
-    /// The stream can't be had any more.
+    /// The stream has failed for good.
     Broken(ClientError),
-    /// The worker loads its model.
+    /// A worker is loading its model. The text is the message for the progress line.
     Loading(String),
-    /// A daemon is not well.
+    /// A daemon has failed.
     Trouble {
-        /// What is wrong.
+        /// Description of the failure.
         what: String,
-        /// Whether the job's stream may go on without it.
+        /// True if the job's stream may continue without the daemon.
         bearable: bool,
     },
 }
 
-/// What was seen of the job until it was over.
+/// The observations of a job until its end.
 struct Watched {
     transcript: Transcript,
     started: Option<orchestrator_core::api::events::Started>,
     troubles: Vec<String>,
 }
 
-/// Prints the job's text while others watch the daemons and the loading of the model. Each watches on its own, so
-/// that a look that takes long delays no token.
+/// Prints the job's text while separate tasks watch the daemons and the loading of the model, so that a slow check delays no
+/// token.
 async fn watch(
     client: &Orchestrator,
     id: JobId,
@@ -350,8 +350,8 @@ async fn watch(
             Some(Happening::Trouble { what, bearable }) => {
                 let goes_on = bearable && seen.started.is_some();
                 seen.troubles.push(what);
-                // The worker's stream goes on without its pool. The demo has failed all the same: the job is ended, and
-                // its last event awaited, so that what was printed can be compared with what the API holds.
+                // The worker's stream continues without its pool, but the demo has failed. The job is cancelled, and its last
+                // event awaited, so that the printed text can be compared with the API's.
                 if !goes_on || client.cancel(id).await.is_err() {
                     return Ok(seen);
                 }
@@ -378,7 +378,7 @@ async fn watch(
                     _ => {}
                 }
                 let last = matches!(&item, Item::Event(_, event) if event.is_last());
-                // A job without a text has no line to end.
+                // A job without text has no line to end.
                 if !last || !seen.transcript.text().is_empty() {
                     seen.transcript.take(&item)?;
                 }

@@ -1,4 +1,4 @@
-//! The programs that the demo runs: in a checkout built first, so that none of them is an old one.
+//! The programs that the demo runs. In a checkout they are built first, so that none of them is out of date.
 
 use std::ffi::OsString;
 use std::fs;
@@ -15,7 +15,7 @@ use pool_core::terminal::daemon::find_sibling;
 use pool_core::terminal::interrupt::Interrupt;
 use pool_core::terminal::{CliError, Exit, note};
 
-/// What the demo runs, and this program itself.
+/// Programs of the demo, including this one.
 const BINARIES: [&str; 5] = [
     "llorch",
     "llorch-pool",
@@ -23,9 +23,9 @@ const BINARIES: [&str; 5] = [
     "pool-managerd",
     "llorch-candled",
 ];
-/// Set for a program that was started by its own older self.
+/// Variable that is set for a program started by its own older build.
 const RENEWED: &str = "LLORCH_DEMO_RENEWED";
-/// How long a program has to end after an interrupt.
+/// Time for a program to end after an interrupt.
 const INTERRUPT_GRACE: Duration = Duration::from_secs(10);
 
 /// The source tree that this program was built from.
@@ -38,8 +38,8 @@ struct Checkout {
 }
 
 impl Checkout {
-    /// The checkout whose build folder `program` lies in. With a build folder elsewhere, `manifest_dir`, which
-    /// `cargo run` hands to the programs that it starts, leads to it.
+    /// Returns the checkout whose build folder contains `program`. If the build folder is elsewhere, finds the checkout through
+    /// `manifest_dir`, which `cargo run` passes to the programs that it starts.
     fn of(program: &Path, manifest_dir: Option<&Path>) -> Option<Self> {
         // Cargo marks its build folders with this file.
         let target_dir = program
@@ -82,7 +82,7 @@ impl Checkout {
             .arg("build")
             .arg("--target-dir")
             .arg(&self.target_dir);
-        // The folder of the `dev` profile has a name of its own.
+        // The folder of the `dev` profile has another name.
         let profile = if self.profile == "debug" {
             "dev".into()
         } else {
@@ -92,8 +92,8 @@ impl Checkout {
         if let Some(triple) = &self.triple {
             command.arg("--target").arg(triple);
         }
-        // Without `-p`: dependencies then get the features that the whole workspace wants, and nothing is built
-        // twice when somebody builds everything.
+        // Without `-p`, dependencies get the features that the whole workspace needs, so that a build of the workspace does not
+        // build them again.
         for binary in BINARIES {
             command.arg("--bin").arg(binary);
         }
@@ -101,8 +101,8 @@ impl Checkout {
     }
 }
 
-/// In a checkout, builds all our programs with the profile that this one was built with. If that renews this program
-/// too, the new one takes over, and this function does not return.
+/// In a checkout, builds all our programs with the profile of this one. If the build replaces this program, the new build takes
+/// over, and this function does not return.
 pub async fn build(interrupt: &Interrupt) -> Result<(), CliError> {
     let program = std::env::current_exe()?;
     let manifest_dir = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
@@ -137,14 +137,14 @@ pub async fn build(interrupt: &Interrupt) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Which file stands at a path: a build replaces it by another.
+/// Returns the identity of the file at a path, which changes when a build replaces the file.
 fn file_of(path: &Path) -> Option<(u64, u64, i64, i64)> {
     fs::metadata(path)
         .ok()
         .map(|file| (file.dev(), file.ino(), file.mtime(), file.mtime_nsec()))
 }
 
-/// Brings a model to the models folder, through `llorch-pool`. One that is there already costs nothing.
+/// Downloads a model to the models folder through `llorch-pool`, unless the model is already there.
 pub async fn fetch_model(model: &str, interrupt: &Interrupt) -> Result<(), CliError> {
     let mut command = Command::new(find_sibling("llorch-pool")?);
     command.args(["models", "download", model]);
@@ -159,7 +159,7 @@ pub async fn fetch_model(model: &str, interrupt: &Interrupt) -> Result<(), CliEr
     .hint("`llorch-pool dev doctor` checks what downloads need"))
 }
 
-/// Runs a program to its end with its output on our standard error: standard output belongs to the answer.
+/// Runs a program to its end with its output on our standard error: standard output is reserved for the answer.
 async fn run(
     mut command: Command,
     name: &str,
@@ -175,7 +175,7 @@ async fn run(
     tokio::select! {
         status = child.wait() => Ok(status?),
         () = interrupt.wait() => {
-            // A Ctrl-C in the terminal has reached it as well; any other interrupt has not.
+            // A Ctrl-C in the terminal has reached the child as well; any other interrupt has not.
             if let Some(process) = child.id().and_then(|pid| ProcessIdentity::of(pid).ok().flatten()) {
                 let _ = process.signal(Signal::INT);
             }
@@ -222,7 +222,7 @@ mod tests {
             "debug".into(),
         ));
         assert_eq!(of("target/x86_64-unknown-linux-musl/debug/llorch"), cross);
-        // Installed, or packed up: no build folder, no build.
+        // Installed or copied elsewhere: no build folder, so no build.
         assert_eq!(of("dist/llorch"), None);
     }
 

@@ -1,4 +1,4 @@
-//! What the demo starts: a home of its own, both daemons, and the worker that they start in turn.
+//! The stage of the demo: a home of its own, both daemons, and the worker that they start.
 
 use std::ffi::OsString;
 use std::fs::{self, Permissions};
@@ -17,14 +17,14 @@ use pool_core::terminal::{CliError, Exit};
 
 use crate::commands::orchestrator;
 
-/// The pool manager's name, and that of its binary.
+/// Name of the pool manager and of its binary.
 const POOL: &str = "pool-managerd";
-/// How long a daemon may take to say that it is well. It does so while its worker keeps every processor busy.
+/// Time limit for a daemon's health check. The daemon answers while its worker keeps every processor busy.
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a daemon has to end.
+/// Time for a daemon to end.
 const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// One of the daemons.
+/// A daemon of the demo.
 #[derive(Debug, Clone)]
 pub struct Actor {
     name: &'static str,
@@ -32,22 +32,22 @@ pub struct Actor {
 }
 
 impl Actor {
-    /// Its name.
+    /// Returns the name of the daemon's binary.
     pub fn name(&self) -> &'static str {
         self.name
     }
 
-    /// Its address.
+    /// Returns the base URL.
     pub fn url(&self) -> &str {
         &self.running.url
     }
 
-    /// Its process id.
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.running.process.pid
     }
 
-    /// What is wrong with it: its process is gone, or does not answer.
+    /// Describes the daemon's failure: its process is gone, or does not answer. Returns `None` if it is healthy.
     pub async fn trouble(&self) -> Option<String> {
         let (name, pid) = (self.name, self.pid());
         if !self.running.process.is_alive() {
@@ -64,7 +64,7 @@ impl Actor {
         };
         match asked {
             Ok(_) => None,
-            // Its end can come between the two looks.
+            // The process may end between the two checks.
             Err(_) if !self.running.process.is_alive() => {
                 Some(format!("{name} (pid {pid}) has ended"))
             }
@@ -73,7 +73,7 @@ impl Actor {
     }
 }
 
-/// The demo's home and what runs in it.
+/// The demo's home, and the models that it shares with the user.
 #[derive(Debug)]
 pub struct Stage {
     root: PathBuf,
@@ -82,7 +82,7 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// Makes a home of its own that shares the user's models and catalogue.
+    /// Creates a home of its own that shares the user's models and has a copy of the user's catalogue.
     pub fn set(user: &Home) -> Result<Self, CliError> {
         let root = tempfile::Builder::new()
             .prefix("llorch-demo-")
@@ -105,17 +105,17 @@ impl Stage {
         })
     }
 
-    /// The demo's home.
+    /// Returns the demo's home folder.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The models folder, which is the user's own.
+    /// Returns the models folder, which is the user's own.
     pub fn models_dir(&self) -> &Path {
         &self.models_dir
     }
 
-    /// Where the daemons and workers write their logs.
+    /// Returns the folder of the daemons' and workers' logs.
     pub fn logs_dir(&self) -> PathBuf {
         self.home.logs_dir()
     }
@@ -132,7 +132,7 @@ impl Stage {
         .await
     }
 
-    /// Starts `pool-managerd` on a free port, with the orchestrator to register with.
+    /// Starts `pool-managerd` on a free port, to register with the orchestrator at `orchestrator_url`.
     pub async fn start_pool(&self, orchestrator_url: &str) -> Result<Actor, CliError> {
         let own = vec![
             ("LLORCH_POOL_BIND", "127.0.0.1:0".into()),
@@ -169,7 +169,7 @@ impl Stage {
         })
     }
 
-    /// The variables of a daemon: none of the user's own, which are empty and so count as unset, save the log filter.
+    /// Returns the variables of a daemon. The user's own are emptied and so count as unset, except for the log filter.
     fn environment(&self, own: Vec<(&'static str, OsString)>) -> Vec<(OsString, OsString)> {
         let inherited = std::env::vars_os().map(|(name, _)| name);
         let cleared = inherited
@@ -181,7 +181,7 @@ impl Stage {
         environment
     }
 
-    /// What the pool says of itself, asked directly.
+    /// Asks the pool itself for its status.
     pub async fn pool_status(&self, pool: &Actor) -> Result<PoolStatus, String> {
         let client = ApiClient::new(pool.url(), None).map_err(|error| error.to_string())?;
         client
@@ -191,7 +191,7 @@ impl Stage {
             .map_err(|error| error.to_string())
     }
 
-    /// Whether a worker's process, the very one that was recorded at its start, is alive.
+    /// Returns whether a worker's process is alive: the one recorded at its start, not a later one with the same pid.
     pub fn worker_is_alive(&self, id: &str) -> bool {
         let record = Registry::new(&self.home).get(id);
         record
@@ -199,7 +199,7 @@ impl Stage {
             .is_some_and(|process| process.is_alive())
     }
 
-    /// Stops everything, workers last: whoever could start another one is gone by then. Returns what resisted.
+    /// Stops everything, and returns what could not be stopped. Workers come last, when no daemon is left to start another.
     pub async fn strike(&self, force: bool) -> Vec<String> {
         let mut problems = Vec::new();
         for (name, state) in [
@@ -218,7 +218,7 @@ impl Stage {
         problems
     }
 
-    /// Removes the home.
+    /// Removes the home folder. Returns a message if that fails.
     pub fn clear(&self) -> Option<String> {
         let removed = fs::remove_dir_all(&self.root);
         removed
@@ -227,8 +227,8 @@ impl Stage {
     }
 }
 
-/// Stops the workers of a home through its registry, which knows their processes whether or not the pool manager
-/// lives. Returns what resisted.
+/// Stops the workers of a home, and returns what could not be stopped. Uses the registry, which knows their processes even if
+/// the pool manager is gone.
 fn stop_workers(home: Home, force: bool) -> Vec<String> {
     let lifecycle = match Lifecycle::new(home, PoolConfig::default()) {
         Ok(lifecycle) => lifecycle,

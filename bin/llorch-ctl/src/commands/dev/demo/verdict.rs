@@ -1,4 +1,4 @@
-//! Whether the demo showed what it set out to show. Pure: everything was looked up before.
+//! The verdict on the demo. Pure: all facts are collected beforehand.
 
 use orchestrator_core::api::events::Started;
 use orchestrator_core::api::tasks::TaskView;
@@ -8,26 +8,26 @@ use pool_core::terminal::human_ms;
 
 use crate::commands::jobs::tokens_per_second;
 
-/// What was seen while the job ran, and what its daemons say afterwards.
+/// Observations while the job ran, and the answers of the daemons afterwards.
 #[derive(Debug)]
 pub struct Facts {
-    /// The job.
+    /// Id of the job.
     pub id: JobId,
-    /// The text that went to standard output.
+    /// Text that went to standard output.
     pub printed: String,
-    /// The event that said where the job runs.
+    /// Event that named the pool and the worker; `None` if no worker started the job.
     pub started: Option<Started>,
-    /// What became of a daemon, or of the stream, in the meantime.
+    /// Failures of a daemon, or of the stream, in the meantime.
     pub troubles: Vec<String>,
-    /// The job as the API has it afterwards.
+    /// The job as the API shows it afterwards, or the error of the request.
     pub job: Result<TaskView, String>,
-    /// The pool as it describes itself afterwards.
+    /// The pool's own status afterwards, or the error of the request.
     pub pool: Result<PoolStatus, String>,
-    /// Whether the worker's process is alive afterwards.
+    /// True if the worker's process is alive afterwards.
     pub worker_alive: bool,
 }
 
-/// Everything that is not as it should be; nothing, if the demo is a success.
+/// Returns everything that went wrong; empty if the demo succeeded.
 pub fn problems(facts: &Facts) -> Vec<String> {
     let mut problems = facts.troubles.clone();
     if let Err(error) = &facts.job {
@@ -43,7 +43,7 @@ pub fn problems(facts: &Facts) -> Vec<String> {
         problems.extend(job_problems(job, started, &facts.printed));
     }
     match &facts.pool {
-        // Its end is among the troubles, if it has ended.
+        // A pool that has ended is already among the troubles.
         Err(error) if facts.troubles.is_empty() => {
             problems.push(format!("the pool does not answer: {error}"));
         }
@@ -65,7 +65,7 @@ pub fn problems(facts: &Facts) -> Vec<String> {
     problems
 }
 
-/// The job's state, and its error if it has one.
+/// Describes the job's state, with its error if there is one.
 fn state(job: &TaskView) -> String {
     let error = job
         .error
@@ -115,7 +115,7 @@ fn job_problems(job: &TaskView, started: &Started, printed: &str) -> Vec<String>
     problems
 }
 
-/// The line that a successful demo ends with.
+/// Returns the last line of a successful demo.
 pub fn summary(job: &TaskView) -> String {
     let attempt = job.attempts.last();
     let usage = job.usage.as_ref();
@@ -131,7 +131,7 @@ pub fn summary(job: &TaskView) -> String {
     )
 }
 
-/// What the API holds of the job, for the report of a demo that failed.
+/// Describes the job as the API shows it, for the report of a failed demo.
 pub fn held(facts: &Facts) -> Vec<String> {
     let job = match &facts.job {
         Ok(job) => job,
