@@ -1,5 +1,5 @@
-//! `llorch jobs batch` against a fake orchestrator with a queue: what is submitted, how much at once, and what a second
-//! run does.
+//! `llorch jobs batch` against a fake orchestrator with a queue: the submitted tasks, the number in flight, and the effect of a
+//! second run.
 
 #![allow(clippy::unwrap_used)]
 
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use support::{LIMIT, Ran, end, finish, llorch, ran, until};
 use tokio::sync::watch;
 
-/// A fake orchestrator: one job a key, of which none ends before it is told to.
+/// State of a fake orchestrator that has one job per key. No job ends before a test releases it.
 #[derive(Default)]
 struct Inner {
     jobs: HashMap<JobId, TaskSubmitRequest>,
@@ -36,7 +36,7 @@ struct Inner {
 #[derive(Clone)]
 struct Queue {
     inner: Arc<Mutex<Inner>>,
-    /// How many jobs may end.
+    /// Number of jobs that may still end.
     released: watch::Sender<usize>,
     url: String,
 }
@@ -105,7 +105,7 @@ async fn submit(
     (StatusCode::ACCEPTED, Json(answer)).into_response()
 }
 
-/// A task whose prompt is `fail` fails.
+/// Returns a finished job, which failed if its prompt is `fail`.
 async fn job(State(queue): State<Queue>, UrlPath(id): UrlPath<JobId>) -> Json<TaskView> {
     let request = queue.look(|inner| inner.jobs[&id].clone());
     let prompt = request.prompt.clone().unwrap();
@@ -132,7 +132,7 @@ async fn events(State(queue): State<Queue>, UrlPath(_): UrlPath<JobId>) -> Respo
     let mut released = queue.released.subscribe();
     let event = end();
     let body = async_stream::stream! {
-        // The first token comes at once: the client sees a stream that lives.
+        // A comment at once: the client sees that the stream is alive.
         yield Ok::<_, std::convert::Infallible>(": here\n\n".to_owned());
         released.wait_for(|count| *count > 0).await.unwrap();
         queue.released.send_modify(|count| *count -= 1);
@@ -174,7 +174,7 @@ async fn results_come_one_a_line_and_a_full_queue_is_waited_for() {
         ],
     );
     let run = queue.run(&[&file, "--model", "m"]).await;
-    // A refused task weighs more than a failed job.
+    // A refused task takes precedence over a failed job.
     assert_eq!(run.code, 4, "{}", run.err);
     let got = lines(&run.out);
     let statuses: Vec<_> = got
@@ -200,7 +200,7 @@ async fn results_come_one_a_line_and_a_full_queue_is_waited_for() {
     assert_eq!(got[2]["error"]["code"], "MODEL_NOT_FOUND");
     assert_ne!(got[0]["id"], got[3]["id"], "two lines are two jobs");
     assert!(run.err.contains("2 completed, 1 failed"), "{}", run.err);
-    // Tasks of a batch go behind what somebody waits for, unless they say otherwise.
+    // Tasks of a batch run after interactive ones, unless they say otherwise.
     let priority = queue.look(|inner| inner.jobs.values().next().unwrap().priority.unwrap());
     assert_eq!(priority.as_str(), "batch");
     assert!(queue.look(|inner| inner.submits) >= 7);
@@ -217,7 +217,7 @@ async fn no_more_are_under_way_than_was_said() {
         let queue = queue.clone();
         async move { queue.run(&[&file, "-m", "m", "--in-flight", "3"]).await }
     });
-    // One ends, one begins.
+    // Each job that ends makes room for one more.
     for ended in 0..=9 {
         until("three under way", || {
             queue.look(|inner| (inner.submits, inner.readers)) == (3 + ended, 3)

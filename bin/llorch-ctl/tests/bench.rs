@@ -1,6 +1,6 @@
 //! `llorch dev bench` against a fake server with an OpenAI-style API.
 
-// Helpers may fail a test as the test itself may.
+// Helpers may panic, as tests do.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -22,7 +22,7 @@ use support::{Ran, llorch, ran};
 #[derive(Default)]
 struct Fake {
     models: Vec<&'static str>,
-    /// Every so many requests it is overloaded; 0 for never.
+    /// Interval of the requests that are refused as an overload; 0 for none.
     refuses_every: usize,
     asked: AtomicUsize,
     at_once: AtomicUsize,
@@ -54,7 +54,7 @@ async fn complete(
     headers: HeaderMap,
     Json(request): Json<Value>,
 ) -> Response {
-    // The secret of a worker goes to no other server.
+    // A worker's secret must reach no other server.
     assert!(!headers.contains_key(header::AUTHORIZATION));
     assert_eq!(request["stream"], true);
     assert_eq!(request["max_tokens"], 5);
@@ -114,14 +114,14 @@ async fn a_server_is_measured_with_so_many_requests_at_once() {
             (&level["tokens_in"], &level["tokens_out"]),
             (&81.into(), &45.into())
         );
-        // Five tokens, two milliseconds apart, as a busy machine hears them.
+        // The tokens are sent two milliseconds apart, which a busy machine blurs.
         assert!(level["tpot_ms"]["p99"].as_f64().unwrap() > 1.0, "{level}");
         assert!(level["ttft_ms"]["p99"].as_f64() >= level["ttft_ms"]["p50"].as_f64());
         assert!(level["output_tokens_per_s"].as_f64().unwrap() > 0.0);
     }
     assert_eq!(fake.most_at_once.load(Ordering::SeqCst), 3);
     assert_eq!(fake.asked.load(Ordering::SeqCst), 1 + 9 + 9);
-    // People get a table.
+    // The default format is a table.
     let run = bench(&url, &["--concurrency", "2"]).await;
     assert!(
         run.out.contains("TOKENS/S") && run.out.lines().count() == 2,

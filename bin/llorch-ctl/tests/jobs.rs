@@ -1,6 +1,6 @@
-//! `llorch jobs` against a fake orchestrator that breaks off, hangs and misbehaves on demand.
+//! `llorch jobs` against a fake orchestrator that breaks connections, hangs and misbehaves on demand.
 
-// Helpers may fail a test as the test itself may.
+// Helpers may panic, as tests do.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -166,7 +166,7 @@ async fn a_broken_stream_is_resumed_and_no_text_comes_twice() {
         Step::Send("1.2", token(0, "one")),
         Step::Break,
     ];
-    // Nothing but a break: the resume after it must still name the last event seen.
+    // An immediate break: the resume after it must still name the last event seen.
     let second = vec![Step::Break];
     // A server, or a proxy, that repeats an event.
     let third = vec![
@@ -246,7 +246,7 @@ async fn a_submit_without_an_answer_is_repeated_under_the_same_key() {
             .all(|(key, _)| key.len() > 30 && *key == asked.submits[0].0),
         "{asked:?}"
     );
-    // Another submit is another job.
+    // Another submit creates another job.
     fake.run(&SUBMIT).await;
     assert_ne!(fake.asked().submits[3].0, asked.submits[0].0);
 }
@@ -274,7 +274,7 @@ async fn ctrl_c_ends_the_command_and_says_how_to_come_back() {
     assert!(run.err.contains(&told), "{}", run.err);
 }
 
-// [LLORCH-039] Off a terminal, without being asked.
+// [LLORCH-039] Standard error is not a terminal, and no option asks for remarks.
 #[tokio::test]
 async fn a_job_that_waits_says_why_on_standard_error() {
     let steps = vec![
@@ -460,7 +460,7 @@ async fn json_lines_carry_every_event() {
             .iter()
             .map(|line| line["event"].as_str().unwrap())
             .collect();
-        // The fake repeats everything; what was asked to come after is not printed again.
+        // The fake repeats all events; those up to the one named by `--after` are not printed again.
         let expected: &[&str] = if args.contains(&"--after") {
             &["token", "token", "end"]
         } else {
@@ -708,7 +708,7 @@ async fn the_text_of_a_job_is_printed_when_it_is_whole() {
 
 #[tokio::test] // [LLORCH-035]
 async fn escape_sequences_are_removed_on_a_terminal_and_only_there() {
-    // The sequence is cut in two by the border of two tokens.
+    // The boundary of two tokens cuts the sequence in two.
     let steps = vec![
         Step::Send("1.1", started()),
         Step::Send("1.2", token(0, "a\x1b]0;ti")),
@@ -725,7 +725,7 @@ async fn escape_sequences_are_removed_on_a_terminal_and_only_there() {
     drop(command);
     let shown = tokio::task::spawn_blocking(move || {
         let mut shown = Vec::new();
-        // The end of the program's side reads as an error on Linux.
+        // On Linux, the end of the program's side reads as an error.
         let _ = std::fs::File::from(terminal).read_to_end(&mut shown);
         String::from_utf8(shown).unwrap()
     });
@@ -802,14 +802,14 @@ fn watch(terminal: OwnedFd, shown: Arc<Mutex<Vec<u8>>>) -> tokio::task::JoinHand
     tokio::task::spawn_blocking(move || {
         let mut terminal = std::fs::File::from(terminal);
         let mut piece = [0; 1024];
-        // The end of the program's side reads as an error on Linux.
+        // On Linux, the end of the program's side reads as an error.
         while let Ok(read @ 1..) = terminal.read(&mut piece) {
             shown.lock().unwrap().extend_from_slice(&piece[..read]);
         }
     })
 }
 
-/// The two sides of a terminal.
+/// Opens a terminal, and returns its two sides.
 fn pty() -> (OwnedFd, OwnedFd) {
     use rustix::fs::{Mode, OFlags, open};
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};

@@ -1,6 +1,6 @@
-//! `llorch jobs replay` against a fake orchestrator, whose second worker may write another text.
+//! `llorch jobs replay` against a fake orchestrator whose second worker may write another text.
 
-// Helpers may fail a test as the test itself may.
+// Helpers may panic, as tests do.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -16,7 +16,7 @@ use support::{
     waiting,
 };
 
-/// The job that is replayed as [`JOB`].
+/// Id of the original job. Its replay is [`JOB`].
 const ORIGINAL: &str = "job-01900000-0000-7000-8000-000000000002";
 
 fn request() -> TaskSubmitRequest {
@@ -68,7 +68,7 @@ fn receipt(arithmetic: &str, output: &str) -> Receipt {
     }
 }
 
-/// The original: completed, submitted with more than the model sees.
+/// Returns a completed job whose request has more fields than the model sees.
 fn original() -> TaskView {
     let asked = TaskSubmitRequest {
         session_id: Some("tea".into()),
@@ -95,7 +95,7 @@ fn original() -> TaskView {
     TaskView::new(job, None)
 }
 
-/// The events of a job that writes these words.
+/// Returns the events of a job that writes these words.
 fn words(words: [&str; 3], receipt: Option<Receipt>) -> Vec<Step> {
     vec![
         Step::Send("1.2", started()),
@@ -108,7 +108,7 @@ fn words(words: [&str; 3], receipt: Option<Receipt>) -> Vec<Step> {
 
 const WORDS: [&str; 3] = ["one", " two", " three"];
 
-/// A fake with the original, on which the replay has these events.
+/// Returns a fake with the original, whose replay has these events.
 fn fake(receipt: Option<Receipt>, replay: Vec<Step>) -> Fake {
     Fake {
         finished: vec![(original(), words(WORDS, receipt))],
@@ -187,7 +187,7 @@ async fn a_replay_with_the_same_tokens_is_verified() {
 
 #[tokio::test] // [LLORCH-111]
 async fn a_worker_that_writes_another_text_is_reported_at_the_right_token() {
-    // A part of the replay is void, and its connection breaks.
+    // Part of the replay is void, and its connection breaks.
     let mut replay = vec![
         Step::Send("1.2", started()),
         Step::Send("1.3", token(0, "void")),
@@ -385,7 +385,7 @@ async fn a_replay_without_a_worker_explains_the_wait_and_is_cancelled_in_time() 
     let run = finish(child).await;
     assert_eq!((run.code, run.out.as_str()), (124, ""));
     assert_eq!(fake.asked().cancels, [JOB.parse().unwrap()]);
-    // One that ends in time is left alone.
+    // A replay that ends in time is not cancelled.
     let fake = self::fake(
         None,
         vec![Step::Send("1.2", started()), Step::Send("1.3", end())],

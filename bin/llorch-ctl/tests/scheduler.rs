@@ -1,4 +1,4 @@
-//! `llorch orchestrator scheduler`: what needs no orchestrator, and what shows one.
+//! `llorch orchestrator scheduler`: the commands that need no orchestrator, and those that show one.
 
 #![allow(clippy::unwrap_used)]
 
@@ -16,8 +16,9 @@ use support::{file, llorch, nobody, ran};
 
 const GOOD: &[u8] = include_bytes!("../../orchestratord/policies/shortest-job-first.rhai");
 
-/// An orchestrator that gives the trace in small pieces, with comments that it is alive and the beginning of a further pass
-/// after it, and then goes on or goes away; and whose script has a version that is refused.
+/// Starts an orchestrator whose script has a refused version, and returns its URL. The orchestrator sends the trace in small
+/// pieces, with empty lines that keep the connection alive and the beginning of a further pass at the end. Then the stream
+/// stays open if `goes_on`, and ends otherwise.
 async fn recorded(goes_on: bool) -> String {
     let mut text = trace();
     let end = text.iter().rposition(|byte| *byte == b'{').unwrap();
@@ -108,7 +109,7 @@ async fn show_tells_which_version_decides_and_why_the_newest_does_not() {
     assert_eq!(view.script.unwrap().fallbacks, 2);
 }
 
-/// A trace of one pass over the sample.
+/// Returns a trace of one pass over the sample.
 fn trace() -> Vec<u8> {
     let snapshot = sample();
     let header = Header {

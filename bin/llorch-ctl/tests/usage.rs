@@ -1,6 +1,6 @@
-//! What a user meets before any daemon is called: help, exit codes, refused arguments, an orchestrator that isn't there.
+//! `llorch` before any daemon is called: help, exit codes, refused arguments, an unreachable orchestrator.
 
-// Helpers may fail a test as the test itself may.
+// Helpers may panic, as tests do.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -305,7 +305,7 @@ async fn settings_are_checked_and_explained() {
         (&7.into(), &"variable".into())
     );
 
-    // What is shown is a settings file, with every key.
+    // The output is a settings file with every key.
     let run = ran(config(&["show", "--defaults"])).await;
     assert_eq!(run.code, 0, "{}", run.err);
     for setting in settings {

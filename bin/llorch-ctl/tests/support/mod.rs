@@ -1,6 +1,6 @@
 //! A fake orchestrator that plays back scripts, and the real `llorch` run against it.
 
-// Each test file uses its own part of this, and a helper may fail a test as the test itself may.
+// Each test file uses its own part of this module. Helpers may panic, as tests do.
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::convert::Infallible;
@@ -29,55 +29,55 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};
 
-/// The job that the fake has.
+/// Id of the fake's job.
 pub const JOB: &str = "job-01900000-0000-7000-8000-000000000001";
-/// Nothing in a test takes this long unless it hangs.
+/// Longest wait in a test. Only a hang takes this long.
 pub const LIMIT: Duration = Duration::from_secs(120);
 
-/// What one connection to the event stream gets.
+/// A step of the script for one connection to the event stream.
 #[derive(Debug, Clone)]
 pub enum Step {
     /// An event, with its id.
     Send(&'static str, TaskEvent),
-    /// The connection breaks in the middle.
+    /// A break in the middle of the connection.
     Break,
-    /// Nothing more comes, and the connection stays.
+    /// Silence on a connection that stays open.
     Hang,
-    /// A 204: no event follows.
+    /// Status 204: no event follows.
     Over,
 }
 
 /// A fake orchestrator: real wire types, scripted behaviour.
 #[derive(Debug, Default)]
 pub struct Fake {
-    /// What the first, second, ... connection to the events gets; the last one again for all that follow.
+    /// Scripts for the first, second, ... connection to the event stream. The last one repeats.
     pub streams: Vec<Vec<Step>>,
-    /// How many submits break off without an answer before one is answered.
+    /// Number of submits that break off without an answer before one is answered.
     pub broken_submits: usize,
-    /// The state that a cancel answers.
+    /// State in the answer to a cancel; `cancelled` if `None`.
     pub cancel_answers: Option<JobStatus>,
-    /// The text that `GET /v2/tasks/{id}` shows; the job is running where it is `None`.
+    /// Text of a completed job in `GET /v2/tasks/{id}`; `None` if the job is still running.
     pub text: Option<&'static str>,
-    /// Jobs that are over, with their events; a submit answers [`JOB`], as ever.
+    /// Finished jobs, with their events. A submit still answers [`JOB`].
     pub finished: Vec<(TaskView, Vec<Step>)>,
-    /// Status and code with which submits are refused.
+    /// Status and error code with which submits are refused; `None` to accept them.
     pub refuses: Option<(StatusCode, &'static str)>,
-    /// The jobs in lists, newest first, with the state of each in the first, second, ... list; empty for [`JOB`] alone.
+    /// Jobs in lists, newest first, with the state of each in the first, second, ... list. If empty, lists have only [`JOB`].
     pub jobs: Vec<(&'static str, Vec<JobStatus>)>,
 }
 
-/// What the fake was asked.
+/// The requests that a fake received.
 #[derive(Debug, Default, Clone)]
 pub struct Asked {
-    /// Bodies of submits with their idempotency keys.
+    /// Bodies of submits, with their idempotency keys.
     pub submits: Vec<(String, TaskSubmitRequest)>,
     /// `Last-Event-ID` of each connection to the events.
     pub resumed_after: Vec<Option<String>>,
-    /// Jobs that were to be cancelled.
+    /// Jobs of cancel requests.
     pub cancels: Vec<JobId>,
-    /// Queries of lists.
+    /// Query parameters of list requests.
     pub lists: Vec<Vec<(String, String)>>,
-    /// All requests.
+    /// Number of requests of any kind.
     pub requests: usize,
 }
 
@@ -89,18 +89,18 @@ struct Shared {
 
 /// A fake that listens.
 pub struct Running {
-    /// Its address.
+    /// Base URL.
     pub url: String,
     asked: Arc<Mutex<Asked>>,
 }
 
 impl Running {
-    /// What it was asked so far.
+    /// Returns the requests so far.
     pub fn asked(&self) -> Asked {
         self.asked.lock().unwrap().clone()
     }
 
-    /// `llorch` with these arguments and this orchestrator.
+    /// Returns a command that runs `llorch` with these arguments against the fake.
     pub fn llorch(&self, args: &[&str]) -> Command {
         let mut command = llorch(args);
         command.env("LLORCH_ORCHESTRATOR_URL", &self.url);
@@ -155,7 +155,7 @@ async fn submit(
         return refusal(status, code);
     }
     if asked.submits.len() <= shared.fake.broken_submits {
-        // The length says that more comes, and then the connection is gone.
+        // The declared length announces more, but the connection ends.
         let cut = async_stream::stream! { yield Err::<&str, io::Error>(io::Error::other("cut")) };
         return ([(header::CONTENT_LENGTH, "100")], Body::from_stream(cut)).into_response();
     }
@@ -204,7 +204,7 @@ async fn list(
         })
         .collect();
     let total = count.then_some(matching.len());
-    // The fake's cursor is a place among all its jobs, so a job that changes its state moves no other.
+    // The fake's cursor is a position among all its jobs, so a job that changes its state moves no other.
     let place = |id: JobId| {
         jobs.iter()
             .position(|(job, _)| *job == id.to_string())
@@ -297,7 +297,7 @@ fn play(steps: Vec<Step>) -> Response {
                     yield Ok(format!("event: {}\n{id}data: {}\n\n", event.name(), event.data()));
                 }
                 Step::Break => {
-                    // What was sent is on its way before the connection is reset.
+                    // Bytes already sent must arrive before the connection is reset.
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     yield Err(io::Error::other("broken on purpose"));
                 }
@@ -322,7 +322,7 @@ async fn cancel(
     Ok(Json(json!({"job_id": id, "status": status})))
 }
 
-/// The first attempt runs.
+/// Returns the event of the first attempt's start.
 pub fn started() -> TaskEvent {
     TaskEvent::Started(Started {
         attempt: 1,
@@ -368,17 +368,17 @@ pub fn interrupt(child: &Child) {
     process.signal(Signal::INT).unwrap();
 }
 
-/// A piece of text.
+/// Returns the event of a token.
 pub fn token(i: u32, text: &str) -> TaskEvent {
     TaskEvent::Token(Token { t: text.into(), i })
 }
 
-/// The job is completed.
+/// Returns the last event of a completed job.
 pub fn end() -> TaskEvent {
     end_with(None)
 }
 
-/// The job is completed with a receipt.
+/// Returns the last event of a completed job with a receipt.
 pub fn end_with(receipt: Option<Receipt>) -> TaskEvent {
     TaskEvent::End(End {
         tokens_in: 5,
@@ -392,7 +392,7 @@ pub fn end_with(receipt: Option<Receipt>) -> TaskEvent {
     })
 }
 
-/// The job failed.
+/// Returns the last event of a failed job.
 pub fn failed(code: JobErrorCode) -> TaskEvent {
     TaskEvent::Error(JobError {
         code,
@@ -401,7 +401,7 @@ pub fn failed(code: JobErrorCode) -> TaskEvent {
     })
 }
 
-/// The real program, with a home and an environment of its own.
+/// Returns a command that runs the real program without the caller's settings and without a home.
 pub fn llorch(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_llorch"));
     for (name, _) in std::env::vars_os() {
@@ -419,14 +419,14 @@ pub fn llorch(args: &[&str]) -> Command {
     command
 }
 
-/// How a run of `llorch` ended.
+/// The result of a run of `llorch`.
 #[derive(Debug, PartialEq)]
 pub struct Ran {
-    /// Its exit code.
+    /// Exit code.
     pub code: i32,
-    /// Its standard output.
+    /// Standard output, as UTF-8.
     pub out: String,
-    /// Its standard error.
+    /// Standard error, as UTF-8.
     pub err: String,
 }
 
@@ -435,7 +435,7 @@ pub async fn ran(mut command: Command) -> Ran {
     finish(command.spawn().unwrap()).await
 }
 
-/// Waits for a command that runs.
+/// Waits for a running command.
 pub async fn finish(child: Child) -> Ran {
     let output = tokio::time::timeout(LIMIT, child.wait_with_output())
         .await
@@ -465,7 +465,7 @@ pub async fn until(what: &str, condition: impl Fn() -> bool) {
         .unwrap_or_else(|_| panic!("it never happened: {what}"));
 }
 
-/// An address that nothing listens at.
+/// Returns the URL of a port where nothing listens.
 pub fn nobody() -> String {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     format!("http://{}", listener.local_addr().unwrap())
