@@ -1,6 +1,6 @@
-//! The judge is judged: made-up histories that are sound, and one for each way of breaking a rule.
+//! Tests of the checker: sound made-up histories, and one for each way of breaking a rule.
 
-// A helper that fails is a test that fails.
+// Helpers may panic, as tests do.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -60,7 +60,7 @@ fn started() -> TaskEvent {
     )
 }
 
-/// A job whose first worker was lost after two tokens and which a second one continued; a reader that saw it all; a host
+/// A job that lost its first worker after two tokens and was continued by a second one, a reader that saw all of it, and a host
 /// with one worker.
 struct Story {
     job: JobId,
@@ -185,7 +185,7 @@ impl Story {
         read.unwrap()
     }
 
-    /// Puts the same events into the log and before the reader.
+    /// Sets the events of the log and of the reader.
     fn told(&mut self, events: Vec<(EventId, TaskEvent)>) {
         *self.read() = events
             .iter()
@@ -196,7 +196,7 @@ impl Story {
     }
 }
 
-/// Breaks a sound story, and returns which rules do not hold then.
+/// Changes a sound story, and returns the rules that no longer hold.
 fn broken(change: impl FnOnce(&mut Story)) -> Vec<Rule> {
     let mut story = story();
     change(&mut story);
@@ -215,7 +215,7 @@ fn a_sound_story_is_sound() {
     assert_eq!(check(&story().evidence), []);
 }
 
-// [BDD-060] P5: what a crash kept from the log is void, and a new attempt begins before it.
+// [BDD-060] P5: text that a crash kept from the log is void, and a new attempt begins before it.
 #[test]
 fn text_that_was_never_logged_is_void_and_no_fault() {
     let rules = broken(|story| {
@@ -240,14 +240,14 @@ fn text_that_was_never_logged_is_void_and_no_fault() {
     assert_eq!(rules, []);
 }
 
-// [BDD-060] P5: where a reader has more of the text than the log, a further attempt may not go on at the log's end.
+// [BDD-060] P5: if a reader has more of the text than the log, a further attempt must not continue at the log's end.
 #[test]
 fn an_attempt_that_continues_goes_on_at_the_readers_next_index() {
     let rules = broken(|story| story.read().insert(5, (Some(id("1.5")), token(2, "c"))));
     assert_eq!(rules, WRONG_TEXT);
 }
 
-// [BDD-060] P11: an id is that of one event, for all readers and in the log, also where a crash kept tokens from the log.
+// [BDD-060] P11: an id names one event, for all readers and in the log, even if a crash kept tokens from the log.
 #[test]
 fn an_id_that_names_two_events_or_one_that_is_gone() {
     let rules = broken(|story| {
@@ -284,7 +284,7 @@ fn an_acknowledged_job_that_is_gone() {
 // [BDD-060] P2
 #[test]
 fn a_key_with_two_jobs() {
-    // Answered twice over.
+    // Acknowledged twice.
     let rules = broken(|story| {
         let (other, record) = (JobId::random(), story.record().clone());
         story.evidence.record.jobs.insert(
@@ -300,13 +300,13 @@ fn a_key_with_two_jobs() {
         });
     });
     assert_eq!(rules, [Rule::OneJobAKey]);
-    // Stored twice over and answered once.
+    // Stored twice and acknowledged once.
     let rules = broken(|story| {
         let record = story.record().clone();
         story.evidence.record.jobs.insert(JobId::random(), record);
     });
     assert_eq!(rules, [Rule::OneJobAKey]);
-    // Forgotten.
+    // Not stored.
     let rules = broken(|story| story.evidence.record.keys.clear());
     assert_eq!(rules, [Rule::OneJobAKey]);
 }
@@ -396,13 +396,13 @@ fn a_job_that_stays_behind() {
             .retain(|o| !matches!(o, Observation::Answered { .. }));
     };
     assert_eq!(broken(change), [Rule::ComesToItsEnd]);
-    // Until all had its time that is no fault.
+    // This is no violation before everything has settled.
     let rules = broken(|story| {
         change(story);
         story.evidence.settled = false;
     });
     assert_eq!(rules, []);
-    // An attempt of a job that is over is over.
+    // Every attempt of a finished job must have ended.
     assert_eq!(
         broken(|story| story.record().attempts[0].ended = false),
         [Rule::OneEnd]
@@ -455,7 +455,7 @@ fn a_stream_with_a_gap_a_repetition_or_another_event() {
     assert_eq!(rules, [Rule::StreamIsWhole]);
 }
 
-// [BDD-060] P5: where a job did not complete, a reader may have what a crash kept from the log; but no other text.
+// [BDD-060] P5: if a job did not complete, a reader may have text that a crash kept from the log, but no other text.
 #[test]
 fn more_of_a_text_that_is_not_whole() {
     let read_as = |last: &'static str| {
@@ -558,7 +558,7 @@ fn more_memory_than_there_is() {
     assert_eq!(rules, [Rule::MemoryFits]);
 }
 
-// A story is of use to people only if it can be read.
+// A violation helps only if its message can be understood.
 #[test]
 fn a_violation_says_which_rule_whose_and_how() {
     let mut story = story();

@@ -1,4 +1,4 @@
-//! A share of `bdd-runner determinism`, on models small enough for a build that is not optimised.
+//! A share of `bdd-runner determinism`, on models small enough for an unoptimised build.
 
 #[path = "../../../bin/llorch-candled/tests/support/tiny_model.rs"]
 #[allow(dead_code)]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bdd_runner::process::left_running;
 use pool_core::process::{ProcessIdentity, Signal};
 
-/// Longer than anything here takes; only a failing test waits for it.
+/// Time limit of every wait; only a failing test reaches it.
 const LIMIT: Duration = Duration::from_secs(180);
 
 fn runner(args: &[&str]) -> Command {
@@ -33,7 +33,7 @@ fn run(args: &[&str]) -> (Option<i32>, String, String) {
 fn help_says_what_there_is() {
     let (code, help, _) = run(&["--help"]);
     assert_eq!(code, Some(0));
-    // Lines break where the text and the terminal make them.
+    // Line breaks depend on the text and on the terminal.
     let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
     for part in [
         "Usage: bdd-runner",

@@ -1,4 +1,4 @@
-//! The plan of a long run follows from its seed.
+//! Tests of the soak's plan, which depends only on its seed.
 
 use bdd_runner::soak::plan::{Blow, Victim, plan};
 

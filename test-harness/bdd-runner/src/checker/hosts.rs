@@ -7,31 +7,31 @@ use pool_core::worker::Device;
 
 use super::{Findings, Rule};
 
-/// What a pool host holds at one moment.
+/// The state of a pool host at one moment.
 #[derive(Debug, Clone, Default)]
 pub struct Host {
-    /// Its name.
+    /// Name in the messages of violations.
     pub name: String,
-    /// The registry.
+    /// Records of the registry.
     pub workers: Vec<HostWorker>,
-    /// Worker processes that run.
+    /// Process ids of the running workers.
     pub processes: Vec<u32>,
-    /// The most that may be reserved on each device, in bytes.
+    /// Most bytes that may be reserved on each device.
     pub capacity_bytes: BTreeMap<Device, u64>,
 }
 
-/// A record of the registry.
+/// A worker's record in the registry.
 #[derive(Debug, Clone)]
 pub struct HostWorker {
-    /// Its id.
+    /// Id of the worker.
     pub id: String,
-    /// Whether the record says that it lives.
+    /// True if the record's status is a live one.
     pub live: bool,
-    /// The process that the record owns.
+    /// Process id of the worker; `None` if the record has no process.
     pub pid: Option<u32>,
-    /// Where it computes.
+    /// Device on which the worker computes.
     pub device: Device,
-    /// What is set aside for it.
+    /// Memory reserved for the worker.
     pub reserved_bytes: u64,
 }
 
@@ -47,7 +47,7 @@ impl From<&WorkerRecord> for HostWorker {
     }
 }
 
-/// Judges a host.
+/// Checks the rules of one host.
 pub(super) fn check(host: &Host, findings: &mut Findings) {
     let live = || host.workers.iter().filter(|worker| worker.live);
     for pid in &host.processes {

@@ -1,8 +1,8 @@
-//! Judges a run in which parts of the system were killed: what clients were told, what the database says, and what the pool
-//! hosts hold must be one story. Tests of single crashes and the soak ask the same judge.
+//! Checker of runs in which parts of the system are killed: the answers to clients, the database and the pool hosts must be
+//! consistent. Tests of single crashes and the soak share this checker.
 //!
-//! It reads the record by its own SQL and follows streams by its own rules, so that a mistake of the daemon's is not
-//! repeated here.
+//! The checker reads the database by its own SQL and follows streams by its own rules, so that it does not repeat a mistake of
+//! the daemon.
 
 mod hosts;
 mod record;
@@ -19,47 +19,47 @@ use orchestrator_core::job::{JobErrorCode, JobStatus};
 pub use hosts::{Host, HostWorker};
 pub use record::{AttemptRecord, JobRecord, KeyRecord, Record, RecordError};
 
-/// The label under which a client repeats its idempotency key, so that two jobs of one key are found even where only one of
-/// them was answered.
+/// Label in which a client repeats its idempotency key. It reveals two jobs of one key even if only one of them was
+/// acknowledged.
 pub const KEY_LABEL: &str = "idempotency-key";
 
-/// One thing that a client saw.
+/// An observation of a client.
 #[derive(Debug, Clone)]
 pub enum Observation {
-    /// A 2xx to a submit.
+    /// A submit was answered with a 2xx status.
     Acknowledged {
-        /// The job.
+        /// Id of the acknowledged job.
         job: JobId,
-        /// The idempotency key of the request.
+        /// Idempotency key of the request, if it had one.
         key: Option<String>,
     },
-    /// A client asked for a cancel, whether or not it was answered.
+    /// A client requested a cancel, whether or not it got an answer.
     CancelAsked {
-        /// The job.
+        /// Id of the job to be cancelled.
         job: JobId,
     },
-    /// An answer named the job's state.
+    /// An answer contained the job's state.
     Answered {
-        /// The job.
+        /// Id of the job in the answer.
         job: JobId,
-        /// The state.
+        /// State in the answer.
         status: JobStatus,
-        /// Its text, where the answer had it.
+        /// Text in the answer, if it had one.
         text: Option<String>,
     },
-    /// What one reader received of a job, over all its connections, in the order in which it came.
+    /// The events that one reader received of a job, over all its connections, in the order of arrival.
     Read {
-        /// The job.
+        /// Id of the job that was read.
         job: JobId,
-        /// Which reader.
+        /// Name of the reader.
         reader: String,
-        /// Its events with their ids; momentary ones have none.
+        /// Events with their ids; `None` for momentary events.
         events: Vec<(Option<EventId>, TaskEvent)>,
     },
 }
 
 impl Observation {
-    /// What `GET /v2/tasks/{id}` said.
+    /// Returns the observation of an answer to `GET /v2/tasks/{id}`.
     pub fn shown(view: &TaskView) -> Self {
         Self::Answered {
             job: view.id,
@@ -69,29 +69,29 @@ impl Observation {
     }
 }
 
-/// Everything that is known of a run.
+/// All evidence of a run.
 #[derive(Debug, Default)]
 pub struct Evidence {
-    /// What clients saw, in any order between jobs and readers.
+    /// Observations of clients, in any order between jobs and readers.
     pub history: Vec<Observation>,
-    /// What the database holds.
+    /// Contents of the job database.
     pub record: Record,
-    /// What the pool hosts hold.
+    /// State of the pool hosts.
     pub hosts: Vec<Host>,
-    /// The text of each job's request when nothing disturbs it.
+    /// Text that each job's request gives in an undisturbed run.
     pub undisturbed: BTreeMap<JobId, String>,
-    /// Whether everything had time to come to its end.
+    /// True if every job had time to end.
     pub settled: bool,
 }
 
-/// A rule that does not hold.
+/// A violation of a rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Violation {
-    /// Which rule.
+    /// Rule that does not hold.
     pub rule: Rule,
-    /// Of what: a job, a key or a host.
+    /// Subject of the violation: a job, a key or a host.
     pub subject: String,
-    /// What was found.
+    /// Description of the contradiction.
     pub found: String,
 }
 
@@ -107,34 +107,34 @@ impl fmt::Display for Violation {
     }
 }
 
-/// The rules.
+/// The rules that a run must satisfy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rule {
-    /// P1
+    /// P1: no acknowledged job is lost.
     AcknowledgedExists,
-    /// P2
+    /// P2: a key names one job.
     OneJobAKey,
-    /// P3
+    /// P3: a job ends once.
     OneEnd,
-    /// P3
+    /// P3: API, streams and database agree on a job's end.
     SameEverywhere,
-    /// P3
+    /// P3: every job ends.
     ComesToItsEnd,
-    /// P4
+    /// P4: fences strictly increase.
     FencesRise,
-    /// P5
+    /// P5: the log of a job has no gap.
     LogIsWhole,
-    /// P5, P11
+    /// P5, P11: a reader receives every event once, in order.
     StreamIsWhole,
-    /// P5
+    /// P5: the text is that of an undisturbed run.
     NoSplice,
-    /// P9
+    /// P9: only a requested cancel cancels a job.
     OnlyIfAsked,
-    /// P3
+    /// P3: a job fails only for a cause outside the daemon.
     FailsForCause,
-    /// P14, P15
+    /// P14, P15: every worker process has one live record, and every live record one process.
     OneProcessARecord,
-    /// P14
+    /// P14: reservations fit the device.
     MemoryFits,
 }
 
@@ -160,7 +160,7 @@ impl Rule {
     }
 }
 
-/// Collects what does not hold.
+/// The violations found so far.
 #[derive(Debug, Default)]
 struct Findings(Vec<Violation>);
 
@@ -186,7 +186,7 @@ impl Findings {
     }
 }
 
-/// All rules that do not hold.
+/// Returns all violations of the rules.
 pub fn check(evidence: &Evidence) -> Vec<Violation> {
     let mut findings = Findings::default();
     keys(evidence, &mut findings);
@@ -202,7 +202,7 @@ pub fn check(evidence: &Evidence) -> Vec<Violation> {
     findings.0
 }
 
-/// One job a key, by the answers, by the labels of the jobs, and by the table of keys.
+/// Checks that each key names one job, by the answers, by the labels of the jobs, and by the table of keys.
 fn keys(evidence: &Evidence, findings: &mut Findings) {
     let mut named: BTreeMap<&str, BTreeSet<JobId>> = BTreeMap::new();
     for observation in &evidence.history {
@@ -247,7 +247,7 @@ fn keys(evidence: &Evidence, findings: &mut Findings) {
     }
 }
 
-/// What the record says of a job, by itself.
+/// Checks the record of one job.
 fn job_alone(id: JobId, job: &JobRecord, evidence: &Evidence, findings: &mut Findings) {
     let mut before = 0;
     for attempt in &job.attempts {
@@ -337,7 +337,7 @@ fn job_alone(id: JobId, job: &JobRecord, evidence: &Evidence, findings: &mut Fin
     }
 }
 
-/// What a client saw, against the record.
+/// Checks an observation of a client against the record.
 fn against_record(observation: &Observation, evidence: &Evidence, findings: &mut Findings) {
     let (Observation::Acknowledged { job: id, .. }
     | Observation::CancelAsked { job: id }
@@ -375,7 +375,7 @@ fn against_record(observation: &Observation, evidence: &Evidence, findings: &mut
                 },
             );
         }
-        // The state of a moment.
+        // A state that is not terminal was true only at the moment of the answer.
         Observation::Answered { .. } => {}
         Observation::Read { reader, events, .. } => {
             let undisturbed = evidence.undisturbed.get(id).map(String::as_str);

@@ -1,4 +1,4 @@
-//! What the job database holds, read by SQL of the checker's own.
+//! The contents of the job database, read by the checker's own SQL.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,64 +10,64 @@ use serde::Deserialize;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteRow};
 use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 
-/// The job database.
+/// Contents of the job database.
 #[derive(Debug, Clone, Default)]
 pub struct Record {
-    /// Every job.
+    /// All jobs, by id.
     pub jobs: BTreeMap<JobId, JobRecord>,
-    /// Every idempotency key.
+    /// All idempotency keys, of all callers.
     pub keys: Vec<KeyRecord>,
 }
 
-/// A job.
+/// The record of a job.
 #[derive(Debug, Clone)]
 pub struct JobRecord {
-    /// Its state.
+    /// State of the job.
     pub status: JobStatus,
-    /// The fence of its latest lease.
+    /// Fence of the latest lease.
     pub fence: u64,
-    /// Its labels.
+    /// Labels of the request.
     pub labels: BTreeMap<String, String>,
-    /// Its attempts in the order of their numbers.
+    /// Attempts in the order of their numbers.
     pub attempts: Vec<AttemptRecord>,
-    /// Its log in order.
+    /// Events of the log, in order.
     pub events: Vec<(EventId, TaskEvent)>,
 }
 
-/// An attempt.
+/// The record of an attempt.
 #[derive(Debug, Clone)]
 pub struct AttemptRecord {
-    /// Its number.
+    /// Number of the attempt within its job.
     pub number: u32,
-    /// Its fence.
+    /// Fence of the attempt's lease.
     pub fence: u64,
-    /// Whether it is over.
+    /// True if the attempt has an end time.
     pub ended: bool,
-    /// How it ended.
+    /// Outcome of the attempt; `None` if none is stored.
     pub outcome: Option<String>,
 }
 
-/// An idempotency key.
+/// The record of an idempotency key.
 #[derive(Debug, Clone)]
 pub struct KeyRecord {
-    /// Whose it is.
+    /// Caller that owns the key.
     pub caller: String,
-    /// The key.
+    /// Key, unique for its caller.
     pub key: String,
-    /// The job that it names.
+    /// Id of the job that the key names.
     pub job: JobId,
 }
 
-/// Why the database can't be judged.
+/// The reason why the database can't be judged.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    /// It can't be read.
+    /// The database can't be read.
     #[error("the job database can't be read")]
     Sql(#[from] sqlx::Error),
-    /// It holds something that is no job, event or number of the contract.
+    /// A value is not a job, event or number of the contract.
     #[error("the job database holds something unexpected: {0}")]
     Unexpected(String),
-    /// SQLite itself finds it damaged.
+    /// SQLite's integrity check fails.
     #[error("the job database is damaged: {0}")]
     Damaged(String),
 }
@@ -82,7 +82,7 @@ struct StoredEvent {
 }
 
 impl Record {
-    /// Reads the database at `path`, after SQLite has looked through it for damage.
+    /// Reads the database at `path`, after SQLite's integrity check.
     pub async fn read(path: &Path) -> Result<Self, RecordError> {
         let options = SqliteConnectOptions::new().filename(path).read_only(true);
         let mut conn = options.disable_statement_logging().connect().await?;
@@ -93,7 +93,7 @@ impl Record {
         if verdict != "ok" {
             return Err(RecordError::Damaged(verdict));
         }
-        // One transaction, so that all tables are of one moment.
+        // One transaction, so that all tables show the same moment.
         let mut transaction = conn.begin().await?;
         let mut record = Self::default();
         let jobs = sqlx::query("SELECT id, status, fence, labels FROM jobs")

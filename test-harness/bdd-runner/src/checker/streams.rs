@@ -8,18 +8,18 @@ use orchestrator_core::job::{JobErrorCode, JobStatus};
 
 use super::{Findings, JobRecord, Rule};
 
-/// What a reader has who followed a stream and kept its text.
+/// The result of following a stream and keeping its text.
 #[derive(Debug, Default)]
 pub(super) struct Followed {
-    /// The text that it kept.
+    /// Text that a reader keeps.
     pub(super) text: String,
-    /// The last event, where it came.
+    /// Last event of the job, if it came.
     pub(super) ended: Option<TaskEvent>,
-    /// What was wrong with the order of text and ends.
+    /// Faults in the order of tokens and ends.
     pub(super) faults: Vec<String>,
 }
 
-/// Follows logged events; momentary ones are skipped.
+/// Follows logged events; momentary events are skipped.
 pub(super) fn follow<'a>(
     events: impl IntoIterator<Item = (Option<EventId>, &'a TaskEvent)>,
 ) -> Followed {
@@ -55,7 +55,7 @@ pub(super) fn follow<'a>(
     followed
 }
 
-/// The state of a job that ends with this event.
+/// Returns the state of a job whose last event is `last`.
 pub(super) fn end_status(last: &TaskEvent) -> JobStatus {
     match last {
         TaskEvent::Error(error) => match error.code {
@@ -67,7 +67,7 @@ pub(super) fn end_status(last: &TaskEvent) -> JobStatus {
     }
 }
 
-/// Judges what one reader got of a job, against the job's log.
+/// Checks the events that one reader received of a job against the job's log.
 pub(super) fn check_reader(
     id: JobId,
     reader: &str,
@@ -120,8 +120,8 @@ pub(super) fn check_reader(
         )
     });
     let kept = follow(job.events.iter().map(|(id, event)| (Some(*id), event))).text;
-    // The text of a job that did not complete is what the log has of it. Tokens that a crash kept from the log are not of
-    // it, and a reader who got them can tell: the end's number is not above theirs.
+    // The text of a job that did not complete is the text in the log. Tokens that a crash kept from the log do not belong to
+    // it. A reader that received such tokens can tell, because the end's number is not above theirs.
     let whole = job.status == JobStatus::Completed;
     let logged = events
         .iter()
@@ -144,13 +144,13 @@ pub(super) fn check_reader(
     }
 }
 
-/// Whether an event takes the place of tokens that were shown and, because of a crash, never got into the log: a further
-/// attempt that begins the text anew, or the end.
+/// Returns whether an event replaces tokens that were shown but, because of a crash, never logged: a further attempt that
+/// restarts the text, or the end.
 fn replaces(event: &TaskEvent) -> bool {
     event.is_last() || matches!(event, TaskEvent::Attempt(attempt) if !attempt.continues)
 }
 
-/// Whether what was shown as `at` has been replaced in the log.
+/// Returns whether the log has replaced the event shown as `at`.
 fn is_replaced(log: &BTreeMap<EventId, &TaskEvent>, at: EventId) -> bool {
     let later = EventId {
         attempt: at.attempt + 1,
@@ -162,7 +162,7 @@ fn is_replaced(log: &BTreeMap<EventId, &TaskEvent>, at: EventId) -> bool {
         .is_some_and(|(id, event)| id.seq <= at.seq && replaces(event))
 }
 
-/// What is wrong with an event `at` after `before`.
+/// Returns the fault of an event `at` that comes after `before`, if it has one.
 fn follows(before: Option<EventId>, at: EventId, event: &TaskEvent) -> Option<String> {
     let Some(before) = before else {
         return (at.seq != 1).then(|| format!("it begins with event {at}"));
@@ -172,7 +172,7 @@ fn follows(before: Option<EventId>, at: EventId, event: &TaskEvent) -> Option<St
     (!next && !replaces).then(|| format!("event {at} follows {before}"))
 }
 
-/// Where two texts part.
+/// Describes the first difference between two texts.
 pub(super) fn difference(found: &str, expected: &str) -> String {
     let same = found
         .chars()
