@@ -1,4 +1,4 @@
-//! Jobs whose worker or orchestrator dies half-way.
+//! Steps about jobs whose worker or orchestrator dies midway.
 
 use std::time::Duration;
 
@@ -14,12 +14,12 @@ use crate::house::House;
 use crate::process;
 use crate::stream::{self, Received};
 
-/// Longest that a job of a scenario may take, with a worker that has to be started anew.
+/// Time limit of a job that needs another worker to be started.
 const JOB_LIMIT: Duration = Duration::from_secs(300);
 
 #[given("a running orchestrator that keeps its port and a running pool")]
 async fn keeps_its_port(house: &mut House) {
-    // The pool comes back within a second where the default would take a quarter of a minute.
+    // With this interval the pool is back within a second; the default would take a quarter of a minute.
     both_daemons_with_interval(house, Duration::from_millis(500)).await;
 }
 
@@ -34,7 +34,7 @@ async fn undisturbed(house: &mut House) {
     );
 }
 
-/// Submits the job of these scenarios: words that a seed draws, with a penalty that looks back over the whole text.
+/// Submits the job of these scenarios: it samples with a fixed seed, and its repetition penalty covers the whole text.
 async fn submit(house: &mut House) {
     let body = json!({"model": "smollm2-135m", "raw": true, "prompt": "Once upon a time", "max_tokens": 60,
         "temperature": 0.8, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 20_261_122});
@@ -57,7 +57,7 @@ async fn follow(
     stream::follow(&house.url("/v2/tasks/JOB/events"), after, JOB_LIMIT, enough).await
 }
 
-/// Submits the job of before and follows it until it has given so many tokens.
+/// Submits the job again and follows it until it has produced this many tokens.
 async fn again(house: &mut House, tokens: usize) {
     submit(house).await;
     let mut seen = 0;
@@ -70,7 +70,7 @@ async fn again(house: &mut House, tokens: usize) {
 
 #[when(expr = "the same job is submitted again and its worker is killed after {int} token(s)")]
 async fn worker_killed(house: &mut House, tokens: usize) {
-    // Looked up before: a fast machine has the rest of the text while a command starts.
+    // Looked up first: a fast machine finishes the text while a command starts.
     let listed = house
         .succeed("llorch-pool worker list --format json")
         .await
@@ -103,7 +103,7 @@ async fn rest(house: &mut House) {
     house.events.extend(rest);
 }
 
-/// Index and text of every token.
+/// Returns the index and the text of every token.
 fn texts(events: &[Received]) -> Vec<(u32, &str)> {
     let mut texts = Vec::new();
     for received in events {
@@ -204,7 +204,7 @@ async fn late_word(house: &mut House) {
     let url = format!("http://127.0.0.1:{}", record["port"]);
     let secret = record["secret"].as_str().expect("a secret");
     let client = reqwest::Client::new();
-    // The job is over and its buffer gone; a job of the same name and the fence of the second attempt stands in.
+    // The job is over, and its buffer is gone. Another job with the same id and the latest fence takes its place.
     let request = |fence: u64| json!({"job_id": task.id, "attempt": fence, "fence": fence, "prompt": "x", "raw": true, "seed": 1, "max_tokens": 1});
     let post = async |path: &str, body: Value| {
         let answer = client

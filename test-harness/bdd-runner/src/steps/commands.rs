@@ -1,4 +1,4 @@
-//! Commands, their output and their exit codes.
+//! Steps about commands, their output and their exit codes.
 
 use cucumber::gherkin::Step;
 use cucumber::{then, when};

@@ -1,4 +1,4 @@
-//! Prompts that do not fit every worker.
+//! Steps about prompts that do not fit every worker.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! The front door, disturbed in the middle.
+//! Steps about a demo that is disturbed midway.
 
 use std::process::Stdio;
 use std::time::Duration;

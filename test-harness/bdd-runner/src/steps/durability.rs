@@ -1,4 +1,4 @@
-//! What survives when the orchestrator is killed.
+//! Steps about kills of the orchestrator, and the jobs that must survive them.
 
 use std::time::{Duration, Instant};
 
@@ -39,17 +39,17 @@ async fn submit_and_kill(house: &mut House, agents: usize, rounds: usize) {
             let answered = &answered;
             async move {
                 let response = request.send().await;
-                // Also one that failed: the place below comes in any case.
+                // Failed requests count too, so that `place` is reached in any case.
                 answered.send_modify(|count| *count += 1);
                 let response = response.ok()?;
                 let accepted = response.status() == 202;
                 let answer: serde_json::Value = response.json().await.ok()?;
-                // A 202 whose body was cut off is no answer: the agent asks again.
+                // A 202 whose body is cut off does not acknowledge the job.
                 accepted.then(|| answer["job_id"].as_str().expect("a 202 names the job").to_owned())
             }
         });
         let pid = orchestrator_pid(house);
-        // In the middle of the answers, at another place each time.
+        // In the middle of the answers, at a different place each time.
         let place = 1 + random() as usize % agents;
         let kill = async {
             answers_so_far
@@ -74,7 +74,7 @@ async fn submit_and_kill(house: &mut House, agents: usize, rounds: usize) {
 async fn all_complete(house: &mut House) {
     let mut open: Vec<String> = house.acknowledged.clone();
     let started = Instant::now();
-    // A job takes about a fifth of a second where nothing else is done, and there are restarts.
+    // On an idle machine a job takes about a fifth of a second; the restarts come on top.
     let limit = WAIT_LIMIT + Duration::from_secs(2) * u32::try_from(open.len()).expect("few jobs");
     let client = reqwest::Client::new();
     while let Some(job) = open.last() {
@@ -99,7 +99,7 @@ async fn all_complete(house: &mut House) {
     }
 }
 
-/// Waits until the process of the house has ended.
+/// Waits until a process of the house has ended.
 pub(super) async fn wait_for_end(house: &House, pid: u32) {
     let home = house.home().to_owned();
     let ended = || {
@@ -123,7 +123,7 @@ pub(super) fn orchestrator_pid(house: &House) -> u32 {
         .expect("a process id")
 }
 
-/// A number that differs from run to run; the standard library's hash keys are drawn by the system.
+/// Returns a number that differs from run to run: the system provides the random keys of the standard library's hashes.
 fn random() -> u32 {
     use std::hash::{BuildHasher as _, Hasher as _};
     let drawn = std::hash::RandomState::new().build_hasher().finish();

@@ -1,4 +1,4 @@
-//! Steps about the knowledge of pools: after a restart, a stop, a change.
+//! Steps about the orchestrator's knowledge of pools: after a restart, a stop, a change.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::process;
 
 #[given("a running orchestrator that keeps its port and a pool that reports every 10 minutes")]
 async fn rare_reports(house: &mut House) {
-    // With this interval, a report within the scenario follows a request or a change.
+    // With this interval, only a request or a change causes a report within the scenario.
     both_daemons_with_interval(house, Duration::from_mins(10)).await;
 }
 

@@ -1,4 +1,4 @@
-//! Jobs and their streams.
+//! Steps about jobs and their streams.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::house::{House, WAIT_LIMIT};
 use crate::{process, stream};
 
-/// Longest that a job of a scenario may take.
+/// Time limit of a job.
 const JOB_LIMIT: Duration = Duration::from_secs(300);
 
 #[when(expr = "I submit a job of {int} tokens with the prompt {string}")]

@@ -1,4 +1,4 @@
-//! Who gets memory, and who is told that there is none.
+//! Steps about memory: workers that get it, and workers that are refused.
 
 use std::time::{Duration, Instant};
 
@@ -12,18 +12,18 @@ use crate::process;
 
 const MODEL: &str = "smollm2-135m";
 
-/// What became of a request for a worker.
+/// The outcome of a request for a worker.
 #[derive(Debug)]
 pub enum Asked {
-    /// It was started.
+    /// The worker was started.
     Started,
-    /// It was refused with this error, as a client of the API or a user of the command line sees it.
+    /// The worker was refused with this error, as a client of the API or a user of the command line sees it.
     Refused(String),
 }
 
 #[given(expr = "memory for {int} workers")]
 async fn memory_for(house: &mut House, workers: u64) {
-    // How much one needs is said to whoever has too little.
+    // A refusal for lack of memory says how much a worker needs.
     let line = format!("llorch-pool worker spawn cpu --model {MODEL}");
     let mut command = house.command(&line);
     command.env("LLORCH_MEMORY_CPU_LIMIT_BYTES", "1");
@@ -47,7 +47,7 @@ async fn memory_for(house: &mut House, workers: u64) {
 async fn over_http(house: &mut House, count: usize) {
     house.watch = Some(Watch::start(house.home()));
     let url = house.address("pool").expect("the pool wrote its address");
-    // Made before: a client takes some tenths of a second, and a connection that waits so long for its request is closed.
+    // Created first: the creation takes some tenths of a second, and a connection that waits so long for its request is closed.
     let client = reqwest::Client::new();
     house.asked = join_all((0..count).map(|_| post(&client, &url))).await;
 }
@@ -67,7 +67,7 @@ async fn over_both(house: &mut House, http: usize, lines: usize) {
             _ => panic!("{}\n{}", finished.status, finished.stderr),
         }
     };
-    // Half of them begin before the daemon does; its start takes some tenths of a second.
+    // Half of the commands begin before the daemon, whose start takes some tenths of a second.
     let by_lines = join_all((0..lines).map(|n| by_line(Duration::from_millis(20 * n as u64))));
     let client = reqwest::Client::new();
     let by_http = join_all((0..http).map(|_| async {

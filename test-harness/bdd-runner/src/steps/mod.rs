@@ -1,4 +1,4 @@
-//! What the sentences of the scenarios do.
+//! Definitions of the scenarios' steps.
 
 mod api;
 mod attempts;

@@ -1,4 +1,4 @@
-//! The orchestrator as a process and a folder of jobs.
+//! Steps about the orchestrator's process and its job database.
 
 use cucumber::{given, then, when};
 
@@ -9,7 +9,7 @@ use crate::process;
 #[given("a running orchestrator with a job that waits")]
 async fn with_a_waiting_job(house: &mut House) {
     house.succeed("llorch orchestrator start").await;
-    // No pool runs.
+    // The job waits because no pool runs.
     let submit = "llorch jobs submit --detach --model smollm2-135m --prompt hi";
     let job = house.succeed(submit).await.stdout.trim().to_owned();
     house.job = Some(job);

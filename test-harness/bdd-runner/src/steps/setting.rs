@@ -1,4 +1,4 @@
-//! What is there before the scenario begins.
+//! Steps that set up a scenario.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ pub(super) async fn both_daemons(house: &mut House) {
     pool_online(house).await;
 }
 
-/// Starts both daemons, the orchestrator with a port that outlasts it, and the pool with this heartbeat interval.
+/// Starts both daemons: the orchestrator with a port that it keeps across restarts, the pool with this heartbeat interval.
 pub(super) async fn both_daemons_with_interval(house: &mut House, interval: Duration) {
     house.keep_port();
     let folder = house.home().join("config");
@@ -48,7 +48,7 @@ async fn truncated_model(house: &mut House, id: String, bytes: usize) {
         .expect("the user's catalogue can be written");
 }
 
-/// Waits until the orchestrator has heard the pool.
+/// Waits until the orchestrator has received the pool's status.
 async fn pool_online(house: &mut House) {
     let client = reqwest::Client::new();
     let url = house.url("/v2/pools/bdd");

@@ -1,4 +1,4 @@
-//! The seeded share of the long run.
+//! Steps about the seeded share of the long run.
 
 use cucumber::{then, when};
 
@@ -26,7 +26,7 @@ fn sound(house: &mut House) {
     let report = house.soak.as_ref().expect("there was a run");
     println!("{report}");
     assert!(report.is_sound(), "{report}");
-    // A run that strikes nothing, or in which nobody asks for anything, shows nothing.
+    // A run without kills or without completed jobs proves nothing.
     assert!(
         report.kills() > 0 && report.jobs.contains_key("completed"),
         "{report}"
