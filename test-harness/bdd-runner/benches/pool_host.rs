@@ -1,13 +1,14 @@
-//! What a pool host costs while nothing happens, and how fast its command line answers: `pool-managerd` at rest with three
-//! workers, `llorch-pool --help` and `llorch-pool worker list`.
+//! The cost of an idle pool host, and the speed of its command line: `pool-managerd` at rest with three workers, and the
+//! commands `llorch-pool --help` and `llorch-pool worker list`.
 //!
 //! ```text
 //! cargo build --release --workspace --bins && cargo bench -p bdd-runner --bench pool_host
 //! ```
 //!
-//! `LLORCH_TEST_MODEL` names the workers' model; without it they serve a tiny one with random weights, which makes no
-//! difference to the daemon. `LLORCH_BENCH_WINDOW_S` is the length of each of the six windows in which the daemon is watched at
-//! rest (10). The limits are under 30 MiB, under 1 % of a core and under 20 ms; the bench ends with 1 where one is missed.
+//! `LLORCH_TEST_MODEL` names the workers' model. Without it, they serve a tiny model with random weights, which makes no
+//! difference to the daemon. `LLORCH_BENCH_WINDOW_S` is the length in seconds of each of the six windows in which the idle
+//! daemon is watched (default 10). The figures must be below 30 MiB, 1 % of a core and 20 ms; the bench exits with 1 if one of
+//! them is not.
 
 #[path = "../../../bin/llorch-candled/tests/support/tiny_model.rs"]
 #[allow(dead_code)]
@@ -78,7 +79,7 @@ fn place_model(house: &House) {
     }
 }
 
-/// State of each worker.
+/// Returns the state of each worker.
 async fn workers(house: &mut House) -> Vec<String> {
     let list = house.succeed("llorch-pool worker list --format json").await;
     let list: Value = serde_json::from_str(&list.stdout).expect("JSON");
@@ -95,7 +96,7 @@ async fn workers(house: &mut House) -> Vec<String> {
     workers.iter().map(status).collect()
 }
 
-/// Times the commands, with and without a daemon to ask.
+/// Times the commands, with and without a running daemon.
 async fn commands(house: &mut House, setting: &str, missed: &mut Vec<String>) {
     for line in ["llorch-pool --help", "llorch-pool worker list"] {
         // The first run reads the program from disk.
@@ -118,11 +119,11 @@ async fn commands(house: &mut House, setting: &str, missed: &mut Vec<String>) {
     }
 }
 
-/// Watches the daemon while nothing is asked of it.
+/// Watches the daemon while it is idle.
 async fn at_rest(house: &House, missed: &mut Vec<String>) {
     let pid = daemon_pid(house.home());
     let window = std::env::var("LLORCH_BENCH_WINDOW_S").map_or(10, |s| s.parse().expect("seconds"));
-    // What the last commands left to do is not rest.
+    // Wait until the work of the last commands is done.
     let mut before = cpu_time(pid);
     let settled = until(WAIT_LIMIT, || {
         std::thread::sleep(Duration::from_secs(1));
@@ -150,7 +151,7 @@ async fn at_rest(house: &House, missed: &mut Vec<String>) {
     );
 }
 
-/// The process that serves this home: the one of that name with the home in its environment.
+/// Returns the id of the `pool-managerd` process that belongs to this home.
 fn daemon_pid(home: &Path) -> u32 {
     let running = process::left_running(home);
     let daemon = running.iter().find(|(_, name)| name == "pool-managerd");
@@ -159,7 +160,7 @@ fn daemon_pid(home: &Path) -> u32 {
         .0
 }
 
-/// Processor time of a process, to the nanosecond: the sum over its threads of what the scheduler counted.
+/// Returns the processor time of a process, to the nanosecond: the kernel scheduler's count, summed over the threads.
 fn cpu_time(pid: u32) -> Duration {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the daemon runs");
     let of = |path: std::path::PathBuf| {

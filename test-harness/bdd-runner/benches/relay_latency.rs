@@ -1,5 +1,5 @@
-//! What the way through `orchestratord` adds to a token: one job of 100 tokens, read at the worker and at the client at the
-//! same time.
+//! The latency that `orchestratord` adds to a token: one job of 100 tokens, read at the worker and at the client at the same
+//! time.
 //!
 //! ```text
 //! cargo build --release --workspace --bins && LLORCH_TEST_MODEL=... cargo bench -p bdd-runner --bench relay_latency
@@ -53,7 +53,7 @@ async fn main() {
     house.close().await;
 }
 
-/// When each token index arrived.
+/// Arrival times of one reader's events, those of tokens by index.
 struct Arrivals {
     started: Instant,
     tokens: BTreeMap<u32, Instant>,
@@ -88,7 +88,7 @@ async fn run(house: &mut House) -> (Arrivals, Arrivals) {
     (worker, client)
 }
 
-/// Reads the same execution at the worker, with the secret that its record on the pool holds.
+/// Reads the same execution at the worker, with the secret from the worker's record on the pool.
 async fn worker_arrivals(house: &House) -> Arrivals {
     let record = std::fs::read_to_string(house.home().join("state/pool/workers/worker-cpu-0.json"))
         .expect("a record");
@@ -136,7 +136,7 @@ fn find<'a>(value: &'a serde_json::Value, key: &str) -> Option<&'a serde_json::V
 }
 
 fn gaps(tokens: &BTreeMap<u32, Instant>) -> Vec<f64> {
-    // The first tokens may have been waiting in the buffer when this reader came.
+    // The first tokens may have waited in the buffer until this reader connected.
     let times: Vec<Instant> = tokens.values().skip(10).copied().collect();
     times
         .windows(2)

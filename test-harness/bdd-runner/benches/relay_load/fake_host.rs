@@ -1,6 +1,6 @@
-//! A FAKE pool host with FAKE workers, for measuring `orchestratord` alone. They compute nothing, and speak the real contract:
-//! registration and heartbeats, `/execute` and `/executions/{id}/events` as event streams, cancel and delete. Every token's
-//! text carries the moment of its emission.
+//! A FAKE pool host with FAKE workers, for measuring `orchestratord` alone. The workers compute nothing, but speak the real
+//! contract: registration and heartbeats, `/execute` and `/executions/{id}/events` as event streams, cancel and delete. The
+//! text of every token carries the time of its emission.
 
 use std::collections::{BTreeMap, HashMap};
 use std::convert::Infallible;
@@ -29,19 +29,19 @@ use serde::de::IgnoredAny;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-/// The model that the fakes call theirs.
+/// Model that the fake workers claim to serve.
 pub const MODEL: &str = "smollm2-135m";
-/// Workers, which share the streams.
+/// Number of workers, which share the streams.
 const WORKERS: usize = 4;
 const POOL: &str = "fake-host";
 const HEARTBEAT: Duration = Duration::from_millis(1000);
 
-/// The moment of an emission, as it stands in a token's text.
+/// Returns the current time, counted from `base`, as the text of a token.
 pub fn stamp(base: Instant) -> String {
     format!("{:015} ", base.elapsed().as_nanos())
 }
 
-/// The moment that a token's text names.
+/// Returns the time of emission that a token's text contains.
 pub fn emitted(text: &str) -> Option<Duration> {
     text.split_whitespace()
         .next_back()?
@@ -56,17 +56,17 @@ struct Execution {
     changed: watch::Sender<()>,
 }
 
-/// All executions of all fakes, by job.
+/// The executions of all fake workers, by job.
 #[derive(Clone)]
 struct Shared {
     executions: Arc<Mutex<HashMap<String, Arc<Mutex<Execution>>>>>,
-    /// The texts that were emitted, by job; kept after the execution is deleted.
+    /// Emitted texts, by job. They outlive the deletion of the execution.
     texts: Arc<Mutex<HashMap<String, String>>>,
     base: Instant,
     period: Duration,
 }
 
-/// The host.
+/// A fake pool host with its fake workers.
 pub struct FakeHost {
     shared: Shared,
     workers: Vec<SocketAddr>,
@@ -79,7 +79,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 impl FakeHost {
-    /// Starts fakes that run `streams` executions at a time, each with a token every `period`.
+    /// Starts fake workers that run `streams` executions concurrently, each with a token every `period`.
     pub async fn start(streams: usize, period: Duration, base: Instant) -> anyhow::Result<Self> {
         let shared = Shared {
             executions: Arc::default(),
@@ -97,7 +97,7 @@ impl FakeHost {
                 .with_state(shared.clone());
             workers.push(serve(router).await?);
         }
-        // Nothing is ever asked of the pool itself.
+        // The pool itself serves no route, because no request needs one.
         let pool = serve(Router::new()).await?;
         let slots = u32::try_from(streams.div_ceil(WORKERS))?;
         Ok(Self {
@@ -108,7 +108,7 @@ impl FakeHost {
         })
     }
 
-    /// Registers, and sends heartbeats until the process ends.
+    /// Registers the pool, and sends heartbeats until the process ends.
     pub async fn join(&self, orchestrator: &str) -> anyhow::Result<()> {
         let client = ApiClient::new(orchestrator, None)?;
         let registration = RegisterRequest {
@@ -140,7 +140,7 @@ impl FakeHost {
         Ok(())
     }
 
-    /// Takes out what was emitted for a job.
+    /// Removes and returns the text that was emitted for a job.
     pub fn take_text(&self, job: &str) -> Option<String> {
         lock(&self.shared.texts).remove(job)
     }
@@ -224,7 +224,7 @@ impl FakeHost {
 async fn serve(router: Router) -> anyhow::Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;
-    // A real worker's server sends every event at once.
+    // Every event is sent at once, as a real worker's server does.
     let listener =
         axum::serve::ListenerExt::tap_io(listener, |stream| drop(stream.set_nodelay(true)));
     tokio::spawn(async move { axum::serve(listener, router).await });
@@ -279,7 +279,7 @@ async fn cancel(
     Json(CancelResponse { cancelled })
 }
 
-/// Emits a token every period, however long the events before took.
+/// Emits a token every period, even if earlier events took longer.
 async fn generate(shared: Shared, execution: Arc<Mutex<Execution>>) {
     let request = lock(&execution).request.clone();
     let emit = |event| {
@@ -295,7 +295,7 @@ async fn generate(shared: Shared, execution: Arc<Mutex<Execution>>) {
         origin: None,
         continues: false,
     }));
-    // Not all in step.
+    // The shift keeps the streams out of step.
     let shift = shared
         .period
         .mul_f64(f64::from(u32::try_from(request.seed % 1000).unwrap_or(0)) / 1000.0);

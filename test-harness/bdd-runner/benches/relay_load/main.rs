@@ -1,16 +1,16 @@
-//! What `orchestratord` adds to tokens under load, and what it takes: 200 streams of 50 tokens a second each, from FAKE workers
-//! that speak the real contract and stamp each token's emission, through the real daemon with its log on and
-//! `synchronous=FULL`, to readers that compare every byte.
+//! The latency that `orchestratord` adds to tokens under load, and the resources that it takes: 200 streams of 50 tokens per
+//! second each. FAKE workers, which speak the real contract, stamp each token's emission. The tokens pass through the real
+//! daemon, with its log on and `synchronous=FULL`, to readers that compare every byte.
 //!
 //! ```text
 //! cargo build --release -p orchestratord && cargo bench -p bdd-runner --bench relay_load
 //! cargo bench -p bdd-runner --bench relay_load -- --seconds 60 --streams 50
 //! ```
 //!
-//! The added time is from a token's emission to its arrival at the reader; fakes and readers share one process and one clock.
-//! The limits are 2 ms at the median and 10 ms at p99, half a core, and resident memory that is the same in the last quarter of
-//! the run as in the second one; at rest, before any job, under 40 MiB. The bench ends with 1 where one is missed, or where a
-//! byte differs.
+//! The added latency is the time from a token's emission to its arrival at the reader; fake workers and readers share one
+//! process and one clock. The limits are 2 ms at the median and 10 ms at p99, half a core, and resident memory that is the same
+//! in the last quarter of the run as in the second one; at rest, before any job, 40 MiB. The bench exits with 1 if a limit is
+//! exceeded or a byte differs.
 
 mod fake_host;
 
@@ -35,32 +35,32 @@ const P50_LIMIT: Duration = Duration::from_millis(2);
 const P99_LIMIT: Duration = Duration::from_millis(10);
 const CPU_LIMIT_PERCENT: f64 = 50.0;
 const REST_LIMIT_MIB: f64 = 40.0;
-/// Memory may waver so much between two quarters of the run.
+/// Tolerated difference of memory between two quarters of the run.
 const FLAT_MIB: f64 = 4.0;
-/// The first part of the run is not counted: streams begin, and caches fill.
+/// First part of the run, which is not counted: streams begin, and caches fill.
 const WARM_UP: Duration = Duration::from_secs(5);
 
-/// Measures what the way through orchestratord adds to tokens under load.
+/// Measures the latency that orchestratord adds to tokens under load.
 #[derive(Debug, Clone, Parser)]
 struct Options {
-    /// How long it runs.
+    /// Duration of the run, in seconds.
     #[arg(long, default_value_t = 600)]
     seconds: u64,
-    /// Streams at a time.
+    /// Number of concurrent streams.
     #[arg(long, default_value_t = 200)]
     streams: usize,
-    /// Tokens a second of each stream.
+    /// Tokens per second of each stream.
     #[arg(long, default_value_t = 50)]
     rate: u32,
-    /// Tokens of a job; a stream is one job after the other.
+    /// Tokens per job; each stream runs one job after another.
     #[arg(long, default_value_t = 1000)]
     tokens: u32,
-    /// `cargo bench` passes it.
+    /// Passed by `cargo bench`, and ignored.
     #[arg(long, hide = true)]
     bench: bool,
 }
 
-/// The daemon under test. Dropping it ends it.
+/// The daemon under test, which is killed on drop.
 struct Daemon {
     home: tempfile::TempDir,
     child: Child,
@@ -103,7 +103,7 @@ impl Daemon {
         }
     }
 
-    /// Processor time, to the nanosecond: the sum over its threads of what the scheduler counted.
+    /// Returns the processor time by thread name, to the nanosecond, as the kernel's scheduler counts it.
     fn cpu(&self) -> anyhow::Result<BTreeMap<String, Duration>> {
         let mut threads = BTreeMap::new();
         for thread in fs::read_dir(format!("/proc/{}/task", self.child.id()))?.flatten() {
@@ -139,7 +139,7 @@ impl Drop for Daemon {
     }
 }
 
-/// Times in buckets of 10 µs, the last one for all that is a second and more.
+/// A histogram of times in buckets of 10 µs. The last bucket has all times of a second or more.
 struct Times(Vec<u64>);
 
 impl Times {
@@ -171,7 +171,7 @@ impl Times {
     }
 }
 
-/// What all streams share.
+/// State shared by all streams.
 struct Load {
     url: String,
     http: reqwest::Client,
@@ -185,7 +185,7 @@ struct Load {
 }
 
 impl Load {
-    /// One job after the other.
+    /// Runs one job after another, compares their bytes, and returns the number of jobs.
     async fn stream(self: Arc<Self>, number: usize, tokens: u32) -> anyhow::Result<u64> {
         let mut jobs = 0;
         while !self.over.load(Ordering::Relaxed) {
