@@ -1,6 +1,6 @@
-//! The whole chain as real processes that may be killed one by one: an `orchestratord`, pool hosts with a `pool-managerd`
-//! each, and their workers, which serve tiny models with random weights. Every part has a home of its own; dropping the chain
-//! ends what runs in it.
+//! The whole chain as real processes that a test may kill one by one: an `orchestratord`, pool hosts with one `pool-managerd`
+//! each, and their workers, which serve tiny models with random weights. Every part has its own home. Dropping the chain kills
+//! its processes.
 
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -23,30 +23,30 @@ use crate::leftovers;
 use crate::process;
 use crate::tiny_model::TinyModel;
 
-/// How long any part may take to come up, on a machine that has other things to do.
+/// Time limit of every wait, on a machine that is busy with other work.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// Room for four workers of a tiny model: each counts with its working memory.
+/// Memory of a pool: room for four workers of a tiny model, including the working memory of each.
 const POOL_MEMORY_BYTES: u64 = 450 << 20;
-/// Tokens of context of the tiny models.
+/// Context length of the tiny models, in tokens.
 pub const CONTEXT: u32 = 1024;
 
-/// What a chain is made of.
+/// The composition of a chain.
 #[derive(Debug, Clone)]
 pub struct Parts {
-    /// Pool hosts.
+    /// Number of pool hosts.
     pub pools: usize,
-    /// Models; every pool has each of them, and a worker for it.
+    /// Number of models. Every pool has each of them, and a worker for it.
     pub models: usize,
-    /// Layers of each model: more of them make slower jobs.
+    /// Layers of each model: more layers make slower jobs.
     pub blocks: usize,
-    /// The program that is started as `orchestratord`.
+    /// Program that is started as `orchestratord`.
     pub orchestratord: PathBuf,
-    /// The folder of the other programs.
+    /// Folder of the other programs.
     pub programs: PathBuf,
 }
 
 impl Parts {
-    /// With the programs that lie beside this one.
+    /// Returns the parts of a chain with the programs next to this one.
     pub fn beside(pools: usize, models: usize) -> Self {
         let orchestratord = process::program("orchestratord");
         let programs = process::program("pool-managerd");
@@ -64,10 +64,10 @@ impl Parts {
     }
 }
 
-/// A daemon: how it is started, and the process that runs.
+/// A daemon: its settings, and its process while it runs.
 #[derive(Debug)]
 pub struct Daemon {
-    /// Its name.
+    /// Name for messages and for the log file.
     pub name: String,
     home: PathBuf,
     program: PathBuf,
@@ -87,22 +87,22 @@ impl Daemon {
         })
     }
 
-    /// Its home.
+    /// Returns the daemon's home.
     pub fn home(&self) -> Home {
         Home::at(&self.home)
     }
 
-    /// Sets a variable for the processes to come.
+    /// Sets an environment variable for later starts.
     pub fn set(&mut self, name: &str, value: impl ToString) {
         self.settings.insert(name.to_owned(), value.to_string());
     }
 
-    /// Takes a variable back.
+    /// Removes an environment variable for later starts.
     pub fn unset(&mut self, name: &str) {
         self.settings.remove(name);
     }
 
-    /// Starts it, and does not wait for it.
+    /// Starts the daemon without waiting for it.
     pub fn launch(&mut self) -> anyhow::Result<()> {
         let log = OpenOptions::new()
             .create(true)
@@ -126,12 +126,12 @@ impl Daemon {
         Ok(())
     }
 
-    /// What it wrote on standard output and standard error, in all its runs.
+    /// Returns the path of the log: standard output and standard error of all runs.
     pub fn log(&self) -> PathBuf {
         self.home.join(format!("{}.log", self.name))
     }
 
-    /// How it ended, where it was started and runs no more.
+    /// Returns the exit status once the process has ended; `None` while it runs, or without a process.
     pub fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         let Some(child) = &mut self.child else {
             return Ok(None);
@@ -143,12 +143,12 @@ impl Daemon {
         Ok(status)
     }
 
-    /// Its process.
+    /// Returns the process id; `None` without a process.
     pub fn pid(&self) -> Option<u32> {
         self.child.as_ref().map(Child::id)
     }
 
-    /// Ends it as a power cut would.
+    /// Kills the process without warning, as a power cut would.
     pub fn kill(&mut self) -> io::Result<()> {
         if let Some(mut child) = self.child.take() {
             child.kill()?;
@@ -157,7 +157,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Sends a signal.
+    /// Sends a signal to the process, if there is one.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         if let Some(pid) = self.pid()
             && let Some(identity) = ProcessIdentity::of(pid)?
@@ -167,7 +167,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// Waits until it has ended.
+    /// Waits until the process has ended.
     pub async fn gone(&mut self, limit: Duration) -> anyhow::Result<ExitStatus> {
         let begun = Instant::now();
         loop {
@@ -181,7 +181,7 @@ impl Daemon {
         }
     }
 
-    /// Stops it in order.
+    /// Stops the daemon in order. Fails if its exit status is not success.
     pub async fn stop(&mut self) -> anyhow::Result<()> {
         if self.child.is_some() {
             self.signal(Signal::TERM)?;
@@ -196,20 +196,20 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // A frozen process dies as well.
+        // A kill ends even a frozen process.
         let _ = self.kill();
     }
 }
 
-/// A pool host.
+/// One pool host of a chain.
 #[derive(Debug)]
 pub struct Pool {
-    /// Its `pool-managerd`.
+    /// The host's `pool-managerd`.
     pub daemon: Daemon,
 }
 
 impl Pool {
-    /// The records of workers that live.
+    /// Returns the records of live workers.
     pub fn live(&self) -> Vec<WorkerRecord> {
         let contents = Registry::new(&self.daemon.home())
             .load()
@@ -221,7 +221,7 @@ impl Pool {
             .collect()
     }
 
-    /// What the host holds now.
+    /// Returns the current state of the host, for the checker.
     pub fn host(&self) -> anyhow::Result<Host> {
         let contents = Registry::new(&self.daemon.home()).load()?;
         if let Some(damaged) = contents.damaged.first() {
@@ -240,7 +240,7 @@ impl Pool {
         })
     }
 
-    /// What is set aside, alone: it must fit at every moment, also while records and processes are about to change.
+    /// Returns only the memory reservations. They must fit at every moment, even while records and processes change.
     pub fn reservations(&self) -> Host {
         let only_its_memory = |worker: &WorkerRecord| HostWorker {
             live: false,
@@ -259,22 +259,22 @@ impl Pool {
     }
 }
 
-/// The chain.
+/// An orchestrator, its pool hosts and their workers.
 #[derive(Debug)]
 pub struct Chain {
     folder: Option<TempDir>,
     root: PathBuf,
     url: String,
     models: Vec<String>,
-    /// The orchestrator.
+    /// The `orchestratord` of all pools.
     pub orchestratord: Daemon,
-    /// The pool hosts.
+    /// The pool hosts, by number.
     pub pools: Vec<Pool>,
     http: reqwest::Client,
 }
 
 impl Chain {
-    /// Makes homes and models, and starts nothing.
+    /// Creates homes and models, and starts nothing.
     pub fn build(parts: &Parts) -> anyhow::Result<Self> {
         let folder = tempfile::Builder::new().prefix("llorch-chain-").tempdir()?;
         leftovers::register(folder.path());
@@ -286,7 +286,7 @@ impl Chain {
             )
         };
         let catalog: String = models.iter().map(entry).collect();
-        // The same port over all restarts, so that pools find the orchestrator again.
+        // The port stays the same across restarts, so that pools find the orchestrator again.
         let bind = format!("127.0.0.1:{}", process::lasting_port()?);
         let url = format!("http://{bind}");
         let mut orchestratord = Daemon::new(
@@ -344,17 +344,17 @@ impl Chain {
         })
     }
 
-    /// Where the orchestrator listens.
+    /// Returns the base URL of the orchestrator.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// The models that jobs may name.
+    /// Returns the models that jobs may name.
     pub fn models(&self) -> &[String] {
         &self.models
     }
 
-    /// Its job database.
+    /// Returns the path of the job database.
     pub fn database(&self) -> PathBuf {
         self.orchestratord
             .home()
@@ -362,7 +362,8 @@ impl Chain {
             .join("jobs.db")
     }
 
-    /// Starts everything, with a worker a model on each pool, and waits until the orchestrator has heard of them all.
+    /// Starts everything, with one worker per model on each pool, and waits until the orchestrator reports every worker as
+    /// ready.
     pub async fn start(&mut self) -> anyhow::Result<()> {
         self.orchestratord.launch()?;
         self.until_listening().await?;
@@ -424,7 +425,7 @@ impl Chain {
         Some(ready)
     }
 
-    /// Every host as it is now, once starts and stops that were under way have come to their end.
+    /// Returns the state of every host, once all starts and stops in progress have finished.
     pub async fn hosts(&self) -> anyhow::Result<Vec<Host>> {
         let quiet = || async {
             let under_way = |status| {
@@ -453,12 +454,12 @@ impl Chain {
         };
         match eventually("the pools come to rest", quiet).await {
             Ok(hosts) => Ok(hosts),
-            // The checker says what is wrong.
+            // The checker reports what is wrong.
             Err(_) => self.pools.iter().map(Pool::host).collect(),
         }
     }
 
-    /// Stops everything in order, and fails where something is left.
+    /// Stops the daemons in order, then kills the workers. Fails if a daemon does not stop cleanly.
     pub async fn close(mut self) -> anyhow::Result<()> {
         self.orchestratord.stop().await?;
         for pool in &mut self.pools {
@@ -468,7 +469,7 @@ impl Chain {
         Ok(())
     }
 
-    /// Keeps homes and logs when the chain is dropped, and tells where they are.
+    /// Keeps homes and logs when the chain is dropped, and returns their folder.
     pub fn keep(&mut self) -> Option<PathBuf> {
         self.folder.take().map(TempDir::keep)
     }
@@ -496,7 +497,7 @@ impl Drop for Chain {
     }
 }
 
-/// Waits for `condition`, and fails with `what` when it does not come.
+/// Waits until `condition` returns a value. Fails with `what` after the time limit.
 pub async fn eventually<T, F: Future<Output = Option<T>>>(
     what: &str,
     mut condition: impl FnMut() -> F,
@@ -520,7 +521,7 @@ fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
         .or_else(|| object.values().find_map(|inner| find(inner, key)))
 }
 
-/// The last lines of a log, for the message of a failure.
+/// Returns the last lines of a log, for an error message.
 pub fn tail(path: &Path, lines: usize) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
     let all: Vec<_> = text.lines().collect();

@@ -1,5 +1,5 @@
-//! Clients as agents are: they submit with keys, stream, lose their connection and come back, ask twice, cancel, and write down
-//! what they were told.
+//! Clients that behave as agents do: they submit with keys, stream, lose their connections and resume, repeat requests, cancel,
+//! and record the answers.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,12 +15,12 @@ use orchestrator_core::job::JobStatus;
 
 use crate::checker::{KEY_LABEL, Observation};
 
-/// The pause before something is tried again.
+/// Pause before a retry.
 const PAUSE: Duration = Duration::from_millis(20);
-/// How long an answer may take; a frozen daemon gives none.
+/// Time limit of an answer; a frozen daemon gives none.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// What all clients share.
+/// State shared by all clients.
 #[derive(Debug, Default)]
 struct Shared {
     history: Mutex<Vec<Observation>>,
@@ -36,16 +36,16 @@ pub struct Clients {
     shared: Arc<Shared>,
 }
 
-/// How a reader reads.
+/// The behaviour of a reader.
 #[derive(Debug, Clone, Default)]
 pub struct Reading {
-    /// It drops its connection after so many events, once for each entry, and comes back.
+    /// Number of events after which the reader drops its connection and resumes, for each connection that is cut.
     pub cuts: Vec<usize>,
-    /// It asks for a cancel after so many tokens.
+    /// Number of tokens after which the reader requests a cancel.
     pub cancel_after: Option<u32>,
 }
 
-/// A reader's place and what it got.
+/// A reader of one job, with the events that it has received.
 #[derive(Debug)]
 struct Reader {
     job: JobId,
@@ -72,7 +72,7 @@ impl Reader {
 }
 
 impl Clients {
-    /// Clients of the orchestrator at `base`.
+    /// Returns clients of the orchestrator at `base`.
     pub fn new(base: &str) -> anyhow::Result<Self> {
         let http = reqwest::Client::builder().connect_timeout(ANSWER).build()?;
         Ok(Self {
@@ -82,7 +82,7 @@ impl Clients {
         })
     }
 
-    /// All that was seen so far.
+    /// Returns all observations so far.
     pub fn history(&self) -> Vec<Observation> {
         self.shared
             .history
@@ -91,12 +91,12 @@ impl Clients {
             .clone()
     }
 
-    /// Streams opened so far.
+    /// Returns the number of streams opened so far.
     pub fn connections(&self) -> u64 {
         self.shared.connections.load(Ordering::Relaxed)
     }
 
-    /// Lets every client that still waits for something give up.
+    /// Makes every client fail instead of trying again.
     pub fn give_up(&self) {
         self.shared.give_up.store(true, Ordering::Relaxed);
     }
@@ -109,7 +109,7 @@ impl Clients {
             .push(observation);
     }
 
-    /// Pauses before the next try, or gives up.
+    /// Pauses before the next try. Fails if the clients should give up.
     async fn again(&self, what: &str) -> anyhow::Result<()> {
         if self.shared.give_up.load(Ordering::Relaxed) {
             bail!("gave up on {what}");
@@ -118,7 +118,7 @@ impl Clients {
         Ok(())
     }
 
-    /// Submits until the job is acknowledged.
+    /// Submits a task until its job is acknowledged.
     pub async fn submit(&self, key: &str, request: &TaskSubmitRequest) -> anyhow::Result<JobId> {
         let request = with_key(key, request);
         loop {
@@ -127,7 +127,7 @@ impl Clients {
                 .post(format!("{}/v2/tasks", self.base))
                 .header("idempotency-key", key)
                 .json(&request);
-            // An answer that is cut off is none: the client asks again.
+            // An answer that is cut off counts as none: the client tries again.
             if let Ok(answer) = call.timeout(ANSWER).send().await {
                 match answer.status().as_u16() {
                     202 => {
@@ -151,7 +151,7 @@ impl Clients {
         }
     }
 
-    /// Submits and reads in one request; where that breaks, submits again with the same key and goes on reading.
+    /// Submits and reads in one request. If the request breaks, submits again with the same key and continues reading.
     pub async fn submit_and_read(
         &self,
         key: &str,
@@ -196,7 +196,7 @@ impl Clients {
         Ok(job)
     }
 
-    /// Reads a job's events to their end, over as many connections as it takes.
+    /// Reads a job's events to their end, over as many connections as needed.
     pub async fn read(&self, job: JobId, name: &str, reading: &Reading) -> anyhow::Result<()> {
         self.read_from(job, name, reading, None).await
     }
@@ -214,7 +214,7 @@ impl Clients {
             events: Vec::new(),
         };
         let result = self.read_on(&mut reader, reading, &mut opened).await;
-        // Also what a reader got who gave up.
+        // Recorded even if the reader gave up.
         self.saw(Observation::Read {
             job,
             reader: reader.name,
@@ -253,7 +253,7 @@ impl Clients {
         }
     }
 
-    /// Opens the stream after the reader's place; `None` where nobody answers now.
+    /// Opens the stream after the reader's last event. Returns `None` if the orchestrator does not serve it now.
     async fn open(&self, reader: &Reader) -> anyhow::Result<Option<reqwest::Response>> {
         let mut call = self
             .http
@@ -276,7 +276,7 @@ impl Clients {
         }
     }
 
-    /// Listens until the stream ends, breaks, or is to be cut.
+    /// Reads until the stream ends or breaks, or until it is time to cut the connection.
     async fn listen(
         &self,
         reader: &mut Reader,
@@ -291,7 +291,7 @@ impl Clients {
                 *cancel_after = None;
                 self.cancel(reader.job).await?;
             }
-            // A daemon that is frozen says nothing; it thaws, or its connection breaks.
+            // A frozen daemon sends nothing until it thaws or its connection breaks.
             let event = match tokio::time::timeout(ANSWER, events.next()).await {
                 Ok(Some(Ok(event))) => event,
                 Ok(Some(Err(_)) | None) => return Ok(()),
@@ -308,7 +308,7 @@ impl Clients {
             reader.events.push((id, parsed));
             heard += 1;
             if last {
-                // Nothing may follow, and the stream closes.
+                // Nothing should follow. Any further event is recorded, so that the checker reports it.
                 while let Ok(Some(Ok(after))) = tokio::time::timeout(ANSWER, events.next()).await {
                     let parsed = TaskEvent::parse(&after.event, &after.data)?;
                     reader.events.push((after.id.parse().ok(), parsed));
@@ -319,7 +319,7 @@ impl Clients {
         Ok(())
     }
 
-    /// Cancels until there is an answer.
+    /// Cancels a job. Tries until there is an answer.
     pub async fn cancel(&self, job: JobId) -> anyhow::Result<JobStatus> {
         self.saw(Observation::CancelAsked { job });
         loop {
@@ -350,7 +350,7 @@ impl Clients {
         }
     }
 
-    /// Looks at a job once.
+    /// Returns a job. Tries until there is an answer.
     pub async fn show(&self, job: JobId) -> anyhow::Result<TaskView> {
         loop {
             let call = self
@@ -376,7 +376,7 @@ impl Clients {
         }
     }
 
-    /// Looks at a job until it is over.
+    /// Polls a job until it is over.
     pub async fn wait(&self, job: JobId) -> anyhow::Result<TaskView> {
         loop {
             let view = self.show(job).await?;

@@ -1,5 +1,5 @@
-//! Determinism: the same jobs run alone and side by side, with and without shared beginnings and guessed tokens, with one and
-//! two threads, with every set of instructions, and cut and continued. They must give the same tokens.
+//! Determinism: the same jobs run alone and concurrently, with and without shared prefixes and speculated tokens, with one and
+//! two threads, with every instruction set, and cut and continued. All runs must give the same tokens.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -17,29 +17,29 @@ use rand::{RngExt as _, SeedableRng as _};
 
 /// Runs random jobs in every way in which a worker may run them, and compares the tokens.
 ///
-/// The reference is each job alone, with one thread, the widest instructions, no shared beginning and no guessed token. Exits
-/// with 0 if no token differs, otherwise with 1.
+/// The reference runs each job alone, with one thread, the widest instruction set, no shared prefix and no speculated token.
+/// Exits with 0 if no token differs, otherwise with 1.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// The model file.
+    /// Path of the model file.
     #[arg(long, value_name = "FILE", env = "LLORCH_TEST_MODEL")]
     pub model: PathBuf,
     /// Number of jobs.
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub jobs: u32,
-    /// Decides the jobs, and where they are cut.
+    /// Seed of the jobs, and of the places where they are cut.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 }
 
-/// Sequences side by side.
+/// Number of concurrent sequences.
 const SIDE_BY_SIDE: usize = 8;
-/// Longest context of a job.
+/// Context length of a job, in tokens.
 const CONTEXT: usize = 512;
-/// Tokens of the cache when many jobs share it: too few for all, so that some are paused.
+/// Tokens of the KV cache when many jobs share it: too few for all, so that some jobs are paused.
 const CACHE: usize = 1024;
 
-/// Beginnings that jobs have in common.
+/// Prefixes that prompts may share.
 const BEGINNINGS: [&str; 3] = [
     "You are a careful assistant. You answer in short sentences, you name your sources, and where you don't know something you \
      say so. Never invent a number. Question: ",
@@ -48,7 +48,7 @@ const BEGINNINGS: [&str; 3] = [
     "",
 ];
 
-/// What a job may be about.
+/// Endings of the prompts.
 const SUBJECTS: [&str; 8] = [
     "why is the sky blue?",
     "List the first ten prime numbers and the first ten square numbers.",
@@ -60,17 +60,17 @@ const SUBJECTS: [&str; 8] = [
     "x",
 ];
 
-/// A way in which the jobs are run.
+/// A configuration in which the jobs run.
 #[derive(Debug, Clone, Copy)]
 struct Way {
     tier: Tier,
     threads: usize,
-    /// Jobs side by side.
+    /// Number of concurrent jobs.
     at_once: usize,
     speculates: bool,
-    /// Whether jobs may have beginnings in common.
+    /// True if jobs may share the cache of a common prefix.
     shares: bool,
-    /// Whether each is cut at a random token and continued.
+    /// True if each job is cut at a random token and continued.
     cut: bool,
 }
 
@@ -94,7 +94,7 @@ impl fmt::Display for Way {
     }
 }
 
-/// The ways to compare, the reference first.
+/// Returns the configurations to compare, the reference first.
 fn ways() -> Vec<Way> {
     let reference = Way {
         tier: Tier::best(),
@@ -132,7 +132,7 @@ fn ways() -> Vec<Way> {
         Way { threads: 2, ..full },
         Way { cut: true, ..full },
     ];
-    // The slowest comes last.
+    // The slowest instruction set comes last.
     let others = Tier::ALL.into_iter().rev();
     let others = others.filter(|tier| tier.is_available());
     let others = others.filter(|tier| *tier != reference.tier);
@@ -169,7 +169,7 @@ fn jobs(options: &Options) -> Vec<ExecuteRequest> {
     (0..options.jobs).map(job).collect()
 }
 
-/// The tokens of an answer.
+/// Collector of the tokens of one answer.
 struct Listener {
     job: usize,
     ids: Vec<u32>,
@@ -191,7 +191,7 @@ impl Control for Listener {
     fn drawn(&mut self) {}
 }
 
-/// Runs the jobs; returns the tokens of each.
+/// Runs the jobs, and returns the tokens of each.
 fn run(model: &Path, way: Way, jobs: Vec<ExecuteRequest>) -> anyhow::Result<Vec<Vec<u32>>> {
     let device = Device::Cpu {
         threads: way.threads,
@@ -233,20 +233,20 @@ fn run(model: &Path, way: Way, jobs: Vec<ExecuteRequest>) -> anyhow::Result<Vec<
     }
 }
 
-/// Result of one way.
+/// The result of one configuration.
 #[derive(Debug)]
 pub struct Outcome {
-    /// What was run.
+    /// Configuration of the run.
     way: Way,
-    /// Tokens of all answers.
+    /// Number of tokens of all answers.
     tokens: usize,
-    /// Jobs with other tokens than the reference, each with the place of the first.
+    /// Jobs whose tokens differ from the reference, each with the index of the first difference.
     different: Vec<(usize, usize)>,
     elapsed: Duration,
 }
 
 impl Outcome {
-    /// Whether no token differs.
+    /// Returns whether no token differs.
     pub fn is_equal(&self) -> bool {
         self.different.is_empty()
     }
@@ -272,7 +272,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Runs the jobs in all ways. `told` hears how each went.
+/// Runs the jobs in all configurations, and reports each outcome to `told`.
 pub fn compare(options: &Options, mut told: impl FnMut(&Outcome)) -> anyhow::Result<Vec<Outcome>> {
     let jobs = jobs(options);
     let mut rng = ChaCha12Rng::seed_from_u64(!options.seed);

@@ -1,4 +1,4 @@
-//! The state of a scenario: a home of its own and what runs in it.
+//! The state of a scenario: a home of its own, and the processes in it.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,46 +15,46 @@ use crate::soak::Report;
 use crate::steps::memory::Asked;
 use crate::stream::Received;
 
-/// Longest that a command of a scenario may take.
+/// Time limit of a command.
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(300);
-/// Longest that a condition may take to come true.
+/// Time limit of a condition.
 pub const WAIT_LIMIT: Duration = Duration::from_secs(180);
 
-/// A home folder, the last command and its answer, and the job that the scenario is about.
+/// A home folder, the last command and its result, and the job of the scenario.
 #[derive(Debug, cucumber::World)]
 #[world(init = Self::build)]
 pub struct House {
     folder: TempDir,
-    /// The last command that ended.
+    /// Result of the last command that ended.
     pub finished: Option<Finished>,
-    /// A command that is still running.
+    /// Command that is still running.
     pub running: Option<Child>,
-    /// The last answer to a plain HTTP request: status and body.
+    /// Last answer to a plain HTTP request: status and body.
     pub answer: Option<(u16, Value)>,
-    /// The job.
+    /// Id of the scenario's job.
     pub job: Option<String>,
     /// Events of the job, as received.
     pub events: Vec<Received>,
-    /// Events of a job that nothing disturbed.
+    /// Events of an undisturbed job.
     pub undisturbed: Vec<Received>,
-    /// `LLORCH_ORCHESTRATOR_BIND`.
+    /// Value of `LLORCH_ORCHESTRATOR_BIND`.
     pub orchestrator_bind: String,
-    /// Jobs that were answered with 202.
+    /// Ids of jobs that were acknowledged with 202.
     pub acknowledged: Vec<String>,
-    /// What became of the workers that were asked for at once.
+    /// Outcomes of concurrent requests for workers.
     pub asked: Vec<Asked>,
-    /// `memory.cpu_limit_bytes`.
+    /// Value of `memory.cpu_limit_bytes`.
     pub memory_limit: u64,
-    /// Watches what the workers hold.
+    /// Watch on the memory of the workers.
     pub watch: Option<Watch>,
-    /// What came of the long run.
+    /// Report of the long run.
     pub soak: Option<Report>,
-    /// An orchestrator that was frozen.
+    /// Process id of a frozen orchestrator.
     pub frozen: Option<u32>,
 }
 
 impl House {
-    /// A new, empty home.
+    /// Creates a new, empty home.
     pub fn build() -> Self {
         let folder = tempfile::Builder::new()
             .prefix("llorch-bdd-")
@@ -79,18 +79,18 @@ impl House {
         }
     }
 
-    /// Lets the orchestrator keep its port over restarts, so that pools find it again.
+    /// Makes the orchestrator keep its port across restarts, so that pools find it again.
     pub fn keep_port(&mut self) {
         let port = process::lasting_port().expect("a free port");
         self.orchestrator_bind = format!("127.0.0.1:{port}");
     }
 
-    /// `LLORCH_HOME`.
+    /// Returns the home folder, which is `LLORCH_HOME` for all commands.
     pub fn home(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Puts the real model where `llorch-pool models` keeps it.
+    /// Places the real model where `llorch-pool models` keeps it.
     pub fn place_model(&self) {
         let source = test_model();
         let name = source.file_name().expect("a file has a name");
@@ -98,14 +98,14 @@ impl House {
             "smollm2-135m",
             name.to_str().expect("a plain name"),
             |target| {
-                // A hard link where it can be had: the file has 98 MB.
+                // A hard link if possible: the file has 98 MB.
                 std::fs::hard_link(&source, target)
                     .or_else(|_| std::fs::copy(&source, target).map(drop))
             },
         );
     }
 
-    /// Puts a file into the models folder.
+    /// Places a file in the models folder.
     pub fn place_file(
         &self,
         id: &str,
@@ -117,7 +117,7 @@ impl House {
         make(&folder.join(name)).expect("the model can be placed");
     }
 
-    /// A command in this home.
+    /// Returns a command that runs in this home.
     pub fn command(&self, line: &str) -> Command {
         let words = process::split(line);
         let (name, arguments) = words.split_first().expect("a command line names a program");
@@ -128,14 +128,15 @@ impl House {
             .env("LLORCH_ORCHESTRATOR_BIND", &self.orchestrator_bind)
             .env("LLORCH_POOL_BIND", "127.0.0.1:0");
         command.env("LLORCH_POOL_ID", "bdd");
-        // A pool finds the orchestrator of its home; without one it must not knock at the standard port.
+        // A pool finds the orchestrator of its home. Without one, the pool must not contact an orchestrator at the standard
+        // port.
         if name == "llorch-pool" && self.address("orchestratord").is_none() {
             command.env("LLORCH_ORCHESTRATOR_URL", "none");
         }
         command
     }
 
-    /// Runs a command to its end and keeps what it printed.
+    /// Runs a command to its end and keeps its output.
     pub async fn run(&mut self, line: &str) -> &Finished {
         let line = self.fill(line);
         let finished = process::run(self.command(&line), COMMAND_LIMIT).await;
@@ -155,7 +156,7 @@ impl House {
         finished
     }
 
-    /// Replaces `HOME` by the home folder, and `JOB` by the id of the scenario's job.
+    /// Replaces `HOME` with the home folder, and `JOB` with the id of the scenario's job.
     pub fn fill(&self, text: &str) -> String {
         let text = text.replace("HOME", &self.home().to_string_lossy());
         match &self.job {
@@ -164,7 +165,7 @@ impl House {
         }
     }
 
-    /// What a daemon wrote as its address.
+    /// Returns the address that a daemon has written; `None` if it has written none.
     pub fn address(&self, daemon: &str) -> Option<String> {
         let folder = if daemon == "orchestratord" {
             "orchestratord"
@@ -176,7 +177,7 @@ impl House {
         Some(text.trim().to_owned())
     }
 
-    /// Address of a path of the orchestrator's API.
+    /// Returns the URL of a path of the orchestrator's API.
     pub fn url(&self, path: &str) -> String {
         let base = self
             .address("orchestratord")
@@ -184,7 +185,7 @@ impl House {
         format!("{base}{}", self.fill(path))
     }
 
-    /// The job as the API shows it.
+    /// Returns the job as the API shows it.
     pub async fn task(&self) -> TaskView {
         let job = self.job.as_deref().expect("the scenario has a job");
         let response = reqwest::get(self.url(&format!("/v2/tasks/{job}")))
@@ -193,12 +194,12 @@ impl House {
         response.json().await.expect("a job of the contract")
     }
 
-    /// The last command's result.
+    /// Returns the last command's result.
     pub fn last(&self) -> &Finished {
         self.finished.as_ref().expect("a command ran before")
     }
 
-    /// The home of a demo that was told to keep it: a folder in this one.
+    /// Returns the home of a demo that ran with `--keep`: a folder in this home.
     pub fn demo_home(&self) -> PathBuf {
         let entries = std::fs::read_dir(self.home()).expect("the home is there");
         let mut folders = entries.flatten().map(|entry| entry.path());
@@ -216,12 +217,12 @@ impl House {
         ] {
             let mut command = self.command(line);
             command.env("LLORCH_HOME", home);
-            // What is not running can't be stopped: what is left afterwards is what counts.
+            // Errors don't matter, because some of these may not run: the caller checks what is left.
             process::run(command, COMMAND_LIMIT).await;
         }
     }
 
-    /// Stops everything that runs in this home, and fails where something is left.
+    /// Stops everything that runs in this home. Panics if a process is left.
     pub async fn close(&mut self) {
         if let Some(mut child) = self.running.take() {
             child.kill().await.ok();
@@ -251,7 +252,7 @@ impl Drop for House {
     }
 }
 
-/// The real model's file.
+/// Returns the path of the real model's file.
 pub fn test_model() -> PathBuf {
     let path = std::env::var_os("LLORCH_TEST_MODEL").expect(
         "LLORCH_TEST_MODEL must name the file of `smollm2-135m`: run `scripts/test`, or `llorch-pool models download smollm2-135m` and set it",
@@ -259,7 +260,7 @@ pub fn test_model() -> PathBuf {
     PathBuf::from(path)
 }
 
-/// Waits until `condition` holds; false when it does not in time.
+/// Waits until `condition` holds. Returns false if it does not hold within `limit`.
 pub async fn until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
     while !condition() {

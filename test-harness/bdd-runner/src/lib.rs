@@ -1,4 +1,4 @@
-//! The real binaries as a scenario or a measurement sees them: a home of its own, commands, requests and streams.
+//! Access to the real binaries for scenarios and measurements: a home of their own, commands, requests and streams.
 
 pub mod chain;
 pub mod checker;

@@ -259,7 +259,7 @@ async fn long_run(options: &soak::Options) -> ExitCode {
     let report = soak::run(&options, |progress| {
         bar.set_position(progress.kills.into());
         bar.set_message(format!("{}, {} jobs", progress.stage, progress.jobs));
-        // A log gets a line now and then.
+        // Without a terminal, only some updates get a line.
         if lines && (progress.stage != "striking" || progress.kills % 25 == 0) {
             eprintln!(
                 "soak: {}, {} kills, {} jobs",

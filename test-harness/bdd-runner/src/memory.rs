@@ -1,4 +1,4 @@
-//! Watches what workers hold and what is set aside for them.
+//! Watches the memory that workers hold, and the memory that is reserved for them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,21 +10,21 @@ use std::time::Duration;
 use pool_core::home::Home;
 use pool_core::registry::Registry;
 
-/// How often it is looked.
+/// Pause between two samples.
 const INTERVAL: Duration = Duration::from_millis(20);
 
-/// The most that was seen at any moment, bytes.
+/// The largest values of all samples, in bytes.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Most {
-    /// Set aside for live workers.
+    /// Memory reserved for live workers.
     pub reserved: u64,
-    /// Private memory of their processes.
+    /// Private memory of the workers' processes.
     pub private: u64,
-    /// How often it was looked.
+    /// Number of samples.
     pub samples: u64,
 }
 
-/// Looks again and again until it is told to end.
+/// A thread that takes samples until it is stopped.
 #[derive(Debug)]
 pub struct Watch {
     stop: Arc<AtomicBool>,
@@ -32,7 +32,7 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Watches the workers of this home.
+    /// Starts to watch the workers of this home.
     pub fn start(home: &Path) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (theirs, home) = (Arc::clone(&stop), home.to_owned());
@@ -43,7 +43,7 @@ impl Watch {
         }
     }
 
-    /// Ends it, and tells what it saw.
+    /// Stops the thread, and returns the largest values.
     pub fn end(&mut self) -> Most {
         self.stop.store(true, Ordering::Relaxed);
         let thread = self.thread.take().expect("it is ended once");
@@ -75,7 +75,7 @@ fn look(home: &Path, stop: &AtomicBool) -> Most {
     most
 }
 
-/// Memory that no other process shares, the clean pages of files included; 0 for a process that is gone.
+/// Returns the memory that a process shares with no other, including clean pages of files; 0 for a process that is gone.
 fn private_bytes(pid: u32) -> u64 {
     let path = PathBuf::from(format!("/proc/{pid}/smaps_rollup"));
     let text = fs::read_to_string(path).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Commands of a scenario, and what is left running of them.
+//! Commands of a scenario, and the processes that they leave running.
 
 use std::ffi::OsStr;
 use std::io;
@@ -10,25 +10,25 @@ use std::time::Duration;
 
 use tokio::process::Command;
 
-/// Where [`lasting_port`] looks: above the ports that services are known by.
+/// Range of ports for [`lasting_port`], above the ports of well-known services.
 const LASTING_PORTS: Range<u16> = 10_000..32_000;
 
-/// What a command printed, and how it ended.
+/// The output and the exit status of a command.
 #[derive(Debug, Clone)]
 pub struct Finished {
-    /// How it ended.
+    /// Exit code, or the signal that ended the command.
     pub status: ExitStatus,
-    /// Standard output.
+    /// Standard output, as lossy UTF-8.
     pub stdout: String,
-    /// Standard error.
+    /// Standard error, as lossy UTF-8.
     pub stderr: String,
 }
 
-/// A program that lies beside this one.
+/// Returns the path of a program next to this one.
 pub fn program(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("a running program has a path");
     let folder = own.parent().expect("a program lies in a folder");
-    // Measurements are built into `deps`, one step below the programs.
+    // Benches are built into `deps`, one level below the programs.
     let folder = if folder.ends_with("deps") {
         folder.parent().expect("`deps` lies in a folder")
     } else {
@@ -43,7 +43,7 @@ pub fn program(name: &str) -> PathBuf {
     program
 }
 
-/// Runs a command to its end; panics when it takes longer than `limit`.
+/// Runs a command to its end. Panics if the command takes longer than `limit`.
 pub async fn run(mut command: Command, limit: Duration) -> Finished {
     let shown = format!("{:?}", command.as_std());
     let child = command
@@ -65,7 +65,7 @@ pub async fn run(mut command: Command, limit: Duration) -> Finished {
     }
 }
 
-/// Sends a signal.
+/// Sends a signal, written as for `kill`: `-STOP`.
 pub fn signal(pid: u32, signal: &str) {
     let sent = std::process::Command::new("kill")
         .args([signal, &pid.to_string()])
@@ -73,7 +73,8 @@ pub fn signal(pid: u32, signal: &str) {
     assert!(sent.expect("kill runs").success(), "{signal} {pid}");
 }
 
-/// Running processes that belong to the home folder: its path stands in their environment, or one of their files lies in it.
+/// Returns the ids and names of running processes that belong to a home folder: their environment contains its path, or they
+/// have one of its files open.
 pub fn left_running(home: &Path) -> Vec<(u32, String)> {
     let own = std::process::id();
     let entries = std::fs::read_dir("/proc").expect("Linux has /proc");
@@ -112,8 +113,8 @@ fn name_of(pid: u32) -> String {
         .to_owned()
 }
 
-/// A port that nobody else takes while nobody listens there for a moment: beside those that the system gives to whoever asks
-/// for any.
+/// Returns a port that no other process takes between two starts of its owner: a port outside the range from which the system
+/// assigns free ports.
 pub fn lasting_port() -> io::Result<u16> {
     let given = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range")?;
     let first_given = given
@@ -127,7 +128,7 @@ pub fn lasting_port() -> io::Result<u16> {
             return Ok(port);
         }
     }
-    // Where the system gives them all, one of those has to do.
+    // If the system's range leaves no other port, a port of the range has to do.
     let any = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     Ok(any.local_addr()?.port())
 }
@@ -151,7 +152,7 @@ pub fn split(line: &str) -> Vec<String> {
     words
 }
 
-/// A command with nothing of the caller's llama-orch settings.
+/// Returns a command without the caller's llama-orch settings.
 pub fn clean(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(program);
     for (name, _) in

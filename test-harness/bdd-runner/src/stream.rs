@@ -6,19 +6,19 @@ use eventsource_stream::Eventsource as _;
 use futures_util::StreamExt as _;
 use orchestrator_core::api::events::TaskEvent;
 
-/// One event, with the moment it arrived.
+/// An event, with the time of its arrival.
 #[derive(Debug, Clone)]
 pub struct Received {
-    /// `id:`, where the event carried one.
+    /// Value of `id:`; `None` for momentary events.
     pub id: Option<String>,
-    /// `event:` and `data:`.
+    /// Event as parsed from `event:` and `data:`.
     pub event: TaskEvent,
-    /// When it arrived.
+    /// Time of arrival.
     pub at: Instant,
 }
 
-/// Follows a stream until `enough` says so, or it ends. In a task of its own: the steps of all scenarios share one, and the
-/// moments at which events come must not be those at which another step has left it room.
+/// Follows a stream until `enough` returns true or the stream ends. Reads in a separate task: the steps of all scenarios share
+/// one task, and the arrival times must not depend on other steps.
 pub async fn follow(
     url: &str,
     last_event_id: Option<&str>,
@@ -77,7 +77,7 @@ async fn read(
     received
 }
 
-/// The text that a reader kept: what came after the last event that voided it.
+/// Returns the text that a reader keeps: all tokens after the last event that made earlier text void.
 pub fn text(events: &[Received]) -> String {
     let mut text = String::new();
     for received in events {

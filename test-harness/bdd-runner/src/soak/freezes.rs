@@ -1,4 +1,4 @@
-//! Freezes: each daemon is paused and resumed repeatedly while jobs run that may not lose a single attempt.
+//! Freezes: each daemon is paused and resumed repeatedly while jobs run that must not lose a single attempt.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -22,8 +22,8 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// Freezes orchestratord and pool-managerd while jobs with one attempt run: none may fail.
 ///
 /// Several chains (an orchestratord, a pool, two workers with small and slow models) share the freezes, whose lengths are
-/// spread evenly over the range. Jobs that are left over after the last freeze are cancelled. Exits with 0 if every job completed, otherwise with 1 (home and logs are then kept, and
-/// named).
+/// spread evenly over the range. Jobs that are left over after the last freeze are cancelled. Exits with 0 if every job
+/// completed, otherwise with 1 (home and logs are then kept, and named).
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
     /// Number of freezes of each daemon.
@@ -189,12 +189,12 @@ async fn freeze(daemon: &Daemon, length: Duration) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What the clients of a chain share.
+/// State shared by the clients of a chain.
 #[derive(Debug, Default)]
 struct Crowd {
-    /// No client submits another job.
+    /// Set once no client may submit another job.
     over: AtomicBool,
-    /// Submitted jobs of which no client has seen the end.
+    /// Submitted jobs whose end no client has seen.
     jobs: Mutex<BTreeSet<JobId>>,
 }
 

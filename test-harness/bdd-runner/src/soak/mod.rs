@@ -1,5 +1,5 @@
-//! The long run: the whole chain under clients that stream, cut, come back and cancel, while every part of it is killed or
-//! frozen again and again. At the end everything comes to rest, and the checker judges.
+//! The long run: the whole chain under clients that stream, disconnect, resume and cancel, while every part is killed or frozen
+//! repeatedly. At the end everything settles, and the checker judges the evidence.
 
 pub mod freezes;
 pub mod plan;
@@ -25,71 +25,71 @@ use crate::checker::{Evidence, Record, Violation, check};
 use crate::clients::{Clients, Reading};
 use plan::{Blow, Strike, Victim, plan};
 
-/// Requests that jobs are drawn from.
+/// Number of requests from which jobs are drawn.
 const VARIANTS: usize = 8;
-/// Jobs that stay until the end although nothing more is struck.
+/// Time for jobs to end after the last strike. Then the clients give up.
 const SETTLE: Duration = Duration::from_secs(600);
 
-/// The long run over the whole chain: real daemons and workers, killed and frozen at random.
+/// Runs the whole chain while real daemons and workers are killed and frozen at random.
 ///
 /// Starts an orchestratord, pools and workers with tiny models in a home of its own, lets clients submit, stream, lose their
-/// connections, come back and cancel, and meanwhile kills (SIGKILL) and freezes (SIGSTOP) every part. Then everything comes to
-/// its end, and a checker compares what clients were told, what the database holds and what the hosts hold: nothing may be lost,
-/// doubled or spliced. The seed decides which part is struck when, and what clients ask for.
+/// connections, resume and cancel, and meanwhile kills (SIGKILL) and freezes (SIGSTOP) every part. When everything has settled,
+/// a checker compares the answers to clients, the database and the hosts: nothing may be lost, doubled or spliced. The seed
+/// decides which part is struck when, and what clients request.
 ///
-/// Ends with 0 where every rule holds, with 1 where one is broken (home and logs are kept then, and named).
+/// Exits with 0 if every rule holds, otherwise with 1 (home and logs are then kept, and named).
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// How many processes are killed.
+    /// Number of processes to kill.
     #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub kills: u32,
-    /// What the victims are drawn from [default: drawn, and printed].
+    /// Seed of the victims and of the requests [default: random, and printed].
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// End the strikes after so many minutes, also where kills are left.
+    /// Stop the strikes after this many minutes, even if kills are left.
     #[arg(long, value_name = "M")]
     pub minutes: Option<f64>,
-    /// Pool hosts; each has two workers.
+    /// Number of pool hosts; each has two workers.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=8))]
     pub pools: u8,
-    /// Clients at a time.
+    /// Number of concurrent clients.
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub clients: u8,
-    /// Keep home and logs also where every rule holds.
+    /// Keep home and logs even if every rule holds.
     #[arg(long)]
     pub keep: bool,
 }
 
-/// What came of a run.
+/// The outcome of a run.
 #[derive(Debug)]
 pub struct Report {
-    /// The seed.
+    /// Seed, with which the same plan can run again.
     pub seed: u64,
-    /// Kills and freezes of each kind of part.
+    /// Number of kills and of freezes, by kind of part.
     pub struck: BTreeMap<Victim, (u32, u32)>,
-    /// How long the strikes took.
+    /// Duration of the strikes.
     pub elapsed: Duration,
-    /// Jobs by their states.
+    /// Number of jobs, by state.
     pub jobs: BTreeMap<String, usize>,
-    /// Attempts of all jobs.
+    /// Number of attempts of all jobs.
     pub attempts: usize,
-    /// Streams that clients opened.
+    /// Number of streams that clients opened.
     pub connections: u64,
-    /// What clients could not explain.
+    /// Errors for which clients gave up.
     pub complaints: Vec<String>,
     /// Rules that do not hold.
     pub violations: Vec<Violation>,
-    /// Where homes and logs are kept.
+    /// Folder of homes and logs; `None` if they are not kept.
     pub kept: Option<PathBuf>,
 }
 
 impl Report {
-    /// Whether everything is as it was promised.
+    /// Returns whether every rule holds and no client failed.
     pub fn is_sound(&self) -> bool {
         self.violations.is_empty() && self.complaints.is_empty()
     }
 
-    /// How many processes were killed.
+    /// Returns the number of killed processes.
     pub fn kills(&self) -> u32 {
         self.struck.values().map(|(kills, _)| kills).sum()
     }
@@ -141,18 +141,18 @@ impl fmt::Display for Report {
     }
 }
 
-/// How far a run is.
+/// Progress of a run.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress {
-    /// Kills so far.
+    /// Number of kills so far.
     pub kills: u32,
-    /// Jobs that clients have seen to their end.
+    /// Number of jobs whose end clients have seen.
     pub jobs: usize,
-    /// What happens now.
+    /// Current stage: `starting`, `striking` or `settling`.
     pub stage: &'static str,
 }
 
-/// One of the requests, drawn with a temperature so that a splice or a wrong sampler state shows in the text.
+/// Returns one of the requests. Most of them have a temperature, so that a splice or a wrong sampler state shows in the text.
 fn request(variant: usize, models: &[String]) -> TaskSubmitRequest {
     let greedy = variant % 4 == 3;
     TaskSubmitRequest {
@@ -167,7 +167,7 @@ fn request(variant: usize, models: &[String]) -> TaskSubmitRequest {
     }
 }
 
-/// Runs, and tells of its progress.
+/// Runs the soak, and reports its progress to `told`.
 pub async fn run(options: &Options, told: impl Fn(Progress)) -> anyhow::Result<Report> {
     let seed = options.seed.unwrap_or_else(rand::random);
     let strikes = plan(seed, options.kills as usize);
@@ -322,7 +322,7 @@ async fn run_on(
     })
 }
 
-/// A worker that lives. Where none is left, the next job has one started.
+/// Returns a live worker. If none is left, waits until the next job starts one.
 async fn a_worker(chain: &Chain, which: usize) -> anyhow::Result<ProcessIdentity> {
     eventually("a worker lives", || async {
         let workers = chain.pools.iter().flat_map(Pool::live);
@@ -335,7 +335,7 @@ async fn a_worker(chain: &Chain, which: usize) -> anyhow::Result<ProcessIdentity
     .await
 }
 
-/// Strikes one part.
+/// Strikes one part, and counts the strike.
 async fn hit(
     chain: &mut Chain,
     strike: &Strike,
@@ -387,7 +387,7 @@ async fn hit(
     Ok(())
 }
 
-/// One client that asks for one job after the other.
+/// A client that requests one job after another.
 struct Agent {
     clients: Clients,
     name: String,
@@ -397,11 +397,11 @@ struct Agent {
     done: Arc<AtomicUsize>,
 }
 
-/// What became of a client.
+/// The outcome of a client.
 struct Found {
-    /// Its jobs, with the requests that they came from.
+    /// The client's jobs, with the numbers of their requests.
     jobs: Vec<(JobId, usize)>,
-    /// Why it went on no further.
+    /// Error for which the client stopped early.
     complaint: Option<String>,
 }
 
@@ -445,7 +445,7 @@ impl Agent {
                     .await?
             }
             1 => {
-                // Asked twice at once, as a proxy does that repeats a request.
+                // Two submits at once, as from a proxy that repeats a request.
                 let (job, again) =
                     tokio::join!(clients.submit(key, &request), clients.submit(key, &request));
                 again?;

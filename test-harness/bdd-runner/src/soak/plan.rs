@@ -1,4 +1,4 @@
-//! Which part is struck when, drawn from a seed before anything runs: the same seed, the same plan.
+//! The plan of the strikes, drawn from a seed before anything runs: the same seed gives the same plan.
 
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -6,19 +6,19 @@ use rand::{RngExt as _, SeedableRng as _};
 /// A kind of part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Victim {
-    /// The orchestrator.
+    /// The `orchestratord` of the chain.
     Orchestratord,
-    /// A `pool-managerd`.
+    /// The `pool-managerd` of a pool host.
     PoolManager,
-    /// A worker.
+    /// A worker of any pool host.
     Worker,
 }
 
 impl Victim {
-    /// All kinds.
+    /// All kinds of parts.
     pub const ALL: [Self; 3] = [Self::Orchestratord, Self::PoolManager, Self::Worker];
 
-    /// The program's name.
+    /// Returns the program's name.
     pub fn program(self) -> &'static str {
         match self {
             Self::Orchestratord => "orchestratord",
@@ -28,35 +28,35 @@ impl Victim {
     }
 }
 
-/// What is done to it.
+/// The effect of a strike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Blow {
-    /// SIGKILL, and a start after so many milliseconds. The start of a worker is its pool's and the orchestrator's business.
+    /// SIGKILL, and a restart after a pause. Workers are not restarted here: their pool and the orchestrator do that.
     Kill {
-        /// How long the part stays away.
+        /// Pause before the restart, in milliseconds.
         away_ms: u64,
     },
-    /// SIGSTOP, and SIGCONT after so many milliseconds.
+    /// SIGSTOP, and SIGCONT after a pause.
     Freeze {
-        /// How long it stands still.
+        /// Length of the pause, in milliseconds.
         for_ms: u64,
     },
 }
 
-/// One strike.
+/// A strike against one part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Strike {
-    /// How long the system runs undisturbed before it.
+    /// Undisturbed time before the strike, in milliseconds.
     pub after_ms: u64,
-    /// Which kind of part.
+    /// Kind of the struck part.
     pub victim: Victim,
-    /// Which one of those there are, counted round.
+    /// Number of the struck part among those of its kind, taken modulo their count.
     pub which: usize,
-    /// What is done.
+    /// Kill or freeze.
     pub blow: Blow,
 }
 
-/// Strikes with so many kills among them; one in five strikes only freezes.
+/// Returns strikes with this many kills among them. About one strike in five only freezes.
 pub fn plan(seed: u64, kills: usize) -> Vec<Strike> {
     let mut dice = ChaCha8Rng::seed_from_u64(seed);
     let mut strikes = Vec::new();
@@ -73,7 +73,7 @@ pub fn plan(seed: u64, kills: usize) -> Vec<Strike> {
             }
         } else {
             left -= 1;
-            // Mostly at once, as a supervisor does; sometimes so late that heartbeats are missed.
+            // Usually at once, as a supervisor restarts; sometimes so late that heartbeats are missed.
             let longest = if dice.random_range(0..6) == 0 {
                 2500
             } else {
@@ -83,7 +83,7 @@ pub fn plan(seed: u64, kills: usize) -> Vec<Strike> {
                 away_ms: dice.random_range(0..longest),
             }
         };
-        // Mostly into the midst of the recovery from the strike before; sometimes into a system at peace.
+        // Usually during the recovery from the previous strike; sometimes while the system is at rest.
         let longest = if dice.random_range(0..4) == 0 {
             1500
         } else {
