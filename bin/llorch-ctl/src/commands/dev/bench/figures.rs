@@ -23,7 +23,7 @@ pub struct Answer {
 pub enum Outcome {
     /// The request got a whole answer.
     Answered(Answer),
-    /// The request failed.
+    /// The request failed with this error.
     Failed(CliError),
 }
 
