@@ -43,11 +43,11 @@ except ImportError as missing:
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 VECTORS = ROOT / "bin/llorch-candled/tests/data/tokenizer-vectors.json"
-# Probability from which on a token counts for the largest difference.
+# Least probability with which a token counts for the largest difference.
 LIKELY = 1e-3
-# A mean divergence below the first is never a failure, one above it is if it is so many times llama.cpp's.
+# A mean divergence up to NEGLIGIBLE never fails. A larger one fails above TIMES that of llama.cpp.
 NEGLIGIBLE, TIMES = 1e-4, 3.0
-# Rows of log-probabilities at once: one of Gemma's has 2 MB.
+# Rows of log-probabilities in memory at once: a row of Gemma's has 2 MB.
 ROWS = 32
 # Differing texts that the table shows.
 SHOWN = 5
@@ -57,7 +57,7 @@ SHOWN = 5
 class Difference:
     """Distance of one computation from another."""
 
-    # Mean and largest divergence of Kullback and Leibler, in nats.
+    # Mean and largest Kullback-Leibler divergence, in nats.
     mean_kl: float
     max_kl: float
     # Share of positions at which the likeliest token is the same.
@@ -77,7 +77,7 @@ class Row:
     ours: Difference
     ours_exact: Difference
     peer_exact: Difference
-    # The worker's bits are the same if it computes one position at a time.
+    # True if the worker's bits do not change when it computes one position at a time.
     same_bits: bool
 
     def agrees(self):
@@ -92,7 +92,7 @@ class Tokens:
 
     tokenizer: str
     texts: int
-    # Text, llama.cpp's ids and the worker's ids where they differ.
+    # Text, llama.cpp's ids and the worker's ids, for each text whose ids differ.
     different: list
 
     def agrees(self):
@@ -101,7 +101,7 @@ class Tokens:
 
 @dataclass
 class Refusal:
-    """A model that one of the engines does not take."""
+    """A model that one of the engines refuses."""
 
     model: str
     reason: str
@@ -123,7 +123,7 @@ class Worker:
         self.options = [f"threads={threads}", f"cache={cache}"] + ([f"tier={tier}"] if tier else [])
 
     def logits(self, path, ids, rows):
-        """Returns the logits after each id, computed so many rows at a time."""
+        """Returns the logits after each id, computed `rows` rows at a time."""
         with tempfile.TemporaryFile() as output:
             self.run(["logits", path, f"rows={rows}", *self.options], ids, output)
             output.seek(0)
@@ -172,10 +172,10 @@ def distance(reference_logits, logits):
 
 @dataclass
 class Session:
-    """All that the comparisons have in common."""
+    """State shared by the comparisons."""
 
     worker: Worker
-    # Folder for models that are made.
+    # Folder for generated models.
     folder: Path
     threads: int
     # Prints a line of the table.
@@ -236,7 +236,7 @@ class Session:
         return result
 
     def with_tensor(self, path):
-        """Returns a small file with the tokenizer of `path`. It has one tensor, for the worker reads no file without any."""
+        """Returns a small file with the tokenizer of `path`. It has one tensor, because the worker reads no file without tensors."""
         copy = self.folder / "tokenizer.gguf"
         architecture = gguf.GGUFReader(path).fields["general.architecture"].contents()
         writer = gguf.GGUFWriter(copy, architecture)

@@ -45,21 +45,21 @@ from table import aligned, best, digits_for, quotients, spread
 PARTS = ["decode", "prefill", "streams", "ttft", "start", "resident"]
 DEPTHS = [0, 512]
 OURS = "llorch"
-# Requests at once, all requests of a measurement, tokens of a prompt and of an answer, and of the context of each request.
+# Concurrent requests, all requests of a measurement, tokens of a prompt and of an answer, and context of each request.
 STREAMS, REQUESTS, PROMPT, ANSWER, CONTEXT = 8, 24, 128, 128, 1024
-# Mean number of runnable processes above which a measurement is no use.
+# Mean number of runnable processes above which a measurement is useless.
 BUSY = 0.5
 START = time.monotonic()
 
 
 @dataclass
 class Cell:
-    """Something to measure, with each engine that can do it, and what came out in each round."""
+    """A measurement, the engines that can do it, and the results of each round."""
 
     part: str
     threads: int
     depth: int | None = None
-    # What to call, by engine.
+    # Function that measures once, by engine.
     engines: dict = field(default_factory=dict)
     # Values of all rounds, and further figures, by engine; `None` where the measurement failed.
     values: dict = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Cell:
         return f"{self.part}{depth}, {self.threads} thread{'s'[: self.threads != 1]}"
 
     def measure(self, turn, failures):
-        """Measures all engines once, another one first in each turn."""
+        """Measures all engines once, starting with a different engine in each turn."""
         names = list(self.engines)
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
@@ -85,7 +85,7 @@ class Cell:
             self.details.setdefault(name, []).append(details)
 
     def drop_incomplete(self):
-        """Forgets a round in which not every engine was measured."""
+        """Drops a round in which not every engine was measured."""
         rounds = min(len(self.values.get(name, [])) for name in self.engines)
         for figures in (self.values, self.details):
             for name in list(figures):
@@ -112,7 +112,7 @@ class Programs:
     paths: dict
 
     def machine(self, threads, size):
-        """Returns the GB that the threads read a second of so many bytes, and as `products` the GMAC of bytes."""
+        """Returns the rate at which the threads read `size` bytes, in GB/s, and as `products` that of byte products, in GMAC/s."""
         text = output([self.paths["kernels"], "machine", threads, max(1, size // 1_000_000)])
         return figure(text, r"read with .*?: ([\d.]+)"), {"products": figure(text, r"products with .*?: ([\d.]+)")}
 
@@ -129,7 +129,7 @@ class Programs:
         return self.streams(worker.server(self.worker, model, threads, *options), "worker")
 
     def streams(self, server, api):
-        """Returns the tokens a second of all requests to a server together."""
+        """Returns the tokens per second of all requests to a server together."""
         bench = [self.paths["llorch"], "dev", "bench", "--url", "{url}", "--api", api, "--concurrency", STREAMS]
         bench += ["--requests", REQUESTS, "--prompt-tokens", PROMPT, "--output-tokens", ANSWER, "--format", "json"]
         bench += ["--model", "any"] if api == "openai" else []
@@ -137,7 +137,7 @@ class Programs:
             running.wait()
             before = children_seconds()
             command = [running.url if part == "{url}" else part for part in bench]
-            # Exit code 1: some requests failed, and are counted.
+            # Exit code 1 means that some requests failed; the report counts them.
             report = json.loads(output(command, {"LLORCH_WORKER_SECRET": worker.SECRET}, accepted=(0, 1)))
             used = children_seconds() - before
             resident = running.resident_bytes()
@@ -166,7 +166,7 @@ def figure(text, pattern):
 
 
 def cells_of(parts, threads, header, programs, peers):
-    """Returns what to measure of a model."""
+    """Returns the measurements of a model."""
     model, most = header.path, max(threads)
     context, size = min(CONTEXT, header.context()), header.decode_bytes(0)
     cells = []
@@ -196,7 +196,7 @@ def cells_of(parts, threads, header, programs, peers):
 
 
 def engines_of(programs, peers, program, work, arguments):
-    """Returns the calls of all engines that have a program."""
+    """Returns the function that measures each engine, for all engines that have the program."""
     engines = {OURS: lambda: getattr(programs, work)(*arguments)}
     for peer in peers:
         if getattr(peer, program):
@@ -240,7 +240,7 @@ def show_decode(cells, model, machine):
     rows = [["threads", "after", OURS, *peers, *(["ours / best"] if peers else []), "ours / bandwidth"]]
     for cell in cells:
         to_best = [ratio(cell, best([cell.values[name] for name in peers]))] if peers else []
-        # The position in the middle stands for all.
+        # The middle position represents all positions.
         size = model.decode_bytes(cell.depth + DECODE // 2) / 1e9
         limit = [read and read / size for read in machine[cell.threads].values[OURS]]
         names = [OURS, *peers]
@@ -322,7 +322,7 @@ def describe_machine():
 
 
 def record(machine, peers, results):
-    """Returns everything that was measured, for a file."""
+    """Returns all results, in the form in which a file stores them."""
     return {
         "machine": machine,
         "peers": [
@@ -404,7 +404,7 @@ def parse_arguments():
 
 
 def peers_of(args):
-    """Returns the peers that the arguments name. Fails with ValueError if one of them is none."""
+    """Returns the peers that the arguments name. Fails with ValueError if one of them is invalid."""
     peers = {}
     for name, path in args.peer:
         if name == OURS:

@@ -1,16 +1,16 @@
-"""What a GGUF file says about the work of a token: bytes read and products computed."""
+"""The work per token according to a GGUF file: bytes read and products computed."""
 
 import math
 import struct
 from dataclasses import dataclass
 
 MAGIC, VERSION = b"GGUF", 3
-# Formats of the values' numbers by their id; 8 is a text, 9 an array.
+# `struct` formats of numbers, by the id of their type; 8 is a text, 9 an array.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, ARRAY = 8, 9
-# Bytes of an element of a cache of half-precision floats.
+# Bytes per element of a cache of half-precision floats.
 CACHE_ELEMENT = 2
-# Every so many layers of gemma3, one sees all positions.
+# Of this many consecutive layers of gemma3, one sees all positions.
 GEMMA3_PERIOD = 6
 
 
@@ -59,7 +59,7 @@ class ModelFile:
         self.tensors = [Tensor(name, dimensions, sizes[offset] - offset) for name, dimensions, offset in places]
 
     def number(self, key, default=None):
-        """Returns a value of the architecture."""
+        """Returns a header value of the model's architecture, or `default` if the header has none."""
         return self.values.get(f"{self.values['general.architecture']}.{key}", default)
 
     def context(self):
@@ -75,8 +75,8 @@ class ModelFile:
         return 2 * self.number("attention.head_count_kv", heads) * width * CACHE_ELEMENT
 
     def decode_bytes(self, position):
-        """Returns the bytes that the token at this position reads: all matrices but the embedding's, unless that is the output
-        matrix too, and the keys and values that each layer sees."""
+        """Returns the bytes that the token at this position reads: all matrices but the embedding's, unless that is also the output
+        matrix, and the keys and values that each layer sees."""
         names = {tensor.name for tensor in self.tensors}
         skipped = {"token_embd.weight"} if "output.weight" in names else set()
         weights = sum(tensor.size for tensor in self.tensors if tensor.is_matrix() and tensor.name not in skipped)
@@ -84,13 +84,13 @@ class ModelFile:
         return weights + sum(self.seen(layer, position + 1) for layer in range(layers)) * self.layer_cache_bytes()
 
     def seen(self, layer, positions):
-        """Returns how many of so many positions the last one sees."""
+        """Returns how many of the first `positions` positions the last one sees."""
         window = self.number("attention.sliding_window")
         is_near = self.values["general.architecture"] == "gemma3" and (layer + 1) % GEMMA3_PERIOD
         return min(positions, window) if is_near else positions
 
     def prefill_products(self):
-        """Returns the products of a prompt's token with the matrices of the layers."""
+        """Returns the number of products of a prompt's token with the matrices of the layers."""
         return sum(tensor.elements() for tensor in self.tensors if tensor.is_matrix() and tensor.name.startswith("blk."))
 
 
@@ -109,7 +109,7 @@ def text(file):
 
 
 def value(file, kind):
-    """Reads a value. Arrays are skipped: nothing here asks for one."""
+    """Reads a value. Skips arrays, because no caller needs one."""
     if kind == TEXT:
         return text(file)
     if kind != ARRAY:

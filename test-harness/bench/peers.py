@@ -21,11 +21,11 @@ class Peer:
     server: Path | None = None
     bench_flags: list = field(default_factory=list)
     server_flags: list = field(default_factory=list)
-    # Commit of its source, as it tells with its figures.
+    # Commit of its source, as reported with its measurements.
     commit: str | None = None
 
     def add(self, path):
-        """Adds a program, or those of a folder. Fails with ValueError if there are none."""
+        """Adds a program, or the programs of a folder. Fails with ValueError if there are none."""
         paths = [path / BENCH, path / SERVER] if path.is_dir() else [path]
         found = [path for path in paths if path.is_file()]
         for path in found:
@@ -39,11 +39,11 @@ class Peer:
             raise ValueError(f"`{path}` has no {BENCH} and no {SERVER}")
 
     def prefill(self, model, threads):
-        """Returns the tokens a second of a prompt, and no further figures."""
+        """Returns the tokens per second of a prompt, and no further figures."""
         return self.measure(model, threads, "-p", PREFILL, "-n", 0)
 
     def decode(self, model, threads, depth):
-        """The same for an answer after so many tokens."""
+        """Returns the tokens per second of an answer after `depth` tokens, and no further figures."""
         if not depth:
             return self.measure(model, threads, "-p", 0, "-n", DECODE)
         if self.knows_depth:
@@ -52,7 +52,7 @@ class Peer:
 
     @cached_property
     def knows_depth(self):
-        """Whether its llama-bench has the option for a depth; older ones have another that does the same."""
+        """True if its llama-bench has the option for a depth. Older builds have another option with the same effect."""
         return "--n-depth" in output([self.bench, "--help"])
 
     def measure(self, model, threads, *work):
@@ -66,6 +66,6 @@ class Peer:
         return test["avg_ts"], {}
 
     def serve(self, model, threads, slots, context):
-        """Returns a server for so many requests at once."""
+        """Returns a server for `slots` concurrent requests."""
         command = [self.server, "-m", model, "-t", threads, "-np", slots, "-c", context, "--host", "127.0.0.1", "--port", "{port}"]
         return Server([*command, *self.server_flags])

@@ -23,7 +23,7 @@ class MeasureError(Exception):
 
 
 def build():
-    """Builds what is measured, and returns the paths by name: `engine`, `kernels`, `llorch` and `llorch-candled`."""
+    """Builds the programs to measure, and returns their paths by name: `engine`, `kernels`, `llorch` and `llorch-candled`."""
     paths = {}
     for command in (
         ["bench", "--no-run", "--bench", "engine", "--bench", "kernels"],
@@ -40,7 +40,7 @@ def build():
 
 
 def output(command, environment=None, accepted=(0,)):
-    """Runs a program and returns what it prints, if it prints something and ends with an accepted exit code."""
+    """Runs a program and returns its output. Fails if there is none, or if the exit code is not accepted."""
     done = subprocess.run(
         list(map(str, command)),
         env={**os.environ, **(environment or {})},
@@ -71,22 +71,22 @@ def free_port():
 
 
 class Server:
-    """A server that runs as long as the `with` statement."""
+    """A server that runs for the duration of a `with` statement."""
 
     def __init__(self, command, environment=None):
-        """`command` contains `{port}` where the port belongs."""
+        """`command` contains `{port}` in place of the port."""
         self.port = free_port()
         self.command = [str(part).replace("{port}", str(self.port)) for part in command]
         self.environment = {**os.environ, **(environment or {})}
         self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self):
-        # Some servers write files where they are started.
+        # Some servers write files to their working directory.
         self.folder = tempfile.TemporaryDirectory()
         self.log = Path(self.folder.name) / "output"
         self.started = time.perf_counter()
         with self.log.open("wb") as log:
-            # In a session of its own, Ctrl-C reaches it through this program alone.
+            # In its own session, the server gets no Ctrl-C from the terminal: this program stops it.
             self.process = subprocess.Popen(
                 self.command,
                 cwd=self.folder.name,
@@ -129,7 +129,7 @@ class Server:
         return health.get("state", health.get("status")) in ("ready", "ok")
 
     def resident_bytes(self):
-        """Returns the memory that the server has at the moment, mapped files included."""
+        """Returns the server's current resident memory, including mapped files."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         [line] = [line for line in status.splitlines() if line.startswith("VmRSS:")]
         return int(line.split()[1]) * 1024

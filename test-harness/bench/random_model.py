@@ -13,7 +13,7 @@ GAIN = 2.0
 
 @dataclass(frozen=True)
 class Family:
-    """A family: sizes, and what its files have beyond those of `llama`.
+    """A family: sizes, and the differences between its files and those of `llama`.
 
     Rows of all matrices are multiples of 256, the longest block of a quantised format.
     """
@@ -47,7 +47,7 @@ LONGROPE = {"rope_factors_long.weight": 8.0, "rope_factors_short.weight": 1.5}
 LONGROPE_KEYS = {"rope.scaling.attn_factor": 1.19}
 FAMILIES = {
     "llama": Family("llama"),
-    # As Llama 3: factors of the frequencies in a tensor.
+    # As in Llama 3: factors of the frequencies in a tensor.
     "llama-factors": Family("llama", factors={"rope_freqs.weight": 8.0}),
     "qwen2": Family("qwen2", biases=True, tied=True),
     "qwen3": Family("qwen3", qk_norms=True, head_dim=128, keys={"rope.freq_base": 1e6}),
@@ -68,7 +68,7 @@ FAMILIES = {
         },
     ),
     "phi3": Family("phi3", fused=True),
-    # As Phi-3.5: contexts that are longer than the original one have factors of their own.
+    # As in Phi-3.5: contexts longer than the original one have factors of their own.
     "phi3-short": Family("phi3", fused=True, factors=LONGROPE, keys={"rope.scaling.original_context_length": 2048} | LONGROPE_KEYS),
     "phi3-long": Family("phi3", fused=True, factors=LONGROPE, keys={"rope.scaling.original_context_length": 32} | LONGROPE_KEYS),
 }

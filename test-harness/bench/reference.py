@@ -1,6 +1,6 @@
 """llama.cpp as a reference, through its Python package `llama_cpp`.
 
-`LLAMA_CPP_LIB_PATH` names the folder of another `libllama.so` than the package's own.
+`LLAMA_CPP_LIB_PATH` names the folder of a `libllama.so` to use instead of the package's own.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ llama.llama_backend_init()
 
 
 class ReferenceError(Exception):
-    """llama.cpp can't do what it is asked for."""
+    """llama.cpp can't fulfil a request."""
 
 
 def quantise(source, target, form):
@@ -66,7 +66,7 @@ def loaded(path, vocabulary_only=False):
 
 
 def tokens(path, texts):
-    """Returns the ids of each text: none added, names of special tokens parsed."""
+    """Returns the ids of each text, with names of special tokens parsed, and without further tokens."""
     with loaded(path, vocabulary_only=True) as model:
         vocabulary = llama.llama_model_get_vocab(model)
         return [text_ids(vocabulary, text.encode()) for text in texts]

@@ -4,7 +4,7 @@ import statistics
 
 
 def spread(values, digits):
-    """Returns the median with the least and the largest; values that are missing don't count."""
+    """Returns the median with the least and the largest value. Missing values don't count."""
     values = [value for value in values if value is not None]
     if not values:
         return "-"
@@ -19,12 +19,12 @@ def digits_for(values):
 
 
 def quotients(values, others):
-    """Returns a / b of each round, `None` where a or b is missing."""
+    """Returns a / b of each round; `None` if a or b is missing."""
     return [a / b if a is not None and b else None for a, b in zip(values, others)]
 
 
 def best(lists):
-    """Returns the largest value of each round, `None` where all are missing."""
+    """Returns the largest value of each round; `None` if all are missing."""
     rounds = zip(*lists)
     return [max((value for value in values if value is not None), default=None) for values in rounds]
 

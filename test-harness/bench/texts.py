@@ -5,7 +5,7 @@ import unicodedata
 
 import gguf
 
-# Kinds of characters, from which random texts take runs.
+# Kinds of characters; random texts contain runs of each.
 ALPHABETS = [
     "abcdefghijklmnopqrstuvwxyz",
     "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
@@ -56,7 +56,7 @@ def random_texts(count, specials, seed):
 
 
 def special_names(path):
-    """Returns names of control and user-defined tokens, of each kind the first and the last few, and beginnings of names."""
+    """Returns the names of the first and the last few control and user-defined tokens, and beginnings of these names."""
     fields = gguf.GGUFReader(path).fields
     texts, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
     names = []
@@ -67,7 +67,7 @@ def special_names(path):
 
 
 def composed(path, given):
-    """Returns the texts, with composed characters (NFC) for tokenizers of Qwen: its own library and the worker compose them
+    """Returns the texts, with composed characters (NFC) for tokenizers of Qwen: Qwen's own library and the worker compose them
     first, llama.cpp does not."""
     pre = gguf.GGUFReader(path).fields.get("tokenizer.ggml.pre")
     if pre and pre.contents() == "qwen2":

@@ -1,4 +1,4 @@
-"""Requests to a worker, and what only it is measured for."""
+"""Requests to a worker, and the measurements that only a worker has."""
 
 import http.client
 import itertools
@@ -12,7 +12,7 @@ from processes import MeasureError, Server
 SECRET = "bench"
 # Words that most vocabularies have as one token each.
 WORDS = "time year people way day man thing woman life child world school state family student group".split()
-# Tokens of a prompt, those that the cache has, and requests of which the median counts.
+# Tokens of a prompt, tokens of it in the cache, and number of requests whose median counts.
 PROMPT, CACHED, REQUESTS = 528, 512, 9
 NUMBERS = itertools.count(1)
 
@@ -31,7 +31,7 @@ def request(port, method, path, body=None):
 
 
 def first_token(port, prompt):
-    """Asks for one token. Returns the seconds until it came, and the prompt's tokens; `None` while the model is loaded."""
+    """Requests one token. Returns the seconds until it came and the number of prompt tokens; `None` while the model loads."""
     number = next(NUMBERS)
     job = {"job_id": f"bench-{number}", "attempt": 1, "fence": 1, "prompt": prompt, "raw": True, "seed": 1, "max_tokens": 1}
     start = time.perf_counter()
@@ -66,7 +66,7 @@ def words(number, count):
 
 
 def time_to_first_token(program, model, threads):
-    """Returns the milliseconds to the first token of a prompt of which the cache has all but the last few tokens."""
+    """Returns the milliseconds to the first token of a prompt whose tokens are in the cache, except for the last few."""
     with server(program, model, threads, "--context-length", 2 * PROMPT, "--cache-tokens", 4 * PROMPT) as worker:
         worker.wait()
         _, extra = first_token(worker.port, " ".join(words(0, PROMPT)))
@@ -91,7 +91,7 @@ def time_to_first_token(program, model, threads):
 
 
 def start_to_first_token(program, model, threads):
-    """Returns the seconds from the start of the process to its first token. The file is read before, so memory has it."""
+    """Returns the seconds from the start of the process to its first token. Reads the file first, so that it is in memory."""
     with open(model, "rb") as file:
         while file.read(1 << 24):
             pass
@@ -101,13 +101,13 @@ def start_to_first_token(program, model, threads):
                 if first_token(worker.port, "Once upon a time"):
                     return time.perf_counter() - worker.started, {}
             except OSError:
-                pass  # It does not listen yet.
+                pass  # The server does not listen yet.
             worker.check()
             time.sleep(0.002)
 
 
 def resident(program, model, threads):
-    """Returns the bytes that a worker with default sizes has after loading, and its `context` in tokens."""
+    """Returns the resident bytes of a worker with default sizes after loading, and its `context` in tokens."""
     with server(program, model, threads) as worker:
         worker.wait()
         with request(worker.port, "GET", "/health") as answer:
