@@ -374,7 +374,7 @@ fn is_passing(error: &ClientError) -> bool {
     }
 }
 
-/// Converts a failed call into the error that the terminal shows, with a hint at the fix.
+/// Converts a failed call into the error that the terminal shows, with a hint how to fix it.
 pub fn shown(error: ClientError) -> CliError {
     match &error {
         ClientError::Unreachable { url, .. } => {

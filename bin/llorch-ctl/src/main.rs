@@ -10,8 +10,8 @@ use pool_core::terminal;
 
 /// Runs language models on machines of your own: controls the orchestrator, submits jobs and shows the fleet.
 ///
-/// Results go to standard output, progress and remarks to standard error. Every command that reads takes
-/// `--format json`.
+/// Results go to standard output, progress and remarks to standard error. Lists and reports are
+/// also available as JSON, with `--format json`.
 #[derive(Debug, Parser)]
 #[command(name = "llorch", version, after_help = AFTER_HELP)]
 struct Cli {

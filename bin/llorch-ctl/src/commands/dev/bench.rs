@@ -87,6 +87,7 @@ impl Bench {
         if measured.abs_diff(self.prompt_tokens) > self.prompt_tokens / 10 {
             note(format!("the prompts have about {measured} tokens"));
         }
+        // The numbers continue across levels: a repeated prompt would be found in a cache.
         let mut numbers = 1..;
         let mut levels = Vec::new();
         for concurrency in &self.concurrency {

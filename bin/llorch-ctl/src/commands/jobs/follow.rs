@@ -174,7 +174,7 @@ impl Transcript {
         }
     }
 
-    /// Returns the printed text, without what a later attempt made void.
+    /// Returns the printed text, except for text that a later attempt has made void.
     pub fn text(&self) -> &str {
         &self.text
     }

@@ -235,7 +235,7 @@ impl Replay {
     }
 }
 
-/// Returns the error of an interrupted reader without its hint, which says that the job goes on.
+/// Returns the error of an interrupted reader without its hint, which says that the job continues.
 fn plain(error: CliError) -> CliError {
     match error.exit {
         Exit::Interrupted => CliError::new(error.exit, error.message),

@@ -12,7 +12,7 @@ use pool_core::terminal::{human_count, human_duration, in_commands, note, paint,
 
 /// Delay before a wait gets a line without `notices`. A free worker takes a job sooner.
 const WORTH_A_LINE: Duration = Duration::from_secs(1);
-/// Pause before a further line for the same reason, whose numbers have changed.
+/// Pause before another line for the same reason with other numbers.
 const SAME_REASON: Duration = Duration::from_secs(60);
 /// Pause between lines about the prompt where there is no live line.
 const READING_EVERY: Duration = Duration::from_secs(10);

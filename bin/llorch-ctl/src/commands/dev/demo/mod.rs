@@ -392,6 +392,7 @@ async fn watch(
 }
 
 async fn watch_job(client: Orchestrator, id: JobId, tell: mpsc::Sender<Happening>) {
+    // A lost orchestrator means that the demo has failed, so there is no point in waiting for its return.
     let mut feed = client.events(id, None).with_patience(Duration::ZERO);
     loop {
         let happening = match feed.next().await {

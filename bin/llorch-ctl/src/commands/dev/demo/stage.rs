@@ -84,6 +84,7 @@ pub struct Stage {
 impl Stage {
     /// Creates a home of its own that shares the user's models and has a copy of the user's catalogue.
     pub fn set(user: &Home) -> Result<Self, CliError> {
+        // The folder outlives this process: `--keep` and the logs of a failed demo need it.
         let root = tempfile::Builder::new()
             .prefix("llorch-demo-")
             .permissions(Permissions::from_mode(0o700))

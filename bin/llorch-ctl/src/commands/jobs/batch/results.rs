@@ -175,7 +175,7 @@ fn alone(path: &Path) -> Result<File, CliError> {
     let mut options = OpenOptions::new();
     options.read(true).append(true).create(true).mode(0o600);
     loop {
-        // Reading anything else than a regular file may never end.
+        // Reading anything but a regular file may never end.
         if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
             let what = format!("{} is no regular file", path.display());
             return Err(CliError::new(Exit::Usage, what)
