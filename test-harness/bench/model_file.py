@@ -75,8 +75,8 @@ class ModelFile:
         return 2 * self.number("attention.head_count_kv", heads) * width * CACHE_ELEMENT
 
     def decode_bytes(self, position):
-        """Returns the bytes that the token at this position reads: all matrices but the embedding's, unless that is also the output
-        matrix, and the keys and values that each layer sees."""
+        """Returns the bytes that the token at this position reads: all matrices but the embedding's, unless that is also
+        the output matrix, and the keys and values that each layer sees."""
         names = {tensor.name for tensor in self.tensors}
         skipped = {"token_embd.weight"} if "output.weight" in names else set()
         weights = sum(tensor.size for tensor in self.tensors if tensor.is_matrix() and tensor.name not in skipped)
