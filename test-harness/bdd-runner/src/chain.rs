@@ -305,6 +305,7 @@ impl Chain {
                 folder.path().join(&name),
                 parts.programs.join("pool-managerd"),
             )?;
+            // Each pool has its own range of ports, because the default range is the same for all concurrent pools.
             let first_port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
             daemon.set("LLORCH_POOL_BIND", "127.0.0.1:0");
             daemon.set("LLORCH_POOL_ID", &name);

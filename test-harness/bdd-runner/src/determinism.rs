@@ -213,6 +213,7 @@ fn run(model: &Path, way: Way, jobs: Vec<ExecuteRequest>) -> anyhow::Result<Vec<
             && let Some((job, mut request)) = next.next()
         {
             if !way.shares {
+                // With a scope of its own, a job finds no cached prefix of another job.
                 request.cache_scope = Some(request.job_id.clone());
             }
             if let Some(resume) = &mut request.resume {

@@ -242,6 +242,7 @@ async fn work(
         };
         let job = clients.submit(&key, &request).await?;
         crowd.lock().insert(job);
+        // The end may have come since the check above, too late for this job to be in the list of jobs to cancel.
         if crowd.over.load(Ordering::Relaxed) {
             clients.cancel(job).await?;
         }
