@@ -97,6 +97,11 @@ pub fn resume(point: Timestamp) {
     with_reckoning(|reckoning| reckoning.resume(point));
 }
 
+/// Returns the seconds since `at`; zero if it has not come.
+pub fn seconds_since(at: Timestamp) -> f64 {
+    now().duration_since(at).as_secs_f64().max(0.0)
+}
+
 /// Returns the time until `at`; zero if it has passed.
 pub fn until(at: Timestamp) -> Duration {
     at.duration_since(now()).try_into().unwrap_or_default()

@@ -43,12 +43,13 @@ use tokio::task::JoinHandle;
 use app::{App, Orchestrator};
 use claim::Claim;
 pub use claim::Holder;
-use dispatch::Found;
+use dispatch::{AdoptedAttempt, Attempt};
 use fleet::Fleet;
 use metrics::Metrics;
 use queue::{ActiveAttempt, LiveJob};
 use scheduler::ScriptPolicy;
 use state::{Interrupted, Store, StoreError};
+use streams::JobLog;
 
 const NAME: &str = "orchestratord";
 /// The job database in the state folder.
@@ -317,9 +318,8 @@ async fn recover(app: &App) -> anyhow::Result<()> {
     let (mut waiting, mut running) = (0, 0);
     for job in recovered {
         let (id, created_at) = (job.queued.id, job.queued.created_at);
-        let live = LiveJob::new(id, created_at, job.deadline, job.last_event);
-        live.hub.set_seen_more(job.seen_more);
-        let live = Arc::new(live);
+        let log = JobLog::new(job.last_event, job.seen_more);
+        let live = Arc::new(LiveJob::new(id, created_at, job.deadline, log));
         app.jobs.insert(Arc::clone(&live));
         let Some(interrupted) = job.interrupted else {
             waiting += 1;
@@ -330,15 +330,18 @@ async fn recover(app: &App) -> anyhow::Result<()> {
         let Interrupted {
             pool_id, worker_id, ..
         } = interrupted.clone();
-        let attempt = Arc::new(ActiveAttempt::new(pool_id, worker_id));
-        app.jobs.begin_attempt(id, Arc::clone(&attempt));
-        let found = Found {
-            live,
-            queued: job.queued,
-            attempt,
+        let slot = Arc::new(ActiveAttempt::new(pool_id, worker_id));
+        app.jobs.begin_attempt(id, Arc::clone(&slot));
+        let adopted = AdoptedAttempt {
+            attempt: Attempt {
+                app: Arc::clone(app),
+                live,
+                queued: job.queued,
+                slot,
+            },
             interrupted,
         };
-        app.spawn(dispatch::take_up(Arc::clone(app), found));
+        app.spawn(dispatch::adopt(adopted));
     }
     if waiting + running > 0 {
         tracing::info!(waiting, running, "jobs are there from before");

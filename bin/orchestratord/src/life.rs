@@ -1,8 +1,8 @@
-//! How jobs begin and end: the one place that commits, then tells.
+//! The beginning and the end of jobs.
 
 use std::sync::Arc;
 
-use orchestrator_core::api::events::{EventId, Queued, TaskEvent};
+use orchestrator_core::api::events::{End, EventId, Queued, TaskEvent};
 use orchestrator_core::job::{
     AttemptOutcome, Job, JobError, JobErrorCode, JobEvent, JobSpec, Usage,
 };
@@ -17,6 +17,7 @@ use crate::app::App;
 use crate::clock;
 use crate::queue::{LiveJob, Order, Refused};
 use crate::state::{Ending, IdempotencyKey, LogEntry, Progress, StoreError, Submitted};
+use crate::streams::JobLog;
 
 /// Why a task is not accepted.
 #[derive(Debug, thiserror::Error)]
@@ -182,37 +183,39 @@ pub async fn submit(
         .promise(&queued, || app.fleet.is_unknown(now), now)?;
 
     let id = job.id;
-    let start = EventId { attempt: 0, seq: 0 };
-    let live = LiveJob::new(id, now, job.deadline(), start).submitted_by(correlation.as_str());
+    let log = JobLog::new(EventId { attempt: 0, seq: 0 }, false);
+    let live = LiveJob::new(id, now, job.deadline(), log).submitted_by(correlation.as_str());
     let live = Arc::new(live);
     let event = Queued {
         job_id: id,
         model: job.spec.model.clone(),
         queue_position: position,
     };
-    let first = live.hub.entry(TaskEvent::Queued(event), Vec::new(), None);
-    // Live before the commit shows it to lists and to others with the same key. Whoever finds it there waits at the gate.
-    let gate = live.gate.lock().await;
+    let Ok(log) = live.log.lock().await else {
+        return Err(SubmitError::Stopping);
+    };
+    // Live before the commit makes it visible in lists and to requests with the same key: those wait for the log.
     app.jobs.insert(Arc::clone(&live));
-    match app.store.submit(job, key, Arc::clone(&first)).await {
-        Ok(Submitted::New) => crash_point("submit.committed"),
-        Ok(Submitted::Known(known_id, status)) => {
+    let stored = log.commit(Some((TaskEvent::Queued(event), None)), |events| {
+        store(&app, job, key, events)
+    });
+    match stored.await {
+        Ok(()) => {}
+        Err(NotStored::Known(known_id, status)) => {
             app.jobs.forget(id);
             return Ok(known(&app, known_id, status));
         }
-        Err(error) => {
+        Err(NotStored::Failed(error)) => {
             app.jobs.forget(id);
             return Err(error.into());
         }
     }
-    live.hub.publish(first);
-    live.hub.written(1);
     app.metrics
         .enqueued
         .with_label_values(&[queued.priority.as_str()])
         .inc();
     app.jobs.put(queued);
-    drop(gate);
+    drop(log);
     drop(promise);
     tracing::info!(job = %id, correlation_id = %correlation, "job accepted");
     app.changed.notify_one();
@@ -223,6 +226,31 @@ pub async fn submit(
     })
 }
 
+/// Why [`store`] did not store a job.
+enum NotStored {
+    /// The idempotency key names an earlier job, in this state.
+    Known(JobId, JobStatus),
+    /// The database refused.
+    Failed(StoreError),
+}
+
+async fn store(
+    app: &App,
+    job: Job,
+    key: Option<IdempotencyKey>,
+    mut events: Vec<Arc<LogEntry>>,
+) -> Result<(), NotStored> {
+    let first = events.pop().expect("the log begins with this event");
+    match app.store.submit(job, key, first).await {
+        Ok(Submitted::New) => {
+            crash_point("submit.committed");
+            Ok(())
+        }
+        Ok(Submitted::Known(id, status)) => Err(NotStored::Known(id, status)),
+        Err(error) => Err(NotStored::Failed(error)),
+    }
+}
+
 fn known(app: &App, id: JobId, status: JobStatus) -> Accepted {
     Accepted {
         id,
@@ -231,22 +259,22 @@ fn known(app: &App, id: JobId, status: JobStatus) -> Accepted {
     }
 }
 
-/// How a job ends.
+/// The end of a job.
 #[derive(Debug, Clone)]
-pub enum End {
-    /// Its text is whole.
-    Completed(orchestrator_core::api::events::End),
-    /// It did not complete.
+pub enum JobEnd {
+    /// The text is complete.
+    Completed(End),
+    /// The job did not complete.
     Error(JobError),
 }
 
-impl End {
-    /// Somebody cancelled it.
+impl JobEnd {
+    /// Returns the end of a cancelled job.
     pub fn cancelled() -> Self {
         Self::error(JobErrorCode::Cancelled, "the job was cancelled", false)
     }
 
-    /// Its time ran out.
+    /// Returns the end of a job whose time ran out.
     pub fn timeout() -> Self {
         Self::error(
             JobErrorCode::Timeout,
@@ -255,18 +283,19 @@ impl End {
         )
     }
 
-    /// The daemon can't go on with it. The cause is for the log: it may name what clients must not see.
+    /// Returns the end of a job that the daemon can't continue. The cause goes to the log: it may name what clients must not
+    /// see.
     pub fn internal() -> Self {
         let message = "the orchestrator could not go on with the job; its log says why";
         Self::error(JobErrorCode::Internal, message, true)
     }
 
-    /// Whether it is [`End::internal`].
+    /// Returns whether this is [`JobEnd::internal`].
     pub fn is_internal(&self) -> bool {
         matches!(self, Self::Error(error) if error.code == JobErrorCode::Internal)
     }
 
-    /// It failed.
+    /// Returns the end of a failed job.
     pub fn error(code: JobErrorCode, message: impl Into<String>, retriable: bool) -> Self {
         Self::Error(JobError {
             code,
@@ -274,100 +303,97 @@ impl End {
             retriable,
         })
     }
+
+    /// Returns the job's last event, and what to write to the database with `events`, on behalf of the attempt with `fence` or
+    /// of none.
+    fn into_record(
+        self,
+        fence: Option<u64>,
+    ) -> (TaskEvent, impl FnOnce(Vec<Arc<LogEntry>>) -> Ending) {
+        let (event, outcome) = match &self {
+            Self::Completed(_) => (JobEvent::Finished, AttemptOutcome::Completed),
+            Self::Error(error) => match error.code {
+                JobErrorCode::Cancelled => (JobEvent::Cancel, AttemptOutcome::Cancelled),
+                JobErrorCode::Timeout => (JobEvent::DeadlinePassed, AttemptOutcome::Expired),
+                JobErrorCode::WorkerLost => (JobEvent::Errored, AttemptOutcome::WorkerLost),
+                _ => (JobEvent::Errored, AttemptOutcome::Failed),
+            },
+        };
+        let (usage, receipt, error) = match &self {
+            Self::Completed(end) => {
+                let usage = Usage {
+                    tokens_in: end.tokens_in,
+                    tokens_out: end.tokens_out,
+                    stop_reason: end.stop_reason,
+                    ttft_ms: end.ttft_ms,
+                    decode_time_ms: end.decode_time_ms,
+                };
+                (Some(usage), end.receipt.clone(), None)
+            }
+            Self::Error(error) => (None, None, Some(error.clone())),
+        };
+        let last = match self {
+            Self::Completed(end) => TaskEvent::End(end),
+            Self::Error(error) => TaskEvent::Error(error),
+        };
+        let ending = move |events| Ending {
+            event,
+            fence,
+            at: clock::now(),
+            progress: Progress {
+                started_at: None,
+                events,
+            },
+            usage,
+            receipt,
+            error,
+            outcome,
+        };
+        (last, ending)
+    }
 }
 
-/// Ends a job on behalf of the attempt with `fence`, or of nobody's: commits, then tells readers and the attempt.
-/// Returns the state that won.
+/// Ends a job on behalf of the attempt with `fence`, or of none: commits the end, then notifies readers and the running
+/// attempt. Returns the job's final state, which may come from an earlier end.
 pub async fn end(
     app: &App,
     live: &LiveJob,
     fence: Option<u64>,
-    end: End,
+    end: JobEnd,
 ) -> Result<JobStatus, StoreError> {
-    let _gate = live.gate.lock().await;
-    if let Some(status) = live.ended() {
-        return Ok(status);
-    }
-    let (event, outcome) = match &end {
-        End::Completed(_) => (JobEvent::Finished, AttemptOutcome::Completed),
-        End::Error(error) => match error.code {
-            JobErrorCode::Cancelled => (JobEvent::Cancel, AttemptOutcome::Cancelled),
-            JobErrorCode::Timeout => (JobEvent::DeadlinePassed, AttemptOutcome::Expired),
-            JobErrorCode::WorkerLost => (JobEvent::Errored, AttemptOutcome::WorkerLost),
-            _ => (JobEvent::Errored, AttemptOutcome::Failed),
-        },
+    let log = match live.log.lock().await {
+        Ok(log) => log,
+        Err(status) => return Ok(status),
     };
-    let (usage, receipt, error) = match &end {
-        End::Completed(end) => {
-            let usage = Usage {
-                tokens_in: end.tokens_in,
-                tokens_out: end.tokens_out,
-                stop_reason: end.stop_reason,
-                ttft_ms: end.ttft_ms,
-                decode_time_ms: end.decode_time_ms,
-            };
-            (Some(usage), end.receipt.clone(), None)
-        }
-        End::Error(error) => (None, None, Some(error.clone())),
-    };
-    let last = last_event(live, end);
-    let mut events = live.hub.unwritten();
-    events.push(Arc::clone(&last));
-    let progress = Progress {
-        started_at: None,
-        events,
-    };
-    let ending = Ending {
-        event,
-        fence,
-        at: clock::now(),
-        progress,
-        usage,
-        receipt,
-        error,
-        outcome,
-    };
-    crash_point("end.uncommitted");
-    let status = app.store.end(live.id, ending).await?;
-    crash_point("end.committed");
-    live.hub.written(last.id.seq);
-    tell(app, live, last, status);
+    let (last, ending) = end.into_record(fence);
+    let written = log.finish(last, |events| async move {
+        crash_point("end.uncommitted");
+        let status = app.store.end(live.id, ending(events)).await?;
+        crash_point("end.committed");
+        Ok(status)
+    });
+    let status = written.await?;
+    settle(app, live, status);
     tracing::info!(job = %live.id, %status, "job over");
     Ok(status)
 }
 
-/// The job is one that [`abandon`] let go of.
+/// The job was dropped by [`drop_unrecordable`].
 #[derive(Debug, thiserror::Error)]
 #[error("{0} was let go: its record allows neither an attempt nor an end")]
-pub struct LetGo(pub JobId);
+pub struct UnrecordableJob(pub JobId);
 
-/// Lets go of a job that the database does not even let fail. What the record says of it stays as it is, and the next
-/// start reads it again: so readers are let go without an end, which would have to be taken back.
-pub async fn abandon(app: &App, live: &LiveJob) {
-    let _gate = live.gate.lock().await;
-    if live.ended().is_none() {
-        live.hub.close();
+/// Drops a job whose failure cannot be recorded. Its record stays as it is, and the next start reads it again: so the streams
+/// of its readers end without an event, which a later start might have to take back.
+pub async fn drop_unrecordable(app: &App, live: &LiveJob) {
+    if let Ok(log) = live.log.lock().await {
+        log.abandon(JobStatus::Failed);
         settle(app, live, JobStatus::Failed);
     }
 }
 
-fn last_event(live: &LiveJob, end: End) -> Arc<LogEntry> {
-    let event = match end {
-        End::Completed(end) => TaskEvent::End(end),
-        End::Error(error) => TaskEvent::Error(error),
-    };
-    live.hub.entry(event, Vec::new(), None)
-}
-
-/// Tells readers, the running attempt and the scheduler of an end. The caller holds the job's gate.
-fn tell(app: &App, live: &LiveJob, last: Arc<LogEntry>, status: JobStatus) {
-    live.hub.publish(last);
-    settle(app, live, status);
-}
-
-/// Tells the running attempt and the scheduler that nothing is left to do. The caller holds the job's gate.
+/// Stops the running attempt and wakes the scheduler after an end. The caller holds the job's log.
 fn settle(app: &App, live: &LiveJob, status: JobStatus) {
-    live.end(status);
     if let Some(attempt) = app.jobs.attempt(live.id) {
         attempt.order(Order::Stop);
     }
@@ -379,10 +405,10 @@ fn settle(app: &App, live: &LiveJob, status: JobStatus) {
     app.changed.notify_one();
 }
 
-/// Cancels a job. `None`: there is no such job.
+/// Cancels a job and returns its final state; `None` if there is no such job.
 pub async fn cancel(app: App, id: JobId) -> Result<Option<JobStatus>, StoreError> {
     match app.jobs.get(id) {
-        Some(live) => end(&app, &live, None, End::cancelled()).await.map(Some),
+        Some(live) => end(&app, &live, None, JobEnd::cancelled()).await.map(Some),
         None => app.store.status(id).await,
     }
 }

@@ -27,7 +27,7 @@ use super::{document, error};
 use crate::app::App;
 use crate::clock;
 use crate::explain;
-use crate::life::{self, Accepted, LetGo};
+use crate::life::{self, Accepted, UnrecordableJob};
 use crate::state::{IdempotencyKey, ListFilter, apply_to_text};
 use crate::streams;
 
@@ -186,7 +186,7 @@ fn accepts_events(headers: &HeaderMap) -> bool {
 async fn stream(app: &App, id: JobId, after: Option<EventId>) -> ServiceResult<Response> {
     let live = app.jobs.get(id);
     let end = match &live {
-        Some(live) => live.hub.end(),
+        Some(live) => live.log.end(),
         None => logged_end(app, id).await?,
     };
     match after.cmp(&end) {
@@ -215,7 +215,7 @@ async fn logged_end(app: &App, id: JobId) -> ServiceResult<Option<EventId>> {
         return Err(error::events_gone(id, at));
     }
     if !log.status.is_terminal() {
-        return Err(ServiceError::internal(&LetGo(id)));
+        return Err(ServiceError::internal(&UnrecordableJob(id)));
     }
     Ok(log.last)
 }
@@ -353,7 +353,7 @@ pub(super) async fn show(
     let recent = app
         .jobs
         .get(id)
-        .map(|live| live.hub.recent())
+        .map(|live| live.log.recent())
         .unwrap_or_default();
     let (mut job, last) = app
         .store

@@ -14,16 +14,16 @@ use pool_core::client::{ApiClient, ClientError, EventStream, Method};
 use pool_core::secret::Secret;
 
 use crate::queue::LiveJob;
-use crate::state::{Lease, Seam};
+use crate::state::{Lease, ResumePoint};
 
 /// How long a worker may take to answer; generating is no part of it.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// What the worker is asked to do: to go on after the tokens of the seam, where readers were shown any.
+/// Returns the request for an execution. It continues after the tokens of `resume_point`, if readers were shown any.
 pub(super) fn request(
     job: JobId,
     lease: &Lease,
-    seam: Seam,
+    resume_point: ResumePoint,
     sharing: PrefixSharing,
 ) -> ExecuteRequest {
     let spec = &lease.spec;
@@ -51,11 +51,11 @@ pub(super) fn request(
         stop: spec.stop.clone(),
         // Whether it may go on is for the worker to say, which knows its file and its build. Tokens of which nobody
         // knows what they came from are of no use to it.
-        resume: seam.origin.map(|origin| Resume {
-            token_ids: seam.token_ids,
-            next_index: Some(seam.next_index),
+        resume: resume_point.origin.map(|origin| Resume {
+            token_ids: resume_point.token_ids,
+            next_index: Some(resume_point.next_index),
             origin: Some(origin),
-            seen_more: seam.seen_more,
+            seen_more: resume_point.seen_more,
         }),
         cache_scope,
         refuse_if_full: false,

@@ -1,76 +1,53 @@
 //! One job that is not over.
 
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use jiff::Timestamp;
-use orchestrator_core::api::events::EventId;
+use orchestrator_core::JobId;
 use orchestrator_core::scheduler::Why;
-use orchestrator_core::{JobId, JobStatus};
 use tokio::sync::watch;
 
-use crate::streams::Hub;
+use crate::streams::JobLog;
 
 /// A job that is not over, or ended a moment ago.
 #[derive(Debug)]
 pub struct LiveJob {
     /// Id.
     pub id: JobId,
-    /// Its events.
-    pub hub: Hub,
-    /// When it was accepted.
+    /// Event log.
+    pub log: JobLog,
+    /// Time of acceptance.
     pub created_at: Timestamp,
-    /// When it expires.
+    /// Time of expiry.
     pub deadline: Option<Timestamp>,
-    /// The correlation id of the request that submitted it, as far as this run of the daemon knows.
+    /// Correlation id of the request that submitted the job in this run of the daemon.
     correlation: Option<String>,
-    /// Held by whoever changes the job's state or adds to its log, over the commit: what readers see has one order, and
-    /// nothing is relayed after an end that is being committed.
-    pub gate: tokio::sync::Mutex<()>,
-    ended: OnceLock<JobStatus>,
 }
 
 impl LiveJob {
-    /// A job whose log ends at `last`.
-    pub fn new(
-        id: JobId,
-        created_at: Timestamp,
-        deadline: Option<Timestamp>,
-        last: EventId,
-    ) -> Self {
+    /// Returns a job of which an earlier run of the daemon, or none, has logged events.
+    pub fn new(id: JobId, created_at: Timestamp, deadline: Option<Timestamp>, log: JobLog) -> Self {
         Self {
             id,
-            hub: Hub::new(last),
+            log,
             created_at,
             deadline,
             correlation: None,
-            gate: tokio::sync::Mutex::new(()),
-            ended: OnceLock::new(),
         }
     }
 
-    /// The same, submitted by this request.
+    /// Adds the correlation id of the request that submitted the job.
     #[must_use]
     pub fn submitted_by(mut self, correlation: &str) -> Self {
         self.correlation = Some(correlation.to_owned());
         self
     }
 
-    /// The correlation id under which other daemons hear of it: the client's, or after a restart the job's own id.
+    /// Returns the correlation id for requests to other daemons: the client's, or after a restart the job's own id.
     pub fn correlation(&self) -> String {
         self.correlation
             .clone()
             .unwrap_or_else(|| self.id.to_string())
-    }
-
-    /// The state in which it ended. To be asked while the gate is held.
-    pub fn ended(&self) -> Option<JobStatus> {
-        self.ended.get().copied()
-    }
-
-    /// Notes the end.
-    pub fn end(&self, status: JobStatus) {
-        let _ = self.ended.set(status);
     }
 }
 

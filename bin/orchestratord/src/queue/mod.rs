@@ -1,4 +1,4 @@
-//! The jobs that are not over, in memory: the order of the waiting ones, the reasons they wait, and each job's hub and attempt.
+//! The jobs that are not over, in memory: the order of the waiting ones, the reasons they wait, and each job's log and attempt.
 //!
 //! The database is the record. This state is built from it at start and changed after each commit. Waiting jobs, leases and
 //! pools share one index under one lock, so that a pass sees all of them at one moment.
@@ -329,7 +329,7 @@ pub type News = (Arc<LiveJob>, TaskWaiting);
 pub fn publish(news: Vec<News>) {
     use orchestrator_core::api::events::TaskEvent;
     for (live, waiting) in news {
-        live.hub.publish_momentary(TaskEvent::Waiting(waiting));
+        live.log.show_momentary(TaskEvent::Waiting(waiting));
     }
 }
 

@@ -20,9 +20,9 @@ use serde::de::IgnoredAny;
 
 use crate::app::App;
 use crate::clock;
-use crate::dispatch::{self, Dispatch};
+use crate::dispatch::{self, Attempt, Dispatch};
 use crate::fleet::{Asked, Fate};
-use crate::life::{self, End};
+use crate::life::{self, JobEnd};
 use crate::queue::{self, ActiveAttempt, LiveJob, Order, Passed};
 
 pub use recording::Recordings;
@@ -135,7 +135,7 @@ fn expire(app: &App, now: Timestamp) -> Option<Timestamp> {
     for job in due {
         let app_ = Arc::clone(app);
         app.spawn(async move {
-            if let Err(error) = life::end(&app_, &job, None, End::timeout()).await {
+            if let Err(error) = life::end(&app_, &job, None, JobEnd::timeout()).await {
                 tracing::warn!(job = %job.id, %error, "could not end a job whose time ran out");
             }
         });
@@ -165,7 +165,7 @@ fn tell(app: &App, attempts: &[Arc<ActiveAttempt>], now: Timestamp) {
 /// Queues a job again after an action on it failed.
 fn put_back(app: &App, live: &LiveJob, queued: &QueuedJob, now: Timestamp) {
     // A job that ended during the pass must not wait again.
-    if live.ended().is_none() {
+    if live.log.ended().is_none() {
         app.jobs.put(QueuedJob {
             not_before: now.checked_add(RETRY).ok(),
             ..queued.clone()
@@ -195,16 +195,19 @@ fn dispatch(
         return;
     };
     let dispatch = Dispatch {
-        live,
-        queued: QueuedJob {
-            not_before: None,
-            ..queued.clone()
+        attempt: Attempt {
+            app: Arc::clone(app),
+            live,
+            queued: QueuedJob {
+                not_before: None,
+                ..queued.clone()
+            },
+            slot: Arc::clone(attempt),
         },
-        attempt: Arc::clone(attempt),
         endpoint,
         _place: place,
     };
-    app.spawn(dispatch::run(Arc::clone(app), dispatch));
+    app.spawn(dispatch::run(dispatch));
 }
 
 fn reject(app: &App, queued: &Arc<QueuedJob>, code: JobErrorCode, message: String) {
@@ -213,7 +216,7 @@ fn reject(app: &App, queued: &Arc<QueuedJob>, code: JobErrorCode, message: Strin
     };
     let (app_, queued) = (Arc::clone(app), Arc::clone(queued));
     app.spawn(async move {
-        let end = End::error(code, message, false);
+        let end = JobEnd::error(code, message, false);
         if let Err(error) = life::end(&app_, &live, None, end).await {
             tracing::warn!(job = %live.id, %error, "could not reject a job");
             put_back(&app_, &live, &queued, clock::now());

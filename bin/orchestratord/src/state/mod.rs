@@ -6,11 +6,12 @@
 mod backup;
 mod commands;
 mod holder;
+mod patience;
 mod pools;
 mod queries;
+mod resume_point;
 mod retention;
 mod schema;
-mod seam;
 mod timeline;
 mod writer;
 
@@ -42,9 +43,10 @@ use tokio::task::JoinHandle;
 use crate::clock;
 
 pub use backup::backup;
+pub use patience::{STORE_PAUSE, Unfinished};
 pub use pools::StoredPool;
+pub use resume_point::ResumePoint;
 pub use retention::{Cutoffs, Step};
-pub use seam::Seam;
 use writer::Writer;
 
 /// Number of connections for reading.
@@ -539,17 +541,17 @@ impl Store {
 
     /// Returns the lease with `fence`, if an attempt still holds the job under it.
     pub async fn held_lease(&self, job: JobId, fence: u64) -> Result<Option<Lease>, StoreError> {
-        seam::held_lease(&self.readers, job, fence).await
+        resume_point::held_lease(&self.readers, job, fence).await
     }
 
-    /// Returns the resume point of the job's text. Reads the whole log.
-    pub async fn seam(&self, job: JobId) -> Result<Seam, StoreError> {
-        seam::seam(&self.readers, job).await
+    /// Loads the point from which an attempt continues the job's text. Reads its whole log.
+    pub async fn resume_point(&self, job: JobId) -> Result<ResumePoint, StoreError> {
+        resume_point::load(&self.readers, job).await
     }
 
     /// Returns the executions that were given up since `since`, of which their workers may not know.
     pub async fn orphans(&self, since: Timestamp) -> Result<Vec<Orphan>, StoreError> {
-        seam::orphans(&self.readers, since).await
+        resume_point::orphans(&self.readers, since).await
     }
 
     /// Returns the job with its attempts and its logged text, and the id of the last logged event.

@@ -260,7 +260,7 @@ async fn commands_of_one_commit_fail_alone() {
 async fn what_is_done_again_and_again_walks_through_no_table() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(&dir).await;
-    for sql in [seam::ORPHANS, super::retention::PURGE] {
+    for sql in [resume_point::ORPHANS, super::retention::PURGE] {
         let explain = format!("EXPLAIN QUERY PLAN {sql}");
         let plan = sqlx::query(sqlx::AssertSqlSafe(explain))
             .fetch_all(&store.readers)

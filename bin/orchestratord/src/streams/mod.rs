@@ -1,7 +1,9 @@
-//! From a running attempt to its readers: a [`Hub`] for each job that is not over, and the readers' side of it.
+//! From a running attempt to its readers: the [`JobLog`] of each job that is not over, and the readers' side of it.
 
-mod hub;
+mod job_log;
 mod reader;
+mod stream_log;
 
-pub use hub::{Hub, Read};
+pub use job_log::JobLog;
 pub use reader::follow;
+pub use stream_log::Read;

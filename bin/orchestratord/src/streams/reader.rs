@@ -1,4 +1,4 @@
-//! One reader of one job: replay from the database, then live from the hub, without gap or duplicate at the seam.
+//! One reader of one job: replay from the database, then live from memory, without gap or duplicate between the two.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -14,12 +14,12 @@ use crate::app::App;
 use crate::queue::LiveJob;
 use crate::state::LogEntry;
 
-/// Events taken from the hub at once, and about as many from the database.
+/// Events taken from memory at once, and about as many from the database.
 const CHUNK: usize = 64;
 /// How long a client shall wait before it comes back after a stop.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// The events of `job` after `place`. `live` is its hub's owner where the job is not over.
+/// The events of `job` after `place`. `live` is the job while it is not over.
 pub fn follow(
     app: App,
     job: JobId,
@@ -31,14 +31,14 @@ pub fn follow(
         let _followed = live.as_ref().map(|live| app.jobs.follow(live.id));
         let mut caught_up = false;
         let mut seen = 0;
-        let mut changes = live.as_ref().map(|live| live.hub.subscribe());
+        let mut changes = live.as_ref().map(|live| live.log.subscribe());
         let mut stopping = std::pin::pin!(app.shutdown.requested());
         loop {
-            // Looked at before the hub is, so that what comes after the look wakes this reader.
+            // Looked at before the log is, so that what comes after the look wakes this reader.
             if let Some(changes) = &mut changes {
                 changes.borrow_and_update();
             }
-            let read = live.as_ref().map_or(Read::Behind(0), |live| live.hub.read(place, seen, CHUNK));
+            let read = live.as_ref().map_or(Read::Behind(0), |live| live.log.read(place, seen, CHUNK));
             match read {
                 Read::Events(entries) => {
                     for entry in entries {

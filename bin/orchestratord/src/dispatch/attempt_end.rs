@@ -1,4 +1,4 @@
-//! What a worker's word means for the attempt and its job.
+//! The end of an attempt, and what a worker's errors mean for its job.
 
 use orchestrator_core::api::events::End;
 use orchestrator_core::job::{JobError, JobErrorCode};
@@ -7,16 +7,16 @@ use pool_core::client::ClientError;
 
 use crate::metrics::Metrics;
 
-/// How an attempt ends.
+/// The end of an attempt.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Verdict {
-    /// The text is whole.
+pub(super) enum AttemptEnd {
+    /// The text is complete.
     Finished(End),
-    /// The job fails with it.
+    /// The job fails with this error.
     Failed(JobError),
     /// Another attempt may follow.
     Lost(String),
-    /// Its worker has not what an attempt of before a restart left there; the attempt does not count.
+    /// The worker does not have the execution of an attempt from before a restart; the attempt does not count.
     NotFound(String),
     /// The worker had no room; the attempt does not count.
     Refused(String),
@@ -34,15 +34,15 @@ pub(super) enum Verdict {
         /// The worker's error message.
         reason: String,
     },
-    /// The record does not let the job go on.
+    /// The record does not allow the job to continue.
     Broken,
-    /// The job ended meanwhile, or belongs to another attempt.
+    /// The job ended, or belongs to another attempt.
     Over,
-    /// The daemon ends; the worker goes on.
+    /// The daemon stops; the execution continues.
     Stopping,
 }
 
-impl Verdict {
+impl AttemptEnd {
     /// Counts the end of the attempt. An attempt that continues on its worker while the daemon stops has not ended.
     pub(super) fn count(&self, metrics: &Metrics) {
         if let Some(label) = self.label() {
@@ -65,23 +65,23 @@ impl Verdict {
     }
 }
 
-fn of_code(code: WorkerErrorCode, message: &str, retriable: bool) -> Verdict {
+fn of_code(code: WorkerErrorCode, message: &str, retriable: bool) -> AttemptEnd {
     use WorkerErrorCode as W;
     let failed = |code| {
-        Verdict::Failed(JobError {
+        AttemptEnd::Failed(JobError {
             code,
             message: message.to_owned(),
             retriable: false,
         })
     };
-    let lost = || Verdict::Lost(format!("{}: {message}", code.as_str()));
+    let lost = || AttemptEnd::Lost(format!("{}: {message}", code.as_str()));
     match code {
         W::InvalidRequest => failed(JobErrorCode::InvalidRequest),
         W::ContextOverflow => failed(JobErrorCode::ContextOverflow),
         W::TemplateFailed => failed(JobErrorCode::TemplateFailed),
         W::InferenceFailed if !retriable => failed(JobErrorCode::InferenceFailed),
         W::Busy | W::CacheFull | W::Loading => {
-            Verdict::Refused(format!("{}: {message}", code.as_str()))
+            AttemptEnd::Refused(format!("{}: {message}", code.as_str()))
         }
         W::InferenceFailed
         | W::Cancelled
@@ -92,12 +92,12 @@ fn of_code(code: WorkerErrorCode, message: &str, retriable: bool) -> Verdict {
     }
 }
 
-/// What an `error` event means.
-pub(super) fn of_error(error: &WorkerError) -> Verdict {
+/// Returns the end that an `error` event means.
+pub(super) fn of_error(error: &WorkerError) -> AttemptEnd {
     if let Some(shortage) = error.shortage
         && error.code == WorkerErrorCode::CacheFull
     {
-        return Verdict::NoRoom {
+        return AttemptEnd::NoRoom {
             shortage,
             reason: format!("{}: {}", error.code.as_str(), error.message),
         };
@@ -106,7 +106,7 @@ pub(super) fn of_error(error: &WorkerError) -> Verdict {
         && error.code == WorkerErrorCode::ContextOverflow
         && overflow.needed_tokens <= overflow.model_context
     {
-        return Verdict::Cramped {
+        return AttemptEnd::Cramped {
             needed: overflow.needed_tokens,
             reason: format!("{}: {}", error.code.as_str(), error.message),
         };
@@ -114,8 +114,8 @@ pub(super) fn of_error(error: &WorkerError) -> Verdict {
     of_code(error.code, &error.message, error.retriable)
 }
 
-/// What a refused `/execute` means; `None` where the worker may have heard it all the same.
-pub(super) fn of_refusal(error: &ClientError) -> Option<Verdict> {
+/// Returns the end that a refused `/execute` means; `None` if the worker may have received the request all the same.
+pub(super) fn of_refusal(error: &ClientError) -> Option<AttemptEnd> {
     let ClientError::Api { status, error } = error else {
         return None;
     };
@@ -123,14 +123,14 @@ pub(super) fn of_refusal(error: &ClientError) -> Option<Verdict> {
     Some(match (code, status) {
         // A worker that is about to stop was a bad choice and no loss.
         (Ok(WorkerErrorCode::ShuttingDown), _) => {
-            Verdict::Refused(format!("SHUTTING_DOWN: {}", error.message))
+            AttemptEnd::Refused(format!("SHUTTING_DOWN: {}", error.message))
         }
         (Ok(code), _) => of_code(code, &error.message, error.retriable),
         (Err(_), 400 | 413 | 415 | 422) => {
             of_code(WorkerErrorCode::InvalidRequest, &error.message, false)
         }
-        (Err(_), 503) => Verdict::Refused(error.message.clone()),
-        (Err(_), _) => Verdict::Lost(format!("{}: {}", error.code, error.message)),
+        (Err(_), 503) => AttemptEnd::Refused(error.message.clone()),
+        (Err(_), _) => AttemptEnd::Lost(format!("{}: {}", error.code, error.message)),
     })
 }
 
@@ -186,7 +186,7 @@ mod tests {
                 shortage: None,
             })
         };
-        let cramped = Verdict::Cramped {
+        let cramped = AttemptEnd::Cramped {
             needed: 732,
             reason: "CONTEXT_OVERFLOW: m".into(),
         };

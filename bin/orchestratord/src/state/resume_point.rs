@@ -1,5 +1,4 @@
-//! What an attempt needs of the record to go on where another one stopped. Read when it is needed and kept by nobody else:
-//! the ids of a long answer are many.
+//! The part of a job's record from which an attempt continues. Loaded when needed and not kept: a long answer has many ids.
 
 use jiff::Timestamp;
 use orchestrator_core::JobId;
@@ -12,23 +11,23 @@ use super::commands::{
 };
 use super::{Lease, Orphan, StoreError};
 
-/// Where a job's text stands: what its log has since the text began.
+/// The state of a job's text in its log, from which an attempt continues.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Seam {
-    /// The ids that the text came from.
+pub struct ResumePoint {
+    /// Token ids of the text.
     pub token_ids: Vec<u32>,
-    /// The index of the piece of text that follows.
+    /// Index of the next piece of text.
     pub next_index: u32,
-    /// What the latest of the attempts computed with.
+    /// What the latest attempt computed with.
     pub origin: Option<Origin>,
     /// Classes of arithmetic (the `build` of origins) that computed tokens of the text, in order, each once.
     pub classes: Vec<String>,
-    /// Whether readers may have seen more than the log has: an attempt was given up of which the daemon's end had cut
-    /// off the last tokens, and none has been told of since.
+    /// Whether readers may have seen tokens that the log lacks: an end of the daemon cut off the last tokens of an attempt that was
+    /// given up, and no attempt has been announced since.
     pub seen_more: bool,
 }
 
-pub(super) async fn seam(pool: &SqlitePool, job: JobId) -> Result<Seam, StoreError> {
+pub(super) async fn load(pool: &SqlitePool, job: JobId) -> Result<ResumePoint, StoreError> {
     // One transaction, so that log and attempts are of one moment.
     let mut transaction = pool.begin().await?;
     let sql = "SELECT attempt, payload FROM events WHERE job_id = ? ORDER BY first_seq";
@@ -36,35 +35,38 @@ pub(super) async fn seam(pool: &SqlitePool, job: JobId) -> Result<Seam, StoreErr
         .bind(job.to_string())
         .fetch_all(&mut *transaction)
         .await?;
-    let mut seam = Seam::default();
-    let mut told = 0;
+    let mut point = ResumePoint::default();
+    let mut announced_attempt = 0;
     for row in &rows {
-        told = number(row.try_get("attempt")?)?;
+        announced_attempt = number(row.try_get("attempt")?)?;
         let events: Vec<StoredEvent<TaskEvent>> = from_json(row.try_get("payload")?)?;
         for StoredEvent { e, ids, from } in events {
             match e {
-                TaskEvent::Started(_) => seam.origin = from,
-                TaskEvent::Attempt(further) if further.continues => seam.origin = from,
+                TaskEvent::Started(_) => point.origin = from,
+                TaskEvent::Attempt(further) if further.continues => point.origin = from,
                 TaskEvent::Attempt(_) => {
-                    seam = Seam {
+                    point = ResumePoint {
                         origin: from,
-                        ..Seam::default()
+                        ..ResumePoint::default()
                     };
                 }
                 TaskEvent::Token(token) => {
-                    let class = seam.origin.as_ref().map(|origin| &origin.build);
-                    seam.classes
-                        .extend(class.filter(|class| !seam.classes.contains(class)).cloned());
-                    seam.token_ids.extend(ids);
-                    seam.next_index = token.i + 1;
+                    let class = point.origin.as_ref().map(|origin| &origin.build);
+                    point.classes.extend(
+                        class
+                            .filter(|class| !point.classes.contains(class))
+                            .cloned(),
+                    );
+                    point.token_ids.extend(ids);
+                    point.next_index = token.i + 1;
                 }
                 _ => {}
             }
         }
     }
-    seam.seen_more = given_up(&mut transaction, job, told).await?;
+    point.seen_more = given_up(&mut transaction, job, announced_attempt).await?;
     transaction.commit().await?;
-    Ok(seam)
+    Ok(point)
 }
 
 pub(super) async fn held_lease(
