@@ -54,10 +54,10 @@ use streams::JobLog;
 const NAME: &str = "orchestratord";
 /// The job database in the state folder.
 const DATABASE: &str = "jobs.db";
-/// Descriptors of the daemon's own: five connections to the database of three files each, their short-lived files, the
-/// script, the reserve and the log.
+/// Number of descriptors that the daemon needs for itself: five connections to the database with three files each, their
+/// short-lived files, the script, the reserve and the log.
 const OWN_FILES: usize = 22;
-/// What is left after the connections ended has this long, and the database as long again.
+/// Time for the work left after all connections ended, and again for the database to close.
 const WIND_UP: Duration = Duration::from_secs(1);
 /// Time limit for a pool to accept a request for a heartbeat.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -76,7 +76,7 @@ pub async fn run(
         .await
 }
 
-/// Copies the job database to `goal`, whether a daemon uses it or not, and says what it copied.
+/// Copies the job database to `goal`, whether or not a daemon uses it. Returns a line that describes the copy.
 pub async fn backup(home: &Home, goal: &Path, overwrite: bool) -> anyhow::Result<String> {
     let database = home.orchestratord_state().join(DATABASE);
     let copied = state::backup(&database, goal, overwrite).await;
@@ -112,11 +112,11 @@ impl Tokens {
     }
 }
 
-/// Why the daemon can't start, with what to try.
+/// A failed start of the daemon, with a hint.
 #[derive(Debug)]
 pub struct Hinted {
     error: Box<dyn std::error::Error + Send + Sync>,
-    /// What to try next.
+    /// Suggestion, as an imperative sentence.
     pub hint: String,
 }
 
@@ -159,7 +159,7 @@ fn hinted(
     }
 }
 
-/// A daemon that runs.
+/// A running daemon.
 #[derive(Debug)]
 pub struct Daemon {
     addr: SocketAddr,
@@ -176,7 +176,7 @@ impl Daemon {
         Self::start_over(config, home, Holder::Respect, shutdown).await
     }
 
-    /// As [`Daemon::start`], and says what to do about a daemon that holds the state folder already.
+    /// Starts like [`Daemon::start`]. `holder` says what happens to a daemon that already holds the state folder.
     pub async fn start_over(
         config: OrchestratorConfig,
         home: Home,
@@ -190,7 +190,8 @@ impl Daemon {
         let tokens = Tokens::load(&config)?;
         let catalog = Catalog::load(&home).map_err(|error| hinted(Some(error.hint()), error))?;
         let path = state_dir.join(DATABASE);
-        // Who can't have the address has not touched the database: a build of before could go on with it.
+        // Bind before opening the database: a start that fails here must not migrate the file, so that an older build can still
+        // open it.
         let service = Service::bind(config.bind, service_options(&config, &tokens)).await;
         let (run_files, store, service) = match claim {
             Claim::Ours(run_files) => {
@@ -234,12 +235,12 @@ impl Daemon {
         Ok(Self { addr, served })
     }
 
-    /// Where it listens.
+    /// Returns the address on which the daemon listens.
     pub fn addr(&self) -> SocketAddr {
         self.addr
     }
 
-    /// Returns when it has stopped.
+    /// Waits until the daemon has stopped.
     pub async fn finished(self) -> anyhow::Result<()> {
         self.served.await.context("the daemon panicked")?
     }
@@ -270,7 +271,7 @@ fn service_options(config: &OrchestratorConfig, tokens: &Tokens) -> ServiceOptio
     options
 }
 
-/// Returns whether a request has a place even when clients hold all others: requests of the fleet, and cancelling.
+/// Returns whether a request is served even when clients hold all places: requests of the fleet, and cancelling.
 fn is_control(method: &Method, path: &str) -> bool {
     let cancels = || {
         let task = path.strip_prefix("/v2/tasks/");
@@ -286,7 +287,7 @@ fn is_stream(method: &Method, path: &str, headers: &HeaderMap) -> bool {
     asks_for_events(method, path, headers) || path == "/v2/scheduler/record"
 }
 
-/// Whether a call is one that pools make about themselves.
+/// Returns whether a request is one that a pool makes about itself.
 fn is_pools_own(method: &Method, path: &str) -> bool {
     let Some(rest) = path.strip_prefix("/v2/pools/") else {
         return false;
@@ -299,12 +300,12 @@ fn is_pools_own(method: &Method, path: &str) -> bool {
     }
 }
 
-/// Puts every job that is not over where it belongs: those that wait into the queue, those that run to their attempts.
+/// Restores every job that is not over: queues the waiting ones, and adopts the attempts of the running ones.
 async fn recover(app: &App) -> anyhow::Result<()> {
     let pools = app.store.pools().await;
     for stored in pools.context("could not read the pools of before")? {
         let pool = stored.request.pool_id.clone();
-        // What an older build took may be nothing to this one; the pool registers again.
+        // This build may refuse a registration that an older one took; the pool then registers again.
         if let Err(error) = app.fleet.restore(stored, clock::now()) {
             tracing::warn!(pool, %error, "a pool of before is not taken in");
         }
@@ -373,7 +374,7 @@ async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Resul
         let app = Arc::clone(&app);
         async move {
             let result = tokio::spawn(scheduler::run(Arc::clone(&app))).await;
-            // A daemon that takes jobs and runs none is worse than one that ends and is started again.
+            // A daemon that accepts jobs and runs none is worse than one that ends and is restarted.
             app.shutdown.trigger();
             result
         }
@@ -394,7 +395,7 @@ async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Resul
     sweeper.await.context("the sweeper panicked")?;
     let scheduled = scheduler.await.context("the scheduler's guard panicked")?;
     crash_point("stop.served");
-    // Streams are closed; what is left are attempts that write down their last tokens. Their workers go on.
+    // Streams are closed; only attempts remain that commit their last tokens. Their executions continue.
     app.finish_tasks(WIND_UP).await;
     let store = app.store.clone();
     drop(app);
@@ -415,7 +416,7 @@ async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Resul
 mod tests {
     use super::*;
 
-    // [ORCHD-164] P19: what each bound does is shown where the service is.
+    // [ORCHD-164] P19: the tests of the service show the effect of each bound.
     #[test]
     fn the_bounds_of_the_service_are_settings() {
         let mut config = OrchestratorConfig::default();

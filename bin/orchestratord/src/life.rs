@@ -19,15 +19,15 @@ use crate::queue::{LiveJob, Order, Refused};
 use crate::state::{Ending, IdempotencyKey, LogEntry, Progress, StoreError, Submitted};
 use crate::streams::JobLog;
 
-/// Why a task is not accepted.
+/// A refused task.
 #[derive(Debug, thiserror::Error)]
 pub enum SubmitError {
-    /// No catalogue entry and no pool's file.
+    /// Neither a catalogue entry nor a file of a pool.
     #[error("there is no model `{model}`")]
     UnknownModel {
-        /// What was asked for.
+        /// Requested reference.
         model: ModelRef,
-        /// What to ask for instead.
+        /// Suggested references, as an imperative sentence.
         hint: String,
     },
     /// Several files of the hub match.
@@ -54,45 +54,45 @@ pub enum SubmitError {
         /// Reason, as part of a sentence.
         reason: String,
     },
-    /// Nobody has said so far that there is such a model, but a pool may that is still awaited.
+    /// No pool has reported the model, and a registered pool has not reported yet.
     #[error(
         "nothing is known of a model `{model}` yet: pool `{pool}` is registered and has not reported so far"
     )]
     Unheard {
-        /// What was asked for.
+        /// Requested reference.
         model: ModelRef,
-        /// The pool.
+        /// Pool that has not reported yet.
         pool: String,
     },
-    /// The model's context can't hold so many tokens.
+    /// More tokens than the model's context holds.
     #[error("`max_tokens` is {max_tokens}; `{model}` has a context of {context_length} tokens")]
     TooManyTokens {
-        /// The model.
+        /// Requested model, by its name in the catalogue.
         model: ModelRef,
-        /// What was asked for.
+        /// Requested number of tokens.
         max_tokens: u32,
-        /// What it can do.
+        /// Number of tokens of the model's context.
         context_length: u32,
     },
-    /// Too many jobs wait.
+    /// A full queue.
     #[error(transparent)]
     Queue(#[from] Refused),
     /// The daemon is stopping.
     #[error("orchestratord is stopping")]
     Stopping,
-    /// The store refused.
+    /// Failed storage of the job.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// A task that is stored.
+/// A stored task.
 #[derive(Debug)]
 pub struct Accepted {
-    /// The job.
+    /// Id of the job, which an earlier request with the same key may have made.
     pub id: JobId,
-    /// Its state.
+    /// State of the job.
     pub status: JobStatus,
-    /// How many jobs are before it, where it waits.
+    /// Number of jobs ahead in the queue; `None` if the job does not wait.
     pub position: Option<u64>,
 }
 
@@ -104,7 +104,7 @@ pub fn unsupported(app: &App, model: &ModelRef, entry: Option<&CatalogEntry>) ->
         .unwrap_or_else(|| Some(entry?.unsupported()?.to_string()))
 }
 
-/// The model as pools name it, where a task may ask for it and for so many tokens of it.
+/// Returns the model by the name that pools give it, if a task may ask for it and for `max_tokens` tokens.
 fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef, SubmitError> {
     let entry = app.catalog.find(model);
     let supported = |model: ModelRef| match unsupported(app, &model, entry) {
@@ -158,7 +158,7 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
     })
 }
 
-/// Stores a job and lets it wait, unless `key` names one that is stored already.
+/// Stores a job and queues it, unless `key` names a stored one.
 pub async fn submit(
     app: App,
     mut spec: JobSpec,
@@ -168,7 +168,7 @@ pub async fn submit(
     if app.shutdown.is_requested() {
         return Err(SubmitError::Stopping);
     }
-    // Asked first: a repeated request is answered even when the queue is full, or the model has gone.
+    // Asked first: a repeated request is answered even if the queue is full or the model has gone.
     if let Some(key) = &key
         && let Some((id, status)) = app.store.known_key(key).await?
     {
@@ -226,11 +226,11 @@ pub async fn submit(
     })
 }
 
-/// Why [`store`] did not store a job.
+/// A job that [`store`] did not store.
 enum NotStored {
     /// The idempotency key names an earlier job, in this state.
     Known(JobId, JobStatus),
-    /// The database refused.
+    /// Failed write to the database.
     Failed(StoreError),
 }
 

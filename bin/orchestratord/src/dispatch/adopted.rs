@@ -15,7 +15,7 @@ use crate::state::{Interrupted, Lease, Orphan, Unfinished};
 
 /// An attempt of an earlier run of the daemon.
 pub struct AdoptedAttempt {
-    /// The attempt, with the job as it stands in the queue if the attempt is given up.
+    /// Attempt, with the job as it returns to the queue if the attempt is given up.
     pub attempt: Attempt,
     /// The attempt's record.
     pub interrupted: Interrupted,

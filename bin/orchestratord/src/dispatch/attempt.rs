@@ -22,7 +22,7 @@ use crate::state::{Lease, Progress, Requeue, ResumePoint, STORE_PAUSE, StoreErro
 pub struct Attempt {
     /// The daemon's parts.
     pub app: App,
-    /// The job.
+    /// Job, live while the attempt runs.
     pub live: Arc<LiveJob>,
     /// The job as it stood in the queue.
     pub queued: QueuedJob,
@@ -30,14 +30,14 @@ pub struct Attempt {
     pub slot: Arc<ActiveAttempt>,
 }
 
-/// Why a wait was cut short.
+/// The reason for the early end of a wait.
 #[derive(Debug)]
 pub(super) enum Interruption {
     /// The worker is gone, for the pool's reason.
     WorkerGone(String),
-    /// The job ended.
+    /// The job ended, by this attempt or from outside.
     Over,
-    /// The daemon stops.
+    /// The daemon stops; the execution continues.
     Stopping,
 }
 

@@ -25,7 +25,7 @@ use runner::AttemptRunner;
 
 /// A job that has been given to a worker.
 pub struct Dispatch {
-    /// The attempt.
+    /// Attempt without a lease.
     pub attempt: Attempt,
     /// Address of the worker.
     pub endpoint: WorkerEndpoint,

@@ -1,5 +1,5 @@
-//! Executions whose workers may not have heard that nobody waits for them any more, because the daemon ended in between or
-//! the pool was away. Until a worker hears it, it spends a slot on text that nobody will read.
+//! Executions of attempts that were given up while the daemon was down or the pool was away, so that their workers may not know.
+//! Until it is cancelled, such an execution holds a slot for a text without readers.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -11,30 +11,30 @@ use crate::clock;
 use crate::fleet::Fate;
 use crate::state::Orphan;
 
-/// How far back a start looks for executions that may still run. None runs for so long.
+/// Age up to which the daemon looks for orphans at its start. No execution runs for so long.
 pub const ORPHANED_WITHIN: SignedDuration = SignedDuration::from_hours(24);
 
-/// The orphans of pools that have not spoken yet.
+/// The orphans of pools that have not reported yet.
 #[derive(Debug, Default)]
 pub struct Orphans {
     inner: Mutex<Vec<Orphan>>,
 }
 
 impl Orphans {
-    /// Remembers what may still run.
+    /// Adds executions that may still run.
     pub fn add(&self, orphans: impl IntoIterator<Item = Orphan>) {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.extend(orphans);
     }
 
-    /// Takes out those for which `take` says so.
+    /// Removes and returns the orphans for which `take` returns true.
     fn take_if(&self, take: impl FnMut(&mut Orphan) -> bool) -> Vec<Orphan> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.extract_if(.., take).collect()
     }
 }
 
-/// Cancels the orphans of a pool that spoke, once each: where a worker does not hear it, it ends by itself, later. A new
+/// Cancels the orphans of a pool that reported, once each: an execution whose worker misses the call ends by itself later. A new
 /// attempt at the same job has a higher fence and is not touched.
 pub fn cancel_orphans(app: &App, pool: &str) {
     let now = clock::now();
@@ -45,13 +45,13 @@ pub fn cancel_orphans(app: &App, pool: &str) {
         };
         orphan.pool_id == pool && settled()
     });
-    // One after the other: there may be many of them, and a worker has other things to do.
+    // One at a time: there may be many, and a worker has other requests to serve.
     let reachable: Vec<_> = known
         .into_iter()
         .filter_map(|orphan| Some((app.fleet.endpoint(pool, &orphan.worker_id)?, orphan)))
         .collect();
     if reachable.is_empty() {
-        // A worker that is gone took its executions with it.
+        // The executions of a worker that is gone have ended with it.
         return;
     }
     tracing::info!(

@@ -16,7 +16,7 @@ use pool_core::secret::Secret;
 use crate::queue::LiveJob;
 use crate::state::{Lease, ResumePoint};
 
-/// How long a worker may take to answer; generating is no part of it.
+/// Time limit for a worker's answer, not for its generation.
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// Returns the request for an execution. It continues after the tokens of `resume_point`, if readers were shown any.
@@ -49,8 +49,8 @@ pub(super) fn request(
         seed: spec.seed,
         max_tokens: spec.max_tokens,
         stop: spec.stop.clone(),
-        // Whether it may go on is for the worker to say, which knows its file and its build. Tokens of which nobody
-        // knows what they came from are of no use to it.
+        // The worker decides whether it can continue, because it knows its file and its build. It can't use tokens of an
+        // unknown origin.
         resume: resume_point.origin.map(|origin| Resume {
             token_ids: resume_point.token_ids,
             next_index: Some(resume_point.next_index),
@@ -69,13 +69,13 @@ fn client(endpoint: &WorkerEndpoint) -> Result<ApiClient, ClientError> {
     )
 }
 
-/// The stream of one execution, which can be opened again where it broke.
+/// The stream of one execution, which can be opened again after it broke.
 pub(super) struct Connection {
     client: ApiClient,
     job: JobId,
     stream: Option<EventStream>,
     last_id: Option<String>,
-    /// The newest event that the execution had when the stream was opened first.
+    /// Newest event of the execution when the stream was first opened.
     newest: Option<u64>,
 }
 
@@ -91,7 +91,7 @@ impl Connection {
         })
     }
 
-    /// Uses the address at which the worker is reached now.
+    /// Changes to the worker's current address.
     pub(super) fn move_to(&mut self, endpoint: &WorkerEndpoint) -> Result<(), ClientError> {
         self.client = client(endpoint)?.with_correlation_id(self.job.to_string());
         Ok(())
@@ -105,7 +105,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Opens the stream after the last event that came.
+    /// Opens the stream after the last received event.
     pub(super) async fn attach(&mut self) -> Result<(), ClientError> {
         self.stream = None;
         let path = format!("/executions/{}/events", self.job);
@@ -121,7 +121,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Whether all events have come that the execution had when the stream was opened first.
+    /// Returns whether every event has come that the execution had when the stream was first opened.
     pub(super) fn has_caught_up(&self) -> bool {
         let last = self
             .last_id
@@ -132,7 +132,7 @@ impl Connection {
             .is_some_and(|(newest, last)| last >= newest)
     }
 
-    /// The next event. An error means that the stream has to be opened again. Safe to drop half-way.
+    /// Returns the next event. After an error, the stream has to be opened again. Safe to cancel.
     pub(super) async fn next(&mut self) -> Result<WorkerEvent, ClientError> {
         let Some(stream) = &mut self.stream else {
             return Err(self.broken("it is not open"));
@@ -159,7 +159,7 @@ impl Connection {
     }
 }
 
-/// Ends the execution where it still runs; an execution with a higher fence is not touched.
+/// Cancels the execution if it still runs. An execution with a higher fence is not touched.
 pub(super) async fn cancel(endpoint: &WorkerEndpoint, job: JobId, fence: u64) {
     let Ok(client) = client(endpoint) else { return };
     let request = CancelRequest {
@@ -171,7 +171,7 @@ pub(super) async fn cancel(endpoint: &WorkerEndpoint, job: JobId, fence: u64) {
     }
 }
 
-/// Lets the worker drop the buffer of a job that is over. Where it does not hear it drops the buffer by itself, later.
+/// Lets the worker drop the buffer of a job that is over. A worker that misses the call drops the buffer by itself later.
 pub(super) async fn forget(endpoint: &WorkerEndpoint, job: JobId) {
     let Ok(client) = client(endpoint) else { return };
     if let Err(error) = client

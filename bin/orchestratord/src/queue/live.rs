@@ -51,12 +51,12 @@ impl LiveJob {
     }
 }
 
-/// What an attempt is told from outside.
+/// An order to a running attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Order {
-    /// Go on.
+    /// Continue.
     Go,
-    /// The pool says that the worker is gone, and why.
+    /// The pool reported the worker gone, for this reason.
     WorkerGone(String),
     /// The job is over.
     Stop,
@@ -65,21 +65,21 @@ pub enum Order {
 /// An attempt that holds a slot of a worker.
 #[derive(Debug)]
 pub struct ActiveAttempt {
-    /// The pool.
+    /// Id of the pool.
     pub pool_id: String,
-    /// The worker.
+    /// Id of the worker on the pool.
     pub worker_id: String,
-    /// When it began.
+    /// Point of the timeline at which the attempt began.
     pub began: Timestamp,
-    /// Why it went where it went; `None` where no pass of this run of the daemon chose it.
+    /// Reason for the choice of the worker; `None` if no pass of this run of the daemon chose it.
     pub why: Option<Why>,
-    /// Whether the worker's stream is open.
+    /// True while the worker's stream is open.
     pub attached: AtomicBool,
     orders: watch::Sender<Order>,
 }
 
 impl ActiveAttempt {
-    /// An attempt on this worker.
+    /// Returns an attempt on this worker.
     pub fn new(pool_id: String, worker_id: String) -> Self {
         Self {
             pool_id,
@@ -91,7 +91,7 @@ impl ActiveAttempt {
         }
     }
 
-    /// An attempt on a worker that a pass chose, and why it did.
+    /// Returns an attempt on a worker that a pass chose for the reason `why`.
     pub fn chosen(pool_id: String, worker_id: String, why: Why) -> Self {
         Self {
             why: Some(why),
@@ -99,7 +99,7 @@ impl ActiveAttempt {
         }
     }
 
-    /// Gives an order. Nothing follows a stop, and the first reason for which a worker is gone is the one that counts.
+    /// Gives an order. No order follows a stop, and of several reasons for which a worker is gone the first counts.
     pub fn order(&self, order: Order) {
         self.orders.send_if_modified(|current| {
             let heed = matches!(
@@ -113,12 +113,12 @@ impl ActiveAttempt {
         });
     }
 
-    /// Hears orders.
+    /// Returns a receiver of orders.
     pub fn orders(&self) -> watch::Receiver<Order> {
         self.orders.subscribe()
     }
 
-    /// Whether the worker's stream is open.
+    /// Returns whether the worker's stream is open.
     pub fn is_attached(&self) -> bool {
         self.attached.load(Ordering::Relaxed)
     }

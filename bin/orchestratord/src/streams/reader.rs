@@ -14,9 +14,9 @@ use crate::app::App;
 use crate::queue::LiveJob;
 use crate::state::LogEntry;
 
-/// Events taken from memory at once, and about as many from the database.
+/// Number of events taken from memory at once, and the approximate number from the database.
 const CHUNK: usize = 64;
-/// How long a client shall wait before it comes back after a stop.
+/// Time after which clients reconnect when the daemon has stopped.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// The events of `job` after `place`. `live` is the job while it is not over.
@@ -34,7 +34,7 @@ pub fn follow(
         let mut changes = live.as_ref().map(|live| live.log.subscribe());
         let mut stopping = std::pin::pin!(app.shutdown.requested());
         loop {
-            // Looked at before the log is, so that what comes after the look wakes this reader.
+            // Marked as seen before the log is read, so that any later event wakes this reader.
             if let Some(changes) = &mut changes {
                 changes.borrow_and_update();
             }
@@ -58,7 +58,7 @@ pub fn follow(
                     let page = match app.store.events_after(job, place, CHUNK).await {
                         Ok(page) => page,
                         Err(error) => {
-                            // The reader has its place and can come back; a made-up event would be a lie.
+                            // The reader knows its place and can reconnect; an invented event would be a lie.
                             tracing::warn!(%job, %error, "a replay broke off");
                             return;
                         }

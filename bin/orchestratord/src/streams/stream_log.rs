@@ -28,7 +28,7 @@ struct StreamLogState {
     recent: VecDeque<Arc<LogEntry>>,
     /// The newest event that has left `recent`.
     evicted: EventId,
-    /// The newest event.
+    /// Id of the newest event, in memory or not.
     last: EventId,
     /// Whether readers may have seen tokens before a restart of the daemon that the log lacks. Until those tokens have come
     /// again, under the same ids, no other event may take these ids.
