@@ -1,23 +1,21 @@
 //! `orchestratord`: the durable job queue, its scheduler, and the event streams of its jobs.
 //!
-//! A task comes in through `api`, is stored by `state`, waits in `queue`, is placed by `scheduler`, run by
-//! `dispatch`, and followed through `streams`. `life` is where jobs begin and end.
+//! A task comes in through `api` and is accepted by `jobs`, stored by `state`, waits in `queue`, is placed by `scheduler` and run by
+//! `dispatch`. `jobs` also ends jobs, and lets readers follow, view and explain them.
 
 mod api;
 mod app;
 mod claim;
 mod clock;
 mod dispatch;
-mod explain;
 mod fleet;
-mod life;
+mod jobs;
 mod metrics;
 mod queue;
 mod reserve;
 mod retention;
 mod scheduler;
 mod state;
-mod streams;
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -45,11 +43,11 @@ use claim::Claim;
 pub use claim::Holder;
 use dispatch::{AdoptedAttempt, Attempt};
 use fleet::Fleet;
+use jobs::JobLog;
 use metrics::Metrics;
 use queue::{ActiveAttempt, LiveJob};
 use scheduler::ScriptPolicy;
 use state::{Interrupted, Store, StoreError};
-use streams::JobLog;
 
 const NAME: &str = "orchestratord";
 /// The job database in the state folder.
@@ -159,7 +157,7 @@ fn hinted(
     }
 }
 
-/// A running daemon.
+/// A daemon that serves requests.
 #[derive(Debug)]
 pub struct Daemon {
     addr: SocketAddr,

@@ -14,7 +14,7 @@ use pool_core::service::codes;
 use serde_json::json;
 
 use crate::fleet::FleetError;
-use crate::life::SubmitError;
+use crate::jobs::{FollowError, SubmitError};
 use crate::queue::Refused;
 use crate::state::StoreError;
 
@@ -70,7 +70,7 @@ pub(super) fn malformed_event_id(error: impl std::error::Error) -> ServiceError 
 }
 
 /// Returns 400 for a `Last-Event-ID` after the last event of a finished job.
-pub(super) fn event_id_ahead(job: JobId) -> ServiceError {
+fn event_id_ahead(job: JobId) -> ServiceError {
     refuse(
         StatusCode::BAD_REQUEST,
         Code::InvalidEventId,
@@ -80,7 +80,7 @@ pub(super) fn event_id_ahead(job: JobId) -> ServiceError {
 }
 
 /// Returns 410 for an event log that was dropped.
-pub(super) fn events_gone(job: JobId, dropped_at: jiff::Timestamp) -> ServiceError {
+fn events_gone(job: JobId, dropped_at: jiff::Timestamp) -> ServiceError {
     let at = dropped_at.round(jiff::Unit::Second).unwrap_or(dropped_at);
     let message = format!("the events of {job} were dropped at {at}, some time after its end");
     refuse(StatusCode::GONE, Code::EventsGone, message)
@@ -162,6 +162,18 @@ impl From<StoreError> for ServiceError {
             )
             .hint(error.hint().unwrap_or_default()),
             _ => Self::internal(&error),
+        }
+    }
+}
+
+impl From<FollowError> for ServiceError {
+    fn from(error: FollowError) -> Self {
+        match error {
+            FollowError::Unknown(job) => no_job(&job.to_string()),
+            FollowError::Ahead(job) => event_id_ahead(job),
+            FollowError::Dropped(job, at) => events_gone(job, at),
+            FollowError::Unrecordable(error) => Self::internal(&error),
+            FollowError::Store(error) => error.into(),
         }
     }
 }

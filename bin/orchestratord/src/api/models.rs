@@ -8,7 +8,7 @@ use pool_core::service::Json;
 
 use crate::app::App;
 use crate::clock;
-use crate::life::unsupported;
+use crate::jobs::unsupported;
 
 /// Lists the models of the catalogue and of the pools, each with the pools that have it.
 #[utoipa::path(get, path = "/v2/models", tag = "fleet", responses((status = 200, body = ModelList)))]

@@ -1,6 +1,6 @@
 //! `/v2/tasks`: submits and lists jobs, and shows, explains, streams and cancels one.
 
-use std::cmp::Ordering;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +9,8 @@ use axum::extract::State;
 use axum::http::header::{ACCEPT, CACHE_CONTROL, LOCATION};
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response, sse};
-use orchestrator_core::api::events::EventId;
+use futures_util::StreamExt as _;
+use orchestrator_core::api::events::{EventId, ShutdownNotice, TaskEvent};
 use orchestrator_core::api::tasks::{
     CancelResponse, TaskAccepted, TaskExplanation, TaskList, TaskSubmitRequest, TaskView,
     events_url,
@@ -25,11 +26,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::{document, error};
 use crate::app::App;
-use crate::clock;
-use crate::explain;
-use crate::life::{self, Accepted, UnrecordableJob};
-use crate::state::{IdempotencyKey, ListFilter, apply_to_text};
-use crate::streams;
+use crate::jobs::{self, Accepted, Feed};
+use crate::state::{IdempotencyKey, ListFilter};
 
 /// Default and maximum number of jobs on a page of a list.
 const LIST: (u32, u32) = (50, 500);
@@ -109,7 +107,7 @@ async fn accept(
     let key = idempotency_key(caller, headers, &spec, seed_given)?;
     crash_point("submit.parsed");
     let correlation = CorrelationId::current().unwrap_or_else(CorrelationId::random);
-    let submitted = life::submit(Arc::clone(app), spec, key, correlation);
+    let submitted = jobs::submit(Arc::clone(app), spec, key, correlation);
     let submitted = app.complete(submitted).await;
     Ok(submitted.map_err(|error| ServiceError::internal(&error))??)
 }
@@ -181,43 +179,39 @@ fn accepts_events(headers: &HeaderMap) -> bool {
         .any(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
 }
 
+/// Time after which clients reconnect when the daemon has stopped.
+const RETRY: Duration = Duration::from_secs(1);
+
 /// Returns the events after `after`, or all of them. For a finished job, an id equal to the last event gets `204` and a
 /// later id `400`; deleted events get `410`.
 async fn stream(app: &App, id: JobId, after: Option<EventId>) -> ServiceResult<Response> {
-    let live = app.jobs.get(id);
-    let end = match &live {
-        Some(live) => live.log.end(),
-        None => logged_end(app, id).await?,
+    let Some(feed) = jobs::follow(app, id, after).await? else {
+        return Ok(nothing_follows());
     };
-    match after.cmp(&end) {
-        Ordering::Equal if end.is_some() => return Ok(nothing_follows()),
-        Ordering::Greater if end.is_some() => return Err(error::event_id_ahead(id)),
-        _ => {}
-    }
-    let after = after.unwrap_or(EventId { attempt: 0, seq: 0 });
-    let events = streams::follow(Arc::clone(app), id, live, after);
+    let events = feed.map(|item| Ok::<_, Infallible>(sse_event(&item)));
     let silence = Duration::from_secs(app.config.service.keep_alive_s);
     let mut response = sse::Sse::new(events)
         .keep_alive(sse::KeepAlive::new().interval(silence))
         .into_response();
-    // A proxy that buffers the response would undo the streaming.
+    // Proxies that collect an answer before they pass it on would undo the streaming.
     response
         .headers_mut()
         .insert("x-accel-buffering", HeaderValue::from_static("no"));
     Ok(response)
 }
 
-/// Returns the id of the last event of a job that is no longer live.
-async fn logged_end(app: &App, id: JobId) -> ServiceResult<Option<EventId>> {
-    let log = app.store.log_end(id).await?;
-    let log = log.ok_or_else(|| error::no_job(&id.to_string()))?;
-    if let Some(at) = log.dropped_at {
-        return Err(error::events_gone(id, at));
+fn sse_event(item: &Feed) -> sse::Event {
+    let named = |event: &TaskEvent| sse::Event::default().event(event.name()).data(event.data());
+    match item {
+        Feed::Logged(entry) => named(&entry.event).id(entry.id.to_string()),
+        Feed::Momentary(event) => named(event),
+        Feed::Stopping => {
+            let message =
+                "orchestratord stops; the job goes on, and its events follow when it is back";
+            let message = message.to_owned();
+            named(&TaskEvent::Shutdown(ShutdownNotice { message })).retry(RETRY)
+        }
     }
-    if !log.status.is_terminal() {
-        return Err(ServiceError::internal(&UnrecordableJob(id)));
-    }
-    Ok(log.last)
 }
 
 /// Returns the answer that ends a browser's `EventSource`, which takes the end of a stream for a broken connection and
@@ -349,23 +343,8 @@ pub(super) async fn show(
     Path(id): Path<String>,
 ) -> ServiceResult<Json<TaskView>> {
     let id = parse_id(&id)?;
-    // Read the recent events before the database, so that an event not yet logged by then is among them.
-    let recent = app
-        .jobs
-        .get(id)
-        .map(|live| live.log.recent())
-        .unwrap_or_default();
-    let (mut job, last) = app
-        .store
-        .job(id)
-        .await?
-        .ok_or_else(|| error::no_job(&id.to_string()))?;
-    recent
-        .iter()
-        .filter(|entry| entry.id > last)
-        .for_each(|entry| apply_to_text(&mut job.text, &entry.event));
-    let waiting = app.jobs.waiting(id, clock::now());
-    Ok(Json(TaskView::new(job, waiting)))
+    let view = jobs::view(&app, id).await?;
+    view.map(Json).ok_or_else(|| error::no_job(&id.to_string()))
 }
 
 /// Explains why a job waits, what would end the wait, and why its attempts were placed as they were.
@@ -378,7 +357,7 @@ pub(super) async fn explain(
     Path(id): Path<String>,
 ) -> ServiceResult<Json<TaskExplanation>> {
     let id = parse_id(&id)?;
-    let explanation = explain::explain(&app, id).await?;
+    let explanation = jobs::explain(&app, id).await?;
     explanation
         .map(Json)
         .ok_or_else(|| error::no_job(&id.to_string()))
@@ -431,7 +410,7 @@ pub(super) async fn cancel(
     Path(id): Path<String>,
 ) -> ServiceResult<Json<CancelResponse>> {
     let id = parse_id(&id)?;
-    let cancelled = app.complete(life::cancel(Arc::clone(&app), id)).await;
+    let cancelled = app.complete(jobs::cancel(Arc::clone(&app), id)).await;
     let status = cancelled.map_err(|error| ServiceError::internal(&error))??;
     let status = status.ok_or_else(|| error::no_job(&id.to_string()))?;
     Ok(Json(CancelResponse { job_id: id, status }))

@@ -10,7 +10,7 @@ use pool_core::api::pool::WorkerEndpoint;
 use super::attempt::{Attempt, Interruption};
 use super::runner::AttemptRunner;
 use super::worker;
-use crate::life::JobEnd;
+use crate::jobs::JobEnd;
 use crate::state::{Interrupted, Lease, Orphan, Unfinished};
 
 /// An attempt of an earlier run of the daemon.

@@ -14,7 +14,7 @@ use super::attempt_end::AttemptEnd;
 use super::worker;
 use crate::app::App;
 use crate::clock;
-use crate::life::{self, JobEnd};
+use crate::jobs::{self, JobEnd};
 use crate::queue::{ActiveAttempt, LiveJob, Order};
 use crate::state::{Lease, Progress, Requeue, ResumePoint, STORE_PAUSE, StoreError, Unfinished};
 
@@ -294,13 +294,13 @@ impl Attempt {
         loop {
             let ended = self.patiently("ending the job", || {
                 let end = end.clone();
-                async move { life::end(app, live, fence, end).await }
+                async move { jobs::end(app, live, fence, end).await }
             });
             match ended.await {
                 Ok(_) | Err(Unfinished::Stopped(_)) => return,
                 Err(Unfinished::Failed(error)) if end.is_internal() && fence.is_none() => {
                     tracing::error!(job = %live.id, %error, "could not fail the job");
-                    return life::drop_unrecordable(app, live).await;
+                    return jobs::drop_unrecordable(app, live).await;
                 }
                 Err(Unfinished::Failed(error)) => {
                     tracing::error!(job = %live.id, %error, "could not end the job");

@@ -16,7 +16,7 @@ use futures_util::FutureExt as _;
 use pool_core::api::pool::WorkerEndpoint;
 use tokio::sync::OwnedSemaphorePermit;
 
-use crate::life::JobEnd;
+use crate::jobs::JobEnd;
 
 pub use adopted::{AdoptedAttempt, adopt};
 pub use attempt::Attempt;

@@ -7,7 +7,7 @@ use orchestrator_core::JobId;
 use orchestrator_core::scheduler::Why;
 use tokio::sync::watch;
 
-use crate::streams::JobLog;
+use crate::jobs::JobLog;
 
 /// A job that is not over, or ended a moment ago.
 #[derive(Debug)]

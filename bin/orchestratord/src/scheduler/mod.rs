@@ -22,7 +22,7 @@ use crate::app::App;
 use crate::clock;
 use crate::dispatch::{self, Attempt, Dispatch};
 use crate::fleet::{Asked, Fate};
-use crate::life::{self, JobEnd};
+use crate::jobs::{self, JobEnd};
 use crate::queue::{self, ActiveAttempt, LiveJob, Order, Passed};
 
 pub use recording::Recordings;
@@ -135,7 +135,7 @@ fn expire(app: &App, now: Timestamp) -> Option<Timestamp> {
     for job in due {
         let app_ = Arc::clone(app);
         app.spawn(async move {
-            if let Err(error) = life::end(&app_, &job, None, JobEnd::timeout()).await {
+            if let Err(error) = jobs::end(&app_, &job, None, JobEnd::timeout()).await {
                 tracing::warn!(job = %job.id, %error, "could not end a job whose time ran out");
             }
         });
@@ -217,7 +217,7 @@ fn reject(app: &App, queued: &Arc<QueuedJob>, code: JobErrorCode, message: Strin
     let (app_, queued) = (Arc::clone(app), Arc::clone(queued));
     app.spawn(async move {
         let end = JobEnd::error(code, message, false);
-        if let Err(error) = life::end(&app_, &live, None, end).await {
+        if let Err(error) = jobs::end(&app_, &live, None, end).await {
             tracing::warn!(job = %live.id, %error, "could not reject a job");
             put_back(&app_, &live, &queued, clock::now());
         }

@@ -11,8 +11,7 @@ use orchestrator_core::api::events::{EventId, TaskEvent, Token};
 use pool_core::api::worker::Origin;
 use tokio::sync::{Mutex, MutexGuard, watch};
 
-use super::Read;
-use super::stream_log::StreamLog;
+use super::stream_log::{Read, StreamLog};
 use crate::state::{LogEntry, StoreError};
 
 /// The event log of a job that is not over, or ended a moment ago.

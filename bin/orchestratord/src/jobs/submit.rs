@@ -1,11 +1,9 @@
-//! The beginning and the end of jobs.
+//! Accepts tasks: checks the model, stores the job, and queues it.
 
 use std::sync::Arc;
 
-use orchestrator_core::api::events::{End, EventId, Queued, TaskEvent};
-use orchestrator_core::job::{
-    AttemptOutcome, Job, JobError, JobErrorCode, JobEvent, JobSpec, Usage,
-};
+use orchestrator_core::api::events::{EventId, Queued, TaskEvent};
+use orchestrator_core::job::{Job, JobSpec};
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
@@ -15,11 +13,11 @@ use pool_core::service::CorrelationId;
 
 use crate::app::App;
 use crate::clock;
-use crate::queue::{LiveJob, Order, Refused};
-use crate::state::{Ending, IdempotencyKey, LogEntry, Progress, StoreError, Submitted};
-use crate::streams::JobLog;
+use crate::jobs::JobLog;
+use crate::queue::{LiveJob, Refused};
+use crate::state::{IdempotencyKey, LogEntry, StoreError, Submitted};
 
-/// A refused task.
+/// A task that was not accepted.
 #[derive(Debug, thiserror::Error)]
 pub enum SubmitError {
     /// Neither a catalogue entry nor a file of a pool.
@@ -74,7 +72,7 @@ pub enum SubmitError {
         /// Number of tokens of the model's context.
         context_length: u32,
     },
-    /// A full queue.
+    /// A queue without a free place.
     #[error(transparent)]
     Queue(#[from] Refused),
     /// The daemon is stopping.
@@ -85,7 +83,7 @@ pub enum SubmitError {
     Store(#[from] StoreError),
 }
 
-/// A stored task.
+/// A task that is stored.
 #[derive(Debug)]
 pub struct Accepted {
     /// Id of the job, which an earlier request with the same key may have made.
@@ -256,159 +254,5 @@ fn known(app: &App, id: JobId, status: JobStatus) -> Accepted {
         id,
         status,
         position: app.jobs.position(id, clock::now()),
-    }
-}
-
-/// The end of a job.
-#[derive(Debug, Clone)]
-pub enum JobEnd {
-    /// The text is complete.
-    Completed(End),
-    /// The job did not complete.
-    Error(JobError),
-}
-
-impl JobEnd {
-    /// Returns the end of a cancelled job.
-    pub fn cancelled() -> Self {
-        Self::error(JobErrorCode::Cancelled, "the job was cancelled", false)
-    }
-
-    /// Returns the end of a job whose time ran out.
-    pub fn timeout() -> Self {
-        Self::error(
-            JobErrorCode::Timeout,
-            "the job's `timeout_ms` ran out",
-            true,
-        )
-    }
-
-    /// Returns the end of a job that the daemon can't continue. The cause goes to the log: it may name what clients must not
-    /// see.
-    pub fn internal() -> Self {
-        let message = "the orchestrator could not go on with the job; its log says why";
-        Self::error(JobErrorCode::Internal, message, true)
-    }
-
-    /// Returns whether this is [`JobEnd::internal`].
-    pub fn is_internal(&self) -> bool {
-        matches!(self, Self::Error(error) if error.code == JobErrorCode::Internal)
-    }
-
-    /// Returns the end of a failed job.
-    pub fn error(code: JobErrorCode, message: impl Into<String>, retriable: bool) -> Self {
-        Self::Error(JobError {
-            code,
-            message: message.into(),
-            retriable,
-        })
-    }
-
-    /// Returns the job's last event, and what to write to the database with `events`, on behalf of the attempt with `fence` or
-    /// of none.
-    fn into_record(
-        self,
-        fence: Option<u64>,
-    ) -> (TaskEvent, impl FnOnce(Vec<Arc<LogEntry>>) -> Ending) {
-        let (event, outcome) = match &self {
-            Self::Completed(_) => (JobEvent::Finished, AttemptOutcome::Completed),
-            Self::Error(error) => match error.code {
-                JobErrorCode::Cancelled => (JobEvent::Cancel, AttemptOutcome::Cancelled),
-                JobErrorCode::Timeout => (JobEvent::DeadlinePassed, AttemptOutcome::Expired),
-                JobErrorCode::WorkerLost => (JobEvent::Errored, AttemptOutcome::WorkerLost),
-                _ => (JobEvent::Errored, AttemptOutcome::Failed),
-            },
-        };
-        let (usage, receipt, error) = match &self {
-            Self::Completed(end) => {
-                let usage = Usage {
-                    tokens_in: end.tokens_in,
-                    tokens_out: end.tokens_out,
-                    stop_reason: end.stop_reason,
-                    ttft_ms: end.ttft_ms,
-                    decode_time_ms: end.decode_time_ms,
-                };
-                (Some(usage), end.receipt.clone(), None)
-            }
-            Self::Error(error) => (None, None, Some(error.clone())),
-        };
-        let last = match self {
-            Self::Completed(end) => TaskEvent::End(end),
-            Self::Error(error) => TaskEvent::Error(error),
-        };
-        let ending = move |events| Ending {
-            event,
-            fence,
-            at: clock::now(),
-            progress: Progress {
-                started_at: None,
-                events,
-            },
-            usage,
-            receipt,
-            error,
-            outcome,
-        };
-        (last, ending)
-    }
-}
-
-/// Ends a job on behalf of the attempt with `fence`, or of none: commits the end, then notifies readers and the running
-/// attempt. Returns the job's final state, which may come from an earlier end.
-pub async fn end(
-    app: &App,
-    live: &LiveJob,
-    fence: Option<u64>,
-    end: JobEnd,
-) -> Result<JobStatus, StoreError> {
-    let log = match live.log.lock().await {
-        Ok(log) => log,
-        Err(status) => return Ok(status),
-    };
-    let (last, ending) = end.into_record(fence);
-    let written = log.finish(last, |events| async move {
-        crash_point("end.uncommitted");
-        let status = app.store.end(live.id, ending(events)).await?;
-        crash_point("end.committed");
-        Ok(status)
-    });
-    let status = written.await?;
-    settle(app, live, status);
-    tracing::info!(job = %live.id, %status, "job over");
-    Ok(status)
-}
-
-/// The job was dropped by [`drop_unrecordable`].
-#[derive(Debug, thiserror::Error)]
-#[error("{0} was let go: its record allows neither an attempt nor an end")]
-pub struct UnrecordableJob(pub JobId);
-
-/// Drops a job whose failure cannot be recorded. Its record stays as it is, and the next start reads it again: so the streams
-/// of its readers end without an event, which a later start might have to take back.
-pub async fn drop_unrecordable(app: &App, live: &LiveJob) {
-    if let Ok(log) = live.log.lock().await {
-        log.abandon(JobStatus::Failed);
-        settle(app, live, JobStatus::Failed);
-    }
-}
-
-/// Stops the running attempt and wakes the scheduler after an end. The caller holds the job's log.
-fn settle(app: &App, live: &LiveJob, status: JobStatus) {
-    if let Some(attempt) = app.jobs.attempt(live.id) {
-        attempt.order(Order::Stop);
-    }
-    app.jobs.finished(live.id, status);
-    app.metrics
-        .finished
-        .with_label_values(&[status.as_str()])
-        .inc();
-    app.changed.notify_one();
-}
-
-/// Cancels a job and returns its final state; `None` if there is no such job.
-pub async fn cancel(app: App, id: JobId) -> Result<Option<JobStatus>, StoreError> {
-    match app.jobs.get(id) {
-        Some(live) => end(&app, &live, None, JobEnd::cancelled()).await.map(Some),
-        None => app.store.status(id).await,
     }
 }
