@@ -17,6 +17,7 @@ use super::error;
 use crate::app::App;
 use crate::clock;
 use crate::dispatch;
+use crate::fleet;
 use crate::scheduler;
 
 /// Lists all registered pools.
@@ -53,30 +54,10 @@ pub(super) async fn register(
     State(app): State<App>,
     Json(request): Json<RegisterRequest>,
 ) -> ServiceResult<Json<Registered>> {
-    let (id, now) = (request.pool_id.clone(), clock::now());
-    make_room(&app, &request).await;
-    app.fleet.register(request.clone(), now)?;
-    // Even with a full disk, the pool can serve now. Only a restarted orchestratord won't know it until it registers again.
-    if let Err(error) = app.store.save_pool(request, now).await {
-        tracing::warn!(pool = id, %error, "the registration is not written down");
-    }
+    let pool_id = request.pool_id.clone();
+    fleet::register(&app.fleet, &app.store, request).await?;
     app.changed.notify_one();
-    Ok(Json(Registered { pool_id: id }))
-}
-
-/// Forgets a stopped pool if a new one needs its place.
-async fn make_room(app: &App, request: &RegisterRequest) {
-    if app.fleet.client(&request.pool_id).is_some() {
-        return;
-    }
-    let Some(stopped) = app.fleet.longest_stopped() else {
-        return;
-    };
-    tracing::info!(pool = stopped, "forgetting a stopped pool for a new one");
-    app.fleet.remove(&stopped);
-    if let Err(error) = app.store.remove_pool(&stopped).await {
-        tracing::warn!(pool = stopped, %error, "the removal is not written down");
-    }
+    Ok(Json(Registered { pool_id }))
 }
 
 /// Takes a pool's report of what it has and does. Only reports of the newest instance count, in rising order.
@@ -137,21 +118,10 @@ pub(super) async fn remove(
     Path(id): Path<String>,
     Query(query): Query<RemoveQuery>,
 ) -> ServiceResult<StatusCode> {
-    if let Some(instance_id) = query.instance_id {
-        let now = clock::now();
-        if app.fleet.stop(&id, &instance_id, now)?
-            && let Err(error) = app.store.stop_pool(&id, now).await
-        {
-            tracing::warn!(pool = id, %error, "the goodbye is not written down");
-        }
-        app.changed.notify_one();
-        return Ok(StatusCode::NO_CONTENT);
-    }
-    if !app.fleet.remove(&id) {
-        return Err(error::no_pool(&id));
-    }
-    if let Err(error) = app.store.remove_pool(&id).await {
-        tracing::warn!(pool = id, %error, "the removal is not written down");
+    match query.instance_id {
+        Some(instance_id) => fleet::leave(&app.fleet, &app.store, &id, &instance_id).await?,
+        None if fleet::forget(&app.fleet, &app.store, &id).await => {}
+        None => return Err(error::no_pool(&id)),
     }
     app.changed.notify_one();
     Ok(StatusCode::NO_CONTENT)

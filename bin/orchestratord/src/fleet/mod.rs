@@ -2,6 +2,7 @@
 //! comes back with the pools' next heartbeats.
 
 mod ages;
+mod membership;
 mod overlay;
 mod reach;
 mod requests;
@@ -27,6 +28,7 @@ use pool_core::{ModelRef, POOL_API_VERSION};
 use tokio::sync::watch;
 
 use ages::WorkerTimes;
+pub use membership::{forget, leave, register};
 pub use overlay::Asked;
 use overlay::Overlay;
 
