@@ -9,7 +9,7 @@ use prometheus::core::Collector;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 /// Outcomes of a worker's start: ready, refused, not started, or ended before it was ready (the reasons of an end).
-const START_OUTCOMES: [&str; 11] = [
+const START_OUTCOMES: [&str; 12] = [
     "ready",
     "refused",
     "port_taken",
@@ -21,9 +21,10 @@ const START_OUTCOMES: [&str; 11] = [
     "start_timeout",
     "model_invalid",
     "stopped",
+    "other",
 ];
 /// Reasons for a worker's end.
-const STOP_REASONS: [&str; 8] = [
+const STOP_REASONS: [&str; 9] = [
     "exited",
     "signal",
     "oom_killed",
@@ -32,6 +33,7 @@ const STOP_REASONS: [&str; 8] = [
     "model_invalid",
     "spawn_failed",
     "stopped",
+    "other",
 ];
 
 /// Outcomes of a call to the orchestrator.
@@ -46,13 +48,15 @@ const HEARTBEAT_OUTCOMES: [&str; 7] = [
 ];
 
 /// Outcomes of a model's download: those that yield a file, and the codes of failures.
-const DOWNLOAD_OUTCOMES: [&str; 8] = [
+const DOWNLOAD_OUTCOMES: [&str; 10] = [
     "completed",
     "present",
     "model_not_found",
     "no_space",
     "wrong_file",
+    "model_unsupported",
     "source_refused",
+    "source_unreachable",
     "interrupted",
     "failed",
 ];

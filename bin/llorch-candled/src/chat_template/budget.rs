@@ -7,6 +7,7 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,7 +40,7 @@ fn take(bytes: usize) {
         .get()
         .saturating_sub(i64::try_from(bytes).unwrap_or(i64::MAX));
     LEFT.set(left);
-    // SAFETY: the thread owns a reference to the flag for as long as it runs, and a thread that sleeps forever still runs.
+    // SAFETY: the pointer is set only while a `Limited` borrows the flag, and a thread that sleeps forever still borrows it.
     let stop = unsafe { &*stop };
     if left < 0 {
         stop.store(true, Ordering::Release);
@@ -91,6 +92,24 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
+/// The part of a thread's life in which its memory is limited. Afterwards, also in a panic, the thread may allocate whatever it
+/// needs to end.
+struct Limited<'a>(PhantomData<&'a AtomicBool>);
+
+impl<'a> Limited<'a> {
+    fn begin(bytes: i64, stop: &'a AtomicBool) -> Self {
+        LEFT.set(bytes);
+        STOP.set(stop);
+        Self(PhantomData)
+    }
+}
+
+impl Drop for Limited<'_> {
+    fn drop(&mut self) {
+        STOP.set(ptr::null());
+    }
+}
+
 /// The limits of a thread.
 pub(super) struct Budget {
     /// Bytes of memory, without the stack.
@@ -122,11 +141,9 @@ pub(super) fn within<T: Send + 'static>(
         .name("chat-template".to_owned())
         .stack_size(budget.stack_bytes)
         .spawn(move || {
-            LEFT.set(bytes);
-            STOP.set(Arc::as_ptr(&own_stop));
+            let limited = Limited::begin(bytes, &own_stop);
             let outcome = work();
-            // From here on the thread may allocate whatever it needs to end.
-            STOP.set(ptr::null());
+            drop(limited);
             sender.send(outcome).ok();
         })
         .map_err(|_| NoResult::Failed)?;
@@ -134,7 +151,6 @@ pub(super) fn within<T: Send + 'static>(
     loop {
         match result.recv_timeout(LOOK_EVERY) {
             Ok(outcome) => return Ok(outcome),
-            // The flag outlives the destructors of an unwinding thread, which run before the closure is dropped.
             Err(RecvTimeoutError::Disconnected) => return Err(NoResult::Failed),
             Err(RecvTimeoutError::Timeout) => {
                 if start.elapsed() > budget.time {
@@ -145,5 +161,51 @@ pub(super) fn within<T: Send + 'static>(
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic;
+
+    use super::*;
+
+    const BUDGET: Budget = Budget {
+        bytes: 256 << 10,
+        stack_bytes: 256 << 10,
+        time: Duration::from_secs(60),
+    };
+
+    /// Allocates more than the budget when its thread ends.
+    struct Last(mpsc::SyncSender<usize>);
+
+    impl Drop for Last {
+        fn drop(&mut self) {
+            let bytes = vec![1_u8; 1 << 20];
+            let _ = self.0.send(bytes.len());
+        }
+    }
+
+    thread_local!(static LAST: Cell<Option<Last>> = const { Cell::new(None) });
+
+    // [CAND-112] The flag is gone by then: a thread that still looked at it would read freed memory.
+    #[test]
+    fn a_thread_whose_work_panicked_ends_without_a_budget() {
+        let (sender, ended) = mpsc::sync_channel(1);
+        let result = within::<()>(&BUDGET, move || {
+            LAST.set(Some(Last(sender)));
+            // Without the hook, which may print a backtrace and so go over the budget by itself.
+            panic::resume_unwind(Box::new(()));
+        });
+        assert!(matches!(result, Err(NoResult::Failed)));
+        assert_eq!(ended.recv_timeout(Duration::from_secs(30)), Ok(1 << 20));
+    }
+
+    #[test]
+    fn work_over_its_budget_has_no_result() {
+        let within_budget = within(&BUDGET, || vec![1_u8; 1000].len());
+        assert!(matches!(within_budget, Ok(1000)));
+        let beyond = within(&BUDGET, || vec![1_u8; 1 << 20].len());
+        assert!(matches!(beyond, Err(NoResult::RanAway)));
     }
 }

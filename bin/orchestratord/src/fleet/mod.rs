@@ -372,6 +372,9 @@ impl Fleet {
             times: WorkerTimes::default(),
             shown: PoolLiveness::Online,
         };
+        // The pool may never report, so its silence counts from here.
+        let [silent, _] = pool.deadlines();
+        inner.due = inner.due.into_iter().chain([silent]).min();
         inner.changed.insert(pool_id.clone());
         inner.pools.insert(pool_id, pool);
         Ok(())
@@ -683,3 +686,6 @@ fn check_name(field: &'static str, name: &str) -> Result<(), FleetError> {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

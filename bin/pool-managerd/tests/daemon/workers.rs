@@ -113,19 +113,26 @@ async fn every_series_is_there_before_its_first_event() {
             "pool_mgr_worker_starts_total",
             "counter",
             "outcome",
-            "ready refused spawn_failed exited signal start_timeout model_invalid",
+            "ready refused port_taken spawn_failed exited signal oom_killed stalled start_timeout model_invalid stopped other",
         ),
         (
             "pool_mgr_worker_ends_total",
             "counter",
             "reason",
-            "exited signal oom_killed stalled start_timeout model_invalid stopped",
+            "exited signal oom_killed stalled start_timeout model_invalid spawn_failed stopped other",
         ),
         (
             "pool_mgr_heartbeats_total",
             "counter",
             "outcome",
-            "ok unreachable refused",
+            "ok unreachable refused unknown_pool superseded nobody no_snapshot",
+        ),
+        (
+            "pool_mgr_model_downloads_total",
+            "counter",
+            "outcome",
+            "completed present model_not_found no_space wrong_file model_unsupported source_refused source_unreachable \
+             interrupted failed",
         ),
     ] {
         assert!(metrics.contains(&format!("# HELP {name} ")), "{metrics}");
