@@ -23,7 +23,7 @@ pub fn refused(refusal: Refusal) -> ServiceError {
         Refusal::StaleFence { current } => error(
             StatusCode::CONFLICT,
             WorkerErrorCode::StaleFence,
-            format!("a newer attempt is here, with fence {current}"),
+            format!("stale fence: the current attempt has fence {current}"),
         )
         .details(serde_json::json!({ "current_fence": current })),
         Refusal::ShuttingDown => error(
@@ -39,9 +39,9 @@ pub fn loading() -> ServiceError {
     error(
         StatusCode::SERVICE_UNAVAILABLE,
         WorkerErrorCode::Loading,
-        "the model is still being loaded",
+        "the model is still loading",
     )
-    .hint("`GET /health` tells how far it is")
+    .hint("see the progress with `GET /health`, and retry")
     .retry_after(RETRY_AFTER)
 }
 
@@ -59,9 +59,9 @@ pub fn not_found(job_id: &str) -> ServiceError {
     error(
         StatusCode::NOT_FOUND,
         WorkerErrorCode::NotFound,
-        format!("no execution of `{job_id}` is here"),
+        format!("no execution of job `{job_id}` on this worker"),
     )
-    .hint("its buffer was deleted or has outlived its time")
+    .hint("its buffer was deleted or has expired")
 }
 
 /// Returns the error for a deletion while the execution still runs.
@@ -69,9 +69,9 @@ pub fn still_running(job_id: &str) -> ServiceError {
     error(
         StatusCode::CONFLICT,
         WorkerErrorCode::Busy,
-        format!("the execution of `{job_id}` still runs"),
+        format!("the execution of job `{job_id}` is still running"),
     )
-    .hint("`POST /cancel` ends it")
+    .hint("cancel it with `POST /cancel` first")
 }
 
 fn error(status: StatusCode, code: WorkerErrorCode, message: impl Into<String>) -> ServiceError {

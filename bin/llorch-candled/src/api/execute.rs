@@ -32,14 +32,14 @@ pub async fn execute(
 fn validate(request: &ExecuteRequest) -> Result<(), String> {
     let sampling = &request.sampling;
     if request.job_id.is_empty() || request.job_id.len() > 128 {
-        return Err("`job_id` must have 1 to 128 bytes".to_owned());
+        return Err("`job_id` must be 1 to 128 bytes long".to_owned());
     }
     match (&request.prompt, &request.messages) {
         (Some(_), Some(_)) | (None, None) => {
             return Err("give either `prompt` or `messages`".to_owned());
         }
         (None, Some(_)) if request.raw => {
-            return Err("`raw` goes with `prompt`, not with `messages`".to_owned());
+            return Err("`raw` requires `prompt` instead of `messages`".to_owned());
         }
         (None, Some(messages)) if messages.is_empty() => {
             return Err("`messages` is empty".to_owned());
@@ -47,14 +47,14 @@ fn validate(request: &ExecuteRequest) -> Result<(), String> {
         _ => {}
     }
     if request.raw && request.system.is_some() {
-        return Err("`raw` leaves no place for `system`".to_owned());
+        return Err("`raw` can't be combined with `system`".to_owned());
     }
     if request.max_tokens == 0 {
         return Err("`max_tokens` must be at least 1".to_owned());
     }
     if request.stop.len() > MAX_STOPS || request.stop.iter().any(String::is_empty) {
         return Err(format!(
-            "`stop` takes at most {MAX_STOPS} texts, none of them empty"
+            "`stop` takes at most {MAX_STOPS} texts, each of them non-empty"
         ));
     }
     let ranges = [
@@ -71,7 +71,7 @@ fn validate(request: &ExecuteRequest) -> Result<(), String> {
         (
             "min_p",
             (0.0..1.0).contains(&sampling.min_p),
-            "from 0 to below 1",
+            "at least 0 and below 1",
         ),
         (
             "repetition_penalty",

@@ -56,7 +56,7 @@ pub fn last_event_id(headers: &HeaderMap) -> ServiceResult<usize> {
         .to_str()
         .ok()
         .and_then(|text| text.trim().parse().ok());
-    number.ok_or_else(|| invalid("`Last-Event-ID` is not the number of an event"))
+    number.ok_or_else(|| invalid("`Last-Event-ID` is not an event number"))
 }
 
 /// Streams the events of an execution after `position`.
@@ -65,7 +65,7 @@ pub fn stream(execution: Arc<Execution>, position: usize) -> ServiceResult<impl 
         && position > length
     {
         return Err(invalid(format!(
-            "`Last-Event-ID` is {position}, the execution ended with event {length}"
+            "`Last-Event-ID` is {position}, but the execution ended with event {length}"
         )));
     }
     let newest = [(NEWEST, execution.length().to_string())];
