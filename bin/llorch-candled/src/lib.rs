@@ -62,7 +62,7 @@ pub struct Config {
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The environment contains no secret.
-    #[error("{SECRET_VAR} is not set: without a secret a worker would execute for anybody")]
+    #[error("{SECRET_VAR} is not set: without a secret, a worker would accept jobs from anyone")]
     NoSecret,
     /// The worker can't listen on its port.
     #[error(transparent)]
@@ -85,7 +85,7 @@ pub enum RunError {
     #[error("could not set up metrics")]
     Metrics(#[from] prometheus::Error),
     /// The compute thread ended without an outcome.
-    #[error("the compute thread ended")]
+    #[error("the compute thread ended unexpectedly")]
     ComputeGone,
 }
 
@@ -106,9 +106,7 @@ impl RunError {
     /// Returns what to try next.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::NoSecret => {
-                Some("start workers with `llorch-pool worker spawn`, which makes one")
-            }
+            Self::NoSecret => Some("start workers with `llorch-pool worker spawn`, which sets it"),
             Self::Bind(error) => error.hint(),
             Self::Model { source, .. } => source.hint(),
             _ => None,

@@ -78,9 +78,12 @@ fn compute_threads(wanted: u32) -> Result<u32, RuntimeError> {
 }
 
 fn start(cli: Cli, threads: u32, fewer: bool) -> anyhow::Result<()> {
-    telemetry::init("info").context("`LLORCH_LOG` is not a log filter")?;
+    telemetry::init("info").context("`LLORCH_LOG` is not a valid log filter")?;
     if fewer {
-        tracing::warn!(threads, "the system has no room for more compute threads");
+        tracing::warn!(
+            threads,
+            "starting fewer compute threads: the system has no room for more"
+        );
     }
     let (secret, nonce) = handed_over()?;
     let config = Config {

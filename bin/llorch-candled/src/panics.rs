@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 
 /// A panic, as reported to users.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the worker broke off because of a fault of its own; its log says where")]
+#[error("internal error in the worker; its log says where")]
 pub struct Panicked;
 
 /// Runs `work` and turns a panic in it into an error without a message. The caller judges the state that `work` leaves behind.
@@ -25,7 +25,7 @@ pub fn report_place_only() {
 
 fn place(info: &PanicHookInfo<'_>) -> String {
     let thread = std::thread::current();
-    let name = thread.name().unwrap_or("without a name");
+    let name = thread.name().unwrap_or("<unnamed>");
     match info.location() {
         Some(location) => format!("thread {name} panicked at {location}"),
         None => format!("thread {name} panicked"),
@@ -56,6 +56,6 @@ mod tests {
         for text in [printed.as_str(), said.as_str()] {
             assert!(!text.contains("secret"), "{text}");
         }
-        assert!(said.contains("a fault of its own"), "{said}");
+        assert!(said.contains("internal error"), "{said}");
     }
 }

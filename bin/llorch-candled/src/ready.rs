@@ -15,7 +15,7 @@ pub async fn report(pool_url: &str, secret: Secret, health: WorkerHealth) {
     let client = match ApiClient::new(pool_url, Some(secret)) {
         Ok(client) => client,
         Err(error) => {
-            tracing::warn!(%error, "can't tell the pool that the model is loaded");
+            tracing::warn!(%error, "can't notify the pool that the model is loaded");
             return;
         }
     };
@@ -32,11 +32,11 @@ pub async fn report(pool_url: &str, secret: Secret, health: WorkerHealth) {
                     status: 400..=499, ..
                 },
             ) => {
-                tracing::warn!(%error, "the pool refused the report that the model is loaded");
+                tracing::warn!(%error, "the pool refused the notification that the model is loaded");
                 return;
             }
             Err(error) => {
-                tracing::warn!(%error, attempt, "could not tell the pool that the model is loaded");
+                tracing::warn!(%error, attempt, "could not notify the pool that the model is loaded");
             }
         }
         tokio::time::sleep(pause).await;
