@@ -56,7 +56,7 @@ impl Metrics {
     pub fn new(load: Load) -> prometheus::Result<Self> {
         let limit = IntGauge::new(
             "candled_connections_limit",
-            "Connections that there is room for.",
+            "Maximum number of open connections.",
         )?;
         limit.set(i64::try_from(load.places().connections).unwrap_or(i64::MAX));
         let seconds = |name: &str, help: &str, first: f64| {
@@ -68,7 +68,7 @@ impl Metrics {
             executions: IntCounterVec::new(
                 Opts::new(
                     "candled_executions_total",
-                    "Executions that ended, by how they ended.",
+                    "Executions that ended, by outcome.",
                 ),
                 &["outcome"],
             )?,
@@ -82,63 +82,63 @@ impl Metrics {
             )?,
             ttft: seconds(
                 "candled_ttft_seconds",
-                "From the request to the first token.",
+                "Time from the request to the first token.",
                 0.01,
             )?,
             tpot: seconds(
                 "candled_tpot_seconds",
-                "Mean time of a token after the first.",
+                "Mean time per token after the first.",
                 0.001,
             )?,
             batch: Histogram::with_opts(
                 HistogramOpts::new(
                     "candled_batch_sequences",
-                    "Sequences that shared a step of the computation.",
+                    "Sequences computed together in one step.",
                 )
                 .buckets(prometheus::exponential_buckets(1.0, 2.0, 7)?),
             )?,
             step: seconds(
                 "candled_step_seconds",
-                "Time of a step of the computation.",
+                "Duration of a computation step.",
                 0.001,
             )?,
             waiting: IntGauge::new(
                 "candled_waiting_sequences",
-                "Sequences that wait for room in the cache.",
+                "Sequences waiting for room in the cache.",
             )?,
             cached_tokens: IntCounter::new(
                 "candled_cached_tokens_total",
-                "Tokens that were not computed because the cache had them.",
+                "Tokens found in the cache and therefore not computed.",
             )?,
             guessed_tokens: IntCounter::new(
                 "candled_guessed_tokens_total",
-                "Tokens that were guessed from the text before.",
+                "Tokens guessed from the preceding text.",
             )?,
             right_tokens: IntCounter::new(
                 "candled_rightly_guessed_tokens_total",
-                "Tokens that were guessed rightly, and needed no step of their own.",
+                "Tokens guessed correctly, which needed no step of their own.",
             )?,
-            cache_blocks: IntGauge::new("candled_cache_blocks", "Blocks of the cache.")?,
+            cache_blocks: IntGauge::new("candled_cache_blocks", "Blocks in the cache.")?,
             cache_blocks_used: IntGauge::new(
                 "candled_cache_blocks_used",
-                "Blocks of the cache that sequences have.",
+                "Blocks in the cache that sequences use.",
             )?,
             active: IntGauge::new(
                 "candled_active_executions",
-                "Executions that run or are about to.",
+                "Executions running or about to run.",
             )?,
-            buffer_bytes: IntGauge::new("candled_buffer_bytes", "Bytes of event buffers.")?,
+            buffer_bytes: IntGauge::new("candled_buffer_bytes", "Bytes held in event buffers.")?,
             load,
             connections: IntGauge::new("candled_connections_active", "Open connections.")?,
             refused: IntCounter::new(
                 "candled_overload_refusals_total",
-                "Requests refused with 503 for want of a connection or memory.",
+                "Requests refused with 503 because connections or memory ran out.",
             )?,
         };
         let build = IntGaugeVec::new(
             Opts::new(
                 "candled_build_info",
-                "1, with the version of llorch-candled.",
+                "Always 1, labelled with the version of llorch-candled.",
             ),
             &["version"],
         )?;
