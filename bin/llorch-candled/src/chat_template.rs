@@ -43,10 +43,10 @@ const MAX_OVERHEAD_BYTES: usize = 1 << 20;
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum TemplateError {
     /// The template can't be compiled.
-    #[error("{0}; the model takes only a `prompt` with `raw: true`")]
+    #[error("{0}; the model accepts only a `prompt` with `raw: true`")]
     Unsupported(#[from] TemplateProblem),
     /// The model file has no template.
-    #[error("the model has no chat template, so it takes only a `prompt` with `raw: true`")]
+    #[error("the model has no chat template, so it accepts only a `prompt` with `raw: true`")]
     Missing,
     /// The template refuses these messages, or is faulty.
     #[error("the model's chat template can't render these messages: {0}")]
@@ -60,20 +60,23 @@ pub enum TemplateError {
         fuel: u64,
     },
     /// The template evaded the limit on fuel and exceeded the one on memory or time. It is not tried again.
-    #[error("the model's chat template takes memory or time without end, and is not tried again")]
+    #[error(
+        "the model's chat template exceeded its limit on memory or time, and is not tried again"
+    )]
     RanAway,
     /// No thread could be started for the template, or the engine panicked.
-    #[error("the model's chat template can't be run")]
+    #[error("the model's chat template could not be run")]
     Failed,
     /// The template writes without end.
-    #[error("the model's chat template puts out more than {limit} bytes")]
+    #[error("the model's chat template outputs more than {limit} bytes")]
     Output {
         /// Exceeded limit in bytes.
         limit: usize,
     },
     /// The text of a message can't be distinguished from the template's own control tokens.
     #[error(
-        "the text of a message can't be told apart from the chat template's own control tokens: it has the name of one, or too many of the characters U+007F and U+FDD0 to U+FDEF; remove them, or send `allow_special: true`"
+        "the text of a message can't be told apart from the chat template's own control tokens: it contains the name of one, or \
+         too many of the characters U+007F and U+FDD0 to U+FDEF; remove them, or send `allow_special: true`"
     )]
     Confused,
 }

@@ -67,16 +67,14 @@ fn indentation(value: &Value) -> Result<String, Error> {
         Some(text) => text.to_owned(),
         None => {
             let spaces = value.as_i64().ok_or_else(|| {
-                invalid("`indent` of tojson is neither a number nor a text".to_owned())
+                invalid("`indent` of tojson must be a number or a string".to_owned())
             })?;
             " ".repeat(usize::try_from(spaces).unwrap_or(0).min(MAX_INDENT + 1))
         }
     };
     match text.len() {
         0..=MAX_INDENT => Ok(text),
-        _ => Err(invalid(format!(
-            "`indent` of tojson is more than {MAX_INDENT}"
-        ))),
+        _ => Err(invalid(format!("`indent` of tojson exceeds {MAX_INDENT}"))),
     }
 }
 
@@ -88,7 +86,7 @@ fn pair_of_texts(pair: &Value) -> Result<(String, String), Error> {
         .collect();
     <[String; 2]>::try_from(texts)
         .map(|[first, second]| (first, second))
-        .map_err(|_| invalid("`separators` of tojson are not two texts".to_owned()))
+        .map_err(|_| invalid("`separators` of tojson must be two strings".to_owned()))
 }
 
 impl Style {

@@ -137,7 +137,7 @@ fn join(state: &mut State, separator: &Value, args: &[Value]) -> Result<Value, E
     for value in values.try_iter()? {
         charge(state, SLOT_BYTES)?;
         if value.as_str().is_none() {
-            return Err(invalid("the elements to join are not all texts"));
+            return Err(invalid("the elements to join must all be strings"));
         }
     }
     state.apply_filter("join", &[values.clone(), separator.clone()])
@@ -276,10 +276,10 @@ fn pad(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
 fn format_bytes(text: &str, args: &[Value]) -> Result<usize, Error> {
     let digits = text.split(|c: char| !c.is_ascii_digit());
     if digits.map(str::len).max() > Some(MAX_WIDTH_DIGITS) {
-        return Err(invalid("the format has too large a number"));
+        return Err(invalid("a number in the format is too large"));
     }
     if takes_width(text) {
-        return Err(invalid("the format takes a width from its arguments"));
+        return Err(invalid("a format can't take a width from its arguments"));
     }
     let (args, kwargs): (&[Value], Kwargs) = from_args(args)?;
     let named = kwargs.args().map(|name| kwargs.peek::<Value>(name));
@@ -289,7 +289,7 @@ fn format_bytes(text: &str, args: &[Value]) -> Result<usize, Error> {
         match value.kind() {
             ValueKind::String => longest = longest.max(value.as_str().map_or(0, str::len)),
             ValueKind::Number | ValueKind::Bool | ValueKind::None => {}
-            _ => return Err(invalid("format takes texts and numbers only")),
+            _ => return Err(invalid("format accepts only strings and numbers")),
         }
     }
     let fields = text.matches('{').count();
