@@ -234,7 +234,7 @@ fn a_batch_that_contradicts_itself_is_refused() {
         (
             &[row(100, 0, 0)][..],
             one,
-            "a token is none of the vocabulary",
+            "a token is outside the vocabulary",
         ),
         (
             &[row(0, 64, 0)],
@@ -244,21 +244,21 @@ fn a_batch_that_contradicts_itself_is_refused() {
         (&[row(0, 32, 0)], one, "a row has no block"),
         (&[row(0, 0, 1)], one, "a row has no block"),
         (&[row(0, 0, 0), row(0, 2, 0)], one, "positions have gaps"),
-        (&[row(0, 0, 0)], &[&[4][..]], "a block is none of the cache"),
+        (&[row(0, 0, 0)], &[&[4][..]], "a block is outside the cache"),
         (
             &[row(0, 5, 0), row(0, 4, 1)],
             &[&[2][..], &[2]],
-            "two rows go to one place of the cache",
+            "two rows share a place in the cache",
         ),
         (
             &[row(0, 15, 0), row(0, 16, 0)],
             &[&[2, 2][..]],
-            "two rows go to one place of the cache",
+            "two rows share a place in the cache",
         ),
         (
             &[row(0, 0, 0), row(0, 0, 1), row(0, 1, 0)],
             &[&[0][..], &[1]],
-            "rows of a sequence are apart",
+            "the rows of a sequence are not contiguous",
         ),
     ] {
         let found = refused(rows, tables).unwrap_err();

@@ -335,7 +335,7 @@ fn fused_tensors_and_context_factors_that_contradict_the_numbers_are_refused() {
         (
             "feed_forward_length",
             57,
-            "tensor `blk.0.ffn_up.weight` is [112, 32], the model's numbers ask for [114, 32]",
+            "tensor `blk.0.ffn_up.weight` is [112, 32], but the header requires [114, 32]",
         ),
         (
             "feed_forward_length",
@@ -351,7 +351,7 @@ fn fused_tensors_and_context_factors_that_contradict_the_numbers_are_refused() {
         (
             "attention.head_count_kv",
             2,
-            "tensor `blk.0.attn_qkv.weight` is [48, 32], the model's numbers ask for [64, 32]",
+            "tensor `blk.0.attn_qkv.weight` is [48, 32], but the header requires [64, 32]",
         ),
         ("attention.head_count", 2, "tensor `blk.0.attn_qkv.weight`"),
         (

@@ -130,7 +130,7 @@ fn wrong_usage_is_said_before_anything_starts() {
     let (code, line) = ended(&output);
     assert_eq!(code, Some(2));
     assert!(
-        line.contains("a context of 1048576 tokens was asked for"),
+        line.contains("the requested context of 1048576 tokens"),
         "{line}"
     );
     let output = command(&WorkerArgs {

@@ -39,7 +39,7 @@ pub enum LoadError {
     #[error("could not load the model")]
     Io(#[from] std::io::Error),
     /// The backend's library failed.
-    #[error("the model can't be computed: {0}")]
+    #[error("could not load the model: {0}")]
     Backend(String),
 }
 

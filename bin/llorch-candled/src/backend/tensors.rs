@@ -19,7 +19,7 @@ pub enum TensorError {
         name: String,
     },
     /// The shape of the tensor contradicts the model's numbers.
-    #[error("tensor `{name}` is {found:?}, the model's numbers ask for {expected:?}")]
+    #[error("tensor `{name}` is {found:?}, but the header requires {expected:?}")]
     Shape {
         /// Name of the tensor.
         name: String,
@@ -148,7 +148,7 @@ impl<'a> Tensors<'a> {
         let (rows, columns) = match shape {
             [columns] => (1, *columns),
             [rows, columns] => (*rows, *columns),
-            _ => unreachable!("tensors of other ranks are not asked for"),
+            _ => unreachable!("no caller requests a tensor of another rank"),
         };
         Ok(Stored {
             name,

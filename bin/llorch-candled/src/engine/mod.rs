@@ -60,13 +60,13 @@ pub enum LoadError {
     #[error(transparent)]
     Backend(#[from] backend::LoadError),
     /// The trial computation failed.
-    #[error("the model can't be computed: {0}")]
+    #[error("the trial run of the model failed: {0}")]
     Compute(#[from] ModelError),
     /// The cache has no room for the trial computation.
     #[error(transparent)]
     CacheFull(#[from] CacheFull),
     /// The file broke an assumption of the program.
-    #[error("the model can't be computed: {0}")]
+    #[error("could not load the model: {0}")]
     Panicked(#[from] Panicked),
 }
 
@@ -132,7 +132,7 @@ pub enum Failure {
     CacheFull(#[from] CacheFull),
     /// The cache has no room for the generation now, and the request says not to wait.
     #[error(
-        "the cache has room for {} more tokens, the prompt and the longest answer need {}",
+        "the cache has room for {} more tokens, but the prompt and the longest answer need {}",
         .0.free_tokens,
         .0.needed_tokens
     )]
@@ -201,11 +201,11 @@ fn overflow_message(overflow: &ContextOverflow) -> String {
     } = overflow;
     if needed_tokens > model_context {
         format!(
-            "the prompt has {prompt_tokens} tokens, the model's context {model_context}: no room for an answer"
+            "the prompt of {prompt_tokens} tokens leaves no room for an answer in the model's context of {model_context}"
         )
     } else {
         format!(
-            "the request needs a context of {needed_tokens} tokens, the worker has {context_length}"
+            "the request needs a context of {needed_tokens} tokens, but the worker has {context_length}"
         )
     }
 }
@@ -534,7 +534,7 @@ impl Engine {
             let text = request
                 .prompt
                 .clone()
-                .ok_or_else(|| Failure::Request("`raw` goes with `prompt`".to_owned()))?;
+                .ok_or_else(|| Failure::Request("`raw` requires `prompt`".to_owned()))?;
             let breaks = Vec::new();
             return Ok(Rendered { text, breaks });
         }
@@ -557,7 +557,7 @@ impl TextParts {
         let tokenizer = Tokenizer::from_header(header)?;
         let template = read_template(header, &tokenizer);
         if let Err(error) = &template {
-            tracing::warn!(%error, "the model takes raw prompts only");
+            tracing::warn!(%error, "no usable chat template, accepting raw prompts only");
         }
         Ok(Self {
             tokenizer,

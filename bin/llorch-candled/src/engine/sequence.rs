@@ -21,7 +21,7 @@ impl Core {
 
 /// A lack of free cache blocks for a sequence.
 #[derive(Debug, thiserror::Error)]
-#[error("the cache has {free} free blocks, the sequence needs {needed}")]
+#[error("the cache has {free} free blocks, but the sequence needs {needed}")]
 pub struct CacheFull {
     /// Number of free blocks.
     pub free: usize,

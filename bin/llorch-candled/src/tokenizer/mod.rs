@@ -36,7 +36,7 @@ pub enum TokenizerError {
     #[error(transparent)]
     Vocabulary(#[from] VocabularyError),
     /// A merge rule can't be read.
-    #[error("merge rule {index} is not two parts with a space between them")]
+    #[error("merge rule {index} is not two parts separated by a space")]
     Merge {
         /// Index of the rule, from 0.
         index: usize,

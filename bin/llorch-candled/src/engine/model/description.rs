@@ -27,7 +27,7 @@ pub enum DescriptionError {
         feature: String,
     },
     /// A number can't be right.
-    #[error("the model's {what} is {found}, {expected}")]
+    #[error("the model's {what} is {found}, but {expected}")]
     Size {
         /// Name of the number.
         what: &'static str,
@@ -37,7 +37,9 @@ pub enum DescriptionError {
         expected: String,
     },
     /// More context was requested than the model has.
-    #[error("a context of {requested} tokens was asked for, the model was made for {available}")]
+    #[error(
+        "the requested context of {requested} tokens exceeds the model's context of {available}"
+    )]
     ContextTooLong {
         /// Requested context in tokens.
         requested: usize,
@@ -234,7 +236,7 @@ impl Description {
         if value_dim != head_dim as u64 {
             return Err(DescriptionError::Feature {
                 feature: format!(
-                    "value heads ({value_dim}) of another width than key heads ({head_dim})"
+                    "value heads ({value_dim}) of a different width from key heads ({head_dim})"
                 ),
             });
         }
@@ -254,7 +256,7 @@ impl Description {
             return Err(DescriptionError::Size {
                 what: "number of blocks",
                 found: count as u64,
-                expected: format!("but the file has {} tensors", header.tensors().len()),
+                expected: format!("the file has {} tensors", header.tensors().len()),
             });
         }
         let width = size("embedding length", header.embedding_length()?)?;
@@ -287,7 +289,7 @@ impl Description {
             rotations,
             rms_epsilon,
             features: family.features,
-            vocab: size("vocabulary", header.vocab_size()?)?,
+            vocab: size("vocabulary size", header.vocab_size()?)?,
             max_context,
             context,
             cache: CacheType::default(),
@@ -311,7 +313,7 @@ fn context(requested: Option<usize>, available: usize) -> Result<usize, Descript
             available,
         }),
         Some(0) => Err(DescriptionError::Size {
-            what: "context asked for",
+            what: "requested context",
             found: 0,
             expected: "it must be at least 1".to_owned(),
         }),

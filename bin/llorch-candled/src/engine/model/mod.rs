@@ -41,7 +41,7 @@ pub struct Batch<'a> {
 #[derive(Debug, thiserror::Error)]
 pub enum ModelError {
     /// Rows or tables contradict each other or the cache.
-    #[error("the batch is not one: {0}")]
+    #[error("invalid batch: {0}")]
     Batch(&'static str),
     /// Values exceeded the range of numbers.
     #[error("the last layer's values are not finite: the file may be damaged")]
@@ -113,7 +113,7 @@ impl Batch<'_> {
         for (index, row) in self.rows.iter().enumerate() {
             refuse(
                 row.token as usize >= vocab,
-                "a token is none of the vocabulary",
+                "a token is outside the vocabulary",
             )?;
             refuse(
                 row.position >= context,
@@ -130,7 +130,7 @@ impl Batch<'_> {
                 }
                 _ => {
                     let seen = runs.iter().any(|run| run.sequence == row.sequence);
-                    refuse(seen, "rows of a sequence are apart")?;
+                    refuse(seen, "the rows of a sequence are not contiguous")?;
                     runs.push(Run {
                         sequence: row.sequence,
                         rows: index..index + 1,
@@ -147,12 +147,12 @@ impl Batch<'_> {
         written.sort_unstable();
         refuse(
             written.array_windows().any(|[a, b]| a == b),
-            "two rows go to one place of the cache",
+            "two rows share a place in the cache",
         )?;
         let mut numbers = self.tables.iter().flat_map(|table| table.iter());
         refuse(
             numbers.any(|number| *number as usize >= blocks),
-            "a block is none of the cache",
+            "a block is outside the cache",
         )?;
         Ok(runs)
     }
