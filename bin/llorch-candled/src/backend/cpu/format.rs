@@ -128,7 +128,7 @@ impl Format {
         assert_eq!(
             blocks * self.block_len(),
             columns,
-            "{self:?} has no rows of {columns}"
+            "{self:?} rows can't have {columns} columns"
         );
         blocks * self.block_bytes()
     }
@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "no rows of 100")]
+    #[should_panic(expected = "rows can't have 100 columns")]
     fn rows_are_whole_blocks() {
         Format::Q4_K.row_bytes(100);
     }

@@ -193,7 +193,7 @@ impl Reader<'_, '_> {
         match failure.into_inner() {
             Ok(None) => Ok(matrix),
             Ok(Some(error)) => Err(error),
-            Err(_) => unreachable!("nothing panics while it holds the lock"),
+            Err(_) => unreachable!("no thread panics while it holds the lock"),
         }
     }
 

@@ -233,7 +233,7 @@ impl PackedMatrix {
         assert_eq!(
             columns % format.block_len(),
             0,
-            "{format:?} has no rows of {columns}"
+            "{format:?} rows can't have {columns} columns"
         );
         let tile_bytes = tile_bytes(format, columns);
         let mut buffer = vec![0; rows.div_ceil(TILE_ROWS) * tile_bytes + LINE - 1];
@@ -312,7 +312,7 @@ impl PackedMatrix {
     pub fn row(&self, row: usize, out: &mut [f32]) {
         assert!(
             row < self.rows && out.len() == self.columns,
-            "a row of the matrix"
+            "the row does not exist, or `out` has the wrong length"
         );
         let (tile, row) = (self.tile(row / TILE_ROWS), row % TILE_ROWS);
         let blocks = tile.chunks_exact(tile_block_bytes(self.format));
@@ -336,7 +336,7 @@ impl PackedMatrix {
     ///
     /// Panics if `tiles` is 0.
     pub fn parts_mut(&mut self, tiles: usize) -> impl Iterator<Item = PartMut<'_>> {
-        assert!(tiles > 0, "parts of no tiles");
+        assert!(tiles > 0, "a part needs at least one tile");
         let (format, rows, columns, tile_bytes) =
             (self.format, self.rows, self.columns, self.tile_bytes);
         let count = self.tiles();
@@ -427,10 +427,10 @@ fn unpack(format: Format, bytes: &[u8], row: usize) -> Block {
 /// Packs up to 16 rows; missing rows are zeros.
 fn pack_tile(format: Format, columns: usize, rows: &[u8], to: &mut [u8]) {
     let row_bytes = format.row_bytes(columns);
-    assert_eq!(rows.len() % row_bytes, 0, "whole rows");
+    assert_eq!(rows.len() % row_bytes, 0, "`rows` is not whole rows");
     assert!(
         rows.len() <= TILE_ROWS * row_bytes,
-        "at most {TILE_ROWS} rows"
+        "more than {TILE_ROWS} rows"
     );
     let block_bytes = format.block_bytes();
     let mut blocks = [Block::ZERO; TILE_ROWS];

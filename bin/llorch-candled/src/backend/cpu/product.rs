@@ -59,7 +59,7 @@ impl<'a> Output<'a> {
             .and_then(|last| last.checked_mul(stride)?.checked_add(columns));
         assert!(
             rows == 0 || end.is_some_and(|end| end <= values.len()),
-            "results have no room"
+            "`values` is too short for the results"
         );
         Self {
             start: values.as_mut_ptr(),
@@ -94,7 +94,7 @@ impl<'a> Output<'a> {
     pub unsafe fn part(&self, tiles: Range<usize>) -> Part<'_> {
         assert!(
             tiles.start <= tiles.end && tiles.end <= self.tiles(),
-            "no tiles {tiles:?}"
+            "tiles {tiles:?} don't exist"
         );
         Part {
             start: self.start,
@@ -127,7 +127,7 @@ impl Part<'_> {
     fn store<L: Lanes>(&mut self, lanes: L, row: usize, tile: usize, results: L::F) {
         assert!(
             row < self.rows && self.tiles.contains(&tile),
-            "outside of the part"
+            "the row or tile is outside the part"
         );
         let column = tile * TILE_ROWS;
         let len = (self.columns - column).min(TILE_ROWS);
@@ -169,7 +169,7 @@ pub fn multiply(
                 Format::F32 => tier.run(FloatProduct::<Singles, 64>::new(weights, values, out)),
                 Format::F16 => tier.run(FloatProduct::<Halves, HALVES>::new(weights, values, out)),
                 Format::BF16 => tier.run(FloatProduct::<Brains, HALVES>::new(weights, values, out)),
-                format => panic!("{format:?} takes quantised activations"),
+                format => panic!("{format:?} needs quantised activations"),
             }
         }
         Activations::By32(rows) => {
@@ -180,7 +180,7 @@ pub fn multiply(
                 Format::Q5_0 => run::<Weights32<Fives, 352, 16, false>>(tier, weights, rows, out),
                 Format::Q5_1 => run::<Weights32<Fives, 384, 0, true>>(tier, weights, rows, out),
                 Format::Q8_0 => run::<Weights32<Bytes, 544, 0, false>>(tier, weights, rows, out),
-                format => panic!("{format:?} takes other activations"),
+                format => panic!("{format:?} needs activations of another kind"),
             }
         }
         Activations::By256(rows) => {
@@ -191,7 +191,7 @@ pub fn multiply(
                 Format::Q4_K => run::<Weights256<Nibbles, 2368, 32, 0>>(tier, weights, rows, out),
                 Format::Q5_K => run::<Weights256<Fives, 2880, 32, 0>>(tier, weights, rows, out),
                 Format::Q6_K => run::<Weights256<Sixes, 3360, 16, 32>>(tier, weights, rows, out),
-                format => panic!("{format:?} takes other activations"),
+                format => panic!("{format:?} needs activations of another kind"),
             }
         }
     }

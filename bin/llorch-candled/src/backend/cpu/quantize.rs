@@ -126,7 +126,7 @@ impl<B: Quantized> Rows<B> {
     ///
     /// Panics if `columns` is 0 or not a multiple of 16, or if `from` isn't whole rows.
     pub fn quantize(&mut self, tier: Tier, from: &[f32], columns: usize) {
-        assert_eq!(from.len() % columns, 0, "whole rows");
+        assert_eq!(from.len() % columns, 0, "`from` is not whole rows");
         self.resize(from.len() / columns, columns);
         for (from, to) in from.chunks_exact(columns).zip(self.rows_mut()) {
             quantize_row(tier, from, to);
@@ -145,11 +145,11 @@ impl<B: Quantized> Rows<B> {
 /// Panics if the length of `from` is not a multiple of 16, or if `to` doesn't have the number of blocks that it needs.
 pub fn quantize_row<B: Quantized>(tier: Tier, from: &[f32], to: &mut [B]) {
     let (from, rest) = from.as_chunks();
-    assert!(rest.is_empty(), "a multiple of {LANES} columns");
+    assert!(rest.is_empty(), "not a multiple of {LANES} columns");
     assert_eq!(
         to.len(),
         (from.len() * LANES).div_ceil(B::LEN),
-        "blocks of a row"
+        "number of blocks of a row"
     );
     tier.run(QuantizeRow { from, to });
 }
