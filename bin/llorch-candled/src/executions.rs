@@ -504,7 +504,7 @@ mod tests {
         executions.push(&first, &end());
         assert!(
             Arc::ptr_eq(&executions.get("a").unwrap(), &second),
-            "the end of the old one leaves the new one alone"
+            "the end of the old execution does not affect the new one"
         );
     }
 
@@ -543,13 +543,16 @@ mod tests {
             executions.push(&execution, &token(&"x".repeat(1200)));
             executions.push(&execution, &end());
         }
-        assert!(executions.get("b").is_none(), "the oldest went");
+        assert!(executions.get("b").is_none(), "the oldest was dropped");
         assert!(executions.get("c").is_some() && executions.get("d").is_some());
         assert!(executions.buffer_bytes() <= 3000);
 
         let (short, _compute) = super::tests::executions(Duration::ZERO, 1 << 20);
         let execution = short.submit(request("a", 1)).unwrap();
-        assert!(short.get("a").is_some(), "a running one has no age");
+        assert!(
+            short.get("a").is_some(),
+            "a running execution does not expire"
+        );
         short.push(&execution, &end());
         assert!(short.get("a").is_none());
     }

@@ -85,7 +85,10 @@ mod tests {
         let mut lookup = Lookup::default();
         assert!(lookup.guess(&[1, 2], 7).is_empty());
         let text = [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8, 9];
-        assert!(lookup.guess(&text, 7).is_empty(), "it never came before");
+        assert!(
+            lookup.guess(&text, 7).is_empty(),
+            "its last tokens have not occurred before"
+        );
         let again = [&text[..], &[1, 2, 3]].concat();
         assert_eq!(lookup.guess(&again, 7), [6, 7, 8]);
         assert_eq!(lookup.guess(&again, 2), [6, 7]);

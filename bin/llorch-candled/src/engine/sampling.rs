@@ -390,7 +390,7 @@ mod tests {
         assert_eq!(
             draw_with(&[0.0, 5.0, 5.0], &[], &greedy, 1, 1),
             1,
-            "of equals the lowest id"
+            "the lowest id wins a tie"
         );
     }
 
@@ -500,7 +500,7 @@ mod tests {
         assert_eq!(
             draw_with(&LOGITS, &[1], &greedy, 1, 1),
             3,
-            "the penalty counts without a temperature too"
+            "the penalty also applies at temperature 0"
         );
         assert_eq!(
             draw_with(&LOGITS, &[99], &greedy, 1, 1),

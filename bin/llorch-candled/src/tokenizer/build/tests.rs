@@ -74,7 +74,7 @@ fn header_of(
     bytes.extend(b"t\x01\0\0\0\x01\0\0\0\0\0\0\0");
     bytes.extend([0; 4 + 8]);
     bytes.resize(bytes.len().next_multiple_of(32) + 32, 0);
-    GgufFile::read(&bytes[..], bytes.len() as u64).expect("a good header")
+    GgufFile::read(&bytes[..], bytes.len() as u64).expect("a valid header")
 }
 
 const NORMAL: u32 = 1;
@@ -99,7 +99,7 @@ fn sentence_piece() -> Tokenizer {
         ("bc", -4.0, NORMAL),
         ("\u{2581}a", -6.0, NORMAL),
     ]);
-    Tokenizer::from_header(&header("llama", None, &[], &vocabulary)).expect("a good vocabulary")
+    Tokenizer::from_header(&header("llama", None, &[], &vocabulary)).expect("a valid vocabulary")
 }
 
 // [CAND-032]
@@ -118,18 +118,22 @@ fn sentence_piece_joins_the_best_scored_pair_first() {
     );
     assert_eq!(read(&ids), " abc");
     let bytes = tokenizer.encode("aé").unwrap();
-    assert_eq!(bytes, [11, 3, 4], "what no piece covers is spelt in bytes");
+    assert_eq!(
+        bytes,
+        [11, 3, 4],
+        "text that no piece covers becomes byte tokens"
+    );
     assert_eq!(read(&bytes), " aé");
     assert_eq!(tokenizer.encode("a</s>a").unwrap(), [11, 2, 11]);
     assert_eq!(
         tokenizer.encode_prompt("a", &[]).unwrap(),
         [1, 11],
-        "these models want their first token"
+        "these models need their first token"
     );
     assert_eq!(
         tokenizer.encode_prompt("<s>a", &[]).unwrap(),
         [1, 11],
-        "but once"
+        "but only once"
     );
     assert!(tokenizer.is_end(2) && !tokenizer.is_end(11));
 }
@@ -149,7 +153,7 @@ fn of_pairs_with_one_score_the_leftmost_is_joined() {
     assert_eq!(
         tokenizer.encode("a?!b").unwrap(),
         [3, 4, 0, 5],
-        "unknown ones in a row are one"
+        "consecutive unknown characters become one token"
     );
 }
 
@@ -182,7 +186,7 @@ fn rules_of(pieces: &[Token<'_>]) -> tokenizers::Tokenizer {
         .fuse_unk(true)
         .unk_token("<unk>".to_owned())
         .vocab_and_merges(vocab, rules);
-    let mut tokenizer = tokenizers::Tokenizer::new(model.build().expect("rules of the vocabulary"));
+    let mut tokenizer = tokenizers::Tokenizer::new(model.build().expect("valid merge rules"));
     let space = || SPACE.to_string();
     let normalizers: [NormalizerWrapper; 2] = [
         Prepend::new(space()).into(),
@@ -226,7 +230,7 @@ proptest! {
 fn vocabularies_that_are_not_understood_are_refused_by_name() {
     let error = |header: &GgufFile| match Tokenizer::from_header(header) {
         Err(error) => error.to_string(),
-        Ok(_) => panic!("it was accepted"),
+        Ok(_) => panic!("the vocabulary was accepted"),
     };
     let vocabulary = [("a", 0.0, NORMAL), ("b", 0.0, NORMAL)];
     assert!(error(&header("bert", None, &[], &vocabulary)).contains("tokenizer kind `bert`"));
@@ -311,7 +315,7 @@ const USER_DEFINED: u32 = 4;
 /// Returns the texts of the tokens that end an answer.
 fn ends(vocabulary: &[Token<'_>]) -> Vec<String> {
     let header = header("gpt2", Some("gpt-2"), &[], vocabulary);
-    let vocabulary = Vocabulary::from_header(&header).expect("a good vocabulary");
+    let vocabulary = Vocabulary::from_header(&header).expect("a valid vocabulary");
     vocabulary.ends().map(|end| end.text).collect()
 }
 
