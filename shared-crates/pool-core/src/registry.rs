@@ -105,7 +105,7 @@ impl Verdict {
             Self::StartTimeout { after_s } => (
                 ExitReason::StartTimeout,
                 format!(
-                    "it was not ready after {}",
+                    "not ready after {}",
                     human_duration(Duration::from_secs(*after_s))
                 ),
             ),

@@ -507,7 +507,7 @@ mod tests {
             "created_at": "2026-01-01T00:00:00Z", "ready_at": null, "exit": null,
         }))
         .expect("a record of a pool that is older than `ending` reads");
-        assert_eq!(trouble(&worker), "", "it was told to stop");
+        assert_eq!(trouble(&worker), "", "stop requested");
         worker.ending = Some(WorkerEnding {
             reason: ExitReason::Stalled,
             message: "no token for 31 s".into(),
@@ -519,11 +519,14 @@ mod tests {
         worker.status = WorkerStatus::Failed;
         worker.exit = Some(WorkerExit {
             reason: ExitReason::Stalled,
-            message: "no token for 31 s; it was ended".into(),
+            message: "no token for 31 s; terminated by the pool".into(),
             during_start: false,
             at: Timestamp::UNIX_EPOCH,
             log_tail: Vec::new(),
         });
-        assert_eq!(trouble(&worker), "stalled: no token for 31 s; it was ended");
+        assert_eq!(
+            trouble(&worker),
+            "stalled: no token for 31 s; terminated by the pool"
+        );
     }
 }

@@ -110,7 +110,7 @@ async fn a_stopped_worker_is_stalled_idle_loading_and_at_work() {
     let id = ready(&client, &house).await.id;
     let exit = freeze(&client, &house, &id).await;
     assert!(
-        exit.message.starts_with("no answer with nothing to do for"),
+        exit.message.starts_with("no answer while idle for"),
         "{}",
         exit.message
     );
@@ -123,7 +123,7 @@ async fn a_stopped_worker_is_stalled_idle_loading_and_at_work() {
     let id = spawn(&client, &house).await.id;
     let exit = freeze(&client, &house, &id).await;
     assert!(
-        exit.message.starts_with("no step of loading for"),
+        exit.message.starts_with("no loading progress for"),
         "{}",
         exit.message
     );
@@ -134,7 +134,7 @@ async fn a_stopped_worker_is_stalled_idle_loading_and_at_work() {
     busy(&client, &id).await;
     let exit = freeze(&client, &house, &id).await;
     assert!(
-        exit.message.starts_with("no token and no part of a prompt"),
+        exit.message.starts_with("no token or prompt progress"),
         "{}",
         exit.message
     );
@@ -176,9 +176,9 @@ async fn a_worker_that_answers_and_gets_nowhere_is_stalled() {
     for (behaviour, what) in [
         (
             "stuck",
-            "no token and no part of a prompt with 1 sequence running for",
+            "no token or prompt progress with 1 sequence running for",
         ),
-        ("load", "no step of loading for"),
+        ("load", "no loading progress for"),
     ] {
         let mut house = House::fake(behaviour);
         // Time enough for the fake worker's interpreter to start.

@@ -105,7 +105,7 @@ impl Lifecycle {
         };
         Ok(Some(serde_json::from_slice(&bytes).unwrap_or_else(
             |error| {
-                tracing::warn!(path = %path.display(), %error, "the drain's file is damaged; the pool drains without a deadline");
+                tracing::warn!(path = %path.display(), %error, "the drain file is damaged; draining without a deadline");
                 Drain {
                     since: Timestamp::UNIX_EPOCH,
                     deadline: None,

@@ -49,7 +49,7 @@ pub enum SpawnError {
         reason: Arc<Unsupported>,
     },
     /// The requested number of slots is out of range.
-    #[error("`slots` is {asked}, a worker has 1 to {most}")]
+    #[error("`slots` is {asked}, but must be 1 to {most}")]
     Slots {
         /// Requested slots.
         asked: u32,
@@ -57,7 +57,7 @@ pub enum SpawnError {
         most: u32,
     },
     /// The requested context is outside the model's range.
-    #[error("`context_length` is {asked}, the model `{model_ref}` takes 1 to {most}")]
+    #[error("`context_length` is {asked}, but the model `{model_ref}` takes 1 to {most}")]
     Context {
         /// Requested tokens of context.
         asked: u32,
@@ -67,7 +67,7 @@ pub enum SpawnError {
         model_ref: ModelRef,
     },
     /// A GPU was requested along with the backend `cpu`.
-    #[error("`gpu` has no meaning with the backend `cpu`")]
+    #[error("`gpu` can't be combined with the backend `cpu`")]
     GpuWithCpu,
     /// The host has no such device.
     #[error("this host has no device {device}")]
@@ -76,7 +76,7 @@ pub enum SpawnError {
         device: Device,
     },
     /// The device exists but can't be used.
-    #[error("{device} is {}: its driver does not answer for it", state.as_str())]
+    #[error("{device} is {}: its driver returns no current readings", state.as_str())]
     DeviceDown {
         /// Requested device.
         device: Device,
@@ -84,7 +84,7 @@ pub enum SpawnError {
         state: GpuState,
     },
     /// No worker program for the backend is installed.
-    #[error("no worker is built for the backend `{backend}`: there is no `{program}`")]
+    #[error("no worker program for the backend `{backend}`: `{program}` not found")]
     NoProgram {
         /// Requested backend.
         backend: Backend,
@@ -95,10 +95,10 @@ pub enum SpawnError {
     #[error(transparent)]
     MemoryShort(Box<MemoryShort>),
     /// The system does not report how much memory is free.
-    #[error("could not find out how much memory is free")]
+    #[error("could not determine how much memory is free")]
     MemoryUnknown(#[source] io::Error),
     /// All ports of the range are in use.
-    #[error("no port is left between {first} and {last}")]
+    #[error("no free port between {first} and {last}")]
     NoPort {
         /// First port of the range.
         first: u16,
@@ -106,7 +106,7 @@ pub enum SpawnError {
         last: u16,
     },
     /// The requested port is 0, which is not a valid port.
-    #[error("`port` is 0, it must be 1 to 65535")]
+    #[error("`port` is 0, but must be 1 to 65535")]
     PortZero,
     /// The requested port is in use.
     #[error("port {port} is taken by {holder}")]
@@ -117,7 +117,7 @@ pub enum SpawnError {
         holder: String,
     },
     /// The pool is draining and accepts no new workers.
-    #[error("this pool is being drained since {since} and takes no new workers")]
+    #[error("this pool has been draining since {since} and accepts no new workers")]
     Draining {
         /// Start of the drain.
         since: Timestamp,
@@ -141,12 +141,12 @@ impl SpawnError {
         let hint = match self {
             Self::Model(source) => return source.hint(),
             Self::Unsupported { reason, .. } => reason.hint(),
-            Self::GpuWithCpu => "leave `gpu` out, or choose the backend of the GPU",
+            Self::GpuWithCpu => "leave `gpu` out, or choose the GPU's backend",
             Self::NoDevice { .. } => {
-                "`llorch-pool status` lists the devices; the backend `cpu` always works"
+                "run `llorch-pool status` to list the devices; the backend `cpu` always works"
             }
             Self::DeviceDown { .. } => {
-                "look into the kernel's log (`dmesg`) and at `nvidia-smi`; another GPU or the backend `cpu` works meanwhile"
+                "check the kernel log (`dmesg`) and `nvidia-smi`; meanwhile, use another GPU or the backend `cpu`"
             }
             Self::NoProgram {
                 backend: Backend::Cpu,
@@ -157,18 +157,18 @@ impl SpawnError {
                 ..
             } => "this version has no workers for GPUs: use the backend `cpu`",
             Self::MemoryShort(short) if short.needed_bytes > short.total_bytes => {
-                "it never fits here: choose a smaller model or `context_length`, or another host"
+                "it never fits on this device: choose a smaller model or `context_length`, or another host"
             }
             Self::MemoryShort(short) if short.stop.is_empty() => {
-                "other programs use the memory: end one of them, or ask for a smaller `context_length`"
+                "other programs use the memory: close one of them, or ask for a smaller `context_length`"
             }
             Self::MemoryShort(short) => return Some(stop_hint(&short.stop)),
             Self::NoPort { .. } => {
-                "stop a worker, or widen `workers.port_min` to `workers.port_max`"
+                "stop a worker, or widen the range `workers.port_min` to `workers.port_max`"
             }
-            Self::PortZero | Self::PortTaken { .. } => "leave `port` out to take a free one",
-            Self::Draining { .. } => "`llorch-pool daemon resume` makes it take them again",
-            Self::Slots { .. } => "leave `slots` out to have the default",
+            Self::PortZero | Self::PortTaken { .. } => "leave `port` out to use a free one",
+            Self::Draining { .. } => "run `llorch-pool daemon resume` to accept new workers again",
+            Self::Slots { .. } => "leave `slots` out to use the default",
             Self::Context { .. }
             | Self::MemoryUnknown(_)
             | Self::Exec { .. }
@@ -220,7 +220,7 @@ pub enum StopError {
         source: io::Error,
     },
     /// The process survived a kill, as a process does that waits for a device in the kernel.
-    #[error("{id} (pid {pid}) does not end although it was killed")]
+    #[error("{id} (pid {pid}) did not exit after it was killed")]
     Unstoppable {
         /// Id of the worker.
         id: String,
@@ -236,9 +236,9 @@ impl StopError {
     /// Returns what to try next, if anything is known to help.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Unknown { .. } => Some("`llorch-pool worker list` shows the workers"),
+            Self::Unknown { .. } => Some("run `llorch-pool worker list` to list the workers"),
             Self::Unstoppable { .. } => {
-                Some("look into the kernel's log for the device that it waits for")
+                Some("check the kernel log for the device that it is waiting for")
             }
             Self::Signal { .. } | Self::Registry(_) => None,
         }

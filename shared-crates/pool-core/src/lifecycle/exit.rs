@@ -91,10 +91,13 @@ pub fn classify_exit(
     };
     let ours = verdict.map(|verdict| {
         let ending = verdict.ending();
-        (ending.reason, format!("{}; it was ended", ending.message))
+        (
+            ending.reason,
+            format!("{}; terminated by the pool", ending.message),
+        )
     });
     let (reason, message) = ours.unwrap_or_else(|| match facts {
-        _ if stop_requested => (ExitReason::Stopped, "it was told to stop".to_owned()),
+        _ if stop_requested => (ExitReason::Stopped, "stop requested".to_owned()),
         _ if by_kill && oom_evidence => (
             ExitReason::OomKilled,
             "the kernel killed it because its cgroup or the host ran out of memory".to_owned(),
@@ -106,8 +109,9 @@ pub fn classify_exit(
         ),
         ExitFacts::Exited(EXIT_PORT_TAKEN) => (
             ExitReason::Exited(Some(EXIT_PORT_TAKEN)),
-            own_words()
-                .unwrap_or_else(|| "its port was taken, and there was no other to try".to_owned()),
+            own_words().unwrap_or_else(|| {
+                "its port was taken, and no other port could be tried".to_owned()
+            }),
         ),
         ExitFacts::Exited(code) => (
             ExitReason::Exited(Some(code)),
@@ -115,16 +119,16 @@ pub fn classify_exit(
         ),
         ExitFacts::Signalled(9) => (
             ExitReason::Signal(9),
-            "it was killed (signal 9); the system counts no kill for want of memory".to_owned(),
+            "it was killed (signal 9); the system recorded no out-of-memory kill".to_owned(),
         ),
         ExitFacts::Signalled(signal) => (
             ExitReason::Signal(signal),
-            format!("signal {signal} ended it"),
+            format!("it was killed by signal {signal}"),
         ),
         ExitFacts::Unknown => (
             ExitReason::Exited(None),
             own_words().unwrap_or_else(|| {
-                "its process is gone, and nobody was there to see how it ended".to_owned()
+                "its process is gone, and its exit status is unknown".to_owned()
             }),
         ),
     });
@@ -143,7 +147,7 @@ mod tests {
     use std::fmt::Write as _;
 
     #[test] // [POOLD-017] [POOLD-018] [POOLD-062] [POOLD-063]
-    fn every_kind_of_end_has_its_reason_and_a_sentence() {
+    fn every_kind_of_end_has_a_reason_and_a_message() {
         let log = vec![
             "error: an older one".into(),
             "error: tensor 3 lies outside the file".into(),
@@ -204,23 +208,23 @@ mod tests {
         insta::assert_snapshot!(table, @"
         model_invalid    tensor 3 lies outside the file
         model_invalid    it refused its model file
-        exited(75)       its port was taken, and there was no other to try
+        exited(75)       its port was taken, and no other port could be tried
         exited(1)        tensor 3 lies outside the file
         exited(0)        it exited with code 0
-        stopped          it was told to stop
-        signal(9)        it was killed (signal 9); the system counts no kill for want of memory
-        stopped          it was told to stop
+        stopped          stop requested
+        signal(9)        it was killed (signal 9); the system recorded no out-of-memory kill
+        stopped          stop requested
         oom_killed       the kernel killed it because its cgroup or the host ran out of memory
-        signal(11)       signal 11 ended it
+        signal(11)       it was killed by signal 11
         exited(3)        it exited with code 3
         exited(unknown)  tensor 3 lies outside the file
-        exited(unknown)  its process is gone, and nobody was there to see how it ended
+        exited(unknown)  its process is gone, and its exit status is unknown
         oom_killed       the kernel killed it because its cgroup or the host ran out of memory
-        start_timeout    it was not ready after 2m; it was ended
-        start_timeout    it was not ready after 2m; it was ended
+        start_timeout    not ready after 2m; terminated by the pool
+        start_timeout    not ready after 2m; terminated by the pool
         model_invalid    tensor 3 lies outside the file
-        stalled          no token for 31 s; it was ended
-        stalled          no token for 31 s; it was ended
+        stalled          no token for 31 s; terminated by the pool
+        stalled          no token for 31 s; terminated by the pool
         spawn_failed     could not start `x`: no such file
         ");
     }

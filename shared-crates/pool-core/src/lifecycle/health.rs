@@ -13,7 +13,7 @@ use crate::worker::WorkerEvent;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HealthRefused {
     /// The answer came from another program, or from another start of the worker.
-    #[error("the answer is not {id}'s: {what} is another")]
+    #[error("the answer is not from {id}: {what} differs")]
     Stranger {
         /// Id of the expected worker.
         id: String,

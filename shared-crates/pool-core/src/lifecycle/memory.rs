@@ -223,7 +223,7 @@ fn beside(device: Device, records: &[WorkerRecord]) -> impl Iterator<Item = &Wor
 pub fn cpu_memory() -> io::Result<DeviceMemory> {
     let text = std::fs::read_to_string("/proc/meminfo")?;
     let host = parse_meminfo(&text)
-        .ok_or_else(|| io::Error::other("/proc/meminfo has an unknown form"))?;
+        .ok_or_else(|| io::Error::other("/proc/meminfo has an unknown format"))?;
     Ok(host.inside(crate::cgroup::memory_limit(), crate::cgroup::memory_left()))
 }
 
@@ -285,7 +285,11 @@ mod tests {
         let free = |memory, records: &[WorkerRecord]| {
             free_bytes(memory, Device::CPU, records, &Held::default()) / GB
         };
-        assert_eq!(free(memory, &[]), 10, "what others use is not free");
+        assert_eq!(
+            free(memory, &[]),
+            10,
+            "memory used by other programs is not free"
+        );
         assert_eq!(
             free(memory.limited(Some(4 * GB)), &[]),
             4,
@@ -294,12 +298,12 @@ mod tests {
         assert_eq!(
             free(memory.limited(Some(64 * GB)), &[]),
             10,
-            "a limit makes no memory"
+            "a limit adds no memory"
         );
         assert_eq!(
             free(memory, &[worker(3 * GB, None)]),
             7,
-            "a worker that loads will use what it has not taken yet"
+            "a loading worker will still use the rest of its estimate"
         );
         assert_eq!(
             free(memory, &[worker(3 * GB, Some(9 * GB))]),
@@ -333,13 +337,13 @@ mod tests {
         assert_eq!(
             free(&ready, 7),
             10,
-            "what it has above that is gone already"
+            "use beyond the estimate is not subtracted twice"
         );
         let loading = [worker(5 * GB, None)];
         assert_eq!(
             free(&loading, 2),
             7,
-            "what it has taken does not count twice"
+            "memory already taken does not count twice"
         );
     }
 
@@ -393,9 +397,9 @@ mod tests {
             let held = Held::by(std::slice::from_ref(record));
             held.0.get("worker-cpu-0").copied()
         };
-        let before = held(&record).expect("the system tells");
+        let before = held(&record).expect("the system reports it");
         let touched = std::hint::black_box(vec![1u8; 64 << 20]);
-        let after = held(&record).expect("the system tells");
+        let after = held(&record).expect("the system reports it");
         assert!(after >= before + (48 << 20), "{before} to {after}");
         drop(touched);
         record.identity.as_mut().unwrap().start_time += 1;
@@ -520,19 +524,23 @@ mod tests {
         };
         assert_eq!(stop(GB), ["2"], "the longest idle");
         assert_eq!(stop(5 * GB), ["2", "1"]);
-        assert_eq!(stop(6 * GB), ["3"], "the small ones before it are needless");
+        assert_eq!(
+            stop(6 * GB),
+            ["3"],
+            "the small ones before it are unnecessary"
+        );
         assert_eq!(
             stop(12 * GB),
             ["0"],
-            "a busy one, where the idle ones do not do"
+            "a busy one, because the idle ones do not suffice"
         );
         assert_eq!(stop(61 * GB), ["2", "1", "3", "0"]);
-        assert!(stop(62 * GB).is_empty(), "all of them would not do");
+        assert!(stop(62 * GB).is_empty(), "all of them do not suffice");
     }
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn the_system_tells_its_memory() {
+    fn the_system_reports_its_memory() {
         let memory = cpu_memory().unwrap();
         assert!(memory.available_bytes > 0 && memory.available_bytes <= memory.total_bytes);
         assert_eq!(

@@ -50,13 +50,13 @@ mod tests {
     use super::*;
 
     #[test] // [POOLD-012]
-    fn a_port_that_somebody_has_is_refused_by_the_holders_name() {
+    fn a_taken_port_is_refused_with_its_holder() {
         let here = IpAddr::from([127, 0, 0, 1]);
         let worker = crate::lifecycle::tests::record(3);
         let refusal = |port, records: &[WorkerRecord]| {
             claimable(port, records, here).unwrap_err().to_string()
         };
-        assert_eq!(refusal(0, &[]), "`port` is 0, it must be 1 to 65535");
+        assert_eq!(refusal(0, &[]), "`port` is 0, but must be 1 to 65535");
         let port = worker.info.port;
         assert_eq!(
             refusal(port, &[worker]),
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test] // [POOLD-012]
-    fn the_lowest_port_nobody_has_or_found_taken() {
+    fn the_lowest_port_that_is_free_and_was_not_found_taken() {
         let in_use = HashSet::from([8001, 8003]);
         assert_eq!(choose_port(8001..=8999, &HashSet::new(), &[]), Some(8001));
         assert_eq!(choose_port(8001..=8999, &in_use, &[8002]), Some(8004));

@@ -82,15 +82,13 @@ pub struct Stall {
 impl std::fmt::Display for Stall {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let what = match (self.at, self.answers) {
-            (At::Loading, _) => "no step of loading".to_owned(),
-            (At::Work(1), _) => {
-                "no token and no part of a prompt with 1 sequence running".to_owned()
-            }
+            (At::Loading, _) => "no loading progress".to_owned(),
+            (At::Work(1), _) => "no token or prompt progress with 1 sequence running".to_owned(),
             (At::Work(active), _) => {
-                format!("no token and no part of a prompt with {active} sequences running")
+                format!("no token or prompt progress with {active} sequences running")
             }
-            (At::Rest, _) => "no answer with nothing to do".to_owned(),
-            (At::Ending, _) => "it gave up and did not end".to_owned(),
+            (At::Rest, _) => "no answer while idle".to_owned(),
+            (At::Ending, _) => "gave up but did not exit".to_owned(),
         };
         write!(
             f,
@@ -248,7 +246,7 @@ mod tests {
     }
 
     #[test] // [POOLD-060]
-    fn standing_still_is_told_from_moving_in_every_phase() {
+    fn a_stall_is_distinguished_from_progress_in_every_phase() {
         let stalled_after = |first: Option<WorkerHealth>, then: Option<WorkerHealth>| {
             let mut clock = Clock::new();
             if first.is_some() {
@@ -265,43 +263,43 @@ mod tests {
                 None,
                 None,
                 20,
-                "no step of loading for 20s (limit 20s); /health does not answer",
+                "no loading progress for 20s (limit 20s); /health does not answer",
             ),
             (
                 Some(&loading),
                 Some(&loading),
                 20,
-                "no step of loading for 20s (limit 20s), at progress 7; /health still answers",
+                "no loading progress for 20s (limit 20s), at progress 7; /health still answers",
             ),
             (
                 Some(&loading),
                 None,
                 20,
-                "no step of loading for 20s (limit 20s), at progress 7; /health does not answer",
+                "no loading progress for 20s (limit 20s), at progress 7; /health does not answer",
             ),
             (
                 Some(&busy),
                 Some(&busy),
                 10,
-                "no token and no part of a prompt with 1 sequence running for 10s (limit 10s), at progress 90; /health still answers",
+                "no token or prompt progress with 1 sequence running for 10s (limit 10s), at progress 90; /health still answers",
             ),
             (
                 Some(&busy),
                 None,
                 10,
-                "no token and no part of a prompt with 1 sequence running for 10s (limit 10s), at progress 90; /health does not answer",
+                "no token or prompt progress with 1 sequence running for 10s (limit 10s), at progress 90; /health does not answer",
             ),
             (
                 Some(&idle),
                 None,
                 5,
-                "no answer with nothing to do for 5s (limit 5s), at progress 90",
+                "no answer while idle for 5s (limit 5s), at progress 90",
             ),
             (
                 Some(&failed),
                 Some(&failed),
                 5,
-                "it gave up and did not end for 5s (limit 5s), at progress 8; /health still answers",
+                "gave up but did not exit for 5s (limit 5s), at progress 8; /health still answers",
             ),
         ] {
             assert_eq!(
@@ -312,7 +310,7 @@ mod tests {
         assert_eq!(
             stalled_after(None, Some(idle)),
             None,
-            "who has no work need not move"
+            "an idle worker need not make progress"
         );
     }
 
@@ -338,7 +336,7 @@ mod tests {
     }
 
     #[test] // [POOLD-061]
-    fn time_in_which_nobody_watched_does_not_count() {
+    fn unwatched_time_does_not_count() {
         let mut clock = Clock::new();
         let busy = health(HealthState::Ready, 1, 90);
         assert_eq!(clock.after(1, Some(&busy)), None);

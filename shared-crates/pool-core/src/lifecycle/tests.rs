@@ -231,7 +231,7 @@ fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
         .process_ended(&watched, ExitFacts::Exited(EXIT_PORT_TAKEN))
         .unwrap()
     else {
-        panic!("it gave up")
+        panic!("the worker was not restarted")
     };
     assert_eq!(
         (&again.info.id, again.info.port, again.info.status),
@@ -250,7 +250,7 @@ fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
     // The output of the first process does not explain the end of the second.
     let over = lifecycle.process_ended(&record, ExitFacts::Unknown);
     let Some(Ended::Over(over)) = over.unwrap() else {
-        panic!("it goes on")
+        panic!("the worker did not end")
     };
     let exit = over.exit.unwrap();
     assert!(exit.message.starts_with("its process is gone"), "{exit:?}");
@@ -269,7 +269,7 @@ fn a_port_that_was_taken_is_followed_by_the_next_unless_it_was_asked_for() {
         .process_ended(&third, ExitFacts::Exited(EXIT_PORT_TAKEN))
         .unwrap()
     else {
-        panic!("it took another port")
+        panic!("the worker was restarted on another port")
     };
     assert_eq!(over.status, WorkerStatus::Failed);
 }
@@ -369,7 +369,7 @@ fn a_process_whose_starter_was_killed_is_found_again_and_can_be_stopped() {
 }
 
 #[test] // [POOLD-015]
-fn a_worker_that_is_gone_is_marked_so_unless_somebody_watches_it() {
+fn a_worker_that_is_gone_is_marked_so_unless_it_is_watched() {
     let host = Host::new();
     let lifecycle = host.lifecycle();
     let mut started = lifecycle.spawn(&host.request()).unwrap();
@@ -394,7 +394,7 @@ fn a_condemned_worker_says_why_it_is_being_ended_until_it_has() {
         message: "no token for 31 s".into(),
     };
     let condemned = lifecycle.condemn(&id, &verdict).unwrap().unwrap().info;
-    let ending = condemned.ending.expect("it says why");
+    let ending = condemned.ending.expect("a condemned worker has an ending");
     assert_eq!(
         (condemned.status, ending.reason, ending.message.as_str()),
         (
@@ -411,12 +411,12 @@ fn a_condemned_worker_says_why_it_is_being_ended_until_it_has() {
     let watched = lifecycle.registry().get(&id).unwrap();
     let ended = lifecycle.process_ended(&watched, ExitFacts::Signalled(15));
     let Some(Ended::Over(info)) = ended.unwrap() else {
-        panic!("it is over");
+        panic!("the worker did not end");
     };
     assert_eq!(info.ending, None);
     assert_eq!(
         info.exit.unwrap().message,
-        "no token for 31 s; it was ended"
+        "no token for 31 s; terminated by the pool"
     );
 }
 
@@ -455,7 +455,7 @@ fn what_cannot_be_started_is_refused_with_a_hint_and_leaves_no_record() {
                 model: "file:/etc/passwd".parse().unwrap(),
                 ..good.clone()
             },
-            "not below",
+            "outside the folders",
             "allow_paths",
         ),
         (
