@@ -269,7 +269,11 @@ fn an_imported_model_is_used_by_the_name_that_was_printed() {
         let ran = home
             .run(&["models", "import", other, "--as", name])
             .exits(4);
-        assert!(ran.err.contains("is another file"), "{}", ran.err);
+        assert!(
+            ran.err.contains("already names another file"),
+            "{}",
+            ran.err
+        );
     }
     // [POOLCTL-053] Without a hash to compare, the header decides.
     let ran = home
@@ -286,7 +290,11 @@ fn an_imported_model_is_used_by_the_name_that_was_printed() {
     let ran = home
         .run(&["models", "import", other, "--as", "qwen", "--force"])
         .exits(0);
-    assert!(ran.err.contains("warning: the catalogue's"), "{}", ran.err);
+    assert!(
+        ran.err.contains("warning: the catalogue lists"),
+        "{}",
+        ran.err
+    );
     home.run(&["models", "import", other, "--as", "../x"])
         .exits(2);
     home.run(&["models", "import", "/no/such/file.gguf"])
@@ -546,7 +554,7 @@ fn an_entry_that_no_worker_runs_is_not_downloaded() {
     // No hub is reachable: every request to one fails with 5.
     let ran = home.run(&["models", "download", "m"]).exits(4);
     let ran = ran.says(&["`m` can't run: architecture `mamba` is not supported"]);
-    ran.says(&["hint: take another model: `llorch-pool models catalog`"]);
+    ran.says(&["hint: use another model: `llorch-pool models catalog`"]);
     let rows = home
         .run(&["models", "catalog", "--format", "json"])
         .exits(0)

@@ -409,7 +409,7 @@ fn parse(text: &str, origin: &str) -> Result<Vec<CatalogEntry>, CatalogError> {
     for (key, value) in document {
         if key.get_ref() != "models" {
             let message = format!(
-                "unknown key `{}`, a catalogue has `[[models]]` only",
+                "unknown key `{}`: a catalogue has only `[[models]]`",
                 key.get_ref()
             );
             return Err(fail(None, Problem::at(key.span(), message)));
@@ -426,7 +426,7 @@ fn parse(text: &str, origin: &str) -> Result<Vec<CatalogEntry>, CatalogError> {
             let span = model.span();
             let entry = read_entry(model).map_err(|problem| fail(named.clone(), problem))?;
             if entries.iter().any(|other| other.id == entry.id) {
-                return Err(fail(named, Problem::at(span, "its id is there twice")));
+                return Err(fail(named, Problem::at(span, "duplicate id")));
             }
             if entry.default && entries.iter().any(|other| other.default) {
                 return Err(fail(
@@ -459,7 +459,7 @@ fn read_entry(model: Spanned<DeValue<'_>>) -> Result<CatalogEntry, Problem> {
     if !is_alias(raw.id.get_ref()) {
         return Err(Problem::at(
             raw.id.span(),
-            "an id is `[a-z0-9][a-z0-9._-]{0,63}` without `..`",
+            "an id must match `[a-z0-9][a-z0-9._-]{0,63}` and not contain `..`",
         ));
     }
     if let Some(zero) = raw.size_bytes.as_ref().filter(|size| *size.get_ref() == 0) {
@@ -520,7 +520,7 @@ fn read_source(raw: Spanned<RawSource>) -> Result<Source, Problem> {
                 (raw.repo, raw.file, raw.package, raw.member)
             else {
                 return Err(bad(
-                    "a source of kind `hf` has `repo`, `file` and perhaps `revision`".into(),
+                    "a source of kind `hf` has `repo`, `file` and optionally `revision`".into(),
                 ));
             };
             let source = Source::Hf {
@@ -531,11 +531,24 @@ fn read_source(raw: Spanned<RawSource>) -> Result<Source, Problem> {
             // The parser of model references decides which values may be passed to `hf`. A part that contains another part's
             // separator is parsed differently, which the comparison detects.
             match (&source, source.to_string().parse::<ModelRef>()) {
-                (Source::Hf { repo, file, revision }, Ok(parsed))
-                    if parsed
-                        == ModelRef::Hub { repo: repo.clone(), revision: revision.clone(), file: Some(file.clone()) } => {}
+                (
+                    Source::Hf {
+                        repo,
+                        file,
+                        revision,
+                    },
+                    Ok(parsed),
+                ) if parsed
+                    == ModelRef::Hub {
+                        repo: repo.clone(),
+                        revision: revision.clone(),
+                        file: Some(file.clone()),
+                    } => {}
                 (_, Err(error)) => return Err(bad(error.to_string())),
-                (_, Ok(_)) => return Err(bad("`repo`, `revision` or `file` has a character that names on the hub cannot have".into())),
+                (_, Ok(_)) => return Err(bad(
+                    "`repo`, `revision` or `file` contains a character not allowed in hub names"
+                        .into(),
+                )),
             }
             source
         }
@@ -583,7 +596,7 @@ fn text(key: &str, value: Option<Spanned<String>>) -> Result<Option<String>, Pro
     if !plain {
         return Err(Problem::at(
             value.span(),
-            format!("`{key}` must be a text of 1 to 100 printable characters"),
+            format!("`{key}` must have 1 to 100 printable characters"),
         ));
     }
     Ok(Some(value.into_inner()))
@@ -719,7 +732,7 @@ mod tests {
         catalog.toml:3: model `m`: `sha256` must be 64 lower-case hexadecimal digits
         catalog.toml:3: model `m`: unknown field `sice_bytes`, expected one of `id`, `name`, `architecture`, `quantization`, `size_bytes`, `sha256`, `context_length`, `license`, `default`, `sources`
         catalog.toml:3: model `m`: `size_bytes` must be more than 0
-        catalog.toml:3: model `m`: `name` must be a text of 1 to 100 printable characters
+        catalog.toml:3: model `m`: `name` must have 1 to 100 printable characters
         catalog.toml:3: model `m`: invalid type: string "big", expected u32
         catalog.toml:5: model `m`: a source's kind is `hf` or `pypi`, not `ftp`
         catalog.toml:4: model `m`: `package` must be `NAME==VERSION`
@@ -727,15 +740,15 @@ mod tests {
         catalog.toml:4: model `m`: `member` must be a relative path of plain names without `..`
         catalog.toml:4: model `m`: the file must be a `.gguf`
         catalog.toml:4: model `m`: `hf:--x/y::file=a.gguf` is not a model reference: a part of it begins with `-`
-        catalog.toml:4: model `m`: `repo`, `revision` or `file` has a character that names on the hub cannot have
+        catalog.toml:4: model `m`: `repo`, `revision` or `file` contains a character not allowed in hub names
         catalog.toml:4: model `m`: `hf:x/y::file=../a.gguf` is not a model reference: it contains `..` or `.` as a path step
-        catalog.toml:4: model `m`: a source of kind `hf` has `repo`, `file` and perhaps `revision`
+        catalog.toml:4: model `m`: a source of kind `hf` has `repo`, `file` and optionally `revision`
         catalog.toml:1: model `m`: missing field `sources`
         catalog.toml:3: model `m`: it needs at least one source
-        catalog.toml:2: model `A B`: an id is `[a-z0-9][a-z0-9._-]{0,63}` without `..`
+        catalog.toml:2: model `A B`: an id must match `[a-z0-9][a-z0-9._-]{0,63}` and not contain `..`
         catalog.toml:3: `models` must be a list: write `[[models]]`
-        catalog.toml:1: unknown key `model`, a catalogue has `[[models]]` only
-        catalog.toml:8: model `m`: its id is there twice
+        catalog.toml:1: unknown key `model`: a catalogue has only `[[models]]`
+        catalog.toml:8: model `m`: duplicate id
         catalog.toml:2: extra `=`, expected nothing
         "#);
     }

@@ -157,13 +157,16 @@ pub enum ResolveError {
         nearest: Option<String>,
     },
     /// No catalogue entry covers a reference to the hub.
-    #[error("no entry of the catalogue covers `{model_ref}`")]
+    #[error("no catalogue entry covers `{model_ref}`")]
     NotCatalogued {
         /// Requested reference.
         model_ref: ModelRef,
     },
     /// A reference to the hub matches several files on this host.
-    #[error("`{model_ref}` may be each of {}", found.iter().map(|found| format!("`{found}`")).collect::<Vec<_>>().join(", "))]
+    #[error(
+        "`{model_ref}` is ambiguous: it matches {}",
+        found.iter().map(|found| format!("`{found}`")).collect::<Vec<_>>().join(", ")
+    )]
     Ambiguous {
         /// Requested reference.
         model_ref: ModelRef,
@@ -177,7 +180,7 @@ pub enum ResolveError {
         id: String,
     },
     /// The path is outside the folders that models may be taken from.
-    #[error("{} is not below a folder that models may be taken from", path.display())]
+    #[error("{} is outside the folders from which models may be loaded", path.display())]
     Forbidden {
         /// Requested path.
         path: PathBuf,
@@ -197,7 +200,7 @@ pub enum ResolveError {
         path: PathBuf,
     },
     /// The file's metadata can't be read.
-    #[error("could not look at {}", path.display())]
+    #[error("could not inspect {}", path.display())]
     Io {
         /// Path whose metadata was read.
         path: PathBuf,
@@ -217,13 +220,13 @@ impl ResolveError {
                 "did you mean `{nearest}`? `llorch-pool models catalog` lists all"
             )),
             Self::Unknown { nearest: None, .. } => {
-                Some("`llorch-pool models catalog` lists the models".into())
+                Some("run `llorch-pool models catalog` to list the models".into())
             }
             Self::NotCatalogued { model_ref } => Some(format!(
-                "`llorch-pool models download {model_ref}` fetches it; an entry in `catalog.toml` of the configuration \
-                 folder gives it a name"
+                "run `llorch-pool models download {model_ref}` to fetch it, or name it in an entry of `catalog.toml` in the \
+                 configuration folder"
             )),
-            Self::Ambiguous { .. } => Some("name one of them whole".into()),
+            Self::Ambiguous { .. } => Some("name one of them in full".into()),
             Self::NotDownloaded { id } => Some(format!("llorch-pool models download {id}")),
             Self::Forbidden { allowed, .. } => {
                 let allowed: Vec<_> = allowed
@@ -231,7 +234,7 @@ impl ResolveError {
                     .map(|path| path.display().to_string())
                     .collect();
                 Some(format!(
-                    "models may be taken from: {}; `models.allow_paths` of the pool adds folders",
+                    "models may be loaded from: {}; add folders with `models.allow_paths` in the pool's settings",
                     allowed.join(", ")
                 ))
             }
@@ -278,7 +281,7 @@ pub enum CheckError {
         source: io::Error,
     },
     /// The caller stopped the check.
-    #[error("the check was broken off")]
+    #[error("the check was interrupted")]
     Stopped,
 }
 
@@ -618,7 +621,7 @@ impl Store {
         source: Option<Source>,
     ) -> Result<Record, CheckError> {
         let path = self.path_of(slot);
-        let metadata = fs::metadata(&path).map_err(CheckError::io("look at", &path))?;
+        let metadata = fs::metadata(&path).map_err(CheckError::io("inspect", &path))?;
         let identity = ModelFile {
             sha256: Some(sha256),
             ..identity(&metadata)
@@ -633,7 +636,7 @@ impl Store {
     }
 
     fn save_record(&self, slot: &Slot, record: &Record) -> Result<(), CheckError> {
-        let json = serde_json::to_vec_pretty(record).expect("numbers and texts always serialise");
+        let json = serde_json::to_vec_pretty(record).expect("numbers and strings always serialise");
         let path = self.folder_of(slot).join("model.json");
         fsio::write_atomic(&path, json, 0o644).map_err(CheckError::io("write", &path))
     }

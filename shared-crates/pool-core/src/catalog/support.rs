@@ -221,19 +221,19 @@ impl Unsupported {
                  `llorch-pool models import WHOLE.gguf`"
             }
             Self::NotAModel { .. } => {
-                "take the model file itself: adapters and projectors are not supported"
+                "use the model file itself: adapters and projectors are not supported"
             }
             Self::Architecture { .. }
             | Self::Feature { .. }
             | Self::Tokenizer { .. }
             | Self::PreTokenizer { .. } => {
-                "take another model: `llorch-pool models catalog` shows which ones run"
+                "use another model: `llorch-pool models catalog` shows which ones run"
             }
             Self::TensorType { .. } => {
-                "take another quantization of the model, such as Q4_K_M or Q8_0"
+                "use another quantization of the model, such as Q4_K_M or Q8_0"
             }
             Self::MissingTensor { .. } | Self::Header(_) => {
-                "the file is incomplete or was made by a faulty converter: take another one"
+                "the file is incomplete or was made by a faulty converter: use another file"
             }
         }
     }
@@ -327,7 +327,7 @@ fn check_features(header: &GgufFile, architecture: &Architecture) -> Result<(), 
     let (keys, values) = (header.head_dim()?, header.value_head_dim()?);
     if keys != values {
         return feature(format!(
-            "value heads ({values}) of another width than key heads ({keys})"
+            "value heads ({values}) of a different width than key heads ({keys})"
         ));
     }
     let key = format!("{}.rope.scaling.type", header.architecture()?);

@@ -46,9 +46,7 @@ pub enum GgufError {
     #[error("could not read the file")]
     Io(#[from] io::Error),
     /// The first four bytes are not the magic number.
-    #[error(
-        "not a GGUF file: it begins with {found:02x?}, a GGUF file with 47 47 55 46 (\"GGUF\")"
-    )]
+    #[error("not a GGUF file: it begins with {found:02x?}, expected 47 47 55 46 (\"GGUF\")")]
     BadMagic {
         /// First bytes of the file, up to four.
         found: Vec<u8>,
@@ -60,7 +58,7 @@ pub enum GgufError {
         found: u32,
     },
     /// The file is in the opposite byte order.
-    #[error("the file is big-endian GGUF, only little-endian files are supported")]
+    #[error("the file is big-endian GGUF, but only little-endian files are supported")]
     BigEndian,
     /// The file is shorter than its header requires.
     #[error("truncated: {section} says {needed} bytes are needed, the file has {actual}")]
@@ -142,14 +140,14 @@ impl GgufError {
                 Some("only GGUF model files are supported; look for a `.gguf` variant of the model")
             }
             Self::Truncated { .. } => {
-                Some("the download was probably cut off: delete the file and fetch it again")
+                Some("the download was probably interrupted: delete the file and download it again")
             }
             Self::UnsupportedVersion { .. } | Self::BigEndian => {
                 Some("convert the model again with a current converter")
             }
             Self::Io(_) => None,
             _ => Some(
-                "the file is damaged or was made by a faulty converter: fetch it again or take another one",
+                "the file is damaged or was made by a faulty converter: download it again or use another file",
             ),
         }
     }

@@ -131,7 +131,10 @@ pub(super) fn read_preamble<R: Read>(input: &mut Input<R>) -> Result<(u32, u64, 
     }
     let tensors = read_count(input, "the number of tensors", MAX_TENSORS)?;
     if tensors == 0 {
-        return Err(input.invalid(&section, "it has no tensors, so it is no model".to_owned()));
+        return Err(input.invalid(
+            &section,
+            "it has no tensors, so it is not a model".to_owned(),
+        ));
     }
     let metadata = read_count(input, "the number of metadata entries", MAX_METADATA)?;
     // The smallest possible metadata entry (empty key, one byte) and tensor description (empty name, one dimension).
@@ -208,7 +211,7 @@ fn read_value<R: Read>(
         11 => Value::Signed(i64::from_le_bytes(input.array(section)?)),
         12 => Value::F64(f64::from_le_bytes(input.array(section)?)),
         other => {
-            return Err(input.invalid(section, format!("{other} is not a type of metadata value")));
+            return Err(input.invalid(section, format!("unknown metadata value type {other}")));
         }
     })
 }
@@ -222,7 +225,7 @@ fn read_bool(byte: u8) -> Option<bool> {
 }
 
 fn not_a_bool(byte: u8) -> String {
-    format!("a truth value is stored as {byte}, it must be 0 or 1")
+    format!("a boolean is stored as {byte}, but must be 0 or 1")
 }
 
 fn read_array<R: Read>(input: &mut Input<R>, section: &Section) -> Result<Array, GgufError> {
@@ -261,7 +264,7 @@ fn read_array<R: Read>(input: &mut Input<R>, section: &Section) -> Result<Array,
         11 => Array::I64(numbers(input, count, section, i64::from_le_bytes)?),
         12 => Array::F64(numbers(input, count, section, f64::from_le_bytes)?),
         other => {
-            return Err(input.invalid(section, format!("{other} is not a type of array elements")));
+            return Err(input.invalid(section, format!("unknown array element type {other}")));
         }
     })
 }
@@ -353,16 +356,15 @@ fn read_tensor_info<R: Read>(
     if !(1..=MAX_DIMS).contains(&dim_count) {
         return Err(input.invalid(
             section,
-            format!("it has {dim_count} dimensions, it must have 1 to {MAX_DIMS}"),
+            format!("it has {dim_count} dimensions, but must have 1 to {MAX_DIMS}"),
         ));
     }
     let dims = (0..dim_count)
         .map(|_| input.u64(section))
         .collect::<Result<Vec<_>, _>>()?;
     let type_id = input.u32(section)?;
-    let ty = GgmlType::from_id(type_id).ok_or_else(|| {
-        input.invalid(section, format!("its element type {type_id} is not known"))
-    })?;
+    let ty = GgmlType::from_id(type_id)
+        .ok_or_else(|| input.invalid(section, format!("unknown element type {type_id}")))?;
     let offset = input.u64(section)?;
     if let Some(zero) = dims.iter().position(|d| *d == 0) {
         return Err(input.invalid(section, format!("dimension {zero} is 0")));
@@ -371,7 +373,7 @@ fn read_tensor_info<R: Read>(
         return Err(input.invalid(
             section,
             format!(
-                "a row has {} elements, {} stores them in blocks of {}",
+                "a row has {} elements, but {} stores them in blocks of {}",
                 dims[0], ty.name, ty.block_elements
             ),
         ));

@@ -135,7 +135,7 @@ impl Value {
             Self::F32(v) => format!("the number {v}"),
             Self::F64(v) => format!("the number {v}"),
             Self::Bool(v) => format!("{v}"),
-            Self::String(_) => "a text".to_owned(),
+            Self::String(_) => "a string".to_owned(),
             Self::Array(a) => format!("an array of {} elements", a.len()),
         }
     }
@@ -150,7 +150,7 @@ pub trait FromValue<'a>: Sized {
 }
 
 impl FromValue<'_> for u64 {
-    const EXPECTED: &'static str = "a whole number of 0 or more";
+    const EXPECTED: &'static str = "a non-negative integer";
     fn from_value(value: &Value) -> Option<Self> {
         match value {
             Value::Unsigned(v) => Some(*v),
@@ -161,7 +161,7 @@ impl FromValue<'_> for u64 {
 }
 
 impl FromValue<'_> for u32 {
-    const EXPECTED: &'static str = "a whole number from 0 to 4294967295";
+    const EXPECTED: &'static str = "an integer from 0 to 4294967295";
     fn from_value(value: &Value) -> Option<Self> {
         u64::from_value(value)?.try_into().ok()
     }
@@ -179,7 +179,7 @@ impl FromValue<'_> for f64 {
 }
 
 impl FromValue<'_> for bool {
-    const EXPECTED: &'static str = "true or false";
+    const EXPECTED: &'static str = "a boolean";
     fn from_value(value: &Value) -> Option<Self> {
         match value {
             Value::Bool(v) => Some(*v),
@@ -189,7 +189,7 @@ impl FromValue<'_> for bool {
 }
 
 impl<'a> FromValue<'a> for &'a str {
-    const EXPECTED: &'static str = "a text";
+    const EXPECTED: &'static str = "a string";
     fn from_value(value: &'a Value) -> Option<Self> {
         match value {
             Value::String(v) => Some(v),
@@ -199,7 +199,7 @@ impl<'a> FromValue<'a> for &'a str {
 }
 
 impl<'a> FromValue<'a> for &'a StringArray {
-    const EXPECTED: &'static str = "an array of texts";
+    const EXPECTED: &'static str = "an array of strings";
     fn from_value(value: &'a Value) -> Option<Self> {
         match value {
             Value::Array(Array::String(v)) => Some(v),
@@ -219,7 +219,7 @@ impl<'a> FromValue<'a> for &'a [f32] {
 }
 
 impl FromValue<'_> for Vec<u64> {
-    const EXPECTED: &'static str = "an array of whole numbers of 0 or more";
+    const EXPECTED: &'static str = "an array of non-negative integers";
     fn from_value(value: &Value) -> Option<Self> {
         match value {
             Value::Array(a) => a.to_u64s(),

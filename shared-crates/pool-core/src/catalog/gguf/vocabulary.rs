@@ -117,7 +117,7 @@ pub enum VocabularyError {
         tokens: usize,
     },
     /// The id of a special token is outside the vocabulary.
-    #[error("`{key}` is {id}, the vocabulary ends at {last}")]
+    #[error("`{key}` is {id}, but the vocabulary ends at {last}")]
     Id {
         /// Metadata key of the id.
         key: String,

@@ -19,7 +19,7 @@ pub(super) fn check(
     progress: Progress,
 ) -> Result<String, CheckError> {
     let found = fs::metadata(path)
-        .map_err(CheckError::io("look at", path))?
+        .map_err(CheckError::io("inspect", path))?
         .len();
     if let Some(expected) = size.filter(|expected| *expected != found) {
         return Err(CheckError::Size { expected, found });

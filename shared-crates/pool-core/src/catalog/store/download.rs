@@ -156,7 +156,7 @@ impl Download {
         };
         // In this order, a part on disk always matches its note, even if this process is killed in between.
         remove(&part)?;
-        let json = serde_json::to_vec(origin).expect("texts always serialise");
+        let json = serde_json::to_vec(origin).expect("strings always serialise");
         fsio::write_atomic(self.root.join("part.json"), json, 0o600)?;
         fs::hard_link(file, &part)
     }
@@ -193,7 +193,7 @@ impl Download {
             identity
                 .kill_group()
                 .and_then(|_| identity.wait_gone(KILL_WAIT))
-                .map_err(CheckError::io("end the program that fills", &self.fetch))?;
+                .map_err(CheckError::io("stop the program that fills", &self.fetch))?;
         }
         fs::remove_file(&path).map_err(CheckError::io("remove", &path))
     }
@@ -283,7 +283,7 @@ impl Drop for Download {
             remove_folder(&self.root)
         };
         if let Err(error) = removed {
-            tracing::warn!(folder = %self.root.display(), %error, "could not remove the folder of a download");
+            tracing::warn!(folder = %self.root.display(), %error, "could not remove a download folder");
         }
     }
 }

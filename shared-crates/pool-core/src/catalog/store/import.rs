@@ -27,7 +27,7 @@ pub struct Candidate {
 
 /// A file whose header contradicts a catalogue entry.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the catalogue's `{id}` is {entry}, the file says {file}")]
+#[error("the catalogue lists `{id}` as {entry}, but the file is {file}")]
 pub struct Unlike {
     /// Id of the catalogue entry.
     pub id: String,
@@ -113,13 +113,13 @@ pub enum ImportError {
         source: CheckError,
     },
     /// No valid name can be derived from the file's name.
-    #[error("no model can be named after {}", path.display())]
+    #[error("no model name can be derived from {}", path.display())]
     NoName {
         /// Path as given.
         path: PathBuf,
     },
     /// The name refers to a different file.
-    #[error("`{name}` is another file: {reason}")]
+    #[error("`{name}` already names another file: {reason}")]
     NameTaken {
         /// Requested or derived name.
         name: String,
@@ -130,7 +130,7 @@ pub enum ImportError {
     #[error(transparent)]
     NoSpace(#[from] NoSpace),
     /// The file was modified during the import.
-    #[error("{} changed while it was read", path.display())]
+    #[error("{} changed while it was being read", path.display())]
     Changed {
         /// Path as given.
         path: PathBuf,
@@ -144,8 +144,8 @@ impl ImportError {
             Self::NoName { .. } | Self::NameTaken { .. } => {
                 Some("give it a name of its own with `--as NAME`: [a-z0-9][a-z0-9._-]{0,63}")
             }
-            Self::NoSpace(_) => Some("`llorch-pool models delete MODEL --yes` makes room"),
-            Self::Changed { .. } => Some("import it again when nobody writes to it"),
+            Self::NoSpace(_) => Some("free space with `llorch-pool models delete MODEL --yes`"),
+            Self::Changed { .. } => Some("import it again once no program writes to it"),
             Self::Check {
                 source: CheckError::Unsupported(reason),
                 ..
@@ -172,10 +172,10 @@ impl Store {
         let given = || path.to_path_buf();
         let real = path.canonicalize().map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ImportError::Missing { path: given() },
-            _ => refused(path, CheckError::io("look at", path)(source)),
+            _ => refused(path, CheckError::io("inspect", path)(source)),
         })?;
         let seen = fs::metadata(&real)
-            .map_err(|source| refused(path, CheckError::io("look at", &real)(source)))?;
+            .map_err(|source| refused(path, CheckError::io("inspect", &real)(source)))?;
         if !seen.is_file() {
             return Err(ImportError::NotAFile { path: given() });
         }
@@ -200,12 +200,12 @@ impl Store {
         };
         if let Some(expected) = slot.sha256.as_ref().filter(|hash| **hash != sha256) {
             return Err(taken(format!(
-                "the catalogue's has SHA-256 {expected}, this one {sha256}"
+                "the catalogue lists SHA-256 {expected}, this file has {sha256}"
             )));
         }
         if let Some(expected) = slot.size_bytes.filter(|size| *size != seen.len()) {
             return Err(taken(format!(
-                "the catalogue's has {expected} bytes, this one {}",
+                "the catalogue lists {expected} bytes, this file has {}",
                 seen.len()
             )));
         }
@@ -278,7 +278,7 @@ impl Store {
             Presence::Checked(_) | Presence::Unchecked if slot.sha256.is_none() => {
                 return Err(ImportError::NameTaken {
                     name: slot.id.clone(),
-                    reason: format!("{} is there already", self.path_of(slot).display()),
+                    reason: format!("{} already exists", self.path_of(slot).display()),
                 });
             }
             _ => {}
@@ -289,7 +289,7 @@ impl Store {
         let record = if linked {
             // The link shares its bytes with the original, which may have changed since they were hashed.
             let now = fs::metadata(&goal)
-                .map_err(|source| fail(CheckError::io("look at", &goal)(source)))?;
+                .map_err(|source| fail(CheckError::io("inspect", &goal)(source)))?;
             let same = |of: fn(&fs::Metadata) -> i64| of(&now) == of(seen);
             let unchanged = now.len() == seen.len()
                 && now.ino() == seen.ino()
@@ -302,7 +302,7 @@ impl Store {
         } else {
             let disk = self
                 .disk()
-                .map_err(|source| fail(CheckError::io("look at", self.dir())(source)))?;
+                .map_err(|source| fail(CheckError::io("inspect", self.dir())(source)))?;
             check_room(seen.len(), disk)?;
             copy(path, &goal, progress).map_err(fail)?;
             // Verify the copy rather than the source, which may have changed since it was examined.

@@ -639,7 +639,7 @@ fn an_imported_file_becomes_the_entry_that_has_its_hash() {
 }
 
 #[test] // [STORE-013]
-fn a_file_whose_header_speaks_against_its_entry_is_told() {
+fn a_header_that_contradicts_its_entry_is_reported() {
     let root = tempfile::tempdir().unwrap();
     let given = root.path().join("given.gguf");
     fs::write(&given, tiny_gguf()).unwrap(); // of architecture llama, in F32
@@ -658,8 +658,8 @@ fn a_file_whose_header_speaks_against_its_entry_is_told() {
     assert_eq!(
         unlike(both, Some("m")).as_deref(),
         Some(
-            "the catalogue's `m` is architecture qwen2, quantization Q4_K_M, \
-             the file says architecture llama, quantization F32"
+            "the catalogue lists `m` as architecture qwen2, quantization Q4_K_M, \
+             but the file is architecture llama, quantization F32"
         )
     );
     assert_eq!(
@@ -668,7 +668,7 @@ fn a_file_whose_header_speaks_against_its_entry_is_told() {
             Some("m")
         )
         .as_deref(),
-        Some("the catalogue's `m` is quantization F16, the file says quantization F32")
+        Some("the catalogue lists `m` as quantization F16, but the file is quantization F32")
     );
     assert_eq!(unlike(both, Some("other")), None, "a name of its own");
     assert_eq!(unlike("", Some("m")), None, "nothing to compare with");

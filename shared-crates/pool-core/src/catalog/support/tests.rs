@@ -141,7 +141,7 @@ fn every_reason_for_a_refusal_has_its_name() {
         ),
         (
             whole().with_number("llama.attention.value_length", 4),
-            "value heads (4) of another width than key heads (2)",
+            "value heads (4) of a different width than key heads (2)",
         ),
         (
             whole().with_text("tokenizer.ggml.model", "t5"),
