@@ -130,7 +130,7 @@ async fn a_wrong_request_is_refused_before_anything_is_sent() {
         ),
         (
             &["--model", "m", "--prompt", "p", "--device", "gpu"],
-            "names no device",
+            "unknown device `gpu`",
         ),
         (&["--model", "m", "--file", &binary], "not UTF-8"),
         (
@@ -193,7 +193,8 @@ async fn an_address_may_be_written_short() {
 async fn a_model_as_another_program_names_it_gets_the_nearest_ids() {
     let run = ran(llorch(&["jobs", "submit", "-m", "llama3.2:1b", "-p", "hi"])).await;
     assert_eq!(run.code, 2, "{}", run.err);
-    let answer = "a catalogue id has no `:` and no tag. The nearest in the catalogue: `llama3`";
+    let answer =
+        "a catalogue id can't contain `:` or a tag. The nearest in the catalogue: `llama3`";
     assert!(run.err.contains(answer), "{}", run.err);
 }
 

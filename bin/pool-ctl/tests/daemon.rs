@@ -446,7 +446,7 @@ fn only_a_start_needs_an_address_that_others_reach() {
     for args in [&["daemon", "start"][..], &["daemon", "config", "check"]] {
         host.run(args).exits(2).says(&[
             "`advertise_url`",
-            "hint: set it to where the orchestrator reaches",
+            "hint: set it to the address at which the orchestrator reaches",
         ]);
     }
 }

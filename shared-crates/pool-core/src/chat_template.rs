@@ -30,7 +30,7 @@ pub enum TemplateProblem {
     #[error("the model's chat template is not supported: {0}")]
     Syntax(String),
     /// The template is longer than any real one.
-    #[error("the model's chat template has {found} bytes, the limit is {MAX_TEMPLATE_BYTES}")]
+    #[error("the model's chat template has {found} bytes, but the limit is {MAX_TEMPLATE_BYTES}")]
     TooLong {
         /// Length of the template in bytes.
         found: usize,
@@ -102,8 +102,8 @@ mod tests {
 
     fn rendered(source: &str) -> String {
         let environment = compile(source).expect("the template compiles");
-        let template = environment.get_template(NAME).expect("it is there");
-        template.render(()).expect("it renders")
+        let template = environment.get_template(NAME).expect("the template exists");
+        template.render(()).expect("the template renders")
     }
 
     // [POOLCORE-056]

@@ -313,8 +313,8 @@ impl ConfigError {
                 key: "advertise_url",
                 ..
             } => Some(
-                "set it to where the orchestrator reaches this pool, as `advertise_url = \"http://HOST:9200\"` or \
-                 LLORCH_ADVERTISE_URL"
+                "set it to the address at which the orchestrator reaches this pool, with `advertise_url = \"http://HOST:9200\"` \
+                 or LLORCH_ADVERTISE_URL"
                     .to_owned(),
             ),
             Self::Invalid { .. } => None,
@@ -395,8 +395,7 @@ impl PoolConfig {
         Err(ConfigError::Invalid {
             origin: None,
             key: "advertise_url",
-            reason: "is needed because `bind` is every address of the host and names none of them"
-                .to_owned(),
+            reason: "is required because `bind` is a wildcard address".to_owned(),
         })
     }
 

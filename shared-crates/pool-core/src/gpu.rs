@@ -383,7 +383,7 @@ fn open(library: Option<&std::path::Path>) -> Result<Arc<dyn GpuSource>, String>
     #[cfg(target_os = "macos")]
     return Ok(Arc::new(crate::macos::MetalSource));
     #[cfg(not(target_os = "macos"))]
-    Err("this build asks no driver".to_owned())
+    Err("this build supports no GPU driver".to_owned())
 }
 
 /// The polling threads. Dropping this value ends them as soon as their current driver call returns.
@@ -514,7 +514,7 @@ fn find(open: &Arc<Open>, interval: Duration, shared: &Arc<Shared>) {
             Ok(found) => break found,
             Err(reason) => {
                 if said.as_ref() != Some(&reason) {
-                    tracing::info!(reason, "no GPUs: there is no driver that tells of any");
+                    tracing::info!(reason, "no GPUs found");
                     said = Some(reason);
                 }
                 shared.tell(|board| board.looked = true);
@@ -527,7 +527,7 @@ fn find(open: &Arc<Open>, interval: Duration, shared: &Arc<Shared>) {
     if count > MOST_GPUS {
         tracing::warn!(
             count,
-            "the driver tells of more GPUs than a host has; the first {MOST_GPUS} are looked at"
+            "the driver reports too many GPUs; using the first {MOST_GPUS}"
         );
     }
     let slots: Arc<[Mutex<Slot>]> = (0..count.min(MOST_GPUS))
@@ -566,8 +566,8 @@ fn ask(
         lock(slot).answer(outcome, Timestamp::now());
         if trouble != said {
             match &trouble {
-                Some(error) => tracing::warn!(gpu = index, %error, "a GPU can't be read"),
-                None => tracing::info!(gpu = index, "a GPU can be read again"),
+                Some(error) => tracing::warn!(gpu = index, %error, "could not read a GPU"),
+                None => tracing::info!(gpu = index, "a GPU is readable again"),
             }
             said = trouble;
         }
@@ -583,7 +583,7 @@ fn ask(
 /// Starts a thread. On failure there are simply no GPUs, which is appropriate for a host that has no threads to spare.
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
     if let Err(error) = thread::Builder::new().name(name.to_owned()).spawn(work) {
-        tracing::error!(%error, "could not start a thread that asks for GPUs");
+        tracing::error!(%error, "could not start a GPU polling thread");
     }
 }
 
@@ -666,7 +666,10 @@ mod tests {
                 memory_bytes: Some(9)
             }
         );
-        assert_eq!(kept.processes[1].memory_bytes, None, "more than there is");
+        assert_eq!(
+            kept.processes[1].memory_bytes, None,
+            "more than the GPU has"
+        );
     }
 
     #[test] // [POOLD-091]
@@ -685,7 +688,7 @@ mod tests {
         assert_eq!(slot.state(later(9000), deadline), GpuState::Ok);
         slot.answer(Err(ReadError::Lost), Timestamp::UNIX_EPOCH);
         assert_eq!(slot.state(now, deadline), GpuState::Lost);
-        assert!(slot.last.is_some(), "its last figures stay");
+        assert!(slot.last.is_some(), "the last reading stays");
         slot.answer(Err(ReadError::Failed("?".into())), Timestamp::UNIX_EPOCH);
         assert_eq!(slot.state(now, deadline), GpuState::Unresponsive);
     }
@@ -709,7 +712,7 @@ mod tests {
     }
 
     #[test] // [POOLD-090]
-    fn nobody_asks_a_driver_until_somebody_wants_to_know() {
+    fn the_driver_is_not_queried_before_the_first_request() {
         let asked = Arc::new(AtomicU32::new(0));
         let theirs = Arc::clone(&asked);
         let inventory = GpuInventory::of(&GpuConfig::default(), move || {

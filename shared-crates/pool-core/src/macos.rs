@@ -49,7 +49,7 @@ mod run {
     pub fn memory() -> io::Result<DeviceMemory> {
         let total_bytes: u64 = sysctl("hw.memsize")?.parse().map_err(io::Error::other)?;
         let available = available_bytes(&output("/usr/bin/vm_stat", &[])?)
-            .ok_or_else(|| io::Error::other("vm_stat has an unknown form"))?;
+            .ok_or_else(|| io::Error::other("vm_stat has an unknown format"))?;
         Ok(DeviceMemory {
             total_bytes,
             available_bytes: available.min(total_bytes),

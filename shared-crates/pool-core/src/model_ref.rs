@@ -112,7 +112,7 @@ fn check_part(part: &str, allowed_extra: &str) -> Result<(), &'static str> {
         c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') || allowed_extra.contains(c)
     };
     if !part.chars().all(ok) {
-        return Err("it contains a character that names on the hub cannot have");
+        return Err("it contains a character not allowed in hub names");
     }
     Ok(())
 }
@@ -170,21 +170,21 @@ fn why_no_alias(text: &str) -> &'static str {
     if is_alias(&text.to_ascii_lowercase()) {
         "catalogue ids are lower case"
     } else if text.contains("://") {
-        "an address is none; a repository of the hub is written `hf:ORG/REPO`"
+        "it is a URL; write a hub repository as `hf:ORG/REPO`"
     } else if text.starts_with(['/', '.', '~']) {
-        "a file is written `file:/absolute/path.gguf`"
+        "write a file as `file:/absolute/path.gguf`"
     } else if text.starts_with('-') {
         "a catalogue id begins with a letter or a digit"
     } else if text.contains("..") {
-        "a catalogue id is without `..`"
+        "a catalogue id can't contain `..`"
     } else if text.contains('/') {
-        "a catalogue id has no `/`; a repository of the hub is written `hf:ORG/REPO`"
+        "a catalogue id can't contain `/`; write a hub repository as `hf:ORG/REPO`"
     } else if text.contains(':') {
-        "a catalogue id has no `:` and no tag"
+        "a catalogue id can't contain `:` or a tag"
     } else if text.len() > 64 {
         "a catalogue id has at most 64 characters"
     } else {
-        "a catalogue id has letters, digits, `.`, `_` and `-`, and begins with a letter or a digit"
+        "a catalogue id contains only letters, digits, `.`, `_` and `-`, and begins with a letter or a digit"
     }
 }
 
@@ -318,7 +318,7 @@ mod tests {
             ("TinyLlama", "`tinyllama`"),
             (
                 "TheBloke/TinyLlama-1.1B-Chat-v1.0-GGUF",
-                "written `hf:ORG/REPO`. The nearest in the catalogue: `tinyllama`",
+                "as `hf:ORG/REPO`. The nearest in the catalogue: `tinyllama`",
             ),
             ("meta-llama/Llama-3.1-8B-Instruct", "`llama3`"),
             (
@@ -344,8 +344,8 @@ mod tests {
             ("", "empty"),
             ("SmolLM2-135M", "lower case"),
             ("-rf", "begins with a letter"),
-            ("a..b", "without `..`"),
-            ("a/b", "written `hf:ORG/REPO`"),
+            ("a..b", "can't contain `..`"),
+            ("a/b", "write a hub repository as `hf:ORG/REPO`"),
             ("a\0b", "control"),
             ("a\u{202e}b", "control"),
             ("hf:org", "ORG/REPO"),

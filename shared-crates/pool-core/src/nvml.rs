@@ -50,7 +50,7 @@ impl GpuSource for NvmlSource {
         let device = self.nvml.device_by_index(index).map_err(failed)?;
         if let Some(other) = optional(device.index())?.filter(|other| *other != index) {
             return Err(ReadError::Failed(format!(
-                "the driver gave GPU {other} for GPU {index}"
+                "the driver returned GPU {other} instead of GPU {index}"
             )));
         }
         let capability = optional(device.cuda_compute_capability())?;

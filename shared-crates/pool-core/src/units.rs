@@ -123,7 +123,7 @@ pub fn parse_seconds(text: &str) -> Result<u64, String> {
     if duration.subsec_nanos() == 0 {
         Ok(duration.as_secs())
     } else {
-        Err("it must be whole seconds".to_owned())
+        Err("it must be a whole number of seconds".to_owned())
     }
 }
 

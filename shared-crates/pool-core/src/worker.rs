@@ -122,7 +122,7 @@ impl fmt::Display for Device {
 
 /// The error for a text that names no device.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` names no device: write `cpu`, `cuda:N` or `metal:N`")]
+#[error("unknown device `{0}`: use `cpu`, `cuda:N` or `metal:N`")]
 pub struct DeviceError(String);
 
 impl FromStr for Device {
@@ -196,7 +196,7 @@ pub enum WorkerEvent {
 
 /// A worker event that cannot happen in this state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a worker that is {from} cannot see {event:?}")]
+#[error("a worker that is {from} can't handle the event {event:?}")]
 pub struct IllegalWorkerTransition {
     /// State before the event.
     pub from: WorkerStatus,

@@ -364,7 +364,7 @@ pub enum WorkerEvent {
 
 /// An error for an event that this build does not know, or whose data it cannot parse.
 #[derive(Debug, thiserror::Error)]
-#[error("`{event}` event that can't be read")]
+#[error("could not parse `{event}` event")]
 pub struct UnreadableEvent {
     event: String,
     source: Option<serde_json::Error>,
@@ -391,7 +391,7 @@ impl WorkerEvent {
             Self::End(data) => serde_json::to_string(data),
             Self::Error(data) => serde_json::to_string(data),
         };
-        json.expect("plain structures of numbers and texts always serialise")
+        json.expect("plain structures of numbers and strings always serialise")
     }
 
     /// Parses an event from its SSE fields.
