@@ -208,7 +208,7 @@ async fn a_token_file_that_others_can_read_is_refused() {
     let run = fake.run(&["jobs", "list", "--token-file", &path]).await;
     assert_eq!(run.code, 2);
     assert!(
-        run.err.contains("others than its owner") && !run.err.contains("secret"),
+        run.err.contains("users other than its owner") && !run.err.contains("secret"),
         "{}",
         run.err
     );
@@ -232,7 +232,7 @@ async fn stopping_what_does_not_run_is_done_and_its_status_says_so() {
     let run = at_home(&["orchestrator", "stop"]).await;
     assert_eq!(
         (run.code, run.out.as_str()),
-        (0, "orchestratord does not run\n")
+        (0, "orchestratord is not running\n")
     );
     let run = at_home(&["orchestrator", "status"]).await;
     assert_eq!(run.code, 3);
@@ -437,7 +437,7 @@ async fn a_named_orchestrator_is_never_mixed_with_the_one_of_this_home() {
     let run = with(&there.url, &["orchestrator", "logs"]).await;
     assert!(
         run.err
-            .contains("this log is about orchestratord of this home"),
+            .contains("this log concerns orchestratord of this home"),
         "{}",
         run.err
     );

@@ -173,7 +173,7 @@ fn a_pool_manager_that_was_named_must_answer() {
             .contains("could not reach http://127.0.0.1:1")
     );
     let ran = home.run(&["daemon", "stop"]).exits(0);
-    assert_eq!(ran.out, "pool-managerd does not run\n");
+    assert_eq!(ran.out, "pool-managerd is not running\n");
 }
 
 #[test] // [POOLCTL-031]

@@ -32,14 +32,14 @@ fn the_pool_manager_is_started_asked_and_stopped() {
 
     let started = run(&["daemon", "start"]).exits(0).out;
     assert!(
-        started.starts_with("pool-managerd 9.9 runs at http://127.0.0.1:"),
+        started.starts_with("pool-managerd 9.9 is running at http://127.0.0.1:"),
         "{started}"
     );
     assert!(
         run(&["daemon", "start"])
             .exits(0)
             .out
-            .starts_with("pool-managerd 9.9 runs already at")
+            .starts_with("pool-managerd 9.9 is already running at")
     );
     assert_eq!(
         run(&["daemon", "status", "--format", "json"])
@@ -297,7 +297,7 @@ fn the_settings_are_checked_and_shown_with_where_they_come_from() {
     let ran = Ran::from(command.env("LLORCH_POOL_BND", "x").output().unwrap()).exits(0);
     assert!(
         ran.err
-            .contains("LLORCH_POOL_BND sets nothing: did you mean LLORCH_POOL_BIND?"),
+            .contains("unknown variable LLORCH_POOL_BND: did you mean LLORCH_POOL_BIND?"),
         "{}",
         ran.err
     );
@@ -337,7 +337,7 @@ fn the_settings_are_checked_and_shown_with_where_they_come_from() {
     for (text, message, hint) in [
         (
             "[workers]\nport_mn = 1\n",
-            ":2: there is no setting `workers.port_mn`",
+            ":2: unknown setting `workers.port_mn`",
             "`workers.port_min`",
         ),
         (
@@ -396,11 +396,11 @@ fn a_named_pool_manager_is_never_mixed_with_the_one_of_this_home() {
 
     with(&other, &["daemon", "logs"])
         .exits(0)
-        .says(&["this log is about pool-managerd of this home", &other]);
+        .says(&["this log concerns pool-managerd of this home", &other]);
     // A stop concerns this home, and the output says so.
     with(&other, &["daemon", "stop"])
         .exits(0)
-        .says(&["this stop is about pool-managerd of this home", &other]);
+        .says(&["this stop concerns pool-managerd of this home", &other]);
     assert!(there.manager().unwrap().is_alive());
     there.run(&["daemon", "stop"]).exits(0);
 }
@@ -418,7 +418,11 @@ fn a_pool_manager_that_does_not_say_what_it_does_is_shown_with_the_cause() {
         .output()
         .unwrap()
         .into();
-    assert!(ran.out.contains("pool-managerd 9.9 runs at"), "{}", ran.out);
+    assert!(
+        ran.out.contains("pool-managerd 9.9 is running at"),
+        "{}",
+        ran.out
+    );
     ran.exits(2).says(&[
         "pool-managerd does not say what it does: ",
         "token",

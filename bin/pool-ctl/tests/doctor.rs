@@ -210,7 +210,7 @@ fn open_folders_and_files_are_found() {
     host.finds(
         "permissions of state",
         "warn",
-        "is open to others (0755)",
+        "is accessible to other users (0755)",
         &chmod,
     );
     host.mode("home/state/pool", 0o700);
@@ -220,7 +220,7 @@ fn open_folders_and_files_are_found() {
     host.finds(
         "permissions of state",
         "warn",
-        "worker-cpu-1.json is open to others (0644)",
+        "worker-cpu-1.json is accessible to other users (0644)",
         "chmod -R go= ",
     );
     host.mode("home/config", 0o777);
@@ -271,7 +271,7 @@ fn settings_and_catalogue_are_read() {
     host.finds(
         "settings",
         "fail",
-        "pool-managerd.toml:2: there is no setting `workers.port_mim`",
+        "pool-managerd.toml:2: unknown setting `workers.port_mim`",
         "did you mean `workers.port_min`?",
     );
     host.settings("heartbeat_interval_ms = 1\n");

@@ -651,7 +651,7 @@ fn commands_that_only_look_need_no_right_to_write() {
     stranger
         .run(&["daemon", "status"])
         .exits(1)
-        .says(&["could not look whether pool-managerd runs"]);
+        .says(&["could not check whether pool-managerd is running"]);
 }
 
 /// Another user, with read-only access to the home.

@@ -501,7 +501,7 @@ mod tests {
         let told = OrchestratorConfig::unknown_variables(["LLORCH_QUEUE_CAPACTIY".to_owned()]);
         assert_eq!(
             told[0].to_string(),
-            "LLORCH_QUEUE_CAPACTIY sets nothing: did you mean LLORCH_QUEUE_CAPACITY?"
+            "unknown variable LLORCH_QUEUE_CAPACTIY: did you mean LLORCH_QUEUE_CAPACITY?"
         );
     }
 }

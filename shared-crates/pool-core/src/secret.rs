@@ -30,7 +30,7 @@ pub enum SecretError {
         source: io::Error,
     },
     /// A token file that other users can access.
-    #[error("the token file {} has mode {mode:04o}: others than its owner can use it", path.display())]
+    #[error("the token file {} has mode {mode:04o}: users other than its owner can access it", path.display())]
     Exposed {
         /// Path of the file.
         path: PathBuf,
@@ -38,7 +38,7 @@ pub enum SecretError {
         mode: u32,
     },
     /// A token that can't be sent in a header.
-    #[error("the token from {origin} is empty or has characters other than visible ASCII")]
+    #[error("the token from {origin} is empty or contains characters other than visible ASCII")]
     Malformed {
         /// The source of the token: the environment, or a file's path.
         origin: String,
@@ -71,7 +71,7 @@ impl Secret {
     pub fn random() -> Self {
         let mut bytes = [0u8; 32];
         // Without randomness from the system, no token would be secret, so there is no way to continue.
-        getrandom::fill(&mut bytes).expect("the operating system gives random bytes");
+        getrandom::fill(&mut bytes).expect("the operating system provides random bytes");
         Self(hex(&bytes))
     }
 

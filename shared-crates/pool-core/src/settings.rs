@@ -45,7 +45,7 @@ pub enum SettingsError {
         message: String,
     },
     /// A key in the file that matches no setting.
-    #[error("{}:{line}: there is no setting `{key}`", path.display())]
+    #[error("{}:{line}: unknown setting `{key}`", path.display())]
     UnknownKey {
         /// Path of the file.
         path: PathBuf,
@@ -624,7 +624,7 @@ mod tests {
         let error = load_with(Some("\n[queue]\ncapcity = 3\n"), &[]).unwrap_err();
         assert_eq!(
             message(&error),
-            "settings.toml:3: there is no setting `queue.capcity`"
+            "settings.toml:3: unknown setting `queue.capcity`"
         );
         assert_eq!(error.hint().unwrap(), "did you mean `queue.capacity`?");
 

@@ -32,7 +32,7 @@ Feature: Command lines
     Then it exits with 0
     When I run `llorch orchestrator start`
     Then it exits with 0
-    And standard output contains "runs already"
+    And standard output contains "is already running"
     When I run `llorch orchestrator status`
     Then it exits with 0
     When I run `llorch orchestrator stop`

@@ -143,7 +143,7 @@ mod tests {
         for setting in list(&defaults).unwrap() {
             assert!(
                 meanings.contains_key(&setting.key),
-                "{} has no meaning",
+                "{} has no description",
                 setting.key
             );
             let name = place(&setting.key).1;

@@ -38,7 +38,7 @@ pub struct UnknownVariable {
 impl fmt::Display for UnknownVariable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The name may contain control characters.
-        write!(f, "{} sets nothing", self.name.escape_debug())?;
+        write!(f, "unknown variable {}", self.name.escape_debug())?;
         match &self.nearest {
             Some(nearest) => write!(f, ": did you mean {nearest}?"),
             None => Ok(()),
@@ -130,11 +130,11 @@ mod tests {
                 "PATH",
             ]),
             [
-                "LLORCH_\\u{1b}[2J sets nothing",
-                "LLORCH_HOEM sets nothing: did you mean LLORCH_HOME?",
-                "LLORCH_MEMORY_CPU_LIMIT_BYTE sets nothing: did you mean LLORCH_MEMORY_CPU_LIMIT_BYTES?",
-                "LLORCH_POOL_BND sets nothing: did you mean LLORCH_POOL_BIND?",
-                "LLORCH_SOMETHING_ELSE_ENTIRELY sets nothing",
+                "unknown variable LLORCH_\\u{1b}[2J",
+                "unknown variable LLORCH_HOEM: did you mean LLORCH_HOME?",
+                "unknown variable LLORCH_MEMORY_CPU_LIMIT_BYTE: did you mean LLORCH_MEMORY_CPU_LIMIT_BYTES?",
+                "unknown variable LLORCH_POOL_BND: did you mean LLORCH_POOL_BIND?",
+                "unknown variable LLORCH_SOMETHING_ELSE_ENTIRELY",
             ]
         );
     }

@@ -117,7 +117,7 @@ async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<Running, CliErro
                     ..running
                 });
             }
-            let message = format!("{} ended while it started ({exit})", spec.name);
+            let message = format!("{} exited during startup ({exit})", spec.name);
             return Err(with_log(
                 CliError::new(Exit::Failed, message),
                 &spec.log_file,
@@ -165,11 +165,11 @@ async fn running_already(spec: &DaemonSpec) -> Result<Option<Running>, CliError>
         return Ok(None);
     }
     let message = format!(
-        "{} runs (pid {pid}) and does not answer at {}",
+        "{} is running (pid {pid}) but does not answer at {}",
         spec.name, running.url
     );
     Err(CliError::new(Exit::Unreachable, message)
-        .hint("its log may say why; stop it, then start it again"))
+        .hint("look for the reason in its log; stop it, then start it again"))
 }
 
 /// Sends SIGTERM to the daemon of a state folder, waits for at most `timeout`, and then kills it.
@@ -197,11 +197,9 @@ pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<Sto
     }
     Err(CliError::new(
         Exit::Failed,
-        format!("{name} (pid {pid}) does not end, not even with SIGKILL"),
+        format!("{name} (pid {pid}) is still running after SIGKILL"),
     )
-    .hint(
-        "it waits for a device or a network disk; only that, or a restart of the machine, ends it",
-    ))
+    .hint("it is stuck waiting for a device or a network disk: free that, or restart the machine"))
 }
 
 /// Returns the daemon of a state folder, if one is running and has published its address.
@@ -226,7 +224,7 @@ pub fn find_sibling(name: &str) -> Result<PathBuf, CliError> {
         };
         CliError::new(
             Exit::Failed,
-            format!("there is no `{name}` beside this program or on the PATH"),
+            format!("could not find `{name}` next to this program or on the PATH"),
         )
         .hint(format!("in a checkout: cargo build --release -p {package}"))
     })
@@ -370,7 +368,7 @@ async fn gone(process: &ProcessIdentity, timeout: Duration) -> io::Result<bool> 
 }
 
 fn with_log(error: CliError, log: &Path, start: u64) -> CliError {
-    let hint = format!("the whole log is {}", log.display());
+    let hint = format!("see the full log at {}", log.display());
     // If a new log file was started in the meantime, it has no lines of earlier starts.
     let begun_again = log.metadata().is_ok_and(|log| log.len() < start);
     let start = if begun_again { 0 } else { start };
@@ -437,7 +435,7 @@ mod tests {
         let error = start(&spec).await.unwrap_err();
         assert_eq!(
             error.message,
-            "testd ended while it started (exit status: 7)"
+            "testd exited during startup (exit status: 7)"
         );
         let shown: Vec<_> = error.causes[0].lines().collect();
         assert_eq!(shown.len(), 1 + FAILURE_LINES);

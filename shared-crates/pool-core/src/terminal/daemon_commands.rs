@@ -19,7 +19,7 @@ pub struct LogArgs {
     /// Follow the log until Ctrl-C
     #[arg(short, long)]
     pub follow: bool,
-    /// Lines to show at first
+    /// Number of lines to show first
     #[arg(long, short = 'n', value_name = "N", default_value_t = 100)]
     pub lines: usize,
 }
@@ -44,9 +44,9 @@ pub async fn start_beside(spec: &DaemonSpec) -> Result<(), CliError> {
 
 fn say_running(name: &str, running: &Running) -> Result<(), CliError> {
     let verb = if running.already_running {
-        "runs already"
+        "is already running"
     } else {
-        "runs"
+        "is running"
     };
     say(format!(
         "{name} {} {verb} at {} (pid {})",
@@ -57,10 +57,10 @@ fn say_running(name: &str, running: &Running) -> Result<(), CliError> {
 /// Stops the daemon and prints how it ended.
 pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<(), CliError> {
     match daemon::stop(state_dir, name, timeout).await? {
-        Stopped::NotRunning => say(format!("{name} does not run")),
+        Stopped::NotRunning => say(format!("{name} is not running")),
         Stopped::Orderly { pid } => say(format!("{name} stopped (pid {pid})")),
         Stopped::Killed { pid } => say(format!(
-            "{name} did not end within {} and was killed (pid {pid})",
+            "{name} did not stop within {} and was killed (pid {pid})",
             human_duration(timeout)
         )),
     }
@@ -106,7 +106,7 @@ pub fn check_readable(state_dir: &Path, name: &str) -> Result<(), CliError> {
         let folder = state_dir.display();
         CliError::caused(
             Exit::Failed,
-            format!("could not look whether {name} runs: {folder} can't be read"),
+            format!("could not check whether {name} is running: {folder} can't be read"),
             &error,
         )
         .hint("run it as the folder's owner, or set LLORCH_HOME to a home of your own")
@@ -128,10 +128,12 @@ impl Whereabouts {
     pub fn say(&self, name: &str, start: &str) -> Result<(), CliError> {
         match (self.pid, &self.version, &self.url) {
             (Some(pid), Some(version), Some(url)) => {
-                say(format!("{name} {version} runs at {url} (pid {pid})"))
+                say(format!("{name} {version} is running at {url} (pid {pid})"))
             }
-            (None, Some(version), Some(url)) => say(format!("{name} {version} runs at {url}")),
-            _ => say(format!("{name} does not run; `{start}` starts it")),
+            (None, Some(version), Some(url)) => {
+                say(format!("{name} {version} is running at {url}"))
+            }
+            _ => say(format!("{name} is not running; `{start}` starts it")),
         }
     }
 

@@ -67,10 +67,10 @@ impl Elsewhere {
         };
         Err(CliError::new(
             Exit::Usage,
-            format!("{variable} names {named}, and `{command}` works on {of_home}"),
+            format!("{variable} points to {named}, but `{command}` works on {of_home}"),
         )
         .hint(format!(
-            "unset {variable} to mean the one of this home; for the other one, run the command on its host"
+            "unset {variable} to use the daemon of this home; for the other one, run the command on its host"
         )))
     }
 
@@ -79,7 +79,7 @@ impl Elsewhere {
         let Self { variable, name, .. } = self;
         if let Some(named) = &self.named {
             note(format!(
-                "{what} is about {name} of this home; {variable} names {named}"
+                "{what} concerns {name} of this home; {variable} points to {named}"
             ));
         }
     }

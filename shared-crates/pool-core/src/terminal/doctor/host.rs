@@ -26,7 +26,7 @@ pub fn settings(file: &Path, broken: Option<(&dyn Error, Option<String>)>) -> Fi
     let Some((error, hint)) = broken else {
         let message = match file.exists() {
             true => format!("usable ({})", file.display()),
-            false => format!("the defaults, there is no {}", file.display()),
+            false => format!("using the defaults: {} does not exist", file.display()),
         };
         return Finding::ok("settings", message);
     };
@@ -41,12 +41,12 @@ pub fn private_folder(check: &'static str, path: &Path) -> Finding {
     match fs::metadata(path) {
         Ok(found) if !found.is_dir() => Finding::fail(
             check,
-            format!("{shown} is no folder"),
+            format!("{shown} is not a folder"),
             format!("mv {0} {0}.old", quoted(path)),
         ),
         Ok(_) if tempfile::tempfile_in(path).is_err() => Finding::fail(
             check,
-            format!("{shown} can't be written to"),
+            format!("{shown} is not writable"),
             format!(
                 "sudo chown -R \"$USER\" {0} && chmod u+rwx {0}",
                 quoted(path)
@@ -56,13 +56,13 @@ pub fn private_folder(check: &'static str, path: &Path) -> Finding {
             let mode = found.permissions().mode() & 0o777;
             Finding::warn(
                 check,
-                format!("{shown} is open to others ({mode:04o})"),
+                format!("{shown} is accessible to other users ({mode:04o})"),
                 format!("chmod 700 {}", quoted(path)),
             )
         }
         Ok(_) => Finding::ok(check, shown.to_string()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Finding::ok(check, format!("{shown} is made when it is needed"))
+            Finding::ok(check, format!("{shown} will be created when needed"))
         }
         Err(error) => Finding::fail(
             check,
@@ -99,11 +99,14 @@ pub fn private_files(check: &'static str, folder: &Path) -> Finding {
     match open {
         None => Finding::ok(
             check,
-            format!("those in {} are ours alone", folder.display()),
+            format!("all files in {} are private", folder.display()),
         ),
         Some((file, mode)) => Finding::warn(
             check,
-            format!("{} is open to others ({mode:04o})", file.display()),
+            format!(
+                "{} is accessible to other users ({mode:04o})",
+                file.display()
+            ),
             format!("chmod -R go= {}", quoted(folder)),
         ),
     }
@@ -123,8 +126,8 @@ pub fn disk(path: &Path, what: &str, room: Room, fix: &str) -> Finding {
     let Some(existing) = path.ancestors().find(|path| path.exists()) else {
         return Finding::warn(
             "disk",
-            format!("nothing of {} exists", path.display()),
-            "set LLORCH_HOME to a folder that may be used",
+            format!("no part of {} exists", path.display()),
+            "set LLORCH_HOME to a folder that llama-orch may use",
         );
     };
     let free = match rustix::fs::statvfs(existing) {
@@ -162,7 +165,7 @@ pub fn port_free(address: SocketAddr) -> Result<(), String> {
                 None => format!("{address} is taken by another program"),
             })
         }
-        Err(error) => Err(format!("{address} can't be listened on: {error}")),
+        Err(error) => Err(format!("could not listen on {address}: {error}")),
     }
 }
 
@@ -249,7 +252,9 @@ mod tests {
         let found = private_files("f", dir.path());
         assert_eq!(found.status, Verdict::Warn);
         assert!(
-            found.message.contains("it's is open to others (0640)"),
+            found
+                .message
+                .contains("it's is accessible to other users (0640)"),
             "{}",
             found.message
         );
