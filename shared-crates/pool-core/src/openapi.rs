@@ -46,7 +46,7 @@ impl PartialSchema for ModelRef {
     fn schema() -> RefOr<Schema> {
         let [alias, hub, file] = model_ref_patterns();
         AnyOfBuilder::new()
-            .item(text("An id of the catalogue.", "smollm2-135m", &alias, 64))
+            .item(text("A model id from the catalogue.", "smollm2-135m", &alias, 64))
             .item(text(
                 "A file on the hub: `hf:ORG/REPO[@REVISION][::file=PATH]`.",
                 "hf:HuggingFaceTB/SmolLM2-135M-Instruct-GGUF::file=smollm2-135m-instruct-q4_k_m.gguf",
@@ -54,7 +54,7 @@ impl PartialSchema for ModelRef {
                 MAX_BYTES,
             ))
             .item(text(
-                "A file of the pool's host: `file:/absolute/path.gguf`.",
+                "A file on the pool's host: `file:/absolute/path.gguf`.",
                 "file:/models/mine.gguf",
                 &file,
                 MAX_BYTES,
@@ -83,7 +83,7 @@ impl PartialSchema for Decimal {
     fn schema() -> RefOr<Schema> {
         let number = ObjectBuilder::new()
             .schema_type(Type::Integer)
-            .description(Some("Only in requests: the form of earlier versions."))
+            .description(Some("Only in requests: the form used by earlier versions."))
             .minimum(Some(0));
         AnyOfBuilder::new()
             .item(text(
@@ -94,7 +94,7 @@ impl PartialSchema for Decimal {
             ))
             .item(number.format(Some(SchemaFormat::Custom("u-int64".into()))))
             .description(Some(
-                "An integer of up to 64 bits. Answers give it as a string, because many readers of JSON round numbers of \
+                "An integer of up to 64 bits. Responses give it as a string, because many JSON parsers round numbers of \
                  more than 53 bits.",
             ))
             .into()
@@ -110,12 +110,12 @@ impl PartialSchema for ExitReason {
             .schema_type(Type::String)
             .description(Some(
                 "`exited`, `signal`, `oom_killed`, `stalled`, `start_timeout`, `model_invalid`, `spawn_failed`, `stopped`, \
-                 or what only a later version knows.",
+                 or a kind that only a later version knows.",
             ));
         let value = ObjectBuilder::new()
             .schema_type(SchemaType::AnyValue)
             .description(Some(
-                "Of `exited` the code, or null where an adopted process can't be asked; of `signal` its number.",
+                "For `exited`, the exit code, or null if that of an adopted process is unknown; for `signal`, its number.",
             ));
         ObjectBuilder::new()
             .description(Some("Why a worker ended."))

@@ -50,9 +50,9 @@ async fn a_hangup_opens_the_log_again_and_reads_the_settings() {
     let moved = home.path().join("moved.log");
     fs::rename(&log, &moved).unwrap();
     signal(&daemon, Signal::HUP);
-    line_with(&log, "SIGHUP: the log file is opened again").await;
+    line_with(&log, "SIGHUP: reopened the log file").await;
     assert_eq!(log.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-    line_with(&log, "\"settings read again\"").await;
+    line_with(&log, "\"reloaded the settings\"").await;
 
     fs::write(
         &settings,
@@ -92,7 +92,7 @@ async fn a_hangup_without_a_log_file_ends_nothing() {
     signal(&daemon, Signal::TERM);
     let (status, said) = ended(daemon).await;
     assert!(status.success(), "{said}");
-    assert!(said.contains("SIGHUP: the log is standard error"), "{said}");
+    assert!(said.contains("SIGHUP: logging to standard error"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")] // [ORCHD-194]

@@ -308,7 +308,7 @@ async fn few_threads_are_enough_and_too_few_are_an_error() {
     let (status, said) = run(&mut few.command(home.path())).await;
     assert_eq!(status.code(), Some(1), "{said}");
     assert!(
-        said.contains("error: the system gives ") && said.contains("hint: raise `pids.max`"),
+        said.contains("error: the system allows ") && said.contains("hint: raise `pids.max`"),
         "{said}"
     );
 

@@ -633,7 +633,7 @@ async fn a_second_daemon_on_the_same_state_is_refused() {
         Orchestrator::start_in(orchestrator.home.clone(), orchestrator.config.clone()).await;
     let error = format!("{:#}", second.err().unwrap());
     assert!(
-        error.contains("already runs") && error.contains(&std::process::id().to_string()),
+        error.contains("already running") && error.contains(&std::process::id().to_string()),
         "{error}"
     );
 }

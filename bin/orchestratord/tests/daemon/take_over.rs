@@ -101,13 +101,16 @@ async fn a_frozen_daemon_that_wakes_up_after_a_take_over_changes_nothing() {
     assert!(!status.success(), "{said}");
     let pid = format!("pid {}", frozen.id().unwrap());
     assert!(
-        said.contains("already runs") && said.contains(&pid),
+        said.contains("already running") && said.contains(&pid),
         "{said}"
     );
 
     let (_new_daemon, new) = spawn(home.path(), command(home.path()).arg("--take-over")).await;
     let (status, said) = run(&mut command(home.path())).await;
-    assert!(!status.success() && said.contains("already runs"), "{said}");
+    assert!(
+        !status.success() && said.contains("already running"),
+        "{said}"
+    );
     pool.register_at(&new).await;
     // The new daemon continues where the frozen one was cut off; the worker sends its tokens to both.
     worker.tokens(job, 3..5);

@@ -79,7 +79,7 @@ async fn a_hangup_opens_the_log_again_and_ends_nothing() {
     fs::rename(&log, log.with_extension("moved")).unwrap();
     house.signal_daemon(Signal::HUP);
     let begun = std::time::Instant::now();
-    while !fs::read_to_string(&log).is_ok_and(|text| text.contains("settings read again")) {
+    while !fs::read_to_string(&log).is_ok_and(|text| text.contains("reloaded the settings")) {
         assert!(begun.elapsed() < Duration::from_secs(60), "no log again");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

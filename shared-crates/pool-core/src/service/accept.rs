@@ -135,7 +135,7 @@ pub(super) async fn run(
     let finished = tokio::time::timeout(grace, ended).await.is_ok();
     let cut = if finished { 0 } else { load.connections() };
     if cut > 0 {
-        tracing::warn!(connections = cut, "the grace is over, cutting connections");
+        tracing::warn!(connections = cut, "grace period over; cutting connections");
     }
     connections.shutdown().await;
     Stopped { cut }

@@ -153,11 +153,11 @@ impl Rules {
             ServiceError::new(StatusCode::UNAUTHORIZED, codes::UNAUTHORIZED, message)
         };
         Err(match given {
-            None => unauthorized("this daemon asks for a token")
+            None => unauthorized("this daemon requires a token")
                 .hint("send `Authorization: Bearer TOKEN`; our command line programs take it from LLORCH_API_TOKEN or LLORCH_POOL_TOKEN"),
             Some(given) => {
-                tracing::warn!(token = Secret::new(given).fingerprint(), "a wrong token");
-                unauthorized("the token is not valid here").hint("compare it with the one that the daemon was started with")
+                tracing::warn!(token = Secret::new(given).fingerprint(), "rejected a wrong token");
+                unauthorized("the token is not valid for this daemon").hint("compare it with the daemon's own token")
             }
         })
     }
@@ -212,10 +212,10 @@ impl Rules {
         Err(ServiceError::new(
             StatusCode::FORBIDDEN,
             codes::FOREIGN_ORIGIN,
-            "a page of another origin may not call this daemon without a token",
+            "a page from another origin may not call this daemon without a token",
         )
         .hint(
-            "call it from a program, or through a server of the page's own origin; a browser asks before it sends a token",
+            "call it from a program, or through a server on the page's own origin; a browser sends a preflight before a token",
         ))
     }
 

@@ -279,14 +279,14 @@ impl Load {
             Want::Calls => {
                 tracing::warn!(
                     limit = places.calls,
-                    "no descriptor is left for another stream of a worker: jobs wait"
+                    "no file descriptor left for another worker stream; jobs wait"
                 );
             }
             Want::Bodies => {
                 tracing::warn!(
                     limit_bytes = places.body_bytes,
                     refused,
-                    "too many bytes of request bodies at once"
+                    "too many bytes in request bodies at once"
                 );
             }
         }

@@ -83,7 +83,7 @@ impl ServiceError {
             codes::INTERNAL,
             "the daemon failed to handle this request",
         )
-        .hint("its log has the cause beside this correlation id")
+        .hint("look up this correlation id in its log")
     }
 
     /// Sets the remedy.
@@ -186,7 +186,7 @@ pub(super) async fn no_such_path(request: Request) -> ServiceError {
         codes::NO_SUCH_PATH,
         format!("there is no path {path}"),
     )
-    .hint("`GET /version` tells which daemon this is and which API it speaks")
+    .hint("`GET /version` shows which daemon this is and which API version it speaks")
 }
 
 pub(super) async fn no_such_method(request: Request) -> ServiceError {
@@ -194,9 +194,9 @@ pub(super) async fn no_such_method(request: Request) -> ServiceError {
     ServiceError::new(
         StatusCode::METHOD_NOT_ALLOWED,
         codes::METHOD_NOT_ALLOWED,
-        format!("{path} does not take {method}"),
+        format!("{path} does not support {method}"),
     )
-    .hint("the `Allow` header lists what it takes")
+    .hint("use a method from the `Allow` header")
 }
 
 /// Turns a handler's panic into an internal error, so that the daemon continues.

@@ -72,7 +72,7 @@ async fn whole_body<S: Send + Sync>(request: Request, state: &S) -> ServiceResul
             StatusCode::PAYLOAD_TOO_LARGE,
             codes::TOO_LARGE,
             format!(
-                "the body of {} is larger than this daemon takes: at most {}",
+                "the body of {} is larger than this daemon accepts: at most {}",
                 human_bytes(announced),
                 human_bytes(limit)
             ),
@@ -108,7 +108,7 @@ fn is_json(headers: &HeaderMap) -> bool {
 
 fn unreadable(error: &serde_path_to_error::Error<serde_json::Error>) -> ServiceError {
     let (code, what) = match error.inner().classify() {
-        Category::Data => (codes::INVALID_REQUEST, "the body does not fit"),
+        Category::Data => (codes::INVALID_REQUEST, "invalid body"),
         _ => (codes::BAD_JSON, "the body is not JSON"),
     };
     let refusal = ServiceError::new(StatusCode::BAD_REQUEST, code, format!("{what}: {error}"));
@@ -190,7 +190,7 @@ impl From<JsonRejection> for ServiceError {
             return Self::new(
                 status,
                 codes::TOO_LARGE,
-                "the body is larger than this daemon takes",
+                "the body is larger than this daemon accepts",
             );
         }
         Self::new(
@@ -206,7 +206,7 @@ impl From<QueryRejection> for ServiceError {
         Self::new(
             StatusCode::BAD_REQUEST,
             codes::INVALID_REQUEST,
-            format!("the query does not fit: {}", cause(&rejection)),
+            format!("invalid query: {}", cause(&rejection)),
         )
         .hint("use each parameter once, by its documented name and within its range")
     }
@@ -217,9 +217,9 @@ impl From<PathRejection> for ServiceError {
         Self::new(
             StatusCode::BAD_REQUEST,
             codes::INVALID_REQUEST,
-            format!("the path does not fit: {}", cause(&rejection)),
+            format!("invalid path: {}", cause(&rejection)),
         )
-        .hint("write ids as they were answered")
+        .hint("write ids exactly as the API returned them")
     }
 }
 

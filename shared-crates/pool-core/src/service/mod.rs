@@ -161,7 +161,7 @@ impl BindError {
             Self::Exposed { .. } => {
                 Some("set a token (a variable or `token_file`, mode 0600), or bind to 127.0.0.1")
             }
-            Self::InUse { .. } => Some("stop it, or choose another port; port 0 takes a free one"),
+            Self::InUse { .. } => Some("stop it, or choose another port; port 0 picks a free one"),
             Self::Descriptors { .. } => {
                 Some("raise it with `ulimit -n 1024`, or `LimitNOFILE=` of the systemd unit")
             }
@@ -208,7 +208,7 @@ impl Service {
                 connections = places.connections,
                 max_connections = options.max_connections,
                 open_files = has.descriptors,
-                "the limit on open files or memory leaves fewer connections than the settings allow"
+                "open-file or memory limit permits fewer connections than the settings"
             );
         }
         Ok(Self {

@@ -18,7 +18,7 @@ const DYING: Duration = Duration::from_secs(1);
 #[derive(Debug, thiserror::Error)]
 pub enum ClaimError {
     /// A folder that another daemon holds.
-    #[error("{name} already runs on {}{}", dir.display(), pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default())]
+    #[error("{name} is already running in {}{}", dir.display(), pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default())]
     Held {
         /// Name of this daemon, which is also that of the holder.
         name: &'static str,
@@ -42,10 +42,10 @@ impl ClaimError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Held { .. } => {
-                Some("stop that one, or give this one a home of its own with LLORCH_HOME")
+                Some("stop that daemon, or give this one its own home with LLORCH_HOME")
             }
             Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
-                Some("make room on its disk, and start again")
+                Some("make room on its disk, then start again")
             }
             Self::Io { .. } => None,
         }

@@ -48,7 +48,7 @@ pub(super) async fn limit(State(bound): State<Bound>, request: Request, next: Ne
             codes::OVERLOADED,
             "this daemon has too many event streams open",
         )
-        .hint("ask for the state instead of following it, or come back later")
+        .hint("poll the state instead of following it, or retry later")
         .retry_after(Duration::from_secs(1));
         // A refused reader must not hold a connection that others could use.
         return ([(CONNECTION, "close")], refusal).into_response();

@@ -101,9 +101,11 @@ pub fn on_hangup(reload: impl Fn() + Send + 'static) -> io::Result<()> {
     tokio::spawn(async move {
         while hangups.recv().await.is_some() {
             match FILE.get().map(LogFile::reopen) {
-                Some(Err(error)) => tracing::error!(%error, "SIGHUP: could not open the log again"),
-                Some(Ok(())) => tracing::info!("SIGHUP: the log file is opened again"),
-                None => tracing::info!("SIGHUP: the log is standard error, and stays so"),
+                Some(Err(error)) => {
+                    tracing::error!(%error, "SIGHUP: could not reopen the log file")
+                }
+                Some(Ok(())) => tracing::info!("SIGHUP: reopened the log file"),
+                None => tracing::info!("SIGHUP: logging to standard error; no file to reopen"),
             }
             reload();
         }
@@ -115,19 +117,19 @@ pub fn on_hangup(reload: impl Fn() + Send + 'static) -> io::Result<()> {
 /// the daemon's start.
 pub fn take_settings<T: Serialize>(started: &T, read: &T, log: &LogConfig) {
     if let Err(error) = configure(log) {
-        tracing::error!(%error, "`log.filter` is not a log filter; the earlier one stays");
+        tracing::error!(%error, "`log.filter` is not a log filter; keeping the earlier one");
     }
     let changed = settings::differences(started, read);
     let (reloaded, waiting): (Vec<_>, Vec<_>) =
         changed.into_iter().partition(|key| key.starts_with("log."));
     if waiting.is_empty() {
-        tracing::info!(reloaded = reloaded.join(" "), "settings read again");
+        tracing::info!(reloaded = reloaded.join(" "), "reloaded the settings");
     } else {
         let needs_restart = waiting.join(" ");
         tracing::warn!(
             reloaded = reloaded.join(" "),
             needs_restart,
-            "settings read again; some need a restart"
+            "reloaded the settings; some need a restart"
         );
     }
 }

@@ -260,7 +260,7 @@ async fn every_refusal_is_an_envelope() {
             "",
             405,
             "METHOD_NOT_ALLOWED",
-            "/sum does not take DELETE",
+            "/sum does not support DELETE",
         ),
         ("GET /full", "", 429, "QUEUE_FULL", "full"),
         ("GET /panic", "", 500, "INTERNAL", "failed"),
@@ -384,7 +384,7 @@ async fn a_body_that_is_announced_as_too_large_is_refused_before_it_comes() {
         assert_eq!((status, code.as_str()), (413, "TOO_LARGE"), "{more}");
         assert_eq!(
             message,
-            "the body of 101 B is larger than this daemon takes: at most 100 B"
+            "the body of 101 B is larger than this daemon accepts: at most 100 B"
         );
         assert_eq!(answer.headers["connection"], "close");
     }
@@ -743,8 +743,8 @@ async fn a_flood_of_silent_connections_costs_nobody_who_speaks_the_answer() {
         Duration::from_secs(60),
         futures_util::future::join_all(asking),
     );
-    for answer in asked.await.expect("everybody is answered") {
-        let answer = answer.expect("nobody is cut off");
+    for answer in asked.await.expect("every request is answered") {
+        let answer = answer.expect("no request is cut off");
         assert_eq!(
             (answer.status, answer.headers["retry-after"].as_str()),
             (503, "1")
@@ -937,7 +937,7 @@ async fn a_stop_waits_for_the_grace_and_no_longer() {
         .expect("the stream was cut");
     assert!(
         TcpStream::connect(server.addr).await.is_err(),
-        "nobody listens any more"
+        "the daemon no longer listens"
     );
 }
 
@@ -964,7 +964,7 @@ async fn a_stop_without_open_work_is_immediate() {
     server.shutdown.trigger();
     let stopped = timeout(Duration::from_secs(20), server.stopped)
         .await
-        .expect("a connection that has asked for nothing holds nobody up")
+        .expect("a connection without a request does not delay the stop")
         .unwrap();
     assert_eq!(stopped, Stopped { cut: 0 });
     assert!(server.shutdown.is_requested());

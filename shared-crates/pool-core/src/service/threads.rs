@@ -29,7 +29,7 @@ const MARGIN: usize = 4;
 #[derive(Debug, thiserror::Error)]
 pub enum RuntimeError {
     /// Too few threads allowed by the system.
-    #[error("the system gives {found} more threads: at least {needed} are needed")]
+    #[error("the system allows {found} more threads: at least {needed} are needed")]
     Threads {
         /// Additional threads that could be started.
         found: usize,
@@ -38,7 +38,7 @@ pub enum RuntimeError {
     },
     /// A limit on address space that is too low.
     #[error(
-        "the limit on address space (`ulimit -v`) is {}: at least {} are needed",
+        "the limit on address space (`ulimit -v`) is {}: at least {} is needed",
         human_bytes(*limit),
         human_bytes_up(*needed)
     )]
@@ -187,7 +187,7 @@ mod tests {
         };
         assert_eq!(
             error.to_string(),
-            "the system gives 3 more threads: at least 9 are needed"
+            "the system allows 3 more threads: at least 9 are needed"
         );
         assert!(error.hint().unwrap().contains("pids.max"));
     }
