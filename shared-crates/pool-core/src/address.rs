@@ -14,7 +14,7 @@ pub const FORMS: &str =
 pub fn url(text: &str) -> Result<String, String> {
     let text = text.trim();
     match port(text)? {
-        Some(0) => return Err("no daemon listens at port 0".to_owned()),
+        Some(0) => return Err("no daemon listens on port 0".to_owned()),
         Some(port) => return Ok(format!("http://127.0.0.1:{port}")),
         None => {}
     }
@@ -44,7 +44,7 @@ pub fn bind(text: &str) -> Result<SocketAddr, String> {
         .strip_prefix("localhost:")
         .map_or_else(|| text.to_owned(), |port| format!("127.0.0.1:{port}"));
     numeric.parse().map_err(|_| {
-        "write it like `127.0.0.1:8080`, `localhost:8080`, `:8080` or `8080`; any other host is given by its IP address"
+        "write it like `127.0.0.1:8080`, `localhost:8080`, `:8080` or `8080`; give any other host by its IP address"
             .to_owned()
     })
 }
@@ -57,7 +57,7 @@ fn port(text: &str) -> Result<Option<u16>, String> {
     }
     let port = digits.parse();
     port.map(Some)
-        .map_err(|_| format!("{digits} is no port: ports are 0 to 65535"))
+        .map_err(|_| format!("invalid port {digits}: ports are 0 to 65535"))
 }
 
 /// A visitor for an address in a settings file: a string, or a port number.
@@ -94,7 +94,7 @@ pub fn deserialize_ip<'de, D: Deserializer<'de>>(deserializer: D) -> Result<IpAd
         return Ok(Ipv4Addr::LOCALHOST.into());
     }
     text.parse()
-        .map_err(|_| de::Error::custom(format!("`{text}` is no IP address")))
+        .map_err(|_| de::Error::custom(format!("`{text}` is not an IP address")))
 }
 
 /// Parses an optional setting that [`url`] accepts, and keeps its spelling. For serde's `deserialize_with`.

@@ -266,7 +266,7 @@ mod tests {
         assert_eq!(
             path_of(v2, "0::/../other\n"),
             None,
-            "outside of what is seen"
+            "outside the visible hierarchy"
         );
         assert_eq!(path_of("", "0::/\n"), None);
         assert_eq!(path_of(v2, ""), None);
@@ -296,7 +296,7 @@ mod tests {
         assert_eq!(
             (v2.limit_bytes(), v2.left_bytes(), v2.oom_kills()),
             (Some(1000), Some(1000), Some(4)),
-            "who shares the limit does not say what it uses"
+            "without the usage of the group that sets it, the whole limit counts as free"
         );
         write("outer/memory.current", "950\n");
         write("outer/memory.stat", "inactive_file 50\n");
@@ -311,7 +311,10 @@ mod tests {
         write("outer/inner/memory.events.local", "oom_kill 1\n");
         assert_eq!(v2.oom_kills(), Some(1));
         fs::remove_dir_all(&inner).unwrap();
-        assert!(!mark.has_risen(), "what can't be read is no evidence");
+        assert!(
+            !mark.has_risen(),
+            "an unreadable counter is not evidence of a kill"
+        );
 
         fs::create_dir_all(&inner).unwrap();
         let v1 = cgroup(Version::V1);
@@ -354,7 +357,7 @@ mod tests {
         assert_eq!(
             left(Version::V2, &[("memory.high", "900\n")]),
             Some(900 - (830 - 350)),
-            "above it the kernel slows everything down"
+            "above `memory.high` the kernel throttles every process"
         );
         let stat = "cache 1\ninactive_file 1\nactive_file 1\ndirty 1\ntotal_cache 550\ntotal_rss 200\n\
             total_shmem 100\ntotal_mapped_file 90\ntotal_dirty 30\ntotal_writeback 20\n\

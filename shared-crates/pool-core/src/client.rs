@@ -39,7 +39,7 @@ const DETAIL_CHARS: usize = 200;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// An address that can't be used, with the reason.
-    #[error("`{url}` is not an address of a daemon: {detail}")]
+    #[error("`{url}` is not a daemon address: {detail}")]
     BadUrl {
         /// The address, without a user or password that it may contain.
         url: String,
@@ -63,7 +63,7 @@ pub enum ClientError {
         error: Box<ErrorBody>,
     },
     /// An answer that none of our daemons would give.
-    #[error("{url} answered {status}, and not as a llama-orch daemon does: {detail}")]
+    #[error("{url} answered {status}, but not like a llama-orch daemon: {detail}")]
     NotOurs {
         /// The URL called.
         url: String,
@@ -73,7 +73,7 @@ pub enum ClientError {
         detail: String,
     },
     /// A connection that broke during an event stream.
-    #[error("the event stream of {url} broke: {detail}")]
+    #[error("the event stream from {url} broke off: {detail}")]
     Broken {
         /// The URL called.
         url: String,
@@ -113,11 +113,13 @@ impl ClientError {
             Self::Api { error, .. } => return error.hint.clone(),
             Self::BadUrl { .. } => address::FORMS,
             Self::Unreachable { url, .. } if url.starts_with("https://") => {
-                "is it the address of a proxy that speaks TLS? The daemons themselves speak plain HTTP: `http://...`"
+                "check that this is the address of a TLS proxy; the daemons themselves speak plain HTTP: `http://...`"
             }
-            Self::Unreachable { .. } => "is the daemon running, and is this its address?",
+            Self::Unreachable { .. } => {
+                "check that the daemon is running and that this is its address"
+            }
             Self::Timeout { .. } => {
-                "the daemon may be stopped or overloaded: look at its process and its log on its host"
+                "the daemon may be suspended or overloaded: check its process and log on its host"
             }
             Self::NotOurs { .. } => "another program may be listening at this address",
             Self::VersionMismatch { .. } => "install the same release on both sides",
@@ -171,8 +173,9 @@ impl ApiClient {
             // Addresses are shown and logged, so a password must not appear even in this error.
             return Err(ClientError::BadUrl {
                 url: url.host_str().unwrap_or_default().to_owned(),
-                detail: "it must not hold a user or a password; a token goes into the settings"
-                    .to_owned(),
+                detail:
+                    "it must not contain a user name or password; a token goes into the settings"
+                        .to_owned(),
             });
         }
         let mut builder = reqwest::Client::builder()

@@ -59,7 +59,7 @@ impl Own {
         };
         let thread = thread::Builder::new().name("clock".into()).spawn(watch);
         if let Err(error) = &thread {
-            tracing::warn!(%error, "could not start the thread that notices gaps");
+            tracing::warn!(%error, "could not start the clock thread; suspensions go unnoticed");
         }
         Self {
             watched: thread.is_ok(),
@@ -77,7 +77,7 @@ impl Own {
             let gap_ms = u64::try_from(gap.as_millis()).unwrap_or(u64::MAX);
             tracing::warn!(
                 gap_ms,
-                "this process did not run; deadlines are put off by the gap"
+                "process was suspended; deadlines extended by the gap"
             );
         }
         copy

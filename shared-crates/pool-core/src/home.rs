@@ -44,7 +44,7 @@ impl HomeError {
                     io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory
                 ) =>
             {
-                Some("something that is no folder has its name: move that away, or set LLORCH_HOME")
+                Some("a file is in the way: move it, or set LLORCH_HOME")
             }
             Self::Prepare { .. } => {
                 Some("check its owner and mode, or set LLORCH_HOME to another folder")

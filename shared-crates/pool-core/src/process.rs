@@ -137,7 +137,7 @@ mod platform {
         };
         parse_stat(&stat)
             .map(Some)
-            .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has an unknown form")))
+            .ok_or_else(|| io::Error::other(format!("/proc/{pid}/stat has an unknown format")))
     }
 
     /// Parses `pid (command) state ...`, where the command itself may contain spaces and brackets. The state is field 3 and
@@ -371,7 +371,7 @@ mod tests {
         }
         assert!(
             sleeper.0.try_wait().unwrap().is_none(),
-            "the process that has the pid now was left alone"
+            "the process that now has the pid is left alone"
         );
     }
 

@@ -63,7 +63,7 @@ async fn a_broken_stream_gives_its_events_then_one_error() {
     assert_eq!(
         decoded(half).count().await,
         0,
-        "an event that is not complete is none"
+        "an incomplete event is dropped"
     );
 }
 
