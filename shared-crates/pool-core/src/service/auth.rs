@@ -154,7 +154,10 @@ impl Rules {
         };
         Err(match given {
             None => unauthorized("this daemon requires a token")
-                .hint("send `Authorization: Bearer TOKEN`; our command line programs take it from LLORCH_API_TOKEN or LLORCH_POOL_TOKEN"),
+                .hint(
+                    "send `Authorization: Bearer TOKEN`; our command-line programs read it from LLORCH_API_TOKEN or \
+                     LLORCH_POOL_TOKEN",
+                ),
             Some(given) => {
                 tracing::warn!(token = Secret::new(given).fingerprint(), "rejected a wrong token");
                 unauthorized("the token is not valid for this daemon").hint("compare it with the daemon's own token")

@@ -634,7 +634,7 @@ async fn a_body_that_trickles_is_cut_off_and_an_answer_that_does_is_not() {
     let mut text = Vec::new();
     let _ = timeout(Duration::from_secs(20), reading.read_to_end(&mut text))
         .await
-        .expect("it is cut off");
+        .expect("the connection is cut off");
     trickle.abort();
     let answer = Answer::parse(&String::from_utf8(text).unwrap());
     assert_eq!(
@@ -754,7 +754,10 @@ async fn a_flood_of_silent_connections_costs_nobody_who_speaks_the_answer() {
     // The silent connections are closed in an orderly way, too.
     for mut stream in silent {
         let read = timeout(Duration::from_secs(60), stream.read(&mut [0])).await;
-        assert_eq!(read.expect("it is closed").expect("in order"), 0);
+        assert_eq!(
+            read.expect("the connection is closed").expect("in order"),
+            0
+        );
     }
 }
 
@@ -805,7 +808,7 @@ async fn streams_leave_room_for_other_requests() {
     let asks = server
         .send("GET /who\nAccept: text/html, text/event-stream", "")
         .await;
-    assert_eq!(asks.status, 503, "it may become a stream");
+    assert_eq!(asks.status, 503, "the answer may become a stream");
     assert_eq!(server.send("GET /who", "").await.status, 200);
     drop(reader);
     let back = async {
@@ -898,7 +901,10 @@ async fn a_stop_lets_one_who_is_refused_finish() {
     assert_eq!(text, b"HTTP/1.1 503");
     server.shutdown.trigger();
     while TcpStream::connect(server.addr).await.is_ok() {}
-    refused.write_all(&body).await.expect("it is taken");
+    refused
+        .write_all(&body)
+        .await
+        .expect("the body is accepted");
     refused.read_to_end(&mut text).await.expect("in order");
     drop((refused, holder));
     let stopped = timeout(Duration::from_secs(20), server.stopped).await;
@@ -927,7 +933,7 @@ async fn a_stop_waits_for_the_grace_and_no_longer() {
     server.shutdown.trigger();
     let stopped = timeout(Duration::from_secs(5), server.stopped)
         .await
-        .expect("it stops in time")
+        .expect("the daemon stops in time")
         .unwrap();
     assert_eq!(stopped, Stopped { cut: 1 });
     assert!(begun.elapsed() >= Duration::from_millis(300));

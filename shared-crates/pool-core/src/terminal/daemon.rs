@@ -199,7 +199,9 @@ pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<Sto
         Exit::Failed,
         format!("{name} (pid {pid}) is still running after SIGKILL"),
     )
-    .hint("it is stuck waiting for a device or a network disk: free that, or restart the machine"))
+    .hint(
+        "it is stuck waiting for a device or a network disk: wait for that, or restart the machine",
+    ))
 }
 
 /// Returns the daemon of a state folder, if one is running and has published its address.

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 /// API terms and their command-line equivalents. Longer texts precede those that they contain.
 const WORDS: &[(&str, &str)] = &[
     (
-        "send `Authorization: Bearer TOKEN`; our command line programs take it from LLORCH_API_TOKEN or LLORCH_POOL_TOKEN",
+        "send `Authorization: Bearer TOKEN`; our command-line programs read it from LLORCH_API_TOKEN or LLORCH_POOL_TOKEN",
         "put the daemon's token into LLORCH_API_TOKEN (orchestratord) or LLORCH_POOL_TOKEN (pool-managerd)",
     ),
     (
