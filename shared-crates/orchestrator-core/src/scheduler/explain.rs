@@ -128,7 +128,7 @@ pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) ->
     let (message, hint) = match cause {
         Some(cause) => (
             format!("{cause}; other pools may still register after the restart"),
-            "it is decided soon".to_owned(),
+            "wait: the decision follows soon".to_owned(),
         ),
         None => words.of(reason),
     };
@@ -196,17 +196,17 @@ impl fmt::Display for Why {
             (false, false) => "",
         })?;
         match (self.free_workers, self.chooser) {
-            (1, _) => f.write_str("the only worker with the model that had a free slot"),
+            (1, _) => f.write_str("the only worker with the model and a free slot"),
             (count, Chooser::Script) => write!(
                 f,
-                "chosen by the scheduler's script of {count} workers with a free slot"
+                "chosen by the scheduler's script from {count} workers with a free slot"
             ),
             (_, Chooser::Policy(_)) if self.session_was_here => {
-                f.write_str("its session ran on this pool last")
+                f.write_str("the job's session last ran on this pool")
             }
             (count, Chooser::Policy(policy)) => write!(
                 f,
-                "the best of {count} workers with a free slot by policy {policy}"
+                "the best of {count} workers with a free slot under policy {policy}"
             ),
         }?;
         let ((used, slots), free, device) = (self.slots, self.free_bytes, self.device);
@@ -226,8 +226,8 @@ pub(super) fn backing_off(job: &QueuedJob, now: Timestamp) -> Explanation {
     let pause = human_ms(u64::try_from(pause).unwrap_or(0));
     Explanation {
         reason: WaitReason::BackingOff,
-        message: format!("the last attempt was lost; the next follows in {pause}"),
-        hint: "it goes on by itself".to_owned(),
+        message: format!("the last attempt was lost; the next one can start in {pause}"),
+        hint: "wait: the job is retried automatically".to_owned(),
         filters: Vec::new(),
     }
 }
@@ -286,7 +286,7 @@ fn filters(class: &Class, pools: &[&PoolState], held: Held<'_>) -> Vec<FilterCou
 
 /// Hint about a registered pool that has not reported yet.
 const REPORTS_SOON: &str =
-    "it reports by itself; if it does not, see `llorch-pool daemon status` on its host";
+    "wait for its report; if none arrives, run `llorch-pool daemon status` on its host";
 
 /// Wording of a reason for a class, with its numbers from the pools.
 struct Words<'a> {
@@ -314,17 +314,17 @@ impl Words<'_> {
                     Some(wanted) => format!("pool `{wanted}` has not registered"),
                     None => "no pool has registered".to_owned(),
                 },
-                "run `llorch-pool daemon start` on a pool host; on another machine, `orchestrator_url` in its settings tells it where to register",
+                "run `llorch-pool daemon start` on a pool host; on another machine, set `orchestrator_url` in its settings first",
             ),
             WaitReason::PoolsAway => return self.pools_away(),
             WaitReason::NoBackend => match self.class.placement.device {
                 Some(device) => (
                     format!("no pool can run a worker on {device}"),
-                    "it takes a pool with that device and a worker program for it; or ask for another device, or for none, with `placement.device`",
+                    "add a pool with that device and a worker program for it, or change or omit `placement.device`",
                 ),
                 None => (
                     "no pool has a worker program".to_owned(),
-                    "install `llorch-candled` beside `pool-managerd`",
+                    "install `llorch-candled` next to `pool-managerd`",
                 ),
             },
             WaitReason::ModelMissing => return self.model_missing(),
@@ -333,13 +333,16 @@ impl Words<'_> {
             WaitReason::ContextShort => return self.context_short(),
             WaitReason::MemoryShort => return self.memory_short(),
             WaitReason::Evicting => (
-                format!("idle workers are being stopped, so that {wanted} has the memory"),
-                "a worker with the model is started when they have ended",
+                format!("idle workers are being stopped to free memory for a worker with {wanted}"),
+                "wait: a worker with the model starts once they have stopped",
             ),
-            WaitReason::StartRefused => (self.start_refused(), "it is asked again in a moment"),
+            WaitReason::StartRefused => (
+                self.start_refused(),
+                "wait: the start is retried in a moment",
+            ),
             WaitReason::WorkerStarting => (
-                format!("a worker is loading {wanted}"),
-                "it starts when the worker is ready",
+                format!("a worker with {wanted} is loading"),
+                "wait: the job starts when the worker is ready",
             ),
             WaitReason::SlotsBusy => {
                 let mine = |pool: &PoolState| {
@@ -352,16 +355,16 @@ impl Words<'_> {
                     1 => format!("the worker with {wanted} is busy"),
                     count => format!("all {count} workers with {wanted} are busy"),
                 };
-                (message, "it starts when a job before it ends")
+                (message, "wait: the job starts when an earlier job ends")
             }
             WaitReason::CacheFull => return self.cache_full(),
             WaitReason::PolicyHeld => (
-                "there is a place, and the scheduler has not given it to this job".to_owned(),
-                "it is decided in a moment; where a script schedules, see `llorch orchestrator scheduler show`",
+                "a place is free, but the scheduler has not given it to this job".to_owned(),
+                "wait for the next pass; if a script schedules, see `llorch orchestrator scheduler show`",
             ),
             WaitReason::BackingOff => (
                 "the last attempt was lost a moment ago".to_owned(),
-                "it goes on by itself",
+                "wait: the job is retried automatically",
             ),
         };
         (message, hint.to_owned())
@@ -379,22 +382,23 @@ impl Words<'_> {
         let needed = self.class.cache;
         let message = match most {
             Some((pool, worker)) => format!(
-                "the prompt and the longest answer need {needed} tokens of a worker's cache; the most that is free is {}, of `{}` on pool `{}`",
+                "the prompt and the longest answer need {needed} tokens of a worker's cache; \
+                at most {} are free, on worker `{}` of pool `{}`",
                 worker.free_tokens.unwrap_or(0),
                 worker.id,
                 pool.id
             ),
             None => format!(
-                "a job before it waits for room in the caches of the workers with `{model}`"
+                "an earlier job is waiting for room in the caches of the workers with `{model}`"
             ),
         };
-        let hint = "it starts when jobs before it have ended; to have more room, start a worker with a larger cache: `llorch-pool worker spawn --cache-tokens`";
+        let hint = "wait for earlier jobs to end, or start a worker with a larger cache: `llorch-pool worker spawn --cache-tokens`";
         (message, hint.to_owned())
     }
 
     fn pools_away(&self) -> (String, String) {
         let model = &self.class.model;
-        let hint = "see `llorch-pool daemon status` on that host".to_owned();
+        let hint = "run `llorch-pool daemon status` on that host".to_owned();
         if self.known().any(alive) {
             let unheard = self.known().find(|p| p.liveness == PoolLiveness::Awaited);
             let away = self
@@ -407,7 +411,7 @@ impl Words<'_> {
                     pool.id
                 ))
             });
-            let missing = || format!("no pool that takes work has `{model}`");
+            let missing = || format!("no pool that accepts work has `{model}`");
             let why = failure.unwrap_or_else(missing);
             return match (away, unheard) {
                 (None, Some(pool)) => (
@@ -416,7 +420,7 @@ impl Words<'_> {
                 ),
                 (away, _) => {
                     let away = away.map_or("another pool", |pool| pool.id.as_str());
-                    (format!("{why}; pool `{away}` has it and is away"), hint)
+                    (format!("{why}; pool `{away}` has it but is away"), hint)
                 }
             };
         }
@@ -434,7 +438,7 @@ impl Words<'_> {
         };
         let message = match (all, awaited, stopped) {
             (1, 1, _) => format!(
-                "pool `{}` is registered and has not reported yet",
+                "pool `{}` is registered but has not reported yet",
                 first(PoolLiveness::Awaited)
             ),
             (1, _, 1) => format!("pool `{}` was stopped", first(PoolLiveness::Stopped)),
@@ -449,13 +453,15 @@ impl Words<'_> {
                 let parts: Vec<_> = parts
                     .map(|(count, what)| format!("{count} {what}"))
                     .collect();
-                format!("of {all} pools none takes work: {}", parts.join(", "))
+                format!("none of the {all} pools accepts work: {}", parts.join(", "))
             }
         };
         let hint = match (awaited, silent, stopped) {
-            (0, 0, 0) => "`llorch-pool daemon resume` on a host lets it take work again",
-            (0, 0, _) => "`llorch-pool daemon start` on its host lets it take work again",
-            (0, ..) => "see `llorch-pool daemon status` on the pool hosts",
+            (0, 0, 0) => {
+                "run `llorch-pool daemon resume` on a pool host to let it accept work again"
+            }
+            (0, 0, _) => "run `llorch-pool daemon start` on its host to let it accept work again",
+            (0, ..) => "run `llorch-pool daemon status` on the pool hosts",
             _ => REPORTS_SOON,
         };
         (message, hint.to_owned())
@@ -481,14 +487,14 @@ impl Words<'_> {
         });
         let message = match found {
             Some((pool, Some(percent))) => {
-                format!("pool `{}` downloads `{model}`: {percent} %", pool.id)
+                format!("pool `{}` is downloading `{model}`: {percent} %", pool.id)
             }
-            Some((pool, None)) => format!("pool `{}` downloads `{model}`", pool.id),
+            Some((pool, None)) => format!("pool `{}` is downloading `{model}`", pool.id),
             None => format!("`{model}` is being downloaded"),
         };
         (
             message,
-            "a worker is started when the file is there".to_owned(),
+            "wait: a worker starts when the download is complete".to_owned(),
         )
     }
 
@@ -503,7 +509,10 @@ impl Words<'_> {
                 "pool `{}` could not download `{model}`: {}",
                 pool.id, refused.message
             );
-            return (message, "it is tried again after a pause".to_owned());
+            return (
+                message,
+                "wait: the download is retried after a pause".to_owned(),
+            );
         }
         let size = self.world.sizes.get(model).copied().unwrap_or_default();
         let can_hold =
@@ -515,17 +524,18 @@ impl Words<'_> {
         {
             Some(pool) => (
                 format!(
-                    "`{model}` has {}, and a download leaves {} free; the most that a disk has is {} on pool `{}`",
+                    "`{model}` takes {}, and a download must leave {} free; the most free disk space is {}, on pool `{}`",
                     human_bytes(size),
                     human_bytes(super::judge::DISK_RESERVE),
                     human_bytes_down(pool.disk_free_bytes),
                     pool.id
                 ),
-                "make room on a pool's disk: `llorch-pool models delete` on its host".to_owned(),
+                "make room on a pool's disk: run `llorch-pool models delete` on its host"
+                    .to_owned(),
             ),
             None => (
                 format!(
-                    "no device is large enough for `{model}` of {}",
+                    "no device is large enough for `{model}` ({})",
                     human_bytes(size)
                 ),
                 "add a pool with more memory, or ask for a smaller model".to_owned(),
@@ -549,13 +559,15 @@ impl Words<'_> {
         match longest.max() {
             Some(longest) => (
                 format!(
-                    "the job needs a context of {context} tokens; no worker has one, and the files of `{model}` on the pools allow {longest}"
+                    "the job needs a context of {context} tokens; no worker has one, \
+                    and the pools' files of `{model}` allow at most {longest}"
                 ),
                 "send a shorter prompt, or ask for a model with a longer context".to_owned(),
             ),
             None => (
                 format!(
-                    "the job needs a context of {context} tokens; no worker with `{model}` has one, and no pool says that it can start one"
+                    "the job needs a context of {context} tokens; no worker with `{model}` has one, \
+                    and no pool reports that it can start one"
                 ),
                 format!(
                     "on a pool host, run `llorch-pool worker spawn cpu --model {model} --context-length {context}`"
@@ -584,12 +596,12 @@ impl Words<'_> {
         });
         let Some((free, Reverse(pool), total, needed)) = devices.max() else {
             return (
-                format!("no pool has the memory for {wanted}"),
+                format!("no pool has enough memory for a worker with {wanted}"),
                 "stop a worker: see `llorch-pool worker list`".to_owned(),
             );
         };
         let message = format!(
-            "{wanted} needs {}; the most that is free is {} on pool `{pool}`",
+            "a worker with {wanted} needs {}; the most free memory is {}, on pool `{pool}`",
             human_bytes_up(needed),
             human_bytes_down(free)
         );
@@ -601,18 +613,18 @@ impl Words<'_> {
         });
         let hint = match soon.min() {
             _ if needed > total && self.class.context > 0 => {
-                "no worker that is stopped frees enough: add memory, send a shorter prompt, or ask for a smaller model"
+                "add memory, send a shorter prompt, or ask for a smaller model: stopping workers does not free enough"
                     .to_owned()
             }
             _ if needed > total => {
-                "no worker that is stopped frees enough: add memory, or ask for a smaller model"
+                "add memory, or ask for a smaller model: stopping workers does not free enough"
                     .to_owned()
             }
             Some(at) if self.world.settings.evict => format!(
-                "an idle worker may be stopped for it in {}; or stop one now: see `llorch-pool worker list`",
+                "wait: an idle worker may be stopped for the job in {}; or stop one now: see `llorch-pool worker list`",
                 human_seconds(at.duration_since(self.world.now).as_secs() + 1)
             ),
-            _ => "it starts when a worker ends: see `llorch-pool worker list`".to_owned(),
+            _ => "wait until a worker ends: see `llorch-pool worker list`".to_owned(),
         };
         (message, hint)
     }

@@ -165,7 +165,7 @@ impl fmt::Display for BuiltIn {
 /// Error for a text that names no built-in policy.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{typed}` is no policy; did you mean `{nearest}`? There are least-loaded, most-vram-free and round-robin"
+    "unknown policy `{typed}`: did you mean `{nearest}`? Use least-loaded, most-vram-free or round-robin"
 )]
 pub struct PolicyError {
     typed: String,

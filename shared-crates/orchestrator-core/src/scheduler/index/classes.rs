@@ -82,7 +82,7 @@ impl Index {
     pub(super) fn class_mut(&mut self, class: usize) -> &mut Jobs {
         self.classes[class]
             .as_mut()
-            .expect("classes are dropped when no job is left that knows them")
+            .expect("classes are dropped only when no job refers to them")
     }
 
     fn class_for(&mut self, job: &QueuedJob) -> usize {

@@ -39,7 +39,9 @@ fn a_job_goes_where_the_cache_has_room_and_waits_with_the_numbers_where_none_has
     assert_eq!(why.reason, WaitReason::CacheFull);
     assert!(
         why.message.contains("need 3000 tokens")
-            && why.message.contains("2999, of `w1` on pool `a`"),
+            && why
+                .message
+                .contains("2999 are free, on worker `w1` of pool `a`"),
         "{}",
         why.message
     );
@@ -88,7 +90,7 @@ fn room_is_kept_for_the_job_whose_turn_was_before() {
     let why = &kept.waiting[&later.id];
     assert_eq!(why.reason, WaitReason::CacheFull);
     assert!(
-        why.message.contains("a job before it waits"),
+        why.message.contains("an earlier job is waiting"),
         "{}",
         why.message
     );

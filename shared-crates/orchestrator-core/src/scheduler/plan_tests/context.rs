@@ -194,7 +194,7 @@ fn the_context_is_a_filter_with_its_own_reason_and_remedy() {
         (WaitReason::ContextShort, Some((Filter::Context, 0)))
     );
     assert!(
-        why.message.contains("5000 tokens") && why.message.contains("allow 4096"),
+        why.message.contains("5000 tokens") && why.message.contains("allow at most 4096"),
         "{why:?}"
     );
     assert!(why.hint.contains("shorter prompt"), "{why:?}");
