@@ -55,7 +55,7 @@ impl fmt::Display for JobId {
 
 /// Error for a text that is not a job id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("not a job id: ids are `job-` and a UUID, as `POST /v2/tasks` answers them")]
+#[error("not a job id: ids are `job-` and a UUID, as returned by `POST /v2/tasks`")]
 pub struct JobIdError;
 
 impl FromStr for JobId {
@@ -129,7 +129,7 @@ pub enum JobEvent {
 
 /// Error for an event that the job's state does not allow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a job that is {from} cannot see {event:?}")]
+#[error("a job that is {from} does not allow {event:?}")]
 pub struct IllegalTransition {
     /// State of the job when the event arrived.
     pub from: JobStatus,
@@ -209,7 +209,7 @@ impl fmt::Display for JobStatus {
 /// Error for a text that names no job state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{0}` is no job state: use one of queued, dispatched, running, completed, failed, cancelled, expired"
+    "unknown job state `{0}`: use queued, dispatched, running, completed, failed, cancelled or expired"
 )]
 pub struct JobStatusError(String);
 
@@ -255,7 +255,7 @@ impl fmt::Display for Priority {
 
 /// Error for a text that names no priority.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no priority: use interactive or batch")]
+#[error("unknown priority `{0}`: use `interactive` or `batch`")]
 pub struct PriorityError(String);
 
 impl FromStr for Priority {

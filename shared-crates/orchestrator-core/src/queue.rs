@@ -104,14 +104,14 @@ impl QueuedJob {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum QueueError {
     /// The limit on waiting jobs is reached.
-    #[error("the queue is full: {capacity} jobs wait")]
+    #[error("the queue is full: {capacity} jobs are waiting")]
     Full {
         /// Most jobs that may wait.
         capacity: usize,
     },
     /// The request would exceed the limit on bytes of waiting requests.
     #[error(
-        "the queue is full: with this request of {} those that wait would take more than {}",
+        "the queue is full: with this request of {}, the waiting requests would take more than {}",
         human_bytes(*bytes),
         human_bytes(*capacity_bytes)
     )]
@@ -122,14 +122,14 @@ pub enum QueueError {
         bytes: u64,
     },
     /// The share of jobs that nothing can run at present is full.
-    #[error("the queue is full for jobs that nothing can run now: {share} of them wait")]
+    #[error("the queue is full for jobs that nothing can run now: {share} of them are waiting")]
     FullShare {
         /// Most such jobs that may wait.
         share: usize,
     },
     /// The request would exceed the share of bytes for jobs that nothing can run at present.
     #[error(
-        "the queue is full for jobs that nothing can run now: with this request of {} those that wait would take more than {}",
+        "the queue is full for jobs that nothing can run now: with this request of {}, their requests would take more than {}",
         human_bytes(*bytes),
         human_bytes(*share_bytes)
     )]
@@ -140,7 +140,7 @@ pub enum QueueError {
         bytes: u64,
     },
     /// The job is already in the queue.
-    #[error("{0} waits already")]
+    #[error("{0} is already waiting")]
     Duplicate(JobId),
 }
 

@@ -364,7 +364,10 @@ async fn jobs_that_nothing_can_run_take_no_place_from_others() {
     // Jobs that can run have the whole queue.
     let (taken, refusal) = fill(&orchestrator, MODEL).await;
     assert_eq!(taken, 20);
-    assert!(refusal.message.contains("20 jobs wait"), "{refusal:?}");
+    assert!(
+        refusal.message.contains("20 jobs are waiting"),
+        "{refusal:?}"
+    );
 
     // Now every job can run, and no further one is accepted.
     let mut other = pool.models[0].clone();
@@ -374,7 +377,10 @@ async fn jobs_that_nothing_can_run_take_no_place_from_others() {
     eventually("the other share", async || {
         let (taken, refusal) = fill(&orchestrator, "tinyllama").await;
         assert_eq!(taken, 0);
-        refusal.message.contains("20 jobs wait").then_some(())
+        refusal
+            .message
+            .contains("20 jobs are waiting")
+            .then_some(())
     })
     .await;
 

@@ -20,7 +20,7 @@ pub struct JobIdPrefix(String);
 /// Error for a text that no job id begins with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "not a job id or the beginning of one: ids are `job-` and a UUID, as `llorch jobs list` shows them"
+    "neither a job id nor the start of one: ids are `job-` and a UUID, as shown by `llorch jobs list`"
 )]
 pub struct JobIdPrefixError;
 
