@@ -328,7 +328,7 @@ pub enum ConfigError {
     #[error(transparent)]
     Settings(#[from] SettingsError),
     /// `queue.capacity` is neither -1 nor positive.
-    #[error("`queue.capacity` is {0}: use -1 for an unbounded queue, or 1 and more")]
+    #[error("`queue.capacity` is {0}: use 1 or more, or -1 for an unbounded queue")]
     Capacity(i64),
     /// `store.history_s` is below a day.
     #[error(
@@ -336,7 +336,7 @@ pub enum ConfigError {
     )]
     History(u64),
     /// `queue.capacity_bytes` is neither -1 nor positive.
-    #[error("`queue.capacity_bytes` is {0}: use -1 for any number of bytes, or 1 and more")]
+    #[error("`queue.capacity_bytes` is {0}: use 1 or more, or -1 for any number of bytes")]
     CapacityBytes(i64),
     /// `scheduler.script_limit_ms` is out of range.
     #[error("`scheduler.script_limit_ms` is {0}: use 1 to 1000")]
@@ -345,7 +345,7 @@ pub enum ConfigError {
     #[error("`max_pools` is 0: no pool could register")]
     MaxPools,
     /// A cost is negative, infinite or not a number.
-    #[error("`scheduler.costs` says {cost} for `{pool}`: a cost is a number from 0")]
+    #[error("`scheduler.costs` is {cost} for `{pool}`: use a finite number, 0 or more")]
     Cost {
         /// Name of the pool.
         pool: String,
@@ -353,7 +353,7 @@ pub enum ConfigError {
         cost: f64,
     },
     /// `service.max_connections` is 0.
-    #[error("`service.max_connections` is 0: nobody could connect")]
+    #[error("`service.max_connections` is 0: no client could connect")]
     MaxConnections,
     /// A setting of the log has an invalid value.
     #[error("`{key}` {reason}")]

@@ -25,7 +25,7 @@ fn short_text() -> ObjectBuilder {
 impl PartialSchema for JobId {
     fn schema() -> RefOr<Schema> {
         text()
-            .description(Some("A job: `job-` and a UUID."))
+            .description(Some("Job id: `job-` and a UUID."))
             .pattern(Some(
                 "^job-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$",
             ))
@@ -57,7 +57,7 @@ pub struct StopText;
 impl PartialSchema for StopText {
     fn schema() -> RefOr<Schema> {
         text()
-            .description(Some("Ends the generation, and is no part of it."))
+            .description(Some("Ends the generation, and is not part of the answer."))
             .min_length(Some(1))
             .max_length(Some(MOST_STOP_CHARS))
             .into()
@@ -74,7 +74,7 @@ impl PartialSchema for Labels {
     fn schema() -> RefOr<Schema> {
         ObjectBuilder::new()
             .description(Some(
-                "The client's own marks, by which it finds jobs again.",
+                "Key-value pairs chosen by the client, for finding its jobs.",
             ))
             .property_names(Some(short_text()))
             .additional_properties(Some(short_text()))

@@ -36,7 +36,7 @@ impl fmt::Display for EventId {
 
 /// Error for a text that is not an event id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("an event id is `ATTEMPT.SEQ`, two numbers, as the stream's `id:` lines give them")]
+#[error("not an event id: ids are `ATTEMPT.SEQ`, two numbers, as in the stream's `id:` lines")]
 pub struct EventIdError;
 
 impl FromStr for EventId {
@@ -184,7 +184,7 @@ pub enum TaskEvent {
 
 /// Error for an event that is unknown to this build, or has malformed data.
 #[derive(Debug, thiserror::Error)]
-#[error("`{event}` event that can't be read")]
+#[error("can't read the `{event}` event")]
 pub struct UnreadableEvent {
     event: String,
     source: serde_json::Error,

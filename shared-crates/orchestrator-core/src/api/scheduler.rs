@@ -95,21 +95,21 @@ impl ScriptError {
     pub fn hint(&self) -> &'static str {
         match self.kind {
             ScriptErrorKind::Compile => {
-                "a script defines `fn schedule(ctx)` and returns a list of actions"
+                "define `fn schedule(ctx)` and return a list of actions from it"
             }
             ScriptErrorKind::Runtime => {
-                "`llorch orchestrator scheduler check FILE` runs it on a sample"
+                "try the script on a sample: `llorch orchestrator scheduler check FILE`"
             }
             ScriptErrorKind::Limit | ScriptErrorKind::Timeout => {
-                "let it look at fewer jobs or workers; a pass has a limit of time and work"
+                "let the script look at fewer jobs or workers: a pass is limited in time and work"
             }
             ScriptErrorKind::Result => {
                 "return a list of `dispatch`, `start_worker`, `evict_worker` and `wait`; `[]` for none"
             }
             ScriptErrorKind::Action => {
-                "ask `fits(job, worker)`, `fits(job, device)` or `can_evict(worker, job)` before"
+                "ask `fits(job, worker)`, `fits(job, device)` or `can_evict(worker, job)` first"
             }
-            ScriptErrorKind::Busy => "a run that took too long has not ended yet",
+            ScriptErrorKind::Busy => "wait until the run that took too long has ended",
         }
     }
 }

@@ -209,11 +209,7 @@ impl TaskSubmitRequest {
         };
         let input = match (self.prompt, self.messages) {
             (Some(prompt), None) if prompt.is_empty() => {
-                return refuse(
-                    "prompt",
-                    "is empty",
-                    "give the model some text to go on from",
-                );
+                return refuse("prompt", "is empty", "give the model some text to continue");
             }
             (Some(prompt), None) => Input::Prompt(prompt),
             (None, Some(messages)) if messages.is_empty() => {
@@ -229,8 +225,8 @@ impl TaskSubmitRequest {
             (None, Some(_)) if self.raw => {
                 return refuse(
                     "raw",
-                    "goes with `prompt` only",
-                    "leave out `raw`, or send `prompt`",
+                    "works only with `prompt`",
+                    "omit `raw`, or send `prompt`",
                 );
             }
             (None, Some(messages)) => Input::Messages(messages),
@@ -246,8 +242,8 @@ impl TaskSubmitRequest {
         if self.raw && self.system.is_some() {
             return refuse(
                 "system",
-                "goes with the chat template only",
-                "leave out `system` or `raw`",
+                "works only with the chat template",
+                "omit `system` or `raw`",
             );
         }
         let default = Sampling::default();
@@ -264,7 +260,7 @@ impl TaskSubmitRequest {
                 self.top_p,
                 default.top_p,
                 Sampling::is_top_p,
-                "use more than 0, at most 1",
+                "use more than 0 and at most 1",
             )?,
             top_k: self.top_k.unwrap_or(default.top_k),
             min_p: in_range(
@@ -272,14 +268,14 @@ impl TaskSubmitRequest {
                 self.min_p,
                 default.min_p,
                 Sampling::is_min_p,
-                "use 0 to less than 1",
+                "use 0 or more, but less than 1",
             )?,
             repetition_penalty: in_range(
                 "repetition_penalty",
                 self.repetition_penalty,
                 default.repetition_penalty,
                 Sampling::is_repetition_penalty,
-                "use more than 0, at most 2; 1 changes nothing",
+                "use more than 0 and at most 2; 1 has no effect",
             )?,
         };
         let max_tokens = self.max_tokens.unwrap_or(DEFAULT_MAX_TOKENS);
@@ -301,7 +297,7 @@ impl TaskSubmitRequest {
             return refuse(
                 "stop",
                 "has a text that is empty or over 256 characters",
-                "use 1 to 256 characters a text",
+                "use 1 to 256 characters per text",
             );
         }
         if let Some(session) = &self.session_id {
