@@ -83,10 +83,10 @@ pub enum Refusal {
     #[error("{0} is not in this pass")]
     Unknown(String),
     /// The job already has an action.
-    #[error("{0} has an action already")]
+    #[error("{0} already has an action")]
     Twice(JobId),
     /// The job can't be dispatched to this worker.
-    #[error("{job} can't go to `{worker}` on pool `{pool}`: {why}")]
+    #[error("{job} can't be dispatched to `{worker}` on pool `{pool}`: {why}")]
     Dispatch {
         /// Id of the job.
         job: JobId,
@@ -394,8 +394,8 @@ fn explain(
 
 fn held_back(reason: &str, snapshot: &Snapshot) -> Explanation {
     let message = match reason {
-        "" => "there is a place, and the scheduler's script lets the job wait".to_owned(),
-        reason => format!("the scheduler's script lets the job wait: {reason}"),
+        "" => "a place is free, but the scheduler's script holds the job back".to_owned(),
+        reason => format!("the scheduler's script holds the job back: {reason}"),
     };
     Explanation {
         reason: WaitReason::PolicyHeld,

@@ -34,7 +34,7 @@ fn takes_work(pool: &PoolState) -> Result<(), String> {
         return Err(format!("the pool is {}", pool.liveness));
     }
     if pool.draining {
-        return Err("the pool drains".to_owned());
+        return Err("the pool is draining".to_owned());
     }
     Ok(())
 }
@@ -124,12 +124,12 @@ impl Promised {
         };
         let check = || {
             if queued.not_before.is_some_and(|at| at > snapshot.now) {
-                return Err("the job waits a moment after a lost attempt".to_owned());
+                return Err("the job is backing off after a lost attempt".to_owned());
             }
             takes_work(on)?;
             if state.model != queued.model {
                 return Err(format!(
-                    "it runs `{}`, the job asks for `{}`",
+                    "the worker runs `{}`, but the job asks for `{}`",
                     state.model, queued.model
                 ));
             }
@@ -137,7 +137,7 @@ impl Promised {
             let needed = queued.context_needed.unwrap_or(0);
             if state.capacity() < needed {
                 return Err(format!(
-                    "the job needs a context of {needed} tokens, the worker has {}",
+                    "the job needs a context of {needed} tokens, but the worker has {}",
                     state.capacity()
                 ));
             }
@@ -148,18 +148,21 @@ impl Promised {
                 return Err("the worker is being evicted".to_owned());
             }
             if state.full {
-                return Err("it had no room a moment ago".to_owned());
+                return Err("the worker had no room a moment ago".to_owned());
             }
             let tokens = queued.cache_tokens();
             let free_tokens = self.free_tokens(snapshot, pool, worker);
             if free_tokens.is_some_and(|free| free < tokens) {
                 return Err(format!(
-                    "the job needs {tokens} tokens of its cache, {} are free",
+                    "the job needs {tokens} tokens of the worker's cache, but only {} are free",
                     free_tokens.unwrap_or(0)
                 ));
             }
             if self.free_slots(snapshot, pool, worker) == 0 {
-                return Err(format!("all {} of its slots are taken", state.slots));
+                return Err(format!(
+                    "all {} slots of the worker are in use",
+                    state.slots
+                ));
             }
             Ok(())
         };
@@ -239,28 +242,30 @@ impl Promised {
         let check = || {
             takes_work(on)?;
             if !on.devices.iter().any(|state| state.device == device) {
-                return Err("the pool has no worker program for it".to_owned());
+                return Err("the pool has no worker program for the device".to_owned());
             }
             let Some(file) = on.model(model) else {
                 return Err("the pool does not have the model".to_owned());
             };
             if let Some(failure) = on.start_failure(file) {
-                return Err(format!("its file could not be loaded: {failure}"));
+                return Err(format!("the model's file could not be loaded: {failure}"));
             }
             if let Some(asked) = context_length {
                 let Some(context) = file.context else {
-                    return Err("the pool does not say which contexts the file allows".to_owned());
+                    return Err(
+                        "the pool does not report which contexts the file allows".to_owned()
+                    );
                 };
                 let most = context.max_tokens;
                 if !(1..=most).contains(&asked) {
                     return Err(format!(
-                        "the context is {asked} tokens, the file allows up to {most}"
+                        "the context is {asked} tokens, but the file allows 1 to {most}"
                     ));
                 }
             }
             if let Some(refused) = on.refused(model, device, context_length) {
                 return Err(format!(
-                    "the pool refused a moment ago: {}",
+                    "the pool refused the start a moment ago: {}",
                     refused.message
                 ));
             }
@@ -268,7 +273,7 @@ impl Promised {
             let needed = file.bytes(context_length);
             if needed > free {
                 return Err(format!(
-                    "it needs {}, {} are free",
+                    "it needs {}, but only {} is free",
                     human_bytes_up(needed),
                     human_bytes_down(free)
                 ));
@@ -308,7 +313,7 @@ impl Promised {
         };
         let check = || {
             if !snapshot.settings.evict {
-                return Err("the settings allow no eviction".to_owned());
+                return Err("the settings do not allow eviction".to_owned());
             }
             takes_work(on)?;
             let (promised, _) = self.promised(pool, worker);
@@ -318,7 +323,7 @@ impl Promised {
                 return Err("it is not idle".to_owned());
             }
             if self.evicted.contains(&(pool, worker)) {
-                return Err("it is being evicted already".to_owned());
+                return Err("it is already being evicted".to_owned());
             }
             let missed = snapshot
                 .jobs

@@ -42,7 +42,7 @@ pub fn check(source: &[u8]) -> CheckAnswer {
     let runner = match Runner::start() {
         Ok(runner) => runner,
         Err(error) => {
-            let message = format!("no thread to run it on: {error}");
+            let message = format!("can't start a thread for the script: {error}");
             answer.error = Some(ScriptError::new(ScriptErrorKind::Busy, message));
             return answer;
         }

@@ -111,17 +111,17 @@ impl Script {
         let parse = || {
             let engine = engine::new();
             catch_unwind(AssertUnwindSafe(|| compile_with(&engine, text)))
-                .unwrap_or_else(|_| Err(refuse("the parser gave up on it".to_owned())))
+                .unwrap_or_else(|_| Err(refuse("the parser failed on the script".to_owned())))
         };
         let ast = std::thread::scope(|scope| {
             let parser = std::thread::Builder::new()
                 .name("script-parser".to_owned())
                 .stack_size(STACK)
                 .spawn_scoped(scope, parse)
-                .map_err(|error| refuse(format!("no thread for the parser: {error}")))?;
+                .map_err(|error| refuse(format!("can't start a thread for the parser: {error}")))?;
             parser
                 .join()
-                .unwrap_or_else(|_| Err(refuse("the parser gave up on it".to_owned())))
+                .unwrap_or_else(|_| Err(refuse("the parser failed on the script".to_owned())))
         })?;
         Ok(Self {
             ast: Arc::new(ast),
@@ -148,9 +148,9 @@ fn compile_with(engine: &Engine, text: &str) -> Result<AST, ScriptError> {
         return Ok(ast);
     }
     let message = if ast.iter_functions().any(|f| f.name == "schedule") {
-        "`schedule` takes one parameter: `fn schedule(ctx)`"
+        "`schedule` must take exactly one parameter: `fn schedule(ctx)`"
     } else {
-        "it defines no `fn schedule(ctx)`"
+        "the script defines no `fn schedule(ctx)`"
     };
     Err(ScriptError::new(ScriptErrorKind::Compile, message))
 }
@@ -165,7 +165,8 @@ fn from_rhai(error: EvalAltResult) -> ScriptError {
     let position = inner.take_position();
     let kind = match &inner {
         E::ErrorTerminated(..) => {
-            return ScriptError::new(ScriptErrorKind::Timeout, "it took too long").at(position);
+            return ScriptError::new(ScriptErrorKind::Timeout, "the script took too long")
+                .at(position);
         }
         E::ErrorTooManyOperations(..)
         | E::ErrorTooManyVariables(..)

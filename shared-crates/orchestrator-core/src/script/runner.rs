@@ -66,7 +66,7 @@ impl Runner {
                     let result = result.unwrap_or_else(|_| {
                         Err(ScriptError::new(
                             ScriptErrorKind::Runtime,
-                            "the interpreter gave up on it",
+                            "the interpreter failed on the script",
                         ))
                     });
                     // Released before `done`, so that a caller that has the result can submit the next run.
@@ -89,7 +89,7 @@ impl Runner {
         let busy = || {
             ScriptError::new(
                 ScriptErrorKind::Busy,
-                "the run before took too long and has not ended yet",
+                "the previous run took too long and has not ended yet",
             )
         };
         if self.busy.swap(true, Ordering::Acquire) {
@@ -129,7 +129,7 @@ pub fn too_long(limit: Duration) -> ScriptError {
     ScriptError::new(
         ScriptErrorKind::Timeout,
         format!(
-            "it took longer than {}",
+            "the script took longer than {}",
             pool_core::units::human_duration(limit)
         ),
     )
@@ -151,7 +151,7 @@ fn run(engine: &Engine, script: &Script, pass: Arc<Pass>) -> Result<Vec<Act>, Sc
     let type_name = engine.map_type_name(returned.type_name()).to_owned();
     let Some(actions) = returned.try_cast::<rhai::Array>() else {
         return Err(wrong(&format!(
-            "`schedule` returned {} where a list of actions was expected",
+            "`schedule` returned {}, not a list of actions",
             named(&type_name)
         )));
     };
@@ -160,7 +160,7 @@ fn run(engine: &Engine, script: &Script, pass: Arc<Pass>) -> Result<Vec<Act>, Sc
         let type_name = engine.map_type_name(action.type_name()).to_owned();
         let Some(act) = action.try_cast::<Act>() else {
             return Err(wrong(&format!(
-                "element {index} of what `schedule` returned is {}, not an action",
+                "element {index} of the list that `schedule` returned is {}, not an action",
                 named(&type_name)
             )));
         };

@@ -382,11 +382,11 @@ fn a_script_is_held_to_the_room_in_a_workers_cache() {
     for (answer, why) in [
         (
             "[dispatch(ctx.jobs[1], ctx.workers[0])]",
-            "the job needs 1001 tokens of its cache, 1000 are free",
+            "the job needs 1001 tokens of the worker's cache, but only 1000 are free",
         ),
         (
             "[dispatch(ctx.jobs[0], ctx.workers[0]), dispatch(ctx.jobs[2], ctx.workers[0])]",
-            "the job needs 600 tokens of its cache, 100 are free",
+            "the job needs 600 tokens of the worker's cache, but only 100 are free",
         ),
     ] {
         let error = decided(answer).error.unwrap();
@@ -426,7 +426,7 @@ fn a_script_is_held_to_the_context_that_a_job_needs() {
     for (answer, why) in [
         (
             "[dispatch(job, worker)]",
-            "the job needs a context of 732 tokens, the worker has 512",
+            "the job needs a context of 732 tokens, but the worker has 512",
         ),
         (
             "[start_worker(device, \"a\")]",
@@ -434,13 +434,16 @@ fn a_script_is_held_to_the_context_that_a_job_needs() {
         ),
         (
             "[start_worker(device, \"a\", 9000)]",
-            "the context is 9000 tokens, the file allows up to 8192",
+            "the context is 9000 tokens, but the file allows 1 to 8192",
         ),
         (
             "[start_worker(device, \"b\", 600)]",
-            "the pool does not say which contexts the file allows",
+            "the pool does not report which contexts the file allows",
         ),
-        ("[start_worker(device, \"a\", -1)]", "no number of tokens"),
+        (
+            "[start_worker(device, \"a\", -1)]",
+            "not a valid number of tokens",
+        ),
     ] {
         let error = decided(answer).error.unwrap();
         assert!(error.message.contains(why), "{answer}: {error}");
@@ -496,25 +499,25 @@ fn one_invalid_action_leaves_the_pass_to_the_built_in_policy() {
     let cases = [
         (
             "[dispatch(jobs[0], workers[0]), dispatch(jobs[0], workers[0])]",
-            "has an action already",
+            "already has an action",
         ),
         (
             "[dispatch(jobs[0], workers[0]), wait(jobs[0])]",
-            "has an action already",
+            "already has an action",
         ),
         (
             "[dispatch(jobs[0], workers[0]), dispatch(jobs[2], workers[0])]",
-            "all 2 of its slots are taken",
+            "all 2 slots of the worker are in use",
         ),
         (
             "[dispatch(jobs[0], workers[1])]",
-            "all 2 of its slots are taken",
+            "all 2 slots of the worker are in use",
         ),
-        ("[dispatch(jobs[0], workers[2])]", "it runs `b`"),
-        ("[dispatch(jobs[0], workers[3])]", "the pool drains"),
+        ("[dispatch(jobs[0], workers[2])]", "the worker runs `b`"),
+        ("[dispatch(jobs[0], workers[3])]", "the pool is draining"),
         (
             "[start_worker(ctx.pools[2].devices[0], jobs[0])]",
-            "it needs 1 GiB, 1 B are free",
+            "it needs 1 GiB, but only 1 B is free",
         ),
         (
             "[start_worker(ctx.pools[2].devices[0], \"b\")]",
@@ -522,7 +525,7 @@ fn one_invalid_action_leaves_the_pass_to_the_built_in_policy() {
         ),
         (
             "[start_worker(ctx.pools[0].devices[0], \"a\"), start_worker(ctx.pools[0].devices[0], \"a\")]",
-            "0 B are free",
+            "0 B is free",
         ),
         (
             "[start_worker(ctx.pools[0].devices[0], \"c\")]",
@@ -589,7 +592,7 @@ fn a_scripts_plan_is_done_and_every_other_job_has_its_reason() {
     let why = |index: usize| &decision.plan.waiting[&ids[index]];
     assert_eq!(why(0).reason, WaitReason::PolicyHeld);
     assert!(
-        why(0).message.ends_with("lets the job wait: not yet"),
+        why(0).message.ends_with("holds the job back: not yet"),
         "{:?}",
         why(0)
     );

@@ -372,9 +372,11 @@ fn start_for_model(
 ) -> Result<Act, Box<rhai::EvalAltResult>> {
     let model = model
         .parse::<ModelRef>()
-        .map_err(|error| format!("`{model}` is no model: {error}"))?;
+        .map_err(|error| format!("`{model}` is not a model reference: {error}"))?;
     let tokens = tokens
-        .map(|tokens| u32::try_from(tokens).map_err(|_| format!("{tokens} is no number of tokens")))
+        .map(|tokens| {
+            u32::try_from(tokens).map_err(|_| format!("{tokens} is not a valid number of tokens"))
+        })
         .transpose()?;
     Ok(start(context, device, model, tokens))
 }
