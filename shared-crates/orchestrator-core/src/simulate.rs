@@ -45,13 +45,13 @@ const ENDING: SignedDuration = SignedDuration::from_millis(100);
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SimulateError {
     /// The trace has no passes.
-    #[error("the trace holds no pass")]
+    #[error("the trace has no passes")]
     Empty,
     /// The trace contradicts itself.
     #[error("the trace contradicts itself: {0}")]
     Broken(String),
     /// The thread for the script could not be started.
-    #[error("no thread for the script: {0}")]
+    #[error("can't start a thread for the script: {0}")]
     NoThread(String),
     /// The simulation exceeded its time limit.
     #[error("the simulation took longer than {}", pool_core::units::human_duration(*.0))]

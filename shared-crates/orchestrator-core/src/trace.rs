@@ -427,7 +427,7 @@ pub struct TraceError {
 impl TraceError {
     /// Returns what to try next.
     pub fn hint(&self) -> &'static str {
-        "traces are recorded with `llorch orchestrator scheduler record FILE`"
+        "record a trace with `llorch orchestrator scheduler record FILE`"
     }
 }
 
@@ -469,11 +469,12 @@ impl Trace {
         let header = match serde_json::from_str::<Line>(first) {
             Ok(Line::Trace(header)) if header.version == VERSION => header,
             Ok(Line::Trace(Header { version, .. })) => {
-                let message = format!("it has version {version}; this program reads {VERSION}");
+                let message =
+                    format!("it has version {version}, but this program reads version {VERSION}");
                 return Err(wrong(number, message));
             }
             Ok(_) => {
-                let message = "a trace begins with a `trace` line".to_owned();
+                let message = "a trace must begin with a `trace` line".to_owned();
                 return Err(wrong(number, message));
             }
             Err(error) => return Err(wrong(number, error.to_string())),
@@ -506,7 +507,7 @@ impl Trace {
                     break;
                 }
                 _ => {
-                    let message = format!("pass {expected} was expected");
+                    let message = format!("expected pass {expected}");
                     return Err(wrong(number, message));
                 }
             }
@@ -543,7 +544,7 @@ impl Rebuild {
             for id in order {
                 let job = by_id.remove(id).ok_or_else(|| {
                     format!(
-                        "pass {}: the order names {id}, which does not wait",
+                        "pass {}: the order names {id}, which is not waiting",
                         saw.pass
                     )
                 })?;

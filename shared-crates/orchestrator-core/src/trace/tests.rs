@@ -214,7 +214,7 @@ fn a_damaged_trace_is_refused_with_its_line_and_one_that_was_cut_off_is_read() {
     })]);
     assert_eq!(
         error(&newer).to_string(),
-        "line 1 of the trace: it has version 2; this program reads 1"
+        "line 1 of the trace: it has version 2, but this program reads version 1"
     );
     let saw = |pass| {
         Line::Saw(Saw {
