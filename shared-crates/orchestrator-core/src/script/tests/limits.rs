@@ -78,12 +78,12 @@ fn hostile_scripts_end_at_a_limit() {
             &[K::Limit],
         ),
         (
-            "a range without end",
+            "an endless range",
             body("for i in 0..9223372036854775807 { }"),
             &[K::Limit],
         ),
         (
-            "an iteration over views without end",
+            "endless iteration over views",
             body("loop { for j in ctx.jobs { j.id } }"),
             &[K::Limit],
         ),
@@ -133,7 +133,7 @@ fn hostile_scripts_end_at_a_limit() {
             &[K::Runtime],
         ),
         (
-            "a comparer that says nothing",
+            "a comparer that returns nothing",
             body("let a = [1, 2]; a.sort(|x, y| {}); []"),
             &[K::Runtime],
         ),
@@ -152,11 +152,7 @@ fn hostile_scripts_end_at_a_limit() {
         ("overflow", body("9223372036854775807 + 1"), &[K::Runtime]),
         ("an unknown name", body("nothing"), &[K::Runtime]),
         ("an index past the end", body("ctx.jobs[99]"), &[K::Runtime]),
-        (
-            "a property that is not there",
-            body("ctx.secrets"),
-            &[K::Runtime],
-        ),
+        ("a missing property", body("ctx.secrets"), &[K::Runtime]),
         (
             "a view that is written to",
             body("ctx.jobs[0].id = \"x\"; []"),
