@@ -13,15 +13,15 @@ use utoipa::openapi::OpenApi;
 /// Description of the responses that are event streams, for which OpenAPI 3.1 has no vocabulary.
 pub const STREAM: &str = "The job's events as server-sent events: `queued`, `started`, (`token` | `metrics`)*, then `end` \
     or `error`, with `attempt` for each further attempt and `waiting` while it waits. `event:` is the tag and `data:` \
-    the content of `TaskEvent`. Logged events carry `id: ATTEMPT.SEQ`, which a reader that was cut off sends as \
-    `Last-Event-ID`; `waiting`, `metrics`, `lagged` and `shutdown` are momentary and carry none. Comments keep a silent \
+    the content of `TaskEvent`. Logged events carry `id: ATTEMPT.SEQ`, which a disconnected reader sends as \
+    `Last-Event-ID`; `waiting`, `metrics`, `lagged` and `shutdown` are not logged and carry no id. Comments keep a silent \
     stream alive. The stream ends after `end` or `error`; a request that resumes there gets 204, which ends a browser's \
     `EventSource`.";
 
 /// Description of the response that is a recording.
-pub const TRACE: &str = "A trace: one JSON object a line. First `trace` (version, policy, costs), then for each pass `saw` \
-    (what changed in what the scheduler sees) and `decided` (who decided, actions, new reasons to wait), at last `end`. \
-    Empty lines show that a silent recording is alive. It holds neither prompts nor texts nor secrets.";
+pub const TRACE: &str = "A trace: one JSON object per line. First `trace` (version, policy, costs), then for each pass `saw` \
+    (changes in the scheduler's input) and `decided` (who decided, actions, new reasons to wait), finally `end`. \
+    Empty lines keep a silent recording alive. It contains no prompts, texts or secrets.";
 
 /// Events that are not logged, and so carry no id.
 const MOMENTARY: [&str; 4] = ["waiting", "metrics", "lagged", "shutdown"];
@@ -33,18 +33,18 @@ const EVENT_ID: &str = "^[0-9]{1,9}[.][0-9]{1,19}$";
     info(
         title = "orchestratord",
         description = "A durable queue of inference tasks on a fleet of pools. Every error has the same envelope. A daemon \
-            with a token asks for it everywhere but on `/health` and `/metrics`.",
+            with a token requires it everywhere except on `/health` and `/metrics`.",
         contact(),
     ),
     paths(routes::version),
     components(schemas(ErrorEnvelope, ApiErrorCode, TaskEvent)),
     security(("api_token" = []), ()),
     tags(
-        (name = "tasks", description = "Submit jobs, follow them, end them."),
+        (name = "tasks", description = "Submit, follow and cancel jobs."),
         (name = "fleet", description = "The pools and their workers, and the models that tasks may name."),
-        (name = "scheduler", description = "The policy in force, and trying another before it is."),
-        (name = "pools' own", description = "What pool managers say about themselves."),
-        (name = "daemon", description = "What every daemon has."),
+        (name = "scheduler", description = "The policy in force, and trials of other policies."),
+        (name = "pools' own", description = "Registration and reports of pools."),
+        (name = "daemon", description = "Routes that every daemon has."),
     )
 )]
 struct Frame;
@@ -68,16 +68,16 @@ fn complete(mut document: Value) -> Value {
     document["components"]["securitySchemes"] = json!({
         "api_token": {
             "type": "http", "scheme": "bearer",
-            "description": "The token of clients and operators, LLORCH_API_TOKEN. It opens everything.",
+            "description": "The token of clients and operators, LLORCH_API_TOKEN. It grants access to everything.",
         },
         "pool_token": {
             "type": "http", "scheme": "bearer",
-            "description": "The token of the pools, LLORCH_POOL_TOKEN. It opens what pools say about themselves.",
+            "description": "The token of the pools, LLORCH_POOL_TOKEN. It grants access to the routes that pools call.",
         },
     });
     document["components"]["headers"] = json!({
         "CorrelationId": {
-            "description": "Finds the request in the logs of every daemon it passed through.",
+            "description": "Identifies the request in the logs of every daemon it passed through.",
             "schema": {"type": "string", "pattern": "^[A-Za-z0-9-]{1,64}$"},
         },
         "RetryAfter": {
@@ -88,8 +88,8 @@ fn complete(mut document: Value) -> Value {
     document["components"]["parameters"] = json!({
         "CorrelationId": {
             "name": "X-Correlation-Id", "in": "header", "schema": {"type": "string"},
-            "description": "A name for the request, `[A-Za-z0-9-]{1,64}`: echoed, passed on to pools and workers, and \
-                logged. Where it is absent or none, one is made.",
+            "description": "An id for the request, `[A-Za-z0-9-]{1,64}`: echoed, passed on to pools and workers, and \
+                logged. If it is absent or malformed, the daemon generates one.",
         },
     });
     let schemas = &mut document["components"]["schemas"];
@@ -107,22 +107,22 @@ fn complete(mut document: Value) -> Value {
 
 /// Responses that the service or hyper sends before a handler runs.
 const COMMON: [(&str, &str); 5] = [
-    ("400", "The request can't be understood."),
-    ("401", "No token, or a wrong one."),
+    ("400", "The request is malformed."),
+    ("401", "The token is missing or wrong."),
     (
         "403",
-        "The `Host` is no name of this daemon, or a page of another origin asks.",
+        "The `Host` is not a name of this daemon, or the request comes from a page of another origin.",
     ),
-    ("500", "A fault of the daemon."),
+    ("500", "Internal error of the daemon."),
     (
         "503",
-        "Not now: stopping, overloaded, or without its database.",
+        "The daemon is stopping, overloaded, or without its database.",
     ),
 ];
 /// Further such responses, for requests with a body.
 const WITH_BODY: [(&str, &str); 3] = [
     ("408", "The body did not arrive in time."),
-    ("413", "The body is larger than the daemon takes."),
+    ("413", "The body is larger than the daemon accepts."),
     ("415", "The body is not declared as JSON."),
 ];
 
@@ -182,7 +182,7 @@ fn stream_event(event: &Value) -> Value {
         let momentary = MOMENTARY.iter().any(|momentary| name == momentary);
         // A client of such streams gives an event without an id the id of the preceding event.
         let id = if momentary {
-            "That of the event before: this one has none of its own."
+            "The id of the preceding event: this event has none of its own."
         } else {
             "`ATTEMPT.SEQ`"
         };
@@ -196,7 +196,7 @@ fn stream_event(event: &Value) -> Value {
         });
         let mut required = vec!["event", "data"];
         if momentary {
-            properties["retry"] = json!({"type": "integer", "minimum": 0, "description": "Milliseconds to wait before coming back."});
+            properties["retry"] = json!({"type": "integer", "minimum": 0, "description": "Milliseconds to wait before reconnecting."});
         } else {
             required.push("id");
         }
@@ -235,7 +235,7 @@ fn three_ways(request: &Value) -> Value {
         &["messages", "system"],
         raw(
             true,
-            "The model is given `prompt` as it is: names of special tokens become those tokens.",
+            "The model gets `prompt` without a chat template; names of special tokens become those tokens.",
         ),
     );
     raw_prompt["required"] = json!(["model", "prompt", "raw"]);
@@ -247,7 +247,7 @@ fn three_ways(request: &Value) -> Value {
 }
 
 fn forbid(properties: &mut Map<String, Value>, name: &str) {
-    let null = json!({"type": "null", "description": "Not together with what this task gives."});
+    let null = json!({"type": "null", "description": "Not allowed in this form of a task."});
     properties.insert(name.to_owned(), null);
 }
 

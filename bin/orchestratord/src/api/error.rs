@@ -74,7 +74,7 @@ fn event_id_ahead(job: JobId) -> ServiceError {
     refuse(
         StatusCode::BAD_REQUEST,
         Code::InvalidEventId,
-        format!("`Last-Event-ID` is after the last event of {job}, which is over"),
+        format!("`Last-Event-ID` is after the last event of {job}, which has ended"),
     )
     .hint("leave it out to get all events from the start, or read the job itself")
 }
@@ -82,9 +82,9 @@ fn event_id_ahead(job: JobId) -> ServiceError {
 /// Returns 410 for an event log that was dropped.
 fn events_gone(job: JobId, dropped_at: jiff::Timestamp) -> ServiceError {
     let at = dropped_at.round(jiff::Unit::Second).unwrap_or(dropped_at);
-    let message = format!("the events of {job} were dropped at {at}, some time after its end");
+    let message = format!("the events of {job} were dropped at {at}, after their retention time");
     refuse(StatusCode::GONE, Code::EventsGone, message)
-        .hint("`GET /v2/tasks/{id}` still shows how it ended; `store.retention_s` says how long events are kept")
+        .hint("`GET /v2/tasks/{id}` still shows how it ended; `store.retention_s` sets how long events are kept")
 }
 
 /// Returns 429 while another request uses the limited resource.
@@ -119,7 +119,7 @@ pub(super) fn from_pool(pool: &str, error: &ClientError) -> ServiceError {
         let mut answer = refuse(
             status,
             code,
-            format!("pool `{pool}` refused: {}", error.message),
+            format!("pool `{pool}` refused the request: {}", error.message),
         )
         .details(json!({"pool_code": error.code, "pool_details": error.details}))
         .retriable(error.retriable);
@@ -148,7 +148,7 @@ impl From<StoreError> for ServiceError {
                 refuse(
                     StatusCode::SERVICE_UNAVAILABLE,
                     Code::StoreUnavailable,
-                    "the job database can't be used now",
+                    "the job database is unavailable",
                 )
                 .hint(error.hint().unwrap_or_default())
                 .retry_after(STORE_RETRY)
@@ -198,7 +198,7 @@ impl From<SubmitError> for ServiceError {
             .hint("`GET /v2/models` shows which models run (`runnable`)"),
             SubmitError::Unheard { ref pool, .. } => {
                 let hint = format!(
-                    "try again in a moment; `GET /v2/models` lists the models that are known, and `DELETE /v2/pools/{pool}` takes a pool away that is gone"
+                    "try again in a moment; `GET /v2/models` lists the known models, and `DELETE /v2/pools/{pool}` removes a pool that is gone"
                 );
                 refuse(
                     StatusCode::SERVICE_UNAVAILABLE,
@@ -216,11 +216,11 @@ impl From<SubmitError> for ServiceError {
             .hint("try again when the download has ended")
             .retry_after(POOL_RETRY),
             SubmitError::Ambiguous { .. } => invalid(error.to_string())
-                .hint("name one of them whole")
+                .hint("give the full name of one of them")
                 .details(json!({"field": "model"})),
             SubmitError::TooManyTokens { context_length, .. } => invalid(error.to_string())
                 .hint(format!(
-                    "use at most {context_length}, less what the prompt takes"
+                    "use at most {context_length}, minus the tokens of the prompt"
                 ))
                 .details(json!({"field": "max_tokens"})),
             SubmitError::Queue(Refused { error, retry_after }) => {
@@ -277,7 +277,7 @@ fn full_share(
         error.to_string(),
     )
     .hint(format!(
-        "start a pool that has the model and memory for it, try again later, or raise `{setting}`: a tenth of it is for jobs that nothing can run"
+        "start a pool that has the model and memory for it, try again later, or raise `{setting}`: a tenth of it is reserved for jobs that no pool can run"
     ))
     .details(details)
     .retry_after(retry_after.try_into().unwrap_or_default())
@@ -295,14 +295,14 @@ impl From<FleetError> for ServiceError {
             }
             FleetError::Taken { ref holder, .. } => {
                 refuse(StatusCode::CONFLICT, Code::PoolIdTaken, message)
-                    .hint("give one of the two another id: `pool_id` in pool-managerd.toml, or LLORCH_POOL_ID")
+                    .hint("give one of the two a different id: `pool_id` in pool-managerd.toml, or LLORCH_POOL_ID")
                     .details(json!({"holder": holder}))
             }
             FleetError::Stale { .. } => refuse(StatusCode::CONFLICT, Code::StaleHeartbeat, message)
                 .hint("register again if this is the newest instance"),
             FleetError::Full { limit, .. } => {
                 refuse(StatusCode::TOO_MANY_REQUESTS, Code::TooManyPools, message)
-                    .hint("`llorch pool list` shows them: take away those that are gone with `DELETE /v2/pools/{id}`, or raise `max_pools`")
+                    .hint("list the pools with `llorch pool list`, and remove those that are gone with `DELETE /v2/pools/{id}`, or raise `max_pools`")
                     .details(json!({"max_pools": limit}))
                     .retry_after(FLEET_RETRY)
             }
@@ -323,7 +323,7 @@ mod tests {
 
     // [ORCHD-056]
     #[test]
-    fn a_pool_that_does_not_let_us_in_is_no_fault_of_the_caller() {
+    fn a_pool_that_rejects_our_token_is_not_the_fault_of_the_caller() {
         for (status, code) in [(401, codes::UNAUTHORIZED), (403, codes::UNKNOWN_HOST)] {
             let refusal =
                 ServiceError::new(StatusCode::UNAUTHORIZED, code, "no").hint("of the pool");

@@ -30,7 +30,7 @@ pub(super) async fn list(State(app): State<App>) -> Json<PoolList> {
 
 /// Returns a registered pool.
 #[utoipa::path(
-    get, path = "/v2/pools/{id}", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
+    get, path = "/v2/pools/{id}", tag = "fleet", params(("id" = String, Path, description = "Id of the pool.")),
     responses((status = 200, body = PoolView), (status = 404, description = "The pool has not registered."))
 )]
 pub(super) async fn show(
@@ -48,7 +48,7 @@ pub(super) async fn show(
     post, path = "/v2/pools/register", tag = "pools' own",
     security(("pool_token" = []), ("api_token" = []), ()),
     request_body = RegisterRequest,
-    responses((status = 200, body = Registered), (status = 409, description = "`VERSION_MISMATCH`: the pool speaks another version of the API. `POOL_ID_TAKEN`: another live instance holds the pool id."), (status = 429, description = "As many pools have registered as `max_pools` allows."))
+    responses((status = 200, body = Registered), (status = 409, description = "`VERSION_MISMATCH`: the pool speaks another version of the API. `POOL_ID_TAKEN`: another live instance holds the pool id."), (status = 429, description = "The limit on registered pools, `max_pools`, is reached."))
 )]
 pub(super) async fn register(
     State(app): State<App>,
@@ -62,13 +62,13 @@ pub(super) async fn register(
 
 /// Takes a pool's report of what it has and does. Only reports of the newest instance count, in rising order.
 #[utoipa::path(
-    post, path = "/v2/pools/{id}/heartbeat", tag = "pools' own", params(("id" = String, Path, description = "The pool.")),
+    post, path = "/v2/pools/{id}/heartbeat", tag = "pools' own", params(("id" = String, Path, description = "Id of the pool.")),
     security(("pool_token" = []), ("api_token" = []), ()),
     request_body = Heartbeat,
     responses(
         (status = 200, body = HeartbeatAccepted),
-        (status = 404, description = "The pool has to register first."),
-        (status = 409, description = "Something newer was heard already."),
+        (status = 404, description = "The pool must register first."),
+        (status = 409, description = "A newer heartbeat or a newer instance is known already."),
     )
 )]
 pub(super) async fn heartbeat(
@@ -105,10 +105,10 @@ pub(super) struct RemoveQuery {
 /// `instance_id`, the pool is forgotten.
 #[utoipa::path(
     delete, path = "/v2/pools/{id}", tag = "pools' own",
-    params(("id" = String, Path, description = "The pool."), RemoveQuery),
+    params(("id" = String, Path, description = "Id of the pool."), RemoveQuery),
     security(("pool_token" = []), ("api_token" = []), ()),
     responses(
-        (status = 204, description = "It is stopped, or forgotten."),
+        (status = 204, description = "The pool is marked as stopped, or forgotten."),
         (status = 404, description = "The pool has not registered."),
         (status = 409, description = "Another instance holds the pool."),
     )
@@ -150,9 +150,9 @@ enum RefusedByPool {
 
 /// Starts a worker on a pool. The request is passed on to the pool.
 #[utoipa::path(
-    post, path = "/v2/pools/{id}/workers/spawn", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
+    post, path = "/v2/pools/{id}/workers/spawn", tag = "fleet", params(("id" = String, Path, description = "Id of the pool.")),
     request_body = WorkerSpawnRequest,
-    responses((status = 202, description = "It is being started.", body = WorkerInfo), RefusedByPool)
+    responses((status = 202, description = "The worker is being started.", body = WorkerInfo), RefusedByPool)
 )]
 pub(super) async fn spawn_worker(
     State(app): State<App>,
@@ -167,7 +167,7 @@ pub(super) async fn spawn_worker(
 /// Stops a worker and returns its present state. The request is passed on to the pool.
 #[utoipa::path(
     post, path = "/v2/pools/{id}/workers/{worker}/stop", tag = "fleet",
-    params(("id" = String, Path, description = "The pool."), ("worker" = String, Path, pattern = "^[A-Za-z0-9-]+$", description = "The worker.")),
+    params(("id" = String, Path, description = "Id of the pool."), ("worker" = String, Path, pattern = "^[A-Za-z0-9-]+$", description = "Id of the worker.")),
     request_body(content = Option<WorkerStopRequest>),
     responses((status = 200, body = WorkerInfo), RefusedByPool)
 )]
@@ -202,7 +202,7 @@ pub(super) async fn stop_worker(
 
 /// Drains a pool: it takes no new workers, and stops its workers as the body says. The request is passed on to the pool.
 #[utoipa::path(
-    post, path = "/v2/pools/{id}/drain", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
+    post, path = "/v2/pools/{id}/drain", tag = "fleet", params(("id" = String, Path, description = "Id of the pool.")),
     request_body(content = Option<DrainRequest>),
     responses((status = 200, body = PoolStatus), RefusedByPool)
 )]
@@ -220,7 +220,7 @@ pub(super) async fn drain(
 
 /// Ends a pool's drain, so that it takes new workers again. The request is passed on to the pool.
 #[utoipa::path(
-    post, path = "/v2/pools/{id}/resume", tag = "fleet", params(("id" = String, Path, description = "The pool.")),
+    post, path = "/v2/pools/{id}/resume", tag = "fleet", params(("id" = String, Path, description = "Id of the pool.")),
     responses((status = 200, body = PoolStatus), RefusedByPool)
 )]
 pub(super) async fn resume(

@@ -59,7 +59,7 @@ pub(super) async fn check(
     post, path = "/v2/scheduler/simulate", tag = "scheduler", request_body = SimulateRequest,
     responses(
         (status = 200, body = SimulateAnswer),
-        (status = 400, description = "Trace or script can't be read; `details.field` says which. Or the simulation takes longer than 10 s."),
+        (status = 400, description = "The trace or the script can't be read (`details.field` says which), or the simulation takes longer than 10 s."),
         (status = 429, description = "Another script or trace is being tried."),
     )
 )]
@@ -81,7 +81,7 @@ pub(super) async fn simulate(
             .script
             .map(|source| Script::compile(source.as_bytes()));
         let script = script.transpose().map_err(|error| {
-            error::invalid(format!("the script is refused: {error}"))
+            error::invalid(format!("the script is unusable: {error}"))
                 .hint(error.hint())
                 .details(json!({"field": "script", "line": error.line, "column": error.column}))
         })?;
@@ -91,7 +91,7 @@ pub(super) async fn simulate(
             .collect();
         simulate::compare(&trace, &scripts, &request.policies, Some(SIMULATION)).map_err(|error| {
             error::invalid(error.to_string()).hint(
-                "`llorch orchestrator scheduler simulate` plays it on a machine of your own, for as long as it takes",
+                "run `llorch orchestrator scheduler simulate`, which replays the trace on your own machine without a time limit",
             )
         })
     })
@@ -141,7 +141,7 @@ pub(super) struct RecordQuery {
     responses(
         (status = 200, description = document::TRACE, body = String, content_type = "application/x-ndjson"),
         (status = 400, description = "A parameter is unknown or out of range."),
-        (status = 429, description = "As many recordings are under way as there may be."),
+        (status = 429, description = "The limit on concurrent recordings is reached."),
     )
 )]
 pub(super) async fn record(
@@ -152,7 +152,9 @@ pub(super) async fn record(
         None => None,
         Some(ms) if RECORDING_MS.contains(&ms) => Some(Duration::from_millis(ms)),
         Some(ms) => {
-            return Err(error::invalid(format!("`for_ms` is {ms}")).hint("use 1 to 86400000"));
+            return Err(
+                error::invalid(format!("`for_ms` is out of range: {ms}")).hint("use 1 to 86400000")
+            );
         }
     };
     let header = Header {
@@ -165,7 +167,7 @@ pub(super) async fn record(
     };
     let Some(mut tape) = app.recordings.begin(header) else {
         return Err(error::too_many(
-            "as many recordings are under way as there may be",
+            "the limit on concurrent recordings is reached",
             BUSY_RETRY,
         ));
     };

@@ -38,17 +38,17 @@ const LIST: (u32, u32) = (50, 500);
 /// in `Location`. A client that disconnects does not cancel its job.
 #[utoipa::path(
     post, path = "/v2/tasks", tag = "tasks",
-    params(("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]([ -~]{0,253}[!-~])?$", description = "Names the request: however often it is sent with the same key, there is one job.")),
+    params(("Idempotency-Key" = Option<String>, Header, pattern = "^[!-~]([ -~]{0,253}[!-~])?$", description = "Key of the request: repetitions with the same key create no further job.")),
     request_body = TaskSubmitRequest,
     responses(
         (status = 202, description = "The job is stored.", body = TaskAccepted, headers(("Location" = String, description = "Path of the job."))),
         (status = 200, description = document::STREAM, body = String, content_type = "text/event-stream", headers(("Location" = String, description = "Path of the job."))),
-        (status = 400, description = "A field is malformed, unknown or out of range; `details.field` names it, and the message one that is unknown."),
-        (status = 404, description = "No such model, or one that tasks may not name."),
-        (status = 410, description = "The events of the job that the key named were dropped after `retention`."),
-        (status = 422, description = "`MODEL_UNSUPPORTED`: no worker can run the model. `IDEMPOTENCY_MISMATCH`: the key named another request."),
+        (status = 400, description = "A field is malformed, unknown or out of range; `details.field` names it, or the message if the field is unknown."),
+        (status = 404, description = "There is no such model, or tasks may not use it."),
+        (status = 410, description = "The events of the job with this key were dropped after `retention`."),
+        (status = 422, description = "`MODEL_UNSUPPORTED`: no worker can run the model. `IDEMPOTENCY_MISMATCH`: the key belongs to another request."),
         (status = 429, description = "The queue is full."),
-        (status = 503, description = "The job can't be stored now, or a pool that may have the model has not spoken since a restart."),
+        (status = 503, description = "The job can't be stored now, or a pool that may have the model has not reported since a restart."),
     )
 )]
 pub(super) async fn submit(
@@ -122,7 +122,7 @@ fn idempotency_key(
 ) -> ServiceResult<Option<IdempotencyKey>> {
     let given = only(headers, "idempotency-key").map_err(|TwiceGiven| {
         error::invalid("the request has more than one `Idempotency-Key`")
-            .hint("send one: a key names one request, and its repetitions carry the same")
+            .hint("send exactly one; repetitions of a request carry the same key")
     })?;
     let Some(value) = given else {
         return Ok(None);
@@ -132,7 +132,7 @@ fn idempotency_key(
     };
     let key = value.to_str().ok().filter(fits).ok_or_else(|| {
         error::invalid("`Idempotency-Key` must be 1 to 255 printable ASCII characters")
-            .hint("a UUID does well")
+            .hint("use a UUID, for example")
     })?;
     let mut asked = serde_json::to_value(spec).map_err(|error| ServiceError::internal(&error))?;
     // Digest the sampling in the precision of the first version, so that a key keeps its meaning across updates.
@@ -206,8 +206,7 @@ fn sse_event(item: &Feed) -> sse::Event {
         Feed::Logged(entry) => named(&entry.event).id(entry.id.to_string()),
         Feed::Momentary(event) => named(event),
         Feed::Stopping => {
-            let message =
-                "orchestratord stops; the job goes on, and its events follow when it is back";
+            let message = "orchestratord is stopping; the job continues, and its events follow after the restart";
             let message = message.to_owned();
             named(&TaskEvent::Shutdown(ShutdownNotice { message })).retry(RETRY)
         }
@@ -269,11 +268,13 @@ pub(super) async fn list(
 ) -> ServiceResult<Json<TaskList>> {
     let limit = query.limit.unwrap_or(LIST.0);
     if !(1..=LIST.1).contains(&limit) {
-        return Err(error::invalid(format!("`limit` is {limit}")).hint("use 1 to 500"));
+        return Err(
+            error::invalid(format!("`limit` is out of range: {limit}")).hint("use 1 to 500")
+        );
     }
     let before = query.cursor.as_deref().map(str::parse::<JobId>).transpose();
     let before = before.map_err(|_| {
-        error::invalid("`cursor` can't be read").hint("use the `next_cursor` of the page before")
+        error::invalid("`cursor` can't be read").hint("use the `next_cursor` of the previous page")
     })?;
     let statuses = query.status.as_deref().map_or(Ok(Vec::new()), statuses)?;
     let prefix = query.id_prefix.as_deref().map(id_prefix).transpose()?;
@@ -321,7 +322,7 @@ fn id_prefix(text: &str) -> ServiceResult<JobIdPrefix> {
     };
     read.filter(spelled).ok_or_else(|| {
         error::invalid("`id_prefix` is not the beginning of a job id")
-            .hint("write it as ids begin, such as `job-019abcde-f0`")
+            .hint("use the first characters of an id, such as `job-019abcde-f0`")
     })
 }
 
@@ -335,7 +336,7 @@ fn statuses(text: &str) -> ServiceResult<Vec<JobStatus>> {
 
 /// Returns a job with its text so far.
 #[utoipa::path(
-    get, path = "/v2/tasks/{id}", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
+    get, path = "/v2/tasks/{id}", tag = "tasks", params(("id" = JobId, Path, description = "Id of the job.")),
     responses((status = 200, body = TaskView), (status = 404, description = "There is no such job."))
 )]
 pub(super) async fn show(
@@ -349,7 +350,7 @@ pub(super) async fn show(
 
 /// Explains why a job waits, what would end the wait, and why its attempts were placed as they were.
 #[utoipa::path(
-    get, path = "/v2/tasks/{id}/explain", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
+    get, path = "/v2/tasks/{id}/explain", tag = "tasks", params(("id" = JobId, Path, description = "Id of the job.")),
     responses((status = 200, body = TaskExplanation), (status = 404, description = "There is no such job."))
 )]
 pub(super) async fn explain(
@@ -369,13 +370,13 @@ pub(super) async fn explain(
 #[utoipa::path(
     get, path = "/v2/tasks/{id}/events", tag = "tasks",
     params(
-        ("id" = JobId, Path, description = "The job."),
-        ("Last-Event-ID" = Option<String>, Header, pattern = "^[0-9]{1,9}[.][0-9]{1,19}$", description = "The `id:` of the last event that the reader has. One ahead of the log waits while the job lives."),
+        ("id" = JobId, Path, description = "Id of the job."),
+        ("Last-Event-ID" = Option<String>, Header, pattern = "^[0-9]{1,9}[.][0-9]{1,19}$", description = "The `id:` of the last event that the reader has. If it is ahead of the log, the stream waits while the job is live."),
     ),
     responses(
         (status = 200, description = document::STREAM, body = String, content_type = "text/event-stream"),
-        (status = 204, description = "`Last-Event-ID` is that of the job's last event: nothing follows, and there is no reason to come back."),
-        (status = 400, description = "`Last-Event-ID` is malformed, or after the last event of a job that is over."),
+        (status = 204, description = "`Last-Event-ID` is that of the job's last event: no event follows, and there is no reason to reconnect."),
+        (status = 400, description = "`Last-Event-ID` is malformed, or after the last event of a job that has ended."),
         (status = 404, description = "There is no such job."),
         (status = 410, description = "The job's texts were dropped after `retention`."),
     )
@@ -402,7 +403,7 @@ pub(super) async fn events(
 
 /// Cancels a job. The first terminal state wins; the answer names the state that was committed.
 #[utoipa::path(
-    post, path = "/v2/tasks/{id}/cancel", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
+    post, path = "/v2/tasks/{id}/cancel", tag = "tasks", params(("id" = JobId, Path, description = "Id of the job.")),
     responses((status = 200, body = CancelResponse), (status = 404, description = "There is no such job."))
 )]
 pub(super) async fn cancel(
@@ -418,7 +419,7 @@ pub(super) async fn cancel(
 
 /// Cancels a job as `POST /v2/tasks/{id}/cancel` does: the job ends, and its record stays.
 #[utoipa::path(
-    delete, path = "/v2/tasks/{id}", tag = "tasks", params(("id" = JobId, Path, description = "The job.")),
+    delete, path = "/v2/tasks/{id}", tag = "tasks", params(("id" = JobId, Path, description = "Id of the job.")),
     responses((status = 200, body = CancelResponse), (status = 404, description = "There is no such job."))
 )]
 pub(super) async fn delete(
@@ -459,7 +460,7 @@ mod tests {
         assert_eq!(
             mine,
             key_of(Caller::Operator, None),
-            "a drawn seed is no difference"
+            "a drawn seed makes no difference"
         );
         assert_ne!(mine.caller, key_of(Caller::Anonymous, None).caller);
         assert_ne!(mine.caller, key_of(Caller::Scoped("pool"), None).caller);
