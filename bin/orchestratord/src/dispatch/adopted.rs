@@ -31,7 +31,7 @@ pub async fn adopt(adopted: AdoptedAttempt) {
     let _place = attempt.app.metrics.load().call();
     let work = AssertUnwindSafe(perform(attempt, interrupted)).catch_unwind();
     if work.await.is_err() {
-        tracing::error!(job = %attempt.live.id, "an attempt panicked; standard error says where");
+        tracing::error!(job = %attempt.live.id, "an attempt panicked; see standard error");
         attempt.end_with_retry(None, JobEnd::internal()).await;
         cancel_execution(attempt, interrupted).await;
     }
@@ -55,7 +55,7 @@ async fn perform(attempt: &Attempt, interrupted: &Interrupted) {
             attempt.apply_end(&lease, &endpoint, end).await;
         }
         Err(Interruption::WorkerGone(reason)) => {
-            tracing::warn!(job = %attempt.live.id, attempt = lease.attempt, reason, "attempt not found again");
+            tracing::warn!(job = %attempt.live.id, attempt = lease.attempt, reason, "could not adopt the attempt");
             let (queued, outcome) = (
                 attempt.queued.clone(),
                 AttemptOutcome::OrchestratorRestarted,

@@ -209,7 +209,7 @@ impl Attempt {
                 worker::cancel(endpoint, job, lease.fence).await;
             }
             AttemptEnd::NotFound(reason) => {
-                tracing::warn!(%job, attempt = lease.attempt, reason, "attempt not found again");
+                tracing::warn!(%job, attempt = lease.attempt, reason, "could not adopt the attempt");
                 let outcome = AttemptOutcome::OrchestratorRestarted;
                 self.requeue_with_retry(lease, at_once, outcome, reason)
                     .await;
@@ -236,7 +236,7 @@ impl Attempt {
                     free_tokens,
                 } = shortage;
                 tracing::info!(job = %live.id, attempt = lease.attempt, needed_tokens, free_tokens,
-                    "the worker's cache has no room now");
+                    "the worker's cache is full");
                 let fleet = &self.app.fleet;
                 fleet.mark_short(&slot.pool_id, &slot.worker_id, free_tokens, clock::now());
                 let queued = QueuedJob {
@@ -318,11 +318,11 @@ impl Attempt {
         outcome: AttemptOutcome,
         reason: String,
     ) {
-        let requeued = self.patiently("putting the job back", || {
+        let requeued = self.patiently("requeueing the job", || {
             self.requeue(lease.fence, &queued, outcome, reason.clone())
         });
         if let Err(Unfinished::Failed(error)) = requeued.await {
-            tracing::error!(job = %self.live.id, %error, "could not put the job back");
+            tracing::error!(job = %self.live.id, %error, "could not requeue the job");
             self.end_with_retry(None, JobEnd::internal()).await;
         }
     }

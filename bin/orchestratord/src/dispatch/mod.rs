@@ -42,7 +42,7 @@ pub async fn run(dispatch: Dispatch) {
     let work = AssertUnwindSafe(perform(attempt, endpoint, &fence)).catch_unwind();
     if work.await.is_err() {
         let job = attempt.live.id;
-        tracing::error!(%job, "an attempt panicked; standard error says where");
+        tracing::error!(%job, "an attempt panicked; see standard error");
         attempt.end_with_retry(None, JobEnd::internal()).await;
         if let Some(fence) = fence.get() {
             worker::cancel(endpoint, job, *fence).await;

@@ -57,7 +57,7 @@ pub fn cancel_orphans(app: &App, pool: &str) {
     tracing::info!(
         pool,
         executions = reachable.len(),
-        "cancelling what nobody waits for any more"
+        "cancelling orphaned executions"
     );
     app.spawn(async move {
         for (endpoint, orphan) in reachable {

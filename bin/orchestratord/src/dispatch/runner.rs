@@ -140,7 +140,7 @@ impl<'a> AttemptRunner<'a> {
             Ok(mut connection) => match self.reattach(&mut connection).await {
                 Ok(()) => {
                     tracing::info!(job = %live.id, attempt = self.lease.attempt, worker = slot.worker_id,
-                        "a running attempt was found again");
+                        "adopted a running attempt");
                     self.follow(&mut connection).await
                 }
                 Err(end) => end,
@@ -176,9 +176,7 @@ impl<'a> AttemptRunner<'a> {
                 fruitless + 1
             };
             if fruitless == REATTACHES {
-                return self.lost(&format!(
-                    "sends a stream that breaks again and again: {broken}"
-                ));
+                return self.lost(&format!("sends a stream that keeps breaking: {broken}"));
             }
             if let Err(end) = self.reattach(connection).await {
                 return end;
@@ -338,7 +336,9 @@ impl<'a> AttemptRunner<'a> {
                     .show_momentary(TaskEvent::Metrics(metrics));
                 None
             }
-            WorkerEvent::End(_) if !self.started => Some(self.lost("ended before it started")),
+            WorkerEvent::End(_) if !self.started => {
+                Some(self.lost("ended the execution before starting it"))
+            }
             WorkerEvent::End(end) => {
                 if let Some((event, origin)) = self.pending_announcement.take()
                     && let Some(end) = self.announce(event, origin).await
@@ -487,7 +487,7 @@ impl<'a> AttemptRunner<'a> {
             Err(Unfinished::Stopped(interruption)) => Some(interruption.into()),
             // The job is live and no other attempt holds it: so its record is damaged.
             Err(Unfinished::Failed(error)) => {
-                tracing::error!(job = %live.id, %error, "the attempt may not start");
+                tracing::error!(job = %live.id, %error, "could not start the attempt");
                 Some(AttemptEnd::Broken)
             }
         }
@@ -495,7 +495,7 @@ impl<'a> AttemptRunner<'a> {
 
     async fn token(&mut self, token: WorkerToken) -> Option<AttemptEnd> {
         if !self.started || token.i > self.next_index {
-            return Some(self.lost("skipped a part of the text"));
+            return Some(self.lost("skipped part of the text"));
         }
         if token.i < self.next_index {
             // Logged already: the stream was opened again, or a text repeats that was held back to the end.

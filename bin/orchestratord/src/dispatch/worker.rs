@@ -147,7 +147,7 @@ impl Connection {
                 Ok(parsed)
             }
             Some(Err(error)) => Err(error),
-            None => Err(self.broken("it ended without a last event")),
+            None => Err(self.broken("it ended without a final event")),
         }
     }
 
@@ -167,7 +167,7 @@ pub(super) async fn cancel(endpoint: &WorkerEndpoint, job: JobId, fence: u64) {
         fence,
     };
     if let Err(error) = client.post::<_, CancelResponse>("/cancel", &request).await {
-        tracing::debug!(%job, %error, "the worker did not hear that the execution is to end");
+        tracing::debug!(%job, %error, "could not cancel the execution on the worker");
     }
 }
 
@@ -178,6 +178,6 @@ pub(super) async fn forget(endpoint: &WorkerEndpoint, job: JobId) {
         .delete::<serde_json::Value>(&format!("/executions/{job}"))
         .await
     {
-        tracing::debug!(%job, %error, "the worker did not hear that the buffer may go");
+        tracing::debug!(%job, %error, "could not delete the buffer on the worker");
     }
 }

@@ -19,7 +19,7 @@ pub async fn register(
     let (id, now) = (request.pool_id.clone(), clock::now());
     fleet.register(request.clone(), now)?;
     if let Err(error) = store.save_pool(request, now).await {
-        tracing::warn!(pool = id, %error, "the registration is not written down");
+        tracing::warn!(pool = id, %error, "could not store the registration");
     }
     Ok(())
 }
@@ -30,7 +30,10 @@ async fn make_room(fleet: &Fleet, store: &Store, request: &RegisterRequest) {
         return;
     }
     if let Some(stopped) = fleet.longest_stopped() {
-        tracing::info!(pool = stopped, "forgetting a stopped pool for a new one");
+        tracing::info!(
+            pool = stopped,
+            "forgetting a stopped pool to make room for a new one"
+        );
         forget(fleet, store, &stopped).await;
     }
 }
@@ -46,7 +49,7 @@ pub async fn leave(
     if fleet.stop(id, instance_id, now)?
         && let Err(error) = store.stop_pool(id, now).await
     {
-        tracing::warn!(pool = id, %error, "the goodbye is not written down");
+        tracing::warn!(pool = id, %error, "could not store the deregistration");
     }
     Ok(())
 }
@@ -55,7 +58,7 @@ pub async fn leave(
 pub async fn forget(fleet: &Fleet, store: &Store, id: &str) -> bool {
     let known = fleet.remove(id);
     if known && let Err(error) = store.remove_pool(id).await {
-        tracing::warn!(pool = id, %error, "the removal is not written down");
+        tracing::warn!(pool = id, %error, "could not store the removal");
     }
     known
 }

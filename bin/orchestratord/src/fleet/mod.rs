@@ -78,7 +78,7 @@ pub enum FleetError {
         reason: String,
     },
     /// The limit on registered pools is reached.
-    #[error("pool `{pool}` is one too many: {limit} have registered")]
+    #[error("no room for pool `{pool}`: {limit} pools have registered")]
     Full {
         /// Id of the refused pool.
         pool: String,
@@ -443,7 +443,7 @@ impl Fleet {
             return Err(FleetError::Unknown(id.to_owned()));
         }
         if pool.status.is_some() && seq <= pool.seq {
-            let detail = format!("it has number {seq}, and {} was heard already", pool.seq);
+            let detail = format!("its number is {seq}, but {} has arrived already", pool.seq);
             return Err(FleetError::Stale {
                 pool: id.to_owned(),
                 detail,
@@ -581,7 +581,7 @@ impl Fleet {
             return away("has left");
         };
         if pool.liveness(now) == PoolLiveness::Offline {
-            return away("is not heard from");
+            return away("is silent");
         }
         match pool.worker(worker) {
             Some(worker) if worker.status.is_live() => Fate::Alive,

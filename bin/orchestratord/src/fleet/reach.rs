@@ -28,24 +28,24 @@ impl Fleet {
             Some(pool) if pool.status.is_none() && inner.awaited.contains(pool_id) => {
                 format!("pool `{pool_id}` has not reported since orchestratord started")
             }
-            Some(_) if silent => format!("pool `{pool_id}` is not heard from"),
+            Some(_) if silent => format!("pool `{pool_id}` is silent"),
             Some(pool) if pool.status.is_none() => {
-                format!("pool `{pool_id}` has not said yet what it has")
+                format!("pool `{pool_id}` has registered, but not reported yet")
             }
             Some(_) => format!("worker `{worker_id}` on pool `{pool_id}` does not answer"),
         };
         let word = match pool {
             Some(_) if !silent => {
-                "it is tried again until the pool says that the worker is gone, or calls it alive though it does not answer"
+                "orchestratord retries until the pool reports the worker as gone, or as alive although it does not answer"
             }
-            _ => "it is tried again until the recovery window is over, or the pool speaks",
+            _ => "orchestratord retries until the recovery window is over or the pool reports",
         };
         OutOfReach {
             pool_id: pool_id.to_owned(),
             worker_id: worker_id.to_owned(),
             message,
             then: format!(
-                "{word}; if the attempt is given up, another one goes on where the text ends, as far as `max_attempts` allows"
+                "{word}; if the attempt is given up, another one continues where the text ends, as far as `max_attempts` allows"
             ),
             last_heard: last_heard.map(clock::wall),
             given_up_at: given_up_at.map(clock::wall),

@@ -82,7 +82,7 @@ impl Pool {
                 pool = request.pool_id,
                 holder = self.url,
                 refused = request.url,
-                "two instances claim one pool id; the second is refused"
+                "two instances claim the same pool id; refusing the second"
             );
         }
         self.contender = Some(Contender::of(request, now));

@@ -260,7 +260,7 @@ async fn a_silent_pool_loses_only_what_has_no_stream() {
     let view = orchestrator.until(first, JobStatus::Completed).await;
     assert_eq!(view.text, "<0><1><2>");
     let reason = view.attempts[0].reason.as_deref().unwrap();
-    assert_eq!(reason, "pool `pool-a` is not heard from");
+    assert_eq!(reason, "pool `pool-a` is silent");
 
     sound.tokens(second, 0..2);
     sound.end(second, 2);

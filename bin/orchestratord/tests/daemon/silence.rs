@@ -31,7 +31,7 @@ async fn a_stream_outlives_the_silence_of_its_pool_and_nothing_is_waited_for_aft
     worker.kill().await;
     let view = orchestrator.until(job, JobStatus::Queued).await;
     let reasons: Vec<_> = view.attempts.iter().map(|a| a.reason.as_deref()).collect();
-    assert_eq!(reasons, [Some("pool `pool-a` is not heard from")]);
+    assert_eq!(reasons, [Some("pool `pool-a` is silent")]);
 }
 
 // [ORCHD-120] A job whose worker is unreachable says so, until when it waits, and what happens then.
@@ -57,8 +57,11 @@ async fn a_job_of_which_nothing_is_heard_says_what_it_waits_for() {
         (unheard.pool_id.as_str(), unheard.worker_id.as_str()),
         ("pool-a", "worker-cpu-0")
     );
-    assert_eq!(unheard.message, "pool `pool-a` is not heard from");
-    assert!(unheard.then.contains("another one goes on"), "{unheard:?}");
+    assert_eq!(unheard.message, "pool `pool-a` is silent");
+    assert!(
+        unheard.then.contains("another one continues"),
+        "{unheard:?}"
+    );
     let until = unheard.given_up_at.unwrap();
     let silence = until.duration_since(unheard.last_heard.unwrap());
     assert!(silence.as_secs() >= 5, "{unheard:?}");

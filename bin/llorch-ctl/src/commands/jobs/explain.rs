@@ -197,7 +197,7 @@ mod tests {
             out_of_reach: Some(OutOfReach {
                 pool_id: "mac".into(),
                 worker_id: "worker-metal-0".into(),
-                message: "pool `mac` is not heard from".into(),
+                message: "pool `mac` is silent".into(),
                 then: "it is tried again".into(),
                 last_heard: Some("2026-01-02T03:04:05.678Z".parse().unwrap()),
                 given_up_at: Some("2026-01-02T03:05:35Z".parse().unwrap()),
@@ -207,7 +207,7 @@ mod tests {
         insta::assert_snapshot!(render(&unheard, false), @"
         job        job-01900000-0000-7000-8000-000000000001
         status     running
-        waits      pool `mac` is not heard from
+        waits      pool `mac` is silent
                    it is tried again
         heard      2026-01-02T03:04:06Z
         given up   2026-01-02T03:05:35Z, if nothing changes
