@@ -56,8 +56,8 @@ impl TakeOver {
     /// Returns the error for a database that the frozen daemon keeps locked.
     pub(crate) fn database_locked(&self, error: StoreError) -> anyhow::Error {
         let hint = format!(
-            "the frozen orchestratord stands in the midst of a write: end it with `kill -9 {}`; what it has not finished \
-             to write is undone",
+            "the frozen orchestratord is in the middle of a write: end it with `kill -9 {}`; its unfinished write is rolled \
+             back",
             self.pid()
         );
         hinted(Some(&hint), error)
@@ -94,7 +94,7 @@ pub(crate) async fn claim(dir: &Path, holder: Holder) -> anyhow::Result<Claim> {
         .with_context(|| format!("could not lock {}", dir.join(TAKE_OVER_LOCK).display()))?;
     let Some(alone) = alone else {
         return Err(Hinted::of(
-            "another orchestratord is just taking over",
+            "another orchestratord is already taking over",
             "see `llorch orchestrator status`",
         ));
     };
@@ -103,8 +103,10 @@ pub(crate) async fn claim(dir: &Path, holder: Holder) -> anyhow::Result<Claim> {
     {
         let pid = pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default();
         return Err(Hinted::of(
-            format!("orchestratord{pid} runs and answers at {url}: there is nothing to take over"),
-            "stop it with `llorch orchestrator stop`; --take-over is for one that is frozen",
+            format!(
+                "orchestratord{pid} is running and answers at {url}: there is nothing to take over"
+            ),
+            "stop it with `llorch orchestrator stop`; --take-over is only for a frozen orchestratord",
         ));
     }
     Ok(Claim::Frozen(TakeOver { _alone: alone, pid }))

@@ -89,7 +89,7 @@ async fn start(args: Args) -> anyhow::Result<()> {
         }
     };
     let config = load()?;
-    telemetry::configure(&config.log).context("`log.filter` is not a log filter")?;
+    telemetry::configure(&config.log).context("`log.filter` is not a valid log filter")?;
     let started = config.clone();
     telemetry::on_hangup(move || match load() {
         Ok(read) => telemetry::take_settings(&started, &read, &read.log),

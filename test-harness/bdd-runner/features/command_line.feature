@@ -62,7 +62,7 @@ Feature: Command lines
     Given a running orchestrator with a job that waits
     When I run `llorch orchestrator start --take-over`
     Then it exits with 1
-    And standard error contains "runs and answers"
+    And standard error contains "is running and answers"
     When the orchestrator is frozen
     And I run `llorch orchestrator start --take-over`
     Then it exits with 0

@@ -39,11 +39,13 @@ impl BackupError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::NoDatabase(_) => {
-                Some("orchestratord makes it when it starts; LLORCH_HOME says where")
+                Some("start orchestratord, which creates it, or set LLORCH_HOME if it is elsewhere")
             }
             Self::Exists(_) => Some("choose another name, or overwrite it with --force"),
-            Self::Itself(_) => Some("choose a place outside of the state folder"),
-            Self::Io { .. } => Some("the folder must exist, be writable and have room"),
+            Self::Itself(_) => Some("choose a path outside the state folder"),
+            Self::Io { .. } => {
+                Some("choose a folder that exists, is writable and has enough space")
+            }
             Self::Store(error) => error.hint(),
         }
     }

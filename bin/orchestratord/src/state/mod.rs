@@ -58,7 +58,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
     /// The disk is full or broken, or the file can't be written.
-    #[error("the job database can't be used now: {0}")]
+    #[error("the job database is unavailable: {0}")]
     Unavailable(Arc<sqlx::Error>),
     /// The store is stopping.
     #[error("the job database is closed")]
@@ -96,19 +96,19 @@ pub enum StoreError {
     #[error("another orchestratord has taken over the job database")]
     TakenOver,
     /// Another process holds the database's lock in the middle of a write.
-    #[error("another process holds the job database in the midst of a write")]
+    #[error("another process holds the job database in the middle of a write")]
     Locked,
     /// The file is damaged.
     #[error("the job database is damaged: {0}")]
     Damaged(String),
     /// The linked SQLite has a known bug in its write-ahead log.
-    #[error("this build contains SQLite {version}; 3.51.3 or later is needed")]
+    #[error("this build contains SQLite {version}; 3.51.3 or later is required")]
     OldLibrary {
         /// Version of the linked library.
         version: String,
     },
     /// A row or a statement violates this build's expectations.
-    #[error("the job database holds something unexpected: {0}")]
+    #[error("unexpected content in the job database: {0}")]
     Corrupt(String),
 }
 
@@ -117,7 +117,7 @@ impl StoreError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Unavailable(error) if is_out_of_memory(error) => Some(
-                "the process has too little memory: raise its limit (`ulimit -v`, `MemoryMax=` of the systemd unit)",
+                "raise the memory limit of the process (`ulimit -v`, `MemoryMax=` of the systemd unit)",
             ),
             Self::Unavailable(_) => {
                 Some("check the free space and the health of the disk that holds the state folder")
@@ -126,13 +126,13 @@ impl StoreError {
                 Some("install the newer release again, or move the state folder away")
             }
             Self::KeyMismatch(_) => Some("use a new key for a new request"),
-            Self::TakenOver => Some("look for the other one with `llorch orchestrator status`"),
+            Self::TakenOver => Some("find the other one with `llorch orchestrator status`"),
             Self::Locked => Some(
-                "end that process (`kill -9 PID` if it is frozen): what it has not finished to write is undone",
+                "end that process (`kill -9 PID` if it is frozen): its unfinished write is rolled back",
             ),
             Self::Damaged(_) => Some(
-                "check the disk, move jobs.db and the files beside it away, and put a backup (`llorch orchestrator backup`) \
-                 in its place; `sqlite3 jobs.db .recover` saves what can still be read",
+                "check the disk, move jobs.db and the files next to it away, and put a backup (`llorch orchestrator backup`) \
+                 in its place; `sqlite3 jobs.db .recover` recovers what is still readable",
             ),
             _ => None,
         }

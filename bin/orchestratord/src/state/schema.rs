@@ -68,7 +68,7 @@ pub(super) async fn check_for_damage(
     if version == 0 || (version >= NOTES_ITS_END && holder::was_released(conn).await?) {
         return Ok(());
     }
-    tracing::info!("the database was not closed in order the last time; checking it for damage");
+    tracing::info!("the database was not closed cleanly; checking it for damage");
     let start = Instant::now();
     let found: String = sqlx::query("PRAGMA quick_check(1)")
         .fetch_one(conn)
@@ -78,7 +78,7 @@ pub(super) async fn check_for_damage(
         return Err(StoreError::Damaged(found));
     }
     let elapsed_ms = u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX);
-    tracing::info!(elapsed_ms, "the database is sound");
+    tracing::info!(elapsed_ms, "the database is intact");
     Ok(())
 }
 
@@ -98,7 +98,7 @@ pub(super) async fn migrate(conn: &mut SqliteConnection, found: i64) -> Result<(
             .fetch_all(&mut *transaction)
             .await?;
         if !broken.is_empty() {
-            let what = format!("{} rows would refer to nothing", broken.len());
+            let what = format!("{} rows would have dangling references", broken.len());
             return Err(StoreError::corrupt(what));
         }
         // A pragma takes no parameters; the number is this program's own.
@@ -122,7 +122,7 @@ pub(super) async fn let_it_shrink(conn: &mut SqliteConnection) -> Result<(), Sto
     if mode != INCREMENTAL {
         execute(conn, format!("PRAGMA auto_vacuum = {INCREMENTAL}")).await?;
         if let Err(error) = execute(conn, "VACUUM".to_owned()).await {
-            tracing::warn!(%error, "the database can't be rewritten so that it gives space back");
+            tracing::warn!(%error, "could not rewrite the database to release free space");
         }
     }
     Ok(())

@@ -35,7 +35,7 @@ pub(super) async fn resume(conn: &mut SqliteConnection) -> Result<Timestamp, Sto
     };
     // The record matters only after a reboot, so a full disk does not prevent the daemon's start.
     if let Err(error) = note(conn, at).await {
-        tracing::warn!(%error, "the timeline is not noted");
+        tracing::warn!(%error, "could not record the timeline");
     }
     Ok(at)
 }

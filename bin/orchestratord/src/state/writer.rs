@@ -110,7 +110,7 @@ impl Writer {
                 Ended::InOrder => held.close().await,
                 Ended::TakenOver => {
                     tracing::error!(
-                        "another orchestratord has taken over the job database; this one writes no more"
+                        "another orchestratord took over the job database; writing stopped"
                     );
                     told.send_replace(true);
                 }
@@ -205,7 +205,7 @@ impl Held {
                     let emptied = self.forget_log().await;
                     if let Err(error) = &emptied {
                         end_if_sync_failed(error);
-                        tracing::warn!(%error, "the write-ahead log stays for now");
+                        tracing::warn!(%error, "could not empty the write-ahead log");
                     }
                     let _ = reply.send(emptied.unwrap_or(false));
                     continue;
@@ -278,10 +278,10 @@ impl Held {
 
     async fn close(mut self) {
         if let Err(error) = holder::release(&mut self.conn, self.epoch).await {
-            tracing::warn!(%error, "the database is checked for damage at the next start");
+            tracing::warn!(%error, "could not mark the database as cleanly closed; the next start checks it for damage");
         }
         if let Err(error) = sqlx::Connection::close(self.conn).await {
-            tracing::warn!(%error, "the database did not close in order");
+            tracing::warn!(%error, "could not close the database cleanly");
         }
     }
 }
@@ -316,7 +316,7 @@ fn end_if_sync_failed(error: &StoreError) {
             .and_then(|database| database.code())
         && [IOERR_FSYNC, IOERR_DIR_FSYNC].contains(&code.as_ref())
     {
-        tracing::error!(%error, "the disk failed to sync; ending, so that nothing is answered that may be lost");
+        tracing::error!(%error, "the disk failed to sync; aborting, so that no answer confirms data that may be lost");
         std::process::abort();
     }
 }

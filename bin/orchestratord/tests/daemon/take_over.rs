@@ -92,7 +92,7 @@ async fn a_frozen_daemon_that_wakes_up_after_a_take_over_changes_nothing() {
     // A daemon that answers can't be taken over.
     let (status, said) = run(command(home.path()).arg("--take-over")).await;
     assert!(
-        !status.success() && said.contains("runs and answers"),
+        !status.success() && said.contains("is running and answers"),
         "{said}"
     );
 
@@ -229,7 +229,7 @@ async fn what_a_frozen_daemon_still_holds_is_said() {
     signal(&frozen, Signal::STOP);
     let (status, said) = run(command(home.path()).arg("--take-over")).await;
     assert!(
-        !status.success() && said.contains(&kill) && said.contains("midst of a write"),
+        !status.success() && said.contains(&kill) && said.contains("middle of a write"),
         "{said}"
     );
     sqlx::query("ROLLBACK").execute(&mut writing).await.unwrap();
