@@ -39,7 +39,7 @@ impl JobEnd {
     /// Returns the end of a job that the daemon can't continue. The cause goes to the log: it may name what clients must not
     /// see.
     pub fn internal() -> Self {
-        let message = "the orchestrator could not go on with the job; its log says why";
+        let message = "the orchestrator could not continue the job; its log says why";
         Self::error(JobErrorCode::Internal, message, true)
     }
 
@@ -127,13 +127,13 @@ pub async fn end(
     });
     let status = written.await?;
     settle(app, live, status);
-    tracing::info!(job = %live.id, %status, "job over");
+    tracing::info!(job = %live.id, %status, "job ended");
     Ok(status)
 }
 
 /// The job was dropped by [`drop_unrecordable`].
 #[derive(Debug, thiserror::Error)]
-#[error("{0} was let go: its record allows neither an attempt nor an end")]
+#[error("{0} was dropped: its record allows neither an attempt nor an end")]
 pub struct UnrecordableJob(pub JobId);
 
 /// Drops a job whose failure cannot be recorded. Its record stays as it is, and the next start reads it again: so the streams

@@ -123,7 +123,7 @@ fn feed(
                         Ok(page) => page,
                         Err(error) => {
                             // The reader knows its place and can reconnect; an invented event would be a lie.
-                            tracing::warn!(%job, %error, "a replay broke off");
+                            tracing::warn!(%job, %error, "a replay failed");
                             return;
                         }
                     };

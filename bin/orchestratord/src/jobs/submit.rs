@@ -29,7 +29,7 @@ pub enum SubmitError {
         hint: String,
     },
     /// Several files of the hub match.
-    #[error("`{model}` may be each of {}", meant.iter().map(|meant| format!("`{meant}`")).collect::<Vec<_>>().join(", "))]
+    #[error("`{model}` is ambiguous: it matches {}", meant.iter().map(|meant| format!("`{meant}`")).collect::<Vec<_>>().join(", "))]
     Ambiguous {
         /// Requested reference, which leaves revision or file open.
         model: ModelRef,
@@ -37,7 +37,7 @@ pub enum SubmitError {
         meant: Vec<ModelRef>,
     },
     /// A pool is downloading the model's file.
-    #[error("pool `{pool}` downloads `{model}` at present")]
+    #[error("pool `{pool}` is downloading `{model}`")]
     Downloading {
         /// Requested reference.
         model: ModelRef,
@@ -53,9 +53,7 @@ pub enum SubmitError {
         reason: String,
     },
     /// No pool has reported the model, and a registered pool has not reported yet.
-    #[error(
-        "nothing is known of a model `{model}` yet: pool `{pool}` is registered and has not reported so far"
-    )]
+    #[error("model `{model}` is not known yet: pool `{pool}` has registered, but not reported")]
     Unheard {
         /// Requested reference.
         model: ModelRef,
@@ -145,9 +143,9 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
             }
             near => format!("did you mean `{near}`? `GET /v2/models` lists all"),
         },
-        ModelRef::Hub { .. } => "no catalogue entry has this file: tasks name catalogue ids, see `GET /v2/models`".to_owned(),
+        ModelRef::Hub { .. } => "use the id of a catalogue entry, see `GET /v2/models`: no entry has this file".to_owned(),
         ModelRef::File(_) => {
-            "no pool offers this file: it must be a model below `models.allow_paths` of a registered pool".to_owned()
+            "use a model file below `models.allow_paths` of a registered pool: no pool offers this one".to_owned()
         }
     };
     Err(SubmitError::UnknownModel {
