@@ -92,7 +92,7 @@ impl Orchestrator {
         let work = AssertUnwindSafe(work).catch_unwind();
         tasks.spawn(async move {
             if work.await.is_err() {
-                tracing::error!("a task panicked; standard error says where");
+                tracing::error!("a task panicked; see standard error");
             }
         });
     }
@@ -111,7 +111,10 @@ impl Orchestrator {
             std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         let all = async { while tasks.join_next().await.is_some() {} };
         if tokio::time::timeout(grace, all).await.is_err() {
-            tracing::warn!(tasks = tasks.len(), "the grace is over, cutting work off");
+            tracing::warn!(
+                tasks = tasks.len(),
+                "the stop timeout is over; aborting the remaining tasks"
+            );
             tasks.shutdown().await;
         }
     }

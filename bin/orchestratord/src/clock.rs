@@ -129,7 +129,7 @@ pub async fn keep(app: App) {
         }
         noted = (ran, stood);
         if let Err(error) = app.store.note_time().await {
-            tracing::debug!(%error, "the timeline is not noted");
+            tracing::debug!(%error, "could not record the timeline");
         }
     }
 }

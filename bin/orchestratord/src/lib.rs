@@ -213,7 +213,8 @@ impl Daemon {
         };
 
         let models = catalog.iter().map(|entry| entry.id.as_str());
-        let metrics = Metrics::new(models, service.load()).context("could not make the metrics")?;
+        let metrics =
+            Metrics::new(models, service.load()).context("could not create the metrics")?;
         let fleet = Fleet::new(tokens.pool, &config, clock::now());
         let script = ScriptPolicy::start(&config.scheduler, &metrics)
             .context("could not start the thread for the scheduler's script")?;
@@ -301,14 +302,14 @@ fn is_pools_own(method: &Method, path: &str) -> bool {
 /// Restores every job that is not over: queues the waiting ones, and adopts the attempts of the running ones.
 async fn recover(app: &App) -> anyhow::Result<()> {
     let pools = app.store.pools().await;
-    for stored in pools.context("could not read the pools of before")? {
+    for stored in pools.context("could not read the stored pool registrations")? {
         let pool = stored.request.pool_id.clone();
         // This build may refuse a registration that an older one took; the pool then registers again.
         if let Err(error) = app.fleet.restore(stored, clock::now()) {
-            tracing::warn!(pool, %error, "a pool of before is not taken in");
+            tracing::warn!(pool, %error, "ignoring a stored pool registration");
         }
     }
-    let unreadable = "could not read the jobs that are not over";
+    let unreadable = "could not read the unfinished jobs";
     let recovered = app.store.recover().await.context(unreadable)?;
     let since = clock::now().saturating_sub(dispatch::ORPHANED_WITHIN);
     let orphans = app.store.orphans(since.unwrap_or(jiff::Timestamp::MIN));
@@ -343,7 +344,7 @@ async fn recover(app: &App) -> anyhow::Result<()> {
         app.spawn(dispatch::adopt(adopted));
     }
     if waiting + running > 0 {
-        tracing::info!(waiting, running, "jobs are there from before");
+        tracing::info!(waiting, running, "recovered unfinished jobs");
     }
     Ok(())
 }
@@ -360,7 +361,7 @@ fn call_pools(app: &App) {
                 () = app_.shutdown.requested() => return,
             };
             if let Err(error) = answer {
-                tracing::info!(pool, %error, "the pool can't be asked to report; its next heartbeat is waited for");
+                tracing::info!(pool, %error, "could not ask the pool to report; waiting for its next heartbeat");
             }
         });
     }

@@ -131,7 +131,7 @@ impl Metrics {
             Ok::<_, prometheus::Error>(histogram)
         };
         let queue_depth = IntGaugeVec::new(
-            Opts::new("orchd_queue_depth", "Jobs that wait."),
+            Opts::new("orchd_queue_depth", "Waiting jobs."),
             &["priority"],
         )?;
         registry.register(Box::new(queue_depth.clone()))?;
@@ -145,7 +145,7 @@ impl Metrics {
         };
         gauges(
             "orchd_build_info",
-            "1, with the version of orchestratord.",
+            "Always 1; the label is the version of orchestratord.",
             &["version"],
         )?
         .with_label_values(&[env!("CARGO_PKG_VERSION")])
@@ -179,12 +179,12 @@ impl Metrics {
         for (name, help, limit) in [
             (
                 "orchd_connections_limit",
-                "Connections of clients that there is room for.",
+                "Limit on connections of clients.",
                 places.connections,
             ),
             (
                 "orchd_streams_limit",
-                "Event streams of clients that there is room for.",
+                "Limit on event streams of clients.",
                 places.streams,
             ),
         ] {
@@ -198,29 +198,29 @@ impl Metrics {
             queue_depth,
             submitted: counters(
                 "orchd_tasks_submitted_total",
-                "Submits of tasks, by outcome; `accepted` counts repetitions under one idempotency key as well.",
+                "Submitted tasks, by outcome; `accepted` includes repetitions with the same idempotency key.",
                 "outcome",
                 &SUBMIT_OUTCOMES,
             )?,
             enqueued: counters(
                 "orchd_tasks_enqueued_total",
-                "Jobs that were stored and put into the queue, by priority.",
+                "Jobs stored and queued, by priority.",
                 "priority",
                 &[Priority::Interactive, Priority::Batch].map(Priority::as_str),
             )?,
             finished: counters(
                 "orchd_tasks_finished_total",
-                "Jobs that ended, by how.",
+                "Jobs that ended, by outcome.",
                 "outcome",
                 &ends,
             )?,
             dispatched: counter(
                 "orchd_tasks_dispatched_total",
-                "Jobs that were given to a worker, once for each attempt.",
+                "Jobs dispatched to a worker, counted once per attempt.",
             )?,
             attempts_ended: counters(
                 "orchd_attempts_ended_total",
-                "Attempts that ended, by how; `over` is one whose job ended without it, as by a cancel.",
+                "Attempts that ended, by outcome; `over` means that the job ended without the attempt, for example by a cancel.",
                 "outcome",
                 &ATTEMPT_OUTCOMES,
             )?,
@@ -236,23 +236,23 @@ impl Metrics {
             rendering: Mutex::default(),
             heartbeats: counters(
                 "orchd_heartbeats_total",
-                "Heartbeats of pools, by what became of them.",
+                "Heartbeats of pools, by outcome.",
                 "outcome",
                 &HEARTBEAT_OUTCOMES,
             )?,
             scheduling_latency: histogram(
                 "orchd_scheduling_latency_seconds",
-                "How long a scheduling pass takes.",
+                "Duration of a scheduling pass.",
                 &PASS_SECONDS,
             )?,
             ttft: histogram(
                 "orchd_ttft_seconds",
-                "From submit to first token.",
+                "Time from submit to first token.",
                 &SECONDS,
             )?,
             queue_wait: histogram(
                 "orchd_queue_wait_seconds",
-                "From submit to first lease.",
+                "Time from submit to first lease.",
                 &SECONDS,
             )?,
             worker_connections: gauge(
@@ -262,13 +262,13 @@ impl Metrics {
             connections: gauge("orchd_connections_active", "Open connections of clients.")?,
             refused: counter(
                 "orchd_overload_refusals_total",
-                "Requests refused with 503 for want of a connection, a stream or memory.",
+                "Requests refused with 503 for lack of a connection, a stream or memory.",
             )?,
             load,
             active_streams: gauge("orchd_active_streams", "Open event streams of clients.")?,
             lagged: counter(
                 "orchd_lagged_total",
-                "Readers that were closed for being slow.",
+                "Readers disconnected for being too slow.",
             )?,
             script_errors: counters(
                 "orchd_script_errors_total",

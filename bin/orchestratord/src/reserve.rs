@@ -28,12 +28,12 @@ pub(crate) fn release(dir: &Path) {
     match shrink(&dir.join(FILE)) {
         Ok(true) => tracing::warn!(
             free_bytes,
-            "the disk is full: the start takes room that was kept for it"
+            "the disk is full; using the space reserved for a start"
         ),
         Ok(false) | Err(_) => tracing::warn!(
             free_bytes,
             needed_bytes = A_START,
-            "the disk of the state folder is full, and no room is kept for a start any more"
+            "the disk of the state folder is full, and no space is reserved for a start any more"
         ),
     }
 }
@@ -46,7 +46,7 @@ pub(crate) fn keep(dir: &Path) {
         return;
     }
     if let Err(error) = fill(&path) {
-        tracing::debug!(%error, "no room could be put aside");
+        tracing::debug!(%error, "could not reserve disk space");
         let _ = fs::remove_file(path);
     }
 }
@@ -61,7 +61,7 @@ pub(crate) async fn keep_up(dir: PathBuf, shutdown: Shutdown) {
         let dir = dir.clone();
         let kept = tokio::task::spawn_blocking(move || keep(&dir));
         if let Err(error) = kept.await {
-            tracing::error!(%error, "no room can be put aside");
+            tracing::error!(%error, "the reservation of disk space panicked");
         }
     }
 }

@@ -57,7 +57,7 @@ async fn sweep(app: &App, in_log: &mut bool) {
             Ok(Step::Purged | Step::Shrunk) => {}
             Err(error) => {
                 // Most likely the disk is full; the next sweep tries again.
-                tracing::warn!(%error, "could not drop what is old");
+                tracing::warn!(%error, "could not drop expired data");
                 return;
             }
         }
@@ -72,7 +72,7 @@ async fn sweep(app: &App, in_log: &mut bool) {
         tracing::info!(
             dropped,
             forgotten,
-            "prompts, texts and logs beyond their retention are gone"
+            "dropped prompts, texts and logs past their retention"
         );
     }
 }

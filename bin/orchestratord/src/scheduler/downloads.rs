@@ -99,7 +99,9 @@ async fn follow(
             Some(DownloadEvent::Waiting { .. }) | None => {}
         }
     }
-    Err(Failure::passing("the pool said no more of the download"))
+    Err(Failure::passing(
+        "the pool's event stream ended before the download did",
+    ))
 }
 
 /// Parses an event. A stream carries the event's name outside the data, but [`DownloadEvent`] expects it inside.

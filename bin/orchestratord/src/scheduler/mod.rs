@@ -113,7 +113,7 @@ async fn pass(app: &App) -> Option<Timestamp> {
                 tracing::info!(
                     pool,
                     worker,
-                    "stopping a worker that has been idle for long"
+                    "stopping a worker that has been idle for too long"
                 );
                 stop_worker(app, pool, worker, now);
             }

@@ -218,7 +218,7 @@ impl ScriptFile {
         if news {
             tracing::warn!(
                 script = %self.path.display(), kind = %error.kind, %error,
-                "the scheduler's script is of no use; the built-in policy decides (told once)"
+                "the scheduler's script failed; the built-in policy decides (logged once per error)"
             );
         }
     }
@@ -259,7 +259,7 @@ impl ScriptFile {
                     state.refused = state.last_error.clone();
                     metrics.script_refused.set(1);
                     let decides = match state.in_force {
-                        Some(_) => "the version before stays in force",
+                        Some(_) => "the previous version stays in force",
                         None => "the built-in policy decides",
                     };
                     tracing::error!(script = %self.path.display(), %error, "the scheduler's script is refused; {decides}");
@@ -280,7 +280,7 @@ impl ScriptFile {
         let metadata = std::fs::metadata(&self.path).map_err(unreadable)?;
         if !metadata.is_file() {
             // Opening a pipe could block forever.
-            return Err(unreadable(std::io::Error::other("it is no regular file")));
+            return Err(unreadable(std::io::Error::other("not a regular file")));
         }
         let stamp = Stamp::of(&metadata);
         if self.lock().seen == Some(stamp) {
