@@ -236,7 +236,7 @@ impl Attempt {
                     free_tokens,
                 } = shortage;
                 tracing::info!(job = %live.id, attempt = lease.attempt, needed_tokens, free_tokens,
-                    "the worker's cache is full");
+                    "the worker's cache has too little room");
                 let fleet = &self.app.fleet;
                 fleet.mark_short(&slot.pool_id, &slot.worker_id, free_tokens, clock::now());
                 let queued = QueuedJob {

@@ -117,7 +117,7 @@ impl StoreError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Unavailable(error) if is_out_of_memory(error) => Some(
-                "raise the memory limit of the process (`ulimit -v`, `MemoryMax=` of the systemd unit)",
+                "the process has too little memory: raise its limit (`ulimit -v`, `MemoryMax=` of the systemd unit)",
             ),
             Self::Unavailable(_) => {
                 Some("check the free space and the health of the disk that holds the state folder")
