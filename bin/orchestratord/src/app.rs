@@ -113,7 +113,7 @@ impl Orchestrator {
         if tokio::time::timeout(grace, all).await.is_err() {
             tracing::warn!(
                 tasks = tasks.len(),
-                "the stop timeout is over; aborting the remaining tasks"
+                "the grace period is over; aborting the remaining tasks"
             );
             tasks.shutdown().await;
         }
