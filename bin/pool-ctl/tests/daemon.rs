@@ -169,7 +169,8 @@ fn a_pool_manager_that_hangs_is_named_and_can_still_be_stopped_with_its_workers(
 
     let ran = host.run(&["daemon", "stop", "--workers"]).exits(0);
     assert!(
-        ran.err.contains("it is ended before its workers"),
+        ran.err
+            .contains("stopping the pool manager before its workers"),
         "{}",
         ran.err
     );
@@ -210,7 +211,8 @@ fn workers_are_stopped_though_the_pool_manager_dies_over_it() {
     fs::write(host.home().pool_state().join("die"), "").unwrap();
     let ran = host.run(&["daemon", "stop", "--workers"]).exits(0);
     assert!(
-        ran.err.contains("after the pool manager's end"),
+        ran.err
+            .contains("trying again once the pool manager has stopped"),
         "{}",
         ran.err
     );
@@ -233,8 +235,9 @@ fn a_drain_is_asked_for_watched_and_ended() {
         ])
         .exits(0);
     assert!(
-        ran.err
-            .contains("drains: waiting for worker-cpu-4, until 2026-01-01T00:01:00Z at the latest"),
+        ran.err.contains(
+            "is draining: waiting for worker-cpu-4, until 2026-01-01T00:01:00Z at the latest"
+        ),
         "{}",
         ran.err
     );
@@ -252,12 +255,12 @@ fn a_drain_is_asked_for_watched_and_ended() {
     );
     host.run(&["daemon", "resume"]).exits(0);
     let again = host.run(&["daemon", "resume"]).exits(0);
-    assert!(again.out.contains("was not drained"), "{}", again.out);
+    assert!(again.out.contains("was not draining"), "{}", again.out);
     assert!(
         host.run(&["daemon", "status"])
             .exits(0)
             .out
-            .contains("takes work")
+            .contains("accepts work")
     );
 }
 
@@ -424,7 +427,7 @@ fn a_pool_manager_that_does_not_say_what_it_does_is_shown_with_the_cause() {
         ran.out
     );
     ran.exits(2).says(&[
-        "pool-managerd does not say what it does: ",
+        "could not get the status of pool-managerd: ",
         "token",
         "hint: ",
     ]);

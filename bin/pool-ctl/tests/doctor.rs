@@ -307,7 +307,7 @@ fn taken_ports_are_found_with_their_holder() {
         &findings,
         "ports of workers",
         "fail",
-        "is free",
+        "no free port",
         "LLORCH_WORKERS_PORT_MIN",
     );
     if cfg!(target_os = "linux") {

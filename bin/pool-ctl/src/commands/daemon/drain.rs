@@ -37,9 +37,9 @@ impl Args {
         let Pool::Daemon(client) = Pool::reach(context).await? else {
             return Err(CliError::new(
                 Exit::NotFound,
-                "pool-managerd does not run, so nobody could see a drain through",
+                "pool-managerd is not running, so the pool cannot be drained",
             )
-            .hint("`llorch-pool daemon start` starts it; `llorch-pool worker stop --all` stops workers without it"));
+            .hint("run `llorch-pool daemon start`, or stop the workers directly with `llorch-pool worker stop --all`"));
         };
         let request = DrainRequest {
             deadline_ms: self
@@ -55,7 +55,7 @@ impl Args {
             Format::Json => print_json(&drain)?,
             Format::Table => {
                 say(format!("the pool {}", describe(&drain)))?;
-                note("`llorch-pool daemon resume` makes it take new workers again");
+                note("`llorch-pool daemon resume` makes it accept new workers again");
             }
         }
         Ok(Exit::Done)
@@ -76,9 +76,9 @@ pub async fn resume(context: &Context) -> Result<Exit, CliError> {
             .map_err(|error| registry_error(&error))?,
     };
     say(if was_drained {
-        "the pool takes new workers"
+        "the pool accepts new workers again"
     } else {
-        "the pool was not drained: it takes new workers already"
+        "the pool was not draining: it already accepts new workers"
     })?;
     Ok(Exit::Done)
 }
@@ -94,7 +94,7 @@ pub fn describe(drain: &DrainStatus) -> String {
         format!(", until {at} at the latest")
     });
     format!(
-        "drains: waiting for {}{deadline}",
+        "is draining: waiting for {}{deadline}",
         drain.remaining.join(", ")
     )
 }
@@ -103,7 +103,7 @@ fn drain_of(status: PoolStatus) -> Result<DrainStatus, CliError> {
     status.drain.ok_or_else(|| {
         CliError::new(
             Exit::Refused,
-            "the drain was ended by somebody else: the pool takes new workers",
+            "the drain was ended by another command: the pool accepts new workers",
         )
     })
 }
@@ -116,7 +116,7 @@ async fn until_done(client: &ApiClient, mut drain: DrainStatus) -> Result<DrainS
         tokio::select! {
             () = tokio::time::sleep(POLL) => {}
             () = interrupt.wait() => {
-                return Err(interrupted("the pool goes on draining").hint("llorch-pool daemon resume"));
+                return Err(interrupted("the pool continues to drain").hint("llorch-pool daemon resume"));
             }
         }
         drain = drain_of(client.get("/status").await?)?;

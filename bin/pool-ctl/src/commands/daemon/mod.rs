@@ -121,13 +121,15 @@ async fn stop(context: &Context, workers: bool) -> Result<Exit, CliError> {
             Ok(pool) => {
                 if let Err(error) = stop_all(&pool, false).await {
                     note(format!(
-                        "{error}; it is tried again after the pool manager's end"
+                        "{error}; trying again once the pool manager has stopped"
                     ));
                 }
             }
             // End a pool manager that hangs first: then this command can stop the workers itself.
             Err(error) if error.exit == Exit::Unreachable && owns_this_home(context)? => {
-                note(format!("{error}; it is ended before its workers"));
+                note(format!(
+                    "{error}; stopping the pool manager before its workers"
+                ));
             }
             Err(error) => return Err(error),
         }
@@ -207,7 +209,7 @@ async fn status(context: &Context, format: Format) -> Result<Exit, CliError> {
     }
     match problem {
         Some(mut error) => {
-            error.message = format!("{NAME} does not say what it does: {}", error.message);
+            error.message = format!("could not get the status of {NAME}: {}", error.message);
             Err(error)
         }
         None => Ok(status.daemon.exit(status.pool.is_some())),
@@ -235,7 +237,7 @@ fn line_of(pool: &PoolStatus) -> String {
     format!(
         "pool {} {}: {}, {}",
         pool.pool_id,
-        drain.map_or_else(|| "takes work".to_owned(), drain::describe),
+        drain.map_or_else(|| "accepts work".to_owned(), drain::describe),
         count(live.count(), "worker"),
         count(pool.models.len(), "model")
     )

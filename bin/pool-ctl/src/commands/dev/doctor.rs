@@ -77,7 +77,7 @@ pub(super) async fn examine() -> Result<Vec<Finding>, CliError> {
         &config,
         std::env::var("LLORCH_POOL_TOKEN").ok(),
     ));
-    let fix = "free some space, or set LLORCH_MODELS_DIR to a folder of a larger disk";
+    let fix = "free some space, or set LLORCH_MODELS_DIR to a folder on a larger disk";
     findings.push(host::disk(&config.models_dir(&home), "models", ROOM, fix));
     findings.push(worker_program(&config));
     findings.push(manager_program());
@@ -115,7 +115,7 @@ fn catalogue(home: &Home) -> Finding {
     match Catalog::load(home) {
         Ok(catalog) => Finding::ok(
             "catalogue",
-            format!("{} models are known by name", catalog.iter().len()),
+            format!("{} models in the catalogue", catalog.iter().len()),
         ),
         Err(error) => Finding::fail(
             "catalogue",
@@ -145,19 +145,19 @@ fn folders(home: &Home, config: &PoolConfig) -> Finding {
                 quoted(dir)
             ),
             false => format!(
-                "make {} with an owner and mode that let you in, or set LLORCH_HOME to a folder of yours",
+                "create {} with an owner and mode that let you write to it, or set LLORCH_HOME to a folder you own",
                 quoted(dir)
             ),
         };
         return Finding::fail(
             "folders",
-            format!("{} can't be written: {error}", place.display()),
+            format!("{} is not writable: {error}", place.display()),
             fix,
         );
     }
     Finding::ok(
         "folders",
-        format!("{} and the others can be written", models.display()),
+        format!("{} and the others are writable", models.display()),
     )
 }
 
@@ -193,13 +193,13 @@ fn token(home: &Home, config: &PoolConfig, variable: Option<String>) -> Finding 
             format!("usable (fingerprint {})", secret.fingerprint()),
         ),
         Ok(None) if config.bind.ip().is_loopback() => {
-            Finding::ok("token", "none, and none is needed on a loopback address")
+            Finding::ok("token", "none; none is needed on a loopback address")
         }
         Ok(None) => {
             let path = home.config_dir().join("pool-token");
             Finding::fail(
                 "token",
-                format!("none, and {} is not a loopback address", config.bind),
+                format!("none, but {} is not a loopback address", config.bind),
                 format!(
                     "{}, then set LLORCH_TOKEN_FILE or `token_file` to it",
                     new(&path)
@@ -222,7 +222,7 @@ fn worker_program(config: &PoolConfig) -> Finding {
         Some(program) => Finding::ok("llorch-candled", program.display().to_string()),
         None => Finding::fail(
             "llorch-candled",
-            "no worker program beside this one or on the PATH",
+            "no worker program next to this one or on the PATH",
             "cargo build --release -p llorch-candled",
         ),
     }
@@ -233,7 +233,7 @@ fn manager_program() -> Finding {
         Ok(program) => Finding::ok("pool-managerd", program.display().to_string()),
         Err(_) => Finding::warn(
             "pool-managerd",
-            "not beside this program or on the PATH; workers can be started without it",
+            "not next to this program or on the PATH; workers can be started without it",
             "cargo build --release -p pool-managerd",
         ),
     }
@@ -257,8 +257,8 @@ fn gpu(gpus: &[Gpu], card: bool, cuda: Option<&Path>) -> Finding {
         return match card {
             true => Finding::warn(
                 "gpu",
-                "there is an NVIDIA card, and no driver that answers",
-                "install the driver, as with `sudo apt install nvidia-driver`, and start again",
+                "found an NVIDIA card, but no driver that responds",
+                "install the driver, for example with `sudo apt install nvidia-driver`, and reboot",
             ),
             false => Finding::ok("gpu", "none; workers run on the CPU"),
         };
@@ -271,8 +271,8 @@ fn gpu(gpus: &[Gpu], card: bool, cuda: Option<&Path>) -> Finding {
     if let Some(silent) = gpus.iter().find(|gpu| gpu.state != GpuState::Ok) {
         return Finding::warn(
             "gpu",
-            format!("{names}: {} does not answer", silent.device),
-            "see what `nvidia-smi` and `sudo dmesg` say; often only a restart of the host helps",
+            format!("{names}: {} does not respond", silent.device),
+            "check the output of `nvidia-smi` and `sudo dmesg`; often only a reboot of the host helps",
         );
     }
     let for_cuda = gpus.iter().any(|gpu| gpu.device.backend == Backend::Cuda);
@@ -287,7 +287,7 @@ fn gpu(gpus: &[Gpu], card: bool, cuda: Option<&Path>) -> Finding {
 }
 
 fn pip_finding(python: Option<&Path>, pip: Option<&str>, has_hf: bool) -> Finding {
-    let fix = "install Python 3 with pip, as with `apt install python3-pip`";
+    let fix = "install Python 3 with pip, for example with `apt install python3-pip`";
     let message = match (python, pip) {
         (Some(python), Some(pip)) => {
             return Finding::ok("pip", format!("{pip} ({})", python.display()));
@@ -309,7 +309,7 @@ async fn hf_finding(hf: Option<&Path>, has_pip: bool) -> Finding {
     let fix = if has_pip {
         "llorch-pool dev setup"
     } else {
-        "install pip first, then: llorch-pool dev setup"
+        "install pip first, then run: llorch-pool dev setup"
     };
     let Some(hf) = hf else {
         return Finding::warn(
@@ -341,14 +341,14 @@ fn ports(home: &Home, config: &PoolConfig) -> [Finding; 2] {
     let manager = match daemon::status(&home.pool_state()) {
         Some(running) => Finding::ok(
             "port of the pool manager",
-            format!("it runs at {} (pid {})", running.url, running.process.pid),
+            format!("running at {} (pid {})", running.url, running.process.pid),
         ),
         None => match host::port_free(bind) {
             Ok(()) => Finding::ok("port of the pool manager", format!("{bind} is free")),
             Err(reason) => Finding::warn(
                 "port of the pool manager",
                 reason,
-                "set LLORCH_POOL_BIND, as to 127.0.0.1:0 for any free port",
+                "set LLORCH_POOL_BIND to another address, such as 127.0.0.1:0 for any free port",
             ),
         },
     };
@@ -357,13 +357,13 @@ fn ports(home: &Home, config: &PoolConfig) -> [Finding; 2] {
     let workers = match (first..=last).find(|port| TcpListener::bind(at(*port)).is_ok()) {
         Some(port) => Finding::ok(
             "ports of workers",
-            format!("{port} is the first free one of {first} to {last}"),
+            format!("{port} is the first free port of {first} to {last}"),
         ),
         None => {
             let why = host::port_free(at(first)).err().unwrap_or_default();
             Finding::fail(
                 "ports of workers",
-                format!("none of {first} to {last} is free: {why}"),
+                format!("no free port in {first} to {last}: {why}"),
                 "set LLORCH_WORKERS_PORT_MIN and LLORCH_WORKERS_PORT_MAX to another range",
             )
         }
@@ -372,7 +372,7 @@ fn ports(home: &Home, config: &PoolConfig) -> [Finding; 2] {
 }
 
 async fn git_finding() -> Finding {
-    let fix = "install git, as with `sudo apt install git`";
+    let fix = "install git, for example with `sudo apt install git`";
     let Some(git) = find_on_path("git") else {
         return Finding::warn("git", "not installed; needed to update a checkout", fix);
     };
@@ -380,8 +380,8 @@ async fn git_finding() -> Finding {
         None => Finding::warn("git", format!("{} does not start", git.display()), fix),
         Some(line) if version_in(&line).is_some_and(|version| version < SAFE_GIT) => Finding::warn(
             "git",
-            format!("{line} is older than 2.38.1, which closed holes in submodules"),
-            "bring the system up to date, as with `sudo apt install git`",
+            format!("{line} is older than 2.38.1, which fixed vulnerabilities in submodules"),
+            "update git, for example with `sudo apt install git`",
         ),
         Some(line) => Finding::ok("git", line),
     }
@@ -492,7 +492,10 @@ fn clock(now: jiff::Timestamp) -> Finding {
     }
     Finding::warn(
         "clock",
-        format!("says {}: downloads will fail", now.strftime("%Y-%m-%d")),
+        format!(
+            "the clock says {}: downloads will fail",
+            now.strftime("%Y-%m-%d")
+        ),
         "sudo timedatectl set-ntp true",
     )
 }

@@ -73,7 +73,7 @@ async fn hf(context: &Context) -> Result<(), CliError> {
     }
     let python = find_on_path("python3").ok_or_else(|| {
         CliError::new(Exit::Failed, "`python3` is not installed")
-            .hint("install Python 3 with pip, as with `apt install python3-pip`")
+            .hint("install Python 3 with pip, for example with `apt install python3-pip`")
     })?;
     let interrupt = Interrupt::catch()?;
     let spinner = progress::spinner("installing huggingface_hub into a private Python environment");
@@ -88,7 +88,7 @@ async fn hf(context: &Context) -> Result<(), CliError> {
             .map_err(|error| {
                 failed(
                     &error,
-                    "install Python's `venv` module, as with `apt install python3-venv`",
+                    "install Python's `venv` module, for example with `apt install python3-venv`",
                 )
             })?;
     }
@@ -122,7 +122,7 @@ async fn hf(context: &Context) -> Result<(), CliError> {
             }
             false => failed(
                 &error,
-                "install pip, as with `apt install python3-pip`, and check the network",
+                "install pip, for example with `apt install python3-pip`, and check the network",
             ),
         })?;
     drop(spinner);
@@ -150,7 +150,7 @@ async fn left_to_do() -> Result<(), CliError> {
         .filter(|finding| finding.status != Verdict::Ok)
         .collect();
     if open.is_empty() {
-        return say("this host has all it needs");
+        return say("this host has everything it needs");
     }
     say("left to do:")?;
     for finding in open {
@@ -168,7 +168,7 @@ fn on() -> ControlFlow<String> {
 
 fn failed(error: &ToolError, hint: &str) -> CliError {
     match error {
-        ToolError::Interrupted => interrupted("the private Python environment is not complete")
+        ToolError::Interrupted => interrupted("the private Python environment is incomplete")
             .hint("llorch-pool dev setup"),
         ToolError::Failed { tail, .. } => {
             CliError::of(Exit::Failed, error, Some(hint.to_owned())).cause(tail.join("\n"))
