@@ -51,7 +51,7 @@ fn pull_refuses_on_local_changes_and_says_which() {
     world
         .run(&["pull"])
         .exits(4)
-        .says(&["2 files changed here: README, added", "git stash"]);
+        .says(&["2 files with local changes: README, added", "git stash"]);
     assert_eq!(
         (world.head("host"), world.read("host/README")),
         (before.clone(), "mine\n".into())
@@ -84,7 +84,7 @@ fn pull_refuses_where_there_is_no_way_forward() {
     world.git("host", &["commit", "-q", "-m", "own"]);
     let before = world.head("host");
     world.run(&["pull"]).exits(4).says(&[
-        "main and origin/main went different ways: 1 commit only here, 2 commits only there",
+        "main and origin/main have diverged: 1 commit only here, 2 commits only there",
         "git rebase",
     ]);
     assert_eq!(world.head("host"), before);
@@ -102,7 +102,7 @@ fn pull_refuses_where_there_is_no_way_forward() {
     world
         .run(&["pull"])
         .exits(4)
-        .says(&["follows no branch", "--set-upstream-to"]);
+        .says(&["has no upstream branch", "--set-upstream-to"]);
 
     world.git("", &["init", "-q", "unborn"]);
     let unborn = |args: &[&str]| -> Ran {
@@ -115,7 +115,7 @@ fn pull_refuses_where_there_is_no_way_forward() {
             .out
             .contains("main without commits")
     );
-    unborn(&["pull"]).exits(4).says(&["follows no branch"]);
+    unborn(&["pull"]).exits(4).says(&["has no upstream branch"]);
     let remote = world.path("remote.git").display().to_string();
     world.git("unborn", &["remote", "add", "origin", &remote]);
     world.git("unborn", &["config", "branch.main.remote", "origin"]);
@@ -265,7 +265,7 @@ fn a_merge_that_was_begun_is_named() {
     world
         .run(&["pull"])
         .exits(4)
-        .says(&["a merge was begun", "git merge --abort"]);
+        .says(&["a merge is in progress", "git merge --abort"]);
     world.run(&["sync", "--yes"]).exits(0);
     assert_eq!(world.json(&["status"])["operation"], Value::Null);
     assert_eq!(world.read("host/README"), "one\n");

@@ -21,7 +21,7 @@ fn pull_takes_submodules_along_that_were_in_step() {
     let ran = world.run(&["pull"]).exits(0);
     assert!(
         ran.out
-            .contains("submodule lib: left as it is: it has changes"),
+            .contains("submodule lib: left unchanged: it has local changes"),
         "{}",
         ran.out
     );
@@ -32,7 +32,7 @@ fn pull_takes_submodules_along_that_were_in_step() {
     world
         .run(&["submodules", "update"])
         .exits(4)
-        .says(&["submodule lib: 1 file changed here: code"]);
+        .says(&["submodule lib: 1 file with local changes: code"]);
     let status = world.json(&["submodules", "status"]);
     assert_eq!(
         (&status[0]["state"], &status[0]["modified"]),
@@ -114,7 +114,7 @@ fn a_new_submodule_comes_with_the_pull_and_one_left_out_stays_out() {
     world
         .run(&["submodules", "update", "tools/tool/inner lib"])
         .exits(3)
-        .says(&["goes with the outer one: name tools/tool"]);
+        .says(&["moves with the outer one: name tools/tool"]);
     world.run(&["submodules", "update", "tools/tool"]).exits(0);
     assert_eq!(world.read("host/tools/tool/inner lib/code"), "one\n");
     let rows = world.json(&["submodules", "status", "tools/tool"]);
@@ -155,7 +155,7 @@ fn a_submodule_can_follow_a_branch() {
     world
         .run(&["submodules", "branch", "lib", "next"])
         .exits(4)
-        .says(&["1 file changed here: code"]);
+        .says(&["1 file with local changes: code"]);
     world.git("host/lib", &["checkout", "-q", "--", "code"]);
     let set = world.json(&["submodules", "branch", "lib", "next"]);
     assert_eq!(
@@ -195,7 +195,7 @@ fn commits_on_no_branch_are_not_left_behind_unasked() {
     world.git("host/lib", &["commit", "-q", "-am", "precious work"]);
     let mine = world.head("host/lib");
     world.run(&["submodules", "update"]).exits(4).says(&[
-        "1 commit there on no branch",
+        "1 commit on no branch",
         "precious work",
         "git switch -c",
     ]);

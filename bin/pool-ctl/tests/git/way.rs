@@ -155,7 +155,7 @@ fn a_change_that_git_was_told_to_pass_over_is_named_beforehand() {
         let command = format!("git update-index {heard} README");
         for args in [&["pull"][..], &["sync"], &["sync", "--yes"]] {
             world.run(args).exits(4).says(&[
-                "1 file changed here that git was told to pass over: README",
+                "1 file changed here that git was told to ignore: README",
                 &command,
             ]);
             unchanged("host", "README");
@@ -168,7 +168,7 @@ fn a_change_that_git_was_told_to_pass_over_is_named_beforehand() {
         let command = format!("git -C lib update-index {heard} code");
         for args in [&["sync"][..], &["sync", "--yes"]] {
             world.run(args).exits(4).says(&[
-                "submodule lib: 1 file changed here that git was told to pass over: code",
+                "submodule lib: 1 file changed here that git was told to ignore: code",
                 &command,
             ]);
             unchanged("host/lib", "code");
@@ -183,7 +183,7 @@ fn a_change_that_git_was_told_to_pass_over_is_named_beforehand() {
             world
                 .run(args)
                 .exits(4)
-                .says(&["told to pass over: code", &command]);
+                .says(&["told to ignore: code", &command]);
             assert_eq!(world.read("host/lib/code"), "mine\n");
         }
         world.git("host/lib", &["update-index", heard, "code"]);
@@ -202,7 +202,7 @@ fn sync_does_not_drop_a_change_unseen_where_the_remote_has_none() {
     world
         .run(&["sync", "--yes"])
         .exits(4)
-        .says(&["told to pass over: README"]);
+        .says(&["told to ignore: README"]);
     assert_eq!(world.read("host/README"), "mine\n");
     world.run(&["pull"]).exits(0);
 }

@@ -173,7 +173,7 @@ impl<'a> Losses<'a> {
             // The submodule may have a new address, which is only copied when the submodule is set.
             Err(error) => {
                 note(sanitize::clean(&format!(
-                    "note: {}: what would be overwritten there is not known before its commit {} is fetched: {error}",
+                    "note: {}: its losses are unknown until its commit {} is fetched: {error}",
                     shown(path),
                     short(target)
                 )));
@@ -190,7 +190,7 @@ pub(super) fn not_without_yes(what: &str, command: &str, losses: &[Loss]) -> Cli
     } else {
         note("this would be lost:");
         losses.iter().for_each(Loss::show);
-        format!("{what}, and what is listed above would be lost")
+        format!("{what}, and the work listed above would be lost")
     };
     CliError::new(Exit::Refused, message).hint(format!("to do it: {command} --yes"))
 }

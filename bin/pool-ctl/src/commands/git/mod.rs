@@ -123,7 +123,7 @@ impl Moved {
         let what = match self.action {
             Action::Updated => format!("{} -> {}", id(&self.from), id(&self.to)),
             Action::Fetched => format!("fetched, at {}", id(&self.to)),
-            Action::Left => format!("left as it is: {}", self.reason.as_deref().unwrap_or("")),
+            Action::Left => format!("left unchanged: {}", self.reason.as_deref().unwrap_or("")),
             Action::Refused => format!("refused: it {}", self.reason.as_deref().unwrap_or("")),
         };
         format!("submodule {}: {what}", shown(&self.path))
@@ -153,7 +153,7 @@ fn end_of(moved: &[Moved]) -> Result<Exit, CliError> {
         Exit::Refused,
         format!("submodule {} {reason}{more}", shown(&first.path)),
     )
-    .hint("look at .gitmodules and at the submodule's own settings, and ask who wrote them"))
+    .hint("check .gitmodules and the submodule's own settings, and ask their author"))
 }
 
 /// Joins names for one sentence: the first ones, and the number of the others.

@@ -53,7 +53,7 @@ impl Args {
         let submodules = move_along(repo, &before, &transports, &spinner)
             .await
             .map_err(|error| {
-                let at = format!("{} is at {} now", shown(&branch), short(&forward.to));
+                let at = format!("{} is now at {}", shown(&branch), short(&forward.to));
                 half_done(error, &at)
             })?;
         drop(spinner);
@@ -94,7 +94,7 @@ impl Forward {
 /// Returns the error of a command whose first half is done, and whose submodules still have to be moved.
 pub(super) fn half_done(error: CliError, at: &str) -> CliError {
     let hint = match error.hint.clone() {
-        Some(hint) => format!("{hint}; then: llorch-pool git submodules update"),
+        Some(hint) => format!("{hint}; then run: llorch-pool git submodules update"),
         None => "llorch-pool git submodules update".to_owned(),
     };
     error
@@ -140,7 +140,8 @@ pub(super) fn tell_own_ways(repo: &Repo) {
     }
     if repo.setting("core.sshcommand").is_some() {
         note(
-            "note: the repository's own `core.sshCommand` is passed over; set it with `git config --global` and GIT_SSH_COMMAND, or in ~/.ssh/config",
+            "note: the repository's own `core.sshCommand` is ignored; set it with `git config --global` and \
+             GIT_SSH_COMMAND, or in ~/.ssh/config",
         );
     }
 }
@@ -153,15 +154,15 @@ pub(super) async fn followed(repo: &Repo, status: &Status) -> Result<(String, Up
             Exit::Refused,
             format!("no branch is checked out: HEAD is detached at {at}"),
         )
-        .hint("check one out, as with `git switch main`"));
+        .hint("check one out, for example with `git switch main`"));
     };
     match repo.upstream(branch).await? {
         Some(upstream) => Ok((branch.clone(), upstream)),
         None => Err(CliError::new(
             Exit::Refused,
-            format!("the branch {} follows no branch of a remote", shown(branch)),
+            format!("the branch {} has no upstream branch", shown(branch)),
         )
-        .hint("let it follow one, as with `git branch --set-upstream-to origin/main`")),
+        .hint("set one, for example with `git branch --set-upstream-to origin/main`")),
     }
 }
 
@@ -177,10 +178,10 @@ pub(super) async fn fast_forward(
     if let Some(operation) = repo.operation().await? {
         return Err(CliError::new(
             Exit::Refused,
-            format!("a {operation} was begun and is not ended"),
+            format!("a {operation} is in progress"),
         )
         .hint(format!(
-            "end it with `git {operation} --continue`, or give it up with `git {operation} --abort`"
+            "finish it with `git {operation} --continue`, or abort it with `git {operation} --abort`"
         )));
     }
     let changed = status.changes.tracked();
@@ -188,23 +189,23 @@ pub(super) async fn fast_forward(
         let count = counted(changed.len() as u64, "file");
         return Err(CliError::new(
             Exit::Refused,
-            format!("{count} changed here: {}", some(&changed)),
+            format!("{count} with local changes: {}", some(&changed)),
         )
-        .hint("commit them or put them aside with `git stash`; `llorch-pool git sync --yes` throws them away"));
+        .hint("commit them or stash them with `git stash`; `llorch-pool git sync --yes` discards them"));
     }
     let Some(from) = status.commit.clone() else {
         return Err(CliError::new(
             Exit::Refused,
             format!("the branch {} has no commit yet", shown(branch)),
         )
-        .hint("`llorch-pool git sync` sets it to what the remote has"));
+        .hint("set it to the upstream with `llorch-pool git sync`"));
     };
     let to = repo
         .fetch(upstream, transports, progress)
         .await
         .map_err(|error| {
             error.told(&format!(
-                "nothing was changed, {} is still at {}",
+                "nothing was changed; {} is still at {}",
                 shown(branch),
                 short(&from)
             ))
@@ -221,7 +222,7 @@ pub(super) async fn fast_forward(
     if behind == 0 {
         if ahead > 0 {
             note(format!(
-                "note: {} has {} that {} has not",
+                "note: {} has {} that {} does not have",
                 shown(branch),
                 counted(ahead, "commit"),
                 upstream.shown()
@@ -233,14 +234,14 @@ pub(super) async fn fast_forward(
         return Err(CliError::new(
             Exit::Refused,
             format!(
-                "{} and {} went different ways: {} only here, {} only there",
+                "{} and {} have diverged: {} only here, {} only there",
                 shown(branch),
                 upstream.shown(),
                 counted(ahead, "commit"),
                 counted(behind, "commit")
             ),
         )
-        .hint("keep both with `git rebase` or `git merge`; `llorch-pool git sync --yes` throws the commits here away"));
+        .hint("keep both with `git rebase` or `git merge`; `llorch-pool git sync --yes` discards the commits here"));
     }
     let in_the_way = repo.in_the_way_of(&to).await?;
     if !in_the_way.is_empty() {
@@ -261,7 +262,7 @@ pub(super) async fn fast_forward(
         .await
         .map_err(|error| {
             error.told(&format!(
-                "some files may be those of {} already, while {} is at {}; `llorch-pool git status` shows which",
+                "some files may already be those of {}, while {} is at {}; `llorch-pool git status` shows which",
                 short(&to),
                 shown(branch),
                 short(&from)

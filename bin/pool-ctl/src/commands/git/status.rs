@@ -93,9 +93,7 @@ fn show(report: &Report) -> Result<(), CliError> {
         say("upstream none")?;
     }
     if let Some(operation) = report.operation {
-        say(paint::warn(&format!(
-            "a {operation} was begun and is not ended"
-        )))?;
+        say(paint::warn(&format!("a {operation} is in progress")))?;
     }
     let changes = &report.changes;
     if report.clean {
@@ -116,7 +114,7 @@ fn show(report: &Report) -> Result<(), CliError> {
         }
         if names.len() > SHOWN_NAMES {
             let rest = names.len() - SHOWN_NAMES;
-            say(format!("  and {rest} more: `--format json` has all"))?;
+            say(format!("  and {rest} more: `--format json` lists all"))?;
         }
     }
     let (even, odd): (Vec<_>, Vec<_>) = report
@@ -145,6 +143,6 @@ fn distance(ahead: Option<u64>, behind: Option<u64>) -> String {
         (Some(ahead), Some(behind)) => {
             format!("{ahead} ahead, {behind} behind as of the last fetch")
         }
-        _ => "not fetched yet, or gone".to_owned(),
+        _ => "not fetched yet, or deleted".to_owned(),
     }
 }

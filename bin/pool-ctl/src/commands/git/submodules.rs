@@ -152,14 +152,14 @@ async fn chosen(repo: &Repo, names: &[String]) -> Result<Vec<Submodule>, CliErro
         let Some(one) = all.iter().find(is) else {
             let inside = |outer: &&Submodule| name.starts_with(&format!("{}/", outer.path));
             let hint = match (all.len(), all.iter().find(inside)) {
-                (0, _) => "this checkout has none".to_owned(),
+                (0, _) => "this checkout has no submodules".to_owned(),
                 (_, Some(outer)) => format!(
-                    "one inside of another goes with the outer one: name {}",
+                    "a nested submodule moves with the outer one: name {}",
                     quoted(&outer.path)
                 ),
                 _ => {
                     let paths: Vec<_> = all.iter().map(|one| one.path.as_str()).collect();
-                    format!("there are: {}", some(&paths))
+                    format!("name one of: {}", some(&paths))
                 }
             };
             let message = format!("there is no submodule {}", shown(name));
@@ -263,14 +263,16 @@ impl<'a> Mover<'a> {
         let path = quoted(&submodule.path);
         let reason = match (state, &found.status.branch) {
             (State::Modified, _) => {
-                format!("it has changes; `llorch-pool git submodules status {path}` shows them")
+                format!(
+                    "it has local changes; `llorch-pool git submodules status {path}` shows them"
+                )
             }
             (State::OnBranch, Some(branch)) => format!(
-                "it is on the branch {}; `llorch-pool git submodules update {path}` takes it forward",
+                "it is on the branch {}; `llorch-pool git submodules update {path}` moves it",
                 shown(branch)
             ),
             _ => format!(
-                "it was at another commit than the recorded one; `llorch-pool git submodules update {path}` moves it"
+                "it was not at the recorded commit; `llorch-pool git submodules update {path}` moves it"
             ),
         };
         self.moved.push(Moved {
@@ -398,7 +400,8 @@ impl<'a> Mover<'a> {
 fn unfinished(submodule: &Submodule) -> String {
     let path = quoted(&submodule.path);
     format!(
-        "the submodule {path} may be half way; `llorch-pool git submodules status {path}` says, and the same command goes on"
+        "the submodule {path} may be partly updated; `llorch-pool git submodules status {path}` shows its state, and \
+         the same command continues"
     )
 }
 
@@ -490,7 +493,7 @@ async fn update(repo: &Repo, names: &[String], printed: Printed) -> Result<Exit,
     }
     let moved = mover.moved;
     drop(spinner);
-    print_moved(&moved, printed, "all submodules are in step already")
+    print_moved(&moved, printed, "all submodules are already in step")
 }
 
 fn print_moved(moved: &[Moved], printed: Printed, nothing: &str) -> Result<Exit, CliError> {
@@ -515,10 +518,13 @@ async fn not_with_work_in_it(submodule: &Submodule, found: &Inspected) -> Result
         let count = counted(files.len() as u64, "file");
         return Err(CliError::new(
             Exit::Refused,
-            format!("submodule {path}: {count} changed here: {}", some(&files)),
+            format!(
+                "submodule {path}: {count} with local changes: {}",
+                some(&files)
+            ),
         )
         .hint(format!(
-            "commit them or put them aside there; `llorch-pool git submodules reset {} --yes` throws them away",
+            "commit or stash them there; `llorch-pool git submodules reset {} --yes` discards them",
             quoted(&submodule.path)
         )));
     }
@@ -532,13 +538,13 @@ async fn not_with_work_in_it(submodule: &Submodule, found: &Inspected) -> Result
     Err(CliError::new(
         Exit::Refused,
         format!(
-            "submodule {path}: {} there on no branch: {}",
+            "submodule {path}: {} on no branch: {}",
             counted(stray.len() as u64, "commit"),
             some(&stray)
         ),
     )
     .hint(format!(
-        "give them a branch there with `git switch -c NAME`; `llorch-pool git submodules reset {} --yes` leaves them behind",
+        "create a branch for them there with `git switch -c NAME`; `llorch-pool git submodules reset {} --yes` abandons them",
         quoted(&submodule.path)
     )))
 }
@@ -554,7 +560,7 @@ async fn reset(
     let mut usable = Vec::new();
     let transports = transports_of(repo).await?;
     tell_own_ways(repo);
-    let spinner = progress::spinner("looking at submodules");
+    let spinner = progress::spinner("checking submodules");
     let mut losses = Losses::new(clean, &transports, &spinner);
     for submodule in &todo {
         let found = repo.inspect(submodule).await?;
@@ -573,7 +579,7 @@ async fn reset(
     if !yes {
         drop(spinner);
         let what = format!(
-            "{} would be set to what is recorded",
+            "{} would be set to the recorded commit",
             counted(usable.len() as u64, "submodule")
         );
         let command = match clean {
@@ -591,7 +597,7 @@ async fn reset(
     }
     moved.extend(mover.moved);
     drop(spinner);
-    print_moved(&moved, printed, "all submodules were as recorded")
+    print_moved(&moved, printed, "all submodules were already as recorded")
 }
 
 async fn one(repo: &Repo, name: &str) -> Result<(Submodule, Inspected), CliError> {
@@ -708,14 +714,14 @@ async fn set_branch(
                 return Err(CliError::new(
                     Exit::Refused,
                     format!(
-                        "{} and {} in {path} went different ways: {} only here, {} only there",
+                        "{} and {} in {path} have diverged: {} only here, {} only there",
                         shown(branch),
                         upstream.shown(),
                         counted(ahead, "commit"),
                         counted(behind, "commit")
                     ),
                 )
-                .hint("settle it there with `git rebase` or `git merge`"));
+                .hint("reconcile them there with `git rebase` or `git merge`"));
             }
             inside
                 .change(&["switch", "--quiet", "--no-guess", branch])

@@ -29,7 +29,7 @@ impl Blocked {
             ),
             Self::Hidden(files) => hidden_reason(files),
             Self::Occupied(names) => format!(
-                "its folder is not empty, and it is not fetched yet: {}",
+                "it is not fetched yet, but its folder is not empty: {}",
                 some(names)
             ),
         }
@@ -57,7 +57,7 @@ impl Blocked {
 fn hidden_reason(files: &[PassedOver]) -> String {
     let names: Vec<_> = files.iter().map(|file| file.name.as_str()).collect();
     format!(
-        "{} changed here that git was told to pass over: {}",
+        "{} changed here that git was told to ignore: {}",
         counted(files.len() as u64, "file"),
         some(&names)
     )
@@ -72,7 +72,7 @@ fn hidden_hint(files: &[PassedOver], place: Option<&str>) -> String {
             quoted(&file.name)
         )
     });
-    format!("let git see it again, then keep or drop the change: {command}")
+    format!("make git track it again, then keep or discard the change: {command}")
 }
 
 /// Refuses a command that would stop at a file that git was told not to look at, or silently overwrite it. `throws` is true for
