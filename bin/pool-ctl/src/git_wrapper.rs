@@ -114,13 +114,13 @@ pub enum GitError {
         more: Vec<String>,
     },
     /// Output above the limit.
-    #[error("git {action} answered more than {} MiB", ANSWER_BYTES >> 20)]
+    #[error("the output of git {action} exceeds {} MiB", ANSWER_BYTES >> 20)]
     TooLong {
         /// Name of the git command.
         action: String,
     },
     /// Remote that stopped sending.
-    #[error("git {action}: nothing came from the remote for {}", pool_core::units::human_seconds(i64::try_from(*seconds).unwrap_or(i64::MAX)))]
+    #[error("git {action}: the remote sent nothing for {}", pool_core::units::human_seconds(i64::try_from(*seconds).unwrap_or(i64::MAX)))]
     Silent {
         /// Name of the git command.
         action: String,
@@ -131,7 +131,7 @@ pub enum GitError {
     #[error("interrupted")]
     Interrupted,
     /// Folder outside any checkout.
-    #[error("{} is in no git checkout", path.display())]
+    #[error("{} is not in a git checkout", path.display())]
     NotACheckout {
         /// Path of the folder.
         path: PathBuf,
@@ -161,7 +161,7 @@ pub enum GitError {
         reason: String,
     },
     /// Output that can't be parsed.
-    #[error("git {action} answered something that is not understood: {answer:?}")]
+    #[error("unexpected output of git {action}: {answer:?}")]
     Strange {
         /// Name of the git command.
         action: String,
@@ -212,27 +212,29 @@ impl GitError {
     fn hint(&self) -> Option<String> {
         Some(match self {
             Self::NotACheckout { .. } => {
-                "go to the checkout, name it with `--repo PATH`, or set `repo_path` in pool-managerd.toml".into()
+                "change to the checkout, name it with `--repo PATH`, or set `repo_path` in pool-managerd.toml".into()
             }
             Self::ReachesOut { .. } => {
-                "look at them with `git config --local --list`; what you want to keep belongs in your own settings (`git config --global`)".into()
+                "list them with `git config --local --list`; move those you want to keep to your own \
+                 settings (`git config --global`)".into()
             }
-            Self::Elsewhere { .. } => "see `core.worktree` in the repository's settings".into(),
+            Self::Elsewhere { .. } => "check `core.worktree` in the repository's settings".into(),
             Self::Failed { why, .. } => match why {
                 Why::Locked(path) => format!(
-                    "wait for the other git to end; if none runs (`pgrep -a git`), one was killed: rm {}",
+                    "wait for the other git to finish; if none is running (`pgrep -a git`), one was killed: rm {}",
                     parse::quoted(path)
                 ),
                 Why::Foreign => {
                     "run this as the user who owns the checkout, or trust it with `git config --global --add safe.directory PATH`".into()
                 }
                 Why::Credentials => {
-                    "nobody is asked for a password here: use an ssh key (ssh-agent) or a credential helper (`git config --global credential.helper`), and accept the host's key with ssh once".into()
+                    "no password prompt is shown here: use an ssh key (ssh-agent) or a credential helper \
+                     (`git config --global credential.helper`), and accept the host's key with ssh once".into()
                 }
                 Why::Unreachable => "check the network and the address: `git remote -v`".into(),
                 Why::Missing => "check the branch's name, here and on the remote: `git branch -vv`".into(),
                 Why::Protocol => {
-                    "only https and ssh are used, and what the checkout's own remote uses".into()
+                    "use https, ssh or the protocol of the checkout's own remote".into()
                 }
                 Why::Other => return None,
             },
@@ -282,7 +284,7 @@ impl Git {
     pub fn find() -> Result<Self, CliError> {
         let program = find_on_path("git").ok_or_else(|| {
             CliError::new(Exit::Failed, "`git` is not installed")
-                .hint("install it, as with `apt install git`")
+                .hint("install it, for example with `apt install git`")
         })?;
         Ok(Self {
             program,
@@ -537,7 +539,7 @@ impl Words {
     fn reason(&self) -> (String, Vec<String>) {
         let complaint = |line: &&String| line.starts_with("fatal: ") || line.starts_with("error: ");
         let Some(line) = self.lines.iter().find(complaint).or(self.lines.last()) else {
-            return ("it gave no reason".to_owned(), Vec::new());
+            return ("no reason given".to_owned(), Vec::new());
         };
         let bare = line.trim_start_matches("fatal: ");
         let more = self.lines.iter().filter(|other| *other != line);

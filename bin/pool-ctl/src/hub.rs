@@ -241,12 +241,12 @@ impl Hub {
                 HubError::Refused {
                     status: StatusCode::RANGE_NOT_SATISFIABLE,
                     ..
-                } => HubError::NoRest("the hub has no bytes behind those that are here".into()),
+                } => HubError::NoRest("the hub has no bytes after those already received".into()),
                 error => error,
             })?;
         if answer.status() != StatusCode::PARTIAL_CONTENT {
             return Err(HubError::NoRest(
-                "the hub sends files whole only".to_owned(),
+                "the hub only sends whole files".to_owned(),
             ));
         }
         let range = answer.headers().get(CONTENT_RANGE);
@@ -257,7 +257,7 @@ impl Hub {
         });
         if !fits {
             return Err(HubError::NoRest(
-                "the hub sent another part than was asked for".to_owned(),
+                "the hub sent a part other than the requested one".to_owned(),
             ));
         }
         let write = |source| HubError::Write {
@@ -279,7 +279,7 @@ impl Hub {
             done += chunk.len() as u64;
             if size.is_some_and(|size| done > size) {
                 return Err(HubError::NoRest(
-                    "the hub sent more than the file has".to_owned(),
+                    "the hub sent more bytes than the file has".to_owned(),
                 ));
             }
             file.write_all(&chunk).await.map_err(write)?;
@@ -297,7 +297,7 @@ impl Hub {
     fn url<'a>(&self, steps: impl IntoIterator<Item = &'a str>) -> Result<Url, HubError> {
         let mut url = self.endpoint.clone();
         url.path_segments_mut()
-            .map_err(|()| HubError::Odd(format!("{} is no address", self.endpoint)))?
+            .map_err(|()| HubError::Odd(format!("invalid address {}", self.endpoint)))?
             .pop_if_empty()
             .extend(steps);
         Ok(url)
@@ -332,7 +332,7 @@ impl Hub {
                 let next = next
                     .and_then(|value| value.to_str().ok())
                     .and_then(|text| url.join(text).ok())
-                    .ok_or_else(|| HubError::Odd("a redirect leads nowhere".to_owned()))?;
+                    .ok_or_else(|| HubError::Odd("a redirect has no valid target".to_owned()))?;
                 if next.origin() != url.origin() && !away {
                     return Ok((url, answer));
                 }
@@ -350,7 +350,7 @@ impl Hub {
                     .map(str::to_owned),
             });
         }
-        Err(HubError::Odd("it redirects in a circle".to_owned()))
+        Err(HubError::Odd("redirect loop".to_owned()))
     }
 }
 

@@ -38,7 +38,7 @@ Variables:
   LLORCH_MODELS_DIR  the models folder
   LLORCH_POOL_URL    a pool manager elsewhere [default: the one of this home, if it runs]
   LLORCH_POOL_TOKEN  the pool's token
-  LLORCH_LOG         what to log, as `debug`
+  LLORCH_LOG         what to log, such as `debug`
   NO_COLOR           no colour
 
 First use:

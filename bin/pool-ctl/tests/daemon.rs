@@ -83,7 +83,7 @@ fn a_pool_that_is_refused_does_not_look_healthy() {
         let ran = host.run(args).exits(0);
         assert!(
             ran.err
-                .contains("warning: the pool is refused by http://blep:8080")
+                .contains("warning: the pool has been refused by http://blep:8080")
                 && ran.err.contains(refusal)
                 && ran.err.contains("hint: set LLORCH_POOL_ID"),
             "{args:?}: {}",
@@ -116,18 +116,20 @@ fn a_pool_that_is_refused_does_not_look_healthy() {
     let import = ["models", "import", given.to_str().unwrap()];
     let out = host.run(&import).exits(0).out;
     assert!(
-        out.contains("tasks can name it `own-model` once the pool is registered: it is refused by"),
+        out.contains(
+            "tasks can name it `own-model` once the pool is registered: it has been refused by"
+        ),
         "{out}"
     );
     stands(
         json!({"state": "registered", "orchestrator": "http://blep:8080", "since": "2026-01-01T00:00:00Z"}),
     );
     let out = host.run(&import).exits(0).out;
-    assert!(out.contains("tasks name it `own-model`"), "{out}");
+    assert!(out.contains("tasks can now name it `own-model`"), "{out}");
     let ran = host.run(&["daemon", "status"]).exits(0);
     assert!(
         ran.out
-            .contains("the pool is registered with http://blep:8080"),
+            .contains("the pool has been registered with http://blep:8080"),
         "{}",
         ran.out
     );

@@ -404,7 +404,7 @@ fn a_checkout_out_of_step_is_found() {
         "llorch-pool git submodules update",
     );
     host.settings("repo_path = \"/no/such/checkout\"\n");
-    host.finds("checkout", "warn", "is in no git checkout", "repo_path");
+    host.finds("checkout", "warn", "is not in a git checkout", "repo_path");
 }
 
 #[test] // [POOLCTL-032] [POOLCTL-034]

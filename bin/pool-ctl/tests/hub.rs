@@ -277,10 +277,10 @@ fn ctrl_c_keeps_what_came_and_the_next_run_goes_on() {
     let hf = stage.hf();
     running.signal(Signal::INT);
     let ran = running.ended().exits(130);
-    assert!(ran.err.contains("that came are kept"), "{}", ran.err);
+    assert!(ran.err.contains("already received are kept"), "{}", ran.err);
     assert!(
         ran.err
-            .contains("`llorch-pool models download m` goes on from there"),
+            .contains("`llorch-pool models download m` continues from there"),
         "{}",
         ran.err
     );
@@ -321,7 +321,7 @@ fn what_can_not_be_continued_is_begun_again_and_said() {
     let ran = stage.download().exits(0);
     assert!(
         ran.err
-            .contains("can't be continued (the hub sends files whole only): starting over"),
+            .contains("can't be continued (the hub only sends whole files): starting over"),
         "{}",
         ran.err
     );
@@ -349,7 +349,7 @@ fn what_can_not_be_continued_is_begun_again_and_said() {
     let ran = stage.download().exits(0);
     assert!(
         ran.err
-            .contains("what came together is wrong: its SHA-256 is"),
+            .contains("the assembled file is wrong: its SHA-256 is"),
         "{}",
         ran.err
     );
@@ -497,7 +497,9 @@ fn a_full_disk_is_named_with_its_numbers() {
     fs::write(&filler, vec![1; 60_000_000]).unwrap();
     let ran = stage.download().exits(4);
     assert!(
-        ran.err.contains("it needs 106 MiB, the disk of ") && ran.err.contains("62 MiB free"),
+        ran.err
+            .contains("the download needs 106 MiB, but the disk of ")
+            && ran.err.contains("62 MiB free"),
         "{}",
         ran.err
     );

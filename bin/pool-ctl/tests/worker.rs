@@ -90,7 +90,7 @@ fn workers_live_without_a_pool_manager() {
     assert!(!process.is_alive());
     assert_eq!(
         pool(&["worker", "stop", "--all"]).exits(0).out,
-        "no worker runs\n"
+        "no worker is running\n"
     );
     assert_eq!(
         pool(&["worker", "stop", id]).exits(0).out,
@@ -150,7 +150,7 @@ fn a_wait_shows_what_the_worker_takes_and_leaves_it_when_it_is_broken_off() {
         .exits(124);
     assert!(
         ran.err.contains("worker-cpu-1 was not ready within")
-            && ran.err.contains("goes on loading"),
+            && ran.err.contains("is still loading"),
         "{}",
         ran.err
     );
@@ -165,7 +165,7 @@ fn a_wait_shows_what_the_worker_takes_and_leaves_it_when_it_is_broken_off() {
     let ran = waiting.ended().exits(130);
     assert!(
         ran.err
-            .contains("interrupted: worker-cpu-2 goes on loading"),
+            .contains("interrupted: worker-cpu-2 is still loading"),
         "{}",
         ran.err
     );
@@ -230,7 +230,7 @@ fn cleanup_forgets_what_has_ended_and_says_so() {
     let ran = host.run(&["worker", "cleanup"]).exits(0);
     assert!(
         ran.out
-            .starts_with("forgot worker-cpu-0, whose process was gone\n")
+            .starts_with("removed the record of worker-cpu-0, whose process was gone\n")
             && ran.out.ends_with(" freed\n"),
         "{}",
         ran.out

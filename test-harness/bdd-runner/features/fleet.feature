@@ -22,7 +22,7 @@ Feature: The fleet
     And I run `llorch pool list`
     Then standard output contains "stopped"
     When I run `llorch-pool daemon start`
-    Then standard output contains "the pool is registered with http://"
+    Then standard output contains "the pool has been registered with http://"
     When I run `llorch pool list`
     Then standard output contains "online"
     When I run `llorch-pool daemon drain`
@@ -36,7 +36,7 @@ Feature: The fleet
   Scenario: Tasks can name what was just imported
     Given a copy of the default model at "HOME/own.gguf"
     When I run `llorch-pool models import HOME/own.gguf --as own`
-    Then standard output contains "tasks name it `own`"
+    Then standard output contains "tasks can now name it `own`"
     When an agent posts to "/v2/tasks":
       """
       {"model": "own", "prompt": "hi", "max_tokens": 1}

@@ -156,7 +156,7 @@ fn show(status: &Status) -> Result<(), CliError> {
         say("")?;
     }
     if status.models.is_empty() {
-        return say("no models; `llorch-pool models catalog` lists what can be had");
+        return say("no models; `llorch-pool models catalog` lists the available ones");
     }
     let rows = status.models.iter().map(|model| {
         vec![
@@ -190,7 +190,7 @@ fn gpu_cells(device: &DeviceInfo, gpu: &GpuInfo, now: Timestamp) -> Vec<Cell> {
         (GpuState::Ok, _) => Cell::new("ok", Style::Good),
         // The other figures are old, and their age shows how long the GPU has been silent.
         (state, Some(at)) => {
-            let text = format!("{}, figures {} old", state.as_str(), age(at, now));
+            let text = format!("{}, measured {} ago", state.as_str(), age(at, now));
             Cell::new(text, Style::Bad)
         }
         (state, None) => Cell::new(state.as_str(), Style::Bad),

@@ -210,7 +210,7 @@ impl Command {
                 ..
             } => {
                 if stop_all(&reach.pool(&context).await?, force).await? == 0 {
-                    say("no worker runs")?;
+                    say("no worker is running")?;
                 }
                 Ok(Exit::Done)
             }
@@ -265,14 +265,14 @@ async fn until_ready(
     let interrupt = Interrupt::catch()?;
     let started = Instant::now();
     let bar = progress::percent(format!(
-        "{} loads {} ({})",
+        "{} is loading {} ({})",
         worker.id, worker.model_ref, worker.memory
     ));
     while worker.status == WorkerStatus::Starting {
         bar.set_percent(worker.load_percent);
         if started.elapsed() >= limit {
             let message = format!(
-                "{} was not ready within {}, and goes on loading",
+                "{} was not ready within {} and is still loading",
                 worker.id,
                 human_duration(limit)
             );
@@ -282,7 +282,7 @@ async fn until_ready(
         tokio::select! {
             () = tokio::time::sleep(LOAD_POLL) => {}
             () = interrupt.wait() => {
-                return Err(interrupted(&format!("{} goes on loading", worker.id)).hint("llorch-pool worker list"));
+                return Err(interrupted(&format!("{} is still loading", worker.id)).hint("llorch-pool worker list"));
             }
         }
         worker = pool.get(&worker.id).await?;
@@ -319,7 +319,7 @@ fn stopped(worker: &WorkerInfo) -> Result<(), CliError> {
         Some(exit) if exit.reason == ExitReason::Stopped => say(format!("{} stopped", worker.id)),
         // The message quotes what the worker wrote.
         Some(exit) => say(sanitize::clean(&format!(
-            "{} had {} before ({}: {})",
+            "{} had already {} ({}: {})",
             worker.id, worker.status, exit.reason, exit.message
         ))),
         None => say(format!("{} is {}", worker.id, worker.status)),
@@ -369,7 +369,7 @@ fn cleaned(report: &CleanupReport, format: Format) -> Result<Exit, CliError> {
     for id in &report.forgotten {
         let gone = report.reaped.contains(id);
         say(format!(
-            "forgot {id}{}",
+            "removed the record of {id}{}",
             if gone { ", whose process was gone" } else { "" }
         ))?;
     }
@@ -446,7 +446,9 @@ fn trouble(worker: &WorkerInfo) -> String {
         (Some(exit), _) if worker.status == WorkerStatus::Failed => {
             format!("{}: {}", exit.reason, exit.message)
         }
-        (None, Some(ending)) => format!("{}: {}; it is being ended", ending.reason, ending.message),
+        (None, Some(ending)) => {
+            format!("{}: {}; it is being stopped", ending.reason, ending.message)
+        }
         _ => String::new(),
     }
 }
@@ -514,7 +516,7 @@ mod tests {
         });
         assert_eq!(
             trouble(&worker),
-            "stalled: no token for 31 s; it is being ended"
+            "stalled: no token for 31 s; it is being stopped"
         );
         worker.status = WorkerStatus::Failed;
         worker.exit = Some(WorkerExit {

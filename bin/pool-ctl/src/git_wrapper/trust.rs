@@ -69,7 +69,7 @@ pub fn transport_of(url: &str) -> Result<Transport, &'static str> {
             "http" => Transport::Http,
             "git" => Transport::Git,
             "file" => return Ok(Transport::File),
-            _ => return Err("has an address with a protocol that is not used here"),
+            _ => return Err("has an address with an unsupported protocol"),
         };
         return check_host(rest.split('/').next().unwrap_or_default()).map(|()| transport);
     }
@@ -138,7 +138,7 @@ pub fn check_branch(name: &str) -> Result<(), &'static str> {
         || name.ends_with('.')
         || name.split('/').any(odd)
     {
-        Err("is no name that a branch can have")
+        Err("is not a valid branch name")
     } else {
         Ok(())
     }

@@ -177,7 +177,7 @@ fn a_remote_that_is_away_or_dies_half_way_changes_nothing() {
     world
         .run(&["pull"])
         .exits(5)
-        .says(&["nobody is asked for a password"]);
+        .says(&["no password prompt is shown"]);
     asking.join().unwrap();
     assert_eq!(
         (world.head("host"), world.read("host/README")),
@@ -199,10 +199,11 @@ fn a_lock_of_another_git_is_named() {
     world.commit("author", "second");
     let before = world.head("host");
     world.write("host/.git/index.lock", "");
-    world
-        .run(&["pull"])
-        .exits(4)
-        .says(&["index.lock", "wait for the other git to end", ": rm /"]);
+    world.run(&["pull"]).exits(4).says(&[
+        "index.lock",
+        "wait for the other git to finish",
+        ": rm /",
+    ]);
     world.run(&["sync", "--yes"]).exits(4).says(&["index.lock"]);
     assert_eq!(world.head("host"), before);
     // A read-only command needs no lock.

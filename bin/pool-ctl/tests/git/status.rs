@@ -82,7 +82,7 @@ fn the_checkout_is_the_one_at_hand_the_configured_or_the_named_one() {
     fs::create_dir_all(world.path("home/config")).unwrap();
     let ran = elsewhere(&["status"])
         .exits(3)
-        .says(&["is in no git checkout", "repo_path"]);
+        .says(&["is not in a git checkout", "repo_path"]);
     assert_eq!(ran.out, "");
     let named = elsewhere(&["status", "--repo", world.path("host").to_str().unwrap()]).exits(0);
     assert!(named.out.contains(&root));

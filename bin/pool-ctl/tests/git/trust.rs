@@ -237,7 +237,7 @@ fn a_hostile_gitmodules_gets_nowhere() {
             "lib",
             "lib",
             |_| "ftp://example.com/x".into(),
-            "protocol that is not used",
+            "an unsupported protocol",
         ),
         (
             "lib",

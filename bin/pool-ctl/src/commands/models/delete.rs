@@ -52,7 +52,7 @@ impl Removal<'_> {
             format!("{} freed", human_bytes(self.freed_bytes))
         } else {
             let workers = self.in_use_by.join(", ");
-            format!("its bytes are free when {workers} ended")
+            format!("its space will be free once {workers} has ended")
         };
         format!("{} is deleted: {freed}", self.model_ref)
     }
@@ -87,7 +87,7 @@ pub fn run(
             format!("`{model}` is in use by {}", users.join(", ")),
         )
         .hint(format!(
-            "`llorch-pool worker stop {}` first, or delete it with `--force`",
+            "run `llorch-pool worker stop {}` first, or delete it with `--force`",
             users[0]
         )));
     }
@@ -95,9 +95,9 @@ pub fn run(
         let size = fs::metadata(&path).map_or(0, |metadata| metadata.len());
         let (shown, size) = (path.display(), human_bytes(size));
         let message = match Deleted::foreseen(&path).other_names {
-            0 => format!("this removes {shown} ({size}) for good"),
+            0 => format!("this permanently removes {shown} ({size})"),
             others => format!(
-                "this removes {shown} ({size}), and frees nothing: {}",
+                "this removes {shown} ({size}) but frees no space: {}",
                 still_called(others)
             ),
         };
@@ -116,7 +116,7 @@ pub fn run(
     let Some(deleted) = deleted else {
         return Err(
             CliError::new(Exit::Refused, format!("`{model}` is being downloaded"))
-                .hint("wait for the download, or end it first"),
+                .hint("wait for the download to finish, or stop it first"),
         );
     };
     if !deleted.was_there {

@@ -71,15 +71,15 @@ async fn place_for(catalog: &Catalog, store: &Store, model: &ModelRef) -> Result
     match (store.slot(model, catalog), model) {
         (Ok(slot), _) if slot.sources.is_empty() => Err(CliError::new(
             Exit::Usage,
-            format!("`{model}` was imported: there is nowhere to download it from"),
+            format!("`{model}` was imported and has no download source"),
         )
-        .hint("`llorch-pool models import PATH --as NAME` brings in another file")),
+        .hint("import another file with `llorch-pool models import PATH --as NAME`")),
         (Ok(slot), _) => Ok(slot),
         (_, ModelRef::File(_)) => Err(CliError::new(
             Exit::Usage,
-            "a `file:` is on this host already: there is nothing to download",
+            "a `file:` is already on this host: there is nothing to download",
         )
-        .hint("`llorch-pool models import PATH` brings it into the models folder")),
+        .hint("import it into the models folder with `llorch-pool models import PATH`")),
         (
             Err(ResolveError::NotCatalogued { .. }),
             ModelRef::Hub {
@@ -116,7 +116,7 @@ async fn only_gguf(
     let Some(hub) = Hub::from_env() else {
         return Err(whole(CliError::new(
             Exit::Unreachable,
-            "the hub may not be asked which files it has",
+            "the hub may not be asked for its files",
         )));
     };
     let files = hub.gguf_files(repo, revision).await.map_err(|error| {
@@ -131,7 +131,7 @@ async fn only_gguf(
                 with_causes(&error)
             ),
         )
-        .hint("is it spelt right? A model that needs a token opens with `HF_TOKEN`")
+        .hint("check the spelling; set `HF_TOKEN` for a model that requires a token")
     })?;
     // A part of a split model is not a model by itself.
     let (whole_files, parts): (Vec<_>, Vec<_>) = files.into_iter().partition(|file| {

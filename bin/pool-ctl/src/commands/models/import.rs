@@ -33,9 +33,9 @@ pub async fn run(
     {
         return Err(CliError::new(
             Exit::Usage,
-            format!("`{}` can't be a model's name", name.escape_debug()),
+            format!("invalid model name `{}`", name.escape_debug()),
         )
-        .hint("a name is [a-z0-9][a-z0-9._-]{0,63}"));
+        .hint("use a name that matches [a-z0-9][a-z0-9._-]{0,63}"));
     }
     let interrupt = Interrupt::catch()?;
     let label = format!("checking {}", path.display());
@@ -48,7 +48,7 @@ pub async fn run(
         let told = sanitize::clean(&told);
         if !force {
             return Err(CliError::new(Exit::Refused, told).hint(format!(
-                "give it a name of its own with `--as NAME`, or with `--force` the name `{}` all the same",
+                "give it another name with `--as NAME`, or use `--force` to keep the name `{}`",
                 unlike.id
             )));
         }
@@ -86,7 +86,7 @@ async fn availability(context: &Context, name: &ModelRef) -> String {
     let here = format!("`llorch-pool worker spawn cpu --model {name}`");
     match registration::report_change(context).await {
         Some(registered) if registered.state == RegistrationState::Registered => {
-            format!("tasks name it `{name}`, as in {here}")
+            format!("tasks can now name it `{name}`, and so can {here}")
         }
         Some(registration) => format!(
             "on this host {here} uses it; tasks can name it `{name}` once the pool is registered: it {}",
@@ -101,7 +101,7 @@ async fn availability(context: &Context, name: &ModelRef) -> String {
 fn sentence(store: &Store, imported: &Imported) -> String {
     let slot = &imported.slot;
     let how = match (imported.already_there, imported.copied) {
-        (true, _) => "was there already",
+        (true, _) => "already present",
         (false, true) => "a copy",
         (false, false) => "a hard link: both names are one file",
     };
@@ -130,7 +130,7 @@ fn refused(error: ImportError) -> CliError {
             return CliError::new(
                 Exit::Refused,
                 format!(
-                    "a copy needs {}, the disk of the models folder has {} free",
+                    "a copy needs {}, but the disk of the models folder has {} free",
                     human_bytes(short.needed_bytes),
                     human_bytes(short.free_bytes)
                 ),

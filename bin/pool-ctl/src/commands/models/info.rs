@@ -151,7 +151,7 @@ impl Info {
                 "KV cache",
                 self.kv_cache_bytes_per_token.map_or_else(
                     || "-".to_owned(),
-                    |bytes| format!("{} a token", human_bytes(bytes)),
+                    |bytes| format!("{} per token", human_bytes(bytes)),
                 ),
             ),
             (
@@ -179,7 +179,7 @@ impl Info {
             (
                 "chat template",
                 match &self.chat_template_problem {
-                    Some(problem) => format!("not usable, raw prompts only: {problem}"),
+                    Some(problem) => format!("unusable, raw prompts only: {problem}"),
                     None if self.chat_template => "yes".to_owned(),
                     None => "no, raw prompts only".to_owned(),
                 },

@@ -311,8 +311,8 @@ impl HashState {
     fn explained(self) -> &'static str {
         match self {
             Self::Catalogue => "as in the catalogue",
-            Self::Recorded => "recorded when it came; the catalogue has none",
-            Self::Unverified => "unverified: `llorch-pool models verify` compares",
+            Self::Recorded => "recorded on arrival; the catalogue has none",
+            Self::Unverified => "unverified: check it with `llorch-pool models verify`",
         }
     }
 
@@ -345,7 +345,7 @@ fn list(catalog: &Catalog, store: &Store, format: Format) -> Result<Exit, CliErr
         return Ok(Exit::Done);
     }
     if rows.is_empty() {
-        note("no models; `llorch-pool models catalog` lists what can be had");
+        note("no models; `llorch-pool models catalog` lists the available ones");
         return Ok(Exit::Done);
     }
     print_table(
@@ -374,7 +374,7 @@ fn list(catalog: &Catalog, store: &Store, format: Format) -> Result<Exit, CliErr
 fn reason_against(path: &Path) -> Option<String> {
     let refused = match GgufFile::open(path) {
         Ok(header) => support::check_file(path, &header).err()?.to_string(),
-        Err(error) => format!("it is not a usable GGUF file: {}", with_causes(&error)),
+        Err(error) => format!("not a usable GGUF file: {}", with_causes(&error)),
     };
     Some(refused)
 }

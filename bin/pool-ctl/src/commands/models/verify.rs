@@ -74,7 +74,7 @@ pub fn run(
             _ => format!("llorch-pool models download {} --force", first.model_ref),
         };
         let message = format!(
-            "{wrong} of {} model files are not what they should be",
+            "{wrong} of {} model files have the wrong contents",
             rows.len()
         );
         return Err(CliError::new(Exit::Failed, message).hint(hint));
@@ -85,7 +85,7 @@ pub fn run(
             rows.len()
         );
         return Err(CliError::new(Exit::Failed, message)
-            .hint("check the files' owner and mode, or run it as their owner"));
+            .hint("check the files' owner and mode, or run the command as their owner"));
     }
     Ok(Exit::Done)
 }
@@ -142,7 +142,7 @@ fn verify(
         Ok(Some((sha256, against, unrecorded))) => {
             if let Some(error) = unrecorded {
                 note(format!(
-                    "the result for {model} is not recorded: {}",
+                    "could not record the result for {model}: {}",
                     with_causes(&error)
                 ));
             }
@@ -158,7 +158,7 @@ fn verify(
                 id: model.to_string(),
             }));
         }
-        Err(CheckError::Stopped) => return Err(interrupted("not everything was checked")),
+        Err(CheckError::Stopped) => return Err(interrupted("not all files were checked")),
         Err(error @ CheckError::Io { .. }) => {
             row(Verdict::Unreadable, None, None, Some(with_causes(&error)))
         }
@@ -183,11 +183,11 @@ fn cells(row: &Row) -> Vec<Cell> {
         ),
         Verdict::Unchanged => (
             Cell::new("unchanged", Style::Good),
-            format!("SHA-256 {hash}, as recorded when it came; the catalogue has none"),
+            format!("SHA-256 {hash}, as recorded on arrival; the catalogue has none"),
         ),
         Verdict::Unverified => (
             Cell::new("unverified", Style::Warn),
-            format!("SHA-256 {hash}, seen for the first time: there is nothing to compare it with"),
+            format!("SHA-256 {hash}, first check: there is nothing to compare it with"),
         ),
     };
     vec![row.model_ref.to_string().into(), result, detail.into()]

@@ -242,7 +242,7 @@ impl Repo {
                     GitError::Elsewhere { root, .. } => {
                         format!("has its files in {}", root.display())
                     }
-                    GitError::NotACheckout { .. } => "is no git checkout".to_owned(),
+                    GitError::NotACheckout { .. } => "is not a git checkout".to_owned(),
                     _ => return Err(error),
                 };
                 return Ok(without(State::Refused, Some(problem)));
