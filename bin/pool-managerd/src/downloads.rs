@@ -97,13 +97,13 @@ pub enum DownloadRefused {
         reason: Box<Unsupported>,
     },
     /// Model without a download source, such as a file of this host.
-    #[error("there is nowhere to download `{model_ref}` from")]
+    #[error("no download source for `{model_ref}`")]
     NowhereFrom {
         /// Reference of the model, as catalogued if it is in the catalogue.
         model_ref: ModelRef,
     },
     /// Model outside the catalogue, on a host whose owner has not set `models.allow_hub`.
-    #[error("no entry of the catalogue covers `{model_ref}`, and this pool downloads no others")]
+    #[error("`{model_ref}` is not in the catalogue, and this pool downloads no other models")]
     HubNotAllowed {
         /// Requested reference.
         model_ref: ModelRef,
@@ -121,9 +121,11 @@ impl DownloadRefused {
             Self::Unsupported { reason, .. } => Some(reason.hint().to_owned()),
             Self::NowhereFrom { .. } => None,
             Self::HubNotAllowed { model_ref } => Some(format!(
-                "on the host, `llorch-pool models download {model_ref}`; or set `models.allow_hub = true` there"
+                "on the host, run `llorch-pool models download {model_ref}`, or set `models.allow_hub = true`"
             )),
-            Self::NoProgram => Some("install it beside `pool-managerd`, or on its PATH".to_owned()),
+            Self::NoProgram => {
+                Some("install it next to `pool-managerd`, or on its PATH".to_owned())
+            }
         }
     }
 }
@@ -179,10 +181,10 @@ struct UnderWay {
 impl Drop for UnderWay {
     fn drop(&mut self) {
         let last = self.last.take().unwrap_or_else(|| {
-            tracing::error!(model = %self.model, "the download was given up without a result");
+            tracing::error!(model = %self.model, "a download was abandoned without a result");
             failed(
                 DownloadErrorCode::DownloadFailed,
-                "the pool manager gave the download up by a fault of its own; its log has the details"
+                "the pool manager abandoned the download because of an internal error; see its log"
                     .to_owned(),
             )
         });
@@ -230,7 +232,7 @@ fn checked(pool: &Pool, model: &ModelRef) -> Result<ModelRef, DownloadRefused> {
 
 async fn run(mut download: UnderWay, program: PathBuf) {
     let (pool, model) = (Arc::clone(&download.pool), download.model.clone());
-    tracing::info!(%model, "download begins");
+    tracing::info!(%model, "download started");
     let last = match spawn(&pool, &model, &program) {
         Ok(child) => {
             follow(
@@ -248,7 +250,7 @@ async fn run(mut download: UnderWay, program: PathBuf) {
     };
     match &last {
         DownloadEvent::End(end) => {
-            tracing::info!(%model, path = %end.path.display(), "download is complete");
+            tracing::info!(%model, path = %end.path.display(), "download completed");
             pool.metrics.downloaded(if end.already_there {
                 "present"
             } else {
@@ -316,7 +318,7 @@ async fn follow(
         if *over.borrow() {
             return failed(
                 DownloadErrorCode::Interrupted,
-                "the pool manager ends; what came is kept".to_owned(),
+                "the pool manager is stopping; the bytes received are kept".to_owned(),
             );
         }
         let how = status.map_or_else(String::new, |status| format!(" ({status})"));
@@ -341,7 +343,7 @@ async fn listen(
             Ok(event) => {
                 tell.send_replace(Some(event));
             }
-            Err(error) => tracing::debug!(line, %error, "not an event"),
+            Err(error) => tracing::debug!(line, %error, "ignoring a line that is not an event"),
         }
     }
 }

@@ -25,7 +25,7 @@ pub async fn keep(pool: Arc<Pool>) {
             Ok(None) => None,
             Ok(Some(step)) => {
                 for id in step.stop {
-                    tracing::info!(worker = id, "the drain stops a worker");
+                    tracing::info!(worker = id, "stopping a worker for the drain");
                     if let Err(error) = worker_lifecycle::stop(&pool, id.clone(), false).await {
                         tracing::error!(worker = id, %error, "could not stop a worker for the drain");
                     }
@@ -33,7 +33,7 @@ pub async fn keep(pool: Arc<Pool>) {
                 Some(step.pause)
             }
             Err(error) => {
-                tracing::error!(%error, "could not look after the drain");
+                tracing::error!(%error, "could not update the drain");
                 Some(LOOK_AGAIN)
             }
         };

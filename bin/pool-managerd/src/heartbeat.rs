@@ -81,7 +81,7 @@ pub struct Heart {
 #[derive(Debug, thiserror::Error)]
 enum BeatError {
     /// No orchestrator to report to.
-    #[error("no orchestrator runs on this home")]
+    #[error("no orchestrator is running in this home")]
     Nobody,
     /// Failed call.
     #[error(transparent)]
@@ -126,11 +126,11 @@ impl BeatError {
         match self {
             _ if self.is_contested() => Some(
                 "two daemons use this pool id: on one of their hosts set `pool_id` in pool-managerd.toml, or \
-                 LLORCH_POOL_ID, and start its daemon again"
+                 LLORCH_POOL_ID, and restart its daemon"
                     .to_owned(),
             ),
             Self::Call(error) if error.status() == Some(401) => Some(
-                "give this pool and its orchestrator the same LLORCH_POOL_TOKEN, and start the daemon again".to_owned(),
+                "give this pool and its orchestrator the same LLORCH_POOL_TOKEN, and restart the daemon".to_owned(),
             ),
             Self::Call(error) => error.hint(),
             Self::Nobody | Self::Registry(_) => None,
@@ -193,7 +193,7 @@ impl Heart {
                         tracing::info!(
                             orchestrator = self.orchestrator(),
                             failures,
-                            "the orchestrator takes heartbeats"
+                            "the orchestrator accepts heartbeats"
                         );
                     }
                     failures = 0;
@@ -376,11 +376,11 @@ impl Heart {
             (_, Goal::Local { .. }) if !self.registered => {
                 tracing::info!(
                     orchestrator,
-                    "no orchestrator on this host; looking out for one"
+                    "no orchestrator on this host; waiting for one"
                 );
             }
             _ => {
-                tracing::warn!(orchestrator, %error, "the orchestrator is away; trying again");
+                tracing::warn!(orchestrator, %error, "the orchestrator is unreachable; trying again");
             }
         }
         self.trouble = Some(trouble);

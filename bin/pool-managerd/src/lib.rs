@@ -69,13 +69,13 @@ pub enum RunError {
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// Invalid `orchestrator_url`.
-    #[error("`orchestrator_url` can't be used")]
+    #[error("invalid `orchestrator_url`")]
     Orchestrator(#[source] pool_core::client::ClientError),
     /// Failed setup of connections to workers.
     #[error("could not set up connections to workers")]
     Client(#[source] pool_core::client::ClientError),
     /// Failed setup of logging.
-    #[error("LLORCH_LOG, or `log.filter`, can't be used")]
+    #[error("invalid log filter in LLORCH_LOG or `log.filter`")]
     Log(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// Log file that can't be opened.
     #[error("could not open the log {}", path.display())]
@@ -104,7 +104,7 @@ impl RunError {
             Self::Claim(error) => error.hint().map(str::to_owned),
             Self::Bind(error) => error.hint().map(str::to_owned),
             Self::Orchestrator(error) => error.hint(),
-            Self::Log(_) => Some("write it like `info,pool_managerd=debug`".to_owned()),
+            Self::Log(_) => Some("use a filter such as `info,pool_managerd=debug`".to_owned()),
             Self::Client(_)
             | Self::Registry(_)
             | Self::Address(_)
@@ -149,7 +149,7 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     ));
     if !config.bind.ip().is_loopback() && config.workers.bind.is_loopback() {
         tracing::warn!(
-            "workers listen on this host alone; for an orchestrator on another, set `workers.bind`"
+            "workers listen on this host only; set `workers.bind` for an orchestrator on another host"
         );
     }
     worker_lifecycle::adopt(&pool).await?;
@@ -174,7 +174,7 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
             .blocking(|pool| host_id(&pool.lifecycle.home().pool_state()))
             .await;
         let id = id.inspect_err(|error| {
-            tracing::warn!(%error, "this host has no identity: the orchestrator knows it by its address alone");
+            tracing::warn!(%error, "no host identity; the orchestrator will know this host only by its address");
         });
         let beats = Heart::new(Arc::clone(&pool), goal, token, id.ok());
         heart.spawn(beats.map_err(RunError::Orchestrator)?.beat());
@@ -207,6 +207,9 @@ pub async fn run(home: Home, config: PoolConfig, shutdown: Shutdown) -> Result<(
     pool.downloads.end();
     pool.downloads.ended().await;
     pool.stop_watching();
-    tracing::info!(cut_connections = stopped.cut, "stopped; workers stay");
+    tracing::info!(
+        cut_connections = stopped.cut,
+        "stopped; workers keep running"
+    );
     Ok(())
 }

@@ -75,10 +75,7 @@ async fn start(args: Args) -> Result<(), RunError> {
     let started = config.clone();
     let reload = move || match load() {
         Ok(read) => telemetry::take_settings(&started, &read, &read.log),
-        Err(error) => tracing::error!(
-            error = with_causes(&error),
-            "could not read the settings again"
-        ),
+        Err(error) => tracing::error!(error = with_causes(&error), "could not reload the settings"),
     };
     telemetry::on_hangup(reload).map_err(RunError::Signals)?;
     for variable in PoolConfig::unknown_variables(names_in_environment()) {

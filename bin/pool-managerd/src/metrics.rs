@@ -94,7 +94,7 @@ impl Metrics {
         };
         gauge(
             "pool_mgr_build_info",
-            "1, with the version of pool-managerd.",
+            "Always 1; the label has the version of pool-managerd.",
             "version",
         )
         .with_label_values(&[env!("CARGO_PKG_VERSION")])
@@ -106,7 +106,7 @@ impl Metrics {
         let single = |name: &str, help: &str| kept(&registry, IntGauge::new(name, help));
         let limit = single(
             "pool_mgr_connections_limit",
-            "Connections of clients that there is room for.",
+            "Limit of open connections of clients.",
         );
         limit.set(i64::try_from(load.places().connections).unwrap_or(i64::MAX));
         let metrics = Self {
@@ -118,7 +118,7 @@ impl Metrics {
                 &registry,
                 IntCounter::new(
                     "pool_mgr_overload_refusals_total",
-                    "Requests refused with 503 for want of a connection, a stream or memory.",
+                    "Requests refused with 503 for lack of a connection, a stream or memory.",
                 ),
             ),
             load,
@@ -130,37 +130,37 @@ impl Metrics {
             gpus,
             gpu_total: gauge(
                 "pool_mgr_gpu_vram_total_bytes",
-                "Memory of a GPU that workers may take.",
+                "Memory of a GPU available to workers, in bytes.",
                 "gpu",
             ),
             gpu_allocated: gauge(
                 "pool_mgr_gpu_vram_allocated_bytes",
-                "Memory of a GPU that is set aside for workers.",
+                "Memory of a GPU reserved for workers, in bytes.",
                 "gpu",
             ),
             gpu_utilization: gauge(
                 "pool_mgr_gpu_utilization_percent",
-                "Share of the last moments in which a GPU computed.",
+                "Recent utilization of a GPU, in percent.",
                 "gpu",
             ),
             gpu_temperature: gauge(
                 "pool_mgr_gpu_temperature_celsius",
-                "Temperature of a GPU.",
+                "Temperature of a GPU, in degrees Celsius.",
                 "gpu",
             ),
             starts: counter(
                 "pool_mgr_worker_starts_total",
-                "Starts of workers by outcome: ready, refused, or why it did not come up.",
+                "Starts of workers by outcome: ready, refused, or the reason of the failure.",
                 "outcome",
             ),
             ends: counter(
                 "pool_mgr_worker_ends_total",
-                "Workers that ended, crashed ones among them, by reason.",
+                "Workers that ended, including crashes, by reason.",
                 "reason",
             ),
             heartbeats: counter(
                 "pool_mgr_heartbeats_total",
-                "Heartbeats to the orchestrator, with the registration that one may need, by outcome.",
+                "Heartbeats to the orchestrator, including any registration they need, by outcome.",
                 "outcome",
             ),
             downloads: counter(

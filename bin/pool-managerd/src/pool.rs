@@ -189,7 +189,7 @@ impl Pool {
     /// Returns the models on disk with all their names. Reads folders, but no file contents.
     pub fn offer(&self) -> Offer {
         let offer = self.lifecycle.offer(OFFERED_FILES).unwrap_or_else(|error| {
-            tracing::warn!(%error, "could not look through the models folder");
+            tracing::warn!(%error, "could not scan the models folder");
             Offer {
                 models: Vec::new(),
                 truncated: false,
@@ -198,7 +198,7 @@ impl Pool {
         if offer.truncated && !self.truncated.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 limit = OFFERED_FILES,
-                "more model files than tasks may name are below `models.allow_paths`; the others are left out"
+                "more model files below `models.allow_paths` than tasks may name; ignoring the rest"
             );
         }
         offer

@@ -13,7 +13,8 @@ use utoipa::{Modify, OpenApi as _};
 #[openapi(
     info(
         title = "pool-managerd",
-        description = "The workers of one pool host. Every error has the same envelope; a pool with a token asks for it everywhere but on `/health` and `/metrics`.",
+        description = "The workers of one pool host. Every error has the same envelope; a pool \
+                       with a token requires it everywhere except on `/health` and `/metrics`.",
         contact(),
     ),
     paths(routes::version),
@@ -22,9 +23,9 @@ use utoipa::{Modify, OpenApi as _};
     security(("pool_token" = []), ()),
     tags(
         (name = "workers", description = "Start, watch and stop workers."),
-        (name = "relay", description = "A worker's own API, for callers that can't reach it."),
-        (name = "pool", description = "What the pool is, and whether it takes work."),
-        (name = "daemon", description = "What every daemon has."),
+        (name = "relay", description = "A worker's own API, for callers that can't reach the worker."),
+        (name = "pool", description = "Description of the pool, and whether it accepts work."),
+        (name = "daemon", description = "Endpoints common to all daemons."),
     )
 )]
 struct Frame;
@@ -52,7 +53,7 @@ pub fn frame() -> OpenApi {
 /// Completes the document of the routes and passes it to the handler of `/openapi.json`.
 pub fn layer(mut description: OpenApi) -> Extension<Document> {
     let envelope = ResponseBuilder::new()
-        .description("Anything else: refused, with the reason.")
+        .description("Any other error, with the reason.")
         .content(
             "application/json",
             Content::new(Some(Ref::from_schema_name("ErrorEnvelope"))),

@@ -76,7 +76,7 @@ impl ApiError {
                 PoolErrorCode::WorkerEnded,
                 format!("{} has ended", worker.id),
             )
-            .hint("`GET /workers` lists those that run"),
+            .hint("list the running workers with `GET /workers`"),
         )
     }
 
@@ -86,23 +86,23 @@ impl ApiError {
             ServiceError::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 WorkerErrorCode::Loading.as_str(),
-                format!("{} still loads its model", worker.id),
+                format!("{} is still loading its model", worker.id),
             )
-            .hint("`GET /workers` tells how far it is")
+            .hint("check its progress with `GET /workers`")
             .retry_after(Duration::from_secs(1)),
         )
     }
 
     /// Returns the error for a worker that a request can't be relayed to. Logs the cause.
     pub fn worker_unreachable(id: &str, cause: &ClientError) -> Self {
-        tracing::warn!(worker = id, error = %cause, "could not pass a request on");
+        tracing::warn!(worker = id, error = %cause, "could not relay a request");
         Self(
             error(
                 PoolErrorCode::WorkerUnreachable,
                 format!("{id} does not answer"),
             )
             .retriable(true)
-            .hint("`GET /workers` tells how it is"),
+            .hint("check its status with `GET /workers`"),
         )
     }
 
@@ -112,7 +112,9 @@ impl ApiError {
         let message = format!("the model `{model}` is being downloaded");
         Self(
             ServiceError::new(StatusCode::SERVICE_UNAVAILABLE, code, message)
-                .hint("`POST /models/download` follows the download; try again when it has ended")
+                .hint(
+                    "follow the download with `POST /models/download`, and retry when it has ended",
+                )
                 .retry_after(DOWNLOAD_RETRY),
         )
     }
@@ -123,9 +125,9 @@ impl ApiError {
             ServiceError::new(
                 StatusCode::SERVICE_UNAVAILABLE,
                 codes::STOPPING,
-                "the pool manager stops; the worker goes on",
+                "the pool manager is stopping; the worker continues",
             )
-            .hint("ask again when the pool manager is back: what has begun is attached to")
+            .hint("retry when the pool manager is back: the request attaches to an execution that has begun")
             .retry_after(Duration::from_secs(1)),
         )
     }
@@ -138,7 +140,7 @@ impl ApiError {
                 codes::UNAUTHORIZED,
                 "only a worker of this pool may report itself",
             )
-            .hint("a worker sends the secret of its environment as bearer token"),
+            .hint("send the secret from the worker's environment as the bearer token"),
         )
     }
 

@@ -29,7 +29,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
     responses(
         (status = 200, description = "The events `progress`, `waiting`, `end` or `error`.", body = DownloadEvent, content_type = "text/event-stream"),
         (status = 400, description = "`MODEL_NOT_ALLOWED` for an `hf:` reference without `models.allow_hub`, or a `file:`.", body = ErrorEnvelope),
-        (status = 404, description = "Nobody knows the model.", body = ErrorEnvelope),
+        (status = 404, description = "Unknown model.", body = ErrorEnvelope),
         (status = 422, description = "`MODEL_UNSUPPORTED`: no worker could run it.", body = ErrorEnvelope),
         (status = 503, description = "`NO_DOWNLOADER`: `llorch-pool` is not installed.", body = ErrorEnvelope),
     )

@@ -53,7 +53,8 @@ const ANSWERED: [HeaderName; 4] = [
         (status = 409, description = "`STALE_FENCE` from the worker, or `WORKER_ENDED`.", body = ErrorEnvelope),
         (status = 429, description = "`BUSY`: no free slot.", body = ErrorEnvelope),
         (status = 502, description = "The worker does not answer.", body = ErrorEnvelope),
-        (status = 503, description = "`LOADING`: it is not ready yet. `STOPPING`: the pool manager stops before the worker has answered; the execution goes on if it has begun.", body = ErrorEnvelope),
+        (status = 503, description = "`LOADING`: the worker is not ready yet. `STOPPING`: the pool \
+         manager stops before the worker has answered; an execution that has begun continues.", body = ErrorEnvelope),
     )
 )]
 pub async fn execute(
@@ -71,10 +72,11 @@ pub async fn execute(
     params(
         ("id" = String, Path, description = "The worker."),
         ("job_id" = String, Path, description = "The job."),
-        ("Last-Event-ID" = Option<u64>, Header, description = "The last event that was seen."),
+        ("Last-Event-ID" = Option<u64>, Header, description = "Id of the last event received."),
     ),
     responses(
-        (status = 200, description = "The events, as of `POST /workers/{id}/execute`.", body = String, content_type = "text/event-stream"),
+        (status = 200, description = "The same events as `POST /workers/{id}/execute`.", body = String,
+         content_type = "text/event-stream"),
         (status = 404, description = "There is no such worker or execution.", body = ErrorEnvelope),
     )
 )]
@@ -95,9 +97,9 @@ pub async fn events(
         ("job_id" = String, Path, description = "The job."),
     ),
     responses(
-        (status = 204, description = "It is gone."),
+        (status = 204, description = "The execution was removed."),
         (status = 404, description = "There is no such worker or execution.", body = ErrorEnvelope),
-        (status = 409, description = "It still runs.", body = ErrorEnvelope),
+        (status = 409, description = "The execution is still running.", body = ErrorEnvelope),
     )
 )]
 pub async fn delete(
@@ -115,9 +117,9 @@ pub async fn delete(
     params(("id" = String, Path, description = "The worker.")),
     request_body = CancelRequest,
     responses(
-        (status = 200, description = "Whether something was ended.", body = CancelResponse),
+        (status = 200, description = "Whether an execution was cancelled.", body = CancelResponse),
         (status = 404, description = "There is no such worker.", body = ErrorEnvelope),
-        (status = 409, description = "`STALE_FENCE`: a later attempt runs.", body = ErrorEnvelope),
+        (status = 409, description = "`STALE_FENCE`: a later attempt is running.", body = ErrorEnvelope),
     )
 )]
 pub async fn cancel(
@@ -278,7 +280,9 @@ fn end_of_events(bytes: &[u8]) -> Option<usize> {
 }
 
 fn shutdown_notice() -> Bytes {
-    let data = json!({"message": "pool-managerd stops; the execution goes on, and its events follow when it is back"});
+    let data = json!({
+        "message": "pool-managerd is stopping; the execution continues, and its events follow when pool-managerd is back"
+    });
     Bytes::from(format!("event: shutdown\nretry: 1000\ndata: {data}\n\n"))
 }
 

@@ -98,7 +98,7 @@ async fn tell(pool: &Pool) {
 #[utoipa::path(post, path = "/resume", tag = "pool", responses((status = 200, body = PoolStatus)))]
 pub async fn resume(State(pool): App) -> ApiResult<Json<PoolStatus>> {
     if pool.blocking(|pool| pool.lifecycle.end_drain()).await? {
-        tracing::info!("takes new workers again");
+        tracing::info!("accepting new workers again");
         tell(&pool).await;
     }
     status(State(pool)).await
@@ -109,7 +109,7 @@ pub async fn resume(State(pool): App) -> ApiResult<Json<PoolStatus>> {
     get, path = "/ready", tag = "daemon",
     responses(
         (status = 200, body = Health),
-        (status = 503, description = "It is being drained.", body = ErrorEnvelope),
+        (status = 503, description = "The pool is draining.", body = ErrorEnvelope),
     )
 )]
 pub async fn ready(State(pool): App) -> ApiResult<Json<Health>> {

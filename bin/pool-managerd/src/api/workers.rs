@@ -26,12 +26,13 @@ const MAX_LOG_LINES: usize = 10_000;
     post, path = "/workers/spawn", tag = "workers",
     request_body = WorkerSpawnRequest,
     responses(
-        (status = 202, description = "It is being started.", body = WorkerInfo),
-        (status = 400, description = "What can't be asked for, or a model that may not be used.", body = ErrorEnvelope),
-        (status = 404, description = "A model that nobody knows, or that is not here.", body = ErrorEnvelope),
+        (status = 202, description = "The worker is being started.", body = WorkerInfo),
+        (status = 400, description = "Invalid request, or a model that may not be used.", body = ErrorEnvelope),
+        (status = 404, description = "Unknown model, or a model that is not on this host.", body = ErrorEnvelope),
         (status = 422, description = "`MODEL_UNSUPPORTED`: no worker can run it.", body = ErrorEnvelope),
-        (status = 409, description = "No such device or worker program, or the port is somebody's.", body = ErrorEnvelope),
-        (status = 503, description = "No memory or no port is left, the pool is being drained, or the model is being downloaded.", body = ErrorEnvelope),
+        (status = 409, description = "No such device or worker program, or the port is taken.", body = ErrorEnvelope),
+        (status = 503, description = "No memory or no port is left, the pool is draining, or the model is being \
+         downloaded.", body = ErrorEnvelope),
     )
 )]
 pub async fn spawn(
@@ -145,7 +146,7 @@ pub async fn logs(
 ) -> ApiResult<impl IntoResponse> {
     if !(1..=MAX_LOG_LINES).contains(&query.lines) {
         return Err(ApiError::out_of_range(format!(
-            "`lines` is {}, it must be 1 to {MAX_LOG_LINES}",
+            "`lines` is {}, but must be 1 to {MAX_LOG_LINES}",
             query.lines
         )));
     }
@@ -183,7 +184,7 @@ pub async fn logs(
     responses(
         (status = 200, body = WorkerInfo),
         (status = 401, description = "Not this worker's secret.", body = ErrorEnvelope),
-        (status = 409, description = "An earlier start of the worker, or one that is over.", body = ErrorEnvelope),
+        (status = 409, description = "An earlier start of the worker, or one that has ended.", body = ErrorEnvelope),
     )
 )]
 pub async fn ready(

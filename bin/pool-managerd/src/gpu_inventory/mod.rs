@@ -18,7 +18,7 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 /// can't be read.
 pub fn devices(lifecycle: &Lifecycle, records: &[WorkerRecord]) -> Vec<DeviceInfo> {
     lifecycle.devices(records).unwrap_or_else(|error| {
-        tracing::error!(%error, "could not find out how much memory the host has");
+        tracing::error!(%error, "could not read the memory size of the host");
         Vec::new()
     })
 }
@@ -38,8 +38,8 @@ pub async fn watch(pool: Arc<Pool>) {
             .collect();
         for (device, state) in now.iter().filter(|found| !known.contains(found)) {
             match state {
-                GpuState::Ok => tracing::info!(%device, "a GPU can be used"),
-                state => tracing::warn!(%device, state = state.as_str(), "a GPU can't be used"),
+                GpuState::Ok => tracing::info!(%device, "a GPU is usable"),
+                state => tracing::warn!(%device, state = state.as_str(), "a GPU is unusable"),
             }
         }
         if now != known {

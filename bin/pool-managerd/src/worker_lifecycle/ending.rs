@@ -62,7 +62,7 @@ async fn of_in(mut process: Process, mut start: impl FnMut(Wait) -> io::Result<(
             Err(error) if !warned => {
                 warned = true;
                 let pid = process.identity.as_ref().map(|identity| identity.pid);
-                tracing::warn!(pid, %error, "no thread can be started to wait for a worker's end; looking now and then");
+                tracing::warn!(pid, %error, "could not start a thread to wait for a worker's end; polling instead");
             }
             Err(_) => {}
         }
@@ -120,7 +120,7 @@ fn until_gone(
             Ok(true) => return,
             Ok(false) => {}
             Err(error) => {
-                tracing::warn!(pid = identity.pid, %error, "could not wait for a process; looking again");
+                tracing::warn!(pid = identity.pid, %error, "could not wait for a process; trying again");
                 std::thread::sleep(LOOK_AGAIN);
                 if matches!(runs(), Ok(false)) {
                     return;

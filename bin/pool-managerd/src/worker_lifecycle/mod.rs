@@ -53,7 +53,7 @@ pub async fn stop(pool: &Arc<Pool>, id: String, force: bool) -> Result<WorkerInf
     pool.blocking(move |pool| {
         let record = pool.lifecycle.request_stop(&id, force)?;
         if record.info.status.is_live() {
-            tracing::info!(worker = id, force, "told a worker to stop");
+            tracing::info!(worker = id, force, "asked a worker to stop");
             pool.nudge(&id);
             pool.changed();
         }
@@ -69,14 +69,14 @@ pub async fn adopt(pool: &Arc<Pool>) -> Result<(), RegistryError> {
         let _none_starting = pool.starting.write().unwrap_or_else(PoisonError::into_inner);
         let found = pool.lifecycle.reconcile(&|id| pool.watched().contains_key(id))?;
         for damaged in found.damaged {
-            tracing::error!(path = %damaged.path.display(), reason = damaged.reason, "set aside a worker's record that can't be read");
+            tracing::error!(path = %damaged.path.display(), reason = damaged.reason, "set aside an unreadable worker record");
         }
         for info in found.ended {
             report_end(pool, &info);
         }
         for record in found.live {
             if !pool.watched().contains_key(&record.info.id) && !record.is_with_its_starter() {
-                tracing::info!(worker = record.info.id, status = %record.info.status, pid = record.info.pid, "took over a worker");
+                tracing::info!(worker = record.info.id, status = %record.info.status, pid = record.info.pid, "adopted a worker");
                 let _runtime = runtime.enter();
                 watch(pool, record, None);
                 pool.changed();

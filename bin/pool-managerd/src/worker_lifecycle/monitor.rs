@@ -163,7 +163,7 @@ impl Watched {
             worker = self.record.info.id,
             named = self.record.identity.as_ref().map(|named| named.pid),
             pid = process.pid,
-            "the record of a worker names another process, and is put right"
+            "the record of a worker names another process; restoring it"
         );
         self.record.info.pid = Some(process.pid);
         self.record.identity = Some(process.clone());
@@ -174,7 +174,7 @@ impl Watched {
         match restored {
             Ok(_) => pool.changed(),
             Err(error) => {
-                tracing::error!(worker = self.record.info.id, %error, "could not put a worker's record right; trying again");
+                tracing::error!(worker = self.record.info.id, %error, "could not restore a worker's record; trying again");
             }
         }
     }
@@ -204,7 +204,7 @@ impl Watched {
     /// Records the verdict and begins to carry it out.
     async fn condemn(&mut self, pool: &Arc<Pool>, verdict: Verdict) {
         let id = self.record.info.id.clone();
-        tracing::warn!(worker = id, ?verdict, "a worker has to end");
+        tracing::warn!(worker = id, ?verdict, "a worker must end");
         let condemned = pool
             .blocking(move |pool| pool.lifecycle.condemn(&id, &verdict))
             .await;
@@ -217,7 +217,7 @@ impl Watched {
             }
             Ok(None) => {}
             Err(error) => {
-                tracing::error!(worker = self.record.info.id, %error, "could not record why a worker has to end; trying again");
+                tracing::error!(worker = self.record.info.id, %error, "could not record why a worker must end; trying again");
             }
         }
     }
@@ -242,13 +242,13 @@ impl Watched {
                 let worker = &self.record.info.id;
                 match self.signal(pool, Signal::KILL).await {
                     Some(SignalOutcome::Sent) => {
-                        tracing::warn!(worker, "a worker did not end in time and is killed");
+                        tracing::warn!(worker, "killed a worker that did not end in time");
                     }
                     Some(SignalOutcome::Gone) => {
                         tracing::warn!(
                             worker,
                             pid = self.record.info.pid,
-                            "a worker did not end in time, and its process can't be told from another's, or has just ended: nothing was killed"
+                            "a worker did not end in time, but nothing was killed: its process has just ended or can't be identified"
                         );
                     }
                     None => {}
@@ -272,7 +272,7 @@ impl Watched {
             Ok(Some(info)) => self.record.info = info,
             Ok(None) => {}
             Err(error) => {
-                tracing::debug!(worker = self.record.info.id, %error, "an account was not taken over");
+                tracing::debug!(worker = self.record.info.id, %error, "could not apply a health report");
                 // An answer refused as a stranger's is no sign of life.
                 return matches!(error, ObserveError::Registry(_)).then_some(health);
             }
@@ -349,7 +349,7 @@ impl Watched {
                     worker = id,
                     port = started.info.port,
                     pid = started.info.pid,
-                    "its port was taken; trying the next"
+                    "the port of a worker was taken; trying the next one"
                 );
                 pool.metrics.started("port_taken");
                 pool.changed();
