@@ -305,6 +305,6 @@ mod tests {
             Some(process) => process.wait_gone(Duration::from_secs(5)).unwrap(),
             None => true,
         };
-        assert!(gone, "the child {pid} still runs");
+        assert!(gone, "child {pid} is still running");
     }
 }

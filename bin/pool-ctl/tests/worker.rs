@@ -190,7 +190,7 @@ fn a_wait_shows_what_the_worker_takes_and_leaves_it_when_it_is_broken_off() {
     waiting
         .ended()
         .exits(1)
-        .says(&["worker-cpu-3 was told to stop before it was ready"]);
+        .says(&["worker-cpu-3 was asked to stop before it was ready"]);
 }
 
 #[test] // [POOLCTL-025]

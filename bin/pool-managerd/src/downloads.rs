@@ -423,7 +423,7 @@ mod tests {
         let model: ModelRef = "smollm2-135m".parse().unwrap();
         let (_, begun) = follow_or_begin(&pool, &model);
         let (mut follower, second) = follow_or_begin(&pool, &model);
-        assert!(second.is_none(), "two at once");
+        assert!(second.is_none(), "a second download started");
         let begun = begun.unwrap();
         let panicked = tokio::spawn(async move {
             begun.tell.send_replace(None);
@@ -433,12 +433,15 @@ mod tests {
 
         let last = |event: &Latest| event.as_ref().is_some_and(DownloadEvent::is_last);
         let heard = timeout(Duration::from_secs(30), follower.wait_for(last)).await;
-        let heard = heard.expect("it says something").expect("it says why");
+        let heard = heard.expect("an event in time").expect("the final event");
         let Some(DownloadEvent::Error(failure)) = heard.clone() else {
             panic!("{heard:?}")
         };
         assert_eq!(failure.code, DownloadErrorCode::DownloadFailed);
         let (_, next) = follow_or_begin(&pool, &model);
-        assert!(next.is_some(), "the next waits for one that is over");
+        assert!(
+            next.is_some(),
+            "the next request follows a download that has ended"
+        );
     }
 }

@@ -291,7 +291,7 @@ async fn until_ready(
         worker.status,
         WorkerStatus::Draining | WorkerStatus::Stopped
     ) {
-        let message = format!("{} was told to stop before it was ready", worker.id);
+        let message = format!("{} was asked to stop before it was ready", worker.id);
         return Err(CliError::new(Exit::Failed, message).hint("llorch-pool worker list"));
     }
     Ok(worker)
@@ -509,7 +509,7 @@ mod tests {
             "created_at": "2026-01-01T00:00:00Z", "ready_at": null, "exit": null,
         }))
         .expect("a record of a pool that is older than `ending` reads");
-        assert_eq!(trouble(&worker), "", "stop requested");
+        assert_eq!(trouble(&worker), "", "the worker was asked to stop");
         worker.ending = Some(WorkerEnding {
             reason: ExitReason::Stalled,
             message: "no token for 31 s".into(),

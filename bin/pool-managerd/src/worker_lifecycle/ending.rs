@@ -141,7 +141,11 @@ mod tests {
         let failed = || Err(io::Error::other("too many open files"));
         let mut looks = vec![failed(), Ok(true), failed(), Ok(false)].into_iter();
         until_gone(&identity, failed, || looks.next().unwrap());
-        assert_eq!(looks.len(), 0, "it was given up before it had ended");
+        assert_eq!(
+            looks.len(),
+            0,
+            "the wait was abandoned before the process had ended"
+        );
     }
 
     /// Starts a child that exits with 3 when its standard input is closed.
@@ -193,11 +197,11 @@ mod tests {
                     drop(told_to_end.take());
                     std::thread::spawn(wait);
                 }
-                _ => unreachable!("the second one waits to the end"),
+                _ => unreachable!("the second attempt waits until the end"),
             }
             Ok(())
         });
         assert_eq!(facts.await, ExitFacts::Unknown);
-        assert_eq!(attempts, 2, "it was taken for ended before it had");
+        assert_eq!(attempts, 2, "the process was reported as ended too early");
     }
 }

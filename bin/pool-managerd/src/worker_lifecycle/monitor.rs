@@ -248,7 +248,7 @@ impl Watched {
                         tracing::warn!(
                             worker,
                             pid = self.record.info.pid,
-                            "a worker did not end in time, but nothing was killed: its process has just ended or can't be identified"
+                            "a worker did not end in time, but nothing was killed: its process has just ended or is unknown"
                         );
                     }
                     None => {}

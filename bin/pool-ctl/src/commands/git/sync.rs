@@ -92,7 +92,7 @@ impl Args {
         let submodules = set_all(repo, self.clean, mover).await.map_err(|error| {
             half_done(
                 error,
-                &format!("{} is at {} now", shown(&branch), short(&to)),
+                &format!("{} is now at {}", shown(&branch), short(&to)),
             )
             .hint("llorch-pool git sync --yes")
         })?;
@@ -132,7 +132,7 @@ impl Args {
 }
 
 const UNFINISHED: &str =
-    "some files may be old and some new; `llorch-pool git sync --yes` goes on from there";
+    "some files may be old and some new; `llorch-pool git sync --yes` continues from there";
 
 fn line(forward: &Forward) -> String {
     let from = forward.from.as_deref().map_or("nothing", short);
