@@ -203,7 +203,7 @@ fn ctrl_c_ends_the_download_with_its_program() {
     let ran = running.ended().exits(130);
     assert!(
         ran.err
-            .contains("hint: `llorch-pool models download m` begins again"),
+            .contains("hint: `llorch-pool models download m` starts over"),
         "{}",
         ran.err
     );

@@ -227,7 +227,7 @@ fn an_interruption_ends_git_and_says_what_is_left() {
         pool.signal(signal);
         pool.ended()
             .exits(130)
-            .says(&["interrupted: nothing was changed, main is still at"]);
+            .says(&["interrupted: nothing was changed; main is still at"]);
         // git was ended as well: its end of the connection is closed.
         let (mut stream, _) = held;
         stream

@@ -128,7 +128,7 @@ fn a_new_submodule_comes_with_the_pull_and_one_left_out_stays_out() {
     let ran = world
         .run(&["submodules", "update", "lob"])
         .exits(3)
-        .says(&["no submodule lob", "there are: lib, tools/tool"]);
+        .says(&["no submodule lob", "name one of: lib, tools/tool"]);
     assert_eq!(ran.out, "");
 }
 
