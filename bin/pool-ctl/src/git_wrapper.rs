@@ -120,7 +120,10 @@ pub enum GitError {
         action: String,
     },
     /// Remote that stopped sending.
-    #[error("git {action}: the remote sent nothing for {}", pool_core::units::human_seconds(i64::try_from(*seconds).unwrap_or(i64::MAX)))]
+    #[error(
+        "git {action}: the remote sent nothing for {}",
+        pool_core::units::human_seconds(i64::try_from(*seconds).unwrap_or(i64::MAX))
+    )]
     Silent {
         /// Name of the git command.
         action: String,
