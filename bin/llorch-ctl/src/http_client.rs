@@ -89,7 +89,7 @@ impl ConnectArgs {
                 &error,
             );
             shown.hint(
-                hint.unwrap_or_else(|| "`llorch orchestrator config check` checks them".into()),
+                hint.unwrap_or_else(|| "check them with `llorch orchestrator config check`".into()),
             )
         })?;
         Ok(Secret::load(None, config.token_file.as_deref())?)
@@ -253,8 +253,8 @@ impl Orchestrator {
         let found = self.page(&query).await.map_err(shown)?.jobs;
         match found.as_slice() {
             [] => Err(
-                CliError::new(Exit::NotFound, format!("no job's id begins with {prefix}"))
-                    .hint("`llorch jobs list` shows the jobs"),
+                CliError::new(Exit::NotFound, format!("no job id begins with {prefix}"))
+                    .hint("list the jobs with `llorch jobs list`"),
             ),
             [job] => Ok(job.id),
             jobs => Err(ambiguous(prefix, jobs)),
@@ -353,10 +353,10 @@ fn ambiguous(prefix: &JobIdPrefix, jobs: &[TaskSummary]) -> CliError {
         .collect();
     CliError::new(
         Exit::Usage,
-        format!("more than one job's id begins with {prefix}"),
+        format!("more than one job id begins with {prefix}"),
     )
     .hint(format!(
-        "write more of the id: {}{more}",
+        "give more of the id: {}{more}",
         candidates.join(", ")
     ))
 }
@@ -390,7 +390,7 @@ pub fn shown(error: ClientError) -> CliError {
         ClientError::Api { status: 401, .. } => CliError::from(error)
             .hint("put the API token into LLORCH_API_TOKEN, or name its file with --token-file"),
         ClientError::Api { error: body, .. } if body.code == "JOB_NOT_FOUND" => {
-            CliError::from(error).hint("`llorch jobs list` shows the jobs")
+            CliError::from(error).hint("list the jobs with `llorch jobs list`")
         }
         _ => error.into(),
     }

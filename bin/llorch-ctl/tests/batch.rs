@@ -291,7 +291,7 @@ async fn what_was_interrupted_goes_on_and_nothing_is_done_twice() {
     let run = queue.run(&args).await;
     assert_eq!(run.code, 0, "{}", run.err);
     assert!(
-        run.err.contains("2 of 6 tasks have results already"),
+        run.err.contains("2 of 6 tasks already have results"),
         "{}",
         run.err
     );

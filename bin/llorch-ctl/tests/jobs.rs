@@ -269,7 +269,7 @@ async fn ctrl_c_ends_the_command_and_says_how_to_come_back() {
     let run = finish(child).await;
     assert_eq!(run.code, 130);
     let told = format!(
-        "job {JOB} goes on; follow it with: llorch jobs events {JOB}, or end it with: llorch jobs cancel {JOB}"
+        "job {JOB} continues; follow it with: llorch jobs events {JOB}, or cancel it with: llorch jobs cancel {JOB}"
     );
     assert!(run.err.contains(&told), "{}", run.err);
 }
@@ -299,7 +299,7 @@ async fn a_job_that_waits_says_why_on_standard_error() {
         interrupt(&child);
         let run = finish(child).await;
         assert_eq!((run.code, run.out.as_str()), (130, ""), "{command:?}");
-        assert!(run.err.contains("goes on; follow it with"), "{}", run.err);
+        assert!(run.err.contains("continues; follow it with"), "{}", run.err);
     }
 }
 
@@ -356,7 +356,7 @@ async fn a_broken_stream_is_told_in_plain_words_on_a_line_of_its_own() {
     let rest = vec![Step::Send("1.3", token(1, "rd")), Step::Send("1.4", end())];
     let expected = "one wo\n\
         the connection to the orchestrator broke; waiting for the orchestrator\n\
-        the orchestrator is back; the text goes on\n\
+        the orchestrator is back; the text continues\n\
         rd\n";
     let folder = tempfile::tempdir().unwrap();
     let listens = fake(vec![first.clone(), rest.clone()]).start().await;
@@ -643,8 +643,8 @@ async fn the_beginning_of_an_id_names_its_job() {
         let run = listens.run(&["jobs", command, "01900000"]).await;
         assert_eq!(run.code, 2, "{command}");
         for part in [
-            "more than one job's id begins with job-01900000",
-            "write more of the id: 01900000-0000 (running), ",
+            "more than one job id begins with job-01900000",
+            "give more of the id: 01900000-0000 (running), ",
         ] {
             assert!(run.err.contains(part), "{part}: {}", run.err);
         }

@@ -277,7 +277,7 @@ async fn what_cannot_be_replayed_is_refused_with_the_reason() {
             of(&running, Vec::new()),
             plain,
             4,
-            "is running: only a job that is over",
+            "is running: only a finished job",
         ),
         (
             of(&dropped, Vec::new()),
@@ -289,7 +289,7 @@ async fn what_cannot_be_replayed_is_refused_with_the_reason() {
             of(&cancelled, Vec::new()),
             verify,
             4,
-            "is cancelled: it has no whole text",
+            "is cancelled: it has no complete text",
         ),
         (
             Fake {
@@ -298,7 +298,7 @@ async fn what_cannot_be_replayed_is_refused_with_the_reason() {
             },
             verify,
             3,
-            "can't be used any more: it is not there",
+            "can no longer be used: it is not there",
         ),
         (
             Fake {

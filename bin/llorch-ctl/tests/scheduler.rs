@@ -211,8 +211,7 @@ async fn simulate_compares_policies_side_by_side() {
         "{run:?}"
     );
     assert!(
-        run.err
-            .contains("1 of 1 recorded decisions come out the same"),
+        run.err.contains("1 of 1 recorded decisions are the same"),
         "{run:?}"
     );
     let other = file(dir.path(), "other.rhai", b"fn schedule(ctx) { [] }");

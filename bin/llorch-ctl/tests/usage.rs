@@ -374,7 +374,7 @@ async fn an_orchestrator_that_does_not_say_what_it_does_is_shown_with_the_cause(
     assert_eq!(run.code, 2, "{}", run.err);
     assert!(run.out.contains(&fake.url), "{}", run.out);
     for part in [
-        "orchestratord does not say what it does",
+        "orchestratord did not report its status",
         "`queue.capcity`",
         "hint: did you mean `queue.capacity`?",
     ] {

@@ -249,7 +249,7 @@ async fn status(home: &Home, format: Format) -> Result<Exit, CliError> {
     }
     match problem {
         Some(mut error) => {
-            error.message = format!("{NAME} does not say what it does: {}", error.message);
+            error.message = format!("{NAME} did not report its status: {}", error.message);
             Err(error)
         }
         None => Ok(status.daemon.exit(status.pools.is_some())),

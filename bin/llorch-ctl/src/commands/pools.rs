@@ -47,7 +47,8 @@ impl Pool {
         }
         if pools.is_empty() && list.format == Format::Table {
             note(
-                "no pool has registered; on its host: `llorch-pool daemon start`, where that is another machine, with LLORCH_ORCHESTRATOR_URL set",
+                "no pool has registered; run `llorch-pool daemon start` on its host, \
+                with LLORCH_ORCHESTRATOR_URL set if that is another machine",
             );
         }
         Ok(Exit::Done)

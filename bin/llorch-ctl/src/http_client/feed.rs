@@ -213,7 +213,7 @@ impl Feed {
 /// Describes the end of a connection in plain words. Details go to logs, and to the error of a connection that stays lost.
 fn plainly(error: &ClientError, farewell: Option<Farewell>) -> String {
     match error {
-        _ if farewell == Some(Farewell::Shutdown) => "the orchestrator stops".to_owned(),
+        _ if farewell == Some(Farewell::Shutdown) => "the orchestrator is stopping".to_owned(),
         ClientError::Timeout { after, .. } => {
             let silence = pool_core::terminal::human_duration(*after);
             format!("the orchestrator has been silent for {silence}")

@@ -68,7 +68,7 @@ fn program() -> Finding {
         Ok(path) => Finding::ok(NAME, path.display().to_string()),
         Err(_) => Finding::fail(
             NAME,
-            "not beside this program or on the PATH",
+            "neither next to this program nor on the PATH",
             "in a checkout: cargo build --release -p orchestratord",
         ),
     }

@@ -79,7 +79,7 @@ impl Batch {
             .for_each(|record| tally.count(record));
         if !done.is_empty() {
             note(format!(
-                "{} of {total} tasks have results already",
+                "{} of {total} tasks already have results",
                 done.len()
             ));
         }
@@ -148,7 +148,7 @@ async fn finish(
         };
         match &error {
             ClientError::Api { status: 429, error } => {
-                place.waits("queue", format!("{}; trying again", error.message));
+                place.waits("queue", format!("{}; retrying", error.message));
                 tokio::time::sleep(pause(error.retry_after_ms, task.line)).await;
             }
             ClientError::Api {

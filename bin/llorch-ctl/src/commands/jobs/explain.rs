@@ -65,7 +65,7 @@ fn render(explanation: &TaskExplanation, colour: bool) -> String {
                 name(waiting.explanation.reason)
             ),
         );
-        line("to mend", &in_commands(&waiting.explanation.hint));
+        line("to fix", &in_commands(&waiting.explanation.hint));
         line("before it", &jobs(waiting.queue_position));
         line("starts", &starts(waiting));
     }
@@ -113,9 +113,9 @@ fn jobs(count: u64) -> String {
 
 fn starts(waiting: &TaskWaiting) -> String {
     match waiting.estimated_start_ms {
-        Some(0) => "any moment, from how long others took".to_owned(),
+        Some(0) => "any moment, judging by earlier jobs".to_owned(),
         Some(ms) => format!(
-            "in about {}, from how long others took",
+            "in about {}, judging by earlier jobs",
             human_duration(Duration::from_millis(ms))
         ),
         None => "unknown".to_owned(),
@@ -129,7 +129,9 @@ fn placements(placements: &[AttemptPlacement], colour: bool) -> String {
             Cell::from(placement.attempt.to_string()),
             Cell::from(placement.pool_id.clone()),
             Cell::from(placement.worker_id.clone()),
-            Cell::from(why.unwrap_or_else(|| "not recorded: it ended before it began".to_owned())),
+            Cell::from(
+                why.unwrap_or_else(|| "not recorded: it ended before it started".to_owned()),
+            ),
         ]
     });
     render_table(&["ATTEMPT", "POOL", "WORKER", "WHY THERE"], rows, colour)
@@ -177,9 +179,9 @@ mod tests {
         job        job-01900000-0000-7000-8000-000000000001
         status     queued
         waits      all 3 workers with `tinyllama` are busy (slots_busy)
-        to mend    it starts when a job before it ends
+        to fix     it starts when a job before it ends
         before it  2 jobs
-        starts     in about 1m15s, from how long others took
+        starts     in about 1m15s, judging by earlier jobs
 
         FILTER  POOLS LEFT
         known   4
@@ -240,7 +242,7 @@ mod tests {
         status     completed
 
         ATTEMPT  POOL  WORKER          WHY THERE
-        1        mac   worker-metal-0  not recorded: it ended before it began
+        1        mac   worker-metal-0  not recorded: it ended before it started
         2        mac   worker-metal-1  its session ran on this pool last
         ");
     }

@@ -102,7 +102,7 @@ fn ending_of(view: TaskView) -> Result<Ending, CliError> {
         (None, Some(error)) => Ok(Ending::Failed(error)),
         (None, None) => Err(CliError::new(
             Exit::Failed,
-            format!("the events of {} ended without an end", view.id),
+            format!("the events of {} ended without an `end` event", view.id),
         )),
     }
 }
@@ -114,7 +114,7 @@ pub fn goes_on(id: JobId) -> CliError {
         note("");
     }
     CliError::new(Exit::Interrupted, "interrupted")
-        .hint(format!("job {id} goes on; follow it with: llorch jobs events {id}, or end it with: llorch jobs cancel {id}"))
+        .hint(format!("job {id} continues; follow it with: llorch jobs events {id}, or cancel it with: llorch jobs cancel {id}"))
 }
 
 /// Returns the error of a command whose feed failed. If the orchestrator is gone, the hint says how to follow the job later.
@@ -132,7 +132,7 @@ fn lost_sight(id: JobId, error: ClientError) -> CliError {
         .clone()
         .map_or(String::new(), |hint| format!("{hint}; "));
     error.hint(format!(
-        "{hint}{id} is stored and goes on when the orchestrator is back: llorch jobs events {id}"
+        "{hint}{id} is stored and continues when the orchestrator is back: llorch jobs events {id}"
     ))
 }
 
@@ -235,7 +235,7 @@ impl Transcript {
             TaskEvent::Attempt(attempt) if attempt.continues => {
                 let (number, worker) = (attempt.attempt, &attempt.worker_id);
                 self.notice(format!(
-                    "attempt {number} goes on with the text on {worker}: {}",
+                    "attempt {number} continues the text on {worker}: {}",
                     attempt.reason
                 ));
             }
@@ -250,7 +250,7 @@ impl Transcript {
                     // Printed text can't be taken back, so the reader is informed even without `notices`.
                     self.print("\n")?;
                     self.remark(format!(
-                        "the text above is void ({}); attempt {number} on {worker} begins anew",
+                        "the text above is void ({}); attempt {number} on {worker} starts over",
                         attempt.reason
                     ));
                 }
@@ -280,7 +280,7 @@ impl Reader for Transcript {
             Item::Event(_, event) => self.event(event)?,
             // Printed even without `notices`: it explains why no text comes.
             Item::Lost(why) => self.remark(lost(why)),
-            Item::Back => self.remark("the orchestrator is back; the text goes on"),
+            Item::Back => self.remark("the orchestrator is back; the text continues"),
         }
         Ok(())
     }
@@ -329,7 +329,7 @@ impl Reader for JsonLines {
         match item {
             Item::Event(id, event) => write(json_line(*id, event)? + "\n")?,
             Item::Lost(why) => remark(lost(why)),
-            Item::Back => remark("the orchestrator is back; the events go on"),
+            Item::Back => remark("the orchestrator is back; the events continue"),
         }
         Ok(())
     }

@@ -75,13 +75,12 @@ pub fn job_failed(id: JobId, error: &JobError) -> CliError {
         ),
         JobErrorCode::TemplateFailed => (
             "failed",
-            Some("--raw gives the model the prompt without its chat template"),
+            Some("use --raw to send the prompt without the model's chat template"),
         ),
         JobErrorCode::InvalidRequest => ("failed", None),
-        JobErrorCode::InferenceFailed => (
-            "failed",
-            Some("the worker's log on the pool's host says more"),
-        ),
+        JobErrorCode::InferenceFailed => {
+            ("failed", Some("see the worker's log on the pool's host"))
+        }
         JobErrorCode::WorkerLost => (
             "failed",
             Some("submit it again, or allow more attempts with --max-attempts"),
@@ -90,7 +89,7 @@ pub fn job_failed(id: JobId, error: &JobError) -> CliError {
             "failed",
             Some("check the file on the pool's host with `llorch-pool models verify MODEL`"),
         ),
-        JobErrorCode::Internal => ("failed", Some("the log of orchestratord says more")),
+        JobErrorCode::Internal => ("failed", Some("see the log of orchestratord")),
     };
     let shown = CliError::new(Exit::JobFailed, format!("{id} {what}: {}", error.message))
         .cause(error.code.as_str());

@@ -29,7 +29,7 @@ impl Output {
             let (id, status) = (job.id, job.status);
             return Err(CliError::new(
                 Exit::Refused,
-                format!("{id} is {status}: its text is not whole yet"),
+                format!("{id} is {status}: its text is not complete yet"),
             )
             .hint(format!(
                 "follow it with `llorch jobs events {id}`, or wait with `llorch jobs wait {id}`"

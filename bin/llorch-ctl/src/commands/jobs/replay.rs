@@ -105,7 +105,7 @@ impl Replay {
     fn check(&self, job: &TaskView) -> Result<(), CliError> {
         let (id, status) = (job.id, job.status);
         if !status.is_terminal() {
-            let message = format!("{id} is {status}: only a job that is over can be replayed");
+            let message = format!("{id} is {status}: only a finished job can be replayed");
             return Err(CliError::new(Exit::Refused, message)
                 .hint(format!("wait for its end with `llorch jobs wait {id}`")));
         }
@@ -115,9 +115,9 @@ impl Replay {
                 .hint("orchestratord keeps texts for `store.retention_s` after a job's end"));
         }
         if self.verify && status != JobStatus::Completed {
-            let message = format!("{id} is {status}: it has no whole text to compare with");
+            let message = format!("{id} is {status}: it has no complete text to compare with");
             return Err(CliError::new(Exit::Refused, message)
-                .hint("without --verify its request is only run again"));
+                .hint("leave out --verify to run the request again without a comparison"));
         }
         Ok(())
     }
@@ -165,7 +165,7 @@ impl Replay {
         let request = self.request(original);
         let key = uuid::Uuid::now_v7().to_string();
         let on_retry = |error: &ClientError| {
-            note(format!("{error}; submitting again under the same key"));
+            note(format!("{error}; submitting again with the same key"));
         };
         let accepted = tokio::select! {
             accepted = orchestrator.submit(&request, &key, on_retry) => accepted,
@@ -220,7 +220,7 @@ impl Replay {
             },
             limit = passed(self.timeout) => {
                 reader.situation().into_iter().for_each(Situation::over);
-                let message = format!("{id} was not over after {}", human_duration(limit));
+                let message = format!("{id} had not finished after {}", human_duration(limit));
                 CliError::new(Exit::WaitTimedOut, message)
             }
         };
@@ -228,7 +228,7 @@ impl Replay {
             Ok(answer) => format!("{id} is {}", answer.status),
             Err(error) => {
                 format!(
-                    "{id} could not be cancelled ({error}); do it with: llorch jobs cancel {id}"
+                    "{id} could not be cancelled ({error}); cancel it with: llorch jobs cancel {id}"
                 )
             }
         }))
@@ -259,7 +259,7 @@ fn refused(original: &TaskView, error: ClientError) -> CliError {
     let mut shown = shown(error);
     if gone {
         let (id, message) = (original.id, &shown.message);
-        shown.message = format!("the model of {id} can't be used any more: {message}");
+        shown.message = format!("the model of {id} can no longer be used: {message}");
     }
     shown
 }

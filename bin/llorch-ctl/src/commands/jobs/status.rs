@@ -61,7 +61,7 @@ fn render(job: &TaskView, now: Timestamp, colour: bool) -> String {
             format!("{} ({before})", waiting.explanation.message),
         ));
         lines.push((
-            "to mend",
+            "to fix",
             in_commands(&waiting.explanation.hint).into_owned(),
         ));
     }
@@ -198,7 +198,7 @@ mod tests {
         priority   interactive
         submitted  1m15s ago
         waits      no pool has `tinyllama` on its disk (1 job before it)
-        to mend    llorch-pool models download tinyllama
+        to fix     llorch-pool models download tinyllama
         ");
     }
 

@@ -162,7 +162,7 @@ impl Submit {
         let accepted = tokio::select! {
             accepted = submit(connect, &request, &key) => accepted?,
             () = interrupt.wait() => {
-                let hint = format!("the job may be stored; --idempotency-key {key} with the same request names it");
+                let hint = format!("the job may be stored; to find it, repeat the request with --idempotency-key {key}");
                 return Err(CliError::new(Exit::Interrupted, "interrupted before the orchestrator answered").hint(hint));
             }
         };
@@ -251,7 +251,7 @@ async fn submit(
 ) -> Result<Accepted, CliError> {
     let mut orchestrator = Orchestrator::connect(connect).await?;
     let on_retry = |error: &pool_core::client::ClientError| {
-        note(format!("{error}; submitting again under the same key"));
+        note(format!("{error}; submitting again with the same key"));
     };
     let task = orchestrator
         .submit(request, key, on_retry)
@@ -271,7 +271,7 @@ impl PromptArgs {
             (prompt, path) if prompt.is_some() || path == Path::new("-") => {
                 let stdin = io::stdin();
                 if stdin.is_terminal() {
-                    note("reading the prompt from the terminal; Ctrl-D ends it");
+                    note("reading the prompt from the terminal; press Ctrl-D to end it");
                 }
                 read_text(stdin.lock(), "standard input")
             }
@@ -294,7 +294,7 @@ fn read_text(source: impl Read, name: &str) -> Result<String, CliError> {
     if bytes.len() as u64 > MOST_PROMPT_BYTES {
         return Err(CliError::new(
             Exit::Usage,
-            format!("{name} holds more than the 4 MiB that a request may have"),
+            format!("{name} exceeds the limit of 4 MiB for a request"),
         ));
     }
     String::from_utf8(bytes).map_err(|error| {
@@ -320,10 +320,7 @@ fn idempotency_key(text: &str) -> Result<String, String> {
     if fits && text.trim() == text {
         Ok(text.to_owned())
     } else {
-        Err(
-            "a key is 1 to 255 printable ASCII characters, the first and last of them no space"
-                .to_owned(),
-        )
+        Err("a key is 1 to 255 printable ASCII characters, with no space at either end".to_owned())
     }
 }
 

@@ -34,9 +34,9 @@ impl Wait {
         match tokio::time::timeout(limit, wait(connect, &self.ids)).await {
             Ok(result) => result,
             Err(_) => {
-                let message = format!("not all jobs were over after {}", human_duration(limit));
+                let message = format!("not all jobs had finished after {}", human_duration(limit));
                 Err(CliError::new(Exit::WaitTimedOut, message)
-                    .hint("they go on; see `llorch jobs list`"))
+                    .hint("they continue; see `llorch jobs list`"))
             }
         }
     }

@@ -124,7 +124,7 @@ async fn show(connect: &ConnectArgs, format: Format) -> Result<Exit, CliError> {
 fn describe(view: &SchedulerView) -> Result<(), CliError> {
     let Some(script) = &view.script else {
         say(format!("policy: {}", view.policy))?;
-        note("`scheduler.script` in orchestratord.toml names a script of your own");
+        note("set `scheduler.script` in orchestratord.toml to use a script of your own");
         return Ok(());
     };
     match &script.sha256 {
@@ -282,7 +282,7 @@ impl Record {
         let mut trace = orchestrator.trace().await.map_err(shown)?;
         let mut out = self.open()?;
         let begun = Instant::now();
-        note("recording; Ctrl-C ends it");
+        note("recording; press Ctrl-C to stop");
         let progress = progress::spinner("recording");
         let mut tail = Tail::default();
         let failed = |error: std::io::Error| {
@@ -322,25 +322,25 @@ impl Record {
         match tail.end {
             Some(EndReason::Lagged) => Err(CliError::new(
                 Exit::Failed,
-                "the recording was cut off: this side was too slow",
+                "the recording was cut off: this client was too slow",
             )
-            .hint("what was recorded until then can be used; write to a faster disk")),
+            .hint("write to a faster disk; the part recorded so far is usable")),
             Some(EndReason::Shutdown) => {
-                note("the orchestrator stopped, and the recording with it");
+                note("the orchestrator stopped, which ended the recording");
                 Ok(Exit::Done)
             }
             Some(EndReason::Done) => Ok(Exit::Done),
-            None => Err(
-                CliError::new(Exit::Failed, "the orchestrator went away without a word").hint(
-                    "what was recorded until then can be used; see `llorch orchestrator logs`",
-                ),
-            ),
+            None => Err(CliError::new(
+                Exit::Failed,
+                "the orchestrator disappeared during the recording",
+            )
+            .hint("see `llorch orchestrator logs`; the part recorded so far is usable")),
         }
     }
 
     fn exists(&self) -> CliError {
         let message = format!("`{}` exists", self.file.display());
-        CliError::new(Exit::Refused, message).hint("--force writes over it")
+        CliError::new(Exit::Refused, message).hint("overwrite it with --force")
     }
 
     /// Fails if the file exists and must not be overwritten. Called before the first request.
@@ -423,8 +423,9 @@ impl Tail {
             passes: self.passes,
             reason: EndReason::Done,
         });
-        let text = serde_json::to_string(&line)
-            .map_err(|error| CliError::caused(Exit::Failed, "could not end the trace", &error))?;
+        let text = serde_json::to_string(&line).map_err(|error| {
+            CliError::caused(Exit::Failed, "could not finish the trace", &error)
+        })?;
         Ok((text + "\n").into_bytes())
     }
 }
@@ -440,7 +441,7 @@ impl Simulate {
             return Err(CliError::new(Exit::Usage, what).hint("record for a shorter time"));
         }
         let trace = Trace::read(&text).map_err(|error| {
-            let what = format!("`{}` can't be played", self.trace.display());
+            let what = format!("could not play `{}`", self.trace.display());
             CliError::caused(Exit::Failed, what, &error).hint(error.hint())
         })?;
         drop(text);
@@ -454,7 +455,7 @@ impl Simulate {
         let scripts = self.script.iter().map(script);
         let scripts = scripts.collect::<Result<Vec<_>, CliError>>()?;
         if trace.end.is_none() {
-            note("the trace has no end: its recording was cut off, or is still under way");
+            note("the trace has no end: its recording was cut off or is still running");
         }
         let progress = progress::spinner(format!("playing {} passes", trace.passes.len()));
         let answer = simulate::compare(&trace, &scripts, &self.policy, None);
@@ -486,7 +487,7 @@ impl Simulate {
 fn failed(path: &Path, error: &SimulateError) -> CliError {
     CliError::caused(
         Exit::Failed,
-        format!("`{}` can't be played", path.display()),
+        format!("could not play `{}`", path.display()),
         error,
     )
 }
@@ -539,9 +540,9 @@ fn compared(replay: &Replay) -> String {
         first_difference,
     } = replay;
     let decided = passes - skipped;
-    let mut text = format!("{equal} of {decided} recorded decisions come out the same");
+    let mut text = format!("{equal} of {decided} recorded decisions are the same");
     if let Some(pass) = first_difference {
-        text += &format!("; the first that does not is pass {pass}");
+        text += &format!("; the first difference is in pass {pass}");
     }
     if *skipped > 0 {
         text += &format!(

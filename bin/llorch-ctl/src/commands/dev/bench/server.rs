@@ -78,8 +78,11 @@ impl Server {
             Api::Worker => {
                 let secret = std::env::var(SECRET_VAR).ok().filter(|s| !s.is_empty());
                 let secret = secret.ok_or_else(|| {
-                    CliError::new(Exit::Usage, "a worker answers only who has its secret")
-                        .hint(format!("put it into {SECRET_VAR}"))
+                    CliError::new(
+                        Exit::Usage,
+                        "a worker answers only callers that have its secret",
+                    )
+                    .hint(format!("set {SECRET_VAR} to it"))
                 })?;
                 client.at(orchestrator.url(), Some(Secret::new(secret)))
             }
@@ -259,7 +262,7 @@ async fn detect(client: &ApiClient) -> Result<Api, CliError> {
         Ok(info) if info.name == "orchestratord" => Ok(Api::Orchestrator),
         Ok(info) => Err(CliError::new(
             Exit::Usage,
-            format!("{} at {} runs no tasks", info.name, client.base_url()),
+            format!("{} at {} does not run tasks", info.name, client.base_url()),
         )
         .hint("name an orchestrator, a worker, or a server with an OpenAI-style API with --url")),
         Err(ClientError::NotOurs { .. }) => Ok(Api::Openai),
@@ -272,7 +275,7 @@ fn only_one(mut models: impl Iterator<Item = String>) -> Result<String, CliError
     match some.as_slice() {
         [one] => Ok(one.clone()),
         [] => Err(CliError::new(Exit::NotFound, "the server has no model")
-            .hint("`llorch-pool models download MODEL` gets one")),
+            .hint("download one with `llorch-pool models download MODEL`")),
         several => Err(CliError::new(Exit::Usage, "the server has several models")
             .hint(format!("name one with --model: {}", several.join(", ")))),
     }

@@ -201,7 +201,7 @@ async fn perform(
                 }
             }
         }
-        () = interrupt.wait() => Err(interrupted("the demo is broken off")),
+        () = interrupt.wait() => Err(interrupted("the demo was aborted")),
     }
 }
 

@@ -119,11 +119,11 @@ pub async fn build(interrupt: &Interrupt) -> Result<(), CliError> {
     if !status.success() {
         return Err(
             CliError::new(Exit::Failed, format!("the build failed ({status})"))
-                .hint("cargo says above what is wrong"),
+                .hint("see cargo's messages above"),
         );
     }
     if file_of(&program) != before && std::env::var_os(RENEWED).is_none() {
-        note("llorch itself was out of date: going on with the new one");
+        note("llorch itself was out of date: continuing with the new build");
         let error = Command::new(&program)
             .args(std::env::args_os().skip(1))
             .env(RENEWED, "1")
@@ -156,7 +156,7 @@ pub async fn fetch_model(model: &str, interrupt: &Interrupt) -> Result<(), CliEr
         Exit::Failed,
         format!("could not get the model `{model}` ({status})"),
     )
-    .hint("`llorch-pool dev doctor` checks what downloads need"))
+    .hint("check what downloads need with `llorch-pool dev doctor`"))
 }
 
 /// Runs a program to its end with its output on our standard error: standard output is reserved for the answer.

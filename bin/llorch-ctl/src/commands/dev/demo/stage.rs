@@ -90,7 +90,11 @@ impl Stage {
             .permissions(Permissions::from_mode(0o700))
             .tempdir()
             .map_err(|error| {
-                CliError::caused(Exit::Failed, "could not make a folder for the demo", &error)
+                CliError::caused(
+                    Exit::Failed,
+                    "could not create a folder for the demo",
+                    &error,
+                )
             })?
             .keep();
         let home = Home::at(&root);

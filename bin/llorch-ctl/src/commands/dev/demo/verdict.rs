@@ -92,7 +92,7 @@ fn job_problems(job: &TaskView, started: &Started, printed: &str) -> Vec<String>
         expect(
             same,
             format!(
-                "the API says that {says} of {} ran it, its events said {ran} of {}",
+                "the API names {says} of {} as its worker, its events named {ran} of {}",
                 attempt.pool_id, started.pool_id
             ),
         );
@@ -110,7 +110,7 @@ fn job_problems(job: &TaskView, started: &Started, printed: &str) -> Vec<String>
     expect(!printed.is_empty(), "no text was printed".to_owned());
     expect(
         job.text == printed,
-        "the API has another text than was printed".to_owned(),
+        "the text in the API differs from the printed text".to_owned(),
     );
     problems
 }
@@ -319,7 +319,7 @@ mod tests {
         );
         told(
             after(|facts, _| facts.printed = "five".into()),
-            "another text",
+            "differs from the printed text",
         );
         told(
             after(|facts, mut job| {

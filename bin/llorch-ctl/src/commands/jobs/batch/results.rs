@@ -151,7 +151,7 @@ impl Results {
                         format!("could not write {}", path.display()),
                         &error,
                     )
-                    .hint("the same command goes on with what is left")
+                    .hint("repeat the command to continue with the remaining tasks")
                 }),
         }
     }
@@ -160,10 +160,12 @@ impl Results {
     pub fn how_to_go_on(&self) -> String {
         match &self.file {
             Some((path, _)) => format!(
-                "results so far are in {}; the same command goes on with the rest, and finds the jobs that run meanwhile",
+                "results so far are in {}; repeat the command to continue with the rest, including jobs still running",
                 path.display()
             ),
-            None => "the same command names the same jobs, so nothing is done twice; with --output it goes on where it stopped".to_owned(),
+            None => "repeat the command to get the same jobs, so that no work is done twice; \
+                with --output it continues where it stopped"
+                .to_owned(),
         }
     }
 }
@@ -177,9 +179,9 @@ fn alone(path: &Path) -> Result<File, CliError> {
     loop {
         // Reading anything but a regular file may never end.
         if fs::metadata(path).is_ok_and(|there| !there.is_file()) {
-            let what = format!("{} is no regular file", path.display());
+            let what = format!("{} is not a regular file", path.display());
             return Err(CliError::new(Exit::Usage, what)
-                .hint("results go to standard output where no --output is given"));
+                .hint("leave out --output to write the results to standard output"));
         }
         let file = options.open(path).map_err(failed)?;
         match file.try_lock() {
@@ -227,13 +229,13 @@ fn earlier(text: &str, path: &Path) -> Result<Vec<Record>, CliError> {
                 return Err(CliError::caused(
                     Exit::Usage,
                     format!(
-                        "line {} of {} is no result of a batch",
+                        "line {} of {} is not a batch result",
                         index + 1,
                         path.display()
                     ),
                     &error,
                 )
-                .hint("name another --output; this file was left as it is"));
+                .hint("name another --output; this file was not changed"));
             }
         }
     }
@@ -367,7 +369,7 @@ mod tests {
         assert!(Results::open(Some(path)).unwrap().has("batch-1"));
 
         let error = Results::open(Some("/dev/full".into())).unwrap_err();
-        assert!(error.to_string().contains("no regular file"), "{error}");
+        assert!(error.to_string().contains("not a regular file"), "{error}");
     }
 
     #[test] // [LLORCH-072]

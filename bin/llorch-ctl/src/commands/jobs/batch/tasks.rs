@@ -70,7 +70,7 @@ fn parse(mut source: impl BufRead, name: &str, defaults: &Defaults) -> Result<Ve
         if bytes.len() as u64 > MOST_LINE_BYTES {
             return Err(CliError::new(
                 Exit::Usage,
-                format!("line {line} of {name} is longer than the 4 MiB that a request may have"),
+                format!("line {line} of {name} exceeds the limit of 4 MiB for a request"),
             )
             .hint("each line is one task"));
         }
@@ -100,9 +100,9 @@ fn parse(mut source: impl BufRead, name: &str, defaults: &Defaults) -> Result<Ve
     }
     if fault_count > 0 {
         let what = if fault_count == 1 {
-            "1 line is no task".to_owned()
+            "1 line is not a valid task".to_owned()
         } else {
-            format!("{fault_count} lines are no tasks")
+            format!("{fault_count} lines are not valid tasks")
         };
         let error = CliError::new(
             Exit::Usage,
@@ -126,7 +126,7 @@ fn task(line: &[u8], defaults: &Defaults) -> Result<TaskSubmitRequest, String> {
             .entry("model")
             .or_insert_with(|| model.clone().into());
     } else if !fields.contains_key("model") {
-        return Err("it names no `model`, and there is no --model".to_owned());
+        return Err("`model` is missing, and --model is not given".to_owned());
     }
     fields
         .entry("priority")

@@ -20,11 +20,11 @@ const RESULTS: [&str; 2] = ["output_tokens", "output_sha256"];
 const CAUSES: [(&str, &[&str]); 6] = [
     ("the model file differs", &["model_sha256"]),
     (
-        "the tokenizer or the chat template differs, so the prompt has other tokens",
+        "the tokenizer or the chat template differs, so the prompt has different tokens",
         &["tokenizer_sha256", "chat_template_sha256"],
     ),
     (
-        "the prompt has other tokens, though tokenizer and chat template are the same: a template may write the date",
+        "the prompt has different tokens, although tokenizer and chat template are the same: a template may insert the date",
         &["prompt_sha256", "prompt_tokens"],
     ),
     (
@@ -41,10 +41,10 @@ const CAUSES: [(&str, &[&str]); 6] = [
         ],
     ),
     (
-        "the class of the arithmetic differs, so results may be rounded in another way",
+        "the class of arithmetic differs, so results may be rounded differently",
         &["arithmetic", "earlier_arithmetic"],
     ),
-    ("the version of the worker differs", &["engine"]),
+    ("the worker version differs", &["engine"]),
 ];
 const UNEXPLAINED: &str = "the receipts have the same inputs, so the tokens should be the same";
 const NO_RECEIPT: &str = "a receipt is missing, so only the texts were compared";

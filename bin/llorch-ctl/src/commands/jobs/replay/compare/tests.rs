@@ -89,7 +89,7 @@ fn the_first_different_token_is_named_with_the_likely_cause() {
     arithmetic  cpu 2                 cuda 1
     engine      llorch-candled 0.1.0  llorch-candled 0.2.0
 
-    the class of the arithmetic differs, so results may be rounded in another way
+    the class of arithmetic differs, so results may be rounded differently
     "#);
     let json = serde_json::to_value(&different).unwrap();
     assert_eq!(
@@ -102,7 +102,7 @@ fn the_first_different_token_is_named_with_the_likely_cause() {
                 {"field": "arithmetic", "original": "cpu 2", "replay": "cuda 1"},
                 {"field": "engine", "original": "llorch-candled 0.1.0", "replay": "llorch-candled 0.2.0"},
             ],
-            "explanation": "the class of the arithmetic differs, so results may be rounded in another way",
+            "explanation": "the class of arithmetic differs, so results may be rounded differently",
         })
     );
 }
