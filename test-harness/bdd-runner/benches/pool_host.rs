@@ -52,7 +52,7 @@ async fn main() -> ExitCode {
     assert_eq!(
         workers(&mut house).await,
         ["ready"; WORKERS],
-        "nothing changed meanwhile"
+        "the list did not change meanwhile"
     );
 
     house.close().await;
@@ -132,7 +132,7 @@ async fn at_rest(house: &House, missed: &mut Vec<String>) {
         before = now;
         idle
     });
-    assert!(settled.await, "the daemon came to rest");
+    assert!(settled.await, "the daemon became idle");
     let (mut rss, mut cpu) = (Vec::new(), Vec::new());
     for _ in 0..WINDOWS {
         let (start, used) = (Instant::now(), cpu_time(pid));

@@ -1,5 +1,5 @@
 Feature: Attempts
-  A text goes on where it stopped, whichever process dies.
+  A text continues where it stopped, whichever process dies.
 
   Background:
     Given the default model is on disk
@@ -10,10 +10,10 @@ Feature: Attempts
   Scenario Outline: A worker that is killed takes no text with it
     When the same job is submitted again and its worker is killed after <tokens> tokens
     And I follow the rest of its events
-    Then its text is the one of the undisturbed job, token by token
-    And its receipt is the one of the undisturbed job
+    Then its text equals that of the undisturbed job, token by token
+    And its receipt equals that of the undisturbed job
     And it took two attempts, the second of which continued
-    And a late word of the first attempt is refused
+    And a late call for the first attempt is refused
 
     Examples:
       | tokens |
@@ -25,10 +25,10 @@ Feature: Attempts
   Scenario Outline: A restart of the orchestrator interrupts nothing
     When the same job is submitted again and the orchestrator gets SIG<signal> after 10 tokens
     And I follow the rest of its events
-    Then its text is the one of the undisturbed job, token by token
-    And its receipt is the one of the undisturbed job
+    Then its text equals that of the undisturbed job, token by token
+    And its receipt equals that of the undisturbed job
     And it took one attempt
-    And every place of its stream leads to the same rest
+    And its stream can be resumed from every event with the same rest
 
     Examples:
       | signal |

@@ -40,7 +40,7 @@ Feature: Command lines
     And nothing is left running
 
   # [BDD-033]
-  Scenario: An orchestrator goes on from a copy of its jobs
+  Scenario: An orchestrator continues from a copy of its jobs
     Given a running orchestrator with a job that waits
     When I run `llorch orchestrator backup HOME/copy`
     Then it exits with 0
@@ -50,7 +50,7 @@ Feature: Command lines
     When I run `llorch orchestrator stop`
     And I run `llorch orchestrator backup --force HOME/copy`
     Then it exits with 0
-    When its jobs are lost and "copy" is put in their place
+    When its jobs are lost and replaced by "copy"
     And I run `llorch orchestrator start`
     Then it exits with 0
     When I run `llorch jobs status JOB`

@@ -13,7 +13,7 @@ Feature: Contexts
     Then it completes on a worker with a context of 4096 tokens, and no attempt was lost
 
   # [BDD-081] [ORCHD-190]
-  Scenario: Only a small worker is there
+  Scenario: Only a small worker exists
     When I submit a job of 3 tokens with a prompt of 731 words
     Then it completes on a worker with a context of 8192 tokens, and no attempt was lost
     And a further job of 3 tokens completes

@@ -7,7 +7,7 @@ Feature: The front door
     When I run `llorch dev demo`
     Then it exits with 0
     And standard output contains "4"
-    And standard error tells all of:
+    And standard error contains all of:
       | job-      |
       | attempt 1 |
       | worker-   |
@@ -16,7 +16,7 @@ Feature: The front door
     And nothing is left running
 
   # [BDD-002]
-  Scenario Outline: The demo fails when a part of the chain dies in it
+  Scenario Outline: The demo fails when a part of the chain dies during it
     Given the default model is on disk
     When I run `llorch dev demo --keep --max-tokens 400 --prompt "Write a long story about a lighthouse."` and kill the <part> after the first words
     Then it fails
@@ -43,5 +43,5 @@ Feature: The front door
   Scenario: What a kept demo prints can be pasted
     Given the default model is on disk
     When I run `llorch dev demo --keep --max-tokens 4` where the variables name other daemons
-    Then what it prints works as pasted there
+    Then the commands that it prints work when pasted there
     And nothing is left running

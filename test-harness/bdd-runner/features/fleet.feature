@@ -1,5 +1,5 @@
 Feature: The fleet
-  What a program says of a pool is so at that moment.
+  What a program says about a pool is true at that moment.
 
   Background:
     Given the default model is on disk
@@ -17,7 +17,7 @@ Feature: The fleet
       | TERM   |
 
   # [BDD-121] P24
-  Scenario: A pool that stops on purpose is shown so, and back at once
+  Scenario: A pool that stops on purpose is shown as stopped, and at once as online when it is back
     When I run `llorch-pool daemon stop`
     And I run `llorch pool list`
     Then standard output contains "stopped"
@@ -33,7 +33,7 @@ Feature: The fleet
     Then standard output contains "online"
 
   # [BDD-122] P24
-  Scenario: Tasks can name what was just imported
+  Scenario: Tasks can name a model that was just imported
     Given a copy of the default model at "HOME/own.gguf"
     When I run `llorch-pool models import HOME/own.gguf --as own`
     Then standard output contains "tasks can now name it `own`"

@@ -15,7 +15,7 @@ Feature: Jobs
     And the text of the events is the text of the job
 
   # [BDD-011]
-  Scenario: A reader that was cut off goes on at the next event
+  Scenario: A reader that was cut off continues at the next event
     When I submit a job of 60 tokens with the prompt "Once upon a time"
     And I follow its events until "1.20"
     And I come back with the last event id "1.20"
@@ -24,7 +24,7 @@ Feature: Jobs
     And the text of the events is the text of the job
 
   # [BDD-012]
-  Scenario: The model is used rightly
+  Scenario: The model is used correctly
     When I run `llorch jobs submit --model smollm2-135m --raw --temperature 0 --max-tokens 8 --prompt "The capital of France is"`
     Then it exits with 0
     And standard output begins with " Paris."
@@ -50,7 +50,7 @@ Feature: Jobs
     And standard output contains '"receipt_differences": []'
 
   # [BDD-018]
-  Scenario: How fast it is can be measured
+  Scenario: The speed of the service can be measured
     When I run `llorch dev bench --concurrency 1,2 --requests 3 --prompt-tokens 20 --output-tokens 4 --format json`
     Then it exits with 0
     And standard output contains '"concurrency": 2'
@@ -60,7 +60,7 @@ Feature: Jobs
   # [BDD-013]
   Scenario: A running job is cancelled
     When I submit a job of 2000 tokens with the prompt "Once upon a time"
-    And it has given 5 tokens
+    And it has produced 5 tokens
     And I run `llorch jobs cancel JOB`
     Then it exits with 0
     And the job ends as cancelled
@@ -68,7 +68,7 @@ Feature: Jobs
     And a further job of 3 tokens completes
 
   # [BDD-014]
-  Scenario: Wrong requests are refused, with a reason, and leave nothing behind
+  Scenario: Invalid requests are refused with a reason and leave nothing behind
     When an agent posts each of these bodies to "/v2/tasks", it is refused with the error:
       | body                                                               | status | code              |
       | {"model": "smollm2-135m", "prompt": "a", "colour": "red"}          | 400    | INVALID_REQUEST   |

@@ -1,6 +1,6 @@
 Feature: Everything dies, and nothing is lost
-  Every part of the chain is killed and frozen again and again under clients that stream, cut, come back and cancel; then
-  everything comes to its end, and one checker compares what clients were told, what the database holds and what the hosts hold.
+  Every part of the chain is killed and frozen again and again while clients stream, disconnect, come back and cancel; then
+  everything ends, and one checker compares what clients were told, what the database holds and what the hosts hold.
 
   # [BDD-061] P1 P2 P3 P4 P5 P8 P9 P11 P14
   Scenario Outline: Kills over the whole chain

@@ -28,7 +28,7 @@ Feature: Workers
     Given the default model is on disk
     And a running orchestrator and a running pool
     When I submit a job of 150 tokens with the prompt "Once upon a time"
-    And it has given 5 tokens
+    And it has produced 5 tokens
     And I submit a job of 150 tokens with the prompt "Once upon a time"
     And I run `llorch-pool daemon stop --workers`
     Then it exits with 0

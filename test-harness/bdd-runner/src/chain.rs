@@ -382,7 +382,7 @@ impl Chain {
                     .await?;
                 if !answer.status().is_success() {
                     bail!(
-                        "{} starts no worker: {}",
+                        "{} did not start a worker: {}",
                         pool.daemon.name,
                         answer.text().await?
                     );
@@ -390,7 +390,7 @@ impl Chain {
             }
         }
         let wanted = self.pools.len() * self.models.len();
-        eventually("the orchestrator hears of every worker", || async {
+        eventually("the orchestrator knows every worker", || async {
             (self.ready_workers().await? >= wanted).then_some(())
         })
         .await
@@ -453,7 +453,7 @@ impl Chain {
             .is_empty();
             (!busy && sound).then_some(hosts)
         };
-        match eventually("the pools come to rest", quiet).await {
+        match eventually("the pools are idle", quiet).await {
             Ok(hosts) => Ok(hosts),
             // The checker reports what is wrong.
             Err(_) => self.pools.iter().map(Pool::host).collect(),
@@ -509,7 +509,7 @@ pub async fn eventually<T, F: Future<Output = Option<T>>>(
             return Ok(value);
         }
         if begun.elapsed() > PATIENCE {
-            bail!("waited in vain until {what}");
+            bail!("timed out waiting until {what}");
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }

@@ -372,7 +372,7 @@ impl Clients {
                     ),
                 }
             }
-            self.again("a look at a job").await?;
+            self.again("a query of a job").await?;
         }
     }
 

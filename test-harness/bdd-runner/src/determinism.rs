@@ -296,7 +296,7 @@ pub fn compare(options: &Options, mut told: impl FnMut(&Outcome)) -> anyhow::Res
             reference.clone_from(&answers);
             let different: HashSet<&Vec<u32>> = answers.iter().collect();
             if different.len() < 2 && jobs.len() > 1 {
-                bail!("all jobs gave the same tokens: the comparison says nothing");
+                bail!("all jobs gave the same tokens: the comparison proves nothing");
             }
         }
         let pairs = answers.iter().zip(&reference).enumerate();

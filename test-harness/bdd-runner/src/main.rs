@@ -25,7 +25,7 @@ const FEATURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/features");
 
 const MORE: &str = "\
 Examples:
-  bdd-runner                               all scenarios but those tagged @soak
+  bdd-runner                               all scenarios except those tagged @soak
   bdd-runner --name 'survive'              those whose name matches
   bdd-runner --tags @soak                  the long ones
   bdd-runner --list                        what would run
@@ -38,11 +38,11 @@ Environment:
   TMPDIR             The folder in which every scenario has a home of its own [default: /tmp]
 
 Exit codes:
-  0    every scenario that was asked for passed
-  1    a scenario failed, a file could not be parsed, or no scenario was asked for
+  0    every selected scenario passed
+  1    a scenario failed, a file could not be parsed, or no scenario was selected
   2    wrong usage
   129, 130, 143
-       ended by SIGHUP, SIGINT or SIGTERM, with everything that was started";
+       ended by SIGHUP, SIGINT or SIGTERM; every started process was stopped";
 
 /// Runs the scenarios of `features/` against the binaries next to this one: real daemons, workers and commands.
 ///
@@ -93,7 +93,7 @@ async fn main() -> ExitCode {
         match EndsAll::with_watcher().and_then(|e| Ok((e, Signals::listen()?))) {
             Ok((ends, signals)) => (Some(ends), signals),
             Err(error) => {
-                eprintln!("error: could not watch over what is started: {error}");
+                eprintln!("error: could not watch the started processes: {error}");
                 return ExitCode::FAILURE;
             }
         };
@@ -108,7 +108,7 @@ async fn main() -> ExitCode {
     tokio::select! {
         code = work => code,
         number = signals.next() => {
-            eprintln!("bdd-runner: ended by signal {number}, with everything that was started");
+            eprintln!("bdd-runner: ended by signal {number}; every started process was stopped");
             ends.take();
             // The runtime would wait for threads that wait for ended processes.
             std::process::exit(128 + number);
@@ -145,7 +145,7 @@ fn watch() -> ExitCode {
     match leftovers::watch(&mut std::io::stdin().lock()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: could not read what was started: {error}");
+            eprintln!("error: could not read the started processes: {error}");
             ExitCode::FAILURE
         }
     }

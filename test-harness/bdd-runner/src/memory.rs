@@ -46,8 +46,8 @@ impl Watch {
     /// Stops the thread, and returns the largest values.
     pub fn end(&mut self) -> Most {
         self.stop.store(true, Ordering::Relaxed);
-        let thread = self.thread.take().expect("it is ended once");
-        thread.join().expect("it saw what there was")
+        let thread = self.thread.take().expect("`end` is called once");
+        thread.join().expect("the watching thread succeeded")
     }
 }
 

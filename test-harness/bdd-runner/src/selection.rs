@@ -78,7 +78,7 @@ impl Selection {
         {
             let known: Vec<_> = known.into_iter().map(|tag| format!("@{tag}")).collect();
             return Err(format!(
-                "no scenario has the tag `@{unknown}`; there are {}",
+                "no scenario has the tag `@{unknown}`; the tags are {}",
                 known.join(", ")
             ));
         }
@@ -89,7 +89,7 @@ impl Selection {
     }
 
     fn nothing(&self) -> String {
-        let mut text = "no scenario is asked for".to_owned();
+        let mut text = "no scenario is selected".to_owned();
         if let Some(name) = &self.name {
             let _ = write!(text, " by the name `{name}`");
         }

@@ -73,7 +73,7 @@ async fn read(
     };
     tokio::time::timeout(limit, reading)
         .await
-        .unwrap_or_else(|_| panic!("{url} went on for longer than {limit:?}"));
+        .unwrap_or_else(|_| panic!("{url} lasted longer than {limit:?}"));
     received
 }
 

@@ -568,7 +568,7 @@ fn a_violation_says_which_rule_whose_and_how() {
         .map(ToString::to_string)
         .collect();
     let expected = format!(
-        "fences strictly rise: {}: the job has fence 1, its attempts go up to 2",
+        "fences strictly increase: {}: the job has fence 1, its attempts go up to 2",
         story.job
     );
     assert_eq!(found, [expected]);

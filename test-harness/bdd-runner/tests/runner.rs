@@ -173,7 +173,7 @@ fn is_empty(folder: &Path) -> bool {
 const RUNS: [&[&str]; 2] = [
     &[
         "--name",
-        "^An orchestrator goes on from a copy|^Daemons start once",
+        "^An orchestrator continues from a copy|^Daemons start once",
     ],
     &[
         "soak",

@@ -215,7 +215,7 @@ impl Load {
                 .context("the worker knows the job")?;
             ensure!(
                 received == sent,
-                "the reader of {job} got other bytes than were emitted"
+                "the reader of {job} got bytes that differ from those emitted"
             );
             let shown = self
                 .http
@@ -224,7 +224,7 @@ impl Load {
                 .await?;
             ensure!(
                 shown.json::<TaskView>().await?.text == sent,
-                "{job} is shown with other bytes than were emitted"
+                "the text of {job} differs from the emitted bytes"
             );
             self.bytes.fetch_add(sent.len() as u64, Ordering::Relaxed);
             jobs += 1;
@@ -261,7 +261,7 @@ impl Load {
                 _ => {}
             }
         }
-        bail!("the stream of {job} ended before its end")
+        bail!("the stream of {job} ended without an `end` event")
     }
 }
 

@@ -68,7 +68,7 @@ pub(super) fn check(host: &Host, findings: &mut Findings) {
     for worker in live() {
         let runs = worker.pid.is_some_and(|pid| host.processes.contains(&pid));
         findings.add_unless(runs, Rule::OneProcessARecord, &host.name, || {
-            format!("the record of {} lives and has no process", worker.id)
+            format!("the record of {} is live but has no process", worker.id)
         });
     }
     let mut reserved: BTreeMap<Device, u64> = BTreeMap::new();

@@ -145,17 +145,17 @@ impl Rule {
             Self::OneJobAKey => "a key names one job",
             Self::OneEnd => "a job ends once, and nothing follows",
             Self::SameEverywhere => "a job's end is the same in API, stream and database",
-            Self::ComesToItsEnd => "every job comes to its end",
-            Self::FencesRise => "fences strictly rise",
+            Self::ComesToItsEnd => "every job ends",
+            Self::FencesRise => "fences strictly increase",
             Self::LogIsWhole => "the log of a job has no gap",
             Self::StreamIsWhole => "a reader gets every event once, in order",
             Self::NoSplice => "the text is that of the undisturbed run",
-            Self::OnlyIfAsked => "a job is cancelled only if somebody asked",
-            Self::FailsForCause => "a job fails only for a cause outside of the daemon",
+            Self::OnlyIfAsked => "a job is cancelled only on request",
+            Self::FailsForCause => "a job fails only for a cause outside the daemon",
             Self::OneProcessARecord => {
                 "every worker process has one live record, and every live record one process"
             }
-            Self::MemoryFits => "reservations sum to at most the device",
+            Self::MemoryFits => "reservations add up to at most the device",
         }
     }
 }
@@ -242,7 +242,7 @@ fn keys(evidence: &Evidence, findings: &mut Findings) {
             .filter(|record| record.key == key)
             .count();
         findings.add_unless(kept == 1, Rule::OneJobAKey, format!("`{key}`"), || {
-            format!("stands {kept} times in the database")
+            format!("is {kept} times in the database")
         });
     }
 }
@@ -271,7 +271,7 @@ fn job_alone(id: JobId, job: &JobRecord, evidence: &Evidence, findings: &mut Fin
         JobStatus::Dispatched | JobStatus::Running
     ));
     findings.add_unless(open <= may_be_open, Rule::OneEnd, id, || {
-        format!("is {} and has {open} attempts that did not end", job.status)
+        format!("is {} but has {open} attempts that did not end", job.status)
     });
 
     for pair in job.events.windows(2) {
@@ -313,7 +313,7 @@ fn job_alone(id: JobId, job: &JobRecord, evidence: &Evidence, findings: &mut Fin
         job.status != JobStatus::Cancelled || asked(id),
         Rule::OnlyIfAsked,
         id,
-        || "is cancelled, and nobody asked for it".to_owned(),
+        || "is cancelled without a request".to_owned(),
     );
     if let Some(TaskEvent::Error(error)) = &log.ended {
         let outside = matches!(
@@ -347,7 +347,7 @@ fn against_record(observation: &Observation, evidence: &Evidence, findings: &mut
         findings.add(
             Rule::AcknowledgedExists,
             id,
-            "was told to a client and is not in the database",
+            "was returned to a client but is not in the database",
         );
         return;
     };
@@ -355,10 +355,7 @@ fn against_record(observation: &Observation, evidence: &Evidence, findings: &mut
         Observation::Acknowledged { .. } | Observation::CancelAsked { .. } => {}
         Observation::Answered { status, text, .. } if status.is_terminal() => {
             findings.add_unless(*status == job.status, Rule::SameEverywhere, id, || {
-                format!(
-                    "a client was told {status}, the database says {}",
-                    job.status
-                )
+                format!("a client saw {status}, the database has {}", job.status)
             });
             let kept =
                 streams::follow(job.events.iter().map(|(id, event)| (Some(*id), event))).text;
@@ -369,7 +366,7 @@ fn against_record(observation: &Observation, evidence: &Evidence, findings: &mut
                 || {
                     let text = text.as_deref().unwrap_or_default();
                     format!(
-                        "a client was shown another text than the log gives: {}",
+                        "a client saw a text that differs from the log: {}",
                         streams::difference(text, &kept)
                     )
                 },

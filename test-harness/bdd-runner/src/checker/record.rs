@@ -65,7 +65,7 @@ pub enum RecordError {
     #[error("the job database can't be read")]
     Sql(#[from] sqlx::Error),
     /// A value is not a job, event or number of the contract.
-    #[error("the job database holds something unexpected: {0}")]
+    #[error("the job database has unexpected contents: {0}")]
     Unexpected(String),
     /// SQLite's integrity check fails.
     #[error("the job database is damaged: {0}")]
@@ -131,7 +131,7 @@ impl Record {
                 serde_json::from_str(row.try_get("payload")?).map_err(unexpected)?;
             if first + events.len() as u64 != last + 1 {
                 return Err(unexpected(format!(
-                    "a row of the log says {first} to {last} and holds {} events",
+                    "a row of the log is labelled {first} to {last} but holds {} events",
                     events.len()
                 )));
             }
@@ -163,7 +163,7 @@ impl Record {
         let id: JobId = parse(row, "job_id")?;
         self.jobs
             .get_mut(&id)
-            .ok_or_else(|| unexpected(format!("a row of {id}, which is no job")))
+            .ok_or_else(|| unexpected(format!("a row of {id}, which is not a job")))
     }
 }
 

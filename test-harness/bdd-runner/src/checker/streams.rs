@@ -41,7 +41,7 @@ pub(super) fn follow<'a>(
             TaskEvent::Token(token) => {
                 if token.i != next_index {
                     followed.faults.push(format!(
-                        "token {} stands in the place of {next_index}, event {at}",
+                        "token {} instead of {next_index}, event {at}",
                         token.i
                     ));
                 }
@@ -84,7 +84,7 @@ pub(super) fn check_reader(
             (None, false) => None,
             (None, true) => Some(format!("`{}` has no id", event.name())),
             (Some(at), false) => Some(format!(
-                "`{}` is momentary and has the id {at}",
+                "`{}` is not logged but has the id {at}",
                 event.name()
             )),
             (Some(at), true) => {
@@ -92,11 +92,11 @@ pub(super) fn check_reader(
                 follows(before, *at, event).or_else(|| match log.get(at) {
                     Some(logged) if *logged == event => None,
                     Some(logged) => Some(format!(
-                        "event {at} is {event:?}, and {logged:?} in the log"
+                        "event {at} is {event:?}, but {logged:?} in the log"
                     )),
                     None if !job.status.is_terminal() || is_replaced(&log, *at) => None,
                     None => Some(format!(
-                        "event {at} is not in the log, and nothing there takes its place"
+                        "event {at} is not in the log, and no logged event replaces it"
                     )),
                 })
             }
@@ -115,7 +115,7 @@ pub(super) fn check_reader(
     let told = end_status(last);
     findings.add_unless(told == job.status, Rule::SameEverywhere, id, || {
         format!(
-            "reader {reader} was told {told}, the database says {}",
+            "reader {reader} saw {told}, the database has {}",
             job.status
         )
     });
@@ -129,7 +129,7 @@ pub(super) fn check_reader(
     let text = follow(logged.map(|(id, event)| (*id, event))).text;
     findings.add_unless(text == kept, Rule::SameEverywhere, id, || {
         let difference = difference(&text, &kept);
-        format!("reader {reader} kept another text than the log gives: {difference}")
+        format!("reader {reader} kept a text that differs from the log: {difference}")
     });
     if let Some(undisturbed) = undisturbed {
         findings.add_unless(
@@ -186,7 +186,7 @@ pub(super) fn difference(found: &str, expected: &str) -> String {
             .collect::<String>()
     };
     format!(
-        "after {same} characters {:?} stands in the place of {:?} ({} and {} characters)",
+        "after {same} characters {:?} instead of {:?} ({} and {} characters)",
         part(found),
         part(expected),
         found.chars().count(),

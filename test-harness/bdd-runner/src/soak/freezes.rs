@@ -81,7 +81,7 @@ impl fmt::Display for Report {
             let outlasted = self.outlasted.get(daemon).copied().unwrap_or_default();
             writeln!(
                 f,
-                "  {daemon:<15} {count:>5} frozen, {time:.0?} in all; {outlasted} attempts ran before and after"
+                "  {daemon:<15} {count:>5} frozen, {time:.0?} in all; {outlasted} attempts ran through a freeze"
             )?;
         }
         for (state, count) in &self.jobs {
@@ -181,7 +181,7 @@ async fn one_chain(
 
 async fn freeze(daemon: &Daemon, length: Duration) -> anyhow::Result<()> {
     if daemon.pid().is_none() {
-        bail!("{} is gone:\n{}", daemon.name, tail(&daemon.log(), 10));
+        bail!("{} has ended:\n{}", daemon.name, tail(&daemon.log(), 10));
     }
     daemon.signal(Signal::STOP)?;
     tokio::time::sleep(length).await;

@@ -191,7 +191,7 @@ pub async fn run(options: &Options, told: impl Fn(Progress)) -> anyhow::Result<R
             let log = tail(&chain.orchestratord.log(), 10);
             let kept = kept.unwrap_or_default();
             Err(error.context(format!(
-                "seed {seed}; homes and logs: {}; the orchestrator's last words:\n{log}",
+                "seed {seed}; homes and logs: {}; the end of the orchestrator's log:\n{log}",
                 kept.display()
             )))
         }
@@ -324,7 +324,7 @@ async fn run_on(
 
 /// Returns a live worker. If none is left, waits until the next job starts one.
 async fn a_worker(chain: &Chain, which: usize) -> anyhow::Result<ProcessIdentity> {
-    eventually("a worker lives", || async {
+    eventually("a worker runs", || async {
         let workers = chain.pools.iter().flat_map(Pool::live);
         let mut alive: Vec<_> = workers
             .filter_map(|worker| worker.identity)
@@ -365,7 +365,7 @@ async fn hit(
     };
     if let Some(status) = daemon.ended()? {
         bail!(
-            "{} ended by itself with {status}:\n{}",
+            "{} ended unexpectedly with {status}:\n{}",
             daemon.name,
             tail(&daemon.log(), 10)
         );

@@ -114,7 +114,7 @@ fn texts(events: &[Received]) -> Vec<(u32, &str)> {
     texts
 }
 
-#[then("its text is the one of the undisturbed job, token by token")]
+#[then("its text equals that of the undisturbed job, token by token")]
 async fn same_tokens(house: &mut House) {
     assert_eq!(texts(&house.events), texts(&house.undisturbed));
     assert_eq!(house.task().await.text, stream::text(&house.undisturbed));
@@ -125,7 +125,7 @@ async fn same_tokens(house: &mut House) {
     assert_eq!(end(&house.events), end(&house.undisturbed));
 }
 
-#[then("its receipt is the one of the undisturbed job")]
+#[then("its receipt equals that of the undisturbed job")]
 async fn same_receipt(house: &mut House) {
     let receipt = |events: &[Received]| match &events.last().expect("events").event {
         TaskEvent::End(end) => end.receipt.clone().expect("a receipt"),
@@ -170,7 +170,7 @@ async fn one_attempt(house: &mut House) {
     assert_eq!(task.attempts.len(), 1, "{task:#?}");
 }
 
-#[then("every place of its stream leads to the same rest")]
+#[then("its stream can be resumed from every event with the same rest")]
 async fn every_place(house: &mut House) {
     let whole = follow(house, None, |_| false).await;
     let shown = |events: &[Received]| -> Vec<_> {
@@ -191,7 +191,7 @@ async fn every_place(house: &mut House) {
     }
 }
 
-#[then("a late word of the first attempt is refused")]
+#[then("a late call for the first attempt is refused")]
 async fn late_word(house: &mut House) {
     let task = house.task().await;
     let latest = task.attempts.last().expect("attempts");
@@ -199,7 +199,7 @@ async fn late_word(house: &mut House) {
         .home()
         .join("state/pool/workers")
         .join(format!("{}.json", latest.worker_id));
-    let record = std::fs::read_to_string(record).expect("the worker is on record");
+    let record = std::fs::read_to_string(record).expect("the worker has a record");
     let record: Value = serde_json::from_str(&record).expect("JSON");
     let url = format!("http://127.0.0.1:{}", record["port"]);
     let secret = record["secret"].as_str().expect("a secret");

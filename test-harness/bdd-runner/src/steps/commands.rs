@@ -51,7 +51,7 @@ fn error_contains(house: &mut House, text: String) {
     assert!(house.last().stderr.contains(&text), "{:?}", house.last());
 }
 
-#[then("standard error tells all of:")]
+#[then("standard error contains all of:")]
 fn error_tells(house: &mut House, step: &Step) {
     let rows = &step.table.as_ref().expect("the step has a table").rows;
     for word in rows.iter().flatten() {
@@ -68,7 +68,7 @@ async fn worker_is(house: &mut House, ordinal: String, status: String) {
     let index = match ordinal.as_str() {
         "first" => 0,
         "second" => 1,
-        other => panic!("which worker is `{other}`?"),
+        other => panic!("unknown worker `{other}`"),
     };
     let started = std::time::Instant::now();
     loop {

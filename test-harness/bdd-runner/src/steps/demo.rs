@@ -15,7 +15,7 @@ async fn kill_in_the_middle(house: &mut House, line: String, victim: String) {
     let name = match victim.as_str() {
         "worker" => "llorch-candled",
         "pool" => "pool-managerd",
-        other => panic!("what is the `{other}`?"),
+        other => panic!("unknown part `{other}`"),
     };
     let mut command = house.command(&line);
     // The demo's own home is made in this folder, so that the scenario finds its processes and cleans up after it.
@@ -108,7 +108,7 @@ async fn run_with_other_daemons(house: &mut House, line: String) {
     house.finished = Some(process::run(command, WAIT_LIMIT * 5).await);
 }
 
-#[then("what it prints works as pasted there")]
+#[then("the commands that it prints work when pasted there")]
 async fn pasted(house: &mut House) {
     let last = house.last();
     assert!(last.status.success(), "{last:?}");

@@ -55,7 +55,7 @@ async fn submit_and_kill(house: &mut House, agents: usize, rounds: usize) {
             answers_so_far
                 .wait_for(|count| *count >= place)
                 .await
-                .expect("the sender outlives this");
+                .expect("the sender is open");
             process::signal(pid, "-KILL");
         };
         let (answers, ()) = tokio::join!(join_all(submits), kill);
@@ -83,7 +83,11 @@ async fn all_complete(house: &mut House) {
             .send()
             .await
             .expect("the orchestrator answers");
-        assert_eq!(response.status(), 200, "{job} was acknowledged and is gone");
+        assert_eq!(
+            response.status(),
+            200,
+            "{job} was acknowledged but is missing"
+        );
         let task: TaskView = response.json().await.expect("a job of the contract");
         if task.status.is_terminal() {
             assert_eq!(task.status.as_str(), "completed", "{task:#?}");
@@ -91,7 +95,7 @@ async fn all_complete(house: &mut House) {
         } else {
             assert!(
                 started.elapsed() < limit,
-                "{} jobs are not done after {limit:?}: {task:#?}",
+                "{} jobs have not ended after {limit:?}: {task:#?}",
                 open.len()
             );
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -109,7 +113,7 @@ pub(super) async fn wait_for_end(house: &House, pid: u32) {
     };
     assert!(
         until(WAIT_LIMIT, ended).await,
-        "the orchestrator is still there"
+        "the orchestrator still runs"
     );
 }
 

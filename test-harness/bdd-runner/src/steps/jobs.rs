@@ -63,7 +63,7 @@ async fn resume(house: &mut House, id: String) {
     house.events.extend(rest);
 }
 
-#[when(expr = "it has given {int} tokens")]
+#[when(expr = "it has produced {int} tokens")]
 async fn has_given(house: &mut House, tokens: u32) {
     let enough = move |received: &stream::Received| matches!(&received.event, TaskEvent::Token(t) if t.i + 1 >= tokens);
     house.events =

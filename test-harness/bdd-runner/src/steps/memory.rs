@@ -32,9 +32,9 @@ async fn memory_for(house: &mut House, workers: u64) {
     let (_, after) = refused
         .stderr
         .split_once("needs ")
-        .expect("the refusal says what is needed");
+        .expect("the refusal names the needed memory");
     let words: Vec<_> = after.split_whitespace().take(2).collect();
-    let needed = pool_core::units::parse_bytes(&words.join(" ")).expect("so much of memory");
+    let needed = pool_core::units::parse_bytes(&words.join(" ")).expect("an amount of memory");
     house.memory_limit = needed * workers + needed / 10;
     let folder = house.home().join("config");
     std::fs::create_dir_all(&folder).expect("the configuration folder can be made");
@@ -43,7 +43,7 @@ async fn memory_for(house: &mut House, workers: u64) {
         .expect("the settings can be written");
 }
 
-#[when(expr = "{int} workers are asked for over HTTP at once")]
+#[when(expr = "{int} workers are requested over HTTP at once")]
 async fn over_http(house: &mut House, count: usize) {
     house.watch = Some(Watch::start(house.home()));
     let url = house.address("pool").expect("the pool wrote its address");
@@ -53,7 +53,7 @@ async fn over_http(house: &mut House, count: usize) {
 }
 
 #[when(
-    expr = "{int} workers are asked for over HTTP and {int} by command line while the pool manager starts"
+    expr = "{int} workers are requested over HTTP and {int} by command line while the pool manager starts"
 )]
 async fn over_both(house: &mut House, http: usize, lines: usize) {
     house.watch = Some(Watch::start(house.home()));
@@ -141,21 +141,29 @@ async fn become_ready(house: &mut House, count: usize) {
     }
 }
 
-#[then("neither what is set aside for workers nor what they hold was ever above the limit")]
+#[then(
+    "neither the memory reserved for workers nor the memory that they hold ever exceeded the limit"
+)]
 fn below_the_limit(house: &mut House) {
-    let most = house.watch.as_mut().expect("it was watched").end();
+    let most = house.watch.as_mut().expect("the memory is watched").end();
     let limit = house.memory_limit;
     println!("      limit {limit}: {most:?}");
     assert!(most.samples > 10, "{most:?}");
-    assert!(most.reserved > limit / 2, "it saw the workers: {most:?}");
-    assert!(most.private > limit / 4, "it saw their memory: {most:?}");
+    assert!(
+        most.reserved > limit / 2,
+        "the watch saw the workers: {most:?}"
+    );
+    assert!(
+        most.private > limit / 4,
+        "the watch saw the workers' memory: {most:?}"
+    );
     assert!(
         most.reserved <= limit && most.private <= limit,
         "{most:?}, {limit}"
     );
 }
 
-#[then("one more worker is refused still")]
+#[then("one more worker is still refused")]
 async fn one_more(house: &mut House) {
     let url = house.address("pool").expect("the pool wrote its address");
     let asked = post(&reqwest::Client::new(), &url).await;
@@ -176,7 +184,7 @@ async fn daemon_has_all(house: &mut House) {
     assert_eq!(ready.count(), 3, "{listed:#}");
 }
 
-#[then(expr = "what was predicted is not below what was measured, and at most {int} % above it")]
+#[then(expr = "the predicted memory is not below the measured, and at most {int} % above it")]
 async fn predicted_well(house: &mut House, percent: u64) {
     for worker in workers(house).await {
         let memory = &worker["memory"];

@@ -15,7 +15,7 @@ async fn with_a_waiting_job(house: &mut House) {
     house.job = Some(job);
 }
 
-#[when(expr = "its jobs are lost and {string} is put in their place")]
+#[when(expr = "its jobs are lost and replaced by {string}")]
 async fn jobs_replaced(house: &mut House, copy: String) {
     let state = house.home().join("state/orchestratord");
     for entry in std::fs::read_dir(&state).expect("the state folder is there") {
