@@ -147,7 +147,7 @@ def build():
     command = ["cargo", "build", "--release", "--locked", "-p", "llorch-candled", "--example", "probe"]
     done = subprocess.run([*command, "--message-format=json-render-diagnostics"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        sys.exit("error: the worker's example does not build")
+        sys.exit("error: could not build the worker's example")
     messages = map(json.loads, done.stdout.splitlines())
     return next(message["executable"] for message in messages if message.get("executable"))
 
@@ -275,8 +275,8 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="GGUF", help="a real model")
-    add("--vocabulary", metavar="GGUF", help="file with the tokenizer of random models; without it there are none")
-    add("--tokenizer", action="append", default=[], metavar="GGUF", help="a further file whose tokenizer to compare")
+    add("--vocabulary", metavar="GGUF", help="file with the tokenizer of random models; without it no random models are compared")
+    add("--tokenizer", action="append", default=[], metavar="GGUF", help="another file whose tokenizer is compared")
     add("--families", type=some_of(random_model.FAMILIES), default=list(random_model.FAMILIES), help="families of random models [default: all]")
     add("--formats", type=some_of(reference.FORMATS), default=list(reference.FORMATS), help="formats of random models [default: all]")
     add("--positions", type=int, default=640, help="positions of a real model [default: 640]")

@@ -161,7 +161,7 @@ class Programs:
 def figure(text, pattern):
     found = re.search(pattern, text)
     if not found:
-        raise MeasureError(f"no figure in {text!r}")
+        raise MeasureError(f"found no figure in {text!r}")
     return float(found.group(1))
 
 
@@ -361,7 +361,7 @@ def record(machine, peers, results):
 def named(text):
     name, _, value = text.partition("=")
     if not name or not value:
-        raise argparse.ArgumentTypeError("write it as NAME=VALUE")
+        raise argparse.ArgumentTypeError("expected NAME=VALUE")
     return name, value
 
 

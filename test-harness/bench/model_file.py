@@ -47,7 +47,7 @@ class ModelFile:
     def read(self, file):
         magic, version, tensors, values = struct.unpack("<4sIQQ", file.read(24))
         if magic != MAGIC or version != VERSION:
-            raise ModelFileError(f"{file.name}: no GGUF file of version {VERSION}")
+            raise ModelFileError(f"{file.name}: not a GGUF file of version {VERSION}")
         self.values = dict(entry(file) for _ in range(values))
         places = [place(file) for _ in range(tensors)]
         alignment = self.values.get("general.alignment", 32)

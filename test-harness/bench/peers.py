@@ -36,7 +36,7 @@ class Peer:
             else:
                 raise ValueError(f"`{path}` is neither a {BENCH} nor a {SERVER}")
         if not found:
-            raise ValueError(f"`{path}` has no {BENCH} and no {SERVER}")
+            raise ValueError(f"`{path}` has neither {BENCH} nor {SERVER}")
 
     def prefill(self, model, threads):
         """Returns the tokens per second of a prompt, and no further figures."""

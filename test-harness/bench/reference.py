@@ -104,7 +104,7 @@ def logits(path, ids, threads, exact=False):
     with loaded(path) as model:
         context = llama.llama_init_from_model(model, parameters)
         if not context:
-            raise ReferenceError(f"llama.cpp could not make a context for {path}")
+            raise ReferenceError(f"llama.cpp could not create a context for {path}")
         try:
             width = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
             parts = [part(context, ids, start, width) for start in range(0, len(ids), BATCH)]

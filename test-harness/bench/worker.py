@@ -51,7 +51,7 @@ def first_token(port, prompt):
                 return took or time.perf_counter() - start, json.loads(data)["tokens_in"]
             elif name == "data" and event == "error":
                 raise MeasureError(f"the worker failed: {data}")
-    raise MeasureError("the worker's answer has no end")
+    raise MeasureError("the worker's answer ended without an `end` event")
 
 
 def cached_tokens(port):
