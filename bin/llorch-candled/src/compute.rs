@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use pool_core::api::worker::{WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent};
 use pool_core::crash::crash_point;
+use pool_core::errors::with_causes;
 use tokio::sync::oneshot;
 
 use crate::backend::Device;
@@ -68,7 +69,7 @@ impl Compute {
             let engine = match compute.load() {
                 Ok(engine) => Arc::new(engine),
                 Err(error) => {
-                    compute.status.failed(error.to_string());
+                    compute.status.failed(with_causes(&error));
                     // Sending fails only without a receiver, that is, while the process ends.
                     let _ = loaded.send(Err(error));
                     return;

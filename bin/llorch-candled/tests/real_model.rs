@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use llorch_candled::engine::{Engine, Sizes};
 use llorch_candled::tokenizer::Tokenizer;
-use pool_core::api::worker::{ExecuteRequest, Message, Role, StopReason};
+use pool_core::api::worker::{ExecuteRequest, Message, Role, StopReason, WorkerErrorCode};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use support::{cpu, greedy, run};
@@ -90,6 +90,7 @@ fn token_ids_equal_the_references_and_read_back_as_the_text() {
 fn check_vector(tokenizer: &Tokenizer, Vector { text, ids }: Vector) {
     let found = tokenizer.encode(&text).expect("text");
     assert_eq!(found, ids, "{text:?}");
+    assert!(tokenizer.least_tokens(&text) <= ids.len(), "{text:?}");
     // Control tokens have no text.
     if !ids.iter().any(|id| tokenizer.control().has(*id)) {
         let mut reader = tokenizer.detokenizer();
@@ -97,6 +98,34 @@ fn check_vector(tokenizer: &Tokenizer, Vector { text, ids }: Vector) {
         back.push_str(&reader.finish());
         assert_eq!(back, text);
     }
+}
+
+// [CAND-113] The longest prompt that the orchestrator passes on takes seconds to tokenise.
+#[test]
+fn a_prompt_that_can_not_fit_is_refused_before_it_is_tokenised() {
+    for model in [Some(Real::smollm()), Real::gemma()].into_iter().flatten() {
+        let context = 8192;
+        let text = "a".repeat(4 << 20);
+        let least = model.engine.tokenizer().least_tokens(&text);
+        assert!(least > context, "{least}");
+        let short = "a".repeat(context);
+        assert!(model.engine.tokenizer().least_tokens(&short) < context);
+    }
+    let engine = Real::smollm().engine;
+    let refused = engine.prepare(raw(&"a".repeat(4 << 20), 1), Instant::now());
+    let error = refused.map(drop).expect_err("four million bytes");
+    assert_eq!(error.code(), WorkerErrorCode::ContextOverflow);
+    assert_eq!(error.overflow(), None);
+    assert!(!error.retriable());
+    let message = error.to_string();
+    assert!(
+        message.starts_with("the prompt of 4194304 bytes has at least "),
+        "{message}"
+    );
+    assert!(
+        message.ends_with(", more than the model's context of 8192"),
+        "{message}"
+    );
 }
 
 #[derive(Deserialize)]

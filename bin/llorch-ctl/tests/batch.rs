@@ -282,7 +282,7 @@ async fn what_was_interrupted_goes_on_and_nothing_is_done_twice() {
     let run = finish(first).await;
     assert_eq!(run.code, 130, "{}", run.err);
     assert!(
-        run.err.contains("interrupted after 2 of 6") && run.err.contains("goes on with the rest"),
+        run.err.contains("interrupted after 2 of 6") && run.err.contains("continue with the rest"),
         "{}",
         run.err
     );

@@ -1,4 +1,4 @@
-//! `llorch dev bench` against a fake server with an OpenAI-style API.
+//! `llorch dev bench` against a fake server with an OpenAI-style API, and against a fake orchestrator.
 
 // Helpers may panic, as tests do.
 #![allow(clippy::unwrap_used)]
@@ -16,7 +16,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
-use support::{Ran, llorch, ran};
+use support::{JOB, Ran, Step, finish, interrupt, llorch, ran, started, until};
 
 /// A server that streams five tokens, and refuses some requests.
 #[derive(Default)]
@@ -160,4 +160,31 @@ async fn of_several_models_one_has_to_be_named() {
     assert_eq!(bench(&url, &["--model", "huge"]).await.code, 0);
     let run = bench(&support::nobody(), &[]).await;
     assert_eq!(run.code, 5, "{}", run.err);
+}
+
+#[tokio::test] // [LLORCH-101]
+async fn an_interrupted_run_cancels_its_jobs() {
+    let script = vec![Step::Send("1.2", started()), Step::Hang];
+    let orchestrator = support::Fake {
+        streams: vec![script],
+        ..support::Fake::default()
+    };
+    let orchestrator = orchestrator.start().await;
+    let child = orchestrator
+        .llorch(&["dev", "bench", "--model", "m"])
+        .spawn()
+        .unwrap();
+    until("a job is followed", || {
+        !orchestrator.asked().resumed_after.is_empty()
+    })
+    .await;
+    interrupt(&child);
+    let run = finish(child).await;
+    assert_eq!(run.code, 130, "{}", run.err);
+    assert!(
+        run.err.contains("interrupted: the benchmark"),
+        "{}",
+        run.err
+    );
+    assert_eq!(orchestrator.asked().cancels, [JOB.parse().unwrap()]);
 }

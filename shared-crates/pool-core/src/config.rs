@@ -13,7 +13,7 @@ use crate::home::Home;
 use crate::lifecycle::Deadlines;
 use crate::settings::{self, Loaded, Origin, SettingsError, UnknownVariable};
 use crate::worker::Backend;
-use crate::worker_args::DEFAULT_STOP_GRACE_S;
+use crate::worker_args::{DEFAULT_STOP_GRACE_S, MAX_THREADS};
 
 /// Default port of the pool manager.
 pub const DEFAULT_PORT: u16 = 9200;
@@ -463,6 +463,13 @@ impl PoolConfig {
                 "must be at least 1 and at most `workers.port_max`",
             );
         }
+        if self
+            .workers
+            .threads
+            .is_some_and(|threads| threads.get() > MAX_THREADS)
+        {
+            return refuse("workers.threads", &format!("must be 1 to {MAX_THREADS}"));
+        }
         if start_timeout_s == 0 {
             return refuse("workers.start_timeout_s", "must be at least 1");
         }
@@ -680,6 +687,7 @@ mod tests {
                 "workers.port_min",
             ),
             ("[workers]\nthreads = 0", "workers.threads"),
+            ("[workers]\nthreads = 1025", "workers.threads"),
             ("[workers]\nstall_timeout_s = 0", "workers.stall_timeout_s"),
             (
                 "[workers]\nstall_timeout_s = 86401",

@@ -19,6 +19,9 @@ pub const NONCE_VAR: &str = "LLORCH_WORKER_NONCE";
 /// Maximum number of sequences that a worker can run at once.
 pub const MAX_SLOTS: u32 = 64;
 
+/// Maximum number of compute threads of a worker: more than any host has processors.
+pub const MAX_THREADS: u32 = 1024;
+
 /// Exit code of a worker whose port was taken, after which the pool tries the next port.
 pub const EXIT_PORT_TAKEN: i32 = 75;
 /// Exit code of a worker that rejects its model file; the last log line that begins with `error: ` has the reason.
@@ -80,7 +83,7 @@ pub struct WorkerArgs {
     #[cfg_attr(feature = "cli", arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_SLOTS))))]
     pub slots: u32,
     /// Compute threads [default: one less than the host's processors].
-    #[cfg_attr(feature = "cli", arg(long))]
+    #[cfg_attr(feature = "cli", arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_THREADS))))]
     pub threads: Option<u32>,
     /// Seconds that running jobs may take to finish once the worker is asked to stop.
     #[cfg_attr(feature = "cli", arg(long, value_name = "SECONDS", default_value_t = DEFAULT_STOP_GRACE_S))]

@@ -8,6 +8,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use pool_core::catalog::gguf::GgufFile;
+use pool_core::units::human_bytes;
 use pool_core::worker::Backend;
 
 use crate::engine::model::Model;
@@ -35,6 +36,14 @@ pub enum LoadError {
     /// A tensor can't be used.
     #[error(transparent)]
     Tensor(#[from] TensorError),
+    /// The system refused memory for the cache.
+    #[error("could not reserve {} for the cache", human_bytes(*bytes))]
+    Cache {
+        /// Bytes of the whole cache.
+        bytes: u64,
+        /// Reason of the system.
+        source: std::io::Error,
+    },
     /// The file can't be read, or the system refused threads or memory.
     #[error("could not load the model")]
     Io(#[from] std::io::Error),

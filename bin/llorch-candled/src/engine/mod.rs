@@ -60,13 +60,13 @@ pub enum LoadError {
     #[error(transparent)]
     Backend(#[from] backend::LoadError),
     /// The trial computation failed.
-    #[error("the trial run of the model failed: {0}")]
+    #[error("the trial run of the model failed")]
     Compute(#[from] ModelError),
     /// The cache has no room for the trial computation.
     #[error(transparent)]
     CacheFull(#[from] CacheFull),
     /// The file broke an assumption of the program.
-    #[error("could not load the model: {0}")]
+    #[error("could not load the model")]
     Panicked(#[from] Panicked),
 }
 
@@ -75,6 +75,9 @@ impl LoadError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Header(error) => error.hint(),
+            Self::Backend(backend::LoadError::Cache { .. }) => {
+                Some("lower --cache-tokens or --context-length, or free memory")
+            }
             _ => None,
         }
     }
@@ -111,6 +114,18 @@ pub enum Failure {
     /// The request can't be run.
     #[error("{0}")]
     Request(String),
+    /// The prompt is so long that it has too many tokens for the model, however they are counted.
+    #[error(
+        "the prompt of {bytes} bytes has at least {least_tokens} tokens, more than the model's context of {model_context}"
+    )]
+    TooLong {
+        /// Bytes of the prompt.
+        bytes: usize,
+        /// Lower bound of its tokens.
+        least_tokens: usize,
+        /// Tokens of context that the model was trained for.
+        model_context: usize,
+    },
     /// The prompt or the answer doesn't fit the context.
     #[error("{}", overflow_message(.0))]
     ContextOverflow(ContextOverflow),
@@ -156,7 +171,7 @@ impl Failure {
     pub fn code(&self) -> WorkerErrorCode {
         match self {
             Self::Request(_) => WorkerErrorCode::InvalidRequest,
-            Self::ContextOverflow(_) => WorkerErrorCode::ContextOverflow,
+            Self::TooLong { .. } | Self::ContextOverflow(_) => WorkerErrorCode::ContextOverflow,
             Self::Template(_) => WorkerErrorCode::TemplateFailed,
             Self::Halted(Halted::Cancelled) => WorkerErrorCode::Cancelled,
             Self::Halted(Halted::Replaced) => WorkerErrorCode::Replaced,
@@ -413,6 +428,7 @@ impl Engine {
         accepted: Instant,
     ) -> Result<Generation, Failure> {
         let Rendered { text, breaks } = self.prompt_text(&request)?;
+        self.check_length(&text)?;
         let prompt = self
             .tokenizer
             .encode_prompt(&text, &breaks)
@@ -444,6 +460,21 @@ impl Engine {
             resumed,
             receipt: Box::new(receipt),
             accepted,
+        })
+    }
+
+    /// Refuses a prompt that can't fit the model's context. Prompts become tokens one after the other, and megabytes of text
+    /// would delay those behind for seconds.
+    fn check_length(&self, text: &str) -> Result<(), Failure> {
+        let least_tokens = self.tokenizer.least_tokens(text);
+        let model_context = self.description.max_context;
+        if least_tokens < model_context {
+            return Ok(());
+        }
+        Err(Failure::TooLong {
+            bytes: text.len(),
+            least_tokens,
+            model_context,
         })
     }
 

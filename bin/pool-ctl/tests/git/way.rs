@@ -127,7 +127,7 @@ fn files_in_the_folder_of_a_submodule_that_is_not_fetched_stay() {
         &["sync", "--yes"],
     ] {
         world.run(command).exits(4).says(&[
-            "submodule lib: its folder is not empty",
+            "submodule lib: it is not fetched yet, but its folder is not empty",
             "lib/code",
             "move them away",
         ]);

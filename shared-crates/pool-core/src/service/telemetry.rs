@@ -102,7 +102,7 @@ pub fn on_hangup(reload: impl Fn() + Send + 'static) -> io::Result<()> {
         while hangups.recv().await.is_some() {
             match FILE.get().map(LogFile::reopen) {
                 Some(Err(error)) => {
-                    tracing::error!(%error, "SIGHUP: could not reopen the log file")
+                    tracing::error!(%error, "SIGHUP: could not reopen the log file");
                 }
                 Some(Ok(())) => tracing::info!("SIGHUP: reopened the log file"),
                 None => tracing::info!("SIGHUP: logging to standard error; no file to reopen"),

@@ -105,7 +105,15 @@ impl Load {
             let name = in_layer(index, &format!("{part}.weight"));
             there.then(|| reader.vector(&name, length)).transpose()
         };
-        let cache = |block: usize| Pages::new(self.blocks * description.kv_heads * block);
+        let key_block = key_block_bytes(description.cache, description.head_dim);
+        let value_block = value_block_bytes(description.cache, description.head_dim);
+        let heads = self.blocks * description.kv_heads;
+        let cache = |block: usize| {
+            Pages::new(heads * block).map_err(|source| LoadError::Cache {
+                bytes: (heads * (key_block + value_block) * description.layers.len()) as u64,
+                source,
+            })
+        };
         Ok(Layer {
             kind: description.layers[index],
             attention_norm: norm(true, "attn_norm", description.width)?.unwrap_or_default(),
@@ -125,8 +133,8 @@ impl Load {
             up: up?,
             down: down?,
             feed_forward_post_norm: norm(features.post_norm, "post_ffw_norm", description.width)?,
-            keys: cache(key_block_bytes(description.cache, description.head_dim))?,
-            values: cache(value_block_bytes(description.cache, description.head_dim))?,
+            keys: cache(key_block)?,
+            values: cache(value_block)?,
         })
     }
 }

@@ -80,7 +80,7 @@ impl Bench {
         let spinner = progress::spinner("waiting for the first answer");
         let first = tokio::select! {
             first = server.answer(task(0)) => first?,
-            () = interrupt.wait() => return Err(interrupted("the benchmark")),
+            () = interrupt.wait() => return Err(stopped(&server).await),
         };
         drop(spinner);
         let measured = first.tokens_in;
@@ -108,7 +108,7 @@ impl Bench {
                         Some(Err(error)) => Outcome::Failed(error),
                         None => break,
                     },
-                    () = interrupt.wait() => return Err(interrupted("the benchmark")),
+                    () = interrupt.wait() => return Err(stopped(&server).await),
                 };
                 outcomes.push(outcome);
                 let failed = outcomes.iter().filter(|o| matches!(o, Outcome::Failed(_)));
@@ -139,6 +139,16 @@ impl Bench {
             Format::Table => table(&levels)?,
         }
         Ok(exit)
+    }
+}
+
+/// Cancels what still runs, and returns the error of an interrupted run.
+async fn stopped(server: &Server) -> CliError {
+    let error = interrupted("the benchmark");
+    let left = server.cancel_running().await;
+    match left.as_slice() {
+        [] => error,
+        left => error.hint(format!("these could not be cancelled: {}", left.join(", "))),
     }
 }
 

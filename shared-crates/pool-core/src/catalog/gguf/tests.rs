@@ -410,7 +410,7 @@ fn counts_and_lengths_are_compared_with_the_file() {
 fn metadata_of_unknown_or_wrong_form_is_refused() {
     let value = |value: Vec<u8>| Build::model().with("x", value).error();
     assert!(value(13u32.to_le_bytes().to_vec()).contains("unknown metadata value type 13"));
-    assert!(value(array(13, 0, &[])).contains("unknown metadata value type 13"));
+    assert!(value(array(13, 0, &[])).contains("unknown array element type 13"));
     assert!(value(array(9, 0, &[])).contains("array of arrays"));
     assert!(value(concat(&[&7u32.to_le_bytes(), &[2]])).contains("stored as 2"));
     assert!(value(array(7, 2, &[1, 3])).contains("stored as 3"));

@@ -1,5 +1,7 @@
 //! The kinds of servers that can be measured, and the requests for each.
 
+use std::collections::BTreeSet;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
@@ -8,7 +10,9 @@ use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::models::ModelList;
 use orchestrator_core::api::tasks::TaskSubmitRequest;
 use pool_core::api::version::VersionInfo;
-use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEvent, WorkerHealth};
+use pool_core::api::worker::{
+    CancelRequest, CancelResponse, ExecuteRequest, Sampling, WorkerEvent, WorkerHealth,
+};
 use pool_core::client::{ApiClient, ClientError, EventStream, Method, ServerEvent};
 use pool_core::secret::Secret;
 use pool_core::terminal::{CliError, Exit};
@@ -21,8 +25,13 @@ use crate::http_client::{ConnectArgs, Item, Orchestrator, shown};
 
 /// Longest silence of a server, which may read a long prompt before its first answer.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// Time limit for a server to say what it is.
+const PROBE: Duration = Duration::from_secs(10);
 /// Sampling temperature. If only the likeliest token is drawn, small models repeat themselves.
 const TEMPERATURE: f32 = 0.7;
+
+/// Fence of every execution on a worker: each has one attempt.
+const FENCE: u64 = 1;
 
 /// Kinds of servers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
@@ -56,6 +65,26 @@ pub struct Server {
     model: Option<String>,
     /// Unique id of the run, which distinguishes its executions from others.
     run: String,
+    /// Jobs of the run that have not ended.
+    running: Running,
+}
+
+/// Ids of jobs or executions that have not ended.
+#[derive(Debug, Default)]
+struct Running(Mutex<BTreeSet<String>>);
+
+impl Running {
+    fn ids(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads the answer of a job. A read that is dropped half-way leaves the job among the running ones.
+    async fn during<T>(&self, id: String, read: impl Future<Output = T>) -> T {
+        self.ids().insert(id.clone());
+        let answer = read.await;
+        self.ids().remove(&id);
+        answer
+    }
 }
 
 impl Server {
@@ -69,9 +98,10 @@ impl Server {
         let client = ApiClient::new(orchestrator.url(), orchestrator.token().cloned())?
             .with_answer_timeout(PATIENCE)
             .with_idle_timeout(PATIENCE);
+        let probe = client.clone().with_answer_timeout(PROBE);
         let api = match api {
             Some(api) => api,
-            None => detect(&client).await?,
+            None => detect(&probe).await?,
         };
         // The secret goes to a worker only: any other server must not learn it.
         let client = match api {
@@ -101,7 +131,7 @@ impl Server {
                 Some(only_one(there.map(|model| model.model_ref.to_string()))?)
             }
             (Api::Openai, None) => {
-                let list: OpenaiModels = client.get("/v1/models").await?;
+                let list: OpenaiModels = probe.get("/v1/models").await?;
                 Some(only_one(list.data.into_iter().map(|model| model.id))?)
             }
         };
@@ -111,6 +141,7 @@ impl Server {
             client,
             model,
             run: uuid::Uuid::now_v7().to_string(),
+            running: Running::default(),
         })
     }
 
@@ -132,10 +163,39 @@ impl Server {
     /// Makes a request and reads the answer to its end.
     pub async fn answer(&self, task: Task) -> Result<Answer, CliError> {
         match self.api {
-            Api::Orchestrator => self.task(task).await,
-            Api::Worker => self.execution(task).await,
-            Api::Openai => self.completion(task).await,
+            Api::Orchestrator => Box::pin(self.task(task)).await,
+            Api::Worker => Box::pin(self.execution(task)).await,
+            Api::Openai => Box::pin(self.completion(task)).await,
         }
+    }
+
+    /// Cancels the jobs of the run that have not ended, and returns those that could not be cancelled. A server with an OpenAI-style
+    /// API stops by itself once the connection closes.
+    pub async fn cancel_running(&self) -> Vec<String> {
+        let ids = self.running.ids().clone();
+        let cancels = ids.into_iter().map(|id| async move {
+            let cancelled = match self.api {
+                Api::Orchestrator => match id.parse() {
+                    Ok(job) => self.orchestrator.cancel(job).await.is_ok(),
+                    Err(_) => false,
+                },
+                Api::Worker => {
+                    let request = CancelRequest {
+                        job_id: id.clone(),
+                        fence: FENCE,
+                    };
+                    let probe = self.client.clone().with_answer_timeout(PROBE);
+                    probe
+                        .post::<_, CancelResponse>("/cancel", &request)
+                        .await
+                        .is_ok()
+                }
+                Api::Openai => true,
+            };
+            (!cancelled).then_some(id)
+        });
+        let left = futures_util::future::join_all(cancels).await;
+        left.into_iter().flatten().collect()
     }
 
     async fn task(&self, task: Task) -> Result<Answer, CliError> {
@@ -153,20 +213,24 @@ impl Server {
         let key = format!("{}-{}", self.run, task.number);
         let mut orchestrator = self.orchestrator.clone();
         let accepted = orchestrator.submit(&request, &key, |_| {}).await;
-        let mut events = orchestrator.events(accepted.map_err(shown)?.job_id, None);
-        while let Some(item) = events.next().await.map_err(shown)? {
-            match item {
-                Item::Event(_, TaskEvent::Token(_)) => clock.token(),
-                Item::Event(_, TaskEvent::End(end)) => {
-                    return clock.stop(end.tokens_in, end.tokens_out);
+        let job = accepted.map_err(shown)?.job_id;
+        let read = async {
+            let mut events = orchestrator.events(job, None);
+            while let Some(item) = events.next().await.map_err(shown)? {
+                match item {
+                    Item::Event(_, TaskEvent::Token(_)) => clock.token(),
+                    Item::Event(_, TaskEvent::End(end)) => {
+                        return clock.stop(end.tokens_in, end.tokens_out);
+                    }
+                    Item::Event(_, TaskEvent::Error(error)) => {
+                        return Err(CliError::new(Exit::JobFailed, error.message));
+                    }
+                    _ => {}
                 }
-                Item::Event(_, TaskEvent::Error(error)) => {
-                    return Err(CliError::new(Exit::JobFailed, error.message));
-                }
-                _ => {}
             }
-        }
-        Err(without_end())
+            Err(without_end())
+        };
+        self.running.during(job.to_string(), read).await
     }
 
     async fn execution(&self, task: Task) -> Result<Answer, CliError> {
@@ -174,7 +238,7 @@ impl Server {
         let request = ExecuteRequest {
             job_id: job_id.clone(),
             attempt: 1,
-            fence: 1,
+            fence: FENCE,
             prompt: Some(task.prompt),
             messages: None,
             raw: true,
@@ -192,24 +256,27 @@ impl Server {
             refuse_if_full: false,
         };
         let mut clock = Clock::start();
-        let mut stream = self.open("/execute", &request).await?;
-        let mut ended = None;
-        while let Some(event) = next(&mut stream).await? {
-            match WorkerEvent::parse(&event.event, &event.data) {
-                Ok(WorkerEvent::Token(_)) => clock.token(),
-                Ok(WorkerEvent::End(end)) => {
-                    ended = Some(clock.stop(end.tokens_in, end.tokens_out)?);
+        let read = async {
+            let mut stream = self.open("/execute", &request).await?;
+            let mut ended = None;
+            while let Some(event) = next(&mut stream).await? {
+                match WorkerEvent::parse(&event.event, &event.data) {
+                    Ok(WorkerEvent::Token(_)) => clock.token(),
+                    Ok(WorkerEvent::End(end)) => {
+                        ended = Some(clock.stop(end.tokens_in, end.tokens_out)?);
+                    }
+                    Ok(WorkerEvent::Error(error)) => {
+                        return Err(CliError::new(Exit::JobFailed, error.message));
+                    }
+                    _ => {}
                 }
-                Ok(WorkerEvent::Error(error)) => {
-                    return Err(CliError::new(Exit::JobFailed, error.message));
-                }
-                _ => {}
             }
-        }
-        // No client resumes this execution. If the deletion fails, the worker forgets the execution later.
-        let path = format!("/executions/{job_id}");
-        let _ = self.client.delete::<serde_json::Value>(&path).await;
-        ended.ok_or_else(without_end)
+            // No client resumes this execution. If the deletion fails, the worker forgets the execution later.
+            let path = format!("/executions/{job_id}");
+            let _ = self.client.delete::<serde_json::Value>(&path).await;
+            ended.ok_or_else(without_end)
+        };
+        self.running.during(job_id.clone(), read).await
     }
 
     async fn completion(&self, task: Task) -> Result<Answer, CliError> {
