@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use orchestrator_core::api::events::{End, TaskEvent};
-use orchestrator_core::job::{AttemptOutcome, JobError, JobErrorCode, JobEvent, Usage};
+use orchestrator_core::job::{AttemptOutcome, JobError, JobErrorCode, JobEvent};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::crash::crash_point;
 
@@ -57,12 +57,16 @@ impl JobEnd {
         })
     }
 
-    /// Returns the job's last event, and what to write to the database with `events`, on behalf of the attempt with `fence` or
-    /// of none.
-    fn into_record(
-        self,
-        fence: Option<u64>,
-    ) -> (TaskEvent, impl FnOnce(Vec<Arc<LogEntry>>) -> Ending) {
+    /// Returns the job's last event.
+    fn last_event(&self) -> TaskEvent {
+        match self {
+            Self::Completed(end) => TaskEvent::End(end.clone()),
+            Self::Error(error) => TaskEvent::Error(error.clone()),
+        }
+    }
+
+    /// Returns the record of the end, with `events` as its part of the log, on behalf of the attempt with `fence` or of none.
+    fn into_record(self, fence: Option<u64>, events: Vec<Arc<LogEntry>>) -> Ending {
         let (event, outcome) = match &self {
             Self::Completed(_) => (JobEvent::Finished, AttemptOutcome::Completed),
             Self::Error(error) => match error.code {
@@ -72,24 +76,11 @@ impl JobEnd {
                 _ => (JobEvent::Errored, AttemptOutcome::Failed),
             },
         };
-        let (usage, receipt, error) = match &self {
-            Self::Completed(end) => {
-                let usage = Usage {
-                    tokens_in: end.tokens_in,
-                    tokens_out: end.tokens_out,
-                    stop_reason: end.stop_reason,
-                    ttft_ms: end.ttft_ms,
-                    decode_time_ms: end.decode_time_ms,
-                };
-                (Some(usage), end.receipt.clone(), None)
-            }
-            Self::Error(error) => (None, None, Some(error.clone())),
+        let (usage, receipt, error) = match self {
+            Self::Completed(end) => (Some(end.usage()), end.receipt, None),
+            Self::Error(error) => (None, None, Some(error)),
         };
-        let last = match self {
-            Self::Completed(end) => TaskEvent::End(end),
-            Self::Error(error) => TaskEvent::Error(error),
-        };
-        let ending = move |events| Ending {
+        Ending {
             event,
             fence,
             at: clock::now(),
@@ -101,8 +92,7 @@ impl JobEnd {
             receipt,
             error,
             outcome,
-        };
-        (last, ending)
+        }
     }
 }
 
@@ -118,16 +108,16 @@ pub async fn end(
         Ok(log) => log,
         Err(status) => return Ok(status),
     };
-    let (last, ending) = end.into_record(fence);
-    let written = log.finish(last, |events| async move {
+    let written = log.finish(end.last_event(), |events| async move {
         crash_point("end.uncommitted");
-        let status = app.store.end(live.id, ending(events)).await?;
+        let record = end.into_record(fence, events);
+        let status = app.store.end(live.id, record).await?;
         crash_point("end.committed");
         Ok(status)
     });
     let status = written.await?;
     settle(app, live, status);
-    tracing::info!(job = %live.id, %status, "job ended");
+    tracing::info!(job = %live.id, %status, "job over");
     Ok(status)
 }
 

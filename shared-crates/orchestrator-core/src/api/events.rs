@@ -16,7 +16,7 @@ use pool_core::api::worker::{StopReason, WorkerMetrics};
 use serde::{Deserialize, Serialize};
 
 use crate::api::tasks::TaskWaiting;
-use crate::job::{JobError, JobId};
+use crate::job::{JobError, JobId, Usage};
 
 /// Event id, written `ATTEMPT.SEQ`. `SEQ` starts at 1 and increases by one throughout the job's life; `ATTEMPT` is 0 before the
 /// first attempt.
@@ -137,6 +137,19 @@ pub struct End {
     /// Receipt of the text; absent if the worker gave none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub receipt: Option<Box<Receipt>>,
+}
+
+impl End {
+    /// Returns the token counts and times, as the job's record keeps them.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            tokens_in: self.tokens_in,
+            tokens_out: self.tokens_out,
+            stop_reason: self.stop_reason,
+            ttft_ms: self.ttft_ms,
+            decode_time_ms: self.decode_time_ms,
+        }
+    }
 }
 
 /// Notice that this reader is too slow and is disconnected. It can resume.

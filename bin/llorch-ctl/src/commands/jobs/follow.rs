@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use orchestrator_core::api::events::{End, EventId, TaskEvent};
 use orchestrator_core::api::tasks::TaskView;
-use orchestrator_core::job::{JobError, JobId, Usage};
+use orchestrator_core::job::{JobError, JobId};
 use pool_core::api::worker::StopReason;
 use pool_core::client::ClientError;
 use pool_core::terminal::interrupt::Interrupt;
@@ -382,13 +382,7 @@ pub fn conclude(id: JobId, ending: &Ending, notices: bool) -> Result<Exit, CliEr
 }
 
 fn summary(id: JobId, end: &End) -> String {
-    let usage = Usage {
-        tokens_in: end.tokens_in,
-        tokens_out: end.tokens_out,
-        stop_reason: end.stop_reason,
-        ttft_ms: end.ttft_ms,
-        decode_time_ms: end.decode_time_ms,
-    };
+    let usage = end.usage();
     let tokens = if end.tokens_out == 1 {
         "token"
     } else {
