@@ -16,6 +16,11 @@ use tokio::signal::unix::{SignalKind, signal};
 /// prompts, rendering chat templates and, while the model is loaded, building the tokenizer.
 const OWN_THREADS: usize = 10;
 
+/// Longest time that events stay available after the end of their execution, in seconds: a week.
+const MAX_TTL_S: u64 = 604_800;
+/// Largest buffer of events, in MiB: a tebibyte.
+const MAX_BUFFER_MIB: i64 = 1 << 20;
+
 /// Serves one model on one device over HTTP. Started by llorch-pool or pool-managerd, which pass LLORCH_WORKER_SECRET and
 /// LLORCH_WORKER_NONCE in the environment.
 #[derive(Debug, Parser)]
@@ -27,11 +32,11 @@ struct Cli {
     #[arg(long)]
     no_speculation: bool,
     /// Seconds that an execution's events stay available after its end.
-    #[arg(long, default_value_t = 600)]
+    #[arg(long, default_value_t = 600, value_parser = clap::value_parser!(u64).range(..=MAX_TTL_S))]
     execution_ttl_s: u64,
     /// MiB that the events of all executions may take. The oldest finished executions are dropped first.
-    #[arg(long, default_value_t = 64)]
-    buffer_mib: usize,
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=MAX_BUFFER_MIB))]
+    buffer_mib: u32,
 }
 
 fn main() -> ExitCode {
@@ -93,7 +98,7 @@ fn start(cli: Cli, threads: u32, fewer: bool) -> anyhow::Result<()> {
         threads: threads as usize,
         speculates: !cli.no_speculation,
         execution_ttl: Duration::from_secs(cli.execution_ttl_s),
-        buffer_bytes: cli.buffer_mib << 20,
+        buffer_bytes: (cli.buffer_mib as usize) << 20,
     };
     // Two threads are plenty for the events of one computation, and leave the processors to the computation.
     let runtime = pool_core::service::threads::runtime(2, 2)?;

@@ -113,14 +113,27 @@ fn wrong_usage_is_said_before_anything_starts() {
     let (code, line) = ended(&output);
     assert_eq!(code, Some(2));
     assert!(line.contains(SECRET_VAR), "{line}");
-    let output = command(&WorkerArgs {
-        slots: 65,
-        ..args(&model, 0)
-    })
-    .output()
-    .unwrap();
-    assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("--slots"));
+    for (flag, value) in [
+        ("--slots", "65"),
+        ("--threads", "0"),
+        ("--threads", "20000"),
+        ("--stop-grace-s", "18446744073709551615"),
+        ("--execution-ttl-s", "18446744073709551615"),
+        ("--buffer-mib", "0"),
+        ("--buffer-mib", "4294967295"),
+    ] {
+        // `args` has some of these flags already.
+        let mut given = args(&model, 0).to_args();
+        if let Some(place) = given.iter().position(|given| given == flag) {
+            given.drain(place..place + 2);
+        }
+        let mut command = Command::new(env!("CARGO_BIN_EXE_llorch-candled"));
+        let output = command.args(given).args([flag, value]).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{flag} {value}: {message}");
+        let expected = format!("invalid value '{value}' for '{flag} ");
+        assert!(message.contains(&expected), "{message}");
+    }
     let output = command(&WorkerArgs {
         context_length: Some(1 << 20),
         ..args(&model, 0)

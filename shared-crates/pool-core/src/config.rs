@@ -13,7 +13,7 @@ use crate::home::Home;
 use crate::lifecycle::Deadlines;
 use crate::settings::{self, Loaded, Origin, SettingsError, UnknownVariable};
 use crate::worker::Backend;
-use crate::worker_args::{DEFAULT_STOP_GRACE_S, MAX_THREADS};
+use crate::worker_args::{DEFAULT_STOP_GRACE_S, MAX_STOP_GRACE_S, MAX_THREADS};
 
 /// Default port of the pool manager.
 pub const DEFAULT_PORT: u16 = 9200;
@@ -454,6 +454,7 @@ impl PoolConfig {
             port_min,
             port_max,
             start_timeout_s,
+            stop_timeout_s,
             stall_timeout_s,
             ..
         } = self.workers;
@@ -470,8 +471,12 @@ impl PoolConfig {
         {
             return refuse("workers.threads", &format!("must be 1 to {MAX_THREADS}"));
         }
-        if start_timeout_s == 0 {
-            return refuse("workers.start_timeout_s", "must be at least 1");
+        if !(1..=86_400).contains(&start_timeout_s) {
+            return refuse("workers.start_timeout_s", "must be 1 to 86400");
+        }
+        if stop_timeout_s > MAX_STOP_GRACE_S {
+            let reason = format!("must be at most {MAX_STOP_GRACE_S}");
+            return refuse("workers.stop_timeout_s", &reason);
         }
         if !(1..=86_400).contains(&stall_timeout_s) {
             return refuse("workers.stall_timeout_s", "must be 1 to 86400");
@@ -688,6 +693,14 @@ mod tests {
             ),
             ("[workers]\nthreads = 0", "workers.threads"),
             ("[workers]\nthreads = 1025", "workers.threads"),
+            (
+                "[workers]\nstart_timeout_s = 86401",
+                "workers.start_timeout_s",
+            ),
+            (
+                "[workers]\nstop_timeout_s = 86401",
+                "workers.stop_timeout_s",
+            ),
             ("[workers]\nstall_timeout_s = 0", "workers.stall_timeout_s"),
             (
                 "[workers]\nstall_timeout_s = 86401",

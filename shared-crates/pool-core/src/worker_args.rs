@@ -29,6 +29,8 @@ pub const EXIT_MODEL_INVALID: i32 = 65;
 
 /// Default number of seconds that running jobs may take to finish once a worker is asked to stop.
 pub const DEFAULT_STOP_GRACE_S: u64 = 10;
+/// Maximum of that number: a day.
+pub const MAX_STOP_GRACE_S: u64 = 86_400;
 /// Time that readers have to fetch the last events once everything has ended.
 pub const STOP_FLUSH: Duration = Duration::from_secs(2);
 /// Time that a worker has, beyond the grace period and the flush, to exit.
@@ -68,7 +70,7 @@ pub struct WorkerArgs {
     /// Tokens of context per sequence [default: the model's context, at most 8192].
     #[cfg_attr(feature = "cli", arg(long, value_name = "TOKENS"))]
     pub context_length: Option<u32>,
-    /// Tokens of cache that all sequences share [default: one sequence of full context].
+    /// Tokens of cache that all sequences share; at least one sequence of full context, which is the default.
     #[cfg_attr(feature = "cli", arg(long, value_name = "TOKENS"))]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_tokens: Option<u32>,
@@ -86,7 +88,7 @@ pub struct WorkerArgs {
     #[cfg_attr(feature = "cli", arg(long, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_THREADS))))]
     pub threads: Option<u32>,
     /// Seconds that running jobs may take to finish once the worker is asked to stop.
-    #[cfg_attr(feature = "cli", arg(long, value_name = "SECONDS", default_value_t = DEFAULT_STOP_GRACE_S))]
+    #[cfg_attr(feature = "cli", arg(long, value_name = "SECONDS", default_value_t = DEFAULT_STOP_GRACE_S, value_parser = clap::value_parser!(u64).range(..=MAX_STOP_GRACE_S)))]
     #[serde(default = "default_stop_grace_s")]
     pub stop_grace_s: u64,
 }
