@@ -30,7 +30,7 @@ const LOG_DELAY: Duration = Duration::from_millis(250);
 const LOG_BATCH: usize = 64;
 /// Interval of the moments on which the commits of all streams fall, so that those of one moment share a transaction.
 const LOG_BEAT: Duration = Duration::from_millis(50);
-/// How long a stream is read after its pool reported the worker gone: events on their way still arrive.
+/// Time for which a stream is still read after its pool reported the worker gone: events on their way arrive.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Consecutive streams of one execution that may break without a single event.
 const REATTACHES: u32 = 2;
@@ -54,7 +54,7 @@ pub(super) struct AttemptRunner<'a> {
     attempt: &'a Attempt,
     lease: &'a Lease,
     orders: watch::Receiver<Order>,
-    /// Whether the database says that the attempt runs.
+    /// True if the database says that the attempt runs.
     started: bool,
     /// The announcement, held back until the text is complete: only then is its id certain to follow every token a reader may
     /// have seen of an earlier attempt.
@@ -65,9 +65,9 @@ pub(super) struct AttemptRunner<'a> {
     resume_index: u32,
     /// Classes of arithmetic that computed the text before that.
     earlier_classes: Vec<String>,
-    /// Whether every event has come that readers may have seen of this attempt.
+    /// True once every event has come that readers may have seen of this attempt.
     caught_up: bool,
-    /// Whether readers may have seen tokens of an earlier attempt that the log lacks.
+    /// True if readers may have seen tokens of an earlier attempt that the log lacks.
     seen_before: bool,
     /// Number of events received.
     received: u64,

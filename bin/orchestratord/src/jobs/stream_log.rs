@@ -30,7 +30,7 @@ struct StreamLogState {
     evicted: EventId,
     /// Id of the newest event, in memory or not.
     last: EventId,
-    /// Whether readers may have seen tokens before a restart of the daemon that the log lacks. Until those tokens have come
+    /// True if readers may have seen tokens before a restart of the daemon that the log lacks. Until those tokens have come
     /// again, under the same ids, no other event may take these ids.
     seen_more: bool,
     /// Sequence number of the newest event in the database.
@@ -39,7 +39,7 @@ struct StreamLogState {
     momentary: Vec<(u64, TaskEvent)>,
     published: u64,
     ended: bool,
-    /// Whether the log is closed without an end.
+    /// True if the log is closed without an end.
     closed: bool,
 }
 

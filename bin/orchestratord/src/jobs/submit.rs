@@ -187,9 +187,8 @@ pub async fn submit(
         model: job.spec.model.clone(),
         queue_position: position,
     };
-    let Ok(log) = live.log.lock().await else {
-        return Err(SubmitError::Stopping);
-    };
+    let log = live.log.lock().await;
+    let log = log.expect("a job that nothing else knows has not ended");
     // Live before the commit makes it visible in lists and to requests with the same key: those wait for the log.
     app.jobs.insert(Arc::clone(&live));
     let stored = log.commit(Some((TaskEvent::Queued(event), None)), |events| {

@@ -9,7 +9,7 @@ use super::{Store, StoreError};
 /// The pause before the database is tried again.
 pub const STORE_PAUSE: Duration = Duration::from_secs(1);
 
-/// Why [`Store::patiently`] ended without a result.
+/// The end of [`Store::patiently`] without a result.
 #[derive(Debug)]
 pub enum Unfinished<S> {
     /// Waiting for the database ended early, with the reason.

@@ -18,11 +18,11 @@ pub struct ResumePoint {
     pub token_ids: Vec<u32>,
     /// Index of the next piece of text.
     pub next_index: u32,
-    /// What the latest attempt computed with.
+    /// Model file and arithmetic of the latest attempt.
     pub origin: Option<Origin>,
     /// Classes of arithmetic (the `build` of origins) that computed tokens of the text, in order, each once.
     pub classes: Vec<String>,
-    /// Whether readers may have seen tokens that the log lacks: an end of the daemon cut off the last tokens of an attempt that was
+    /// True if readers may have seen tokens that the log lacks: an end of the daemon cut off the last tokens of an attempt that was
     /// given up, and no attempt has been announced since.
     pub seen_more: bool,
 }

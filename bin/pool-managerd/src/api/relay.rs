@@ -42,7 +42,7 @@ const ANSWERED: [HeaderName; 4] = [
 /// Starts an execution on a worker, or attaches to it, and streams its events.
 ///
 /// Works like the worker's own `POST /execute`. A caller that disconnects cancels nothing, and resumes with `Last-Event-ID`.
-/// When the pool manager stops, the stream ends with a `shutdown` event and the execution continues.
+/// A stopping pool manager ends the stream with a `shutdown` event, and the execution continues.
 #[utoipa::path(
     post, path = "/workers/{id}/execute", tag = "relay",
     params(("id" = String, Path, description = "The worker.")),
