@@ -330,6 +330,7 @@ async fn recover(app: &App) -> anyhow::Result<()> {
         let Interrupted {
             pool_id, worker_id, ..
         } = interrupted.clone();
+        app.fleet.leased(&pool_id, &worker_id, id, None);
         let slot = Arc::new(ActiveAttempt::new(pool_id, worker_id));
         app.jobs.begin_attempt(id, Arc::clone(&slot));
         let adopted = AdoptedAttempt {

@@ -54,6 +54,7 @@ fn pool(index: usize, free: usize) -> PoolState {
         slots: 1,
         active: 0,
         free_tokens: Some(8192),
+        unanswered: 0,
         full: false,
         memory_bytes: 4 * GIB,
         created_at: now(),
@@ -188,7 +189,7 @@ fn one_change(criterion: &mut Criterion) {
         group.bench_function(BenchmarkId::new("a_slot_became_free", &name), |bench| {
             bench.iter(|| {
                 // Another job replaces the one that gets the slot, so that the queue keeps its length.
-                fleet.release("pool-00000", "worker-cpu-0", now());
+                fleet.release("pool-00000", "worker-cpu-0", false, now());
                 let pass = black_box(fleet.pass(now()));
                 assert_eq!(pass.actions.len(), 1);
                 fleet.put(job(0));

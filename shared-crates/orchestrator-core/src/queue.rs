@@ -23,6 +23,10 @@ use order::Ordered;
 
 /// Approximate bytes of text per token.
 const TOKEN_BYTES: u64 = 4;
+/// Bytes of a token in texts with many short ones, such as code and languages that the vocabulary knows badly.
+const SHORT_TOKEN_BYTES: u64 = 2;
+/// Tokens that a chat template adds to a short prompt.
+const TEMPLATE_TOKENS: u32 = 64;
 
 /// A waiting job as the queue and the scheduler see it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,17 +90,33 @@ impl QueuedJob {
         self.cache_needed.unwrap_or(0)
     }
 
+    /// Returns the most tokens that the job is expected to take in a worker's cache: as many as a worker counted, or a high
+    /// estimate from the job's size.
+    pub fn cache_expected(&self) -> u32 {
+        self.cache_needed.unwrap_or_else(|| {
+            let prompt = self.prompt_estimate(SHORT_TOKEN_BYTES);
+            prompt
+                .saturating_add(TEMPLATE_TOKENS)
+                .saturating_add(self.max_tokens)
+        })
+    }
+
     /// Returns an estimate of the context that holds the prompt and the longest answer, in tokens. The estimate only ranks free
     /// workers; it excludes none.
     pub fn context_wished(&self) -> u32 {
-        let prompt = self.context_needed.map_or_else(
+        let prompt = self.prompt_estimate(TOKEN_BYTES);
+        prompt.saturating_add(self.max_tokens)
+    }
+
+    /// Returns the tokens of the prompt: as many as a worker counted, or an estimate with `token_bytes` bytes for each.
+    fn prompt_estimate(&self, token_bytes: u64) -> u32 {
+        self.context_needed.map_or_else(
             || {
-                u32::try_from(self.bytes.saturating_sub(JobSpec::FIXED_BYTES) / TOKEN_BYTES)
+                u32::try_from(self.bytes.saturating_sub(JobSpec::FIXED_BYTES) / token_bytes)
                     .unwrap_or(u32::MAX)
             },
             |needed| needed.saturating_sub(1),
-        );
-        prompt.saturating_add(self.max_tokens)
+        )
     }
 }
 

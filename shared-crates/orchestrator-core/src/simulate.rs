@@ -36,8 +36,8 @@ pub const STARVED: SignedDuration = SignedDuration::from_mins(5);
 const AFTERWARDS: SignedDuration = SignedDuration::from_hours(24);
 /// Load rate in bytes per second of a model whose loading the trace does not show.
 const LOAD_RATE: u64 = 500_000_000;
-/// Time that a worker takes to refuse a job.
-const REFUSING: SignedDuration = SignedDuration::from_millis(5);
+/// Time that a worker takes to answer whether it takes a job.
+const ANSWERING: SignedDuration = SignedDuration::from_millis(5);
 /// Time that a worker takes to end and free its memory.
 const ENDING: SignedDuration = SignedDuration::from_millis(100);
 
@@ -672,11 +672,11 @@ impl<'a> Sim<'a> {
                 let tokens = self.world.needed(&queued);
                 let state = self.worker(&pool, &worker);
                 if state.is_some_and(|state| !state.has_room(tokens)) {
+                    self.at(ANSWERING, Event::Wake);
                     self.queue.put_back(QueuedJob {
                         cache_needed: Some(tokens),
                         ..queued.as_ref().clone()
                     });
-                    self.at(REFUSING, Event::Wake);
                     return;
                 }
                 self.placed.push(Placed {
@@ -692,7 +692,12 @@ impl<'a> Sim<'a> {
                 }
                 if let Some(state) = self.worker(&pool, &worker) {
                     state.take_slot(turn, tokens);
+                    let others_wait = state.keeps_waiting();
+                    state.unanswered = 0;
                     state.status = WorkerStatus::Busy;
+                    if others_wait {
+                        self.at(ANSWERING, Event::Wake);
+                    }
                 }
                 let service = self.world.service(&queued);
                 let finished = Event::Finished {

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use jiff::SignedDuration;
+use orchestrator_core::JobId;
 use orchestrator_core::job::{AttemptOutcome, JobErrorCode, backoff_ms};
 use orchestrator_core::queue::QueuedJob;
 use pool_core::api::pool::WorkerEndpoint;
@@ -30,6 +31,13 @@ pub struct Attempt {
     pub slot: Arc<ActiveAttempt>,
 }
 
+/// Gives the slot of an attempt at the job to others.
+pub fn release(app: &App, job: JobId, slot: &ActiveAttempt) {
+    if app.jobs.end_attempt(job, slot) {
+        app.fleet.released(&slot.pool_id, &slot.worker_id, job);
+    }
+}
+
 /// The reason for the early end of a wait.
 #[derive(Debug)]
 pub(super) enum Interruption {
@@ -54,7 +62,7 @@ impl From<Interruption> for AttemptEnd {
 impl Attempt {
     /// Gives the attempt's slot to others.
     fn release(&self) {
-        self.app.jobs.end_attempt(self.live.id, &self.slot);
+        release(&self.app, self.live.id, &self.slot);
         self.app.changed.notify_one();
     }
 
@@ -134,7 +142,7 @@ impl Attempt {
             Err(StoreError::Closed) => None,
             Err(error @ StoreError::Unavailable(_)) => {
                 tracing::warn!(job = %live.id, %error, "could not lease");
-                app.jobs.end_attempt(live.id, slot);
+                release(app, live.id, slot);
                 let pause = SignedDuration::try_from(STORE_PAUSE).unwrap_or_default();
                 app.jobs.put(QueuedJob {
                     not_before: clock::now().checked_add(pause).ok(),
@@ -356,7 +364,7 @@ impl Attempt {
         });
         written.await?;
         // The slot is released under the same guard: a pass between the two would start the job twice.
-        app.jobs.end_attempt(live.id, &self.slot);
+        release(app, live.id, &self.slot);
         app.jobs.put(queued.clone());
         app.changed.notify_one();
         Ok(())

@@ -19,7 +19,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use crate::jobs::JobEnd;
 
 pub use adopted::{AdoptedAttempt, adopt};
-pub use attempt::Attempt;
+pub use attempt::{Attempt, release};
 pub use orphans::{ORPHANED_WITHIN, Orphans, cancel_orphans};
 use runner::AttemptRunner;
 

@@ -480,7 +480,10 @@ impl<'a> AttemptRunner<'a> {
         match committed.await {
             Ok(Some(())) => {
                 self.started = true;
-                app.fleet.mark_open(&slot.pool_id, &slot.worker_id);
+                app.fleet.taken(&slot.pool_id, &slot.worker_id, live.id);
+                if app.jobs.taken(live.id, slot) {
+                    app.changed.notify_one();
+                }
                 None
             }
             Ok(None) => Some(AttemptEnd::Over),

@@ -4,6 +4,7 @@
 use std::collections::{BTreeSet, HashMap};
 
 use jiff::{SignedDuration, Timestamp};
+use orchestrator_core::JobId;
 use orchestrator_core::scheduler::{
     DownloadState, PoolState, RefusedDownload, RefusedStart, WorkerState,
 };
@@ -37,6 +38,8 @@ pub(super) struct Overlay {
     hoped_for: HashMap<(String, String), Asked>,
     refusals: Vec<Refusal>,
     full: HashMap<(String, String), Full>,
+    /// Leases of each worker, oldest first.
+    leases: HashMap<(String, String), Vec<Leased>>,
     /// Workers that are being stopped, each with the time until which that counts.
     stops: HashMap<(String, String), Timestamp>,
     downloads: HashMap<(String, ModelRef), Download>,
@@ -118,6 +121,16 @@ struct Full {
     until: Timestamp,
     /// Length of the next pause, if the worker refuses again.
     next: SignedDuration,
+}
+
+/// A lease of a worker.
+#[derive(Debug)]
+struct Leased {
+    job: JobId,
+    /// Tokens of the worker's cache that the job is expected to take; 0 once a report counts them.
+    tokens: u32,
+    /// True once the worker has taken the job.
+    taken: bool,
 }
 
 impl Overlay {
@@ -220,6 +233,41 @@ impl Overlay {
         self.full.get(&key).is_some_and(lacks_slots) && self.full.remove(&key).is_some()
     }
 
+    /// Records that the worker was leased to a job that is expected to take at most `tokens` of its cache; `None` for a job that
+    /// the worker took in an earlier run of the daemon.
+    pub(super) fn leased(&mut self, pool: &str, worker: &str, job: JobId, tokens: Option<u32>) {
+        let key = (pool.to_owned(), worker.to_owned());
+        let leases = self.leases.entry(key).or_default();
+        leases.push(Leased {
+            job,
+            tokens: tokens.unwrap_or(0),
+            taken: tokens.is_none(),
+        });
+    }
+
+    /// Records that the worker has taken the job.
+    pub(super) fn taken(&mut self, pool: &str, worker: &str, job: JobId) {
+        let key = (pool.to_owned(), worker.to_owned());
+        let mut leases = self.leases.get_mut(&key).into_iter().flatten();
+        if let Some(lease) = leases.find(|lease| lease.job == job) {
+            lease.taken = true;
+        }
+    }
+
+    /// Records the end of a lease. Returns whether the worker has more tokens of its cache free than before.
+    pub(super) fn released(&mut self, pool: &str, worker: &str, job: JobId) -> bool {
+        let key = (pool.to_owned(), worker.to_owned());
+        let Some(leases) = self.leases.get_mut(&key) else {
+            return false;
+        };
+        let ended = leases.iter().position(|lease| lease.job == job);
+        let gained = ended.is_some_and(|ended| leases.remove(ended).tokens > 0);
+        if leases.is_empty() {
+            self.leases.remove(&key);
+        }
+        gained
+    }
+
     /// Records that a worker is being asked to stop.
     pub(super) fn begin_stop(&mut self, pool: &str, worker: &str, now: Timestamp) {
         let key = (pool.to_owned(), worker.to_owned());
@@ -295,6 +343,15 @@ impl Overlay {
             let said = || status.workers.iter().find(|worker| worker.id == *id);
             marked != pool || full.said == said().map(Load::of)
         });
+        for ((_, id), leases) in self.leases.iter_mut().filter(|((of, _), _)| of == pool) {
+            let shown = status.workers.iter().find(|worker| worker.id == *id);
+            let counted = shown.map_or(0, |worker| worker.active as usize);
+            // A worker may count a job as active before it counts its tokens.
+            let taken = leases.iter_mut().filter(|lease| lease.taken);
+            for lease in taken.take(counted) {
+                lease.tokens = 0;
+            }
+        }
         let serves = |id: &str| {
             status.workers.iter().any(|worker| {
                 worker.id == *id
@@ -407,6 +464,9 @@ impl Overlay {
             if serves && self.stops.contains_key(&key) {
                 worker.status = WorkerStatus::Draining;
             }
+            let leases = self.leases.get(&key).into_iter().flatten();
+            let given = leases.fold(0u32, |sum, lease| sum.saturating_add(lease.tokens));
+            worker.free_tokens = worker.free_tokens.map(|free| free.saturating_sub(given));
             let full = self.full.get(&key);
             match full.filter(|full| full.until > now) {
                 Some(Full {
@@ -506,6 +566,43 @@ mod tests {
         refused(&mut overlay);
         overlay.expire(after(Timestamp::UNIX_EPOCH, SignedDuration::from_hours(1)));
         assert_eq!(refused(&mut overlay), 500);
+    }
+
+    // [ORCHD-247]
+    #[test]
+    fn tokens_of_a_lease_are_not_free_until_a_report_counts_it() {
+        let model = ModelState {
+            model: "m".parse().unwrap(),
+            file: ModelFile {
+                size_bytes: 1,
+                modified_ns: 1,
+                sha256: None,
+            },
+            needed_bytes: 1,
+            context: None,
+        };
+        let now = Timestamp::UNIX_EPOCH;
+        let worker = WorkerState {
+            id: "worker-cpu-0".to_owned(),
+            free_tokens: Some(1000),
+            ..WorkerState::asked_for(&model, Device::CPU, None, now)
+        };
+        let mut overlay = Overlay::default();
+        let free = |overlay: &Overlay| {
+            let mut state = PoolState::unheard("pool-a", PoolLiveness::Online);
+            state.workers.push(worker.clone());
+            overlay.apply(&mut state, now, |_| true);
+            state.workers[0].free_tokens
+        };
+        let jobs: [JobId; 3] = std::array::from_fn(|_| JobId::random());
+        for (job, tokens) in jobs.iter().zip([100, 200, 300]) {
+            overlay.leased("pool-a", "worker-cpu-0", *job, Some(tokens));
+        }
+        assert_eq!(free(&overlay), Some(400));
+        // Without a report, only the end of the lease makes them free.
+        assert!(overlay.released("pool-a", "worker-cpu-0", jobs[1]));
+        assert!(!overlay.released("pool-a", "worker-cpu-0", jobs[1]));
+        assert_eq!(free(&overlay), Some(600));
     }
 
     // [ORCHD-198]

@@ -1,6 +1,8 @@
 //! Requests to pools and workers, and their answers, which count until the pools' next heartbeats.
 
 use jiff::Timestamp;
+use orchestrator_core::JobId;
+use orchestrator_core::queue::QueuedJob;
 use pool_core::ModelRef;
 use pool_core::client::ApiClient;
 
@@ -121,6 +123,26 @@ impl Fleet {
         overlay.mark_full(pool, worker, said.map(Load::of), free_tokens, now);
     }
 
+    /// Records that the worker was leased to the job, which was queued as `queued`; `None` for an attempt of an earlier run of the
+    /// daemon. Until a report counts the job, what it is expected to take of the worker's cache is not free.
+    pub fn leased(&self, pool: &str, worker: &str, job: JobId, queued: Option<&QueuedJob>) {
+        let mut inner = self.lock();
+        let Inner { pools, overlay, .. } = &mut *inner;
+        let known = pools.get(pool).and_then(|pool| pool.worker(worker));
+        let context = known.and_then(|worker| worker.context_length);
+        let most = context.unwrap_or(u32::MAX);
+        let tokens = queued.map(|queued| queued.cache_expected().min(most));
+        overlay.leased(pool, worker, job, tokens);
+    }
+
+    /// Records the end of the job's lease.
+    pub fn released(&self, pool: &str, worker: &str, job: JobId) {
+        let mut inner = self.lock();
+        if inner.overlay.released(pool, worker, job) {
+            inner.changed.insert(pool.to_owned());
+        }
+    }
+
     /// Returns whether the worker reports the room in its cache. Such a worker knows `refuse_if_full`.
     pub fn reports_room(&self, pool: &str, worker: &str) -> bool {
         let inner = self.lock();
@@ -128,9 +150,10 @@ impl Fleet {
         worker.is_some_and(|worker| worker.cache.is_some())
     }
 
-    /// Records that a worker had room after all.
-    pub fn mark_open(&self, pool: &str, worker: &str) {
+    /// Records that the worker has taken the job.
+    pub fn taken(&self, pool: &str, worker: &str, job: JobId) {
         let mut inner = self.lock();
+        inner.overlay.taken(pool, worker, job);
         if inner.overlay.mark_open(pool, worker) {
             inner.changed.insert(pool.to_owned());
         }

@@ -75,6 +75,8 @@ pub struct ActiveAttempt {
     pub why: Option<Why>,
     /// True while the worker's stream is open.
     pub attached: AtomicBool,
+    /// True once the worker has taken the job. An attempt of an earlier run of the daemon counts as taken.
+    taken: AtomicBool,
     orders: watch::Sender<Order>,
 }
 
@@ -87,6 +89,7 @@ impl ActiveAttempt {
             began: crate::clock::now(),
             why: None,
             attached: AtomicBool::new(false),
+            taken: AtomicBool::new(true),
             orders: watch::Sender::new(Order::Go),
         }
     }
@@ -95,8 +98,19 @@ impl ActiveAttempt {
     pub fn chosen(pool_id: String, worker_id: String, why: Why) -> Self {
         Self {
             why: Some(why),
+            taken: AtomicBool::new(false),
             ..Self::new(pool_id, worker_id)
         }
+    }
+
+    /// Returns whether the worker has taken the job.
+    pub fn is_taken(&self) -> bool {
+        self.taken.load(Ordering::Relaxed)
+    }
+
+    /// Records that the worker has taken the job. Returns false if that was known.
+    pub fn mark_taken(&self) -> bool {
+        !self.taken.swap(true, Ordering::Relaxed)
     }
 
     /// Gives an order. No order follows a stop, and of several reasons for which a worker is gone the first counts.

@@ -200,16 +200,26 @@ impl Jobs {
         inner.attempts.insert(id, attempt);
     }
 
-    /// Records that the attempt no longer holds its slot. A later attempt at the same job is left alone.
-    pub fn end_attempt(&self, id: JobId, attempt: &ActiveAttempt) {
+    /// Records that the attempt no longer holds its slot. Returns false if it held none. A later attempt at the same job is left
+    /// alone.
+    pub fn end_attempt(&self, id: JobId, attempt: &ActiveAttempt) -> bool {
         let mut inner = self.lock();
-        let holds = |held: &Arc<ActiveAttempt>| std::ptr::eq(Arc::as_ptr(held), attempt);
-        if inner.attempts.get(&id).is_some_and(holds) {
+        let holds = inner.holds(id, attempt);
+        if holds {
             inner.attempts.remove(&id);
+            let taken = attempt.is_taken();
             inner
                 .index
-                .release(&attempt.pool_id, &attempt.worker_id, clock::now());
+                .release(&attempt.pool_id, &attempt.worker_id, taken, clock::now());
         }
+        holds
+    }
+
+    /// Records that the attempt's worker has taken the job. Returns whether other jobs may have waited for that.
+    pub fn taken(&self, id: JobId, attempt: &ActiveAttempt) -> bool {
+        let mut inner = self.lock();
+        let holds = inner.holds(id, attempt);
+        holds && attempt.mark_taken() && inner.index.answered(&attempt.pool_id, &attempt.worker_id)
     }
 
     /// Returns the attempt at the job that holds a slot.
@@ -334,6 +344,12 @@ pub fn publish(news: Vec<News>) {
 }
 
 impl Inner {
+    /// Returns whether the attempt at the job holds its slot.
+    fn holds(&self, id: JobId, attempt: &ActiveAttempt) -> bool {
+        let held = self.attempts.get(&id);
+        held.is_some_and(|held| std::ptr::eq(Arc::as_ptr(held), attempt))
+    }
+
     /// Fails unless a new job may wait. Jobs that nothing can run take no places from others. Twice the capacity is the
     /// limit while both kinds wait, because some jobs arrived while something could run them.
     fn admit(

@@ -182,12 +182,13 @@ fn dispatch(
     worker: &str,
     now: Timestamp,
 ) {
+    app.fleet.leased(pool, worker, queued.id, Some(queued));
     let endpoint = app.fleet.endpoint(pool, worker);
     // Reserve a file descriptor for the attempt. Without one, its worker would look unreachable.
     let place = app.metrics.load().call();
     let (Some(live), Some(endpoint), Some(place)) = (app.jobs.get(queued.id), endpoint, place)
     else {
-        app.jobs.end_attempt(queued.id, attempt);
+        dispatch::release(app, queued.id, attempt);
         app.changed.notify_one();
         if let Some(live) = app.jobs.get(queued.id) {
             put_back(app, &live, queued, now);

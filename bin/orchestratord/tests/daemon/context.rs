@@ -162,23 +162,45 @@ async fn a_worker_that_refuses_what_fits_costs_attempts() {
     assert_eq!(view.error.unwrap().code, JobErrorCode::WorkerLost);
 }
 
+/// Returns a pool with a worker that has a cache of 8192 tokens, the worker, and a job that it runs. The pool has reported the
+/// job, and this many free tokens.
+async fn busy_worker(
+    orchestrator: &Orchestrator,
+    free_tokens: u32,
+) -> (FakePool, FakeWorker, JobId) {
+    let mut pool = FakePool::start("pool-a").await;
+    let worker = worker_with(&mut pool, "worker-cpu-0", 8192).await;
+    pool.workers[0].slots = 4;
+    set_room(&mut pool, 0, 8192);
+    pool.register(orchestrator).await;
+    let first = only_once(orchestrator).await;
+    worker.request(1).await;
+    worker.started(first);
+    set_room(&mut pool, 1, free_tokens);
+    pool.beat(orchestrator).await;
+    (pool, worker, first)
+}
+
+fn set_room(pool: &mut FakePool, active: u32, free_tokens: u32) {
+    let worker = &mut pool.workers[0];
+    worker.active = active;
+    worker.cache = Some(CacheRoom {
+        tokens: 8192,
+        free_tokens,
+    });
+}
+
+async fn of_tokens(orchestrator: &Orchestrator, max_tokens: u32) -> JobId {
+    let body = json!({"model": MODEL, "prompt": "hi", "max_tokens": max_tokens});
+    orchestrator.submit(body).await.unwrap().job_id
+}
+
 // [ORCHD-198]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_waits_for_room_in_the_cache_and_those_behind_it_wait_too() {
     let orchestrator = Orchestrator::start().await;
-    let mut pool = FakePool::start("pool-a").await;
-    let worker = worker_with(&mut pool, "worker-cpu-0", 8192).await;
-    let room = |free_tokens| {
-        Some(CacheRoom {
-            tokens: 8192,
-            free_tokens,
-        })
-    };
-    (pool.workers[0].slots, pool.workers[0].cache) = (4, room(8192));
-    pool.register(&orchestrator).await;
-    let first = only_once(&orchestrator).await;
+    let (mut pool, worker, first) = busy_worker(&orchestrator, 8192).await;
     assert!(worker.request(1).await.refuse_if_full);
-    worker.started(first);
     let large = only_once(&orchestrator).await;
     worker.request(2).await;
     worker.short(
@@ -194,15 +216,16 @@ async fn a_job_waits_for_room_in_the_cache_and_those_behind_it_wait_too() {
     let later = only_once(&orchestrator).await;
     waits_for(&orchestrator, later, WaitReason::CacheFull).await;
     // 4096 free tokens are more than before, but still too few for the large job.
-    pool.workers[0].cache = room(4096);
+    set_room(&mut pool, 1, 4096);
     pool.beat(&orchestrator).await;
     assert_eq!(worker.requests().len(), 2);
-    pool.workers[0].cache = room(5120);
+    set_room(&mut pool, 1, 5120);
     pool.beat(&orchestrator).await;
-    // Both in one pass: their requests may arrive in any order.
-    let mut given = [worker.request(3).await, worker.request(4).await].map(|asked| asked.job_id);
-    given.sort_unstable();
-    assert_eq!(given, [large, later].map(|job| job.to_string()));
+    // The worker must have taken the large job before it can refuse the other.
+    assert_eq!(worker.request(3).await.job_id, large.to_string());
+    waits_for(&orchestrator, later, WaitReason::CacheFull).await;
+    worker.started(large);
+    assert_eq!(worker.request(4).await.job_id, later.to_string());
     for job in [first, large, later] {
         completes(&orchestrator, &worker, job).await;
     }
@@ -215,6 +238,89 @@ async fn a_job_waits_for_room_in_the_cache_and_those_behind_it_wait_too() {
             Some(AttemptOutcome::Completed)
         ]
     );
+}
+
+// [ORCHD-246] Whether the large job fits is up to the worker. The small one would fit in any case.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_job_overtakes_one_whose_room_is_uncertain() {
+    let orchestrator = Orchestrator::start().await;
+    let (mut pool, worker, _) = busy_worker(&orchestrator, 1024).await;
+    let [large, small] = [5000, 10].map(|tokens| of_tokens(&orchestrator, tokens));
+    let (large, small) = (large.await, small.await);
+    assert_eq!(worker.request(2).await.job_id, large.to_string());
+    waits_for(&orchestrator, small, WaitReason::CacheFull).await;
+    worker.short(
+        large,
+        CacheShortage {
+            needed_tokens: 5001,
+            free_tokens: 1024,
+        },
+    );
+    for job in [large, small] {
+        let waiting = waits_for(&orchestrator, job, WaitReason::CacheFull).await;
+        assert_eq!(waiting.queue_position, u64::from(job == small));
+    }
+    set_room(&mut pool, 1, 6000);
+    pool.beat(&orchestrator).await;
+    let mut given = [worker.request(3).await, worker.request(4).await].map(|asked| asked.job_id);
+    given.sort_unstable();
+    assert_eq!(given, [large, small].map(|job| job.to_string()));
+    worker.started(small);
+    completes(&orchestrator, &worker, large).await;
+    // The next large job fits after all. The pool need not report for the last job to follow it.
+    let [large, last] = [8000, 10].map(|tokens| of_tokens(&orchestrator, tokens));
+    let (large, last) = (large.await, last.await);
+    assert_eq!(worker.request(5).await.job_id, large.to_string());
+    waits_for(&orchestrator, last, WaitReason::CacheFull).await;
+    worker.started(large);
+    assert_eq!(worker.request(6).await.job_id, last.to_string());
+    worker.started(last);
+    for job in [small, large, last] {
+        worker.end(job, 0);
+        orchestrator.until(job, JobStatus::Completed).await;
+    }
+}
+
+// [ORCHD-247]
+#[tokio::test(flavor = "multi_thread")]
+async fn a_report_that_does_not_count_a_job_yet_leaves_no_room_for_another() {
+    let orchestrator = Orchestrator::start().await;
+    let (mut pool, worker, _) = busy_worker(&orchestrator, 1024).await;
+    let mut jobs = [of_tokens(&orchestrator, 5000).await, JobId::random()];
+    let shortage = CacheShortage {
+        needed_tokens: 5000,
+        free_tokens: 1024,
+    };
+    worker.request(2).await;
+    worker.short(jobs[0], shortage);
+    waits_for(&orchestrator, jobs[0], WaitReason::CacheFull).await;
+    set_room(&mut pool, 1, 5120);
+    pool.beat(&orchestrator).await;
+    worker.request(3).await;
+    // The worker runs the job, but has not counted its tokens.
+    set_room(&mut pool, 2, 5120);
+    pool.beat(&orchestrator).await;
+    jobs[1] = of_tokens(&orchestrator, 5000).await;
+    waits_for(&orchestrator, jobs[1], WaitReason::CacheFull).await;
+    worker.started(jobs[0]);
+    worker.request(4).await;
+    worker.short(jobs[1], shortage);
+    waits_for(&orchestrator, jobs[1], WaitReason::CacheFull).await;
+    // A report from before the start of the first job, which needs 5000 of these tokens.
+    set_room(&mut pool, 1, 5200);
+    pool.beat(&orchestrator).await;
+    eventually("the tokens that the first job leaves", async || {
+        let waiting = waits_for(&orchestrator, jobs[1], WaitReason::CacheFull).await;
+        let said = waiting.explanation.message;
+        said.contains("at most 200 are free").then_some(())
+    })
+    .await;
+    assert_eq!(worker.requests().len(), 4);
+    set_room(&mut pool, 2, 5120);
+    pool.beat(&orchestrator).await;
+    worker.request(5).await;
+    completes(&orchestrator, &worker, jobs[0]).await;
+    completes(&orchestrator, &worker, jobs[1]).await;
 }
 
 // [ORCHD-198] A worker of an earlier build knows neither the field nor the refusal.

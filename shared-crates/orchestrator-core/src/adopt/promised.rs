@@ -18,8 +18,8 @@ use crate::scheduler::{
 /// Places promised to a policy so far in a pass. A promised place is no longer free.
 #[derive(Debug, Clone, Default)]
 pub struct Promised {
-    /// Jobs promised to each worker, keyed by pool and worker index, with the tokens that they need of its cache.
-    active: HashMap<(usize, usize), (u32, u32)>,
+    /// Jobs promised to each worker, keyed by pool and worker index.
+    active: HashMap<(usize, usize), PromisedJobs>,
     /// Bytes promised on each device, by pool index.
     taken: HashMap<(usize, Device), u64>,
     /// Promised starts: pool index, device, model and context.
@@ -27,6 +27,14 @@ pub struct Promised {
     evicted: HashSet<(usize, usize)>,
     /// Jobs that already have an action.
     settled: HashSet<usize>,
+}
+
+/// The jobs promised to a worker.
+#[derive(Debug, Clone, Copy, Default)]
+struct PromisedJobs {
+    count: u32,
+    /// Most tokens that the jobs are expected to take in the worker's cache.
+    tokens: u32,
 }
 
 fn takes_work(pool: &PoolState) -> Result<(), String> {
@@ -50,8 +58,7 @@ fn placement_fits(placement: &Placement, pool: &PoolState, device: Device) -> Re
 }
 
 impl Promised {
-    /// Returns the number of jobs promised to the worker, and the tokens that they need of its cache.
-    fn promised(&self, pool: usize, worker: usize) -> (u32, u32) {
+    fn promised(&self, pool: usize, worker: usize) -> PromisedJobs {
         let known = self.active.get(&(pool, worker));
         known.copied().unwrap_or_default()
     }
@@ -64,21 +71,21 @@ impl Promised {
         if state.full {
             return 0;
         }
-        let (promised, _) = self.promised(pool, worker);
+        let promised = self.promised(pool, worker);
         state
             .slots
             .saturating_sub(state.active)
-            .saturating_sub(promised)
+            .saturating_sub(promised.count)
     }
 
     /// Returns the tokens of the worker's cache that are still free; `None` if they are unknown, or if the worker has no job
     /// and so has room for any.
     pub fn free_tokens(&self, snapshot: &Snapshot, pool: usize, worker: usize) -> Option<u32> {
         let state = worker_at(snapshot, pool, worker)?;
-        let (promised, tokens) = self.promised(pool, worker);
-        let idle = state.active + promised == 0;
+        let promised = self.promised(pool, worker);
+        let idle = state.active + promised.count == 0;
         let free = state.free_tokens.filter(|_| !idle)?;
-        Some(free.saturating_sub(tokens))
+        Some(free.saturating_sub(promised.tokens))
     }
 
     /// Returns the bytes that another worker may take on the device: 0 if the pool or device is unknown.
@@ -156,6 +163,13 @@ impl Promised {
                 return Err(format!(
                     "the job needs {tokens} tokens of the worker's cache, but only {} are free",
                     free_tokens.unwrap_or(0)
+                ));
+            }
+            let expected = state.most_of(queued.cache_expected());
+            let unanswered = state.unanswered + self.promised(pool, worker).count;
+            if unanswered > 0 && free_tokens.is_some_and(|free| free < expected) {
+                return Err(format!(
+                    "the job may need {expected} tokens of the worker's cache, and earlier ones are on their way there"
                 ));
             }
             if self.free_slots(snapshot, pool, worker) == 0 {
@@ -316,9 +330,9 @@ impl Promised {
                 return Err("the settings do not allow eviction".to_owned());
             }
             takes_work(on)?;
-            let (promised, _) = self.promised(pool, worker);
+            let promised = self.promised(pool, worker);
             // A worker that is full without a lease of ours works for another client.
-            let works = state.full || state.active + promised > 0;
+            let works = state.full || state.active + promised.count > 0;
             if state.status != WorkerStatus::Ready || works {
                 return Err("it is not idle".to_owned());
             }
@@ -358,10 +372,12 @@ impl Promised {
             Proposal::Dispatch { job, pool, worker } => {
                 self.may_dispatch(snapshot, *job, *pool, *worker)?;
                 self.settled.insert(*job);
-                let tokens = job_at(snapshot, *job)?.cache_tokens();
+                let expected = job_at(snapshot, *job)?.cache_expected();
+                let state = worker_at(snapshot, *pool, *worker);
+                let tokens = state.map_or(expected, |state| state.most_of(expected));
                 let promised = self.active.entry((*pool, *worker)).or_default();
-                promised.0 += 1;
-                promised.1 = promised.1.saturating_add(tokens);
+                promised.count += 1;
+                promised.tokens = promised.tokens.saturating_add(tokens);
             }
             Proposal::StartWorker {
                 pool,
@@ -405,10 +421,12 @@ impl Promised {
     /// Returns the snapshot's pools without the places promised so far.
     pub(super) fn pools_after(&self, snapshot: &Snapshot) -> Vec<Arc<PoolState>> {
         let mut pools = snapshot.pools.clone();
-        for (&(pool, worker), &(count, tokens)) in &self.active {
+        for (&(pool, worker), promised) in &self.active {
             let state = &mut Arc::make_mut(&mut pools[pool]).workers[worker];
-            state.active += count;
-            state.free_tokens = state.free_tokens.map(|free| free.saturating_sub(tokens));
+            state.active += promised.count;
+            let free = state.free_tokens;
+            state.free_tokens = free.map(|free| free.saturating_sub(promised.tokens));
+            state.unanswered += promised.count;
         }
         for &(pool, worker) in &self.evicted {
             Arc::make_mut(&mut pools[pool]).workers[worker].status = WorkerStatus::Draining;

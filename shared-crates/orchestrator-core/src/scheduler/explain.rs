@@ -115,7 +115,11 @@ pub struct Explanation {
 
 /// Explains why jobs of the class wait.
 pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) -> Explanation {
-    let (reason, cause) = match judge(class, &Wish::default(), pools, world) {
+    let any_job = Wish {
+        cache: u32::MAX,
+        ..Wish::default()
+    };
+    let (reason, cause) = match judge(class, &any_job, pools, world) {
         Verdict::Wait(reason) => (reason, None),
         Verdict::Reject { message, .. } => (WaitReason::PoolsAway, Some(message)),
         _ => (WaitReason::PolicyHeld, None),
@@ -239,8 +243,11 @@ fn filters(class: &Class, pools: &[&PoolState], held: Held<'_>) -> Vec<FilterCou
         workers.any(|w| class.admits_worker(&pool.id, w) && place(w))
     };
     let has_slot = |pool: &PoolState| has(pool, &WorkerState::has_slot);
-    let has_room =
-        |pool: &PoolState| has(pool, &|w| class.finds_place(w) && !held.keeps(&pool.id, w));
+    let has_room = |pool: &PoolState| {
+        has(pool, &|w| {
+            class.finds_place(w, u32::MAX) && !held.keeps(&pool.id, w)
+        })
+    };
     let fits = |pool: &PoolState| {
         startable(class, pool)
             .is_some_and(|size| fitting(class, pool, size.bytes, false).next().is_some())

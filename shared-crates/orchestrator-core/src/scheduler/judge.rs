@@ -57,9 +57,10 @@ impl Class {
             && worker.capacity() >= self.context
     }
 
-    /// Returns whether the worker, which admits the class, has a slot and cache room for one of its jobs now.
-    pub(super) fn finds_place(&self, worker: &WorkerState) -> bool {
-        worker.has_slot() && worker.has_room(self.cache)
+    /// Returns whether the worker, which admits the class, has a slot and cache room for one of its jobs now. `tokens` is the most
+    /// that this job is expected to take of the cache.
+    pub(super) fn finds_place(&self, worker: &WorkerState, tokens: u32) -> bool {
+        worker.has_slot() && worker.has_room(self.cache) && worker.may_be_offered(tokens)
     }
 }
 
@@ -90,6 +91,8 @@ pub(super) struct Wish<'a> {
     pub(super) context: u32,
     /// Most tokens of the job's answer.
     pub(super) max_tokens: u32,
+    /// Most tokens that the job is expected to take of a worker's cache.
+    pub(super) cache: u32,
 }
 
 impl<'a> Wish<'a> {
@@ -98,6 +101,7 @@ impl<'a> Wish<'a> {
             pool,
             context: job.context_wished(),
             max_tokens: job.max_tokens,
+            cache: job.cache_expected(),
         }
     }
 
@@ -368,8 +372,9 @@ pub(super) fn judge(
     let mine: Vec<_> = workers
         .filter(|(_, pool, _, w)| w.status.is_live() && class.admits_worker(&pool.id, w))
         .collect();
-    let place =
-        |pool: &PoolState, w: &WorkerState| class.finds_place(w) && !world.held.keeps(&pool.id, w);
+    let place = |pool: &PoolState, w: &WorkerState| {
+        class.finds_place(w, wish.cache) && !world.held.keeps(&pool.id, w)
+    };
     let free = mine.iter().filter(|(_, pool, _, w)| place(pool, w));
     let best = free.min_by_key(|(_, pool, _, worker)| {
         let rank = world.policy.rank_worker(&WorkerChoice { pool, worker });

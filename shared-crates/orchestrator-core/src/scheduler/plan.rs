@@ -238,7 +238,7 @@ impl<'a> Pass<'a> {
         self.turns += 1;
         let pool = Arc::make_mut(&mut self.pools[pool]);
         let worker = &mut pool.workers[worker];
-        worker.take_slot(self.turns, job.cache_tokens());
+        worker.take_slot(self.turns, job.cache_expected());
         if let Some(session) = &job.session_id {
             self.sessions.insert(session, pool.id.clone());
         }

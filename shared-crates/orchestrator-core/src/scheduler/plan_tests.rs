@@ -40,6 +40,7 @@ fn worker(id: &str, status: WorkerStatus, active: u32) -> WorkerState {
         slots: 2,
         active,
         free_tokens: None,
+        unanswered: 0,
         full: false,
         memory_bytes: GIB,
         created_at: Timestamp::UNIX_EPOCH,

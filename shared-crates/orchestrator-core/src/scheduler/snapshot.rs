@@ -260,6 +260,9 @@ pub struct WorkerState {
     /// minus those given to jobs since; `None` if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub free_tokens: Option<u32>,
+    /// Jobs on their way to the worker, which has not answered yet whether it takes them.
+    #[serde(default)]
+    pub unanswered: u32,
     /// True if the worker recently refused a job for lack of room. It gets no jobs for a while, whatever its slots say.
     pub full: bool,
     /// Bytes that become free when the worker ends.
@@ -287,6 +290,8 @@ pub struct Usage {
     pub released_at: Option<Timestamp>,
     /// Number of the latest dispatch to the worker; 0 if there was none.
     pub last_turn: u64,
+    /// Leases of these that the worker has not answered yet.
+    pub unanswered: u32,
 }
 
 impl Usage {
@@ -312,6 +317,7 @@ impl WorkerState {
             slots: worker.slots,
             active: 0,
             free_tokens: worker.cache.map(|cache| cache.free_tokens),
+            unanswered: 0,
             full: false,
             memory_bytes: memory.measured_bytes.unwrap_or(memory.predicted_bytes),
             created_at: worker.created_at,
@@ -344,6 +350,7 @@ impl WorkerState {
             slots: 1,
             active: 0,
             free_tokens: None,
+            unanswered: 0,
             full: false,
             memory_bytes: model.bytes(context_length),
             created_at: now,
@@ -358,6 +365,7 @@ impl WorkerState {
     pub fn apply(&mut self, usage: Usage) {
         self.active = usage.active;
         self.last_turn = usage.last_turn;
+        self.unanswered = usage.unanswered;
         // A heartbeat sent before our latest lease still reports the worker as idle, since an earlier time.
         self.idle_since = match usage.active {
             0 => self.idle_since.max(self.idle_since.and(usage.released_at)),
@@ -376,9 +384,28 @@ impl WorkerState {
         self.active == 0 || self.free_tokens.is_none_or(|free| free >= tokens)
     }
 
-    /// Gives a slot to a job that needs `tokens` of the worker's cache, by the dispatch with the number `turn`.
+    /// Returns whether a job that is expected to take at most `tokens` of the cache may be sent to the worker. One that may be
+    /// refused is sent alone: of several at once, the worker might take a later one and refuse this.
+    pub fn may_be_offered(&self, tokens: u32) -> bool {
+        self.unanswered == 0 || self.has_room(self.most_of(tokens))
+    }
+
+    /// Returns how many of a job's `tokens` the worker's cache holds at most: no job takes more than the context.
+    pub fn most_of(&self, tokens: u32) -> u32 {
+        tokens.min(self.context_length.unwrap_or(u32::MAX))
+    }
+
+    /// Returns whether some job would have to wait until the worker has answered the jobs on their way.
+    pub fn keeps_waiting(&self) -> bool {
+        !self.may_be_offered(u32::MAX)
+    }
+
+    /// Gives a slot to a job that is expected to take at most `tokens` of the worker's cache, by the dispatch with the number
+    /// `turn`.
     pub fn take_slot(&mut self, turn: u64, tokens: u32) {
+        let tokens = self.most_of(tokens);
         self.active += 1;
+        self.unanswered += 1;
         self.free_tokens = self.free_tokens.map(|free| free.saturating_sub(tokens));
         self.idle_since = None;
         self.last_turn = turn;

@@ -103,6 +103,7 @@ pub fn sample() -> Snapshot {
         status: WorkerStatus::Ready,
         slots,
         active,
+        unanswered: 0,
         full: false,
         ready_at: Some(ago(600)),
         idle_since: (active == 0).then(|| ago(120)),

@@ -38,6 +38,7 @@ fn worker(id: &str, model: &str, active: u32) -> WorkerState {
         status: WorkerStatus::Ready,
         slots: 2,
         active,
+        unanswered: 0,
         full: false,
         ..WorkerState::asked_for(
             &ModelState {
@@ -370,12 +371,17 @@ fn decide(snapshot: &Arc<Snapshot>, source: &str) -> Decision {
 fn a_script_is_held_to_the_room_in_a_workers_cache() {
     let mut busy = worker("w", "a", 1);
     (busy.slots, busy.free_tokens) = (4, Some(1000));
+    busy.context_length = Some(4096);
     let large = |tokens| QueuedJob {
         cache_needed: Some(tokens),
         ..job("a", 100)
     };
+    let uncounted = QueuedJob {
+        max_tokens: 2000,
+        ..job("a", 100)
+    };
     let snapshot = snapshot(
-        vec![large(900), large(1001), large(600)],
+        vec![large(900), large(1001), large(600), uncounted],
         vec![pool("p", 4 << 30, vec![busy])],
     );
     let decided = |answer: &str| decide(&snapshot, &body(answer));
@@ -387,6 +393,10 @@ fn a_script_is_held_to_the_room_in_a_workers_cache() {
         (
             "[dispatch(ctx.jobs[0], ctx.workers[0]), dispatch(ctx.jobs[2], ctx.workers[0])]",
             "the job needs 600 tokens of the worker's cache, but only 100 are free",
+        ),
+        (
+            "[dispatch(ctx.jobs[0], ctx.workers[0]), dispatch(ctx.jobs[3], ctx.workers[0])]",
+            "the job may need 2064 tokens of the worker's cache, and earlier ones are on their way there",
         ),
     ] {
         let error = decided(answer).error.unwrap();

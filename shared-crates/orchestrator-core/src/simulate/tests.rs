@@ -362,3 +362,17 @@ fn a_simulation_knows_the_workers_caches() {
     let third = bounded.waited_ms(2);
     assert!((1980..2000).contains(&third), "{third}");
 }
+
+// [ORCHCORE-188] [ORCHCORE-189] The second job may not fit, so it waits for the answer to the first.
+#[test]
+fn a_simulated_worker_answers_soon() {
+    let mut pool = pool("p", 0, &["a"]);
+    pool.workers[0].slots = 4;
+    pool.workers[0].free_tokens = Some(650);
+    let job = Sent {
+        takes_ms: 2000,
+        ..sent(0, "a", 300)
+    };
+    let played = run(&trace(&[pool], &[job.clone(), job]), &built_in());
+    assert_eq!([0, 1].map(|n| played.waited_ms(n)), [0, 5]);
+}

@@ -77,6 +77,7 @@ fn any_snapshot() -> impl Strategy<Value = Snapshot> {
                         status: WorkerStatus::Ready,
                         slots: 2,
                         active,
+                        unanswered: 0,
                         full: false,
                         ..WorkerState::asked_for(
                             &model("a"),

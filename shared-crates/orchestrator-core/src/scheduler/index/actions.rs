@@ -77,12 +77,14 @@ impl Index {
         self.leave(job, key, class);
         self.turns += 1;
         let turn = self.turns;
-        let tokens = job.cache_tokens();
+        let tokens = job.cache_expected();
         self.change_worker(place, worker, |state, _| state.take_slot(turn, tokens));
         let Some(state) = &mut self.pools[place] else {
             return;
         };
-        state.usage[worker].take(turn);
+        let usage = &mut state.usage[worker];
+        usage.take(turn);
+        usage.unanswered += 1;
         let action = Action::Dispatch {
             job: job.id,
             pool: state.state.id.clone(),

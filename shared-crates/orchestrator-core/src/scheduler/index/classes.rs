@@ -35,8 +35,11 @@ impl Index {
     pub(super) fn make_ready(&mut self, class: usize, key: TurnKey) {
         let jobs = self.class_mut(class);
         jobs.ready.insert(key);
-        // Workers reserved from the other jobs of the class may not be reserved from this earlier one.
-        if jobs.held && jobs.ready.first() == Some(&key) {
+        let (model, held) = (jobs.model, jobs.held);
+        let is_first = jobs.ready.first() == Some(&key);
+        // Workers reserved from the other jobs of the class may not be reserved from this earlier one, and those that have jobs
+        // to answer may surely have room for it.
+        if is_first && (held || self.models[model].keep_waiting > 0) {
             self.look_at_all(class);
         }
         self.look_again(class);
@@ -47,6 +50,11 @@ impl Index {
         let (key, class) = self.place_of(id)?;
         let job = self.queue.remove(id)?;
         self.leave(&job, key, class);
+        let model = self.class_mut(class).model;
+        // The next job of the class may be smaller than this one.
+        if self.models[model].keep_waiting > 0 {
+            self.look_at_all(class);
+        }
         self.drop_if_empty(class);
         Some(job)
     }

@@ -1,5 +1,7 @@
 //! Use of workers by the orchestrator's own leases.
 
+use std::sync::Arc;
+
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Index, Jobs};
@@ -69,18 +71,44 @@ impl Index {
     pub fn lease(&mut self, pool: &str, worker: &str) {
         self.turns += 1;
         let turn = self.turns;
-        let (_, found) = self.change_usage(pool, worker, |usage| usage.take(turn));
+        let (usage, found) = self.change_usage(pool, worker, |usage| usage.take(turn));
         if let Some((place, worker)) = found {
-            self.change_worker(place, worker, |state, _| state.take_slot(turn, 0));
+            self.change_worker(place, worker, |state, _| state.apply(usage));
         }
     }
 
-    /// Records the end of a lease.
-    pub fn release(&mut self, pool: &str, worker: &str, now: Timestamp) {
+    /// Records the end of a lease. `answered` says whether the worker had answered the job.
+    pub fn release(&mut self, pool: &str, worker: &str, answered: bool, now: Timestamp) {
         let (usage, found) = self.change_usage(pool, worker, |usage| {
             usage.active = usage.active.saturating_sub(1);
+            usage.unanswered = usage.unanswered.saturating_sub(u32::from(!answered));
             usage.released_at = Some(now);
         });
+        self.gained(pool, usage, found);
+    }
+
+    /// Records that the worker has taken a job of a pass. Returns whether others may have waited for that.
+    pub fn answered(&mut self, pool: &str, worker: &str) -> bool {
+        let (usage, found) = self.change_usage(pool, worker, |usage| {
+            usage.unanswered = usage.unanswered.saturating_sub(1);
+        });
+        let Some((place, index)) = found else {
+            return false;
+        };
+        let Some(known) = &mut self.pools[place] else {
+            return false;
+        };
+        let awaited = known.state.workers[index].keeps_waiting();
+        if awaited {
+            self.gained(pool, usage, found);
+        } else {
+            Arc::make_mut(&mut known.state).workers[index].unanswered = usage.unanswered;
+        }
+        awaited
+    }
+
+    /// Applies the new record of a worker that has room for more jobs now, and marks for evaluation the classes that may gain.
+    fn gained(&mut self, pool: &str, usage: Usage, found: Option<(usize, usize)>) {
         let Some((place, index)) = found else {
             return;
         };

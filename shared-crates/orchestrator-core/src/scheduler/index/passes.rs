@@ -164,7 +164,7 @@ impl Index {
                 let (wanted, state) = (Class::of(&job), &state.workers[worker]);
                 let fits = alive
                     && wanted.admits_worker(pool, state)
-                    && wanted.finds_place(state)
+                    && wanted.finds_place(state, job.cache_expected())
                     && !job.backs_off(now);
                 let at = (place, worker);
                 fits.then(|| self.dispatch(&job, key, class, at, chooser, pass))

@@ -57,6 +57,7 @@ enum Change {
     Pool(Box<PoolState>),
     Leave(usize),
     Release(prop::sample::Index),
+    Answer(prop::sample::Index),
     Lease(usize, usize),
     Time(i64),
     Nothing,
@@ -109,6 +110,7 @@ fn worker() -> impl Strategy<Value = WorkerState> {
                     slots,
                     active: 0,
                     free_tokens,
+                    unanswered: 0,
                     full,
                     memory_bytes: memory * UNIT,
                     created_at: at(0),
@@ -252,6 +254,7 @@ fn change() -> impl Strategy<Value = Change> {
         4 => pool().prop_map(|pool| Change::Pool(Box::new(pool))),
         1 => (0usize..4).prop_map(Change::Leave),
         4 => any::<prop::sample::Index>().prop_map(Change::Release),
+        2 => any::<prop::sample::Index>().prop_map(Change::Answer),
         1 => (0usize..4, 0usize..4).prop_map(|(p, w)| Change::Lease(p, w)),
         2 => (1i64..60).prop_map(Change::Time),
         1 => Just(Change::Nothing),
@@ -319,7 +322,8 @@ struct Tested {
     index: Index,
     now: i64,
     jobs: Vec<JobId>,
-    leases: Vec<(String, String)>,
+    /// Pool and worker of each lease, and whether the worker has answered.
+    leases: Vec<(String, String, bool)>,
 }
 
 impl Tested {
@@ -378,13 +382,21 @@ impl Tested {
             Change::Pool(state) => self.index.set_pool(*state),
             Change::Leave(pool) => self.index.remove_pool(&format!("p{pool}")),
             Change::Release(which) if !self.leases.is_empty() => {
-                let (pool, worker) = self.leases.swap_remove(which.index(self.leases.len()));
-                self.index.release(&pool, &worker, at(self.now));
+                let (pool, worker, answered) =
+                    self.leases.swap_remove(which.index(self.leases.len()));
+                self.index.release(&pool, &worker, answered, at(self.now));
+            }
+            Change::Answer(which) if !self.leases.is_empty() => {
+                let lease = which.index(self.leases.len());
+                let (pool, worker, answered) = &mut self.leases[lease];
+                if !std::mem::replace(answered, true) {
+                    self.index.answered(pool, worker);
+                }
             }
             Change::Lease(pool, worker) => {
                 let (pool, worker) = (format!("p{pool}"), format!("w{worker}"));
                 self.index.lease(&pool, &worker);
-                self.leases.push((pool, worker));
+                self.leases.push((pool, worker, true));
             }
             Change::Time(seconds) => self.now += seconds,
             _ => {}
@@ -396,7 +408,7 @@ impl Tested {
         for action in actions {
             match action {
                 Action::Dispatch { job, pool, worker } => {
-                    self.leases.push((pool.clone(), worker.clone()));
+                    self.leases.push((pool.clone(), worker.clone(), false));
                     self.jobs.retain(|id| id != job);
                 }
                 Action::Reject { job, .. } => self.jobs.retain(|id| id != job),
@@ -462,6 +474,7 @@ impl Tested {
                     active: worker.active,
                     last_turn: worker.last_turn,
                     released_at: None,
+                    unanswered: worker.unanswered,
                 };
                 (worker.id.clone(), usage)
             });

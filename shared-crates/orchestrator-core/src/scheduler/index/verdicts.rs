@@ -69,7 +69,8 @@ impl Index {
         let roomy = differ.then(|| jobs.class.context.max(job.context_wished()));
         let held = self.held(class, key);
         let held = Held(&held);
-        let free = |context| self.free_worker(jobs, prefer, context, held);
+        let tokens = job.cache_expected();
+        let free = |context| self.free_worker(jobs, prefer, (context, tokens), held);
         let found = roomy.and_then(free);
         let found = found.or_else(|| free(jobs.class.context));
         if let Some((pool, worker)) = found {
@@ -79,17 +80,18 @@ impl Index {
         self.with_world(now, held, |world| self.judge_starts(jobs, &wish, world))
     }
 
-    /// Returns the best worker with at least this context that has a place for a job of the class.
+    /// Returns the best worker with at least this context that has a place for a job of the class, which is expected to take at
+    /// most `tokens` of its cache.
     fn free_worker(
         &self,
         jobs: &Jobs,
         prefer: Option<&str>,
-        context: u32,
+        (context, tokens): (u32, u32),
         held: Held<'_>,
     ) -> Option<(usize, usize)> {
         let class = &jobs.class;
         let takes = |pool: &str, worker: &WorkerState| {
-            class.finds_place(worker) && !held.keeps(pool, worker)
+            class.finds_place(worker, tokens) && !held.keeps(pool, worker)
         };
         let on_pool = |name: &str| {
             let place = self.pool_place(name)?;
@@ -112,9 +114,10 @@ impl Index {
             return on_pool(wanted);
         }
         // For most jobs, any free slot is a place, so the state of the workers need not be read.
-        let any = class.cache == 0 && held.is_empty();
+        let model = &self.models[jobs.model];
+        let any = class.cache == 0 && held.is_empty() && model.keep_waiting == 0;
         prefer.and_then(on_pool).or_else(|| {
-            let best = self.models[jobs.model].free(context).filter_map(|free| {
+            let best = model.free(context).filter_map(|free| {
                 let mut free = free.iter();
                 free.find(|free| {
                     class.admits_device(free.device) && (any || self.is_at(free, &takes))

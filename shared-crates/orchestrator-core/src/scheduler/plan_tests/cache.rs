@@ -75,6 +75,51 @@ fn a_worker_without_a_job_has_room_for_any() {
     assert_eq!(dispatched(&asked), [("a", "w0")]);
 }
 
+// [ORCHCORE-189] A job that no worker has counted may be refused by one with a free slot. Until the answer, no later job gets
+// the room that it may need.
+#[test]
+fn a_job_that_may_not_fit_is_offered_alone() {
+    let of = |max_tokens| QueuedJob {
+        max_tokens,
+        ..job()
+    };
+    let on = |free_tokens| {
+        let roomy = WorkerState {
+            context_length: Some(4096),
+            ..with_room("w0", free_tokens)
+        };
+        vec![pool("a", vec![roomy])]
+    };
+    let (large, small) = (of(3000), of(10));
+    let jobs = [large.clone(), small.clone()];
+    assert_eq!(dispatched(&plan(&jobs, on(8000))), [("a", "w0"); 2]);
+    // No job takes more than the worker's context.
+    let endless = [of(100_000), small.clone()];
+    assert_eq!(dispatched(&plan(&endless, on(8000))), [("a", "w0"); 2]);
+
+    let offered = plan(&jobs, on(2000));
+    assert!(
+        matches!(&offered.actions[..], [Action::Dispatch { job, .. }] if *job == large.id),
+        "{offered:?}"
+    );
+    let why = &offered.waiting[&small.id];
+    assert_eq!(why.reason, WaitReason::CacheFull);
+    assert!(
+        why.message.contains("an earlier job is waiting for room"),
+        "{}",
+        why.message
+    );
+    // It is not offered together with others either, which the worker might take first.
+    let after = plan(&[small, large], on(2000));
+    assert_eq!(dispatched(&after), [("a", "w0")]);
+    let in_flight = |unanswered| {
+        let mut pools = on(2000);
+        pools[0].workers[0].unanswered = unanswered;
+        dispatched(&plan(&[of(3000)], pools)).len()
+    };
+    assert_eq!([0, 1].map(in_flight), [1, 0]);
+}
+
 // [ORCHCORE-187] Small jobs don't take the room that a large job waits for, again and again.
 #[test]
 fn room_is_kept_for_the_job_whose_turn_was_before() {

@@ -131,7 +131,7 @@ fn a_pass_after_a_plan_of_somebody_else_looks_everywhere_again() {
     tested.change(put(0), JobId::random());
     tested.pass().unwrap();
     // The slot is free again, so the job could have it.
-    tested.index.release("p1", "w1", at(100));
+    tested.index.release("p1", "w1", true, at(100));
     let evict = |pool: &str, worker: &str| Action::EvictWorker {
         pool: pool.into(),
         worker: worker.into(),
@@ -341,7 +341,7 @@ fn idleness_counts_from_the_end_of_the_latest_lease() {
     index.lease("p0", "w0");
     assert_eq!(index.pass(at(119)).actions, []);
     assert_eq!(index.pass(at(130)).actions, []);
-    index.release("p0", "w0", at(140));
+    index.release("p0", "w0", true, at(140));
     let pass = index.pass(at(150));
     assert_eq!((pass.actions, pass.wake), (vec![], Some(at(260))));
     let unload = Action::UnloadWorker {
@@ -448,7 +448,100 @@ fn what_was_kept_for_a_job_is_given_to_others_when_it_is_gone() {
     assert_eq!(given(tested.index.pass(at(100))), []);
     // No worker stays reserved for a job that got its room.
     tested.index.set_pool(state(950));
-    assert_eq!(given(tested.index.pass(at(100))), [ids[2], ids[3]]);
+    assert_eq!(given(tested.index.pass(at(100))), [ids[2]]);
+    for _ in 0..2 {
+        tested.index.answered("p0", "w0");
+    }
+    assert_eq!(given(tested.index.pass(at(100))), [ids[3]]);
+}
+
+// [ORCHCORE-189]
+#[test]
+fn a_job_that_may_be_refused_is_offered_when_the_worker_has_answered_those_before() {
+    let ids: Vec<_> = (0..4).map(|_| JobId::random()).collect();
+    let queued = || {
+        let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+        tested.index.lease("p0", "w0");
+        let pool = PoolState {
+            workers: vec![WorkerState {
+                status: WorkerStatus::Busy,
+                context_length: Some(1024),
+                slots: 6,
+                free_tokens: Some(1000),
+                idle_since: None,
+                ..idle("w0", 0)
+            }],
+            ..bare_pool("p0")
+        };
+        tested.index.set_pool(pool.clone());
+        for (id, tokens) in ids.iter().zip([200, 800, 10, 10]) {
+            let mut change = put(0);
+            if let Change::Put { max_tokens, .. } = &mut change {
+                *max_tokens = tokens;
+            }
+            tested.change(change, *id);
+        }
+        tested.pass().unwrap();
+        assert_eq!(tested.jobs, ids[1..]);
+        (tested, pool)
+    };
+    // The second job goes alone, whether the worker takes the first job or refuses it.
+    for refuses in [false, true] {
+        let (mut tested, _) = queued();
+        match refuses {
+            true => tested.index.release("p0", "w0", false, at(100)),
+            false => assert!(tested.index.answered("p0", "w0")),
+        }
+        tested.pass().unwrap();
+        assert_eq!(tested.jobs, ids[2..]);
+        tested.pass().unwrap();
+        assert_eq!(tested.jobs, ids[2..]);
+        assert!(tested.index.answered("p0", "w0"));
+        tested.pass().unwrap();
+        assert_eq!(tested.jobs, ids[3..]);
+    }
+    // A job that comes before the large one, and surely fits.
+    let (mut batch, _) = queued();
+    for id in &ids[1..] {
+        let job = batch.index.remove(*id).unwrap().as_ref().clone();
+        batch.index.put(QueuedJob {
+            priority: Priority::Batch,
+            turn: None,
+            ..job
+        });
+    }
+    batch.pass().unwrap();
+    assert_eq!(batch.jobs, ids[1..]);
+    let mut small = put(0);
+    if let Change::Put { max_tokens, .. } = &mut small {
+        *max_tokens = 10;
+    }
+    batch.change(small, JobId::random());
+    batch.pass().unwrap();
+    assert_eq!(batch.jobs, ids[1..]);
+    // The job that takes the place of a cancelled one fits in any case.
+    let (mut cancelled, _) = queued();
+    cancelled.index.remove(ids[1]);
+    cancelled.jobs.remove(0);
+    cancelled.pass().unwrap();
+    assert_eq!(cancelled.jobs, []);
+    // An offer outlasts the pool's absence, in which the worker may answer.
+    for answers in [false, true] {
+        let (mut away, pool) = queued();
+        away.index.remove_pool("p0");
+        if answers {
+            assert!(!away.index.answered("p0", "w0"));
+        }
+        away.index.set_pool(PoolState {
+            workers: vec![WorkerState {
+                free_tokens: Some(700),
+                ..pool.workers[0].clone()
+            }],
+            ..pool
+        });
+        away.pass().unwrap();
+        assert_eq!(away.jobs, ids[if answers { 2 } else { 1 }..]);
+    }
 }
 
 // [ORCHCORE-187] No worker stays reserved for a job that another worker is being started for.
