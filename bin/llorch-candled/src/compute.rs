@@ -8,8 +8,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use pool_core::api::worker::{WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent};
-use pool_core::crash::crash_point;
-use pool_core::errors::with_causes;
+use pool_core::kit::crash::crash_point;
+use pool_core::kit::errors::with_causes;
 use tokio::sync::oneshot;
 
 use crate::backend::Device;

@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use pool_core::api::worker::{ExecuteRequest, WorkerEvent};
-use pool_core::clock;
-use pool_core::crash::crash_point;
+use pool_core::kit::clock;
+use pool_core::kit::crash::crash_point;
 use tokio::sync::watch;
 
 use crate::engine::Halted;

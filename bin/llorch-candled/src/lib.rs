@@ -20,8 +20,8 @@ use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use pool_core::WORKER_API_VERSION;
-use pool_core::secret::Secret;
-use pool_core::service::{BindError, Service, ServiceOptions, Shutdown};
+use pool_core::kit::secret::Secret;
+use pool_core::kit::service::{BindError, Service, ServiceOptions, Shutdown};
 use pool_core::worker_args::{
     EXIT_MODEL_INVALID, EXIT_PORT_TAKEN, NONCE_VAR, SECRET_VAR, STOP_FLUSH, WorkerArgs,
 };

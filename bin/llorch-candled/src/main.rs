@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Parser;
 use llorch_candled::{Config, RunError, backend, handed_over, panics, run};
-use pool_core::service::threads::{self, RuntimeError};
-use pool_core::service::{Shutdown, telemetry};
+use pool_core::kit::service::threads::{self, RuntimeError};
+use pool_core::kit::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -101,7 +101,7 @@ fn start(cli: Cli, threads: u32, fewer: bool) -> anyhow::Result<()> {
         buffer_bytes: (cli.buffer_mib as usize) << 20,
     };
     // Two threads are plenty for the events of one computation, and leave the processors to the computation.
-    let runtime = pool_core::service::threads::runtime(2, 2)?;
+    let runtime = pool_core::kit::service::threads::runtime(2, 2)?;
     let outcome = runtime.block_on(async {
         // If the daemon dies, the worker's process group is orphaned, and the kernel sends SIGHUP to an orphaned group with a
         // stopped member. Registering for the signal is enough to survive it.

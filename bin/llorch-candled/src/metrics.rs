@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pool_core::api::worker::{WorkerEnd, WorkerErrorCode};
-use pool_core::service::Load;
+use pool_core::kit::service::Load;
 use prometheus::core::Collector;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,

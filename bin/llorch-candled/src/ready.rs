@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use pool_core::api::worker::WorkerHealth;
-use pool_core::client::{ApiClient, ClientError};
-use pool_core::secret::Secret;
+use pool_core::kit::client::{ApiClient, ClientError};
+use pool_core::kit::secret::Secret;
 use serde::de::IgnoredAny;
 
 const TRIES: u32 = 5;

@@ -3,8 +3,9 @@
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use pool_core::api::worker::{CacheRoom, HealthState, WorkerHealth};
-use pool_core::crash::crash_point;
+use pool_core::api::worker::{HealthState, WorkerHealth};
+use pool_core::kit::crash::crash_point;
+use pool_core::worker::CacheRoom;
 use pool_core::worker_args::WorkerArgs;
 
 use crate::engine::batcher::tokens_of;

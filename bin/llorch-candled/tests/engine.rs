@@ -18,7 +18,7 @@ use pool_core::api::worker::{
 };
 use pool_core::catalog::gguf::GgufFile;
 use pool_core::catalog::support as supported;
-use pool_core::errors::with_causes;
+use pool_core::kit::errors::with_causes;
 use pool_core::worker::CacheType;
 use support::tiny_model::{BLOCKS, TinyModel};
 use support::{

@@ -17,9 +17,9 @@ use pool_core::api::worker::{
     CancelRequest, CancelResponse, ExecuteRequest, HealthState, NEWEST_EVENT, Sampling, StopReason,
     WorkerErrorCode, WorkerEvent, WorkerHealth,
 };
-use pool_core::client::{ApiClient, ClientError, EventStream, Method};
-use pool_core::secret::Secret;
-use pool_core::service::Shutdown;
+use pool_core::kit::client::{ApiClient, ClientError, EventStream, Method};
+use pool_core::kit::secret::Secret;
+use pool_core::kit::service::Shutdown;
 use pool_core::worker::Backend;
 use pool_core::worker::CacheType;
 use pool_core::worker_args::WorkerArgs;

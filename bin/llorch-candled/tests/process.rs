@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use pool_core::api::worker::{
     CancelRequest, CancelResponse, ExecuteRequest, HealthState, WorkerHealth,
 };
-use pool_core::client::{ApiClient, Method};
-use pool_core::secret::Secret;
+use pool_core::kit::client::{ApiClient, Method};
+use pool_core::kit::secret::Secret;
 use pool_core::worker::Backend;
 use pool_core::worker_args::{EXIT_MODEL_INVALID, EXIT_PORT_TAKEN, SECRET_VAR, WorkerArgs};
 use support::process::{Running, SECRET, args, command, free_port, prepared};

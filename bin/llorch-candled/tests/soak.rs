@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::StreamExt as _;
 use pool_core::api::worker::{
-    CacheRoom, CancelRequest, CancelResponse, ExecuteRequest, HealthState, Sampling,
-    WorkerErrorCode, WorkerEvent, WorkerHealth,
+    CancelRequest, CancelResponse, ExecuteRequest, HealthState, Sampling, WorkerErrorCode,
+    WorkerEvent, WorkerHealth,
 };
-use pool_core::client::{ApiClient, EventStream, Method};
-use pool_core::secret::Secret;
+use pool_core::kit::client::{ApiClient, EventStream, Method};
+use pool_core::kit::secret::Secret;
+use pool_core::worker::CacheRoom;
 use pool_core::worker_args::WorkerArgs;
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt as _, SeedableRng as _};

@@ -18,13 +18,13 @@ use orchestrator_core::api::tasks::{
 use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::job::{JobId, JobIdPrefix};
 use pool_core::ORCHESTRATOR_API_VERSION;
-use pool_core::api::error::ErrorEnvelope;
-use pool_core::api::version::VersionInfo;
-use pool_core::client::{ApiClient, ClientError, EventStream, Method, RelayedAnswer};
-use pool_core::home::Home;
-use pool_core::run_files;
-use pool_core::secret::Secret;
-use pool_core::terminal::{CliError, Exit, daemon_commands};
+use pool_core::kit::client::{ApiClient, ClientError, EventStream, Method, RelayedAnswer};
+use pool_core::kit::home::Home;
+use pool_core::kit::run_files;
+use pool_core::kit::secret::Secret;
+use pool_core::kit::terminal::{CliError, Exit, daemon_commands};
+use pool_core::kit::wire::ErrorEnvelope;
+use pool_core::kit::wire::VersionInfo;
 
 pub use feed::{Feed, Item};
 pub use list::{JobFilter, JobPages};

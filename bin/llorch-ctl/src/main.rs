@@ -6,7 +6,7 @@ mod http_client;
 use std::process::ExitCode;
 
 use clap::Parser;
-use pool_core::terminal;
+use pool_core::kit::terminal;
 
 /// Runs language models on machines of your own: controls the orchestrator, submits jobs and shows the fleet.
 ///

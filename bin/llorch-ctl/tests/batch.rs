@@ -17,7 +17,7 @@ use axum::{Json, Router};
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::{Job, JobError, JobErrorCode, JobStatus};
 use orchestrator_core::{JobId, TaskSubmitRequest};
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::kit::process::{ProcessIdentity, Signal};
 use serde_json::{Value, json};
 use support::{LIMIT, Ran, end, finish, llorch, ran, until};
 use tokio::sync::watch;

@@ -8,8 +8,8 @@ mod support;
 use std::fs;
 use std::path::Path;
 
-use pool_core::process::ProcessIdentity;
-use pool_core::run_files::{self, PidRecord};
+use pool_core::kit::process::ProcessIdentity;
+use pool_core::kit::run_files::{self, PidRecord};
 use support::{Fake, JOB, llorch, nobody, ran};
 
 #[tokio::test] // [LLORCH-005]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use orchestrator_core::config::OrchestratorConfig;
 use pool_core::catalog::Catalog;
-use pool_core::service::Shutdown;
+use pool_core::kit::service::Shutdown;
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 

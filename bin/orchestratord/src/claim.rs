@@ -4,11 +4,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use pool_core::client::ApiClient;
-use pool_core::fsio::{self, LockGuard};
-use pool_core::run_files;
-use pool_core::service::BindError;
-use pool_core::service::state_files::{ClaimError, RunFiles};
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::files::{self, LockGuard};
+use pool_core::kit::run_files;
+use pool_core::kit::service::BindError;
+use pool_core::kit::service::state_files::{ClaimError, RunFiles};
 
 use crate::state::StoreError;
 use crate::{Hinted, NAME, VERSION, hinted};
@@ -90,7 +90,7 @@ pub(crate) async fn claim(dir: &Path, holder: Holder) -> anyhow::Result<Claim> {
     };
     let pid = *pid;
     // Locked before the probe, so that two take-overs can't both find the holder frozen.
-    let alone = fsio::try_lock_exclusive(dir.join(TAKE_OVER_LOCK))
+    let alone = files::try_lock_exclusive(dir.join(TAKE_OVER_LOCK))
         .with_context(|| format!("could not lock {}", dir.join(TAKE_OVER_LOCK).display()))?;
     let Some(alone) = alone else {
         return Err(Hinted::of(
@@ -118,7 +118,9 @@ async fn answers(url: &str) -> bool {
     };
     let client = client.with_answer_timeout(ANSWER);
     client
-        .fetch::<serde::de::IgnoredAny>(client.request(pool_core::client::Method::GET, "/health"))
+        .fetch::<serde::de::IgnoredAny>(
+            client.request(pool_core::kit::client::Method::GET, "/health"),
+        )
         .await
         .is_ok()
 }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use pool_core::clock;
+use pool_core::kit::clock;
 
 use crate::app::App;
 

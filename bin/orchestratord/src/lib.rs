@@ -27,11 +27,11 @@ use axum::http::{HeaderMap, Method};
 use orchestrator_core::config::{ConfigError, OrchestratorConfig};
 use pool_core::ORCHESTRATOR_API_VERSION;
 use pool_core::catalog::Catalog;
-use pool_core::crash::crash_point;
-use pool_core::home::Home;
-use pool_core::secret::Secret;
-use pool_core::service::state_files::RunFiles;
-use pool_core::service::{
+use pool_core::kit::crash::crash_point;
+use pool_core::kit::home::Home;
+use pool_core::kit::secret::Secret;
+use pool_core::kit::service::state_files::RunFiles;
+use pool_core::kit::service::{
     BindError, ScopedToken, Service, ServiceOptions, Shutdown, asks_for_events, is_about_the_daemon,
 };
 use serde::de::IgnoredAny;
@@ -82,7 +82,7 @@ pub async fn backup(home: &Home, goal: &Path, overwrite: bool) -> anyhow::Result
     Ok(format!(
         "{} jobs, {} copied to {}",
         copied.jobs,
-        pool_core::units::human_bytes(copied.bytes),
+        pool_core::kit::units::human_bytes(copied.bytes),
         goal.display()
     ))
 }

@@ -8,9 +8,9 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use orchestrator_core::config::OrchestratorConfig;
 use orchestratord::{Hinted, Holder};
-use pool_core::home::Home;
-use pool_core::service::{Shutdown, report_failure, telemetry, threads};
-use pool_core::settings::names_in_environment;
+use pool_core::kit::home::Home;
+use pool_core::kit::service::{Shutdown, report_failure, telemetry, threads};
+use pool_core::kit::settings::names_in_environment;
 
 /// Daemon of llama-orch: durable job queue, scheduling, event streams.
 #[derive(Debug, Parser)]
@@ -22,7 +22,7 @@ struct Args {
     #[arg(long, value_name = "PATH")]
     config: Option<PathBuf>,
     /// Address to listen on: `ADDRESS:PORT`, or `PORT` on loopback; port 0 takes a free one.
-    #[arg(long, value_name = "ADDR:PORT", value_parser = pool_core::address::bind)]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = pool_core::kit::address::bind)]
     bind: Option<SocketAddr>,
     /// File to append the log to, including standard output and error. It is renamed by size (`log.max_bytes`,
     /// `log.keep`), and SIGHUP reopens it [default: log to standard error].

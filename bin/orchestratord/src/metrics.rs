@@ -10,7 +10,7 @@ use orchestrator_core::api::pools::{PoolView, PoolViewState};
 use orchestrator_core::api::scheduler::ScriptErrorKind;
 use orchestrator_core::job::Priority;
 use pool_core::ModelRef;
-use pool_core::service::Load;
+use pool_core::kit::service::Load;
 use prometheus::{
     Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use pool_core::service::Shutdown;
+use pool_core::kit::service::Shutdown;
 
 /// Name of the file in the state folder that occupies the space.
 const FILE: &str = "reserve";

@@ -7,9 +7,9 @@ use pool_core::catalog::store::{ResolveError, Store};
 use pool_core::catalog::support::Unsupported;
 use pool_core::catalog::{Catalog, CatalogError};
 use pool_core::config::{ConfigError, PoolConfig};
-use pool_core::fsio;
-use pool_core::home::{Home, HomeError};
-use pool_core::terminal::{CliError, Exit};
+use pool_core::kit::files;
+use pool_core::kit::home::{Home, HomeError};
+use pool_core::kit::terminal::{CliError, Exit};
 
 /// Home and settings of this pool host.
 #[derive(Debug, Clone)]
@@ -40,7 +40,7 @@ impl Context {
     pub fn look() -> Result<Self, CliError> {
         let context = Self::load(None)?;
         match context.home.ensure() {
-            Err(HomeError::Prepare { source, .. }) if fsio::is_read_only(&source) => {}
+            Err(HomeError::Prepare { source, .. }) if files::is_read_only(&source) => {}
             ensured => ensured?,
         }
         Ok(context)

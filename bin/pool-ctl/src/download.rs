@@ -18,10 +18,10 @@ use pool_core::catalog::Source;
 use pool_core::catalog::store::{
     CheckError, Download, Part, PartOrigin, Presence, Record, Slot, Store,
 };
-use pool_core::errors::with_causes;
-use pool_core::programs::find_on_path;
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
-use pool_core::terminal::{CliError, Exit, human_bytes, note};
+use pool_core::kit::errors::with_causes;
+use pool_core::kit::programs::find_on_path;
+use pool_core::kit::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::kit::terminal::{CliError, Exit, human_bytes, note};
 use tokio::task::block_in_place;
 use tokio::time::MissedTickBehavior;
 

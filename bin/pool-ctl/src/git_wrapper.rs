@@ -16,10 +16,10 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use pool_core::programs::find_on_path;
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
-use pool_core::terminal::progress::Progress;
-use pool_core::terminal::{CliError, Exit, sanitize};
+use pool_core::kit::programs::find_on_path;
+use pool_core::kit::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::kit::terminal::progress::Progress;
+use pool_core::kit::terminal::{CliError, Exit, sanitize};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 use tokio::time::{MissedTickBehavior, interval, timeout};
@@ -122,7 +122,7 @@ pub enum GitError {
     /// Remote that stopped sending.
     #[error(
         "git {action}: the remote sent nothing for {}",
-        pool_core::units::human_seconds(i64::try_from(*seconds).unwrap_or(i64::MAX))
+        pool_core::kit::units::human_seconds(i64::try_from(*seconds).unwrap_or(i64::MAX))
     )]
     Silent {
         /// Name of the git command.

@@ -3,11 +3,11 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use pool_core::programs::find_on_path;
+use pool_core::kit::programs::find_on_path;
 use tokio::process::Command;
 
 use crate::tool::{self, ToolError};
-use pool_core::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::interrupt::Interrupt;
 
 /// Finds `hf` on the PATH, or else in the private environment that `llorch-pool dev setup` makes.
 pub fn find(venv: &Path) -> Option<PathBuf> {

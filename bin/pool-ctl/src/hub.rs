@@ -74,7 +74,7 @@ pub enum HubError {
     /// Stream that was silent for too long, or that ended early.
     #[error(
         "the hub sent nothing for {}",
-        pool_core::units::human_duration(IDLE_TIMEOUT)
+        pool_core::kit::units::human_duration(IDLE_TIMEOUT)
     )]
     Silent,
     /// Answer that was not expected.

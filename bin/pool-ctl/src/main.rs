@@ -15,7 +15,7 @@ mod tool;
 use std::process::ExitCode;
 
 use clap::Parser;
-use pool_core::terminal;
+use pool_core::kit::terminal;
 
 /// Runs models on this host: downloads them, starts and stops workers, and controls the pool manager.
 ///

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use tokio::process::Command;
 
 use crate::tool::{self, ToolError};
-use pool_core::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::interrupt::Interrupt;
 
 /// Downloads the wheel of `package` (`NAME==VERSION`) into `folder` and returns its path.
 pub async fn download(

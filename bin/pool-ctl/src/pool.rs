@@ -7,15 +7,15 @@ use std::time::{Duration, Instant};
 use pool_core::POOL_API_VERSION;
 use pool_core::api::pool::{CleanupReport, WorkerList, WorkerSpawnRequest, WorkerStopRequest};
 use pool_core::api::worker::WorkerHealth;
-use pool_core::client::ApiClient;
-use pool_core::errors::with_causes;
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::errors::with_causes;
+use pool_core::kit::run_files::{self, Owner};
+use pool_core::kit::secret::Secret;
+use pool_core::kit::terminal::{CliError, Exit, daemon_commands, note};
 use pool_core::lifecycle::{
     self, ExitFacts, Lifecycle, ObserveError, Reconciled, SpawnError, StopError,
 };
 use pool_core::registry::{RegistryError, WorkerRecord};
-use pool_core::run_files::{self, Owner};
-use pool_core::secret::Secret;
-use pool_core::terminal::{CliError, Exit, daemon_commands, note};
 use pool_core::worker::WorkerInfo;
 use rustix::process::{Pid, WaitOptions, waitpid};
 use tokio::task::block_in_place;

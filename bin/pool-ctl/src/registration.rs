@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use pool_core::api::pool::{PoolReport, Registration, RegistrationState as State};
-use pool_core::terminal::doctor::Finding;
-use pool_core::terminal::{age, note, say};
+use pool_core::kit::terminal::doctor::Finding;
+use pool_core::kit::terminal::{age, note, say};
 use serde_json::json;
 
 use crate::context::Context;
@@ -47,7 +47,7 @@ fn is_trouble(registration: &Registration) -> bool {
 }
 
 /// Prints the registration, and a remedy if one is needed.
-pub fn show(registration: &Registration) -> Result<(), pool_core::terminal::CliError> {
+pub fn show(registration: &Registration) -> Result<(), pool_core::kit::terminal::CliError> {
     let text = words(registration);
     if !is_trouble(registration) {
         return say(format!("the pool {text}"));
@@ -60,7 +60,9 @@ pub fn show(registration: &Registration) -> Result<(), pool_core::terminal::CliE
 }
 
 /// Waits briefly for the first outcome of a new daemon, and prints it.
-pub async fn show_first_outcome(context: &Context) -> Result<(), pool_core::terminal::CliError> {
+pub async fn show_first_outcome(
+    context: &Context,
+) -> Result<(), pool_core::kit::terminal::CliError> {
     let Ok(Pool::Daemon(client)) = Pool::of_this_home(context).await else {
         return Ok(());
     };
@@ -119,7 +121,7 @@ pub fn finding(registration: &Registration) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pool_core::terminal::doctor::Verdict;
+    use pool_core::kit::terminal::doctor::Verdict;
 
     #[test] // [POOLCTL-039] P24
     fn a_refused_pool_is_told_with_its_remedy() {

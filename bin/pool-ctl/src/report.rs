@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use pool_core::api::models::{DownloadEvent, DownloadPhase};
-use pool_core::terminal::progress::{self, Progress};
-use pool_core::terminal::say;
+use pool_core::kit::terminal::progress::{self, Progress};
+use pool_core::kit::terminal::say;
 
 /// Shortest time between two progress events for programs.
 const JSON_EVERY: Duration = Duration::from_millis(250);

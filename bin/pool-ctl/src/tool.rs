@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use pool_core::process::Signal;
-use pool_core::terminal::sanitize;
+use pool_core::kit::process::Signal;
+use pool_core::kit::terminal::sanitize;
 use rustix::process::{Pid, kill_process_group};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use pool_core::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::interrupt::Interrupt;
 
 /// Interval between calls of `tick`.
 const TICK: Duration = Duration::from_millis(200);
@@ -301,7 +301,7 @@ mod tests {
             .trim()
             .parse()
             .unwrap();
-        let gone = match pool_core::process::ProcessIdentity::of(pid).unwrap() {
+        let gone = match pool_core::kit::process::ProcessIdentity::of(pid).unwrap() {
             Some(process) => process.wait_gone(Duration::from_secs(5)).unwrap(),
             None => true,
         };

@@ -9,7 +9,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use pool_core::process::Signal;
+use pool_core::kit::process::Signal;
 use serde_json::{Value, json};
 
 use support::host::Host;

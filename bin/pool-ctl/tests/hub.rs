@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use axum::http::{Method, StatusCode};
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::kit::process::{ProcessIdentity, Signal};
 use serde_json::Value;
 
 use small_disk::Disk;

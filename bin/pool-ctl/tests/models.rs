@@ -14,7 +14,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::kit::process::{ProcessIdentity, Signal};
 
 use support::{GgufDraft, Home, Ran, Running, facts, first_err_line, line_of, sha256, tiny_gguf};
 

@@ -9,7 +9,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::kit::process::{ProcessIdentity, Signal};
 
 use support::host::{Host, worker_log};
 use support::{Running, tiny_gguf, until};
@@ -272,7 +272,7 @@ fn a_port_that_is_somebodys_is_refused() {
 fn nothing_is_done_behind_the_back_of_a_pool_manager_that_does_not_answer() {
     let host = Host::new();
     let state = host.home().pool_state();
-    let held = pool_core::fsio::lock_exclusive(state.join("lock")).unwrap();
+    let held = pool_core::kit::files::lock_exclusive(state.join("lock")).unwrap();
     let begun = Instant::now();
     let ran = host.run(&["worker", "list"]).exits(5);
     assert!(

@@ -11,8 +11,8 @@ use pool_core::ModelRef;
 use pool_core::api::models::{DownloadErrorCode, DownloadEvent, DownloadFailure};
 use pool_core::catalog::store::ResolveError;
 use pool_core::catalog::support::{self, Unsupported};
-use pool_core::process::Signal;
-use pool_core::programs;
+use pool_core::kit::process::Signal;
+use pool_core::kit::programs;
 use rustix::process::{Pid, kill_process_group};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
@@ -401,11 +401,11 @@ fn label(code: DownloadErrorCode) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pool_core::client::ApiClient;
     use pool_core::config::PoolConfig;
-    use pool_core::home::Home;
+    use pool_core::kit::client::ApiClient;
+    use pool_core::kit::home::Home;
+    use pool_core::kit::service::{Load, Places, Shutdown};
     use pool_core::lifecycle::Lifecycle;
-    use pool_core::service::{Load, Places, Shutdown};
 
     #[tokio::test] // [POOLD-024]
     async fn a_download_that_panics_is_over_for_who_follows_it_and_for_the_next() {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_core::clock;
+use pool_core::kit::clock;
 use pool_core::registry::RegistryError;
 
 use crate::pool::Pool;

@@ -12,12 +12,12 @@ use pool_core::POOL_API_VERSION;
 use pool_core::api::pool::{
     Heartbeat, POOL_ID_TAKEN, RegisterRequest, Registration, RegistrationState,
 };
-use pool_core::client::{ApiClient, ClientError};
 use pool_core::config::STANDARD_ORCHESTRATOR_URL;
-use pool_core::errors::with_causes;
+use pool_core::kit::client::{ApiClient, ClientError};
+use pool_core::kit::errors::with_causes;
+use pool_core::kit::run_files;
+use pool_core::kit::secret::Secret;
 use pool_core::registry::RegistryError;
-use pool_core::run_files;
-use pool_core::secret::Secret;
 use serde::de::IgnoredAny;
 
 use crate::pool::Pool;

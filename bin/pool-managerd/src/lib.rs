@@ -21,15 +21,15 @@ use std::time::Duration;
 
 use pool_core::POOL_API_VERSION;
 use pool_core::catalog::CatalogError;
-use pool_core::client::ApiClient;
 use pool_core::config::{ConfigError, Orchestrator, PoolConfig};
-use pool_core::home::{Home, HomeError};
-use pool_core::host_id::host_id;
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::home::{Home, HomeError};
+use pool_core::kit::host_id::host_id;
+use pool_core::kit::secret::{Secret, SecretError};
+use pool_core::kit::service::state_files::{ClaimError, RunFiles};
+use pool_core::kit::service::{BindError, Service, ServiceOptions, Shutdown};
 use pool_core::lifecycle::Lifecycle;
 use pool_core::registry::RegistryError;
-use pool_core::secret::{Secret, SecretError};
-use pool_core::service::state_files::{ClaimError, RunFiles};
-use pool_core::service::{BindError, Service, ServiceOptions, Shutdown};
 
 use crate::heartbeat::{Goal, Heart};
 use crate::model_watch::ModelWatch;
@@ -70,10 +70,10 @@ pub enum RunError {
     Registry(#[from] RegistryError),
     /// Invalid `orchestrator_url`.
     #[error("invalid `orchestrator_url`")]
-    Orchestrator(#[source] pool_core::client::ClientError),
+    Orchestrator(#[source] pool_core::kit::client::ClientError),
     /// Failed setup of connections to workers.
     #[error("could not set up connections to workers")]
-    Client(#[source] pool_core::client::ClientError),
+    Client(#[source] pool_core::kit::client::ClientError),
     /// Failed setup of logging.
     #[error("invalid log filter in LLORCH_LOG or `log.filter`")]
     Log(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -6,11 +6,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use pool_core::config::PoolConfig;
-use pool_core::errors::with_causes;
-use pool_core::home::Home;
-use pool_core::service::telemetry::FilterError;
-use pool_core::service::{Shutdown, report_failure, telemetry, threads};
-use pool_core::settings::names_in_environment;
+use pool_core::kit::errors::with_causes;
+use pool_core::kit::home::Home;
+use pool_core::kit::service::telemetry::FilterError;
+use pool_core::kit::service::{Shutdown, report_failure, telemetry, threads};
+use pool_core::kit::settings::names_in_environment;
 use pool_managerd::RunError;
 
 /// Daemon of one pool host: starts, watches and stops workers, and reports to the orchestrator.
@@ -27,7 +27,7 @@ struct Args {
     config: Option<PathBuf>,
     /// Address to listen on: `ADDRESS:PORT`, or `PORT` on loopback; port 0 takes a free one. Any but a loopback address needs a
     /// token [default: 127.0.0.1:9200].
-    #[arg(long, value_name = "ADDRESS:PORT", value_parser = pool_core::address::bind)]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = pool_core::kit::address::bind)]
     bind: Option<SocketAddr>,
     /// File to append the log to, including standard output and error. It is renamed by size (`log.max_bytes`,
     /// `log.keep`), and SIGHUP reopens it [default: log to standard error].

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use pool_core::api::pool::{DeviceInfo, WorkerList};
-use pool_core::service::Load;
+use pool_core::kit::service::Load;
 use pool_core::worker::{ExitReason, WorkerStatus};
 use prometheus::core::Collector;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};

@@ -10,11 +10,11 @@ use axum::http::Uri;
 use jiff::Timestamp;
 use pool_core::api::pool::{ModelOnDisk, PoolSnapshot, PoolStatus, WorkerEndpoint};
 use pool_core::catalog::store::{Offer, Offered};
-use pool_core::client::ApiClient;
-use pool_core::clock;
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::clock;
+use pool_core::kit::service::{Load, Shutdown};
 use pool_core::lifecycle::{Lifecycle, WorkerSizes};
 use pool_core::registry::{RegistryError, WorkerRecord};
-use pool_core::service::{Load, Shutdown};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 

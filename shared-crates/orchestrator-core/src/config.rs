@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use jiff::SignedDuration;
-use pool_core::config::{LogConfig, PoolConfig};
-use pool_core::home::Home;
-use pool_core::settings::{self, Loaded, SettingsError, UnknownVariable};
+use pool_core::config::PoolConfig;
+use pool_core::kit::home::Home;
+use pool_core::kit::log_config::LogConfig;
+use pool_core::kit::settings::{self, Loaded, SettingsError, UnknownVariable};
 use serde::{Deserialize, Serialize};
 
 use crate::queue::Capacity;
@@ -28,7 +29,7 @@ pub struct OrchestratorConfig {
     /// Address to listen on. Default `127.0.0.1:8080`; port 0 takes a free one. Any address other than loopback requires a
     /// token.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
-    #[serde(deserialize_with = "pool_core::address::deserialize_bind")]
+    #[serde(deserialize_with = "pool_core::kit::address::deserialize_bind")]
     pub bind: SocketAddr,
     /// File with the token of clients and operators, mode 0600; `LLORCH_API_TOKEN` takes precedence. Default: none.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]

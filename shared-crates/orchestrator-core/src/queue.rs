@@ -16,7 +16,7 @@ use pool_core::ModelRef;
 use serde::{Deserialize, Serialize};
 
 use crate::job::{Job, JobId, JobSpec, Placement, Priority};
-use pool_core::units::human_bytes;
+use pool_core::kit::units::human_bytes;
 
 pub use drain::Departures;
 use order::Ordered;

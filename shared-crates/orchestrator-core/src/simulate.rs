@@ -54,7 +54,7 @@ pub enum SimulateError {
     #[error("can't start a thread for the script: {0}")]
     NoThread(String),
     /// The simulation exceeded its time limit.
-    #[error("the simulation took longer than {}", pool_core::units::human_duration(*.0))]
+    #[error("the simulation took longer than {}", pool_core::kit::units::human_duration(*.0))]
     TooLong(Duration),
 }
 

@@ -7,12 +7,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::address;
 use crate::api::pool::HEARTBEAT_INTERVAL_MS;
-use crate::home::Home;
-use crate::lifecycle::Deadlines;
-use crate::settings::{self, Loaded, Origin, SettingsError, UnknownVariable};
-use crate::worker::Backend;
+use crate::kit::address;
+use crate::kit::home::Home;
+use crate::kit::log_config::LogConfig;
+use crate::kit::settings::{self, Loaded, Origin, SettingsError, UnknownVariable};
 use crate::worker_args::{DEFAULT_STOP_GRACE_S, MAX_STOP_GRACE_S, MAX_THREADS};
 
 /// Default port of the pool manager.
@@ -84,42 +83,6 @@ pub struct PoolConfig {
     pub service: ServiceConfig,
     /// Settings of the daemon's log.
     pub log: LogConfig,
-}
-
-/// The `[log]` section of either daemon. SIGHUP applies changes to this section; all others require a restart.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(deny_unknown_fields, default)]
-pub struct LogConfig {
-    /// Logged events, such as `info,orchestratord=debug`; the variable `LLORCH_LOG` overrides it. Default `info`.
-    pub filter: String,
-    /// Size in bytes at which the log file (`--log-file`) is rotated, at least 4096; 0 for never. Default 67108864 (64 MiB).
-    pub max_bytes: u64,
-    /// Number of earlier log files to keep, 0 to 100: `NAME.log.1` is the newest. Default 5.
-    pub keep: u32,
-}
-
-impl Default for LogConfig {
-    fn default() -> Self {
-        Self {
-            filter: "info".to_owned(),
-            max_bytes: 64 << 20,
-            keep: 5,
-        }
-    }
-}
-
-impl LogConfig {
-    /// Returns the key of an invalid value and the reason, or `None` if all values are valid.
-    pub fn fault(&self) -> Option<(&'static str, &'static str)> {
-        match self {
-            Self {
-                max_bytes: 1..4096, ..
-            } => Some(("log.max_bytes", "must be 4096 or more, or 0 for no limit")),
-            Self { keep: 101.., .. } => Some(("log.keep", "must be 0 to 100")),
-            _ => None,
-        }
-    }
 }
 
 /// The `[workers]` section.
@@ -554,13 +517,9 @@ impl WorkersConfig {
         Duration::from_secs(self.start_timeout_s.max(file_bytes / 100_000_000))
     }
 
-    /// Returns the time limits for a worker with a model file of this size.
-    pub fn deadlines(&self, file_bytes: u64, backend: Backend) -> Deadlines {
-        Deadlines::of(
-            file_bytes,
-            backend,
-            Duration::from_secs(self.stall_timeout_s),
-        )
+    /// Returns the shortest time limit for a worker without progress.
+    pub fn stall_timeout(&self) -> Duration {
+        Duration::from_secs(self.stall_timeout_s)
     }
 }
 
@@ -763,6 +722,94 @@ mod tests {
         assert_eq!(
             workers.start_timeout(40_000_000_000),
             Duration::from_secs(400)
+        );
+    }
+
+    fn unknown(set: &[&str]) -> Vec<String> {
+        PoolConfig::unknown_variables(set.iter().map(|name| (*name).to_owned()))
+            .iter()
+            .map(ToString::to_string)
+            .collect()
+    }
+
+    #[test] // [POOLCORE-047]
+    fn a_mistyped_variable_is_told_with_the_nearest_known_one() {
+        assert_eq!(
+            unknown(&[
+                "LLORCH_MEMORY_CPU_LIMIT_BYTE",
+                "LLORCH_POOL_BND",
+                "LLORCH_HOEM",
+                "LLORCH_SOMETHING_ELSE_ENTIRELY",
+                "LLORCH_\u{1b}[2J",
+                "PATH",
+            ]),
+            [
+                "unknown variable LLORCH_\\u{1b}[2J",
+                "unknown variable LLORCH_HOEM: did you mean LLORCH_HOME?",
+                "unknown variable LLORCH_MEMORY_CPU_LIMIT_BYTE: did you mean LLORCH_MEMORY_CPU_LIMIT_BYTES?",
+                "unknown variable LLORCH_POOL_BND: did you mean LLORCH_POOL_BIND?",
+                "unknown variable LLORCH_SOMETHING_ELSE_ENTIRELY",
+            ]
+        );
+    }
+
+    #[test] // [POOLCORE-047]
+    fn variables_of_settings_of_other_programs_and_of_tests_are_known() {
+        let known = [
+            "LLORCH_MEMORY_CPU_LIMIT_BYTES",
+            "LLORCH_POOL_BIND",
+            "LLORCH_BIND",
+            "LLORCH_HOME",
+            "LLORCH_API_TOKEN",
+            "LLORCH_POOL_TOKEN_FILE",
+            "LLORCH_QUEUE_CAPACITY",
+            "LLORCH_WORKER_SECRET",
+            "LLORCH_TEST_MODEL",
+            "LLORCH_CRASH_AT",
+        ];
+        assert_eq!(unknown(&known), [""; 0]);
+    }
+
+    #[test] // [POOLCORE-046]
+    fn every_key_is_explained_and_what_is_commented_out_is_the_default() {
+        let defaults = Loaded {
+            value: PoolConfig::default(),
+            origins: Vec::new(),
+        };
+        let text = settings::annotated(&defaults, &[("LLORCH_POOL_BIND", "bind")]).unwrap();
+        for setting in settings::list(&defaults).unwrap() {
+            let name = setting.key.rsplit('.').next().unwrap();
+            let (before, _) = text
+                .split_once(&format!("\n#{name} ="))
+                .unwrap_or_else(|| panic!("{name}:\n{text}"));
+            let mut above = before
+                .lines()
+                .rev()
+                .take_while(|line| line.starts_with("# "));
+            assert!(
+                above.any(|line| !line.starts_with("# Variable: ")),
+                "{} has no description",
+                setting.key
+            );
+        }
+        assert!(text.contains("# Variable: LLORCH_BIND or LLORCH_POOL_BIND\n#bind = "));
+        // Uncomment every key, as a user might.
+        let uncommented: String = text
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(rest) if !rest.starts_with(' ') && !rest.ends_with('=') => rest,
+                _ => line,
+            })
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        assert_eq!(
+            toml::from_str::<PoolConfig>(&uncommented).unwrap(),
+            PoolConfig::default(),
+            "{uncommented}"
+        );
+        assert_eq!(
+            toml::from_str::<PoolConfig>(&text).unwrap(),
+            PoolConfig::default()
         );
     }
 }

@@ -4,16 +4,15 @@
 //! anything else: a [`GpuInventory`] answers from memory, with the last readings and their age.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
 
-use crate::clock;
+use crate::api::gpu::{GpuInfo, GpuProcess, GpuState};
 use crate::config::GpuConfig;
+use crate::kit::clock;
 use crate::worker::{Backend, Device};
 
 /// Maximum number of GPUs, more than one host has; further ones are ignored.
@@ -27,72 +26,6 @@ const MOST_MILLIWATTS: u32 = 100_000_000;
 const MOST_NAME_CHARS: usize = 80;
 /// Interval between searches for a missing driver, which may be loaded later, for example during boot.
 const LOOK_AGAIN: Duration = Duration::from_secs(60);
-
-/// The usability of a GPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-#[serde(rename_all = "lowercase")]
-pub enum GpuState {
-    /// The readings are current.
-    Ok,
-    /// The driver does not answer in time or returns errors; the readings are the last known ones.
-    Unresponsive,
-    /// The driver reports the GPU as lost, for example because it fell off the bus.
-    Lost,
-}
-
-impl GpuState {
-    /// Returns the name on the wire and in tables.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Unresponsive => "unresponsive",
-            Self::Lost => "lost",
-        }
-    }
-}
-
-/// The properties of a GPU that other devices do not have.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-pub struct GpuInfo {
-    /// Usability of the GPU.
-    pub state: GpuState,
-    /// Time of the reading; `None` if the GPU has never answered.
-    pub measured_at: Option<Timestamp>,
-    /// Identity of the GPU, which is stable even if its number changes.
-    pub uuid: Option<String>,
-    /// Total memory in bytes; `None` if the driver reports none, or an impossible value.
-    pub memory_total_bytes: Option<u64>,
-    /// Memory in use by any process, in bytes.
-    pub memory_used_bytes: Option<u64>,
-    /// Unused memory in bytes.
-    pub memory_free_bytes: Option<u64>,
-    /// Percentage of the last sampling period in which the GPU was computing.
-    pub utilization_percent: Option<u32>,
-    /// Temperature of the chip in degrees Celsius.
-    pub temperature_c: Option<u32>,
-    /// Power draw in milliwatts.
-    pub power_milliwatts: Option<u32>,
-    /// CUDA compute capability, such as `9.0`.
-    pub compute_capability: Option<String>,
-    /// Version of the driver, such as `550.54.15`.
-    pub driver_version: Option<String>,
-    /// Processes on the GPU that are not workers of this pool.
-    pub foreign_processes: Vec<GpuProcess>,
-}
-
-/// A process that uses a GPU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-pub struct GpuProcess {
-    /// Process id.
-    pub pid: u32,
-    /// Name of the program; `None` if it can't be read.
-    pub name: Option<String>,
-    /// GPU memory in use by the process, in bytes; `None` if the driver does not report it.
-    pub memory_bytes: Option<u64>,
-}
 
 /// Sizes of a GPU's memory, in bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -298,14 +231,8 @@ pub struct GpuInventory {
 }
 
 impl GpuInventory {
-    /// Creates an inventory of the GPUs that this build can read: NVIDIA's with the feature `nvml`, and a Mac's own.
-    pub fn new(config: &GpuConfig) -> Self {
-        let library: Option<PathBuf> = config.nvml_library.clone();
-        Self::of(config, move || open(library.as_deref()))
-    }
-
     /// Creates an inventory of the GPUs that `open` finds.
-    pub fn of(
+    pub fn new(
         config: &GpuConfig,
         open: impl Fn() -> Result<Arc<dyn GpuSource>, String> + Send + Sync + 'static,
     ) -> Self {
@@ -370,20 +297,6 @@ impl std::fmt::Debug for GpuInventory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("GpuInventory").finish_non_exhaustive()
     }
-}
-
-/// Opens the driver's library, if this build and this host have one.
-fn open(library: Option<&std::path::Path>) -> Result<Arc<dyn GpuSource>, String> {
-    #[cfg(feature = "nvml")]
-    if library.is_some() || !cfg!(target_os = "macos") {
-        return crate::nvml::NvmlSource::open(library)
-            .map(|source| Arc::new(source) as Arc<dyn GpuSource>);
-    }
-    let _ = library;
-    #[cfg(target_os = "macos")]
-    return Ok(Arc::new(crate::macos::MetalSource));
-    #[cfg(not(target_os = "macos"))]
-    Err("this build supports no GPU driver".to_owned())
 }
 
 /// The polling threads. Dropping this value ends them as soon as their current driver call returns.
@@ -715,7 +628,7 @@ mod tests {
     fn the_driver_is_not_queried_before_the_first_request() {
         let asked = Arc::new(AtomicU32::new(0));
         let theirs = Arc::clone(&asked);
-        let inventory = GpuInventory::of(&GpuConfig::default(), move || {
+        let inventory = GpuInventory::new(&GpuConfig::default(), move || {
             Ok(Arc::new(Source(Arc::clone(&theirs))) as Arc<dyn GpuSource>)
         });
         assert_eq!(asked.load(Ordering::Relaxed), 0);
@@ -733,7 +646,7 @@ mod tests {
         };
         let (_never, waits) = std::sync::mpsc::channel::<()>();
         let waits = Mutex::new(waits);
-        let inventory = GpuInventory::of(&config, move || {
+        let inventory = GpuInventory::new(&config, move || {
             let _ = lock(&waits).recv();
             Err("the test is over".to_owned())
         });

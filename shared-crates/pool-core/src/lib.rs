@@ -6,24 +6,14 @@
 //! APIs), `openapi` (schemas of the wire types and settings), `service` (the HTTP service of the daemons) and `terminal`
 //! (the base of both command-line programs).
 
-pub mod address;
 pub mod api;
 pub mod catalog;
-pub mod cgroup;
 #[cfg(feature = "chat-template")]
 pub mod chat_template;
-#[cfg(feature = "client")]
-pub mod client;
-pub mod clock;
 pub mod config;
-pub mod crash;
-pub mod errors;
-pub mod fsio;
 pub mod gpu;
-pub mod hex;
-pub mod home;
-pub mod host_id;
-pub mod json_number;
+pub mod gpu_sources;
+pub mod kit;
 pub mod lifecycle;
 #[cfg(any(target_os = "macos", test))]
 mod macos;
@@ -31,18 +21,8 @@ pub mod model_ref;
 #[cfg(feature = "nvml")]
 mod nvml;
 #[cfg(feature = "openapi")]
-pub mod openapi;
-pub mod process;
-pub mod programs;
+mod openapi;
 pub mod registry;
-pub mod run_files;
-pub mod secret;
-#[cfg(feature = "service")]
-pub mod service;
-pub mod settings;
-#[cfg(feature = "terminal")]
-pub mod terminal;
-pub mod units;
 pub mod worker;
 pub mod worker_args;
 

@@ -1,7 +1,6 @@
-//! Readings of a Mac's memory, which the CPU and the GPU share, and of the GPU.
+//! The GPU of a Mac, which shares the main memory with the processors.
 //!
-//! The programs run only on macOS and not in this project's tests. The parsing of their output is plain text processing, which
-//! is tested everywhere.
+//! The driver is read only on macOS and not in this project's tests.
 
 const GIB: u64 = 1 << 30;
 
@@ -15,47 +14,18 @@ fn working_set_bytes(memory_bytes: u64, wired_limit_mib: Option<u64>) -> u64 {
     }
 }
 
-/// Returns the bytes that are unused or immediately reclaimable, according to the output of `vm_stat`.
-fn available_bytes(vm_stat: &str) -> Option<u64> {
-    let (_, after) = vm_stat.split_once("page size of ")?;
-    let page_bytes: u64 = after.split_whitespace().next()?.parse().ok()?;
-    let pages = |name: &str| -> Option<u64> {
-        let line = vm_stat.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim().trim_end_matches('.').parse().ok()
-    };
-    let idle = pages("Pages free:")?
-        .saturating_add(pages("Pages inactive:")?)
-        .saturating_add(pages("Pages speculative:").unwrap_or(0));
-    Some(idle.saturating_mul(page_bytes))
-}
-
 #[cfg(target_os = "macos")]
-pub use run::{MetalSource, memory};
+pub use run::MetalSource;
 
 #[cfg(target_os = "macos")]
 mod run {
-    use std::io;
-    use std::process::Command;
-
-    use super::{available_bytes, working_set_bytes};
+    use super::working_set_bytes;
     use crate::gpu::{GpuMemory, GpuReading, GpuSource, ReadError};
-    use crate::lifecycle::DeviceMemory;
+    use crate::kit::macos::{memory, sysctl};
     use crate::worker::Backend;
 
     /// Name of the user's limit for the GPU in MiB, which is 0 if unset. Older systems lack it.
     const WIRED_LIMIT: &str = "iogpu.wired_limit_mb";
-
-    /// Returns the main memory of this host.
-    pub fn memory() -> io::Result<DeviceMemory> {
-        let total_bytes: u64 = sysctl("hw.memsize")?.parse().map_err(io::Error::other)?;
-        let available = available_bytes(&output("/usr/bin/vm_stat", &[])?)
-            .ok_or_else(|| io::Error::other("vm_stat has an unknown format"))?;
-        Ok(DeviceMemory {
-            total_bytes,
-            available_bytes: available.min(total_bytes),
-            as_of: None,
-        })
-    }
 
     /// The GPU of a Mac with an Apple chip.
     pub struct MetalSource;
@@ -87,18 +57,6 @@ mod run {
             })
         }
     }
-
-    fn sysctl(name: &str) -> io::Result<String> {
-        output("/usr/sbin/sysctl", &["-n", name])
-    }
-
-    fn output(program: &str, args: &[&str]) -> io::Result<String> {
-        let output = Command::new(program).args(args).output()?;
-        if !output.status.success() {
-            return Err(io::Error::other(format!("{program}: {}", output.status)));
-        }
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    }
 }
 
 #[cfg(test)]
@@ -119,22 +77,5 @@ mod tests {
             let found = gib(working_set_bytes(memory * GIB, limit));
             assert!((found - share).abs() < 0.01, "{memory}: {found}");
         }
-    }
-
-    #[test] // [POOLD-093]
-    fn free_memory_is_read_from_vm_stat() {
-        let text = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\n\
-            Pages free:                               24105.\n\
-            Pages active:                            401923.\n\
-            Pages inactive:                          399514.\n\
-            Pages speculative:                         1376.\n\
-            Pages throttled:                              0.\n\
-            Pages wired down:                        120214.\n";
-        assert_eq!(
-            available_bytes(text),
-            Some((24_105 + 399_514 + 1_376) * 16_384)
-        );
-        assert_eq!(available_bytes("Pages free: many."), None);
-        assert_eq!(available_bytes(""), None);
     }
 }

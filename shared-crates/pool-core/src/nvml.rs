@@ -9,7 +9,8 @@ use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::{Device, Nvml};
 
-use crate::gpu::{GpuMemory, GpuProcess, GpuReading, GpuSource, ReadError};
+use crate::api::gpu::GpuProcess;
+use crate::gpu::{GpuMemory, GpuReading, GpuSource, ReadError};
 use crate::worker::Backend;
 
 /// The library's name as drivers install it. Only development packages provide the name without a number.

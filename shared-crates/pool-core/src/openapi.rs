@@ -1,28 +1,17 @@
-//! OpenAPI schemas of types with a text form, and corrections to derived schemas.
+//! OpenAPI schemas of model references, devices and reasons of exit.
 
-use serde_json::{Map, Value, json};
-use utoipa::openapi::schema::{AnyOfBuilder, ObjectBuilder, SchemaFormat, SchemaType, Type};
+use serde_json::json;
+use utoipa::openapi::schema::{AnyOfBuilder, ObjectBuilder, SchemaType, Type};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
 use crate::ModelRef;
-use crate::json_number::Decimal;
+use crate::kit::openapi::text;
 use crate::model_ref::MAX_BYTES;
 use crate::worker::{Device, ExitReason};
 
 /// Characters that a model reference must not contain: control characters, and those that hide or reorder others.
 const HIDDEN: &str = r"\u0000-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff";
-
-/// Returns the schema of a string of at most `longest` characters.
-fn text(description: &str, example: &str, pattern: &str, longest: usize) -> RefOr<Schema> {
-    let schema = ObjectBuilder::new().schema_type(Type::String);
-    schema
-        .description(Some(description))
-        .examples([example])
-        .pattern(Some(pattern))
-        .max_length(Some(longest))
-        .into()
-}
 
 /// Returns the grammar of [`crate::model_ref`] as three regular expressions, without look-around, which not every validator
 /// supports.
@@ -79,30 +68,6 @@ impl PartialSchema for Device {
 
 impl ToSchema for Device {}
 
-impl PartialSchema for Decimal {
-    fn schema() -> RefOr<Schema> {
-        let number = ObjectBuilder::new()
-            .schema_type(Type::Integer)
-            .description(Some("Only in requests: the form used by earlier versions."))
-            .minimum(Some(0));
-        AnyOfBuilder::new()
-            .item(text(
-                "Decimal digits.",
-                "1764433800123456789",
-                "^[0-9]{1,19}$",
-                19,
-            ))
-            .item(number.format(Some(SchemaFormat::Custom("u-int64".into()))))
-            .description(Some(
-                "An integer of up to 64 bits. Responses give it as a string, because many JSON parsers round numbers of \
-                 more than 53 bits.",
-            ))
-            .into()
-    }
-}
-
-impl ToSchema for Decimal {}
-
 /// A single schema for all kinds, because later versions may add kinds, and values to the existing kinds.
 impl PartialSchema for ExitReason {
     fn schema() -> RefOr<Schema> {
@@ -132,48 +97,3 @@ impl PartialSchema for ExitReason {
 }
 
 impl ToSchema for ExitReason {}
-
-/// Makes explicit, throughout a document, what derived schemas leave implicit: the range of each integer, for which
-/// `format` alone is not binding, and that the format of a nullable time does not apply to null.
-pub fn clarify(document: &mut Value) {
-    match document {
-        Value::Object(fields) => {
-            fields.values_mut().for_each(clarify);
-            bound_integer(fields);
-            unfold_nullable_time(fields);
-        }
-        Value::Array(items) => items.iter_mut().for_each(clarify),
-        _ => {}
-    }
-}
-
-fn bound_integer(schema: &mut Map<String, Value>) {
-    let format = schema.get("format").and_then(Value::as_str);
-    let (name, most) = match format {
-        Some("u-int8") => ("uint8", u64::from(u8::MAX)),
-        Some("u-int16") => ("uint16", u64::from(u16::MAX)),
-        Some("u-int32") => ("uint32", u64::from(u32::MAX)),
-        Some("u-int64") => ("uint64", u64::MAX),
-        Some("int32") => ("int32", i32::MAX.unsigned_abs().into()),
-        _ => return,
-    };
-    if name == "int32" {
-        let least = schema.entry("minimum");
-        least.or_insert_with(|| i32::MIN.into());
-    }
-    schema.insert("format".to_owned(), name.into());
-    schema.entry("maximum").or_insert_with(|| most.into());
-}
-
-fn unfold_nullable_time(schema: &mut Map<String, Value>) {
-    let time = schema
-        .get("format")
-        .is_some_and(|format| format == "date-time");
-    if !time || schema.get("type").is_none_or(|kind| !kind.is_array()) {
-        return;
-    }
-    schema.remove("format");
-    schema.remove("type");
-    let either = json!([{"type": "string", "format": "date-time"}, {"type": "null"}]);
-    schema.insert("anyOf".to_owned(), either);
-}

@@ -15,17 +15,19 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::api::pool::WorkerAges;
-use crate::cgroup::OomMark;
-use crate::fsio::{self, LockGuard};
-use crate::home::Home;
-use crate::lifecycle::spawner::LISTEN_TIMEOUT;
-use crate::process::{self, ProcessIdentity};
-use crate::secret::Secret;
-use crate::units::human_duration;
+use crate::kit::cgroup::OomMark;
+use crate::kit::files::{self, LockGuard};
+use crate::kit::home::Home;
+use crate::kit::process::{self, ProcessIdentity};
+use crate::kit::secret::Secret;
+use crate::kit::units::human_duration;
 use crate::worker::{
     ExitReason, IllegalWorkerTransition, WorkerEnding, WorkerEvent, WorkerInfo, WorkerStatus,
 };
 use crate::worker_args::WorkerArgs;
+
+/// Time limit for a worker to start listening when it is started without a daemon.
+pub(crate) const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Everything known about a worker, including its secret; the file therefore has mode 0600.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -233,7 +235,7 @@ impl RegistryError {
             return false;
         };
         // A missing folder means that this user could not create it.
-        fsio::is_read_only(source) || source.kind() == io::ErrorKind::NotFound
+        files::is_read_only(source) || source.kind() == io::ErrorKind::NotFound
     }
 }
 
@@ -277,7 +279,7 @@ impl Registry {
 
     /// Takes the lock that every change requires. Blocks until the lock is free.
     pub fn lock(&self) -> Result<Locked<'_>, RegistryError> {
-        let guard = fsio::lock_exclusive(&self.lock).map_err(io_error("lock", &self.lock))?;
+        let guard = files::lock_exclusive(&self.lock).map_err(io_error("lock", &self.lock))?;
         Ok(Locked {
             registry: self,
             _guard: guard,
@@ -380,7 +382,7 @@ impl Locked<'_> {
             .max()
             .map_or(0, |number| number + 1);
         let number = written.max(seen);
-        fsio::write_atomic(next, format!("{}\n", number + 1), 0o600)
+        files::write_atomic(next, format!("{}\n", number + 1), 0o600)
             .map_err(io_error("write", next))?;
         Ok(number)
     }
@@ -388,7 +390,7 @@ impl Locked<'_> {
     /// Creates or replaces a record.
     pub fn save(&self, record: &WorkerRecord) -> Result<(), RegistryError> {
         let path = self.registry.path(&record.info.id);
-        fsio::write_atomic(&path, encode(record)?, 0o600).map_err(io_error("write", &path))
+        files::write_atomic(&path, encode(record)?, 0o600).map_err(io_error("write", &path))
     }
 
     /// Removes the records of ended workers except for the `keep` newest. Returns the ids of the removed ones.

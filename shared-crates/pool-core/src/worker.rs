@@ -16,8 +16,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::ModelRef;
-use crate::api::worker::CacheRoom;
-use crate::units::human_bytes_up;
+use crate::kit::units::human_bytes_up;
 
 /// The part of `llorch-candled` that a worker computes with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -406,11 +405,21 @@ pub struct ModelFile {
     /// Size in bytes.
     pub size_bytes: u64,
     /// Time of the last modification in nanoseconds since 1970, as a decimal string because the number has more than 53 bits.
-    #[serde(with = "crate::json_number::decimal")]
-    #[cfg_attr(feature = "openapi", schema(value_type = crate::json_number::Decimal))]
+    #[serde(with = "crate::kit::json_number::decimal")]
+    #[cfg_attr(feature = "openapi", schema(value_type = crate::kit::json_number::Decimal))]
     pub modified_ns: u64,
     /// SHA-256 in lower-case hexadecimal; `None` if the pool has not computed it.
     pub sha256: Option<String>,
+}
+
+/// Size and free part of a worker's KV cache, which all its sequences share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct CacheRoom {
+    /// Tokens that the cache holds.
+    pub tokens: u32,
+    /// Tokens that remain free if all running executions write their longest answers.
+    pub free_tokens: u32,
 }
 
 #[cfg(test)]

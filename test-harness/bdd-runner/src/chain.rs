@@ -11,8 +11,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use pool_core::home::Home;
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::kit::home::Home;
+use pool_core::kit::process::{ProcessIdentity, Signal};
 use pool_core::registry::{Registry, WorkerRecord};
 use pool_core::worker::{Device, WorkerStatus};
 use serde_json::{Value, json};
@@ -255,7 +255,7 @@ impl Pool {
     }
 
     fn url(&self) -> Option<String> {
-        pool_core::run_files::local_url(&self.daemon.home().pool_state())
+        pool_core::kit::run_files::local_url(&self.daemon.home().pool_state())
     }
 }
 

@@ -14,7 +14,7 @@ use std::process::{ChildStdin, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::kit::process::{ProcessIdentity, Signal};
 
 use crate::process;
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use pool_core::home::Home;
+use pool_core::kit::home::Home;
 use pool_core::registry::Registry;
 
 /// Pause between two samples.

@@ -8,7 +8,7 @@ use std::process::{Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use bdd_runner::process::left_running;
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::kit::process::{ProcessIdentity, Signal};
 
 /// Time limit of every wait; only a failing test reaches it.
 const LIMIT: Duration = Duration::from_secs(180);

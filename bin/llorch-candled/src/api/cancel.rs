@@ -2,7 +2,7 @@
 
 use axum::extract::State;
 use pool_core::api::worker::{CancelRequest, CancelResponse};
-use pool_core::service::{Json, ServiceResult};
+use pool_core::kit::service::{Json, ServiceResult};
 
 use super::App;
 use super::error::refused;

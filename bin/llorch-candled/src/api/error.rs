@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use axum::http::StatusCode;
 use pool_core::api::worker::WorkerErrorCode;
-use pool_core::service::ServiceError;
+use pool_core::kit::service::ServiceError;
 
 use crate::executions::Refusal;
 

@@ -4,7 +4,7 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::IntoResponse;
 use pool_core::api::worker::ExecuteRequest;
-use pool_core::service::{Json, ServiceResult};
+use pool_core::kit::service::{Json, ServiceResult};
 
 use super::App;
 use super::error::{invalid, loading, refused};

@@ -10,7 +10,7 @@ use axum::response::IntoResponse;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::Stream;
 use pool_core::api::worker::NEWEST_EVENT;
-use pool_core::service::{Path, ServiceResult};
+use pool_core::kit::service::{Path, ServiceResult};
 
 use super::App;
 use super::error::{invalid, not_found, still_running};

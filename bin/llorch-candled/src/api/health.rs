@@ -2,7 +2,7 @@
 
 use axum::extract::State;
 use pool_core::api::worker::WorkerHealth;
-use pool_core::service::Json;
+use pool_core::kit::service::Json;
 
 use super::App;
 

@@ -1,7 +1,7 @@
 //! `GET /metrics`.
 
 use axum::extract::State;
-use pool_core::service::{ServiceError, ServiceResult};
+use pool_core::kit::service::{ServiceError, ServiceResult};
 
 use super::App;
 

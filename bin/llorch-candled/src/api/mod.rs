@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::routing::{get, post};
-use pool_core::service::Shutdown;
+use pool_core::kit::service::Shutdown;
 
 use crate::executions::Executions;
 use crate::metrics::Metrics;

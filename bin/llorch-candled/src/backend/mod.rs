@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use pool_core::catalog::gguf::GgufFile;
-use pool_core::units::human_bytes;
+use pool_core::kit::units::human_bytes;
 use pool_core::worker::Backend;
 
 use crate::engine::model::Model;

@@ -6,7 +6,7 @@ pub mod orchestrator;
 pub mod pools;
 
 use clap::Subcommand;
-use pool_core::terminal::{CliError, Exit};
+use pool_core::kit::terminal::{CliError, Exit};
 
 /// Commands of `llorch`.
 #[derive(Debug, Subcommand)]

@@ -9,10 +9,12 @@ use std::time::Duration;
 use clap::Subcommand;
 use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::job::JobStatus;
-use pool_core::home::Home;
-use pool_core::terminal::daemon::{self, DaemonSpec};
-use pool_core::terminal::daemon_commands::{self, ConfigArgs, Elsewhere, LogArgs, Whereabouts};
-use pool_core::terminal::{CliError, Exit, Format, print_json, say};
+use pool_core::kit::home::Home;
+use pool_core::kit::terminal::daemon::{self, DaemonSpec};
+use pool_core::kit::terminal::daemon_commands::{
+    self, ConfigArgs, Elsewhere, LogArgs, Whereabouts,
+};
+use pool_core::kit::terminal::{CliError, Exit, Format, print_json, say};
 use serde::Serialize;
 
 use crate::http_client::{ConnectArgs, JobFilter, Orchestrator, shown};

@@ -2,8 +2,8 @@
 
 use clap::{Args, Subcommand};
 use orchestrator_core::api::pools::{PoolView, PoolViewState};
-use pool_core::terminal::paint::{Cell, Style};
-use pool_core::terminal::{
+use pool_core::kit::terminal::paint::{Cell, Style};
+use pool_core::kit::terminal::{
     CliError, Exit, Format, human_bytes, human_duration, note, paint, print_json, render_table, say,
 };
 use std::time::Duration;

@@ -6,7 +6,7 @@ use futures_util::StreamExt;
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::JobId;
-use pool_core::client::{ClientError, EventStream, ServerEvent};
+use pool_core::kit::client::{ClientError, EventStream, ServerEvent};
 
 use super::{Orchestrator, is_passing};
 
@@ -215,7 +215,7 @@ fn plainly(error: &ClientError, farewell: Option<Farewell>) -> String {
     match error {
         _ if farewell == Some(Farewell::Shutdown) => "the orchestrator is stopping".to_owned(),
         ClientError::Timeout { after, .. } => {
-            let silence = pool_core::terminal::human_duration(*after);
+            let silence = pool_core::kit::terminal::human_duration(*after);
             format!("the orchestrator has been silent for {silence}")
         }
         ClientError::Unreachable { .. } => "the orchestrator can't be reached".to_owned(),

@@ -5,7 +5,7 @@ use std::collections::{HashSet, VecDeque};
 use orchestrator_core::JobId;
 use orchestrator_core::api::tasks::TaskSummary;
 use orchestrator_core::job::{JobStatus, Priority};
-use pool_core::client::ClientError;
+use pool_core::kit::client::ClientError;
 
 use super::Orchestrator;
 

@@ -15,9 +15,9 @@ use std::sync::{Arc, Mutex};
 use orchestrator_core::api::events::{FurtherAttempt, Lagged, TaskEvent};
 use orchestrator_core::job::{JobErrorCode, JobStatus};
 use pool_core::api::worker::WorkerMetrics;
-use pool_core::home::Home;
-use pool_core::process::ProcessIdentity;
-use pool_core::run_files::{self, PidRecord};
+use pool_core::kit::home::Home;
+use pool_core::kit::process::ProcessIdentity;
+use pool_core::kit::run_files::{self, PidRecord};
 use serde_json::Value;
 use support::{
     Fake, JOB, Step, end, failed, file, finish, interrupt, llorch, read_until, started, token,

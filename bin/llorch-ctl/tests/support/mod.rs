@@ -24,7 +24,7 @@ use orchestrator_core::scheduler::{Explanation, WaitReason};
 use orchestrator_core::{JobId, TaskSubmitRequest};
 use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::StopReason;
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::kit::process::{ProcessIdentity, Signal};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};

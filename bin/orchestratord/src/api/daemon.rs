@@ -4,8 +4,8 @@ use axum::extract::State;
 use axum::http::HeaderValue;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
-use pool_core::service::routes::Health;
-use pool_core::service::{Json, ServiceError, ServiceResult};
+use pool_core::kit::service::routes::Health;
+use pool_core::kit::service::{Json, ServiceError, ServiceResult};
 use prometheus::TEXT_FORMAT;
 
 use super::error;

@@ -3,9 +3,9 @@
 use axum::Extension;
 use orchestrator_core::api::error::ApiErrorCode;
 use orchestrator_core::api::events::TaskEvent;
-use pool_core::api::error::ErrorEnvelope;
-use pool_core::openapi::clarify;
-use pool_core::service::routes::{self, Document};
+use pool_core::kit::openapi::clarify;
+use pool_core::kit::service::routes::{self, Document};
+use pool_core::kit::wire::ErrorEnvelope;
 use serde_json::{Map, Value, json};
 use utoipa::OpenApi as _;
 use utoipa::openapi::OpenApi;

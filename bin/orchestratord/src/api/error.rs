@@ -8,9 +8,9 @@ use orchestrator_core::JobId;
 use orchestrator_core::api::error::ApiErrorCode as Code;
 use orchestrator_core::api::tasks::ValidationError;
 use orchestrator_core::queue::QueueError;
-use pool_core::client::ClientError;
-use pool_core::service::ServiceError;
-use pool_core::service::codes;
+use pool_core::kit::client::ClientError;
+use pool_core::kit::service::ServiceError;
+use pool_core::kit::service::codes;
 use serde_json::json;
 
 use crate::fleet::FleetError;

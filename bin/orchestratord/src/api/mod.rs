@@ -9,7 +9,7 @@ mod scheduler;
 mod tasks;
 
 use axum::Router;
-use pool_core::service::routes as common;
+use pool_core::kit::service::routes as common;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 

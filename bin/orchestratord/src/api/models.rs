@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use axum::extract::State;
 use orchestrator_core::api::models::{ModelList, ModelView};
-use pool_core::service::Json;
+use pool_core::kit::service::Json;
 
 use crate::app::App;
 use crate::clock;

@@ -6,8 +6,8 @@ use orchestrator_core::api::pools::{HeartbeatAccepted, PoolList, PoolView, Regis
 use pool_core::api::pool::{
     DrainRequest, Heartbeat, PoolStatus, RegisterRequest, WorkerSpawnRequest, WorkerStopRequest,
 };
-use pool_core::client::Method;
-use pool_core::service::{CorrelationId, Json, Path, Query, ServiceResult};
+use pool_core::kit::client::Method;
+use pool_core::kit::service::{CorrelationId, Json, Path, Query, ServiceResult};
 use pool_core::worker::WorkerInfo;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

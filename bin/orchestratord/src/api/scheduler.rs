@@ -14,7 +14,7 @@ use orchestrator_core::api::scheduler::{
 use orchestrator_core::script::{self, Script};
 use orchestrator_core::simulate;
 use orchestrator_core::trace::{self, EndReason, Header, Trace};
-use pool_core::service::{Json, Query, ServiceError, ServiceResult};
+use pool_core::kit::service::{Json, Query, ServiceError, ServiceResult};
 use serde::Deserialize;
 use serde_json::json;
 

@@ -18,9 +18,11 @@ use orchestrator_core::api::tasks::{
 use orchestrator_core::job::{JobIdPrefix, JobSpec, Priority};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
-use pool_core::crash::crash_point;
-use pool_core::hex::hex;
-use pool_core::service::{Caller, CorrelationId, Json, Path, Query, ServiceError, ServiceResult};
+use pool_core::kit::crash::crash_point;
+use pool_core::kit::hex::hex;
+use pool_core::kit::service::{
+    Caller, CorrelationId, Json, Path, Query, ServiceError, ServiceResult,
+};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 

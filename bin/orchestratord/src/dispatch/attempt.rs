@@ -8,7 +8,7 @@ use orchestrator_core::job::{AttemptOutcome, JobErrorCode, backoff_ms};
 use orchestrator_core::queue::QueuedJob;
 use pool_core::api::pool::WorkerEndpoint;
 use pool_core::api::worker::CacheShortage;
-use pool_core::crash::crash_point;
+use pool_core::kit::crash::crash_point;
 use tokio::sync::watch;
 
 use super::attempt_end::AttemptEnd;

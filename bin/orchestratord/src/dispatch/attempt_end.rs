@@ -3,7 +3,7 @@
 use orchestrator_core::api::events::End;
 use orchestrator_core::job::{JobError, JobErrorCode};
 use pool_core::api::worker::{CacheShortage, WorkerError, WorkerErrorCode};
-use pool_core::client::ClientError;
+use pool_core::kit::client::ClientError;
 
 use crate::metrics::Metrics;
 

@@ -10,9 +10,9 @@ use orchestrator_core::api::events::{End as EndEvent, FurtherAttempt, Started, T
 use pool_core::api::pool::WorkerEndpoint;
 use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::{ExecuteRequest, Origin, WorkerEvent, WorkerStarted, WorkerToken};
-use pool_core::client::ClientError;
-use pool_core::crash::crash_point;
-use pool_core::errors::with_causes;
+use pool_core::kit::client::ClientError;
+use pool_core::kit::crash::crash_point;
+use pool_core::kit::errors::with_causes;
 use tokio::sync::watch;
 use tokio::time::Instant;
 

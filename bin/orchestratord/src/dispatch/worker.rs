@@ -10,8 +10,8 @@ use pool_core::api::pool::WorkerEndpoint;
 use pool_core::api::worker::{
     CancelRequest, CancelResponse, ExecuteRequest, NEWEST_EVENT, Resume, WorkerEvent,
 };
-use pool_core::client::{ApiClient, ClientError, EventStream, Method};
-use pool_core::secret::Secret;
+use pool_core::kit::client::{ApiClient, ClientError, EventStream, Method};
+use pool_core::kit::secret::Secret;
 
 use crate::queue::LiveJob;
 use crate::state::{Lease, ResumePoint};

@@ -20,9 +20,9 @@ use orchestrator_core::scheduler::PoolState;
 use pool_core::api::pool::{
     HEARTBEAT_INTERVAL_MS, Heartbeat, ModelOnDisk, PoolStatus, RegisterRequest, WorkerEndpoint,
 };
-use pool_core::client::{ApiClient, ClientError};
-use pool_core::clock as own_clock;
-use pool_core::secret::Secret;
+use pool_core::kit::client::{ApiClient, ClientError};
+use pool_core::kit::clock as own_clock;
+use pool_core::kit::secret::Secret;
 use pool_core::worker::WorkerInfo;
 use pool_core::{ModelRef, POOL_API_VERSION};
 use tokio::sync::watch;

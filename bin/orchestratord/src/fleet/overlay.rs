@@ -10,7 +10,7 @@ use orchestrator_core::scheduler::{
 };
 use pool_core::ModelRef;
 use pool_core::api::pool::PoolStatus;
-use pool_core::api::worker::CacheRoom;
+use pool_core::worker::CacheRoom;
 use pool_core::worker::{Device, ExitReason, WorkerInfo, WorkerStatus};
 
 /// Time for which a start counts although no heartbeat shows it.

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 use orchestrator_core::JobId;
 use orchestrator_core::queue::QueuedJob;
 use pool_core::ModelRef;
-use pool_core::client::ApiClient;
+use pool_core::kit::client::ApiClient;
 
 use super::overlay::Load;
 use super::{Asked, Fleet, Inner};

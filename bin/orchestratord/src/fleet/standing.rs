@@ -191,7 +191,7 @@ impl Fleet {
     }
 
     /// Returns the pools of an earlier run that have not reported since, by name, each with a client.
-    pub fn unheard(&self) -> Vec<(String, pool_core::client::ApiClient)> {
+    pub fn unheard(&self) -> Vec<(String, pool_core::kit::client::ApiClient)> {
         let inner = self.lock();
         let awaited = inner.awaited.iter();
         awaited

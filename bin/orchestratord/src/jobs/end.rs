@@ -5,7 +5,7 @@ use std::sync::Arc;
 use orchestrator_core::api::events::{End, TaskEvent};
 use orchestrator_core::job::{AttemptOutcome, JobError, JobErrorCode, JobEvent};
 use orchestrator_core::{JobId, JobStatus};
-use pool_core::crash::crash_point;
+use pool_core::kit::crash::crash_point;
 
 use crate::app::App;
 use crate::clock;

@@ -8,8 +8,8 @@ use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
 use pool_core::catalog::CatalogEntry;
-use pool_core::crash::crash_point;
-use pool_core::service::CorrelationId;
+use pool_core::kit::crash::crash_point;
+use pool_core::kit::service::CorrelationId;
 
 use crate::app::App;
 use crate::clock;

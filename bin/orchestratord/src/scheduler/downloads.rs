@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures_util::StreamExt as _;
 use pool_core::ModelRef;
 use pool_core::api::models::{DownloadEvent, DownloadPhase, ModelDownloadRequest};
-use pool_core::client::{ApiClient, Method, ServerEvent};
+use pool_core::kit::client::{ApiClient, Method, ServerEvent};
 
 use crate::app::App;
 use crate::clock;

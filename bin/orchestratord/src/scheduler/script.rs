@@ -333,7 +333,7 @@ mod tests {
     use orchestrator_core::scheduler::LeastLoaded;
     use orchestrator_core::script::sample;
     use orchestrator_core::trace::By;
-    use pool_core::service::{Load, Places};
+    use pool_core::kit::service::{Load, Places};
 
     use super::*;
 

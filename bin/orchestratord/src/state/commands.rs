@@ -8,7 +8,7 @@ use orchestrator_core::job::{AttemptOutcome, Job, JobEvent};
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::worker::Origin;
-use pool_core::crash::crash_point;
+use pool_core::kit::crash::crash_point;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use sqlx::sqlite::SqliteRow;

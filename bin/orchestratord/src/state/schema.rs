@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use pool_core::crash::crash_point;
+use pool_core::kit::crash::crash_point;
 use sqlx::{Connection as _, Row as _, SqliteConnection};
 
 use super::{StoreError, holder};

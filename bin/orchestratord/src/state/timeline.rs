@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use pool_core::{clock, process};
+use pool_core::kit::{clock, process};
 use sqlx::{Row as _, SqliteConnection};
 
 use super::StoreError;

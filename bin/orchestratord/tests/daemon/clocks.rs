@@ -14,7 +14,7 @@ use orchestrator_core::api::tasks::{TaskAccepted, TaskList};
 use orchestrator_core::pool::PoolLiveness;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::worker::WorkerErrorCode;
-use pool_core::client::Method;
+use pool_core::kit::client::Method;
 use pool_core::worker::WorkerStatus;
 use rustix::process::Signal;
 use serde_json::json;

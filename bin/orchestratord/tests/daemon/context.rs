@@ -6,7 +6,8 @@ use orchestrator_core::job::{AttemptOutcome, JobErrorCode};
 use orchestrator_core::scheduler::{Filter, WaitReason};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::pool::{ContextMemory, PoolStatus};
-use pool_core::api::worker::{CacheRoom, CacheShortage, ContextOverflow};
+use pool_core::api::worker::{CacheShortage, ContextOverflow};
+use pool_core::worker::CacheRoom;
 use pool_core::worker::WorkerStatus;
 use serde_json::json;
 
@@ -443,7 +444,7 @@ async fn two_models_that_fit_one_at_a_time_take_turns() {
 async fn fill(
     orchestrator: &Orchestrator,
     model: &str,
-) -> (usize, pool_core::api::error::ErrorBody) {
+) -> (usize, pool_core::kit::wire::ErrorBody) {
     for taken in 0.. {
         let body = json!({"model": model, "prompt": "hi"});
         if let Err(error) = orchestrator.submit(body).await {

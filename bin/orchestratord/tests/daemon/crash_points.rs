@@ -12,7 +12,7 @@ use bdd_runner::checker::{Evidence, Record, check};
 use bdd_runner::clients::{Clients, Reading};
 use orchestrator_core::api::tasks::{TaskAccepted, TaskSubmitRequest};
 use orchestrator_core::{JobId, JobStatus};
-use pool_core::process::Signal;
+use pool_core::kit::process::Signal;
 use serde_json::json;
 use tokio::task::JoinSet;
 
@@ -347,7 +347,7 @@ impl Alone {
             if let Some(status) = child.try_wait().unwrap() {
                 return Err(status);
             }
-            if let Some(url) = pool_core::run_files::local_url(&self.state()) {
+            if let Some(url) = pool_core::kit::run_files::local_url(&self.state()) {
                 return Ok(url);
             }
             assert!(begun.elapsed() < PATIENCE, "it neither ends nor listens");

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use orchestrator_core::JobStatus;
 use orchestrator_core::api::tasks::{TaskAccepted, TaskView};
-use pool_core::client::ApiClient;
+use pool_core::kit::client::ApiClient;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -71,7 +71,7 @@ async fn a_full_disk_refuses_submits_and_running_jobs_finish() {
         .unwrap()
         .job_id;
     let request = client.request(
-        pool_core::client::Method::GET,
+        pool_core::kit::client::Method::GET,
         &format!("/v2/tasks/{job}/events"),
     );
     let mut reader = Reader {

@@ -54,7 +54,7 @@ async fn a_submit_that_accepts_events_is_answered_with_them() {
     let (orchestrator, _pool, worker) = one_worker().await;
     let request = orchestrator
         .client
-        .request(pool_core::client::Method::POST, "/v2/tasks");
+        .request(pool_core::kit::client::Method::POST, "/v2/tasks");
     let request = request
         .header("accept", "text/event-stream")
         .json(&json!({"model": MODEL, "prompt": "hi"}));

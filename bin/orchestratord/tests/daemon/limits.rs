@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use orchestrator_core::api::tasks::{CancelResponse, TaskAccepted, TaskList, TaskView};
 use orchestrator_core::{JobId, JobStatus};
-use pool_core::client::ApiClient;
+use pool_core::kit::client::ApiClient;
 use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

@@ -8,8 +8,8 @@ use orchestrator_core::api::pools::{PoolList, PoolView};
 use orchestrator_core::job::JobErrorCode;
 use orchestrator_core::pool::PoolLiveness;
 use orchestrator_core::scheduler::WaitReason;
-use pool_core::client::ApiClient;
-use pool_core::secret::Secret;
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::secret::Secret;
 use pool_core::worker::WorkerStatus;
 use serde_json::{Value, json};
 

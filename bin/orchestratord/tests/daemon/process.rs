@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 
-use pool_core::client::ApiClient;
-use pool_core::run_files;
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::run_files;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};

@@ -7,7 +7,7 @@ use orchestrator_core::api::pools::PoolView;
 use orchestrator_core::job::{Attempt, AttemptOutcome};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::worker::WorkerErrorCode;
-use pool_core::client::ClientError;
+use pool_core::kit::client::ClientError;
 use pool_core::worker::WorkerStatus;
 use serde_json::json;
 use sqlx::SqliteConnection;

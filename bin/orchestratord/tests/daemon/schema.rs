@@ -28,7 +28,7 @@ const FREE_MODEL: &str = "file:/models/fake.gguf";
 /// Registers the pools again when a generated request has removed them, and cancels jobs that stay unfinished for 200 ms, so
 /// that their streams end.
 async fn keep_house(
-    client: pool_core::client::ApiClient,
+    client: pool_core::kit::client::ApiClient,
     pool: Arc<FakePool>,
     drawn: Arc<FakePool>,
 ) {

@@ -14,8 +14,8 @@ use orchestrator_core::script::Script;
 use orchestrator_core::simulate;
 use orchestrator_core::trace::{By, EndReason, Trace};
 use orchestrator_core::{JobId, JobStatus};
-use pool_core::api::worker::CacheRoom;
-use pool_core::client::Method;
+use pool_core::kit::client::Method;
+use pool_core::worker::CacheRoom;
 use serde_json::json;
 
 use crate::support::{FakePool, FakeWorker, MODEL, Orchestrator, eventually, soon};

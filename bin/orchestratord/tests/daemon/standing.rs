@@ -7,8 +7,8 @@ use orchestrator_core::api::pools::{PoolList, PoolView, PoolViewState};
 use orchestrator_core::api::tasks::TaskExplanation;
 use orchestrator_core::pool::PoolLiveness;
 use orchestrator_core::scheduler::WaitReason;
-use pool_core::api::error::ErrorBody;
-use pool_core::client::ClientError;
+use pool_core::kit::client::ClientError;
+use pool_core::kit::wire::ErrorBody;
 use serde_json::{Value, json};
 
 use crate::support::{Api, FakePool, FakeWorker, MODEL, Orchestrator, eventually, one_worker};

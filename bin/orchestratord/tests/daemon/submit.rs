@@ -4,7 +4,7 @@ use orchestrator_core::api::models::{ModelList, ModelView};
 use orchestrator_core::api::tasks::{TaskAccepted, TaskList};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::pool::ModelOnDisk;
-use pool_core::client::Method;
+use pool_core::kit::client::Method;
 use serde_json::{Value, json};
 
 use crate::support::{FakePool, MODEL, Orchestrator, model_file, outline};
@@ -280,7 +280,7 @@ async fn a_key_names_one_job_however_often_and_after_a_restart() {
         orchestrator: &Orchestrator,
         key: &str,
         body: Value,
-    ) -> Result<Value, pool_core::client::ClientError> {
+    ) -> Result<Value, pool_core::kit::client::ClientError> {
         let call = orchestrator
             .client
             .request(Method::POST, "/v2/tasks")

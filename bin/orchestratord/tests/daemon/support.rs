@@ -14,9 +14,9 @@ use orchestrator_core::api::tasks::{TaskAccepted, TaskView};
 use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::{JobId, JobStatus};
 use orchestratord::Daemon;
-use pool_core::client::{ApiClient, ClientError, EventStream, Method};
-use pool_core::home::Home;
-use pool_core::service::Shutdown;
+use pool_core::kit::client::{ApiClient, ClientError, EventStream, Method};
+use pool_core::kit::home::Home;
+use pool_core::kit::service::Shutdown;
 use serde_json::json;
 use tokio::process::{Child, Command};
 

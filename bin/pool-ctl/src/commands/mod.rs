@@ -8,7 +8,7 @@ mod status;
 mod worker;
 
 use clap::Subcommand;
-use pool_core::terminal::{CliError, Exit};
+use pool_core::kit::terminal::{CliError, Exit};
 
 /// A command with its arguments.
 #[derive(Debug, Subcommand)]

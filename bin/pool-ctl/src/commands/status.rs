@@ -1,11 +1,13 @@
 //! `llorch-pool status`: this pool at a glance.
 
 use jiff::Timestamp;
+use pool_core::api::gpu::{GpuInfo, GpuState};
 use pool_core::api::pool::{DeviceInfo, DiskInfo, PoolReport, Registration};
-use pool_core::gpu::{GpuInfo, GpuState};
+use pool_core::kit::terminal::paint::{Cell, Style};
+use pool_core::kit::terminal::{
+    CliError, Exit, Format, age, human_bytes, print_json, print_table, say,
+};
 use pool_core::lifecycle::Lifecycle;
-use pool_core::terminal::paint::{Cell, Style};
-use pool_core::terminal::{CliError, Exit, Format, age, human_bytes, print_json, print_table, say};
 use pool_core::worker::{Backend, WorkerInfo};
 use serde::Serialize;
 

@@ -8,16 +8,16 @@ use clap::Subcommand;
 use jiff::Timestamp;
 use pool_core::ModelRef;
 use pool_core::api::pool::{CleanupReport, WorkerSpawnRequest};
-use pool_core::lifecycle::Lifecycle;
-use pool_core::terminal::daemon_commands::{self, LogArgs};
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
-use pool_core::terminal::paint::{Cell, Style};
-use pool_core::terminal::progress;
-use pool_core::terminal::{
+use pool_core::kit::terminal::daemon_commands::{self, LogArgs};
+use pool_core::kit::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::kit::terminal::paint::{Cell, Style};
+use pool_core::kit::terminal::progress;
+use pool_core::kit::terminal::{
     CliError, Exit, Format, age, human_bytes, human_duration, note, parse_duration, print_json,
     print_table, sanitize, say, write,
 };
-use pool_core::units::human_bytes_up;
+use pool_core::kit::units::human_bytes_up;
+use pool_core::lifecycle::Lifecycle;
 use pool_core::worker::{Backend, CacheType, ExitReason, WorkerInfo, WorkerStatus};
 
 use crate::context::{Context, catalog_error};

@@ -4,7 +4,7 @@ use std::io;
 
 use pool_core::api::models::DownloadErrorCode;
 use pool_core::catalog::store::CheckError;
-use pool_core::errors::with_causes;
+use pool_core::kit::errors::with_causes;
 
 use crate::hub::HubError;
 use crate::pip_wrapper::WheelError;

@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use pool_core::terminal::doctor::host;
+use pool_core::kit::terminal::doctor::host;
 use serde::Serialize;
 
 /// Contents of `git status --porcelain=v2 --branch -z`.

@@ -8,7 +8,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use pool_core::terminal::progress::Progress;
+use pool_core::kit::terminal::progress::Progress;
 
 use super::parse;
 use super::trust::{self, Transport};

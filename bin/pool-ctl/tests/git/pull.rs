@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use pool_core::process::Signal;
+use pool_core::kit::process::Signal;
 use serde_json::Value;
 
 use crate::World;

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
 
-use pool_core::process::ProcessIdentity;
-use pool_core::run_files::PidRecord;
+use pool_core::kit::process::ProcessIdentity;
+use pool_core::kit::run_files::PidRecord;
 
 use super::{Home, Ran, link_program};
 
@@ -41,8 +41,8 @@ impl Host {
         self.base.path(name)
     }
 
-    pub fn home(&self) -> pool_core::home::Home {
-        pool_core::home::Home::at(self.path("home"))
+    pub fn home(&self) -> pool_core::kit::home::Home {
+        pool_core::kit::home::Home::at(self.path("home"))
     }
 
     /// Returns a reference to a model file with this content, which tells the stand-in for the worker how to behave.
@@ -72,6 +72,6 @@ impl Host {
 }
 
 /// Returns the path of a worker's log, as the lifecycle names it.
-pub fn worker_log(home: &pool_core::home::Home, id: &str) -> PathBuf {
+pub fn worker_log(home: &pool_core::kit::home::Home, id: &str) -> PathBuf {
     home.logs_dir().join(format!("workers/{id}.log"))
 }

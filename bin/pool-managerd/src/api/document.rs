@@ -1,10 +1,10 @@
 //! `GET /openapi.json`: the API described by the routes themselves.
 
 use axum::Extension;
-use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::pool::PoolErrorCode;
-use pool_core::openapi::clarify;
-use pool_core::service::routes::{self, Document};
+use pool_core::kit::openapi::clarify;
+use pool_core::kit::service::routes::{self, Document};
+use pool_core::kit::wire::ErrorEnvelope;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{Content, OpenApi, Ref, ResponseBuilder};
 use utoipa::{Modify, OpenApi as _};

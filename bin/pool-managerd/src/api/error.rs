@@ -8,10 +8,10 @@ use pool_core::ModelRef;
 use pool_core::api::pool::PoolErrorCode;
 use pool_core::api::worker::WorkerErrorCode;
 use pool_core::catalog::store::ResolveError;
-use pool_core::client::ClientError;
+use pool_core::kit::client::ClientError;
+use pool_core::kit::service::{ServiceError, codes};
 use pool_core::lifecycle::{HealthRefused, ObserveError, SpawnError, StopError};
 use pool_core::registry::RegistryError;
-use pool_core::service::{ServiceError, codes};
 use pool_core::worker::WorkerInfo;
 use serde_json::json;
 

@@ -1,4 +1,4 @@
-//! The HTTP API. `pool_core::service` decides who may call, the rest of this crate what a call does.
+//! The HTTP API. `pool_core::kit::service` decides who may call, the rest of this crate what a call does.
 
 mod document;
 mod error;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderMap, Method};
-use pool_core::service::{asks_for_events, is_about_the_daemon, routes as common};
+use pool_core::kit::service::{asks_for_events, is_about_the_daemon, routes as common};
 use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouterExt};
 use utoipa_axum::routes;
 

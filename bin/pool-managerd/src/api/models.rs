@@ -6,9 +6,9 @@ use std::time::Duration;
 use axum::extract::State;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::Stream;
-use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::models::{DownloadEvent, ModelDownloadRequest};
-use pool_core::service::Json;
+use pool_core::kit::service::Json;
+use pool_core::kit::wire::ErrorEnvelope;
 use serde_json::Value;
 use tokio::sync::watch;
 

@@ -12,11 +12,11 @@ use axum::response::Response;
 use bytes::{Bytes, BytesMut};
 use futures_util::Stream;
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::worker::{CancelRequest, CancelResponse, ExecuteRequest, NEWEST_EVENT};
-use pool_core::client::{ClientError, RelayedAnswer};
-use pool_core::process::ProcessIdentity;
-use pool_core::service::{CorrelationId, Path, RawBody, Shutdown};
+use pool_core::kit::client::{ClientError, RelayedAnswer};
+use pool_core::kit::process::ProcessIdentity;
+use pool_core::kit::service::{CorrelationId, Path, RawBody, Shutdown};
+use pool_core::kit::wire::ErrorEnvelope;
 use serde_json::json;
 
 use super::App;

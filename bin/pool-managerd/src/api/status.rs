@@ -6,13 +6,13 @@ use axum::extract::State;
 use axum::http::HeaderValue;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
-use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::pool::{
     DrainRequest, ModelList, PoolReport, PoolStatus, Registration, WorkerList,
 };
+use pool_core::kit::service::Json;
+use pool_core::kit::service::routes::Health;
+use pool_core::kit::wire::ErrorEnvelope;
 use pool_core::lifecycle::SpawnError;
-use pool_core::service::Json;
-use pool_core::service::routes::Health;
 use prometheus::TEXT_FORMAT;
 
 use super::App;

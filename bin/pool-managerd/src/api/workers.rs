@@ -6,11 +6,11 @@ use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::IntoResponse;
-use pool_core::api::error::ErrorEnvelope;
 use pool_core::api::pool::{CleanupReport, WorkerList, WorkerSpawnRequest, WorkerStopRequest};
 use pool_core::api::worker::WorkerHealth;
+use pool_core::kit::service::{Json, Path, Query, bearer};
+use pool_core::kit::wire::ErrorEnvelope;
 use pool_core::lifecycle::{SpawnError, log_tail};
-use pool_core::service::{Json, Path, Query, bearer};
 use pool_core::worker::WorkerInfo;
 use serde::Deserialize;
 

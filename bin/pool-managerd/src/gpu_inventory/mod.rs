@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use pool_core::api::gpu::GpuState;
 use pool_core::api::pool::DeviceInfo;
-use pool_core::gpu::GpuState;
 use pool_core::lifecycle::Lifecycle;
 use pool_core::registry::WorkerRecord;
 use pool_core::worker::Device;

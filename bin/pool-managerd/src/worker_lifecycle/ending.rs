@@ -5,8 +5,8 @@ use std::process::Child;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use pool_core::kit::process::ProcessIdentity;
 use pool_core::lifecycle::ExitFacts;
-use pool_core::process::ProcessIdentity;
 use tokio::sync::oneshot;
 
 /// Pause after a wait that failed.

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pool_core::api::worker::WorkerHealth;
-use pool_core::cgroup::OomMark;
-use pool_core::client::ApiClient;
-use pool_core::clock;
-use pool_core::crash::crash_point;
-use pool_core::lifecycle::{Ended, ExitFacts, ObserveError, ProgressWatch, Stall};
-use pool_core::process::{ProcessIdentity, Signal, SignalOutcome};
+use pool_core::kit::cgroup::OomMark;
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::clock;
+use pool_core::kit::crash::crash_point;
+use pool_core::kit::process::{ProcessIdentity, Signal, SignalOutcome};
+use pool_core::lifecycle::{Deadlines, Ended, ExitFacts, ObserveError, ProgressWatch, Stall};
 use pool_core::registry::{Verdict, WorkerRecord};
 use pool_core::worker::{WorkerInfo, WorkerStatus};
 use tokio::sync::Notify;
@@ -89,7 +89,8 @@ impl Watched {
             .map(|client| client.with_answer_timeout(ANSWER_TIMEOUT));
         let workers = &pool.lifecycle.config().workers;
         let size = record.info.model_file.size_bytes;
-        let deadlines = workers.deadlines(size, record.info.device.backend);
+        let backend = record.info.device.backend;
+        let deadlines = Deadlines::of(size, backend, workers.stall_timeout());
         Self {
             client: client.ok(),
             progress: ProgressWatch::new(deadlines, std::time::Instant::now()),

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use pool_core::api::models::ModelDownloadRequest;
-use pool_core::client::{ClientError, EventStream, Method};
-use pool_core::process::ProcessIdentity;
+use pool_core::kit::client::{ClientError, EventStream, Method};
+use pool_core::kit::process::ProcessIdentity;
 use serde_json::{Value, json};
 
 use crate::program::write_program;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use pool_core::api::pool::{DrainRequest, PoolStatus};
-use pool_core::client::{ApiClient, Method};
+use pool_core::kit::client::{ApiClient, Method};
 use pool_core::worker::WorkerStatus;
 use serde_json::{Value, json};
 
@@ -15,7 +15,7 @@ async fn drain(daemon: &Daemon, request: DrainRequest) -> PoolStatus {
 }
 
 /// Starts a job on the worker, which runs until the test lets its tokens out.
-pub async fn job(client: &ApiClient, worker: &str) -> pool_core::client::EventStream {
+pub async fn job(client: &ApiClient, worker: &str) -> pool_core::kit::client::EventStream {
     let request = client
         .request(Method::POST, &format!("/workers/{worker}/execute"))
         .json(&json!({"job_id": "job-1", "attempt": 1, "fence": 7, "prompt": "x", "seed": 1, "max_tokens": 5}));

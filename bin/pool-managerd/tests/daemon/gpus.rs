@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use pool_core::api::gpu::GpuState;
 use pool_core::api::pool::{DeviceInfo, PoolStatus, WorkerSpawnRequest};
-use pool_core::gpu::GpuState;
 use pool_core::worker::{Backend, WorkerStatus};
 use serde_json::{Value, json};
 
@@ -382,7 +382,7 @@ async fn workers_on_gpus_reserve_their_memory_like_those_on_the_cpu() {
             .all(|gpu| gpu.memory_reserved_bytes >= needed * 2)
     );
     assert!(gpus.iter().all(|gpu| gpu.memory_free_bytes < needed));
-    let Err(pool_core::client::ClientError::Api { status, error }) =
+    let Err(pool_core::kit::client::ClientError::Api { status, error }) =
         daemon.spawn(&loading(Some(1))).await
     else {
         panic!("memory was promised twice")

@@ -12,8 +12,8 @@ use axum::{Json, Router};
 use pool_core::api::pool::{
     Heartbeat, PoolReport, RegisterRequest, Registration, RegistrationState, WorkerSpawnRequest,
 };
-use pool_core::process::Signal;
-use pool_core::service::state_files::RunFiles;
+use pool_core::kit::process::Signal;
+use pool_core::kit::service::state_files::RunFiles;
 use pool_core::worker::{Backend, CacheType, WorkerStatus};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;

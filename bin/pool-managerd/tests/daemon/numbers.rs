@@ -1,6 +1,6 @@
 //! Numbers that every JSON reader keeps exactly.
 
-use pool_core::client::Method;
+use pool_core::kit::client::Method;
 use pool_core::worker::{Backend, WorkerStatus};
 use serde_json::{Value, json};
 

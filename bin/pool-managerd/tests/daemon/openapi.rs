@@ -1,7 +1,7 @@
 //! The API's description, compared with the API.
 
 use pool_core::api::pool::DrainRequest;
-use pool_core::client::Method;
+use pool_core::kit::client::Method;
 use serde_json::{Value, json};
 
 use crate::described::{check, every_route_is_described};

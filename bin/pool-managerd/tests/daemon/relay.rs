@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use pool_core::api::worker::NEWEST_EVENT;
-use pool_core::client::{ApiClient, EventStream, Method};
-use pool_core::process::Signal;
-use pool_core::secret::Secret;
+use pool_core::kit::client::{ApiClient, EventStream, Method};
+use pool_core::kit::process::Signal;
+use pool_core::kit::secret::Secret;
 use pool_core::worker::WorkerStatus;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use pool_core::api::pool::{ModelList, PoolStatus, WorkerList, WorkerSpawnRequest};
 use pool_core::api::worker::{HealthState, WorkerHealth};
-use pool_core::client::{ApiClient, ClientError};
-use pool_core::process::{ProcessIdentity, Signal};
-use pool_core::secret::Secret;
+use pool_core::kit::client::{ApiClient, ClientError};
+use pool_core::kit::process::{ProcessIdentity, Signal};
+use pool_core::kit::secret::Secret;
 use pool_core::worker::{ExitReason, WorkerInfo, WorkerStatus};
 use serde_json::{Value, json};
 
@@ -485,7 +485,7 @@ async fn a_second_daemon_on_the_same_home_is_refused_and_names_the_first() {
     let second = pool_managerd::run(
         host.home(),
         host.config.clone(),
-        pool_core::service::Shutdown::manual(),
+        pool_core::kit::service::Shutdown::manual(),
     )
     .await;
     let error = second.unwrap_err();

@@ -1,7 +1,7 @@
 //! The daemon, killed at each point where a crash matters, and started again.
 
 use pool_core::api::pool::WorkerStopRequest;
-use pool_core::client::ApiClient;
+use pool_core::kit::client::ApiClient;
 use pool_core::worker::{WorkerInfo, WorkerStatus};
 
 use crate::house::{House, reserved, spawn, stop, until, until_status, workers};

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use pool_core::client::ApiClient;
-use pool_core::process::Signal;
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::process::Signal;
 use pool_core::worker::{ExitReason, WorkerExit, WorkerInfo, WorkerStatus};
 
 use crate::house::{House, PATIENCE, generate, reserved, spawn, until, until_status};

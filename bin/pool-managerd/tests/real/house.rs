@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use pool_core::api::pool::{PoolStatus, WorkerList, WorkerSpawnRequest, WorkerStopRequest};
 use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEvent};
-use pool_core::client::{ApiClient, ClientError, Method};
-use pool_core::home::Home;
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::kit::client::{ApiClient, ClientError, Method};
+use pool_core::kit::home::Home;
+use pool_core::kit::process::{ProcessIdentity, Signal};
+use pool_core::kit::run_files::local_url;
 use pool_core::registry::{Registry, WorkerRecord};
-use pool_core::run_files::local_url;
 use pool_core::worker::{Backend, CacheType, WorkerInfo, WorkerStatus};
 
 use crate::program::write_program;

@@ -6,8 +6,8 @@ use std::net::TcpStream;
 use std::time::Duration;
 
 use pool_core::api::pool::WorkerList;
-use pool_core::client::ApiClient;
-use pool_core::process::Signal;
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::process::Signal;
 use pool_core::worker::WorkerInfo;
 use serde_json::{Value, json};
 

@@ -4,8 +4,8 @@ use std::process::{Child, Command};
 use std::time::Duration;
 
 use pool_core::config::PoolConfig;
+use pool_core::kit::process::{ProcessIdentity, Signal, SignalOutcome};
 use pool_core::lifecycle::{Lifecycle, stop_worker};
-use pool_core::process::{ProcessIdentity, Signal, SignalOutcome};
 use pool_core::registry::{Verdict, WorkerRecord};
 use pool_core::worker::WorkerStatus;
 

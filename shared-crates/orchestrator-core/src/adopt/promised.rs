@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use pool_core::ModelRef;
-use pool_core::units::{human_bytes_down, human_bytes_up, human_duration, human_seconds};
+use pool_core::kit::units::{human_bytes_down, human_bytes_up, human_duration, human_seconds};
 use pool_core::worker::{Device, WorkerStatus};
 
 use super::{Proposal, Refusal};

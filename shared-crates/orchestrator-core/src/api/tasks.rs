@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::Message;
-use pool_core::json_number::MAX_EXACT_INTEGER;
+use pool_core::kit::json_number::MAX_EXACT_INTEGER;
 use serde::{Deserialize, Serialize};
 
 use crate::job::{

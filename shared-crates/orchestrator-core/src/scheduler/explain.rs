@@ -4,7 +4,9 @@ use std::cmp::Reverse;
 use std::fmt;
 
 use jiff::Timestamp;
-use pool_core::units::{human_bytes, human_bytes_down, human_bytes_up, human_ms, human_seconds};
+use pool_core::kit::units::{
+    human_bytes, human_bytes_down, human_bytes_up, human_ms, human_seconds,
+};
 use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
 

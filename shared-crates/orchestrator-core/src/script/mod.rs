@@ -21,7 +21,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use pool_core::hex::hex;
+use pool_core::kit::hex::hex;
 use rhai::{AST, Engine, EvalAltResult, Position};
 use sha2::{Digest as _, Sha256};
 

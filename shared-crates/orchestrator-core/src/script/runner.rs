@@ -130,7 +130,7 @@ pub fn too_long(limit: Duration) -> ScriptError {
         ScriptErrorKind::Timeout,
         format!(
             "the script took longer than {}",
-            pool_core::units::human_duration(limit)
+            pool_core::kit::units::human_duration(limit)
         ),
     )
 }

@@ -1,8 +1,7 @@
-//! Wire types: the error envelope of every daemon, the pool manager's API, and the worker's.
+//! Wire types of the pool manager's API and the worker's.
 
-pub mod error;
+pub mod gpu;
 pub mod models;
 pub mod pool;
 pub mod receipt;
-pub mod version;
 pub mod worker;

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::ModelRef;
-use crate::gpu::GpuInfo;
+use crate::api::gpu::GpuInfo;
 use crate::worker::{Backend, CacheType, Device, ModelFile, WorkerInfo};
 
 /// Heartbeat intervals, in milliseconds, that a pool may choose and the orchestrator accepts.

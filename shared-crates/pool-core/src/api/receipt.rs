@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::hex::hex;
+use crate::kit::hex::hex;
 
 /// The origin of a job's text: model, arithmetic, prompt and settings. Two receipts that agree in everything but
 /// `output_tokens` and `output_sha256` promise the same text. The receipt of a job that was interrupted and continued covers

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::receipt::Receipt;
 use crate::ModelRef;
+use crate::worker::CacheRoom;
 
 /// The author of a message in a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -282,16 +283,6 @@ pub struct CacheShortage {
     /// Tokens of the cache that the prompt and the longest answer need, not counting blocks shared with running executions.
     pub needed_tokens: u32,
     /// Tokens of the cache that remain free if all running executions write their longest answers.
-    pub free_tokens: u32,
-}
-
-/// Size and free part of a worker's KV cache, which all its sequences share.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
-pub struct CacheRoom {
-    /// Tokens that the cache holds.
-    pub tokens: u32,
-    /// Tokens that remain free if all running executions write their longest answers.
     pub free_tokens: u32,
 }
 

@@ -14,7 +14,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::ModelRef;
-use crate::home::Home;
+use crate::kit::home::Home;
 use crate::model_ref::{is_alias, is_invisible};
 
 #[cfg(test)]

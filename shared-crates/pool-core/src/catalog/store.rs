@@ -34,8 +34,8 @@ use super::support::Unsupported;
 use super::{Catalog, Source};
 use crate::ModelRef;
 use crate::api::pool::DiskInfo;
-use crate::fsio;
-use crate::home::Home;
+use crate::kit::files;
+use crate::kit::home::Home;
 use crate::model_ref::is_alias;
 use crate::worker::ModelFile;
 
@@ -638,7 +638,7 @@ impl Store {
     fn save_record(&self, slot: &Slot, record: &Record) -> Result<(), CheckError> {
         let json = serde_json::to_vec_pretty(record).expect("numbers and strings always serialise");
         let path = self.folder_of(slot).join("model.json");
-        fsio::write_atomic(&path, json, 0o644).map_err(CheckError::io("write", &path))
+        files::write_atomic(&path, json, 0o644).map_err(CheckError::io("write", &path))
     }
 }
 

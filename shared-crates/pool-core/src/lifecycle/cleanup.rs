@@ -94,7 +94,7 @@ fn remove(path: &Path) -> Result<(), RegistryError> {
 mod tests {
     use super::*;
     use crate::config::PoolConfig;
-    use crate::home::Home;
+    use crate::kit::home::Home;
     use crate::lifecycle::tests::record;
     use crate::worker::WorkerStatus;
 

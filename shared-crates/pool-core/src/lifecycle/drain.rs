@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Lifecycle;
 use crate::api::pool::{DrainRequest, DrainStatus};
-use crate::clock;
-use crate::fsio;
-use crate::process;
+use crate::kit::clock;
+use crate::kit::files;
+use crate::kit::process;
 use crate::registry::RegistryError;
 use crate::worker::{WorkerInfo, WorkerStatus};
 
@@ -165,7 +165,7 @@ impl Lifecycle {
         let path = self.drain_file();
         serde_json::to_vec_pretty(drain)
             .map_err(io::Error::from)
-            .and_then(|json| fsio::write_atomic(&path, json, 0o600))
+            .and_then(|json| files::write_atomic(&path, json, 0o600))
             .map_err(|source| failed("write", path, source))
     }
 

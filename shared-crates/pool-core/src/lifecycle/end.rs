@@ -9,9 +9,9 @@ use super::start::new_nonce;
 use super::{
     Circumstances, ExitFacts, Lifecycle, Started, StopError, classify_exit, logs, spawner,
 };
-use crate::cgroup::OomMark;
-use crate::crash::crash_point;
-use crate::process::{Signal, SignalOutcome};
+use crate::kit::cgroup::OomMark;
+use crate::kit::crash::crash_point;
+use crate::kit::process::{Signal, SignalOutcome};
 use crate::registry::{RegistryError, Verdict, WorkerRecord, ports_in_use};
 use crate::worker::{WorkerEvent, WorkerInfo, WorkerStatus};
 use crate::worker_args::EXIT_PORT_TAKEN;

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use jiff::Timestamp;
 
 use crate::ModelRef;
+use crate::api::gpu::GpuState;
 use crate::catalog::store::ResolveError;
 use crate::catalog::support::Unsupported;
-use crate::gpu::GpuState;
+use crate::kit::units::{human_bytes_down, human_bytes_up};
 use crate::lifecycle::StopCandidate;
 use crate::registry::RegistryError;
-use crate::units::{human_bytes_down, human_bytes_up};
 use crate::worker::{Backend, Device, WorkerStatus};
 
 /// A shortage of device memory for a new worker.

@@ -8,7 +8,7 @@ use crate::api::pool::{ContextMemory, WorkerSpawnRequest};
 use crate::catalog::gguf::{GgufError, GgufFile, TensorInfo};
 use crate::catalog::store::ResolvedModel;
 use crate::catalog::support::{self, Unsupported};
-use crate::json_number::MAX_EXACT_INTEGER;
+use crate::kit::json_number::MAX_EXACT_INTEGER;
 use crate::worker::{CacheType, ModelFile};
 
 /// Default context of a sequence in tokens, unless the model's context is smaller.

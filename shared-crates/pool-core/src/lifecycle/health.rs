@@ -5,8 +5,9 @@ use std::net::SocketAddr;
 use jiff::Timestamp;
 
 use super::spawner;
-use crate::api::worker::{CacheRoom, HealthState, WorkerHealth};
+use crate::api::worker::{HealthState, WorkerHealth};
 use crate::registry::WorkerRecord;
+use crate::worker::CacheRoom;
 use crate::worker::WorkerEvent;
 
 /// The reason a health report was rejected.

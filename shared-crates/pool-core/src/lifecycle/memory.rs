@@ -1,12 +1,13 @@
 //! The memory of devices, and the part available to workers.
 
 use std::collections::HashMap;
-use std::io;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::gpu::{Gpu, GpuState};
+use crate::api::gpu::GpuState;
+use crate::gpu::Gpu;
+use crate::kit::host_memory::HostMemory;
 use crate::registry::WorkerRecord;
 use crate::worker::{Backend, Device, WorkerStatus};
 
@@ -31,14 +32,12 @@ impl DeviceMemory {
         }
     }
 
-    /// Restricts the memory to that of a cgroup with a limit of `limit` bytes, of which `left` remain.
-    #[must_use]
-    pub fn inside(self, limit: Option<u64>, left: Option<u64>) -> Self {
-        let at_most = |bytes: u64, most: Option<u64>| most.map_or(bytes, |most| bytes.min(most));
+    /// Returns the main memory that workers may take.
+    pub fn of_host(memory: HostMemory) -> Self {
         Self {
-            total_bytes: at_most(self.total_bytes, limit),
-            available_bytes: at_most(self.available_bytes, left),
-            ..self
+            total_bytes: memory.total_bytes,
+            available_bytes: memory.available_bytes,
+            as_of: None,
         }
     }
 
@@ -96,7 +95,7 @@ impl Held {
 #[cfg(target_os = "linux")]
 fn private_bytes(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    kibibytes(&status, "RssAnon:")
+    crate::kit::host_memory::kibibytes(&status, "RssAnon:")
 }
 
 /// Returns `None`, because this system does not report the private memory of a process.
@@ -217,49 +216,13 @@ fn beside(device: Device, records: &[WorkerRecord]) -> impl Iterator<Item = &Wor
     })
 }
 
-/// Returns the main memory for this process and its workers: the host's, or the remainder of the memory cgroup. Clean page
-/// cache counts as available; dirty pages do not.
-#[cfg(target_os = "linux")]
-pub fn cpu_memory() -> io::Result<DeviceMemory> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let host = parse_meminfo(&text)
-        .ok_or_else(|| io::Error::other("/proc/meminfo has an unknown format"))?;
-    Ok(host.inside(crate::cgroup::memory_limit(), crate::cgroup::memory_left()))
-}
-
-#[cfg(target_os = "linux")]
-fn parse_meminfo(text: &str) -> Option<DeviceMemory> {
-    let pages = |name| kibibytes(text, name).unwrap_or(0);
-    let unwritten = pages("Dirty:").saturating_add(pages("Writeback:"));
-    Some(DeviceMemory {
-        total_bytes: kibibytes(text, "MemTotal:")?,
-        // The kernel's own estimate includes the page cache, even dirty pages.
-        available_bytes: kibibytes(text, "MemAvailable:")?.saturating_sub(unwritten),
-        as_of: None,
-    })
-}
-
-/// Returns a field of a file in `/proc`, converted from `kB` to bytes.
-#[cfg(target_os = "linux")]
-fn kibibytes(text: &str, name: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    kibibytes.checked_mul(1024)
-}
-
-/// Returns the main memory of this host. This project's tests do not run this function, but they do test the parsing.
-#[cfg(target_os = "macos")]
-pub fn cpu_memory() -> io::Result<DeviceMemory> {
-    crate::macos::memory()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    use crate::kit::process::ProcessIdentity;
     use crate::lifecycle::tests::record;
-    use crate::process::ProcessIdentity;
     use crate::worker::WorkerEvent;
 
     const GB: u64 = 1_000_000_000;
@@ -424,24 +387,6 @@ mod tests {
         );
     }
 
-    #[test] // [POOLD-014]
-    fn a_cgroup_lowers_what_the_host_has() {
-        let host = DeviceMemory {
-            total_bytes: 16 * GB,
-            available_bytes: 10 * GB,
-            as_of: None,
-        };
-        assert_eq!(host.inside(None, None), host);
-        let inside = host.inside(Some(4 * GB), Some(3 * GB));
-        assert_eq!(
-            (inside.total_bytes, inside.available_bytes),
-            (4 * GB, 3 * GB)
-        );
-        let full = host.inside(Some(4 * GB), Some(0));
-        assert_eq!(full.available_bytes, 0);
-        assert_eq!(host.inside(Some(64 * GB), Some(63 * GB)), host);
-    }
-
     #[test] // [POOLD-093]
     fn the_gpu_of_a_mac_and_its_processors_share_one_memory() {
         let device = |text: &str| text.parse::<Device>().unwrap();
@@ -536,23 +481,5 @@ mod tests {
         );
         assert_eq!(stop(61 * GB), ["2", "1", "3", "0"]);
         assert!(stop(62 * GB).is_empty(), "all of them do not suffice");
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn the_system_reports_its_memory() {
-        let memory = cpu_memory().unwrap();
-        assert!(memory.available_bytes > 0 && memory.available_bytes <= memory.total_bytes);
-        assert_eq!(
-            parse_meminfo("MemTotal: 2 kB\nMemAvailable: 1 kB\n")
-                .unwrap()
-                .available_bytes,
-            1024
-        );
-        // [POOLCORE-131]
-        let unwritten = "MemTotal: 20 kB\nMemAvailable: 10 kB\nActive(file): 8 kB\nDirty: 2 kB\nWriteback: 1 kB\n";
-        let available = parse_meminfo(unwritten).unwrap().available_bytes;
-        assert_eq!(available, 7 * 1024);
-        assert_eq!(parse_meminfo("MemTotal: many\n"), None);
     }
 }

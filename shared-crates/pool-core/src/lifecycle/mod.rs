@@ -35,8 +35,8 @@ pub use exit::{Circumstances, ExitFacts, classify_exit};
 pub use health::{HealthRefused, apply_health};
 pub use logs::log_tail;
 pub use memory::{
-    DeviceMemory, Held, StopCandidate, cpu_memory, free_bytes, reserved_bytes, roomiest,
-    shares_memory, what_to_stop,
+    DeviceMemory, Held, StopCandidate, free_bytes, reserved_bytes, roomiest, shares_memory,
+    what_to_stop,
 };
 pub use ports::choose_port;
 pub use program::{find_program, program_name};
@@ -45,17 +45,20 @@ pub use spawner::{Launched, OsSpawner, Spawner, WorkerCommand};
 pub use start::Started;
 
 use crate::ModelRef;
+use crate::api::gpu::GpuState;
 use crate::api::pool::{DeviceInfo, WorkerSpawnRequest};
 use crate::api::worker::WorkerHealth;
 use crate::catalog::store::{Offer, ResolveError, ResolvedModel, Store};
 use crate::catalog::{Catalog, CatalogError};
-use crate::cgroup::OomMark;
-use crate::clock;
 use crate::config::PoolConfig;
-use crate::crash::crash_point;
-use crate::gpu::{Gpu, GpuInventory, GpuState};
-use crate::home::Home;
-use crate::process::{ProcessIdentity, Signal};
+use crate::gpu::{Gpu, GpuInventory};
+use crate::gpu_sources;
+use crate::kit::cgroup::OomMark;
+use crate::kit::clock;
+use crate::kit::crash::crash_point;
+use crate::kit::home::Home;
+use crate::kit::host_memory;
+use crate::kit::process::{ProcessIdentity, Signal};
 use crate::registry::{Damaged, Registry, RegistryError, Verdict, WorkerRecord};
 use crate::worker::{Backend, Device, WorkerInfo, WorkerStatus};
 
@@ -93,7 +96,7 @@ impl Lifecycle {
             registry: Registry::new(&home),
             spawner: Arc::new(OsSpawner),
             estimator: Arc::default(),
-            gpus: Arc::new(GpuInventory::new(&config.gpu)),
+            gpus: Arc::new(gpu_sources::inventory(&config.gpu)),
             pool_url: None,
             home,
             config,
@@ -232,7 +235,8 @@ impl Lifecycle {
     }
 
     fn cpu_memory(&self) -> io::Result<DeviceMemory> {
-        Ok(cpu_memory()?.limited(self.config.memory.cpu_limit_bytes))
+        let memory = DeviceMemory::of_host(host_memory::read()?);
+        Ok(memory.limited(self.config.memory.cpu_limit_bytes))
     }
 
     fn gpu_memory(&self, gpu: &Gpu) -> DeviceMemory {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::programs;
+use crate::kit::programs;
 use crate::worker::Backend;
 
 /// Returns the name of the worker program for `backend`. A CUDA build does not even start without the driver's library, so it

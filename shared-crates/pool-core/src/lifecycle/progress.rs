@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use crate::api::worker::{HealthState, WorkerHealth};
-use crate::units::human_duration;
+use crate::kit::units::human_duration;
 use crate::worker::Backend;
 
 /// Longest regular time between two looks.

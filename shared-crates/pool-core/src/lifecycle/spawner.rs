@@ -9,9 +9,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::process::ProcessIdentity;
-use crate::registry::WorkerRecord;
-use crate::secret::Secret;
+use crate::kit::process::ProcessIdentity;
+use crate::kit::secret::Secret;
+use crate::registry::{LISTEN_TIMEOUT, WorkerRecord};
 use crate::worker_args::{NONCE_VAR, SECRET_VAR};
 
 /// The only environment variables that a worker inherits, so that it does not see the user's tokens. RUST_BACKTRACE is excluded
@@ -28,9 +28,6 @@ const PASSED_ON: &[&str] = &[
     "CUDA_CACHE_PATH",
     "LLORCH_LOG",
 ];
-
-/// Time limit for a worker to start listening when it is started without a daemon.
-pub(crate) const LISTEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The parameters of a worker's start.
 #[derive(Debug)]

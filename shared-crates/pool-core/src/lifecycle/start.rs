@@ -14,14 +14,15 @@ use super::{
     ExitFacts, Held, Launched, Lifecycle, MemoryShort, SpawnError, WorkerCommand, choose_port,
     find_program, free_bytes, ports, program_name, roomiest, what_to_stop,
 };
+use crate::api::gpu::GpuState;
 use crate::api::pool::WorkerSpawnRequest;
-use crate::cgroup::OomMark;
-use crate::clock;
-use crate::crash::crash_point;
-use crate::gpu::{Gpu, GpuState};
-use crate::process::{self, ProcessIdentity};
+use crate::gpu::Gpu;
+use crate::kit::cgroup::OomMark;
+use crate::kit::clock;
+use crate::kit::crash::crash_point;
+use crate::kit::process::{self, ProcessIdentity};
+use crate::kit::secret::Secret;
 use crate::registry::{Moments, WorkerRecord, ports_in_use};
-use crate::secret::Secret;
 use crate::worker::{Backend, Device, WorkerInfo, WorkerMemory, WorkerStatus};
 use crate::worker_args::{MAX_SLOTS, WorkerArgs};
 

@@ -9,9 +9,9 @@ use program::write_program;
 
 use super::start::identified;
 use super::*;
-use crate::process::SignalOutcome;
+use crate::kit::process::SignalOutcome;
+use crate::kit::secret::Secret;
 use crate::registry::Moments;
-use crate::secret::Secret;
 use crate::worker::{CacheType, ExitReason, WorkerMemory};
 use crate::worker_args::{EXIT_PORT_TAKEN, MAX_SLOTS, WorkerArgs};
 

@@ -23,7 +23,7 @@ use pool_core::api::worker::{
     CancelRequest, CancelResponse, ExecuteRequest, NEWEST_EVENT, StopReason, WorkerEnd,
     WorkerEvent, WorkerStarted, WorkerToken,
 };
-use pool_core::client::ApiClient;
+use pool_core::kit::client::ApiClient;
 use pool_core::worker::{Backend, Device, ModelFile, WorkerInfo, WorkerMemory, WorkerStatus};
 use serde::de::IgnoredAny;
 use tokio::net::TcpListener;

@@ -92,7 +92,7 @@ impl Daemon {
         let state = self.home.path().join("state/orchestratord");
         let begun = Instant::now();
         loop {
-            if let Some(url) = pool_core::run_files::local_url(&state) {
+            if let Some(url) = pool_core::kit::run_files::local_url(&state) {
                 return Ok(url);
             }
             ensure!(

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use orchestrator_core::api::tasks::TaskSubmitRequest;
 use orchestrator_core::job::{JobId, JobStatus};
-use pool_core::process::Signal;
+use pool_core::kit::process::Signal;
 use tokio::task::JoinSet;
 
 use crate::chain::{Chain, Daemon, Parts, tail};

@@ -15,7 +15,7 @@ use anyhow::{Context as _, bail};
 use orchestrator_core::JobId;
 use orchestrator_core::api::tasks::TaskSubmitRequest;
 use orchestrator_core::job::JobStatus;
-use pool_core::process::{ProcessIdentity, Signal};
+use pool_core::kit::process::{ProcessIdentity, Signal};
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::task::JoinSet;

@@ -34,7 +34,7 @@ async fn memory_for(house: &mut House, workers: u64) {
         .split_once("needs ")
         .expect("the refusal names the needed memory");
     let words: Vec<_> = after.split_whitespace().take(2).collect();
-    let needed = pool_core::units::parse_bytes(&words.join(" ")).expect("an amount of memory");
+    let needed = pool_core::kit::units::parse_bytes(&words.join(" ")).expect("an amount of memory");
     house.memory_limit = needed * workers + needed / 10;
     let folder = house.home().join("config");
     std::fs::create_dir_all(&folder).expect("the configuration folder can be made");

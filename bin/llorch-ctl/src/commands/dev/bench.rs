@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use futures_util::{StreamExt, stream};
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
-use pool_core::terminal::paint::{Cell, Style};
-use pool_core::terminal::{CliError, Exit, Format, note, print_json, print_table, progress};
+use pool_core::kit::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::kit::terminal::paint::{Cell, Style};
+use pool_core::kit::terminal::{CliError, Exit, Format, note, print_json, print_table, progress};
 use serde::Serialize;
 
 use crate::http_client::ConnectArgs;

@@ -6,11 +6,11 @@ use std::net::SocketAddr;
 use clap::Args;
 use orchestrator_core::api::pools::{PoolView, PoolViewState};
 use orchestrator_core::config::{ConfigError, OrchestratorConfig};
-use pool_core::home::Home;
-use pool_core::terminal::daemon::{find_sibling, status};
-use pool_core::terminal::doctor::host::{self, Room};
-use pool_core::terminal::doctor::{Finding, report};
-use pool_core::terminal::{CliError, Exit, Format};
+use pool_core::kit::home::Home;
+use pool_core::kit::terminal::daemon::{find_sibling, status};
+use pool_core::kit::terminal::doctor::host::{self, Room};
+use pool_core::kit::terminal::doctor::{Finding, report};
+use pool_core::kit::terminal::{CliError, Exit, Format};
 
 use crate::commands::orchestrator::NAME;
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
@@ -187,7 +187,7 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
-    use pool_core::terminal::doctor::Verdict;
+    use pool_core::kit::terminal::doctor::Verdict;
 
     #[test] // [LLORCH-051]
     fn a_taken_port_is_found() {

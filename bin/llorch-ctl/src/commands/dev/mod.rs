@@ -5,7 +5,7 @@ mod demo;
 mod doctor;
 
 use clap::Subcommand;
-use pool_core::terminal::{CliError, Exit};
+use pool_core::kit::terminal::{CliError, Exit};
 
 /// `llorch dev`. The description of each command is the doc comment of its own type.
 #[derive(Debug, Subcommand)]

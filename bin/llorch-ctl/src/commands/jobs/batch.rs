@@ -11,9 +11,9 @@ use clap::Args;
 use futures_util::{StreamExt, stream};
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::Priority;
-use pool_core::client::ClientError;
-use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::{CliError, Exit, note, progress};
+use pool_core::kit::client::ClientError;
+use pool_core::kit::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::{CliError, Exit, note, progress};
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 use results::{Record, Results, Tally};

@@ -2,7 +2,7 @@
 
 use clap::Args;
 use orchestrator_core::job::JobIdPrefix;
-use pool_core::terminal::{CliError, Exit, note, say};
+use pool_core::kit::terminal::{CliError, Exit, note, say};
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
 

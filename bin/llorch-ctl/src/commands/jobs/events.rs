@@ -3,8 +3,8 @@
 use clap::{Args, ValueEnum};
 use orchestrator_core::api::events::EventId;
 use orchestrator_core::job::JobIdPrefix;
-use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::{CliError, Exit};
+use pool_core::kit::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::{CliError, Exit};
 
 use super::follow::{JsonLines, Transcript, conclude, follow, wants_notices};
 use crate::http_client::{ConnectArgs, Orchestrator};

@@ -7,9 +7,9 @@ use clap::Args;
 use jiff::{Timestamp, Unit};
 use orchestrator_core::api::tasks::{AttemptPlacement, TaskExplanation, TaskWaiting};
 use orchestrator_core::job::JobIdPrefix;
-use pool_core::terminal::paint::Cell;
-use pool_core::terminal::sanitize::clean;
-use pool_core::terminal::{
+use pool_core::kit::terminal::paint::Cell;
+use pool_core::kit::terminal::sanitize::clean;
+use pool_core::kit::terminal::{
     CliError, Exit, Format, human_duration, in_commands, paint, print_json, render_table, say,
 };
 

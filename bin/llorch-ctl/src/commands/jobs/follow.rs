@@ -7,10 +7,10 @@ use orchestrator_core::api::events::{End, EventId, TaskEvent};
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::{JobError, JobId};
 use pool_core::api::worker::StopReason;
-use pool_core::client::ClientError;
-use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::sanitize::TerminalFilter;
-use pool_core::terminal::{CliError, Exit, note, paint, say, write};
+use pool_core::kit::client::ClientError;
+use pool_core::kit::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::sanitize::TerminalFilter;
+use pool_core::kit::terminal::{CliError, Exit, note, paint, say, write};
 use serde::Serialize;
 
 use super::situation::Situation;
@@ -409,13 +409,13 @@ pub fn wants_notices(verbose: bool) -> bool {
 
 /// Prints a remark on standard error, dimmed to distinguish it from the text.
 fn remark(text: impl AsRef<str>) {
-    let text = pool_core::terminal::sanitize::clean(text.as_ref());
+    let text = pool_core::kit::terminal::sanitize::clean(text.as_ref());
     note(paint::on_stderr(paint::Style::Dim, &text));
 }
 
 /// Prints a job's text and a newline. On a terminal, escape sequences are removed.
 pub fn print_text(text: &str) -> Result<(), CliError> {
-    say(pool_core::terminal::sanitize::for_terminal(text))
+    say(pool_core::kit::terminal::sanitize::for_terminal(text))
 }
 
 #[cfg(test)]

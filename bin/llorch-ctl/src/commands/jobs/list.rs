@@ -4,8 +4,8 @@ use clap::Args;
 use jiff::Timestamp;
 use orchestrator_core::api::tasks::TaskSummary;
 use orchestrator_core::job::{JobStatus, Priority};
-use pool_core::terminal::paint::Cell;
-use pool_core::terminal::{
+use pool_core::kit::terminal::paint::Cell;
+use pool_core::kit::terminal::{
     CliError, Exit, Format, age, human_count, paint, render_table, say, shorten, shorten_start,
     width, write,
 };

@@ -15,7 +15,7 @@ mod wait;
 
 use clap::{Args, Subcommand};
 use orchestrator_core::job::{JobError, JobErrorCode, JobId, JobStatus, Usage};
-use pool_core::terminal::{CliError, Exit, human_ms};
+use pool_core::kit::terminal::{CliError, Exit, human_ms};
 
 pub use follow::{Reader, Transcript};
 

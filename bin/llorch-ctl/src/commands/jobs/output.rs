@@ -2,7 +2,7 @@
 
 use clap::Args;
 use orchestrator_core::job::{JobIdPrefix, JobStatus};
-use pool_core::terminal::{CliError, Exit};
+use pool_core::kit::terminal::{CliError, Exit};
 
 use super::follow::print_text;
 use super::job_failed;

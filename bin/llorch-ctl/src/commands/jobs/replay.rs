@@ -9,9 +9,9 @@ use orchestrator_core::JobStatus;
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::tasks::{TaskSubmitRequest, TaskView};
 use orchestrator_core::job::{Input, JobId, JobIdPrefix, Placement};
-use pool_core::client::ClientError;
-use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::{
+use pool_core::kit::client::ClientError;
+use pool_core::kit::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::{
     CliError, Exit, Format, human_duration, note, paint, parse_duration, print_json, say,
 };
 use pool_core::worker::Device;

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use orchestrator_core::JobId;
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::tasks::TaskWaiting;
-use pool_core::terminal::progress::{self, Progress};
-use pool_core::terminal::{human_count, human_duration, in_commands, note, paint, sanitize};
+use pool_core::kit::terminal::progress::{self, Progress};
+use pool_core::kit::terminal::{human_count, human_duration, in_commands, note, paint, sanitize};
 
 /// Delay before a wait gets a line without `notices`. A free worker takes a job sooner.
 const WORTH_A_LINE: Duration = Duration::from_secs(1);

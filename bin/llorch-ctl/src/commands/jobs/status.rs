@@ -7,9 +7,9 @@ use jiff::Timestamp;
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::{Attempt, JobIdPrefix};
 use pool_core::api::receipt::Receipt;
-use pool_core::terminal::paint::Cell;
-use pool_core::terminal::sanitize::clean;
-use pool_core::terminal::{
+use pool_core::kit::terminal::paint::Cell;
+use pool_core::kit::terminal::sanitize::clean;
+use pool_core::kit::terminal::{
     CliError, Exit, Format, age, human_duration, in_commands, paint, print_json, render_table, say,
 };
 

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use orchestrator_core::api::tasks::{TaskAccepted, TaskSubmitRequest, ValidationError};
 use orchestrator_core::job::{Placement, Priority};
-use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::{CliError, Exit, note, parse_ms, print_json, say};
+use pool_core::kit::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::{CliError, Exit, note, parse_ms, print_json, say};
 use pool_core::worker::Device;
 
 use super::follow::{JsonLines, Quiet, Transcript, conclude, follow, wants_notices};
@@ -250,7 +250,7 @@ async fn submit(
     key: &str,
 ) -> Result<Accepted, CliError> {
     let mut orchestrator = Orchestrator::connect(connect).await?;
-    let on_retry = |error: &pool_core::client::ClientError| {
+    let on_retry = |error: &pool_core::kit::client::ClientError| {
         note(format!("{error}; submitting again with the same key"));
     };
     let task = orchestrator

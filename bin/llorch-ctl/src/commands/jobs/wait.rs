@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use clap::Args;
 use orchestrator_core::job::{JobErrorCode, JobIdPrefix, JobStatus};
-use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::{CliError, Exit, human_duration, parse_duration, say};
+use pool_core::kit::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::{CliError, Exit, human_duration, parse_duration, say};
 
 use super::exit_of;
 use super::follow::{Ending, Quiet, follow};

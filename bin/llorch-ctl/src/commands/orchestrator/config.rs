@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use orchestrator_core::config::{ALIASES, ConfigError, FILE_NAME, OrchestratorConfig};
-use pool_core::home::Home;
-use pool_core::secret::Secret;
-use pool_core::settings::{self, Loaded, Setting};
-use pool_core::terminal::daemon_commands::ConfigArgs;
-use pool_core::terminal::{CliError, Exit, Format, print_json, print_settings, say, write};
+use pool_core::kit::home::Home;
+use pool_core::kit::secret::Secret;
+use pool_core::kit::settings::{self, Loaded, Setting};
+use pool_core::kit::terminal::daemon_commands::ConfigArgs;
+use pool_core::kit::terminal::{CliError, Exit, Format, print_json, print_settings, say, write};
 use serde::Serialize;
 
 /// `llorch orchestrator config`.

@@ -14,10 +14,10 @@ use orchestrator_core::scheduler::{Action, BuiltIn};
 use orchestrator_core::script::{self, MAX_SOURCE, Script};
 use orchestrator_core::simulate::{self, SimulateError};
 use orchestrator_core::trace::{End, EndReason, Line, Trace};
-use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::paint::Cell;
-use pool_core::terminal::sanitize::clean;
-use pool_core::terminal::{
+use pool_core::kit::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::paint::Cell;
+use pool_core::kit::terminal::sanitize::clean;
+use pool_core::kit::terminal::{
     CliError, Exit, Format, human_bytes, human_duration, human_ms, note, parse_duration,
     print_json, print_table, progress, say,
 };

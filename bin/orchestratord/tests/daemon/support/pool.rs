@@ -18,8 +18,8 @@ use pool_core::api::pool::{
     DeviceInfo, DiskInfo, DrainRequest, DrainStatus, Heartbeat, ModelOnDisk, PoolSnapshot,
     PoolStatus, RegisterRequest, WorkerAges, WorkerEndpoint, WorkerSpawnRequest,
 };
-use pool_core::client::ApiClient;
-use pool_core::service::{Json, ServiceError};
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::service::{Json, ServiceError};
 use pool_core::worker::{Backend, Device, WorkerInfo, WorkerStatus};
 use serde::de::IgnoredAny;
 use tokio::task::JoinHandle;

@@ -20,7 +20,7 @@ use pool_core::api::worker::{
     Origin, Resume, StopReason, WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent,
     WorkerStarted, WorkerToken,
 };
-use pool_core::service::{Json, ServiceError};
+use pool_core::kit::service::{Json, ServiceError};
 use pool_core::worker::{
     Device, ExitReason, ModelFile, WorkerExit, WorkerInfo, WorkerMemory, WorkerStatus,
 };

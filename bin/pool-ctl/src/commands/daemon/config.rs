@@ -4,11 +4,13 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use pool_core::config::{ALIASES, FILE_NAME, PoolConfig};
-use pool_core::home::Home;
-use pool_core::secret::Secret;
-use pool_core::settings::{self, Loaded, Setting, UnknownVariable};
-use pool_core::terminal::daemon_commands::ConfigArgs;
-use pool_core::terminal::{CliError, Exit, Format, note, print_json, print_settings, say, write};
+use pool_core::kit::home::Home;
+use pool_core::kit::secret::Secret;
+use pool_core::kit::settings::{self, Loaded, Setting, UnknownVariable};
+use pool_core::kit::terminal::daemon_commands::ConfigArgs;
+use pool_core::kit::terminal::{
+    CliError, Exit, Format, note, print_json, print_settings, say, write,
+};
 use serde::Serialize;
 
 use crate::context::config_error;

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use pool_core::api::pool::{DrainRequest, DrainStatus, PoolStatus};
-use pool_core::client::ApiClient;
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
-use pool_core::terminal::progress;
-use pool_core::terminal::{CliError, Exit, Format, note, parse_duration, print_json, say};
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::kit::terminal::progress;
+use pool_core::kit::terminal::{CliError, Exit, Format, note, parse_duration, print_json, say};
 
 use crate::context::Context;
 use crate::pool::{Pool, registry_error};

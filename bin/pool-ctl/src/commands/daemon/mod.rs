@@ -5,10 +5,12 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use pool_core::api::pool::{PoolReport, PoolStatus};
-use pool_core::run_files;
-use pool_core::terminal::daemon::{self, DaemonSpec};
-use pool_core::terminal::daemon_commands::{self, ConfigArgs, Elsewhere, LogArgs, Whereabouts};
-use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
+use pool_core::kit::run_files;
+use pool_core::kit::terminal::daemon::{self, DaemonSpec};
+use pool_core::kit::terminal::daemon_commands::{
+    self, ConfigArgs, Elsewhere, LogArgs, Whereabouts,
+};
+use pool_core::kit::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
 pub mod config;

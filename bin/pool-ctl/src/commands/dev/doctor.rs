@@ -5,18 +5,20 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 
+use pool_core::api::gpu::GpuState;
 use pool_core::api::pool::PoolReport;
 use pool_core::catalog::Catalog;
 use pool_core::config::{ConfigError, PoolConfig};
-use pool_core::errors::with_causes;
-use pool_core::gpu::{Gpu, GpuInventory, GpuState};
-use pool_core::home::Home;
+use pool_core::gpu::Gpu;
+use pool_core::gpu_sources;
+use pool_core::kit::errors::with_causes;
+use pool_core::kit::home::Home;
+use pool_core::kit::programs::find_on_path;
+use pool_core::kit::secret::{Secret, SecretError};
+use pool_core::kit::terminal::doctor::host::{self, Room, quoted};
+use pool_core::kit::terminal::doctor::{Finding, report};
+use pool_core::kit::terminal::{CliError, Exit, Format, daemon};
 use pool_core::lifecycle::find_program;
-use pool_core::programs::find_on_path;
-use pool_core::secret::{Secret, SecretError};
-use pool_core::terminal::doctor::host::{self, Room, quoted};
-use pool_core::terminal::doctor::{Finding, report};
-use pool_core::terminal::{CliError, Exit, Format, daemon};
 use pool_core::worker::Backend;
 
 use super::{first_line, version_of};
@@ -82,7 +84,7 @@ pub(super) async fn examine() -> Result<Vec<Finding>, CliError> {
     findings.push(worker_program(&config));
     findings.push(manager_program());
     let gpu_config = config.gpu.clone();
-    let gpus = tokio::task::spawn_blocking(move || GpuInventory::new(&gpu_config).settled());
+    let gpus = tokio::task::spawn_blocking(move || gpu_sources::inventory(&gpu_config).settled());
     findings.push(gpu(
         &gpus.await.unwrap_or_default(),
         has_nvidia_card(Path::new("/sys/bus/pci/devices")),
@@ -502,7 +504,7 @@ fn clock(now: jiff::Timestamp) -> Finding {
 
 #[cfg(test)]
 mod tests {
-    use pool_core::terminal::doctor::Verdict;
+    use pool_core::kit::terminal::doctor::Verdict;
 
     use super::*;
 

@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use clap::Subcommand;
-use pool_core::terminal::{CliError, Exit};
+use pool_core::kit::terminal::{CliError, Exit};
 use tokio::process::Command as Program;
 use tokio::time::timeout;
 

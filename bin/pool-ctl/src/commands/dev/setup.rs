@@ -6,11 +6,11 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use pool_core::programs::find_on_path;
-use pool_core::terminal::doctor::Verdict;
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
-use pool_core::terminal::progress;
-use pool_core::terminal::{CliError, Exit, say};
+use pool_core::kit::programs::find_on_path;
+use pool_core::kit::terminal::doctor::Verdict;
+use pool_core::kit::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::kit::terminal::progress;
+use pool_core::kit::terminal::{CliError, Exit, say};
 use tokio::process::Command as Program;
 
 use super::{doctor, version_of};
@@ -181,7 +181,7 @@ fn failed(error: &ToolError, hint: &str) -> CliError {
 mod tests {
     use super::*;
     use pool_core::config::PoolConfig;
-    use pool_core::home::Home;
+    use pool_core::kit::home::Home;
 
     #[test] // [POOLCTL-034]
     fn the_starter_explains_every_key_changes_nothing_and_is_written_once() {

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use pool_core::terminal::progress::Progress;
-use pool_core::terminal::{CliError, Exit, note, sanitize};
+use pool_core::kit::terminal::progress::Progress;
+use pool_core::kit::terminal::{CliError, Exit, note, sanitize};
 use serde::Serialize;
 
 use super::way::{Blocked, not_over_hidden};

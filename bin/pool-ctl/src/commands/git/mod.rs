@@ -11,7 +11,7 @@ mod way;
 use std::path::PathBuf;
 
 use clap::Subcommand;
-use pool_core::terminal::{CliError, Exit, Format, say};
+use pool_core::kit::terminal::{CliError, Exit, Format, say};
 use serde::Serialize;
 
 use crate::context::Context;

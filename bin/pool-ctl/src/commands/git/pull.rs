@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
-use pool_core::terminal::progress::{self, Progress};
-use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
+use pool_core::kit::terminal::progress::{self, Progress};
+use pool_core::kit::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
 use super::submodules::{Mover, nested};

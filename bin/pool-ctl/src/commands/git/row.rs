@@ -1,7 +1,7 @@
 //! Rows of `git status` and `git submodules status` about submodules.
 
-use pool_core::terminal::CliError;
-use pool_core::terminal::paint::{Cell, Style};
+use pool_core::kit::terminal::CliError;
+use pool_core::kit::terminal::paint::{Cell, Style};
 use serde::Serialize;
 
 use super::{counted, some};

@@ -1,8 +1,8 @@
 //! `llorch-pool git status`.
 
-use pool_core::terminal::paint;
-use pool_core::terminal::progress;
-use pool_core::terminal::{CliError, Exit, Format, print_json, print_table, say};
+use pool_core::kit::terminal::paint;
+use pool_core::kit::terminal::progress;
+use pool_core::kit::terminal::{CliError, Exit, Format, print_json, print_table, say};
 use serde::Serialize;
 
 use super::pull::tell_own_ways;

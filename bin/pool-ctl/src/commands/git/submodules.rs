@@ -4,8 +4,8 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use clap::Subcommand;
-use pool_core::terminal::progress::{self, Progress};
-use pool_core::terminal::{CliError, Exit, Format, print_json, print_table, say};
+use pool_core::kit::terminal::progress::{self, Progress};
+use pool_core::kit::terminal::{CliError, Exit, Format, print_json, print_table, say};
 use serde::Serialize;
 
 use super::loss::{Loss, Losses, not_without_yes};

@@ -1,6 +1,6 @@
 //! `llorch-pool git sync`: sets the checkout to the state of the remote, and discards its own.
 
-use pool_core::terminal::{CliError, Exit, Format, note, print_json, say};
+use pool_core::kit::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
 use super::loss::{self, Loss, Losses};

@@ -1,7 +1,7 @@
 //! Obstacles to a move: files that git would silently overwrite, or at which it would stop half way.
 
-use pool_core::terminal::progress::Progress;
-use pool_core::terminal::{CliError, Exit};
+use pool_core::kit::terminal::progress::Progress;
+use pool_core::kit::terminal::{CliError, Exit};
 
 use super::{counted, some};
 use crate::git_wrapper::GitError;

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use pool_core::ModelRef;
 use pool_core::catalog::Catalog;
 use pool_core::catalog::store::{CheckError, Deleted, ResolveError, Slot, Store};
+use pool_core::kit::terminal::{CliError, Exit, Format, human_bytes, print_json, say};
 use pool_core::registry::Registry;
-use pool_core::terminal::{CliError, Exit, Format, human_bytes, print_json, say};
 use serde::Serialize;
 
 use crate::context::{Context, resolve_error};
@@ -193,7 +193,7 @@ fn users(context: &Context, path: &Path) -> Result<Vec<String>, CliError> {
             record
                 .identity
                 .as_ref()
-                .is_none_or(pool_core::process::ProcessIdentity::is_alive)
+                .is_none_or(pool_core::kit::process::ProcessIdentity::is_alive)
         });
     Ok(uses.map(|record| record.info.id).collect())
 }

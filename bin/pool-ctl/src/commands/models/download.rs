@@ -5,8 +5,8 @@ use pool_core::api::models::{DownloadEnd, DownloadErrorCode, DownloadEvent, Down
 use pool_core::catalog::Catalog;
 use pool_core::catalog::store::{ResolveError, Slot, Store};
 use pool_core::catalog::support;
-use pool_core::errors::with_causes;
-use pool_core::terminal::{CliError, Exit, human_bytes, say};
+use pool_core::kit::errors::with_causes;
+use pool_core::kit::terminal::{CliError, Exit, human_bytes, say};
 
 use crate::context::{Context, resolve_error, unsupported_error};
 use crate::download::{self, DownloadError, Fetched};

@@ -7,8 +7,8 @@ use pool_core::ModelRef;
 use pool_core::api::pool::RegistrationState;
 use pool_core::catalog::Catalog;
 use pool_core::catalog::store::{CheckError, ImportError, Imported, Store};
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
-use pool_core::terminal::{CliError, Exit, human_bytes, note, sanitize, say};
+use pool_core::kit::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::kit::terminal::{CliError, Exit, human_bytes, note, sanitize, say};
 
 use crate::context::Context;
 use crate::download::with_meter;

@@ -8,10 +8,10 @@ use pool_core::catalog::gguf::{EndToken, GgufError, GgufFile, Vocabulary};
 use pool_core::catalog::store::{ResolvedModel, Store};
 use pool_core::catalog::support;
 use pool_core::chat_template;
-use pool_core::json_number::MAX_EXACT_INTEGER;
+use pool_core::kit::json_number::MAX_EXACT_INTEGER;
+use pool_core::kit::terminal::paint::Cell;
+use pool_core::kit::terminal::{CliError, Exit, Format, human_bytes, print_json, print_table};
 use pool_core::lifecycle::{MemoryEstimator, WorkerSizes};
-use pool_core::terminal::paint::Cell;
-use pool_core::terminal::{CliError, Exit, Format, human_bytes, print_json, print_table};
 use pool_core::worker::CacheType;
 use serde::Serialize;
 

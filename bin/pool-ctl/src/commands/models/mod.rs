@@ -13,9 +13,11 @@ use pool_core::ModelRef;
 use pool_core::catalog::gguf::GgufFile;
 use pool_core::catalog::store::{Presence, ResolvedModel, Slot, Store};
 use pool_core::catalog::{Catalog, CatalogEntry, support};
-use pool_core::errors::with_causes;
-use pool_core::terminal::paint::{Cell, Style};
-use pool_core::terminal::{CliError, Exit, Format, human_bytes, note, print_json, print_table};
+use pool_core::kit::errors::with_causes;
+use pool_core::kit::terminal::paint::{Cell, Style};
+use pool_core::kit::terminal::{
+    CliError, Exit, Format, human_bytes, note, print_json, print_table,
+};
 use serde::Serialize;
 
 use crate::context::{Context, resolve_error};

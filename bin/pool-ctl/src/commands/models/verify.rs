@@ -3,10 +3,10 @@
 use pool_core::ModelRef;
 use pool_core::catalog::Catalog;
 use pool_core::catalog::store::{Against, CheckError, ResolveError, Store};
-use pool_core::errors::with_causes;
-use pool_core::terminal::interrupt::{Interrupt, interrupted};
-use pool_core::terminal::paint::{Cell, Style};
-use pool_core::terminal::{CliError, Exit, Format, note, print_json, print_table};
+use pool_core::kit::errors::with_causes;
+use pool_core::kit::terminal::interrupt::{Interrupt, interrupted};
+use pool_core::kit::terminal::paint::{Cell, Style};
+use pool_core::kit::terminal::{CliError, Exit, Format, note, print_json, print_table};
 use serde::Serialize;
 
 use crate::context::resolve_error;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use pool_core::terminal::progress::Progress;
+use pool_core::kit::terminal::progress::Progress;
 use serde::Serialize;
 
 use super::super::parse::{self, Module, Status};

@@ -3,7 +3,7 @@
 use sha2::{Digest as _, Sha256};
 
 use super::{Array, GgufFile, Value};
-use crate::hex::hex;
+use crate::kit::hex::hex;
 
 /// Prefix of the keys that determine the token ids of a text.
 const TOKENIZER: &str = "tokenizer.ggml.";

@@ -701,7 +701,7 @@ fn only_regular_files_are_opened() {
     .unwrap();
     let error = GgufFile::open(&pipe).unwrap_err();
     assert_eq!(
-        crate::errors::with_causes(&error),
+        crate::kit::errors::with_causes(&error),
         "could not read the file: it is not a regular file"
     );
 }

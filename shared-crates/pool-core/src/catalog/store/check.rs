@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use super::{Against, CheckError, Progress};
 use crate::catalog::gguf::GgufFile;
 use crate::catalog::support;
-use crate::hex::hex;
+use crate::kit::hex::hex;
 
 /// Checks the size, the hash and the header of the file at `path`. Returns its SHA-256.
 pub(super) fn check(

@@ -21,9 +21,9 @@ use super::{
     sync_dir,
 };
 use crate::api::pool::DiskInfo;
-use crate::fsio::{self, LockGuard};
-use crate::process::ProcessIdentity;
-use crate::units::{human_bytes_down, human_bytes_up};
+use crate::kit::files::{self, LockGuard};
+use crate::kit::process::ProcessIdentity;
+use crate::kit::units::{human_bytes_down, human_bytes_up};
 
 /// Bytes that a download leaves free on the disk.
 pub(super) const DISK_RESERVE_BYTES: u64 = 64 << 20;
@@ -78,7 +78,8 @@ impl Store {
         let locks = self.dir.join(".locks");
         make_private(&locks).map_err(CheckError::io("make", &locks))?;
         let lock = locks.join(&slot.id);
-        let Some(guard) = fsio::try_lock_exclusive(&lock).map_err(CheckError::io("lock", &lock))?
+        let Some(guard) =
+            files::try_lock_exclusive(&lock).map_err(CheckError::io("lock", &lock))?
         else {
             return Ok(None);
         };
@@ -157,7 +158,7 @@ impl Download {
         // In this order, a part on disk always matches its note, even if this process is killed in between.
         remove(&part)?;
         let json = serde_json::to_vec(origin).expect("strings always serialise");
-        fsio::write_atomic(self.root.join("part.json"), json, 0o600)?;
+        files::write_atomic(self.root.join("part.json"), json, 0o600)?;
         fs::hard_link(file, &part)
     }
 
@@ -181,7 +182,7 @@ impl Download {
             return Ok(());
         };
         let json = serde_json::to_vec(&identity)?;
-        fsio::write_atomic(self.root.join("program.json"), json, 0o600)
+        files::write_atomic(self.root.join("program.json"), json, 0o600)
     }
 
     fn end_left_program(&self) -> Result<(), CheckError> {

@@ -6,7 +6,7 @@ use super::Record;
 use crate::ModelRef;
 use crate::catalog::support::{self, Unsupported};
 use crate::catalog::{Catalog, CatalogEntry, Source};
-use crate::hex::hex;
+use crate::kit::hex::hex;
 
 /// Prefix of the folders of models from the hub that no catalogue entry covers. Aliases can't contain this character.
 const HUB_PREFIX: char = '@';

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pool_core::terminal::CliError;
+use pool_core::kit::terminal::CliError;
 use serde::Serialize;
 
 /// Measurements of an answered request.
@@ -110,7 +110,7 @@ impl Level {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pool_core::terminal::Exit;
+    use pool_core::kit::terminal::Exit;
 
     #[test] // [LLORCH-100]
     fn figures_are_of_answers_and_failures_are_counted() {

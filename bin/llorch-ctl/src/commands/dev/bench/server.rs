@@ -9,13 +9,13 @@ use futures_util::StreamExt;
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::models::ModelList;
 use orchestrator_core::api::tasks::TaskSubmitRequest;
-use pool_core::api::version::VersionInfo;
 use pool_core::api::worker::{
     CancelRequest, CancelResponse, ExecuteRequest, Sampling, WorkerEvent, WorkerHealth,
 };
-use pool_core::client::{ApiClient, ClientError, EventStream, Method, ServerEvent};
-use pool_core::secret::Secret;
-use pool_core::terminal::{CliError, Exit};
+use pool_core::kit::client::{ApiClient, ClientError, EventStream, Method, ServerEvent};
+use pool_core::kit::secret::Secret;
+use pool_core::kit::terminal::{CliError, Exit};
+use pool_core::kit::wire::VersionInfo;
 use pool_core::worker_args::SECRET_VAR;
 use serde::{Deserialize, Serialize};
 use serde_json::json;

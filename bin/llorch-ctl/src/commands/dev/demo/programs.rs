@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use pool_core::process::{ProcessIdentity, Signal};
-use pool_core::terminal::daemon::find_sibling;
-use pool_core::terminal::interrupt::Interrupt;
-use pool_core::terminal::{CliError, Exit, note};
+use pool_core::kit::process::{ProcessIdentity, Signal};
+use pool_core::kit::terminal::daemon::find_sibling;
+use pool_core::kit::terminal::interrupt::Interrupt;
+use pool_core::kit::terminal::{CliError, Exit, note};
 
 /// Programs of the demo, including this one.
 const BINARIES: [&str; 5] = [

@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pool_core::api::pool::PoolStatus;
-use pool_core::client::ApiClient;
 use pool_core::config::PoolConfig;
-use pool_core::home::Home;
+use pool_core::kit::client::ApiClient;
+use pool_core::kit::home::Home;
+use pool_core::kit::terminal::daemon::{self, DaemonSpec, Running, find_sibling};
+use pool_core::kit::terminal::{CliError, Exit};
 use pool_core::lifecycle::{Lifecycle, stop_worker};
 use pool_core::registry::Registry;
-use pool_core::terminal::daemon::{self, DaemonSpec, Running, find_sibling};
-use pool_core::terminal::{CliError, Exit};
 
 use crate::commands::orchestrator;
 

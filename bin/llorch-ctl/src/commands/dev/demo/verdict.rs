@@ -4,7 +4,7 @@ use orchestrator_core::api::events::Started;
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::{AttemptOutcome, JobId, JobStatus};
 use pool_core::api::pool::PoolStatus;
-use pool_core::terminal::human_ms;
+use pool_core::kit::terminal::human_ms;
 
 use crate::commands::jobs::tokens_per_second;
 

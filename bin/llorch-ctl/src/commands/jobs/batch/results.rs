@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use orchestrator_core::JobId;
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::Usage;
-use pool_core::api::error::ErrorBody;
-use pool_core::terminal::{CliError, Exit, human_duration, say};
+use pool_core::kit::terminal::{CliError, Exit, human_duration, say};
+use pool_core::kit::wire::ErrorBody;
 use serde::{Deserialize, Serialize};
 
 use super::tasks::Task;

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use orchestrator_core::api::events::TaskEvent;
-use pool_core::terminal::sanitize;
+use pool_core::kit::terminal::sanitize;
 
 use super::super::situation::Reasons;
 use crate::http_client::Item;

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use orchestrator_core::api::tasks::TaskSubmitRequest;
 use orchestrator_core::job::Priority;
-use pool_core::hex::hex;
-use pool_core::terminal::{CliError, Exit, sanitize};
+use pool_core::kit::hex::hex;
+use pool_core::kit::terminal::{CliError, Exit, sanitize};
 use serde_json::{Map, Value};
 use sha2::{Digest as _, Sha256};
 

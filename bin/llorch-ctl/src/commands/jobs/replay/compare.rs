@@ -6,8 +6,8 @@ use std::fmt::Write as _;
 use orchestrator_core::job::JobId;
 use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::StopReason;
-use pool_core::terminal::paint::Cell;
-use pool_core::terminal::render_table;
+use pool_core::kit::terminal::paint::Cell;
+use pool_core::kit::terminal::render_table;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
