@@ -7,6 +7,8 @@
 //! queued | dispatched | running ──► failed | cancelled | expired
 //! ```
 
+#[cfg(feature = "openapi")]
+pub mod openapi;
 mod prefix;
 
 use std::fmt;
@@ -24,6 +26,13 @@ use uuid::{ContextV7, Uuid};
 pub use prefix::{JobIdPrefix, JobIdPrefixError};
 
 use crate::sampling::Sampling;
+
+/// Longest `stop` text, in characters.
+pub const MOST_STOP_CHARS: usize = 256;
+/// Most labels of a request.
+pub const MOST_LABELS: usize = 16;
+/// Longest label key, label value or session id, in characters.
+pub const MOST_LABEL_CHARS: usize = 128;
 
 /// Id of a job: `job-` and a UUID of version 7, so that ids sort by creation time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -277,7 +286,7 @@ impl FromStr for Priority {
 pub struct Placement {
     /// Name of the only pool allowed; absent for any pool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::openapi::ShortText>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<openapi::ShortText>))]
     pub pool: Option<String>,
     /// The only device allowed; absent for any device.
     #[serde(default, skip_serializing_if = "Option::is_none")]

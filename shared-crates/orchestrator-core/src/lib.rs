@@ -5,12 +5,12 @@
 
 pub mod adopt;
 pub mod api;
+#[cfg(feature = "script")]
+pub mod check;
 pub mod config;
 #[cfg(feature = "script")]
 pub mod decide;
 pub mod job;
-#[cfg(feature = "openapi")]
-pub mod openapi;
 pub mod pool;
 pub mod queue;
 pub mod sampling;

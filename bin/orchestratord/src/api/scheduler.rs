@@ -11,7 +11,8 @@ use bytes::Bytes;
 use orchestrator_core::api::scheduler::{
     CheckAnswer, CheckRequest, SchedulerView, SimulateAnswer, SimulateRequest,
 };
-use orchestrator_core::script::{self, Script};
+use orchestrator_core::check;
+use orchestrator_core::script::Script;
 use orchestrator_core::simulate;
 use orchestrator_core::trace::{self, EndReason, Header, Trace};
 use pool_core::kit::service::{Json, Query, ServiceError, ServiceResult};
@@ -51,7 +52,7 @@ pub(super) async fn check(
     body: ServiceResult<Json<CheckRequest>>,
 ) -> ServiceResult<Json<CheckAnswer>> {
     let request = asked(body, r#"send {"script": "fn schedule(ctx) { [] }"}"#)?;
-    attempt(&app, move || Ok(script::check(request.script.as_bytes()))).await
+    attempt(&app, move || Ok(check::check(request.script.as_bytes()))).await
 }
 
 /// Replays a trace under other policies, and decides each of its passes again.

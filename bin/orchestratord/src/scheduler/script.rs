@@ -330,8 +330,8 @@ pub async fn watch_script(app: App) {
 mod tests {
     use std::io::Write as _;
 
+    use orchestrator_core::check::sample;
     use orchestrator_core::scheduler::LeastLoaded;
-    use orchestrator_core::script::sample;
     use orchestrator_core::trace::By;
     use pool_core::kit::service::{Load, Places};
 

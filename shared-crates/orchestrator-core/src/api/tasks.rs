@@ -10,7 +10,8 @@ use pool_core::kit::json_number::MAX_EXACT_INTEGER;
 use serde::{Deserialize, Serialize};
 
 use crate::job::{
-    Attempt, Input, Job, JobError, JobId, JobSpec, JobStatus, Placement, Priority, Usage,
+    Attempt, Input, Job, JobError, JobId, JobSpec, JobStatus, MOST_LABEL_CHARS, MOST_LABELS,
+    MOST_STOP_CHARS, Placement, Priority, Usage,
 };
 use crate::sampling::Sampling;
 use crate::scheduler::{Explanation, Waiting};
@@ -25,12 +26,6 @@ pub const MOST_ATTEMPTS: u32 = 10;
 pub const MOST_TIMEOUT_MS: u64 = 30 * 24 * 3600 * 1000;
 /// Most `stop` texts of a request.
 pub const MOST_STOPS: usize = 4;
-/// Longest `stop` text, in characters.
-pub const MOST_STOP_CHARS: usize = 256;
-/// Most labels of a request.
-pub const MOST_LABELS: usize = 16;
-/// Longest label key, label value or session id, in characters.
-pub const MOST_LABEL_CHARS: usize = 128;
 /// Most messages of a conversation.
 pub const MOST_MESSAGES: usize = 4096;
 
@@ -103,7 +98,7 @@ pub struct TaskSubmitRequest {
     pub repetition_penalty: Option<f64>,
     /// Up to 4 texts that end the generation. They are not part of the answer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Vec<crate::openapi::StopText>, max_items = 4))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Vec<crate::job::openapi::StopText>, max_items = 4))]
     pub stop: Vec<String>,
     /// Random seed. If absent, a seed below 2^53 is drawn and reported. JSON readers with 64-bit floats round larger
     /// numbers.
@@ -114,7 +109,7 @@ pub struct TaskSubmitRequest {
     pub priority: Option<Priority>,
     /// Session of the job. Jobs of one session share their turns in the queue.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::openapi::ShortText>))]
+    #[cfg_attr(feature = "openapi", schema(value_type = Option<crate::job::openapi::ShortText>))]
     pub session_id: Option<String>,
     /// Milliseconds between submission and expiry; absent if the job never expires.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -129,7 +124,7 @@ pub struct TaskSubmitRequest {
     pub placement: Option<Placement>,
     /// Up to 16 short key-value pairs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    #[cfg_attr(feature = "openapi", schema(value_type = crate::openapi::Labels))]
+    #[cfg_attr(feature = "openapi", schema(value_type = crate::job::openapi::Labels))]
     pub labels: BTreeMap<String, String>,
 }
 

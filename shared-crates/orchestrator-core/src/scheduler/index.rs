@@ -30,11 +30,12 @@ use pool_core::worker::Device;
 use crate::job::JobId;
 use crate::queue::{FairQueue, Load, QueuedJob, TurnKey};
 use crate::scheduler::estimate::Estimates;
-use crate::scheduler::explain::{Explanation, WaitReason, Why};
+use crate::scheduler::explain::{Explanation, Why};
 use crate::scheduler::judge::Class;
 use crate::scheduler::plan::Action;
 use crate::scheduler::policy::{BuiltIn, Policy, Rank};
 use crate::scheduler::snapshot::{PoolState, Settings, Snapshot, StartCost, Usage};
+use crate::scheduler::wait_reason::WaitReason;
 
 /// Result of a pass. The index already reflects it: dispatched jobs have left the queue and hold their slots, and requested
 /// workers occupy their memory.

@@ -7,9 +7,9 @@ use jiff::Timestamp;
 use pool_core::ModelRef;
 use pool_core::worker::{Device, WorkerStatus};
 
-use super::explain::WaitReason;
 use super::policy::{Policy, Rank, StartChoice, WorkerChoice};
 use super::snapshot::{DeviceState, ModelState, PoolState, Settings, StartSize, WorkerState};
+use super::wait_reason::WaitReason;
 use crate::job::{JobErrorCode, Placement};
 use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;

@@ -1,7 +1,7 @@
 //! Scheduler: a pure function that decides which job runs where. The same snapshot always gives the same plan.
 //!
 //! For each waiting job, in queue order, the pools pass through filters: known → alive → backend → model present → context →
-//! memory fits → slots. The [`Policy`] picks among the remaining places. If none remains, the job gets an explanation: the
+//! memory fits → slots → cache. The [`Policy`] picks among the remaining places. If none remains, the job gets an explanation: the
 //! counts of every filter, the binding constraint, and its remedy. A job that can't run now never blocks the jobs behind it.
 //!
 //! [`snapshot`] is the input, [`plan`] makes a plan, [`policy`] ranks the remaining places, and [`explain`] words the
@@ -14,10 +14,11 @@ mod judge;
 pub mod plan;
 pub mod policy;
 pub mod snapshot;
+mod wait_reason;
 
 use jiff::SignedDuration;
 
-pub use explain::{Chooser, Explanation, Filter, FilterCount, WaitReason, Why};
+pub use explain::{Chooser, Explanation, Filter, FilterCount, Why};
 pub use index::{Index, Pass, Waiting};
 pub use judge::DISK_RESERVE;
 pub(crate) use judge::{could_use, start_context};
@@ -30,6 +31,7 @@ pub use snapshot::{
     DeviceState, DownloadState, ModelState, PoolState, RefusedDownload, RefusedStart, Settings,
     Snapshot, Usage, WorkerState,
 };
+pub use wait_reason::WaitReason;
 
 /// Time that pools have to register after a restart of the orchestrator: a little more than the default interval of their
 /// heartbeats.

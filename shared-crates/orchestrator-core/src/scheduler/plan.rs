@@ -9,10 +9,11 @@ use pool_core::worker::{Device, WorkerStatus};
 use serde::{Deserialize, Serialize};
 
 use super::REGISTRATION;
-use super::explain::{self, Explanation, WaitReason};
+use super::explain::{self, Explanation};
 use super::judge::{Class, Held, Verdict, Wish, World, alive, judge, next_spare, startable};
 use super::policy::Policy;
 use super::snapshot::{DownloadState, PoolState, Snapshot, WorkerState};
+use super::wait_reason::WaitReason;
 use crate::job::{JobErrorCode, JobId};
 use crate::queue::QueuedJob;
 

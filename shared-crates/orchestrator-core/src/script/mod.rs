@@ -8,7 +8,6 @@
 //! `bin/orchestratord/policies/README.md` documents the language for authors of scripts.
 
 mod bounded;
-mod check;
 mod engine;
 mod runner;
 mod views;
@@ -26,7 +25,6 @@ use rhai::{AST, Engine, EvalAltResult, Position};
 use sha2::{Digest as _, Sha256};
 
 pub use crate::api::scheduler::{ScriptError, ScriptErrorKind};
-pub use check::{check, sample};
 pub use runner::{Ran, Runner, too_long};
 pub use views::{Act, Pass};
 

@@ -9,6 +9,7 @@ use pool_core::worker::{Device, ModelFile, WorkerStatus};
 
 use super::*;
 use crate::adopt::{self, Proposal};
+use crate::check::check;
 use crate::decide::{Costs, Decider, Decision};
 use crate::job::{JobId, Placement, Priority};
 use crate::pool::PoolLiveness;

@@ -10,8 +10,9 @@ use orchestrator_core::api::scheduler::{
     CheckAnswer, LastScriptError, Replay, Report, SchedulerView, ScriptError, ScriptView,
     SimulateAnswer,
 };
+use orchestrator_core::check;
 use orchestrator_core::scheduler::{Action, BuiltIn};
-use orchestrator_core::script::{self, MAX_SOURCE, Script};
+use orchestrator_core::script::{MAX_SOURCE, Script};
 use orchestrator_core::simulate::{self, SimulateError};
 use orchestrator_core::trace::{End, EndReason, Line, Trace};
 use pool_core::kit::terminal::interrupt::Interrupt;
@@ -221,7 +222,7 @@ fn refused(path: &Path, error: &ScriptError) -> CliError {
 
 impl Check {
     fn run(self) -> Result<Exit, CliError> {
-        let answer = script::check(&read_script(&self.file)?);
+        let answer = check::check(&read_script(&self.file)?);
         if self.format == Format::Json {
             print_json(&answer)?;
             return Ok(if answer.ok { Exit::Done } else { Exit::Failed });

@@ -10,10 +10,11 @@ use super::{Index, Jobs, Pass, Scope};
 use crate::job::JobErrorCode;
 use crate::queue::{QueuedJob, TurnKey};
 use crate::scheduler::REGISTRATION;
-use crate::scheduler::explain::{Chooser, WaitReason, Why};
+use crate::scheduler::explain::{Chooser, Why};
 use crate::scheduler::judge::{Held, Verdict};
 use crate::scheduler::plan::{Action, awaits_pools};
 use crate::scheduler::policy::WorkerChoice;
+use crate::scheduler::wait_reason::WaitReason;
 
 /// Most sessions whose latest pool is remembered. Beyond that, the older half is dropped.
 const SESSIONS: usize = 10_000;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use super::{Index, Jobs, Scope};
 use crate::job::JobId;
 use crate::queue::{Load, QueuedJob, TurnKey};
-use crate::scheduler::explain::WaitReason;
 use crate::scheduler::judge::Class;
+use crate::scheduler::wait_reason::WaitReason;
 
 /// Number of changed pools up to which a class is evaluated against these only. Beyond that, all pools are considered.
 const FEW_POOLS: usize = 16;

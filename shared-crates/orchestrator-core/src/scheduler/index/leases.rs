@@ -5,8 +5,8 @@ use std::sync::Arc;
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Index, Jobs};
-use crate::scheduler::explain::WaitReason;
 use crate::scheduler::snapshot::Usage;
+use crate::scheduler::wait_reason::WaitReason;
 
 impl Index {
     /// Returns the use of these workers, which are all that the pool has now. Other workers of the pool stay recorded as long

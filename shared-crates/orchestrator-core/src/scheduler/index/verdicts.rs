@@ -5,13 +5,13 @@ use pool_core::worker::{Device, WorkerStatus};
 
 use super::{Free, Index, Jobs, Scope};
 use crate::queue::{QueuedJob, TurnKey};
-use crate::scheduler::explain::WaitReason;
 use crate::scheduler::judge::{
     EvictionKey, Held, Verdict, Wish, World, alive, eviction_key, fitting, judge, next_spare,
     stopping, victims,
 };
 use crate::scheduler::policy::{Rank, StartChoice};
 use crate::scheduler::snapshot::{PoolState, StartSize, WorkerState};
+use crate::scheduler::wait_reason::WaitReason;
 
 /// Sort key of possible starts.
 type StartKey<'a> = (bool, Rank, &'a str, Device);

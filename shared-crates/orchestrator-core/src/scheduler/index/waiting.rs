@@ -9,9 +9,10 @@ use pool_core::worker::WorkerStatus;
 use super::{Index, Waiting};
 use crate::job::JobId;
 use crate::queue::TurnKey;
-use crate::scheduler::explain::{self, Explanation, WaitReason};
+use crate::scheduler::explain::{self, Explanation};
 use crate::scheduler::judge::{Held, World, alive};
 use crate::scheduler::snapshot::{PoolState, WorkerState};
+use crate::scheduler::wait_reason::WaitReason;
 
 impl Index {
     /// Returns the reason that the job waits; `None` if it does not wait.

@@ -4,8 +4,7 @@ use utoipa::openapi::schema::{ObjectBuilder, Type};
 use utoipa::openapi::{RefOr, Schema};
 use utoipa::{PartialSchema, ToSchema};
 
-use crate::api::tasks::{MOST_LABEL_CHARS, MOST_LABELS, MOST_STOP_CHARS};
-use crate::job::JobId;
+use super::{JobId, MOST_LABEL_CHARS, MOST_LABELS, MOST_STOP_CHARS};
 
 /// Pattern of a short text as [`crate::api::tasks`] accepts it: no control characters, and none that hide or reorder others.
 const SHORT: &str =

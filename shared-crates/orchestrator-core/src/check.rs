@@ -8,7 +8,6 @@ use pool_core::ModelRef;
 use pool_core::api::pool::ContextMemory;
 use pool_core::worker::{Backend, Device, ModelFile, WorkerStatus};
 
-use super::{Runner, Script, ScriptError, ScriptErrorKind, source_hash};
 use crate::api::scheduler::{CheckAnswer, SampleWait};
 use crate::decide::{Costs, offer, settle};
 use crate::job::{JobId, Placement, Priority};
@@ -17,6 +16,7 @@ use crate::queue::QueuedJob;
 use crate::scheduler::{
     DeviceState, LeastLoaded, ModelState, PoolState, Settings, Snapshot, WorkerState, schedule,
 };
+use crate::script::{Runner, Script, ScriptError, ScriptErrorKind, source_hash};
 
 /// Time limit for the sample: longer than that of a pass, because no jobs are waiting.
 const LIMIT: Duration = Duration::from_secs(1);
