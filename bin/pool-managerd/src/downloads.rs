@@ -1,10 +1,9 @@
 //! Downloads of models, each run by `llorch-pool` as a child process. A download for the daemon and one for the owner at the
 //! keyboard are then the same operation, under the same lock.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use pool_core::ModelRef;
@@ -19,68 +18,13 @@ use tokio::process::{Child, Command};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::download_table::Latest;
 use crate::pool::Pool;
 
 /// Name of the program that downloads models.
 const PROGRAM: &str = "llorch-pool";
 /// Time the program has to end after each signal. Fits in the daemon's own time to stop.
 const GRACE: Duration = Duration::from_millis(1500);
-
-/// The latest event of a download; `None` before the first.
-type Latest = Option<DownloadEvent>;
-
-/// The downloads under way.
-pub struct Downloads {
-    running: Mutex<HashMap<ModelRef, watch::Receiver<Latest>>>,
-    /// Set to true once all downloads must end.
-    over: watch::Sender<bool>,
-}
-
-impl Default for Downloads {
-    fn default() -> Self {
-        Self {
-            running: Mutex::default(),
-            over: watch::Sender::new(false),
-        }
-    }
-}
-
-impl Downloads {
-    /// Asks all downloads to end. Partial files are kept, and later downloads resume from them.
-    pub fn end(&self) {
-        self.over.send_replace(true);
-    }
-
-    /// Waits until all downloads have ended.
-    pub async fn ended(&self) {
-        let running: Vec<_> = self.running().values().cloned().collect();
-        for mut download in running {
-            let last = |event: &Latest| event.as_ref().is_some_and(DownloadEvent::is_last);
-            // A dropped sender belongs to a download that has ended.
-            let _ = download.wait_for(last).await;
-        }
-    }
-
-    /// Returns the models that are being downloaded, by name.
-    pub fn models(&self) -> Vec<ModelRef> {
-        let mut models: Vec<_> = self.running().keys().cloned().collect();
-        models.sort();
-        models
-    }
-
-    /// Returns whether `model` is being downloaded, even if it names no revision or file.
-    pub fn is_under_way(&self, model: &ModelRef) -> bool {
-        let running = self.running();
-        running
-            .keys()
-            .any(|other| other == model || other.is_meant_by(model))
-    }
-
-    fn running(&self) -> MutexGuard<'_, HashMap<ModelRef, watch::Receiver<Latest>>> {
-        // A panic under the lock can't leave a partial entry.
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// Reason a download is not started.
 #[derive(Debug, thiserror::Error)]
@@ -234,15 +178,7 @@ async fn run(mut download: UnderWay, program: PathBuf) {
     let (pool, model) = (Arc::clone(&download.pool), download.model.clone());
     tracing::info!(%model, "download started");
     let last = match spawn(&pool, &model, &program) {
-        Ok(child) => {
-            follow(
-                child,
-                &model,
-                pool.downloads.over.subscribe(),
-                &download.tell,
-            )
-            .await
-        }
+        Ok(child) => follow(child, &model, pool.downloads.end_order(), &download.tell).await,
         Err(error) => failed(
             DownloadErrorCode::DownloadFailed,
             format!("could not start {}: {error}", program.display()),

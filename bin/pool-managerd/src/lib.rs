@@ -4,6 +4,7 @@
 //! one task per worker to watch it, and heartbeats to the orchestrator.
 
 mod api;
+mod download_table;
 mod downloads;
 mod drain;
 mod gpu_inventory;

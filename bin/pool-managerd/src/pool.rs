@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use axum::http::Uri;
 use jiff::Timestamp;
-use pool_core::api::pool::{ModelOnDisk, PoolSnapshot, PoolStatus, WorkerEndpoint};
+use pool_core::api::pool::{DeviceInfo, ModelOnDisk, PoolSnapshot, PoolStatus, WorkerEndpoint};
 use pool_core::catalog::store::{Offer, Offered};
 use pool_core::kit::client::ApiClient;
 use pool_core::kit::clock;
@@ -18,8 +18,7 @@ use pool_core::registry::{RegistryError, WorkerRecord};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 
-use crate::downloads::Downloads;
-use crate::gpu_inventory;
+use crate::download_table::Downloads;
 use crate::metrics::Metrics;
 use crate::registration::Link;
 
@@ -204,6 +203,15 @@ impl Pool {
         offer
     }
 
+    /// Returns all devices, with the memory left for another worker besides those in `records`. Returns none if the host's memory
+    /// can't be read.
+    pub fn devices(&self, records: &[WorkerRecord]) -> Vec<DeviceInfo> {
+        self.lifecycle.devices(records).unwrap_or_else(|error| {
+            tracing::error!(%error, "could not read the memory size of the host");
+            Vec::new()
+        })
+    }
+
     fn status_of(&self, records: &[WorkerRecord]) -> Result<PoolStatus, RegistryError> {
         let workers: Vec<_> = records.iter().map(|record| record.info.clone()).collect();
         let drain = self.lifecycle.drain()?;
@@ -215,7 +223,7 @@ impl Pool {
             draining: drain.is_some(),
             drain: drain.map(|drain| drain.status(&workers)),
             backends: self.lifecycle.backends(),
-            devices: gpu_inventory::devices(&self.lifecycle, records),
+            devices: self.devices(records),
             workers,
             models: self.models(),
             downloads: self.downloads.models(),

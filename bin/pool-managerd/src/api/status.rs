@@ -17,7 +17,6 @@ use prometheus::TEXT_FORMAT;
 
 use super::App;
 use super::error::{ApiError, ApiResult};
-use crate::gpu_inventory;
 use crate::pool::Pool;
 
 /// Longest wait for the orchestrator before the client gets its answer.
@@ -128,7 +127,7 @@ pub async fn metrics(State(pool): App) -> ApiResult<impl IntoResponse> {
     let text = pool
         .blocking(|pool| -> ApiResult<String> {
             let records = pool.lifecycle.registry().load()?.records;
-            let devices = gpu_inventory::devices(&pool.lifecycle, &records);
+            let devices = pool.devices(&records);
             let list = WorkerList {
                 workers: records.into_iter().map(|record| record.info).collect(),
             };

@@ -1,27 +1,15 @@
-//! The devices of this host: the CPU, and the GPUs that a driver reports.
+//! The watch over the GPUs that a driver reports.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use pool_core::api::gpu::GpuState;
-use pool_core::api::pool::DeviceInfo;
-use pool_core::lifecycle::Lifecycle;
-use pool_core::registry::WorkerRecord;
 use pool_core::worker::Device;
 
 use crate::pool::Pool;
 
 /// Interval between two looks at the GPUs' states. A look queries no driver.
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
-
-/// Returns all devices, with the memory left for another worker besides those in `records`. Returns none if the host's memory
-/// can't be read.
-pub fn devices(lifecycle: &Lifecycle, records: &[WorkerRecord]) -> Vec<DeviceInfo> {
-    lifecycle.devices(records).unwrap_or_else(|error| {
-        tracing::error!(%error, "could not read the memory size of the host");
-        Vec::new()
-    })
-}
 
 /// Logs every GPU that becomes usable or unusable, and notifies the orchestrator of each change at once.
 pub async fn watch(pool: Arc<Pool>) {

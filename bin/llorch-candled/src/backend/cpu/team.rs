@@ -212,6 +212,8 @@ impl Drop for Team {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+
     use super::*;
 
     #[test]
@@ -241,10 +243,11 @@ mod tests {
         for _ in 0..20 {
             thread::sleep(3 * LOOKING);
             let seen: Vec<_> = (0..3).map(|_| AtomicUsize::new(0)).collect();
+            let all = Barrier::new(3);
             team.run(3, &|thread, _| {
                 seen[thread].fetch_add(1, Ordering::Relaxed);
-                // Long enough for the other threads to wake up and claim their units.
-                thread::sleep(Duration::from_millis(20));
+                // No thread can claim a second unit before the others have woken up and claimed theirs.
+                all.wait();
             });
             assert!(seen.iter().all(|seen| seen.load(Ordering::Relaxed) == 1));
         }
