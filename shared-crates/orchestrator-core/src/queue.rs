@@ -90,15 +90,15 @@ impl QueuedJob {
         self.cache_needed.unwrap_or(0)
     }
 
-    /// Returns the most tokens that the job is expected to take in a worker's cache: as many as a worker counted, or a high
-    /// estimate from the job's size.
+    /// Returns the most tokens that the job is expected to take in a worker's cache: a high estimate from the job's size, or as
+    /// many as a worker counted if these are more. A count may be too low for later, because it leaves out what the prompt has
+    /// in common with jobs that ran at the time.
     pub fn cache_expected(&self) -> u32 {
-        self.cache_needed.unwrap_or_else(|| {
-            let prompt = self.prompt_estimate(SHORT_TOKEN_BYTES);
-            prompt
-                .saturating_add(TEMPLATE_TOKENS)
-                .saturating_add(self.max_tokens)
-        })
+        let prompt = self.prompt_estimate(SHORT_TOKEN_BYTES);
+        prompt
+            .saturating_add(TEMPLATE_TOKENS)
+            .saturating_add(self.max_tokens)
+            .max(self.cache_tokens())
     }
 
     /// Returns an estimate of the context that holds the prompt and the longest answer, in tokens. The estimate only ranks free

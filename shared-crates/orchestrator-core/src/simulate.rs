@@ -692,7 +692,7 @@ impl<'a> Sim<'a> {
                 }
                 if let Some(state) = self.worker(&pool, &worker) {
                     state.take_slot(turn, tokens);
-                    let others_wait = state.keeps_waiting();
+                    let others_wait = state.is_short();
                     state.unanswered = 0;
                     state.status = WorkerStatus::Busy;
                     if others_wait {

@@ -66,6 +66,15 @@ impl Attempt {
         self.app.changed.notify_one();
     }
 
+    /// Queues the attempt's job again, and gives the slot to others.
+    fn put_back(&self, queued: QueuedJob) {
+        let Self { app, slot, .. } = self;
+        if app.jobs.requeue(queued, slot) {
+            app.fleet
+                .released(&slot.pool_id, &slot.worker_id, self.live.id);
+        }
+    }
+
     /// Gives the attempt's slot to others, unless the daemon stops: then the execution continues and keeps it.
     pub(super) fn release_unless_stopping(&self) {
         if !self.app.shutdown.is_requested() {
@@ -142,9 +151,8 @@ impl Attempt {
             Err(StoreError::Closed) => None,
             Err(error @ StoreError::Unavailable(_)) => {
                 tracing::warn!(job = %live.id, %error, "could not lease");
-                release(app, live.id, slot);
                 let pause = SignedDuration::try_from(STORE_PAUSE).unwrap_or_default();
-                app.jobs.put(QueuedJob {
+                self.put_back(QueuedJob {
                     not_before: clock::now().checked_add(pause).ok(),
                     ..self.queued.clone()
                 });
@@ -364,8 +372,7 @@ impl Attempt {
         });
         written.await?;
         // The slot is released under the same guard: a pass between the two would start the job twice.
-        release(app, live.id, &self.slot);
-        app.jobs.put(queued.clone());
+        self.put_back(queued.clone());
         app.changed.notify_one();
         Ok(())
     }

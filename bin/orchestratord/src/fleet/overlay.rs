@@ -472,7 +472,11 @@ impl Overlay {
                 Some(Full {
                     free_tokens: Some(free),
                     ..
-                }) => worker.free_tokens = Some(*free),
+                }) => {
+                    // The refused job may still hold its lease, whose tokens no other job may take.
+                    let known = worker.free_tokens.unwrap_or(u32::MAX);
+                    worker.free_tokens = Some(known.min(*free));
+                }
                 Some(_) => worker.full = true,
                 None => {}
             }

@@ -203,16 +203,16 @@ impl Jobs {
     /// Records that the attempt no longer holds its slot. Returns false if it held none. A later attempt at the same job is left
     /// alone.
     pub fn end_attempt(&self, id: JobId, attempt: &ActiveAttempt) -> bool {
+        self.lock().end_attempt(id, attempt)
+    }
+
+    /// Records that the attempt no longer holds its slot, and queues its job again. Returns false if it held none. No pass comes
+    /// between the two: it would give the job's room to others.
+    pub fn requeue(&self, job: QueuedJob, attempt: &ActiveAttempt) -> bool {
         let mut inner = self.lock();
-        let holds = inner.holds(id, attempt);
-        if holds {
-            inner.attempts.remove(&id);
-            let taken = attempt.is_taken();
-            inner
-                .index
-                .release(&attempt.pool_id, &attempt.worker_id, taken, clock::now());
-        }
-        holds
+        let held = inner.end_attempt(job.id, attempt);
+        inner.put(job);
+        held
     }
 
     /// Records that the attempt's worker has taken the job. Returns whether other jobs may have waited for that.
@@ -247,9 +247,7 @@ impl Jobs {
 
     /// Queues a job.
     pub fn put(&self, job: QueuedJob) {
-        let mut inner = self.lock();
-        inner.index.put(job);
-        inner.came = true;
+        self.lock().put(job);
     }
 
     /// Applies `changes` and makes a pass. Jobs that the pass dispatches hold their slots and no longer wait; each comes with
@@ -284,7 +282,7 @@ impl Jobs {
             .filter(|(_, why)| why.reason == WaitReason::PolicyHeld)
             .map(|(job, why)| (*job, Arc::clone(why)))
             .collect();
-        let mut pass = inner.index.apply(&plan.actions, chooser, now);
+        let mut pass = inner.index.apply(plan, chooser, now);
         pass.wake = plan.wake;
         inner.passed(pass, now)
     }
@@ -344,6 +342,22 @@ pub fn publish(news: Vec<News>) {
 }
 
 impl Inner {
+    fn put(&mut self, job: QueuedJob) {
+        self.index.put(job);
+        self.came = true;
+    }
+
+    fn end_attempt(&mut self, id: JobId, attempt: &ActiveAttempt) -> bool {
+        let holds = self.holds(id, attempt);
+        if holds {
+            self.attempts.remove(&id);
+            let taken = attempt.is_taken();
+            self.index
+                .release(&attempt.pool_id, &attempt.worker_id, taken, clock::now());
+        }
+        holds
+    }
+
     /// Returns whether the attempt at the job holds its slot.
     fn holds(&self, id: JobId, attempt: &ActiveAttempt) -> bool {
         let held = self.attempts.get(&id);

@@ -282,12 +282,39 @@ async fn no_job_overtakes_one_whose_room_is_uncertain() {
     }
 }
 
+// [ORCHD-246] The small jobs arrive while the orchestrator records the refusal of the large one.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_job_overtakes_one_that_is_just_being_refused() {
+    let orchestrator = Orchestrator::start().await;
+    let (_pool, worker, _) = busy_worker(&orchestrator, 1024).await;
+    for round in 0..10 {
+        let large = of_tokens(&orchestrator, 5000).await;
+        worker.request(2 + round).await;
+        let shortage = CacheShortage {
+            needed_tokens: 5001,
+            free_tokens: 1024,
+        };
+        worker.short(large, shortage);
+        let mut small = Vec::new();
+        for _ in 0..5 {
+            small.push(of_tokens(&orchestrator, 10).await);
+        }
+        for job in small.iter().chain([&large]) {
+            waits_for(&orchestrator, *job, WaitReason::CacheFull).await;
+        }
+        assert_eq!(worker.requests().len(), 2 + round);
+        for job in small.iter().chain([&large]) {
+            orchestrator.cancel(*job).await;
+        }
+    }
+}
+
 // [ORCHD-247]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_report_that_does_not_count_a_job_yet_leaves_no_room_for_another() {
     let orchestrator = Orchestrator::start().await;
     let (mut pool, worker, _) = busy_worker(&orchestrator, 1024).await;
-    let mut jobs = [of_tokens(&orchestrator, 5000).await, JobId::random()];
+    let mut jobs = [of_tokens(&orchestrator, 4000).await, JobId::random()];
     let shortage = CacheShortage {
         needed_tokens: 5000,
         free_tokens: 1024,
@@ -301,7 +328,7 @@ async fn a_report_that_does_not_count_a_job_yet_leaves_no_room_for_another() {
     // The worker runs the job, but has not counted its tokens.
     set_room(&mut pool, 2, 5120);
     pool.beat(&orchestrator).await;
-    jobs[1] = of_tokens(&orchestrator, 5000).await;
+    jobs[1] = of_tokens(&orchestrator, 4000).await;
     waits_for(&orchestrator, jobs[1], WaitReason::CacheFull).await;
     worker.started(jobs[0]);
     worker.request(4).await;

@@ -351,12 +351,27 @@ impl Words<'_> {
                 worker.id,
                 pool.id
             ),
+            None if !self.is_kept_out() => {
+                format!(
+                    "a worker with `{model}` has yet to answer whether it has room for an earlier job"
+                )
+            }
             None => format!(
                 "an earlier job is waiting for room in the caches of the workers with `{model}`"
             ),
         };
         let hint = "wait for earlier jobs to end, or start a worker with a larger cache: `llorch-pool worker spawn --cache-tokens`";
         (message, hint.to_owned())
+    }
+
+    /// Returns whether a worker for the class is reserved for an earlier job.
+    fn is_kept_out(&self) -> bool {
+        let mut workers = self
+            .left()
+            .flat_map(|pool| pool.workers.iter().map(move |w| (pool, w)));
+        workers.any(|(pool, w)| {
+            self.class.admits_worker(&pool.id, w) && self.world.held.keeps(&pool.id, w)
+        })
     }
 
     fn pools_away(&self) -> (String, String) {
@@ -416,7 +431,11 @@ impl Words<'_> {
                 let parts: Vec<_> = parts
                     .map(|(count, what)| format!("{count} {what}"))
                     .collect();
-                format!("none of the {all} pools accepts work: {}", parts.join(", "))
+                let pools = match all {
+                    1 => "the only pool does not accept work".to_owned(),
+                    _ => format!("none of the {all} pools accepts work"),
+                };
+                format!("{pools}: {}", parts.join(", "))
             }
         };
         let hint = match (awaited, silent, stopped) {

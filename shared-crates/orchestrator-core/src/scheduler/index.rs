@@ -155,8 +155,8 @@ struct Model {
     /// Workers of live pools with a free slot, best first, grouped by context. The workers of a model rarely differ in context,
     /// so searching a list is faster than searching a map.
     free: Vec<(u32, BTreeSet<Free>)>,
-    /// Number of workers in `free` that keep some jobs waiting until they have answered.
-    keep_waiting: usize,
+    /// Number of workers in `free` that may refuse some jobs for lack of room in their caches.
+    short: usize,
     /// Numbers of starting and of serving workers on live pools, by device and context.
     workers: Vec<((Device, u32), (u32, u32))>,
     /// Pools that can start the model, with the cost of each.

@@ -378,8 +378,18 @@ pub(super) fn judge(
     let free = mine.iter().filter(|(_, pool, _, w)| place(pool, w));
     let best = free.min_by_key(|(_, pool, _, worker)| {
         let rank = world.policy.rank_worker(&WorkerChoice { pool, worker });
-        let cramped = worker.capacity() < wish.context;
-        (cramped, wish.is_elsewhere(pool), rank, &pool.id, &worker.id)
+        let (unsure, cramped) = (
+            !worker.surely_has_room(wish.cache),
+            worker.capacity() < wish.context,
+        );
+        (
+            unsure,
+            cramped,
+            wish.is_elsewhere(pool),
+            rank,
+            &pool.id,
+            &worker.id,
+        )
     });
     if let Some(&(pool, _, worker, _)) = best {
         return Verdict::Dispatch { pool, worker };

@@ -384,10 +384,15 @@ impl WorkerState {
         self.active == 0 || self.free_tokens.is_none_or(|free| free >= tokens)
     }
 
-    /// Returns whether a job that is expected to take at most `tokens` of the cache may be sent to the worker. One that may be
-    /// refused is sent alone: of several at once, the worker might take a later one and refuse this.
+    /// Returns whether a job that is expected to take at most `tokens` of the cache surely fits in it.
+    pub fn surely_has_room(&self, tokens: u32) -> bool {
+        self.has_room(self.most_of(tokens))
+    }
+
+    /// Returns whether such a job may be sent to the worker. One that may be refused is sent alone: of several at once, the
+    /// worker might take a later one and refuse this.
     pub fn may_be_offered(&self, tokens: u32) -> bool {
-        self.unanswered == 0 || self.has_room(self.most_of(tokens))
+        self.unanswered == 0 || self.surely_has_room(tokens)
     }
 
     /// Returns how many of a job's `tokens` the worker's cache holds at most: no job takes more than the context.
@@ -395,9 +400,9 @@ impl WorkerState {
         tokens.min(self.context_length.unwrap_or(u32::MAX))
     }
 
-    /// Returns whether some job would have to wait until the worker has answered the jobs on their way.
-    pub fn keeps_waiting(&self) -> bool {
-        !self.may_be_offered(u32::MAX)
+    /// Returns whether the worker may refuse some job for lack of room in its cache.
+    pub fn is_short(&self) -> bool {
+        !self.surely_has_room(u32::MAX)
     }
 
     /// Gives a slot to a job that is expected to take at most `tokens` of the worker's cache, by the dispatch with the number

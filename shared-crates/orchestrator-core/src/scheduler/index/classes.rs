@@ -39,7 +39,7 @@ impl Index {
         let is_first = jobs.ready.first() == Some(&key);
         // Workers reserved from the other jobs of the class may not be reserved from this earlier one, and those that have jobs
         // to answer may surely have room for it.
-        if is_first && (held || self.models[model].keep_waiting > 0) {
+        if is_first && (held || self.models[model].short > 0) {
             self.look_at_all(class);
         }
         self.look_again(class);
@@ -52,7 +52,7 @@ impl Index {
         self.leave(&job, key, class);
         let model = self.class_mut(class).model;
         // The next job of the class may be smaller than this one.
-        if self.models[model].keep_waiting > 0 {
+        if self.models[model].short > 0 {
             self.look_at_all(class);
         }
         self.drop_if_empty(class);

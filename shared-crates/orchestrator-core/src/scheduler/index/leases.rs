@@ -98,7 +98,7 @@ impl Index {
         let Some(known) = &mut self.pools[place] else {
             return false;
         };
-        let awaited = known.state.workers[index].keeps_waiting();
+        let awaited = known.state.workers[index].is_short();
         if awaited {
             self.gained(pool, usage, found);
         } else {

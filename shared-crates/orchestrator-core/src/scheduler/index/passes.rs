@@ -12,7 +12,8 @@ use crate::job::JobErrorCode;
 use crate::queue::TurnKey;
 use crate::scheduler::explain::Chooser;
 use crate::scheduler::judge::{Class, Verdict, alive};
-use crate::scheduler::plan::Action;
+use crate::scheduler::plan::{Action, Plan};
+use crate::scheduler::wait_reason::WaitReason;
 
 impl Index {
     /// Decides on the waiting jobs and the idle workers, and applies the decisions to the index.
@@ -123,15 +124,15 @@ impl Index {
         }
     }
 
-    /// Applies the actions of a plan that a script or [`schedule`](super::schedule) made from an [`Index::snapshot`]. Actions
+    /// Applies a plan that a script or [`schedule`](super::schedule) made from an [`Index::snapshot`]. Actions
     /// that are no longer possible are skipped. The time of the next pass comes from the plan, not from the returned [`Pass`].
-    pub fn apply(&mut self, actions: &[Action], chooser: Chooser, now: Timestamp) -> Pass {
+    pub fn apply(&mut self, plan: &Plan, chooser: Chooser, now: Timestamp) -> Pass {
         let mut pass = Pass {
             judged: true,
             ..Pass::default()
         };
         self.let_time_pass(now);
-        for action in actions {
+        for action in &plan.actions {
             self.apply_one(action, chooser, now, &mut pass);
         }
         for job in &pass.jobs {
@@ -142,8 +143,22 @@ impl Index {
         // The plan may have omitted an action that a pass would have taken, or stopped a worker that a class relied on.
         for class in self.classes_where(|_| true) {
             self.look_at_all(class);
+            self.settle_as(class, plan);
         }
         pass
+    }
+
+    /// Records whether the class waits for room in caches according to the plan: then the explanations of later jobs say so.
+    fn settle_as(&mut self, class: usize, plan: &Plan) {
+        let jobs = self.class_mut(class);
+        let settled = jobs.settled;
+        let first = jobs.ready.first().and_then(|key| plan.waiting.get(&key.3));
+        let is_short = first.is_some_and(|why| why.reason == WaitReason::CacheFull);
+        match (is_short, settled == Some(WaitReason::CacheFull)) {
+            (true, false) => self.set_settled(class, Some(WaitReason::CacheFull)),
+            (false, true) => self.set_settled(class, None),
+            _ => {}
+        }
     }
 
     /// Applies an action. Returns `None` if the action is no longer possible.

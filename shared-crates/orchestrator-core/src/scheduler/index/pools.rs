@@ -168,7 +168,7 @@ impl Index {
     fn clear_worker(&mut self, place: usize, pool: &Pool, worker: usize) {
         if let Some(rank) = pool.ranks[worker] {
             let model = &mut self.models[pool.worker_models[worker]];
-            model.keep_waiting -= usize::from(pool.state.workers[worker].keeps_waiting());
+            model.short -= usize::from(pool.state.workers[worker].is_short());
             // The worker is usually the best one, just taken, which is found without reading its state.
             let is_first = |free: &BTreeSet<Free>| {
                 let first = free.first().map(|free| (free.pool, free.worker));
@@ -215,7 +215,7 @@ impl Index {
             let state = &pool.state.workers[worker];
             let model = &mut self.models[pool.worker_models[worker]];
             model.free_mut(state.capacity()).insert(free);
-            model.keep_waiting += usize::from(state.keeps_waiting());
+            model.short += usize::from(state.is_short());
         }
         if let Some(since) = pool.idle[worker] {
             self.idle.insert((since, place, worker));

@@ -13,8 +13,8 @@ use crate::pool::PoolLiveness;
 use crate::queue::Capacity;
 use crate::scheduler::explain::Chooser;
 use crate::scheduler::{
-    BuiltIn, DeviceState, DownloadState, ModelState, RefusedDownload, RefusedStart, WorkerState,
-    schedule,
+    BuiltIn, DeviceState, DownloadState, ModelState, Plan, RefusedDownload, RefusedStart,
+    WorkerState, schedule,
 };
 
 const MODELS: [&str; 4] = ["m0", "m1", "m2", "m3"];
@@ -438,7 +438,7 @@ impl Tested {
             &proposals,
         );
         let plan = plan.map_err(|refused| TestCaseError::fail(refused.to_string()))?;
-        let pass = self.index.apply(&plan.actions, Chooser::Script, now);
+        let pass = self.index.apply(&plan, Chooser::Script, now);
         prop_assert_eq!(&pass.actions, &plan.actions);
         let given = pass.actions.iter();
         let given = given.filter(|action| matches!(action, Action::Dispatch { .. }));
@@ -616,13 +616,17 @@ proptest! {
             let now = at(passes.now);
             if pass {
                 let plan = schedule(&applies.index.snapshot(now), applies.index.policy);
-                let applied = applies.index.apply(&plan.actions, Chooser::Policy(policy), now);
+                let applied = applies.index.apply(&plan, Chooser::Policy(policy), now);
                 let passed = passes.index.pass(now);
                 prop_assert_eq!(&applied.actions, &passed.actions);
                 prop_assert_eq!(&applied.why, &passed.why);
                 prop_assert_eq!(applied.jobs, passed.jobs);
                 passes.note(&passed.actions);
                 applies.note(&passed.actions);
+                for (id, explanation) in &plan.waiting {
+                    let waiting = applies.index.waiting(*id, now).unwrap();
+                    prop_assert_eq!(&waiting.explanation, explanation);
+                }
             }
             prop_assert_eq!(applies.index.snapshot(now), passes.index.snapshot(now));
         }

@@ -70,9 +70,18 @@ impl Index {
         let held = self.held(class, key);
         let held = Held(&held);
         let tokens = job.cache_expected();
-        let free = |context| self.free_worker(jobs, prefer, (context, tokens), held);
-        let found = roomy.and_then(free);
-        let found = found.or_else(|| free(jobs.class.context));
+        let free = |sure: bool| {
+            let takes = |pool: &str, worker: &WorkerState| {
+                jobs.class.finds_place(worker, tokens)
+                    && (!sure || worker.surely_has_room(tokens))
+                    && !held.keeps(pool, worker)
+            };
+            let free = |context| self.free_worker(jobs, prefer, context, held, &takes);
+            roomy.and_then(free).or_else(|| free(jobs.class.context))
+        };
+        let some_may_refuse = self.models[jobs.model].short > 0;
+        let found = some_may_refuse.then(|| free(true)).flatten();
+        let found = found.or_else(|| free(false));
         if let Some((pool, worker)) = found {
             return (Verdict::Dispatch { pool, worker }, None);
         }
@@ -80,19 +89,16 @@ impl Index {
         self.with_world(now, held, |world| self.judge_starts(jobs, &wish, world))
     }
 
-    /// Returns the best worker with at least this context that has a place for a job of the class, which is expected to take at
-    /// most `tokens` of its cache.
+    /// Returns the best worker with a free slot and at least this context that suits the class and passes the test `takes`.
     fn free_worker(
         &self,
         jobs: &Jobs,
         prefer: Option<&str>,
-        (context, tokens): (u32, u32),
+        context: u32,
         held: Held<'_>,
+        takes: &dyn Fn(&str, &WorkerState) -> bool,
     ) -> Option<(usize, usize)> {
         let class = &jobs.class;
-        let takes = |pool: &str, worker: &WorkerState| {
-            class.finds_place(worker, tokens) && !held.keeps(pool, worker)
-        };
         let on_pool = |name: &str| {
             let place = self.pool_place(name)?;
             let pool = self.pools[place].as_ref()?;
@@ -115,12 +121,12 @@ impl Index {
         }
         // For most jobs, any free slot is a place, so the state of the workers need not be read.
         let model = &self.models[jobs.model];
-        let any = class.cache == 0 && held.is_empty() && model.keep_waiting == 0;
+        let any = class.cache == 0 && held.is_empty() && model.short == 0;
         prefer.and_then(on_pool).or_else(|| {
             let best = model.free(context).filter_map(|free| {
                 let mut free = free.iter();
                 free.find(|free| {
-                    class.admits_device(free.device) && (any || self.is_at(free, &takes))
+                    class.admits_device(free.device) && (any || self.is_at(free, takes))
                 })
             });
             best.min().map(|free| (free.pool, free.worker))

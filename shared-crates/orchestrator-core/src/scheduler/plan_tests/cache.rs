@@ -104,11 +104,7 @@ fn a_job_that_may_not_fit_is_offered_alone() {
     );
     let why = &offered.waiting[&small.id];
     assert_eq!(why.reason, WaitReason::CacheFull);
-    assert!(
-        why.message.contains("an earlier job is waiting for room"),
-        "{}",
-        why.message
-    );
+    assert!(why.message.contains("has yet to answer"), "{}", why.message);
     // It is not offered together with others either, which the worker might take first.
     let after = plan(&[small, large], on(2000));
     assert_eq!(dispatched(&after), [("a", "w0")]);
@@ -118,6 +114,31 @@ fn a_job_that_may_not_fit_is_offered_alone() {
         dispatched(&plan(&[of(3000)], pools)).len()
     };
     assert_eq!([0, 1].map(in_flight), [1, 0]);
+}
+
+// [ORCHCORE-189]
+#[test]
+fn a_job_goes_to_a_worker_that_surely_has_the_room_if_there_is_one() {
+    let roomy = |id, free_tokens, active| WorkerState {
+        context_length: Some(4096),
+        active,
+        ..with_room(id, free_tokens)
+    };
+    let job = QueuedJob {
+        max_tokens: 1000,
+        ..job()
+    };
+    // By their load alone, the first would be the choice.
+    let workers = |other| vec![roomy("w0", 100, 1), roomy("w1", other, 3)];
+    let to = |other| {
+        dispatched(&plan(
+            std::slice::from_ref(&job),
+            vec![pool("a", workers(other))],
+        ))[0]
+            .1
+            .to_owned()
+    };
+    assert_eq!([2000, 200].map(to), ["w1", "w0"]);
 }
 
 // [ORCHCORE-187] Small jobs don't take the room that a large job waits for, again and again.

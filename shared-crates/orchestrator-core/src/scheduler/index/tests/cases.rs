@@ -42,6 +42,14 @@ fn bare_pool(id: &str) -> PoolState {
     }
 }
 
+/// Returns a plan with these actions.
+fn of_actions(actions: impl Into<Vec<Action>>) -> Plan {
+    Plan {
+        actions: actions.into(),
+        ..Plan::default()
+    }
+}
+
 fn put(model: usize) -> Change {
     Change::Put {
         model,
@@ -105,7 +113,9 @@ fn what_has_changed_since_the_snapshot_is_left_out_of_the_plan() {
         start.clone(),
         start.clone(),
     ];
-    let pass = tested.index.apply(&plan, Chooser::Script, at(100));
+    let pass = tested
+        .index
+        .apply(&of_actions(plan), Chooser::Script, at(100));
     assert_eq!(pass.actions, [dispatch(2, "w0"), evict("w2"), start]);
     let why = pass.why[0].to_string();
     assert!(why.contains("only worker"), "{why}");
@@ -139,7 +149,7 @@ fn a_pass_after_a_plan_of_somebody_else_looks_everywhere_again() {
     };
     let applied = tested
         .index
-        .apply(&[evict("p1", "w1")], Chooser::Script, at(100));
+        .apply(&of_actions([evict("p1", "w1")]), Chooser::Script, at(100));
     assert_eq!(applied.actions, [evict("p1", "w1")]);
     let pass = tested.index.pass(at(100));
     assert_eq!(pass.actions, [evict("p0", "w0")]);
@@ -164,7 +174,7 @@ fn a_plan_of_somebody_else_leaves_no_model_needed_without_jobs() {
     let late = at(3600);
     let applied = tested
         .index
-        .apply(std::slice::from_ref(&dispatch), Chooser::Script, late);
+        .apply(&of_actions([dispatch.clone()]), Chooser::Script, late);
     assert_eq!(applied.actions, [dispatch]);
     let unload = Action::UnloadWorker {
         pool: "p0".into(),
