@@ -125,13 +125,13 @@ impl Compute {
             for next in prepared.try_iter() {
                 self.begin(&mut batcher, next);
             }
-            self.status.set_room(batcher.room());
+            self.status.set_room(batcher.room(), batcher.count());
             let start = Instant::now();
             let (step, ended) = batcher.step();
             let waiting = batcher.waiting();
             self.metrics
                 .step(&step, start.elapsed(), waiting, engine.room());
-            self.status.set_room(batcher.room());
+            self.status.set_room(batcher.room(), batcher.count());
             for Ended { control, outcome } in ended {
                 self.end(&control.execution, control.drawn, outcome);
             }
@@ -175,7 +175,7 @@ impl Compute {
             .step(&Step::default(), Duration::ZERO, 0, engine.room());
         // Memory that is not allocated yet, except for the little that the warm-up allocated.
         let to_come = engine.working_bytes();
-        self.status.set_room(engine.room());
+        self.status.set_room(engine.room(), 0);
         self.status.ready(Loaded {
             context_length: engine.context_length() as u32,
             measured_bytes: private_bytes().map(|bytes| bytes + to_come),

@@ -1,7 +1,7 @@
 //! The worker's health, kept in plain memory so that no computation ever delays `/health`.
 
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pool_core::api::worker::{HealthState, WorkerHealth};
 use pool_core::kit::crash::crash_point;
@@ -35,8 +35,7 @@ pub struct Status {
     nonce: String,
     phase: Mutex<Phase>,
     load_percent: AtomicU8,
-    cache_tokens: AtomicU32,
-    cache_free_tokens: AtomicU32,
+    cache: Mutex<CacheRoom>,
     progress: AtomicU64,
 }
 
@@ -48,8 +47,7 @@ impl Status {
             nonce,
             phase: Mutex::new(Phase::Loading),
             load_percent: AtomicU8::new(0),
-            cache_tokens: AtomicU32::new(0),
-            cache_free_tokens: AtomicU32::new(0),
+            cache: Mutex::default(),
             progress: AtomicU64::new(0),
         }
     }
@@ -78,11 +76,17 @@ impl Status {
         self.set(Phase::Failed(reason));
     }
 
-    /// Sets the room in the cache, on the assumption that every execution writes its longest answer.
-    pub fn set_room(&self, room: Room) {
-        let store = |at: &AtomicU32, blocks| at.store(tokens_of(blocks), Ordering::Relaxed);
-        store(&self.cache_tokens, room.total);
-        store(&self.cache_free_tokens, room.free);
+    /// Sets the room in the cache, on the assumption that every one of the `executions` writes its longest answer.
+    pub fn set_room(&self, room: Room, executions: usize) {
+        *self.cache() = CacheRoom {
+            tokens: tokens_of(room.total),
+            free_tokens: tokens_of(room.free),
+            executions: Some(executions as u32),
+        };
+    }
+
+    fn cache(&self) -> MutexGuard<'_, CacheRoom> {
+        self.cache.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counts a step of progress: a layer, a chunk, a token or a step of loading.
@@ -113,10 +117,7 @@ impl Status {
             context_length: loaded.map(|loaded| loaded.context_length),
             slots: self.args.slots,
             active: active as u32,
-            cache: loaded.map(|_| CacheRoom {
-                tokens: self.cache_tokens.load(Ordering::Relaxed),
-                free_tokens: self.cache_free_tokens.load(Ordering::Relaxed),
-            }),
+            cache: loaded.map(|_| *self.cache()),
             measured_bytes: loaded.and_then(|loaded| loaded.measured_bytes),
             progress: self.progress.load(Ordering::Relaxed),
         }

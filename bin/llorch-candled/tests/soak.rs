@@ -211,6 +211,7 @@ async fn a_thousand_random_jobs_leave_the_cache_empty_and_the_memory_flat() {
         let whole = CacheRoom {
             tokens: CACHE,
             free_tokens: CACHE,
+            executions: Some(0),
         };
         health.active == 0 && health.cache == Some(whole)
     };

@@ -413,13 +413,17 @@ pub struct ModelFile {
 }
 
 /// Size and free part of a worker's KV cache, which all its sequences share.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct CacheRoom {
     /// Tokens that the cache holds.
     pub tokens: u32,
     /// Tokens that remain free if all running executions write their longest answers.
     pub free_tokens: u32,
+    /// Executions whose tokens are not among the free ones. An execution is active a little earlier. Absent from workers of
+    /// earlier builds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub executions: Option<u32>,
 }
 
 #[cfg(test)]

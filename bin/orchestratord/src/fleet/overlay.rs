@@ -345,10 +345,11 @@ impl Overlay {
         });
         for ((_, id), leases) in self.leases.iter_mut().filter(|((of, _), _)| of == pool) {
             let shown = status.workers.iter().find(|worker| worker.id == *id);
-            let counted = shown.map_or(0, |worker| worker.active as usize);
-            // A worker may count a job as active before it counts its tokens.
+            // A worker counts a job as active a little before it counts the job's tokens.
+            let executions = |worker: &WorkerInfo| worker.cache.and_then(|cache| cache.executions);
+            let counted = shown.map_or(0, |worker| executions(worker).unwrap_or(worker.active));
             let taken = leases.iter_mut().filter(|lease| lease.taken);
-            for lease in taken.take(counted) {
+            for lease in taken.take(counted as usize) {
                 lease.tokens = 0;
             }
         }

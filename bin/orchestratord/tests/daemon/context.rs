@@ -188,6 +188,7 @@ fn set_room(pool: &mut FakePool, active: u32, free_tokens: u32) {
     worker.cache = Some(CacheRoom {
         tokens: 8192,
         free_tokens,
+        executions: None,
     });
 }
 
@@ -334,8 +335,9 @@ async fn a_report_that_does_not_count_a_job_yet_leaves_no_room_for_another() {
     worker.request(4).await;
     worker.short(jobs[1], shortage);
     waits_for(&orchestrator, jobs[1], WaitReason::CacheFull).await;
-    // A report from before the start of the first job, which needs 5000 of these tokens.
-    set_room(&mut pool, 1, 5200);
+    // The worker has not counted the 5000 tokens of the first job, although it is active.
+    set_room(&mut pool, 2, 5200);
+    pool.workers[0].cache.as_mut().unwrap().executions = Some(1);
     pool.beat(&orchestrator).await;
     eventually("the tokens that the first job leaves", async || {
         let waiting = waits_for(&orchestrator, jobs[1], WaitReason::CacheFull).await;

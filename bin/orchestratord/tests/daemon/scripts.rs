@@ -377,6 +377,7 @@ fn left_of_cache(free_tokens: u32) -> Option<CacheRoom> {
     Some(CacheRoom {
         tokens: 8192,
         free_tokens,
+        executions: None,
     })
 }
 

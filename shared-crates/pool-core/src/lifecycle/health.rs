@@ -133,6 +133,7 @@ mod tests {
             says.cache = Some(CacheRoom {
                 tokens,
                 free_tokens,
+                executions: None,
             });
             apply_health(&mut record, &says, Timestamp::UNIX_EPOCH).unwrap();
             record.info.cache.unwrap().free_tokens
