@@ -1,10 +1,10 @@
 //! Domain types of a pool host: model references, the catalogue, workers and their registry, and the wire types that
 //! `pool-managerd`, `llorch-pool`, the worker and the orchestrator exchange.
 //!
-//! This crate also holds the code common to several llama-orch binaries, behind features that are off by default:
-//! `chat-template` (the dialect of chat templates), `cli` (the worker's argument list), `client` (a client of our HTTP
-//! APIs), `openapi` (schemas of the wire types and settings), `service` (the HTTP service of the daemons) and `terminal`
-//! (the base of both command-line programs).
+//! [`kit`] holds the code that several binaries merely share, and uses nothing else of this crate. Parts of the crate are behind
+//! features that are off by default: `chat-template` (the dialect of chat templates), `cli` (the worker's argument list),
+//! `client` (a client of our HTTP APIs), `openapi` (schemas of the wire types and settings), `service` (the HTTP service of
+//! the daemons) and `terminal` (the base of both command-line programs).
 
 pub mod api;
 pub mod catalog;
