@@ -1,6 +1,8 @@
 //! `llorch-pool git`: the checkout that this host runs from, and its submodules.
 
+mod course;
 mod loss;
+mod mover;
 mod pull;
 mod row;
 mod status;
@@ -16,7 +18,7 @@ use serde::Serialize;
 
 use crate::context::Context;
 use crate::git_wrapper::Git;
-use crate::git_wrapper::repo::{Repo, short, shown};
+use crate::git_wrapper::repo::{Repo, Submodule, short, shown};
 
 /// Arguments of `llorch-pool git`.
 #[derive(Debug, clap::Args)]
@@ -114,6 +116,18 @@ struct Moved {
 }
 
 impl Moved {
+    /// Returns an entry about a submodule, without commits and reason.
+    fn of(submodule: &Submodule, action: Action) -> Self {
+        Self {
+            name: submodule.name.clone(),
+            path: submodule.path.clone(),
+            action,
+            from: None,
+            to: None,
+            reason: None,
+        }
+    }
+
     fn line(&self) -> String {
         let id = |commit: &Option<String>| {
             commit

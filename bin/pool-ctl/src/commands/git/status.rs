@@ -5,7 +5,7 @@ use pool_core::kit::terminal::progress;
 use pool_core::kit::terminal::{CliError, Exit, Format, print_json, print_table, say};
 use serde::Serialize;
 
-use super::pull::tell_own_ways;
+use super::course::tell_own_ways;
 use super::row::{Row, rows};
 use super::{Printed, counted};
 use crate::git_wrapper::repo::{Changes, Repo, State, Upstream, short, shown};

@@ -3,9 +3,9 @@
 use pool_core::kit::terminal::{CliError, Exit, Format, note, print_json, say};
 use serde::Serialize;
 
+use super::course::{Course, Forward, half_done};
 use super::loss::{self, Loss, Losses};
-use super::pull::{Course, Forward, half_done};
-use super::submodules::Mover;
+use super::mover::Mover;
 use super::way::not_over_hidden;
 use super::{Moved, Printed, end_of, say_moved};
 use crate::git_wrapper::repo::{MAX_DEPTH, Repo, State, short, shown};
