@@ -125,13 +125,13 @@ impl Compute {
             for next in prepared.try_iter() {
                 self.begin(&mut batcher, next);
             }
-            self.status.set_room(batcher.room(), batcher.count());
+            self.status.set_room(batcher.room(), batcher.len());
             let start = Instant::now();
             let (step, ended) = batcher.step();
             let waiting = batcher.waiting();
             self.metrics
                 .step(&step, start.elapsed(), waiting, engine.room());
-            self.status.set_room(batcher.room(), batcher.count());
+            self.status.set_room(batcher.room(), batcher.len());
             for Ended { control, outcome } in ended {
                 self.end(&control.execution, control.drawn, outcome);
             }

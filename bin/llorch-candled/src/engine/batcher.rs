@@ -106,11 +106,6 @@ impl<'e, C: Control> Batcher<'e, C> {
         self
     }
 
-    /// Returns the number of generations, those that wait for room among them.
-    pub fn count(&self) -> usize {
-        self.running.len() + self.waiting.len()
-    }
-
     /// Returns how full the cache is if all generations write their longest answers.
     pub fn room(&self) -> Room {
         let room = self.engine.room();
