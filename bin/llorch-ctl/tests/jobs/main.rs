@@ -328,6 +328,8 @@ async fn a_terminal_shows_how_far_the_prompt_is_read() {
     let fake = fake(vec![steps]).start().await;
     let (terminal, program_side) = pty();
     let mut command = fake.llorch(&SUBMIT);
+    // Without a name, a terminal gets no progress bar.
+    command.env("TERM", "xterm");
     let child = command.stderr(Stdio::from(program_side)).spawn().unwrap();
     drop(command);
     let shown = Arc::new(Mutex::new(Vec::new()));

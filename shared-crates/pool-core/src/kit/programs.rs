@@ -66,8 +66,8 @@ mod tests {
     #[test]
     fn a_relative_folder_is_passed_over() {
         // `cargo` runs tests in the crate's folder, which contains this file.
-        assert!(Path::new("src/programs.rs").exists());
-        assert_eq!(find_in("programs.rs", [PathBuf::from("src")]), None);
-        assert_eq!(find_in("src", [PathBuf::new()]), None);
+        assert!(Path::new("src/kit/programs.rs").exists());
+        assert_eq!(find_in("programs.rs", [PathBuf::from("src/kit")]), None);
+        assert_eq!(find_in("kit", [PathBuf::from("src")]), None);
     }
 }
