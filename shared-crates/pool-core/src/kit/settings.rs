@@ -11,6 +11,8 @@ mod variables;
 
 #[cfg(feature = "openapi")]
 pub use annotated::annotated;
+#[cfg(all(test, feature = "openapi"))]
+pub(crate) use annotated::meanings;
 pub use variables::{UnknownVariable, names_in_environment, unknown_variables, variables};
 
 use std::fmt;

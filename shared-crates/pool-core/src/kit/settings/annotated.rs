@@ -78,7 +78,7 @@ fn comment(text: &mut String, words: &str) {
 }
 
 /// Returns the doc comment of every key that has one.
-fn meanings<T: ToSchema>() -> BTreeMap<String, String> {
+pub(crate) fn meanings<T: ToSchema>() -> BTreeMap<String, String> {
     let mut known = Vec::new();
     T::schemas(&mut known);
     let known: BTreeMap<String, Value> = known
