@@ -1,5 +1,5 @@
 //! The arrows of imports, read from the sources: those between packages, and those between the top-level modules of a package.
-//! What must never import what is in `.specs/00_llama-orch.md`.
+//! `.specs/00_llama-orch.md` names the forbidden ones (RULE-003, RULE-004).
 
 #![allow(clippy::unwrap_used)] // Shared helpers may fail as a test does.
 

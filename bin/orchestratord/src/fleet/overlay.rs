@@ -573,9 +573,8 @@ mod tests {
         assert_eq!(refused(&mut overlay), 500);
     }
 
-    // [ORCHD-247]
-    #[test]
-    fn tokens_of_a_lease_are_not_free_until_a_report_counts_it() {
+    /// Returns the scheduler's view of a busy worker whose pool reported this many free tokens.
+    fn seen(overlay: &Overlay, free_tokens: u32, now: Timestamp) -> WorkerState {
         let model = ModelState {
             model: "m".parse().unwrap(),
             file: ModelFile {
@@ -586,19 +585,23 @@ mod tests {
             needed_bytes: 1,
             context: None,
         };
-        let now = Timestamp::UNIX_EPOCH;
-        let worker = WorkerState {
+        let mut state = PoolState::unheard("pool-a", PoolLiveness::Online);
+        state.workers.push(WorkerState {
             id: "worker-cpu-0".to_owned(),
-            free_tokens: Some(1000),
+            status: WorkerStatus::Busy,
+            free_tokens: Some(free_tokens),
             ..WorkerState::asked_for(&model, Device::CPU, None, now)
-        };
+        });
+        overlay.apply(&mut state, now, |_| true);
+        state.workers.remove(0)
+    }
+
+    // [ORCHD-247]
+    #[test]
+    fn tokens_of_a_lease_are_not_free_until_a_report_counts_it() {
+        let now = Timestamp::UNIX_EPOCH;
         let mut overlay = Overlay::default();
-        let free = |overlay: &Overlay| {
-            let mut state = PoolState::unheard("pool-a", PoolLiveness::Online);
-            state.workers.push(worker.clone());
-            overlay.apply(&mut state, now, |_| true);
-            state.workers[0].free_tokens
-        };
+        let free = |overlay: &Overlay| seen(overlay, 1000, now).free_tokens;
         let jobs: [JobId; 3] = std::array::from_fn(|_| JobId::random());
         for (job, tokens) in jobs.iter().zip([100, 200, 300]) {
             overlay.leased("pool-a", "worker-cpu-0", *job, Some(tokens));
@@ -613,29 +616,11 @@ mod tests {
     // [ORCHD-198]
     #[test]
     fn a_worker_that_is_short_of_cache_takes_small_jobs_and_no_large_one() {
-        let model = ModelState {
-            model: "m".parse().unwrap(),
-            file: ModelFile {
-                size_bytes: 1,
-                modified_ns: 1,
-                sha256: None,
-            },
-            needed_bytes: 1,
-            context: None,
-        };
         let now = Timestamp::UNIX_EPOCH;
-        let worker = WorkerState {
-            id: "worker-cpu-0".to_owned(),
-            status: WorkerStatus::Busy,
-            free_tokens: Some(8192),
-            ..WorkerState::asked_for(&model, Device::CPU, None, now)
-        };
         let mut overlay = Overlay::default();
         let seen = |overlay: &Overlay, now| {
-            let mut state = PoolState::unheard("pool-a", PoolLiveness::Online);
-            state.workers.push(worker.clone());
-            overlay.apply(&mut state, now, |_| true);
-            (state.workers[0].full, state.workers[0].free_tokens)
+            let worker = seen(overlay, 8192, now);
+            (worker.full, worker.free_tokens)
         };
         overlay.mark_full("pool-a", "worker-cpu-0", BUSY, Some(3000), now);
         assert_eq!(seen(&overlay, now), (false, Some(3000)));

@@ -335,13 +335,10 @@ impl Words<'_> {
 
     fn cache_full(&self) -> (String, String) {
         let model = &self.class.model;
-        let workers = self
-            .left()
-            .flat_map(|pool| pool.workers.iter().map(move |w| (pool, w)));
-        let mine = workers.filter(|(pool, w)| {
-            w.has_slot() && self.class.admits_worker(&pool.id, w) && !w.has_room(self.class.cache)
-        });
-        let most = mine.max_by_key(|(pool, w)| (w.free_tokens, Reverse((&pool.id, &w.id))));
+        let cramped = self
+            .workers_left()
+            .filter(|(_, w)| w.has_slot() && !w.has_room(self.class.cache));
+        let most = cramped.max_by_key(|(pool, w)| (w.free_tokens, Reverse((&pool.id, &w.id))));
         let needed = self.class.cache;
         let message = match most {
             Some((pool, worker)) => format!(
@@ -351,13 +348,11 @@ impl Words<'_> {
                 worker.id,
                 pool.id
             ),
-            None if !self.is_kept_out() => {
-                format!(
-                    "a worker with `{model}` has yet to answer whether it has room for an earlier job"
-                )
-            }
-            None => format!(
+            None if self.is_kept_out() => format!(
                 "an earlier job is waiting for room in the caches of the workers with `{model}`"
+            ),
+            None => format!(
+                "a worker with `{model}` has yet to answer whether it has room for an earlier job"
             ),
         };
         let hint = "wait for earlier jobs to end, or start a worker with a larger cache: `llorch-pool worker spawn --cache-tokens`";
@@ -366,12 +361,16 @@ impl Words<'_> {
 
     /// Returns whether a worker for the class is reserved for an earlier job.
     fn is_kept_out(&self) -> bool {
-        let mut workers = self
+        self.workers_left()
+            .any(|(pool, w)| self.world.held.keeps(&pool.id, w))
+    }
+
+    /// Returns the workers for the class on the pools that the filters leave.
+    fn workers_left(&self) -> impl Iterator<Item = (&PoolState, &WorkerState)> {
+        let workers = self
             .left()
             .flat_map(|pool| pool.workers.iter().map(move |w| (pool, w)));
-        workers.any(|(pool, w)| {
-            self.class.admits_worker(&pool.id, w) && self.world.held.keeps(&pool.id, w)
-        })
+        workers.filter(|(pool, w)| self.class.admits_worker(&pool.id, w))
     }
 
     fn pools_away(&self) -> (String, String) {

@@ -378,10 +378,8 @@ pub(super) fn judge(
     let free = mine.iter().filter(|(_, pool, _, w)| place(pool, w));
     let best = free.min_by_key(|(_, pool, _, worker)| {
         let rank = world.policy.rank_worker(&WorkerChoice { pool, worker });
-        let (unsure, cramped) = (
-            !worker.surely_has_room(wish.cache),
-            worker.capacity() < wish.context,
-        );
+        let unsure = !worker.surely_has_room(wish.cache);
+        let cramped = worker.capacity() < wish.context;
         (
             unsure,
             cramped,
