@@ -1,25 +1,22 @@
-//! State shared by all parts of the daemon.
+//! State shared by all handlers of the API.
 
-use std::future::Future;
-use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
-use futures_util::FutureExt as _;
 use orchestrator_core::config::OrchestratorConfig;
 use pool_core::catalog::Catalog;
 use pool_core::kit::service::Shutdown;
-use tokio::sync::{Notify, Semaphore};
-use tokio::task::JoinSet;
+use tokio::sync::Semaphore;
 
-use crate::dispatch::Orphans;
+use crate::background::Background;
+use crate::dispatch::Dispatcher;
 use crate::fleet::Fleet;
+use crate::jobs::JobService;
 use crate::metrics::Metrics;
-use crate::queue::Jobs;
-use crate::scheduler::{Recordings, ScriptPolicy};
+use crate::queue::LiveJobs;
+use crate::scheduler::{Scheduler, ScriptPolicy};
 use crate::state::Store;
 
-/// A handle to the daemon's state, shared by handlers, scheduler and attempts.
+/// A handle to the daemon's parts. Only handlers and the daemon's own start and stop see all of them.
 pub type App = Arc<Orchestrator>;
 
 /// The daemon's parts.
@@ -27,32 +24,23 @@ pub struct Orchestrator {
     /// The daemon's settings.
     pub config: OrchestratorConfig,
     /// The models that tasks may name by an alias.
-    pub catalog: Catalog,
-    /// The job database, which is the record of all jobs.
-    pub store: Store,
-    /// The jobs that are not over.
-    pub jobs: Arc<Jobs>,
+    pub catalog: Arc<Catalog>,
+    /// The operations on jobs, with the job database and the jobs that are not over.
+    pub jobs: JobService,
     /// The registered pools and their latest reports.
-    pub fleet: Fleet,
-    /// The operator's own policy, if the settings name a script.
-    pub script: ScriptPolicy,
-    /// Open recordings of the scheduler's input and decisions.
-    pub recordings: Recordings,
-    /// Executions that an earlier run of the daemon may have left running at workers.
-    pub orphans: Orphans,
-    /// The metrics of `GET /metrics`.
-    pub metrics: Metrics,
+    pub fleet: Arc<Fleet>,
+    /// The running attempts.
+    pub dispatcher: Arc<Dispatcher>,
+    /// The scheduler, with its script and recordings.
+    pub scheduler: Arc<Scheduler>,
     /// Limits trials of a script or trace to one at a time: each keeps a processor busy for a while.
     pub trials: Arc<Semaphore>,
-    /// The request to stop.
-    pub shutdown: Shutdown,
-    /// Wakes the scheduler. Any number of notifications cause one pass.
-    pub changed: Notify,
-    tasks: Mutex<JoinSet<()>>,
+    /// The tasks that no request waits for.
+    pub background: Background,
 }
 
 impl Orchestrator {
-    /// Assembles the daemon's state.
+    /// Assembles the daemon from its database, its fleet and its policy.
     pub fn new(
         config: OrchestratorConfig,
         catalog: Catalog,
@@ -62,60 +50,38 @@ impl Orchestrator {
         script: ScriptPolicy,
         shutdown: Shutdown,
     ) -> App {
+        let (catalog, fleet) = (Arc::new(catalog), Arc::new(fleet));
+        let background = Background::default();
+        let jobs = JobService {
+            store,
+            live: Arc::new(LiveJobs::new(&config, &catalog)),
+            metrics: Arc::new(metrics),
+            changed: Arc::default(),
+            shutdown,
+        };
+        let dispatcher = Dispatcher::new(
+            jobs.clone(),
+            Arc::clone(&fleet),
+            background.clone(),
+            config.prefix_sharing,
+        );
+        let scheduler = Scheduler::new(
+            (config.scheduler.policy, script),
+            jobs.clone(),
+            Arc::clone(&fleet),
+            Arc::clone(&dispatcher),
+            Arc::clone(&catalog),
+            background.clone(),
+        );
         Arc::new(Self {
-            jobs: Arc::new(Jobs::new(&config, &catalog)),
             config,
             catalog,
-            store,
+            jobs,
             fleet,
-            script,
-            recordings: Recordings::default(),
-            orphans: Orphans::default(),
-            metrics,
+            dispatcher,
+            scheduler,
             trials: Arc::new(Semaphore::new(1)),
-            shutdown,
-            changed: Notify::new(),
-            tasks: Mutex::default(),
+            background,
         })
-    }
-
-    /// Returns the name of the built-in policy.
-    pub fn policy_name(&self) -> &'static str {
-        self.config.scheduler.policy.as_str()
-    }
-
-    /// Spawns a task that outlives the request that caused it. A panic in the task is logged.
-    pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        // Finished tasks stay in the set until they are joined.
-        while tasks.try_join_next().is_some() {}
-        let work = AssertUnwindSafe(work).catch_unwind();
-        tasks.spawn(async move {
-            if work.await.is_err() {
-                tracing::error!("a task panicked; see standard error");
-            }
-        });
-    }
-
-    /// Runs `work` to completion even if the waiting request is dropped: after a commit, the in-memory state must follow.
-    pub async fn complete<T: Send + 'static>(
-        self: &Arc<Self>,
-        work: impl Future<Output = T> + Send + 'static,
-    ) -> Result<T, tokio::task::JoinError> {
-        tokio::spawn(work).await
-    }
-
-    /// Waits for the tasks of [`Orchestrator::spawn`], and aborts those that still run after `grace`.
-    pub async fn finish_tasks(&self, grace: Duration) {
-        let mut tasks =
-            std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
-        let all = async { while tasks.join_next().await.is_some() {} };
-        if tokio::time::timeout(grace, all).await.is_err() {
-            tracing::warn!(
-                tasks = tasks.len(),
-                "the grace period is over; aborting the remaining tasks"
-            );
-            tasks.shutdown().await;
-        }
     }
 }

@@ -14,13 +14,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use pool_core::kit::clock;
 
-use crate::app::App;
-
 /// Smallest difference, in microseconds, that counts as a step. Smaller differences are the clock's own drift.
 const STEP_US: i64 = 500_000;
-/// Interval between two checks for a gap, and the longest interval between two records of the timeline.
-const LOOK: Duration = Duration::from_secs(1);
-const NOTE_EVERY: Duration = Duration::from_secs(600);
 
 /// The timeline and the wall clock in this process, in microseconds.
 struct Reckoning {
@@ -110,28 +105,6 @@ pub fn until(at: Timestamp) -> Duration {
 /// Returns the wall-clock time at a point of the timeline, as of the clock's latest step.
 pub fn wall(point: Timestamp) -> Timestamp {
     with_reckoning(|reckoning| reckoning.wall(point))
-}
-
-/// Records the timeline's present point at intervals, until the daemon stops. A restart under the same boot needs no
-/// recent record: the time since boot gives the length of the absence. It does need every gap, and after a reboot the
-/// timeline continues from the latest record.
-pub async fn keep(app: App) {
-    let read = || (clock::elapsed(), clock::stood());
-    let mut noted = read();
-    loop {
-        tokio::select! {
-            () = tokio::time::sleep(LOOK) => {}
-            () = app.shutdown.requested() => return,
-        }
-        let (ran, stood) = read();
-        if stood == noted.1 && ran < noted.0 + NOTE_EVERY {
-            continue;
-        }
-        noted = (ran, stood);
-        if let Err(error) = app.store.note_time().await {
-            tracing::debug!(%error, "could not record the timeline");
-        }
-    }
 }
 
 #[cfg(test)]

@@ -5,17 +5,22 @@
 
 mod api;
 mod app;
+mod background;
 mod claim;
 mod clock;
 mod dispatch;
 mod fleet;
 mod jobs;
+mod live;
 mod metrics;
 mod queue;
 mod reserve;
 mod retention;
 mod scheduler;
 mod state;
+#[cfg(test)]
+mod testing;
+mod timeline;
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -41,13 +46,11 @@ use tokio::task::JoinHandle;
 use app::{App, Orchestrator};
 use claim::Claim;
 pub use claim::Holder;
-use dispatch::{AdoptedAttempt, Attempt};
 use fleet::Fleet;
-use jobs::JobLog;
+use jobs::JobService;
 use metrics::Metrics;
-use queue::{ActiveAttempt, LiveJob};
 use scheduler::ScriptPolicy;
-use state::{Interrupted, Store, StoreError};
+use state::{Store, StoreError};
 
 const NAME: &str = "orchestratord";
 /// The job database in the state folder.
@@ -226,9 +229,10 @@ impl Daemon {
             .context("could not write the address to the state folder")?;
         reserve::keep(&state_dir);
         call_pools(&app);
-        app.spawn(reserve::keep_up(state_dir, app.shutdown.clone()));
-        app.spawn(scheduler::watch_script(Arc::clone(&app)));
-        app.spawn(clock::keep(Arc::clone(&app)));
+        let (background, shutdown) = (&app.background, &app.jobs.shutdown);
+        background.spawn(reserve::keep_up(state_dir, shutdown.clone()));
+        background.spawn(Arc::clone(&app.scheduler).watch_script());
+        background.spawn(timeline::keep(app.jobs.store.clone(), shutdown.clone()));
         tracing::info!(%addr, version = VERSION, "listening");
         let served = tokio::spawn(serve(app, service, run_files));
         Ok(Self { addr, served })
@@ -299,9 +303,9 @@ fn is_pools_own(method: &Method, path: &str) -> bool {
     }
 }
 
-/// Restores every job that is not over: queues the waiting ones, and adopts the attempts of the running ones.
+/// Restores what an earlier run of the daemon knew: the registered pools, and every job that is not over.
 async fn recover(app: &App) -> anyhow::Result<()> {
-    let pools = app.store.pools().await;
+    let pools = app.jobs.store.pools().await;
     for stored in pools.context("could not read the stored pool registrations")? {
         let pool = stored.request.pool_id.clone();
         // This build may refuse a registration that an older one took; the pool then registers again.
@@ -309,57 +313,20 @@ async fn recover(app: &App) -> anyhow::Result<()> {
             tracing::warn!(pool, %error, "ignoring a stored pool registration");
         }
     }
-    let unreadable = "could not read the unfinished jobs";
-    let recovered = app.store.recover().await.context(unreadable)?;
-    let since = clock::now().saturating_sub(dispatch::ORPHANED_WITHIN);
-    let orphans = app.store.orphans(since.unwrap_or(jiff::Timestamp::MIN));
-    app.orphans.add(orphans.await.context(unreadable)?);
-    crash_point("recover.read");
-    let (mut waiting, mut running) = (0, 0);
-    for job in recovered {
-        let (id, created_at) = (job.queued.id, job.queued.created_at);
-        let log = JobLog::new(job.last_event, job.seen_more);
-        let live = Arc::new(LiveJob::new(id, created_at, job.deadline, log));
-        app.jobs.insert(Arc::clone(&live));
-        let Some(interrupted) = job.interrupted else {
-            waiting += 1;
-            app.jobs.put(job.queued);
-            continue;
-        };
-        running += 1;
-        let Interrupted {
-            pool_id, worker_id, ..
-        } = interrupted.clone();
-        app.fleet.leased(&pool_id, &worker_id, id, None);
-        let slot = Arc::new(ActiveAttempt::new(pool_id, worker_id));
-        app.jobs.begin_attempt(id, Arc::clone(&slot));
-        let adopted = AdoptedAttempt {
-            attempt: Attempt {
-                app: Arc::clone(app),
-                live,
-                queued: job.queued,
-                slot,
-            },
-            interrupted,
-        };
-        app.spawn(dispatch::adopt(adopted));
-    }
-    if waiting + running > 0 {
-        tracing::info!(waiting, running, "recovered unfinished jobs");
-    }
-    Ok(())
+    let recovered = app.dispatcher.recover().await;
+    recovered.context("could not read the unfinished jobs")
 }
 
 /// Asks every pool of an earlier run to report now. An unreachable pool reports with its next heartbeat.
 fn call_pools(app: &App) {
     for (pool, client) in app.fleet.unheard() {
-        let app_ = Arc::clone(app);
-        app.spawn(async move {
+        let shutdown = app.jobs.shutdown.clone();
+        app.background.spawn(async move {
             let call = client.with_answer_timeout(CALL_TIMEOUT);
             let nothing = json!({});
             let answer = tokio::select! {
                 answer = call.post::<_, IgnoredAny>("/heartbeat", &nothing) => answer,
-                () = app_.shutdown.requested() => return,
+                () = shutdown.requested() => return,
             };
             if let Err(error) = answer {
                 tracing::info!(pool, %error, "could not ask the pool to report; waiting for its next heartbeat");
@@ -370,25 +337,32 @@ fn call_pools(app: &App) {
 
 async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Result<()> {
     let grace = Duration::from_secs(app.config.service.stop_timeout_s);
+    let JobService {
+        store, shutdown, ..
+    } = app.jobs.clone();
     let scheduler = tokio::spawn({
-        let app = Arc::clone(&app);
+        let (scheduler, shutdown) = (Arc::clone(&app.scheduler), shutdown.clone());
         async move {
-            let result = tokio::spawn(scheduler::run(Arc::clone(&app))).await;
+            let result = tokio::spawn(scheduler.run()).await;
             // A daemon that accepts jobs and runs none is worse than one that ends and is restarted.
-            app.shutdown.trigger();
+            shutdown.trigger();
             result
         }
     });
-    let sweeper = tokio::spawn(retention::run(Arc::clone(&app)));
+    let sweeper = tokio::spawn(retention::run(
+        store.clone(),
+        app.config.store.clone(),
+        shutdown.clone(),
+    ));
     let guard = tokio::spawn({
-        let app = Arc::clone(&app);
+        let (store, shutdown) = (store.clone(), shutdown.clone());
         async move {
-            app.store.taken_over().await;
-            app.shutdown.trigger();
+            store.taken_over().await;
+            shutdown.trigger();
         }
     });
     service
-        .serve(api::router(Arc::clone(&app)), app.shutdown.clone(), grace)
+        .serve(api::router(Arc::clone(&app)), shutdown, grace)
         .await;
     guard.abort();
     let _ = guard.await;
@@ -396,8 +370,7 @@ async fn serve(app: App, service: Service, run_files: RunFiles) -> anyhow::Resul
     let scheduled = scheduler.await.context("the scheduler's guard panicked")?;
     crash_point("stop.served");
     // Streams are closed; only attempts remain that commit their last tokens. Their executions continue.
-    app.finish_tasks(WIND_UP).await;
-    let store = app.store.clone();
+    app.background.finish(WIND_UP).await;
     drop(app);
     let taken_over = store.is_taken_over();
     crash_point("stop.closing");

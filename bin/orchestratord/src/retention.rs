@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::config::StoreConfig;
+use pool_core::kit::service::Shutdown;
 
-use crate::app::App;
 use crate::clock;
-use crate::state::{Cutoffs, Step};
+use crate::state::{Cutoffs, Step, Store};
 
 /// Pause between two steps. It leaves most of the writer's time to other commits.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -15,8 +15,8 @@ const PAUSE: Duration = Duration::from_millis(10);
 const LOOKS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
 
 /// Sweeps the database at intervals until the daemon stops.
-pub async fn run(app: App) {
-    let Some(keep) = app.config.store.retention() else {
+pub async fn run(store: Store, config: StoreConfig, shutdown: Shutdown) {
+    let Some(keep) = config.retention() else {
         return;
     };
     // A sweep every tenth of the retention is often enough.
@@ -25,12 +25,12 @@ pub async fn run(app: App) {
     let mut in_log = true;
     loop {
         tokio::select! {
-            () = sweep(&app, &mut in_log) => {}
-            () = app.shutdown.requested() => return,
+            () = sweep(&store, &config, &mut in_log) => {}
+            () = shutdown.requested() => return,
         }
         tokio::select! {
             () = tokio::time::sleep(every) => {}
-            () = app.shutdown.requested() => return,
+            () = shutdown.requested() => return,
         }
     }
 }
@@ -45,12 +45,12 @@ fn cutoffs(config: &StoreConfig, now: Timestamp) -> Cutoffs {
 }
 
 /// Deletes what has outlived its retention. `in_log` says whether the write-ahead log may still hold deleted texts.
-async fn sweep(app: &App, in_log: &mut bool) {
+async fn sweep(store: &Store, config: &StoreConfig, in_log: &mut bool) {
     let (mut dropped, mut forgotten, mut changed) = (0, 0, false);
     loop {
         let now = clock::now();
-        let cutoffs = cutoffs(&app.config.store, now);
-        match app.store.sweep(cutoffs, clock::wall(now)).await {
+        let cutoffs = cutoffs(config, now);
+        match store.sweep(cutoffs, clock::wall(now)).await {
             Ok(Step::Done) => break,
             Ok(Step::Dropped(jobs)) => dropped += jobs,
             Ok(Step::Forgotten(jobs)) => forgotten += jobs,
@@ -66,7 +66,7 @@ async fn sweep(app: &App, in_log: &mut bool) {
     }
     if *in_log {
         // While a reader uses the log, it can't be emptied. The next sweep tries again.
-        *in_log = !app.store.forget_log().await;
+        *in_log = !store.forget_log().await;
     }
     if changed {
         tracing::info!(

@@ -15,10 +15,10 @@ use crate::clock;
 /// Reports whether the daemon takes jobs. Fails while the database is unusable or the daemon is stopping.
 #[utoipa::path(get, path = "/ready", tag = "daemon", responses((status = 200, body = Health)))]
 pub(super) async fn ready(State(app): State<App>) -> ServiceResult<Json<Health>> {
-    if app.shutdown.is_requested() {
+    if app.jobs.shutdown.is_requested() {
         return Err(error::stopping());
     }
-    app.store.check().await?;
+    app.jobs.store.check().await?;
     Ok(Json(Health { status: "ready" }))
 }
 
@@ -28,12 +28,12 @@ pub(super) async fn ready(State(app): State<App>) -> ServiceResult<Json<Health>>
     responses((status = 200, body = String, content_type = "text/plain"))
 )]
 pub(super) async fn metrics(State(app): State<App>) -> ServiceResult<impl IntoResponse + use<>> {
-    let attempts = app.jobs.attempts();
+    let attempts = app.jobs.live.attempts();
     let connected = attempts.iter().filter(|attempt| attempt.is_attached());
-    let text = app
-        .metrics
+    let metrics = &app.jobs.metrics;
+    let text = metrics
         .render(
-            app.jobs.depths(),
+            app.jobs.live.depths(),
             connected.count(),
             &app.fleet.views(clock::now()),
         )

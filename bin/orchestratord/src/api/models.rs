@@ -23,7 +23,7 @@ pub(super) async fn list(State(app): State<App>) -> Json<ModelList> {
         }
     }
     let known = app.catalog.iter().map(|entry| {
-        let unsupported = unsupported(&app, &entry.model_ref(), Some(entry));
+        let unsupported = unsupported(&app.fleet, &entry.model_ref(), Some(entry));
         ModelView {
             runnable: unsupported.is_none(),
             unsupported,
@@ -41,7 +41,7 @@ pub(super) async fn list(State(app): State<App>) -> Json<ModelList> {
     let mut models: Vec<_> = known.collect();
     let others = on_pools.into_iter().filter_map(|(name, pools)| {
         let model = name.parse().ok()?;
-        let reason = unsupported(&app, &model, None);
+        let reason = unsupported(&app.fleet, &model, None);
         Some(ModelView::uncatalogued(model, reason, pools))
     });
     models.extend(others);

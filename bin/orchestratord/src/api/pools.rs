@@ -16,9 +16,7 @@ use serde_json::json;
 use super::error;
 use crate::app::App;
 use crate::clock;
-use crate::dispatch;
 use crate::fleet;
-use crate::scheduler;
 
 /// Lists all registered pools.
 #[utoipa::path(get, path = "/v2/pools", tag = "fleet", responses((status = 200, body = PoolList)))]
@@ -55,8 +53,8 @@ pub(super) async fn register(
     Json(request): Json<RegisterRequest>,
 ) -> ServiceResult<Json<Registered>> {
     let pool_id = request.pool_id.clone();
-    fleet::register(&app.fleet, &app.store, request).await?;
-    app.changed.notify_one();
+    fleet::register(&app.fleet, &app.jobs.store, request).await?;
+    app.jobs.changed.notify_one();
     Ok(Json(Registered { pool_id }))
 }
 
@@ -76,17 +74,18 @@ pub(super) async fn heartbeat(
     Path(id): Path<String>,
     Json(heartbeat): Json<Heartbeat>,
 ) -> ServiceResult<Json<HeartbeatAccepted>> {
-    let result = app.fleet.heartbeat(&id, heartbeat, clock::now());
+    let result = app.dispatcher.heartbeat(&id, heartbeat);
     let outcome = if result.is_ok() {
         "accepted"
     } else {
         "refused"
     };
-    app.metrics.heartbeats.with_label_values(&[outcome]).inc();
+    app.jobs
+        .metrics
+        .heartbeats
+        .with_label_values(&[outcome])
+        .inc();
     result?;
-    scheduler::tell_attempts(&app);
-    dispatch::cancel_orphans(&app, &id);
-    app.changed.notify_one();
     Ok(Json(HeartbeatAccepted {}))
 }
 
@@ -119,11 +118,11 @@ pub(super) async fn remove(
     Query(query): Query<RemoveQuery>,
 ) -> ServiceResult<StatusCode> {
     match query.instance_id {
-        Some(instance_id) => fleet::leave(&app.fleet, &app.store, &id, &instance_id).await?,
-        None if fleet::forget(&app.fleet, &app.store, &id).await => {}
+        Some(instance_id) => fleet::leave(&app.fleet, &app.jobs.store, &id, &instance_id).await?,
+        None if fleet::forget(&app.fleet, &app.jobs.store, &id).await => {}
         None => return Err(error::no_pool(&id)),
     }
-    app.changed.notify_one();
+    app.jobs.changed.notify_one();
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -36,9 +36,9 @@ const BUSY_RETRY: Duration = Duration::from_secs(1);
 #[utoipa::path(get, path = "/v2/scheduler", tag = "scheduler", responses((status = 200, body = SchedulerView)))]
 pub(super) async fn show(State(app): State<App>) -> Json<SchedulerView> {
     Json(SchedulerView {
-        policy: app.policy_name().to_owned(),
-        script: app.script.view(),
-        recordings: app.recordings.count(),
+        policy: app.config.scheduler.policy.as_str().to_owned(),
+        script: app.scheduler.script.view(),
+        recordings: app.scheduler.recordings.count(),
     })
 }
 
@@ -162,19 +162,19 @@ pub(super) async fn record(
         version: trace::VERSION,
         recorded_by: concat!("orchestratord ", env!("CARGO_PKG_VERSION")).to_owned(),
         recorded_at: clock::wall(clock::now()),
-        policy: app.policy_name().to_owned(),
+        policy: app.config.scheduler.policy.as_str().to_owned(),
         promote_after_s: app.config.queue.promote_after_s,
-        costs: app.script.costs().as_ref().clone(),
+        costs: app.scheduler.script.costs().as_ref().clone(),
     };
-    let Some(mut tape) = app.recordings.begin(header) else {
+    let Some(mut tape) = app.scheduler.recordings.begin(header) else {
         return Err(error::too_many(
             "the limit on concurrent recordings is reached",
             BUSY_RETRY,
         ));
     };
     // The first pass shows the fleet as it is, so trigger one even if nothing else happens.
-    app.changed.notify_one();
-    let shutdown = app.shutdown.clone();
+    app.jobs.changed.notify_one();
+    let shutdown = app.jobs.shutdown.clone();
     drop(app);
     let over = async move {
         match span {

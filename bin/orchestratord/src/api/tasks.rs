@@ -28,7 +28,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::{document, error};
 use crate::app::App;
-use crate::jobs::{self, Accepted, Feed};
+use crate::background::complete;
+use crate::jobs::{Accepted, Feed};
 use crate::state::{IdempotencyKey, ListFilter};
 
 /// Default and maximum number of jobs on a page of a list.
@@ -66,7 +67,11 @@ pub(super) async fn submit(
         Err(error) if error.status().is_server_error() => "unavailable",
         Err(_) => "refused",
     };
-    app.metrics.submitted.with_label_values(&[outcome]).inc();
+    app.jobs
+        .metrics
+        .submitted
+        .with_label_values(&[outcome])
+        .inc();
     let Accepted {
         id,
         status,
@@ -109,8 +114,14 @@ async fn accept(
     let key = idempotency_key(caller, headers, &spec, seed_given)?;
     crash_point("submit.parsed");
     let correlation = CorrelationId::current().unwrap_or_else(CorrelationId::random);
-    let submitted = jobs::submit(Arc::clone(app), spec, key, correlation);
-    let submitted = app.complete(submitted).await;
+    let app = Arc::clone(app);
+    let submitted = complete(async move {
+        let (fleet, catalog) = (&app.fleet, &app.catalog);
+        app.jobs
+            .submit(fleet, catalog, spec, key, correlation.as_str())
+            .await
+    });
+    let submitted = submitted.await;
     Ok(submitted.map_err(|error| ServiceError::internal(&error))??)
 }
 
@@ -187,7 +198,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Returns the events after `after`, or all of them. For a finished job, an id equal to the last event gets `204` and a
 /// later id `400`; deleted events get `410`.
 async fn stream(app: &App, id: JobId, after: Option<EventId>) -> ServiceResult<Response> {
-    let Some(feed) = jobs::follow(app, id, after).await? else {
+    let Some(feed) = app.jobs.follow(id, after).await? else {
         return Ok(nothing_follows());
     };
     let events = feed.map(|item| Ok::<_, Infallible>(sse_event(&item)));
@@ -302,10 +313,10 @@ pub(super) async fn list(
         short_ids: query.short_ids == Some(true),
     };
     let total = match query.count {
-        Some(true) => Some(app.store.count(&filter).await?),
+        Some(true) => Some(app.jobs.store.count(&filter).await?),
         _ => None,
     };
-    let mut jobs = app.store.list(&filter).await?;
+    let mut jobs = app.jobs.store.list(&filter).await?;
     let more = jobs.len() > limit as usize;
     jobs.truncate(limit as usize);
     let next_cursor = jobs.last().filter(|_| more).map(|job| job.id.to_string());
@@ -346,7 +357,7 @@ pub(super) async fn show(
     Path(id): Path<String>,
 ) -> ServiceResult<Json<TaskView>> {
     let id = parse_id(&id)?;
-    let view = jobs::view(&app, id).await?;
+    let view = app.jobs.view(id).await?;
     view.map(Json).ok_or_else(|| error::no_job(&id.to_string()))
 }
 
@@ -360,7 +371,7 @@ pub(super) async fn explain(
     Path(id): Path<String>,
 ) -> ServiceResult<Json<TaskExplanation>> {
     let id = parse_id(&id)?;
-    let explanation = jobs::explain(&app, id).await?;
+    let explanation = app.jobs.explain(&app.fleet, id).await?;
     explanation
         .map(Json)
         .ok_or_else(|| error::no_job(&id.to_string()))
@@ -413,7 +424,7 @@ pub(super) async fn cancel(
     Path(id): Path<String>,
 ) -> ServiceResult<Json<CancelResponse>> {
     let id = parse_id(&id)?;
-    let cancelled = app.complete(jobs::cancel(Arc::clone(&app), id)).await;
+    let cancelled = complete(async move { app.jobs.cancel(id).await }).await;
     let status = cancelled.map_err(|error| ServiceError::internal(&error))??;
     let status = status.ok_or_else(|| error::no_job(&id.to_string()))?;
     Ok(Json(CancelResponse { job_id: id, status }))

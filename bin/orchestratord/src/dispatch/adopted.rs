@@ -9,7 +9,7 @@ use pool_core::api::pool::WorkerEndpoint;
 
 use super::attempt::{Attempt, Interruption};
 use super::runner::AttemptRunner;
-use super::worker;
+use super::{Dispatcher, worker};
 use crate::jobs::JobEnd;
 use crate::state::{Interrupted, Lease, Orphan, Unfinished};
 
@@ -28,7 +28,7 @@ pub async fn adopt(adopted: AdoptedAttempt) {
         interrupted,
     } = &adopted;
     // The execution already runs, so the attempt is followed without a place; a new dispatch waits for a place.
-    let _place = attempt.app.metrics.load().call();
+    let _place = attempt.dispatcher.jobs.metrics.load().call();
     let work = AssertUnwindSafe(perform(attempt, interrupted)).catch_unwind();
     if work.await.is_err() {
         tracing::error!(job = %attempt.live.id, "an attempt panicked; see standard error");
@@ -72,7 +72,7 @@ async fn perform(attempt: &Attempt, interrupted: &Interrupted) {
 
 /// Loads the attempt's lease. Retries while the database is unavailable. `None` if the attempt no longer holds the job.
 async fn held_lease(attempt: &Attempt, interrupted: &Interrupted) -> Option<Lease> {
-    let (store, job) = (&attempt.app.store, attempt.live.id);
+    let (store, job) = (&attempt.dispatcher.jobs.store, attempt.live.id);
     let read = attempt.patiently("reading the attempt", || {
         store.held_lease(job, interrupted.fence)
     });
@@ -90,7 +90,7 @@ async fn held_lease(attempt: &Attempt, interrupted: &Interrupted) -> Option<Leas
 
 /// Waits until the worker's pool reports its address.
 async fn endpoint(attempt: &Attempt) -> Result<WorkerEndpoint, Interruption> {
-    let (fleet, slot) = (&attempt.app.fleet, &attempt.slot);
+    let (fleet, slot) = (&attempt.dispatcher.fleet, &attempt.slot);
     let mut heard = fleet.subscribe();
     let mut orders = slot.orders();
     loop {
@@ -113,9 +113,9 @@ async fn cancel_execution(attempt: &Attempt, interrupted: &Interrupted) {
         pool_id: attempt.slot.pool_id.clone(),
         worker_id: attempt.slot.worker_id.clone(),
     };
-    let fleet = &attempt.app.fleet;
+    let Dispatcher { fleet, orphans, .. } = attempt.dispatcher.as_ref();
     match fleet.endpoint(&orphan.pool_id, &orphan.worker_id) {
         Some(endpoint) => worker::cancel(&endpoint, orphan.job, orphan.fence).await,
-        None => attempt.app.orphans.add([orphan]),
+        None => orphans.add([orphan]),
     }
 }

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use jiff::SignedDuration;
-use orchestrator_core::JobId;
 use orchestrator_core::job::{AttemptOutcome, JobErrorCode, backoff_ms};
 use orchestrator_core::queue::QueuedJob;
 use pool_core::api::pool::WorkerEndpoint;
@@ -12,30 +11,22 @@ use pool_core::kit::crash::crash_point;
 use tokio::sync::watch;
 
 use super::attempt_end::AttemptEnd;
-use super::worker;
-use crate::app::App;
+use super::{Dispatcher, worker};
 use crate::clock;
-use crate::jobs::{self, JobEnd};
-use crate::queue::{ActiveAttempt, LiveJob, Order};
+use crate::jobs::JobEnd;
+use crate::live::{ActiveAttempt, LiveJob, Order};
 use crate::state::{Lease, Progress, Requeue, ResumePoint, STORE_PAUSE, StoreError, Unfinished};
 
 /// An attempt at a job, with what each of its steps uses.
 pub struct Attempt {
-    /// The daemon's parts.
-    pub app: App,
+    /// The dispatcher that runs the attempt.
+    pub dispatcher: Arc<Dispatcher>,
     /// Job, live while the attempt runs.
     pub live: Arc<LiveJob>,
     /// The job as it stood in the queue.
     pub queued: QueuedJob,
     /// The slot that the attempt holds.
     pub slot: Arc<ActiveAttempt>,
-}
-
-/// Gives the slot of an attempt at the job to others.
-pub fn release(app: &App, job: JobId, slot: &ActiveAttempt) {
-    if app.jobs.end_attempt(job, slot) {
-        app.fleet.released(&slot.pool_id, &slot.worker_id, job);
-    }
 }
 
 /// The reason for the early end of a wait.
@@ -62,22 +53,21 @@ impl From<Interruption> for AttemptEnd {
 impl Attempt {
     /// Gives the attempt's slot to others.
     fn release(&self) {
-        release(&self.app, self.live.id, &self.slot);
-        self.app.changed.notify_one();
+        self.dispatcher.release(self.live.id, &self.slot);
+        self.dispatcher.jobs.changed.notify_one();
     }
 
     /// Queues the attempt's job again, and gives the slot to others.
     fn put_back(&self, queued: QueuedJob) {
-        let Self { app, slot, .. } = self;
-        if app.jobs.requeue(queued, slot) {
-            app.fleet
-                .released(&slot.pool_id, &slot.worker_id, self.live.id);
+        let Dispatcher { jobs, fleet, .. } = self.dispatcher.as_ref();
+        if jobs.live.requeue(queued, &self.slot) {
+            fleet.released(&self.slot.pool_id, &self.slot.worker_id, self.live.id);
         }
     }
 
     /// Gives the attempt's slot to others, unless the daemon stops: then the execution continues and keeps it.
     pub(super) fn release_unless_stopping(&self) {
-        if !self.app.shutdown.is_requested() {
+        if !self.dispatcher.jobs.shutdown.is_requested() {
             self.release();
         }
     }
@@ -98,7 +88,7 @@ impl Attempt {
                 Ok(Order::WorkerGone(reason)) => Interruption::WorkerGone(reason.clone()),
                 _ => Interruption::Over,
             },
-            () = self.app.shutdown.requested() => Interruption::Stopping,
+            () = self.dispatcher.jobs.shutdown.requested() => Interruption::Stopping,
         }
     }
 
@@ -114,10 +104,8 @@ impl Attempt {
     {
         let mut orders = self.slot.orders();
         let stop = self.interrupted(&mut orders, false);
-        let result = self
-            .app
-            .store
-            .patiently(self.live.id, what, stop, operation);
+        let store = &self.dispatcher.jobs.store;
+        let result = store.patiently(self.live.id, what, stop, operation);
         match result.await {
             Err(Unfinished::Failed(StoreError::Closed)) => {
                 Err(Unfinished::Stopped(Interruption::Stopping))
@@ -128,21 +116,20 @@ impl Attempt {
 
     /// Commits the lease. `None` if the job has ended or waits again.
     pub(super) async fn lease(&self) -> Option<Lease> {
-        let Self {
-            app, live, slot, ..
-        } = self;
+        let Self { live, slot, .. } = self;
+        let jobs = &self.dispatcher.jobs;
         let log = live.log.lock().await.ok()?;
-        let leased = app
+        let leased = jobs
             .store
             .lease(live.id, &slot.pool_id, &slot.worker_id, clock::now());
         match leased.await {
             Ok(lease) => {
                 crash_point("lease.committed");
                 log.forget_wait();
-                app.metrics.dispatched.inc();
+                jobs.metrics.dispatched.inc();
                 if lease.attempt == 1 {
                     let waited = clock::seconds_since(live.created_at);
-                    app.metrics.queue_wait.observe(waited);
+                    jobs.metrics.queue_wait.observe(waited);
                 }
                 tracing::info!(job = %live.id, attempt = lease.attempt, fence = lease.fence, pool = slot.pool_id,
                     worker = slot.worker_id, "leased");
@@ -174,7 +161,7 @@ impl Attempt {
         }
         let job = self.live.id;
         let read = self.patiently("reading the job's text", || {
-            self.app.store.resume_point(job)
+            self.dispatcher.jobs.store.resume_point(job)
         });
         read.await.map_err(|unfinished| match unfinished {
             Unfinished::Stopped(interruption) => interruption.into(),
@@ -192,7 +179,8 @@ impl Attempt {
         endpoint: &WorkerEndpoint,
         end: AttemptEnd,
     ) {
-        end.count(&self.app.metrics);
+        let Dispatcher { jobs, fleet, .. } = self.dispatcher.as_ref();
+        end.count(&jobs.metrics);
         let (live, slot, job) = (&self.live, &self.slot, self.live.id);
         let end = match end {
             // The worker was chosen for that context: such attempts must not repeat endlessly.
@@ -232,7 +220,6 @@ impl Attempt {
                 worker::cancel(endpoint, job, lease.fence).await;
             }
             AttemptEnd::Refused(reason) => {
-                let fleet = &self.app.fleet;
                 fleet.mark_full(&slot.pool_id, &slot.worker_id, clock::now());
                 self.requeue_with_retry(lease, at_once, AttemptOutcome::Refused, reason)
                     .await;
@@ -253,7 +240,6 @@ impl Attempt {
                 } = shortage;
                 tracing::info!(job = %live.id, attempt = lease.attempt, needed_tokens, free_tokens,
                     "the worker's cache has too little room");
-                let fleet = &self.app.fleet;
                 fleet.mark_short(&slot.pool_id, &slot.worker_id, free_tokens, clock::now());
                 let queued = QueuedJob {
                     cache_needed: Some(needed_tokens),
@@ -306,17 +292,17 @@ impl Attempt {
     /// Ends the job. Retries while the database is unavailable. Where the record does not allow this end, the job fails as an
     /// internal error; where it does not allow even that, the job is dropped, so none stays without an attempt.
     pub(super) async fn end_with_retry(&self, mut fence: Option<u64>, mut end: JobEnd) {
-        let (app, live) = (&self.app, &self.live);
+        let (jobs, live) = (&self.dispatcher.jobs, &self.live);
         loop {
             let ended = self.patiently("ending the job", || {
                 let end = end.clone();
-                async move { jobs::end(app, live, fence, end).await }
+                async move { jobs.end(live, fence, end).await }
             });
             match ended.await {
                 Ok(_) | Err(Unfinished::Stopped(_)) => return,
                 Err(Unfinished::Failed(error)) if end.is_internal() && fence.is_none() => {
                     tracing::error!(job = %live.id, %error, "could not fail the job");
-                    return jobs::drop_unrecordable(app, live).await;
+                    return jobs.drop_unrecordable(live).await;
                 }
                 Err(Unfinished::Failed(error)) => {
                     tracing::error!(job = %live.id, %error, "could not end the job");
@@ -351,7 +337,7 @@ impl Attempt {
         outcome: AttemptOutcome,
         reason: String,
     ) -> Result<(), StoreError> {
-        let (app, live) = (&self.app, &self.live);
+        let (jobs, live) = (&self.dispatcher.jobs, &self.live);
         let Ok(log) = live.log.lock().await else {
             return Ok(());
         };
@@ -368,12 +354,12 @@ impl Attempt {
                 not_before: queued.not_before,
                 context_needed: queued.context_needed,
             };
-            app.store.requeue(live.id, requeue)
+            jobs.store.requeue(live.id, requeue)
         });
         written.await?;
         // The slot is released under the same guard: a pass between the two would start the job twice.
         self.put_back(queued.clone());
-        app.changed.notify_one();
+        jobs.changed.notify_one();
         Ok(())
     }
 }

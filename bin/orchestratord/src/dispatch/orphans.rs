@@ -3,16 +3,10 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use jiff::SignedDuration;
-
-use super::worker;
-use crate::app::App;
+use super::{Dispatcher, worker};
 use crate::clock;
 use crate::fleet::Fate;
 use crate::state::Orphan;
-
-/// Age up to which the daemon looks for orphans at its start. No execution runs for so long.
-pub const ORPHANED_WITHIN: SignedDuration = SignedDuration::from_hours(24);
 
 /// The orphans of pools that have not reported yet.
 #[derive(Debug, Default)]
@@ -34,34 +28,36 @@ impl Orphans {
     }
 }
 
-/// Cancels the orphans of a pool that reported, once each: an execution whose worker misses the call ends by itself later. A new
-/// attempt at the same job has a higher fence and is not touched.
-pub fn cancel_orphans(app: &App, pool: &str) {
-    let now = clock::now();
-    let known = app.orphans.take_if(|orphan| {
-        let settled = || {
-            app.fleet.endpoint(pool, &orphan.worker_id).is_some()
-                || matches!(app.fleet.fate(pool, &orphan.worker_id, now), Fate::Gone(_))
-        };
-        orphan.pool_id == pool && settled()
-    });
-    // One at a time: there may be many, and a worker has other requests to serve.
-    let reachable: Vec<_> = known
-        .into_iter()
-        .filter_map(|orphan| Some((app.fleet.endpoint(pool, &orphan.worker_id)?, orphan)))
-        .collect();
-    if reachable.is_empty() {
-        // The executions of a worker that is gone have ended with it.
-        return;
-    }
-    tracing::info!(
-        pool,
-        executions = reachable.len(),
-        "cancelling orphaned executions"
-    );
-    app.spawn(async move {
-        for (endpoint, orphan) in reachable {
-            worker::cancel(&endpoint, orphan.job, orphan.fence).await;
+impl Dispatcher {
+    /// Cancels the orphans of a pool that reported, once each: an execution whose worker misses the call ends by itself later. A new
+    /// attempt at the same job has a higher fence and is not touched.
+    pub(super) fn cancel_orphans(&self, pool: &str) {
+        let now = clock::now();
+        let known = self.orphans.take_if(|orphan| {
+            let settled = || {
+                self.fleet.endpoint(pool, &orphan.worker_id).is_some()
+                    || matches!(self.fleet.fate(pool, &orphan.worker_id, now), Fate::Gone(_))
+            };
+            orphan.pool_id == pool && settled()
+        });
+        // One at a time: there may be many, and a worker has other requests to serve.
+        let reachable: Vec<_> = known
+            .into_iter()
+            .filter_map(|orphan| Some((self.fleet.endpoint(pool, &orphan.worker_id)?, orphan)))
+            .collect();
+        if reachable.is_empty() {
+            // The executions of a worker that is gone have ended with it.
+            return;
         }
-    });
+        tracing::info!(
+            pool,
+            executions = reachable.len(),
+            "cancelling orphaned executions"
+        );
+        self.background.spawn(async move {
+            for (endpoint, orphan) in reachable {
+                worker::cancel(&endpoint, orphan.job, orphan.fence).await;
+            }
+        });
+    }
 }

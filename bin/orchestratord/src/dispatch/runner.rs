@@ -16,11 +16,12 @@ use pool_core::kit::errors::with_causes;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::Dispatcher;
 use super::attempt::{Attempt, Interruption};
 use super::attempt_end::{self, AttemptEnd};
 use super::worker::{self, Connection};
 use crate::clock;
-use crate::queue::Order;
+use crate::live::Order;
 use crate::state::{Lease, Progress, ResumePoint, STORE_PAUSE, StoreError, Unfinished};
 
 /// Longest time from a token to its commit. Tokens that a crash of the daemon takes come again from the worker's buffer, so the
@@ -103,11 +104,16 @@ impl<'a> AttemptRunner<'a> {
         resume_point: ResumePoint,
     ) -> AttemptEnd {
         let Attempt {
-            app, live, slot, ..
+            dispatcher,
+            live,
+            slot,
+            ..
         } = self.attempt;
-        let sharing = app.config.prefix_sharing;
+        let sharing = dispatcher.prefix_sharing;
         let request = ExecuteRequest {
-            refuse_if_full: app.fleet.reports_room(&slot.pool_id, &slot.worker_id),
+            refuse_if_full: dispatcher
+                .fleet
+                .reports_room(&slot.pool_id, &slot.worker_id),
             ..worker::request(live.id, self.lease, resume_point, sharing)
         };
         let mut connection = match Connection::new(endpoint, live) {
@@ -156,7 +162,10 @@ impl<'a> AttemptRunner<'a> {
     /// Relays the execution's stream, and opens it again where it breaks.
     async fn follow(&mut self, connection: &mut Connection) -> AttemptEnd {
         let Attempt {
-            app, live, slot, ..
+            dispatcher,
+            live,
+            slot,
+            ..
         } = self.attempt;
         let mut fruitless = 0;
         loop {
@@ -168,7 +177,7 @@ impl<'a> AttemptRunner<'a> {
             };
             slot.attached.store(false, Ordering::Relaxed);
             // The pool may have been given up while the stream was open: without a pass, nothing would show it.
-            app.changed.notify_one();
+            dispatcher.jobs.changed.notify_one();
             tracing::debug!(job = %live.id, broken, "a worker's stream broke");
             fruitless = if self.received > before {
                 0
@@ -188,15 +197,18 @@ impl<'a> AttemptRunner<'a> {
     /// this retries until the pool reports the worker gone, or is itself given up. If the pool has reported since and calls the
     /// worker alive, there is nothing to wait for.
     async fn reattach(&mut self, connection: &mut Connection) -> Result<(), AttemptEnd> {
-        let Attempt { app, slot, .. } = self.attempt;
+        let Attempt {
+            dispatcher, slot, ..
+        } = self.attempt;
+        let fleet = &dispatcher.fleet;
         let (pool, worker) = (&slot.pool_id, &slot.worker_id);
         let broke = clock::now();
         let mut pauses = PAUSES.into_iter();
         loop {
             // Read before the try, so that a try follows the report: a restarted pool may relay again.
-            let reported = app.fleet.last_told(pool);
+            let reported = fleet.last_told(pool);
             let explained = reported.is_some_and(|at| at.duration_since(broke) >= POOL_EXPLAINS);
-            let endpoint = app.fleet.endpoint(pool, worker);
+            let endpoint = fleet.endpoint(pool, worker);
             let attach = async {
                 if let Some(endpoint) = endpoint {
                     connection.move_to(&endpoint)?;
@@ -311,7 +323,7 @@ impl<'a> AttemptRunner<'a> {
         self.unlogged = 0;
         self.log_at = None;
         let live = Arc::clone(&self.attempt.live);
-        let (store, fence) = (self.attempt.app.store.clone(), self.lease.fence);
+        let (store, fence) = (self.attempt.dispatcher.jobs.store.clone(), self.lease.fence);
         Box::pin(async move {
             let write = |events| {
                 let progress = Progress {
@@ -389,7 +401,7 @@ impl<'a> AttemptRunner<'a> {
         }
         // For an adopted attempt, the run of the daemon that started it has counted the prompt.
         if !self.started && self.caught_up {
-            let metrics = &self.attempt.app.metrics;
+            let metrics = &self.attempt.dispatcher.jobs.metrics;
             metrics.prompted(&self.lease.spec.model, started.tokens_in);
         }
         if !started.continues {
@@ -458,8 +470,12 @@ impl<'a> AttemptRunner<'a> {
         announcement: Option<(TaskEvent, Option<Origin>)>,
     ) -> Option<AttemptEnd> {
         let Attempt {
-            app, live, slot, ..
+            dispatcher,
+            live,
+            slot,
+            ..
         } = self.attempt;
+        let Dispatcher { jobs, fleet, .. } = dispatcher.as_ref();
         let fence = self.lease.fence;
         let committed = self.attempt.patiently("starting the attempt", || {
             let announcement = announcement.clone();
@@ -472,7 +488,7 @@ impl<'a> AttemptRunner<'a> {
                         started_at: Some(clock::now()),
                         events,
                     };
-                    app.store.progress(live.id, fence, progress)
+                    jobs.store.progress(live.id, fence, progress)
                 };
                 log.commit(announcement, write).await.map(Some)
             }
@@ -480,9 +496,9 @@ impl<'a> AttemptRunner<'a> {
         match committed.await {
             Ok(Some(())) => {
                 self.started = true;
-                app.fleet.taken(&slot.pool_id, &slot.worker_id, live.id);
-                if app.jobs.taken(live.id, slot) {
-                    app.changed.notify_one();
+                fleet.taken(&slot.pool_id, &slot.worker_id, live.id);
+                if jobs.live.taken(live.id, slot) {
+                    jobs.changed.notify_one();
                 }
                 None
             }
@@ -505,11 +521,13 @@ impl<'a> AttemptRunner<'a> {
             return None;
         }
         crash_point("token.received");
-        let Attempt { app, live, .. } = self.attempt;
+        let Attempt {
+            dispatcher, live, ..
+        } = self.attempt;
         let Ok(log) = live.log.lock().await else {
             return Some(AttemptEnd::Over);
         };
-        let metrics = &app.metrics;
+        let metrics = &dispatcher.jobs.metrics;
         if token.i == 0 && !self.lease.started_before {
             metrics.ttft.observe(clock::seconds_since(live.created_at));
         }

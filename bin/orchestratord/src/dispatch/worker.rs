@@ -13,7 +13,7 @@ use pool_core::api::worker::{
 use pool_core::kit::client::{ApiClient, ClientError, EventStream, Method};
 use pool_core::kit::secret::Secret;
 
-use crate::queue::LiveJob;
+use crate::live::LiveJob;
 use crate::state::{Lease, ResumePoint};
 
 /// Time limit for a worker's answer, not for its generation.

@@ -7,9 +7,9 @@ use orchestrator_core::job::{AttemptOutcome, JobError, JobErrorCode, JobEvent};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::kit::crash::crash_point;
 
-use crate::app::App;
+use super::JobService;
 use crate::clock;
-use crate::queue::{LiveJob, Order};
+use crate::live::{LiveJob, Order};
 use crate::state::{Ending, LogEntry, Progress, StoreError};
 
 /// The end of a job.
@@ -96,62 +96,65 @@ impl JobEnd {
     }
 }
 
-/// Ends a job on behalf of the attempt with `fence`, or of none: commits the end, then notifies readers and the running
-/// attempt. Returns the job's final state, which may come from an earlier end.
-pub async fn end(
-    app: &App,
-    live: &LiveJob,
-    fence: Option<u64>,
-    end: JobEnd,
-) -> Result<JobStatus, StoreError> {
-    let log = match live.log.lock().await {
-        Ok(log) => log,
-        Err(status) => return Ok(status),
-    };
-    let written = log.finish(end.last_event(), |events| async move {
-        crash_point("end.uncommitted");
-        let record = end.into_record(fence, events);
-        let status = app.store.end(live.id, record).await?;
-        crash_point("end.committed");
-        Ok(status)
-    });
-    let status = written.await?;
-    settle(app, live, status);
-    tracing::info!(job = %live.id, %status, "job over");
-    Ok(status)
-}
-
-/// The job was dropped by [`drop_unrecordable`].
+/// The job was dropped by [`JobService::drop_unrecordable`].
 #[derive(Debug, thiserror::Error)]
 #[error("{0} was dropped: its record allows neither an attempt nor an end")]
 pub struct UnrecordableJob(pub JobId);
 
-/// Drops a job whose failure cannot be recorded. Its record stays as it is, and the next start reads it again: so the streams
-/// of its readers end without an event, which a later start might have to take back.
-pub async fn drop_unrecordable(app: &App, live: &LiveJob) {
-    if let Ok(log) = live.log.lock().await {
-        log.abandon(JobStatus::Failed);
-        settle(app, live, JobStatus::Failed);
+impl JobService {
+    /// Ends a job on behalf of the attempt with `fence`, or of none: commits the end, then notifies readers and the running
+    /// attempt. Returns the job's final state, which may come from an earlier end.
+    pub async fn end(
+        &self,
+        live: &LiveJob,
+        fence: Option<u64>,
+        end: JobEnd,
+    ) -> Result<JobStatus, StoreError> {
+        let log = match live.log.lock().await {
+            Ok(log) => log,
+            Err(status) => return Ok(status),
+        };
+        let written = log.finish(end.last_event(), |events| async move {
+            crash_point("end.uncommitted");
+            let record = end.into_record(fence, events);
+            let status = self.store.end(live.id, record).await?;
+            crash_point("end.committed");
+            Ok(status)
+        });
+        let status = written.await?;
+        self.settle(live, status);
+        tracing::info!(job = %live.id, %status, "job over");
+        Ok(status)
     }
-}
 
-/// Stops the running attempt and wakes the scheduler after an end. The caller holds the job's log.
-fn settle(app: &App, live: &LiveJob, status: JobStatus) {
-    if let Some(attempt) = app.jobs.attempt(live.id) {
-        attempt.order(Order::Stop);
+    /// Cancels a job and returns its final state; `None` if there is no such job.
+    pub async fn cancel(&self, id: JobId) -> Result<Option<JobStatus>, StoreError> {
+        match self.live.get(id) {
+            Some(live) => {
+                let ended = self.end(&live, None, JobEnd::cancelled());
+                ended.await.map(Some)
+            }
+            None => self.store.status(id).await,
+        }
     }
-    app.jobs.finished(live.id, status);
-    app.metrics
-        .finished
-        .with_label_values(&[status.as_str()])
-        .inc();
-    app.changed.notify_one();
-}
 
-/// Cancels a job and returns its final state; `None` if there is no such job.
-pub async fn cancel(app: App, id: JobId) -> Result<Option<JobStatus>, StoreError> {
-    match app.jobs.get(id) {
-        Some(live) => end(&app, &live, None, JobEnd::cancelled()).await.map(Some),
-        None => app.store.status(id).await,
+    /// Drops a job whose failure cannot be recorded. Its record stays as it is, and the next start reads it again: so the streams
+    /// of its readers end without an event, which a later start might have to take back.
+    pub async fn drop_unrecordable(&self, live: &LiveJob) {
+        if let Ok(log) = live.log.lock().await {
+            log.abandon(JobStatus::Failed);
+            self.settle(live, JobStatus::Failed);
+        }
+    }
+
+    /// Stops the running attempt and wakes the scheduler after an end. The caller holds the job's log.
+    fn settle(&self, live: &LiveJob, status: JobStatus) {
+        if let Some(attempt) = self.live.attempt(live.id) {
+            attempt.order(Order::Stop);
+        }
+        self.live.finished(live.id, status);
+        let finished = &self.metrics.finished;
+        finished.with_label_values(&[status.as_str()]).inc();
+        self.changed.notify_one();
     }
 }

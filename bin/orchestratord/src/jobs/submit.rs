@@ -7,14 +7,14 @@ use orchestrator_core::job::{Job, JobSpec};
 use orchestrator_core::queue::QueuedJob;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
-use pool_core::catalog::CatalogEntry;
+use pool_core::catalog::{Catalog, CatalogEntry};
 use pool_core::kit::crash::crash_point;
-use pool_core::kit::service::CorrelationId;
 
-use crate::app::App;
+use super::JobService;
 use crate::clock;
-use crate::jobs::JobLog;
-use crate::queue::{LiveJob, Refused};
+use crate::fleet::Fleet;
+use crate::live::{JobLog, LiveJob};
+use crate::queue::Refused;
 use crate::state::{IdempotencyKey, LogEntry, StoreError, Submitted};
 
 /// A task that was not accepted.
@@ -94,16 +94,25 @@ pub struct Accepted {
 
 /// Returns why no worker can run a model. Pools with the file have read its header, and their build may support more
 /// than this one, so they decide; if no pool has the file, the catalogue does.
-pub fn unsupported(app: &App, model: &ModelRef, entry: Option<&CatalogEntry>) -> Option<String> {
-    app.fleet
+pub fn unsupported(
+    fleet: &Fleet,
+    model: &ModelRef,
+    entry: Option<&CatalogEntry>,
+) -> Option<String> {
+    fleet
         .support(model)
         .unwrap_or_else(|| Some(entry?.unsupported()?.to_string()))
 }
 
 /// Returns the model by the name that pools give it, if a task may ask for it and for `max_tokens` tokens.
-fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef, SubmitError> {
-    let entry = app.catalog.find(model);
-    let supported = |model: ModelRef| match unsupported(app, &model, entry) {
+fn known_model(
+    fleet: &Fleet,
+    catalog: &Catalog,
+    model: &ModelRef,
+    max_tokens: u32,
+) -> Result<ModelRef, SubmitError> {
+    let entry = catalog.find(model);
+    let supported = |model: ModelRef| match unsupported(fleet, &model, entry) {
         Some(reason) => Err(SubmitError::UnsupportedModel { model, reason }),
         None => Ok(model),
     };
@@ -120,7 +129,7 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
             _ => Ok(model),
         };
     }
-    let mut meant = app.fleet.meant_by(model);
+    let mut meant = fleet.meant_by(model);
     if meant.len() > 1 {
         let model = model.clone();
         return Err(SubmitError::Ambiguous { model, meant });
@@ -128,16 +137,16 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
     if let Some(meant) = meant.pop() {
         return supported(meant);
     }
-    if let Some(pool) = app.fleet.downloads(model) {
+    if let Some(pool) = fleet.downloads(model) {
         let model = model.clone();
         return Err(SubmitError::Downloading { model, pool });
     }
-    if let Some(pool) = app.fleet.awaited(clock::now()) {
+    if let Some(pool) = fleet.awaited(clock::now()) {
         let model = model.clone();
         return Err(SubmitError::Unheard { model, pool });
     }
     let hint = match model {
-        ModelRef::Alias(id) => match app.catalog.nearest_ids(id).join("` or `") {
+        ModelRef::Alias(id) => match catalog.nearest_ids(id).join("` or `") {
             near if near.is_empty() => {
                 "`GET /v2/models` lists the models that tasks may name".to_owned()
             }
@@ -154,74 +163,7 @@ fn known_model(app: &App, model: &ModelRef, max_tokens: u32) -> Result<ModelRef,
     })
 }
 
-/// Stores a job and queues it, unless `key` names a stored one.
-pub async fn submit(
-    app: App,
-    mut spec: JobSpec,
-    key: Option<IdempotencyKey>,
-    correlation: CorrelationId,
-) -> Result<Accepted, SubmitError> {
-    if app.shutdown.is_requested() {
-        return Err(SubmitError::Stopping);
-    }
-    // Asked first: a repeated request is answered even if the queue is full or the model has gone.
-    if let Some(key) = &key
-        && let Some((id, status)) = app.store.known_key(key).await?
-    {
-        return Ok(known(&app, id, status));
-    }
-    spec.model = known_model(&app, &spec.model, spec.max_tokens)?;
-    let now = clock::now();
-    let job = Job::new(JobId::at(now), spec, now);
-    let queued = QueuedJob::new(&job, None);
-    let (promise, position) = app
-        .jobs
-        .promise(&queued, || app.fleet.is_unknown(now), now)?;
-
-    let id = job.id;
-    let log = JobLog::new(EventId { attempt: 0, seq: 0 }, false);
-    let live = LiveJob::new(id, now, job.deadline(), log).submitted_by(correlation.as_str());
-    let live = Arc::new(live);
-    let event = Queued {
-        job_id: id,
-        model: job.spec.model.clone(),
-        queue_position: position,
-    };
-    let log = live.log.lock().await;
-    let log = log.expect("a job that nothing else knows has not ended");
-    // Live before the commit makes it visible in lists and to requests with the same key: those wait for the log.
-    app.jobs.insert(Arc::clone(&live));
-    let stored = log.commit(Some((TaskEvent::Queued(event), None)), |events| {
-        store(&app, job, key, events)
-    });
-    match stored.await {
-        Ok(()) => {}
-        Err(NotStored::Known(known_id, status)) => {
-            app.jobs.forget(id);
-            return Ok(known(&app, known_id, status));
-        }
-        Err(NotStored::Failed(error)) => {
-            app.jobs.forget(id);
-            return Err(error.into());
-        }
-    }
-    app.metrics
-        .enqueued
-        .with_label_values(&[queued.priority.as_str()])
-        .inc();
-    app.jobs.put(queued);
-    drop(log);
-    drop(promise);
-    tracing::info!(job = %id, correlation_id = %correlation, "job accepted");
-    app.changed.notify_one();
-    Ok(Accepted {
-        id,
-        status: JobStatus::Queued,
-        position: Some(position),
-    })
-}
-
-/// A job that [`store`] did not store.
+/// A job that [`JobService::store_job`] did not store.
 enum NotStored {
     /// The idempotency key names an earlier job, in this state.
     Known(JobId, JobStatus),
@@ -229,27 +171,96 @@ enum NotStored {
     Failed(StoreError),
 }
 
-async fn store(
-    app: &App,
-    job: Job,
-    key: Option<IdempotencyKey>,
-    mut events: Vec<Arc<LogEntry>>,
-) -> Result<(), NotStored> {
-    let first = events.pop().expect("the log begins with this event");
-    match app.store.submit(job, key, first).await {
-        Ok(Submitted::New) => {
-            crash_point("submit.committed");
-            Ok(())
+impl JobService {
+    /// Stores a job and queues it, unless `key` names a stored one. `correlation` is the correlation id of the request.
+    pub async fn submit(
+        &self,
+        fleet: &Fleet,
+        catalog: &Catalog,
+        mut spec: JobSpec,
+        key: Option<IdempotencyKey>,
+        correlation: &str,
+    ) -> Result<Accepted, SubmitError> {
+        if self.shutdown.is_requested() {
+            return Err(SubmitError::Stopping);
         }
-        Ok(Submitted::Known(id, status)) => Err(NotStored::Known(id, status)),
-        Err(error) => Err(NotStored::Failed(error)),
-    }
-}
+        // Asked first: a repeated request is answered even if the queue is full or the model has gone.
+        if let Some(key) = &key
+            && let Some((id, status)) = self.store.known_key(key).await?
+        {
+            return Ok(self.known(id, status));
+        }
+        spec.model = known_model(fleet, catalog, &spec.model, spec.max_tokens)?;
+        let now = clock::now();
+        let job = Job::new(JobId::at(now), spec, now);
+        let queued = QueuedJob::new(&job, None);
+        let (promise, position) = self.live.promise(&queued, || fleet.is_unknown(now), now)?;
 
-fn known(app: &App, id: JobId, status: JobStatus) -> Accepted {
-    Accepted {
-        id,
-        status,
-        position: app.jobs.position(id, clock::now()),
+        let id = job.id;
+        let log = JobLog::new(EventId { attempt: 0, seq: 0 }, false);
+        let live = LiveJob::new(id, now, job.deadline(), log).submitted_by(correlation);
+        let live = Arc::new(live);
+        let event = Queued {
+            job_id: id,
+            model: job.spec.model.clone(),
+            queue_position: position,
+        };
+        let log = live.log.lock().await;
+        let log = log.expect("a job that nothing else knows has not ended");
+        // Live before the commit makes it visible in lists and to requests with the same key: those wait for the log.
+        self.live.insert(Arc::clone(&live));
+        let stored = log.commit(Some((TaskEvent::Queued(event), None)), |events| {
+            self.store_job(job, key, events)
+        });
+        match stored.await {
+            Ok(()) => {}
+            Err(NotStored::Known(known_id, status)) => {
+                self.live.forget(id);
+                return Ok(self.known(known_id, status));
+            }
+            Err(NotStored::Failed(error)) => {
+                self.live.forget(id);
+                return Err(error.into());
+            }
+        }
+        self.metrics
+            .enqueued
+            .with_label_values(&[queued.priority.as_str()])
+            .inc();
+        self.live.put(queued);
+        drop(log);
+        drop(promise);
+        tracing::info!(job = %id, correlation_id = correlation, "job accepted");
+        self.changed.notify_one();
+        Ok(Accepted {
+            id,
+            status: JobStatus::Queued,
+            position: Some(position),
+        })
+    }
+
+    async fn store_job(
+        &self,
+        job: Job,
+        key: Option<IdempotencyKey>,
+        mut events: Vec<Arc<LogEntry>>,
+    ) -> Result<(), NotStored> {
+        let first = events.pop().expect("the log begins with this event");
+        match self.store.submit(job, key, first).await {
+            Ok(Submitted::New) => {
+                crash_point("submit.committed");
+                Ok(())
+            }
+            Ok(Submitted::Known(id, status)) => Err(NotStored::Known(id, status)),
+            Err(error) => Err(NotStored::Failed(error)),
+        }
+    }
+
+    fn known(&self, id: JobId, status: JobStatus) -> Accepted {
+        Accepted {
+            id,
+            status,
+            position: self.live.position(id, clock::now()),
+        }
     }
 }

@@ -7,7 +7,7 @@ use pool_core::ModelRef;
 use pool_core::api::models::{DownloadEvent, DownloadPhase, ModelDownloadRequest};
 use pool_core::kit::client::{ApiClient, Method, ServerEvent};
 
-use crate::app::App;
+use super::Scheduler;
 use crate::clock;
 
 /// The failure of a download, and whether a later request may succeed.
@@ -25,83 +25,91 @@ impl Failure {
     }
 }
 
-/// Requests a model from a pool. If the pool is already downloading it, the request follows that download.
-pub(super) fn begin(app: &App, pool: &str, model: &ModelRef) {
-    let size = app.catalog.find(model).and_then(|entry| entry.size_bytes);
-    let Some(client) = app
-        .fleet
-        .begin_download(pool, model, size.unwrap_or_default())
-    else {
-        return;
-    };
-    tracing::info!(pool, %model, "asking for a download");
-    let (app_, pool, model) = (Arc::clone(app), pool.to_owned(), model.clone());
-    app.spawn(async move {
-        let ended = tokio::select! {
-            ended = follow(&app_, &client, &pool, &model) => ended,
-            () = app_.shutdown.requested() => return,
+impl Scheduler {
+    /// Requests a model from a pool. If the pool is already downloading it, the request follows that download.
+    pub(super) fn download(self: &Arc<Self>, pool: &str, model: &ModelRef) {
+        let size = self.catalog.find(model).and_then(|entry| entry.size_bytes);
+        let Some(client) = self
+            .fleet
+            .begin_download(pool, model, size.unwrap_or_default())
+        else {
+            return;
         };
-        match ended {
-            Ok(()) => {
-                tracing::info!(pool, %model, "downloaded");
-                app_.fleet.download_ended(&pool, &model, clock::now());
-            }
-            Err(Failure { message, retriable }) => {
-                tracing::warn!(pool, %model, error = message, "a download failed");
-                app_.fleet
-                    .download_failed(&pool, &model, message, retriable, clock::now());
-            }
-        }
-        app_.changed.notify_one();
-    });
-}
-
-async fn follow(
-    app: &App,
-    client: &ApiClient,
-    pool: &str,
-    model: &ModelRef,
-) -> Result<(), Failure> {
-    let request = ModelDownloadRequest {
-        model: model.clone(),
-    };
-    let call = client
-        .request(Method::POST, "/models/download")
-        .json(&request);
-    let mut events = client.events(call).await.map_err(|error| Failure {
-        message: error.to_string(),
-        // A pool's outright refusal lasts until its cause is fixed.
-        retriable: error.api().is_none_or(|body| body.retriable),
-    })?;
-    while let Some(event) = events.next().await {
-        let event = event.map_err(|error| Failure::passing(error.to_string()))?;
-        match parse(&event) {
-            Some(DownloadEvent::Progress {
-                phase,
-                done_bytes,
-                total_bytes,
-                ..
-            }) => {
-                if let Some(percent) = percent(phase, done_bytes, total_bytes)
-                    && app.fleet.download_moved(pool, model, percent)
-                {
-                    app.changed.notify_one();
+        tracing::info!(pool, %model, "asking for a download");
+        let (scheduler, pool, model) = (Arc::clone(self), pool.to_owned(), model.clone());
+        self.background.spawn(async move {
+            let ended = tokio::select! {
+                ended = scheduler.follow(&client, &pool, &model) => ended,
+                () = scheduler.jobs.shutdown.requested() => return,
+            };
+            match ended {
+                Ok(()) => {
+                    tracing::info!(pool, %model, "downloaded");
+                    scheduler.fleet.download_ended(&pool, &model, clock::now());
+                }
+                Err(Failure { message, retriable }) => {
+                    tracing::warn!(pool, %model, error = message, "a download failed");
+                    scheduler.fleet.download_failed(
+                        &pool,
+                        &model,
+                        message,
+                        retriable,
+                        clock::now(),
+                    );
                 }
             }
-            Some(DownloadEvent::End(_)) => return Ok(()),
-            Some(DownloadEvent::Error(failure)) => {
-                return Err(Failure {
-                    message: failure.message,
-                    retriable: failure.retriable,
-                });
-            }
-            // Another process of the pool downloads the model, or a newer pool sends an event unknown to this release.
-            Some(DownloadEvent::Waiting { .. }) | None => {}
-        }
+            scheduler.jobs.changed.notify_one();
+        });
     }
-    Err(Failure::passing(
-        "the pool's event stream ended before the download did",
-    ))
+
+    /// Records the progress of a download until it ends.
+    async fn follow(
+        &self,
+        client: &ApiClient,
+        pool: &str,
+        model: &ModelRef,
+    ) -> Result<(), Failure> {
+        let request = ModelDownloadRequest {
+            model: model.clone(),
+        };
+        let call = client
+            .request(Method::POST, "/models/download")
+            .json(&request);
+        let mut events = client.events(call).await.map_err(|error| Failure {
+            message: error.to_string(),
+            // A pool's outright refusal lasts until its cause is fixed.
+            retriable: error.api().is_none_or(|body| body.retriable),
+        })?;
+        while let Some(event) = events.next().await {
+            let event = event.map_err(|error| Failure::passing(error.to_string()))?;
+            match parse(&event) {
+                Some(DownloadEvent::Progress {
+                    phase,
+                    done_bytes,
+                    total_bytes,
+                    ..
+                }) => {
+                    if let Some(percent) = percent(phase, done_bytes, total_bytes)
+                        && self.fleet.download_moved(pool, model, percent)
+                    {
+                        self.jobs.changed.notify_one();
+                    }
+                }
+                Some(DownloadEvent::End(_)) => return Ok(()),
+                Some(DownloadEvent::Error(failure)) => {
+                    return Err(Failure {
+                        message: failure.message,
+                        retriable: failure.retriable,
+                    });
+                }
+                // Another process of the pool downloads the model, or a newer pool sends an event unknown to this release.
+                Some(DownloadEvent::Waiting { .. }) | None => {}
+            }
+        }
+        Err(Failure::passing(
+            "the pool's event stream ended before the download did",
+        ))
+    }
 }
 
 /// Parses an event. A stream carries the event's name outside the data, but [`DownloadEvent`] expects it inside.

@@ -20,7 +20,7 @@ use orchestrator_core::decide::{Costs, Decision, offer, settle};
 use orchestrator_core::scheduler::{Policy, Snapshot, schedule};
 use orchestrator_core::script::{MAX_SOURCE, Runner, Script, source_hash, too_long};
 
-use crate::app::App;
+use super::Scheduler;
 use crate::clock;
 use crate::metrics::Metrics;
 
@@ -306,22 +306,25 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> 
     }
 }
 
-/// Watches the file for new versions of the script until the daemon stops.
-pub async fn watch_script(app: App) {
-    if app.script.file.is_none() {
-        return;
-    }
-    loop {
-        tokio::select! {
-            () = app.shutdown.requested() => return,
-            () = tokio::time::sleep(LOOK) => {}
+impl Scheduler {
+    /// Watches the file for new versions of the script until the daemon stops.
+    pub async fn watch_script(self: Arc<Self>) {
+        if self.script.file.is_none() {
+            return;
         }
-        let looked = {
-            let app = Arc::clone(&app);
-            tokio::task::spawn_blocking(move || app.script.reload(&app.metrics)).await
-        };
-        if looked.unwrap_or(false) {
-            app.changed.notify_one();
+        loop {
+            tokio::select! {
+                () = self.jobs.shutdown.requested() => return,
+                () = tokio::time::sleep(LOOK) => {}
+            }
+            let looked = {
+                let scheduler = Arc::clone(&self);
+                let look = move || scheduler.script.reload(&scheduler.jobs.metrics);
+                tokio::task::spawn_blocking(look).await
+            };
+            if looked.unwrap_or(false) {
+                self.jobs.changed.notify_one();
+            }
         }
     }
 }

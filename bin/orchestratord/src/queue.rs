@@ -3,8 +3,6 @@
 //! The database is the record. This state is built from it at start and changed after each commit. Waiting jobs, leases and
 //! pools share one index under one lock, so that a pass sees all of them at one moment.
 
-mod live;
-
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,18 +21,17 @@ use pool_core::catalog::Catalog;
 
 use crate::clock;
 use crate::fleet::PoolChange;
-
-pub use live::{ActiveAttempt, LiveJob, Order};
+use crate::live::{ActiveAttempt, LiveJob};
 
 /// All jobs that are not over.
 #[derive(Debug)]
-pub struct Jobs {
+pub struct LiveJobs {
     policy: BuiltIn,
-    inner: Mutex<Inner>,
+    state: Mutex<LiveJobsState>,
 }
 
 #[derive(Debug)]
-struct Inner {
+struct LiveJobsState {
     index: Index,
     departures: Departures,
     /// Places promised to submits whose commit is under way.
@@ -78,7 +75,7 @@ pub struct Refused {
     pub retry_after: SignedDuration,
 }
 
-impl Jobs {
+impl LiveJobs {
     /// Creates an empty queue with the limits and policy of `config`. `catalog` gives the sizes of models.
     pub fn new(config: &OrchestratorConfig, catalog: &Catalog) -> Self {
         let queue = FairQueue::new(config.queue.capacity(), config.queue.promote_after());
@@ -92,7 +89,7 @@ impl Jobs {
             sizes.collect(),
             clock::now(),
         );
-        let inner = Inner {
+        let state = LiveJobsState {
             index,
             departures: Departures::default(),
             promised: Promised::default(),
@@ -105,12 +102,12 @@ impl Jobs {
         };
         Self {
             policy: config.scheduler.policy,
-            inner: Mutex::new(inner),
+            state: Mutex::new(state),
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, LiveJobsState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reserves a place for a new job, and returns the number of jobs ahead of it. `unknown` says whether pools may
@@ -121,14 +118,14 @@ impl Jobs {
         unknown: impl FnOnce() -> bool,
         now: Timestamp,
     ) -> Result<(Promise<'_>, u64), Refused> {
-        let mut inner = self.lock();
-        let stranded = inner.index.is_stranded(job);
-        if let Err(error) = inner.admit(job.bytes, stranded, unknown) {
-            let retry_after = inner.departures.retry_after(now);
+        let mut state = self.lock();
+        let stranded = state.index.is_stranded(job);
+        if let Err(error) = state.admit(job.bytes, stranded, unknown) {
+            let retry_after = state.departures.retry_after(now);
             return Err(Refused { error, retry_after });
         }
-        let position = inner.index.position_of_new(job, now);
-        inner.promised.of(stranded).add(job.bytes);
+        let position = state.index.position_of_new(job, now);
+        state.promised.of(stranded).add(job.bytes);
         let promise = Promise {
             jobs: self,
             bytes: job.bytes,
@@ -139,11 +136,11 @@ impl Jobs {
 
     /// Adds a job that is not over. From here on its events can be followed.
     pub fn insert(&self, live: Arc<LiveJob>) {
-        let mut inner = self.lock();
+        let mut state = self.lock();
         if let Some(deadline) = live.deadline {
-            inner.deadlines.insert((deadline, live.id));
+            state.deadlines.insert((deadline, live.id));
         }
-        inner.live.insert(live.id, live);
+        state.live.insert(live.id, live);
     }
 
     /// Returns the job, unless it is over or unknown.
@@ -153,14 +150,14 @@ impl Jobs {
 
     /// Removes a job that is over, or that was never stored.
     pub fn forget(&self, id: JobId) {
-        let mut inner = self.lock();
-        if let Some(live) = inner.live.remove(&id)
+        let mut state = self.lock();
+        if let Some(live) = state.live.remove(&id)
             && let Some(deadline) = live.deadline
         {
-            inner.deadlines.remove(&(deadline, id));
+            state.deadlines.remove(&(deadline, id));
         }
-        if inner.index.remove(id).is_some() {
-            inner.departures.note(clock::now());
+        if state.index.remove(id).is_some() {
+            state.departures.note(clock::now());
         }
     }
 
@@ -170,8 +167,8 @@ impl Jobs {
             && let Some(attempt) = self.attempt(id)
         {
             let took = clock::now().duration_since(attempt.began);
-            let mut inner = self.lock();
-            inner
+            let mut state = self.lock();
+            state
                 .index
                 .completed(&attempt.pool_id, &attempt.worker_id, took);
         }
@@ -180,12 +177,12 @@ impl Jobs {
 
     /// Returns the jobs whose time has run out, and the next expiry time after `now`.
     pub fn expired(&self, now: Timestamp) -> (Vec<Arc<LiveJob>>, Option<Timestamp>) {
-        let inner = self.lock();
-        let due = inner.deadlines.iter().take_while(|(at, _)| *at <= now);
+        let state = self.lock();
+        let due = state.deadlines.iter().take_while(|(at, _)| *at <= now);
         let due: Vec<_> = due
-            .filter_map(|(_, id)| inner.live.get(id).cloned())
+            .filter_map(|(_, id)| state.live.get(id).cloned())
             .collect();
-        let next = inner
+        let next = state
             .deadlines
             .iter()
             .map(|(at, _)| *at)
@@ -195,9 +192,9 @@ impl Jobs {
 
     /// Records that an attempt at the job holds a slot that no pass assigned.
     pub fn begin_attempt(&self, id: JobId, attempt: Arc<ActiveAttempt>) {
-        let mut inner = self.lock();
-        inner.index.lease(&attempt.pool_id, &attempt.worker_id);
-        inner.attempts.insert(id, attempt);
+        let mut state = self.lock();
+        state.index.lease(&attempt.pool_id, &attempt.worker_id);
+        state.attempts.insert(id, attempt);
     }
 
     /// Records that the attempt no longer holds its slot. Returns false if it held none. A later attempt at the same job is left
@@ -209,17 +206,17 @@ impl Jobs {
     /// Records that the attempt no longer holds its slot, and queues its job again. Returns false if it held none. No pass comes
     /// between the two: it would give the job's room to others.
     pub fn requeue(&self, job: QueuedJob, attempt: &ActiveAttempt) -> bool {
-        let mut inner = self.lock();
-        let held = inner.end_attempt(job.id, attempt);
-        inner.put(job);
+        let mut state = self.lock();
+        let held = state.end_attempt(job.id, attempt);
+        state.put(job);
         held
     }
 
     /// Records that the attempt's worker has taken the job. Returns whether other jobs may have waited for that.
     pub fn taken(&self, id: JobId, attempt: &ActiveAttempt) -> bool {
-        let mut inner = self.lock();
-        let holds = inner.holds(id, attempt);
-        holds && attempt.mark_taken() && inner.index.answered(&attempt.pool_id, &attempt.worker_id)
+        let mut state = self.lock();
+        let holds = state.holds(id, attempt);
+        holds && attempt.mark_taken() && state.index.answered(&attempt.pool_id, &attempt.worker_id)
     }
 
     /// Returns the attempt at the job that holds a slot.
@@ -234,8 +231,8 @@ impl Jobs {
 
     /// Returns the slots held by jobs: the job, the pool and the worker of each.
     pub fn leases(&self) -> Vec<Lease> {
-        let inner = self.lock();
-        let attempts = inner.attempts.iter();
+        let state = self.lock();
+        let attempts = state.attempts.iter();
         attempts
             .map(|(job, attempt)| Lease {
                 job: *job,
@@ -253,19 +250,19 @@ impl Jobs {
     /// Applies `changes` and makes a pass. Jobs that the pass dispatches hold their slots and no longer wait; each comes with
     /// its attempt.
     pub fn pass(&self, changes: Vec<PoolChange>, now: Timestamp) -> Passed {
-        let mut inner = self.lock();
-        inner.take_in(changes);
-        inner.held.clear();
-        let pass = inner.index.pass(now);
-        inner.passed(pass, now)
+        let mut state = self.lock();
+        state.take_in(changes);
+        state.held.clear();
+        let pass = state.index.pass(now);
+        state.passed(pass, now)
     }
 
-    /// Applies `changes` and returns the input of the next pass, for a plan that is made outside the lock. [`Jobs::apply`] must
+    /// Applies `changes` and returns the input of the next pass, for a plan that is made outside the lock. [`LiveJobs::apply`] must
     /// follow.
     pub fn look(&self, changes: Vec<PoolChange>, now: Timestamp) -> Snapshot {
-        let mut inner = self.lock();
-        inner.take_in(changes);
-        inner.index.snapshot(now)
+        let mut state = self.lock();
+        state.take_in(changes);
+        state.index.snapshot(now)
     }
 
     /// Carries out a decision as a pass. Actions that no longer fit, because something changed since the decision's snapshot,
@@ -276,23 +273,23 @@ impl Jobs {
             By::Script => Chooser::Script,
             By::BuiltIn | By::Fallback(_) => Chooser::Policy(self.policy),
         };
-        let mut inner = self.lock();
+        let mut state = self.lock();
         let held = plan.waiting.iter();
-        inner.held = held
+        state.held = held
             .filter(|(_, why)| why.reason == WaitReason::PolicyHeld)
             .map(|(job, why)| (*job, Arc::clone(why)))
             .collect();
-        let mut pass = inner.index.apply(plan, chooser, now);
+        let mut pass = state.index.apply(plan, chooser, now);
         pass.wake = plan.wake;
-        inner.passed(pass, now)
+        state.passed(pass, now)
     }
 
     /// Counts a reader of the job until the guard is dropped. Readers of a waiting job receive its explanation.
     pub fn follow(self: &Arc<Self>, id: JobId) -> Followed {
-        let mut inner = self.lock();
-        inner.followed.entry(id).or_default().0 += 1;
-        let news = inner.news_of(&[id], clock::now());
-        drop(inner);
+        let mut state = self.lock();
+        state.followed.entry(id).or_default().0 += 1;
+        let news = state.news_of(&[id], clock::now());
+        drop(state);
         publish(news);
         Followed {
             jobs: Arc::clone(self),
@@ -302,9 +299,9 @@ impl Jobs {
 
     /// Returns why the job waits and the number of jobs ahead of it; `None` if it does not wait.
     pub fn waiting(&self, id: JobId, now: Timestamp) -> Option<TaskWaiting> {
-        let mut inner = self.lock();
-        let waiting = inner.index.waiting(id, now)?;
-        Some(inner.said(id, waiting).into())
+        let mut state = self.lock();
+        let waiting = state.index.waiting(id, now)?;
+        Some(state.said(id, waiting).into())
     }
 
     /// Returns the number of jobs ahead of a waiting job; `None` if it does not wait.
@@ -314,8 +311,8 @@ impl Jobs {
 
     /// Returns the number of waiting jobs of each class.
     pub fn depths(&self) -> [(Priority, usize); 2] {
-        let inner = self.lock();
-        let queue = inner.index.queue();
+        let state = self.lock();
+        let queue = state.index.queue();
         [Priority::Interactive, Priority::Batch].map(|class| (class, queue.depth(class)))
     }
 }
@@ -341,7 +338,7 @@ pub fn publish(news: Vec<News>) {
     }
 }
 
-impl Inner {
+impl LiveJobsState {
     fn put(&mut self, job: QueuedJob) {
         self.index.put(job);
         self.came = true;
@@ -398,7 +395,7 @@ impl Inner {
     fn take_in(&mut self, changes: Vec<PoolChange>) {
         for change in changes {
             match change {
-                PoolChange::Is(state) => self.index.set_pool(*state),
+                PoolChange::Is(pool) => self.index.set_pool(*pool),
                 PoolChange::Gone(pool) => self.index.remove_pool(&pool),
             }
         }
@@ -484,32 +481,32 @@ fn same(old: &Arc<Explanation>, new: &Arc<Explanation>) -> bool {
 /// A reserved place in the queue. Dropping the promise frees the place: by then the job is queued, or never will be.
 #[derive(Debug)]
 pub struct Promise<'a> {
-    jobs: &'a Jobs,
+    jobs: &'a LiveJobs,
     bytes: u64,
     stranded: bool,
 }
 
 impl Drop for Promise<'_> {
     fn drop(&mut self) {
-        let mut inner = self.jobs.lock();
-        inner.promised.of(self.stranded).subtract(self.bytes);
+        let mut state = self.jobs.lock();
+        state.promised.of(self.stranded).subtract(self.bytes);
     }
 }
 
 /// A reader of a job, counted until dropped.
 #[derive(Debug)]
 pub struct Followed {
-    jobs: Arc<Jobs>,
+    jobs: Arc<LiveJobs>,
     id: JobId,
 }
 
 impl Drop for Followed {
     fn drop(&mut self) {
-        let mut inner = self.jobs.lock();
-        if let Some((readers, _)) = inner.followed.get_mut(&self.id) {
+        let mut state = self.jobs.lock();
+        if let Some((readers, _)) = state.followed.get_mut(&self.id) {
             *readers -= 1;
             if *readers == 0 {
-                inner.followed.remove(&self.id);
+                state.followed.remove(&self.id);
             }
         }
     }

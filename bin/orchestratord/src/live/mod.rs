@@ -1,4 +1,7 @@
-//! One job that is not over.
+//! One job that is not over: its event log, and the attempt that runs it.
+
+mod log;
+mod stream_log;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -7,7 +10,10 @@ use orchestrator_core::JobId;
 use orchestrator_core::scheduler::Why;
 use tokio::sync::watch;
 
-use crate::jobs::JobLog;
+use crate::clock;
+
+pub use log::JobLog;
+pub use stream_log::Read;
 
 /// A job that is not over, or ended a moment ago.
 #[derive(Debug)]
@@ -86,7 +92,7 @@ impl ActiveAttempt {
         Self {
             pool_id,
             worker_id,
-            began: crate::clock::now(),
+            began: clock::now(),
             why: None,
             attached: AtomicBool::new(false),
             taken: AtomicBool::new(true),
