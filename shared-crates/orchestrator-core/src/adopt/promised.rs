@@ -4,22 +4,21 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use pool_core::ModelRef;
-use pool_core::kit::units::{human_bytes_down, human_bytes_up, human_duration, human_seconds};
 use pool_core::worker::{Device, WorkerStatus};
 
 use super::{Proposal, Refusal};
-use crate::job::Placement;
-use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
-use crate::scheduler::{
-    DeviceState, PoolState, Snapshot, StartChoice, WorkerState, could_use, start_context,
+use crate::scheduler::rules::{
+    self, Check, Needs, Obstacle, at_rest, loadable, resident_until, startable_on, takes_work,
 };
+use crate::scheduler::snapshot::StartSize;
+use crate::scheduler::{DeviceState, PoolState, Snapshot, StartChoice, WorkerState, start_context};
 
 /// Places promised to a policy so far in a pass. A promised place is no longer free.
 #[derive(Debug, Clone, Default)]
 pub struct Promised {
     /// Jobs promised to each worker, keyed by pool and worker index.
-    active: HashMap<(usize, usize), PromisedJobs>,
+    active: HashMap<(usize, usize), rules::Promised>,
     /// Bytes promised on each device, by pool index.
     taken: HashMap<(usize, Device), u64>,
     /// Promised starts: pool index, device, model and context.
@@ -29,36 +28,8 @@ pub struct Promised {
     settled: HashSet<usize>,
 }
 
-/// The jobs promised to a worker.
-#[derive(Debug, Clone, Copy, Default)]
-struct PromisedJobs {
-    count: u32,
-    /// Most tokens that the jobs are expected to take in the worker's cache.
-    tokens: u32,
-}
-
-fn takes_work(pool: &PoolState) -> Result<(), String> {
-    if pool.liveness != PoolLiveness::Online {
-        return Err(format!("the pool is {}", pool.liveness));
-    }
-    if pool.draining {
-        return Err("the pool is draining".to_owned());
-    }
-    Ok(())
-}
-
-fn placement_fits(placement: &Placement, pool: &PoolState, device: Device) -> Result<(), String> {
-    if let Some(wanted) = placement.pool.as_ref().filter(|wanted| **wanted != pool.id) {
-        return Err(format!("the job asks for pool `{wanted}`"));
-    }
-    if let Some(wanted) = placement.device.filter(|wanted| *wanted != device) {
-        return Err(format!("the job asks for {wanted}"));
-    }
-    Ok(())
-}
-
 impl Promised {
-    fn promised(&self, pool: usize, worker: usize) -> PromisedJobs {
+    fn promised(&self, pool: usize, worker: usize) -> rules::Promised {
         let known = self.active.get(&(pool, worker));
         known.copied().unwrap_or_default()
     }
@@ -75,7 +46,7 @@ impl Promised {
         state
             .slots
             .saturating_sub(state.active)
-            .saturating_sub(promised.count)
+            .saturating_sub(promised.jobs)
     }
 
     /// Returns the tokens of the worker's cache that are still free; `None` if they are unknown, or if the worker has no job
@@ -83,7 +54,7 @@ impl Promised {
     pub fn free_tokens(&self, snapshot: &Snapshot, pool: usize, worker: usize) -> Option<u32> {
         let state = worker_at(snapshot, pool, worker)?;
         let promised = self.promised(pool, worker);
-        let idle = state.active + promised.count == 0;
+        let idle = state.active + promised.jobs == 0;
         let free = state.free_tokens.filter(|_| !idle)?;
         Some(free.saturating_sub(promised.tokens))
     }
@@ -129,63 +100,34 @@ impl Promised {
         else {
             return Err(Refusal::Unknown(format!("worker {worker} of pool {pool}")));
         };
-        let check = || {
-            if queued.not_before.is_some_and(|at| at > snapshot.now) {
-                return Err("the job is backing off after a lost attempt".to_owned());
-            }
-            takes_work(on)?;
-            if state.model != queued.model {
-                return Err(format!(
-                    "the worker runs `{}`, but the job asks for `{}`",
-                    state.model, queued.model
-                ));
-            }
-            placement_fits(&queued.placement, on, state.device)?;
-            let needed = queued.context_needed.unwrap_or(0);
-            if state.capacity() < needed {
-                return Err(format!(
-                    "the job needs a context of {needed} tokens, but the worker has {}",
-                    state.capacity()
-                ));
-            }
-            if !state.serves() {
-                return Err(format!("the worker is {}", state.status));
-            }
-            if self.evicted.contains(&(pool, worker)) {
-                return Err("the worker is being evicted".to_owned());
-            }
-            if state.full {
-                return Err("the worker had no room a moment ago".to_owned());
-            }
-            let tokens = queued.cache_tokens();
-            let free_tokens = self.free_tokens(snapshot, pool, worker);
-            if free_tokens.is_some_and(|free| free < tokens) {
-                return Err(format!(
-                    "the job needs {tokens} tokens of the worker's cache, but only {} are free",
-                    free_tokens.unwrap_or(0)
-                ));
-            }
-            let expected = state.most_of(queued.cache_expected());
-            let unanswered = state.unanswered + self.promised(pool, worker).count;
-            if unanswered > 0 && free_tokens.is_some_and(|free| free < expected) {
-                return Err(format!(
-                    "the job may need {expected} tokens of the worker's cache, and earlier ones are on their way there"
-                ));
-            }
-            if self.free_slots(snapshot, pool, worker) == 0 {
-                return Err(format!(
-                    "all {} slots of the worker are in use",
-                    state.slots
-                ));
-            }
-            Ok(())
-        };
-        check().map_err(|why| Refusal::Dispatch {
+        let check = self.check_dispatch(snapshot, queued, on, state, (pool, worker));
+        check.map_err(|obstacle| Refusal::Dispatch {
             job: queued.id,
             pool: on.id.clone(),
             worker: state.id.clone(),
-            why,
+            why: obstacle.to_string(),
         })
+    }
+
+    fn check_dispatch<'a>(
+        &self,
+        snapshot: &Snapshot,
+        job: &'a QueuedJob,
+        pool: &'a PoolState,
+        worker: &'a WorkerState,
+        place: (usize, usize),
+    ) -> Check<'a> {
+        if job.backs_off(snapshot.now) {
+            return Err(Obstacle::BackingOff);
+        }
+        takes_work(pool)?;
+        let needs = Needs::of(job);
+        needs.suited_by(&pool.id, worker)?;
+        if self.evicted.contains(&place) {
+            return Err(Obstacle::Leaving);
+        }
+        let promised = self.promised(place.0, place.1);
+        needs.placed_on(worker, job.cache_expected(), promised)
     }
 
     /// Returns the smallest context with which a worker may be started on the device for this job now. `None` stands for the
@@ -210,9 +152,7 @@ impl Promised {
                         model: queued.model.to_string(),
                         device,
                         pool: on.id.clone(),
-                        why: format!(
-                            "the job needs a context of {needed} tokens, more than the file allows"
-                        ),
+                        why: Obstacle::FileContext(needed).to_string(),
                     });
                 }
             },
@@ -255,61 +195,41 @@ impl Promised {
         };
         let check = || {
             takes_work(on)?;
-            if !on.devices.iter().any(|state| state.device == device) {
-                return Err("the pool has no worker program for the device".to_owned());
-            }
-            let Some(file) = on.model(model) else {
-                return Err("the pool does not have the model".to_owned());
-            };
-            if let Some(failure) = on.start_failure(file) {
-                return Err(format!("the model's file could not be loaded: {failure}"));
-            }
+            let mut devices = on.devices.iter();
+            let state = devices.find(|state| state.device == device);
+            let state = state.ok_or(Obstacle::NoProgram)?;
+            let file = loadable(on, model)?;
             if let Some(asked) = context_length {
-                let Some(context) = file.context else {
-                    return Err(
-                        "the pool does not report which contexts the file allows".to_owned()
-                    );
-                };
+                let context = file.context.ok_or(Obstacle::ContextUnknown)?;
                 let most = context.max_tokens;
                 if !(1..=most).contains(&asked) {
-                    return Err(format!(
-                        "the context is {asked} tokens, but the file allows 1 to {most}"
-                    ));
+                    return Err(Obstacle::ContextRange { asked, most });
                 }
             }
-            if let Some(refused) = on.refused(model, device, context_length) {
-                return Err(format!(
-                    "the pool refused the start a moment ago: {}",
-                    refused.message
-                ));
-            }
-            let free = self.free_bytes(snapshot, pool, device);
-            let needed = file.bytes(context_length);
-            if needed > free {
-                return Err(format!(
-                    "it needs {}, but only {} is free",
-                    human_bytes_up(needed),
-                    human_bytes_down(free)
-                ));
-            }
+            let free = DeviceState {
+                free_bytes: self.free_bytes(snapshot, pool, device),
+                ..*state
+            };
+            let size = StartSize {
+                context: context_length,
+                bytes: file.bytes(context_length),
+            };
+            startable_on(on, model, &free, size)?;
             let worker = WorkerState::asked_for(file, device, context_length, snapshot.now);
             let wants = |(index, job): (usize, &Arc<QueuedJob>)| {
-                !self.is_settled(index) && could_use(job, &on.id, &worker)
+                !self.is_settled(index) && Needs::of(job).suited_by(&on.id, &worker).is_ok()
             };
             let wanted = match job {
                 Some(index) => job_at(snapshot, index).is_ok_and(|job| wants((index, job))),
                 None => snapshot.jobs.iter().enumerate().any(wants),
             };
-            if !wanted {
-                return Err("no waiting job could use it".to_owned());
-            }
-            Ok(())
+            wanted.then_some(()).ok_or(Obstacle::Unwanted)
         };
-        check().map_err(|why| Refusal::Start {
+        check().map_err(|obstacle| Refusal::Start {
             model: model.to_string(),
             device,
             pool: on.id.clone(),
-            why,
+            why: obstacle.to_string(),
         })
     }
 
@@ -327,42 +247,34 @@ impl Promised {
         };
         let check = || {
             if !snapshot.settings.evict {
-                return Err("the settings do not allow eviction".to_owned());
+                return Err(Obstacle::EvictionOff);
             }
             takes_work(on)?;
-            let promised = self.promised(pool, worker);
-            // A worker that is full without a lease of ours works for another client.
-            let works = state.full || state.active + promised.count > 0;
-            if state.status != WorkerStatus::Ready || works {
-                return Err("it is not idle".to_owned());
+            at_rest(state, self.promised(pool, worker))?;
+            if state.status != WorkerStatus::Ready {
+                return Err(Obstacle::NotIdle);
             }
             if self.evicted.contains(&(pool, worker)) {
-                return Err("it is already being evicted".to_owned());
+                return Err(Obstacle::AlreadyLeaving);
             }
-            let missed = snapshot
-                .jobs
-                .iter()
-                .any(|job| could_use(job, &on.id, state));
-            let residence = snapshot.settings.residence(state);
-            if let Some(ready) = state.ready_at.filter(|at| *at + residence > snapshot.now)
-                && missed
-            {
-                let age = snapshot.now.duration_since(ready).as_secs();
-                return Err(format!(
-                    "it has been ready for {}; while jobs wait for it, it stays for {}",
-                    human_seconds(age),
-                    human_duration(residence.unsigned_abs())
-                ));
+            let mut jobs = snapshot.jobs.iter();
+            let missed = jobs.any(|job| Needs::of(job).suited_by(&on.id, state).is_ok());
+            let until = resident_until(&snapshot.settings, state);
+            if missed && until.is_some_and(|at| at > snapshot.now) {
+                let ready = state.ready_at.unwrap_or(snapshot.now);
+                return Err(Obstacle::Resident {
+                    ready_s: snapshot.now.duration_since(ready).as_secs(),
+                    residence: snapshot.settings.residence(state),
+                });
             }
-            if !snapshot.jobs.iter().any(|job| job.model == *needed_by) {
-                return Err(format!("no waiting job asks for `{needed_by}`"));
-            }
-            Ok(())
+            let mut jobs = snapshot.jobs.iter();
+            let asked = jobs.any(|job| job.model == *needed_by);
+            asked.then_some(()).ok_or(Obstacle::Unasked(needed_by))
         };
-        check().map_err(|why| Refusal::Evict {
+        check().map_err(|obstacle| Refusal::Evict {
             worker: state.id.clone(),
             pool: on.id.clone(),
-            why,
+            why: obstacle.to_string(),
         })
     }
 
@@ -376,7 +288,7 @@ impl Promised {
                 let state = worker_at(snapshot, *pool, *worker);
                 let tokens = state.map_or(expected, |state| state.most_of(expected));
                 let promised = self.active.entry((*pool, *worker)).or_default();
-                promised.count += 1;
+                promised.jobs += 1;
                 promised.tokens = promised.tokens.saturating_add(tokens);
             }
             Proposal::StartWorker {
@@ -423,10 +335,10 @@ impl Promised {
         let mut pools = snapshot.pools.clone();
         for (&(pool, worker), promised) in &self.active {
             let state = &mut Arc::make_mut(&mut pools[pool]).workers[worker];
-            state.active += promised.count;
+            state.active += promised.jobs;
             let free = state.free_tokens;
             state.free_tokens = free.map(|free| free.saturating_sub(promised.tokens));
-            state.unanswered += promised.count;
+            state.unanswered += promised.jobs;
         }
         for &(pool, worker) in &self.evicted {
             Arc::make_mut(&mut pools[pool]).workers[worker].status = WorkerStatus::Draining;

@@ -11,10 +11,11 @@ use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
 
 use super::judge::{
-    Class, Held, Verdict, Wish, World, alive, fitting, has_backend, judge, may_download,
-    next_spare, runs, startable, usable,
+    Class, Held, Verdict, Wish, World, alive, fitting, has_backend, judge, next_spare, runs,
+    startable, usable,
 };
 use super::policy::{BuiltIn, WorkerChoice};
+use super::rules::{DISK_RESERVE, may_download};
 use super::snapshot::{PoolState, WorkerState};
 use super::wait_reason::WaitReason;
 use crate::pool::PoolLiveness;
@@ -75,7 +76,8 @@ pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) ->
         cache: u32::MAX,
         ..Wish::default()
     };
-    let (reason, cause) = match judge(class, &any_job, pools, world) {
+    let (verdict, _) = judge(class, &any_job, pools, world);
+    let (reason, cause) = match verdict {
         Verdict::Wait(reason) => (reason, None),
         Verdict::Reject { message, .. } => (WaitReason::PoolsAway, Some(message)),
         _ => (WaitReason::PolicyHeld, None),
@@ -206,7 +208,7 @@ fn filters(class: &Class, pools: &[&PoolState], held: Held<'_>) -> Vec<FilterCou
     };
     let fits = |pool: &PoolState| {
         startable(class, pool)
-            .is_some_and(|size| fitting(class, pool, size.bytes, false).next().is_some())
+            .is_some_and(|size| fitting(class, pool, size, false).next().is_some())
     };
     let any_context = Class {
         context: 0,
@@ -497,7 +499,7 @@ impl Words<'_> {
         }
         let size = self.world.sizes.get(model).copied().unwrap_or_default();
         let can_hold =
-            |pool: &&PoolState| may_download(self.class, &with_room(pool), size).is_some();
+            |pool: &&PoolState| may_download(self.class.needs(), &with_room(pool), size).is_some();
         match self
             .left()
             .filter(can_hold)
@@ -507,7 +509,7 @@ impl Words<'_> {
                 format!(
                     "`{model}` takes {}, and a download must leave {} free; the most free disk space is {}, on pool `{}`",
                     human_bytes(size),
-                    human_bytes(super::judge::DISK_RESERVE),
+                    human_bytes(DISK_RESERVE),
                     human_bytes_down(pool.disk_free_bytes),
                     pool.id
                 ),

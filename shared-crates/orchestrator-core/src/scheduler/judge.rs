@@ -1,6 +1,5 @@
 //! Judgement of a class: the best action for its jobs in the current state of the pools.
 
-use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
@@ -8,14 +7,14 @@ use pool_core::ModelRef;
 use pool_core::worker::{Device, WorkerStatus};
 
 use super::policy::{Policy, Rank, StartChoice, WorkerChoice};
+use super::rules::{
+    self, Needs, Obstacle, Promised, at_rest, loadable, resident_until, startable_on, takes_work,
+};
 use super::snapshot::{DeviceState, ModelState, PoolState, Settings, StartSize, WorkerState};
 use super::wait_reason::WaitReason;
 use crate::job::{JobErrorCode, Placement};
 use crate::pool::PoolLiveness;
 use crate::queue::QueuedJob;
-
-/// Bytes that a download leaves free on a pool's disk.
-pub const DISK_RESERVE: u64 = 1 << 30;
 
 /// The model, placement and needs that jobs have in common. A judgement of one job holds for all jobs of its class.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -30,37 +29,42 @@ pub(super) struct Class {
 
 impl Class {
     pub(super) fn of(job: &QueuedJob) -> Self {
+        let needs = Needs::of(job);
         Self {
-            model: job.model.clone(),
-            placement: job.placement.clone(),
-            context: job.context_needed.unwrap_or(0),
-            cache: job.cache_tokens(),
+            model: needs.model.clone(),
+            placement: needs.placement.clone(),
+            context: needs.context,
+            cache: needs.cache,
+        }
+    }
+
+    pub(super) fn needs(&self) -> Needs<'_> {
+        Needs {
+            model: &self.model,
+            placement: &self.placement,
+            context: self.context,
+            cache: self.cache,
         }
     }
 
     pub(super) fn admits_pool(&self, pool: &str) -> bool {
-        self.placement
-            .pool
-            .as_ref()
-            .is_none_or(|wanted| wanted == pool)
+        self.needs().on_pool(pool).is_ok()
     }
 
     pub(super) fn admits_device(&self, device: Device) -> bool {
-        self.placement.device.is_none_or(|wanted| wanted == device)
+        self.needs().on_device(device).is_ok()
     }
 
     /// Returns whether the worker suits these jobs, regardless of its state.
     pub(super) fn admits_worker(&self, pool: &str, worker: &WorkerState) -> bool {
-        worker.model == self.model
-            && self.admits_device(worker.device)
-            && self.admits_pool(pool)
-            && worker.capacity() >= self.context
+        self.needs().suited_by(pool, worker).is_ok()
     }
 
     /// Returns whether the worker, which admits the class, has a slot and cache room for one of its jobs now. `tokens` is the most
     /// that this job is expected to take of the cache.
     pub(super) fn finds_place(&self, worker: &WorkerState, tokens: u32) -> bool {
-        worker.has_slot() && worker.has_room(self.cache) && worker.may_be_offered(tokens)
+        let place = self.needs().placed_on(worker, tokens, Promised::default());
+        place.is_ok()
     }
 }
 
@@ -114,10 +118,7 @@ impl<'a> Wish<'a> {
     pub(super) fn size(&self, class: &Class, choice: &StartChoice<'_>) -> Option<u32> {
         let StartChoice { pool, device } = choice;
         let cost = pool.model(&class.model)?.cost();
-        let may = |size: &StartSize| {
-            let refused = pool.refused(&class.model, device.device, size.context);
-            size.bytes <= device.free_bytes && refused.is_none()
-        };
+        let may = |size: &StartSize| startable_on(pool, &class.model, device, *size).is_ok();
         // The needed context is the prompt and one token of the answer.
         let prompt = match class.context {
             0 => self.context.saturating_sub(self.max_tokens),
@@ -128,11 +129,6 @@ impl<'a> Wish<'a> {
             .filter(may);
         roomy.or_else(|| cost.least(class.context))?.context
     }
-}
-
-/// Returns whether the job could use the worker if it had a free slot.
-pub(crate) fn could_use(job: &QueuedJob, pool: &str, worker: &WorkerState) -> bool {
-    Class::of(job).admits_worker(pool, worker)
 }
 
 /// Returns the context for a new worker that is meant for the job.
@@ -181,7 +177,7 @@ pub(super) enum Verdict {
 
 /// Returns whether the pool is online and takes work.
 pub(super) fn alive(pool: &PoolState) -> bool {
-    pool.liveness == PoolLiveness::Online && !pool.draining
+    takes_work(pool).is_ok()
 }
 
 /// Returns whether the pool has a device for the class, or a worker that already runs on one.
@@ -197,8 +193,7 @@ pub(super) fn runs(class: &Class, pool: &PoolState) -> bool {
 
 /// Returns the class's model, if it is on the pool's disk and has not failed to load.
 pub(super) fn usable<'a>(class: &Class, pool: &'a PoolState) -> Option<&'a ModelState> {
-    let model = pool.model(&class.model)?;
-    pool.start_failure(model).is_none().then_some(model)
+    loadable(pool, &class.model).ok()
 }
 
 /// Returns the smallest worker for the class that the pool could start if it had the memory.
@@ -206,22 +201,36 @@ pub(super) fn startable(class: &Class, pool: &PoolState) -> Option<StartSize> {
     usable(class, pool)?.cost().least(class.context)
 }
 
-/// Returns the devices on which a worker for the class fits. With `spread`, devices that already have a live worker with the
-/// model are excluded, because a second worker would share the device and load the model twice.
+/// Returns the devices on which a worker of this size for the class may be started, and those where only the pool's refusal
+/// forbids it. With `spread`, devices that already have a live worker with the model are excluded, because a second worker would
+/// share the device and load the model twice.
 pub(super) fn fitting<'a>(
     class: &'a Class,
     pool: &'a PoolState,
-    needed: u64,
+    size: StartSize,
     spread: bool,
-) -> impl Iterator<Item = DeviceState> + 'a {
+) -> impl Iterator<Item = (DeviceState, Fit)> + 'a {
     let has_one = move |device: Device| {
         let mut workers = pool.workers.iter();
         workers.any(|w| w.device == device && w.model == class.model && w.status.is_live())
     };
     let devices = pool.devices.iter().copied();
     devices
-        .filter(move |d| class.admits_device(d.device) && d.free_bytes >= needed)
-        .filter(move |d| !(spread && has_one(d.device)))
+        .filter(move |d| class.admits_device(d.device) && !(spread && has_one(d.device)))
+        .filter_map(move |d| match startable_on(pool, &class.model, &d, size) {
+            Ok(()) => Some((d, Fit::Free)),
+            Err(Obstacle::StartRefused(_)) => Some((d, Fit::Refused)),
+            Err(_) => None,
+        })
+}
+
+/// The way in which a device has the memory for a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Fit {
+    /// The worker can be started.
+    Free,
+    /// The pool recently refused to start it.
+    Refused,
 }
 
 /// Returns the bytes of the device that become free once its draining workers have ended.
@@ -241,12 +250,9 @@ pub(super) fn spare_from(
     pool: &PoolState,
     worker: &WorkerState,
 ) -> Option<Timestamp> {
-    if worker.full || worker.active > 0 || !worker.serves() {
-        return None;
-    }
+    at_rest(worker, Promised::default()).ok()?;
     if (world.needed)(&pool.id, worker) {
-        let residence = world.settings.residence(worker);
-        return worker.ready_at?.checked_add(residence).ok();
+        return resident_until(world.settings, worker);
     }
     let idle = worker.status == WorkerStatus::Ready && worker.idle_since.is_some();
     idle.then_some(Timestamp::MIN)
@@ -323,158 +329,221 @@ pub(super) fn eviction_key<'a>(
     (missed, latest, victims.len(), rank, &pool.id, device.device)
 }
 
-/// Returns the device with the most free memory among those that can hold the model, if a download of `size` bytes may go to
-/// the pool. `None` if the disk lacks the room, a download was refused, or no device is large enough.
-pub(super) fn may_download(class: &Class, pool: &PoolState, size: u64) -> Option<DeviceState> {
-    let room = pool.disk_free_bytes.checked_sub(DISK_RESERVE)? >= size;
-    let refused = pool
-        .refused_downloads
-        .iter()
-        .any(|r| r.model == class.model);
-    let mut devices: Vec<_> = pool
-        .devices
-        .iter()
-        .filter(|d| class.admits_device(d.device) && d.total_bytes >= size)
-        .copied()
-        .collect();
-    devices.sort_unstable_by_key(|d| (Reverse(d.free_bytes), d.device));
-    devices.first().copied().filter(|_| room && !refused)
+/// The places for a class, as a judgement sees them: all pools of a snapshot, or those that the index's tables name.
+pub(super) trait Places {
+    /// Returns the best worker with a free slot and room in its cache.
+    fn free_worker(&self) -> Option<(usize, usize)>;
+
+    /// Returns the live workers for the class.
+    fn workers(&self) -> LiveWorkers;
+
+    /// Returns the pools that take work and can start a worker for the class if they have the memory, with the size of the
+    /// smallest such worker.
+    fn with_file(&self) -> impl Iterator<Item = (usize, &PoolState, StartSize)>;
+
+    /// Judges a class that no device of the pools in [`Places::with_file`] suits.
+    fn without_file(&self) -> Verdict;
 }
 
-/// Judges a class. `wish` holds the preferences of its first job.
+/// Live workers for a class.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LiveWorkers {
+    /// True if a worker is loading the model.
+    pub(super) starting: bool,
+    /// True if a worker serves.
+    pub(super) serving: bool,
+}
+
+/// Judges a class that has pools with a backend for it. `has_slot` says whether one of its workers has a free slot. Returns with
+/// [`WaitReason::MemoryShort`] the time from which a worker may be evicted.
+pub(super) fn judge_places(
+    places: &impl Places,
+    has_slot: impl FnOnce() -> bool,
+    class: &Class,
+    wish: &Wish<'_>,
+    world: &World<'_>,
+) -> (Verdict, Option<Timestamp>) {
+    // First choice: a worker with a free slot.
+    if let Some((pool, worker)) = places.free_worker() {
+        return (Verdict::Dispatch { pool, worker }, None);
+    }
+
+    // Second choice: another worker.
+    let LiveWorkers { starting, serving } = places.workers();
+    if starting {
+        return (Verdict::Wait(WaitReason::WorkerStarting), None);
+    }
+    let mut refused = false;
+    let mut best: Option<(StartKey<'_>, usize, StartChoice<'_>)> = None;
+    for (place, pool, size) in places.with_file() {
+        for (device, fit) in fitting(class, pool, size, serving) {
+            if fit == Fit::Refused {
+                refused = true;
+                continue;
+            }
+            let choice = StartChoice { pool, device };
+            let rank = world.policy.rank_start(&choice);
+            let elsewhere = wish.is_elsewhere(pool);
+            let key = (elsewhere, rank, pool.id.as_str(), device.device);
+            if best.as_ref().is_none_or(|(known, ..)| key < *known) {
+                best = Some((key, place, choice));
+            }
+        }
+    }
+    if let Some((_, pool, choice)) = best {
+        let start = Verdict::Start {
+            pool,
+            device: choice.device.device,
+            context: wish.size(class, &choice),
+        };
+        return (start, None);
+    }
+    if serving {
+        return (Verdict::Wait(WaitReason::of_serving(has_slot())), None);
+    }
+    if refused {
+        return (Verdict::Wait(WaitReason::StartRefused), None);
+    }
+
+    // Last choice: memory that other workers hold.
+    let mut best: Option<(EvictionKey<'_>, usize, Vec<usize>)> = None;
+    let mut wake: Option<Timestamp> = None;
+    let mut any = false;
+    for (place, pool, size) in places.with_file() {
+        let needed = size.bytes;
+        let devices = pool.devices.iter();
+        for &device in devices.filter(|d| class.admits_device(d.device)) {
+            any = true;
+            let after = stopping(pool, device.device).saturating_add(device.free_bytes);
+            if after >= needed {
+                return (Verdict::Wait(WaitReason::Evicting), None);
+            }
+            if !world.settings.evict {
+                continue;
+            }
+            let spare = next_spare(world, pool, device.device);
+            wake = wake.into_iter().chain(spare).min();
+            if let Some(victims) = victims(world, pool, device, needed) {
+                let key = eviction_key(world, pool, device, &victims);
+                if best.as_ref().is_none_or(|(known, ..)| key < *known) {
+                    best = Some((key, place, victims));
+                }
+            }
+        }
+    }
+    match best {
+        Some((_, pool, workers)) => (Verdict::Evict { pool, workers }, None),
+        None if any => (Verdict::Wait(WaitReason::MemoryShort), wake),
+        None => (places.without_file(), None),
+    }
+}
+
+/// Sort key of possible starts.
+type StartKey<'a> = (bool, Rank, &'a str, Device);
+
+/// Judges a class against all pools. `wish` holds the preferences of its first job. Returns with [`WaitReason::MemoryShort`] the
+/// time from which a worker may be evicted.
 pub(super) fn judge(
     class: &Class,
     wish: &Wish<'_>,
     pools: &[&PoolState],
     world: &World<'_>,
-) -> Verdict {
-    let places = || pools.iter().enumerate();
-    let known = || places().filter(|(_, p)| class.admits_pool(&p.id));
+) -> (Verdict, Option<Timestamp>) {
+    let known = || pools.iter().filter(|p| class.admits_pool(&p.id));
     if known().next().is_none() {
-        return Verdict::Wait(WaitReason::NoPool);
+        return (Verdict::Wait(WaitReason::NoPool), None);
     }
-    if !known().any(|(_, p)| alive(p)) {
-        return Verdict::Wait(WaitReason::PoolsAway);
+    if !known().any(|p| alive(p)) {
+        return (Verdict::Wait(WaitReason::PoolsAway), None);
     }
-    let left: Vec<(usize, &PoolState)> = known()
-        .filter(|(_, p)| alive(p) && has_backend(class, p))
-        .map(|(index, p)| (index, *p))
-        .collect();
-    if left.is_empty() {
-        return Verdict::Wait(WaitReason::NoBackend);
-    }
-
-    // First choice: a worker with a free slot.
-    let workers = left.iter().flat_map(|&(index, pool)| {
-        let own = pool.workers.iter().enumerate();
-        own.map(move |(w, worker)| (index, pool, w, worker))
-    });
-    let mine: Vec<_> = workers
-        .filter(|(_, pool, _, w)| w.status.is_live() && class.admits_worker(&pool.id, w))
-        .collect();
-    let place = |pool: &PoolState, w: &WorkerState| {
-        class.finds_place(w, wish.cache) && !world.held.keeps(&pool.id, w)
-    };
-    let free = mine.iter().filter(|(_, pool, _, w)| place(pool, w));
-    let best = free.min_by_key(|(_, pool, _, worker)| {
-        let rank = world.policy.rank_worker(&WorkerChoice { pool, worker });
-        let unsure = !worker.surely_has_room(wish.cache);
-        let cramped = worker.capacity() < wish.context;
-        (
-            unsure,
-            cramped,
-            wish.is_elsewhere(pool),
-            rank,
-            &pool.id,
-            &worker.id,
-        )
-    });
-    if let Some(&(pool, _, worker, _)) = best {
-        return Verdict::Dispatch { pool, worker };
-    }
-
-    // Second choice: another worker.
-    if mine
+    let left = pools
         .iter()
-        .any(|(_, _, _, w)| w.status == WorkerStatus::Starting)
-    {
-        return Verdict::Wait(WaitReason::WorkerStarting);
-    }
-    let serving = mine.iter().any(|(_, _, _, w)| w.serves());
-    let with_file: Vec<_> = left
-        .iter()
-        .filter_map(|&(index, pool)| Some((index, pool, startable(class, pool)?)))
-        .collect();
-    let fitting = with_file.iter().flat_map(|&(index, pool, size)| {
-        fitting(class, pool, size.bytes, serving)
-            .map(move |device| (index, StartChoice { pool, device }, size))
-    });
-    let (refused, open): (Vec<_>, Vec<_>) = fitting.partition(|(_, choice, size)| {
-        choice
-            .pool
-            .refused(&class.model, choice.device.device, size.context)
-            .is_some()
-    });
-    let best = open.into_iter().min_by_key(|(_, choice, _)| {
-        let rank = world.policy.rank_start(choice);
-        (
-            wish.is_elsewhere(choice.pool),
-            rank,
-            &choice.pool.id,
-            choice.device.device,
-        )
-    });
-    if let Some((pool, choice, _)) = best {
-        return Verdict::Start {
-            pool,
-            device: choice.device.device,
-            context: wish.size(class, &choice),
-        };
-    }
-    if serving {
-        let has_slot = mine.iter().any(|(_, _, _, w)| w.has_slot());
-        return Verdict::Wait(WaitReason::of_serving(has_slot));
-    }
-    if !refused.is_empty() {
-        return Verdict::Wait(WaitReason::StartRefused);
-    }
-
-    // Last choice: memory that other workers hold.
-    let devices = || {
-        with_file.iter().flat_map(|&(index, pool, size)| {
-            let admitted = pool
-                .devices
-                .iter()
-                .filter(|d| class.admits_device(d.device));
-            admitted.map(move |&device| (index, pool, device, size.bytes))
-        })
+        .enumerate()
+        .filter(|(_, p)| class.admits_pool(&p.id) && alive(p) && has_backend(class, p));
+    let all = AllPools {
+        class,
+        wish,
+        pools,
+        left: left.map(|(place, pool)| (place, *pool)).collect(),
+        world,
     };
-    if devices().any(|(_, pool, device, needed)| {
-        device
-            .free_bytes
-            .saturating_add(stopping(pool, device.device))
-            >= needed
-    }) {
-        return Verdict::Wait(WaitReason::Evicting);
+    if all.left.is_empty() {
+        return (Verdict::Wait(WaitReason::NoBackend), None);
     }
-    if world.settings.evict {
-        let possible = devices().filter_map(|(index, pool, device, needed)| {
-            let victims = victims(world, pool, device, needed)?;
-            Some((index, pool, device, victims))
+    let has_slot = || all.mine().any(|(_, _, _, w)| w.has_slot());
+    judge_places(&all, has_slot, class, wish, world)
+}
+
+/// Every pool of a snapshot.
+struct AllPools<'a> {
+    class: &'a Class,
+    wish: &'a Wish<'a>,
+    pools: &'a [&'a PoolState],
+    /// Pools that take work and have a backend for the class, with their indices.
+    left: Vec<(usize, &'a PoolState)>,
+    world: &'a World<'a>,
+}
+
+impl AllPools<'_> {
+    /// Returns the live workers for the class: pool and worker with their indices.
+    fn mine(&self) -> impl Iterator<Item = (usize, &PoolState, usize, &WorkerState)> {
+        let workers = self.left.iter().flat_map(|&(index, pool)| {
+            let own = pool.workers.iter().enumerate();
+            own.map(move |(w, worker)| (index, pool, w, worker))
         });
-        let best = possible
-            .min_by_key(|(_, pool, device, victims)| eviction_key(world, pool, *device, victims));
-        if let Some((pool, _, _, workers)) = best {
-            return Verdict::Evict { pool, workers };
+        workers
+            .filter(|(_, pool, _, w)| w.status.is_live() && self.class.admits_worker(&pool.id, w))
+    }
+}
+
+impl Places for AllPools<'_> {
+    fn free_worker(&self) -> Option<(usize, usize)> {
+        let Self {
+            class, wish, world, ..
+        } = self;
+        let free = self.mine().filter(|(_, pool, _, w)| {
+            class.finds_place(w, wish.cache) && !world.held.keeps(&pool.id, w)
+        });
+        let best = free.min_by_key(|(_, pool, _, worker)| {
+            let rank = world.policy.rank_worker(&WorkerChoice { pool, worker });
+            let unsure = !worker.surely_has_room(wish.cache);
+            let cramped = worker.capacity() < wish.context;
+            let elsewhere = wish.is_elsewhere(pool);
+            (unsure, cramped, elsewhere, rank, &pool.id, &worker.id)
+        });
+        best.map(|(pool, _, worker, _)| (pool, worker))
+    }
+
+    fn workers(&self) -> LiveWorkers {
+        let mut mine = self.mine();
+        LiveWorkers {
+            starting: mine.any(|(_, _, _, w)| w.status == WorkerStatus::Starting),
+            serving: self.mine().any(|(_, _, _, w)| w.serves()),
         }
     }
-    if !with_file.is_empty() {
-        return Verdict::Wait(WaitReason::MemoryShort);
+
+    fn with_file(&self) -> impl Iterator<Item = (usize, &PoolState, StartSize)> {
+        let left = self.left.iter();
+        left.filter_map(|&(index, pool)| Some((index, pool, startable(self.class, pool)?)))
     }
-    if left.iter().any(|(_, pool)| usable(class, pool).is_some()) {
-        return Verdict::Wait(WaitReason::ContextShort);
+
+    fn without_file(&self) -> Verdict {
+        if self.with_file().next().is_some() {
+            return Verdict::Wait(WaitReason::MemoryShort);
+        }
+        let mut left = self.left.iter();
+        if left.any(|(_, pool)| usable(self.class, pool).is_some()) {
+            return Verdict::Wait(WaitReason::ContextShort);
+        }
+        let Self {
+            class,
+            wish,
+            pools,
+            left,
+            world,
+        } = self;
+        missing(class, wish, pools, left, world)
     }
-    missing(class, wish, pools, &left, world)
 }
 
 /// Judges a class whose model no pool can start.
@@ -522,7 +591,7 @@ fn missing(
     }
     let size = wanted.copied().unwrap_or(u64::MAX);
     let possible = left.iter().filter_map(|&(index, pool)| {
-        let device = may_download(class, pool, size)?;
+        let device = rules::may_download(class.needs(), pool, size)?;
         Some((index, StartChoice { pool, device }))
     });
     let best = possible.min_by_key(|(_, choice)| {

@@ -13,6 +13,7 @@ pub mod index;
 mod judge;
 pub mod plan;
 pub mod policy;
+pub(crate) mod rules;
 pub mod snapshot;
 mod wait_reason;
 
@@ -20,13 +21,13 @@ use jiff::SignedDuration;
 
 pub use explain::{Chooser, Explanation, Filter, FilterCount, Why};
 pub use index::{Index, Pass, Waiting};
-pub use judge::DISK_RESERVE;
-pub(crate) use judge::{could_use, start_context};
+pub(crate) use judge::start_context;
 pub use plan::{Action, Plan, schedule};
 pub use policy::{
     BuiltIn, LeastLoaded, MostVramFree, Policy, PolicyError, Rank, RoundRobin, StartChoice,
     WorkerChoice,
 };
+pub use rules::DISK_RESERVE;
 pub use snapshot::{
     DeviceState, DownloadState, ModelState, PoolState, RefusedDownload, RefusedStart, Settings,
     Snapshot, Usage, WorkerState,

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::REGISTRATION;
 use super::explain::{self, Explanation};
-use super::judge::{Class, Held, Verdict, Wish, World, alive, judge, next_spare, startable};
+use super::judge::{Class, Held, Verdict, Wish, World, alive, judge};
 use super::policy::Policy;
 use super::snapshot::{DownloadState, PoolState, Snapshot, WorkerState};
 use super::wait_reason::WaitReason;
@@ -139,7 +139,9 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
                 held: Held(&kept),
                 ..world
             };
-            let rejection = match pass.judge(&class, job, &world) {
+            let (verdict, wake) = pass.judge(&class, job, &world);
+            pass.wake_at(wake);
+            let rejection = match verdict {
                 Verdict::Dispatch { pool, worker } => {
                     pass.dispatch(job, pool, worker);
                     continue;
@@ -225,7 +227,12 @@ impl<'a> Pass<'a> {
         self.wake = self.wake.into_iter().chain(at).min();
     }
 
-    fn judge(&self, class: &Class, job: &QueuedJob, world: &World<'_>) -> Verdict {
+    fn judge(
+        &self,
+        class: &Class,
+        job: &QueuedJob,
+        world: &World<'_>,
+    ) -> (Verdict, Option<Timestamp>) {
         let session = job.session_id.as_deref();
         let prefer = session.and_then(|session| {
             let known = self.snapshot.sessions.get(session);
@@ -288,19 +295,6 @@ impl<'a> Pass<'a> {
                     pool: pool.id.clone(),
                     model: class.model.clone(),
                 });
-            }
-            Verdict::Wait(WaitReason::MemoryShort) if world.settings.evict => {
-                let with_file = self
-                    .pools
-                    .iter()
-                    .filter(|pool| class.admits_pool(&pool.id) && alive(pool))
-                    .filter(|pool| startable(class, pool).is_some());
-                let soonest = with_file
-                    .flat_map(|pool| pool.devices.iter().map(move |d| (pool, d.device)))
-                    .filter(|(_, device)| class.admits_device(*device))
-                    .filter_map(|(pool, device)| next_spare(world, pool, device))
-                    .min();
-                self.wake_at(soonest);
             }
             _ => {}
         }

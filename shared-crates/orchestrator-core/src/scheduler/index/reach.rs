@@ -8,7 +8,8 @@ use pool_core::worker::{Device, ModelFile, WorkerStatus};
 use super::Index;
 use crate::pool::PoolLiveness;
 use crate::queue::{Load, QueuedJob};
-use crate::scheduler::judge::{Class, may_download, runs, startable};
+use crate::scheduler::judge::{Class, runs, startable};
+use crate::scheduler::rules::may_download;
 use crate::scheduler::snapshot::{PoolState, Settings};
 
 impl Index {
@@ -117,7 +118,7 @@ fn could_run(
     let downloads = || {
         let size = sizes.get(&class.model).filter(|_| settings.download);
         pool.downloads.iter().any(|d| d.model == class.model)
-            || size.is_some_and(|size| may_download(class, pool, *size).is_some())
+            || size.is_some_and(|size| may_download(class.needs(), pool, *size).is_some())
     };
     runs(class, pool) || fits() || downloads()
 }

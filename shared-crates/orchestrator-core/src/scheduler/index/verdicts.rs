@@ -1,20 +1,15 @@
 //! Judgement of a class with the help of the index.
 
 use jiff::Timestamp;
-use pool_core::worker::{Device, WorkerStatus};
+use pool_core::worker::WorkerStatus;
 
 use super::{Free, Index, Jobs, Scope};
 use crate::queue::{QueuedJob, TurnKey};
 use crate::scheduler::judge::{
-    EvictionKey, Held, Verdict, Wish, World, alive, eviction_key, fitting, judge, next_spare,
-    stopping, victims,
+    Held, LiveWorkers, Places, Verdict, Wish, World, alive, judge, judge_places,
 };
-use crate::scheduler::policy::{Rank, StartChoice};
 use crate::scheduler::snapshot::{PoolState, StartSize, WorkerState};
 use crate::scheduler::wait_reason::WaitReason;
-
-/// Sort key of possible starts.
-type StartKey<'a> = (bool, Rank, &'a str, Device);
 
 impl Index {
     pub(super) fn with_world<T>(
@@ -63,30 +58,19 @@ impl Index {
             return (Verdict::Wait(WaitReason::PolicyHeld), None);
         };
         let prefer = self.prefers(job);
-        // If all free workers have the same context, a preference for a long one makes no difference, and the job's size is
-        // irrelevant.
-        let differ = self.models[jobs.model].free.len() > 1;
-        let roomy = differ.then(|| jobs.class.context.max(job.context_wished()));
         let held = self.held(class, key);
         let held = Held(&held);
-        let tokens = job.cache_expected();
-        let free = |sure: bool| {
-            let takes = |pool: &str, worker: &WorkerState| {
-                jobs.class.finds_place(worker, tokens)
-                    && (!sure || worker.surely_has_room(tokens))
-                    && !held.keeps(pool, worker)
-            };
-            let free = |context| self.free_worker(jobs, prefer, context, held, &takes);
-            roomy.and_then(free).or_else(|| free(jobs.class.context))
-        };
-        let some_may_refuse = self.models[jobs.model].short > 0;
-        let found = some_may_refuse.then(|| free(true)).flatten();
-        let found = found.or_else(|| free(false));
-        if let Some((pool, worker)) = found {
-            return (Verdict::Dispatch { pool, worker }, None);
-        }
         let wish = Wish::of(job, prefer);
-        self.with_world(now, held, |world| self.judge_starts(jobs, &wish, world))
+        self.with_world(now, held, |world| {
+            let places = IndexedPlaces {
+                index: self,
+                jobs,
+                wish: &wish,
+                world,
+            };
+            let has_slot = || self.has_free_slot(jobs);
+            judge_places(&places, has_slot, &jobs.class, &wish, world)
+        })
     }
 
     /// Returns the best worker with a free slot and at least this context that suits the class and passes the test `takes`.
@@ -200,100 +184,6 @@ impl Index {
             })
     }
 
-    fn judge_starts(
-        &self,
-        jobs: &Jobs,
-        wish: &Wish<'_>,
-        world: &World<'_>,
-    ) -> (Verdict, Option<Timestamp>) {
-        let class = &jobs.class;
-        let (starting, serving) = self.live_workers(jobs);
-        if starting > 0 {
-            return (Verdict::Wait(WaitReason::WorkerStarting), None);
-        }
-        let mut refused = false;
-        let mut best: Option<(StartKey<'_>, usize, StartChoice<'_>)> = None;
-        for (place, pool, size) in self.with_file(jobs) {
-            for device in fitting(class, pool, size.bytes, serving > 0) {
-                let refusal = pool.refused(&class.model, device.device, size.context);
-                if refusal.is_some() {
-                    refused = true;
-                    continue;
-                }
-                let choice = StartChoice { pool, device };
-                let rank = world.policy.rank_start(&choice);
-                let elsewhere = wish.is_elsewhere(pool);
-                let key = (elsewhere, rank, pool.id.as_str(), device.device);
-                if best.as_ref().is_none_or(|(known, ..)| key < *known) {
-                    best = Some((key, place, choice));
-                }
-            }
-        }
-        if let Some((_, pool, choice)) = best {
-            let device = choice.device.device;
-            let context = wish.size(class, &choice);
-            let start = Verdict::Start {
-                pool,
-                device,
-                context,
-            };
-            return (start, None);
-        }
-        if serving > 0 {
-            let reason = WaitReason::of_serving(self.has_free_slot(jobs));
-            return (Verdict::Wait(reason), None);
-        }
-        if refused {
-            return (Verdict::Wait(WaitReason::StartRefused), None);
-        }
-        self.judge_evictions(jobs, wish, world)
-    }
-
-    fn judge_evictions(
-        &self,
-        jobs: &Jobs,
-        wish: &Wish<'_>,
-        world: &World<'_>,
-    ) -> (Verdict, Option<Timestamp>) {
-        let class = &jobs.class;
-        let mut best: Option<(EvictionKey<'_>, usize, Vec<usize>)> = None;
-        let mut wake: Option<Timestamp> = None;
-        let mut any = false;
-        for (place, pool, size) in self.with_file(jobs) {
-            let needed = size.bytes;
-            for &device in &pool.devices {
-                if !class.admits_device(device.device) {
-                    continue;
-                }
-                any = true;
-                let after = stopping(pool, device.device).saturating_add(device.free_bytes);
-                if after >= needed {
-                    return (Verdict::Wait(WaitReason::Evicting), None);
-                }
-                if !world.settings.evict {
-                    continue;
-                }
-                wake = wake
-                    .into_iter()
-                    .chain(next_spare(world, pool, device.device))
-                    .min();
-                if let Some(victims) = victims(world, pool, device, needed) {
-                    let key = eviction_key(world, pool, device, &victims);
-                    if best.as_ref().is_none_or(|(known, ..)| key < *known) {
-                        best = Some((key, place, victims));
-                    }
-                }
-            }
-        }
-        if let Some((_, pool, workers)) = best {
-            return (Verdict::Evict { pool, workers }, None);
-        }
-        if any || (jobs.settled == Some(WaitReason::MemoryShort) && jobs.scope != Scope::All) {
-            return (Verdict::Wait(WaitReason::MemoryShort), wake);
-        }
-        (self.judge_plainly(jobs, wish, world), None)
-    }
-
     /// Judges a class whose model no pool can start with the reference implementation. This case is rare.
     fn judge_plainly(&self, jobs: &Jobs, wish: &Wish<'_>, world: &World<'_>) -> Verdict {
         let places: Vec<usize> = match &jobs.scope {
@@ -304,7 +194,8 @@ impl Index {
             .into_iter()
             .filter_map(|place| Some((place, self.pools[place].as_ref()?.state.as_ref())))
             .unzip();
-        match judge(&jobs.class, wish, &pools, world) {
+        let (verdict, _) = judge(&jobs.class, wish, &pools, world);
+        match verdict {
             Verdict::Dispatch { pool, worker } => Verdict::Dispatch {
                 pool: places[pool],
                 worker,
@@ -325,5 +216,64 @@ impl Index {
             Verdict::Download { pool } => Verdict::Download { pool: places[pool] },
             other => other,
         }
+    }
+}
+
+/// The places for a class that the index's tables name.
+struct IndexedPlaces<'a> {
+    index: &'a Index,
+    jobs: &'a Jobs,
+    wish: &'a Wish<'a>,
+    world: &'a World<'a>,
+}
+
+impl Places for IndexedPlaces<'_> {
+    fn free_worker(&self) -> Option<(usize, usize)> {
+        let Self {
+            index, jobs, wish, ..
+        } = *self;
+        let held = self.world.held;
+        // If all free workers have the same context, a preference for a long one makes no difference, and the job's size is
+        // irrelevant.
+        let differ = index.models[jobs.model].free.len() > 1;
+        let roomy = differ.then(|| jobs.class.context.max(wish.context));
+        let free = |sure: bool| {
+            let takes = |pool: &str, worker: &WorkerState| {
+                jobs.class.finds_place(worker, wish.cache)
+                    && (!sure || worker.surely_has_room(wish.cache))
+                    && !held.keeps(pool, worker)
+            };
+            let free = |context| index.free_worker(jobs, wish.pool, context, held, &takes);
+            roomy.and_then(free).or_else(|| free(jobs.class.context))
+        };
+        let some_may_refuse = index.models[jobs.model].short > 0;
+        let found = some_may_refuse.then(|| free(true)).flatten();
+        found.or_else(|| free(false))
+    }
+
+    fn workers(&self) -> LiveWorkers {
+        let (starting, serving) = self.index.live_workers(self.jobs);
+        LiveWorkers {
+            starting: starting > 0,
+            serving: serving > 0,
+        }
+    }
+
+    fn with_file(&self) -> impl Iterator<Item = (usize, &PoolState, StartSize)> {
+        self.index.with_file(self.jobs)
+    }
+
+    fn without_file(&self) -> Verdict {
+        let Self {
+            index,
+            jobs,
+            wish,
+            world,
+        } = *self;
+        // The search for memory, which found none, also covered the pools that are out of scope now.
+        if jobs.settled == Some(WaitReason::MemoryShort) && jobs.scope != Scope::All {
+            return Verdict::Wait(WaitReason::MemoryShort);
+        }
+        index.judge_plainly(jobs, wish, world)
     }
 }
