@@ -9,6 +9,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use orchestrator_core::api::scheduler::{SchedulerView, SimulateAnswer};
 use orchestrator_core::check::sample;
+use orchestrator_core::queue::QueueOrder;
 use orchestrator_core::scheduler::{LeastLoaded, schedule};
 use orchestrator_core::trace::{By, End, EndReason, Header, Line, Recorder, Trace, VERSION};
 use serde_json::{Value, json};
@@ -117,6 +118,7 @@ fn trace() -> Vec<u8> {
         recorded_by: "test".into(),
         recorded_at: snapshot.now,
         policy: "least-loaded".into(),
+        order: QueueOrder::Fair,
         promote_after_s: 300,
         costs: Default::default(),
     };

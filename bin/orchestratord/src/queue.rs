@@ -11,7 +11,7 @@ use orchestrator_core::api::tasks::TaskWaiting;
 use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::decide::Decision;
 use orchestrator_core::job::Priority;
-use orchestrator_core::queue::{Capacity, Departures, FairQueue, Load, QueueError, QueuedJob};
+use orchestrator_core::queue::{Capacity, Departures, Load, QueueError, QueuedJob};
 use orchestrator_core::scheduler::{
     Action, BuiltIn, Chooser, Explanation, Index, Pass, Snapshot, WaitReason, Waiting,
 };
@@ -78,12 +78,11 @@ pub struct Refused {
 impl LiveJobs {
     /// Creates an empty queue with the limits and policy of `config`. `catalog` gives the sizes of models.
     pub fn new(config: &OrchestratorConfig, catalog: &Catalog) -> Self {
-        let queue = FairQueue::new(config.queue.capacity(), config.queue.promote_after());
         let sizes = catalog
             .iter()
             .filter_map(|entry| Some((entry.model_ref(), entry.size_bytes?)));
         let index = Index::new(
-            queue,
+            config.queue.queue(),
             config.scheduler.policy,
             config.scheduler.settings(),
             sizes.collect(),
@@ -312,8 +311,8 @@ impl LiveJobs {
     /// Returns the number of waiting jobs of each class.
     pub fn depths(&self) -> [(Priority, usize); 2] {
         let state = self.lock();
-        let queue = state.index.queue();
-        [Priority::Interactive, Priority::Batch].map(|class| (class, queue.depth(class)))
+        let line = state.index.line();
+        [Priority::Interactive, Priority::Batch].map(|class| (class, line.depth(class)))
     }
 }
 
@@ -369,8 +368,8 @@ impl LiveJobsState {
         stranded: bool,
         unknown: impl FnOnce() -> bool,
     ) -> Result<(), QueueError> {
-        let capacity = self.index.queue().capacity();
-        let all = self.index.queue().load();
+        let capacity = self.index.line().capacity();
+        let all = self.index.line().load();
         let out_of_reach = self.index.stranded();
         let Promised {
             within_reach: promised,

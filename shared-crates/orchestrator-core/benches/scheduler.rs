@@ -10,7 +10,7 @@ use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_ma
 use jiff::{SignedDuration, Timestamp};
 use orchestrator_core::job::{JobId, Placement, Priority};
 use orchestrator_core::pool::PoolLiveness;
-use orchestrator_core::queue::{Capacity, FairQueue, QueuedJob};
+use orchestrator_core::queue::{Capacity, QueueOrder, QueuedJob};
 use orchestrator_core::scheduler::{
     BuiltIn, DeviceState, Index, ModelState, PoolState, Settings, WorkerState, schedule,
 };
@@ -112,7 +112,7 @@ fn job(index: usize) -> QueuedJob {
 
 /// Returns an index that has not made a pass yet. `free` is the number of workers per pool with a free slot.
 fn index(pools: usize, jobs: usize, free: usize) -> Index {
-    let queue = FairQueue::new(Capacity::default(), SignedDuration::from_mins(5));
+    let queue = QueueOrder::Fair.queue(Capacity::default(), SignedDuration::from_mins(5));
     let mut index = Index::new(
         queue,
         BuiltIn::LeastLoaded,

@@ -12,7 +12,7 @@ use pool_core::kit::log_config::LogConfig;
 use pool_core::kit::settings::{self, Loaded, SettingsError, UnknownVariable};
 use serde::{Deserialize, Serialize};
 
-use crate::queue::Capacity;
+use crate::queue::{Capacity, JobQueue, QueueOrder};
 use crate::scheduler::{BuiltIn, Settings};
 
 /// Name of the settings file in the configuration folder.
@@ -90,7 +90,7 @@ pub enum PrefixSharing {
     Session,
 }
 
-/// The `[queue]` section: limits of the queue of waiting jobs.
+/// The `[queue]` section: order and limits of the queue of waiting jobs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
@@ -103,7 +103,10 @@ pub struct QueueConfig {
     /// Most bytes that the requests of waiting jobs take together; further submits get 429. Default 268435456 (256 MiB);
     /// -1 is unbounded. Jobs that nothing can run at present may take an additional tenth.
     pub capacity_bytes: i64,
-    /// Seconds after which a waiting batch job counts as interactive. Default 300.
+    /// Order in which waiting jobs get a place. `fair` (default): interactive jobs before batch jobs, and the sessions of
+    /// each class by turns. `fifo`: in the order of their arrival.
+    pub order: QueueOrder,
+    /// Seconds after which a waiting batch job counts as interactive. Default 300. Has no effect with the order `fifo`.
     pub promote_after_s: u64,
 }
 
@@ -112,6 +115,7 @@ impl Default for QueueConfig {
         Self {
             capacity: 10_000,
             capacity_bytes: 256 << 20,
+            order: QueueOrder::Fair,
             promote_after_s: 300,
         }
     }
@@ -126,9 +130,11 @@ impl QueueConfig {
         }
     }
 
-    /// Returns the time after which a waiting batch job counts as interactive.
-    pub fn promote_after(&self) -> SignedDuration {
-        SignedDuration::from_secs(i64::try_from(self.promote_after_s).unwrap_or(i64::MAX))
+    /// Returns an empty queue with this order and these limits.
+    pub fn queue(&self) -> Box<dyn JobQueue> {
+        let promote_after = i64::try_from(self.promote_after_s).unwrap_or(i64::MAX);
+        let promote_after = SignedDuration::from_secs(promote_after);
+        self.order.queue(self.capacity(), promote_after)
     }
 }
 

@@ -1,16 +1,18 @@
-//! Order in which waiting jobs get their turn.
+//! The waiting jobs, and the order in which they have their turns: [`FairQueue`] or [`FifoQueue`].
 //!
-//! `interactive` jobs come before `batch` jobs; a batch job that has waited for `promote_after` counts as interactive. Within a
-//! class, sessions take turns, and within a session, jobs are served first come, first served. The database is the record; this
-//! order lives in memory and is rebuilt from the database at start.
+//! The database is the record; the order lives in memory and is rebuilt from the database at start.
 
 mod drain;
+mod fair;
+mod fifo;
+mod line;
 mod order;
+#[cfg(test)]
+mod testing;
 
-use std::collections::BTreeSet;
+use std::fmt;
 use std::sync::Arc;
 
-use foldhash::{HashMap, HashMapExt as _};
 use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use serde::{Deserialize, Serialize};
@@ -19,7 +21,9 @@ use crate::job::{Job, JobId, JobSpec, Placement, Priority};
 use pool_core::kit::units::human_bytes;
 
 pub use drain::Departures;
-use order::Ordered;
+pub use fair::FairQueue;
+pub use fifo::FifoQueue;
+pub use line::Line;
 
 /// Approximate bytes of text per token.
 const TOKEN_BYTES: u64 = 4;
@@ -164,14 +168,91 @@ pub enum QueueError {
     Duplicate(JobId),
 }
 
-/// A queue of waiting jobs, ordered by turn.
-pub trait JobQueue {
+/// The waiting jobs, in the order of their turns.
+pub trait JobQueue: fmt::Debug + Send + Sync {
+    /// Returns the waiting jobs, sorted as of the latest promotion.
+    fn line(&self) -> &Line;
+
+    /// Adds a job regardless of the capacity, because it was accepted earlier. A job that already had a turn keeps it. Returns
+    /// the job as it now waits.
+    fn put_back(&mut self, job: QueuedJob) -> Arc<QueuedJob>;
+
+    /// Removes a job because its turn has come.
+    fn take(&mut self, id: JobId) -> Option<Arc<QueuedJob>>;
+
+    /// Removes a job that needs no turn any more.
+    fn remove(&mut self, id: JobId) -> Option<Arc<QueuedJob>>;
+
+    /// Moves jobs forward that have waited long enough, and returns them.
+    fn promote(&mut self, now: Timestamp) -> Vec<JobId>;
+
+    /// Returns the sort key that `job` would get if it were added now.
+    fn key_for(&self, job: &QueuedJob) -> TurnKey;
+
     /// Adds a job. Fails if the queue is full or already contains the job.
-    fn enqueue(&mut self, job: QueuedJob) -> Result<(), QueueError>;
+    fn enqueue(&mut self, job: QueuedJob) -> Result<(), QueueError> {
+        let line = self.line();
+        line.capacity().admit(line.load(), job.bytes)?;
+        if line.contains(job.id) {
+            return Err(QueueError::Duplicate(job.id));
+        }
+        self.put_back(job);
+        Ok(())
+    }
+
     /// Removes and returns the job whose turn it is.
-    fn dequeue(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>>;
+    fn dequeue(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>> {
+        let id = self.peek(now)?.id;
+        self.take(id)
+    }
+
     /// Returns the job whose turn it is.
-    fn peek(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>>;
+    fn peek(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>> {
+        self.promote(now);
+        self.line().first().cloned()
+    }
+
+    /// Returns all waiting jobs in queue order.
+    fn ordered(&mut self, now: Timestamp) -> Vec<Arc<QueuedJob>> {
+        self.promote(now);
+        self.line().iter().cloned().collect()
+    }
+
+    /// Returns the number of jobs ahead of `id`; `None` if that job does not wait.
+    fn position(&mut self, id: JobId, now: Timestamp) -> Option<u64> {
+        self.promote(now);
+        let key = self.line().key(id)?;
+        Some(self.line().rank(&key))
+    }
+
+    /// Returns the number of jobs that would be ahead of `job` if it were added now.
+    fn position_of_new(&mut self, job: &QueuedJob, now: Timestamp) -> u64 {
+        self.promote(now);
+        self.line().rank(&self.key_for(job))
+    }
+}
+
+/// The order in which waiting jobs have their turns.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum QueueOrder {
+    /// `interactive` jobs before `batch` jobs, and sessions by turns. See [`FairQueue`].
+    #[default]
+    Fair,
+    /// First come, first served. See [`FifoQueue`].
+    Fifo,
+}
+
+impl QueueOrder {
+    /// Returns an empty queue with this order. `promote_after` is the time after which a waiting batch job counts as interactive,
+    /// where the order distinguishes them.
+    pub fn queue(self, capacity: Capacity, promote_after: SignedDuration) -> Box<dyn JobQueue> {
+        match self {
+            Self::Fair => Box::new(FairQueue::new(capacity, promote_after)),
+            Self::Fifo => Box::new(FifoQueue::new(capacity)),
+        }
+    }
 }
 
 /// Limits of the queue; `None` is unlimited.
@@ -277,394 +358,9 @@ impl Capacity {
 /// Sort key: class (`true` is batch), turn, arrival, id. Lower keys go first.
 pub type TurnKey = (bool, u64, Timestamp, JobId);
 
-/// The queue order of `design.md`: classes, promotion, turns between sessions, first come first served.
-///
-/// Turns are the start tags of start-time fair queueing. A job's tag is one above its session's latest tag, but at least the
-/// queue's clock; the clock is the highest tag served so far. A session that submits a hundred jobs therefore waits behind
-/// another session's first job, however many of the hundred have already run.
-#[derive(Debug, Clone)]
-pub struct FairQueue {
-    /// Keys of all waiting jobs. The key of a promoted batch job has the interactive class.
-    order: Ordered<TurnKey>,
-    entries: HashMap<JobId, Entry>,
-    /// Batch jobs not yet promoted, by arrival.
-    to_promote: BTreeSet<(Timestamp, JobId)>,
-    /// Tag of each session's next job, if it is ahead of the clock.
-    next_tags: HashMap<(Priority, String), u64>,
-    clock: u64,
-    bytes: u64,
-    batch: usize,
-    capacity: Capacity,
-    promote_after: SignedDuration,
-}
-
-#[derive(Debug, Clone)]
-struct Entry {
-    job: Arc<QueuedJob>,
-    key: TurnKey,
-}
-
-/// Number of `next_tags` entries, beyond the number of waiting jobs, that triggers a removal of outdated ones.
-const STALE_TAGS: usize = 1024;
-
-impl FairQueue {
-    /// Returns an empty queue.
-    pub fn new(capacity: Capacity, promote_after: SignedDuration) -> Self {
-        Self {
-            order: Ordered::default(),
-            entries: HashMap::new(),
-            to_promote: BTreeSet::new(),
-            next_tags: HashMap::new(),
-            clock: 0,
-            bytes: 0,
-            batch: 0,
-            capacity,
-            promote_after,
-        }
-    }
-
-    /// Returns the number of waiting jobs.
-    pub fn len(&self) -> usize {
-        self.order.len()
-    }
-
-    /// Returns whether no job waits.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Returns the number of waiting jobs of a class. Promoted jobs count under the class that they were submitted with.
-    pub fn depth(&self, priority: Priority) -> usize {
-        match priority {
-            Priority::Batch => self.batch,
-            Priority::Interactive => self.len() - self.batch,
-        }
-    }
-
-    /// Returns the queue's limits.
-    pub fn capacity(&self) -> Capacity {
-        self.capacity
-    }
-
-    /// Returns the load of all waiting jobs.
-    pub fn load(&self) -> Load {
-        Load {
-            jobs: self.len(),
-            bytes: self.bytes,
-        }
-    }
-
-    /// Adds a job regardless of the capacity, because it was accepted earlier. A job that already had a turn keeps it. Returns
-    /// the job as it now waits.
-    pub fn put_back(&mut self, mut job: QueuedJob) -> Arc<QueuedJob> {
-        self.remove(job.id);
-        let tag = job.turn.unwrap_or_else(|| {
-            let tag = self.next_tag(&job);
-            if let Some(session) = &job.session_id {
-                self.next_tags
-                    .insert((job.priority, session.clone()), tag + 1);
-            }
-            tag
-        });
-        job.turn = Some(tag);
-        let batch = job.priority == Priority::Batch;
-        let key = (batch, tag, job.created_at, job.id);
-        self.order.insert(key);
-        if batch {
-            self.batch += 1;
-            self.to_promote.insert((job.created_at, job.id));
-        }
-        self.bytes += job.bytes;
-        let job = Arc::new(job);
-        let entry = Entry {
-            job: Arc::clone(&job),
-            key,
-        };
-        self.entries.insert(job.id, entry);
-        job
-    }
-
-    /// Removes a job because its turn has come, and advances the clock.
-    pub fn take(&mut self, id: JobId) -> Option<Arc<QueuedJob>> {
-        let entry = self.remove_entry(id)?;
-        self.clock = self.clock.max(entry.key.1);
-        // A tag that the clock has passed has no effect any more.
-        if self.next_tags.len() > STALE_TAGS + self.len() {
-            let clock = self.clock;
-            self.next_tags.retain(|_, tag| *tag > clock);
-        }
-        Some(entry.job)
-    }
-
-    /// Removes a job that needs no turn any more.
-    pub fn remove(&mut self, id: JobId) -> Option<Arc<QueuedJob>> {
-        Some(self.remove_entry(id)?.job)
-    }
-
-    fn remove_entry(&mut self, id: JobId) -> Option<Entry> {
-        let entry = self.entries.remove(&id)?;
-        self.order.remove(&entry.key);
-        self.bytes -= entry.job.bytes;
-        if entry.job.priority == Priority::Batch {
-            self.batch -= 1;
-            self.to_promote.remove(&(entry.job.created_at, id));
-        }
-        Some(entry)
-    }
-
-    /// Promotes batch jobs that have waited long enough to count as interactive, and returns them.
-    pub fn promote(&mut self, now: Timestamp) -> Vec<JobId> {
-        let mut promoted = Vec::new();
-        while let Some((arrived, id)) = self.to_promote.first().copied()
-            && now.duration_since(arrived) >= self.promote_after
-        {
-            self.to_promote.pop_first();
-            if let Some(entry) = self.entries.get_mut(&id) {
-                self.order.remove(&entry.key);
-                entry.key.0 = false;
-                self.order.insert(entry.key);
-                promoted.push(id);
-            }
-        }
-        promoted
-    }
-
-    /// Returns whether the job waits.
-    pub fn contains(&self, id: JobId) -> bool {
-        self.entries.contains_key(&id)
-    }
-
-    /// Returns the job if it waits.
-    pub fn get(&self, id: JobId) -> Option<&Arc<QueuedJob>> {
-        Some(&self.entries.get(&id)?.job)
-    }
-
-    /// Returns the sort key of a waiting job.
-    pub fn key(&self, id: JobId) -> Option<TurnKey> {
-        Some(self.entries.get(&id)?.key)
-    }
-
-    /// Returns all waiting jobs in queue order.
-    pub fn ordered(&mut self, now: Timestamp) -> Vec<Arc<QueuedJob>> {
-        self.promote(now);
-        let jobs = self.order.iter().filter_map(|key| self.get(key.3));
-        jobs.cloned().collect()
-    }
-
-    /// Returns the number of jobs ahead of `id`; `None` if that job does not wait.
-    pub fn position(&mut self, id: JobId, now: Timestamp) -> Option<u64> {
-        self.promote(now);
-        let key = self.key(id)?;
-        Some(self.order.rank(&key) as u64)
-    }
-
-    /// Returns the number of jobs that would be ahead of `job` if it were added now.
-    pub fn position_of_new(&mut self, job: &QueuedJob, now: Timestamp) -> u64 {
-        self.promote(now);
-        let batch = job.priority == Priority::Batch;
-        let key = (batch, self.next_tag(job), job.created_at, job.id);
-        self.order.rank(&key) as u64
-    }
-
-    fn next_tag(&self, job: &QueuedJob) -> u64 {
-        let session = job
-            .session_id
-            .as_ref()
-            .map(|session| (job.priority, session.clone()));
-        session
-            .and_then(|key| self.next_tags.get(&key).copied())
-            .unwrap_or(0)
-            .max(self.clock)
-    }
-}
-
-impl JobQueue for FairQueue {
-    fn enqueue(&mut self, job: QueuedJob) -> Result<(), QueueError> {
-        self.capacity.admit(self.load(), job.bytes)?;
-        if self.contains(job.id) {
-            return Err(QueueError::Duplicate(job.id));
-        }
-        self.put_back(job);
-        Ok(())
-    }
-
-    fn dequeue(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>> {
-        let id = self.peek(now)?.id;
-        self.take(id)
-    }
-
-    fn peek(&mut self, now: Timestamp) -> Option<Arc<QueuedJob>> {
-        self.promote(now);
-        let (.., id) = self.order.first()?;
-        self.get(*id).cloned()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn at(second: i64) -> Timestamp {
-        Timestamp::from_second(second).unwrap()
-    }
-
-    fn job(second: i64, priority: Priority, session: Option<&str>) -> QueuedJob {
-        QueuedJob {
-            id: JobId::random(),
-            model: "m".parse().unwrap(),
-            priority,
-            session_id: session.map(str::to_owned),
-            created_at: at(second),
-            not_before: None,
-            placement: Placement::default(),
-            turn: None,
-            bytes: 0,
-            max_tokens: 256,
-            context_needed: None,
-            cache_needed: None,
-        }
-    }
-
-    fn queue() -> FairQueue {
-        FairQueue::new(
-            Capacity {
-                jobs: Some(100),
-                bytes: None,
-            },
-            SignedDuration::from_secs(300),
-        )
-    }
-
-    fn drain(queue: &mut FairQueue, now: Timestamp) -> Vec<JobId> {
-        std::iter::from_fn(|| queue.dequeue(now))
-            .map(|job| job.id)
-            .collect()
-    }
-
-    // [ORCHCORE-040]
-    #[test]
-    fn interactive_goes_first_until_a_batch_job_has_waited_long() {
-        let mut queue = queue();
-        let batch = job(0, Priority::Batch, None);
-        let interactive = job(10, Priority::Interactive, None);
-        queue.enqueue(batch.clone()).unwrap();
-        queue.enqueue(interactive.clone()).unwrap();
-        assert_eq!(
-            drain(&mut queue.clone(), at(299)),
-            [interactive.id, batch.id]
-        );
-        assert_eq!(drain(&mut queue, at(300)), [batch.id, interactive.id]);
-    }
-
-    // [ORCHCORE-041]
-    #[test]
-    fn sessions_take_turns() {
-        let mut queue = queue();
-        let a: Vec<_> = (0..3)
-            .map(|s| job(s, Priority::Interactive, Some("a")))
-            .collect();
-        let b = job(3, Priority::Interactive, Some("b"));
-        let alone = job(4, Priority::Interactive, None);
-        for job in a.iter().chain([&b, &alone]) {
-            queue.enqueue(job.clone()).unwrap();
-        }
-        assert_eq!(queue.position(b.id, at(5)), Some(1));
-        assert_eq!(
-            drain(&mut queue, at(5)),
-            [a[0].id, b.id, alone.id, a[1].id, a[2].id]
-        );
-    }
-
-    // [ORCHCORE-041] A late session does not catch up on turns that others had before.
-    #[test]
-    fn a_session_that_comes_later_takes_turns_from_then_on() {
-        let mut queue = queue();
-        let of = |session| move |s| job(s, Priority::Interactive, Some(session));
-        let a: Vec<_> = (0..6).map(of("a")).collect();
-        for job in &a {
-            queue.enqueue(job.clone()).unwrap();
-        }
-        for job in &a[..3] {
-            assert_eq!(queue.dequeue(at(10)).unwrap().id, job.id);
-        }
-        let b: Vec<_> = (11..14).map(of("b")).collect();
-        for job in &b {
-            queue.enqueue(job.clone()).unwrap();
-        }
-        let order = [b[0].id, a[3].id, b[1].id, a[4].id, b[2].id, a[5].id];
-        assert_eq!(drain(&mut queue, at(20)), order);
-    }
-
-    // [ORCHCORE-042]
-    #[test]
-    fn a_full_queue_refuses_new_jobs_and_takes_back_old_ones() {
-        let capacity = Capacity {
-            jobs: Some(1),
-            bytes: None,
-        };
-        let mut queue = FairQueue::new(capacity, SignedDuration::from_secs(300));
-        let first = job(5, Priority::Interactive, None);
-        queue.enqueue(first.clone()).unwrap();
-        let refused = queue.enqueue(job(6, Priority::Interactive, None));
-        assert_eq!(refused, Err(QueueError::Full { capacity: 1 }));
-        let back = job(1, Priority::Interactive, None);
-        queue.put_back(back.clone());
-        assert_eq!(drain(&mut queue, at(7)), [back.id, first.id]);
-    }
-
-    // [ORCHCORE-043]
-    #[test]
-    fn a_job_that_comes_back_keeps_its_place() {
-        let mut queue = queue();
-        let jobs: Vec<_> = (0..3)
-            .map(|s| job(s, Priority::Interactive, Some("a")))
-            .collect();
-        for job in &jobs {
-            queue.enqueue(job.clone()).unwrap();
-        }
-        let first = queue.dequeue(at(5)).unwrap();
-        let second = queue.dequeue(at(5)).unwrap();
-        queue.put_back(QueuedJob::clone(&first));
-        queue.put_back(QueuedJob::clone(&second));
-        let order: Vec<_> = jobs.iter().map(|job| job.id).collect();
-        assert_eq!(drain(&mut queue, at(5)), order);
-    }
-
-    // [ORCHCORE-046]
-    #[test]
-    fn the_queue_is_bounded_in_bytes_too() {
-        let capacity = Capacity {
-            jobs: None,
-            bytes: Some(1000),
-        };
-        let mut queue = FairQueue::new(capacity, SignedDuration::from_secs(300));
-        let sized = |bytes| QueuedJob {
-            bytes,
-            ..job(5, Priority::Interactive, None)
-        };
-        // An empty queue accepts a job larger than the queue, which could never get in otherwise.
-        let large = sized(5000);
-        queue.enqueue(large.clone()).unwrap();
-        queue.remove(large.id).unwrap();
-        let first = sized(600);
-        queue.enqueue(first.clone()).unwrap();
-        let refused = QueueError::FullBytes {
-            capacity_bytes: 1000,
-            bytes: 401,
-        };
-        assert_eq!(queue.enqueue(sized(401)), Err(refused.clone()));
-        let promised = Load { jobs: 1, bytes: 1 };
-        assert_eq!(
-            capacity.admit(queue.load() + promised, 400),
-            Err(QueueError::FullBytes {
-                bytes: 400,
-                capacity_bytes: 1000
-            })
-        );
-        queue.enqueue(sized(400)).unwrap();
-        queue.take(first.id).unwrap();
-        queue.enqueue(sized(401)).unwrap();
-    }
 
     // [ORCHCORE-180]
     #[test]
@@ -690,26 +386,6 @@ mod tests {
         assert_eq!(
             refused(of(None, None), waiting(1 << 40, 1 << 60), 1),
             Ok(())
-        );
-    }
-
-    // [ORCHCORE-040] A promoted job counts as interactive in its position, but keeps its class in the depths.
-    #[test]
-    fn promotion_changes_places() {
-        let mut queue = queue();
-        let batch = job(0, Priority::Batch, None);
-        queue.enqueue(batch.clone()).unwrap();
-        let interactive = job(10, Priority::Interactive, None);
-        queue.enqueue(interactive.clone()).unwrap();
-        assert_eq!(queue.position(batch.id, at(299)), Some(1));
-        assert_eq!(queue.position(batch.id, at(300)), Some(0));
-        assert_eq!(queue.position(interactive.id, at(300)), Some(1));
-        assert_eq!(
-            [
-                queue.depth(Priority::Batch),
-                queue.depth(Priority::Interactive)
-            ],
-            [1, 1]
         );
     }
 }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use crate::api::scheduler::{Replay, Report, SimulateAnswer};
 use crate::decide::{Costs, Decider};
 use crate::job::JobId;
-use crate::queue::{Capacity, FairQueue, QueuedJob};
+use crate::queue::{Capacity, JobQueue, QueueOrder, QueuedJob};
 use crate::scheduler::{Action, BuiltIn, DeviceState, PoolState, Settings, Snapshot, WorkerState};
 use crate::script::Script;
 use crate::trace::{By, Line, Rebuild, Scribe, Trace};
@@ -189,6 +189,7 @@ struct World {
     started_at: Timestamp,
     settings: Settings,
     sizes: BTreeMap<ModelRef, u64>,
+    order: QueueOrder,
     promote_after: SignedDuration,
     arrivals: Vec<(Timestamp, Arc<QueuedJob>)>,
     /// Jobs that left the queue without a worker, with the time.
@@ -308,6 +309,7 @@ impl World {
             started_at: snapshot.started_at,
             settings: snapshot.settings,
             sizes: snapshot.sizes.clone(),
+            order: trace.header.order,
             promote_after: SignedDuration::from_secs(
                 i64::try_from(trace.header.promote_after_s).unwrap_or(i64::MAX),
             ),
@@ -379,7 +381,7 @@ struct Sim<'a> {
     decider: &'a Decider,
     clock: Timestamp,
     events: BinaryHeap<Reverse<(Timestamp, Event)>>,
-    queue: FairQueue,
+    queue: Box<dyn JobQueue>,
     /// Pools as recorded, with the policy's own workers.
     pools: BTreeMap<String, PoolState>,
     /// Bytes that workers may take in total, by pool and device.
@@ -423,7 +425,7 @@ pub fn play(
             }
         }
         sim.pass();
-        if at > world.end && sim.queue.is_empty() && sim.nothing_runs() {
+        if at > world.end && sim.queue.line().is_empty() && sim.nothing_runs() {
             break;
         }
     }
@@ -447,7 +449,7 @@ impl<'a> Sim<'a> {
             decider,
             clock: world.begin,
             events,
-            queue: FairQueue::new(Capacity::default(), world.promote_after),
+            queue: world.order.queue(Capacity::default(), world.promote_after),
             pools: BTreeMap::new(),
             room: HashMap::new(),
             shown: HashSet::new(),
@@ -497,7 +499,7 @@ impl<'a> Sim<'a> {
     }
 
     fn work_is_left(&self) -> bool {
-        self.clock < self.world.end || !self.queue.is_empty() || !self.nothing_runs()
+        self.clock < self.world.end || !self.queue.line().is_empty() || !self.nothing_runs()
     }
 
     fn nothing_runs(&self) -> bool {
@@ -772,7 +774,7 @@ impl<'a> Sim<'a> {
         self.report.wait_p95_ms = percentile(95).map_or(0, ms);
         self.report.wait_p99_ms = percentile(99).map_or(0, ms);
         let late = waits.iter().filter(|wait| **wait > STARVED).count();
-        self.report.starved = (late + self.queue.len()) as u64;
+        self.report.starved = (late + self.queue.line().len()) as u64;
         let until = self.last_done.max(self.world.end);
         let ms_in_all = until.duration_since(self.world.begin).as_millis().max(1);
         let idle = self.idle_byte_ms / ms_in_all.unsigned_abs();

@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use crate::api::scheduler::ScriptErrorKind;
 use crate::job::JobId;
-use crate::queue::QueuedJob;
+use crate::queue::{QueueOrder, QueuedJob};
 use crate::scheduler::{Action, Plan, PoolState, Snapshot, WaitReason};
 
 /// Version of the format. Readers refuse any other version.
@@ -48,6 +48,9 @@ pub struct Header {
     pub recorded_at: Timestamp,
     /// Name of the built-in policy in force.
     pub policy: String,
+    /// Order of the queue. Recordings of earlier versions do not name it; they had the default.
+    #[serde(default)]
+    pub order: QueueOrder,
     /// Seconds after which a waiting batch job counts as interactive.
     pub promote_after_s: u64,
     /// Cost of each pool, as set by the operator.

@@ -163,6 +163,7 @@ pub(super) async fn record(
         recorded_by: concat!("orchestratord ", env!("CARGO_PKG_VERSION")).to_owned(),
         recorded_at: clock::wall(clock::now()),
         policy: app.config.scheduler.policy.as_str().to_owned(),
+        order: app.config.queue.order,
         promote_after_s: app.config.queue.promote_after_s,
         costs: app.scheduler.script.costs().as_ref().clone(),
     };

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::api::tasks::TaskExplanation;
 use orchestrator_core::config::OrchestratorConfig;
+use orchestrator_core::queue::QueueOrder;
 use orchestrator_core::scheduler::{Explanation, Filter, WaitReason};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::models::{
@@ -598,4 +599,22 @@ async fn the_queue_is_bounded_in_bytes_and_says_when_to_come_back() {
     tokio::time::timeout(Duration::from_secs(20), orchestrator.stop())
         .await
         .unwrap();
+}
+
+// [ORCHD-248]
+#[tokio::test(flavor = "multi_thread")]
+async fn the_order_of_the_queue_is_a_setting() {
+    for (order, later_is_ahead) in [(QueueOrder::Fair, true), (QueueOrder::Fifo, false)] {
+        let orchestrator = Orchestrator::start_with(|config| config.queue.order = order).await;
+        let body = |priority| json!({"model": MODEL, "prompt": "hi", "priority": priority});
+        let batch = orchestrator.submit(body("batch")).await.unwrap();
+        let interactive = orchestrator.submit(body("interactive")).await.unwrap();
+        assert_eq!(interactive.queue_position, Some(u64::from(!later_is_ahead)));
+        let waiting = explain(&orchestrator, batch.job_id).await.waiting.unwrap();
+        assert_eq!(
+            waiting.queue_position,
+            u64::from(later_is_ahead),
+            "{order:?}"
+        );
+    }
 }

@@ -51,7 +51,8 @@ pub enum Command {
         /// Context length of each sequence in tokens [default: the smaller of the model's and 8192].
         #[arg(long, value_name = "TOKENS")]
         context_length: Option<u32>,
-        /// Number of tokens that the cache holds for all sequences together [default: one sequence of the context length].
+        /// Number of tokens that the cache holds for all sequences together, at least the context length [default: the
+        /// context length].
         #[arg(long, value_name = "TOKENS")]
         cache_tokens: Option<u32>,
         /// Type of keys and values in the cache. `q8_0` takes about half the memory, and changes answers slightly.

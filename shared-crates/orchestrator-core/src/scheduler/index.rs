@@ -28,7 +28,7 @@ use pool_core::ModelRef;
 use pool_core::worker::Device;
 
 use crate::job::JobId;
-use crate::queue::{FairQueue, Load, QueuedJob, TurnKey};
+use crate::queue::{JobQueue, Line, Load, QueuedJob, TurnKey};
 use crate::scheduler::estimate::Estimates;
 use crate::scheduler::explain::{Explanation, Why};
 use crate::scheduler::judge::Class;
@@ -71,7 +71,7 @@ pub struct Index {
     policy: &'static dyn Policy,
     policy_name: BuiltIn,
     sizes: BTreeMap<ModelRef, u64>,
-    queue: FairQueue,
+    queue: Box<dyn JobQueue>,
     /// Jobs backing off after a lost attempt, by the end of the backoff.
     later: BTreeSet<(Timestamp, JobId)>,
     classes: Vec<Option<Jobs>>,
@@ -219,7 +219,7 @@ struct Free {
 impl std::fmt::Debug for Index {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Index")
-            .field("jobs", &self.queue.len())
+            .field("jobs", &self.line().len())
             .field("pools", &self.by_name.len())
             .finish_non_exhaustive()
     }
@@ -228,7 +228,7 @@ impl std::fmt::Debug for Index {
 impl Index {
     /// Returns an index without pools. `queue` must be empty.
     pub fn new(
-        queue: FairQueue,
+        queue: Box<dyn JobQueue>,
         policy: BuiltIn,
         settings: Settings,
         sizes: BTreeMap<ModelRef, u64>,
@@ -261,9 +261,9 @@ impl Index {
         }
     }
 
-    /// Returns the queue of waiting jobs.
-    pub fn queue(&self) -> &FairQueue {
-        &self.queue
+    /// Returns the waiting jobs.
+    pub fn line(&self) -> &Line {
+        self.queue.line()
     }
 
     /// Returns the number of jobs ahead of `id`; `None` if that job does not wait.

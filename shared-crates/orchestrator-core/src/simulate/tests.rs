@@ -4,6 +4,7 @@ use super::*;
 use crate::decide::Costs;
 use crate::job::{Placement, Priority};
 use crate::pool::PoolLiveness;
+use crate::queue::QueueOrder;
 use crate::scheduler::{LeastLoaded, ModelState, schedule};
 use crate::script::Script;
 use crate::trace::{By, Header, Lease, PassRecord, Recorder, VERSION};
@@ -122,6 +123,7 @@ fn trace(pools: &[PoolState], jobs: &[Sent]) -> Trace {
         recorded_by: "test".into(),
         recorded_at: at(0),
         policy: "least-loaded".into(),
+        order: QueueOrder::Fair,
         promote_after_s: 300,
         costs: BTreeMap::new(),
     })];

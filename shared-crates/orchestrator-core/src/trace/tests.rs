@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::job::{Placement, Priority};
 use crate::pool::PoolLiveness;
+use crate::queue::QueueOrder;
 use crate::scheduler::{DeviceState, LeastLoaded, ModelState, Settings, WorkerState, schedule};
 
 fn header() -> Header {
@@ -15,6 +16,7 @@ fn header() -> Header {
         recorded_by: "test".into(),
         recorded_at: Timestamp::UNIX_EPOCH,
         policy: "least-loaded".into(),
+        order: QueueOrder::Fair,
         promote_after_s: 300,
         costs: BTreeMap::new(),
     }

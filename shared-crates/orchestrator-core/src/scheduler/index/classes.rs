@@ -18,7 +18,7 @@ impl Index {
         self.remove(job.id);
         let job = self.queue.put_back(job);
         let class = self.class_for(&job);
-        let Some(key) = self.queue.key(job.id) else {
+        let Some(key) = self.line().key(job.id) else {
             return;
         };
         self.count_in(class, job.bytes);
@@ -60,9 +60,9 @@ impl Index {
     }
 
     pub(super) fn place_of(&self, id: JobId) -> Option<(TurnKey, usize)> {
-        let job = self.queue.get(id)?;
+        let job = self.line().get(id)?;
         let class = *self.class_ids.get(&Class::of(job))?;
-        Some((self.queue.key(id)?, class))
+        Some((self.line().key(id)?, class))
     }
 
     /// Removes a job that has left the queue from its class.

@@ -38,7 +38,7 @@ impl Index {
         let mut emptied = Vec::new();
         let mut rejected: HashMap<usize, (JobErrorCode, String)> = HashMap::new();
         while let Some(&Reverse((key, class))) = turns.peek() {
-            let Some(job) = self.queue.get(key.3).cloned() else {
+            let Some(job) = self.line().get(key.3).cloned() else {
                 turns.pop();
                 continue;
             };
@@ -172,7 +172,7 @@ impl Index {
         match action {
             Action::Dispatch { job, pool, worker } => {
                 let (key, class) = self.place_of(*job)?;
-                let job = Arc::clone(self.queue.get(*job)?);
+                let job = Arc::clone(self.line().get(*job)?);
                 let (place, worker) = self.worker_place(pool, worker)?;
                 let state = &self.pools[place].as_ref()?.state;
                 let alive = alive(state);
@@ -186,7 +186,7 @@ impl Index {
             }
             Action::Reject { job, code, message } => {
                 let (key, class) = self.place_of(*job)?;
-                let job = Arc::clone(self.queue.get(*job)?);
+                let job = Arc::clone(self.line().get(*job)?);
                 self.reject(&job, key, class, now, (*code, message), pass);
                 Some(())
             }

@@ -10,7 +10,7 @@ use super::*;
 use crate::adopt::{self, Proposal};
 use crate::job::{Placement, Priority};
 use crate::pool::PoolLiveness;
-use crate::queue::Capacity;
+use crate::queue::{Capacity, QueueOrder};
 use crate::scheduler::explain::Chooser;
 use crate::scheduler::{
     BuiltIn, DeviceState, DownloadState, ModelState, Plan, RefusedDownload, RefusedStart,
@@ -320,6 +320,7 @@ impl Wish {
 /// An index under test, with the jobs and leases that the test expects.
 struct Tested {
     index: Index,
+    order: QueueOrder,
     now: i64,
     jobs: Vec<JobId>,
     /// Pool and worker of each lease, and whether the worker has answered.
@@ -327,11 +328,12 @@ struct Tested {
 }
 
 impl Tested {
-    fn new(policy: BuiltIn, settings: Settings) -> Self {
-        let queue = FairQueue::new(Capacity::default(), SignedDuration::from_secs(50));
+    fn new(policy: BuiltIn, order: QueueOrder, settings: Settings) -> Self {
+        let queue = order.queue(Capacity::default(), SignedDuration::from_secs(50));
         let sizes = [(model(0), 2 * UNIT), (model(1), 7 * UNIT)].into();
         Self {
             index: Index::new(queue, policy, settings, sizes, at(10)),
+            order,
             now: 0,
             jobs: Vec::new(),
             leases: Vec::new(),
@@ -453,7 +455,9 @@ impl Tested {
     /// Returns a new index built only from this one's snapshot.
     fn made_anew(&mut self) -> Index {
         let snapshot = self.index.snapshot(at(self.now));
-        let queue = FairQueue::new(Capacity::default(), SignedDuration::from_secs(50));
+        let queue = self
+            .order
+            .queue(Capacity::default(), SignedDuration::from_secs(50));
         let mut fresh = Index::new(
             queue,
             self.index.policy_name,
@@ -535,6 +539,7 @@ proptest! {
     #[test]
     fn the_index_decides_what_the_plain_function_decides(
         policy in prop::sample::select(BuiltIn::ALL.to_vec()),
+        order in prop::sample::select(vec![QueueOrder::Fair, QueueOrder::Fifo]),
         evict in any::<bool>(),
         download in any::<bool>(),
         changes in prop::collection::vec((change(), prop::bool::weighted(0.4)), 1..80),
@@ -545,7 +550,7 @@ proptest! {
             evict,
             download,
         };
-        let mut tested = Tested::new(policy, settings);
+        let mut tested = Tested::new(policy, order, settings);
         for (change, pass) in changes {
             tested.change(change, JobId::random());
             if pass {
@@ -572,6 +577,7 @@ proptest! {
     #[test]
     fn a_plan_that_is_applied_leaves_nothing_behind(
         policy in prop::sample::select(BuiltIn::ALL.to_vec()),
+        order in prop::sample::select(vec![QueueOrder::Fair, QueueOrder::Fifo]),
         evict in any::<bool>(),
         changes in prop::collection::vec((change(), prop::option::weighted(0.4, wishes()), prop::bool::weighted(0.2)), 1..60),
     ) {
@@ -581,7 +587,7 @@ proptest! {
             evict,
             download: true,
         };
-        let mut tested = Tested::new(policy, settings);
+        let mut tested = Tested::new(policy, order, settings);
         for (change, wishes, pass) in changes {
             tested.change(change, JobId::random());
             if let Some(wishes) = wishes {
@@ -606,9 +612,11 @@ proptest! {
     #[test]
     fn to_decide_plainly_and_apply_the_plan_is_to_pass(
         policy in prop::sample::select(BuiltIn::ALL.to_vec()),
+        order in prop::sample::select(vec![QueueOrder::Fair, QueueOrder::Fifo]),
         changes in prop::collection::vec((change(), prop::bool::weighted(0.4)), 1..60),
     ) {
-        let (mut passes, mut applies) = (Tested::new(policy, Settings::default()), Tested::new(policy, Settings::default()));
+        let new = || Tested::new(policy, order, Settings::default());
+        let (mut passes, mut applies) = (new(), new());
         for (change, pass) in changes {
             let id = JobId::random();
             passes.change(change.clone(), id);

@@ -40,7 +40,7 @@ impl Index {
         known: &mut HashMap<usize, Arc<Explanation>>,
     ) -> Option<Waiting> {
         let position = self.position(id, now)?;
-        let job = Arc::clone(self.queue.get(id)?);
+        let job = Arc::clone(self.line().get(id)?);
         let (key, class) = self.place_of(id)?;
         if job.backs_off(now) {
             return Some(Waiting {

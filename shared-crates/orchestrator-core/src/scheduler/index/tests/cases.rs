@@ -68,7 +68,7 @@ fn put(model: usize) -> Change {
 // applied.
 #[test]
 fn what_has_changed_since_the_snapshot_is_left_out_of_the_plan() {
-    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, Settings::default());
     tested.index.set_pool(PoolState {
         devices: vec![DeviceState {
             device: device(0),
@@ -120,13 +120,13 @@ fn what_has_changed_since_the_snapshot_is_left_out_of_the_plan() {
     let why = pass.why[0].to_string();
     assert!(why.contains("only worker"), "{why}");
     assert_eq!(pass.jobs.len(), 1);
-    assert!(tested.index.queue.contains(ids[1]));
+    assert!(tested.index.line().contains(ids[1]));
 }
 
 // [ORCHCORE-068] A script may stop the very worker that jobs wait for. Found by the property test.
 #[test]
 fn a_pass_after_a_plan_of_somebody_else_looks_everywhere_again() {
-    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, Settings::default());
     tested.now = 100;
     tested.index.set_pool(PoolState {
         workers: vec![idle("w0", 1)],
@@ -158,7 +158,7 @@ fn a_pass_after_a_plan_of_somebody_else_looks_everywhere_again() {
 // [ORCHCORE-068] A model is no longer needed once a script has placed its last job.
 #[test]
 fn a_plan_of_somebody_else_leaves_no_model_needed_without_jobs() {
-    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, Settings::default());
     tested.index.set_pool(PoolState {
         workers: vec![idle("w0", 0), idle("w1", 0)],
         ..bare_pool("p0")
@@ -186,7 +186,7 @@ fn a_plan_of_somebody_else_leaves_no_model_needed_without_jobs() {
 // [ORCHCORE-066] Jobs from before a restart wait for pools that may still register; later jobs are judged at once.
 #[test]
 fn a_job_of_after_a_restart_does_not_wait_with_those_of_before() {
-    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, Settings::default());
     let failed = WorkerState {
         status: WorkerStatus::Failed,
         start_failure: Some("bad".into()),
@@ -210,7 +210,7 @@ fn a_job_of_after_a_restart_does_not_wait_with_those_of_before() {
 // [ORCHCORE-066] A start may take the memory for which another was refused, so that the other one now needs an eviction.
 #[test]
 fn a_refused_start_is_judged_again_when_another_takes_its_memory() {
-    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, Settings::default());
     tested.index.set_pool(PoolState {
         devices: vec![DeviceState {
             device: device(0),
@@ -244,7 +244,7 @@ fn a_refused_start_is_judged_again_when_another_takes_its_memory() {
 // further eviction.
 #[test]
 fn a_class_that_waits_for_memory_is_judged_again_when_a_start_takes_it() {
-    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, Settings::default());
     let ending = WorkerState {
         status: WorkerStatus::Draining,
         memory_bytes: 2,
@@ -286,7 +286,7 @@ fn a_class_that_was_short_of_memory_may_come_to_lack_the_model() {
         evict: false,
         ..Settings::default()
     };
-    let mut tested = Tested::new(BuiltIn::LeastLoaded, settings);
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, settings);
     let with_file = PoolState {
         models: vec![on_disk(0, 3)],
         ..bare_pool("p1")
@@ -316,7 +316,7 @@ fn idleness_counts_from_the_end_of_the_latest_lease() {
         idle_ttl: Some(SignedDuration::from_secs(120)),
         ..Settings::default()
     };
-    let mut index = Tested::new(BuiltIn::LeastLoaded, settings).index;
+    let mut index = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, settings).index;
     let worker = WorkerState {
         id: "w0".into(),
         ..WorkerState::asked_for(
@@ -364,7 +364,7 @@ fn idleness_counts_from_the_end_of_the_latest_lease() {
 // [ORCHCORE-180] A job moves between the shares as pools come and go.
 #[test]
 fn jobs_that_nothing_can_run_are_counted_apart() {
-    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, Settings::default());
     let load = |jobs| Load {
         jobs,
         bytes: jobs as u64,
@@ -423,7 +423,7 @@ fn what_was_kept_for_a_job_is_given_to_others_when_it_is_gone() {
         idle_since: None,
         ..idle("w0", 0)
     };
-    let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+    let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, Settings::default());
     tested.index.lease("p0", "w0");
     let state = |free_tokens| PoolState {
         workers: vec![WorkerState {
@@ -470,7 +470,7 @@ fn what_was_kept_for_a_job_is_given_to_others_when_it_is_gone() {
 fn a_job_that_may_be_refused_is_offered_when_the_worker_has_answered_those_before() {
     let ids: Vec<_> = (0..4).map(|_| JobId::random()).collect();
     let queued = || {
-        let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+        let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, Settings::default());
         tested.index.lease("p0", "w0");
         let pool = PoolState {
             workers: vec![WorkerState {
@@ -558,7 +558,7 @@ fn a_job_that_may_be_refused_is_offered_when_the_worker_has_answered_those_befor
 #[test]
 fn what_was_kept_for_a_job_is_given_to_others_when_a_worker_starts_for_it() {
     let tested = || {
-        let mut tested = Tested::new(BuiltIn::LeastLoaded, Settings::default());
+        let mut tested = Tested::new(BuiltIn::LeastLoaded, QueueOrder::Fair, Settings::default());
         tested.index.lease("p0", "w0");
         tested.index.set_pool(PoolState {
             devices: vec![DeviceState {
