@@ -20,6 +20,7 @@ use pool_core::api::worker::{
 use pool_core::kit::client::{ApiClient, ClientError, EventStream, Method};
 use pool_core::kit::secret::Secret;
 use pool_core::kit::service::Shutdown;
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::worker::Backend;
 use pool_core::worker::CacheType;
 use pool_core::worker_args::WorkerArgs;

@@ -16,6 +16,7 @@ use pool_core::api::worker::{
 };
 use pool_core::kit::client::{ApiClient, EventStream, Method};
 use pool_core::kit::secret::Secret;
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::worker::CacheRoom;
 use pool_core::worker_args::WorkerArgs;
 use rand::rngs::ChaCha12Rng;

@@ -18,6 +18,7 @@ use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::{Job, JobError, JobErrorCode, JobStatus};
 use orchestrator_core::{JobId, TaskSubmitRequest};
 use pool_core::kit::process::{ProcessIdentity, Signal};
+use pool_core::kit::sse::SseEvent as _;
 use serde_json::{Value, json};
 use support::{LIMIT, Ran, end, finish, llorch, ran, until};
 use tokio::sync::watch;

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use pool_core::api::models::{DownloadEvent, DownloadPhase};
+use pool_core::api::models::{DownloadEvent, DownloadPhase, DownloadProgress, DownloadWait};
 use pool_core::kit::terminal::progress::{self, Progress};
 use pool_core::kit::terminal::say;
 
@@ -77,7 +77,7 @@ impl Report {
         match self {
             Self::Bar => Some(progress::spinner(message)),
             Self::Json => {
-                emit(&DownloadEvent::Waiting { message });
+                emit(&DownloadEvent::Waiting(DownloadWait { message }));
                 None
             }
         }
@@ -108,12 +108,12 @@ impl Meter {
     }
 
     fn event(&self, done_bytes: u64, bytes_per_s: u64) -> DownloadEvent {
-        DownloadEvent::Progress {
+        DownloadEvent::Progress(DownloadProgress {
             phase: self.phase,
             done_bytes,
             total_bytes: self.total,
             bytes_per_s,
-        }
+        })
     }
 }
 

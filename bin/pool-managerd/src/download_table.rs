@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pool_core::ModelRef;
 use pool_core::api::models::DownloadEvent;
+use pool_core::kit::sse::SseEvent as _;
 use tokio::sync::watch;
 
 /// The latest event of a download; `None` before the first.

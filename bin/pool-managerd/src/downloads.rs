@@ -12,6 +12,7 @@ use pool_core::catalog::store::ResolveError;
 use pool_core::catalog::support::{self, Unsupported};
 use pool_core::kit::process::Signal;
 use pool_core::kit::programs;
+use pool_core::kit::sse::SseEvent as _;
 use rustix::process::{Pid, kill_process_group};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
@@ -198,7 +199,7 @@ async fn run(mut download: UnderWay, program: PathBuf) {
             tracing::warn!(%model, reason = failure.message, "download failed");
             pool.metrics.downloaded(label(failure.code));
         }
-        DownloadEvent::Progress { .. } | DownloadEvent::Waiting { .. } => {}
+        DownloadEvent::Progress(_) | DownloadEvent::Waiting(_) => {}
     }
     download.last = Some(last);
 }

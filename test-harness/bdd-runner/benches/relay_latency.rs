@@ -14,6 +14,7 @@ use eventsource_stream::Eventsource as _;
 use futures_util::StreamExt as _;
 use orchestrator_core::api::events::TaskEvent;
 use pool_core::api::worker::WorkerEvent;
+use pool_core::kit::sse::SseEvent as _;
 
 const RUNS: usize = 5;
 const TOKENS: u32 = 100;

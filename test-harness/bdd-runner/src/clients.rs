@@ -12,6 +12,7 @@ use orchestrator_core::JobId;
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::api::tasks::{CancelResponse, TaskAccepted, TaskSubmitRequest, TaskView};
 use orchestrator_core::job::JobStatus;
+use pool_core::kit::sse::SseEvent as _;
 
 use crate::checker::{KEY_LABEL, Observation};
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use eventsource_stream::Eventsource as _;
 use futures_util::StreamExt as _;
 use orchestrator_core::api::events::TaskEvent;
+use pool_core::kit::sse::SseEvent as _;
 
 /// An event, with the time of its arrival.
 #[derive(Debug, Clone)]

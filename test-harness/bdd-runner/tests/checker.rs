@@ -12,6 +12,7 @@ use bdd_runner::checker::{
 use orchestrator_core::JobId;
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::job::JobStatus;
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::worker::Device;
 use serde_json::json;
 

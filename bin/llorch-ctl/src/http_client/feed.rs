@@ -7,6 +7,7 @@ use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::JobId;
 use pool_core::kit::client::{ClientError, EventStream, ServerEvent};
+use pool_core::kit::sse::SseEvent as _;
 
 use super::{Orchestrator, is_passing};
 

@@ -25,6 +25,7 @@ use orchestrator_core::{JobId, TaskSubmitRequest};
 use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::StopReason;
 use pool_core::kit::process::{ProcessIdentity, Signal};
+use pool_core::kit::sse::SseEvent as _;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::{Child, Command};

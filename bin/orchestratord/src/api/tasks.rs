@@ -23,6 +23,7 @@ use pool_core::kit::hex::hex;
 use pool_core::kit::service::{
     Caller, CorrelationId, Json, Path, Query, ServiceError, ServiceResult,
 };
+use pool_core::kit::sse::SseEvent as _;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 

@@ -13,6 +13,7 @@ use pool_core::api::worker::{ExecuteRequest, Origin, WorkerEvent, WorkerStarted,
 use pool_core::kit::client::ClientError;
 use pool_core::kit::crash::crash_point;
 use pool_core::kit::errors::with_causes;
+use pool_core::kit::sse::SseEvent as _;
 use tokio::sync::watch;
 use tokio::time::Instant;
 

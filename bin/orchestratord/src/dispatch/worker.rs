@@ -12,6 +12,7 @@ use pool_core::api::worker::{
 };
 use pool_core::kit::client::{ApiClient, ClientError, EventStream, Method};
 use pool_core::kit::secret::Secret;
+use pool_core::kit::sse::SseEvent as _;
 
 use crate::live::LiveJob;
 use crate::state::{Lease, ResumePoint};

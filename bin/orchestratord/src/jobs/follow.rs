@@ -7,6 +7,7 @@ use futures_util::Stream;
 use jiff::Timestamp;
 use orchestrator_core::JobId;
 use orchestrator_core::api::events::{EventId, Lagged, TaskEvent};
+use pool_core::kit::sse::SseEvent as _;
 
 use super::{JobService, UnrecordableJob};
 use crate::live::{LiveJob, Read};

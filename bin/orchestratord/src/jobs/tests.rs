@@ -2,6 +2,7 @@ use futures_util::StreamExt as _;
 use orchestrator_core::config::OrchestratorConfig;
 use orchestrator_core::job::JobErrorCode;
 use orchestrator_core::{JobId, JobStatus};
+use pool_core::kit::sse::SseEvent as _;
 
 use super::*;
 use crate::state::{IdempotencyKey, StoreError};

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use pool_core::api::worker::Origin;
+use pool_core::kit::sse::SseEvent as _;
 use tokio::sync::watch;
 
 use crate::state::LogEntry;

@@ -4,8 +4,11 @@ use std::sync::Arc;
 
 use futures_util::StreamExt as _;
 use pool_core::ModelRef;
-use pool_core::api::models::{DownloadEvent, DownloadPhase, ModelDownloadRequest};
-use pool_core::kit::client::{ApiClient, Method, ServerEvent};
+use pool_core::api::models::{
+    DownloadEvent, DownloadPhase, DownloadProgress, ModelDownloadRequest,
+};
+use pool_core::kit::client::{ApiClient, Method};
+use pool_core::kit::sse::SseEvent as _;
 
 use super::Scheduler;
 use crate::clock;
@@ -82,14 +85,9 @@ impl Scheduler {
         })?;
         while let Some(event) = events.next().await {
             let event = event.map_err(|error| Failure::passing(error.to_string()))?;
-            match parse(&event) {
-                Some(DownloadEvent::Progress {
-                    phase,
-                    done_bytes,
-                    total_bytes,
-                    ..
-                }) => {
-                    if let Some(percent) = percent(phase, done_bytes, total_bytes)
+            match DownloadEvent::parse(&event.event, &event.data).ok() {
+                Some(DownloadEvent::Progress(progress)) => {
+                    if let Some(percent) = percent(&progress)
                         && self.fleet.download_moved(pool, model, percent)
                     {
                         self.jobs.changed.notify_one();
@@ -103,7 +101,7 @@ impl Scheduler {
                     });
                 }
                 // Another process of the pool downloads the model, or a newer pool sends an event unknown to this release.
-                Some(DownloadEvent::Waiting { .. }) | None => {}
+                Some(DownloadEvent::Waiting(_)) | None => {}
             }
         }
         Err(Failure::passing(
@@ -112,20 +110,13 @@ impl Scheduler {
     }
 }
 
-/// Parses an event. A stream carries the event's name outside the data, but [`DownloadEvent`] expects it inside.
-fn parse(event: &ServerEvent) -> Option<DownloadEvent> {
-    let mut data: serde_json::Value = serde_json::from_str(&event.data).ok()?;
-    data.as_object_mut()?
-        .insert("event".to_owned(), event.event.clone().into());
-    serde_json::from_value(data).ok()
-}
-
 /// Returns the percentage of bytes downloaded. Unpacking and checking count as 100, because they follow the last byte.
-fn percent(phase: DownloadPhase, done: u64, total: Option<u64>) -> Option<u8> {
-    match phase {
+fn percent(progress: &DownloadProgress) -> Option<u8> {
+    match progress.phase {
         DownloadPhase::Downloading => {
-            let total = total.filter(|total| *total > 0)?;
-            u8::try_from((u128::from(done) * 100 / u128::from(total)).min(100)).ok()
+            let total = progress.total_bytes.filter(|total| *total > 0)?;
+            let done = u128::from(progress.done_bytes);
+            u8::try_from((done * 100 / u128::from(total)).min(100)).ok()
         }
         DownloadPhase::Unpacking | DownloadPhase::Checking => Some(100),
     }

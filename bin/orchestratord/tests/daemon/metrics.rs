@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use orchestrator_core::JobStatus;
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::worker::WorkerStatus;
 use promql_parser::label::MatchOp;
 use promql_parser::parser::{self, Expr, VectorSelector};

@@ -10,7 +10,7 @@ use orchestrator_core::queue::QueueOrder;
 use orchestrator_core::scheduler::{Explanation, Filter, WaitReason};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::models::{
-    DownloadEnd, DownloadErrorCode, DownloadEvent, DownloadFailure, DownloadPhase,
+    DownloadEnd, DownloadErrorCode, DownloadEvent, DownloadFailure, DownloadPhase, DownloadProgress,
 };
 use pool_core::api::pool::{PoolStatus, WorkerEndpoint};
 use pool_core::worker::{Device, WorkerInfo, WorkerStatus};
@@ -395,12 +395,12 @@ async fn download_refused_is_lifted_by_room_and_downloading_by_the_file() {
     pool.beat_with(&orchestrator, large_disk).await;
     waits_for(&orchestrator, job, WaitReason::Downloading).await;
     let say = |event| pool.asked.events.lock().unwrap().push(event);
-    say(DownloadEvent::Progress {
+    say(DownloadEvent::Progress(DownloadProgress {
         phase: DownloadPhase::Downloading,
         done_bytes: 43,
         total_bytes: Some(100),
         bytes_per_s: 1,
-    });
+    }));
     eventually("its progress", async || {
         let waiting = explain(&orchestrator, job).await.waiting?;
         waiting.explanation.message.contains("43 %").then_some(())

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use orchestrator_core::api::tasks::TaskList;
+use pool_core::kit::sse::SseEvent as _;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;

@@ -17,6 +17,7 @@ use orchestratord::Daemon;
 use pool_core::kit::client::{ApiClient, ClientError, EventStream, Method};
 use pool_core::kit::home::Home;
 use pool_core::kit::service::Shutdown;
+use pool_core::kit::sse::SseEvent as _;
 use serde_json::json;
 use tokio::process::{Child, Command};
 

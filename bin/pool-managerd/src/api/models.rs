@@ -8,8 +8,8 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use futures_util::Stream;
 use pool_core::api::models::{DownloadEvent, ModelDownloadRequest};
 use pool_core::kit::service::Json;
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::kit::wire::ErrorEnvelope;
-use serde_json::Value;
 use tokio::sync::watch;
 
 use super::App;
@@ -51,7 +51,7 @@ fn follow(
         loop {
             let event = download.borrow_and_update().clone();
             if let Some(event) = event {
-                yield Ok(sse(&event));
+                yield Ok(Event::default().event(event.name()).data(event.data()));
                 if event.is_last() {
                     return;
                 }
@@ -61,13 +61,4 @@ fn follow(
             }
         }
     }
-}
-
-/// Returns the event with its name in the `event` field of SSE instead of the data.
-fn sse(event: &DownloadEvent) -> Event {
-    let mut data = serde_json::to_value(event).unwrap_or_default();
-    if let Value::Object(data) = &mut data {
-        data.remove("event");
-    }
-    Event::default().event(event.name()).data(data.to_string())
 }

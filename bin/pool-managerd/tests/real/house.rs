@@ -14,6 +14,7 @@ use pool_core::kit::client::{ApiClient, ClientError, Method};
 use pool_core::kit::home::Home;
 use pool_core::kit::process::{ProcessIdentity, Signal};
 use pool_core::kit::run_files::local_url;
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::registry::{Registry, WorkerRecord};
 use pool_core::worker::{Backend, CacheType, WorkerInfo, WorkerStatus};
 

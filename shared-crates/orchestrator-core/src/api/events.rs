@@ -13,6 +13,7 @@ use std::str::FromStr;
 use pool_core::ModelRef;
 use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::{StopReason, WorkerMetrics};
+use pool_core::sse_events;
 use serde::{Deserialize, Serialize};
 
 use crate::api::tasks::TaskWaiting;
@@ -195,59 +196,21 @@ pub enum TaskEvent {
     Shutdown(ShutdownNotice),
 }
 
-/// Error for an event that is unknown to this build, or has malformed data.
-#[derive(Debug, thiserror::Error)]
-#[error("can't read the `{event}` event")]
-pub struct UnreadableEvent {
-    event: String,
-    source: serde_json::Error,
-}
+sse_events!(
+    TaskEvent {
+        Queued: "queued",
+        Waiting: "waiting",
+        Started: "started",
+        Attempt: "attempt",
+        Token: "token",
+        Metrics: "metrics",
+        Lagged: "lagged",
+        Shutdown: "shutdown",
+    }
+    last { End: "end", Error: "error", }
+);
 
 impl TaskEvent {
-    /// Returns the SSE `event:` name.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Queued(_) => "queued",
-            Self::Waiting(_) => "waiting",
-            Self::Started(_) => "started",
-            Self::Attempt(_) => "attempt",
-            Self::Token(_) => "token",
-            Self::Metrics(_) => "metrics",
-            Self::End(_) => "end",
-            Self::Error(_) => "error",
-            Self::Lagged(_) => "lagged",
-            Self::Shutdown(_) => "shutdown",
-        }
-    }
-
-    /// Returns the SSE `data:` text.
-    pub fn data(&self) -> String {
-        let json = match self {
-            Self::Queued(data) => serde_json::to_string(data),
-            Self::Waiting(data) => serde_json::to_string(data),
-            Self::Started(data) => serde_json::to_string(data),
-            Self::Attempt(data) => serde_json::to_string(data),
-            Self::Token(data) => serde_json::to_string(data),
-            Self::Metrics(data) => serde_json::to_string(data),
-            Self::End(data) => serde_json::to_string(data),
-            Self::Error(data) => serde_json::to_string(data),
-            Self::Lagged(data) => serde_json::to_string(data),
-            Self::Shutdown(data) => serde_json::to_string(data),
-        };
-        json.expect("plain structures of numbers and texts always serialise")
-    }
-
-    /// Parses an event from its SSE parts.
-    pub fn parse(event: &str, data: &str) -> Result<Self, UnreadableEvent> {
-        let unreadable = |source| UnreadableEvent {
-            event: event.chars().take(40).collect(),
-            source,
-        };
-        let data: serde_json::Value = serde_json::from_str(data).map_err(unreadable)?;
-        serde_json::from_value(serde_json::json!({"event": event, "data": data}))
-            .map_err(unreadable)
-    }
-
     /// Returns whether the event is logged and replayed, and therefore carries an id.
     pub fn is_logged(&self) -> bool {
         !matches!(
@@ -255,17 +218,13 @@ impl TaskEvent {
             Self::Waiting(_) | Self::Metrics(_) | Self::Lagged(_) | Self::Shutdown(_)
         )
     }
-
-    /// Returns whether the event ends the job.
-    pub fn is_last(&self) -> bool {
-        matches!(self, Self::End(_) | Self::Error(_))
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::job::JobErrorCode;
+    use pool_core::kit::sse::SseEvent as _;
 
     // [ORCHCORE-020]
     #[test]

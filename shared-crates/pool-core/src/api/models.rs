@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::ModelRef;
+use crate::sse_events;
 
 /// Body of `POST /models/download`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,42 +37,40 @@ pub enum DownloadPhase {
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum DownloadEvent {
     /// The download received, extracted or verified further bytes.
-    Progress {
-        /// Current phase.
-        phase: DownloadPhase,
-        /// Bytes done in this phase, including those of an earlier download that this download resumes.
-        done_bytes: u64,
-        /// Bytes of the whole phase; `null` if unknown.
-        total_bytes: Option<u64>,
-        /// Recent throughput in bytes per second.
-        bytes_per_s: u64,
-    },
+    Progress(DownloadProgress),
     /// Another process is downloading the same model.
-    Waiting {
-        /// Human-readable reason for the wait.
-        message: String,
-    },
+    Waiting(DownloadWait),
     /// The file is complete, verified and in place.
     End(DownloadEnd),
     /// The download failed, and no file is in place.
     Error(DownloadFailure),
 }
 
-impl DownloadEvent {
-    /// Returns the event's name in an event stream.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Progress { .. } => "progress",
-            Self::Waiting { .. } => "waiting",
-            Self::End(_) => "end",
-            Self::Error(_) => "error",
-        }
-    }
+sse_events!(
+    DownloadEvent { Progress: "progress", Waiting: "waiting", }
+    last { End: "end", Error: "error", }
+);
 
-    /// Returns whether the event is the last of its download.
-    pub fn is_last(&self) -> bool {
-        matches!(self, Self::End(_) | Self::Error(_))
-    }
+/// The progress of a download.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct DownloadProgress {
+    /// Current phase.
+    pub phase: DownloadPhase,
+    /// Bytes done in this phase, including those of an earlier download that this download resumes.
+    pub done_bytes: u64,
+    /// Bytes of the whole phase; `null` if unknown.
+    pub total_bytes: Option<u64>,
+    /// Recent throughput in bytes per second.
+    pub bytes_per_s: u64,
+}
+
+/// A wait for another download.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct DownloadWait {
+    /// Human-readable reason for the wait.
+    pub message: String,
 }
 
 /// The result of a successful download.
@@ -146,19 +145,20 @@ impl DownloadErrorCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kit::sse::SseEvent as _;
 
     #[test] // [POOLCTL-019]
     fn a_line_carries_the_name_of_its_event() {
         let lines = [
-            DownloadEvent::Progress {
+            DownloadEvent::Progress(DownloadProgress {
                 phase: DownloadPhase::Checking,
                 done_bytes: 1,
                 total_bytes: None,
                 bytes_per_s: 3,
-            },
-            DownloadEvent::Waiting {
+            }),
+            DownloadEvent::Waiting(DownloadWait {
                 message: "for m".into(),
-            },
+            }),
             DownloadEvent::End(DownloadEnd {
                 model_ref: "m".parse().unwrap(),
                 path: "/models/m/m.gguf".into(),

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::receipt::Receipt;
 use crate::ModelRef;
+use crate::sse_events;
 use crate::worker::CacheRoom;
 
 /// The author of a message in a conversation.
@@ -353,64 +354,10 @@ pub enum WorkerEvent {
     Error(WorkerError),
 }
 
-/// An error for an event that this build does not know, or whose data it cannot parse.
-#[derive(Debug, thiserror::Error)]
-#[error("could not parse `{event}` event")]
-pub struct UnreadableEvent {
-    event: String,
-    source: Option<serde_json::Error>,
-}
-
-impl WorkerEvent {
-    /// Returns the content of the SSE field `event:`.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Started(_) => "started",
-            Self::Token(_) => "token",
-            Self::Metrics(_) => "metrics",
-            Self::End(_) => "end",
-            Self::Error(_) => "error",
-        }
-    }
-
-    /// Returns the content of the SSE field `data:`.
-    pub fn data(&self) -> String {
-        let json = match self {
-            Self::Started(data) => serde_json::to_string(data),
-            Self::Token(data) => serde_json::to_string(data),
-            Self::Metrics(data) => serde_json::to_string(data),
-            Self::End(data) => serde_json::to_string(data),
-            Self::Error(data) => serde_json::to_string(data),
-        };
-        json.expect("plain structures of numbers and strings always serialise")
-    }
-
-    /// Parses an event from its SSE fields.
-    pub fn parse(event: &str, data: &str) -> Result<Self, UnreadableEvent> {
-        let parsed = match event {
-            "started" => serde_json::from_str(data).map(Self::Started),
-            "token" => serde_json::from_str(data).map(Self::Token),
-            "metrics" => serde_json::from_str(data).map(Self::Metrics),
-            "end" => serde_json::from_str(data).map(Self::End),
-            "error" => serde_json::from_str(data).map(Self::Error),
-            _ => {
-                return Err(UnreadableEvent {
-                    event: event.chars().take(40).collect(),
-                    source: None,
-                });
-            }
-        };
-        parsed.map_err(|source| UnreadableEvent {
-            event: event.to_owned(),
-            source: Some(source),
-        })
-    }
-
-    /// Returns whether no event follows this one.
-    pub fn is_last(&self) -> bool {
-        matches!(self, Self::End(_) | Self::Error(_))
-    }
-}
+sse_events!(
+    WorkerEvent { Started: "started", Token: "token", Metrics: "metrics", }
+    last { End: "end", Error: "error", }
+);
 
 /// The readiness of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -26,6 +26,7 @@ pub mod secret;
 #[cfg(feature = "service")]
 pub mod service;
 pub mod settings;
+pub mod sse;
 #[cfg(feature = "terminal")]
 pub mod terminal;
 pub mod units;

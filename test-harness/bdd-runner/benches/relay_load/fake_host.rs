@@ -24,6 +24,7 @@ use pool_core::api::worker::{
     WorkerEvent, WorkerStarted, WorkerToken,
 };
 use pool_core::kit::client::ApiClient;
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::worker::{Backend, Device, ModelFile, WorkerInfo, WorkerMemory, WorkerStatus};
 use serde::de::IgnoredAny;
 use tokio::net::TcpListener;

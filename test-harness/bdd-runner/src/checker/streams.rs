@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use orchestrator_core::JobId;
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::job::{JobErrorCode, JobStatus};
+use pool_core::kit::sse::SseEvent as _;
 
 use super::{Findings, JobRecord, Rule};
 

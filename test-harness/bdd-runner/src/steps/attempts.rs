@@ -5,6 +5,7 @@ use std::time::Duration;
 use cucumber::{given, then, when};
 use orchestrator_core::api::events::TaskEvent;
 use orchestrator_core::job::AttemptOutcome;
+use pool_core::kit::sse::SseEvent as _;
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 

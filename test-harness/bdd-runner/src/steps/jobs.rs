@@ -6,6 +6,7 @@ use cucumber::gherkin::Step;
 use cucumber::{then, when};
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::job::JobStatus;
+use pool_core::kit::sse::SseEvent as _;
 use serde_json::{Value, json};
 
 use crate::house::{House, WAIT_LIMIT};

@@ -20,6 +20,7 @@ use pool_core::api::pool::{
 };
 use pool_core::kit::client::ApiClient;
 use pool_core::kit::service::{Json, ServiceError};
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::worker::{Backend, Device, WorkerInfo, WorkerStatus};
 use serde::de::IgnoredAny;
 use tokio::task::JoinHandle;
@@ -246,8 +247,7 @@ async fn download(
                 continue;
             };
             next += 1;
-            let data = serde_json::to_string(&event).unwrap();
-            yield Ok::<_, std::convert::Infallible>(Event::default().event(event.name()).data(data));
+            yield Ok::<_, std::convert::Infallible>(Event::default().event(event.name()).data(event.data()));
             if event.is_last() {
                 return;
             }

@@ -21,6 +21,7 @@ use pool_core::api::worker::{
     WorkerStarted, WorkerToken,
 };
 use pool_core::kit::service::{Json, ServiceError};
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::worker::{
     Device, ExitReason, ModelFile, WorkerExit, WorkerInfo, WorkerMemory, WorkerStatus,
 };

@@ -14,6 +14,7 @@ use pool_core::api::worker::{
 };
 use pool_core::kit::client::{ApiClient, ClientError, EventStream, Method, ServerEvent};
 use pool_core::kit::secret::Secret;
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::kit::terminal::{CliError, Exit};
 use pool_core::kit::wire::VersionInfo;
 use pool_core::worker_args::SECRET_VAR;

@@ -17,6 +17,7 @@ use pool_core::catalog::Catalog;
 use pool_core::kit::client::ClientError;
 use pool_core::kit::home::Home;
 use pool_core::kit::settings::names_in_environment;
+use pool_core::kit::sse::SseEvent as _;
 use pool_core::kit::terminal::doctor::host::quoted;
 use pool_core::kit::terminal::human_duration;
 use pool_core::kit::terminal::interrupt::{Interrupt, interrupted};
