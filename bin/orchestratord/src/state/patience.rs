@@ -57,9 +57,13 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
+    use crate::state::{Outage, OutageKind};
 
     fn unavailable() -> StoreError {
-        StoreError::unavailable(sqlx::Error::PoolTimedOut)
+        StoreError::Unavailable(Outage {
+            kind: OutageKind::Other,
+            message: "a full disk".into(),
+        })
     }
 
     async fn store(dir: &tempfile::TempDir) -> Store {

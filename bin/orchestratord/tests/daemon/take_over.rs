@@ -43,7 +43,7 @@ async fn a_database_is_migrated_only_where_the_address_is_free() {
         query.fetch_one(conn).await.unwrap()
     };
     let mut conn = older().await;
-    let script = include_str!("../../src/state/migrations/0001_jobs.sql");
+    let script = include_str!("../../src/state/sqlite/migrations/0001_jobs.sql");
     sqlx::raw_sql(script).execute(&mut conn).await.unwrap();
     sqlx::raw_sql("PRAGMA user_version = 1")
         .execute(&mut conn)

@@ -6,9 +6,9 @@ mod retention;
 
 use super::commands::{StoredEvent, to_json};
 use super::*;
-use orchestrator_core::api::events::{Queued, Token};
+use orchestrator_core::api::events::{Queued, TaskEvent, Token};
 use orchestrator_core::api::tasks::TaskSubmitRequest;
-use orchestrator_core::job::JobErrorCode;
+use orchestrator_core::job::{AttemptOutcome, JobError, JobErrorCode, JobEvent, Priority};
 use sqlx::Row as _;
 
 fn entry(attempt: u32, seq: u64, event: TaskEvent) -> Arc<LogEntry> {

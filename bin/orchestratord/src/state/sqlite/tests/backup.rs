@@ -3,7 +3,7 @@
 use sqlx::Connection as _;
 
 use super::*;
-use crate::state::backup::BackupError;
+use crate::state::sqlite::backup::BackupError;
 
 // [ORCHD-076] A file that appears at the destination while the copy is made is not overwritten.
 #[tokio::test]

@@ -5,19 +5,8 @@ use pool_core::POOL_API_VERSION;
 use pool_core::api::pool::RegisterRequest;
 use sqlx::{Row as _, SqliteConnection, SqlitePool};
 
-use super::StoreError;
 use super::commands::{micros, number, time, wall_micros};
-
-/// A pool as an earlier run stored it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct StoredPool {
-    /// The pool's latest registration.
-    pub request: RegisterRequest,
-    /// Time of that registration.
-    pub registered_at: Timestamp,
-    /// Point of the timeline at which the pool stopped on purpose; `None` if it has registered since.
-    pub stopped_at: Option<Timestamp>,
-}
+use crate::state::{StoreError, StoredPool};
 
 pub(super) async fn save(
     conn: &mut SqliteConnection,

@@ -3,29 +3,12 @@
 use jiff::Timestamp;
 use orchestrator_core::JobId;
 use orchestrator_core::api::events::TaskEvent;
-use pool_core::api::worker::Origin;
 use sqlx::{Row as _, SqlitePool};
 
 use super::commands::{
     Earlier, StoredEvent, earlier, from_json, given_up, micros, number, parse, signed,
 };
-use super::{Lease, Orphan, StoreError};
-
-/// The state of a job's text in its log, from which an attempt continues.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct ResumePoint {
-    /// Token ids of the text.
-    pub token_ids: Vec<u32>,
-    /// Index of the next piece of text.
-    pub next_index: u32,
-    /// Model file and arithmetic of the latest attempt.
-    pub origin: Option<Origin>,
-    /// Classes of arithmetic (the `build` of origins) that computed tokens of the text, in order, each once.
-    pub classes: Vec<String>,
-    /// True if readers may have seen tokens that the log lacks: an end of the daemon cut off the last tokens of an attempt that was
-    /// given up, and no attempt has been announced since.
-    pub seen_more: bool,
-}
+use crate::state::{Lease, Orphan, ResumePoint, StoreError};
 
 pub(super) async fn load(pool: &SqlitePool, job: JobId) -> Result<ResumePoint, StoreError> {
     // One transaction, so that log and attempts are of one moment.

@@ -15,8 +15,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Row as _, SqliteConnection};
 
 use crate::clock;
-
-use super::{
+use crate::state::{
     Ending, IdempotencyKey, Interrupted, Lease, LogEntry, Progress, Recovered, Requeue, StoreError,
     Submitted,
 };

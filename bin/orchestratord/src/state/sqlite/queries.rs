@@ -10,7 +10,7 @@ use sqlx::{QueryBuilder, Row as _, Sqlite, SqlitePool};
 use super::commands::{
     StoredEvent, from_json, last_event, number, optional_time, parse, parse_outcome, time,
 };
-use super::{ListFilter, LogEnd, LogEntry, StoreError, apply_to_text};
+use crate::state::{ListFilter, LogEnd, LogEntry, StoreError, apply_to_text};
 
 /// Log rows of one page of a replay. A row holds up to about thirty tokens.
 const PAGE_ROWS: i64 = 64;

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions as _, Connection as _, Row as _};
 
-use super::{BUSY_TIMEOUT, StoreError, while_opening};
+use super::BUSY_TIMEOUT;
+use super::error::while_opening;
+use crate::state::StoreError;
 
 /// A failed backup. No new file has the final name.
 #[derive(Debug, thiserror::Error)]

@@ -2,7 +2,7 @@
 
 use sqlx::{Row as _, SqliteConnection};
 
-use super::StoreError;
+use crate::state::StoreError;
 
 /// The number of a run. Every start raises the stored number, so a run that was frozen during another's start holds an old one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 use jiff::Timestamp;
 use sqlx::{Row as _, SqliteConnection};
 
-use super::StoreError;
 use super::commands::micros;
+use crate::state::{Cutoffs, Step, StoreError};
 
 /// Number of jobs in one step.
 const JOBS: i64 = 64;
@@ -17,30 +17,6 @@ const PAGES: (i64, i64) = (256, 512);
 /// logs of all jobs for more rows than there are.
 pub(super) const PURGE: &str = "DELETE FROM events WHERE (job_id, first_seq) IN \
     (SELECT e.job_id, e.first_seq FROM purges p CROSS JOIN events e ON e.job_id = p.job_id LIMIT ?)";
-
-/// Points of the timeline that separate old records from new ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cutoffs {
-    /// Time before which a job must have ended to lose its prompt, text and log; `None` keeps them.
-    pub drop: Option<Timestamp>,
-    /// Time before which a job must have ended to be forgotten, once its texts are gone; `None` keeps it.
-    pub forget: Option<Timestamp>,
-}
-
-/// The outcome of one retention step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    /// Nothing is left to do.
-    Done,
-    /// This many jobs lost their texts. From now on their logs can't be read.
-    Dropped(u64),
-    /// Some rows of such logs were deleted.
-    Purged,
-    /// This many jobs were deleted.
-    Forgotten(u64),
-    /// The file has shrunk.
-    Shrunk,
-}
 
 /// Performs the next retention step, and records `now` as the time at which texts were dropped. The order completes an
 /// interrupted run first.

@@ -1,5 +1,7 @@
 //! Receipts and the jobs they belong to.
 
+use pool_core::api::receipt::Receipt;
+
 use super::*;
 
 fn receipt() -> Receipt {

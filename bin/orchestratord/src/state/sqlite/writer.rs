@@ -9,8 +9,10 @@ use sqlx::{Row as _, SqliteConnection};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
+use super::BUSY_TIMEOUT;
+use super::error::unavailable;
 use super::holder::{self, Epoch};
-use super::{BUSY_TIMEOUT, StoreError};
+use crate::state::{OutageKind, StoreError};
 
 /// Maximum number of commands in one transaction. Bounds the time that the first of them waits for the last.
 const BATCH: usize = 256;
@@ -290,7 +292,7 @@ async fn execute(conn: &mut SqliteConnection, sql: &'static str) -> Result<(), S
     sqlx::query(sql)
         .execute(conn)
         .await
-        .map_err(StoreError::unavailable)?;
+        .map_err(|error| unavailable(&error))?;
     Ok(())
 }
 
@@ -308,13 +310,8 @@ impl Drop for EndIfPanics {
 /// Aborts the process after a failed sync. The kernel may have dropped the pages, and would call the next sync a success: the
 /// state of the disk is known again only after the database is reopened.
 fn end_if_sync_failed(error: &StoreError) {
-    const IOERR_FSYNC: &str = "1034";
-    const IOERR_DIR_FSYNC: &str = "1290";
-    if let StoreError::Unavailable(cause) = error
-        && let Some(code) = cause
-            .as_database_error()
-            .and_then(|database| database.code())
-        && [IOERR_FSYNC, IOERR_DIR_FSYNC].contains(&code.as_ref())
+    if let StoreError::Unavailable(outage) = error
+        && outage.kind == OutageKind::SyncFailed
     {
         tracing::error!(%error, "the disk failed to sync; aborting, so that no answer confirms data that may be lost");
         std::process::abort();

@@ -5,7 +5,8 @@ use std::time::Instant;
 use pool_core::kit::crash::crash_point;
 use sqlx::{Connection as _, Row as _, SqliteConnection};
 
-use super::{StoreError, holder};
+use super::holder;
+use crate::state::StoreError;
 
 /// Scripts of all versions, beginning with the one that creates version 1. A released script is never edited.
 const MIGRATIONS: [&str; 7] = [

@@ -10,8 +10,8 @@ use jiff::Timestamp;
 use pool_core::kit::{clock, process};
 use sqlx::{Row as _, SqliteConnection};
 
-use super::StoreError;
 use super::commands::{micros, time};
+use crate::state::StoreError;
 
 /// Records and returns the timeline's present point. A new database begins with the wall clock.
 pub(super) async fn resume(conn: &mut SqliteConnection) -> Result<Timestamp, StoreError> {
