@@ -2,7 +2,7 @@
 //!
 //! Durations (timeouts, backoff, liveness, retention) need a time that never steps, not even across a restart. [`now`]
 //! is a point of the database's *timeline*: the timeline begins with the wall clock when the database is created, grows
-//! by the time that this process runs, and continues from the same point at the next start (`state::timeline`). The
+//! by the time that this process runs, and continues from the same point at the next start (`state::sqlite::timeline`). The
 //! wall clock can't move the timeline, so a wrong clock neither ends a wait nor deletes a record.
 //!
 //! [`wall`] converts a point of the timeline to wall-clock time. Only shown and stored wall-clock times follow the wall

@@ -50,7 +50,7 @@ use fleet::Fleet;
 use jobs::JobService;
 use metrics::Metrics;
 use scheduler::ScriptPolicy;
-use state::{Store, StoreError};
+use state::StoreError;
 
 const NAME: &str = "orchestratord";
 /// The job database in the state folder.
@@ -197,7 +197,7 @@ impl Daemon {
         let (run_files, store, service) = match claim {
             Claim::Ours(run_files) => {
                 let service = service.map_err(|error| hinted(error.hint(), error))?;
-                let store = Store::open(&path).await;
+                let store = state::open(&path).await;
                 let store = store.map_err(|error| hinted(error.hint(), error))?;
                 (run_files, store, service)
             }
@@ -206,7 +206,7 @@ impl Daemon {
                     BindError::InUse { .. } => take_over.address_in_use(error),
                     error => hinted(error.hint(), error),
                 })?;
-                let store = Store::open(&path).await;
+                let store = state::open(&path).await;
                 let store = store.map_err(|error| match error {
                     StoreError::Locked => take_over.database_locked(error),
                     error => hinted(error.hint(), error),

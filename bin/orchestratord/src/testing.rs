@@ -19,7 +19,7 @@ use crate::jobs::{Accepted, JobService, SubmitError};
 use crate::live::ActiveAttempt;
 use crate::metrics::Metrics;
 use crate::queue::LiveJobs;
-use crate::state::{IdempotencyKey, Store};
+use crate::state::{self, IdempotencyKey};
 
 /// A model of the embedded catalogue.
 pub const MODEL: &str = "smollm2-135m";
@@ -43,7 +43,7 @@ impl Parts {
         };
         let metrics = Metrics::new([MODEL], Load::new(places)).unwrap();
         let jobs = JobService {
-            store: Store::open(&folder.path().join("jobs.db")).await.unwrap(),
+            store: state::open(&folder.path().join("jobs.db")).await.unwrap(),
             live: Arc::new(LiveJobs::new(config, &catalog)),
             metrics: Arc::new(metrics),
             changed: Arc::default(),

@@ -4,12 +4,12 @@ use std::time::Duration;
 
 use orchestrator_core::JobId;
 
-use super::{Store, StoreError};
+use super::{JobStore, StoreError};
 
 /// The pause before the database is tried again.
 pub const STORE_PAUSE: Duration = Duration::from_secs(1);
 
-/// The end of [`Store::patiently`] without a result.
+/// The end of `patiently` without a result.
 #[derive(Debug)]
 pub enum Unfinished<S> {
     /// Waiting for the database ended early, with the reason.
@@ -18,7 +18,7 @@ pub enum Unfinished<S> {
     Failed(StoreError),
 }
 
-impl Store {
+impl dyn JobStore {
     /// Runs an operation for `job`, and repeats it while the database is unavailable. `what` names it in the daemon's log.
     ///
     /// # Errors
@@ -57,7 +57,7 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
-    use crate::state::{Outage, OutageKind};
+    use crate::state::{Outage, OutageKind, Store, open};
 
     fn unavailable() -> StoreError {
         StoreError::Unavailable(Outage {
@@ -67,7 +67,7 @@ mod tests {
     }
 
     async fn store(dir: &tempfile::TempDir) -> Store {
-        Store::open(&dir.path().join("jobs.db")).await.unwrap()
+        open(&dir.path().join("jobs.db")).await.unwrap()
     }
 
     // [ORCHD-244] P1

@@ -20,6 +20,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use jiff::Timestamp;
 use orchestrator_core::api::events::EventId;
 use orchestrator_core::api::tasks::TaskSummary;
@@ -34,8 +35,8 @@ use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
 use super::{
-    Cutoffs, Ending, IdempotencyKey, Lease, ListFilter, LogEnd, LogEntry, Orphan, Progress,
-    Recovered, Requeue, ResumePoint, Step, StoreError, StoredPool, Submitted,
+    Answer, Cutoffs, Ending, IdempotencyKey, JobStore, Lease, ListFilter, LogEnd, LogEntry, Orphan,
+    Progress, Recovered, Requeue, ResumePoint, Step, StoreError, StoredPool, Submitted,
 };
 use crate::clock;
 
@@ -48,17 +49,15 @@ const READERS: u32 = 4;
 /// Time for which a statement waits for a lock, which only another program could hold.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The store. Cheap to clone.
-#[derive(Clone)]
-pub struct Store {
+/// A record of jobs in an SQLite file.
+pub struct SqliteStore {
     writer: Writer,
     readers: SqlitePool,
-    task: Arc<Mutex<Option<JoinHandle<()>>>>,
+    task: Mutex<Option<JoinHandle<()>>>,
 }
 
-impl Store {
-    /// Opens the database at `path`, creates it if there is none (mode 0600), and migrates it to this build's version. From
-    /// then on this run owns it: an earlier run that still has the file open can't write.
+impl SqliteStore {
+    /// Opens the file at `path` as [`super::open`] describes.
     pub async fn open(path: &Path) -> Result<Self, StoreError> {
         Self::open_now(path).await.map_err(while_opening)
     }
@@ -109,234 +108,199 @@ impl Store {
         Ok(Self {
             writer,
             readers,
-            task: Arc::new(Mutex::new(Some(task))),
+            task: Mutex::new(Some(task)),
         })
     }
+}
 
-    /// Returns once another run of the daemon has taken over the database. From then on every write is refused as if the store
-    /// were closed.
-    pub async fn taken_over(&self) {
-        self.writer.taken_over().await;
+impl JobStore for SqliteStore {
+    fn taken_over(&self) -> BoxFuture<'_, ()> {
+        Box::pin(self.writer.taken_over())
     }
 
-    /// Returns whether another run of the daemon has taken over the database.
-    pub fn is_taken_over(&self) -> bool {
+    fn is_taken_over(&self) -> bool {
         self.writer.is_taken_over()
     }
 
-    /// Closes the database once its other users are gone, but waits at most `grace`.
-    pub async fn close(self, grace: Duration) {
-        let Self {
-            writer,
-            readers,
-            task,
-        } = self;
-        let task = task.lock().await.take();
-        let closed = async {
-            // Close the readers first: the last connection to close writes the log back and removes it, and a reader can't.
-            readers.close().await;
-            drop(writer);
-            if let Some(task) = task {
+    fn close(self: Arc<Self>, grace: Duration) -> BoxFuture<'static, ()> {
+        Box::pin(async move {
+            let task = self.task.lock().await.take();
+            let closed = async {
+                // Close the readers first: the last connection to close writes the log back and removes it, and a reader can't.
+                self.readers.close().await;
+                // The writer ends with the last handle to the store.
+                drop(self);
+                if let Some(task) = task {
+                    let _ = task.await;
+                }
+            };
+            if tokio::time::timeout(grace, closed).await.is_err() {
+                tracing::warn!(
+                    "the database is still in use; its log is written back at the next start"
+                );
+            }
+        })
+    }
+
+    #[cfg(test)]
+    fn crash(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {
+            if let Some(task) = self.task.lock().await.take() {
+                task.abort();
                 let _ = task.await;
             }
-        };
-        if tokio::time::timeout(grace, closed).await.is_err() {
-            tracing::warn!(
-                "the database is still in use; its log is written back at the next start"
-            );
-        }
+            self.readers.close().await;
+        })
     }
 
-    /// Simulates a killed daemon: whatever is under way is cut off.
-    #[cfg(test)]
-    async fn crash(&self) {
-        if let Some(task) = self.task.lock().await.take() {
-            task.abort();
-            let _ = task.await;
-        }
-        self.readers.close().await;
-    }
-
-    /// Stores a new job with its first event, unless `key` names a stored job.
-    pub async fn submit(
+    fn submit(
         &self,
         job: Job,
         key: Option<IdempotencyKey>,
         first: Arc<LogEntry>,
-    ) -> Result<Submitted, StoreError> {
-        self.writer
-            .run(move |conn| {
-                Box::pin(async move { commands::submit(conn, &job, key.as_ref(), &first).await })
-            })
-            .await
+    ) -> Answer<'_, Submitted> {
+        Box::pin(self.writer.run(move |conn| {
+            Box::pin(async move { commands::submit(conn, &job, key.as_ref(), &first).await })
+        }))
     }
 
-    /// Leases a waiting job to a worker.
-    pub async fn lease(
-        &self,
+    fn lease<'a>(
+        &'a self,
         job: JobId,
         pool: &str,
         worker: &str,
         at: Timestamp,
-    ) -> Result<Lease, StoreError> {
+    ) -> Answer<'a, Lease> {
         let (pool, worker) = (pool.to_owned(), worker.to_owned());
-        self.writer
-            .run(move |conn| {
-                Box::pin(async move { commands::lease(conn, job, &pool, &worker, at).await })
-            })
-            .await
+        Box::pin(self.writer.run(move |conn| {
+            Box::pin(async move { commands::lease(conn, job, &pool, &worker, at).await })
+        }))
     }
 
-    /// Records the progress of the attempt with `fence`.
-    pub async fn progress(
-        &self,
-        job: JobId,
-        fence: u64,
-        progress: Progress,
-    ) -> Result<(), StoreError> {
-        self.writer
-            .run(move |conn| {
-                Box::pin(async move { commands::progress(conn, job, fence, &progress).await })
-            })
-            .await
+    fn progress(&self, job: JobId, fence: u64, progress: Progress) -> Answer<'_, ()> {
+        Box::pin(self.writer.run(move |conn| {
+            Box::pin(async move { commands::progress(conn, job, fence, &progress).await })
+        }))
     }
 
-    /// Ends a job, and returns its state. A job that is over keeps its state.
-    pub async fn end(&self, job: JobId, ending: Ending) -> Result<JobStatus, StoreError> {
-        self.writer
-            .run(move |conn| Box::pin(async move { commands::end(conn, job, &ending).await }))
-            .await
+    fn end(&self, job: JobId, ending: Ending) -> Answer<'_, JobStatus> {
+        Box::pin(
+            self.writer
+                .run(move |conn| Box::pin(async move { commands::end(conn, job, &ending).await })),
+        )
     }
 
-    /// Ends an attempt and queues its job again.
-    pub async fn requeue(&self, job: JobId, requeue: Requeue) -> Result<(), StoreError> {
-        self.writer
-            .run(move |conn| Box::pin(async move { commands::requeue(conn, job, &requeue).await }))
-            .await
+    fn requeue(&self, job: JobId, requeue: Requeue) -> Answer<'_, ()> {
+        Box::pin(
+            self.writer.run(move |conn| {
+                Box::pin(async move { commands::requeue(conn, job, &requeue).await })
+            }),
+        )
     }
 
-    /// Returns the jobs that are not over.
-    pub async fn recover(&self) -> Result<Vec<Recovered>, StoreError> {
-        let mut conn = self.readers.acquire().await?;
-        commands::recover(&mut conn).await
+    fn recover(&self) -> Answer<'_, Vec<Recovered>> {
+        Box::pin(async {
+            let mut conn = self.readers.acquire().await?;
+            commands::recover(&mut conn).await
+        })
     }
 
-    /// Returns the lease with `fence`, if an attempt still holds the job under it.
-    pub async fn held_lease(&self, job: JobId, fence: u64) -> Result<Option<Lease>, StoreError> {
-        resume_point::held_lease(&self.readers, job, fence).await
+    fn held_lease(&self, job: JobId, fence: u64) -> Answer<'_, Option<Lease>> {
+        Box::pin(resume_point::held_lease(&self.readers, job, fence))
     }
 
-    /// Loads the point from which an attempt continues the job's text. Reads its whole log.
-    pub async fn resume_point(&self, job: JobId) -> Result<ResumePoint, StoreError> {
-        resume_point::load(&self.readers, job).await
+    fn resume_point(&self, job: JobId) -> Answer<'_, ResumePoint> {
+        Box::pin(resume_point::load(&self.readers, job))
     }
 
-    /// Returns the executions that were given up since `since`, of which their workers may not know.
-    pub async fn orphans(&self, since: Timestamp) -> Result<Vec<Orphan>, StoreError> {
-        resume_point::orphans(&self.readers, since).await
+    fn orphans(&self, since: Timestamp) -> Answer<'_, Vec<Orphan>> {
+        Box::pin(resume_point::orphans(&self.readers, since))
     }
 
-    /// Returns the job with its attempts and its logged text, and the id of the last logged event.
-    pub async fn job(&self, id: JobId) -> Result<Option<(Job, EventId)>, StoreError> {
-        queries::job(&self.readers, id).await
+    fn job(&self, id: JobId) -> Answer<'_, Option<(Job, EventId)>> {
+        Box::pin(queries::job(&self.readers, id))
     }
 
-    /// Returns the job's state; `None` if there is no such job.
-    pub async fn status(&self, id: JobId) -> Result<Option<JobStatus>, StoreError> {
-        queries::status(&self.readers, id).await
+    fn status(&self, id: JobId) -> Answer<'_, Option<JobStatus>> {
+        Box::pin(queries::status(&self.readers, id))
     }
 
-    /// Returns the job that a key names.
-    pub async fn known_key(
-        &self,
-        key: &IdempotencyKey,
-    ) -> Result<Option<(JobId, JobStatus)>, StoreError> {
-        let mut conn = self.readers.acquire().await?;
-        commands::known_key(&mut conn, key).await
+    fn known_key<'a>(&'a self, key: &'a IdempotencyKey) -> Answer<'a, Option<(JobId, JobStatus)>> {
+        Box::pin(async {
+            let mut conn = self.readers.acquire().await?;
+            commands::known_key(&mut conn, key).await
+        })
     }
 
-    /// Lists jobs, newest first.
-    pub async fn list(&self, filter: &ListFilter) -> Result<Vec<TaskSummary>, StoreError> {
-        queries::list(&self.readers, filter).await
+    fn list<'a>(&'a self, filter: &'a ListFilter) -> Answer<'a, Vec<TaskSummary>> {
+        Box::pin(queries::list(&self.readers, filter))
     }
 
-    /// Returns the number of matching jobs, regardless of the filter's cursor and limit.
-    pub async fn count(&self, filter: &ListFilter) -> Result<u64, StoreError> {
-        queries::count(&self.readers, filter).await
+    fn count<'a>(&'a self, filter: &'a ListFilter) -> Answer<'a, u64> {
+        Box::pin(queries::count(&self.readers, filter))
     }
 
-    /// Returns about `limit` events after `after`, in order: at least one if there is any.
-    pub async fn events_after(
-        &self,
-        job: JobId,
-        after: EventId,
-        limit: usize,
-    ) -> Result<Vec<LogEntry>, StoreError> {
-        queries::events_after(&self.readers, job, after, limit).await
+    fn events_after(&self, job: JobId, after: EventId, limit: usize) -> Answer<'_, Vec<LogEntry>> {
+        Box::pin(queries::events_after(&self.readers, job, after, limit))
     }
 
-    /// Returns the end of the job's log; `None` if there is no such job.
-    pub async fn log_end(&self, job: JobId) -> Result<Option<LogEnd>, StoreError> {
-        queries::log_end(&self.readers, job).await
+    fn log_end(&self, job: JobId) -> Answer<'_, Option<LogEnd>> {
+        Box::pin(queries::log_end(&self.readers, job))
     }
 
-    /// Performs one small step of retention.
-    pub async fn sweep(&self, cutoffs: Cutoffs, now: Timestamp) -> Result<Step, StoreError> {
-        self.writer
-            .run(move |conn| Box::pin(async move { retention::step(conn, cutoffs, now).await }))
-            .await
+    fn sweep(&self, cutoffs: Cutoffs, now: Timestamp) -> Answer<'_, Step> {
+        Box::pin(
+            self.writer.run(move |conn| {
+                Box::pin(async move { retention::step(conn, cutoffs, now).await })
+            }),
+        )
     }
 
-    /// Records the timeline's present point, from which the next start continues.
-    pub async fn note_time(&self) -> Result<(), StoreError> {
-        self.writer
-            .run(|conn| Box::pin(async move { timeline::note(conn, clock::now()).await }))
-            .await
+    fn note_time(&self) -> Answer<'_, ()> {
+        Box::pin(
+            self.writer
+                .run(|conn| Box::pin(async move { timeline::note(conn, clock::now()).await })),
+        )
     }
 
-    /// Stores a pool's registration.
-    pub async fn save_pool(
-        &self,
-        request: RegisterRequest,
-        at: Timestamp,
-    ) -> Result<(), StoreError> {
-        self.writer
-            .run(move |conn| Box::pin(async move { pools::save(conn, &request, at).await }))
-            .await
+    fn save_pool(&self, request: RegisterRequest, at: Timestamp) -> Answer<'_, ()> {
+        Box::pin(
+            self.writer
+                .run(move |conn| Box::pin(async move { pools::save(conn, &request, at).await })),
+        )
     }
 
-    /// Records that a pool stopped on purpose.
-    pub async fn stop_pool(&self, id: &str, at: Timestamp) -> Result<(), StoreError> {
+    fn stop_pool<'a>(&'a self, id: &str, at: Timestamp) -> Answer<'a, ()> {
         let id = id.to_owned();
-        self.writer
-            .run(move |conn| Box::pin(async move { pools::stop(conn, &id, at).await }))
-            .await
+        Box::pin(
+            self.writer
+                .run(move |conn| Box::pin(async move { pools::stop(conn, &id, at).await })),
+        )
     }
 
-    /// Deletes a pool's stored registration.
-    pub async fn remove_pool(&self, id: &str) -> Result<(), StoreError> {
+    fn remove_pool<'a>(&'a self, id: &str) -> Answer<'a, ()> {
         let id = id.to_owned();
-        self.writer
-            .run(move |conn| Box::pin(async move { pools::remove(conn, &id).await }))
-            .await
+        Box::pin(
+            self.writer
+                .run(move |conn| Box::pin(async move { pools::remove(conn, &id).await })),
+        )
     }
 
-    /// Returns the registered pools, by id.
-    pub async fn pools(&self) -> Result<Vec<StoredPool>, StoreError> {
-        pools::all(&self.readers).await
+    fn pools(&self) -> Answer<'_, Vec<StoredPool>> {
+        Box::pin(pools::all(&self.readers))
     }
 
-    /// Empties the write-ahead log, which may still hold dropped texts. Returns false while a reader needs the log.
-    pub async fn forget_log(&self) -> bool {
-        self.writer.forget_log().await
+    fn forget_log(&self) -> BoxFuture<'_, bool> {
+        Box::pin(self.writer.forget_log())
     }
 
-    /// Fails if the database can't be read, or if writing has failed and is not known to work again.
-    pub async fn check(&self) -> Result<(), StoreError> {
-        sqlx::query("SELECT 1 FROM jobs LIMIT 1")
-            .fetch_optional(&self.readers)
-            .await?;
-        self.writer.probe().await
+    fn check(&self) -> Answer<'_, ()> {
+        Box::pin(async {
+            sqlx::query("SELECT 1 FROM jobs LIMIT 1")
+                .fetch_optional(&self.readers)
+                .await?;
+            self.writer.probe().await
+        })
     }
 }
 

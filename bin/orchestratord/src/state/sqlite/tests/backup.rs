@@ -12,7 +12,7 @@ async fn a_goal_that_appears_meanwhile_is_left_alone() {
     let shelf = tempfile::tempdir().unwrap();
     let goal = shelf.path().join("copy");
     let opened = store(&dir).await;
-    submitted(&opened).await;
+    submitted(&*opened).await;
     opened.close(Duration::from_secs(5)).await;
     // While this connection is open, no other one can read the file: the copy has begun, but can't continue.
     let path = dir.path().join("jobs.db");

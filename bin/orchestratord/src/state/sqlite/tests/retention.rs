@@ -15,7 +15,7 @@ fn a_file_holds(dir: &Path, needle: &str) -> bool {
 }
 
 /// Sweeps until nothing is left to do, and returns the number of steps.
-async fn sweep(store: &Store, cutoffs: Cutoffs, now: Timestamp) -> usize {
+async fn sweep(store: &SqliteStore, cutoffs: Cutoffs, now: Timestamp) -> usize {
     for steps in 0..10_000 {
         if store.sweep(cutoffs, now).await.unwrap() == Step::Done {
             assert!(store.forget_log().await);
@@ -153,7 +153,7 @@ async fn what_is_old_is_dropped_in_steps_and_later_forgotten() {
 async fn a_log_that_is_being_read_is_not_forgotten() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(&dir).await;
-    let id = submitted(&store).await;
+    let id = submitted(&*store).await;
     let mut reading = store.readers.begin().await.unwrap();
     sqlx::query("SELECT 1 FROM jobs")
         .fetch_all(&mut *reading)
@@ -167,4 +167,38 @@ async fn a_log_that_is_being_read_is_not_forgotten() {
     assert!(store.forget_log().await);
     let log = std::fs::metadata(dir.path().join("jobs.db-wal")).unwrap();
     assert_eq!(log.len(), 0);
+}
+
+// [ORCHD-242] A forgotten job leaves a row in no table.
+#[tokio::test]
+async fn a_forgotten_job_leaves_no_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = store(&dir).await;
+    let id = submitted(&*store).await;
+    let now = crate::clock::now();
+    let fence = store.lease(id, "p", "w", now).await.unwrap().fence;
+    let started = Progress {
+        started_at: Some(now),
+        events: vec![token(1, 2)],
+    };
+    store.progress(id, fence, started).await.unwrap();
+    let ending = Ending {
+        receipt: Some(Box::new(receipt())),
+        ..ending(JobEvent::Finished, Some(fence), entry(1, 3, error_event()))
+    };
+    store.end(id, ending).await.unwrap();
+    let rows = async || {
+        let sql = "SELECT (SELECT COUNT(*) FROM jobs), (SELECT COUNT(*) FROM requests), (SELECT COUNT(*) FROM attempts), \
+                   (SELECT COUNT(*) FROM events), (SELECT COUNT(*) FROM receipts)";
+        let row = sqlx::query(sql).fetch_one(&store.readers).await.unwrap();
+        [0, 1, 2, 3, 4].map(|table| row.get::<i64, _>(table))
+    };
+    assert_eq!(rows().await, [1, 1, 1, 3, 1]);
+    let later = now + jiff::SignedDuration::from_hours(1);
+    let cutoffs = Cutoffs {
+        drop: Some(later),
+        forget: Some(later),
+    };
+    sweep(&store, cutoffs, later).await;
+    assert_eq!(rows().await, [0; 5]);
 }

@@ -290,8 +290,8 @@ async fn observed(store: &Store, model: &Model) -> Model {
 
 /// Opens the store again, as the daemon's start does. Opening alone changes nothing: interrupted attempts keep their leases,
 /// and are looked for at their workers.
-async fn reopened(dir: &tempfile::TempDir, model: &Model) -> Store {
-    let store = store(dir).await;
+async fn reopened(place: &impl Place, model: &Model) -> Store {
+    let store = place.open().await;
     let found = store.recover().await.unwrap();
     let live = model.jobs.iter().filter(|job| !job.status.is_terminal());
     let expected: Vec<_> = live
@@ -311,22 +311,23 @@ async fn reopened(dir: &tempfile::TempDir, model: &Model) -> Store {
     store
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
-
-    // [ORCHD-008] P1, P2, P3, P4: after any operations in any order, and a crash anywhere, the database agrees with the model:
-    // acknowledged changes are there, others are there wholly or not at all.
-    #[test]
-    fn the_database_follows_the_model(ops in proptest::collection::vec(op(), 1..40)) {
+// [ORCHD-008] P1, P2, P3, P4: after any operations in any order, and a crash anywhere, the database agrees with the model:
+// acknowledged changes are there, others are there wholly or not at all.
+pub fn the_database_follows_the_model<P: Place>() {
+    let config = ProptestConfig {
+        cases: 48,
+        ..ProptestConfig::default()
+    };
+    proptest!(config, |(ops in proptest::collection::vec(op(), 1..40))| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let dir = tempfile::tempdir().unwrap();
-            let mut store = store(&dir).await;
+            let place = P::new();
+            let mut store = place.open().await;
             let mut model = Model::default();
             for op in ops {
                 if let Op::Restart = op {
                     store.close(Duration::from_secs(20)).await;
-                    store = reopened(&dir, &model).await;
+                    store = reopened(&place, &model).await;
                 } else if let Op::Crash(op, turns) = &op {
                     let Some(next) = model.next(&store, op) else { continue };
                     let work = tokio::spawn(next.work);
@@ -336,7 +337,7 @@ proptest! {
                     store.crash().await;
                     // The spawned work holds the store as well, so it ends only with its command's channel.
                     let acknowledged = work.await.unwrap();
-                    let new = self::store(&dir).await;
+                    let new = place.open().await;
                     let found = observed(&new, &next.after).await;
                     if found == next.after {
                         model = next.after;
@@ -351,7 +352,7 @@ proptest! {
                         }
                     }
                     new.close(Duration::from_secs(20)).await;
-                    store = reopened(&dir, &model).await;
+                    store = reopened(&place, &model).await;
                 } else {
                     let Some(next) = model.next(&store, &op) else { continue };
                     let done = next.work.await;
@@ -363,5 +364,5 @@ proptest! {
                 assert_eq!(observed(&store, &model).await, model, "{op:?}");
             }
         });
-    }
+    });
 }
