@@ -57,25 +57,29 @@ fn root() -> PathBuf {
         .unwrap()
 }
 
-/// Returns the Rust files below `folder`, which may also be one file, without those that hold only tests.
-fn sources(folder: &Path) -> Vec<PathBuf> {
+/// Returns the Rust files below `folder`, which may also be one file, in files and folders whose names `wanted` accepts.
+fn rust_files(folder: &Path, wanted: fn(&str) -> bool) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else {
         return vec![folder.to_owned()];
     };
     let mut found = Vec::new();
     for entry in entries {
         let path = entry.unwrap().path();
-        let stem = path.file_stem().unwrap().to_str().unwrap();
-        if stem == "tests" || stem.ends_with("_tests") {
+        if !wanted(path.file_stem().unwrap().to_str().unwrap()) {
             continue;
         }
         if path.is_dir() {
-            found.extend(sources(&path));
+            found.extend(rust_files(&path, wanted));
         } else if path.extension().is_some_and(|extension| extension == "rs") {
             found.push(path);
         }
     }
     found
+}
+
+/// Returns the Rust files below `folder`, which may also be one file, without those that hold only tests.
+fn sources(folder: &Path) -> Vec<PathBuf> {
+    rust_files(folder, |stem| stem != "tests" && !stem.ends_with("_tests"))
 }
 
 /// Returns the code of a source file without comments and unit tests.
@@ -275,6 +279,39 @@ fn packages_use_only_the_cores() {
     ] {
         assert_eq!(ours(package), uses, "{package}");
     }
+}
+
+/// Folders whose sources may name the SQL library: the store's, and that of the checker, which reads the database from outside.
+const SQL: [&str; 2] = [
+    "bin/orchestratord/src/state/sqlite",
+    "test-harness/bdd-runner/src/checker",
+];
+
+// [RULE-003] Also the tests of other modules: those of the store's contract must fit another database.
+#[test]
+fn sql_is_behind_the_seam_of_the_store() {
+    let root = root();
+    let names_it = |source: &PathBuf| {
+        let text = std::fs::read_to_string(source).unwrap();
+        let code = |line: &&str| !line.trim_start().starts_with("//");
+        text.lines().filter(code).any(|line| line.contains("sqlx"))
+    };
+    let (mut allowed, mut forbidden) = (BTreeSet::new(), Vec::new());
+    for home in ["bin", "shared-crates", "test-harness"] {
+        let packages = std::fs::read_dir(root.join(home)).unwrap();
+        let folders = packages.map(|package| package.unwrap().path().join("src"));
+        for folder in folders.filter(|folder| folder.is_dir()) {
+            for source in rust_files(&folder, |_| true).into_iter().filter(names_it) {
+                let source = source.strip_prefix(&root).unwrap().to_owned();
+                match SQL.iter().find(|folder| source.starts_with(folder)) {
+                    Some(folder) => drop(allowed.insert(*folder)),
+                    None => forbidden.push(source),
+                }
+            }
+        }
+    }
+    assert!(forbidden.is_empty(), "{forbidden:?}");
+    assert_eq!(allowed.into_iter().collect::<Vec<_>>(), SQL);
 }
 
 #[test]
