@@ -315,7 +315,7 @@ pub struct JobSpec {
     /// If true, the prompt is passed to the model without the chat template.
     pub raw: bool,
     /// If true, names of control tokens in messages become those tokens.
-    // Omitted when false: jobs and fingerprints of earlier builds have no such field.
+    // Omitted when false, as in the answers of earlier builds.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub allow_special: bool,
     /// A system message to put before the others.

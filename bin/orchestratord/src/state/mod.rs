@@ -10,6 +10,7 @@
 
 mod model;
 mod patience;
+mod spec;
 mod sqlite;
 #[cfg(test)]
 mod tests;

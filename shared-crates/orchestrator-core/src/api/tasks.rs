@@ -682,12 +682,12 @@ mod tests {
             (default.allow_special, allowed.allow_special),
             (false, true)
         );
-        // Stored jobs of earlier builds lack the field, and their idempotency keys must still match the same request.
-        let stored = serde_json::to_string(&default).unwrap();
-        assert!(!stored.contains("allow_special"), "{stored}");
-        assert_eq!(serde_json::from_str::<JobSpec>(&stored).unwrap(), default);
-        let stored = serde_json::to_string(&allowed).unwrap();
-        assert_eq!(serde_json::from_str::<JobSpec>(&stored).unwrap(), allowed);
+        // Answers of earlier builds lack the field.
+        let shown = serde_json::to_string(&default).unwrap();
+        assert!(!shown.contains("allow_special"), "{shown}");
+        assert_eq!(serde_json::from_str::<JobSpec>(&shown).unwrap(), default);
+        let shown = serde_json::to_string(&allowed).unwrap();
+        assert_eq!(serde_json::from_str::<JobSpec>(&shown).unwrap(), allowed);
     }
 
     // [ORCHCORE-013]

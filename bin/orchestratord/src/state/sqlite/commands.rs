@@ -15,6 +15,7 @@ use sqlx::sqlite::SqliteRow;
 use sqlx::{Row as _, SqliteConnection};
 
 use crate::clock;
+use crate::state::spec::{StoredSpec, StoredSpecRef};
 use crate::state::{
     Ending, IdempotencyKey, Interrupted, Lease, LogEntry, Progress, Recovered, Requeue, StoreError,
     Submitted,
@@ -179,7 +180,7 @@ pub(super) async fn submit(
         .bind(job.deadline().map(micros))
         .bind(signed(job.fence)?)
         .bind(&id)
-        .bind(to_json(&job.spec)?)
+        .bind(to_json(&StoredSpecRef(&job.spec))?)
         .bind(&id)
         .bind(i64::from(first.id.attempt))
         .bind(signed(first.id.seq)?)
@@ -356,7 +357,7 @@ pub(super) async fn lease(
     Ok(Lease {
         attempt,
         fence,
-        spec: from_json(row.try_get("spec")?)?,
+        spec: from_json::<StoredSpec>(row.try_get("spec")?)?.0,
         lost,
         started_before: row.try_get::<Option<i64>, _>("started_us")?.is_some(),
         last_reason,

@@ -10,6 +10,7 @@ use sqlx::{QueryBuilder, Row as _, Sqlite, SqlitePool};
 use super::commands::{
     StoredEvent, from_json, last_event, number, optional_time, parse, parse_outcome, time,
 };
+use crate::state::spec::StoredSpec;
 use crate::state::{ListFilter, LogEnd, LogEntry, StoreError, apply_to_text};
 
 /// Log rows of one page of a replay. A row holds up to about thirty tokens.
@@ -85,7 +86,7 @@ pub(super) async fn job(
     }
     let job = Job {
         id,
-        spec: from_json(row.try_get("spec")?)?,
+        spec: from_json::<StoredSpec>(row.try_get("spec")?)?.0,
         status: parse(row.try_get("status")?)?,
         created_at: time(row.try_get("created_us")?)?,
         started_at: optional_time(row.try_get("started_us")?)?,

@@ -8,6 +8,7 @@ use sqlx::{Row as _, SqlitePool};
 use super::commands::{
     Earlier, StoredEvent, earlier, from_json, given_up, micros, number, parse, signed,
 };
+use crate::state::spec::StoredSpec;
 use crate::state::{Lease, Orphan, ResumePoint, StoreError};
 
 pub(super) async fn load(pool: &SqlitePool, job: JobId) -> Result<ResumePoint, StoreError> {
@@ -75,7 +76,7 @@ pub(super) async fn held_lease(
     Ok(Some(Lease {
         attempt: count + 1,
         fence,
-        spec: from_json(row.try_get("spec")?)?,
+        spec: from_json::<StoredSpec>(row.try_get("spec")?)?.0,
         lost,
         started_before: row.try_get::<Option<i64>, _>("started_us")?.is_some(),
         last_reason,

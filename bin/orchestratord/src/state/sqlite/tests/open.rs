@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use orchestrator_core::job::Input;
 
 use super::*;
+use crate::state::spec::StoredSpecRef;
 
 // [ORCHD-004] P17
 #[tokio::test]
@@ -51,7 +52,7 @@ async fn version_1(path: &Path) -> [JobId; 3] {
             seed: Some(u64::MAX),
             ..Default::default()
         };
-        to_json(&request.validate().unwrap()).unwrap()
+        to_json(&StoredSpecRef(&request.validate().unwrap())).unwrap()
     };
     let mut conn = SqliteConnectOptions::new()
         .filename(path)
