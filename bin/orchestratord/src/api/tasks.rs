@@ -19,19 +19,17 @@ use orchestrator_core::job::{JobIdPrefix, JobSpec, Priority};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::ModelRef;
 use pool_core::kit::crash::crash_point;
-use pool_core::kit::hex::hex;
 use pool_core::kit::service::{
     Caller, CorrelationId, Json, Path, Query, ServiceError, ServiceResult,
 };
 use pool_core::kit::sse::SseEvent as _;
 use serde::Deserialize;
-use sha2::{Digest as _, Sha256};
 
 use super::{document, error};
 use crate::app::App;
 use crate::background::complete;
 use crate::jobs::{Accepted, Feed};
-use crate::state::{IdempotencyKey, ListFilter};
+use crate::state::{Fingerprint, IdempotencyKey, ListFilter};
 
 /// Default and maximum number of jobs on a page of a list.
 const LIST: (u32, u32) = (50, 500);
@@ -126,8 +124,7 @@ async fn accept(
     Ok(submitted.map_err(|error| ServiceError::internal(&error))??)
 }
 
-/// Returns the request's `Idempotency-Key` with a digest of the validated request. A seed that was drawn for the request is
-/// left out of the digest.
+/// Returns the request's `Idempotency-Key` with the fingerprint of the validated request.
 fn idempotency_key(
     caller: Caller,
     headers: &HeaderMap,
@@ -148,15 +145,8 @@ fn idempotency_key(
         error::invalid("`Idempotency-Key` must be 1 to 255 printable ASCII characters")
             .hint("use a UUID, for example")
     })?;
-    let mut asked = serde_json::to_value(spec).map_err(|error| ServiceError::internal(&error))?;
-    // Digest the sampling in the precision of the first version, so that a key keeps its meaning across updates.
-    asked["sampling"] = serde_json::to_value(spec.sampling.for_worker())
-        .map_err(|error| ServiceError::internal(&error))?;
-    if !seed_given {
-        asked["seed"] = serde_json::Value::Null;
-    }
-    let digest = Sha256::digest(asked.to_string());
-    let fingerprint = hex(&digest);
+    let fingerprint =
+        Fingerprint::of(spec, seed_given).map_err(|error| ServiceError::internal(&error))?;
     let caller = match caller {
         Caller::Anonymous => "anonymous",
         Caller::Operator => "operator",

@@ -1,18 +1,19 @@
 use futures_util::StreamExt as _;
 use orchestrator_core::config::OrchestratorConfig;
-use orchestrator_core::job::JobErrorCode;
+use orchestrator_core::job::{JobErrorCode, JobSpec};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::kit::sse::SseEvent as _;
 
 use super::*;
-use crate::state::{IdempotencyKey, StoreError};
+use crate::state::{Fingerprint, IdempotencyKey, StoreError};
 use crate::testing::{Parts, task};
 
-fn key(fingerprint: &str) -> Option<IdempotencyKey> {
+/// Returns the same key for any request.
+fn key(spec: &JobSpec) -> Option<IdempotencyKey> {
     Some(IdempotencyKey {
         caller: "operator".into(),
         key: "k".into(),
-        fingerprint: fingerprint.into(),
+        fingerprint: Fingerprint::of(spec, false).unwrap(),
     })
 }
 
@@ -51,11 +52,12 @@ async fn a_repeated_request_gets_its_job_even_when_the_queue_is_full() {
     let mut config = OrchestratorConfig::default();
     config.queue.capacity = 1;
     let parts = Parts::new(&config).await;
-    let first = parts.submit(task("hi"), key("1")).await.unwrap();
-    let again = parts.submit(task("hi"), key("1")).await.unwrap();
+    let (same, other) = (task("hi"), task("other"));
+    let first = parts.submit(same.clone(), key(&same)).await.unwrap();
+    let again = parts.submit(same.clone(), key(&same)).await.unwrap();
     assert_eq!((again.id, again.position), (first.id, Some(0)));
 
-    let other = parts.submit(task("other"), key("2")).await;
+    let other = parts.submit(other.clone(), key(&other)).await;
     let taken = StoreError::KeyMismatch(first.id).to_string();
     assert_eq!(other.unwrap_err().to_string(), taken);
     let full = parts.submit(task("one more"), None).await;

@@ -8,6 +8,7 @@
 //! pass through every module that holds the store. The price is one allocation for each call, which a commit or a query costs
 //! many times over.
 
+mod fingerprint;
 mod model;
 mod patience;
 mod spec;
@@ -27,6 +28,7 @@ use orchestrator_core::job::Job;
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::pool::RegisterRequest;
 
+pub use fingerprint::Fingerprint;
 pub use model::{
     Cutoffs, Ending, IdempotencyKey, Interrupted, Lease, ListFilter, LogEnd, LogEntry, Orphan,
     Outage, OutageKind, Progress, Recovered, Requeue, ResumePoint, Step, StoreError, StoredPool,

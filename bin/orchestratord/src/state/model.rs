@@ -13,6 +13,8 @@ use pool_core::api::pool::RegisterRequest;
 use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::Origin;
 
+use super::Fingerprint;
+
 /// A failed operation of the store.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum StoreError {
@@ -148,8 +150,8 @@ pub struct IdempotencyKey {
     pub caller: String,
     /// Value of the header.
     pub key: String,
-    /// SHA-256 of the request, in hexadecimal.
-    pub fingerprint: String,
+    /// Digests of the request.
+    pub fingerprint: Fingerprint,
 }
 
 /// The outcome of a submit.

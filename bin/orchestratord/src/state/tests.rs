@@ -11,7 +11,7 @@ pub mod writes;
 
 use orchestrator_core::api::events::{Queued, TaskEvent, Token};
 use orchestrator_core::api::tasks::TaskSubmitRequest;
-use orchestrator_core::job::{AttemptOutcome, JobError, JobErrorCode, JobEvent};
+use orchestrator_core::job::{AttemptOutcome, JobError, JobErrorCode, JobEvent, JobSpec};
 
 use super::*;
 
@@ -81,17 +81,20 @@ pub fn events(events: impl IntoIterator<Item = Arc<LogEntry>>) -> Progress {
     }
 }
 
-pub async fn submitted(store: &dyn JobStore) -> JobId {
+/// Digest of `spec("p")`, with a drawn seed, as the last build before version 2 of the form stored it.
+pub const EARLIER_DIGEST: &str = "e747196e6a2e1f7b879b1faf1ce6cdc22864c1c8cfe9ba0b3b310b305d72f76a";
+
+pub fn spec(prompt: &str) -> JobSpec {
     let request = TaskSubmitRequest {
         model: "m".into(),
-        prompt: Some("hi".into()),
+        prompt: Some(prompt.into()),
         ..Default::default()
     };
-    let job = Job::new(
-        JobId::random(),
-        request.validate().unwrap(),
-        crate::clock::now(),
-    );
+    request.validate().unwrap()
+}
+
+pub async fn submitted(store: &dyn JobStore) -> JobId {
+    let job = Job::new(JobId::random(), spec("hi"), crate::clock::now());
     let id = job.id;
     let queued = Queued {
         job_id: id,
@@ -103,6 +106,15 @@ pub async fn submitted(store: &dyn JobStore) -> JobId {
         .await
         .unwrap();
     id
+}
+
+/// Returns a key with the fingerprint of `spec(prompt)`.
+pub fn key(key: impl ToString, prompt: &str) -> IdempotencyKey {
+    IdempotencyKey {
+        caller: "c".into(),
+        key: key.to_string(),
+        fingerprint: Fingerprint::of(&spec(prompt), false).unwrap(),
+    }
 }
 
 pub fn ending(event: JobEvent, fence: Option<u64>, last: Arc<LogEntry>) -> Ending {

@@ -6,6 +6,7 @@ use orchestrator_core::{JobId, JobStatus};
 use pool_core::api::pool::ModelOnDisk;
 use pool_core::kit::client::Method;
 use serde_json::{Value, json};
+use sqlx::{ConnectOptions as _, Connection as _};
 
 use crate::support::{FakePool, MODEL, Orchestrator, model_file, outline};
 
@@ -272,22 +273,23 @@ async fn the_bound_holds_for_submits_at_one_time() {
     );
 }
 
+async fn submit(
+    orchestrator: &Orchestrator,
+    key: &str,
+    body: Value,
+) -> Result<Value, pool_core::kit::client::ClientError> {
+    let call = orchestrator
+        .client
+        .request(Method::POST, "/v2/tasks")
+        .header("idempotency-key", key)
+        .json(&body);
+    orchestrator.client.fetch(call).await
+}
+
 // [ORCHD-014] P2
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_names_one_job_however_often_and_after_a_restart() {
     let orchestrator = Orchestrator::start_with(|config| config.queue.capacity = 1).await;
-    async fn submit(
-        orchestrator: &Orchestrator,
-        key: &str,
-        body: Value,
-    ) -> Result<Value, pool_core::kit::client::ClientError> {
-        let call = orchestrator
-            .client
-            .request(Method::POST, "/v2/tasks")
-            .header("idempotency-key", key)
-            .json(&body);
-        orchestrator.client.fetch(call).await
-    }
     let body = json!({"model": MODEL, "prompt": "hi"});
     let both = futures_util::future::join(
         submit(&orchestrator, "k", body.clone()),
@@ -329,6 +331,36 @@ async fn a_key_names_one_job_however_often_and_after_a_restart() {
         submit(&orchestrator, "", body).await.unwrap_err().status(),
         Some(400)
     );
+    assert_eq!(jobs(&orchestrator, "").await.jobs.len(), 1);
+}
+
+// [ORCHD-249] P2
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_of_an_earlier_build_names_its_job() {
+    // As the last build before version 2 of the fingerprint stored it, for the first of the bodies.
+    const EARLIER: &str = "3237503de1ecec14d530cc5d35e6be692c5bb2601dee65e4139b1f138eaf1bbb";
+    let orchestrator = Orchestrator::start().await;
+    let body = json!({"model": MODEL, "prompt": "hi"});
+    let first = submit(&orchestrator, "k", body.clone()).await.unwrap();
+    let (home, config) = orchestrator.stop().await;
+    let path = home.path().join("state/orchestratord/jobs.db");
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
+    let mut conn = options.connect().await.unwrap();
+    let stored: String = sqlx::query_scalar("SELECT fingerprint FROM idempotency")
+        .fetch_one(&mut conn)
+        .await
+        .unwrap();
+    assert!(stored.starts_with("2:"), "{stored}");
+    let earlier = sqlx::query("UPDATE idempotency SET fingerprint = ?").bind(EARLIER);
+    earlier.execute(&mut conn).await.unwrap();
+    conn.close().await.unwrap();
+
+    let orchestrator = Orchestrator::start_in(home, config).await.unwrap();
+    let again = submit(&orchestrator, "k", body).await.unwrap();
+    assert_eq!(again["job_id"], first["job_id"]);
+    let other = json!({"model": MODEL, "prompt": "ho"});
+    let error = submit(&orchestrator, "k", other).await.unwrap_err();
+    assert_eq!(error.api().unwrap().code, "IDEMPOTENCY_MISMATCH");
     assert_eq!(jobs(&orchestrator, "").await.jobs.len(), 1);
 }
 
@@ -518,7 +550,6 @@ async fn a_drawn_seed_is_reported() {
 // [ORCHD-017] P16: a database that can't be written causes refusals with 503, and reads continue.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_can_not_write_is_a_503_and_heals() {
-    use sqlx::ConnectOptions as _;
     let orchestrator = Orchestrator::start().await;
     let kept = orchestrator.job().await;
     let path = orchestrator.home.path().join("state/orchestratord/jobs.db");

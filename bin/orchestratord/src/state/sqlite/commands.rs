@@ -137,7 +137,7 @@ pub(super) async fn known_key(
         return Ok(None);
     };
     let job: JobId = parse(row.try_get("job_id")?)?;
-    if row.try_get::<&str, _>("fingerprint")? != key.fingerprint {
+    if !key.fingerprint.matches(row.try_get("fingerprint")?) {
         return Err(StoreError::KeyMismatch(job));
     }
     Ok(Some((job, parse(row.try_get("status")?)?)))
@@ -192,7 +192,7 @@ pub(super) async fn submit(
         sqlx::query("INSERT INTO idempotency (caller, key, fingerprint, job_id, created_us) VALUES (?, ?, ?, ?, ?)")
             .bind(&key.caller)
             .bind(&key.key)
-            .bind(&key.fingerprint)
+            .bind(key.fingerprint.as_str())
             .bind(job.id.to_string())
             .bind(wall_micros(job.created_at))
             .execute(conn)

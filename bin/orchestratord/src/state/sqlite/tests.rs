@@ -10,7 +10,9 @@ use sqlx::Row as _;
 use super::commands::{StoredEvent, to_json};
 use super::*;
 use crate::state::tests::receipts::receipt;
-use crate::state::tests::{Place, contract, ending, entry, error_event, events, submitted, token};
+use crate::state::tests::{
+    EARLIER_DIGEST, Place, contract, ending, entry, error_event, events, key, submitted, token,
+};
 
 /// A folder with a database.
 struct Folder(tempfile::TempDir);

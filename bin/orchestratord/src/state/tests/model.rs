@@ -100,12 +100,7 @@ impl Model {
         };
         match *op {
             Op::Submit(key) => {
-                let request = TaskSubmitRequest {
-                    model: "m".into(),
-                    prompt: Some("hi".into()),
-                    ..Default::default()
-                };
-                let job = Job::new(JobId::random(), request.validate().unwrap(), now);
+                let job = Job::new(JobId::random(), spec("hi"), now);
                 let known = key.and_then(|(key, _)| self.keys.get(&key).copied());
                 let (accepted, named) = match (key, known) {
                     (Some((_, body)), Some((first, named))) => (body == first, named),
@@ -125,11 +120,7 @@ impl Model {
                         (true, job.id)
                     }
                 };
-                let key = key.map(|(key, body)| IdempotencyKey {
-                    caller: "c".into(),
-                    key: key.to_string(),
-                    fingerprint: body.to_string(),
-                });
+                let key = key.map(|(key, body)| self::key(key, &body.to_string()));
                 let work = async move {
                     let (id, first) = (job.id, entry(0, 1, error_event()));
                     match store.submit(job, key, first).await {
@@ -275,12 +266,7 @@ async fn observed(store: &Store, model: &Model) -> Model {
     }
     for key in 0..3 {
         for body in 0..2 {
-            let key_of = IdempotencyKey {
-                caller: "c".into(),
-                key: key.to_string(),
-                fingerprint: body.to_string(),
-            };
-            if let Ok(Some((id, _))) = store.known_key(&key_of).await {
+            if let Ok(Some((id, _))) = store.known_key(&self::key(key, &body.to_string())).await {
                 found.keys.insert(key, (body, id));
             }
         }

@@ -77,7 +77,7 @@ async fn version_1(path: &Path) -> [JobId; 3] {
              SELECT '{id}', 1, 1, 'p', 'w', 6, iif('{status}' = 'completed', 9, NULL), iif('{status}' = 'completed', 'completed', NULL)
              WHERE '{status}' <> 'queued';
              INSERT INTO events (job_id, attempt, first_seq, last_seq, payload) VALUES ('{id}', 1, 1, 2, '{}');
-             INSERT INTO idempotency (caller, key, fingerprint, job_id, created_us) VALUES ('c', '{status}', 'f', '{id}', 5);",
+             INSERT INTO idempotency (caller, key, fingerprint, job_id, created_us) VALUES ('c', '{status}', '{EARLIER_DIGEST}', '{id}', 5);",
             spec(status),
             to_json(&[event(1), event(2)]).unwrap(),
         );
@@ -105,12 +105,21 @@ async fn a_database_of_the_first_version_is_migrated_with_everything_in_it() {
         assert_eq!(job.attempts.len(), usize::from(status != "queued"));
         assert_eq!((job.fence, last.seq), (1, 2));
         assert_eq!(job.receipt, None);
-        let key = IdempotencyKey {
-            caller: "c".into(),
-            key: status.into(),
-            fingerprint: "f".into(),
-        };
-        assert_eq!(store.known_key(&key).await.unwrap().unwrap().0, *id);
+        // [ORCHD-249] P2: the key still names the job, for its own request only.
+        let known = store.known_key(&key(status, "p")).await.unwrap();
+        assert_eq!(known, Some((*id, job.status)));
+        let again = store.submit(job.clone(), Some(key(status, "p")), token(0, 1));
+        assert_eq!(again.await.unwrap(), Submitted::Known(*id, job.status));
+        let other = key(status, "q");
+        for refused in [
+            store.known_key(&other).await.map(drop),
+            store.submit(job, Some(other), token(0, 1)).await.map(drop),
+        ] {
+            assert!(
+                matches!(refused, Err(StoreError::KeyMismatch(_))),
+                "{refused:?}"
+            );
+        }
     }
     // [ORCHD-225] P25: the stored end time comes from a wall clock, so the job counts as ended just now.
     let cutoffs = Cutoffs {

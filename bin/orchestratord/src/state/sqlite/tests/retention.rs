@@ -40,11 +40,6 @@ async fn what_is_old_is_dropped_in_steps_and_later_forgotten() {
         labels: [("team".to_owned(), "a".to_owned())].into(),
         ..Default::default()
     };
-    let key = |n: u64| IdempotencyKey {
-        caller: "c".into(),
-        key: n.to_string(),
-        fingerprint: "f".into(),
-    };
     let start = crate::clock::now();
     let hour = |n: i64| start + jiff::SignedDuration::from_hours(n);
     let mut ids = Vec::new();
@@ -58,7 +53,7 @@ async fn what_is_old_is_dropped_in_steps_and_later_forgotten() {
             queue_position: 0,
         });
         store
-            .submit(job, Some(key(n)), entry(0, 1, queued))
+            .submit(job, Some(key(n, "p")), entry(0, 1, queued))
             .await
             .unwrap();
         let fence = store.lease(id, "p", "w", start).await.unwrap().fence;
@@ -108,7 +103,7 @@ async fn what_is_old_is_dropped_in_steps_and_later_forgotten() {
         let log = store.log_end(*id).await.unwrap().unwrap();
         assert_eq!((log.last, log.dropped_at), (None, Some(now)));
         // P2: the key still names the job.
-        let known = store.known_key(&key(n as u64)).await.unwrap();
+        let known = store.known_key(&key(n, "p")).await.unwrap();
         assert_eq!(known, Some((*id, JobStatus::Cancelled)));
     }
     // Jobs that ended at the cutoff or later, or not at all, are unchanged.
@@ -132,7 +127,7 @@ async fn what_is_old_is_dropped_in_steps_and_later_forgotten() {
     // Some free pages are kept for new records.
     assert!(size() < full / 2, "{} of {full} bytes", size());
     assert_eq!(store.job(ids[0]).await.unwrap(), None);
-    assert_eq!(store.known_key(&key(0)).await.unwrap(), None);
+    assert_eq!(store.known_key(&key(0, "p")).await.unwrap(), None);
     let filter = ListFilter {
         limit: 50,
         ..Default::default()
