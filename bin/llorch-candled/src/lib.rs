@@ -10,6 +10,7 @@ pub mod compute;
 pub mod engine;
 pub mod executions;
 pub mod metrics;
+pub mod model;
 pub mod panics;
 mod ready;
 pub mod status;

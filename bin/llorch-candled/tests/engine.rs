@@ -10,9 +10,9 @@ use std::time::Instant;
 
 use llorch_candled::backend::Device;
 use llorch_candled::backend::cpu::lanes::Tier;
-use llorch_candled::engine::model::description::Description;
-use llorch_candled::engine::model::{Batch, Model, Row};
 use llorch_candled::engine::{Control, Engine, Failure, Halted, Sizes};
+use llorch_candled::model::description::Description;
+use llorch_candled::model::{Batch, Model, Row};
 use pool_core::api::worker::{
     ContextOverflow, ExecuteRequest, Resume, Sampling, StopReason, WorkerErrorCode, WorkerEvent,
 };

@@ -232,6 +232,7 @@ fn the_domain_of_the_orchestrator_does_not_see_the_whole_daemon() {
 #[test]
 fn modules_import_each_other_in_no_circle() {
     for package in [
+        "bin/llorch-candled",
         "bin/llorch-ctl",
         "bin/orchestratord",
         "bin/pool-ctl",

@@ -11,8 +11,8 @@ use pool_core::catalog::gguf::GgufFile;
 use pool_core::kit::units::human_bytes;
 use pool_core::worker::Backend;
 
-use crate::engine::model::Model;
-use crate::engine::model::description::{Description, DescriptionError};
+use crate::model::Model;
+use crate::model::description::{Description, DescriptionError};
 use cpu::lanes::Tier;
 pub use tensors::TensorError;
 

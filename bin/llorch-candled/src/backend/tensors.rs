@@ -7,7 +7,7 @@ use std::path::Path;
 
 use pool_core::catalog::gguf::{GgmlType, GgufFile};
 
-use crate::engine::model::places::Place;
+use crate::model::places::Place;
 
 /// Reason why a tensor can't be used.
 #[derive(Debug, thiserror::Error)]

@@ -14,10 +14,10 @@ use pool_core::api::worker::{CacheShortage, WorkerEnd};
 
 use super::cache::Room;
 use super::flight::Flight;
-use super::model::{BLOCK, Batch};
 use super::prefill::CHUNK;
 use super::sequence::Core;
 use super::{Control, Engine, Failure, Generation, Halted};
+use crate::model::{BLOCK, Batch};
 use crate::panics::{Panicked, caught};
 
 /// A generation that has ended.

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use super::model::BLOCK;
+use crate::model::BLOCK;
 
 /// The sequences that may share blocks: those of one session, or those without a session (`None`).
 pub type Scope = Option<Arc<str>>;

@@ -10,10 +10,10 @@ use pool_core::api::worker::{
 
 use super::cache::{Before, BlockCache, Scope};
 use super::lookup::Lookup;
-use super::model::{BLOCK, Row};
 use super::output::{Output, Step};
 use super::sampling::{SamplingError, sample};
 use super::{Control, Engine, Failure, Generation};
+use crate::model::{BLOCK, Row};
 
 /// Tokens between two `metrics` events.
 const METRICS_EVERY: usize = 16;

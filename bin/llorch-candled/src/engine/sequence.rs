@@ -3,7 +3,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::cache::BlockCache;
-use super::model::{BLOCK, Batch, Model, ModelError, Row};
+use crate::model::{BLOCK, Batch, Model, ModelError, Row};
 
 /// A model and its cache.
 pub(super) struct Core {

@@ -14,11 +14,11 @@ use pool_core::catalog::gguf::GgufFile;
 
 use crate::backend::LoadError;
 use crate::backend::tensors::TensorError;
-use crate::engine::model::angles::Angles;
-use crate::engine::model::description::{Activation, Description};
-use crate::engine::model::layers::LayerKind;
-use crate::engine::model::places::{self, in_layer};
-use crate::engine::model::{BLOCK, Batch, Model, ModelError, Run};
+use crate::model::angles::Angles;
+use crate::model::description::{Activation, Description};
+use crate::model::layers::LayerKind;
+use crate::model::places::{self, in_layer};
+use crate::model::{BLOCK, Batch, Model, ModelError, Run};
 use rope::{Rope, Turn};
 use weights::Weights;
 

@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Result, Tensor};
 
-use crate::engine::model::angles::Angles;
-use crate::engine::model::description::{Description, RopeStyle};
+use crate::model::angles::Angles;
+use crate::model::description::{Description, RopeStyle};
 
 /// The rotation of queries and keys by their positions.
 pub struct Rope {

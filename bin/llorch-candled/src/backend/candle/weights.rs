@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use pool_core::catalog::gguf::{GgmlType, GgufFile};
 
 use crate::backend::tensors::{Stored, TensorError, Tensors};
-use crate::engine::model::places::Place;
+use crate::model::places::Place;
 
 /// Strictest alignment of any block type. candle casts the bytes to blocks, so they must be aligned.
 const BLOCK_ALIGNMENT: usize = 16;

@@ -7,7 +7,7 @@
 use super::cache::Layout;
 use super::exp::exp;
 use super::lanes::{Kernel, LANES, Lanes};
-use crate::engine::model::BLOCK;
+use crate::model::BLOCK;
 
 /// Kernel that writes the key and value of one position and head into their blocks.
 pub struct Store<'a, C> {

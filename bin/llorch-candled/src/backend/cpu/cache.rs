@@ -10,7 +10,7 @@ use pool_core::worker::CacheType;
 
 use super::lanes::{LANES, Lanes};
 use super::quantize::{Block32, Quantized};
-use crate::engine::model::BLOCK;
+use crate::model::BLOCK;
 
 /// A lane is a position of a block.
 const _: () = assert!(BLOCK == LANES);

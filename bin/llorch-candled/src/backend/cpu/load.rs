@@ -16,9 +16,9 @@ use super::pages::Pages;
 use super::team::Team;
 use crate::backend::LoadError;
 use crate::backend::tensors::{Stored, TensorError, Tensors};
-use crate::engine::model::angles::Angles;
-use crate::engine::model::description::Description;
-use crate::engine::model::places::{self, Place, in_layer};
+use crate::model::angles::Angles;
+use crate::model::description::Description;
+use crate::model::places::{self, Place, in_layer};
 
 /// Most bytes of the file that a thread reads and packs at a time. Smaller matrices are split among the threads.
 const STEP: usize = 1 << 20;

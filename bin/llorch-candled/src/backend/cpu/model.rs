@@ -14,10 +14,10 @@ use super::product::{Activations, Output, multiply};
 use super::quantize::{Block32, Block256, Grouping, Quantized, Rows, quantize_row};
 use super::shared::Shared;
 use super::team::Team;
-use crate::engine::model::angles::Angles;
-use crate::engine::model::description::{self, Description};
-use crate::engine::model::layers::LayerKind;
-use crate::engine::model::{BLOCK, Batch, Model, ModelError, Row, Run};
+use crate::model::angles::Angles;
+use crate::model::description::{self, Description};
+use crate::model::layers::LayerKind;
+use crate::model::{BLOCK, Batch, Model, ModelError, Row, Run};
 
 /// Number of query rows that attention computes together.
 const TOGETHER: usize = 8;

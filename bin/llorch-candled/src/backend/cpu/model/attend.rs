@@ -8,8 +8,8 @@ use crate::backend::cpu::cache::{Bytes, Halves, Layout};
 use crate::backend::cpu::elementwise::RmsNormInPlace;
 use crate::backend::cpu::shared::Shared;
 use crate::backend::cpu::team::Team;
-use crate::engine::model::description::{Description, RopeStyle};
-use crate::engine::model::{BLOCK, Run};
+use crate::model::description::{Description, RopeStyle};
+use crate::model::{BLOCK, Run};
 
 impl Pass<'_> {
     /// Stores keys and values in the cache, and attends to them.
