@@ -78,7 +78,7 @@ pub enum TemplateError {
         "the text of a message can't be told apart from the chat template's own control tokens: it contains the name of one, or \
          too many of the characters U+007F and U+FDD0 to U+FDEF; remove them, or send `allow_special: true`"
     )]
-    Confused,
+    Ambiguous,
 }
 
 /// The input of a chat template.
@@ -192,7 +192,7 @@ impl ChatTemplate {
                 Err(_) => {}
             }
         }
-        Err(TemplateError::Confused)
+        Err(TemplateError::Ambiguous)
     }
 
     fn render_once(

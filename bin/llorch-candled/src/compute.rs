@@ -140,13 +140,13 @@ impl Compute {
 
     fn begin<'a>(
         &'a self,
-        batcher: &mut Batcher<'_, Running<'a>>,
+        batcher: &mut Batcher<'_, ExecutionControl<'a>>,
         (execution, generation): Prepared,
     ) {
         if let Some(shortage) = batcher.shortage(&generation) {
             return self.end(&execution, 0, Err(Failure::Shortage(shortage)));
         }
-        let control = Running {
+        let control = ExecutionControl {
             compute: self,
             execution,
             drawn: 0,
@@ -234,13 +234,13 @@ impl Compute {
 }
 
 /// The control of a running execution.
-struct Running<'a> {
+struct ExecutionControl<'a> {
     compute: &'a Compute,
     execution: Arc<Execution>,
     drawn: u64,
 }
 
-impl Control for Running<'_> {
+impl Control for ExecutionControl<'_> {
     fn check(&self) -> Result<(), Halted> {
         self.execution.check()
     }

@@ -38,7 +38,7 @@ use status::Status;
 /// Largest request body in bytes: a task of the largest size with the token ids to resume from, as JSON.
 const BODY_LIMIT: usize = 16 << 20;
 /// Interval between sweeps for expired buffers.
-const SWEEP: Duration = Duration::from_secs(10);
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The settings of a worker.
 #[derive(Debug, Clone)]
@@ -116,7 +116,7 @@ impl RunError {
 }
 
 /// Returns the secret and the nonce that the pool passes in the environment. A missing nonce is empty.
-pub fn handed_over() -> Result<(Secret, String), RunError> {
+pub fn secret_and_nonce() -> Result<(Secret, String), RunError> {
     let secret = std::env::var(SECRET_VAR)
         .ok()
         .filter(|secret| !secret.is_empty())
@@ -226,14 +226,14 @@ async fn serve(
         measured_bytes = health.measured_bytes,
         "the model is loaded"
     );
-    let told = async {
+    let notify = async {
         if let Some(pool_url) = &args.pool_url {
             ready::report(pool_url, secret, health).await;
         }
         std::future::pending::<()>().await;
     };
-    let swept = async {
-        let mut every = tokio::time::interval(SWEEP);
+    let sweep = async {
+        let mut every = tokio::time::interval(SWEEP_INTERVAL);
         loop {
             every.tick().await;
             executions.sweep();
@@ -241,8 +241,8 @@ async fn serve(
     };
     tokio::select! {
         () = shutdown.requested() => {}
-        () = told => {}
-        () = swept => {}
+        () = notify => {}
+        () = sweep => {}
     }
     // The port stays open while jobs drain, so that readers that lost their connection can return for the end.
     executions.drain(args.stop_grace()).await;

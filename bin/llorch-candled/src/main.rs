@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Parser;
-use llorch_candled::{Config, RunError, backend, handed_over, panics, run};
+use llorch_candled::{Config, RunError, backend, panics, run, secret_and_nonce};
 use pool_core::kit::service::threads::{self, RuntimeError};
 use pool_core::kit::service::{Shutdown, telemetry};
 use pool_core::worker_args::WorkerArgs;
@@ -90,7 +90,7 @@ fn start(cli: Cli, threads: u32, fewer: bool) -> anyhow::Result<()> {
             "starting fewer compute threads: the system has no room for more"
         );
     }
-    let (secret, nonce) = handed_over()?;
+    let (secret, nonce) = secret_and_nonce()?;
     let config = Config {
         args: cli.worker,
         secret,

@@ -38,7 +38,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     #[test] // [CAND-064]
-    fn a_panic_tells_its_place_and_never_its_message() {
+    fn a_panic_is_reported_by_its_place_and_never_by_its_message() {
         let printed = Arc::new(Mutex::new(String::new()));
         let hook = Arc::clone(&printed);
         let usual = std::panic::take_hook();
@@ -52,10 +52,10 @@ mod tests {
             printed.contains("panics.rs") && printed.starts_with("thread "),
             "{printed}"
         );
-        let said = outcome.unwrap_err().to_string();
-        for text in [printed.as_str(), said.as_str()] {
+        let message = outcome.unwrap_err().to_string();
+        for text in [printed.as_str(), message.as_str()] {
             assert!(!text.contains("secret"), "{text}");
         }
-        assert!(said.contains("internal error"), "{said}");
+        assert!(message.contains("internal error"), "{message}");
     }
 }

@@ -122,7 +122,7 @@ impl Random {
 
 // [CAND-015] [CAND-016] The cache is too small for all: some have to wait, and some to release their blocks.
 #[test]
-fn each_gets_in_any_company_what_it_gets_alone() {
+fn an_answer_is_the_same_alone_and_in_any_batch() {
     for architecture in ARCHITECTURES {
         let engine = engine(architecture);
         let mut random = Random(7);
@@ -165,7 +165,7 @@ fn each_gets_in_any_company_what_it_gets_alone() {
 
 // [CAND-016]
 #[test]
-fn whatever_is_cancelled_when_every_block_is_free_in_the_end() {
+fn all_blocks_are_free_in_the_end_whatever_is_cancelled() {
     let engine = engine("gemma3");
     let mut random = Random(3);
     let mut batcher = Batcher::new(&engine);
@@ -320,7 +320,7 @@ fn guesses_change_nothing_but_the_number_of_steps() {
 
 // [CAND-018]
 #[test]
-fn a_long_prompt_stops_nobody_and_a_short_one_passes_it() {
+fn a_long_prompt_stops_no_answer_and_a_short_one_overtakes_it() {
     let engine = engine("llama");
     let mut batcher = Batcher::new(&engine);
     let writer = add(&mut batcher, &engine, 0, request(0, 5, 100));
@@ -344,7 +344,7 @@ fn a_long_prompt_stops_nobody_and_a_short_one_passes_it() {
 
 // [CAND-049]
 #[test]
-fn one_that_fails_takes_nobody_along() {
+fn a_failing_generation_fails_no_other() {
     let model = TinyModel::default();
     let mut bytes = model.bytes();
     let header = GgufFile::read(&bytes[..], bytes.len() as u64).unwrap();

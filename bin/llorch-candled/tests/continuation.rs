@@ -14,7 +14,7 @@ use support::{answer, engine, greedy, run, sampled, tiny, warm};
 
 // [CAND-048]
 #[test]
-fn a_resumed_answer_goes_on_as_the_undisturbed_one() {
+fn a_resumed_answer_continues_as_the_undisturbed_one() {
     let engine = engine();
     let sampling = Sampling {
         repetition_penalty: 1.2,
@@ -50,7 +50,7 @@ fn a_resumed_answer_goes_on_as_the_undisturbed_one() {
 
 // [CAND-048] The cut may be anywhere: inside a character, inside a stop text, before the last piece.
 #[test]
-fn an_answer_goes_on_wherever_it_was_cut() {
+fn an_answer_continues_wherever_it_was_cut() {
     let engine = engine();
     let asked = ExecuteRequest {
         max_tokens: 36,
@@ -259,7 +259,7 @@ fn the_receipt_of_a_continued_answer_names_other_arithmetic_before_it() {
 
 // [CAND-065] P5
 #[test]
-fn tokens_of_elsewhere_are_gone_on_from_only_where_the_text_stays_one() {
+fn tokens_from_elsewhere_are_continued_only_if_the_text_stays_one() {
     let engine = engine();
     let whole = answer(&engine, sampled(5, warm()));
     let here = engine.origin().clone();

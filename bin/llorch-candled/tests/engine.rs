@@ -657,20 +657,20 @@ fn damaged_weights_are_an_error_and_not_an_answer() {
 
 // [CAND-002] A chunk of a prompt takes minutes on a large model, so progress is reported after each layer.
 #[test]
-fn every_layer_is_told() {
+fn every_layer_is_reported() {
     let mut engine = tiny(&TinyModel::default()).unwrap();
-    let told = Arc::new(AtomicUsize::new(0));
-    let theirs = Arc::clone(&told);
+    let reports = Arc::new(AtomicUsize::new(0));
+    let theirs = Arc::clone(&reports);
     engine.on_layer(move || {
         theirs.fetch_add(1, Ordering::Relaxed);
     });
     // The warm-up runs the layers twice.
     engine.warm_up().unwrap();
-    assert_eq!(told.load(Ordering::Relaxed), 2 * BLOCKS);
+    assert_eq!(reports.load(Ordering::Relaxed), 2 * BLOCKS);
 }
 
 #[test] // [CAND-090]
-fn what_the_engine_computes_is_what_models_are_accepted_by() {
+fn models_are_accepted_by_what_the_engine_computes() {
     for architecture in supported::ARCHITECTURES {
         let model = TinyModel {
             architecture: architecture.name,

@@ -481,7 +481,7 @@ async fn a_reader_that_lost_its_connection_misses_nothing() {
 
 // [CAND-052] [CAND-055]
 #[tokio::test]
-async fn what_can_not_run_says_why() {
+async fn a_request_that_can_not_run_says_why() {
     let worker = Worker::start().await;
     let too_long = ExecuteRequest {
         prompt: Some("x".repeat(LONG as usize)),
@@ -543,11 +543,11 @@ async fn nothing_but_health_opens_without_the_secret() {
 
 // [CAND-004]
 #[tokio::test]
-async fn the_pool_is_told_once_the_model_is_loaded() {
+async fn the_pool_is_notified_once_the_model_is_loaded() {
     use axum::{Json, Router, http::HeaderMap, routing::post};
-    let (tell, mut told) = mpsc::unbounded_channel();
+    let (sender, mut received) = mpsc::unbounded_channel();
     let ready = move |headers: HeaderMap, Json(health): Json<WorkerHealth>| async move {
-        let _ = tell.send((
+        let _ = sender.send((
             headers["authorization"].to_str().unwrap().to_owned(),
             health,
         ));
@@ -558,7 +558,7 @@ async fn the_pool_is_told_once_the_model_is_loaded() {
         axum::serve(listener, Router::new().route("/workers/ready", post(ready))).await
     });
     let worker = Worker::with(|config| config.args.pool_url = Some(pool_url)).await;
-    let (authorization, health) = timeout(PATIENCE, told.recv()).await.unwrap().unwrap();
+    let (authorization, health) = timeout(PATIENCE, received.recv()).await.unwrap().unwrap();
     assert_eq!(authorization, "Bearer s3cret");
     assert_eq!(
         (health.state, health.nonce.as_str()),
@@ -570,7 +570,7 @@ async fn the_pool_is_told_once_the_model_is_loaded() {
 
 // [CAND-005]
 #[tokio::test]
-async fn figures_count_what_was_done() {
+async fn metrics_count_executions_and_tokens() {
     let worker = Worker::start().await;
     let before = worker.client.get_text("/metrics").await.unwrap();
     promtool::check_metrics(&before);

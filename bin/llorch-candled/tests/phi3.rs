@@ -54,7 +54,7 @@ fn cases() -> Vec<Case> {
         original_context: Some(256),
         ..plain
     };
-    let told = Phi3 {
+    let stated = Phi3 {
         attn_factor: Some(1.25),
         ..long
     };
@@ -77,13 +77,13 @@ fn cases() -> Vec<Case> {
         ),
         Case::new(long, 256),
         Case::new(long, 257),
-        Case::new(told, 256),
-        Case::new(told, 257),
+        Case::new(stated, 256),
+        Case::new(stated, 257),
         Case::new(
             Phi3 {
                 tied: true,
                 window: Some(33),
-                ..told
+                ..stated
             },
             1024,
         ),

@@ -16,7 +16,7 @@ use pool_core::kit::client::{ApiClient, Method};
 use pool_core::kit::secret::Secret;
 use pool_core::worker::Backend;
 use pool_core::worker_args::{EXIT_MODEL_INVALID, EXIT_PORT_TAKEN, SECRET_VAR, WorkerArgs};
-use support::process::{Running, SECRET, args, command, free_port, prepared};
+use support::process::{RunningWorker, SECRET, args, command, free_port, prepared};
 use support::tiny_model::TinyModel;
 use support::{PATIENCE, greedy, until};
 
@@ -61,7 +61,7 @@ fn a_taken_port_has_an_exit_code_of_its_own() {
 
 // [CAND-072] [P18]
 #[test]
-fn a_bad_model_is_refused_with_its_reason_as_last_words() {
+fn a_bad_model_is_refused_with_its_reason_in_the_last_line() {
     let folder = tempfile::tempdir().unwrap();
     let whole = TinyModel::default().bytes();
     let nan = {
@@ -103,7 +103,7 @@ fn a_bad_model_is_refused_with_its_reason_as_last_words() {
 
 // [CAND-003] [CAND-073]
 #[test]
-fn wrong_usage_is_said_before_anything_starts() {
+fn wrong_usage_is_reported_before_anything_starts() {
     let folder = tempfile::tempdir().unwrap();
     let model = tiny_file(folder.path(), &TinyModel::default());
     let output = command(&args(&model, 0))
@@ -177,7 +177,7 @@ fn sigterm_ends_an_idle_worker_at_once() {
 fn a_hang_up_changes_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let model = tiny_file(folder.path(), &TinyModel::default());
-    let mut child = Running(command(&args(&model, 0)).spawn().unwrap());
+    let mut child = RunningWorker(command(&args(&model, 0)).spawn().unwrap());
     let mut lines = BufReader::new(child.0.stderr.take().unwrap()).lines();
     assert!(lines.any(|line| line.unwrap().contains("the model is loaded")));
     let pid = rustix::process::Pid::from_child(&child.0);
@@ -223,7 +223,7 @@ async fn drive(port: u16) -> Option<()> {
 
 // [CAND-078] [P23]
 #[tokio::test(flavor = "multi_thread")]
-async fn strangers_leave_the_fleet_its_places() {
+async fn unauthenticated_clients_leave_the_fleet_its_places() {
     let folder = tempfile::tempdir().unwrap();
     let tiny = TinyModel {
         context: 60_100,
@@ -237,7 +237,7 @@ async fn strangers_leave_the_fleet_its_places() {
             ..args(&model, address.port())
         };
         let mut child = limited(&args, &format!("ulimit -n {descriptors}"));
-        let _child = Running(child.stderr(Stdio::null()).spawn().unwrap());
+        let _child = RunningWorker(child.stderr(Stdio::null()).spawn().unwrap());
         until("it listens", || async { TcpStream::connect(address).ok() }).await;
         // Half of these connections send a request without the secret, and stay open.
         let strangers: Vec<TcpStream> = (0..400)
@@ -280,7 +280,7 @@ async fn a_crash_anywhere_leaves_nothing_in_the_way() {
     ] {
         let mut child = command(&args);
         child.env("LLORCH_CRASH_AT", point).stderr(Stdio::null());
-        let mut child = Running(child.spawn().unwrap());
+        let mut child = RunningWorker(child.spawn().unwrap());
         let crashed = until(point, || std::future::ready(child.0.try_wait().unwrap()));
         let driven = async {
             drive(port).await;
@@ -293,7 +293,7 @@ async fn a_crash_anywhere_leaves_nothing_in_the_way() {
     }
     // The next worker on this port completes all steps.
     let mut child = command(&args);
-    let _child = Running(child.stderr(Stdio::null()).spawn().unwrap());
+    let _child = RunningWorker(child.stderr(Stdio::null()).spawn().unwrap());
     let driven = tokio::time::timeout(PATIENCE, drive(port)).await;
     assert_eq!(driven.expect("it gets there"), Some(()));
 }

@@ -282,15 +282,15 @@ fn a_web_page_with_forged_turns_is_text() {
 
 // [CAND-079]
 #[test]
-fn loading_tells_every_few_mebibytes_that_it_moves() {
-    let mut told = Vec::new();
-    let mut progress = |done, total| told.push((done, total));
+fn loading_reports_progress_every_few_mebibytes() {
+    let mut reports = Vec::new();
+    let mut progress = |done, total| reports.push((done, total));
     Engine::load(&model_path(), cpu(), Sizes::default(), &mut progress).expect("the model loads");
     // The largest tensor has 27 MiB.
-    for pair in told.windows(2) {
+    for pair in reports.windows(2) {
         let step = pair[1].0.checked_sub(pair[0].0);
         assert!(step.is_some_and(|step| step <= 16 << 20), "{pair:?}");
     }
-    assert_eq!(told.first().map(|first| first.0), Some(0));
-    assert!(told.last().is_some_and(|(done, total)| done == total));
+    assert_eq!(reports.first().map(|first| first.0), Some(0));
+    assert!(reports.last().is_some_and(|(done, total)| done == total));
 }

@@ -22,7 +22,7 @@ use pool_core::worker_args::WorkerArgs;
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt as _, SeedableRng as _};
 use serde::de::IgnoredAny;
-use support::process::{Running, SECRET, args, command, free_port};
+use support::process::{RunningWorker, SECRET, args, command, free_port};
 use support::tiny_model::TinyModel;
 use support::{PATIENCE, greedy, until};
 use tokio::time::timeout;
@@ -38,7 +38,7 @@ const CACHE: u32 = 512;
 /// Growth of memory over 700 jobs that is not yet a leak: the variation of the allocator and of open streams' buffers.
 const SLACK: u64 = 6 << 20;
 struct Worker {
-    process: Running,
+    process: RunningWorker,
     client: ApiClient,
     _folder: tempfile::TempDir,
 }
@@ -62,7 +62,7 @@ impl Worker {
             .unwrap();
         let url = format!("http://127.0.0.1:{port}");
         let worker = Self {
-            process: Running(child),
+            process: RunningWorker(child),
             client: ApiClient::new(&url, Some(Secret::new(SECRET))).unwrap(),
             _folder: folder,
         };

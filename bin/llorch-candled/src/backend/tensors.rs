@@ -119,7 +119,7 @@ impl<'a> Tensors<'a> {
     ///
     /// Fails if the file doesn't have the tensor, or has it in another shape.
     pub fn matrix(&self, place: &Place) -> Result<Stored, TensorError> {
-        let whole = self.find(&place.name, &[place.of, place.columns])?;
+        let whole = self.find(&place.name, &[place.tensor_rows, place.columns])?;
         Ok(whole.part(place.first, place.rows))
     }
 

@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Interval at which the caller checks whether the thread exceeded its budget.
-const LOOK_EVERY: Duration = Duration::from_millis(5);
+const CHECK_INTERVAL: Duration = Duration::from_millis(5);
 
 struct Counting;
 
@@ -149,7 +149,7 @@ pub(super) fn within<T: Send + 'static>(
         .map_err(|_| NoResult::Failed)?;
     let start = Instant::now();
     loop {
-        match result.recv_timeout(LOOK_EVERY) {
+        match result.recv_timeout(CHECK_INTERVAL) {
             Ok(outcome) => return Ok(outcome),
             Err(RecvTimeoutError::Disconnected) => return Err(NoResult::Failed),
             Err(RecvTimeoutError::Timeout) => {

@@ -97,7 +97,7 @@ impl Style {
         depth: usize,
         json: &mut String,
     ) -> Result<(), Error> {
-        let begun = json.len();
+        let start = json.len();
         match value.kind() {
             ValueKind::None => json.push_str("null"),
             ValueKind::Bool => json.push_str(if value.is_true() { "true" } else { "false" }),
@@ -111,7 +111,7 @@ impl Style {
             ValueKind::Map => return self.mapping(state, value, depth, json),
             other => return Err(invalid(format!("{other} can't be written as JSON"))),
         }
-        charge(state, json.len() - begun)
+        charge(state, json.len() - start)
     }
 
     fn list(
@@ -162,12 +162,12 @@ impl Style {
 
     /// Writes the separator and the line break before an element.
     fn next(&self, state: &State, any: bool, depth: usize, json: &mut String) -> Result<(), Error> {
-        let begun = json.len();
+        let start = json.len();
         if any {
             json.push_str(&self.between_elements);
         }
         self.line(depth + 1, json);
-        charge(state, json.len() - begun)
+        charge(state, json.len() - start)
     }
 
     fn close(&self, any: bool, depth: usize, bracket: char, json: &mut String) {

@@ -145,11 +145,11 @@ fn join(state: &mut State, separator: &Value, args: &[Value]) -> Result<Value, E
 
 fn strip(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
     let (chars,): (Option<&str>,) = from_args(args)?;
-    let goes = |c: char| chars.map_or_else(|| is_space(c), |chars| chars.contains(c));
+    let is_stripped = |c: char| chars.map_or_else(|| is_space(c), |chars| chars.contains(c));
     Ok(Value::from(match method {
-        "lstrip" => text.trim_start_matches(goes),
-        "rstrip" => text.trim_end_matches(goes),
-        _ => text.trim_matches(goes),
+        "lstrip" => text.trim_start_matches(is_stripped),
+        "rstrip" => text.trim_end_matches(is_stripped),
+        _ => text.trim_matches(is_stripped),
     }))
 }
 

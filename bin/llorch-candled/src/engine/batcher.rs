@@ -133,7 +133,7 @@ impl<'e, C: Control> Batcher<'e, C> {
     /// Adds a generation. If it fails at once, the next [`step`](Self::step) returns the failure.
     pub fn add(&mut self, generation: Generation, control: C) {
         let (mut flight, resumed) = Flight::begin(self.engine, generation, control);
-        match caught(|| flight.take_up(&resumed)) {
+        match caught(|| flight.restore(&resumed)) {
             Ok(()) => self.waiting.push_back(flight),
             Err(panicked) => self.failed.push((flight, panicked.into())),
         }
@@ -241,12 +241,12 @@ impl<'e, C: Control> Batcher<'e, C> {
             .iter()
             .map(|f| usize::from(f.pending() == 1))
             .collect();
-        let mut readers: Vec<usize> = (0..counts.len())
+        let mut in_prefill: Vec<usize> = (0..counts.len())
             .filter(|index| counts[*index] == 0)
             .collect();
-        readers.sort_by_key(|index| self.running[*index].turn);
-        let mut left = self.chunk(readers.len() < counts.len());
-        for index in readers {
+        in_prefill.sort_by_key(|index| self.running[*index].turn);
+        let mut left = self.chunk(in_prefill.len() < counts.len());
+        for index in in_prefill {
             if left == 0 {
                 break;
             }
@@ -283,8 +283,8 @@ impl<'e, C: Control> Batcher<'e, C> {
     }
 
     /// Returns the number of prompt tokens that a step computes: fewer if a full chunk would delay answers in decode.
-    fn chunk(&self, some_write: bool) -> usize {
-        let fitting = match some_write && !self.row_time.is_zero() {
+    fn chunk(&self, with_answers: bool) -> usize {
+        let fitting = match with_answers && !self.row_time.is_zero() {
             true => LONGEST_STEP.as_nanos() / self.row_time.as_nanos(),
             false => return CHUNK,
         };
@@ -330,7 +330,7 @@ impl<'e, C: Control> Batcher<'e, C> {
             Err(failure) => match parts {
                 // The guess may be the cause, for which the generation is not to blame, so compute again without the guess.
                 [one] if one.guessed > 0 => {
-                    self.running[one.flight].forget_guess();
+                    self.running[one.flight].discard_guess();
                     let known = Part { guessed: 0, ..*one };
                     self.compute(core, &[known], step)
                 }

@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test] // [CAND-017]
-    fn blocks_in_use_are_given_to_nobody_else() {
+    fn blocks_in_use_are_not_taken() {
         let mut cache = BlockCache::new(2);
         let (mut table, _) = run(&mut cache, None, &[1, 2]);
         assert_eq!(cache.take(), None);

@@ -10,7 +10,7 @@ use pool_core::api::worker::{
 
 use super::cache::{Before, BlockCache, Scope};
 use super::lookup::Lookup;
-use super::output::{Output, Step};
+use super::output::{Emission, Output};
 use super::sampling::{SamplingError, sample};
 use super::{Control, Engine, Failure, Generation};
 use crate::model::{BLOCK, Row};
@@ -134,7 +134,7 @@ impl<'e, C: Control> Flight<'e, C> {
     }
 
     /// Restores the tokens of earlier attempts. Sends none of their text, because the readers have seen it.
-    pub fn take_up(&mut self, resumed: &[u32]) {
+    pub fn restore(&mut self, resumed: &[u32]) {
         for id in resumed {
             if self.stop.is_some() || self.answered() == self.limit {
                 break;
@@ -163,7 +163,7 @@ impl<'e, C: Control> Flight<'e, C> {
     }
 
     /// Discards the guess.
-    pub fn forget_guess(&mut self) {
+    pub fn discard_guess(&mut self) {
         self.guess.clear();
     }
 
@@ -221,7 +221,7 @@ impl<'e, C: Control> Flight<'e, C> {
         self.computed += count;
         self.note(cache);
         if self.pending() > 0 {
-            self.tell();
+            self.send_metrics();
         }
     }
 
@@ -276,10 +276,10 @@ impl<'e, C: Control> Flight<'e, C> {
         self.first.get_or_insert(now);
         self.last = Some(now);
         self.control.drawn();
-        let step = self.push(id);
-        self.emit(step);
+        let emission = self.push(id);
+        self.emit(emission);
         if self.answered().is_multiple_of(METRICS_EVERY) {
-            self.tell();
+            self.send_metrics();
         }
         self.stop_at_limit();
     }
@@ -317,17 +317,17 @@ impl<'e, C: Control> Flight<'e, C> {
     }
 
     /// Adds a token to the answer, or ends the answer if it is an end token.
-    fn push(&mut self, id: u32) -> Step {
+    fn push(&mut self, id: u32) -> Emission {
         if self.engine.tokenizer().is_end(id) {
             self.stop = Some(StopReason::Eos);
             return self.output.finish();
         }
         self.tokens.push(id);
-        let step = self.output.push(id);
-        if step.stopped {
+        let emission = self.output.push(id);
+        if emission.stopped {
             self.stop = Some(StopReason::StopSequence);
         }
-        step
+        emission
     }
 
     fn stop_at_limit(&mut self) {
@@ -335,25 +335,25 @@ impl<'e, C: Control> Flight<'e, C> {
             return;
         }
         // Text that was held back may complete a stop text only now that an incomplete character is given up.
-        let step = self.output.finish();
-        self.stop = Some(if step.stopped {
+        let emission = self.output.finish();
+        self.stop = Some(if emission.stopped {
             StopReason::StopSequence
         } else if self.limit == self.request.max_tokens as usize {
             StopReason::MaxTokens
         } else {
             StopReason::ContextFull
         });
-        self.emit(step);
+        self.emit(emission);
     }
 
-    fn emit(&mut self, step: Step) {
-        if let Some(piece) = step.piece {
+    fn emit(&mut self, emission: Emission) {
+        if let Some(piece) = emission.piece {
             self.control.event(WorkerEvent::Token(piece));
         }
     }
 
     /// Sends a `metrics` event. Once a token was drawn, the event doesn't show that released blocks are computed again.
-    fn tell(&mut self) {
+    fn send_metrics(&mut self) {
         let drawn = self.first.is_some();
         let prefill = if drawn {
             self.prompt

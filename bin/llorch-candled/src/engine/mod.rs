@@ -367,12 +367,12 @@ impl Engine {
         &self.origin
     }
 
-    /// Calls `told` after every computed layer from now on.
-    pub fn on_layer(&mut self, told: impl Fn() + Send + Sync + 'static) {
+    /// Calls `report` after every computed layer from now on.
+    pub fn on_layer(&mut self, report: impl Fn() + Send + Sync + 'static) {
         let core = self.core.get_mut();
         core.unwrap_or_else(PoisonError::into_inner)
             .model
-            .on_layer(Box::new(told));
+            .on_layer(Box::new(report));
     }
 
     /// Computes at most three tokens in two passes. So everything prepared at first use is in memory before the memory is
@@ -444,7 +444,7 @@ impl Engine {
             )));
         }
         let resume = request.resume.take();
-        let resume = resume.filter(|resume| self.may_go_on(resume, &request));
+        let resume = resume.filter(|resume| self.may_continue(resume, &request));
         let receipt = self.receipt(&request, &prompt, resume.as_ref());
         let resumed = resume.map(|resume| resume.token_ids);
         if let Some(ids) = &resumed {
@@ -500,7 +500,7 @@ impl Engine {
     /// Returns whether an answer may continue from these tokens so that its readers see one text. Another build may draw
     /// different tokens, so it may continue only if readers have seen nothing beyond the given ones. Nor may it continue if the
     /// last piece was text held back until the end of the answer, because its answer may not end there.
-    fn may_go_on(&self, resume: &Resume, request: &ExecuteRequest) -> bool {
+    fn may_continue(&self, resume: &Resume, request: &ExecuteRequest) -> bool {
         let Resume {
             token_ids,
             next_index,

@@ -5,8 +5,8 @@ use pool_core::api::worker::WorkerToken;
 use super::stop::StopFilter;
 use crate::tokenizer::{Detokenizer, Tokenizer};
 
-/// The outcome of adding a token.
-pub struct Step {
+/// The outcome of adding a token, or of ending the answer.
+pub struct Emission {
     /// Piece of text that is complete now, if any.
     pub piece: Option<WorkerToken>,
     /// True if a stop text appeared.
@@ -35,24 +35,24 @@ impl<'a> Output<'a> {
     }
 
     /// Adds a token of the answer.
-    pub fn push(&mut self, id: u32) -> Step {
+    pub fn push(&mut self, id: u32) -> Emission {
         self.waiting.push(id);
         let text = self.reader.push(id);
         let passed = self.filter.push(&text);
-        Step {
+        Emission {
             piece: self.piece(passed.text),
             stopped: passed.stopped,
         }
     }
 
     /// Ends an answer without a stop text, and returns the text that was held back.
-    pub fn finish(&mut self) -> Step {
+    pub fn finish(&mut self) -> Emission {
         let passed = self.filter.push(&self.reader.finish());
         let mut text = passed.text;
         if !passed.stopped {
             text.push_str(&self.filter.finish());
         }
-        Step {
+        Emission {
             piece: self.piece(text),
             stopped: passed.stopped,
         }

@@ -396,7 +396,7 @@ mod tests {
 
     // [CAND-041]
     #[test]
-    fn a_tiny_temperature_is_as_good_as_0() {
+    fn a_tiny_temperature_acts_like_0() {
         for temperature in [f32::MIN_POSITIVE, 1e-38, 1e-45, 1e-20] {
             for (top_k, top_p, min_p) in [(0, 1.0, 0.0), (2, 0.9, 0.1)] {
                 let cold = Sampling {
@@ -542,7 +542,7 @@ mod tests {
     }
 
     #[test]
-    fn logits_that_are_no_numbers_are_an_error() {
+    fn nan_or_missing_logits_are_an_error() {
         assert!(sample(&mut [0.0, f32::NAN], [], &plain(), 1, 1).is_err());
         assert!(sample(&mut [], [], &plain(), 1, 1).is_err());
     }

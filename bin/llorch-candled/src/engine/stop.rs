@@ -43,7 +43,7 @@ impl StopFilter {
         let keep = self
             .stops
             .iter()
-            .map(|stop| begun(&self.held, stop))
+            .map(|stop| overlap(&self.held, stop))
             .max()
             .unwrap_or(0);
         let rest = self.held.split_off(self.held.len() - keep);
@@ -60,7 +60,7 @@ impl StopFilter {
 }
 
 /// Returns the length of the longest end of `text` that is a proper beginning of `stop`.
-fn begun(text: &str, stop: &str) -> usize {
+fn overlap(text: &str, stop: &str) -> usize {
     // Such an end begins with the first character of `stop`, so it begins between characters of `text`.
     (1..stop.len())
         .rev()
@@ -99,7 +99,7 @@ mod tests {
 
     // [CAND-050]
     #[test]
-    fn what_only_looked_like_a_beginning_comes_out() {
+    fn text_that_only_looked_like_a_beginning_comes_out() {
         assert_eq!(
             run(&["END"], &["EN", "EN", "X"]),
             (vec!["".into(), "EN".into(), "ENX".into(), "".into()], false)

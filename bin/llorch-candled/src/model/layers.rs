@@ -48,7 +48,7 @@ pub(super) fn layers(
         }
         Windows::All => window_of_all(header, available)?,
     };
-    let sight = |index: usize| match windows {
+    let window_and_rotation = |index: usize| match windows {
         Windows::Most(period) if (index + 1).is_multiple_of(period) => (None, 0),
         Windows::Most(_) => (window, 1),
         Windows::None | Windows::All => (window, 0),
@@ -60,7 +60,7 @@ pub(super) fn layers(
         architecture.fused && !names.contains(in_layer(index, part).as_str())
     };
     let layer = |index: usize| {
-        let (window, rotation) = sight(index);
+        let (window, rotation) = window_and_rotation(index);
         LayerKind {
             window,
             rotation,
@@ -71,16 +71,21 @@ pub(super) fn layers(
     Ok((0..count).map(layer).collect())
 }
 
-/// Context and window of models whose files may predate the key for the window: Phi-3 mini and medium with 4k. The window is
-/// `sliding_window` in their configuration.
-const UNSAID_WINDOW: (usize, u64) = (4096, 2047);
+/// Context of models whose files may predate the key for the window: Phi-3 mini and medium with 4k.
+const UNSTATED_WINDOW_CONTEXT: usize = 4096;
+/// Window of these models: `sliding_window` in their configuration.
+const UNSTATED_WINDOW: u64 = 2047;
 
 /// Returns the window of a model whose layers all have one. Files of models without a window say 0, or at least as many
 /// positions as the model has.
 fn window_of_all(header: &GgufFile, available: usize) -> Result<Option<usize>, DescriptionError> {
     let window = header.get_arch::<u64>("attention.sliding_window")?;
-    let (context, unsaid) = UNSAID_WINDOW;
-    let window = window.unwrap_or(if available == context { unsaid } else { 0 });
+    let unstated = if available == UNSTATED_WINDOW_CONTEXT {
+        UNSTATED_WINDOW
+    } else {
+        0
+    };
+    let window = window.unwrap_or(unstated);
     let window = usize::try_from(window).unwrap_or(usize::MAX);
     Ok((1..available).contains(&window).then_some(window))
 }

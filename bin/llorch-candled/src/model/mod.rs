@@ -66,8 +66,8 @@ pub trait Model: Send {
     /// pass is at the end of a context of `positions` positions.
     fn pass_bytes(&self, rows: usize, wanted: usize, positions: usize) -> u64;
 
-    /// Calls `told` after every computed layer from now on: a pass of a large model takes minutes on a crowded processor.
-    fn on_layer(&mut self, told: Box<dyn Fn() + Send + Sync>);
+    /// Calls `report` after every computed layer from now on: a pass of a large model takes minutes on a crowded processor.
+    fn on_layer(&mut self, report: Box<dyn Fn() + Send + Sync>);
 
     /// Runs `unit` once for each index below `units` on the compute threads, and waits for all.
     fn share(&mut self, units: usize, unit: &(dyn Fn(usize) + Sync));

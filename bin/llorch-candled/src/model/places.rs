@@ -12,7 +12,7 @@ pub struct Place {
     /// Number of rows.
     pub rows: usize,
     /// Number of rows of the tensor.
-    pub of: usize,
+    pub tensor_rows: usize,
     /// Number of columns.
     pub columns: usize,
 }
@@ -24,14 +24,14 @@ impl Place {
             name,
             first: 0,
             rows,
-            of: rows,
+            tensor_rows: rows,
             columns,
         }
     }
 
     /// Returns the places of matrices that are stacked in one tensor, in order, with these numbers of rows.
     fn stacked<const N: usize>(name: &str, rows: [usize; N], columns: usize) -> [Self; N] {
-        let of = rows.iter().sum();
+        let tensor_rows = rows.iter().sum();
         let mut end = 0;
         rows.map(|rows| {
             let first = end;
@@ -40,7 +40,7 @@ impl Place {
                 name: name.to_owned(),
                 first,
                 rows,
-                of,
+                tensor_rows,
                 columns,
             }
         })

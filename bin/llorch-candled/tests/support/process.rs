@@ -58,9 +58,9 @@ pub fn free_port() -> u16 {
 }
 
 /// A worker that is killed at the end of the test.
-pub struct Running(pub Child);
+pub struct RunningWorker(pub Child);
 
-impl Drop for Running {
+impl Drop for RunningWorker {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();

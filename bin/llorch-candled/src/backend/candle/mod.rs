@@ -169,8 +169,8 @@ impl CandleModel {
             let normed = norm(&x, &layer.feed_forward_norm)?;
             let fed = layer.feed_forward.forward(&normed)?;
             x = add(x, fed, layer.feed_forward_post_norm.as_ref())?;
-            if let Some(told) = &self.on_layer {
-                told();
+            if let Some(report) = &self.on_layer {
+                report();
             }
         }
         let wanted: Vec<u32> = (0u32..)
@@ -343,8 +343,8 @@ impl Model for CandleModel {
         ((scores + copies + wanted * self.description.vocab) * size_of::<f32>()) as u64
     }
 
-    fn on_layer(&mut self, told: Box<dyn Fn() + Send + Sync>) {
-        self.on_layer = Some(told);
+    fn on_layer(&mut self, report: Box<dyn Fn() + Send + Sync>) {
+        self.on_layer = Some(report);
     }
 
     fn share(&mut self, units: usize, unit: &(dyn Fn(usize) + Sync)) {
@@ -391,7 +391,7 @@ fn load_layer(
     let attention_norm = norm("attn_norm", description.width)?;
     let feed_forward_norm = norm("ffn_norm", description.width)?;
     let mut norm_if =
-        |there: bool, part: &str, length: usize| there.then(|| norm(part, length)).transpose();
+        |present: bool, part: &str, length: usize| present.then(|| norm(part, length)).transpose();
     let query_norm = norm_if(features.qk_norm, "attn_q_norm", description.head_dim)?;
     let key_norm = norm_if(features.qk_norm, "attn_k_norm", description.head_dim)?;
     let attention_post_norm =

@@ -144,7 +144,7 @@ mod tests {
     use pool_core::catalog::support::TENSOR_TYPES;
 
     #[test] // [CAND-090]
-    fn the_element_types_that_models_are_accepted_by_are_those_computed_with() {
+    fn accepted_element_types_are_those_that_can_be_computed() {
         for ty in (0..64).filter_map(GgmlType::from_id) {
             let accepted = TENSOR_TYPES.contains(&ty.name());
             assert_eq!(candle_type(ty).is_some(), accepted, "{}", ty.name());

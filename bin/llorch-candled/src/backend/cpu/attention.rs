@@ -343,7 +343,7 @@ mod tests {
     ];
 
     #[test]
-    fn a_row_has_the_same_bits_on_every_tier_and_in_every_company() {
+    fn a_row_has_the_same_bits_on_every_tier_and_in_every_batch() {
         for shape in SHAPES {
             check(Halves, shape, as_halves);
             check(Bytes, shape, as_bytes);

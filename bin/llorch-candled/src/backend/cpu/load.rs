@@ -101,9 +101,9 @@ impl Load {
         let value = projection(&at.value, "attn_v")?;
         let [output, gate, up, down] =
             [&at.output, &at.gate, &at.up, &at.down].map(|place| reader.matrix(place));
-        let norm = |there: bool, part: &str, length: usize| {
+        let norm = |present: bool, part: &str, length: usize| {
             let name = in_layer(index, &format!("{part}.weight"));
-            there.then(|| reader.vector(&name, length)).transpose()
+            present.then(|| reader.vector(&name, length)).transpose()
         };
         let key_block = key_block_bytes(description.cache, description.head_dim);
         let value_block = value_block_bytes(description.cache, description.head_dim);
@@ -143,11 +143,11 @@ impl Load {
 type Progress<'p> = Mutex<(u64, &'p mut (dyn FnMut(u64) -> ControlFlow<()> + Send))>;
 
 /// Counts bytes that were read. Fails if the callback stops the loading.
-fn tell(progress: &Progress<'_>, bytes: usize) -> Result<(), TensorError> {
+fn report(progress: &Progress<'_>, bytes: usize) -> Result<(), TensorError> {
     let mut progress = progress.lock().unwrap_or_else(PoisonError::into_inner);
-    let (done, told) = &mut *progress;
+    let (done, callback) = &mut *progress;
     *done += bytes as u64;
-    match told(*done) {
+    match callback(*done) {
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(TensorError::Stopped),
     }
@@ -183,7 +183,7 @@ impl Reader<'_, '_> {
             let rows = tiles.start * TILE_ROWS..(tiles.end * TILE_ROWS).min(stored.rows);
             let mut bytes = vec![0; rows.len() * stored.row_bytes];
             let read = this.read(&stored, rows, &mut bytes);
-            let read = read.and_then(|()| tell(progress, bytes.len()));
+            let read = read.and_then(|()| report(progress, bytes.len()));
             if let Err(error) = read {
                 failed.store(true, Ordering::Relaxed);
                 if let Ok(mut failure) = failure.lock() {
@@ -213,7 +213,7 @@ impl Reader<'_, '_> {
         self.tensors.read(&stored, 0..1, &mut bytes)?;
         let mut values = vec![0.0; length];
         dequantize(format, &bytes, &mut values);
-        tell(&self.progress, bytes.len())?;
+        report(&self.progress, bytes.len())?;
         Ok(values)
     }
 }

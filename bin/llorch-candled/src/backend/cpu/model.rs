@@ -273,8 +273,8 @@ impl CpuModel {
             pass.product(team, buffers, &layer.down, |buffers| &buffers.gates);
             post_norm = layer.feed_forward_post_norm.as_deref();
             updated = true;
-            if let Some(told) = &self.on_layer {
-                told();
+            if let Some(report) = &self.on_layer {
+                report();
             }
         }
         let output = weights.output.as_ref().unwrap_or(&weights.embedding);
@@ -597,8 +597,8 @@ impl Model for CpuModel {
         ((floats + scores) * size_of::<f32>() + quantised) as u64
     }
 
-    fn on_layer(&mut self, told: Box<dyn Fn() + Send + Sync>) {
-        self.on_layer = Some(told);
+    fn on_layer(&mut self, report: Box<dyn Fn() + Send + Sync>) {
+        self.on_layer = Some(report);
     }
 
     fn share(&mut self, units: usize, unit: &(dyn Fn(usize) + Sync)) {

@@ -521,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_make_what_packing_at_once_makes() {
+    fn packing_in_parts_equals_packing_at_once() {
         let mut random = Random::new(9);
         for format in Format::ALL {
             let (rows, columns) = (70, 2 * format.block_len());
@@ -550,7 +550,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_a_matrix_too() {
+    fn a_matrix_may_be_empty() {
         let packed = PackedMatrix::pack(Format::Q4_K, 0, 256, &[]);
         assert_eq!((packed.tiles(), packed.bytes()), (0, 0));
         let packed = PackedMatrix::pack(Format::Q8_0, 5, 0, &[]);

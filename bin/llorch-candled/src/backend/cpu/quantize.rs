@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_and_what_is_nearly_zero_have_no_scale() {
+    fn zeros_and_tiny_values_have_scale_0() {
         for x in [0.0, -0.0, 1e-38, f32::from_bits(1)] {
             let block = quantize::<Block32>(&[x; 32])[0];
             assert_eq!((block.scale, block.sum), (0.0, 0), "{x}");
@@ -358,7 +358,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_has_a_scale_that_is_none() {
+    fn nan_and_infinity_make_the_scale_nan() {
         for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut row = [1.0; 512];
             row[300] = bad;

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
-/// Time for which a thread looks for the next section before it sleeps: longer than the gaps between the sections of a token.
-const LOOKING: Duration = Duration::from_micros(100);
+/// Time for which a thread spins on the state before it sleeps: longer than the gaps between the sections of a token.
+const SPIN_TIME: Duration = Duration::from_micros(100);
 
 /// Bit of the state that is set while the section can be entered.
 const OPEN: u64 = 1 << 31;
@@ -29,7 +29,8 @@ struct Work {
     unit: *const (dyn Fn(usize, usize) + Sync),
 }
 
-struct Shared {
+/// The state that the threads of a team share.
+struct TeamState {
     /// Number of the section, [`OPEN`], and number of threads in the section.
     state: AtomicU64,
     work: UnsafeCell<Option<Work>>,
@@ -42,11 +43,11 @@ struct Shared {
 
 // SAFETY: `work` is written only while the section is closed and no thread is inside, and read only inside. The transitions of
 // `state` order both. The function that it points to is `Sync`.
-unsafe impl Sync for Shared {}
+unsafe impl Sync for TeamState {}
 // SAFETY: as for `Sync`.
-unsafe impl Send for Shared {}
+unsafe impl Send for TeamState {}
 
-impl Shared {
+impl TeamState {
     /// Claims and computes units until none are left.
     fn work(&self, thread: usize, work: Work) {
         // SAFETY: the caller of `Team::run` keeps the function alive until no thread is inside.
@@ -86,7 +87,7 @@ impl Shared {
                 self.state.fetch_sub(1, Ordering::AcqRel);
                 seen = section;
                 since = Instant::now();
-            } else if since.elapsed() < LOOKING {
+            } else if since.elapsed() < SPIN_TIME {
                 for _ in 0..32 {
                     std::hint::spin_loop();
                 }
@@ -108,7 +109,7 @@ impl Shared {
 
 /// A fixed number of threads, including the caller, that compute together.
 pub struct Team {
-    shared: Arc<Shared>,
+    shared: Arc<TeamState>,
     threads: Vec<(Thread, JoinHandle<()>)>,
 }
 
@@ -120,7 +121,7 @@ impl Team {
     /// Fails if the system refuses a thread.
     pub fn new(threads: usize) -> io::Result<Self> {
         let others = threads.saturating_sub(1);
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(TeamState {
             state: AtomicU64::new(0),
             work: UnsafeCell::new(None),
             next: AtomicUsize::new(0),
@@ -241,7 +242,7 @@ mod tests {
     fn sleeping_threads_are_woken() {
         let mut team = Team::new(3).unwrap();
         for _ in 0..20 {
-            thread::sleep(3 * LOOKING);
+            thread::sleep(3 * SPIN_TIME);
             let seen: Vec<_> = (0..3).map(|_| AtomicUsize::new(0)).collect();
             let all = Barrier::new(3);
             team.run(3, &|thread, _| {
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_reaches_the_caller_and_the_team_goes_on() {
+    fn a_panic_reaches_the_caller_and_the_team_continues() {
         let mut team = Team::new(2).unwrap();
         for bad in [0, 50] {
             let run = AssertUnwindSafe(|| {

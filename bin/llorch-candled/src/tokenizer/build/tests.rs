@@ -464,7 +464,7 @@ fn white_space_after_a_control_token_of_phi3_is_left_out() {
 }
 
 #[test] // [CAND-090]
-fn every_pre_tokenizer_that_models_are_accepted_by_is_known() {
+fn every_accepted_pre_tokenizer_is_known() {
     for pre in PRE_TOKENIZERS {
         let header = header("gpt2", Some(pre), &[], &[("a", 0.0, 1), ("b", 0.0, 1)]);
         let built = Tokenizer::from_header(&header).map(drop);

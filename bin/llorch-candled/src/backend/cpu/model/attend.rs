@@ -27,12 +27,12 @@ impl Pass<'_> {
         buffers: &mut Buffers,
         layer: &mut Layer,
     ) {
-        self.place(layout, team, buffers, layer);
+        self.store(layout, team, buffers, layer);
         self.attend(layout, team, buffers, layer);
     }
 
     /// Prepares the queries, and stores keys and values in the cache.
-    fn place<C: Layout>(
+    fn store<C: Layout>(
         &self,
         layout: C,
         team: &mut Team,
@@ -196,18 +196,18 @@ impl<'a, C: Layout> Attention<'a, C> {
         let mut rest = places;
         while !rest.is_empty() {
             rest = match rest.len() {
-                8.. => self.some::<8>(seen, rest, scores),
-                6.. => self.some::<6>(seen, rest, scores),
-                4.. => self.some::<4>(seen, rest, scores),
-                3 => self.some::<3>(seen, rest, scores),
-                2 => self.some::<2>(seen, rest, scores),
-                _ => self.some::<1>(seen, rest, scores),
+                8.. => self.attend_rows::<8>(seen, rest, scores),
+                6.. => self.attend_rows::<6>(seen, rest, scores),
+                4.. => self.attend_rows::<4>(seen, rest, scores),
+                3 => self.attend_rows::<3>(seen, rest, scores),
+                2 => self.attend_rows::<2>(seen, rest, scores),
+                _ => self.attend_rows::<1>(seen, rest, scores),
             };
         }
     }
 
     /// Attends with the first places, and returns the rest.
-    fn some<'p, const ROWS: usize>(
+    fn attend_rows<'p, const ROWS: usize>(
         &self,
         seen: Seen<'a>,
         places: &'p [(usize, usize)],

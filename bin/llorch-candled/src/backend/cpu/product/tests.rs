@@ -255,7 +255,7 @@ fn integers_do_not_overflow() {
 }
 
 #[test]
-fn what_is_no_number_stays_none() {
+fn nan_and_infinity_spread_to_every_result_of_their_row() {
     let mut random = Random::new(4);
     for format in Format::ALL {
         let columns = format.block_len().max(16) * 2;
