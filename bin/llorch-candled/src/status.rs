@@ -52,7 +52,7 @@ impl Status {
         }
     }
 
-    /// Records that `done` of `total` is loaded.
+    /// Records that `done` of `total` bytes are loaded.
     pub fn loading(&self, done: u64, total: u64) {
         // 100 is reserved for a model that is ready.
         let percent = done

@@ -1,4 +1,4 @@
-//! Concurrent generations: what each of them gets, and what none of them loses.
+//! Concurrent generations: the answer of each is the one it has alone, and no block of the cache is lost.
 
 mod support;
 

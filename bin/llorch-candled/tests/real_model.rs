@@ -123,7 +123,7 @@ fn a_prompt_that_can_not_fit_is_refused_before_it_is_tokenised() {
         "{message}"
     );
     assert!(
-        message.ends_with(", more than the model's context of 8192"),
+        message.ends_with(", which leaves no room in the model's context of 8192"),
         "{message}"
     );
 }

@@ -61,7 +61,7 @@ pub fn not_found(job_id: &str) -> ServiceError {
         WorkerErrorCode::NotFound,
         format!("no execution of job `{job_id}` on this worker"),
     )
-    .hint("its buffer was deleted or has expired")
+    .hint("check the job id: the buffer may have expired or been deleted")
 }
 
 /// Returns the error for a deletion while the execution still runs.

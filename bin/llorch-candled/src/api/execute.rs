@@ -36,7 +36,7 @@ fn validate(request: &ExecuteRequest) -> Result<(), String> {
     }
     match (&request.prompt, &request.messages) {
         (Some(_), Some(_)) | (None, None) => {
-            return Err("give either `prompt` or `messages`".to_owned());
+            return Err("exactly one of `prompt` and `messages` is required".to_owned());
         }
         (None, Some(_)) if request.raw => {
             return Err("`raw` requires `prompt` instead of `messages`".to_owned());

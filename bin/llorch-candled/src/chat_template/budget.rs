@@ -92,8 +92,8 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// The part of a thread's life in which its memory is limited. Afterwards, also in a panic, the thread may allocate whatever it
-/// needs to end.
+/// A period in which a thread's memory is limited. Once it is over, even in a panic, the thread may allocate whatever it needs to
+/// end.
 struct Limited<'a>(PhantomData<&'a AtomicBool>);
 
 impl<'a> Limited<'a> {

@@ -115,7 +115,7 @@ pub enum Failure {
     Request(String),
     /// The prompt is so long that it has too many tokens for the model, however they are counted.
     #[error(
-        "the prompt of {bytes} bytes has at least {least_tokens} tokens, more than the model's context of {model_context}"
+        "the prompt of {bytes} bytes has at least {least_tokens} tokens, which leaves no room in the model's context of {model_context}"
     )]
     TooLong {
         /// Bytes of the prompt.
@@ -184,9 +184,8 @@ impl Failure {
 
     /// Returns whether another attempt, on this worker or another, may succeed.
     pub fn retriable(&self) -> bool {
-        let by_request = self.code() != WorkerErrorCode::InferenceFailed;
-        let passes = matches!(self, Self::Halted(Halted::ShuttingDown) | Self::Shortage(_));
-        !by_request || passes
+        let failed = self.code() == WorkerErrorCode::InferenceFailed;
+        failed || matches!(self, Self::Halted(Halted::ShuttingDown) | Self::Shortage(_))
     }
 
     /// Returns the sizes of a context that is too small; `None` for other errors.
@@ -375,8 +374,8 @@ impl Engine {
             .on_layer(Box::new(report));
     }
 
-    /// Computes at most three tokens in two passes. So everything prepared at first use is in memory before the memory is
-    /// measured, and a model that computes nonsense is refused before it gets a job.
+    /// Computes at most three tokens in two passes, so that everything that is prepared at its first use is in memory before the
+    /// memory is measured, and a model that computes nonsense is refused before it gets a job.
     pub fn warm_up(&self) -> Result<(), LoadError> {
         let tokens = &[0; 3][..self.description.context.min(3)];
         let mut sequence = self.sequence(tokens.len())?;

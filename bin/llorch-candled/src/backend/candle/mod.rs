@@ -291,7 +291,7 @@ impl CandleModel {
             .flatten_from(D::Minus2)
     }
 
-    /// Returns 0 where a position may look, and minus infinity ahead of it and behind its window.
+    /// Returns the mask of the scores: 0 for positions that a row sees, minus infinity for those ahead of it or behind its window.
     fn mask(
         &self,
         first: usize,

@@ -138,7 +138,7 @@ impl<C: Layout, const ROWS: usize> Kernel for Attend<'_, C, ROWS> {
                     sound = lanes.select_below(numbers, from, lanes.splat(0.0), sound);
                     sound = lanes.select_below(numbers, to, sound, lanes.splat(0.0));
                 }
-                // `exp` would hide a seen score that is NaN or infinite. Times 0 it is NaN, and makes the sum of weights NaN.
+                // `exp` would hide a seen score that is NaN or infinite. Its product with 0 is NaN, and so is the sum of weights.
                 poison[row] = lanes.mul_add(sound, lanes.splat(0.0), poison[row]);
                 largest[row] = lanes.max(largest[row], score);
                 lanes.store(&mut scores[row], score);

@@ -1,4 +1,4 @@
-//! Memory by pages: that of the cache, which the system gives to the process as it is used, and that of the weights.
+//! Memory in whole pages: for the cache, which the system provides only as it is used, and large pages for the weights.
 
 use std::io;
 use std::ops::{Deref, DerefMut};

@@ -194,7 +194,7 @@ fn scale_and_factor<L: Lanes>(lanes: L, from: &[[f32; LANES]]) -> (f32, f32) {
 /// Returns sixteen bytes, as four quads, and their sum.
 #[inline(always)]
 fn sixteen<L: Lanes>(lanes: L, from: &[f32; LANES], factor: f32) -> ([i32; 4], i32) {
-    // Factor 0 also marks blocks with NaN or infinite floats, which times 0 would not be 0.
+    // Factor 0 also marks blocks with NaN or infinite floats, whose products with 0 would not be 0.
     if factor == 0.0 {
         return ([0; 4], 0);
     }

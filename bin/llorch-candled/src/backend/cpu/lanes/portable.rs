@@ -1,4 +1,4 @@
-//! Lanes in plain Rust: the definition of every operation, and the tier of processors without another.
+//! Lanes in plain Rust: the definition of every operation, and the tier of processors that have no other.
 
 use half::{bf16, f16};
 
