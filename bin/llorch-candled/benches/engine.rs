@@ -16,12 +16,12 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use llorch_candled::backend::Device;
-use llorch_candled::backend::cpu::host::private_bytes;
 use llorch_candled::backend::cpu::lanes::Tier;
 use llorch_candled::engine::batcher::{Batcher, Ended};
 use llorch_candled::engine::sequence::Sequence;
 use llorch_candled::engine::{Control, Engine, Halted, Sizes};
 use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerEvent};
+use pool_core::kit::host_memory::private_bytes;
 use pool_core::worker::CacheType;
 
 const PREFILL: usize = 512;
@@ -118,7 +118,7 @@ fn measure(model: &Path, device: Device, what: &What) {
     let engine = Engine::load(model, device, sizes, &mut |_, _| ()).expect("the model loads");
     let loaded = start.elapsed();
     engine.warm_up().expect("the model computes");
-    let mib = private_bytes().unwrap_or_default() >> 20;
+    let mib = private_bytes(std::process::id()).unwrap_or_default() >> 20;
     println!("{device:?}: loaded in {loaded:.0?}, {mib} MiB of its own");
     if let Some(answers) = what.answers {
         return show_answers(&engine, answers, what.runs);

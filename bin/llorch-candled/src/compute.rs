@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use pool_core::api::worker::{WorkerEnd, WorkerError, WorkerErrorCode, WorkerEvent};
 use pool_core::kit::crash::crash_point;
 use pool_core::kit::errors::with_causes;
+use pool_core::kit::host_memory::private_bytes;
 use tokio::sync::oneshot;
 
 use crate::backend::Device;
-use crate::backend::cpu::host::private_bytes;
 use crate::engine::batcher::{Batcher, Ended, Step};
 use crate::engine::{Control, Engine, Failure, Generation, Halted, LoadError, Sizes};
 use crate::executions::{Execution, Executions};
@@ -178,7 +178,7 @@ impl Compute {
         self.status.set_room(engine.room(), 0);
         self.status.ready(Loaded {
             context_length: engine.context_length() as u32,
-            measured_bytes: private_bytes().map(|bytes| bytes + to_come),
+            measured_bytes: private_bytes(std::process::id()).map(|bytes| bytes + to_come),
         });
         Ok(engine)
     }

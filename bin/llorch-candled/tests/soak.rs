@@ -15,6 +15,7 @@ use pool_core::api::worker::{
     WorkerEvent, WorkerHealth,
 };
 use pool_core::kit::client::{ApiClient, EventStream, Method};
+use pool_core::kit::host_memory::private_bytes;
 use pool_core::kit::secret::Secret;
 use pool_core::kit::sse::SseEvent as _;
 use pool_core::worker::CacheRoom;
@@ -82,12 +83,7 @@ impl Worker {
 
     /// Returns the private bytes of the worker, without mapped files.
     fn private_bytes(&self) -> u64 {
-        let path = format!("/proc/{}/status", self.process.0.id());
-        let status = std::fs::read_to_string(path).unwrap();
-        let mut lines = status.lines();
-        let line = lines.find_map(|line| line.strip_prefix("RssAnon:"));
-        let kib = line.unwrap().trim().trim_end_matches(" kB");
-        kib.parse::<u64>().unwrap() * 1024
+        private_bytes(self.process.0.id()).unwrap()
     }
 
     /// Sends a job, waiting for a slot if necessary, and plays a random client. Returns the outcome if it was seen.

@@ -1,4 +1,4 @@
-//! The main memory of this host, and the part of it that this process may use.
+//! The main memory of this host, the part of it that this process may use, and the part that a process holds.
 
 use std::io;
 
@@ -51,7 +51,7 @@ fn parse_meminfo(text: &str) -> Option<HostMemory> {
 
 /// Returns a field of a file in `/proc`, converted from `kB` to bytes.
 #[cfg(target_os = "linux")]
-pub(crate) fn kibibytes(text: &str, name: &str) -> Option<u64> {
+fn kibibytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     kibibytes.checked_mul(1024)
@@ -61,6 +61,19 @@ pub(crate) fn kibibytes(text: &str, name: &str) -> Option<u64> {
 #[cfg(target_os = "macos")]
 pub fn read() -> io::Result<HostMemory> {
     macos::memory()
+}
+
+/// Returns the private memory of a process (no mapped files, not swapped out), or `None` if the system does not report it.
+#[cfg(target_os = "linux")]
+pub fn private_bytes(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    kibibytes(&status, "RssAnon:")
+}
+
+/// Returns `None`, because this system does not report the private memory of a process.
+#[cfg(not(target_os = "linux"))]
+pub fn private_bytes(_pid: u32) -> Option<u64> {
+    None
 }
 
 #[cfg(test)]

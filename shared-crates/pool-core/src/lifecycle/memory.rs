@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::gpu::GpuState;
 use crate::gpu::Gpu;
-use crate::kit::host_memory::HostMemory;
+use crate::kit::host_memory::{HostMemory, private_bytes};
 use crate::registry::WorkerRecord;
 use crate::worker::{Backend, Device, WorkerStatus};
 
@@ -89,19 +89,6 @@ impl Held {
         };
         Self(records.iter().filter(on_cpu).filter_map(held).collect())
     }
-}
-
-/// Returns the private memory of a process (no mapped files, not swapped out), or `None` if the system does not report it.
-#[cfg(target_os = "linux")]
-fn private_bytes(pid: u32) -> Option<u64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    crate::kit::host_memory::kibibytes(&status, "RssAnon:")
-}
-
-/// Returns `None`, because this system does not report the private memory of a process.
-#[cfg(not(target_os = "linux"))]
-fn private_bytes(_pid: u32) -> Option<u64> {
-    None
 }
 
 /// Returns whether two devices share one memory, as the CPU and the GPU of a Mac do.
