@@ -2,6 +2,7 @@
 
 use super::exp::exp;
 use super::lanes::{Kernel, LANES, Lanes};
+use crate::model::description::Activation;
 
 /// Root mean square norm of a row: out = x · w / √(mean(x²) + ε) (Zhang and Sennrich 2019).
 pub struct RmsNorm<'a> {
@@ -72,15 +73,6 @@ fn sum_of_squares<L: Lanes>(lanes: L, x: &[f32]) -> f32 {
         sum = lanes.mul_add(x, x, sum);
     }
     lanes.sum(sum)
-}
-
-/// The function that a gated feed-forward layer applies to its gate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// x · σ(x).
-    Silu,
-    /// x · Φ(x) in the approximation by tanh (Hendrycks and Gimpel 2016).
-    GeluTanh,
 }
 
 /// Kernel that gates a row: gate = f(gate) · up.

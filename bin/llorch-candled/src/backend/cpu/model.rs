@@ -5,7 +5,7 @@
 
 mod attend;
 
-use super::elementwise::{Activation, Gate, RmsNorm, RmsNormInPlace};
+use super::elementwise::{Gate, RmsNorm, RmsNormInPlace};
 use super::lanes::Tier;
 use super::load::Load;
 use super::pack::PackedMatrix;
@@ -15,7 +15,7 @@ use super::quantize::{Block32, Block256, Grouping, Quantized, Rows, quantize_row
 use super::shared::Shared;
 use super::team::Team;
 use crate::model::angles::Angles;
-use crate::model::description::{self, Description};
+use crate::model::description::Description;
 use crate::model::layers::LayerKind;
 use crate::model::{BLOCK, Batch, Model, ModelError, Row, Run};
 
@@ -490,12 +490,12 @@ impl Pass<'_> {
 
     /// Applies the gates to the up-projections, and quantises the result for the down-projection.
     fn gate(&self, team: &mut Team, buffers: &mut Buffers, down: &PackedMatrix) {
-        let (tier, width) = (self.tier, self.description.feed_forward);
-        let activation = match self.description.activation {
-            description::Activation::Silu => Activation::Silu,
-            description::Activation::GeluTanh => Activation::GeluTanh,
-        };
-        let rows = self.rows();
+        let (tier, rows) = (self.tier, self.rows());
+        let Description {
+            feed_forward: width,
+            activation,
+            ..
+        } = *self.description;
         let gates = Shared::new(&mut buffers.gates);
         let ups = &buffers.ups;
         let writing = buffers.input.write(tier, rows, width, Needs::of(&[down]));
