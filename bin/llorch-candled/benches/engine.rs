@@ -38,12 +38,7 @@ fn main() {
         println!("skipped: no model file is named");
         return;
     };
-    let tier = value("tier").and_then(|name| {
-        let tiers = Tier::ALL.into_iter();
-        tiers
-            .filter(|t| t.is_available())
-            .find(|t| format!("{t:?}") == name)
-    });
+    let tier = value("tier").and_then(|name| Tier::available().find(|t| format!("{t:?}") == name));
     let tier = tier.unwrap_or_else(Tier::best);
     let reference = arguments.iter().any(|a| a == "reference");
     let what = What::from(&arguments);

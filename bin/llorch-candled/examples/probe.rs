@@ -62,10 +62,9 @@ fn run() -> anyhow::Result<()> {
 
 /// Returns the tier with this name, if the processor has it.
 fn tier(name: &str) -> anyhow::Result<Tier> {
-    let available = || Tier::ALL.into_iter().filter(|tier| tier.is_available());
-    let named = available().find(|tier| format!("{tier:?}").eq_ignore_ascii_case(name));
+    let named = Tier::available().find(|tier| format!("{tier:?}").eq_ignore_ascii_case(name));
     named.with_context(|| {
-        let names: Vec<_> = available().map(|tier| format!("{tier:?}")).collect();
+        let names: Vec<_> = Tier::available().map(|tier| format!("{tier:?}")).collect();
         format!("no tier `{name}`: this processor has {}", names.join(", "))
     })
 }

@@ -10,7 +10,7 @@ use llorch_candled::engine::batcher::{Batcher, Ended};
 use llorch_candled::engine::{Control, Engine, Halted, Sizes};
 use pool_core::api::worker::{ExecuteRequest, Sampling, WorkerErrorCode, WorkerEvent};
 use pool_core::catalog::gguf::GgufFile;
-use support::tiny_model::TinyModel;
+use support::tiny_model::{Random, TinyModel};
 use support::{cpu, greedy, run};
 
 const ARCHITECTURES: [&str; 5] = ["gemma3", "llama", "phi3", "qwen2", "qwen3"];
@@ -107,16 +107,9 @@ fn add(
     listener
 }
 
-/// Pseudo-random numbers (SplitMix64).
-struct Random(u64);
-
 impl Random {
     fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % limit as u64) as usize
+        (self.next() % limit as u64) as usize
     }
 }
 

@@ -313,7 +313,7 @@ fn bits_are_the_same_however_a_sequence_is_computed() {
                 .collect::<Vec<_>>()
         };
         let expected = bits(1, Tier::Portable, 1);
-        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
+        for tier in Tier::available() {
             for (threads, chunk) in [(1, 80), (2, 33), (3, 7)] {
                 let found = bits(threads, tier, chunk);
                 assert_eq!(found, expected, "{case:?}, {tier:?}, {threads}, {chunk}");

@@ -133,8 +133,7 @@ fn ways() -> Vec<Way> {
         Way { cut: true, ..full },
     ];
     // The slowest instruction set comes last.
-    let others = Tier::ALL.into_iter().rev();
-    let others = others.filter(|tier| tier.is_available());
+    let others = Tier::available().rev();
     let others = others.filter(|tier| *tier != reference.tier);
     ways.extend(others.map(|tier| Way { tier, ..full }));
     ways

@@ -354,9 +354,17 @@ impl Writer {
 }
 
 /// SplitMix64: small, and identical on every system.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
     /// Returns a roughly normal number of mean 0 and variance 1.
     fn number(&mut self) -> f32 {
         let sum: f32 = (0..4).map(|_| self.uniform()).sum();
@@ -364,10 +372,6 @@ impl Random {
     }
 
     fn uniform(&mut self) -> f32 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 40) as f32 / (1u32 << 24) as f32
+        (self.next() >> 40) as f32 / (1u32 << 24) as f32
     }
 }

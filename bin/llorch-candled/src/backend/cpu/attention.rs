@@ -193,6 +193,7 @@ mod tests {
     use crate::backend::cpu::cache::{Bytes, Halves};
     use crate::backend::cpu::lanes::Tier;
     use crate::backend::cpu::pages::Pages;
+    use crate::backend::cpu::testing::Random;
 
     /// A cache of a few positions, and queries to it.
     struct Case<C> {
@@ -206,18 +207,6 @@ mod tests {
         key: Vec<Vec<f32>>,
         value: Vec<Vec<f32>>,
         query: Vec<Vec<f32>>,
-    }
-
-    struct Random(u64);
-
-    impl Random {
-        fn number(&mut self) -> f32 {
-            self.0 = self
-                .0
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            ((self.0 >> 40) as f32 / (1 << 23) as f32 - 1.0) * 2.0
-        }
     }
 
     /// Returns memory filled with bytes that make every float and every scale NaN.
@@ -235,7 +224,7 @@ mod tests {
             (length, head_dim, window): (usize, usize, usize),
             seed: u64,
         ) -> Self {
-            let mut random = Random(seed);
+            let mut random = Random::new(seed);
             let heads = 2;
             let blocks = length.div_ceil(BLOCK);
             let table: Vec<u32> = (0..blocks as u32).rev().map(|block| block * 2).collect();
@@ -243,7 +232,11 @@ mod tests {
                 (C::key_block_bytes(head_dim), C::value_block_bytes(head_dim));
             let mut keys = not_numbers(2 * blocks * heads * key_bytes);
             let mut values = not_numbers(2 * blocks * heads * value_bytes);
-            let mut row = || (0..head_dim).map(|_| random.number()).collect::<Vec<_>>();
+            let mut row = || {
+                (0..head_dim)
+                    .map(|_| 2.0 * random.float())
+                    .collect::<Vec<_>>()
+            };
             let (key, value): (Vec<_>, Vec<_>) = (0..length).map(|_| (row(), row())).unzip();
             let query = (0..length).map(|_| row()).collect();
             for position in 0..length {
@@ -365,7 +358,7 @@ mod tests {
                 assert!((f64::from(*found) - exact).abs() < 2e-5, "{found} {exact}");
             }
         }
-        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
+        for tier in Tier::available() {
             let same = Case::new(layout, tier, shape, length as u64);
             assert_eq!(
                 (&*same.keys, &*same.values),
@@ -393,7 +386,7 @@ mod tests {
     fn check_not_numbers<C: Layout>(layout: C) {
         let mut case = Case::new(layout, Tier::Portable, (20, 16, 99), 3);
         case.query[19][3] = f32::NAN;
-        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
+        for tier in Tier::available() {
             assert!(case.attend::<1>(tier, 19)[0].iter().all(|x| x.is_nan()));
             assert!(case.attend::<1>(tier, 18)[0].iter().all(|x| x.is_finite()));
         }
@@ -409,7 +402,7 @@ mod tests {
                 [..C::value_block_bytes(16)],
             slot: 17 % BLOCK,
         });
-        for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
+        for tier in Tier::available() {
             assert!(case.attend::<1>(tier, 18)[0].iter().all(|x| x.is_nan()));
             assert!(case.attend::<1>(tier, 16)[0].iter().all(|x| x.is_finite()));
         }

@@ -66,7 +66,7 @@ mod tests {
                     "e^{x} = {found}"
                 );
             }
-            for tier in Tier::ALL.into_iter().filter(|tier| tier.is_available()) {
+            for tier in Tier::available() {
                 let mut same = arguments;
                 tier.run(Sixteen(&mut same));
                 assert_eq!(

@@ -255,10 +255,6 @@ mod tests {
     use super::*;
     use crate::backend::cpu::testing::Random;
 
-    fn tiers() -> impl Iterator<Item = Tier> {
-        Tier::ALL.into_iter().filter(|tier| tier.is_available())
-    }
-
     fn bytes(quads: &[i32]) -> Vec<i8> {
         quads
             .iter()
@@ -271,7 +267,7 @@ mod tests {
     fn quantize<B: Quantized + PartialEq + std::fmt::Debug>(row: &[f32]) -> Vec<B> {
         let mut expected = vec![B::default(); row.len().div_ceil(B::LEN)];
         quantize_row(Tier::Portable, row, &mut expected);
-        for tier in tiers() {
+        for tier in Tier::available() {
             let mut blocks = vec![B::default(); expected.len()];
             quantize_row(tier, row, &mut blocks);
             // Compared as text, because NaN doesn't equal itself.

@@ -210,10 +210,14 @@ impl Tier {
         Self::Neon,
     ];
 
+    /// Returns the tiers whose instructions this processor has, slowest first.
+    pub fn available() -> impl DoubleEndedIterator<Item = Self> {
+        Self::ALL.into_iter().filter(|tier| tier.is_available())
+    }
+
     /// Returns the fastest tier of this processor.
     pub fn best() -> Self {
-        let available = Self::ALL.into_iter().rev().find(|tier| tier.is_available());
-        available.unwrap_or(Self::Portable)
+        Self::available().next_back().unwrap_or(Self::Portable)
     }
 
     /// Returns whether this processor has the tier's instructions.

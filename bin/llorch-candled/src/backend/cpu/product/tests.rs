@@ -70,10 +70,6 @@ fn product(tier: Tier, weights: &PackedMatrix, activations: &Owned, rows: usize)
     values
 }
 
-fn tiers() -> impl Iterator<Item = Tier> {
-    Tier::ALL.into_iter().filter(|tier| tier.is_available())
-}
-
 /// Returns the magnitudes of the terms that a product adds up for a row of weights, scale and minimum separately.
 fn magnitudes(format: Format, bytes: &[u8]) -> Vec<f64> {
     let half = |bits| f64::from(half::f16::from_bits(bits).to_f32()).abs();
@@ -173,7 +169,7 @@ fn assert_tiers_agree(format: Format, fill: fn(Format, &mut [u8], &mut Random), 
             1,
         ));
     }
-    for tier in tiers() {
+    for tier in Tier::available() {
         for rows in 1..=most {
             let activations = Owned::new(format, &values[..rows * columns], columns);
             let out = product(tier, &weights, &activations, rows);
@@ -232,7 +228,7 @@ fn integers_do_not_overflow() {
                             .sum()
                     })
                     .collect();
-                for tier in tiers() {
+                for tier in Tier::available() {
                     for (i, &x) in product(tier, &weights, &activations, 2).iter().enumerate() {
                         let expected = expected[i % 16];
                         let error = (f64::from(x) - expected).abs();
@@ -266,7 +262,7 @@ fn nan_and_infinity_spread_to_every_result_of_their_row() {
             let mut values: Vec<f32> = (0..3 * columns).map(|_| random.float()).collect();
             values[columns + 5] = bad;
             let activations = Owned::new(format, &values, columns);
-            for tier in tiers() {
+            for tier in Tier::available() {
                 let out = product(tier, &weights, &activations, 3);
                 let finite = |row: usize| out[20 * row..][..20].iter().all(|x| x.is_finite());
                 assert!(finite(0) && finite(2), "{format:?} {tier:?}");
