@@ -7,7 +7,7 @@ use std::path::Path;
 
 use pool_core::catalog::gguf::{GgmlType, GgufFile};
 
-use crate::model::places::Place;
+use crate::model::places::{Place, VectorPlace};
 
 /// Reason why a tensor can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -128,8 +128,8 @@ impl<'a> Tensors<'a> {
     /// # Errors
     ///
     /// Fails if the file doesn't have the vector, or has it in another length.
-    pub fn vector(&self, name: &str, length: usize) -> Result<Stored, TensorError> {
-        self.find(name, &[length])
+    pub fn vector(&self, place: &VectorPlace) -> Result<Stored, TensorError> {
+        self.find(&place.name, &[place.length])
     }
 
     fn find(&self, name: &str, shape: &[usize]) -> Result<Stored, TensorError> {

@@ -1,6 +1,7 @@
 //! Cosines and sines of the rotary position embedding (Su et al. 2021).
 
 use super::description::Description;
+use super::places::VectorPlace;
 
 /// Angles of the rotated pairs per step of position, and the factor of their cosines and sines, for each rotation of a model.
 #[derive(Debug, Clone)]
@@ -9,18 +10,22 @@ pub struct Angles {
 }
 
 impl Angles {
-    /// Prepares the rotations of a model. `read` returns the tensor with the given name, which has one number for each pair.
+    /// Prepares the rotations of a model. `read` returns the vector at a place, which has one number for each pair.
     ///
     /// # Errors
     ///
     /// Fails if `read` does.
     pub fn new<E>(
         description: &Description,
-        mut read: impl FnMut(&str) -> Result<Vec<f32>, E>,
+        mut read: impl FnMut(&VectorPlace) -> Result<Vec<f32>, E>,
     ) -> Result<Self, E> {
         let width = description.rope_dim;
         let rotations = description.rotations.iter().map(|rotation| {
-            let factors = rotation.factors.map(&mut read).transpose()?;
+            let place = rotation.factors.map(|name| VectorPlace {
+                name: name.to_owned(),
+                length: width / 2,
+            });
+            let factors = place.as_ref().map(&mut read).transpose()?;
             let step = |pair: usize| {
                 let exponent = (2 * pair) as f64 / width as f64;
                 let factor = factors.as_ref().and_then(|factors| factors.get(pair));

@@ -17,7 +17,7 @@ use crate::backend::tensors::TensorError;
 use crate::model::angles::Angles;
 use crate::model::description::{Activation, Description};
 use crate::model::layers::LayerKind;
-use crate::model::places::{self, in_layer};
+use crate::model::places::{self, Place, VectorPlace};
 use crate::model::{BLOCK, Batch, Model, ModelError, Run};
 use rope::{Rope, Turn};
 use weights::Weights;
@@ -116,16 +116,15 @@ impl CandleModel {
         let layers = (0..description.layers.len())
             .map(|index| load_layer(&mut weights, &description, index, blocks))
             .collect::<Result<_, _>>()?;
-        let output_norm = weights.vector(places::OUTPUT_NORM, description.width)?;
+        let output_norm = weights.vector(&description.output_norm_place())?;
         let output = if weights.has(places::OUTPUT) {
             weights.matrix(&description.output_place())?
         } else {
             // The output shares the embedding's memory.
             QMatMul::from_arc(Arc::clone(&embedding))?
         };
-        let angles = Angles::new(&description, |name| {
-            let factors = weights.vector(name, description.rope_dim / 2)?;
-            factors.to_vec1().map_err(LoadError::from)
+        let angles = Angles::new(&description, |place| {
+            weights.vector(place)?.to_vec1().map_err(LoadError::from)
         })?;
         let rope = Rope::new(&description, angles, device);
         Ok(Self {
@@ -372,54 +371,38 @@ fn load_layer(
     blocks: usize,
 ) -> Result<Layer, LoadError> {
     let at = description.layer_places(index);
-    let features = description.features;
-    let linear = |weights: &mut Weights<'_>, place: &places::Place, part: &str| {
-        let bias = features
-            .attention_bias
-            .then(|| weights.vector(&in_layer(index, &format!("{part}.bias")), place.rows));
+    let mut linear = |matrix: &Place, bias: &Option<VectorPlace>| {
         Ok::<_, TensorError>(Linear {
-            weight: weights.matrix(place)?,
-            bias: bias.transpose()?,
+            bias: weights.vector_if(bias)?,
+            weight: weights.matrix(matrix)?,
         })
     };
-    let query = linear(weights, &at.query, "attn_q")?;
-    let key = linear(weights, &at.key, "attn_k")?;
-    let value = linear(weights, &at.value, "attn_v")?;
-    let mut norm = |part: &str, length: usize| {
-        weights.vector(&in_layer(index, &format!("{part}.weight")), length)
-    };
-    let attention_norm = norm("attn_norm", description.width)?;
-    let feed_forward_norm = norm("ffn_norm", description.width)?;
-    let mut norm_if =
-        |present: bool, part: &str, length: usize| present.then(|| norm(part, length)).transpose();
-    let query_norm = norm_if(features.qk_norm, "attn_q_norm", description.head_dim)?;
-    let key_norm = norm_if(features.qk_norm, "attn_k_norm", description.head_dim)?;
-    let attention_post_norm =
-        norm_if(features.post_norm, "post_attention_norm", description.width)?;
-    let feed_forward_post_norm = norm_if(features.post_norm, "post_ffw_norm", description.width)?;
+    let query = linear(&at.query, &at.query_bias)?;
+    let key = linear(&at.key, &at.key_bias)?;
+    let value = linear(&at.value, &at.value_bias)?;
     let shape = (blocks * BLOCK, description.kv_heads, description.head_dim);
-    let empty = || Tensor::zeros(shape, DType::F32, weights.device());
-    let empty = || empty().map_err(LoadError::from);
+    let device = weights.device();
+    let empty = || Tensor::zeros(shape, DType::F32, device).map_err(LoadError::from);
     Ok(Layer {
         kind: description.layers[index],
-        attention_norm,
+        attention_norm: weights.vector(&at.attention_norm)?,
         cache: [empty()?, empty()?],
         attention: Attention {
             query,
             key,
             value,
             output: weights.matrix(&at.output)?,
-            query_norm,
-            key_norm,
+            query_norm: weights.vector_if(&at.query_norm)?,
+            key_norm: weights.vector_if(&at.key_norm)?,
         },
-        attention_post_norm,
-        feed_forward_norm,
+        attention_post_norm: weights.vector_if(&at.attention_post_norm)?,
+        feed_forward_norm: weights.vector(&at.feed_forward_norm)?,
         feed_forward: FeedForward {
             gate: weights.matrix(&at.gate)?,
             up: weights.matrix(&at.up)?,
             down: weights.matrix(&at.down)?,
             activation: description.activation,
         },
-        feed_forward_post_norm,
+        feed_forward_post_norm: weights.vector_if(&at.feed_forward_post_norm)?,
     })
 }

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor};
 use pool_core::catalog::gguf::{GgmlType, GgufFile};
 
 use crate::backend::tensors::{Stored, TensorError, Tensors};
-use crate::model::places::Place;
+use crate::model::places::{Place, VectorPlace};
 
 /// Strictest alignment of any block type. candle casts the bytes to blocks, so they must be aligned.
 const BLOCK_ALIGNMENT: usize = 16;
@@ -62,12 +62,21 @@ impl<'a> Weights<'a> {
     }
 
     /// Reads a vector of 32-bit floats.
-    pub fn vector(&mut self, name: &str, length: usize) -> Result<Tensor, TensorError> {
-        let stored = self.tensors.vector(name, length)?;
-        let tensor = self.tensor(&stored, &[length])?;
+    pub fn vector(&mut self, place: &VectorPlace) -> Result<Tensor, TensorError> {
+        let stored = self.tensors.vector(place)?;
+        let tensor = self.tensor(&stored, &[place.length])?;
         tensor
             .dequantize(self.device)
-            .map_err(|error| refused(name, &error))
+            .map_err(|error| refused(&place.name, &error))
+    }
+
+    /// Reads a vector that the family may lack.
+    pub fn vector_if(
+        &mut self,
+        place: &Option<VectorPlace>,
+    ) -> Result<Option<Tensor>, TensorError> {
+        let place = place.as_ref();
+        place.map(|place| self.vector(place)).transpose()
     }
 
     /// Reads a matrix in its stored form.

@@ -18,7 +18,7 @@ use crate::backend::LoadError;
 use crate::backend::tensors::{Stored, TensorError, Tensors};
 use crate::model::angles::Angles;
 use crate::model::description::Description;
-use crate::model::places::{self, Place, in_layer};
+use crate::model::places::{self, Place, VectorPlace};
 
 /// Most bytes of the file that a thread reads and packs at a time. Smaller matrices are split among the threads.
 const STEP: usize = 1 << 20;
@@ -58,7 +58,7 @@ impl Load {
         let layers = (0..description.layers.len())
             .map(|index| self.layer(&mut reader, &description, index))
             .collect::<Result<_, _>>()?;
-        let output_norm = reader.vector(places::OUTPUT_NORM, description.width)?;
+        let output_norm = reader.vector(&description.output_norm_place())?;
         let has_output = reader.tensors.has(places::OUTPUT);
         let output = has_output.then(|| reader.matrix(&description.output_place()));
         let weights = Weights {
@@ -67,9 +67,7 @@ impl Load {
             output_norm,
             output: output.transpose()?,
         };
-        let angles = Angles::new(&description, |name| {
-            reader.vector(name, description.rope_dim / 2)
-        })?;
+        let angles = Angles::new(&description, |place| reader.vector(place))?;
         Ok(CpuModel::new(
             description,
             self,
@@ -86,25 +84,17 @@ impl Load {
         index: usize,
     ) -> Result<Layer, LoadError> {
         let at = description.layer_places(index);
-        let features = description.features;
-        let mut projection = |place: &Place, part: &str| {
-            let bias = features
-                .attention_bias
-                .then(|| reader.vector(&in_layer(index, &format!("{part}.bias")), place.rows));
+        let mut projection = |matrix: &Place, bias: &Option<VectorPlace>| {
             Ok::<_, TensorError>(Projection {
-                matrix: reader.matrix(place)?,
-                bias: bias.transpose()?,
+                bias: reader.vector_if(bias)?,
+                matrix: reader.matrix(matrix)?,
             })
         };
-        let query = projection(&at.query, "attn_q")?;
-        let key = projection(&at.key, "attn_k")?;
-        let value = projection(&at.value, "attn_v")?;
+        let query = projection(&at.query, &at.query_bias)?;
+        let key = projection(&at.key, &at.key_bias)?;
+        let value = projection(&at.value, &at.value_bias)?;
         let [output, gate, up, down] =
             [&at.output, &at.gate, &at.up, &at.down].map(|place| reader.matrix(place));
-        let norm = |present: bool, part: &str, length: usize| {
-            let name = in_layer(index, &format!("{part}.weight"));
-            present.then(|| reader.vector(&name, length)).transpose()
-        };
         let key_block = key_block_bytes(description.cache, description.head_dim);
         let value_block = value_block_bytes(description.cache, description.head_dim);
         let heads = self.blocks * description.kv_heads;
@@ -116,23 +106,19 @@ impl Load {
         };
         Ok(Layer {
             kind: description.layers[index],
-            attention_norm: norm(true, "attn_norm", description.width)?.unwrap_or_default(),
+            attention_norm: reader.vector(&at.attention_norm)?,
             query,
             key,
             value,
-            query_norm: norm(features.qk_norm, "attn_q_norm", description.head_dim)?,
-            key_norm: norm(features.qk_norm, "attn_k_norm", description.head_dim)?,
+            query_norm: reader.vector_if(&at.query_norm)?,
+            key_norm: reader.vector_if(&at.key_norm)?,
             output: output?,
-            attention_post_norm: norm(
-                features.post_norm,
-                "post_attention_norm",
-                description.width,
-            )?,
-            feed_forward_norm: norm(true, "ffn_norm", description.width)?.unwrap_or_default(),
+            attention_post_norm: reader.vector_if(&at.attention_post_norm)?,
+            feed_forward_norm: reader.vector(&at.feed_forward_norm)?,
             gate: gate?,
             up: up?,
             down: down?,
-            feed_forward_post_norm: norm(features.post_norm, "post_ffw_norm", description.width)?,
+            feed_forward_post_norm: reader.vector_if(&at.feed_forward_post_norm)?,
             keys: cache(key_block)?,
             values: cache(value_block)?,
         })
@@ -206,15 +192,21 @@ impl Reader<'_, '_> {
     }
 
     /// Reads a vector as 32-bit floats.
-    fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>, TensorError> {
-        let stored = self.tensors.vector(name, length)?;
+    fn vector(&self, place: &VectorPlace) -> Result<Vec<f32>, TensorError> {
+        let stored = self.tensors.vector(place)?;
         let format = format_of(&stored)?;
         let mut bytes = vec![0; stored.bytes()];
         self.tensors.read(&stored, 0..1, &mut bytes)?;
-        let mut values = vec![0.0; length];
+        let mut values = vec![0.0; place.length];
         dequantize(format, &bytes, &mut values);
         report(&self.progress, bytes.len())?;
         Ok(values)
+    }
+
+    /// Reads a vector that the family may lack.
+    fn vector_if(&self, place: &Option<VectorPlace>) -> Result<Option<Vec<f32>>, TensorError> {
+        let place = place.as_ref();
+        place.map(|place| self.vector(place)).transpose()
     }
 }
 
