@@ -4,20 +4,22 @@
 //! tiles of weights for products, by blocks of the cache for keys and values, and by heads for attention.
 
 mod attend;
+mod input;
 
 use super::elementwise::{Gate, RmsNorm, RmsNormInPlace};
 use super::lanes::Tier;
 use super::load::Load;
 use super::pack::PackedMatrix;
 use super::pages::Pages;
-use super::product::{Activations, Output, multiply};
-use super::quantize::{Block32, Block256, Grouping, Quantized, Rows, quantize_row};
+use super::product::{Output, multiply};
+use super::quantize::Block32;
 use super::shared::Shared;
 use super::team::Team;
 use crate::model::angles::Angles;
 use crate::model::description::Description;
 use crate::model::layers::LayerKind;
 use crate::model::{BLOCK, Batch, Model, ModelError, Row, Run};
+use input::{Input, Needs};
 
 /// Number of query rows that attention computes together.
 const TOGETHER: usize = 8;
@@ -92,87 +94,6 @@ struct Buffers {
     input: Input,
     /// Attention scores, one buffer per thread.
     scores: Vec<Vec<f32>>,
-}
-
-/// The input of a product: rows of floats, quantised in the groupings that the weights need.
-#[derive(Default)]
-struct Input {
-    by_32: Rows<Block32>,
-    by_256: Rows<Block256>,
-}
-
-/// The groupings that some weights need.
-#[derive(Clone, Copy)]
-struct Needs {
-    by_32: bool,
-    by_256: bool,
-}
-
-impl Needs {
-    fn of(weights: &[&PackedMatrix]) -> Self {
-        let need = |grouping| {
-            weights
-                .iter()
-                .any(|weights| Grouping::of(weights.format()) == grouping)
-        };
-        Self {
-            by_32: need(Grouping::By32),
-            by_256: need(Grouping::By256),
-        }
-    }
-}
-
-/// [`Input`] while its rows are being written.
-#[derive(Clone, Copy)]
-struct Writing<'a> {
-    tier: Tier,
-    by_32: Option<(Shared<'a, Block32>, usize)>,
-    by_256: Option<(Shared<'a, Block256>, usize)>,
-}
-
-impl Input {
-    fn write(&mut self, tier: Tier, rows: usize, columns: usize, needs: Needs) -> Writing<'_> {
-        Writing {
-            tier,
-            by_32: needs.by_32.then(|| open(&mut self.by_32, rows, columns)),
-            by_256: needs.by_256.then(|| open(&mut self.by_256, rows, columns)),
-        }
-    }
-
-    fn activations<'a>(&'a self, weights: &PackedMatrix, floats: &'a [f32]) -> Activations<'a> {
-        match Grouping::of(weights.format()) {
-            Grouping::Floats => Activations::Floats(floats),
-            Grouping::By32 => Activations::By32(&self.by_32),
-            Grouping::By256 => Activations::By256(&self.by_256),
-        }
-    }
-}
-
-/// Resizes `all`, and returns its blocks and the number of blocks in a row.
-fn open<B: Quantized>(all: &mut Rows<B>, rows: usize, columns: usize) -> (Shared<'_, B>, usize) {
-    all.resize(rows, columns);
-    let length = all.row_blocks();
-    (Shared::new(all.blocks_mut()), length)
-}
-
-impl Writing<'_> {
-    /// Writes a row.
-    ///
-    /// # Safety
-    ///
-    /// No other thread may write this row at the same time.
-    unsafe fn row(&self, row: usize, floats: &[f32]) {
-        if let Some((blocks, length)) = self.by_32 {
-            // SAFETY: the caller guarantees that each row has one writer.
-            let blocks = unsafe { blocks.part(row * length..(row + 1) * length) };
-            quantize_row(self.tier, floats, blocks);
-        }
-        if let Some((blocks, length)) = self.by_256 {
-            // SAFETY: the caller guarantees that each row has one writer.
-            let blocks = unsafe { blocks.part(row * length..(row + 1) * length) };
-            quantize_row(self.tier, floats, blocks);
-        }
-    }
 }
 
 /// Rows of a run whose keys and values belong to one block of the cache.
@@ -390,7 +311,7 @@ impl Pass<'_> {
         let hidden = Shared::new(&mut buffers.hidden);
         let update = Shared::new(&mut buffers.update);
         let normed = Shared::new(&mut buffers.normed);
-        let writing = buffers.input.write(tier, rows, width, needs);
+        let writer = buffers.input.writer(tier, rows, width, needs);
         team.run(rows, &|_, index| {
             let range = index * width..(index + 1) * width;
             // SAFETY: unit i accesses only row i of every matrix.
@@ -413,7 +334,7 @@ impl Pass<'_> {
                 out: normed,
             });
             // SAFETY: each unit writes only its own row.
-            unsafe { writing.row(index, normed) };
+            unsafe { writer.row(index, normed) };
         });
     }
 
@@ -481,10 +402,10 @@ impl Pass<'_> {
         width: usize,
         weights: &PackedMatrix,
     ) {
-        let writing = input.write(self.tier, self.rows(), width, Needs::of(&[weights]));
+        let writer = input.writer(self.tier, self.rows(), width, Needs::of(&[weights]));
         team.run(self.rows(), &|_, index| {
             // SAFETY: each unit writes only its own row.
-            unsafe { writing.row(index, row(values, index, width)) };
+            unsafe { writer.row(index, row(values, index, width)) };
         });
     }
 
@@ -498,7 +419,7 @@ impl Pass<'_> {
         } = *self.description;
         let gates = Shared::new(&mut buffers.gates);
         let ups = &buffers.ups;
-        let writing = buffers.input.write(tier, rows, width, Needs::of(&[down]));
+        let writer = buffers.input.writer(tier, rows, width, Needs::of(&[down]));
         team.run(rows, &|_, index| {
             // SAFETY: each unit accesses only its own row.
             let gate = unsafe { gates.part(index * width..(index + 1) * width) };
@@ -508,7 +429,7 @@ impl Pass<'_> {
                 up: row(ups, index, width),
             });
             // SAFETY: each unit writes only its own row.
-            unsafe { writing.row(index, gate) };
+            unsafe { writer.row(index, gate) };
         });
     }
 
@@ -522,11 +443,8 @@ impl Pass<'_> {
         output: &PackedMatrix,
         logits: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        let needs = Needs {
-            by_32: false,
-            by_256: false,
-        };
-        self.add_and_norm(team, buffers, true, post_norm, norm, needs);
+        // The logits need only some of the rows, which are quantised below.
+        self.add_and_norm(team, buffers, true, post_norm, norm, Needs::of(&[]));
         let Description { width, vocab, .. } = *self.description;
         logits.clear();
         let wanted: Vec<_> = (0..self.rows())
