@@ -17,7 +17,6 @@ mod load;
 mod model;
 pub mod pack;
 mod pages;
-#[allow(unsafe_code)]
 pub mod product;
 pub mod quantize;
 #[allow(unsafe_code)]

@@ -8,16 +8,21 @@
 //! - quantised formats: one sum, to which each block adds its exact integer sum times the product of both scales by one fused
 //!   multiply-add, and then, in formats with minima, the minimum times the sum of the activations by another.
 
+mod chunk;
 mod float;
+#[allow(unsafe_code)]
+mod output;
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use crate::backend::cpu::format::Format;
 use crate::backend::cpu::lanes::{Kernel, LANES, Lanes, Tier};
-use crate::backend::cpu::pack::{HALVES, PackedMatrix, TILE_ROWS, tile_block_bytes};
+use crate::backend::cpu::pack::{HALVES, PackedMatrix, tile_block_bytes};
 use crate::backend::cpu::quantize::{Block32, Block256, Quantized, Rows};
+use chunk::{Bytes, Chunk, Fives, Nibbles, Sixes};
 use float::{Brains, FloatProduct, Halves, Singles};
+pub use output::{Output, Part};
 
 /// Rows of activations, in the form that the weights' format takes
 /// ([`Grouping::of`](crate::backend::cpu::quantize::Grouping::of)).
@@ -29,121 +34,6 @@ pub enum Activations<'a> {
     By32(&'a Rows<Block32>),
     /// Bytes with a scale for each 256 columns.
     By256(&'a Rows<Block256>),
-}
-
-/// A row-major matrix of results, whose parts several threads write.
-#[derive(Debug)]
-pub struct Output<'a> {
-    start: *mut f32,
-    rows: usize,
-    columns: usize,
-    stride: usize,
-    lifetime: PhantomData<&'a mut [f32]>,
-}
-
-// SAFETY: a shared `Output` gives access to memory only through `part`, whose callers keep parts disjoint.
-unsafe impl Sync for Output<'_> {}
-// SAFETY: it represents a `&mut [f32]`, which is `Send`.
-unsafe impl Send for Output<'_> {}
-
-impl<'a> Output<'a> {
-    /// Wraps `rows` × `columns` of `values`, in which a row begins every `stride` elements.
-    ///
-    /// # Panics
-    ///
-    /// Panics if rows overlap or `values` is too short.
-    pub fn new(values: &'a mut [f32], rows: usize, columns: usize, stride: usize) -> Self {
-        assert!(columns <= stride, "rows overlap");
-        let end = rows
-            .checked_sub(1)
-            .and_then(|last| last.checked_mul(stride)?.checked_add(columns));
-        assert!(
-            rows == 0 || end.is_some_and(|end| end <= values.len()),
-            "`values` is too short for the results"
-        );
-        Self {
-            start: values.as_mut_ptr(),
-            rows,
-            columns,
-            stride,
-            lifetime: PhantomData,
-        }
-    }
-
-    /// Returns the number of tiles of 16 columns.
-    pub fn tiles(&self) -> usize {
-        self.columns.div_ceil(TILE_ROWS)
-    }
-
-    /// Returns all columns.
-    pub fn whole(&mut self) -> Part<'_> {
-        let tiles = 0..self.tiles();
-        // SAFETY: while the part lives, `self` is mutably borrowed, and nothing else gives access.
-        unsafe { self.part(tiles) }
-    }
-
-    /// Returns the columns that belong to some tiles of the weights.
-    ///
-    /// # Safety
-    ///
-    /// While the part lives, no other part may contain any of these tiles.
-    ///
-    /// # Panics
-    ///
-    /// Panics if the tiles don't exist.
-    pub unsafe fn part(&self, tiles: Range<usize>) -> Part<'_> {
-        assert!(
-            tiles.start <= tiles.end && tiles.end <= self.tiles(),
-            "tiles {tiles:?} don't exist"
-        );
-        Part {
-            start: self.start,
-            rows: self.rows,
-            columns: self.columns,
-            stride: self.stride,
-            tiles,
-            lifetime: PhantomData,
-        }
-    }
-}
-
-/// The columns that belong to some tiles, in an [`Output`].
-#[derive(Debug)]
-pub struct Part<'a> {
-    start: *mut f32,
-    rows: usize,
-    columns: usize,
-    stride: usize,
-    tiles: Range<usize>,
-    lifetime: PhantomData<&'a mut f32>,
-}
-
-// SAFETY: a part has exclusive access to its elements, as a `&mut` does.
-unsafe impl Send for Part<'_> {}
-
-impl Part<'_> {
-    /// Writes the results of a tile for a row.
-    #[inline(always)]
-    fn store<L: Lanes>(&mut self, lanes: L, row: usize, tile: usize, results: L::F) {
-        assert!(
-            row < self.rows && self.tiles.contains(&tile),
-            "the row or tile is outside the part"
-        );
-        let column = tile * TILE_ROWS;
-        let len = (self.columns - column).min(TILE_ROWS);
-        // SAFETY: `Output::new` checked that all elements of these rows and columns are within its slice, and the callers of
-        // `Output::part` guarantee that only this part contains this tile.
-        let to = unsafe {
-            std::slice::from_raw_parts_mut(self.start.add(row * self.stride + column), len)
-        };
-        if let Ok(to) = <&mut [f32; LANES]>::try_from(&mut *to) {
-            lanes.store(to, results);
-        } else {
-            let mut all = [0.0; LANES];
-            lanes.store(&mut all, results);
-            to.copy_from_slice(&all[..len]);
-        }
-    }
 }
 
 /// Computes the products of all rows of activations with the weights of the part's tiles.
@@ -240,109 +130,6 @@ fn load_halves<L: Lanes>(lanes: L, bytes: &[u8; HALVES]) -> L::F {
 fn sixteen_bits(bytes: &[u8; HALVES]) -> [u16; LANES] {
     let (pairs, _) = bytes.as_chunks::<2>();
     std::array::from_fn(|lane| u16::from_le_bytes(pairs[lane]))
-}
-
-/// The storage of the values in a chunk of 32 columns.
-trait Chunk {
-    /// Bytes of a chunk.
-    const BYTES: usize;
-    /// True if the values are signed.
-    const SIGNED: bool;
-    /// Returns columns 8 · `P` to 8 · `P` + 3, and the next four.
-    fn pair<L: Lanes, const P: usize>(lanes: L, chunk: &[u8]) -> [L::B; 2];
-}
-
-/// Unsigned 4-bit values.
-struct Nibbles;
-/// Unsigned 5-bit values.
-struct Fives;
-/// Unsigned 6-bit values.
-struct Sixes;
-/// Signed 8-bit values.
-struct Bytes;
-
-impl Chunk for Nibbles {
-    const BYTES: usize = 256;
-    const SIGNED: bool = false;
-
-    #[inline(always)]
-    fn pair<L: Lanes, const P: usize>(lanes: L, chunk: &[u8]) -> [L::B; 2] {
-        let both = lanes.load_bytes(at(chunk, 64 * P));
-        let low = lanes.splat_byte(15);
-        [
-            lanes.and_bytes(both, low),
-            lanes.and_bytes(lanes.shift_right_pairs::<4>(both), low),
-        ]
-    }
-}
-
-impl Chunk for Fives {
-    const BYTES: usize = 320;
-    const SIGNED: bool = false;
-
-    #[inline(always)]
-    fn pair<L: Lanes, const P: usize>(lanes: L, chunk: &[u8]) -> [L::B; 2] {
-        let [first, second] = Nibbles::pair::<L, P>(lanes, chunk);
-        // Bit g belongs to group g of four columns, and moves to bit 4.
-        let plane = lanes.load_bytes(at(chunk, 256));
-        let (even, odd) = match P {
-            0 => (
-                lanes.shift_left_pairs::<4>(plane),
-                lanes.shift_left_pairs::<3>(plane),
-            ),
-            1 => (
-                lanes.shift_left_pairs::<2>(plane),
-                lanes.shift_left_pairs::<1>(plane),
-            ),
-            2 => (plane, lanes.shift_right_pairs::<1>(plane)),
-            _ => (
-                lanes.shift_right_pairs::<2>(plane),
-                lanes.shift_right_pairs::<3>(plane),
-            ),
-        };
-        let bit = lanes.splat_byte(16);
-        [
-            lanes.or_bytes(first, lanes.and_bytes(even, bit)),
-            lanes.or_bytes(second, lanes.and_bytes(odd, bit)),
-        ]
-    }
-}
-
-impl Chunk for Sixes {
-    const BYTES: usize = 384;
-    const SIGNED: bool = false;
-
-    #[inline(always)]
-    fn pair<L: Lanes, const P: usize>(lanes: L, chunk: &[u8]) -> [L::B; 2] {
-        let [first, second] = Nibbles::pair::<L, P>(lanes, chunk);
-        // Bits 2i and 2i + 1 belong to group i of this half of the chunk, and move to bits 4 and 5.
-        let plane = lanes.load_bytes(at(chunk, 256 + 64 * (P / 2)));
-        let (even, odd) = match P % 2 {
-            0 => (
-                lanes.shift_left_pairs::<4>(plane),
-                lanes.shift_left_pairs::<2>(plane),
-            ),
-            _ => (plane, lanes.shift_right_pairs::<2>(plane)),
-        };
-        let bits = lanes.splat_byte(0x30);
-        [
-            lanes.or_bytes(first, lanes.and_bytes(even, bits)),
-            lanes.or_bytes(second, lanes.and_bytes(odd, bits)),
-        ]
-    }
-}
-
-impl Chunk for Bytes {
-    const BYTES: usize = 512;
-    const SIGNED: bool = true;
-
-    #[inline(always)]
-    fn pair<L: Lanes, const P: usize>(lanes: L, chunk: &[u8]) -> [L::B; 2] {
-        [
-            lanes.load_bytes(at(chunk, 128 * P)),
-            lanes.load_bytes(at(chunk, 128 * P + 64)),
-        ]
-    }
 }
 
 // Closures lack the target features of the function they are in, and functions that they call might not be inlined. So code
@@ -740,4 +527,5 @@ impl<W: Weights> Product<'_, '_, W> {
 }
 
 #[cfg(test)]
+#[allow(unsafe_code)]
 mod tests;
