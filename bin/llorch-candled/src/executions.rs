@@ -19,6 +19,10 @@ use tokio::sync::watch;
 use crate::engine::Halted;
 pub use execution::{Batch, Execution, StoredEvent};
 
+/// Executions for each slot that may be ending while a new one is accepted. Each ends within a step of the batch, but a client that
+/// submits and cancels faster than that must not pile them up.
+const ENDING_PER_SLOT: usize = 4;
+
 /// Limits on running executions and on buffers.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -129,7 +133,8 @@ impl Executions {
             known.halt(Halted::Replaced);
         }
         let active = table.busy_slots();
-        if active >= self.limits.slots {
+        let ending = table.active.len() - active;
+        if active >= self.limits.slots || ending >= ENDING_PER_SLOT * self.limits.slots {
             return Err(Refusal::Busy { active });
         }
         let execution = Arc::new(Execution::new(request));
@@ -333,6 +338,22 @@ mod tests {
             Arc::ptr_eq(&executions.get("a").unwrap(), &second),
             "the end of the old execution does not affect the new one"
         );
+    }
+
+    // [CAND-060] P19
+    #[test]
+    fn executions_that_are_ending_are_bounded_too() {
+        let (executions, _compute) = executions(HOUR, 1 << 20);
+        let mut ending = Vec::new();
+        for n in 0..ENDING_PER_SLOT {
+            let job = format!("job-{n}");
+            ending.push(executions.submit(request(&job, 1)).unwrap());
+            executions.cancel(&job, 1).unwrap();
+        }
+        let refused = Refusal::Busy { active: 0 };
+        assert_eq!(executions.submit(request("b", 1)).unwrap_err(), refused);
+        executions.push(&ending[0], &end());
+        executions.submit(request("b", 1)).unwrap();
     }
 
     // [CAND-061]
