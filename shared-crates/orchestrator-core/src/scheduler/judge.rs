@@ -1,5 +1,6 @@
 //! Judgement of a class: the best action for its jobs in the current state of the pools.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
@@ -459,18 +460,28 @@ pub(super) fn judge(
     let left = pools
         .iter()
         .enumerate()
-        .filter(|(_, p)| class.admits_pool(&p.id) && alive(p) && has_backend(class, p));
+        .filter(|(_, pool)| class.admits_pool(&pool.id) && alive(pool) && has_backend(class, pool));
+    let left: Vec<_> = left.map(|(place, pool)| (place, *pool)).collect();
+    if left.is_empty() {
+        return (Verdict::Wait(WaitReason::NoBackend), None);
+    }
+    let workers = left.iter().flat_map(|&(place, pool)| {
+        let own = pool.workers.iter().enumerate();
+        own.map(move |(at, worker)| (place, pool, at, worker))
+    });
+    let mine = workers.filter(|(_, pool, _, worker)| {
+        worker.status.is_live() && class.admits_worker(&pool.id, worker)
+    });
     let all = AllPools {
         class,
         wish,
         pools,
-        left: left.map(|(place, pool)| (place, *pool)).collect(),
+        mine: mine.collect(),
+        left,
+        with_file: OnceCell::new(),
         world,
     };
-    if all.left.is_empty() {
-        return (Verdict::Wait(WaitReason::NoBackend), None);
-    }
-    let has_slot = || all.mine().any(|(_, _, _, w)| w.has_slot());
+    let has_slot = || all.mine.iter().any(|(.., worker)| worker.has_slot());
     judge_places(&all, has_slot, class, wish, world)
 }
 
@@ -481,19 +492,11 @@ struct AllPools<'a> {
     pools: &'a [&'a PoolState],
     /// Pools that take work and have a backend for the class, with their indices.
     left: Vec<(usize, &'a PoolState)>,
+    /// Live workers for the class on these pools: pool and worker, each after its index.
+    mine: Vec<(usize, &'a PoolState, usize, &'a WorkerState)>,
+    /// What [`Places::with_file`] returns, because finding it is slow.
+    with_file: OnceCell<Vec<(usize, &'a PoolState, StartSize)>>,
     world: &'a World<'a>,
-}
-
-impl AllPools<'_> {
-    /// Returns the live workers for the class: pool and worker with their indices.
-    fn mine(&self) -> impl Iterator<Item = (usize, &PoolState, usize, &WorkerState)> {
-        let workers = self.left.iter().flat_map(|&(index, pool)| {
-            let own = pool.workers.iter().enumerate();
-            own.map(move |(w, worker)| (index, pool, w, worker))
-        });
-        workers
-            .filter(|(_, pool, _, w)| w.status.is_live() && self.class.admits_worker(&pool.id, w))
-    }
 }
 
 impl Places for AllPools<'_> {
@@ -501,7 +504,7 @@ impl Places for AllPools<'_> {
         let Self {
             class, wish, world, ..
         } = self;
-        let free = self.mine().filter(|(_, pool, _, w)| {
+        let free = self.mine.iter().filter(|(_, pool, _, w)| {
             class.finds_place(w, wish.cache) && !world.held.keeps(&pool.id, w)
         });
         let best = free.min_by_key(|(_, pool, _, worker)| {
@@ -511,20 +514,25 @@ impl Places for AllPools<'_> {
             let elsewhere = wish.is_elsewhere(pool);
             (unsure, cramped, elsewhere, rank, &pool.id, &worker.id)
         });
-        best.map(|(pool, _, worker, _)| (pool, worker))
+        best.map(|&(pool, _, worker, _)| (pool, worker))
     }
 
     fn workers(&self) -> LiveWorkers {
-        let mut mine = self.mine();
+        let any = |test: fn(&WorkerState) -> bool| self.mine.iter().any(|(.., w)| test(w));
         LiveWorkers {
-            starting: mine.any(|(_, _, _, w)| w.status == WorkerStatus::Starting),
-            serving: self.mine().any(|(_, _, _, w)| w.serves()),
+            starting: any(|w| w.status == WorkerStatus::Starting),
+            serving: any(WorkerState::serves),
         }
     }
 
     fn with_file(&self) -> impl Iterator<Item = (usize, &PoolState, StartSize)> {
-        let left = self.left.iter();
-        left.filter_map(|&(index, pool)| Some((index, pool, startable(self.class, pool)?)))
+        let find = || {
+            let left = self.left.iter();
+            let found =
+                left.filter_map(|&(place, pool)| Some((place, pool, startable(self.class, pool)?)));
+            found.collect()
+        };
+        self.with_file.get_or_init(find).iter().copied()
     }
 
     fn without_file(&self) -> Verdict {
@@ -541,6 +549,7 @@ impl Places for AllPools<'_> {
             pools,
             left,
             world,
+            ..
         } = self;
         missing(class, wish, pools, left, world)
     }
