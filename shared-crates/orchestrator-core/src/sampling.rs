@@ -1,5 +1,6 @@
 //! Sampling settings of a job, as requested by the client.
 
+use pool_core::api::sampling::{MIN_P, REPETITION_PENALTY, Setting, TEMPERATURE, TOP_P};
 use pool_core::api::worker;
 use serde::{Deserialize, Serialize};
 
@@ -32,46 +33,25 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Returns whether `temperature` is in range. NaN is out of range, here and in the other checks, because every comparison
-    /// with it is false.
-    pub fn is_temperature(value: f64) -> bool {
-        (0.0..=2.0).contains(&value)
-    }
-
-    /// Returns whether `top_p` is in range.
-    pub fn is_top_p(value: f64) -> bool {
-        value > 0.0 && value <= 1.0
-    }
-
-    /// Returns whether `min_p` is in range.
-    pub fn is_min_p(value: f64) -> bool {
-        (0.0..1.0).contains(&value)
-    }
-
-    /// Returns whether `repetition_penalty` is in range.
-    pub fn is_repetition_penalty(value: f64) -> bool {
-        value > 0.0 && value <= 2.0
-    }
-
     /// Returns the same settings for a worker, which computes in 32-bit floats.
     pub fn for_worker(&self) -> worker::Sampling {
         worker::Sampling {
-            temperature: narrow(self.temperature, Self::is_temperature),
-            top_p: narrow(self.top_p, Self::is_top_p),
+            temperature: narrow(self.temperature, TEMPERATURE),
+            top_p: narrow(self.top_p, TOP_P),
             top_k: self.top_k,
-            min_p: narrow(self.min_p, Self::is_min_p),
-            repetition_penalty: narrow(self.repetition_penalty, Self::is_repetition_penalty),
+            min_p: narrow(self.min_p, MIN_P),
+            repetition_penalty: narrow(self.repetition_penalty, REPETITION_PENALTY),
         }
     }
 }
 
-/// Returns the 32-bit float nearest to `value` that is `allowed`: rounding must not turn a value close to an open end
+/// Returns the 32-bit float nearest to `value` that is in the setting's range: rounding must not turn a value close to an open end
 /// into the end itself.
-fn narrow(value: f64, allowed: impl Fn(f64) -> bool) -> f32 {
+fn narrow(value: f64, setting: Setting) -> f32 {
     #[allow(clippy::cast_possible_truncation)] // Rounding is the purpose.
     let near = value as f32;
     let inside = [near, near.next_up(), near.next_down()];
-    let fits = |near: &f32| allowed(f64::from(*near));
+    let fits = |near: &f32| setting.contains(f64::from(*near));
     inside.into_iter().find(fits).unwrap_or(near)
 }
 

@@ -3,6 +3,7 @@
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::IntoResponse;
+use pool_core::api::sampling::{MIN_P, REPETITION_PENALTY, TEMPERATURE, TOP_P};
 use pool_core::api::worker::ExecuteRequest;
 use pool_core::kit::service::{Json, ServiceResult};
 
@@ -57,30 +58,15 @@ fn validate(request: &ExecuteRequest) -> Result<(), String> {
             "`stop` takes at most {MAX_STOPS} texts, each of them non-empty"
         ));
     }
-    let ranges = [
-        (
-            "temperature",
-            (0.0..=2.0).contains(&sampling.temperature),
-            "from 0 to 2",
-        ),
-        (
-            "top_p",
-            sampling.top_p > 0.0 && sampling.top_p <= 1.0,
-            "above 0 and at most 1",
-        ),
-        (
-            "min_p",
-            (0.0..1.0).contains(&sampling.min_p),
-            "at least 0 and below 1",
-        ),
-        (
-            "repetition_penalty",
-            sampling.repetition_penalty > 0.0 && sampling.repetition_penalty <= 2.0,
-            "above 0 and at most 2",
-        ),
+    let values = [
+        (TEMPERATURE, sampling.temperature),
+        (TOP_P, sampling.top_p),
+        (MIN_P, sampling.min_p),
+        (REPETITION_PENALTY, sampling.repetition_penalty),
     ];
-    match ranges.into_iter().find(|(_, fits, _)| !fits) {
-        Some((name, _, range)) => Err(format!("`{name}` must be {range}")),
+    let mut values = values.into_iter();
+    match values.find(|(setting, value)| !setting.contains(f64::from(*value))) {
+        Some((setting, _)) => Err(format!("`{}` must be {}", setting.name, setting.range)),
         None => Ok(()),
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use pool_core::api::worker::{ExecuteRequest, WorkerEvent};
 use pool_core::kit::clock;
+use pool_core::kit::sse::SseEvent as _;
 use tokio::sync::watch;
 
 use super::lock;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use pool_core::api::receipt::Receipt;
+use pool_core::api::sampling::{MIN_P, REPETITION_PENALTY, Setting, TEMPERATURE, TOP_P};
 use pool_core::api::worker::Message;
 use pool_core::kit::json_number::MAX_EXACT_INTEGER;
 use serde::{Deserialize, Serialize};
@@ -174,16 +175,15 @@ fn check_short(field: &'static str, text: &str) -> Result<(), ValidationError> {
 }
 
 fn in_range(
-    field: &'static str,
+    setting: Setting,
     value: Option<f64>,
     default: f64,
-    allowed: impl Fn(f64) -> bool,
     hint: &'static str,
 ) -> Result<f64, ValidationError> {
     match value {
         None => Ok(default),
-        Some(value) if allowed(value) => Ok(value),
-        Some(value) => refuse(field, format!("is {value}, out of range"), hint),
+        Some(value) if setting.contains(value) => Ok(value),
+        Some(value) => refuse(setting.name, format!("is {value}, out of range"), hint),
     }
 }
 
@@ -244,32 +244,28 @@ impl TaskSubmitRequest {
         let default = Sampling::default();
         let sampling = Sampling {
             temperature: in_range(
-                "temperature",
+                TEMPERATURE,
                 self.temperature,
                 default.temperature,
-                Sampling::is_temperature,
                 "use 0 (greedy) to 2",
             )?,
             top_p: in_range(
-                "top_p",
+                TOP_P,
                 self.top_p,
                 default.top_p,
-                Sampling::is_top_p,
                 "use more than 0 and at most 1",
             )?,
             top_k: self.top_k.unwrap_or(default.top_k),
             min_p: in_range(
-                "min_p",
+                MIN_P,
                 self.min_p,
                 default.min_p,
-                Sampling::is_min_p,
                 "use 0 or more, but less than 1",
             )?,
             repetition_penalty: in_range(
-                "repetition_penalty",
+                REPETITION_PENALTY,
                 self.repetition_penalty,
                 default.repetition_penalty,
-                Sampling::is_repetition_penalty,
                 "use more than 0 and at most 2; 1 has no effect",
             )?,
         };

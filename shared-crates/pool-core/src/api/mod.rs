@@ -4,4 +4,5 @@ pub mod gpu;
 pub mod models;
 pub mod pool;
 pub mod receipt;
+pub mod sampling;
 pub mod worker;
