@@ -11,8 +11,10 @@ use crate::state::{Cutoffs, Step, Store};
 
 /// Pause between two steps. It leaves most of the writer's time to other commits.
 const PAUSE: Duration = Duration::from_millis(10);
-/// Shortest and longest interval between two sweeps.
-const LOOKS: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(600));
+/// Shortest interval between two sweeps.
+const SHORTEST: Duration = Duration::from_secs(1);
+/// Longest interval between two sweeps.
+const LONGEST: Duration = Duration::from_mins(10);
 
 /// Sweeps the database at intervals until the daemon stops.
 pub async fn run(store: Store, config: StoreConfig, shutdown: Shutdown) {
@@ -20,7 +22,7 @@ pub async fn run(store: Store, config: StoreConfig, shutdown: Shutdown) {
         return;
     };
     // A sweep every tenth of the retention is often enough.
-    let every = (keep.unsigned_abs() / 10).clamp(LOOKS.0, LOOKS.1);
+    let every = (keep.unsigned_abs() / 10).clamp(SHORTEST, LONGEST);
     // The write-ahead log of an earlier run may still hold deleted texts.
     let mut in_log = true;
     loop {

@@ -13,6 +13,7 @@ use pool_core::api::pool::{
     Heartbeat, POOL_ID_TAKEN, RegisterRequest, Registration, RegistrationState,
 };
 use pool_core::config::STANDARD_ORCHESTRATOR_URL;
+use pool_core::kit::backoff::Backoff;
 use pool_core::kit::client::{ApiClient, ClientError};
 use pool_core::kit::errors::with_causes;
 use pool_core::kit::run_files;
@@ -27,10 +28,11 @@ use crate::registration::standing;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Changes within this time go into one heartbeat.
 const COALESCE: Duration = Duration::from_millis(20);
-/// Pause after the first failure. Each further failure doubles it.
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// Longest pause between attempts while the orchestrator is away.
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Pauses between attempts while the orchestrator is away.
+const BACKOFF: Backoff = Backoff {
+    first: Duration::from_millis(250),
+    longest: Duration::from_secs(5),
+};
 /// Time limit for deregistration, within the daemon's own time to stop.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 /// The orchestrator's code for a heartbeat of a replaced instance.
@@ -387,15 +389,10 @@ impl Heart {
     }
 }
 
-/// Returns the pause after `failures` failures in a row. The pause doubles with each failure, up to [`LONGEST_PAUSE`] and the
-/// interval between heartbeats. `roll` (0 to 1) shortens it by up to half, so that the pools of a fleet don't all retry at
-/// once.
+/// Returns the pause after `failures` failures in a row, at most the interval between heartbeats. `roll` (0 to 1) is what the pools
+/// of a fleet draw, so that they don't all retry at once.
 fn pause_after(failures: u32, interval: Duration, roll: f64) -> Duration {
-    let doubled = FIRST_PAUSE.saturating_mul(1 << failures.saturating_sub(1).min(16));
-    doubled
-        .min(LONGEST_PAUSE)
-        .min(interval)
-        .mul_f64(1.0 - roll.clamp(0.0, 1.0) / 2.0)
+    Backoff::spread(BACKOFF.after(failures).min(interval), roll)
 }
 
 #[cfg(test)]
@@ -405,7 +402,7 @@ mod tests {
     #[test] // [POOLD-031]
     fn pauses_double_up_to_a_limit_and_are_spread() {
         let ms = |failures, interval_s, roll| {
-            pause_after(failures, Duration::from_secs(interval_s), roll).as_millis()
+            pause_after(failures, Duration::from_secs(interval_s), 1.0 - roll).as_millis()
         };
         assert_eq!(
             [1, 2, 3, 5, 6, 99].map(|failures| ms(failures, 15, 0.0)),

@@ -27,11 +27,10 @@ pub const MAX_CANDIDATES: usize = 256;
 pub const MAX_ACTIONS: usize = 1024;
 /// Longest reason that a script may give, in characters. Longer reasons are truncated.
 pub const MAX_REASON: usize = 200;
-/// Shortest and longest delay after which a script may ask to be run again for a job that it lets wait.
-pub const AGAIN: (SignedDuration, SignedDuration) = (
-    SignedDuration::from_millis(100),
-    SignedDuration::from_hours(1),
-);
+/// Shortest delay after which a script may ask to be run again for a job that it lets wait.
+pub const SHORTEST_DELAY: SignedDuration = SignedDuration::from_millis(100);
+/// Longest such delay.
+pub const LONGEST_DELAY: SignedDuration = SignedDuration::from_hours(1);
 
 /// An action requested by a policy. Jobs, pools and workers are indices into the snapshot.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -271,7 +270,7 @@ pub fn adopt(
             Proposal::Wait { job, reason, again } => {
                 reasons.insert(*job, reason);
                 let wake = again.and_then(|pause| {
-                    let pause = pause.clamp(AGAIN.0, AGAIN.1);
+                    let pause = pause.clamp(SHORTEST_DELAY, LONGEST_DELAY);
                     snapshot.now.checked_add(pause).ok()
                 });
                 plan.wake = plan.wake.into_iter().chain(wake).min();

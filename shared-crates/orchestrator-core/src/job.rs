@@ -14,11 +14,13 @@ mod prefix;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use pool_core::ModelRef;
 use pool_core::api::receipt::Receipt;
 use pool_core::api::worker::{Message, StopReason};
+use pool_core::kit::backoff::Backoff;
 use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
 use uuid::{ContextV7, Uuid};
@@ -559,14 +561,16 @@ impl Job {
     }
 }
 
-/// Returns the pause in milliseconds before the next attempt, after `lost` attempts were lost: 250 ms, doubling up to 30 s.
-/// `jitter` (0 to 1) decides the upper half of the pause, so that jobs lost together do not come back together.
-pub fn backoff_ms(lost: u32, jitter: f64) -> u64 {
-    let full = 250u64
-        .saturating_mul(1 << lost.saturating_sub(1).min(16))
-        .min(30_000);
-    let half = full / 2;
-    half + (half as f64 * jitter.clamp(0.0, 1.0)) as u64
+/// Pauses before a further attempt, after attempts were lost.
+const LOST: Backoff = Backoff {
+    first: Duration::from_millis(250),
+    longest: Duration::from_secs(30),
+};
+
+/// Returns the pause before the next attempt, after `lost` attempts were lost: 250 ms, doubling up to 30 s. `roll` (0 to 1) decides
+/// the upper half of the pause, so that jobs lost together do not come back together.
+pub fn pause_after(lost: u32, roll: f64) -> Duration {
+    Backoff::spread(LOST.after(lost), roll)
 }
 
 #[cfg(test)]
@@ -626,8 +630,9 @@ mod tests {
     // [ORCHCORE-003]
     #[test]
     fn backoff_doubles_within_its_bounds() {
-        assert_eq!((backoff_ms(1, 0.0), backoff_ms(1, 1.0)), (125, 250));
-        assert_eq!((backoff_ms(2, 0.0), backoff_ms(2, 1.0)), (250, 500));
-        assert_eq!((backoff_ms(60, 0.0), backoff_ms(60, 1.0)), (15_000, 30_000));
+        let ms = |lost, roll| pause_after(lost, roll).as_millis();
+        assert_eq!((ms(1, 0.0), ms(1, 1.0)), (125, 250));
+        assert_eq!((ms(2, 0.0), ms(2, 1.0)), (250, 500));
+        assert_eq!((ms(60, 0.0), ms(60, 1.0)), (15_000, 30_000));
     }
 }

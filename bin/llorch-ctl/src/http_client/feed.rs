@@ -6,6 +6,7 @@ use futures_util::StreamExt;
 use orchestrator_core::api::events::{EventId, TaskEvent};
 use orchestrator_core::api::tasks::TaskView;
 use orchestrator_core::job::JobId;
+use pool_core::kit::backoff::Backoff;
 use pool_core::kit::client::{ClientError, EventStream, ServerEvent};
 use pool_core::kit::sse::SseEvent as _;
 
@@ -13,8 +14,11 @@ use super::{Orchestrator, is_passing};
 
 /// Default time for which a feed waits for an unreachable orchestrator. A restart takes seconds.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// First and longest pause before connecting again.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// Pauses before connecting again.
+const BACKOFF: Backoff = Backoff {
+    first: Duration::from_millis(100),
+    longest: Duration::from_secs(2),
+};
 
 /// An item of a feed.
 #[derive(Debug, Clone, PartialEq)]
@@ -134,7 +138,7 @@ impl Feed {
             let told = farewell != Some(Farewell::Lagged);
             self.outage = Some(Outage {
                 since: Instant::now(),
-                pause: PAUSES.0,
+                pause: BACKOFF.first,
                 told,
             });
             if told {
@@ -148,7 +152,7 @@ impl Feed {
         loop {
             if let Some(outage) = &mut self.outage {
                 tokio::time::sleep(outage.pause).await;
-                outage.pause = (outage.pause * 2).min(PAUSES.1);
+                outage.pause = BACKOFF.next(outage.pause);
                 self.orchestrator.relocate();
             }
             match self.orchestrator.open_events(self.job, self.after).await {

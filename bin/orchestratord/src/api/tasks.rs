@@ -31,8 +31,10 @@ use crate::background::complete;
 use crate::jobs::{Accepted, Feed};
 use crate::state::{Fingerprint, IdempotencyKey, ListFilter};
 
-/// Default and maximum number of jobs on a page of a list.
-const LIST: (u32, u32) = (50, 500);
+/// Number of jobs on a page of a list, unless the request names one.
+const LIST_DEFAULT: u32 = 50;
+/// Most jobs on a page of a list.
+const LIST_MAX: u32 = 500;
 
 /// Submits a task. Once the request is answered, the job is stored and survives a crash of any process.
 ///
@@ -270,8 +272,8 @@ pub(super) async fn list(
     State(app): State<App>,
     Query(query): Query<ListQuery>,
 ) -> ServiceResult<Json<TaskList>> {
-    let limit = query.limit.unwrap_or(LIST.0);
-    if !(1..=LIST.1).contains(&limit) {
+    let limit = query.limit.unwrap_or(LIST_DEFAULT);
+    if !(1..=LIST_MAX).contains(&limit) {
         return Err(
             error::invalid(format!("`limit` is out of range: {limit}")).hint("use 1 to 500")
         );

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use jiff::SignedDuration;
-use orchestrator_core::job::{AttemptOutcome, JobErrorCode, backoff_ms};
+use orchestrator_core::job::{AttemptOutcome, JobErrorCode, pause_after};
 use orchestrator_core::queue::QueuedJob;
 use pool_core::api::pool::WorkerEndpoint;
 use pool_core::api::worker::CacheShortage;
@@ -279,8 +279,7 @@ impl Attempt {
             self.end_with_retry(Some(lease.fence), end).await;
             return self.release();
         }
-        let pause = i64::try_from(backoff_ms(lost, rand::random())).unwrap_or(i64::MAX);
-        let pause = SignedDuration::from_millis(pause);
+        let pause = pause_after(lost, rand::random());
         let queued = QueuedJob {
             not_before: clock::now().checked_add(pause).ok(),
             ..self.queued.clone()

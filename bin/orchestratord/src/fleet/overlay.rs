@@ -2,34 +2,40 @@
 //! that turned out to be full or are being stopped, and downloads.
 
 use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use orchestrator_core::JobId;
 use orchestrator_core::scheduler::{
     DownloadState, PoolState, RefusedDownload, RefusedStart, WorkerState,
 };
 use pool_core::ModelRef;
 use pool_core::api::pool::PoolStatus;
+use pool_core::kit::backoff::Backoff;
 use pool_core::worker::CacheRoom;
 use pool_core::worker::{Device, ExitReason, WorkerInfo, WorkerStatus};
 
 /// Time for which a start counts although no heartbeat shows it.
-const START_SHOWS: SignedDuration = SignedDuration::from_secs(60);
-/// First and longest pause after a worker had no room.
-const FULL: (SignedDuration, SignedDuration) = (
-    SignedDuration::from_millis(500),
-    SignedDuration::from_secs(10),
-);
-/// Time for which a worker counts as stopping although no heartbeat shows it: from the request, and from the pool's refusal.
-const STOP_SHOWS: (SignedDuration, SignedDuration) =
-    (SignedDuration::from_secs(60), SignedDuration::from_secs(5));
-/// Pause after a first download that failed for a passing reason, and the longest pause, which also follows a failure with a
-/// lasting cause.
-const DOWNLOAD_REFUSED: (SignedDuration, SignedDuration) =
-    (SignedDuration::from_secs(5), SignedDuration::from_mins(10));
-/// First and longest pause after a refused start.
-const REFUSED: (SignedDuration, SignedDuration) =
-    (SignedDuration::from_secs(1), SignedDuration::from_secs(60));
+const START_TRUST: Duration = Duration::from_secs(60);
+/// Time for which a worker counts as stopping although no heartbeat shows it.
+const STOP_TRUST: Duration = Duration::from_secs(60);
+/// The same time if the pool refused to stop the worker.
+const FAILED_STOP_TRUST: Duration = Duration::from_secs(5);
+/// Pauses after a worker had no room.
+const FULL: Backoff = Backoff {
+    first: Duration::from_millis(500),
+    longest: Duration::from_secs(10),
+};
+/// Pauses after a refused start.
+const REFUSED: Backoff = Backoff {
+    first: Duration::from_secs(1),
+    longest: Duration::from_secs(60),
+};
+/// Pauses after a download that failed for a passing reason. The longest also follows a failure with a lasting cause.
+const DOWNLOAD_REFUSED: Backoff = Backoff {
+    first: Duration::from_secs(5),
+    longest: Duration::from_mins(10),
+};
 
 #[derive(Debug, Default)]
 pub(super) struct Overlay {
@@ -82,7 +88,7 @@ struct FailedDownload {
     message: String,
     until: Timestamp,
     /// Length of the next pause, if the download fails again.
-    next: SignedDuration,
+    next: Duration,
 }
 
 #[derive(Debug)]
@@ -91,7 +97,7 @@ struct Refusal {
     refused: RefusedStart,
     until: Timestamp,
     /// Length of the next pause, if the start is refused again.
-    next: SignedDuration,
+    next: Duration,
 }
 
 /// The part of a worker's report that bears on whether the worker has room.
@@ -120,7 +126,7 @@ struct Full {
     free_tokens: Option<u32>,
     until: Timestamp,
     /// Length of the next pause, if the worker refuses again.
-    next: SignedDuration,
+    next: Duration,
 }
 
 /// A lease of a worker.
@@ -136,7 +142,7 @@ struct Leased {
 impl Overlay {
     pub(super) fn begin_start(&mut self, pool: &str, asked: &Asked, now: Timestamp) -> u64 {
         self.count += 1;
-        let until = after(now, START_SHOWS);
+        let until = after(now, START_TRUST);
         let start = Start {
             pool: pool.to_owned(),
             asked: asked.clone(),
@@ -185,7 +191,7 @@ impl Overlay {
             .refusals
             .iter()
             .find(|old| known(old))
-            .map_or(REFUSED.0, |old| old.next);
+            .map_or(REFUSED.first, |old| old.next);
         self.refusals.retain(|old| !known(old));
         let Asked {
             model,
@@ -198,7 +204,7 @@ impl Overlay {
             context_length,
             message,
         };
-        let next = (pause * 2).min(REFUSED.1);
+        let next = REFUSED.next(pause);
         self.refusals.push(Refusal {
             pool,
             refused,
@@ -216,12 +222,12 @@ impl Overlay {
         now: Timestamp,
     ) {
         let key = (pool.to_owned(), worker.to_owned());
-        let pause = self.full.get(&key).map_or(FULL.0, |full| full.next);
+        let pause = self.full.get(&key).map_or(FULL.first, |full| full.next);
         let full = Full {
             said,
             free_tokens,
             until: after(now, pause),
-            next: (pause * 2).min(FULL.1),
+            next: FULL.next(pause),
         };
         self.full.insert(key, full);
     }
@@ -271,14 +277,14 @@ impl Overlay {
     /// Records that a worker is being asked to stop.
     pub(super) fn begin_stop(&mut self, pool: &str, worker: &str, now: Timestamp) {
         let key = (pool.to_owned(), worker.to_owned());
-        self.stops.insert(key, after(now, STOP_SHOWS.0));
+        self.stops.insert(key, after(now, STOP_TRUST));
     }
 
     /// Records that the pool did not stop the worker. The worker gets no work for a moment, because it may be stopping.
     pub(super) fn stop_refused(&mut self, pool: &str, worker: &str, now: Timestamp) {
         let key = (pool.to_owned(), worker.to_owned());
         if let Some(until) = self.stops.get_mut(&key) {
-            *until = after(now, STOP_SHOWS.1);
+            *until = after(now, FAILED_STOP_TRUST);
         }
     }
 
@@ -305,7 +311,7 @@ impl Overlay {
     pub(super) fn download_ended(&mut self, pool: &str, model: &ModelRef, now: Timestamp) {
         let key = (pool.to_owned(), model.clone());
         if let Some(download) = self.downloads.get_mut(&key) {
-            download.until = Some(after(now, START_SHOWS));
+            download.until = Some(after(now, START_TRUST));
         }
         self.failed_downloads.remove(&key);
     }
@@ -323,13 +329,13 @@ impl Overlay {
         self.downloads.remove(&key);
         let known = self.failed_downloads.get(&key).map(|failed| failed.next);
         let pause = match retriable {
-            true => known.unwrap_or(DOWNLOAD_REFUSED.0),
-            false => DOWNLOAD_REFUSED.1,
+            true => known.unwrap_or(DOWNLOAD_REFUSED.first),
+            false => DOWNLOAD_REFUSED.longest,
         };
         let failed = FailedDownload {
             message,
             until: after(now, pause),
-            next: (pause * 2).min(DOWNLOAD_REFUSED.1),
+            next: DOWNLOAD_REFUSED.next(pause),
         };
         self.failed_downloads.insert(key, failed);
     }
@@ -532,7 +538,7 @@ impl Overlay {
     }
 }
 
-fn after(at: Timestamp, pause: SignedDuration) -> Timestamp {
+fn after(at: Timestamp, pause: Duration) -> Timestamp {
     at.saturating_add(pause).unwrap_or(Timestamp::MAX)
 }
 
@@ -569,7 +575,7 @@ mod tests {
         assert_eq!(refused(&mut overlay), 500);
         // Long after the pause, a refusal counts as the first again.
         refused(&mut overlay);
-        overlay.expire(after(Timestamp::UNIX_EPOCH, SignedDuration::from_hours(1)));
+        overlay.expire(after(Timestamp::UNIX_EPOCH, Duration::from_hours(1)));
         assert_eq!(refused(&mut overlay), 500);
     }
 
@@ -627,6 +633,6 @@ mod tests {
         // A small job that the worker takes says nothing about the room for a large one.
         assert!(!overlay.mark_open("pool-a", "worker-cpu-0"));
         assert_eq!(seen(&overlay, now), (false, Some(3000)));
-        assert_eq!(seen(&overlay, after(now, FULL.0)), (false, Some(8192)));
+        assert_eq!(seen(&overlay, after(now, FULL.first)), (false, Some(8192)));
     }
 }

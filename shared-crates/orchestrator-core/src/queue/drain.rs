@@ -10,9 +10,10 @@ const KEPT: usize = 64;
 const WINDOW: SignedDuration = SignedDuration::from_mins(5);
 /// Estimate without any departure, and the shortest one with fewer than two recent departures.
 const UNKNOWN: SignedDuration = SignedDuration::from_secs(5);
-/// Shortest and longest estimate.
-const BOUNDS: (SignedDuration, SignedDuration) =
-    (SignedDuration::from_secs(1), SignedDuration::from_secs(60));
+/// Shortest estimate.
+const SHORTEST: SignedDuration = SignedDuration::from_secs(1);
+/// Longest estimate.
+const LONGEST: SignedDuration = SignedDuration::from_secs(60);
 
 /// Recent times at which jobs left the queue.
 #[derive(Debug, Clone, Default)]
@@ -53,7 +54,7 @@ fn retry_after(departures: &VecDeque<Timestamp>, now: Timestamp) -> SignedDurati
             .max(UNKNOWN),
     };
     let whole = SignedDuration::from_secs(mean.as_secs() + i64::from(mean.subsec_nanos() > 0));
-    whole.clamp(BOUNDS.0, BOUNDS.1)
+    whole.clamp(SHORTEST, LONGEST)
 }
 
 #[cfg(test)]

@@ -10,14 +10,17 @@ use rhai::packages::{
 use rhai::{Dynamic, Engine, OptimizationLevel};
 
 use super::{
-    MAX_ARRAY, MAX_CALLS, MAX_EXPRESSION, MAX_MAP, MAX_OPERATIONS, MAX_STRING, bounded, views,
+    MAX_ARRAY, MAX_CALLS, MAX_EXPRESSION, MAX_FUNCTION_EXPRESSION, MAX_MAP, MAX_OPERATIONS,
+    MAX_STRING, bounded, views,
 };
 
 /// Number of operations between two checks of the clock. An operation takes microseconds, because its data is bounded; only
 /// operations that search a large fleet take longer.
 const LOOK_EVERY: u64 = 8;
-/// Most lines that `print` keeps, and most characters per line.
-const PRINTED: (usize, usize) = (100, 200);
+/// Most lines that `print` keeps.
+const PRINTED_LINES: usize = 100;
+/// Most characters of such a line.
+const PRINTED_CHARS: usize = 200;
 
 thread_local! {
     static DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
@@ -39,8 +42,8 @@ pub(super) fn with_deadline<T>(
 
 fn print(text: &str) {
     PRINTS.with_borrow_mut(|prints| {
-        if let Some(lines) = prints.as_mut().filter(|lines| lines.len() < PRINTED.0) {
-            lines.push(text.chars().take(PRINTED.1).collect());
+        if let Some(lines) = prints.as_mut().filter(|lines| lines.len() < PRINTED_LINES) {
+            lines.push(text.chars().take(PRINTED_CHARS).collect());
         }
     });
 }
@@ -64,7 +67,7 @@ pub(super) fn new() -> Engine {
     engine
         .set_max_operations(MAX_OPERATIONS)
         .set_max_call_levels(MAX_CALLS)
-        .set_max_expr_depths(MAX_EXPRESSION.0, MAX_EXPRESSION.1)
+        .set_max_expr_depths(MAX_EXPRESSION, MAX_FUNCTION_EXPRESSION)
         .set_max_string_size(MAX_STRING)
         .set_max_array_size(MAX_ARRAY)
         .set_max_map_size(MAX_MAP)

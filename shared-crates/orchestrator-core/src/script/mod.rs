@@ -42,8 +42,10 @@ pub const MAX_STRING: usize = 16 * 1024;
 pub const MAX_MAP: usize = 1024;
 /// Deepest nesting of calls.
 pub const MAX_CALLS: usize = 32;
-/// Deepest nesting of an expression, outside of functions and within them.
-pub const MAX_EXPRESSION: (usize, usize) = (64, 48);
+/// Deepest nesting of an expression outside of functions.
+pub const MAX_EXPRESSION: usize = 64;
+/// Deepest nesting of an expression within a function.
+pub const MAX_FUNCTION_EXPRESSION: usize = 48;
 /// Longest error message, in characters.
 const MAX_MESSAGE: usize = 300;
 /// Stack size in bytes, large enough to compare, print and drop values nested as deeply as [`MAX_ARRAY`] allows.

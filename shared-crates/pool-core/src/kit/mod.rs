@@ -2,6 +2,7 @@
 //! of the crate.
 
 pub mod address;
+pub mod backoff;
 pub mod cgroup;
 #[cfg(feature = "client")]
 pub mod client;

@@ -10,8 +10,10 @@ use crate::state::{Cutoffs, Step, StoreError};
 const JOBS: i64 = 64;
 /// Number of log rows in one step.
 const ROWS: i64 = 256;
-/// Number of pages freed in one step, and of free pages that are kept for new records.
-const PAGES: (i64, i64) = (256, 512);
+/// Number of pages freed in one step.
+const VACUUM_PAGES: i64 = 256;
+/// Number of free pages that are kept for new records.
+const FREE_PAGES_KEPT: i64 = 512;
 
 /// Deletes some rows of the logs that are being dropped. `CROSS` keeps SQLite from joining the other way: it would scan the
 /// logs of all jobs for more rows than there are.
@@ -108,11 +110,11 @@ async fn shrink(conn: &mut SqliteConnection) -> Result<bool, StoreError> {
         .fetch_one(&mut *conn)
         .await?
         .get(0);
-    if free <= PAGES.1 {
+    if free <= FREE_PAGES_KEPT {
         return Ok(false);
     }
     // A pragma takes no parameters.
-    let sql = format!("PRAGMA incremental_vacuum({})", PAGES.0);
+    let sql = format!("PRAGMA incremental_vacuum({VACUUM_PAGES})");
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql))
         .execute(&mut *conn)
         .await?;

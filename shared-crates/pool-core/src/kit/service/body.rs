@@ -23,9 +23,11 @@ use super::linger::Unread;
 use crate::kit::clock::Patience;
 use crate::kit::units::human_duration;
 
-/// Most bytes of a refused body that are read and discarded, and the time limit for that. Closing a connection while its
-/// client still sends resets it, and the client loses the answer. A client that exceeds these limits is reset anyway.
-const DISCARD: (usize, Duration) = (64 * 1024 * 1024, Duration::from_secs(5));
+/// Most bytes of a refused body that are read and discarded. Closing a connection while its client still sends resets it, and the
+/// client loses the answer. A client that sends more is reset anyway.
+const DISCARD_BYTES: usize = 64 * 1024 * 1024;
+/// Time limit for reading them.
+const DISCARD_TIME: Duration = Duration::from_secs(5);
 
 /// Most bytes of a control-path body that is accepted regardless of the memory that other bodies hold.
 const SMALL: u64 = 256 << 10;
@@ -210,9 +212,8 @@ impl Drop for Timed {
 
 /// Reads and discards the rest of a refused body, concurrently with the answer.
 async fn discard(mut body: Body) {
-    let (limit, time) = DISCARD;
     let all = async {
-        let mut left = limit;
+        let mut left = DISCARD_BYTES;
         while let Some(Ok(frame)) = body.frame().await {
             let bytes = frame.data_ref().map_or(0, Bytes::len);
             let Some(rest) = left.checked_sub(bytes) else {
@@ -221,5 +222,5 @@ async fn discard(mut body: Body) {
             left = rest;
         }
     };
-    let _ = tokio::time::timeout(time, all).await;
+    let _ = tokio::time::timeout(DISCARD_TIME, all).await;
 }

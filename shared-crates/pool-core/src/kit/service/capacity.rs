@@ -14,8 +14,10 @@ use super::{BindError, ServiceOptions};
 
 /// Fewest descriptors with which a service works, not counting those of its own files.
 const FEWEST: usize = 16;
-/// Fewest and most spare places.
-const SPARE: (usize, usize) = (4, 128);
+/// Fewest spare places.
+const FEWEST_SPARE: usize = 4;
+/// Most spare places.
+const MOST_SPARE: usize = 128;
 /// Fewest connections under a low memory limit.
 const FEWEST_BY_MEMORY: usize = 8;
 /// Most bytes of request bodies held at once, regardless of available memory.
@@ -113,7 +115,7 @@ impl Places {
                 needed: taken + FEWEST,
             });
         }
-        let spare = (free / 8).clamp(SPARE.0, SPARE.1);
+        let spare = (free / 8).clamp(FEWEST_SPARE, MOST_SPARE);
         let rest = free - spare;
         // A relayed stream takes two descriptors.
         let calls = rest / if options.relays { 2 } else { 4 };

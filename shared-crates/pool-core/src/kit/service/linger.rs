@@ -14,8 +14,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
-/// Most bytes read and discarded after the last answer, and the time limit for that. A client that exceeds them is reset.
-const LINGER: (usize, Duration) = (16 * 1024 * 1024, Duration::from_secs(2));
+/// Most bytes read and discarded after the last answer. A client that sends more is reset.
+const LINGER_BYTES: usize = 16 * 1024 * 1024;
+/// Time limit for reading them. A client that takes longer is reset.
+const LINGER_TIME: Duration = Duration::from_secs(2);
 
 /// A mark that more bytes may arrive on a connection than are read. An extension of the connection's requests.
 #[derive(Debug, Clone, Default)]
@@ -44,7 +46,7 @@ impl Lingering {
         Self {
             stream,
             unread,
-            left: LINGER.0,
+            left: LINGER_BYTES,
             over: None,
         }
     }
@@ -94,7 +96,7 @@ impl AsyncWrite for Lingering {
                 if !this.unread.0.load(Ordering::Relaxed) {
                     return Poll::Ready(Ok(()));
                 }
-                this.over.insert(Box::pin(tokio::time::sleep(LINGER.1)))
+                this.over.insert(Box::pin(tokio::time::sleep(LINGER_TIME)))
             }
         };
         let mut space = [0; 8 * 1024];

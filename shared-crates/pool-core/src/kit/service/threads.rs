@@ -14,8 +14,10 @@ use tokio::runtime::{Builder, Runtime};
 
 use crate::kit::units::{human_bytes, human_bytes_up};
 
-/// Threads for blocking work: the permanent ones, and the most in total.
-const BLOCKING: (usize, usize) = (2, 64);
+/// Fewest threads for blocking work, which are permanent.
+const LEAST_BLOCKING: usize = 2;
+/// Most threads for blocking work.
+const MOST_BLOCKING: usize = 64;
 /// Lifetime of an idle thread for blocking work. Threads are kept because the system may not allow new ones later.
 const KEPT: Duration = Duration::from_secs(30 * 24 * 3600);
 /// Most bytes of address space that a daemon's code, data and buffers take, not counting its threads.
@@ -96,20 +98,19 @@ pub fn available(wanted: usize) -> usize {
 
 /// Starts a runtime of at most `workers` worker threads that leaves `own` threads to the daemon.
 pub fn runtime(workers: usize, own: usize) -> Result<Runtime, RuntimeError> {
-    let (least_blocking, most_blocking) = BLOCKING;
-    let needed = 1 + least_blocking + own;
-    let comfortable = workers + 2 * least_blocking + own + MARGIN;
-    fit_address_space((workers + most_blocking + own + MARGIN) as u64)?;
+    let needed = 1 + LEAST_BLOCKING + own;
+    let comfortable = workers + 2 * LEAST_BLOCKING + own + MARGIN;
+    fit_address_space((workers + MOST_BLOCKING + own + MARGIN) as u64)?;
     let found = available(comfortable.max(needed));
     if found < needed {
         return Err(RuntimeError::Threads { found, needed });
     }
     let ours = found - own;
     let (workers, blocking) = match found >= comfortable {
-        true => (workers, most_blocking),
+        true => (workers, MOST_BLOCKING),
         false => {
-            let workers = workers.min((ours - least_blocking) / 2).max(1);
-            (workers, (ours - workers).min(least_blocking))
+            let workers = workers.min((ours - LEAST_BLOCKING) / 2).max(1);
+            (workers, (ours - workers).min(LEAST_BLOCKING))
         }
     };
     let runtime = Builder::new_multi_thread()
@@ -119,7 +120,7 @@ pub fn runtime(workers: usize, own: usize) -> Result<Runtime, RuntimeError> {
         .enable_all()
         .build()
         .map_err(RuntimeError::System)?;
-    start_blocking_threads(&runtime, least_blocking);
+    start_blocking_threads(&runtime, LEAST_BLOCKING);
     Ok(runtime)
 }
 
