@@ -29,7 +29,7 @@ pub struct Orchestrator {
     pub jobs: JobService,
     /// The registered pools and their latest reports.
     pub fleet: Arc<Fleet>,
-    /// The running attempts.
+    /// Running attempts, and what starts and adopts them.
     pub dispatcher: Arc<Dispatcher>,
     /// The scheduler, with its script and recordings.
     pub scheduler: Arc<Scheduler>,

@@ -38,7 +38,7 @@ pub struct Scheduler {
     pub script: ScriptPolicy,
     /// Open recordings of the passes' input and decisions.
     pub recordings: Recordings,
-    /// The built-in policy.
+    /// Policy that decides unless a script does.
     policy: BuiltIn,
     jobs: JobService,
     fleet: Arc<Fleet>,
