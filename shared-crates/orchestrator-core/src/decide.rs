@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::adopt;
 use crate::api::scheduler::{ScriptError, ScriptErrorKind};
 use crate::scheduler::{Plan, Policy, Snapshot, schedule};
-use crate::script::{Act, Pass, Runner, Script};
+use crate::script::{Act, Runner, Script, ScriptInput};
 use crate::trace::By;
 
 /// Cost of each pool, by name.
@@ -48,10 +48,10 @@ impl Decision {
 }
 
 /// Returns the input of a script; `None` if no waiting job could be helped by any action.
-pub fn offer(snapshot: &Arc<Snapshot>, built_in: &Plan, costs: &Costs) -> Option<Arc<Pass>> {
+pub fn offer(snapshot: &Arc<Snapshot>, built_in: &Plan, costs: &Costs) -> Option<Arc<ScriptInput>> {
     let candidates = adopt::candidates(snapshot, built_in);
     (!candidates.is_empty()).then(|| {
-        Arc::new(Pass {
+        Arc::new(ScriptInput {
             snapshot: Arc::clone(snapshot),
             candidates,
             costs: Arc::clone(costs),
@@ -63,7 +63,7 @@ pub fn offer(snapshot: &Arc<Snapshot>, built_in: &Plan, costs: &Costs) -> Option
 pub fn settle(
     policy: &dyn Policy,
     built_in: Plan,
-    pass: &Pass,
+    pass: &ScriptInput,
     answer: Result<Vec<Act>, ScriptError>,
 ) -> Decision {
     let adopted = answer.and_then(|acts| {

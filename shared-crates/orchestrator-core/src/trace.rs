@@ -34,7 +34,7 @@ pub enum Line {
     /// Decision of a pass.
     Decided(Decided),
     /// Last line: end of the recording.
-    End(End),
+    End(TraceEnd),
 }
 
 /// Header of a trace.
@@ -86,7 +86,7 @@ pub struct Saw {
     pub rest: Value,
     /// Attempts that began to hold a slot, except those that a recorded decision began.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub leased: Vec<Lease>,
+    pub leased: Vec<HeldSlot>,
     /// Jobs whose attempt no longer holds its slot.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub freed: Vec<JobId>,
@@ -94,7 +94,7 @@ pub struct Saw {
 
 /// An attempt that holds a slot of a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Lease {
+pub struct HeldSlot {
     /// Id of the job.
     pub job: JobId,
     /// Name of the worker's pool.
@@ -138,7 +138,7 @@ pub struct Decided {
 
 /// End of a recording.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct End {
+pub struct TraceEnd {
     /// Number of passes in the trace.
     pub passes: u64,
     /// Reason for the end.
@@ -220,7 +220,7 @@ pub struct Recorder {
     jobs: Vec<Arc<QueuedJob>>,
     pools: BTreeMap<String, Arc<PoolState>>,
     rest: Value,
-    leases: HashMap<JobId, Lease>,
+    leases: HashMap<JobId, HeldSlot>,
 }
 
 impl Default for Recorder {
@@ -245,7 +245,7 @@ impl Recorder {
     pub fn pass(
         &mut self,
         snapshot: &Snapshot,
-        leases: &[Lease],
+        leases: &[HeldSlot],
         plan: &Plan,
         by: By,
         script: Option<&str>,
@@ -265,7 +265,7 @@ impl Recorder {
         // The job may end before the next pass, so its lease is recorded here.
         for action in &plan.actions {
             if let Action::Dispatch { job, pool, worker } = action {
-                let lease = Lease {
+                let lease = HeldSlot {
                     job: *job,
                     pool: pool.clone(),
                     worker: worker.clone(),
@@ -322,12 +322,12 @@ impl Recorder {
         self.pools = new;
     }
 
-    fn leases(&mut self, leases: &[Lease], saw: &mut Saw) {
-        let new: HashMap<JobId, Lease> = leases
+    fn leases(&mut self, leases: &[HeldSlot], saw: &mut Saw) {
+        let new: HashMap<JobId, HeldSlot> = leases
             .iter()
             .map(|lease| (lease.job, lease.clone()))
             .collect();
-        let held = |id: &JobId, lease: &Lease| new.get(id) == Some(lease);
+        let held = |id: &JobId, lease: &HeldSlot| new.get(id) == Some(lease);
         saw.freed = self
             .leases
             .iter()
@@ -453,7 +453,7 @@ pub struct Trace {
     /// Passes in order; pass numbers start at 1 without gaps.
     pub passes: Vec<PassRecord>,
     /// End of the recording; `None` if the trace was cut off.
-    pub end: Option<End>,
+    pub end: Option<TraceEnd>,
 }
 
 impl Trace {

@@ -227,7 +227,7 @@ pub struct GpuInventory {
     open: Arc<Open>,
     interval: Duration,
     deadline: Duration,
-    running: OnceLock<Running>,
+    running: OnceLock<PollThreads>,
 }
 
 impl GpuInventory {
@@ -287,9 +287,9 @@ impl GpuInventory {
         self.now()
     }
 
-    fn running(&self) -> &Running {
+    fn running(&self) -> &PollThreads {
         self.running
-            .get_or_init(|| Running::start(Arc::clone(&self.open), self.interval))
+            .get_or_init(|| PollThreads::start(Arc::clone(&self.open), self.interval))
     }
 }
 
@@ -300,7 +300,7 @@ impl std::fmt::Debug for GpuInventory {
 }
 
 /// The polling threads. Dropping this value ends them as soon as their current driver call returns.
-struct Running {
+struct PollThreads {
     shared: Arc<Shared>,
 }
 
@@ -316,13 +316,13 @@ struct Board {
     stop: bool,
     /// True once the first search for a driver has finished.
     looked: bool,
-    found: Option<Found>,
+    found: Option<DetectedGpus>,
     /// Number of GPUs that have answered or failed at least once.
     answered: usize,
 }
 
 #[derive(Clone)]
-struct Found {
+struct DetectedGpus {
     backend: Backend,
     slots: Arc<[Mutex<Slot>]>,
 }
@@ -382,7 +382,7 @@ impl Board {
     }
 }
 
-impl Running {
+impl PollThreads {
     fn start(open: Arc<Open>, interval: Duration) -> Self {
         let shared = Arc::<Shared>::default();
         let theirs = Arc::clone(&shared);
@@ -390,12 +390,12 @@ impl Running {
         Self { shared }
     }
 
-    fn found(&self) -> Option<Found> {
+    fn found(&self) -> Option<DetectedGpus> {
         lock(&self.shared.board).found.clone()
     }
 }
 
-impl Drop for Running {
+impl Drop for PollThreads {
     fn drop(&mut self) {
         lock(&self.shared.board).stop = true;
         self.shared.news.notify_all();
@@ -446,7 +446,7 @@ fn find(open: &Arc<Open>, interval: Duration, shared: &Arc<Shared>) {
     let slots: Arc<[Mutex<Slot>]> = (0..count.min(MOST_GPUS))
         .map(|_| Mutex::default())
         .collect();
-    let found = Found {
+    let found = DetectedGpus {
         backend: source.backend(),
         slots: Arc::clone(&slots),
     };
@@ -607,9 +607,9 @@ mod tests {
     }
 
     /// A source with one GPU that counts its readings.
-    struct Source(Arc<AtomicU32>);
+    struct CountingGpuSource(Arc<AtomicU32>);
 
-    impl GpuSource for Source {
+    impl GpuSource for CountingGpuSource {
         fn backend(&self) -> Backend {
             Backend::Cuda
         }
@@ -629,7 +629,7 @@ mod tests {
         let asked = Arc::new(AtomicU32::new(0));
         let theirs = Arc::clone(&asked);
         let inventory = GpuInventory::new(&GpuConfig::default(), move || {
-            Ok(Arc::new(Source(Arc::clone(&theirs))) as Arc<dyn GpuSource>)
+            Ok(Arc::new(CountingGpuSource(Arc::clone(&theirs))) as Arc<dyn GpuSource>)
         });
         assert_eq!(asked.load(Ordering::Relaxed), 0);
         let gpus = inventory.settled();

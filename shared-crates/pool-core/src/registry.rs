@@ -55,7 +55,7 @@ pub struct WorkerRecord {
     /// Reason for which the pool itself ends the worker. Recorded before any signal is sent, so that the reason is kept even if
     /// the daemon that found it ends.
     #[serde(default)]
-    pub verdict: Option<Verdict>,
+    pub verdict: Option<TerminationCause>,
     /// Kill counter of the worker's memory cgroup when the worker was last seen healthy.
     #[serde(default)]
     pub oom_mark: Option<OomMark>,
@@ -87,7 +87,7 @@ pub struct Moments {
 /// The reason for which the pool itself ends a worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
-pub enum Verdict {
+pub enum TerminationCause {
     /// The worker was not ready in time.
     StartTimeout {
         /// Time that the worker had, in seconds.
@@ -100,7 +100,7 @@ pub enum Verdict {
     },
 }
 
-impl Verdict {
+impl TerminationCause {
     /// Returns the verdict in human-readable form, for lists of workers.
     pub fn ending(&self) -> WorkerEnding {
         let (reason, message) = match self {

@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::fleet::FleetError;
 use crate::jobs::{FollowError, SubmitError};
-use crate::queue::Refused;
+use crate::queue::AdmissionRefused;
 use crate::state::StoreError;
 
 /// `Retry-After` of a request that found the database unusable.
@@ -223,7 +223,7 @@ impl From<SubmitError> for ServiceError {
                     "use at most {context_length}, minus the tokens of the prompt"
                 ))
                 .details(json!({"field": "max_tokens"})),
-            SubmitError::Queue(Refused { error, retry_after }) => {
+            SubmitError::Queue(AdmissionRefused { error, retry_after }) => {
                 let (setting, details) = match error {
                     QueueError::Full { capacity } => {
                         ("queue.capacity", json!({"capacity": capacity}))

@@ -113,7 +113,7 @@ pub enum PoolChange {
 /// The registered pools, and the overlay of requests to them.
 #[derive(Debug)]
 pub struct Fleet {
-    inner: Mutex<Inner>,
+    inner: Mutex<FleetState>,
     token: Option<Secret>,
     /// Maximum number of registered pools.
     limit: usize,
@@ -125,8 +125,8 @@ pub struct Fleet {
 }
 
 #[derive(Debug, Default)]
-struct Inner {
-    pools: BTreeMap<String, Pool>,
+struct FleetState {
+    pools: BTreeMap<String, RegisteredPool>,
     /// Pools of an earlier run that have not reported to this one.
     awaited: BTreeSet<String>,
     overlay: Overlay,
@@ -139,7 +139,7 @@ struct Inner {
 }
 
 #[derive(Debug)]
-struct Pool {
+struct RegisteredPool {
     url: String,
     instance_id: String,
     client: ApiClient,
@@ -168,7 +168,7 @@ struct Pool {
     contender: Option<standing::Contender>,
 }
 
-impl Inner {
+impl FleetState {
     /// Gives every live pool a full time limit again after a gap in which this process did not run: heartbeats that
     /// arrived in the gap may still be unread.
     fn excuse(&mut self, stood: Duration) {
@@ -177,14 +177,14 @@ impl Inner {
         }
         self.excused = stood;
         let now = clock::now();
-        let alive = |pool: &&mut Pool| pool.liveness(now) != PoolLiveness::Offline;
+        let alive = |pool: &&mut RegisteredPool| pool.liveness(now) != PoolLiveness::Offline;
         for pool in self.pools.values_mut().filter(alive) {
             pool.silent_since = now;
         }
     }
 }
 
-impl Pool {
+impl RegisteredPool {
     fn liveness(&self, now: Timestamp) -> PoolLiveness {
         PoolLiveness::judge(self.silent_since, self.interval, now)
     }
@@ -262,13 +262,13 @@ impl Fleet {
     /// Returns the time of the pool's last heartbeat; `None` if the pool is unknown, or has registered but not reported.
     pub fn last_told(&self, pool: &str) -> Option<Timestamp> {
         let inner = self.lock();
-        let told = |pool: &&Pool| pool.status.is_some();
+        let told = |pool: &&RegisteredPool| pool.status.is_some();
         Some(inner.pools.get(pool).filter(told)?.last_heartbeat)
     }
 
     /// Returns the time from which a silent pool counts as lost. After a start, every pool has to find this orchestrator again.
     /// If all pools are silent at once, the fault is probably on this side.
-    fn silence_counts_from(&self, inner: &Inner, now: Timestamp) -> Timestamp {
+    fn silence_counts_from(&self, inner: &FleetState, now: Timestamp) -> Timestamp {
         let offline = inner.pools.values().map(|pool| pool.deadlines()[1]);
         let none_left = offline.max().filter(|at| *at <= now);
         none_left
@@ -278,7 +278,7 @@ impl Fleet {
             .unwrap_or(Timestamp::MAX)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, FleetState> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.excuse(own_clock::stood());
         inner
@@ -352,7 +352,7 @@ impl Fleet {
         // Requests before this registration may have gone to an earlier instance.
         inner.overlay.forget_pool(&pool_id);
         tracing::info!(pool = pool_id, url, "pool registered");
-        let pool = Pool {
+        let pool = RegisteredPool {
             contender: contender.filter(|other| !other.is(&instance_id)),
             replaced: replaced.unwrap_or_default(),
             host_id,
@@ -414,7 +414,7 @@ impl Fleet {
             snapshot,
         } = heartbeat;
         let mut inner = self.lock();
-        let Inner {
+        let FleetState {
             pools,
             awaited,
             overlay,
@@ -508,7 +508,7 @@ impl Fleet {
     /// open.
     pub fn meant_by(&self, model: &ModelRef) -> Vec<ModelRef> {
         let inner = self.lock();
-        let models = || inner.pools.values().flat_map(Pool::models);
+        let models = || inner.pools.values().flat_map(RegisteredPool::models);
         if models().any(|on_disk| on_disk.model_ref == *model) {
             return vec![model.clone()];
         }
@@ -523,7 +523,7 @@ impl Fleet {
     /// Returns a pool that downloads a model that `model` may mean.
     pub fn downloads(&self, model: &ModelRef) -> Option<String> {
         let inner = self.lock();
-        let fetches = |pool: &Pool| {
+        let fetches = |pool: &RegisteredPool| {
             let mut downloads = pool.status.iter().flat_map(|status| &status.downloads);
             downloads.any(|other| other == model || other.is_meant_by(model))
         };
@@ -546,7 +546,7 @@ impl Fleet {
     pub fn awaited(&self, now: Timestamp) -> Option<String> {
         let inner = self.lock();
         let patient = now < self.silence_counts_from(&inner, now);
-        let may_come = |id: &String, pool: &Pool| {
+        let may_come = |id: &String, pool: &RegisteredPool| {
             let of_this_run = !inner.awaited.contains(id);
             let alive = pool.standing(now) == PoolLiveness::Awaited;
             pool.status.is_none() && (patient || (of_this_run && alive))
@@ -607,7 +607,7 @@ impl Fleet {
     /// later requests and answers laid over them.
     pub fn take_changes(&self, now: Timestamp) -> Vec<PoolChange> {
         let mut inner = self.lock();
-        let Inner {
+        let FleetState {
             pools,
             overlay,
             changed,
@@ -659,11 +659,11 @@ impl Fleet {
 }
 
 fn next_change(
-    pools: &BTreeMap<String, Pool>,
+    pools: &BTreeMap<String, RegisteredPool>,
     overlay: &Overlay,
     now: Timestamp,
 ) -> Option<Timestamp> {
-    let liveness = pools.values().flat_map(Pool::deadlines);
+    let liveness = pools.values().flat_map(RegisteredPool::deadlines);
     liveness
         .chain(overlay.deadlines())
         .filter(|at| *at > now)

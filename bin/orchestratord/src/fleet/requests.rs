@@ -7,7 +7,7 @@ use pool_core::ModelRef;
 use pool_core::kit::client::ApiClient;
 
 use super::overlay::Load;
-use super::{Asked, Fleet, Inner};
+use super::{Asked, Fleet, FleetState};
 
 impl Fleet {
     /// Records that a pool is being asked to start a worker. Returns the start's number and a client of the pool.
@@ -27,7 +27,7 @@ impl Fleet {
     pub fn start_accepted(&self, start: u64, pool: &str, worker: &str, now: Timestamp) {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
-        let Inner { pools, overlay, .. } = &mut *inner;
+        let FleetState { pools, overlay, .. } = &mut *inner;
         overlay.start_accepted(start, worker, |pool| {
             pools
                 .get(pool)
@@ -118,7 +118,7 @@ impl Fleet {
     fn mark(&self, pool: &str, worker: &str, free_tokens: Option<u32>, now: Timestamp) {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
-        let Inner { pools, overlay, .. } = &mut *inner;
+        let FleetState { pools, overlay, .. } = &mut *inner;
         let said = pools.get(pool).and_then(|pool| pool.worker(worker));
         overlay.mark_full(pool, worker, said.map(Load::of), free_tokens, now);
     }
@@ -127,7 +127,7 @@ impl Fleet {
     /// daemon. Until a report counts the job, what it is expected to take of the worker's cache is not free.
     pub fn leased(&self, pool: &str, worker: &str, job: JobId, queued: Option<&QueuedJob>) {
         let mut inner = self.lock();
-        let Inner { pools, overlay, .. } = &mut *inner;
+        let FleetState { pools, overlay, .. } = &mut *inner;
         let known = pools.get(pool).and_then(|pool| pool.worker(worker));
         let context = known.and_then(|worker| worker.context_length);
         let most = context.unwrap_or(u32::MAX);

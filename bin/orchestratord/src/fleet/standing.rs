@@ -6,7 +6,7 @@ use orchestrator_core::api::pools::{PoolConflict, PoolView, PoolViewState};
 use orchestrator_core::pool::PoolLiveness;
 use pool_core::api::pool::{PoolStatus, RegisterRequest};
 
-use super::{Fleet, FleetError, Pool};
+use super::{Fleet, FleetError, RegisteredPool};
 
 /// Number of earlier instances of a pool kept in memory. If one of them returns, it is alive at the same time as its
 /// successor.
@@ -43,7 +43,7 @@ impl Contender {
     }
 }
 
-impl Pool {
+impl RegisteredPool {
     /// Returns the pool's liveness for the scheduler: a pool gets work from its own first heartbeat until it stops.
     pub(super) fn standing(&self, now: Timestamp) -> PoolLiveness {
         match self.liveness(now) {

@@ -14,7 +14,7 @@ use super::JobService;
 use crate::clock;
 use crate::fleet::Fleet;
 use crate::live::{JobLog, LiveJob};
-use crate::queue::Refused;
+use crate::queue::AdmissionRefused;
 use crate::state::{IdempotencyKey, LogEntry, StoreError, Submitted};
 
 /// A task that was not accepted.
@@ -72,7 +72,7 @@ pub enum SubmitError {
     },
     /// A queue without a free place.
     #[error(transparent)]
-    Queue(#[from] Refused),
+    Queue(#[from] AdmissionRefused),
     /// The daemon is stopping.
     #[error("orchestratord is stopping")]
     Stopping,

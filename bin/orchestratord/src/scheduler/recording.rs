@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 use orchestrator_core::decide::Decision;
 use orchestrator_core::scheduler::Snapshot;
-use orchestrator_core::trace::{End, EndReason, Header, Lease, Line, Recorder};
+use orchestrator_core::trace::{EndReason, Header, HeldSlot, Line, Recorder, TraceEnd};
 use tokio::sync::mpsc;
 
 /// Number of passes buffered for a reader. A reader further behind is too slow.
@@ -17,11 +17,11 @@ const MOST: usize = 4;
 /// The open recordings, at most `MOST`.
 #[derive(Debug, Default)]
 pub struct Recordings {
-    tapes: Mutex<Vec<Running>>,
+    tapes: Mutex<Vec<ActiveRecording>>,
 }
 
 #[derive(Debug)]
-struct Running {
+struct ActiveRecording {
     recorder: Recorder,
     lines: mpsc::Sender<Bytes>,
 }
@@ -34,7 +34,7 @@ pub struct Tape {
 }
 
 impl Recordings {
-    fn lock(&self) -> MutexGuard<'_, Vec<Running>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<ActiveRecording>> {
         self.tapes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -54,7 +54,7 @@ impl Recordings {
         }
         let (lines, reader) = mpsc::channel(BEHIND);
         lines.try_send(text(&[Line::Trace(header)])?).ok()?;
-        tapes.push(Running {
+        tapes.push(ActiveRecording {
             recorder: Recorder::default(),
             lines,
         });
@@ -65,7 +65,7 @@ impl Recordings {
     }
 
     /// Records a pass. A reader that can't keep up loses its recording, and its trace says so.
-    pub fn pass(&self, snapshot: &Snapshot, leases: &[Lease], decision: &Decision) {
+    pub fn pass(&self, snapshot: &Snapshot, leases: &[HeldSlot], decision: &Decision) {
         let mut tapes = self.lock();
         tapes.retain(|tape| !tape.lines.is_closed());
         if tapes.is_empty() {
@@ -97,7 +97,7 @@ impl Tape {
     pub fn end(&self, reason: EndReason) -> Option<Bytes> {
         // The first piece was the header.
         let passes = self.passes.saturating_sub(1);
-        text(&[Line::End(End { passes, reason })])
+        text(&[Line::End(TraceEnd { passes, reason })])
     }
 }
 

@@ -12,7 +12,7 @@ use pool_core::kit::clock;
 use pool_core::kit::crash::crash_point;
 use pool_core::kit::process::{ProcessIdentity, Signal, SignalOutcome};
 use pool_core::lifecycle::{Deadlines, Ended, ExitFacts, ObserveError, ProgressWatch, Stall};
-use pool_core::registry::{Verdict, WorkerRecord};
+use pool_core::registry::{TerminationCause, WorkerRecord};
 use pool_core::worker::{WorkerInfo, WorkerStatus};
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -181,7 +181,7 @@ impl Watched {
     }
 
     /// Returns the reason the worker must end, if there is one.
-    fn verdict(&self, pool: &Pool, stall: Option<Stall>) -> Option<Verdict> {
+    fn verdict(&self, pool: &Pool, stall: Option<Stall>) -> Option<TerminationCause> {
         let timeout = pool
             .lifecycle
             .config()
@@ -193,17 +193,17 @@ impl Watched {
             && self.age + watched >= timeout
             && watched >= timeout.min(HEARING)
         {
-            return Some(Verdict::StartTimeout {
+            return Some(TerminationCause::StartTimeout {
                 after_s: timeout.as_secs(),
             });
         }
-        stall.map(|stall| Verdict::Stalled {
+        stall.map(|stall| TerminationCause::Stalled {
             message: stall.to_string(),
         })
     }
 
     /// Records the verdict and begins to carry it out.
-    async fn condemn(&mut self, pool: &Arc<Pool>, verdict: Verdict) {
+    async fn condemn(&mut self, pool: &Arc<Pool>, verdict: TerminationCause) {
         let id = self.record.info.id.clone();
         tracing::warn!(worker = id, ?verdict, "a worker must end");
         let condemned = pool

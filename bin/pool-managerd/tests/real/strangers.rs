@@ -6,7 +6,7 @@ use std::time::Duration;
 use pool_core::config::PoolConfig;
 use pool_core::kit::process::{ProcessIdentity, Signal, SignalOutcome};
 use pool_core::lifecycle::{Lifecycle, stop_worker};
-use pool_core::registry::{Verdict, WorkerRecord};
+use pool_core::registry::{TerminationCause, WorkerRecord};
 use pool_core::worker::WorkerStatus;
 
 use crate::house::{House, reserved, spawn, stop, until, until_status};
@@ -127,7 +127,7 @@ async fn an_innocent_process_is_never_signalled() {
             lifecycle.request_stop(&forged(), force).unwrap();
             innocent.assert_untouched(&format!("{lie}, stop, force {force}"));
         }
-        let verdict = Verdict::Stalled {
+        let verdict = TerminationCause::Stalled {
             message: "no token".into(),
         };
         let condemned = lifecycle.condemn(&forged(), &verdict).unwrap().unwrap();

@@ -11,7 +11,7 @@ use pool_core::worker::Device;
 use serde::{Deserialize, Serialize};
 
 use super::judge::{
-    Class, Held, Verdict, Wish, World, alive, fitting, has_backend, judge, next_spare, runs,
+    Class, ClassDecision, Held, Wish, World, alive, fitting, has_backend, judge, next_spare, runs,
     startable, usable,
 };
 use super::policy::{BuiltIn, WorkerChoice};
@@ -78,8 +78,8 @@ pub(super) fn explain(class: &Class, pools: &[&PoolState], world: &World<'_>) ->
     };
     let (verdict, _) = judge(class, &any_job, pools, world);
     let (reason, cause) = match verdict {
-        Verdict::Wait(reason) => (reason, None),
-        Verdict::Reject { message, .. } => (WaitReason::PoolsAway, Some(message)),
+        ClassDecision::Wait(reason) => (reason, None),
+        ClassDecision::Reject { message, .. } => (WaitReason::PoolsAway, Some(message)),
         _ => (WaitReason::PolicyHeld, None),
     };
     let words = Words {

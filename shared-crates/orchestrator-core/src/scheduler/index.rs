@@ -34,13 +34,13 @@ use crate::scheduler::explain::{Explanation, Why};
 use crate::scheduler::judge::Class;
 use crate::scheduler::plan::Action;
 use crate::scheduler::policy::{BuiltIn, Policy, Rank};
-use crate::scheduler::snapshot::{PoolState, Settings, Snapshot, StartCost, Usage};
+use crate::scheduler::snapshot::{PoolState, Settings, Snapshot, StartCost, WorkerUsage};
 use crate::scheduler::wait_reason::WaitReason;
 
 /// Result of a pass. The index already reflects it: dispatched jobs have left the queue and hold their slots, and requested
 /// workers occupy their memory.
 #[derive(Debug, Default)]
-pub struct Pass {
+pub struct PassOutcome {
     /// Actions to take, in order.
     pub actions: Vec<Action>,
     /// Job of each dispatch and rejection, in the order of the actions, as it stood in the queue.
@@ -74,20 +74,20 @@ pub struct Index {
     queue: Box<dyn JobQueue>,
     /// Jobs backing off after a lost attempt, by the end of the backoff.
     later: BTreeSet<(Timestamp, JobId)>,
-    classes: Vec<Option<Jobs>>,
+    classes: Vec<Option<ClassJobs>>,
     class_ids: HashMap<Class, usize>,
     /// Classes that the next pass evaluates if they have jobs.
     dirty: BTreeSet<usize>,
     /// Times at which a class is due for evaluation, even without a change.
     wakes: BTreeSet<(Timestamp, usize)>,
-    pools: Vec<Option<Pool>>,
+    pools: Vec<Option<IndexedPool>>,
     by_name: HashMap<Arc<str>, usize>,
     models: Vec<Model>,
     model_ids: HashMap<ModelRef, usize>,
     /// Idle workers of live pools, by the start of their idle time.
     idle: BTreeSet<(Timestamp, usize, usize)>,
     /// Use of workers with leases that their pool does not list now, by pool and worker.
-    away: HashMap<String, HashMap<String, Usage>>,
+    away: HashMap<String, HashMap<String, WorkerUsage>>,
     /// Pool of each session's latest run, and the number of the dispatch that chose it.
     sessions: HashMap<String, (Arc<str>, u64)>,
     last_starts: HashMap<String, u64>,
@@ -100,7 +100,7 @@ pub struct Index {
 }
 
 /// A class and its jobs.
-struct Jobs {
+struct ClassJobs {
     class: Class,
     model: usize,
     /// Keys of the jobs that are not backing off.
@@ -131,10 +131,10 @@ enum Scope {
 }
 
 /// A pool, with the entries that the other tables hold for it.
-struct Pool {
+struct IndexedPool {
     state: Arc<PoolState>,
     /// Use of each worker by the orchestrator's own leases.
-    usage: Vec<Usage>,
+    usage: Vec<WorkerUsage>,
     /// Start of each worker's idle time as reported by the pool, before our own leases are applied.
     reported_idle: Vec<Option<Timestamp>>,
     name: Arc<str>,

@@ -152,7 +152,7 @@ pub(super) struct World<'a> {
 
 /// Result of a judgement. Pools and workers are indices into its input.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum ClassDecision {
     Dispatch {
         pool: usize,
         worker: usize,
@@ -343,7 +343,7 @@ pub(super) trait Places {
     fn with_file(&self) -> impl Iterator<Item = (usize, &PoolState, StartSize)>;
 
     /// Judges a class that no device of the pools in [`Places::with_file`] suits.
-    fn without_file(&self) -> Verdict;
+    fn without_file(&self) -> ClassDecision;
 }
 
 /// Live workers for a class.
@@ -363,16 +363,16 @@ pub(super) fn judge_places(
     class: &Class,
     wish: &Wish<'_>,
     world: &World<'_>,
-) -> (Verdict, Option<Timestamp>) {
+) -> (ClassDecision, Option<Timestamp>) {
     // First choice: a worker with a free slot.
     if let Some((pool, worker)) = places.free_worker() {
-        return (Verdict::Dispatch { pool, worker }, None);
+        return (ClassDecision::Dispatch { pool, worker }, None);
     }
 
     // Second choice: another worker.
     let LiveWorkers { starting, serving } = places.workers();
     if starting {
-        return (Verdict::Wait(WaitReason::WorkerStarting), None);
+        return (ClassDecision::Wait(WaitReason::WorkerStarting), None);
     }
     let mut refused = false;
     let mut best: Option<(StartKey<'_>, usize, StartChoice<'_>)> = None;
@@ -392,7 +392,7 @@ pub(super) fn judge_places(
         }
     }
     if let Some((_, pool, choice)) = best {
-        let start = Verdict::Start {
+        let start = ClassDecision::Start {
             pool,
             device: choice.device.device,
             context: wish.size(class, &choice),
@@ -400,10 +400,13 @@ pub(super) fn judge_places(
         return (start, None);
     }
     if serving {
-        return (Verdict::Wait(WaitReason::of_serving(has_slot())), None);
+        return (
+            ClassDecision::Wait(WaitReason::of_serving(has_slot())),
+            None,
+        );
     }
     if refused {
-        return (Verdict::Wait(WaitReason::StartRefused), None);
+        return (ClassDecision::Wait(WaitReason::StartRefused), None);
     }
 
     // Last choice: memory that other workers hold.
@@ -417,7 +420,7 @@ pub(super) fn judge_places(
             any = true;
             let after = stopping(pool, device.device).saturating_add(device.free_bytes);
             if after >= needed {
-                return (Verdict::Wait(WaitReason::Evicting), None);
+                return (ClassDecision::Wait(WaitReason::Evicting), None);
             }
             if !world.settings.evict {
                 continue;
@@ -433,8 +436,8 @@ pub(super) fn judge_places(
         }
     }
     match best {
-        Some((_, pool, workers)) => (Verdict::Evict { pool, workers }, None),
-        None if any => (Verdict::Wait(WaitReason::MemoryShort), wake),
+        Some((_, pool, workers)) => (ClassDecision::Evict { pool, workers }, None),
+        None if any => (ClassDecision::Wait(WaitReason::MemoryShort), wake),
         None => (places.without_file(), None),
     }
 }
@@ -449,13 +452,13 @@ pub(super) fn judge(
     wish: &Wish<'_>,
     pools: &[&PoolState],
     world: &World<'_>,
-) -> (Verdict, Option<Timestamp>) {
+) -> (ClassDecision, Option<Timestamp>) {
     let known = || pools.iter().filter(|p| class.admits_pool(&p.id));
     if known().next().is_none() {
-        return (Verdict::Wait(WaitReason::NoPool), None);
+        return (ClassDecision::Wait(WaitReason::NoPool), None);
     }
     if !known().any(|p| alive(p)) {
-        return (Verdict::Wait(WaitReason::PoolsAway), None);
+        return (ClassDecision::Wait(WaitReason::PoolsAway), None);
     }
     let left = pools
         .iter()
@@ -463,7 +466,7 @@ pub(super) fn judge(
         .filter(|(_, pool)| class.admits_pool(&pool.id) && alive(pool) && has_backend(class, pool));
     let left: Vec<_> = left.map(|(place, pool)| (place, *pool)).collect();
     if left.is_empty() {
-        return (Verdict::Wait(WaitReason::NoBackend), None);
+        return (ClassDecision::Wait(WaitReason::NoBackend), None);
     }
     let workers = left.iter().flat_map(|&(place, pool)| {
         let own = pool.workers.iter().enumerate();
@@ -535,13 +538,13 @@ impl Places for AllPools<'_> {
         self.with_file.get_or_init(find).iter().copied()
     }
 
-    fn without_file(&self) -> Verdict {
+    fn without_file(&self) -> ClassDecision {
         if self.with_file().next().is_some() {
-            return Verdict::Wait(WaitReason::MemoryShort);
+            return ClassDecision::Wait(WaitReason::MemoryShort);
         }
         let mut left = self.left.iter();
         if left.any(|(_, pool)| usable(self.class, pool).is_some()) {
-            return Verdict::Wait(WaitReason::ContextShort);
+            return ClassDecision::Wait(WaitReason::ContextShort);
         }
         let Self {
             class,
@@ -562,7 +565,7 @@ fn missing(
     pools: &[&PoolState],
     left: &[(usize, &PoolState)],
     world: &World<'_>,
-) -> Verdict {
+) -> ClassDecision {
     let failure = left.iter().find_map(|(_, pool)| {
         let why = pool.start_failure(pool.model(&class.model)?)?;
         Some((&pool.id, why))
@@ -574,8 +577,8 @@ fn missing(
     });
     if let Some((pool, why)) = failure {
         return match away {
-            Some(_) => Verdict::Wait(WaitReason::PoolsAway),
-            None => Verdict::Reject {
+            Some(_) => ClassDecision::Wait(WaitReason::PoolsAway),
+            None => ClassDecision::Reject {
                 code: JobErrorCode::ModelFailed,
                 message: format!("`{}` can't be started on pool `{pool}`: {why}", class.model),
             },
@@ -583,7 +586,7 @@ fn missing(
     }
     let downloads = |pool: &PoolState| pool.downloads.iter().any(|d| d.model == class.model);
     if left.iter().any(|(_, pool)| downloads(pool)) {
-        return Verdict::Wait(WaitReason::Downloading);
+        return ClassDecision::Wait(WaitReason::Downloading);
     }
     // If the file can be downloaded, waiting for an offline pool is pointless.
     let wanted = world
@@ -591,10 +594,10 @@ fn missing(
         .get(&class.model)
         .filter(|_| world.settings.download);
     match (wanted, away) {
-        (None, None) => return Verdict::Wait(WaitReason::ModelMissing),
-        (None, Some(_)) => return Verdict::Wait(WaitReason::PoolsAway),
+        (None, None) => return ClassDecision::Wait(WaitReason::ModelMissing),
+        (None, Some(_)) => return ClassDecision::Wait(WaitReason::PoolsAway),
         (Some(_), Some(pool)) if pool.liveness != PoolLiveness::Offline => {
-            return Verdict::Wait(WaitReason::PoolsAway);
+            return ClassDecision::Wait(WaitReason::PoolsAway);
         }
         (Some(_), _) => {}
     }
@@ -608,7 +611,7 @@ fn missing(
         (wish.is_elsewhere(choice.pool), rank, &choice.pool.id)
     });
     match best {
-        Some((pool, _)) => Verdict::Download { pool },
-        None => Verdict::Wait(WaitReason::DownloadRefused),
+        Some((pool, _)) => ClassDecision::Download { pool },
+        None => ClassDecision::Wait(WaitReason::DownloadRefused),
     }
 }

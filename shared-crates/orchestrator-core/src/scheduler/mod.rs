@@ -20,7 +20,7 @@ mod wait_reason;
 use jiff::SignedDuration;
 
 pub use explain::{Chooser, Explanation, Filter, FilterCount, Why};
-pub use index::{Index, Pass, Waiting};
+pub use index::{Index, PassOutcome, Waiting};
 pub(crate) use judge::start_context;
 pub use plan::{Action, Plan, schedule};
 pub use policy::{
@@ -30,7 +30,7 @@ pub use policy::{
 pub use rules::DISK_RESERVE;
 pub use snapshot::{
     DeviceState, DownloadState, ModelState, PoolState, RefusedDownload, RefusedStart, Settings,
-    Snapshot, Usage, WorkerState,
+    Snapshot, WorkerState, WorkerUsage,
 };
 pub use wait_reason::WaitReason;
 

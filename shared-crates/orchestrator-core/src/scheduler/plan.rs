@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::REGISTRATION;
 use super::explain::{self, Explanation};
-use super::judge::{Class, Held, Verdict, Wish, World, alive, judge};
+use super::judge::{Class, ClassDecision, Held, Wish, World, alive, judge};
 use super::policy::Policy;
 use super::snapshot::{DownloadState, PoolState, Snapshot, WorkerState};
 use super::wait_reason::WaitReason;
@@ -88,7 +88,7 @@ pub struct Plan {
     pub wake: Option<Timestamp>,
 }
 
-/// Verdict on a class, which holds for the rest of a pass.
+/// Decision on a class, which holds for the rest of a pass.
 struct Settled {
     /// Code and message of the rejection of its jobs; `None` if they wait.
     rejection: Option<(JobErrorCode, String)>,
@@ -112,7 +112,7 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
         needed: &needed,
         held: Held::default(),
     };
-    let mut pass = Pass {
+    let mut pass = PlanBuilder {
         snapshot,
         pools: snapshot.pools.clone(),
         sessions: HashMap::new(),
@@ -142,14 +142,14 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
             let (verdict, wake) = pass.judge(&class, job, &world);
             pass.wake_at(wake);
             let rejection = match verdict {
-                Verdict::Dispatch { pool, worker } => {
+                ClassDecision::Dispatch { pool, worker } => {
                     pass.dispatch(job, pool, worker);
                     continue;
                 }
-                Verdict::Reject { code, message } => Some((code, message)),
+                ClassDecision::Reject { code, message } => Some((code, message)),
                 verdict => {
                     pass.take(&class, &verdict, &world);
-                    if verdict == Verdict::Wait(WaitReason::CacheFull) {
+                    if verdict == ClassDecision::Wait(WaitReason::CacheFull) {
                         held.push(class.clone());
                     }
                     None
@@ -212,7 +212,7 @@ pub fn schedule(snapshot: &Snapshot, policy: &dyn Policy) -> Plan {
 }
 
 /// State of the pools, changed by the actions of a pass.
-struct Pass<'a> {
+struct PlanBuilder<'a> {
     snapshot: &'a Snapshot,
     pools: Vec<Arc<PoolState>>,
     /// Pool of each session that got a place in this pass.
@@ -222,7 +222,7 @@ struct Pass<'a> {
     wake: Option<Timestamp>,
 }
 
-impl<'a> Pass<'a> {
+impl<'a> PlanBuilder<'a> {
     fn wake_at(&mut self, at: Option<Timestamp>) {
         self.wake = self.wake.into_iter().chain(at).min();
     }
@@ -232,7 +232,7 @@ impl<'a> Pass<'a> {
         class: &Class,
         job: &QueuedJob,
         world: &World<'_>,
-    ) -> (Verdict, Option<Timestamp>) {
+    ) -> (ClassDecision, Option<Timestamp>) {
         let session = job.session_id.as_deref();
         let prefer = session.and_then(|session| {
             let known = self.snapshot.sessions.get(session);
@@ -258,9 +258,9 @@ impl<'a> Pass<'a> {
     }
 
     /// Carries out a verdict that concerns the whole class, not just one job.
-    fn take(&mut self, class: &Class, verdict: &Verdict, world: &World<'_>) {
+    fn take(&mut self, class: &Class, verdict: &ClassDecision, world: &World<'_>) {
         match verdict {
-            Verdict::Start {
+            ClassDecision::Start {
                 pool,
                 device,
                 context,
@@ -276,7 +276,7 @@ impl<'a> Pass<'a> {
                     context_length: *context,
                 });
             }
-            Verdict::Evict { pool, workers } => {
+            ClassDecision::Evict { pool, workers } => {
                 let pool = Arc::make_mut(&mut self.pools[*pool]);
                 for &worker in workers {
                     pool.workers[worker].status = WorkerStatus::Draining;
@@ -287,7 +287,7 @@ impl<'a> Pass<'a> {
                     });
                 }
             }
-            Verdict::Download { pool } => {
+            ClassDecision::Download { pool } => {
                 let pool = Arc::make_mut(&mut self.pools[*pool]);
                 let size = world.sizes.get(&class.model).copied();
                 pool.reserve_download(&class.model, size.unwrap_or_default());

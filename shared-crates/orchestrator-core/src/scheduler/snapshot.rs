@@ -283,7 +283,7 @@ pub struct WorkerState {
 
 /// The orchestrator's own record of a worker's use, which is newer than any heartbeat.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Usage {
+pub struct WorkerUsage {
     /// Slots held by the worker's leases.
     pub active: u32,
     /// Time at which the latest lease ended; `None` if none did.
@@ -294,7 +294,7 @@ pub struct Usage {
     pub unanswered: u32,
 }
 
-impl Usage {
+impl WorkerUsage {
     /// Records a lease given by the dispatch with the number `turn`.
     pub(super) fn take(&mut self, turn: u64) {
         self.active += 1;
@@ -362,7 +362,7 @@ impl WorkerState {
     }
 
     /// Overlays the orchestrator's own record on the pool's report.
-    pub fn apply(&mut self, usage: Usage) {
+    pub fn apply(&mut self, usage: WorkerUsage) {
         self.active = usage.active;
         self.last_turn = usage.last_turn;
         self.unanswered = usage.unanswered;

@@ -26,7 +26,7 @@ use sha2::{Digest as _, Sha256};
 
 pub use crate::api::scheduler::{ScriptError, ScriptErrorKind};
 pub use runner::{Ran, Runner, too_long};
-pub use views::{Act, Pass};
+pub use views::{Act, ScriptInput};
 
 /// Longest source of a script, in bytes.
 pub const MAX_SOURCE: usize = 64 * 1024;

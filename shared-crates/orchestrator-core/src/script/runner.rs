@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rhai::{CallFnOptions, Dynamic, Engine, Scope};
 
-use super::views::{Act, Ctx, Pass};
+use super::views::{Act, Ctx, ScriptInput};
 use super::{STACK, Script, ScriptError, ScriptErrorKind, engine, from_rhai};
 
 /// Outcome of a run.
@@ -24,7 +24,7 @@ type Done = Box<dyn FnOnce(Ran) + Send>;
 
 struct Work {
     script: Script,
-    pass: Arc<Pass>,
+    pass: Arc<ScriptInput>,
     limit: Duration,
     keep_prints: bool,
     done: Done,
@@ -81,7 +81,7 @@ impl Runner {
     pub fn submit(
         &self,
         script: &Script,
-        pass: Arc<Pass>,
+        pass: Arc<ScriptInput>,
         limit: Duration,
         keep_prints: bool,
         done: impl FnOnce(Ran) + Send + 'static,
@@ -106,7 +106,13 @@ impl Runner {
     }
 
     /// Runs a script and waits for its outcome, at most for `limit`.
-    pub fn run(&self, script: &Script, pass: Arc<Pass>, limit: Duration, keep_prints: bool) -> Ran {
+    pub fn run(
+        &self,
+        script: &Script,
+        pass: Arc<ScriptInput>,
+        limit: Duration,
+        keep_prints: bool,
+    ) -> Ran {
         let failed = |error| Ran {
             result: Err(error),
             printed: Vec::new(),
@@ -135,7 +141,7 @@ pub fn too_long(limit: Duration) -> ScriptError {
     )
 }
 
-fn run(engine: &Engine, script: &Script, pass: Arc<Pass>) -> Result<Vec<Act>, ScriptError> {
+fn run(engine: &Engine, script: &Script, pass: Arc<ScriptInput>) -> Result<Vec<Act>, ScriptError> {
     // Statements outside of functions are not run, because functions can't see the variables that they set.
     let options = CallFnOptions::new().eval_ast(false);
     let returned: Dynamic = engine

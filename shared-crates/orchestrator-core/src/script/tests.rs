@@ -118,9 +118,9 @@ fn one_free_worker() -> Arc<Snapshot> {
     )
 }
 
-fn pass(snapshot: &Arc<Snapshot>) -> Arc<Pass> {
+fn pass(snapshot: &Arc<Snapshot>) -> Arc<ScriptInput> {
     let built_in = schedule(snapshot, &LeastLoaded);
-    Arc::new(Pass {
+    Arc::new(ScriptInput {
         candidates: adopt::candidates(snapshot, &built_in),
         snapshot: Arc::clone(snapshot),
         costs: Arc::new([("cheap".to_owned(), 0.5)].into()),

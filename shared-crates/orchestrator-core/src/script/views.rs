@@ -22,7 +22,7 @@ use crate::scheduler::{
 
 /// Input of a script's run.
 #[derive(Debug, Clone)]
-pub struct Pass {
+pub struct ScriptInput {
     /// Snapshot that the script decides on.
     pub snapshot: Arc<Snapshot>,
     /// Jobs offered to the script, as indices into the snapshot.
@@ -42,7 +42,7 @@ pub struct Act {
 
 /// A pass in progress. The places that the script has requested so far no longer appear free to it.
 struct Shared {
-    pass: Arc<Pass>,
+    pass: Arc<ScriptInput>,
     promised: Mutex<Promised>,
 }
 
@@ -103,7 +103,7 @@ struct Job {
 }
 
 #[derive(Clone)]
-struct Pool {
+struct ScriptPool {
     shared: Arc<Shared>,
     at: usize,
 }
@@ -123,7 +123,7 @@ struct Worker {
 }
 
 impl Ctx {
-    pub(super) fn new(pass: Arc<Pass>) -> Self {
+    pub(super) fn new(pass: Arc<ScriptInput>) -> Self {
         Self(Arc::new(Shared {
             pass,
             promised: Mutex::default(),
@@ -149,7 +149,7 @@ impl Ctx {
         let shared = &self.0;
         (0..shared.snapshot().pools.len().min(MAX_ARRAY))
             .map(|at| {
-                Dynamic::from(Pool {
+                Dynamic::from(ScriptPool {
                     shared: Arc::clone(shared),
                     at,
                 })
@@ -187,7 +187,7 @@ impl Job {
     }
 }
 
-impl Pool {
+impl ScriptPool {
     fn get(&self) -> &PoolState {
         self.shared.pool(self.at)
     }
@@ -430,7 +430,7 @@ fn starting(ctx: &mut Ctx, model: &str) -> INT {
 }
 
 /// Returns the most free memory of any device of the pool, or the free memory of one device.
-fn pool_free_bytes(pool: &Pool, device: Option<Device>) -> INT {
+fn pool_free_bytes(pool: &ScriptPool, device: Option<Device>) -> INT {
     let promised = pool.shared.promised();
     let devices = pool.get().devices.iter().map(|state| state.device);
     let free = devices
@@ -492,13 +492,13 @@ pub(super) fn register(engine: &mut Engine) {
         });
 
     engine
-        .register_type_with_name::<Pool>("Pool")
-        .register_get("id", |pool: &mut Pool| pool.get().id.clone())
-        .register_get("online", |pool: &mut Pool| takes_work(pool.get()))
-        .register_get("cost", |pool: &mut Pool| pool.shared.cost(pool.at))
-        .register_get("devices", Pool::devices)
-        .register_get("workers", Pool::workers)
-        .register_get("models", |pool: &mut Pool| -> Array {
+        .register_type_with_name::<ScriptPool>("Pool")
+        .register_get("id", |pool: &mut ScriptPool| pool.get().id.clone())
+        .register_get("online", |pool: &mut ScriptPool| takes_work(pool.get()))
+        .register_get("cost", |pool: &mut ScriptPool| pool.shared.cost(pool.at))
+        .register_get("devices", ScriptPool::devices)
+        .register_get("workers", ScriptPool::workers)
+        .register_get("models", |pool: &mut ScriptPool| -> Array {
             let models = pool.get().models.iter().take(MAX_ARRAY);
             models.map(|m| m.model.to_string().into()).collect()
         });
@@ -611,11 +611,13 @@ pub(super) fn register(engine: &mut Engine) {
         .register_fn("age_ms", |job: Job| {
             job.shared.ms_since(job.get().created_at)
         })
-        .register_fn("cost", |pool: Pool| pool.shared.cost(pool.at))
+        .register_fn("cost", |pool: ScriptPool| pool.shared.cost(pool.at))
         .register_fn("cost", |worker: Worker| worker.shared.cost(worker.pool))
         .register_fn("cost", |device: DeviceView| device.shared.cost(device.pool))
-        .register_fn("free_bytes", |pool: Pool| pool_free_bytes(&pool, None))
-        .register_fn("free_bytes", |pool: Pool, device: &str| {
+        .register_fn("free_bytes", |pool: ScriptPool| {
+            pool_free_bytes(&pool, None)
+        })
+        .register_fn("free_bytes", |pool: ScriptPool, device: &str| {
             device
                 .parse::<Device>()
                 .map_or(0, |device| pool_free_bytes(&pool, Some(device)))

@@ -7,7 +7,7 @@ use crate::pool::PoolLiveness;
 use crate::queue::QueueOrder;
 use crate::scheduler::{LeastLoaded, ModelState, schedule};
 use crate::script::Script;
-use crate::trace::{By, Header, Lease, PassRecord, Recorder, VERSION};
+use crate::trace::{By, Header, HeldSlot, PassRecord, Recorder, VERSION};
 
 const GIB: u64 = 1 << 30;
 /// Only a hanging script takes this long.
@@ -117,7 +117,7 @@ fn trace(pools: &[PoolState], jobs: &[Sent]) -> Trace {
         turns: 0,
     };
     let mut recorder = Recorder::default();
-    let mut leases: Vec<Lease> = Vec::new();
+    let mut leases: Vec<HeldSlot> = Vec::new();
     let mut lines = vec![Line::Trace(Header {
         version: VERSION,
         recorded_by: "test".into(),
@@ -147,7 +147,7 @@ fn trace(pools: &[PoolState], jobs: &[Sent]) -> Trace {
             })),
             What::Leased => {
                 snapshot.jobs.retain(|queued| queued.id != job);
-                leases.push(Lease {
+                leases.push(HeldSlot {
                     job,
                     pool: "p".into(),
                     worker: "w".into(),

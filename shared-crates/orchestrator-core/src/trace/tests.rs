@@ -169,7 +169,7 @@ fn a_slot_that_a_decision_takes_is_freed_by_the_pass_that_does_not_see_it_any_mo
         pool: "p".into(),
         worker: "w".into(),
     };
-    let lease = |number| Lease {
+    let lease = |number| HeldSlot {
         job: id(number),
         pool: "p".into(),
         worker: "w".into(),
@@ -185,7 +185,7 @@ fn a_slot_that_a_decision_takes_is_freed_by_the_pass_that_does_not_see_it_any_mo
         turns: 0,
     };
     let mut recorder = Recorder::default();
-    let mut pass = |leases: &[Lease], actions: Vec<Action>| {
+    let mut pass = |leases: &[HeldSlot], actions: Vec<Action>| {
         let plan = Plan {
             actions,
             ..Plan::default()
@@ -250,7 +250,7 @@ fn a_damaged_trace_is_refused_with_its_line_and_one_that_was_cut_off_is_read() {
             Err(error) => assert_eq!(error.line, 1, "{cut}: {error}"),
         }
     }
-    let end = End {
+    let end = TraceEnd {
         passes: 0,
         reason: EndReason::Done,
     };

@@ -56,13 +56,13 @@ pub struct CatalogEntry {
     /// True if commands without a model use this one.
     pub default: bool,
     /// Sources of the file in order of preference; all provide the same bytes.
-    pub sources: Vec<Source>,
+    pub sources: Vec<ModelSource>,
 }
 
 /// A place to download a model file from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
-pub enum Source {
+pub enum ModelSource {
     /// A file in a repository of the hub.
     Hf {
         /// `ORG/REPO`.
@@ -82,7 +82,7 @@ pub enum Source {
     },
 }
 
-impl Source {
+impl ModelSource {
     /// Path of the file inside the repository or the wheel.
     pub fn inner_path(&self) -> &str {
         match self {
@@ -92,7 +92,7 @@ impl Source {
     }
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for ModelSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Hf {
@@ -113,7 +113,7 @@ impl fmt::Display for Source {
 impl CatalogEntry {
     /// Returns the name of the file in the models folder: the last component of the first source's path.
     pub fn file_name(&self) -> &str {
-        let path = self.sources.first().map_or("", Source::inner_path);
+        let path = self.sources.first().map_or("", ModelSource::inner_path);
         path.rsplit('/').next().unwrap_or(path)
     }
 
@@ -130,8 +130,8 @@ impl CatalogEntry {
         };
         let of_spelling = |spelling: &String| {
             let known = self.sources.iter().filter_map(|source| match source {
-                Source::Hf { repo, .. } => repo.rsplit('/').next(),
-                Source::Pypi { .. } => None,
+                ModelSource::Hf { repo, .. } => repo.rsplit('/').next(),
+                ModelSource::Pypi { .. } => None,
             });
             let by_repo =
                 known.map(|repo| strsim::jaro_winkler(&repo.to_ascii_lowercase(), spelling));
@@ -274,7 +274,7 @@ impl Catalog {
                 file,
             } => self.iter().find(|entry| {
                 entry.sources.iter().any(|source| match source {
-                    Source::Hf {
+                    ModelSource::Hf {
                         repo: known,
                         file: known_file,
                         revision: known_revision,
@@ -285,7 +285,7 @@ impl Catalog {
                                 .as_ref()
                                 .is_none_or(|revision| Some(revision) == known_revision.as_ref())
                     }
-                    Source::Pypi { .. } => false,
+                    ModelSource::Pypi { .. } => false,
                 })
             }),
             ModelRef::File(_) => None,
@@ -510,7 +510,7 @@ fn read_entry(model: Spanned<DeValue<'_>>) -> Result<CatalogEntry, Problem> {
     })
 }
 
-fn read_source(raw: Spanned<RawSource>) -> Result<Source, Problem> {
+fn read_source(raw: Spanned<RawSource>) -> Result<ModelSource, Problem> {
     let span = raw.span();
     let raw = raw.into_inner();
     let bad = |message: String| Problem::at(span.clone(), message);
@@ -523,7 +523,7 @@ fn read_source(raw: Spanned<RawSource>) -> Result<Source, Problem> {
                     "a source of kind `hf` has `repo`, `file` and optionally `revision`".into(),
                 ));
             };
-            let source = Source::Hf {
+            let source = ModelSource::Hf {
                 repo,
                 file,
                 revision: raw.revision,
@@ -532,7 +532,7 @@ fn read_source(raw: Spanned<RawSource>) -> Result<Source, Problem> {
             // separator is parsed differently, which the comparison detects.
             match (&source, source.to_string().parse::<ModelRef>()) {
                 (
-                    Source::Hf {
+                    ModelSource::Hf {
                         repo,
                         file,
                         revision,
@@ -568,7 +568,7 @@ fn read_source(raw: Spanned<RawSource>) -> Result<Source, Problem> {
                     "`member` must be a relative path of plain names without `..`".into(),
                 ));
             }
-            Source::Pypi { package, member }
+            ModelSource::Pypi { package, member }
         }
         other => {
             let message = format!(

@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use super::gguf::GgufError;
 use super::support::Unsupported;
-use super::{Catalog, Source};
+use super::{Catalog, ModelSource};
 use crate::ModelRef;
 use crate::api::pool::DiskInfo;
 use crate::kit::files;
@@ -94,7 +94,7 @@ pub struct ResolvedModel {
 
 /// The result of the last check of a model file, stored next to the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
+pub struct ModelRecord {
     /// Name of the file in its folder.
     pub file: String,
     /// Reference of the model; `None` if the folder's name is the model's alias.
@@ -104,7 +104,7 @@ pub struct Record {
     #[serde(flatten)]
     pub identity: ModelFile,
     /// Source of the file; `None` if the file was placed by hand.
-    pub source: Option<Source>,
+    pub source: Option<ModelSource>,
     /// Time of the check.
     pub checked_at: Timestamp,
 }
@@ -117,14 +117,14 @@ pub enum Presence {
     /// A file is there, but it was never checked, has changed since, or differs from the current catalogue.
     Unchecked,
     /// The file is unchanged since its check.
-    Checked(Box<Record>),
+    Checked(Box<ModelRecord>),
 }
 
 /// The outcome of a successful check of a file.
 #[derive(Debug)]
 pub struct Verified {
     /// Record of the check's result.
-    pub record: Record,
+    pub record: ModelRecord,
     /// Reference that the file was compared with.
     pub against: Against,
     /// Reason why the record could not be written; `None` if it was.
@@ -399,7 +399,7 @@ impl Store {
         let Ok(metadata) = fs::metadata(self.path_of(slot)) else {
             return Presence::Missing;
         };
-        let still_right = |record: &Record| {
+        let still_right = |record: &ModelRecord| {
             matches(record, &slot.file_name, &metadata)
                 && slot
                     .size_bytes
@@ -595,11 +595,11 @@ impl Store {
         Ok(found)
     }
 
-    fn record(&self, slot: &Slot) -> Option<Record> {
+    fn record(&self, slot: &Slot) -> Option<ModelRecord> {
         read_record(&self.folder_of(slot))
     }
 
-    fn record_beside(&self, file: &Path) -> Option<Record> {
+    fn record_beside(&self, file: &Path) -> Option<ModelRecord> {
         file.parent().and_then(read_record)
     }
 
@@ -607,8 +607,8 @@ impl Store {
         &self,
         slot: &Slot,
         sha256: String,
-        source: Option<Source>,
-    ) -> Result<Record, CheckError> {
+        source: Option<ModelSource>,
+    ) -> Result<ModelRecord, CheckError> {
         let record = self.new_record(slot, sha256, source)?;
         self.save_record(slot, &record)?;
         Ok(record)
@@ -618,15 +618,15 @@ impl Store {
         &self,
         slot: &Slot,
         sha256: String,
-        source: Option<Source>,
-    ) -> Result<Record, CheckError> {
+        source: Option<ModelSource>,
+    ) -> Result<ModelRecord, CheckError> {
         let path = self.path_of(slot);
         let metadata = fs::metadata(&path).map_err(CheckError::io("inspect", &path))?;
         let identity = ModelFile {
             sha256: Some(sha256),
             ..identity(&metadata)
         };
-        Ok(Record {
+        Ok(ModelRecord {
             file: slot.file_name.clone(),
             model_ref: (slot.model_ref.alias().is_none()).then(|| slot.model_ref.clone()),
             identity,
@@ -635,7 +635,7 @@ impl Store {
         })
     }
 
-    fn save_record(&self, slot: &Slot, record: &Record) -> Result<(), CheckError> {
+    fn save_record(&self, slot: &Slot, record: &ModelRecord) -> Result<(), CheckError> {
         let json = serde_json::to_vec_pretty(record).expect("numbers and strings always serialise");
         let path = self.folder_of(slot).join("model.json");
         files::write_atomic(&path, json, 0o644).map_err(CheckError::io("write", &path))
@@ -645,7 +645,7 @@ impl Store {
 fn resolved(
     model_ref: ModelRef,
     path: PathBuf,
-    record: Option<Record>,
+    record: Option<ModelRecord>,
 ) -> Result<ResolvedModel, ResolveError> {
     let metadata = match fs::metadata(&path) {
         Ok(metadata) => metadata,
@@ -690,7 +690,7 @@ fn identity(metadata: &fs::Metadata) -> ModelFile {
 }
 
 /// Returns whether the record describes the current file.
-fn matches(record: &Record, name: &str, metadata: &fs::Metadata) -> bool {
+fn matches(record: &ModelRecord, name: &str, metadata: &fs::Metadata) -> bool {
     let now = identity(metadata);
     record.file == name
         && record.identity.size_bytes == now.size_bytes
@@ -698,7 +698,7 @@ fn matches(record: &Record, name: &str, metadata: &fs::Metadata) -> bool {
 }
 
 /// Reads the record in `folder`. An unreadable record is ignored: it only saves work, and the next check writes a new one.
-fn read_record(folder: &Path) -> Option<Record> {
+fn read_record(folder: &Path) -> Option<ModelRecord> {
     serde_json::from_slice(&fs::read(folder.join("model.json")).ok()?).ok()
 }
 

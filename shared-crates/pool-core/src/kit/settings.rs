@@ -233,7 +233,7 @@ pub fn load_traced<T: Serialize + DeserializeOwned + Default>(
     let mut origins = Vec::new();
 
     if let Some((path, text)) = read(file, default_file)? {
-        let source = Source {
+        let source = SettingsText {
             path: &path,
             text: &text,
         };
@@ -314,12 +314,12 @@ fn read(
 }
 
 /// The settings file being read. Its text turns an offset into a line number for errors.
-struct Source<'a> {
+struct SettingsText<'a> {
     path: &'a Path,
     text: &'a str,
 }
 
-impl Source<'_> {
+impl SettingsText<'_> {
     fn line(&self, span: Range<usize>) -> usize {
         self.text.as_bytes()[..span.start.min(self.text.len())]
             .iter()

@@ -12,7 +12,7 @@ use super::{
 use crate::kit::cgroup::OomMark;
 use crate::kit::crash::crash_point;
 use crate::kit::process::{Signal, SignalOutcome};
-use crate::registry::{RegistryError, Verdict, WorkerRecord, ports_in_use};
+use crate::registry::{RegistryError, TerminationCause, WorkerRecord, ports_in_use};
 use crate::worker::{WorkerEvent, WorkerInfo, WorkerStatus};
 use crate::worker_args::EXIT_PORT_TAKEN;
 
@@ -124,7 +124,7 @@ impl Lifecycle {
     pub fn condemn(
         &self,
         id: &str,
-        verdict: &Verdict,
+        verdict: &TerminationCause,
     ) -> Result<Option<WorkerRecord>, RegistryError> {
         let updated = self.registry.update(id, |record| {
             if record.info.status.is_live() && !record.stop_requested {

@@ -6,7 +6,7 @@ use std::process::ExitStatus;
 use jiff::Timestamp;
 
 use super::SpawnError;
-use crate::registry::Verdict;
+use crate::registry::TerminationCause;
 use crate::worker::{ExitReason, WorkerExit};
 use crate::worker_args::{EXIT_MODEL_INVALID, EXIT_PORT_TAKEN};
 
@@ -58,7 +58,7 @@ pub struct Circumstances<'a> {
     /// True if the worker was asked to stop.
     pub stop_requested: bool,
     /// Reason for which the pool was ending the worker; `None` if it was not.
-    pub verdict: Option<&'a Verdict>,
+    pub verdict: Option<&'a TerminationCause>,
     /// True if the kernel has killed a process in the worker's memory cgroup since the worker was last seen healthy.
     pub oom_evidence: bool,
     /// True if the worker had become ready.
@@ -162,8 +162,8 @@ mod tests {
             oom_evidence: true,
             ..plain
         };
-        let late = Verdict::StartTimeout { after_s: 120 };
-        let stuck = Verdict::Stalled {
+        let late = TerminationCause::StartTimeout { after_s: 120 };
+        let stuck = TerminationCause::Stalled {
             message: "no token for 31 s".into(),
         };
         let [late, stuck] = [&late, &stuck].map(|verdict| Circumstances {

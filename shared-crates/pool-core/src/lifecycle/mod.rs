@@ -59,7 +59,7 @@ use crate::kit::crash::crash_point;
 use crate::kit::home::Home;
 use crate::kit::host_memory;
 use crate::kit::process::{ProcessIdentity, Signal};
-use crate::registry::{Damaged, Registry, RegistryError, Verdict, WorkerRecord};
+use crate::registry::{Damaged, Registry, RegistryError, TerminationCause, WorkerRecord};
 use crate::worker::{Backend, Device, WorkerInfo, WorkerStatus};
 
 /// An interface to start and end the workers of one home.
@@ -328,7 +328,7 @@ impl Lifecycle {
             return Ok(None);
         }
         let after_s = timeout.as_secs();
-        self.condemn(&record.info.id, &Verdict::StartTimeout { after_s })
+        self.condemn(&record.info.id, &TerminationCause::StartTimeout { after_s })
     }
 
     /// Updates the registry to match the processes. Live workers whose process has ended are marked as ended. A record with a

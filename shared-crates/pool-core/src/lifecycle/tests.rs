@@ -390,7 +390,7 @@ fn a_condemned_worker_says_why_it_is_being_ended_until_it_has() {
     let host = Host::new();
     let lifecycle = host.lifecycle().with_spawner(FakeSpawner);
     let id = lifecycle.spawn(&host.request()).unwrap().info.id;
-    let verdict = Verdict::Stalled {
+    let verdict = TerminationCause::Stalled {
         message: "no token for 31 s".into(),
     };
     let condemned = lifecycle.condemn(&id, &verdict).unwrap().unwrap().info;
@@ -404,7 +404,7 @@ fn a_condemned_worker_says_why_it_is_being_ended_until_it_has() {
         )
     );
     // The first verdict counts.
-    let later = Verdict::StartTimeout { after_s: 1 };
+    let later = TerminationCause::StartTimeout { after_s: 1 };
     let condemned = lifecycle.condemn(&id, &later).unwrap().unwrap().info;
     assert_eq!(condemned.ending.unwrap().reason, ExitReason::Stalled);
 

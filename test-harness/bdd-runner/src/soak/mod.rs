@@ -398,7 +398,7 @@ struct Agent {
 }
 
 /// The outcome of a client.
-struct Found {
+struct AgentReport {
     /// The client's jobs, with the numbers of their requests.
     jobs: Vec<(JobId, usize)>,
     /// Error for which the client stopped early.
@@ -406,8 +406,8 @@ struct Found {
 }
 
 impl Agent {
-    async fn work(mut self) -> Found {
-        let mut found = Found {
+    async fn work(mut self) -> AgentReport {
+        let mut found = AgentReport {
             jobs: Vec::new(),
             complaint: None,
         };

@@ -187,7 +187,7 @@ mod tests {
     use std::net::TcpListener;
 
     use super::*;
-    use pool_core::kit::terminal::doctor::Verdict;
+    use pool_core::kit::terminal::doctor::CheckStatus;
 
     #[test] // [LLORCH-051]
     fn a_taken_port_is_found() {
@@ -195,11 +195,11 @@ mod tests {
         let home = Home::at(dir.path());
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let found = port(&home, taken.local_addr().unwrap());
-        assert_eq!(found.status, Verdict::Fail);
+        assert_eq!(found.status, CheckStatus::Fail);
         assert!(found.message.contains("is taken by"), "{}", found.message);
         assert_eq!(
             port(&home, "127.0.0.1:0".parse().unwrap()).status,
-            Verdict::Ok
+            CheckStatus::Ok
         );
     }
 }

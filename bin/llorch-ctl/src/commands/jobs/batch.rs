@@ -16,7 +16,7 @@ use pool_core::kit::terminal::interrupt::Interrupt;
 use pool_core::kit::terminal::{CliError, Exit, note, progress};
 
 use crate::http_client::{ConnectArgs, Orchestrator, shown};
-use results::{Record, Results, Tally};
+use results::{BatchResult, Results, Tally};
 use standstill::{Board, LOOK_EVERY, Standstill};
 use tasks::{Defaults, Task};
 
@@ -135,7 +135,7 @@ async fn finish(
     mut orchestrator: Orchestrator,
     task: Task,
     board: &Board,
-) -> Result<Record, CliError> {
+) -> Result<BatchResult, CliError> {
     let place = board.place(task.line);
     let accepted = loop {
         let on_retry = |error: &ClientError| place.waits("unreachable", error.to_string());
@@ -155,7 +155,7 @@ async fn finish(
                 status: 401 | 403, ..
             } => return Err(shown(error)),
             ClientError::Api { status, error } if (400..500).contains(status) => {
-                return Ok(Record::refused(&task, error));
+                return Ok(BatchResult::refused(&task, error));
             }
             _ => return Err(shown(error)),
         }
@@ -168,7 +168,7 @@ async fn finish(
         .job_surely(accepted.job_id)
         .await
         .map_err(shown)?;
-    Ok(Record::of(&task, job))
+    Ok(BatchResult::of(&task, job))
 }
 
 /// Returns the pause before another submit to a full queue: the time that the orchestrator asks for, and up to a quarter more,

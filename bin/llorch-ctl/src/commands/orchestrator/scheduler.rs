@@ -14,7 +14,7 @@ use orchestrator_core::check;
 use orchestrator_core::scheduler::{Action, BuiltIn};
 use orchestrator_core::script::{MAX_SOURCE, Script};
 use orchestrator_core::simulate::{self, SimulateError};
-use orchestrator_core::trace::{End, EndReason, Line, Trace};
+use orchestrator_core::trace::{EndReason, Line, Trace, TraceEnd};
 use pool_core::kit::terminal::interrupt::Interrupt;
 use pool_core::kit::terminal::paint::Cell;
 use pool_core::kit::terminal::sanitize::clean;
@@ -48,7 +48,7 @@ enum Command {
     /// Compile a script and show its decisions on a sample; needs no orchestrator
     Check(Check),
     /// Record the scheduler's snapshots and decisions in a file of JSON Lines, until Ctrl-C
-    Record(Record),
+    Record(RecordArgs),
     /// Simulate other policies on a recorded trace and compare them; needs no orchestrator
     Simulate(Simulate),
 }
@@ -64,7 +64,7 @@ struct Check {
 }
 
 #[derive(Debug, Args)]
-struct Record {
+struct RecordArgs {
     /// File to write the trace to; `-` is standard output
     #[arg(value_name = "FILE")]
     file: PathBuf,
@@ -275,7 +275,7 @@ fn decisions(answer: &CheckAnswer) -> Vec<String> {
     actions.chain(waits).collect()
 }
 
-impl Record {
+impl RecordArgs {
     async fn run(self, connect: &ConnectArgs) -> Result<Exit, CliError> {
         self.look()?;
         let orchestrator = Orchestrator::connect(connect).await?;
@@ -420,7 +420,7 @@ impl Tail {
             return Ok(Vec::new());
         }
         self.end = Some(EndReason::Done);
-        let line = Line::End(End {
+        let line = Line::End(TraceEnd {
             passes: self.passes,
             reason: EndReason::Done,
         });

@@ -504,7 +504,7 @@ fn clock(now: jiff::Timestamp) -> Finding {
 
 #[cfg(test)]
 mod tests {
-    use pool_core::kit::terminal::doctor::Verdict;
+    use pool_core::kit::terminal::doctor::CheckStatus;
 
     use super::*;
 
@@ -513,11 +513,17 @@ mod tests {
         let python = Path::new("/usr/bin/python3");
         assert_eq!(
             pip_finding(Some(python), Some("pip 24.0"), false).status,
-            Verdict::Ok
+            CheckStatus::Ok
         );
-        assert_eq!(pip_finding(Some(python), None, true).status, Verdict::Warn);
-        assert_eq!(pip_finding(Some(python), None, false).status, Verdict::Fail);
-        assert_eq!(pip_finding(None, None, false).status, Verdict::Fail);
+        assert_eq!(
+            pip_finding(Some(python), None, true).status,
+            CheckStatus::Warn
+        );
+        assert_eq!(
+            pip_finding(Some(python), None, false).status,
+            CheckStatus::Fail
+        );
+        assert_eq!(pip_finding(None, None, false).status, CheckStatus::Fail);
     }
 
     #[test] // [POOLCTL-033]
@@ -533,13 +539,13 @@ mod tests {
         );
         assert_eq!(version_in("rustc 1.98.0-nightly"), Some((1, 98, 0)));
         assert_eq!(version_in("no version"), None);
-        assert_eq!(rust(Some("rustc 1.100.0"), true).status, Verdict::Ok);
+        assert_eq!(rust(Some("rustc 1.100.0"), true).status, CheckStatus::Ok);
         let old = rust(Some("rustc 1.63.0"), true);
         assert_eq!(
             (old.status, old.fix.as_deref()),
-            (Verdict::Warn, Some("rustup update"))
+            (CheckStatus::Warn, Some("rustup update"))
         );
-        assert_eq!(rust(None, false).status, Verdict::Warn);
+        assert_eq!(rust(None, false).status, CheckStatus::Warn);
     }
 
     #[test] // [POOLCTL-033]
@@ -553,15 +559,15 @@ mod tests {
         assert!(!has_nvidia_card(dir.path()));
         fs::write(card.join("class"), "0x030000\n").unwrap();
         assert!(has_nvidia_card(dir.path()));
-        assert_eq!(gpu(&[], false, None).status, Verdict::Ok);
+        assert_eq!(gpu(&[], false, None).status, CheckStatus::Ok);
         let found = gpu(&[], true, None);
-        assert_eq!(found.status, Verdict::Warn);
+        assert_eq!(found.status, CheckStatus::Warn);
         assert!(found.fix.unwrap().contains("nvidia-driver"));
     }
 
     #[test] // [POOLCTL-033]
     fn a_clock_in_the_past_is_told() {
-        assert_eq!(clock(jiff::Timestamp::UNIX_EPOCH).status, Verdict::Warn);
-        assert_eq!(clock(jiff::Timestamp::now()).status, Verdict::Ok);
+        assert_eq!(clock(jiff::Timestamp::UNIX_EPOCH).status, CheckStatus::Warn);
+        assert_eq!(clock(jiff::Timestamp::now()).status, CheckStatus::Ok);
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use pool_core::kit::programs::find_on_path;
-use pool_core::kit::terminal::doctor::Verdict;
+use pool_core::kit::terminal::doctor::CheckStatus;
 use pool_core::kit::terminal::interrupt::{Interrupt, interrupted};
 use pool_core::kit::terminal::progress;
 use pool_core::kit::terminal::{CliError, Exit, say};
@@ -147,7 +147,7 @@ async fn left_to_do() -> Result<(), CliError> {
     let findings = doctor::examine().await?;
     let open: Vec<_> = findings
         .iter()
-        .filter(|finding| finding.status != Verdict::Ok)
+        .filter(|finding| finding.status != CheckStatus::Ok)
         .collect();
     if open.is_empty() {
         return say("this host has everything it needs");

@@ -16,7 +16,7 @@ use crate::report::Report;
 #[derive(Serialize)]
 struct Row {
     model_ref: ModelRef,
-    result: Verdict,
+    result: VerifyOutcome,
     ok: bool,
     sha256: Option<String>,
     against: Option<Against>,
@@ -25,7 +25,7 @@ struct Row {
 
 #[derive(Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Verdict {
+enum VerifyOutcome {
     /// As in the catalogue.
     Right,
     /// As recorded when the file arrived.
@@ -66,9 +66,12 @@ pub fn run(
     } else {
         print_table(&["MODEL", "RESULT", "DETAIL"], rows.iter().map(cells))?;
     }
-    let of = |verdict: Verdict| rows.iter().filter(move |row| row.result == verdict);
-    let (wrong, unreadable) = (of(Verdict::Wrong).count(), of(Verdict::Unreadable).count());
-    if let Some(first) = of(Verdict::Wrong).next() {
+    let of = |verdict: VerifyOutcome| rows.iter().filter(move |row| row.result == verdict);
+    let (wrong, unreadable) = (
+        of(VerifyOutcome::Wrong).count(),
+        of(VerifyOutcome::Unreadable).count(),
+    );
+    if let Some(first) = of(VerifyOutcome::Wrong).next() {
         let hint = match first.model_ref {
             ModelRef::File(_) => format!("llorch-pool models delete {} --yes", first.model_ref),
             _ => format!("llorch-pool models download {} --force", first.model_ref),
@@ -133,7 +136,7 @@ fn verify(
     let row = |result, sha256, against, error| Row {
         model_ref: model.clone(),
         result,
-        ok: !matches!(result, Verdict::Wrong | Verdict::Unreadable),
+        ok: !matches!(result, VerifyOutcome::Wrong | VerifyOutcome::Unreadable),
         sha256,
         against,
         error,
@@ -147,9 +150,9 @@ fn verify(
                 ));
             }
             let verdict = match against {
-                Against::Catalogue => Verdict::Right,
-                Against::Hub | Against::Record => Verdict::Unchanged,
-                Against::Nothing => Verdict::Unverified,
+                Against::Catalogue => VerifyOutcome::Right,
+                Against::Hub | Against::Record => VerifyOutcome::Unchanged,
+                Against::Nothing => VerifyOutcome::Unverified,
             };
             row(verdict, sha256, Some(against), None)
         }
@@ -159,33 +162,36 @@ fn verify(
             }));
         }
         Err(CheckError::Stopped) => return Err(interrupted("not all files were checked")),
-        Err(error @ CheckError::Io { .. }) => {
-            row(Verdict::Unreadable, None, None, Some(with_causes(&error)))
-        }
-        Err(error) => row(Verdict::Wrong, None, None, Some(with_causes(&error))),
+        Err(error @ CheckError::Io { .. }) => row(
+            VerifyOutcome::Unreadable,
+            None,
+            None,
+            Some(with_causes(&error)),
+        ),
+        Err(error) => row(VerifyOutcome::Wrong, None, None, Some(with_causes(&error))),
     })
 }
 
 fn cells(row: &Row) -> Vec<Cell> {
     let hash = row.sha256.as_deref().unwrap_or_default();
     let (result, detail) = match row.result {
-        Verdict::Wrong => (
+        VerifyOutcome::Wrong => (
             Cell::new("wrong", Style::Bad),
             row.error.clone().unwrap_or_default(),
         ),
-        Verdict::Unreadable => (
+        VerifyOutcome::Unreadable => (
             Cell::new("unreadable", Style::Bad),
             row.error.clone().unwrap_or_default(),
         ),
-        Verdict::Right => (
+        VerifyOutcome::Right => (
             Cell::new("right", Style::Good),
             format!("SHA-256 {hash}, as in the catalogue"),
         ),
-        Verdict::Unchanged => (
+        VerifyOutcome::Unchanged => (
             Cell::new("unchanged", Style::Good),
             format!("SHA-256 {hash}, as recorded on arrival; the catalogue has none"),
         ),
-        Verdict::Unverified => (
+        VerifyOutcome::Unverified => (
             Cell::new("unverified", Style::Warn),
             format!("SHA-256 {hash}, first check: there is nothing to compare it with"),
         ),

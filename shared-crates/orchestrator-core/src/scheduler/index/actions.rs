@@ -6,12 +6,12 @@ use jiff::Timestamp;
 use pool_core::ModelRef;
 use pool_core::worker::WorkerStatus;
 
-use super::{Index, Jobs, Pass, Scope};
+use super::{ClassJobs, Index, PassOutcome, Scope};
 use crate::job::JobErrorCode;
 use crate::queue::{QueuedJob, TurnKey};
 use crate::scheduler::REGISTRATION;
 use crate::scheduler::explain::{Chooser, Why};
-use crate::scheduler::judge::{Held, Verdict};
+use crate::scheduler::judge::{ClassDecision, Held};
 use crate::scheduler::plan::{Action, awaits_pools};
 use crate::scheduler::policy::WorkerChoice;
 use crate::scheduler::wait_reason::WaitReason;
@@ -25,14 +25,14 @@ impl Index {
         &mut self,
         class: usize,
         key: TurnKey,
-        verdict: &Verdict,
+        verdict: &ClassDecision,
         wake: Option<Timestamp>,
     ) {
         let found = match verdict {
-            Verdict::Start { .. } => WaitReason::WorkerStarting,
-            Verdict::Evict { .. } => WaitReason::Evicting,
-            Verdict::Download { .. } => WaitReason::Downloading,
-            Verdict::Wait(reason) => *reason,
+            ClassDecision::Start { .. } => WaitReason::WorkerStarting,
+            ClassDecision::Evict { .. } => WaitReason::Evicting,
+            ClassDecision::Download { .. } => WaitReason::Downloading,
+            ClassDecision::Wait(reason) => *reason,
             _ => return,
         };
         let jobs = self.class_mut(class);
@@ -69,7 +69,7 @@ impl Index {
         class: usize,
         (place, worker): (usize, usize),
         chooser: Chooser,
-        pass: &mut Pass,
+        pass: &mut PassOutcome,
     ) {
         let Some(why) = self.why(class, job, (place, worker), chooser) else {
             return;
@@ -146,11 +146,16 @@ impl Index {
         class: usize,
         now: Timestamp,
         why: (JobErrorCode, &str),
-        pass: &mut Pass,
+        pass: &mut PassOutcome,
     ) {
         if awaits_pools(job, now, self.started_at) {
             let wake = self.started_at.checked_add(REGISTRATION).ok();
-            self.settle(class, key, &Verdict::Wait(WaitReason::PoolsAway), wake);
+            self.settle(
+                class,
+                key,
+                &ClassDecision::Wait(WaitReason::PoolsAway),
+                wake,
+            );
             // Only jobs from before the restart wait for pools. A new job of the class must be evaluated.
             self.class_mut(class).scope = Scope::All;
             return;
@@ -169,9 +174,9 @@ impl Index {
     pub(super) fn take(
         &mut self,
         model: &ModelRef,
-        verdict: Verdict,
+        verdict: ClassDecision,
         now: Timestamp,
-        pass: &mut Pass,
+        pass: &mut PassOutcome,
     ) {
         let model = model.clone();
         let name = |index: &Self, place: usize| {
@@ -179,7 +184,7 @@ impl Index {
             pool.map(|pool| pool.state.id.clone()).unwrap_or_default()
         };
         match verdict {
-            Verdict::Start {
+            ClassDecision::Start {
                 pool,
                 device,
                 context,
@@ -191,7 +196,7 @@ impl Index {
                 });
                 // If a start was refused, or waits for workers to end, there may now be too little memory for it, so that other
                 // workers must be evicted. A class that waits for room in a cache may now wait for this worker instead.
-                let is_affected = |jobs: &Jobs| match jobs.settled {
+                let is_affected = |jobs: &ClassJobs| match jobs.settled {
                     Some(WaitReason::StartRefused | WaitReason::Evicting) => true,
                     Some(WaitReason::CacheFull) => jobs.class.model == model,
                     _ => false,
@@ -208,7 +213,7 @@ impl Index {
                     context_length: context,
                 });
             }
-            Verdict::Evict { pool, workers } => {
+            ClassDecision::Evict { pool, workers } => {
                 // Classes that relied on one of these workers may have to start another, on any pool.
                 for class in self.classes_that_could_use(pool, &workers) {
                     self.look_at_all(class);
@@ -222,7 +227,7 @@ impl Index {
                         needed_by: model.clone(),
                     }));
             }
-            Verdict::Download { pool } => {
+            ClassDecision::Download { pool } => {
                 let size = self.sizes.get(&model).copied().unwrap_or_default();
                 self.change_pool(pool, |state| state.reserve_download(&model, size));
                 let pool = name(self, pool);
@@ -256,7 +261,7 @@ impl Index {
     }
 
     /// Stops workers that have been idle for longer than `idle_ttl`.
-    pub(super) fn unload(&mut self, now: Timestamp, pass: &mut Pass) {
+    pub(super) fn unload(&mut self, now: Timestamp, pass: &mut PassOutcome) {
         let Some(ttl) = self.settings.idle_ttl else {
             return;
         };

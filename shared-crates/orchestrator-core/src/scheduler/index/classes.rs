@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::{Index, Jobs, Scope};
+use super::{ClassJobs, Index, Scope};
 use crate::job::JobId;
 use crate::queue::{Load, QueuedJob, TurnKey};
 use crate::scheduler::judge::Class;
@@ -87,7 +87,7 @@ impl Index {
         }
     }
 
-    pub(super) fn class_mut(&mut self, class: usize) -> &mut Jobs {
+    pub(super) fn class_mut(&mut self, class: usize) -> &mut ClassJobs {
         self.classes[class]
             .as_mut()
             .expect("classes are dropped only when no job refers to them")
@@ -107,7 +107,7 @@ impl Index {
         self.models[model].classes.insert((class.context, id));
         let stranded = !self.can_run(&class);
         self.class_ids.insert(class.clone(), id);
-        self.classes[id] = Some(Jobs {
+        self.classes[id] = Some(ClassJobs {
             class,
             model,
             ready: BTreeSet::new(),
@@ -138,7 +138,7 @@ impl Index {
 
     /// Marks for evaluation the classes that workers of the model were reserved from, because fewer workers may be reserved now.
     pub(super) fn keep_less(&mut self, model: usize) {
-        let held = |jobs: &Jobs| jobs.model == model && jobs.held;
+        let held = |jobs: &ClassJobs| jobs.model == model && jobs.held;
         for class in self.classes_where(held) {
             self.look_at_all(class);
         }
@@ -172,7 +172,7 @@ impl Index {
 
     /// Drops a class without jobs. Workers that only its jobs could use may now be evicted for others.
     pub(super) fn drop_if_empty(&mut self, class: usize) {
-        let empty = |jobs: &Jobs| jobs.ready.is_empty() && jobs.later == 0;
+        let empty = |jobs: &ClassJobs| jobs.ready.is_empty() && jobs.later == 0;
         if !self.classes[class].as_ref().is_some_and(empty) {
             return;
         }
@@ -189,7 +189,7 @@ impl Index {
         self.look_for_memory_again();
     }
 
-    pub(super) fn classes_where(&self, test: impl Fn(&Jobs) -> bool) -> Vec<usize> {
+    pub(super) fn classes_where(&self, test: impl Fn(&ClassJobs) -> bool) -> Vec<usize> {
         let classes = self.classes.iter().enumerate();
         classes
             .filter(|(_, jobs)| jobs.as_ref().is_some_and(&test))

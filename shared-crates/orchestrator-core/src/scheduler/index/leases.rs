@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Index, Jobs};
-use crate::scheduler::snapshot::Usage;
+use super::{ClassJobs, Index};
+use crate::scheduler::snapshot::WorkerUsage;
 use crate::scheduler::wait_reason::WaitReason;
 
 impl Index {
@@ -16,7 +16,7 @@ impl Index {
         place: usize,
         name: &str,
         workers: impl Iterator<Item = &'a str> + Clone,
-    ) -> Vec<Usage> {
+    ) -> Vec<WorkerUsage> {
         let old = self.pools[place].as_ref();
         let mut away = self.away.remove(name).unwrap_or_default();
         if let Some(old) = old {
@@ -47,8 +47,8 @@ impl Index {
         &mut self,
         pool: &str,
         worker: &str,
-        change: impl FnOnce(&mut Usage),
-    ) -> (Usage, Option<(usize, usize)>) {
+        change: impl FnOnce(&mut WorkerUsage),
+    ) -> (WorkerUsage, Option<(usize, usize)>) {
         let found = self.worker_place(pool, worker);
         if let Some((place, worker)) = found
             && let Some(pool) = &mut self.pools[place]
@@ -108,7 +108,7 @@ impl Index {
     }
 
     /// Applies the new record of a worker that has room for more jobs now, and marks for evaluation the classes that may gain.
-    fn gained(&mut self, pool: &str, usage: Usage, found: Option<(usize, usize)>) {
+    fn gained(&mut self, pool: &str, usage: WorkerUsage, found: Option<(usize, usize)>) {
         let Some((place, index)) = found else {
             return;
         };
@@ -117,7 +117,7 @@ impl Index {
             state.apply(usage);
         });
         let model = self.pools[place].as_ref().map(|p| p.worker_models[index]);
-        let gains = |jobs: &Jobs| {
+        let gains = |jobs: &ClassJobs| {
             jobs.class.admits_pool(pool)
                 && (Some(jobs.model) == model || jobs.settled == Some(WaitReason::MemoryShort))
         };

@@ -7,18 +7,18 @@ use std::sync::Arc;
 use foldhash::{HashMap, HashMapExt as _};
 use jiff::Timestamp;
 
-use super::{Index, Pass};
+use super::{Index, PassOutcome};
 use crate::job::JobErrorCode;
 use crate::queue::TurnKey;
 use crate::scheduler::explain::Chooser;
-use crate::scheduler::judge::{Class, Verdict, alive};
+use crate::scheduler::judge::{Class, ClassDecision, alive};
 use crate::scheduler::plan::{Action, Plan};
 use crate::scheduler::wait_reason::WaitReason;
 
 impl Index {
     /// Decides on the waiting jobs and the idle workers, and applies the decisions to the index.
-    pub fn pass(&mut self, now: Timestamp) -> Pass {
-        let mut pass = Pass::default();
+    pub fn pass(&mut self, now: Timestamp) -> PassOutcome {
+        let mut pass = PassOutcome::default();
         self.let_time_pass(now);
         let mut turns: BinaryHeap<Reverse<(TurnKey, usize)>> = BinaryHeap::new();
         let mut slots = 0;
@@ -48,7 +48,7 @@ impl Index {
                 continue;
             }
             match self.judge(class, &job, key, now) {
-                (Verdict::Dispatch { pool, worker }, _) => {
+                (ClassDecision::Dispatch { pool, worker }, _) => {
                     let chooser = Chooser::Policy(self.policy_name);
                     self.dispatch(&job, key, class, (pool, worker), chooser, &mut pass);
                     match self.class_mut(class).ready.first() {
@@ -65,7 +65,7 @@ impl Index {
                     }
                     self.call_up(key, &mut turns);
                 }
-                (Verdict::Reject { code, message }, _) => {
+                (ClassDecision::Reject { code, message }, _) => {
                     // The jobs of the class are rejected one by one, each at its own turn.
                     turns.pop();
                     let others = self.class_mut(class).ready.iter().copied();
@@ -125,11 +125,11 @@ impl Index {
     }
 
     /// Applies a plan that a script or [`schedule`](super::schedule) made from an [`Index::snapshot`]. Actions
-    /// that are no longer possible are skipped. The time of the next pass comes from the plan, not from the returned [`Pass`].
-    pub fn apply(&mut self, plan: &Plan, chooser: Chooser, now: Timestamp) -> Pass {
-        let mut pass = Pass {
+    /// that are no longer possible are skipped. The time of the next pass comes from the plan, not from the returned [`PassOutcome`].
+    pub fn apply(&mut self, plan: &Plan, chooser: Chooser, now: Timestamp) -> PassOutcome {
+        let mut pass = PassOutcome {
             judged: true,
-            ..Pass::default()
+            ..PassOutcome::default()
         };
         self.let_time_pass(now);
         for action in &plan.actions {
@@ -167,7 +167,7 @@ impl Index {
         action: &Action,
         chooser: Chooser,
         now: Timestamp,
-        pass: &mut Pass,
+        pass: &mut PassOutcome,
     ) -> Option<()> {
         match action {
             Action::Dispatch { job, pool, worker } => {
@@ -201,7 +201,7 @@ impl Index {
                 let on = state.devices.iter().find(|d| d.device == *device)?;
                 let needed = state.model(model)?.bytes(*context_length);
                 let fits = alive(state) && needed <= on.free_bytes;
-                let start = Verdict::Start {
+                let start = ClassDecision::Start {
                     pool: place,
                     device: *device,
                     context: *context_length,
@@ -215,7 +215,7 @@ impl Index {
             } => {
                 let (pool, worker) = self.idle_worker_place(pool, worker)?;
                 let workers = vec![worker];
-                self.take(needed_by, Verdict::Evict { pool, workers }, now, pass);
+                self.take(needed_by, ClassDecision::Evict { pool, workers }, now, pass);
                 Some(())
             }
             Action::UnloadWorker { pool, worker } => {
@@ -226,7 +226,7 @@ impl Index {
             }
             Action::Download { pool, model } => {
                 let pool = self.pool_place(pool)?;
-                self.take(model, Verdict::Download { pool }, now, pass);
+                self.take(model, ClassDecision::Download { pool }, now, pass);
                 Some(())
             }
         }

@@ -8,11 +8,11 @@ use jiff::{SignedDuration, Timestamp};
 use pool_core::ModelRef;
 use pool_core::worker::WorkerStatus;
 
-use super::{Free, Index, Model, Pool};
+use super::{Free, Index, IndexedPool, Model};
 use crate::scheduler::judge::alive;
 use crate::scheduler::plan::idle_until;
 use crate::scheduler::policy::{Rank, WorkerChoice};
-use crate::scheduler::snapshot::{PoolState, StartCost, Usage, WorkerState};
+use crate::scheduler::snapshot::{PoolState, StartCost, WorkerState, WorkerUsage};
 
 impl Index {
     /// Updates the index with a pool's new state. Our own leases, which the index records, are applied to that state.
@@ -50,7 +50,7 @@ impl Index {
             .collect();
         let files = self.files_of(&state);
         let worker_names = state.workers.iter().map(|w| Arc::from(w.id.as_str()));
-        let pool = Pool {
+        let pool = IndexedPool {
             name: Arc::from(state.id.as_str()),
             worker_names: worker_names.collect(),
             ranks: vec![None; worker_models.len()],
@@ -140,7 +140,7 @@ impl Index {
     }
 
     /// Removes all index entries of the pool.
-    fn uninstall(&mut self, place: usize, pool: &Pool) {
+    fn uninstall(&mut self, place: usize, pool: &IndexedPool) {
         for &(model, _) in &pool.files {
             self.models[model].files.remove(&place);
         }
@@ -151,7 +151,7 @@ impl Index {
     }
 
     /// Adds a worker to the counts of its model's live workers, or subtracts it.
-    pub(super) fn count(&mut self, pool: &Pool, worker: usize, change: fn(u32, u32) -> u32) {
+    pub(super) fn count(&mut self, pool: &IndexedPool, worker: usize, change: fn(u32, u32) -> u32) {
         let state = &pool.state.workers[worker];
         if !alive(&pool.state) {
             return;
@@ -165,7 +165,7 @@ impl Index {
         }
     }
 
-    fn clear_worker(&mut self, place: usize, pool: &Pool, worker: usize) {
+    fn clear_worker(&mut self, place: usize, pool: &IndexedPool, worker: usize) {
         if let Some(rank) = pool.ranks[worker] {
             let model = &mut self.models[pool.worker_models[worker]];
             model.short -= usize::from(pool.state.workers[worker].is_short());
@@ -199,7 +199,7 @@ impl Index {
         self.pools[place] = Some(pool);
     }
 
-    fn place_worker(&mut self, place: usize, pool: &mut Pool, worker: usize) {
+    fn place_worker(&mut self, place: usize, pool: &mut IndexedPool, worker: usize) {
         let state = &pool.state.workers[worker];
         let alive = alive(&pool.state);
         pool.ranks[worker] = (alive && state.has_slot()).then(|| {
@@ -258,7 +258,7 @@ impl Index {
             let name = Arc::from(pool.state.workers[worker].id.as_str());
             pool.worker_names.push(name);
             pool.worker_models.push(model);
-            pool.usage.push(Usage::default());
+            pool.usage.push(WorkerUsage::default());
             pool.reported_idle.push(None);
             pool.ranks.push(None);
             pool.idle.push(None);
@@ -279,7 +279,7 @@ impl Index {
     }
 }
 
-fn free_entry(place: usize, pool: &Pool, worker: usize, rank: Rank) -> Free {
+fn free_entry(place: usize, pool: &IndexedPool, worker: usize, rank: Rank) -> Free {
     let state = &pool.state.workers[worker];
     Free {
         rank,
@@ -292,9 +292,9 @@ fn free_entry(place: usize, pool: &Pool, worker: usize, rank: Rank) -> Free {
 }
 
 /// Returns the models whose workers or files differ.
-fn changed_models(old: &Pool, new: &Pool) -> HashSet<usize> {
+fn changed_models(old: &IndexedPool, new: &IndexedPool) -> HashSet<usize> {
     let mut changed = HashSet::new();
-    let workers = |pool: &Pool, other: &Pool, changed: &mut HashSet<usize>| {
+    let workers = |pool: &IndexedPool, other: &IndexedPool, changed: &mut HashSet<usize>| {
         for (worker, model) in pool.state.workers.iter().zip(&pool.worker_models) {
             if !other.state.workers.contains(worker) {
                 changed.insert(*model);
@@ -303,7 +303,7 @@ fn changed_models(old: &Pool, new: &Pool) -> HashSet<usize> {
     };
     workers(old, new, &mut changed);
     workers(new, old, &mut changed);
-    let files = |pool: &Pool, other: &Pool, changed: &mut HashSet<usize>| {
+    let files = |pool: &IndexedPool, other: &IndexedPool, changed: &mut HashSet<usize>| {
         let other: HashSet<_> = other.files.iter().collect();
         let missing = pool.files.iter().filter(|file| !other.contains(file));
         changed.extend(missing.map(|(model, _)| *model));

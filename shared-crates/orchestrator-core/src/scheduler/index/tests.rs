@@ -474,7 +474,7 @@ impl Tested {
         for pool in &snapshot.pools {
             fresh.last_starts.insert(pool.id.clone(), pool.last_start);
             let usage = pool.workers.iter().map(|worker| {
-                let usage = Usage {
+                let usage = WorkerUsage {
                     active: worker.active,
                     last_turn: worker.last_turn,
                     released_at: None,

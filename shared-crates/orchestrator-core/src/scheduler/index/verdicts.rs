@@ -3,10 +3,10 @@
 use jiff::Timestamp;
 use pool_core::worker::WorkerStatus;
 
-use super::{Free, Index, Jobs, Scope};
+use super::{ClassJobs, Free, Index, Scope};
 use crate::queue::{QueuedJob, TurnKey};
 use crate::scheduler::judge::{
-    Held, LiveWorkers, Places, Verdict, Wish, World, alive, judge, judge_places,
+    ClassDecision, Held, LiveWorkers, Places, Wish, World, alive, judge, judge_places,
 };
 use crate::scheduler::snapshot::{PoolState, StartSize, WorkerState};
 use crate::scheduler::wait_reason::WaitReason;
@@ -53,9 +53,9 @@ impl Index {
         job: &QueuedJob,
         key: TurnKey,
         now: Timestamp,
-    ) -> (Verdict, Option<Timestamp>) {
+    ) -> (ClassDecision, Option<Timestamp>) {
         let Some(jobs) = &self.classes[class] else {
-            return (Verdict::Wait(WaitReason::PolicyHeld), None);
+            return (ClassDecision::Wait(WaitReason::PolicyHeld), None);
         };
         let prefer = self.prefers(job);
         let held = self.held(class, key);
@@ -76,7 +76,7 @@ impl Index {
     /// Returns the best worker with a free slot and at least this context that suits the class and passes the test `takes`.
     fn free_worker(
         &self,
-        jobs: &Jobs,
+        jobs: &ClassJobs,
         prefer: Option<&str>,
         context: u32,
         held: Held<'_>,
@@ -124,14 +124,14 @@ impl Index {
     }
 
     /// Returns whether a worker for the class has a free slot.
-    fn has_free_slot(&self, jobs: &Jobs) -> bool {
+    fn has_free_slot(&self, jobs: &ClassJobs) -> bool {
         let class = &jobs.class;
         let mut free = self.models[jobs.model].free(class.context).flatten();
         free.any(|free| class.admits_device(free.device) && class.admits_pool(&free.pool_name))
     }
 
     /// Returns the numbers of starting and of serving workers for the class.
-    fn live_workers(&self, jobs: &Jobs) -> (u32, u32) {
+    fn live_workers(&self, jobs: &ClassJobs) -> (u32, u32) {
         if let Some(wanted) = &jobs.class.placement.pool {
             let pool = self.pool_place(wanted);
             let pool = pool.and_then(|place| self.pools[place].as_ref());
@@ -160,7 +160,7 @@ impl Index {
     /// Returns the live pools in scope that can start a worker for the class, with the size of the smallest such worker.
     fn with_file<'a>(
         &'a self,
-        jobs: &'a Jobs,
+        jobs: &'a ClassJobs,
     ) -> impl Iterator<Item = (usize, &'a PoolState, StartSize)> {
         let files = &self.models[jobs.model].files;
         let wanted = jobs.class.placement.pool.as_ref();
@@ -185,7 +185,7 @@ impl Index {
     }
 
     /// Judges a class whose model no pool can start with the reference implementation. This case is rare.
-    fn judge_plainly(&self, jobs: &Jobs, wish: &Wish<'_>, world: &World<'_>) -> Verdict {
+    fn judge_plainly(&self, jobs: &ClassJobs, wish: &Wish<'_>, world: &World<'_>) -> ClassDecision {
         let places: Vec<usize> = match &jobs.scope {
             Scope::Pools(pools) => pools.clone(),
             _ => self.ordered_places(),
@@ -196,24 +196,24 @@ impl Index {
             .unzip();
         let (verdict, _) = judge(&jobs.class, wish, &pools, world);
         match verdict {
-            Verdict::Dispatch { pool, worker } => Verdict::Dispatch {
+            ClassDecision::Dispatch { pool, worker } => ClassDecision::Dispatch {
                 pool: places[pool],
                 worker,
             },
-            Verdict::Start {
+            ClassDecision::Start {
                 pool,
                 device,
                 context,
-            } => Verdict::Start {
+            } => ClassDecision::Start {
                 pool: places[pool],
                 device,
                 context,
             },
-            Verdict::Evict { pool, workers } => Verdict::Evict {
+            ClassDecision::Evict { pool, workers } => ClassDecision::Evict {
                 pool: places[pool],
                 workers,
             },
-            Verdict::Download { pool } => Verdict::Download { pool: places[pool] },
+            ClassDecision::Download { pool } => ClassDecision::Download { pool: places[pool] },
             other => other,
         }
     }
@@ -222,7 +222,7 @@ impl Index {
 /// The places for a class that the index's tables name.
 struct IndexedPlaces<'a> {
     index: &'a Index,
-    jobs: &'a Jobs,
+    jobs: &'a ClassJobs,
     wish: &'a Wish<'a>,
     world: &'a World<'a>,
 }
@@ -263,7 +263,7 @@ impl Places for IndexedPlaces<'_> {
         self.index.with_file(self.jobs)
     }
 
-    fn without_file(&self) -> Verdict {
+    fn without_file(&self) -> ClassDecision {
         let Self {
             index,
             jobs,
@@ -272,7 +272,7 @@ impl Places for IndexedPlaces<'_> {
         } = *self;
         // The search for memory, which found none, also covered the pools that are out of scope now.
         if jobs.settled == Some(WaitReason::MemoryShort) && jobs.scope != Scope::All {
-            return Verdict::Wait(WaitReason::MemoryShort);
+            return ClassDecision::Wait(WaitReason::MemoryShort);
         }
         index.judge_plainly(jobs, wish, world)
     }

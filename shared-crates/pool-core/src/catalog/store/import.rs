@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::check::{check, check_support};
 use super::download::check_room;
-use super::{CheckError, NoSpace, Presence, Progress, Record, Slot, Store};
+use super::{CheckError, ModelRecord, NoSpace, Presence, Progress, Slot, Store};
 use crate::catalog::gguf::GgufFile;
 use crate::catalog::{Catalog, CatalogEntry};
 use crate::model_ref::is_alias;
@@ -82,7 +82,7 @@ pub struct Imported {
     /// Slot that the file fills.
     pub slot: Slot,
     /// Record of the file's check.
-    pub record: Record,
+    pub record: ModelRecord,
     /// True if the file was already in place.
     pub already_there: bool,
     /// True if the bytes were copied; false if both names refer to the same file.

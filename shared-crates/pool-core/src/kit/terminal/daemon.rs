@@ -48,7 +48,7 @@ pub struct DaemonSpec {
 
 /// A daemon that is running, as its state folder describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Running {
+pub struct RunningDaemon {
     /// Identity of the daemon's process.
     pub process: ProcessIdentity,
     /// Version that the daemon wrote into `pid.json`.
@@ -81,7 +81,7 @@ pub enum Stopped {
 /// The daemon gets a session of its own, so that neither Ctrl-C nor a closed terminal reaches it. A daemon that is
 /// already running is not started again. A daemon that fails to come up is ended, and the error shows the last lines of
 /// its log.
-pub async fn start(spec: &DaemonSpec) -> Result<Running, CliError> {
+pub async fn start(spec: &DaemonSpec) -> Result<RunningDaemon, CliError> {
     if let Some(running) = running_already(spec).await? {
         return Ok(running);
     }
@@ -90,13 +90,13 @@ pub async fn start(spec: &DaemonSpec) -> Result<Running, CliError> {
 
 /// Like [`start`], but ignores a running, frozen daemon of the same state folder. The new daemon decides by its arguments
 /// whether to take over the folder or to refuse.
-pub async fn start_beside(spec: &DaemonSpec) -> Result<Running, CliError> {
+pub async fn start_beside(spec: &DaemonSpec) -> Result<RunningDaemon, CliError> {
     launch(spec, false).await
 }
 
 /// Starts the daemon and waits until it answers. With `any_will_do`, accepts a daemon that another process started in the
 /// meantime.
-async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<Running, CliError> {
+async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<RunningDaemon, CliError> {
     let could_not = |what: &str, error: &io::Error| {
         CliError::caused(Exit::Failed, format!("could not {what}"), error)
     };
@@ -112,7 +112,7 @@ async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<Running, CliErro
         if let Some(exit) = child.try_wait()? {
             // Another start may have won the race for the state folder, which is just as good for the user.
             if let Some(running) = status(&spec.state_dir).filter(|_| any_will_do) {
-                return Ok(Running {
+                return Ok(RunningDaemon {
                     already_running: true,
                     ..running
                 });
@@ -150,12 +150,12 @@ async fn launch(spec: &DaemonSpec, any_will_do: bool) -> Result<Running, CliErro
 
 /// Returns the daemon of the state folder, or `None` if no daemon is running. Waits a moment for a killed daemon to end.
 /// Fails if the daemon is running but does not answer, because a second one could not start.
-async fn running_already(spec: &DaemonSpec) -> Result<Option<Running>, CliError> {
+async fn running_already(spec: &DaemonSpec) -> Result<Option<RunningDaemon>, CliError> {
     let Some(running) = status(&spec.state_dir) else {
         return Ok(None);
     };
     if answers(&running.url).await {
-        return Ok(Some(Running {
+        return Ok(Some(RunningDaemon {
             already_running: true,
             ..running
         }));
@@ -205,10 +205,10 @@ pub async fn stop(state_dir: &Path, name: &str, timeout: Duration) -> Result<Sto
 }
 
 /// Returns the daemon of a state folder, if one is running and has published its address.
-pub fn status(state_dir: &Path) -> Option<Running> {
+pub fn status(state_dir: &Path) -> Option<RunningDaemon> {
     let record = PidRecord::read(state_dir)?;
     let url = run_files::local_url(state_dir)?;
-    Some(Running {
+    Some(RunningDaemon {
         process: record.process,
         version: record.version,
         url,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::daemon::{self, DaemonSpec, Running, Stopped};
+use super::daemon::{self, DaemonSpec, RunningDaemon, Stopped};
 pub use super::elsewhere::Elsewhere;
 use super::interrupt::Interrupt;
 use super::{CliError, Exit, sanitize, say, write};
@@ -42,7 +42,7 @@ pub async fn start_beside(spec: &DaemonSpec) -> Result<(), CliError> {
     say_running(spec.name, &daemon::start_beside(spec).await?)
 }
 
-fn say_running(name: &str, running: &Running) -> Result<(), CliError> {
+fn say_running(name: &str, running: &RunningDaemon) -> Result<(), CliError> {
     let verb = if running.already_running {
         "is already running"
     } else {
@@ -79,8 +79,8 @@ pub struct Whereabouts {
     pub url: Option<String>,
 }
 
-impl From<Option<Running>> for Whereabouts {
-    fn from(running: Option<Running>) -> Self {
+impl From<Option<RunningDaemon>> for Whereabouts {
+    fn from(running: Option<RunningDaemon>) -> Self {
         let pid = running.as_ref().map(|running| running.process.pid);
         let (version, url) = running
             .map(|running| (running.version, running.url))
@@ -95,7 +95,7 @@ impl From<Option<Running>> for Whereabouts {
 }
 
 /// Returns the daemon of a state folder, if one is running. Fails if this user may not read the folder.
-pub fn status(state_dir: &Path, name: &str) -> Result<Option<Running>, CliError> {
+pub fn status(state_dir: &Path, name: &str) -> Result<Option<RunningDaemon>, CliError> {
     check_readable(state_dir, name)?;
     Ok(daemon::status(state_dir))
 }

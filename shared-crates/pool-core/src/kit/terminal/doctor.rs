@@ -10,7 +10,7 @@ use super::{CliError, Exit, Format, print_json, render_table, say};
 /// Outcome of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Verdict {
+pub enum CheckStatus {
     /// No problem.
     Ok,
     /// Usable, with a disadvantage.
@@ -25,7 +25,7 @@ pub struct Finding {
     /// Name of the check.
     pub check: &'static str,
     /// Outcome of the check.
-    pub status: Verdict,
+    pub status: CheckStatus,
     /// The observed state, in words.
     pub message: String,
     /// The command that fixes the problem, or advice in words; `None` without a problem.
@@ -37,7 +37,7 @@ impl Finding {
     pub fn ok(check: &'static str, message: impl Into<String>) -> Self {
         Self {
             check,
-            status: Verdict::Ok,
+            status: CheckStatus::Ok,
             message: message.into(),
             fix: None,
         }
@@ -47,7 +47,7 @@ impl Finding {
     pub fn warn(check: &'static str, message: impl Into<String>, fix: impl Into<String>) -> Self {
         Self {
             check,
-            status: Verdict::Warn,
+            status: CheckStatus::Warn,
             message: message.into(),
             fix: Some(fix.into()),
         }
@@ -56,7 +56,7 @@ impl Finding {
     /// Returns a finding that something required is missing.
     pub fn fail(check: &'static str, message: impl Into<String>, fix: impl Into<String>) -> Self {
         Self {
-            status: Verdict::Fail,
+            status: CheckStatus::Fail,
             ..Self::warn(check, message, fix)
         }
     }
@@ -70,16 +70,16 @@ pub fn report(findings: &[Finding], format: Format) -> Result<Exit, CliError> {
     }
     let failed = findings
         .iter()
-        .any(|finding| finding.status == Verdict::Fail);
+        .any(|finding| finding.status == CheckStatus::Fail);
     Ok(if failed { Exit::Failed } else { Exit::Done })
 }
 
 fn render(findings: &[Finding], colour: bool) -> String {
     let rows = findings.iter().map(|finding| {
         let status = match finding.status {
-            Verdict::Ok => Cell::new("ok", Style::Good),
-            Verdict::Warn => Cell::new("warn", Style::Warn),
-            Verdict::Fail => Cell::new("fail", Style::Bad),
+            CheckStatus::Ok => Cell::new("ok", Style::Good),
+            CheckStatus::Warn => Cell::new("warn", Style::Warn),
+            CheckStatus::Fail => Cell::new("fail", Style::Bad),
         };
         let fix = finding.fix.clone().unwrap_or_default();
         vec![

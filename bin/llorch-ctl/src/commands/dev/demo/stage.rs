@@ -10,7 +10,7 @@ use pool_core::api::pool::PoolStatus;
 use pool_core::config::PoolConfig;
 use pool_core::kit::client::ApiClient;
 use pool_core::kit::home::Home;
-use pool_core::kit::terminal::daemon::{self, DaemonSpec, Running, find_sibling};
+use pool_core::kit::terminal::daemon::{self, DaemonSpec, RunningDaemon, find_sibling};
 use pool_core::kit::terminal::{CliError, Exit};
 use pool_core::lifecycle::{Lifecycle, stop_worker};
 use pool_core::registry::Registry;
@@ -28,7 +28,7 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, Clone)]
 pub struct Actor {
     name: &'static str,
-    running: Running,
+    running: RunningDaemon,
 }
 
 impl Actor {

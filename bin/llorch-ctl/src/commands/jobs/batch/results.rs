@@ -22,7 +22,7 @@ const REFUSED: &str = "refused";
 
 /// The result of one task.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Record {
+pub struct BatchResult {
     /// Line in the file of tasks, from 1.
     line: usize,
     /// Idempotency key, which identifies the task across runs.
@@ -46,7 +46,7 @@ struct Fault {
     message: String,
 }
 
-impl Record {
+impl BatchResult {
     /// Returns the result of a job that is over.
     pub fn of(task: &Task, job: TaskView) -> Self {
         Self {
@@ -85,7 +85,7 @@ impl Record {
 pub struct Results {
     /// Path and open file; `None` for standard output.
     file: Option<(PathBuf, File)>,
-    before: HashMap<String, Record>,
+    before: HashMap<String, BatchResult>,
 }
 
 impl Results {
@@ -109,7 +109,7 @@ impl Results {
         let mut text = String::new();
         file.read_to_string(&mut text).map_err(failed)?;
         let before = earlier(&text, &path)?;
-        let kept: Vec<&Record> = before.iter().filter(|record| record.id.is_some()).collect();
+        let kept: Vec<&BatchResult> = before.iter().filter(|record| record.id.is_some()).collect();
         if kept.len() != text.lines().count() || !text.is_empty() && !text.ends_with('\n') {
             let mut whole = String::new();
             for record in &kept {
@@ -134,12 +134,12 @@ impl Results {
     }
 
     /// Returns the result that an earlier run has of a task.
-    pub fn of(&self, key: &str) -> Option<&Record> {
+    pub fn of(&self, key: &str) -> Option<&BatchResult> {
         self.before.get(key)
     }
 
     /// Writes a result at once, so that it survives the end of this process.
-    pub fn add(&mut self, record: &Record) -> Result<(), CliError> {
+    pub fn add(&mut self, record: &BatchResult) -> Result<(), CliError> {
         let line = serde_json::to_string(record).map_err(io::Error::from)?;
         match &mut self.file {
             None => say(line),
@@ -219,7 +219,7 @@ fn replaced(path: &Path, text: &str) -> io::Result<File> {
 
 /// Parses the file of earlier runs. The last line may be incomplete; any other line that is not a result means that the file
 /// has another purpose, and must not be touched.
-fn earlier(text: &str, path: &Path) -> Result<Vec<Record>, CliError> {
+fn earlier(text: &str, path: &Path) -> Result<Vec<BatchResult>, CliError> {
     let mut records = Vec::new();
     for (index, line) in text.split_inclusive('\n').enumerate() {
         match serde_json::from_str(line) {
@@ -266,7 +266,7 @@ impl Default for Tally {
 
 impl Tally {
     /// Counts a result.
-    pub fn count(&mut self, record: &Record) {
+    pub fn count(&mut self, record: &BatchResult) {
         match record.status.as_str() {
             "completed" => self.completed += 1,
             REFUSED => self.refused += 1,
@@ -321,9 +321,9 @@ impl fmt::Display for Tally {
 mod tests {
     use super::*;
 
-    fn record(line: usize, refused: bool) -> Record {
+    fn record(line: usize, refused: bool) -> BatchResult {
         let id = "job-01900000-0000-7000-8000-000000000001";
-        Record {
+        BatchResult {
             line,
             key: format!("batch-{line}"),
             id: (!refused).then(|| id.parse().unwrap()),
@@ -338,7 +338,7 @@ mod tests {
     fn what_an_earlier_run_finished_is_kept_and_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out.jsonl");
-        let line = |record: &Record| serde_json::to_string(record).unwrap() + "\n";
+        let line = |record: &BatchResult| serde_json::to_string(record).unwrap() + "\n";
         let (first, third) = (line(&record(1, false)), line(&record(3, false)));
         // A refused task, and a line that a kill cut off.
         let text = format!("{first}{}{third}{}", line(&record(2, true)), &third[..30]);
@@ -387,7 +387,7 @@ mod tests {
         let mut tally = Tally::default();
         tally.count(&record(1, false));
         assert_eq!(tally.exit(), Exit::Done);
-        tally.count(&Record {
+        tally.count(&BatchResult {
             status: "expired".into(),
             ..record(2, false)
         });

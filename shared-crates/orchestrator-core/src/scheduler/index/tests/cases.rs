@@ -444,7 +444,7 @@ fn what_was_kept_for_a_job_is_given_to_others_when_it_is_gone() {
     for (id, cache) in ids.iter().zip([Some(800), None, Some(900), None]) {
         tested.change(needs(cache), *id);
     }
-    let given = |pass: Pass| -> Vec<JobId> {
+    let given = |pass: PassOutcome| -> Vec<JobId> {
         let jobs = pass.actions.into_iter().map(|action| match action {
             Action::Dispatch { job, .. } => job,
             other => panic!("{other:?}"),

@@ -220,7 +220,7 @@ fn sockets_of(table: &str, port: u16) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kit::terminal::doctor::Verdict;
+    use crate::kit::terminal::doctor::CheckStatus;
 
     #[test] // [POOLCORE-151]
     fn a_folder_that_others_can_read_is_found() {
@@ -228,16 +228,16 @@ mod tests {
         let mode =
             |mode| fs::set_permissions(dir.path(), fs::Permissions::from_mode(mode)).unwrap();
         mode(0o700);
-        assert_eq!(private_folder("f", dir.path()).status, Verdict::Ok);
+        assert_eq!(private_folder("f", dir.path()).status, CheckStatus::Ok);
         let missing = dir.path().join("missing");
-        assert_eq!(private_folder("f", &missing).status, Verdict::Ok);
+        assert_eq!(private_folder("f", &missing).status, CheckStatus::Ok);
         mode(0o755);
         let open = private_folder("f", dir.path());
         let fix = format!("chmod 700 {}", dir.path().display());
-        assert_eq!((open.status, open.fix), (Verdict::Warn, Some(fix)));
+        assert_eq!((open.status, open.fix), (CheckStatus::Warn, Some(fix)));
         let file = dir.path().join("file");
         fs::write(&file, "").unwrap();
-        assert_eq!(private_folder("f", &file).status, Verdict::Fail);
+        assert_eq!(private_folder("f", &file).status, CheckStatus::Fail);
     }
 
     #[test] // [POOLCORE-151]
@@ -247,10 +247,10 @@ mod tests {
         let file = dir.path().join("in/it's");
         fs::write(&file, "").unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
-        assert_eq!(private_files("f", dir.path()).status, Verdict::Ok);
+        assert_eq!(private_files("f", dir.path()).status, CheckStatus::Ok);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o640)).unwrap();
         let found = private_files("f", dir.path());
-        assert_eq!(found.status, Verdict::Warn);
+        assert_eq!(found.status, CheckStatus::Warn);
         assert!(
             found
                 .message
@@ -294,8 +294,8 @@ mod tests {
             };
             disk(&dir.path().join("not/yet"), "jobs", room, "make room").status
         };
-        assert_eq!(judged(0, 0), Verdict::Ok);
-        assert_eq!(judged(u64::MAX, 0), Verdict::Warn);
-        assert_eq!(judged(u64::MAX, u64::MAX), Verdict::Fail);
+        assert_eq!(judged(0, 0), CheckStatus::Ok);
+        assert_eq!(judged(u64::MAX, 0), CheckStatus::Warn);
+        assert_eq!(judged(u64::MAX, u64::MAX), CheckStatus::Fail);
     }
 }
