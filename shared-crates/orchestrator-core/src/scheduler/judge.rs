@@ -215,14 +215,16 @@ pub(super) fn fitting<'a>(
         let mut workers = pool.workers.iter();
         workers.any(|w| w.device == device && w.model == class.model && w.status.is_live())
     };
+    // Most devices lack the memory, which is checked first because it is the cheapest.
     let devices = pool.devices.iter().copied();
     devices
-        .filter(move |d| class.admits_device(d.device) && !(spread && has_one(d.device)))
+        .filter(move |d| class.admits_device(d.device))
         .filter_map(move |d| match startable_on(pool, &class.model, &d, size) {
             Ok(()) => Some((d, Fit::Free)),
             Err(Obstacle::StartRefused(_)) => Some((d, Fit::Refused)),
             Err(_) => None,
         })
+        .filter(move |(d, _)| !(spread && has_one(d.device)))
 }
 
 /// The way in which a device has the memory for a worker.
