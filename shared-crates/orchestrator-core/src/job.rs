@@ -295,6 +295,18 @@ pub struct Placement {
     pub device: Option<Device>,
 }
 
+impl Placement {
+    /// Returns whether the job may run on this pool.
+    pub fn admits_pool(&self, pool: &str) -> bool {
+        self.pool.as_ref().is_none_or(|wanted| wanted == pool)
+    }
+
+    /// Returns whether the job may run on this device.
+    pub fn admits_device(&self, device: Device) -> bool {
+        self.device.is_none_or(|wanted| wanted == device)
+    }
+}
+
 /// Input of the model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]

@@ -30,7 +30,7 @@ use attempt::Attempt;
 use orphans::Orphans;
 use runner::AttemptRunner;
 
-/// Runs attempts, each in a background task.
+/// A dispatcher of jobs to workers, which runs each attempt in a background task.
 pub struct Dispatcher {
     jobs: JobService,
     fleet: Arc<Fleet>,

@@ -49,11 +49,11 @@ impl Class {
     }
 
     pub(super) fn admits_pool(&self, pool: &str) -> bool {
-        self.needs().on_pool(pool).is_ok()
+        self.placement.admits_pool(pool)
     }
 
     pub(super) fn admits_device(&self, device: Device) -> bool {
-        self.needs().on_device(device).is_ok()
+        self.placement.admits_device(device)
     }
 
     /// Returns whether the worker suits these jobs, regardless of its state.
@@ -64,8 +64,9 @@ impl Class {
     /// Returns whether the worker, which admits the class, has a slot and cache room for one of its jobs now. `tokens` is the most
     /// that this job is expected to take of the cache.
     pub(super) fn finds_place(&self, worker: &WorkerState, tokens: u32) -> bool {
-        let place = self.needs().placed_on(worker, tokens, Promised::default());
-        place.is_ok()
+        let place = || self.needs().placed_on(worker, tokens, Promised::default());
+        // Most workers that a pass looks at have no free slot, which is seen at once.
+        worker.has_slot() && place().is_ok()
     }
 }
 
@@ -340,6 +341,9 @@ pub(super) trait Places {
     /// Returns the live workers for the class.
     fn workers(&self) -> LiveWorkers;
 
+    /// Returns whether one of these workers has a free slot, with or without room in its cache.
+    fn has_slot(&self) -> bool;
+
     /// Returns the pools that take work and can start a worker for the class if they have the memory, with the size of the
     /// smallest such worker.
     fn with_file(&self) -> impl Iterator<Item = (usize, &PoolState, StartSize)>;
@@ -357,11 +361,10 @@ pub(super) struct LiveWorkers {
     pub(super) serving: bool,
 }
 
-/// Judges a class that has pools with a backend for it. `has_slot` says whether one of its workers has a free slot. Returns with
-/// [`WaitReason::MemoryShort`] the time from which a worker may be evicted.
+/// Judges a class that has pools with a backend for it. Returns with [`WaitReason::MemoryShort`] the time from which a worker may be
+/// evicted.
 pub(super) fn judge_places(
     places: &impl Places,
-    has_slot: impl FnOnce() -> bool,
     class: &Class,
     wish: &Wish<'_>,
     world: &World<'_>,
@@ -403,7 +406,7 @@ pub(super) fn judge_places(
     }
     if serving {
         return (
-            ClassDecision::Wait(WaitReason::of_serving(has_slot())),
+            ClassDecision::Wait(WaitReason::of_serving(places.has_slot())),
             None,
         );
     }
@@ -486,8 +489,7 @@ pub(super) fn judge(
         with_file: OnceCell::new(),
         world,
     };
-    let has_slot = || all.mine.iter().any(|(.., worker)| worker.has_slot());
-    judge_places(&all, has_slot, class, wish, world)
+    judge_places(&all, class, wish, world)
 }
 
 /// Every pool of a snapshot.
@@ -499,7 +501,7 @@ struct AllPools<'a> {
     left: Vec<(usize, &'a PoolState)>,
     /// Live workers for the class on these pools: pool and worker, each after its index.
     mine: Vec<(usize, &'a PoolState, usize, &'a WorkerState)>,
-    /// What [`Places::with_file`] returns, because finding it is slow.
+    /// Result of [`Places::with_file`], kept because finding it is slow.
     with_file: OnceCell<Vec<(usize, &'a PoolState, StartSize)>>,
     world: &'a World<'a>,
 }
@@ -528,6 +530,10 @@ impl Places for AllPools<'_> {
             starting: any(|w| w.status == WorkerStatus::Starting),
             serving: any(WorkerState::serves),
         }
+    }
+
+    fn has_slot(&self) -> bool {
+        self.mine.iter().any(|(.., worker)| worker.has_slot())
     }
 
     fn with_file(&self) -> impl Iterator<Item = (usize, &PoolState, StartSize)> {

@@ -115,14 +115,16 @@ impl<'a> Needs<'a> {
 
     pub(super) fn on_pool(&self, pool: &str) -> Check<'a> {
         match &self.placement.pool {
-            Some(wanted) if wanted != pool => Err(Obstacle::OtherPool(wanted)),
+            Some(wanted) if !self.placement.admits_pool(pool) => Err(Obstacle::OtherPool(wanted)),
             _ => Ok(()),
         }
     }
 
     pub(super) fn on_device(&self, device: Device) -> Check<'a> {
         match self.placement.device {
-            Some(wanted) if wanted != device => Err(Obstacle::OtherDevice(wanted)),
+            Some(wanted) if !self.placement.admits_device(device) => {
+                Err(Obstacle::OtherDevice(wanted))
+            }
             _ => Ok(()),
         }
     }

@@ -389,12 +389,6 @@ impl WorkerState {
         self.has_room(self.most_of(tokens))
     }
 
-    /// Returns whether such a job may be sent to the worker. One that may be refused is sent alone: of several at once, the
-    /// worker might take a later one and refuse this.
-    pub fn may_be_offered(&self, tokens: u32) -> bool {
-        self.unanswered == 0 || self.surely_has_room(tokens)
-    }
-
     /// Returns how many of a job's `tokens` the worker's cache holds at most: no job takes more than the context.
     pub fn most_of(&self, tokens: u32) -> u32 {
         tokens.min(self.context_length.unwrap_or(u32::MAX))

@@ -68,8 +68,7 @@ impl Index {
                 wish: &wish,
                 world,
             };
-            let has_slot = || self.has_free_slot(jobs);
-            judge_places(&places, has_slot, &jobs.class, &wish, world)
+            judge_places(&places, &jobs.class, &wish, world)
         })
     }
 
@@ -257,6 +256,10 @@ impl Places for IndexedPlaces<'_> {
             starting: starting > 0,
             serving: serving > 0,
         }
+    }
+
+    fn has_slot(&self) -> bool {
+        self.index.has_free_slot(self.jobs)
     }
 
     fn with_file(&self) -> impl Iterator<Item = (usize, &PoolState, StartSize)> {
