@@ -41,12 +41,20 @@ struct LiveJobsState {
     deadlines: BTreeSet<(Timestamp, JobId)>,
     /// Attempts that hold slots. An attempt may outlive its job: the slot is held until the worker has released it.
     attempts: HashMap<JobId, Arc<ActiveAttempt>>,
-    /// Number of readers of each followed job, and the explanation last sent to them.
-    followed: HashMap<JobId, (usize, Option<Arc<Explanation>>)>,
+    /// Readers of each followed job.
+    followed: HashMap<JobId, Readers>,
     /// The script's explanations for jobs that it holds back.
     held: HashMap<JobId, Arc<Explanation>>,
     /// True if a job was queued since the last pass: its readers do not know yet why it waits.
     came: bool,
+}
+
+/// Readers of a job, and what they know of its wait.
+#[derive(Debug, Default)]
+struct Readers {
+    count: usize,
+    /// Explanation last sent to them.
+    last_explanation: Option<Arc<Explanation>>,
 }
 
 /// Places promised to submits, counted separately for jobs that nothing can run.
@@ -286,7 +294,7 @@ impl LiveJobs {
     /// Counts a reader of the job until the guard is dropped. Readers of a waiting job receive its explanation.
     pub fn follow(self: &Arc<Self>, id: JobId) -> Followed {
         let mut state = self.lock();
-        state.followed.entry(id).or_default().0 += 1;
+        state.followed.entry(id).or_default().count += 1;
         let news = state.news_of(&[id], clock::now());
         drop(state);
         publish(news);
@@ -300,7 +308,7 @@ impl LiveJobs {
     pub fn waiting(&self, id: JobId, now: Timestamp) -> Option<TaskWaiting> {
         let mut state = self.lock();
         let waiting = state.index.waiting(id, now)?;
-        Some(state.said(id, waiting).into())
+        Some(state.with_script_reason(id, waiting).into())
     }
 
     /// Returns the number of jobs ahead of a waiting job; `None` if it does not wait.
@@ -401,7 +409,7 @@ impl LiveJobsState {
     }
 
     /// Replaces the index's explanation by the script's, if the script holds the job back.
-    fn said(&self, id: JobId, waiting: Waiting) -> Waiting {
+    fn with_script_reason(&self, id: JobId, waiting: Waiting) -> Waiting {
         match self.held.get(&id) {
             Some(held) => Waiting {
                 explanation: Arc::clone(held),
@@ -427,8 +435,8 @@ impl LiveJobsState {
             self.attempts.insert(job, Arc::clone(&attempt));
             attempts.insert(job, attempt);
             // If the job is queued again, its readers need the explanation once more.
-            if let Some((_, told)) = self.followed.get_mut(&job) {
-                *told = None;
+            if let Some(readers) = self.followed.get_mut(&job) {
+                readers.last_explanation = None;
             }
         }
         let came = std::mem::take(&mut self.came);
@@ -453,18 +461,19 @@ impl LiveJobsState {
         let waiting = self.index.waiting_all(ids.iter().copied(), now);
         let mut news = Vec::new();
         for (id, waiting) in waiting {
-            let waiting = self.said(id, waiting);
-            let (Some(live), Some((_, told))) = (self.live.get(&id), self.followed.get_mut(&id))
+            let waiting = self.with_script_reason(id, waiting);
+            let (Some(live), Some(readers)) = (self.live.get(&id), self.followed.get_mut(&id))
             else {
                 continue;
             };
-            if told
+            if readers
+                .last_explanation
                 .as_ref()
                 .is_some_and(|old| same(old, &waiting.explanation))
             {
                 continue;
             }
-            *told = Some(Arc::clone(&waiting.explanation));
+            readers.last_explanation = Some(Arc::clone(&waiting.explanation));
             news.push((Arc::clone(live), waiting.into()));
         }
         news
@@ -502,9 +511,9 @@ pub struct Followed {
 impl Drop for Followed {
     fn drop(&mut self) {
         let mut state = self.jobs.lock();
-        if let Some((readers, _)) = state.followed.get_mut(&self.id) {
-            *readers -= 1;
-            if *readers == 0 {
+        if let Some(readers) = state.followed.get_mut(&self.id) {
+            readers.count -= 1;
+            if readers.count == 0 {
                 state.followed.remove(&self.id);
             }
         }

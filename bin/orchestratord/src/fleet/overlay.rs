@@ -121,7 +121,7 @@ impl Load {
 #[derive(Debug)]
 struct Full {
     /// The pool's report of the worker when it refused.
-    said: Option<Load>,
+    load_at_refusal: Option<Load>,
     /// Free tokens of the worker's cache; `None` if the worker lacked a slot.
     free_tokens: Option<u32>,
     until: Timestamp,
@@ -217,14 +217,14 @@ impl Overlay {
         &mut self,
         pool: &str,
         worker: &str,
-        said: Option<Load>,
+        load_at_refusal: Option<Load>,
         free_tokens: Option<u32>,
         now: Timestamp,
     ) {
         let key = (pool.to_owned(), worker.to_owned());
         let pause = self.full.get(&key).map_or(FULL.first, |full| full.next);
         let full = Full {
-            said,
+            load_at_refusal,
             free_tokens,
             until: after(now, pause),
             next: FULL.next(pause),
@@ -346,8 +346,8 @@ impl Overlay {
         self.starts
             .retain(|_, start| start.pool != pool || !start.worker.as_deref().is_some_and(shows));
         self.full.retain(|(marked, id), full| {
-            let said = || status.workers.iter().find(|worker| worker.id == *id);
-            marked != pool || full.said == said().map(Load::of)
+            let worker = status.workers.iter().find(|worker| worker.id == *id);
+            marked != pool || full.load_at_refusal == worker.map(Load::of)
         });
         for ((_, id), leases) in self.leases.iter_mut().filter(|((of, _), _)| of == pool) {
             let shown = status.workers.iter().find(|worker| worker.id == *id);

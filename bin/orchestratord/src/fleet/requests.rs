@@ -119,8 +119,8 @@ impl Fleet {
         let mut inner = self.lock();
         inner.changed.insert(pool.to_owned());
         let FleetState { pools, overlay, .. } = &mut *inner;
-        let said = pools.get(pool).and_then(|pool| pool.worker(worker));
-        overlay.mark_full(pool, worker, said.map(Load::of), free_tokens, now);
+        let reported = pools.get(pool).and_then(|pool| pool.worker(worker));
+        overlay.mark_full(pool, worker, reported.map(Load::of), free_tokens, now);
     }
 
     /// Records that the worker was leased to the job, which was queued as `queued`; `None` for an attempt of an earlier run of the

@@ -264,19 +264,19 @@ async fn append(
     Ok(())
 }
 
-/// Returns whether an attempt since `told`, the newest attempt announced to readers, had started and was given up because it
+/// Returns whether an attempt since `announced_attempt`, the newest one announced to readers, had started and was given up because it
 /// could not be found after a restart. Readers may have seen tokens of such an attempt that no log has. The announcement of a
 /// later attempt follows all of them.
 pub(super) async fn given_up(
     conn: &mut SqliteConnection,
     job: JobId,
-    told: u32,
+    announced_attempt: u32,
 ) -> Result<bool, StoreError> {
     let sql = "SELECT EXISTS (SELECT 1 FROM attempts WHERE job_id = ? AND number >= ? AND started_us IS NOT NULL \
                AND outcome = ?)";
     let row = sqlx::query(sql)
         .bind(job.to_string())
-        .bind(i64::from(told))
+        .bind(i64::from(announced_attempt))
         .bind(outcome_name(AttemptOutcome::OrchestratorRestarted)?)
         .fetch_one(conn)
         .await?;

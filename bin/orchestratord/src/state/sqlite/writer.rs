@@ -93,7 +93,7 @@ impl Writer {
     pub(super) fn start(conn: SqliteConnection, epoch: Epoch) -> (Self, JoinHandle<()>) {
         let (commands, inbox) = mpsc::channel(BACKLOG);
         let (tidy, asked) = mpsc::channel(1);
-        let (told, taken_over) = watch::channel(false);
+        let (taken_over_tx, taken_over) = watch::channel(false);
         let failure = LastFailure::default();
         let writer = Self {
             commands,
@@ -114,7 +114,7 @@ impl Writer {
                     tracing::error!(
                         "another orchestratord took over the job database; writing stopped"
                     );
-                    told.send_replace(true);
+                    taken_over_tx.send_replace(true);
                 }
             }
         };
