@@ -607,14 +607,18 @@ async fn the_order_of_the_queue_is_a_setting() {
     for (order, later_is_ahead) in [(QueueOrder::Fair, true), (QueueOrder::Fifo, false)] {
         let orchestrator = Orchestrator::start_with(|config| config.queue.order = order).await;
         let body = |priority| json!({"model": MODEL, "prompt": "hi", "priority": priority});
-        let batch = orchestrator.submit(body("batch")).await.unwrap();
+        let batch = orchestrator.submit(body("batch")).await.unwrap().job_id;
         let interactive = orchestrator.submit(body("interactive")).await.unwrap();
         assert_eq!(interactive.queue_position, Some(u64::from(!later_is_ahead)));
-        let waiting = explain(&orchestrator, batch.job_id).await.waiting.unwrap();
-        assert_eq!(
-            waiting.queue_position,
-            u64::from(later_is_ahead),
-            "{order:?}"
-        );
+        let ahead_of_batch = async |orchestrator: &Orchestrator| {
+            let explanation = explain(orchestrator, batch).await;
+            explanation.waiting.unwrap().queue_position
+        };
+        let expected = u64::from(later_is_ahead);
+        assert_eq!(ahead_of_batch(&orchestrator).await, expected, "{order:?}");
+        // Jobs that waited before a restart have the same order after it.
+        let (home, config) = orchestrator.stop().await;
+        let orchestrator = Orchestrator::start_in(home, config).await.unwrap();
+        assert_eq!(ahead_of_batch(&orchestrator).await, expected, "{order:?}");
     }
 }

@@ -378,3 +378,21 @@ fn a_simulated_worker_answers_soon() {
     let played = run(&trace(&[pool], &[job.clone(), job]), &built_in());
     assert_eq!([0, 1].map(|n| played.waited_ms(n)), [0, 5]);
 }
+
+// [ORCHCORE-190]
+#[test]
+fn a_simulation_has_the_queue_of_its_recording() {
+    let batch = Sent {
+        priority: Priority::Batch,
+        ..sent(10, "a", 100)
+    };
+    let jobs = [sent(0, "a", 100), batch, sent(20, "a", 100)];
+    let mut trace = trace(&[pool("p", 0, &["a"])], &jobs);
+    let batch_waits_longer = |trace: &Trace| {
+        let simulation = run(trace, &built_in());
+        simulation.waited_ms(1) > simulation.waited_ms(2)
+    };
+    assert!(batch_waits_longer(&trace));
+    trace.header.order = QueueOrder::Fifo;
+    assert!(!batch_waits_longer(&trace));
+}
